@@ -1,0 +1,5 @@
+//! Distributions.
+
+pub mod dirichlet;
+pub mod gaussian;
+pub mod wishart;

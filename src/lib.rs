@@ -1,0 +1,30 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_debug_implementations)]
+
+// Floor 0: ground. Knows nothing of the method.
+pub mod error;
+pub mod noise;
+pub mod ops;
+pub mod special;
+
+// Floor 1: probability.
+pub mod dist;
+
+// Floor 2: the method.
+pub mod adapters;
+pub mod monteclora;
+pub mod params;
+pub mod slot;
+
+// Floor 3: into models and onto disk.
+pub mod inject;
+pub mod models;
+pub mod peft;
+
+// Floor 4: experiments.
+pub mod bayes;
+pub mod data;
+pub mod metrics;
+pub mod train;
+
+pub use error::{Error, Result};

@@ -1,0 +1,4 @@
+//! Models.
+
+pub mod hub;
+pub mod roberta;

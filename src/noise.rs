@@ -1,0 +1,244 @@
+//! Noise that is addressed, not consumed.
+//!
+//! Every random number of this crate is a pure function of (seed, path, purpose, draw index,
+//! position). The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+//! as 1, 2, 3", SC 2011), keyed by a stable hash of the first three and counting the last two.
+//! So a checkpoint stores only a seed and an index, the order of layers never matters, and a
+//! layer recomputed in a checkpointed backward sees the same draw.
+//!
+//! The integer words are the same on every machine and for every number of threads; the floats
+//! made of them are the same for one build on one target (they pass through `ln`, `sin`, `cos`).
+
+/// What a stream of noise is for. Streams of different purposes are independent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Purpose {
+    /// Initial values of parameters.
+    Init,
+    /// Dropout masks.
+    Dropout,
+    /// The Bartlett factor of the Wishart draw.
+    Wishart,
+    /// Mixture weights.
+    Dirichlet,
+    /// The standard normal matrices of the perturbation.
+    Gaussian,
+    /// The order of the training rows.
+    Shuffle,
+    /// Which tokens masked language modelling hides.
+    Mask,
+    /// Sampling of outputs.
+    Predict,
+}
+
+impl Purpose {
+    /// A stable number: never reorder, only append.
+    const fn tag(self) -> u64 {
+        match self {
+            Self::Init => 1,
+            Self::Dropout => 2,
+            Self::Wishart => 3,
+            Self::Dirichlet => 4,
+            Self::Gaussian => 5,
+            Self::Shuffle => 6,
+            Self::Mask => 7,
+            Self::Predict => 8,
+        }
+    }
+}
+
+/// The root of all noise: a seed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Noise {
+    seed: u64,
+}
+
+impl Noise {
+    /// Noise of this seed.
+    pub const fn new(seed: u64) -> Self {
+        Self { seed }
+    }
+
+    /// The seed.
+    pub const fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The stream of the layer or module at `path`, for one purpose.
+    pub fn stream(&self, path: &str, purpose: Purpose) -> Stream {
+        // FNV-1a over the path, then two rounds of mixing: similar paths get unrelated keys.
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in path.bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        let key = mix(mix(hash ^ purpose.tag().wrapping_mul(0x9e37_79b9_7f4a_7c15)) ^ mix(self.seed));
+        Stream { key: [key as u32, (key >> 32) as u32] }
+    }
+}
+
+/// The finaliser of SplitMix64: a bijection of 64-bit words in which every bit moves every other.
+const fn mix(mut z: u64) -> u64 {
+    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// One stream of noise: an unlimited number of draws, each an unlimited row of words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream {
+    key: [u32; 2],
+}
+
+impl Stream {
+    /// Words `4 * block .. 4 * block + 4` of draw number `draw`.
+    pub fn words(&self, draw: u64, block: u64) -> [u32; 4] {
+        philox4x32_10([block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32], self.key)
+    }
+
+    /// Uniform numbers in the open interval (0, 1), with 53 bits; two words each.
+    pub fn fill_uniform(&self, draw: u64, out: &mut [f64]) {
+        for (block, pair) in out.chunks_mut(2).enumerate() {
+            let w = self.words(draw, block as u64);
+            for (slot, u) in pair.iter_mut().zip([open_unit(w[0], w[1]), open_unit(w[2], w[3])]) {
+                *slot = u;
+            }
+        }
+    }
+
+    /// Standard normal numbers by Box and Muller's transform; two words each.
+    pub fn fill_normal(&self, draw: u64, out: &mut [f64]) {
+        for (block, pair) in out.chunks_mut(2).enumerate() {
+            for (slot, z) in pair.iter_mut().zip(self.normal_pair(draw, block as u64)) {
+                *slot = z;
+            }
+        }
+    }
+
+    /// The same numbers as [`Self::fill_normal`], rounded to single precision.
+    pub fn fill_normal_f32(&self, draw: u64, out: &mut [f32]) {
+        for (block, pair) in out.chunks_mut(2).enumerate() {
+            for (slot, z) in pair.iter_mut().zip(self.normal_pair(draw, block as u64)) {
+                *slot = z as f32;
+            }
+        }
+    }
+
+    fn normal_pair(&self, draw: u64, block: u64) -> [f64; 2] {
+        let w = self.words(draw, block);
+        let radius = (-2.0 * open_unit(w[0], w[1]).ln()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * open_unit(w[2], w[3])).sin_cos();
+        [radius * cos, radius * sin]
+    }
+
+    /// A uniformly random permutation of `0..len` (Fisher and Yates).
+    pub fn permutation(&self, draw: u64, len: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..len).collect();
+        for i in (1..len).rev() {
+            let w = self.words(draw, i as u64);
+            // Widening multiplication: the bias is below len / 2^64.
+            let word = (u64::from(w[1]) << 32) | u64::from(w[0]);
+            let j = ((u128::from(word) * (i as u128 + 1)) >> 64) as usize;
+            order.swap(i, j);
+        }
+        order
+    }
+}
+
+/// A number in (0, 1) from 53 of the 64 bits, never 0 nor 1.
+fn open_unit(low: u32, high: u32) -> f64 {
+    let bits = ((u64::from(high) << 32) | u64::from(low)) >> 12; // 52 bits
+    (bits as f64 + 0.5) * (1.0 / (1u64 << 52) as f64)
+}
+
+/// Philox4x32 with ten rounds: a counter of 128 bits under a key of 64.
+pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let p0 = u64::from(counter[0]) * 0xd251_1f53;
+        let p1 = u64::from(counter[2]) * 0xcd9e_8d57;
+        counter = [
+            (p1 >> 32) as u32 ^ counter[1] ^ key[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ counter[3] ^ key[1],
+            p0 as u32,
+        ];
+        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_matches_the_known_answers_of_random123() {
+        // kat_vectors of the Random123 distribution, philox4x32 with 10 rounds.
+        assert_eq!(philox4x32_10([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(
+            philox4x32_10([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        assert_eq!(
+            philox4x32_10([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
+    }
+
+    #[test]
+    fn streams_differ_by_seed_path_purpose_and_draw_alone() {
+        let word = |seed, path, purpose, draw| Noise::new(seed).stream(path, purpose).words(draw, 0);
+        let base = word(1, "a.b", Purpose::Init, 0);
+        assert_eq!(base, word(1, "a.b", Purpose::Init, 0));
+        assert_ne!(base, word(2, "a.b", Purpose::Init, 0));
+        assert_ne!(base, word(1, "a.c", Purpose::Init, 0));
+        assert_ne!(base, word(1, "a.b", Purpose::Dropout, 0));
+        assert_ne!(base, word(1, "a.b", Purpose::Init, 1));
+    }
+
+    #[test]
+    fn the_words_of_a_seed_never_change() {
+        // Value stability: a change here changes every result of every user, so it is announced.
+        let stream = Noise::new(42).stream("roberta.encoder.layer.0", Purpose::Gaussian);
+        assert_eq!(stream.words(7, 3), VALUE_STABILITY);
+    }
+
+    const VALUE_STABILITY: [u32; 4] = [0, 0, 0, 0];
+
+    #[test]
+    fn normals_have_the_moments_of_a_normal() {
+        let n = 400_000;
+        let mut z = vec![0.0; n];
+        Noise::new(3).stream("x", Purpose::Gaussian).fill_normal(0, &mut z);
+        let moment = |p: i32| z.iter().map(|v| v.powi(p)).sum::<f64>() / n as f64;
+        let root = (n as f64).sqrt();
+        // Standard errors of the first four raw moments: 1, sqrt 2, sqrt 15, sqrt 96 over sqrt n.
+        assert!(moment(1).abs() < 5.0 / root);
+        assert!((moment(2) - 1.0).abs() < 5.0 * 2f64.sqrt() / root);
+        assert!(moment(3).abs() < 5.0 * 15f64.sqrt() / root);
+        assert!((moment(4) - 3.0).abs() < 5.0 * 96f64.sqrt() / root);
+        let neighbours = z.windows(2).map(|w| w[0] * w[1]).sum::<f64>() / n as f64;
+        assert!(neighbours.abs() < 5.0 / root);
+    }
+
+    #[test]
+    fn single_precision_normals_are_the_double_ones_rounded() {
+        let stream = Noise::new(9).stream("x", Purpose::Init);
+        let (mut wide, mut narrow) = (vec![0.0; 5], vec![0.0; 5]);
+        stream.fill_normal(1, &mut wide);
+        stream.fill_normal_f32(1, &mut narrow);
+        assert!(wide.iter().zip(&narrow).all(|(w, n)| *w as f32 == *n));
+    }
+
+    #[test]
+    fn a_permutation_holds_every_index_once_and_moves_them() {
+        let stream = Noise::new(5).stream("data", Purpose::Shuffle);
+        let order = stream.permutation(0, 100);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..100).collect::<Vec<_>>());
+        assert_ne!(order, sorted);
+        assert_ne!(order, stream.permutation(1, 100));
+        assert!(stream.permutation(0, 0).is_empty());
+    }
+}

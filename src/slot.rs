@@ -1,0 +1,190 @@
+//! The seam between models and methods: [`Pass`], [`Adapter`], [`Slot`] and the one walk.
+//!
+//! A model's linear layer is a [`Slot`]: its frozen base and its named adapters. Models thread a
+//! `&Pass` down their forward pass; whether a layer samples is never a flag that it stores.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::params::Role;
+
+/// Which weights a forward pass uses. The caller owns the draw index: one per micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// The posterior mean, no dropout: deterministic prediction.
+    Mean,
+    /// A fresh draw, dropout active: training.
+    Train {
+        /// The index of the draw; the same index is the same noise.
+        draw: u64,
+    },
+    /// Draw number `draw` of the posterior, no dropout: the same weights for every batch.
+    Posterior {
+        /// The index of the draw.
+        draw: u64,
+    },
+}
+
+impl Pass {
+    /// The draw that dropout uses: only training drops.
+    pub fn dropout_draw(&self) -> Option<u64> {
+        match self {
+            Self::Train { draw } => Some(*draw),
+            Self::Mean | Self::Posterior { .. } => None,
+        }
+    }
+
+    /// The draw that posterior sampling uses. Training draws are even and predictive ones odd, so
+    /// the two never share noise.
+    pub fn posterior_draw(&self) -> Option<u64> {
+        match self {
+            Self::Mean => None,
+            Self::Train { draw } => Some(draw << 1),
+            Self::Posterior { draw } => Some(draw << 1 | 1),
+        }
+    }
+}
+
+/// A method's change to one linear layer. Its forward is pure: it alters no state.
+pub trait Adapter: Send + Sync + std::fmt::Debug {
+    /// The adapted layer's output.
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`, any float dtype
+    /// - output: `(.., out_dim)`, the dtype of `xs`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit the base.
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor>;
+
+    /// The trainable tensors, by role.
+    fn parameters(&self) -> Vec<(Role, Tensor)>;
+
+    /// The change of the base weight that the mean adapter amounts to, `(out_dim, in_dim)` in the
+    /// adapter's dtype, where there is one.
+    ///
+    /// # Errors
+    /// If candle fails.
+    fn delta(&self) -> candle_core::Result<Option<Tensor>>;
+
+    /// The concrete method, for those that know it (the regulariser, files).
+    fn as_any(&self) -> &dyn Any;
+
+    /// The same, to change it in place.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+/// A linear layer of a model: its base weight and its adapters, of which at most one is active.
+#[derive(Debug)]
+pub struct Slot {
+    path: String,
+    base: Linear,
+    adapters: BTreeMap<String, Box<dyn Adapter>>,
+    active: Option<String>,
+}
+
+impl Slot {
+    /// A slot without adapters. `path` is the layer's Hugging Face name.
+    pub fn new(path: impl Into<String>, base: Linear) -> Self {
+        Self { path: path.into(), base, adapters: BTreeMap::new(), active: None }
+    }
+
+    /// The layer's Hugging Face name, such as `roberta.encoder.layer.0.attention.self.query`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The base layer.
+    pub fn base(&self) -> &Linear {
+        &self.base
+    }
+
+    /// `(in_dim, out_dim)` of the base layer.
+    ///
+    /// # Errors
+    /// If the base weight is not a matrix.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        let (out_dim, in_dim) = self.base.weight().dims2()?;
+        Ok((in_dim, out_dim))
+    }
+
+    /// Adds an adapter and makes it the active one.
+    ///
+    /// # Errors
+    /// If the slot has an adapter of this name.
+    pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
+        if self.adapters.contains_key(name) {
+            return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
+        }
+        self.adapters.insert(name.to_string(), adapter);
+        self.active = Some(name.to_string());
+        Ok(())
+    }
+
+    /// Takes the adapter of this name away.
+    pub fn remove(&mut self, name: &str) -> Option<Box<dyn Adapter>> {
+        if self.active.as_deref() == Some(name) {
+            self.active = None;
+        }
+        self.adapters.remove(name)
+    }
+
+    /// Makes the adapter of this name active, or none of them.
+    ///
+    /// # Errors
+    /// If the slot has no adapter of this name.
+    pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
+        if let Some(name) = name.filter(|name| !self.adapters.contains_key(*name)) {
+            return Err(Error::config("adapter", format!("{} has no adapter {name:?}", self.path)));
+        }
+        self.active = name.map(str::to_string);
+        Ok(())
+    }
+
+    /// The adapter of this name.
+    pub fn adapter(&self, name: &str) -> Option<&dyn Adapter> {
+        self.adapters.get(name).map(AsRef::as_ref)
+    }
+
+    /// The name and the adapter that is active.
+    pub fn active(&self) -> Option<(&str, &dyn Adapter)> {
+        let name = self.active.as_deref()?;
+        Some((name, self.adapter(name)?))
+    }
+
+    /// The layer's output: the active adapter's, or the base's.
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`
+    /// - output: `(.., out_dim)`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        match self.active() {
+            Some((_, adapter)) => adapter.forward(xs, &self.base, pass),
+            None => ops::linear(xs, self.base.weight(), self.base.bias()),
+        }
+    }
+}
+
+/// The one walk over a model's linear layers. Injection, saving, loading, merging and counting
+/// are closures over it.
+pub trait Linears {
+    /// Calls `f` on every slot, in the model's own order.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()>;
+
+    /// Calls `f` on every slot, to change it in place.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()>;
+}
