@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_nn::init::NormalOrUniform;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::VarBuilder;
 
@@ -252,8 +253,19 @@ impl SimpleBackend for Trainable {
         let init = match hint {
             candle_nn::Init::Const(value) => Init::Constant(value),
             candle_nn::Init::Uniform { lo, up } => Init::Uniform(lo, up),
-            candle_nn::Init::Randn { mean, stdev } if mean == 0.0 => Init::Normal(stdev),
-            other => candle_core::bail!("{name}: initialisation {other:?} is not supported"),
+            candle_nn::Init::Randn { mean: 0.0, stdev } => Init::Normal(stdev),
+            candle_nn::Init::Randn { mean, stdev } => {
+                candle_core::bail!(
+                    "{name}: a normal start of mean {mean} (deviation {stdev}) is not supported"
+                )
+            }
+            candle_nn::Init::Kaiming { dist, fan, non_linearity } => {
+                let std = non_linearity.gain() / (fan.for_shape(&shape) as f64).sqrt();
+                match dist {
+                    NormalOrUniform::Normal => Init::Normal(std),
+                    NormalOrUniform::Uniform => Init::Uniform(-std * 3f64.sqrt(), std * 3f64.sqrt()),
+                }
+            }
         };
         Ok(self.params.create(name, self.role, shape, &init)?)
     }

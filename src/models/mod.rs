@@ -1,4 +1,9 @@
-//! Models.
+//! Trainable models and the files they come from.
+//!
+//! The models of `candle-transformers` are for inference: their fused layers cut gradients and
+//! their linears are private. These are trainable, their linears are [`Slot`](crate::slot::Slot)s,
+//! and their forward passes are tested against `candle-transformers` and against Hugging Face.
 
 pub mod hub;
+pub mod layers;
 pub mod roberta;

@@ -1,0 +1,99 @@
+//! The pieces that models share: fetching by name, layer norm, dropout.
+
+use candle_core::Tensor;
+use candle_nn::{Init, Linear, VarBuilder};
+
+use crate::error::Result;
+use crate::noise::{Noise, Purpose, Stream};
+use crate::ops;
+use crate::slot::{Pass, Slot};
+
+/// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
+/// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
+///
+/// # Errors
+/// If a tensor is missing or of another shape.
+pub fn linear(in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> Result<Linear> {
+    let init = Init::Randn { mean: 0.0, stdev: init_std };
+    let weight = vb.get_with_hints((out_dim, in_dim), "weight", init)?;
+    let bias = vb.get_with_hints(out_dim, "bias", Init::Const(0.0))?;
+    Ok(Linear::new(weight, Some(bias)))
+}
+
+/// A [`linear`] layer that adapters can be put on. `path` is its Hugging Face name.
+///
+/// # Errors
+/// As [`linear`].
+pub fn slot(path: &str, in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> Result<Slot> {
+    Ok(Slot::new(path, linear(in_dim, out_dim, init_std, vb)?))
+}
+
+/// Layer norm over the last dimension (Ba et al. 2016).
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Fetches `weight` and `bias` (dim), or `gamma` and `beta` as old BERT checkpoints call them.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape.
+    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        let old = vb.contains_tensor("gamma");
+        let (weight, bias) = if old { ("gamma", "beta") } else { ("weight", "bias") };
+        Ok(Self {
+            weight: vb.get_with_hints(dim, weight, Init::Const(1.0))?,
+            bias: vb.get_with_hints(dim, bias, Init::Const(0.0))?,
+            eps,
+        })
+    }
+
+    /// The normalised `xs` (.., dim).
+    ///
+    /// # Errors
+    /// If the last dimension differs.
+    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        ops::layer_norm(xs, &self.weight, &self.bias, self.eps)
+    }
+
+    /// The normalised sum of `xs` and `residual`, both (.., dim).
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> candle_core::Result<Tensor> {
+        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// Dropout at one place of a model, from noise addressed by the place's path.
+#[derive(Debug, Clone)]
+pub struct Dropout {
+    rate: f64,
+    stream: Stream,
+}
+
+impl Dropout {
+    /// Dropout with probability `rate` at `path`.
+    pub fn new(rate: f64, noise: Noise, path: &str) -> Self {
+        Self { rate, stream: noise.stream(path, Purpose::Dropout) }
+    }
+
+    /// Drops in training, and passes `xs` on in every other pass.
+    ///
+    /// # Errors
+    /// If the rate is not in `[0, 1)`.
+    pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        match self.active(pass) {
+            Some((rate, stream, draw)) => ops::dropout(xs, rate, &stream, draw),
+            None => Ok(xs.clone()),
+        }
+    }
+
+    /// Rate, stream and draw, where this pass drops: for ops that drop inside.
+    pub fn active(&self, pass: &Pass) -> Option<(f64, Stream, u64)> {
+        pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
+    }
+}

@@ -1,1 +1,0 @@
-//! RoBERTa and BERT.

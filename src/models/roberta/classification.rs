@@ -1,0 +1,119 @@
+//! The encoder with a head that classifies or scores a whole sequence.
+
+use candle_core::Tensor;
+use candle_nn::{Linear, VarBuilder};
+
+use super::config::{Family, RobertaConfig};
+use super::encoder::RobertaEncoder;
+use crate::error::Result;
+use crate::models::layers::{linear, slot, Dropout};
+use crate::noise::Noise;
+use crate::ops;
+use crate::slot::{Linears, Pass, Slot};
+
+/// RoBERTa or BERT with a classification head on the first token.
+#[derive(Debug)]
+pub struct RobertaForSequenceClassification {
+    encoder: RobertaEncoder,
+    head: Head,
+    config: RobertaConfig,
+}
+
+/// RoBERTa: dropout, dense, tanh, dropout, projection; all of it belongs to the task.
+/// BERT: the pooler (dense, tanh) belongs to the encoder; dropout, projection to the task.
+#[derive(Debug)]
+enum Head {
+    Roberta { before: Dropout, dense: Linear, after: Dropout, out_proj: Linear },
+    Bert { pooler: Slot, dropout: Dropout, classifier: Linear },
+}
+
+impl RobertaForSequenceClassification {
+    /// Fetches the encoder from `vb` and the task head from `head` (names start at `classifier`):
+    /// under an adapter method a frozen checkpoint and
+    /// [`Params::var_builder`](crate::params::Params::var_builder).
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: VarBuilder, head: VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let encoder = RobertaEncoder::load(&vb, config, noise)?;
+        let (d, labels, std) = (config.hidden_size, config.num_labels(), config.initializer_range);
+        let dropout = |name: &str| Dropout::new(config.head_dropout(), noise, name);
+        let classifier = head.pp("classifier");
+        let head = match config.model_type {
+            Family::Roberta => Head::Roberta {
+                before: dropout("classifier.before"),
+                dense: linear(d, d, std, &classifier.pp("dense"))?,
+                after: dropout("classifier.after"),
+                out_proj: linear(d, labels, std, &classifier.pp("out_proj"))?,
+            },
+            Family::Bert => {
+                let bare = vb.contains_tensor("pooler.dense.weight");
+                let vb = if bare { vb.pp("pooler.dense") } else { vb.pp("bert.pooler.dense") };
+                Head::Bert {
+                    pooler: slot("bert.pooler.dense", d, d, std, &vb)?,
+                    dropout: dropout("classifier"),
+                    classifier: linear(d, labels, std, &classifier)?,
+                }
+            }
+        };
+        Ok(Self { encoder, head, config: config.clone() })
+    }
+
+    /// The configuration, with the number of labels the head has.
+    pub fn config(&self) -> &RobertaConfig {
+        &self.config
+    }
+
+    /// The logits, or the scores of a regression.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `(b, t)` of u32
+    /// - `token_type_ids`: `(b, t)` of u32; all zero where absent
+    /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens
+    /// - output: `(b, num_labels)`, the head's dtype
+    ///
+    /// # Errors
+    /// If shapes differ, or the sequence is longer than the model's.
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        token_type_ids: Option<&Tensor>,
+        attention_mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, pass)?;
+        let first = hidden.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?; // (b, d)
+        let project = |layer: &Linear, xs: &Tensor| {
+            let weight = layer.weight();
+            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias())
+        };
+        match &self.head {
+            Head::Roberta { before, dense, after, out_proj } => {
+                let xs = project(dense, &before.forward(&first, pass)?)?.tanh()?;
+                project(out_proj, &after.forward(&xs, pass)?)
+            }
+            Head::Bert { pooler, dropout, classifier } => {
+                let pooled = pooler.forward(&first, pass)?.tanh()?;
+                project(classifier, &dropout.forward(&pooled, pass)?)
+            }
+        }
+    }
+}
+
+impl Linears for RobertaForSequenceClassification {
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.encoder.visit_linears(f)?;
+        match &self.head {
+            Head::Bert { pooler, .. } => f(pooler),
+            Head::Roberta { .. } => Ok(()),
+        }
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.encoder.visit_linears_mut(f)?;
+        match &mut self.head {
+            Head::Bert { pooler, .. } => f(pooler),
+            Head::Roberta { .. } => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The configuration of an encoder, as Hugging Face's `config.json` has it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Which of the two encoders a checkpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// RoBERTa and its relatives: positions are counted from `pad_token_id + 1` over real tokens.
+    #[serde(alias = "xlm-roberta", alias = "camembert")]
+    Roberta,
+    /// BERT: positions are counted from zero; the head reads a pooler.
+    Bert,
+}
+
+impl Family {
+    /// The prefix of the encoder's tensors in a checkpoint with a head.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Roberta => "roberta",
+            Self::Bert => "bert",
+        }
+    }
+}
+
+/// The fields of `config.json` that shape the computation; others are ignored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RobertaConfig {
+    /// Which encoder it is.
+    pub model_type: Family,
+    /// The number of token ids.
+    pub vocab_size: usize,
+    /// The width of the residual stream.
+    pub hidden_size: usize,
+    /// The number of layers.
+    pub num_hidden_layers: usize,
+    /// The number of attention heads; divides `hidden_size`.
+    pub num_attention_heads: usize,
+    /// The inner width of the feed-forward block.
+    pub intermediate_size: usize,
+    /// The activation of the feed-forward block; `gelu` (the exact one) is supported.
+    #[serde(default = "defaults::hidden_act")]
+    pub hidden_act: String,
+    /// Dropout of embeddings and of each sub-layer's output, in training.
+    #[serde(default = "defaults::dropout")]
+    pub hidden_dropout_prob: f64,
+    /// Dropout of the attention probabilities, in training.
+    #[serde(default = "defaults::dropout")]
+    pub attention_probs_dropout_prob: f64,
+    /// Dropout in the classification head; `hidden_dropout_prob` where absent.
+    #[serde(default)]
+    pub classifier_dropout: Option<f64>,
+    /// The number of position embeddings; RoBERTa uses the first `pad_token_id + 1` for padding.
+    pub max_position_embeddings: usize,
+    /// The number of token types (segments).
+    pub type_vocab_size: usize,
+    /// The standard deviation that new weights start with.
+    #[serde(default = "defaults::initializer_range")]
+    pub initializer_range: f64,
+    /// Added to the variance in every layer norm.
+    pub layer_norm_eps: f64,
+    /// The id of padding.
+    #[serde(default)]
+    pub pad_token_id: u32,
+    /// How positions enter; `absolute` is supported.
+    #[serde(default = "defaults::position_embedding_type")]
+    pub position_embedding_type: String,
+    /// The names of the classes; [`Self::num_labels`] counts them.
+    #[serde(default = "defaults::id2label")]
+    pub id2label: BTreeMap<usize, String>,
+}
+
+mod defaults {
+    use std::collections::BTreeMap;
+
+    pub fn hidden_act() -> String {
+        "gelu".to_string()
+    }
+    pub fn dropout() -> f64 {
+        0.1
+    }
+    pub fn initializer_range() -> f64 {
+        0.02
+    }
+    pub fn position_embedding_type() -> String {
+        "absolute".to_string()
+    }
+    pub fn id2label() -> BTreeMap<usize, String> {
+        super::RobertaConfig::label_names(2)
+    }
+}
+
+impl RobertaConfig {
+    /// Reads and checks a `config.json`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let config: Self = serde_json::from_str(&text).map_err(|e| Error::format(path, e.to_string()))?;
+        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
+        Ok(config)
+    }
+
+    /// Checks that the values fit each other and are supported.
+    ///
+    /// # Errors
+    /// Names the first option at fault.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("intermediate_size", self.intermediate_size),
+            ("type_vocab_size", self.type_vocab_size),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(Error::config(*name, "must be positive"));
+        }
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            let reason = format!("{} heads do not divide {}", self.num_attention_heads, self.hidden_size);
+            return Err(Error::config("num_attention_heads", reason));
+        }
+        if self.hidden_act != "gelu" {
+            return Err(Error::config("hidden_act", format!("expected gelu, got {}", self.hidden_act)));
+        }
+        if self.position_embedding_type != "absolute" {
+            let reason = format!("expected absolute, got {}", self.position_embedding_type);
+            return Err(Error::config("position_embedding_type", reason));
+        }
+        if self.max_length() == 0 {
+            return Err(Error::config("max_position_embeddings", "leaves no room for a token"));
+        }
+        let rates = [
+            ("hidden_dropout_prob", self.hidden_dropout_prob),
+            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+            ("classifier_dropout", self.head_dropout()),
+        ];
+        match rates.iter().find(|(_, rate)| !(0.0..1.0).contains(rate)) {
+            Some((name, rate)) => Err(Error::config(*name, format!("expected [0, 1), got {rate}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The longest sequence, in tokens.
+    pub fn max_length(&self) -> usize {
+        self.max_position_embeddings.saturating_sub(self.first_position() as usize)
+    }
+
+    /// The position of a sequence's first token.
+    pub fn first_position(&self) -> u32 {
+        match self.model_type {
+            Family::Roberta => self.pad_token_id.saturating_add(1),
+            Family::Bert => 0,
+        }
+    }
+
+    /// The number of outputs of a classification head.
+    pub fn num_labels(&self) -> usize {
+        self.id2label.len()
+    }
+
+    /// The same configuration with `n` outputs, named as Hugging Face names them.
+    pub fn with_num_labels(mut self, n: usize) -> Self {
+        self.id2label = Self::label_names(n);
+        self
+    }
+
+    /// Dropout in the classification head.
+    pub fn head_dropout(&self) -> f64 {
+        self.classifier_dropout.unwrap_or(self.hidden_dropout_prob)
+    }
+
+    fn label_names(n: usize) -> BTreeMap<usize, String> {
+        (0..n).map(|i| (i, format!("LABEL_{i}"))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roberta_base() -> RobertaConfig {
+        // The fields of roberta-base.
+        let text = r#"{"model_type": "roberta", "vocab_size": 50265, "hidden_size": 768,
+            "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+            "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-05,
+            "pad_token_id": 1, "bos_token_id": 0, "architectures": ["RobertaForMaskedLM"]}"#;
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn roberta_reserves_the_positions_of_padding() {
+        let config = roberta_base();
+        config.validate().unwrap();
+        assert_eq!((config.max_length(), config.first_position(), config.num_labels()), (512, 2, 2));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        let wrong = |change: fn(&mut RobertaConfig)| {
+            let mut config = roberta_base();
+            change(&mut config);
+            config.validate().unwrap_err().to_string()
+        };
+        assert!(wrong(|c| c.hidden_act = "relu".into()).contains("hidden_act: expected gelu, got relu"));
+        assert!(wrong(|c| c.num_attention_heads = 7).contains("7 heads do not divide 768"));
+        assert!(wrong(|c| c.position_embedding_type = "relative_key".into()).contains("relative_key"));
+        assert!(wrong(|c| c.hidden_dropout_prob = 1.0).contains("hidden_dropout_prob"));
+        assert!(wrong(|c| c.max_position_embeddings = 2).contains("max_position_embeddings"));
+        assert!(wrong(|c| c.vocab_size = 0).contains("vocab_size"));
+    }
+
+    #[test]
+    fn a_malformed_file_is_named_in_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, "{\"model_type\": \"gpt2\"}").unwrap();
+        let error = RobertaConfig::from_file(&path).unwrap_err().to_string();
+        assert!(error.contains("config.json") && error.contains("gpt2"), "{error}");
+        let error = RobertaConfig::from_file(&dir.path().join("none.json")).unwrap_err().to_string();
+        assert!(error.contains("none.json"), "{error}");
+    }
+}

@@ -1,0 +1,229 @@
+//! The encoder: embeddings and a stack of post-norm transformer layers.
+
+use candle_core::{DType, Tensor, D};
+use candle_nn::{Init, VarBuilder};
+
+use super::config::{Family, RobertaConfig};
+use crate::error::{Error, Result};
+use crate::models::layers::{slot, Dropout, LayerNorm};
+use crate::noise::Noise;
+use crate::ops::{self, Mask};
+use crate::slot::{Linears, Pass, Slot};
+
+/// The encoder of RoBERTa or BERT.
+#[derive(Debug)]
+pub struct RobertaEncoder {
+    embeddings: Embeddings,
+    layers: Vec<Layer>,
+}
+
+impl RobertaEncoder {
+    /// Fetches the encoder by name, with or without the family's prefix.
+    ///
+    /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        config.validate()?;
+        let prefix = config.model_type.prefix();
+        let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
+        let vb = if bare { vb.clone() } else { vb.pp(prefix) };
+        let layers = (0..config.num_hidden_layers).map(|i| {
+            let path = format!("{prefix}.encoder.layer.{i}");
+            Layer::load(&path, &vb.pp("encoder").pp("layer").pp(i), config, noise)
+        });
+        Ok(Self {
+            embeddings: Embeddings::load(
+                &format!("{prefix}.embeddings"),
+                &vb.pp("embeddings"),
+                config,
+                noise,
+            )?,
+            layers: layers.collect::<Result<_>>()?,
+        })
+    }
+
+    /// The last hidden states.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `(b, t)` of u32
+    /// - `token_type_ids`: `(b, t)` of u32; all zero where absent
+    /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens
+    /// - output: `(b, t, hidden_size)`
+    ///
+    /// # Errors
+    /// If shapes differ, or the sequence is longer than the model's.
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        token_type_ids: Option<&Tensor>,
+        attention_mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let mask = Mask { padding: Some(attention_mask.clone()), causal: false };
+        let mut xs = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
+        for layer in &self.layers {
+            xs = layer.forward(&xs, &mask, pass)?;
+        }
+        Ok(xs)
+    }
+
+    /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
+    pub fn word_embeddings(&self) -> &Tensor {
+        &self.embeddings.words
+    }
+}
+
+impl Linears for RobertaEncoder {
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.layers.iter().flat_map(Layer::slots).try_for_each(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.layers.iter_mut().flat_map(Layer::slots_mut).try_for_each(f)
+    }
+}
+
+/// Words, positions and token types, summed, normalised, dropped.
+#[derive(Debug)]
+struct Embeddings {
+    words: Tensor,       // (vocab, d)
+    positions: Tensor,   // (max positions, d)
+    token_types: Tensor, // (types, d)
+    norm: LayerNorm,
+    dropout: Dropout,
+    family: Family,
+    pad_token_id: u32,
+    first_position: u32,
+    max_length: usize,
+}
+
+impl Embeddings {
+    fn load(path: &str, vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let table = |name: &str, rows: usize| {
+            let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+            vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init)
+        };
+        Ok(Self {
+            words: table("word_embeddings", config.vocab_size)?,
+            positions: table("position_embeddings", config.max_position_embeddings)?,
+            token_types: table("token_type_embeddings", config.type_vocab_size)?,
+            norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
+            dropout: Dropout::new(config.hidden_dropout_prob, noise, path),
+            family: config.model_type,
+            pad_token_id: config.pad_token_id,
+            first_position: config.first_position(),
+            max_length: config.max_length(),
+        })
+    }
+
+    fn forward(&self, ids: &Tensor, types: Option<&Tensor>, pass: &Pass) -> candle_core::Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        if t > self.max_length {
+            let reason = format!("{t} tokens are more than the model's {}", self.max_length);
+            return Err(Error::config("max_length", reason).into());
+        }
+        let words = ops::embedding(ids, &self.words)?; // (b, t, d)
+        let positions = ops::embedding(&self.position_ids(ids)?, &self.positions)?;
+        let types = match types {
+            Some(types) => ops::embedding(types, &self.token_types)?,
+            None => self.token_types.narrow(0, 0, 1)?.unsqueeze(0)?, // (1, 1, d)
+        };
+        let sum = words.broadcast_add(&positions)?.broadcast_add(&types)?;
+        self.dropout.forward(&self.norm.forward(&sum)?, pass)
+    }
+
+    /// `(b, t)` or `(1, t)` of u32. RoBERTa numbers the real tokens of each row after the padding
+    /// id and gives padding that id itself; BERT numbers columns.
+    fn position_ids(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let t = ids.dim(1)? as u32;
+        match self.family {
+            Family::Bert => Tensor::arange(0, t, ids.device())?.unsqueeze(0),
+            Family::Roberta => {
+                // In f32, exactly: positions are small, and not every backend sums integers.
+                let real = ids.ne(self.pad_token_id)?.to_dtype(DType::F32)?;
+                let offset = f64::from(self.first_position - 1);
+                ((real.cumsum(D::Minus1)? * real)? + offset)?.to_dtype(DType::U32)
+            }
+        }
+    }
+}
+
+/// Self-attention and feed-forward block, each followed by dropout, residual and layer norm.
+#[derive(Debug)]
+struct Layer {
+    query: Slot,
+    key: Slot,
+    value: Slot,
+    attention_output: Slot,
+    attention_norm: LayerNorm,
+    intermediate: Slot,
+    output: Slot,
+    output_norm: LayerNorm,
+    probs_dropout: Dropout,
+    attention_dropout: Dropout,
+    output_dropout: Dropout,
+    heads: usize,
+}
+
+impl Layer {
+    fn load(path: &str, vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let (d, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let linear = |name: &str, in_dim, out_dim| {
+            let std = config.initializer_range;
+            slot(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
+        };
+        let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
+        Ok(Self {
+            query: linear("attention.self.query", d, d)?,
+            key: linear("attention.self.key", d, d)?,
+            value: linear("attention.self.value", d, d)?,
+            attention_output: linear("attention.output.dense", d, d)?,
+            attention_norm: LayerNorm::load(d, eps, &vb.pp("attention.output.LayerNorm"))?,
+            intermediate: linear("intermediate.dense", d, inner)?,
+            output: linear("output.dense", inner, d)?,
+            output_norm: LayerNorm::load(d, eps, &vb.pp("output.LayerNorm"))?,
+            probs_dropout: dropout(config.attention_probs_dropout_prob, "attention.self"),
+            attention_dropout: dropout(config.hidden_dropout_prob, "attention.output"),
+            output_dropout: dropout(config.hidden_dropout_prob, "output"),
+            heads: config.num_attention_heads,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor, mask: &Mask, pass: &Pass) -> candle_core::Result<Tensor> {
+        let q = self.query.forward(xs, pass)?; // (b, t, d)
+        let k = self.key.forward(xs, pass)?;
+        let v = self.value.forward(xs, pass)?;
+        let scale = (q.dim(D::Minus1)? as f64 / self.heads as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(pass);
+        let context = ops::attention(&q, &k, &v, self.heads, self.heads, scale, mask, dropout)?;
+        let attended = self.attention_output.forward(&context, pass)?;
+        let xs = self.attention_norm.forward_add(&self.attention_dropout.forward(&attended, pass)?, xs)?;
+        let inner = self.feed_forward(&xs, pass)?;
+        self.output_norm.forward_add(&self.output_dropout.forward(&inner, pass)?, &xs)
+    }
+
+    fn feed_forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        if self.intermediate.active().is_none() && self.output.active().is_none() {
+            let (up, down) = (self.intermediate.base(), self.output.base());
+            return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias());
+        }
+        self.output.forward(&ops::gelu(&self.intermediate.forward(xs, pass)?)?, pass)
+    }
+
+    fn slots(&self) -> [&Slot; 6] {
+        [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
+    }
+
+    fn slots_mut(&mut self) -> [&mut Slot; 6] {
+        [
+            &mut self.query,
+            &mut self.key,
+            &mut self.value,
+            &mut self.attention_output,
+            &mut self.intermediate,
+            &mut self.output,
+        ]
+    }
+}

@@ -1,0 +1,80 @@
+//! The encoder with the head that names masked tokens: pre-training.
+
+use candle_core::{Tensor, D};
+use candle_nn::{Init, Linear, VarBuilder};
+
+use super::config::{Family, RobertaConfig};
+use super::encoder::RobertaEncoder;
+use crate::error::Result;
+use crate::models::layers::{linear, LayerNorm};
+use crate::noise::Noise;
+use crate::ops;
+use crate::slot::{Linears, Pass, Slot};
+
+/// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
+#[derive(Debug)]
+pub struct RobertaForMaskedLM {
+    encoder: RobertaEncoder,
+    dense: Linear,
+    norm: LayerNorm,
+    bias: Tensor, // (vocab)
+}
+
+impl RobertaForMaskedLM {
+    /// Fetches encoder and head from `vb`.
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let (d, eps) = (config.hidden_size, config.layer_norm_eps);
+        let (dense, norm, bias) = match config.model_type {
+            Family::Roberta => ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+            Family::Bert => {
+                ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions")
+            }
+        };
+        Ok(Self {
+            encoder: RobertaEncoder::load(&vb, config, noise)?,
+            dense: linear(d, d, config.initializer_range, &vb.pp(dense))?,
+            norm: LayerNorm::load(d, eps, &vb.pp(norm))?,
+            bias: vb.pp(bias).get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
+        })
+    }
+
+    /// The logits of the tokens at some positions: masked ones are one in seven, so the
+    /// projection onto the vocabulary is left out elsewhere.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `(b, t)` of u32
+    /// - `token_type_ids`: `(b, t)` of u32; all zero where absent
+    /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens
+    /// - `positions`: `(n)` of u32, each `row * t + column`
+    /// - output: `(n, vocab_size)`
+    ///
+    /// # Errors
+    /// If shapes differ, the sequence is too long, or a position is out of range.
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        token_type_ids: Option<&Tensor>,
+        attention_mask: &Tensor,
+        positions: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, pass)?;
+        let d = hidden.dim(D::Minus1)?;
+        let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
+        let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias())?)?;
+        ops::linear(&self.norm.forward(&xs)?, self.encoder.word_embeddings(), Some(&self.bias))
+    }
+}
+
+impl Linears for RobertaForMaskedLM {
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.encoder.visit_linears(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.encoder.visit_linears_mut(f)
+    }
+}
