@@ -176,6 +176,10 @@ impl Slot {
 /// The one walk over a model's linear layers. Injection, saving, loading, merging and counting
 /// are closures over it.
 pub trait Linears {
+    /// The names of the layers that are adapted unless the user names others: the projections to
+    /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out.
+    fn default_targets(&self) -> &'static [&'static str];
+
     /// Calls `f` on every slot, in the model's own order.
     ///
     /// # Errors

@@ -101,6 +101,10 @@ impl RobertaForSequenceClassification {
 }
 
 impl Linears for RobertaForSequenceClassification {
+    fn default_targets(&self) -> &'static [&'static str] {
+        self.encoder.default_targets()
+    }
+
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears(f)?;
         match &self.head {

@@ -76,6 +76,10 @@ impl RobertaEncoder {
 }
 
 impl Linears for RobertaEncoder {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &["query", "key", "value"]
+    }
+
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
         self.layers.iter().flat_map(Layer::slots).try_for_each(f)
     }

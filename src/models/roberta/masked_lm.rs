@@ -70,6 +70,10 @@ impl RobertaForMaskedLM {
 }
 
 impl Linears for RobertaForMaskedLM {
+    fn default_targets(&self) -> &'static [&'static str] {
+        self.encoder.default_targets()
+    }
+
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears(f)
     }

@@ -1,0 +1,173 @@
+//! The encoders against two independent implementations: candle-transformers and Hugging Face.
+
+mod support;
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Activation, VarBuilder};
+use candle_transformers::models::{bert, xlm_roberta};
+use monteclora::models::roberta::{
+    Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
+};
+use monteclora::noise::Noise;
+use monteclora::params::Role;
+use monteclora::slot::Pass;
+use support::{assert_close, padded_batch, toy_config, toy_weights, Outcome};
+
+fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu)
+}
+
+fn xlm_config(config: &RobertaConfig) -> xlm_roberta::Config {
+    xlm_roberta::Config {
+        hidden_size: config.hidden_size,
+        layer_norm_eps: config.layer_norm_eps,
+        attention_probs_dropout_prob: 0.0,
+        hidden_dropout_prob: 0.0,
+        num_attention_heads: config.num_attention_heads,
+        position_embedding_type: "absolute".into(),
+        intermediate_size: config.intermediate_size,
+        hidden_act: Activation::Gelu,
+        num_hidden_layers: config.num_hidden_layers,
+        vocab_size: config.vocab_size,
+        max_position_embeddings: config.max_position_embeddings,
+        type_vocab_size: config.type_vocab_size,
+        pad_token_id: config.pad_token_id,
+    }
+}
+
+#[test]
+fn roberta_classifies_as_candle_transformers_does() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let weights = toy_weights(&config, |vb, noise| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+    })?;
+    let (ids, types, mask) = padded_batch(&config)?;
+    let vb = frozen(&weights);
+    let oracle = xlm_roberta::XLMRobertaForSequenceClassification::new(3, &xlm_config(&config), vb.clone())?;
+    let expected = oracle.forward(&ids, &mask, &types)?;
+    let model = RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+    let logits = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    assert_eq!(logits.dims(), [3, 3]);
+    assert_close(&logits, &expected, 2e-5)?;
+    let without_types = model.forward(&ids, None, &mask, &Pass::Mean)?;
+    assert_close(&without_types, &expected, 2e-5)
+}
+
+#[test]
+fn roberta_names_masked_tokens_as_candle_transformers_does() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let weights = toy_weights(&config, |vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
+    let (ids, types, mask) = padded_batch(&config)?;
+    let vb = frozen(&weights);
+    let oracle = xlm_roberta::XLMRobertaForMaskedLM::new(&xlm_config(&config), vb.clone())?;
+    // candle-transformers leaves the projection's bias out; here it is added by hand.
+    let t = ids.dim(1)?;
+    let expected = oracle
+        .forward(&ids, &mask, &types, None, None, None)?
+        .broadcast_add(&weights["lm_head.bias"])?
+        .reshape((3 * t, config.vocab_size))?;
+    let positions = Tensor::new(&[1u32, 2, t as u32 + 1, 2 * t as u32], &Device::Cpu)?;
+    let model = RobertaForMaskedLM::load(vb, &config, Noise::new(0))?;
+    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean)?;
+    assert_close(&logits, &expected.index_select(&positions, 0)?, 5e-5)
+}
+
+#[test]
+fn bert_encodes_as_candle_transformers_does() -> Outcome {
+    let config = toy_config(Family::Bert);
+    let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
+    let (ids, types, mask) = padded_batch(&config)?;
+    let oracle_config: bert::Config = serde_json::from_value(serde_json::json!({
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers, "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0, "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size, "initializer_range": 0.02,
+        "layer_norm_eps": config.layer_norm_eps, "pad_token_id": 0, "model_type": "bert",
+    }))?;
+    let oracle = bert::BertModel::load(frozen(&weights), &oracle_config)?;
+    let expected = oracle.forward(&ids, &types, Some(&mask))?;
+    let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
+    let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    // Padding columns are nobody's business: compare the real tokens.
+    let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
+    assert_close(&hidden.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 5e-5)
+}
+
+#[test]
+fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
+    for family in [Family::Roberta, Family::Bert] {
+        let config = toy_config(family);
+        let weights = toy_weights(&config, |vb, noise| {
+            RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+        })?;
+        let prefix = format!("{}.", family.prefix());
+        let bare: HashMap<_, _> = weights
+            .iter()
+            .map(|(name, t)| (name.strip_prefix(&prefix).unwrap_or(name).to_string(), t.clone()))
+            .collect();
+        let (ids, types, mask) = padded_batch(&config)?;
+        let logits = |weights| -> Outcome<Tensor> {
+            let vb = frozen(weights);
+            let model = RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+            Ok(model.forward(&ids, Some(&types), &mask, &Pass::Mean)?)
+        };
+        assert_close(&logits(&bare)?, &logits(&weights)?, 0.0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn padding_does_not_change_a_prediction() -> Outcome {
+    for family in [Family::Roberta, Family::Bert] {
+        let config = toy_config(family);
+        let (model, _) = support::toy_classifier(&config, Role::Base, DType::F32)?;
+        let (ids, types, mask) = padded_batch(&config)?;
+        let together = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+        // Row 1 has 4 real tokens.
+        let cut = |x: &Tensor| x.narrow(0, 1, 1)?.narrow(1, 0, 4)?.contiguous();
+        let alone = model.forward(&cut(&ids)?, Some(&cut(&types)?), &cut(&mask)?, &Pass::Mean)?;
+        assert_close(&alone, &together.narrow(0, 1, 1)?, 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_sequence_longer_than_the_model_is_refused() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let (model, _) = support::toy_classifier(&config, Role::Base, DType::F32)?;
+    let long = Tensor::full(5u32, (1, config.max_length() + 1), &Device::Cpu)?;
+    let mask = long.ones_like()?.to_dtype(DType::U8)?;
+    let error = model.forward(&long, None, &mask, &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("max_length") && error.contains("more than the model's 38"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_configured_dropouts_act_in_training_alone() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let (ids, types, mask) = padded_batch(&config)?;
+    let out = |config: &RobertaConfig, pass: Pass| -> Outcome<Vec<f32>> {
+        let (model, _) = support::toy_classifier(config, Role::Base, DType::F32)?;
+        Ok(model.forward(&ids, Some(&types), &mask, &pass)?.flatten_all()?.to_vec1()?)
+    };
+    let mean = out(&config, Pass::Mean)?;
+    assert_eq!(mean, out(&config, Pass::Posterior { draw: 3 })?);
+    // Each dropout alone moves the output, and repeats with its draw.
+    let only = |hidden, attention, head| RobertaConfig {
+        hidden_dropout_prob: hidden,
+        attention_probs_dropout_prob: attention,
+        classifier_dropout: Some(head),
+        ..config.clone()
+    };
+    assert_eq!(mean, out(&only(0.0, 0.0, 0.0), Pass::Train { draw: 1 })?);
+    for dropped in [only(0.3, 0.0, 0.0), only(0.0, 0.3, 0.0), only(0.0, 0.0, 0.3)] {
+        let one = out(&dropped, Pass::Train { draw: 1 })?;
+        assert_ne!(one, mean);
+        assert_eq!(one, out(&dropped, Pass::Train { draw: 1 })?);
+        assert_ne!(one, out(&dropped, Pass::Train { draw: 2 })?);
+    }
+    Ok(())
+}
