@@ -39,13 +39,14 @@ impl Pass {
         }
     }
 
-    /// The draw that posterior sampling uses. Training draws are even and predictive ones odd, so
-    /// the two never share noise.
+    /// The draw that posterior sampling uses. Predictive draws lie in the upper half of the
+    /// addresses, so that they never share noise with training, whose draws stay consecutive (a
+    /// buffer fills blocks of them).
     pub fn posterior_draw(&self) -> Option<u64> {
         match self {
             Self::Mean => None,
-            Self::Train { draw } => Some(draw << 1),
-            Self::Posterior { draw } => Some(draw << 1 | 1),
+            Self::Train { draw } => Some(*draw),
+            Self::Posterior { draw } => Some(draw | 1 << 63),
         }
     }
 }

@@ -1,0 +1,66 @@
+//! Whole models against central differences, in double precision with the noise fixed.
+
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::ops;
+use monteclora::params::{Params, Role};
+use monteclora::slot::Pass;
+use support::{padded_batch, toy_classifier, toy_config, Outcome};
+
+/// Compares the gradient of `loss` with central differences at a few elements of each parameter.
+fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
+    let grads = loss()?.backward()?;
+    let value = || -> Outcome<f64> { Ok(loss()?.to_scalar::<f64>()?) };
+    let step = 1e-5;
+    for (name, param) in params.trainable() {
+        let grad = grads.get(&param.var).unwrap_or_else(|| panic!("{name} has no gradient"));
+        let grad: Vec<f64> = grad.flatten_all()?.to_vec1()?;
+        let start = param.var.as_tensor().copy()?.detach();
+        let values: Vec<f64> = start.flatten_all()?.to_vec1()?;
+        let n = values.len();
+        for i in [0, n / 3, n / 2, n - 1] {
+            let at = |delta: f64| -> Outcome<f64> {
+                let mut moved = values.clone();
+                moved[i] += delta;
+                params.set(&name, &Tensor::from_vec(moved, start.shape(), &Device::Cpu)?)?;
+                value()
+            };
+            let numeric = (at(step)? - at(-step)?) / (2.0 * step);
+            params.set(&name, &start)?;
+            let error = (grad[i] - numeric).abs();
+            assert!(
+                error <= 1e-7 + 1e-5 * numeric.abs(),
+                "{name}[{i}]: backward gives {}, differences {numeric}",
+                grad[i]
+            );
+        }
+    }
+    Ok(())
+}
+
+fn classification_loss(model: &RobertaForSequenceClassification, pass: &Pass) -> Outcome<Tensor> {
+    let (ids, types, mask) = padded_batch(model.config())?;
+    let logits = model.forward(&ids, Some(&types), &mask, pass)?;
+    Ok(ops::cross_entropy(&logits, &Tensor::new(&[2i64, 0, 1], &Device::Cpu)?, -100)?)
+}
+
+#[test]
+fn full_fine_tuning_differentiates_every_weight_of_the_encoder() -> Outcome {
+    for family in [Family::Roberta, Family::Bert] {
+        let (model, params) = toy_classifier(&toy_config(family), Role::Base, DType::F64)?;
+        check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_frozen_encoder_gives_gradients_to_its_head_alone() -> Outcome {
+    let (model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
+    check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }))?;
+    let names: Vec<String> = params.all().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert!(names.iter().all(|name| name.starts_with("classifier.")), "{names:?}");
+    Ok(())
+}
