@@ -1,1 +1,3 @@
 //! Task data.
+
+pub mod masked;
