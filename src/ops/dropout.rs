@@ -1,13 +1,102 @@
 //! Dropout from addressed noise.
 
-use candle_core::{Result, Tensor};
+use candle_core::{bail, Device, Result, Shape, Tensor};
 
+use super::attach::attach;
+use super::host::{dense, for_rows, tensor, Host};
+use super::lane::{pick, Lane};
+use super::plain;
 use crate::noise::Stream;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
+///
+/// Whether element i (in row-major order) stays is a function of (stream, draw, i) alone: word
+/// `i % 4` of noise block `i / 4`, on every device and for any number of threads. Kept for backward
+/// is one bit an element. `p = 0` returns `xs` itself.
+///
+/// # Errors
+/// If `p` is not in `[0, 1)`.
 pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
-    let mut u = vec![0f64; xs.elem_count()];
-    stream.fill_uniform(draw, &mut u);
-    let mask: Vec<f64> = u.iter().map(|u| if *u < p { 0.0 } else { 1.0 / (1.0 - p) }).collect();
-    xs * Tensor::from_vec(mask, xs.shape(), xs.device())?.to_dtype(xs.dtype())?
+    check(p)?;
+    if p == 0.0 {
+        return Ok(xs.clone());
+    }
+    let keep = Keep::new(xs.elem_count(), p, stream, draw);
+    let lane = pick(&[xs]);
+    if lane == Lane::Plain {
+        return plain::dropout(xs, &keep);
+    }
+    let y = keep.apply(lane, &xs.detach())?;
+    attach("dropout", [xs], y, move |call| Ok([Some(keep.apply(lane, &call.grad)?)]))
+}
+
+/// Whether `p` is a probability of dropping.
+pub(super) fn check(p: f64) -> Result<()> {
+    if !(0.0..1.0).contains(&p) {
+        bail!("dropout: the probability must be in [0, 1), got {p}");
+    }
+    Ok(())
+}
+
+/// Which elements stay: one bit each.
+pub(super) struct Keep {
+    bits: Vec<u8>,
+    len: usize,
+    scale: f64,
+}
+
+impl Keep {
+    pub fn new(len: usize, p: f64, stream: &Stream, draw: u64) -> Self {
+        let threshold = (p * 2f64.powi(32)) as u64; // dropped: the words below
+        let nibble = |block: usize| {
+            let words = stream.words(draw, block as u64);
+            words.iter().rev().fold(0u8, |bits, &word| bits << 1 | u8::from(u64::from(word) >= threshold))
+        };
+        let mut bits = vec![0u8; len.div_ceil(8)];
+        let piece = 1024;
+        let fill = |(i, bits): (usize, &mut [u8])| {
+            for (j, byte) in bits.iter_mut().enumerate() {
+                let block = 2 * (i * piece + j);
+                *byte = nibble(block) | nibble(block + 1) << 4;
+            }
+        };
+        if bits.len() <= piece {
+            fill((0, &mut bits));
+        } else {
+            use rayon::prelude::*;
+            bits.par_chunks_mut(piece).enumerate().for_each(fill);
+        }
+        Self { bits, len, scale: 1.0 / (1.0 - p) }
+    }
+
+    /// What the elements that stay are multiplied by.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Multiplies the elements from number `first` on. A product, not a choice: NaN stays NaN.
+    pub fn multiply(&self, first: usize, xs: &mut [f32]) {
+        let factors = [0.0, self.scale as f32];
+        for (i, x) in xs.iter_mut().enumerate() {
+            let i = first + i;
+            *x *= factors[usize::from(self.bits[i >> 3] >> (i & 7) & 1)];
+        }
+    }
+
+    /// The bits as a tensor of u8.
+    pub fn tensor(&self, shape: &Shape, device: &Device) -> Result<Tensor> {
+        let bytes: Vec<u8> = (0..self.len).map(|i| self.bits[i >> 3] >> (i & 7) & 1).collect();
+        Tensor::from_vec(bytes, shape, device)
+    }
+
+    /// The detached `xs`, dropped.
+    pub fn apply(&self, lane: Lane, xs: &Tensor) -> Result<Tensor> {
+        if lane == Lane::Fast {
+            let xs = dense(xs)?;
+            let mut y = Host::of(&xs)?.to_vec();
+            for_rows(&mut y, 1, |first, piece| self.multiply(first, piece));
+            return tensor(y, xs.dims());
+        }
+        (xs * self.tensor(xs.shape(), xs.device())?.to_dtype(xs.dtype())?)? * self.scale
+    }
 }

@@ -1,8 +1,28 @@
 //! The feed-forward block of an encoder with frozen weights.
 
-use candle_core::{Result, Tensor};
+use candle_core::{bail, Result, Tensor};
+
+use super::activation::{gelu_gradient, gelu_of};
+use super::attach::{attach, Saved};
+use super::host::{dense, for_rows, map, tensor, Host};
+use super::lane::{pick, Lane};
+use super::linear::{check, forward, input_gradient, input_product, product};
+use super::vmath;
 
 /// `gelu(x W1^T + b1) W2^T + b2`.
+///
+/// With frozen weights one node that keeps the pre-activation alone (recomputing it would be a
+/// third of backward's work; the activation is one cheap pass) and frees it in backward: half the
+/// memory of the composition. With a trainable weight it is the composition.
+///
+/// # Shapes
+/// - `xs`: `(.., dim)`, of rank 2 or more
+/// - `w1`: `(hidden, dim)`, `b1`: `(hidden)`
+/// - `w2`: `(out, hidden)`, `b2`: `(out)`
+/// - output: `(.., out)`
+///
+/// # Errors
+/// If the shapes do not fit.
 pub fn feed_forward(
     xs: &Tensor,
     w1: &Tensor,
@@ -10,5 +30,57 @@ pub fn feed_forward(
     w2: &Tensor,
     b2: Option<&Tensor>,
 ) -> Result<Tensor> {
-    super::linear(&super::gelu(&super::linear(xs, w1, b1)?)?, w2, b2)
+    let mut tensors = vec![xs, w1, w2];
+    tensors.extend(b1);
+    tensors.extend(b2);
+    let lane = pick(&tensors);
+    if lane == Lane::Plain || tensors[1..].iter().any(|t| t.track_op()) {
+        return super::linear(&super::gelu(&super::linear(xs, w1, b1)?)?, w2, b2);
+    }
+    check(xs, w1, b1)?;
+    if w2.dims2()?.1 != w1.dim(0)? || b2.is_some_and(|b2| Some(b2.dims()) != w2.dims().get(..1)) {
+        bail!(
+            "feed forward: w1 {:?}, w2 {:?}, b2 {:?} do not fit",
+            w1.dims(),
+            w2.dims(),
+            b2.map(Tensor::dims)
+        );
+    }
+    let hidden = forward(lane, &xs.detach(), w1, b1)?;
+    let y = if lane == Lane::Fast {
+        let (w2, b2) = (dense(w2)?, b2.map(dense).transpose()?);
+        let b2 = b2.as_ref().map(Host::of).transpose()?;
+        let activation = map(&Host::of(&hidden)?, vmath::gelu);
+        let n = hidden.elem_count() / w1.dim(0)?.max(1);
+        let y = product(&activation, &Host::of(&w2)?, b2.as_deref(), n);
+        tensor(y, super::linear::with_last(xs, w2.dim(0)?))?
+    } else {
+        forward(lane, &gelu_of(&hidden)?, w2, b2)?
+    };
+    let hidden = Saved::new(hidden);
+    let (w1, b1, w2) = (w1.clone(), b1.cloned(), w2.clone());
+    attach("feed-forward", [xs], y, move |call| {
+        let hidden = match hidden.take() {
+            Some(hidden) => hidden,
+            None => forward(lane, &call.args[0], &w1, b1.as_ref())?,
+        };
+        let dhidden = if lane == Lane::Fast {
+            let w2 = dense(&w2)?;
+            let (out_dim, hidden_dim) = w2.dims2()?;
+            let n = hidden.elem_count() / hidden_dim.max(1);
+            let mut d = input_product(&Host::of(&call.grad)?, &Host::of(&w2)?, n, out_dim);
+            let h = Host::of(&hidden)?;
+            let h: &[f32] = &h;
+            for_rows(&mut d, 1, |first, d| {
+                for (d, &h) in d.iter_mut().zip(&h[first..]) {
+                    *d *= vmath::gelu_slope(h);
+                }
+            });
+            tensor(d, hidden.dims())?
+        } else {
+            gelu_gradient(&hidden, &input_gradient(lane, &call.grad, &w2)?)?
+        };
+        drop(hidden);
+        Ok([Some(input_gradient(lane, &dhidden, &w1)?)])
+    })
 }

@@ -1,37 +1,173 @@
-//! Linear layers: frozen, trainable, and frozen with a low-rank adapter.
+//! The linear layer, frozen or trainable.
 
-use candle_core::{Result, Tensor, D};
+use candle_core::{bail, Result, Tensor, D};
 
-/// `y = x W^T + b`. `xs` (.., in), `weight` (out, in), `bias` (out).
+use super::attach::attach;
+use super::gemm::{gemm, Into, Mat};
+use super::host::{column_sums, dense, tensor, Host};
+use super::lane::{pick, Lane};
+use super::plain;
+
+/// `y = x W^T + b`.
+///
+/// One node: the bias is where the product starts from, the weight is read in place, and backward
+/// runs one product for each tracked tensor. With a frozen weight that is `dY W` alone; candle's own
+/// matmul computes the weight's gradient too and then drops it, which made a forward and backward
+/// 1.8 times as long at RoBERTa-base's sizes (1024 rows, 768 to 3072).
+///
+/// # Shapes
+/// - `xs`: `(.., in)`, of rank 2 or more
+/// - `weight`: `(out, in)`
+/// - `bias`: `(out)`
+/// - output: `(.., out)`, the dtype of `xs`
+///
+/// # Errors
+/// If the shapes do not fit.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let y = xs.broadcast_matmul(&weight.t()?)?;
+    let lane = match bias {
+        Some(bias) => pick(&[xs, weight, bias]),
+        None => pick(&[xs, weight]),
+    };
+    if lane == Lane::Plain {
+        return plain::linear(xs, weight, bias);
+    }
+    check(xs, weight, bias)?;
+    let y = forward(lane, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
+    let bias = bias.filter(|bias| bias.track_op());
+    if !weight.track_op() && bias.is_none() {
+        let weight = weight.detach();
+        return attach("linear", [xs], y, move |call| Ok([Some(input_gradient(lane, &call.grad, &weight)?)]));
+    }
+    let gradients = move |xs: &Tensor, weight: &Tensor, grad: &Tensor, needs: [bool; 2]| -> Result<_> {
+        let dx = needs[0].then(|| input_gradient(lane, grad, weight)).transpose()?;
+        let dw = needs[1].then(|| weight_gradient(lane, grad, xs)).transpose()?;
+        Ok((dx, dw))
+    };
     match bias {
-        Some(bias) => y.broadcast_add(bias),
-        None => Ok(y),
+        None => attach("linear", [xs, weight], y, move |call| {
+            let (dx, dw) = gradients(&call.args[0], &call.args[1], &call.grad, call.needs)?;
+            Ok([dx, dw])
+        }),
+        Some(bias) => attach("linear", [xs, weight, bias], y, move |call| {
+            let needs = [call.needs[0], call.needs[1]];
+            let (dx, dw) = gradients(&call.args[0], &call.args[1], &call.grad, needs)?;
+            Ok([dx, dw, Some(bias_gradient(lane, &call.grad)?)])
+        }),
     }
 }
 
-/// `s (x A^T) B^T`. `xs` (.., in), `a` (r, in), `b` (out, r); computed in the dtype of `a`, returned in that of `xs`.
-pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    let y = xs.to_dtype(a.dtype())?.broadcast_matmul(&a.t()?)?.broadcast_matmul(&b.t()?)?;
-    (y * scale)?.to_dtype(xs.dtype())
+/// The shapes of a linear layer.
+pub(super) fn check(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let (out_dim, in_dim) = weight.dims2()?;
+    if xs.rank() < 2 || xs.dim(D::Minus1)? != in_dim {
+        bail!("linear: xs {:?} does not fit a weight (out, in) of {:?}", xs.dims(), weight.dims());
+    }
+    match bias {
+        Some(bias) if bias.dims() != [out_dim] => {
+            bail!("linear: bias {:?} does not fit a weight (out, in) of {:?}", bias.dims(), weight.dims())
+        }
+        _ => Ok(()),
+    }
 }
 
-/// `y = x W^T + bias + s (x A^T) B^T`.
-pub fn adapted_linear(
-    xs: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    a: &Tensor,
-    b: &Tensor,
-    scale: f64,
-) -> Result<Tensor> {
-    linear(xs, weight, bias)? + low_rank(xs, a, b, scale)?
+/// `(.., in)` as `(n, in)`.
+pub(super) fn rows(xs: &Tensor) -> Result<Tensor> {
+    let width = xs.dim(D::Minus1)?;
+    xs.reshape((xs.elem_count() / width.max(1), width))
 }
 
-/// Rows of `weight` (vocabulary, dim) at `ids` (..) of u32: (.., dim).
-pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let mut shape = ids.dims().to_vec();
-    shape.push(weight.dim(D::Minus1)?);
-    weight.index_select(&ids.flatten_all()?, 0)?.reshape(shape)
+/// The shape of `xs` with another last dimension.
+pub(super) fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
+    let mut shape = xs.dims().to_vec();
+    shape.pop();
+    shape.push(last);
+    shape
+}
+
+/// The product on detached tensors.
+pub(super) fn forward(lane: Lane, xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (out_dim, in_dim) = weight.dims2()?;
+    let shape = with_last(xs, out_dim);
+    if lane == Lane::Fast {
+        let (xs, weight) = (dense(xs)?, dense(weight)?);
+        let bias = bias.map(dense).transpose()?;
+        let n = xs.elem_count() / in_dim.max(1);
+        let y = product(
+            &Host::of(&xs)?,
+            &Host::of(&weight)?,
+            bias.as_ref().map(Host::of).transpose()?.as_deref(),
+            n,
+        );
+        return tensor(y, shape);
+    }
+    let y = rows(xs)?.matmul(&weight.to_dtype(xs.dtype())?.t()?)?;
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.to_dtype(xs.dtype())?)?.reshape(shape),
+        None => y.reshape(shape),
+    }
+}
+
+/// `x W^T + b` of `n` rows.
+pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize) -> Vec<f32> {
+    let in_dim = xs.len() / n.max(1);
+    let out_dim = match bias {
+        Some(bias) => bias.len(),
+        None => weight.len() / in_dim.max(1),
+    };
+    let (x, w) = (Mat::new(xs, n, in_dim), Mat::new(weight, out_dim, in_dim).t());
+    match bias {
+        Some(bias) => {
+            let mut y = bias.repeat(n);
+            gemm(&mut y, Into::Add, 1.0, x, w);
+            y
+        }
+        None => {
+            let mut y = vec![0f32; n * out_dim];
+            gemm(&mut y, Into::Set, 1.0, x, w);
+            y
+        }
+    }
+}
+
+/// `dX = dY W`.
+pub(super) fn input_gradient(lane: Lane, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (out_dim, in_dim) = weight.dims2()?;
+    let shape = with_last(grad, in_dim);
+    if lane == Lane::Fast {
+        let weight = dense(weight)?;
+        let n = grad.elem_count() / out_dim.max(1);
+        return tensor(input_product(&Host::of(grad)?, &Host::of(&weight)?, n, out_dim), shape);
+    }
+    rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?)?.reshape(shape)
+}
+
+/// `dY W` of `n` rows.
+pub(super) fn input_product(grad: &[f32], weight: &[f32], n: usize, out_dim: usize) -> Vec<f32> {
+    let in_dim = weight.len() / out_dim.max(1);
+    let mut dx = vec![0f32; n * in_dim];
+    gemm(&mut dx, Into::Set, 1.0, Mat::new(grad, n, out_dim), Mat::new(weight, out_dim, in_dim));
+    dx
+}
+
+/// `dW = dY^T X`.
+pub(super) fn weight_gradient(lane: Lane, grad: &Tensor, xs: &Tensor) -> Result<Tensor> {
+    let (out_dim, in_dim) = (grad.dim(D::Minus1)?, xs.dim(D::Minus1)?);
+    if lane == Lane::Fast {
+        let xs = dense(xs)?;
+        let n = xs.elem_count() / in_dim.max(1);
+        let mut dw = vec![0f32; out_dim * in_dim];
+        let (grad, xs) = (Host::of(grad)?, Host::of(&xs)?);
+        gemm(&mut dw, Into::Set, 1.0, Mat::new(&grad, n, out_dim).t(), Mat::new(&xs, n, in_dim));
+        return tensor(dw, (out_dim, in_dim));
+    }
+    rows(grad)?.t()?.contiguous()?.matmul(&rows(xs)?)
+}
+
+/// The sum of `dY` over all rows.
+fn bias_gradient(lane: Lane, grad: &Tensor) -> Result<Tensor> {
+    if lane == Lane::Fast {
+        let width = grad.dim(D::Minus1)?;
+        return tensor(column_sums(&Host::of(grad)?, width), width);
+    }
+    rows(grad)?.sum(0)
 }

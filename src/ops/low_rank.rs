@@ -1,0 +1,181 @@
+//! The low-rank adapter, alone and fused with the frozen linear beneath it.
+
+use candle_core::{bail, Result, Tensor, D};
+
+use super::attach::attach;
+use super::gemm::{gemm, Into, Mat};
+use super::host::{dense, tensor, Host};
+use super::lane::{pick, Lane};
+use super::{linear as base, plain};
+
+/// `s (x A^T) B^T`, computed in the dtype of `a` and returned in that of `xs`.
+///
+/// One node that keeps `x A^T` (n x r) and nothing of size n x out; with `s` inside the products it
+/// takes about two thirds of the time of the separate ones.
+///
+/// # Shapes
+/// - `xs`: `(.., in)`, of rank 2 or more
+/// - `a`: `(r, in)`, `b`: `(out, r)`
+/// - output: `(.., out)`
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let lane = pick(&[xs, a, b]);
+    if lane == Lane::Plain {
+        return plain::low_rank(xs, a, b, scale);
+    }
+    check(xs, a, b)?;
+    let (y, xs_a) = forward(lane, &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
+    attach("low-rank", [xs, a, b], y, move |call| {
+        backward(lane, &call.args, call.needs, &call.grad, None, &xs_a, scale)
+    })
+}
+
+/// `y = x W^T + bias + s (x A^T) B^T`.
+///
+/// One node of `(xs, a, b)`: the low-rank product is added where the frozen one stands, and so is
+/// its part of `dX`; the base gets no gradient. 2.1 times as fast as plain operations forward and
+/// backward at RoBERTa-base's sizes (1024 rows, 768 to 768, rank 8). Where the base is trainable it
+/// is [`super::linear`] plus [`low_rank`].
+///
+/// # Shapes
+/// - `xs`: `(.., in)`, of rank 2 or more
+/// - `weight`: `(out, in)`, `bias`: `(out)`
+/// - `a`: `(r, in)`, `b`: `(out, r)`, in a dtype of their own: the low-rank product runs in it
+/// - output: `(.., out)`, the dtype of `xs`
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn adapted_linear(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let lane = match bias {
+        Some(bias) => pick(&[xs, weight, a, b, bias]),
+        None => pick(&[xs, weight, a, b]),
+    };
+    if lane == Lane::Plain || weight.track_op() || bias.is_some_and(Tensor::track_op) {
+        return base::linear(xs, weight, bias)? + low_rank(xs, a, b, scale)?;
+    }
+    base::check(xs, weight, bias)?;
+    check(xs, a, b)?;
+    if b.dim(0)? != weight.dim(0)? {
+        bail!("adapted linear: b {:?} does not fit a weight (out, in) of {:?}", b.dims(), weight.dims());
+    }
+    let (y, xs_a) = forward(lane, &xs.detach(), Some((weight, bias)), &a.detach(), &b.detach(), scale)?;
+    let weight = weight.clone();
+    attach("adapted-linear", [xs, a, b], y, move |call| {
+        backward(lane, &call.args, call.needs, &call.grad, Some(&weight), &xs_a, scale)
+    })
+}
+
+fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    let ((rank, in_dim), (_, b_rank)) = (a.dims2()?, b.dims2()?);
+    if xs.rank() < 2 || xs.dim(D::Minus1)? != in_dim || rank != b_rank {
+        bail!(
+            "low rank: xs {:?}, a (r, in) {:?} and b (out, r) {:?} do not fit",
+            xs.dims(),
+            a.dims(),
+            b.dims()
+        );
+    }
+    Ok(())
+}
+
+/// The output and `x A^T`, which is all that backward needs: it stays for a second one, being small.
+fn forward(
+    lane: Lane,
+    xs: &Tensor,
+    frozen: Option<(&Tensor, Option<&Tensor>)>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
+    let shape = base::with_last(xs, out_dim);
+    if lane == Lane::Fast {
+        let (xs, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
+        let (x, a, b) = (Host::of(&xs)?, Host::of(&a)?, Host::of(&b)?);
+        let n = x.len() / in_dim.max(1);
+        let mut xs_a = vec![0f32; n * rank];
+        gemm(&mut xs_a, Into::Set, 1.0, Mat::new(&x, n, in_dim), Mat::new(&a, rank, in_dim).t());
+        let (mut y, mode) = match frozen {
+            Some((weight, bias)) => {
+                let (weight, bias) = (dense(weight)?, bias.map(dense).transpose()?);
+                let bias = bias.as_ref().map(Host::of).transpose()?;
+                let y = base::product(&x, &Host::of(&weight)?, bias.as_deref(), n);
+                (y, Into::Add)
+            }
+            None => (vec![0f32; n * out_dim], Into::Set),
+        };
+        gemm(&mut y, mode, scale as f32, Mat::new(&xs_a, n, rank), Mat::new(&b, out_dim, rank).t());
+        return Ok((tensor(y, shape)?, tensor(xs_a, (n, rank))?));
+    }
+    let xs_a = base::rows(xs)?.to_dtype(a.dtype())?.matmul(&a.t()?)?;
+    let delta = (xs_a.matmul(&b.to_dtype(a.dtype())?.t()?)? * scale)?.reshape(shape)?;
+    let y = match frozen {
+        // Added in the wider of the two dtypes: a small delta would drown in a bf16 rounding.
+        Some((weight, bias)) => (base::forward(lane, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?,
+        None => delta,
+    };
+    Ok((y.to_dtype(xs.dtype())?, xs_a))
+}
+
+/// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
+fn backward(
+    lane: Lane,
+    [xs, a, b]: &[Tensor; 3],
+    needs: [bool; 3],
+    grad: &Tensor,
+    weight: Option<&Tensor>,
+    xs_a: &Tensor,
+    scale: f64,
+) -> Result<[Option<Tensor>; 3]> {
+    let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
+    if lane == Lane::Fast {
+        let (xs_dense, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
+        let (x, a, b) = (Host::of(&xs_dense)?, Host::of(&a)?, Host::of(&b)?);
+        let (dy, xs_a) = (Host::of(grad)?, Host::of(xs_a)?);
+        let n = x.len() / in_dim.max(1);
+        let dy_mat = Mat::new(&dy, n, out_dim);
+        let mut u = vec![0f32; n * rank];
+        gemm(&mut u, Into::Set, scale as f32, dy_mat, Mat::new(&b, out_dim, rank));
+        let u = Mat::new(&u, n, rank);
+        let dx = needs[0].then(|| {
+            let (mut dx, mode) = match weight.map(dense).transpose()? {
+                Some(weight) => (base::input_product(&dy, &Host::of(&weight)?, n, out_dim), Into::Add),
+                None => (vec![0f32; n * in_dim], Into::Set),
+            };
+            gemm(&mut dx, mode, 1.0, u, Mat::new(&a, rank, in_dim));
+            tensor(dx, xs.dims())
+        });
+        let da = needs[1].then(|| {
+            let mut da = vec![0f32; rank * in_dim];
+            gemm(&mut da, Into::Set, 1.0, u.t(), Mat::new(&x, n, in_dim));
+            tensor(da, (rank, in_dim))
+        });
+        let db = needs[2].then(|| {
+            let mut db = vec![0f32; out_dim * rank];
+            gemm(&mut db, Into::Set, scale as f32, dy_mat.t(), Mat::new(&xs_a, n, rank));
+            tensor(db, (out_dim, rank))
+        });
+        return Ok([dx.transpose()?, da.transpose()?, db.transpose()?]);
+    }
+    let dy = base::rows(grad)?.to_dtype(a.dtype())?;
+    let u = (dy.matmul(&b.to_dtype(a.dtype())?)? * scale)?;
+    let dx = needs[0].then(|| {
+        let low = u.matmul(a)?.reshape(xs.dims())?;
+        match weight {
+            Some(weight) => base::input_gradient(lane, grad, weight)?.to_dtype(a.dtype())? + low,
+            None => Ok(low),
+        }
+    });
+    let da = needs[1].then(|| u.t()?.contiguous()?.matmul(&base::rows(xs)?.to_dtype(a.dtype())?));
+    let db = needs[2].then(|| dy.t()?.contiguous()?.matmul(xs_a)? * scale);
+    Ok([dx.transpose()?, da.transpose()?, db.transpose()?])
+}

@@ -1,0 +1,291 @@
+//! Every block on every lane: values and gradients against candle's own differentiation of the
+//! plain operations and against central differences, in general position.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+
+use super::*;
+use crate::noise::{Noise, Purpose, Stream};
+
+type Block = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+
+/// A block, its inputs' shapes and which of them are tracked.
+struct Case {
+    name: &'static str,
+    inputs: Vec<(&'static [usize], bool)>,
+    block: Block,
+}
+
+fn normal(path: &str, shape: &[usize]) -> Tensor {
+    let mut values = vec![0f64; shape.iter().product()];
+    Noise::new(11).stream(path, Purpose::Init).fill_normal(0, &mut values);
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn stream() -> Stream {
+    Noise::new(5).stream("drop", Purpose::Dropout)
+}
+
+fn case(
+    name: &'static str,
+    inputs: &[(&'static [usize], bool)],
+    block: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
+) -> Case {
+    Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
+}
+
+/// (b 2, tq, tk) with a padded key in the first row of the batch and, if asked, none but padding in the second.
+fn mask(tk: usize, causal: bool, blind: bool) -> Mask {
+    let mut padding = vec![1u8; 2 * tk];
+    padding[tk - 2] = 0;
+    if blind {
+        padding[tk..].fill(0);
+    }
+    Mask { padding: Some(Tensor::from_vec(padding, (2, tk), &Device::Cpu).unwrap()), causal }
+}
+
+fn cases() -> Vec<Case> {
+    let mut all = vec![
+        case("linear, frozen", &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false)], |t| {
+            linear(&t[0], &t[1], Some(&t[2]))
+        }),
+        case("linear, frozen, no bias, rank 2", &[(&[6, 5], true), (&[7, 5], false)], |t| {
+            linear(&t[0], &t[1], None)
+        }),
+        case("linear, trained", &[(&[2, 3, 5], true), (&[7, 5], true), (&[7], true)], |t| {
+            linear(&t[0], &t[1], Some(&t[2]))
+        }),
+        case("linear, trained, no bias", &[(&[2, 3, 5], false), (&[7, 5], true)], |t| {
+            linear(&t[0], &t[1], None)
+        }),
+        case("linear, bias alone trained", &[(&[4, 5], false), (&[7, 5], false), (&[7], true)], |t| {
+            linear(&t[0], &t[1], Some(&t[2]))
+        }),
+        case("linear, transposed input", &[(&[2, 5, 3], true), (&[7, 5], true), (&[7], true)], |t| {
+            linear(&t[0].transpose(1, 2)?, &t[1], Some(&t[2]))
+        }),
+        case("low rank", &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true)], |t| {
+            low_rank(&t[0], &t[1], &t[2], 1.7)
+        }),
+        case(
+            "low rank, untracked transposed input",
+            &[(&[5, 6], false), (&[2, 5], true), (&[7, 2], true)],
+            |t| low_rank(&t[0].t()?, &t[1], &t[2], -0.6),
+        ),
+        case(
+            "adapted linear",
+            &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false), (&[7], false)],
+            |t| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 1.7),
+        ),
+        case(
+            "adapted linear, untracked input, no bias",
+            &[(&[4, 5], false), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false)],
+            |t| adapted_linear(&t[0], &t[3], None, &t[1], &t[2], 0.3),
+        ),
+        case(
+            "adapted linear, trained base",
+            &[(&[4, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], true), (&[7], true)],
+            |t| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 0.3),
+        ),
+        case("embedding", &[(&[6, 5], true)], |t| {
+            embedding(&Tensor::new(&[[3u32, 1, 3], [0, 3, 5]], &Device::Cpu)?, &t[0])
+        }),
+        case("layer norm, frozen", &[(&[2, 3, 37], true), (&[37], false), (&[37], false)], |t| {
+            layer_norm(&t[0], &t[1], &t[2], 1e-3)
+        }),
+        case("layer norm, trained", &[(&[2, 3, 37], true), (&[37], true), (&[37], true)], |t| {
+            layer_norm(&t[0], &t[1], &t[2], 1e-3)
+        }),
+        case(
+            "add layer norm, frozen",
+            &[(&[2, 3, 37], true), (&[2, 3, 37], true), (&[37], false), (&[37], false)],
+            |t| add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-3),
+        ),
+        case(
+            "add layer norm, trained, transposed",
+            &[(&[2, 37, 3], true), (&[2, 3, 37], true), (&[37], true), (&[37], false)],
+            |t| add_layer_norm(&t[0].transpose(1, 2)?, &t[1], &t[2], &t[3], 1e-3),
+        ),
+        case("rms norm, frozen", &[(&[5, 19], true), (&[19], false)], |t| rms_norm(&t[0], &t[1], 1e-3)),
+        case("rms norm, trained", &[(&[5, 19], true), (&[19], true)], |t| rms_norm(&t[0], &t[1], 1e-3)),
+        case("gelu", &[(&[3, 41], true)], |t| gelu(&(&t[0] * 2.0)?.t()?)),
+        case("silu", &[(&[3, 41], true)], |t| silu(&t[0].t()?)),
+        case("silu mul", &[(&[3, 41], true), (&[3, 41], true)], |t| silu_mul(&t[0], &t[1])),
+        case("silu mul, transposed, one tracked", &[(&[3, 4], false), (&[4, 3], true)], |t| {
+            silu_mul(&t[0].t()?, &t[1])
+        }),
+        case(
+            "feed forward, frozen",
+            &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false), (&[5, 7], false), (&[5], false)],
+            |t| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4])),
+        ),
+        case("feed forward, frozen, no bias", &[(&[4, 5], true), (&[7, 5], false), (&[3, 7], false)], |t| {
+            feed_forward(&t[0], &t[1], None, &t[2], None)
+        }),
+        case(
+            "feed forward, trained",
+            &[(&[4, 5], true), (&[7, 5], true), (&[7], true), (&[3, 7], true), (&[3], true)],
+            |t| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4])),
+        ),
+        case("rotary", &[(&[2, 3, 4, 6], true), (&[2, 3, 3], false)], |t| {
+            rotary(&t[0], &t[1].cos()?, &t[1].sin()?)
+        }),
+        case("rotary, one table, transposed", &[(&[2, 4, 3, 6], true), (&[1, 3, 3], false)], |t| {
+            rotary(&t[0].transpose(1, 2)?, &t[1].cos()?, &t[1].sin()?)
+        }),
+        case("dropout", &[(&[3, 7, 5], true)], |t| dropout(&t[0].transpose(0, 1)?, 0.3, &stream(), 9)),
+        case("cross entropy", &[(&[4, 19], true)], |t| {
+            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+        }),
+        case("cross entropy, transposed", &[(&[19, 4], true)], |t| {
+            cross_entropy(&t[0].t()?, &Tensor::new(&[3i64, 1, 0, -1], &Device::Cpu)?, -1)
+        }),
+        case("mean squared error", &[(&[7], true), (&[7], true)], |t| mean_squared_error(&t[0], &t[1])),
+    ];
+    let none = Mask { padding: None, causal: false };
+    let attentions: [(&str, usize, usize, usize, usize, Mask, bool); 7] = [
+        ("attention", 3, 3, 2, 2, none, false),
+        ("attention, padding", 4, 4, 2, 2, mask(4, false, false), false),
+        ("attention, blind rows", 4, 4, 2, 2, mask(4, false, true), false),
+        ("attention, causal, tq < tk, groups", 3, 5, 4, 2, mask(5, true, false), false),
+        ("attention, causal, tq > tk", 5, 3, 2, 1, Mask { padding: None, causal: true }, false),
+        ("attention, dropout, groups", 3, 5, 4, 2, mask(5, false, false), true),
+        ("attention, many blocks", 70, 67, 2, 1, mask(67, true, true), true),
+    ];
+    for (name, tq, tk, heads, kv_heads, mask, drop) in attentions {
+        let shape =
+            |t: usize, n: usize| -> &'static [usize] { Box::leak(vec![2, t, n * 6].into_boxed_slice()) };
+        let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
+        all.push(case(name, &inputs, move |t| {
+            let drop = drop.then(|| (0.25, stream(), 3));
+            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &mask, drop)
+        }));
+    }
+    // q, k, v as slices of one fused projection: rows 12 wide in a storage of 36.
+    all.push(case("attention, fused projection", &[(&[2, 3, 36], true)], |t| {
+        let part = |i: usize| t[0].narrow(2, 12 * i, 12);
+        attention(&part(0)?, &part(1)?, &part(2)?, 2, 2, 0.4, &mask(3, false, false), None)
+    }));
+    all
+}
+
+/// The inputs of a case, tracked ones as variables.
+fn inputs(case: &Case, dtype: DType) -> (Vec<Option<Var>>, Vec<Tensor>) {
+    let mut vars = Vec::new();
+    let mut tensors = Vec::new();
+    for (i, (shape, tracked)) in case.inputs.iter().enumerate() {
+        let t = normal(&format!("{}/{i}", case.name), shape).to_dtype(dtype).unwrap();
+        let var = tracked.then(|| Var::from_tensor(&t).unwrap());
+        tensors.push(var.as_ref().map_or(t, |v| v.as_tensor().clone()));
+        vars.push(var);
+    }
+    (vars, tensors)
+}
+
+/// A scalar of the output in which every element counts differently.
+fn scalar(y: &Tensor) -> Result<Tensor> {
+    let weights = normal("weights", y.dims()).to_dtype(y.dtype())?;
+    (y * weights)?.sum_all()
+}
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The output, and the gradient of every tracked input, from a first and a second backward.
+fn run(case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
+    let (vars, tensors) = inputs(case, dtype);
+    let y = with_lane(lane, || (case.block)(&tensors)).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    assert_eq!(y.dtype(), dtype, "{}", case.name);
+    let loss = scalar(&y).unwrap();
+    let mut gradients = Vec::new();
+    for _ in 0..2 {
+        let store = loss.backward().unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        for (tensor, var) in tensors.iter().zip(&vars) {
+            let gradient = store.get(tensor);
+            // Plain candle operations give gradients to frozen tensors too: that is what we leave out.
+            let wanted = lane == Lane::Plain || gradient.is_some() == var.is_some();
+            assert!(wanted, "{} on {lane:?}: who gets a gradient", case.name);
+            gradients.push(gradient.filter(|_| var.is_some()).map(flat));
+        }
+    }
+    let second = gradients.split_off(tensors.len());
+    assert_eq!(gradients, second, "{} on {lane:?}: a second backward differs", case.name);
+    (flat(&y), gradients)
+}
+
+fn assert_close(what: &str, a: &[f64], b: &[f64], tolerance: f64) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let size = b.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((a - b).abs() <= tolerance * size, "{what}: element {i} is {a}, not {b}");
+    }
+}
+
+fn compare(case: &Case, lane: Lane, dtype: DType, tolerance: f64) {
+    // The reference runs in double precision.
+    let (y, gradients) = run(case, lane, dtype);
+    let (want, wanted) = run(case, Lane::Plain, DType::F64);
+    assert_close(&format!("{} on {lane:?}", case.name), &y, &want, tolerance);
+    for (i, (gradient, wanted)) in gradients.iter().zip(&wanted).enumerate() {
+        if let (Some(gradient), Some(wanted)) = (gradient, wanted) {
+            let what = format!("{} on {lane:?}, gradient of input {i}", case.name);
+            assert!(wanted.iter().any(|g| *g != 0.0), "{what} is zero");
+            assert_close(&what, gradient, wanted, tolerance);
+        }
+    }
+}
+
+#[test]
+fn the_fast_lane_computes_what_plain_operations_compute() {
+    for case in cases() {
+        compare(&case, Lane::Fast, DType::F32, 2e-5);
+    }
+}
+
+#[test]
+fn the_composed_lane_computes_what_plain_operations_compute() {
+    for case in cases() {
+        compare(&case, Lane::Composed, DType::F64, 1e-10);
+        compare(&case, Lane::Composed, DType::F32, 2e-5);
+    }
+}
+
+#[test]
+fn the_composed_lane_runs_in_half_width() {
+    for case in cases() {
+        compare(&case, Lane::Composed, DType::BF16, 0.06);
+        compare(&case, Lane::Composed, DType::F16, 0.01);
+    }
+}
+
+#[test]
+fn gradients_are_the_central_differences() {
+    for case in cases() {
+        let (_, gradients) = run(&case, Lane::Composed, DType::F64);
+        let (_, tensors) = inputs(&case, DType::F64);
+        for (i, gradient) in gradients.iter().enumerate() {
+            let Some(gradient) = gradient else { continue };
+            let values = flat(&tensors[i]);
+            let step = 1e-5;
+            // A dozen elements of each input, spread over it.
+            for at in (0..values.len()).step_by(values.len().div_ceil(12)) {
+                let loss = |delta: f64| {
+                    let mut values = values.clone();
+                    values[at] += delta;
+                    let mut moved: Vec<Tensor> = tensors.iter().map(Tensor::detach).collect();
+                    moved[i] = Tensor::from_vec(values, tensors[i].dims(), &Device::Cpu).unwrap();
+                    let y = with_lane(Lane::Composed, || (case.block)(&moved)).unwrap();
+                    scalar(&y).unwrap().to_scalar::<f64>().unwrap()
+                };
+                let difference = (loss(step) - loss(-step)) / (2.0 * step);
+                let error = (difference - gradient[at]).abs();
+                assert!(
+                    error < 1e-6 * (1.0 + difference.abs()),
+                    "{}, input {i}, element {at}: {} against {difference}",
+                    case.name,
+                    gradient[at]
+                );
+            }
+        }
+    }
+}
