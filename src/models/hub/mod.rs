@@ -246,5 +246,7 @@ fn check_relative(name: &str) -> std::result::Result<(), String> {
     Ok(())
 }
 
+#[cfg(all(test, feature = "hub"))]
+mod remote_tests;
 #[cfg(test)]
 mod tests;

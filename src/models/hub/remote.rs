@@ -98,19 +98,28 @@ impl Repo {
     /// The local path of the file `name`, downloaded if need be; `None` if there is no such file,
     /// or, offline, if the cache has none.
     pub(super) fn file(&self, name: &str) -> Result<Option<PathBuf>> {
-        let (file, revision, offline) = (name.to_string(), self.revision.clone(), self.hub.offline);
-        let (result, announced) = match self.kind {
+        let (result, announced) = self.download(name, self.hub.offline)?;
+        match result {
+            Ok(path) => self.whole(name, path, announced).map(Some),
+            Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
+            // Without a network, `hf-hub` finds what the cache holds, but not what the cache
+            // remembers not to exist.
+            Err(error) => match self.download(name, true)?.0 {
+                Err(HFError::EntryNotFound { .. }) => Ok(None),
+                _ => Err(self.explain(error)),
+            },
+        }
+    }
+
+    fn download(&self, name: &str, offline: bool) -> Result<(HFResult<PathBuf>, Option<u64>)> {
+        let (file, revision) = (name.to_string(), self.revision.clone());
+        match self.kind {
             RepoKind::Model => {
                 self.call(Self::model, move |repo, watch| download(repo, file, revision, offline, watch))
             }
             RepoKind::Dataset => {
                 self.call(Self::dataset, move |repo, watch| download(repo, file, revision, offline, watch))
             }
-        }?;
-        match result {
-            Ok(path) => self.whole(name, path, announced).map(Some),
-            Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
-            Err(error) => Err(self.explain(error)),
         }
     }
 
