@@ -1,0 +1,103 @@
+//! How to reach the hub: the environment variables that Hugging Face's own tools read.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+
+/// The hub's address, the cache's folder and the token.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct HubConfig {
+    /// The hub's address: `HF_ENDPOINT`, or `https://huggingface.co`.
+    pub endpoint: String,
+    /// The folder of downloaded files: `HF_HUB_CACHE`, `$HF_HOME/hub`, or
+    /// `~/.cache/huggingface/hub`.
+    pub cache: PathBuf,
+    /// The token sent with each request: `HF_TOKEN`, the file `HF_TOKEN_PATH`, or `$HF_HOME/token`.
+    pub token: Option<String>,
+    /// Whether to use nothing but the cache: `HF_HUB_OFFLINE`.
+    pub offline: bool,
+    /// How often a failed request is repeated.
+    pub retries: usize,
+    /// How long a server may stay silent.
+    pub patience: Duration,
+}
+
+impl HubConfig {
+    /// What the environment says.
+    pub fn from_env() -> Self {
+        Self::from_vars(&|name| std::env::var(name).ok())
+    }
+
+    /// What the variables `var` say. An empty one counts as unset.
+    pub(super) fn from_vars(var: &dyn Fn(&str) -> Option<String>) -> Self {
+        let var = |name: &str| var(name).map(|v| v.trim().to_string()).filter(|v| !v.is_empty());
+        let path = |name: &str| var(name).map(PathBuf::from);
+        let is_true = |name: &str| {
+            var(name).is_some_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+        };
+        let home = path("HF_HOME").unwrap_or_else(|| {
+            let user = || path("HOME").unwrap_or_else(std::env::temp_dir).join(".cache");
+            path("XDG_CACHE_HOME").unwrap_or_else(user).join("huggingface")
+        });
+        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_string());
+        let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
+        let in_file = |path: &Path| {
+            let text = std::fs::read_to_string(path).ok()?;
+            Some(text.trim().to_string()).filter(|token| !token.is_empty())
+        };
+        let token = || {
+            var("HF_TOKEN")
+                .or_else(|| in_file(&path("HF_TOKEN_PATH")?))
+                .or_else(|| in_file(&home.join("token")))
+        };
+        Self {
+            endpoint: endpoint.trim_end_matches('/').to_string(),
+            cache: cache.unwrap_or_else(|| home.join("hub")),
+            token: if is_true("HF_HUB_DISABLE_IMPLICIT_TOKEN") { None } else { token() },
+            offline: is_true("HF_HUB_OFFLINE"),
+            retries: 5,
+            patience: Duration::from_secs(60),
+        }
+    }
+
+    /// The endpoint without a user and password.
+    pub(super) fn host(&self) -> String {
+        let (scheme, rest) = self.endpoint.split_once("://").unwrap_or(("", &self.endpoint));
+        let authority = rest.split('/').next().unwrap_or(rest);
+        let host = authority.rsplit('@').next().unwrap_or(authority);
+        if scheme.is_empty() {
+            host.to_string()
+        } else {
+            format!("{scheme}://{host}")
+        }
+    }
+
+    /// `text` without the token, whoever put it there.
+    pub(super) fn redact(&self, text: String) -> String {
+        match &self.token {
+            Some(token) if !token.is_empty() => text.replace(token.as_str(), "<token>"),
+            _ => text,
+        }
+    }
+}
+
+impl Default for HubConfig {
+    fn default() -> Self {
+        Self::from_env()
+    }
+}
+
+impl std::fmt::Debug for HubConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HubConfig")
+            .field("endpoint", &self.host())
+            .field("cache", &self.cache)
+            .field("token", &self.token.as_ref().map(|_| "<token>"))
+            .field("offline", &self.offline)
+            .field("retries", &self.retries)
+            .field("patience", &self.patience)
+            .finish()
+    }
+}

@@ -1,0 +1,228 @@
+//! The real client against a hub on the loopback.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use candle_core::{DType, Device};
+
+use super::server::{Mood, Server, COMMIT};
+use super::tests::tensors;
+use super::*;
+
+const TOKEN: &str = "hf_secretsecretsecret";
+
+/// Settings for `server` with an empty cache of its own.
+fn hub(endpoint: &str, cache: &tempfile::TempDir) -> HubConfig {
+    let vars: BTreeMap<&str, String> = [
+        ("HF_ENDPOINT", endpoint.to_string()),
+        ("HF_HUB_CACHE", cache.path().display().to_string()),
+        ("HF_TOKEN", TOKEN.to_string()),
+    ]
+    .into();
+    let hub = HubConfig::from_vars(&|name| vars.get(name).cloned());
+    HubConfig { retries: 0, patience: Duration::from_secs(20), ..hub }
+}
+
+fn model() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("owner/tiny/config.json", br#"{"hidden_size": 4}"#.to_vec()),
+        ("owner/tiny/tokenizer.json", b"{}".to_vec()),
+        ("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])),
+        ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
+    ]
+}
+
+fn hub_error(result: Result<impl std::fmt::Debug>) -> String {
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Hub { .. }), "{error:?}");
+    let message = error.to_string();
+    assert!(!message.contains(TOKEN) && !format!("{error:?}").contains(TOKEN), "{message}");
+    message
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(&model(), Mood::Good);
+    let hub = hub(&server.endpoint(), &cache);
+    let first = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    let snapshot = cache.path().join("models--owner--tiny/snapshots").join(COMMIT);
+    assert_eq!(first.weights(), [snapshot.join(WEIGHTS)]);
+    assert_eq!(first.config_path(), snapshot.join(CONFIG));
+    assert_eq!(first.tokenizer_path(), Some(snapshot.join(TOKENIZER).as_path()));
+    assert_eq!(first.var_builder(DType::F32, &Device::Cpu)?.get(2, "a")?.to_vec1::<f32>()?, [1.5, 1.5]);
+    assert!(server.requests().iter().all(|r| r.authorization == Some(format!("Bearer {TOKEN}"))));
+    // All but the first file are asked for at the commit that the first one was of.
+    assert!(server.requests().iter().any(|r| r.path.ends_with(&format!("resolve/{COMMIT}/{WEIGHTS}"))));
+
+    let again = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    assert_eq!(again.weights(), first.weights());
+    assert_eq!(server.downloads(WEIGHTS), 1);
+    drop(server);
+    assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), first.weights());
+    let offline = HubConfig { offline: true, ..hub };
+    assert_eq!(ModelFiles::locate_with("owner/tiny", Some(COMMIT), &offline)?.weights(), first.weights());
+    Ok(())
+}
+
+#[test]
+fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
+    let cache = tempfile::tempdir().unwrap();
+    let index = r#"{"weight_map": {"a": "w-1.safetensors", "b": "w-2.safetensors"}}"#;
+    let mut files = model();
+    files.truncate(2);
+    files.extend([
+        ("owner/tiny/model.safetensors.index.json", index.as_bytes().to_vec()),
+        ("owner/tiny/w-1.safetensors", tensors(&[("a", 1.0)])),
+        ("owner/tiny/w-2.safetensors", tensors(&[("b", 2.0)])),
+        ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
+    ]);
+    let server = Server::start(&files, Mood::Good);
+    let hub = hub(&server.endpoint(), &cache);
+    let located = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    assert_eq!(located.weights().len(), 2);
+    let rows = repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?;
+    assert_eq!(std::fs::read(&rows).unwrap(), b"PAR1");
+    drop(server);
+    // That there is no single file of weights was remembered too.
+    assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), located.weights());
+    assert_eq!(repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?, rows);
+    Ok(())
+}
+
+#[test]
+fn what_the_hub_refuses_is_said_without_the_token() {
+    for (status, words) in [
+        (401, vec!["401", "HF_TOKEN", "licence"]),
+        (403, vec!["403", "HF_TOKEN", "licence"]),
+        (429, vec!["429", "7 seconds"]),
+        (500, vec!["500"]),
+    ] {
+        let cache = tempfile::tempdir().unwrap();
+        let server = Server::start(&model(), Mood::Status(status));
+        let message =
+            hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
+        assert!(words.iter().all(|word| message.contains(word)), "{status}: {message}");
+        assert!(message.contains("owner/tiny"), "{message}");
+    }
+}
+
+#[test]
+fn a_404_says_what_is_missing() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(&model(), Mood::Good);
+    let hub = hub(&server.endpoint(), &cache);
+    let message = hub_error(ModelFiles::locate_with("owner/absent", None, &hub));
+    assert!(message.contains("owner/absent: the hub has no such repository"), "{message}");
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", Some("v9"), &hub));
+    assert!(message.contains("no revision v9"), "{message}");
+    let message =
+        hub_error(repo_file_with("owner/rows", RepoKind::Dataset, "sub/test-0.parquet", None, &hub));
+    assert!(message.contains("no file sub/test-0.parquet"), "{message}");
+}
+
+#[test]
+fn a_repository_of_pickles_is_refused() {
+    let cache = tempfile::tempdir().unwrap();
+    let mut files = model();
+    files.truncate(2);
+    files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
+    let server = Server::start(&files, Mood::Good);
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
+    assert!(message.contains("pytorch_model.bin") && message.contains("run any code"), "{message}");
+    assert_eq!(server.downloads("pytorch_model.bin"), 0);
+}
+
+#[test]
+fn without_a_network_or_a_cache_the_error_says_what_to_do() {
+    let cache = tempfile::tempdir().unwrap();
+    let gone = Server::start(&[], Mood::Good).endpoint();
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&gone, &cache)));
+    assert!(message.contains("cannot be reached") && message.contains("local folder"), "{message}");
+    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+
+    let server = Server::start(&model(), Mood::Good);
+    let offline = HubConfig { offline: true, ..hub(&server.endpoint(), &cache) };
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &offline));
+    assert!(message.contains("not in the cache") && message.contains("HF_HUB_OFFLINE"), "{message}");
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn a_silent_server_is_given_up() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(&[], Mood::Silent);
+    let hub = HubConfig { patience: Duration::from_millis(200), ..hub(&server.endpoint(), &cache) };
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+    assert!(message.contains("no answer for 0.2 seconds"), "{message}");
+}
+
+#[test]
+fn the_text_of_an_error_is_never_cached_as_the_file() -> Result<()> {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(&model(), Mood::Get(503));
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
+    assert!(message.contains("config.json failed: expected 18 bytes, got 7"), "{message}");
+    drop(server);
+    let server = Server::start(&model(), Mood::Good);
+    let files = ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache))?;
+    assert_eq!(std::fs::read_to_string(files.config_path()).unwrap(), r#"{"hidden_size": 4}"#);
+    Ok(())
+}
+
+#[test]
+fn names_that_are_no_repositories_are_never_asked_for() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(&model(), Mood::Good);
+    let hub = hub(&server.endpoint(), &cache);
+    for name in
+        ["", "/", "./models/x", "../x", "a/b/c", "owner/..", "owner/", "~/x", "a b", "owner/a?b", "a--b"]
+    {
+        let message = hub_error(ModelFiles::locate_with(name, None, &hub));
+        assert!(message.contains("no such local folder"), "{name:?}: {message}");
+    }
+    for revision in ["../x", "/x", ""] {
+        let message = hub_error(ModelFiles::locate_with("owner/tiny", Some(revision), &hub));
+        assert!(message.contains("revision"), "{revision:?}: {message}");
+    }
+    let message = hub_error(repo_file_with("owner/rows", RepoKind::Dataset, "../x.parquet", None, &hub));
+    assert!(message.contains("leads outside"), "{message}");
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn the_environment_is_read_as_hugging_face_reads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().display().to_string();
+    std::fs::write(dir.path().join("token"), " hf_stored\n").unwrap();
+    std::fs::write(dir.path().join("other"), "hf_other\n").unwrap();
+    let other = dir.path().join("other").display().to_string();
+    let config = |vars: &[(&str, &str)]| {
+        let vars: BTreeMap<String, String> =
+            vars.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
+        HubConfig::from_vars(&move |name| vars.get(name).cloned())
+    };
+    let plain = config(&[("HOME", "/home/u")]);
+    assert_eq!(plain.endpoint, "https://huggingface.co");
+    assert_eq!(plain.cache, Path::new("/home/u/.cache/huggingface/hub"));
+    assert!(plain.token.is_none() && !plain.offline);
+
+    assert_eq!(config(&[("XDG_CACHE_HOME", "/x")]).cache, Path::new("/x/huggingface/hub"));
+    assert_eq!(config(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/h")]).cache, Path::new("/h/hub"));
+    assert_eq!(config(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
+    assert_eq!(config(&[("HF_ENDPOINT", "http://mirror/")]).endpoint, "http://mirror");
+
+    assert_eq!(config(&[("HF_HOME", &home)]).token.as_deref(), Some("hf_stored"));
+    assert_eq!(config(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]).token.as_deref(), Some("hf_other"));
+    assert_eq!(config(&[("HF_HOME", &home), ("HF_TOKEN", "hf_x")]).token.as_deref(), Some("hf_x"));
+    assert!(config(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
+
+    for (value, offline) in
+        [("1", true), ("on", true), ("Yes", true), ("true", true), ("0", false), ("", false)]
+    {
+        assert_eq!(config(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value:?}");
+    }
+    let secret = config(&[("HF_TOKEN", "hf_x"), ("HF_ENDPOINT", "http://user:word@mirror/path")]);
+    let shown = format!("{secret:?}");
+    assert!(!shown.contains("hf_x") && !shown.contains("word"), "{shown}");
+}

@@ -1,0 +1,166 @@
+//! Local folders: what is found, and what is refused by name.
+
+use super::*;
+use candle_core::Tensor;
+use std::collections::HashMap;
+
+/// A folder with `config.json` and the given files.
+pub(super) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join(CONFIG), "{}").unwrap();
+    for (name, bytes) in files {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+    dir
+}
+
+/// A safetensors file of vectors `name = [value, value]`.
+pub(super) fn tensors(named: &[(&str, f32)]) -> Vec<u8> {
+    let vector = |value: f32| Tensor::new(&[value, value], &Device::Cpu).unwrap();
+    let named: HashMap<&str, Tensor> = named.iter().map(|(name, value)| (*name, vector(*value))).collect();
+    safetensors::serialize(named, None).unwrap()
+}
+
+fn index(entries: &[(&str, &str)]) -> Vec<u8> {
+    let map: HashMap<_, _> = entries.iter().copied().collect();
+    serde_json::json!({ "metadata": {}, "weight_map": map }).to_string().into_bytes()
+}
+
+fn locate(dir: &tempfile::TempDir) -> Result<ModelFiles> {
+    ModelFiles::locate(dir.path().to_str().unwrap(), None)
+}
+
+fn refusal(files: &[(&str, Vec<u8>)]) -> String {
+    locate(&folder(files)).unwrap_err().to_string()
+}
+
+#[test]
+fn a_folder_with_one_file_of_weights_is_read() -> Result<()> {
+    let dir = folder(&[(WEIGHTS, tensors(&[("a", 1.5)])), (TOKENIZER, b"{}".to_vec())]);
+    let files = locate(&dir)?;
+    assert_eq!(files.config_path(), dir.path().join(CONFIG));
+    assert_eq!(files.tokenizer_path(), Some(dir.path().join(TOKENIZER).as_path()));
+    assert_eq!(files.weights(), [dir.path().join(WEIGHTS)]);
+    assert_eq!(files.file("generation_config.json")?, None);
+    assert!(files.file("../secret").is_err());
+    let vb = files.var_builder(DType::F64, &Device::Cpu)?;
+    assert_eq!(vb.get(2, "a")?.to_vec1::<f64>()?, [1.5, 1.5]);
+    Ok(())
+}
+
+#[test]
+fn shards_are_listed_once_each_and_read_as_one() -> Result<()> {
+    let dir = folder(&[
+        (INDEX, index(&[("b", "w-2.safetensors"), ("a", "w-1.safetensors"), ("c", "w-1.safetensors")])),
+        ("w-1.safetensors", tensors(&[("a", 1.0), ("c", 3.0)])),
+        ("w-2.safetensors", tensors(&[("b", 2.0)])),
+    ]);
+    let files = locate(&dir)?;
+    assert_eq!(files.weights(), [dir.path().join("w-1.safetensors"), dir.path().join("w-2.safetensors")]);
+    assert!(files.tokenizer_path().is_none());
+    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+    for (name, value) in [("a", 1.0), ("b", 2.0), ("c", 3.0)] {
+        assert_eq!(vb.get(2, name)?.to_vec1::<f32>()?, [value, value]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_index_that_leads_outside_its_folder_is_refused() {
+    for (shard, reason) in [
+        ("../w.safetensors", "leads outside"),
+        ("sub/../../w.safetensors", "leads outside"),
+        ("..\\w.safetensors", "leads outside"),
+        ("/etc/w.safetensors", "absolute"),
+        ("C:\\w.safetensors", "absolute"),
+        ("", "not a file name"),
+        ("w.bin", ".safetensors"),
+    ] {
+        let message = refusal(&[(INDEX, index(&[("encoder.a", shard)]))]);
+        assert!(message.contains(reason) && message.contains("tensor encoder.a"), "{shard:?}: {message}");
+        assert!(message.contains(INDEX), "{message}");
+    }
+}
+
+#[test]
+fn an_index_that_promises_too_much_is_refused() {
+    let shard = || ("w-1.safetensors", tensors(&[("a", 1.0)]));
+    let message = refusal(&[(INDEX, index(&[("a", "w-1.safetensors"), ("b", "w-2.safetensors")])), shard()]);
+    assert!(message.contains(r#""w-2.safetensors", which does not exist"#), "{message}");
+    let message = refusal(&[(INDEX, index(&[("a", "w-1.safetensors"), ("b", "w-1.safetensors")])), shard()]);
+    assert!(message.contains("tensor b is in w-1.safetensors, which does not hold it"), "{message}");
+    for text in ["", "{", "[]", "{}", r#"{"weight_map": {"a": 3}}"#, r#"{"weight_map": {}}"#] {
+        let message = refusal(&[(INDEX, text.into()), shard()]);
+        assert!(message.contains(INDEX), "{text:?}: {message}");
+    }
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused() -> Result<()> {
+    let dir = folder(&[
+        (INDEX, index(&[("a", "w-1.safetensors"), ("b", "w-2.safetensors")])),
+        ("w-1.safetensors", tensors(&[("a", 1.0)])),
+        ("w-2.safetensors", tensors(&[("a", 2.0), ("b", 2.0)])),
+    ]);
+    let message = locate(&dir)?.var_builder(DType::F32, &Device::Cpu).err().unwrap().to_string();
+    assert!(message.contains("w-2.safetensors: tensor a is in another shard"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn weights_that_are_not_whole_are_refused_by_name() -> Result<()> {
+    let whole = tensors(&[("a", 1.0), ("b", 2.0)]);
+    let mut longer = whole.clone();
+    longer.push(0);
+    let mut huge_header = whole.clone();
+    huge_header[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    // Two tensors that share bytes.
+    let text = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    let overlap = (text.len() as u64).to_le_bytes().into_iter().chain(text.bytes()).chain([0; 12]).collect();
+    let cuts = [0, 4, 8, 20, whole.len() - 1].map(|length| whole[..length].to_vec());
+    for bytes in cuts.into_iter().chain([longer, huge_header, overlap, b"not a safetensors file".to_vec()]) {
+        let length = bytes.len();
+        let dir = folder(&[(WEIGHTS, bytes)]);
+        let files = locate(&dir)?;
+        let message = files.var_builder(DType::F32, &Device::Cpu).err().unwrap().to_string();
+        assert!(message.contains(WEIGHTS) && message.contains("not a whole"), "{length}: {message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn pickled_weights_are_refused_with_the_reason() {
+    for pickle in PICKLES {
+        let message = refusal(&[(pickle, b"\x80\x02".to_vec())]);
+        assert!(message.contains(pickle) && message.contains("run any code"), "{message}");
+    }
+}
+
+#[test]
+fn what_a_folder_lacks_is_named() {
+    assert!(refusal(&[]).contains("no model.safetensors"));
+    let empty = tempfile::tempdir().unwrap();
+    assert!(locate(&empty).unwrap_err().to_string().contains("no config.json"));
+    let dir = folder(&[(WEIGHTS, tensors(&[("a", 1.0)]))]);
+    let message = ModelFiles::locate(dir.path().to_str().unwrap(), Some("main")).unwrap_err().to_string();
+    assert!(message.contains("revision") && message.contains("local folder"), "{message}");
+    let file = dir.path().join(CONFIG);
+    let message = ModelFiles::locate(file.to_str().unwrap(), None).unwrap_err().to_string();
+    assert!(message.contains("found a file"), "{message}");
+    let absent = dir.path().join("absent");
+    let message = ModelFiles::locate(absent.to_str().unwrap(), None).unwrap_err().to_string();
+    assert!(message.contains("no such local folder"), "{message}");
+}
+
+#[test]
+fn a_prefix_is_found_by_the_tensor_it_holds() -> Result<()> {
+    let dir = folder(&[(WEIGHTS, tensors(&[("bert.x", 1.0), ("y", 2.0)]))]);
+    let vb = locate(&dir)?.var_builder(DType::F32, &Device::Cpu)?;
+    assert_eq!(with_prefix(&vb, &["roberta.", "bert.", ""], "x")?.prefix(), "bert");
+    assert_eq!(with_prefix(&vb, &["roberta", "bert", ""], "y")?.prefix(), "");
+    let message = with_prefix(&vb, &["roberta", "bert", ""], "z").err().unwrap().to_string();
+    assert!(message.contains("roberta.z, bert.z, z"), "{message}");
+    Ok(())
+}

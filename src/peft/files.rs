@@ -1,0 +1,197 @@
+//! Reading and writing the two files of an adapter.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Dtype, TensorView};
+use safetensors::SafeTensors;
+
+use super::config::PeftConfig;
+use super::keys::{self, Key, Part};
+use super::{AdapterFile, LayerTensors, Profile, SamplerTensors};
+use crate::error::{Error, Result};
+
+/// The name of the configuration's file.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The name of the tensors' file.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The tensors' file as older versions of PEFT pickled it.
+const PICKLE: &str = "adapter_model.bin";
+
+impl AdapterFile {
+    /// Reads the adapter in the folder `dir`. Half-precision tensors become single precision.
+    ///
+    /// # Errors
+    /// - [`Error::Io`]: a file cannot be read;
+    /// - [`Error::Format`]: malformed JSON or safetensors, tensors that are missing, unexpected,
+    ///   of the wrong shape or dtype, or not finite; or a kind of adapter that is not plain LoRA or
+    ///   MonteCLoRA (DoRA, trained biases, initialisations that change the base ...).
+    ///
+    /// The error names the file, and the tensor or the setting in it.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let path = dir.join(CONFIG_FILE);
+        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let config = PeftConfig::parse(&text, &path)?;
+        let weights = dir.join(WEIGHTS_FILE);
+        if !weights.exists() && dir.join(PICKLE).exists() {
+            let reason = format!(
+                "{PICKLE} is a pickle, which can run any code when read; convert it to {WEIGHTS_FILE}"
+            );
+            return Err(Error::format(dir.join(PICKLE), reason));
+        }
+        let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
+        let file = Self::assemble(config, &weights, &bytes).and_then(|file| {
+            file.check()?;
+            Ok(file)
+        });
+        file.map_err(|error| match error {
+            Error::Tensor { name, reason } => Error::format(&weights, format!("tensor {name}: {reason}")),
+            Error::Config { option, reason } => Error::format(&path, format!("{option}: {reason}")),
+            format @ Error::Format { .. } => format,
+            other => Error::format(&weights, other.to_string()),
+        })
+    }
+
+    /// Sorts the tensors of a safetensors file into layers and saved modules.
+    fn assemble(config: PeftConfig, path: &Path, bytes: &[u8]) -> Result<Self> {
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|e| Error::format(path, format!("not a whole safetensors file: {e}")))?;
+        let mut names = file.names();
+        names.sort_unstable();
+        let mut parts: BTreeMap<String, Vec<(Part, Tensor)>> = BTreeMap::new();
+        let mut saved_modules = BTreeMap::new();
+        for name in names {
+            let view = file.tensor(name).map_err(|e| Error::tensor(name, e.to_string()))?;
+            match keys::parse(name, &config)?.map_err(|reason| Error::tensor(name, reason))? {
+                Key::Layer(path, part) => parts.entry(path).or_default().push((part, tensor(name, &view)?)),
+                Key::Saved(module) => {
+                    if saved_modules.insert(module, tensor(name, &view)?).is_some() {
+                        return Err(Error::tensor(name, "the file has this tensor twice, under two names"));
+                    }
+                }
+            }
+        }
+        let layers = parts.into_iter().map(|(path, found)| {
+            let mut found: Vec<_> = found.into_iter().map(Some).collect();
+            let mut take = |wanted: Part| {
+                let slot = found.iter_mut().find(|slot| matches!(slot, Some((part, _)) if *part == wanted));
+                let (_, tensor) = slot.and_then(Option::take)?;
+                Some(tensor)
+            };
+            let missing = |part: Part| Error::tensor(part.key(&path), "it is missing");
+            let a = take(Part::A).ok_or_else(|| missing(Part::A))?;
+            let b = take(Part::B).ok_or_else(|| missing(Part::B))?;
+            let sampler =
+                [Part::StdPrior, Part::ExpertWeightsPrior, Part::ExpertWeights, Part::GaussianVarPrior]
+                    .map(|part| (part, take(part)));
+            let sampler = if sampler.iter().all(|(_, tensor)| tensor.is_none()) {
+                None
+            } else {
+                let [s, p, w, v] = sampler.map(|(part, tensor)| tensor.ok_or_else(|| missing(part)));
+                Some(SamplerTensors {
+                    std_prior: s?,
+                    expert_weights_prior: p?,
+                    expert_weights: w?,
+                    gaussian_var_prior: v?,
+                })
+            };
+            Ok((path, LayerTensors { a, b, sampler }))
+        });
+        let layers = layers.collect::<Result<_>>()?;
+        Ok(Self { config, layers, saved_modules })
+    }
+
+    /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give
+    /// equal bytes. Each file is written beside its place and then renamed, so a crash leaves the
+    /// old file or the new one.
+    ///
+    /// # Errors
+    /// Before anything is written, those of [`Self::check`] and [`Self::for_profile`]; then
+    /// [`Error::Io`].
+    pub fn write(&self, dir: impl AsRef<Path>, profile: Profile) -> Result<()> {
+        self.check()?;
+        let file = self.for_profile(profile)?;
+        file.check()?;
+        let text =
+            file.config.to_text().map_err(|e| Error::config("adapter configuration", e.to_string()))?;
+        let bytes = file.to_bytes()?;
+        let dir = dir.as_ref();
+        fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let weights = Pending::write(dir.join(WEIGHTS_FILE), &bytes)?;
+        let config = Pending::write(dir.join(CONFIG_FILE), text.as_bytes())?;
+        weights.commit()?;
+        config.commit()
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut named: BTreeMap<String, &Tensor> = BTreeMap::new();
+        for (path, layer) in &self.layers {
+            let parts = Part::ALL.into_iter().filter_map(|part| Some((part.key(path), layer.part(part)?)));
+            named.extend(parts);
+        }
+        named.extend(
+            self.saved_modules.iter().map(|(name, tensor)| (format!("{}{name}", keys::PREFIX), tensor)),
+        );
+        let data = named.into_iter().map(|(name, tensor)| {
+            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            Ok((name, tensor.dims().to_vec(), bytes))
+        });
+        let data = data.collect::<Result<Vec<_>>>()?;
+        let views = data.iter().map(|(name, dims, bytes)| {
+            let view = TensorView::new(Dtype::F32, dims.clone(), bytes);
+            Ok((name, view.map_err(|e| Error::tensor(name, e.to_string()))?))
+        });
+        let views = views.collect::<Result<Vec<_>>>()?;
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        safetensors::serialize(views, Some(metadata)).map_err(|e| Error::config("weights", e.to_string()))
+    }
+}
+
+/// A tensor of the file in single precision.
+fn tensor(name: &str, view: &TensorView) -> Result<Tensor> {
+    let dtype = match view.dtype() {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        other => return Err(Error::tensor(name, format!("expected F32, F16 or BF16, got {other:?}"))),
+    };
+    Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)
+}
+
+/// A file written beside its place: it takes it on [`Self::commit`], or goes when dropped.
+struct Pending {
+    temporary: PathBuf,
+    place: PathBuf,
+}
+
+impl Pending {
+    fn write(place: PathBuf, bytes: &[u8]) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let unique = format!("tmp-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let pending = Self { temporary: place.with_extension(unique), place };
+        let write = |path: &Path| {
+            let mut file = fs::File::create(path)?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write(&pending.temporary).map_err(Error::io(&pending.place))?;
+        Ok(pending)
+    }
+
+    fn commit(self) -> Result<()> {
+        fs::rename(&self.temporary, &self.place).map_err(Error::io(&self.place))
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // After a commit there is nothing left here to remove.
+        fs::remove_file(&self.temporary).ok();
+    }
+}

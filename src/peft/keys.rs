@@ -1,0 +1,166 @@
+//! The names of an adapter file's tensors: PEFT's prefix, the layer's Hugging Face path, and what
+//! the tensor is. Adapter names never stand in a key.
+
+use super::config::PeftConfig;
+use crate::error::Result;
+
+/// Before every key.
+pub(super) const PREFIX: &str = "base_model.model.";
+/// Between a layer's path and the name of one of its sampler's tensors.
+pub(super) const SAMPLER: &str = "lora_monteclora_sampler";
+
+/// The tensors of one layer, in the order in which they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    A,
+    B,
+    StdPrior,
+    ExpertWeightsPrior,
+    ExpertWeights,
+    GaussianVarPrior,
+}
+
+impl Part {
+    pub(super) const ALL: [Self; 6] = [
+        Self::A,
+        Self::B,
+        Self::StdPrior,
+        Self::ExpertWeightsPrior,
+        Self::ExpertWeights,
+        Self::GaussianVarPrior,
+    ];
+
+    /// What follows the layer's path in the key.
+    pub(super) fn suffix(self) -> &'static str {
+        match self {
+            Self::A => "lora_A.weight",
+            Self::B => "lora_B.weight",
+            Self::StdPrior => "lora_monteclora_sampler.std_prior",
+            Self::ExpertWeightsPrior => "lora_monteclora_sampler.expert_weights_prior",
+            Self::ExpertWeights => "lora_monteclora_sampler.expert_weights",
+            Self::GaussianVarPrior => "lora_monteclora_sampler.gaussian_var_prior",
+        }
+    }
+
+    /// The whole key.
+    pub(super) fn key(self, path: &str) -> String {
+        format!("{PREFIX}{path}.{}", self.suffix())
+    }
+}
+
+/// What a key names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Key {
+    /// A tensor of the adapted layer at this path.
+    Layer(String, Part),
+    /// A tensor of a module that is saved whole, by its name in the model.
+    Saved(String),
+}
+
+/// Takes `key` apart, or says why it does not belong in the file.
+pub(super) fn parse(key: &str, config: &PeftConfig) -> Result<std::result::Result<Key, String>> {
+    let Some(rest) = key.strip_prefix(PREFIX) else {
+        return Ok(Err(format!("expected a name that starts with {PREFIX}")));
+    };
+    for part in Part::ALL {
+        if let Some(path) = rest.strip_suffix(part.suffix()).and_then(|rest| rest.strip_suffix('.')) {
+            return Ok(Ok(Key::Layer(path.to_string(), part)));
+        }
+    }
+    let segments: Vec<&str> = rest.split('.').collect();
+    if let Some(at) = segments.iter().position(|s| s.starts_with("lora_")) {
+        return Ok(Err(why_not(segments[at], &segments[at + 1..])));
+    }
+    if segments.contains(&"base_layer") {
+        return Ok(Err("weights of the base model in an adapter are not supported".into()));
+    }
+    let name = without_wrapper(&segments);
+    let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+    if !module.is_empty() && config.is_saved(module)? {
+        return Ok(Ok(Key::Saved(name)));
+    }
+    Ok(Err(
+        "the configuration speaks of no such tensor (it is no adapter, and modules_to_save does not name it)"
+            .into(),
+    ))
+}
+
+/// Why the tensor `kind`, followed by `rest`, is not read.
+fn why_not(kind: &str, rest: &[&str]) -> String {
+    match (kind, rest) {
+        ("lora_magnitude_vector", _) => "DoRA (a magnitude vector) is not supported".into(),
+        ("lora_embedding_A" | "lora_embedding_B", _) => "adapters of embeddings are not supported".into(),
+        ("lora_B", ["bias"]) => "a bias of B (lora_bias) is not supported".into(),
+        ("lora_A" | "lora_B", [name, "weight"]) => {
+            format!("the name holds an adapter's name ({name:?}), where PEFT's files have {kind}.weight")
+        }
+        (SAMPLER, [name, _]) => {
+            format!(
+                "the name holds an adapter's name ({name:?}), where PEFT's files have {SAMPLER}.std_prior"
+            )
+        }
+        _ => format!("{kind} is no tensor of LoRA or MonteCLoRA"),
+    }
+}
+
+/// A saved module's name without the wrapper that some versions of PEFT leave in it:
+/// `classifier.modules_to_save.default.weight` is `classifier.weight`.
+fn without_wrapper(segments: &[&str]) -> String {
+    let mut kept = Vec::with_capacity(segments.len());
+    let mut rest = segments.iter().peekable();
+    while let Some(segment) = rest.next() {
+        if *segment == "modules_to_save" && !kept.is_empty() {
+            rest.next_if(|name| **name == "default");
+        } else {
+            kept.push(*segment);
+        }
+    }
+    kept.join(".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(key: &str) -> std::result::Result<Key, String> {
+        let config = PeftConfig { modules_to_save: Some(vec!["classifier".into()]), ..PeftConfig::default() };
+        parse(key, &config).unwrap()
+    }
+
+    #[test]
+    fn every_key_that_is_written_is_read_back() {
+        for part in Part::ALL {
+            assert_eq!(kind(&part.key("a.0.b")), Ok(Key::Layer("a.0.b".into(), part)));
+        }
+    }
+
+    #[test]
+    fn saved_modules_are_found_as_every_version_writes_them() {
+        for key in [
+            "base_model.model.classifier.dense.weight",
+            "base_model.model.classifier.modules_to_save.dense.weight",
+            "base_model.model.classifier.modules_to_save.default.dense.weight",
+        ] {
+            assert_eq!(kind(key), Ok(Key::Saved("classifier.dense.weight".into())), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_tensor_that_does_not_belong_is_refused_with_the_reason() {
+        for (key, reason) in [
+            ("roberta.query.lora_A.weight", "starts with base_model.model."),
+            ("base_model.model.q.lora_A.default.weight", "adapter's name (\"default\")"),
+            ("base_model.model.q.lora_monteclora_sampler.default.std_prior", "adapter's name (\"default\")"),
+            ("base_model.model.q.lora_magnitude_vector", "DoRA"),
+            ("base_model.model.q.lora_B.bias", "lora_bias"),
+            ("base_model.model.e.lora_embedding_A", "embeddings"),
+            ("base_model.model.q.lora_monteclora_sampler.other", "no tensor of LoRA"),
+            ("base_model.model.q.base_layer.weight", "base model"),
+            ("base_model.model.pooler.weight", "modules_to_save does not name it"),
+            ("base_model.model.weight", "modules_to_save does not name it"),
+        ] {
+            let found = kind(key).unwrap_err();
+            assert!(found.contains(reason), "{key}: {found}");
+        }
+    }
+}

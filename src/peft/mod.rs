@@ -1,0 +1,237 @@
+//! Adapters on disk in the format of Hugging Face PEFT: `adapter_config.json` beside
+//! `adapter_model.safetensors`. PEFT's names live here and nowhere else.
+//!
+//! [`AdapterFile`] is such an adapter in memory, apart from any model: what is read has been
+//! checked whole, and what is written is deterministic and replaces the old files at once.
+
+mod config;
+mod files;
+mod keys;
+mod targets;
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
+pub use files::{CONFIG_FILE, WEIGHTS_FILE};
+use keys::Part;
+
+/// Who an adapter is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Profile {
+    /// PEFT from version 0.20 on: everything that training needs to go on.
+    #[default]
+    PeftMonteCLoRA,
+    /// Servers (vLLM, llama.cpp, mistral.rs) and any version of PEFT: the mean's A and B alone,
+    /// with the scale `lora_alpha / r` for every layer (some servers know no other).
+    Serving,
+}
+
+/// An adapter as it lies on disk.
+#[derive(Debug, Clone)]
+pub struct AdapterFile {
+    /// The configuration.
+    pub config: PeftConfig,
+    /// The adapted layers by their Hugging Face path.
+    pub layers: BTreeMap<String, LayerTensors>,
+    /// The tensors of modules that are saved whole (a task head), by their name in the model, such
+    /// as `classifier.dense.weight`.
+    pub saved_modules: BTreeMap<String, Tensor>,
+}
+
+/// The tensors of one adapted layer, in single precision.
+///
+/// # Shapes
+/// - `a`: `(rank, in_dim)`
+/// - `b`: `(out_dim, rank)`
+#[derive(Debug, Clone)]
+pub struct LayerTensors {
+    /// The down-projection, unscaled.
+    pub a: Tensor,
+    /// The up-projection, unscaled.
+    pub b: Tensor,
+    /// MonteCLoRA's variational parameters, if the adapter has them.
+    pub sampler: Option<SamplerTensors>,
+}
+
+/// The tensors of PEFT's MonteCLoRA sampler. The first two are trained; the others are buffers
+/// that PEFT overwrites at each training step.
+///
+/// # Shapes
+/// - `std_prior`: `(rank)`; `expert_weights_prior`, `expert_weights`: `(components)`
+/// - `gaussian_var_prior`: `(rank, rank)`
+#[derive(Debug, Clone)]
+pub struct SamplerTensors {
+    /// The logarithm of the standard deviations, rho.
+    pub std_prior: Tensor,
+    /// The logarithm of the Dirichlet concentration, c.
+    pub expert_weights_prior: Tensor,
+    /// The last draw of the mixture weights.
+    pub expert_weights: Tensor,
+    /// The last draw of the covariance.
+    pub gaussian_var_prior: Tensor,
+}
+
+impl SamplerTensors {
+    /// The trained tensors, with the buffers as PEFT starts them: equal weights, unit covariance.
+    ///
+    /// # Errors
+    /// If a tensor is not a vector.
+    pub fn new(std_prior: Tensor, expert_weights_prior: Tensor) -> Result<Self> {
+        let (rank, components) = (std_prior.dims1()?, expert_weights_prior.dims1()?);
+        let weights = Tensor::full(1f32 / components as f32, components, &Device::Cpu)?;
+        let variance = Tensor::eye(rank, DType::F32, &Device::Cpu)?;
+        Ok(Self { std_prior, expert_weights_prior, expert_weights: weights, gaussian_var_prior: variance })
+    }
+}
+
+impl LayerTensors {
+    fn part(&self, part: Part) -> Option<&Tensor> {
+        let sampler = self.sampler.as_ref();
+        match part {
+            Part::A => Some(&self.a),
+            Part::B => Some(&self.b),
+            Part::StdPrior => sampler.map(|s| &s.std_prior),
+            Part::ExpertWeightsPrior => sampler.map(|s| &s.expert_weights_prior),
+            Part::ExpertWeights => sampler.map(|s| &s.expert_weights),
+            Part::GaussianVarPrior => sampler.map(|s| &s.gaussian_var_prior),
+        }
+    }
+}
+
+impl AdapterFile {
+    /// Checks the tensors against the configuration: that each layer is a target, that ranks and
+    /// the number of components agree, that every value is finite, and that the saved modules are
+    /// those that the configuration lists.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] naming the tensor as it is called on disk, or [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        self.config.check().map_err(|reason| Error::config("adapter configuration", reason))?;
+        if self.layers.is_empty() {
+            return Err(Error::config("adapter", "it adapts no layer"));
+        }
+        for (path, layer) in &self.layers {
+            self.check_layer(path, layer)?;
+        }
+        for (name, tensor) in &self.saved_modules {
+            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+            if module.is_empty() || !self.config.is_saved(module)? {
+                return Err(Error::tensor(name, "modules_to_save does not name it"));
+            }
+            check_finite(&format!("{}{name}", keys::PREFIX), tensor)?;
+        }
+        let lists = self.config.modules_to_save.as_ref().filter(|modules| !modules.is_empty());
+        match lists {
+            Some(modules) if self.saved_modules.is_empty() => {
+                let reason =
+                    format!("there is no tensor of {}, which the configuration lists", modules.join(", "));
+                Err(Error::config("modules_to_save", reason))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_layer(&self, path: &str, layer: &LayerTensors) -> Result<()> {
+        if !self.config.is_target(path)? {
+            return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
+        }
+        let rank = self.config.rank_of(path)?;
+        let components = match (&self.config.monteclora_config, &layer.sampler) {
+            (Some(fields), Some(_)) => fields.num_samples,
+            (None, None) => 0,
+            (Some(_), None) => {
+                let reason = "it is missing, although the configuration has a monteclora_config";
+                return Err(Error::tensor(Part::StdPrior.key(path), reason));
+            }
+            (None, Some(_)) => {
+                let reason = "it is there, although the configuration has no monteclora_config";
+                return Err(Error::tensor(Part::StdPrior.key(path), reason));
+            }
+        };
+        for part in Part::ALL {
+            let Some(tensor) = layer.part(part) else { continue };
+            let key = part.key(path);
+            let (fits, expected) = match (part, tensor.dims()) {
+                (Part::A, dims) => {
+                    (matches!(dims, [r, n] if *r == rank && *n > 0), format!("({rank}, in_dim)"))
+                }
+                (Part::B, dims) => {
+                    (matches!(dims, [n, r] if *r == rank && *n > 0), format!("(out_dim, {rank})"))
+                }
+                (Part::StdPrior, dims) => (dims == [rank], format!("({rank})")),
+                (Part::GaussianVarPrior, dims) => (dims == [rank, rank], format!("({rank}, {rank})")),
+                (Part::ExpertWeightsPrior | Part::ExpertWeights, dims) => {
+                    (dims == [components], format!("({components})"))
+                }
+            };
+            if !fits {
+                return Err(Error::tensor(
+                    key,
+                    format!("expected shape {expected}, got {:?}", tensor.dims()),
+                ));
+            }
+            check_finite(&key, tensor)?;
+        }
+        Ok(())
+    }
+
+    /// This adapter as `profile` has it: for [`Profile::Serving`] without the sampler, and with
+    /// the layers' scales folded into one `lora_alpha` where they agree, and into B where they do
+    /// not.
+    ///
+    /// # Errors
+    /// For [`Profile::Serving`], if there are saved modules: servers refuse adapters with a task
+    /// head, and without it the adapter answers another question.
+    pub fn for_profile(&self, profile: Profile) -> Result<Self> {
+        if profile == Profile::PeftMonteCLoRA {
+            return Ok(self.clone());
+        }
+        if let Some(name) = self.saved_modules.keys().next() {
+            let reason =
+                format!("serving adapters hold A and B alone, and this one has a task head too ({name})");
+            return Err(Error::config("profile", reason));
+        }
+        let mut file = self.clone();
+        let config = &mut file.config;
+        (config.monteclora_config, config.modules_to_save) = (None, None);
+        if config.use_rslora || !config.alpha_pattern.is_empty() {
+            // The alpha that gives a layer's present scale as alpha / r.
+            let alpha =
+                |path: &str| Ok::<_, Error>(self.config.scale_of(path)? * self.config.rank_of(path)? as f64);
+            let alphas = self.layers.keys().map(|path| alpha(path)).collect::<Result<Vec<_>>>()?;
+            let common = alphas.first().copied().unwrap_or(config.lora_alpha);
+            let agree = alphas.iter().all(|alpha| (alpha - common).abs() <= 1e-9 * common.abs());
+            if agree {
+                config.lora_alpha = common;
+            } else {
+                if config.lora_alpha == 0.0 {
+                    config.lora_alpha = 1.0;
+                }
+                for (layer, alpha) in file.layers.values_mut().zip(alphas) {
+                    layer.b = (&layer.b * (alpha / config.lora_alpha))?;
+                }
+            }
+            config.use_rslora = false;
+            config.alpha_pattern.clear();
+        }
+        file.layers.values_mut().for_each(|layer| layer.sampler = None);
+        Ok(file)
+    }
+}
+
+/// Checks that every value of `tensor` is finite.
+fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => Err(Error::tensor(name, format!("value {at} is {}", values[at]))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
