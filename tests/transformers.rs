@@ -1,0 +1,103 @@
+//! The encoders against Hugging Face transformers, on the golden values of
+//! `tests/data/make_transformers_golden.py`, on every lane of the ops.
+
+mod support;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification};
+use monteclora::noise::Noise;
+use monteclora::ops::{self, Lane};
+use monteclora::params::{Params, Role};
+use monteclora::slot::Pass;
+use support::{assert_close, Outcome};
+
+const LANES: [Lane; 3] = [Lane::Fast, Lane::Composed, Lane::Plain];
+
+/// One model's part of the golden file: weights and expected values, and its configuration.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    config: RobertaConfig,
+}
+
+impl Golden {
+    fn open(family: &str) -> Outcome<Self> {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+        let all = candle_core::safetensors::load(dir.join("transformers_golden.safetensors"), &Device::Cpu)?;
+        let prefix = format!("{family}/");
+        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
+        let config = RobertaConfig::from_file(&dir.join(format!("toy_{family}_config.json")))?;
+        Ok(Self { tensors: all.into_iter().filter_map(part).collect(), config })
+    }
+
+    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+    }
+
+    /// ids, token types where the model has them, attention mask.
+    fn inputs(&self) -> Outcome<(Tensor, Option<Tensor>, Tensor)> {
+        let types = self.tensors.get("token_type_ids").map(|t| t.to_dtype(DType::U32)).transpose()?;
+        let mask = self.tensors["attention_mask"].to_dtype(DType::U8)?;
+        Ok((self.tensors["input_ids"].to_dtype(DType::U32)?, types, mask))
+    }
+}
+
+#[test]
+fn classifiers_give_the_logits_of_transformers() -> Outcome {
+    for family in ["roberta", "bert"] {
+        let golden = Golden::open(family)?;
+        let (ids, types, mask) = golden.inputs()?;
+        for (dtype, tolerance) in [(DType::F32, 5e-5), (DType::F64, 2e-6)] {
+            let vb = golden.vb(dtype);
+            let model = RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
+            for lane in LANES {
+                let forward = || model.forward(&ids, types.as_ref(), &mask, &Pass::Mean);
+                assert_close(&ops::with_lane(lane, forward)?, &golden.tensors["logits"], tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_masked_lm_head_gives_the_logits_of_transformers() -> Outcome {
+    let golden = Golden::open("roberta")?;
+    let (ids, _, mask) = golden.inputs()?;
+    let (b, t, vocab) = golden.tensors["mlm_logits"].dims3()?;
+    let positions = Tensor::arange(0u32, (b * t) as u32, &Device::Cpu)?;
+    let model = RobertaForMaskedLM::load(golden.vb(DType::F32), &golden.config, Noise::new(0))?;
+    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean)?;
+    // Padding columns are nobody's business: compare the real tokens.
+    let real = mask.reshape((b * t, 1))?.to_dtype(DType::F32)?;
+    let expected = golden.tensors["mlm_logits"].reshape((b * t, vocab))?;
+    assert_close(&logits.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 1e-4)
+}
+
+#[test]
+fn gradients_are_those_of_transformers() -> Outcome {
+    let golden = Golden::open("roberta")?;
+    let (ids, _, mask) = golden.inputs()?;
+    let params = Params::new(Noise::new(0), &Device::Cpu);
+    let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+    let model = RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
+    let expected: Vec<_> = golden.tensors.iter().filter(|(name, _)| name.starts_with("grad.")).collect();
+    assert_eq!(expected.len(), 2);
+    for lane in LANES {
+        ops::with_lane(lane, || -> Outcome {
+            let logits = model.forward(&ids, None, &mask, &Pass::Mean)?;
+            let loss = ops::cross_entropy(&logits, &golden.tensors["labels"], -100)?;
+            assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
+            let grads = loss.backward()?;
+            for (name, expected) in &expected {
+                let param = params.get(&name["grad.".len()..]).ok_or_else(|| format!("{name} is no parameter"))?;
+                let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
+                assert_close(grad, expected, 1e-5)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
