@@ -29,3 +29,6 @@ pub mod train;
 
 pub use error::{Error, Result};
 pub use monteclora::{MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear, Regularizer, RegularizerTerms};
+pub use noise::Noise;
+pub use params::Params;
+pub use slot::Pass;

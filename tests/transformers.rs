@@ -52,7 +52,8 @@ fn classifiers_give_the_logits_of_transformers() -> Outcome {
         let (ids, types, mask) = golden.inputs()?;
         for (dtype, tolerance) in [(DType::F32, 5e-5), (DType::F64, 2e-6)] {
             let vb = golden.vb(dtype);
-            let model = RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
+            let model =
+                RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
             for lane in LANES {
                 let forward = || model.forward(&ids, types.as_ref(), &mask, &Pass::Mean);
                 assert_close(&ops::with_lane(lane, forward)?, &golden.tensors["logits"], tolerance)?;
@@ -92,7 +93,8 @@ fn gradients_are_those_of_transformers() -> Outcome {
             assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
             let grads = loss.backward()?;
             for (name, expected) in &expected {
-                let param = params.get(&name["grad.".len()..]).ok_or_else(|| format!("{name} is no parameter"))?;
+                let param =
+                    params.get(&name["grad.".len()..]).ok_or_else(|| format!("{name} is no parameter"))?;
                 let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
                 assert_close(grad, expected, 1e-5)?;
             }

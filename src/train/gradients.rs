@@ -104,3 +104,113 @@ pub fn clip_grad_norm(grads: &mut Gradients, max_norm: f64) -> Result<f64> {
     }
     Ok(norm)
 }
+
+/// What [`check_gradients`] found, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GradientReport {
+    /// Trainable parameters that got no gradient.
+    pub missing: Vec<String>,
+    /// Trainable parameters whose gradient holds NaN or infinity.
+    pub non_finite: Vec<String>,
+    /// How many tensors outside the store got a gradient: work that nobody uses, on frozen weights.
+    pub unexpected: usize,
+}
+
+impl GradientReport {
+    /// Nothing to complain of.
+    pub fn is_clean(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Differentiates `loss` and checks that every trainable parameter gets a finite gradient and that
+/// nothing outside the store gets any. Candle's fused operations without a backward cut gradients
+/// silently, and its optimiser skips what has none: worth a call before a long run.
+///
+/// # Errors
+/// If the backward pass fails.
+pub fn check_gradients(params: &Params, loss: &Tensor) -> Result<GradientReport> {
+    let store = loss.backward()?;
+    let mut report = GradientReport::default();
+    for (name, param) in params.trainable() {
+        match store.get(&param.var) {
+            None => report.missing.push(name),
+            Some(grad) => {
+                let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
+                if !sum.is_finite() {
+                    report.non_finite.push(name);
+                }
+            }
+        }
+    }
+    let known: Vec<_> = params.all().into_iter().map(|(_, param)| param.var.id()).collect();
+    report.unexpected = store.get_ids().filter(|id| !known.contains(id)).count();
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::noise::Noise;
+    use crate::params::{Init, Role};
+
+    fn store() -> Result<(Params, Tensor, Tensor)> {
+        let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+        let a = params.create("a", Role::Base, 2, &Init::Constant(1.0))?;
+        let b = params.create("b", Role::Base, 2, &Init::Constant(2.0))?;
+        Ok((params, a, b))
+    }
+
+    /// Gradients `(3, -4)` of a and `(12, 0.5)` of b.
+    fn grads(params: &Params, a: &Tensor, b: &Tensor) -> Result<Gradients> {
+        let weights = |w: [f64; 2]| Tensor::new(&w, &Device::Cpu);
+        let loss = ((a * weights([3.0, -4.0])?)?.sum_all()? + (b * weights([12.0, 0.5])?)?.sum_all()?)?;
+        let mut grads = Gradients::new();
+        grads.accumulate(params, &loss.backward()?)?;
+        Ok(grads)
+    }
+
+    #[test]
+    fn clipping_is_that_of_torch() -> Result<()> {
+        // a.grad = torch.tensor([3., -4.]); b.grad = torch.tensor([12., .5])
+        // torch.nn.utils.clip_grad_norm_([a, b], 2.0)
+        let (params, a, b) = store()?;
+        let mut grads = grads(&params, &a, &b)?;
+        assert!((clip_grad_norm(&mut grads, 2.0)? - 13.009611831257688).abs() < 1e-12);
+        let got = grads.get("b").unwrap().to_vec1::<f64>()?;
+        assert!((got[0] - 1.844789719055754).abs() < 1e-12 && (got[1] - 0.07686623829398975).abs() < 1e-12);
+        // Below the norm nothing changes.
+        let norm = grads.norm()?;
+        assert!((clip_grad_norm(&mut grads, 5.0)? - norm).abs() < 1e-15 && (norm - 2.0).abs() < 1e-6);
+        assert!(clip_grad_norm(&mut grads, 0.0).unwrap_err().to_string().contains("clip"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_parameter_the_loss_does_not_reach_is_named() -> Result<()> {
+        let (params, a, _) = store()?;
+        let loss = a.sum_all()?;
+        let error = Gradients::new().accumulate(&params, &loss.backward()?).unwrap_err().to_string();
+        assert!(error.contains("tensor b"), "{error}");
+        assert_eq!(check_gradients(&params, &loss)?.missing, ["b"]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_check_sees_infinite_and_useless_gradients() -> Result<()> {
+        let (params, a, b) = store()?;
+        let clean = (&a * &b)?.sum_all()?;
+        assert!(check_gradients(&params, &clean)?.is_clean());
+        let infinite = ((&a - 1.0)?.log()?.sum_all()? + b.sum_all()?)?;
+        assert_eq!(check_gradients(&params, &infinite)?.non_finite, ["a"]);
+        let stranger = Var::new(&[1.0, 1.0], &Device::Cpu)?;
+        let useless = ((&a * &b)? * stranger.as_tensor())?.sum_all()?;
+        assert_eq!(check_gradients(&params, &useless)?.unexpected, 1);
+        let mut grads = Gradients::new();
+        grads.accumulate(&params, &infinite.backward()?)?;
+        assert_eq!(grads.first_non_finite()?, Some("a"));
+        Ok(())
+    }
+}

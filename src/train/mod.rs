@@ -1,9 +1,12 @@
-//! Training.
-
+//! Training: gradients, the optimiser, schedules and the loop.
 mod gradients;
+mod memory;
 mod optim;
 mod schedule;
+mod trainer;
 
-pub use gradients::{clip_grad_norm, Gradients};
+pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
+pub use memory::peak_rss_bytes;
 pub use optim::{AdamW, AdamWConfig};
 pub use schedule::Schedule;
+pub use trainer::{fit, Loss, Objective, Observer, Record, Summary, TrainConfig};

@@ -126,3 +126,70 @@ impl AdamW {
         self.steps as usize
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::noise::Noise;
+    use crate::params::Init;
+
+    fn store(role: Role) -> Result<(Params, Tensor)> {
+        let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+        let w = params.create("w", role, 3, &Init::Constant(0.0))?;
+        params.set("w", &Tensor::new(&[1.0, -2.0, 0.5], &Device::Cpu)?)?;
+        Ok((params, w))
+    }
+
+    fn step(optimizer: &mut AdamW, params: &Params, w: &Tensor, grad: [f64; 3], lr: f64) -> Result<()> {
+        let loss = (w * Tensor::new(&grad, &Device::Cpu)?)?.sum_all()?;
+        let mut grads = Gradients::new();
+        grads.accumulate(params, &loss.backward()?)?;
+        optimizer.step(&grads, lr)
+    }
+
+    #[test]
+    fn three_steps_are_those_of_torch() -> Result<()> {
+        // w = torch.tensor([1., -2., .5], dtype=torch.float64)
+        // torch.optim.AdamW([w], lr=0.1, weight_decay=0.05) with the gradients below
+        let (params, w) = store(Role::Base)?;
+        let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.05, ..Default::default() })?;
+        let grads = [[0.3, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2]];
+        let expected = [
+            [0.8950000033333332, -1.8900000049999996, 0.397500001],
+            [0.8034186121405289, -1.9171603565210367, 0.3688787973659032],
+            [0.8299285178080283, -1.9428011583709783, 0.33551004721602257],
+        ];
+        for (grad, expected) in grads.into_iter().zip(expected) {
+            step(&mut optimizer, &params, &w, grad, 0.1)?;
+            for (got, expected) in w.to_vec1::<f64>()?.into_iter().zip(expected) {
+                assert!((got - expected).abs() < 1e-12, "{got} {expected}");
+            }
+        }
+        assert_eq!(optimizer.steps(), 3);
+        Ok(())
+    }
+
+    #[test]
+    fn the_posterior_is_not_decayed() -> Result<()> {
+        for (role, decayed) in [(Role::A, true), (Role::Scale, false), (Role::Concentration, false)] {
+            let (params, w) = store(role)?;
+            let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.5, ..Default::default() })?;
+            step(&mut optimizer, &params, &w, [0.0; 3], 0.1)?;
+            assert_eq!(w.to_vec1::<f64>()? != [1.0, -2.0, 0.5], decayed, "{role:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn missing_gradients_and_bad_constants_are_named() -> Result<()> {
+        let (params, _) = store(Role::A)?;
+        let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
+        let error = optimizer.step(&Gradients::new(), 0.1).unwrap_err().to_string();
+        assert!(error.contains("tensor w"), "{error}");
+        let error = AdamW::new(&params, AdamWConfig { beta2: 1.0, ..Default::default() }).unwrap_err();
+        assert!(error.to_string().contains("beta2"), "{error}");
+        Ok(())
+    }
+}

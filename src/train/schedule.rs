@@ -46,3 +46,31 @@ impl FromStr for Schedule {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_courses_are_those_of_transformers() {
+        // get_linear_schedule_with_warmup(optimizer, 3, 10), then get_cosine_schedule_with_warmup
+        let linear = [0.0, 0.333333333, 0.666666667, 1.0, 0.857142857, 0.714285714];
+        let cosine = [0.0, 0.333333333, 0.666666667, 1.0, 0.950484434, 0.811744901];
+        for (schedule, expected) in [(Schedule::Linear, linear), (Schedule::Cosine, cosine)] {
+            for (step, expected) in expected.into_iter().enumerate() {
+                let got = schedule.factor(step, 3, 10);
+                assert!((got - expected).abs() < 1e-8, "{schedule:?} {step}: {got}");
+            }
+            assert!(schedule.factor(10, 3, 10).abs() < 1e-12);
+        }
+        assert_eq!(Schedule::Constant.factor(9, 3, 10), 1.0);
+        assert_eq!(Schedule::Linear.factor(0, 0, 10), 1.0);
+    }
+
+    #[test]
+    fn an_unknown_name_lists_the_known_ones() {
+        assert_eq!("cosine".parse::<Schedule>().unwrap(), Schedule::Cosine);
+        let error = "step".parse::<Schedule>().unwrap_err().to_string();
+        assert!(error.contains("constant, linear or cosine"), "{error}");
+    }
+}

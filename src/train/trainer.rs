@@ -1,0 +1,432 @@
+//! The one training loop: every method and every model runs through [`fit`].
+
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use serde::Serialize;
+
+use super::gradients::{clip_grad_norm, Gradients};
+use super::optim::{AdamW, AdamWConfig};
+use super::schedule::Schedule;
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::slot::Pass;
+
+/// The constants of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainConfig {
+    /// Passes over the data.
+    pub epochs: usize,
+    /// The highest learning rate.
+    pub lr: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// The share of all steps in which it rises from zero.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The largest global gradient norm; no clipping where absent.
+    pub clip: Option<f64>,
+    /// Micro-batches of one optimiser step.
+    pub accumulation: usize,
+    /// Steps between two evaluations; at the end of each epoch where absent.
+    pub eval_every: Option<usize>,
+    /// Keep the parameters of the best evaluation rather than the last.
+    pub keep_best: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 3,
+            lr: 3e-4,
+            schedule: Schedule::Linear,
+            warmup_ratio: 0.06,
+            weight_decay: 0.01,
+            clip: Some(1.0),
+            accumulation: 1,
+            eval_every: None,
+            keep_best: true,
+        }
+    }
+}
+
+impl TrainConfig {
+    fn validate(&self) -> Result<()> {
+        let positive = [
+            ("epochs", self.epochs),
+            ("accumulation", self.accumulation),
+            ("eval_every", self.eval_every.unwrap_or(1)),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::config(*name, "must be at least 1"));
+        }
+        if !(0.0..=1.0).contains(&self.warmup_ratio) {
+            let reason = format!("expected a share in [0, 1], got {}", self.warmup_ratio);
+            return Err(Error::config("warmup_ratio", reason));
+        }
+        Ok(())
+    }
+}
+
+/// The loss of one micro-batch: scalar tensors.
+#[derive(Debug)]
+pub struct Loss {
+    /// What is differentiated.
+    pub total: Tensor,
+    /// The parts to log and to name when they are not finite, by their names.
+    pub terms: Vec<(&'static str, Tensor)>,
+}
+
+/// What is trained: it knows its data and its model.
+pub trait Objective {
+    /// The micro-batches of an epoch, as rows of the data: a pure function of the epoch.
+    ///
+    /// # Errors
+    /// If there is no data.
+    fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>>;
+
+    /// The mean loss over some rows.
+    ///
+    /// # Errors
+    /// If the forward pass fails.
+    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss>;
+}
+
+/// One optimiser step, as it is logged.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Record {
+    /// The number of this step (1-based).
+    pub step: usize,
+    /// The epochs done, with the fraction of the present one.
+    pub epoch: f64,
+    /// The learning rate of this step.
+    pub lr: f64,
+    /// The total loss.
+    pub loss: f64,
+    /// The parts of the loss.
+    #[serde(flatten)]
+    pub terms: std::collections::BTreeMap<&'static str, f64>,
+    /// The global gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
+/// What watches a run: logs, progress bars, evaluation.
+pub trait Observer {
+    /// Is told of the number of steps before the first.
+    fn start(&mut self, _total_steps: usize) {}
+
+    /// Is told of every step.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn step(&mut self, record: &Record) -> Result<()>;
+
+    /// Evaluates the present parameters; a higher score is better. None: nothing to compare.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
+}
+
+/// How a run went.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Optimiser steps taken.
+    pub steps: usize,
+    /// Wall time, evaluations included.
+    pub seconds: f64,
+    /// The median wall time of a step, evaluations excluded.
+    pub step_seconds_median: f64,
+    /// The step whose parameters were kept.
+    pub kept_step: usize,
+}
+
+/// Trains `params` on `objective`. The draw index counts micro-batches from zero.
+///
+/// # Errors
+/// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
+/// rows, and the parameters of the last good evaluation, if there was one, are put back. Besides,
+/// what the objective, the observer or the optimiser report.
+pub fn fit(
+    objective: &dyn Objective,
+    params: &Params,
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    config.validate()?;
+    let optimizer_config =
+        AdamWConfig { lr: config.lr, weight_decay: config.weight_decay, ..AdamWConfig::default() };
+    let mut optimizer = AdamW::new(params, optimizer_config)?;
+    let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
+    let total = per_epoch * config.epochs;
+    let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
+    observer.start(total);
+
+    let start = Instant::now();
+    let (mut seconds, mut draw, mut best) = (Vec::with_capacity(total), 0, None::<Best>);
+    for epoch in 0..config.epochs {
+        let micro_batches = objective.epoch(epoch as u64)?;
+        for (i, group) in micro_batches.chunks(config.accumulation).enumerate() {
+            let clock = Instant::now();
+            let step = epoch * per_epoch + i + 1;
+            let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
+            let outcome = group_gradients(objective, params, group, draw, step).and_then(|mut done| {
+                let norm = clip(&mut done.grads, config.clip, step, group)?;
+                optimizer.step(&done.grads, lr)?;
+                Ok((done, norm))
+            });
+            let (done, grad_norm) = match (outcome, &best) {
+                (Err(error @ Error::NonFinite { .. }), Some(best)) => {
+                    params.restore(&best.values)?;
+                    return Err(error);
+                }
+                (outcome, _) => outcome?,
+            };
+            draw += group.len() as u64;
+            seconds.push(clock.elapsed().as_secs_f64());
+            let epoch = epoch as f64 + (i + 1) as f64 / per_epoch as f64;
+            observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })?;
+            let due = match config.eval_every {
+                Some(every) => step % every == 0 || step == total,
+                None => i + 1 == per_epoch,
+            };
+            if due {
+                if let Some(score) = observer.evaluate(step)? {
+                    if best.as_ref().is_none_or(|best| score > best.score) {
+                        best = Some(Best { score, step, values: params.snapshot()? });
+                    }
+                }
+            }
+        }
+    }
+    let kept_step = match best.filter(|_| config.keep_best) {
+        Some(best) => {
+            params.restore(&best.values)?;
+            best.step
+        }
+        None => total,
+    };
+    let seconds_total = start.elapsed().as_secs_f64();
+    Ok(Summary { steps: total, seconds: seconds_total, step_seconds_median: median(seconds), kept_step })
+}
+
+struct Best {
+    score: f64,
+    step: usize,
+    values: std::collections::BTreeMap<String, Tensor>,
+}
+
+struct Group {
+    grads: Gradients,
+    loss: f64,
+    terms: std::collections::BTreeMap<&'static str, f64>,
+}
+
+/// The gradients of one step: the mean over all rows of its micro-batches, so that a short last
+/// micro-batch weighs no more than its rows.
+fn group_gradients(
+    objective: &dyn Objective,
+    params: &Params,
+    group: &[Vec<usize>],
+    first_draw: u64,
+    step: usize,
+) -> Result<Group> {
+    let rows_in_group: usize = group.iter().map(Vec::len).sum();
+    let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
+    for (i, rows) in group.iter().enumerate() {
+        let share = rows.len() as f64 / rows_in_group as f64;
+        let loss = objective.loss(rows, &Pass::Train { draw: first_draw + i as u64 })?;
+        let values = to_host(&loss)?;
+        let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
+        for (name, &value) in names.zip(&values) {
+            if !value.is_finite() {
+                return Err(Error::NonFinite { step, term: name.to_string(), value, rows: rows.clone() });
+            }
+            match name {
+                "loss" => sums.loss += share * value,
+                name => *sums.terms.entry(name).or_default() += share * value,
+            }
+        }
+        let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
+        sums.grads.accumulate(params, &total.backward()?)?;
+    }
+    Ok(sums)
+}
+
+/// All terms and the total in one copy from the device.
+fn to_host(loss: &Loss) -> Result<Vec<f64>> {
+    let scalars: Vec<Tensor> = loss
+        .terms
+        .iter()
+        .map(|(_, term)| term)
+        .chain([&loss.total])
+        .map(|term| term.detach().to_dtype(DType::F64))
+        .collect::<candle_core::Result<_>>()?;
+    Ok(Tensor::stack(&scalars, 0)?.to_vec1()?)
+}
+
+fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<usize>]) -> Result<f64> {
+    let norm = match max_norm {
+        Some(max_norm) => clip_grad_norm(grads, max_norm)?,
+        None => grads.norm()?,
+    };
+    if norm.is_finite() {
+        return Ok(norm);
+    }
+    let name = grads.first_non_finite()?.unwrap_or("all parameters together");
+    Err(Error::NonFinite { step, term: format!("gradient of {name}"), value: norm, rows: group.concat() })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+    use crate::params::{Init, Role};
+
+    /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
+    struct Line {
+        params: Params,
+        w: Tensor,
+        batch: usize,
+        poison: Option<usize>,
+    }
+
+    const ROWS: usize = 10;
+
+    impl Line {
+        fn new(batch: usize) -> Result<Self> {
+            let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+            let w = params.create("w", Role::Base, 1, &Init::Constant(0.0))?;
+            Ok(Self { params, w, batch, poison: None })
+        }
+
+        fn fit(&self, config: &TrainConfig) -> Result<(Summary, Log)> {
+            let mut log = Log::default();
+            Ok((fit(self, &self.params, config, &mut log)?, log))
+        }
+
+        fn value(&self) -> Result<f64> {
+            Ok(self.w.to_vec1::<f64>()?[0])
+        }
+    }
+
+    impl Objective for Line {
+        fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
+            let order = Noise::new(3).stream("data", Purpose::Shuffle).permutation(epoch, ROWS);
+            Ok(order.chunks(self.batch).map(<[usize]>::to_vec).collect())
+        }
+
+        fn loss(&self, rows: &[usize], _: &Pass) -> Result<Loss> {
+            let xs: Vec<f64> = rows.iter().map(|i| 1.0 + *i as f64 / 4.0).collect();
+            let ys: Vec<f64> = rows
+                .iter()
+                .zip(&xs)
+                .map(|(i, x)| if self.poison == Some(*i) { f64::INFINITY } else { 2.0 * x + (*i % 3) as f64 })
+                .collect();
+            let n = rows.len();
+            let (xs, ys) = (Tensor::from_vec(xs, n, &Device::Cpu)?, Tensor::from_vec(ys, n, &Device::Cpu)?);
+            let task = (xs.broadcast_mul(&self.w)? - ys)?.sqr()?.mean_all()?;
+            Ok(Loss { total: task.clone(), terms: vec![("task", task)] })
+        }
+    }
+
+    #[derive(Default)]
+    struct Log {
+        records: Vec<Record>,
+        scores: Vec<f64>,
+        evaluated: Vec<usize>,
+    }
+
+    impl Observer for Log {
+        fn step(&mut self, record: &Record) -> Result<()> {
+            self.records.push(record.clone());
+            Ok(())
+        }
+
+        fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+            self.evaluated.push(step);
+            Ok(self.scores.get(self.evaluated.len() - 1).copied())
+        }
+    }
+
+    fn config() -> TrainConfig {
+        TrainConfig { epochs: 4, lr: 0.1, weight_decay: 0.0, clip: None, ..Default::default() }
+    }
+
+    #[test]
+    fn accumulated_micro_batches_are_one_big_batch() -> Result<()> {
+        // Ten rows: groups of 4 + 4 + 2 rows, the last micro-batch of which is short.
+        let (small, big) = (Line::new(2)?, Line::new(4)?);
+        let (summary, log) = small.fit(&TrainConfig { accumulation: 2, ..config() })?;
+        let (_, whole) = big.fit(&config())?;
+        assert_eq!(
+            (summary.steps, log.records.len(), log.evaluated.as_slice()),
+            (12, 12, &[3, 6, 9, 12][..])
+        );
+        for (one, other) in log.records.iter().zip(&whole.records) {
+            assert!((one.loss - other.loss).abs() < 1e-12 && (one.grad_norm - other.grad_norm).abs() < 1e-12);
+            assert_eq!((one.step, one.lr, one.epoch), (other.step, other.lr, other.epoch));
+        }
+        assert!((small.value()? - big.value()?).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
+    fn the_same_run_gives_the_same_numbers() -> Result<()> {
+        let (one, other) = (Line::new(3)?, Line::new(3)?);
+        assert_eq!(one.fit(&config())?.1.records, other.fit(&config())?.1.records);
+        assert_eq!(one.value()?.to_bits(), other.value()?.to_bits());
+        Ok(())
+    }
+
+    #[test]
+    fn the_best_evaluation_is_kept_where_it_is_asked_for() -> Result<()> {
+        let run = |keep_best| -> Result<(f64, usize)> {
+            let line = Line::new(5)?;
+            let mut log = Log { scores: vec![0.1, 0.9, 0.3, 0.9], ..Log::default() };
+            let summary = fit(&line, &line.params, &TrainConfig { keep_best, ..config() }, &mut log)?;
+            Ok((line.value()?, summary.kept_step))
+        };
+        let ((best, best_step), (last, last_step)) = (run(true)?, run(false)?);
+        assert_eq!((best_step, last_step), (4, 8));
+        assert!(best < last, "{best} {last}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_non_finite_loss_stops_the_run_and_names_its_cause() -> Result<()> {
+        let mut line = Line::new(3)?;
+        line.poison = Some(7);
+        let mut log = Log::default();
+        let error = fit(&line, &line.params, &config(), &mut log).unwrap_err();
+        let Error::NonFinite { step, term, rows, .. } = &error else { panic!("{error}") };
+        assert_eq!((term.as_str(), rows.contains(&7)), ("task", true));
+        assert_eq!(*step, log.records.len() + 1);
+        assert!(line.value()?.is_finite());
+        let text = error.to_string();
+        assert!(text.contains(&format!("step {step}: task is inf; batch rows")), "{text}");
+        Ok(())
+    }
+
+    #[test]
+    fn options_outside_their_domain_are_named() -> Result<()> {
+        let line = Line::new(3)?;
+        let text = |config| line.fit(&config).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(text(TrainConfig { epochs: 0, ..config() }).contains("epochs"));
+        assert!(text(TrainConfig { accumulation: 0, ..config() }).contains("accumulation"));
+        assert!(text(TrainConfig { warmup_ratio: 1.5, ..config() }).contains("warmup_ratio"));
+        assert!(text(TrainConfig { lr: f64::NAN, ..config() }).contains("lr"));
+        Ok(())
+    }
+}
