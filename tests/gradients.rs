@@ -3,11 +3,14 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::{self, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::monteclora::Mode;
 use monteclora::ops;
 use monteclora::params::{Params, Role};
-use monteclora::slot::Pass;
-use support::{padded_batch, toy_classifier, toy_config, Outcome};
+use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
+use support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
 fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
@@ -62,5 +65,38 @@ fn a_frozen_encoder_gives_gradients_to_its_head_alone() -> Outcome {
     let names: Vec<String> = params.all().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names.len(), 4, "{names:?}");
     assert!(names.iter().all(|name| name.starts_with("classifier.")), "{names:?}");
+    Ok(())
+}
+
+#[test]
+fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outcome {
+    let targets = Targets::parse("all-linear")?;
+    let pass = Pass::Train { draw: 4 };
+    for family in [Family::Roberta, Family::Bert] {
+        let (mut model, params) = toy_classifier(&toy_config(family), Role::Head, DType::F64)?;
+        let config = LoraConfig { rank: 3, alpha: 7.0, dropout: 0.2, ..LoraConfig::default() };
+        inject::lora(&mut model, &targets, &config, &params)?;
+        scatter(&params)?;
+        check(&params, || classification_loss(&model, &pass))?;
+    }
+    for mode in [Mode::Expected, Mode::Sampled] {
+        let (mut model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
+        // A large scaler and large weights, so that every path carries visible gradient.
+        let config = MonteCLoRAConfig {
+            rank: 3,
+            alpha: 7.0,
+            num_components: 3,
+            sample_scaler: 0.3,
+            kl_weight: 0.1,
+            mode,
+            ..MonteCLoRAConfig::default()
+        };
+        inject::monteclora(&mut model, &targets, &config, &params)?;
+        scatter(&params)?;
+        let regularizer = Regularizer::new(&config);
+        check(&params, || {
+            Ok((classification_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?)
+        })?;
+    }
     Ok(())
 }

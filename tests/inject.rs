@@ -1,0 +1,218 @@
+//! Adapters on whole models: which layers get one, and what that changes.
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::{self, Select, Targets};
+use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::ops;
+use monteclora::params::{Params, Role};
+use monteclora::slot::Linears;
+use monteclora::train::check_gradients;
+use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
+use support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
+
+fn frozen(family: Family) -> Outcome<(RobertaForSequenceClassification, Params)> {
+    toy_classifier(&toy_config(family), Role::Head, DType::F32)
+}
+
+fn paths(targets: &Targets, family: Family) -> Outcome<Vec<String>> {
+    let (model, _) = frozen(family)?;
+    Ok(targets.resolve(&model, 4, 8.0)?.into_iter().map(|target| target.path).collect())
+}
+
+fn error(targets: &Targets) -> String {
+    let (model, _) = frozen(Family::Roberta).expect("a toy model");
+    targets.resolve(&model, 4, 8.0).expect_err("an error").to_string()
+}
+
+fn logits(model: &RobertaForSequenceClassification, pass: &Pass) -> Outcome<Tensor> {
+    let (ids, types, mask) = padded_batch(model.config())?;
+    Ok(model.forward(&ids, Some(&types), &mask, pass)?)
+}
+
+fn lora() -> LoraConfig {
+    LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() }
+}
+
+fn bayes() -> MonteCLoRAConfig {
+    MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..MonteCLoRAConfig::default() }
+}
+
+#[test]
+fn targets_follow_the_rules_of_peft() -> Outcome {
+    let names = |text: &str| Targets::parse(text).map_err(Box::<dyn std::error::Error>::from);
+    let two =
+        |name: &str| -> Vec<String> { (0..2).map(|i| format!("roberta.encoder.layer.{i}.{name}")).collect() };
+    let query = two("attention.self.query");
+    assert_eq!(paths(&names("query")?, Family::Roberta)?, query);
+    assert_eq!(paths(&names("self.query")?, Family::Roberta)?, query);
+    assert_eq!(paths(&names(&query[1])?, Family::Roberta)?, query[1..]);
+    assert_eq!(paths(&names("default")?, Family::Roberta)?.len(), 6);
+    assert_eq!(paths(&names("all-linear")?, Family::Roberta)?.len(), 12);
+    assert_eq!(paths(&names("all-linear")?, Family::Bert)?.len(), 13); // and the pooler
+    let regex = Targets {
+        select: Select::Regex(r".*\.(?!0\.)\d+\.attention\.self\.(key|value)".into()),
+        ..Targets::default()
+    };
+    assert_eq!(
+        paths(&regex, Family::Roberta)?,
+        ["roberta.encoder.layer.1.attention.self.key", "roberta.encoder.layer.1.attention.self.value"]
+    );
+    let exclude =
+        Targets { exclude: Some(Select::parse("intermediate.dense,output.dense")?), ..names("all-linear")? };
+    assert_eq!(paths(&exclude, Family::Roberta)?, paths(&names("query,key,value")?, Family::Roberta)?);
+    for pattern in [None, Some("layer".to_string())] {
+        let layers =
+            Targets { layers_to_transform: Some(vec![1]), layers_pattern: pattern, ..names("query")? };
+        assert_eq!(paths(&layers, Family::Roberta)?, query[1..]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_target_that_matches_nothing_lists_the_names_there_are() -> Outcome {
+    let text = error(&Targets::parse("query,q_proj")?);
+    assert!(text.contains("no layer matches q_proj") && text.contains("dense, key, query, value"), "{text}");
+    let regex = Targets { select: Select::Regex("query".into()), ..Targets::default() };
+    assert!(error(&regex).contains("no layer matches query")); // an expression matches whole paths
+    let broken = Targets { select: Select::Regex("(query".into()), ..Targets::default() };
+    assert!(error(&broken).contains("targets"), "{}", error(&broken));
+    let layers = Targets { layers_to_transform: Some(vec![9]), ..Targets::default() };
+    assert!(error(&layers).contains("no layer matches"));
+    let pattern = Targets { rank_pattern: BTreeMap::from([("q_proj".into(), 2)]), ..Targets::default() };
+    assert!(error(&pattern).contains("rank_pattern") && error(&pattern).contains("q_proj"));
+    assert!(Targets::parse("query,,key").unwrap_err().to_string().contains("empty name"));
+    Ok(())
+}
+
+#[test]
+fn rank_and_alpha_patterns_change_single_layers() -> Outcome {
+    let (mut model, params) = frozen(Family::Roberta)?;
+    let targets = Targets {
+        rank_pattern: BTreeMap::from([("key".into(), 5)]),
+        alpha_pattern: BTreeMap::from([(r"layer\.1\.attention\.self\.value".into(), 11.0)]),
+        ..Targets::parse("query,key,value")?
+    };
+    let resolved = inject::lora(&mut model, &targets, &lora(), &params)?;
+    let odd: Vec<_> = resolved.iter().filter(|t| (t.rank, t.alpha) != (3, 7.0)).collect();
+    assert_eq!(odd.len(), 3);
+    let a = params.get("roberta.encoder.layer.0.attention.self.key.default.a").ok_or("no parameter")?;
+    assert_eq!(a.var.dims(), [5, 32]);
+    Ok(())
+}
+
+#[test]
+fn a_rank_that_does_not_fit_changes_nothing() -> Outcome {
+    let (mut model, params) = frozen(Family::Roberta)?;
+    let before = params.all().len();
+    for rank in [0, 33] {
+        let config = LoraConfig { rank, ..lora() };
+        let text = inject::lora(&mut model, &Targets::default(), &config, &params).unwrap_err().to_string();
+        assert!(text.contains("rank"), "{text}");
+        assert_eq!(params.all().len(), before);
+        model.visit_linears(&mut |slot| {
+            assert!(slot.active().is_none());
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_adapter_changes_nothing_until_b_moves() -> Outcome {
+    let (model, _) = frozen(Family::Roberta)?;
+    let base = logits(&model, &Pass::Mean)?;
+    for bayesian in [false, true] {
+        let (mut model, params) = frozen(Family::Roberta)?;
+        match bayesian {
+            true => inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?,
+            false => inject::lora(&mut model, &Targets::default(), &lora(), &params)?,
+        };
+        assert_close(&logits(&model, &Pass::Mean)?, &base, 1e-6)?;
+        assert_close(&logits(&model, &Pass::Posterior { draw: 1 })?, &base, 1e-6)?;
+        scatter(&params)?;
+        let moved = (logits(&model, &Pass::Mean)? - &base)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(moved > 1e-2, "{moved}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_count_is_that_of_the_paper() -> Outcome {
+    // Six layers of 32 x 32 with rank 3: LoRA has 6 * 3 * 64; MonteCLoRA rank + N more a layer.
+    let count = |bayesian| -> Outcome<usize> {
+        let (mut model, params) = frozen(Family::Roberta)?;
+        let head = params.trainable_count();
+        match bayesian {
+            true => inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?,
+            false => inject::lora(&mut model, &Targets::default(), &lora(), &params)?,
+        };
+        Ok(params.trainable_count() - head)
+    };
+    assert_eq!(count(false)?, 6 * 3 * 64);
+    assert_eq!(count(true)?, 6 * 3 * 64 + 6 * (3 + 3));
+    Ok(())
+}
+
+#[test]
+fn every_trainable_parameter_gets_a_gradient_and_nothing_else_does() -> Outcome {
+    for family in [Family::Roberta, Family::Bert] {
+        for lane in [ops::Lane::Fast, ops::Lane::Composed] {
+            let (mut model, params) = frozen(family)?;
+            inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
+            scatter(&params)?;
+            let report = ops::with_lane(lane, || -> Outcome<_> {
+                let pass = Pass::Train { draw: 0 };
+                let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
+                let task = ops::cross_entropy(&logits(&model, &pass)?, &labels, -100)?;
+                let loss = (task + Regularizer::new(&bayes()).for_model(&model, &pass)?.total)?;
+                Ok(check_gradients(&params, &loss)?)
+            })?;
+            assert!(report.is_clean(), "{family:?} {lane:?}: {report:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn post_hoc_training_freezes_a_and_b() -> Outcome {
+    let (mut model, params) = frozen(Family::Roberta)?;
+    inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
+    for role in [Role::A, Role::B, Role::Head] {
+        assert!(params.set_trainable(role, false) > 0);
+    }
+    assert_eq!(params.trainable_count(), 6 * (3 + 3));
+    assert!(params.trainable().iter().all(|(name, _)| name.ends_with("_prior")));
+    Ok(())
+}
+
+#[test]
+fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
+    let (mut model, params) = frozen(Family::Roberta)?;
+    let base = logits(&model, &Pass::Mean)?;
+    inject::lora(&mut model, &Targets::default(), &lora(), &params)?;
+    scatter(&params)?;
+    let head_moved = frozen(Family::Roberta)?;
+    scatter(&head_moved.1)?;
+    let base_with_moved_head = logits(&head_moved.0, &Pass::Mean)?;
+    let adapted = logits(&model, &Pass::Mean)?;
+    model.visit_linears_mut(&mut |slot| slot.activate(None))?;
+    let off = logits(&model, &Pass::Mean)?;
+    assert_close(&off, &base_with_moved_head, 1e-5)?;
+    assert!(assert_differs(&off, &base)? && assert_differs(&off, &adapted)?);
+    model.visit_linears_mut(&mut |slot| {
+        if slot.remove(inject::DEFAULT_ADAPTER).is_some() {
+            assert!(slot.activate(Some(inject::DEFAULT_ADAPTER)).is_err());
+        }
+        Ok(())
+    })?;
+    assert_close(&logits(&model, &Pass::Mean)?, &off, 0.0)
+}
+
+fn assert_differs(one: &Tensor, other: &Tensor) -> Outcome<bool> {
+    Ok((one - other)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3)
+}
