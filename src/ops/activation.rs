@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::attach::attach;
-use super::host::{dense, map, map2, tensor, Host};
+use super::host::{dense, map, map2, map3, tensor, Host};
 use super::lane::{pick, Lane};
 use super::{plain, vmath};
 
@@ -52,8 +52,10 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             attach("silu-mul", [gate, up], y, |call| {
                 let [gate, up] = &call.args;
                 let dgate = call.needs[0].then(|| {
-                    let slope_up = binary(gate, up, |g, u| vmath::silu_slope(g) * u)?;
-                    binary(&slope_up, &call.grad, |s, d| s * d)
+                    let (g, u) = (dense(gate)?, dense(up)?);
+                    let slope = |g, u, d| vmath::silu_slope(g) * u * d;
+                    let dgate = map3(&Host::of(&g)?, &Host::of(&u)?, &Host::of(&call.grad)?, slope);
+                    tensor(dgate, gate.dims())
                 });
                 let dup = call.needs[1].then(|| binary(gate, &call.grad, |g, d| g * vmath::sigmoid(g) * d));
                 Ok([dgate.transpose()?, dup.transpose()?])

@@ -130,7 +130,7 @@ impl Core {
         let mut dq = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
         let mut dk = vec![0f32; b * kv_heads * tk * dim]; // (b, kv_heads, tk, dim)
         let mut dv = dk.clone();
-        let task = |(i, ((dq, dk), dv)): (usize, ((&mut [f32], &mut [f32]), &mut [f32]))| {
+        let task = |i: usize, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]| {
             let (batch, kv_head) = (i / kv_heads, i % kv_heads);
             let size = BLOCK.min(tq) * tk;
             let (mut ps, mut dropped, mut ds) = (vec![0f32; size], Vec::new(), vec![0f32; size]);
@@ -178,7 +178,7 @@ impl Core {
         };
         let (q_task, k_task) = ((group * tq * dim).max(1), (tk * dim).max(1));
         let pieces = dq.par_chunks_mut(q_task).zip(dk.par_chunks_mut(k_task)).zip(dv.par_chunks_mut(k_task));
-        pieces.enumerate().for_each(task);
+        pieces.enumerate().for_each(|(i, ((dq, dk), dv))| task(i, dq, dk, dv));
         let dq = tensor(self.join(&dq, tq, n), (b, tq, n * dim))?;
         let dk = tensor(self.join(&dk, tk, kv_heads), (b, tk, kv_heads * dim))?;
         let dv = tensor(self.join(&dv, tk, kv_heads), (b, tk, kv_heads * dim))?;

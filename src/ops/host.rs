@@ -98,6 +98,15 @@ pub(super) fn map2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -
     })
 }
 
+/// `f(x, y, z)` of every three elements.
+pub(super) fn map3(xs: &[f32], ys: &[f32], zs: &[f32], f: impl Fn(f32, f32, f32) -> f32 + Sync) -> Vec<f32> {
+    fill_rows(xs.len(), 1, |first, out| {
+        for (((out, &x), &y), &z) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]).zip(&zs[first..]) {
+            *out = f(x, y, z);
+        }
+    })
+}
+
 /// The sum of every column of a matrix in rows of `width`.
 pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
     let partial = |rows: &[f32]| {

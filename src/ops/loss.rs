@@ -99,19 +99,23 @@ fn composed_cross_entropy(logits: &Tensor, labels: &[i64], ignore: i64, rows: us
     let (device, dtype) = (logits.device(), wide(logits.dtype()));
     let n = labels.len();
     let safe: Vec<u32> = labels.iter().map(|&label| if label == ignore { 0 } else { label as u32 }).collect();
-    let keep: Vec<f32> = labels.iter().map(|&label| f32::from(u8::from(label != ignore))).collect();
+    let keep: Vec<u8> = labels.iter().map(|&label| u8::from(label != ignore)).collect();
     let safe = Tensor::from_vec(safe, (n, 1), device)?;
-    let keep = Tensor::from_vec(keep, (n, 1), device)?.to_dtype(dtype)?;
+    let keep = Tensor::from_vec(keep, (n, 1), device)?;
     let x = logits.detach().to_dtype(dtype)?.contiguous()?;
     let max = x.max_keepdim(D::Minus1)?;
     let log_sum = (x.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?.log()? + max)?; // (n, 1)
-    let terms = ((&log_sum - x.gather(&safe, 1)?)? * &keep)?;
+    let terms = (&log_sum - x.gather(&safe, 1)?)?;
+    // Chosen, not multiplied: an ignored row may hold anything.
+    let terms = keep.where_cond(&terms, &terms.zeros_like()?)?;
     let loss = (terms.sum_all()? / rows as f64)?.to_dtype(logits.dtype())?;
     attach("cross-entropy", [logits], loss, move |call| {
-        let p = call.args[0].to_dtype(dtype)?.broadcast_sub(&log_sum)?.exp()?;
-        let p = p.contiguous()?.scatter_add(&safe, &keep.neg()?, 1)?; // an ignored row is zeroed below
+        let p = call.args[0].to_dtype(dtype)?.broadcast_sub(&log_sum)?.exp()?.contiguous()?;
         let factor = (call.grad.to_dtype(dtype)? / rows as f64)?;
-        Ok([Some(p.broadcast_mul(&keep)?.broadcast_mul(&factor)?)])
+        let minus_one = log_sum.zeros_like()?.affine(1.0, -1.0)?;
+        let dx = p.scatter_add(&safe, &minus_one, 1)?.broadcast_mul(&factor)?;
+        let keep = keep.broadcast_as(dx.dims())?.contiguous()?;
+        Ok([Some(keep.where_cond(&dx, &dx.zeros_like()?)?)])
     })
 }
 

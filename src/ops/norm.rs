@@ -104,7 +104,8 @@ fn norm(
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let dim = xs.dim(D::Minus1)?;
-    if residual.is_some_and(|residual| residual.dims() != xs.dims())
+    if dim == 0
+        || residual.is_some_and(|residual| residual.dims() != xs.dims())
         || weight.dims() != [dim]
         || bias.is_some_and(|bias| bias.dims() != [dim])
     {

@@ -23,7 +23,7 @@ use super::plain;
 pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, t, _, dim) = xs.dims4()?;
     let fits = |table: &Tensor| matches!(*table.dims(), [tables, steps, half] if (tables == b || tables == 1) && steps == t && 2 * half == dim);
-    if !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
+    if dim == 0 || !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
         bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
     }
     let lane = pick(&[xs, cos, sin]);
