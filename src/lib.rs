@@ -28,3 +28,4 @@ pub mod metrics;
 pub mod train;
 
 pub use error::{Error, Result};
+pub use monteclora::{MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear, Regularizer, RegularizerTerms};

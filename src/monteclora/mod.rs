@@ -1,1 +1,17 @@
-//! The method.
+//! MonteCLoRA: a posterior over the low-rank factor A, its draws and its regulariser.
+
+pub mod buffer;
+pub mod config;
+pub mod layer;
+pub mod linear;
+pub mod noise;
+pub mod posterior;
+pub mod regularizer;
+
+pub use buffer::SampleBuffer;
+pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
+pub use layer::MonteCLoRA;
+pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
+pub use noise::{DrawNoise, NoiseSpec};
+pub use posterior::{Posterior, PosteriorDraw};
+pub use regularizer::{Regularizer, RegularizerTerms};

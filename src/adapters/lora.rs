@@ -1,0 +1,183 @@
+//! LoRA (Hu et al. 2021), as an adapter of a slot and as a layer of its own.
+//!
+//! ```text
+//! y = W0 x + b + s B A dropout(x)
+//! ```
+
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::Tensor;
+use candle_nn::{Linear, Module, ModuleT};
+use serde::{Deserialize, Serialize};
+
+use super::low_rank::{self, LowRank};
+use crate::error::Result;
+use crate::params::{Params, Role};
+use crate::slot::{Adapter, Pass};
+
+/// The options of a LoRA adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// The rank r of the update.
+    pub rank: usize,
+    /// The update is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// Probability of dropping an input of the low-rank branch, in training.
+    pub dropout: f64,
+    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA).
+    pub use_rslora: bool,
+}
+
+impl Default for LoraConfig {
+    /// The paper's RoBERTa setting.
+    fn default() -> Self {
+        Self { rank: 8, alpha: 16.0, dropout: 0.0, use_rslora: false }
+    }
+}
+
+impl LoraConfig {
+    /// Checks every option.
+    ///
+    /// # Errors
+    /// If one is outside its domain; the error names it.
+    pub fn validate(&self) -> Result<()> {
+        low_rank::validate(self.rank, self.alpha, self.dropout)
+    }
+}
+
+/// A LoRA adapter of one linear layer.
+#[derive(Debug, Clone)]
+pub struct Lora {
+    pair: LowRank,
+}
+
+impl Lora {
+    /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store.
+    ///
+    /// # Errors
+    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim)), or a name is taken.
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        (in_dim, out_dim): (usize, usize),
+        config: &LoraConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let scale = low_rank::scaling(config.rank, config.alpha, config.use_rslora);
+        let name = format!("{path}.{adapter}");
+        let pair = LowRank::new(params, &name, (in_dim, out_dim), config.rank, scale, config.dropout)?;
+        Ok(Self { pair })
+    }
+
+    /// A, B and their scale.
+    pub fn low_rank(&self) -> &LowRank {
+        &self.pair
+    }
+}
+
+impl Adapter for Lora {
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, self.pair.a(), pass)
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![(Role::A, self.pair.a().clone()), (Role::B, self.pair.b().clone())]
+    }
+
+    fn delta(&self) -> candle_core::Result<Option<Tensor>> {
+        self.pair.delta().map(Some)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+/// A frozen linear layer with a LoRA adapter, for anyone's candle model.
+///
+/// `forward_t(xs, true)` drops inputs (and counts its own draws), `forward_t(xs, false)` does not.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Linear, ModuleT};
+/// use monteclora::adapters::{LoraConfig, LoraLinear};
+/// use monteclora::{noise::Noise, params::Params};
+///
+/// let device = Device::Cpu;
+/// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);
+/// let params = Params::new(Noise::new(0), &device);
+/// let config = LoraConfig { rank: 2, ..Default::default() };
+/// let layer = LoraLinear::new(base, &params, "proj", &config)?;
+/// let ys = layer.forward_t(&Tensor::ones((1, 4), DType::F32, &device)?, true)?;
+/// assert_eq!(ys.to_vec2::<f32>()?, [[4.0; 6]]); // B is zero at the start
+/// assert_eq!(params.trainable_count(), 2 * (4 + 6));
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct LoraLinear {
+    base: Linear,
+    adapter: Lora,
+    draws: AtomicU64,
+}
+
+impl LoraLinear {
+    /// Wraps `base`; the parameters are `{path}.default.a` and `.b`.
+    ///
+    /// # Errors
+    /// As [`Lora::new`].
+    pub fn new(base: Linear, params: &Params, path: &str, config: &LoraConfig) -> Result<Self> {
+        let adapter = Lora::new(params, path, "default", low_rank::dims(&base)?, config)?;
+        Ok(Self { base, adapter, draws: AtomicU64::new(0) })
+    }
+
+    /// The frozen layer.
+    pub fn base(&self) -> &Linear {
+        &self.base
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> &Lora {
+        &self.adapter
+    }
+
+    /// The output in a given pass; changes no state.
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward_with(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        self.adapter.forward(xs, &self.base, pass)
+    }
+
+    /// The view without dropout, a plain `Module`.
+    pub fn mean(&self) -> LoraMean<'_> {
+        LoraMean(self)
+    }
+}
+
+impl ModuleT for LoraLinear {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> candle_core::Result<Tensor> {
+        let pass = match train {
+            true => Pass::Train { draw: self.draws.fetch_add(1, Ordering::Relaxed) },
+            false => Pass::Mean,
+        };
+        self.forward_with(xs, &pass)
+    }
+}
+
+/// A [`LoraLinear`] without dropout.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraMean<'a>(&'a LoraLinear);
+
+impl Module for LoraMean<'_> {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.forward_with(xs, &Pass::Mean)
+    }
+}

@@ -1,0 +1,131 @@
+//! The low-rank pair A, B and its forward pass: what every low-rank adapter shares.
+//!
+//! ```text
+//! y = W0 x + b + s B A dropout(x),   s = alpha / r   (rsLoRA: alpha / sqrt r)
+//! ```
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+
+use crate::error::{Error, Result};
+use crate::noise::{Purpose, Stream};
+use crate::ops;
+use crate::params::{Init, Params, Role};
+use crate::slot::Pass;
+
+/// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    a: Tensor,
+    b: Tensor,
+    scale: f64,
+    dropout: f64,
+    stream: Stream,
+}
+
+/// The factor s: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
+pub fn scaling(rank: usize, alpha: f64, use_rslora: bool) -> f64 {
+    let rank = rank as f64;
+    alpha / if use_rslora { rank.sqrt() } else { rank }
+}
+
+/// Checks the options of every low-rank adapter.
+///
+/// # Errors
+/// Unless `rank >= 1`, alpha is positive and finite, and dropout lies in [0, 1).
+pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
+    if rank == 0 {
+        return Err(Error::config("rank", "expected at least 1, got 0"));
+    }
+    if !(alpha > 0.0 && alpha.is_finite()) {
+        return Err(Error::config("alpha", format!("expected a positive number, got {alpha}")));
+    }
+    if !(0.0..1.0).contains(&dropout) {
+        return Err(Error::config("dropout", format!("expected a number in [0, 1), got {dropout}")));
+    }
+    Ok(())
+}
+
+impl LowRank {
+    /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
+    ///
+    /// # Errors
+    /// If the rank is 0 or above min(in_dim, out_dim), another option is outside its domain, or a
+    /// name is taken.
+    pub fn new(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        rank: usize,
+        scale: f64,
+        dropout: f64,
+    ) -> Result<Self> {
+        if rank == 0 || rank > in_dim.min(out_dim) {
+            let most = in_dim.min(out_dim);
+            return Err(Error::config("rank", format!("{name}: expected 1 to {most}, got {rank}")));
+        }
+        let bound = 1.0 / (in_dim as f64).sqrt();
+        let a =
+            params.create(&format!("{name}.a"), Role::A, (rank, in_dim), &Init::Uniform(-bound, bound))?;
+        let b = params.create(&format!("{name}.b"), Role::B, (out_dim, rank), &Init::Constant(0.0))?;
+        Ok(Self { a, b, scale, dropout, stream: params.noise().stream(name, Purpose::Dropout) })
+    }
+
+    /// A, `(rank, in_dim)`.
+    pub fn a(&self) -> &Tensor {
+        &self.a
+    }
+
+    /// B, `(out_dim, rank)`.
+    pub fn b(&self) -> &Tensor {
+        &self.b
+    }
+
+    /// The factor s.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The output of the base with this pair, A replaced by `a` (A itself, or a draw around it).
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`, any float dtype
+    /// - `a`: `(rank, in_dim)`
+    /// - output: `(.., out_dim)`, the dtype of `xs`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward(
+        &self,
+        xs: &Tensor,
+        base: &Linear,
+        a: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        match pass.dropout_draw().filter(|_| self.dropout > 0.0) {
+            None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale),
+            Some(draw) => {
+                let dropped = ops::dropout(xs, self.dropout, &self.stream, draw)?;
+                ops::linear(xs, base.weight(), base.bias())?
+                    + ops::low_rank(&dropped, a, &self.b, self.scale)?
+            }
+        }
+    }
+
+    /// `s B A`, `(out_dim, in_dim)`.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn delta(&self) -> candle_core::Result<Tensor> {
+        self.b.matmul(&self.a)? * self.scale
+    }
+}
+
+/// `(in_dim, out_dim)` of a linear layer.
+///
+/// # Errors
+/// If its weight is not a matrix.
+pub fn dims(base: &Linear) -> Result<(usize, usize)> {
+    let (out_dim, in_dim) = base.weight().dims2()?;
+    Ok((in_dim, out_dim))
+}

@@ -1,0 +1,310 @@
+//! The options of MonteCLoRA, their presets and their domains.
+
+use serde::{Deserialize, Serialize};
+
+use crate::adapters::low_rank;
+use crate::dist::{Covariance, Estimator};
+use crate::error::{Error, Result};
+use crate::params::Init;
+
+/// How the mixture of N components is drawn.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mixture {
+    /// `eps ||pi||_2 F Z` with one Z: the same law as [`Self::Explicit`], with 1/N of its noise,
+    /// and a gradient in pi that is the conditional expectation of the explicit one.
+    #[default]
+    Collapsed,
+    /// `eps sum_k pi_k F Z_k` with N matrices (the paper's algorithm 1 to the letter).
+    Explicit,
+    /// Only the component with the largest weight, at weight one (the paper, section 6.4): `eps F Z`.
+    /// No gradient of the task reaches the concentration, which learns from its KL term and the
+    /// cooperative loss alone.
+    Sparse,
+}
+
+/// How the regulariser's two terms that depend on the draw are evaluated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// By their exact expectation: no draw, no variance.
+    #[default]
+    Expected,
+    /// At the draw that the pass addresses (the paper to the letter).
+    Sampled,
+}
+
+/// Whose numbers to reproduce where they differ from the paper's mathematics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compat {
+    /// The mathematics.
+    #[default]
+    None,
+    /// PEFT 0.20/0.21's numbers, for parity tests and for continuing a PEFT run.
+    ///
+    /// Never the default, because its "KL" of the Dirichlet weights adds `ln Gamma(a)/Gamma(b)`
+    /// where eq. 12 subtracts it: at a = (1.5, 1.5), b = (1, 1) it is -0.4347, the divergence
+    /// 0.0484. A term that goes below zero is no divergence, and minimising it drives the weights
+    /// away from the prior. PEFT also multiplies the Gaussian term by N and clips variances at 1e-3
+    /// (1e-6 in the logits of the weights).
+    Peft,
+}
+
+/// How a positive quantity starts, in every element.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Initial {
+    /// At this value.
+    Constant(f64),
+    /// Uniform between two bounds.
+    Uniform(f64, f64),
+    /// The exponential of a uniform number between two bounds.
+    ExpUniform(f64, f64),
+}
+
+impl Initial {
+    /// The initialisation of the quantity's logarithm.
+    pub fn of_log(&self) -> Init {
+        match *self {
+            Self::Constant(value) => Init::Constant(value.ln()),
+            Self::Uniform(low, high) => Init::LogUniform(low, high),
+            Self::ExpUniform(low, high) => Init::Uniform(low, high),
+        }
+    }
+
+    fn validate(&self, option: &str) -> Result<()> {
+        let good = match *self {
+            Self::Constant(value) => value > 0.0 && value.is_finite(),
+            Self::Uniform(low, high) => low >= 0.0 && low < high && high.is_finite(),
+            Self::ExpUniform(low, high) => low <= high && low.is_finite() && high.is_finite(),
+        };
+        match good {
+            true => Ok(()),
+            false => {
+                Err(Error::config(option, format!("expected positive, finite, ordered values, got {self:?}")))
+            }
+        }
+    }
+}
+
+/// The options of MonteCLoRA. Presets: [`Self::paper`] (the default), [`Self::paper_literal`],
+/// [`Self::peft`].
+///
+/// # Example
+/// ```
+/// use monteclora::monteclora::MonteCLoRAConfig;
+///
+/// let config = MonteCLoRAConfig { rank: 4, num_components: 8, ..Default::default() };
+/// config.validate()?;
+/// let error = MonteCLoRAConfig { rank: 4, df: Some(3.0), ..config }.validate().unwrap_err();
+/// assert!(error.to_string().starts_with("invalid df"));
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MonteCLoRAConfig {
+    /// The rank r of the update.
+    pub rank: usize,
+    /// The update is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// Probability of dropping an input of the low-rank branch, in training.
+    pub dropout: f64,
+    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA).
+    pub use_rslora: bool,
+    /// N, the number of mixture components (PEFT: `num_samples`).
+    pub num_components: usize,
+    /// eps, the scale of the perturbation.
+    pub sample_scaler: f64,
+    /// eta, the weight of the three KL terms.
+    pub kl_weight: f64,
+    /// The weight of the cooperative loss.
+    pub cooperative_weight: f64,
+    /// b, the concentration of the Dirichlet prior, the same for every component.
+    pub dirichlet_prior: f64,
+    /// The Wishart's degrees of freedom; `None` is the rank.
+    pub df: Option<f64>,
+    /// How much of the drawn covariance is kept.
+    pub covariance: Covariance,
+    /// How the mixture weights are drawn.
+    pub estimator: Estimator,
+    /// How the mixture is drawn.
+    pub mixture: Mixture,
+    /// How the regulariser is evaluated.
+    pub mode: Mode,
+    /// How many draws' noise each layer prepares ahead; 0 is none. It never changes a result.
+    pub buffer_size: usize,
+    /// The most bytes of noise a layer keeps, whatever `buffer_size` says; `None` is no limit.
+    pub buffer_bytes: Option<usize>,
+    /// How the concentration a starts.
+    pub initial_concentration: Initial,
+    /// How the standard deviations sqrt(V_i) start.
+    pub initial_std: Initial,
+    /// Whose numbers to reproduce.
+    pub compat: Compat,
+}
+
+impl Default for MonteCLoRAConfig {
+    fn default() -> Self {
+        Self::paper()
+    }
+}
+
+impl MonteCLoRAConfig {
+    /// The paper's numbers for RoBERTa-base and, where its estimators are biased or noisier, ours.
+    /// (For LLaMA-3.2-3B it uses a `sample_scaler` of 2.5e-5.)
+    pub const fn paper() -> Self {
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            use_rslora: false,
+            num_components: 4,
+            sample_scaler: 5e-3,
+            kl_weight: 1e-5,
+            cooperative_weight: 1.0,
+            dirichlet_prior: 1.0,
+            df: None,
+            covariance: Covariance::Full,
+            estimator: Estimator::Exact,
+            mixture: Mixture::Collapsed,
+            mode: Mode::Expected,
+            buffer_size: 15,
+            buffer_bytes: None,
+            initial_concentration: Initial::Constant(1.0),
+            initial_std: Initial::Constant(1.0),
+            compat: Compat::None,
+        }
+    }
+
+    /// The paper's numbers and its estimators too.
+    pub const fn paper_literal() -> Self {
+        Self {
+            estimator: Estimator::Exponential,
+            mixture: Mixture::Explicit,
+            mode: Mode::Sampled,
+            ..Self::paper()
+        }
+    }
+
+    /// PEFT's defaults and numbers; see [`Compat::Peft`] for what is wrong with them.
+    pub const fn peft() -> Self {
+        Self {
+            num_components: 8,
+            sample_scaler: 1e-4,
+            cooperative_weight: 0.0,
+            dirichlet_prior: 0.1,
+            covariance: Covariance::Diagonal,
+            estimator: Estimator::LogisticNormal,
+            mixture: Mixture::Explicit,
+            mode: Mode::Sampled,
+            buffer_size: 150,
+            initial_concentration: Initial::ExpUniform(0.0, 1.0),
+            initial_std: Initial::ExpUniform(0.0, 1.0),
+            compat: Compat::Peft,
+            ..Self::paper()
+        }
+    }
+
+    /// The Wishart's degrees of freedom: `df`, or the rank.
+    pub fn degrees(&self) -> f64 {
+        self.df.unwrap_or(self.rank as f64)
+    }
+
+    /// The scale s of the low-rank update.
+    pub fn scaling(&self) -> f64 {
+        low_rank::scaling(self.rank, self.alpha, self.use_rslora)
+    }
+
+    /// Checks every option and every pair that must agree.
+    ///
+    /// # Errors
+    /// If one is outside its domain; the error names it.
+    pub fn validate(&self) -> Result<()> {
+        low_rank::validate(self.rank, self.alpha, self.dropout)?;
+        if self.num_components == 0 {
+            return Err(Error::config("num_components", "expected at least 1, got 0"));
+        }
+        positive("sample_scaler", self.sample_scaler)?;
+        positive("dirichlet_prior", self.dirichlet_prior)?;
+        not_negative("kl_weight", self.kl_weight)?;
+        not_negative("cooperative_weight", self.cooperative_weight)?;
+        let (df, least) = (self.degrees(), self.rank as f64 - 1.0);
+        if !(df > least && df.is_finite()) {
+            return Err(Error::config("df", format!("expected more than rank - 1 = {least}, got {df}")));
+        }
+        self.initial_concentration.validate("initial_concentration")?;
+        self.initial_std.validate("initial_std")?;
+        let as_peft = self.covariance == Covariance::Diagonal
+            && self.estimator == Estimator::LogisticNormal
+            && self.mixture == Mixture::Explicit
+            && self.mode == Mode::Sampled
+            && self.df.is_none_or(|df| df == self.rank as f64);
+        if self.compat == Compat::Peft && !as_peft {
+            return Err(Error::config(
+                "compat",
+                "PEFT's numbers exist for covariance diagonal, estimator logistic_normal, mixture explicit, \
+                 mode sampled and df = rank only",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn positive(option: &str, value: f64) -> Result<()> {
+    match value > 0.0 && value.is_finite() {
+        true => Ok(()),
+        false => Err(Error::config(option, format!("expected a positive number, got {value}"))),
+    }
+}
+
+fn not_negative(option: &str, value: f64) -> Result<()> {
+    match value >= 0.0 && value.is_finite() {
+        true => Ok(()),
+        false => Err(Error::config(option, format!("expected zero or a positive number, got {value}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_valid_and_survives_json() {
+        for config in [MonteCLoRAConfig::paper(), MonteCLoRAConfig::paper_literal(), MonteCLoRAConfig::peft()]
+        {
+            config.validate().unwrap();
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(serde_json::from_str::<MonteCLoRAConfig>(&json).unwrap(), config);
+        }
+        assert_eq!(MonteCLoRAConfig::default(), MonteCLoRAConfig::paper());
+        assert!(serde_json::from_str::<MonteCLoRAConfig>(r#"{"ranc": 3}"#).is_err());
+    }
+
+    #[test]
+    fn an_option_outside_its_domain_is_an_error_that_names_it() {
+        type Spoil = fn(&mut MonteCLoRAConfig);
+        let cases: [(&str, Spoil); 14] = [
+            ("rank", |c| c.rank = 0),
+            ("alpha", |c| c.alpha = 0.0),
+            ("alpha", |c| c.alpha = f64::NAN),
+            ("dropout", |c| c.dropout = 1.0),
+            ("num_components", |c| c.num_components = 0),
+            ("sample_scaler", |c| c.sample_scaler = -1.0),
+            ("kl_weight", |c| c.kl_weight = f64::INFINITY),
+            ("cooperative_weight", |c| c.cooperative_weight = -0.1),
+            ("dirichlet_prior", |c| c.dirichlet_prior = 0.0),
+            ("df", |c| c.df = Some(7.0)),
+            ("df", |c| c.df = Some(f64::NAN)),
+            ("initial_concentration", |c| c.initial_concentration = Initial::Constant(0.0)),
+            ("initial_std", |c| c.initial_std = Initial::Uniform(1.0, 0.0)),
+            ("compat", |c| c.compat = Compat::Peft),
+        ];
+        for (option, spoil) in cases {
+            let mut config = MonteCLoRAConfig::paper();
+            spoil(&mut config);
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("invalid {option}:")), "{option}: {error}");
+        }
+    }
+}

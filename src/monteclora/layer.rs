@@ -1,0 +1,170 @@
+//! The MonteCLoRA adapter of one linear layer.
+//!
+//! ```text
+//! y = W0 x + b + s B (A + Delta) dropout(x),   Delta a draw in training, zero at the mean
+//! ```
+
+use std::any::Any;
+use std::borrow::Cow;
+
+use candle_core::{DType, Tensor};
+use candle_nn::Linear;
+
+use super::buffer::SampleBuffer;
+use super::config::MonteCLoRAConfig;
+use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
+use super::posterior::{Posterior, PosteriorDraw};
+use crate::adapters::LowRank;
+use crate::error::{Error, Result};
+use crate::params::{Params, Role};
+use crate::slot::{Adapter, Pass};
+
+/// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.
+///
+/// Beyond LoRA's A and B it trains r + N numbers: `std_prior` and `expert_weights_prior`.
+#[derive(Debug)]
+pub struct MonteCLoRA {
+    name: String,
+    pair: LowRank,
+    posterior: Posterior,
+    buffer: SampleBuffer,
+}
+
+impl MonteCLoRA {
+    /// Creates the adapter's parameters `{path}.{adapter}.a`, `.b`, `.std_prior` and
+    /// `.expert_weights_prior` in the store.
+    ///
+    /// # Errors
+    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a
+    /// name is taken.
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        (in_dim, out_dim): (usize, usize),
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let name = format!("{path}.{adapter}");
+        let pair =
+            LowRank::new(params, &name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
+        let std_prior = params.create(
+            &format!("{name}.std_prior"),
+            Role::Scale,
+            config.rank,
+            &config.initial_std.of_log(),
+        )?;
+        let expert_weights_prior = params.create(
+            &format!("{name}.expert_weights_prior"),
+            Role::Concentration,
+            config.num_components,
+            &config.initial_concentration.of_log(),
+        )?;
+        let spec = NoiseSpec::new(config, in_dim, params.dtype(), params.device());
+        let streams = NoiseStreams::new(params.noise(), &name);
+        let buffer =
+            SampleBuffer::new(spec.clone(), streams.clone(), config.buffer_size, config.buffer_bytes);
+        let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
+        Ok(Self { name, pair, posterior, buffer })
+    }
+
+    /// The prefix of its parameters' names, `{path}.{adapter}`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A, B and their scale.
+    pub fn low_rank(&self) -> &LowRank {
+        &self.pair
+    }
+
+    /// The variational parameters.
+    pub fn posterior(&self) -> &Posterior {
+        &self.posterior
+    }
+
+    /// The same, to change the sample scaler.
+    pub fn posterior_mut(&mut self) -> &mut Posterior {
+        &mut self.posterior
+    }
+
+    /// The sample buffer.
+    pub fn buffer(&self) -> &SampleBuffer {
+        &self.buffer
+    }
+
+    /// The same, to resize it.
+    pub fn buffer_mut(&mut self) -> &mut SampleBuffer {
+        &mut self.buffer
+    }
+
+    /// The noise that `pass` addresses; none at the mean.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn noise(&self, pass: &Pass) -> candle_core::Result<Option<DrawNoise>> {
+        pass.posterior_draw().map(|draw| self.buffer.get(draw)).transpose()
+    }
+
+    /// The draw that `pass` addresses; none at the mean.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn draw(&self, pass: &Pass) -> candle_core::Result<Option<PosteriorDraw>> {
+        self.noise(pass)?.map(|noise| self.posterior.draw(&noise)).transpose()
+    }
+
+    /// The A of a pass, `(r, in_dim)`: the mean, or the mean and the draw's perturbation.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
+        Ok(match self.noise(pass)? {
+            None => Cow::Borrowed(self.pair.a()),
+            Some(noise) => Cow::Owned((self.pair.a() + self.posterior.perturbation(&noise)?)?),
+        })
+    }
+
+    /// Checks that every parameter is finite. It copies them to the host.
+    ///
+    /// # Errors
+    /// If one holds NaN or infinity; the error names the tensor.
+    pub fn check_finite(&self) -> Result<()> {
+        let names = ["a", "b", "std_prior", "expert_weights_prior"];
+        for (suffix, (_, tensor)) in names.iter().zip(self.parameters()) {
+            let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+                let reason = format!("element {index} is {}", values[index]);
+                return Err(Error::tensor(format!("{}.{suffix}", self.name), reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Adapter for MonteCLoRA {
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, self.effective_a(pass)?.as_ref(), pass)
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![
+            (Role::A, self.pair.a().clone()),
+            (Role::B, self.pair.b().clone()),
+            (Role::Scale, self.posterior.std_prior().clone()),
+            (Role::Concentration, self.posterior.expert_weights_prior().clone()),
+        ]
+    }
+
+    fn delta(&self) -> candle_core::Result<Option<Tensor>> {
+        self.pair.delta().map(Some)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

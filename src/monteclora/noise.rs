@@ -1,0 +1,188 @@
+//! The untransformed noise of one draw of one layer, and how it is made from its address.
+//!
+//! Nothing here depends on the variational parameters, so a buffer can prepare it ahead.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::config::{Compat, Mixture, MonteCLoRAConfig};
+use crate::dist::wishart::fill_bartlett;
+use crate::dist::{Covariance, Estimator};
+use crate::noise::{Noise, Purpose, Stream};
+
+/// What the noise of a layer's draws looks like.
+#[derive(Debug, Clone)]
+pub struct NoiseSpec {
+    /// r.
+    pub rank: usize,
+    /// The width of A.
+    pub in_dim: usize,
+    /// N.
+    pub num_components: usize,
+    /// The Wishart's degrees of freedom.
+    pub df: f64,
+    /// How much of the covariance is kept.
+    pub covariance: Covariance,
+    /// How the weights are drawn.
+    pub estimator: Estimator,
+    /// How many matrices a draw needs: N for [`Mixture::Explicit`], else one.
+    pub mixture: Mixture,
+    /// Whose numbers.
+    pub compat: Compat,
+    /// The dtype of the parameters.
+    pub dtype: DType,
+    /// Where the parameters are.
+    pub device: Device,
+}
+
+/// The three streams that a layer's draws come from.
+#[derive(Debug, Clone)]
+pub struct NoiseStreams {
+    wishart: Stream,
+    dirichlet: Stream,
+    gaussian: Stream,
+}
+
+impl NoiseStreams {
+    /// The streams of the adapter called `name`.
+    pub fn new(noise: Noise, name: &str) -> Self {
+        Self {
+            wishart: noise.stream(name, Purpose::Wishart),
+            dirichlet: noise.stream(name, Purpose::Dirichlet),
+            gaussian: noise.stream(name, Purpose::Gaussian),
+        }
+    }
+}
+
+/// The noise of one draw.
+#[derive(Debug, Clone)]
+pub struct DrawNoise {
+    /// Bartlett's T, `(r, r)`; diagonal for [`Covariance::Diagonal`].
+    pub(super) bartlett: Tensor,
+    /// The noise of the weights, `(N)`, f64 on the host.
+    pub(super) weights: Tensor,
+    /// `T Z` (under [`Compat::Peft`] Z alone), `(r, in_dim)`, or `(N, r, in_dim)` if explicit.
+    pub(super) matrices: Tensor,
+}
+
+impl DrawNoise {
+    /// Noise given from outside.
+    ///
+    /// # Shapes
+    /// - `bartlett`: T, `(r, r)`, lower triangular (diagonal for [`Covariance::Diagonal`])
+    /// - `weights`: `(N)`; uniform numbers, or normals for [`Estimator::LogisticNormal`]
+    /// - `z`: standard normals, `(r, in_dim)`, or `(N, r, in_dim)` for [`Mixture::Explicit`]
+    ///
+    /// # Errors
+    /// If a shape is another.
+    pub fn new(spec: &NoiseSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
+        let NoiseSpec { rank, in_dim, num_components, .. } = *spec;
+        let z_shape = spec.matrix_shape();
+        if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
+            candle_core::bail!(
+                "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
+                bartlett.shape(),
+                weights.shape(),
+                z.shape()
+            )
+        }
+        let place = |x: &Tensor| x.to_dtype(spec.dtype)?.to_device(&spec.device);
+        let (bartlett, z) = (place(bartlett)?, place(z)?);
+        let matrices = match spec.compat {
+            Compat::None => bartlett.broadcast_matmul(&z)?,
+            Compat::Peft => z, // its clip of V T T^T comes between the two
+        };
+        let weights = weights.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        Ok(Self { bartlett, weights, matrices })
+    }
+}
+
+/// The same noise on the host, before it becomes tensors.
+pub(super) struct HostNoise {
+    bartlett: Vec<f64>,
+    weights: Vec<f64>,
+    z: Values,
+}
+
+enum Values {
+    Single(Vec<f32>),
+    Double(Vec<f64>),
+}
+
+impl NoiseSpec {
+    /// The noise that `config` asks of a layer of this width.
+    pub fn new(config: &MonteCLoRAConfig, in_dim: usize, dtype: DType, device: &Device) -> Self {
+        Self {
+            rank: config.rank,
+            in_dim,
+            num_components: config.num_components,
+            df: config.degrees(),
+            covariance: config.covariance,
+            estimator: config.estimator,
+            mixture: config.mixture,
+            compat: config.compat,
+            dtype,
+            device: device.clone(),
+        }
+    }
+
+    fn matrix_shape(&self) -> Vec<usize> {
+        match self.mixture {
+            Mixture::Explicit => vec![self.num_components, self.rank, self.in_dim],
+            Mixture::Collapsed | Mixture::Sparse => vec![self.rank, self.in_dim],
+        }
+    }
+
+    /// The bytes that one draw's noise takes.
+    pub fn bytes_per_draw(&self) -> usize {
+        let numbers = self.matrix_shape().iter().product::<usize>() + self.rank * self.rank;
+        numbers * self.dtype.size_in_bytes() + self.num_components * size_of::<f64>()
+    }
+
+    /// T of a draw, row-major, `r * r` numbers.
+    pub(super) fn bartlett(&self, streams: &NoiseStreams, draw: u64) -> Vec<f64> {
+        let mut bartlett = vec![0.0; self.rank * self.rank];
+        fill_bartlett(&streams.wishart, draw, self.rank, self.df, self.covariance, &mut bartlett);
+        bartlett
+    }
+
+    /// The noise of a draw's weights, N numbers.
+    pub(super) fn weights(&self, streams: &NoiseStreams, draw: u64) -> Vec<f64> {
+        let mut weights = vec![0.0; self.num_components];
+        self.estimator.fill_noise(&streams.dirichlet, draw, &mut weights);
+        weights
+    }
+
+    /// All noise of a draw, on the host.
+    pub(super) fn host(&self, streams: &NoiseStreams, draw: u64) -> HostNoise {
+        let count = self.matrix_shape().iter().product();
+        let z = if self.dtype == DType::F64 {
+            let mut z = vec![0.0; count];
+            streams.gaussian.fill_normal(draw, &mut z);
+            Values::Double(z)
+        } else {
+            let mut z = vec![0.0; count];
+            streams.gaussian.fill_normal_f32(draw, &mut z);
+            Values::Single(z)
+        };
+        HostNoise { bartlett: self.bartlett(streams, draw), weights: self.weights(streams, draw), z }
+    }
+
+    /// The tensors of noise on the host.
+    pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
+        let bartlett = Tensor::from_vec(host.bartlett, (self.rank, self.rank), &Device::Cpu)?;
+        let weights = Tensor::from_vec(host.weights, self.num_components, &Device::Cpu)?;
+        let z = match host.z {
+            Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+            Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+        };
+        DrawNoise::new(self, &bartlett, &weights, &z)
+    }
+
+    /// The noise of draw number `draw`: a pure function of its arguments.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn generate(&self, streams: &NoiseStreams, draw: u64) -> Result<DrawNoise> {
+        self.upload(self.host(streams, draw))
+    }
+}

@@ -1,0 +1,197 @@
+//! From variational parameters and noise to a draw of the posterior.
+//!
+//! ```text
+//! Sigma = F F^T,  F = diag(exp rho) T;   pi ~ Dir(exp c);   Delta = eps sum_k pi_k F Z_k
+//! ```
+
+use candle_core::{Result, Tensor, D};
+use candle_nn::ops::softmax;
+
+use super::config::{Compat, Mixture, MonteCLoRAConfig};
+use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
+use crate::dist::{Dirichlet, Wishart};
+
+/// The variational parameters of one layer, and what its draws look like.
+#[derive(Debug, Clone)]
+pub struct Posterior {
+    std_prior: Tensor,
+    expert_weights_prior: Tensor,
+    sample_scaler: f64,
+    dirichlet_prior: f64,
+    spec: NoiseSpec,
+    streams: NoiseStreams,
+}
+
+/// One draw of the posterior.
+#[derive(Debug, Clone)]
+pub struct PosteriorDraw {
+    /// The covariance's factor F, `(r, r)`.
+    pub scale_tril: Tensor,
+    /// The mixture weights pi, `(N)`; dense also for [`Mixture::Sparse`].
+    pub weights: Tensor,
+    /// The perturbation Delta of A, `(r, in_dim)`.
+    pub delta: Tensor,
+}
+
+/// PEFT clips the drawn variances here.
+const PEFT_VARIANCE: f64 = 1e-3;
+/// PEFT clips the variances of the logits here, and adds as much again.
+const PEFT_LOGITS: f64 = 1e-6;
+
+impl Posterior {
+    /// The posterior with rho `std_prior` `(r)` and c `expert_weights_prior` `(N)`.
+    ///
+    /// # Errors
+    /// If the shapes are not those of `spec`, or `df <= r - 1`.
+    pub fn new(
+        std_prior: &Tensor,
+        expert_weights_prior: &Tensor,
+        config: &MonteCLoRAConfig,
+        spec: NoiseSpec,
+        streams: NoiseStreams,
+    ) -> Result<Self> {
+        if std_prior.dims() != [spec.rank] || expert_weights_prior.dims() != [spec.num_components] {
+            candle_core::bail!(
+                "expected std_prior [{}] and expert_weights_prior [{}], got {:?} and {:?}",
+                spec.rank,
+                spec.num_components,
+                std_prior.shape(),
+                expert_weights_prior.shape()
+            )
+        }
+        Wishart::new(std_prior, spec.df, spec.covariance)?;
+        Ok(Self {
+            std_prior: std_prior.clone(),
+            expert_weights_prior: expert_weights_prior.clone(),
+            sample_scaler: config.sample_scaler,
+            dirichlet_prior: config.dirichlet_prior,
+            spec,
+            streams,
+        })
+    }
+
+    /// rho, `(r)`.
+    pub fn std_prior(&self) -> &Tensor {
+        &self.std_prior
+    }
+
+    /// c, `(N)`.
+    pub fn expert_weights_prior(&self) -> &Tensor {
+        &self.expert_weights_prior
+    }
+
+    /// eps.
+    pub fn sample_scaler(&self) -> f64 {
+        self.sample_scaler
+    }
+
+    /// Changes eps, as an adaptive scale of the perturbation does.
+    pub fn set_sample_scaler(&mut self, sample_scaler: f64) {
+        self.sample_scaler = sample_scaler;
+    }
+
+    /// b, the concentration of the Dirichlet prior.
+    pub fn dirichlet_prior(&self) -> f64 {
+        self.dirichlet_prior
+    }
+
+    /// What the noise of a draw looks like.
+    pub fn spec(&self) -> &NoiseSpec {
+        &self.spec
+    }
+
+    /// The streams that the noise comes from.
+    pub fn streams(&self) -> &NoiseStreams {
+        &self.streams
+    }
+
+    /// Delta alone, `(r, in_dim)`: what a forward pass needs.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn perturbation(&self, noise: &DrawNoise) -> Result<Tensor> {
+        match self.spec.mixture {
+            Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
+            Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &self.weights(noise)?),
+        }
+    }
+
+    /// The whole draw.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
+        let weights = self.weights(noise)?;
+        let delta = match self.spec.mixture {
+            Mixture::Sparse => self.scaled(noise, &noise.matrices, None)?,
+            Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &weights)?,
+        };
+        let scale_tril = match self.spec.compat {
+            Compat::None => {
+                Wishart::new(&self.std_prior, self.spec.df, self.spec.covariance)?.rsample(&noise.bartlett)?
+            }
+            Compat::Peft => {
+                let r = self.spec.rank;
+                let eye = Tensor::eye(r, self.spec.dtype, &self.spec.device)?;
+                eye.broadcast_mul(&self.row_scale(noise)?.unsqueeze(1)?)?
+            }
+        };
+        Ok(PosteriorDraw { scale_tril, weights, delta })
+    }
+
+    fn mixed(&self, noise: &DrawNoise, weights: &Tensor) -> Result<Tensor> {
+        match self.spec.mixture {
+            // sum_k pi_k S_k has independent columns N(0, ||pi||^2 Sigma).
+            Mixture::Collapsed => {
+                self.scaled(noise, &noise.matrices, Some(weights.sqr()?.sum_all()?.sqrt()?))
+            }
+            Mixture::Explicit => {
+                let (n, r, in_dim) = noise.matrices.dims3()?;
+                let sum = weights.reshape((1, n))?.matmul(&noise.matrices.reshape((n, r * in_dim))?)?;
+                self.scaled(noise, &sum.reshape((r, in_dim))?, None)
+            }
+            Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
+        }
+    }
+
+    /// `eps diag(row scale) factor matrix`: T is in the matrix already.
+    fn scaled(&self, noise: &DrawNoise, matrix: &Tensor, factor: Option<Tensor>) -> Result<Tensor> {
+        let mut rows = (self.row_scale(noise)? * self.sample_scaler)?;
+        if let Some(factor) = factor {
+            rows = rows.broadcast_mul(&factor)?;
+        }
+        matrix.broadcast_mul(&rows.unsqueeze(1)?)
+    }
+
+    /// exp rho; under PEFT the root of its clipped variances, `sqrt(max(V_i T_ii^2, 1e-3))`.
+    fn row_scale(&self, noise: &DrawNoise) -> Result<Tensor> {
+        match self.spec.compat {
+            Compat::None => self.std_prior.exp(),
+            Compat::Peft => peft_variance(&self.std_prior, &noise.bartlett.sqr()?.sum(D::Minus1)?)?.sqrt(),
+        }
+    }
+
+    /// The mixture weights, `(N)`.
+    fn weights(&self, noise: &DrawNoise) -> Result<Tensor> {
+        weights(&self.expert_weights_prior, &self.spec, &noise.weights)
+    }
+}
+
+/// PEFT's clipped variances `max(V q, 1e-3)`, elementwise.
+pub(super) fn peft_variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
+    ((log_std * 2.0)?.exp()? * q)?.maximum(PEFT_VARIANCE)
+}
+
+/// Mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
+pub(super) fn weights(log_concentration: &Tensor, spec: &NoiseSpec, noise: &Tensor) -> Result<Tensor> {
+    let dirichlet = Dirichlet::new(log_concentration)?;
+    match spec.compat {
+        Compat::None => dirichlet.rsample(spec.estimator, noise),
+        Compat::Peft => {
+            let (mean, variance) = dirichlet.laplace()?;
+            let std = (variance.maximum(PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
+            let z = noise.to_dtype(mean.dtype())?.to_device(mean.device())?;
+            softmax(&(mean + std * z)?, D::Minus1)
+        }
+    }
+}

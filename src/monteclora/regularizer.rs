@@ -1,0 +1,196 @@
+//! The regulariser: the KL terms (eq. 10 to 12) and the cooperative loss (eq. 13) over all layers.
+//!
+//! ```text
+//! eta / L sum_layers (KL_D + KL_W + KL_N) + w_C / L sum_layers L_C
+//! ```
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, D};
+
+use super::config::{Compat, Mode, MonteCLoRAConfig};
+use super::layer::MonteCLoRA;
+use super::posterior::{peft_variance, weights, Posterior};
+use crate::dist::gaussian::kl_standard_of;
+use crate::dist::{Dirichlet, Gaussian, Wishart};
+use crate::error::{Error, Result};
+use crate::slot::{Linears, Pass};
+
+/// The regulariser of a model's MonteCLoRA layers.
+///
+/// In [`Mode::Expected`] it depends on the parameters alone; in [`Mode::Sampled`] it evaluates
+/// KL_N and L_C at the draw that the pass addresses, recomputed from the address.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Regularizer {
+    mode: Mode,
+    kl_weight: f64,
+    cooperative_weight: f64,
+}
+
+/// The regulariser's value and its terms, all scalar tensors on the parameters' device.
+#[derive(Debug, Clone)]
+pub struct RegularizerTerms {
+    /// `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative`.
+    pub total: Tensor,
+    /// KL_N (eq. 10), the mean over layers.
+    pub kl_gaussian: Tensor,
+    /// KL_W (eq. 11), the mean over layers.
+    pub kl_wishart: Tensor,
+    /// KL_D (eq. 12), the mean over layers.
+    pub kl_dirichlet: Tensor,
+    /// L_C (eq. 13), the mean over layers.
+    pub cooperative: Tensor,
+}
+
+/// The sums of the four terms over some layers.
+struct Sums([Tensor; 4]);
+
+impl Regularizer {
+    /// The regulariser with the mode and the weights of `config`.
+    pub fn new(config: &MonteCLoRAConfig) -> Self {
+        Self { mode: config.mode, kl_weight: config.kl_weight, cooperative_weight: config.cooperative_weight }
+    }
+
+    /// The regulariser of every slot whose active adapter is MonteCLoRA.
+    ///
+    /// # Errors
+    /// If there is none, or in [`Mode::Sampled`] at [`Pass::Mean`], which addresses no draw.
+    pub fn for_model(&self, model: &dyn Linears, pass: &Pass) -> Result<RegularizerTerms> {
+        let mut posteriors = Vec::new();
+        model.visit_linears(&mut |slot| {
+            let adapter =
+                slot.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
+            posteriors.extend(adapter.map(|adapter| adapter.posterior().clone()));
+            Ok(())
+        })?;
+        self.of(&posteriors, pass)
+    }
+
+    /// The regulariser of these layers.
+    ///
+    /// # Errors
+    /// As [`Self::for_model`].
+    pub fn for_layers(&self, layers: &[&MonteCLoRA], pass: &Pass) -> Result<RegularizerTerms> {
+        let posteriors: Vec<_> = layers.iter().map(|layer| layer.posterior().clone()).collect();
+        self.of(&posteriors, pass)
+    }
+
+    /// The regulariser of these posteriors: all that share a shape and its options in one batch.
+    ///
+    /// # Errors
+    /// As [`Self::for_model`].
+    pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
+        let mut groups: BTreeMap<String, Vec<&Posterior>> = BTreeMap::new();
+        for posterior in posteriors {
+            groups.entry(group_key(posterior)).or_default().push(posterior);
+        }
+        let mut total: Option<[Tensor; 4]> = None;
+        for group in groups.values() {
+            let Sums(sums) = self.group(group, pass)?;
+            total = Some(match total {
+                None => sums,
+                Some(total) => {
+                    let add = |i: usize| -> candle_core::Result<Tensor> {
+                        &total[i] + sums[i].to_device(total[i].device())?
+                    };
+                    [add(0)?, add(1)?, add(2)?, add(3)?]
+                }
+            });
+        }
+        let Some([gaussian, wishart, dirichlet, cooperative]) = total else {
+            return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
+        };
+        let share = 1.0 / posteriors.len() as f64;
+        let (kl_gaussian, kl_wishart) = ((gaussian * share)?, (wishart * share)?);
+        let (kl_dirichlet, cooperative) = ((dirichlet * share)?, (cooperative * share)?);
+        let kl = ((&kl_gaussian + &kl_wishart)? + &kl_dirichlet)?;
+        let total = ((kl * self.kl_weight)? + (&cooperative * self.cooperative_weight)?)?;
+        Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative })
+    }
+
+    /// The sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, n).
+    fn group(&self, group: &[&Posterior], pass: &Pass) -> Result<Sums> {
+        let first = group[0];
+        let spec = first.spec();
+        let stack = |of: fn(&Posterior) -> &Tensor| {
+            Tensor::stack(&group.iter().map(|posterior| of(posterior)).collect::<Vec<_>>(), 0)
+        };
+        let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
+        let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;
+        let dirichlet = Dirichlet::new(&c)?;
+        let log_prior = Tensor::full(first.dirichlet_prior().ln(), spec.num_components, c.device())?;
+        let [t1, t2, t3] = dirichlet.kl_terms(&Dirichlet::new(&log_prior.to_dtype(c.dtype())?)?)?;
+        let kl_dirichlet = match spec.compat {
+            Compat::None => ((t1 + t2)? + t3)?,
+            Compat::Peft => ((t1 - t2)? + t3)?, // the reversed sign, see `Compat::Peft`
+        };
+        let (kl_gaussian, cooperative) = match self.mode {
+            Mode::Expected => (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?),
+            Mode::Sampled => {
+                let Some(draw) = pass.posterior_draw() else {
+                    return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+                };
+                let pi = weights(&c, spec, &weight_noise(group, draw)?)?;
+                (sampled_kl_gaussian(&wishart, group, draw)?, pi.sqr()?.sum(D::Minus1)?)
+            }
+        };
+        Ok(Sums([
+            kl_gaussian.sum_all()?,
+            wishart.kl_standard()?.sum_all()?,
+            kl_dirichlet.sum_all()?,
+            cooperative.sum_all()?,
+        ]))
+    }
+}
+
+/// What layers must share to be computed in one batch.
+fn group_key(posterior: &Posterior) -> String {
+    let spec = posterior.spec();
+    format!(
+        "{} {} {} {} {:?} {:?} {:?} {:?} {:?}",
+        spec.rank,
+        spec.num_components,
+        spec.df,
+        posterior.dirichlet_prior(),
+        spec.covariance,
+        spec.estimator,
+        spec.compat,
+        spec.dtype,
+        spec.device.location()
+    )
+}
+
+/// The noise of every layer's weights, (l, n), f64 on the host.
+fn weight_noise(group: &[&Posterior], draw: u64) -> candle_core::Result<Tensor> {
+    let n = group[0].spec().num_components;
+    let noise: Vec<f64> = group.iter().flat_map(|p| p.spec().weights(p.streams(), draw)).collect();
+    Tensor::from_vec(noise, (group.len(), n), &Device::Cpu)
+}
+
+/// Eq. 10 at the draw, (l): `tr Sigma = sum V_i |T_i|^2`, `ln |Sigma| = 2 sum rho_i + 2 sum ln T_ii`.
+fn sampled_kl_gaussian(wishart: &Wishart, group: &[&Posterior], draw: u64) -> candle_core::Result<Tensor> {
+    let spec = group[0].spec();
+    let r = spec.rank;
+    let (mut squares, mut log_diagonal) = (Vec::new(), Vec::new());
+    for posterior in group {
+        let t = posterior.spec().bartlett(posterior.streams(), draw);
+        squares.extend(t.chunks(r).map(|row| row.iter().map(|x| x * x).sum::<f64>()));
+        log_diagonal.push((0..r).map(|i| 2.0 * t[i * r + i].ln()).sum::<f64>());
+    }
+    let log_std = wishart.log_std();
+    let place = |x: Tensor| x.to_dtype(log_std.dtype())?.to_device(log_std.device());
+    let squares = place(Tensor::from_vec(squares, (group.len(), r), &Device::Cpu)?)?;
+    match spec.compat {
+        Compat::None => {
+            let trace = (wishart.scale()? * squares)?.sum(D::Minus1)?;
+            let constant = place(Tensor::from_vec(log_diagonal, group.len(), &Device::Cpu)?)?;
+            let log_det = ((log_std.sum(D::Minus1)? * 2.0)? + constant)?;
+            kl_standard_of(&trace, &log_det, r)
+        }
+        Compat::Peft => {
+            let variance = peft_variance(log_std, &squares)?;
+            let kl = kl_standard_of(&variance.sum(D::Minus1)?, &variance.log()?.sum(D::Minus1)?, r)?;
+            kl * spec.num_components as f64
+        }
+    }
+}
