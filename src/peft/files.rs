@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The name of the tensors' file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The name of the file with what this crate remembers beyond PEFT's format.
+pub const OWN_FILE: &str = "monteclora.json";
 /// The tensors' file as older versions of PEFT pickled it.
 const PICKLE: &str = "adapter_model.bin";
 
@@ -45,7 +47,18 @@ impl AdapterFile {
             return Err(Error::format(dir.join(PICKLE), reason));
         }
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
-        let file = Self::assemble(config, &weights, &bytes).and_then(|file| {
+        let own = dir.join(OWN_FILE);
+        let monteclora = match config.monteclora_config {
+            Some(_) if own.exists() => {
+                let text = fs::read_to_string(&own).map_err(Error::io(&own))?;
+                let malformed =
+                    |e: serde_json::Error| Error::format_at(&own, e.line(), format!("malformed: {e}"));
+                Some(serde_json::from_str(&text).map_err(malformed)?)
+            }
+            _ => None,
+        };
+        let file = Self::assemble(config, &weights, &bytes).and_then(|mut file| {
+            file.monteclora = monteclora;
             file.check()?;
             Ok(file)
         });
@@ -103,7 +116,7 @@ impl AdapterFile {
             Ok((path, LayerTensors { a, b, sampler }))
         });
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { config, layers, saved_modules })
+        Ok(Self { config, layers, saved_modules, monteclora: None })
     }
 
     /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give
@@ -124,6 +137,17 @@ impl AdapterFile {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let weights = Pending::write(dir.join(WEIGHTS_FILE), &bytes)?;
         let config = Pending::write(dir.join(CONFIG_FILE), text.as_bytes())?;
+        let own = dir.join(OWN_FILE);
+        match &file.monteclora {
+            Some(beyond) => {
+                let text = serde_json::to_string_pretty(beyond);
+                let text = text.map_err(|e| Error::config("adapter configuration", e.to_string()))? + "\n";
+                Pending::write(own, text.as_bytes())?.commit()?;
+            }
+            // One of another adapter that lay here before.
+            None if own.exists() => fs::remove_file(&own).map_err(Error::io(&own))?,
+            None => {}
+        }
         weights.commit()?;
         config.commit()
     }

@@ -7,6 +7,7 @@
 mod config;
 mod files;
 mod keys;
+mod model;
 mod targets;
 
 use std::collections::BTreeMap;
@@ -14,10 +15,12 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::monteclora::MonteCLoRAConfig;
 
 pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
-pub use files::{CONFIG_FILE, WEIGHTS_FILE};
+pub use files::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 use keys::Part;
+pub use model::{Method, Origin};
 
 /// Who an adapter is written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,6 +44,9 @@ pub struct AdapterFile {
     /// The tensors of modules that are saved whole (a task head), by their name in the model, such
     /// as `classifier.dense.weight`.
     pub saved_modules: BTreeMap<String, Tensor>,
+    /// What this crate knows of a MonteCLoRA adapter beyond PEFT's six fields; it lies in
+    /// `monteclora.json`. Where the two disagree, PEFT's file counts.
+    pub monteclora: Option<MonteCLoRAConfig>,
 }
 
 /// The tensors of one adapted layer, in single precision.
@@ -198,7 +204,7 @@ impl AdapterFile {
         }
         let mut file = self.clone();
         let config = &mut file.config;
-        (config.monteclora_config, config.modules_to_save) = (None, None);
+        (config.monteclora_config, config.modules_to_save, file.monteclora) = (None, None, None);
         if config.use_rslora || !config.alpha_pattern.is_empty() {
             // The alpha that gives a layer's present scale as alpha / r.
             let alpha =
@@ -233,5 +239,7 @@ fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
     }
 }
 
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;

@@ -40,14 +40,21 @@ impl PeftConfig {
         first_match(&self.rank_pattern, path, "rank_pattern").map(|found| found.unwrap_or(self.r))
     }
 
+    /// The alpha of the layer at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn alpha_of(&self, path: &str) -> Result<f64> {
+        first_match(&self.alpha_pattern, path, "alpha_pattern").map(|found| found.unwrap_or(self.lora_alpha))
+    }
+
     /// What the product of B and A is multiplied by at `path`: `alpha / r`, or, with
     /// `use_rslora`, `alpha / sqrt(r)`.
     ///
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub fn scale_of(&self, path: &str) -> Result<f64> {
-        let rank = self.rank_of(path)? as f64;
-        let alpha = first_match(&self.alpha_pattern, path, "alpha_pattern")?.unwrap_or(self.lora_alpha);
+        let (rank, alpha) = (self.rank_of(path)? as f64, self.alpha_of(path)?);
         Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
     }
 

@@ -45,6 +45,7 @@ fn adapter() -> AdapterFile {
         config,
         layers: [(Q.into(), layer(3, 1.0)), (V.into(), layer(2, 2.0))].into(),
         saved_modules,
+        monteclora: None,
     }
 }
 

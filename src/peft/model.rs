@@ -1,0 +1,311 @@
+//! Between an adapter on disk and the slots of a model: which of this crate's adapters a file
+//! means, taking one from a model, and putting one into a model.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::{MonteCLoRAFields, PeftConfig, Targets};
+use super::keys::Part;
+use super::{AdapterFile, LayerTensors, SamplerTensors};
+use crate::adapters::{Lora, LoraConfig, LowRank};
+use crate::error::{Error, Result};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::params::{Params, Role};
+use crate::slot::{Adapter, Linears, Slot};
+
+/// The adapter that a file holds, in this crate's own words.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Method {
+    /// LoRA.
+    Lora(LoraConfig),
+    /// MonteCLoRA.
+    MonteCLoRA(MonteCLoRAConfig),
+}
+
+/// What an adapter was trained for.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Origin {
+    /// The base model: a hub repository or a folder.
+    pub base_model: Option<String>,
+    /// The base model's revision.
+    pub revision: Option<String>,
+    /// PEFT's name of the task: `SEQ_CLS`, `CAUSAL_LM`.
+    pub task: Option<String>,
+}
+
+impl AdapterFile {
+    /// The adapter named `adapter` of a model, with the trained head in `params`: a copy, which
+    /// later training does not change. `method` is what the layers were made with; a layer whose
+    /// rank or scale differs gets a pattern of its own.
+    ///
+    /// # Errors
+    /// If no layer has an adapter of this name, or one is neither LoRA nor MonteCLoRA or does not
+    /// fit `method`.
+    pub fn from_model(
+        model: &dyn Linears,
+        adapter: &str,
+        params: &Params,
+        method: &Method,
+        origin: &Origin,
+    ) -> Result<Self> {
+        let (mut layers, mut scales, mut others) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        model.visit_linears(&mut |slot| {
+            match slot.adapter(adapter) {
+                Some(found) => {
+                    let (scale, tensors) = take(slot.path(), found, method)?;
+                    scales.insert(slot.path().to_string(), scale);
+                    layers.insert(slot.path().to_string(), tensors);
+                }
+                None => others.push(slot.path().to_string()),
+            }
+            Ok(())
+        })?;
+        if layers.is_empty() {
+            return Err(Error::config("adapter", format!("no layer has an adapter {adapter:?}")));
+        }
+        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let saved_modules = heads.map(|(name, param)| Ok((name, single(param.var.as_tensor())?)));
+        let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
+
+        let mut config = method.to_peft();
+        config.target_modules = Some(Targets::Names(targets(layers.keys(), &others)));
+        config.modules_to_save = modules(saved_modules.keys(), origin.task.as_deref());
+        config.base_model_name_or_path = origin.base_model.clone();
+        (config.revision, config.task_type) = (origin.revision.clone(), origin.task.clone());
+        for (path, layer) in &layers {
+            let rank = layer.a.dim(0)?;
+            if rank != config.r {
+                config.rank_pattern.push((path.clone(), rank));
+            }
+            let root = if config.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+            let alpha = scales[path] * root;
+            if (alpha - config.lora_alpha).abs() > 1e-9 * alpha.abs() {
+                config.alpha_pattern.push((path.clone(), alpha));
+            }
+        }
+        let monteclora = match method {
+            Method::Lora(_) => None,
+            Method::MonteCLoRA(config) => Some(config.clone()),
+        };
+        let file = Self { config, layers, saved_modules, monteclora };
+        file.check()?;
+        Ok(file)
+    }
+
+    /// What the file's layers are to be made with: PEFT's settings and, where this crate wrote
+    /// the file, its own.
+    ///
+    /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
+    pub fn method(&self) -> Method {
+        let config = &self.config;
+        let (rank, alpha, dropout, use_rslora) =
+            (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora);
+        let Some(fields) = &config.monteclora_config else {
+            return Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora });
+        };
+        let own = self.monteclora.clone().unwrap_or_else(MonteCLoRAConfig::peft);
+        let cooperative_weight = match (fields.use_entropy, own.cooperative_weight > 0.0) {
+            (false, _) => 0.0,
+            (true, true) => own.cooperative_weight,
+            (true, false) => 1.0,
+        };
+        Method::MonteCLoRA(MonteCLoRAConfig {
+            rank,
+            alpha,
+            dropout,
+            use_rslora,
+            num_components: fields.num_samples,
+            sample_scaler: fields.sample_scaler,
+            kl_weight: fields.kl_loss_weight,
+            dirichlet_prior: fields.dirichlet_prior,
+            cooperative_weight,
+            // PEFT's buffer holds at least one draw, ours may be none.
+            buffer_size: if fields.buffer_size == own.buffer_size.max(1) {
+                own.buffer_size
+            } else {
+                fields.buffer_size
+            },
+            ..own
+        })
+    }
+
+    /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and
+    /// its saved modules over the head's parameters of the same names. It becomes the active one.
+    ///
+    /// # Errors
+    /// If a layer of the file is not in the model or does not fit it, a layer that the
+    /// configuration names has no tensors, the name is taken, or a saved module has no parameter
+    /// of its name and shape. The model is changed only when all of that holds.
+    pub fn apply(&self, model: &mut dyn Linears, adapter: &str, params: &Params) -> Result<()> {
+        self.check()?;
+        self.check_model(model, adapter, params)?;
+        let method = self.method();
+        model.visit_linears_mut(&mut |slot| {
+            let path = slot.path().to_string();
+            let Some(layer) = self.layers.get(&path) else { return Ok(()) };
+            let (rank, alpha) = (self.config.rank_of(&path)?, self.config.alpha_of(&path)?);
+            let (dims, name) = (slot.dims()?, format!("{path}.{adapter}"));
+            let made: Box<dyn Adapter> = match &method {
+                Method::Lora(config) => Box::new(Lora::new(
+                    params,
+                    &path,
+                    adapter,
+                    dims,
+                    &LoraConfig { rank, alpha, ..config.clone() },
+                )?),
+                Method::MonteCLoRA(config) => {
+                    let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
+                    Box::new(MonteCLoRA::new(params, &path, adapter, dims, &config)?)
+                }
+            };
+            params.set(&format!("{name}.a"), &layer.a)?;
+            params.set(&format!("{name}.b"), &layer.b)?;
+            if let Some(sampler) = &layer.sampler {
+                params.set(&format!("{name}.std_prior"), &sampler.std_prior)?;
+                params.set(&format!("{name}.expert_weights_prior"), &sampler.expert_weights_prior)?;
+            }
+            slot.add(adapter, made)
+        })?;
+        self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor))
+    }
+
+    /// Checks that every layer and every saved module has its place, and every place is free.
+    fn check_model(&self, model: &dyn Linears, adapter: &str, params: &Params) -> Result<()> {
+        let mut available = BTreeSet::new();
+        // PEFT resolves `all-linear` when it saves; a file that still has it does not say which.
+        let resolved = match &self.config.target_modules {
+            None => false,
+            Some(Targets::Pattern(word)) => word != "all-linear",
+            Some(Targets::Names(_)) => true,
+        };
+        model.visit_linears(&mut |slot| {
+            available.insert(slot.path().to_string());
+            match self.layers.get(slot.path()) {
+                Some(layer) => self.check_slot(slot, layer, adapter, params),
+                None if resolved && self.config.is_target(slot.path())? => Err(Error::tensor(
+                    Part::A.key(slot.path()),
+                    "it is missing, although target_modules names the layer",
+                )),
+                None => Ok(()),
+            }
+        })?;
+        if let Some(path) = self.layers.keys().find(|path| !available.contains(*path)) {
+            let available = available.into_iter().collect::<Vec<_>>().join(", ");
+            return Err(Error::NoTarget { targets: path.clone(), available });
+        }
+        for (name, tensor) in &self.saved_modules {
+            let Some(param) = params.get(name) else {
+                return Err(Error::tensor(name, "the model has no trainable parameter of this name"));
+            };
+            if param.var.dims() != tensor.dims() {
+                let reason = format!("expected shape {:?}, got {:?}", param.var.dims(), tensor.dims());
+                return Err(Error::tensor(name, reason));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_slot(&self, slot: &Slot, layer: &LayerTensors, adapter: &str, params: &Params) -> Result<()> {
+        let (path, (in_dim, out_dim)) = (slot.path(), slot.dims()?);
+        let rank = layer.a.dim(0)?;
+        for (part, tensor, expected) in
+            [(Part::A, &layer.a, [rank, in_dim]), (Part::B, &layer.b, [out_dim, rank])]
+        {
+            if tensor.dims() != expected {
+                let reason = format!("the layer needs shape {expected:?}, got {:?}", tensor.dims());
+                return Err(Error::tensor(part.key(path), reason));
+            }
+        }
+        if rank > in_dim.min(out_dim) {
+            let reason = format!("rank {rank} is above min(in_dim, out_dim) = {}", in_dim.min(out_dim));
+            return Err(Error::tensor(Part::A.key(path), reason));
+        }
+        let name = format!("{path}.{adapter}.a");
+        if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
+            return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
+        }
+        match self.method() {
+            Method::Lora(config) => config.validate(),
+            Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, ..config }.validate(),
+        }
+    }
+}
+
+impl Method {
+    /// PEFT's settings of this method, without targets.
+    fn to_peft(&self) -> PeftConfig {
+        let (rank, alpha, dropout, use_rslora, fields) = match self {
+            Self::Lora(c) => (c.rank, c.alpha, c.dropout, c.use_rslora, None),
+            Self::MonteCLoRA(c) => {
+                let fields = MonteCLoRAFields {
+                    num_samples: c.num_components,
+                    use_entropy: c.cooperative_weight > 0.0,
+                    dirichlet_prior: c.dirichlet_prior,
+                    sample_scaler: c.sample_scaler,
+                    kl_loss_weight: c.kl_weight,
+                    buffer_size: c.buffer_size.max(1),
+                };
+                (c.rank, c.alpha, c.dropout, c.use_rslora, Some(fields))
+            }
+        };
+        PeftConfig {
+            r: rank,
+            lora_alpha: alpha,
+            lora_dropout: dropout,
+            use_rslora,
+            monteclora_config: fields,
+            ..PeftConfig::default()
+        }
+    }
+}
+
+/// The scale and the tensors of one layer's adapter.
+fn take(path: &str, adapter: &dyn Adapter, method: &Method) -> Result<(f64, LayerTensors)> {
+    let (pair, sampler): (&LowRank, _) = match method {
+        Method::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
+            Some(lora) => (lora.low_rank(), None),
+            None => return Err(Error::config("method", format!("the adapter of {path} is not LoRA"))),
+        },
+        Method::MonteCLoRA(_) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
+            Some(layer) => {
+                let posterior = layer.posterior();
+                let trained = (single(posterior.std_prior())?, single(posterior.expert_weights_prior())?);
+                (layer.low_rank(), Some(SamplerTensors::new(trained.0, trained.1)?))
+            }
+            None => return Err(Error::config("method", format!("the adapter of {path} is not MonteCLoRA"))),
+        },
+    };
+    Ok((pair.scale(), LayerTensors { a: single(pair.a())?, b: single(pair.b())?, sampler }))
+}
+
+/// A copy in single precision on the host.
+fn single(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.copy()?)
+}
+
+/// The shortest honest list of targets: a layer's last name where all layers of that name are
+/// adapted, else its whole path. `dense` never stands alone: a Hugging Face model can have such
+/// layers (a pooler's) that are no slots here.
+fn targets<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) -> Vec<String> {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
+    let left: BTreeSet<String> = others.iter().map(|path| last(path)).chain(["dense".to_string()]).collect();
+    let name =
+        |path: &String| Some(last(path)).filter(|name| !left.contains(name)).unwrap_or_else(|| path.clone());
+    adapted.map(name).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// The modules that the head's parameters belong to; PEFT lists both names that a classifier
+/// can have.
+fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<&str>) -> Option<Vec<String>> {
+    let mut names: BTreeSet<String> =
+        heads.map(|name| name.split('.').next().unwrap_or(name).to_string()).collect();
+    if names.is_empty() {
+        return None;
+    }
+    if task == Some("SEQ_CLS") {
+        names.extend(["classifier".to_string(), "score".to_string()]);
+    }
+    Some(names.into_iter().collect())
+}

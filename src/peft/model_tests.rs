@@ -1,0 +1,220 @@
+//! From a model to a folder and back, and what does not fit.
+
+use candle_nn::Linear;
+
+use super::*;
+use crate::adapters::{Lora, LoraConfig};
+use crate::monteclora::MonteCLoRA;
+use crate::noise::Noise;
+use crate::params::{Params, Role};
+use crate::slot::{Linears, Pass, Slot};
+
+const PATHS: [&str; 3] = ["enc.layer.0.self.query", "enc.layer.1.self.query", "enc.layer.0.out.dense"];
+
+/// Linear layers of 6 inputs and 5 outputs, and a head.
+struct Toy {
+    slots: Vec<Slot>,
+    params: Params,
+}
+
+impl Toy {
+    fn new(seed: u64) -> Result<Self> {
+        let base = || Ok::<_, Error>(Linear::new(Tensor::ones((5, 6), DType::F32, &Device::Cpu)?, None));
+        let slots = PATHS.iter().map(|path| Ok(Slot::new(*path, base()?))).collect::<Result<_>>()?;
+        let params = Params::new(Noise::new(seed), &Device::Cpu);
+        params.create("classifier.weight", Role::Head, (2, 5), &crate::params::Init::Normal(1.0))?;
+        Ok(Self { slots, params })
+    }
+
+    /// The same with MonteCLoRA of these ranks on the layers, every parameter in general position.
+    fn adapted(ranks: [usize; 3], config: &MonteCLoRAConfig) -> Result<Self> {
+        let mut toy = Self::new(1)?;
+        for (slot, rank) in toy.slots.iter_mut().zip(ranks).filter(|(_, rank)| *rank > 0) {
+            let config = MonteCLoRAConfig { rank, ..config.clone() };
+            let path = slot.path().to_string();
+            slot.add("default", Box::new(MonteCLoRA::new(&toy.params, &path, "default", (6, 5), &config)?))?;
+        }
+        for (name, param) in toy.params.all() {
+            let noise = Tensor::arange(1f32, 1.0 + param.var.elem_count() as f32, &Device::Cpu)?;
+            let shift = 0.1 + 0.01 * name.len() as f64;
+            toy.params.set(&name, &noise.affine(0.03, shift)?.sin()?.reshape(param.var.shape())?)?;
+        }
+        Ok(toy)
+    }
+
+    fn outputs(&self, pass: &Pass) -> Result<Vec<f32>> {
+        let xs = Tensor::arange(0f32, 12.0, &Device::Cpu)?.reshape((2, 6))?;
+        let ys = self.slots.iter().map(|slot| Ok(slot.forward(&xs, pass)?)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&ys, 0)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+impl Linears for Toy {
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.slots.iter().try_for_each(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.slots.iter_mut().try_for_each(f)
+    }
+}
+
+fn paper() -> MonteCLoRAConfig {
+    MonteCLoRAConfig {
+        rank: 3,
+        alpha: 7.0,
+        num_components: 2,
+        cooperative_weight: 0.5,
+        ..MonteCLoRAConfig::paper()
+    }
+}
+
+fn file(toy: &Toy, config: &MonteCLoRAConfig) -> Result<AdapterFile> {
+    let origin =
+        Origin { base_model: Some("owner/tiny".into()), revision: None, task: Some("SEQ_CLS".into()) };
+    AdapterFile::from_model(toy, "default", &toy.params, &Method::MonteCLoRA(config.clone()), &origin)
+}
+
+fn load(file: &AdapterFile, toy: &mut Toy, adapter: &str) -> Result<()> {
+    let params = toy.params.clone();
+    file.apply(toy, adapter, &params)
+}
+
+#[test]
+fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Result<()> {
+    for use_rslora in [false, true] {
+        let config = MonteCLoRAConfig { use_rslora, ..paper() };
+        let toy = Toy::adapted([3, 2, 3], &config)?;
+        let dir = tempfile::tempdir().unwrap();
+        file(&toy, &config)?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+        let read = AdapterFile::read(dir.path())?;
+        assert_eq!(read.method(), Method::MonteCLoRA(config));
+        assert_eq!(read.config.rank_pattern, [(PATHS[1].to_string(), 2)]);
+        let mut other = Toy::new(1)?;
+        load(&read, &mut other, "default")?;
+        for pass in [Pass::Mean, Pass::Train { draw: 3 }, Pass::Posterior { draw: 1 }] {
+            assert_eq!(toy.outputs(&pass)?, other.outputs(&pass)?, "{pass:?}");
+        }
+        assert_ne!(toy.outputs(&Pass::Mean)?, Toy::new(1)?.outputs(&Pass::Mean)?);
+        let head = |toy: &Toy| toy.params.get("classifier.weight").unwrap().var.to_vec2::<f32>();
+        assert_eq!(head(&toy)?, head(&other)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_is_a_copy_that_training_does_not_change() -> Result<()> {
+    let toy = Toy::adapted([3, 3, 0], &paper())?;
+    let file = file(&toy, &paper())?;
+    let before = file.layers[PATHS[0]].a.to_vec2::<f32>()?;
+    toy.params.set(&format!("{}.default.a", PATHS[0]), &Tensor::zeros((3, 6), DType::F32, &Device::Cpu)?)?;
+    assert_eq!(file.layers[PATHS[0]].a.to_vec2::<f32>()?, before);
+    Ok(())
+}
+
+#[test]
+fn targets_are_names_where_every_such_layer_is_adapted() -> Result<()> {
+    let names =
+        |ranks| Ok::<_, Error>(file(&Toy::adapted(ranks, &paper())?, &paper())?.config.target_modules);
+    let list = |names: &[&str]| Some(Targets::Names(names.iter().map(ToString::to_string).collect()));
+    assert_eq!(names([3, 3, 0])?, list(&["query"]));
+    assert_eq!(names([0, 3, 3])?, list(&[PATHS[2], PATHS[1]]));
+    let modules = file(&Toy::adapted([3, 3, 3], &paper())?, &paper())?.config.modules_to_save;
+    assert_eq!(modules, Some(vec!["classifier".into(), "score".into()]));
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_peft_s_own_keeps_the_law_it_was_trained_under() -> Result<()> {
+    let config = MonteCLoRAConfig { rank: 3, alpha: 7.0, buffer_size: 9, ..MonteCLoRAConfig::peft() };
+    let toy = Toy::adapted([3, 3, 0], &config)?;
+    let dir = tempfile::tempdir().unwrap();
+    file(&toy, &config)?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
+    let mut read = AdapterFile::read(dir.path())?;
+    assert_eq!(read.method(), Method::MonteCLoRA(config));
+    // PEFT went on training with the entropy term and left our file as it was.
+    read.config.monteclora_config.as_mut().unwrap().use_entropy = true;
+    let Method::MonteCLoRA(config) = read.method() else { panic!("{:?}", read.method()) };
+    assert_eq!(config.cooperative_weight, 1.0);
+    Ok(())
+}
+
+#[test]
+fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
+    let toy = Toy::adapted([3, 3, 0], &paper())?;
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = file(&toy, &paper())?;
+    file.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    std::fs::write(dir.path().join(OWN_FILE), "{").unwrap();
+    let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
+    assert!(message.contains(OWN_FILE) && message.contains("malformed"), "{message}");
+    (file.saved_modules, file.config.modules_to_save) = (BTreeMap::new(), None);
+    file.write(dir.path(), Profile::Serving)?;
+    assert!(!dir.path().join(OWN_FILE).exists());
+    assert!(matches!(AdapterFile::read(dir.path())?.method(), Method::Lora(_)));
+    Ok(())
+}
+
+#[test]
+fn lora_comes_and_goes_the_same_way() -> Result<()> {
+    let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false };
+    let mut toy = Toy::new(1)?;
+    let path = PATHS[0];
+    toy.slots[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;
+    toy.params.set(&format!("{path}.mine.b"), &Tensor::ones((5, 2), DType::F32, &Device::Cpu)?)?;
+    let method = Method::Lora(config);
+    let file = AdapterFile::from_model(&toy, "mine", &toy.params, &method, &Origin::default())?;
+    assert_eq!(file.method(), method);
+    let mut other = Toy::new(2)?;
+    load(&file, &mut other, "theirs")?;
+    assert_eq!(toy.outputs(&Pass::Mean)?, other.outputs(&Pass::Mean)?);
+    let wrong =
+        AdapterFile::from_model(&toy, "mine", &toy.params, &Method::MonteCLoRA(paper()), &Origin::default());
+    assert!(wrong.unwrap_err().to_string().contains("is not MonteCLoRA"));
+    let absent = AdapterFile::from_model(&toy, "other", &toy.params, &method, &Origin::default());
+    assert!(absent.unwrap_err().to_string().contains("no layer has an adapter \"other\""));
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
+    type Spoil = fn(&mut AdapterFile);
+    let cases: [(&str, Spoil); 6] = [
+        ("enc.layer.9.self.query", |f| {
+            let layer = f.layers[PATHS[0]].clone();
+            f.layers.insert("enc.layer.9.self.query".into(), layer);
+        }),
+        ("enc.layer.1.self.query.lora_A.weight: it is missing", |f| drop(f.layers.remove(PATHS[1]))),
+        ("the layer needs shape [3, 6], got [3, 4]", |f| {
+            let layer = f.layers.get_mut(PATHS[0]).unwrap();
+            layer.a = layer.a.narrow(1, 0, 4).unwrap();
+        }),
+        ("the layer needs shape [5, 3], got [4, 3]", |f| {
+            let layer = f.layers.get_mut(PATHS[0]).unwrap();
+            layer.b = layer.b.narrow(0, 0, 4).unwrap();
+        }),
+        ("classifier.weight: expected shape [2, 5]", |f| {
+            let tensor = f.saved_modules["classifier.weight"].narrow(0, 0, 1).unwrap();
+            f.saved_modules.insert("classifier.weight".into(), tensor);
+        }),
+        ("classifier.bias: the model has no trainable parameter", |f| {
+            f.saved_modules
+                .insert("classifier.bias".into(), Tensor::ones(2, DType::F32, &Device::Cpu).unwrap());
+        }),
+    ];
+    for (words, spoil) in cases {
+        let mut spoilt = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
+        spoil(&mut spoilt);
+        let mut toy = Toy::new(1)?;
+        let count = toy.params.all().len();
+        let message = load(&spoilt, &mut toy, "default").unwrap_err().to_string();
+        assert!(message.contains(words), "{words}: {message}");
+        assert_eq!(toy.params.all().len(), count);
+        assert!(toy.slots.iter().all(|slot| slot.active().is_none()));
+    }
+    let mut toy = Toy::adapted([3, 3, 0], &paper())?;
+    let message = load(&file(&toy, &paper())?, &mut toy, "default").unwrap_err().to_string();
+    assert!(message.contains("has an adapter \"default\" already"), "{message}");
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! Adapters that Python's PEFT wrote (tests/data/make_peft_adapters.py) are read, understood and
+//! written again without loss.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Result as CandleResult, Tensor};
+use monteclora::monteclora::MonteCLoRAConfig;
+use monteclora::peft::{AdapterFile, Method, Profile, WEIGHTS_FILE};
+use monteclora::Result;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters").join(name)
+}
+
+#[test]
+fn peft_s_monteclora_adapter_is_understood() -> Result<()> {
+    let file = AdapterFile::read(folder("roberta_monteclora"))?;
+    let query = "roberta.encoder.layer.0.attention.self.query";
+    assert_eq!(file.layers.len() % 3, 0);
+    let layer = &file.layers[query];
+    let sampler = layer.sampler.as_ref().expect("MonteCLoRA has a sampler");
+    assert_eq!((layer.a.dim(0)?, layer.b.dim(1)?), (4, 4));
+    assert_eq!((sampler.std_prior.dims(), sampler.expert_weights_prior.dims()), (&[4][..], &[3][..]));
+    assert_eq!(file.config.scale_of(query)?, 2.0);
+    let expected = MonteCLoRAConfig {
+        rank: 4,
+        alpha: 8.0,
+        dropout: 0.1,
+        num_components: 3,
+        cooperative_weight: 1.0,
+        dirichlet_prior: 1.0,
+        sample_scaler: 5e-3,
+        kl_weight: 1e-5,
+        buffer_size: 15,
+        ..MonteCLoRAConfig::peft()
+    };
+    assert_eq!(file.method(), Method::MonteCLoRA(expected));
+    let heads: Vec<&str> = file.saved_modules.keys().map(String::as_str).collect();
+    let names = ["classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias"];
+    assert_eq!(heads, [&names[..], &["classifier.out_proj.weight"]].concat());
+    Ok(())
+}
+
+#[test]
+fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
+    let file = AdapterFile::read(folder("bert_lora"))?;
+    for (path, layer) in &file.layers {
+        let (rank, scale) = if path.ends_with("value") { (2, 10.0 / 2f64.sqrt()) } else { (4, 3.0) };
+        assert_eq!(layer.a.dim(0)?, rank, "{path}");
+        assert!((file.config.scale_of(path)? - scale).abs() < 1e-12, "{path}");
+        assert!(layer.sampler.is_none());
+    }
+    assert!(matches!(file.method(), Method::Lora(_)));
+    Ok(())
+}
+
+#[test]
+fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
+    for name in ["roberta_monteclora", "bert_lora"] {
+        let dir = tempfile::tempdir().map_err(monteclora::Error::io(name))?;
+        AdapterFile::read(folder(name))?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+        let load = |dir: &Path| candle_core::safetensors::load(dir.join(WEIGHTS_FILE), &Device::Cpu);
+        let (theirs, ours) = (load(&folder(name))?, load(dir.path())?);
+        assert_eq!(theirs.len(), ours.len());
+        let values = |tensor: &Tensor| -> CandleResult<Vec<f32>> { tensor.flatten_all()?.to_vec1() };
+        for (key, tensor) in &theirs {
+            let own = ours.get(key).unwrap_or_else(|| panic!("{key} is missing"));
+            assert_eq!((tensor.dims(), values(tensor)?), (own.dims(), values(own)?), "{key}");
+        }
+    }
+    Ok(())
+}
