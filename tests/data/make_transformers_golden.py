@@ -2,12 +2,12 @@
 
     python make_transformers_golden.py [--out FOLDER]     (default: this script's folder)
 
-Writes transformers_golden.safetensors, toy_roberta_config.json and toy_bert_config.json. Weights and inputs are float32
-(int64 for ids); logits, loss and gradients are computed in float64 from exactly those weights, eval mode (no dropout),
-and rounded to float32 at the end. Keys (P = `roberta` or `bert`):
+Writes transformers_golden.safetensors, toy_roberta_config.json and toy_bert_config.json. Weights and inputs are
+float32 (int64 for ids); logits, loss and gradients are computed in float64 from exactly those weights, eval mode (no
+dropout), and rounded to float32 at the end. Keys (P = `roberta` or `bert`):
 
     P/<Hugging Face name>       every weight of P's ForSequenceClassification
-    roberta/lm_head.*           the masked-LM head; its decoder is tied to roberta/roberta.embeddings.word_embeddings.weight
+    roberta/lm_head.*           the masked-LM head; its decoder is tied to the word embeddings
     P/input_ids                 [3, 12] i64, right-padded rows of 12, 7 and 4 tokens
     P/attention_mask            [3, 12] i64
     bert/token_type_ids         [3, 12] i64

@@ -6,10 +6,10 @@
 `--data` is a folder in the official GLUE layout (train.tsv, dev.tsv), `--model` a local folder with config.json,
 model.safetensors and tokenizer.json. One JSON line per seed is appended to `--out`: the dev set after the last epoch.
 
-Settings: r 8, alpha 16 on query, key, value, no adapter dropout (the encoder's own dropouts are on), 3 epochs, lr 1e-3,
-batch 32, max length 128, AdamW with weight decay 0.01 on every trainable tensor, linear schedule with 6 % warm-up,
-clipping at 1. MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15; its loss is added to the task's as
-`peft.helpers.MontecloraTrainerMixin` does. The classification head is trained in full.
+Settings: r 8, alpha 16 on query, key, value, no adapter dropout (the encoder's own dropouts are on), 3 epochs, lr
+1e-3, batch 32, max length 128, AdamW with weight decay 0.01 on every trainable tensor, linear schedule with 6 %
+warm-up, clipping at 1. MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15; its loss is added to
+the task's as `peft.helpers.MontecloraTrainerMixin` does. The classification head is trained in full.
 
 Needs torch, transformers and peft >= 0.20.
 """
