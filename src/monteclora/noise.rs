@@ -94,12 +94,24 @@ impl DrawNoise {
         let weights = weights.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
         Ok(Self { bartlett, weights, matrices })
     }
+
+    pub(super) fn small(&self) -> Result<SmallNoise> {
+        let bartlett = self.bartlett.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        Ok(SmallNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
+    }
 }
 
-/// The same noise on the host, before it becomes tensors.
+/// The noise of one draw's covariance and weights, on the host: what the regulariser needs.
+pub(super) struct SmallNoise {
+    /// T, row-major, `r * r` numbers.
+    pub(super) bartlett: Vec<f64>,
+    /// N numbers.
+    pub(super) weights: Vec<f64>,
+}
+
+/// The noise of one draw on the host, before it becomes tensors.
 pub(super) struct HostNoise {
-    bartlett: Vec<f64>,
-    weights: Vec<f64>,
+    small: SmallNoise,
     z: Values,
 }
 
@@ -138,18 +150,12 @@ impl NoiseSpec {
         numbers * self.dtype.size_in_bytes() + self.num_components * size_of::<f64>()
     }
 
-    /// T of a draw, row-major, `r * r` numbers.
-    pub(super) fn bartlett(&self, streams: &NoiseStreams, draw: u64) -> Vec<f64> {
-        let mut bartlett = vec![0.0; self.rank * self.rank];
+    /// The noise of a draw's covariance and weights, on the host.
+    pub(super) fn small(&self, streams: &NoiseStreams, draw: u64) -> SmallNoise {
+        let (mut bartlett, mut weights) = (vec![0.0; self.rank * self.rank], vec![0.0; self.num_components]);
         fill_bartlett(&streams.wishart, draw, self.rank, self.df, self.covariance, &mut bartlett);
-        bartlett
-    }
-
-    /// The noise of a draw's weights, N numbers.
-    pub(super) fn weights(&self, streams: &NoiseStreams, draw: u64) -> Vec<f64> {
-        let mut weights = vec![0.0; self.num_components];
         self.estimator.fill_noise(&streams.dirichlet, draw, &mut weights);
-        weights
+        SmallNoise { bartlett, weights }
     }
 
     /// All noise of a draw, on the host.
@@ -164,13 +170,13 @@ impl NoiseSpec {
             streams.gaussian.fill_normal_f32(draw, &mut z);
             Values::Single(z)
         };
-        HostNoise { bartlett: self.bartlett(streams, draw), weights: self.weights(streams, draw), z }
+        HostNoise { small: self.small(streams, draw), z }
     }
 
     /// The tensors of noise on the host.
     pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
-        let bartlett = Tensor::from_vec(host.bartlett, (self.rank, self.rank), &Device::Cpu)?;
-        let weights = Tensor::from_vec(host.weights, self.num_components, &Device::Cpu)?;
+        let bartlett = Tensor::from_vec(host.small.bartlett, (self.rank, self.rank), &Device::Cpu)?;
+        let weights = Tensor::from_vec(host.small.weights, self.num_components, &Device::Cpu)?;
         let z = match host.z {
             Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
             Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,

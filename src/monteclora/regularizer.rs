@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor, D};
 
 use super::config::{Compat, Mode, MonteCLoRAConfig};
 use super::layer::MonteCLoRA;
+use super::noise::{DrawNoise, NoiseSpec, SmallNoise};
 use super::posterior::{peft_variance, weights, Posterior};
 use crate::dist::gaussian::kl_standard_of;
 use crate::dist::{Dirichlet, Gaussian, Wishart};
@@ -41,9 +42,6 @@ pub struct RegularizerTerms {
     /// L_C (eq. 13), the mean over layers.
     pub cooperative: Tensor,
 }
-
-/// The sums of the four terms over some layers.
-struct Sums([Tensor; 4]);
 
 impl Regularizer {
     /// The regulariser with the mode and the weights of `config`.
@@ -80,13 +78,43 @@ impl Regularizer {
     /// # Errors
     /// As [`Self::for_model`].
     pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
-        let mut groups: BTreeMap<String, Vec<&Posterior>> = BTreeMap::new();
-        for posterior in posteriors {
-            groups.entry(group_key(posterior)).or_default().push(posterior);
+        let draws = match (self.mode, pass.posterior_draw()) {
+            (Mode::Expected, _) => None,
+            (Mode::Sampled, Some(draw)) => {
+                let small = |p: &Posterior| p.spec().small(p.streams(), draw);
+                Some(posteriors.iter().map(small).collect::<Vec<_>>())
+            }
+            (Mode::Sampled, None) => {
+                return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+            }
+        };
+        self.at(posteriors, draws)
+    }
+
+    /// The regulariser at draws given from outside, one for each posterior, whatever the mode.
+    ///
+    /// # Errors
+    /// If their numbers differ or are zero.
+    pub fn of_draws(&self, posteriors: &[Posterior], draws: &[DrawNoise]) -> Result<RegularizerTerms> {
+        if posteriors.len() != draws.len() {
+            let reason = format!("expected {}, one for each layer, got {}", posteriors.len(), draws.len());
+            return Err(Error::config("draws", reason));
+        }
+        let draws = draws.iter().map(DrawNoise::small).collect::<candle_core::Result<_>>()?;
+        self.at(posteriors, Some(draws))
+    }
+
+    /// The regulariser at these draws, or in expectation.
+    fn at(&self, posteriors: &[Posterior], draws: Option<Vec<SmallNoise>>) -> Result<RegularizerTerms> {
+        let mut groups: BTreeMap<String, (Vec<&Posterior>, Vec<&SmallNoise>)> = BTreeMap::new();
+        for (i, posterior) in posteriors.iter().enumerate() {
+            let group = groups.entry(group_key(posterior)).or_default();
+            group.0.push(posterior);
+            group.1.extend(draws.as_ref().map(|draws| &draws[i]));
         }
         let mut total: Option<[Tensor; 4]> = None;
-        for group in groups.values() {
-            let Sums(sums) = self.group(group, pass)?;
+        for (group, noise) in groups.values() {
+            let sums = sums(group, noise)?;
             total = Some(match total {
                 None => sums,
                 Some(total) => {
@@ -107,40 +135,6 @@ impl Regularizer {
         let total = ((kl * self.kl_weight)? + (&cooperative * self.cooperative_weight)?)?;
         Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative })
     }
-
-    /// The sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, n).
-    fn group(&self, group: &[&Posterior], pass: &Pass) -> Result<Sums> {
-        let first = group[0];
-        let spec = first.spec();
-        let stack = |of: fn(&Posterior) -> &Tensor| {
-            Tensor::stack(&group.iter().map(|posterior| of(posterior)).collect::<Vec<_>>(), 0)
-        };
-        let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
-        let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;
-        let dirichlet = Dirichlet::new(&c)?;
-        let log_prior = Tensor::full(first.dirichlet_prior().ln(), spec.num_components, c.device())?;
-        let [t1, t2, t3] = dirichlet.kl_terms(&Dirichlet::new(&log_prior.to_dtype(c.dtype())?)?)?;
-        let kl_dirichlet = match spec.compat {
-            Compat::None => ((t1 + t2)? + t3)?,
-            Compat::Peft => ((t1 - t2)? + t3)?, // the reversed sign, see `Compat::Peft`
-        };
-        let (kl_gaussian, cooperative) = match self.mode {
-            Mode::Expected => (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?),
-            Mode::Sampled => {
-                let Some(draw) = pass.posterior_draw() else {
-                    return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
-                };
-                let pi = weights(&c, spec, &weight_noise(group, draw)?)?;
-                (sampled_kl_gaussian(&wishart, group, draw)?, pi.sqr()?.sum(D::Minus1)?)
-            }
-        };
-        Ok(Sums([
-            kl_gaussian.sum_all()?,
-            wishart.kl_standard()?.sum_all()?,
-            kl_dirichlet.sum_all()?,
-            cooperative.sum_all()?,
-        ]))
-    }
 }
 
 /// What layers must share to be computed in one batch.
@@ -160,30 +154,58 @@ fn group_key(posterior: &Posterior) -> String {
     )
 }
 
-/// The noise of every layer's weights, (l, n), f64 on the host.
-fn weight_noise(group: &[&Posterior], draw: u64) -> candle_core::Result<Tensor> {
-    let n = group[0].spec().num_components;
-    let noise: Vec<f64> = group.iter().flat_map(|p| p.spec().weights(p.streams(), draw)).collect();
-    Tensor::from_vec(noise, (group.len(), n), &Device::Cpu)
+/// The sums of KL_N, KL_W, KL_D and L_C over layers of one shape, stacked: `log_std` (l, r),
+/// `log_concentration` (l, n). Without noise the two that depend on the draw are expectations.
+fn sums(group: &[&Posterior], noise: &[&SmallNoise]) -> Result<[Tensor; 4]> {
+    let first = group[0];
+    let spec = first.spec();
+    let stack = |of: fn(&Posterior) -> &Tensor| {
+        Tensor::stack(&group.iter().map(|posterior| of(posterior)).collect::<Vec<_>>(), 0)
+    };
+    let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
+    let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;
+    let dirichlet = Dirichlet::new(&c)?;
+    let log_prior = Tensor::full(first.dirichlet_prior().ln(), spec.num_components, c.device())?;
+    let [t1, t2, t3] = dirichlet.kl_terms(&Dirichlet::new(&log_prior.to_dtype(c.dtype())?)?)?;
+    let kl_dirichlet = match spec.compat {
+        Compat::None => ((t1 + t2)? + t3)?,
+        Compat::Peft => ((t1 - t2)? + t3)?, // the reversed sign, see `Compat::Peft`
+    };
+    let (kl_gaussian, cooperative) = if noise.is_empty() {
+        (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?)
+    } else {
+        let uniforms: Vec<f64> = noise.iter().flat_map(|noise| noise.weights.iter().copied()).collect();
+        let uniforms = Tensor::from_vec(uniforms, (group.len(), spec.num_components), &Device::Cpu)?;
+        let pi = weights(&c, spec, &uniforms)?;
+        (sampled_kl_gaussian(&wishart, spec, noise)?, pi.sqr()?.sum(D::Minus1)?)
+    };
+    Ok([
+        kl_gaussian.sum_all()?,
+        wishart.kl_standard()?.sum_all()?,
+        kl_dirichlet.sum_all()?,
+        cooperative.sum_all()?,
+    ])
 }
 
 /// Eq. 10 at the draw, (l): `tr Sigma = sum V_i |T_i|^2`, `ln |Sigma| = 2 sum rho_i + 2 sum ln T_ii`.
-fn sampled_kl_gaussian(wishart: &Wishart, group: &[&Posterior], draw: u64) -> candle_core::Result<Tensor> {
-    let spec = group[0].spec();
-    let r = spec.rank;
-    let (mut squares, mut log_diagonal) = (Vec::new(), Vec::new());
-    for posterior in group {
-        let t = posterior.spec().bartlett(posterior.streams(), draw);
+fn sampled_kl_gaussian(
+    wishart: &Wishart,
+    spec: &NoiseSpec,
+    noise: &[&SmallNoise],
+) -> candle_core::Result<Tensor> {
+    let (r, l) = (spec.rank, noise.len());
+    let (mut squares, mut log_diagonal) = (Vec::with_capacity(l * r), Vec::with_capacity(l));
+    for SmallNoise { bartlett: t, .. } in noise {
         squares.extend(t.chunks(r).map(|row| row.iter().map(|x| x * x).sum::<f64>()));
         log_diagonal.push((0..r).map(|i| 2.0 * t[i * r + i].ln()).sum::<f64>());
     }
     let log_std = wishart.log_std();
     let place = |x: Tensor| x.to_dtype(log_std.dtype())?.to_device(log_std.device());
-    let squares = place(Tensor::from_vec(squares, (group.len(), r), &Device::Cpu)?)?;
+    let squares = place(Tensor::from_vec(squares, (l, r), &Device::Cpu)?)?;
     match spec.compat {
         Compat::None => {
             let trace = (wishart.scale()? * squares)?.sum(D::Minus1)?;
-            let constant = place(Tensor::from_vec(log_diagonal, group.len(), &Device::Cpu)?)?;
+            let constant = place(Tensor::from_vec(log_diagonal, l, &Device::Cpu)?)?;
             let log_det = ((log_std.sum(D::Minus1)? * 2.0)? + constant)?;
             kl_standard_of(&trace, &log_det, r)
         }

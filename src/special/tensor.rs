@@ -147,3 +147,51 @@ impl CustomOp1 for QuantileSlope {
         map(storage, layout, |i, c| c.exp() * gamma_quantile(c.exp(), self.uniforms[i]).dlog_z)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    #[test]
+    fn values_and_gradients_are_those_of_the_host() -> Result<()> {
+        let xs = [0.3, 1.0, 4.5, 40.0];
+        let x = Var::new(&xs, &Device::Cpu)?;
+        for (ys, f, df) in [
+            (ln_gamma_of(&x)?, ln_gamma as fn(f64) -> f64, digamma as fn(f64) -> f64),
+            (digamma_of(&x)?, digamma, trigamma),
+        ] {
+            assert_eq!(ys.to_vec1::<f64>()?, xs.map(f));
+            let grads = ys.affine(2.0, 0.0)?.sum_all()?.backward()?;
+            let slopes = grads.get(&x).unwrap().to_vec1::<f64>()?;
+            assert_eq!(slopes, xs.map(|x| 2.0 * df(x)));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn single_precision_is_the_double_result_rounded() -> Result<()> {
+        // A transposed view: the layout is not contiguous.
+        let x = Tensor::new(&[[0.2f32, 3.0], [7.5, 90.0]], &Device::Cpu)?.t()?;
+        let want = [0.2f32, 7.5, 3.0, 90.0].map(|x| ln_gamma(f64::from(x)) as f32);
+        assert_eq!(ln_gamma_of(&x)?.flatten_all()?.to_vec1::<f32>()?, want);
+        assert!(ln_gamma_of(&x.to_dtype(DType::BF16)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn the_gradient_of_a_gamma_draw_is_the_implicit_derivative() -> Result<()> {
+        let (cs, us) = ([-2.0, 0.0, 1.5], [0.3, 0.9, 0.05]);
+        let c = Var::new(&cs, &Device::Cpu)?;
+        let log_z = log_gamma_rsample(&c, us.to_vec())?;
+        let slopes = log_z.sum_all()?.backward()?.get(&c).unwrap().to_vec1::<f64>()?;
+        for i in 0..3 {
+            let at = |c: f64| gamma_quantile(c.exp(), us[i]).log_z;
+            assert_eq!(log_z.to_vec1::<f64>()?[i], at(cs[i]));
+            let difference = (at(cs[i] + 1e-5) - at(cs[i] - 1e-5)) / 2e-5;
+            assert!((slopes[i] / difference - 1.0).abs() < 1e-8, "{} {difference}", slopes[i]);
+        }
+        assert!(log_gamma_rsample(&c, vec![0.5; 2]).is_err());
+        Ok(())
+    }
+}
