@@ -27,8 +27,7 @@ pub struct Metrics {
     /// Spearman's rank correlation; absent where predictions or targets are constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spearman: Option<f64>,
-    /// Negative log-likelihood per row, in nats; infinite (`null` in JSON) if a label had
-    /// probability 0.
+    /// Negative log-likelihood per row, in nats; infinite (`null` in JSON) if a label had none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll: Option<f64>,
     /// Expected calibration error, as a fraction.
@@ -159,10 +158,8 @@ pub fn matthews(predicted: &[u32], labels: &[u32]) -> Result<f64> {
     let n = labels.len() as f64;
     let right = predicted.iter().zip(labels).filter(|(p, l)| p == l).count() as f64;
     let sum = |term: fn(&(f64, f64)) -> f64| counts.values().map(term).sum::<f64>();
-    let (both, of_predicted, of_labels) =
-        (right * n - sum(|c| c.0 * c.1), n * n - sum(|c| c.0 * c.0), n * n - sum(|c| c.1 * c.1));
-    let scale = of_predicted.sqrt() * of_labels.sqrt();
-    Ok(if scale == 0.0 { 0.0 } else { both / scale })
+    let scale = (n * n - sum(|c| c.0 * c.0)).sqrt() * (n * n - sum(|c| c.1 * c.1)).sqrt();
+    Ok(if scale == 0.0 { 0.0 } else { (right * n - sum(|c| c.0 * c.1)) / scale })
 }
 
 /// Pearson's correlation; `None`, being undefined, where either side is constant.

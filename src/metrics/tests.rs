@@ -24,7 +24,8 @@ fn two_classes_agree_with_scikit_learn() -> Result<()> {
     close(get("matthews"), 0.16666666666666666); // matthews_corrcoef(L, p)
     close(get("nll"), 0.4799954878005391); // log_loss(L, P)
     close(get("brier"), 0.321); // 2 * brier_score_loss(L, P[:, 1])
-                                // By hand: 0.55 and 0.6 share the bin (8/15, 9/15], every other row has its own.
+
+    // By hand: 0.55 and 0.6 share the bin (8/15, 9/15], every other row has its own.
     close(get("ece"), ((0.55 + 0.6) + 0.3 + 0.2 + 0.1) / 5.0);
     assert_eq!((get("accuracy"), metrics.pearson, metrics.get("bleu")), (0.6, None, None));
     Ok(())
