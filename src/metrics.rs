@@ -1,1 +1,301 @@
-//! Placeholder: metrics.
+//! How good predictions are: the scores of GLUE, and the calibration of probabilities.
+//!
+//! Everything is in double precision; definitions follow scikit-learn and SciPy.
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// The number of bins of the expected calibration error.
+pub const ECE_BINS: usize = 15;
+
+/// The scores of one evaluation; those that do not apply are absent.
+#[derive(Serialize, Clone, Debug, Default, PartialEq)]
+pub struct Metrics {
+    /// The share of rows whose most probable class is the label.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// F1 of class 1; only for two classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub f1: Option<f64>,
+    /// Matthews' correlation coefficient.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matthews: Option<f64>,
+    /// Pearson's correlation; absent where predictions or targets are constant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pearson: Option<f64>,
+    /// Spearman's rank correlation; absent where predictions or targets are constant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spearman: Option<f64>,
+    /// Negative log-likelihood per row, in nats; infinite (`null` in JSON) if a label had none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nll: Option<f64>,
+    /// Expected calibration error, as a fraction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ece: Option<f64>,
+    /// Brier score per row, summed over classes: 0 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub brier: Option<f64>,
+    /// Mean squared error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mse: Option<f64>,
+}
+
+impl Metrics {
+    /// Scores of class probabilities: one row per example, one column per class.
+    ///
+    /// # Errors
+    /// If there is no row, if rows and labels differ in number, if rows differ in length or have
+    /// fewer than two classes, if a value is no probability (NaN included), or if a label is out
+    /// of range.
+    pub fn classification(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<Self> {
+        let classes = check_probabilities(probabilities, labels)?;
+        let predicted: Vec<u32> = probabilities.iter().map(|p| argmax(p) as u32).collect();
+        Ok(Self {
+            accuracy: Some(accuracy(&predicted, labels)?),
+            f1: if classes == 2 { Some(f1(&predicted, labels)?) } else { None },
+            matthews: Some(matthews(&predicted, labels)?),
+            nll: Some(nll(probabilities, labels)?),
+            ece: Some(ece(probabilities, labels)?),
+            brier: Some(brier(probabilities, labels)?),
+            ..Self::default()
+        })
+    }
+
+    /// Scores of predicted numbers.
+    ///
+    /// # Errors
+    /// If there is no row, if the two differ in length, or if a value is not finite.
+    pub fn regression(predictions: &[f64], targets: &[f64]) -> Result<Self> {
+        Ok(Self {
+            pearson: pearson(predictions, targets)?,
+            spearman: spearman(predictions, targets)?,
+            mse: Some(mse(predictions, targets)?),
+            ..Self::default()
+        })
+    }
+
+    /// The score called `name`, as its field; `None` for an absent or unknown one.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        match name {
+            "accuracy" => self.accuracy,
+            "f1" => self.f1,
+            "matthews" => self.matthews,
+            "pearson" => self.pearson,
+            "spearman" => self.spearman,
+            "nll" => self.nll,
+            "ece" => self.ece,
+            "brier" => self.brier,
+            "mse" => self.mse,
+            _ => None,
+        }
+    }
+}
+
+/// Probabilities of one row of logits, shifted by the largest so that nothing overflows.
+pub fn softmax(logits: &[f64]) -> Vec<f64> {
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let powers: Vec<f64> = logits.iter().map(|z| (z - top).exp()).collect();
+    let total: f64 = powers.iter().sum();
+    powers.into_iter().map(|p| p / total).collect()
+}
+
+/// The predictive probabilities of several draws: the mean over draws of each row's [`softmax`].
+/// `draws` is draws of rows of logits, `(s, n, c)`; the result is `(n, c)`.
+///
+/// # Errors
+/// If there is no draw, or if draws differ in shape.
+pub fn average_draws(draws: &[Vec<Vec<f64>>]) -> Result<Vec<Vec<f64>>> {
+    let Some(first) = draws.first() else {
+        return Err(Error::config("draws", "there is no draw to average"));
+    };
+    let mut mean: Vec<Vec<f64>> = first.iter().map(|row| vec![0.0; row.len()]).collect();
+    for (s, draw) in draws.iter().enumerate() {
+        if draw.len() != mean.len() || draw.iter().zip(&mean).any(|(row, m)| row.len() != m.len()) {
+            return Err(Error::config("draws", format!("draw {s} differs in shape from draw 0")));
+        }
+        for (m, row) in mean.iter_mut().zip(draw) {
+            m.iter_mut().zip(softmax(row)).for_each(|(m, p)| *m += p / draws.len() as f64);
+        }
+    }
+    Ok(mean)
+}
+
+/// The share of equal entries.
+///
+/// # Errors
+/// If there is no row, or if the two differ in length; so for every function below.
+pub fn accuracy(predicted: &[u32], labels: &[u32]) -> Result<f64> {
+    same_length(predicted.len(), labels.len())?;
+    let right = predicted.iter().zip(labels).filter(|(p, l)| p == l).count();
+    Ok(right as f64 / labels.len() as f64)
+}
+
+/// F1 of class 1; 0 where class 1 is neither predicted nor a label.
+///
+/// # Errors
+/// As [`accuracy`].
+pub fn f1(predicted: &[u32], labels: &[u32]) -> Result<f64> {
+    same_length(predicted.len(), labels.len())?;
+    let ones = |values: &[u32]| values.iter().filter(|v| **v == 1).count() as f64;
+    let both = predicted.iter().zip(labels).filter(|(p, l)| **p == 1 && **l == 1).count() as f64;
+    let total = ones(predicted) + ones(labels);
+    Ok(if total == 0.0 { 0.0 } else { 2.0 * both / total })
+}
+
+/// Matthews' correlation coefficient in its form for any number of classes (Gorodkin 2004); 0
+/// where predictions or labels are all of one class.
+///
+/// # Errors
+/// As [`accuracy`].
+pub fn matthews(predicted: &[u32], labels: &[u32]) -> Result<f64> {
+    same_length(predicted.len(), labels.len())?;
+    let mut counts = std::collections::BTreeMap::<u32, (f64, f64)>::new();
+    for (p, l) in predicted.iter().zip(labels) {
+        counts.entry(*p).or_default().0 += 1.0;
+        counts.entry(*l).or_default().1 += 1.0;
+    }
+    let n = labels.len() as f64;
+    let right = predicted.iter().zip(labels).filter(|(p, l)| p == l).count() as f64;
+    let sum = |term: fn(&(f64, f64)) -> f64| counts.values().map(term).sum::<f64>();
+    let scale = (n * n - sum(|c| c.0 * c.0)).sqrt() * (n * n - sum(|c| c.1 * c.1)).sqrt();
+    Ok(if scale == 0.0 { 0.0 } else { (right * n - sum(|c| c.0 * c.1)) / scale })
+}
+
+/// Pearson's correlation; `None`, being undefined, where either side is constant.
+///
+/// # Errors
+/// As [`accuracy`]; if a value is not finite.
+pub fn pearson(a: &[f64], b: &[f64]) -> Result<Option<f64>> {
+    check_numbers(a, b)?;
+    let constant = |v: &[f64]| v.iter().all(|x| *x == v[0]);
+    if constant(a) || constant(b) {
+        return Ok(None);
+    }
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    let (ma, mb) = (mean(a), mean(b));
+    let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
+    for (x, y) in a.iter().zip(b) {
+        let (x, y) = (x - ma, y - mb);
+        (ab, aa, bb) = (ab + x * y, aa + x * x, bb + y * y);
+    }
+    let r = ab / (f64::sqrt(aa) * f64::sqrt(bb));
+    Ok(r.is_finite().then(|| r.clamp(-1.0, 1.0)))
+}
+
+/// Spearman's correlation: Pearson's of the ranks, ties sharing the mean of theirs.
+///
+/// # Errors
+/// As [`pearson`].
+pub fn spearman(a: &[f64], b: &[f64]) -> Result<Option<f64>> {
+    check_numbers(a, b)?;
+    pearson(&ranks(a), &ranks(b))
+}
+
+/// Mean of `-ln p` of the labels, in nats. Nothing is clamped: a label of probability 0 makes it
+/// infinite, and is reported so.
+///
+/// # Errors
+/// As [`Metrics::classification`].
+pub fn nll(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
+    check_probabilities(probabilities, labels)?;
+    let sum: f64 = probabilities.iter().zip(labels).map(|(p, l)| p[*l as usize].ln()).sum();
+    Ok(0.0 - sum / labels.len() as f64)
+}
+
+/// Expected calibration error (Guo et al. 2017), as a fraction: the gap between accuracy and mean
+/// top probability in each of [`ECE_BINS`] bins `(lo, hi]` of equal width, weighted by its rows.
+///
+/// # Errors
+/// As [`Metrics::classification`].
+pub fn ece(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
+    check_probabilities(probabilities, labels)?;
+    let mut gaps = [0.0; ECE_BINS];
+    for (p, l) in probabilities.iter().zip(labels) {
+        let class = argmax(p);
+        let bin = (1..ECE_BINS).filter(|k| p[class] > *k as f64 / ECE_BINS as f64).count();
+        gaps[bin] += f64::from(u8::from(class == *l as usize)) - p[class];
+    }
+    Ok(gaps.iter().map(|gap: &f64| gap.abs()).sum::<f64>() / labels.len() as f64)
+}
+
+/// Brier's score: squared distance between probabilities and the label's indicator, summed over
+/// classes, mean over rows.
+///
+/// # Errors
+/// As [`Metrics::classification`].
+pub fn brier(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
+    check_probabilities(probabilities, labels)?;
+    let hit = |c: usize, l: u32| f64::from(u8::from(c == l as usize));
+    let row =
+        |(p, l): (&Vec<f64>, &u32)| p.iter().enumerate().map(|(c, p)| (p - hit(c, *l)).powi(2)).sum::<f64>();
+    Ok(probabilities.iter().zip(labels).map(row).sum::<f64>() / labels.len() as f64)
+}
+
+/// Mean squared error.
+///
+/// # Errors
+/// As [`pearson`].
+pub fn mse(predictions: &[f64], targets: &[f64]) -> Result<f64> {
+    check_numbers(predictions, targets)?;
+    let sum: f64 = predictions.iter().zip(targets).map(|(p, t)| (p - t).powi(2)).sum();
+    Ok(sum / targets.len() as f64)
+}
+
+/// The first of the largest entries.
+fn argmax(row: &[f64]) -> usize {
+    (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+/// Ranks from 1; equal values share the mean of theirs.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|i, j| values[*i].total_cmp(&values[*j]));
+    let (mut out, mut start) = (vec![0.0; values.len()], 0);
+    for tied in order.chunk_by(|i, j| values[*i] == values[*j]) {
+        let rank = start as f64 + (tied.len() as f64 + 1.0) / 2.0;
+        tied.iter().for_each(|i| out[*i] = rank);
+        start += tied.len();
+    }
+    out
+}
+
+fn same_length(predictions: usize, labels: usize) -> Result<()> {
+    match (predictions, labels) {
+        (0, 0) => Err(Error::config("predictions", "there is no row to score")),
+        (p, l) if p != l => Err(Error::config("predictions", format!("{p} predictions for {l} labels"))),
+        _ => Ok(()),
+    }
+}
+
+fn check_numbers(a: &[f64], b: &[f64]) -> Result<()> {
+    same_length(a.len(), b.len())?;
+    match a.iter().zip(b).enumerate().find(|(_, (x, y))| !(x.is_finite() && y.is_finite())) {
+        Some((row, (x, y))) => {
+            Err(Error::config("predictions", format!("row {row}: prediction {x}, target {y}")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The number of classes.
+fn check_probabilities(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<usize> {
+    same_length(probabilities.len(), labels.len())?;
+    let classes = probabilities[0].len();
+    for (row, (p, label)) in probabilities.iter().zip(labels).enumerate() {
+        if p.len() != classes || classes < 2 {
+            let reason = format!("row {row}: {} classes, row 0: {classes}; at least 2 needed", p.len());
+            return Err(Error::config("probabilities", reason));
+        }
+        if let Some(bad) = p.iter().find(|p| !(0.0..=1.0 + 1e-6).contains(*p)) {
+            return Err(Error::config("probabilities", format!("row {row}: {bad} is no probability")));
+        }
+        if *label as usize >= classes {
+            return Err(Error::config("labels", format!("row {row}: label {label} of {classes} classes")));
+        }
+    }
+    Ok(classes)
+}
+
+#[cfg(test)]
+mod tests;

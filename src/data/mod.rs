@@ -1,3 +1,6 @@
 //! Task data.
 
+pub mod batch;
+pub mod encode;
 pub mod masked;
+pub mod task;

@@ -1,0 +1,194 @@
+//! From texts to token ids: truncation, special tokens and segment ids, by the `tokenizers` crate.
+//!
+//! Padding is left to [`Batch::collate`](crate::data::batch::Batch::collate), which knows the batch.
+
+use tokenizers::{EncodeInput, PostProcessor, Tokenizer, TruncationParams, TruncationStrategy};
+
+use crate::data::task::{Example, Label};
+use crate::error::{Error, Result};
+
+/// Rows handed to the tokenizer at once: bounds the memory its own, richer encodings take.
+const CHUNK: usize = 4096;
+
+/// A row as token ids.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Encoded {
+    /// The token ids, special tokens included, not padded; never empty.
+    pub ids: Vec<u32>,
+    /// The segment of each token, as long as `ids`: 0, or 1 in the second text of a BERT pair.
+    pub type_ids: Vec<u32>,
+    /// What is to be predicted.
+    pub label: Label,
+    /// Which of the encoded examples this is, counted from 0.
+    pub row: usize,
+}
+
+/// A tokenizer with a fixed rule of truncation.
+#[derive(Debug, Clone)]
+pub struct TextEncoder {
+    tokenizer: Tokenizer,
+}
+
+impl TextEncoder {
+    /// An encoder to at most `max_length` tokens, special ones included; pairs lose tokens of the
+    /// longer text first, at its end. Any truncation and padding of the tokenizer's own file is
+    /// overridden; its post-processor still places the special tokens.
+    ///
+    /// # Errors
+    /// If `max_length` is below the special tokens of a pair plus two, or above
+    /// `model_max_length`, the most tokens the model has positions for.
+    pub fn new(mut tokenizer: Tokenizer, max_length: usize, model_max_length: usize) -> Result<Self> {
+        let special = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(true));
+        let least = special + 2;
+        if max_length < least {
+            let reason =
+                format!("a pair needs at least {least} ({special} special tokens), got {max_length}");
+            return Err(Error::config("max_length", reason));
+        }
+        if max_length > model_max_length {
+            let reason = format!("the model takes at most {model_max_length} tokens, got {max_length}");
+            return Err(Error::config("max_length", reason));
+        }
+        let truncation =
+            TruncationParams { max_length, strategy: TruncationStrategy::LongestFirst, ..Default::default() };
+        tokenizer
+            .with_truncation(Some(truncation))
+            .map_err(|e| Error::config("max_length", e.to_string()))?
+            .with_padding(None);
+        Ok(Self { tokenizer })
+    }
+
+    /// The tokenizer, with this encoder's truncation.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Encodes every example, in order and in parallel; the result does not depend on the number
+    /// of threads.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses a text, or makes no token of one.
+    pub fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
+        let mut out = Vec::with_capacity(examples.len());
+        for chunk in examples.chunks(CHUNK) {
+            let inputs: Vec<EncodeInput> = chunk
+                .iter()
+                .map(|example| match &example.text_b {
+                    Some(second) => (example.text_a.as_str(), second.as_str()).into(),
+                    None => example.text_a.as_str().into(),
+                })
+                .collect();
+            let encodings = self
+                .tokenizer
+                .encode_batch_fast(inputs, true)
+                .map_err(|e| Error::config("tokenizer", e.to_string()))?;
+            for (encoding, example) in encodings.into_iter().zip(chunk) {
+                let row = out.len();
+                if encoding.is_empty() {
+                    return Err(Error::config("text", format!("row {row} (from 0) has no token")));
+                }
+                let (ids, type_ids) = (encoding.get_ids().to_vec(), encoding.get_type_ids().to_vec());
+                out.push(Encoded { ids, type_ids, label: example.label.clone(), row });
+            }
+        }
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::models::wordlevel::WordLevel;
+    use tokenizers::pre_tokenizers::whitespace::Whitespace;
+    use tokenizers::processors::template::TemplateProcessing;
+    use tokenizers::{PaddingParams, PaddingStrategy};
+
+    /// `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then `a` 4 to `j` 13; padded and cut by its own rules.
+    fn tiny() -> Tokenizer {
+        let words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
+        let vocab = words.iter().enumerate().map(|(id, word)| (word.to_string(), id as u32)).collect();
+        let model = WordLevel::builder().vocab(vocab).unk_token("[UNK]".into()).build().unwrap();
+        let template = TemplateProcessing::builder()
+            .try_single("[CLS]:0 $A:0 [SEP]:0")
+            .unwrap()
+            .try_pair("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")
+            .unwrap()
+            .special_tokens(vec![("[CLS]", 1), ("[SEP]", 2)])
+            .build()
+            .unwrap();
+        let mut tokenizer = Tokenizer::new(model);
+        tokenizer.with_pre_tokenizer(Some(Whitespace {})).with_post_processor(Some(template));
+        let own = TruncationParams { max_length: 4, ..Default::default() };
+        let padding = PaddingParams { strategy: PaddingStrategy::Fixed(32), ..Default::default() };
+        tokenizer.with_truncation(Some(own)).unwrap().with_padding(Some(padding));
+        tokenizer
+    }
+
+    fn example(a: &str, b: Option<&str>) -> Example {
+        Example { text_a: a.into(), text_b: b.map(Into::into), label: Label::Class(1) }
+    }
+
+    #[test]
+    fn pairs_have_two_segments_and_the_file_s_own_rules_are_overridden() -> Result<()> {
+        let encoder = TextEncoder::new(tiny(), 16, 512)?;
+        let rows = encoder.encode(&[example("a b zzz", Some("c d")), example("e f g", None)])?;
+        assert_eq!(rows[0].ids, [1, 4, 5, 3, 2, 6, 7, 2]);
+        assert_eq!(rows[0].type_ids, [0, 0, 0, 0, 0, 1, 1, 1]);
+        assert_eq!(rows[1].ids, [1, 8, 9, 10, 2]);
+        assert_eq!((rows[1].row, &rows[1].label), (1, &Label::Class(1)));
+        Ok(())
+    }
+
+    #[test]
+    fn truncation_takes_from_the_longer_text_and_keeps_special_tokens() -> Result<()> {
+        let encoder = TextEncoder::new(tiny(), 8, 512)?;
+        let rows = encoder.encode(&[
+            example("a b c d e f g", Some("h i")),
+            example("a", Some("b c d e f g h")),
+            example("a b c d e f g h i j", None),
+        ])?;
+        assert_eq!(rows[0].ids, [1, 4, 5, 6, 2, 11, 12, 2]);
+        assert_eq!(rows[1].ids, [1, 4, 2, 5, 6, 7, 8, 2]);
+        assert_eq!(rows[2].ids, [1, 4, 5, 6, 7, 8, 9, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_length_out_of_range_names_the_option() {
+        assert!(TextEncoder::new(tiny(), 5, 512).is_ok());
+        for (length, model) in [(4, 512), (0, 512), (513, 512)] {
+            let error = TextEncoder::new(tiny(), length, model).unwrap_err().to_string();
+            assert!(error.contains("max_length") && error.contains(&length.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn order_is_kept_across_chunks_and_runs_and_no_token_is_an_error() -> Result<()> {
+        let examples: Vec<Example> = (0..CHUNK + 10).map(|i| example(&"a ".repeat(i % 7), None)).collect();
+        let encoder = TextEncoder::new(tiny(), 16, 16)?;
+        let rows = encoder.encode(&examples)?;
+        assert!(rows.iter().enumerate().all(|(i, e)| e.row == i && e.ids.len() == 2 + i % 7));
+        assert_eq!(rows, encoder.encode(&examples)?);
+        let mut bare = tiny();
+        bare.with_post_processor(None::<TemplateProcessing>);
+        assert!(TextEncoder::new(bare, 16, 16)?.encode(&[example("", None)]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn roberta_s_tokenizer_gives_the_reference_ids() -> Result<()> {
+        let file =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/tokenizers/roberta-base/tokenizer.json");
+        if !std::path::Path::new(file).exists() {
+            println!("skipped: no roberta-base tokenizer");
+            return Ok(());
+        }
+        let encoder = TextEncoder::new(Tokenizer::from_file(file).unwrap(), 128, 512)?;
+        let hello = "Hello world! cécé herlolip";
+        let rows = encoder.encode(&[example(hello, None), example("Hello", Some("Hello"))])?;
+        assert_eq!(rows[0].ids, [0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2]);
+        assert_eq!(rows[1].ids, [0, 31414, 2, 2, 31414, 2]);
+        assert_eq!(rows[1].type_ids, [0; 6]);
+        Ok(())
+    }
+}
