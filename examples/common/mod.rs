@@ -1,19 +1,37 @@
-//! What the examples share: device, allocator, progress.
+//! What the examples share: devices, the allocator, progress, bundled files, adapters on disk.
 
 #![allow(dead_code)] // each example uses its own part
 
-use candle_core::Device;
+use std::path::Path;
+
+use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
+use monteclora::data::task::{Splits, Task};
+use monteclora::models::hub::ModelFiles;
+use tokenizers::Tokenizer;
+
+/// An example's result.
+pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Reads `cpu`, `cuda` or `cuda:N`.
-pub fn device(text: &str) -> Result<Device, String> {
+pub fn device(text: &str) -> Outcome<Device> {
     match text.split_once(':').unwrap_or((text, "0")) {
         ("cpu", _) => Ok(Device::Cpu),
         ("cuda", index) => {
             let index = index.parse().map_err(|_| format!("--device {text}: expected cuda:N"))?;
-            Device::new_cuda(index).map_err(|e| format!("--device {text}: {e}"))
+            Ok(Device::new_cuda(index).map_err(|e| format!("--device {text}: {e}"))?)
         }
-        _ => Err(format!("--device: expected cpu, cuda or cuda:N, got {text}")),
+        _ => Err(format!("--device: expected cpu, cuda or cuda:N, got {text}").into()),
+    }
+}
+
+/// Reads `f32`, `bf16` or `f16`.
+pub fn dtype(text: &str) -> Outcome<DType> {
+    match text {
+        "f32" => Ok(DType::F32),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        _ => Err(format!("--dtype: expected f32, bf16 or f16, got {text}").into()),
     }
 }
 
@@ -36,4 +54,44 @@ pub fn progress(length: u64, name: &str) -> ProgressBar {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
+}
+
+/// A bundled folder. The published package leaves them out.
+pub fn asset(name: &str) -> Outcome<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
+    match path.is_dir() {
+        true => Ok(path.display().to_string()),
+        false => Err(format!(
+            "{}: the bundled files are in the repository, not in the package: clone it, or give --model and --data",
+            path.display()
+        )
+        .into()),
+    }
+}
+
+/// The tokenizer of a model.
+pub fn tokenizer(files: &ModelFiles) -> Outcome<Tokenizer> {
+    let folder = files.config_path().parent().unwrap_or(Path::new("."));
+    let path =
+        files.tokenizer_path().ok_or_else(|| format!("{}: there is no tokenizer.json", folder.display()))?;
+    Ok(Tokenizer::from_file(path).map_err(|e| format!("{}: {e}", path.display()))?)
+}
+
+/// A task's rows from the hub.
+#[cfg(feature = "hub")]
+pub fn hub_splits(task: Task) -> Outcome<Splits> {
+    use monteclora::data::parquet::load_parquet;
+    use monteclora::models::hub::{repo_file, RepoKind};
+
+    let mut files = Vec::new();
+    for (split, path) in task.hub_files() {
+        files.push((split.to_string(), repo_file(task.hub_repo(), RepoKind::Dataset, &path, None)?));
+    }
+    Ok(load_parquet(task, &files)?)
+}
+
+/// Without the feature `hub`, data come from a folder.
+#[cfg(not(feature = "hub"))]
+pub fn hub_splits(task: Task) -> Outcome<Splits> {
+    Err(format!("{}: give --data DIR, or build with the feature hub", task.name()).into())
 }

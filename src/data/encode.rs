@@ -88,7 +88,7 @@ impl TextEncoder {
                     return Err(Error::config("text", format!("row {row} (from 0) has no token")));
                 }
                 let (ids, type_ids) = (encoding.get_ids().to_vec(), encoding.get_type_ids().to_vec());
-                out.push(Encoded { ids, type_ids, label: example.label.clone(), row });
+                out.push(Encoded { ids, type_ids, label: example.label, row });
             }
         }
         Ok(out)

@@ -1,6 +1,10 @@
-//! Task data.
+//! Task data: reading, encoding, batching.
 
 pub mod batch;
 pub mod encode;
+pub mod glue;
 pub mod masked;
+#[cfg(feature = "hub")]
+pub mod parquet;
+pub mod superglue;
 pub mod task;

@@ -1,10 +1,15 @@
-//! Training: gradients, the optimiser, schedules and the loop.
+//! Training: gradients, the optimiser, schedules, the loop, and classifiers that run through it.
+
+mod classifier;
+mod evaluate;
 mod gradients;
 mod memory;
 mod optim;
 mod schedule;
 mod trainer;
 
+pub use classifier::{Classification, Classifier, Method};
+pub use evaluate::{batches, Evaluation, Predictions};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
 pub use memory::peak_rss_bytes;
 pub use optim::{AdamW, AdamWConfig};

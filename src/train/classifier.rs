@@ -1,0 +1,211 @@
+//! A sequence classifier under one of the methods: what is trained and what predicts.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::trainer::{Loss, Objective};
+use crate::adapters::LoraConfig;
+use crate::bayes::Predictor;
+use crate::data::batch::{Batch, Batcher};
+use crate::data::encode::Encoded;
+use crate::error::{Error, Result};
+use crate::inject::{self, Targets};
+use crate::models::hub::ModelFiles;
+use crate::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use crate::monteclora::{MonteCLoRAConfig, Regularizer};
+use crate::noise::Noise;
+use crate::ops;
+use crate::params::{Params, Role};
+use crate::peft::{self, AdapterFile, Origin, Profile};
+use crate::slot::Pass;
+
+/// How a model is fine-tuned.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Method {
+    /// MonteCLoRA on the targets.
+    MonteCLoRA(MonteCLoRAConfig),
+    /// LoRA on the targets.
+    Lora(LoraConfig),
+    /// Every weight.
+    Full,
+}
+
+impl Method {
+    /// The method's name, as the command line spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::MonteCLoRA(_) => "monteclora",
+            Self::Lora(_) => "lora",
+            Self::Full => "full",
+        }
+    }
+
+    /// The adapter of this method, where it has one.
+    fn adapter(&self) -> Option<peft::Method> {
+        match self {
+            Self::MonteCLoRA(config) => Some(peft::Method::MonteCLoRA(config.clone())),
+            Self::Lora(config) => Some(peft::Method::Lora(config.clone())),
+            Self::Full => None,
+        }
+    }
+}
+
+/// A classifier, its trainable parameters and, where its method has one, its regulariser.
+#[derive(Debug)]
+pub struct Classifier {
+    /// The model with its adapters.
+    pub model: RobertaForSequenceClassification,
+    /// What is trained.
+    pub params: Params,
+    /// The paths of the adapted layers.
+    pub adapted: Vec<String>,
+    regularizer: Option<Regularizer>,
+}
+
+impl Classifier {
+    /// Loads a checkpoint with `num_labels` outputs (1: a regression) for a method. The base has
+    /// the dtype `base_dtype`; what is trained is in single precision.
+    ///
+    /// # Errors
+    /// If the files do not hold such a model, or the targets or the method's configuration do not
+    /// fit it.
+    pub fn load(
+        files: &ModelFiles,
+        num_labels: usize,
+        method: &Method,
+        targets: &Targets,
+        noise: Noise,
+        base_dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let config = RobertaConfig::from_file(files.config_path())?.with_num_labels(num_labels);
+        let checkpoint = files.var_builder(base_dtype, device)?;
+        let params = Params::new(noise, device);
+        let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
+        let base = match method {
+            Method::Full => params.var_builder(Some(checkpoint), Role::Base),
+            _ => checkpoint,
+        };
+        let mut model = RobertaForSequenceClassification::load(base, head, &config, noise)?;
+        let mut regularizer = None;
+        let adapted = match method {
+            Method::Full => Vec::new(),
+            Method::Lora(config) => inject::lora(&mut model, targets, config, &params)?,
+            Method::MonteCLoRA(config) => {
+                regularizer = Some(Regularizer::new(config));
+                inject::monteclora(&mut model, targets, config, &params)?
+            }
+        };
+        let adapted = adapted.into_iter().map(|target| target.path).collect();
+        Ok(Self { model, params, adapted, regularizer })
+    }
+
+    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head, or under
+    /// full fine-tuning `model/` with configuration and weights. `base_model` is what the
+    /// checkpoint was loaded from.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, method: &Method, base_model: &str, dir: &Path) -> Result<()> {
+        let Some(method) = method.adapter() else {
+            return self.save_model(&dir.join("model"));
+        };
+        let origin = Origin {
+            base_model: Some(base_model.to_string()),
+            task: Some("SEQ_CLS".to_string()),
+            ..Origin::default()
+        };
+        let file =
+            AdapterFile::from_model(&self.model, inject::DEFAULT_ADAPTER, &self.params, &method, &origin)?;
+        file.write(dir.join("adapter"), Profile::PeftMonteCLoRA)
+    }
+
+    fn save_model(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let all = self.params.all().into_iter();
+        let weights: HashMap<_, _> =
+            all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+        candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+        let path = dir.join("config.json");
+        let config = serde_json::to_string_pretty(self.model.config());
+        let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
+        std::fs::write(&path, config).map_err(Error::io(&path))
+    }
+
+    /// Whether the outputs are scores rather than classes.
+    pub fn is_regression(&self) -> bool {
+        self.model.config().num_labels() == 1
+    }
+
+    /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms.
+    ///
+    /// # Errors
+    /// If the forward pass fails, or a label is out of range.
+    pub fn loss(&self, batch: &Batch, pass: &Pass) -> Result<Loss> {
+        let outputs = self.predict(batch, pass)?;
+        let task = match self.is_regression() {
+            true => ops::mean_squared_error(&outputs.squeeze(1)?, &batch.labels)?,
+            false => ops::cross_entropy(&outputs, &batch.labels, -100)?,
+        };
+        let Some(regularizer) = &self.regularizer else {
+            return Ok(Loss { total: task.clone(), terms: vec![("task", task)] });
+        };
+        let penalty = regularizer.for_model(&self.model, pass)?;
+        let total = (&task + &penalty.total)?;
+        let terms = vec![
+            ("task", task),
+            ("kl_gaussian", penalty.kl_gaussian),
+            ("kl_wishart", penalty.kl_wishart),
+            ("kl_dirichlet", penalty.kl_dirichlet),
+            ("cooperative", penalty.cooperative),
+        ];
+        Ok(Loss { total, terms })
+    }
+}
+
+impl Predictor for Classifier {
+    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+        // RoBERTa has one token type; its tokenizers number pairs all the same.
+        let types = (self.model.config().type_vocab_size > 1).then_some(&batch.token_type_ids);
+        self.model.forward(&batch.input_ids, types, &batch.attention_mask, pass)
+    }
+}
+
+/// Training a [`Classifier`] on encoded rows.
+#[derive(Debug)]
+pub struct Classification<'a> {
+    /// What is trained.
+    pub classifier: &'a Classifier,
+    /// The training rows.
+    pub rows: &'a [Encoded],
+    /// How they become batches.
+    pub batcher: Batcher,
+}
+
+impl Classification<'_> {
+    /// The batch of some rows.
+    ///
+    /// # Errors
+    /// If a row does not exist, or candle fails.
+    pub fn batch(&self, rows: &[usize]) -> Result<Batch> {
+        let chosen: Option<Vec<&Encoded>> = rows.iter().map(|row| self.rows.get(*row)).collect();
+        let chosen =
+            chosen.ok_or_else(|| Error::config("rows", format!("{rows:?} are not all in the data")))?;
+        let config = self.classifier.model.config();
+        Batch::collate(&chosen, config.pad_token_id, self.classifier.params.device())
+    }
+}
+
+impl Objective for Classification<'_> {
+    fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
+        let lengths: Vec<usize> = self.rows.iter().map(|row| row.ids.len()).collect();
+        Ok(self.batcher.epoch(&lengths, epoch))
+    }
+
+    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
+        self.classifier.loss(&self.batch(rows)?, pass)
+    }
+}

@@ -1,0 +1,122 @@
+//! Evaluation of a classifier on a labelled split, of the mean and of the posterior.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::classifier::Classifier;
+use crate::bayes::{logits, posterior_probabilities, posterior_scores};
+use crate::data::batch::{in_order, Batch};
+use crate::data::encode::Encoded;
+use crate::data::task::Label;
+use crate::error::{Error, Result};
+use crate::metrics::{softmax, Metrics};
+use crate::slot::Pass;
+
+/// What a classifier says about every row of a split. Values are probabilities, or scores of a
+/// regression.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Predictions {
+    /// The outputs of the posterior mean before the softmax.
+    pub logits: Vec<Vec<f64>>,
+    /// What the posterior mean predicts.
+    pub mean: Vec<Vec<f64>>,
+    /// The average over posterior draws, where it was asked for.
+    pub posterior: Option<Vec<Vec<f64>>>,
+    labels: Vec<Label>,
+}
+
+/// The metrics of a split.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Of the posterior mean.
+    pub mean: Metrics,
+    /// Of the average over posterior draws.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub posterior: Option<Metrics>,
+}
+
+/// Batches of a split for evaluation, in the order of its rows.
+///
+/// # Errors
+/// If there are no rows, or candle fails.
+pub fn batches(classifier: &Classifier, rows: &[Encoded], batch_size: usize) -> Result<Vec<Batch>> {
+    let device = classifier.params.device();
+    let pad_id = classifier.model.config().pad_token_id;
+    let plan = in_order(rows.len(), batch_size)?;
+    plan.iter()
+        .map(|chosen| Batch::collate(&chosen.iter().map(|i| &rows[*i]).collect::<Vec<_>>(), pad_id, device))
+        .collect()
+}
+
+impl Predictions {
+    /// Predicts the rows of `batches`; `samples` posterior draws beside the mean, 0 for none.
+    ///
+    /// # Errors
+    /// If a forward pass fails.
+    pub fn new(classifier: &Classifier, rows: &[Encoded], batches: &[Batch], samples: usize) -> Result<Self> {
+        let outputs = logits(classifier, batches, &Pass::Mean)?;
+        let regression = classifier.is_regression();
+        let mean = match regression {
+            true => outputs.clone(),
+            false => outputs.iter().map(|row| softmax(row)).collect(),
+        };
+        let posterior = match (samples, regression) {
+            (0, _) => None,
+            (n, true) => Some(posterior_scores(classifier, batches, n)?),
+            (n, false) => Some(posterior_probabilities(classifier, batches, n)?),
+        };
+        let labels = rows.iter().map(|row| row.label).collect();
+        Ok(Self { logits: outputs, mean, posterior, labels })
+    }
+
+    /// Every metric that applies.
+    ///
+    /// # Errors
+    /// If there are no rows, or the predictions hold NaN.
+    pub fn evaluate(&self) -> Result<Evaluation> {
+        let posterior = self.posterior.as_ref().map(|values| self.metrics(values)).transpose()?;
+        Ok(Evaluation { mean: self.metrics(&self.mean)?, posterior })
+    }
+
+    fn metrics(&self, values: &[Vec<f64>]) -> Result<Metrics> {
+        let (mut classes, mut scores) = (Vec::new(), Vec::new());
+        for label in &self.labels {
+            match label {
+                Label::Class(class) => classes.push(*class),
+                Label::Score(score) => scores.push(f64::from(*score)),
+            }
+        }
+        match scores.is_empty() {
+            true => Metrics::classification(values, &classes),
+            false => {
+                let predictions: Vec<f64> = values.iter().filter_map(|row| row.first().copied()).collect();
+                Metrics::regression(&predictions, &scores)
+            }
+        }
+    }
+
+    /// Writes one JSON object a row: its 0-based place in the split, label, logits, mean and
+    /// posterior.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut text = String::new();
+        for (i, label) in self.labels.iter().enumerate() {
+            let label = match label {
+                Label::Class(class) => json!(class),
+                Label::Score(score) => json!(score),
+            };
+            let posterior = self.posterior.as_ref().map(|values| &values[i]);
+            let row = json!({
+                "index": i, "label": label, "logits": self.logits[i], "mean": self.mean[i],
+                "posterior": posterior,
+            });
+            text.push_str(&row.to_string());
+            text.push('\n');
+        }
+        std::fs::write(path, text).map_err(Error::io(path))
+    }
+}
