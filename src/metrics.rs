@@ -27,7 +27,7 @@ pub struct Metrics {
     /// Spearman's rank correlation; absent where predictions or targets are constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spearman: Option<f64>,
-    /// Negative log-likelihood per row, in nats; infinite (`null` in JSON) if a label had none.
+    /// Mean `-ln p` of the labels, in nats; infinite (`null` in JSON) if one had probability 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll: Option<f64>,
     /// Expected calibration error, as a fraction.
