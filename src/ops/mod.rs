@@ -5,7 +5,9 @@
 //! kept. Here each block is one node with a closed-form backward that computes what is asked for
 //! and nothing else: a tensor gets a gradient when, and only when, candle tracks it.
 //!
-//! Every block has three implementations, of which [`Lane`] names one.
+//! Every block has three implementations, of which [`Lane`] names one. Ratios in these pages are CPU
+//! time of forward and backward against `Lane::Plain`, on two cores, f32, at batch 8 x 128 of
+//! RoBERTa-base; twelve of its layers with rank 8 on q, k, v and dropout take 5.4 s against 14.2 s.
 
 mod activation;
 mod attach;
