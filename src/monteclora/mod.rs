@@ -12,6 +12,6 @@ pub use buffer::SampleBuffer;
 pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
 pub use layer::MonteCLoRA;
 pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
-pub use noise::{DrawNoise, NoiseSpec};
+pub use noise::{DrawNoise, NoiseSpec, NoiseStreams};
 pub use posterior::{Posterior, PosteriorDraw};
 pub use regularizer::{Regularizer, RegularizerTerms};

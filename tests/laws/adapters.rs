@@ -1,0 +1,269 @@
+//! Contracts of the adapters, in general position: alpha != r, not square, B not zero.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Linear, Module, ModuleT};
+use monteclora::adapters::{Lora, LoraConfig, LoraLinear};
+use monteclora::monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
+use monteclora::noise::Noise;
+use monteclora::params::Params;
+use monteclora::slot::{Adapter, Pass};
+
+use crate::{assert_close, assert_mean, base, normals, shake, store, Result};
+
+fn config() -> MonteCLoRAConfig {
+    MonteCLoRAConfig { rank: 3, alpha: 5.0, num_components: 4, sample_scaler: 0.3, ..Default::default() }
+}
+
+fn linear(params: &Params, config: &MonteCLoRAConfig) -> Result<MonteCLoRALinear> {
+    Ok(MonteCLoRALinear::new(base(6, 4)?, params, "proj", config)?)
+}
+
+const TRAIN: Pass = Pass::Train { draw: 2 };
+
+#[test]
+fn with_b_at_zero_every_pass_is_the_base() -> Result<()> {
+    let xs = normals("xs", &[2, 5, 6])?;
+    let config = MonteCLoRAConfig { dropout: 0.3, ..config() };
+    let layer = linear(&store(1), &config)?;
+    let want = xs.apply(layer.base())?;
+    for pass in [Pass::Mean, TRAIN, Pass::Posterior { draw: 2 }] {
+        assert_close("output", &layer.forward_with(&xs, &pass)?, &want, 0.0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_mean_is_plain_lora_with_the_same_pair() -> Result<()> {
+    let xs = normals("xs", &[2, 5, 6])?;
+    let (params, other) = (store(1), store(1));
+    let layer = linear(&params, &config())?;
+    let lora = Lora::new(
+        &other,
+        "proj",
+        "default",
+        (6, 4),
+        &LoraConfig { rank: 3, alpha: 5.0, ..Default::default() },
+    )?;
+    shake(&params)?;
+    shake(&other)?;
+    let want = lora.forward(&xs, layer.base(), &Pass::Mean)?;
+    assert_close("mean", &layer.forward_with(&xs, &Pass::Mean)?, &want, 0.0)?;
+    assert_close("view", &layer.mean().forward(&xs)?, &want, 0.0)?;
+    assert_close("forward_t", &layer.forward_t(&xs, false)?, &want, 0.0)?;
+    // And that is the base with W0 + s B A.
+    let delta = layer.adapter().delta()?.ok_or("no delta")?;
+    let merged = Linear::new((layer.base().weight() + &delta)?, layer.base().bias().cloned());
+    assert_close("merged", &want, &merged.forward(&xs)?, 1e-13)?;
+    let pair = layer.adapter().low_rank();
+    assert_close("delta", &delta, &(pair.b().matmul(pair.a())? * (5.0 / 3.0))?, 1e-14)?;
+    let bare = xs.apply(layer.base())?;
+    assert!((want - bare)?.abs()?.mean_all()?.to_scalar::<f64>()? > 0.1);
+    Ok(())
+}
+
+#[test]
+fn a_draw_repeats_and_training_predictive_and_other_draws_differ() -> Result<()> {
+    let (params, xs) = (store(1), normals("xs", &[5, 6])?);
+    let layer = linear(&params, &config())?;
+    shake(&params)?;
+    let at =
+        |pass: Pass| -> Result<Vec<f64>> { Ok(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1()?) };
+    let passes = [
+        Pass::Mean,
+        TRAIN,
+        Pass::Train { draw: 3 },
+        Pass::Posterior { draw: 2 },
+        Pass::Posterior { draw: 3 },
+    ];
+    let first = passes.map(|pass| at(pass).unwrap());
+    for (i, pass) in passes.into_iter().enumerate() {
+        assert_eq!(at(pass)?, first[i]);
+        assert!(first[..i].iter().all(|other| *other != first[i]));
+    }
+    // forward_t counts: its draws are 0, 1, 2.
+    assert_eq!(layer.next_draw(), 0);
+    layer.forward_t(&xs, true)?;
+    layer.forward_t(&xs, true)?;
+    assert_eq!(layer.forward_t(&xs, true)?.flatten_all()?.to_vec1::<f64>()?, first[1]);
+    layer.set_next_draw(2);
+    assert_eq!(layer.forward_t(&xs, true)?.flatten_all()?.to_vec1::<f64>()?, first[1]);
+    Ok(())
+}
+
+#[test]
+fn the_shift_of_the_output_is_proportional_to_the_scaler() -> Result<()> {
+    let xs = normals("xs", &[5, 6])?;
+    let shift = |sample_scaler: f64| -> Result<Tensor> {
+        let params = store(1);
+        let layer = linear(&params, &MonteCLoRAConfig { sample_scaler, ..config() })?;
+        shake(&params)?;
+        Ok((layer.forward_with(&xs, &TRAIN)? - layer.forward_with(&xs, &Pass::Mean)?)?)
+    };
+    assert_close("shift", &shift(0.6)?, &(shift(0.2)? * 3.0)?, 1e-12)?;
+    assert!(shift(0.2)?.abs()?.mean_all()?.to_scalar::<f64>()? > 0.01);
+    // s B Delta x, eps in it once.
+    let params = store(1);
+    let layer = linear(&params, &MonteCLoRAConfig { sample_scaler: 0.2, ..config() })?;
+    shake(&params)?;
+    let draw = layer.adapter().draw(&TRAIN)?.ok_or("no draw")?;
+    let want = (xs.matmul(&draw.delta.t()?)?.matmul(&layer.adapter().low_rank().b().t()?)? * (5.0 / 3.0))?;
+    assert_close("s B Delta x", &shift(0.2)?, &want, 1e-12)
+}
+
+#[test]
+fn the_average_over_draws_tends_to_the_mean() -> Result<()> {
+    use rayon::prelude::*;
+    let (params, xs) = (store(1), normals("xs", &[1, 6])?);
+    let layer = linear(&params, &MonteCLoRAConfig { buffer_size: 0, ..config() })?;
+    shake(&params)?;
+    let mean = layer.mean().forward(&xs)?.flatten_all()?.to_vec1::<f64>()?;
+    let draw = |draw| layer.forward_with(&xs, &Pass::Posterior { draw })?.flatten_all()?.to_vec1::<f64>();
+    let draws = (0..100_000).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
+    for (i, mean) in mean.iter().enumerate() {
+        assert_mean(&format!("output {i}"), *mean, draws.iter().map(|y| y[i]));
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_acts_in_training_alone_and_on_the_low_rank_branch_alone() -> Result<()> {
+    let xs = normals("xs", &[40, 6])?;
+    let outputs = |dropout: f64, pass: Pass| -> Result<(Tensor, Tensor)> {
+        let params = store(1);
+        let layer = linear(&params, &MonteCLoRAConfig { dropout, ..config() })?;
+        shake(&params)?;
+        Ok((layer.forward_with(&xs, &pass)?, xs.apply(layer.base())?))
+    };
+    for pass in [Pass::Mean, Pass::Posterior { draw: 1 }] {
+        assert_close("without", &outputs(0.9, pass)?.0, &outputs(0.0, pass)?.0, 0.0)?;
+    }
+    let (with, bare) = outputs(0.9, TRAIN)?;
+    // All six inputs of a row dropped (.9^6 = 53 %): the base alone is left.
+    let shift = (with - bare)?.abs()?.sum(1)?.to_vec1::<f64>()?;
+    let untouched = shift.iter().filter(|s| **s < 1e-12).count();
+    assert!((8..35).contains(&untouched), "{untouched}");
+    assert_close("repeat", &outputs(0.9, TRAIN)?.0, &outputs(0.9, TRAIN)?.0, 0.0)
+}
+
+#[test]
+fn the_size_of_the_buffer_never_changes_a_result() -> Result<()> {
+    let xs = normals("xs", &[2, 6])?;
+    for mixture in [Mixture::Collapsed, Mixture::Explicit] {
+        let run = |buffer_size: usize, buffer_bytes: Option<usize>| -> Result<Vec<f64>> {
+            let params = store(1);
+            let config = MonteCLoRAConfig { buffer_size, buffer_bytes, mixture, ..config() };
+            let layer = linear(&params, &config)?;
+            shake(&params)?;
+            let mut all = Vec::new();
+            // Forwards, backwards, again, and with predictive draws between.
+            for draw in [0, 1, 2, 7, 6, 5, 5, 14, 15, 16, u64::MAX >> 2, 0] {
+                for pass in [Pass::Train { draw }, Pass::Posterior { draw }, Pass::Train { draw }] {
+                    all.extend(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1::<f64>()?);
+                }
+            }
+            Ok(all)
+        };
+        let want = run(0, None)?;
+        for (size, bytes) in [(1, None), (2, None), (5, None), (15, None), (15, Some(0)), (15, Some(700))] {
+            assert_eq!(run(size, bytes)?, want, "{mixture:?} {size} {bytes:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_buffer_keeps_to_its_size_and_its_cap() -> Result<()> {
+    let mut layer = linear(&store(1), &config())?;
+    let buffer = layer.adapter_mut().buffer_mut();
+    // Z (3, 6), T (3, 3), four uniform numbers, eight bytes each.
+    assert_eq!(buffer.spec().bytes_per_draw(), 8 * (18 + 9 + 4));
+    assert_eq!((buffer.len(), buffer.bytes()), (15, 15 * 248));
+    buffer.resize(15, Some(1000));
+    assert_eq!((buffer.len(), buffer.is_empty()), (4, false));
+    buffer.resize(15, Some(100));
+    assert!(buffer.is_empty());
+    Ok(())
+}
+
+#[test]
+fn it_trains_rank_and_components_beyond_lora() -> Result<()> {
+    let (params, other) = (store(1), store(1));
+    linear(&params, &config())?;
+    LoraLinear::new(base(6, 4)?, &other, "proj", &LoraConfig { rank: 3, ..Default::default() })?;
+    assert_eq!(other.trainable_count(), 3 * (6 + 4));
+    assert_eq!(params.trainable_count(), other.trainable_count() + 3 + 4);
+    let names: Vec<_> = params.all().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["a", "b", "expert_weights_prior", "std_prior"].map(|n| format!("proj.default.{n}")));
+    Ok(())
+}
+
+#[test]
+fn parameters_start_as_configured() -> Result<()> {
+    let params = store(1);
+    let layer = linear(&params, &MonteCLoRAConfig::peft_like())?;
+    let host = |t: &Tensor| t.flatten_all().and_then(|t| t.to_vec1::<f64>());
+    let bound = 1.0 / 6f64.sqrt();
+    let a = host(layer.adapter().low_rank().a())?;
+    assert!(a.iter().all(|x| x.abs() < bound) && a.iter().any(|x| x.abs() > 0.7 * bound));
+    assert!(host(layer.adapter().low_rank().b())?.iter().all(|x| *x == 0.0));
+    let posterior = layer.adapter().posterior();
+    for start in [host(posterior.std_prior())?, host(posterior.expert_weights_prior())?] {
+        assert!(start.iter().all(|x| (0.0..1.0).contains(x)) && start[0] != start[1]);
+    }
+    Ok(())
+}
+
+trait PeftLike {
+    fn peft_like() -> Self;
+}
+
+impl PeftLike for MonteCLoRAConfig {
+    fn peft_like() -> Self {
+        Self { rank: 3, ..Self::peft() }
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_fit_is_an_error_naming_option_and_path() -> Result<()> {
+    for rank in [0, 5] {
+        let error = linear(&store(1), &MonteCLoRAConfig { rank, ..config() }).unwrap_err().to_string();
+        assert!(error.contains("invalid rank"), "{error}");
+        let lora = LoraConfig { rank, ..Default::default() };
+        let error = Lora::new(&store(1), "layer.proj", "default", (6, 4), &lora).unwrap_err().to_string();
+        assert!(error.contains("invalid rank") && (rank == 0 || error.contains("layer.proj")), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_parameter_that_is_not_finite_is_named() -> Result<()> {
+    let params = store(1);
+    let layer = linear(&params, &config())?;
+    layer.adapter().check_finite()?;
+    for name in ["a", "b", "std_prior", "expert_weights_prior"] {
+        let full = format!("proj.default.{name}");
+        let kept = params.get(&full).ok_or("none")?.var.as_detached_tensor().copy()?;
+        params.set(&full, &(&kept * f64::NAN)?)?;
+        let error = layer.adapter().check_finite().unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor {full}:")), "{error}");
+        params.set(&full, &kept)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_perturbation_far_below_the_half_precision_step_of_a_survives_on_a_half_precision_base() -> Result<()> {
+    let device = Device::Cpu;
+    let params = Params::new(Noise::new(1), &device);
+    let base = Linear::new(Tensor::zeros((4, 6), DType::BF16, &device)?, None);
+    let config = MonteCLoRAConfig { sample_scaler: 2.5e-5, ..config() };
+    let layer = MonteCLoRALinear::new(base, &params, "proj", &config)?;
+    let adapter: &MonteCLoRA = layer.adapter();
+    let (a, mean) = (adapter.effective_a(&TRAIN)?.into_owned(), adapter.low_rank().a().clone());
+    assert_eq!(a.dtype(), DType::F32);
+    let (moved, draw) = ((a - mean)?, adapter.draw(&TRAIN)?.ok_or("no draw")?.delta);
+    assert_close("perturbation", &moved, &draw, 1e-2)?;
+    let xs = normals("xs", &[5, 6])?.to_dtype(DType::BF16)?;
+    assert_eq!(layer.forward_with(&xs, &TRAIN)?.dtype(), DType::BF16);
+    Ok(())
+}
