@@ -1,3 +1,8 @@
 //! Task data.
 
+pub mod glue;
 pub mod masked;
+#[cfg(feature = "hub")]
+pub mod parquet;
+pub mod superglue;
+pub mod task;

@@ -1,0 +1,260 @@
+//! The tab-separated files of GLUE, as the benchmark distributes them.
+//!
+//! Lines are split on tab alone: quotes are text, balanced or not. Columns are found by their name in
+//! the header (CoLA has none). A UTF-8 byte order mark, `\r\n` and empty lines are tolerated.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use super::task::{Example, Label, Task};
+use crate::error::{Error, Result};
+
+/// Where a task's texts and label are: the names in the header.
+struct Columns {
+    text_a: &'static str,
+    text_b: Option<&'static str>,
+    label: &'static str,
+}
+
+/// The same as positions, with the number of columns every row must have.
+struct Layout {
+    text_a: usize,
+    text_b: Option<usize>,
+    label: usize,
+    width: usize,
+}
+
+/// The header names of a task, or `None` if GLUE has no such files.
+fn columns(task: Task) -> Option<Columns> {
+    let (text_a, text_b, label) = match task {
+        Task::Cola => ("sentence", None, "label"),
+        Task::Sst2 => ("sentence", None, "label"),
+        Task::Mrpc => ("#1 String", Some("#2 String"), "Quality"),
+        Task::Rte => ("sentence1", Some("sentence2"), "label"),
+        Task::Qnli => ("question", Some("sentence"), "label"),
+        Task::Qqp => ("question1", Some("question2"), "is_duplicate"),
+        Task::Mnli => ("sentence1", Some("sentence2"), "gold_label"),
+        Task::Stsb => ("sentence1", Some("sentence2"), "score"),
+        Task::Wic | Task::BoolQ => return None,
+    };
+    Some(Columns { text_a, text_b, label })
+}
+
+/// The files of a task's development sets, with the names the sets get in [`super::task::Splits`].
+pub fn dev_files(task: Task) -> &'static [(&'static str, &'static str)] {
+    match task {
+        Task::Mnli => &[("matched", "dev_matched.tsv"), ("mismatched", "dev_mismatched.tsv")],
+        _ => &[("dev", "dev.tsv")],
+    }
+}
+
+/// Whether GLUE distributes this task as tab-separated files.
+pub fn has_tsv(task: Task) -> bool {
+    columns(task).is_some()
+}
+
+/// Reads one labelled TSV file.
+///
+/// The official QQP files hold a handful of rows that break off in the middle. Rows of QQP with fewer
+/// columns than the header are therefore left out and counted in a warning; in every other task, and
+/// for rows of QQP that are too long, a wrong number of columns is an error.
+///
+/// # Errors
+/// The file cannot be read, is not UTF-8, lacks a column, or a row has a wrong number of columns or an
+/// unknown label (with the line in all cases that have one); the task has no TSV files.
+pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    read_from(task, BufReader::new(file), path)
+}
+
+/// [`read`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Example>> {
+    let names = columns(task)
+        .ok_or_else(|| Error::config("task", format!("{task} is not distributed as TSV, but as JSONL")))?;
+    // CoLA's fixed columns: source, label, the author's mark, sentence.
+    let mut layout = (task == Task::Cola).then_some(Layout { text_a: 3, text_b: None, label: 1, width: 4 });
+    let (mut examples, mut broken) = (Vec::new(), 0usize);
+    each_line(source, path, |number, line| {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let Some(layout) = &layout else {
+            layout = Some(header(&names, &fields, path, number)?);
+            return Ok(());
+        };
+        if task == Task::Qqp && fields.len() < layout.width {
+            broken += 1;
+            return Ok(());
+        }
+        if fields.len() != layout.width {
+            let reason = format!("expected {} columns, got {}", layout.width, fields.len());
+            return Err(Error::format_at(path, number, reason));
+        }
+        let label = parse_label(task, fields[layout.label])
+            .map_err(|reason| Error::format_at(path, number, reason))?;
+        examples.push(Example {
+            text_a: fields[layout.text_a].trim_end().to_owned(),
+            text_b: layout.text_b.map(|column| fields[column].trim_end().to_owned()),
+            label,
+        });
+        Ok(())
+    })?;
+    if broken > 0 {
+        tracing::warn!("{}: {broken} rows with too few columns left out", path.display());
+    }
+    Ok(examples)
+}
+
+fn header(names: &Columns, fields: &[&str], path: &Path, line: usize) -> Result<Layout> {
+    let find = |name: &str| {
+        fields.iter().position(|field| field.trim() == name).ok_or_else(|| {
+            let reason = format!("no column {name:?} in the header; it has: {}", excerpt(&fields.join(", ")));
+            Error::format_at(path, line, reason)
+        })
+    };
+    Ok(Layout {
+        text_a: find(names.text_a)?,
+        text_b: names.text_b.map(find).transpose()?,
+        label: find(names.label)?,
+        width: fields.len(),
+    })
+}
+
+/// A label as the TSV files spell it.
+fn parse_label(task: Task, text: &str) -> std::result::Result<Label, String> {
+    let text = text.trim();
+    if task.is_regression() {
+        let score: f32 = text.parse().map_err(|_| format!("score {:?}, expected a number", excerpt(text)))?;
+        return Label::checked_score(score);
+    }
+    let digits: &[&str] = &["0", "1"];
+    let spellings = match task {
+        Task::Rte | Task::Qnli | Task::Mnli => task.label_names(),
+        _ => digits,
+    };
+    match spellings.iter().position(|name| *name == text) {
+        Some(class) => Ok(Label::Class(class as u32)),
+        None => Err(format!("unknown label {:?}, expected one of {}", excerpt(text), spellings.join(", "))),
+    }
+}
+
+/// The beginning of a text, short enough for an error message.
+pub(crate) fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Calls `visit` with the 1-based number and text of every line that is not empty.
+pub(crate) fn each_line(
+    source: impl Read,
+    path: &Path,
+    mut visit: impl FnMut(usize, &str) -> Result<()>,
+) -> Result<()> {
+    let mut source = BufReader::new(source);
+    let (mut buffer, mut number) = (Vec::new(), 0);
+    loop {
+        buffer.clear();
+        if source.read_until(b'\n', &mut buffer).map_err(Error::io(path))? == 0 {
+            return Ok(());
+        }
+        number += 1;
+        let mut line = buffer.strip_suffix(b"\n").unwrap_or(&buffer);
+        line = line.strip_suffix(b"\r").unwrap_or(line);
+        if number == 1 {
+            line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+        }
+        let line = std::str::from_utf8(line)
+            .map_err(|error| Error::format_at(path, number, format!("not UTF-8: {error}")))?;
+        if !line.is_empty() {
+            visit(number, line)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+
+    fn parse(task: Task, text: &str) -> Result<Vec<Example>> {
+        read_from(task, text.as_bytes(), Path::new("x.tsv"))
+    }
+
+    fn failure(task: Task, text: &str) -> String {
+        parse(task, text).unwrap_err().to_string()
+    }
+
+    fn pair(a: &str, b: &str, label: Label) -> Vec<Example> {
+        vec![Example { text_a: a.into(), text_b: Some(b.into()), label }]
+    }
+
+    #[test]
+    fn every_task_finds_its_columns() {
+        let single = |a: &str, label| vec![Example { text_a: a.into(), text_b: None, label }];
+        let class = Label::Class;
+        assert_eq!(parse(Task::Cola, "gj04\t0\t*\tOne \"two.\n").unwrap(), single("One \"two.", class(0)));
+        assert_eq!(parse(Task::Sst2, "sentence\tlabel\nfun . \t1").unwrap(), single("fun .", class(1)));
+        let mrpc = "\u{feff}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\t\"a\tb\r\n";
+        assert_eq!(parse(Task::Mrpc, mrpc).unwrap(), pair("\"a", "b", class(1)));
+        let rte = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n\n";
+        assert_eq!(parse(Task::Rte, rte).unwrap(), pair("a", "b", class(1)));
+        let qnli = "index\tquestion\tsentence\tlabel\n0\tq\ts\tentailment";
+        assert_eq!(parse(Task::Qnli, qnli).unwrap(), pair("q", "s", class(0)));
+        let mnli = "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction";
+        assert_eq!(parse(Task::Mnli, mnli).unwrap(), pair("a", "b", class(2)));
+        let stsb = "index\tsentence1\tsentence2\tscore\n0\ta\tb\t3.750";
+        assert_eq!(parse(Task::Stsb, stsb).unwrap(), pair("a", "b", Label::Score(3.75)));
+        let qqp = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tbroken\n1\t2\t3\ta\tb\t1\n";
+        assert_eq!(parse(Task::Qqp, qqp).unwrap(), pair("a", "b", class(1)));
+    }
+
+    #[test]
+    fn errors_name_line_and_expectation() {
+        assert_eq!(failure(Task::Cola, "a\t1\t\tb\na\t1\tb\n"), "x.tsv, line 2: expected 4 columns, got 3");
+        assert_eq!(
+            failure(Task::Rte, "sentence1\tsentence2\tlabel\na\tb\tmaybe"),
+            "x.tsv, line 2: unknown label \"maybe\", expected one of entailment, not_entailment"
+        );
+        assert_eq!(
+            failure(Task::Sst2, "text\tlabel\n"),
+            "x.tsv, line 1: no column \"sentence\" in the header; it has: text, label"
+        );
+        for score in ["nan", "inf", "5.1", "-0.1", "x"] {
+            let text = format!("sentence1\tsentence2\tscore\na\tb\t{score}");
+            assert!(failure(Task::Stsb, &text).starts_with("x.tsv, line 2: score"), "{score}");
+        }
+        let latin = read_from(Task::Cola, &b"a\t1\t\tb\na\t1\t\t\xe9\n"[..], Path::new("x.tsv"));
+        assert!(latin.unwrap_err().to_string().starts_with("x.tsv, line 2: not UTF-8"));
+        assert!(failure(Task::Wic, "").contains("not distributed as TSV"));
+        let long = "id\tquestion1\tquestion2\tis_duplicate\n1\ta\tb\t1\t0";
+        assert_eq!(failure(Task::Qqp, long), "x.tsv, line 2: expected 4 columns, got 5");
+    }
+
+    #[test]
+    fn mutated_bytes_never_panic() {
+        let stream = Noise::new(11).stream("fuzz", Purpose::Shuffle);
+        let seed =
+            "\u{feff}index\tsentence1\tsentence2\tlabel\tscore\r\n0\tcaf\u{e9}\tb\tentailment\t1.5\r\n";
+        let special = b"\t\n\r\"\xff\xef0e-";
+        let tasks = [Task::Rte, Task::Stsb, Task::Cola, Task::Qqp, Task::Mnli];
+        for round in 0..5000 {
+            let mut bytes = seed.as_bytes().to_vec();
+            for edit in 0..4 {
+                let w = stream.words(round, edit);
+                let at = w[0] as usize % bytes.len();
+                match w[1] % 4 {
+                    0 => bytes[at] = w[2] as u8,
+                    1 => bytes[at] = special[w[2] as usize % special.len()],
+                    2 => bytes.insert(at, special[w[2] as usize % special.len()]),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            let task = tasks[round as usize % tasks.len()];
+            let _ = read_from(task, &bytes[..], Path::new("x.tsv")).map_err(|error| error.to_string());
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The JSON-lines files of SuperGLUE: BoolQ, WiC and RTE.
+//!
+//! One object a line in `train.jsonl` and `val.jsonl`. Fields beyond those needed are ignored.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::glue::{each_line, excerpt};
+use super::task::{Example, Label, Task};
+use crate::error::{Error, Result};
+
+/// The file of the development set.
+pub const DEV_FILE: &str = "val.jsonl";
+
+/// Whether SuperGLUE distributes this task.
+pub fn has_jsonl(task: Task) -> bool {
+    matches!(task, Task::BoolQ | Task::Wic | Task::Rte)
+}
+
+/// The first text of a WiC example: `"{word}: {sentence1}"`. The second is `sentence2` unchanged.
+///
+/// So the model reads which word is meant, and the two sentences stay a pair.
+pub fn wic_text(word: &str, sentence1: &str) -> String {
+    format!("{word}: {sentence1}")
+}
+
+/// Reads one labelled JSON-lines file.
+///
+/// BoolQ becomes (question, passage), RTE (premise, hypothesis), WiC the template of [`wic_text`] and
+/// its second sentence. Labels are `true` and `false` (classes 1 and 0), for RTE the class names.
+///
+/// # Errors
+/// The file cannot be read, is not UTF-8, or a line is not a JSON object with the task's fields (with
+/// the line); SuperGLUE has no such task.
+pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    read_from(task, file, path)
+}
+
+/// [`read`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Example>> {
+    if !has_jsonl(task) {
+        return Err(Error::config("task", format!("{task} is not distributed as JSONL, but as TSV")));
+    }
+    let mut examples = Vec::new();
+    each_line(source, path, |number, line| {
+        let example = parse(task, line).map_err(|reason| Error::format_at(path, number, reason))?;
+        examples.push(example);
+        Ok(())
+    })?;
+    Ok(examples)
+}
+
+fn parse(task: Task, line: &str) -> std::result::Result<Example, String> {
+    let row: Map<String, Value> =
+        serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"))?;
+    let (text_a, text_b) = match task {
+        Task::BoolQ => (text(&row, "question")?.to_owned(), text(&row, "passage")?),
+        Task::Wic => (wic_text(text(&row, "word")?, text(&row, "sentence1")?), text(&row, "sentence2")?),
+        _ => (text(&row, "premise")?.to_owned(), text(&row, "hypothesis")?),
+    };
+    let label = label(task, field(&row, "label")?)?;
+    Ok(Example { text_a, text_b: Some(text_b.to_owned()), label })
+}
+
+fn field<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a Value, String> {
+    row.get(name).ok_or_else(|| {
+        let present: Vec<&str> = row.keys().map(String::as_str).collect();
+        format!("no field {name:?}; the object has: {}", excerpt(&present.join(", ")))
+    })
+}
+
+fn text<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a str, String> {
+    field(row, name)?.as_str().ok_or_else(|| format!("field {name:?} is not a string"))
+}
+
+fn label(task: Task, value: &Value) -> std::result::Result<Label, String> {
+    let names = task.label_names();
+    let class = match value {
+        Value::Bool(flag) if task != Task::Rte => Some(usize::from(*flag)),
+        Value::String(name) if task == Task::Rte => names.iter().position(|known| known == name),
+        _ => None,
+    };
+    match class {
+        Some(class) => Ok(Label::Class(class as u32)),
+        None => Err(format!(
+            "unknown label {}, expected one of {}",
+            excerpt(&value.to_string()),
+            names.join(", ")
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+
+    const WIC: &str =
+        r#"{"word": "bed", "sentence1": "A bed.", "sentence2": "Sea bed.", "idx": 0, "label": false}"#;
+    const BOOLQ: &str = r#"{"question": "is it", "passage": "It is.", "idx": 0, "label": true}"#;
+    const RTE: &str = r#"{"premise": "A.", "hypothesis": "B.", "label": "not_entailment", "idx": 0}"#;
+
+    fn one(task: Task, text: &str) -> Result<Vec<Example>> {
+        read_from(task, text.as_bytes(), Path::new("x.jsonl"))
+    }
+
+    fn failure(task: Task, text: &str) -> String {
+        one(task, text).unwrap_err().to_string()
+    }
+
+    fn pair(a: &str, b: &str, class: u32) -> Vec<Example> {
+        vec![Example { text_a: a.into(), text_b: Some(b.into()), label: Label::Class(class) }]
+    }
+
+    #[test]
+    fn the_three_tasks_are_read() {
+        assert_eq!(one(Task::Wic, WIC).unwrap(), pair("bed: A bed.", "Sea bed.", 0));
+        assert_eq!(one(Task::BoolQ, &format!("{BOOLQ}\r\n")).unwrap(), pair("is it", "It is.", 1));
+        assert_eq!(one(Task::Rte, &format!("{RTE}\n\n")).unwrap(), pair("A.", "B.", 1));
+    }
+
+    #[test]
+    fn errors_name_line_and_expectation() {
+        let start = |task, text: &str, expected: &str| {
+            let message = failure(task, text);
+            assert!(message.starts_with(expected), "{message}");
+        };
+        start(Task::BoolQ, &format!("{BOOLQ}\n{{"), "x.jsonl, line 2: not a JSON object");
+        start(Task::BoolQ, "[1]", "x.jsonl, line 1: not a JSON object");
+        start(Task::BoolQ, RTE, "x.jsonl, line 1: no field \"question\"; the object has: ");
+        start(
+            Task::Rte,
+            &RTE.replace("not_", "no_"),
+            "x.jsonl, line 1: unknown label \"no_entailment\", expected one of entailment, not_entailment",
+        );
+        start(
+            Task::BoolQ,
+            &BOOLQ.replace("true", "1"),
+            "x.jsonl, line 1: unknown label 1, expected one of false, true",
+        );
+        start(
+            Task::BoolQ,
+            &BOOLQ.replace("\"is it\"", "3"),
+            "x.jsonl, line 1: field \"question\" is not a string",
+        );
+        start(Task::Cola, "", "invalid task: cola is not distributed as JSONL");
+    }
+
+    #[test]
+    fn mutated_bytes_never_panic() {
+        let stream = Noise::new(12).stream("fuzz", Purpose::Shuffle);
+        let special = b"{}[]\":,\\\n\xffu0";
+        let seeds = [(Task::Wic, WIC), (Task::BoolQ, BOOLQ), (Task::Rte, RTE)];
+        for round in 0..5000 {
+            let (task, seed) = seeds[round as usize % seeds.len()];
+            let mut bytes = seed.as_bytes().to_vec();
+            for edit in 0..3 {
+                let w = stream.words(round, edit);
+                let at = w[0] as usize % bytes.len();
+                match w[1] % 4 {
+                    0 => bytes[at] = w[2] as u8,
+                    1 => bytes[at] = special[w[2] as usize % special.len()],
+                    2 => bytes.insert(at, special[w[2] as usize % special.len()]),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            let _ = read_from(task, &bytes[..], Path::new("x.jsonl")).map_err(|error| error.to_string());
+        }
+        let deep = "[".repeat(200_000);
+        assert!(one(Task::Wic, &format!("{{\"word\":{deep}")).is_err());
+    }
+}
