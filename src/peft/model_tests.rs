@@ -50,6 +50,10 @@ impl Toy {
 }
 
 impl Linears for Toy {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
         self.slots.iter().try_for_each(f)
     }

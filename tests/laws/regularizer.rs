@@ -120,6 +120,10 @@ fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result
 struct Model(Vec<Slot>);
 
 impl Linears for Model {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> monteclora::Result<()>) -> monteclora::Result<()> {
         self.0.iter().try_for_each(f)
     }

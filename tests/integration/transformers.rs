@@ -1,19 +1,18 @@
 //! The encoders against Hugging Face transformers, on the golden values of
 //! `tests/data/make_transformers_golden.py`, on every lane of the ops.
 
-mod support;
-
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use crate::support::{assert_close, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, Lane};
 use monteclora::params::{Params, Role};
+use monteclora::peft::AdapterFile;
 use monteclora::slot::Pass;
-use support::{assert_close, Outcome};
 
 const LANES: [Lane; 3] = [Lane::Fast, Lane::Composed, Lane::Plain];
 
@@ -100,6 +99,30 @@ fn gradients_are_those_of_transformers() -> Outcome {
             }
             Ok(())
         })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_of_python_peft_give_the_logits_that_peft_gives() -> Outcome {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters");
+    let expected = candle_core::safetensors::load(dir.join("expected.safetensors"), &Device::Cpu)?;
+    for (family, name) in [("roberta", "roberta_monteclora"), ("bert", "bert_lora")] {
+        let golden = Golden::open(family)?;
+        let (ids, types, mask) = golden.inputs()?;
+        let params = Params::new(Noise::new(0), &Device::Cpu);
+        let vb = golden.vb(DType::F32);
+        let head = params.var_builder(Some(vb.clone()), Role::Head);
+        let mut model = RobertaForSequenceClassification::load(vb, head, &golden.config, Noise::new(0))?;
+        let forward = |model: &RobertaForSequenceClassification| {
+            model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)
+        };
+        let base = forward(&model)?;
+        AdapterFile::read(dir.join(name))?.apply(&mut model, "default", &params)?;
+        let logits = forward(&model)?;
+        assert_close(&logits, &expected[&format!("{name}/logits")], 1e-4)?;
+        let moved = (logits - base)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(moved > 0.05, "the adapter of {name} moves the logits by {moved} only");
     }
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! Whole models against central differences, in double precision with the noise fixed.
 
-mod support;
-
+use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
@@ -10,7 +9,6 @@ use monteclora::monteclora::Mode;
 use monteclora::ops;
 use monteclora::params::{Params, Role};
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
-use support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
 fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {

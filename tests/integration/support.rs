@@ -1,7 +1,5 @@
 //! What the integration tests share: toy encoders in general position.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};

@@ -1,9 +1,8 @@
 //! The encoders against two independent implementations: candle-transformers and Hugging Face.
 
-mod support;
-
 use std::collections::HashMap;
 
+use crate::support::{assert_close, padded_batch, toy_classifier, toy_config, toy_weights, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{bert, xlm_roberta};
@@ -13,7 +12,6 @@ use monteclora::models::roberta::{
 use monteclora::noise::Noise;
 use monteclora::params::Role;
 use monteclora::slot::Pass;
-use support::{assert_close, padded_batch, toy_config, toy_weights, Outcome};
 
 fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
     VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu)
@@ -123,7 +121,7 @@ fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
 fn padding_does_not_change_a_prediction() -> Outcome {
     for family in [Family::Roberta, Family::Bert] {
         let config = toy_config(family);
-        let (model, _) = support::toy_classifier(&config, Role::Base, DType::F32)?;
+        let (model, _) = toy_classifier(&config, Role::Base, DType::F32)?;
         let (ids, types, mask) = padded_batch(&config)?;
         let together = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
         // Row 1 has 4 real tokens.
@@ -137,7 +135,7 @@ fn padding_does_not_change_a_prediction() -> Outcome {
 #[test]
 fn a_sequence_longer_than_the_model_is_refused() -> Outcome {
     let config = toy_config(Family::Roberta);
-    let (model, _) = support::toy_classifier(&config, Role::Base, DType::F32)?;
+    let (model, _) = toy_classifier(&config, Role::Base, DType::F32)?;
     let long = Tensor::full(5u32, (1, config.max_length() + 1), &Device::Cpu)?;
     let mask = long.ones_like()?.to_dtype(DType::U8)?;
     let error = model.forward(&long, None, &mask, &Pass::Mean).unwrap_err().to_string();
@@ -150,7 +148,7 @@ fn the_configured_dropouts_act_in_training_alone() -> Outcome {
     let config = toy_config(Family::Roberta);
     let (ids, types, mask) = padded_batch(&config)?;
     let out = |config: &RobertaConfig, pass: Pass| -> Outcome<Vec<f32>> {
-        let (model, _) = support::toy_classifier(config, Role::Base, DType::F32)?;
+        let (model, _) = toy_classifier(config, Role::Base, DType::F32)?;
         Ok(model.forward(&ids, Some(&types), &mask, &pass)?.flatten_all()?.to_vec1()?)
     };
     let mean = out(&config, Pass::Mean)?;

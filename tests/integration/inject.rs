@@ -1,9 +1,8 @@
 //! Adapters on whole models: which layers get one, and what that changes.
 
-mod support;
-
 use std::collections::BTreeMap;
 
+use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Select, Targets};
@@ -13,7 +12,6 @@ use monteclora::params::{Params, Role};
 use monteclora::slot::Linears;
 use monteclora::train::check_gradients;
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
-use support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 
 fn frozen(family: Family) -> Outcome<(RobertaForSequenceClassification, Params)> {
     toy_classifier(&toy_config(family), Role::Head, DType::F32)

@@ -1,0 +1,90 @@
+//! One adapted layer, forward and backward, beside the frozen one and plain LoRA; and the draw of
+//! the posterior, with and without its buffer, in each form of the mixture.
+//!
+//! `cargo bench`; `cargo bench -- --test` runs everything once.
+
+use candle_core::{Device, Tensor, Var};
+use candle_nn::Linear;
+use criterion::{criterion_group, criterion_main, Criterion};
+use monteclora::adapters::{Lora, LoraConfig};
+use monteclora::monteclora::Mixture;
+use monteclora::ops::{self, Lane};
+use monteclora::params::{Init, Role};
+use monteclora::slot::Adapter;
+use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+const ROWS: usize = 1024;
+const WIDTH: usize = 768;
+
+fn random(name: &str, shape: (usize, usize)) -> Outcome<Tensor> {
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    Ok(params.create(name, Role::Base, shape, &Init::Normal(0.02))?.detach())
+}
+
+/// Forward and backward of a layer, down to the gradient of its input.
+fn step(base: &Linear, adapter: Option<&dyn Adapter>, xs: &Var, draw: u64) -> Outcome<Tensor> {
+    let ys = match adapter {
+        Some(adapter) => adapter.forward(xs.as_tensor(), base, &Pass::Train { draw })?,
+        None => ops::linear(xs.as_tensor(), base.weight(), base.bias())?,
+    };
+    let grads = ys.sqr()?.sum_all()?.backward()?;
+    grads.get(xs).cloned().ok_or_else(|| "the input has no gradient".into())
+}
+
+fn layers(c: &mut Criterion) -> Outcome<()> {
+    let base = Linear::new(random("w", (WIDTH, WIDTH))?, None);
+    let xs = Var::from_tensor(&random("x", (ROWS, WIDTH))?)?;
+    let params = Params::new(Noise::new(2), &Device::Cpu);
+    let dims = (WIDTH, WIDTH);
+    let lora = Lora::new(&params, "lora", "default", dims, &LoraConfig::default())?;
+    let bayes = MonteCLoRA::new(&params, "bayes", "default", dims, &MonteCLoRAConfig::default())?;
+    let contenders: [(&str, Option<&dyn Adapter>); 3] =
+        [("frozen", None), ("lora", Some(&lora)), ("monteclora", Some(&bayes))];
+    let mut group = c.benchmark_group("cpu/layer 1024x768 forward and backward");
+    for (name, adapter) in contenders {
+        for (lane, suffix) in [(Lane::Fast, "fast"), (Lane::Plain, "plain")] {
+            let mut draw = 0;
+            group.bench_function(format!("{name}/{suffix}"), |b| {
+                b.iter(|| {
+                    draw += 1;
+                    ops::with_lane(lane, || step(&base, adapter, &xs, draw)).expect("a step")
+                })
+            });
+        }
+    }
+    group.finish();
+    Ok(())
+}
+
+fn draws(c: &mut Criterion) -> Outcome<()> {
+    let mut group = c.benchmark_group("cpu/draw 8x768");
+    let mixtures =
+        [(Mixture::Collapsed, "collapsed"), (Mixture::Explicit, "explicit"), (Mixture::Sparse, "sparse")];
+    for (mixture, name) in mixtures {
+        for (num_components, buffer_size) in [(4, 0), (4, 15), (64, 0), (64, 15)] {
+            let config =
+                MonteCLoRAConfig { num_components, mixture, buffer_size, ..MonteCLoRAConfig::default() };
+            let params = Params::new(Noise::new(3), &Device::Cpu);
+            let layer = MonteCLoRA::new(&params, "layer", "default", (WIDTH, WIDTH), &config)?;
+            let mut draw = 0;
+            group.bench_function(format!("{name}/N={num_components}/buffer={buffer_size}"), |b| {
+                b.iter(|| {
+                    draw += 1;
+                    layer.effective_a(&Pass::Train { draw }).map(|a| a.into_owned()).expect("a draw")
+                })
+            });
+        }
+    }
+    group.finish();
+    Ok(())
+}
+
+fn all(c: &mut Criterion) {
+    layers(c).expect("the layers");
+    draws(c).expect("the draws");
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);

@@ -1,0 +1,9 @@
+//! Whole models: encoders, adapters and files against independent implementations. One binary,
+//! since each links all of candle.
+
+mod encoders;
+mod gradients;
+mod inject;
+mod peft_adapters;
+mod support;
+mod transformers;
