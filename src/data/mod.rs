@@ -1,5 +1,6 @@
 //! Task data.
 
+mod folder;
 pub mod glue;
 pub mod masked;
 #[cfg(feature = "hub")]
