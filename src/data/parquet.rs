@@ -10,8 +10,9 @@ use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::{Field, Row};
 
+use super::folder::some;
 use super::superglue::wic_text;
-use super::task::{some, Example, Label, Splits, Task};
+use super::task::{Example, Label, Splits, Task};
 use crate::error::{Error, Result};
 
 /// The columns of a task's texts in the hub's data sets. WiC has its word before the two sentences.
@@ -260,7 +261,7 @@ mod tests {
         for round in 0..500 {
             let mut bytes = sound.clone();
             let w = stream.words(round, 0);
-            if w[1] % 4 == 0 {
+            if w[1].is_multiple_of(4) {
                 bytes.truncate(w[0] as usize % sound.len());
             } else {
                 bytes[w[0] as usize % sound.len()] = w[2] as u8;

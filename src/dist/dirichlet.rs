@@ -6,6 +6,7 @@ use candle_nn::ops::softmax;
 use serde::{Deserialize, Serialize};
 
 use crate::noise::Stream;
+use crate::ops::{add_constant, mul_constant};
 use crate::special::tensor::{digamma_of, ln_gamma_of, log_gamma_rsample};
 
 /// How a draw is made of noise, such that gradients reach the concentration.
@@ -116,10 +117,10 @@ impl Dirichlet {
                 log_gamma_rsample(c, uniforms)?
             }
             // ln y = c + ln(-ln u)
-            Estimator::Exponential => (c + like_c(noise.log()?.neg()?.log()?)?)?,
+            Estimator::Exponential => add_constant(c, &like_c(noise.log()?.neg()?.log()?)?)?,
             Estimator::LogisticNormal => {
                 let (mean, variance) = self.laplace()?;
-                (mean + variance.sqrt()? * like_c(noise.clone())?)?
+                (mean + mul_constant(&variance.sqrt()?, &like_c(noise.clone())?)?)?
             }
         };
         softmax(&logits, D::Minus1)
@@ -166,10 +167,11 @@ impl Dirichlet {
         let (a, b) = (self.concentration()?, prior.concentration()?);
         let b = b.broadcast_as(a.shape())?;
         let (total, prior_total) = (a.sum_keepdim(D::Minus1)?, b.sum_keepdim(D::Minus1)?);
-        let t1 = (ln_gamma_of(&total)? - ln_gamma_of(&prior_total)?)?.squeeze(D::Minus1)?;
-        let t2 = (ln_gamma_of(&b)? - ln_gamma_of(&a)?)?.sum(D::Minus1)?;
+        let t1 =
+            add_constant(&ln_gamma_of(&total)?, &ln_gamma_of(&prior_total)?.neg()?)?.squeeze(D::Minus1)?;
+        let t2 = add_constant(&ln_gamma_of(&a)?.neg()?, &ln_gamma_of(&b)?)?.sum(D::Minus1)?;
         let psi = digamma_of(&a)?.broadcast_sub(&digamma_of(&total)?)?;
-        let t3 = ((&a - &b)? * psi)?.sum(D::Minus1)?;
+        let t3 = (add_constant(&a, &b.neg()?)? * psi)?.sum(D::Minus1)?;
         Ok([t1, t2, t3])
     }
 }

@@ -5,6 +5,7 @@
 use candle_core::{Result, Tensor, D};
 
 use super::wishart::{Covariance, Wishart};
+use crate::ops::mul_constant;
 use crate::special::digamma;
 
 /// Matrices whose columns are independent N(0, Sigma), `Sigma = F F^T`.
@@ -66,7 +67,7 @@ impl Gaussian {
         let r = self.scale_tril.dim(D::Minus1)?;
         let trace = self.scale_tril.sqr()?.sum((D::Minus2, D::Minus1))?;
         let eye = Tensor::eye(r, self.scale_tril.dtype(), self.scale_tril.device())?;
-        let log_det = (self.scale_tril.broadcast_mul(&eye)?.sum(D::Minus1)?.log()?.sum(D::Minus1)? * 2.0)?;
+        let log_det = (mul_constant(&self.scale_tril, &eye)?.sum(D::Minus1)?.log()?.sum(D::Minus1)? * 2.0)?;
         kl_standard_of(&trace, &log_det, r)
     }
 

@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::noise::Stream;
+use crate::ops::mul_constant;
 use crate::special::gamma_quantile;
 
 /// How much of the drawn covariance is kept.
@@ -83,7 +84,7 @@ impl Wishart {
     /// # Errors
     /// If the shapes do not fit.
     pub fn rsample(&self, bartlett: &Tensor) -> Result<Tensor> {
-        self.log_std.exp()?.unsqueeze(D::Minus1)?.broadcast_mul(bartlett)
+        mul_constant(&self.log_std.exp()?.unsqueeze(D::Minus1)?, bartlett)
     }
 
     /// `E[Sigma] = df V`, its diagonal, `(.., r)`.

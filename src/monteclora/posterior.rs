@@ -10,6 +10,7 @@ use candle_nn::ops::softmax;
 use super::config::{Compat, Mixture, MonteCLoRAConfig};
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use crate::dist::{Dirichlet, Wishart};
+use crate::ops;
 
 /// The variational parameters of one layer, and what its draws look like.
 #[derive(Debug, Clone)]
@@ -133,7 +134,7 @@ impl Posterior {
             Compat::Peft => {
                 let r = self.spec.rank;
                 let eye = Tensor::eye(r, self.spec.dtype, &self.spec.device)?;
-                eye.broadcast_mul(&self.row_scale(noise)?.unsqueeze(1)?)?
+                ops::mul_constant(&self.row_scale(noise)?.unsqueeze(1)?, &eye)?
             }
         };
         Ok(PosteriorDraw { scale_tril, weights, delta })
@@ -147,7 +148,8 @@ impl Posterior {
             }
             Mixture::Explicit => {
                 let (n, r, in_dim) = noise.matrices.dims3()?;
-                let sum = weights.reshape((1, n))?.matmul(&noise.matrices.reshape((n, r * in_dim))?)?;
+                let matrices = noise.matrices.reshape((n, r * in_dim))?;
+                let sum = ops::matmul_constant(&weights.reshape((1, n))?, &matrices)?;
                 self.scaled(noise, &sum.reshape((r, in_dim))?, None)
             }
             Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
@@ -160,7 +162,7 @@ impl Posterior {
         if let Some(factor) = factor {
             rows = rows.broadcast_mul(&factor)?;
         }
-        matrix.broadcast_mul(&rows.unsqueeze(1)?)
+        ops::mul_constant(&rows.unsqueeze(1)?, matrix)
     }
 
     /// exp rho; under PEFT the root of its clipped variances, `sqrt(max(V_i T_ii^2, 1e-3))`.
@@ -179,7 +181,7 @@ impl Posterior {
 
 /// PEFT's clipped variances `max(V q, 1e-3)`, elementwise.
 pub(super) fn peft_variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
-    ((log_std * 2.0)?.exp()? * q)?.maximum(PEFT_VARIANCE)
+    ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?.maximum(PEFT_VARIANCE)
 }
 
 /// Mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
@@ -191,7 +193,7 @@ pub(super) fn weights(log_concentration: &Tensor, spec: &NoiseSpec, noise: &Tens
             let (mean, variance) = dirichlet.laplace()?;
             let std = (variance.maximum(PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
             let z = noise.to_dtype(mean.dtype())?.to_device(mean.device())?;
-            softmax(&(mean + std * z)?, D::Minus1)
+            softmax(&(mean + ops::mul_constant(&std, &z)?)?, D::Minus1)
         }
     }
 }

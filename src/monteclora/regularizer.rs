@@ -15,6 +15,7 @@ use super::posterior::{peft_variance, weights, Posterior};
 use crate::dist::gaussian::kl_standard_of;
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::slot::{Linears, Pass};
 
 /// The regulariser of a model's MonteCLoRA layers.
@@ -204,9 +205,9 @@ fn sampled_kl_gaussian(
     let squares = place(Tensor::from_vec(squares, (l, r), &Device::Cpu)?)?;
     match spec.compat {
         Compat::None => {
-            let trace = (wishart.scale()? * squares)?.sum(D::Minus1)?;
+            let trace = ops::mul_constant(&wishart.scale()?, &squares)?.sum(D::Minus1)?;
             let constant = place(Tensor::from_vec(log_diagonal, l, &Device::Cpu)?)?;
-            let log_det = ((log_std.sum(D::Minus1)? * 2.0)? + constant)?;
+            let log_det = ops::add_constant(&(log_std.sum(D::Minus1)? * 2.0)?, &constant)?;
             kl_standard_of(&trace, &log_det, r)
         }
         Compat::Peft => {

@@ -13,6 +13,7 @@ mod activation;
 mod attach;
 mod attention;
 mod attention_fast;
+mod constant;
 mod dropout;
 mod embedding;
 mod feed_forward;
@@ -31,6 +32,7 @@ mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::{attention, Mask};
+pub use constant::{add_constant, matmul_constant, mul_constant};
 pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;

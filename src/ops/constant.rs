@@ -1,0 +1,107 @@
+//! Arithmetic with constants: noise, priors, masks.
+//!
+//! Candle differentiates both sides of a sum, a product and a matrix product, whether they are
+//! tracked or not, and keeps the gradient that nobody asked for. Here the constant gets none.
+
+use candle_core::{Result, Tensor};
+
+use super::attach::attach;
+
+/// `xs + constant`; shapes broadcast.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn add_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
+    if constant.track_op() {
+        return xs.broadcast_add(constant);
+    }
+    let result = xs.detach().broadcast_add(constant)?;
+    attach("add-constant", [xs], result, |call| Ok([Some(sum_to(call.grad, &call.args[0])?)]))
+}
+
+/// `xs * constant`, elementwise; shapes broadcast.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
+    if constant.track_op() {
+        return xs.broadcast_mul(constant);
+    }
+    let result = xs.detach().broadcast_mul(constant)?;
+    let constant = constant.clone();
+    attach("mul-constant", [xs], result, move |call| {
+        Ok([Some(sum_to(call.grad.broadcast_mul(&constant)?, &call.args[0])?)])
+    })
+}
+
+/// The matrix product of `xs` (n, k) with a constant (k, m).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn matmul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
+    if constant.track_op() {
+        return xs.matmul(constant);
+    }
+    let result = xs.detach().matmul(constant)?;
+    let constant = constant.clone();
+    attach("matmul-constant", [xs], result, move |call| Ok([Some(call.grad.matmul(&constant.t()?)?)]))
+}
+
+/// Sums a gradient over the dimensions in which `like` was broadcast.
+fn sum_to(grad: Tensor, like: &Tensor) -> Result<Tensor> {
+    let mut grad = grad;
+    let extra = grad.rank() - like.rank();
+    for _ in 0..extra {
+        grad = grad.sum(0)?;
+    }
+    for (dim, size) in like.dims().iter().enumerate() {
+        if *size == 1 && grad.dim(dim)? != 1 {
+            grad = grad.sum_keepdim(dim)?;
+        }
+    }
+    Ok(grad)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    /// Value and gradient of `ours`, and of candle's `plain`, which gives the constant one too.
+    fn compare(
+        shapes: [&[usize]; 2],
+        ours: fn(&Tensor, &Tensor) -> Result<Tensor>,
+        plain: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let ramp = |shape: &[usize], scale: f64| -> Result<Tensor> {
+            let n: usize = shape.iter().product();
+            let values: Vec<f64> = (0..n).map(|i| scale * (i as f64 - 1.7)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        };
+        let xs = Var::from_tensor(&ramp(shapes[0], 0.3)?)?;
+        let constant = ramp(shapes[1], -0.7)?;
+        let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| -> Result<(Vec<f64>, Vec<f64>, usize)> {
+            let ys = f(xs.as_tensor(), &constant)?;
+            let grads = ys.sqr()?.sum_all()?.backward()?;
+            let grad = grads.get(&xs).expect("a gradient").flatten_all()?.to_vec1()?;
+            Ok((ys.flatten_all()?.to_vec1()?, grad, grads.get_ids().count()))
+        };
+        let ((y, dx, kept), (plain_y, plain_dx, candle_keeps)) = (run(ours)?, run(plain)?);
+        assert_eq!((kept, candle_keeps), (1, 2));
+        assert_eq!(y, plain_y);
+        for (ours, plain) in dx.iter().zip(&plain_dx) {
+            assert!((ours - plain).abs() < 1e-12, "{ours} {plain}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn only_the_variable_gets_a_gradient_and_it_is_candle_s() -> Result<()> {
+        for shapes in [[&[3, 4][..], &[3, 4][..]], [&[3, 1], &[3, 4]], [&[4], &[3, 4]], [&[3, 4], &[4]]] {
+            compare(shapes, add_constant, |a, b| a.broadcast_add(b))?;
+            compare(shapes, mul_constant, |a, b| a.broadcast_mul(b))?;
+        }
+        compare([&[2, 3], &[3, 5]], matmul_constant, |a, b| a.matmul(b))
+    }
+}
