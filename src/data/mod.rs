@@ -1,11 +1,8 @@
 //! Task data: reading, encoding, batching.
 
-<<<<<<< HEAD
 pub mod batch;
 pub mod encode;
-=======
 mod folder;
->>>>>>> data2
 pub mod glue;
 pub mod masked;
 #[cfg(feature = "hub")]
