@@ -2,6 +2,7 @@
 //! since each links all of candle.
 
 mod encoders;
+mod finetune;
 mod gradients;
 mod inject;
 mod peft_adapters;

@@ -1,0 +1,181 @@
+//! Fine-tuning end to end on a toy checkpoint on disk: every method through the one loop.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use monteclora::adapters::LoraConfig;
+use monteclora::bayes::{logits, posterior_probabilities};
+use monteclora::data::batch::Batcher;
+use monteclora::data::encode::Encoded;
+use monteclora::data::task::Label;
+use monteclora::inject::Targets;
+use monteclora::metrics::softmax;
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::train::{
+    batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, TrainConfig,
+};
+use monteclora::{MonteCLoRAConfig, Noise, Pass};
+
+use crate::support::{toy_config, toy_weights, Outcome};
+
+/// A folder with the toy encoder's configuration and weights, without a head.
+fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
+    let config = toy_config(Family::Roberta);
+    let weights = toy_weights(&config, |vb, noise| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+    })?;
+    let body = weights.into_iter().filter(|(name, _)| name.starts_with("roberta.")).collect();
+    candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
+    std::fs::write(dir.join("config.json"), serde_json::to_string(&config)?)?;
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+/// Rows whose label, or score, is decided by which of two tokens they hold more of.
+fn rows(count: usize, regression: bool) -> Vec<Encoded> {
+    let row = |i: usize| {
+        let length = 4 + i % 5;
+        let mut ids = vec![0];
+        ids.extend((0..length).map(|j| if (i * 7 + j * j) % 3 == 0 { 10 } else { 20 }));
+        ids.push(2);
+        let share = ids.iter().filter(|id| **id == 10).count() as f32 / length as f32;
+        let label = if regression { Label::Score(share) } else { Label::Class(u32::from(share > 0.34)) };
+        Encoded { type_ids: vec![0; ids.len()], ids, label, row: i }
+    };
+    (0..count).map(row).collect()
+}
+
+#[derive(Default)]
+struct Log(Vec<Record>);
+
+impl Observer for Log {
+    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
+        self.0.push(record.clone());
+        Ok(())
+    }
+
+    fn evaluate(&mut self, _: usize) -> monteclora::Result<Option<f64>> {
+        Ok(None)
+    }
+}
+
+fn methods() -> [Method; 3] {
+    let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
+    let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
+    [Method::Lora(lora), Method::MonteCLoRA(bayes), Method::Full]
+}
+
+fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifier> {
+    let targets = Targets::parse("query,key,value")?;
+    Ok(Classifier::load(files, labels, method, &targets, Noise::new(4), DType::F32, &Device::Cpu)?)
+}
+
+fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<Record>> {
+    let batcher = Batcher::new(8, true, Noise::new(4))?;
+    let objective = Classification { classifier, rows, batcher };
+    let config = TrainConfig { epochs, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
+    let mut log = Log::default();
+    fit(&objective, &classifier.params, &config, &mut log)?;
+    Ok(log.0)
+}
+
+#[test]
+fn every_method_learns_through_the_one_loop_and_repeats_itself() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    for regression in [false, true] {
+        let rows = rows(64, regression);
+        for method in methods() {
+            let run = || -> Outcome<(Vec<Record>, Predictions)> {
+                let classifier = load(&files, &method, if regression { 1 } else { 2 })?;
+                let log = train(&classifier, &rows, 6)?;
+                let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 16)?, 0)?;
+                Ok((log, predictions))
+            };
+            let (log, predictions) = run()?;
+            assert_eq!((log.clone(), predictions.clone()), run()?, "{}", method.name());
+            let mean = |records: &[Record]| {
+                records.iter().map(|r| r.terms["task"]).sum::<f64>() / records.len() as f64
+            };
+            let (first, last) = (mean(&log[..8]), mean(&log[log.len() - 8..]));
+            assert!(last < 0.8 * first, "{} {regression}: {first} -> {last}", method.name());
+            let metrics = predictions.evaluate()?.mean;
+            let score = if regression { metrics.pearson } else { metrics.accuracy };
+            assert!(score.is_some_and(|score| score > 0.7), "{} {metrics:?}", method.name());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn monteclora_logs_its_terms_and_lora_has_none() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let rows = rows(16, false);
+    for method in methods() {
+        let classifier = load(&files, &method, 2)?;
+        let names: Vec<&str> = train(&classifier, &rows, 1)?[0].terms.keys().copied().collect();
+        match method {
+            Method::MonteCLoRA(_) => {
+                assert_eq!(names, ["cooperative", "kl_dirichlet", "kl_gaussian", "kl_wishart", "task"])
+            }
+            _ => assert_eq!(names, ["task"]),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let bayes = MonteCLoRAConfig { rank: 4, sample_scaler: 0.5, ..MonteCLoRAConfig::default() };
+    let classifier = load(&files, &Method::MonteCLoRA(bayes), 2)?;
+    let rows = rows(24, false);
+    train(&classifier, &rows, 2)?;
+    let (small, large) = (batches(&classifier, &rows, 5)?, batches(&classifier, &rows, 24)?);
+    let close = |a: &[Vec<f64>], b: &[Vec<f64>]| {
+        a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| (a - b).abs() < 1e-5)
+    };
+    let draw = |draw, batches| logits(&classifier, batches, &Pass::Posterior { draw });
+    assert!(close(&draw(2, &small)?, &draw(2, &large)?));
+    assert!(!close(&draw(2, &small)?, &draw(3, &small)?));
+    // Averaged after the softmax, over the draws 0, 1, 2.
+    let averaged = posterior_probabilities(&classifier, &small, 3)?;
+    let mut by_hand = vec![vec![0.0; 2]; rows.len()];
+    for i in 0..3 {
+        for (sum, row) in by_hand.iter_mut().zip(draw(i, &large)?) {
+            sum.iter_mut().zip(softmax(&row)).for_each(|(sum, p)| *sum += p / 3.0);
+        }
+    }
+    assert!(close(&averaged, &by_hand));
+    Ok(())
+}
+
+#[test]
+fn predictions_and_what_was_trained_are_written() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let rows = rows(10, false);
+    for method in methods() {
+        let classifier = load(&files, &method, 2)?;
+        let out = dir.path().join(method.name());
+        classifier.save(&method, "toy", &out)?;
+        let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 4)?, 2)?;
+        predictions.write(&out.join("predictions.jsonl"))?;
+        let text = std::fs::read_to_string(out.join("predictions.jsonl"))?;
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().ok_or("no line")?)?;
+        assert_eq!((text.lines().count(), &last["index"]), (10, &serde_json::json!(9)));
+        assert!(last["posterior"].is_array() && last["mean"].is_array() && last["label"].is_u64());
+        match method {
+            Method::Full => {
+                let again = ModelFiles::locate(out.join("model").to_str().ok_or("a path")?, None)?;
+                load(&again, &Method::Full, 2)?;
+            }
+            _ => assert!(out.join("adapter/adapter_model.safetensors").is_file()),
+        }
+        let error = predictions.write(&out.join("no/such/folder.jsonl")).unwrap_err().to_string();
+        assert!(error.contains("folder.jsonl"), "{error}");
+    }
+    Ok(())
+}
