@@ -13,6 +13,10 @@ use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 use crate::params::Params;
 use crate::slot::{Adapter, Linears, Slot};
 
+/// The most noise that the sample buffers of a model keep by default, as a share of the bytes of
+/// its linear layers. Beyond that draws are made anew, which changes no result.
+pub const BUFFER_SHARE: f64 = 0.01;
+
 /// The name an adapter has unless it is given one.
 pub const DEFAULT_ADAPTER: &str = "default";
 
@@ -206,8 +210,11 @@ pub fn monteclora(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
+    let share = BUFFER_SHARE * base_bytes(model)? as f64 / resolved.len() as f64;
+    let buffer_bytes = config.buffer_bytes.or(Some(share as usize));
     inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |slot, target| {
-        let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+        let (rank, alpha) = (target.rank, target.alpha);
+        let config = MonteCLoRAConfig { rank, alpha, buffer_bytes, ..config.clone() };
         Ok(Box::new(MonteCLoRA::new(params, slot.path(), DEFAULT_ADAPTER, slot.dims()?, &config)?))
     })?;
     Ok(resolved)
@@ -251,6 +258,17 @@ pub fn inject(
         Some(adapter) => slot.add(name, adapter),
         None => Ok(()),
     })
+}
+
+/// The bytes of the weights of a model's linear layers.
+fn base_bytes(model: &dyn Linears) -> Result<usize> {
+    let mut bytes = 0;
+    model.visit_linears(&mut |slot| {
+        let weight = slot.base().weight();
+        bytes += weight.elem_count() * weight.dtype().size_in_bytes();
+        Ok(())
+    })?;
+    Ok(bytes)
 }
 
 /// The paths of a model's linear layers, in its own order.

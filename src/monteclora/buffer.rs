@@ -26,10 +26,10 @@ pub struct SampleBuffer {
     block: Mutex<Option<Block>>,
 }
 
-/// The draws of one block. Training draws (even) and predictive ones (odd) have separate blocks.
+/// The draws `block * len .. (block + 1) * len`.
 #[derive(Debug)]
 struct Block {
-    key: (u64, u64),
+    index: u64,
     draws: Vec<DrawNoise>,
 }
 
@@ -75,22 +75,22 @@ impl SampleBuffer {
         if len == 0 {
             return self.spec.generate(&self.streams, draw);
         }
-        let (parity, index) = (draw & 1, draw >> 1);
-        let key = (parity, index / len);
+        let index = draw / len;
+        let place = (draw % len) as usize;
         // A panic while the lock is held leaves the old block or the new one, each whole.
         let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = block.as_ref().filter(|block| block.key == key) {
-            return Ok(kept.draws[(index % len) as usize].clone());
+        if let Some(kept) = block.as_ref().filter(|block| block.index == index) {
+            return Ok(kept.draws[place].clone());
         }
         *block = None; // its memory is free before the next block takes its own
-        let first = key.1 * len;
+        let first = index * len;
         let host: Vec<_> = (first..first.saturating_add(len))
             .into_par_iter()
-            .map(|index| self.spec.host(&self.streams, index << 1 | parity))
+            .map(|draw| self.spec.host(&self.streams, draw))
             .collect();
         let draws = host.into_iter().map(|host| self.spec.upload(host)).collect::<Result<Vec<_>>>()?;
-        let noise = draws[(index % len) as usize].clone();
-        *block = Some(Block { key, draws });
+        let noise = draws[place].clone();
+        *block = Some(Block { index, draws });
         Ok(noise)
     }
 }

@@ -134,7 +134,9 @@ pub struct MonteCLoRAConfig {
     pub mode: Mode,
     /// How many draws' noise each layer prepares ahead; 0 is none. It never changes a result.
     pub buffer_size: usize,
-    /// The most bytes of noise a layer keeps, whatever `buffer_size` says; `None` is no limit.
+    /// The most bytes of noise a layer keeps, whatever `buffer_size` says. `None`: no limit for a
+    /// layer by itself; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the
+    /// base's bytes, all of them together.
     pub buffer_bytes: Option<usize>,
     /// How the concentration a starts.
     pub initial_concentration: Initial,
