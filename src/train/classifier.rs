@@ -195,7 +195,7 @@ impl Classification<'_> {
         let chosen =
             chosen.ok_or_else(|| Error::config("rows", format!("{rows:?} are not all in the data")))?;
         let config = self.classifier.model.config();
-        Batch::collate(&chosen, config.pad_token_id, self.classifier.params.device())
+        Batch::collate(&chosen, config.pad_id(), self.classifier.params.device())
     }
 }
 

@@ -31,7 +31,7 @@ fn xlm_config(config: &RobertaConfig) -> xlm_roberta::Config {
         vocab_size: config.vocab_size,
         max_position_embeddings: config.max_position_embeddings,
         type_vocab_size: config.type_vocab_size,
-        pad_token_id: config.pad_token_id,
+        pad_token_id: config.pad_id(),
     }
 }
 

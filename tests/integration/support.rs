@@ -28,7 +28,7 @@ pub fn toy_config(family: Family) -> RobertaConfig {
 
 /// Three rows of 7, 4 and 5 real tokens: ids, token types, attention mask.
 pub fn padded_batch(config: &RobertaConfig) -> Outcome<(Tensor, Tensor, Tensor)> {
-    let mut ids = vec![config.pad_token_id; 21];
+    let mut ids = vec![config.pad_id(); 21];
     let (mut types, mut mask) = (vec![0u32; 21], vec![0u8; 21]);
     for (row, length) in [7, 4, 5].into_iter().enumerate() {
         for column in 0..length {

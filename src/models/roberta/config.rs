@@ -64,9 +64,9 @@ pub struct RobertaConfig {
     pub initializer_range: f64,
     /// Added to the variance in every layer norm.
     pub layer_norm_eps: f64,
-    /// The id of padding.
+    /// The id of padding; [`Self::pad_id`] where absent or null, as in old files.
     #[serde(default)]
-    pub pad_token_id: u32,
+    pub pad_token_id: Option<u32>,
     /// How positions enter; `absolute` is supported.
     #[serde(default = "defaults::position_embedding_type")]
     pub position_embedding_type: String,
@@ -155,9 +155,17 @@ impl RobertaConfig {
     /// The position of a sequence's first token.
     pub fn first_position(&self) -> u32 {
         match self.model_type {
-            Family::Roberta => self.pad_token_id.saturating_add(1),
+            Family::Roberta => self.pad_id().saturating_add(1),
             Family::Bert => 0,
         }
+    }
+
+    /// The id of padding: the file's, or the family's own, 1 for RoBERTa and 0 for BERT.
+    pub fn pad_id(&self) -> u32 {
+        self.pad_token_id.unwrap_or(match self.model_type {
+            Family::Roberta => 1,
+            Family::Bert => 0,
+        })
     }
 
     /// The number of outputs of a classification head.
@@ -200,6 +208,17 @@ mod tests {
         let config = roberta_base();
         config.validate().unwrap();
         assert_eq!((config.max_length(), config.first_position(), config.num_labels()), (512, 2, 2));
+    }
+
+    #[test]
+    fn a_null_padding_id_is_the_family_s_own() {
+        // roberta-base's first configuration file has "pad_token_id": null.
+        let config = RobertaConfig { pad_token_id: None, ..roberta_base() };
+        assert_eq!((config.pad_id(), config.first_position(), config.max_length()), (1, 2, 512));
+        assert_eq!(RobertaConfig { model_type: Family::Bert, ..config }.pad_id(), 0);
+        let null = serde_json::to_string(&roberta_base()).unwrap();
+        let null = null.replace("\"pad_token_id\":1", "\"pad_token_id\":null");
+        assert_eq!(serde_json::from_str::<RobertaConfig>(&null).unwrap().pad_token_id, None);
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl Embeddings {
             norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
             dropout: Dropout::new(config.hidden_dropout_prob, noise, path),
             family: config.model_type,
-            pad_token_id: config.pad_token_id,
+            pad_token_id: config.pad_id(),
             first_position: config.first_position(),
             max_length: config.max_length(),
         })
