@@ -36,7 +36,7 @@ fn rows(count: usize, regression: bool) -> Vec<Encoded> {
     let row = |i: usize| {
         let length = 4 + i % 5;
         let mut ids = vec![0];
-        ids.extend((0..length).map(|j| if (i * 7 + j * j) % 3 == 0 { 10 } else { 20 }));
+        ids.extend((0..length).map(|j| if (i * 7 + j * j).is_multiple_of(3) { 10 } else { 20 }));
         ids.push(2);
         let share = ids.iter().filter(|id| **id == 10).count() as f32 / length as f32;
         let label = if regression { Label::Score(share) } else { Label::Class(u32::from(share > 0.34)) };
