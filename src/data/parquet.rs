@@ -29,7 +29,7 @@ const fn text_columns(task: Task) -> &'static [&'static str] {
 }
 
 /// Reads one labelled parquet file. WiC's texts are composed as in
-/// [`wic_text`](super::superglue::wic_text).
+/// [`wic_text`].
 ///
 /// # Errors
 /// The file cannot be opened, is not parquet, lacks a column (the error names those present), or a row
