@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::data::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::slot::Pass;
 
@@ -32,7 +32,7 @@ pub fn logits(model: &dyn Predictor, batches: &[Batch], pass: &Pass) -> Result<V
 /// is the same weights for every batch.
 ///
 /// # Errors
-/// If the forward pass fails.
+/// If `samples` is 0, or the forward pass fails.
 pub fn posterior_probabilities(
     model: &dyn Predictor,
     batches: &[Batch],
@@ -44,7 +44,7 @@ pub fn posterior_probabilities(
 /// Scores of a regression averaged over `samples` posterior draws.
 ///
 /// # Errors
-/// If the forward pass fails.
+/// If `samples` is 0, or the forward pass fails.
 pub fn posterior_scores(model: &dyn Predictor, batches: &[Batch], samples: usize) -> Result<Vec<Vec<f64>>> {
     average(model, batches, samples, |row| row)
 }
@@ -55,6 +55,9 @@ fn average(
     samples: usize,
     transform: impl Fn(Vec<f64>) -> Vec<f64>,
 ) -> Result<Vec<Vec<f64>>> {
+    if samples == 0 {
+        return Err(Error::config("posterior_samples", "must be at least 1 to average, got 0"));
+    }
     let mut mean: Vec<Vec<f64>> = Vec::new();
     for draw in 0..samples {
         let rows = logits(model, batches, &Pass::Posterior { draw: draw as u64 })?;
@@ -68,4 +71,57 @@ fn average(
     }
     mean.iter_mut().flatten().for_each(|value| *value /= samples as f64);
     Ok(mean)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::encode::Encoded;
+    use crate::data::task::Label;
+
+    /// Logits `(id, draw)` of every row; the mean pass has no draw and says `(id, -1)`.
+    struct Echo;
+
+    impl Predictor for Echo {
+        fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+            let draw = match pass {
+                Pass::Posterior { draw } => *draw as f32,
+                _ => -1.0,
+            };
+            let ids = batch.input_ids.narrow(1, 0, 1)?.to_dtype(DType::F32)?;
+            Tensor::cat(&[&ids, &(ids.zeros_like()? + f64::from(draw))?], 1)
+        }
+    }
+
+    fn batches() -> Result<Vec<Batch>> {
+        let row = |id: u32| Encoded { ids: vec![id], type_ids: vec![0], label: Label::Class(0), row: 0 };
+        let batch = |ids: &[u32]| {
+            let rows: Vec<Encoded> = ids.iter().map(|id| row(*id)).collect();
+            Batch::collate(&rows.iter().collect::<Vec<_>>(), 0, &Device::Cpu)
+        };
+        Ok(vec![batch(&[3, 1])?, batch(&[2])?])
+    }
+
+    #[test]
+    fn draws_are_counted_from_zero_and_averaged_after_the_softmax() -> Result<()> {
+        let batches = batches()?;
+        assert_eq!(logits(&Echo, &batches, &Pass::Mean)?, [[3.0, -1.0], [1.0, -1.0], [2.0, -1.0]]);
+        assert_eq!(posterior_scores(&Echo, &batches, 3)?, [[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]);
+        // [(1 / (1 + exp(-i)) + 1 / (1 + exp(1 - i))) / 2 for i in (3, 1, 2)]
+        let expected = [0.9166856024001578, 0.6155292893150024, 0.8059278283039436];
+        let got = posterior_probabilities(&Echo, &batches, 2)?;
+        for (row, expected) in got.iter().zip(expected) {
+            assert!((row[0] - expected).abs() < 1e-12 && (row[0] + row[1] - 1.0).abs() < 1e-12, "{row:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_average_of_nothing_is_an_error() -> Result<()> {
+        let error = posterior_probabilities(&Echo, &batches()?, 0).unwrap_err().to_string();
+        assert!(error.contains("posterior_samples"), "{error}");
+        Ok(())
+    }
 }

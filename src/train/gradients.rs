@@ -112,6 +112,9 @@ pub struct GradientReport {
     pub missing: Vec<String>,
     /// Trainable parameters whose gradient holds NaN or infinity.
     pub non_finite: Vec<String>,
+    /// Parameters of the store that are frozen and got a gradient all the same: work that nobody
+    /// uses.
+    pub frozen: Vec<String>,
     /// How many tensors outside the store got a gradient: work that nobody uses, on frozen weights.
     pub unexpected: usize,
 }
@@ -124,7 +127,7 @@ impl GradientReport {
 }
 
 /// Differentiates `loss` and checks that every trainable parameter gets a finite gradient and that
-/// nothing outside the store gets any. Candle's fused operations without a backward cut gradients
+/// nothing else gets any, neither in the store nor outside. Candle's fused operations without a backward cut gradients
 /// silently, and its optimiser skips what has none: worth a call before a long run.
 ///
 /// # Errors
@@ -132,8 +135,12 @@ impl GradientReport {
 pub fn check_gradients(params: &Params, loss: &Tensor) -> Result<GradientReport> {
     let store = loss.backward()?;
     let mut report = GradientReport::default();
-    for (name, param) in params.trainable() {
+    let all = params.all();
+    let known: Vec<_> = all.iter().map(|(_, param)| param.var.id()).collect();
+    for (name, param) in all {
         match store.get(&param.var) {
+            None if !param.trainable => {}
+            Some(_) if !param.trainable => report.frozen.push(name),
             None => report.missing.push(name),
             Some(grad) => {
                 let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
@@ -143,7 +150,6 @@ pub fn check_gradients(params: &Params, loss: &Tensor) -> Result<GradientReport>
             }
         }
     }
-    let known: Vec<_> = params.all().into_iter().map(|(_, param)| param.var.id()).collect();
     report.unexpected = store.get_ids().filter(|id| !known.contains(id)).count();
     Ok(report)
 }
@@ -211,6 +217,17 @@ mod tests {
         let mut grads = Gradients::new();
         grads.accumulate(&params, &infinite.backward()?)?;
         assert_eq!(grads.first_non_finite()?, Some("a"));
+        Ok(())
+    }
+
+    #[test]
+    fn the_check_sees_gradients_of_what_is_frozen_in_the_store() -> Result<()> {
+        let (params, a, _) = store()?;
+        let c = params.create("c", Role::Head, 2, &Init::Constant(3.0))?;
+        params.set_trainable(Role::Base, false);
+        let report = check_gradients(&params, &(&a * &c)?.sum_all()?)?;
+        assert_eq!(report.frozen, ["a"]);
+        assert!(report.missing.is_empty() && report.unexpected == 0 && !report.is_clean());
         Ok(())
     }
 }

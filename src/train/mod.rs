@@ -7,6 +7,7 @@ mod memory;
 mod optim;
 mod schedule;
 mod trainer;
+mod update;
 
 pub use classifier::{Classification, Classifier, Method};
 pub use evaluate::{batches, Evaluation, Predictions};

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::gradients::Gradients;
+use super::update::{update, Constants, Moments};
 use crate::error::{Error, Result};
 use crate::params::{Params, Role};
 
@@ -24,6 +25,9 @@ pub struct AdamWConfig {
     /// Roles that are not decayed: by default the posterior's parameters, whose zero has no
     /// special meaning.
     pub no_decay: Vec<Role>,
+    /// Whether parameters of one dimension (biases, scales of norms) are decayed: PyTorch's
+    /// optimiser decays all it is given, the trainer of transformers leaves these out.
+    pub decay_vectors: bool,
 }
 
 impl Default for AdamWConfig {
@@ -35,15 +39,9 @@ impl Default for AdamWConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             no_decay: vec![Role::Scale, Role::Concentration],
+            decay_vectors: true,
         }
     }
-}
-
-/// The running means of one parameter.
-#[derive(Debug, Clone)]
-struct Moments {
-    first: Tensor,
-    second: Tensor,
 }
 
 /// The optimiser. Moments have the parameters' dtype, which is single precision whatever the
@@ -94,30 +92,72 @@ impl AdamW {
     /// ```
     ///
     /// # Errors
-    /// If a trainable parameter has no gradient.
+    /// If a trainable parameter has no gradient, or one of another shape: then nothing is changed.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
-        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
-        self.steps += 1;
-        let correction1 = 1.0 - beta1.powi(self.steps);
-        let correction2 = 1.0 - beta2.powi(self.steps);
+        let mut pairs = Vec::new();
         for (name, param) in self.params.trainable() {
             let Some(grad) = grads.get(&name) else {
                 return Err(Error::tensor(name, "this trainable parameter has no gradient"));
             };
-            let value = param.var.as_detached_tensor();
-            let decay = if self.config.no_decay.contains(&param.role) { 0.0 } else { weight_decay };
-            let (first, second) = match self.moments.get(&name) {
-                Some(m) => (
-                    ((&m.first * beta1)? + (grad * (1.0 - beta1))?)?,
-                    ((&m.second * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?,
-                ),
-                None => ((grad * (1.0 - beta1))?, (grad.sqr()? * (1.0 - beta2))?),
-            };
-            let denominator = ((&second / correction2)?.sqrt()? + eps)?;
-            let update = ((&first * (lr / correction1))? / denominator)?;
-            param.var.set(&((value * (1.0 - lr * decay))? - update)?)?;
-            self.moments.insert(name, Moments { first, second });
+            if grad.shape() != param.var.shape() {
+                let reason = format!("shape {:?}, its gradient {:?}", param.var.shape(), grad.shape());
+                return Err(Error::tensor(name, reason));
+            }
+            pairs.push((name, param, grad));
         }
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        self.steps += 1;
+        let rate = lr / (1.0 - beta1.powi(self.steps));
+        let correction2 = 1.0 - beta2.powi(self.steps);
+        for (name, param, grad) in pairs {
+            let decays = !self.config.no_decay.contains(&param.role)
+                && (self.config.decay_vectors || param.var.rank() > 1);
+            let keep = if decays { 1.0 - lr * weight_decay } else { 1.0 };
+            let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
+            if !self.moments.contains_key(&name) {
+                let zero = || param.var.as_detached_tensor().zeros_like();
+                self.moments.insert(name.clone(), Moments { first: zero()?, second: zero()? });
+            }
+            if let Some(moments) = self.moments.get_mut(&name) {
+                update(&param.var, moments, grad, &constants)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies of the running means of a parameter's gradients and of their squares: what a
+    /// checkpoint must keep besides [`Self::steps`]. None before its first step.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn moments(&self, name: &str) -> Result<Option<(Tensor, Tensor)>> {
+        let copies = self.moments.get(name).map(|m| Ok((m.first.copy()?, m.second.copy()?)));
+        copies.transpose()
+    }
+
+    /// Continues where another optimiser of the same parameters stopped.
+    ///
+    /// # Errors
+    /// If a name is unknown to the store, or a shape differs: then nothing is changed.
+    pub fn restore(&mut self, steps: usize, moments: &BTreeMap<String, (Tensor, Tensor)>) -> Result<()> {
+        let mut restored = BTreeMap::new();
+        for (name, (first, second)) in moments {
+            let Some(param) = self.params.get(name) else {
+                return Err(Error::tensor(name, "there is no parameter of this name"));
+            };
+            let shape = param.var.shape();
+            if let Some(other) = [first, second].into_iter().find(|moment| moment.shape() != shape) {
+                let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());
+                return Err(Error::tensor(name, reason));
+            }
+            let copy = |moment: &Tensor| -> Result<Tensor> {
+                Ok(moment.to_device(param.var.device())?.to_dtype(param.var.dtype())?.force_contiguous()?)
+            };
+            restored.insert(name.clone(), Moments { first: copy(first)?, second: copy(second)? });
+        }
+        self.steps = i32::try_from(steps)
+            .map_err(|_| Error::config("steps", format!("{steps} is more than an optimiser counts")))?;
+        self.moments = restored;
         Ok(())
     }
 
@@ -190,6 +230,82 @@ mod tests {
         assert!(error.contains("tensor w"), "{error}");
         let error = AdamW::new(&params, AdamWConfig { beta2: 1.0, ..Default::default() }).unwrap_err();
         assert!(error.to_string().contains("beta2"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn single_precision_steps_are_those_of_torch_too() -> Result<()> {
+        // As above in float32, the path that works in place.
+        let params = Params::new(Noise::new(1), &Device::Cpu);
+        let w = params.insert("w", Role::Base, &Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu)?)?;
+        let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.05, ..Default::default() })?;
+        for grad in [[0.3f32, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2]] {
+            let loss = (&w * Tensor::new(&grad, &Device::Cpu)?)?.sum_all()?;
+            let mut grads = Gradients::new();
+            grads.accumulate(&params, &loss.backward()?)?;
+            optimizer.step(&grads, 0.1)?;
+        }
+        let expected = [0.8299285178080283, -1.9428011583709783, 0.33551004721602257];
+        for (got, expected) in w.to_vec1::<f32>()?.into_iter().zip(expected) {
+            assert!((f64::from(got) - expected).abs() < 1e-6, "{got} {expected}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_optimiser_continues_from_another_bit_for_bit() -> Result<()> {
+        let grads = [[0.3, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2], [0.2, 0.1, -0.3]];
+        let (whole, w) = store(Role::Base)?;
+        let mut optimizer = AdamW::new(&whole, AdamWConfig::default())?;
+        for grad in grads {
+            step(&mut optimizer, &whole, &w, grad, 0.1)?;
+        }
+        let (params, again) = store(Role::Base)?;
+        let mut first = AdamW::new(&params, AdamWConfig::default())?;
+        assert!(first.moments("w")?.is_none());
+        for grad in &grads[..2] {
+            step(&mut first, &params, &again, *grad, 0.1)?;
+        }
+        let moments = first.moments("w")?.unwrap();
+        let mut second = AdamW::new(&params, AdamWConfig::default())?;
+        second.restore(first.steps(), &[("w".to_string(), moments.clone())].into())?;
+        for grad in &grads[2..] {
+            step(&mut second, &params, &again, *grad, 0.1)?;
+        }
+        assert_eq!(w.to_vec1::<f64>()?, again.to_vec1::<f64>()?);
+        let error = second.restore(1, &[("z".to_string(), moments.clone())].into()).unwrap_err();
+        assert!(error.to_string().contains("tensor z"), "{error}");
+        let short = (moments.0.narrow(0, 0, 2)?, moments.1);
+        let error = second.restore(1, &[("w".to_string(), short)].into()).unwrap_err();
+        assert!(error.to_string().contains("expected moments of shape [3], got [2]"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn vectors_are_decayed_unless_told_otherwise() -> Result<()> {
+        for (decay_vectors, decayed) in [(true, true), (false, false)] {
+            let (params, w) = store(Role::Base)?;
+            let config = AdamWConfig { weight_decay: 0.5, decay_vectors, ..Default::default() };
+            let mut optimizer = AdamW::new(&params, config)?;
+            step(&mut optimizer, &params, &w, [0.0; 3], 0.1)?;
+            assert_eq!(w.to_vec1::<f64>()? != [1.0, -2.0, 0.5], decayed);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_step_that_fails_changes_nothing() -> Result<()> {
+        let (params, w) = store(Role::A)?;
+        params.create("x", Role::A, 1, &Init::Constant(1.0))?;
+        let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
+        let mut grads = Gradients::new();
+        params.set_trainable(Role::A, false);
+        params.create("v", Role::B, 1, &Init::Constant(1.0))?;
+        grads.accumulate(&params, &params.get("v").unwrap().var.sqr()?.sum_all()?.backward()?)?;
+        params.set_trainable(Role::A, true); // v has a gradient, w and x have none
+        assert!(optimizer.step(&grads, 0.1).is_err());
+        assert_eq!(params.get("v").unwrap().var.to_vec1::<f64>()?, [1.0]);
+        assert_eq!((w.to_vec1::<f64>()?, optimizer.steps()), (vec![1.0, -2.0, 0.5], 0));
         Ok(())
     }
 }

@@ -122,7 +122,8 @@ pub trait Observer {
     /// Ends the run.
     fn step(&mut self, record: &Record) -> Result<()>;
 
-    /// Evaluates the present parameters; a higher score is better. None: nothing to compare.
+    /// Evaluates the present parameters; a higher score is better. None, or NaN: nothing to
+    /// compare.
     ///
     /// # Errors
     /// Ends the run.
@@ -159,6 +160,9 @@ pub fn fit(
         AdamWConfig { lr: config.lr, weight_decay: config.weight_decay, ..AdamWConfig::default() };
     let mut optimizer = AdamW::new(params, optimizer_config)?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
+    if per_epoch == 0 {
+        return Err(Error::config("data", "there is no batch to train on"));
+    }
     let total = per_epoch * config.epochs;
     let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
     observer.start(total);
@@ -192,7 +196,8 @@ pub fn fit(
                 None => i + 1 == per_epoch,
             };
             if due {
-                if let Some(score) = observer.evaluate(step)? {
+                // NaN compares with nothing: as the first score it would stay the best for ever.
+                if let Some(score) = observer.evaluate(step)?.filter(|score| !score.is_nan()) {
                     if best.as_ref().is_none_or(|best| score > best.score) {
                         best = Some(Best { score, step, values: params.snapshot()? });
                     }
@@ -427,6 +432,32 @@ mod tests {
         assert!(text(TrainConfig { accumulation: 0, ..config() }).contains("accumulation"));
         assert!(text(TrainConfig { warmup_ratio: 1.5, ..config() }).contains("warmup_ratio"));
         assert!(text(TrainConfig { lr: f64::NAN, ..config() }).contains("lr"));
+        Ok(())
+    }
+
+    #[test]
+    fn no_data_is_an_error_rather_than_a_run_of_no_steps() -> Result<()> {
+        struct Nothing;
+        impl Objective for Nothing {
+            fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
+                Ok(Vec::new())
+            }
+            fn loss(&self, rows: &[usize], _: &Pass) -> Result<Loss> {
+                Err(Error::config("rows", format!("{rows:?}")))
+            }
+        }
+        let line = Line::new(3)?;
+        let error = fit(&Nothing, &line.params, &config(), &mut Log::default()).map(|s| s.steps);
+        assert!(error.is_err_and(|error| error.to_string().contains("no batch")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_score_that_is_no_number_never_counts_as_the_best() -> Result<()> {
+        let line = Line::new(5)?;
+        let mut log = Log { scores: vec![f64::NAN, 0.2, 0.9, f64::NAN], ..Log::default() };
+        let summary = fit(&line, &line.params, &config(), &mut log)?;
+        assert_eq!(summary.kept_step, 6);
         Ok(())
     }
 }
