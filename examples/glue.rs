@@ -172,7 +172,8 @@ fn run(
     let log = match out {
         Some(dir) => {
             std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-            Some(BufWriter::new(File::create(dir.join("log.jsonl"))?))
+            let path = dir.join("log.jsonl");
+            Some((BufWriter::new(File::create(&path).map_err(Error::io(&path))?), path))
         }
         None => None,
     };
@@ -180,8 +181,8 @@ fn run(
     let mut watch = Watch { classifier: &classifier, dev: &dev, metric: task.primary_metric(), bar, log };
     let summary = train::fit(&objective, &classifier.params, &train_config(args)?, &mut watch)?;
     watch.bar.finish_and_clear();
-    if let Some(log) = &mut watch.log {
-        log.flush()?;
+    if let Some((log, path)) = &mut watch.log {
+        log.flush().map_err(Error::io(&*path))?;
     }
 
     let samples = args.posterior_samples.unwrap_or(if args.method.is_none() { 10 } else { 0 });
@@ -205,7 +206,8 @@ fn run(
     }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = out {
-        std::fs::write(dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?)?;
+        let path = dir.join("metrics.json");
+        std::fs::write(&path, serde_json::to_string_pretty(&metrics)?).map_err(Error::io(&path))?;
         classifier.save(&method, model, dir)?;
     }
     Ok(metrics)
@@ -241,6 +243,9 @@ fn method(args: &Args, name: &str) -> Outcome<Method> {
 }
 
 fn train_config(args: &Args) -> Outcome<TrainConfig> {
+    if args.clip.is_nan() || args.clip < 0.0 {
+        return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", args.clip).into());
+    }
     // The bundled model is small and starts from little: it wants a higher rate.
     let default_lr = if args.model.is_none() { 2e-3 } else { 3e-4 };
     Ok(TrainConfig {
@@ -268,7 +273,7 @@ struct Watch<'a> {
     dev: &'a [Split],
     metric: &'static str,
     bar: ProgressBar,
-    log: Option<BufWriter<File>>,
+    log: Option<(BufWriter<File>, PathBuf)>,
 }
 
 impl Observer for Watch<'_> {
@@ -279,9 +284,9 @@ impl Observer for Watch<'_> {
     fn step(&mut self, record: &Record) -> monteclora::Result<()> {
         self.bar.inc(1);
         self.bar.set_message(format!("loss {:.3}", record.loss));
-        if let Some(log) = &mut self.log {
+        if let Some((log, path)) = &mut self.log {
             let line = serde_json::to_string(record).map_err(std::io::Error::from);
-            line.and_then(|line| writeln!(log, "{line}")).map_err(Error::io("log.jsonl"))?;
+            line.and_then(|line| writeln!(log, "{line}")).map_err(Error::io(&*path))?;
         }
         Ok(())
     }
@@ -294,13 +299,9 @@ impl Observer for Watch<'_> {
             let value = mean.get(self.metric);
             score = score.or(value);
             let nll = mean.nll.map(|nll| format!(", nll {nll:.4}")).unwrap_or_default();
-            self.bar.println(format!(
-                "{} step {step}: {} {} {:.4}{nll}",
-                self.bar.prefix(),
-                split.name,
-                self.metric,
-                value.unwrap_or(f64::NAN)
-            ));
+            let (name, value) = (self.bar.prefix(), value.unwrap_or(f64::NAN));
+            let line = format!("{name} step {step}: {} {} {value:.4}{nll}", split.name, self.metric);
+            common::say(&self.bar, &line);
         }
         Ok(score)
     }

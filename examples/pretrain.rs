@@ -58,6 +58,9 @@ struct Args {
     max_length: usize,
     #[arg(long, default_value_t = 4000)]
     steps: usize,
+    /// Steps between two evaluations on held-out text, each of which saves the model.
+    #[arg(long, default_value_t = 500)]
+    save_every: usize,
     /// Tokens of one step, padding counted.
     #[arg(long, default_value_t = 4096)]
     batch_tokens: usize,
@@ -74,6 +77,9 @@ struct Args {
 fn main() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
+    if args.steps == 0 || args.save_every == 0 {
+        return Err("--steps and --save-every must be at least 1".into());
+    }
     let device = common::device(&args.device)?;
     let noise = Noise::new(args.seed);
 
@@ -122,31 +128,33 @@ fn main() -> Outcome {
         let loss = loss(&model, &batch, &Pass::Train { draw: step as u64 })?;
         let mut grads = Gradients::new();
         grads.accumulate(&params, &loss.backward()?)?;
-        clip_grad_norm(&mut grads, 1.0)?;
+        let value = f64::from(loss.to_scalar::<f32>()?);
+        let norm = clip_grad_norm(&mut grads, 1.0)?;
+        if !(value.is_finite() && norm.is_finite()) {
+            return Err(format!("step {}: the loss is {value}, its gradient {norm}", step + 1).into());
+        }
         optimizer
             .step(&grads, args.lr * Schedule::Linear.factor(step + 1, args.steps / 20, args.steps + 1))?;
-        let value = f64::from(loss.to_scalar::<f32>()?);
-        if !value.is_finite() {
-            return Err(format!("step {}: the loss is {value}", step + 1).into());
-        }
         running = if step == 0 { value } else { 0.98 * running + 0.02 * value };
         bar.inc(1);
         let rate = seen as f64 / start.elapsed().as_secs_f64();
         bar.set_message(format!("loss {running:.3}, epoch {epoch}, {rate:.0} tokens/s"));
-        if (step + 1) % 500 == 0 {
+        let done = step + 1;
+        if done % args.save_every == 0 || done == args.steps {
             let held = data.evaluate(&model, &held_out)?;
-            bar.println(format!("step {}: held-out loss {held:.4}, training {running:.4}", step + 1));
+            let minutes = start.elapsed().as_secs_f64() / 60.0;
+            let line = format!("step {done}: held-out loss {held:.4}, training {running:.4}");
+            common::say(&bar, &format!("{line}, {seen} tokens in {minutes:.1} minutes"));
+            let summary = json!({
+                "steps": done, "tokens_seen": seen, "training_tokens": tokens, "minutes": minutes,
+                "held_out_loss_before": before, "held_out_loss_after": held, "seed": args.seed,
+            });
+            save(&args.output, &config, &params, &summary)?;
         }
     }
     bar.finish();
-    let after = data.evaluate(&model, &held_out)?;
-    let minutes = start.elapsed().as_secs_f64() / 60.0;
-    println!("held-out masked-LM loss after: {after:.4} ({seen} tokens in {minutes:.1} minutes)");
-    let summary = json!({
-        "steps": args.steps, "tokens_seen": seen, "training_tokens": tokens, "minutes": minutes,
-        "held_out_loss_before": before, "held_out_loss_after": after, "seed": args.seed,
-    });
-    save(&args.output, &config, &params, &summary)
+    println!("wrote {}", args.output.display());
+    Ok(())
 }
 
 /// Appends the sequences of a file.
@@ -295,7 +303,9 @@ fn save(dir: &Path, config: &RobertaConfig, params: &Params, summary: &Value) ->
         Ok((name, param.var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F16)?))
     });
     let halves = halves.collect::<candle_core::Result<HashMap<String, Tensor>>>()?;
-    candle_core::safetensors::save(&halves, dir.join("model.safetensors"))?;
-    println!("wrote {}", dir.display());
+    // A run that is stopped while it writes leaves the model of its last evaluation.
+    let (path, part) = (dir.join("model.safetensors"), dir.join("model.safetensors.part"));
+    candle_core::safetensors::save(&halves, &part)?;
+    std::fs::rename(&part, &path).map_err(|e| format!("{}: {e}", path.display()))?;
     Ok(())
 }

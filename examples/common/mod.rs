@@ -56,6 +56,15 @@ pub fn progress(length: u64, name: &str) -> ProgressBar {
     }
 }
 
+/// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
+/// the log of a long run in the background would stay empty.
+pub fn say(bar: &ProgressBar, line: &str) {
+    match bar.is_hidden() {
+        true => eprintln!("{line}"),
+        false => bar.println(line),
+    }
+}
+
 /// A bundled folder. The published package leaves them out.
 pub fn asset(name: &str) -> Outcome<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
