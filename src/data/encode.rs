@@ -177,12 +177,12 @@ mod tests {
 
     #[test]
     fn roberta_s_tokenizer_gives_the_reference_ids() -> Result<()> {
-        let file =
-            concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/tokenizers/roberta-base/tokenizer.json");
-        if !std::path::Path::new(file).exists() {
-            println!("skipped: no roberta-base tokenizer");
+        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let name = "shared/data/tokenizers/roberta-base/tokenizer.json";
+        let Some(file) = here.ancestors().skip(1).map(|up| up.join(name)).find(|p| p.is_file()) else {
+            println!("skipped: no {name} beside the crate");
             return Ok(());
-        }
+        };
         let encoder = TextEncoder::new(Tokenizer::from_file(file).unwrap(), 128, 512)?;
         let hello = "Hello world! cécé herlolip";
         let rows = encoder.encode(&[example(hello, None), example("Hello", Some("Hello"))])?;

@@ -14,7 +14,7 @@ impl Task {
     ///
     /// # Errors
     /// There is no training file (the error names the paths tried), a file cannot be read or does not
-    /// hold what it should, or a set is empty.
+    /// hold what it should, a parquet shard is missing, or a set is empty.
     pub fn load_folder(&self, dir: &Path) -> Result<Splits> {
         let task = *self;
         let roots = std::iter::once(dir.to_owned()).chain(task.folder_names().iter().map(|n| dir.join(n)));
@@ -64,7 +64,8 @@ pub(crate) fn some(examples: Vec<Example>, path: &Path) -> Result<Vec<Example>> 
     Ok(examples)
 }
 
-/// The parquet files of one set, in order; none if the folder is not there.
+/// The parquet files of one set, in order; none if the folder is not there. Files that say
+/// `-of-00002` must be two: half a set is an error.
 fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     if !root.is_dir() {
         return Ok(Vec::new());
@@ -79,6 +80,16 @@ fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
         }
     }
     found.sort();
+    for path in &found {
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let Some((_, total)) = stem.rsplit_once("-of-") else { continue };
+        if total.parse() != Ok(found.len()) {
+            let there =
+                if found.len() == 1 { "1 is there".into() } else { format!("{} are there", found.len()) };
+            let total = total.trim_start_matches('0');
+            return Err(Error::format(path, format!("one of {total} files, but {there}")));
+        }
+    }
     Ok(found)
 }
 

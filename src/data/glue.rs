@@ -10,6 +10,9 @@ use std::path::Path;
 use super::task::{Example, Label, Task};
 use crate::error::{Error, Result};
 
+/// The longest line in bytes, its end included; the texts of these tasks are far below.
+const MAX_LINE: usize = 16 << 20;
+
 /// Where a task's texts and label are: the names in the header.
 struct Columns {
     text_a: &'static str,
@@ -94,11 +97,8 @@ pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Examp
         }
         let label = parse_label(task, fields[layout.label])
             .map_err(|reason| Error::format_at(path, number, reason))?;
-        examples.push(Example {
-            text_a: fields[layout.text_a].trim_end().to_owned(),
-            text_b: layout.text_b.map(|column| fields[column].trim_end().to_owned()),
-            label,
-        });
+        let text_b = layout.text_b.map(|column| fields[column]);
+        examples.push(Example::new(fields[layout.text_a], text_b, label));
         Ok(())
     })?;
     if broken > 0 {
@@ -158,10 +158,14 @@ pub(crate) fn each_line(
     let (mut buffer, mut number) = (Vec::new(), 0);
     loop {
         buffer.clear();
-        if source.read_until(b'\n', &mut buffer).map_err(Error::io(path))? == 0 {
+        let mut limited = source.by_ref().take(MAX_LINE as u64 + 1);
+        if limited.read_until(b'\n', &mut buffer).map_err(Error::io(path))? == 0 {
             return Ok(());
         }
         number += 1;
+        if buffer.len() > MAX_LINE {
+            return Err(Error::format_at(path, number, format!("longer than {MAX_LINE} bytes")));
+        }
         let mut line = buffer.strip_suffix(b"\n").unwrap_or(&buffer);
         line = line.strip_suffix(b"\r").unwrap_or(line);
         if number == 1 {
@@ -232,6 +236,14 @@ mod tests {
         assert!(failure(Task::Wic, "").contains("not distributed as TSV"));
         let long = "id\tquestion1\tquestion2\tis_duplicate\n1\ta\tb\t1\t0";
         assert_eq!(failure(Task::Qqp, long), "x.tsv, line 2: expected 4 columns, got 5");
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused_before_it_fills_the_memory() {
+        let endless = std::io::repeat(b'a').take(4 * MAX_LINE as u64);
+        let source = b"sentence\tlabel\n".chain(endless);
+        let message = read_from(Task::Sst2, source, Path::new("x.tsv")).unwrap_err().to_string();
+        assert_eq!(message, "x.tsv, line 2: longer than 16777216 bytes");
     }
 
     #[test]

@@ -79,13 +79,12 @@ fn parse(task: Task, row: &Row, texts: &[usize], label: usize) -> std::result::R
         });
     }
     let label = parse_label(task, field(label)?.1)?;
-    let (text_a, text_b) = match found[..] {
-        [a] => (a.to_owned(), None),
-        [a, b] => (a.to_owned(), Some(b.to_owned())),
-        [word, a, b] => (wic_text(word, a), Some(b.to_owned())),
-        _ => return Err("too few columns".to_owned()),
-    };
-    Ok(Example { text_a, text_b, label })
+    match found[..] {
+        [a] => Ok(Example::new(a, None, label)),
+        [a, b] => Ok(Example::new(a, Some(b), label)),
+        [word, a, b] => Ok(Example::new(&wic_text(word, a), Some(b), label)),
+        _ => Err("too few columns".to_owned()),
+    }
 }
 
 fn parse_label(task: Task, field: &Field) -> std::result::Result<Label, String> {
@@ -233,6 +232,37 @@ mod tests {
         let text_a = "bed: A bed.".to_owned();
         let expected = Example { text_a, text_b: Some("Sea bed.".into()), label: Label::Class(0) };
         assert_eq!(read(Task::Wic, &path).unwrap(), [expected]);
+    }
+
+    #[test]
+    fn every_format_gives_the_same_text() {
+        // SST-2 ends its sentences in a space, which byte-level tokenizers make a token of.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.parquet");
+        store(&path, &[Column::Text("sentence", vec!["fun . "]), Column::Class(vec![1])]);
+        let tsv = "sentence\tlabel\nfun . \t1\n";
+        let expected = Example { text_a: "fun .".to_owned(), text_b: None, label: Label::Class(1) };
+        assert_eq!(read(Task::Sst2, &path).unwrap(), std::slice::from_ref(&expected));
+        let from_tsv = super::super::glue::read_from(Task::Sst2, tsv.as_bytes(), &path).unwrap();
+        assert_eq!(from_tsv, [expected]);
+    }
+
+    #[test]
+    fn a_missing_shard_is_an_error_and_not_half_a_set() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = [Column::Text("sentence", vec!["a"]), Column::Class(vec![1])];
+        store(&dir.path().join("validation.parquet"), &rows);
+        store(&dir.path().join("train-00001-of-00002.parquet"), &rows);
+        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(
+            message.ends_with("train-00001-of-00002.parquet: one of 2 files, but 1 is there"),
+            "{message}"
+        );
+        store(&dir.path().join("train-00000-of-00002.parquet"), &rows);
+        assert_eq!(Task::Cola.load_folder(dir.path()).unwrap().train.len(), 2);
+        store(&dir.path().join("train.parquet"), &rows);
+        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(message.ends_with("one of 2 files, but 3 are there"), "{message}");
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn parse(task: Task, line: &str) -> std::result::Result<Example, String> {
         _ => (text(&row, "premise")?.to_owned(), text(&row, "hypothesis")?),
     };
     let label = label(task, field(&row, "label")?)?;
-    Ok(Example { text_a, text_b: Some(text_b.to_owned()), label })
+    Ok(Example::new(&text_a, Some(text_b), label))
 }
 
 fn field<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a Value, String> {
@@ -124,6 +124,8 @@ mod tests {
         assert_eq!(one(Task::Wic, WIC).unwrap(), pair("bed: A bed.", "Sea bed.", 0));
         assert_eq!(one(Task::BoolQ, &format!("{BOOLQ}\r\n")).unwrap(), pair("is it", "It is.", 1));
         assert_eq!(one(Task::Rte, &format!("{RTE}\n\n")).unwrap(), pair("A.", "B.", 1));
+        let spaced = BOOLQ.replace("is it", "is it ").replace("It is.", "It is.\\n");
+        assert_eq!(one(Task::BoolQ, &spaced).unwrap(), pair("is it", "It is.", 1));
     }
 
     #[test]

@@ -63,6 +63,17 @@ pub struct Example {
     pub label: Label,
 }
 
+impl Example {
+    /// An example without white space at the ends of its texts.
+    ///
+    /// Some sets have it there (SST-2 ends every sentence in a space), and byte-level tokenizers make
+    /// a token of it; every reader builds its rows here, so that all formats give the same tokens.
+    pub(crate) fn new(text_a: &str, text_b: Option<&str>, label: Label) -> Self {
+        let text = |text: &str| text.trim_end().to_owned();
+        Self { text_a: text(text_a), text_b: text_b.map(text), label }
+    }
+}
+
 /// A task's labelled examples.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Splits {
@@ -140,6 +151,16 @@ impl Task {
         }
     }
 
+    /// The metrics its benchmark reports, on each of its development sets.
+    pub const fn metrics(self) -> &'static [&'static str] {
+        match self {
+            Self::Mrpc | Self::Qqp => &["accuracy", "f1"],
+            Self::Cola => &["matthews"],
+            Self::Stsb => &["pearson", "spearman"],
+            _ => &["accuracy"],
+        }
+    }
+
     /// The names the task's folder has: the benchmark's first, then the hub's.
     pub const fn folder_names(self) -> &'static [&'static str] {
         match self {
@@ -214,6 +235,7 @@ mod tests {
             assert_eq!(task.folder_names()[0].parse::<Task>().unwrap(), task);
             assert_eq!(task.num_labels() == 1, task.is_regression());
             assert_eq!(task.hub_files()[0].0, "train");
+            assert!(task.metrics().contains(&task.primary_metric()));
         }
         let message = "wnli".parse::<Task>().unwrap_err().to_string();
         assert!(message.starts_with("invalid task: \"wnli\", expected one of mrpc, cola,"), "{message}");
