@@ -4,6 +4,7 @@
 //! their linears are private. These are trainable, their linears are [`Slot`](crate::slot::Slot)s,
 //! and their forward passes are tested against `candle-transformers` and against Hugging Face.
 
+pub mod causal;
 pub mod hub;
 pub mod layers;
 pub mod roberta;

@@ -1,0 +1,85 @@
+//! What every model that predicts the next token offers: to training, evaluation and generation.
+
+use candle_core::{Device, Tensor};
+use candle_nn::kv_cache::KvCache;
+
+use crate::slot::{Linears, Pass};
+
+/// The keys and values of every layer for the tokens seen so far, of one batch.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    layers: Vec<KvCache>,
+}
+
+impl Cache {
+    /// An empty cache for `layers` layers, with room for `capacity` tokens a row before it grows.
+    pub fn new(layers: usize, capacity: usize) -> Self {
+        Self { layers: vec![KvCache::new(1, capacity.max(1)); layers] }
+    }
+
+    /// The tokens of each row that are in the cache, padding included.
+    pub fn length(&self) -> usize {
+        self.layers.first().map_or(0, KvCache::current_seq_len)
+    }
+
+    /// The part of one layer.
+    pub(crate) fn layer(&mut self, index: usize) -> Option<&mut KvCache> {
+        self.layers.get_mut(index)
+    }
+}
+
+/// A decoder with a language-model head.
+pub trait CausalLm: Linears {
+    /// Where its tensors are.
+    fn device(&self) -> &Device;
+
+    /// The longest sequence, prompt and answer together.
+    fn max_length(&self) -> usize;
+
+    /// An empty cache for this model, with room for `capacity` tokens a row.
+    fn cache(&self, capacity: usize) -> Cache;
+
+    /// The last hidden states. With a cache, `input_ids` continue what is in it, and their keys and
+    /// values are appended; nothing is differentiated through what was there.
+    ///
+    /// Padding may stand on either side. Positions count columns: rotary embeddings are relative,
+    /// so that left padding shifts nothing but them.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `(b, t)` of u32
+    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens
+    /// - output: `(b, t, hidden)`
+    ///
+    /// # Errors
+    /// If shapes differ, or the sequence is longer than [`Self::max_length`].
+    fn hidden(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: &Tensor,
+        cache: Option<&mut Cache>,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor>;
+
+    /// The logits of the next token for hidden states at any positions.
+    ///
+    /// # Shapes
+    /// - `hidden`: `(.., hidden)`, of rank 2 or more
+    /// - output: `(.., vocab)`
+    ///
+    /// # Errors
+    /// If the last dimension differs.
+    fn head(&self, hidden: &Tensor, pass: &Pass) -> candle_core::Result<Tensor>;
+
+    /// The logits at every position, `(b, t, vocab)`: [`Self::hidden`] and [`Self::head`].
+    ///
+    /// # Errors
+    /// As those.
+    fn logits(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        self.head(&self.hidden(input_ids, attention_mask, None, pass)?, pass)
+    }
+}
