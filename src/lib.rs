@@ -24,6 +24,7 @@ pub mod peft;
 // Floor 4: experiments.
 pub mod bayes;
 pub mod data;
+pub mod generate;
 pub mod metrics;
 pub mod train;
 

@@ -1,4 +1,4 @@
-//! The pieces that models share: fetching by name, layer norm, dropout.
+//! The pieces that models share: fetching by name, norms, dropout.
 
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
@@ -26,6 +26,21 @@ pub fn linear(in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> 
 /// As [`linear`].
 pub fn slot(path: &str, in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> Result<Slot> {
     Ok(Slot::new(path, linear(in_dim, out_dim, init_std, vb)?))
+}
+
+/// A [`slot`] without a bias, as in LLaMA.
+///
+/// # Errors
+/// As [`linear`].
+pub fn slot_no_bias(
+    path: &str,
+    in_dim: usize,
+    out_dim: usize,
+    init_std: f64,
+    vb: &VarBuilder,
+) -> Result<Slot> {
+    let init = Init::Randn { mean: 0.0, stdev: init_std };
+    Ok(Slot::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
 }
 
 /// Layer norm over the last dimension (Ba et al. 2016).
@@ -65,6 +80,31 @@ impl LayerNorm {
     /// If the shapes differ.
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> candle_core::Result<Tensor> {
         ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// RMS norm over the last dimension (Zhang and Sennrich 2019).
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Fetches `weight` (dim).
+    ///
+    /// # Errors
+    /// If the tensor is missing or of another shape.
+    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        Ok(Self { weight: vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps })
+    }
+
+    /// The normalised `xs` (.., dim).
+    ///
+    /// # Errors
+    /// If the last dimension differs.
+    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        ops::rms_norm(xs, &self.weight, self.eps)
     }
 }
 

@@ -7,4 +7,5 @@
 pub mod causal;
 pub mod hub;
 pub mod layers;
+pub mod llama;
 pub mod roberta;

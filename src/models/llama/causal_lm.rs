@@ -1,0 +1,87 @@
+//! The decoder with the head that predicts the next token.
+
+use candle_core::{Device, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+use super::config::LlamaConfig;
+use super::decoder::LlamaDecoder;
+use crate::error::Result;
+use crate::models::causal::{Cache, CausalLm};
+use crate::noise::Noise;
+use crate::ops;
+use crate::slot::{Linears, Pass, Slot};
+
+/// LLaMA as a language model.
+#[derive(Debug)]
+pub struct LlamaForCausalLM {
+    decoder: LlamaDecoder,
+    head: Tensor, // (vocab, d)
+    config: LlamaConfig,
+}
+
+impl LlamaForCausalLM {
+    /// Fetches the decoder and its head, `lm_head.weight`, or under `tie_word_embeddings` the
+    /// embedding itself. `noise` is what dropout is addressed in.
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+        let decoder = LlamaDecoder::load(&vb, config, noise)?;
+        let head = match config.decoder.tie_word_embeddings {
+            true => decoder.embeddings().clone(),
+            false => {
+                let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+                let shape = (config.decoder.vocab_size, config.decoder.hidden_size);
+                vb.pp("lm_head").get_with_hints(shape, "weight", init)?
+            }
+        };
+        Ok(Self { decoder, head, config: config.clone() })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+}
+
+impl CausalLm for LlamaForCausalLM {
+    fn device(&self) -> &Device {
+        self.decoder.device()
+    }
+
+    fn max_length(&self) -> usize {
+        self.decoder.max_length()
+    }
+
+    fn cache(&self, capacity: usize) -> Cache {
+        self.decoder.cache(capacity)
+    }
+
+    fn hidden(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: &Tensor,
+        cache: Option<&mut Cache>,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        self.decoder.forward(input_ids, attention_mask, cache, pass)
+    }
+
+    fn head(&self, hidden: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
+        ops::linear(hidden, &self.head, None)
+    }
+}
+
+impl Linears for LlamaForCausalLM {
+    fn default_targets(&self) -> &'static [&'static str] {
+        self.decoder.default_targets()
+    }
+
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.decoder.visit_linears(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.decoder.visit_linears_mut(f)
+    }
+}

@@ -1,0 +1,80 @@
+//! The decoder with a head that classifies a whole sequence.
+
+use candle_core::{DType, Tensor, D};
+use candle_nn::{Init, VarBuilder};
+
+use super::config::LlamaConfig;
+use super::decoder::LlamaDecoder;
+use crate::error::Result;
+use crate::noise::Noise;
+use crate::ops;
+use crate::slot::{Linears, Pass, Slot};
+
+/// LLaMA with a linear classifier on the last real token.
+#[derive(Debug)]
+pub struct LlamaForSequenceClassification {
+    decoder: LlamaDecoder,
+    score: Tensor, // (labels, d)
+    config: LlamaConfig,
+}
+
+impl LlamaForSequenceClassification {
+    /// Fetches the decoder from `vb` and the task head, `score.weight`, from `head`: under an
+    /// adapter method a frozen checkpoint and
+    /// [`Params::var_builder`](crate::params::Params::var_builder).
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: VarBuilder, head: VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+        let decoder = LlamaDecoder::load(&vb, config, noise)?;
+        let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+        let shape = (config.num_labels, config.decoder.hidden_size);
+        let score = head.pp("score").get_with_hints(shape, "weight", init)?;
+        Ok(Self { decoder, score, config: config.clone() })
+    }
+
+    /// The configuration, with the number of labels the head has.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The logits, or the scores of a regression.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `(b, t)` of u32
+    /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens; padding on either side
+    /// - output: `(b, num_labels)`, the head's dtype
+    ///
+    /// # Errors
+    /// If shapes differ, or the sequence is longer than the model's.
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let hidden = self.decoder.forward(input_ids, attention_mask, None, pass)?;
+        let (b, t, _) = hidden.dims3()?;
+        // The column of the last real token: in f32, exactly, where every backend has an argmax.
+        let columns = Tensor::arange(0u32, t as u32, hidden.device())?.to_dtype(DType::F32)?;
+        let last = attention_mask.to_dtype(DType::F32)?.broadcast_mul(&columns)?.argmax(D::Minus1)?;
+        let starts: Vec<u32> = (0..b).map(|row| (row * t) as u32).collect();
+        let at = (Tensor::from_vec(starts, b, hidden.device())? + last)?;
+        let chosen = hidden.flatten_to(1)?.index_select(&at, 0)?; // (b, d)
+        ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None)
+    }
+}
+
+impl Linears for LlamaForSequenceClassification {
+    fn default_targets(&self) -> &'static [&'static str] {
+        self.decoder.default_targets()
+    }
+
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.decoder.visit_linears(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.decoder.visit_linears_mut(f)
+    }
+}

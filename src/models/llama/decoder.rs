@@ -1,0 +1,229 @@
+//! The decoder: token embeddings, pre-norm transformer layers and a last norm.
+
+use candle_core::{Device, Tensor, D};
+use candle_nn::kv_cache::KvCache;
+use candle_nn::{Init, VarBuilder};
+
+use super::config::LlamaConfig;
+use super::rotary::Rotary;
+use crate::error::{Error, Result};
+use crate::models::causal::Cache;
+use crate::models::layers::{slot_no_bias, Dropout, RmsNorm};
+use crate::noise::Noise;
+use crate::ops::{self, Mask};
+use crate::slot::{Linears, Pass, Slot};
+
+/// The decoder without a head.
+#[derive(Debug)]
+pub struct LlamaDecoder {
+    embeddings: Tensor, // (vocab, d)
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    rotary: Rotary,
+    max_length: usize,
+}
+
+/// What every layer of one forward pass shares.
+struct Step<'a> {
+    mask: Mask,
+    angles: (Tensor, Tensor), // (1, t, head_dim / 2) each
+    pass: &'a Pass,
+}
+
+impl LlamaDecoder {
+    /// Fetches the decoder by name, with or without the prefix `model.`
+    ///
+    /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load(vb: &VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+        config.validate()?;
+        let c = &config.decoder;
+        let vb = if vb.contains_tensor("embed_tokens.weight") { vb.clone() } else { vb.pp("model") };
+        let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+        let shape = (c.vocab_size, c.hidden_size);
+        let embeddings = vb.pp("embed_tokens").get_with_hints(shape, "weight", init)?;
+        let layers = (0..c.num_hidden_layers)
+            .map(|i| Layer::load(&format!("model.layers.{i}"), &vb.pp("layers").pp(i), config, noise));
+        Ok(Self {
+            layers: layers.collect::<Result<_>>()?,
+            norm: RmsNorm::load(c.hidden_size, c.rms_norm_eps, &vb.pp("norm"))?,
+            rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
+            max_length: c.max_position_embeddings,
+            embeddings,
+        })
+    }
+
+    /// The last hidden states; see [`CausalLm::hidden`](crate::models::causal::CausalLm::hidden).
+    ///
+    /// # Errors
+    /// If shapes differ, the sequence is longer than the model's, or a training pass comes with a
+    /// cache, through which nothing could be differentiated.
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: &Tensor,
+        mut cache: Option<&mut Cache>,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let (_, t) = input_ids.dims2()?;
+        let seen = cache.as_ref().map_or(0, |cache| cache.length());
+        if seen + t > self.max_length {
+            let reason = format!("{} tokens are more than the model's {}", seen + t, self.max_length);
+            return Err(Error::config("max_length", reason).into());
+        }
+        if cache.is_some() && matches!(pass, Pass::Train { .. }) {
+            return Err(Error::config("cache", "a training pass goes without a cache").into());
+        }
+        let step = Step {
+            mask: Mask { padding: Some(attention_mask.clone()), causal: true },
+            angles: self.rotary.angles(seen, t)?,
+            pass,
+        };
+        let mut xs = ops::embedding(input_ids, &self.embeddings)?; // (b, t, d)
+        for (i, layer) in self.layers.iter().enumerate() {
+            let cached = cache.as_mut().and_then(|cache| cache.layer(i));
+            xs = layer.forward(&xs, &step, cached)?;
+        }
+        self.norm.forward(&xs)
+    }
+
+    /// An empty cache for this decoder, with room for `capacity` tokens a row.
+    pub fn cache(&self, capacity: usize) -> Cache {
+        Cache::new(self.layers.len(), capacity.min(self.max_length))
+    }
+
+    /// The longest sequence, in tokens.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// The token embedding (vocab, hidden), which a language-model head may be tied to.
+    pub fn embeddings(&self) -> &Tensor {
+        &self.embeddings
+    }
+
+    /// Where its tensors are.
+    pub fn device(&self) -> &Device {
+        self.embeddings.device()
+    }
+}
+
+impl Linears for LlamaDecoder {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &["q_proj", "k_proj", "v_proj"]
+    }
+
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+        self.layers.iter().flat_map(Layer::slots).try_for_each(f)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+        self.layers.iter_mut().flat_map(Layer::slots_mut).try_for_each(f)
+    }
+}
+
+/// Norm, self-attention, residual; norm, SwiGLU, residual.
+#[derive(Debug)]
+struct Layer {
+    attention_norm: RmsNorm,
+    q_proj: Slot,
+    k_proj: Slot,
+    v_proj: Slot,
+    o_proj: Slot,
+    mlp_norm: RmsNorm,
+    gate_proj: Slot,
+    up_proj: Slot,
+    down_proj: Slot,
+    probs_dropout: Dropout,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Layer {
+    fn load(path: &str, vb: &VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+        let c = &config.decoder;
+        let (d, inner, kv) = (c.hidden_size, c.intermediate_size, c.num_key_value_heads * config.head_dim());
+        let linear = |name: &str, in_dim, out_dim| {
+            let std = config.initializer_range;
+            slot_no_bias(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
+        };
+        Ok(Self {
+            attention_norm: RmsNorm::load(d, c.rms_norm_eps, &vb.pp("input_layernorm"))?,
+            q_proj: linear("self_attn.q_proj", d, d)?,
+            k_proj: linear("self_attn.k_proj", d, kv)?,
+            v_proj: linear("self_attn.v_proj", d, kv)?,
+            o_proj: linear("self_attn.o_proj", d, d)?,
+            mlp_norm: RmsNorm::load(d, c.rms_norm_eps, &vb.pp("post_attention_layernorm"))?,
+            gate_proj: linear("mlp.gate_proj", d, inner)?,
+            up_proj: linear("mlp.up_proj", d, inner)?,
+            down_proj: linear("mlp.down_proj", inner, d)?,
+            probs_dropout: Dropout::new(config.attention_dropout, noise, &format!("{path}.self_attn")),
+            heads: c.num_attention_heads,
+            kv_heads: c.num_key_value_heads,
+            head_dim: config.head_dim(),
+        })
+    }
+
+    fn forward(&self, xs: &Tensor, step: &Step, cache: Option<&mut KvCache>) -> candle_core::Result<Tensor> {
+        let attended = self.attention(&self.attention_norm.forward(xs)?, step, cache)?;
+        let xs = (xs + attended)?;
+        let normed = self.mlp_norm.forward(&xs)?;
+        let gate = self.gate_proj.forward(&normed, step.pass)?;
+        let up = self.up_proj.forward(&normed, step.pass)?;
+        let inner = self.down_proj.forward(&ops::silu_mul(&gate, &up)?, step.pass)?;
+        xs + inner
+    }
+
+    fn attention(
+        &self,
+        xs: &Tensor,
+        step: &Step,
+        cache: Option<&mut KvCache>,
+    ) -> candle_core::Result<Tensor> {
+        let q = self.rotate(&self.q_proj.forward(xs, step.pass)?, self.heads, step)?; // (b, t, d)
+        let mut k = self.rotate(&self.k_proj.forward(xs, step.pass)?, self.kv_heads, step)?;
+        let mut v = self.v_proj.forward(xs, step.pass)?; // (b, t, kv_heads * head_dim)
+        if let Some(cache) = cache {
+            (k, v) = cache.append(&k.detach().contiguous()?, &v.detach().contiguous()?)?;
+        }
+        let scale = (self.head_dim as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(step.pass);
+        let (heads, kv_heads) = (self.heads, self.kv_heads);
+        let context = ops::attention(&q, &k, &v, heads, kv_heads, scale, &step.mask, dropout)?;
+        self.o_proj.forward(&context, step.pass)
+    }
+
+    fn rotate(&self, xs: &Tensor, heads: usize, step: &Step) -> candle_core::Result<Tensor> {
+        let (b, t, width) = xs.dims3()?;
+        let (cos, sin) = &step.angles;
+        let xs = xs.reshape((b, t, heads, width / heads))?;
+        ops::rotary(&xs, cos, sin)?.flatten_from(D::Minus2)
+    }
+
+    fn slots(&self) -> [&Slot; 7] {
+        [
+            &self.q_proj,
+            &self.k_proj,
+            &self.v_proj,
+            &self.o_proj,
+            &self.gate_proj,
+            &self.up_proj,
+            &self.down_proj,
+        ]
+    }
+
+    fn slots_mut(&mut self) -> [&mut Slot; 7] {
+        [
+            &mut self.q_proj,
+            &mut self.k_proj,
+            &mut self.v_proj,
+            &mut self.o_proj,
+            &mut self.gate_proj,
+            &mut self.up_proj,
+            &mut self.down_proj,
+        ]
+    }
+}
