@@ -133,6 +133,30 @@ fn padding_does_not_change_a_prediction() -> Outcome {
 }
 
 #[test]
+fn a_checkpoint_that_does_not_fit_is_refused_by_the_tensor_at_fault() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let weights = toy_weights(&config, |vb, noise| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+    })?;
+    let load = |weights: &HashMap<String, Tensor>| {
+        let vb = frozen(weights);
+        let loaded = RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0));
+        loaded.expect_err("an error").to_string()
+    };
+    for name in ["roberta.encoder.layer.1.attention.self.key.weight", "classifier.dense.bias"] {
+        let mut missing = weights.clone();
+        missing.remove(name);
+        let error = load(&missing);
+        assert!(error.contains(name), "{name}: {error}");
+        let mut narrow = weights.clone();
+        narrow.insert(name.to_string(), weights[name].narrow(0, 0, 31)?.contiguous()?);
+        let error = load(&narrow);
+        assert!(error.contains(name) && error.contains("31"), "{name}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_sequence_longer_than_the_model_is_refused() -> Outcome {
     let config = toy_config(Family::Roberta);
     let (model, _) = toy_classifier(&config, Role::Base, DType::F32)?;

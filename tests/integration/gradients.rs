@@ -11,7 +11,7 @@ use monteclora::params::{Params, Role};
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
-fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
+pub fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
     let grads = loss()?.backward()?;
     let value = || -> Outcome<f64> { Ok(loss()?.to_scalar::<f64>()?) };
     let step = 1e-5;

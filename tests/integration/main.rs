@@ -5,6 +5,7 @@ mod encoders;
 mod finetune;
 mod gradients;
 mod inject;
+mod llama;
 mod peft_adapters;
 mod support;
 mod transformers;

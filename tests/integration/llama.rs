@@ -1,0 +1,401 @@
+//! LLaMA against candle-transformers, against itself (cache, padding, dtypes, gradients), and the
+//! bundled model against the text that its authors published.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use crate::gradients::check;
+use crate::support::{assert_close, scatter, Outcome};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama as oracle;
+use monteclora::adapters::LoraConfig;
+use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::inject::{self, Targets};
+use monteclora::models::causal::CausalLm;
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
+use monteclora::noise::Noise;
+use monteclora::ops::{self, Lane};
+use monteclora::params::{Params, Role};
+use monteclora::slot::{Linears, Pass};
+use monteclora::{MonteCLoRAConfig, Regularizer};
+use tokenizers::Tokenizer;
+
+/// Grouped queries, non-square everywhere; with the positions of LLaMA 3 and a tied head, or without.
+fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
+    let scaling = serde_json::json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
+    Ok(LlamaConfig::from_value(serde_json::json!({
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": 40, "rms_norm_eps": 1e-5, "eos_token_id": 2,
+        "rope_theta": if llama3 { 500.0 } else { 10000.0 },
+        "rope_scaling": llama3.then_some(scaling), "tie_word_embeddings": llama3,
+        "attention_dropout": 0.1,
+    }))?)
+}
+
+/// A model in general position; with `Role::Base` all of it is trainable.
+fn toy(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+    let params = Params::with_dtype(Noise::new(5), dtype, &Device::Cpu);
+    let vb = params.var_builder(None, Role::Base);
+    let model = LlamaForCausalLM::load(vb, config, Noise::new(0))?;
+    scatter(&params)?;
+    Ok((model, params))
+}
+
+/// The same with frozen weights of another dtype, and an empty store for adapters.
+fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+    let store = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let (_, all) = toy(config, store)?;
+    let vb = VarBuilder::from_tensors(weights(&all), dtype, &Device::Cpu);
+    let params = Params::with_dtype(Noise::new(6), store, &Device::Cpu);
+    Ok((LlamaForCausalLM::load(vb, config, Noise::new(0))?, params))
+}
+
+fn weights(params: &Params) -> HashMap<String, Tensor> {
+    params.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect()
+}
+
+fn bayes() -> MonteCLoRAConfig {
+    MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, sample_scaler: 0.3, ..Default::default() }
+}
+
+const ROWS: [&[u32]; 3] = [&[1, 17, 4, 33, 8, 21, 9], &[1, 40, 5, 2], &[1, 7, 7, 30, 12]];
+
+/// [`ROWS`] with padding on one side: ids and mask.
+fn padded(left: bool) -> Outcome<(Tensor, Tensor)> {
+    let (mut ids, mut mask) = (Vec::new(), Vec::new());
+    for row in ROWS {
+        let (pad, one) = (vec![0u32; 7 - row.len()], vec![1u8; row.len()]);
+        let hidden = vec![0u8; pad.len()];
+        match left {
+            true => (ids.extend([pad, row.to_vec()].concat()), mask.extend([hidden, one].concat())),
+            false => (ids.extend([row.to_vec(), pad].concat()), mask.extend([one, hidden].concat())),
+        };
+    }
+    let device = &Device::Cpu;
+    Ok((Tensor::from_vec(ids, (3, 7), device)?, Tensor::from_vec(mask, (3, 7), device)?))
+}
+
+fn one_row(tokens: &[u32]) -> Outcome<(Tensor, Tensor)> {
+    let ids = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
+    Ok((ids, Tensor::ones((1, tokens.len()), DType::U8, &Device::Cpu)?))
+}
+
+#[test]
+fn logits_are_those_of_candle_transformers() -> Outcome {
+    for llama3 in [false, true] {
+        let config = toy_config(llama3)?;
+        let (model, params) = toy(&config, DType::F32)?;
+        let vb = VarBuilder::from_tensors(weights(&params), DType::F32, &Device::Cpu);
+        let reference = oracle::Llama::load(vb, &config.decoder)?;
+        // Beyond the original context of the scaled positions.
+        let tokens: Vec<u32> = (0..36).map(|i| 3 + (i * 17) % 40).collect();
+        for length in [1, 5, 36] {
+            let (ids, mask) = one_row(&tokens[..length])?;
+            let mut cache = oracle::Cache::new(false, DType::F32, &config.decoder, &Device::Cpu)?;
+            let expected = reference.forward(&ids, 0, &mut cache)?; // (1, vocab): the last position
+            for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+                let logits = ops::with_lane(lane, || model.logits(&ids, &mask, &Pass::Mean))?;
+                assert_close(&logits.narrow(1, length - 1, 1)?.squeeze(1)?, &expected, 2e-5)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn padding_on_either_side_changes_no_logit() -> Outcome {
+    for llama3 in [false, true] {
+        let (model, _) = toy(&toy_config(llama3)?, DType::F32)?;
+        for left in [false, true] {
+            let (ids, mask) = padded(left)?;
+            let logits = model.logits(&ids, &mask, &Pass::Mean)?;
+            for (row, tokens) in ROWS.iter().enumerate() {
+                let (ids, mask) = one_row(tokens)?;
+                let expected = model.logits(&ids, &mask, &Pass::Mean)?.squeeze(0)?;
+                let first = if left { 7 - tokens.len() } else { 0 };
+                assert_close(&logits.get(row)?.narrow(0, first, tokens.len())?, &expected, 2e-5)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cache_changes_no_logit() -> Outcome {
+    let (mut model, params) = frozen(&toy_config(true)?, DType::F32)?;
+    inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
+    scatter(&params)?;
+    let (ids, mask) = padded(true)?;
+    for pass in [Pass::Mean, Pass::Posterior { draw: 3 }] {
+        let expected = model.logits(&ids, &mask, &pass)?;
+        // A cache of two tokens has to grow.
+        let mut cache = model.cache(2);
+        for (first, count) in [(0, 4), (4, 1), (5, 2)] {
+            let new = ids.narrow(1, first, count)?;
+            let seen = mask.narrow(1, 0, first + count)?;
+            let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass)?;
+            let logits = model.head(&hidden, &pass)?;
+            for row in 0..3 {
+                // Padding columns are nobody's business.
+                let real = (first.max(7 - ROWS[row].len())).min(first + count);
+                let rest = first + count - real;
+                let (got, want) = (logits.get(row)?, expected.get(row)?);
+                assert_close(&got.narrow(0, real - first, rest)?, &want.narrow(0, real, rest)?, 2e-5)?;
+            }
+        }
+        assert_eq!(cache.length(), 7);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
+    let (model, _) = toy(&toy_config(false)?, DType::F32)?;
+    let (ids, mask) = one_row(&[3; 41])?;
+    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("41 tokens are more than the model's 40"), "{error}");
+    let (ids, _) = one_row(&[3; 5])?;
+    let (_, short) = one_row(&[3; 4])?;
+    let error = model.logits(&ids, &short, &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("padding [1, 4] does not fit"), "{error}");
+    let (ids, mask) = one_row(&[50])?;
+    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("id 50 at position 0"), "{error}");
+    let train = Pass::Train { draw: 0 };
+    let (ids, mask) = one_row(&[3])?;
+    let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train).unwrap_err().to_string();
+    assert!(error.contains("invalid cache"), "{error}");
+    let empty = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
+    let error = LlamaForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight"), "{error}");
+    Ok(())
+}
+
+fn causal_loss(model: &LlamaForCausalLM, pass: &Pass) -> Outcome<Tensor> {
+    let (ids, mask) = padded(true)?;
+    let logits = model.logits(&ids, &mask, pass)?.narrow(1, 0, 6)?.contiguous()?.flatten_to(1)?;
+    let labels = ids.narrow(1, 1, 6)?.to_dtype(DType::I64)?.flatten_all()?;
+    // Id 0 is padding alone.
+    Ok(ops::cross_entropy(&logits, &labels, 0)?)
+}
+
+#[test]
+fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
+    let pass = Pass::Train { draw: 4 };
+    for llama3 in [false, true] {
+        let (model, params) = toy(&toy_config(llama3)?, DType::F64)?;
+        check(&params, || causal_loss(&model, &pass))?;
+    }
+    let (mut model, params) = frozen(&toy_config(false)?, DType::F64)?;
+    let config = MonteCLoRAConfig { kl_weight: 0.1, ..bayes() };
+    inject::monteclora(&mut model, &Targets::parse("all-linear")?, &config, &params)?;
+    scatter(&params)?;
+    let regularizer = Regularizer::new(&config);
+    check(&params, || Ok((causal_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?))
+}
+
+#[test]
+fn a_half_width_base_trains_single_precision_adapters() -> Outcome {
+    let config = toy_config(false)?;
+    let gradient = |dtype: DType| -> Outcome<(f64, Tensor)> {
+        let (mut model, params) = frozen(&config, dtype)?;
+        let lora = LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() };
+        inject::lora(&mut model, &Targets::default(), &lora, &params)?;
+        scatter(&params)?;
+        let loss = causal_loss(&model, &Pass::Mean)?;
+        let name = params.all().into_iter().find(|(_, param)| param.role == Role::A).map(|(name, _)| name);
+        let var = params.get(&name.ok_or("an A")?).ok_or("its variable")?.var;
+        assert_eq!(var.dtype(), DType::F32);
+        let grads = loss.backward()?;
+        let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+        Ok((value, grads.get(&var).ok_or("a gradient")?.clone()))
+    };
+    let (single, expected) = gradient(DType::F32)?;
+    let (half, got) = gradient(DType::BF16)?;
+    // bf16 has eight bits: the loss to 1 %, the gradient in direction.
+    assert!((single - half).abs() < 0.02 * single, "{single} {half}");
+    let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
+    let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
+    assert!(cosine > 0.99, "{cosine}");
+    Ok(())
+}
+
+#[test]
+fn a_classifier_reads_the_last_real_token() -> Outcome {
+    let config = toy_config(false)?.with_num_labels(3);
+    let params = Params::new(Noise::new(5), &Device::Cpu);
+    let vb = params.var_builder(None, Role::Base);
+    let model = LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+    scatter(&params)?;
+    let alone: Vec<Tensor> = ROWS
+        .iter()
+        .map(|tokens| {
+            let (ids, mask) = one_row(tokens)?;
+            Ok(model.forward(&ids, &mask, &Pass::Mean)?)
+        })
+        .collect::<Outcome<_>>()?;
+    let expected = Tensor::cat(&alone, 0)?;
+    assert_eq!(expected.dims(), [3, 3]);
+    for left in [false, true] {
+        let (ids, mask) = padded(left)?;
+        assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &expected, 2e-5)?;
+    }
+    let grads = model.forward(&padded(true)?.0, &padded(true)?.1, &Pass::Mean)?.sum_all()?.backward()?;
+    for (name, param) in params.all() {
+        assert!(grads.get(&param.var).is_some(), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn targets_are_the_projections_and_never_the_head() -> Outcome {
+    let (model, _) = toy(&toy_config(false)?, DType::F32)?;
+    let count = |text: &str| -> Outcome<usize> { Ok(Targets::parse(text)?.resolve(&model, 4, 8.0)?.len()) };
+    assert_eq!(model.default_targets(), ["q_proj", "k_proj", "v_proj"]);
+    assert_eq!([count("default")?, count("all-linear")?, count("o_proj")?], [6, 14, 2]);
+    assert_eq!(count("gate_proj,up_proj,down_proj")?, 6);
+    assert!(count("lm_head").unwrap_err().to_string().contains("q_proj"));
+    Ok(())
+}
+
+fn tokens(model: &LlamaForCausalLM, prompts: &[Vec<u32>], config: &GenerateConfig) -> Outcome<Vec<Vec<u32>>> {
+    Ok(generate(model, prompts, config, &mut |_, _| true)?)
+}
+
+#[test]
+fn a_batch_generates_what_its_rows_generate_alone() -> Outcome {
+    let (model, _) = toy(&toy_config(true)?, DType::F32)?;
+    let prompts: Vec<Vec<u32>> = ROWS.iter().map(|row| row.to_vec()).collect();
+    let config = GenerateConfig { max_new_tokens: 12, ..Default::default() };
+    let together = tokens(&model, &prompts, &config)?;
+    for (prompt, expected) in prompts.iter().zip(&together) {
+        let alone = tokens(&model, std::slice::from_ref(prompt), &config)?;
+        assert_eq!((&alone[0], alone[0].len()), (expected, 12));
+        // Without a cache: the most likely token after each prefix.
+        let mut text = prompt.clone();
+        for token in expected {
+            let (ids, mask) = one_row(&text)?;
+            let logits = model.logits(&ids, &mask, &Pass::Mean)?.get(0)?.get(text.len() - 1)?;
+            assert_eq!(logits.argmax(0)?.to_scalar::<u32>()?, *token);
+            text.push(*token);
+        }
+    }
+    // A stop token ends a row and is not part of it.
+    let stop = together[0][3];
+    let stopped = tokens(&model, &prompts, &GenerateConfig { stop: vec![stop], ..config.clone() })?;
+    for (got, whole) in stopped.iter().zip(&together) {
+        let end = whole.iter().position(|token| *token == stop).unwrap_or(whole.len());
+        assert_eq!(got[..], whole[..end]);
+    }
+    // The model's length ends it, too.
+    let long = tokens(&model, &prompts[..1], &GenerateConfig { max_new_tokens: 1000, ..config.clone() })?;
+    assert_eq!(long[0].len(), 40 - 7);
+    // And whoever listens.
+    let mut heard = Vec::new();
+    let quiet = generate(&model, &prompts[..1], &config, &mut |row, token| {
+        heard.push((row, token));
+        heard.len() < 2
+    })?;
+    assert_eq!((quiet[0].len(), heard), (2, vec![(0, together[0][0]), (0, together[0][1])]));
+    Ok(())
+}
+
+#[test]
+fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
+    let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
+    inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
+    scatter(&params)?;
+    let prompts = vec![vec![1, 17, 4]; 2];
+    let run = |sampling: Sampling, seed: u64, weights: Weights| {
+        let config = GenerateConfig { max_new_tokens: 16, sampling, seed, weights, ..Default::default() };
+        tokens(&model, &prompts, &config)
+    };
+    let all = || Sampling::All { temperature: 1.0 };
+    let first = run(all(), 7, Weights::Mean)?;
+    assert_eq!(first, run(all(), 7, Weights::Mean)?);
+    assert_ne!(first, run(all(), 8, Weights::Mean)?);
+    assert_ne!(first[0], first[1], "rows have generators of their own");
+    let greedy = run(Sampling::ArgMax, 0, Weights::Mean)?;
+    for narrow in [
+        Sampling::TopK { k: 1, temperature: 1.0 },
+        Sampling::TopP { p: 1e-6, temperature: 1.0 },
+        Sampling::TopKThenTopP { k: 4, p: 1e-6, temperature: 1.0 },
+        Sampling::All { temperature: 1e-4 },
+    ] {
+        assert_eq!(greedy, run(narrow, 3, Weights::Mean)?);
+    }
+    let drawn = run(all(), 7, Weights::Draw(0))?;
+    assert_ne!(first, drawn);
+    assert_eq!(drawn, run(all(), 7, Weights::Average(1))?);
+    // Over two draws the first token is that of the averaged probabilities.
+    let (ids, mask) = one_row(&prompts[0])?;
+    let probabilities = |draw| -> Outcome<Vec<f32>> {
+        let logits = model.logits(&ids, &mask, &Pass::Posterior { draw })?.get(0)?.get(2)?;
+        Ok(candle_nn::ops::softmax(&logits, 0)?.to_vec1()?)
+    };
+    let sum: Vec<f32> = probabilities(0)?.iter().zip(probabilities(1)?).map(|(a, b)| a + b).collect();
+    let best = (0..sum.len()).max_by(|a, b| sum[*a].total_cmp(&sum[*b])).map(|i| i as u32);
+    assert_eq!(Some(run(Sampling::ArgMax, 0, Weights::Average(2))?[0][0]), best);
+    Ok(())
+}
+
+#[test]
+fn generation_refuses_what_it_cannot_do() -> Outcome {
+    let (model, params) = toy(&toy_config(false)?, DType::F32)?;
+    let fails = |prompt: Vec<u32>, config: GenerateConfig| {
+        tokens(&model, &[prompt], &config).expect_err("an error").to_string()
+    };
+    let config = GenerateConfig::default();
+    let sampling = |sampling| GenerateConfig { sampling, ..Default::default() };
+    let cases = [
+        (vec![], config.clone(), "prompt 0 has no token"),
+        (vec![3; 40], config.clone(), "40 tokens leave no room in the model's 40"),
+        (vec![3], sampling(Sampling::All { temperature: 0.0 }), "temperature"),
+        (vec![3], sampling(Sampling::TopK { k: 0, temperature: 1.0 }), "top_k"),
+        (vec![3], sampling(Sampling::TopP { p: 1.5, temperature: 1.0 }), "top_p"),
+        (vec![3], sampling(Sampling::GumbelSoftmax { temperature: 1.0 }), "cannot be seeded"),
+        (vec![3], GenerateConfig { weights: Weights::Average(0), ..config.clone() }, "weights"),
+    ];
+    for (prompt, config, expected) in cases {
+        let error = fails(prompt, config);
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    let name = "model.norm.weight";
+    params.set(name, &Tensor::full(f32::NAN, 32, &Device::Cpu)?)?;
+    let error = fails(vec![3], config);
+    assert!(error.contains("token 1 of row 0: a logit is NaN"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_bundled_model_tells_its_story_word_for_word() -> Outcome {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/assets/stories260k");
+    if !dir.is_dir() {
+        eprintln!("skipped: {} is in the repository, not in the package", dir.display());
+        return Ok(());
+    }
+    let files = ModelFiles::locate(&dir.display().to_string(), None)?;
+    let config = LlamaConfig::from_file(files.config_path())?;
+    let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|e| e.to_string())?;
+    let story = std::fs::read_to_string(dir.join("story.txt"))?;
+    let tell = |model: &LlamaForCausalLM| -> Outcome<String> {
+        let config = GenerateConfig { max_new_tokens: 256, ..Default::default() };
+        let ids = generate(model, &[vec![1]], &config, &mut |_, _| true)?;
+        Ok(tokenizer.decode(&ids[0], true).map_err(|e| e.to_string())?)
+    };
+    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+    let mut model = LlamaForCausalLM::load(vb, &config, Noise::new(0))?;
+    assert_eq!(tell(&model)?, story.trim_end());
+
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
+    scatter(&params)?;
+    assert_ne!(tell(&model)?, story.trim_end());
+    model.visit_linears_mut(&mut |slot| slot.activate(None))?;
+    assert_eq!(tell(&model)?, story.trim_end());
+    Ok(())
+}
