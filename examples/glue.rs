@@ -9,23 +9,19 @@
 
 mod common;
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use common::options::{Log, MethodOptions, TrainOptions};
 use common::Outcome;
 use indicatif::ProgressBar;
-use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
-use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::roberta::RobertaConfig;
-use monteclora::train::{self, Classification, Classifier, Method, Observer, Predictions, Record};
-use monteclora::train::{Evaluation, Schedule, TrainConfig};
-use monteclora::{Error, MonteCLoRAConfig, Noise};
+use monteclora::train::{self, Classification, Classifier, Evaluation, Observer, Predictions, Record};
+use monteclora::{Error, Noise};
 use serde_json::{json, Value};
 
 #[derive(Parser, Clone)]
@@ -39,65 +35,14 @@ struct Args {
     /// A folder in the GLUE or SuperGLUE download layout. Default: the hub's files of the task.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// monteclora, lora or full. Default: lora, then monteclora.
-    #[arg(long)]
-    method: Option<String>,
-    /// Layers to adapt: names separated by commas, `all-linear` or `default`.
-    #[arg(long, default_value = "query,key,value")]
-    targets: String,
-    #[arg(long, default_value_t = 8)]
-    rank: usize,
-    #[arg(long, default_value_t = 16.0)]
-    alpha: f64,
-    /// Dropout in the adapters.
-    #[arg(long, default_value_t = 0.0)]
-    adapter_dropout: f64,
-    /// Constants of MonteCLoRA: paper, paper-literal or peft.
-    #[arg(long, default_value = "paper")]
-    preset: String,
-    /// Mixture components N.
-    #[arg(long)]
-    num_components: Option<usize>,
-    /// Scale of the perturbation, epsilon.
-    #[arg(long)]
-    sample_scaler: Option<f64>,
-    /// Weight of the KL terms, eta.
-    #[arg(long)]
-    kl_weight: Option<f64>,
-    #[arg(long, default_value_t = 3)]
-    epochs: usize,
+    #[command(flatten)]
+    method: MethodOptions,
+    #[command(flatten)]
+    train: TrainOptions,
     #[arg(long, default_value_t = 32)]
     batch_size: usize,
-    /// Micro-batches of one step.
-    #[arg(long, default_value_t = 1)]
-    accumulation: usize,
-    #[arg(long)]
-    lr: Option<f64>,
-    #[arg(long, default_value = "linear")]
-    schedule: String,
-    #[arg(long, default_value_t = 0.06)]
-    warmup_ratio: f64,
-    #[arg(long, default_value_t = 0.01)]
-    weight_decay: f64,
-    /// Largest global gradient norm; 0 for no clipping.
-    #[arg(long, default_value_t = 1.0)]
-    clip: f64,
     #[arg(long, default_value_t = 128)]
     max_length: usize,
-    /// Batch rows of similar lengths together.
-    #[arg(long)]
-    length_grouped: bool,
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Train on the first rows only.
-    #[arg(long)]
-    limit_train: Option<usize>,
-    /// Steps between evaluations. Default: one an epoch.
-    #[arg(long)]
-    eval_every: Option<usize>,
-    /// Keep the last parameters rather than those of the best evaluation.
-    #[arg(long)]
-    keep_last: bool,
     /// Posterior draws to average beside the mean. Default: 10 in the table, else 0.
     #[arg(long)]
     posterior_samples: Option<usize>,
@@ -125,10 +70,7 @@ fn main() -> Outcome {
         (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
         (None, _) => common::hub_splits(task)?,
     };
-    let methods = match &args.method {
-        Some(method) => vec![method.clone()],
-        None => vec!["lora".to_string(), "monteclora".to_string()],
-    };
+    let methods = args.method.names();
     let mut table = Vec::new();
     for name in &methods {
         let output =
@@ -152,13 +94,12 @@ fn run(
     let files = ModelFiles::locate(model, None)?;
     let config = RobertaConfig::from_file(files.config_path())?;
     let encoder = TextEncoder::new(common::tokenizer(&files)?, args.max_length, config.max_length())?;
-    let limit = args.limit_train.unwrap_or(usize::MAX).min(data.train.len());
-    let rows = encoder.encode(&data.train[..limit])?;
+    let rows = encoder.encode(args.train.limit(&data.train))?;
 
-    let noise = Noise::new(args.seed);
-    let targets = Targets::parse(&args.targets)?;
+    let noise = Noise::new(args.train.seed);
+    let targets = args.method.targets()?;
     let dtype = common::dtype(&args.dtype)?;
-    let method = method(args, name)?;
+    let method = args.method.method(name)?;
     let classifier = Classifier::load(&files, task.num_labels(), &method, &targets, noise, dtype, &device)?;
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
@@ -167,29 +108,22 @@ fn run(
         dev.push(Split { name: split.clone(), rows, batches });
     }
 
-    let batcher = Batcher::new(args.batch_size, args.length_grouped, noise)?;
+    let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
-    let log = match out {
-        Some(dir) => {
-            std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-            let path = dir.join("log.jsonl");
-            Some((BufWriter::new(File::create(&path).map_err(Error::io(&path))?), path))
-        }
-        None => None,
-    };
+    let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
     let mut watch = Watch { classifier: &classifier, dev: &dev, metric: task.primary_metric(), bar, log };
-    let summary = train::fit(&objective, &classifier.params, &train_config(args)?, &mut watch)?;
+    // The bundled model is small and starts from little: it wants a higher rate.
+    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 })?;
+    let summary = train::fit(&objective, &classifier.params, &config, &mut watch)?;
     watch.bar.finish_and_clear();
-    if let Some((log, path)) = &mut watch.log {
-        log.flush().map_err(Error::io(&*path))?;
-    }
+    watch.log.map(Log::finish).transpose()?;
 
-    let samples = args.posterior_samples.unwrap_or(if args.method.is_none() { 10 } else { 0 });
+    let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
     // Only MonteCLoRA has a posterior to draw from.
     let samples = if name == "monteclora" { samples } else { 0 };
     let mut metrics = json!({
-        "task": task.name(), "method": name, "seed": args.seed, "model": model,
+        "task": task.name(), "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
         "kept_step": summary.kept_step, "seconds": summary.seconds,
         "step_seconds_median": summary.step_seconds_median,
@@ -213,54 +147,6 @@ fn run(
     Ok(metrics)
 }
 
-/// The method of this name with the options that belong to it.
-fn method(args: &Args, name: &str) -> Outcome<Method> {
-    let (rank, alpha, dropout) = (args.rank, args.alpha, args.adapter_dropout);
-    match name {
-        "full" => Ok(Method::Full),
-        "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, ..LoraConfig::default() })),
-        "monteclora" => {
-            let preset = match args.preset.as_str() {
-                "paper" => MonteCLoRAConfig::paper(),
-                "paper-literal" => MonteCLoRAConfig::paper_literal(),
-                "peft" => MonteCLoRAConfig::peft(),
-                other => {
-                    return Err(format!("--preset: expected paper, paper-literal or peft, got {other}").into())
-                }
-            };
-            Ok(Method::MonteCLoRA(MonteCLoRAConfig {
-                rank,
-                alpha,
-                dropout,
-                num_components: args.num_components.unwrap_or(preset.num_components),
-                sample_scaler: args.sample_scaler.unwrap_or(preset.sample_scaler),
-                kl_weight: args.kl_weight.unwrap_or(preset.kl_weight),
-                ..preset
-            }))
-        }
-        other => Err(format!("--method: expected monteclora, lora or full, got {other}").into()),
-    }
-}
-
-fn train_config(args: &Args) -> Outcome<TrainConfig> {
-    if args.clip.is_nan() || args.clip < 0.0 {
-        return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", args.clip).into());
-    }
-    // The bundled model is small and starts from little: it wants a higher rate.
-    let default_lr = if args.model.is_none() { 2e-3 } else { 3e-4 };
-    Ok(TrainConfig {
-        epochs: args.epochs,
-        lr: args.lr.unwrap_or(default_lr),
-        schedule: args.schedule.parse::<Schedule>()?,
-        warmup_ratio: args.warmup_ratio,
-        weight_decay: args.weight_decay,
-        clip: (args.clip > 0.0).then_some(args.clip),
-        accumulation: args.accumulation,
-        eval_every: args.eval_every,
-        keep_best: !args.keep_last,
-    })
-}
-
 struct Split {
     name: String,
     rows: Vec<Encoded>,
@@ -273,7 +159,7 @@ struct Watch<'a> {
     dev: &'a [Split],
     metric: &'static str,
     bar: ProgressBar,
-    log: Option<(BufWriter<File>, PathBuf)>,
+    log: Option<Log>,
 }
 
 impl Observer for Watch<'_> {
@@ -284,11 +170,7 @@ impl Observer for Watch<'_> {
     fn step(&mut self, record: &Record) -> monteclora::Result<()> {
         self.bar.inc(1);
         self.bar.set_message(format!("loss {:.3}", record.loss));
-        if let Some((log, path)) = &mut self.log {
-            let line = serde_json::to_string(record).map_err(std::io::Error::from);
-            line.and_then(|line| writeln!(log, "{line}")).map_err(Error::io(&*path))?;
-        }
-        Ok(())
+        self.log.as_mut().map_or(Ok(()), |log| log.write(record))
     }
 
     fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each example uses its own part
 
+pub mod options;
+
 use std::path::Path;
 
 use candle_core::{DType, Device};

@@ -1,0 +1,171 @@
+//! Command-line options that the fine-tuning examples share.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::Targets;
+use monteclora::train::{Method, Record, Schedule, TrainConfig};
+use monteclora::{Error, MonteCLoRAConfig};
+
+use super::Outcome;
+
+/// What is trained, and where.
+#[derive(clap::Args, Clone)]
+pub struct MethodOptions {
+    /// monteclora, lora or full. Default: lora, then monteclora.
+    #[arg(long)]
+    pub method: Option<String>,
+    /// Layers to adapt: names separated by commas, `all-linear` or `default` (query, key, value).
+    #[arg(long, default_value = "default")]
+    pub targets: String,
+    #[arg(long, default_value_t = 8)]
+    pub rank: usize,
+    #[arg(long, default_value_t = 16.0)]
+    pub alpha: f64,
+    /// Dropout in the adapters.
+    #[arg(long, default_value_t = 0.0)]
+    pub adapter_dropout: f64,
+    /// Constants of MonteCLoRA: paper, paper-literal or peft.
+    #[arg(long, default_value = "paper")]
+    pub preset: String,
+    /// Mixture components N.
+    #[arg(long)]
+    pub num_components: Option<usize>,
+    /// Scale of the perturbation, epsilon.
+    #[arg(long)]
+    pub sample_scaler: Option<f64>,
+    /// Weight of the KL terms, eta.
+    #[arg(long)]
+    pub kl_weight: Option<f64>,
+}
+
+impl MethodOptions {
+    /// The names of the methods to run, one after the other.
+    pub fn names(&self) -> Vec<String> {
+        match &self.method {
+            Some(method) => vec![method.clone()],
+            None => vec!["lora".to_string(), "monteclora".to_string()],
+        }
+    }
+
+    /// The layers to adapt.
+    pub fn targets(&self) -> Outcome<Targets> {
+        Ok(Targets::parse(&self.targets)?)
+    }
+
+    /// The method of this name with the options that belong to it.
+    pub fn method(&self, name: &str) -> Outcome<Method> {
+        let (rank, alpha, dropout) = (self.rank, self.alpha, self.adapter_dropout);
+        match name {
+            "full" => Ok(Method::Full),
+            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, ..LoraConfig::default() })),
+            "monteclora" => {
+                let preset = match self.preset.as_str() {
+                    "paper" => MonteCLoRAConfig::paper(),
+                    "paper-literal" => MonteCLoRAConfig::paper_literal(),
+                    "peft" => MonteCLoRAConfig::peft(),
+                    other => {
+                        let expected = "expected paper, paper-literal or peft";
+                        return Err(format!("--preset: {expected}, got {other}").into());
+                    }
+                };
+                Ok(Method::MonteCLoRA(MonteCLoRAConfig {
+                    rank,
+                    alpha,
+                    dropout,
+                    num_components: self.num_components.unwrap_or(preset.num_components),
+                    sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
+                    kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
+                    ..preset
+                }))
+            }
+            other => Err(format!("--method: expected monteclora, lora or full, got {other}").into()),
+        }
+    }
+}
+
+/// How it is trained.
+#[derive(clap::Args, Clone)]
+pub struct TrainOptions {
+    #[arg(long, default_value_t = 3)]
+    pub epochs: usize,
+    /// Micro-batches of one step.
+    #[arg(long, default_value_t = 1)]
+    pub accumulation: usize,
+    #[arg(long)]
+    pub lr: Option<f64>,
+    #[arg(long, default_value = "linear")]
+    pub schedule: String,
+    #[arg(long, default_value_t = 0.06)]
+    pub warmup_ratio: f64,
+    #[arg(long, default_value_t = 0.01)]
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 for no clipping.
+    #[arg(long, default_value_t = 1.0)]
+    pub clip: f64,
+    /// Batch rows of similar lengths together.
+    #[arg(long)]
+    pub length_grouped: bool,
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Train on the first rows only.
+    #[arg(long)]
+    pub limit_train: Option<usize>,
+    /// Steps between evaluations. Default: one an epoch.
+    #[arg(long)]
+    pub eval_every: Option<usize>,
+    /// Keep the last parameters rather than those of the best evaluation.
+    #[arg(long)]
+    pub keep_last: bool,
+}
+
+impl TrainOptions {
+    /// The constants of a run.
+    pub fn config(&self, default_lr: f64) -> Outcome<TrainConfig> {
+        if self.clip.is_nan() || self.clip < 0.0 {
+            return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
+        }
+        Ok(TrainConfig {
+            epochs: self.epochs,
+            lr: self.lr.unwrap_or(default_lr),
+            schedule: self.schedule.parse::<Schedule>()?,
+            warmup_ratio: self.warmup_ratio,
+            weight_decay: self.weight_decay,
+            clip: (self.clip > 0.0).then_some(self.clip),
+            accumulation: self.accumulation,
+            eval_every: self.eval_every,
+            keep_best: !self.keep_last,
+        })
+    }
+
+    /// The first rows, as many as are to be trained on.
+    pub fn limit<'a, T>(&self, rows: &'a [T]) -> &'a [T] {
+        &rows[..self.limit_train.unwrap_or(usize::MAX).min(rows.len())]
+    }
+}
+
+/// `log.jsonl` of a run: one line a step.
+pub struct Log {
+    file: BufWriter<File>,
+    path: PathBuf,
+}
+
+impl Log {
+    /// A new log in the folder `dir`, which is made where it is missing.
+    pub fn create(dir: &Path) -> Outcome<Self> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let path = dir.join("log.jsonl");
+        Ok(Self { file: BufWriter::new(File::create(&path).map_err(Error::io(&path))?), path })
+    }
+
+    pub fn write(&mut self, record: &Record) -> monteclora::Result<()> {
+        let line = serde_json::to_string(record).map_err(std::io::Error::from);
+        line.and_then(|line| writeln!(self.file, "{line}")).map_err(Error::io(&*self.path))
+    }
+
+    pub fn finish(mut self) -> monteclora::Result<()> {
+        self.file.flush().map_err(Error::io(&*self.path))
+    }
+}
