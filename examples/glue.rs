@@ -1,4 +1,4 @@
-//! Fine-tunes RoBERTa or BERT on a GLUE or SuperGLUE task.
+//! Fine-tunes RoBERTa, BERT or LLaMA on a GLUE or SuperGLUE task.
 //!
 //! `cargo run --release --example glue`: the bundled model on the bundled SST-2 excerpt, with LoRA
 //! and then MonteCLoRA, in one table.
@@ -19,7 +19,7 @@ use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::roberta::RobertaConfig;
+use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{self, Classification, Classifier, Evaluation, Observer, Predictions, Record};
 use monteclora::{Error, Noise};
 use serde_json::{json, Value};
@@ -92,7 +92,7 @@ fn run(
 ) -> Outcome<Value> {
     let device = common::device(&args.device)?;
     let files = ModelFiles::locate(model, None)?;
-    let config = RobertaConfig::from_file(files.config_path())?;
+    let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
     let encoder = TextEncoder::new(common::tokenizer(&files)?, args.max_length, config.max_length())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
 

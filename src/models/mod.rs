@@ -9,3 +9,4 @@ pub mod hub;
 pub mod layers;
 pub mod llama;
 pub mod roberta;
+pub mod sequence;

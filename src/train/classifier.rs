@@ -5,64 +5,33 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::method::Method;
 use super::trainer::{Loss, Objective};
-use crate::adapters::LoraConfig;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 use crate::inject::{self, Targets};
 use crate::models::hub::ModelFiles;
-use crate::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
-use crate::monteclora::{MonteCLoRAConfig, Regularizer};
+use crate::models::sequence::{SequenceClassifier, SequenceConfig};
+use crate::monteclora::Regularizer;
 use crate::noise::Noise;
 use crate::ops;
 use crate::params::{Params, Role};
-use crate::peft::{self, AdapterFile, Origin, Profile};
+use crate::peft::{AdapterFile, Origin, Profile};
 use crate::slot::Pass;
-
-/// How a model is fine-tuned.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum Method {
-    /// MonteCLoRA on the targets.
-    MonteCLoRA(MonteCLoRAConfig),
-    /// LoRA on the targets.
-    Lora(LoraConfig),
-    /// Every weight.
-    Full,
-}
-
-impl Method {
-    /// The method's name, as the command line spells it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::MonteCLoRA(_) => "monteclora",
-            Self::Lora(_) => "lora",
-            Self::Full => "full",
-        }
-    }
-
-    /// The adapter of this method, where it has one.
-    fn adapter(&self) -> Option<peft::Method> {
-        match self {
-            Self::MonteCLoRA(config) => Some(peft::Method::MonteCLoRA(config.clone())),
-            Self::Lora(config) => Some(peft::Method::Lora(config.clone())),
-            Self::Full => None,
-        }
-    }
-}
 
 /// A classifier, its trainable parameters and, where its method has one, its regulariser.
 #[derive(Debug)]
 pub struct Classifier {
     /// The model with its adapters.
-    pub model: RobertaForSequenceClassification,
+    pub model: Box<dyn SequenceClassifier>,
     /// What is trained.
     pub params: Params,
     /// The paths of the adapted layers.
     pub adapted: Vec<String>,
     regularizer: Option<Regularizer>,
+    config: SequenceConfig,
 }
 
 impl Classifier {
@@ -81,7 +50,7 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let config = RobertaConfig::from_file(files.config_path())?.with_num_labels(num_labels);
+        let config = SequenceConfig::from_file(files.config_path(), num_labels)?;
         let checkpoint = files.var_builder(base_dtype, device)?;
         let params = Params::new(noise, device);
         let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
@@ -89,18 +58,9 @@ impl Classifier {
             Method::Full => params.var_builder(Some(checkpoint), Role::Base),
             _ => checkpoint,
         };
-        let mut model = RobertaForSequenceClassification::load(base, head, &config, noise)?;
-        let mut regularizer = None;
-        let adapted = match method {
-            Method::Full => Vec::new(),
-            Method::Lora(config) => inject::lora(&mut model, targets, config, &params)?,
-            Method::MonteCLoRA(config) => {
-                regularizer = Some(Regularizer::new(config));
-                inject::monteclora(&mut model, targets, config, &params)?
-            }
-        };
-        let adapted = adapted.into_iter().map(|target| target.path).collect();
-        Ok(Self { model, params, adapted, regularizer })
+        let mut model = config.load(base, head, noise)?;
+        let (adapted, regularizer) = method.inject(model.as_mut(), targets, &params)?;
+        Ok(Self { model, params, adapted, regularizer, config })
     }
 
     /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head, or under
@@ -118,8 +78,13 @@ impl Classifier {
             task: Some("SEQ_CLS".to_string()),
             ..Origin::default()
         };
-        let file =
-            AdapterFile::from_model(&self.model, inject::DEFAULT_ADAPTER, &self.params, &method, &origin)?;
+        let file = AdapterFile::from_model(
+            self.model.as_ref(),
+            inject::DEFAULT_ADAPTER,
+            &self.params,
+            &method,
+            &origin,
+        )?;
         file.write(dir.join("adapter"), Profile::PeftMonteCLoRA)
     }
 
@@ -130,14 +95,14 @@ impl Classifier {
             all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
         candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
         let path = dir.join("config.json");
-        let config = serde_json::to_string_pretty(self.model.config());
+        let config = serde_json::to_string_pretty(&self.config.to_json());
         let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
         std::fs::write(&path, config).map_err(Error::io(&path))
     }
 
     /// Whether the outputs are scores rather than classes.
     pub fn is_regression(&self) -> bool {
-        self.model.config().num_labels() == 1
+        self.model.num_labels() == 1
     }
 
     /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms.
@@ -153,7 +118,7 @@ impl Classifier {
         let Some(regularizer) = &self.regularizer else {
             return Ok(Loss { total: task.clone(), terms: vec![("task", task)] });
         };
-        let penalty = regularizer.for_model(&self.model, pass)?;
+        let penalty = regularizer.for_model(self.model.as_ref(), pass)?;
         let total = (&task + &penalty.total)?;
         let terms = vec![
             ("task", task),
@@ -168,9 +133,7 @@ impl Classifier {
 
 impl Predictor for Classifier {
     fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        // RoBERTa has one token type; its tokenizers number pairs all the same.
-        let types = (self.model.config().type_vocab_size > 1).then_some(&batch.token_type_ids);
-        self.model.forward(&batch.input_ids, types, &batch.attention_mask, pass)
+        self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, pass)
     }
 }
 
@@ -194,8 +157,7 @@ impl Classification<'_> {
         let chosen: Option<Vec<&Encoded>> = rows.iter().map(|row| self.rows.get(*row)).collect();
         let chosen =
             chosen.ok_or_else(|| Error::config("rows", format!("{rows:?} are not all in the data")))?;
-        let config = self.classifier.model.config();
-        Batch::collate(&chosen, config.pad_id(), self.classifier.params.device())
+        Batch::collate(&chosen, self.classifier.model.pad_id(), self.classifier.params.device())
     }
 }
 

@@ -43,7 +43,7 @@ pub struct Evaluation {
 /// If there are no rows, or candle fails.
 pub fn batches(classifier: &Classifier, rows: &[Encoded], batch_size: usize) -> Result<Vec<Batch>> {
     let device = classifier.params.device();
-    let pad_id = classifier.model.config().pad_id();
+    let pad_id = classifier.model.pad_id();
     let plan = in_order(rows.len(), batch_size)?;
     plan.iter()
         .map(|chosen| Batch::collate(&chosen.iter().map(|i| &rows[*i]).collect::<Vec<_>>(), pad_id, device))

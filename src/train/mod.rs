@@ -4,15 +4,17 @@ mod classifier;
 mod evaluate;
 mod gradients;
 mod memory;
+mod method;
 mod optim;
 mod schedule;
 mod trainer;
 mod update;
 
-pub use classifier::{Classification, Classifier, Method};
+pub use classifier::{Classification, Classifier};
 pub use evaluate::{batches, Evaluation, Predictions};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
 pub use memory::peak_rss_bytes;
+pub use method::Method;
 pub use optim::{AdamW, AdamWConfig};
 pub use schedule::Schedule;
 pub use trainer::{fit, Loss, Objective, Observer, Record, Summary, TrainConfig};

@@ -11,13 +11,16 @@ use monteclora::data::task::Label;
 use monteclora::inject::Targets;
 use monteclora::metrics::softmax;
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::params::Role;
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, TrainConfig,
 };
-use monteclora::{MonteCLoRAConfig, Noise, Pass};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
-use crate::support::{toy_config, toy_weights, Outcome};
+use crate::llama;
+use crate::support::{scatter, toy_config, toy_weights, Outcome};
 
 /// A folder with the toy encoder's configuration and weights, without a head.
 fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
@@ -28,6 +31,19 @@ fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let body = weights.into_iter().filter(|(name, _)| name.starts_with("roberta.")).collect();
     candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
     std::fs::write(dir.join("config.json"), serde_json::to_string(&config)?)?;
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+/// The same with the toy decoder, whose head is new, too.
+fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
+    let json = llama::toy_json(true);
+    let params = Params::new(Noise::new(5), &Device::Cpu);
+    let config = LlamaConfig::from_value(json.clone())?;
+    LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
+    scatter(&params)?;
+    let body = params.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+    candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
+    std::fs::write(dir.join("config.json"), json.to_string())?;
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
 
@@ -66,7 +82,7 @@ fn methods() -> [Method; 3] {
 }
 
 fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifier> {
-    let targets = Targets::parse("query,key,value")?;
+    let targets = Targets::default();
     Ok(Classifier::load(files, labels, method, &targets, Noise::new(4), DType::F32, &Device::Cpu)?)
 }
 
@@ -81,13 +97,13 @@ fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Ve
 
 #[test]
 fn every_method_learns_through_the_one_loop_and_repeats_itself() -> Outcome {
-    let dir = tempfile::tempdir()?;
-    let files = checkpoint(dir.path())?;
-    for regression in [false, true] {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (encoder, decoder) = (checkpoint(dir.path())?, llama_checkpoint(other.path())?);
+    for (files, regression) in [(&encoder, false), (&encoder, true), (&decoder, false), (&decoder, true)] {
         let rows = rows(64, regression);
         for method in methods() {
             let run = || -> Outcome<(Vec<Record>, Predictions)> {
-                let classifier = load(&files, &method, if regression { 1 } else { 2 })?;
+                let classifier = load(files, &method, if regression { 1 } else { 2 })?;
                 let log = train(&classifier, &rows, 6)?;
                 let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 16)?, 0)?;
                 Ok((log, predictions))
@@ -154,12 +170,13 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
 
 #[test]
 fn predictions_and_what_was_trained_are_written() -> Outcome {
-    let dir = tempfile::tempdir()?;
-    let files = checkpoint(dir.path())?;
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (encoder, decoder) = (checkpoint(dir.path())?, llama_checkpoint(other.path())?);
     let rows = rows(10, false);
-    for method in methods() {
-        let classifier = load(&files, &method, 2)?;
-        let out = dir.path().join(method.name());
+    let runs = methods().into_iter().flat_map(|method| [(&encoder, method.clone()), (&decoder, method)]);
+    for (i, (files, method)) in runs.enumerate() {
+        let classifier = load(files, &method, 2)?;
+        let out = dir.path().join(format!("{i}"));
         classifier.save(&method, "toy", &out)?;
         let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 4)?, 2)?;
         predictions.write(&out.join("predictions.jsonl"))?;

@@ -23,17 +23,21 @@ use monteclora::{MonteCLoRAConfig, Regularizer};
 use tokenizers::Tokenizer;
 
 /// Grouped queries, non-square everywhere; with the positions of LLaMA 3 and a tied head, or without.
-fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
+pub fn toy_json(llama3: bool) -> serde_json::Value {
     let scaling = serde_json::json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
-    Ok(LlamaConfig::from_value(serde_json::json!({
+    serde_json::json!({
         "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
         "max_position_embeddings": 40, "rms_norm_eps": 1e-5, "eos_token_id": 2,
         "rope_theta": if llama3 { 500.0 } else { 10000.0 },
         "rope_scaling": llama3.then_some(scaling), "tie_word_embeddings": llama3,
         "attention_dropout": 0.1,
-    }))?)
+    })
+}
+
+fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
+    Ok(LlamaConfig::from_value(toy_json(llama3))?)
 }
 
 /// A model in general position; with `Role::Base` all of it is trainable.
