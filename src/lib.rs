@@ -3,6 +3,7 @@
 
 // Floor 0: ground. Knows nothing of the method.
 pub mod error;
+pub mod files;
 pub mod noise;
 pub mod ops;
 pub mod special;

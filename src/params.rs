@@ -214,7 +214,9 @@ impl Params {
     /// role: full fine-tuning, pre-training and task heads.
     ///
     /// Values come from `source` where it has the tensor, else from the initialisation that the
-    /// layer asks for. A name asked for twice is the same parameter (tied weights).
+    /// layer asks for; under [`Role::Base`] a source has to have them all, since a checkpoint with
+    /// a hole would train from random weights without a word. A name asked for twice is the same
+    /// parameter (tied weights).
     pub fn var_builder(&self, source: Option<VarBuilder<'static>>, role: Role) -> VarBuilder<'static> {
         let backend = Trainable { params: self.clone(), source, role };
         VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
@@ -249,6 +251,9 @@ impl SimpleBackend for Trainable {
         if let Some(source) = self.source.as_ref().filter(|source| source.contains_tensor(name)) {
             let values = source.get_with_hints_dtype(shape, name, hint, self.params.dtype)?;
             return Ok(self.params.insert(name, self.role, &values)?);
+        }
+        if self.source.is_some() && self.role == Role::Base {
+            return Err(Error::tensor(name, "cannot find tensor in the checkpoint").into());
         }
         let init = match hint {
             candle_nn::Init::Const(value) => Init::Constant(value),

@@ -119,6 +119,14 @@ impl SequenceConfig {
         }
     }
 
+    /// The prefix, with its dot, of the names of the model's body.
+    pub fn prefix(&self) -> String {
+        match &self.architecture {
+            Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
+            Architecture::Llama(_) => "model.".to_string(),
+        }
+    }
+
     /// Fetches the model from `vb` and its task head from `head`.
     ///
     /// # Errors
@@ -139,26 +147,34 @@ impl SequenceConfig {
         })
     }
 
-    /// The file as Hugging Face writes it for this classifier: the source's own, with the head's
-    /// architecture and labels.
+    /// The file as Hugging Face writes it for this classifier in single precision: the source's
+    /// own, with the head's architecture and labels.
     pub fn to_json(&self) -> Value {
-        let (architecture, labels, pad) = match &self.architecture {
-            Architecture::Roberta(config) => match config.model_type.prefix() {
-                "bert" => ("BertForSequenceClassification", config.num_labels(), config.pad_id()),
-                _ => ("RobertaForSequenceClassification", config.num_labels(), config.pad_id()),
-            },
-            Architecture::Llama(config) => {
-                ("LlamaForSequenceClassification", config.num_labels, config.pad_id())
+        let (family, labels, pad) = match &self.architecture {
+            Architecture::Llama(config) => ("Llama", config.num_labels, config.pad_id()),
+            Architecture::Roberta(config) => {
+                let family = match self.json.get("model_type").and_then(Value::as_str) {
+                    Some("bert") => "Bert",
+                    Some("xlm-roberta") => "XLMRoberta",
+                    Some("camembert") => "Camembert",
+                    _ => "Roberta",
+                };
+                (family, config.num_labels(), config.pad_id())
             }
         };
         let names: Vec<String> = (0..labels).map(|i| format!("LABEL_{i}")).collect();
         let named = |(i, name): (usize, &String)| (i.to_string(), json!(name));
         let numbered = |(i, name): (usize, &String)| (name.clone(), json!(i));
         let mut json = self.json.clone();
-        json["architectures"] = json!([architecture]);
+        json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
         json["id2label"] = Value::Object(names.iter().enumerate().map(named).collect::<Map<_, _>>());
         json["label2id"] = Value::Object(names.iter().enumerate().map(numbered).collect::<Map<_, _>>());
         json["pad_token_id"] = json!(pad);
+        for dtype in ["torch_dtype", "dtype"] {
+            if let Some(named) = json.get_mut(dtype) {
+                *named = json!("float32");
+            }
+        }
         json
     }
 }

@@ -1,10 +1,8 @@
 //! Reading and writing the two files of an adapter.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
@@ -14,6 +12,7 @@ use super::config::PeftConfig;
 use super::keys::{self, Key, Part};
 use super::{AdapterFile, LayerTensors, Profile, SamplerTensors};
 use crate::error::{Error, Result};
+use crate::files::{self, Pending};
 
 /// The name of the configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -161,19 +160,10 @@ impl AdapterFile {
         named.extend(
             self.saved_modules.iter().map(|(name, tensor)| (format!("{}{name}", keys::PREFIX), tensor)),
         );
-        let data = named.into_iter().map(|(name, tensor)| {
-            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            Ok((name, tensor.dims().to_vec(), bytes))
-        });
-        let data = data.collect::<Result<Vec<_>>>()?;
-        let views = data.iter().map(|(name, dims, bytes)| {
-            let view = TensorView::new(Dtype::F32, dims.clone(), bytes);
-            Ok((name, view.map_err(|e| Error::tensor(name, e.to_string()))?))
-        });
-        let views = views.collect::<Result<Vec<_>>>()?;
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize(views, Some(metadata)).map_err(|e| Error::config("weights", e.to_string()))
+        let single = |(name, tensor): (String, &Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
+        let named = named.into_iter().map(single).collect::<Result<BTreeMap<_, _>>>()?;
+        safetensors::serialize(named, Some(files::metadata()))
+            .map_err(|e| Error::config("weights", e.to_string()))
     }
 }
 
@@ -186,36 +176,4 @@ fn tensor(name: &str, view: &TensorView) -> Result<Tensor> {
         other => return Err(Error::tensor(name, format!("expected F32, F16 or BF16, got {other:?}"))),
     };
     Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)
-}
-
-/// A file written beside its place: it takes it on [`Self::commit`], or goes when dropped.
-struct Pending {
-    temporary: PathBuf,
-    place: PathBuf,
-}
-
-impl Pending {
-    fn write(place: PathBuf, bytes: &[u8]) -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let unique = format!("tmp-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let pending = Self { temporary: place.with_extension(unique), place };
-        let write = |path: &Path| {
-            let mut file = fs::File::create(path)?;
-            file.write_all(bytes)?;
-            file.sync_all()
-        };
-        write(&pending.temporary).map_err(Error::io(&pending.place))?;
-        Ok(pending)
-    }
-
-    fn commit(self) -> Result<()> {
-        fs::rename(&self.temporary, &self.place).map_err(Error::io(&self.place))
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        // After a commit there is nothing left here to remove.
-        fs::remove_file(&self.temporary).ok();
-    }
 }

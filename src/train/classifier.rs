@@ -1,6 +1,5 @@
 //! A sequence classifier under one of the methods: what is trained and what predicts.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -11,13 +10,14 @@ use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::inject::{self, Targets};
 use crate::models::hub::ModelFiles;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::monteclora::Regularizer;
 use crate::noise::Noise;
 use crate::ops;
-use crate::params::{Params, Role};
+use crate::params::{Param, Params, Role};
 use crate::peft::{AdapterFile, Origin, Profile};
 use crate::slot::Pass;
 
@@ -90,14 +90,20 @@ impl Classifier {
 
     fn save_model(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let all = self.params.all().into_iter();
-        let weights: HashMap<_, _> =
-            all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
-        candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+        // A checkpoint of the bare body trains under its own names; with a head, Hugging Face
+        // expects the body's prefix.
+        let prefix = self.config.prefix();
+        let name = |(name, param): &(String, Param)| match param.role {
+            Role::Base if !name.starts_with(&prefix) => format!("{prefix}{name}"),
+            _ => name.clone(),
+        };
+        let weights = self.params.all();
+        let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
+        files::write_safetensors(&dir.join("model.safetensors"), named)?;
         let path = dir.join("config.json");
         let config = serde_json::to_string_pretty(&self.config.to_json());
         let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
-        std::fs::write(&path, config).map_err(Error::io(&path))
+        files::write(&path, config.as_bytes())
     }
 
     /// Whether the outputs are scores rather than classes.

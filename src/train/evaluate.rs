@@ -11,6 +11,7 @@ use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::metrics::{softmax, Metrics};
 use crate::slot::Pass;
 
@@ -54,8 +55,13 @@ impl Predictions {
     /// Predicts the rows of `batches`; `samples` posterior draws beside the mean, 0 for none.
     ///
     /// # Errors
-    /// If a forward pass fails.
+    /// If a forward pass fails, or `batches` are not those of `rows`.
     pub fn new(classifier: &Classifier, rows: &[Encoded], batches: &[Batch], samples: usize) -> Result<Self> {
+        let batched: usize = batches.iter().map(|batch| batch.rows.len()).sum();
+        if batched != rows.len() {
+            let reason = format!("{} rows, but {batched} in the batches", rows.len());
+            return Err(Error::config("batches", reason));
+        }
         let outputs = logits(classifier, batches, &Pass::Mean)?;
         let regression = classifier.is_regression();
         let mean = match regression {
@@ -117,6 +123,6 @@ impl Predictions {
             text.push_str(&row.to_string());
             text.push('\n');
         }
-        std::fs::write(path, text).map_err(Error::io(path))
+        files::write(path, text.as_bytes())
     }
 }

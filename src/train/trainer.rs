@@ -80,7 +80,8 @@ pub struct Loss {
 
 /// What is trained: it knows its data and its model.
 pub trait Objective {
-    /// The micro-batches of an epoch, as rows of the data: a pure function of the epoch.
+    /// The micro-batches of an epoch, as rows of the data: a pure function of the epoch, as many in
+    /// each.
     ///
     /// # Errors
     /// If there is no data.
@@ -147,8 +148,8 @@ pub struct Summary {
 ///
 /// # Errors
 /// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
-/// rows, and the parameters of the last good evaluation, if there was one, are put back. Besides,
-/// what the objective, the observer or the optimiser report.
+/// rows. Besides, what the objective, the observer or the optimiser report. On any of them the
+/// parameters of the best evaluation, if there was one, are put back.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
@@ -158,68 +159,96 @@ pub fn fit(
     config.validate()?;
     let optimizer_config =
         AdamWConfig { lr: config.lr, weight_decay: config.weight_decay, ..AdamWConfig::default() };
-    let mut optimizer = AdamW::new(params, optimizer_config)?;
+    let optimizer = AdamW::new(params, optimizer_config)?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
     if per_epoch == 0 {
         return Err(Error::config("data", "there is no batch to train on"));
     }
     let total = per_epoch * config.epochs;
-    let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
     observer.start(total);
 
     let start = Instant::now();
-    let (mut seconds, mut draw, mut best) = (Vec::with_capacity(total), 0, None::<Best>);
-    for epoch in 0..config.epochs {
-        let micro_batches = objective.epoch(epoch as u64)?;
-        for (i, group) in micro_batches.chunks(config.accumulation).enumerate() {
-            let clock = Instant::now();
-            let step = epoch * per_epoch + i + 1;
-            let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
-            let outcome = group_gradients(objective, params, group, draw, step).and_then(|mut done| {
-                let norm = clip(&mut done.grads, config.clip, step, group)?;
-                optimizer.step(&done.grads, lr)?;
-                Ok((done, norm))
-            });
-            let (done, grad_norm) = match (outcome, &best) {
-                (Err(error @ Error::NonFinite { .. }), Some(best)) => {
-                    params.restore(&best.values)?;
-                    return Err(error);
-                }
-                (outcome, _) => outcome?,
-            };
-            draw += group.len() as u64;
-            seconds.push(clock.elapsed().as_secs_f64());
-            let epoch = epoch as f64 + (i + 1) as f64 / per_epoch as f64;
-            observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })?;
-            let due = match config.eval_every {
-                Some(every) => step % every == 0 || step == total,
-                None => i + 1 == per_epoch,
-            };
-            if due {
-                // NaN compares with nothing: as the first score it would stay the best for ever.
-                if let Some(score) = observer.evaluate(step)?.filter(|score| !score.is_nan()) {
-                    if best.as_ref().is_none_or(|best| score > best.score) {
-                        best = Some(Best { score, step, values: params.snapshot()? });
-                    }
-                }
-            }
-        }
-    }
-    let kept_step = match best.filter(|_| config.keep_best) {
+    let mut run = Run { config, per_epoch, total, optimizer, best: None, seconds: Vec::with_capacity(total) };
+    let outcome = run.steps(objective, params, observer);
+    let keep_best = config.keep_best || outcome.is_err();
+    let kept_step = match run.best.filter(|_| keep_best) {
         Some(best) => {
             params.restore(&best.values)?;
             best.step
         }
         None => total,
     };
-    let seconds_total = start.elapsed().as_secs_f64();
-    Ok(Summary { steps: total, seconds: seconds_total, step_seconds_median: median(seconds), kept_step })
+    outcome?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Summary { steps: total, seconds, step_seconds_median: median(run.seconds), kept_step })
+}
+
+/// A run on its way.
+struct Run<'a> {
+    config: &'a TrainConfig,
+    per_epoch: usize,
+    total: usize,
+    optimizer: AdamW,
+    best: Option<Best>,
+    seconds: Vec<f64>,
 }
 
 struct Best {
     score: f64,
     step: usize,
     values: std::collections::BTreeMap<String, Tensor>,
+}
+
+impl Run<'_> {
+    /// All steps of all epochs, with their evaluations.
+    fn steps(
+        &mut self,
+        objective: &dyn Objective,
+        params: &Params,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let (config, per_epoch, total) = (self.config, self.per_epoch, self.total);
+        let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
+        let mut draw = 0;
+        for epoch in 0..config.epochs {
+            let micro_batches = objective.epoch(epoch as u64)?;
+            let steps = micro_batches.len().div_ceil(config.accumulation);
+            if steps != per_epoch {
+                let reason = format!("epoch {epoch} has {steps} steps, the first had {per_epoch}");
+                return Err(Error::config("data", reason));
+            }
+            for (i, group) in micro_batches.chunks(config.accumulation).enumerate() {
+                let clock = Instant::now();
+                let step = epoch * per_epoch + i + 1;
+                let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
+                let mut done = group_gradients(objective, params, group, draw, step)?;
+                let grad_norm = clip(&mut done.grads, config.clip, step, group)?;
+                self.optimizer.step(&done.grads, lr)?;
+                draw += group.len() as u64;
+                self.seconds.push(clock.elapsed().as_secs_f64());
+                let epoch = epoch as f64 + (i + 1) as f64 / per_epoch as f64;
+                observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })?;
+                let due = match config.eval_every {
+                    Some(every) => step % every == 0 || step == total,
+                    None => i + 1 == per_epoch,
+                };
+                if due {
+                    self.evaluate(step, params, observer)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, step: usize, params: &Params, observer: &mut dyn Observer) -> Result<()> {
+        // NaN compares with nothing: as the first score it would stay the best for ever.
+        let score = observer.evaluate(step)?.filter(|score| !score.is_nan());
+        let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
+        if let Some(score) = score.filter(better) {
+            self.best = Some(Best { score, step, values: params.snapshot()? });
+        }
+        Ok(())
+    }
 }
 
 struct Group {

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use monteclora::adapters::LoraConfig;
 use monteclora::bayes::{logits, posterior_probabilities};
-use monteclora::data::batch::Batcher;
+use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::Encoded;
 use monteclora::data::task::Label;
 use monteclora::inject::Targets;
@@ -13,7 +13,9 @@ use monteclora::metrics::softmax;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::models::sequence::SequenceConfig;
 use monteclora::params::Role;
+use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, TrainConfig,
 };
@@ -31,6 +33,16 @@ fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let body = weights.into_iter().filter(|(name, _)| name.starts_with("roberta.")).collect();
     candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
     std::fs::write(dir.join("config.json"), serde_json::to_string(&config)?)?;
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+/// The same weights under the names of a bare encoder.
+fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
+    let weights = candle_core::safetensors::load(&files.weights()[0], &Device::Cpu)?;
+    let bare = |(name, tensor): (String, _)| (name.trim_start_matches("roberta.").to_string(), tensor);
+    let weights = weights.into_iter().map(bare).collect();
+    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+    std::fs::copy(files.config_path(), dir.join("config.json"))?;
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
 
@@ -168,31 +180,79 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
     Ok(())
 }
 
+/// What `saved` says about some rows: a checkpoint alone, or one with an adapter on it.
+fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -> Outcome<Vec<Vec<f32>>> {
+    let config = SequenceConfig::from_file(files.config_path(), 2)?;
+    let params = Params::new(Noise::new(9), &Device::Cpu);
+    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+    let head = match adapter {
+        Some(_) => params.var_builder(Some(vb.clone()), Role::Head),
+        None => vb.clone(),
+    };
+    let mut model = config.load(vb, head, Noise::new(9))?;
+    if let Some(dir) = adapter {
+        AdapterFile::read(dir)?.apply(model.as_mut(), "default", &params)?;
+    }
+    let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
+    let logits = model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, &Pass::Mean)?;
+    Ok(logits.to_vec2()?)
+}
+
 #[test]
 fn predictions_and_what_was_trained_are_written() -> Outcome {
-    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let (encoder, decoder) = (checkpoint(dir.path())?, llama_checkpoint(other.path())?);
+    let dirs = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
+    let (encoder, decoder) = (checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?);
+    let bare = bare_checkpoint(&encoder, dirs[2].path())?;
     let rows = rows(10, false);
-    let runs = methods().into_iter().flat_map(|method| [(&encoder, method.clone()), (&decoder, method)]);
+    let files = [&encoder, &decoder, &bare];
+    let runs = methods().into_iter().flat_map(|method| files.map(|files| (files, method.clone())));
     for (i, (files, method)) in runs.enumerate() {
         let classifier = load(files, &method, 2)?;
-        let out = dir.path().join(format!("{i}"));
+        scatter(&classifier.params)?;
+        let out = dirs[0].path().join(format!("{i}"));
         classifier.save(&method, "toy", &out)?;
-        let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 4)?, 2)?;
+        let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 10)?, 2)?;
         predictions.write(&out.join("predictions.jsonl"))?;
         let text = std::fs::read_to_string(out.join("predictions.jsonl"))?;
         let last: serde_json::Value = serde_json::from_str(text.lines().last().ok_or("no line")?)?;
         assert_eq!((text.lines().count(), &last["index"]), (10, &serde_json::json!(9)));
         assert!(last["posterior"].is_array() && last["mean"].is_array() && last["label"].is_u64());
-        match method {
+        let again = match method {
             Method::Full => {
-                let again = ModelFiles::locate(out.join("model").to_str().ok_or("a path")?, None)?;
-                load(&again, &Method::Full, 2)?;
+                let saved = ModelFiles::locate(out.join("model").to_str().ok_or("a path")?, None)?;
+                let names = saved.var_builder(DType::F32, &Device::Cpu)?;
+                let bodies = ["roberta.embeddings.word_embeddings.weight", "model.embed_tokens.weight"];
+                assert!(bodies.iter().any(|name| names.contains_tensor(name)));
+                logits_of(&saved, None, &rows)?
             }
-            _ => assert!(out.join("adapter/adapter_model.safetensors").is_file()),
-        }
+            _ => logits_of(files, Some(&out.join("adapter")), &rows)?,
+        };
+        let expected: Vec<Vec<f32>> =
+            predictions.logits.iter().map(|row| row.iter().map(|x| *x as f32).collect()).collect();
+        assert_eq!(again, expected, "{}", method.name());
         let error = predictions.write(&out.join("no/such/folder.jsonl")).unwrap_err().to_string();
         assert!(error.contains("folder.jsonl"), "{error}");
+    }
+    let classifier = load(&encoder, &Method::Full, 2)?;
+    let few = batches(&classifier, &rows[..9], 4)?;
+    let error = Predictions::new(&classifier, &rows, &few, 0).map(drop).unwrap_err().to_string();
+    assert!(error.contains("10 rows, but 9 in the batches"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_with_a_hole_is_refused_by_every_method() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let whole = checkpoint(dir.path())?;
+    let name = "roberta.encoder.layer.1.attention.self.key.weight";
+    let mut weights = candle_core::safetensors::load(&whole.weights()[0], &Device::Cpu)?;
+    weights.remove(name);
+    candle_core::safetensors::save(&weights, other.path().join("model.safetensors"))?;
+    std::fs::copy(whole.config_path(), other.path().join("config.json"))?;
+    let files = ModelFiles::locate(other.path().to_str().ok_or("a path")?, None)?;
+    for method in methods() {
+        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
+        assert!(error.contains(name), "{}: {error}", method.name());
     }
     Ok(())
 }

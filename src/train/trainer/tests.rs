@@ -164,3 +164,46 @@ fn a_score_that_is_no_number_never_counts_as_the_best() -> Result<()> {
     assert_eq!(summary.kept_step, 6);
     Ok(())
 }
+
+#[test]
+fn whatever_ends_a_run_the_best_parameters_are_put_back() -> Result<()> {
+    /// Is content with the first evaluation and fails at the third.
+    struct Fails(Vec<f64>, Params);
+    impl Observer for Fails {
+        fn step(&mut self, _: &Record) -> Result<()> {
+            Ok(())
+        }
+        fn evaluate(&mut self, _: usize) -> Result<Option<f64>> {
+            let w = self.1.get("w").map(|w| w.var.as_tensor().to_vec1::<f64>()).transpose()?;
+            self.0.push(w.map_or(f64::NAN, |w| w[0]));
+            match self.0.len() {
+                3 => Err(Error::config("disk", "full")),
+                n => Ok(Some(-(n as f64))),
+            }
+        }
+    }
+    let line = Line::new(5)?;
+    let mut observer = Fails(Vec::new(), line.params.clone());
+    let error = fit(&line, &line.params, &config(), &mut observer).map(|s| s.steps).unwrap_err();
+    assert!(error.to_string().contains("disk"), "{error}");
+    assert_eq!(line.value()?, observer.0[0]);
+    assert_ne!(observer.0[0], observer.0[2]);
+    Ok(())
+}
+
+#[test]
+fn epochs_of_several_lengths_are_refused() -> Result<()> {
+    struct Shrinks(Line);
+    impl Objective for Shrinks {
+        fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
+            Ok(self.0.epoch(0)?.split_off(epoch as usize))
+        }
+        fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
+            self.0.loss(rows, pass)
+        }
+    }
+    let objective = Shrinks(Line::new(3)?);
+    let error = fit(&objective, &objective.0.params, &config(), &mut Log::default()).map(|s| s.steps);
+    assert!(error.is_err_and(|e| e.to_string().contains("epoch 1 has 3 steps, the first had 4")));
+    Ok(())
+}
