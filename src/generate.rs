@@ -8,6 +8,7 @@ pub use candle_transformers::generation::Sampling;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::models::causal::{Cache, CausalLm};
+use crate::monteclora::with_held_draws;
 use crate::slot::Pass;
 
 /// Which of the posterior's weights predict.
@@ -113,6 +114,17 @@ pub fn generate(
         let reason = format!("{longest} tokens leave no room in the model's {}", model.max_length());
         return Err(Error::config("prompt", reason));
     }
+    with_held_draws(|| run(model, prompts, longest, config, on_token))
+}
+
+/// The loop over tokens.
+fn run(
+    model: &dyn CausalLm,
+    prompts: &[Vec<u32>],
+    longest: usize,
+    config: &GenerateConfig,
+    on_token: &mut dyn FnMut(usize, u32) -> bool,
+) -> Result<Vec<Vec<u32>>> {
     let steps = config.max_new_tokens.min(model.max_length() - longest);
     let mut batch = Batch::new(model, prompts, longest, steps, config);
     let mut done = vec![false; prompts.len()];

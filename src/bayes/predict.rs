@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
+use crate::monteclora::with_held_draws;
 use crate::slot::Pass;
 
 /// A model that scores batches.
@@ -60,7 +61,8 @@ fn average(
     }
     let mut mean: Vec<Vec<f64>> = Vec::new();
     for draw in 0..samples {
-        let rows = logits(model, batches, &Pass::Posterior { draw: draw as u64 })?;
+        let pass = Pass::Posterior { draw: draw as u64 };
+        let rows = with_held_draws(|| logits(model, batches, &pass))?;
         for (i, row) in rows.into_iter().enumerate() {
             let row = transform(row);
             match mean.get_mut(i) {

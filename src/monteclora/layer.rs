@@ -12,6 +12,7 @@ use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
 use super::config::MonteCLoRAConfig;
+use super::held::held;
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use super::posterior::{Posterior, PosteriorDraw};
 use crate::adapters::LowRank;
@@ -119,9 +120,11 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
-        Ok(match self.noise(pass)? {
-            None => Cow::Borrowed(self.pair.a()),
-            Some(noise) => Cow::Owned((self.pair.a() + self.posterior.perturbation(&noise)?)?),
+        let draw = |draw| self.pair.a() + self.posterior.perturbation(&self.buffer.get(draw)?)?;
+        Ok(match (pass, pass.posterior_draw()) {
+            (_, None) => Cow::Borrowed(self.pair.a()),
+            (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),
+            (_, Some(at)) => Cow::Owned(draw(at)?),
         })
     }
 

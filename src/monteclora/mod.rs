@@ -2,6 +2,7 @@
 
 pub mod buffer;
 pub mod config;
+mod held;
 pub mod layer;
 pub mod linear;
 pub mod noise;
@@ -10,6 +11,7 @@ pub mod regularizer;
 
 pub use buffer::SampleBuffer;
 pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
+pub use held::with_held_draws;
 pub use layer::MonteCLoRA;
 pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
 pub use noise::{DrawNoise, NoiseSpec, NoiseStreams};

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, ModuleT};
 use monteclora::adapters::{Lora, LoraConfig, LoraLinear};
-use monteclora::monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
+use monteclora::monteclora::{with_held_draws, Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
 use monteclora::noise::Noise;
 use monteclora::params::Params;
 use monteclora::slot::{Adapter, Pass};
@@ -87,6 +87,30 @@ fn a_draw_repeats_and_training_predictive_and_other_draws_differ() -> Result<()>
     assert_eq!(layer.forward_t(&xs, true)?.flatten_all()?.to_vec1::<f64>()?, first[1]);
     layer.set_next_draw(2);
     assert_eq!(layer.forward_t(&xs, true)?.flatten_all()?.to_vec1::<f64>()?, first[1]);
+    Ok(())
+}
+
+#[test]
+fn held_draws_are_the_same_numbers_made_once() -> Result<()> {
+    let (params, xs) = (store(1), normals("xs", &[5, 6])?);
+    let layer = linear(&params, &config())?;
+    shake(&params)?;
+    let at =
+        |pass: Pass| -> Result<Vec<f64>> { Ok(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1()?) };
+    let draws = [0, 1].map(|draw| Pass::Posterior { draw });
+    let before = draws.map(|pass| at(pass).unwrap());
+    let training = at(TRAIN)?;
+    with_held_draws(|| -> Result<()> {
+        assert_eq!(draws.map(|pass| at(pass).unwrap()), before);
+        let name = "proj.default.std_prior";
+        params.set(name, &(params.get(name).ok_or("none")?.var.as_tensor() + 1.0)?)?;
+        // Kept, also across a scope inside; what trains is never kept.
+        with_held_draws(|| assert_eq!(draws.map(|pass| at(pass).unwrap()), before));
+        assert_eq!(at(draws[0])?, before[0]);
+        assert_ne!(at(TRAIN)?, training);
+        Ok(())
+    })?;
+    assert_ne!(at(draws[0])?, before[0]);
     Ok(())
 }
 
