@@ -77,7 +77,7 @@ fn main() -> Outcome {
             args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
         table.push(run(&args, task, &model, &data, name, output.as_deref())?);
     }
-    print_table(&table);
+    print_table(&table, task.primary_metric());
     Ok(())
 }
 
@@ -190,10 +190,10 @@ impl Observer for Watch<'_> {
 }
 
 /// The runs side by side: the mean, and where there is a posterior, its average.
-fn print_table(runs: &[Value]) {
+fn print_table(runs: &[Value], metric: &str) {
     println!(
         "{:<24} {:>9} {:>8} {:>8} {:>10} {:>8} {:>9}",
-        "method", "score", "nll", "ece", "trainable", "seconds", "peak MB"
+        "method", metric, "nll", "ece", "trainable", "seconds", "peak MB"
     );
     let number = |value: &Value, digits: usize| match value.as_f64() {
         Some(value) => format!("{value:.digits$}"),
@@ -205,12 +205,10 @@ fn print_table(runs: &[Value]) {
             if metrics.is_null() {
                 continue;
             }
-            let score =
-                ["accuracy", "pearson"].iter().map(|name| &metrics[name]).find(|value| !value.is_null());
             println!(
                 "{:<24} {:>9} {:>8} {:>8} {:>10} {:>8} {:>9}",
                 format!("{} ({part})", run["method"].as_str().unwrap_or_default()),
-                number(score.unwrap_or(&Value::Null), 4),
+                number(&metrics[metric], 4),
                 number(&metrics["nll"], 4),
                 number(&metrics["ece"], 4),
                 run["trainable_parameters"],

@@ -8,19 +8,21 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use monteclora::data::masked::{MaskedBatch, Masking};
+use monteclora::files;
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
 use monteclora::noise::{Noise, Purpose};
 use monteclora::ops;
 use monteclora::params::{Params, Role};
 use monteclora::slot::Pass;
 use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients, Schedule};
+use monteclora::Error;
 use serde_json::{json, Value};
 use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -80,6 +82,9 @@ fn main() -> Outcome {
     if args.steps == 0 || args.save_every == 0 {
         return Err("--steps and --save-every must be at least 1".into());
     }
+    if args.max_length < 8 {
+        return Err(format!("--max-length: expected at least 8, got {}", args.max_length).into());
+    }
     let device = common::device(&args.device)?;
     let noise = Noise::new(args.seed);
 
@@ -90,11 +95,14 @@ fn main() -> Outcome {
         println!("{}: {} sequences", path.display(), lines.len() - before);
     }
     let tokenizer = train_tokenizer(&lines, args.vocab_size)?;
-    std::fs::create_dir_all(&args.output)?;
+    std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output))?;
     tokenizer.save(args.output.join("tokenizer.json"), false)?;
     let rows = encode(&tokenizer, &lines, args.max_length)?;
     // Every fiftieth sequence is held out; equal texts stay on one side.
     let (held_out, train): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| held_out(row));
+    if train.is_empty() || held_out.is_empty() {
+        return Err("--text: too little to train on and to hold out".into());
+    }
     let tokens: usize = train.iter().map(Vec::len).sum();
     println!("{} training sequences of {tokens} tokens, {} held out", train.len(), held_out.len());
 
@@ -297,15 +305,14 @@ fn save(dir: &Path, config: &RobertaConfig, params: &Params, summary: &Value) ->
     for (i, name) in ["bos_token_id", "pad_token_id", "eos_token_id"].iter().enumerate() {
         json[*name] = json!(i);
     }
-    std::fs::write(dir.join("config.json"), serde_json::to_string_pretty(&json)?)?;
-    std::fs::write(dir.join("pretraining.json"), serde_json::to_string_pretty(summary)?)?;
     let halves = params.all().into_iter().map(|(name, param)| {
         Ok((name, param.var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F16)?))
     });
-    let halves = halves.collect::<candle_core::Result<HashMap<String, Tensor>>>()?;
+    let halves = halves.collect::<candle_core::Result<BTreeMap<String, Tensor>>>()?;
     // A run that is stopped while it writes leaves the model of its last evaluation.
-    let (path, part) = (dir.join("model.safetensors"), dir.join("model.safetensors.part"));
-    candle_core::safetensors::save(&halves, &part)?;
-    std::fs::rename(&part, &path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let halves = halves.iter().map(|(name, tensor)| (name.clone(), tensor));
+    files::write_safetensors(&dir.join("model.safetensors"), halves)?;
+    files::write(&dir.join("config.json"), serde_json::to_string_pretty(&json)?.as_bytes())?;
+    files::write(&dir.join("pretraining.json"), serde_json::to_string_pretty(summary)?.as_bytes())?;
     Ok(())
 }

@@ -17,6 +17,7 @@ use candle_nn::VarBuilder;
 use clap::Parser;
 use common::Outcome;
 use monteclora::adapters::LoraConfig;
+use monteclora::files;
 use monteclora::inject::{self, Targets};
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
@@ -28,6 +29,7 @@ use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
 
 #[derive(Parser)]
+#[command(args_override_self = true)]
 struct Args {
     /// A `config.json` of the RoBERTa or BERT family.
     #[arg(long)]
@@ -150,6 +152,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn main() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
+    if args.steps == 0 {
+        return Err("--steps must be at least 1".into());
+    }
     let device = common::device(&args.device)?;
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();
     let mut contenders =
@@ -178,7 +183,7 @@ fn main() -> Outcome {
     let table = json!({ "ratios": ratios(&rows), "rows": rows });
     println!("{}", serde_json::to_string_pretty(&table)?);
     if let Some(path) = &args.output {
-        std::fs::write(path, serde_json::to_string_pretty(&table)?)?;
+        files::write(path, serde_json::to_string_pretty(&table)?.as_bytes())?;
     }
     Ok(())
 }
@@ -187,15 +192,9 @@ fn main() -> Outcome {
 fn alone(method: &str) -> Outcome<f64> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("alone.json");
-    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    let last: [&str; 6] = ["--method", method, "--steps", "3", "--output", path.to_str().ok_or("path")?];
-    for pair in last.chunks(2) {
-        if let Some(i) = arguments.iter().position(|argument| argument == pair[0]) {
-            arguments.drain(i..(i + 2).min(arguments.len()));
-        }
-        arguments.extend(pair.iter().map(ToString::to_string));
-    }
-    let output = Command::new(std::env::current_exe()?).args(&arguments).output()?;
+    let last = ["--method", method, "--steps", "3", "--output", path.to_str().ok_or("path")?];
+    let arguments = std::env::args().skip(1).chain(last.map(str::to_string)); // the last one counts
+    let output = Command::new(std::env::current_exe()?).args(arguments).output()?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
     }

@@ -17,7 +17,8 @@ pub struct MethodOptions {
     /// monteclora, lora or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
-    /// Layers to adapt: names separated by commas, `all-linear` or `default` (query, key, value).
+    /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
+    /// projections to queries, keys and values).
     #[arg(long, default_value = "default")]
     pub targets: String,
     #[arg(long, default_value_t = 8)]

@@ -64,7 +64,7 @@ pub struct Example {
 }
 
 impl Example {
-    /// An example without white space at the ends of its texts.
+    /// An example without the white space after its texts.
     ///
     /// Some sets have it there (SST-2 ends every sentence in a space), and byte-level tokenizers make
     /// a token of it; every reader builds its rows here, so that all formats give the same tokens.
