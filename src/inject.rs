@@ -103,7 +103,8 @@ pub struct Targets {
     pub layers_to_transform: Option<Vec<usize>>,
     /// The name before a layer's index, such as `layer`; any where absent.
     pub layers_pattern: Option<String>,
-    /// Other ranks for paths whose end matches the expression.
+    /// Other ranks for paths whose end matches the expression; of several the first, in the order
+    /// of the expressions.
     pub rank_pattern: BTreeMap<String, usize>,
     /// Other values of alpha for paths whose end matches the expression.
     pub alpha_pattern: BTreeMap<String, f64>,
@@ -134,8 +135,9 @@ impl Targets {
     /// The layers of a model that these targets name, with rank and alpha for each.
     ///
     /// # Errors
-    /// [`Error::NoTarget`] where a name, expression, layer index or pattern matches nothing;
-    /// [`Error::Config`] for a malformed expression.
+    /// [`Error::NoTarget`] where a name, expression or layer index matches nothing;
+    /// [`Error::Config`] for a malformed expression, or a rank or alpha pattern that matches none of
+    /// the targets.
     pub fn resolve(&self, model: &dyn Linears, rank: usize, alpha: f64) -> Result<Vec<Target>> {
         let paths = paths(model)?;
         let mut chosen = self.select.matches(&paths, model.default_targets())?;
@@ -145,12 +147,18 @@ impl Targets {
         }
         if let Some(layers) = &self.layers_to_transform {
             let name = self.layers_pattern.as_deref().unwrap_or("[^.]*");
-            let index = regex("layers_pattern", &format!(r"^(?:.*\.)?(?:{name})\.(\d+)\."))?;
-            let mut kept = BTreeSet::new();
+            // The first number of a path counts, as in PEFT: a block's, not an expert's in it.
+            let index = regex("layers_pattern", &format!(r"^(?:.*?\.)??(?:{name})\.(\d+)\."))?;
+            let (mut kept, mut unseen) = (BTreeSet::new(), layers.iter().collect::<BTreeSet<_>>());
             for i in chosen {
-                if layer_index(&index, &paths[i])?.is_some_and(|layer| layers.contains(&layer)) {
+                if let Some(layer) = layer_index(&index, &paths[i])?.filter(|layer| layers.contains(layer)) {
+                    unseen.remove(&layer);
                     kept.insert(i);
                 }
+            }
+            if let Some(layer) = unseen.first() {
+                let targets = format!("layer {layer} of layers_to_transform");
+                return Err(Error::NoTarget { targets, available: available(&paths) });
             }
             chosen = kept;
         }

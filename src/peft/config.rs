@@ -178,8 +178,8 @@ impl PeftConfig {
             return Err("r: a rank of 0 is no adapter".into());
         }
         let mut alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha).chain([self.lora_alpha]);
-        if let Some(alpha) = alphas.find(|alpha| !alpha.is_finite()) {
-            return Err(format!("lora_alpha: {alpha} is not finite"));
+        if let Some(alpha) = alphas.find(|alpha| !(*alpha > 0.0 && alpha.is_finite())) {
+            return Err(format!("lora_alpha: expected a positive number, got {alpha}"));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(format!("lora_dropout: expected 0 <= p < 1, got {}", self.lora_dropout));

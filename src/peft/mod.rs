@@ -215,9 +215,6 @@ impl AdapterFile {
             if agree {
                 config.lora_alpha = common;
             } else {
-                if config.lora_alpha == 0.0 {
-                    config.lora_alpha = 1.0;
-                }
                 for (layer, alpha) in file.layers.values_mut().zip(alphas) {
                     layer.b = (&layer.b * (alpha / config.lora_alpha))?;
                 }

@@ -136,8 +136,8 @@ impl AdapterFile {
     ///
     /// # Errors
     /// If a layer of the file is not in the model or does not fit it, a layer that the
-    /// configuration names has no tensors, the name is taken, or a saved module has no parameter
-    /// of its name and shape. The model is changed only when all of that holds.
+    /// configuration names has no tensors, the name is taken, a saved module has no parameter
+    /// of its name and shape, or a parameter of the task head is not in the file. The model is changed only when all of that holds.
     pub fn apply(&self, model: &mut dyn Linears, adapter: &str, params: &Params) -> Result<()> {
         self.check()?;
         self.check_model(model, adapter, params)?;
@@ -204,6 +204,16 @@ impl AdapterFile {
                 return Err(Error::tensor(name, reason));
             }
         }
+        // A head that is half in the file would keep its random start in the other half.
+        let whole_head = self.config.task_type.as_deref() == Some("SEQ_CLS");
+        for (name, _) in params.all().into_iter().filter(|(_, param)| param.role == Role::Head) {
+            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+            let expected = whole_head || self.config.is_saved(module)?;
+            if expected && !self.saved_modules.contains_key(&name) {
+                let reason = "it is missing from the file, although the adapter has a task head";
+                return Err(Error::tensor(name, reason));
+            }
+        }
         Ok(())
     }
 
@@ -226,9 +236,10 @@ impl AdapterFile {
         if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
         }
+        let alpha = self.config.alpha_of(path)?;
         match self.method() {
-            Method::Lora(config) => config.validate(),
-            Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, ..config }.validate(),
+            Method::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
+            Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
         }
     }
 }

@@ -184,7 +184,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
 #[test]
 fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     type Spoil = fn(&mut AdapterFile);
-    let cases: [(&str, Spoil); 6] = [
+    let cases: [(&str, Spoil); 8] = [
         ("enc.layer.9.self.query", |f| {
             let layer = f.layers[PATHS[0]].clone();
             f.layers.insert("enc.layer.9.self.query".into(), layer);
@@ -205,6 +205,12 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
         ("classifier.bias: the model has no trainable parameter", |f| {
             f.saved_modules
                 .insert("classifier.bias".into(), Tensor::ones(2, DType::F32, &Device::Cpu).unwrap());
+        }),
+        ("classifier.weight: it is missing from the file", |f| {
+            (f.config.modules_to_save, f.saved_modules) = (None, Default::default());
+        }),
+        ("lora_alpha: expected a positive number, got 0", |f| {
+            f.config.alpha_pattern.push((PATHS[1].into(), 0.0));
         }),
     ];
     for (words, spoil) in cases {

@@ -263,6 +263,8 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ("r", json!(-1), "invalid value"),
         ("r", json!(1.5), "invalid type"),
         ("lora_alpha", json!("x"), "invalid type"),
+        ("lora_alpha", json!(0), "lora_alpha: expected a positive number, got 0"),
+        ("alpha_pattern", json!({"query": -2.0}), "lora_alpha: expected a positive number, got -2"),
         ("lora_dropout", json!(1.0), "lora_dropout"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern"),
         ("rank_pattern", json!([1]), "object of patterns"),

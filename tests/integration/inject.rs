@@ -79,8 +79,8 @@ fn a_target_that_matches_nothing_lists_the_names_there_are() -> Outcome {
     assert!(error(&regex).contains("no layer matches query")); // an expression matches whole paths
     let broken = Targets { select: Select::Regex("(query".into()), ..Targets::default() };
     assert!(error(&broken).contains("targets"), "{}", error(&broken));
-    let layers = Targets { layers_to_transform: Some(vec![9]), ..Targets::default() };
-    assert!(error(&layers).contains("no layer matches"));
+    let layers = Targets { layers_to_transform: Some(vec![1, 9]), ..Targets::default() };
+    assert!(error(&layers).contains("no layer matches layer 9 of layers_to_transform"));
     let pattern = Targets { rank_pattern: BTreeMap::from([("q_proj".into(), 2)]), ..Targets::default() };
     assert!(error(&pattern).contains("rank_pattern") && error(&pattern).contains("q_proj"));
     assert!(Targets::parse("query,,key").unwrap_err().to_string().contains("empty name"));
