@@ -1,9 +1,11 @@
 //! Task data: reading, encoding, batching.
 
 pub mod batch;
+pub mod causal;
 pub mod encode;
 mod folder;
 pub mod glue;
+pub mod instruct;
 pub mod masked;
 #[cfg(feature = "hub")]
 pub mod parquet;

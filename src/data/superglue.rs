@@ -69,14 +69,14 @@ fn parse(task: Task, line: &str) -> std::result::Result<Example, String> {
     Ok(Example::new(&text_a, Some(text_b), label))
 }
 
-fn field<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a Value, String> {
+pub(super) fn field<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a Value, String> {
     row.get(name).ok_or_else(|| {
         let present: Vec<&str> = row.keys().map(String::as_str).collect();
         format!("no field {name:?}; the object has: {}", excerpt(&present.join(", ")))
     })
 }
 
-fn text<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a str, String> {
+pub(super) fn text<'a>(row: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a str, String> {
     field(row, name)?.as_str().ok_or_else(|| format!("field {name:?} is not a string"))
 }
 

@@ -121,19 +121,7 @@ impl Classifier {
             true => ops::mean_squared_error(&outputs.squeeze(1)?, &batch.labels)?,
             false => ops::cross_entropy(&outputs, &batch.labels, -100)?,
         };
-        let Some(regularizer) = &self.regularizer else {
-            return Ok(Loss { total: task.clone(), terms: vec![("task", task)] });
-        };
-        let penalty = regularizer.for_model(self.model.as_ref(), pass)?;
-        let total = (&task + &penalty.total)?;
-        let terms = vec![
-            ("task", task),
-            ("kl_gaussian", penalty.kl_gaussian),
-            ("kl_wishart", penalty.kl_wishart),
-            ("kl_dirichlet", penalty.kl_dirichlet),
-            ("cooperative", penalty.cooperative),
-        ];
-        Ok(Loss { total, terms })
+        Loss::regularized(task, self.regularizer.as_ref(), self.model.as_ref(), pass)
     }
 }
 

@@ -1,5 +1,7 @@
-//! Training: gradients, the optimiser, schedules, the loop, and classifiers that run through it.
+//! Training: gradients, the optimiser, schedules, the loop, and the
+//! classifiers and language models that run through it.
 
+mod causal;
 mod classifier;
 mod evaluate;
 mod gradients;
@@ -10,6 +12,7 @@ mod schedule;
 mod trainer;
 mod update;
 
+pub use causal::{causal_loss, held_out_loss, token_log_probabilities, CausalTuning};
 pub use classifier::{Classification, Classifier};
 pub use evaluate::{batches, Evaluation, Predictions};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};

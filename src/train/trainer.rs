@@ -9,8 +9,9 @@ use super::gradients::{clip_grad_norm, Gradients};
 use super::optim::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
 use crate::error::{Error, Result};
+use crate::monteclora::Regularizer;
 use crate::params::Params;
-use crate::slot::Pass;
+use crate::slot::{Linears, Pass};
 
 /// The constants of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,6 +79,33 @@ pub struct Loss {
     pub terms: Vec<(&'static str, Tensor)>,
 }
 
+impl Loss {
+    /// A task's loss with the terms of a regulariser, where the method has one.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn regularized(
+        task: Tensor,
+        regularizer: Option<&Regularizer>,
+        model: &dyn Linears,
+        pass: &Pass,
+    ) -> Result<Self> {
+        let Some(regularizer) = regularizer else {
+            return Ok(Self { total: task.clone(), terms: vec![("task", task)] });
+        };
+        let penalty = regularizer.for_model(model, pass)?;
+        let total = (&task + &penalty.total)?;
+        let terms = vec![
+            ("task", task),
+            ("kl_gaussian", penalty.kl_gaussian),
+            ("kl_wishart", penalty.kl_wishart),
+            ("kl_dirichlet", penalty.kl_dirichlet),
+            ("cooperative", penalty.cooperative),
+        ];
+        Ok(Self { total, terms })
+    }
+}
+
 /// What is trained: it knows its data and its model.
 pub trait Objective {
     /// The micro-batches of an epoch, as rows of the data: a pure function of the epoch, as many in
@@ -92,6 +120,11 @@ pub trait Objective {
     /// # Errors
     /// If the forward pass fails.
     fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss>;
+
+    /// How much a micro-batch counts among those of its step: what its mean is a mean over.
+    fn weight(&self, rows: &[usize]) -> f64 {
+        rows.len() as f64
+    }
 }
 
 /// One optimiser step, as it is logged.
@@ -257,8 +290,8 @@ struct Group {
     terms: std::collections::BTreeMap<&'static str, f64>,
 }
 
-/// The gradients of one step: the mean over all rows of its micro-batches, so that a short last
-/// micro-batch weighs no more than its rows.
+/// The gradients of one step: the mean over all that its micro-batches are means over, so that a
+/// short last micro-batch weighs no more than its rows.
 fn group_gradients(
     objective: &dyn Objective,
     params: &Params,
@@ -266,10 +299,10 @@ fn group_gradients(
     first_draw: u64,
     step: usize,
 ) -> Result<Group> {
-    let rows_in_group: usize = group.iter().map(Vec::len).sum();
+    let whole: f64 = group.iter().map(|rows| objective.weight(rows)).sum();
     let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
     for (i, rows) in group.iter().enumerate() {
-        let share = rows.len() as f64 / rows_in_group as f64;
+        let share = objective.weight(rows) / whole;
         let loss = objective.loss(rows, &Pass::Train { draw: first_draw + i as u64 })?;
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);

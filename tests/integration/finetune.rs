@@ -74,7 +74,7 @@ fn rows(count: usize, regression: bool) -> Vec<Encoded> {
 }
 
 #[derive(Default)]
-struct Log(Vec<Record>);
+pub struct Log(pub Vec<Record>);
 
 impl Observer for Log {
     fn step(&mut self, record: &Record) -> monteclora::Result<()> {

@@ -36,7 +36,7 @@ pub fn toy_json(llama3: bool) -> serde_json::Value {
     })
 }
 
-fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
+pub fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
     Ok(LlamaConfig::from_value(toy_json(llama3))?)
 }
 
@@ -50,7 +50,7 @@ fn toy(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)
 }
 
 /// The same with frozen weights of another dtype, and an empty store for adapters.
-fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+pub fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
     let store = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let (_, all) = toy(config, store)?;
     let vb = VarBuilder::from_tensors(weights(&all), dtype, &Device::Cpu);

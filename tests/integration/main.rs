@@ -1,6 +1,7 @@
 //! Whole models: encoders, adapters and files against independent implementations. One binary,
 //! since each links all of candle.
 
+mod causal;
 mod encoders;
 mod finetune;
 mod gradients;

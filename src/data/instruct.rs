@@ -1,0 +1,278 @@
+//! Prompts and their answers: instruction data, GSM8K, code and plain text.
+//!
+//! Templates, with the prompt up to `|` and the answer after it:
+//!
+//! - `instruct` (Alpaca's, which LLM-Adapters and the paper's authors use):
+//!   `Below is an instruction that describes a task. Write a response that appropriately completes
+//!   the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}`; a row with an
+//!   `input` says so and has it between the two under `### Input:\n`;
+//! - `gsm8k` (the LM evaluation harness's): `Question: {question}\nAnswer:| {answer}`;
+//! - `code` (HumanEval): `{prompt}|{canonical_solution}`;
+//! - `text`: an empty prompt, and all of the text.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde_json::{Map, Value};
+
+use super::glue::each_line;
+use super::superglue::{field, text};
+use crate::error::{Error, Result};
+
+/// What the rows of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `instruction`, `input` (may be absent), `output`, and `answer` where the answer is a choice.
+    Instruct,
+    /// `question`, `answer`.
+    Gsm8k,
+    /// `text`; or a file that is no JSON, a text a line.
+    Text,
+    /// `prompt`, `canonical_solution`.
+    Code,
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "instruct" => Ok(Self::Instruct),
+            "gsm8k" => Ok(Self::Gsm8k),
+            "text" => Ok(Self::Text),
+            "code" => Ok(Self::Code),
+            other => {
+                Err(Error::config("format", format!("expected instruct, gsm8k, text or code, got {other}")))
+            }
+        }
+    }
+}
+
+/// A prompt and the answer to learn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompted {
+    /// What is given.
+    pub prompt: String,
+    /// What is to follow it.
+    pub answer: String,
+    /// The answers to choose from, where the instruction lists them.
+    pub choices: Option<Choices>,
+}
+
+/// The answers of a multiple-choice question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choices {
+    /// Their names, such as `answer1`, in the order of the instruction.
+    pub names: Vec<String>,
+    /// What would follow the prompt for each of them.
+    pub answers: Vec<String>,
+    /// Which is right.
+    pub correct: usize,
+}
+
+/// Reads a file of JSON lines, or of one JSON array, or for [`Format::Text`] of plain lines.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, holds no row, or a row is not an object with the
+/// format's fields; the error names the line, or the record of an array.
+pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    read_from(file, path, format)
+}
+
+/// [`read`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<Vec<Prompted>> {
+    let mut bytes = Vec::new();
+    source.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace() && !matches!(byte, 0xEF | 0xBB | 0xBF));
+    let mut rows = Vec::new();
+    match first {
+        Some(b'[') if format != Format::Text => {
+            let records: Vec<Map<String, Value>> = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::format_at(path, e.line(), format!("not a JSON array of objects: {e}")))?;
+            for (i, record) in records.iter().enumerate() {
+                let row = prompted(record, format);
+                rows.push(row.map_err(|e| Error::format(path, format!("record {}: {e}", i + 1)))?);
+            }
+        }
+        first => each_line(bytes.as_slice(), path, |number, line| {
+            if line.trim().is_empty() {
+                return Ok(());
+            }
+            let row = if format == Format::Text && first != Some(&b'{') {
+                Ok(Prompted { prompt: String::new(), answer: line.to_string(), choices: None })
+            } else {
+                let record = serde_json::from_str(line).map_err(|e| format!("not a JSON object: {e}"));
+                record.and_then(|record| prompted(&record, format))
+            };
+            rows.push(row.map_err(|reason| Error::format_at(path, number, reason))?);
+            Ok(())
+        })?,
+    }
+    if rows.is_empty() {
+        return Err(Error::format(path, "no examples"));
+    }
+    Ok(rows)
+}
+
+/// The prompt of an instruction in Alpaca's template.
+pub fn instruction_prompt(instruction: &str, input: &str) -> String {
+    let (context, input) = match input.trim().is_empty() {
+        true => ("", String::new()),
+        false => (", paired with an input that provides further context", format!("### Input:\n{input}\n\n")),
+    };
+    format!(
+        "Below is an instruction that describes a task{context}. Write a response that appropriately \
+         completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    )
+}
+
+fn prompted(row: &Map<String, Value>, format: Format) -> std::result::Result<Prompted, String> {
+    let (prompt, answer) = match format {
+        Format::Instruct => {
+            let input = row.get("input").map_or(Ok(""), |_| text(row, "input"))?;
+            let instruction = text(row, "instruction")?;
+            (instruction_prompt(instruction, input), text(row, "output")?.to_string())
+        }
+        Format::Gsm8k => {
+            (format!("Question: {}\nAnswer:", text(row, "question")?), format!(" {}", text(row, "answer")?))
+        }
+        Format::Code => (text(row, "prompt")?.to_string(), text(row, "canonical_solution")?.to_string()),
+        Format::Text => (String::new(), text(row, "text")?.to_string()),
+    };
+    if answer.trim().is_empty() {
+        return Err("the answer is empty".to_string());
+    }
+    let choices = match format {
+        Format::Instruct if row.contains_key("answer") => choices(row, &answer)?,
+        _ => None,
+    };
+    Ok(Prompted { prompt, answer, choices })
+}
+
+/// The choices that an instruction lists after `Answer format:`, each put where the output has the
+/// right one.
+fn choices(row: &Map<String, Value>, output: &str) -> std::result::Result<Option<Choices>, String> {
+    let instruction = text(row, "instruction")?;
+    let Some((_, list)) = instruction.rsplit_once("Answer format:") else {
+        return Ok(None);
+    };
+    let names: Vec<String> = list.trim().split('/').map(|name| name.trim().to_string()).collect();
+    let answer = text(row, "answer")?.trim();
+    let Some(correct) = names.iter().position(|name| name == answer) else {
+        field(row, "answer")?;
+        return Err(format!("answer {answer:?} is none of the choices {}", names.join("/")));
+    };
+    let Some(stem) = output.trim_end().strip_suffix(answer) else {
+        return Err(format!("the output does not end with the answer {answer:?}"));
+    };
+    let answers = names.iter().map(|name| format!("{stem}{name}")).collect();
+    Ok(Some(Choices { names, answers, correct }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHOICE: &str = r#"{"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
+        "input": "", "output": "the correct answer is answer2", "answer": "answer2"}"#;
+
+    fn one(format: Format, text: &str) -> Result<Vec<Prompted>> {
+        read_from(text.as_bytes(), Path::new("x.json"), format)
+    }
+
+    #[test]
+    fn every_format_has_its_template() -> Result<()> {
+        let rows = one(Format::Gsm8k, r#"{"question": "1+1?", "answer": "It is 2\n#### 2"}"#)?;
+        assert_eq!(
+            (rows[0].prompt.as_str(), rows[0].answer.as_str()),
+            ("Question: 1+1?\nAnswer:", " It is 2\n#### 2")
+        );
+        let rows =
+            one(Format::Code, r#"{"prompt": "def f():\n", "canonical_solution": "    pass", "test": ""}"#)?;
+        assert_eq!((rows[0].prompt.as_str(), rows[0].answer.as_str()), ("def f():\n", "    pass"));
+        for source in ["one\n\ntwo\r\n", "{\"text\": \"one\"}\n{\"text\": \"two\"}"] {
+            let rows = one(Format::Text, source)?;
+            assert_eq!(rows.iter().map(|row| row.answer.as_str()).collect::<Vec<_>>(), ["one", "two"]);
+            assert!(rows.iter().all(|row| row.prompt.is_empty()));
+        }
+        // A text may begin with a bracket.
+        assert_eq!(one(Format::Text, "[1] a footnote")?[0].answer, "[1] a footnote");
+        let rows = one(Format::Instruct, &format!("[{CHOICE}]"))?;
+        assert!(rows[0].prompt.starts_with("Below is an instruction that describes a task. Write"));
+        assert!(rows[0].prompt.ends_with("Answer format: answer1/answer2\n\n### Response:\n"));
+        let choices = rows[0].choices.clone().unwrap();
+        assert_eq!(choices.answers, ["the correct answer is answer1", "the correct answer is answer2"]);
+        assert_eq!((choices.names[1].as_str(), choices.correct), ("answer2", 1));
+        let with_input = instruction_prompt("Add.", "1 2");
+        assert!(with_input.contains("paired with an input") && with_input.contains("### Input:\n1 2\n\n###"));
+        Ok(())
+    }
+
+    #[test]
+    fn errors_name_the_line_or_the_record() {
+        let fails = |format, text: &str| one(format, text).unwrap_err().to_string();
+        let good = r#"{"question": "q", "answer": "a"}"#;
+        let cases = [
+            (
+                fails(Format::Gsm8k, &format!("{good}\n{{\"question\": 1}}")),
+                "x.json, line 2: field \"question\"",
+            ),
+            (fails(Format::Gsm8k, &format!("{good}\n{{")), "x.json, line 2: not a JSON object"),
+            (
+                fails(Format::Gsm8k, &format!("[{good}, {{\"question\": \"q\"}}]")),
+                "record 2: no field \"answer\"",
+            ),
+            (fails(Format::Gsm8k, &format!("[{good},\n 3]")), "x.json, line 2: not a JSON array"),
+            (fails(Format::Gsm8k, &format!("[{good}")), "not a JSON array"),
+            (fails(Format::Text, "\n \n"), "no examples"),
+            (fails(Format::Gsm8k, "[]"), "no examples"),
+            (fails(Format::Text, "{\"text\": \" \"}"), "line 1: the answer is empty"),
+            (
+                fails(Format::Instruct, &CHOICE.replace("\"answer2\"}", "\"b\"}").replace('\n', "")),
+                "none of the choices",
+            ),
+            (
+                fails(Format::Instruct, &CHOICE.replace("is answer2", "is it").replace('\n', "")),
+                "does not end with the answer",
+            ),
+        ];
+        for (message, expected) in cases {
+            assert!(message.contains(expected), "{expected}: {message}");
+        }
+        assert!("chat".parse::<Format>().unwrap_err().to_string().contains("invalid format"));
+        assert!(read(Path::new("no/such"), Format::Text).unwrap_err().to_string().contains("no/such"));
+    }
+
+    #[test]
+    fn the_authors_files_are_read() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let Some(dir) = here.ancestors().skip(1).map(|up| up.join("shared/data")).find(|p| p.is_dir()) else {
+            println!("skipped: no shared/data beside the crate");
+            return;
+        };
+        for (file, format, count, names) in [
+            ("commonsense/piqa/test.json", Format::Instruct, 1838, 2),
+            ("commonsense/winogrande/test.json", Format::Instruct, 1267, 2),
+            ("commonsense/openbookqa/train.json", Format::Instruct, 4957, 4),
+            ("commonsense/ARC-Easy/test.json", Format::Instruct, 2376, 3),
+            ("gsm8k/test.jsonl", Format::Gsm8k, 1319, 0),
+        ] {
+            let rows = read(&dir.join(file), format).unwrap();
+            assert_eq!(rows.len(), count, "{file}");
+            for row in &rows {
+                let Some(choices) = &row.choices else {
+                    assert_eq!(names, 0);
+                    continue;
+                };
+                assert!(choices.names.len() >= names, "{file}: {:?}", choices.names);
+                assert_eq!(choices.answers[choices.correct], row.answer);
+            }
+        }
+    }
+}

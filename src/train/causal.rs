@@ -1,0 +1,122 @@
+//! A language model under one of the methods: what is trained, and its loss on held-out text.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::trainer::{Loss, Objective};
+use crate::data::batch::{in_order, Batcher};
+use crate::data::causal::{CausalBatch, Tokens};
+use crate::error::{Error, Result};
+use crate::models::causal::CausalLm;
+use crate::monteclora::{with_held_draws, Regularizer};
+use crate::ops;
+use crate::slot::Pass;
+
+/// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar. The head runs
+/// on the places that predict one, so that a prompt which is given costs no logits.
+///
+/// # Errors
+/// If the sequence is longer than the model's, or candle fails.
+pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, pass: &Pass) -> candle_core::Result<Tensor> {
+    let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;
+    let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?; // (n, d)
+    ops::cross_entropy(&model.head(&predicting, pass)?, &batch.targets, -100)
+}
+
+/// The mean cross-entropy over all learnt tokens of some rows, in nats; its exponential is the
+/// perplexity. Of several passes the probabilities of the right tokens are averaged first.
+///
+/// # Errors
+/// If there is no row or no pass, or a forward pass fails.
+pub fn held_out_loss(
+    model: &dyn CausalLm,
+    rows: &[Tokens],
+    batch_size: usize,
+    passes: &[Pass],
+) -> Result<f64> {
+    if rows.is_empty() || passes.is_empty() {
+        let reason = format!("{} rows and {} passes have no mean", rows.len(), passes.len());
+        return Err(Error::config("held-out data", reason));
+    }
+    let (mut sum, mut count) = (0.0, 0.0);
+    with_held_draws(|| {
+        for chosen in in_order(rows.len(), batch_size)? {
+            let chosen: Vec<&Tokens> = chosen.iter().map(|i| &rows[*i]).collect();
+            let batch = CausalBatch::collate(&chosen, 0, model.device())?;
+            let logs = token_log_probabilities(model, &batch, passes)?;
+            sum -= logs.iter().sum::<f64>();
+            count += logs.len() as f64;
+        }
+        Ok(sum / count)
+    })
+}
+
+/// The logarithm of the probability of each token that a batch predicts, averaged over passes as
+/// probabilities.
+///
+/// # Errors
+/// If a forward pass fails.
+pub fn token_log_probabilities(
+    model: &dyn CausalLm,
+    batch: &CausalBatch,
+    passes: &[Pass],
+) -> Result<Vec<f64>> {
+    let targets = batch.targets.unsqueeze(1)?;
+    let mut sums = vec![f64::NEG_INFINITY; targets.dim(0)?];
+    for pass in passes {
+        let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;
+        let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?.detach();
+        let logits = model.head(&predicting, pass)?.to_dtype(DType::F32)?; // (n, vocab)
+        let chosen = logits.gather(&targets, 1)?.squeeze(1)?;
+        let logs = (chosen - logits.log_sum_exp(1)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        for (sum, log) in sums.iter_mut().zip(logs.to_vec1::<f64>()?) {
+            let (high, low) = if *sum > log { (*sum, log) } else { (log, *sum) };
+            *sum = if low == f64::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() };
+        }
+    }
+    let passes = (passes.len() as f64).ln();
+    Ok(sums.into_iter().map(|sum| sum - passes).collect())
+}
+
+/// Training a language model on encoded rows.
+pub struct CausalTuning<'a> {
+    /// The model with its adapters.
+    pub model: &'a dyn CausalLm,
+    /// The regulariser of its method, where it has one.
+    pub regularizer: Option<Regularizer>,
+    /// The training rows.
+    pub rows: &'a [Tokens],
+    /// How they become batches.
+    pub batcher: Batcher,
+    /// What fills a batch.
+    pub pad_id: u32,
+}
+
+impl std::fmt::Debug for CausalTuning<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CausalTuning").field("rows", &self.rows.len()).finish_non_exhaustive()
+    }
+}
+
+impl CausalTuning<'_> {
+    fn chosen(&self, rows: &[usize]) -> Result<Vec<&Tokens>> {
+        let chosen: Option<Vec<&Tokens>> = rows.iter().map(|row| self.rows.get(*row)).collect();
+        chosen.ok_or_else(|| Error::config("rows", format!("{rows:?} are not all in the data")))
+    }
+}
+
+impl Objective for CausalTuning<'_> {
+    fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
+        let lengths: Vec<usize> = self.rows.iter().map(|row| row.ids.len()).collect();
+        Ok(self.batcher.epoch(&lengths, epoch))
+    }
+
+    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
+        let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
+        let task = causal_loss(self.model, &batch, pass)?;
+        Loss::regularized(task, self.regularizer.as_ref(), self.model, pass)
+    }
+
+    fn weight(&self, rows: &[usize]) -> f64 {
+        rows.iter().filter_map(|row| self.rows.get(*row)).map(|row| row.targets() as f64).sum()
+    }
+}

@@ -1,0 +1,105 @@
+//! A language model through the one loop: its loss, its accumulation, and what it learns.
+
+use candle_core::{DType, Device};
+use monteclora::adapters::LoraConfig;
+use monteclora::data::batch::Batcher;
+use monteclora::data::causal::{CausalBatch, Tokens};
+use monteclora::inject::Targets;
+use monteclora::models::causal::CausalLm;
+use monteclora::models::llama::LlamaConfig;
+use monteclora::ops;
+use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, TrainConfig};
+use monteclora::{MonteCLoRAConfig, Noise, Pass};
+
+use crate::finetune::Log;
+use crate::llama::{frozen, toy_config};
+use crate::support::{scatter, Outcome};
+
+/// Texts that count upwards in steps of the first token; prompts of two tokens.
+fn rows(count: usize) -> Vec<Tokens> {
+    let row = |row: usize| {
+        let (step, length) = (1 + row % 3, 5 + row % 4);
+        let mut ids = vec![1, 40 + step as u32];
+        ids.extend((0..length).map(|i| (3 + (row + i * step) % 30) as u32));
+        let learnt = (0..ids.len()).map(|i| i >= 2).collect();
+        Tokens { ids, learnt, row }
+    };
+    (0..count).map(row).collect()
+}
+
+fn methods() -> [Method; 2] {
+    let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
+    let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
+    [Method::Lora(lora), Method::MonteCLoRA(bayes)]
+}
+
+/// Trains the toy model from its start and returns its losses on rows it never saw.
+fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(Log, f64, f64)> {
+    // Without dropout, whose masks go by micro-batch.
+    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let (mut model, params) = frozen(&toy, DType::F32)?;
+    let (_, regularizer) = method.inject(&mut model, &Targets::parse("all-linear")?, &params)?;
+    let (seen, unseen) = (rows(60), &rows(90)[60..]);
+    let before = held_out_loss(&model, unseen, 7, &[Pass::Mean])?;
+    let batcher = Batcher::new(batch_size, false, Noise::new(3))?;
+    let objective = CausalTuning { model: &model, regularizer, rows: &seen, batcher, pad_id: 0 };
+    let mut log = Log::default();
+    fit(&objective, &params, config, &mut log)?;
+    Ok((log, before, held_out_loss(&model, unseen, 7, &[Pass::Mean])?))
+}
+
+#[test]
+fn both_methods_lower_the_loss_of_text_they_never_saw() -> Outcome {
+    let config = TrainConfig { epochs: 12, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
+    for method in methods() {
+        let (log, before, after) = train(&method, 10, &config)?;
+        assert!(after < 0.7 * before, "{}: {before} -> {after}", method.name());
+        let (again, _, same) = train(&method, 10, &config)?;
+        assert_eq!((log.0, after), (again.0, same), "{}", method.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn accumulated_micro_batches_weigh_their_tokens() -> Outcome {
+    // Micro-batches of one row have from 5 to 8 targets: a mean of means would be another number.
+    let config = |accumulation| TrainConfig { epochs: 1, accumulation, ..TrainConfig::default() };
+    let lora = &methods()[0];
+    let (small, _, one) = train(lora, 1, &config(6))?;
+    let (big, _, other) = train(lora, 6, &config(1))?;
+    for (a, b) in small.0.iter().zip(&big.0) {
+        assert!((a.loss - b.loss).abs() < 1e-5 && (a.grad_norm - b.grad_norm).abs() < 1e-4, "{a:?} {b:?}");
+    }
+    assert!((one - other).abs() < 1e-5, "{one} {other}");
+    Ok(())
+}
+
+#[test]
+fn the_loss_is_that_of_all_logits_with_shifted_labels() -> Outcome {
+    let (model, params) = frozen(&toy_config(true)?, DType::F64)?;
+    scatter(&params)?;
+    let rows = rows(5);
+    let batch = CausalBatch::collate(&rows.iter().collect::<Vec<_>>(), 0, &Device::Cpu)?;
+    let loss = causal_loss(&model, &batch, &Pass::Mean)?.to_scalar::<f64>()?;
+    let (b, t) = batch.input_ids.dims2()?;
+    let mut labels = vec![-100i64; b * t];
+    for (r, row) in rows.iter().enumerate() {
+        for c in 1..row.ids.len() {
+            labels[r * t + c - 1] = if row.learnt[c] { i64::from(row.ids[c]) } else { -100 };
+        }
+    }
+    let labels = candle_core::Tensor::from_vec(labels, b * t, &Device::Cpu)?;
+    let logits = model.logits(&batch.input_ids, &batch.attention_mask, &Pass::Mean)?.flatten_to(1)?;
+    let expected = ops::cross_entropy(&logits, &labels, -100)?.to_scalar::<f64>()?;
+    assert!((loss - expected).abs() < 1e-10, "{loss} {expected}");
+    // The mean over tokens, whatever the batches.
+    for size in [1, 2, 5] {
+        let held_out = held_out_loss(&model, &rows, size, &[Pass::Mean])?;
+        assert!((held_out - expected).abs() < 1e-5, "{held_out} {expected}");
+        let twice = held_out_loss(&model, &rows, size, &[Pass::Mean, Pass::Mean])?;
+        assert!((twice - held_out).abs() < 1e-12);
+    }
+    assert!(held_out_loss(&model, &[], 1, &[Pass::Mean]).is_err());
+    assert!(held_out_loss(&model, &rows, 1, &[]).is_err());
+    Ok(())
+}
