@@ -10,6 +10,7 @@ use fancy_regex::Regex;
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::named::check_unmerged;
 use crate::params::Params;
 use crate::slot::{Adapter, Linears, Slot};
 
@@ -199,10 +200,25 @@ pub fn lora(
     config: &LoraConfig,
     params: &Params,
 ) -> Result<Vec<Target>> {
+    lora_named(model, DEFAULT_ADAPTER, targets, config, params)
+}
+
+/// [`lora`] under another name: a model holds several adapters, the last of which is active until
+/// [`activate`] says otherwise. A task head is trained beside them and shared by all.
+///
+/// # Errors
+/// As [`lora`]; and if a target has an adapter of this name.
+pub fn lora_named(
+    model: &mut dyn Linears,
+    name: &str,
+    targets: &Targets,
+    config: &LoraConfig,
+    params: &Params,
+) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |slot, target| {
+    inject(model, name, &resolved, params, &mut |slot, target| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        Ok(Box::new(Lora::new(params, slot.path(), DEFAULT_ADAPTER, slot.dims()?, &config)?))
+        Ok(Box::new(Lora::new(params, slot.path(), name, slot.dims()?, &config)?))
     })?;
     Ok(resolved)
 }
@@ -217,13 +233,27 @@ pub fn monteclora(
     config: &MonteCLoRAConfig,
     params: &Params,
 ) -> Result<Vec<Target>> {
+    monteclora_named(model, DEFAULT_ADAPTER, targets, config, params)
+}
+
+/// [`monteclora`] under another name, as [`lora_named`].
+///
+/// # Errors
+/// As [`lora_named`].
+pub fn monteclora_named(
+    model: &mut dyn Linears,
+    name: &str,
+    targets: &Targets,
+    config: &MonteCLoRAConfig,
+    params: &Params,
+) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     let share = BUFFER_SHARE * base_bytes(model)? as f64 / resolved.len() as f64;
     let buffer_bytes = config.buffer_bytes.or(Some(share as usize));
-    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |slot, target| {
+    inject(model, name, &resolved, params, &mut |slot, target| {
         let (rank, alpha) = (target.rank, target.alpha);
         let config = MonteCLoRAConfig { rank, alpha, buffer_bytes, ..config.clone() };
-        Ok(Box::new(MonteCLoRA::new(params, slot.path(), DEFAULT_ADAPTER, slot.dims()?, &config)?))
+        Ok(Box::new(MonteCLoRA::new(params, slot.path(), name, slot.dims()?, &config)?))
     })?;
     Ok(resolved)
 }
@@ -232,10 +262,10 @@ pub fn monteclora(
 pub type Make<'a> = dyn FnMut(&Slot, &Target) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target: all of them or, on an error, none, and the
-/// parameters that were started are taken back.
+/// parameters that were started are taken back. Other layers let go of an adapter of another name.
 ///
 /// # Errors
-/// The first error of `make`; or if a slot has an adapter of this name.
+/// The first error of `make`; or if a slot has an adapter of this name, or is merged.
 pub fn inject(
     model: &mut dyn Linears,
     name: &str,
@@ -243,6 +273,7 @@ pub fn inject(
     params: &Params,
     make: &mut Make,
 ) -> Result<()> {
+    check_unmerged(model)?;
     let known: BTreeSet<String> = params.all().into_iter().map(|(name, _)| name).collect();
     let mut adapters: BTreeMap<String, Box<dyn Adapter>> = BTreeMap::new();
     let made = model.visit_linears(&mut |slot| {
@@ -264,6 +295,7 @@ pub fn inject(
     }
     model.visit_linears_mut(&mut |slot| match adapters.remove(slot.path()) {
         Some(adapter) => slot.add(name, adapter),
+        None if slot.active().is_some_and(|(active, _)| active != name) => slot.activate(None),
         None => Ok(()),
     })
 }

@@ -19,7 +19,9 @@ pub mod slot;
 
 // Floor 3: into models and onto disk.
 pub mod inject;
+pub mod merge;
 pub mod models;
+pub mod named;
 pub mod peft;
 
 // Floor 4: experiments.

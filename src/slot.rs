@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::Linear;
 
 use crate::error::{Error, Result};
@@ -87,12 +87,14 @@ pub struct Slot {
     base: Linear,
     adapters: BTreeMap<String, Box<dyn Adapter>>,
     active: Option<String>,
+    /// The active adapter's mean added to the base, which stays beside it: to unmerge is to forget.
+    merged: Option<Linear>,
 }
 
 impl Slot {
     /// A slot without adapters. `path` is the layer's Hugging Face name.
     pub fn new(path: impl Into<String>, base: Linear) -> Self {
-        Self { path: path.into(), base, adapters: BTreeMap::new(), active: None }
+        Self { path: path.into(), base, adapters: BTreeMap::new(), active: None, merged: None }
     }
 
     /// The layer's Hugging Face name, such as `roberta.encoder.layer.0.attention.self.query`.
@@ -100,7 +102,7 @@ impl Slot {
         &self.path
     }
 
-    /// The base layer.
+    /// The base layer, without any adapter, merged or not.
     pub fn base(&self) -> &Linear {
         &self.base
     }
@@ -117,8 +119,9 @@ impl Slot {
     /// Adds an adapter and makes it the active one.
     ///
     /// # Errors
-    /// If the slot has an adapter of this name.
+    /// If the slot has an adapter of this name, or is merged.
     pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
+        self.check_unmerged()?;
         if self.adapters.contains_key(name) {
             return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
         }
@@ -127,19 +130,24 @@ impl Slot {
         Ok(())
     }
 
-    /// Takes the adapter of this name away.
-    pub fn remove(&mut self, name: &str) -> Option<Box<dyn Adapter>> {
+    /// Takes the adapter of this name away, if there is one.
+    ///
+    /// # Errors
+    /// If the slot is merged.
+    pub fn remove(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
+        self.check_unmerged()?;
         if self.active.as_deref() == Some(name) {
             self.active = None;
         }
-        self.adapters.remove(name)
+        Ok(self.adapters.remove(name))
     }
 
     /// Makes the adapter of this name active, or none of them.
     ///
     /// # Errors
-    /// If the slot has no adapter of this name.
+    /// If the slot has no adapter of this name, or is merged.
     pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
+        self.check_unmerged()?;
         if let Some(name) = name.filter(|name| !self.adapters.contains_key(*name)) {
             return Err(Error::config("adapter", format!("{} has no adapter {name:?}", self.path)));
         }
@@ -150,6 +158,68 @@ impl Slot {
     /// The adapter of this name.
     pub fn adapter(&self, name: &str) -> Option<&dyn Adapter> {
         self.adapters.get(name).map(AsRef::as_ref)
+    }
+
+    /// Adapters come, go and change places beside the base alone.
+    fn check_unmerged(&self) -> Result<()> {
+        match &self.merged {
+            Some(_) => Err(Error::config("adapter", format!("{} is merged: unmerge it first", self.path))),
+            None => Ok(()),
+        }
+    }
+
+    /// The names of the adapters.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.keys().map(String::as_str)
+    }
+
+    /// Whether the active adapter is merged.
+    pub fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+
+    /// The linear layer that the base and the mean of the active adapter amount to, in the base's
+    /// dtype; the sum is made in single precision at least. None without an active adapter.
+    ///
+    /// # Errors
+    /// If the method has no such layer, the base is trained itself, or a weight would not be finite.
+    pub fn merged_layer(&self) -> Result<Option<Linear>> {
+        let Some((name, adapter)) = self.active() else { return Ok(None) };
+        if let Some(merged) = &self.merged {
+            return Ok(Some(merged.clone()));
+        }
+        let (weight, key) = (self.base.weight(), format!("{}.weight", self.path));
+        if weight.track_op() {
+            return Err(Error::tensor(key, "it is trained itself: only a frozen base can be merged"));
+        }
+        let Some(delta) = adapter.delta()? else {
+            let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
+            return Err(Error::tensor(key, reason));
+        };
+        let delta = delta.detach();
+        let sum = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
+        // Zero, unless an element is infinite or no number.
+        let finite = (&sum - &sum)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        if finite != 0.0 {
+            return Err(Error::tensor(key, format!("merged with {name:?} it would not be finite")));
+        }
+        Ok(Some(Linear::new(sum, self.base.bias().cloned())))
+    }
+
+    /// Puts the layer of [`Self::merged_layer`] in place, or (None) forgets it: every pass then
+    /// computes with it, and posterior draws are no more.
+    pub(crate) fn set_merged(&mut self, merged: Option<Linear>) {
+        self.merged = merged;
+    }
+
+    /// The linear layer that this slot is, where no adapter has to be computed: the base without
+    /// one, or the merged one.
+    pub fn as_linear(&self) -> Option<&Linear> {
+        match (&self.merged, &self.active) {
+            (Some(merged), _) => Some(merged),
+            (None, None) => Some(&self.base),
+            (None, Some(_)) => None,
+        }
     }
 
     /// The name and the adapter that is active.
@@ -167,9 +237,12 @@ impl Slot {
     /// # Errors
     /// If shapes or dtypes do not fit.
     pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        match self.active() {
-            Some((_, adapter)) => adapter.forward(xs, &self.base, pass),
-            None => ops::linear(xs, self.base.weight(), self.base.bias()),
+        match (self.as_linear(), self.active()) {
+            (None, Some((_, adapter))) => adapter.forward(xs, &self.base, pass),
+            (plain, _) => {
+                let layer = plain.unwrap_or(&self.base);
+                ops::linear(xs, layer.weight(), layer.bias())
+            }
         }
     }
 }

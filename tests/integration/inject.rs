@@ -203,7 +203,7 @@ fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
     assert_close(&off, &base_with_moved_head, 1e-5)?;
     assert!(assert_differs(&off, &base)? && assert_differs(&off, &adapted)?);
     model.visit_linears_mut(&mut |slot| {
-        if slot.remove(inject::DEFAULT_ADAPTER).is_some() {
+        if slot.remove(inject::DEFAULT_ADAPTER)?.is_some() {
             assert!(slot.activate(Some(inject::DEFAULT_ADAPTER)).is_err());
         }
         Ok(())

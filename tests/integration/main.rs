@@ -7,6 +7,7 @@ mod finetune;
 mod gradients;
 mod inject;
 mod llama;
+mod merge;
 mod peft_adapters;
 mod support;
 mod transformers;

@@ -209,8 +209,7 @@ impl Layer {
     }
 
     fn feed_forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        if self.intermediate.active().is_none() && self.output.active().is_none() {
-            let (up, down) = (self.intermediate.base(), self.output.base());
+        if let (Some(up), Some(down)) = (self.intermediate.as_linear(), self.output.as_linear()) {
             return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias());
         }
         self.output.forward(&ops::gelu(&self.intermediate.forward(xs, pass)?)?, pass)
