@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use candle_core::Tensor;
+use safetensors::View;
 
 use crate::error::{Error, Result};
 
@@ -22,10 +22,11 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 ///
 /// # Errors
 /// If it cannot be written; the error names it.
-pub fn write_safetensors<'a>(
-    path: &Path,
-    tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
-) -> Result<()> {
+pub fn write_safetensors<N, V>(path: &Path, tensors: impl IntoIterator<Item = (N, V)>) -> Result<()>
+where
+    N: AsRef<str> + Ord + std::fmt::Display,
+    V: View,
+{
     let pending = Pending::beside(path.to_path_buf());
     safetensors::serialize_to_file(tensors, Some(metadata()), &pending.temporary)
         .map_err(|e| Error::format(path, e.to_string()))?;
@@ -97,7 +98,10 @@ mod tests {
     #[test]
     fn a_folder_that_is_not_there_is_an_error_that_names_the_file() {
         let path = Path::new("no/such/folder/a.txt");
-        for error in [write(path, b"").unwrap_err(), write_safetensors(path, []).unwrap_err()] {
+        for error in [
+            write(path, b"").unwrap_err(),
+            write_safetensors::<String, &candle_core::Tensor>(path, []).unwrap_err(),
+        ] {
             assert!(error.to_string().contains("a.txt"), "{error}");
         }
     }

@@ -9,4 +9,5 @@ pub mod hub;
 pub mod layers;
 pub mod llama;
 pub mod roberta;
+pub mod save;
 pub mod sequence;

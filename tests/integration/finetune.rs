@@ -25,7 +25,7 @@ use crate::llama;
 use crate::support::{scatter, toy_config, toy_weights, Outcome};
 
 /// A folder with the toy encoder's configuration and weights, without a head.
-fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
+pub fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let config = toy_config(Family::Roberta);
     let weights = toy_weights(&config, |vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
@@ -37,7 +37,7 @@ fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
 }
 
 /// The same weights under the names of a bare encoder.
-fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
+pub fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
     let weights = candle_core::safetensors::load(&files.weights()[0], &Device::Cpu)?;
     let bare = |(name, tensor): (String, _)| (name.trim_start_matches("roberta.").to_string(), tensor);
     let weights = weights.into_iter().map(bare).collect();
@@ -47,7 +47,7 @@ fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
 }
 
 /// The same with the toy decoder, whose head is new, too.
-fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
+pub fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let json = llama::toy_json(true);
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let config = LlamaConfig::from_value(json.clone())?;
@@ -60,7 +60,7 @@ fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
 }
 
 /// Rows whose label, or score, is decided by which of two tokens they hold more of.
-fn rows(count: usize, regression: bool) -> Vec<Encoded> {
+pub fn rows(count: usize, regression: bool) -> Vec<Encoded> {
     let row = |i: usize| {
         let length = 4 + i % 5;
         let mut ids = vec![0];
@@ -181,7 +181,7 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
 }
 
 /// What `saved` says about some rows: a checkpoint alone, or one with an adapter on it.
-fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -> Outcome<Vec<Vec<f32>>> {
+pub fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -> Outcome<Vec<Vec<f32>>> {
     let config = SequenceConfig::from_file(files.config_path(), 2)?;
     let params = Params::new(Noise::new(9), &Device::Cpu);
     let vb = files.var_builder(DType::F32, &Device::Cpu)?;

@@ -1,17 +1,22 @@
 //! Several adapters on one model, and adapters merged into it, on the model in use.
 
+use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
+use monteclora::data::batch::Batch;
 use monteclora::inject::{self, Targets};
 use monteclora::merge::{merge, unmerge};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::LlamaForCausalLM;
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
+use monteclora::models::sequence::SequenceConfig;
 use monteclora::named;
 use monteclora::params::{Init, Role};
 use monteclora::slot::{Adapter, Linears, Slot};
-use monteclora::{MonteCLoRAConfig, Params, Pass};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
 fn logits(model: &LlamaForCausalLM, pass: &Pass) -> Outcome<Vec<f32>> {
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
@@ -124,7 +129,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("\"opaque\" is no change of its weight"), "{error}");
     // A base that is trained itself would keep the graph of the merge.
-    let params = Params::new(monteclora::Noise::new(1), &Device::Cpu);
+    let params = Params::new(Noise::new(1), &Device::Cpu);
     let weight = params.create("w", Role::Base, (2, 2), &Init::Constant(1.0))?;
     let mut slot = Slot::new("layer", candle_nn::Linear::new(weight, None));
     slot.add("opaque", Box::new(Opaque))?;
@@ -171,5 +176,80 @@ fn several_adapters_take_turns_and_leave() -> Outcome {
         Ok(())
     })?;
     assert_eq!(active, 4);
+    Ok(())
+}
+
+#[test]
+fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
+    let dirs = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
+    let (encoder, decoder) = (checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?);
+    let bare = bare_checkpoint(&encoder, dirs[2].path())?;
+    std::fs::write(dirs[1].path().join("tokenizer_config.json"), "{}")?;
+    let rows = rows(5, false);
+    for (files, shards) in [(&encoder, 1), (&decoder, 7), (&bare, 1)] {
+        let config = SequenceConfig::from_file(files.config_path(), 2)?;
+        let params = Params::new(Noise::new(9), &Device::Cpu);
+        let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+        let head = params.var_builder(Some(vb.clone()), Role::Head);
+        let mut model = config.load(vb, head, Noise::new(9))?;
+        inject::monteclora(model.as_mut(), &Targets::default(), &bayes(), &params)?;
+        scatter(&params)?;
+        let out = files.config_path().with_file_name("merged");
+        let limit = if shards == 1 { MAX_SHARD_BYTES } else { 12_000 };
+        // From the adapter beside its base, and from the merged layers.
+        save_merged(model.as_ref(), &params, files, Some(&config.to_json()), &out, limit)?;
+        let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
+        assert!(saved.weights().len() >= shards, "{:?}", saved.weights());
+        assert_eq!(saved.file("tokenizer_config.json")?.is_some(), shards > 1);
+        let once = logits_of(&saved, None, &rows)?;
+        merge(model.as_mut())?;
+        let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
+        let (ids, types, mask) = (&batch.input_ids, &batch.token_type_ids, &batch.attention_mask);
+        assert_eq!(once, model.logits(ids, types, mask, &Pass::Mean)?.to_vec2::<f32>()?);
+        let again = out.with_file_name("again");
+        save_merged(model.as_ref(), &params, files, Some(&config.to_json()), &again, limit)?;
+        for file in saved.weights() {
+            let name = file.file_name().ok_or("a name")?;
+            assert_eq!(std::fs::read(file)?, std::fs::read(again.join(name))?);
+        }
+        let error = save_merged(model.as_ref(), &params, files, None, &out, limit).unwrap_err().to_string();
+        assert!(error.contains("merged: it exists"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (decoder, encoder) = (llama_checkpoint(dir.path())?, checkpoint(other.path())?);
+    let config = LlamaConfig::from_file(decoder.config_path())?;
+    let mut model =
+        LlamaForCausalLM::load(decoder.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
+    scatter(&params)?;
+    let out = dir.path().join("out");
+    let save = |model: &LlamaForCausalLM, files: &ModelFiles| {
+        save_merged(model, &params, files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string()
+    };
+    let error = save(&model, &encoder);
+    assert!(error.contains("self_attn.k_proj.weight: the checkpoint has no such tensor"), "{error}");
+    let name = "model.layers.1.self_attn.v_proj.default.b";
+    let kept = params.get(name).ok_or("none")?.var.as_detached_tensor().copy()?;
+    params.set(name, &(&kept * f64::NAN)?)?;
+    let error = save(&model, &decoder);
+    assert!(error.contains("model.layers.1.self_attn.v_proj.weight: merged with"), "{error}");
+    assert!(!out.exists());
+    assert_eq!(std::fs::read_dir(dir.path())?.count(), 2, "nothing is left behind");
+    // The checkpoint's dtype stays: what was loaded in single precision is written in half.
+    params.set(name, &kept)?;
+    let half = candle_core::safetensors::load(&decoder.weights()[0], &Device::Cpu)?;
+    let half = half.into_iter().map(|(name, t)| Ok((name, t.to_dtype(DType::BF16)?)));
+    let half = half.collect::<candle_core::Result<std::collections::HashMap<_, _>>>()?;
+    candle_core::safetensors::save(&half, &decoder.weights()[0])?;
+    save_merged(&model, &params, &decoder, None, &out, MAX_SHARD_BYTES)?;
+    let saved = candle_core::safetensors::load(out.join("model.safetensors"), &Device::Cpu)?;
+    assert_eq!(saved.len(), half.len());
+    assert!(saved.values().all(|tensor| tensor.dtype() == DType::BF16));
     Ok(())
 }

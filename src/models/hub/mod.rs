@@ -16,6 +16,7 @@ mod weights;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 
@@ -161,6 +162,18 @@ impl ModelFiles {
     /// If a file is not a whole safetensors file, or two shards hold the same tensor; the error
     /// names the file.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+        self.check_weights()?;
+        weights::map_builder(&self.weights, dtype, device)
+    }
+
+    /// The tensors of the weights as they lie in their files, memory-mapped.
+    pub(super) fn map_weights(&self) -> Result<MmapedSafetensors> {
+        self.check_weights()?;
+        weights::map(&self.weights)
+    }
+
+    /// Checks that every file is whole, and that no two hold the same tensor.
+    fn check_weights(&self) -> Result<()> {
         let mut seen = BTreeSet::new();
         for path in &self.weights {
             for name in weights::tensor_names(path)? {
@@ -169,7 +182,7 @@ impl ModelFiles {
                 }
             }
         }
-        weights::map_builder(&self.weights, dtype, device)
+        Ok(())
     }
 }
 

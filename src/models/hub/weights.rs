@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use memmap2::Mmap;
@@ -36,6 +37,14 @@ pub(super) fn map_builder(paths: &[PathBuf], dtype: DType, device: &Device) -> R
     #[allow(unsafe_code)]
     let vb = unsafe { VarBuilder::from_mmaped_safetensors(paths, dtype, device) }?;
     Ok(vb)
+}
+
+/// The files' tensors as they lie there.
+pub(super) fn map(paths: &[PathBuf]) -> Result<MmapedSafetensors> {
+    // SAFETY: as for [`map_builder`].
+    #[allow(unsafe_code)]
+    let mapped = unsafe { MmapedSafetensors::multi(paths) }?;
+    Ok(mapped)
 }
 
 /// `vb` at the first of the prefixes `candidates` (`"roberta"`, `"bert"`, or `""` for none) under
