@@ -11,7 +11,7 @@ use monteclora::generate::{generate, GenerateConfig, Weights};
 use monteclora::inject::{self, Targets};
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::params::Role;
-use monteclora::{MonteCLoRAConfig, Noise, Params};
+use monteclora::{merge, MonteCLoRAConfig, Noise, Params};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -43,6 +43,7 @@ fn run(c: &mut Criterion) -> Outcome<()> {
     inject::monteclora(&mut bayes, &targets, &MonteCLoRAConfig::default(), &params())?;
     let mut merged = base(&config)?;
     inject::monteclora(&mut merged, &targets, &MonteCLoRAConfig::default(), &params())?;
+    merge::merge(&mut merged)?;
 
     let contenders = [
         ("base", &plain, Weights::Mean),

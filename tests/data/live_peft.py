@@ -1,0 +1,56 @@
+"""What transformers and PEFT make of folders that this crate wrote.
+
+    python live_peft.py FOLDER        the crate's test calls it where Python has torch, transformers and peft
+
+FOLDER holds base/ (a Hugging Face model), adapter/ (PEFT's layout), merged/ (a Hugging Face model), and
+expected.safetensors: input_ids and attention_mask [b, t] i64, logits (with the adapter's mean) and base_logits, float32.
+Exits with 0 where every tensor found its place and all logits agree to 1e-4.
+"""
+import sys
+import warnings
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    expected = load_file(f"{folder}/expected.safetensors")
+    inputs = {k: expected[k] for k in ("input_ids", "attention_mask")}
+    architecture = AutoConfig.from_pretrained(f"{folder}/base").architectures[0]
+    model = AutoModelForCausalLM if architecture.endswith("CausalLM") else AutoModelForSequenceClassification
+
+    def compare(logits, key):
+        real = inputs["attention_mask"].bool()
+        got, want = (logits, expected[key]) if logits.dim() == 2 else (logits[real], expected[key][real])
+        torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=0)
+
+    def load(name):
+        loaded, info = model.from_pretrained(f"{folder}/{name}", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        return loaded.eval()
+
+    with torch.no_grad():
+        compare(load("base")(**inputs).logits, "base_logits")
+        compare(load("merged")(**inputs).logits, "logits")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(load("base"), f"{folder}/adapter", is_trainable=True)
+        missing = [str(w.message) for w in caught if "missing" in str(w.message).lower()]
+        assert not missing, missing
+        compare(adapted.eval()(**inputs).logits, "logits")
+
+    # One step of PEFT's own training, and what it saves: for the way back.
+    adapted.train()
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.05)
+    adapted(**inputs).logits.square().mean().backward()
+    optimizer.step()
+    adapted.save_pretrained(f"{folder}/back")
+    with torch.no_grad():
+        save_file({"logits": adapted.eval()(**inputs).logits.contiguous()}, f"{folder}/back.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

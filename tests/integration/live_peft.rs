@@ -1,0 +1,180 @@
+//! Both ways between this crate and the real PEFT, where Python has it.
+//!
+//! `MONTECLORA_PYTHON` names the interpreter; else `python3` is tried. `tests/data/live_peft.py` is
+//! what runs there.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
+use monteclora::models::causal::CausalLm;
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
+use monteclora::models::sequence::SequenceConfig;
+use monteclora::params::Role;
+use monteclora::peft::{AdapterFile, Method, Origin, Profile};
+use monteclora::slot::Linears;
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+
+use crate::llama::toy_json;
+use crate::support::{assert_close, scatter, toy_config, toy_weights, Outcome};
+
+/// An interpreter with everything that is needed, or why there is none.
+fn python() -> Result<PathBuf, String> {
+    let python = std::env::var_os("MONTECLORA_PYTHON").map_or("python3".into(), PathBuf::from);
+    let needs = "import torch, transformers, safetensors, peft; peft.MontecloraConfig";
+    match Command::new(&python).args(["-c", needs]).output() {
+        Ok(output) if output.status.success() => Ok(python),
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            Err(text.lines().last().unwrap_or("it failed").to_string())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A model of either kind with its forward pass.
+enum Model {
+    Causal(LlamaForCausalLM),
+    Sequence(Box<dyn monteclora::models::sequence::SequenceClassifier>),
+}
+
+impl Model {
+    fn load(files: &ModelFiles, causal: bool, params: &Params) -> Outcome<Self> {
+        let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+        if causal {
+            let config = LlamaConfig::from_file(files.config_path())?;
+            return Ok(Self::Causal(LlamaForCausalLM::load(vb, &config, Noise::new(0))?));
+        }
+        let head = params.var_builder(Some(vb.clone()), Role::Head);
+        let config = SequenceConfig::from_file(files.config_path(), 3)?;
+        Ok(Self::Sequence(config.load(vb, head, Noise::new(0))?))
+    }
+
+    fn linears(&mut self) -> &mut dyn Linears {
+        match self {
+            Self::Causal(model) => model,
+            Self::Sequence(model) => model.as_mut(),
+        }
+    }
+
+    fn logits(&self) -> Outcome<Tensor> {
+        let (ids, mask) = inputs()?;
+        let (ids, mask) = (ids.to_dtype(DType::U32)?, mask.to_dtype(DType::U8)?);
+        Ok(match self {
+            Self::Causal(model) => model.logits(&ids, &mask, &Pass::Mean)?,
+            Self::Sequence(model) => model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean)?,
+        })
+    }
+}
+
+/// Two rows, the second padded with RoBERTa's padding id.
+fn inputs() -> Outcome<(Tensor, Tensor)> {
+    let ids = Tensor::new(&[[0i64, 5, 17, 33, 8, 2], [0, 40, 6, 2, 1, 1]], &Device::Cpu)?;
+    let mask = Tensor::new(&[[1i64; 6], [1, 1, 1, 1, 0, 0]], &Device::Cpu)?;
+    Ok((ids, mask))
+}
+
+/// A checkpoint with a head on the disk.
+fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
+    let (weights, mut json) = match causal {
+        true => {
+            let (json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+            let config = LlamaConfig::from_value(json.clone())?;
+            LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
+            scatter(&params)?;
+            let all = params.all().into_iter();
+            (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)
+        }
+        false => {
+            let config = toy_config(monteclora::models::roberta::Family::Roberta);
+            let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
+                let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
+                model(vb.clone(), vb, &config, noise).map(drop)
+            })?;
+            (weights, serde_json::to_value(&config)?)
+        }
+    };
+    let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
+    json["architectures"] = serde_json::json!([name]);
+    std::fs::create_dir_all(dir)?;
+    monteclora::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
+    std::fs::write(dir.join("config.json"), json.to_string())?;
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+#[test]
+fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
+    let python = match python() {
+        Ok(python) => python,
+        Err(reason) => {
+            eprintln!("skipped: no Python with torch, transformers and peft >= 0.20 ({reason})");
+            return Ok(());
+        }
+    };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/live_peft.py");
+    let lora = LoraConfig { rank: 3, alpha: 7.0, use_rslora: true, ..LoraConfig::default() };
+    let bayes = MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..Default::default() };
+    let methods = [Method::Lora(lora), Method::MonteCLoRA(bayes)];
+    for (causal, method) in [false, true].into_iter().flat_map(|causal| methods.clone().map(|m| (causal, m)))
+    {
+        let dir = tempfile::tempdir()?;
+        let files = base(&dir.path().join("base"), causal)?;
+        let params = Params::new(Noise::new(1), &Device::Cpu);
+        let mut model = Model::load(&files, causal, &params)?;
+        let base_logits = model.logits()?.copy()?;
+        match &method {
+            Method::Lora(config) => {
+                let targets = Targets::parse("all-linear")?;
+                inject::lora(model.linears(), &targets, config, &params)?
+            }
+            Method::MonteCLoRA(config) => {
+                inject::monteclora(model.linears(), &Targets::default(), config, &params)?
+            }
+            _ => return Err("a method without a test".into()),
+        };
+        scatter(&params)?;
+        let task = if causal { "CAUSAL_LM" } else { "SEQ_CLS" };
+        let origin =
+            Origin { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
+        let file = AdapterFile::from_model(model.linears(), DEFAULT_ADAPTER, &params, &method, &origin)?;
+        file.write(dir.path().join("adapter"), Profile::PeftMonteCLoRA)?;
+        save_merged(model.linears(), &params, &files, None, &dir.path().join("merged"), MAX_SHARD_BYTES)?;
+        let (ids, mask) = inputs()?;
+        let logits = model.logits()?;
+        let expected = [
+            ("input_ids", &ids),
+            ("attention_mask", &mask),
+            ("logits", &logits),
+            ("base_logits", &base_logits),
+        ];
+        monteclora::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
+
+        let output =
+            Command::new(&python).arg(&script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{task} {method:?}: {text}");
+
+        // What PEFT trained a step further is read back, and computes what PEFT computes.
+        let params = Params::new(Noise::new(2), &Device::Cpu);
+        let mut model = Model::load(&files, causal, &params)?;
+        AdapterFile::read(dir.path().join("back"))?.apply(model.linears(), DEFAULT_ADAPTER, &params)?;
+        let back = candle_core::safetensors::load(dir.path().join("back.safetensors"), &Device::Cpu)?;
+        let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(moved > 1e-3, "PEFT's step moved nothing");
+        let got = model.logits()?;
+        match causal {
+            // Padding columns are nobody's business.
+            true => {
+                assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
+                assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
+            }
+            false => assert_close(&got, &back["logits"], 1e-4)?,
+        }
+    }
+    Ok(())
+}

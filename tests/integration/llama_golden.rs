@@ -1,0 +1,138 @@
+//! LLaMA and its adapters against Hugging Face transformers and PEFT, on the golden values of
+//! `tests/data/make_llama_golden.py`.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use crate::support::{assert_close, Outcome};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::merge::merge;
+use monteclora::models::causal::CausalLm;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
+use monteclora::noise::Noise;
+use monteclora::ops::{self, Lane};
+use monteclora::params::{Params, Role};
+use monteclora::peft::AdapterFile;
+use monteclora::slot::Pass;
+
+const LANES: [Lane; 3] = [Lane::Fast, Lane::Composed, Lane::Plain];
+const MODELS: [&str; 2] = ["toy_llama", "toy_llama3"];
+
+fn data() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+}
+
+/// One model's part of the golden file.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    config: LlamaConfig,
+}
+
+impl Golden {
+    fn open(name: &str) -> Outcome<Self> {
+        let all = candle_core::safetensors::load(data().join("llama_golden.safetensors"), &Device::Cpu)?;
+        let prefix = format!("{name}/");
+        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
+        let config = LlamaConfig::from_file(&data().join(format!("{name}_config.json")))?;
+        Ok(Self { tensors: all.into_iter().filter_map(part).collect(), config })
+    }
+
+    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+    }
+
+    fn model(&self, dtype: DType) -> Outcome<LlamaForCausalLM> {
+        Ok(LlamaForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
+    }
+
+    /// ids and attention mask, padded on one side.
+    fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
+        let ids = self.tensors[&format!("{side}input_ids")].to_dtype(DType::U32)?;
+        Ok((ids, self.tensors[&format!("{side}attention_mask")].to_dtype(DType::U8)?))
+    }
+
+    /// The logits of real tokens against those of the file.
+    fn compare(&self, logits: &Tensor, name: &str, side: &str, tolerance: f64) -> Outcome {
+        let real = self.inputs(side)?.1.unsqueeze(2)?.to_dtype(logits.dtype())?;
+        let expected = self.tensors[name].to_dtype(logits.dtype())?.broadcast_mul(&real)?;
+        assert_close(&logits.broadcast_mul(&real)?, &expected, tolerance)
+    }
+}
+
+#[test]
+fn the_head_gives_the_logits_of_transformers_with_padding_on_either_side() -> Outcome {
+    for name in MODELS {
+        let golden = Golden::open(name)?;
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 5e-6)] {
+            let model = golden.model(dtype)?;
+            for (side, lane) in ["", "left_"].into_iter().flat_map(|side| LANES.map(|lane| (side, lane))) {
+                let (ids, mask) = golden.inputs(side)?;
+                let logits = ops::with_lane(lane, || model.logits(&ids, &mask, &Pass::Mean))?;
+                golden.compare(&logits, &format!("{side}logits"), side, tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn loss_and_gradients_are_those_of_transformers() -> Outcome {
+    for name in MODELS {
+        let golden = Golden::open(name)?;
+        let params = Params::new(Noise::new(0), &Device::Cpu);
+        let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+        let model = LlamaForCausalLM::load(vb, &golden.config, Noise::new(0))?;
+        let (ids, mask) = golden.inputs("")?;
+        let t = ids.dim(1)?;
+        let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
+        for lane in LANES {
+            ops::with_lane(lane, || -> Outcome {
+                let logits = model.logits(&ids, &mask, &Pass::Mean)?.narrow(1, 0, t - 1)?;
+                let loss = ops::cross_entropy(&logits.contiguous()?.flatten_to(1)?, &labels, -100)?;
+                assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
+                let grads = loss.backward()?;
+                for name in ["model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"] {
+                    let param = params.get(name).ok_or("no such parameter")?;
+                    let grad = grads.get(&param.var).ok_or("no gradient")?;
+                    assert_close(grad, &golden.tensors[&format!("grad.{name}")], 2e-5)?;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
+    for name in MODELS {
+        let golden = Golden::open(name)?;
+        let (ids, mask) = golden.inputs("")?;
+        let (vb, config) = (golden.vb(DType::F32), &golden.config);
+        let model = LlamaForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
+        assert_eq!(config.num_labels, 3);
+        assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &golden.tensors["cls_logits"], 1e-4)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_of_python_peft_give_the_logits_that_peft_gives_merged_or_not() -> Outcome {
+    for name in MODELS {
+        let golden = Golden::open(name)?;
+        let (ids, mask) = golden.inputs("")?;
+        for (kind, layers) in [("lora", 12), ("monteclora", 6)] {
+            let mut model = golden.model(DType::F32)?;
+            let params = Params::new(Noise::new(0), &Device::Cpu);
+            let file = AdapterFile::read(data().join(format!("peft_adapters/{name}_{kind}")))?;
+            assert_eq!(file.layers.len(), layers);
+            file.apply(&mut model, "default", &params)?;
+            let expected = format!("{kind}_logits");
+            golden.compare(&model.logits(&ids, &mask, &Pass::Mean)?, &expected, "", 1e-4)?;
+            merge(&mut model)?;
+            golden.compare(&model.logits(&ids, &mask, &Pass::Mean)?, &expected, "", 1e-4)?;
+        }
+    }
+    Ok(())
+}
