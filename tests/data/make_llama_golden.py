@@ -14,7 +14,8 @@ Keys, for each M:
 
     M/<Hugging Face name>      every weight of LlamaForCausalLM, and score.weight of the classifier
     M/input_ids, M/attention_mask                [3, 40] i64, right-padded rows of 40, 23 and 5 tokens
-    M/left_input_ids, M/left_attention_mask      the same rows, left-padded
+    M/left_input_ids, M/left_attention_mask      the same rows, left-padded; their logits are made row by row, at
+                               the positions that they have there
     M/logits, M/left_logits    [3, 40, 100]; compare where the attention mask is 1
     M/labels                   [3, 40] i64, -100 on padding and on the first three tokens
     M/loss                     [1] as LlamaForCausalLM has it for these labels
@@ -96,6 +97,16 @@ def base(name):
     return model
 
 
+def left_logits(model, ids, mask):
+    """Row by row without its padding, whose queries see no key: transformers' eager attention makes NaN of them."""
+    logits = torch.zeros(*ids.shape, model.config.vocab_size, dtype=torch.float64)
+    for row, n in enumerate(LENGTHS):
+        positions = torch.arange(ids.shape[1])[None, -n:]
+        alone = model(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], position_ids=positions)
+        logits[row, -n:] = alone.logits[0]
+    return logits
+
+
 def golden(name, out, tensors):
     model = base(name)
     kept = {k: p.detach().clone() for k, p in model.named_parameters()}
@@ -115,8 +126,7 @@ def golden(name, out, tensors):
     kept |= {
         "input_ids": right, "attention_mask": right_mask, "left_input_ids": left, "left_attention_mask": left_mask,
         "logits": output.logits, "labels": labels, "loss": output.loss.reshape(1),
-        # A padding query on the left sees no key: transformers makes NaN of it.
-        "left_logits": double(input_ids=left, attention_mask=left_mask).logits.nan_to_num(),
+        "left_logits": left_logits(double, left, left_mask),
         "cls_logits": classifier.double().eval()(input_ids=right, attention_mask=right_mask).logits,
     }
     kept |= {f"grad.{k}": parameters[k].grad for k in GRADIENTS}
