@@ -27,6 +27,7 @@ pub mod peft;
 // Floor 4: experiments.
 pub mod bayes;
 pub mod data;
+pub mod eval;
 pub mod generate;
 pub mod metrics;
 pub mod train;

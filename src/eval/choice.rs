@@ -1,0 +1,121 @@
+//! Multiple choice by the likelihood of each answer, or by the name in a generated text.
+
+use crate::data::causal::{CausalBatch, PromptEncoder, Tokens};
+use crate::data::instruct::{Choices, Prompted};
+use crate::error::{Error, Result};
+use crate::metrics::{softmax, Metrics};
+use crate::models::causal::CausalLm;
+use crate::monteclora::with_held_draws;
+use crate::slot::Pass;
+use crate::train::token_log_probabilities;
+
+/// What the log-likelihood of an answer is divided by, so that long answers do not lose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Normalize {
+    /// Nothing.
+    No,
+    /// Its tokens.
+    Tokens,
+    /// Its bytes: `acc_norm` of the LM evaluation harness.
+    Bytes,
+}
+
+/// The probabilities of the choices of every question.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChoiceScores {
+    /// One a choice, in the order of the instruction; as many for every question: those that it
+    /// lacks are 0.
+    pub probabilities: Vec<Vec<f64>>,
+    /// The right choice of each question.
+    pub correct: Vec<u32>,
+}
+
+impl ChoiceScores {
+    /// Accuracy, NLL, calibration error and Brier score over the choices.
+    ///
+    /// # Errors
+    /// If there is no question, or a probability is NaN.
+    pub fn evaluate(&self) -> Result<Metrics> {
+        Metrics::classification(&self.probabilities, &self.correct)
+    }
+}
+
+/// Scores every question of `rows` by the log-likelihood of its answers after its prompt. Over
+/// several passes (posterior draws) the probabilities of the choices are averaged.
+///
+/// `encoder` should have no `eos`: the end of the text would be scored with the answer.
+///
+/// # Errors
+/// If there is no pass, a row has no choices or is longer than the encoder's `max_length`, or a
+/// forward pass fails.
+pub fn score_choices(
+    model: &dyn CausalLm,
+    encoder: &PromptEncoder,
+    rows: &[Prompted],
+    batch_size: usize,
+    normalize: Normalize,
+    passes: &[Pass],
+) -> Result<ChoiceScores> {
+    if passes.is_empty() {
+        return Err(Error::config("passes", "there is none to average"));
+    }
+    let mut questions: Vec<&Choices> = Vec::with_capacity(rows.len());
+    let mut candidates = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        let choices = row.choices.as_ref().ok_or_else(|| {
+            Error::config("data", format!("row {} has no choices (no `Answer format:`)", i + 1))
+        })?;
+        let prompt = || row.prompt.clone();
+        candidates.extend(choices.answers.iter().map(|answer| Prompted {
+            prompt: prompt(),
+            answer: answer.clone(),
+            choices: None,
+        }));
+        questions.push(choices);
+    }
+    let encoded = encoder.encode(&candidates)?;
+    if encoded.cut + encoded.dropped > 0 {
+        let reason = format!("{} answers do not fit", encoded.cut + encoded.dropped);
+        return Err(Error::config("max_length", reason));
+    }
+    let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
+    let mut probabilities = vec![vec![0.0; width]; questions.len()];
+    for pass in passes {
+        let scores = with_held_draws(|| likelihoods(model, &encoded.rows, batch_size, pass))?;
+        let mut at = 0;
+        for (sums, choices) in probabilities.iter_mut().zip(&questions) {
+            let own: Vec<f64> = (at..at + choices.names.len())
+                .map(|i| match normalize {
+                    Normalize::No => scores[i],
+                    Normalize::Tokens => scores[i] / encoded.rows[i].targets() as f64,
+                    Normalize::Bytes => scores[i] / candidates[i].answer.len() as f64,
+                })
+                .collect();
+            at += own.len();
+            sums.iter_mut().zip(softmax(&own)).for_each(|(sum, p)| *sum += p / passes.len() as f64);
+        }
+    }
+    Ok(ChoiceScores { probabilities, correct: questions.iter().map(|c| c.correct as u32).collect() })
+}
+
+/// The log-likelihood of the learnt tokens of each row.
+fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, pass: &Pass) -> Result<Vec<f64>> {
+    let mut sums = Vec::with_capacity(rows.len());
+    for chunk in rows.chunks(batch_size.max(1)) {
+        let batch = CausalBatch::collate(&chunk.iter().collect::<Vec<_>>(), 0, model.device())?;
+        let logs = token_log_probabilities(model, &batch, std::slice::from_ref(pass))?;
+        let mut rest = logs.as_slice();
+        for count in &batch.counts {
+            let (own, others) = rest.split_at(*count);
+            sums.push(own.iter().sum());
+            rest = others;
+        }
+    }
+    Ok(sums)
+}
+
+/// The choice whose name comes first in a generated text, as the paper's authors extract it.
+pub fn chosen_by_name(text: &str, names: &[String]) -> Option<usize> {
+    let places = names.iter().enumerate().filter_map(|(i, name)| Some((text.find(name.as_str())?, i)));
+    places.min().map(|(_, i)| i)
+}

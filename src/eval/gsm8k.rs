@@ -1,0 +1,113 @@
+//! Answers of GSM8K as the LM evaluation harness extracts and compares them (its task `gsm8k`).
+
+use std::sync::LazyLock;
+
+use fancy_regex::Regex;
+
+/// What ends an answer: the harness's own stop texts.
+pub const STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
+
+/// What an answer without a match counts as.
+const INVALID: &str = "[invalid]";
+
+static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
+static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
+static BEFORE_THE_NUMBER: LazyLock<Regex> = LazyLock::new(|| constant(r"(?s).*#### "));
+
+/// An expression of this page.
+fn constant(pattern: &str) -> Regex {
+    Regex::new(pattern).expect("a test compiles every expression of this page")
+}
+
+/// The number after the first `#### `, or `[invalid]`.
+pub fn strict_match(text: &str) -> String {
+    let captures = STRICT.captures(text).ok().flatten();
+    let number = captures.as_ref().and_then(|captures| captures.get(1));
+    number.map_or(INVALID, |number| number.as_str().trim()).to_string()
+}
+
+/// The last thing that looks like a number, or `[invalid]`.
+pub fn flexible_extract(text: &str) -> String {
+    let last = FLEXIBLE.find_iter(text).filter_map(Result::ok).last();
+    last.map_or(INVALID, |number| number.as_str().trim()).to_string()
+}
+
+/// Whether an extracted answer is that of the reference, the data's whole `answer`: without
+/// thousands separators and dollar signs, all up to `#### ` and a last full stop.
+pub fn exact_match(extracted: &str, reference: &str) -> bool {
+    normal(extracted) == normal(reference)
+}
+
+fn normal(text: &str) -> String {
+    let text = text.replace([',', '$'], "");
+    let text = BEFORE_THE_NUMBER.replace_all(&text, "");
+    text.strip_suffix('.').unwrap_or(&text).to_lowercase()
+}
+
+/// A generated text up to the first of [`STOP`].
+pub fn truncated(text: &str) -> &str {
+    let end = STOP.iter().filter_map(|stop| text.find(stop)).min();
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// The share of texts whose strictly and whose flexibly extracted answer is right.
+pub fn accuracy<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<(f64, f64)> {
+    let (mut strict, mut flexible, mut count) = (0.0, 0.0, 0.0);
+    for (text, reference) in pairs {
+        let text = truncated(text);
+        strict += f64::from(u8::from(exact_match(&strict_match(text), reference)));
+        flexible += f64::from(u8::from(exact_match(&flexible_extract(text), reference)));
+        count += 1.0;
+    }
+    (count > 0.0).then(|| (strict / count, flexible / count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extraction_is_that_of_the_harness() {
+        // Expected values by the harness's own expressions and filters.
+        for (text, strict, flexible) in [
+            ("2+2 = 4\n#### 4", "4", "4"),
+            ("#### -1,234.50.", "-1,234.50.", "-1,234.50."),
+            ("#### 12\nQ\n#### 13", "12", "13"),
+            ("####4", INVALID, "4"),
+            ("#### $5", INVALID, "$5"),
+            ("It costs $18.", INVALID, "$18."),
+            ("She has 3 apples and 7 pears", INVALID, "7"),
+            ("so -5", INVALID, "-5"),
+            ("ten, or more.", INVALID, INVALID),
+            ("a list..., 6", INVALID, "6"),
+            ("he said 6 ...", INVALID, "..."),
+            ("", INVALID, INVALID),
+            ("1/2", INVALID, "2"),
+        ] {
+            assert_eq!(
+                (strict_match(text).as_str(), flexible_extract(text).as_str()),
+                (strict, flexible),
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_are_compared_without_their_dress() {
+        let reference = "She pays 1000+234 = $<<1000+234=1234>>1,234.\n#### 1,234";
+        for right in ["1234", "1,234", "$1234.", "#### 1,234", "$1,234."] {
+            assert!(exact_match(right, reference), "{right}");
+        }
+        for wrong in ["1234.0", "234", INVALID, "", "1234.."] {
+            assert!(!exact_match(wrong, reference), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn texts_end_where_the_next_question_begins() {
+        let pairs =
+            [("it is 5\n#### 5\nQuestion: 1+1? #### 2", "#### 5"), ("maybe 7", "#### 7"), ("no", "#### 1")];
+        assert_eq!(accuracy(pairs), Some((1.0 / 3.0, 2.0 / 3.0)));
+        assert_eq!(accuracy([]), None);
+    }
+}
