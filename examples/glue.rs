@@ -70,7 +70,7 @@ fn main() -> Outcome {
         (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
         (None, _) => common::hub_splits(task)?,
     };
-    let methods = args.method.names();
+    let methods = args.method.names()?;
     let mut table = Vec::new();
     for name in &methods {
         let output =
@@ -97,10 +97,8 @@ fn run(
     let rows = encoder.encode(args.train.limit(&data.train))?;
 
     let noise = Noise::new(args.train.seed);
-    let targets = args.method.targets()?;
-    let dtype = common::dtype(&args.dtype)?;
-    let method = args.method.method(name)?;
-    let classifier = Classifier::load(&files, task.num_labels(), &method, &targets, noise, dtype, &device)?;
+    let (start, dtype) = (args.method.start(name)?, common::dtype(&args.dtype)?);
+    let classifier = Classifier::load(&files, task.num_labels(), &start, noise, dtype, &device)?;
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
         let rows = encoder.encode(examples)?;
@@ -142,7 +140,7 @@ fn run(
     if let Some(dir) = out {
         let path = dir.join("metrics.json");
         std::fs::write(&path, serde_json::to_string_pretty(&metrics)?).map_err(Error::io(&path))?;
-        classifier.save(&method, model, dir)?;
+        classifier.save(model, dir)?;
     }
     Ok(metrics)
 }

@@ -6,7 +6,9 @@
 //! `cargo run --release --example llama -- --model DIR_OR_HUB_ID --data TRAIN.jsonl
 //! --held-out TEST.jsonl --format instruct --method monteclora --rank 32 --alpha 64 --lr 3e-4
 //! --sample-scaler 2.5e-5 --dtype bf16 --device cuda --output OUT`: any model, any data. The
-//! templates are those of `monteclora::data::instruct`.
+//! templates are those of `monteclora::data::instruct`. `--adapter DIR` goes on from an adapter of
+//! this crate or of PEFT, `--task` measures the held-out rows by a benchmark, and `--epochs 0`
+//! measures without training.
 
 mod common;
 
@@ -14,19 +16,21 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
+use common::tasks::TaskOptions;
 use common::Outcome;
 use indicatif::ProgressBar;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
-use monteclora::data::instruct::{self, Format};
-use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::data::instruct::{self, Format, Prompted};
+use monteclora::eval::Generator;
+use monteclora::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Origin, Profile};
-use monteclora::train::{self, held_out_loss, CausalTuning, Observer, Record};
+use monteclora::train::{self, held_out_loss, CausalTuning, Observer, Record, Summary};
 use monteclora::{files, Noise, Params, Pass};
 use serde_json::{json, Value};
 
@@ -48,6 +52,8 @@ struct Args {
     method: MethodOptions,
     #[command(flatten)]
     train: TrainOptions,
+    #[command(flatten)]
+    task: TaskOptions,
     #[arg(long, default_value_t = 8)]
     batch_size: usize,
     #[arg(long, default_value_t = 256)]
@@ -66,7 +72,14 @@ struct Args {
     /// 0: greedy.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Posterior draws whose probabilities are averaged for the held-out loss, beside the mean.
+    /// Choose among the k most probable tokens only; wants a temperature.
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Choose among the most probable tokens up to this share only; wants a temperature.
+    #[arg(long)]
+    top_p: Option<f64>,
+    /// Posterior draws whose probabilities are averaged beside the mean, for the held-out loss and
+    /// the task.
     #[arg(long, default_value_t = 4)]
     posterior_samples: usize,
     /// Write A and B alone, for servers, rather than what PEFT trains on with.
@@ -83,35 +96,69 @@ struct Args {
     output: Option<PathBuf>,
 }
 
-/// The rows of a run.
+impl Args {
+    /// How a text goes on.
+    fn generation(&self, stop: Vec<u32>, weights: Weights) -> Outcome<GenerateConfig> {
+        let temperature = self.temperature;
+        let sampling = match (temperature == 0.0, self.top_k, self.top_p) {
+            (true, None, None) => Sampling::ArgMax,
+            (true, _, _) => return Err("--top-k and --top-p: want a --temperature above 0".into()),
+            (false, None, None) => Sampling::All { temperature },
+            (false, Some(k), None) => Sampling::TopK { k, temperature },
+            (false, None, Some(p)) => Sampling::TopP { p, temperature },
+            (false, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        };
+        Ok(GenerateConfig {
+            max_new_tokens: self.max_new_tokens,
+            sampling,
+            seed: self.train.seed,
+            stop,
+            weights,
+        })
+    }
+}
+
+/// The rows of a run, and the held-out ones as texts, too.
 struct Data {
     train: Vec<Tokens>,
     held_out: Vec<Tokens>,
+    held_out_texts: Vec<Prompted>,
     prompt: String,
+}
+
+/// What all methods share.
+struct Setup {
+    args: Args,
+    model: String,
+    files: ModelFiles,
+    config: LlamaConfig,
+    encoder: PromptEncoder,
+    data: Data,
 }
 
 fn main() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
+    args.task.benchmark()?; // before an hour of training
     let model = match &args.model {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,
     };
-    let model_files = ModelFiles::locate(&model, None)?;
-    let config = LlamaConfig::from_file(model_files.config_path())?;
-    let tokenizer = common::tokenizer(&model_files)?;
+    let files = ModelFiles::locate(&model, None)?;
+    let config = LlamaConfig::from_file(files.config_path())?;
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let longest = config.decoder.max_position_embeddings;
-    let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
+    let encoder = PromptEncoder::new(common::tokenizer(&files)?, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     println!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
-    let methods = args.method.names();
+    let methods = args.method.names()?;
+    let setup = Setup { args, model, files, config, encoder, data };
     let mut table = Vec::new();
     for name in &methods {
-        let output =
-            args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(run(&args, &model, &model_files, &config, &encoder, &data, name, output.as_deref())?);
+        let output = setup.args.output.as_ref();
+        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
+        table.push(setup.run(name, output.as_deref())?);
     }
     println!(
         "\n{:<12} {:>10} {:>10} {:>10} {:>10} {:>8}",
@@ -156,94 +203,96 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
         (None, Some(row)) => row.prompt.clone(),
         (None, None) => return Err("--data: too few rows to hold some out; give --held-out".into()),
     };
-    let (train, held_out) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
+    let (train, encoded) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
     if train.cut + train.dropped > 0 {
         let lost = format!("{} rows lost their end and {} were left out", train.cut, train.dropped);
         println!("--max-length {}: {lost}", args.max_length);
     }
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
-    Ok(Data { train, held_out: held_out.rows, prompt })
+    Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
 }
 
-/// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
-#[allow(clippy::too_many_arguments)]
-fn run(
-    args: &Args,
-    model_name: &str,
-    model_files: &ModelFiles,
-    config: &LlamaConfig,
-    encoder: &PromptEncoder,
-    data: &Data,
-    name: &str,
-    out: Option<&Path>,
-) -> Outcome<Value> {
-    let device = common::device(&args.device)?;
-    let noise = Noise::new(args.train.seed);
-    let method = args.method.method(name)?;
-    let params = Params::new(noise, &device);
-    let checkpoint = model_files.var_builder(common::dtype(&args.dtype)?, &device)?;
-    let base = match method.adapter() {
-        Some(_) => checkpoint,
-        None => params.var_builder(Some(checkpoint), Role::Base),
-    };
-    let mut model = LlamaForCausalLM::load(base, config, noise)?;
-    let (_, regularizer) = method.inject(&mut model, &args.method.targets()?, &params)?;
-
-    let speak = |model: &LlamaForCausalLM| -> Outcome<String> {
-        let sampling = match args.temperature {
-            0.0 => Sampling::ArgMax,
-            temperature => Sampling::All { temperature },
+impl Setup {
+    /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
+    fn run(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
+        let Self { args, config, data, .. } = self;
+        let device = common::device(&args.device)?;
+        let noise = Noise::new(args.train.seed);
+        let params = Params::new(noise, &device);
+        let checkpoint = self.files.var_builder(common::dtype(&args.dtype)?, &device)?;
+        let base = match name {
+            "full" => params.var_builder(Some(checkpoint), Role::Base),
+            _ => checkpoint,
         };
-        let config = GenerateConfig {
-            max_new_tokens: args.max_new_tokens,
-            sampling,
-            seed: args.train.seed,
-            stop: config.eos_token_ids(),
-            weights: Weights::Mean,
+        let mut model = LlamaForCausalLM::load(base, config, noise)?;
+        let start = args.method.start(name)?;
+        let regularizer = start.inject(&mut model, &params)?;
+
+        let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
+        println!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
+        let log = out.map(Log::create).transpose()?;
+        let mut watch =
+            Watch { model: &model, held_out: &data.held_out, bar: common::progress(0, name), log };
+        let summary = match args.train.epochs {
+            0 => Summary::default(),
+            _ => {
+                let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
+                let (rows, pad_id) = (&data.train, config.pad_id());
+                let objective = CausalTuning { model: &model, regularizer, rows, batcher, pad_id };
+                // The bundled model is small and learns a foreign text: it wants a higher rate.
+                let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
+                train::fit(&objective, &params, &config, &mut watch)?
+            }
         };
-        let ids = generate(model, &[encoder.prompt(&data.prompt)?], &config, &mut |_, _| true)?;
-        Ok(encoder.tokenizer().decode(&ids[0], true).map_err(|e| e.to_string())?)
-    };
-    let loss = |passes: &[Pass]| held_out_loss(&model, &data.held_out, 16, passes);
-    let before = loss(&[Pass::Mean])?;
-    println!("\n{name}, before: {}[{}]", data.prompt, speak(&model)?);
+        watch.bar.finish_and_clear();
+        watch.log.map(Log::finish).transpose()?;
 
-    let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
-    let objective =
-        CausalTuning { model: &model, regularizer, rows: &data.train, batcher, pad_id: config.pad_id() };
-    let log = out.map(Log::create).transpose()?;
-    let mut watch = Watch { model: &model, held_out: &data.held_out, bar: common::progress(0, name), log };
-    // The bundled model is small and learns a foreign text: it wants a higher rate.
-    let train_config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
-    let summary = train::fit(&objective, &params, &train_config, &mut watch)?;
-    watch.bar.finish_and_clear();
-    watch.log.map(Log::finish).transpose()?;
-
-    let draws: Vec<Pass> = match name {
-        "monteclora" => (0..args.posterior_samples as u64).map(|draw| Pass::Posterior { draw }).collect(),
-        _ => Vec::new(), // only MonteCLoRA has a posterior to draw from
-    };
-    let posterior = if draws.is_empty() { None } else { Some(loss(&draws)?) };
-    println!("{name}, after: {}[{}]", data.prompt, speak(&model)?);
-    let metrics = json!({
-        "model": model_name, "method": name, "seed": args.train.seed, "steps": summary.steps,
-        "kept_step": summary.kept_step, "seconds": summary.seconds,
-        "step_seconds_median": summary.step_seconds_median,
-        "trainable_parameters": params.trainable_count(), "loss_before": before,
-        "loss_mean": loss(&[Pass::Mean])?, "loss_posterior": posterior,
-        "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
-    });
-    if let Some(dir) = out {
-        files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
-        if let Some(adapter) = method.adapter() {
-            let (base, task) = (Some(model_name.to_string()), Some("CAUSAL_LM".to_string()));
-            let origin = Origin { base_model: base, task, ..Origin::default() };
-            let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &origin)?;
-            let profile = if args.serving { Profile::Serving } else { Profile::PeftMonteCLoRA };
-            file.write(dir.join("adapter"), profile)?;
+        println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
+        // Only MonteCLoRA has a posterior to draw from.
+        let draws = if name == "monteclora" { args.posterior_samples } else { 0 };
+        let posterior = (draws > 0).then_some(Weights::Average(draws));
+        let loss = |weights: Weights| held_out_loss(&model, &data.held_out, 16, &weights.passes());
+        let metrics = json!({
+            "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,
+            "kept_step": summary.kept_step, "seconds": summary.seconds,
+            "step_seconds_median": summary.step_seconds_median,
+            "trainable_parameters": params.trainable_count(), "loss_before": before,
+            "loss_mean": loss(Weights::Mean)?, "loss_posterior": posterior.map(loss).transpose()?,
+            "task": args.task.task, "task_mean": self.measure(&model, Weights::Mean)?,
+            "task_posterior": posterior.map(|weights| self.measure(&model, weights)).transpose()?,
+            "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
+        });
+        for weights in ["task_mean", "task_posterior"].iter().filter(|key| !metrics[**key].is_null()) {
+            println!("{name}, {weights}: {}", metrics[*weights]);
         }
+        if let Some(dir) = out {
+            files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
+            if let Some(adapter) = start.method().adapter() {
+                let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+                let origin = Origin { base_model: base, task, ..Origin::default() };
+                let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &origin)?;
+                let profile = if args.serving { Profile::Serving } else { Profile::PeftMonteCLoRA };
+                file.write(dir.join("adapter"), profile)?;
+            }
+        }
+        Ok(metrics)
     }
-    Ok(metrics)
+
+    /// The continuation of the prompt.
+    fn speak(&self, model: &LlamaForCausalLM) -> Outcome<String> {
+        let generator = self.generator(model, Weights::Mean)?;
+        Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
+    }
+
+    /// The task's figures, null without one.
+    fn measure(&self, model: &LlamaForCausalLM, weights: Weights) -> Outcome<Value> {
+        self.args.task.measure(&self.generator(model, weights)?, &self.data.held_out_texts)
+    }
+
+    fn generator<'a>(&'a self, model: &'a LlamaForCausalLM, weights: Weights) -> Outcome<Generator<'a>> {
+        let config = self.args.generation(self.config.eos_token_ids(), weights)?;
+        Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
+    }
 }
 
 /// Progress bar, log and held-out loss of a run.

@@ -22,6 +22,17 @@ pub enum Weights {
     Average(usize),
 }
 
+impl Weights {
+    /// The passes whose probabilities are averaged.
+    pub fn passes(&self) -> Vec<Pass> {
+        match *self {
+            Self::Mean => vec![Pass::Mean],
+            Self::Draw(draw) => vec![Pass::Posterior { draw }],
+            Self::Average(draws) => (0..draws as u64).map(|draw| Pass::Posterior { draw }).collect(),
+        }
+    }
+}
+
 /// How a text is continued.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateConfig {
@@ -76,14 +87,6 @@ impl GenerateConfig {
             return Err(Error::config("top_p", format!("expected a share in (0, 1], got {p}")));
         }
         Ok(())
-    }
-
-    fn passes(&self) -> Vec<Pass> {
-        match self.weights {
-            Weights::Mean => vec![Pass::Mean],
-            Weights::Draw(draw) => vec![Pass::Posterior { draw }],
-            Weights::Average(draws) => (0..draws as u64).map(|draw| Pass::Posterior { draw }).collect(),
-        }
     }
 }
 
@@ -179,7 +182,7 @@ impl Batch {
         let processor = |row| {
             LogitsProcessor::from_sampling(config.seed.wrapping_add(row as u64), config.sampling.clone())
         };
-        let passes = config.passes().into_iter();
+        let passes = config.weights.passes().into_iter();
         Self {
             tokens: prompts.iter().map(padded).collect(),
             mask: prompts.iter().map(real).collect(),

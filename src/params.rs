@@ -172,9 +172,15 @@ impl Params {
 
     /// Freezes or releases every parameter of a role; returns how many there are.
     pub fn set_trainable(&self, role: Role, trainable: bool) -> usize {
+        self.set_trainable_where(trainable, |_, param| param.role == role)
+    }
+
+    /// Freezes or releases every parameter that `chosen` picks by its name and role; returns how many
+    /// there are.
+    pub fn set_trainable_where(&self, trainable: bool, chosen: impl Fn(&str, &Param) -> bool) -> usize {
         let mut entries = self.lock();
-        let of_role = entries.values_mut().filter(|param| param.role == role);
-        of_role.map(|param| param.trainable = trainable).count()
+        let chosen = entries.iter_mut().filter(|(name, param)| chosen(name, param));
+        chosen.map(|(_, param)| param.trainable = trainable).count()
     }
 
     /// Overwrites the values of the parameter `name` in place: every layer sees them.

@@ -199,7 +199,7 @@ impl Slot {
         let delta = delta.detach();
         let sum = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
         // Zero, unless an element is infinite or no number.
-        let finite = (&sum - &sum)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        let finite = (&sum * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
         if finite != 0.0 {
             return Err(Error::tensor(key, format!("merged with {name:?} it would not be finite")));
         }

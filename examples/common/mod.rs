@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each example uses its own part
 
 pub mod options;
+pub mod tasks;
 
 use std::path::Path;
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::Targets;
-use monteclora::train::{Method, Record, Schedule, TrainConfig};
+use monteclora::peft::AdapterFile;
+use monteclora::train::{Method, Record, Schedule, Start, TrainConfig};
 use monteclora::{Error, MonteCLoRAConfig};
 
 use super::Outcome;
@@ -40,24 +41,39 @@ pub struct MethodOptions {
     /// Weight of the KL terms, eta.
     #[arg(long)]
     pub kl_weight: Option<f64>,
+    /// The folder of an adapter to go on from, of this crate or of PEFT: its targets and constants
+    /// count, not those above.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
 }
 
 impl MethodOptions {
     /// The names of the methods to run, one after the other.
-    pub fn names(&self) -> Vec<String> {
-        match &self.method {
-            Some(method) => vec![method.clone()],
-            None => vec!["lora".to_string(), "monteclora".to_string()],
-        }
+    pub fn names(&self) -> Outcome<Vec<String>> {
+        let of_file = match &self.adapter {
+            Some(dir) => Some(Method::from(AdapterFile::read(dir)?.method()).name()),
+            None => None,
+        };
+        Ok(match (&self.method, of_file) {
+            (Some(method), Some(name)) if method != name => {
+                return Err(format!("--method {method}: the --adapter is one of {name}").into());
+            }
+            (_, Some(name)) => vec![name.to_string()],
+            (Some(method), None) => vec![method.clone()],
+            (None, None) => vec!["lora".to_string(), "monteclora".to_string()],
+        })
     }
 
-    /// The layers to adapt.
-    pub fn targets(&self) -> Outcome<Targets> {
-        Ok(Targets::parse(&self.targets)?)
+    /// What the method of this name starts from.
+    pub fn start(&self, name: &str) -> Outcome<Start> {
+        Ok(match &self.adapter {
+            Some(dir) => Start::Adapter(Box::new(AdapterFile::read(dir)?)),
+            None => Start::Fresh(self.method(name)?, Targets::parse(&self.targets)?),
+        })
     }
 
     /// The method of this name with the options that belong to it.
-    pub fn method(&self, name: &str) -> Outcome<Method> {
+    fn method(&self, name: &str) -> Outcome<Method> {
         let (rank, alpha, dropout) = (self.rank, self.alpha, self.adapter_dropout);
         match name {
             "full" => Ok(Method::Full),

@@ -226,7 +226,7 @@ mod tests {
     }
 
     fn row(prompt: &str, answer: &str) -> Prompted {
-        Prompted { prompt: prompt.into(), answer: answer.into(), choices: None }
+        Prompted { prompt: prompt.into(), answer: answer.into(), ..Prompted::default() }
     }
 
     fn encode(max_length: usize, learn_prompt: bool, rows: &[Prompted]) -> Encodings {

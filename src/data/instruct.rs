@@ -30,7 +30,7 @@ pub enum Format {
     Gsm8k,
     /// `text`; or a file that is no JSON, a text a line.
     Text,
-    /// `prompt`, `canonical_solution`.
+    /// `prompt`, `canonical_solution`, and `entry_point` and `test` where the answer can be tested.
     Code,
 }
 
@@ -51,7 +51,7 @@ impl FromStr for Format {
 }
 
 /// A prompt and the answer to learn.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompted {
     /// What is given.
     pub prompt: String,
@@ -59,6 +59,28 @@ pub struct Prompted {
     pub answer: String,
     /// The answers to choose from, where the instruction lists them.
     pub choices: Option<Choices>,
+    /// What tests a generated answer, where it completes a program.
+    pub tests: Option<ProgramTests>,
+}
+
+impl Prompted {
+    /// The choices of the row at place `i`.
+    ///
+    /// # Errors
+    /// If it has none; the error counts rows from 1.
+    pub(crate) fn choices(&self, i: usize) -> Result<&Choices> {
+        let none = || Error::config("data", format!("row {} has no choices (no `Answer format:`)", i + 1));
+        self.choices.as_ref().ok_or_else(none)
+    }
+}
+
+/// How a completed program is tested, as in HumanEval.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramTests {
+    /// The name of the function that the prompt begins.
+    pub entry_point: String,
+    /// A program that defines `check(candidate)`.
+    pub test: String,
 }
 
 /// The answers of a multiple-choice question.
@@ -105,7 +127,7 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
                 return Ok(());
             }
             let row = if format == Format::Text && first != Some(&b'{') {
-                Ok(Prompted { prompt: String::new(), answer: line.to_string(), choices: None })
+                Ok(Prompted { answer: line.to_string(), ..Prompted::default() })
             } else {
                 let record = serde_json::from_str(line).map_err(|e| format!("not a JSON object: {e}"));
                 record.and_then(|record| prompted(&record, format))
@@ -152,7 +174,22 @@ fn prompted(row: &Map<String, Value>, format: Format) -> std::result::Result<Pro
         Format::Instruct if row.contains_key("answer") => choices(row, &answer)?,
         _ => None,
     };
-    Ok(Prompted { prompt, answer, choices })
+    let tests = match format {
+        Format::Code if row.contains_key("test") => Some(tests(row)?),
+        _ => None,
+    };
+    Ok(Prompted { prompt, answer, choices, tests })
+}
+
+/// The tests of a program.
+fn tests(row: &Map<String, Value>) -> std::result::Result<ProgramTests, String> {
+    let (entry_point, test) = (text(row, "entry_point")?.to_string(), text(row, "test")?.to_string());
+    let mut letters = entry_point.chars();
+    let head = letters.next().is_some_and(|c| c.is_alphabetic() || c == '_');
+    match head && letters.all(|c| c.is_alphanumeric() || c == '_') {
+        true => Ok(ProgramTests { entry_point, test }),
+        false => Err(format!("field \"entry_point\" is no function's name: {entry_point:?}")),
+    }
 }
 
 /// The choices that an instruction lists after `Answer format:`, each put where the output has the
@@ -182,6 +219,9 @@ mod tests {
     const CHOICE: &str = r#"{"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
         "input": "", "output": "the correct answer is answer2", "answer": "answer2"}"#;
 
+    const PROGRAM: &str = r#"{"prompt": "def f():\n", "canonical_solution": "    pass",
+        "entry_point": "NAME", "test": "check = print"}"#;
+
     fn one(format: Format, text: &str) -> Result<Vec<Prompted>> {
         read_from(text.as_bytes(), Path::new("x.json"), format)
     }
@@ -193,9 +233,12 @@ mod tests {
             (rows[0].prompt.as_str(), rows[0].answer.as_str()),
             ("Question: 1+1?\nAnswer:", " It is 2\n#### 2")
         );
-        let rows =
-            one(Format::Code, r#"{"prompt": "def f():\n", "canonical_solution": "    pass", "test": ""}"#)?;
+        let rows = one(Format::Code, r#"{"prompt": "def f():\n", "canonical_solution": "    pass"}"#)?;
         assert_eq!((rows[0].prompt.as_str(), rows[0].answer.as_str()), ("def f():\n", "    pass"));
+        assert_eq!(rows[0].tests, None);
+        let tested = PROGRAM.replace("NAME", "f");
+        let tests = one(Format::Code, &tested)?.swap_remove(0).tests;
+        assert_eq!(tests, Some(ProgramTests { entry_point: "f".into(), test: "check = print".into() }));
         for source in ["one\n\ntwo\r\n", "{\"text\": \"one\"}\n{\"text\": \"two\"}"] {
             let rows = one(Format::Text, source)?;
             assert_eq!(rows.iter().map(|row| row.answer.as_str()).collect::<Vec<_>>(), ["one", "two"]);
@@ -236,6 +279,10 @@ mod tests {
             (
                 fails(Format::Instruct, &CHOICE.replace("\"answer2\"}", "\"b\"}").replace('\n', "")),
                 "none of the choices",
+            ),
+            (
+                fails(Format::Code, &PROGRAM.replace("NAME", "f(); import os").replace("\n       ", "")),
+                "line 1: field \"entry_point\" is no function's name",
             ),
             (
                 fails(Format::Instruct, &CHOICE.replace("is answer2", "is it").replace('\n', "")),

@@ -62,14 +62,12 @@ pub fn score_choices(
     let mut questions: Vec<&Choices> = Vec::with_capacity(rows.len());
     let mut candidates = Vec::new();
     for (i, row) in rows.iter().enumerate() {
-        let choices = row.choices.as_ref().ok_or_else(|| {
-            Error::config("data", format!("row {} has no choices (no `Answer format:`)", i + 1))
-        })?;
+        let choices = row.choices(i)?;
         let prompt = || row.prompt.clone();
         candidates.extend(choices.answers.iter().map(|answer| Prompted {
             prompt: prompt(),
             answer: answer.clone(),
-            choices: None,
+            ..Prompted::default()
         }));
         questions.push(choices);
     }
@@ -114,8 +112,12 @@ fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, pass: &
     Ok(sums)
 }
 
-/// The choice whose name comes first in a generated text, as the paper's authors extract it.
+/// The choice whose name comes first in a generated text, as the paper's authors extract it. Of two
+/// names that begin alike, the longer counts.
 pub fn chosen_by_name(text: &str, names: &[String]) -> Option<usize> {
-    let places = names.iter().enumerate().filter_map(|(i, name)| Some((text.find(name.as_str())?, i)));
-    places.min().map(|(_, i)| i)
+    let places = names.iter().enumerate().filter_map(|(i, name)| {
+        let place = text.find(name.as_str())?;
+        Some((place, std::cmp::Reverse(name.len()), i))
+    });
+    places.min().map(|(_, _, i)| i)
 }

@@ -1,6 +1,12 @@
-//! What language models are measured by: multiple choice, GSM8K.
+//! What language models are measured by: multiple choice, GSM8K, HumanEval.
 
+mod benchmark;
 mod choice;
+pub mod code;
+mod generated;
 pub mod gsm8k;
+pub mod sandbox;
 
+pub use benchmark::Benchmark;
 pub use choice::{chosen_by_name, score_choices, ChoiceScores, Normalize};
+pub use generated::Generator;

@@ -4,14 +4,14 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::method::Method;
+use super::method::{Method, Start};
 use super::trainer::{Loss, Objective};
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::inject::{self, Targets};
+use crate::inject;
 use crate::models::hub::ModelFiles;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::monteclora::Regularizer;
@@ -28,24 +28,21 @@ pub struct Classifier {
     pub model: Box<dyn SequenceClassifier>,
     /// What is trained.
     pub params: Params,
-    /// The paths of the adapted layers.
-    pub adapted: Vec<String>,
+    method: Method,
     regularizer: Option<Regularizer>,
     config: SequenceConfig,
 }
 
 impl Classifier {
-    /// Loads a checkpoint with `num_labels` outputs (1: a regression) for a method. The base has
-    /// the dtype `base_dtype`; what is trained is in single precision.
+    /// Loads a checkpoint with `num_labels` outputs (1: a regression) and what is trained on it. The
+    /// base has the dtype `base_dtype`; what is trained is in single precision.
     ///
     /// # Errors
-    /// If the files do not hold such a model, or the targets or the method's configuration do not
-    /// fit it.
+    /// If the files do not hold such a model, or the start does not fit it.
     pub fn load(
         files: &ModelFiles,
         num_labels: usize,
-        method: &Method,
-        targets: &Targets,
+        start: &Start,
         noise: Noise,
         base_dtype: DType,
         device: &Device,
@@ -54,13 +51,14 @@ impl Classifier {
         let checkpoint = files.var_builder(base_dtype, device)?;
         let params = Params::new(noise, device);
         let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
+        let method = start.method();
         let base = match method {
             Method::Full => params.var_builder(Some(checkpoint), Role::Base),
             _ => checkpoint,
         };
         let mut model = config.load(base, head, noise)?;
-        let (adapted, regularizer) = method.inject(model.as_mut(), targets, &params)?;
-        Ok(Self { model, params, adapted, regularizer, config })
+        let regularizer = start.inject(model.as_mut(), &params)?;
+        Ok(Self { model, params, method, regularizer, config })
     }
 
     /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head, or under
@@ -69,8 +67,8 @@ impl Classifier {
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn save(&self, method: &Method, base_model: &str, dir: &Path) -> Result<()> {
-        let Some(method) = method.adapter() else {
+    pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
+        let Some(method) = self.method.adapter() else {
             return self.save_model(&dir.join("model"));
         };
         let origin = Origin {

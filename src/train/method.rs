@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::inject::{self, Targets};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer};
 use crate::params::Params;
-use crate::peft;
+use crate::peft::{self, AdapterFile};
 use crate::slot::Linears;
 
 /// How a model is fine-tuned.
@@ -18,6 +18,15 @@ pub enum Method {
     Lora(LoraConfig),
     /// Every weight.
     Full,
+}
+
+impl From<peft::Method> for Method {
+    fn from(method: peft::Method) -> Self {
+        match method {
+            peft::Method::MonteCLoRA(config) => Self::MonteCLoRA(config),
+            peft::Method::Lora(config) => Self::Lora(config),
+        }
+    }
 }
 
 impl Method {
@@ -38,25 +47,45 @@ impl Method {
             Self::Full => None,
         }
     }
+}
 
-    /// Puts this method's adapters on a model; returns the paths of the adapted layers and, where
-    /// the method has one, its regulariser. Full fine-tuning adapts none.
+/// What a run starts from.
+#[derive(Debug, Clone)]
+pub enum Start {
+    /// A method that begins on these targets.
+    Fresh(Method, Targets),
+    /// An adapter that was trained before, here or by PEFT.
+    Adapter(Box<AdapterFile>),
+}
+
+impl Start {
+    /// The method, with its constants.
+    pub fn method(&self) -> Method {
+        match self {
+            Self::Fresh(method, _) => method.clone(),
+            Self::Adapter(file) => Method::from(file.method()),
+        }
+    }
+
+    /// Puts the adapters on a model, their parameters into `params`; returns, where the method has
+    /// one, its regulariser. Full fine-tuning adapts nothing.
     ///
     /// # Errors
-    /// If the targets or the method's configuration do not fit the model.
-    pub fn inject(
-        &self,
-        model: &mut dyn Linears,
-        targets: &Targets,
-        params: &Params,
-    ) -> Result<(Vec<String>, Option<Regularizer>)> {
-        let (adapted, regularizer) = match self {
-            Self::Full => (Vec::new(), None),
-            Self::Lora(config) => (inject::lora(model, targets, config, params)?, None),
-            Self::MonteCLoRA(config) => {
-                (inject::monteclora(model, targets, config, params)?, Some(Regularizer::new(config)))
+    /// If the targets, the method's configuration or the adapter do not fit the model.
+    pub fn inject(&self, model: &mut dyn Linears, params: &Params) -> Result<Option<Regularizer>> {
+        match self {
+            Self::Fresh(Method::Full, _) => (),
+            Self::Fresh(Method::Lora(config), targets) => {
+                inject::lora(model, targets, config, params)?;
             }
-        };
-        Ok((adapted.into_iter().map(|target| target.path).collect(), regularizer))
+            Self::Fresh(Method::MonteCLoRA(config), targets) => {
+                inject::monteclora(model, targets, config, params)?;
+            }
+            Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
+        }
+        Ok(match self.method() {
+            Method::MonteCLoRA(config) => Some(Regularizer::new(&config)),
+            Method::Lora(_) | Method::Full => None,
+        })
     }
 }

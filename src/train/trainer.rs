@@ -164,8 +164,8 @@ pub trait Observer {
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
 }
 
-/// How a run went.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// How a run went; the default is that of none.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Summary {
     /// Optimiser steps taken.
     pub steps: usize,

@@ -11,7 +11,7 @@ use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::ops;
-use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, TrainConfig};
+use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Pass};
 
 use tokenizers::models::wordlevel::WordLevel;
@@ -45,7 +45,8 @@ fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(L
     // Without dropout, whose masks go by micro-batch.
     let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
-    let (_, regularizer) = method.inject(&mut model, &Targets::parse("all-linear")?, &params)?;
+    let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+    let regularizer = start.inject(&mut model, &params)?;
     let (seen, unseen) = (rows(60), &rows(90)[60..]);
     let before = held_out_loss(&model, unseen, 7, &[Pass::Mean])?;
     let batcher = Batcher::new(batch_size, false, Noise::new(3))?;
@@ -136,6 +137,7 @@ fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
             answers: answers.iter().map(ToString::to_string).collect(),
             correct,
         }),
+        ..Prompted::default()
     };
     let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
     let encoder = PromptEncoder::new(letters()?, 20, 40, None, false)?;

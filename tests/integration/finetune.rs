@@ -17,7 +17,7 @@ use monteclora::models::sequence::SequenceConfig;
 use monteclora::params::Role;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
-    batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, TrainConfig,
+    batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, Start, TrainConfig,
 };
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -94,8 +94,8 @@ fn methods() -> [Method; 3] {
 }
 
 fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifier> {
-    let targets = Targets::default();
-    Ok(Classifier::load(files, labels, method, &targets, Noise::new(4), DType::F32, &Device::Cpu)?)
+    let start = Start::Fresh(method.clone(), Targets::default());
+    Ok(Classifier::load(files, labels, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
 }
 
 fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<Record>> {
@@ -210,7 +210,7 @@ fn predictions_and_what_was_trained_are_written() -> Outcome {
         let classifier = load(files, &method, 2)?;
         scatter(&classifier.params)?;
         let out = dirs[0].path().join(format!("{i}"));
-        classifier.save(&method, "toy", &out)?;
+        classifier.save("toy", &out)?;
         let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 10)?, 2)?;
         predictions.write(&out.join("predictions.jsonl"))?;
         let text = std::fs::read_to_string(out.join("predictions.jsonl"))?;

@@ -1,0 +1,76 @@
+//! Command-line options of the benchmarks that a language model is measured by.
+
+use monteclora::data::instruct::Prompted;
+use monteclora::eval::sandbox::{Limits, Sandbox};
+use monteclora::eval::{Benchmark, Generator, Normalize};
+use serde_json::{json, Value};
+
+use super::Outcome;
+
+/// What the held-out rows are measured by beside their loss.
+#[derive(clap::Args, Clone)]
+pub struct TaskOptions {
+    /// choice (by likelihood), choice-by-name (by generation), gsm8k or humaneval.
+    #[arg(long)]
+    pub task: Option<String>,
+    /// Measure by the first held-out rows only.
+    #[arg(long)]
+    pub limit_task: Option<usize>,
+    /// What the likelihood of a choice is divided by: nothing, tokens or bytes.
+    #[arg(long, default_value = "nothing")]
+    pub normalize: String,
+    /// The k's of pass@k.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    pub pass_at: Vec<usize>,
+    /// Completions of each program; at least the largest k.
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Run the programs that the model writes: in processes of their own, within limits, or not at
+    /// all where limits cannot be set.
+    #[arg(long)]
+    pub run_generated_programs: bool,
+    /// The interpreter of those programs.
+    #[arg(long, default_value = "python3")]
+    pub python: String,
+}
+
+impl TaskOptions {
+    /// The benchmark, if one is asked for.
+    pub fn benchmark(&self) -> Outcome<Option<Benchmark>> {
+        let Some(task) = &self.task else { return Ok(None) };
+        Ok(Some(match task.as_str() {
+            "choice" => Benchmark::Choice(match self.normalize.as_str() {
+                "nothing" => Normalize::No,
+                "tokens" => Normalize::Tokens,
+                "bytes" => Normalize::Bytes,
+                other => {
+                    return Err(format!("--normalize: expected nothing, tokens or bytes, got {other}").into())
+                }
+            }),
+            "choice-by-name" => Benchmark::ChoiceByName,
+            "gsm8k" => Benchmark::Gsm8k,
+            "humaneval" if self.run_generated_programs => Benchmark::Code {
+                samples: self.samples.or(self.pass_at.iter().max().copied()).unwrap_or(1),
+                ks: self.pass_at.clone(),
+                sandbox: Sandbox::new(&self.python, Limits::default())?,
+            },
+            "humaneval" => {
+                return Err(
+                    "--task humaneval runs programs that the model wrote: say --run-generated-programs"
+                        .into(),
+                )
+            }
+            other => {
+                let expected = "expected choice, choice-by-name, gsm8k or humaneval";
+                return Err(format!("--task: {expected}, got {other}").into());
+            }
+        }))
+    }
+
+    /// Its figures over the rows, as `metrics.json` has them; null where none is asked for.
+    pub fn measure(&self, generator: &Generator, rows: &[Prompted]) -> Outcome<Value> {
+        let Some(benchmark) = self.benchmark()? else { return Ok(Value::Null) };
+        let rows = &rows[..self.limit_task.unwrap_or(usize::MAX).min(rows.len())];
+        Ok(json!(benchmark.run(generator, rows)?))
+    }
+}

@@ -1,0 +1,94 @@
+//! A benchmark over the rows of a data set, by one call.
+
+use std::collections::BTreeMap;
+
+use super::choice::{chosen_by_name, score_choices, Normalize};
+use super::generated::Generator;
+use super::sandbox::Sandbox;
+use super::{code, gsm8k};
+use crate::data::instruct::Prompted;
+use crate::error::{Error, Result};
+
+/// What a language model is measured by.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Benchmark {
+    /// Multiple choice by the likelihood of each answer: `accuracy`, `nll`, `ece`, `brier`.
+    Choice(Normalize),
+    /// Multiple choice by the name that a generated text says first: `accuracy`, and `answered`, the
+    /// share of texts that say any.
+    ChoiceByName,
+    /// GSM8K: `strict_match` and `flexible_extract`.
+    Gsm8k,
+    /// HumanEval: `pass@k` for each k. It runs what the model wrote.
+    Code {
+        /// Completions of each row.
+        samples: usize,
+        /// The k's.
+        ks: Vec<usize>,
+        /// Where they run.
+        sandbox: Sandbox,
+    },
+}
+
+impl Benchmark {
+    /// The figures over all rows, by name. Likelihoods are those of the generator's weights.
+    ///
+    /// # Errors
+    /// If there is no row, a row lacks what the benchmark asks for (the error counts from 1), or
+    /// generation fails.
+    pub fn run(&self, generator: &Generator, rows: &[Prompted]) -> Result<BTreeMap<String, f64>> {
+        if rows.is_empty() {
+            return Err(Error::config("data", "there is no row to measure by"));
+        }
+        let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
+        let figures = match self {
+            Self::Choice(normalize) => {
+                let Generator { model, encoder, config, batch_size } = generator;
+                let passes = config.weights.passes();
+                let scores = score_choices(*model, encoder, rows, *batch_size, *normalize, &passes)?;
+                let metrics = scores.evaluate()?;
+                let named = ["accuracy", "nll", "ece", "brier"].map(|name| (name, metrics.get(name)));
+                named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect()
+            }
+            Self::ChoiceByName => {
+                let mut questions = Vec::with_capacity(rows.len());
+                for (i, row) in rows.iter().enumerate() {
+                    questions.push(row.choices(i)?);
+                }
+                let texts = generator.texts(&prompts, &[])?;
+                let named = |(text, choices): (&String, &&crate::data::instruct::Choices)| {
+                    chosen_by_name(text, &choices.names).map(|chosen| chosen == choices.correct)
+                };
+                let verdicts: Vec<bool> = texts.iter().zip(&questions).filter_map(named).collect();
+                let right = verdicts.iter().filter(|right| **right).count();
+                shares([("accuracy", right), ("answered", verdicts.len())], rows.len())
+            }
+            Self::Gsm8k => {
+                let texts = generator.texts(&prompts, &gsm8k::STOP)?;
+                let pairs = texts.iter().zip(rows).map(|(text, row)| (text.as_str(), row.answer.as_str()));
+                let (strict, flexible) = gsm8k::accuracy(pairs).unwrap_or_default();
+                [("strict_match", strict), ("flexible_extract", flexible)]
+                    .map(|(name, value)| (name.to_string(), value))
+                    .into()
+            }
+            Self::Code { samples, ks, sandbox } => {
+                let mut completions = vec![Vec::with_capacity(*samples); rows.len()];
+                for sample in 0..*samples {
+                    let seed = generator.config.seed.wrapping_add((sample * rows.len()) as u64);
+                    let config = crate::generate::GenerateConfig { seed, ..generator.config.clone() };
+                    let texts = Generator { config, ..*generator }.texts(&prompts, &code::STOP)?;
+                    completions.iter_mut().zip(texts).for_each(|(group, text)| group.push(text));
+                }
+                let rates = code::pass_rates(rows, &completions, ks, sandbox)?;
+                ks.iter().zip(rates).map(|(k, rate)| (format!("pass@{k}"), rate)).collect()
+            }
+        };
+        Ok(figures)
+    }
+}
+
+/// Counts as shares of a total.
+fn shares<const N: usize>(counts: [(&str, usize); N], total: usize) -> BTreeMap<String, f64> {
+    counts.map(|(name, count)| (name.to_string(), count as f64 / total as f64)).into()
+}

@@ -1,0 +1,94 @@
+//! Texts that a language model generates after the prompts of a data set.
+
+use crate::data::causal::PromptEncoder;
+use crate::error::{Error, Result};
+use crate::generate::{generate, GenerateConfig};
+use crate::models::causal::CausalLm;
+
+/// A model with its tokenizer and a way of choosing tokens.
+pub struct Generator<'a> {
+    /// The model.
+    pub model: &'a dyn CausalLm,
+    /// Its tokenizer.
+    pub encoder: &'a PromptEncoder,
+    /// How a text goes on.
+    pub config: GenerateConfig,
+    /// Prompts that are continued together.
+    pub batch_size: usize,
+}
+
+impl std::fmt::Debug for Generator<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { config, batch_size, .. } = self;
+        f.debug_struct("Generator")
+            .field("config", config)
+            .field("batch_size", batch_size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Generator<'_> {
+    /// The text that follows each prompt, up to the first of the texts `stop`, which is not part of it.
+    /// Row `i` chooses its tokens with the seed `config.seed + i`, whatever the batches.
+    ///
+    /// # Errors
+    /// If a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
+    /// as [`generate`].
+    pub fn texts(&self, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
+        let mut texts = Vec::with_capacity(prompts.len());
+        for (chunk, first) in
+            prompts.chunks(self.batch_size.max(1)).zip((0..).step_by(self.batch_size.max(1)))
+        {
+            let mut ids = Vec::with_capacity(chunk.len());
+            for (prompt, row) in chunk.iter().zip(first + 1..) {
+                let tokens = self.encoder.prompt(prompt)?;
+                if !(1..self.model.max_length()).contains(&tokens.len()) {
+                    let (length, most) = (tokens.len(), self.model.max_length());
+                    let reason = format!("that of row {row} has {length} tokens, expected 1 to {}", most - 1);
+                    return Err(Error::config("prompt", reason));
+                }
+                ids.push(tokens);
+            }
+            texts.extend(self.continued(&ids, first as u64, stop)?);
+        }
+        Ok(texts)
+    }
+
+    /// One batch.
+    fn continued(&self, prompts: &[Vec<u32>], first: u64, stop: &[&str]) -> Result<Vec<String>> {
+        let config = GenerateConfig { seed: self.config.seed.wrapping_add(first), ..self.config.clone() };
+        let heads: Vec<String> = prompts.iter().map(|ids| self.decode(ids)).collect::<Result<_>>()?;
+        let mut so_far = prompts.to_vec();
+        let added = generate(self.model, prompts, &config, &mut |row, token| {
+            so_far[row].push(token);
+            // A text that cannot be decoded fails below, where an error can be told.
+            let text = self.after(&heads[row], &so_far[row]).unwrap_or_default();
+            end(&text, stop).is_none()
+        })?;
+        let whole = prompts.iter().zip(added).map(|(prompt, added)| [prompt.clone(), added].concat());
+        whole
+            .zip(&heads)
+            .map(|(ids, head)| {
+                let mut text = self.after(head, &ids)?;
+                text.truncate(end(&text, stop).unwrap_or(text.len()));
+                Ok(text)
+            })
+            .collect()
+    }
+
+    /// What `ids` say after `head`. They are decoded as one text: some decoders drop the first blank
+    /// of what they are given, and a program's indentation would lose it.
+    fn after(&self, head: &str, ids: &[u32]) -> Result<String> {
+        let text = self.decode(ids)?;
+        Ok(text.strip_prefix(head).unwrap_or(&text).to_string())
+    }
+
+    fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.encoder.tokenizer().decode(ids, true).map_err(|e| Error::config("tokenizer", e.to_string()))
+    }
+}
+
+/// Where the first of some texts begins.
+fn end(text: &str, stop: &[&str]) -> Option<usize> {
+    stop.iter().filter_map(|stop| text.find(stop)).min()
+}
