@@ -10,6 +10,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
@@ -57,7 +58,11 @@ struct Args {
     output: Option<PathBuf>,
 }
 
-fn main() -> Outcome {
+fn main() -> ExitCode {
+    common::exit(run())
+}
+
+fn run() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
     let task: Task = args.task.parse()?;
@@ -75,14 +80,14 @@ fn main() -> Outcome {
     for name in &methods {
         let output =
             args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(run(&args, task, &model, &data, name, output.as_deref())?);
+        table.push(tune(&args, task, &model, &data, name, output.as_deref())?);
     }
     print_table(&table, task.primary_metric());
     Ok(())
 }
 
 /// One method: load, train, evaluate, write. Returns what `metrics.json` holds.
-fn run(
+fn tune(
     args: &Args,
     task: Task,
     model: &str,
@@ -90,6 +95,7 @@ fn run(
     name: &str,
     out: Option<&Path>,
 ) -> Outcome<Value> {
+    common::reset_peak_memory();
     let device = common::device(&args.device)?;
     let files = ModelFiles::locate(model, None)?;
     let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
@@ -108,14 +114,13 @@ fn run(
 
     let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    // The bundled model is small and starts from little: it wants a higher rate.
+    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 })?;
     let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
     let mut watch = Watch { classifier: &classifier, dev: &dev, metric: task.primary_metric(), bar, log };
-    // The bundled model is small and starts from little: it wants a higher rate.
-    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 })?;
     let summary = train::fit(&objective, &classifier.params, &config, &mut watch)?;
     watch.bar.finish_and_clear();
-    watch.log.map(Log::finish).transpose()?;
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
     // Only MonteCLoRA has a posterior to draw from.
@@ -138,8 +143,7 @@ fn run(
     }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = out {
-        let path = dir.join("metrics.json");
-        std::fs::write(&path, serde_json::to_string_pretty(&metrics)?).map_err(Error::io(&path))?;
+        files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
         classifier.save(model, dir)?;
     }
     Ok(metrics)

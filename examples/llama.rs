@@ -13,6 +13,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
@@ -136,7 +137,11 @@ struct Setup {
     data: Data,
 }
 
-fn main() -> Outcome {
+fn main() -> ExitCode {
+    common::exit(run())
+}
+
+fn run() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
     args.task.benchmark()?; // before an hour of training
@@ -158,7 +163,7 @@ fn main() -> Outcome {
     for name in &methods {
         let output = setup.args.output.as_ref();
         let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(setup.run(name, output.as_deref())?);
+        table.push(setup.tune(name, output.as_deref())?);
     }
     println!(
         "\n{:<12} {:>10} {:>10} {:>10} {:>10} {:>8}",
@@ -214,7 +219,8 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
 
 impl Setup {
     /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
-    fn run(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
+    fn tune(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
+        common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
         let device = common::device(&args.device)?;
         let noise = Noise::new(args.train.seed);
@@ -245,7 +251,6 @@ impl Setup {
             }
         };
         watch.bar.finish_and_clear();
-        watch.log.map(Log::finish).transpose()?;
 
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Only MonteCLoRA has a posterior to draw from.

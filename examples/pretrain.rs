@@ -10,6 +10,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -58,6 +59,7 @@ struct Args {
     /// The longest sequence, in tokens.
     #[arg(long, default_value_t = 128)]
     max_length: usize,
+    /// 0: the random weights that training would start from.
     #[arg(long, default_value_t = 4000)]
     steps: usize,
     /// Steps between two evaluations on held-out text, each of which saves the model.
@@ -76,11 +78,15 @@ struct Args {
     device: String,
 }
 
-fn main() -> Outcome {
+fn main() -> ExitCode {
+    common::exit(run())
+}
+
+fn run() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
-    if args.steps == 0 || args.save_every == 0 {
-        return Err("--steps and --save-every must be at least 1".into());
+    if args.save_every == 0 {
+        return Err("--save-every must be at least 1".into());
     }
     if args.max_length < 8 {
         return Err(format!("--max-length: expected at least 8, got {}", args.max_length).into());
@@ -96,7 +102,6 @@ fn main() -> Outcome {
     }
     let tokenizer = train_tokenizer(&lines, args.vocab_size)?;
     std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output))?;
-    tokenizer.save(args.output.join("tokenizer.json"), false)?;
     let rows = encode(&tokenizer, &lines, args.max_length)?;
     // Every fiftieth sequence is held out; equal texts stay on one side.
     let (held_out, train): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| held_out(row));
@@ -125,6 +130,15 @@ fn main() -> Outcome {
     let start = Instant::now();
     let (mut seen, mut running, mut epoch) = (0usize, 0.0, 0u64);
     let mut batches: Vec<Vec<usize>> = Vec::new();
+    let summary = |steps: usize, seen: usize, held: f64, minutes: f64| {
+        json!({
+            "steps": steps, "tokens_seen": seen, "training_tokens": tokens, "minutes": minutes,
+            "held_out_loss_before": before, "held_out_loss_after": held, "seed": args.seed,
+        })
+    };
+    if args.steps == 0 {
+        save(&args.output, &tokenizer, &config, &params, &summary(0, 0, before, 0.0))?;
+    }
     for step in 0..args.steps {
         if batches.is_empty() {
             batches = data.plan(&train, epoch);
@@ -153,11 +167,7 @@ fn main() -> Outcome {
             let minutes = start.elapsed().as_secs_f64() / 60.0;
             let line = format!("step {done}: held-out loss {held:.4}, training {running:.4}");
             common::say(&bar, &format!("{line}, {seen} tokens in {minutes:.1} minutes"));
-            let summary = json!({
-                "steps": done, "tokens_seen": seen, "training_tokens": tokens, "minutes": minutes,
-                "held_out_loss_before": before, "held_out_loss_after": held, "seed": args.seed,
-            });
-            save(&args.output, &config, &params, &summary)?;
+            save(&args.output, &tokenizer, &config, &params, &summary(done, seen, held, minutes))?;
         }
     }
     bar.finish();
@@ -297,8 +307,14 @@ fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, pass: &Pass) -> Outcome
     Ok(ops::cross_entropy(&logits, &batch.labels, -100)?)
 }
 
-/// Writes `config.json`, `model.safetensors` in half precision, and `pretraining.json`.
-fn save(dir: &Path, config: &RobertaConfig, params: &Params, summary: &Value) -> Outcome {
+/// Writes `tokenizer.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.
+fn save(
+    dir: &Path,
+    tokenizer: &Tokenizer,
+    config: &RobertaConfig,
+    params: &Params,
+    summary: &Value,
+) -> Outcome {
     let mut json = serde_json::to_value(config)?;
     json["architectures"] = json!(["RobertaForMaskedLM"]);
     json["torch_dtype"] = json!("float16");
@@ -312,6 +328,7 @@ fn save(dir: &Path, config: &RobertaConfig, params: &Params, summary: &Value) ->
     // A run that is stopped while it writes leaves the model of its last evaluation.
     let halves = halves.iter().map(|(name, tensor)| (name.clone(), tensor));
     files::write_safetensors(&dir.join("model.safetensors"), halves)?;
+    files::write(&dir.join("tokenizer.json"), tokenizer.to_string(false)?.as_bytes())?;
     files::write(&dir.join("config.json"), serde_json::to_string_pretty(&json)?.as_bytes())?;
     files::write(&dir.join("pretraining.json"), serde_json::to_string_pretty(summary)?.as_bytes())?;
     Ok(())

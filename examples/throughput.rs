@@ -9,7 +9,7 @@
 mod common;
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -149,11 +149,15 @@ fn median(mut values: Vec<f64>) -> f64 {
     (values[(n - 1) / 2] + values[n / 2]) / 2.0
 }
 
-fn main() -> Outcome {
+fn main() -> ExitCode {
+    common::exit(run())
+}
+
+fn run() -> Outcome {
     common::tune_allocator();
     let args = Args::parse();
-    if args.steps == 0 {
-        return Err("--steps must be at least 1".into());
+    if args.steps == 0 || args.batch == 0 || args.length == 0 {
+        return Err("--steps, --batch and --length must be at least 1".into());
     }
     let device = common::device(&args.device)?;
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();

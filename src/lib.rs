@@ -7,6 +7,8 @@ pub mod files;
 pub mod noise;
 pub mod ops;
 pub mod special;
+#[cfg(test)]
+mod testing;
 
 // Floor 1: probability.
 pub mod dist;

@@ -6,6 +6,7 @@ pub mod options;
 pub mod tasks;
 
 use std::path::Path;
+use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,6 +16,17 @@ use tokenizers::Tokenizer;
 
 /// An example's result.
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// The end of an example: an error is told in words.
+pub fn exit(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Reads `cpu`, `cuda` or `cuda:N`.
 pub fn device(text: &str) -> Outcome<Device> {
@@ -47,6 +59,13 @@ pub fn tune_allocator() {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
     }
+}
+
+/// Forgets the peak of the process's memory so far, so that of several methods each has its own. Where
+/// the system cannot, a later method's peak includes those before it.
+pub fn reset_peak_memory() {
+    #[cfg(target_os = "linux")]
+    std::fs::write("/proc/self/clear_refs", "5").ok();
 }
 
 /// A progress bar on standard error.

@@ -1,7 +1,7 @@
 //! Command-line options that the fine-tuning examples share.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use monteclora::adapters::LoraConfig;
@@ -165,7 +165,7 @@ impl TrainOptions {
 
 /// `log.jsonl` of a run: one line a step.
 pub struct Log {
-    file: BufWriter<File>,
+    file: File,
     path: PathBuf,
 }
 
@@ -174,15 +174,13 @@ impl Log {
     pub fn create(dir: &Path) -> Outcome<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let path = dir.join("log.jsonl");
-        Ok(Self { file: BufWriter::new(File::create(&path).map_err(Error::io(&path))?), path })
+        Ok(Self { file: File::create(&path).map_err(Error::io(&path))?, path })
     }
 
     pub fn write(&mut self, record: &Record) -> monteclora::Result<()> {
         let line = serde_json::to_string(record).map_err(std::io::Error::from);
-        line.and_then(|line| writeln!(self.file, "{line}")).map_err(Error::io(&*self.path))
-    }
-
-    pub fn finish(mut self) -> monteclora::Result<()> {
-        self.file.flush().map_err(Error::io(&*self.path))
+        // Each line at once: a run that is killed leaves its log.
+        let written = line.and_then(|line| self.file.write_all(format!("{line}\n").as_bytes()));
+        written.map_err(Error::io(&*self.path))
     }
 }

@@ -1,7 +1,7 @@
 //! From prompts and answers to batches of a language model.
 
 use candle_core::{Device, Tensor};
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use super::instruct::Prompted;
 use crate::error::{Error, Result};
@@ -86,9 +86,15 @@ impl PromptEncoder {
         Ok(encoding.map_err(|e| Error::config("tokenizer", e.to_string()))?.get_ids().to_vec())
     }
 
+    /// The same without the token that ends an answer: what is scored is the answer alone.
+    pub fn without_eos(&self) -> Self {
+        Self { eos: None, ..self.clone() }
+    }
+
     /// Encodes every row, in order and in parallel. Prompt and answer are one text to the
     /// tokenizer; a token that reaches into the answer belongs to it. Rows longer than `max_length`
-    /// lose their end.
+    /// lose their end; those without a prompt, which are mere text, become several, each beginning
+    /// with the last token of the one before, so that every token is learnt once.
     ///
     /// # Errors
     /// If the tokenizer refuses a text.
@@ -102,22 +108,13 @@ impl PromptEncoder {
                 .encode_batch(texts, true)
                 .map_err(|e| Error::config("tokenizer", e.to_string()))?;
             for ((encoding, prompted), row) in encodings.iter().zip(chunk).zip(first..) {
-                let mut ids = encoding.get_ids().to_vec();
-                let special = encoding.get_special_tokens_mask();
-                let own = encoding.get_offsets().iter().zip(special);
-                let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompted.prompt.len();
-                let mut learnt: Vec<bool> =
-                    own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
-                // Some tokenizers end a text themselves.
-                match (self.eos, ids.last()) {
-                    (Some(eos), Some(last)) if *last == eos => learnt[ids.len() - 1] = true,
-                    (Some(eos), _) => {
-                        ids.push(eos);
-                        learnt.push(true);
-                    }
-                    (None, _) => {}
+                let whole = self.tokens(encoding, prompted.prompt.len(), row);
+                if prompted.prompt.is_empty() {
+                    out.rows.extend(windows(whole, self.max_length));
+                    continue;
                 }
-                let cut = ids.len() > self.max_length;
+                let cut = whole.ids.len() > self.max_length;
+                let Tokens { mut ids, mut learnt, row } = whole;
                 ids.truncate(self.max_length);
                 learnt.truncate(self.max_length);
                 let tokens = Tokens { ids, learnt, row };
@@ -131,6 +128,41 @@ impl PromptEncoder {
         }
         Ok(out)
     }
+
+    /// A row of any length, whose prompt has `prompt` bytes.
+    fn tokens(&self, encoding: &Encoding, prompt: usize, row: usize) -> Tokens {
+        let mut ids = encoding.get_ids().to_vec();
+        let own = encoding.get_offsets().iter().zip(encoding.get_special_tokens_mask());
+        let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompt;
+        let mut learnt: Vec<bool> =
+            own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
+        // Some tokenizers end a text themselves.
+        match (self.eos, ids.last()) {
+            (Some(eos), Some(last)) if *last == eos => learnt[ids.len() - 1] = true,
+            (Some(eos), _) => {
+                ids.push(eos);
+                learnt.push(true);
+            }
+            (None, _) => {}
+        }
+        Tokens { ids, learnt, row }
+    }
+}
+
+/// A text in pieces of at most `max_length` tokens that overlap by one; those with nothing to learn
+/// are left out.
+fn windows(text: Tokens, max_length: usize) -> impl Iterator<Item = Tokens> {
+    let starts = (0..text.ids.len().saturating_sub(1)).step_by(max_length - 1);
+    starts
+        .map(move |start| {
+            let piece = start..(start + max_length).min(text.ids.len());
+            Tokens {
+                ids: text.ids[piece.clone()].to_vec(),
+                learnt: text.learnt[piece].to_vec(),
+                row: text.row,
+            }
+        })
+        .filter(|tokens| tokens.targets() > 0)
 }
 
 /// Puts rows one after the other into sequences of at most `max_length` tokens, in their order: less
@@ -261,6 +293,28 @@ mod tests {
             let error = PromptEncoder::new(tiny(), bad, 64, None, false).unwrap_err().to_string();
             assert!(error.contains("max_length"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_long_text_becomes_pieces_and_each_of_its_tokens_is_learnt_once() -> Result<()> {
+        let encode = |max_length| {
+            PromptEncoder::new(tiny(), max_length, 20, Some(1), false)?.encode(&[row("", "a b c d e f g h")])
+        };
+        let whole = encode(10)?.rows.swap_remove(0).ids;
+        assert_eq!(whole, [0, 3, 4, 5, 6, 7, 8, 9, 10, 1]);
+        for (max_length, pieces) in [(4, 3), (3, 5), (9, 2), (10, 1), (2, 9)] {
+            let encoded = encode(max_length)?;
+            assert_eq!((encoded.rows.len(), encoded.cut, encoded.dropped), (pieces, 0, 0));
+            let mut learnt = encoded.rows[0].ids[..1].to_vec();
+            for tokens in &encoded.rows {
+                assert!(tokens.ids.len() <= max_length && tokens.row == 0);
+                assert_eq!(tokens.targets(), tokens.ids.len() - 1);
+                assert_eq!(learnt.last(), tokens.ids.first());
+                learnt.extend(&tokens.ids[1..]);
+            }
+            assert_eq!(learnt, whole);
+        }
+        Ok(())
     }
 
     #[test]

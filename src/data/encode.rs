@@ -180,7 +180,7 @@ mod tests {
         let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let name = "shared/data/tokenizers/roberta-base/tokenizer.json";
         let Some(file) = here.ancestors().skip(1).map(|up| up.join(name)).find(|p| p.is_file()) else {
-            println!("skipped: no {name} beside the crate");
+            crate::testing::skipped(&format!("no {name} beside the crate"));
             return Ok(());
         };
         let encoder = TextEncoder::new(Tokenizer::from_file(file).unwrap(), 128, 512)?;

@@ -149,7 +149,7 @@ mod tests {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let found = here.ancestors().skip(1).map(|up| up.join("shared/data/glue")).find(|p| p.is_dir());
         let Some(dir) = found else {
-            println!("skipped: no shared/data/glue beside the crate");
+            crate::testing::skipped("no shared/data/glue beside the crate");
             return;
         };
         for (task, train, dev) in [

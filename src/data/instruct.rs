@@ -72,6 +72,15 @@ impl Prompted {
         let none = || Error::config("data", format!("row {} has no choices (no `Answer format:`)", i + 1));
         self.choices.as_ref().ok_or_else(none)
     }
+
+    /// The tests of the row at place `i`.
+    ///
+    /// # Errors
+    /// If it has none; the error counts rows from 1.
+    pub(crate) fn tests(&self, i: usize) -> Result<&ProgramTests> {
+        let none = || Error::config("data", format!("row {} has no tests (`entry_point`, `test`)", i + 1));
+        self.tests.as_ref().ok_or_else(none)
+    }
 }
 
 /// How a completed program is tested, as in HumanEval.
@@ -111,6 +120,9 @@ pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
 pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<Vec<Prompted>> {
     let mut bytes = Vec::new();
     source.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        return Err(Error::format(path, "it is compressed by gzip: give the file that gunzip makes of it"));
+    }
     let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace() && !matches!(byte, 0xEF | 0xBB | 0xBF));
     let mut rows = Vec::new();
     match first {
@@ -157,7 +169,8 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
 fn prompted(row: &Map<String, Value>, format: Format) -> std::result::Result<Prompted, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
-            let input = row.get("input").map_or(Ok(""), |_| text(row, "input"))?;
+            let given = row.get("input").is_some_and(|input| !input.is_null());
+            let input = if given { text(row, "input")? } else { "" };
             let instruction = text(row, "instruction")?;
             (instruction_prompt(instruction, input), text(row, "output")?.to_string())
         }
@@ -236,7 +249,7 @@ mod tests {
         let rows = one(Format::Code, r#"{"prompt": "def f():\n", "canonical_solution": "    pass"}"#)?;
         assert_eq!((rows[0].prompt.as_str(), rows[0].answer.as_str()), ("def f():\n", "    pass"));
         assert_eq!(rows[0].tests, None);
-        let tested = PROGRAM.replace("NAME", "f");
+        let tested = PROGRAM.replace("NAME", "f").replace('\n', "");
         let tests = one(Format::Code, &tested)?.swap_remove(0).tests;
         assert_eq!(tests, Some(ProgramTests { entry_point: "f".into(), test: "check = print".into() }));
         for source in ["one\n\ntwo\r\n", "{\"text\": \"one\"}\n{\"text\": \"two\"}"] {
@@ -252,6 +265,8 @@ mod tests {
         let choices = rows[0].choices.clone().unwrap();
         assert_eq!(choices.answers, ["the correct answer is answer1", "the correct answer is answer2"]);
         assert_eq!((choices.names[1].as_str(), choices.correct), ("answer2", 1));
+        let null = one(Format::Instruct, r#"{"instruction": "Sing.", "input": null, "output": "la"}"#)?;
+        assert_eq!(null[0].prompt, instruction_prompt("Sing.", ""));
         let with_input = instruction_prompt("Add.", "1 2");
         assert!(with_input.contains("paired with an input") && with_input.contains("### Input:\n1 2\n\n###"));
         Ok(())
@@ -292,6 +307,11 @@ mod tests {
         for (message, expected) in cases {
             assert!(message.contains(expected), "{expected}: {message}");
         }
+        let bytes =
+            |bytes: &[u8]| read_from(bytes, Path::new("x.json"), Format::Code).unwrap_err().to_string();
+        assert!(bytes(&[0x1f, 0x8b, 8, 0]).contains("x.json: it is compressed by gzip"));
+        assert!(bytes(b"{\"prompt\": \"\xff\"}").contains("x.json, line 1: not UTF-8"));
+        assert!(bytes(b"[{\"prompt\": \"\xff\"}]").contains("x.json, line 1: not a JSON array"));
         assert!("chat".parse::<Format>().unwrap_err().to_string().contains("invalid format"));
         assert!(read(Path::new("no/such"), Format::Text).unwrap_err().to_string().contains("no/such"));
     }
@@ -300,7 +320,7 @@ mod tests {
     fn the_authors_files_are_read() {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let Some(dir) = here.ancestors().skip(1).map(|up| up.join("shared/data")).find(|p| p.is_dir()) else {
-            println!("skipped: no shared/data beside the crate");
+            crate::testing::skipped("no shared/data beside the crate");
             return;
         };
         for (file, format, count, names) in [

@@ -8,6 +8,7 @@ use super::sandbox::Sandbox;
 use super::{code, gsm8k};
 use crate::data::instruct::Prompted;
 use crate::error::{Error, Result};
+use crate::generate::{GenerateConfig, Sampling};
 
 /// What a language model is measured by.
 #[derive(Debug, Clone)]
@@ -18,9 +19,11 @@ pub enum Benchmark {
     /// Multiple choice by the name that a generated text says first: `accuracy`, and `answered`, the
     /// share of texts that say any.
     ChoiceByName,
-    /// GSM8K: `strict_match` and `flexible_extract`.
+    /// GSM8K: `strict_match` and `flexible_extract`. The question alone is given; the LM evaluation
+    /// harness shows five answered ones before it and generates up to 256 tokens.
     Gsm8k,
-    /// HumanEval: `pass@k` for each k. It runs what the model wrote.
+    /// HumanEval: `pass@k` for each k. It runs what the model wrote. Several completions of a row want
+    /// sampling, or they are all the same.
     Code {
         /// Completions of each row.
         samples: usize,
@@ -41,6 +44,7 @@ impl Benchmark {
         if rows.is_empty() {
             return Err(Error::config("data", "there is no row to measure by"));
         }
+        self.check(generator, rows)?;
         let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
         let figures = match self {
             Self::Choice(normalize) => {
@@ -52,15 +56,12 @@ impl Benchmark {
                 named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect()
             }
             Self::ChoiceByName => {
-                let mut questions = Vec::with_capacity(rows.len());
-                for (i, row) in rows.iter().enumerate() {
-                    questions.push(row.choices(i)?);
-                }
                 let texts = generator.texts(&prompts, &[])?;
-                let named = |(text, choices): (&String, &&crate::data::instruct::Choices)| {
+                let named = |(text, row): (&String, &Prompted)| {
+                    let choices = row.choices.as_ref()?;
                     chosen_by_name(text, &choices.names).map(|chosen| chosen == choices.correct)
                 };
-                let verdicts: Vec<bool> = texts.iter().zip(&questions).filter_map(named).collect();
+                let verdicts: Vec<bool> = texts.iter().zip(rows).filter_map(named).collect();
                 let right = verdicts.iter().filter(|right| **right).count();
                 shares([("accuracy", right), ("answered", verdicts.len())], rows.len())
             }
@@ -76,7 +77,7 @@ impl Benchmark {
                 let mut completions = vec![Vec::with_capacity(*samples); rows.len()];
                 for sample in 0..*samples {
                     let seed = generator.config.seed.wrapping_add((sample * rows.len()) as u64);
-                    let config = crate::generate::GenerateConfig { seed, ..generator.config.clone() };
+                    let config = GenerateConfig { seed, ..generator.config.clone() };
                     let texts = Generator { config, ..*generator }.texts(&prompts, &code::STOP)?;
                     completions.iter_mut().zip(texts).for_each(|(group, text)| group.push(text));
                 }
@@ -85,6 +86,28 @@ impl Benchmark {
             }
         };
         Ok(figures)
+    }
+
+    /// Whether every row has what it is measured by, before an hour of generation.
+    fn check(&self, generator: &Generator, rows: &[Prompted]) -> Result<()> {
+        for (i, row) in rows.iter().enumerate() {
+            match self {
+                Self::Choice(_) | Self::ChoiceByName => row.choices(i).map(|_| ())?,
+                Self::Gsm8k if !row.answer.contains(gsm8k::MARK) => {
+                    let reason = format!("the answer of row {} has no {:?}", i + 1, gsm8k::MARK);
+                    return Err(Error::config("data", reason));
+                }
+                Self::Gsm8k => (),
+                Self::Code { .. } => row.tests(i).map(|_| ())?,
+            }
+        }
+        let Self::Code { samples, ks, .. } = self else { return Ok(()) };
+        ks.iter().try_for_each(|k| code::pass_at_k(*samples, 0, *k).map(|_| ()))?;
+        if *samples > 1 && generator.config.sampling == Sampling::ArgMax {
+            let reason = format!("{samples} greedy completions are all the same: give a temperature");
+            return Err(Error::config("samples", reason));
+        }
+        Ok(())
     }
 }
 

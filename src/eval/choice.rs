@@ -16,8 +16,22 @@ pub enum Normalize {
     No,
     /// Its tokens.
     Tokens,
-    /// Its bytes: `acc_norm` of the LM evaluation harness.
+    /// Its characters, without blanks before it: `acc_norm` of the LM evaluation harness.
+    Characters,
+    /// The same in bytes: the harness's `acc_bytes`.
     Bytes,
+}
+
+impl Normalize {
+    fn length(self, answer: &str, tokens: usize) -> f64 {
+        let count = match self {
+            Self::No => 1,
+            Self::Tokens => tokens,
+            Self::Characters => answer.trim_start().chars().count(),
+            Self::Bytes => answer.trim_start().len(),
+        };
+        count as f64
+    }
 }
 
 /// The probabilities of the choices of every question.
@@ -43,7 +57,7 @@ impl ChoiceScores {
 /// Scores every question of `rows` by the log-likelihood of its answers after its prompt. Over
 /// several passes (posterior draws) the probabilities of the choices are averaged.
 ///
-/// `encoder` should have no `eos`: the end of the text would be scored with the answer.
+/// The answers alone are scored, without the token that ends a text.
 ///
 /// # Errors
 /// If there is no pass, a row has no choices or is longer than the encoder's `max_length`, or a
@@ -71,10 +85,10 @@ pub fn score_choices(
         }));
         questions.push(choices);
     }
-    let encoded = encoder.encode(&candidates)?;
-    if encoded.cut + encoded.dropped > 0 {
-        let reason = format!("{} answers do not fit", encoded.cut + encoded.dropped);
-        return Err(Error::config("max_length", reason));
+    let encoded = encoder.without_eos().encode(&candidates)?;
+    if encoded.cut > 0 || encoded.rows.len() != candidates.len() {
+        let counts: Vec<usize> = questions.iter().map(|choices| choices.answers.len()).collect();
+        return Err(unfit(encoder, &candidates, &counts)?);
     }
     let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];
@@ -83,17 +97,29 @@ pub fn score_choices(
         let mut at = 0;
         for (sums, choices) in probabilities.iter_mut().zip(&questions) {
             let own: Vec<f64> = (at..at + choices.names.len())
-                .map(|i| match normalize {
-                    Normalize::No => scores[i],
-                    Normalize::Tokens => scores[i] / encoded.rows[i].targets() as f64,
-                    Normalize::Bytes => scores[i] / candidates[i].answer.len() as f64,
-                })
+                .map(|i| scores[i] / normalize.length(&candidates[i].answer, encoded.rows[i].targets()))
                 .collect();
             at += own.len();
             sums.iter_mut().zip(softmax(&own)).for_each(|(sum, p)| *sum += p / passes.len() as f64);
         }
     }
     Ok(ChoiceScores { probabilities, correct: questions.iter().map(|c| c.correct as u32).collect() })
+}
+
+/// What to say of the first answer that does not fit.
+fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> Result<Error> {
+    let mut at = 0;
+    for (question, count) in counts.iter().enumerate() {
+        let own = &candidates[at..at + count];
+        at += count;
+        let encoded = encoder.without_eos().encode(own)?;
+        if encoded.cut > 0 || encoded.rows.len() != own.len() {
+            let reason =
+                format!("row {}: its prompt with an answer is longer, or says nothing", question + 1);
+            return Ok(Error::config("max_length", reason));
+        }
+    }
+    Ok(Error::config("max_length", "an answer does not fit"))
 }
 
 /// The log-likelihood of the learnt tokens of each row.

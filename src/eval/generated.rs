@@ -58,29 +58,31 @@ impl Generator<'_> {
     fn continued(&self, prompts: &[Vec<u32>], first: u64, stop: &[&str]) -> Result<Vec<String>> {
         let config = GenerateConfig { seed: self.config.seed.wrapping_add(first), ..self.config.clone() };
         let heads: Vec<String> = prompts.iter().map(|ids| self.decode(ids)).collect::<Result<_>>()?;
-        let mut so_far = prompts.to_vec();
+        let mut so_far = vec![Vec::new(); prompts.len()];
+        let after = |row: usize, added: &[u32]| self.after(&heads[row], &prompts[row], added);
         let added = generate(self.model, prompts, &config, &mut |row, token| {
             so_far[row].push(token);
             // A text that cannot be decoded fails below, where an error can be told.
-            let text = self.after(&heads[row], &so_far[row]).unwrap_or_default();
+            let text = after(row, &so_far[row]).unwrap_or_default();
             end(&text, stop).is_none()
         })?;
-        let whole = prompts.iter().zip(added).map(|(prompt, added)| [prompt.clone(), added].concat());
-        whole
-            .zip(&heads)
-            .map(|(ids, head)| {
-                let mut text = self.after(head, &ids)?;
-                text.truncate(end(&text, stop).unwrap_or(text.len()));
-                Ok(text)
-            })
-            .collect()
+        let texts = added.iter().enumerate().map(|(row, added)| {
+            let mut text = after(row, added)?;
+            text.truncate(end(&text, stop).unwrap_or(text.len()));
+            Ok(text)
+        });
+        texts.collect()
     }
 
-    /// What `ids` say after `head`. They are decoded as one text: some decoders drop the first blank
-    /// of what they are given, and a program's indentation would lose it.
-    fn after(&self, head: &str, ids: &[u32]) -> Result<String> {
-        let text = self.decode(ids)?;
-        Ok(text.strip_prefix(head).unwrap_or(&text).to_string())
+    /// What the tokens `added` say after those of `prompt`, which say `head`. They are decoded as one
+    /// text: some decoders drop the first blank of what they are given, and a program's indentation
+    /// would lose it.
+    fn after(&self, head: &str, prompt: &[u32], added: &[u32]) -> Result<String> {
+        match self.decode(&[prompt, added].concat())?.strip_prefix(head) {
+            Some(text) => Ok(text.to_string()),
+            // A character that began in the prompt: its first bytes alone decode to something else.
+            None => self.decode(added),
+        }
     }
 
     fn decode(&self, ids: &[u32]) -> Result<String> {

@@ -7,6 +7,9 @@ use fancy_regex::Regex;
 /// What ends an answer: the harness's own stop texts.
 pub const STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
+/// What stands before the number of an answer.
+pub const MARK: &str = "#### ";
+
 /// What an answer without a match counts as.
 const INVALID: &str = "[invalid]";
 

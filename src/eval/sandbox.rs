@@ -4,16 +4,21 @@
 //! The limits are the kernel's, set by the tools of util-linux: `unshare` (namespaces of users,
 //! network, processes and IPC) and `prlimit`. Where they cannot be set, nothing is run.
 
+use std::collections::hash_map::RandomState;
 use std::fs;
-use std::io::Write;
+use std::hash::{BuildHasher, Hasher};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// The exit status of a program that came to its end: none that Python gives by itself.
-pub(crate) const FINISHED: i32 = 77;
+/// What the trial program says when all is well.
+const WELL: &str = "every limit holds";
+
+/// What an error begins with where nothing is run.
+const REFUSAL: &str = "programs cannot be limited here, so none is run";
 
 /// The user who has nothing, for programs that root runs.
 const NOBODY: &str = "65534";
@@ -25,7 +30,7 @@ pub struct Limits {
     pub seconds: u64,
     /// Address space of each of its processes, in bytes.
     pub memory_bytes: u64,
-    /// Its processes and threads.
+    /// Its processes and threads, itself included.
     pub processes: u64,
 }
 
@@ -52,8 +57,8 @@ pub enum Outcome {
 ///
 /// A program has no network, sees no process but its own, cannot make a file longer than nothing,
 /// gets no environment variable, and ends with its processes when its time is up. Where this crate
-/// runs as root, the program runs as `nobody`. It is no prison: what files the user may read, it may
-/// read, and what files the user may delete, it may delete. Run it as a user with nothing to lose.
+/// runs as root, the program runs as `nobody`. It is no prison: what files and named sockets the user
+/// may use, it may use, too. Run it as a user with nothing to lose.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
     python: PathBuf,
@@ -71,26 +76,16 @@ impl Sandbox {
             return Err(Error::config("limits", format!("each must be at least 1, got {limits:?}")));
         }
         let sandbox = Self { python: python.into(), limits };
-        let mut child = sandbox.start(&sandbox.probe(), Stdio::piped())?;
-        let ended = wait(&mut child, Duration::from_secs(sandbox.limits.seconds))?;
-        match ended {
-            Some(FINISHED) => Ok(sandbox),
-            code => {
-                let mut said = String::new();
-                if let Some(mut stderr) = child.stderr.take() {
-                    std::io::Read::read_to_string(&mut stderr, &mut said).ok();
-                }
-                let why = match (said.trim().lines().last(), code) {
-                    (Some(line), _) => line.to_string(),
-                    (None, Some(code)) => format!("the trial program ended with {code}"),
-                    (None, None) => "the trial program did not end in time".to_string(),
-                };
-                Err(Error::config(
-                    "sandbox",
-                    format!("programs cannot be limited here, so none is run: {why}"),
-                ))
-            }
+        let ended = sandbox.execute(&sandbox.probe())?;
+        if ended.said.ends_with(WELL.as_bytes()) {
+            return Ok(sandbox);
         }
+        let why = match (ended.complaint.trim().lines().last(), ended.in_time) {
+            (Some(line), _) => line.to_string(),
+            (None, true) => "the trial program said nothing".to_string(),
+            (None, false) => "the trial program did not end in time".to_string(),
+        };
+        Err(Error::config("sandbox", format!("{REFUSAL}: {why}")))
     }
 
     /// Runs a program to its end or to that of its time. It counts as passed if its last line was
@@ -99,12 +94,33 @@ impl Sandbox {
     /// # Errors
     /// If the process cannot be started.
     pub fn run(&self, program: &str) -> Result<Outcome> {
-        let program = format!("{program}\nimport os\nos._exit({FINISHED})\n");
-        let mut child = self.start(&program, Stdio::null())?;
-        Ok(match wait(&mut child, Duration::from_secs(self.limits.seconds))? {
-            Some(FINISHED) => Outcome::Passed,
-            Some(_) => Outcome::Failed,
-            None => Outcome::TimedOut,
+        // A word that no program can say by chance.
+        let word = format!("{:016x}", RandomState::new().build_hasher().finish());
+        let last = format!("import os as _os\n_os.write(1, b'{word}')\n_os._exit(0)\n");
+        let ended = self.execute(&format!("{program}\n{last}"))?;
+        Ok(match (ended.in_time, ended.said.ends_with(word.as_bytes())) {
+            (true, true) => Outcome::Passed,
+            (true, false) => Outcome::Failed,
+            (false, _) => Outcome::TimedOut,
+        })
+    }
+
+    /// Starts a program, feeds it and waits for its end.
+    fn execute(&self, program: &str) -> Result<Ended> {
+        let mut child = self.start()?;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        std::thread::scope(|scope| {
+            let said = scope.spawn(|| tail(stdout));
+            let complaint = scope.spawn(|| tail(stderr));
+            scope.spawn(move || {
+                // One that ended before it read everything has said why.
+                stdin.map(|mut stdin| stdin.write_all(program.as_bytes()).ok())
+            });
+            let in_time = wait(&mut child, Duration::from_secs(self.limits.seconds))?;
+            // A thread that only reads does not panic.
+            let text = said.join().unwrap_or_default();
+            let complaint = complaint.join().unwrap_or_default();
+            Ok(Ended { said: text, complaint: String::from_utf8_lossy(&complaint).into_owned(), in_time })
         })
     }
 
@@ -119,12 +135,12 @@ impl Sandbox {
              links = [line.split(':')[0].strip() for line in open('/proc/self/net/dev').readlines()[2:]]\n\
              if links != ['lo']: sys.exit(f'there is a network: {{links}}')\n\
              if os.getpid() != 1: sys.exit('other processes can be seen')\n\
-             os._exit({FINISHED})\n"
+             os.write(1, b'{WELL}')\n"
         )
     }
 
-    /// Starts Python on a program within the limits.
-    fn start(&self, program: &str, stderr: Stdio) -> Result<Child> {
+    /// Starts Python within the limits, on a program from its standard input.
+    fn start(&self) -> Result<Child> {
         let Limits { seconds, memory_bytes, processes } = self.limits;
         let mut words: Vec<String> = Vec::new();
         if is_root() {
@@ -156,34 +172,42 @@ impl Sandbox {
         // Isolated: no site packages, no variables, no module of the folder it starts in.
         command.args(["-I", "-S", "-"]);
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").current_dir("/");
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
-        let mut child = command.spawn().map_err(|e| {
-            let reason = format!("programs cannot be limited here, so none is run: {}: {e}", words[0]);
-            Error::config("sandbox", reason)
-        })?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // One that ended before it read everything has its exit status to tell why.
-            stdin.write_all(program.as_bytes()).ok();
-        }
-        Ok(child)
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().map_err(|e| Error::config("sandbox", format!("{REFUSAL}: {}: {e}", words[0])))
     }
 }
 
-/// The exit status of a process, or None where it ran out of time or was killed by a signal that
-/// nobody expected; then it is no more.
-fn wait(child: &mut Child, limit: Duration) -> Result<Option<i32>> {
+/// What a process left behind.
+struct Ended {
+    said: Vec<u8>,
+    complaint: String,
+    in_time: bool,
+}
+
+/// The end of what a process says, to its last byte.
+fn tail(source: Option<impl Read>) -> Vec<u8> {
+    let (mut kept, mut buffer) = (Vec::new(), [0; 4096]);
+    let Some(mut source) = source else { return kept };
+    while let Ok(count @ 1..) = source.read(&mut buffer) {
+        kept.extend_from_slice(&buffer[..count]);
+        kept.drain(..kept.len().saturating_sub(buffer.len()));
+    }
+    kept
+}
+
+/// Whether a process ended in time; afterwards it is no more.
+fn wait(child: &mut Child, limit: Duration) -> Result<bool> {
     let start = Instant::now();
     // Starting the interpreter is not the program's fault.
     let limit = limit + Duration::from_millis(500);
     loop {
-        let ended = child.try_wait().map_err(Error::io("sandbox"))?;
-        match ended {
-            Some(status) => return Ok(Some(status.code().unwrap_or(-1))),
+        match child.try_wait().map_err(Error::io("sandbox"))? {
+            Some(_) => return Ok(true),
             None if start.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
             None => {
                 // The namespace's first process goes with `unshare`, and all others with it.
                 child.kill().and_then(|()| child.wait()).map_err(Error::io("sandbox"))?;
-                return Ok(None);
+                return Ok(false);
             }
         }
     }
@@ -209,7 +233,7 @@ mod tests {
         match Sandbox::new("python3", limits) {
             Ok(sandbox) => Some(sandbox),
             Err(error) => {
-                println!("skipped: {error}");
+                crate::testing::skipped(&format!("{error}"));
                 assert!(error.to_string().contains("so none is run"), "{error}");
                 None
             }
@@ -225,7 +249,8 @@ mod tests {
             ("import sys\nsys.exit(0)", Outcome::Failed),
             ("raise SystemExit", Outcome::Failed),
             ("def f(:", Outcome::Failed),
-            ("print('x' * 1000000)", Outcome::Passed),
+            ("print('x' * 1000000, flush=True)", Outcome::Passed),
+            ("import os\nos._exit(0)", Outcome::Failed),
         ] {
             assert_eq!(sandbox.run(program).unwrap(), outcome, "{program}");
         }

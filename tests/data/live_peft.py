@@ -3,16 +3,34 @@
     python live_peft.py FOLDER        the crate's test calls it where Python has torch, transformers and peft
 
 FOLDER holds base/ (a Hugging Face model), adapter/ (PEFT's layout), merged/ (a Hugging Face model), and
-expected.safetensors: input_ids and attention_mask [b, t] i64, logits (with the adapter's mean) and base_logits, float32.
-Exits with 0 where every tensor found its place and all logits agree to 1e-4.
+expected.safetensors: input_ids, attention_mask [b, t] and labels i64, logits (with the adapter's mean) and base_logits,
+float32. Exits with 0 where every tensor found its place and all logits agree to 1e-4; then it trains one step and leaves
+back/, the adapter, and back.safetensors: its logits and `loss`, that of the step which would come next.
 """
 import sys
 import warnings
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.monteclora import MontecloraSampler
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def next_loss(adapted, inputs, labels):
+    """The training loss, of a draw that both sides know: every normal is 0, the chi squares are 1, 1.1, 1.2 ..."""
+    for module in adapted.modules():
+        if isinstance(module, MontecloraSampler):
+            rank, count = module.out_features, module.num_samples
+            draw = {
+                "z_mvn": torch.zeros(count, module.in_features, rank),
+                "z_wishart": torch.diag(1 + torch.arange(rank) / 10),
+                "z_dirichlet": torch.zeros(count),
+            }
+            module.sampler.get = lambda draw=draw: draw
+    adapted.train()
+    with torch.no_grad():
+        return adapted(**inputs, labels=labels).loss + adapted.base_model._get_monteclora_loss()
 
 
 def main(folder):
@@ -49,7 +67,9 @@ def main(folder):
     optimizer.step()
     adapted.save_pretrained(f"{folder}/back")
     with torch.no_grad():
-        save_file({"logits": adapted.eval()(**inputs).logits.contiguous()}, f"{folder}/back.safetensors")
+        back = {"logits": adapted.eval()(**inputs).logits.contiguous()}
+    back["loss"] = next_loss(adapted, inputs, expected["labels"])
+    save_file(back, f"{folder}/back.safetensors")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
-use monteclora::data::causal::{CausalBatch, PromptEncoder, Tokens};
-use monteclora::data::instruct::{Choices, Prompted};
-use monteclora::eval::{chosen_by_name, score_choices, Normalize};
+use monteclora::data::causal::{CausalBatch, Tokens};
 use monteclora::inject::Targets;
-use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::ops;
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Pass};
-
-use tokenizers::models::wordlevel::WordLevel;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
 use crate::finetune::Log;
 use crate::llama::{frozen, toy_config};
@@ -109,75 +102,5 @@ fn the_loss_is_that_of_all_logits_with_shifted_labels() -> Outcome {
     }
     assert!(held_out_loss(&model, &[], 1, &[Pass::Mean]).is_err());
     assert!(held_out_loss(&model, &rows, 1, &[]).is_err());
-    Ok(())
-}
-
-/// A tokenizer of single letters: `a` is 3, `b` is 4, and so on.
-fn letters() -> Outcome<Tokenizer> {
-    let vocab: Vec<(String, u32)> =
-        ('a'..='z').zip(3..).map(|(letter, id)| (letter.to_string(), id)).chain([("?".into(), 0)]).collect();
-    let model = WordLevel::builder().vocab(vocab.into_iter().collect()).unk_token("?".into()).build();
-    let model = model.map_err(|e| e.to_string())?;
-    let mut tokenizer = Tokenizer::new(model);
-    let isolated = Split::new(SplitPattern::Regex(".".into()), SplitDelimiterBehavior::Isolated, false);
-    let isolated = isolated.map_err(|e| e.to_string())?;
-    tokenizer.with_pre_tokenizer(Some(isolated));
-    Ok(tokenizer)
-}
-
-#[test]
-fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
-    let (model, params) = frozen(&toy_config(false)?, DType::F32)?;
-    scatter(&params)?;
-    let question = |prompt: &str, answers: &[&str], correct: usize| Prompted {
-        prompt: prompt.into(),
-        answer: answers[correct].to_string(),
-        choices: Some(Choices {
-            names: answers.iter().map(ToString::to_string).collect(),
-            answers: answers.iter().map(ToString::to_string).collect(),
-            correct,
-        }),
-        ..Prompted::default()
-    };
-    let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
-    let encoder = PromptEncoder::new(letters()?, 20, 40, None, false)?;
-    // The log-probability of each next letter, by hand.
-    let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
-        let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
-        let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
-        let logits =
-            model.logits(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?, &mask, &Pass::Mean)?;
-        let logs = candle_nn::ops::log_softmax(&logits.squeeze(0)?, 1)?.to_vec2::<f32>()?;
-        Ok((prompt.len()..ids.len()).map(|i| f64::from(logs[i - 1][ids[i] as usize])).sum())
-    };
-    for (normalize, batch_size) in [(Normalize::No, 1), (Normalize::Tokens, 2), (Normalize::Bytes, 64)] {
-        let passes = [Pass::Mean, Pass::Mean];
-        let scores = score_choices(&model, &encoder, &rows, batch_size, normalize, &passes)?;
-        assert_eq!(scores.correct, [2, 0]);
-        for (row, got) in rows.iter().zip(&scores.probabilities) {
-            let answers = &row.choices.as_ref().ok_or("choices")?.answers;
-            let by_hand = answers.iter().map(|answer| {
-                // One letter is one token and one byte.
-                let length = if normalize == Normalize::No { 1.0 } else { answer.len() as f64 };
-                Ok(likelihood(&row.prompt, answer)? / length)
-            });
-            let mut expected = softmax(&by_hand.collect::<Outcome<Vec<f64>>>()?);
-            expected.resize(3, 0.0);
-            assert!(expected.iter().zip(got).all(|(a, b)| (a - b).abs() < 1e-5), "{expected:?} {got:?}");
-        }
-        assert!(scores.evaluate()?.accuracy.is_some());
-    }
-    let fails = |rows: &[Prompted], max_length, passes: &[Pass]| -> Outcome<String> {
-        let encoder = PromptEncoder::new(letters()?, max_length, 40, None, false)?;
-        let scores = score_choices(&model, &encoder, rows, 4, Normalize::No, passes);
-        Ok(scores.expect_err("an error").to_string())
-    };
-    assert!(fails(&rows, 6, &[Pass::Mean])?.contains("max_length: 1 answers do not fit"));
-    assert!(fails(&rows, 20, &[])?.contains("passes"));
-    let plain = [Prompted { choices: None, ..rows[0].clone() }];
-    assert!(fails(&plain, 20, &[Pass::Mean])?.contains("row 1 has no choices"));
-    let names = ["answer1".to_string(), "answer2".to_string()];
-    assert_eq!(chosen_by_name("the correct answer is answer2, not answer1", &names), Some(1));
-    assert_eq!(chosen_by_name("who knows", &names), None);
     Ok(())
 }

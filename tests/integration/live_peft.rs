@@ -13,15 +13,16 @@ use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
+use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::monteclora::{DrawNoise, Posterior};
 use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Method, Origin, Profile};
 use monteclora::slot::Linears;
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{ops, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
 
 use crate::llama::toy_json;
-use crate::support::{assert_close, scatter, toy_config, toy_weights, Outcome};
+use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
 /// An interpreter with everything that is needed, or why there is none.
 fn python() -> Result<PathBuf, String> {
@@ -79,6 +80,50 @@ fn inputs() -> Outcome<(Tensor, Tensor)> {
     Ok((ids, mask))
 }
 
+/// What each row, or each place, is to be: -100 nothing.
+fn labels(causal: bool) -> Outcome<Tensor> {
+    let (ids, mask) = inputs()?;
+    match causal {
+        true => Ok(mask.gt(0i64)?.where_cond(&ids, &Tensor::full(-100i64, ids.shape(), &Device::Cpu)?)?),
+        false => Ok(Tensor::new(&[2i64, 0], &Device::Cpu)?),
+    }
+}
+
+/// The loss that the next step of an adapter starts from, of the draw that the script puts into PEFT:
+/// every normal is 0, the chi squares are 1, 1.1, 1.2 ...
+fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
+    let (logits, labels) = (model.logits()?, labels(causal)?);
+    let (logits, labels) = match causal {
+        // What stands at a place predicts the next.
+        true => {
+            let last = labels.dim(1)? - 1;
+            (logits.narrow(1, 0, last)?.flatten_to(1)?, labels.narrow(1, 1, last)?.flatten_all()?)
+        }
+        false => (logits, labels),
+    };
+    let task = ops::cross_entropy(&logits, &labels, -100)?.to_scalar::<f32>()?;
+    let Method::MonteCLoRA(config) = method else { return Ok(task) };
+    let mut posteriors = Vec::new();
+    model.linears().visit_linears(&mut |slot| {
+        let active = slot.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
+        posteriors.extend(active.map(|layer| layer.posterior().clone()));
+        Ok(())
+    })?;
+    let draw = |posterior: &Posterior| -> Outcome<DrawNoise> {
+        let spec = posterior.spec();
+        let (r, n) = (spec.rank, spec.num_components);
+        let chi: Vec<f32> = (0..r * r)
+            .map(|i| if i / r == i % r { (1.0 + (i / r) as f32 / 10.0).sqrt() } else { 0.0 })
+            .collect();
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+        let t = Tensor::from_vec(chi, (r, r), &Device::Cpu)?;
+        Ok(DrawNoise::new(spec, &t, &zeros(&[n])?, &zeros(&[n, r, spec.in_dim])?)?)
+    };
+    let draws = posteriors.iter().map(draw).collect::<Outcome<Vec<_>>>()?;
+    let penalty = Regularizer::new(config).of_draws(&posteriors, &draws)?;
+    Ok(task + penalty.total.to_scalar::<f32>()?)
+}
+
 /// A checkpoint with a head on the disk.
 fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
     let (weights, mut json) = match causal {
@@ -96,7 +141,11 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
                 let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
                 model(vb.clone(), vb, &config, noise).map(drop)
             })?;
-            (weights, serde_json::to_value(&config)?)
+            let mut json = serde_json::to_value(&config)?;
+            // Losses are compared in training.
+            json["hidden_dropout_prob"] = 0.0.into();
+            json["attention_probs_dropout_prob"] = 0.0.into();
+            (weights, json)
         }
     };
     let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
@@ -112,7 +161,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
     let python = match python() {
         Ok(python) => python,
         Err(reason) => {
-            eprintln!("skipped: no Python with torch, transformers and peft >= 0.20 ({reason})");
+            skipped(&format!("no Python with torch, transformers and peft >= 0.20 ({reason})"));
             return Ok(());
         }
     };
@@ -143,12 +192,15 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             Origin { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
         let file = AdapterFile::from_model(model.linears(), DEFAULT_ADAPTER, &params, &method, &origin)?;
         file.write(dir.path().join("adapter"), Profile::PeftMonteCLoRA)?;
-        save_merged(model.linears(), &params, &files, None, &dir.path().join("merged"), MAX_SHARD_BYTES)?;
+        // In several shards, as large models are.
+        save_merged(model.linears(), &params, &files, None, &dir.path().join("merged"), 20_000)?;
+        assert!(dir.path().join("merged/model.safetensors.index.json").is_file());
         let (ids, mask) = inputs()?;
         let logits = model.logits()?;
         let expected = [
             ("input_ids", &ids),
             ("attention_mask", &mask),
+            ("labels", &labels(causal)?),
             ("logits", &logits),
             ("base_logits", &base_logits),
         ];
@@ -162,10 +214,14 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         // What PEFT trained a step further is read back, and computes what PEFT computes.
         let params = Params::new(Noise::new(2), &Device::Cpu);
         let mut model = Model::load(&files, causal, &params)?;
-        AdapterFile::read(dir.path().join("back"))?.apply(model.linears(), DEFAULT_ADAPTER, &params)?;
+        let file = AdapterFile::read(dir.path().join("back"))?;
+        file.apply(model.linears(), DEFAULT_ADAPTER, &params)?;
         let back = candle_core::safetensors::load(dir.path().join("back.safetensors"), &Device::Cpu)?;
         let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(moved > 1e-3, "PEFT's step moved nothing");
+        let loss = next_loss(&mut model, causal, &file.method())?;
+        let theirs = back["loss"].to_scalar::<f32>()?;
+        assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
         let got = model.logits()?;
         match causal {
             // Padding columns are nobody's business.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use crate::gradients::check;
-use crate::support::{assert_close, scatter, Outcome};
+use crate::support::{assert_close, scatter, skipped, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
@@ -379,7 +379,7 @@ fn generation_refuses_what_it_cannot_do() -> Outcome {
 fn the_bundled_model_tells_its_story_word_for_word() -> Outcome {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/assets/stories260k");
     if !dir.is_dir() {
-        eprintln!("skipped: {} is in the repository, not in the package", dir.display());
+        skipped(&format!("{} is in the repository, not in the package", dir.display()));
         return Ok(());
     }
     let files = ModelFiles::locate(&dir.display().to_string(), None)?;

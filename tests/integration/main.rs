@@ -3,6 +3,7 @@
 
 mod causal;
 mod encoders;
+mod eval;
 mod finetune;
 mod gradients;
 mod inject;

@@ -1,6 +1,7 @@
 //! What the integration tests share: toy encoders in general position.
 
 use std::collections::HashMap;
+use std::io::Write;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -10,6 +11,11 @@ use monteclora::params::{Params, Role};
 
 /// A test's result.
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+/// Says that a test did nothing, where the test runner does not hide it.
+pub fn skipped(why: &str) {
+    writeln!(std::io::stderr(), "skipped: {why}").ok();
+}
 
 /// Three labels, two layers, non-square everywhere.
 pub fn toy_config(family: Family) -> RobertaConfig {

@@ -1,0 +1,207 @@
+//! Benchmarks of language models: by likelihood, by generated text, by running what was generated.
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::data::causal::PromptEncoder;
+use monteclora::data::instruct::{Choices, ProgramTests, Prompted};
+use monteclora::eval::sandbox::{Limits, Sandbox};
+use monteclora::eval::{chosen_by_name, score_choices, Benchmark, Generator, Normalize};
+use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::metrics::softmax;
+use monteclora::models::causal::CausalLm;
+use monteclora::models::llama::LlamaForCausalLM;
+use monteclora::{Error, Pass};
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{SplitDelimiterBehavior, Tokenizer};
+
+use crate::llama::{frozen, toy_config};
+use crate::support::{scatter, skipped, Outcome};
+
+/// A model of letters.
+fn model() -> Outcome<LlamaForCausalLM> {
+    let (model, params) = frozen(&toy_config(false)?, DType::F32)?;
+    scatter(&params)?;
+    Ok(model)
+}
+
+fn encoder(max_length: usize) -> Outcome<PromptEncoder> {
+    // The end of a text is no part of what is scored.
+    Ok(PromptEncoder::new(letters()?, max_length, 40, Some(2), false)?)
+}
+
+fn question(prompt: &str, answers: &[&str], correct: usize) -> Prompted {
+    let answers: Vec<String> = answers.iter().map(ToString::to_string).collect();
+    let (answer, names) = (answers[correct].clone(), answers.clone());
+    Prompted {
+        prompt: prompt.into(),
+        answer,
+        choices: Some(Choices { names, answers, correct }),
+        ..Prompted::default()
+    }
+}
+
+fn generator<'a>(model: &'a LlamaForCausalLM, encoder: &'a PromptEncoder) -> Generator<'a> {
+    let config = GenerateConfig { max_new_tokens: 6, ..GenerateConfig::default() };
+    Generator { model, encoder, config, batch_size: 2 }
+}
+
+/// A tokenizer of single letters: `a` is 3, `b` is 4, and so on.
+fn letters() -> Outcome<Tokenizer> {
+    let vocab: Vec<(String, u32)> =
+        ('a'..='z').zip(3..).map(|(letter, id)| (letter.to_string(), id)).chain([("?".into(), 0)]).collect();
+    let model = WordLevel::builder().vocab(vocab.into_iter().collect()).unk_token("?".into()).build();
+    let model = model.map_err(|e| e.to_string())?;
+    let mut tokenizer = Tokenizer::new(model);
+    let isolated = Split::new(SplitPattern::Regex(".".into()), SplitDelimiterBehavior::Isolated, false);
+    let isolated = isolated.map_err(|e| e.to_string())?;
+    tokenizer.with_pre_tokenizer(Some(isolated));
+    Ok(tokenizer)
+}
+
+#[test]
+fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
+    let model = model()?;
+    let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
+    let encoder = encoder(20)?;
+    // The log-probability of each next letter, by hand.
+    let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
+        let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
+        let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
+        let logits =
+            model.logits(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?, &mask, &Pass::Mean)?;
+        let logs = candle_nn::ops::log_softmax(&logits.squeeze(0)?, 1)?.to_vec2::<f32>()?;
+        Ok((prompt.len()..ids.len()).map(|i| f64::from(logs[i - 1][ids[i] as usize])).sum())
+    };
+    for (normalize, batch_size) in
+        [(Normalize::No, 1), (Normalize::Tokens, 2), (Normalize::Characters, 3), (Normalize::Bytes, 64)]
+    {
+        let passes = [Pass::Mean, Pass::Mean];
+        let scores = score_choices(&model, &encoder, &rows, batch_size, normalize, &passes)?;
+        assert_eq!(scores.correct, [2, 0]);
+        for (row, got) in rows.iter().zip(&scores.probabilities) {
+            let answers = &row.choices.as_ref().ok_or("choices")?.answers;
+            let by_hand = answers.iter().map(|answer| {
+                // One letter is one token and one byte.
+                let length = if normalize == Normalize::No { 1.0 } else { answer.len() as f64 };
+                Ok(likelihood(&row.prompt, answer)? / length)
+            });
+            let mut expected = softmax(&by_hand.collect::<Outcome<Vec<f64>>>()?);
+            expected.resize(3, 0.0);
+            assert!(expected.iter().zip(got).all(|(a, b)| (a - b).abs() < 1e-5), "{expected:?} {got:?}");
+        }
+        assert!(scores.evaluate()?.accuracy.is_some());
+    }
+    let fails = |rows: &[Prompted], max_length, passes: &[Pass]| -> Outcome<String> {
+        let scores = score_choices(&model, &self::encoder(max_length)?, rows, 4, Normalize::No, passes);
+        Ok(scores.expect_err("an error").to_string())
+    };
+    assert!(
+        fails(&rows, 6, &[Pass::Mean])?.contains("max_length: row 1: its prompt with an answer is longer")
+    );
+    assert!(fails(&rows, 20, &[])?.contains("passes"));
+    let plain = [Prompted { choices: None, ..rows[0].clone() }];
+    assert!(fails(&plain, 20, &[Pass::Mean])?.contains("row 1 has no choices"));
+    let names = ["answer1".to_string(), "answer2".to_string()];
+    assert_eq!(chosen_by_name("the correct answer is answer2, not answer1", &names), Some(1));
+    assert_eq!(chosen_by_name("who knows", &names), None);
+    Ok(())
+}
+
+#[test]
+fn a_text_goes_on_to_its_stop_whatever_the_batches() -> Outcome {
+    let (model, encoder) = (model()?, encoder(20)?);
+    let mut generator = generator(&model, &encoder);
+    for (sampling, draw) in [(Sampling::ArgMax, false), (Sampling::All { temperature: 1.5 }, true)] {
+        generator.config.sampling = sampling;
+        let prompts = ["abc", "d", "efghi"];
+        let whole = generator.texts(&prompts, &[])?;
+        for (row, (prompt, text)) in prompts.iter().zip(&whole).enumerate() {
+            let config = GenerateConfig { seed: row as u64, ..generator.config.clone() };
+            let ids = generate(&model, &[encoder.prompt(prompt)?], &config, &mut |_, _| true)?.swap_remove(0);
+            let decoded = encoder.tokenizer().decode(&ids, true).map_err(|e| e.to_string())?;
+            assert_eq!(text.trim(), decoded, "{prompt} {draw}");
+        }
+        generator.batch_size = 3;
+        assert_eq!(generator.texts(&prompts, &[])?, whole);
+        generator.batch_size = 2;
+        // What comes third ends the text, for the rows that say it.
+        let stop = whole[0].split_whitespace().nth(2).ok_or("a longer text")?;
+        let short = generator.texts(&prompts, &["never said", stop])?;
+        for (short, whole) in short.iter().zip(&whole) {
+            assert_eq!(short, whole.split(stop).next().unwrap_or_default());
+        }
+        assert!(short[0].len() < whole[0].len());
+    }
+    let long = "a".repeat(40);
+    let error = generator.texts(&["a", "b", &long], &[]).expect_err("no room").to_string();
+    assert!(error.contains("that of row 3 has 40 tokens"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn benchmarks_score_what_the_model_says() -> Outcome {
+    let (model, encoder) = (model()?, encoder(20)?);
+    let generator = generator(&model, &encoder);
+    let texts = generator.texts(&["abc", "xy"], &[])?;
+    let said = |text: &str| text.split_whitespace().next().map(str::to_string).ok_or("nothing said");
+    // The first row is right, the second says the other name, the third none.
+    let rows = [
+        question("abc", &[&said(&texts[0])?, "!"], 0),
+        question("xy", &["!", &said(&texts[1])?], 0),
+        question("abc", &["!", "!!"], 0),
+    ];
+    let by_name = Benchmark::ChoiceByName.run(&generator, &rows)?;
+    assert_eq!((by_name["accuracy"], by_name["answered"]), (1.0 / 3.0, 2.0 / 3.0));
+    let rows = [question("abc", &["de", "f"], 1), question("xy", &["a", "bcd"], 0)];
+    let expected = score_choices(&model, &encoder, &rows, 2, Normalize::Bytes, &[Pass::Mean])?.evaluate()?;
+    let scores = Benchmark::Choice(Normalize::Bytes).run(&generator, &rows)?;
+    assert_eq!((Some(scores["accuracy"]), Some(scores["nll"])), (expected.accuracy, expected.nll));
+    let averaged = GenerateConfig { weights: Weights::Average(2), ..generator.config.clone() };
+    let averaged = Generator { config: averaged, ..generator };
+    // Without an adapter every draw is the mean.
+    let again = Benchmark::Choice(Normalize::Bytes).run(&averaged, &rows)?;
+    assert!((again["nll"] - scores["nll"]).abs() < 1e-12);
+
+    let answered = Prompted { prompt: "abc".into(), answer: "#### 5".into(), ..Prompted::default() };
+    let figures = Benchmark::Gsm8k.run(&generator, std::slice::from_ref(&answered))?;
+    assert_eq!((figures["strict_match"], figures["flexible_extract"]), (0.0, 0.0));
+    let fails = |benchmark: &Benchmark, row: Prompted| {
+        benchmark.run(&generator, &[answered.clone(), row]).expect_err("an error").to_string()
+    };
+    let unmarked = Prompted { answer: "5".into(), ..answered.clone() };
+    assert!(fails(&Benchmark::Gsm8k, unmarked).contains("the answer of row 2 has no \"#### \""));
+    assert!(fails(&Benchmark::ChoiceByName, answered.clone()).contains("row 1 has no choices"));
+    assert!(Benchmark::Gsm8k.run(&generator, &[]).expect_err("no row").to_string().contains("no row"));
+    Ok(())
+}
+
+#[test]
+fn generated_programs_are_run_and_counted() -> Outcome {
+    let sandbox = match Sandbox::new("python3", Limits::default()) {
+        Ok(sandbox) => sandbox,
+        Err(error) => {
+            skipped(&error.to_string());
+            return Ok(());
+        }
+    };
+    let (model, encoder) = (model()?, encoder(20)?);
+    let mut generator = generator(&model, &encoder);
+    let tests =
+        || ProgramTests { entry_point: "f".into(), test: "f = 1\ndef check(f):\n    assert f == 1".into() };
+    // Letters behind a hash are a comment; elsewhere they are a name that nobody defined.
+    let row = |prompt: &str| Prompted { prompt: prompt.into(), tests: Some(tests()), ..Prompted::default() };
+    let rows = [row("#a"), row("abc")];
+    let code = |samples, ks: &[usize]| Benchmark::Code { samples, ks: ks.to_vec(), sandbox: sandbox.clone() };
+    assert_eq!(code(1, &[1]).run(&generator, &rows)?["pass@1"], 0.5);
+    let fails = |generator: &Generator, samples, ks: &[usize]| -> Result<String, Error> {
+        Ok(code(samples, ks).run(generator, &rows).expect_err("an error").to_string())
+    };
+    assert!(fails(&generator, 2, &[1])?.contains("invalid samples: 2 greedy completions"));
+    assert!(fails(&generator, 2, &[3])?.contains("expected k in 1 to 2, got 3"));
+    generator.config.sampling = Sampling::All { temperature: 1.0 };
+    let figures = code(3, &[1, 3]).run(&generator, &rows)?;
+    assert_eq!((figures["pass@1"], figures["pass@3"]), (0.5, 0.5));
+    let error = code(1, &[1]).run(&generator, &[Prompted { tests: None, ..row("#") }]).expect_err("no tests");
+    assert!(error.to_string().contains("row 1 has no tests"), "{error}");
+    Ok(())
+}
