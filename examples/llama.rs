@@ -29,9 +29,10 @@ use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Origin, Profile};
-use monteclora::train::{self, held_out_loss, CausalTuning, Observer, Record, Summary};
+use monteclora::train::{self, held_out_loss, CausalTuning, Method, Observer, Record, Summary};
 use monteclora::{files, Noise, Params, Pass};
 use serde_json::{json, Value};
 
@@ -86,13 +87,19 @@ struct Args {
     /// Write A and B alone, for servers, rather than what PEFT trains on with.
     #[arg(long)]
     serving: bool,
+    /// With --serving: put rsLoRA's scale into B, for servers that know none (llama.cpp).
+    #[arg(long, requires = "serving")]
+    fold_rslora: bool,
+    /// Also write the whole model with the adapter merged in, as `OUT/model`.
+    #[arg(long)]
+    merged: bool,
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Folder for metrics.json, log.jsonl and adapter/.
+    /// Folder for metrics.json, log.jsonl and adapter/ (under full, model/).
     #[arg(long)]
     output: Option<PathBuf>,
 }
@@ -209,9 +216,11 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
         (None, None) => return Err("--data: too few rows to hold some out; give --held-out".into()),
     };
     let (train, encoded) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
-    if train.cut + train.dropped > 0 {
-        let lost = format!("{} rows lost their end and {} were left out", train.cut, train.dropped);
-        println!("--max-length {}: {lost}", args.max_length);
+    for (name, rows) in [("training", &train), ("held-out", &encoded)] {
+        if rows.cut + rows.dropped > 0 {
+            let lost = format!("{} {name} rows lost their end, {} were left out", rows.cut, rows.dropped);
+            println!("--max-length {}: {lost}", args.max_length);
+        }
     }
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
     Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
@@ -272,15 +281,28 @@ impl Setup {
         }
         if let Some(dir) = out {
             files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
-            if let Some(adapter) = start.method().adapter() {
-                let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
-                let origin = Origin { base_model: base, task, ..Origin::default() };
-                let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &origin)?;
-                let profile = if args.serving { Profile::Serving } else { Profile::PeftMonteCLoRA };
-                file.write(dir.join("adapter"), profile)?;
-            }
+            self.save(&model, &params, &start.method(), dir)?;
         }
         Ok(metrics)
+    }
+
+    /// What was trained: the adapter, the whole model, or both.
+    fn save(&self, model: &LlamaForCausalLM, params: &Params, method: &Method, dir: &Path) -> Outcome {
+        let adapter = method.adapter();
+        if let Some(adapter) = &adapter {
+            let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+            let origin = Origin { base_model: base, task, ..Origin::default() };
+            let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &origin)?;
+            let profile = match self.args.serving {
+                true => Profile::Serving { fold_rslora: self.args.fold_rslora },
+                false => Profile::PeftMonteCLoRA,
+            };
+            file.write(dir.join("adapter"), profile)?;
+        }
+        if self.args.merged || adapter.is_none() {
+            save_merged(model, params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
+        }
+        Ok(())
     }
 
     /// The continuation of the prompt.

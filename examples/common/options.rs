@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use monteclora::adapters::LoraConfig;
-use monteclora::inject::Targets;
+use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
 use monteclora::train::{Method, Record, Schedule, Start, TrainConfig};
 use monteclora::{Error, MonteCLoRAConfig};
@@ -22,10 +22,19 @@ pub struct MethodOptions {
     /// projections to queries, keys and values).
     #[arg(long, default_value = "default")]
     pub targets: String,
+    /// Layers to leave out again, as in --targets.
+    #[arg(long)]
+    pub exclude: Option<String>,
+    /// Only the layers of the stack with these indices, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    pub layers: Option<Vec<usize>>,
     #[arg(long, default_value_t = 8)]
     pub rank: usize,
     #[arg(long, default_value_t = 16.0)]
     pub alpha: f64,
+    /// Scale by alpha / sqrt(rank) rather than alpha / rank.
+    #[arg(long)]
+    pub rslora: bool,
     /// Dropout in the adapters.
     #[arg(long, default_value_t = 0.0)]
     pub adapter_dropout: f64,
@@ -68,16 +77,22 @@ impl MethodOptions {
     pub fn start(&self, name: &str) -> Outcome<Start> {
         Ok(match &self.adapter {
             Some(dir) => Start::Adapter(Box::new(AdapterFile::read(dir)?)),
-            None => Start::Fresh(self.method(name)?, Targets::parse(&self.targets)?),
+            None => Start::Fresh(self.method(name)?, self.targets()?),
         })
+    }
+
+    fn targets(&self) -> Outcome<Targets> {
+        let exclude = self.exclude.as_deref().map(Select::parse).transpose()?;
+        let layers_to_transform = self.layers.clone();
+        Ok(Targets { exclude, layers_to_transform, ..Targets::parse(&self.targets)? })
     }
 
     /// The method of this name with the options that belong to it.
     fn method(&self, name: &str) -> Outcome<Method> {
-        let (rank, alpha, dropout) = (self.rank, self.alpha, self.adapter_dropout);
+        let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
             "full" => Ok(Method::Full),
-            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, ..LoraConfig::default() })),
+            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
             "monteclora" => {
                 let preset = match self.preset.as_str() {
                     "paper" => MonteCLoRAConfig::paper(),
@@ -92,6 +107,7 @@ impl MethodOptions {
                     rank,
                     alpha,
                     dropout,
+                    use_rslora,
                     num_components: self.num_components.unwrap_or(preset.num_components),
                     sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
                     kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),

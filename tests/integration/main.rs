@@ -12,5 +12,6 @@ mod llama;
 mod llama_golden;
 mod merge;
 mod peft_adapters;
+mod stories;
 mod support;
 mod transformers;

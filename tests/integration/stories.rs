@@ -1,0 +1,113 @@
+//! The bundled stories260K: the text that its authors published, and what it learns beside it.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use monteclora::adapters::LoraConfig;
+use monteclora::data::batch::Batcher;
+use monteclora::data::causal::{PromptEncoder, Tokens};
+use monteclora::data::instruct::{self, Format};
+use monteclora::eval::Generator;
+use monteclora::generate::{generate, GenerateConfig};
+use monteclora::inject::{Targets, DEFAULT_ADAPTER};
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::slot::Linears;
+use monteclora::train::{fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use tokenizers::Tokenizer;
+
+use crate::finetune::Log;
+use crate::support::{skipped, Outcome};
+
+/// A bundled folder; the published package has none.
+fn asset(name: &str) -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
+    if !dir.is_dir() {
+        skipped(&format!("{} is in the repository, not in the package", dir.display()));
+        return None;
+    }
+    Some(dir)
+}
+
+fn load(dir: &Path) -> Outcome<(LlamaForCausalLM, LlamaConfig, Tokenizer)> {
+    let files = ModelFiles::locate(&dir.display().to_string(), None)?;
+    let config = LlamaConfig::from_file(files.config_path())?;
+    let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|e| e.to_string())?;
+    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+    Ok((LlamaForCausalLM::load(vb, &config, Noise::new(0))?, config, tokenizer))
+}
+
+/// What the model says by itself, greedily.
+fn tell(model: &LlamaForCausalLM, tokenizer: &Tokenizer) -> Outcome<String> {
+    let config = GenerateConfig { max_new_tokens: 256, ..Default::default() };
+    let ids = generate(model, &[vec![1]], &config, &mut |_, _| true)?;
+    Ok(tokenizer.decode(&ids[0], true).map_err(|e| e.to_string())?)
+}
+
+/// What a short fine-tune does: the held-out loss before and after, and the texts with the adapter
+/// on, and off again.
+fn tune(dir: &Path, method: Method, data: &Path) -> Outcome<(f64, f64, String, String)> {
+    let (mut model, config, tokenizer) = load(dir)?;
+    let encoder =
+        PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids().first().copied(), false)?;
+    let rows = |name: &str, most: usize| -> Outcome<Vec<Tokens>> {
+        let mut rows = instruct::read(&data.join(name), Format::Gsm8k)?;
+        rows.truncate(most);
+        Ok(encoder.encode(&rows)?.rows)
+    };
+    let (seen, unseen) = (rows("train.jsonl", 96)?, rows("test.jsonl", 16)?);
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    let regularizer = Start::Fresh(method, Targets::default()).inject(&mut model, &params)?;
+    let before = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
+    let batcher = Batcher::new(8, false, Noise::new(1))?;
+    let objective =
+        CausalTuning { model: &model, regularizer, rows: &seen, batcher, pad_id: config.pad_id() };
+    let config = TrainConfig { epochs: 2, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
+    fit(&objective, &params, &config, &mut Log::default())?;
+    let after = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
+    let adapted = tell(&model, &tokenizer)?;
+    model.visit_linears_mut(&mut |slot| slot.activate(None))?;
+    let off = tell(&model, &tokenizer)?;
+    model.visit_linears_mut(&mut |slot| {
+        let name = slot.adapter(DEFAULT_ADAPTER).map(|_| DEFAULT_ADAPTER);
+        slot.activate(name)
+    })?;
+    assert_eq!(tell(&model, &tokenizer)?, adapted);
+    Ok((before, after, adapted, off))
+}
+
+#[test]
+fn the_story_is_that_of_its_authors_word_for_word_also_with_a_trained_adapter_switched_off() -> Outcome {
+    let (Some(dir), Some(data)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(()) };
+    let story = std::fs::read_to_string(dir.join("story.txt"))?;
+    let (model, _, tokenizer) = load(&dir)?;
+    assert_eq!(tell(&model, &tokenizer)?, story.trim_end());
+
+    let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
+    let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
+    for method in [Method::Lora(lora), Method::MonteCLoRA(bayes)] {
+        let name = method.name();
+        let (before, after, adapted, off) = tune(&dir, method, &data)?;
+        assert!(after < before - 1.0, "{name}: held-out loss {before}, then {after}");
+        assert_ne!(adapted, story.trim_end(), "{name}");
+        assert_eq!(off, story.trim_end(), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_text_keeps_the_blanks_that_it_begins_with() -> Outcome {
+    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let (model, _, tokenizer) = load(&dir)?;
+    let encoder = PromptEncoder::new(tokenizer, 64, 512, None, false)?;
+    let config = GenerateConfig { max_new_tokens: 8, ..Default::default() };
+    let generator = Generator { model: &model, encoder: &encoder, config, batch_size: 1 };
+    let story = std::fs::read_to_string(dir.join("story.txt"))?;
+    let prompt = story.split_inclusive(' ').take(6).collect::<String>();
+    let prompt = prompt.trim_end();
+    let text = generator.texts(&[prompt], &[])?.swap_remove(0);
+    assert!(text.starts_with(' '), "{text:?}");
+    assert!(story.starts_with(&format!("{prompt}{text}")), "{prompt:?} {text:?}");
+    Ok(())
+}
