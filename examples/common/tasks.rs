@@ -16,7 +16,8 @@ pub struct TaskOptions {
     /// Measure by the first held-out rows only.
     #[arg(long)]
     pub limit_task: Option<usize>,
-    /// What the likelihood of a choice is divided by: nothing, tokens or bytes.
+    /// What the likelihood of a choice is divided by: nothing, tokens, characters (`acc_norm` of the LM
+    /// evaluation harness) or bytes.
     #[arg(long, default_value = "nothing")]
     pub normalize: String,
     /// The k's of pass@k.
@@ -42,9 +43,11 @@ impl TaskOptions {
             "choice" => Benchmark::Choice(match self.normalize.as_str() {
                 "nothing" => Normalize::No,
                 "tokens" => Normalize::Tokens,
+                "characters" => Normalize::Characters,
                 "bytes" => Normalize::Bytes,
                 other => {
-                    return Err(format!("--normalize: expected nothing, tokens or bytes, got {other}").into())
+                    let expected = "expected nothing, tokens, characters or bytes";
+                    return Err(format!("--normalize: {expected}, got {other}").into());
                 }
             }),
             "choice-by-name" => Benchmark::ChoiceByName,

@@ -6,7 +6,7 @@
 A step is forward, the regulariser, backward, AdamW and zeroing the gradients, in training mode with the configuration's
 dropouts, on full rows of random tokens; sequence classification with two labels, its head trained. The first
 `--warm-up` steps are not counted. Prints one JSON line: median, least and greatest step seconds, peak resident memory
-of the process in MiB (ru_maxrss, which includes making the model), and the number of trainable parameters. On a busy
+of the process in MB (ru_maxrss, which includes making the model), and the number of trainable parameters. On a busy
 machine set OMP_WAIT_POLICY=PASSIVE: idle OpenMP threads otherwise spin on the cores that others wait for.
 
 MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15. Needs torch, transformers, peft >= 0.20.
@@ -88,7 +88,7 @@ def main():
         "layers": config.num_hidden_layers, "hidden": config.hidden_size,
         "median_step_seconds": statistics.median(seconds),
         "min_step_seconds": min(seconds), "max_step_seconds": max(seconds),
-        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_rss_mb": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
         "trainable": sum(p.numel() for p in trainable), "total": sum(p.numel() for p in model.parameters()),
         "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft_version,
     }))
