@@ -195,6 +195,7 @@ fn run() -> Outcome {
 /// Reads, encodes and splits the data.
 fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     let format: Format = args.format.parse()?;
+    println!("template: {}", format.template().replace('\n', "\\n"));
     let (mut rows, held_out) = match (&args.data, &args.held_out) {
         (Some(path), Some(held_out)) => (instruct::read(path, format)?, instruct::read(held_out, format)?),
         (Some(path), None) => {

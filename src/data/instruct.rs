@@ -34,6 +34,21 @@ pub enum Format {
     Code,
 }
 
+impl Format {
+    /// What a row becomes: the prompt up to `|`, the answer after it.
+    pub fn template(self) -> &'static str {
+        match self {
+            Self::Instruct => {
+                "Below is an instruction that describes a task. Write a response that appropriately completes \
+                 the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}"
+            }
+            Self::Gsm8k => "Question: {question}\nAnswer:| {answer}",
+            Self::Code => "{prompt}|{canonical_solution}",
+            Self::Text => "|{text}",
+        }
+    }
+}
+
 impl FromStr for Format {
     type Err = Error;
 

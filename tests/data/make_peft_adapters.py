@@ -6,8 +6,10 @@ Reads what make_transformers_golden.py wrote to FOLDER. Writes under FOLDER/peft
     roberta_monteclora/  MonteCLoRA on query, key, value of the toy RoBERTa: r 4, alpha 8, N 3
     bert_lora/           rank-stabilised LoRA on query, key, value of the toy BERT: r 4, alpha 6 (scale 6 / sqrt 4), but
                          value with r 2, alpha 10 (scale 10 / sqrt 2)
+    roberta_lora/        LoRA on the query and value of the toy RoBERTa's second layer, by a regular expression with
+                         look-ahead: r 4, alpha 7, in half precision
 each with adapter_config.json and adapter_model.safetensors (A, B, sampler, head), and expected.safetensors:
-    roberta_monteclora/logits, bert_lora/logits   [3, 3] on the golden file's inputs, evaluation mode (the mean A),
+    NAME/logits of each                           [3, 3] on the golden file's inputs, evaluation mode (the mean A),
                                                   after loading the folder back, computed in float64
     roberta/logits, bert/logits                   [3, 3] the same with the adapter switched off: the base and the
                                                   base's own head, that is the golden file's logits
@@ -49,6 +51,10 @@ ADAPTERS = {
         "bert",
         LoraConfig(lora_alpha=6, use_rslora=True, rank_pattern={"value": 2}, alpha_pattern={"value": 10}, **SHARED),
     ),
+    "roberta_lora": (
+        "roberta",
+        LoraConfig(lora_alpha=7, **{**SHARED, "target_modules": r".*layer\.1\.attention\.self\.(?!key|dropout)\w+"}),
+    ),
 }
 
 
@@ -88,6 +94,9 @@ def main():
         model = get_peft_model(base(golden, data, family), config)
         randomise(model, 20 + seed)
         model.save_pretrained(folder)
+        if name == "roberta_lora":
+            weights = f"{folder}/adapter_model.safetensors"
+            save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
         if os.path.exists(f"{folder}/README.md"):
             os.remove(f"{folder}/README.md")  # an empty model card
         loaded = PeftModel.from_pretrained(base(golden, data, family), folder).double().eval()

@@ -107,7 +107,9 @@ fn gradients_are_those_of_transformers() -> Outcome {
 fn adapters_of_python_peft_give_the_logits_that_peft_gives() -> Outcome {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters");
     let expected = candle_core::safetensors::load(dir.join("expected.safetensors"), &Device::Cpu)?;
-    for (family, name) in [("roberta", "roberta_monteclora"), ("bert", "bert_lora")] {
+    for (family, name) in
+        [("roberta", "roberta_monteclora"), ("bert", "bert_lora"), ("roberta", "roberta_lora")]
+    {
         let golden = Golden::open(family)?;
         let (ids, types, mask) = golden.inputs()?;
         let params = Params::new(Noise::new(0), &Device::Cpu);
