@@ -26,6 +26,7 @@ mod low_rank;
 mod norm;
 mod plain;
 mod rotary;
+mod rows;
 #[cfg(test)]
 mod tests;
 mod vmath;
@@ -42,3 +43,4 @@ pub use loss::{cross_entropy, mean_squared_error};
 pub use low_rank::{adapted_linear, low_rank};
 pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use rotary::rotary;
+pub use rows::Rows;

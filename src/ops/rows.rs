@@ -1,0 +1,166 @@
+//! Rows taken out of a matrix and put back: a padded batch then pays for its real tokens alone.
+
+use std::sync::Arc;
+
+use candle_core::{bail, DType, Result, Shape, Tensor};
+
+use super::attach::attach;
+use super::host::{dense, for_rows, tensor, Host};
+use super::lane::{pick, Lane};
+
+/// Some rows of a matrix, each at most once, in their order.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    places: Arc<Vec<u32>>, // on the host, ascending
+    index: Tensor,         // the same, where the matrices are
+    total: usize,
+}
+
+impl Rows {
+    /// The places, in row-major order, where `mask` is not 0. It is read on the host: on another
+    /// device this waits.
+    ///
+    /// # Errors
+    /// If the mask cannot be read as integers.
+    pub fn of_mask(mask: &Tensor) -> Result<Self> {
+        let flags = mask.to_dtype(DType::U8)?.flatten_all()?.to_vec1::<u8>()?;
+        let places: Vec<u32> = (0u32..).zip(&flags).filter(|(_, flag)| **flag != 0).map(|(i, _)| i).collect();
+        let index = Tensor::new(places.as_slice(), mask.device())?;
+        Ok(Self { places: Arc::new(places), index, total: flags.len() })
+    }
+
+    /// How many rows these are.
+    pub fn count(&self) -> usize {
+        self.places.len()
+    }
+
+    /// How many rows the matrix has.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// These rows of `xs`.
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., dim)`, of [`Self::total`] rows
+    /// - output: `(count, dim)`
+    ///
+    /// # Errors
+    /// If `xs` has another number of rows.
+    pub fn take(&self, xs: &Tensor) -> Result<Tensor> {
+        let xs = matrix(xs, self.total)?;
+        let lane = pick(&[&xs]);
+        if lane == Lane::Plain {
+            return xs.index_select(&self.index, 0);
+        }
+        let (y, rows) = (self.gather(lane, &xs.detach())?, self.clone());
+        attach("take rows", [&xs], y, move |call| Ok([Some(rows.scatter(lane, &call.grad)?)]))
+    }
+
+    /// A matrix with `xs` in these rows and zero in all others: the transpose of [`Self::take`].
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., dim)`, of [`Self::count`] rows
+    /// - output: `(total, dim)`
+    ///
+    /// # Errors
+    /// If `xs` has another number of rows.
+    pub fn put(&self, xs: &Tensor) -> Result<Tensor> {
+        let xs = matrix(xs, self.count())?;
+        let lane = pick(&[&xs]);
+        if lane == Lane::Plain {
+            let zeros = Tensor::zeros((self.total, xs.dim(1)?), xs.dtype(), xs.device())?;
+            return zeros.index_add(&self.index, &xs, 0);
+        }
+        let (y, rows) = (self.scatter(lane, &xs.detach())?, self.clone());
+        attach("put rows", [&xs], y, move |call| Ok([Some(rows.gather(lane, &call.grad)?)]))
+    }
+
+    fn gather(&self, lane: Lane, xs: &Tensor) -> Result<Tensor> {
+        if lane != Lane::Fast {
+            return xs.contiguous()?.index_select(&self.index, 0);
+        }
+        let (xs, dim) = (dense(xs)?, xs.dim(1)?);
+        let source = Host::of(&xs)?;
+        let mut out = vec![0f32; self.count() * dim];
+        let source: &[f32] = &source;
+        for_rows(&mut out, dim, |first, rows| {
+            for (row, &place) in rows.chunks_exact_mut(dim.max(1)).zip(&self.places[first..]) {
+                let start = place as usize * dim;
+                row.copy_from_slice(&source[start..start + dim]);
+            }
+        });
+        tensor(out, (self.count(), dim))
+    }
+
+    fn scatter(&self, lane: Lane, xs: &Tensor) -> Result<Tensor> {
+        let dim = xs.dim(1)?;
+        if lane != Lane::Fast {
+            let zeros = Tensor::zeros((self.total, dim), xs.dtype(), xs.device())?;
+            return zeros.index_add(&self.index, &xs.contiguous()?, 0);
+        }
+        let xs = dense(xs)?;
+        let source = Host::of(&xs)?;
+        let source: &[f32] = &source;
+        let mut out = vec![0f32; self.total * dim];
+        for_rows(&mut out, dim, |first, rows| {
+            let end = first + rows.len() / dim.max(1);
+            let start = self.places.partition_point(|&place| (place as usize) < first);
+            for (i, &place) in (start..).zip(&self.places[start..]).take_while(|(_, p)| (**p as usize) < end)
+            {
+                let row = (place as usize - first) * dim;
+                rows[row..row + dim].copy_from_slice(&source[i * dim..(i + 1) * dim]);
+            }
+        });
+        tensor(out, (self.total, dim))
+    }
+}
+
+/// `(.., dim)` as a matrix of so many rows.
+fn matrix(xs: &Tensor, rows: usize) -> Result<Tensor> {
+    let dim = xs.dims().last().copied().unwrap_or(0);
+    let shape = Shape::from((rows, dim));
+    if xs.rank() < 2 || xs.elem_count() != shape.elem_count() {
+        bail!("rows: expected {rows} rows, got {:?}", xs.dims());
+    }
+    xs.reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::ops::with_lane;
+
+    #[test]
+    fn what_is_taken_out_goes_back_to_its_place_with_its_gradient() -> Result<()> {
+        let device = Device::Cpu;
+        let mask = Tensor::new(&[[1u8, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], &device)?;
+        let rows = Rows::of_mask(&mask)?;
+        assert_eq!((rows.count(), rows.total()), (6, 12));
+        // More than one piece of work, and a matrix that is not in row-major order.
+        for dim in [2, 3000] {
+            let data = Tensor::arange(0f32, (12 * dim) as f32, &device)?.reshape((dim, 12))?.t()?;
+            let xs = Var::from_tensor(&data.reshape((4, 3, dim))?)?;
+            for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+                let (taken, back) = with_lane(lane, || {
+                    let taken = rows.take(&xs)?;
+                    Ok::<_, candle_core::Error>((taken.clone(), rows.put(&(&taken * 2.0)?)?))
+                })?;
+                let flags = mask.flatten_all()?.to_dtype(DType::F32)?.unsqueeze(1)?;
+                let want = (xs.reshape((12, dim))?.broadcast_mul(&flags)? * 2.0)?;
+                assert_eq!((&back - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{lane:?}");
+                assert_eq!(taken.get(2)?.to_vec1::<f32>()?, xs.get(1)?.get(0)?.to_vec1::<f32>()?);
+                let weight = Tensor::arange(0f32, (12 * dim) as f32, &device)?.reshape((12, dim))?;
+                let grads = (&back * &weight)?.sum_all()?.backward()?;
+                let Some(grad) = grads.get(&xs) else { bail!("no gradient") };
+                let want = (weight.broadcast_mul(&flags)? * 2.0)?.reshape((4, 3, dim))?;
+                assert_eq!((grad - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{lane:?}");
+            }
+        }
+        let error = rows.take(&Tensor::zeros((5, 2), DType::F32, &device)?).unwrap_err().to_string();
+        assert!(error.contains("expected 12 rows, got [5, 2]"), "{error}");
+        Ok(())
+    }
+}
