@@ -22,7 +22,7 @@ use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{self, Classification, Classifier, Evaluation, Observer, Predictions, Record};
-use monteclora::{Error, Noise};
+use monteclora::{files, Noise};
 use serde_json::{json, Value};
 
 #[derive(Parser, Clone)]
