@@ -1,10 +1,13 @@
 //! Benchmarks of language models: by likelihood, by generated text, by running what was generated.
 
+use std::path::Path;
+use std::process::Command;
+
 use candle_core::{DType, Device, Tensor};
 use monteclora::data::causal::PromptEncoder;
-use monteclora::data::instruct::{Choices, ProgramTests, Prompted};
+use monteclora::data::instruct::{self, Choices, Format, ProgramTests, Prompted};
 use monteclora::eval::sandbox::{Limits, Sandbox};
-use monteclora::eval::{chosen_by_name, score_choices, Benchmark, Generator, Normalize};
+use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, Generator, Normalize};
 use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
@@ -203,5 +206,30 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     assert_eq!((figures["pass@1"], figures["pass@3"]), (0.5, 0.5));
     let error = code(1, &[1]).run(&generator, &[Prompted { tests: None, ..row("#") }]).expect_err("no tests");
     assert!(error.to_string().contains("row 1 has no tests"), "{error}");
+    Ok(())
+}
+
+/// HumanEval's own rows, where the data are beside the crate.
+fn human_eval() -> Option<Vec<Prompted>> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let place = |up: &Path| up.join("shared/data/humaneval/HumanEval.jsonl.gz");
+    let path = here.ancestors().skip(1).map(place).find(|path| path.is_file())?;
+    let output = Command::new("gunzip").arg("-c").arg(&path).output().ok()?;
+    instruct::read_from(output.stdout.as_slice(), &path, Format::Code).ok()
+}
+
+#[test]
+fn humaneval_s_own_solutions_pass_and_empty_ones_do_not() -> Outcome {
+    let (Some(rows), Ok(sandbox)) = (human_eval(), Sandbox::new("python3", Limits::default())) else {
+        skipped("no HumanEval beside the crate, or programs cannot be limited here");
+        return Ok(());
+    };
+    assert_eq!(rows.len(), 164);
+    // A slow machine may want more than 3 s for one of them.
+    let sandbox = Sandbox::new("python3", Limits { seconds: 20, ..Limits::default() }).unwrap_or(sandbox);
+    let solutions: Vec<Vec<String>> = rows.iter().map(|row| vec![row.answer.clone()]).collect();
+    assert_eq!(code::pass_rates(&rows, &solutions, &[1], &sandbox)?, [1.0]);
+    let nothing = vec![vec!["    pass\n".to_string()]; rows.len()];
+    assert_eq!(code::pass_rates(&rows, &nothing, &[1], &sandbox)?, [0.0]);
     Ok(())
 }
