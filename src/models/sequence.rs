@@ -170,8 +170,9 @@ impl SequenceConfig {
     /// transformers the last one that is not `pad_token_id`. Where the source names no padding,
     /// `pad_token_id` is its EOS, with which batches are usually filled then, or else null, with
     /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
-    /// the same token, unless a text itself ends in the padding: where the tokenizer appends EOS
-    /// and EOS is the padding, transformers reads the token before.
+    /// the same token, unless a text itself ends in the padding (where the tokenizer appends EOS and
+    /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
+    /// yet another token, to which `pad_token_id` is to be set then.
     pub fn to_json(&self) -> Value {
         let (family, labels, pad) = match &self.architecture {
             Architecture::Llama(config) => {
