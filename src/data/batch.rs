@@ -52,8 +52,13 @@ impl Batch {
         let labels = match (classes.len(), scores.len()) {
             (n, 0) => Tensor::from_vec(classes, n, device)?,
             (0, n) => Tensor::from_vec(scores, n, device)?,
-            (n, m) => {
-                let reason = format!("a batch mixes {n} classes with {m} scores");
+            _ => {
+                let row_with = |score: bool| {
+                    let is = |row: &&&Encoded| matches!(row.label, Label::Score(_)) == score;
+                    rows.iter().find(is).map_or(0, |row| row.row)
+                };
+                let (class, score) = (row_with(false), row_with(true));
+                let reason = format!("row {class} has a class and row {score} a score, in one batch");
                 return Err(Error::config("labels", reason));
             }
         };
@@ -155,8 +160,10 @@ mod tests {
         let (score, class) = (encoded(0, &[5], Label::Score(2.5)), encoded(1, &[5], Label::Class(1)));
         let batch = Batch::collate(&[&score, &score], 1, &Device::Cpu)?;
         assert_eq!((batch.labels.dtype(), batch.labels.to_vec1::<f32>()?), (DType::F32, vec![2.5, 2.5]));
-        assert!(Batch::collate(&[&score, &class], 1, &Device::Cpu).is_err());
-        assert!(Batch::collate(&[], 1, &Device::Cpu).is_err());
+        let refusal = |rows: &[&Encoded]| Batch::collate(rows, 1, &Device::Cpu).unwrap_err().to_string();
+        let mixed = "invalid labels: row 1 has a class and row 0 a score, in one batch";
+        assert_eq!(refusal(&[&score, &class]), mixed);
+        assert_eq!(refusal(&[]), "invalid batch: a batch needs at least one row");
         Ok(())
     }
 
@@ -200,7 +207,9 @@ mod tests {
         assert_eq!(in_order(5, 2)?, [vec![0, 1], vec![2, 3], vec![4]]);
         assert!(in_order(0, 2)?.is_empty());
         assert_eq!(in_order(2, usize::MAX)?, [vec![0, 1]]);
-        assert!(in_order(5, 0).is_err() && Batcher::new(0, true, Noise::new(1)).is_err());
+        let zero = "invalid batch_size: must be at least 1, got 0";
+        assert_eq!(in_order(5, 0).unwrap_err().to_string(), zero);
+        assert_eq!(Batcher::new(0, true, Noise::new(1)).unwrap_err().to_string(), zero);
         Ok(())
     }
 }

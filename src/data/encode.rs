@@ -23,6 +23,23 @@ pub struct Encoded {
     pub row: usize,
 }
 
+/// Checks that a model has an embedding for every id of a tokenizer: one of another model makes
+/// ids that only some texts hold, and that a GPU looks up without a check.
+///
+/// # Errors
+/// If the largest id is outside a vocabulary of `vocab_size`.
+pub fn check_vocabulary(tokenizer: &Tokenizer, vocab_size: usize) -> Result<()> {
+    let vocabulary = tokenizer.get_vocab(true);
+    match vocabulary.into_iter().max_by_key(|(_, id)| *id) {
+        Some((token, id)) if id as usize >= vocab_size => {
+            let reason =
+                format!("its largest id is {id} ({token:?}), the model's vocabulary has {vocab_size}");
+            Err(Error::config("tokenizer", reason))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A tokenizer with a fixed rule of truncation.
 #[derive(Debug, Clone)]
 pub struct TextEncoder {
@@ -163,6 +180,19 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_larger_than_the_model_is_refused_by_both_numbers() {
+        assert!(check_vocabulary(&tiny(), 14).is_ok() && check_vocabulary(&tiny(), 50).is_ok());
+        let error = check_vocabulary(&tiny(), 13).unwrap_err().to_string();
+        let expected = "invalid tokenizer: its largest id is 13 (\"j\"), the model's vocabulary has 13";
+        assert_eq!(error, expected);
+        // Tokens that were added to the tokenizer count, too.
+        let mut added = tiny();
+        added.add_special_tokens([tokenizers::AddedToken::from("<new>", true)]).unwrap();
+        let error = check_vocabulary(&added, 14).unwrap_err().to_string();
+        assert!(error.contains("14 (\"<new>\")"), "{error}");
+    }
+
+    #[test]
     fn order_is_kept_across_chunks_and_runs_and_no_token_is_an_error() -> Result<()> {
         let examples: Vec<Example> = (0..CHUNK + 10).map(|i| example(&"a ".repeat(i % 7), None)).collect();
         let encoder = TextEncoder::new(tiny(), 16, 16)?;
@@ -171,7 +201,9 @@ mod tests {
         assert_eq!(rows, encoder.encode(&examples)?);
         let mut bare = tiny();
         bare.with_post_processor(None::<TemplateProcessing>);
-        assert!(TextEncoder::new(bare, 16, 16)?.encode(&[example("", None)]).is_err());
+        let encoder = TextEncoder::new(bare, 16, 16)?;
+        let error = encoder.encode(&[example("a", None), example("", None)]).unwrap_err().to_string();
+        assert_eq!(error, "invalid text: row 1 (from 0) has no token");
         Ok(())
     }
 

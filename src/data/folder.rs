@@ -83,6 +83,8 @@ fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     for path in &found {
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         let Some((_, total)) = stem.rsplit_once("-of-") else { continue };
+        // Older data sets of the hub have a hash behind: train-00000-of-00001-0123456789abcdef.
+        let total = total.split('-').next().unwrap_or(total);
         if total.parse() != Ok(found.len()) {
             let there =
                 if found.len() == 1 { "1 is there".into() } else { format!("{} are there", found.len()) };
@@ -138,6 +140,12 @@ mod tests {
         write(rte.join("val.jsonl"), "\n").unwrap();
         let empty = Task::Rte.load_folder(dir.path()).unwrap_err().to_string();
         assert!(empty.ends_with("val.jsonl: no examples"), "{empty}");
+        let sst2 = dir.path().join("SST-2");
+        create_dir_all(&sst2).unwrap();
+        write(sst2.join("dev.tsv"), "sentence\tlabel\na\t1\n").unwrap();
+        write(sst2.join("train.tsv"), "sentence\tlabel\n").unwrap();
+        let header_only = Task::Sst2.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(header_only.ends_with("train.tsv: no examples"), "{header_only}");
         write(rte.join("val.jsonl"), row).unwrap();
         assert_eq!(Task::Rte.load_folder(dir.path()).unwrap().dev[0].0, "dev");
         let nothing = Task::Wic.load_folder(dir.path()).unwrap_err().to_string();

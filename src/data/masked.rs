@@ -33,11 +33,28 @@ pub struct MaskedBatch {
 }
 
 impl Masking {
+    /// Checks that the values fit each other.
+    ///
+    /// # Errors
+    /// Names the first option at fault.
+    pub fn validate(&self) -> Result<()> {
+        if !(0.0..=1.0).contains(&self.rate) {
+            return Err(Error::config("rate", format!("expected a share in [0, 1], got {}", self.rate)));
+        }
+        for (name, id) in [("mask_id", self.mask_id), ("first_ordinary_id", self.first_ordinary_id)] {
+            if id as usize >= self.vocab_size {
+                let reason = format!("{id} is outside a vocabulary of {}", self.vocab_size);
+                return Err(Error::config(name, reason));
+            }
+        }
+        Ok(())
+    }
+
     /// Pads `rows` to the longest and hides tokens: a pure function of `(stream, draw)`, so that
     /// every epoch hides others and a held-out set always the same. At least one token is hidden.
     ///
     /// # Errors
-    /// If no row has an ordinary token.
+    /// If no row has an ordinary token, or as [`Self::validate`].
     pub fn batch(
         &self,
         rows: &[&[u32]],
@@ -46,6 +63,7 @@ impl Masking {
         draw: u64,
         device: &Device,
     ) -> Result<MaskedBatch> {
+        self.validate()?;
         let t = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let mut ids = vec![pad_id; rows.len() * t];
         let mut mask = vec![0u8; ids.len()];
@@ -152,7 +170,23 @@ mod tests {
         assert_eq!(ids(&RULE, 0)?, ids(&RULE, 0)?);
         assert_ne!(ids(&RULE, 0)?, ids(&RULE, 1)?);
         assert_eq!(ids(&Masking { rate: 0.0, ..RULE }, 0)?[0], 4);
-        assert!(RULE.batch(&[&[0, 2]], 1, &stream(), 0, &Device::Cpu).is_err());
+        let error = RULE.batch(&[&[0, 2]], 1, &stream(), 0, &Device::Cpu).unwrap_err().to_string();
+        assert_eq!(error, "invalid text: a batch has no ordinary token to predict");
         Ok(())
+    }
+
+    #[test]
+    fn a_rule_outside_its_domain_is_named() {
+        for (name, rule) in [
+            ("rate", Masking { rate: 1.5, ..RULE }),
+            ("rate", Masking { rate: -0.1, ..RULE }),
+            ("rate", Masking { rate: f64::NAN, ..RULE }),
+            ("mask_id", Masking { mask_id: 100, ..RULE }),
+            ("first_ordinary_id", Masking { first_ordinary_id: 100, ..RULE }),
+            ("mask_id", Masking { vocab_size: 0, ..RULE }),
+        ] {
+            let error = rule.batch(&[&[0, 7, 2]], 1, &stream(), 0, &Device::Cpu).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("invalid {name}: ")), "{name}: {error}");
+        }
     }
 }

@@ -266,6 +266,32 @@ mod tests {
     }
 
     #[test]
+    fn older_names_of_shards_have_a_hash_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = [Column::Text("sentence", vec!["a"]), Column::Class(vec![1])];
+        store(&dir.path().join("validation-00000-of-00001-0123456789abcdef.parquet"), &rows);
+        store(&dir.path().join("train-00000-of-00002-fedcba9876543210.parquet"), &rows);
+        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(message.ends_with("fedcba9876543210.parquet: one of 2 files, but 1 is there"), "{message}");
+        store(&dir.path().join("train-00001-of-00002-0011223344556677.parquet"), &rows);
+        let splits = Task::Cola.load_folder(dir.path()).unwrap();
+        assert_eq!((splits.train.len(), splits.dev[0].1.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_set_without_rows_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = |texts: Vec<&'static str>| {
+            let classes = vec![1; texts.len()];
+            [Column::Text("sentence", texts), Column::Class(classes)]
+        };
+        store(&dir.path().join("train.parquet"), &rows(vec!["a"]));
+        store(&dir.path().join("validation.parquet"), &rows(Vec::new()));
+        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(message.ends_with("validation.parquet: no examples"), "{message}");
+    }
+
+    #[test]
     fn errors_name_row_and_columns() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.parquet");

@@ -108,8 +108,11 @@ fn bad_input_is_an_error_that_says_where() {
     assert!(message(&p, &[0, 1, 0, 2, 0]).contains("row 3: label 2 of 2 classes"));
     assert!(message(&[vec![0.5, 0.5], vec![f64::NAN, 0.5]], &[0, 0]).contains("row 1: NaN"));
     assert!(message(&[vec![0.5, 0.5], vec![1.0]], &[0, 0]).contains("row 1: 1 classes"));
-    assert!(Metrics::regression(&[], &[]).is_err());
-    assert!(Metrics::regression(&[1.0, f64::NAN], &[1.0, 2.0]).is_err());
+    let message = |p: &[f64], t: &[f64]| Metrics::regression(p, t).unwrap_err().to_string();
+    assert!(message(&[], &[]).contains("no row"));
+    assert!(message(&[1.0], &[]).contains("1 predictions for 0 labels"));
+    assert!(message(&[1.0, f64::NAN], &[1.0, 2.0]).contains("row 1: prediction NaN, target 2"));
+    assert!(message(&[1.0, 3.0], &[f64::INFINITY, 2.0]).contains("row 0: prediction 1, target inf"));
 }
 
 #[test]

@@ -99,16 +99,32 @@ impl SequenceConfig {
     /// Reads a `config.json`, for `num_labels` outputs (1: a regression).
     ///
     /// # Errors
-    /// If the file cannot be read, is of another architecture, or asks for what is not supported.
+    /// If the file cannot be read, is no JSON (the error names the line), is of another
+    /// architecture, or asks for what is not supported.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let json: Value = serde_json::from_str(&text)
             .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
             Some("llama") => Architecture::Llama(LlamaConfig::from_file(path)?.with_num_labels(num_labels)),
-            _ => Architecture::Roberta(RobertaConfig::from_file(path)?.with_num_labels(num_labels)),
+            Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {
+                Architecture::Roberta(RobertaConfig::from_file(path)?.with_num_labels(num_labels))
+            }
+            other => {
+                let known = "roberta, bert, xlm-roberta, camembert or llama";
+                let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
+                return Err(Error::format(path, reason));
+            }
         };
         Ok(Self { architecture, json })
+    }
+
+    /// The number of token ids.
+    pub fn vocab_size(&self) -> usize {
+        match &self.architecture {
+            Architecture::Roberta(config) => config.vocab_size,
+            Architecture::Llama(config) => config.decoder.vocab_size,
+        }
     }
 
     /// The longest sequence, in tokens.
@@ -149,9 +165,20 @@ impl SequenceConfig {
 
     /// The file as Hugging Face writes it for this classifier in single precision: the source's
     /// own, with the head's architecture and labels.
+    ///
+    /// Difference: LLaMA's head reads the last token that the attention mask shows, that of
+    /// transformers the last one that is not `pad_token_id`. Where the source names no padding,
+    /// `pad_token_id` is its EOS, with which batches are usually filled then, or else null, with
+    /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
+    /// the same token, unless a text itself ends in the padding (where the tokenizer appends EOS and
+    /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
+    /// yet another token, to which `pad_token_id` is to be set then.
     pub fn to_json(&self) -> Value {
         let (family, labels, pad) = match &self.architecture {
-            Architecture::Llama(config) => ("Llama", config.num_labels, config.pad_id()),
+            Architecture::Llama(config) => {
+                let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
+                ("Llama", config.num_labels, pad)
+            }
             Architecture::Roberta(config) => {
                 let family = match self.json.get("model_type").and_then(Value::as_str) {
                     Some("bert") => "Bert",
@@ -159,7 +186,7 @@ impl SequenceConfig {
                     Some("camembert") => "Camembert",
                     _ => "Roberta",
                 };
-                (family, config.num_labels(), config.pad_id())
+                (family, config.num_labels(), Some(config.pad_id()))
             }
         };
         let names: Vec<String> = (0..labels).map(|i| format!("LABEL_{i}")).collect();
@@ -176,5 +203,54 @@ impl SequenceConfig {
             }
         }
         json
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> std::result::Result<SequenceConfig, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, text).unwrap();
+        SequenceConfig::from_file(&path, 2).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_no_known_configuration_is_named_with_what_is_known() {
+        for (text, found) in [
+            ("{\"model_type\": \"gpt2\"}", "got gpt2"),
+            ("{\"hidden_size\": 3}", "got none"),
+            ("[]", "got none"),
+        ] {
+            let error = read(text).unwrap_err();
+            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert or llama";
+            assert!(error.contains(expected) && error.ends_with(found), "{error}");
+        }
+        let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();
+        assert!(error.contains("config.json, line 3: malformed"), "{error}");
+        for kind in ["bert", "llama"] {
+            let error = read(&format!("{{\"model_type\": \"{kind}\"}}")).unwrap_err();
+            assert!(error.contains("config.json") && error.contains("missing field"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_padding_that_is_written_is_none_that_a_text_holds() {
+        let written = |pad: Value, eos: Value| {
+            let json = json!({
+                "model_type": "llama", "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 40,
+                "rms_norm_eps": 1e-5, "pad_token_id": pad, "eos_token_id": eos,
+            });
+            let config = read(&json.to_string()).unwrap();
+            assert_eq!(config.vocab_size(), 50);
+            config.to_json()["pad_token_id"].clone()
+        };
+        assert_eq!(written(json!(4), json!(2)), json!(4));
+        assert_eq!(written(json!(-1), json!(2)), json!(2));
+        assert_eq!(written(Value::Null, json!([7, 8])), json!(7));
+        assert_eq!(written(Value::Null, Value::Null), Value::Null);
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 
 use super::method::{Method, Start};
 use super::trainer::{Loss, Objective};
@@ -31,14 +32,19 @@ pub struct Classifier {
     method: Method,
     regularizer: Option<Regularizer>,
     config: SequenceConfig,
+    files: ModelFiles,
 }
+
+/// The label of a row that is left out of the loss, as PyTorch has it.
+const IGNORED: i64 = -100;
 
 impl Classifier {
     /// Loads a checkpoint with `num_labels` outputs (1: a regression) and what is trained on it. The
     /// base has the dtype `base_dtype`; what is trained is in single precision.
     ///
     /// # Errors
-    /// If the files do not hold such a model, or the start does not fit it.
+    /// If the files do not hold such a model, hold a part of its head alone (one without any head
+    /// is fine: it starts anew), or the start does not fit it.
     pub fn load(
         files: &ModelFiles,
         num_labels: usize,
@@ -49,7 +55,7 @@ impl Classifier {
     ) -> Result<Self> {
         let config = SequenceConfig::from_file(files.config_path(), num_labels)?;
         let checkpoint = files.var_builder(base_dtype, device)?;
-        let params = Params::new(noise, device);
+        let (params, whole) = (Params::new(noise, device), checkpoint.clone());
         let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
         let method = start.method();
         let base = match method {
@@ -57,8 +63,14 @@ impl Classifier {
             _ => checkpoint,
         };
         let mut model = config.load(base, head, noise)?;
+        check_head(&params, &whole)?;
         let regularizer = start.inject(model.as_mut(), &params)?;
-        Ok(Self { model, params, method, regularizer, config })
+        Ok(Self { model, params, method, regularizer, config, files: files.clone() })
+    }
+
+    /// What it was loaded from.
+    pub fn files(&self) -> &ModelFiles {
+        &self.files
     }
 
     /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head, or under
@@ -101,7 +113,9 @@ impl Classifier {
         let path = dir.join("config.json");
         let config = serde_json::to_string_pretty(&self.config.to_json());
         let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
-        files::write(&path, config.as_bytes())
+        files::write(&path, config.as_bytes())?;
+        // MERGE: copy_companions(&self.files, dir)?; the tokenizer, beside the weights
+        Ok(())
     }
 
     /// Whether the outputs are scores rather than classes.
@@ -112,14 +126,56 @@ impl Classifier {
     /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms.
     ///
     /// # Errors
-    /// If the forward pass fails, or a label is out of range.
+    /// If a label is out of range or of the wrong kind (the error names the data's row), or the
+    /// forward pass fails.
     pub fn loss(&self, batch: &Batch, pass: &Pass) -> Result<Loss> {
+        self.check_labels(batch)?;
         let outputs = self.predict(batch, pass)?;
         let task = match self.is_regression() {
             true => ops::mean_squared_error(&outputs.squeeze(1)?, &batch.labels)?,
-            false => ops::cross_entropy(&outputs, &batch.labels, -100)?,
+            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED)?,
         };
         Loss::regularized(task, self.regularizer.as_ref(), self.model.as_ref(), pass)
+    }
+
+    /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
+    /// regress class numbers without a word.
+    pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
+        let (outputs, scores) = (self.model.num_labels(), batch.labels.dtype().is_float());
+        if scores != self.is_regression() {
+            let (found, wanted) = match scores {
+                true => ("a score", format!("a class below {outputs}: the model has {outputs} outputs")),
+                false => ("a class", "a score: the model has one output".to_string()),
+            };
+            let reason = format!("row {} has {found}, expected {wanted}", batch.rows.first().unwrap_or(&0));
+            return Err(Error::config("labels", reason));
+        }
+        if scores {
+            return Ok(());
+        }
+        let labels = batch.labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let valid = |label: i64| label == IGNORED || (0..outputs as i64).contains(&label);
+        match batch.rows.iter().zip(labels).find(|(_, label)| !valid(*label)) {
+            Some((row, label)) => {
+                let reason = format!("row {row} has class {label}, the model has {outputs} outputs");
+                Err(Error::config("labels", reason))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// A head is the checkpoint's own or new: of one that is there in part, the rest would train from
+/// random weights without a word.
+fn check_head(params: &Params, checkpoint: &VarBuilder) -> Result<()> {
+    let head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+    let (held, lacking): (Vec<_>, Vec<_>) =
+        head.map(|(name, _)| name).partition(|name| checkpoint.contains_tensor(name));
+    match (held.first(), lacking.first()) {
+        (Some(held), Some(lacking)) => {
+            Err(Error::tensor(lacking, format!("the checkpoint has {held}, but not this part of the head")))
+        }
+        _ => Ok(()),
     }
 }
 

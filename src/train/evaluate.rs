@@ -43,6 +43,9 @@ pub struct Evaluation {
 /// # Errors
 /// If there are no rows, or candle fails.
 pub fn batches(classifier: &Classifier, rows: &[Encoded], batch_size: usize) -> Result<Vec<Batch>> {
+    if rows.is_empty() {
+        return Err(Error::config("rows", "there is no row to evaluate"));
+    }
     let device = classifier.params.device();
     let pad_id = classifier.model.pad_id();
     let plan = in_order(rows.len(), batch_size)?;
@@ -55,13 +58,20 @@ impl Predictions {
     /// Predicts the rows of `batches`; `samples` posterior draws beside the mean, 0 for none.
     ///
     /// # Errors
-    /// If a forward pass fails, or `batches` are not those of `rows`.
+    /// If a forward pass fails, `batches` are not those of `rows`, or labels are not what the
+    /// classifier predicts.
     pub fn new(classifier: &Classifier, rows: &[Encoded], batches: &[Batch], samples: usize) -> Result<Self> {
         let batched: usize = batches.iter().map(|batch| batch.rows.len()).sum();
         if batched != rows.len() {
             let reason = format!("{} rows, but {batched} in the batches", rows.len());
             return Err(Error::config("batches", reason));
         }
+        let places = batches.iter().flat_map(|batch| &batch.rows).zip(rows).enumerate();
+        if let Some((i, (got, row))) = places.into_iter().find(|(_, (got, row))| **got != row.row) {
+            let reason = format!("place {i} holds row {got}, but the split has row {} there", row.row);
+            return Err(Error::config("batches", reason));
+        }
+        batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
         let outputs = logits(classifier, batches, &Pass::Mean)?;
         let regression = classifier.is_regression();
         let mean = match regression {
@@ -80,7 +90,7 @@ impl Predictions {
     /// Every metric that applies.
     ///
     /// # Errors
-    /// If there are no rows, or the predictions hold NaN.
+    /// If there are no rows, or the predictions are not finite.
     pub fn evaluate(&self) -> Result<Evaluation> {
         let posterior = self.posterior.as_ref().map(|values| self.metrics(values)).transpose()?;
         Ok(Evaluation { mean: self.metrics(&self.mean)?, posterior })

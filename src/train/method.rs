@@ -50,6 +50,8 @@ impl Method {
 }
 
 /// What a run starts from.
+// There is one of it in a run, so that its size costs nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 pub enum Start {
     /// A method that begins on these targets.

@@ -18,6 +18,6 @@ pub use evaluate::{batches, Evaluation, Predictions};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
 pub use memory::peak_rss_bytes;
 pub use method::{Method, Start};
-pub use optim::{AdamW, AdamWConfig};
+pub use optim::{AdamW, AdamWConfig, Moments};
 pub use schedule::Schedule;
 pub use trainer::{fit, Loss, Objective, Observer, Record, Summary, TrainConfig};

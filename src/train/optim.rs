@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::gradients::Gradients;
-use super::update::{update, Constants, Moments};
+pub use super::update::Moments;
+use super::update::{update, Constants};
 use crate::error::{Error, Result};
 use crate::params::{Params, Role};
 
@@ -51,7 +52,6 @@ pub struct AdamW {
     params: Params,
     config: AdamWConfig,
     moments: BTreeMap<String, Moments>,
-    steps: i32,
 }
 
 impl AdamW {
@@ -69,7 +69,7 @@ impl AdamW {
         ];
         match domain.iter().find(|(_, value, valid)| !valid || !value.is_finite()) {
             Some((name, value, _)) => Err(Error::config(*name, format!("{value} is outside its domain"))),
-            None => Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), steps: 0 }),
+            None => Ok(Self { params: params.clone(), config, moments: BTreeMap::new() }),
         }
     }
 
@@ -91,6 +91,9 @@ impl AdamW {
     /// w <- w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
     /// ```
     ///
+    /// where t counts the steps of each parameter, so that one that is created or released later
+    /// begins as the first ones did.
+    ///
     /// # Errors
     /// If a trainable parameter has no gradient, or one of another shape: then nothing is changed.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
@@ -106,42 +109,48 @@ impl AdamW {
             pairs.push((name, param, grad));
         }
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
-        self.steps += 1;
-        let rate = lr / (1.0 - beta1.powi(self.steps));
-        let correction2 = 1.0 - beta2.powi(self.steps);
         for (name, param, grad) in pairs {
             let decays = !self.config.no_decay.contains(&param.role)
                 && (self.config.decay_vectors || param.var.rank() > 1);
             let keep = if decays { 1.0 - lr * weight_decay } else { 1.0 };
-            let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
             if !self.moments.contains_key(&name) {
                 let zero = || param.var.as_detached_tensor().zeros_like();
-                self.moments.insert(name.clone(), Moments { first: zero()?, second: zero()? });
+                self.moments.insert(name.clone(), Moments { first: zero()?, second: zero()?, steps: 0 });
             }
             if let Some(moments) = self.moments.get_mut(&name) {
+                moments.steps += 1;
+                let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // both powers are 0 by then
+                let (rate, correction2) = (lr / (1.0 - beta1.powi(t)), 1.0 - beta2.powi(t));
+                let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
                 update(&param.var, moments, grad, &constants)?;
             }
         }
         Ok(())
     }
 
-    /// Copies of the running means of a parameter's gradients and of their squares: what a
-    /// checkpoint must keep besides [`Self::steps`]. None before its first step.
+    /// A copy of what is remembered of a parameter: what a checkpoint must keep. None before its
+    /// first step.
     ///
     /// # Errors
     /// If candle cannot copy.
-    pub fn moments(&self, name: &str) -> Result<Option<(Tensor, Tensor)>> {
-        let copies = self.moments.get(name).map(|m| Ok((m.first.copy()?, m.second.copy()?)));
-        copies.transpose()
+    pub fn moments(&self, name: &str) -> Result<Option<Moments>> {
+        let copy =
+            |m: &Moments| Ok(Moments { first: m.first.copy()?, second: m.second.copy()?, steps: m.steps });
+        self.moments.get(name).map(copy).transpose()
     }
 
     /// Continues where another optimiser of the same parameters stopped.
     ///
     /// # Errors
-    /// If a name is unknown to the store, or a shape differs: then nothing is changed.
-    pub fn restore(&mut self, steps: usize, moments: &BTreeMap<String, (Tensor, Tensor)>) -> Result<()> {
+    /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or
+    /// moments hold NaN, infinity or a negative square: then nothing is changed.
+    pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
+        if let Some((name, _)) = self.params.trainable().iter().find(|(name, _)| !moments.contains_key(name))
+        {
+            return Err(Error::tensor(name, "there are no moments of this trainable parameter"));
+        }
         let mut restored = BTreeMap::new();
-        for (name, (first, second)) in moments {
+        for (name, Moments { first, second, steps }) in moments {
             let Some(param) = self.params.get(name) else {
                 return Err(Error::tensor(name, "there is no parameter of this name"));
             };
@@ -150,162 +159,21 @@ impl AdamW {
                 let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());
                 return Err(Error::tensor(name, reason));
             }
+            // NaN and infinity times zero are NaN, and so is the root of a negative square.
+            let zero = ((first * 0.0)?.sum_all()? + (second.sqrt()? * 0.0)?.sum_all()?)?;
+            if zero.to_dtype(DType::F64)?.to_scalar::<f64>()? != 0.0 {
+                return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
+            }
             let copy = |moment: &Tensor| -> Result<Tensor> {
                 Ok(moment.to_device(param.var.device())?.to_dtype(param.var.dtype())?.force_contiguous()?)
             };
-            restored.insert(name.clone(), Moments { first: copy(first)?, second: copy(second)? });
+            restored
+                .insert(name.clone(), Moments { first: copy(first)?, second: copy(second)?, steps: *steps });
         }
-        self.steps = i32::try_from(steps)
-            .map_err(|_| Error::config("steps", format!("{steps} is more than an optimiser counts")))?;
         self.moments = restored;
         Ok(())
-    }
-
-    /// The number of steps taken.
-    pub fn steps(&self) -> usize {
-        self.steps as usize
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device};
-
-    use super::*;
-    use crate::noise::Noise;
-    use crate::params::Init;
-
-    fn store(role: Role) -> Result<(Params, Tensor)> {
-        let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
-        let w = params.create("w", role, 3, &Init::Constant(0.0))?;
-        params.set("w", &Tensor::new(&[1.0, -2.0, 0.5], &Device::Cpu)?)?;
-        Ok((params, w))
-    }
-
-    fn step(optimizer: &mut AdamW, params: &Params, w: &Tensor, grad: [f64; 3], lr: f64) -> Result<()> {
-        let loss = (w * Tensor::new(&grad, &Device::Cpu)?)?.sum_all()?;
-        let mut grads = Gradients::new();
-        grads.accumulate(params, &loss.backward()?)?;
-        optimizer.step(&grads, lr)
-    }
-
-    #[test]
-    fn three_steps_are_those_of_torch() -> Result<()> {
-        // w = torch.tensor([1., -2., .5], dtype=torch.float64)
-        // torch.optim.AdamW([w], lr=0.1, weight_decay=0.05) with the gradients below
-        let (params, w) = store(Role::Base)?;
-        let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.05, ..Default::default() })?;
-        let grads = [[0.3, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2]];
-        let expected = [
-            [0.8950000033333332, -1.8900000049999996, 0.397500001],
-            [0.8034186121405289, -1.9171603565210367, 0.3688787973659032],
-            [0.8299285178080283, -1.9428011583709783, 0.33551004721602257],
-        ];
-        for (grad, expected) in grads.into_iter().zip(expected) {
-            step(&mut optimizer, &params, &w, grad, 0.1)?;
-            for (got, expected) in w.to_vec1::<f64>()?.into_iter().zip(expected) {
-                assert!((got - expected).abs() < 1e-12, "{got} {expected}");
-            }
-        }
-        assert_eq!(optimizer.steps(), 3);
-        Ok(())
-    }
-
-    #[test]
-    fn the_posterior_is_not_decayed() -> Result<()> {
-        for (role, decayed) in [(Role::A, true), (Role::Scale, false), (Role::Concentration, false)] {
-            let (params, w) = store(role)?;
-            let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.5, ..Default::default() })?;
-            step(&mut optimizer, &params, &w, [0.0; 3], 0.1)?;
-            assert_eq!(w.to_vec1::<f64>()? != [1.0, -2.0, 0.5], decayed, "{role:?}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn missing_gradients_and_bad_constants_are_named() -> Result<()> {
-        let (params, _) = store(Role::A)?;
-        let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
-        let error = optimizer.step(&Gradients::new(), 0.1).unwrap_err().to_string();
-        assert!(error.contains("tensor w"), "{error}");
-        let error = AdamW::new(&params, AdamWConfig { beta2: 1.0, ..Default::default() }).unwrap_err();
-        assert!(error.to_string().contains("beta2"), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn single_precision_steps_are_those_of_torch_too() -> Result<()> {
-        // As above in float32, the path that works in place.
-        let params = Params::new(Noise::new(1), &Device::Cpu);
-        let w = params.insert("w", Role::Base, &Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu)?)?;
-        let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.05, ..Default::default() })?;
-        for grad in [[0.3f32, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2]] {
-            let loss = (&w * Tensor::new(&grad, &Device::Cpu)?)?.sum_all()?;
-            let mut grads = Gradients::new();
-            grads.accumulate(&params, &loss.backward()?)?;
-            optimizer.step(&grads, 0.1)?;
-        }
-        let expected = [0.8299285178080283, -1.9428011583709783, 0.33551004721602257];
-        for (got, expected) in w.to_vec1::<f32>()?.into_iter().zip(expected) {
-            assert!((f64::from(got) - expected).abs() < 1e-6, "{got} {expected}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn an_optimiser_continues_from_another_bit_for_bit() -> Result<()> {
-        let grads = [[0.3, -0.2, 1.0], [0.1, 0.4, -0.5], [-0.7, 0.05, 0.2], [0.2, 0.1, -0.3]];
-        let (whole, w) = store(Role::Base)?;
-        let mut optimizer = AdamW::new(&whole, AdamWConfig::default())?;
-        for grad in grads {
-            step(&mut optimizer, &whole, &w, grad, 0.1)?;
-        }
-        let (params, again) = store(Role::Base)?;
-        let mut first = AdamW::new(&params, AdamWConfig::default())?;
-        assert!(first.moments("w")?.is_none());
-        for grad in &grads[..2] {
-            step(&mut first, &params, &again, *grad, 0.1)?;
-        }
-        let moments = first.moments("w")?.unwrap();
-        let mut second = AdamW::new(&params, AdamWConfig::default())?;
-        second.restore(first.steps(), &[("w".to_string(), moments.clone())].into())?;
-        for grad in &grads[2..] {
-            step(&mut second, &params, &again, *grad, 0.1)?;
-        }
-        assert_eq!(w.to_vec1::<f64>()?, again.to_vec1::<f64>()?);
-        let error = second.restore(1, &[("z".to_string(), moments.clone())].into()).unwrap_err();
-        assert!(error.to_string().contains("tensor z"), "{error}");
-        let short = (moments.0.narrow(0, 0, 2)?, moments.1);
-        let error = second.restore(1, &[("w".to_string(), short)].into()).unwrap_err();
-        assert!(error.to_string().contains("expected moments of shape [3], got [2]"), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn vectors_are_decayed_unless_told_otherwise() -> Result<()> {
-        for (decay_vectors, decayed) in [(true, true), (false, false)] {
-            let (params, w) = store(Role::Base)?;
-            let config = AdamWConfig { weight_decay: 0.5, decay_vectors, ..Default::default() };
-            let mut optimizer = AdamW::new(&params, config)?;
-            step(&mut optimizer, &params, &w, [0.0; 3], 0.1)?;
-            assert_eq!(w.to_vec1::<f64>()? != [1.0, -2.0, 0.5], decayed);
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_step_that_fails_changes_nothing() -> Result<()> {
-        let (params, w) = store(Role::A)?;
-        params.create("x", Role::A, 1, &Init::Constant(1.0))?;
-        let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
-        let mut grads = Gradients::new();
-        params.set_trainable(Role::A, false);
-        params.create("v", Role::B, 1, &Init::Constant(1.0))?;
-        grads.accumulate(&params, &params.get("v").unwrap().var.sqr()?.sum_all()?.backward()?)?;
-        params.set_trainable(Role::A, true); // v has a gradient, w and x have none
-        assert!(optimizer.step(&grads, 0.1).is_err());
-        assert_eq!(params.get("v").unwrap().var.to_vec1::<f64>()?, [1.0]);
-        assert_eq!((w.to_vec1::<f64>()?, optimizer.steps()), (vec![1.0, -2.0, 0.5], 0));
-        Ok(())
-    }
-}
+mod tests;

@@ -26,6 +26,9 @@ pub struct TrainConfig {
     pub warmup_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Whether the posterior's own parameters rho and c are decayed, too, as they are where PEFT's
+    /// adapter is trained by transformers.
+    pub decay_variational: bool,
     /// The largest global gradient norm; no clipping where absent.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
@@ -44,6 +47,7 @@ impl Default for TrainConfig {
             schedule: Schedule::Linear,
             warmup_ratio: 0.06,
             weight_decay: 0.01,
+            decay_variational: false,
             clip: Some(1.0),
             accumulation: 1,
             eval_every: None,
@@ -67,6 +71,14 @@ impl TrainConfig {
             return Err(Error::config("warmup_ratio", reason));
         }
         Ok(())
+    }
+
+    fn optimizer(&self) -> AdamWConfig {
+        let config = AdamWConfig { lr: self.lr, weight_decay: self.weight_decay, ..AdamWConfig::default() };
+        match self.decay_variational {
+            true => AdamWConfig { no_decay: Vec::new(), ..config },
+            false => config,
+        }
     }
 }
 
@@ -162,6 +174,16 @@ pub trait Observer {
     /// # Errors
     /// Ends the run.
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
+
+    /// Is told that the present parameters, those of `step`, are the best so far, or without
+    /// [`TrainConfig::keep_best`] merely the last evaluated: the moment to save them, since a run
+    /// may die of what no error reports.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn kept(&mut self, _step: usize) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// How a run went; the default is that of none.
@@ -182,7 +204,8 @@ pub struct Summary {
 /// # Errors
 /// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
 /// rows. Besides, what the objective, the observer or the optimiser report. On any of them the
-/// parameters of the best evaluation, if there was one, are put back.
+/// parameters of the best evaluation, if there was one, are put back. Before the first step, an
+/// option outside its domain is named.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
@@ -190,18 +213,19 @@ pub fn fit(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     config.validate()?;
-    let optimizer_config =
-        AdamWConfig { lr: config.lr, weight_decay: config.weight_decay, ..AdamWConfig::default() };
-    let optimizer = AdamW::new(params, optimizer_config)?;
+    let optimizer = AdamW::new(params, config.optimizer())?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
     if per_epoch == 0 {
         return Err(Error::config("data", "there is no batch to train on"));
     }
-    let total = per_epoch * config.epochs;
+    let total = per_epoch.checked_mul(config.epochs).ok_or_else(|| {
+        let reason = format!("{} of {per_epoch} steps are more than can be counted", config.epochs);
+        Error::config("epochs", reason)
+    })?;
     observer.start(total);
 
     let start = Instant::now();
-    let mut run = Run { config, per_epoch, total, optimizer, best: None, seconds: Vec::with_capacity(total) };
+    let mut run = Run { config, per_epoch, total, optimizer, best: None, seconds: Vec::new() };
     let outcome = run.steps(objective, params, observer);
     let keep_best = config.keep_best || outcome.is_err();
     let kept_step = match run.best.filter(|_| keep_best) {
@@ -277,10 +301,14 @@ impl Run<'_> {
         // NaN compares with nothing: as the first score it would stay the best for ever.
         let score = observer.evaluate(step)?.filter(|score| !score.is_nan());
         let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
-        if let Some(score) = score.filter(better) {
+        let improved = score.filter(better);
+        if let Some(score) = improved {
             self.best = Some(Best { score, step, values: params.snapshot()? });
         }
-        Ok(())
+        match improved.is_some() || !self.config.keep_best {
+            true => observer.kept(step),
+            false => Ok(()),
+        }
     }
 }
 

@@ -8,11 +8,16 @@ use rayon::prelude::*;
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;
 
-/// The running means of one parameter.
+/// What the optimiser remembers of one parameter.
 #[derive(Debug, Clone)]
-pub(super) struct Moments {
+pub struct Moments {
+    /// The running mean of its gradients.
     pub first: Tensor,
+    /// The running mean of their squares.
     pub second: Tensor,
+    /// The steps it has taken: the correction of a mean that began at zero depends on its own
+    /// number, not on that of parameters which began earlier.
+    pub steps: usize,
 }
 
 /// The scalars of one step.
@@ -144,7 +149,10 @@ mod tests {
         let start = random("w", 0)?;
         let zero = start.zeros_like()?;
         let new = || -> Result<(Var, Moments)> {
-            Ok((Var::from_tensor(&start.copy()?)?, Moments { first: zero.copy()?, second: zero.copy()? }))
+            Ok((
+                Var::from_tensor(&start.copy()?)?,
+                Moments { first: zero.copy()?, second: zero.copy()?, steps: 0 },
+            ))
         };
         let ((one, mut fast), (other, mut plain)) = (new()?, new()?);
         for t in 1..=4 {

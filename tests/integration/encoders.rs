@@ -10,7 +10,7 @@ use monteclora::models::roberta::{
     Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
 };
 use monteclora::noise::Noise;
-use monteclora::params::Role;
+use monteclora::params::{Params, Role};
 use monteclora::slot::Pass;
 
 fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
@@ -33,6 +33,17 @@ fn xlm_config(config: &RobertaConfig) -> xlm_roberta::Config {
         type_vocab_size: config.type_vocab_size,
         pad_token_id: config.pad_id(),
     }
+}
+
+fn bert_config(config: &RobertaConfig) -> Outcome<bert::Config> {
+    Ok(serde_json::from_value(serde_json::json!({
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers, "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0, "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size, "initializer_range": 0.02,
+        "layer_norm_eps": config.layer_norm_eps, "pad_token_id": 0, "model_type": "bert",
+    }))?)
 }
 
 #[test]
@@ -77,21 +88,66 @@ fn bert_encodes_as_candle_transformers_does() -> Outcome {
     let config = toy_config(Family::Bert);
     let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
     let (ids, types, mask) = padded_batch(&config)?;
-    let oracle_config: bert::Config = serde_json::from_value(serde_json::json!({
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers, "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0, "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size, "initializer_range": 0.02,
-        "layer_norm_eps": config.layer_norm_eps, "pad_token_id": 0, "model_type": "bert",
-    }))?;
-    let oracle = bert::BertModel::load(frozen(&weights), &oracle_config)?;
+    let oracle = bert::BertModel::load(frozen(&weights), &bert_config(&config)?)?;
     let expected = oracle.forward(&ids, &types, Some(&mask))?;
     let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
     let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
     // Padding columns are nobody's business: compare the real tokens.
     let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
     assert_close(&hidden.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 5e-5)
+}
+
+#[test]
+fn bert_names_masked_tokens_as_candle_transformers_does() -> Outcome {
+    let config = toy_config(Family::Bert);
+    let mut weights =
+        toy_weights(&config, |vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
+    let (ids, types, mask) = padded_batch(&config)?;
+    let t = ids.dim(1)?;
+    let positions = Tensor::new(&[1u32, 2, t as u32 + 1, 2 * t as u32], &Device::Cpu)?;
+    let model = RobertaForMaskedLM::load(frozen(&weights), &config, Noise::new(0))?;
+    let logits = model.forward(&ids, Some(&types), &mask, &positions, &Pass::Mean)?;
+    // candle-transformers does not tie the projection to the embedding.
+    for (projection, tied) in [
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ] {
+        weights.insert(projection.to_string(), weights[tied].clone());
+    }
+    let oracle = bert::BertForMaskedLM::load(frozen(&weights), &bert_config(&config)?)?;
+    let expected = oracle.forward(&ids, &types, Some(&mask))?.reshape((3 * t, config.vocab_size))?;
+    assert_close(&logits, &expected.index_select(&positions, 0)?, 5e-5)
+}
+
+#[test]
+fn the_norms_of_old_bert_checkpoints_are_called_gamma_and_beta() -> Outcome {
+    let config = toy_config(Family::Bert);
+    let weights = toy_weights(&config, |vb, noise| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+    })?;
+    let old_name = |name: &str| {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    };
+    let mut old: HashMap<_, _> = weights.iter().map(|(name, t)| (old_name(name), t.clone())).collect();
+    let renamed = old.keys().filter(|name| !weights.contains_key(*name)).count();
+    assert_eq!(renamed, 2 * (1 + 2 * config.num_hidden_layers));
+    let (ids, types, mask) = padded_batch(&config)?;
+    let load = |vb: VarBuilder<'static>| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))
+    };
+    let expected = load(frozen(&weights))?.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    // Frozen, and trained under full fine-tuning.
+    let params = Params::new(Noise::new(0), &Device::Cpu);
+    for vb in [frozen(&old), params.var_builder(Some(frozen(&old)), Role::Base)] {
+        let logits = load(vb)?.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+        assert_close(&logits, &expected, 0.0)?;
+    }
+    assert!(params.get("bert.encoder.layer.1.output.LayerNorm.gamma").is_some());
+    let half = "bert.encoder.layer.1.output.LayerNorm.beta";
+    old.remove(half);
+    let error = load(frozen(&old)).expect_err("an error").to_string();
+    assert!(error.contains(half), "{error}");
+    Ok(())
 }
 
 #[test]

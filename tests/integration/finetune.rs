@@ -1,8 +1,9 @@
 //! Fine-tuning end to end on a toy checkpoint on disk: every method through the one loop.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
 use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
@@ -243,16 +244,119 @@ fn predictions_and_what_was_trained_are_written() -> Outcome {
 #[test]
 fn a_checkpoint_with_a_hole_is_refused_by_every_method() -> Outcome {
     let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let whole = checkpoint(dir.path())?;
     let name = "roberta.encoder.layer.1.attention.self.key.weight";
-    let mut weights = candle_core::safetensors::load(&whole.weights()[0], &Device::Cpu)?;
-    weights.remove(name);
-    candle_core::safetensors::save(&weights, other.path().join("model.safetensors"))?;
-    std::fs::copy(whole.config_path(), other.path().join("config.json"))?;
-    let files = ModelFiles::locate(other.path().to_str().ok_or("a path")?, None)?;
+    let files = changed(&checkpoint(dir.path())?, other.path(), |weights| {
+        weights.remove(name);
+        Ok(())
+    })?;
     for method in methods() {
         let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
         assert!(error.contains(name), "{}: {error}", method.name());
     }
+    Ok(())
+}
+
+/// The toy checkpoint with `change` made to its weights, in a folder of its own.
+fn changed(
+    whole: &ModelFiles,
+    dir: &Path,
+    change: impl FnOnce(&mut HashMap<String, Tensor>) -> Outcome,
+) -> Outcome<ModelFiles> {
+    let mut weights = candle_core::safetensors::load(&whole.weights()[0], &Device::Cpu)?;
+    change(&mut weights)?;
+    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+    std::fs::copy(whole.config_path(), dir.join("config.json"))?;
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+#[test]
+fn a_checkpoint_with_half_a_head_is_refused_by_the_tensor_it_lacks() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let whole = checkpoint(dir.path())?;
+    let missing = "classifier.out_proj.bias";
+    let head = [("classifier.dense.weight", vec![32, 32]), ("classifier.dense.bias", vec![32])];
+    let files = changed(&whole, other.path(), |weights| {
+        for (name, shape) in head.into_iter().chain([("classifier.out_proj.weight", vec![2, 32])]) {
+            weights.insert(name.to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+        }
+        Ok(())
+    })?;
+    for method in methods() {
+        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("tensor {missing}: ")), "{}: {error}", method.name());
+        assert!(error.contains("the checkpoint has classifier.dense"), "{error}");
+        load(&whole, &method, 2)?; // without any head
+    }
+    let files = changed(&files, dir.path(), |weights| {
+        weights.insert(missing.to_string(), Tensor::ones(2, DType::F32, &Device::Cpu)?);
+        Ok(())
+    })?;
+    let classifier = load(&files, &Method::Full, 2)?;
+    let bias = classifier.params.get(missing).ok_or("no bias")?;
+    assert_eq!(bias.var.to_vec1::<f32>()?, [1.0, 1.0]);
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_that_is_not_finite_is_refused_by_every_method() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let name = "roberta.encoder.layer.1.output.dense.bias";
+    let files = changed(&checkpoint(dir.path())?, other.path(), |weights| {
+        let bad = Tensor::full(f32::NAN, 32, &Device::Cpu)?;
+        weights.insert(name.to_string(), bad);
+        Ok(())
+    })?;
+    for method in methods() {
+        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
+        assert!(error.contains(&format!("model.safetensors: tensor {name}: it holds NaN")), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn labels_that_do_not_fit_the_outputs_are_refused_by_their_row() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let (mut classes, scores) = (rows(6, false), rows(6, true));
+    classes[4].label = Label::Class(2);
+    for (outputs, data, expected) in [
+        (2, &scores, "invalid labels: row 3 has a score, expected a class below 2"),
+        (1, &classes, "invalid labels: row 3 has a class, expected a score"),
+        (2, &classes, "invalid labels: row 4 has class 2, the model has 2 outputs"),
+    ] {
+        let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
+        let classifier = load(&files, &Method::Lora(lora), outputs)?;
+        let batcher = Batcher::new(8, false, Noise::new(4))?;
+        let objective = Classification { classifier: &classifier, rows: data, batcher };
+        // Rows 3 to 5 of the data are rows 0 to 2 of the batch.
+        let batch = objective.batch(&[3, 4, 5])?;
+        let error = classifier.loss(&batch, &Pass::Mean).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+        let error = Predictions::new(&classifier, &data[3..], &[batch], 0).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn no_row_is_an_error_in_training_and_in_evaluation() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let classifier = load(&checkpoint(dir.path())?, &Method::Full, 2)?;
+    let error = train(&classifier, &[], 1).unwrap_err().to_string();
+    assert_eq!(error, "invalid data: there is no batch to train on");
+    let error = batches(&classifier, &[], 4).unwrap_err().to_string();
+    assert_eq!(error, "invalid rows: there is no row to evaluate");
+    Ok(())
+}
+
+#[test]
+fn batches_of_other_rows_are_refused() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let classifier = load(&checkpoint(dir.path())?, &Method::Full, 2)?;
+    let rows = rows(6, false);
+    let mut swapped = batches(&classifier, &rows, 3)?;
+    swapped.swap(0, 1);
+    let error = Predictions::new(&classifier, &rows, &swapped, 0).unwrap_err().to_string();
+    assert_eq!(error, "invalid batches: place 0 holds row 3, but the split has row 0 there");
     Ok(())
 }

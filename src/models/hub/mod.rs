@@ -82,7 +82,7 @@ impl ModelFiles {
         }
         #[cfg(feature = "hub")]
         {
-            Self::locate_with(id_or_dir, revision, &HubConfig::from_env())
+            Self::locate_with(id_or_dir, revision, &HubConfig::from_env()).map_err(no_folder_either)
         }
         #[cfg(not(feature = "hub"))]
         {
@@ -156,7 +156,8 @@ impl ModelFiles {
     }
 
     /// A `VarBuilder` over the memory-mapped weights, which casts to `dtype` and copies to
-    /// `device` as tensors are asked for.
+    /// `device` as tensors are asked for. It refuses what cannot be a weight: integers, NaN and
+    /// infinity, another shape; the error names file and tensor.
     ///
     /// # Errors
     /// If a file is not a whole safetensors file, or two shards hold the same tensor; the error
@@ -183,6 +184,18 @@ impl ModelFiles {
             }
         }
         Ok(())
+    }
+}
+
+/// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
+/// as `owner/name`.
+#[cfg(feature = "hub")]
+fn no_folder_either(error: Error) -> Error {
+    match error {
+        Error::Hub { repo, reason } if !reason.contains("no such local folder") => {
+            Error::Hub { reason: format!("{reason} (and there is no such local folder)"), repo }
+        }
+        other => other,
     }
 }
 

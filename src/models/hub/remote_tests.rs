@@ -228,3 +228,15 @@ fn the_environment_is_read_as_hugging_face_reads_it() {
     let shown = format!("{secret:?}");
     assert!(!shown.contains("hf_x") && !shown.contains("word"), "{shown}");
 }
+
+#[test]
+fn a_name_that_may_be_a_folder_s_says_that_there_is_none() {
+    let cache = tempfile::tempdir().unwrap();
+    let offline = HubConfig { offline: true, ..hub("http://127.0.0.1:9", &cache) };
+    let error = ModelFiles::locate_with("models/robreta", None, &offline).unwrap_err();
+    let message = no_folder_either(error).to_string();
+    assert!(message.contains("models/robreta") && message.contains("not in the cache"), "{message}");
+    assert!(message.ends_with("(and there is no such local folder)"), "{message}");
+    let error = ModelFiles::locate_with("models/roberta/large", None, &offline).unwrap_err();
+    assert_eq!(no_folder_either(error).to_string().matches("no such local folder").count(), 1);
+}

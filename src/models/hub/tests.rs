@@ -164,3 +164,54 @@ fn a_prefix_is_found_by_the_tensor_it_holds() -> Result<()> {
     assert!(message.contains("roberta.z, bert.z, z"), "{message}");
     Ok(())
 }
+
+#[test]
+fn what_cannot_be_a_weight_is_refused_by_file_and_tensor() -> Result<()> {
+    let refusal = |tensor: Tensor| -> Result<String> {
+        let whole = tensors(&[("good", 1.0)]);
+        let bad = safetensors::serialize([("encoder.bad", tensor)], None).unwrap();
+        let index = index(&[("good", "w-1.safetensors"), ("encoder.bad", "w-2.safetensors")]);
+        let dir = folder(&[(INDEX, index), ("w-1.safetensors", whole), ("w-2.safetensors", bad)]);
+        let vb = locate(&dir)?.var_builder(DType::F32, &Device::Cpu)?;
+        assert_eq!(vb.get(2, "good")?.to_vec1::<f32>()?, [1.0, 1.0]);
+        Ok(vb.pp("encoder").get(2, "bad").unwrap_err().to_string())
+    };
+    let floats = [DType::F64, DType::F32, DType::F16, DType::BF16];
+    for (dtype, bad) in floats.into_iter().flat_map(|dtype| [f64::NAN, f64::INFINITY].map(|bad| (dtype, bad)))
+    {
+        for bad in [[bad, 1.0], [1.0, -bad]] {
+            let message = refusal(Tensor::new(&bad, &Device::Cpu)?.to_dtype(dtype)?)?;
+            let expected = "w-2.safetensors: tensor encoder.bad: it holds NaN or infinity";
+            assert!(message.contains(expected), "{dtype:?}: {message}");
+        }
+    }
+    for (dtype, name) in [(DType::I64, "I64"), (DType::U8, "U8"), (DType::U32, "U32")] {
+        let message = refusal(Tensor::zeros(2, dtype, &Device::Cpu)?)?;
+        let expected = format!("tensor encoder.bad: expected weights of F64, F32, F16 or BF16, got {name}");
+        assert!(message.contains(&expected) && message.contains("w-2.safetensors"), "{message}");
+    }
+    let message = refusal(Tensor::zeros(3, DType::F32, &Device::Cpu)?)?;
+    assert!(
+        message.contains("w-2.safetensors: tensor encoder.bad: expected shape [2], got [3]"),
+        "{message}"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_largest_and_smallest_numbers_of_every_dtype_are_weights() -> Result<()> {
+    let limits = [
+        (DType::F64, f64::MAX, f64::MIN_POSITIVE),
+        (DType::F32, f64::from(f32::MAX), f64::from(f32::MIN_POSITIVE)),
+        (DType::F16, 65504.0, 2f64.powi(-14)),
+        (DType::BF16, 255.0 * 2f64.powi(120), 2f64.powi(-126)),
+    ];
+    for (dtype, largest, smallest) in limits {
+        let tensor = Tensor::new(&[-largest, smallest], &Device::Cpu)?.to_dtype(dtype)?;
+        let bytes = safetensors::serialize([("a", &tensor)], None).unwrap();
+        let vb = locate(&folder(&[(WEIGHTS, bytes)]))?.var_builder(tensor.dtype(), &Device::Cpu)?;
+        let same = vb.get(2, "a")?.eq(&tensor)?.to_vec1::<u8>()?;
+        assert_eq!(same, [1, 1], "{:?}", tensor.dtype());
+    }
+    Ok(())
+}

@@ -1,15 +1,19 @@
 //! Safetensors weights, checked and memory-mapped, and the prefix under which a model's lie.
 //!
+//! A tensor is checked when it is asked for: its dtype, its shape, and that all of it is finite.
 //! A checkpoint of a bare encoder has no `roberta.` before its names and one with a head has it;
 //! [`with_prefix`] finds out which.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{DType, Device};
-use candle_nn::VarBuilder;
+use candle_core::safetensors::{Load, MmapedSafetensors};
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
 use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
 
 use crate::error::{Error, Result};
@@ -32,19 +36,94 @@ pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
 
 /// A builder over memory-mapped files that [`tensor_names`] has checked.
 pub(super) fn map_builder(paths: &[PathBuf], dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
-    // SAFETY: as above, the files must not be rewritten in place while the builder lives. Mapping
-    // is what keeps a model of many gigabytes from being read whole before its first tensor.
-    #[allow(unsafe_code)]
-    let vb = unsafe { VarBuilder::from_mmaped_safetensors(paths, dtype, device) }?;
-    Ok(vb)
+    let backend = Weights { mapped: map(paths)?, paths: paths.to_vec() };
+    Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
 }
 
 /// The files' tensors as they lie there.
 pub(super) fn map(paths: &[PathBuf]) -> Result<MmapedSafetensors> {
-    // SAFETY: as for [`map_builder`].
+    // SAFETY: as above, the files must not be rewritten in place while the map lives. Mapping is
+    // what keeps a model of many gigabytes from being read whole before its first tensor.
     #[allow(unsafe_code)]
     let mapped = unsafe { MmapedSafetensors::multi(paths) }?;
     Ok(mapped)
+}
+
+/// The mapped files behind a `VarBuilder`.
+struct Weights {
+    mapped: MmapedSafetensors,
+    paths: Vec<PathBuf>,
+}
+
+impl Weights {
+    /// The tensor `name`, unless it cannot be a weight.
+    fn load(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+        let view = self.mapped.get(name)?;
+        if let Some(shape) = shape.filter(|shape| shape.dims() != view.shape()) {
+            return Err(self.unfit(name, format!("expected shape {shape:?}, got {:?}", view.shape())));
+        }
+        match is_finite(&view) {
+            Some(true) => Ok(view.load(device)?.to_dtype(dtype)?),
+            Some(false) => Err(self.unfit(name, "it holds NaN or infinity".to_string())),
+            None => {
+                let reason = format!("expected weights of F64, F32, F16 or BF16, got {:?}", view.dtype());
+                Err(self.unfit(name, reason))
+            }
+        }
+    }
+
+    fn unfit(&self, name: &str, reason: String) -> Error {
+        let holds = |path: &&PathBuf| tensor_names(path).is_ok_and(|names| names.iter().any(|n| n == name));
+        match self.paths.iter().find(holds) {
+            Some(path) => Error::format(path, format!("tensor {name}: {reason}")),
+            None => Error::tensor(name, reason),
+        }
+    }
+}
+
+impl SimpleBackend for Weights {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _hint: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        Ok(self.load(name, Some(&shape), dtype, device)?)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        Ok(self.load(name, None, dtype, device)?)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.mapped.get(name).is_ok()
+    }
+}
+
+/// Whether every element is a finite number; None of a dtype that is not for weights. It reads
+/// what is about to be copied anyway, at the speed of the memory.
+fn is_finite(view: &TensorView) -> Option<bool> {
+    // All bits of the exponent set: NaN or infinity.
+    macro_rules! check {
+        ($bits:ty, $exponent:expr) => {
+            view.data().par_chunks(1 << 20).all(|piece| {
+                let (numbers, _) = piece.as_chunks();
+                // No early exit, so that the loop has no branch.
+                numbers.iter().fold(true, |finite, bytes| {
+                    finite & (<$bits>::from_le_bytes(*bytes) & $exponent != $exponent)
+                })
+            })
+        };
+    }
+    Some(match view.dtype() {
+        Dtype::F64 => check!(u64, 0x7ff0_0000_0000_0000),
+        Dtype::F32 => check!(u32, 0x7f80_0000),
+        Dtype::F16 => check!(u16, 0x7c00),
+        Dtype::BF16 => check!(u16, 0x7f80),
+        _ => return None,
+    })
 }
 
 /// `vb` at the first of the prefixes `candidates` (`"roberta"`, `"bert"`, or `""` for none) under

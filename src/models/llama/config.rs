@@ -46,6 +46,8 @@ struct Extra {
     head_dim: Option<usize>,
     #[serde(default)]
     model_type: Option<String>,
+    #[serde(default)]
+    partial_rotary_factor: Option<f64>,
 }
 
 impl LlamaConfig {
@@ -70,11 +72,10 @@ impl LlamaConfig {
         extra.check(&value)?;
         classic_rope(&mut value)?;
         let decoder: candle_llama::LlamaConfig = serde_json::from_value(value).map_err(malformed)?;
-        let labels = extra.id2label.map(|labels| labels.len()).or(extra.num_labels);
+        let labels = extra.id2label.as_ref().map(Map::len).or(extra.num_labels);
         let config = Self {
             decoder: decoder.into_config(false),
-            // Some checkpoints write -1 for "none".
-            pad_token_id: extra.pad_token_id.and_then(|id| u32::try_from(id).ok()),
+            pad_token_id: extra.pad_id()?,
             num_labels: labels.unwrap_or(2),
             attention_dropout: extra.attention_dropout.unwrap_or(0.0),
             initializer_range: extra.initializer_range.unwrap_or(0.02),
@@ -113,6 +114,15 @@ impl LlamaConfig {
         if !(0.0..1.0).contains(&self.attention_dropout) {
             let reason = format!("expected [0, 1), got {}", self.attention_dropout);
             return Err(Error::config("attention_dropout", reason));
+        }
+        let ends = self.eos_token_ids().into_iter().map(|id| ("eos_token_id", id));
+        let mut special = self.pad_token_id.map(|id| ("pad_token_id", id)).into_iter().chain(ends);
+        if let Some((name, id)) = special.find(|(_, id)| *id as usize >= c.vocab_size) {
+            return Err(Error::config(name, format!("{id} is outside a vocabulary of {}", c.vocab_size)));
+        }
+        if !(c.rms_norm_eps > 0.0 && c.rms_norm_eps.is_finite()) {
+            let reason = format!("expected a positive number, got {}", c.rms_norm_eps);
+            return Err(Error::config("rms_norm_eps", reason));
         }
         let positive = |value: f32| value > 0.0 && value.is_finite();
         if !positive(c.rope_theta) {
@@ -165,6 +175,17 @@ impl LlamaConfig {
 }
 
 impl Extra {
+    fn pad_id(&self) -> Result<Option<u32>> {
+        match self.pad_token_id {
+            // Some checkpoints write -1 for "none".
+            None | Some(-1) => Ok(None),
+            Some(id) => match u32::try_from(id) {
+                Ok(id) => Ok(Some(id)),
+                Err(_) => Err(Error::config("pad_token_id", format!("{id} is no token id"))),
+            },
+        }
+    }
+
     /// Refuses by name what would silently compute something else.
     fn check(&self, value: &Value) -> Result<()> {
         if let Some(other) = self.model_type.as_deref().filter(|kind| *kind != "llama") {
@@ -178,6 +199,7 @@ impl Extra {
                 return Err(Error::config(name, "linear layers with a bias are not supported"));
             }
         }
+        whole_rotary(self.partial_rotary_factor)?;
         let size = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0) as usize;
         let (hidden, heads) = (size("hidden_size"), size("num_attention_heads"));
         match self.head_dim {
@@ -190,6 +212,16 @@ impl Extra {
     }
 }
 
+/// Refuses rotary positions on a part of each head.
+fn whole_rotary(factor: Option<f64>) -> Result<()> {
+    match factor {
+        Some(factor) if factor != 1.0 => {
+            Err(Error::config("partial_rotary_factor", format!("expected 1, got {factor}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes the rotary settings where `candle-transformers` looks for them: transformers 5 keeps
 /// them in `rope_parameters`, older versions in `rope_theta` and `rope_scaling`, whose kind was
 /// called `type` at first.
@@ -197,11 +229,21 @@ fn classic_rope(value: &mut Value) -> Result<()> {
     let Some(fields) = value.as_object_mut() else {
         return Err(Error::config("config.json", "expected an object"));
     };
-    if let Some(Value::Object(mut rope)) = fields.remove("rope_parameters") {
-        if let Some(theta) = rope.remove("rope_theta") {
-            fields.insert("rope_theta".to_string(), theta);
+    match fields.remove("rope_parameters") {
+        Some(Value::Object(mut rope)) => {
+            if let Some(theta) = rope.remove("rope_theta") {
+                fields.insert("rope_theta".to_string(), theta);
+            }
+            match rope.remove("partial_rotary_factor") {
+                None | Some(Value::Null) => {}
+                Some(factor) => whole_rotary(Some(factor.as_f64().unwrap_or(f64::NAN)))?,
+            }
+            fields.insert("rope_scaling".to_string(), Value::Object(rope));
         }
-        fields.insert("rope_scaling".to_string(), Value::Object(rope));
+        None | Some(Value::Null) => {}
+        Some(other) => {
+            return Err(Error::config("rope_parameters", format!("expected an object, got {other}")));
+        }
     }
     let Some(Value::Object(rope)) = fields.get_mut("rope_scaling") else {
         return Ok(());
@@ -281,6 +323,14 @@ mod tests {
             ("vocab_size", json!(0)),
             ("attention_dropout", json!(1.0)),
             ("rope_theta", json!(0.0)),
+            ("rms_norm_eps", json!(0.0)),
+            ("pad_token_id", json!(128256)),
+            ("pad_token_id", json!(-2)),
+            ("eos_token_id", json!(128256)),
+            ("eos_token_id", json!([128001, 128256])),
+            ("rope_parameters", json!("linear")),
+            ("rope_parameters", json!([1.0])),
+            ("partial_rotary_factor", json!(0.5)),
             ("rope_scaling", json!({"type": "linear", "factor": 2.0})),
             (
                 "rope_scaling",
@@ -295,8 +345,15 @@ mod tests {
                 value["head_dim"] = Value::Null;
             }
             let error = LlamaConfig::from_value(value).unwrap_err().to_string();
-            assert!(error.contains(name), "{name}: {error}");
+            assert!(error.starts_with(&format!("invalid {name}: ")), "{name}: {error}");
         }
+        let mut value = llama3();
+        value["rope_parameters"] = json!({"rope_theta": 10000.0, "partial_rotary_factor": 0.25});
+        let error = LlamaConfig::from_value(value.clone()).unwrap_err().to_string();
+        assert_eq!(error, "invalid partial_rotary_factor: expected 1, got 0.25");
+        value["rope_parameters"]["partial_rotary_factor"] = json!(1.0);
+        value["partial_rotary_factor"] = json!(1.0);
+        assert!(LlamaConfig::from_value(value).is_ok());
     }
 
     #[test]

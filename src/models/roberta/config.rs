@@ -57,12 +57,14 @@ pub struct RobertaConfig {
     pub classifier_dropout: Option<f64>,
     /// The number of position embeddings; RoBERTa uses the first `pad_token_id + 1` for padding.
     pub max_position_embeddings: usize,
-    /// The number of token types (segments).
+    /// The number of token types (segments); 2 where absent.
+    #[serde(default = "defaults::type_vocab_size")]
     pub type_vocab_size: usize,
     /// The standard deviation that new weights start with.
     #[serde(default = "defaults::initializer_range")]
     pub initializer_range: f64,
-    /// Added to the variance in every layer norm.
+    /// Added to the variance in every layer norm; 1e-12 where absent.
+    #[serde(default = "defaults::layer_norm_eps")]
     pub layer_norm_eps: f64,
     /// The id of padding; [`Self::pad_id`] where absent or null, as in old files.
     #[serde(default)]
@@ -87,6 +89,12 @@ mod defaults {
     pub fn initializer_range() -> f64 {
         0.02
     }
+    pub fn type_vocab_size() -> usize {
+        2
+    }
+    pub fn layer_norm_eps() -> f64 {
+        1e-12
+    }
     pub fn position_embedding_type() -> String {
         "absolute".to_string()
     }
@@ -102,7 +110,8 @@ impl RobertaConfig {
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let config: Self = serde_json::from_str(&text).map_err(|e| Error::format(path, e.to_string()))?;
+        let config: Self =
+            serde_json::from_str(&text).map_err(|e| Error::format_at(path, e.line(), e.to_string()))?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }
@@ -132,6 +141,14 @@ impl RobertaConfig {
         if self.position_embedding_type != "absolute" {
             let reason = format!("expected absolute, got {}", self.position_embedding_type);
             return Err(Error::config("position_embedding_type", reason));
+        }
+        if self.pad_id() as usize >= self.vocab_size {
+            let reason = format!("{} is outside a vocabulary of {}", self.pad_id(), self.vocab_size);
+            return Err(Error::config("pad_token_id", reason));
+        }
+        if !(self.layer_norm_eps > 0.0 && self.layer_norm_eps.is_finite()) {
+            let reason = format!("expected a positive number, got {}", self.layer_norm_eps);
+            return Err(Error::config("layer_norm_eps", reason));
         }
         if self.max_length() == 0 {
             return Err(Error::config("max_position_embeddings", "leaves no room for a token"));
@@ -234,15 +251,32 @@ mod tests {
         assert!(wrong(|c| c.hidden_dropout_prob = 1.0).contains("hidden_dropout_prob"));
         assert!(wrong(|c| c.max_position_embeddings = 2).contains("max_position_embeddings"));
         assert!(wrong(|c| c.vocab_size = 0).contains("vocab_size"));
+        let error = wrong(|c| c.pad_token_id = Some(50265));
+        assert!(error.contains("pad_token_id: 50265 is outside a vocabulary of 50265"), "{error}");
+        for bad in [0.0, -1e-5, f64::NAN, f64::INFINITY] {
+            let config = RobertaConfig { layer_norm_eps: bad, ..roberta_base() };
+            assert!(config.validate().unwrap_err().to_string().contains("layer_norm_eps"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_what_transformers_takes() {
+        // transformers.BertConfig().to_dict(), and what a checkpoint must say itself.
+        let text = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}"#;
+        let config: RobertaConfig = serde_json::from_str(text).unwrap();
+        config.validate().unwrap();
+        assert_eq!((config.layer_norm_eps, config.type_vocab_size, config.pad_id()), (1e-12, 2, 0));
+        assert_eq!((config.hidden_act.as_str(), config.hidden_dropout_prob), ("gelu", 0.1));
     }
 
     #[test]
     fn a_malformed_file_is_named_in_the_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
-        std::fs::write(&path, "{\"model_type\": \"gpt2\"}").unwrap();
+        std::fs::write(&path, "{\n\"model_type\": \"gpt2\"}").unwrap();
         let error = RobertaConfig::from_file(&path).unwrap_err().to_string();
-        assert!(error.contains("config.json") && error.contains("gpt2"), "{error}");
+        assert!(error.contains("config.json, line 2") && error.contains("gpt2"), "{error}");
         let error = RobertaConfig::from_file(&dir.path().join("none.json")).unwrap_err().to_string();
         assert!(error.contains("none.json"), "{error}");
     }

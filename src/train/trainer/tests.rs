@@ -58,6 +58,7 @@ struct Log {
     records: Vec<Record>,
     scores: Vec<f64>,
     evaluated: Vec<usize>,
+    kept: Vec<usize>,
 }
 
 impl Observer for Log {
@@ -69,6 +70,11 @@ impl Observer for Log {
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
         self.evaluated.push(step);
         Ok(self.scores.get(self.evaluated.len() - 1).copied())
+    }
+
+    fn kept(&mut self, step: usize) -> Result<()> {
+        self.kept.push(step);
+        Ok(())
     }
 }
 
@@ -101,15 +107,97 @@ fn the_same_run_gives_the_same_numbers() -> Result<()> {
 
 #[test]
 fn the_best_evaluation_is_kept_where_it_is_asked_for() -> Result<()> {
-    let run = |keep_best| -> Result<(f64, usize)> {
+    let run = |keep_best| -> Result<(f64, usize, Vec<usize>)> {
         let line = Line::new(5)?;
         let mut log = Log { scores: vec![0.1, 0.9, 0.3, 0.9], ..Log::default() };
         let summary = fit(&line, &line.params, &TrainConfig { keep_best, ..config() }, &mut log)?;
-        Ok((line.value()?, summary.kept_step))
+        Ok((line.value()?, summary.kept_step, log.kept))
     };
-    let ((best, best_step), (last, last_step)) = (run(true)?, run(false)?);
+    let ((best, best_step, kept), (last, last_step, all)) = (run(true)?, run(false)?);
     assert_eq!((best_step, last_step), (4, 8));
     assert!(best < last, "{best} {last}");
+    // What may be saved on the way: each new best, or each evaluation.
+    assert_eq!((kept.as_slice(), all.as_slice()), (&[2, 4][..], &[2, 4, 6, 8][..]));
+    Ok(())
+}
+
+#[test]
+fn the_parameters_that_are_kept_are_the_present_ones_and_a_full_disk_ends_the_run() -> Result<()> {
+    /// Notes the value at each new best, and cannot save the second.
+    struct Saves<'a>(&'a Line, Vec<f64>);
+    impl Observer for Saves<'_> {
+        fn step(&mut self, _: &Record) -> Result<()> {
+            Ok(())
+        }
+        fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+            Ok(Some(step as f64))
+        }
+        fn kept(&mut self, _: usize) -> Result<()> {
+            self.1.push(self.0.value()?);
+            match self.1.len() {
+                2 => Err(Error::config("disk", "full")),
+                _ => Ok(()),
+            }
+        }
+    }
+    let line = Line::new(5)?;
+    let mut observer = Saves(&line, Vec::new());
+    let error = fit(&line, &line.params, &config(), &mut observer).map(|s| s.steps).unwrap_err();
+    assert!(error.to_string().contains("disk"), "{error}");
+    // The second best is in memory, whatever became of its file.
+    assert_eq!((observer.1.len(), line.value()?), (2, observer.1[1]));
+    Ok(())
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_named_though_the_loss_is_finite() -> Result<()> {
+    struct Root(Params, Tensor);
+    impl Objective for Root {
+        fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
+            Ok(vec![vec![4, 2]])
+        }
+        fn loss(&self, _: &[usize], _: &Pass) -> Result<Loss> {
+            let task = self.1.sqrt()?.sum_all()?; // 0, with an infinite slope
+            Ok(Loss { total: task.clone(), terms: vec![("task", task)] })
+        }
+    }
+    for clip in [None, Some(1.0)] {
+        let line = Line::new(5)?;
+        let root = Root(line.params.clone(), line.w.clone());
+        let outcome = fit(&root, &root.0, &TrainConfig { clip, ..config() }, &mut Log::default());
+        let error = outcome.map(|s| s.steps).unwrap_err().to_string();
+        assert_eq!(error, "step 1: gradient of w is inf; batch rows [4, 2]");
+        assert_eq!(line.value()?, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_posterior_is_decayed_where_it_is_asked_for() -> Result<()> {
+    for (decay_variational, expected) in [(false, 1.0), (true, 0.95)] {
+        struct Flat(Params);
+        impl Objective for Flat {
+            fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
+                Ok(vec![vec![0]])
+            }
+            fn loss(&self, _: &[usize], _: &Pass) -> Result<Loss> {
+                let all = self.0.all().into_iter().map(|(_, param)| param.var.affine(1e-30, 0.0));
+                let task = Tensor::stack(&all.collect::<candle_core::Result<Vec<_>>>()?, 0)?.sum_all()?;
+                Ok(Loss { total: task.clone(), terms: vec![("task", task)] })
+            }
+        }
+        let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+        for (name, role) in [("rho", Role::Scale), ("c", Role::Concentration)] {
+            params.create(name, role, 1, &Init::Constant(1.0))?;
+        }
+        let train =
+            TrainConfig { epochs: 1, weight_decay: 0.5, decay_variational, warmup_ratio: 0.0, ..config() };
+        fit(&Flat(params.clone()), &params, &train, &mut Log::default())?;
+        for (name, param) in params.all() {
+            let value = param.var.to_vec1::<f64>()?[0];
+            assert!((value - expected).abs() < 1e-12, "{name}: {value}");
+        }
+    }
     Ok(())
 }
 
@@ -136,6 +224,13 @@ fn options_outside_their_domain_are_named() -> Result<()> {
     assert!(text(TrainConfig { accumulation: 0, ..config() }).contains("accumulation"));
     assert!(text(TrainConfig { warmup_ratio: 1.5, ..config() }).contains("warmup_ratio"));
     assert!(text(TrainConfig { lr: f64::NAN, ..config() }).contains("lr"));
+    assert!(text(TrainConfig { eval_every: Some(0), ..config() }).contains("eval_every"));
+    assert!(text(TrainConfig { weight_decay: -0.1, ..config() }).contains("weight_decay"));
+    assert!(text(TrainConfig { clip: Some(0.0), ..config() }).contains("clip"));
+    // 4 steps an epoch: the product wraps, and a list of so many times would not fit any memory.
+    let error = text(TrainConfig { epochs: usize::MAX, ..config() });
+    assert!(error.starts_with("invalid epochs: ") && error.contains("of 4 steps"), "{error}");
+    assert_eq!(line.value()?, 0.0);
     Ok(())
 }
 
@@ -152,7 +247,7 @@ fn no_data_is_an_error_rather_than_a_run_of_no_steps() -> Result<()> {
     }
     let line = Line::new(3)?;
     let error = fit(&Nothing, &line.params, &config(), &mut Log::default()).map(|s| s.steps);
-    assert!(error.is_err_and(|error| error.to_string().contains("no batch")));
+    assert!(error.is_err_and(|error| error.to_string() == "invalid data: there is no batch to train on"));
     Ok(())
 }
 
