@@ -271,7 +271,11 @@ impl Setup {
                 let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
                 let origin = Origin { base_model: base, task, ..Origin::default() };
                 let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &origin)?;
-                let profile = if args.serving { Profile::Serving } else { Profile::PeftMonteCLoRA };
+                let profile = if args.serving {
+                    Profile::Serving { fold_rslora: true }
+                } else {
+                    Profile::PeftMonteCLoRA
+                };
                 file.write(dir.join("adapter"), profile)?;
             }
         }
