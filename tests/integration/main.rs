@@ -10,6 +10,8 @@ mod live_peft;
 mod llama;
 mod llama_golden;
 mod merge;
+mod named;
 mod peft_adapters;
+mod save;
 mod support;
 mod transformers;
