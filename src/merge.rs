@@ -4,8 +4,8 @@ use crate::error::{Error, Result};
 use crate::named::check_unmerged;
 use crate::slot::Linears;
 
-/// Merges the active adapters' means into their layers: from then on each costs what its base costs,
-/// every pass computes the mean, and training changes nothing that is computed. The original
+/// Merges the active adapters' means into their layers: from then on each costs what its base costs
+/// and computes its mean; posterior draws and training are refused until [`unmerge`]. The original
 /// weights stay beside them. Returns the number of merged layers.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! Several adapters on one model, by their names: which there are, which is active, which go.
 //!
-//! Each of these changes the whole model or, on an error, nothing of it.
+//! Each of these changes the whole model or, on an error, nothing of it. Adapters share one store of
+//! parameters; those of the active one are trained, those of the others are frozen.
 
 use std::collections::BTreeSet;
 
@@ -22,11 +23,16 @@ pub fn names(model: &dyn Linears) -> Result<Vec<String>> {
 }
 
 /// Makes the adapter `name` the active one of every layer that has it, and none of the others; or,
-/// with None, switches all of them off.
+/// with None, switches all of them off. As under PEFT's `set_adapter`, all parameters of the active
+/// adapter are released for training and those of the others are frozen.
+///
+/// To train less of it (A and B frozen, say), freeze roles after this call: it releases them all.
+/// Releasing a role ([`Params::set_trainable`]) releases it in every adapter; one adapter's alone
+/// are those whose names [`Params::set_trainable_where`] finds to hold `.{name}.`.
 ///
 /// # Errors
 /// If no layer has an adapter of this name, or one is merged.
-pub fn activate(model: &mut dyn Linears, name: Option<&str>) -> Result<()> {
+pub fn activate(model: &mut dyn Linears, name: Option<&str>, params: &Params) -> Result<()> {
     if let Some(name) = name {
         check_name(model, name)?;
     }
@@ -34,10 +40,34 @@ pub fn activate(model: &mut dyn Linears, name: Option<&str>) -> Result<()> {
     model.visit_linears_mut(&mut |slot| {
         let here = name.filter(|name| slot.adapter(name).is_some());
         slot.activate(here)
-    })
+    })?;
+    set_trainable(model, params, false, |other| Some(other) != name)?;
+    set_trainable(model, params, true, |own| Some(own) == name)
 }
 
-/// Takes the adapter `name` away, and its parameters out of `params`. Where it was active, none is.
+/// Freezes or releases every parameter of the adapters whose names are `chosen`.
+pub(crate) fn set_trainable(
+    model: &dyn Linears,
+    params: &Params,
+    trainable: bool,
+    chosen: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let mut prefixes = Vec::new();
+    model.visit_linears(&mut |slot| {
+        prefixes.extend(slot.names().filter(|name| chosen(name)).map(|name| prefix(slot.path(), name)));
+        Ok(())
+    })?;
+    params.set_trainable_where(trainable, |param, _| prefixes.iter().any(|prefix| param.starts_with(prefix)));
+    Ok(())
+}
+
+/// What the names of an adapter's parameters in one layer start with.
+fn prefix(path: &str, adapter: &str) -> String {
+    format!("{path}.{adapter}.")
+}
+
+/// Takes the adapter `name` away, and its parameters out of `params`. Where it was active, none is:
+/// the others stay frozen until one of them is activated.
 ///
 /// # Errors
 /// If no layer has an adapter of this name, or one is merged.
@@ -46,7 +76,7 @@ pub fn remove(model: &mut dyn Linears, name: &str, params: &Params) -> Result<()
     check_unmerged(model)?;
     model.visit_linears_mut(&mut |slot| {
         if slot.remove(name)?.is_some() {
-            let prefix = format!("{}.{name}.", slot.path());
+            let prefix = prefix(slot.path(), name);
             for (param, _) in params.all().into_iter().filter(|(param, _)| param.starts_with(&prefix)) {
                 params.remove(&param);
             }

@@ -119,8 +119,9 @@ impl Slot {
     /// Adds an adapter and makes it the active one.
     ///
     /// # Errors
-    /// If the slot has an adapter of this name, or is merged.
+    /// If the name cannot be one, the slot has an adapter of this name, or is merged.
     pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
+        check_adapter_name(name)?;
         self.check_unmerged()?;
         if self.adapters.contains_key(name) {
             return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
@@ -184,42 +185,47 @@ impl Slot {
     /// # Errors
     /// If the method has no such layer, the base is trained itself, or a weight would not be finite.
     pub fn merged_layer(&self) -> Result<Option<Linear>> {
-        let Some((name, adapter)) = self.active() else { return Ok(None) };
         if let Some(merged) = &self.merged {
             return Ok(Some(merged.clone()));
         }
-        let (weight, key) = (self.base.weight(), format!("{}.weight", self.path));
-        if weight.track_op() {
+        let weight = self.merged_weight(self.base.weight())?;
+        Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
+    }
+
+    /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the mean of the
+    /// active adapter, in the dtype and on the device of `weight`.
+    ///
+    /// # Errors
+    /// As [`Self::merged_layer`].
+    pub(crate) fn merged_weight(&self, weight: &Tensor) -> Result<Option<Tensor>> {
+        let Some((name, adapter)) = self.active() else { return Ok(None) };
+        let key = format!("{}.weight", self.path);
+        if self.base.weight().track_op() {
             return Err(Error::tensor(key, "it is trained itself: only a frozen base can be merged"));
         }
         let Some(delta) = adapter.delta()? else {
             let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
             return Err(Error::tensor(key, reason));
         };
-        let delta = delta.detach();
+        let delta = delta.detach().to_device(weight.device())?;
         let sum = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
         // Zero, unless an element is infinite or no number.
         let finite = (&sum * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
         if finite != 0.0 {
             return Err(Error::tensor(key, format!("merged with {name:?} it would not be finite")));
         }
-        Ok(Some(Linear::new(sum, self.base.bias().cloned())))
+        Ok(Some(sum))
     }
 
-    /// Puts the layer of [`Self::merged_layer`] in place, or (None) forgets it: every pass then
-    /// computes with it, and posterior draws are no more.
+    /// Puts the layer of [`Self::merged_layer`] in place, or (None) forgets it. A merged layer
+    /// computes the mean alone.
     pub(crate) fn set_merged(&mut self, merged: Option<Linear>) {
         self.merged = merged;
     }
 
-    /// The linear layer that this slot is, where no adapter has to be computed: the base without
-    /// one, or the merged one.
+    /// The linear layer that this slot is under every pass: its base, where no adapter is active.
     pub fn as_linear(&self) -> Option<&Linear> {
-        match (&self.merged, &self.active) {
-            (Some(merged), _) => Some(merged),
-            (None, None) => Some(&self.base),
-            (None, Some(_)) => None,
-        }
+        self.active.is_none().then_some(&self.base)
     }
 
     /// The name and the adapter that is active.
@@ -235,15 +241,35 @@ impl Slot {
     /// - output: `(.., out_dim)`
     ///
     /// # Errors
-    /// If shapes or dtypes do not fit.
+    /// If shapes or dtypes do not fit, or the slot is merged and the pass is not the mean: a merged
+    /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
     pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        match (self.as_linear(), self.active()) {
-            (None, Some((_, adapter))) => adapter.forward(xs, &self.base, pass),
-            (plain, _) => {
-                let layer = plain.unwrap_or(&self.base);
-                ops::linear(xs, layer.weight(), layer.bias())
+        let layer = match (&self.merged, self.active()) {
+            (Some(_), _) if *pass != Pass::Mean => {
+                let reason = format!("{} is merged and knows its mean alone: unmerge it first", self.path);
+                return Err(Error::config("pass", format!("{pass:?}: {reason}")).into());
             }
+            (Some(merged), _) => merged,
+            (None, Some((_, adapter))) => return adapter.forward(xs, &self.base, pass),
+            (None, None) => &self.base,
+        };
+        ops::linear(xs, layer.weight(), layer.bias())
+    }
+}
+
+/// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a
+/// folder of the name.
+///
+/// # Errors
+/// If it is empty, or holds a dot or a slash.
+pub(crate) fn check_adapter_name(name: &str) -> Result<()> {
+    match name.is_empty() || name.contains(['.', '/', '\\']) {
+        true => {
+            let reason =
+                format!("an adapter cannot be called {name:?}: give a name without dots and slashes");
+            Err(Error::config("adapter", reason))
         }
+        false => Ok(()),
     }
 }
 

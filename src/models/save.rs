@@ -1,13 +1,13 @@
-//! A whole Hugging Face model folder of a model with its adapters merged in.
+//! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::View;
 use serde_json::{json, Value};
@@ -21,31 +21,36 @@ use crate::slot::Linears;
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// What a folder may hold beside its weights.
-const COMPANIONS: [&str; 10] = [
+/// What a folder may hold beside its configuration and its weights.
+const COMPANIONS: [&str; 12] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// Writes the folder `dir`: the checkpoint `source` with each adapted layer replaced by what its
-/// base and its active adapter's mean amount to, the heads of `params` as they were trained,
-/// `config` (the source's own where None), and the tokenizer's files.
+/// weight and its active adapter's mean amount to, the weights of `params` that were trained
+/// themselves ([`Role::Base`], [`Role::Head`]) in place of the checkpoint's, `config` (the source's
+/// own where None), and the tokenizer's files.
 ///
-/// Tensors keep their dtype and go from the mapped source to the disk one after the other: no
-/// second copy of the model is held. Names get the prefix of the model's body where the source
-/// lacks it. Shards hold at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]) each, or one tensor. The
-/// folder appears when all of it is written.
+/// An adapter is added to the weight as the checkpoint has it, whatever dtype the model was loaded
+/// in. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
+/// after the other: no second copy of the model is held. Names get the prefix of the model's body
+/// where the source lacks it. Shards hold at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]) each, or one
+/// tensor. The folder appears when all of it is written.
 ///
 /// # Errors
-/// If `dir` exists and is not an empty folder, a layer cannot be merged or has no tensor in the
+/// If no adapter is active and no weight was trained, `dir` exists and is not an empty folder, a
+/// tokenizer's file cannot be had, a layer cannot be merged or has no tensor of its shape in the
 /// source, a merged weight would not be finite, or a file cannot be written.
 pub fn save_merged(
     model: &dyn Linears,
@@ -65,7 +70,8 @@ pub fn save_merged(
 
     let (mapped, failure) = (source.map_weights()?, Failure::default());
     let entries = plan(model, params, &mapped, &failure)?;
-    write_shards(&entries, &partial, max_shard_bytes, &failure)?;
+    // First what the hub may fail to give, then gigabytes.
+    copy_companions(source, &partial)?;
     let path = partial.join("config.json");
     match config {
         Some(config) => {
@@ -75,16 +81,42 @@ pub fn save_merged(
         }
         None => copy(source.config_path(), &path)?,
     }
-    for name in COMPANIONS {
-        if let Some(file) = source.file(name)? {
-            copy(&file, &partial.join(name))?;
-        }
-    }
+    write_shards(&entries, &partial, max_shard_bytes, &failure)?;
     if dir.is_dir() {
         fs::remove_dir(dir).map_err(Error::io(dir))?;
     }
     fs::rename(&partial, dir).map_err(Error::io(dir))?;
     std::mem::forget(remove);
+    Ok(())
+}
+
+/// Copies the files that make a checkpoint's folder usable beside its configuration and weights (the
+/// tokenizer's, the generation settings) into the folder `dir`, those that `files` has. Where there
+/// is no tokenizer among them, a warning says so: a local folder may have been made without one, and
+/// offline a hub's cache may lack it.
+///
+/// # Errors
+/// If the hub fails to give one, half of a byte-pair tokenizer is missing, or a file cannot be read
+/// or written; the error names it.
+pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
+    let mut copied = Vec::new();
+    for name in COMPANIONS {
+        if let Some(file) = files.file(name)? {
+            copy(&file, &dir.join(name))?;
+            copied.push(name);
+        }
+    }
+    let has = |name| copied.contains(&name);
+    match ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"].into_iter().any(has) {
+        true => {}
+        false if has("vocab.json") != has("merges.txt") => {
+            let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
+            let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
+            return Err(Error::format(files.config_path().with_file_name(lacking), reason));
+        }
+        false if has("vocab.json") => {}
+        false => tracing::warn!("{}: there is no tokenizer.json beside it", files.config_path().display()),
+    }
     Ok(())
 }
 
@@ -102,11 +134,17 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     files::write(to, &bytes)
 }
 
-/// One tensor of the folder: as it is in the source, merged when it is written, or trained.
+/// One tensor of the folder: as it is in the source, or made when it is written.
 enum Entry<'a> {
     Source(TensorView<'a>),
-    Merged { model: &'a dyn Linears, path: String, like: TensorView<'a>, failure: &'a Failure },
-    Trained(Tensor),
+    Made { make: Box<dyn Fn() -> Result<Tensor> + 'a>, dtype: DType, shape: Vec<usize>, failure: &'a Failure },
+}
+
+impl<'a> Entry<'a> {
+    fn trained(tensor: Tensor, dtype: DType, failure: &'a Failure) -> Self {
+        let shape = tensor.dims().to_vec();
+        Self::Made { make: Box::new(move || Ok(tensor.clone())), dtype, shape, failure }
+    }
 }
 
 /// The first error of a tensor that is made while it is written: a view cannot return one.
@@ -115,24 +153,23 @@ type Failure = Mutex<Option<Error>>;
 impl View for &Entry<'_> {
     fn dtype(&self) -> Dtype {
         match self {
-            Entry::Source(view) | Entry::Merged { like: view, .. } => view.dtype(),
-            Entry::Trained(tensor) => View::dtype(tensor),
+            Entry::Source(view) => view.dtype(),
+            Entry::Made { dtype, .. } => (*dtype).into(),
         }
     }
 
     fn shape(&self) -> &[usize] {
         match self {
-            Entry::Source(view) | Entry::Merged { like: view, .. } => view.shape(),
-            Entry::Trained(tensor) => tensor.dims(),
+            Entry::Source(view) => view.shape(),
+            Entry::Made { shape, .. } => shape,
         }
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
         match self {
             Entry::Source(view) => Cow::Borrowed(view.data()),
-            Entry::Trained(tensor) => View::data(tensor),
-            Entry::Merged { model, path, like, failure } => match merged_bytes(*model, path, like) {
-                Ok(bytes) => Cow::Owned(bytes),
+            Entry::Made { make, dtype, failure, .. } => match make().and_then(|t| Ok(t.to_dtype(*dtype)?)) {
+                Ok(tensor) => Cow::Owned(View::data(&tensor).into_owned()),
                 Err(error) => {
                     failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     Cow::Owned(vec![0; self.data_len()])
@@ -143,28 +180,28 @@ impl View for &Entry<'_> {
 
     fn data_len(&self) -> usize {
         match self {
-            Entry::Source(view) | Entry::Merged { like: view, .. } => view.data().len(),
-            Entry::Trained(tensor) => View::data_len(tensor),
+            Entry::Source(view) => view.data().len(),
+            Entry::Made { dtype, shape, .. } => shape.iter().product::<usize>() * dtype.size_in_bytes(),
         }
     }
 }
 
-/// The merged weight of the layer at `path`, in the source's dtype.
-fn merged_bytes(model: &dyn Linears, path: &str, like: &TensorView) -> Result<Vec<u8>> {
-    let mut bytes = None;
+/// The weight of the layer at `path` as the source has it, with its adapter.
+fn merged(model: &dyn Linears, path: &str, source: &TensorView) -> Result<Tensor> {
+    let mut merged = None;
     model.visit_linears(&mut |slot| {
-        if let Some(layer) = (slot.path() == path).then(|| slot.merged_layer()).transpose()?.flatten() {
-            let weight = layer.weight().to_dtype(DType::try_from(like.dtype())?)?;
-            bytes = Some(View::data(&weight).into_owned());
+        if slot.path() == path {
+            merged = slot.merged_weight(&tensor(source)?)?;
         }
         Ok(())
     })?;
-    let weight = format!("{path}.weight");
-    match bytes {
-        Some(bytes) if bytes.len() == like.data().len() => Ok(bytes),
-        Some(_) => Err(Error::tensor(weight, format!("the checkpoint has shape {:?}", like.shape()))),
-        None => Err(Error::tensor(weight, "its adapter went away")),
-    }
+    merged.ok_or_else(|| Error::tensor(format!("{path}.weight"), "its adapter went away"))
+}
+
+/// A copy of a tensor of the source.
+fn tensor(view: &TensorView) -> Result<Tensor> {
+    let dtype = DType::try_from(view.dtype())?;
+    Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?)
 }
 
 /// What is written under which name.
@@ -174,40 +211,62 @@ fn plan<'a>(
     source: &'a MmapedSafetensors,
     failure: &'a Failure,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (mut body, mut adapted) = (String::new(), BTreeSet::new());
+    let (mut body, mut adapted) = (String::new(), BTreeMap::new());
     model.visit_linears(&mut |slot| {
         body = slot.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
         if slot.active().is_some() {
-            adapted.insert(slot.path().to_string());
+            adapted.insert(slot.path().to_string(), slot.base().weight().dims().to_vec());
         }
         Ok(())
     })?;
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
-    let heads: Vec<(String, Tensor)> = params
-        .all()
-        .into_iter()
-        .filter(|(_, param)| param.role == Role::Head)
-        .map(|(name, param)| (name, param.var.as_detached_tensor()))
-        .collect();
+    let whole = |name: String| if bare { format!("{body}{name}") } else { name };
+    let (mut trained, mut has_head) = (BTreeMap::new(), false);
+    for (name, param) in params.all() {
+        // A bare checkpoint trains under its own names.
+        let name = match param.role {
+            Role::Base => whole(name),
+            Role::Head => {
+                has_head = true;
+                name
+            }
+            _ => continue,
+        };
+        trained.insert(name, param.var.as_detached_tensor());
+    }
+    if adapted.is_empty() && trained.is_empty() {
+        let reason = "no layer has an active one and no weight was trained: this would copy the checkpoint";
+        return Err(Error::config("adapter", reason));
+    }
     let mut entries = BTreeMap::new();
     for (name, view) in views {
-        let name = if bare { format!("{body}{name}") } else { name };
+        let name = whole(name);
         // A trained head replaces whatever head the checkpoint came with.
-        if !heads.is_empty() && !name.starts_with(&body) {
+        if has_head && !name.starts_with(&body) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();
-        let entry = match adapted.remove(&path) {
-            true => Entry::Merged { model, path, like: view, failure },
-            false => Entry::Source(view),
+        let entry = match (adapted.remove(&path), trained.remove(&name)) {
+            (Some(shape), _) if shape == view.shape() => {
+                let dtype = DType::try_from(view.dtype())?;
+                Entry::Made { make: Box::new(move || merged(model, &path, &view)), dtype, shape, failure }
+            }
+            (None, Some(tensor)) if tensor.dims() == view.shape() => {
+                Entry::trained(tensor, DType::try_from(view.dtype())?, failure)
+            }
+            (None, None) => Entry::Source(view),
+            _ => return Err(Error::tensor(name, format!("the checkpoint has shape {:?}", view.shape()))),
         };
         entries.insert(name, entry);
     }
-    if let Some(path) = adapted.first() {
+    if let Some(path) = adapted.keys().next() {
         return Err(Error::tensor(format!("{path}.weight"), "the checkpoint has no such tensor"));
     }
-    entries.extend(heads.into_iter().map(|(name, tensor)| (name, Entry::Trained(tensor))));
+    entries.extend(trained.into_iter().map(|(name, tensor)| {
+        let dtype = tensor.dtype();
+        (name, Entry::trained(tensor, dtype, failure))
+    }));
     Ok(entries)
 }
 

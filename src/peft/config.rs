@@ -173,30 +173,30 @@ impl PeftConfig {
 
     /// Checks the values, or says which is outside its domain.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
-        let ranks = self.rank_pattern.iter().map(|(_, rank)| *rank).chain([self.r]);
-        if ranks.into_iter().any(|rank| rank == 0) {
+        if self.r == 0 {
             return Err("r: a rank of 0 is no adapter".into());
         }
-        let mut alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha).chain([self.lora_alpha]);
-        if let Some(alpha) = alphas.find(|alpha| !(*alpha > 0.0 && alpha.is_finite())) {
-            return Err(format!("lora_alpha: expected a positive number, got {alpha}"));
+        if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
+            return Err(format!("rank_pattern: {pattern:?}: a rank of 0 is no adapter"));
+        }
+        positive("lora_alpha", self.lora_alpha)?;
+        for (pattern, alpha) in &self.alpha_pattern {
+            positive(&format!("alpha_pattern: {pattern:?}"), *alpha)?;
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(format!("lora_dropout: expected 0 <= p < 1, got {}", self.lora_dropout));
         }
         if let Some(fields) = &self.monteclora_config {
-            let positive = |v: f64| v > 0.0 && v.is_finite();
             if fields.num_samples == 0 {
                 return Err("monteclora_config.num_samples: expected at least 1, got 0".into());
             }
-            if !positive(fields.dirichlet_prior) {
-                let got = fields.dirichlet_prior;
+            positive("monteclora_config.dirichlet_prior", fields.dirichlet_prior)?;
+            positive("monteclora_config.sample_scaler", fields.sample_scaler)?;
+            let weight = fields.kl_loss_weight;
+            if !(weight >= 0.0 && weight.is_finite()) {
                 return Err(format!(
-                    "monteclora_config.dirichlet_prior: expected a positive number, got {got}"
+                    "monteclora_config.kl_loss_weight: expected zero or a positive number, got {weight}"
                 ));
-            }
-            if !fields.sample_scaler.is_finite() || !fields.kl_loss_weight.is_finite() {
-                return Err("monteclora_config: sample_scaler or kl_loss_weight is not finite".into());
             }
         }
         Ok(())
@@ -228,6 +228,13 @@ impl PeftConfig {
             loftq_config: Map::new(),
         };
         Ok(serde_json::to_string_pretty(&file)? + "\n")
+    }
+}
+
+fn positive(field: &str, value: f64) -> std::result::Result<(), String> {
+    match value > 0.0 && value.is_finite() {
+        true => Ok(()),
+        false => Err(format!("{field}: expected a positive number, got {value}")),
     }
 }
 

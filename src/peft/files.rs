@@ -63,6 +63,7 @@ impl AdapterFile {
         });
         file.map_err(|error| match error {
             Error::Tensor { name, reason } => Error::format(&weights, format!("tensor {name}: {reason}")),
+            Error::Config { option, reason } if option == OWN_FILE => Error::format(&own, reason),
             Error::Config { option, reason } => Error::format(&path, format!("{option}: {reason}")),
             format @ Error::Format { .. } => format,
             other => Error::format(&weights, other.to_string()),
@@ -119,8 +120,12 @@ impl AdapterFile {
     }
 
     /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give
-    /// equal bytes. Each file is written beside its place and then renamed, so a crash leaves the
-    /// old file or the new one.
+    /// equal bytes.
+    ///
+    /// All files are written beside their places first. Then the configuration that lay here goes,
+    /// the others take their places, and the new configuration comes last: a crash in between leaves
+    /// a folder without a configuration, which every reader refuses, and never one adapter's
+    /// tensors under another's settings.
     ///
     /// # Errors
     /// Before anything is written, those of [`Self::check`] and [`Self::for_profile`]; then
@@ -129,25 +134,22 @@ impl AdapterFile {
         self.check()?;
         let file = self.for_profile(profile)?;
         file.check()?;
-        let text =
-            file.config.to_text().map_err(|e| Error::config("adapter configuration", e.to_string()))?;
+        let text = |error: serde_json::Error| Error::config("adapter configuration", error.to_string());
+        let config = file.config.to_text().map_err(text)?;
+        let beyond = file.monteclora.as_ref().map(serde_json::to_string_pretty).transpose().map_err(text)?;
         let bytes = file.to_bytes()?;
         let dir = dir.as_ref();
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let weights = Pending::write(dir.join(WEIGHTS_FILE), &bytes)?;
-        let config = Pending::write(dir.join(CONFIG_FILE), text.as_bytes())?;
-        let own = dir.join(OWN_FILE);
-        match &file.monteclora {
-            Some(beyond) => {
-                let text = serde_json::to_string_pretty(beyond);
-                let text = text.map_err(|e| Error::config("adapter configuration", e.to_string()))? + "\n";
-                Pending::write(own, text.as_bytes())?.commit()?;
-            }
-            // One of another adapter that lay here before.
-            None if own.exists() => fs::remove_file(&own).map_err(Error::io(&own))?,
-            None => {}
-        }
+        let own = beyond.map(|text| Pending::write(dir.join(OWN_FILE), (text + "\n").as_bytes()));
+        let (own, weights) = (own.transpose()?, Pending::write(dir.join(WEIGHTS_FILE), &bytes)?);
+        let config = Pending::write(dir.join(CONFIG_FILE), config.as_bytes())?;
+        remove(&dir.join(CONFIG_FILE))?;
         weights.commit()?;
+        match own {
+            Some(own) => own.commit()?,
+            // One of another adapter that lay here before.
+            None => remove(&dir.join(OWN_FILE))?,
+        }
         config.commit()
     }
 
@@ -164,6 +166,14 @@ impl AdapterFile {
         let named = named.into_iter().map(single).collect::<Result<BTreeMap<_, _>>>()?;
         safetensors::serialize(named, Some(files::metadata()))
             .map_err(|e| Error::config("weights", e.to_string()))
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
+        _ => Ok(()),
     }
 }
 

@@ -2,12 +2,13 @@
 //! `adapter_model.safetensors`. PEFT's names live here and nowhere else.
 //!
 //! [`AdapterFile`] is such an adapter in memory, apart from any model: what is read has been
-//! checked whole, and what is written is deterministic and replaces the old files at once.
+//! checked whole, and what is written is deterministic and never mixes with what lay there before.
 
 mod config;
 mod files;
 mod keys;
 mod model;
+mod profile;
 mod targets;
 
 use std::collections::BTreeMap;
@@ -21,18 +22,7 @@ pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
 pub use files::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 use keys::Part;
 pub use model::{Method, Origin};
-
-/// Who an adapter is written for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Profile {
-    /// PEFT from version 0.20 on: everything that training needs to go on.
-    #[default]
-    PeftMonteCLoRA,
-    /// Servers (vLLM, llama.cpp, mistral.rs) and any version of PEFT: the mean's A and B alone,
-    /// with the scale `lora_alpha / r` for every layer (some servers know no other).
-    Serving,
-}
+pub use profile::Profile;
 
 /// An adapter as it lies on disk.
 #[derive(Debug, Clone)]
@@ -112,12 +102,16 @@ impl LayerTensors {
 impl AdapterFile {
     /// Checks the tensors against the configuration: that each layer is a target, that ranks and
     /// the number of components agree, that every value is finite, and that the saved modules are
-    /// those that the configuration lists.
+    /// those that the configuration lists; and this crate's own settings.
     ///
     /// # Errors
     /// [`Error::Tensor`] naming the tensor as it is called on disk, or [`Error::Config`].
     pub fn check(&self) -> Result<()> {
         self.config.check().map_err(|reason| Error::config("adapter configuration", reason))?;
+        if let (Some(own), Method::MonteCLoRA(used)) = (&self.monteclora, self.method()) {
+            let valid = own.validate().and_then(|()| used.validate());
+            valid.map_err(|error| Error::config(OWN_FILE, error.to_string()))?;
+        }
         if self.layers.is_empty() {
             return Err(Error::config("adapter", "it adapts no layer"));
         }
@@ -185,46 +179,6 @@ impl AdapterFile {
         }
         Ok(())
     }
-
-    /// This adapter as `profile` has it: for [`Profile::Serving`] without the sampler, and with
-    /// the layers' scales folded into one `lora_alpha` where they agree, and into B where they do
-    /// not.
-    ///
-    /// # Errors
-    /// For [`Profile::Serving`], if there are saved modules: servers refuse adapters with a task
-    /// head, and without it the adapter answers another question.
-    pub fn for_profile(&self, profile: Profile) -> Result<Self> {
-        if profile == Profile::PeftMonteCLoRA {
-            return Ok(self.clone());
-        }
-        if let Some(name) = self.saved_modules.keys().next() {
-            let reason =
-                format!("serving adapters hold A and B alone, and this one has a task head too ({name})");
-            return Err(Error::config("profile", reason));
-        }
-        let mut file = self.clone();
-        let config = &mut file.config;
-        (config.monteclora_config, config.modules_to_save, file.monteclora) = (None, None, None);
-        if config.use_rslora || !config.alpha_pattern.is_empty() {
-            // The alpha that gives a layer's present scale as alpha / r.
-            let alpha =
-                |path: &str| Ok::<_, Error>(self.config.scale_of(path)? * self.config.rank_of(path)? as f64);
-            let alphas = self.layers.keys().map(|path| alpha(path)).collect::<Result<Vec<_>>>()?;
-            let common = alphas.first().copied().unwrap_or(config.lora_alpha);
-            let agree = alphas.iter().all(|alpha| (alpha - common).abs() <= 1e-9 * common.abs());
-            if agree {
-                config.lora_alpha = common;
-            } else {
-                for (layer, alpha) in file.layers.values_mut().zip(alphas) {
-                    layer.b = (&layer.b * (alpha / config.lora_alpha))?;
-                }
-            }
-            config.use_rslora = false;
-            config.alpha_pattern.clear();
-        }
-        file.layers.values_mut().for_each(|layer| layer.sampler = None);
-        Ok(file)
-    }
 }
 
 /// Checks that every value of `tensor` is finite.
@@ -240,3 +194,5 @@ fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
 mod model_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod write_tests;

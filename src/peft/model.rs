@@ -10,7 +10,9 @@ use super::keys::Part;
 use super::{AdapterFile, LayerTensors, SamplerTensors};
 use crate::adapters::{Lora, LoraConfig, LowRank};
 use crate::error::{Error, Result};
+use crate::inject::{self, Target};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::named::{self, check_unmerged};
 use crate::params::{Params, Role};
 use crate::slot::{Adapter, Linears, Slot};
 
@@ -132,43 +134,73 @@ impl AdapterFile {
     }
 
     /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and
-    /// its saved modules over the head's parameters of the same names. It becomes the active one.
+    /// its saved modules over the head's parameters of the same names. It becomes the active one:
+    /// other layers let go of an adapter of another name, whose parameters are frozen.
+    ///
+    /// All adapters of a model share its task head. A file whose head differs from the one in use is
+    /// refused where the model has another adapter, which would answer through a strange head.
+    /// (Difference: PEFT keeps a head for each adapter.)
     ///
     /// # Errors
     /// If a layer of the file is not in the model or does not fit it, a layer that the
-    /// configuration names has no tensors, the name is taken, a saved module has no parameter
-    /// of its name and shape, or a parameter of the task head is not in the file. The model is changed only when all of that holds.
+    /// configuration names has no tensors, the name is taken, a layer is merged, a saved module has
+    /// no parameter of its name and shape, a parameter of the task head is not in the file, or it is
+    /// another head than that of the model's other adapters. On an error nothing has changed.
     pub fn apply(&self, model: &mut dyn Linears, adapter: &str, params: &Params) -> Result<()> {
+        check_unmerged(model)?;
         self.check()?;
         self.check_model(model, adapter, params)?;
-        let method = self.method();
-        model.visit_linears_mut(&mut |slot| {
-            let path = slot.path().to_string();
-            let Some(layer) = self.layers.get(&path) else { return Ok(()) };
-            let (rank, alpha) = (self.config.rank_of(&path)?, self.config.alpha_of(&path)?);
-            let (dims, name) = (slot.dims()?, format!("{path}.{adapter}"));
-            let made: Box<dyn Adapter> = match &method {
-                Method::Lora(config) => Box::new(Lora::new(
-                    params,
-                    &path,
-                    adapter,
-                    dims,
-                    &LoraConfig { rank, alpha, ..config.clone() },
-                )?),
-                Method::MonteCLoRA(config) => {
-                    let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
-                    Box::new(MonteCLoRA::new(params, &path, adapter, dims, &config)?)
-                }
-            };
-            params.set(&format!("{name}.a"), &layer.a)?;
-            params.set(&format!("{name}.b"), &layer.b)?;
-            if let Some(sampler) = &layer.sampler {
-                params.set(&format!("{name}.std_prior"), &sampler.std_prior)?;
-                params.set(&format!("{name}.expert_weights_prior"), &sampler.expert_weights_prior)?;
+        let method = match self.method() {
+            Method::MonteCLoRA(config) => {
+                Method::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
             }
-            slot.add(adapter, made)
-        })?;
-        self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor))
+            lora => lora,
+        };
+        let target = |path: &String| {
+            let (rank, alpha) = (self.config.rank_of(path)?, self.config.alpha_of(path)?);
+            Ok(Target { path: path.clone(), rank, alpha })
+        };
+        let targets = self.layers.keys().map(target).collect::<Result<Vec<_>>>()?;
+        let heads = self.saved_modules.keys().filter_map(|name| Some((name.clone(), params.get(name)?.var)));
+        let before = heads.map(|(name, var)| Ok((name, var.as_detached_tensor().copy()?)));
+        let before = before.collect::<Result<BTreeMap<_, _>>>()?;
+        let head = self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor));
+        let done = head.and_then(|()| {
+            inject::inject(model, adapter, &targets, params, &mut |slot, target| {
+                self.layer(&method, slot, target, adapter, params)
+            })
+        });
+        done.or_else(|error| params.restore(&before).and(Err(error)))
+    }
+
+    /// The adapter of one layer, with the file's values.
+    fn layer(
+        &self,
+        method: &Method,
+        slot: &Slot,
+        target: &Target,
+        adapter: &str,
+        params: &Params,
+    ) -> Result<Box<dyn Adapter>> {
+        let (path, dims, rank, alpha) = (slot.path(), slot.dims()?, target.rank, target.alpha);
+        let made: Box<dyn Adapter> = match method {
+            Method::Lora(config) => {
+                let config = LoraConfig { rank, alpha, ..config.clone() };
+                Box::new(Lora::new(params, path, adapter, dims, &config)?)
+            }
+            Method::MonteCLoRA(config) => {
+                let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
+                Box::new(MonteCLoRA::new(params, path, adapter, dims, &config)?)
+            }
+        };
+        let (name, layer) = (format!("{path}.{adapter}"), &self.layers[path]);
+        params.set(&format!("{name}.a"), &layer.a)?;
+        params.set(&format!("{name}.b"), &layer.b)?;
+        if let Some(sampler) = &layer.sampler {
+            params.set(&format!("{name}.std_prior"), &sampler.std_prior)?;
+            params.set(&format!("{name}.expert_weights_prior"), &sampler.expert_weights_prior)?;
+        }
+        Ok(made)
     }
 
     /// Checks that every layer and every saved module has its place, and every place is free.
@@ -195,12 +227,19 @@ impl AdapterFile {
             let available = available.into_iter().collect::<Vec<_>>().join(", ");
             return Err(Error::NoTarget { targets: path.clone(), available });
         }
+        let others = named::names(model)?.into_iter().find(|other| other != adapter);
         for (name, tensor) in &self.saved_modules {
             let Some(param) = params.get(name) else {
                 return Err(Error::tensor(name, "the model has no trainable parameter of this name"));
             };
             if param.var.dims() != tensor.dims() {
                 let reason = format!("expected shape {:?}, got {:?}", param.var.dims(), tensor.dims());
+                return Err(Error::tensor(name, reason));
+            }
+            if let Some(other) = others.as_ref().filter(|_| !same(param.var.as_tensor(), tensor)) {
+                let reason = format!(
+                    "it differs from the head in use, which adapter {other:?} shares: give each its own model"
+                );
                 return Err(Error::tensor(name, reason));
             }
         }
@@ -289,6 +328,15 @@ fn take(path: &str, adapter: &dyn Adapter, method: &Method) -> Result<(f64, Laye
         },
     };
     Ok((pair.scale(), LayerTensors { a: single(pair.a())?, b: single(pair.b())?, sampler }))
+}
+
+/// Whether `held` has the values that `file` has once the store holds them.
+fn same(held: &Tensor, file: &Tensor) -> bool {
+    let values = |tensor: &Tensor| {
+        let tensor = tensor.detach().to_device(&Device::Cpu)?.to_dtype(held.dtype())?;
+        tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()
+    };
+    matches!((values(held), values(file)), (Ok(held), Ok(file)) if held == file)
 }
 
 /// A copy in single precision on the host.

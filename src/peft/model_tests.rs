@@ -154,7 +154,7 @@ fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
     let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message.contains(OWN_FILE) && message.contains("malformed"), "{message}");
     (file.saved_modules, file.config.modules_to_save) = (BTreeMap::new(), None);
-    file.write(dir.path(), Profile::Serving)?;
+    file.write(dir.path(), Profile::Serving { fold_rslora: false })?;
     assert!(!dir.path().join(OWN_FILE).exists());
     assert!(matches!(AdapterFile::read(dir.path())?.method(), Method::Lora(_)));
     Ok(())
@@ -184,7 +184,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
 #[test]
 fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     type Spoil = fn(&mut AdapterFile);
-    let cases: [(&str, Spoil); 8] = [
+    let cases: [(&str, Spoil); 9] = [
         ("enc.layer.9.self.query", |f| {
             let layer = f.layers[PATHS[0]].clone();
             f.layers.insert("enc.layer.9.self.query".into(), layer);
@@ -209,8 +209,15 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
         ("classifier.weight: it is missing from the file", |f| {
             (f.config.modules_to_save, f.saved_modules) = (None, Default::default());
         }),
-        ("lora_alpha: expected a positive number, got 0", |f| {
+        ("1.self.query\": expected a positive number, got 0", |f| {
             f.config.alpha_pattern.push((PATHS[1].into(), 0.0));
+        }),
+        ("1.self.query.lora_A.weight: rank 6 is above min(in_dim, out_dim) = 5", |f| {
+            f.config.rank_pattern.push((PATHS[1].into(), 6));
+            let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+            let sampler = SamplerTensors::new(ones(&[6]), ones(&[2])).unwrap();
+            let layer = LayerTensors { a: ones(&[6, 6]), b: ones(&[5, 6]), sampler: Some(sampler) };
+            f.layers.insert(PATHS[1].into(), layer);
         }),
     ];
     for (words, spoil) in cases {
@@ -227,4 +234,53 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     let message = load(&file(&toy, &paper())?, &mut toy, "default").unwrap_err().to_string();
     assert!(message.contains("has an adapter \"default\" already"), "{message}");
     Ok(())
+}
+
+/// What a failed [`AdapterFile::apply`] must not change.
+fn state(toy: &Toy) -> Result<(Vec<String>, Vec<f32>, Vec<Option<String>>)> {
+    let names = toy.params.all().into_iter().map(|(name, _)| name).collect();
+    let head = toy.params.get("classifier.weight").unwrap().var.flatten_all()?.to_vec1()?;
+    let active = toy.slots.iter().map(|slot| slot.active().map(|(name, _)| name.to_string())).collect();
+    Ok((names, head, active))
+}
+
+#[test]
+fn a_failure_on_the_way_takes_everything_back() -> Result<()> {
+    let file = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
+    // The second layer's B is taken when the first layer is done and its own A is made.
+    let mut toy = Toy::new(1)?;
+    let taken = format!("{}.default.b", PATHS[1]);
+    toy.params.create(&taken, Role::B, 1, &crate::params::Init::Constant(0.0))?;
+    let before = state(&toy)?;
+    let message = load(&file, &mut toy, "default").unwrap_err().to_string();
+    assert!(message.contains(&taken), "{message}");
+    assert_eq!(state(&toy)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_merged_model_takes_no_file() -> Result<()> {
+    let written = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
+    let mut toy = Toy::adapted([0, 0, 3], &paper())?;
+    crate::merge::merge(&mut toy)?;
+    let before = state(&toy)?;
+    let message = load(&written, &mut toy, "second").unwrap_err().to_string();
+    assert!(message.contains(PATHS[2]) && message.contains("unmerge it first"), "{message}");
+    assert_eq!(state(&toy)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_second_adapter_cannot_bring_another_head() -> Result<()> {
+    let mut toy = Toy::adapted([3, 3, 0], &paper())?;
+    let mut second = file(&toy, &paper())?;
+    load(&second, &mut toy, "same")?;
+    let head = (&second.saved_modules["classifier.weight"] + 1.0)?;
+    second.saved_modules.insert("classifier.weight".into(), head);
+    let before = state(&toy)?;
+    let message = load(&second, &mut toy, "second").unwrap_err().to_string();
+    assert!(message.contains("classifier.weight: it differs from the head in use"), "{message}");
+    assert_eq!(state(&toy)?, before);
+    // The only adapter brings its own.
+    load(&second, &mut Toy::new(1)?, "second")
 }

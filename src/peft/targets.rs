@@ -24,6 +24,8 @@ impl PeftConfig {
             return Ok(false);
         }
         match (&self.layers_to_transform, targets) {
+            // A whole path says itself which block it means.
+            (_, Targets::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
             (Some(indices), Targets::Names(_)) if !indices.as_slice().is_empty() => {
                 let index = self.block_index(path)?;
                 Ok(index.is_some_and(|index| indices.as_slice().contains(&index)))
@@ -71,13 +73,14 @@ impl PeftConfig {
     /// The number of the block that `path` lies in.
     fn block_index(&self, path: &str) -> Result<Option<usize>> {
         let lists = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        let any = [r".*?\.[^.]*\.(\d+)\.".to_string()];
-        let named: Vec<String> = lists.iter().map(|list| format!(r"(?:^|.*?\.){list}\.(\d+)\.")).collect();
+        let any = [r".*?\.[^.]*\.(?<idx>\d+)\.".to_string()];
+        let named: Vec<String> =
+            lists.iter().map(|list| format!(r"(?:^|.*?\.){list}\.(?<idx>\d+)\.")).collect();
         for pattern in if named.is_empty() { &any[..] } else { &named } {
             let regex = compile(&format!("^(?:{pattern})"), "layers_pattern")?;
             let captures =
                 regex.captures(path).map_err(|e| Error::config("layers_pattern", e.to_string()))?;
-            if let Some(index) = captures.and_then(|c| c.get(1)?.as_str().parse().ok()) {
+            if let Some(index) = captures.and_then(|c| c.name("idx")?.as_str().parse().ok()) {
                 return Ok(Some(index));
             }
         }
@@ -161,11 +164,15 @@ mod tests {
             (json!([1, 2]), json!(null), false),
             (json!([3]), json!("layer"), true),
             (json!([3]), json!(["h", "layers"]), false),
+            (json!([3]), json!("(layer|h)"), true),
+            (json!([1]), json!("(layer|h)"), false),
             (json!([]), json!(null), true),
         ] {
             let config = json!({"target_modules": ["query"], "layers_to_transform": layers, "layers_pattern": pattern});
             assert_eq!(is_target(config.clone(), QUERY), chosen, "{config}");
         }
+        // PEFT 0.21: check_target_module_exists asks no index of a whole path.
+        assert!(is_target(json!({"target_modules": [QUERY], "layers_to_transform": [1]}), QUERY));
     }
 
     #[test]

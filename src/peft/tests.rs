@@ -7,12 +7,12 @@ use serde_json::{json, Value};
 
 use super::*;
 
-const Q: &str = "roberta.encoder.layer.0.attention.self.query";
-const V: &str = "roberta.encoder.layer.0.attention.self.value";
+pub(super) const Q: &str = "roberta.encoder.layer.0.attention.self.query";
+pub(super) const V: &str = "roberta.encoder.layer.0.attention.self.value";
 const PRE: &str = "base_model.model.";
 
 /// A tensor in general position, different for each `start`.
-fn filled(shape: &[usize], start: f32) -> Tensor {
+pub(super) fn filled(shape: &[usize], start: f32) -> Tensor {
     let count = shape.iter().product::<usize>() as f32;
     Tensor::arange(0f32, count, &Device::Cpu)
         .unwrap()
@@ -23,7 +23,7 @@ fn filled(shape: &[usize], start: f32) -> Tensor {
 }
 
 /// Two layers of ranks 3 and 2 with samplers of four components, and a head.
-fn adapter() -> AdapterFile {
+pub(super) fn adapter() -> AdapterFile {
     let layer = |rank: usize, start: f32| LayerTensors {
         a: filled(&[rank, 6], start),
         b: filled(&[5, rank], -start),
@@ -49,7 +49,7 @@ fn adapter() -> AdapterFile {
     }
 }
 
-fn values(tensor: &Tensor) -> Vec<f32> {
+pub(super) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -178,39 +178,6 @@ fn the_configuration_has_what_its_readers_ask_for() {
 }
 
 #[test]
-fn serving_holds_a_and_b_alone_at_one_scale() -> Result<()> {
-    let dir = tempfile::tempdir().unwrap();
-    let mut file = adapter();
-    let message = file.write(dir.path(), Profile::Serving).unwrap_err().to_string();
-    assert!(message.contains("classifier.dense.weight"), "{message}");
-    (file.saved_modules, file.config.modules_to_save, file.config.use_rslora) = (BTreeMap::new(), None, true);
-    let delta = |file: &AdapterFile, path: &str| -> Result<Vec<f32>> {
-        let layer = &file.layers[path];
-        Ok(values(&(layer.b.matmul(&layer.a)? * file.config.scale_of(path)?)?))
-    };
-    // One rank: the scale goes into alpha. Two ranks, and so two scales: into B.
-    for one_rank in [true, false] {
-        if one_rank {
-            file.layers.remove(V);
-        } else {
-            file.layers = adapter().layers;
-        }
-        file.write(dir.path(), Profile::Serving)?;
-        let read = AdapterFile::read(dir.path())?;
-        assert!(!read.config.use_rslora && read.config.monteclora_config.is_none());
-        assert!(read.layers.values().all(|layer| layer.sampler.is_none()));
-        assert_eq!(values(&read.layers[Q].b) == values(&file.layers[Q].b), one_rank);
-        for path in file.layers.keys() {
-            let pairs = delta(&file, path)?.into_iter().zip(delta(&read, path)?);
-            assert!(pairs.into_iter().all(|(x, y)| (x - y).abs() <= 1e-5 * x.abs()), "{path}");
-        }
-        let text = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
-        assert!(!text.contains("monteclora") && text.contains(r#""use_rslora": false"#), "{text}");
-    }
-    Ok(())
-}
-
-#[test]
 fn half_precision_becomes_single_and_other_dtypes_are_refused() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         let mut files = Files::new();
@@ -264,9 +231,14 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ("r", json!(1.5), "invalid type"),
         ("lora_alpha", json!("x"), "invalid type"),
         ("lora_alpha", json!(0), "lora_alpha: expected a positive number, got 0"),
-        ("alpha_pattern", json!({"query": -2.0}), "lora_alpha: expected a positive number, got -2"),
+        (
+            "alpha_pattern",
+            json!({"query": -2.0}),
+            "alpha_pattern: \"query\": expected a positive number, got -2",
+        ),
         ("lora_dropout", json!(1.0), "lora_dropout"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern"),
+        ("rank_pattern", json!({"value": 0}), "rank_pattern: \"value\": a rank of 0"),
         ("rank_pattern", json!([1]), "object of patterns"),
         ("target_modules", json!("("), "target_modules"),
         ("target_modules", json!(["key"]), "query.lora_A.weight: target_modules does not name"),
@@ -275,6 +247,16 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ("monteclora_config", json!({"num_samples": 0}), "num_samples"),
         ("monteclora_config", json!({"num_samples": 4, "sparse": true}), "unknown field `sparse`"),
         ("monteclora_config", json!({"num_samples": 4, "dirichlet_prior": -1}), "dirichlet_prior"),
+        (
+            "monteclora_config",
+            json!({"num_samples": 4, "sample_scaler": 0}),
+            "sample_scaler: expected a positive",
+        ),
+        (
+            "monteclora_config",
+            json!({"num_samples": 4, "kl_loss_weight": -1}),
+            "kl_loss_weight: expected zero or",
+        ),
     ] {
         let mut files = Files::new();
         files.config[key] = value.clone();

@@ -9,8 +9,9 @@ use monteclora::inject::{self, Select, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops;
 use monteclora::params::{Params, Role};
+use monteclora::peft::{self, AdapterFile};
 use monteclora::slot::Linears;
-use monteclora::train::check_gradients;
+use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 fn frozen(family: Family) -> Outcome<(RobertaForSequenceClassification, Params)> {
@@ -63,11 +64,16 @@ fn targets_follow_the_rules_of_peft() -> Outcome {
     let exclude =
         Targets { exclude: Some(Select::parse("intermediate.dense,output.dense")?), ..names("all-linear")? };
     assert_eq!(paths(&exclude, Family::Roberta)?, paths(&names("query,key,value")?, Family::Roberta)?);
-    for pattern in [None, Some("layer".to_string())] {
+    for pattern in [None, Some("layer".to_string()), Some("(layer|h)".to_string())] {
         let layers =
             Targets { layers_to_transform: Some(vec![1]), layers_pattern: pattern, ..names("query")? };
         assert_eq!(paths(&layers, Family::Roberta)?, query[1..]);
     }
+    // PEFT 0.21: check_target_module_exists asks no index of a whole path.
+    let exact = names(&format!("{},key", query[0]))?;
+    let layers = Targets { layers_to_transform: Some(vec![1]), ..exact };
+    let key = "roberta.encoder.layer.1.attention.self.key".to_string();
+    assert_eq!(paths(&layers, Family::Roberta)?, [query[0].clone(), key]);
     Ok(())
 }
 
@@ -83,6 +89,12 @@ fn a_target_that_matches_nothing_lists_the_names_there_are() -> Outcome {
     assert!(error(&layers).contains("no layer matches layer 9 of layers_to_transform"));
     let pattern = Targets { rank_pattern: BTreeMap::from([("q_proj".into(), 2)]), ..Targets::default() };
     assert!(error(&pattern).contains("rank_pattern") && error(&pattern).contains("q_proj"));
+    let pattern = Targets { alpha_pattern: BTreeMap::from([("up_proj".into(), 2.0)]), ..Targets::default() };
+    assert!(error(&pattern).contains("alpha_pattern") && error(&pattern).contains("up_proj"));
+    let exclude = |exclude| Targets { exclude: Some(exclude), ..Targets::default() };
+    assert!(error(&exclude(Select::parse("query,o_proj")?)).contains("no layer matches o_proj"));
+    assert!(error(&exclude(Select::Regex("(query".into()))).contains("(query"));
+    assert!(error(&exclude(Select::ModelDefault)).contains("no layer matches Targets"));
     assert!(Targets::parse("query,,key").unwrap_err().to_string().contains("empty name"));
     Ok(())
 }
@@ -185,6 +197,51 @@ fn post_hoc_training_freezes_a_and_b() -> Outcome {
     }
     assert_eq!(params.trainable_count(), 6 * (3 + 3));
     assert!(params.trainable().iter().all(|(name, _)| name.ends_with("_prior")));
+    Ok(())
+}
+
+#[test]
+fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
+    for use_rslora in [false, true] {
+        let (mut model, mut params) = frozen(Family::Roberta)?;
+        let targets = Targets { rank_pattern: BTreeMap::from([("key".into(), 5)]), ..Targets::default() };
+        let (trained, config) = (LoraConfig { use_rslora, ..lora() }, bayes());
+        inject::lora(&mut model, &targets, &trained, &params)?;
+        scatter(&params)?;
+        if use_rslora {
+            // As it is read from a file, on a model of its own.
+            let method = peft::Method::Lora(trained);
+            let file = AdapterFile::from_model(&model, "default", &params, &method, &Default::default())?;
+            (model, params) = frozen(Family::Roberta)?;
+            file.apply(&mut model, "default", &params)?;
+        }
+        let before = logits(&model, &Pass::Mean)?;
+        let config = MonteCLoRAConfig { sample_scaler: 0.3, ..config };
+        let layers = inject::posthoc(&mut model, "around", &config, &params)?;
+        assert_eq!((layers.len(), layers[1].rank, layers[2].rank), (6, 5, 3));
+        assert_eq!(logits(&model, &Pass::Mean)?.to_vec2::<f32>()?, before.to_vec2::<f32>()?);
+        assert!(assert_differs(&logits(&model, &Pass::Posterior { draw: 0 })?, &before)?);
+
+        let kept = params.snapshot()?;
+        let pass = Pass::Train { draw: 0 };
+        let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
+        let task = ops::cross_entropy(&logits(&model, &pass)?, &labels, -100)?;
+        let loss = (task + Regularizer::new(&config).for_model(&model, &pass)?.total)?;
+        AdamW::new(&params, AdamWConfig::default())?.backward_step(&loss)?;
+        let bits = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        for (name, param) in params.all() {
+            let moved = bits(param.var.as_tensor())? != bits(&kept[&name])?;
+            assert_eq!(moved, name.contains(".around.") && name.ends_with("_prior"), "{name}");
+        }
+        let error = inject::posthoc(&mut model, "again", &config, &params).unwrap_err().to_string();
+        assert!(
+            error.contains("\"around\" of roberta.encoder.layer.0.attention.self.query is no LoRA"),
+            "{error}"
+        );
+        let (mut model, params) = frozen(Family::Roberta)?;
+        let error = inject::posthoc(&mut model, "around", &config, &params).unwrap_err().to_string();
+        assert!(error.contains("no layer has an active LoRA adapter"), "{error}");
+    }
     Ok(())
 }
 

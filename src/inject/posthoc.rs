@@ -1,0 +1,69 @@
+//! Post-hoc MonteCLoRA: a LoRA adapter that was trained before gets a posterior around it.
+
+use std::collections::BTreeMap;
+
+use super::{inject, with_share, Target};
+use crate::adapters::{low_rank, Lora};
+use crate::error::{Error, Result};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::named;
+use crate::params::{Params, Role};
+use crate::slot::Linears;
+
+/// Turns the active LoRA adapter, trained here or read from a file, into a MonteCLoRA adapter named
+/// `name` with its A, B, ranks and scales (`config` says the rest), and freezes all but rho and c of
+/// it: A, B, a task head and the base stay what they were. Returns the layers.
+///
+/// At the mean the model computes what it computed before. The LoRA adapter stays beside the new one,
+/// switched off; [`named::remove`] takes it away. [`named::activate`] releases A and B again: call it
+/// before, not after.
+///
+/// # Errors
+/// If no layer has an active adapter, one is not LoRA, `config` does not fit, or a layer has an
+/// adapter of this name or is merged. On an error nothing has changed.
+pub fn posthoc(
+    model: &mut dyn Linears,
+    name: &str,
+    config: &MonteCLoRAConfig,
+    params: &Params,
+) -> Result<Vec<Target>> {
+    let (mut targets, mut pairs) = (Vec::new(), BTreeMap::new());
+    model.visit_linears(&mut |slot| {
+        let (path, Some((active, adapter))) = (slot.path(), slot.active()) else { return Ok(()) };
+        let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
+            let reason = format!("{active:?} of {path} is no LoRA adapter");
+            return Err(Error::config("adapter", reason));
+        };
+        let pair = lora.low_rank();
+        let rank = pair.a().dim(0)?;
+        let alpha = alpha(pair.scale(), rank, config.use_rslora);
+        targets.push(Target { path: path.to_string(), rank, alpha });
+        pairs.insert(path.to_string(), (pair.a().detach(), pair.b().detach()));
+        Ok(())
+    })?;
+    if targets.is_empty() {
+        return Err(Error::config("adapter", "no layer has an active LoRA adapter"));
+    }
+    let config = with_share(model, config, targets.len())?;
+    inject(model, name, &targets, params, &mut |slot, target| {
+        let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+        let made = MonteCLoRA::new(params, slot.path(), name, slot.dims()?, &config)?;
+        let (a, b) = &pairs[&target.path];
+        params.set(&format!("{}.a", made.name()), a)?;
+        params.set(&format!("{}.b", made.name()), b)?;
+        Ok(Box::new(made))
+    })?;
+    params.set_trainable_where(false, |_, _| true);
+    named::set_trainable(model, params, true, |own| own == name)?;
+    for role in [Role::A, Role::B] {
+        params.set_trainable(role, false);
+    }
+    Ok(targets)
+}
+
+/// The alpha whose scale is `scale` to the last bit: a quotient times its divisor may be a bit off.
+fn alpha(scale: f64, rank: usize, use_rslora: bool) -> f64 {
+    let near = scale / low_rank::scaling(rank, 1.0, use_rslora);
+    let exact = |alpha: &f64| low_rank::scaling(rank, *alpha, use_rslora) == scale;
+    [near, near.next_up(), near.next_down()].into_iter().find(exact).unwrap_or(near)
+}
