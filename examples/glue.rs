@@ -99,7 +99,8 @@ fn tune(
     let device = common::device(&args.device)?;
     let files = ModelFiles::locate(model, None)?;
     let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
-    let encoder = TextEncoder::new(common::tokenizer(&files)?, args.max_length, config.max_length())?;
+    let tokenizer = common::tokenizer(&files, config.vocab_size())?;
+    let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
 
     let noise = Noise::new(args.train.seed);
@@ -118,7 +119,9 @@ fn tune(
     let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 })?;
     let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
-    let mut watch = Watch { classifier: &classifier, dev: &dev, metric: task.primary_metric(), bar, log };
+    let metric = task.primary_metric();
+    let keep = out.map(|dir| (model, dir));
+    let mut watch = Watch { classifier: &classifier, dev: &dev, metric, bar, log, keep };
     let summary = train::fit(&objective, &classifier.params, &config, &mut watch)?;
     watch.bar.finish_and_clear();
 
@@ -162,6 +165,8 @@ struct Watch<'a> {
     metric: &'static str,
     bar: ProgressBar,
     log: Option<Log>,
+    /// The base model's name, and where what was trained is kept.
+    keep: Option<(&'a str, &'a Path)>,
 }
 
 impl Observer for Watch<'_> {
@@ -173,6 +178,10 @@ impl Observer for Watch<'_> {
         self.bar.inc(1);
         self.bar.set_message(format!("loss {:.3}", record.loss));
         self.log.as_mut().map_or(Ok(()), |log| log.write(record))
+    }
+
+    fn kept(&mut self, _step: usize) -> monteclora::Result<()> {
+        self.keep.map_or(Ok(()), |(model, dir)| self.classifier.save(model, dir))
     }
 
     fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {

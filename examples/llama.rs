@@ -31,8 +31,8 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::params::Role;
-use monteclora::peft::{AdapterFile, Origin, Profile};
-use monteclora::train::{self, held_out_loss, CausalTuning, Method, Observer, Record, Summary};
+use monteclora::peft::{self, AdapterFile, Origin, Profile};
+use monteclora::train::{self, held_out_loss, CausalTuning, Observer, Record, Summary};
 use monteclora::{files, Noise, Params, Pass};
 use serde_json::{json, Value};
 
@@ -160,7 +160,8 @@ fn run() -> Outcome {
     let config = LlamaConfig::from_file(files.config_path())?;
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let longest = config.decoder.max_position_embeddings;
-    let encoder = PromptEncoder::new(common::tokenizer(&files)?, length, longest, eos, args.learn_prompt)?;
+    let tokenizer = common::tokenizer(&files, config.decoder.vocab_size)?;
+    let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     println!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
@@ -282,28 +283,30 @@ impl Setup {
         }
         if let Some(dir) = out {
             files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
-            self.save(&model, &params, &start.method(), dir)?;
+            keep()?;
+            if args.merged || adapter.is_none() {
+                save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
+            }
         }
         Ok(metrics)
     }
 
-    /// What was trained: the adapter, the whole model, or both.
-    fn save(&self, model: &LlamaForCausalLM, params: &Params, method: &Method, dir: &Path) -> Outcome {
-        let adapter = method.adapter();
-        if let Some(adapter) = &adapter {
-            let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
-            let origin = Origin { base_model: base, task, ..Origin::default() };
-            let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &origin)?;
-            let profile = match self.args.serving {
-                true => Profile::Serving { fold_rslora: self.args.fold_rslora },
-                false => Profile::PeftMonteCLoRA,
-            };
-            file.write(dir.join("adapter"), profile)?;
-        }
-        if self.args.merged || adapter.is_none() {
-            save_merged(model, params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
-        }
-        Ok(())
+    /// Writes the adapter as it is.
+    fn save_adapter(
+        &self,
+        model: &LlamaForCausalLM,
+        params: &Params,
+        adapter: &peft::Method,
+        dir: &Path,
+    ) -> monteclora::Result<()> {
+        let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+        let origin = Origin { base_model: base, task, ..Origin::default() };
+        let profile = match self.args.serving {
+            true => Profile::Serving { fold_rslora: self.args.fold_rslora },
+            false => Profile::PeftMonteCLoRA,
+        };
+        AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &origin)?
+            .write(dir.join("adapter"), profile)
     }
 
     /// The continuation of the prompt.
@@ -329,6 +332,8 @@ struct Watch<'a> {
     held_out: &'a [Tokens],
     bar: ProgressBar,
     log: Option<Log>,
+    /// Writes what is the best so far.
+    keep: &'a dyn Fn() -> monteclora::Result<()>,
 }
 
 impl Observer for Watch<'_> {
@@ -340,6 +345,10 @@ impl Observer for Watch<'_> {
         self.bar.inc(1);
         self.bar.set_message(format!("loss {:.3}", record.loss));
         self.log.as_mut().map_or(Ok(()), |log| log.write(record))
+    }
+
+    fn kept(&mut self, _step: usize) -> monteclora::Result<()> {
+        (self.keep)()
     }
 
     fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {

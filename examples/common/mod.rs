@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
+use monteclora::data::encode::check_vocabulary;
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use tokenizers::Tokenizer;
@@ -100,12 +101,14 @@ pub fn asset(name: &str) -> Outcome<String> {
     }
 }
 
-/// The tokenizer of a model.
-pub fn tokenizer(files: &ModelFiles) -> Outcome<Tokenizer> {
+/// The tokenizer of a model with a vocabulary of this size.
+pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
     let folder = files.config_path().parent().unwrap_or(Path::new("."));
     let path =
         files.tokenizer_path().ok_or_else(|| format!("{}: there is no tokenizer.json", folder.display()))?;
-    Ok(Tokenizer::from_file(path).map_err(|e| format!("{}: {e}", path.display()))?)
+    let tokenizer = Tokenizer::from_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    check_vocabulary(&tokenizer, vocab_size)?;
+    Ok(tokenizer)
 }
 
 /// A task's rows from the hub.

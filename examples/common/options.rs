@@ -54,12 +54,16 @@ pub struct MethodOptions {
     /// count, not those above.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
+    /// Put a posterior on the LoRA of --adapter: A and B stay, only the posterior is trained.
+    #[arg(long, requires = "adapter")]
+    pub post_hoc: bool,
 }
 
 impl MethodOptions {
     /// The names of the methods to run, one after the other.
     pub fn names(&self) -> Outcome<Vec<String>> {
         let of_file = match &self.adapter {
+            Some(_) if self.post_hoc => Some("monteclora"),
             Some(dir) => Some(Method::from(AdapterFile::read(dir)?.method()).name()),
             None => None,
         };
@@ -76,6 +80,9 @@ impl MethodOptions {
     /// What the method of this name starts from.
     pub fn start(&self, name: &str) -> Outcome<Start> {
         Ok(match &self.adapter {
+            Some(dir) if self.post_hoc => {
+                Start::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
+            }
             Some(dir) => Start::Adapter(Box::new(AdapterFile::read(dir)?)),
             None => Start::Fresh(self.method(name)?, self.targets()?),
         })
@@ -93,29 +100,32 @@ impl MethodOptions {
         match name {
             "full" => Ok(Method::Full),
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
-            "monteclora" => {
-                let preset = match self.preset.as_str() {
-                    "paper" => MonteCLoRAConfig::paper(),
-                    "paper-literal" => MonteCLoRAConfig::paper_literal(),
-                    "peft" => MonteCLoRAConfig::peft(),
-                    other => {
-                        let expected = "expected paper, paper-literal or peft";
-                        return Err(format!("--preset: {expected}, got {other}").into());
-                    }
-                };
-                Ok(Method::MonteCLoRA(MonteCLoRAConfig {
-                    rank,
-                    alpha,
-                    dropout,
-                    use_rslora,
-                    num_components: self.num_components.unwrap_or(preset.num_components),
-                    sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
-                    kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
-                    ..preset
-                }))
-            }
+            "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
             other => Err(format!("--method: expected monteclora, lora or full, got {other}").into()),
         }
+    }
+
+    /// MonteCLoRA's constants.
+    fn monteclora(&self) -> Outcome<MonteCLoRAConfig> {
+        let preset = match self.preset.as_str() {
+            "paper" => MonteCLoRAConfig::paper(),
+            "paper-literal" => MonteCLoRAConfig::paper_literal(),
+            "peft" => MonteCLoRAConfig::peft(),
+            other => {
+                let expected = "expected paper, paper-literal or peft";
+                return Err(format!("--preset: {expected}, got {other}").into());
+            }
+        };
+        Ok(MonteCLoRAConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.adapter_dropout,
+            use_rslora: self.rslora,
+            num_components: self.num_components.unwrap_or(preset.num_components),
+            sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
+            kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
+            ..preset
+        })
     }
 }
 

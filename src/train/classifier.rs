@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::inject;
 use crate::models::hub::ModelFiles;
+use crate::models::save::copy_companions;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::monteclora::Regularizer;
 use crate::noise::Noise;
@@ -114,8 +115,7 @@ impl Classifier {
         let config = serde_json::to_string_pretty(&self.config.to_json());
         let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
         files::write(&path, config.as_bytes())?;
-        // MERGE: copy_companions(&self.files, dir)?; the tokenizer, beside the weights
-        Ok(())
+        copy_companions(&self.files, dir)
     }
 
     /// Whether the outputs are scores rather than classes.

@@ -4,9 +4,13 @@ use crate::adapters::LoraConfig;
 use crate::error::Result;
 use crate::inject::{self, Targets};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer};
+use crate::named;
 use crate::params::Params;
 use crate::peft::{self, AdapterFile};
 use crate::slot::Linears;
+
+/// What a LoRA adapter is called until the posterior stands on it.
+const TRAINED: &str = "trained";
 
 /// How a model is fine-tuned.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +62,9 @@ pub enum Start {
     Fresh(Method, Targets),
     /// An adapter that was trained before, here or by PEFT.
     Adapter(Box<AdapterFile>),
+    /// A LoRA adapter that was trained before, with a posterior put on it: A and B stay, rho and c are
+    /// trained. Rank and scale are the adapter's own, whatever the configuration says.
+    PostHoc(Box<AdapterFile>, MonteCLoRAConfig),
 }
 
 impl Start {
@@ -66,6 +73,12 @@ impl Start {
         match self {
             Self::Fresh(method, _) => method.clone(),
             Self::Adapter(file) => Method::from(file.method()),
+            Self::PostHoc(file, config) => Method::MonteCLoRA(match file.method() {
+                peft::Method::Lora(LoraConfig { rank, alpha, use_rslora, .. }) => {
+                    MonteCLoRAConfig { rank, alpha, use_rslora, ..config.clone() }
+                }
+                peft::Method::MonteCLoRA(_) => config.clone(),
+            }),
         }
     }
 
@@ -84,6 +97,12 @@ impl Start {
                 inject::monteclora(model, targets, config, params)?;
             }
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
+            Self::PostHoc(file, _) => {
+                file.apply(model, TRAINED, params)?;
+                let Method::MonteCLoRA(config) = self.method() else { return Ok(None) };
+                inject::posthoc(model, inject::DEFAULT_ADAPTER, &config, params)?;
+                named::remove(model, TRAINED, params)?;
+            }
         }
         Ok(match self.method() {
             Method::MonteCLoRA(config) => Some(Regularizer::new(&config)),

@@ -4,12 +4,14 @@ use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};
-use monteclora::inject::Targets;
+use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::LlamaConfig;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops;
+use monteclora::params::Role;
+use monteclora::peft::{AdapterFile, Origin};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise, Pass};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
 use crate::finetune::Log;
 use crate::llama::{frozen, toy_config};
@@ -58,6 +60,47 @@ fn both_methods_lower_the_loss_of_text_they_never_saw() -> Outcome {
         let (again, _, same) = train(&method, 10, &config)?;
         assert_eq!((log.0, after), (again.0, same), "{}", method.name());
     }
+    Ok(())
+}
+
+#[test]
+fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
+    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let (mut model, params) = frozen(&toy, DType::F32)?;
+    let [lora, _] = methods();
+    Start::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
+    scatter(&params)?;
+    let adapter = lora.adapter().ok_or("an adapter")?;
+    let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &Origin::default())?;
+    let logits = |model: &LlamaForCausalLM, pass: &Pass| -> Outcome<Tensor> {
+        let ids = Tensor::new(&[[1u32, 41, 3, 4, 5]], &Device::Cpu)?;
+        Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, pass)?.detach())
+    };
+    let expected = logits(&model, &Pass::Mean)?;
+
+    // Rank, alpha and scale are the adapter's, not the configuration's.
+    let config = MonteCLoRAConfig { rank: 2, alpha: 1.0, sample_scaler: 0.1, ..Default::default() };
+    let start = Start::PostHoc(Box::new(file), config);
+    let Method::MonteCLoRA(config) = start.method() else { return Err("MonteCLoRA".into()) };
+    assert_eq!((config.rank, config.alpha, config.sample_scaler), (4, 8.0, 0.1));
+    let (mut model, params) = frozen(&toy, DType::F32)?;
+    let regularizer = start.inject(&mut model, &params)?;
+    assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::Scale | Role::Concentration)));
+    let rho = |params: &Params| -> Outcome<f32> {
+        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::Scale);
+        let sums = all.map(|(_, p)| Ok(p.var.as_tensor().abs()?.sum_all()?.to_scalar::<f32>()?));
+        Ok(sums.collect::<Outcome<Vec<_>>>()?.iter().sum())
+    };
+    let before = rho(&params)?;
+    let (seen, batcher) = (rows(24), Batcher::new(8, false, Noise::new(3))?);
+    let objective = CausalTuning { model: &model, regularizer, rows: &seen, batcher, pad_id: 0 };
+    let config = TrainConfig { epochs: 2, keep_best: false, ..TrainConfig::default() };
+    fit(&objective, &params, &config, &mut Log::default())?;
+    assert_ne!(rho(&params)?, before);
+    let mean = logits(&model, &Pass::Mean)?;
+    assert_eq!(mean.flatten_all()?.to_vec1::<f32>()?, expected.flatten_all()?.to_vec1::<f32>()?);
+    let draw = logits(&model, &Pass::Posterior { draw: 0 })?;
+    assert!((draw - mean)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
     Ok(())
 }
 
