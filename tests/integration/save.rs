@@ -1,11 +1,9 @@
 //! Whole model folders: adapters merged in, or weights that were trained themselves.
 
-use std::collections::HashMap;
-
 use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use monteclora::data::batch::Batch;
 use monteclora::inject::{self, Targets};
 use monteclora::merge::merge;
