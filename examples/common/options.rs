@@ -180,6 +180,7 @@ impl TrainOptions {
             accumulation: self.accumulation,
             eval_every: self.eval_every,
             keep_best: !self.keep_last,
+            ..TrainConfig::default()
         })
     }
 
