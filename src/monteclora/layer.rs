@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
@@ -16,7 +16,7 @@ use super::held::held;
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use super::posterior::{Posterior, PosteriorDraw};
 use crate::adapters::LowRank;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::params::{Params, Role};
 use crate::slot::{Adapter, Pass};
 
@@ -104,7 +104,7 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn noise(&self, pass: &Pass) -> candle_core::Result<Option<DrawNoise>> {
-        pass.posterior_draw().map(|draw| self.buffer.get(draw)).transpose()
+        pass.posterior_draw()?.map(|draw| self.buffer.get(draw)).transpose()
     }
 
     /// The draw that `pass` addresses; none at the mean.
@@ -121,27 +121,11 @@ impl MonteCLoRA {
     /// If candle fails.
     pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
         let draw = |draw| self.pair.a() + self.posterior.perturbation(&self.buffer.get(draw)?)?;
-        Ok(match (pass, pass.posterior_draw()) {
+        Ok(match (pass, pass.posterior_draw()?) {
             (_, None) => Cow::Borrowed(self.pair.a()),
             (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),
             (_, Some(at)) => Cow::Owned(draw(at)?),
         })
-    }
-
-    /// Checks that every parameter is finite. It copies them to the host.
-    ///
-    /// # Errors
-    /// If one holds NaN or infinity; the error names the tensor.
-    pub fn check_finite(&self) -> Result<()> {
-        let names = ["a", "b", "std_prior", "expert_weights_prior"];
-        for (suffix, (_, tensor)) in names.iter().zip(self.parameters()) {
-            let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-            if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-                let reason = format!("element {index} is {}", values[index]);
-                return Err(Error::tensor(format!("{}.{suffix}", self.name), reason));
-            }
-        }
-        Ok(())
     }
 }
 

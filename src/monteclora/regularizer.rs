@@ -79,14 +79,14 @@ impl Regularizer {
     /// # Errors
     /// As [`Self::for_model`].
     pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
-        let draws = match (self.mode, pass.posterior_draw()) {
-            (Mode::Expected, _) => None,
-            (Mode::Sampled, Some(draw)) => {
+        let draws = match self.mode {
+            Mode::Expected => None,
+            Mode::Sampled => {
+                let Some(draw) = pass.posterior_draw()? else {
+                    return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+                };
                 let small = |p: &Posterior| p.spec().small(p.streams(), draw);
-                Some(posteriors.iter().map(small).collect::<Vec<_>>())
-            }
-            (Mode::Sampled, None) => {
-                return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+                Some(posteriors.iter().map(small).collect::<candle_core::Result<Vec<_>>>()?)
             }
         };
         self.at(posteriors, draws)
