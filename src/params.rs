@@ -15,6 +15,7 @@ use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
+use crate::ops::place;
 
 /// What a parameter is to its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -126,23 +127,50 @@ impl Params {
         if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
             return Err(Error::tensor(name, format!("initial value {bad} is not finite ({init:?})")));
         }
-        self.insert(name, role, &Tensor::from_vec(values, shape, &self.device)?)
+        self.insert(name, role, &Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     /// A new parameter with given values, copied and cast to the store's dtype and device.
     ///
     /// # Errors
-    /// If the name is taken.
+    /// If the name is taken, or a value is not finite in that dtype.
     pub fn insert(&self, name: &str, role: Role, values: &Tensor) -> Result<Tensor> {
+        // Detached: of a variable, `Var::from_tensor` would be that variable and no copy.
+        let var = Var::from_tensor(&self.finite(name, values)?.detach())?;
+        let tensor = var.as_tensor().clone();
         let mut entries = self.lock();
         if entries.contains_key(name) {
             return Err(Error::tensor(name, "a parameter of this name exists already"));
         }
-        let values = values.to_device(&self.device)?.to_dtype(self.dtype)?;
-        let var = Var::from_tensor(&values)?;
-        let tensor = var.as_tensor().clone();
         entries.insert(name.to_string(), Param { var, role, trainable: true });
         Ok(tensor)
+    }
+
+    /// `values` in the store's dtype and on its device, where every one of them is finite.
+    fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
+        let values = place(values, self.dtype, &self.device)?;
+        match zero_if_finite(&values)?.to_scalar::<f32>()? == 0.0 {
+            true => Ok(values),
+            false => Err(Error::tensor(name, NOT_FINITE)),
+        }
+    }
+
+    /// Checks every parameter: one small copy from the device, where none is at fault.
+    ///
+    /// # Errors
+    /// If one holds NaN or infinity; the error names the first of them.
+    pub fn check_finite(&self) -> Result<()> {
+        let (names, zeros): (Vec<_>, Vec<_>) =
+            self.all().into_iter().map(|(name, p)| (name, zero_if_finite(p.var.as_tensor()))).unzip();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let zeros = zeros.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+        let zeros = Tensor::stack(&zeros, 0)?.to_vec1::<f32>()?;
+        match names.into_iter().zip(zeros).find(|(_, zero)| *zero != 0.0) {
+            Some((name, _)) => Err(Error::tensor(name, NOT_FINITE)),
+            None => Ok(()),
+        }
     }
 
     /// The parameter `name`, if there is one.
@@ -186,8 +214,15 @@ impl Params {
     /// Overwrites the values of the parameter `name` in place: every layer sees them.
     ///
     /// # Errors
-    /// If there is no such parameter, or the shapes differ.
+    /// If there is no such parameter, the shapes differ, or a value is not finite in the store's
+    /// dtype; the parameter then keeps its values.
     pub fn set(&self, name: &str, values: &Tensor) -> Result<()> {
+        let (var, values) = self.fitting(name, values)?;
+        Ok(var.set(&values)?)
+    }
+
+    /// The variable `name` and what [`Self::set`] writes into it.
+    fn fitting(&self, name: &str, values: &Tensor) -> Result<(Var, Tensor)> {
         let Some(param) = self.get(name) else {
             return Err(Error::tensor(name, "there is no parameter of this name"));
         };
@@ -197,7 +232,7 @@ impl Params {
                 format!("expected shape {:?}, got {:?}", param.var.shape(), values.shape()),
             ));
         }
-        Ok(param.var.set(&values.to_device(&self.device)?.to_dtype(self.dtype)?)?)
+        Ok((param.var, self.finite(name, values)?))
     }
 
     /// A copy of every parameter's present values, for [`Self::restore`].
@@ -211,9 +246,11 @@ impl Params {
     /// Puts back the values of a [`Self::snapshot`].
     ///
     /// # Errors
-    /// If a name is unknown or a shape differs.
+    /// If a name is unknown, a shape differs or a value is not finite: nothing is written then.
     pub fn restore(&self, snapshot: &BTreeMap<String, Tensor>) -> Result<()> {
-        snapshot.iter().try_for_each(|(name, values)| self.set(name, values))
+        let fitting: Vec<_> =
+            snapshot.iter().map(|(name, values)| self.fitting(name, values)).collect::<Result<_>>()?;
+        fitting.iter().try_for_each(|(var, values)| Ok(var.set(values)?))
     }
 
     /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given
@@ -227,6 +264,13 @@ impl Params {
         let backend = Trainable { params: self.clone(), source, role };
         VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
     }
+}
+
+const NOT_FINITE: &str = "it holds NaN or infinity";
+
+/// A scalar: zero, unless an element is infinite or no number.
+fn zero_if_finite(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    (tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F32)
 }
 
 /// The store behind a `VarBuilder`.
@@ -335,6 +379,60 @@ mod tests {
         assert_eq!(held.to_vec1::<f32>()?, [1.0, 1.0]);
         let error = params.set("x", &Tensor::new(&[1f32], &Device::Cpu)?).unwrap_err();
         assert!(error.to_string().contains("expected shape [2]"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn inserted_values_are_a_copy_also_of_a_variable() -> Result<()> {
+        let params = store();
+        let one = params.insert("one", Role::Base, &Tensor::new(&[1f32, 2.0], &Device::Cpu)?)?;
+        let two = params.insert("two", Role::Base, &one)?;
+        let own = Var::new(&[5f32, 6.0], &Device::Cpu)?;
+        let three = params.insert("three", Role::Base, &own)?;
+        params.set("one", &Tensor::new(&[3f32, 4.0], &Device::Cpu)?)?;
+        own.set(&Tensor::new(&[7f32, 8.0], &Device::Cpu)?)?;
+        assert_eq!(one.to_vec1::<f32>()?, [3.0, 4.0]);
+        assert_eq!(two.to_vec1::<f32>()?, [1.0, 2.0]);
+        assert_eq!(three.to_vec1::<f32>()?, [5.0, 6.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_snapshot_is_restored_whole_or_not_at_all() -> Result<()> {
+        let params = store();
+        let held = params.create("a", Role::A, 2, &Init::Constant(1.0))?;
+        params.create("b", Role::B, 2, &Init::Constant(1.0))?;
+        let good = Tensor::new(&[3f32, 4.0], &Device::Cpu)?;
+        for (name, bad, reason) in [
+            ("b", Tensor::new(&[1f32], &Device::Cpu)?, "tensor b: expected shape [2], got [1]"),
+            ("b", Tensor::new(&[0f32, f32::NAN], &Device::Cpu)?, "tensor b: it holds NaN"),
+            ("c", good.clone(), "tensor c: there is no parameter of this name"),
+        ] {
+            let snapshot = BTreeMap::from([("a".to_string(), good.clone()), (name.to_string(), bad)]);
+            let error = params.restore(&snapshot).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+            assert_eq!(held.to_vec1::<f32>()?, [1.0, 1.0]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bad_names_and_values_are_errors_that_say_so() -> Result<()> {
+        let params = store();
+        let error = params.set("none", &Tensor::new(&[1f32], &Device::Cpu)?).unwrap_err().to_string();
+        assert!(error.contains("tensor none: there is no parameter of this name"), "{error}");
+        for init in [Init::Constant(f64::NAN), Init::Normal(f64::INFINITY), Init::LogUniform(-2.0, -1.0)] {
+            let error = params.create("x", Role::A, 2, &init).unwrap_err().to_string();
+            assert!(error.contains("tensor x: initial value") && error.contains("not finite"), "{error}");
+        }
+        assert!(params.all().is_empty());
+        // Values of another dtype are cast.
+        params.create("x", Role::A, 2, &Init::Constant(0.0))?;
+        params.set("x", &Tensor::new(&[1u32, 2], &Device::Cpu)?)?;
+        let x = params.get("x").expect("it was created").var;
+        assert_eq!((x.dtype(), x.to_vec1::<f32>()?), (DType::F32, vec![1.0, 2.0]));
+        let error = params.var_builder(None, Role::A).get(3, "x").unwrap_err().to_string();
+        assert!(error.contains("x: expected shape [3], the parameter has [2]"), "{error}");
         Ok(())
     }
 

@@ -7,9 +7,10 @@
 use candle_core::{Result, Tensor, D};
 use candle_nn::ops::softmax;
 
-use super::config::{Compat, Mixture, MonteCLoRAConfig};
+use super::config::{positive, Compat, Mixture, MonteCLoRAConfig};
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use crate::dist::{Dirichlet, Wishart};
+use crate::error::Error;
 use crate::ops;
 
 /// The variational parameters of one layer, and what its draws look like.
@@ -43,24 +44,44 @@ impl Posterior {
     /// The posterior with rho `std_prior` `(r)` and c `expert_weights_prior` `(N)`.
     ///
     /// # Errors
-    /// If the shapes are not those of `spec`, or `df <= r - 1`.
+    /// If an option is outside its domain, `spec` is not that of `config`, or a tensor has not the
+    /// shape, dtype and device of `spec`.
     pub fn new(
         std_prior: &Tensor,
         expert_weights_prior: &Tensor,
         config: &MonteCLoRAConfig,
         spec: NoiseSpec,
         streams: NoiseStreams,
-    ) -> Result<Self> {
-        if std_prior.dims() != [spec.rank] || expert_weights_prior.dims() != [spec.num_components] {
-            candle_core::bail!(
-                "expected std_prior [{}] and expert_weights_prior [{}], got {:?} and {:?}",
-                spec.rank,
-                spec.num_components,
-                std_prior.shape(),
-                expert_weights_prior.shape()
-            )
+    ) -> crate::Result<Self> {
+        config.validate()?;
+        let agree = [
+            ("rank", spec.rank == config.rank),
+            ("num_components", spec.num_components == config.num_components),
+            ("df", spec.df == config.degrees()),
+            ("covariance", spec.covariance == config.covariance),
+            ("estimator", spec.estimator == config.estimator),
+            ("mixture", spec.mixture == config.mixture),
+            ("compat", spec.compat == config.compat),
+        ];
+        if let Some((option, _)) = agree.into_iter().find(|(_, same)| !same) {
+            return Err(Error::config(option, "the configuration and the noise's spec differ"));
         }
-        Wishart::new(std_prior, spec.df, spec.covariance)?;
+        for (name, tensor, len) in [
+            ("std_prior", std_prior, spec.rank),
+            ("expert_weights_prior", expert_weights_prior, spec.num_components),
+        ] {
+            let fits = tensor.dims() == [len]
+                && tensor.dtype() == spec.dtype
+                && tensor.device().same_device(&spec.device);
+            if !fits {
+                let (wanted, at) = (spec.dtype, spec.device.location());
+                let (shape, dtype, place) = (tensor.shape(), tensor.dtype(), tensor.device().location());
+                let reason = format!(
+                    "expected [{len}] of {wanted:?} on {at:?}, got {shape:?} of {dtype:?} on {place:?}"
+                );
+                return Err(Error::tensor(name, reason));
+            }
+        }
         Ok(Self {
             std_prior: std_prior.clone(),
             expert_weights_prior: expert_weights_prior.clone(),
@@ -87,8 +108,13 @@ impl Posterior {
     }
 
     /// Changes eps, as an adaptive scale of the perturbation does.
-    pub fn set_sample_scaler(&mut self, sample_scaler: f64) {
+    ///
+    /// # Errors
+    /// Unless it is positive and finite, as in the configuration; it then keeps its value.
+    pub fn set_sample_scaler(&mut self, sample_scaler: f64) -> crate::Result<()> {
+        positive("sample_scaler", sample_scaler)?;
         self.sample_scaler = sample_scaler;
+        Ok(())
     }
 
     /// b, the concentration of the Dirichlet prior.

@@ -3,7 +3,7 @@
 //! Candle differentiates both sides of a sum, a product and a matrix product, whether they are
 //! tracked or not, and keeps the gradient that nobody asked for. Here the constant gets none.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::attach::attach;
 
@@ -47,6 +47,15 @@ pub fn matmul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     attach("matmul-constant", [xs], result, move |call| Ok([Some(call.grad.matmul(&constant.t()?)?)]))
 }
 
+/// `xs` in another dtype and place: cast before it leaves the host, or after it has come from a
+/// device, because not every device has double precision.
+pub(crate) fn place(xs: &Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
+    match xs.device().is_cpu() {
+        true => xs.to_dtype(dtype)?.to_device(device),
+        false => xs.to_device(device)?.to_dtype(dtype),
+    }
+}
+
 /// Sums a gradient over the dimensions in which `like` was broadcast.
 fn sum_to(grad: Tensor, like: &Tensor) -> Result<Tensor> {
     let mut grad = grad;
@@ -64,7 +73,7 @@ fn sum_to(grad: Tensor, like: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 

@@ -32,6 +32,7 @@ mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::{attention, Mask};
+pub(crate) use constant::place;
 pub use constant::{add_constant, matmul_constant, mul_constant};
 pub use dropout::dropout;
 pub use embedding::embedding;
