@@ -6,7 +6,7 @@ use monteclora::dist::{Covariance, Dirichlet, Estimator, Gaussian, Wishart};
 use monteclora::noise::{Noise, Purpose};
 use rayon::prelude::*;
 
-use crate::{assert_mean, normals, Result};
+use crate::{assert_close, assert_mean, normals, Result};
 
 const DRAWS: usize = 200_000;
 const DF: f64 = 4.3;
@@ -161,6 +161,18 @@ fn the_dirichlet_divergence_equals_monte_carlo() -> Result<()> {
         let log_ratio =
             |p: &Vec<f64>| constant + (0..a.len()).map(|i| (a[i] - b[i]) * p[i].ln()).sum::<f64>();
         assert_mean("KL_D", kl, draws.iter().map(log_ratio));
+    }
+    // The symmetric prior given as a number, of a batch, in value and gradient.
+    let c = candle_core::Var::from_tensor(&normals("symmetric", &[3, 4])?)?;
+    let (b, weights) = (Dirichlet::new(&Tensor::full(0.7f64.ln(), 4, &Device::Cpu)?)?, normals("w", &[3])?);
+    let terms = [Dirichlet::new(&c)?.kl_terms(&b)?, Dirichlet::new(&c)?.kl_terms_symmetric(0.7)?];
+    for (tensor, number) in terms[0].iter().zip(&terms[1]) {
+        assert_close("term", number, tensor, 1e-13)?;
+        let slope = |term: &Tensor| -> Result<Tensor> {
+            let grads = (term * &weights)?.sum_all()?.backward()?;
+            Ok(grads.get(&c).ok_or("no gradient")?.clone())
+        };
+        assert_close("slope", &slope(number)?, &slope(tensor)?, 1e-13)?;
     }
     // The value that a reversed sign turns into -0.4347.
     let kl = log(&[1.5, 1.5])?.kl_divergence(&log(&[1.0, 1.0])?)?.to_scalar::<f64>()?;
