@@ -34,6 +34,15 @@ pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     })
 }
 
+/// `factor * xs`, whose gradient at `factor = 0` is zero: candle's own product then sends none at all.
+///
+/// # Errors
+/// If candle fails.
+pub fn scale(xs: &Tensor, factor: f64) -> Result<Tensor> {
+    let result = (xs.detach() * factor)?;
+    attach("scale", [xs], result, move |call| Ok([Some((call.grad * factor)?)]))
+}
+
 /// The matrix product of `xs` (n, k) with a constant (k, m).
 ///
 /// # Errors
@@ -102,6 +111,22 @@ mod tests {
         for (ours, plain) in dx.iter().zip(&plain_dx) {
             assert!((ours - plain).abs() < 1e-12, "{ours} {plain}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_factor_of_zero_gives_a_gradient_of_zero() -> Result<()> {
+        let xs = Var::new(&[1.5, -2.0], &Device::Cpu)?;
+        for factor in [0.0, -0.7] {
+            let ys = scale(&xs, factor)?;
+            assert_eq!(ys.to_vec1::<f64>()?, [1.5 * factor, -2.0 * factor]);
+            let grads = ys.sqr()?.sum_all()?.backward()?;
+            let want = [1.5, -2.0].map(|x| 2.0 * factor * factor * x);
+            let got = grads.get(&xs).expect("a gradient").to_vec1::<f64>()?;
+            assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-15), "{got:?} {want:?}");
+        }
+        // If this fails, candle has changed, and `scale` may go.
+        assert!((xs.as_tensor() * 0.0)?.sum_all()?.backward()?.get(&xs).is_none());
         Ok(())
     }
 
