@@ -37,7 +37,7 @@ impl MonteCLoRA {
     ///
     /// # Errors
     /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a
-    /// name is taken.
+    /// name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         path: &str,
@@ -47,8 +47,17 @@ impl MonteCLoRA {
     ) -> Result<Self> {
         config.validate()?;
         let name = format!("{path}.{adapter}");
+        params.all_or_none(&format!("{name}."), || Self::create(params, &name, (in_dim, out_dim), config))
+    }
+
+    fn create(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
         let pair =
-            LowRank::new(params, &name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
+            LowRank::new(params, name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
         let std_prior = params.create(
             &format!("{name}.std_prior"),
             Role::Scale,
@@ -62,11 +71,11 @@ impl MonteCLoRA {
             &config.initial_concentration.of_log(),
         )?;
         let spec = NoiseSpec::new(config, in_dim, params.dtype(), params.device());
-        let streams = NoiseStreams::new(params.noise(), &name);
+        let streams = NoiseStreams::new(params.noise(), name);
         let buffer =
             SampleBuffer::new(spec.clone(), streams.clone(), config.buffer_size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
-        Ok(Self { name, pair, posterior, buffer })
+        Ok(Self { name: name.to_string(), pair, posterior, buffer })
     }
 
     /// The prefix of its parameters' names, `{path}.{adapter}`.
