@@ -271,7 +271,7 @@ pub(super) fn positive(option: &str, value: f64) -> Result<()> {
     }
 }
 
-fn not_negative(option: &str, value: f64) -> Result<()> {
+pub(super) fn not_negative(option: &str, value: f64) -> Result<()> {
     match value >= 0.0 && value.is_finite() {
         true => Ok(()),
         false => Err(Error::config(option, format!("expected zero or a positive number, got {value}"))),

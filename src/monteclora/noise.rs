@@ -13,6 +13,7 @@ use super::config::{Compat, Mixture, MonteCLoRAConfig};
 use crate::dist::wishart::fill_bartlett;
 use crate::dist::{Covariance, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
+use crate::ops::place;
 
 /// What the noise of a layer's draws looks like.
 #[derive(Debug, Clone)]
@@ -81,28 +82,23 @@ impl DrawNoise {
     /// If a shape is another, or a size of `spec` is zero.
     pub fn new(spec: &NoiseSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
         spec.check()?;
-        let NoiseSpec { rank, in_dim, num_components, .. } = *spec;
-        let z_shape = spec.matrix_shape();
-        if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
-            candle_core::bail!(
-                "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
-                bartlett.shape(),
-                weights.shape(),
-                z.shape()
-            )
-        }
-        let place = |x: &Tensor| x.to_dtype(spec.dtype)?.to_device(&spec.device);
-        let (bartlett, z) = (place(bartlett)?, place(z)?);
+        spec.check_shapes(bartlett, weights, z)?;
+        let (bartlett, z) = (place(bartlett, spec.dtype, &spec.device)?, place(z, spec.dtype, &spec.device)?);
         let matrices = match spec.compat {
             Compat::None => bartlett.broadcast_matmul(&z)?,
             Compat::Peft => z, // its clip of V T T^T comes between the two
         };
-        let weights = weights.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        let weights = place(weights, DType::F64, &Device::Cpu)?;
         Ok(Self { bartlett, weights, matrices })
     }
 
+    /// Checks that the noise is of the shapes of `spec`.
+    pub(super) fn check(&self, spec: &NoiseSpec) -> Result<()> {
+        spec.check_shapes(&self.bartlett, &self.weights, &self.matrices)
+    }
+
     pub(super) fn small(&self) -> Result<SmallNoise> {
-        let bartlett = self.bartlett.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        let bartlett = place(&self.bartlett, DType::F64, &Device::Cpu)?;
         Ok(SmallNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
     }
 }
@@ -148,6 +144,20 @@ impl NoiseSpec {
         if rank == 0 || in_dim == 0 || num_components == 0 {
             candle_core::bail!(
                 "noise of rank {rank}, width {in_dim}, {num_components} components: each is 1 or more"
+            )
+        }
+        Ok(())
+    }
+
+    fn check_shapes(&self, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<()> {
+        let NoiseSpec { rank, in_dim, num_components, .. } = *self;
+        let z_shape = self.matrix_shape();
+        if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
+            candle_core::bail!(
+                "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
+                bartlett.shape(),
+                weights.shape(),
+                z.shape()
             )
         }
         Ok(())

@@ -135,8 +135,9 @@ impl Posterior {
     /// Delta alone, `(r, in_dim)`: what a forward pass needs.
     ///
     /// # Errors
-    /// If candle fails.
+    /// If the noise is not of this posterior's shapes.
     pub fn perturbation(&self, noise: &DrawNoise) -> Result<Tensor> {
+        noise.check(&self.spec)?;
         match self.spec.mixture {
             Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
             Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &self.weights(noise)?),
@@ -146,8 +147,9 @@ impl Posterior {
     /// The whole draw.
     ///
     /// # Errors
-    /// If candle fails.
+    /// If the noise is not of this posterior's shapes.
     pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
+        noise.check(&self.spec)?;
         let weights = self.weights(noise)?;
         let delta = match self.spec.mixture {
             Mixture::Sparse => self.scaled(noise, &noise.matrices, None)?,
@@ -207,7 +209,13 @@ impl Posterior {
 
 /// PEFT's clipped variances `max(V q, 1e-3)`, elementwise.
 pub(super) fn peft_variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
-    ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?.maximum(PEFT_VARIANCE)
+    at_least(&ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?, PEFT_VARIANCE)
+}
+
+/// `max(xs, least)` in which NaN stays NaN: candle's own maximum on CUDA makes `least` of it.
+fn at_least(xs: &Tensor, least: f64) -> Result<Tensor> {
+    let floor = (xs.detach().zeros_like()? + least)?;
+    xs.detach().lt(&floor)?.where_cond(&floor, xs)
 }
 
 /// Mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
@@ -217,9 +225,25 @@ pub(super) fn weights(log_concentration: &Tensor, spec: &NoiseSpec, noise: &Tens
         Compat::None => dirichlet.rsample(spec.estimator, noise),
         Compat::Peft => {
             let (mean, variance) = dirichlet.laplace()?;
-            let std = (variance.maximum(PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
+            let std = (at_least(&variance, PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
             let z = noise.to_dtype(mean.dtype())?.to_device(mean.device())?;
             softmax(&(mean + ops::mul_constant(&std, &z)?)?, D::Minus1)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn a_floor_lifts_what_is_below_it_and_keeps_nan() -> Result<()> {
+        let xs = Var::new(&[f64::NAN, 0.5, 1.0, 2.0, f64::NEG_INFINITY], &Device::Cpu)?;
+        let ys = at_least(&xs, 1.0)?;
+        let (got, slopes) = (ys.to_vec1::<f64>()?, ys.sum_all()?.backward()?);
+        assert!(got[0].is_nan() && got[1..] == [1.0, 1.0, 2.0, 1.0], "{got:?}");
+        assert_eq!(slopes.get(&xs).expect("a gradient").to_vec1::<f64>()?, [1.0, 0.0, 1.0, 1.0, 0.0]);
+        Ok(())
     }
 }

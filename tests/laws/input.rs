@@ -2,13 +2,13 @@
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::dist::{Covariance, Estimator};
+use monteclora::dist::{Covariance, Dirichlet, Estimator};
 use monteclora::monteclora::{
     Compat, DrawNoise, Mixture, MonteCLoRA, MonteCLoRAConfig, NoiseSpec, NoiseStreams, Posterior,
-    SampleBuffer,
+    Regularizer, SampleBuffer,
 };
 use monteclora::noise::Noise;
-use monteclora::params::{Params, Role};
+use monteclora::params::{Init, Params, Role};
 use monteclora::slot::Pass;
 
 use crate::{normals, store, Result};
@@ -117,6 +117,85 @@ fn a_rank_above_the_width_alone_is_an_error() {
     says(MonteCLoRA::new(&store(1), "proj", "default", (4, 6), &wide), &["rank", "proj", "1 to 4, got 5"]);
     let wide = LoraConfig { rank: 5, ..Default::default() };
     says(Lora::new(&store(1), "proj", "default", (4, 6), &wide), &["rank", "proj", "1 to 4, got 5"]);
+}
+
+#[test]
+fn a_posterior_takes_noise_of_its_own_shapes_alone() -> Result<()> {
+    let good = config();
+    let posterior = posterior(&good, spec(&good), DType::F64)?;
+    let streams = NoiseStreams::new(Noise::new(0), "input");
+    for other in [
+        NoiseSpec { rank: 2, ..spec(&good) },
+        NoiseSpec { in_dim: 1, ..spec(&good) }, // it would broadcast
+        NoiseSpec { num_components: 5, ..spec(&good) },
+        NoiseSpec { mixture: Mixture::Explicit, ..spec(&good) },
+    ] {
+        let noise = other.generate(&streams, 0)?;
+        says(posterior.draw(&noise), &["rank 3, width 6, 4 components: got"]);
+        says(posterior.perturbation(&noise), &["rank 3, width 6, 4 components: got"]);
+        // The regulariser would read beyond a factor that is smaller than it takes it for.
+        let draws = (std::slice::from_ref(&posterior), std::slice::from_ref(&noise));
+        let terms = Regularizer::new(&good).of_draws(draws.0, draws.1);
+        says(terms.map(|_| ()), &["rank 3, width 6, 4 components: got"]);
+    }
+    let noise = posterior.spec().generate(&streams, 0)?;
+    let (one, two) = ([posterior.clone()], [noise.clone(), noise.clone()]);
+    let regularizer = Regularizer::new(&good);
+    regularizer.of_draws(&one, &[noise])?;
+    says(regularizer.of_draws(&one, &two).map(|_| ()), &["draws: expected 1, one for each layer, got 2"]);
+    says(regularizer.of_draws(&one, &[]).map(|_| ()), &["draws: expected 1, one for each layer, got 0"]);
+    says(regularizer.of_draws(&[], &[]).map(|_| ()), &["no active MonteCLoRA layer"]);
+    Ok(())
+}
+
+#[test]
+fn a_regulariser_with_a_weight_or_a_mode_out_of_place_is_refused_at_use() -> Result<()> {
+    let params = store(1);
+    let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config())?;
+    let pass = Pass::Train { draw: 0 };
+    for bad in [f64::NAN, -1.0, f64::INFINITY] {
+        for (option, config) in [
+            ("kl_weight", MonteCLoRAConfig { kl_weight: bad, ..config() }),
+            ("cooperative_weight", MonteCLoRAConfig { cooperative_weight: bad, ..config() }),
+        ] {
+            let terms = Regularizer::new(&config).for_layers(&[&layer], &pass).map(|_| ());
+            says(terms, &[&format!("invalid {option}:"), &bad.to_string()]);
+        }
+    }
+    let peft = MonteCLoRAConfig { rank: 3, ..MonteCLoRAConfig::peft() };
+    let layer = MonteCLoRA::new(&params, "peft", "default", (6, 4), &peft)?;
+    Regularizer::new(&peft).for_layers(&[&layer], &pass)?;
+    let terms = Regularizer::new(&config()).for_layers(&[&layer], &pass).map(|_| ());
+    says(terms, &["invalid mode: PEFT's numbers exist for sampled only"]);
+    Ok(())
+}
+
+#[test]
+fn a_dirichlet_takes_vectors_and_noise_of_their_shape() -> Result<()> {
+    says(Dirichlet::new(&Tensor::new(0.5, &Device::Cpu)?).map(|_| ()), &["dim", "[]"]);
+    let dirichlet = Dirichlet::new(&Tensor::new(&[0.5, 0.1, 0.2], &Device::Cpu)?)?;
+    for estimator in [Estimator::Exact, Estimator::Exponential, Estimator::LogisticNormal] {
+        let noise = Tensor::new(&[0.5, 0.5], &Device::Cpu)?;
+        says(dirichlet.rsample(estimator, &noise), &["noise of shape [2] for concentrations [3]"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_that_cannot_be_made_leaves_the_store_as_it_was() -> Result<()> {
+    for taken in ["a", "b", "std_prior", "expert_weights_prior"] {
+        let (params, taken) = (store(1), format!("proj.default.{taken}"));
+        params.create(&taken, Role::Base, 2, &Init::Constant(1.0))?;
+        let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config());
+        says(layer.map(|_| ()), &[&format!("tensor {taken}:"), "exists already"]);
+        assert_eq!(params.all().into_iter().map(|(name, _)| name).collect::<Vec<_>>(), [taken]);
+    }
+    let params = store(1);
+    params.create("proj.default.b", Role::Base, 2, &Init::Constant(1.0))?;
+    let lora = Lora::new(&params, "proj", "default", (6, 4), &LoraConfig { rank: 3, ..Default::default() });
+    says(lora, &["tensor proj.default.b:", "exists already"]);
+    assert_eq!(params.all().len(), 1);
+    Ok(())
 }
 
 #[test]
