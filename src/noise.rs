@@ -96,7 +96,7 @@ impl Stream {
         philox4x32_10([block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32], self.key)
     }
 
-    /// Uniform numbers in the open interval (0, 1), with 53 bits; two words each.
+    /// Uniform numbers in the open interval (0, 1): the midpoints of 2^52 equal parts; two words each.
     pub fn fill_uniform(&self, draw: u64, out: &mut [f64]) {
         for (block, pair) in out.chunks_mut(2).enumerate() {
             let w = self.words(draw, block as u64);
@@ -145,9 +145,10 @@ impl Stream {
     }
 }
 
-/// A number in (0, 1) from 53 of the 64 bits, never 0 nor 1.
+/// A number in (0, 1) from 52 of the 64 bits, never 0 nor 1: with 53, the last midpoint would round
+/// to 1.
 fn open_unit(low: u32, high: u32) -> f64 {
-    let bits = ((u64::from(high) << 32) | u64::from(low)) >> 12; // 52 bits
+    let bits = ((u64::from(high) << 32) | u64::from(low)) >> 12;
     (bits as f64 + 0.5) * (1.0 / (1u64 << 52) as f64)
 }
 

@@ -5,7 +5,7 @@
 //! `HashMap`.) The optimiser, learning-rate groups, freezing, the regulariser and files know
 //! parameters by these names and roles only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
@@ -15,6 +15,7 @@ use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
+use crate::ops::place;
 
 /// What a parameter is to its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -126,23 +127,60 @@ impl Params {
         if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
             return Err(Error::tensor(name, format!("initial value {bad} is not finite ({init:?})")));
         }
-        self.insert(name, role, &Tensor::from_vec(values, shape, &self.device)?)
+        self.insert(name, role, &Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     /// A new parameter with given values, copied and cast to the store's dtype and device.
     ///
     /// # Errors
-    /// If the name is taken.
+    /// If the name is taken, or a value is not finite in that dtype.
     pub fn insert(&self, name: &str, role: Role, values: &Tensor) -> Result<Tensor> {
+        // Detached: of a variable, `Var::from_tensor` would be that variable and no copy.
+        let var = Var::from_tensor(&self.finite(name, values)?.detach())?;
+        let tensor = var.as_tensor().clone();
         let mut entries = self.lock();
         if entries.contains_key(name) {
             return Err(Error::tensor(name, "a parameter of this name exists already"));
         }
-        let values = values.to_device(&self.device)?.to_dtype(self.dtype)?;
-        let var = Var::from_tensor(&values)?;
-        let tensor = var.as_tensor().clone();
         entries.insert(name.to_string(), Param { var, role, trainable: true });
         Ok(tensor)
+    }
+
+    /// `values` in the store's dtype and on its device, where every one of them is finite.
+    fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
+        let values = place(values, self.dtype, &self.device)?;
+        match zero_if_finite(&values)?.to_scalar::<f32>()? == 0.0 {
+            true => Ok(values),
+            false => Err(Error::tensor(name, NOT_FINITE)),
+        }
+    }
+
+    /// Checks every parameter: one small copy from the device, where none is at fault.
+    ///
+    /// # Errors
+    /// If one holds NaN or infinity; the error names the first of them.
+    pub fn check_finite(&self) -> Result<()> {
+        let (names, zeros): (Vec<_>, Vec<_>) =
+            self.all().into_iter().map(|(name, p)| (name, zero_if_finite(p.var.as_tensor()))).unzip();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let zeros = zeros.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+        let zeros = Tensor::stack(&zeros, 0)?.to_vec1::<f32>()?;
+        match names.into_iter().zip(zeros).find(|(_, zero)| *zero != 0.0) {
+            Some((name, _)) => Err(Error::tensor(name, NOT_FINITE)),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs `create`, which makes parameters whose names start with `prefix`; where it fails, those
+    /// that it made are removed again.
+    pub(crate) fn all_or_none<T>(&self, prefix: &str, create: impl FnOnce() -> Result<T>) -> Result<T> {
+        let known: BTreeSet<String> =
+            self.lock().keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+        create().inspect_err(|_| {
+            self.lock().retain(|name, _| !name.starts_with(prefix) || known.contains(name));
+        })
     }
 
     /// The parameter `name`, if there is one.
@@ -186,8 +224,15 @@ impl Params {
     /// Overwrites the values of the parameter `name` in place: every layer sees them.
     ///
     /// # Errors
-    /// If there is no such parameter, or the shapes differ.
+    /// If there is no such parameter, the shapes differ, or a value is not finite in the store's
+    /// dtype; the parameter then keeps its values.
     pub fn set(&self, name: &str, values: &Tensor) -> Result<()> {
+        let (var, values) = self.fitting(name, values)?;
+        Ok(var.set(&values)?)
+    }
+
+    /// The variable `name` and what [`Self::set`] writes into it.
+    fn fitting(&self, name: &str, values: &Tensor) -> Result<(Var, Tensor)> {
         let Some(param) = self.get(name) else {
             return Err(Error::tensor(name, "there is no parameter of this name"));
         };
@@ -197,7 +242,7 @@ impl Params {
                 format!("expected shape {:?}, got {:?}", param.var.shape(), values.shape()),
             ));
         }
-        Ok(param.var.set(&values.to_device(&self.device)?.to_dtype(self.dtype)?)?)
+        Ok((param.var, self.finite(name, values)?))
     }
 
     /// A copy of every parameter's present values, for [`Self::restore`].
@@ -211,9 +256,11 @@ impl Params {
     /// Puts back the values of a [`Self::snapshot`].
     ///
     /// # Errors
-    /// If a name is unknown or a shape differs.
+    /// If a name is unknown, a shape differs or a value is not finite: nothing is written then.
     pub fn restore(&self, snapshot: &BTreeMap<String, Tensor>) -> Result<()> {
-        snapshot.iter().try_for_each(|(name, values)| self.set(name, values))
+        let fitting: Vec<_> =
+            snapshot.iter().map(|(name, values)| self.fitting(name, values)).collect::<Result<_>>()?;
+        fitting.iter().try_for_each(|(var, values)| Ok(var.set(values)?))
     }
 
     /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given
@@ -227,6 +274,13 @@ impl Params {
         let backend = Trainable { params: self.clone(), source, role };
         VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
     }
+}
+
+const NOT_FINITE: &str = "it holds NaN or infinity";
+
+/// A scalar: zero, unless an element is infinite or no number.
+fn zero_if_finite(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    (tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F32)
 }
 
 /// The store behind a `VarBuilder`.
@@ -295,60 +349,4 @@ impl SimpleBackend for Trainable {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn store() -> Params {
-        Params::new(Noise::new(7), &Device::Cpu)
-    }
-
-    #[test]
-    fn initial_values_depend_on_the_seed_and_the_name_alone() -> Result<()> {
-        let (one, two) = (store(), store());
-        two.create("other", Role::A, 3, &Init::Normal(1.0))?;
-        let values = |p: &Params| -> Result<Vec<f32>> {
-            Ok(p.create("layer.a", Role::A, 4, &Init::Uniform(-1.0, 1.0))?.to_vec1()?)
-        };
-        let first = values(&one)?;
-        assert_eq!(first, values(&two)?);
-        assert!(first.iter().all(|v| v.abs() < 1.0) && first[0] != first[1]);
-        Ok(())
-    }
-
-    #[test]
-    fn a_name_can_be_taken_only_once() -> Result<()> {
-        let params = store();
-        params.create("x", Role::B, 2, &Init::Constant(0.0))?;
-        let error = params.create("x", Role::B, 2, &Init::Constant(0.0)).unwrap_err();
-        assert!(error.to_string().contains("tensor x"), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn layers_see_values_that_are_set_and_restored() -> Result<()> {
-        let params = store();
-        let held = params.create("x", Role::B, 2, &Init::Constant(1.0))?;
-        let before = params.snapshot()?;
-        params.set("x", &Tensor::new(&[3f32, 4.0], &Device::Cpu)?)?;
-        assert_eq!(held.to_vec1::<f32>()?, [3.0, 4.0]);
-        params.restore(&before)?;
-        assert_eq!(held.to_vec1::<f32>()?, [1.0, 1.0]);
-        let error = params.set("x", &Tensor::new(&[1f32], &Device::Cpu)?).unwrap_err();
-        assert!(error.to_string().contains("expected shape [2]"), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn the_store_stands_behind_a_var_builder() -> Result<()> {
-        let params = store();
-        let vb = params.var_builder(None, Role::Head);
-        let layer = candle_nn::linear(3, 2, vb.pp("out"))?;
-        let again = candle_nn::linear(3, 2, vb.pp("out"))?;
-        assert_eq!(params.trainable_count(), 8);
-        assert_eq!(layer.weight().id(), again.weight().id());
-        assert_eq!(params.all()[0].0, "out.bias");
-        assert_eq!(params.set_trainable(Role::Head, false), 2);
-        assert_eq!(params.trainable_count(), 0);
-        Ok(())
-    }
-}
+mod tests;

@@ -39,14 +39,22 @@ impl Pass {
         }
     }
 
-    /// The draw that posterior sampling uses. Predictive draws lie in the upper half of the
-    /// addresses, so that they never share noise with training, whose draws stay consecutive (a
-    /// buffer fills blocks of them).
-    pub fn posterior_draw(&self) -> Option<u64> {
-        match self {
-            Self::Mean => None,
-            Self::Train { draw } => Some(*draw),
-            Self::Posterior { draw } => Some(draw | 1 << 63),
+    /// The draw that posterior sampling uses. Bit 62 marks predictive ones, so that they never share
+    /// noise with training, whose draws stay consecutive (a buffer fills blocks of them). The bit
+    /// above it stays free: [`fill_bartlett`](crate::dist::wishart::fill_bartlett) doubles its draw.
+    ///
+    /// # Errors
+    /// If the pass's own index is 2^62 or more: it would be the address of another pass.
+    pub fn posterior_draw(&self) -> candle_core::Result<Option<u64>> {
+        const PREDICTIVE: u64 = 1 << 62;
+        let (draw, mark) = match *self {
+            Self::Mean => return Ok(None),
+            Self::Train { draw } => (draw, 0),
+            Self::Posterior { draw } => (draw, PREDICTIVE),
+        };
+        match draw < PREDICTIVE {
+            true => Ok(Some(draw | mark)),
+            false => candle_core::bail!("expected a draw below 2^62, got {draw}"),
         }
     }
 }

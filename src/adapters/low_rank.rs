@@ -50,8 +50,7 @@ impl LowRank {
     /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
     ///
     /// # Errors
-    /// If the rank is 0 or above min(in_dim, out_dim), another option is outside its domain, or a
-    /// name is taken.
+    /// If the rank is 0 or above min(in_dim, out_dim), or a name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         name: &str,
@@ -65,9 +64,11 @@ impl LowRank {
             return Err(Error::config("rank", format!("{name}: expected 1 to {most}, got {rank}")));
         }
         let bound = 1.0 / (in_dim as f64).sqrt();
-        let a =
-            params.create(&format!("{name}.a"), Role::A, (rank, in_dim), &Init::Uniform(-bound, bound))?;
-        let b = params.create(&format!("{name}.b"), Role::B, (out_dim, rank), &Init::Constant(0.0))?;
+        let (a, b) = params.all_or_none(&format!("{name}."), || {
+            let uniform = Init::Uniform(-bound, bound);
+            let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), &uniform)?;
+            Ok((a, params.create(&format!("{name}.b"), Role::B, (out_dim, rank), &Init::Constant(0.0))?))
+        })?;
         Ok(Self { a, b, scale, dropout, stream: params.noise().stream(name, Purpose::Dropout) })
     }
 
@@ -106,8 +107,7 @@ impl LowRank {
             None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale),
             Some(draw) => {
                 let dropped = ops::dropout(xs, self.dropout, &self.stream, draw)?;
-                ops::linear(xs, base.weight(), base.bias())?
-                    + ops::low_rank(&dropped, a, &self.b, self.scale)?
+                ops::linear_and_low_rank(xs, base.weight(), base.bias(), &dropped, a, &self.b, self.scale)
             }
         }
     }
@@ -128,4 +128,37 @@ impl LowRank {
 pub fn dims(base: &Linear) -> Result<(usize, usize)> {
     let (out_dim, in_dim) = base.weight().dims2()?;
     Ok((in_dim, out_dim))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::noise::Noise;
+    use crate::ops::{with_lane, Lane};
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn with_dropout_a_half_width_output_is_rounded_once() -> Result<()> {
+        let normal = |path: &str, shape: (usize, usize)| -> Result<Tensor> {
+            let mut z = vec![0f32; shape.0 * shape.1];
+            Noise::new(1).stream(path, Purpose::Init).fill_normal_f32(0, &mut z);
+            Ok(Tensor::from_vec(z, shape, &Device::Cpu)?)
+        };
+        let params = Params::new(Noise::new(2), &Device::Cpu);
+        let pair = LowRank::new(&params, "layer", (6, 5), 3, 1.7, 0.4)?;
+        params.set("layer.b", &normal("b", (5, 3))?)?;
+        let (xs, weight) = (normal("xs", (40, 6))?.to_dtype(DType::BF16)?, normal("w", (5, 6))?);
+        let base = Linear::new(weight.to_dtype(DType::BF16)?, None);
+        let got = pair.forward(&xs, &base, pair.a(), &Pass::Train { draw: 3 })?;
+        let stream = Noise::new(2).stream("layer", Purpose::Dropout);
+        let dropped = ops::dropout(&xs, 0.4, &stream, 3)?.to_dtype(DType::F32)?;
+        // The lane that half width runs in: the same products to the last bit.
+        let low = with_lane(Lane::Composed, || ops::low_rank(&dropped, pair.a(), pair.b(), 1.7))?;
+        let frozen = ops::linear(&xs, base.weight(), None)?.to_dtype(DType::F32)?;
+        let want = (frozen + low)?.to_dtype(DType::BF16)?;
+        let host = |t: &Tensor| t.to_dtype(DType::F32)?.to_vec2::<f32>();
+        assert_eq!(got.dtype(), DType::BF16);
+        assert_eq!(host(&got)?, host(&want)?);
+        Ok(())
+    }
 }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::noise::Stream;
 use crate::ops::{add_constant, mul_constant};
-use crate::special::tensor::{digamma_of, ln_gamma_of, log_gamma_rsample};
+use crate::special::ln_gamma;
+use crate::special::tensor::{digamma_of, ln_gamma_of, normalised_gamma_rsample};
 
 /// How a draw is made of noise, such that gradients reach the concentration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,7 +115,7 @@ impl Dirichlet {
         let logits = match estimator {
             Estimator::Exact => {
                 let uniforms = noise.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f64>()?;
-                log_gamma_rsample(c, uniforms)?
+                return normalised_gamma_rsample(c, uniforms);
             }
             // ln y = c + ln(-ln u)
             Estimator::Exponential => add_constant(c, &like_c(noise.log()?.neg()?.log()?)?)?,
@@ -164,14 +165,49 @@ impl Dirichlet {
     /// # Errors
     /// If the shapes do not fit.
     pub fn kl_terms(&self, prior: &Self) -> Result<[Tensor; 3]> {
-        let (a, b) = (self.concentration()?, prior.concentration()?);
-        let b = b.broadcast_as(a.shape())?;
-        let (total, prior_total) = (a.sum_keepdim(D::Minus1)?, b.sum_keepdim(D::Minus1)?);
-        let t1 =
-            add_constant(&ln_gamma_of(&total)?, &ln_gamma_of(&prior_total)?.neg()?)?.squeeze(D::Minus1)?;
-        let t2 = add_constant(&ln_gamma_of(&a)?.neg()?, &ln_gamma_of(&b)?)?.sum(D::Minus1)?;
-        let psi = digamma_of(&a)?.broadcast_sub(&digamma_of(&total)?)?;
+        let c = &self.log_concentration;
+        let prior = Self::new(&prior.log_concentration.broadcast_as(c.shape())?)?;
+        let b = prior.concentration()?;
+        let [prior_total, prior_sum] = sums_of(&ln_gamma_of(&with_total(&b)?)?)?;
+        let (a, [total, sum], psi) = self.gammas()?;
+        let t1 = add_constant(&total, &prior_total.neg()?)?;
+        let t2 = add_constant(&sum.neg()?, &prior_sum)?;
         let t3 = (add_constant(&a, &b.neg()?)? * psi)?.sum(D::Minus1)?;
         Ok([t1, t2, t3])
     }
+
+    /// The same three terms against the symmetric prior Dir(b, .., b), whose share is plain numbers:
+    /// on a GPU nothing of it is computed or waited for.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn kl_terms_symmetric(&self, b: f64) -> Result<[Tensor; 3]> {
+        let n = self.log_concentration.dim(D::Minus1)? as f64;
+        let (a, [total, sum], psi) = self.gammas()?;
+        let t1 = (total - ln_gamma(n * b))?;
+        let t2 = (sum.neg()? + n * ln_gamma(b))?;
+        let t3 = ((a - b)? * psi)?.sum(D::Minus1)?;
+        Ok([t1, t2, t3])
+    }
+
+    /// a; `ln Gamma(sum a)` and `sum ln Gamma(a_i)`; `psi(a_i) - psi(sum a)`. All ln Gamma are one trip
+    /// to the host, all psi another.
+    fn gammas(&self) -> Result<(Tensor, [Tensor; 2], Tensor)> {
+        let a = self.concentration()?;
+        let (all, n) = (with_total(&a)?, a.dim(D::Minus1)?);
+        let psi = digamma_of(&all)?;
+        let psi = psi.narrow(D::Minus1, 0, n)?.broadcast_sub(&psi.narrow(D::Minus1, n, 1)?)?;
+        Ok((a, sums_of(&ln_gamma_of(&all)?)?, psi))
+    }
+}
+
+/// `(.., n)` and its sum, `(.., n + 1)`.
+fn with_total(a: &Tensor) -> Result<Tensor> {
+    Tensor::cat(&[a, &a.sum_keepdim(D::Minus1)?], D::Minus1)
+}
+
+/// The last of `(.., n + 1)`, and the sum of the others.
+fn sums_of(x: &Tensor) -> Result<[Tensor; 2]> {
+    let n = x.dim(D::Minus1)? - 1;
+    Ok([x.narrow(D::Minus1, n, 1)?.squeeze(D::Minus1)?, x.narrow(D::Minus1, 0, n)?.sum(D::Minus1)?])
 }

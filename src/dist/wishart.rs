@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::noise::Stream;
 use crate::ops::mul_constant;
-use crate::special::gamma_quantile;
+use crate::special::gamma::{gamma_quantile, MAX_SHAPE};
 
 /// How much of the drawn covariance is kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -35,12 +35,9 @@ impl Wishart {
     /// The distribution with `log_std` rho `(.., r)` and `df` degrees of freedom.
     ///
     /// # Errors
-    /// Unless `df > r - 1`.
+    /// Unless `df > r - 1` and finite.
     pub fn new(log_std: &Tensor, df: f64, covariance: Covariance) -> Result<Self> {
-        let r = log_std.dim(D::Minus1)?;
-        if df.is_nan() || df <= r as f64 - 1.0 {
-            candle_core::bail!("a Wishart of dimension {r} needs df > {}, got {df}", r as f64 - 1.0)
-        }
+        check_df(log_std.dim(D::Minus1)?, df)?;
         Ok(Self { log_std: log_std.clone(), df, covariance })
     }
 
@@ -142,16 +139,47 @@ impl Wishart {
     }
 }
 
+fn check_df(r: usize, df: f64) -> Result<()> {
+    let least = r as f64 - 1.0;
+    match df > least && df.is_finite() {
+        true => Ok(()),
+        false => candle_core::bail!("a Wishart of dimension {r} needs df > {least} and finite, got {df}"),
+    }
+}
+
+/// How many draws [`fill_bartlett`] has.
+pub const DRAWS: u64 = 1 << 63;
+
 /// Bartlett's T of draw number `draw`, row-major, `r * r` numbers; for [`Covariance::Diagonal`]
 /// diag(sqrt(chi2(df))).
 ///
 /// It does not depend on V, so it can be kept while V is trained. Chi-square numbers are quantiles
 /// of the stream's draw `2 * draw`, normals those of `2 * draw + 1`.
-pub fn fill_bartlett(stream: &Stream, draw: u64, r: usize, df: f64, covariance: Covariance, out: &mut [f64]) {
+///
+/// # Errors
+/// If `draw` is not below [`DRAWS`], `out` has not room for exactly `r * r` numbers, or `df` is not
+/// above `r - 1` or too large for [`gamma_quantile`].
+pub fn fill_bartlett(
+    stream: &Stream,
+    draw: u64,
+    r: usize,
+    df: f64,
+    covariance: Covariance,
+    out: &mut [f64],
+) -> Result<()> {
+    check_df(r, df)?;
+    if df / 2.0 > MAX_SHAPE {
+        candle_core::bail!("a Wishart can be drawn with df up to {:e}, got {df:e}", 2.0 * MAX_SHAPE)
+    }
+    if draw >= DRAWS {
+        candle_core::bail!("expected a draw below 2^63, got {draw}")
+    }
+    if out.len() != r * r {
+        candle_core::bail!("a factor of dimension {r} has {} numbers, got room for {}", r * r, out.len())
+    }
     out.fill(0.0);
-    let (chi, normal) = (draw.wrapping_mul(2), draw.wrapping_mul(2).wrapping_add(1));
     let mut uniforms = vec![0.0; r];
-    stream.fill_uniform(chi, &mut uniforms);
+    stream.fill_uniform(2 * draw, &mut uniforms);
     for (i, u) in uniforms.iter().enumerate() {
         let degrees = match covariance {
             Covariance::Full => df - i as f64,
@@ -163,7 +191,7 @@ pub fn fill_bartlett(stream: &Stream, draw: u64, r: usize, df: f64, covariance: 
     }
     if covariance == Covariance::Full {
         let mut normals = vec![0.0; r * (r - r.min(1)) / 2];
-        stream.fill_normal(normal, &mut normals);
+        stream.fill_normal(2 * draw + 1, &mut normals);
         let mut below = normals.into_iter();
         for i in 1..r {
             for (slot, z) in out[i * r..i * r + i].iter_mut().zip(&mut below) {
@@ -171,6 +199,7 @@ pub fn fill_bartlett(stream: &Stream, draw: u64, r: usize, df: f64, covariance: 
             }
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -194,25 +223,44 @@ mod tests {
     fn degrees_of_freedom_at_or_below_the_dimension_less_one_are_an_error() -> Result<()> {
         let rho = Tensor::zeros(3, candle_core::DType::F64, &Device::Cpu)?;
         assert!(Wishart::new(&rho, 2.0, Covariance::Full).unwrap_err().to_string().contains("df > 2"));
-        assert!(Wishart::new(&rho, f64::NAN, Covariance::Full).is_err());
+        for df in [f64::NAN, f64::INFINITY] {
+            let error = Wishart::new(&rho, df, Covariance::Full).unwrap_err().to_string();
+            assert!(error.contains(&format!("finite, got {df}")), "{error}");
+        }
         assert!(Wishart::new(&rho, 2.01, Covariance::Full).is_ok());
         Ok(())
     }
 
     #[test]
-    fn the_noise_is_lower_triangular_and_addressed() {
+    fn the_noise_is_lower_triangular_and_addressed() -> Result<()> {
         let stream = Noise::new(1).stream("x", Purpose::Wishart);
         let fill = |draw, covariance| {
             let mut t = [9.0; 9];
-            fill_bartlett(&stream, draw, 3, 3.0, covariance, &mut t);
-            t
+            fill_bartlett(&stream, draw, 3, 3.0, covariance, &mut t).map(|()| t)
         };
-        let t = fill(4, Covariance::Full);
-        assert_eq!(t, fill(4, Covariance::Full));
-        assert_ne!(t, fill(5, Covariance::Full));
+        let t = fill(4, Covariance::Full)?;
+        assert_eq!(t, fill(4, Covariance::Full)?);
+        assert_ne!(t, fill(5, Covariance::Full)?);
         assert!(t[1] == 0.0 && t[2] == 0.0 && t[5] == 0.0);
         assert!(t[3] != 0.0 && t[6] != 0.0 && t[7] != 0.0 && t[0] > 0.0 && t[4] > 0.0 && t[8] > 0.0);
-        let d = fill(4, Covariance::Diagonal);
+        let d = fill(4, Covariance::Diagonal)?;
         assert!(d[3] == 0.0 && d[6] == 0.0 && d[7] == 0.0 && d[0] == t[0] && d[8] > t[8]);
+        Ok(())
+    }
+
+    #[test]
+    fn noise_that_does_not_exist_or_does_not_fit_is_an_error() {
+        let stream = Noise::new(1).stream("x", Purpose::Wishart);
+        let error = |draw, df, len| {
+            let mut t = vec![0.0; len];
+            fill_bartlett(&stream, draw, 3, df, Covariance::Full, &mut t).unwrap_err().to_string()
+        };
+        assert!(error(DRAWS, 3.0, 9).contains("draw below 2^63"));
+        for len in [0, 8, 10] {
+            assert!(error(0, 3.0, len).contains(&format!("has 9 numbers, got room for {len}")));
+        }
+        assert!(error(0, 2.0, 9).contains("df > 2"));
+        assert!(error(0, f64::INFINITY, 9).contains("finite, got inf"));
+        assert!(error(0, 1e12, 9).contains("df up to 2e9, got 1e12"));
     }
 }

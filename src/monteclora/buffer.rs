@@ -3,12 +3,14 @@
 //! It holds untransformed noise only, because the parameters change at every step. Whatever its
 //! size, results are the same: noise is addressed, not consumed.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::Result;
 use rayon::prelude::*;
 
+use super::config::MAX_BUFFER_SIZE;
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
+use crate::dist::wishart;
 
 /// The noise of one layer's draws, a block of `len` consecutive indices at a time.
 ///
@@ -17,6 +19,7 @@ use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 /// len * (K r in_dim + r^2) * (bytes of the dtype) + 8 N len,   K = N if Explicit, else 1
 /// ```
 /// For RoBERTa-base's query, key and value at r = 8, 15 draws of single-precision noise are 13 MB.
+/// Threads that miss it at the same time each prepare a block, of which one is kept.
 #[derive(Debug)]
 pub struct SampleBuffer {
     spec: NoiseSpec,
@@ -34,7 +37,8 @@ struct Block {
 }
 
 impl SampleBuffer {
-    /// A buffer of at most `size` draws and, where given, `byte_cap` bytes; it fills at first use.
+    /// A buffer of at most `size` draws (and [`MAX_BUFFER_SIZE`]) and, where given, `byte_cap` bytes;
+    /// it fills at first use.
     pub fn new(spec: NoiseSpec, streams: NoiseStreams, size: usize, byte_cap: Option<usize>) -> Self {
         Self { spec, streams, size, byte_cap, block: Mutex::new(None) }
     }
@@ -46,8 +50,8 @@ impl SampleBuffer {
 
     /// The number of draws of a block: the size, or what fits under the cap; 0 is off.
     pub fn len(&self) -> usize {
-        let fits = self.byte_cap.map_or(usize::MAX, |cap| cap / self.spec.bytes_per_draw());
-        self.size.min(fits)
+        let fits = self.byte_cap.map_or(MAX_BUFFER_SIZE, |cap| cap / self.spec.bytes_per_draw().max(1));
+        self.size.min(fits).min(MAX_BUFFER_SIZE)
     }
 
     /// Whether it keeps nothing, and every draw is made anew.
@@ -57,7 +61,7 @@ impl SampleBuffer {
 
     /// The bytes of a full block.
     pub fn bytes(&self) -> usize {
-        self.len() * self.spec.bytes_per_draw()
+        self.len().saturating_mul(self.spec.bytes_per_draw())
     }
 
     /// Sets the size and the most bytes, and forgets the present block.
@@ -69,28 +73,32 @@ impl SampleBuffer {
     /// The noise of draw number `draw` ([`crate::slot::Pass::posterior_draw`]).
     ///
     /// # Errors
-    /// If candle fails.
+    /// As [`NoiseSpec::generate`].
     pub fn get(&self, draw: u64) -> Result<DrawNoise> {
         let len = self.len() as u64;
-        if len == 0 {
+        if len == 0 || draw >= wishart::DRAWS {
             return self.spec.generate(&self.streams, draw);
         }
-        let index = draw / len;
-        let place = (draw % len) as usize;
-        // A panic while the lock is held leaves the old block or the new one, each whole.
-        let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = block.as_ref().filter(|block| block.index == index) {
-            return Ok(kept.draws[place].clone());
+        let (index, place) = (draw / len, (draw % len) as usize);
+        match &mut *self.lock() {
+            Some(kept) if kept.index == index => return Ok(kept.draws[place].clone()),
+            other => *other = None, // its memory is free before the next block takes its own
         }
-        *block = None; // its memory is free before the next block takes its own
+        // Not under the lock: while rayon waits for the last pieces of the block, this thread may
+        // take up another job, and that job may ask this very buffer.
         let first = index * len;
-        let host: Vec<_> = (first..first.saturating_add(len))
+        let host = (first..(first + len).min(wishart::DRAWS))
             .into_par_iter()
             .map(|draw| self.spec.host(&self.streams, draw))
-            .collect();
+            .collect::<Result<Vec<_>>>()?;
         let draws = host.into_iter().map(|host| self.spec.upload(host)).collect::<Result<Vec<_>>>()?;
         let noise = draws[place].clone();
-        *block = Some(Block { index, draws });
+        *self.lock() = Some(Block { index, draws });
         Ok(noise)
+    }
+
+    // A panic while the lock is held leaves a whole block or none.
+    fn lock(&self) -> MutexGuard<'_, Option<Block>> {
+        self.block.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,6 +6,7 @@ use crate::adapters::low_rank;
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::params::Init;
+use crate::special::gamma::MAX_SHAPE;
 
 /// How the mixture of N components is drawn.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -88,6 +89,10 @@ impl Initial {
     }
 }
 
+/// The most draws that a layer's buffer prepares ahead: beyond, a slip of the keyboard would take
+/// the machine's memory.
+pub const MAX_BUFFER_SIZE: usize = 1 << 16;
+
 /// The options of MonteCLoRA. Presets: [`Self::paper`] (the default), [`Self::paper_literal`],
 /// [`Self::peft`].
 ///
@@ -132,7 +137,8 @@ pub struct MonteCLoRAConfig {
     pub mixture: Mixture,
     /// How the regulariser is evaluated.
     pub mode: Mode,
-    /// How many draws' noise each layer prepares ahead; 0 is none. It never changes a result.
+    /// How many draws' noise each layer prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0 is none. It
+    /// never changes a result.
     pub buffer_size: usize,
     /// The most bytes of noise a layer keeps, whatever `buffer_size` says. `None`: no limit for a
     /// layer by itself; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the
@@ -231,9 +237,14 @@ impl MonteCLoRAConfig {
         positive("dirichlet_prior", self.dirichlet_prior)?;
         not_negative("kl_weight", self.kl_weight)?;
         not_negative("cooperative_weight", self.cooperative_weight)?;
-        let (df, least) = (self.degrees(), self.rank as f64 - 1.0);
-        if !(df > least && df.is_finite()) {
-            return Err(Error::config("df", format!("expected more than rank - 1 = {least}, got {df}")));
+        let (df, least, most) = (self.degrees(), self.rank as f64 - 1.0, 2.0 * MAX_SHAPE);
+        if !(df > least && df <= most) {
+            let reason = format!("expected more than rank - 1 = {least} and at most {most:e}, got {df}");
+            return Err(Error::config("df", reason));
+        }
+        if self.buffer_size > MAX_BUFFER_SIZE {
+            let reason = format!("expected at most {MAX_BUFFER_SIZE}, got {}", self.buffer_size);
+            return Err(Error::config("buffer_size", reason));
         }
         self.initial_concentration.validate("initial_concentration")?;
         self.initial_std.validate("initial_std")?;
@@ -253,14 +264,14 @@ impl MonteCLoRAConfig {
     }
 }
 
-fn positive(option: &str, value: f64) -> Result<()> {
+pub(super) fn positive(option: &str, value: f64) -> Result<()> {
     match value > 0.0 && value.is_finite() {
         true => Ok(()),
         false => Err(Error::config(option, format!("expected a positive number, got {value}"))),
     }
 }
 
-fn not_negative(option: &str, value: f64) -> Result<()> {
+pub(super) fn not_negative(option: &str, value: f64) -> Result<()> {
     match value >= 0.0 && value.is_finite() {
         true => Ok(()),
         false => Err(Error::config(option, format!("expected zero or a positive number, got {value}"))),
@@ -280,24 +291,30 @@ mod tests {
             assert_eq!(serde_json::from_str::<MonteCLoRAConfig>(&json).unwrap(), config);
         }
         assert_eq!(MonteCLoRAConfig::default(), MonteCLoRAConfig::paper());
-        assert!(serde_json::from_str::<MonteCLoRAConfig>(r#"{"ranc": 3}"#).is_err());
+        let error = serde_json::from_str::<MonteCLoRAConfig>(r#"{"ranc": 3}"#).unwrap_err().to_string();
+        assert!(error.starts_with("unknown field `ranc`, expected one of `rank`"), "{error}");
     }
 
     #[test]
     fn an_option_outside_its_domain_is_an_error_that_names_it() {
         type Spoil = fn(&mut MonteCLoRAConfig);
-        let cases: [(&str, Spoil); 14] = [
+        let cases: [(&str, Spoil); 19] = [
             ("rank", |c| c.rank = 0),
             ("alpha", |c| c.alpha = 0.0),
             ("alpha", |c| c.alpha = f64::NAN),
             ("dropout", |c| c.dropout = 1.0),
             ("num_components", |c| c.num_components = 0),
             ("sample_scaler", |c| c.sample_scaler = -1.0),
+            ("sample_scaler", |c| c.sample_scaler = 0.0),
+            ("sample_scaler", |c| c.sample_scaler = f64::NAN),
             ("kl_weight", |c| c.kl_weight = f64::INFINITY),
             ("cooperative_weight", |c| c.cooperative_weight = -0.1),
             ("dirichlet_prior", |c| c.dirichlet_prior = 0.0),
             ("df", |c| c.df = Some(7.0)),
             ("df", |c| c.df = Some(f64::NAN)),
+            ("df", |c| c.df = Some(f64::INFINITY)),
+            ("df", |c| c.df = Some(1e10)),
+            ("buffer_size", |c| c.buffer_size = MAX_BUFFER_SIZE + 1),
             ("initial_concentration", |c| c.initial_concentration = Initial::Constant(0.0)),
             ("initial_std", |c| c.initial_std = Initial::Uniform(1.0, 0.0)),
             ("compat", |c| c.compat = Compat::Peft),

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
@@ -16,7 +16,7 @@ use super::held::held;
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use super::posterior::{Posterior, PosteriorDraw};
 use crate::adapters::LowRank;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::params::{Params, Role};
 use crate::slot::{Adapter, Pass};
 
@@ -37,7 +37,7 @@ impl MonteCLoRA {
     ///
     /// # Errors
     /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a
-    /// name is taken.
+    /// name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         path: &str,
@@ -47,8 +47,17 @@ impl MonteCLoRA {
     ) -> Result<Self> {
         config.validate()?;
         let name = format!("{path}.{adapter}");
+        params.all_or_none(&format!("{name}."), || Self::create(params, &name, (in_dim, out_dim), config))
+    }
+
+    fn create(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
         let pair =
-            LowRank::new(params, &name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
+            LowRank::new(params, name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
         let std_prior = params.create(
             &format!("{name}.std_prior"),
             Role::Scale,
@@ -62,11 +71,11 @@ impl MonteCLoRA {
             &config.initial_concentration.of_log(),
         )?;
         let spec = NoiseSpec::new(config, in_dim, params.dtype(), params.device());
-        let streams = NoiseStreams::new(params.noise(), &name);
+        let streams = NoiseStreams::new(params.noise(), name);
         let buffer =
             SampleBuffer::new(spec.clone(), streams.clone(), config.buffer_size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
-        Ok(Self { name, pair, posterior, buffer })
+        Ok(Self { name: name.to_string(), pair, posterior, buffer })
     }
 
     /// The prefix of its parameters' names, `{path}.{adapter}`.
@@ -104,7 +113,7 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn noise(&self, pass: &Pass) -> candle_core::Result<Option<DrawNoise>> {
-        pass.posterior_draw().map(|draw| self.buffer.get(draw)).transpose()
+        pass.posterior_draw()?.map(|draw| self.buffer.get(draw)).transpose()
     }
 
     /// The draw that `pass` addresses; none at the mean.
@@ -121,27 +130,11 @@ impl MonteCLoRA {
     /// If candle fails.
     pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
         let draw = |draw| self.pair.a() + self.posterior.perturbation(&self.buffer.get(draw)?)?;
-        Ok(match (pass, pass.posterior_draw()) {
+        Ok(match (pass, pass.posterior_draw()?) {
             (_, None) => Cow::Borrowed(self.pair.a()),
             (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),
             (_, Some(at)) => Cow::Owned(draw(at)?),
         })
-    }
-
-    /// Checks that every parameter is finite. It copies them to the host.
-    ///
-    /// # Errors
-    /// If one holds NaN or infinity; the error names the tensor.
-    pub fn check_finite(&self) -> Result<()> {
-        let names = ["a", "b", "std_prior", "expert_weights_prior"];
-        for (suffix, (_, tensor)) in names.iter().zip(self.parameters()) {
-            let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-            if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-                let reason = format!("element {index} is {}", values[index]);
-                return Err(Error::tensor(format!("{}.{suffix}", self.name), reason));
-            }
-        }
-        Ok(())
     }
 }
 

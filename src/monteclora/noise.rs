@@ -1,6 +1,11 @@
 //! The untransformed noise of one draw of one layer, and how it is made from its address.
 //!
 //! Nothing here depends on the variational parameters, so a buffer can prepare it ahead.
+//!
+//! Streams are keyed by `{path}.{adapter}`, not by the layer's path alone: two adapters on one layer
+//! (tasks, members of an ensemble) are two posteriors, and draws that shared their noise would be
+//! correlated where they are averaged or compared. An adapter loaded under another name therefore
+//! draws other numbers of the same law.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -8,6 +13,7 @@ use super::config::{Compat, Mixture, MonteCLoRAConfig};
 use crate::dist::wishart::fill_bartlett;
 use crate::dist::{Covariance, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
+use crate::ops::place;
 
 /// What the noise of a layer's draws looks like.
 #[derive(Debug, Clone)]
@@ -73,30 +79,26 @@ impl DrawNoise {
     /// - `z`: standard normals, `(r, in_dim)`, or `(N, r, in_dim)` for [`Mixture::Explicit`]
     ///
     /// # Errors
-    /// If a shape is another.
+    /// If a shape is another, or a size of `spec` is zero.
     pub fn new(spec: &NoiseSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
-        let NoiseSpec { rank, in_dim, num_components, .. } = *spec;
-        let z_shape = spec.matrix_shape();
-        if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
-            candle_core::bail!(
-                "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
-                bartlett.shape(),
-                weights.shape(),
-                z.shape()
-            )
-        }
-        let place = |x: &Tensor| x.to_dtype(spec.dtype)?.to_device(&spec.device);
-        let (bartlett, z) = (place(bartlett)?, place(z)?);
+        spec.check()?;
+        spec.check_shapes(bartlett, weights, z)?;
+        let (bartlett, z) = (place(bartlett, spec.dtype, &spec.device)?, place(z, spec.dtype, &spec.device)?);
         let matrices = match spec.compat {
             Compat::None => bartlett.broadcast_matmul(&z)?,
             Compat::Peft => z, // its clip of V T T^T comes between the two
         };
-        let weights = weights.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        let weights = place(weights, DType::F64, &Device::Cpu)?;
         Ok(Self { bartlett, weights, matrices })
     }
 
+    /// Checks that the noise is of the shapes of `spec`.
+    pub(super) fn check(&self, spec: &NoiseSpec) -> Result<()> {
+        spec.check_shapes(&self.bartlett, &self.weights, &self.matrices)
+    }
+
     pub(super) fn small(&self) -> Result<SmallNoise> {
-        let bartlett = self.bartlett.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+        let bartlett = place(&self.bartlett, DType::F64, &Device::Cpu)?;
         Ok(SmallNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
     }
 }
@@ -137,6 +139,30 @@ impl NoiseSpec {
         }
     }
 
+    fn check(&self) -> Result<()> {
+        let NoiseSpec { rank, in_dim, num_components, .. } = *self;
+        if rank == 0 || in_dim == 0 || num_components == 0 {
+            candle_core::bail!(
+                "noise of rank {rank}, width {in_dim}, {num_components} components: each is 1 or more"
+            )
+        }
+        Ok(())
+    }
+
+    fn check_shapes(&self, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<()> {
+        let NoiseSpec { rank, in_dim, num_components, .. } = *self;
+        let z_shape = self.matrix_shape();
+        if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
+            candle_core::bail!(
+                "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
+                bartlett.shape(),
+                weights.shape(),
+                z.shape()
+            )
+        }
+        Ok(())
+    }
+
     fn matrix_shape(&self) -> Vec<usize> {
         match self.mixture {
             Mixture::Explicit => vec![self.num_components, self.rank, self.in_dim],
@@ -151,15 +177,17 @@ impl NoiseSpec {
     }
 
     /// The noise of a draw's covariance and weights, on the host.
-    pub(super) fn small(&self, streams: &NoiseStreams, draw: u64) -> SmallNoise {
+    pub(super) fn small(&self, streams: &NoiseStreams, draw: u64) -> Result<SmallNoise> {
+        self.check()?;
         let (mut bartlett, mut weights) = (vec![0.0; self.rank * self.rank], vec![0.0; self.num_components]);
-        fill_bartlett(&streams.wishart, draw, self.rank, self.df, self.covariance, &mut bartlett);
+        fill_bartlett(&streams.wishart, draw, self.rank, self.df, self.covariance, &mut bartlett)?;
         self.estimator.fill_noise(&streams.dirichlet, draw, &mut weights);
-        SmallNoise { bartlett, weights }
+        Ok(SmallNoise { bartlett, weights })
     }
 
     /// All noise of a draw, on the host.
-    pub(super) fn host(&self, streams: &NoiseStreams, draw: u64) -> HostNoise {
+    pub(super) fn host(&self, streams: &NoiseStreams, draw: u64) -> Result<HostNoise> {
+        let small = self.small(streams, draw)?;
         let count = self.matrix_shape().iter().product();
         let z = if self.dtype == DType::F64 {
             let mut z = vec![0.0; count];
@@ -170,7 +198,7 @@ impl NoiseSpec {
             streams.gaussian.fill_normal_f32(draw, &mut z);
             Values::Single(z)
         };
-        HostNoise { small: self.small(streams, draw), z }
+        Ok(HostNoise { small, z })
     }
 
     /// The tensors of noise on the host.
@@ -187,8 +215,66 @@ impl NoiseSpec {
     /// The noise of draw number `draw`: a pure function of its arguments.
     ///
     /// # Errors
-    /// If candle fails.
+    /// If `draw` is 2^63 or more, a size is zero, or `df` is outside its domain.
     pub fn generate(&self, streams: &NoiseStreams, draw: u64) -> Result<DrawNoise> {
-        self.upload(self.host(streams, draw))
+        self.upload(self.host(streams, draw)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slot::Pass;
+    use crate::special::gamma_quantile;
+
+    fn parts(spec: &NoiseSpec, streams: &NoiseStreams, pass: Pass) -> Result<[Vec<f64>; 4]> {
+        let draw = pass.posterior_draw()?.expect("a pass with a draw");
+        let HostNoise { small, z } = spec.host(streams, draw)?;
+        let (r, t) = (spec.rank, small.bartlett);
+        let chi = (0..r).map(|i| t[i * r + i]).collect();
+        let normals = (1..r).flat_map(|i| t[i * r..i * r + i].to_vec()).collect();
+        let Values::Double(z) = z else { unreachable!("the spec is of double precision") };
+        Ok([chi, normals, small.weights, z])
+    }
+
+    #[test]
+    fn training_noise_stays_at_its_addresses_and_predictive_noise_is_other_in_every_part() -> Result<()> {
+        for config in [MonteCLoRAConfig::paper(), MonteCLoRAConfig::paper_literal(), MonteCLoRAConfig::peft()]
+        {
+            let spec = NoiseSpec::new(&config, 5, DType::F64, &Device::Cpu);
+            let streams = NoiseStreams::new(Noise::new(6), "layer.default");
+            for draw in [0, 1, 2, 9, (1 << 62) - 1] {
+                let train = parts(&spec, &streams, Pass::Train { draw })?;
+                let predict = parts(&spec, &streams, Pass::Posterior { draw })?;
+                for (i, (train, predict)) in train.iter().zip(&predict).enumerate() {
+                    assert_eq!(train.len(), predict.len());
+                    assert!(
+                        train.iter().zip(predict).all(|(a, b)| a != b || *a == 0.0),
+                        "part {i} of {draw}"
+                    );
+                }
+                // Value stability: a change of these addresses changes every run that is under way.
+                let [chi, normals, weights, z] = train;
+                let mut want = vec![0.0; chi.len()];
+                streams.wishart.fill_uniform(2 * draw, &mut want);
+                for (i, (chi, u)) in chi.iter().zip(&want).enumerate() {
+                    let lost = if config.covariance == Covariance::Full { i as f64 } else { 0.0 };
+                    let q = 2.0 * gamma_quantile((8.0 - lost) / 2.0, *u).z();
+                    assert!((chi * chi / q - 1.0).abs() < 1e-12);
+                }
+                let mut want = vec![0.0; normals.len()];
+                if config.covariance == Covariance::Full {
+                    streams.wishart.fill_normal(2 * draw + 1, &mut want);
+                }
+                assert_eq!(normals, want);
+                let mut want = vec![0.0; weights.len()];
+                config.estimator.fill_noise(&streams.dirichlet, draw, &mut want);
+                assert_eq!(weights, want);
+                let mut want = vec![0.0; z.len()];
+                streams.gaussian.fill_normal(draw, &mut want);
+                assert_eq!(z, want);
+            }
+        }
+        Ok(())
     }
 }

@@ -7,9 +7,10 @@
 use candle_core::{Result, Tensor, D};
 use candle_nn::ops::softmax;
 
-use super::config::{Compat, Mixture, MonteCLoRAConfig};
+use super::config::{positive, Compat, Mixture, MonteCLoRAConfig};
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use crate::dist::{Dirichlet, Wishart};
+use crate::error::Error;
 use crate::ops;
 
 /// The variational parameters of one layer, and what its draws look like.
@@ -43,24 +44,44 @@ impl Posterior {
     /// The posterior with rho `std_prior` `(r)` and c `expert_weights_prior` `(N)`.
     ///
     /// # Errors
-    /// If the shapes are not those of `spec`, or `df <= r - 1`.
+    /// If an option is outside its domain, `spec` is not that of `config`, or a tensor has not the
+    /// shape, dtype and device of `spec`.
     pub fn new(
         std_prior: &Tensor,
         expert_weights_prior: &Tensor,
         config: &MonteCLoRAConfig,
         spec: NoiseSpec,
         streams: NoiseStreams,
-    ) -> Result<Self> {
-        if std_prior.dims() != [spec.rank] || expert_weights_prior.dims() != [spec.num_components] {
-            candle_core::bail!(
-                "expected std_prior [{}] and expert_weights_prior [{}], got {:?} and {:?}",
-                spec.rank,
-                spec.num_components,
-                std_prior.shape(),
-                expert_weights_prior.shape()
-            )
+    ) -> crate::Result<Self> {
+        config.validate()?;
+        let agree = [
+            ("rank", spec.rank == config.rank),
+            ("num_components", spec.num_components == config.num_components),
+            ("df", spec.df == config.degrees()),
+            ("covariance", spec.covariance == config.covariance),
+            ("estimator", spec.estimator == config.estimator),
+            ("mixture", spec.mixture == config.mixture),
+            ("compat", spec.compat == config.compat),
+        ];
+        if let Some((option, _)) = agree.into_iter().find(|(_, same)| !same) {
+            return Err(Error::config(option, "the configuration and the noise's spec differ"));
         }
-        Wishart::new(std_prior, spec.df, spec.covariance)?;
+        for (name, tensor, len) in [
+            ("std_prior", std_prior, spec.rank),
+            ("expert_weights_prior", expert_weights_prior, spec.num_components),
+        ] {
+            let fits = tensor.dims() == [len]
+                && tensor.dtype() == spec.dtype
+                && tensor.device().same_device(&spec.device);
+            if !fits {
+                let (wanted, at) = (spec.dtype, spec.device.location());
+                let (shape, dtype, place) = (tensor.shape(), tensor.dtype(), tensor.device().location());
+                let reason = format!(
+                    "expected [{len}] of {wanted:?} on {at:?}, got {shape:?} of {dtype:?} on {place:?}"
+                );
+                return Err(Error::tensor(name, reason));
+            }
+        }
         Ok(Self {
             std_prior: std_prior.clone(),
             expert_weights_prior: expert_weights_prior.clone(),
@@ -87,8 +108,13 @@ impl Posterior {
     }
 
     /// Changes eps, as an adaptive scale of the perturbation does.
-    pub fn set_sample_scaler(&mut self, sample_scaler: f64) {
+    ///
+    /// # Errors
+    /// Unless it is positive and finite, as in the configuration; it then keeps its value.
+    pub fn set_sample_scaler(&mut self, sample_scaler: f64) -> crate::Result<()> {
+        positive("sample_scaler", sample_scaler)?;
         self.sample_scaler = sample_scaler;
+        Ok(())
     }
 
     /// b, the concentration of the Dirichlet prior.
@@ -109,8 +135,9 @@ impl Posterior {
     /// Delta alone, `(r, in_dim)`: what a forward pass needs.
     ///
     /// # Errors
-    /// If candle fails.
+    /// If the noise is not of this posterior's shapes.
     pub fn perturbation(&self, noise: &DrawNoise) -> Result<Tensor> {
+        noise.check(&self.spec)?;
         match self.spec.mixture {
             Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
             Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &self.weights(noise)?),
@@ -120,8 +147,9 @@ impl Posterior {
     /// The whole draw.
     ///
     /// # Errors
-    /// If candle fails.
+    /// If the noise is not of this posterior's shapes.
     pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
+        noise.check(&self.spec)?;
         let weights = self.weights(noise)?;
         let delta = match self.spec.mixture {
             Mixture::Sparse => self.scaled(noise, &noise.matrices, None)?,
@@ -181,7 +209,13 @@ impl Posterior {
 
 /// PEFT's clipped variances `max(V q, 1e-3)`, elementwise.
 pub(super) fn peft_variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
-    ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?.maximum(PEFT_VARIANCE)
+    at_least(&ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?, PEFT_VARIANCE)
+}
+
+/// `max(xs, least)` in which NaN stays NaN: candle's own maximum on CUDA makes `least` of it.
+fn at_least(xs: &Tensor, least: f64) -> Result<Tensor> {
+    let floor = (xs.detach().zeros_like()? + least)?;
+    xs.detach().lt(&floor)?.where_cond(&floor, xs)
 }
 
 /// Mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
@@ -191,9 +225,25 @@ pub(super) fn weights(log_concentration: &Tensor, spec: &NoiseSpec, noise: &Tens
         Compat::None => dirichlet.rsample(spec.estimator, noise),
         Compat::Peft => {
             let (mean, variance) = dirichlet.laplace()?;
-            let std = (variance.maximum(PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
+            let std = (at_least(&variance, PEFT_LOGITS)? + PEFT_LOGITS)?.sqrt()?;
             let z = noise.to_dtype(mean.dtype())?.to_device(mean.device())?;
             softmax(&(mean + ops::mul_constant(&std, &z)?)?, D::Minus1)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn a_floor_lifts_what_is_below_it_and_keeps_nan() -> Result<()> {
+        let xs = Var::new(&[f64::NAN, 0.5, 1.0, 2.0, f64::NEG_INFINITY], &Device::Cpu)?;
+        let ys = at_least(&xs, 1.0)?;
+        let (got, slopes) = (ys.to_vec1::<f64>()?, ys.sum_all()?.backward()?);
+        assert!(got[0].is_nan() && got[1..] == [1.0, 1.0, 2.0, 1.0], "{got:?}");
+        assert_eq!(slopes.get(&xs).expect("a gradient").to_vec1::<f64>()?, [1.0, 0.0, 1.0, 1.0, 0.0]);
+        Ok(())
     }
 }

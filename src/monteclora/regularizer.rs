@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, D};
 
-use super::config::{Compat, Mode, MonteCLoRAConfig};
+use super::config::{not_negative, Compat, Mode, MonteCLoRAConfig};
 use super::layer::MonteCLoRA;
 use super::noise::{DrawNoise, NoiseSpec, SmallNoise};
 use super::posterior::{peft_variance, weights, Posterior};
@@ -45,7 +45,7 @@ pub struct RegularizerTerms {
 }
 
 impl Regularizer {
-    /// The regulariser with the mode and the weights of `config`.
+    /// The regulariser with the mode and the weights of `config`, which are checked at use.
     pub fn new(config: &MonteCLoRAConfig) -> Self {
         Self { mode: config.mode, kl_weight: config.kl_weight, cooperative_weight: config.cooperative_weight }
     }
@@ -53,7 +53,9 @@ impl Regularizer {
     /// The regulariser of every slot whose active adapter is MonteCLoRA.
     ///
     /// # Errors
-    /// If there is none, or in [`Mode::Sampled`] at [`Pass::Mean`], which addresses no draw.
+    /// If there is none, a weight is negative or not finite, in [`Mode::Sampled`] at [`Pass::Mean`],
+    /// which addresses no draw, or in [`Mode::Expected`] with posteriors of [`Compat::Peft`], whose
+    /// clipped variances have no expectation here.
     pub fn for_model(&self, model: &dyn Linears, pass: &Pass) -> Result<RegularizerTerms> {
         let mut posteriors = Vec::new();
         model.visit_linears(&mut |slot| {
@@ -79,14 +81,14 @@ impl Regularizer {
     /// # Errors
     /// As [`Self::for_model`].
     pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
-        let draws = match (self.mode, pass.posterior_draw()) {
-            (Mode::Expected, _) => None,
-            (Mode::Sampled, Some(draw)) => {
+        let draws = match self.mode {
+            Mode::Expected => None,
+            Mode::Sampled => {
+                let Some(draw) = pass.posterior_draw()? else {
+                    return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+                };
                 let small = |p: &Posterior| p.spec().small(p.streams(), draw);
-                Some(posteriors.iter().map(small).collect::<Vec<_>>())
-            }
-            (Mode::Sampled, None) => {
-                return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+                Some(posteriors.iter().map(small).collect::<candle_core::Result<Vec<_>>>()?)
             }
         };
         self.at(posteriors, draws)
@@ -95,18 +97,28 @@ impl Regularizer {
     /// The regulariser at draws given from outside, one for each posterior, whatever the mode.
     ///
     /// # Errors
-    /// If their numbers differ or are zero.
+    /// If their numbers differ or are zero, a draw has not the shapes of its posterior, or a weight is
+    /// outside its domain.
     pub fn of_draws(&self, posteriors: &[Posterior], draws: &[DrawNoise]) -> Result<RegularizerTerms> {
         if posteriors.len() != draws.len() {
             let reason = format!("expected {}, one for each layer, got {}", posteriors.len(), draws.len());
             return Err(Error::config("draws", reason));
         }
-        let draws = draws.iter().map(DrawNoise::small).collect::<candle_core::Result<_>>()?;
+        let small = |(posterior, draw): (&Posterior, &DrawNoise)| {
+            draw.check(posterior.spec())?;
+            draw.small()
+        };
+        let draws = posteriors.iter().zip(draws).map(small).collect::<candle_core::Result<_>>()?;
         self.at(posteriors, Some(draws))
     }
 
     /// The regulariser at these draws, or in expectation.
     fn at(&self, posteriors: &[Posterior], draws: Option<Vec<SmallNoise>>) -> Result<RegularizerTerms> {
+        not_negative("kl_weight", self.kl_weight)?;
+        not_negative("cooperative_weight", self.cooperative_weight)?;
+        if draws.is_none() && posteriors.iter().any(|p| p.spec().compat == Compat::Peft) {
+            return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
+        }
         let mut groups: BTreeMap<String, (Vec<&Posterior>, Vec<&SmallNoise>)> = BTreeMap::new();
         for (i, posterior) in posteriors.iter().enumerate() {
             let group = groups.entry(group_key(posterior)).or_default();
@@ -133,7 +145,9 @@ impl Regularizer {
         let (kl_gaussian, kl_wishart) = ((gaussian * share)?, (wishart * share)?);
         let (kl_dirichlet, cooperative) = ((dirichlet * share)?, (cooperative * share)?);
         let kl = ((&kl_gaussian + &kl_wishart)? + &kl_dirichlet)?;
-        let total = ((kl * self.kl_weight)? + (&cooperative * self.cooperative_weight)?)?;
+        // A term of weight zero still gives its zero gradient: without the task's (a sparse mixture,
+        // one component) the concentration would have none, which training takes for a fault.
+        let total = (ops::scale(&kl, self.kl_weight)? + ops::scale(&cooperative, self.cooperative_weight)?)?;
         Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative })
     }
 }
@@ -166,8 +180,7 @@ fn sums(group: &[&Posterior], noise: &[&SmallNoise]) -> Result<[Tensor; 4]> {
     let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
     let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;
     let dirichlet = Dirichlet::new(&c)?;
-    let log_prior = Tensor::full(first.dirichlet_prior().ln(), spec.num_components, c.device())?;
-    let [t1, t2, t3] = dirichlet.kl_terms(&Dirichlet::new(&log_prior.to_dtype(c.dtype())?)?)?;
+    let [t1, t2, t3] = dirichlet.kl_terms_symmetric(first.dirichlet_prior())?;
     let kl_dirichlet = match spec.compat {
         Compat::None => ((t1 + t2)? + t3)?,
         Compat::Peft => ((t1 - t2)? + t3)?, // the reversed sign, see `Compat::Peft`

@@ -1,5 +1,7 @@
 //! The attention core: scores, masks, softmax, dropout and the weighted sum as one node.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 use super::activation::wide;
@@ -139,15 +141,29 @@ pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Opt
         Some(padding) => Some(padding.ne(0u8)?.reshape((b, 1, 1, tk))?),
         None => None,
     };
-    if !mask.causal {
-        return Ok(padding);
+    if !mask.causal || tq == 1 {
+        return Ok(padding); // the last query sees every key
     }
-    let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(j + tq <= tk + i))).collect();
-    let causal = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
+    let causal = causal(tq, tk, device)?;
     match padding {
         Some(padding) => Ok(Some(padding.broadcast_mul(&causal)?)),
         None => Ok(Some(causal)),
     }
+}
+
+/// 1 where key `j` is not after query `i` of the last `tq`, (1, 1, tq, tk). The latest is kept: all
+/// layers of a forward pass ask for the same one, and a copy to a GPU holds up the queue of its work.
+fn causal(tq: usize, tk: usize, device: &Device) -> Result<Tensor> {
+    static LATEST: Mutex<Option<Tensor>> = Mutex::new(None);
+    let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
+    let fits = |mask: &&Tensor| mask.dims() == [1, 1, tq, tk] && mask.device().same_device(device);
+    if let Some(mask) = latest.as_ref().filter(fits) {
+        return Ok(mask.clone());
+    }
+    let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(j + tq <= tk + i))).collect();
+    let mask = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
+    *latest = Some(mask.clone());
+    Ok(mask)
 }
 
 /// The core in tensor operations; heads of one group are stacked into the rows of one matrix.

@@ -3,7 +3,7 @@
 //! Candle differentiates both sides of a sum, a product and a matrix product, whether they are
 //! tracked or not, and keeps the gradient that nobody asked for. Here the constant gets none.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::attach::attach;
 
@@ -34,6 +34,15 @@ pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     })
 }
 
+/// `factor * xs`, whose gradient at `factor = 0` is zero: candle's own product then sends none at all.
+///
+/// # Errors
+/// If candle fails.
+pub fn scale(xs: &Tensor, factor: f64) -> Result<Tensor> {
+    let result = (xs.detach() * factor)?;
+    attach("scale", [xs], result, move |call| Ok([Some((call.grad * factor)?)]))
+}
+
 /// The matrix product of `xs` (n, k) with a constant (k, m).
 ///
 /// # Errors
@@ -45,6 +54,15 @@ pub fn matmul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     let result = xs.detach().matmul(constant)?;
     let constant = constant.clone();
     attach("matmul-constant", [xs], result, move |call| Ok([Some(call.grad.matmul(&constant.t()?)?)]))
+}
+
+/// `xs` in another dtype and place: cast before it leaves the host, or after it has come from a
+/// device, because not every device has double precision.
+pub(crate) fn place(xs: &Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
+    match xs.device().is_cpu() {
+        true => xs.to_dtype(dtype)?.to_device(device),
+        false => xs.to_device(device)?.to_dtype(dtype),
+    }
 }
 
 /// Sums a gradient over the dimensions in which `like` was broadcast.
@@ -64,7 +82,7 @@ fn sum_to(grad: Tensor, like: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
@@ -93,6 +111,22 @@ mod tests {
         for (ours, plain) in dx.iter().zip(&plain_dx) {
             assert!((ours - plain).abs() < 1e-12, "{ours} {plain}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_factor_of_zero_gives_a_gradient_of_zero() -> Result<()> {
+        let xs = Var::new(&[1.5, -2.0], &Device::Cpu)?;
+        for factor in [0.0, -0.7] {
+            let ys = scale(&xs, factor)?;
+            assert_eq!(ys.to_vec1::<f64>()?, [1.5 * factor, -2.0 * factor]);
+            let grads = ys.sqr()?.sum_all()?.backward()?;
+            let want = [1.5, -2.0].map(|x| 2.0 * factor * factor * x);
+            let got = grads.get(&xs).expect("a gradient").to_vec1::<f64>()?;
+            assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-15), "{got:?} {want:?}");
+        }
+        // If this fails, candle has changed, and `scale` may go.
+        assert!((xs.as_tensor() * 0.0)?.sum_all()?.backward()?.get(&xs).is_none());
         Ok(())
     }
 

@@ -23,16 +23,14 @@ impl<'a> Host<'a> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!("a contiguous tensor was expected, got strides {:?}", layout.stride());
         };
+        data(&storage)?;
         Ok(Self { storage, start, end })
     }
 
     /// From the first element of a tensor of any strides to the end of its storage.
     pub fn from_first(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
-        let end = match &*storage {
-            Storage::Cpu(CpuStorage::F32(data)) => data.len(),
-            _ => bail!("an f32 tensor on the cpu was expected, got {:?}", tensor.dtype()),
-        };
+        let end = data(&storage)?.len();
         Ok(Self { storage, start: layout.start_offset(), end })
     }
 }
@@ -41,10 +39,20 @@ impl Deref for Host<'_> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(data)) => &data[self.start..self.end],
-            _ => &[],
-        }
+        // It was checked when the view was made, and what is borrowed does not change.
+        data(&self.storage).map_or(&[], |data| &data[self.start..self.end])
+    }
+}
+
+/// All elements of a storage.
+fn data(storage: &Storage) -> Result<&[f32]> {
+    match storage {
+        Storage::Cpu(CpuStorage::F32(data)) => Ok(data),
+        _ => bail!(
+            "f32 on the cpu was expected, got {:?} on {:?}",
+            storage.dtype(),
+            storage.device().location()
+        ),
     }
 }
 
@@ -133,5 +141,24 @@ pub(super) fn total(parts: Vec<Vec<f32>>, width: usize) -> Vec<f32> {
 pub(super) fn add_assign(a: &mut [f32], b: &[f32]) {
     for (a, b) in a.iter_mut().zip(b) {
         *a += b;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+
+    #[test]
+    fn a_view_of_another_dtype_is_an_error_and_not_empty() -> Result<()> {
+        for dtype in [DType::F64, DType::BF16, DType::U32] {
+            let tensor = Tensor::zeros(3, dtype, &Device::Cpu)?;
+            for view in [Host::of(&tensor), Host::from_first(&tensor)] {
+                let error = view.err().expect("an error").to_string();
+                assert!(error.contains(&format!("f32 on the cpu was expected, got {dtype:?}")), "{error}");
+            }
+        }
+        assert_eq!(Host::of(&Tensor::new(&[1f32, 2.0], &Device::Cpu)?)?[..], [1.0, 2.0]);
+        Ok(())
     }
 }

@@ -21,6 +21,11 @@ use super::{linear as base, plain};
 /// # Errors
 /// If the shapes do not fit.
 pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    wide(xs, a, b, scale)?.to_dtype(xs.dtype())
+}
+
+/// [`low_rank`] in the dtype of `a`.
+fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let lane = pick(&[xs, a, b]);
     if lane == Lane::Plain {
         return plain::low_rank(xs, a, b, scale);
@@ -30,6 +35,24 @@ pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tenso
     attach("low-rank", [xs, a, b], y, move |call| {
         backward(lane, &call.args, call.needs, &call.grad, None, &xs_a, scale)
     })
+}
+
+/// `y = x W^T + bias + s (d A^T) B^T`: [`super::linear`] and [`low_rank`] of two inputs, d being the
+/// dropped x, added in the dtype of `a` (a small delta would drown in a bf16 rounding).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_and_low_rank(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    dropped: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let y = base::linear(xs, weight, bias)?.to_dtype(a.dtype())?;
+    (y + wide(dropped, a, b, scale)?)?.to_dtype(xs.dtype())
 }
 
 /// `y = x W^T + bias + s (x A^T) B^T`.
@@ -60,7 +83,7 @@ pub fn adapted_linear(
         None => pick(&[xs, weight, a, b]),
     };
     if lane == Lane::Plain || weight.track_op() || bias.is_some_and(Tensor::track_op) {
-        return base::linear(xs, weight, bias)? + low_rank(xs, a, b, scale)?;
+        return linear_and_low_rank(xs, weight, bias, xs, a, b, scale);
     }
     base::check(xs, weight, bias)?;
     check(xs, a, b)?;
@@ -87,7 +110,7 @@ fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The output and `x A^T`, which is all that backward needs: it stays for a second one, being small.
+/// The output (in the dtype of `xs`; without the frozen layer in that of `a`) and `x A^T`, which is all that backward needs: it stays for a second one, being small.
 fn forward(
     lane: Lane,
     xs: &Tensor,
@@ -119,11 +142,13 @@ fn forward(
     let xs_a = base::rows(xs)?.to_dtype(a.dtype())?.matmul(&a.t()?)?;
     let delta = (xs_a.matmul(&b.to_dtype(a.dtype())?.t()?)? * scale)?.reshape(shape)?;
     let y = match frozen {
-        // Added in the wider of the two dtypes: a small delta would drown in a bf16 rounding.
-        Some((weight, bias)) => (base::forward(lane, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?,
+        // Added in the dtype of `a`: see `linear_and_low_rank`.
+        Some((weight, bias)) => {
+            (base::forward(lane, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
+        }
         None => delta,
     };
-    Ok((y.to_dtype(xs.dtype())?, xs_a))
+    Ok((y, xs_a))
 }
 
 /// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.

@@ -33,14 +33,15 @@ mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::{attention, Mask};
-pub use constant::{add_constant, matmul_constant, mul_constant};
+pub(crate) use constant::place;
+pub use constant::{add_constant, matmul_constant, mul_constant, scale};
 pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
 pub use lane::{with_lane, Lane};
 pub use linear::linear;
 pub use loss::{cross_entropy, mean_squared_error};
-pub use low_rank::{adapted_linear, low_rank};
+pub use low_rank::{adapted_linear, linear_and_low_rank, low_rank};
 pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use rotary::rotary;
 pub use rows::Rows;

@@ -16,7 +16,7 @@ pub(super) fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
 
 pub(super) fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let xs_a = xs.contiguous()?.to_dtype(a.dtype())?.broadcast_matmul(&a.t()?)?;
-    (xs_a.broadcast_matmul(&b.t()?)? * scale)?.to_dtype(xs.dtype())
+    xs_a.broadcast_matmul(&b.t()?)? * scale
 }
 
 pub(super) fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {

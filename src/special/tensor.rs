@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
 use super::{digamma, gamma_quantile, ln_gamma, trigamma};
@@ -26,21 +26,25 @@ pub fn digamma_of(xs: &Tensor) -> Result<Tensor> {
     on_host(xs, Family::Digamma)
 }
 
-/// `ln z` of Gamma(exp `log_shape`, 1) draws at the given uniform numbers, differentiable in
-/// `log_shape` (the implicit derivative of [`gamma_quantile`]).
+/// `z / sum z` over the last dimension, z draws of Gamma(exp `log_shape`, 1) at the given uniform
+/// numbers; differentiable in `log_shape` (the implicit derivative of [`gamma_quantile`]).
+///
+/// One operation, because ln z is thousands below zero at small shapes: rounded to single precision
+/// before the softmax, it would lose all but three digits of the result.
 ///
 /// # Shapes
-/// - `log_shape`: any, f32 or f64
+/// - `log_shape`: `(.., n)`, f32 or f64
 /// - `uniforms`: as many numbers in (0, 1), in row-major order
 /// - output: that of `log_shape`
 ///
 /// # Errors
-/// If the counts differ, or the dtype is neither f32 nor f64.
-pub fn log_gamma_rsample(log_shape: &Tensor, uniforms: Vec<f64>) -> Result<Tensor> {
+/// If the counts differ, `log_shape` is a scalar, or its dtype is neither f32 nor f64.
+pub fn normalised_gamma_rsample(log_shape: &Tensor, uniforms: Vec<f64>) -> Result<Tensor> {
     if uniforms.len() != log_shape.elem_count() {
         candle_core::bail!("{} uniform numbers for shape {:?}", uniforms.len(), log_shape.shape())
     }
-    on_host(log_shape, Quantile { uniforms: uniforms.into() })
+    let width = log_shape.dim(D::Minus1)?.max(1);
+    on_host(log_shape, Normalised { uniforms: uniforms.into(), width })
 }
 
 /// Applies an operation of the host; `to_device` carries gradients both ways.
@@ -48,27 +52,34 @@ fn on_host<O: CustomOp1 + Send + Sync + 'static>(xs: &Tensor, op: O) -> Result<T
     xs.to_device(&Device::Cpu)?.contiguous()?.apply_op1(op)?.to_device(xs.device())
 }
 
-/// Elementwise map of a contiguous f32 or f64 slice, in double precision.
-fn map(
+/// `f(i, x)` of every element of a contiguous f32 or f64 slice, in double precision.
+fn doubles<T: Send>(
     storage: &CpuStorage,
     layout: &Layout,
-    f: impl Fn(usize, f64) -> f64 + Sync,
-) -> Result<(CpuStorage, Shape)> {
+    f: impl Fn(usize, f64) -> T + Sync,
+) -> Result<Vec<T>> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("expected a contiguous tensor, got {layout:?}")
     };
-    let out = match storage {
+    match storage {
         CpuStorage::F32(xs) => {
             let xs = xs[start..end].par_iter().with_min_len(256).enumerate();
-            CpuStorage::F32(xs.map(|(i, x)| f(i, f64::from(*x)) as f32).collect())
+            Ok(xs.map(|(i, x)| f(i, f64::from(*x))).collect())
         }
         CpuStorage::F64(xs) => {
             let xs = xs[start..end].par_iter().with_min_len(256).enumerate();
-            CpuStorage::F64(xs.map(|(i, x)| f(i, *x)).collect())
+            Ok(xs.map(|(i, x)| f(i, *x)).collect())
         }
         _ => candle_core::bail!("expected f32 or f64, got {:?}", storage_dtype(storage)),
-    };
-    Ok((out, layout.shape().clone()))
+    }
+}
+
+/// Results in double precision, in the dtype of what they were computed from.
+fn rounded(results: Vec<f64>, like: &CpuStorage) -> CpuStorage {
+    match like {
+        CpuStorage::F32(_) => CpuStorage::F32(results.into_iter().map(|x| x as f32).collect()),
+        _ => CpuStorage::F64(results),
+    }
 }
 
 fn storage_dtype(storage: &CpuStorage) -> DType {
@@ -99,7 +110,7 @@ impl CustomOp1 for Family {
             Self::Digamma => digamma,
             Self::Trigamma => trigamma,
         };
-        map(storage, layout, |_, x| f(x))
+        Ok((rounded(doubles(storage, layout, |_, x| f(x))?, storage), layout.shape().clone()))
     }
 
     fn bwd(&self, arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -112,40 +123,65 @@ impl CustomOp1 for Family {
     }
 }
 
-/// `c -> ln z(exp c, u)`.
-struct Quantile {
+/// `c -> softmax ln z(exp c, u)` in rows of `width`.
+struct Normalised {
     uniforms: Arc<[f64]>,
+    width: usize,
 }
 
-impl CustomOp1 for Quantile {
+impl CustomOp1 for Normalised {
     fn name(&self) -> &'static str {
-        "log-gamma-quantile"
+        "normalised-gamma"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        map(storage, layout, |i, c| gamma_quantile(c.exp(), self.uniforms[i]).log_z)
+        let mut pi = doubles(storage, layout, |i, c| gamma_quantile(c.exp(), self.uniforms[i]).log_z)?;
+        pi.chunks_mut(self.width).for_each(softmax);
+        Ok((rounded(pi, storage), layout.shape().clone()))
     }
 
     fn bwd(&self, arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let slope = QuantileSlope { uniforms: self.uniforms.clone() };
-        Ok(Some((grad * on_host(&arg.detach(), slope)?)?))
+        let grad = grad.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+        let slope = NormalisedSlope { uniforms: self.uniforms.clone(), width: self.width, grad };
+        on_host(&arg.detach(), slope).map(Some)
     }
 }
 
-/// `c -> d ln z / d c = a d ln z / d a`. It solves for the quantile again: that is a few
-/// microseconds for a layer's N components, and nothing is kept between the two passes.
-struct QuantileSlope {
+/// `c -> a_i (d ln z_i / d a_i) pi_i (g_i - sum_k pi_k g_k)`. It solves for the quantiles again: that
+/// is a few microseconds for a layer's N components, and nothing is kept between the two passes.
+struct NormalisedSlope {
     uniforms: Arc<[f64]>,
+    width: usize,
+    grad: Vec<f64>,
 }
 
-impl CustomOp1 for QuantileSlope {
+impl CustomOp1 for NormalisedSlope {
     fn name(&self) -> &'static str {
-        "log-gamma-quantile-slope"
+        "normalised-gamma-slope"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        map(storage, layout, |i, c| c.exp() * gamma_quantile(c.exp(), self.uniforms[i]).dlog_z)
+        let draws = doubles(storage, layout, |i, c| {
+            let draw = gamma_quantile(c.exp(), self.uniforms[i]);
+            (draw.log_z, c.exp() * draw.dlog_z)
+        })?;
+        let mut slopes = Vec::with_capacity(draws.len());
+        for (row, grad) in draws.chunks(self.width).zip(self.grad.chunks(self.width)) {
+            let mut pi: Vec<f64> = row.iter().map(|(log_z, _)| *log_z).collect();
+            softmax(&mut pi);
+            let along: f64 = pi.iter().zip(grad).map(|(pi, g)| pi * g).sum();
+            slopes.extend(row.iter().zip(pi).zip(grad).map(|(((_, slope), pi), g)| slope * pi * (g - along)));
+        }
+        Ok((rounded(slopes, storage), layout.shape().clone()))
     }
+}
+
+/// The softmax of one row, in place; NaN anywhere is NaN everywhere.
+fn softmax(row: &mut [f64]) {
+    let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    row.iter_mut().for_each(|x| *x = (*x - largest).exp());
+    let sum: f64 = row.iter().sum();
+    row.iter_mut().for_each(|x| *x /= sum);
 }
 
 #[cfg(test)]
@@ -180,18 +216,56 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_of_a_gamma_draw_is_the_implicit_derivative() -> Result<()> {
-        let (cs, us) = ([-2.0, 0.0, 1.5], [0.3, 0.9, 0.05]);
-        let c = Var::new(&cs, &Device::Cpu)?;
-        let log_z = log_gamma_rsample(&c, us.to_vec())?;
-        let slopes = log_z.sum_all()?.backward()?.get(&c).unwrap().to_vec1::<f64>()?;
-        for i in 0..3 {
-            let at = |c: f64| gamma_quantile(c.exp(), us[i]).log_z;
-            assert_eq!(log_z.to_vec1::<f64>()?[i], at(cs[i]));
-            let difference = (at(cs[i] + 1e-5) - at(cs[i] - 1e-5)) / 2e-5;
-            assert!((slopes[i] / difference - 1.0).abs() < 1e-8, "{} {difference}", slopes[i]);
+    fn the_gradient_of_a_normalised_draw_is_the_implicit_derivative() -> Result<()> {
+        let (cs, us, weights) = ([-0.5, 0.0, 0.8], [0.9, 0.6, 0.3], [0.4, -1.1, 2.0]);
+        let c = Var::new(&[cs, [0.3; 3]], &Device::Cpu)?;
+        let pi = normalised_gamma_rsample(&c, [us, us].concat())?;
+        let weighed = pi.get(0)?.mul(&Tensor::new(&weights, &Device::Cpu)?)?.sum_all()?;
+        let slopes = weighed.backward()?.get(&c).unwrap().to_vec2::<f64>()?;
+        let at = |cs: [f64; 3]| {
+            let z = [0, 1, 2].map(|i| gamma_quantile(f64::exp(cs[i]), us[i]).z());
+            let sum: f64 = z.iter().sum();
+            z.map(|z| z / sum)
+        };
+        for (got, want) in pi.get(0)?.to_vec1::<f64>()?.into_iter().zip(at(cs)) {
+            assert!((got - want).abs() < 1e-14, "{got} {want}");
         }
-        assert!(log_gamma_rsample(&c, vec![0.5; 2]).is_err());
+        let loss = |cs: [f64; 3]| at(cs).iter().zip(weights).map(|(pi, w)| pi * w).sum::<f64>();
+        for i in 0..3 {
+            let moved = |step: f64| {
+                let mut cs = cs;
+                cs[i] += step;
+                loss(cs)
+            };
+            let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((slopes[0][i] / difference - 1.0).abs() < 1e-8, "{} {difference}", slopes[0][i]);
+        }
+        assert_eq!(slopes[1], [0.0; 3]);
+        let error = normalised_gamma_rsample(&c, vec![0.5; 2]).unwrap_err().to_string();
+        assert!(error.contains("2 uniform numbers for shape [2, 3]"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn weights_at_a_tiny_concentration_keep_single_precision() -> Result<()> {
+        // ln z is near -12600, where neighbours in single precision are 1e-3 apart.
+        let uniforms = vec![1.0e-5, 1.000_01e-5, 1.000_02e-5];
+        let c = Var::new(&[-7f32; 3], &Device::Cpu)?;
+        let log_z = gamma_quantile((-7f64).exp(), uniforms[0]).log_z;
+        assert!((-13_000.0..-12_000.0).contains(&log_z), "{log_z}");
+        let narrow = normalised_gamma_rsample(&c, uniforms.clone())?;
+        let wide = normalised_gamma_rsample(&c.to_dtype(DType::F64)?, uniforms)?;
+        let weights = Tensor::new(&[1f32, -2.0, 3.0], &Device::Cpu)?;
+        let slope = |pi: &Tensor| -> Result<Vec<f32>> {
+            let loss = pi.to_dtype(DType::F32)?.mul(&weights)?.sum_all()?;
+            loss.backward()?.get(&c).expect("a gradient").to_vec1()
+        };
+        let pairs = [(narrow.to_vec1::<f32>()?, wide.to_dtype(DType::F32)?.to_vec1::<f32>()?)];
+        for (narrow, wide) in pairs.into_iter().chain([(slope(&narrow)?, slope(&wide)?)]) {
+            for (narrow, wide) in narrow.iter().zip(&wide) {
+                assert!((narrow / wide - 1.0).abs() < 1e-6, "{narrow} {wide}");
+            }
+        }
         Ok(())
     }
 }

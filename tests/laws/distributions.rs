@@ -6,7 +6,7 @@ use monteclora::dist::{Covariance, Dirichlet, Estimator, Gaussian, Wishart};
 use monteclora::noise::{Noise, Purpose};
 use rayon::prelude::*;
 
-use crate::{assert_mean, normals, Result};
+use crate::{assert_close, assert_mean, normals, Result};
 
 const DRAWS: usize = 200_000;
 const DF: f64 = 4.3;
@@ -19,9 +19,9 @@ fn wishart(covariance: Covariance) -> Result<Wishart> {
 fn factors(wishart: &Wishart) -> Result<Tensor> {
     let stream = Noise::new(4).stream("law", Purpose::Wishart);
     let mut t = vec![0.0; DRAWS * 9];
-    t.par_chunks_mut(9).enumerate().for_each(|(draw, t)| {
-        fill_bartlett(&stream, draw as u64, 3, wishart.df(), wishart.covariance(), t);
-    });
+    t.par_chunks_mut(9).enumerate().try_for_each(|(draw, t)| {
+        fill_bartlett(&stream, draw as u64, 3, wishart.df(), wishart.covariance(), t)
+    })?;
     Ok(wishart.rsample(&Tensor::from_vec(t, (DRAWS, 3, 3), &Device::Cpu)?)?)
 }
 
@@ -144,7 +144,8 @@ fn the_wishart_divergence_equals_monte_carlo() -> Result<()> {
     let both = (posterior.kl_divergence(&standard)?, posterior.kl_standard()?);
     assert_eq!(both.0.to_scalar::<f64>()?, both.1.to_scalar::<f64>()?);
     let other = Wishart::new(prior.log_std(), 5.0, Covariance::Full)?;
-    assert!(posterior.kl_divergence(&other).is_err());
+    let error = posterior.kl_divergence(&other).unwrap_err().to_string();
+    assert!(error.contains("equal df, got 4.3 and 5"), "{error}");
     Ok(())
 }
 
@@ -160,6 +161,18 @@ fn the_dirichlet_divergence_equals_monte_carlo() -> Result<()> {
         let log_ratio =
             |p: &Vec<f64>| constant + (0..a.len()).map(|i| (a[i] - b[i]) * p[i].ln()).sum::<f64>();
         assert_mean("KL_D", kl, draws.iter().map(log_ratio));
+    }
+    // The symmetric prior given as a number, of a batch, in value and gradient.
+    let c = candle_core::Var::from_tensor(&normals("symmetric", &[3, 4])?)?;
+    let (b, weights) = (Dirichlet::new(&Tensor::full(0.7f64.ln(), 4, &Device::Cpu)?)?, normals("w", &[3])?);
+    let terms = [Dirichlet::new(&c)?.kl_terms(&b)?, Dirichlet::new(&c)?.kl_terms_symmetric(0.7)?];
+    for (tensor, number) in terms[0].iter().zip(&terms[1]) {
+        assert_close("term", number, tensor, 1e-13)?;
+        let slope = |term: &Tensor| -> Result<Tensor> {
+            let grads = (term * &weights)?.sum_all()?.backward()?;
+            Ok(grads.get(&c).ok_or("no gradient")?.clone())
+        };
+        assert_close("slope", &slope(number)?, &slope(tensor)?, 1e-13)?;
     }
     // The value that a reversed sign turns into -0.4347.
     let kl = log(&[1.5, 1.5])?.kl_divergence(&log(&[1.0, 1.0])?)?.to_scalar::<f64>()?;

@@ -6,6 +6,7 @@
 mod adapters;
 mod distributions;
 mod gradients;
+mod input;
 mod mixture;
 mod peft;
 mod regularizer;

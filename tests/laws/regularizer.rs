@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use monteclora::dist::{Covariance, Estimator};
-use monteclora::monteclora::{Mode, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
+use monteclora::monteclora::{Mixture, Mode, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
 use monteclora::params::Params;
 use monteclora::slot::{Linears, Pass, Slot};
 use monteclora::special::{digamma, ln_gamma};
@@ -165,6 +165,30 @@ fn shake_only(params: &Params, path: &str) -> Result<()> {
     for (name, param) in params.all() {
         if name.starts_with(path) {
             params.set(&name, &(param.var.as_tensor() + (normals(&name, param.var.dims())? * 0.3)?)?)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> {
+    // The task sends c nothing under a sparse mixture or a single component.
+    for mode in [Mode::Expected, Mode::Sampled] {
+        for (mixture, num_components) in
+            [(Mixture::Sparse, 4), (Mixture::Collapsed, 1), (Mixture::Collapsed, 4), (Mixture::Explicit, 1)]
+        {
+            let weights = MonteCLoRAConfig { kl_weight: 0.0, cooperative_weight: 0.0, ..config(mode) };
+            let config = MonteCLoRAConfig { mixture, num_components, ..weights };
+            let params = store(2);
+            let layer = layer(&params, "one", &config)?;
+            shake(&params)?;
+            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 })?;
+            assert_eq!(value(&terms.total)?, 0.0);
+            let grads = terms.total.backward()?;
+            for tensor in [layer.posterior().std_prior(), layer.posterior().expert_weights_prior()] {
+                let grad = grads.get(tensor).ok_or(format!("no gradient: {config:?}"))?;
+                assert!(host(grad)?.iter().all(|g| *g == 0.0), "{grad}");
+            }
         }
     }
     Ok(())
