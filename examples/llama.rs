@@ -248,8 +248,13 @@ impl Setup {
         let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
         println!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
         let log = out.map(Log::create).transpose()?;
-        let mut watch =
-            Watch { model: &model, held_out: &data.held_out, bar: common::progress(0, name), log };
+        let adapter = start.method().adapter();
+        let keep = || match (out, &adapter) {
+            (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
+            _ => Ok(()),
+        };
+        let bar = common::progress(0, name);
+        let mut watch = Watch { model: &model, held_out: &data.held_out, bar, log, keep: &keep };
         let summary = match args.train.epochs {
             0 => Summary::default(),
             _ => {

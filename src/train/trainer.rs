@@ -213,6 +213,7 @@ pub fn fit(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     config.validate()?;
+    params.check_finite()?;
     let optimizer = AdamW::new(params, config.optimizer())?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
     if per_epoch == 0 {

@@ -72,7 +72,7 @@ fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
     assert!(error.contains("self_attn.k_proj.weight: the checkpoint has no such tensor"), "{error}");
     let name = "model.layers.1.self_attn.v_proj.default.b";
     let kept = params.get(name).ok_or("none")?.var.as_detached_tensor().copy()?;
-    params.set(name, &(&kept * f64::NAN)?)?;
+    params.get(name).ok_or("a parameter")?.var.set(&(&kept * f64::NAN)?)?;
     let error = save(&model, &decoder);
     assert!(error.contains("model.layers.1.self_attn.v_proj.weight: merged with"), "{error}");
     assert!(!out.exists());
@@ -171,7 +171,7 @@ fn the_tokenizer_s_files_come_before_the_weights() -> Outcome {
     // This would fail while the weights are written.
     let name = "model.layers.1.self_attn.v_proj.default.b";
     let b = params.get(name).ok_or("none")?.var.as_detached_tensor().copy()?;
-    params.set(name, &(&b * f64::NAN)?)?;
+    params.get(name).ok_or("a parameter")?.var.set(&(&b * f64::NAN)?)?;
     std::fs::write(dir.path().join("vocab.json"), "{}")?;
     let out = dir.path().join("out");
     let save = || save_merged(&model, &params, &files, None, &out, MAX_SHARD_BYTES);
