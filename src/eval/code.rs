@@ -50,7 +50,7 @@ pub fn pass_rates(
     for (completions, k) in completions.iter().flat_map(|group| ks.iter().map(move |k| (group, k))) {
         pass_at_k(completions.len(), 0, *k)?;
     }
-    let mut rates = vec![0.0; ks.len()];
+    let mut sums = vec![0.0; ks.len()];
     for (i, (row, completions)) in rows.iter().zip(completions).enumerate() {
         let no_tests =
             || Error::config("data", format!("row {} has no tests (`entry_point`, `test`)", i + 1));
@@ -60,11 +60,11 @@ pub fn pass_rates(
             let outcome = sandbox.run(&program(&row.prompt, completion, tests))?;
             correct += usize::from(outcome == Outcome::Passed);
         }
-        for (rate, k) in rates.iter_mut().zip(ks) {
-            *rate += pass_at_k(completions.len(), correct, *k)? / rows.len() as f64;
+        for (sum, k) in sums.iter_mut().zip(ks) {
+            *sum += pass_at_k(completions.len(), correct, *k)?;
         }
     }
-    Ok(rates)
+    Ok(sums.into_iter().map(|sum| sum / rows.len() as f64).collect())
 }
 
 #[cfg(test)]
