@@ -2,11 +2,13 @@
 
     python live_peft.py FOLDER        the crate's test calls it where Python has torch, transformers and peft
 
-FOLDER holds base/ (a Hugging Face model), adapter/ (PEFT's layout), merged/ (a Hugging Face model), and
+FOLDER holds base/ (a Hugging Face model), adapter/ (PEFT's layout), merged/ (a Hugging Face model), perhaps serving/ and
+serving_folded/ (the adapter for servers, rsLoRA's scale as it is and in B), and
 expected.safetensors: input_ids, attention_mask [b, t] and labels i64, logits (with the adapter's mean) and base_logits,
 float32. Exits with 0 where every tensor found its place and all logits agree to 1e-4; then it trains one step and leaves
 back/, the adapter, and back.safetensors: its logits and `loss`, that of the step which would come next.
 """
+import os
 import sys
 import warnings
 
@@ -59,6 +61,10 @@ def main(folder):
         missing = [str(w.message) for w in caught if "missing" in str(w.message).lower()]
         assert not missing, missing
         compare(adapted.eval()(**inputs).logits, "logits")
+        for serving in ("serving", "serving_folded"):
+            if os.path.isdir(f"{folder}/{serving}"):
+                served = PeftModel.from_pretrained(load("base"), f"{folder}/{serving}")
+                compare(served.eval()(**inputs).logits, "logits")
 
     # One step of PEFT's own training, and what it saves: for the way back.
     adapted.train()

@@ -126,9 +126,11 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
 
 /// A checkpoint with a head on the disk.
 fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
+    // Without dropout: losses are compared in training.
     let (weights, mut json) = match causal {
         true => {
-            let (json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+            let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+            json["attention_dropout"] = 0.0.into();
             let config = LlamaConfig::from_value(json.clone())?;
             LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
             scatter(&params)?;
@@ -142,7 +144,6 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
                 model(vb.clone(), vb, &config, noise).map(drop)
             })?;
             let mut json = serde_json::to_value(&config)?;
-            // Losses are compared in training.
             json["hidden_dropout_prob"] = 0.0.into();
             json["attention_probs_dropout_prob"] = 0.0.into();
             (weights, json)
@@ -192,6 +193,12 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             Origin { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
         let file = AdapterFile::from_model(model.linears(), DEFAULT_ADAPTER, &params, &method, &origin)?;
         file.write(dir.path().join("adapter"), Profile::PeftMonteCLoRA)?;
+        if causal {
+            // A server's adapter has no head; any version of PEFT reads it.
+            for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {
+                file.write(dir.path().join(name), Profile::Serving { fold_rslora })?;
+            }
+        }
         // In several shards, as large models are.
         save_merged(model.linears(), &params, &files, None, &dir.path().join("merged"), 20_000)?;
         assert!(dir.path().join("merged/model.safetensors.index.json").is_file());
