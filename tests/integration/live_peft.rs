@@ -40,7 +40,7 @@ fn python() -> Result<PathBuf, String> {
 
 /// A model of either kind with its forward pass.
 enum Model {
-    Causal(LlamaForCausalLM),
+    Causal(Box<LlamaForCausalLM>),
     Sequence(Box<dyn monteclora::models::sequence::SequenceClassifier>),
 }
 
@@ -49,7 +49,7 @@ impl Model {
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
         if causal {
             let config = LlamaConfig::from_file(files.config_path())?;
-            return Ok(Self::Causal(LlamaForCausalLM::load(vb, &config, Noise::new(0))?));
+            return Ok(Self::Causal(Box::new(LlamaForCausalLM::load(vb, &config, Noise::new(0))?)));
         }
         let head = params.var_builder(Some(vb.clone()), Role::Head);
         let config = SequenceConfig::from_file(files.config_path(), 3)?;
@@ -58,7 +58,7 @@ impl Model {
 
     fn linears(&mut self) -> &mut dyn Linears {
         match self {
-            Self::Causal(model) => model,
+            Self::Causal(model) => model.as_mut(),
             Self::Sequence(model) => model.as_mut(),
         }
     }

@@ -139,9 +139,9 @@ fn a_cache_changes_no_logit() -> Outcome {
             let seen = mask.narrow(1, 0, first + count)?;
             let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass)?;
             let logits = model.head(&hidden, &pass)?;
-            for row in 0..3 {
+            for (row, tokens) in ROWS.iter().enumerate() {
                 // Padding columns are nobody's business.
-                let real = (first.max(7 - ROWS[row].len())).min(first + count);
+                let real = (first.max(7 - tokens.len())).min(first + count);
                 let rest = first + count - real;
                 let (got, want) = (logits.get(row)?, expected.get(row)?);
                 assert_close(&got.narrow(0, real - first, rest)?, &want.narrow(0, real, rest)?, 2e-5)?;
