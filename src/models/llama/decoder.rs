@@ -169,7 +169,8 @@ impl Layer {
 
     fn forward(&self, xs: &Tensor, step: &Step, cache: Option<&mut KvCache>) -> candle_core::Result<Tensor> {
         let attended = self.attention(&self.attention_norm.forward(xs)?, step, cache)?;
-        let xs = (xs + attended)?;
+        // Below the first layer are frozen embeddings, which no gradient is for.
+        let xs = ops::add_constant(&attended, xs)?;
         let normed = self.mlp_norm.forward(&xs)?;
         let gate = self.gate_proj.forward(&normed, step.pass)?;
         let up = self.up_proj.forward(&normed, step.pass)?;
