@@ -153,10 +153,14 @@ pub fn inject(
     }
     model.visit_linears_mut(&mut |slot| match adapters.remove(slot.path()) {
         Some(adapter) => slot.add(name, adapter),
-        None if slot.active().is_some_and(|(active, _)| active != name) => slot.activate(None),
-        None => Ok(()),
+        // A name may come in several calls: all of it is active, and nothing else.
+        None => {
+            let here = slot.adapter(name).map(|_| name);
+            slot.activate(here)
+        }
     })?;
-    named::set_trainable(model, params, false, |other| other != name)
+    named::set_trainable(model, params, false, |other| other != name)?;
+    named::set_trainable(model, params, true, |own| own == name)
 }
 
 /// The bytes of the weights of a model's linear layers.

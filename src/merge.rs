@@ -5,8 +5,9 @@ use crate::named::check_unmerged;
 use crate::slot::Linears;
 
 /// Merges the active adapters' means into their layers: from then on each costs what its base costs
-/// and computes its mean; posterior draws and training are refused until [`unmerge`]. The original
-/// weights stay beside them. Returns the number of merged layers.
+/// and computes its mean; posterior draws and training are refused until [`unmerge`]. What changes an
+/// adapter's parameters meanwhile does not change the layer. The original weights stay beside it.
+/// Returns the number of merged layers.
 ///
 /// # Errors
 /// If no adapter is active, one is merged already, a method has no change of weights, a base weight

@@ -28,7 +28,8 @@ pub fn names(model: &dyn Linears) -> Result<Vec<String>> {
 ///
 /// To train less of it (A and B frozen, say), freeze roles after this call: it releases them all.
 /// Releasing a role ([`Params::set_trainable`]) releases it in every adapter; one adapter's alone
-/// are those whose names [`Params::set_trainable_where`] finds to hold `.{name}.`.
+/// are those whose names [`Params::set_trainable_where`] finds to begin with a layer's path and
+/// `.{name}.`.
 ///
 /// # Errors
 /// If no layer has an adapter of this name, or one is merged.

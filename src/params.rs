@@ -216,8 +216,11 @@ impl Params {
     /// Freezes or releases every parameter that `chosen` picks by its name and role; returns how many
     /// there are.
     pub fn set_trainable_where(&self, trainable: bool, chosen: impl Fn(&str, &Param) -> bool) -> usize {
+        // Asked before the lock: the caller may use the store.
+        let picked = self.all().into_iter().filter(|(name, param)| chosen(name, param));
+        let names: BTreeSet<String> = picked.map(|(name, _)| name).collect();
         let mut entries = self.lock();
-        let chosen = entries.iter_mut().filter(|(name, param)| chosen(name, param));
+        let chosen = entries.iter_mut().filter(|(name, _)| names.contains(*name));
         chosen.map(|(_, param)| param.trainable = trainable).count()
     }
 

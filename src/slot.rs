@@ -216,7 +216,8 @@ impl Slot {
             return Err(Error::tensor(key, reason));
         };
         let delta = delta.detach().to_device(weight.device())?;
-        let sum = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
+        let wide = if weight.dtype() == DType::F64 { DType::F64 } else { delta.dtype() };
+        let sum = (weight.to_dtype(wide)? + delta.to_dtype(wide)?)?.to_dtype(weight.dtype())?;
         // Zero, unless an element is infinite or no number.
         let finite = (&sum * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
         if finite != 0.0 {

@@ -61,13 +61,12 @@ impl Select {
             Self::Names(names) => {
                 let mut found = BTreeSet::new();
                 for name in names {
-                    let before = found.len();
                     let mut hit = false;
                     for (i, _) in paths.iter().enumerate().filter(|(_, path)| ends_with(path, name)) {
                         found.insert(i);
                         hit = true;
                     }
-                    if !hit && found.len() == before {
+                    if !hit {
                         return Err(unmatched(name));
                     }
                 }
@@ -139,7 +138,8 @@ impl Targets {
             let left_out = exclude.matches(&paths, model.default_targets())?;
             chosen.retain(|i| !left_out.contains(i));
         }
-        if let Some(layers) = &self.layers_to_transform {
+        // None and an empty list mean all, as in PEFT.
+        if let Some(layers) = self.layers_to_transform.as_ref().filter(|layers| !layers.is_empty()) {
             let name = self.layers_pattern.as_deref().unwrap_or("[^.]*");
             // The first number of a path counts, as in PEFT: a block's, not an expert's in it.
             let index = regex("layers_pattern", &format!(r"^(?:.*?\.)??(?:{name})\.(?<idx>\d+)\."))?;

@@ -65,6 +65,8 @@ pub fn save_merged(
     }
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+    // What a killed process of the same number left would be taken for ours.
+    fs::remove_dir_all(&partial).ok();
     fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
     let remove = Remove(partial.clone());
 

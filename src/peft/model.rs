@@ -318,9 +318,14 @@ fn take(path: &str, adapter: &dyn Adapter, method: &Method) -> Result<(f64, Laye
             Some(lora) => (lora.low_rank(), None),
             None => return Err(Error::config("method", format!("the adapter of {path} is not LoRA"))),
         },
-        Method::MonteCLoRA(_) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
+        Method::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
             Some(layer) => {
                 let posterior = layer.posterior();
+                let (own, of_file) = (posterior.sample_scaler(), config.sample_scaler);
+                if own != of_file {
+                    let reason = format!("that of {path} is {own}, the method's {of_file}: one file has one");
+                    return Err(Error::config("sample_scaler", reason));
+                }
                 let trained = (single(posterior.std_prior())?, single(posterior.expert_weights_prior())?);
                 (layer.low_rank(), Some(SamplerTensors::new(trained.0, trained.1)?))
             }

@@ -65,6 +65,9 @@ impl Classifier {
         };
         let mut model = config.load(base, head, noise)?;
         check_head(&params, &whole)?;
+        if let Start::PostHoc(file, _) = start {
+            check_trained_head(&params, &whole, file)?;
+        }
         let regularizer = start.inject(model.as_mut(), &params)?;
         Ok(Self { model, params, method, regularizer, config, files: files.clone() })
     }
@@ -108,14 +111,15 @@ impl Classifier {
             Role::Base if !name.starts_with(&prefix) => format!("{prefix}{name}"),
             _ => name.clone(),
         };
-        let weights = self.params.all();
-        let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
-        files::write_safetensors(&dir.join("model.safetensors"), named)?;
+        // The weights come last: a folder that has them is whole.
+        copy_companions(&self.files, dir)?;
         let path = dir.join("config.json");
         let config = serde_json::to_string_pretty(&self.config.to_json());
         let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
         files::write(&path, config.as_bytes())?;
-        copy_companions(&self.files, dir)
+        let weights = self.params.all();
+        let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
+        files::write_safetensors(&dir.join("model.safetensors"), named)
     }
 
     /// Whether the outputs are scores rather than classes.
@@ -176,6 +180,18 @@ fn check_head(params: &Params, checkpoint: &VarBuilder) -> Result<()> {
             Err(Error::tensor(lacking, format!("the checkpoint has {held}, but not this part of the head")))
         }
         _ => Ok(()),
+    }
+}
+
+/// Post hoc nothing but the posterior is trained: the head must come from somewhere.
+fn check_trained_head(params: &Params, checkpoint: &VarBuilder, file: &AdapterFile) -> Result<()> {
+    let given = |name: &String| checkpoint.contains_tensor(name) || file.saved_modules.contains_key(name);
+    let mut head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+    match head.find(|(name, _)| !given(name)) {
+        Some((name, _)) => {
+            Err(Error::tensor(name, "neither the checkpoint nor the adapter has a trained head"))
+        }
+        None => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The ways to fine-tune, behind one name.
 
 use crate::adapters::LoraConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inject::{self, Targets};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer};
 use crate::named;
@@ -98,6 +98,9 @@ impl Start {
             }
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
             Self::PostHoc(file, _) => {
+                if matches!(file.method(), peft::Method::MonteCLoRA(_)) {
+                    return Err(Error::config("adapter", "it has a posterior already: go on from it"));
+                }
                 file.apply(model, TRAINED, params)?;
                 let Method::MonteCLoRA(config) = self.method() else { return Ok(None) };
                 inject::posthoc(model, inject::DEFAULT_ADAPTER, &config, params)?;

@@ -101,6 +101,20 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert_eq!(mean.flatten_all()?.to_vec1::<f32>()?, expected.flatten_all()?.to_vec1::<f32>()?);
     let draw = logits(&model, &Pass::Posterior { draw: 0 })?;
     assert!((draw - mean)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
+
+    let adapter = start.method().adapter().ok_or("an adapter")?;
+    let write = |method: &monteclora::peft::Method| {
+        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &Origin::default())
+    };
+    let file = write(&adapter)?;
+    let error = Start::PostHoc(Box::new(file), MonteCLoRAConfig::default());
+    let (mut other, others) = frozen(&toy, DType::F32)?;
+    let error = error.inject(&mut other, &others).expect_err("a posterior is there").to_string();
+    assert!(error.contains("it has a posterior already"), "{error}");
+    // One file has one scaler: another in a layer would be lost.
+    let narrow = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.2, ..Default::default() };
+    let error = write(&monteclora::peft::Method::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
+    assert!(error.contains("invalid sample_scaler: that of") && error.contains("is 0.1"), "{error}");
     Ok(())
 }
 

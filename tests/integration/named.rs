@@ -100,6 +100,26 @@ fn adapters_of_one_store_are_trained_in_turn() -> Outcome {
 }
 
 #[test]
+fn a_name_that_comes_in_two_calls_is_active_and_trained_as_one() -> Outcome {
+    let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
+    inject::lora_named(&mut model, "one", &Targets::parse("q_proj")?, &lora(), &params)?;
+    inject::lora_named(&mut model, "two", &Targets::parse("k_proj")?, &lora(), &params)?;
+    inject::lora_named(&mut model, "one", &Targets::parse("v_proj")?, &lora(), &params)?;
+    scatter(&params)?;
+    model.visit_linears(&mut |slot| {
+        let last = slot.path().rsplit('.').next().unwrap_or_default();
+        let expected = ["q_proj", "v_proj"].contains(&last).then_some("one");
+        assert_eq!(slot.active().map(|(name, _)| name), expected, "{}", slot.path());
+        Ok(())
+    })?;
+    let trained = params.trainable();
+    assert_eq!(trained.len(), 2 * 2 * 2);
+    assert!(trained.iter().all(|(name, _)| name.contains(".one.")));
+    assert!(check_gradients(&params, &loss(&model, false)?)?.is_clean());
+    Ok(())
+}
+
+#[test]
 fn names_that_files_and_parameters_cannot_have_are_refused() -> Outcome {
     let (file, _) = second()?;
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
