@@ -69,8 +69,9 @@ struct Args {
     /// What is continued before and after. Default: the first held-out prompt.
     #[arg(long)]
     prompt: Option<String>,
-    #[arg(long, default_value_t = 64)]
-    max_new_tokens: usize,
+    /// Default: 64 for the sample, 256 for the task (512 for programs).
+    #[arg(long)]
+    max_new_tokens: Option<usize>,
     /// 0: greedy.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
@@ -85,13 +86,13 @@ struct Args {
     #[arg(long, default_value_t = 4)]
     posterior_samples: usize,
     /// Write A and B alone, for servers, rather than what PEFT trains on with.
-    #[arg(long)]
+    #[arg(long, requires = "output")]
     serving: bool,
     /// With --serving: put rsLoRA's scale into B, for servers that know none (llama.cpp).
     #[arg(long, requires = "serving")]
     fold_rslora: bool,
     /// Also write the whole model with the adapter merged in, as `OUT/model`.
-    #[arg(long)]
+    #[arg(long, requires = "output")]
     merged: bool,
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
@@ -106,7 +107,7 @@ struct Args {
 
 impl Args {
     /// How a text goes on.
-    fn generation(&self, stop: Vec<u32>, weights: Weights) -> Outcome<GenerateConfig> {
+    fn generation(&self, stop: Vec<u32>, weights: Weights, most: usize) -> Outcome<GenerateConfig> {
         let temperature = self.temperature;
         let sampling = match (temperature == 0.0, self.top_k, self.top_p) {
             (true, None, None) => Sampling::ArgMax,
@@ -117,7 +118,7 @@ impl Args {
             (false, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
         };
         Ok(GenerateConfig {
-            max_new_tokens: self.max_new_tokens,
+            max_new_tokens: self.max_new_tokens.unwrap_or(most),
             sampling,
             seed: self.train.seed,
             stop,
@@ -205,10 +206,10 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
             let texts = |rows: Vec<(usize, _)>| rows.into_iter().map(|(_, row)| row).collect();
             (texts(rows), texts(held_out))
         }
-        (None, _) => {
-            let dir = common::asset("gsm8k")?;
-            let file = |name| instruct::read(&Path::new(&dir).join(name), format);
-            (file("train.jsonl")?, file("test.jsonl")?)
+        (None, held_out) => {
+            let dir = PathBuf::from(common::asset("gsm8k")?);
+            let held_out = held_out.clone().unwrap_or(dir.join("test.jsonl"));
+            (instruct::read(&dir.join("train.jsonl"), Format::Gsm8k)?, instruct::read(&held_out, format)?)
         }
     };
     rows.truncate(args.train.limit(&rows).len());
@@ -245,6 +246,8 @@ impl Setup {
         let start = args.method.start(name)?;
         let regularizer = start.inject(&mut model, &params)?;
 
+        args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
+
         let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
         println!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
         let log = out.map(Log::create).transpose()?;
@@ -268,6 +271,11 @@ impl Setup {
         };
         watch.bar.finish_and_clear();
 
+        // Before anything else can fail.
+        keep()?;
+        if let Some(dir) = out.filter(|_| args.merged || adapter.is_none()) {
+            save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
+        }
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Only MonteCLoRA has a posterior to draw from.
         let draws = if name == "monteclora" { args.posterior_samples } else { 0 };
@@ -288,10 +296,6 @@ impl Setup {
         }
         if let Some(dir) = out {
             files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
-            keep()?;
-            if args.merged || adapter.is_none() {
-                save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
-            }
         }
         Ok(metrics)
     }
@@ -316,17 +320,23 @@ impl Setup {
 
     /// The continuation of the prompt.
     fn speak(&self, model: &LlamaForCausalLM) -> Outcome<String> {
-        let generator = self.generator(model, Weights::Mean)?;
+        let generator = self.generator(model, Weights::Mean, 64)?;
         Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
     }
 
     /// The task's figures, null without one.
     fn measure(&self, model: &LlamaForCausalLM, weights: Weights) -> Outcome<Value> {
-        self.args.task.measure(&self.generator(model, weights)?, &self.data.held_out_texts)
+        let generator = self.generator(model, weights, self.args.task.max_new_tokens())?;
+        self.args.task.measure(&generator, &self.data.held_out_texts)
     }
 
-    fn generator<'a>(&'a self, model: &'a LlamaForCausalLM, weights: Weights) -> Outcome<Generator<'a>> {
-        let config = self.args.generation(self.config.eos_token_ids(), weights)?;
+    fn generator<'a>(
+        &'a self,
+        model: &'a LlamaForCausalLM,
+        weights: Weights,
+        most: usize,
+    ) -> Outcome<Generator<'a>> {
+        let config = self.args.generation(self.config.eos_token_ids(), weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
     }
 }

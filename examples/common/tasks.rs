@@ -70,10 +70,29 @@ impl TaskOptions {
         }))
     }
 
+    /// The longest text that the task generates, unless another is given: what the LM evaluation harness
+    /// allows for GSM8K, and more for a program.
+    pub fn max_new_tokens(&self) -> usize {
+        if self.task.as_deref() == Some("humaneval") {
+            512
+        } else {
+            256
+        }
+    }
+
+    /// Whether the rows have what the task asks for.
+    pub fn check(&self, generator: &Generator, rows: &[Prompted]) -> Outcome {
+        let Some(benchmark) = self.benchmark()? else { return Ok(()) };
+        Ok(benchmark.check(generator, self.limited(rows))?)
+    }
+
+    fn limited<'a>(&self, rows: &'a [Prompted]) -> &'a [Prompted] {
+        &rows[..self.limit_task.unwrap_or(usize::MAX).min(rows.len())]
+    }
+
     /// Its figures over the rows, as `metrics.json` has them; null where none is asked for.
     pub fn measure(&self, generator: &Generator, rows: &[Prompted]) -> Outcome<Value> {
         let Some(benchmark) = self.benchmark()? else { return Ok(Value::Null) };
-        let rows = &rows[..self.limit_task.unwrap_or(usize::MAX).min(rows.len())];
-        Ok(json!(benchmark.run(generator, rows)?))
+        Ok(json!(benchmark.run(generator, self.limited(rows))?))
     }
 }

@@ -77,13 +77,18 @@ impl PromptEncoder {
         &self.tokenizer
     }
 
-    /// The ids of a prompt alone, as generation continues it.
+    /// The ids of a prompt alone, as generation continues it: without the special tokens that some
+    /// tokenizers end a text with.
     ///
     /// # Errors
     /// If the tokenizer refuses the text.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode_fast(prompt, true);
-        Ok(encoding.map_err(|e| Error::config("tokenizer", e.to_string()))?.get_ids().to_vec())
+        let encoding = encoding.map_err(|e| Error::config("tokenizer", e.to_string()))?;
+        let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+        // Of an empty text the special tokens are all there is.
+        let end = special.iter().rposition(|special| *special == 0).map_or(ids.len(), |last| last + 1);
+        Ok(ids[..end].to_vec())
     }
 
     /// The same without the token that ends an answer: what is scored is the answer alone.
@@ -293,6 +298,22 @@ mod tests {
             let error = PromptEncoder::new(tiny(), bad, 64, None, false).unwrap_err().to_string();
             assert!(error.contains("max_length"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_prompt_goes_on_where_a_tokenizer_would_end_it() -> Result<()> {
+        let mut tokenizer = tiny();
+        let ended = TemplateProcessing::builder()
+            .try_single("<s> $A </s>")
+            .unwrap()
+            .special_tokens(vec![("<s>", 0), ("</s>", 1)])
+            .build()
+            .unwrap();
+        tokenizer.with_post_processor(Some(ended));
+        let encoder = PromptEncoder::new(tokenizer, 10, 64, Some(1), false)?;
+        assert_eq!(encoder.prompt("a b")?, [0, 3, 4]);
+        assert_eq!(encoder.encode(&[row("a", " b")])?.rows[0].ids, [0, 3, 4, 1]);
+        Ok(())
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::choice::{chosen_by_name, score_choices, Normalize};
+use super::choice::{self, chosen_by_name, score_choices, Normalize};
 use super::generated::Generator;
 use super::sandbox::Sandbox;
 use super::{code, gsm8k};
@@ -41,9 +41,6 @@ impl Benchmark {
     /// If there is no row, a row lacks what the benchmark asks for (the error counts from 1), or
     /// generation fails.
     pub fn run(&self, generator: &Generator, rows: &[Prompted]) -> Result<BTreeMap<String, f64>> {
-        if rows.is_empty() {
-            return Err(Error::config("data", "there is no row to measure by"));
-        }
         self.check(generator, rows)?;
         let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
         let figures = match self {
@@ -88,8 +85,17 @@ impl Benchmark {
         Ok(figures)
     }
 
-    /// Whether every row has what it is measured by, before an hour of generation.
-    fn check(&self, generator: &Generator, rows: &[Prompted]) -> Result<()> {
+    /// Whether every row has what it is measured by: worth a call before an hour of training.
+    ///
+    /// # Errors
+    /// As [`Self::run`], save what generation meets.
+    pub fn check(&self, generator: &Generator, rows: &[Prompted]) -> Result<()> {
+        if rows.is_empty() {
+            return Err(Error::config("data", "there is no row to measure by"));
+        }
+        if let Self::Choice(_) = self {
+            choice::check(generator.encoder, rows)?;
+        }
         for (i, row) in rows.iter().enumerate() {
             match self {
                 Self::Choice(_) | Self::ChoiceByName => row.choices(i).map(|_| ())?,

@@ -1,6 +1,6 @@
 //! Multiple choice by the likelihood of each answer, or by the name in a generated text.
 
-use crate::data::causal::{CausalBatch, PromptEncoder, Tokens};
+use crate::data::causal::{CausalBatch, Encodings, PromptEncoder, Tokens};
 use crate::data::instruct::{Choices, Prompted};
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
@@ -73,6 +73,36 @@ pub fn score_choices(
     if passes.is_empty() {
         return Err(Error::config("passes", "there is none to average"));
     }
+    let Candidates { questions, texts: candidates, encoded } = candidates(encoder, rows)?;
+    let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
+    let mut probabilities = vec![vec![0.0; width]; questions.len()];
+    for pass in passes {
+        let scores = with_held_draws(|| likelihoods(model, &encoded.rows, batch_size, pass))?;
+        let mut at = 0;
+        for (sums, choices) in probabilities.iter_mut().zip(&questions) {
+            let own: Vec<f64> = (at..at + choices.names.len())
+                .map(|i| scores[i] / normalize.length(&candidates[i].answer, encoded.rows[i].targets()))
+                .collect();
+            at += own.len();
+            sums.iter_mut().zip(softmax(&own)).for_each(|(sum, p)| *sum += p / passes.len() as f64);
+        }
+    }
+    Ok(ChoiceScores { probabilities, correct: questions.iter().map(|c| c.correct as u32).collect() })
+}
+
+/// The answers of all questions, one after the other.
+struct Candidates<'a> {
+    questions: Vec<&'a Choices>,
+    texts: Vec<Prompted>,
+    encoded: Encodings,
+}
+
+/// Whether every question has choices that fit.
+pub(super) fn check(encoder: &PromptEncoder, rows: &[Prompted]) -> Result<()> {
+    candidates(encoder, rows).map(|_| ())
+}
+
+fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candidates<'a>> {
     let mut questions: Vec<&Choices> = Vec::with_capacity(rows.len());
     let mut candidates = Vec::new();
     for (i, row) in rows.iter().enumerate() {
@@ -90,20 +120,7 @@ pub fn score_choices(
         let counts: Vec<usize> = questions.iter().map(|choices| choices.answers.len()).collect();
         return Err(unfit(encoder, &candidates, &counts)?);
     }
-    let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
-    let mut probabilities = vec![vec![0.0; width]; questions.len()];
-    for pass in passes {
-        let scores = with_held_draws(|| likelihoods(model, &encoded.rows, batch_size, pass))?;
-        let mut at = 0;
-        for (sums, choices) in probabilities.iter_mut().zip(&questions) {
-            let own: Vec<f64> = (at..at + choices.names.len())
-                .map(|i| scores[i] / normalize.length(&candidates[i].answer, encoded.rows[i].targets()))
-                .collect();
-            at += own.len();
-            sums.iter_mut().zip(softmax(&own)).for_each(|(sum, p)| *sum += p / passes.len() as f64);
-        }
-    }
-    Ok(ChoiceScores { probabilities, correct: questions.iter().map(|c| c.correct as u32).collect() })
+    Ok(Candidates { questions, texts: candidates, encoded })
 }
 
 /// What to say of the first answer that does not fit.

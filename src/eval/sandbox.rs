@@ -58,7 +58,8 @@ pub enum Outcome {
 /// A program has no network, sees no process but its own, cannot make a file longer than nothing,
 /// gets no environment variable, and ends with its processes when its time is up. Where this crate
 /// runs as root, the program runs as `nobody`. It is no prison: what files and named sockets the user
-/// may use, it may use, too. Run it as a user with nothing to lose.
+/// may use, it may use, too, and it may empty or delete what the user may; memory is limited for each
+/// of its processes. Run it as a user with nothing to lose.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
     python: PathBuf,
@@ -134,7 +135,8 @@ impl Sandbox {
              \x20   if hard != limit: sys.exit(f'the limit {{name}} is {{hard}}, not {{limit}}')\n\
              links = [line.split(':')[0].strip() for line in open('/proc/self/net/dev').readlines()[2:]]\n\
              if links != ['lo']: sys.exit(f'there is a network: {{links}}')\n\
-             if os.getpid() != 1: sys.exit('other processes can be seen')\n\
+             seen = [name for name in os.listdir('/proc') if name.isdigit()]\n\
+             if seen != ['1']: sys.exit(f'other processes can be seen: {{seen}}')\n\
              os.write(1, b'{WELL}')\n"
         )
     }
@@ -158,6 +160,7 @@ impl Sandbox {
             "--ipc",
             "--pid",
             "--fork",
+            "--mount-proc",
             "--kill-child",
             "--",
         ];
@@ -205,11 +208,22 @@ fn wait(child: &mut Child, limit: Duration) -> Result<bool> {
             Some(_) => return Ok(true),
             None if start.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
             None => {
-                // The namespace's first process goes with `unshare`, and all others with it.
+                end_namespace(child);
                 child.kill().and_then(|()| child.wait()).map_err(Error::io("sandbox"))?;
                 return Ok(false);
             }
         }
+    }
+}
+
+/// Kills the first process of the namespace that `unshare` waits for, and with it all others. To kill
+/// `unshare` alone is not enough: a program can take back its wish to end with its parent.
+fn end_namespace(unshare: &Child) {
+    let pid = unshare.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    for first in children.split_whitespace() {
+        // One that has just ended by itself is no longer there.
+        Command::new("kill").args(["-KILL", first]).stderr(Stdio::null()).status().ok();
     }
 }
 
@@ -290,10 +304,14 @@ mod tests {
     fn a_program_leaves_no_process_behind() {
         let Some(sandbox) = sandbox(Limits { seconds: 1, ..Limits::default() }) else { return };
         let mark = format!("{}.25", 100_000 + std::process::id());
+        // It takes back its wish to end with its parent, too.
         let program = format!(
-            "import os, time\nif os.fork() == 0:\n  os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(60)"
+            "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0)\nif os.fork() == 0:\n  \
+             os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(60)"
         );
+        let start = Instant::now();
         assert_eq!(sandbox.run(&program).unwrap(), Outcome::TimedOut);
+        assert!(start.elapsed() < Duration::from_secs(20));
         let left = || {
             let entries = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok());
             let lines = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
