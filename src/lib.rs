@@ -6,6 +6,7 @@ pub mod error;
 pub mod files;
 pub mod noise;
 pub mod ops;
+mod simd;
 pub mod special;
 #[cfg(test)]
 mod testing;

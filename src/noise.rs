@@ -6,8 +6,14 @@
 //! So a checkpoint stores only a seed and an index, the order of layers never matters, and a
 //! layer recomputed in a checkpointed backward sees the same draw.
 //!
-//! The integer words are the same on every machine and for every number of threads; the floats
-//! made of them are the same for one build on one target (they pass through `ln`, `sin`, `cos`).
+//! The integer words are the same on every machine and for every number of threads, and so are
+//! uniform numbers and single-precision normals. Double-precision normals are the same for one build
+//! on one target: they pass through the system's `ln`, `sin`, `cos`.
+
+mod normal;
+
+use crate::simd::vectorized;
+use normal::{Words, LANES};
 
 /// What a stream of noise is for. Streams of different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,29 +112,47 @@ impl Stream {
         }
     }
 
-    /// Standard normal numbers by Box and Muller's transform; two words each.
+    /// Standard normal numbers by Box and Muller's transform; one word each.
     pub fn fill_normal(&self, draw: u64, out: &mut [f64]) {
-        for (block, pair) in out.chunks_mut(2).enumerate() {
-            for (slot, z) in pair.iter_mut().zip(self.normal_pair(draw, block as u64)) {
-                *slot = z;
-            }
+        for (group, out) in out.chunks_mut(4 * LANES).enumerate() {
+            let z = normal::double(&self.word_group(draw, group as u64));
+            out.copy_from_slice(&z.as_flattened()[..out.len()]);
         }
     }
 
-    /// The same numbers as [`Self::fill_normal`], rounded to single precision.
+    /// The same numbers as [`Self::fill_normal`] in single precision: the transform itself runs in
+    /// it, with an error of a few units in the last place.
     pub fn fill_normal_f32(&self, draw: u64, out: &mut [f32]) {
-        for (block, pair) in out.chunks_mut(2).enumerate() {
-            for (slot, z) in pair.iter_mut().zip(self.normal_pair(draw, block as u64)) {
-                *slot = z as f32;
+        vectorized!({
+            for (group, out) in out.chunks_mut(4 * LANES).enumerate() {
+                let z = normal::single(&self.word_group(draw, group as u64));
+                out.copy_from_slice(&z.as_flattened()[..out.len()]);
             }
-        }
+        });
     }
 
-    fn normal_pair(&self, draw: u64, block: u64) -> [f64; 2] {
-        let w = self.words(draw, block);
-        let radius = (-2.0 * open_unit(w[0], w[1]).ln()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * open_unit(w[2], w[3])).sin_cos();
-        [radius * cos, radius * sin]
+    /// The words of `LANES` blocks from number `LANES * group` on.
+    #[inline(always)]
+    fn word_group(&self, draw: u64, group: u64) -> Words {
+        let mut counter = [[0; LANES]; 4];
+        for lane in 0..LANES {
+            let block = group * LANES as u64 + lane as u64;
+            let words = [block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32];
+            for (row, word) in counter.iter_mut().zip(words) {
+                row[lane] = word;
+            }
+        }
+        let mut key = self.key;
+        for _ in 0..ROUNDS {
+            for lane in 0..LANES {
+                let next = round(counter.map(|row| row[lane]), key);
+                for (row, word) in counter.iter_mut().zip(next) {
+                    row[lane] = word;
+                }
+            }
+            key = next_key(key);
+        }
+        counter
     }
 
     /// A uniformly random permutation of `0..len` (Fisher and Yates).
@@ -154,18 +178,25 @@ fn open_unit(low: u32, high: u32) -> f64 {
 
 /// Philox4x32 with ten rounds: a counter of 128 bits under a key of 64.
 pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    for _ in 0..10 {
-        let p0 = u64::from(counter[0]) * 0xd251_1f53;
-        let p1 = u64::from(counter[2]) * 0xcd9e_8d57;
-        counter = [
-            (p1 >> 32) as u32 ^ counter[1] ^ key[0],
-            p1 as u32,
-            (p0 >> 32) as u32 ^ counter[3] ^ key[1],
-            p0 as u32,
-        ];
-        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+    for _ in 0..ROUNDS {
+        counter = round(counter, key);
+        key = next_key(key);
     }
     counter
+}
+
+const ROUNDS: usize = 10;
+
+#[inline(always)]
+fn round(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let p0 = u64::from(counter[0]) * 0xd251_1f53;
+    let p1 = u64::from(counter[2]) * 0xcd9e_8d57;
+    [(p1 >> 32) as u32 ^ counter[1] ^ key[0], p1 as u32, (p0 >> 32) as u32 ^ counter[3] ^ key[1], p0 as u32]
+}
+
+#[inline(always)]
+fn next_key(key: [u32; 2]) -> [u32; 2] {
+    [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)]
 }
 
 #[cfg(test)]
@@ -223,12 +254,27 @@ mod tests {
     }
 
     #[test]
-    fn single_precision_normals_are_the_double_ones_rounded() {
+    fn normals_are_the_words_transformed_whatever_the_length_and_precision() {
         let stream = Noise::new(9).stream("x", Purpose::Init);
-        let (mut wide, mut narrow) = (vec![0.0; 5], vec![0.0; 5]);
+        let n = 5 * 4 * LANES;
+        let (mut wide, mut narrow) = (vec![0.0; n], vec![0.0; n]);
         stream.fill_normal(1, &mut wide);
         stream.fill_normal_f32(1, &mut narrow);
-        assert!(wide.iter().zip(&narrow).all(|(w, n)| *w as f32 == *n));
+        for (i, (w, z)) in wide.iter().zip(&narrow).enumerate() {
+            assert!((w - f64::from(*z)).abs() < 1e-6, "number {i}: {w} {z}");
+            let (group, word, lane) = (i / (4 * LANES), i / LANES % 4, i % LANES);
+            let words = stream.words(1, (group * LANES + lane) as u64);
+            let unit = |j: usize| (f64::from(words[j]) + 0.5) / 4_294_967_296.0;
+            let radius = (-2.0 * unit(word & 2).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * unit(word | 1)).sin_cos();
+            assert!((w - radius * [cos, sin][word & 1]).abs() < 1e-14);
+        }
+        for len in [0, 1, 17, 63, 65] {
+            let (mut a, mut b) = (vec![0.0; len], vec![0.0; len]);
+            stream.fill_normal(1, &mut a);
+            stream.fill_normal_f32(1, &mut b);
+            assert_eq!((&a[..], &b[..]), (&wide[..len], &narrow[..len]));
+        }
     }
 
     #[test]
