@@ -7,6 +7,7 @@ use super::gemm::{gemm, Into, Mat};
 use super::host::{column_sums, dense, tensor, Host};
 use super::lane::{pick, Lane};
 use super::plain;
+use super::thin::{add_product, FEW};
 
 /// `y = x W^T + b`.
 ///
@@ -114,6 +115,11 @@ pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize
         Some(bias) => bias.len(),
         None => weight.len() / in_dim.max(1),
     };
+    if n <= FEW {
+        let mut y = bias.map_or_else(|| vec![0f32; n * out_dim], |bias| bias.repeat(n));
+        add_product(&mut y, xs, weight, n);
+        return y;
+    }
     let (x, w) = (Mat::new(xs, n, in_dim), Mat::new(weight, out_dim, in_dim).t());
     match bias {
         Some(bias) => {
