@@ -8,6 +8,7 @@ pub mod linear;
 pub mod noise;
 pub mod posterior;
 pub mod regularizer;
+mod row_scales;
 
 pub use buffer::SampleBuffer;
 pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};

@@ -9,7 +9,8 @@ use candle_nn::ops::softmax;
 
 use super::config::{positive, Compat, Mixture, MonteCLoRAConfig};
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
-use crate::dist::{Dirichlet, Wishart};
+use super::row_scales;
+use crate::dist::{Dirichlet, Estimator, Wishart};
 use crate::error::Error;
 use crate::ops;
 
@@ -132,15 +133,27 @@ impl Posterior {
         &self.streams
     }
 
-    /// Delta alone, `(r, in_dim)`: what a forward pass needs.
+    /// `A + Delta` of a draw, `(r, in_dim)`: what a forward pass needs.
     ///
     /// # Errors
-    /// If the noise is not of this posterior's shapes.
-    pub fn perturbation(&self, noise: &DrawNoise) -> Result<Tensor> {
+    /// If the noise or `a` is not of this posterior's shapes.
+    pub fn perturbed(&self, a: &Tensor, noise: &DrawNoise) -> Result<Tensor> {
         noise.check(&self.spec)?;
         match self.spec.mixture {
-            Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
-            Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &self.weights(noise)?),
+            Mixture::Explicit => {
+                let (rows, matrix) = (self.rows(noise, None)?, mix(&self.weights(noise)?, &noise.matrices)?);
+                a + matrix.broadcast_mul(&rows.unsqueeze(1)?)?
+            }
+            Mixture::Collapsed if self.is_exact_on_cpu() => {
+                let (rho, c) = (&self.std_prior, &self.expert_weights_prior);
+                let rows = row_scales::collapsed(rho, c, &noise.weights, self.sample_scaler)?;
+                ops::add_scaled_rows(a, &rows, &noise.matrices)
+            }
+            Mixture::Collapsed => {
+                let rows = self.rows(noise, Some(norm(&self.weights(noise)?)?))?;
+                ops::add_scaled_rows(a, &rows, &noise.matrices)
+            }
+            Mixture::Sparse => ops::add_scaled_rows(a, &self.rows(noise, None)?, &noise.matrices),
         }
     }
 
@@ -151,9 +164,11 @@ impl Posterior {
     pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
         noise.check(&self.spec)?;
         let weights = self.weights(noise)?;
+        let rows = |factor| self.rows(noise, factor)?.unsqueeze(1);
         let delta = match self.spec.mixture {
-            Mixture::Sparse => self.scaled(noise, &noise.matrices, None)?,
-            Mixture::Collapsed | Mixture::Explicit => self.mixed(noise, &weights)?,
+            Mixture::Explicit => mix(&weights, &noise.matrices)?.broadcast_mul(&rows(None)?)?,
+            Mixture::Collapsed => ops::mul_constant(&rows(Some(norm(&weights)?))?, &noise.matrices)?,
+            Mixture::Sparse => ops::mul_constant(&rows(None)?, &noise.matrices)?,
         };
         let scale_tril = match self.spec.compat {
             Compat::None => {
@@ -168,29 +183,19 @@ impl Posterior {
         Ok(PosteriorDraw { scale_tril, weights, delta })
     }
 
-    fn mixed(&self, noise: &DrawNoise, weights: &Tensor) -> Result<Tensor> {
-        match self.spec.mixture {
-            // sum_k pi_k S_k has independent columns N(0, ||pi||^2 Sigma).
-            Mixture::Collapsed => {
-                self.scaled(noise, &noise.matrices, Some(weights.sqr()?.sum_all()?.sqrt()?))
-            }
-            Mixture::Explicit => {
-                let (n, r, in_dim) = noise.matrices.dims3()?;
-                let matrices = noise.matrices.reshape((n, r * in_dim))?;
-                let sum = ops::matmul_constant(&weights.reshape((1, n))?, &matrices)?;
-                self.scaled(noise, &sum.reshape((r, in_dim))?, None)
-            }
-            Mixture::Sparse => self.scaled(noise, &noise.matrices, None),
-        }
+    fn is_exact_on_cpu(&self) -> bool {
+        let NoiseSpec { compat, estimator, device, .. } = &self.spec;
+        let exact = *compat == Compat::None && *estimator == Estimator::Exact;
+        exact && device.is_cpu() && !ops::slow_lane_forced()
     }
 
-    /// `eps diag(row scale) factor matrix`: T is in the matrix already.
-    fn scaled(&self, noise: &DrawNoise, matrix: &Tensor, factor: Option<Tensor>) -> Result<Tensor> {
-        let mut rows = (self.row_scale(noise)? * self.sample_scaler)?;
-        if let Some(factor) = factor {
-            rows = rows.broadcast_mul(&factor)?;
+    /// `eps` times the row scale and a factor, `(r)`: T is in the noise's matrices already.
+    fn rows(&self, noise: &DrawNoise, factor: Option<Tensor>) -> Result<Tensor> {
+        let rows = (self.row_scale(noise)? * self.sample_scaler)?;
+        match factor {
+            Some(factor) => rows.broadcast_mul(&factor),
+            None => Ok(rows),
         }
-        ops::mul_constant(&rows.unsqueeze(1)?, matrix)
     }
 
     /// exp rho; under PEFT the root of its clipped variances, `sqrt(max(V_i T_ii^2, 1e-3))`.
@@ -205,6 +210,18 @@ impl Posterior {
     fn weights(&self, noise: &DrawNoise) -> Result<Tensor> {
         weights(&self.expert_weights_prior, &self.spec, &noise.weights)
     }
+}
+
+/// `||pi||_2`: `sum_k pi_k S_k` has independent columns `N(0, ||pi||^2 Sigma)`.
+fn norm(weights: &Tensor) -> Result<Tensor> {
+    weights.sqr()?.sum_all()?.sqrt()
+}
+
+/// `sum_k pi_k matrix_k`, `(r, in_dim)` of `(N, r, in_dim)`.
+fn mix(weights: &Tensor, matrices: &Tensor) -> Result<Tensor> {
+    let (n, r, in_dim) = matrices.dims3()?;
+    let matrices = matrices.reshape((n, r * in_dim))?;
+    ops::matmul_constant(&weights.reshape((1, n))?, &matrices)?.reshape((r, in_dim))
 }
 
 /// PEFT's clipped variances `max(V q, 1e-3)`, elementwise.

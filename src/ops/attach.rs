@@ -13,7 +13,7 @@ use candle_core::{
 };
 
 /// What a backward closure sees: everything detached, so that its arithmetic records no graph.
-pub(super) struct Call<const N: usize> {
+pub(crate) struct Call<const N: usize> {
     /// The arguments of the forward pass.
     pub args: [Tensor; N],
     /// Which arguments want a gradient. Candle asks for all; computing only these is the gain.
@@ -33,7 +33,7 @@ type Backward<const N: usize> = Box<dyn Fn(Call<N>) -> Gradients<N> + Send + Syn
 /// `backward` must not capture a tracked tensor nor the result: the one would silently get no
 /// gradient, the other keeps the graph alive for ever. Without a tracked argument `backward` is
 /// dropped, and with it all that it saved.
-pub(super) fn attach<'a, const N: usize>(
+pub(crate) fn attach<'a, const N: usize>(
     name: &'static str,
     args: [&'a Tensor; N],
     result: Tensor,
@@ -114,7 +114,7 @@ impl InplaceOp1 for Take {
 }
 
 /// The node in candle's graph.
-pub(super) struct Attached<const N: usize> {
+pub(crate) struct Attached<const N: usize> {
     name: &'static str,
     result: Mutex<Option<(Storage, Shape)>>,
     backward: Backward<N>,
@@ -174,7 +174,7 @@ impl<const N: usize> Attached<N> {
 }
 
 /// Applies a node to its arguments: candle has one trait for each number of them.
-pub(super) trait Apply<const N: usize> {
+pub(crate) trait Apply<const N: usize> {
     fn apply(self, op: Attached<N>) -> Result<Tensor>;
 }
 

@@ -8,6 +8,7 @@ use super::dropout::Keep;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{for_rows, tensor, Host};
 use super::vmath;
+use crate::simd::vectorized;
 
 /// Query rows that share one block of scores: it stays in cache, and a causal block skips the keys
 /// that all of its rows are blind to.
@@ -88,13 +89,15 @@ impl Core {
                 let p = &mut scores[..rows * seen];
                 let keys = k.rows(batch, kv_head, 0, seen).t();
                 gemm(p, Into::SetHere, self.scale, q.rows(batch, head, first, rows), keys);
-                for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
-                    self.hide(p, batch, first + r);
-                    log_sums[at + r] = softmax(p);
-                    if let Some(keep) = &self.keep {
-                        keep.multiply(((batch * n + head) * tq + first + r) * tk, p);
+                vectorized!({
+                    for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
+                        self.hide(p, batch, first + r);
+                        log_sums[at + r] = softmax(p);
+                        if let Some(keep) = &self.keep {
+                            keep.multiply(((batch * n + head) * tq + first + r) * tk, p);
+                        }
                     }
-                }
+                });
                 let values = v.rows(batch, kv_head, 0, seen);
                 gemm(
                     &mut y[at * dim..(at + rows) * dim],
@@ -143,34 +146,40 @@ impl Core {
                 gemm(p, Into::SetHere, self.scale, queries, keys.t());
                 gemm(ds, Into::SetHere, 1.0, dys, values.t());
                 let row_index = |r: usize| (batch * n + head) * tq + first + r;
-                for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
-                    self.hide(p, batch, first + r);
-                    let log_sum = log_sums[row_index(r)];
-                    p.iter_mut().for_each(|p| *p = vmath::exp(*p - log_sum));
-                }
+                vectorized!({
+                    for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
+                        self.hide(p, batch, first + r);
+                        let log_sum = log_sums[row_index(r)];
+                        p.iter_mut().for_each(|p| *p = vmath::exp(*p - log_sum));
+                    }
+                });
                 let weights: &[f32] = match &self.keep {
                     Some(keep) => {
                         dropped.clear();
                         dropped.extend_from_slice(p);
-                        for (r, row) in dropped.chunks_exact_mut(seen.max(1)).enumerate() {
-                            keep.multiply(row_index(r) * tk, row);
-                        }
+                        vectorized!({
+                            for (r, row) in dropped.chunks_exact_mut(seen.max(1)).enumerate() {
+                                keep.multiply(row_index(r) * tk, row);
+                            }
+                        });
                         &dropped
                     }
                     None => p,
                 };
                 gemm(&mut dv[..seen * dim], Into::AddHere, 1.0, Mat::new(weights, rows, seen).t(), dys);
                 let width = seen.max(1);
-                for (r, (ds, p)) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)).enumerate() {
-                    if let Some(keep) = &self.keep {
-                        keep.multiply(row_index(r) * tk, ds);
+                vectorized!({
+                    for (r, (ds, p)) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)).enumerate() {
+                        if let Some(keep) = &self.keep {
+                            keep.multiply(row_index(r) * tk, ds);
+                        }
+                        let (y, dy) = (y.row(batch, head, first + r), dy.row(batch, head, first + r));
+                        let along = vmath::sum2(y, dy, |y, dy| y * dy);
+                        for (ds, p) in ds.iter_mut().zip(p) {
+                            *ds = (*ds - along) * p;
+                        }
                     }
-                    let (y, dy) = (y.row(batch, head, first + r), dy.row(batch, head, first + r));
-                    let along = vmath::sum2(y, dy, |y, dy| y * dy);
-                    for (ds, p) in ds.iter_mut().zip(p) {
-                        *ds = (*ds - along) * p;
-                    }
-                }
+                });
                 let ds = Mat::new(ds, rows, seen);
                 gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, self.scale, ds, keys);
                 gemm(&mut dk[..seen * dim], Into::AddHere, self.scale, ds.t(), queries);
@@ -204,6 +213,7 @@ impl Core {
     }
 
     /// Minus infinity where query `row` does not see a key.
+    #[inline(always)]
     fn hide(&self, scores: &mut [f32], batch: usize, row: usize) {
         let seen = self.seen(row + 1).min(scores.len());
         scores[seen..].fill(f32::NEG_INFINITY);
@@ -234,6 +244,7 @@ impl Core {
 
 /// Softmax in place; returns the logarithm of the sum. A row that sees nothing becomes zero, and its
 /// logarithm infinite, so that `exp(score - logarithm)` is zero again in backward.
+#[inline(always)]
 fn softmax(row: &mut [f32]) -> f32 {
     let max = vmath::max(row);
     if max == f32::NEG_INFINITY && row.iter().all(|&x| x == f32::NEG_INFINITY) {

@@ -7,6 +7,7 @@ use super::host::{dense, for_rows, tensor, Host};
 use super::lane::{pick, Lane};
 use super::plain;
 use crate::noise::Stream;
+use crate::simd::vectorized;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
 ///
@@ -62,10 +63,12 @@ impl Keep {
         let mut bits = vec![0u8; len.div_ceil(8)];
         let piece = 1024;
         let fill = |(i, bits): (usize, &mut [u8])| {
-            for (j, byte) in bits.iter_mut().enumerate() {
-                let block = 2 * (i * piece + j);
-                *byte = nibble(block) | nibble(block + 1) << 4;
-            }
+            vectorized!({
+                for (j, byte) in bits.iter_mut().enumerate() {
+                    let block = 2 * (i * piece + j);
+                    *byte = nibble(block) | nibble(block + 1) << 4;
+                }
+            });
         };
         if bits.len() <= piece {
             fill((0, &mut bits));
@@ -82,11 +85,21 @@ impl Keep {
     }
 
     /// Multiplies the elements from number `first` on. A product, not a choice: NaN stays NaN.
+    #[inline(always)]
     pub fn multiply(&self, first: usize, xs: &mut [f32]) {
-        let factors = [0.0, self.scale as f32];
-        for (i, x) in xs.iter_mut().enumerate() {
-            let i = first + i;
-            *x *= factors[usize::from(self.bits[i >> 3] >> (i & 7) & 1)];
+        let scale = self.scale as f32;
+        let factor = |byte: u8, i: usize| if byte >> i & 1 == 0 { 0.0 } else { scale };
+        // Up to the next whole byte of bits, whole bytes (SIMD), the rest.
+        let (head, rest) = xs.split_at_mut((first.wrapping_neg() & 7).min(xs.len()));
+        for (i, x) in head.iter_mut().enumerate() {
+            *x *= factor(self.bits[first >> 3], (first & 7) + i);
+        }
+        let bytes = &self.bits[(first + head.len()).div_ceil(8).min(self.bits.len())..];
+        for (xs, &byte) in rest.chunks_mut(8).zip(bytes) {
+            match <&mut [f32; 8]>::try_from(&mut *xs) {
+                Ok(xs) => (0..8).for_each(|i| xs[i] *= factor(byte, i)),
+                Err(_) => xs.iter_mut().enumerate().for_each(|(i, x)| *x *= factor(byte, i)),
+            }
         }
     }
 
@@ -100,7 +113,7 @@ impl Keep {
     pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
         let xs = dense(xs)?;
         let mut y = Host::of(&xs)?.to_vec();
-        for_rows(&mut y, 1, |first, piece| self.multiply(first, piece));
+        for_rows(&mut y, 1, |first, piece| vectorized!(self.multiply(first, piece)));
         tensor(y, xs.dims())
     }
 }

@@ -8,6 +8,7 @@ use super::host::{dense, for_rows, map, tensor, Host};
 use super::lane::{pick, Lane};
 use super::linear::{check, forward, input_gradient, input_product, product};
 use super::vmath;
+use crate::simd::vectorized;
 
 /// `gelu(x W1^T + b1) W2^T + b2`.
 ///
@@ -72,9 +73,11 @@ pub fn feed_forward(
             let h = Host::of(&hidden)?;
             let h: &[f32] = &h;
             for_rows(&mut d, 1, |first, d| {
-                for (d, &h) in d.iter_mut().zip(&h[first..]) {
-                    *d *= vmath::gelu_slope(h);
-                }
+                vectorized!({
+                    for (d, &h) in d.iter_mut().zip(&h[first..]) {
+                        *d *= vmath::gelu_slope(h);
+                    }
+                })
             });
             tensor(d, hidden.dims())?
         } else {

@@ -6,6 +6,8 @@ use std::ops::Deref;
 use candle_core::{bail, CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 
+use crate::simd::vectorized;
+
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;
 
@@ -76,10 +78,11 @@ pub(super) fn fill_rows(len: usize, width: usize, f: impl Fn(usize, &mut [f32]) 
 /// Calls `f(first_row, rows)` on every piece of `out`.
 pub(super) fn for_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     let rows = rows_per_piece(width);
+    let work = |(i, piece): (usize, &mut [f32])| f(i * rows, piece);
     if out.len() <= rows * width {
-        f(0, out); // handing one piece to another thread costs more than it saves
+        work((0, out)); // handing one piece to another thread costs more than it saves
     } else {
-        out.par_chunks_mut(rows * width).enumerate().for_each(|(i, piece)| f(i * rows, piece));
+        out.par_chunks_mut(rows * width).enumerate().for_each(work);
     }
 }
 
@@ -89,29 +92,39 @@ pub(super) fn rows_per_piece(width: usize) -> usize {
 }
 
 /// `f(x)` of every element.
+#[inline(always)]
 pub(super) fn map(xs: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
     fill_rows(xs.len(), 1, |first, out| {
-        for (out, &x) in out.iter_mut().zip(&xs[first..]) {
-            *out = f(x);
-        }
+        vectorized!({
+            for (out, &x) in out.iter_mut().zip(&xs[first..]) {
+                *out = f(x);
+            }
+        })
     })
 }
 
 /// `f(x, y)` of every pair of elements.
+#[inline(always)]
 pub(super) fn map2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     fill_rows(xs.len(), 1, |first, out| {
-        for ((out, &x), &y) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]) {
-            *out = f(x, y);
-        }
+        vectorized!({
+            for ((out, &x), &y) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]) {
+                *out = f(x, y);
+            }
+        })
     })
 }
 
 /// `f(x, y, z)` of every three elements.
+#[inline(always)]
 pub(super) fn map3(xs: &[f32], ys: &[f32], zs: &[f32], f: impl Fn(f32, f32, f32) -> f32 + Sync) -> Vec<f32> {
     fill_rows(xs.len(), 1, |first, out| {
-        for (((out, &x), &y), &z) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]).zip(&zs[first..]) {
-            *out = f(x, y, z);
-        }
+        vectorized!({
+            for (((out, &x), &y), &z) in out.iter_mut().zip(&xs[first..]).zip(&ys[first..]).zip(&zs[first..])
+            {
+                *out = f(x, y, z);
+            }
+        })
     })
 }
 
@@ -119,9 +132,7 @@ pub(super) fn map3(xs: &[f32], ys: &[f32], zs: &[f32], f: impl Fn(f32, f32, f32)
 pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
     let partial = |rows: &[f32]| {
         let mut sums = vec![0f32; width];
-        for row in rows.chunks_exact(width) {
-            add_assign(&mut sums, row);
-        }
+        vectorized!(rows.chunks_exact(width).for_each(|row| add_assign(&mut sums, row)));
         sums
     };
     let parts: Vec<Vec<f32>> = xs.par_chunks(64 * width.max(1)).map(partial).collect();
@@ -138,6 +149,7 @@ pub(super) fn total(parts: Vec<Vec<f32>>, width: usize) -> Vec<f32> {
 }
 
 /// `a += b`.
+#[inline(always)]
 pub(super) fn add_assign(a: &mut [f32], b: &[f32]) {
     for (a, b) in a.iter_mut().zip(b) {
         *a += b;

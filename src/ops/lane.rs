@@ -48,6 +48,20 @@ pub fn with_lane<T>(lane: Lane, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// `f` in the lane that is forced here and now, wherever it is called.
+pub(super) fn with_present_lane<A: ?Sized, T>(f: impl Fn(&A) -> T) -> impl Fn(&A) -> T {
+    let forced = FORCED.get();
+    move |argument| match forced {
+        Some(lane) => with_lane(lane, || f(argument)),
+        None => f(argument),
+    }
+}
+
+/// Whether [`with_lane`] asks for another lane than the fast one.
+pub(crate) fn slow_lane_forced() -> bool {
+    matches!(FORCED.get(), Some(Lane::Composed | Lane::Plain))
+}
+
 /// The lane for an operation on these tensors.
 pub(super) fn pick(tensors: &[&Tensor]) -> Lane {
     let fast = || tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32);

@@ -8,6 +8,7 @@ use super::attach::attach;
 use super::host::{dense, fill_rows, rows_per_piece, tensor, Host};
 use super::lane::{pick, Lane};
 use super::{plain, vmath};
+use crate::simd::vectorized;
 
 /// Mean cross-entropy, rows labelled `ignore` left out.
 ///
@@ -62,7 +63,7 @@ fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) 
         // (n): the logarithm of each row's sum of exponentials
         let pieces: Vec<Vec<f32>> = logits
             .par_chunks(rows_per_piece(classes) * classes)
-            .map(|piece| piece.chunks_exact(classes).map(log_sum).collect())
+            .map(|piece| vectorized!(piece.chunks_exact(classes).map(log_sum).collect()))
             .collect();
         pieces.concat()
     };
@@ -81,15 +82,17 @@ fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) 
         let x = Host::of(&logits)?;
         let x: &[f32] = &x;
         let dx = fill_rows(x.len(), classes, |first, out| {
-            for (i, out) in out.chunks_exact_mut(classes).enumerate() {
-                let row = first + i;
-                let Some(label) = labels[row] else { continue };
-                let log_sum = log_sums[row];
-                for (out, &x) in out.iter_mut().zip(&x[row * classes..]) {
-                    *out = factor * vmath::exp(x - log_sum);
+            vectorized!({
+                for (i, out) in out.chunks_exact_mut(classes).enumerate() {
+                    let row = first + i;
+                    let Some(label) = labels[row] else { continue };
+                    let log_sum = log_sums[row];
+                    for (out, &x) in out.iter_mut().zip(&x[row * classes..]) {
+                        *out = factor * vmath::exp(x - log_sum);
+                    }
+                    out[label] -= factor;
                 }
-                out[label] -= factor;
-            }
+            })
         });
         Ok([Some(tensor(dx, logits.dims())?)])
     })

@@ -16,6 +16,7 @@ use super::attach::attach;
 use super::host::{dense, rows_per_piece, tensor, total, Host};
 use super::lane::{pick, Lane};
 use super::{plain, vmath};
+use crate::simd::vectorized;
 
 /// Layer norm over the last dimension.
 ///
@@ -223,6 +224,7 @@ impl Norm {
     }
 
     /// Writes `x + residual` into `row` and returns its mean (or 0) and `1 / sqrt(v + eps)`.
+    #[inline(always)]
     fn statistics(&self, row: &mut [f32], x: &[f32], residual: Option<&[f32]>) -> (f32, f32) {
         match residual {
             Some(residual) => {
@@ -241,16 +243,18 @@ impl Norm {
     fn rows(&self, xs: &[f32], residual: Option<&[f32]>, weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
         let dim = weight.len();
         super::host::fill_rows(xs.len(), dim, |first, out| {
-            for (i, row) in out.chunks_exact_mut(dim).enumerate() {
-                let at = (first + i) * dim..(first + i + 1) * dim;
-                let (mean, inverse) = self.statistics(row, &xs[at.clone()], residual.map(|r| &r[at]));
-                for (y, w) in row.iter_mut().zip(weight) {
-                    *y = (*y - mean) * inverse * w;
+            vectorized!({
+                for (i, row) in out.chunks_exact_mut(dim).enumerate() {
+                    let at = (first + i) * dim..(first + i + 1) * dim;
+                    let (mean, inverse) = self.statistics(row, &xs[at.clone()], residual.map(|r| &r[at]));
+                    for (y, w) in row.iter_mut().zip(weight) {
+                        *y = (*y - mean) * inverse * w;
+                    }
+                    if let Some(bias) = bias {
+                        super::host::add_assign(row, bias);
+                    }
                 }
-                if let Some(bias) = bias {
-                    super::host::add_assign(row, bias);
-                }
-            }
+            })
         })
     }
 
@@ -271,24 +275,26 @@ impl Norm {
             let (mut z, mut g) = (vec![0f32; dim], vec![0f32; dim]);
             let size = if trainable { dim } else { 0 };
             let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
-            for (j, out) in out.chunks_exact_mut(dim).enumerate() {
-                let at = (i * piece + j) * dim..(i * piece + j + 1) * dim;
-                let dy = &grad[at.clone()];
-                let (mean, inverse) = self.statistics(&mut z, &xs[at.clone()], residual.map(|r| &r[at]));
-                for (((z, g), dy), w) in z.iter_mut().zip(&mut g).zip(dy).zip(weight) {
-                    *z = (*z - mean) * inverse;
-                    *g = dy * w;
+            vectorized!({
+                for (j, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let at = (i * piece + j) * dim..(i * piece + j + 1) * dim;
+                    let dy = &grad[at.clone()];
+                    let (mean, inverse) = self.statistics(&mut z, &xs[at.clone()], residual.map(|r| &r[at]));
+                    for (((z, g), dy), w) in z.iter_mut().zip(&mut g).zip(dy).zip(weight) {
+                        *z = (*z - mean) * inverse;
+                        *g = dy * w;
+                    }
+                    let along = vmath::sum2(&g, &z, |g, z| g * z) / n;
+                    let level = if self.centred { vmath::sum(&g, |g| g) / n } else { 0.0 };
+                    for ((out, g), z) in out.iter_mut().zip(&g).zip(&z) {
+                        *out = (g - level - z * along) * inverse;
+                    }
+                    for (((dw, db), dy), z) in dw.iter_mut().zip(&mut db).zip(dy).zip(&z) {
+                        *dw += dy * z;
+                        *db += dy;
+                    }
                 }
-                let along = vmath::sum2(&g, &z, |g, z| g * z) / n;
-                let level = if self.centred { vmath::sum(&g, |g| g) / n } else { 0.0 };
-                for ((out, g), z) in out.iter_mut().zip(&g).zip(&z) {
-                    *out = (g - level - z * along) * inverse;
-                }
-                for (((dw, db), dy), z) in dw.iter_mut().zip(&mut db).zip(dy).zip(&z) {
-                    *dw += dy * z;
-                    *db += dy;
-                }
-            }
+            });
             (dw, db)
         };
         let parts: Vec<_> = dx.par_chunks_mut((piece * dim).max(1)).enumerate().map(work).collect();

@@ -7,6 +7,7 @@ use super::attach::attach;
 use super::host::{dense, fill_rows, tensor, Host};
 use super::lane::{pick, Lane};
 use super::plain;
+use crate::simd::vectorized;
 
 /// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
 ///
@@ -46,17 +47,19 @@ fn rotate(lane: Lane, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Res
         let (x, cos, sin): (&[f32], &[f32], &[f32]) = (&x, &cos, &sin);
         let sign = sign as f32;
         let y = fill_rows(x.len(), dim, |first, out| {
-            for (i, out) in out.chunks_exact_mut(dim).enumerate() {
-                let row = first + i; // of (b, t, heads)
-                let angle = (row / heads) % (t * tables) * half;
-                let (cos, sin) = (&cos[angle..angle + half], &sin[angle..angle + half]);
-                let (x1, x2) = x[row * dim..(row + 1) * dim].split_at(half);
-                let (y1, y2) = out.split_at_mut(half);
-                for j in 0..half {
-                    y1[j] = x1[j] * cos[j] - sign * x2[j] * sin[j];
-                    y2[j] = x2[j] * cos[j] + sign * x1[j] * sin[j];
+            vectorized!({
+                for (i, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let row = first + i; // of (b, t, heads)
+                    let angle = (row / heads) % (t * tables) * half;
+                    let (cos, sin) = (&cos[angle..angle + half], &sin[angle..angle + half]);
+                    let (x1, x2) = x[row * dim..(row + 1) * dim].split_at(half);
+                    let (y1, y2) = out.split_at_mut(half);
+                    for j in 0..half {
+                        y1[j] = x1[j] * cos[j] - sign * x2[j] * sin[j];
+                        y2[j] = x2[j] * cos[j] + sign * x1[j] * sin[j];
+                    }
                 }
-            }
+            })
         });
         return tensor(y, xs.dims());
     }

@@ -109,6 +109,14 @@ fn cases() -> Vec<Case> {
         ),
         case("rms norm, frozen", &[(&[5, 19], true), (&[19], false)], |t| rms_norm(&t[0], &t[1], 1e-3)),
         case("rms norm, trained", &[(&[5, 19], true), (&[19], true)], |t| rms_norm(&t[0], &t[1], 1e-3)),
+        case("add scaled rows", &[(&[3, 41], true), (&[3], true), (&[3, 41], false)], |t| {
+            add_scaled_rows(&t[0], &t[1], &t[2])
+        }),
+        case(
+            "add scaled rows, transposed, frozen xs",
+            &[(&[41, 3], false), (&[3], true), (&[41, 3], false)],
+            |t| add_scaled_rows(&t[0].t()?, &t[1], &t[2].t()?),
+        ),
         case("gelu", &[(&[3, 41], true)], |t| gelu(&(&t[0] * 2.0)?.t()?)),
         case("silu", &[(&[3, 41], true)], |t| silu(&t[0].t()?)),
         case("silu mul", &[(&[3, 41], true), (&[3, 41], true)], |t| silu_mul(&t[0], &t[1])),
@@ -344,8 +352,9 @@ fn nan_in_is_nan_out_forward_and_backward() {
             // Blind rows hide their inputs, and there the last row of the batch is blind.
             let blind = case.name.contains("blind") || case.name.contains("many blocks");
             assert!(blind || flat(&y).iter().any(|y| y.is_nan()), "{} on {lane:?}", case.name);
-            let linear_in_x =
-                ["linear", "low rank", "rotary", "dropout"].iter().any(|n| case.name.contains(n));
+            let linear_in_x = ["linear", "low rank", "rotary", "dropout", "scaled rows"]
+                .iter()
+                .any(|n| case.name.contains(n));
             let dx = flat(y.sum_all().unwrap().backward().unwrap().get(&x).unwrap());
             assert!(
                 blind || linear_in_x || dx.iter().any(|d| d.is_nan()),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
+use super::gamma::GammaQuantile;
 use super::{digamma, gamma_quantile, ln_gamma, trigamma};
 
 /// Elementwise `ln Gamma(x)`; its gradient is [`fn@digamma`].
@@ -135,8 +136,8 @@ impl CustomOp1 for Normalised {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut pi = doubles(storage, layout, |i, c| gamma_quantile(c.exp(), self.uniforms[i]).log_z)?;
-        pi.chunks_mut(self.width).for_each(softmax);
+        let draws = doubles(storage, layout, |i, c| gamma_quantile(c.exp(), self.uniforms[i]))?;
+        let pi = draws.chunks(self.width).flat_map(normalised).collect();
         Ok((rounded(pi, storage), layout.shape().clone()))
     }
 
@@ -147,8 +148,8 @@ impl CustomOp1 for Normalised {
     }
 }
 
-/// `c -> a_i (d ln z_i / d a_i) pi_i (g_i - sum_k pi_k g_k)`. It solves for the quantiles again: that
-/// is a few microseconds for a layer's N components, and nothing is kept between the two passes.
+/// The gradient of [`Normalised`]. It solves for the quantiles again: that is a few microseconds for a
+/// layer's N components, and nothing is kept between the two passes.
 struct NormalisedSlope {
     uniforms: Arc<[f64]>,
     width: usize,
@@ -161,19 +162,34 @@ impl CustomOp1 for NormalisedSlope {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let draws = doubles(storage, layout, |i, c| {
-            let draw = gamma_quantile(c.exp(), self.uniforms[i]);
-            (draw.log_z, c.exp() * draw.dlog_z)
-        })?;
-        let mut slopes = Vec::with_capacity(draws.len());
-        for (row, grad) in draws.chunks(self.width).zip(self.grad.chunks(self.width)) {
-            let mut pi: Vec<f64> = row.iter().map(|(log_z, _)| *log_z).collect();
-            softmax(&mut pi);
-            let along: f64 = pi.iter().zip(grad).map(|(pi, g)| pi * g).sum();
-            slopes.extend(row.iter().zip(pi).zip(grad).map(|(((_, slope), pi), g)| slope * pi * (g - along)));
-        }
-        Ok((rounded(slopes, storage), layout.shape().clone()))
+        let draws = doubles(storage, layout, |i, c| (c.exp(), gamma_quantile(c.exp(), self.uniforms[i])))?;
+        let rows = draws.chunks(self.width).zip(self.grad.chunks(self.width));
+        let slopes = rows.flat_map(|(row, grad)| {
+            let (shapes, draws): (Vec<f64>, Vec<GammaQuantile>) = row.iter().copied().unzip();
+            normalised_slope(&shapes, &draws, &normalised(&draws), grad)
+        });
+        Ok((rounded(slopes.collect(), storage), layout.shape().clone()))
     }
+}
+
+/// `pi_i = z_i / sum z` of draws z.
+pub(crate) fn normalised(draws: &[GammaQuantile]) -> Vec<f64> {
+    let mut pi: Vec<f64> = draws.iter().map(|draw| draw.log_z).collect();
+    softmax(&mut pi);
+    pi
+}
+
+/// What a gradient `g` of [`normalised`] `pi` is in the logarithms of the shapes a:
+/// `a_i (d ln z_i / d a_i) pi_i (g_i - sum_k pi_k g_k)`.
+pub(crate) fn normalised_slope(
+    shapes: &[f64],
+    draws: &[GammaQuantile],
+    pi: &[f64],
+    grad: &[f64],
+) -> Vec<f64> {
+    let along: f64 = pi.iter().zip(grad).map(|(pi, g)| pi * g).sum();
+    let terms = shapes.iter().zip(draws).zip(pi).zip(grad);
+    terms.map(|(((a, draw), pi), g)| a * draw.dlog_z * pi * (g - along)).collect()
 }
 
 /// The softmax of one row, in place; NaN anywhere is NaN everywhere.

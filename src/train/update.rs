@@ -5,6 +5,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 use rayon::prelude::*;
 
+use crate::simd::vectorized;
+
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;
 
@@ -75,10 +77,10 @@ impl InplaceOp2 for Mean {
         let (beta, rest) = (self.beta as f32, (1.0 - self.beta) as f32);
         mean.par_chunks_mut(PIECE).zip(grad.par_chunks(PIECE)).for_each(|(mean, grad)| {
             let pairs = mean.iter_mut().zip(grad);
-            match self.of_squares {
+            vectorized!(match self.of_squares {
                 true => pairs.for_each(|(m, g)| *m = beta * *m + rest * (g * g)),
                 false => pairs.for_each(|(m, g)| *m = beta * *m + rest * g),
-            }
+            })
         });
         Ok(())
     }
@@ -106,9 +108,11 @@ impl InplaceOp3 for Step {
         let inverse = (1.0 / self.0.correction2) as f32;
         let pieces = value.par_chunks_mut(PIECE).zip(first.par_chunks(PIECE)).zip(second.par_chunks(PIECE));
         pieces.for_each(|((value, first), second)| {
-            for ((w, m), v) in value.iter_mut().zip(first).zip(second) {
-                *w = keep * *w - rate * m / ((v * inverse).sqrt() + eps);
-            }
+            vectorized!({
+                for ((w, m), v) in value.iter_mut().zip(first).zip(second) {
+                    *w = keep * *w - rate * m / ((v * inverse).sqrt() + eps);
+                }
+            });
         });
         Ok(())
     }

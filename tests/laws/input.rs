@@ -132,7 +132,8 @@ fn a_posterior_takes_noise_of_its_own_shapes_alone() -> Result<()> {
     ] {
         let noise = other.generate(&streams, 0)?;
         says(posterior.draw(&noise), &["rank 3, width 6, 4 components: got"]);
-        says(posterior.perturbation(&noise), &["rank 3, width 6, 4 components: got"]);
+        let a = Tensor::zeros((3, 6), DType::F64, &Device::Cpu)?;
+        says(posterior.perturbed(&a, &noise), &["rank 3, width 6, 4 components: got"]);
         // The regulariser would read beyond a factor that is smaller than it takes it for.
         let draws = (std::slice::from_ref(&posterior), std::slice::from_ref(&noise));
         let terms = Regularizer::new(&good).of_draws(draws.0, draws.1);

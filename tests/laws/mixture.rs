@@ -32,9 +32,10 @@ fn mixtures_have_the_moments_of_the_model() -> Result<()> {
     {
         let config = MonteCLoRAConfig { covariance, ..config(mixture) };
         let posterior = posterior(&config, 1)?;
+        let zero = Tensor::zeros((3, 1), DType::F64, &Device::Cpu)?;
         let draw = |i| -> candle_core::Result<Vec<f64>> {
             let noise = posterior.spec().generate(posterior.streams(), i)?;
-            posterior.perturbation(&noise)?.flatten_all()?.to_vec1()
+            posterior.perturbed(&zero, &noise)?.flatten_all()?.to_vec1()
         };
         let draws = (0..DRAWS).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
         // E ||pi||^2 of a Dirichlet; the sparse mixture has weight one.
@@ -108,9 +109,10 @@ fn the_collapsed_gradient_has_the_explicit_ones_mean_and_no_more_variance() -> R
             Mixture::Explicit => normals("gradient explicit", &[columns, 3, 3, 1])?,
             _ => normals("gradient collapsed", &[columns, 3, 1])?,
         };
+        let zero = Tensor::zeros((3, 1), DType::F64, &Device::Cpu)?;
         let gradient = |i: usize| -> candle_core::Result<f64> {
             let noise = DrawNoise::new(posterior.spec(), &t, &u, &z.get(i)?)?;
-            let delta = posterior.perturbation(&noise)?;
+            let delta = posterior.perturbed(&zero, &noise)?;
             let loss = ((&delta * 0.3)? + delta.sqr()?)?.sum_all()?;
             loss.backward()?.get(&c).ok_or(candle_core::Error::msg("no gradient"))?.get(0)?.to_scalar()
         };

@@ -66,7 +66,9 @@ fn check(case: &'static str, layers: &[&str], config: &MonteCLoRAConfig) -> Resu
             let drawn = posterior.draw(&noise)?;
             assert_close("weights", &drawn.weights, &at("weights")?, TOLERANCE)?;
             assert_close("delta", &drawn.delta, &at("delta")?, TOLERANCE)?;
-            assert_close("delta alone", &posterior.perturbation(&noise)?, &at("delta")?, TOLERANCE)?;
+            let moved = posterior.perturbed(param("A")?.as_tensor(), &noise)?;
+            let want = (param("A")?.as_detached_tensor() + at("delta")?)?;
+            assert_close("A + delta", &moved, &want, TOLERANCE)?;
             let variance = drawn.scale_tril.sqr()?.sum(1)?;
             assert_close("variance", &variance, &at("var")?, TOLERANCE)?;
             let (w0, b0) = (golden.get(&format!("{layer}/W0"))?, golden.get(&format!("{layer}/b0"))?);

@@ -1,0 +1,124 @@
+//! Gradient checkpointing (Chen et al. 2016): forget what a block computed and compute it again when
+//! backward comes to it.
+
+use candle_core::{bail, Result, Tensor, Var};
+
+use super::attach::attach;
+use super::constant::mul_constant;
+use super::lane::with_present_lane;
+
+/// `f(xs)`, of which nothing is kept but `xs` and the result: backward runs `f` once more.
+///
+/// It costs one more forward pass of the block and keeps memory at one block's worth, however many
+/// follow each other. `f` must be a pure function of `xs` and of `params`: its noise addressed
+/// ([`crate::slot::Pass`]), so that it sees the same draw and drops the same elements both times.
+///
+/// # Shapes
+/// - `params`: every tracked tensor that `f` uses beside `xs`, of one dtype and any shapes; what is
+///   missing here gets no gradient
+///
+/// # Errors
+/// If `f` fails, or the parameters' dtypes differ.
+pub fn checkpoint(
+    xs: &Tensor,
+    params: &[Tensor],
+    f: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let params: Vec<Tensor> = params.iter().filter(|param| param.track_op()).cloned().collect();
+    if params.is_empty() && !xs.track_op() {
+        return f(xs);
+    }
+    // A copy: the graph of this run goes, and its last storage may be anybody's.
+    let y = f(&xs.detach())?.detach().copy()?;
+    let again = with_present_lane(f);
+    if params.is_empty() {
+        return attach("checkpoint", [xs], y, move |call| {
+            let ([dx], _) = gradients(&again, &call.args[0], &call.grad, true, &[])?;
+            Ok([dx])
+        });
+    }
+    // An op takes three arguments at most: the parameters come as one, and its gradient goes back
+    // through the concatenation.
+    let flat = params.iter().map(|param| param.flatten_all()).collect::<Result<Vec<_>>>()?;
+    if flat.iter().any(|param| param.dtype() != flat[0].dtype()) {
+        bail!("checkpoint: the parameters have several dtypes");
+    }
+    let packed = Tensor::cat(&flat, 0)?;
+    attach("checkpoint", [xs, &packed], y, move |call| {
+        let ([dx], dparams) = gradients(&again, &call.args[0], &call.grad, call.needs[0], &params)?;
+        Ok([dx, Some(Tensor::cat(&dparams, 0)?)])
+    })
+}
+
+/// The gradients of `f` at `xs`, and flat those of `params`, when the result has the gradient `grad`.
+fn gradients(
+    f: &dyn Fn(&Tensor) -> Result<Tensor>,
+    xs: &Tensor,
+    grad: &Tensor,
+    of_xs: bool,
+    params: &[Tensor],
+) -> Result<([Option<Tensor>; 1], Vec<Tensor>)> {
+    let input = of_xs.then(|| Var::from_tensor(xs)).transpose()?;
+    let y = f(input.as_ref().map_or(xs, Var::as_tensor))?;
+    // The derivative of <y, grad> is that gradient at y.
+    let mut store = mul_constant(&y, grad)?.sum_all()?.backward()?;
+    let mut take = |tensor: &Tensor| match store.remove(tensor) {
+        Some(grad) => Ok(grad),
+        None => tensor.detach().zeros_like(),
+    };
+    let dparams = params.iter().map(|param| take(param)?.flatten_all()).collect::<Result<Vec<_>>>()?;
+    Ok(([input.as_ref().map(|input| take(input.as_tensor())).transpose()?], dparams))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+    use crate::ops::{self, with_lane, Lane};
+
+    #[test]
+    fn gradients_are_those_of_the_block_itself_also_a_second_time() -> Result<()> {
+        let random = |path: &str, shape: &[usize]| {
+            let mut values = vec![0f64; shape.iter().product()];
+            Noise::new(3).stream(path, Purpose::Init).fill_normal(0, &mut values);
+            Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)
+        };
+        let (w, a) = (random("w", &[6, 5])?, Var::from_tensor(&random("a", &[2, 5])?)?);
+        let (b, unused) = (Var::from_tensor(&random("b", &[6, 2])?)?, Var::from_tensor(&random("u", &[3])?)?);
+        let input = Var::from_tensor(&random("x", &[4, 5])?)?;
+        let stream = Noise::new(4).stream("drop", Purpose::Dropout);
+        let (a_in, b_in) = (a.as_tensor().clone(), b.as_tensor().clone());
+        let block = move |xs: &Tensor| {
+            let y = ops::adapted_linear(xs, &w, None, &a_in, &b_in, 0.7)?;
+            ops::gelu(&ops::dropout(&y, 0.3, &stream, 5)?)
+        };
+        let params = [a.as_tensor().clone(), b.as_tensor().clone(), unused.as_tensor().clone()];
+        let weight = random("weight", &[4, 6])?;
+        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+            for xs in [input.as_tensor().clone(), input.as_detached_tensor()] {
+                let whole = with_lane(lane, || block(&xs))?;
+                let pieces = with_lane(lane, || checkpoint(&xs, &params, block.clone()))?;
+                assert_eq!(whole.to_vec2::<f32>()?, pieces.to_vec2::<f32>()?);
+                let want = (&whole * &weight)?.sum_all()?.backward()?;
+                let loss = (&pieces * &weight)?.sum_all()?;
+                for _ in 0..2 {
+                    let got = loss.backward()?;
+                    for var in [&input, &a, &b] {
+                        let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+                        match (got.get(var), want.get(var)) {
+                            (Some(got), Some(want)) => assert_eq!(flat(got)?, flat(want)?, "{lane:?}"),
+                            (got, want) => assert!(got.is_none() && want.is_none(), "{lane:?}"),
+                        }
+                    }
+                    assert_eq!(got.get(&unused).expect("a zero").to_vec1::<f32>()?, [0.0; 3]);
+                }
+            }
+        }
+        // Nothing tracked: nothing to remember.
+        let plain = checkpoint(&input.as_detached_tensor(), &[], block.clone())?;
+        assert!(plain.track_op(), "the block's own parameters are tracked, though none was named");
+        Ok(())
+    }
+}

@@ -1,0 +1,69 @@
+//! A matrix moved by scaled rows of a constant one.
+
+use candle_core::{bail, Result, Tensor, D};
+
+use super::attach::attach;
+use super::host::{dense, for_rows, tensor, Host};
+use super::lane::{pick, Lane};
+use super::vmath;
+use crate::simd::vectorized;
+
+/// `y_ij = x_ij + s_i m_ij` with a constant `m`.
+///
+/// One node and one pass each way: `dX = dY` (the same tensor), `ds_i = sum_j dY_ij m_ij`. As
+/// elementary operations it is four nodes and three temporaries.
+///
+/// # Shapes
+/// - `xs`: `(rows, n)`, `scales`: `(rows)`, `matrix`: `(rows, n)`
+/// - output: `(rows, n)`
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor) -> Result<Tensor> {
+    let (rows, width) = xs.dims2()?;
+    if scales.dims() != [rows] || matrix.dims() != xs.dims() {
+        bail!("scaled rows: xs {:?}, scales {:?}, matrix {:?}", xs.dims(), scales.dims(), matrix.dims());
+    }
+    let lane = pick(&[xs, scales, matrix]);
+    if lane == Lane::Plain || matrix.track_op() {
+        return xs + scales.unsqueeze(1)?.broadcast_mul(matrix)?;
+    }
+    let y = if lane == Lane::Fast {
+        let (xs, scales, matrix) = (dense(xs)?, dense(scales)?, dense(matrix)?);
+        let (mut y, s, m) = (Host::of(&xs)?.to_vec(), Host::of(&scales)?, Host::of(&matrix)?);
+        let (s, m): (&[f32], &[f32]) = (&s, &m);
+        for_rows(&mut y, width, |first, y| {
+            vectorized!({
+                let rows = y.chunks_exact_mut(width).zip(m[first * width..].chunks_exact(width));
+                for ((y, m), s) in rows.zip(&s[first..]) {
+                    y.iter_mut().zip(m).for_each(|(y, m)| *y += s * m);
+                }
+            })
+        });
+        tensor(y, (rows, width))?
+    } else {
+        (xs.detach() + scales.detach().unsqueeze(1)?.broadcast_mul(matrix)?)?
+    };
+    let matrix = matrix.clone();
+    attach("add-scaled-rows", [xs, scales], y, move |call| {
+        let slopes = call.needs[1].then(|| {
+            if lane != Lane::Fast {
+                return (&call.grad * &matrix)?.sum(D::Minus1);
+            }
+            let matrix = dense(&matrix)?;
+            let (g, m) = (Host::of(&call.grad)?, Host::of(&matrix)?);
+            let mut slopes = vec![0f32; rows];
+            let (g, m): (&[f32], &[f32]) = (&g, &m);
+            for_rows(&mut slopes, 1, |first, slopes| {
+                vectorized!({
+                    for (i, slope) in slopes.iter_mut().enumerate() {
+                        let row = (first + i) * width..(first + i + 1) * width;
+                        *slope = vmath::sum2(&g[row.clone()], &m[row], |g, m| g * m);
+                    }
+                })
+            });
+            tensor(slopes, rows)
+        });
+        Ok([call.needs[0].then(|| call.grad.clone()), slopes.transpose()?])
+    })
+}
