@@ -105,7 +105,8 @@ fn tune(
 
     let noise = Noise::new(args.train.seed);
     let (start, dtype) = (args.method.start(name)?, common::dtype(&args.dtype)?);
-    let classifier = Classifier::load(&files, task.num_labels(), &start, noise, dtype, &device)?;
+    let mut classifier = Classifier::load(&files, task.num_labels(), &start, noise, dtype, &device)?;
+    classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
         let rows = encoder.encode(examples)?;

@@ -243,6 +243,7 @@ impl Setup {
             _ => checkpoint,
         };
         let mut model = LlamaForCausalLM::load(base, config, noise)?;
+        model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name)?;
         let regularizer = start.inject(&mut model, &params)?;
 

@@ -145,20 +145,22 @@ pub fn inject(
         }
         None => Ok(()),
     });
-    if let Err(error) = made {
+    let added = made.and_then(|()| {
+        model.visit_linears_mut(&mut |slot| match adapters.remove(slot.path()) {
+            Some(adapter) => slot.add(name, adapter),
+            // A name may come in several calls: all of it is active, and nothing else.
+            None => {
+                let here = slot.adapter(name).map(|_| name);
+                slot.activate(here)
+            }
+        })
+    });
+    if let Err(error) = added {
         for (name, _) in params.all().iter().filter(|(name, _)| !known.contains(name)) {
             params.remove(name);
         }
         return Err(error);
     }
-    model.visit_linears_mut(&mut |slot| match adapters.remove(slot.path()) {
-        Some(adapter) => slot.add(name, adapter),
-        // A name may come in several calls: all of it is active, and nothing else.
-        None => {
-            let here = slot.adapter(name).map(|_| name);
-            slot.activate(here)
-        }
-    })?;
     named::set_trainable(model, params, false, |other| other != name)?;
     named::set_trainable(model, params, true, |own| own == name)
 }

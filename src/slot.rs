@@ -232,6 +232,13 @@ impl Slot {
         self.merged = merged;
     }
 
+    /// The tensors that its output depends on: the base's, and those of the active adapter.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        let adapter = self.active().map(|(_, adapter)| adapter.parameters()).unwrap_or_default();
+        let base = [Some(self.base.weight()), self.base.bias()].into_iter().flatten().cloned();
+        base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
+    }
+
     /// The linear layer that this slot is under every pass: its base, where no adapter is active.
     pub fn as_linear(&self) -> Option<&Linear> {
         self.active.is_none().then_some(&self.base)

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each example uses its own part
 
+pub mod contender;
 pub mod options;
 pub mod tasks;
 
@@ -67,6 +68,19 @@ pub fn tune_allocator() {
 pub fn reset_peak_memory() {
     #[cfg(target_os = "linux")]
     std::fs::write("/proc/self/clear_refs", "5").ok();
+}
+
+/// The bytes in use on a device with its own memory, by everyone; none on the CPU.
+#[cfg(feature = "cuda")]
+pub fn device_bytes_in_use(device: &Device) -> Option<u64> {
+    let (free, total) = device.as_cuda_device().ok()?.cuda_stream().context().mem_get_info().ok()?;
+    Some((total - free) as u64)
+}
+
+/// Without a device there is no memory of its own.
+#[cfg(not(feature = "cuda"))]
+pub fn device_bytes_in_use(_device: &Device) -> Option<u64> {
+    None
 }
 
 /// A progress bar on standard error.

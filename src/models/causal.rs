@@ -33,6 +33,10 @@ pub trait CausalLm: Linears {
     /// Where its tensors are.
     fn device(&self) -> &Device;
 
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
+    fn set_checkpoint_layers(&mut self, on: bool);
+
     /// The longest sequence, prompt and answer together.
     fn max_length(&self) -> usize;
 

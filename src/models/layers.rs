@@ -1,9 +1,11 @@
 //! The pieces that models share: fetching by name, norms, dropout.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::ops;
 use crate::slot::{Pass, Slot};
@@ -43,6 +45,21 @@ pub fn slot_no_bias(
     Ok(Slot::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
 }
 
+/// Calls `f` on every layer of a stack, to change it in place.
+///
+/// # Errors
+/// The first error of `f`; or if a layer is still part of a graph that waits for its backward
+/// (gradient checkpointing), which must be dropped first.
+pub fn unshared<L>(layers: &mut [Arc<L>], mut f: impl FnMut(&mut L) -> Result<()>) -> Result<()> {
+    layers.iter_mut().enumerate().try_for_each(|(i, layer)| match Arc::get_mut(layer) {
+        Some(layer) => f(layer),
+        None => {
+            let reason = format!("layer {i} waits for the backward pass of a loss: drop the loss first");
+            Err(Error::config("model", reason))
+        }
+    })
+}
+
 /// Layer norm over the last dimension (Ba et al. 2016).
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
@@ -64,6 +81,11 @@ impl LayerNorm {
             bias: vb.get_with_hints(dim, bias, Init::Const(0.0))?,
             eps,
         })
+    }
+
+    /// Its weight and bias.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        vec![self.weight.clone(), self.bias.clone()]
     }
 
     /// The normalised `xs` (.., dim).
@@ -97,6 +119,11 @@ impl RmsNorm {
     /// If the tensor is missing or of another shape.
     pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
         Ok(Self { weight: vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps })
+    }
+
+    /// Its weight.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        vec![self.weight.clone()]
     }
 
     /// The normalised `xs` (.., dim).

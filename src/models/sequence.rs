@@ -33,6 +33,10 @@ pub trait SequenceClassifier: Linears + Debug {
         pass: &Pass,
     ) -> candle_core::Result<Tensor>;
 
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
+    fn set_checkpoint_layers(&mut self, on: bool);
+
     /// The number of outputs.
     fn num_labels(&self) -> usize;
 
@@ -53,6 +57,10 @@ impl SequenceClassifier for RobertaForSequenceClassification {
         self.forward(input_ids, types, attention_mask, pass)
     }
 
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.set_checkpoint_layers(on); // its own
+    }
+
     fn num_labels(&self) -> usize {
         self.config().num_labels()
     }
@@ -71,6 +79,10 @@ impl SequenceClassifier for LlamaForSequenceClassification {
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
         self.forward(input_ids, attention_mask, pass)
+    }
+
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.set_checkpoint_layers(on); // its own
     }
 
     fn num_labels(&self) -> usize {

@@ -1,13 +1,18 @@
-"""Speed and memory of a training step of Hugging Face PEFT on RoBERTa's geometry with random weights.
+"""Speed and memory of a training step of Hugging Face PEFT on a model's geometry with random weights.
 
     python peft_throughput.py --config roberta-base/config.json --batch 8 --length 128 --rank 8 \
         --targets query,key,value --method monteclora --steps 10 --threads 2
+    python peft_throughput.py --config llama/config.json --targets all-linear
 
-A step is forward, the regulariser, backward, AdamW and zeroing the gradients, in training mode with the configuration's
-dropouts, on full rows of random tokens; sequence classification with two labels, its head trained. The first
-`--warm-up` steps are not counted. Prints one JSON line: median, least and greatest step seconds, peak resident memory
-of the process in MB (ru_maxrss, which includes making the model), and the number of trainable parameters. On a busy
-machine set OMP_WAIT_POLICY=PASSIVE: idle OpenMP threads otherwise spin on the cores that others wait for.
+The configuration's model_type picks the model: roberta and bert classify sequences with two labels, their head trained;
+llama is a causal language model, its loss on all tokens. Weights are in single precision whatever the file says.
+
+A step is forward with the regulariser, backward with gradient clipping at norm 1, and AdamW with zeroing the gradients,
+in training mode with the configuration's dropouts, on full rows of random tokens. The first `--warm-up` steps are not
+counted. Prints one JSON line: median, least and greatest step seconds, the medians of the three parts, tokens per
+second of the median step, peak resident memory of the process in MB (ru_maxrss, which includes making the model), and
+the number of trainable parameters. On a busy machine set OMP_WAIT_POLICY=PASSIVE: idle OpenMP threads otherwise spin
+on the cores that others wait for.
 
 MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15. Needs torch, transformers, peft >= 0.20.
 """
@@ -22,12 +27,27 @@ import torch
 import transformers
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 from peft import __version__ as peft_version
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+FAMILIES = {
+    "roberta": (RobertaConfig, RobertaForSequenceClassification, "SEQ_CLS"),
+    "bert": (BertConfig, BertForSequenceClassification, "SEQ_CLS"),
+    "llama": (LlamaConfig, LlamaForCausalLM, "CAUSAL_LM"),
+}
 
 
 def build(args):
-    config = RobertaConfig.from_json_file(args.config)
+    with open(args.config, encoding="utf-8") as file:
+        family = json.load(file).get("model_type", "roberta")
+    if family not in FAMILIES:
+        sys.exit(f"{args.config}: expected model_type {', '.join(FAMILIES)}, got {family}")
+    config_class, model_class, task = FAMILIES[family]
+    config = config_class.from_json_file(args.config)
     config.num_labels = 2
+    config.use_cache = False  # no key-value cache in training
     if config.pad_token_id is None:
         config.pad_token_id = 1
     monteclora = MontecloraConfig(
@@ -35,32 +55,38 @@ def build(args):
         buffer_size=args.buffer,
     )
     model = get_peft_model(
-        RobertaForSequenceClassification(config),
+        model_class(config),
         LoraConfig(
-            task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0,
-            target_modules=args.targets.split(","),
+            task_type=task, r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0,
+            target_modules=args.targets if args.targets == "all-linear" else args.targets.split(","),
             monteclora_config=monteclora if args.method == "monteclora" else None,
         ),
     )
-    return config, model.train()
+    return config, task, model.train()
 
 
-def step(model, optimiser, method, ids, labels):
+def step(model, trainable, optimiser, method, ids, labels):
+    """The seconds of forward, backward and optimiser."""
+    start = time.perf_counter()
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
     if method == "monteclora":
         loss = loss + model.base_model._get_monteclora_loss()
+    forward = time.perf_counter()
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    backward = time.perf_counter()
     optimiser.step()
     optimiser.zero_grad()
+    return forward - start, backward - forward, time.perf_counter() - backward
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, help="a config.json of RoBERTa, BERT or LLaMA")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--targets", default="query,key,value")
+    parser.add_argument("--targets", default="query,key,value", help="names, or all-linear")
     parser.add_argument("--method", choices=["lora", "monteclora"], default="lora")
     parser.add_argument("--samples", type=int, default=4, help="MonteCLoRA's N")
     parser.add_argument("--buffer", type=int, default=15, help="MonteCLoRA's buffer of draws")
@@ -70,17 +96,17 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config, model = build(args)
+    config, task, model = build(args)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=3e-4)
-    seconds = []
+    spans = []
     for _ in range(args.warm_up + args.steps):
         ids = torch.randint(3, config.vocab_size, (args.batch, args.length))
-        labels = torch.randint(0, 2, (args.batch,))
-        start = time.perf_counter()
-        step(model, optimiser, args.method, ids, labels)
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[args.warm_up :]
+        labels = ids if task == "CAUSAL_LM" else torch.randint(0, 2, (args.batch,))
+        spans.append(step(model, trainable, optimiser, args.method, ids, labels))
+    spans = spans[args.warm_up :]
+    seconds = [sum(parts) for parts in spans]
+    forward, backward, optimizer = map(statistics.median, zip(*spans))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     print(json.dumps({
         "method": args.method, "batch": args.batch, "length": args.length, "rank": args.rank,
@@ -88,6 +114,8 @@ def main():
         "layers": config.num_hidden_layers, "hidden": config.hidden_size,
         "median_step_seconds": statistics.median(seconds),
         "min_step_seconds": min(seconds), "max_step_seconds": max(seconds),
+        "forward_seconds_median": forward, "backward_seconds_median": backward, "optimizer_seconds_median": optimizer,
+        "tokens_per_second": args.batch * args.length / statistics.median(seconds),
         "peak_rss_mb": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
         "trainable": sum(p.numel() for p in trainable), "total": sum(p.numel() for p in model.parameters()),
         "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft_version,

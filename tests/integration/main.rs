@@ -2,6 +2,7 @@
 //! since each links all of candle.
 
 mod causal;
+mod checkpoint;
 mod encoders;
 mod eval;
 mod finetune;

@@ -49,6 +49,10 @@ impl CausalLm for LlamaForCausalLM {
         self.decoder.device()
     }
 
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.decoder.set_checkpoint_layers(on);
+    }
+
     fn max_length(&self) -> usize {
         self.decoder.max_length()
     }

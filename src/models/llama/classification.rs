@@ -33,6 +33,12 @@ impl LlamaForSequenceClassification {
         Ok(Self { decoder, score, config: config.clone() })
     }
 
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    pub fn set_checkpoint_layers(&mut self, on: bool) {
+        self.decoder.set_checkpoint_layers(on);
+    }
+
     /// The configuration, with the number of labels the head has.
     pub fn config(&self) -> &LlamaConfig {
         &self.config

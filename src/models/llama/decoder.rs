@@ -1,5 +1,7 @@
 //! The decoder: token embeddings, pre-norm transformer layers and a last norm.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor, D};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Init, VarBuilder};
@@ -8,7 +10,7 @@ use super::config::LlamaConfig;
 use super::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
-use crate::models::layers::{slot_no_bias, Dropout, RmsNorm};
+use crate::models::layers::{slot_no_bias, unshared, Dropout, RmsNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask};
 use crate::slot::{Linears, Pass, Slot};
@@ -17,17 +19,19 @@ use crate::slot::{Linears, Pass, Slot};
 #[derive(Debug)]
 pub struct LlamaDecoder {
     embeddings: Tensor, // (vocab, d)
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
+    checkpoint_layers: bool,
     norm: RmsNorm,
     rotary: Rotary,
     max_length: usize,
 }
 
 /// What every layer of one forward pass shares.
-struct Step<'a> {
+#[derive(Clone)]
+struct Step {
     mask: Mask,
     angles: (Tensor, Tensor), // (1, t, head_dim / 2) each
-    pass: &'a Pass,
+    pass: Pass,
 }
 
 impl LlamaDecoder {
@@ -45,9 +49,11 @@ impl LlamaDecoder {
         let shape = (c.vocab_size, c.hidden_size);
         let embeddings = vb.pp("embed_tokens").get_with_hints(shape, "weight", init)?;
         let layers = (0..c.num_hidden_layers)
-            .map(|i| Layer::load(&format!("model.layers.{i}"), &vb.pp("layers").pp(i), config, noise));
+            .map(|i| Layer::load(&format!("model.layers.{i}"), &vb.pp("layers").pp(i), config, noise))
+            .map(|layer| Ok(Arc::new(layer?)));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
+            checkpoint_layers: false,
             norm: RmsNorm::load(c.hidden_size, c.rms_norm_eps, &vb.pp("norm"))?,
             rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
             max_length: c.max_position_embeddings,
@@ -79,12 +85,18 @@ impl LlamaDecoder {
         let step = Step {
             mask: Mask { padding: Some(attention_mask.clone()), causal: true },
             angles: self.rotary.angles(seen, t)?,
-            pass,
+            pass: *pass,
         };
         let mut xs = ops::embedding(input_ids, &self.embeddings)?; // (b, t, d)
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
-            xs = layer.forward(&xs, &step, cached)?;
+            xs = match (self.checkpoint_layers, pass) {
+                (true, Pass::Train { .. }) => {
+                    let (block, step) = (layer.clone(), step.clone());
+                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &step, None))?
+                }
+                _ => layer.forward(&xs, &step, cached)?,
+            };
         }
         self.norm.forward(&xs)
     }
@@ -92,6 +104,12 @@ impl LlamaDecoder {
     /// An empty cache for this decoder, with room for `capacity` tokens a row.
     pub fn cache(&self, capacity: usize) -> Cache {
         Cache::new(self.layers.len(), capacity.min(self.max_length))
+    }
+
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    pub fn set_checkpoint_layers(&mut self, on: bool) {
+        self.checkpoint_layers = on;
     }
 
     /// The longest sequence, in tokens.
@@ -116,11 +134,11 @@ impl Linears for LlamaDecoder {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(Layer::slots).try_for_each(f)
+        self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
-        self.layers.iter_mut().flat_map(Layer::slots_mut).try_for_each(f)
+        unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 }
 
@@ -172,9 +190,9 @@ impl Layer {
         // Below the first layer are frozen embeddings, which no gradient is for.
         let xs = ops::add_constant(&attended, xs)?;
         let normed = self.mlp_norm.forward(&xs)?;
-        let gate = self.gate_proj.forward(&normed, step.pass)?;
-        let up = self.up_proj.forward(&normed, step.pass)?;
-        let inner = self.down_proj.forward(&ops::silu_mul(&gate, &up)?, step.pass)?;
+        let gate = self.gate_proj.forward(&normed, &step.pass)?;
+        let up = self.up_proj.forward(&normed, &step.pass)?;
+        let inner = self.down_proj.forward(&ops::silu_mul(&gate, &up)?, &step.pass)?;
         xs + inner
     }
 
@@ -184,17 +202,17 @@ impl Layer {
         step: &Step,
         cache: Option<&mut KvCache>,
     ) -> candle_core::Result<Tensor> {
-        let q = self.rotate(&self.q_proj.forward(xs, step.pass)?, self.heads, step)?; // (b, t, d)
-        let mut k = self.rotate(&self.k_proj.forward(xs, step.pass)?, self.kv_heads, step)?;
-        let mut v = self.v_proj.forward(xs, step.pass)?; // (b, t, kv_heads * head_dim)
+        let q = self.rotate(&self.q_proj.forward(xs, &step.pass)?, self.heads, step)?; // (b, t, d)
+        let mut k = self.rotate(&self.k_proj.forward(xs, &step.pass)?, self.kv_heads, step)?;
+        let mut v = self.v_proj.forward(xs, &step.pass)?; // (b, t, kv_heads * head_dim)
         if let Some(cache) = cache {
             (k, v) = cache.append(&k.detach().contiguous()?, &v.detach().contiguous()?)?;
         }
         let scale = (self.head_dim as f64).sqrt().recip();
-        let dropout = self.probs_dropout.active(step.pass);
+        let dropout = self.probs_dropout.active(&step.pass);
         let (heads, kv_heads) = (self.heads, self.kv_heads);
         let context = ops::attention(&q, &k, &v, heads, kv_heads, scale, &step.mask, dropout)?;
-        self.o_proj.forward(&context, step.pass)
+        self.o_proj.forward(&context, &step.pass)
     }
 
     fn rotate(&self, xs: &Tensor, heads: usize, step: &Step) -> candle_core::Result<Tensor> {
@@ -202,6 +220,12 @@ impl Layer {
         let (cos, sin) = &step.angles;
         let xs = xs.reshape((b, t, heads, width / heads))?;
         ops::rotary(&xs, cos, sin)?.flatten_from(D::Minus2)
+    }
+
+    /// Everything that may be trained in it.
+    fn parameters(&self) -> Vec<Tensor> {
+        let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
+        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
     }
 
     fn slots(&self) -> [&Slot; 7] {

@@ -1,11 +1,13 @@
 //! The encoder: embeddings and a stack of post-norm transformer layers.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use crate::error::{Error, Result};
-use crate::models::layers::{slot, Dropout, LayerNorm};
+use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask, Rows};
 use crate::slot::{Linears, Pass, Slot};
@@ -14,7 +16,8 @@ use crate::slot::{Linears, Pass, Slot};
 #[derive(Debug)]
 pub struct RobertaEncoder {
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
+    checkpoint_layers: bool,
 }
 
 impl RobertaEncoder {
@@ -31,7 +34,7 @@ impl RobertaEncoder {
         let vb = if bare { vb.clone() } else { vb.pp(prefix) };
         let layers = (0..config.num_hidden_layers).map(|i| {
             let path = format!("{prefix}.encoder.layer.{i}");
-            Layer::load(&path, &vb.pp("encoder").pp("layer").pp(i), config, noise)
+            Ok(Arc::new(Layer::load(&path, &vb.pp("encoder").pp("layer").pp(i), config, noise)?))
         });
         Ok(Self {
             embeddings: Embeddings::load(
@@ -41,6 +44,7 @@ impl RobertaEncoder {
                 noise,
             )?,
             layers: layers.collect::<Result<_>>()?,
+            checkpoint_layers: false,
         })
     }
 
@@ -66,9 +70,21 @@ impl RobertaEncoder {
         let batch = Batch::new(input_ids, attention_mask)?;
         xs = batch.pack(xs)?; // (n, d)
         for layer in &self.layers {
-            xs = layer.forward(&xs, &batch, pass)?;
+            xs = match (self.checkpoint_layers, pass) {
+                (true, Pass::Train { .. }) => {
+                    let (block, batch, pass) = (layer.clone(), batch.clone(), *pass);
+                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &batch, &pass))?
+                }
+                _ => layer.forward(&xs, &batch, pass)?,
+            };
         }
         batch.pad(xs)
+    }
+
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    pub fn set_checkpoint_layers(&mut self, on: bool) {
+        self.checkpoint_layers = on;
     }
 
     /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
@@ -83,15 +99,16 @@ impl Linears for RobertaEncoder {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(Layer::slots).try_for_each(f)
+        self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
-        self.layers.iter_mut().flat_map(Layer::slots_mut).try_for_each(f)
+        unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 }
 
 /// A padded batch between the layers: its real tokens alone, where that saves enough.
+#[derive(Clone)]
 struct Batch {
     shape: (usize, usize), // (b, t)
     mask: Mask,
@@ -252,6 +269,12 @@ impl Layer {
             return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias());
         }
         self.output.forward(&ops::gelu(&self.intermediate.forward(xs, pass)?)?, pass)
+    }
+
+    /// Everything that may be trained in it.
+    fn parameters(&self) -> Vec<Tensor> {
+        let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
+        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
     }
 
     fn slots(&self) -> [&Slot; 6] {

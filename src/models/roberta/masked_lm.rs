@@ -41,6 +41,12 @@ impl RobertaForMaskedLM {
         })
     }
 
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    pub fn set_checkpoint_layers(&mut self, on: bool) {
+        self.encoder.set_checkpoint_layers(on);
+    }
+
     /// The logits of the tokens at some positions: masked ones are one in seven, so the
     /// projection onto the vocabulary is left out elsewhere.
     ///
