@@ -15,6 +15,9 @@ mod normal;
 use crate::simd::vectorized;
 use normal::{Words, LANES};
 
+/// The noise blocks of [`Stream::word_group`].
+pub(crate) const WORD_LANES: usize = LANES;
+
 /// What a stream of noise is for. Streams of different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -133,7 +136,7 @@ impl Stream {
 
     /// The words of `LANES` blocks from number `LANES * group` on.
     #[inline(always)]
-    fn word_group(&self, draw: u64, group: u64) -> Words {
+    pub(crate) fn word_group(&self, draw: u64, group: u64) -> Words {
         let mut counter = [[0; LANES]; 4];
         for lane in 0..LANES {
             let block = group * LANES as u64 + lane as u64;

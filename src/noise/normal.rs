@@ -9,7 +9,7 @@
 pub(super) const LANES: usize = 16;
 
 /// The four words of [`LANES`] blocks, word by word.
-pub(super) type Words = [[u32; LANES]; 4];
+pub(crate) type Words = [[u32; LANES]; 4];
 
 /// Normals in the order in which they are made: cosine and sine of the words 0 and 1, then of 2 and 3.
 #[inline(always)]

@@ -6,7 +6,7 @@ use super::attach::attach;
 use super::host::{dense, for_rows, tensor, Host};
 use super::lane::{pick, Lane};
 use super::plain;
-use crate::noise::Stream;
+use crate::noise::{Stream, WORD_LANES};
 use crate::simd::vectorized;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
@@ -55,18 +55,20 @@ pub(super) struct Keep {
 
 impl Keep {
     pub fn new(len: usize, p: f64, stream: &Stream, draw: u64) -> Self {
-        let threshold = (p * 2f64.powi(32)) as u64; // dropped: the words below
-        let nibble = |block: usize| {
-            let words = stream.words(draw, block as u64);
-            words.iter().rev().fold(0u8, |bits, &word| bits << 1 | u8::from(u64::from(word) >= threshold))
-        };
+        let threshold = (p * 2f64.powi(32)) as u32; // dropped: the words below
         let mut bits = vec![0u8; len.div_ceil(8)];
-        let piece = 1024;
+        let (group, piece) = (WORD_LANES / 2, 1024); // bytes; a group is two blocks of four words a byte
         let fill = |(i, bits): (usize, &mut [u8])| {
-            vectorized!({
-                for (j, byte) in bits.iter_mut().enumerate() {
-                    let block = 2 * (i * piece + j);
-                    *byte = nibble(block) | nibble(block + 1) << 4;
+            vectorized!(for (j, bytes) in bits.chunks_mut(group).enumerate() {
+                let words = stream.word_group(draw, (i * piece / group + j) as u64);
+                let mut nibbles = [0u8; WORD_LANES];
+                for (bit, words) in words.iter().enumerate() {
+                    for (nibble, word) in nibbles.iter_mut().zip(words) {
+                        *nibble |= u8::from(*word >= threshold) << bit;
+                    }
+                }
+                for (byte, pair) in bytes.iter_mut().zip(nibbles.chunks_exact(2)) {
+                    *byte = pair[0] | pair[1] << 4;
                 }
             });
         };

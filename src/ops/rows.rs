@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{bail, DType, Result, Shape, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
 use super::attach::attach;
 use super::host::{dense, for_rows, tensor, Host};
@@ -25,8 +25,24 @@ impl Rows {
     pub fn of_mask(mask: &Tensor) -> Result<Self> {
         let flags = mask.to_dtype(DType::U8)?.flatten_all()?.to_vec1::<u8>()?;
         let places: Vec<u32> = (0u32..).zip(&flags).filter(|(_, flag)| **flag != 0).map(|(i, _)| i).collect();
-        let index = Tensor::new(places.as_slice(), mask.device())?;
-        Ok(Self { places: Arc::new(places), index, total: flags.len() })
+        Self::new(places, flags.len(), mask.device())
+    }
+
+    /// The rows at `places` of a matrix of `total`.
+    ///
+    /// # Errors
+    /// Unless the places ascend and are below `total`.
+    pub fn new(places: Vec<u32>, total: usize, device: &Device) -> Result<Self> {
+        if !places.is_sorted_by(|a, b| a < b) || places.last().is_some_and(|last| *last as usize >= total) {
+            bail!("rows: expected ascending places below {total}, got {places:?}");
+        }
+        let index = Tensor::new(places.as_slice(), device)?;
+        Ok(Self { places: Arc::new(places), index, total })
+    }
+
+    /// Where these rows are in the matrix, ascending.
+    pub fn places(&self) -> &[u32] {
+        &self.places
     }
 
     /// How many rows these are.
@@ -128,7 +144,7 @@ fn matrix(xs: &Tensor, rows: usize) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
     use crate::ops::with_lane;
@@ -161,6 +177,10 @@ mod tests {
         }
         let error = rows.take(&Tensor::zeros((5, 2), DType::F32, &device)?).unwrap_err().to_string();
         assert!(error.contains("expected 12 rows, got [5, 2]"), "{error}");
+        for places in [vec![3, 3], vec![4, 2], vec![0, 12]] {
+            let error = Rows::new(places, 12, &device).unwrap_err().to_string();
+            assert!(error.contains("ascending places below 12"), "{error}");
+        }
         Ok(())
     }
 }

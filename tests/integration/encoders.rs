@@ -10,6 +10,7 @@ use monteclora::models::roberta::{
     Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
 };
 use monteclora::noise::Noise;
+use monteclora::ops::{with_lane, Lane};
 use monteclora::params::{Params, Role};
 use monteclora::slot::Pass;
 
@@ -184,6 +185,28 @@ fn padding_does_not_change_a_prediction() -> Outcome {
         let cut = |x: &Tensor| x.narrow(0, 1, 1)?.narrow(1, 0, 4)?.contiguous();
         let alone = model.forward(&cut(&ids)?, Some(&cut(&types)?), &cut(&mask)?, &Pass::Mean)?;
         assert_close(&alone, &together.narrow(0, 1, 1)?, 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
+    let config = toy_config(Family::Roberta);
+    let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
+    let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
+    let (ids, types, right) = padded_batch(&config)?;
+    let full = Tensor::ones((3, 7), DType::U8, &Device::Cpu)?;
+    // The second row is padded on the left: its first token is none, and nothing is packed.
+    let left =
+        Tensor::new(&[[1u8, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], &Device::Cpu)?;
+    for mask in [&full, &right, &left] {
+        for lane in [Lane::Fast, Lane::Composed] {
+            let [whole, first] = with_lane(lane, || -> Outcome<_> {
+                let whole = model.forward(&ids, Some(&types), mask, &Pass::Mean)?.narrow(1, 0, 1)?;
+                Ok([whole.squeeze(1)?, model.first_token(&ids, Some(&types), mask, &Pass::Mean)?])
+            })?;
+            assert_close(&first, &whole, 2e-6)?;
+        }
     }
     Ok(())
 }

@@ -87,8 +87,7 @@ impl RobertaForSequenceClassification {
         attention_mask: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, pass)?;
-        let first = hidden.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?; // (b, d)
+        let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, pass)?; // (b, d)
         let project = |layer: &Linear, xs: &Tensor| {
             let weight = layer.weight();
             ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias())

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, D};
+use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
@@ -66,19 +66,56 @@ impl RobertaEncoder {
         attention_mask: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        let mut xs = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
+        let embedded = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
         let batch = Batch::new(input_ids, attention_mask)?;
-        xs = batch.pack(xs)?; // (n, d)
-        for layer in &self.layers {
+        let xs = self.stack(&self.layers, batch.pack(embedded)?, &batch, pass)?; // (n, d)
+        batch.pad(xs)
+    }
+
+    /// The last hidden state of each row's first token, which stands for the row. The last layer
+    /// computes the keys and values of all tokens, but the rest for these alone: of twelve layers a
+    /// fourteenth of a step.
+    ///
+    /// # Shapes
+    /// - as [`Self::forward`], output: `(b, hidden_size)`
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn first_token(
+        &self,
+        input_ids: &Tensor,
+        token_type_ids: Option<&Tensor>,
+        attention_mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let embedded = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
+        let batch = Batch::new(input_ids, attention_mask)?;
+        let Some((last, before)) = self.layers.split_last() else {
+            return embedded.narrow(1, 0, 1)?.squeeze(1);
+        };
+        let xs = self.stack(before, batch.pack(embedded)?, &batch, pass)?; // (n, d)
+        let first = Batch { only: Some(batch.first_tokens(xs.device())?), ..batch };
+        self.stack(std::slice::from_ref(last), xs, &first, pass) // (b, d)
+    }
+
+    /// Some layers, one after the other.
+    fn stack(
+        &self,
+        layers: &[Arc<Layer>],
+        mut xs: Tensor,
+        batch: &Batch,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        for layer in layers {
             xs = match (self.checkpoint_layers, pass) {
                 (true, Pass::Train { .. }) => {
                     let (block, batch, pass) = (layer.clone(), batch.clone(), *pass);
                     ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &batch, &pass))?
                 }
-                _ => layer.forward(&xs, &batch, pass)?,
+                _ => layer.forward(&xs, batch, pass)?,
             };
         }
-        batch.pad(xs)
+        Ok(xs)
     }
 
     /// Whether training keeps each layer's input alone and computes the layer again in backward
@@ -113,19 +150,38 @@ struct Batch {
     shape: (usize, usize), // (b, t)
     mask: Mask,
     real: Option<Rows>,
+    /// The tokens (one a row) whose hidden states are wanted of a layer; all where absent.
+    only: Option<Rows>,
 }
 
 impl Batch {
     fn new(ids: &Tensor, attention_mask: &Tensor) -> candle_core::Result<Self> {
+        let shape = ids.dims2()?;
         let mask = Mask { padding: Some(attention_mask.clone()), causal: false };
         let mut real = None;
         // On a GPU, to read the mask would hold everything up.
         if attention_mask.device().is_cpu() && attention_mask.dims() == ids.dims() {
             let rows = Rows::of_mask(attention_mask)?;
+            let has_first_tokens =
+                (0..shape.0).all(|row| rows.places().binary_search(&((row * shape.1) as u32)).is_ok());
             // Below a tenth of padding the copies cost what they save.
-            real = Some(rows).filter(|rows| (1..=rows.total() * 9 / 10).contains(&rows.count()));
+            let saves = (1..=rows.total() * 9 / 10).contains(&rows.count());
+            real = Some(rows).filter(|_| saves && has_first_tokens);
         }
-        Ok(Self { shape: ids.dims2()?, mask, real })
+        Ok(Self { shape, mask, real, only: None })
+    }
+
+    /// Where the first token of each row is among the packed ones.
+    fn first_tokens(&self, device: &Device) -> candle_core::Result<Rows> {
+        let (b, t) = self.shape;
+        let at = (0..b).map(|row| (row * t) as u32);
+        match &self.real {
+            Some(real) => {
+                let packed = at.map(|place| real.places().partition_point(|real| *real < place) as u32);
+                Rows::new(packed.collect(), real.count(), device)
+            }
+            None => Rows::new(at.collect(), b * t, device),
+        }
     }
 
     /// (b, t, d) as (n, d).
@@ -250,16 +306,24 @@ impl Layer {
         })
     }
 
-    /// `xs` (n, d), or (b, t, d) where the batch is not packed.
+    /// Of `xs` (n, d), or (b, t, d) where the batch is not packed, the tokens that are wanted: in the
+    /// same shape, or (b, d).
     fn forward(&self, xs: &Tensor, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        let q = batch.pad(self.query.forward(xs, pass)?)?; // (b, t, d)
-        let k = batch.pad(self.key.forward(xs, pass)?)?;
+        let wanted = match &batch.only {
+            Some(only) => only.take(xs)?,
+            None => xs.clone(),
+        };
+        let q = self.query.forward(&wanted, pass)?;
+        let q = if batch.only.is_some() { q.unsqueeze(1)? } else { batch.pad(q)? }; // (b, t or 1, d)
+        let k = batch.pad(self.key.forward(xs, pass)?)?; // (b, t, d)
         let v = batch.pad(self.value.forward(xs, pass)?)?;
         let scale = (q.dim(D::Minus1)? as f64 / self.heads as f64).sqrt().recip();
         let dropout = self.probs_dropout.active(pass);
         let context = ops::attention(&q, &k, &v, self.heads, self.heads, scale, &batch.mask, dropout)?;
-        let attended = self.attention_output.forward(&batch.pack(context)?, pass)?;
-        let xs = self.attention_norm.forward_add(&self.attention_dropout.forward(&attended, pass)?, xs)?;
+        let context = if batch.only.is_some() { context.squeeze(1)? } else { batch.pack(context)? };
+        let attended = self.attention_output.forward(&context, pass)?;
+        let attended = self.attention_dropout.forward(&attended, pass)?;
+        let xs = self.attention_norm.forward_add(&attended, &wanted)?;
         let inner = self.feed_forward(&xs, pass)?;
         self.output_norm.forward_add(&self.output_dropout.forward(&inner, pass)?, &xs)
     }
