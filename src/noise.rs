@@ -137,25 +137,21 @@ impl Stream {
     /// The words of `LANES` blocks from number `LANES * group` on.
     #[inline(always)]
     pub(crate) fn word_group(&self, draw: u64, group: u64) -> Words {
-        let mut counter = [[0; LANES]; 4];
+        let (mut c0, mut c1) = ([0u32; LANES], [0u32; LANES]);
         for lane in 0..LANES {
             let block = group * LANES as u64 + lane as u64;
-            let words = [block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32];
-            for (row, word) in counter.iter_mut().zip(words) {
-                row[lane] = word;
-            }
+            (c0[lane], c1[lane]) = (block as u32, (block >> 32) as u32);
         }
+        let (mut c2, mut c3) = ([draw as u32; LANES], [(draw >> 32) as u32; LANES]);
         let mut key = self.key;
         for _ in 0..ROUNDS {
             for lane in 0..LANES {
-                let next = round(counter.map(|row| row[lane]), key);
-                for (row, word) in counter.iter_mut().zip(next) {
-                    row[lane] = word;
-                }
+                let next = round([c0[lane], c1[lane], c2[lane], c3[lane]], key);
+                [c0[lane], c1[lane], c2[lane], c3[lane]] = next;
             }
             key = next_key(key);
         }
-        counter
+        [c0, c1, c2, c3]
     }
 
     /// A uniformly random permutation of `0..len` (Fisher and Yates).
