@@ -5,8 +5,8 @@
 //! --rank 8 --targets query,key,value --method lora,monteclora --steps 12`
 //!
 //! The methods alternate step by step in one process, so that their ratio is fair on a noisy
-//! machine, and so do the matrix products that no implementation can leave out ("gemm"); each
-//! method's peak memory comes from a process of its own.
+//! machine; the matrix products that no implementation can leave out ("gemm") are timed before and
+//! after. Each method's peak memory comes from a process of its own.
 
 mod common;
 
@@ -68,7 +68,10 @@ fn run() -> Outcome {
         1 => Vec::new(),
         _ => contenders[0].products(&args.geometry, dtype, &device)?,
     };
-    let mut gemm = Vec::new();
+    // Before and after, not in between: a step that follows them is slower than one that follows a step.
+    let passes = |count: usize| (0..count).map(|_| time_of(&products, &device)).collect::<Outcome<Vec<_>>>();
+    passes(1)?;
+    let mut gemm = passes(args.steps.div_ceil(2))?;
     for step in 0..args.steps + 2 {
         for contender in &mut contenders {
             contender.step(step as u64)?;
@@ -76,10 +79,8 @@ fn run() -> Outcome {
                 contender.forget();
             }
         }
-        if step >= 2 {
-            gemm.push(time_of(&products, &device)?);
-        }
     }
+    gemm.extend(passes(args.steps / 2)?);
     let gemm = (!products.is_empty()).then(|| median(gemm));
     let mut rows = Vec::new();
     for contender in &contenders {

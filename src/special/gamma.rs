@@ -32,8 +32,8 @@ impl GammaQuantile {
 /// F(z; a) = u,   d ln z / d a = -(dF/da)(z; a) / (z p(z; a))
 /// ```
 ///
-/// Newton's method on ln F below `a + 1` and on ln(1 - F) above: both are concave in ln z, so it
-/// converges from the starting points used here. NaN unless `0 < shape <= MAX_SHAPE` and
+/// Newton's method on ln F below `a + 1` and on ln(1 - F) above: both are concave in ln z, so from
+/// any start the first step lands left of the root and the rest approach it from there. NaN unless `0 < shape <= MAX_SHAPE` and
 /// `0 < u < 1`.
 pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     if !(shape > 0.0 && shape <= MAX_SHAPE && u > 0.0 && u < 1.0) {
@@ -44,9 +44,14 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     let split = a + 1.0;
     let ln_cdf = |y: f64, x: f64, sum: f64| a * y - x - ln_norm + sum.ln();
     if ln_u <= ln_cdf(split.ln(), split, lower_series(a, split).0) {
-        // F <= x^a / Gamma(a + 1), so this start lies left of the root (and is the root's
-        // asymptote as x -> 0): from there a concave increasing function converges monotonically.
+        // F <= x^a / Gamma(a + 1): the root's asymptote as x -> 0, and the next two terms of its
+        // expansion (Gil, Segura and Temme 2012) where they are small.
         let mut y = (ln_u + ln_norm) / a;
+        let r = y.exp();
+        let next = r / (a + 1.0);
+        if next < 0.5 {
+            y += (next + r * r * (3.0 * a + 5.0) / (2.0 * (a + 1.0) * (a + 1.0) * (a + 2.0))).ln_1p();
+        }
         for _ in 0..MAX_STEPS {
             let (sum, _) = lower_series(a, y.exp());
             let step = (ln_u - ln_cdf(y, y.exp(), sum)) * sum / a; // d ln F / d y = a / sum
@@ -60,7 +65,10 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     } else {
         let ln_v = (-u).ln_1p();
         let ln_gamma_a = ln_norm - a.ln();
-        let mut x = split;
+        // 1 - F ~ x^(a - 1) e^-x / Gamma(a), solved for x in two rounds; exact at a = 1.
+        let t = -(ln_v + ln_gamma_a);
+        let x = t + (a - 1.0) * t.max(split).ln();
+        let mut x = (t + (a - 1.0) * x.max(split).ln()).max(split);
         for _ in 0..MAX_STEPS {
             let (h, _) = upper_fraction(a, x);
             let ln_survival = a * x.ln() - x - ln_gamma_a + h.ln();
