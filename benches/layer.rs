@@ -64,10 +64,10 @@ fn draws(c: &mut Criterion) -> Outcome<()> {
         [(Mixture::Collapsed, "collapsed"), (Mixture::Explicit, "explicit"), (Mixture::Sparse, "sparse")];
     for (mixture, name) in mixtures {
         for (num_components, buffer_size) in [(4, 0), (4, 15), (64, 0), (64, 15)] {
-            let config =
-                MonteCLoRAConfig { num_components, mixture, buffer_size, ..MonteCLoRAConfig::default() };
+            let config = MonteCLoRAConfig { num_components, mixture, ..MonteCLoRAConfig::default() };
             let params = Params::new(Noise::new(3), &Device::Cpu);
-            let layer = MonteCLoRA::new(&params, "layer", "default", (WIDTH, WIDTH), &config)?;
+            let mut layer = MonteCLoRA::new(&params, "layer", "default", (WIDTH, WIDTH), &config)?;
+            layer.buffer_mut().resize(buffer_size, None);
             let mut draw = 0;
             group.bench_function(format!("{name}/N={num_components}/buffer={buffer_size}"), |b| {
                 b.iter(|| {

@@ -36,9 +36,6 @@ pub struct Geometry {
     /// Mixture components N of MonteCLoRA.
     #[arg(long, default_value_t = 4)]
     num_components: usize,
-    /// Draws whose noise each layer prepares ahead.
-    #[arg(long, default_value_t = 15)]
-    buffer_size: usize,
     /// Layers of the model. Default: as in the configuration.
     #[arg(long)]
     num_layers: Option<usize>,
@@ -134,7 +131,7 @@ impl Contender {
         dtype: DType,
         device: &Device,
     ) -> Outcome<Self> {
-        let Geometry { batch, length, rank, num_components, buffer_size, .. } = *geometry;
+        let Geometry { batch, length, rank, num_components, .. } = *geometry;
         if batch == 0 || length < 2 {
             return Err("--batch must be at least 1 and --length at least 2".into());
         }
@@ -166,7 +163,7 @@ impl Contender {
                 inject::lora(model.linears_mut(), &targets, &config, &params)?;
             }
             "monteclora" => {
-                let config = MonteCLoRAConfig { rank, num_components, buffer_size, ..Default::default() };
+                let config = MonteCLoRAConfig { rank, num_components, ..Default::default() };
                 inject::monteclora(model.linears_mut(), &targets, &config, &params)?;
                 regularizer = Some(Regularizer::new(&config));
             }

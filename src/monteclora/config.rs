@@ -137,8 +137,9 @@ pub struct MonteCLoRAConfig {
     pub mixture: Mixture,
     /// How the regulariser is evaluated.
     pub mode: Mode,
-    /// How many draws' noise each layer prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0 is none. It
-    /// never changes a result.
+    /// How many draws' noise each layer on a device prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0 is
+    /// none. It never changes a result. On the CPU layers prepare none
+    /// ([`SampleBuffer`](super::buffer::SampleBuffer)).
     pub buffer_size: usize,
     /// The most bytes of noise a layer keeps, whatever `buffer_size` says. `None`: no limit for a
     /// layer by itself; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the

@@ -72,8 +72,9 @@ impl MonteCLoRA {
         )?;
         let spec = NoiseSpec::new(config, in_dim, params.dtype(), params.device());
         let streams = NoiseStreams::new(params.noise(), name);
-        let buffer =
-            SampleBuffer::new(spec.clone(), streams.clone(), config.buffer_size, config.buffer_bytes);
+        // On the CPU a draw's noise is made faster than it is fetched: see `SampleBuffer`.
+        let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
+        let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
         Ok(Self { name: name.to_string(), pair, posterior, buffer })
     }

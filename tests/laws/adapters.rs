@@ -167,7 +167,7 @@ fn the_shift_of_the_output_is_proportional_to_the_scaler() -> Result<()> {
 fn the_average_over_draws_tends_to_the_mean() -> Result<()> {
     use rayon::prelude::*;
     let (params, xs) = (store(1), normals("xs", &[1, 6])?);
-    let layer = linear(&params, &MonteCLoRAConfig { buffer_size: 0, ..config() })?;
+    let layer = linear(&params, &config())?;
     shake(&params)?;
     let mean = layer.mean().forward(&xs)?.flatten_all()?.to_vec1::<f64>()?;
     let draw = |draw| layer.forward_with(&xs, &Pass::Posterior { draw })?.flatten_all()?.to_vec1::<f64>();
@@ -204,8 +204,8 @@ fn the_size_of_the_buffer_never_changes_a_result() -> Result<()> {
     for mixture in [Mixture::Collapsed, Mixture::Explicit] {
         let run = |buffer_size: usize, buffer_bytes: Option<usize>| -> Result<Vec<f64>> {
             let params = store(1);
-            let config = MonteCLoRAConfig { buffer_size, buffer_bytes, mixture, ..config() };
-            let layer = linear(&params, &config)?;
+            let mut layer = linear(&params, &MonteCLoRAConfig { mixture, ..config() })?;
+            layer.adapter_mut().buffer_mut().resize(buffer_size, buffer_bytes);
             shake(&params)?;
             let mut all = Vec::new();
             // Forwards, backwards, again, and with predictive draws between.
@@ -229,7 +229,8 @@ fn many_threads_share_a_buffer_without_waiting_for_each_other_for_ever() -> Resu
     use rayon::prelude::*;
     let all = |buffer_size: usize| -> Vec<Vec<f64>> {
         let (params, xs) = (store(1), normals("xs", &[1, 6]).unwrap());
-        let layer = linear(&params, &MonteCLoRAConfig { buffer_size, ..config() }).unwrap();
+        let mut layer = linear(&params, &config()).unwrap();
+        layer.adapter_mut().buffer_mut().resize(buffer_size, None);
         shake(&params).unwrap();
         let draw = |draw| -> candle_core::Result<Vec<f64>> {
             layer.forward_with(&xs, &Pass::Posterior { draw })?.flatten_all()?.to_vec1::<f64>()
@@ -274,6 +275,8 @@ fn the_buffer_keeps_to_its_size_and_its_cap() -> Result<()> {
     let buffer = layer.adapter_mut().buffer_mut();
     // Z (3, 6), T (3, 3), four uniform numbers, eight bytes each.
     assert_eq!(buffer.spec().bytes_per_draw(), 8 * (18 + 9 + 4));
+    assert!(buffer.is_empty(), "a layer on the CPU starts without one");
+    buffer.resize(15, None);
     assert_eq!((buffer.len(), buffer.bytes()), (15, 15 * 248));
     buffer.resize(15, Some(1000));
     assert_eq!((buffer.len(), buffer.is_empty()), (4, false));

@@ -1,0 +1,179 @@
+//! Every differentiable block of `monteclora::ops`, forward and backward, in its fast lane and in
+//! candle's own operations: RoBERTa-base's sizes (8 x 128 rows of 768), f32 on the CPU.
+//!
+//! Every step ends in candle's sum and its gradient, whichever the lane: `sum alone` is that share.
+//!
+//! `cargo bench --bench ops`; with `-- gelu` only the names that contain it, with `-- --test`
+//! everything once.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor, Var};
+use criterion::{criterion_group, criterion_main, Criterion};
+use monteclora::noise::{Noise, Purpose};
+use monteclora::ops::{self, Lane, Mask};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+type Block = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>>;
+/// A shape, and whether the tensor is tracked.
+type Input = (&'static [usize], bool);
+
+const BATCH: usize = 8;
+const LENGTH: usize = 128;
+const ROWS: usize = BATCH * LENGTH;
+const WIDTH: usize = 768;
+const INNER: usize = 3072;
+const HEADS: usize = 12;
+const HEAD: usize = WIDTH / HEADS;
+const RANK: usize = 8;
+const SCALE: f64 = 2.0;
+const VOCABULARY: usize = 32000;
+const LABELS: usize = 256;
+const EPS: f64 = 1e-5;
+
+const X: Input = (&[BATCH, LENGTH, WIDTH], true);
+const WIDE: Input = (&[BATCH, LENGTH, INNER], true);
+const SPLIT: Input = (&[BATCH, LENGTH, HEADS, HEAD], true);
+const WEIGHT: Input = (&[WIDTH, WIDTH], false);
+const UP: Input = (&[INNER, WIDTH], false);
+const DOWN: Input = (&[WIDTH, INNER], false);
+const VECTOR: Input = (&[WIDTH], false);
+const WIDE_VECTOR: Input = (&[INNER], false);
+const A: Input = (&[RANK, WIDTH], true);
+const B: Input = (&[WIDTH, RANK], true);
+const TRAINED: [Input; 2] = [(&[WIDTH, WIDTH], true), (&[WIDTH], true)];
+
+struct Case {
+    name: &'static str,
+    inputs: Vec<Input>,
+    block: Block,
+}
+
+fn case(
+    name: &'static str,
+    inputs: &[Input],
+    block: impl Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'static,
+) -> Case {
+    Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
+}
+
+/// Normal numbers: activations (of rank 3 and more) of size 1, matrices and vectors as small as weights.
+fn random(name: &str, shape: &[usize]) -> Outcome<Tensor> {
+    let mut values = vec![0f32; shape.iter().product()];
+    Noise::new(1).stream(name, Purpose::Init).fill_normal_f32(0, &mut values);
+    let size = if shape.len() > 2 { 1.0 } else { 0.02 };
+    Ok((Tensor::from_vec(values, shape, &Device::Cpu)? * size)?)
+}
+
+fn cases() -> Outcome<Vec<Case>> {
+    let stream = Noise::new(2).stream("drop", Purpose::Dropout);
+    // Rows of the batch end in 0, 8, 16, .. padded tokens.
+    let real = |row: usize| (0..LENGTH).map(move |i| u8::from(i < LENGTH - 8 * row));
+    let padding = Tensor::from_vec((0..BATCH).flat_map(real).collect(), (BATCH, LENGTH), &Device::Cpu)?;
+    let angles = random("angles", &[1, LENGTH, HEAD / 2])?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let ids: Vec<u32> = (0..ROWS as u32).map(|i| i * i % VOCABULARY as u32).collect();
+    let ids = Tensor::from_vec(ids, (BATCH, LENGTH), &Device::Cpu)?;
+    let labels: Vec<i64> = (0..LABELS as i64).map(|i| i * 125 % VOCABULARY as i64).collect();
+    let labels = Tensor::from_vec(labels, LABELS, &Device::Cpu)?;
+
+    let mut all = vec![
+        case("sum alone, 768", &[X], |t| Ok(t[0].clone())),
+        case("sum alone, 3072", &[WIDE], |t| Ok(t[0].clone())),
+        case("linear, frozen", &[X, WEIGHT, VECTOR], |t| ops::linear(&t[0], &t[1], Some(&t[2]))),
+        case("linear, trained", &[X, TRAINED[0], TRAINED[1]], |t| ops::linear(&t[0], &t[1], Some(&t[2]))),
+        case("low_rank", &[X, A, B], |t| ops::low_rank(&t[0], &t[1], &t[2], SCALE)),
+        case("adapted_linear", &[X, WEIGHT, VECTOR, A, B], |t| {
+            ops::adapted_linear(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], SCALE)
+        }),
+        case("linear_and_low_rank", &[X, WEIGHT, VECTOR, X, A, B], |t| {
+            ops::linear_and_low_rank(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], &t[5], SCALE)
+        }),
+        case("feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t| {
+            ops::feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]))
+        }),
+        case("checkpoint of feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t| {
+            let w = t[1..].to_vec();
+            let block = move |xs: &Tensor| ops::feed_forward(xs, &w[0], Some(&w[1]), &w[2], Some(&w[3]));
+            ops::checkpoint(&t[0], &[], block)
+        }),
+        case("layer_norm", &[X, VECTOR, VECTOR], |t| ops::layer_norm(&t[0], &t[1], &t[2], EPS)),
+        case("add_layer_norm", &[X, X, VECTOR, VECTOR], |t| {
+            ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], EPS)
+        }),
+        case("rms_norm", &[X, VECTOR], |t| ops::rms_norm(&t[0], &t[1], EPS)),
+        case("gelu", &[WIDE], |t| ops::gelu(&t[0])),
+        case("silu", &[WIDE], |t| ops::silu(&t[0])),
+        case("silu_mul", &[WIDE, WIDE], |t| ops::silu_mul(&t[0], &t[1])),
+        case("rotary", &[SPLIT], move |t| ops::rotary(&t[0], &cos, &sin)),
+        case("dropout", &[X], move |t| ops::dropout(&t[0], 0.1, &stream, 0)),
+        case("cross_entropy", &[(&[LABELS, VOCABULARY], true)], move |t| {
+            ops::cross_entropy(&t[0], &labels, -100)
+        }),
+        case("embedding, trained", &[(&[VOCABULARY, WIDTH], true)], move |t| ops::embedding(&ids, &t[0])),
+        case("add_scaled_rows", &[A, (&[RANK], true), (&[RANK, WIDTH], false)], |t| {
+            ops::add_scaled_rows(&t[0], &t[1], &t[2])
+        }),
+        case(
+            "add_scaled_rows, 1024",
+            &[(&[ROWS, WIDTH], true), (&[ROWS], true), (&[ROWS, WIDTH], false)],
+            |t| ops::add_scaled_rows(&t[0], &t[1], &t[2]),
+        ),
+    ];
+    let attentions = [
+        ("attention", None, false, false),
+        ("attention, padding", Some(padding.clone()), false, false),
+        ("attention, causal", None, true, false),
+        ("attention, padding and causal", Some(padding.clone()), true, false),
+        ("attention, padding and dropout", Some(padding), false, true),
+    ];
+    for (name, padding, causal, dropped) in attentions {
+        let mask = Mask { padding, causal };
+        all.push(case(name, &[X, X, X], move |t| {
+            let scale = 1.0 / (HEAD as f64).sqrt();
+            let dropout = dropped.then_some((0.1, stream, 0));
+            ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scale, &mask, dropout)
+        }));
+    }
+    Ok(all)
+}
+
+/// The inputs of a case, tracked ones as variables.
+fn inputs(case: &Case) -> Outcome<Vec<Tensor>> {
+    let mut tensors = Vec::new();
+    for (i, &(shape, tracked)) in case.inputs.iter().enumerate() {
+        let tensor = random(&format!("{}/{i}", case.name), shape)?;
+        tensors.push(if tracked { Var::from_tensor(&tensor)?.into_inner() } else { tensor });
+    }
+    Ok(tensors)
+}
+
+/// Forward and backward of a block, down to the gradient of every tracked input.
+fn step(case: &Case, inputs: &[Tensor]) -> Outcome<GradStore> {
+    let grads = (case.block)(inputs)?.sum_all()?.backward()?;
+    if inputs.iter().any(|input| input.is_variable() && grads.get(input).is_none()) {
+        return Err(format!("{}: an input has no gradient", case.name).into());
+    }
+    Ok(grads)
+}
+
+fn blocks(c: &mut Criterion) -> Outcome<()> {
+    let mut group = c.benchmark_group("cpu/block forward and backward");
+    group.sample_size(20);
+    for case in cases()? {
+        let inputs = inputs(&case)?;
+        for (lane, suffix) in [(Lane::Fast, "fast"), (Lane::Plain, "plain")] {
+            group.bench_function(format!("{}/{suffix}", case.name), |b| {
+                b.iter(|| ops::with_lane(lane, || step(&case, &inputs)).expect("a step"))
+            });
+        }
+    }
+    group.finish();
+    Ok(())
+}
+
+fn all(c: &mut Criterion) {
+    blocks(c).expect("the blocks");
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);
