@@ -4,6 +4,9 @@
 //!
 //! `cargo bench --bench generation`.
 
+#[path = "../examples/common/allocator.rs"]
+mod allocator;
+
 use candle_core::Device;
 use criterion::{criterion_group, criterion_main, Criterion};
 use monteclora::adapters::LoraConfig;
@@ -67,6 +70,7 @@ fn run(c: &mut Criterion) -> Outcome<()> {
 }
 
 fn all(c: &mut Criterion) {
+    allocator::tune_allocator();
     run(c).expect("a benchmark");
 }
 

@@ -3,6 +3,9 @@
 //!
 //! `cargo bench`; `cargo bench -- --test` runs everything once.
 
+#[path = "../examples/common/allocator.rs"]
+mod allocator;
+
 use candle_core::{Device, Tensor, Var};
 use candle_nn::Linear;
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -82,6 +85,7 @@ fn draws(c: &mut Criterion) -> Outcome<()> {
 }
 
 fn all(c: &mut Criterion) {
+    allocator::tune_allocator();
     layers(c).expect("the layers");
     draws(c).expect("the draws");
 }

@@ -6,6 +6,9 @@
 //! `cargo bench --bench ops`; with `-- gelu` only the names that contain it, with `-- --test`
 //! everything once.
 
+#[path = "../examples/common/allocator.rs"]
+mod allocator;
+
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -172,6 +175,7 @@ fn blocks(c: &mut Criterion) -> Outcome<()> {
 }
 
 fn all(c: &mut Criterion) {
+    allocator::tune_allocator();
     blocks(c).expect("the blocks");
 }
 

@@ -2,9 +2,12 @@
 
 #![allow(dead_code)] // each example uses its own part
 
+pub mod allocator;
 pub mod contender;
 pub mod options;
 pub mod tasks;
+
+pub use allocator::tune_allocator;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -49,17 +52,6 @@ pub fn dtype(text: &str) -> Outcome<DType> {
         "bf16" => Ok(DType::BF16),
         "f16" => Ok(DType::F16),
         _ => Err(format!("--dtype: expected f32, bf16 or f16, got {text}").into()),
-    }
-}
-
-/// Keeps freed memory in the process. Candle allocates every intermediate anew, and by default
-/// glibc returns large blocks to the system each time: a million page faults a training step.
-#[allow(unsafe_code)] // mallopt only sets allocator options
-pub fn tune_allocator() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
     }
 }
 
