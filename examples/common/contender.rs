@@ -105,7 +105,7 @@ impl Model {
             Self::Decoder(model) => {
                 let hidden = model.hidden(ids, mask, None, pass)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
                 let next = ids.narrow(1, 1, length - 1)?.flatten_all()?.to_dtype(DType::I64)?;
-                ops::cross_entropy(&model.head(&hidden, pass)?, &next, -100)
+                model.token_loss(&hidden, &next, pass)
             }
         }
     }

@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use candle_nn::kv_cache::KvCache;
 
+use crate::ops;
 use crate::slot::{Linears, Pass};
 
 /// The keys and values of every layer for the tokens seen so far, of one batch.
@@ -73,6 +74,19 @@ pub trait CausalLm: Linears {
     /// # Errors
     /// If the last dimension differs.
     fn head(&self, hidden: &Tensor, pass: &Pass) -> candle_core::Result<Tensor>;
+
+    /// The mean cross-entropy of `targets`, the next tokens of hidden states at any positions.
+    ///
+    /// # Shapes
+    /// - `hidden`: `(n, hidden)`
+    /// - `targets`: `(n)` of i64; -100 is left out
+    /// - output: a scalar
+    ///
+    /// # Errors
+    /// As [`Self::head`] and [`ops::cross_entropy`].
+    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        ops::cross_entropy(&self.head(hidden, pass)?, targets, -100)
+    }
 
     /// The logits at every position, `(b, t, vocab)`: [`Self::hidden`] and [`Self::head`].
     ///

@@ -1,5 +1,7 @@
 //! Losses.
 
+use std::borrow::Cow;
+
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 use rayon::prelude::*;
 
@@ -26,29 +28,58 @@ use crate::simd::vectorized;
 /// the label and the number of classes.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64) -> Result<Tensor> {
     let (n, classes) = logits.dims2()?;
-    if labels.dims() != [n] {
-        bail!("cross entropy: logits {:?} want labels ({n}), got {:?}", logits.dims(), labels.dims());
-    }
-    let labels = labels.detach().to_dtype(DType::I64)?;
-    let host = labels.to_vec1::<i64>()?;
-    for (row, &label) in host.iter().enumerate() {
-        if label != ignore && !(0..classes as i64).contains(&label) {
-            bail!("cross entropy: label {label} of row {row} is not one of {classes} classes");
-        }
-    }
-    let rows = host.iter().filter(|&&label| label != ignore).count();
-    if rows == 0 {
-        bail!("cross entropy: all {n} rows carry the ignored label {ignore}");
-    }
+    let checked = Labels::new(labels, n, classes, ignore)?;
     match pick(&[logits]) {
-        Lane::Plain => plain::cross_entropy(logits, &labels, ignore, rows),
-        Lane::Fast => {
-            let host: Vec<Option<usize>> =
-                host.iter().map(|&label| (label != ignore).then_some(label as usize)).collect();
-            fast_cross_entropy(logits, host, rows)
+        Lane::Plain => {
+            let labels = labels.detach().to_dtype(DType::I64)?;
+            plain::cross_entropy(logits, &labels, ignore, checked.counted)
         }
-        Lane::Composed => composed_cross_entropy(logits, &host, ignore, rows),
+        Lane::Fast => {
+            let labels = checked.all.iter().map(|&label| (label != ignore).then_some(label as usize));
+            fast_cross_entropy(logits, labels.collect(), checked.counted)
+        }
+        Lane::Composed => composed_cross_entropy(logits, &checked),
     }
+}
+
+/// The labels of some rows, on the host and checked.
+pub(super) struct Labels<'a> {
+    pub all: Cow<'a, [i64]>,
+    pub ignore: i64,
+    /// The labelled rows of the whole batch: what the mean is over.
+    pub counted: usize,
+}
+
+impl<'a> Labels<'a> {
+    pub fn new(labels: &Tensor, n: usize, classes: usize, ignore: i64) -> Result<Self> {
+        if labels.dims() != [n] {
+            bail!("cross entropy: logits {:?} want labels ({n}), got {:?}", [n, classes], labels.dims());
+        }
+        let all = labels.detach().to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        for (row, &label) in all.iter().enumerate() {
+            if label != ignore && !(0..classes as i64).contains(&label) {
+                bail!("cross entropy: label {label} of row {row} is not one of {classes} classes");
+            }
+        }
+        let counted = all.iter().filter(|&&label| label != ignore).count();
+        if counted == 0 {
+            bail!("cross entropy: all {n} rows carry the ignored label {ignore}");
+        }
+        Ok(Self { all: Cow::Owned(all), ignore, counted })
+    }
+
+    /// Some of the rows, as many as are left of `len`.
+    pub fn part(&'a self, first: usize, len: usize) -> Self {
+        let all = &self.all[first..self.all.len().min(first + len)];
+        Self { all: Cow::Borrowed(all), ..*self }
+    }
+}
+
+/// The logarithm of the sum of a row's exponentials.
+#[inline(always)]
+pub(super) fn log_sum(row: &[f32]) -> f32 {
+    let max = vmath::max(row);
+    max + vmath::sum(row, |x| vmath::exp(x - max)).ln()
 }
 
 fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) -> Result<Tensor> {
@@ -56,10 +87,6 @@ fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) 
     let log_sums = {
         let logits = dense(logits)?;
         let logits = Host::of(&logits)?;
-        let log_sum = |row: &[f32]| {
-            let max = vmath::max(row);
-            max + vmath::sum(row, |x| vmath::exp(x - max)).ln()
-        };
         // (n): the logarithm of each row's sum of exponentials
         let pieces: Vec<Vec<f32>> = logits
             .par_chunks(rows_per_piece(classes) * classes)
@@ -98,11 +125,12 @@ fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) 
     })
 }
 
-fn composed_cross_entropy(logits: &Tensor, labels: &[i64], ignore: i64, rows: usize) -> Result<Tensor> {
+pub(super) fn composed_cross_entropy(logits: &Tensor, labels: &Labels) -> Result<Tensor> {
     let (device, dtype) = (logits.device(), wide(logits.dtype()));
-    let n = labels.len();
-    let safe: Vec<u32> = labels.iter().map(|&label| if label == ignore { 0 } else { label as u32 }).collect();
-    let keep: Vec<u8> = labels.iter().map(|&label| u8::from(label != ignore)).collect();
+    let (n, rows, ignore) = (labels.all.len(), labels.counted, labels.ignore);
+    let safe: Vec<u32> =
+        labels.all.iter().map(|&label| if label == ignore { 0 } else { label as u32 }).collect();
+    let keep: Vec<u8> = labels.all.iter().map(|&label| u8::from(label != ignore)).collect();
     let safe = Tensor::from_vec(safe, (n, 1), device)?;
     let keep = Tensor::from_vec(keep, (n, 1), device)?;
     let x = logits.detach().to_dtype(dtype)?.contiguous()?;

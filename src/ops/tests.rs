@@ -136,6 +136,16 @@ fn cases() -> Vec<Case> {
             &[(&[4, 5], true), (&[7, 5], true), (&[7], true), (&[3, 7], true), (&[3], true)],
             |t| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4])),
         ),
+        case(
+            "swiglu, frozen",
+            &[(&[2, 3, 5], true), (&[7, 5], false), (&[7, 5], false), (&[5, 7], false)],
+            |t| swiglu(&t[0], &t[1], &t[2], &t[3]),
+        ),
+        case(
+            "swiglu, trained, transposed",
+            &[(&[5, 4], true), (&[7, 5], true), (&[7, 5], true), (&[3, 7], true)],
+            |t| swiglu(&t[0].t()?, &t[1], &t[2], &t[3]),
+        ),
         case("rotary", &[(&[2, 3, 4, 6], true), (&[2, 3, 3], false)], |t| {
             rotary(&t[0], &t[1].cos()?, &t[1].sin()?)
         }),
@@ -148,6 +158,17 @@ fn cases() -> Vec<Case> {
         }),
         case("cross entropy, transposed", &[(&[19, 4], true)], |t| {
             cross_entropy(&t[0].t()?, &Tensor::new(&[-1i64, 1, 0, 3], &Device::Cpu)?, -1)
+        }),
+        case("linear cross entropy", &[(&[4, 5], true), (&[19, 5], false)], |t| {
+            linear_cross_entropy(&t[0], &t[1], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+        }),
+        case("linear cross entropy, trained, transposed", &[(&[5, 4], true), (&[19, 5], true)], |t| {
+            linear_cross_entropy(&t[0].t()?, &t[1], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+        }),
+        case("linear cross entropy, several pieces", &[(&[600, 3], true), (&[7, 3], false)], |t| {
+            let label = |i: i64| if i % 5 == 0 || (256..512).contains(&i) { -100 } else { i % 7 };
+            let labels = Tensor::from_iter((0..600).map(label), &Device::Cpu)?;
+            linear_cross_entropy(&t[0], &t[1], &labels, -100)
         }),
         case("mean squared error", &[(&[7], true), (&[7], true)], |t| mean_squared_error(&t[0], &t[1])),
     ];

@@ -8,7 +8,6 @@ use crate::data::causal::{CausalBatch, Tokens};
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 use crate::monteclora::{with_held_draws, Regularizer};
-use crate::ops;
 use crate::slot::Pass;
 
 /// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar. The head runs
@@ -19,7 +18,7 @@ use crate::slot::Pass;
 pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, pass: &Pass) -> candle_core::Result<Tensor> {
     let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;
     let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?; // (n, d)
-    ops::cross_entropy(&model.head(&predicting, pass)?, &batch.targets, -100)
+    model.token_loss(&predicting, &batch.targets, pass)
 }
 
 /// The mean cross-entropy over all learnt tokens of some rows, in nats; its exponential is the

@@ -74,6 +74,10 @@ impl CausalLm for LlamaForCausalLM {
     fn head(&self, hidden: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
         ops::linear(hidden, &self.head, None)
     }
+
+    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
+        ops::linear_cross_entropy(hidden, &self.head, targets, -100)
+    }
 }
 
 impl Linears for LlamaForCausalLM {

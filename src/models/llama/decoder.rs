@@ -190,10 +190,15 @@ impl Layer {
         // Below the first layer are frozen embeddings, which no gradient is for.
         let xs = ops::add_constant(&attended, xs)?;
         let normed = self.mlp_norm.forward(&xs)?;
-        let gate = self.gate_proj.forward(&normed, &step.pass)?;
-        let up = self.up_proj.forward(&normed, &step.pass)?;
-        let inner = self.down_proj.forward(&ops::silu_mul(&gate, &up)?, &step.pass)?;
-        xs + inner
+        xs + self.feed_forward(&normed, &step.pass)?
+    }
+
+    fn feed_forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        let [gate, up, down] = [&self.gate_proj, &self.up_proj, &self.down_proj];
+        if let (Some(gate), Some(up), Some(down)) = (gate.as_linear(), up.as_linear(), down.as_linear()) {
+            return ops::swiglu(xs, gate.weight(), up.weight(), down.weight());
+        }
+        down.forward(&ops::silu_mul(&gate.forward(xs, pass)?, &up.forward(xs, pass)?)?, pass)
     }
 
     fn attention(

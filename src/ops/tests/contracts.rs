@@ -129,6 +129,14 @@ fn bad_input_is_an_error_that_names_it() {
             fails(misfit, &["w1 [7, 5], w2 [3, 6]"]);
             let misfit = feed_forward(&t(&[2, 5]), &t(&[7, 5]), None, &t(&[3, 7]), Some(&t(&[4])));
             fails(misfit, &["w2 [3, 7], b2 Some([4])"]);
+            let misfit = swiglu(&t(&[2, 5]), &t(&[7, 5]), &t(&[6, 5]), &t(&[3, 7]));
+            fails(misfit, &["gate [7, 5], up [6, 5], down [3, 7]"]);
+            let labelled = linear_cross_entropy(&t(&[2, 5]), &t(&[3, 5]), &labels(&[0, 3]), -100);
+            fails(labelled, &["label 3", "row 1", "3 classes"]);
+            fails(
+                linear_cross_entropy(&t(&[2, 5]), &t(&[3, 4]), &labels(&[0, 1]), -100),
+                &["[2, 5]", "[3, 4]"],
+            );
             fails(silu_mul(&t(&[2, 4]), &t(&[3, 4])), &["[2, 4]", "[3, 4]"]);
             fails(silu_mul(&t(&[2, 4]), &t(&[4])), &["[2, 4]", "[4]"]);
             fails(layer_norm(&t(&[2, 5]), &t(&[4]), &t(&[5]), 1e-5), &["[2, 5]", "[4]"]);

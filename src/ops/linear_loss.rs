@@ -1,0 +1,101 @@
+//! The projection onto a vocabulary and its cross-entropy as one block.
+
+use candle_core::{bail, Device, Result, Tensor, Var};
+use rayon::prelude::*;
+
+use super::attach::attach;
+use super::host::{dense, rows_per_piece, tensor, Host};
+use super::lane::{pick, Lane};
+use super::linear::{check, forward, input_gradient, product};
+use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
+use super::vmath;
+use crate::simd::vectorized;
+
+/// Rows whose logits exist at one time.
+const CHUNK: usize = 256;
+
+/// `cross_entropy(x W^T, labels)` without the logits: some rows at a time are projected, and turned
+/// into their own gradient while they are at hand.
+///
+/// With a vocabulary of 32000 the logits of 1024 rows are 131 MB, and candle's backward holds them four
+/// times when the activations of all layers are alive; here it is `xs` and its gradient. With a
+/// trainable weight it is the composition.
+///
+/// # Shapes
+/// - `xs`: `(n, dim)`
+/// - `weight`: `(classes, dim)`
+/// - `labels`: `(n)` of i64; rows labelled `ignore` are left out
+/// - output: a scalar, the dtype of `xs`
+///
+/// # Errors
+/// If the shapes do not fit, and as [`cross_entropy`].
+pub fn linear_cross_entropy(xs: &Tensor, weight: &Tensor, labels: &Tensor, ignore: i64) -> Result<Tensor> {
+    let lane = pick(&[xs, weight]);
+    if lane == Lane::Plain || weight.track_op() {
+        return cross_entropy(&super::linear(xs, weight, None)?, labels, ignore);
+    }
+    check(xs, weight, None)?;
+    if xs.rank() != 2 {
+        bail!("linear cross entropy: expected xs (n, dim), got {:?}", xs.dims());
+    }
+    let labels = Labels::new(labels, xs.dim(0)?, weight.dim(0)?, ignore)?;
+    let (mut loss, mut gradients) = (None, Vec::new());
+    for first in (0..labels.all.len()).step_by(CHUNK) {
+        let chunk = labels.part(first, CHUNK);
+        let rows = xs.detach().narrow(0, first, chunk.all.len())?;
+        let (part, gradient) = match lane {
+            Lane::Fast => fast(&rows, weight, &chunk)?,
+            _ => composed(&forward(lane, &rows, weight, None)?, &chunk)?,
+        };
+        loss = Some(match loss {
+            Some(loss) => (loss + part)?,
+            None => part,
+        });
+        if xs.track_op() {
+            gradients.push(input_gradient(lane, &gradient, weight)?);
+        }
+    }
+    let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
+    if gradients.is_empty() {
+        return Ok(loss);
+    }
+    let gradient = Tensor::cat(&gradients, 0)?;
+    attach("linear-cross-entropy", [xs], loss, move |call| {
+        Ok([Some(gradient.broadcast_mul(&call.grad.to_dtype(gradient.dtype())?)?)])
+    })
+}
+
+/// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
+fn fast(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+    let (rows, weight) = (dense(rows)?, dense(weight)?);
+    let (n, classes) = (labels.all.len(), weight.dim(0)?);
+    let mut logits = product(&Host::of(&rows)?, &Host::of(&weight)?, None, n);
+    let (piece, factor) = (rows_per_piece(classes), 1.0 / labels.counted as f32);
+    let work = |(i, logits): (usize, &mut [f32])| {
+        let mut sum = 0.0;
+        vectorized!(for (row, x) in logits.chunks_exact_mut(classes).enumerate() {
+            let label = labels.all[i * piece + row];
+            if label == labels.ignore {
+                x.fill(0.0);
+                continue;
+            }
+            let log_sum = log_sum(x);
+            sum += f64::from(log_sum - x[label as usize]);
+            x.iter_mut().for_each(|x| *x = factor * vmath::exp(*x - log_sum));
+            x[label as usize] -= factor;
+        });
+        sum
+    };
+    let sums: Vec<f64> = logits.par_chunks_mut(piece * classes).enumerate().map(work).collect();
+    let loss = sums.iter().sum::<f64>() / labels.counted as f64;
+    Ok((Tensor::new(loss as f32, &Device::Cpu)?, tensor(logits, (n, classes))?))
+}
+
+fn composed(logits: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+    let leaf = Var::from_tensor(logits)?;
+    let loss = composed_cross_entropy(leaf.as_tensor(), labels)?;
+    match loss.backward()?.remove(leaf.as_tensor()) {
+        Some(gradient) => Ok((loss.detach(), gradient)),
+        None => bail!("linear cross entropy: the logits have no gradient"),
+    }
+}

@@ -1,0 +1,90 @@
+//! The feed-forward block of a decoder with frozen weights.
+
+use candle_core::{bail, Result, Tensor};
+
+use super::attach::{attach, Saved};
+use super::gemm::{gemm, Into, Mat};
+use super::host::{dense, for_rows, map2, tensor, Host};
+use super::lane::{pick, Lane};
+use super::linear::{check, forward, input_gradient, input_product};
+use super::{silu_mul, vmath};
+use crate::simd::vectorized;
+
+/// `(silu(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
+///
+/// With frozen weights one node that keeps the two projections alone, frees them in backward, and adds
+/// the two parts of `dX` where the first one stands; the product of the two is recomputed, one cheap
+/// pass. With a trainable weight it is the composition.
+///
+/// # Shapes
+/// - `xs`: `(.., dim)`, of rank 2 or more
+/// - `gate`, `up`: `(hidden, dim)`, `down`: `(out, hidden)`
+/// - output: `(.., out)`
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
+    let lane = pick(&[xs, gate, up, down]);
+    if lane == Lane::Plain || [gate, up, down].iter().any(|weight| weight.track_op()) {
+        let inner = silu_mul(&super::linear(xs, gate, None)?, &super::linear(xs, up, None)?)?;
+        return super::linear(&inner, down, None);
+    }
+    check(xs, gate, None)?;
+    if up.dims() != gate.dims() || down.dims2()?.1 != gate.dim(0)? {
+        bail!("swiglu: gate {:?}, up {:?}, down {:?} do not fit", gate.dims(), up.dims(), down.dims());
+    }
+    let (g, u) = projections(lane, &xs.detach(), gate, up)?;
+    let inner = match lane {
+        Lane::Fast => {
+            let inner = map2(&Host::of(&g)?, &Host::of(&u)?, |g, u| g * vmath::sigmoid(g) * u);
+            tensor(inner, g.dims())?
+        }
+        _ => (g.silu()? * &u)?,
+    };
+    let y = forward(lane, &inner, down, None)?;
+    drop(inner);
+    let saved = Saved::new((g, u));
+    let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
+    attach("swiglu", [xs], y, move |call| {
+        let (g, u) = match saved.take() {
+            Some(saved) => saved,
+            None => projections(lane, &call.args[0], &gate, &up)?,
+        };
+        if lane != Lane::Fast {
+            let d = input_gradient(lane, &call.grad, &down)?;
+            let s = candle_nn::ops::sigmoid(&g)?;
+            let silu = (&g * &s)?;
+            let slope = (&s + (&silu * s.affine(-1.0, 1.0)?)?)?;
+            let dg = input_gradient(lane, &((&d * &u)? * slope)?, &gate)?;
+            return Ok([Some((dg + input_gradient(lane, &(d * silu)?, &up)?)?)]);
+        }
+        let (gate, up, down) = (dense(&gate)?, dense(&up)?, dense(&down)?);
+        let ((hidden, dim), out_dim) = (gate.dims2()?, down.dim(0)?);
+        let n = g.elem_count() / hidden.max(1);
+        let mut du = input_product(&Host::of(&call.grad)?, &Host::of(&down)?, n, out_dim);
+        let mut dg = Host::of(&g)?.to_vec();
+        // The gradient of the product becomes those of its factors, in place.
+        let u = Host::of(&u)?;
+        let u: &[f32] = &u;
+        for_rows(&mut dg, 1, |first, dg| {
+            vectorized!(for ((g, d), u) in dg.iter_mut().zip(&du[first..]).zip(&u[first..]) {
+                *g = d * u * vmath::silu_slope(*g);
+            })
+        });
+        let g = Host::of(&g)?;
+        let g: &[f32] = &g;
+        for_rows(&mut du, 1, |first, du| {
+            vectorized!(for (d, g) in du.iter_mut().zip(&g[first..]) {
+                *d *= g * vmath::sigmoid(*g);
+            })
+        });
+        let mut dx = input_product(&dg, &Host::of(&gate)?, n, hidden);
+        let up = Host::of(&up)?;
+        gemm(&mut dx, Into::Add, 1.0, Mat::new(&du, n, hidden), Mat::new(&up, hidden, dim));
+        Ok([Some(tensor(dx, call.args[0].dims())?)])
+    })
+}
+
+fn projections(lane: Lane, xs: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((forward(lane, xs, gate, None)?, forward(lane, xs, up, None)?))
+}
