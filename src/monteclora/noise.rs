@@ -14,6 +14,7 @@ use crate::dist::wishart::fill_bartlett;
 use crate::dist::{Covariance, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::ops::place;
+use crate::simd::vectorized;
 
 /// What the noise of a layer's draws looks like.
 #[derive(Debug, Clone)]
@@ -203,13 +204,24 @@ impl NoiseSpec {
 
     /// The tensors of noise on the host.
     pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
-        let bartlett = Tensor::from_vec(host.small.bartlett, (self.rank, self.rank), &Device::Cpu)?;
-        let weights = Tensor::from_vec(host.small.weights, self.num_components, &Device::Cpu)?;
-        let z = match host.z {
-            Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-            Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-        };
-        DrawNoise::new(self, &bartlett, &weights, &z)
+        let HostNoise { small: SmallNoise { bartlett: t, weights }, mut z } = host;
+        // Here and in place: candle's product asks the system for its number of cores each time, which
+        // takes longer than the product.
+        if self.compat == Compat::None {
+            match &mut z {
+                Values::Single(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t as f32),
+                Values::Double(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t),
+            }
+        }
+        let bartlett = Tensor::from_vec(t, (self.rank, self.rank), &Device::Cpu)?;
+        Ok(DrawNoise {
+            bartlett: place(&bartlett, self.dtype, &self.device)?,
+            weights: Tensor::from_vec(weights, self.num_components, &Device::Cpu)?,
+            matrices: match z {
+                Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+                Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+            },
+        })
     }
 
     /// The noise of draw number `draw`: a pure function of its arguments.
@@ -219,6 +231,26 @@ impl NoiseSpec {
     pub fn generate(&self, streams: &NoiseStreams, draw: u64) -> Result<DrawNoise> {
         self.upload(self.host(streams, draw)?)
     }
+}
+
+/// `T Z` in place of every matrix Z `(r, width)` in `zs`, T `(r, r)` lower triangular: from the last row
+/// up, each needs only itself and those above it.
+fn lower_product<T>(t: &[f64], zs: &mut [T], r: usize, width: usize, round: impl Fn(f64) -> T)
+where
+    T: Copy + std::ops::Mul<Output = T> + std::ops::AddAssign,
+{
+    vectorized!(for z in zs.chunks_exact_mut(r * width) {
+        for i in (0..r).rev() {
+            let (above, row) = z.split_at_mut(i * width);
+            let row = &mut row[..width];
+            let own = round(t[i * r + i]);
+            row.iter_mut().for_each(|x| *x = *x * own);
+            for (j, above) in above.chunks_exact(width).enumerate() {
+                let factor = round(t[i * r + j]);
+                row.iter_mut().zip(above).for_each(|(x, a)| *x += *a * factor);
+            }
+        }
+    });
 }
 
 #[cfg(test)]
@@ -235,6 +267,25 @@ mod tests {
         let normals = (1..r).flat_map(|i| t[i * r..i * r + i].to_vec()).collect();
         let Values::Double(z) = z else { unreachable!("the spec is of double precision") };
         Ok([chi, normals, small.weights, z])
+    }
+
+    #[test]
+    fn noise_made_here_is_that_given_from_outside() -> Result<()> {
+        for config in [MonteCLoRAConfig::paper(), MonteCLoRAConfig::paper_literal(), MonteCLoRAConfig::peft()]
+        {
+            let spec = NoiseSpec::new(&config, 5, DType::F64, &Device::Cpu);
+            let streams = NoiseStreams::new(Noise::new(6), "layer.default");
+            let HostNoise { small, z } = spec.host(&streams, 3)?;
+            let Values::Double(z) = z else { unreachable!("the spec is of double precision") };
+            let t = Tensor::from_vec(small.bartlett, (8, 8), &Device::Cpu)?;
+            let weights = Tensor::new(small.weights, &Device::Cpu)?;
+            let z = Tensor::from_vec(z, spec.matrix_shape(), &Device::Cpu)?;
+            let (want, got) = (DrawNoise::new(&spec, &t, &weights, &z)?, spec.generate(&streams, 3)?);
+            let error = (&got.matrices - &want.matrices)?.abs()?.max_all()?.to_scalar::<f64>()?;
+            assert!(error < 1e-13, "{error}");
+            assert_eq!(got.bartlett.to_vec2::<f64>()?, want.bartlett.to_vec2::<f64>()?);
+        }
+        Ok(())
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::ops::Deref;
 
-use candle_core::{bail, CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 
 use crate::simd::vectorized;
@@ -128,6 +128,36 @@ pub(super) fn map3(xs: &[f32], ys: &[f32], zs: &[f32], f: impl Fn(f32, f32, f32)
     })
 }
 
+/// The sum of the squares of all elements, in double precision.
+///
+/// # Errors
+/// If candle fails.
+pub(crate) fn sum_of_squares(xs: &Tensor) -> Result<f64> {
+    if !xs.device().is_cpu() || xs.dtype() != DType::F32 {
+        return xs.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar();
+    }
+    let xs = dense(xs)?;
+    let squares = |xs: &[f32]| {
+        vectorized!({
+            let mut lanes = [0f64; 8];
+            let (pieces, rest) = xs.as_chunks::<8>();
+            for piece in pieces {
+                lanes.iter_mut().zip(piece).for_each(|(lane, x)| *lane += f64::from(*x) * f64::from(*x));
+            }
+            let rest = rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+            lanes.iter().sum::<f64>() + rest
+        })
+    };
+    let host = Host::of(&xs)?;
+    match host.len() <= PIECE {
+        true => Ok(squares(&host)),
+        false => {
+            let parts: Vec<f64> = host.par_chunks(PIECE).map(squares).collect();
+            Ok(parts.iter().sum())
+        }
+    }
+}
+
 /// The sum of every column of a matrix in rows of `width`.
 pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
     let partial = |rows: &[f32]| {
@@ -159,7 +189,6 @@ pub(super) fn add_assign(a: &mut [f32], b: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::DType;
 
     #[test]
     fn a_view_of_another_dtype_is_an_error_and_not_empty() -> Result<()> {

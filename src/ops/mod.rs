@@ -45,6 +45,7 @@ pub use constant::{add_constant, matmul_constant, mul_constant, scale};
 pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
+pub(crate) use host::sum_of_squares;
 pub(crate) use lane::slow_lane_forced;
 pub use lane::{with_lane, Lane};
 pub use linear::linear;

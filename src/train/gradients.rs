@@ -6,6 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::params::Params;
 
 /// The gradients of the trainable parameters of one optimiser step.
@@ -65,12 +66,14 @@ impl Gradients {
     /// # Errors
     /// If candle fails.
     pub fn norm(&self) -> Result<f64> {
+        if self.by_name.values().all(|grad| grad.device().is_cpu()) {
+            let squares = self.by_name.values().map(ops::sum_of_squares);
+            return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
+        }
+        // On a device, one copy for all of them.
         let squares = self.by_name.values().map(|grad| grad.to_dtype(DType::F64)?.sqr()?.sum_all());
         let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
-        match squares.is_empty() {
-            true => Ok(0.0),
-            false => Ok(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt()),
-        }
+        Ok(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt())
     }
 
     /// The name of the first gradient that holds NaN or infinity.
