@@ -205,23 +205,27 @@ impl NoiseSpec {
     /// The tensors of noise on the host.
     pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
         let HostNoise { small: SmallNoise { bartlett: t, weights }, mut z } = host;
-        // Here and in place: candle's product asks the system for its number of cores each time, which
-        // takes longer than the product.
-        if self.compat == Compat::None {
+        // Here and in place where it is small: candle's product asks the system for its number of cores
+        // each time, which takes longer than the product.
+        let small = self.rank <= SMALL_RANK;
+        if small && self.compat == Compat::None {
             match &mut z {
                 Values::Single(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t as f32),
                 Values::Double(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t),
             }
         }
         let bartlett = Tensor::from_vec(t, (self.rank, self.rank), &Device::Cpu)?;
-        Ok(DrawNoise {
-            bartlett: place(&bartlett, self.dtype, &self.device)?,
-            weights: Tensor::from_vec(weights, self.num_components, &Device::Cpu)?,
-            matrices: match z {
-                Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-                Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-            },
-        })
+        let weights = Tensor::from_vec(weights, self.num_components, &Device::Cpu)?;
+        let z = match z {
+            Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+            Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
+        };
+        match small {
+            true => {
+                Ok(DrawNoise { bartlett: place(&bartlett, self.dtype, &self.device)?, weights, matrices: z })
+            }
+            false => DrawNoise::new(self, &bartlett, &weights, &z),
+        }
     }
 
     /// The noise of draw number `draw`: a pure function of its arguments.
@@ -232,6 +236,9 @@ impl NoiseSpec {
         self.upload(self.host(streams, draw)?)
     }
 }
+
+/// Up to this rank a draw's `T Z` is a plain loop; beyond, a product in blocks is worth its price.
+const SMALL_RANK: usize = 32;
 
 /// `T Z` in place of every matrix Z `(r, width)` in `zs`, T `(r, r)` lower triangular: from the last row
 /// up, each needs only itself and those above it.
