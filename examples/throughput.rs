@@ -5,7 +5,7 @@
 //! --rank 8 --targets query,key,value --method lora,monteclora --steps 12`
 //!
 //! The methods alternate step by step in one process, so that their ratio is fair on a noisy
-//! machine; the matrix products that no implementation can leave out ("gemm") are timed before and
+//! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
 //! after. Each method's peak memory comes from a process of its own.
 
 mod common;

@@ -171,6 +171,9 @@ impl Contender {
         }
         model.set_checkpoint_layers(geometry.checkpoint_layers);
         let vocabulary = json["vocab_size"].as_u64().unwrap_or(1000).min(1000) as usize;
+        if vocabulary <= 5 {
+            return Err(format!("vocab_size: expected more than 5, got {vocabulary}").into());
+        }
         let ids: Vec<u32> = (0..batch * length).map(|i| (5 + i * 7919 % (vocabulary - 5)) as u32).collect();
         let ids = Tensor::from_vec(ids, (batch, length), device)?;
         let mask = Tensor::ones((batch, length), DType::U8, device)?;

@@ -50,14 +50,13 @@ pub fn slot_no_bias(
 /// # Errors
 /// The first error of `f`; or if a layer is still part of a graph that waits for its backward
 /// (gradient checkpointing), which must be dropped first.
-pub fn unshared<L>(layers: &mut [Arc<L>], mut f: impl FnMut(&mut L) -> Result<()>) -> Result<()> {
-    layers.iter_mut().enumerate().try_for_each(|(i, layer)| match Arc::get_mut(layer) {
-        Some(layer) => f(layer),
-        None => {
-            let reason = format!("layer {i} waits for the backward pass of a loss: drop the loss first");
-            Err(Error::config("model", reason))
-        }
-    })
+pub fn unshared<L>(layers: &mut [Arc<L>], f: impl FnMut(&mut L) -> Result<()>) -> Result<()> {
+    // All of them first: a change is whole or none.
+    if let Some(i) = layers.iter_mut().position(|layer| Arc::get_mut(layer).is_none()) {
+        let reason = format!("layer {i} waits for the backward pass of a loss: drop the loss first");
+        return Err(Error::config("model", reason));
+    }
+    layers.iter_mut().filter_map(Arc::get_mut).try_for_each(f)
 }
 
 /// Layer norm over the last dimension (Ba et al. 2016).

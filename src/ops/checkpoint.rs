@@ -10,12 +10,12 @@ use super::lane::with_present_lane;
 /// `f(xs)`, of which nothing is kept but `xs` and the result: backward runs `f` once more.
 ///
 /// It costs one more forward pass of the block and keeps memory at one block's worth, however many
-/// follow each other. `f` must be a pure function of `xs` and of `params`: its noise addressed
+/// follow each other, beside a copy of the tracked parameters (small for adapters). `f` must be a pure function of `xs` and of `params`: its noise addressed
 /// ([`crate::slot::Pass`]), so that it sees the same draw and drops the same elements both times.
 ///
 /// # Shapes
-/// - `params`: every tracked tensor that `f` uses beside `xs`, of one dtype and any shapes; what is
-///   missing here gets no gradient
+/// - `params`: every variable that `f` uses beside `xs`, of one dtype and any shapes; what is missing
+///   here, or is computed from a variable outside, gets no gradient
 ///
 /// # Errors
 /// If `f` fails, or the parameters' dtypes differ.

@@ -34,7 +34,8 @@ pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor) -> Result<
         let (s, m): (&[f32], &[f32]) = (&s, &m);
         for_rows(&mut y, width, |first, y| {
             vectorized!({
-                let rows = y.chunks_exact_mut(width).zip(m[first * width..].chunks_exact(width));
+                let size = width.max(1);
+                let rows = y.chunks_exact_mut(size).zip(m[first * width..].chunks_exact(size));
                 for ((y, m), s) in rows.zip(&s[first..]) {
                     y.iter_mut().zip(m).for_each(|(y, m)| *y += s * m);
                 }

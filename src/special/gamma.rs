@@ -32,8 +32,9 @@ impl GammaQuantile {
 /// F(z; a) = u,   d ln z / d a = -(dF/da)(z; a) / (z p(z; a))
 /// ```
 ///
-/// Newton's method on ln F below `a + 1` and on ln(1 - F) above: both are concave in ln z, so from
-/// any start the first step lands left of the root and the rest approach it from there. NaN unless `0 < shape <= MAX_SHAPE` and
+/// Newton's method, in ln z on ln F below `a + 1` and in z on ln(1 - F) above. The first is concave and
+/// rising, so from any start its first step lands left of the root and the rest approach it from there;
+/// the second approaches from the right where a > 1 and from the left where a < 1. NaN unless `0 < shape <= MAX_SHAPE` and
 /// `0 < u < 1`.
 pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     if !(shape > 0.0 && shape <= MAX_SHAPE && u > 0.0 && u < 1.0) {
