@@ -117,7 +117,7 @@ pub(super) fn gelu_gradient(xs: &Tensor, grad: &Tensor) -> Result<Tensor> {
 }
 
 /// The derivative of `x sigmoid(x)`: `s (1 + x (1 - s))`.
-fn silu_slope(xs: &Tensor) -> Result<Tensor> {
+pub(super) fn silu_slope(xs: &Tensor) -> Result<Tensor> {
     let s = (xs.neg()?.exp()? + 1.0)?.recip()?;
     let inner = ((xs * (1.0 - &s)?)? + 1.0)?;
     s * inner

@@ -2,9 +2,10 @@
 
 use candle_core::{bail, Result, Tensor};
 
+use super::activation::silu_slope;
 use super::attach::{attach, Saved};
 use super::gemm::{gemm, Into, Mat};
-use super::host::{dense, for_rows, map2, tensor, Host};
+use super::host::{dense, for_rows, tensor, Host};
 use super::lane::{pick, Lane};
 use super::linear::{check, forward, input_gradient, input_product};
 use super::{silu_mul, vmath};
@@ -34,15 +35,7 @@ pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<
         bail!("swiglu: gate {:?}, up {:?}, down {:?} do not fit", gate.dims(), up.dims(), down.dims());
     }
     let (g, u) = projections(lane, &xs.detach(), gate, up)?;
-    let inner = match lane {
-        Lane::Fast => {
-            let inner = map2(&Host::of(&g)?, &Host::of(&u)?, |g, u| g * vmath::sigmoid(g) * u);
-            tensor(inner, g.dims())?
-        }
-        _ => (g.silu()? * &u)?,
-    };
-    let y = forward(lane, &inner, down, None)?;
-    drop(inner);
+    let y = forward(lane, &silu_mul(&g, &u)?, down, None)?;
     let saved = Saved::new((g, u));
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
     attach("swiglu", [xs], y, move |call| {
@@ -52,11 +45,8 @@ pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<
         };
         if lane != Lane::Fast {
             let d = input_gradient(lane, &call.grad, &down)?;
-            let s = candle_nn::ops::sigmoid(&g)?;
-            let silu = (&g * &s)?;
-            let slope = (&s + (&silu * s.affine(-1.0, 1.0)?)?)?;
-            let dg = input_gradient(lane, &((&d * &u)? * slope)?, &gate)?;
-            return Ok([Some((dg + input_gradient(lane, &(d * silu)?, &up)?)?)]);
+            let dg = input_gradient(lane, &((&d * &u)? * silu_slope(&g)?)?, &gate)?;
+            return Ok([Some((dg + input_gradient(lane, &(d * g.silu()?)?, &up)?)?)]);
         }
         let (gate, up, down) = (dense(&gate)?, dense(&up)?, dense(&down)?);
         let ((hidden, dim), out_dim) = (gate.dims2()?, down.dim(0)?);

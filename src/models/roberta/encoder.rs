@@ -66,10 +66,8 @@ impl RobertaEncoder {
         attention_mask: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        let embedded = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
-        let batch = Batch::new(input_ids, attention_mask)?;
-        let xs = self.stack(&self.layers, batch.pack(embedded)?, &batch, pass)?; // (n, d)
-        batch.pad(xs)
+        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, pass)?; // (n, d)
+        batch.pad(self.stack(&self.layers, xs, &batch, pass)?)
     }
 
     /// The last hidden state of each row's first token, which stands for the row. The last layer
@@ -88,14 +86,25 @@ impl RobertaEncoder {
         attention_mask: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        let embedded = self.embeddings.forward(input_ids, token_type_ids, pass)?; // (b, t, d)
-        let batch = Batch::new(input_ids, attention_mask)?;
-        let Some((last, before)) = self.layers.split_last() else {
-            return embedded.narrow(1, 0, 1)?.squeeze(1);
-        };
-        let xs = self.stack(before, batch.pack(embedded)?, &batch, pass)?; // (n, d)
-        let first = Batch { only: Some(batch.first_tokens(xs.device())?), ..batch };
+        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, pass)?; // (n, d)
+        let only = batch.first_tokens(xs.device())?;
+        let Some((last, before)) = self.layers.split_last() else { return only.take(&xs) };
+        let xs = self.stack(before, xs, &batch, pass)?; // (n, d)
+        let first = Batch { only: Some(only), ..batch };
         self.stack(std::slice::from_ref(last), xs, &first, pass) // (b, d)
+    }
+
+    /// The first layer's input, packed where that pays, and how the batch is packed.
+    fn embed(
+        &self,
+        ids: &Tensor,
+        types: Option<&Tensor>,
+        mask: &Tensor,
+        pass: &Pass,
+    ) -> candle_core::Result<(Tensor, Batch)> {
+        let embedded = self.embeddings.forward(ids, types, pass)?; // (b, t, d)
+        let batch = Batch::new(ids, mask)?;
+        Ok((batch.pack(embedded)?, batch))
     }
 
     /// Some layers, one after the other.
