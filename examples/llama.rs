@@ -245,7 +245,7 @@ impl Setup {
         let mut model = LlamaForCausalLM::load(base, config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name)?;
-        let regularizer = start.inject(&mut model, &params)?;
+        let upkeep = start.inject(&mut model, &params)?;
 
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
@@ -264,7 +264,7 @@ impl Setup {
             _ => {
                 let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
                 let (rows, pad_id) = (&data.train, config.pad_id());
-                let objective = CausalTuning { model: &model, regularizer, rows, batcher, pad_id };
+                let objective = CausalTuning { model: &model, upkeep, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
                 let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
                 train::fit(&objective, &params, &config, &mut watch)?

@@ -33,6 +33,14 @@ pub enum Role {
     Scale,
     /// The logarithm of the Dirichlet concentration, c (`expert_weights_prior`).
     Concentration,
+    /// The row norms of DoRA.
+    Magnitude,
+    /// The factors of activations in IA3.
+    Scaling,
+    /// The singular values of AdaLoRA.
+    SingularValues,
+    /// A bias of an adapter.
+    Bias,
 }
 
 /// How a new parameter starts.

@@ -74,12 +74,12 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// The trainable tensors, by role.
     fn parameters(&self) -> Vec<(Role, Tensor)>;
 
-    /// The change of the base weight that the mean adapter amounts to, `(out_dim, in_dim)` in the
-    /// adapter's dtype, where there is one.
+    /// The change of the weight of `base` that the mean adapter amounts to, `(out_dim, in_dim)` in the
+    /// adapter's dtype at least, where there is one.
     ///
     /// # Errors
     /// If candle fails.
-    fn delta(&self) -> candle_core::Result<Option<Tensor>>;
+    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>>;
 
     /// The concrete method, for those that know it (the regulariser, files).
     fn as_any(&self) -> &dyn Any;
@@ -211,7 +211,8 @@ impl Slot {
         if self.base.weight().track_op() {
             return Err(Error::tensor(key, "it is trained itself: only a frozen base can be merged"));
         }
-        let Some(delta) = adapter.delta()? else {
+        let base = Linear::new(weight.clone(), self.base.bias().cloned());
+        let Some(delta) = adapter.delta(&base)? else {
             let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
             return Err(Error::tensor(key, reason));
         };

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
 use monteclora::train::{Method, Record, Schedule, Start, TrainConfig};
@@ -15,7 +15,7 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, lora or full. Default: lora, then monteclora.
+    /// monteclora, lora, dora, adalora, ia3, bottleneck or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -100,8 +100,24 @@ impl MethodOptions {
         match name {
             "full" => Ok(Method::Full),
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
+            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora })),
+            "adalora" => {
+                let (target_rank, init_rank) = (rank, rank + rank.div_ceil(2));
+                Ok(Method::AdaLora(AdaLoraConfig {
+                    init_rank,
+                    target_rank,
+                    alpha,
+                    dropout,
+                    ..Default::default()
+                }))
+            }
+            "ia3" => Ok(Method::Ia3),
+            "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
-            other => Err(format!("--method: expected monteclora, lora or full, got {other}").into()),
+            other => {
+                let known = "monteclora, lora, dora, adalora, ia3, bottleneck or full";
+                Err(format!("--method: expected {known}, got {other}").into())
+            }
         }
     }
 
@@ -139,6 +155,9 @@ pub struct TrainOptions {
     pub accumulation: usize,
     #[arg(long)]
     pub lr: Option<f64>,
+    /// The learning rate of B as a multiple of that of A (LoRA+).
+    #[arg(long, default_value_t = 1.0)]
+    pub loraplus_ratio: f64,
     #[arg(long, default_value = "linear")]
     pub schedule: String,
     #[arg(long, default_value_t = 0.06)]
@@ -180,6 +199,7 @@ impl TrainOptions {
             schedule: self.schedule.parse::<Schedule>()?,
             warmup_ratio: self.warmup_ratio,
             weight_decay: self.weight_decay,
+            loraplus_ratio: self.loraplus_ratio,
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,
             eval_every: self.eval_every,

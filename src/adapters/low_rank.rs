@@ -59,15 +59,28 @@ impl LowRank {
         scale: f64,
         dropout: f64,
     ) -> Result<Self> {
+        let bound = 1.0 / (in_dim as f64).sqrt();
+        let starts = (&Init::Uniform(-bound, bound), &Init::Constant(0.0));
+        Self::started(params, name, (in_dim, out_dim), rank, starts, scale, dropout)
+    }
+
+    /// [`Self::new`] with other starts of A and B.
+    pub(super) fn started(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        rank: usize,
+        starts: (&Init, &Init),
+        scale: f64,
+        dropout: f64,
+    ) -> Result<Self> {
         if rank == 0 || rank > in_dim.min(out_dim) {
             let most = in_dim.min(out_dim);
             return Err(Error::config("rank", format!("{name}: expected 1 to {most}, got {rank}")));
         }
-        let bound = 1.0 / (in_dim as f64).sqrt();
         let (a, b) = params.all_or_none(&format!("{name}."), || {
-            let uniform = Init::Uniform(-bound, bound);
-            let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), &uniform)?;
-            Ok((a, params.create(&format!("{name}.b"), Role::B, (out_dim, rank), &Init::Constant(0.0))?))
+            let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), starts.0)?;
+            Ok((a, params.create(&format!("{name}.b"), Role::B, (out_dim, rank), starts.1)?))
         })?;
         Ok(Self { a, b, scale, dropout, stream: params.noise().stream(name, Purpose::Dropout) })
     }
@@ -103,13 +116,18 @@ impl LowRank {
         a: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        match pass.dropout_draw().filter(|_| self.dropout > 0.0) {
+        match self.dropped(xs, pass)? {
             None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale),
-            Some(draw) => {
-                let dropped = ops::dropout(xs, self.dropout, &self.stream, draw)?;
+            Some(dropped) => {
                 ops::linear_and_low_rank(xs, base.weight(), base.bias(), &dropped, a, &self.b, self.scale)
             }
         }
+    }
+
+    /// `xs` with its dropout, where this pass drops.
+    pub(super) fn dropped(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Option<Tensor>> {
+        let draw = pass.dropout_draw().filter(|_| self.dropout > 0.0);
+        draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw)).transpose()
     }
 
     /// `s B A`, `(out_dim, in_dim)`.

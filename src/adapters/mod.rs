@@ -1,7 +1,16 @@
 //! What MonteCLoRA is compared with, behind the same seam.
 
+pub mod adalora;
+pub mod bottleneck;
+pub mod dora;
+pub mod ia3;
 pub mod lora;
 pub mod low_rank;
+mod rank_allocator;
 
+pub use adalora::{AdaLora, AdaLoraConfig, RankAllocator};
+pub use bottleneck::{Bottleneck, BottleneckConfig};
+pub use dora::Dora;
+pub use ia3::{Ia3, Scaled};
 pub use lora::{Lora, LoraConfig, LoraLinear};
 pub use low_rank::LowRank;

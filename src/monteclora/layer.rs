@@ -153,7 +153,7 @@ impl Adapter for MonteCLoRA {
         ]
     }
 
-    fn delta(&self) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
         self.pair.delta().map(Some)
     }
 

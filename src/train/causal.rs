@@ -2,12 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::gradients::Gradients;
 use super::trainer::{Loss, Objective};
+use super::upkeep::Upkeep;
 use crate::data::batch::{in_order, Batcher};
 use crate::data::causal::{CausalBatch, Tokens};
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
-use crate::monteclora::{with_held_draws, Regularizer};
+use crate::monteclora::with_held_draws;
+use crate::params::Params;
 use crate::slot::Pass;
 
 /// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar. The head runs
@@ -80,8 +83,8 @@ pub fn token_log_probabilities(
 pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
-    /// The regulariser of its method, where it has one.
-    pub regularizer: Option<Regularizer>,
+    /// What its method asks beside the loss.
+    pub upkeep: Upkeep,
     /// The training rows.
     pub rows: &'a [Tokens],
     /// How they become batches.
@@ -112,10 +115,13 @@ impl Objective for CausalTuning<'_> {
     fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
         let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
         let task = causal_loss(self.model, &batch, pass)?;
-        Loss::regularized(task, self.regularizer.as_ref(), self.model, pass)
+        self.upkeep.loss(task, self.model, pass)
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.iter().filter_map(|row| self.rows.get(*row)).map(|row| row.targets() as f64).sum()
+    }
+    fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
+        self.upkeep.after_step(params, gradients, step, total)
     }
 }

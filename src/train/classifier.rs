@@ -5,8 +5,10 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
+use super::gradients::Gradients;
 use super::method::{Method, Start};
 use super::trainer::{Loss, Objective};
+use super::upkeep::Upkeep;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
@@ -16,14 +18,13 @@ use crate::inject;
 use crate::models::hub::ModelFiles;
 use crate::models::save::copy_companions;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
-use crate::monteclora::Regularizer;
 use crate::noise::Noise;
 use crate::ops;
 use crate::params::{Param, Params, Role};
 use crate::peft::{AdapterFile, Origin, Profile};
 use crate::slot::Pass;
 
-/// A classifier, its trainable parameters and, where its method has one, its regulariser.
+/// A classifier, its trainable parameters and, what its method asks of training beside its loss.
 #[derive(Debug)]
 pub struct Classifier {
     /// The model with its adapters.
@@ -31,7 +32,7 @@ pub struct Classifier {
     /// What is trained.
     pub params: Params,
     method: Method,
-    regularizer: Option<Regularizer>,
+    upkeep: Upkeep,
     config: SequenceConfig,
     files: ModelFiles,
 }
@@ -68,8 +69,8 @@ impl Classifier {
         if let Start::PostHoc(file, _) = start {
             check_trained_head(&params, &whole, file)?;
         }
-        let regularizer = start.inject(model.as_mut(), &params)?;
-        Ok(Self { model, params, method, regularizer, config, files: files.clone() })
+        let upkeep = start.inject(model.as_mut(), &params)?;
+        Ok(Self { model, params, method, upkeep, config, files: files.clone() })
     }
 
     /// What it was loaded from.
@@ -77,15 +78,18 @@ impl Classifier {
         &self.files
     }
 
-    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head, or under
-    /// full fine-tuning `model/` with configuration and weights. `base_model` is what the
+    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; under full
+    /// fine-tuning `model/` with configuration and weights; of a method that is here for comparison
+    /// alone `adapter/parameters.safetensors`, by the names of the store. `base_model` is what the
     /// checkpoint was loaded from.
     ///
     /// # Errors
     /// If a file cannot be written.
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
-        let Some(method) = self.method.adapter() else {
-            return self.save_model(&dir.join("model"));
+        let method = match (self.method.adapter(), &self.method) {
+            (Some(method), _) => method,
+            (None, Method::Full) => return self.save_model(&dir.join("model")),
+            (None, _) => return self.save_parameters(&dir.join("adapter")),
         };
         let origin = Origin {
             base_model: Some(base_model.to_string()),
@@ -100,6 +104,14 @@ impl Classifier {
             &origin,
         )?;
         file.write(dir.join("adapter"), Profile::PeftMonteCLoRA)
+    }
+
+    /// What was trained under its own names, in `parameters.safetensors`.
+    fn save_parameters(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let all = self.params.all();
+        let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
+        files::write_safetensors(&dir.join("parameters.safetensors"), named)
     }
 
     fn save_model(&self, dir: &Path) -> Result<()> {
@@ -139,7 +151,7 @@ impl Classifier {
             true => ops::mean_squared_error(&outputs.squeeze(1)?, &batch.labels)?,
             false => ops::cross_entropy(&outputs, &batch.labels, IGNORED)?,
         };
-        Loss::regularized(task, self.regularizer.as_ref(), self.model.as_ref(), pass)
+        self.upkeep.loss(task, self.model.as_ref(), pass)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
@@ -233,5 +245,8 @@ impl Objective for Classification<'_> {
 
     fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
         self.classifier.loss(&self.batch(rows)?, pass)
+    }
+    fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
+        self.classifier.upkeep.after_step(params, gradients, step, total)
     }
 }

@@ -1,16 +1,24 @@
 //! The ways to fine-tune, behind one name.
 
-use crate::adapters::LoraConfig;
+use super::upkeep::Upkeep;
+use crate::adapters::{AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, Scaled};
 use crate::error::{Error, Result};
-use crate::inject::{self, Targets};
+use crate::inject::{self, Select, Targets};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer};
 use crate::named;
 use crate::params::Params;
 use crate::peft::{self, AdapterFile};
-use crate::slot::Linears;
+use crate::slot::{Adapter, Linears};
 
 /// What a LoRA adapter is called until the posterior stands on it.
 const TRAINED: &str = "trained";
+
+/// The second layer of a feed-forward block, whose input is the inside of the block, in BERT's and in
+/// LLaMA's names.
+fn closes_feed_forward(path: &str) -> bool {
+    path.ends_with(".down_proj")
+        || (path.ends_with(".output.dense") && !path.ends_with(".attention.output.dense"))
+}
 
 /// How a model is fine-tuned.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +28,14 @@ pub enum Method {
     MonteCLoRA(MonteCLoRAConfig),
     /// LoRA on the targets.
     Lora(LoraConfig),
+    /// DoRA on the targets.
+    Dora(LoraConfig),
+    /// AdaLoRA on the targets.
+    AdaLora(AdaLoraConfig),
+    /// IA3 on keys, values and the inside of feed-forward blocks.
+    Ia3,
+    /// Bottleneck adapters after attention and feed-forward blocks.
+    Bottleneck(BottleneckConfig),
     /// Every weight.
     Full,
 }
@@ -39,7 +55,22 @@ impl Method {
         match self {
             Self::MonteCLoRA(_) => "monteclora",
             Self::Lora(_) => "lora",
+            Self::Dora(_) => "dora",
+            Self::AdaLora(_) => "adalora",
+            Self::Ia3 => "ia3",
+            Self::Bottleneck(_) => "bottleneck",
             Self::Full => "full",
+        }
+    }
+
+    /// The layers that it changes unless others are named, by their names in RoBERTa, BERT and LLaMA.
+    /// The model's own choice where the method's paper names none.
+    fn default_select(&self) -> Select {
+        let regex = |pattern: &str| Select::Regex(pattern.to_string());
+        match self {
+            Self::Ia3 => regex(r".*\.(?:key|value|k_proj|v_proj|down_proj|(?<!attention\.)output\.dense)"),
+            Self::Bottleneck(_) => regex(r".*\.(?:output\.dense|o_proj|down_proj)"),
+            _ => Select::ModelDefault,
         }
     }
 
@@ -48,7 +79,7 @@ impl Method {
         match self {
             Self::MonteCLoRA(config) => Some(peft::Method::MonteCLoRA(config.clone())),
             Self::Lora(config) => Some(peft::Method::Lora(config.clone())),
-            Self::Full => None,
+            Self::Dora(_) | Self::AdaLora(_) | Self::Ia3 | Self::Bottleneck(_) | Self::Full => None,
         }
     }
 }
@@ -82,34 +113,65 @@ impl Start {
         }
     }
 
-    /// Puts the adapters on a model, their parameters into `params`; returns, where the method has
-    /// one, its regulariser. Full fine-tuning adapts nothing.
+    /// Puts the adapters on a model, their parameters into `params`; returns what the method asks of
+    /// training beside the task's loss. Full fine-tuning adapts nothing.
     ///
     /// # Errors
     /// If the targets, the method's configuration or the adapter do not fit the model.
-    pub fn inject(&self, model: &mut dyn Linears, params: &Params) -> Result<Option<Regularizer>> {
+    pub fn inject(&self, model: &mut dyn Linears, params: &Params) -> Result<Upkeep> {
         match self {
-            Self::Fresh(Method::Full, _) => (),
-            Self::Fresh(Method::Lora(config), targets) => {
-                inject::lora(model, targets, config, params)?;
-            }
-            Self::Fresh(Method::MonteCLoRA(config), targets) => {
-                inject::monteclora(model, targets, config, params)?;
-            }
+            Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
             Self::PostHoc(file, _) => {
                 if matches!(file.method(), peft::Method::MonteCLoRA(_)) {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }
                 file.apply(model, TRAINED, params)?;
-                let Method::MonteCLoRA(config) = self.method() else { return Ok(None) };
+                let Method::MonteCLoRA(config) = self.method() else { return Ok(Upkeep::default()) };
                 inject::posthoc(model, inject::DEFAULT_ADAPTER, &config, params)?;
                 named::remove(model, TRAINED, params)?;
             }
         }
-        Ok(match self.method() {
-            Method::MonteCLoRA(config) => Some(Regularizer::new(&config)),
-            Method::Lora(_) | Method::Full => None,
+        match self.method() {
+            Method::MonteCLoRA(config) => Ok(Regularizer::new(&config).into()),
+            Method::AdaLora(config) => Upkeep::of_budget(model, &config),
+            _ => Ok(Upkeep::default()),
+        }
+    }
+}
+
+impl Method {
+    /// Starts the method on these layers of a model.
+    fn inject(&self, model: &mut dyn Linears, targets: &Targets, params: &Params) -> Result<()> {
+        let targets = match &targets.select {
+            Select::ModelDefault => Targets { select: self.default_select(), ..targets.clone() },
+            _ => targets.clone(),
+        };
+        let name = inject::DEFAULT_ADAPTER;
+        // Rank and alpha of single layers are those of a pair A, B; the rest has none.
+        let (rank, alpha) = match self {
+            Self::Full => return Ok(()),
+            Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
+            Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
+            Self::Dora(config) => (config.rank, config.alpha),
+            Self::AdaLora(config) => (config.init_rank, config.alpha),
+            Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),
+        };
+        let resolved = targets.resolve(model, rank, alpha)?;
+        inject::inject(model, name, &resolved, params, &mut |slot, target| {
+            let (path, base) = (slot.path(), slot.base());
+            Ok(match self {
+                Self::Dora(config) => {
+                    let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+                    Box::new(Dora::new(params, path, name, base, &config)?) as Box<dyn Adapter>
+                }
+                Self::AdaLora(config) => Box::new(AdaLora::new(params, path, name, base, config)?),
+                Self::Bottleneck(config) => Box::new(Bottleneck::new(params, path, name, base, config)?),
+                _ => {
+                    let scaled = if closes_feed_forward(path) { Scaled::Input } else { Scaled::Output };
+                    Box::new(Ia3::new(params, path, name, base, scaled)?)
+                }
+            })
         })
     }
 }

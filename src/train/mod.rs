@@ -11,6 +11,7 @@ mod optim;
 mod schedule;
 mod trainer;
 mod update;
+mod upkeep;
 
 pub use causal::{causal_loss, held_out_loss, token_log_probabilities, CausalTuning};
 pub use classifier::{Classification, Classifier};
@@ -21,3 +22,4 @@ pub use method::{Method, Start};
 pub use optim::{AdamW, AdamWConfig, Moments};
 pub use schedule::Schedule;
 pub use trainer::{fit, Loss, Objective, Observer, Record, Summary, TrainConfig};
+pub use upkeep::Upkeep;

@@ -26,6 +26,9 @@ pub struct AdamWConfig {
     /// Roles that are not decayed: by default the posterior's parameters, whose zero has no
     /// special meaning.
     pub no_decay: Vec<Role>,
+    /// Learning rates of roles as multiples of the step's own: LoRA+ (Hayou et al. 2024) raises that
+    /// of [`Role::B`]. Difference: PEFT's LoRA+ raises that of every vector, biases included, too.
+    pub lr_ratios: Vec<(Role, f64)>,
     /// Whether parameters of one dimension (biases, scales of norms) are decayed: PyTorch's
     /// optimiser decays all it is given, the trainer of transformers leaves these out.
     pub decay_vectors: bool,
@@ -40,6 +43,7 @@ impl Default for AdamWConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             no_decay: vec![Role::Scale, Role::Concentration],
+            lr_ratios: Vec::new(),
             decay_vectors: true,
         }
     }
@@ -67,6 +71,9 @@ impl AdamW {
             ("eps", config.eps, config.eps > 0.0),
             ("weight_decay", config.weight_decay, config.weight_decay >= 0.0),
         ];
+        if let Some((role, ratio)) = config.lr_ratios.iter().find(|(_, r)| !(*r > 0.0 && r.is_finite())) {
+            return Err(Error::config("lr_ratios", format!("{ratio} of {role:?} is outside its domain")));
+        }
         match domain.iter().find(|(_, value, valid)| !valid || !value.is_finite()) {
             Some((name, value, _)) => Err(Error::config(*name, format!("{value} is outside its domain"))),
             None => Ok(Self { params: params.clone(), config, moments: BTreeMap::new() }),
@@ -110,6 +117,8 @@ impl AdamW {
         }
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         for (name, param, grad) in pairs {
+            let ratio = self.config.lr_ratios.iter().find(|(role, _)| *role == param.role);
+            let lr = lr * ratio.map_or(1.0, |(_, ratio)| *ratio);
             let decays = !self.config.no_decay.contains(&param.role)
                 && (self.config.decay_vectors || param.var.rank() > 1);
             let keep = if decays { 1.0 - lr * weight_decay } else { 1.0 };

@@ -9,9 +9,8 @@ use super::gradients::{clip_grad_norm, Gradients};
 use super::optim::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
 use crate::error::{Error, Result};
-use crate::monteclora::Regularizer;
-use crate::params::Params;
-use crate::slot::{Linears, Pass};
+use crate::params::{Params, Role};
+use crate::slot::Pass;
 
 /// The constants of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +28,8 @@ pub struct TrainConfig {
     /// Whether the posterior's own parameters rho and c are decayed, too, as they are where PEFT's
     /// adapter is trained by transformers.
     pub decay_variational: bool,
+    /// How many times the learning rate of A that of B is (LoRA+).
+    pub loraplus_ratio: f64,
     /// The largest global gradient norm; no clipping where absent.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
@@ -48,6 +49,7 @@ impl Default for TrainConfig {
             warmup_ratio: 0.06,
             weight_decay: 0.01,
             decay_variational: false,
+            loraplus_ratio: 1.0,
             clip: Some(1.0),
             accumulation: 1,
             eval_every: None,
@@ -74,7 +76,12 @@ impl TrainConfig {
     }
 
     fn optimizer(&self) -> AdamWConfig {
-        let config = AdamWConfig { lr: self.lr, weight_decay: self.weight_decay, ..AdamWConfig::default() };
+        let config = AdamWConfig {
+            lr: self.lr,
+            weight_decay: self.weight_decay,
+            lr_ratios: vec![(Role::B, self.loraplus_ratio)],
+            ..AdamWConfig::default()
+        };
         match self.decay_variational {
             true => AdamWConfig { no_decay: Vec::new(), ..config },
             false => config,
@@ -89,33 +96,6 @@ pub struct Loss {
     pub total: Tensor,
     /// The parts to log and to name when they are not finite, by their names.
     pub terms: Vec<(&'static str, Tensor)>,
-}
-
-impl Loss {
-    /// A task's loss with the terms of a regulariser, where the method has one.
-    ///
-    /// # Errors
-    /// If candle fails.
-    pub fn regularized(
-        task: Tensor,
-        regularizer: Option<&Regularizer>,
-        model: &dyn Linears,
-        pass: &Pass,
-    ) -> Result<Self> {
-        let Some(regularizer) = regularizer else {
-            return Ok(Self { total: task.clone(), terms: vec![("task", task)] });
-        };
-        let penalty = regularizer.for_model(model, pass)?;
-        let total = (&task + &penalty.total)?;
-        let terms = vec![
-            ("task", task),
-            ("kl_gaussian", penalty.kl_gaussian),
-            ("kl_wishart", penalty.kl_wishart),
-            ("kl_dirichlet", penalty.kl_dirichlet),
-            ("cooperative", penalty.cooperative),
-        ];
-        Ok(Self { total, terms })
-    }
 }
 
 /// What is trained: it knows its data and its model.
@@ -136,6 +116,20 @@ pub trait Objective {
     /// How much a micro-batch counts among those of its step: what its mean is a mean over.
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.len() as f64
+    }
+
+    /// What the method does after optimiser step `step` (1-based) of `total`.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn after_step(
+        &self,
+        _params: &Params,
+        _gradients: &Gradients,
+        _step: usize,
+        _total: usize,
+    ) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -282,6 +276,7 @@ impl Run<'_> {
                 let mut done = group_gradients(objective, params, group, draw, step)?;
                 let grad_norm = clip(&mut done.grads, config.clip, step, group)?;
                 self.optimizer.step(&done.grads, lr)?;
+                objective.after_step(params, &done.grads, step, total)?;
                 draw += group.len() as u64;
                 self.seconds.push(clock.elapsed().as_secs_f64());
                 let epoch = epoch as f64 + (i + 1) as f64 / per_epoch as f64;

@@ -109,7 +109,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
         fn parameters(&self) -> Vec<(Role, Tensor)> {
             Vec::new()
         }
-        fn delta(&self) -> candle_core::Result<Option<Tensor>> {
+        fn delta(&self, _: &candle_nn::Linear) -> candle_core::Result<Option<Tensor>> {
             Ok(None)
         }
         fn as_any(&self) -> &dyn std::any::Any {

@@ -7,6 +7,7 @@ mod adapters;
 mod distributions;
 mod gradients;
 mod input;
+mod methods;
 mod mixture;
 mod peft;
 mod regularizer;

@@ -1,0 +1,197 @@
+//! AdaLoRA (Zhang et al. 2023): a low rank in the form of a singular value decomposition, whose budget
+//! of ranks moves to the layers that need it ([`RankAllocator`]).
+//!
+//! ```text
+//! y = W0 x + b + s B diag(e) A dropout(x),   s = alpha / (r + 1e-5) as in PEFT
+//! penalty = w / (2 L) sum_layers ( ||A A^T - I||_F + ||B^T B - I||_F )
+//! ```
+
+use std::any::Any;
+
+use candle_core::{Tensor, D};
+use candle_nn::Linear;
+use serde::{Deserialize, Serialize};
+
+use super::low_rank::{self, LowRank};
+use crate::error::{Error, Result};
+use crate::params::{Init, Params, Role};
+use crate::slot::{Adapter, Linears, Pass};
+
+pub use super::rank_allocator::RankAllocator;
+
+/// The options of AdaLoRA; the defaults are PEFT's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdaLoraConfig {
+    /// The rank of every layer at the start.
+    pub init_rank: usize,
+    /// The mean rank at the end.
+    pub target_rank: usize,
+    /// The update is scaled by `alpha / init_rank`.
+    pub alpha: f64,
+    /// Probability of dropping an input of the low-rank branch, in training.
+    pub dropout: f64,
+    /// Steps before the budget begins to fall, as a share of all.
+    pub warmup_share: f64,
+    /// Steps at the end with the final budget, as a share of all.
+    pub final_share: f64,
+    /// Steps between two allocations.
+    pub interval: usize,
+    /// Decay of the running mean of importance.
+    pub beta1: f64,
+    /// Decay of the running mean of its uncertainty.
+    pub beta2: f64,
+    /// Weight w of the penalty that keeps A and B near orthogonal.
+    pub orthogonal_weight: f64,
+}
+
+impl Default for AdaLoraConfig {
+    fn default() -> Self {
+        Self {
+            init_rank: 12,
+            target_rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            warmup_share: 0.1,
+            final_share: 0.3,
+            interval: 1,
+            beta1: 0.85,
+            beta2: 0.85,
+            orthogonal_weight: 0.5,
+        }
+    }
+}
+
+impl AdaLoraConfig {
+    /// Checks every option.
+    ///
+    /// # Errors
+    /// If one is outside its domain; the error names it.
+    pub fn validate(&self) -> Result<()> {
+        low_rank::validate(self.init_rank, self.alpha, self.dropout)?;
+        let share = |value: f64| (0.0..1.0).contains(&value);
+        let checks = [
+            ("target_rank", (1..=self.init_rank).contains(&self.target_rank)),
+            ("warmup_share", share(self.warmup_share)),
+            ("final_share", share(self.final_share) && self.warmup_share + self.final_share < 1.0),
+            ("interval", self.interval > 0),
+            ("beta1", share(self.beta1)),
+            ("beta2", share(self.beta2)),
+            ("orthogonal_weight", self.orthogonal_weight >= 0.0 && self.orthogonal_weight.is_finite()),
+        ];
+        match checks.iter().find(|(_, valid)| !valid) {
+            Some((name, _)) => Err(Error::config(*name, format!("outside its domain in {self:?}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An AdaLoRA adapter of one linear layer.
+#[derive(Debug, Clone)]
+pub struct AdaLora {
+    name: String,
+    pair: LowRank,
+    values: Tensor, // (r): the singular values e
+}
+
+impl AdaLora {
+    /// Creates `{path}.{adapter}.a` and `.b` (normal, standard deviation 0.02) and `.values` (zero).
+    ///
+    /// # Errors
+    /// If an option is outside its domain (the rank above min(in_dim, out_dim)), or a name is taken.
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        base: &Linear,
+        config: &AdaLoraConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let (rank, name) = (config.init_rank, format!("{path}.{adapter}"));
+        let scale = config.alpha / (rank as f64 + 1e-5);
+        let normal = Init::Normal(0.02);
+        params.all_or_none(&format!("{name}."), || {
+            let dims = low_rank::dims(base)?;
+            let pair =
+                LowRank::started(params, &name, dims, rank, (&normal, &normal), scale, config.dropout)?;
+            let values =
+                params.create(&format!("{name}.values"), Role::SingularValues, rank, &Init::Constant(0.0))?;
+            Ok(Self { name: name.clone(), pair, values })
+        })
+    }
+
+    /// Its parameters are `{name}.a`, `.b` and `.values`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A, B and their scale.
+    pub fn low_rank(&self) -> &LowRank {
+        &self.pair
+    }
+
+    /// The singular values e, `(rank)`.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// diag(e) A, `(rank, in_dim)`.
+    fn weighted(&self) -> candle_core::Result<Tensor> {
+        self.pair.a().broadcast_mul(&self.values.unsqueeze(1)?)
+    }
+
+    /// `||A A^T - I||_F + ||B^T B - I||_F`, a scalar.
+    fn departure(&self) -> candle_core::Result<Tensor> {
+        let (a, b) = (self.pair.a(), self.pair.b());
+        let from_identity = |gram: Tensor| -> candle_core::Result<Tensor> {
+            let identity = Tensor::eye(gram.dim(0)?, gram.dtype(), gram.device())?;
+            (gram - identity)?.sqr()?.sum_all()?.sqrt()
+        };
+        from_identity(a.matmul(&a.t()?)?)? + from_identity(b.t()?.matmul(b)?)?
+    }
+}
+
+/// The mean over A and B of every active AdaLoRA layer of `||A A^T - I||_F` and `||B^T B - I||_F`: a
+/// scalar, differentiable. None without such a layer.
+///
+/// # Errors
+/// If candle fails.
+pub fn orthogonal_penalty(model: &dyn Linears) -> Result<Option<Tensor>> {
+    let mut terms = Vec::new();
+    model.visit_linears(&mut |slot| {
+        if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+            terms.push(layer.departure()?);
+        }
+        Ok(())
+    })?;
+    match terms.is_empty() {
+        true => Ok(None),
+        false => Ok(Some((Tensor::stack(&terms, 0)?.sum(D::Minus1)? / (2 * terms.len()) as f64)?)),
+    }
+}
+
+impl Adapter for AdaLora {
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, &self.weighted()?, pass)
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![
+            (Role::A, self.pair.a().clone()),
+            (Role::B, self.pair.b().clone()),
+            (Role::SingularValues, self.values.clone()),
+        ]
+    }
+
+    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        (self.pair.b().matmul(&self.weighted()?)? * self.pair.scale()).map(Some)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

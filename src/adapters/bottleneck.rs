@@ -1,0 +1,105 @@
+//! The bottleneck adapter (Houlsby et al. 2019): a small two-layer network after a sub-layer.
+//!
+//! ```text
+//! h = W0 x + b
+//! y = h + U gelu(D h + d) + u
+//! ```
+//!
+//! It sits on the last linear layer of a sub-layer (attention and feed-forward alike), before dropout,
+//! residual and norm, as figure 2 of the paper has it.
+
+use std::any::Any;
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+use serde::{Deserialize, Serialize};
+
+use super::low_rank;
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::params::{Init, Params, Role};
+use crate::slot::{Adapter, Pass};
+
+/// The options of a bottleneck adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BottleneckConfig {
+    /// The width m inside.
+    pub width: usize,
+}
+
+impl Default for BottleneckConfig {
+    fn default() -> Self {
+        Self { width: 16 }
+    }
+}
+
+/// A bottleneck adapter of one linear layer: `2 m out_dim + m + out_dim` numbers.
+#[derive(Debug, Clone)]
+pub struct Bottleneck {
+    down: Tensor,      // (m, out)
+    down_bias: Tensor, // (m)
+    up: Tensor,        // (out, m)
+    up_bias: Tensor,   // (out)
+}
+
+impl Bottleneck {
+    /// Creates `{path}.{adapter}.down`, `.up` (normal, standard deviation 0.01) and their biases (zero):
+    /// close to the identity, as section 2.1 of the paper asks.
+    ///
+    /// # Errors
+    /// If the width is 0, or a name is taken.
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        base: &Linear,
+        config: &BottleneckConfig,
+    ) -> Result<Self> {
+        let (m, (_, out_dim)) = (config.width, low_rank::dims(base)?);
+        if m == 0 {
+            return Err(Error::config("width", "expected at least 1, got 0"));
+        }
+        let name = format!("{path}.{adapter}.");
+        let (near_zero, zero) = (Init::Normal(0.01), Init::Constant(0.0));
+        params.all_or_none(&name, || {
+            Ok(Self {
+                down: params.create(&format!("{name}down"), Role::A, (m, out_dim), &near_zero)?,
+                down_bias: params.create(&format!("{name}down_bias"), Role::Bias, m, &zero)?,
+                up: params.create(&format!("{name}up"), Role::B, (out_dim, m), &near_zero)?,
+                up_bias: params.create(&format!("{name}up_bias"), Role::Bias, out_dim, &zero)?,
+            })
+        })
+    }
+}
+
+impl Adapter for Bottleneck {
+    fn forward(&self, xs: &Tensor, base: &Linear, _pass: &Pass) -> candle_core::Result<Tensor> {
+        let hidden = ops::linear(xs, base.weight(), base.bias())?.to_dtype(self.down.dtype())?;
+        let inner = ops::gelu(&ops::linear(&hidden, &self.down, Some(&self.down_bias))?)?;
+        let change = ops::linear(&inner, &self.up, Some(&self.up_bias))?;
+        (hidden + change)?.to_dtype(xs.dtype())
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![
+            (Role::A, self.down.clone()),
+            (Role::Bias, self.down_bias.clone()),
+            (Role::B, self.up.clone()),
+            (Role::Bias, self.up_bias.clone()),
+        ]
+    }
+
+    /// None: it is no linear map.
+    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

@@ -1,0 +1,124 @@
+//! DoRA (Liu et al. 2024): a weight's direction gets the low rank, its magnitude a vector.
+//!
+//! ```text
+//! W' = diag(m / n) (W0 + s B A),   n_o = || row o of W0 + s B A ||,   m = n at the start
+//! y  = W' x + b
+//! ```
+//!
+//! n counts as a constant in backward (section 4.3 of the paper). Its squares come from
+//! `||w||^2 + 2 s w.(BA) + s^2 ||BA||^2` by products with A, so that no matrix of the weight's size is
+//! made.
+
+use std::any::Any;
+
+use candle_core::{DType, Tensor, D};
+use candle_nn::Linear;
+
+use super::lora::LoraConfig;
+use super::low_rank::{self, LowRank};
+use crate::error::Result;
+use crate::params::{Params, Role};
+use crate::slot::{Adapter, Pass};
+
+/// A DoRA adapter of one linear layer.
+#[derive(Debug, Clone)]
+pub struct Dora {
+    pair: LowRank,
+    magnitude: Tensor,    // (out)
+    base_squares: Tensor, // (out): the squared norms of the base's rows
+}
+
+impl Dora {
+    /// Creates `{path}.{adapter}.a`, `.b` and `.magnitude` in the store; the last starts as the norms of
+    /// the base's rows, so that nothing changes at first.
+    ///
+    /// # Errors
+    /// As [`super::Lora::new`].
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        base: &Linear,
+        config: &LoraConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let scale = low_rank::scaling(config.rank, config.alpha, config.use_rslora);
+        let name = format!("{path}.{adapter}");
+        let weight = base.weight().detach().to_device(params.device())?.to_dtype(params.dtype())?;
+        let base_squares = weight.sqr()?.sum(1)?;
+        params.all_or_none(&format!("{name}."), || {
+            let dims = low_rank::dims(base)?;
+            let pair = LowRank::new(params, &name, dims, config.rank, scale, config.dropout)?;
+            let norms = base_squares.sqrt()?;
+            let magnitude = params.insert(&format!("{name}.magnitude"), Role::Magnitude, &norms)?;
+            Ok(Self { pair, magnitude, base_squares })
+        })
+    }
+
+    /// A, B and their scale.
+    pub fn low_rank(&self) -> &LowRank {
+        &self.pair
+    }
+
+    /// The magnitude m, `(out_dim)`.
+    pub fn magnitude(&self) -> &Tensor {
+        &self.magnitude
+    }
+
+    /// `m / n`, `(out_dim)`; differentiable in m alone.
+    fn ratio(&self, base: &Linear) -> candle_core::Result<Tensor> {
+        let (a, b, s) = (self.pair.a().detach(), self.pair.b().detach(), self.pair.scale());
+        let weight = base.weight().detach().to_dtype(a.dtype())?;
+        let cross = (weight.matmul(&a.t()?)? * &b)?.sum(D::Minus1)?;
+        let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(D::Minus1)?;
+        let squares = ((&self.base_squares + (cross * (2.0 * s))?)? + (own * (s * s))?)?;
+        // A row of zeros has no direction: its magnitude is zero, and so is what it gives.
+        &self.magnitude / squares.maximum(f64::from(f32::MIN_POSITIVE))?.sqrt()?
+    }
+}
+
+impl Adapter for Dora {
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+        let ratio = self.ratio(base)?;
+        let turned = |ys: Tensor, ratio: &Tensor| ys.to_dtype(ratio.dtype())?.broadcast_mul(ratio);
+        let bare = Linear::new(base.weight().clone(), None);
+        let ys = match self.pair.dropped(xs, pass)? {
+            None => turned(self.pair.forward(xs, &bare, self.pair.a(), &Pass::Mean)?, &ratio)?,
+            // As in PEFT, the base itself sees no dropout, its change of magnitude does.
+            Some(dropped) => {
+                let kept = crate::ops::linear(xs, base.weight(), None)?.to_dtype(ratio.dtype())?;
+                let frozen = crate::ops::linear(&dropped, base.weight(), None)?;
+                let both = self.pair.forward(&dropped, &bare, self.pair.a(), &Pass::Mean)?;
+                ((kept + turned(both, &ratio)?)? - frozen.to_dtype(ratio.dtype())?)?
+            }
+        };
+        match base.bias() {
+            Some(bias) => ys.broadcast_add(&bias.to_dtype(ys.dtype())?)?.to_dtype(xs.dtype()),
+            None => ys.to_dtype(xs.dtype()),
+        }
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![
+            (Role::A, self.pair.a().clone()),
+            (Role::B, self.pair.b().clone()),
+            (Role::Magnitude, self.magnitude.clone()),
+        ]
+    }
+
+    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        let wide = if base.weight().dtype() == DType::F64 { DType::F64 } else { self.magnitude.dtype() };
+        let weight = base.weight().detach().to_dtype(wide)?;
+        let moved = (&weight + self.pair.delta()?.to_dtype(wide)?)?;
+        let ratio = self.ratio(base)?.to_dtype(wide)?.unsqueeze(1)?;
+        Ok(Some((moved.broadcast_mul(&ratio)? - weight)?))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

@@ -1,0 +1,87 @@
+//! IA3 (Liu et al. 2022): activations are scaled by learned vectors.
+//!
+//! ```text
+//! y = l * (W0 x + b)          on keys and values
+//! y = W0 (l * x) + b          on the second layer of a feed-forward block
+//! ```
+
+use std::any::Any;
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+use serde::{Deserialize, Serialize};
+
+use super::low_rank;
+use crate::error::Result;
+use crate::ops;
+use crate::params::{Init, Params, Role};
+use crate::slot::{Adapter, Pass};
+
+/// What of a layer the vector scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scaled {
+    /// The output: keys and values.
+    Output,
+    /// The input: the second layer of a feed-forward block, whose input is the block's inside.
+    Input,
+}
+
+/// An IA3 adapter of one linear layer: `out_dim` or `in_dim` numbers.
+#[derive(Debug, Clone)]
+pub struct Ia3 {
+    scaling: Tensor,
+    scaled: Scaled,
+}
+
+impl Ia3 {
+    /// Creates the parameter `{path}.{adapter}.scaling`, all ones, in the store.
+    ///
+    /// # Errors
+    /// If the name is taken.
+    pub fn new(params: &Params, path: &str, adapter: &str, base: &Linear, scaled: Scaled) -> Result<Self> {
+        let (in_dim, out_dim) = low_rank::dims(base)?;
+        let len = if scaled == Scaled::Output { out_dim } else { in_dim };
+        let name = format!("{path}.{adapter}.scaling");
+        Ok(Self { scaling: params.create(&name, Role::Scaling, len, &Init::Constant(1.0))?, scaled })
+    }
+
+    /// The vector l: `(out_dim)`, or `(in_dim)` where the input is scaled.
+    pub fn scaling(&self) -> &Tensor {
+        &self.scaling
+    }
+}
+
+impl Adapter for Ia3 {
+    fn forward(&self, xs: &Tensor, base: &Linear, _pass: &Pass) -> candle_core::Result<Tensor> {
+        // The product in the vector's precision, whatever the base's.
+        let scale =
+            |t: &Tensor| t.to_dtype(self.scaling.dtype())?.broadcast_mul(&self.scaling)?.to_dtype(xs.dtype());
+        match self.scaled {
+            Scaled::Output => scale(&ops::linear(xs, base.weight(), base.bias())?),
+            Scaled::Input => ops::linear(&scale(xs)?, base.weight(), base.bias()),
+        }
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![(Role::Scaling, self.scaling.clone())]
+    }
+
+    /// None where a bias is scaled, too: that is no change of the weight alone.
+    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        let by = (&self.scaling.detach() - 1.0)?;
+        let by = match (self.scaled, base.bias()) {
+            (Scaled::Output, Some(_)) => return Ok(None),
+            (Scaled::Output, None) => by.unsqueeze(1)?,
+            (Scaled::Input, _) => by.unsqueeze(0)?,
+        };
+        base.weight().detach().to_dtype(by.dtype())?.broadcast_mul(&by).map(Some)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

@@ -1,0 +1,169 @@
+//! AdaLoRA's budget: which singular values of which layers stay (Zhang et al. 2023, algorithm 1).
+//!
+//! ```text
+//! I  = |w grad|,  I' = b1 I' + (1 - b1) I,  U' = b2 U' + (1 - b2) |I - I'|          (eqs. 9, 10)
+//! S_i = I' U' of e_i + mean over A's row i + mean over B's column i               (eq. 8)
+//! ```
+//!
+//! Of all triplets of all layers the best `budget(step)` keep their singular value; that of every
+//! other is set to zero, from which a later gradient can lift it again until the budget is final.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor, D};
+
+use super::adalora::{AdaLora, AdaLoraConfig};
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::slot::Linears;
+
+/// Smoothed importance of one parameter, and how uncertain it is.
+#[derive(Debug, Clone)]
+struct Importance {
+    mean: Tensor,
+    uncertainty: Tensor,
+}
+
+/// Moves the budget of ranks between layers; told of every optimiser step.
+#[derive(Debug)]
+pub struct RankAllocator {
+    config: AdaLoraConfig,
+    /// Layers by their parameters' name, with their ranks.
+    layers: Vec<(String, usize)>,
+    importance: BTreeMap<String, Importance>,
+    /// Once the budget is final: which values stay, a mask for each layer.
+    kept: Option<Vec<Tensor>>,
+}
+
+impl RankAllocator {
+    /// An allocator for the active AdaLoRA layers of a model.
+    ///
+    /// # Errors
+    /// If an option is outside its domain, or there is no such layer.
+    pub fn new(model: &dyn Linears, config: &AdaLoraConfig) -> Result<Self> {
+        config.validate()?;
+        let mut layers = Vec::new();
+        model.visit_linears(&mut |slot| {
+            if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+                layers.push((layer.name().to_string(), layer.values().elem_count()));
+            }
+            Ok(())
+        })?;
+        if layers.is_empty() {
+            return Err(Error::config("adapter", "no layer has an active AdaLoRA adapter"));
+        }
+        Ok(Self { config: config.clone(), layers, importance: BTreeMap::new(), kept: None })
+    }
+
+    /// The singular values that stay at a step (1-based) of `total`, and whether it allocates: the
+    /// cubic schedule of eq. 12.
+    pub fn budget(&self, step: usize, total: usize) -> (usize, bool) {
+        let all: usize = self.layers.iter().map(|(_, rank)| rank).sum();
+        let last = (self.config.target_rank * self.layers.len()).min(all);
+        let (first, end) = self.limits(total);
+        if step <= first {
+            (all, false)
+        } else if step > end {
+            (last, true)
+        } else {
+            let left = 1.0 - (step - first) as f64 / (end - first) as f64;
+            let budget = ((all - last) as f64 * left.powi(3) + last as f64) as usize;
+            (budget, step.is_multiple_of(self.config.interval))
+        }
+    }
+
+    /// The last step of the warm-up and the last at which the budget may fall.
+    fn limits(&self, total: usize) -> (usize, usize) {
+        let of = |share: f64| (share * total as f64) as usize;
+        (of(self.config.warmup_share), total - of(self.config.final_share))
+    }
+
+    /// After optimiser step `step` (1-based) of `total`: updates the importance with the step's
+    /// gradients, by parameter name, and sets singular values to zero where the budget says so.
+    ///
+    /// # Errors
+    /// If a parameter or its gradient is missing, or candle fails.
+    pub fn after_step(
+        &mut self,
+        params: &Params,
+        gradient: &dyn Fn(&str) -> Option<Tensor>,
+        step: usize,
+        total: usize,
+    ) -> Result<()> {
+        let (_, end) = self.limits(total);
+        if let Some(kept) = self.kept.as_ref().filter(|_| step > end) {
+            return self.mask(params, kept);
+        }
+        // As in PEFT, the last allocation goes by what was seen before it.
+        let watches = step < end || self.importance.is_empty();
+        for (name, _) in self.layers.iter().filter(|_| watches) {
+            for part in ["a", "b", "values"] {
+                let name = format!("{name}.{part}");
+                let missing = || Error::tensor(&*name, "AdaLoRA needs this parameter and its gradient");
+                let param = params.get(&name).ok_or_else(missing)?;
+                let gradient = gradient(&name).ok_or_else(missing)?;
+                let now = (param.var.as_detached_tensor() * gradient)?.abs()?;
+                let seen = update(self.importance.get(&name), &now, &self.config)?;
+                self.importance.insert(name, seen);
+            }
+        }
+        let (budget, allocates) = self.budget(step, total);
+        if !allocates && step != end {
+            return Ok(());
+        }
+        let kept = self.best(budget)?;
+        self.mask(params, &kept)?;
+        self.kept = (step >= end).then_some(kept);
+        Ok(())
+    }
+
+    /// The masks that keep the `budget` most important singular values.
+    fn best(&self, budget: usize) -> Result<Vec<Tensor>> {
+        let mut scores = Vec::new();
+        for (name, _) in &self.layers {
+            let of = |part: &str| {
+                let seen = &self.importance[&format!("{name}.{part}")];
+                &seen.mean * &seen.uncertainty
+            };
+            let score = ((of("values")? + of("a")?.mean(D::Minus1)?)? + of("b")?.mean(0)?)?;
+            scores.push(score.to_dtype(DType::F64)?.to_vec1::<f64>()?);
+        }
+        let mut order: Vec<f64> = scores.iter().flatten().copied().collect();
+        order.sort_by(f64::total_cmp);
+        // As in PEFT, what equals the best that goes, goes, too.
+        let threshold = order.len().checked_sub(budget + 1).map(|last| order[last]);
+        let stays = |score: &f64| threshold.is_none_or(|threshold| *score > threshold);
+        let masks = scores.iter().map(|scores| {
+            let mask: Vec<f32> = scores.iter().map(|score| f32::from(u8::from(stays(score)))).collect();
+            Ok(Tensor::new(mask, &candle_core::Device::Cpu)?)
+        });
+        masks.collect()
+    }
+
+    fn mask(&self, params: &Params, kept: &[Tensor]) -> Result<()> {
+        for ((name, _), mask) in self.layers.iter().zip(kept) {
+            let name = format!("{name}.values");
+            if let Some(param) = params.get(&name) {
+                let values = param.var.as_detached_tensor();
+                let mask = mask.to_device(values.device())?.to_dtype(values.dtype())?;
+                param.var.set(&(values * mask)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The smoothed importance after one more step.
+fn update(seen: Option<&Importance>, now: &Tensor, config: &AdaLoraConfig) -> Result<Importance> {
+    let blend = |old: Option<&Tensor>, new: &Tensor, decay: f64| -> Result<Tensor> {
+        let new = (new * (1.0 - decay))?;
+        Ok(match old {
+            Some(old) => ((old * decay)? + new)?,
+            None => new,
+        })
+    };
+    let mean = blend(seen.map(|s| &s.mean), now, config.beta1)?;
+    let surprise = (now - &mean)?.abs()?;
+    let uncertainty = blend(seen.map(|s| &s.uncertainty), &surprise, config.beta2)?;
+    Ok(Importance { mean, uncertainty })
+}
