@@ -33,6 +33,7 @@ pub mod data;
 pub mod eval;
 pub mod generate;
 pub mod metrics;
+pub mod study;
 pub mod train;
 
 pub use error::{Error, Result};

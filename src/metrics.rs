@@ -2,7 +2,7 @@
 //!
 //! Everything is in double precision; definitions follow scikit-learn and SciPy.
 
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 pub const ECE_BINS: usize = 15;
 
 /// The scores of one evaluation; those that do not apply are absent.
-#[derive(Serialize, Clone, Debug, Default, PartialEq)]
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
 pub struct Metrics {
     /// The share of rows whose most probable class is the label.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -28,7 +29,7 @@ pub struct Metrics {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spearman: Option<f64>,
     /// Mean `-ln p` of the labels, in nats; infinite (`null` in JSON) if one had probability 0.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "null_is_infinite")]
     pub nll: Option<f64>,
     /// Expected calibration error, as a fraction.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -39,6 +40,11 @@ pub struct Metrics {
     /// Mean squared error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mse: Option<f64>,
+}
+
+/// JSON has no infinity: what is written as null.
+fn null_is_infinite<'de, D: Deserializer<'de>>(value: D) -> std::result::Result<Option<f64>, D::Error> {
+    Ok(Some(Option::<f64>::deserialize(value)?.unwrap_or(f64::INFINITY)))
 }
 
 impl Metrics {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::scaler::ScalerSchedule;
 use crate::adapters::low_rank;
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
@@ -121,6 +122,8 @@ pub struct MonteCLoRAConfig {
     pub num_components: usize,
     /// eps, the scale of the perturbation.
     pub sample_scaler: f64,
+    /// Its course over training.
+    pub scaler_schedule: ScalerSchedule,
     /// eta, the weight of the three KL terms.
     pub kl_weight: f64,
     /// The weight of the cooperative loss.
@@ -170,6 +173,7 @@ impl MonteCLoRAConfig {
             use_rslora: false,
             num_components: 4,
             sample_scaler: 5e-3,
+            scaler_schedule: ScalerSchedule::Constant,
             kl_weight: 1e-5,
             cooperative_weight: 1.0,
             dirichlet_prior: 1.0,
@@ -235,6 +239,7 @@ impl MonteCLoRAConfig {
             return Err(Error::config("num_components", "expected at least 1, got 0"));
         }
         positive("sample_scaler", self.sample_scaler)?;
+        self.scaler_schedule.validate()?;
         positive("dirichlet_prior", self.dirichlet_prior)?;
         not_negative("kl_weight", self.kl_weight)?;
         not_negative("cooperative_weight", self.cooperative_weight)?;

@@ -6,12 +6,13 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
-use super::config::MonteCLoRAConfig;
+use super::config::{positive, MonteCLoRAConfig};
 use super::held::held;
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use super::posterior::{Posterior, PosteriorDraw};
@@ -29,6 +30,8 @@ pub struct MonteCLoRA {
     pair: LowRank,
     posterior: Posterior,
     buffer: SampleBuffer,
+    /// The bits of the factor on eps in training draws: set between steps, read within.
+    training_factor: AtomicU64,
 }
 
 impl MonteCLoRA {
@@ -76,7 +79,8 @@ impl MonteCLoRA {
         let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
-        Ok(Self { name: name.to_string(), pair, posterior, buffer })
+        let training_factor = AtomicU64::new(1f64.to_bits());
+        Ok(Self { name: name.to_string(), pair, posterior, buffer, training_factor })
     }
 
     /// The prefix of its parameters' names, `{path}.{adapter}`.
@@ -109,6 +113,25 @@ impl MonteCLoRA {
         &mut self.buffer
     }
 
+    /// Scales eps in training draws, as a schedule does between two steps.
+    ///
+    /// # Errors
+    /// Unless the factor is positive and finite.
+    pub fn set_training_factor(&self, factor: f64) -> Result<()> {
+        positive("scaler_schedule", factor)?;
+        self.training_factor.store(factor.to_bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The posterior that a pass draws from.
+    fn posterior_of(&self, pass: &Pass) -> Cow<'_, Posterior> {
+        let factor = f64::from_bits(self.training_factor.load(Ordering::Relaxed));
+        match pass {
+            Pass::Train { .. } if factor != 1.0 => Cow::Owned(self.posterior.scaled(factor)),
+            _ => Cow::Borrowed(&self.posterior),
+        }
+    }
+
     /// The noise that `pass` addresses; none at the mean.
     ///
     /// # Errors
@@ -122,7 +145,7 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn draw(&self, pass: &Pass) -> candle_core::Result<Option<PosteriorDraw>> {
-        self.noise(pass)?.map(|noise| self.posterior.draw(&noise)).transpose()
+        self.noise(pass)?.map(|noise| self.posterior_of(pass).draw(&noise)).transpose()
     }
 
     /// The A of a pass, `(r, in_dim)`: the mean, or the mean and the draw's perturbation.
@@ -130,7 +153,7 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
-        let draw = |draw| self.posterior.perturbed(self.pair.a(), &self.buffer.get(draw)?);
+        let draw = |draw| self.posterior_of(pass).perturbed(self.pair.a(), &self.buffer.get(draw)?);
         Ok(match (pass, pass.posterior_draw()?) {
             (_, None) => Cow::Borrowed(self.pair.a()),
             (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),

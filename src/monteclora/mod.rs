@@ -9,6 +9,7 @@ pub mod noise;
 pub mod posterior;
 pub mod regularizer;
 mod row_scales;
+mod scaler;
 
 pub use buffer::SampleBuffer;
 pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
@@ -18,3 +19,4 @@ pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
 pub use noise::{DrawNoise, NoiseSpec, NoiseStreams};
 pub use posterior::{Posterior, PosteriorDraw};
 pub use regularizer::{Regularizer, RegularizerTerms};
+pub use scaler::{SampleScaler, ScalerSchedule};

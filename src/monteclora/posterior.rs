@@ -118,6 +118,11 @@ impl Posterior {
         Ok(())
     }
 
+    /// The same posterior with eps times `factor`.
+    pub(super) fn scaled(&self, factor: f64) -> Self {
+        Self { sample_scaler: self.sample_scaler * factor, ..self.clone() }
+    }
+
     /// b, the concentration of the Dirichlet prior.
     pub fn dirichlet_prior(&self) -> f64 {
         self.dirichlet_prior

@@ -121,7 +121,11 @@ impl Objective for CausalTuning<'_> {
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.iter().filter_map(|row| self.rows.get(*row)).map(|row| row.targets() as f64).sum()
     }
+    fn before_step(&self, step: usize, total: usize) -> Result<()> {
+        self.upkeep.before_step(self.model, step, total)
+    }
+
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.upkeep.after_step(params, gradients, step, total)
+        self.upkeep.after_step(self.model, params, gradients, step, total)
     }
 }

@@ -246,7 +246,11 @@ impl Objective for Classification<'_> {
     fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
         self.classifier.loss(&self.batch(rows)?, pass)
     }
+    fn before_step(&self, step: usize, total: usize) -> Result<()> {
+        self.classifier.upkeep.before_step(self.classifier.model.as_ref(), step, total)
+    }
+
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.classifier.upkeep.after_step(params, gradients, step, total)
+        self.classifier.upkeep.after_step(self.classifier.model.as_ref(), params, gradients, step, total)
     }
 }

@@ -4,7 +4,7 @@ use super::upkeep::Upkeep;
 use crate::adapters::{AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, Scaled};
 use crate::error::{Error, Result};
 use crate::inject::{self, Select, Targets};
-use crate::monteclora::{MonteCLoRAConfig, Regularizer};
+use crate::monteclora::MonteCLoRAConfig;
 use crate::named;
 use crate::params::Params;
 use crate::peft::{self, AdapterFile};
@@ -133,7 +133,7 @@ impl Start {
             }
         }
         match self.method() {
-            Method::MonteCLoRA(config) => Ok(Regularizer::new(&config).into()),
+            Method::MonteCLoRA(config) => Ok(Upkeep::of_posterior(&config)),
             Method::AdaLora(config) => Upkeep::of_budget(model, &config),
             _ => Ok(Upkeep::default()),
         }

@@ -118,6 +118,14 @@ pub trait Objective {
         rows.len() as f64
     }
 
+    /// What the method does before optimiser step `step` (1-based) of `total`.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn before_step(&self, _step: usize, _total: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// What the method does after optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
@@ -273,6 +281,7 @@ impl Run<'_> {
                 let clock = Instant::now();
                 let step = epoch * per_epoch + i + 1;
                 let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
+                objective.before_step(step, total)?;
                 let mut done = group_gradients(objective, params, group, draw, step)?;
                 let grad_norm = clip(&mut done.grads, config.clip, step, group)?;
                 self.optimizer.step(&done.grads, lr)?;

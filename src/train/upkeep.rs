@@ -1,6 +1,6 @@
 //! What a method asks of training beside the task's loss: a penalty, and work between two steps.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
 
@@ -9,7 +9,8 @@ use super::trainer::Loss;
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
 use crate::adapters::AdaLoraConfig;
 use crate::error::{Error, Result};
-use crate::monteclora::Regularizer;
+use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
+use crate::ops;
 use crate::params::Params;
 use crate::slot::{Linears, Pass};
 
@@ -21,7 +22,11 @@ pub struct Upkeep(Kind);
 enum Kind {
     #[default]
     None,
-    Posterior(Regularizer),
+    Posterior {
+        regularizer: Regularizer,
+        // As below.
+        scaler: Mutex<SampleScaler>,
+    },
     Budget {
         weight: f64,
         // A step is told to a shared objective; steps do not overlap.
@@ -29,13 +34,13 @@ enum Kind {
     },
 }
 
-impl From<Regularizer> for Upkeep {
-    fn from(regularizer: Regularizer) -> Self {
-        Self(Kind::Posterior(regularizer))
-    }
-}
-
 impl Upkeep {
+    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
+    pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
+        let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
+        Self(Kind::Posterior { regularizer: Regularizer::new(config), scaler })
+    }
+
     /// That of AdaLoRA, whose adapters are on `model`.
     ///
     /// # Errors
@@ -52,7 +57,7 @@ impl Upkeep {
     pub fn loss(&self, task: Tensor, model: &dyn Linears, pass: &Pass) -> Result<Loss> {
         match &self.0 {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
-            Kind::Posterior(regularizer) => {
+            Kind::Posterior { regularizer, .. } => {
                 let penalty = regularizer.for_model(model, pass)?;
                 let total = (&task + &penalty.total)?;
                 let terms = vec![
@@ -73,19 +78,42 @@ impl Upkeep {
         }
     }
 
-    /// After optimiser step `step` (1-based) of `total` with these gradients.
+    /// Before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// As [`RankAllocator::after_step`].
+    /// If the walk over the model fails.
+    pub fn before_step(&self, model: &dyn Linears, step: usize, total: usize) -> Result<()> {
+        match &self.0 {
+            Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(model, step, total),
+            Kind::None | Kind::Budget { .. } => Ok(()),
+        }
+    }
+
+    /// After optimiser step `step` (1-based) of `total` with these gradients, before clipping or after.
+    ///
+    /// # Errors
+    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`].
     pub fn after_step(
         &self,
+        model: &dyn Linears,
         params: &Params,
         gradients: &Gradients,
         step: usize,
         total: usize,
     ) -> Result<()> {
-        let Kind::Budget { allocator, .. } = &self.0 else { return Ok(()) };
-        let mut allocator = allocator.lock().map_err(|_| Error::config("adapter", "a step panicked"))?;
-        allocator.after_step(params, &|name| gradients.get(name).cloned(), step, total)
+        match &self.0 {
+            Kind::None => Ok(()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
+                // Frozen (post-hoc), A has no gradient, and nothing that could fade.
+                gradients.get(name).map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(gradient)?))
+            }),
+            Kind::Budget { allocator, .. } => {
+                locked(allocator)?.after_step(params, &|name| gradients.get(name).cloned(), step, total)
+            }
+        }
     }
+}
+
+fn locked<T>(state: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
+    state.lock().map_err(|_| Error::config("method", "an earlier step panicked"))
 }

@@ -353,3 +353,25 @@ fn a_perturbation_far_below_the_half_precision_step_of_a_survives_on_a_half_prec
     assert_eq!(layer.forward_with(&xs, &TRAIN)?.dtype(), DType::BF16);
     Ok(())
 }
+
+#[test]
+fn a_schedule_scales_the_draws_of_training_alone() -> Result<()> {
+    let xs = normals("xs", &[5, 6])?;
+    for mixture in [Mixture::Collapsed, Mixture::Explicit, Mixture::Sparse] {
+        let params = store(1);
+        let layer = linear(&params, &MonteCLoRAConfig { mixture, ..config() })?;
+        shake(&params)?;
+        let change = |pass: &Pass| -> Result<Tensor> {
+            Ok((layer.forward_with(&xs, pass)? - layer.forward_with(&xs, &Pass::Mean)?)?)
+        };
+        let predictive = Pass::Posterior { draw: 2 };
+        let (before, predicted) = (change(&TRAIN)?, change(&predictive)?);
+        layer.adapter().set_training_factor(0.25)?;
+        assert_close("training", &change(&TRAIN)?, &(before * 0.25)?, 1e-12)?;
+        assert_close("predictive", &change(&predictive)?, &predicted, 0.0)?;
+        for bad in [0.0, -1.0, f64::NAN] {
+            assert!(layer.adapter().set_training_factor(bad).is_err());
+        }
+    }
+    Ok(())
+}

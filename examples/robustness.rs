@@ -1,0 +1,217 @@
+//! How much do results depend on hyperparameters? The paper's grid, method by method, and its report.
+//!
+//! `cargo run --release --example robustness -- --quick`: the bundled model on the bundled SST-2
+//! excerpt, a small grid. Without `--quick` the paper's nine settings.
+//!
+//! `cargo run --release --example robustness -- --model DIR_OR_HUB_ID --tasks mrpc,rte --data DIR
+//! --methods lora,monteclora,monteclora:n=64 --lrs 3e-4,5e-5,1e-5 --batch-sizes 8,32,64 --epochs 3
+//! --seeds 1,2,3 --output OUT`: any model, any task. A run that is killed goes on where it stopped;
+//! `--shard 2/4`, or a SLURM job array, takes a part of the cells.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use common::Outcome;
+use monteclora::data::encode::{Encoded, TextEncoder};
+use monteclora::data::task::{Splits, Task};
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::sequence::SequenceConfig;
+use monteclora::study::{self, CellKey, Grid, Progress, Shard, Trial};
+use serde_json::{json, Value};
+
+#[derive(Parser)]
+struct Args {
+    /// A model folder, or a hub repository. Default: the bundled model.
+    #[arg(long)]
+    model: Option<String>,
+    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas.
+    #[arg(long, value_delimiter = ',', default_value = "sst2")]
+    tasks: Vec<String>,
+    /// A folder with the tasks in the GLUE or SuperGLUE download layout. Default: the hub's files.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
+    /// monteclora, monteclora-sparse, monteclora-posthoc) and options, as in monteclora:n=64:eps=1e-2.
+    #[arg(long, value_delimiter = ',')]
+    methods: Option<Vec<String>>,
+    /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
+    #[arg(long, value_delimiter = ',')]
+    lrs: Option<Vec<f64>>,
+    #[arg(long, value_delimiter = ',')]
+    batch_sizes: Option<Vec<usize>>,
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    seeds: Vec<u64>,
+    #[arg(long, default_value_t = 3)]
+    epochs: usize,
+    #[arg(long, default_value_t = 128)]
+    max_length: usize,
+    /// Train on the first rows only: a number, or one for each of some tasks, as in sst2=4000,mrpc=1000.
+    #[arg(long, value_delimiter = ',', value_parser = limit)]
+    limit_train: Vec<(String, usize)>,
+    /// Measure on the first rows only.
+    #[arg(long)]
+    limit_dev: Option<usize>,
+    /// Rows of this task are to be told from those of the others.
+    #[arg(long)]
+    foreign_task: Option<String>,
+    /// Posterior draws, and passes of MC dropout.
+    #[arg(long, default_value_t = 10)]
+    draws: usize,
+    /// A small grid: two learning rates, one batch size, three methods, one epoch.
+    #[arg(long)]
+    quick: bool,
+    /// Run a part of the cells, i/n. Default: the whole, or this member of a SLURM job array.
+    #[arg(long)]
+    shard: Option<Shard>,
+    /// Only write the report of the results there are.
+    #[arg(long)]
+    report_only: bool,
+    /// cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// The folder of the results and the report.
+    #[arg(long, default_value = "target/robustness")]
+    output: PathBuf,
+}
+
+/// `N`, for every task, or `task=N`.
+fn limit(text: &str) -> Result<(String, usize), String> {
+    let (task, rows) = text.split_once('=').unwrap_or(("", text));
+    Ok((task.to_string(), rows.parse().map_err(|e| format!("{rows:?}: {e}"))?))
+}
+
+fn main() -> std::process::ExitCode {
+    common::exit(run())
+}
+
+fn run() -> Outcome {
+    common::tune_allocator();
+    let args = Args::parse();
+    if !args.report_only {
+        run_cells(&args)?;
+    }
+    //REPORT study::write_report(&args.output, &args.output)?;
+    //REPORT println
+    Ok(())
+}
+
+fn run_cells(args: &Args) -> Outcome {
+    let device = common::device(&args.device)?;
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => common::asset("tiny-roberta")?,
+    };
+    let files = ModelFiles::locate(&model, None)?;
+    let data = Data { args, files: &files };
+    let mut tasks = BTreeMap::new();
+    for name in &args.tasks {
+        tasks.insert(name.as_str(), data.load(name)?);
+    }
+    let foreign = args.foreign_task.as_deref().map(|name| data.load(name)).transpose()?;
+    let foreign = foreign.map(|rows| rows.dev).unwrap_or_default();
+
+    let cells = grid(args).cells()?;
+    let shard = match args.shard {
+        Some(shard) => shard,
+        None => Shard::from_slurm(|name| std::env::var(name).ok())?,
+    };
+    let mut cell = |key: &CellKey| {
+        let rows = &tasks[key.task.as_str()];
+        let trial = Trial {
+            files: &files,
+            task: rows.task,
+            train: &rows.train,
+            held_out: &rows.held_out,
+            dev: &rows.dev,
+            foreign: &foreign,
+            epochs: if args.quick { 1 } else { args.epochs },
+            draws: args.draws,
+            device: &device,
+        };
+        trial.run(key)
+    };
+    study::run(&args.output, &settings(args, &model), &cells, shard, &mut cell, &mut say)?;
+    Ok(())
+}
+
+/// What all cells depend on beside their own keys.
+fn settings(args: &Args, model: &str) -> Value {
+    let model = Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy());
+    json!({
+        "model": model, "epochs": if args.quick { 1 } else { args.epochs }, "max_length": args.max_length,
+        "limit_train": args.limit_train, "limit_dev": args.limit_dev, "draws": args.draws,
+        "foreign_task": args.foreign_task, "version": env!("CARGO_PKG_VERSION"),
+    })
+}
+
+fn grid(args: &Args) -> Grid {
+    let methods = match (&args.methods, args.quick) {
+        (Some(methods), _) => methods.clone(),
+        (None, true) => ["lora", "full", "monteclora"].map(String::from).to_vec(),
+        (None, false) => study::recipe::NAMES.map(String::from).to_vec(),
+    };
+    let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(args.tasks.clone(), methods) };
+    if args.model.is_none() {
+        // The bundled model is small and starts from little: it wants higher rates.
+        grid.lrs = vec![2e-3, 5e-4, 1e-4];
+    }
+    if args.quick {
+        grid.lrs.truncate(2);
+        grid.batch_sizes = vec![32];
+    }
+    Grid {
+        lrs: args.lrs.clone().unwrap_or(grid.lrs),
+        batch_sizes: args.batch_sizes.clone().unwrap_or(grid.batch_sizes),
+        ..grid
+    }
+}
+
+fn say(progress: &Progress, next: Option<&CellKey>) {
+    let left = progress.seconds_left.map(|s| format!(", about {:.0} min left", s / 60.0)).unwrap_or_default();
+    let Progress { done, total, failed, .. } = progress;
+    let next = next.map(|key| format!("; now {}", key.folder_name())).unwrap_or_default();
+    eprintln!("{done} of {total} cells done, {failed} failed{left}{next}");
+}
+
+/// Reads and encodes tasks.
+struct Data<'a> {
+    args: &'a Args,
+    files: &'a ModelFiles,
+}
+
+struct Rows {
+    task: Task,
+    train: Vec<Encoded>,
+    held_out: Vec<Encoded>,
+    dev: Vec<Encoded>,
+}
+
+impl Data<'_> {
+    fn load(&self, name: &str) -> Outcome<Rows> {
+        let (args, task) = (self.args, name.parse::<Task>()?);
+        let splits = self.splits(task)?;
+        let config = SequenceConfig::from_file(self.files.config_path(), task.num_labels())?;
+        let tokenizer = common::tokenizer(self.files, config.vocab_size())?;
+        let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;
+        let first = |rows: usize, limit: Option<usize>| rows.min(limit.unwrap_or(rows));
+        let (_, dev) = splits.dev.first().ok_or_else(|| format!("{name}: there is no development set"))?;
+        // One training row in twenty is held out, to fit temperatures and prior precisions on.
+        let limit = args.limit_train.iter().find(|(task, _)| task.is_empty() || task == name);
+        let used = first(splits.train.len(), limit.map(|(_, rows)| *rows));
+        let mut train = encoder.encode(&splits.train[..used])?;
+        let held_out = train.split_off(used - used / 20);
+        let dev = encoder.encode(&dev[..first(dev.len(), args.limit_dev)])?;
+        Ok(Rows { task, train, held_out, dev })
+    }
+
+    fn splits(&self, task: Task) -> Outcome<Splits> {
+        match (&self.args.data, &self.args.model) {
+            (Some(dir), _) => Ok(task.load_folder(dir)?),
+            (None, None) if task == Task::Sst2 => Ok(task.load_folder(Path::new(&common::asset("sst2")?))?),
+            (None, _) => common::hub_splits(task),
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
+
+pub mod cell;
+mod grid;
+pub mod recipe;
+mod run;
+mod treatments;
+mod trial;
+
+pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
+pub use grid::{Grid, Shard};
+pub use recipe::Recipe;
+pub use run::{run, Progress};
+pub use trial::Trial;

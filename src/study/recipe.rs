@@ -1,0 +1,220 @@
+//! Methods by name, with options: what a grid's columns are made of.
+//!
+//! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
+//! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`.
+
+use std::str::FromStr;
+
+use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig};
+use crate::dist::{Covariance, Estimator};
+use crate::error::{Error, Result};
+use crate::inject::Targets;
+use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
+use crate::train::Method;
+
+/// The names that a recipe can begin with.
+pub const NAMES: [&str; 11] = [
+    "full",
+    "lora",
+    "rslora",
+    "loraplus",
+    "dora",
+    "adalora",
+    "ia3",
+    "bottleneck",
+    "monteclora",
+    "monteclora-sparse",
+    "monteclora-posthoc",
+];
+
+/// How a model is fine-tuned in a study.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// As it was written.
+    pub text: String,
+    /// The method; under post-hoc the one that comes first.
+    pub method: Method,
+    /// The layers it changes.
+    pub targets: Targets,
+    /// The learning rate of B as a multiple of that of A.
+    pub loraplus_ratio: f64,
+    /// The posterior that is put on the trained LoRA, where there is one.
+    pub post_hoc: Option<MonteCLoRAConfig>,
+}
+
+impl Recipe {
+    /// Whether it ends in a posterior that can be drawn from.
+    pub fn has_posterior(&self) -> bool {
+        self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
+    }
+
+    /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
+    pub fn is_lora(&self) -> bool {
+        self.post_hoc.is_none() && matches!(self.method, Method::Lora(_))
+    }
+}
+
+impl FromStr for Recipe {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let name = parts.next().unwrap_or_default();
+        let mut options = Options::default();
+        for part in parts {
+            let (key, value) = part.split_once('=').ok_or_else(|| wrong(text, "expected key=value"))?;
+            options.set(key, value).map_err(|reason| wrong(text, &format!("{part}: {reason}")))?;
+        }
+        let (lora, bayes) = (options.lora.clone(), options.bayes.clone());
+        let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
+        let method = match name {
+            "full" => Method::Full,
+            "lora" | "loraplus" | "monteclora-posthoc" => Method::Lora(lora),
+            "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
+            "dora" => Method::Dora(lora),
+            // Half as much again at the start, as in its paper.
+            "adalora" => Method::AdaLora(AdaLoraConfig {
+                init_rank: rank + rank.div_ceil(2),
+                target_rank: rank,
+                alpha,
+                dropout,
+                ..AdaLoraConfig::default()
+            }),
+            "ia3" => Method::Ia3,
+            "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
+            "monteclora" => Method::MonteCLoRA(bayes.clone()),
+            "monteclora-sparse" => {
+                Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
+            }
+            _ => return Err(wrong(text, &format!("{name:?} is none of {}", NAMES.join(", ")))),
+        };
+        if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
+            return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
+        }
+        let ratio = if name == "loraplus" { 16.0 } else { 1.0 };
+        Ok(Self {
+            text: text.to_string(),
+            method,
+            targets: options.targets,
+            loraplus_ratio: options.ratio.unwrap_or(ratio),
+            post_hoc: (name == "monteclora-posthoc").then_some(bayes),
+        })
+    }
+}
+
+fn wrong(text: &str, reason: &str) -> Error {
+    Error::config("method", format!("{text:?}: {reason}"))
+}
+
+/// What the options change.
+#[derive(Default)]
+struct Options {
+    lora: LoraConfig,
+    bayes: MonteCLoRAConfig,
+    targets: Targets,
+    ratio: Option<f64>,
+    /// An option that only a posterior has.
+    of_posterior: Option<&'static str>,
+}
+
+impl Options {
+    fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
+        let number = || value.parse::<f64>().map_err(|e| e.to_string());
+        let count = || value.parse::<usize>().map_err(|e| e.to_string());
+        let bayes = &mut self.bayes;
+        self.of_posterior = match key {
+            "n" => Some("n"),
+            "eps" => Some("eps"),
+            "eta" => Some("eta"),
+            "cooperative" => Some("cooperative"),
+            "prior" => Some("prior"),
+            "init" => Some("init"),
+            "std" => Some("std"),
+            "covariance" => Some("covariance"),
+            "estimator" => Some("estimator"),
+            "scaler" => Some("scaler"),
+            _ => self.of_posterior,
+        };
+        match key {
+            "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
+            "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
+            "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
+            "ratio" => self.ratio = Some(number()?),
+            "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
+            "n" => bayes.num_components = count()?,
+            "eps" => bayes.sample_scaler = number()?,
+            "eta" => bayes.kl_weight = number()?,
+            "cooperative" => bayes.cooperative_weight = number()?,
+            "prior" => bayes.dirichlet_prior = number()?,
+            "scaler" => bayes.scaler_schedule = value.parse().map_err(|e: Error| e.to_string())?,
+            "std" => bayes.initial_std = Initial::Constant(number()?),
+            "init" => {
+                bayes.initial_concentration = match value {
+                    "random" => Initial::Uniform(0.0, 1.0),
+                    _ => Initial::Constant(number()?),
+                }
+            }
+            "covariance" => {
+                bayes.covariance = match value {
+                    "full" => Covariance::Full,
+                    "diagonal" => Covariance::Diagonal,
+                    _ => return Err("expected full or diagonal".to_string()),
+                }
+            }
+            "estimator" => {
+                bayes.estimator = match value {
+                    "exact" => Estimator::Exact,
+                    "exponential" => Estimator::Exponential,
+                    "logistic-normal" => Estimator::LogisticNormal,
+                    _ => return Err("expected exact, exponential or logistic-normal".to_string()),
+                }
+            }
+            _ => {
+                let known = "rank, alpha, dropout, ratio, targets, n, eps, eta, cooperative, prior, init, \
+                             std, covariance, estimator, scaler";
+                return Err(format!("there is no such option: {known}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_a_recipe_and_options_reach_their_method() -> Result<()> {
+        for name in NAMES {
+            let recipe: Recipe = name.parse()?;
+            assert_eq!(recipe.text, name);
+            assert_eq!(recipe.has_posterior(), name.starts_with("monteclora"));
+        }
+        let recipe: Recipe = "monteclora:n=64:eps=1e-2:init=random:targets=all-linear:rank=4".parse()?;
+        let Method::MonteCLoRA(config) = &recipe.method else { panic!("{recipe:?}") };
+        assert_eq!((config.num_components, config.sample_scaler, config.rank), (64, 1e-2, 4));
+        assert_eq!(config.initial_concentration, Initial::Uniform(0.0, 1.0));
+        assert_eq!(recipe.targets, Targets::parse("all-linear")?);
+        let post_hoc: Recipe = "monteclora-posthoc:eps=0.1:rank=4".parse()?;
+        assert_eq!(post_hoc.post_hoc.map(|c| (c.sample_scaler, c.rank)), Some((0.1, 4)));
+        assert_eq!(post_hoc.method, Method::Lora(LoraConfig { rank: 4, ..Default::default() }));
+        assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
+        assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_no_recipe_says_why() {
+        for (text, reason) in [
+            ("qlora", "none of full, lora"),
+            ("lora:rank", "key=value"),
+            ("lora:rank=x", "rank=x"),
+            ("lora:eps=1", "eps is an option of MonteCLoRA"),
+            ("monteclora:size=3", "no such option"),
+            ("monteclora:covariance=round", "full or diagonal"),
+        ] {
+            let error = text.parse::<Recipe>().unwrap_err().to_string();
+            assert!(error.contains(text) && error.contains(reason), "{error}");
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! One cell of a study: a model is loaded, trained, and measured in every way its method allows.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+
+use super::cell::{CellCost, CellKey, CellResult, Status};
+use super::recipe::Recipe;
+use super::treatments::{self, Held};
+use crate::data::batch::Batcher;
+use crate::data::encode::Encoded;
+use crate::data::task::Task;
+use crate::error::{Error, Result};
+use crate::inject::DEFAULT_ADAPTER;
+use crate::models::hub::ModelFiles;
+use crate::noise::Noise;
+use crate::params::Params;
+use crate::peft::{AdapterFile, Origin};
+use crate::train::{self, Classification, Classifier, Observer, Record, Start, Summary, TrainConfig};
+
+/// The most points of a loss curve that a result keeps.
+const LOSS_POINTS: usize = 200;
+/// The checkpoints of an ensemble: at 60, 80 and 100 % of training.
+const MEMBERS: usize = 3;
+
+/// What the cells of a task have in common.
+#[derive(Debug)]
+pub struct Trial<'a> {
+    /// The pre-trained model.
+    pub files: &'a ModelFiles,
+    /// The task.
+    pub task: Task,
+    /// What is trained on.
+    pub train: &'a [Encoded],
+    /// What temperatures and prior precisions are fitted on: rows that are neither trained on nor
+    /// measured.
+    pub held_out: &'a [Encoded],
+    /// What is measured.
+    pub dev: &'a [Encoded],
+    /// Rows of another task, to be told from those of `dev`; empty for none.
+    pub foreign: &'a [Encoded],
+    /// Passes over the training rows.
+    pub epochs: usize,
+    /// Posterior draws, and passes of MC dropout.
+    pub draws: usize,
+    /// Where it runs.
+    pub device: &'a Device,
+}
+
+impl Trial<'_> {
+    /// Trains and measures one cell. What goes wrong in it is its result, too: a loss, gradient or
+    /// prediction that is not finite is [`Status::Diverged`], anything else [`Status::Failed`].
+    pub fn run(&self, key: &CellKey) -> (CellResult, CellCost) {
+        let clock = Instant::now();
+        let mut result = CellResult {
+            key: key.clone(),
+            status: Status::Done,
+            reason: None,
+            metric: self.task.primary_metric().to_string(),
+            arms: Default::default(),
+            losses: Vec::new(),
+            reliability: Default::default(),
+            ood: Default::default(),
+            trainable_parameters: 0,
+            steps: 0,
+        };
+        let mut cost = CellCost { seconds: 0.0, step_seconds_median: 0.0, peak_rss_mb: None };
+        if let Err(error) = self.fill(key, &mut result, &mut cost) {
+            let diverged = matches!(error, Error::NonFinite { .. });
+            result.status = if diverged { Status::Diverged } else { Status::Failed };
+            result.reason = Some(error.to_string());
+        }
+        if cost.seconds == 0.0 {
+            cost.seconds = clock.elapsed().as_secs_f64();
+        }
+        cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
+        (result, cost)
+    }
+
+    fn fill(&self, key: &CellKey, result: &mut CellResult, cost: &mut CellCost) -> Result<()> {
+        let recipe: Recipe = key.method.parse()?;
+        let start = Start::Fresh(recipe.method.clone(), recipe.targets.clone());
+        let mut classifier = self.load(&start, key)?;
+        let mut watch = Watch::new(&classifier.params);
+        let summary = self.fit(&classifier, &recipe, key, &mut watch);
+        result.losses = watch.losses();
+        result.trainable_parameters = classifier.params.trainable_count();
+        let mut members = std::mem::take(&mut watch.members);
+        let mut summary = summary?;
+        if let Some(config) = &recipe.post_hoc {
+            let adapter = adapter(&classifier, &recipe)?;
+            classifier = self.load(&Start::PostHoc(Box::new(adapter), config.clone()), key)?;
+            let mut watch = Watch::new(&classifier.params);
+            let second = self.fit(&classifier, &recipe, key, &mut watch)?;
+            members.clear();
+            summary.steps += second.steps;
+            summary.seconds += second.seconds;
+        }
+        result.steps = summary.steps;
+        cost.seconds = summary.seconds;
+        cost.step_seconds_median = summary.step_seconds_median;
+        members.truncate(if recipe.is_lora() { MEMBERS } else { 0 });
+        let held = Held {
+            classifier: &classifier,
+            train: self.train,
+            held_out: self.held_out,
+            dev: self.dev,
+            foreign: self.foreign,
+            draws: self.draws,
+            members,
+        };
+        treatments::measure(&held, &recipe, result)
+    }
+
+    fn load(&self, start: &Start, key: &CellKey) -> Result<Classifier> {
+        let (labels, noise) = (self.task.num_labels(), Noise::new(key.seed));
+        Classifier::load(self.files, labels, start, noise, DType::F32, self.device)
+    }
+
+    fn fit(
+        &self,
+        classifier: &Classifier,
+        recipe: &Recipe,
+        key: &CellKey,
+        watch: &mut Watch,
+    ) -> Result<Summary> {
+        let batcher = Batcher::new(key.batch_size, false, Noise::new(key.seed))?;
+        let steps = batcher.batches(self.train.len()) * self.epochs;
+        let config = TrainConfig {
+            epochs: self.epochs,
+            lr: key.lr,
+            loraplus_ratio: recipe.loraplus_ratio,
+            // The last parameters: to choose by the rows that measure would flatter every method.
+            keep_best: false,
+            eval_every: Some(steps.div_ceil(5).max(1)),
+            ..TrainConfig::default()
+        };
+        let objective = Classification { classifier, rows: self.train, batcher };
+        train::fit(&objective, &classifier.params, &config, watch)
+    }
+}
+
+/// The LoRA adapter of a classifier, with its head.
+fn adapter(classifier: &Classifier, recipe: &Recipe) -> Result<AdapterFile> {
+    let method = recipe.method.adapter();
+    let method = method.ok_or_else(|| Error::config("method", "post-hoc begins with LoRA"))?;
+    let origin = Origin { task: Some("SEQ_CLS".to_string()), ..Origin::default() };
+    AdapterFile::from_model(classifier.model.as_ref(), DEFAULT_ADAPTER, &classifier.params, &method, &origin)
+}
+
+/// Keeps the losses of a run and its last checkpoints.
+struct Watch<'a> {
+    params: &'a Params,
+    losses: Vec<(usize, f64)>,
+    members: Vec<std::collections::BTreeMap<String, candle_core::Tensor>>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(params: &'a Params) -> Self {
+        Self { params, losses: Vec::new(), members: Vec::new() }
+    }
+
+    /// The curve of the task's loss: means over pieces of equal length, at their last steps.
+    fn losses(&self) -> Vec<(usize, f64)> {
+        let piece = self.losses.len().div_ceil(LOSS_POINTS).max(1);
+        let mean =
+            |piece: &[(usize, f64)]| piece.iter().map(|(_, loss)| loss).sum::<f64>() / piece.len() as f64;
+        self.losses.chunks(piece).filter_map(|piece| Some((piece.last()?.0, mean(piece)))).collect()
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn step(&mut self, record: &Record) -> Result<()> {
+        let loss = record.terms.get("task").copied().unwrap_or(record.loss);
+        self.losses.push((record.step, loss));
+        Ok(())
+    }
+
+    fn evaluate(&mut self, _step: usize) -> Result<Option<f64>> {
+        if self.members.len() == MEMBERS {
+            self.members.remove(0);
+        }
+        self.members.push(self.params.snapshot()?);
+        Ok(None)
+    }
+}
