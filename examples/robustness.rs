@@ -93,8 +93,8 @@ fn run() -> Outcome {
     if !args.report_only {
         run_cells(&args)?;
     }
-    //REPORT study::write_report(&args.output, &args.output)?;
-    //REPORT println
+    study::write_report(&args.output, &args.output)?;
+    println!("{}", std::fs::read_to_string(args.output.join("report.md"))?);
     Ok(())
 }
 
@@ -131,6 +131,7 @@ fn run_cells(args: &Args) -> Outcome {
             draws: args.draws,
             device: &device,
         };
+        common::reset_peak_memory();
         trial.run(key)
     };
     study::run(&args.output, &settings(args, &model), &cells, shard, &mut cell, &mut say)?;

@@ -3,12 +3,15 @@
 pub mod cell;
 mod grid;
 pub mod recipe;
+mod report;
 mod run;
+pub mod stats;
 mod treatments;
 mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
 pub use grid::{Grid, Shard};
 pub use recipe::Recipe;
+pub use report::write_report;
 pub use run::{run, Progress};
 pub use trial::Trial;

@@ -16,5 +16,6 @@ mod named;
 mod peft_adapters;
 mod save;
 mod stories;
+mod study;
 mod support;
 mod transformers;

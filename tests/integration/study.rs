@@ -1,0 +1,185 @@
+//! Studies: every recipe on a toy model, cells that go wrong, and a grid that is killed and begun again.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use candle_core::Device;
+use monteclora::data::task::Task;
+use monteclora::models::hub::ModelFiles;
+use monteclora::study::{self, CellKey, CellResult, Grid, Shard, Status, Trial};
+use serde_json::json;
+
+use crate::finetune::{checkpoint, rows};
+use crate::support::Outcome;
+
+fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {
+    let all = rows(120, false);
+    run(&Trial {
+        files,
+        task: Task::Rte,
+        train: &all[..64],
+        held_out: &all[64..80],
+        dev: &all[80..],
+        foreign: &[],
+        epochs: 2,
+        draws: 3,
+        device: &Device::Cpu,
+    })
+}
+
+fn key(method: &str, lr: f64) -> CellKey {
+    CellKey { task: "rte".to_string(), method: method.to_string(), lr, batch_size: 8, seed: 3 }
+}
+
+#[test]
+fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    trial(&files, |trial| {
+        for name in study::recipe::NAMES {
+            let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
+            let (result, cost) = trial.run(&key(&method, 5e-3));
+            assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
+            let mean = &result.arms["mean"];
+            assert!(mean.nll.is_some_and(f64::is_finite) && mean.accuracy.is_some(), "{name}: {mean:?}");
+            assert_eq!(result.arms.contains_key("3 draws"), name.starts_with("monteclora"), "{name}");
+            let steps = if name == "monteclora-posthoc" { 32 } else { 16 };
+            assert_eq!((result.steps, result.losses.len()), (steps, 16), "{name}");
+            let rows: usize = result.reliability["mean"].iter().map(|bin| bin.count).sum();
+            assert_eq!(rows, 40, "{name}");
+            assert!(cost.seconds > 0.0 && result.trainable_parameters > 0);
+            assert_eq!(result, trial.run(&key(&method, 5e-3)).0, "{name}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_cell_that_goes_wrong_is_a_result() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    trial(&files, |trial| {
+        let (diverged, _) = trial.run(&key("lora:rank=4", 1e30));
+        assert_eq!(diverged.status, Status::Diverged, "{:?}", diverged.reason);
+        assert!(!diverged.losses.is_empty() && diverged.arms.is_empty());
+        let (failed, _) = trial.run(&key("lora:rank=4000", 1e-3));
+        assert_eq!(failed.status, Status::Failed);
+        assert!(failed.reason.is_some_and(|reason| reason.contains("rank")));
+        Ok(())
+    })
+}
+
+/// Where the child of the kill test finds its model and leaves its study.
+const CHILD: &str = "MONTECLORA_TEST_STUDY";
+
+/// No test of its own: what the kill test runs in a process of its own.
+#[test]
+fn child_of_the_kill_test() -> Outcome {
+    match std::env::var_os(CHILD) {
+        Some(dir) => run_grid(Path::new(&dir), Shard::WHOLE),
+        None => Ok(()),
+    }
+}
+
+fn run_grid(dir: &Path, shard: Shard) -> Outcome {
+    let text = dir.join("model");
+    let files = ModelFiles::locate(text.to_str().ok_or("a path")?, None)?;
+    let methods =
+        ["lora:rank=4", "monteclora:rank=4", "monteclora-posthoc:rank=4"].map(String::from).to_vec();
+    let grid = Grid {
+        lrs: vec![5e-3, 1e30],
+        batch_sizes: vec![8, 16],
+        seeds: vec![1, 2],
+        ..Grid::paper(vec!["rte".to_string()], methods)
+    };
+    trial(&files, |trial| {
+        let settings = json!({"epochs": trial.epochs});
+        let mut cell = |key: &CellKey| trial.run(key);
+        study::run(&dir.join("study"), &settings, &grid.cells()?, shard, &mut cell, &mut |_, _| ())?;
+        Ok(())
+    })
+}
+
+/// A new folder with the toy model in it.
+fn home() -> Outcome<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    std::fs::create_dir(dir.path().join("model"))?;
+    checkpoint(&dir.path().join("model"))?;
+    Ok(dir)
+}
+
+/// The bytes of all results, by their path below the study.
+fn results(dir: &Path) -> Outcome<BTreeMap<PathBuf, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir.join("study"))? {
+        let path = entry?.path().join("result.json");
+        if path.is_file() {
+            found.insert(path.strip_prefix(dir)?.to_path_buf(), std::fs::read(&path)?);
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_grid_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
+    let (whole, killed) = (home()?, home()?);
+    run_grid(whole.path(), Shard::WHOLE)?;
+    let want = results(whole.path())?;
+    assert_eq!(want.len(), 3 * 2 * 2 * 2);
+
+    let mut kills = 0;
+    for attempt in 0u64.. {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["--exact", "study::child_of_the_kill_test"])
+            .env(CHILD, killed.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()?;
+        // Other moments each time, and in the end all the time it wants.
+        let patience = Duration::from_millis(if attempt < 25 { 20 + attempt * 53 % 170 } else { 60_000 });
+        let clock = std::time::Instant::now();
+        let status = loop {
+            match child.try_wait()? {
+                Some(status) => break status,
+                None if clock.elapsed() > patience => {
+                    child.kill()?; // SIGKILL
+                    kills += 1;
+                    break child.wait()?;
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        // Whatever there is by now is whole.
+        for result in study::cell::read_all(&killed.path().join("study")).unwrap_or_default() {
+            assert!(want.contains_key(&Path::new("study").join(result.key.folder_name()).join("result.json")));
+        }
+        if status.success() {
+            break;
+        }
+    }
+    println!("{kills} kills");
+    assert!(kills >= 5, "{kills} kills");
+    assert_eq!(results(killed.path())?, want);
+    Ok(())
+}
+
+#[test]
+fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() -> Outcome {
+    let (whole, shared) = (home()?, home()?);
+    run_grid(whole.path(), Shard::WHOLE)?;
+    for shard in ["2/3", "1/3", "3/3"] {
+        run_grid(shared.path(), shard.parse()?)?;
+    }
+    assert_eq!(results(shared.path())?, results(whole.path())?);
+
+    let study = shared.path().join("study");
+    let mut cell = |_: &CellKey| panic!("every cell has a result");
+    let cells: Vec<CellKey> =
+        study::cell::read_all(&study)?.into_iter().map(|result: CellResult| result.key).collect();
+    let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+    assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
+    let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
+    assert!(other.is_err_and(|error| error.to_string().contains("other settings")));
+    Ok(())
+}
