@@ -1,8 +1,10 @@
 //! Prediction from a posterior, and the ways to one that need no other training: dropout,
 //! checkpoints, temperature; what draws say of uncertainty.
 
+mod ensemble;
 mod predict;
 mod temperature;
 
+pub use ensemble::{Ensemble, McDropout};
 pub use predict::{logits, posterior_probabilities, posterior_scores, Predictor};
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
