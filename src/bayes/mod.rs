@@ -4,7 +4,9 @@
 mod ensemble;
 mod predict;
 mod temperature;
+mod uncertainty;
 
 pub use ensemble::{Ensemble, McDropout};
-pub use predict::{logits, posterior_probabilities, posterior_scores, Predictor};
+pub use predict::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
+pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};
