@@ -2,6 +2,7 @@
 //! checkpoints, temperature; what draws say of uncertainty.
 
 mod ensemble;
+pub mod laplace;
 mod predict;
 mod temperature;
 mod uncertainty;
