@@ -43,6 +43,23 @@ impl LastLayer {
         Ok(Self { path: path.to_string(), weight: weight.var, bias })
     }
 
+    /// The last layer of a sequence classifier's head, under Hugging Face's names: RoBERTa's
+    /// `classifier.out_proj`, BERT's `classifier`, LLaMA's `score`.
+    ///
+    /// # Errors
+    /// If the store has none of them.
+    pub fn of_head(params: &Params) -> Result<Self> {
+        const NAMES: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
+        let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
+        match NAMES.into_iter().find(held) {
+            Some(path) => Self::new(params, path),
+            None => {
+                let reason = format!("expected the weight of one of {}", NAMES.join(", "));
+                Err(Error::config("laplace", format!("the store has no head: {reason}")))
+            }
+        }
+    }
+
     /// Weight and, as its last column, bias: one parameter `(classes, dim + 1)`.
     pub(super) fn parameters(&self) -> Result<Vec<(String, Tensor)>> {
         let weight = self.weight.as_detached_tensor();

@@ -35,6 +35,7 @@ mod tap;
 mod tests;
 
 use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 
 use super::predict::Predictor;
 use crate::data::batch::Batch;
@@ -50,7 +51,7 @@ pub use tap::Taps;
 pub const PRECISION_BOUNDS: (f64, f64) = (1e-6, 1e9);
 
 /// Which weights are uncertain.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Scope {
     /// A and B of every active LoRA adapter.
     Adapters(Taps),
@@ -89,6 +90,9 @@ pub struct Laplace {
 impl Laplace {
     /// Takes the curvature of the mean prediction on the training rows; the prior precision is 1.
     ///
+    /// Taps stay on the model: a clone of them takes them off, whatever this returns. One thread at a
+    /// time may use a model whose taps record.
+    ///
     /// With `max_rows`, batches are read until so many rows are, and the sums scaled up to all of
     /// them.
     ///
@@ -124,7 +128,7 @@ impl Laplace {
         }
         let scale = all as f64 / rows as f64;
         let parameters = scope.parameters()?;
-        let blocks = sums.iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
+        let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
         let blocks = blocks.collect::<Result<_>>()?;
         let square = |tensor: &Tensor| {
             tensor.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>().map_err(Error::from)

@@ -25,12 +25,13 @@ use crate::params::Role;
 use crate::slot::{Adapter, Linears, Pass};
 
 /// The taps on the active LoRA adapters of a model, until [`Self::remove`].
-#[derive(Debug)]
+/// Clones are the same taps.
+#[derive(Debug, Clone)]
 pub struct Taps {
     layers: Vec<Tapped>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Tapped {
     path: String,
     adapter: String,
