@@ -393,6 +393,21 @@ fn a_precision_is_chosen_from_a_grid_by_held_out_rows() -> Result<()> {
 }
 
 #[test]
+fn padding_and_the_cut_into_batches_change_nothing() -> Result<()> {
+    let mut toy = Toy::new()?;
+    let taps = Taps::install(&mut toy)?;
+    let rows: [(&[u32], u32); 4] = [(&[1, 2, 3], 0), (&[4], 1), (&[5, 6], 2), (&[7], 0)];
+    let alone = rows.iter().map(|row| batch(std::slice::from_ref(row))).collect::<Result<Vec<_>>>()?;
+    let fit = |batches: &[Batch]| Laplace::fit(&toy, Scope::Adapters(taps.clone()), batches, None);
+    let (padded, alone) = (fit(&[batch(&rows)?])?, fit(&alone)?);
+    near(padded.log_marginal_likelihood(0.3)?, alone.log_marginal_likelihood(0.3)?);
+    let new = [batch(&[(&[2, 6], 0), (&[3], 1)])?];
+    let (a, b) = (padded.predict(&toy, &new)?, alone.predict(&toy, &new)?);
+    a.covariances.iter().flatten().zip(b.covariances.iter().flatten()).for_each(|(a, b)| near(*a, *b));
+    Ok(())
+}
+
+#[test]
 fn some_rows_stand_for_all() -> Result<()> {
     let toy = Toy::new()?;
     let scope = || Ok::<_, Error>(Scope::LastLayer(LastLayer::new(&toy.params, "head")?));
