@@ -1,5 +1,13 @@
-//! Prediction from a posterior.
+//! Prediction from a posterior, and the ways to one that need no other training: dropout,
+//! checkpoints, temperature; what draws say of uncertainty.
 
+mod ensemble;
+pub mod laplace;
 mod predict;
+mod temperature;
+mod uncertainty;
 
-pub use predict::{logits, posterior_probabilities, posterior_scores, Predictor};
+pub use ensemble::{Ensemble, McDropout};
+pub use predict::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
+pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
+pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};

@@ -50,19 +50,29 @@ pub fn posterior_scores(model: &dyn Predictor, batches: &[Batch], samples: usize
     average(model, batches, samples, |row| row)
 }
 
+/// The class probabilities of each of `samples` posterior draws: draws of rows of classes,
+/// `(s, n, c)`. What [`posterior_probabilities`] averages.
+///
+/// # Errors
+/// As [`posterior_probabilities`].
+pub fn posterior_draws(
+    model: &dyn Predictor,
+    batches: &[Batch],
+    samples: usize,
+) -> Result<Vec<Vec<Vec<f64>>>> {
+    let mut draws = Vec::new();
+    each_draw(model, batches, samples, |rows| draws.push(rows.iter().map(|row| softmax(row)).collect()))?;
+    Ok(draws)
+}
+
 fn average(
     model: &dyn Predictor,
     batches: &[Batch],
     samples: usize,
     transform: impl Fn(Vec<f64>) -> Vec<f64>,
 ) -> Result<Vec<Vec<f64>>> {
-    if samples == 0 {
-        return Err(Error::config("posterior_samples", "must be at least 1 to average, got 0"));
-    }
     let mut mean: Vec<Vec<f64>> = Vec::new();
-    for draw in 0..samples {
-        let pass = Pass::Posterior { draw: draw as u64 };
-        let rows = with_held_draws(|| logits(model, batches, &pass))?;
+    each_draw(model, batches, samples, |rows| {
         for (i, row) in rows.into_iter().enumerate() {
             let row = transform(row);
             match mean.get_mut(i) {
@@ -70,9 +80,26 @@ fn average(
                 None => mean.push(row),
             }
         }
-    }
+    })?;
     mean.iter_mut().flatten().for_each(|value| *value /= samples as f64);
     Ok(mean)
+}
+
+/// Calls `take` with the outputs of every row under draws 0, 1, .. of the posterior.
+fn each_draw(
+    model: &dyn Predictor,
+    batches: &[Batch],
+    samples: usize,
+    mut take: impl FnMut(Vec<Vec<f64>>),
+) -> Result<()> {
+    if samples == 0 {
+        return Err(Error::config("posterior_samples", "must be at least 1 to average, got 0"));
+    }
+    for draw in 0..samples {
+        let pass = Pass::Posterior { draw: draw as u64 };
+        take(with_held_draws(|| logits(model, batches, &pass))?);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -116,6 +143,11 @@ mod tests {
         let got = posterior_probabilities(&Echo, &batches, 2)?;
         for (row, expected) in got.iter().zip(expected) {
             assert!((row[0] - expected).abs() < 1e-12 && (row[0] + row[1] - 1.0).abs() < 1e-12, "{row:?}");
+        }
+        let draws = posterior_draws(&Echo, &batches, 2)?;
+        assert_eq!(draws.len(), 2);
+        for (i, row) in got.iter().enumerate() {
+            assert_eq!(row[0], (draws[0][i][0] + draws[1][i][0]) / 2.0);
         }
         Ok(())
     }

@@ -1,0 +1,207 @@
+//! Averages over models that training gives beside a posterior: dropout masks and checkpoints.
+//!
+//! ```text
+//! p(y | x) = 1/M sum_m softmax(f(x; theta_m))
+//! ```
+//!
+//! Gal and Ghahramani 2016, "Dropout as a Bayesian approximation"; Lakshminarayanan et al. 2017,
+//! "Simple and scalable predictive uncertainty estimation using deep ensembles".
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::predict::{logits, Predictor};
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::metrics::softmax;
+use crate::params::Params;
+use crate::slot::Pass;
+
+/// MC dropout: posterior draw s is a training pass, with dropout mask s.
+///
+/// A MonteCLoRA adapter samples its posterior in a training pass as well, so that its draws are
+/// then of both. A mask is addressed by the draw and the place in the batch: two batches of one
+/// shape are dropped alike.
+#[derive(Clone, Copy)]
+pub struct McDropout<'a>(pub &'a dyn Predictor);
+
+impl std::fmt::Debug for McDropout<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("McDropout")
+    }
+}
+
+impl Predictor for McDropout<'_> {
+    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+        match *pass {
+            Pass::Posterior { draw } => self.0.predict(batch, &Pass::Train { draw }),
+            _ => self.0.predict(batch, pass),
+        }
+    }
+}
+
+/// Checkpoints of one model, of one run or of several: copies of its parameters.
+#[derive(Debug, Clone, Default)]
+pub struct Ensemble {
+    members: Vec<BTreeMap<String, Tensor>>,
+}
+
+impl Ensemble {
+    /// An ensemble without members.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the present values of the parameters.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn push(&mut self, params: &Params) -> Result<()> {
+        self.members.push(params.snapshot()?);
+        Ok(())
+    }
+
+    /// Adds a [`Params::snapshot`].
+    pub fn push_snapshot(&mut self, snapshot: BTreeMap<String, Tensor>) {
+        self.members.push(snapshot);
+    }
+
+    /// The number of members.
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// Whether it has no member.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Class probabilities, one row an example, averaged over members after the softmax of each.
+    /// `params` are the parameters of `model`; they are as before when this returns, with an error
+    /// or without.
+    ///
+    /// # Errors
+    /// If there is no member, one does not fit the parameters, or the forward pass fails.
+    pub fn probabilities(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        batches: &[Batch],
+    ) -> Result<Vec<Vec<f64>>> {
+        if self.members.is_empty() {
+            return Err(Error::config("ensemble", "it has no member to average"));
+        }
+        let before = params.snapshot()?;
+        let mean = self.average(model, params, batches);
+        params.restore(&before)?;
+        mean
+    }
+
+    fn average(&self, model: &dyn Predictor, params: &Params, batches: &[Batch]) -> Result<Vec<Vec<f64>>> {
+        let mut mean: Vec<Vec<f64>> = Vec::new();
+        for member in &self.members {
+            params.restore(member)?;
+            for (i, row) in logits(model, batches, &Pass::Mean)?.iter().enumerate() {
+                let share = softmax(row).into_iter().map(|p| p / self.members.len() as f64);
+                match mean.get_mut(i) {
+                    Some(sum) => sum.iter_mut().zip(share).for_each(|(sum, p)| *sum += p),
+                    None => mean.push(share.collect()),
+                }
+            }
+        }
+        Ok(mean)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::bayes::posterior_scores;
+    use crate::data::encode::Encoded;
+    use crate::data::task::Label;
+    use crate::noise::Noise;
+    use crate::params::{Init, Role};
+
+    /// Logits `(id * w, draw)`: the draw of a training pass, -1 in any other.
+    struct Scaled(Tensor);
+
+    impl Predictor for Scaled {
+        fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+            let draw = pass.dropout_draw().map_or(-1.0, |draw| draw as f64);
+            let ids = batch.input_ids.narrow(1, 0, 1)?.to_dtype(DType::F64)?.broadcast_mul(&self.0)?;
+            if ids.max_all()?.to_scalar::<f64>()? > 100.0 {
+                candle_core::bail!("too large")
+            }
+            Tensor::cat(&[&ids, &(ids.zeros_like()? + draw)?], 1)
+        }
+    }
+
+    fn toy() -> Result<(Scaled, Params, Vec<Batch>)> {
+        let params = Params::with_dtype(Noise::new(0), DType::F64, &Device::Cpu);
+        let w = params.create("w", Role::Head, (1, 1), &Init::Constant(0.5))?;
+        let rows = [2, 1].map(|id| Encoded {
+            ids: vec![id],
+            type_ids: vec![0],
+            label: Label::Class(0),
+            row: id as usize,
+        });
+        let batch = |row| Batch::collate(&[row], 0, &Device::Cpu);
+        Ok((Scaled(w), params, vec![batch(&rows[0])?, batch(&rows[1])?]))
+    }
+
+    fn set(params: &Params, value: f64) -> Result<()> {
+        params.set("w", &Tensor::new(&[[value]], &Device::Cpu)?)
+    }
+
+    #[test]
+    fn a_draw_of_dropout_is_a_training_pass() -> Result<()> {
+        let (model, _, batches) = toy()?;
+        let dropped = McDropout(&model);
+        assert_eq!(posterior_scores(&model, &batches, 3)?, [[1.0, -1.0], [0.5, -1.0]]);
+        assert_eq!(posterior_scores(&dropped, &batches, 3)?, [[1.0, 1.0], [0.5, 1.0]]);
+        assert_eq!(logits(&dropped, &batches, &Pass::Mean)?, logits(&model, &batches, &Pass::Mean)?);
+        Ok(())
+    }
+
+    #[test]
+    fn members_are_averaged_after_the_softmax_and_the_model_is_as_before() -> Result<()> {
+        let (model, params, batches) = toy()?;
+        let mut ensemble = Ensemble::new();
+        for value in [-1.0, 2.0, 0.25] {
+            set(&params, value)?;
+            ensemble.push(&params)?;
+        }
+        set(&params, 7.0)?;
+        let got = ensemble.probabilities(&model, &params, &batches)?;
+        for (row, id) in got.iter().zip([2.0, 1.0]) {
+            // The second logit is -1.
+            let one = |w: f64| 1.0 / (1.0 + (-1.0 - id * w).exp());
+            let expected = (one(-1.0) + one(2.0) + one(0.25)) / 3.0;
+            assert!((row[0] - expected).abs() < 1e-12 && (row[0] + row[1] - 1.0).abs() < 1e-12, "{row:?}");
+        }
+        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 14.0);
+        Ok(())
+    }
+
+    #[test]
+    fn an_error_leaves_the_model_as_before_too() -> Result<()> {
+        let (model, params, batches) = toy()?;
+        let mut ensemble = Ensemble::new();
+        assert!(ensemble.is_empty());
+        let error = ensemble.probabilities(&model, &params, &batches).unwrap_err().to_string();
+        assert!(error.contains("no member"), "{error}");
+        set(&params, 200.0)?;
+        ensemble.push(&params)?;
+        set(&params, 3.0)?;
+        assert!(ensemble.probabilities(&model, &params, &batches).is_err());
+        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 6.0);
+        ensemble.push_snapshot(BTreeMap::from([("other".to_string(), Tensor::new(1f64, &Device::Cpu)?)]));
+        assert_eq!(ensemble.len(), 2);
+        assert!(ensemble.probabilities(&model, &params, &batches).is_err());
+        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 6.0);
+        Ok(())
+    }
+}

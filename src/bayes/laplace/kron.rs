@@ -1,0 +1,97 @@
+//! One Kronecker-factored block of the curvature, in its eigenbasis.
+//!
+//! ```text
+//! G (x) A = (U_G (x) U_A) diag(gamma_i alpha_j) (U_G (x) U_A)^T
+//! ```
+
+use candle_core::Tensor;
+
+use super::eigen::Eigen;
+use super::record::LayerRecord;
+use crate::error::Result;
+
+/// The sums of a block while data are read.
+#[derive(Debug)]
+pub(super) struct Sums {
+    inputs: Tensor,
+    outputs: Tensor,
+    tokens: f64,
+}
+
+/// The curvature `G (x) A` of one weight `(o, i)`: eigenvalues and vectors of both factors.
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    /// Of A, averaged over tokens.
+    pub inputs: Eigen,
+    /// Of G, summed over tokens.
+    pub outputs: Eigen,
+}
+
+impl Sums {
+    pub fn new(layer: &LayerRecord, roots: &[Vec<Vec<f64>>]) -> Result<Self> {
+        let (inputs, outputs) = (layer.input_square()?, layer.output_square(roots)?);
+        Ok(Self { inputs, outputs, tokens: layer.tokens })
+    }
+
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        self.inputs = (&self.inputs + &other.inputs)?;
+        self.outputs = (&self.outputs + &other.outputs)?;
+        self.tokens += other.tokens;
+        Ok(())
+    }
+
+    /// `A = sum x x^T / tokens`, `G = scale sum g g^T`; scale counts the rows that were left out.
+    pub fn block(&self, name: &str, scale: f64) -> Result<Block> {
+        Ok(Block {
+            inputs: Eigen::new(name, &(&self.inputs / self.tokens.max(1.0))?)?,
+            outputs: Eigen::new(name, &(&self.outputs * scale)?)?,
+        })
+    }
+}
+
+impl Block {
+    /// The eigenvalues `gamma_i alpha_j`, row by row of the weight.
+    pub fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
+        let row = |gamma: &f64| {
+            let gamma = *gamma;
+            self.inputs.values.iter().map(move |alpha| gamma * alpha)
+        };
+        self.outputs.values.iter().flat_map(row)
+    }
+
+    /// Adds `J_k Sigma J_l^T` of every example to `sums[d][n][k c + l]`, where
+    /// `Sigma = (G (x) A + delta_d)^-1`.
+    pub fn add_covariance(
+        &self,
+        layer: &LayerRecord,
+        deltas: &[f64],
+        sums: &mut [Vec<Vec<f64>>],
+    ) -> Result<()> {
+        let classes = layer.gradients.len();
+        let turned = (0..classes).map(|k| self.turn(&layer.jacobian(k)?)).collect::<Result<Vec<_>>>()?;
+        for (delta, sums) in deltas.iter().zip(sums) {
+            let variances: Vec<f64> = self.eigenvalues().map(|value| 1.0 / (value + delta)).collect();
+            for (n, sums) in sums.iter_mut().enumerate() {
+                for k in 0..classes {
+                    for l in 0..=k {
+                        let (left, right) = (&turned[k][n], &turned[l][n]);
+                        let terms = left.iter().zip(right).zip(&variances);
+                        let sum: f64 = terms.map(|((left, right), variance)| left * right * variance).sum();
+                        sums[k * classes + l] += sum;
+                        if l < k {
+                            sums[l * classes + k] += sum;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `U_G^T J U_A` of every example, flat; J is `(b, o, i)`.
+    fn turn(&self, jacobian: &Tensor) -> Result<Vec<Vec<f64>>> {
+        let right = jacobian.broadcast_matmul(&self.inputs.vectors.t()?.contiguous()?)?;
+        let turned = self.outputs.vectors.broadcast_matmul(&right)?;
+        Ok(turned.flatten_from(1)?.to_vec2::<f64>()?)
+    }
+}

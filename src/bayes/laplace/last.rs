@@ -1,0 +1,129 @@
+//! The last linear layer of a model, from outside: its input is the gradient of its weight.
+//!
+//! ```text
+//! f = W phi + b,   df_k / dW_k = phi
+//! ```
+//!
+//! The sum of logit k of example k over as many examples as there are classes has phi of example k
+//! as row k of its gradient: one backward pass gives the input of c examples.
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use super::record::{LayerRecord, Record};
+use crate::bayes::Predictor;
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::slot::Pass;
+
+/// The last linear layer of a model's head, by its parameters in the store.
+///
+/// A backward pass runs through all that is trainable: merge the adapters first
+/// ([`crate::merge`]) and it ends at the head.
+#[derive(Debug, Clone)]
+pub struct LastLayer {
+    path: String,
+    weight: Var,
+    bias: Option<Var>,
+}
+
+impl LastLayer {
+    /// The layer whose weight is `{path}.weight`, `(classes, dim)`, and whose bias, if there is one,
+    /// `{path}.bias`.
+    ///
+    /// # Errors
+    /// If the store has no such weight, or it is no matrix.
+    pub fn new(params: &Params, path: &str) -> Result<Self> {
+        let name = format!("{path}.weight");
+        let Some(weight) = params.get(&name) else {
+            return Err(Error::tensor(name, "there is no parameter of this name"));
+        };
+        weight.var.dims2()?;
+        let bias = params.get(&format!("{path}.bias")).map(|bias| bias.var);
+        Ok(Self { path: path.to_string(), weight: weight.var, bias })
+    }
+
+    /// The last layer of a sequence classifier's head, under Hugging Face's names: RoBERTa's
+    /// `classifier.out_proj`, BERT's `classifier`, LLaMA's `score`.
+    ///
+    /// # Errors
+    /// If the store has none of them.
+    pub fn of_head(params: &Params) -> Result<Self> {
+        const NAMES: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
+        let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
+        match NAMES.into_iter().find(held) {
+            Some(path) => Self::new(params, path),
+            None => {
+                let reason = format!("expected the weight of one of {}", NAMES.join(", "));
+                Err(Error::config("laplace", format!("the store has no head: {reason}")))
+            }
+        }
+    }
+
+    /// Weight and, as its last column, bias: one parameter `(classes, dim + 1)`.
+    pub(super) fn parameters(&self) -> Result<Vec<(String, Tensor)>> {
+        let weight = self.weight.as_detached_tensor();
+        let whole = match &self.bias {
+            Some(bias) => Tensor::cat(&[&weight, &bias.as_detached_tensor().unsqueeze(1)?], 1)?,
+            None => weight,
+        };
+        Ok(vec![(self.path.clone(), whole)])
+    }
+
+    /// One batch: outputs, and input and output gradients of the layer.
+    ///
+    /// # Errors
+    /// If the outputs are not this layer's, W phi + b.
+    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+        let outputs = model.predict(batch, &Pass::Mean)?;
+        let (examples, classes) = outputs.dims2()?;
+        let features = self.features(&outputs)?; // (b, d)
+        let (_, whole) = self.parameters()?.remove(0);
+        let inputs = match self.bias {
+            Some(_) => {
+                let one = Tensor::ones((examples, 1), features.dtype(), features.device())?;
+                Tensor::cat(&[&features, &one], 1)?
+            }
+            None => features,
+        };
+        self.check(&inputs.matmul(&whole.t()?)?, &outputs)?;
+        let (dtype, device) = (inputs.dtype(), inputs.device());
+        let unit = Tensor::eye(classes, dtype, device)?;
+        let gradient = |k| unit.narrow(0, k, 1)?.unsqueeze(0)?.broadcast_as((examples, 1, classes));
+        let gradients = (0..classes).map(gradient).collect::<candle_core::Result<Vec<_>>>()?;
+        let layer = LayerRecord { inputs: inputs.unsqueeze(1)?, gradients, tokens: examples as f64 };
+        Record::new(&outputs, vec![layer])
+    }
+
+    /// The layer's input, `(b, dim)`.
+    fn features(&self, outputs: &Tensor) -> Result<Tensor> {
+        let (examples, classes) = outputs.dims2()?;
+        let eye = Tensor::eye(classes, outputs.dtype(), outputs.device())?;
+        let mut features = Vec::new();
+        for start in (0..examples).step_by(classes) {
+            let count = classes.min(examples - start);
+            let own = (outputs.narrow(0, start, count)? * eye.narrow(0, 0, count)?)?.sum_all()?;
+            let grads = own.backward()?;
+            let Some(grad) = grads.get(&self.weight) else {
+                let reason = "the outputs give it no gradient";
+                return Err(Error::tensor(format!("{}.weight", self.path), reason));
+            };
+            features.push(grad.detach().narrow(0, 0, count)?);
+        }
+        Ok(Tensor::cat(&features, 0)?)
+    }
+
+    fn check(&self, linear: &Tensor, outputs: &Tensor) -> Result<()> {
+        let host = |xs: &Tensor| xs.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
+        let outputs = host(outputs)?;
+        let far = (host(linear)? - &outputs)?.abs()?.max_all()?.to_scalar::<f64>()?;
+        let size = outputs.abs()?.max_all()?.to_scalar::<f64>()?;
+        match far <= 1e-3 * (1.0 + size) {
+            true => Ok(()),
+            false => {
+                let reason = format!("the outputs are not W phi + b of this layer: {far:e} apart");
+                Err(Error::tensor(format!("{}.weight", self.path), reason))
+            }
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! The Laplace approximation of a trained classifier: a Gaussian around its weights, without any
+//! further training.
+//!
+//! ```text
+//! p(theta | D) ~ N(theta*, Sigma),   Sigma^-1 = H + delta 1
+//! H = sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n      J_n = df_n / dtheta (the generalised Gauss-Newton)
+//! ```
+//!
+//! where delta is the precision of a Gaussian prior around zero. H is taken block by block, one a
+//! weight W, each a Kronecker product (KFAC: Martens and Grosse 2015; of tokens that share a weight
+//! the "expand" form of Eschenhagen et al. 2023; Ritter et al. 2018):
+//!
+//! ```text
+//! H_W ~ G (x) A,   A = 1/T sum_{n,t} x x^T,   G = sum_{n,t,c} g_c g_c^T
+//! ```
+//!
+//! with x a token's input to W, T the number of tokens of all examples, padding left out, and g_c
+//! the gradient at its output of the logits along column c of the root of the logits' Hessian, exact
+//! and not sampled. The product is exact where there is one token in all, and where the inputs of
+//! all tokens, one an example, are the same.
+//!
+//! - [`Taps`]: over A and B of every LoRA adapter (Yang et al. 2024, "Bayesian low-rank adaptation
+//!   for large language models"). Difference: the larger factors are kept whole, where the paper
+//!   keeps their largest eigenvectors; memory and time are those of matrices of the layers' widths.
+//! - [`LastLayer`]: over the last layer of the head alone (Kristiadi et al. 2020, "Being Bayesian,
+//!   even just a bit, fixes overconfidence in ReLU networks").
+
+mod eigen;
+mod kron;
+mod last;
+mod predictive;
+mod record;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use super::predict::Predictor;
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use kron::{Block, Sums};
+use record::Record;
+
+pub use last::LastLayer;
+pub use predictive::Linearised;
+pub use tap::Taps;
+
+/// The least and the largest prior precision that [`Laplace::maximise_evidence`] gives.
+pub const PRECISION_BOUNDS: (f64, f64) = (1e-6, 1e9);
+
+/// Which weights are uncertain.
+#[derive(Debug, Clone)]
+pub enum Scope {
+    /// A and B of every active LoRA adapter.
+    Adapters(Taps),
+    /// Weight and bias of the head's last layer.
+    LastLayer(LastLayer),
+}
+
+impl Scope {
+    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+        match self {
+            Self::Adapters(taps) => taps.record(model, batch),
+            Self::LastLayer(layer) => layer.record(model, batch),
+        }
+    }
+
+    fn parameters(&self) -> Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Adapters(taps) => Ok(taps.parameters()),
+            Self::LastLayer(layer) => layer.parameters(),
+        }
+    }
+}
+
+/// A Laplace approximation around the present weights of a classifier.
+///
+/// A change of the weights makes it one of another model: fit it anew.
+#[derive(Debug)]
+pub struct Laplace {
+    scope: Scope,
+    blocks: Vec<Block>,
+    squared_norm: f64,
+    log_likelihood: f64,
+    prior_precision: f64,
+}
+
+impl Laplace {
+    /// Takes the curvature of the mean prediction on the training rows; the prior precision is 1.
+    ///
+    /// Taps stay on the model: a clone of them takes them off, whatever this returns. One thread at a
+    /// time may use a model whose taps record.
+    ///
+    /// With `max_rows`, batches are read until so many rows are, and the sums scaled up to all of
+    /// them.
+    ///
+    /// # Errors
+    /// If there is no row, the model has fewer than two outputs, a label is no class of it, the
+    /// scope is not this model's, or a value is not finite.
+    pub fn fit(
+        model: &dyn Predictor,
+        scope: Scope,
+        batches: &[Batch],
+        max_rows: Option<usize>,
+    ) -> Result<Self> {
+        let all: usize = batches.iter().map(|batch| batch.rows.len()).sum();
+        let (mut sums, mut log_likelihood, mut rows) = (Vec::<Sums>::new(), 0.0, 0);
+        for batch in batches {
+            if max_rows.is_some_and(|most| rows >= most) {
+                break;
+            }
+            let record = scope.record(model, batch)?;
+            log_likelihood += record.log_likelihood(batch)?;
+            rows += batch.rows.len();
+            let roots = record.hessian_roots();
+            for (i, layer) in record.layers.iter().enumerate() {
+                let new = Sums::new(layer, &roots)?;
+                match sums.get_mut(i) {
+                    Some(sum) => sum.add(&new)?,
+                    None => sums.push(new),
+                }
+            }
+        }
+        if rows == 0 {
+            return Err(Error::config("rows", "there is no row to take the curvature of"));
+        }
+        let scale = all as f64 / rows as f64;
+        let parameters = scope.parameters()?;
+        let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
+        let blocks = blocks.collect::<Result<_>>()?;
+        let square = |tensor: &Tensor| {
+            tensor.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>().map_err(Error::from)
+        };
+        let squared_norm = parameters.iter().map(|(_, tensor)| square(tensor)).sum::<Result<f64>>()?;
+        let log_likelihood = scale * log_likelihood;
+        Ok(Self { scope, blocks, squared_norm, log_likelihood, prior_precision: 1.0 })
+    }
+
+    /// The prior precision delta that predictions use.
+    pub fn prior_precision(&self) -> f64 {
+        self.prior_precision
+    }
+
+    /// Sets the prior precision.
+    ///
+    /// # Errors
+    /// Unless it is positive and finite.
+    pub fn set_prior_precision(&mut self, precision: f64) -> Result<()> {
+        check_precision(precision)?;
+        self.prior_precision = precision;
+        Ok(())
+    }
+
+    /// The scope back, to take taps off.
+    pub fn into_scope(self) -> Scope {
+        self.scope
+    }
+
+    /// The Laplace approximation of `ln p(D)` under a prior precision:
+    ///
+    /// ```text
+    /// ln p(D | theta*) - delta/2 |theta*|^2 + P/2 ln delta - 1/2 ln det(H + delta 1)
+    /// ```
+    ///
+    /// # Errors
+    /// Unless the precision is positive and finite.
+    pub fn log_marginal_likelihood(&self, precision: f64) -> Result<f64> {
+        check_precision(precision)?;
+        // ln(lambda + delta) - ln delta, precise where delta is much the larger.
+        let volume: f64 = self.eigenvalues().map(|value| (value / precision).ln_1p()).sum();
+        Ok(self.log_likelihood - 0.5 * precision * self.squared_norm - 0.5 * volume)
+    }
+
+    /// Sets the prior precision, within [`PRECISION_BOUNDS`], to that of the largest
+    /// [`Self::log_marginal_likelihood`], and returns it: the zero of
+    /// `sum lambda / (lambda + delta) - delta |theta*|^2` (MacKay 1992), which falls in delta.
+    pub fn maximise_evidence(&mut self) -> f64 {
+        let slope = |precision: f64| {
+            let determined: f64 = self.eigenvalues().map(|value| value / (value + precision)).sum();
+            determined - precision * self.squared_norm
+        };
+        let (mut low, mut high) = (PRECISION_BOUNDS.0.ln(), PRECISION_BOUNDS.1.ln());
+        while high - low > 1e-11 {
+            let middle = 0.5 * (low + high);
+            match slope(middle.exp()) > 0.0 {
+                true => low = middle,
+                false => high = middle,
+            }
+        }
+        self.prior_precision = (0.5 * (low + high)).exp().clamp(PRECISION_BOUNDS.0, PRECISION_BOUNDS.1);
+        self.prior_precision
+    }
+
+    /// Sets the prior precision to that of `grid` whose [`Linearised::probit`] probabilities have
+    /// the lowest negative log-likelihood on held-out rows, the first of equals, and returns it.
+    ///
+    /// # Errors
+    /// If the grid is empty or holds a number that is not positive, or as [`Self::fit`].
+    pub fn select_precision(
+        &mut self,
+        model: &dyn Predictor,
+        batches: &[Batch],
+        grid: &[f64],
+    ) -> Result<f64> {
+        let mut labels = Vec::new();
+        for batch in batches {
+            if batch.labels.dtype().is_float() {
+                return Err(Error::config("labels", "expected classes, got scores"));
+            }
+            labels.extend(batch.labels.to_dtype(DType::U32)?.to_vec1::<u32>()?);
+        }
+        let mut best: Option<(f64, f64)> = None;
+        for (precision, predicted) in grid.iter().zip(self.predict_at(model, batches, grid)?) {
+            let nll = crate::metrics::nll(&predicted.probit()?, &labels)?;
+            if best.is_none_or(|(lowest, _)| nll < lowest) {
+                best = Some((nll, *precision));
+            }
+        }
+        let Some((_, precision)) = best else {
+            return Err(Error::config("grid", "it holds no prior precision"));
+        };
+        self.prior_precision = precision;
+        Ok(precision)
+    }
+
+    /// Gaussian logits of every row: the model's own, and what the uncertain weights do to them.
+    ///
+    /// # Errors
+    /// If the forward or backward pass fails, or the model is not the one of [`Self::fit`].
+    pub fn predict(&self, model: &dyn Predictor, batches: &[Batch]) -> Result<Linearised> {
+        Ok(self.predict_at(model, batches, &[self.prior_precision])?.remove(0))
+    }
+
+    /// [`Self::predict`] under each of several prior precisions, from the same backward passes.
+    ///
+    /// # Errors
+    /// As [`Self::predict`], and if a precision is not positive and finite.
+    pub fn predict_at(
+        &self,
+        model: &dyn Predictor,
+        batches: &[Batch],
+        precisions: &[f64],
+    ) -> Result<Vec<Linearised>> {
+        precisions.iter().try_for_each(|precision| check_precision(*precision))?;
+        let empty = || Linearised { logits: Vec::new(), covariances: Vec::new() };
+        let mut out: Vec<Linearised> = precisions.iter().map(|_| empty()).collect();
+        for batch in batches {
+            let record = self.scope.record(model, batch)?;
+            let classes = record.logits.first().map_or(0, Vec::len);
+            let mut sums = vec![vec![vec![0.0; classes * classes]; record.logits.len()]; precisions.len()];
+            for (block, layer) in self.blocks.iter().zip(&record.layers) {
+                block.add_covariance(layer, precisions, &mut sums)?;
+            }
+            for (out, covariances) in out.iter_mut().zip(sums) {
+                out.logits.extend(record.logits.iter().cloned());
+                out.covariances.extend(covariances);
+            }
+        }
+        Ok(out)
+    }
+
+    fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
+        self.blocks.iter().flat_map(Block::eigenvalues)
+    }
+}
+
+fn check_precision(precision: f64) -> Result<()> {
+    match precision > 0.0 && precision.is_finite() {
+        true => Ok(()),
+        false => {
+            Err(Error::config("prior_precision", format!("expected a positive number, got {precision}")))
+        }
+    }
+}

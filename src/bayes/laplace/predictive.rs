@@ -1,0 +1,163 @@
+//! The linearised predictive: Gaussian logits, and the class probabilities that follow.
+//!
+//! ```text
+//! f ~ N(f(theta*), J Sigma J^T),   p = E softmax(f)
+//! ```
+//!
+//! Immer et al. 2021, "Improving predictions of Bayesian neural nets via local linearization".
+
+use crate::error::{Error, Result};
+use crate::metrics::softmax;
+use crate::noise::{Noise, Purpose};
+
+/// Gaussian logits of some rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Linearised {
+    /// The means, one row an example: the logits of the model itself.
+    pub logits: Vec<Vec<f64>>,
+    /// The covariances `(c, c)`, row by row, one an example.
+    pub covariances: Vec<Vec<f64>>,
+}
+
+impl Linearised {
+    /// Class probabilities averaged over `samples` draws of the logits. Draw s of row n is the same
+    /// whatever rows follow.
+    ///
+    /// # Errors
+    /// If `samples` is 0, or a covariance is not finite or of another shape.
+    pub fn probabilities(&self, samples: usize, noise: Noise) -> Result<Vec<Vec<f64>>> {
+        if samples == 0 {
+            return Err(Error::config("samples", "expected at least 1, got 0"));
+        }
+        let classes = self.logits.first().map_or(0, Vec::len);
+        let roots = self.roots(classes)?;
+        let stream = noise.stream("laplace.logits", Purpose::Predict);
+        let mut z = vec![0.0; self.logits.len() * classes];
+        let mut mean = vec![vec![0.0; classes]; self.logits.len()];
+        for draw in 0..samples {
+            stream.fill_normal(draw as u64, &mut z);
+            for (n, (row, root)) in self.logits.iter().zip(&roots).enumerate() {
+                let z = &z[n * classes..][..classes];
+                let moved = |k: usize| row[k] + (0..=k).map(|l| root[k * classes + l] * z[l]).sum::<f64>();
+                let p = softmax(&(0..classes).map(moved).collect::<Vec<_>>());
+                mean[n].iter_mut().zip(p).for_each(|(sum, p)| *sum += p / samples as f64);
+            }
+        }
+        Ok(mean)
+    }
+
+    /// The probit approximation (MacKay 1992), without samples:
+    /// `softmax_k(f_k / sqrt(1 + pi/8 var_k))`; it leaves covariances between classes aside.
+    ///
+    /// # Errors
+    /// If a covariance is of another shape.
+    pub fn probit(&self) -> Result<Vec<Vec<f64>>> {
+        let row = |(row, covariance): (&Vec<f64>, &Vec<f64>)| {
+            check_shape(row, covariance)?;
+            let scaled = row.iter().enumerate().map(|(k, f)| {
+                let variance = covariance[k * (row.len() + 1)];
+                f / (1.0 + std::f64::consts::PI / 8.0 * variance).sqrt()
+            });
+            Ok(softmax(&scaled.collect::<Vec<_>>()))
+        };
+        self.logits.iter().zip(&self.covariances).map(row).collect()
+    }
+
+    fn roots(&self, classes: usize) -> Result<Vec<Vec<f64>>> {
+        if self.covariances.len() != self.logits.len() || self.logits.iter().any(|z| z.len() != classes) {
+            return Err(Error::config("logits", "rows differ in length, or covariances in number"));
+        }
+        let root = |(row, covariance): (&Vec<f64>, &Vec<f64>)| {
+            check_shape(row, covariance)?;
+            cholesky(covariance, classes)
+        };
+        self.logits.iter().zip(&self.covariances).map(root).collect()
+    }
+}
+
+fn check_shape(row: &[f64], covariance: &[f64]) -> Result<()> {
+    match covariance.len() == row.len() * row.len() {
+        true => Ok(()),
+        false => {
+            let reason = format!("{} entries for {} classes", covariance.len(), row.len());
+            Err(Error::config("covariance", reason))
+        }
+    }
+}
+
+/// The lower triangle L with `L L^T = matrix`, which may be singular: a pivot that is nothing but
+/// rounding makes its column zero.
+fn cholesky(matrix: &[f64], n: usize) -> Result<Vec<f64>> {
+    if let Some(bad) = matrix.iter().find(|v| !v.is_finite()) {
+        return Err(Error::config("covariance", format!("it holds {bad}")));
+    }
+    let mut root = vec![0.0; n * n];
+    for j in 0..n {
+        let dot = |root: &[f64], i: usize| (0..j).map(|k| root[i * n + k] * root[j * n + k]).sum::<f64>();
+        let own = matrix[j * n + j];
+        let pivot = own - dot(&root, j);
+        if pivot <= 1e-14 * own.abs() {
+            continue;
+        }
+        root[j * n + j] = pivot.sqrt();
+        for i in j + 1..n {
+            root[i * n + j] = (matrix[i * n + j] - dot(&root, i)) / pivot.sqrt();
+        }
+    }
+    Ok(root)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_variance_both_are_the_softmax() -> Result<()> {
+        let logits = vec![vec![1.0, -2.0, 0.5]];
+        let exact = Linearised { covariances: vec![vec![0.0; 9]], logits };
+        let expected = softmax(&exact.logits[0]);
+        for got in [exact.probabilities(3, Noise::new(1))?, exact.probit()?] {
+            got[0].iter().zip(&expected).for_each(|(p, q)| assert!((p - q).abs() < 1e-15));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_root_squares_to_its_matrix_singular_or_not() -> Result<()> {
+        let of = [[2.0, 0.3, -0.4], [0.3, 1.0, 0.2], [-0.4, 0.2, 3.0]].concat();
+        let singular = [[1.0, 2.0, -1.0], [2.0, 4.0, -2.0], [-1.0, -2.0, 5.0]].concat();
+        for matrix in [of, singular] {
+            let root = cholesky(&matrix, 3)?;
+            for (i, j) in (0..9).map(|at| (at / 3, at % 3)) {
+                let product: f64 = (0..3).map(|k| root[i * 3 + k] * root[j * 3 + k]).sum();
+                assert!((product - matrix[i * 3 + j]).abs() < 1e-14, "{root:?}");
+            }
+        }
+        assert!(cholesky(&[f64::NAN], 1).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn sampled_probabilities_are_the_integral() -> Result<()> {
+        // Var(f_0 - f_1) = 2 + 1 - 2 * 0.5 = 2; by a rule of 4001 points on +-10 deviations.
+        let gaussian =
+            Linearised { logits: vec![vec![0.7, -0.5]], covariances: vec![vec![2.0, 0.5, 0.5, 1.0]] };
+        let (mut top, mut weight) = (0.0, 0.0);
+        for i in -2000..=2000 {
+            let z = f64::from(i) / 200.0;
+            let density = (-0.5 * z * z).exp();
+            top += density / (1.0 + (-1.2 - 2f64.sqrt() * z).exp());
+            weight += density;
+        }
+        let samples = 40_000;
+        let got = gaussian.probabilities(samples, Noise::new(7))?;
+        // The standard deviation of a probability is at most 1/2.
+        assert!((got[0][0] - top / weight).abs() < 5.0 * 0.5 / (samples as f64).sqrt(), "{got:?}");
+        assert_eq!(got, gaussian.probabilities(samples, Noise::new(7))?);
+        assert_ne!(got, gaussian.probabilities(samples, Noise::new(8))?);
+        assert!(gaussian.probabilities(0, Noise::new(7)).is_err());
+        let short = Linearised { covariances: vec![vec![1.0]], ..gaussian };
+        assert!(short.probabilities(1, Noise::new(7)).is_err() && short.probit().is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! What one batch says of some linear maps: their inputs, the gradients at their outputs, and the
+//! curvature of the loss at the logits.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::metrics::softmax;
+
+/// A batch under taps.
+#[derive(Debug)]
+pub(super) struct Record {
+    /// The logits, one vector an example.
+    pub logits: Vec<Vec<f64>>,
+    /// The maps in a fixed order.
+    pub layers: Vec<LayerRecord>,
+}
+
+/// One linear map `W (o x i)` on one batch: `dF_k/dW = sum_t gradients[k] inputs^T`.
+#[derive(Debug)]
+pub(super) struct LayerRecord {
+    /// `(b, t, i)`; zero on padding.
+    pub inputs: Tensor,
+    /// For each class k, `(b, t, o)`: the gradient of logit k.
+    pub gradients: Vec<Tensor>,
+    /// The number of tokens that are no padding.
+    pub tokens: f64,
+}
+
+impl Record {
+    /// # Errors
+    /// If the model has fewer than two outputs, or one is not finite.
+    pub fn new(outputs: &Tensor, layers: Vec<LayerRecord>) -> Result<Self> {
+        let logits = outputs.detach().to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        if let Some(classes) = logits.first().map(Vec::len).filter(|classes| *classes < 2) {
+            let reason = format!("needs a classifier of at least 2 classes, the model has {classes}");
+            return Err(Error::config("laplace", reason));
+        }
+        match logits.iter().flatten().find(|z| !z.is_finite()) {
+            Some(bad) => Err(Error::config("laplace", format!("the model gives the logit {bad}"))),
+            None => Ok(Self { logits, layers }),
+        }
+    }
+
+    /// `sum_n log p(label_n)`.
+    ///
+    /// # Errors
+    /// If a label is no class of the model.
+    pub fn log_likelihood(&self, batch: &Batch) -> Result<f64> {
+        if batch.labels.dtype().is_float() {
+            return Err(Error::config("labels", "expected classes, got scores"));
+        }
+        let labels = batch.labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let mut sum = 0.0;
+        for (i, (z, label)) in self.logits.iter().zip(labels).enumerate() {
+            let Some(own) = usize::try_from(label).ok().and_then(|label| z.get(label)) else {
+                let row = batch.rows.get(i).copied().unwrap_or(i);
+                let reason = format!("row {row} has class {label}, the model has {} outputs", z.len());
+                return Err(Error::config("labels", reason));
+            };
+            let top = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            sum += own - top - z.iter().map(|z| (z - top).exp()).sum::<f64>().ln();
+        }
+        Ok(sum)
+    }
+
+    /// Entries `[c][k]` of every example: row k of column c of L, `(b)` each, with `L L^T = diag(p) - p p^T`, the Hessian of the
+    /// cross-entropy at the logits: `L = diag(sqrt p) - p sqrt(p)^T`.
+    pub fn hessian_roots(&self) -> Vec<Vec<Vec<f64>>> {
+        let classes = self.logits.first().map_or(0, Vec::len);
+        let mut roots = vec![vec![Vec::with_capacity(self.logits.len()); classes]; classes];
+        for z in &self.logits {
+            let p = softmax(z);
+            for (c, column) in roots.iter_mut().enumerate() {
+                for (k, of) in column.iter_mut().enumerate() {
+                    of.push((f64::from(u8::from(k == c)) - p[k]) * p[c].sqrt());
+                }
+            }
+        }
+        roots
+    }
+}
+
+impl LayerRecord {
+    /// `inputs` of a batch, padding taken out; no gradients yet.
+    ///
+    /// # Errors
+    /// As [`Places::per_example`].
+    pub fn new(inputs: &Tensor, places: &Places) -> Result<Self> {
+        let inputs = places.per_example(inputs)?;
+        let (b, t, _) = inputs.dims3()?;
+        // A layer that sees one token of each row alone (the first, the last) sees no padding.
+        if t != places.length {
+            return Ok(Self { inputs, gradients: Vec::new(), tokens: (b * t) as f64 });
+        }
+        let mask = places.mask.to_dtype(inputs.dtype())?.unsqueeze(2)?;
+        let inputs = inputs.broadcast_mul(&mask)?;
+        Ok(Self { inputs, gradients: Vec::new(), tokens: places.real as f64 })
+    }
+
+    /// The Jacobian of logit k with regard to the weight, `(b, o, i)` in double precision on the
+    /// host.
+    pub fn jacobian(&self, k: usize) -> Result<Tensor> {
+        let gradient = self.gradients[k].transpose(1, 2)?.contiguous()?;
+        host(&gradient.matmul(&self.inputs.contiguous()?)?)
+    }
+
+    /// `sum x x^T` over examples and tokens, `(i, i)`.
+    pub fn input_square(&self) -> Result<Tensor> {
+        square(&self.inputs)
+    }
+
+    /// `sum_c g_c g_c^T` over examples and tokens, `(o, o)`, where g_c is the gradient of the
+    /// logits along column c of their Hessian's root.
+    pub fn output_square(&self, roots: &[Vec<Vec<f64>>]) -> Result<Tensor> {
+        let (dtype, device) = (self.inputs.dtype(), self.inputs.device().clone());
+        let mut sum: Option<Tensor> = None;
+        for root in roots {
+            let mut column: Option<Tensor> = None;
+            for (gradient, root) in self.gradients.iter().zip(root) {
+                let factor = Tensor::from_slice(root, (root.len(), 1, 1), &device)?;
+                let term = gradient.broadcast_mul(&factor.to_dtype(dtype)?)?;
+                column = Some(add(column, term)?);
+            }
+            if let Some(column) = column {
+                sum = Some(add(sum, square(&column)?)?);
+            }
+        }
+        sum.ok_or_else(|| Error::config("laplace", "there is no gradient"))
+    }
+}
+
+fn add(sum: Option<Tensor>, term: Tensor) -> Result<Tensor> {
+    Ok(match sum {
+        Some(sum) => (sum + term)?,
+        None => term,
+    })
+}
+
+/// `X^T X` over the last dimension, in double precision on the host.
+fn square(xs: &Tensor) -> Result<Tensor> {
+    let flat = xs.flatten_to(xs.rank() - 2)?.contiguous()?;
+    host(&flat.t()?.contiguous()?.matmul(&flat)?)
+}
+
+fn host(xs: &Tensor) -> Result<Tensor> {
+    Ok(xs.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
+}
+
+/// Where the tokens of a batch are: models leave padding out of some layers, and all tokens but one
+/// of each row.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// `(b, t)`, 1 on real tokens.
+    mask: Tensor,
+    examples: usize,
+    length: usize,
+    real: usize,
+    /// `(b t)`: each place's number among the real tokens; that after the last for padding.
+    packed: Tensor,
+}
+
+impl Places {
+    /// The places of a batch.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn new(batch: &Batch) -> Result<Self> {
+        let mask = batch.attention_mask.clone();
+        let (examples, length) = mask.dims2()?;
+        let shown = mask.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+        let real = shown.iter().filter(|shown| **shown != 0).count();
+        let mut next = 0;
+        let number = |shown: &u32| match shown {
+            0 => real as u32,
+            _ => {
+                next += 1;
+                next - 1
+            }
+        };
+        let packed: Vec<u32> = shown.iter().map(number).collect();
+        let packed = Tensor::from_vec(packed, examples * length, mask.device())?;
+        Ok(Self { mask, examples, length, real, packed })
+    }
+
+    /// `(b, t, d)` or `(b, 1, d)`, from one of them, `(b, d)`, `(b t, d)`, or the real tokens alone,
+    /// in the order of their rows; padding is zero then.
+    ///
+    /// # Errors
+    /// If the tokens are not those of the batch.
+    pub fn per_example(&self, xs: &Tensor) -> Result<Tensor> {
+        let (b, t) = (self.examples, self.length);
+        match *xs.dims() {
+            [rows, tokens, _] if rows == b && (tokens == t || tokens == 1) => Ok(xs.clone()),
+            [rows, d] if rows == b => Ok(xs.contiguous()?.reshape((b, 1, d))?),
+            [rows, d] if rows == b * t => Ok(xs.contiguous()?.reshape((b, t, d))?),
+            [rows, d] if rows == self.real => {
+                let zero = Tensor::zeros((1, d), xs.dtype(), xs.device())?;
+                let padded = Tensor::cat(&[xs, &zero], 0)?.index_select(&self.packed, 0)?;
+                Ok(padded.reshape((b, t, d))?)
+            }
+            _ => {
+                let reason = format!("expected the tokens of {b} rows of {t}, got shape {:?}", xs.shape());
+                Err(Error::config("laplace", reason))
+            }
+        }
+    }
+}

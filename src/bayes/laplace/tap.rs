@@ -1,0 +1,224 @@
+//! Taps on LoRA adapters: what each sees and the gradient at its outputs, token by token.
+//!
+//! While taps record, an adapter computes
+//!
+//! ```text
+//! h = A x + t_h,   y = W0 x + b + s B h + t_y,   t_h = t_y = 0
+//! ```
+//!
+//! The gradient of an output of the model at t_h, beside x, is that of A; at t_y, beside s h, that
+//! of B: `dF/dA = sum_tokens dF/dt_h x^T`, `dF/dB = sum_tokens dF/dt_y (s h)^T`.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{Tensor, Var};
+use candle_nn::Linear;
+
+use super::record::{LayerRecord, Places, Record};
+use crate::adapters::{Lora, LowRank};
+use crate::bayes::Predictor;
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::params::Role;
+use crate::slot::{Adapter, Linears, Pass};
+
+/// The taps on the active LoRA adapters of a model, until [`Self::remove`].
+/// Clones are the same taps.
+#[derive(Debug, Clone)]
+pub struct Taps {
+    layers: Vec<Tapped>,
+}
+
+#[derive(Debug, Clone)]
+struct Tapped {
+    path: String,
+    adapter: String,
+    pair: LowRank,
+    tape: Arc<Mutex<Tape>>,
+}
+
+/// What a recording adapter leaves behind.
+#[derive(Debug, Default)]
+struct Tape {
+    recording: bool,
+    seen: Vec<Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    xs: Tensor,
+    h: Tensor,
+    tap_h: Var,
+    tap_y: Var,
+}
+
+/// A LoRA adapter with taps: it is that adapter to whoever asks, and computes the same.
+#[derive(Debug)]
+struct Probe {
+    lora: Lora,
+    tape: Arc<Mutex<Tape>>,
+}
+
+fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
+    // A panic while it is held leaves a tape that the next recording clears.
+    tape.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Adapter for Probe {
+    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+        if !lock(&self.tape).recording {
+            return self.lora.forward(xs, base, pass);
+        }
+        let pair = self.lora.low_rank();
+        // Detached: the gradients of A and B themselves are sums over examples, of no use here.
+        let (a, b) = (pair.a().detach(), pair.b().detach());
+        let wide = xs.to_dtype(a.dtype())?;
+        let h = ops::linear(&wide, &a, None)?;
+        let tap_h = Var::zeros(h.shape(), h.dtype(), h.device())?;
+        let h = (h + tap_h.as_tensor())?;
+        let low = (ops::linear(&h, &b, None)? * pair.scale())?;
+        let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
+        let low = (low + tap_y.as_tensor())?;
+        let frozen = ops::linear(xs, base.weight(), base.bias())?.to_dtype(low.dtype())?;
+        let seen = Seen { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
+        lock(&self.tape).seen.push(seen);
+        (frozen + low)?.to_dtype(xs.dtype())
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        self.lora.parameters()
+    }
+
+    fn delta(&self) -> candle_core::Result<Option<Tensor>> {
+        self.lora.delta()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        &self.lora
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        &mut self.lora
+    }
+}
+
+impl Taps {
+    /// Puts taps on every active LoRA adapter. The model predicts as before.
+    ///
+    /// # Errors
+    /// If the model has no active LoRA adapter, an active adapter is of another method, or a layer
+    /// is merged; the model is then as it was.
+    pub fn install(model: &mut dyn Linears) -> Result<Self> {
+        let mut layers = Vec::new();
+        model.visit_linears(&mut |slot| {
+            let Some((name, adapter)) = slot.active() else { return Ok(()) };
+            let at = || format!("{}: adapter {name:?}", slot.path());
+            let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
+                return Err(Error::config("adapter", format!("{} is no LoRA adapter", at())));
+            };
+            if slot.is_merged() {
+                return Err(Error::config("adapter", format!("{} is merged: unmerge it first", at())));
+            }
+            layers.push(Tapped {
+                path: slot.path().to_string(),
+                adapter: name.to_string(),
+                pair: lora.low_rank().clone(),
+                tape: Arc::default(),
+            });
+            Ok(())
+        })?;
+        if layers.is_empty() {
+            return Err(Error::config("adapter", "the model has no active LoRA adapter"));
+        }
+        let taps = Self { layers };
+        taps.exchange(model, true)?;
+        Ok(taps)
+    }
+
+    /// Takes the taps off again.
+    ///
+    /// # Errors
+    /// If an adapter is no longer there, or its layer was merged since.
+    pub fn remove(self, model: &mut dyn Linears) -> Result<()> {
+        self.exchange(model, false)
+    }
+
+    /// Puts probes in the place of adapters, or their adapters in the place of probes.
+    fn exchange(&self, model: &mut dyn Linears, probed: bool) -> Result<()> {
+        model.visit_linears_mut(&mut |slot| {
+            let here = self.layers.iter().find(|layer| layer.path == slot.path());
+            let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };
+            let active = slot.active().map(|(name, _)| name.to_string());
+            let lora = slot.adapter(name).and_then(|a| a.as_any().downcast_ref::<Lora>()).cloned();
+            let Some(lora) = lora else {
+                let reason = format!("{} has no LoRA adapter {name:?} any more", slot.path());
+                return Err(Error::config("adapter", reason));
+            };
+            slot.remove(name)?;
+            let adapter: Box<dyn Adapter> = match probed {
+                true => Box::new(Probe { lora, tape: tape.clone() }),
+                false => Box::new(lora),
+            };
+            slot.add(name, adapter)?;
+            slot.activate(active.as_deref())
+        })
+    }
+
+    /// The tensors whose uncertainty is meant, each with its name.
+    pub(super) fn parameters(&self) -> Vec<(String, Tensor)> {
+        let pair = |layer: &Tapped| {
+            let name = |role: &str| format!("{}.{}.{role}", layer.path, layer.adapter);
+            [(name("a"), layer.pair.a().clone()), (name("b"), layer.pair.b().clone())]
+        };
+        self.layers.iter().flat_map(pair).collect()
+    }
+
+    /// One batch: outputs, and inputs and output gradients of A and B of every layer.
+    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+        self.switch(true);
+        let outputs = model.predict(batch, &Pass::Mean);
+        let seen = self.switch(false);
+        let outputs = outputs?;
+        let (_, classes) = outputs.dims2()?;
+        let places = Places::new(batch)?;
+        let mut layers = Vec::new();
+        for (layer, mut seen) in self.layers.iter().zip(seen) {
+            let (Some(seen), true) = (seen.pop(), seen.is_empty()) else {
+                let reason = "a forward pass has to use the layer exactly once";
+                return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
+            };
+            layers.push((layer, seen));
+        }
+        let mut records: Vec<LayerRecord> = Vec::new();
+        for (_, seen) in &layers {
+            for inputs in [&seen.xs, &seen.h] {
+                records.push(LayerRecord::new(inputs, &places)?);
+            }
+        }
+        for class in 0..classes {
+            let grads = outputs.narrow(1, class, 1)?.sum_all()?.backward()?;
+            for (i, (layer, seen)) in layers.iter().enumerate() {
+                for (place, tap) in [&seen.tap_h, &seen.tap_y].into_iter().enumerate() {
+                    let Some(grad) = grads.get(tap) else {
+                        let reason = "no gradient reaches the layer (gradient checkpointing must be off)";
+                        return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
+                    };
+                    records[2 * i + place].gradients.push(places.per_example(&grad.detach())?);
+                }
+            }
+        }
+        Record::new(&outputs, records)
+    }
+
+    /// Starts or ends recording; what was recorded is taken out.
+    fn switch(&self, recording: bool) -> Vec<Vec<Seen>> {
+        let change = |layer: &Tapped| {
+            let mut tape = lock(&layer.tape);
+            tape.recording = recording;
+            std::mem::take(&mut tape.seen)
+        };
+        self.layers.iter().map(change).collect()
+    }
+}

@@ -1,0 +1,165 @@
+//! Temperature scaling: one number that calibrates the logits of a classifier.
+//!
+//! ```text
+//! p = softmax(z / T),   T = argmin sum_n -ln p_n[label_n]
+//! ```
+//!
+//! Guo et al. 2017, "On calibration of modern neural networks", section 4.2. In b = 1/T the sum is
+//! convex, so that its minimum is the one zero of its slope.
+
+use crate::error::{Error, Result};
+use crate::metrics::softmax;
+
+/// The least and the largest temperature that [`Temperature::fit`] gives: where every row is right
+/// (or the logits say nothing) the optimum is at zero (or infinity).
+pub const BOUNDS: (f64, f64) = (1e-2, 1e2);
+
+/// A temperature T by which logits are divided before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    value: f64,
+}
+
+impl Temperature {
+    /// A given temperature.
+    ///
+    /// # Errors
+    /// Unless it is positive and finite.
+    pub fn new(value: f64) -> Result<Self> {
+        match value > 0.0 && value.is_finite() {
+            true => Ok(Self { value }),
+            false => Err(Error::config("temperature", format!("expected a positive number, got {value}"))),
+        }
+    }
+
+    /// The temperature within [`BOUNDS`] that makes the labels most likely, from held-out rows: of
+    /// the training rows it would only say that the model is sure of them.
+    ///
+    /// # Shapes
+    /// - `logits`: n rows of c classes
+    /// - `labels`: n classes
+    ///
+    /// # Errors
+    /// If there is no row, rows and labels differ in number, rows differ in length or have fewer
+    /// than two classes, a logit is not finite, or a label is out of range.
+    pub fn fit(logits: &[Vec<f64>], labels: &[u32]) -> Result<Self> {
+        check(logits, labels)?;
+        // The slope in b grows with b: bisection of ln b keeps the zero between its ends.
+        let (mut low, mut high) = (-BOUNDS.1.ln(), -BOUNDS.0.ln());
+        if slope(logits, labels, low.exp()) >= 0.0 {
+            return Ok(Self { value: BOUNDS.1 });
+        }
+        if slope(logits, labels, high.exp()) <= 0.0 {
+            return Ok(Self { value: BOUNDS.0 });
+        }
+        while high - low > 1e-12 {
+            let middle = 0.5 * (low + high);
+            match slope(logits, labels, middle.exp()) < 0.0 {
+                true => low = middle,
+                false => high = middle,
+            }
+        }
+        Ok(Self { value: (-0.5 * (low + high)).exp() })
+    }
+
+    /// T: above 1 it makes predictions less sure, below 1 more.
+    pub fn value(&self) -> f64 {
+        self.value
+    }
+
+    /// `softmax(z / T)` of every row.
+    pub fn probabilities(&self, logits: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let scaled = |row: &Vec<f64>| row.iter().map(|z| z / self.value).collect::<Vec<_>>();
+        logits.iter().map(|row| softmax(&scaled(row))).collect()
+    }
+}
+
+/// The derivative of the negative log-likelihood in b = 1/T: `sum_n (E_p[z] - z[label])`.
+fn slope(logits: &[Vec<f64>], labels: &[u32], inverse: f64) -> f64 {
+    let row = |(z, label): (&Vec<f64>, &u32)| {
+        let p = softmax(&z.iter().map(|z| z * inverse).collect::<Vec<_>>());
+        // The differences first: of a sure row, two large logits would cancel.
+        let own = z[*label as usize];
+        p.iter().zip(z).map(|(p, z)| p * (z - own)).sum::<f64>()
+    };
+    logits.iter().zip(labels).map(row).sum()
+}
+
+fn check(logits: &[Vec<f64>], labels: &[u32]) -> Result<()> {
+    if logits.is_empty() || logits.len() != labels.len() {
+        let reason = format!("{} rows for {} labels; at least one needed", logits.len(), labels.len());
+        return Err(Error::config("logits", reason));
+    }
+    let classes = logits[0].len();
+    for (row, (z, label)) in logits.iter().zip(labels).enumerate() {
+        if z.len() != classes || classes < 2 {
+            let reason = format!("row {row}: {} classes, row 0: {classes}; at least 2 needed", z.len());
+            return Err(Error::config("logits", reason));
+        }
+        if let Some(bad) = z.iter().find(|z| !z.is_finite()) {
+            return Err(Error::config("logits", format!("row {row} holds {bad}")));
+        }
+        if *label as usize >= classes {
+            return Err(Error::config("labels", format!("row {row}: label {label} of {classes} classes")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_optimum_makes_the_mean_probability_the_share_of_right_rows() -> Result<()> {
+        // Every row is (m, 0); three of four are right: sigmoid(m / T) = 3/4, T = m / ln 3.
+        let logits = vec![vec![5.0, 0.0]; 4];
+        let temperature = Temperature::fit(&logits, &[0, 0, 1, 0])?;
+        assert!((temperature.value() - 5.0 / 3f64.ln()).abs() < 1e-9, "{temperature:?}");
+        for row in temperature.probabilities(&logits) {
+            assert!((row[0] - 0.75).abs() < 1e-10, "{row:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_likelihood_is_flat_at_the_optimum_and_lower_beside_it() -> Result<()> {
+        let logits: Vec<Vec<f64>> =
+            (0..40).map(|i| (0..3).map(|c| 4.0 * f64::sin(f64::from(3 * i + c))).collect()).collect();
+        let labels: Vec<u32> = (0..40).map(|i| if i % 3 == 0 { 1 } else { i % 2 }).collect();
+        let best = Temperature::fit(&logits, &labels)?;
+        let nll = |t: f64| -> Result<f64> {
+            crate::metrics::nll(&Temperature::new(t)?.probabilities(&logits), &labels)
+        };
+        let t = best.value();
+        assert!(t > BOUNDS.0 && t < BOUNDS.1, "{t}");
+        assert!(((nll(t * 1.0001)? - nll(t / 1.0001)?) / 2e-4).abs() < 1e-7);
+        assert!(nll(t)? < nll(t * 1.1)? && nll(t)? < nll(t / 1.1)?);
+        Ok(())
+    }
+
+    #[test]
+    fn without_a_finite_optimum_it_ends_at_a_bound() -> Result<()> {
+        let logits = vec![vec![2.0, -1.0], vec![0.5, 3.0]];
+        assert_eq!(Temperature::fit(&logits, &[0, 1])?.value(), BOUNDS.0);
+        assert_eq!(Temperature::fit(&logits, &[1, 0])?.value(), BOUNDS.1);
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_fitted_is_named() {
+        let refused = |logits: &[Vec<f64>], labels: &[u32], what: &str| {
+            let error = Temperature::fit(logits, labels).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        };
+        refused(&[], &[], "at least one");
+        refused(&[vec![0.0, 1.0]], &[0, 1], "1 rows for 2 labels");
+        refused(&[vec![0.0, 1.0], vec![0.0]], &[0, 0], "row 1: 1 classes");
+        refused(&[vec![0.0]], &[0], "at least 2");
+        refused(&[vec![0.0, f64::NAN]], &[0], "row 0 holds NaN");
+        refused(&[vec![0.0, 1.0]], &[2], "label 2 of 2");
+        for value in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(Temperature::new(value).is_err());
+        }
+    }
+}
