@@ -6,11 +6,19 @@ use candle_core::Tensor;
 
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
-use crate::bayes::posterior_probabilities;
+use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
+use crate::bayes::{
+    auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
+    Temperature, Uncertainty,
+};
+use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::metrics::Metrics;
+use crate::merge;
+use crate::metrics::{average_draws, softmax, Metrics};
+use crate::noise::Noise;
+use crate::slot::Pass;
 use crate::train::{batches, Classifier, Predictions};
 
 /// The bins of a reliability diagram.
@@ -18,9 +26,14 @@ const BINS: usize = 10;
 /// Rows of an evaluation batch.
 const BATCH: usize = 64;
 
+/// Rows that a Laplace approximation takes its curvature from, at most.
+const LAPLACE_ROWS: usize = 512;
+/// Samples of its logits.
+const LAPLACE_SAMPLES: usize = 1000;
+
 /// A trained model and the rows it is measured on.
 pub(super) struct Held<'a> {
-    pub classifier: &'a Classifier,
+    pub classifier: Classifier,
     pub train: &'a [Encoded],
     pub held_out: &'a [Encoded],
     pub dev: &'a [Encoded],
@@ -28,29 +41,122 @@ pub(super) struct Held<'a> {
     pub draws: usize,
     /// Earlier parameters of the same training.
     pub members: Vec<BTreeMap<String, Tensor>>,
+    pub noise: Noise,
 }
 
 /// Fills in the arms of a result.
-pub(super) fn measure(held: &Held, recipe: &Recipe, result: &mut CellResult) -> Result<()> {
-    let batched = batches(held.classifier, held.dev, BATCH)?;
-    let mean = Predictions::new(held.classifier, held.dev, &batched, 0)?;
-    if held.classifier.is_regression() {
+pub(super) fn measure(held: Held, recipe: &Recipe, result: &mut CellResult) -> Result<()> {
+    let classifier = &held.classifier;
+    let dev = batches(classifier, held.dev, BATCH)?;
+    let mean = Predictions::new(classifier, held.dev, &dev, 0)?;
+    if classifier.is_regression() {
         result.arms.insert("mean".to_string(), mean.evaluate().map_err(not_finite)?.mean);
         return Ok(());
     }
     let labels = classes(held.dev)?;
-    let mut add = |arm: &str, probabilities: &[Vec<f64>]| -> Result<()> {
-        let metrics = Metrics::classification(probabilities, &labels).map_err(not_finite)?;
-        result.arms.insert(arm.to_string(), metrics);
-        result.reliability.insert(arm.to_string(), reliability(probabilities, &labels));
-        Ok(())
-    };
-    add("mean", &mean.mean)?;
-    if recipe.has_posterior() {
-        let probabilities = posterior_probabilities(held.classifier, &batched, held.draws)?;
-        add(&format!("{} draws", held.draws), &probabilities)?;
+    let mut arms = Arms { labels: &labels, result };
+    arms.add("mean", &mean.mean)?;
+    out_of_domain(&held, recipe, &dev, &mean.mean, &mut arms)?;
+    if recipe.is_lora() {
+        of_trained_lora(held, &dev, &mean.logits, &mut arms)?;
     }
     Ok(())
+}
+
+/// Posterior draws, and how well uncertainty tells foreign rows.
+fn out_of_domain(
+    held: &Held,
+    recipe: &Recipe,
+    dev: &[Batch],
+    mean: &[Vec<f64>],
+    arms: &mut Arms,
+) -> Result<()> {
+    let classifier = &held.classifier;
+    let foreign = match held.foreign {
+        [] => Vec::new(),
+        rows => batches(classifier, rows, BATCH)?,
+    };
+    let mut told = |name: &str, own: &[f64], other: &[f64]| -> Result<()> {
+        if !other.is_empty() {
+            arms.result.ood.insert(name.to_string(), auroc(own, other)?);
+        }
+        Ok(())
+    };
+    let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
+    let others = logits(classifier, &foreign, &Pass::Mean)?;
+    let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
+    told("mean: entropy", &entropies(mean), &entropies(&others))?;
+    if recipe.has_posterior() {
+        let draws = posterior_draws(classifier, dev, held.draws)?;
+        if !foreign.is_empty() {
+            let others = uncertainty(&posterior_draws(classifier, &foreign, held.draws)?)?;
+            let own = uncertainty(&draws).map_err(not_finite)?;
+            let total = |rows: &[Uncertainty]| rows.iter().map(|row| row.total).collect::<Vec<_>>();
+            let epistemic = |rows: &[Uncertainty]| rows.iter().map(|row| row.epistemic).collect::<Vec<_>>();
+            told(&format!("{} draws: entropy", held.draws), &total(&own), &total(&others))?;
+            let name = format!("{} draws: mutual information", held.draws);
+            told(&name, &epistemic(&own), &epistemic(&others))?;
+        }
+        arms.add(&format!("{} draws", held.draws), &average_draws(&draws).map_err(not_finite)?)?;
+    }
+    Ok(())
+}
+
+/// The Bayesian treatments of a LoRA that was trained without a posterior.
+fn of_trained_lora(mut held: Held, dev: &[Batch], mean: &[Vec<f64>], arms: &mut Arms) -> Result<()> {
+    let classifier = &held.classifier;
+    if !held.held_out.is_empty() {
+        let rows = batches(classifier, held.held_out, BATCH)?;
+        let logits = logits(classifier, &rows, &Pass::Mean)?;
+        let temperature = Temperature::fit(&logits, &classes(held.held_out)?).map_err(not_finite)?;
+        arms.add("temperature", &temperature.probabilities(mean))?;
+    }
+    arms.add("mc dropout", &posterior_probabilities(&McDropout(classifier), dev, held.draws)?)?;
+    let mut ensemble = Ensemble::new();
+    held.members.into_iter().for_each(|member| ensemble.push_snapshot(member));
+    if !ensemble.is_empty() {
+        arms.add("checkpoints", &ensemble.probabilities(classifier, &classifier.params, dev)?)?;
+    }
+    let train = batches(classifier, held.train, BATCH)?;
+    // Merged, a backward pass ends at the head.
+    merge::merge(held.classifier.model.as_mut())?;
+    let scope = Scope::LastLayer(LastLayer::of_head(&held.classifier.params)?);
+    let predicted = laplace(&held.classifier, scope, &train, dev, held.noise);
+    merge::unmerge(held.classifier.model.as_mut())?;
+    arms.add("last-layer laplace", &predicted?)?;
+    let taps = Taps::install(held.classifier.model.as_mut())?;
+    let scope = Scope::Adapters(taps.clone());
+    let predicted = laplace(&held.classifier, scope, &train, dev, held.noise);
+    taps.remove(held.classifier.model.as_mut())?;
+    arms.add("laplace", &predicted?)
+}
+
+/// Probabilities under a Laplace approximation whose prior precision maximises the evidence.
+fn laplace(
+    classifier: &Classifier,
+    scope: Scope,
+    train: &[Batch],
+    dev: &[Batch],
+    noise: Noise,
+) -> Result<Vec<Vec<f64>>> {
+    let mut laplace = Laplace::fit(classifier, scope, train, Some(LAPLACE_ROWS))?;
+    laplace.maximise_evidence();
+    laplace.predict(classifier, dev)?.probabilities(LAPLACE_SAMPLES, noise)
+}
+
+/// Where the ways to predict are written down.
+struct Arms<'a> {
+    labels: &'a [u32],
+    result: &'a mut CellResult,
+}
+
+impl Arms<'_> {
+    fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) -> Result<()> {
+        let metrics = Metrics::classification(probabilities, self.labels).map_err(not_finite)?;
+        self.result.arms.insert(arm.to_string(), metrics);
+        self.result.reliability.insert(arm.to_string(), reliability(probabilities, self.labels));
+        Ok(())
+    }
 }
 
 /// The labels of classes.

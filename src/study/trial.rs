@@ -101,15 +101,16 @@ impl Trial<'_> {
         cost.step_seconds_median = summary.step_seconds_median;
         members.truncate(if recipe.is_lora() { MEMBERS } else { 0 });
         let held = Held {
-            classifier: &classifier,
+            classifier,
             train: self.train,
             held_out: self.held_out,
             dev: self.dev,
             foreign: self.foreign,
             draws: self.draws,
             members,
+            noise: Noise::new(key.seed),
         };
-        treatments::measure(&held, &recipe, result)
+        treatments::measure(held, &recipe, result)
     }
 
     fn load(&self, start: &Start, key: &CellKey) -> Result<Classifier> {

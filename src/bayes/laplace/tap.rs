@@ -91,8 +91,8 @@ impl Adapter for Probe {
         self.lora.parameters()
     }
 
-    fn delta(&self) -> candle_core::Result<Option<Tensor>> {
-        self.lora.delta()
+    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        self.lora.delta(base)
     }
 
     fn as_any(&self) -> &dyn Any {
