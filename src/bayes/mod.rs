@@ -1,5 +1,5 @@
 //! Prediction from a posterior, and the ways to one that need no other training: dropout,
-//! checkpoints, temperature; what draws say of uncertainty.
+//! checkpoints, temperature, Laplace; what draws say of uncertainty.
 
 mod ensemble;
 pub mod laplace;
@@ -8,6 +8,7 @@ mod temperature;
 mod uncertainty;
 
 pub use ensemble::{Ensemble, McDropout};
+pub use laplace::{Laplace, LastLayer, Linearised, Scope, Taps};
 pub use predict::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
 pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};

@@ -26,6 +26,33 @@ impl Linearised {
     /// # Errors
     /// If `samples` is 0, or a covariance is not finite or of another shape.
     pub fn probabilities(&self, samples: usize, noise: Noise) -> Result<Vec<Vec<f64>>> {
+        let mut mean: Vec<Vec<f64>> = self.logits.iter().map(|row| vec![0.0; row.len()]).collect();
+        self.each_draw(samples, noise, |n, p| {
+            mean[n].iter_mut().zip(p).for_each(|(sum, p)| *sum += p / samples as f64);
+        })?;
+        Ok(mean)
+    }
+
+    /// The class probabilities of each of the same draws, `(s, n, c)`, for
+    /// [`uncertainty`](crate::bayes::uncertainty).
+    ///
+    /// # Errors
+    /// As [`Self::probabilities`].
+    pub fn draws(&self, samples: usize, noise: Noise) -> Result<Vec<Vec<Vec<f64>>>> {
+        let mut draws: Vec<Vec<Vec<f64>>> = Vec::new();
+        self.each_draw(samples, noise, |n, p| {
+            if n == 0 {
+                draws.push(Vec::with_capacity(self.logits.len()));
+            }
+            if let Some(draw) = draws.last_mut() {
+                draw.push(p);
+            }
+        })?;
+        Ok(draws)
+    }
+
+    /// Calls `take` with the number and the probabilities of every row, draw by draw.
+    fn each_draw(&self, samples: usize, noise: Noise, mut take: impl FnMut(usize, Vec<f64>)) -> Result<()> {
         if samples == 0 {
             return Err(Error::config("samples", "expected at least 1, got 0"));
         }
@@ -33,17 +60,15 @@ impl Linearised {
         let roots = self.roots(classes)?;
         let stream = noise.stream("laplace.logits", Purpose::Predict);
         let mut z = vec![0.0; self.logits.len() * classes];
-        let mut mean = vec![vec![0.0; classes]; self.logits.len()];
         for draw in 0..samples {
             stream.fill_normal(draw as u64, &mut z);
             for (n, (row, root)) in self.logits.iter().zip(&roots).enumerate() {
                 let z = &z[n * classes..][..classes];
                 let moved = |k: usize| row[k] + (0..=k).map(|l| root[k * classes + l] * z[l]).sum::<f64>();
-                let p = softmax(&(0..classes).map(moved).collect::<Vec<_>>());
-                mean[n].iter_mut().zip(p).for_each(|(sum, p)| *sum += p / samples as f64);
+                take(n, softmax(&(0..classes).map(moved).collect::<Vec<_>>()));
             }
         }
-        Ok(mean)
+        Ok(())
     }
 
     /// The probit approximation (MacKay 1992), without samples:
@@ -155,6 +180,14 @@ mod tests {
         assert!((got[0][0] - top / weight).abs() < 5.0 * 0.5 / (samples as f64).sqrt(), "{got:?}");
         assert_eq!(got, gaussian.probabilities(samples, Noise::new(7))?);
         assert_ne!(got, gaussian.probabilities(samples, Noise::new(8))?);
+        // The same draws one by one; what follows a row does not change it.
+        let mut two = gaussian.clone();
+        two.logits.push(vec![0.1, 0.2]);
+        two.covariances.push(vec![1.0, 0.0, 0.0, 1.0]);
+        let draws = two.draws(50, Noise::new(7))?;
+        assert_eq!((draws.len(), draws[0].len()), (50, 2));
+        let mean = draws.iter().map(|draw| draw[0][0]).sum::<f64>() / 50.0;
+        assert!((mean - gaussian.probabilities(50, Noise::new(7))?[0][0]).abs() < 1e-14);
         assert!(gaussian.probabilities(0, Noise::new(7)).is_err());
         let short = Linearised { covariances: vec![vec![1.0]], ..gaussian };
         assert!(short.probabilities(1, Noise::new(7)).is_err() && short.probit().is_err());
