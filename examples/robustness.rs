@@ -44,7 +44,7 @@ struct Args {
     batch_sizes: Option<Vec<usize>>,
     #[arg(long, value_delimiter = ',', default_value = "1")]
     seeds: Vec<u64>,
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     epochs: usize,
     #[arg(long, default_value_t = 128)]
     max_length: usize,
