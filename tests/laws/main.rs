@@ -16,6 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 use monteclora::noise::{Noise, Purpose};
 use monteclora::params::Params;
+use monteclora::slot::{Linears, Slot};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -43,6 +44,26 @@ fn shake(params: &Params) -> Result<()> {
         params.set(&name, &(param.var.as_tensor() + step)?)?;
     }
     Ok(())
+}
+
+/// Linear layers side by side, for what walks over a model.
+struct Model(Vec<Slot>);
+
+impl Linears for Model {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> monteclora::Result<()>) -> monteclora::Result<()> {
+        self.0.iter().try_for_each(f)
+    }
+
+    fn visit_linears_mut(
+        &mut self,
+        f: &mut dyn FnMut(&mut Slot) -> monteclora::Result<()>,
+    ) -> monteclora::Result<()> {
+        self.0.iter_mut().try_for_each(f)
+    }
 }
 
 /// Asserts that the mean of `draws` is `want`, by its z-score; returns the score.

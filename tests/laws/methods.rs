@@ -13,7 +13,7 @@ use monteclora::params::{Params, Role};
 use monteclora::slot::{Adapter, Linears, Pass, Slot};
 use monteclora::train::{AdamW, AdamWConfig};
 
-use crate::{assert_close, assert_gradients, base, normals, shake, store, Result};
+use crate::{assert_close, assert_gradients, base, normals, shake, store, Model, Result};
 
 const TRAIN: Pass = Pass::Train { draw: 0 };
 
@@ -129,31 +129,11 @@ fn loraplus_takes_pefts_steps() -> Result<()> {
     assert_close("b", pair.b(), golden.get("plus.after.b")?, 1e-9)
 }
 
-/// Two linear layers with tanh between them.
-struct Two([Slot; 2]);
-
-impl Linears for Two {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &["proj", "second"]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> monteclora::Result<()>) -> monteclora::Result<()> {
-        self.0.iter().try_for_each(f)
-    }
-
-    fn visit_linears_mut(
-        &mut self,
-        f: &mut dyn FnMut(&mut Slot) -> monteclora::Result<()>,
-    ) -> monteclora::Result<()> {
-        self.0.iter_mut().try_for_each(f)
-    }
-}
-
 #[test]
 fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
     let (golden, params) = (Golden::read()?, store(1));
     let second = Linear::new(golden.get("second")?.clone(), None);
-    let mut model = Two([Slot::new("first.proj", golden.base()?), Slot::new("second", second)]);
+    let mut model = Model(vec![Slot::new("first.proj", golden.base()?), Slot::new("second", second)]);
     let config = AdaLoraConfig {
         init_rank: 4,
         target_rank: 2,

@@ -4,11 +4,11 @@ use candle_core::{Device, Tensor};
 use monteclora::dist::{Covariance, Estimator};
 use monteclora::monteclora::{Mixture, Mode, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
 use monteclora::params::Params;
-use monteclora::slot::{Linears, Pass, Slot};
+use monteclora::slot::{Pass, Slot};
 use monteclora::special::{digamma, ln_gamma};
 use rayon::prelude::*;
 
-use crate::{assert_mean, base, normals, shake, store, Result};
+use crate::{assert_mean, base, normals, shake, store, Model, Result};
 
 fn config(mode: Mode) -> MonteCLoRAConfig {
     MonteCLoRAConfig {
@@ -115,25 +115,6 @@ fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result
         assert!(error.to_string().contains("mode"), "{error}");
     }
     Ok(())
-}
-
-struct Model(Vec<Slot>);
-
-impl Linears for Model {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> monteclora::Result<()>) -> monteclora::Result<()> {
-        self.0.iter().try_for_each(f)
-    }
-
-    fn visit_linears_mut(
-        &mut self,
-        f: &mut dyn FnMut(&mut Slot) -> monteclora::Result<()>,
-    ) -> monteclora::Result<()> {
-        self.0.iter_mut().try_for_each(f)
-    }
 }
 
 #[test]
