@@ -147,6 +147,11 @@ impl Method {
             Select::ModelDefault => Targets { select: self.default_select(), ..targets.clone() },
             _ => targets.clone(),
         };
+        let patterns = !(targets.rank_pattern.is_empty() && targets.alpha_pattern.is_empty());
+        if patterns && matches!(self, Self::AdaLora(_) | Self::Ia3 | Self::Bottleneck(_)) {
+            let reason = format!("{} has no rank or alpha of single layers", self.name());
+            return Err(Error::config("rank_pattern", reason));
+        }
         let name = inject::DEFAULT_ADAPTER;
         // Rank and alpha of single layers are those of a pair A, B; the rest has none.
         let (rank, alpha) = match self {

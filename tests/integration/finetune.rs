@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{BottleneckConfig, LoraConfig};
 use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::Encoded;
@@ -358,5 +358,50 @@ fn batches_of_other_rows_are_refused() -> Outcome {
     swapped.swap(0, 1);
     let error = Predictions::new(&classifier, &rows, &swapped, 0).unwrap_err().to_string();
     assert_eq!(error, "invalid batches: place 0 holds row 3, but the split has row 0 there");
+    Ok(())
+}
+
+#[test]
+fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (encoder, decoder) = (checkpoint(dir.path())?, llama_checkpoint(other.path())?);
+    let bottleneck = Method::Bottleneck(BottleneckConfig { width: 2 });
+    for (files, method, places) in [
+        (&encoder, &Method::Ia3, &["attention.self.key", "attention.self.value", "output.dense"][..]),
+        (&decoder, &Method::Ia3, &["self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"]),
+        (&encoder, &bottleneck, &["attention.output.dense", "output.dense"]),
+        (&decoder, &bottleneck, &["self_attn.o_proj", "mlp.down_proj"]),
+    ] {
+        let classifier = load(files, method, 2)?;
+        let mut adapted = Vec::new();
+        classifier.model.visit_linears(&mut |slot| {
+            if slot.active().is_some() && slot.path().contains(".0.") {
+                adapted.push(slot.path().split(".0.").nth(1).unwrap_or_default().to_string());
+            }
+            Ok(())
+        })?;
+        adapted.sort();
+        let mut places = places.to_vec();
+        places.sort_unstable();
+        assert_eq!(adapted, places, "{}", method.name());
+
+        let out = tempfile::tempdir()?;
+        classifier.save("base", out.path())?;
+        let path = out.path().join("adapter/parameters.safetensors");
+        let saved = candle_core::safetensors::load(path, &Device::Cpu)?;
+        assert_eq!(saved.len(), classifier.params.all().len());
+
+        let targets = Targets { rank_pattern: [("down_proj".to_string(), 3)].into(), ..Targets::default() };
+        let start = Start::Fresh(method.clone(), targets);
+        let error = Classifier::load(files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu);
+        assert!(error.is_err_and(|error| error.to_string().contains("rank_pattern")), "{}", method.name());
+    }
+    // IA3 scales the inside of a feed-forward block, and the outputs of keys and values.
+    let classifier = load(&encoder, &Method::Ia3, 2)?;
+    let len = |path: &str| -> Outcome<usize> {
+        let name = format!("roberta.encoder.layer.0.{path}.default.scaling");
+        Ok(classifier.params.get(&name).ok_or("no such parameter")?.var.elem_count())
+    };
+    assert_eq!((len("attention.self.key")?, len("output.dense")?), (32, 48));
     Ok(())
 }
