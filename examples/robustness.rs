@@ -94,6 +94,8 @@ fn run() -> Outcome {
         run_cells(&args)?;
     }
     study::write_report(&args.output, &args.output)?;
+    #[cfg(feature = "plot")]
+    study::plot::write_plots(&study::cell::read_all(&args.output)?, &args.output.join("plots"))?;
     println!("{}", std::fs::read_to_string(args.output.join("report.md"))?);
     Ok(())
 }

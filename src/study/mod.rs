@@ -2,6 +2,8 @@
 
 pub mod cell;
 mod grid;
+#[cfg(feature = "plot")]
+pub mod plot;
 pub mod recipe;
 mod report;
 mod run;
