@@ -1,6 +1,6 @@
 //! Plots of a study as SVG: box plots over a grid (the paper's figures 1, 4 and 7), training losses
 //! (figure 11), reliability diagrams. They are read in black and white: arms are told apart by place
-//! and name, curves by dashes.
+//! and name, curves by dashes. What is not finite is left out.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::path::Path;
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
-use super::cell::{Bin, CellResult};
+use super::cell::{Bin, CellResult, Status};
 use super::stats::quantile;
 use crate::error::{Error, Result};
 use crate::files;
@@ -27,7 +27,7 @@ type Groups = BTreeMap<String, Vec<f64>>;
 pub fn write_plots(results: &[CellResult], out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
     let mut tasks: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
-    for result in results {
+    for result in results.iter().filter(|result| result.status == Status::Done) {
         tasks.entry(&result.key.task).or_default().push(result);
     }
     for (task, cells) in tasks {
@@ -129,7 +129,7 @@ fn curves(title: &str, cells: &[&CellResult]) -> Result<Option<String>> {
             (*method, (0..POINTS).map(point).filter(|(_, y)| y.is_finite()).collect())
         })
         .collect();
-    lined(title, ("share of training", "loss"), &lines)
+    lined(title, ("share of training", "loss"), SeriesLabelPosition::UpperRight, &lines)
 }
 
 /// Accuracy over confidence: bins of all cells of an arm together.
@@ -153,11 +153,16 @@ fn reliability(title: &str, cells: &[&CellResult]) -> Result<Option<String>> {
     if !lines.is_empty() {
         lines.push(("calibrated", vec![(0.0, 0.0), (1.0, 1.0)]));
     }
-    lined(title, ("confidence", "accuracy"), &lines)
+    lined(title, ("confidence", "accuracy"), SeriesLabelPosition::UpperLeft, &lines)
 }
 
 /// Lines told apart by their dashes and shades, with a legend.
-fn lined(title: &str, axes: (&str, &str), lines: &[(&str, Vec<(f64, f64)>)]) -> Result<Option<String>> {
+fn lined(
+    title: &str,
+    axes: (&str, &str),
+    legend: SeriesLabelPosition,
+    lines: &[(&str, Vec<(f64, f64)>)],
+) -> Result<Option<String>> {
     let points = || lines.iter().flat_map(|(_, points)| points);
     if points().next().is_none() {
         return Ok(None);
@@ -185,7 +190,12 @@ fn lined(title: &str, axes: (&str, &str), lines: &[(&str, Vec<(f64, f64)>)]) -> 
                 DashedPathElement::new(ends, dash, gap, style).into_dyn()
             });
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+        chart
+            .configure_series_labels()
+            .position(legend)
+            .background_style(WHITE.mix(0.8))
+            .border_style(BLACK)
+            .draw()?;
         Ok(())
     })?;
     Ok(Some(svg))
@@ -193,7 +203,7 @@ fn lined(title: &str, axes: (&str, &str), lines: &[(&str, Vec<(f64, f64)>)]) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::cell::{CellKey, Status};
+    use super::super::cell::CellKey;
     use super::*;
     use crate::metrics::Metrics;
 

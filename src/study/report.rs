@@ -10,12 +10,13 @@ use std::path::Path;
 
 use super::cell::{read_all, CellCost, CellKey, CellResult, Status};
 use super::stats::{median, quantile, wilcoxon};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files;
 use crate::metrics::Metrics;
 
-/// The method that others are tested against.
-const TESTED: (&str, &str) = ("monteclora", "mean");
+/// The method whose mean prediction the others are tested against: by this name or, where a grid has
+/// none, the first that begins with it.
+const TESTED: &str = "monteclora";
 /// The method that costs are relative to.
 const BASELINE: &str = "lora";
 
@@ -42,6 +43,7 @@ struct Row {
 /// If a result cannot be read, or a file cannot be written.
 pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let cells = read_all(results)?;
+    std::fs::create_dir_all(out).map_err(Error::io(out))?;
     let settings = std::fs::read_to_string(results.join("settings.json")).unwrap_or_default();
     files::write(&out.join("report.md"), markdown(&cells, &settings).as_bytes())?;
     files::write(&out.join("report.csv"), rows_csv(&rows(&cells)).as_bytes())?;
@@ -74,7 +76,8 @@ fn rows(cells: &[CellResult]) -> BTreeMap<(String, Arm), Row> {
                 Status::Diverged => row.diverged += 1,
                 Status::Failed => row.failed += 1,
             }
-            let Some(metrics) = cell.arms.get(*arm) else { continue };
+            let metrics = cell.arms.get(*arm).filter(|_| cell.status == Status::Done);
+            let Some(metrics) = metrics else { continue };
             row.scores.extend(metrics.get(&cell.metric));
             row.nll.extend(metrics.nll);
             row.ece.extend(metrics.ece);
@@ -177,11 +180,14 @@ fn overall(rows: &BTreeMap<(String, Arm), Row>, tasks: usize) -> String {
 
 /// MonteCLoRA's mean against every other arm: over tasks, and over cells with the same settings.
 fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>) -> String {
-    let tested: Arm = (TESTED.0.to_string(), TESTED.1.to_string());
-    let others: BTreeSet<&Arm> = rows.keys().map(|(_, arm)| arm).filter(|arm| **arm != tested).collect();
-    if !rows.keys().any(|(_, arm)| *arm == tested) {
+    let mut methods: Vec<&String> = cells.iter().map(|cell| &cell.key.method).collect();
+    methods.sort();
+    let first = methods.iter().find(|method| method.starts_with(TESTED));
+    let Some(method) = methods.iter().find(|method| **method == TESTED).or(first) else {
         return String::new();
-    }
+    };
+    let tested: Arm = (method.to_string(), "mean".to_string());
+    let others: BTreeSet<&Arm> = rows.keys().map(|(_, arm)| arm).filter(|arm| **arm != tested).collect();
     let mut text = format!(
         "\n## Wilcoxon signed-rank tests: {} against each other\n\nTwo-sided p, with the number n of \
          differences that are not zero, their median (positive: {0} is higher), and in brackets the least p \
@@ -197,7 +203,7 @@ fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>) -> St
         };
         let over_cells = |value: &dyn Fn(&CellResult, &Metrics) -> Option<f64>| -> Vec<f64> {
             let of = |arm: &Arm| -> BTreeMap<String, f64> {
-                let own = cells.iter().filter(|cell| cell.key.method == arm.0);
+                let own = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
                 own.filter_map(|cell| Some((settings_of(&cell.key), value(cell, cell.arms.get(&arm.1)?)?)))
                     .collect()
             };
@@ -216,11 +222,16 @@ fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>) -> St
     text
 }
 
+/// The test of those differences that are numbers: of a cell without a score, and of two infinite NLLs,
+/// there is none.
 fn verdict(differences: &[f64]) -> String {
-    match wilcoxon(differences) {
-        None => "no difference".to_string(),
+    let pairs: Vec<f64> = differences.iter().copied().filter(|difference| !difference.is_nan()).collect();
+    let p = |p: f64| if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") };
+    match wilcoxon(&pairs) {
+        None if pairs.is_empty() => "no pair".to_string(),
+        None => format!("{} equal pairs", pairs.len()),
         Some(test) => {
-            format!("p {:.3}, n {}, {:+.4} ({:.3})", test.p, test.n, median(differences), test.least_p())
+            format!("p {}, n {}, {:+.4} ({})", p(test.p), test.n, median(&pairs), p(test.least_p()))
         }
     }
 }
@@ -251,6 +262,7 @@ fn rows_csv(rows: &BTreeMap<(String, Arm), Row>) -> String {
     for ((task, (method, arm)), row) in rows {
         let figures = row.figures().map(|figure| figure.to_string()).join(",");
         let Row { metric, done, diverged, failed, .. } = row;
+        let (task, method, arm) = (field(task), field(method), field(arm));
         writeln!(text, "{task},{method},{arm},{metric},{figures},{done},{diverged},{failed}").ok();
     }
     text
@@ -261,6 +273,7 @@ fn cells_csv(cells: &[CellResult]) -> String {
     let cell = |value: Option<f64>| value.map(|value| value.to_string()).unwrap_or_default();
     for CellResult { key, status, metric, arms, .. } in cells {
         let CellKey { task, method, lr, batch_size, seed } = key;
+        let (task, method) = (field(task), field(method));
         let status = format!("{status:?}").to_lowercase();
         let start = format!("{task},{method},{lr},{batch_size},{seed},{status}");
         if arms.is_empty() {
@@ -268,10 +281,18 @@ fn cells_csv(cells: &[CellResult]) -> String {
         }
         for (arm, m) in arms {
             let scores = [m.get(metric), m.nll, m.ece, m.brier].map(cell).join(",");
-            writeln!(text, "{start},{arm},{metric},{scores}").ok();
+            writeln!(text, "{start},{},{metric},{scores}", field(arm)).ok();
         }
     }
     text
+}
+
+/// A field of a CSV file: in quotes where it holds a comma, as a recipe may.
+fn field(text: &str) -> String {
+    match text.contains([',', '"', '\n']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_string(),
+    }
 }
 
 /// Time of a step and memory as multiples of LoRA's in the cell with the same settings.

@@ -16,13 +16,11 @@ use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::merge;
-use crate::metrics::{average_draws, softmax, Metrics};
+use crate::metrics::{average_draws, softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
 use crate::slot::Pass;
 use crate::train::{batches, Classifier, Predictions};
 
-/// The bins of a reliability diagram.
-const BINS: usize = 10;
 /// Rows of an evaluation batch.
 const BATCH: usize = 64;
 
@@ -173,13 +171,13 @@ fn not_finite(error: Error) -> Error {
     Error::NonFinite { step: 0, term: format!("predictions ({error})"), value: f64::NAN, rows: Vec::new() }
 }
 
-/// The reliability diagram: bins of equal width over the highest probability.
+/// The reliability diagram, in the bins of the expected calibration error: (low, high], of equal width.
 fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
-    let mut bins = vec![Bin::default(); BINS];
+    let mut bins = vec![Bin::default(); ECE_BINS];
     for (row, label) in probabilities.iter().zip(labels) {
         let (best, highest) =
             row.iter().enumerate().fold((0, f64::MIN), |top, (i, p)| if *p > top.1 { (i, *p) } else { top });
-        let bin = &mut bins[((highest * BINS as f64) as usize).min(BINS - 1)];
+        let bin = &mut bins[((highest * ECE_BINS as f64).ceil() as usize).clamp(1, ECE_BINS) - 1];
         bin.count += 1;
         bin.confidence += highest;
         bin.accuracy += f64::from(u8::from(best == *label as usize));

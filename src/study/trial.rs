@@ -69,6 +69,10 @@ impl Trial<'_> {
             let diverged = matches!(error, Error::NonFinite { .. });
             result.status = if diverged { Status::Diverged } else { Status::Failed };
             result.reason = Some(error.to_string());
+            // What was measured before it went wrong is no result.
+            result.arms.clear();
+            result.reliability.clear();
+            result.ood.clear();
         }
         if cost.seconds == 0.0 {
             cost.seconds = clock.elapsed().as_secs_f64();

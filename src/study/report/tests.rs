@@ -65,6 +65,7 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
+    assert!(text.contains("| full (mean) | no pair | no pair | no pair | no pair |"), "{text}");
     let over_tasks = text.split("Mean over 2 tasks").nth(1).unwrap_or_default();
     assert!(over_tasks.contains("| lora (mean) | 0.8000 | 0.7000 | 0.2000 |"), "{text}");
     // Two tasks, both +0.06 and -0.1; six cells of +0.01, +0.06 and +0.11 twice.
@@ -87,5 +88,25 @@ fn the_report_does_not_depend_on_the_order_in_which_cells_ended() -> Result<()> 
     let report = written(&cells)?;
     cells.reverse();
     assert_eq!(written(&cells)?, report);
+    Ok(())
+}
+
+#[test]
+fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
+    let method = "monteclora:targets=query,value";
+    let mut cells = vec![cell("rte", method, 1e-3, &[("mean", 0.7, 0.5)])];
+    // As an older version may have left it: with the arms that came before the failure.
+    cells.push(CellResult { status: Status::Failed, ..cell("rte", method, 1e-4, &[("mean", 0.1, 9.0)]) });
+    cells.push(cell("rte", "lora", 1e-3, &[("mean", 0.6, 0.5)]));
+    let report = written(&cells)?;
+    let text = &report["report.md"];
+    assert!(text.contains(&format!("| {method} (mean) | 0.7000 | 0.7000 | 0.0000 |")), "{text}");
+    // The tested method is the one that there is; its NLL equals the other's.
+    let line =
+        "| lora (mean) | p 1.000, n 1, +0.1000 (1.000) | 1 equal pairs | p 1.000, n 1, +0.1000 (1.000) | \
+                1 equal pairs |";
+    assert!(text.contains(line), "{text}");
+    assert!(report["report.csv"].contains(&format!("rte,\"{method}\",mean,accuracy,0.7,")));
+    assert!(report["cells.csv"].contains(&format!("rte,\"{method}\",0.001,8,1,done,mean,")));
     Ok(())
 }
