@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::predict::{logits, Predictor};
+use super::predict::{logits, Predictor, RunningMean};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
@@ -99,18 +99,12 @@ impl Ensemble {
     }
 
     fn average(&self, model: &dyn Predictor, params: &Params, batches: &[Batch]) -> Result<Vec<Vec<f64>>> {
-        let mut mean: Vec<Vec<f64>> = Vec::new();
+        let mut mean = RunningMean::default();
         for member in &self.members {
             params.restore(member)?;
-            for (i, row) in logits(model, batches, &Pass::Mean)?.iter().enumerate() {
-                let share = softmax(row).into_iter().map(|p| p / self.members.len() as f64);
-                match mean.get_mut(i) {
-                    Some(sum) => sum.iter_mut().zip(share).for_each(|(sum, p)| *sum += p),
-                    None => mean.push(share.collect()),
-                }
-            }
+            mean.add(logits(model, batches, &Pass::Mean)?.iter().map(|row| softmax(row)));
         }
-        Ok(mean)
+        Ok(mean.finish())
     }
 }
 

@@ -71,18 +71,35 @@ fn average(
     samples: usize,
     transform: impl Fn(Vec<f64>) -> Vec<f64>,
 ) -> Result<Vec<Vec<f64>>> {
-    let mut mean: Vec<Vec<f64>> = Vec::new();
-    each_draw(model, batches, samples, |rows| {
-        for (i, row) in rows.into_iter().enumerate() {
-            let row = transform(row);
-            match mean.get_mut(i) {
+    let mut mean = RunningMean::default();
+    each_draw(model, batches, samples, |rows| mean.add(rows.into_iter().map(&transform)))?;
+    Ok(mean.finish())
+}
+
+/// The mean over predictions of the same rows, of which it keeps the sum alone.
+#[derive(Default)]
+pub(crate) struct RunningMean {
+    sum: Vec<Vec<f64>>,
+    count: f64,
+}
+
+impl RunningMean {
+    /// Adds one prediction of every row.
+    pub fn add(&mut self, rows: impl Iterator<Item = Vec<f64>>) {
+        self.count += 1.0;
+        for (i, row) in rows.enumerate() {
+            match self.sum.get_mut(i) {
                 Some(sum) => sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value),
-                None => mean.push(row),
+                None => self.sum.push(row),
             }
         }
-    })?;
-    mean.iter_mut().flatten().for_each(|value| *value /= samples as f64);
-    Ok(mean)
+    }
+
+    /// The mean of what was added.
+    pub fn finish(mut self) -> Vec<Vec<f64>> {
+        self.sum.iter_mut().flatten().for_each(|value| *value /= self.count);
+        self.sum
+    }
 }
 
 /// Calls `take` with the outputs of every row under draws 0, 1, .. of the posterior.

@@ -9,14 +9,14 @@ use super::recipe::Recipe;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
 use crate::bayes::{
     auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
-    Temperature, Uncertainty,
+    RunningMean, Temperature, Uncertainty,
 };
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::merge;
-use crate::metrics::{average_draws, softmax, Metrics, ECE_BINS};
+use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
 use crate::slot::Pass;
 use crate::train::{batches, Classifier, Predictions};
@@ -95,7 +95,9 @@ fn out_of_domain(
             let name = format!("{} draws: mutual information", held.draws);
             told(&name, &epistemic(&own), &epistemic(&others))?;
         }
-        arms.add(&format!("{} draws", held.draws), &average_draws(&draws).map_err(not_finite)?)?;
+        let mut average = RunningMean::default();
+        draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
+        arms.add(&format!("{} draws", held.draws), &average.finish())?;
     }
     Ok(())
 }

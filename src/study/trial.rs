@@ -73,11 +73,8 @@ impl Trial<'_> {
             result.arms.clear();
             result.reliability.clear();
             result.ood.clear();
-        }
-        if cost.seconds == 0.0 {
             cost.seconds = clock.elapsed().as_secs_f64();
         }
-        cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
         (result, cost)
     }
 
@@ -85,25 +82,26 @@ impl Trial<'_> {
         let recipe: Recipe = key.method.parse()?;
         let start = Start::Fresh(recipe.method.clone(), recipe.targets.clone());
         let mut classifier = self.load(&start, key)?;
-        let mut watch = Watch::new(&classifier.params);
+        // Of the others nobody asks, and copies of all weights would count as memory of `full`.
+        let members = if recipe.is_lora() { MEMBERS } else { 0 };
+        let mut watch = Watch::new(&classifier.params, members);
         let summary = self.fit(&classifier, &recipe, key, &mut watch);
         result.losses = watch.losses();
         result.trainable_parameters = classifier.params.trainable_count();
-        let mut members = std::mem::take(&mut watch.members);
+        let members = std::mem::take(&mut watch.members);
         let mut summary = summary?;
         if let Some(config) = &recipe.post_hoc {
             let adapter = adapter(&classifier, &recipe)?;
             classifier = self.load(&Start::PostHoc(Box::new(adapter), config.clone()), key)?;
-            let mut watch = Watch::new(&classifier.params);
+            let mut watch = Watch::new(&classifier.params, 0);
             let second = self.fit(&classifier, &recipe, key, &mut watch)?;
-            members.clear();
             summary.steps += second.steps;
             summary.seconds += second.seconds;
         }
         result.steps = summary.steps;
         cost.seconds = summary.seconds;
         cost.step_seconds_median = summary.step_seconds_median;
-        members.truncate(if recipe.is_lora() { MEMBERS } else { 0 });
+        cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
         let held = Held {
             classifier,
             train: self.train,
@@ -156,13 +154,15 @@ fn adapter(classifier: &Classifier, recipe: &Recipe) -> Result<AdapterFile> {
 /// Keeps the losses of a run and its last checkpoints.
 struct Watch<'a> {
     params: &'a Params,
+    /// The number of checkpoints to keep.
+    keep: usize,
     losses: Vec<(usize, f64)>,
     members: Vec<std::collections::BTreeMap<String, candle_core::Tensor>>,
 }
 
 impl<'a> Watch<'a> {
-    fn new(params: &'a Params) -> Self {
-        Self { params, losses: Vec::new(), members: Vec::new() }
+    fn new(params: &'a Params, keep: usize) -> Self {
+        Self { params, keep, losses: Vec::new(), members: Vec::new() }
     }
 
     /// The curve of the task's loss: means over pieces of equal length, at their last steps.
@@ -182,10 +182,12 @@ impl Observer for Watch<'_> {
     }
 
     fn evaluate(&mut self, _step: usize) -> Result<Option<f64>> {
-        if self.members.len() == MEMBERS {
-            self.members.remove(0);
+        if self.keep > 0 {
+            if self.members.len() == self.keep {
+                self.members.remove(0);
+            }
+            self.members.push(self.params.snapshot()?);
         }
-        self.members.push(self.params.snapshot()?);
         Ok(None)
     }
 }

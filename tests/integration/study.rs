@@ -62,6 +62,20 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
 }
 
 #[test]
+fn draws_of_a_posterior_without_width_predict_what_the_mean_does() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    trial(&files, |trial| {
+        let (result, _) = trial.run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
+        let (mean, draws) = (&result.arms["mean"], &result.arms["3 draws"]);
+        let (mean, draws) = (mean.nll.ok_or("no NLL")?, draws.nll.ok_or("no NLL")?);
+        // It is told apart from a softmax of probabilities: the mean has learnt something.
+        assert!((mean - draws).abs() < 1e-5 && mean < 2f64.ln() - 0.02, "{mean} {draws}");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_cell_that_goes_wrong_is_a_result() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
