@@ -89,7 +89,10 @@ fn main() -> std::process::ExitCode {
 
 fn run() -> Outcome {
     common::tune_allocator();
-    let args = Args::parse();
+    let mut args = Args::parse();
+    if args.quick {
+        args.epochs = 1;
+    }
     if !args.report_only {
         run_cells(&args)?;
     }
@@ -129,7 +132,7 @@ fn run_cells(args: &Args) -> Outcome {
             held_out: &rows.held_out,
             dev: &rows.dev,
             foreign: &foreign,
-            epochs: if args.quick { 1 } else { args.epochs },
+            epochs: args.epochs,
             draws: args.draws,
             device: &device,
         };
@@ -144,7 +147,7 @@ fn run_cells(args: &Args) -> Outcome {
 fn settings(args: &Args, model: &str) -> Value {
     let model = Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy());
     json!({
-        "model": model, "epochs": if args.quick { 1 } else { args.epochs }, "max_length": args.max_length,
+        "model": model, "epochs": args.epochs, "max_length": args.max_length,
         "limit_train": args.limit_train, "limit_dev": args.limit_dev, "draws": args.draws,
         "foreign_task": args.foreign_task, "version": env!("CARGO_PKG_VERSION"),
     })

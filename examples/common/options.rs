@@ -102,14 +102,7 @@ impl MethodOptions {
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
             "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora })),
             "adalora" => {
-                let (target_rank, init_rank) = (rank, rank + rank.div_ceil(2));
-                Ok(Method::AdaLora(AdaLoraConfig {
-                    init_rank,
-                    target_rank,
-                    alpha,
-                    dropout,
-                    ..Default::default()
-                }))
+                Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }
             "ia3" => Ok(Method::Ia3),
             "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),

@@ -63,6 +63,11 @@ impl Default for AdaLoraConfig {
 }
 
 impl AdaLoraConfig {
+    /// The options whose mean rank at the end is `rank`, from half as much again, as in the paper.
+    pub fn towards(rank: usize) -> Self {
+        Self { init_rank: rank + rank.div_ceil(2), target_rank: rank, ..Self::default() }
+    }
+
     /// Checks every option.
     ///
     /// # Errors

@@ -72,14 +72,7 @@ impl FromStr for Recipe {
             "lora" | "loraplus" | "monteclora-posthoc" => Method::Lora(lora),
             "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
             "dora" => Method::Dora(lora),
-            // Half as much again at the start, as in its paper.
-            "adalora" => Method::AdaLora(AdaLoraConfig {
-                init_rank: rank + rank.div_ceil(2),
-                target_rank: rank,
-                alpha,
-                dropout,
-                ..AdaLoraConfig::default()
-            }),
+            "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
             "monteclora" => Method::MonteCLoRA(bayes.clone()),

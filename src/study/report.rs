@@ -9,6 +9,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::cell::{read_all, CellCost, CellKey, CellResult, Status};
+use super::run::settings_path;
 use super::stats::{median, quantile, wilcoxon};
 use crate::error::{Error, Result};
 use crate::files;
@@ -44,7 +45,7 @@ struct Row {
 pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let cells = read_all(results)?;
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
-    let settings = std::fs::read_to_string(results.join("settings.json")).unwrap_or_default();
+    let settings = std::fs::read_to_string(settings_path(results)).unwrap_or_default();
     files::write(&out.join("report.md"), markdown(&cells, &settings).as_bytes())?;
     files::write(&out.join("report.csv"), rows_csv(&rows(&cells)).as_bytes())?;
     files::write(&out.join("cells.csv"), cells_csv(&cells).as_bytes())?;

@@ -89,6 +89,7 @@ fn claim(dir: &Path, settings: &serde_json::Value) -> Result<()> {
     }
 }
 
-fn settings_path(dir: &Path) -> PathBuf {
+/// Where a study keeps its settings.
+pub(super) fn settings_path(dir: &Path) -> PathBuf {
     dir.join("settings.json")
 }
