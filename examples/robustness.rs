@@ -125,13 +125,15 @@ fn run_cells(args: &Args) -> Outcome {
     };
     let mut cell = |key: &CellKey| {
         let rows = &tasks[key.task.as_str()];
+        // A task is not foreign to itself.
+        let foreign = if args.foreign_task.as_ref() == Some(&key.task) { &[] } else { &foreign[..] };
         let trial = Trial {
             files: &files,
             task: rows.task,
             train: &rows.train,
             held_out: &rows.held_out,
             dev: &rows.dev,
-            foreign: &foreign,
+            foreign,
             epochs: args.epochs,
             draws: args.draws,
             device: &device,
