@@ -34,7 +34,8 @@ struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
-    /// monteclora, monteclora-sparse, monteclora-posthoc) and options, as in monteclora:n=64:eps=1e-2.
+    /// prompt, monteclora, monteclora-sparse, monteclora-posthoc) and options, as in
+    /// monteclora:n=64:eps=1e-2.
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,
     /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
@@ -54,9 +55,9 @@ struct Args {
     /// Measure on the first rows only.
     #[arg(long)]
     limit_dev: Option<usize>,
-    /// Rows of this task are to be told from those of the others.
-    #[arg(long)]
-    foreign_task: Option<String>,
+    /// Rows of this task are to be told from those of the others, or of some tasks alone, as in sst2=cola.
+    #[arg(long, value_delimiter = ',', value_parser = foreign)]
+    foreign_task: Vec<(String, String)>,
     /// Posterior draws, and passes of MC dropout.
     #[arg(long, default_value_t = 10)]
     draws: usize,
@@ -81,6 +82,12 @@ struct Args {
 fn limit(text: &str) -> Result<(String, usize), String> {
     let (task, rows) = text.split_once('=').unwrap_or(("", text));
     Ok((task.to_string(), rows.parse().map_err(|e| format!("{rows:?}: {e}"))?))
+}
+
+/// `OTHER`, for every task, or `task=OTHER`.
+fn foreign(text: &str) -> Result<(String, String), String> {
+    let (task, other) = text.split_once('=').unwrap_or(("", text));
+    Ok((task.to_string(), other.to_string()))
 }
 
 fn main() -> std::process::ExitCode {
@@ -115,8 +122,10 @@ fn run_cells(args: &Args) -> Outcome {
     for name in &args.tasks {
         tasks.insert(name.as_str(), data.load(name)?);
     }
-    let foreign = args.foreign_task.as_deref().map(|name| data.load(name)).transpose()?;
-    let foreign = foreign.map(|rows| rows.dev).unwrap_or_default();
+    let mut foreign = BTreeMap::new();
+    for (_, name) in &args.foreign_task {
+        foreign.insert(name.as_str(), data.load(name)?.dev);
+    }
 
     let cells = grid(args).cells()?;
     let shard = match args.shard {
@@ -125,15 +134,17 @@ fn run_cells(args: &Args) -> Outcome {
     };
     let mut cell = |key: &CellKey| {
         let rows = &tasks[key.task.as_str()];
+        let of_task = args.foreign_task.iter().find(|(task, _)| task.is_empty() || *task == key.task);
         // A task is not foreign to itself.
-        let foreign = if args.foreign_task.as_ref() == Some(&key.task) { &[] } else { &foreign[..] };
+        let foreign =
+            of_task.filter(|(_, other)| *other != key.task).map(|(_, other)| &foreign[other.as_str()]);
         let trial = Trial {
             files: &files,
             task: rows.task,
             train: &rows.train,
             held_out: &rows.held_out,
             dev: &rows.dev,
-            foreign,
+            foreign: foreign.map_or(&[], Vec::as_slice),
             epochs: args.epochs,
             draws: args.draws,
             device: &device,

@@ -41,6 +41,8 @@ pub enum Role {
     SingularValues,
     /// A bias of an adapter.
     Bias,
+    /// The virtual tokens of prompt tuning.
+    Prompt,
 }
 
 /// How a new parameter starts.

@@ -3,6 +3,8 @@
 //! A model's linear layer is a [`Slot`]: its frozen base and its named adapters. Models thread a
 //! `&Pass` down their forward pass; whether a layer samples is never a flag that it stores.
 
+mod embedding;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 
@@ -12,6 +14,8 @@ use candle_nn::Linear;
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::params::Role;
+
+pub use embedding::EmbeddingSlot;
 
 /// Which weights a forward pass uses. The caller owns the draw index: one per micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -291,7 +295,7 @@ pub(crate) fn check_adapter_name(name: &str) -> Result<()> {
 }
 
 /// The one walk over a model's linear layers. Injection, saving, loading, merging and counting
-/// are closures over it.
+/// are closures over it. Beside them, the place for what sits on no linear layer.
 pub trait Linears {
     /// The names of the layers that are adapted unless the user names others: the projections to
     /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out.
@@ -308,4 +312,9 @@ pub trait Linears {
     /// # Errors
     /// The first error of `f`.
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()>;
+
+    /// The word embedding, before which virtual tokens can stand; None of a model that has no such place.
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        None
+    }
 }

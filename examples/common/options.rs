@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig};
+use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
 use monteclora::train::{Method, Record, Schedule, Start, TrainConfig};
@@ -15,7 +15,7 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, lora, dora, adalora, ia3, bottleneck or full. Default: lora, then monteclora.
+    /// monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -38,6 +38,9 @@ pub struct MethodOptions {
     /// Dropout in the adapters.
     #[arg(long, default_value_t = 0.0)]
     pub adapter_dropout: f64,
+    /// Virtual tokens of prompt tuning.
+    #[arg(long, default_value_t = 20)]
+    pub virtual_tokens: usize,
     /// Constants of MonteCLoRA: paper, paper-literal or peft.
     #[arg(long, default_value = "paper")]
     pub preset: String,
@@ -104,11 +107,12 @@ impl MethodOptions {
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }
+            "prompt" => Ok(Method::Prompt(PromptConfig { virtual_tokens: self.virtual_tokens })),
             "ia3" => Ok(Method::Ia3),
             "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
             other => {
-                let known = "monteclora, lora, dora, adalora, ia3, bottleneck or full";
+                let known = "monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full";
                 Err(format!("--method: expected {known}, got {other}").into())
             }
         }

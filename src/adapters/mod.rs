@@ -6,6 +6,7 @@ pub mod dora;
 pub mod ia3;
 pub mod lora;
 pub mod low_rank;
+pub mod prompt;
 mod rank_allocator;
 
 pub use adalora::{AdaLora, AdaLoraConfig, RankAllocator};
@@ -14,3 +15,4 @@ pub use dora::Dora;
 pub use ia3::{Ia3, Scaled};
 pub use lora::{Lora, LoraConfig, LoraLinear};
 pub use low_rank::LowRank;
+pub use prompt::{prompt_tuning, PromptConfig};

@@ -5,7 +5,7 @@
 
 use std::str::FromStr;
 
-use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig};
+use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
@@ -13,7 +13,7 @@ use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
 use crate::train::Method;
 
 /// The names that a recipe can begin with.
-pub const NAMES: [&str; 11] = [
+pub const NAMES: [&str; 12] = [
     "full",
     "lora",
     "rslora",
@@ -22,6 +22,7 @@ pub const NAMES: [&str; 11] = [
     "adalora",
     "ia3",
     "bottleneck",
+    "prompt",
     "monteclora",
     "monteclora-sparse",
     "monteclora-posthoc",
@@ -75,6 +76,7 @@ impl FromStr for Recipe {
             "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
+            "prompt" => Method::Prompt(options.prompt),
             "monteclora" => Method::MonteCLoRA(bayes.clone()),
             "monteclora-sparse" => {
                 Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
@@ -106,6 +108,7 @@ struct Options {
     bayes: MonteCLoRAConfig,
     targets: Targets,
     ratio: Option<f64>,
+    prompt: PromptConfig,
     /// An option that only a posterior has.
     of_posterior: Option<&'static str>,
 }
@@ -132,6 +135,7 @@ impl Options {
             "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
             "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
             "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
+            "tokens" => self.prompt.virtual_tokens = count()?,
             "ratio" => self.ratio = Some(number()?),
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "n" => bayes.num_components = count()?,
@@ -163,7 +167,8 @@ impl Options {
                 }
             }
             _ => {
-                let known = "rank, alpha, dropout, ratio, targets, n, eps, eta, cooperative, prior, init, \
+                let known =
+                    "rank, alpha, dropout, ratio, tokens, targets, n, eps, eta, cooperative, prior, init, \
                              std, covariance, estimator, scaler";
                 return Err(format!("there is no such option: {known}"));
             }

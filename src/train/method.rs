@@ -1,7 +1,10 @@
 //! The ways to fine-tune, behind one name.
 
 use super::upkeep::Upkeep;
-use crate::adapters::{AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, Scaled};
+use crate::adapters::{
+    prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
+    Scaled,
+};
 use crate::error::{Error, Result};
 use crate::inject::{self, Select, Targets};
 use crate::monteclora::MonteCLoRAConfig;
@@ -36,6 +39,8 @@ pub enum Method {
     Ia3,
     /// Bottleneck adapters after attention and feed-forward blocks.
     Bottleneck(BottleneckConfig),
+    /// Virtual tokens before each row.
+    Prompt(PromptConfig),
     /// Every weight.
     Full,
 }
@@ -59,6 +64,7 @@ impl Method {
             Self::AdaLora(_) => "adalora",
             Self::Ia3 => "ia3",
             Self::Bottleneck(_) => "bottleneck",
+            Self::Prompt(_) => "prompt",
             Self::Full => "full",
         }
     }
@@ -79,7 +85,8 @@ impl Method {
         match self {
             Self::MonteCLoRA(config) => Some(peft::Method::MonteCLoRA(config.clone())),
             Self::Lora(config) => Some(peft::Method::Lora(config.clone())),
-            Self::Dora(_) | Self::AdaLora(_) | Self::Ia3 | Self::Bottleneck(_) | Self::Full => None,
+            Self::Full | Self::Dora(_) | Self::AdaLora(_) => None,
+            Self::Ia3 | Self::Bottleneck(_) | Self::Prompt(_) => None,
         }
     }
 }
@@ -142,10 +149,10 @@ impl Start {
 
 impl Method {
     /// Starts the method on these layers of a model.
-    fn inject(&self, model: &mut dyn Linears, targets: &Targets, params: &Params) -> Result<()> {
-        let targets = match &targets.select {
-            Select::ModelDefault => Targets { select: self.default_select(), ..targets.clone() },
-            _ => targets.clone(),
+    fn inject(&self, model: &mut dyn Linears, given: &Targets, params: &Params) -> Result<()> {
+        let targets = match &given.select {
+            Select::ModelDefault => Targets { select: self.default_select(), ..given.clone() },
+            _ => given.clone(),
         };
         let patterns = !(targets.rank_pattern.is_empty() && targets.alpha_pattern.is_empty());
         if patterns && matches!(self, Self::AdaLora(_) | Self::Ia3 | Self::Bottleneck(_)) {
@@ -153,9 +160,18 @@ impl Method {
             return Err(Error::config("rank_pattern", reason));
         }
         let name = inject::DEFAULT_ADAPTER;
+        if let Self::Prompt(config) = self {
+            if *given != Targets::default() {
+                return Err(Error::config("targets", "prompt tuning changes no layer: name none"));
+            }
+            let slot = model.embedding_mut().ok_or_else(|| {
+                Error::config("method", "this model has no place for the virtual tokens of prompt tuning")
+            })?;
+            return prompt_tuning(slot, name, config, params);
+        }
         // Rank and alpha of single layers are those of a pair A, B; the rest has none.
         let (rank, alpha) = match self {
-            Self::Full => return Ok(()),
+            Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
             Self::Dora(config) => (config.rank, config.alpha),

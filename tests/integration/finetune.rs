@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapters::{BottleneckConfig, LoraConfig};
+use monteclora::adapters::{BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::Encoded;
@@ -403,5 +403,33 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
         Ok(classifier.params.get(&name).ok_or("no such parameter")?.var.elem_count())
     };
     assert_eq!((len("attention.self.key")?, len("output.dense")?), (32, 48));
+    Ok(())
+}
+
+#[test]
+fn prompt_tuning_trains_virtual_tokens_and_the_head_alone() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let method = Method::Prompt(PromptConfig { virtual_tokens: 4 });
+    for files in [checkpoint(dir.path())?, llama_checkpoint(other.path())?] {
+        let classifier = load(&files, &method, 2)?;
+        let roles: Vec<Role> = classifier.params.trainable().iter().map(|(_, param)| param.role).collect();
+        assert!(roles.iter().all(|role| matches!(role, Role::Prompt | Role::Head)), "{roles:?}");
+        let (before, rows) = (classifier.params.snapshot()?, rows(12, false));
+        train(&classifier, &rows, 2)?;
+        let after = classifier.params.snapshot()?;
+        let moved = |name: &str| -> Outcome<f32> {
+            Ok((&before[name] - &after[name])?.abs()?.flatten_all()?.min(0)?.to_scalar()?)
+        };
+        assert!(moved("prompt.default")? > 0.0, "every virtual token learns");
+
+        let out = tempfile::tempdir()?;
+        classifier.save("base", out.path())?;
+        let path = out.path().join("adapter/parameters.safetensors");
+        assert!(candle_core::safetensors::load(path, &Device::Cpu)?.contains_key("prompt.default"));
+
+        let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+        let error = Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu);
+        assert!(error.is_err_and(|error| error.to_string().contains("changes no layer")));
+    }
     Ok(())
 }

@@ -14,6 +14,7 @@ mod llama_golden;
 mod merge;
 mod named;
 mod peft_adapters;
+mod prompt;
 mod save;
 mod stories;
 mod study;

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// LLaMA as a language model.
 #[derive(Debug)]
@@ -91,5 +91,9 @@ impl Linears for LlamaForCausalLM {
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
+    }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        self.decoder.embedding_mut()
     }
 }

@@ -8,7 +8,7 @@ use super::decoder::LlamaDecoder;
 use crate::error::Result;
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// LLaMA with a linear classifier on the last real token.
 #[derive(Debug)]
@@ -82,5 +82,9 @@ impl Linears for LlamaForSequenceClassification {
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
+    }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        self.decoder.embedding_mut()
     }
 }

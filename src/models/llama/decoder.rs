@@ -13,12 +13,12 @@ use crate::models::causal::Cache;
 use crate::models::layers::{slot_no_bias, unshared, Dropout, RmsNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask};
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// The decoder without a head.
 #[derive(Debug)]
 pub struct LlamaDecoder {
-    embeddings: Tensor, // (vocab, d)
+    embeddings: EmbeddingSlot,
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
     norm: RmsNorm,
@@ -57,7 +57,7 @@ impl LlamaDecoder {
             norm: RmsNorm::load(c.hidden_size, c.rms_norm_eps, &vb.pp("norm"))?,
             rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
             max_length: c.max_position_embeddings,
-            embeddings,
+            embeddings: EmbeddingSlot::new(embeddings),
         })
     }
 
@@ -75,19 +75,25 @@ impl LlamaDecoder {
     ) -> candle_core::Result<Tensor> {
         let (_, t) = input_ids.dims2()?;
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
-        if seen + t > self.max_length {
-            let reason = format!("{} tokens are more than the model's {}", seen + t, self.max_length);
+        // Virtual tokens stand before a row's beginning alone.
+        let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
+        let total = seen + p + t;
+        if total > self.max_length {
+            let reason = format!("{total} tokens are more than the model's {}", self.max_length);
             return Err(Error::config("max_length", reason).into());
         }
         if cache.is_some() && matches!(pass, Pass::Train { .. }) {
             return Err(Error::config("cache", "a training pass goes without a cache").into());
         }
         let step = Step {
-            mask: Mask { padding: Some(attention_mask.clone()), causal: true },
-            angles: self.rotary.angles(seen, t)?,
+            mask: Mask { padding: Some(self.embeddings.extend_mask(attention_mask)?), causal: true },
+            angles: self.rotary.angles(seen, p + t)?,
             pass: *pass,
         };
-        let mut xs = ops::embedding(input_ids, &self.embeddings)?; // (b, t, d)
+        let mut xs = match seen {
+            0 => self.embeddings.forward(input_ids)?, // (b, p + t, d)
+            _ => self.embeddings.lookup(input_ids)?,  // (b, t, d)
+        };
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
             xs = match (self.checkpoint_layers, pass) {
@@ -98,11 +104,13 @@ impl LlamaDecoder {
                 _ => layer.forward(&xs, &step, cached)?,
             };
         }
+        let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
         self.norm.forward(&xs)
     }
 
     /// An empty cache for this decoder, with room for `capacity` tokens a row.
     pub fn cache(&self, capacity: usize) -> Cache {
+        let capacity = capacity + self.embeddings.virtual_tokens();
         Cache::new(self.layers.len(), capacity.min(self.max_length))
     }
 
@@ -112,19 +120,19 @@ impl LlamaDecoder {
         self.checkpoint_layers = on;
     }
 
-    /// The longest sequence, in tokens.
+    /// The longest sequence, in tokens beside the virtual ones.
     pub fn max_length(&self) -> usize {
-        self.max_length
+        self.max_length.saturating_sub(self.embeddings.virtual_tokens())
     }
 
     /// The token embedding (vocab, hidden), which a language-model head may be tied to.
     pub fn embeddings(&self) -> &Tensor {
-        &self.embeddings
+        self.embeddings.words()
     }
 
     /// Where its tensors are.
     pub fn device(&self) -> &Device {
-        self.embeddings.device()
+        self.embeddings().device()
     }
 }
 
@@ -139,6 +147,10 @@ impl Linears for LlamaDecoder {
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
+    }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        Some(&mut self.embeddings)
     }
 }
 

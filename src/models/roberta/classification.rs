@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::layers::{linear, slot, Dropout};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// RoBERTa or BERT with a classification head on the first token.
 #[derive(Debug)]
@@ -124,5 +124,9 @@ impl Linears for RobertaForSequenceClassification {
             Head::Bert { pooler, .. } => f(pooler),
             Head::Roberta { .. } => Ok(()),
         }
+    }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        self.encoder.embedding_mut()
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask, Rows};
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// The encoder of RoBERTa or BERT.
 #[derive(Debug)]
@@ -48,8 +48,8 @@ impl RobertaEncoder {
         })
     }
 
-    /// The last hidden states; those on padding mean nothing. On the CPU, a batch with a tenth of
-    /// padding or more pays for its real tokens alone.
+    /// The last hidden states, without those of virtual tokens; those on padding mean nothing. On the
+    /// CPU, a batch with a tenth of padding or more pays for its real tokens alone.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
@@ -67,11 +67,17 @@ impl RobertaEncoder {
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
         let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, pass)?; // (n, d)
-        batch.pad(self.stack(&self.layers, xs, &batch, pass)?)
+        let xs = batch.pad(self.stack(&self.layers, xs, &batch, pass)?)?;
+        let (p, t) = (self.embeddings.words.virtual_tokens(), input_ids.dim(1)?);
+        if p == 0 {
+            Ok(xs)
+        } else {
+            xs.narrow(1, p, t)
+        }
     }
 
-    /// The last hidden state of each row's first token, which stands for the row. The last layer
-    /// computes the keys and values of all tokens, but the rest for these alone: of twelve layers a
+    /// The last hidden state of each row's first token, which stands for the row: the first virtual
+    /// one, where there are any. The last layer computes the keys and values of all tokens, but the rest for these alone: of twelve layers a
     /// fourteenth of a step.
     ///
     /// # Shapes
@@ -102,8 +108,9 @@ impl RobertaEncoder {
         mask: &Tensor,
         pass: &Pass,
     ) -> candle_core::Result<(Tensor, Batch)> {
-        let embedded = self.embeddings.forward(ids, types, pass)?; // (b, t, d)
-        let batch = Batch::new(ids, mask)?;
+        let embedded = self.embeddings.forward(ids, types, pass)?; // (b, p + t, d)
+        let (b, t, _) = embedded.dims3()?;
+        let batch = Batch::new((b, t), &self.embeddings.words.extend_mask(mask)?)?;
         Ok((batch.pack(embedded)?, batch))
     }
 
@@ -135,7 +142,7 @@ impl RobertaEncoder {
 
     /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
     pub fn word_embeddings(&self) -> &Tensor {
-        &self.embeddings.words
+        self.embeddings.words.words()
     }
 }
 
@@ -151,6 +158,10 @@ impl Linears for RobertaEncoder {
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        Some(&mut self.embeddings.words)
+    }
 }
 
 /// A padded batch between the layers: its real tokens alone, where that saves enough.
@@ -164,12 +175,11 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(ids: &Tensor, attention_mask: &Tensor) -> candle_core::Result<Self> {
-        let shape = ids.dims2()?;
+    fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
         let mask = Mask { padding: Some(attention_mask.clone()), causal: false };
         let mut real = None;
         // On a GPU, to read the mask would hold everything up.
-        if attention_mask.device().is_cpu() && attention_mask.dims() == ids.dims() {
+        if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {
             let rows = Rows::of_mask(attention_mask)?;
             let has_first_tokens =
                 (0..shape.0).all(|row| rows.places().binary_search(&((row * shape.1) as u32)).is_ok());
@@ -212,7 +222,7 @@ impl Batch {
 /// Words, positions and token types, summed, normalised, dropped.
 #[derive(Debug)]
 struct Embeddings {
-    words: Tensor,       // (vocab, d)
+    words: EmbeddingSlot,
     positions: Tensor,   // (max positions, d)
     token_types: Tensor, // (types, d)
     norm: LayerNorm,
@@ -230,7 +240,7 @@ impl Embeddings {
             vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init)
         };
         Ok(Self {
-            words: table("word_embeddings", config.vocab_size)?,
+            words: EmbeddingSlot::new(table("word_embeddings", config.vocab_size)?),
             positions: table("position_embeddings", config.max_position_embeddings)?,
             token_types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
@@ -244,31 +254,42 @@ impl Embeddings {
 
     fn forward(&self, ids: &Tensor, types: Option<&Tensor>, pass: &Pass) -> candle_core::Result<Tensor> {
         let (_, t) = ids.dims2()?;
-        if t > self.max_length {
-            let reason = format!("{t} tokens are more than the model's {}", self.max_length);
+        let p = self.words.virtual_tokens();
+        if p + t > self.max_length {
+            let of = if p > 0 { format!(", {p} of them virtual,") } else { String::new() };
+            let reason = format!("{} tokens{of} are more than the model's {}", p + t, self.max_length);
             return Err(Error::config("max_length", reason).into());
         }
-        let words = ops::embedding(ids, &self.words)?; // (b, t, d)
+        let words = self.words.forward(ids)?; // (b, p + t, d)
         let positions = ops::embedding(&self.position_ids(ids)?, &self.positions)?;
         let types = match types {
-            Some(types) => ops::embedding(types, &self.token_types)?,
+            Some(types) => {
+                let types = types.pad_with_zeros(1, p, 0)?;
+                ops::embedding(&types, &self.token_types)?
+            }
             None => self.token_types.narrow(0, 0, 1)?.unsqueeze(0)?, // (1, 1, d)
         };
         let sum = words.broadcast_add(&positions)?.broadcast_add(&types)?;
         self.dropout.forward(&self.norm.forward(&sum)?, pass)
     }
 
-    /// `(b, t)` or `(1, t)` of u32. RoBERTa numbers the real tokens of each row after the padding
-    /// id and gives padding that id itself; BERT numbers columns.
+    /// `(b, p + t)` or `(1, p + t)` of u32. RoBERTa numbers the real tokens of each row, virtual ones
+    /// first, after the padding id and gives padding that id itself; BERT numbers columns.
     fn position_ids(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
-        let t = ids.dim(1)? as u32;
+        let (p, t) = (self.words.virtual_tokens() as u32, ids.dim(1)? as u32);
         match self.family {
-            Family::Bert => Tensor::arange(0, t, ids.device())?.unsqueeze(0),
+            Family::Bert => Tensor::arange(0, p + t, ids.device())?.unsqueeze(0),
             Family::Roberta => {
                 // In f32, exactly: positions are small, and not every backend sums integers.
                 let real = ids.ne(self.pad_token_id)?.to_dtype(DType::F32)?;
-                let offset = f64::from(self.first_position - 1);
-                ((real.cumsum(D::Minus1)? * real)? + offset)?.to_dtype(DType::U32)
+                let (b, before) = (ids.dim(0)?, f64::from(self.first_position - 1));
+                let own =
+                    ((((real.cumsum(D::Minus1)? + f64::from(p))? * real)? + before)?).to_dtype(DType::U32)?;
+                if p == 0 {
+                    return Ok(own);
+                }
+                let first = Tensor::arange(self.first_position, self.first_position + p, ids.device())?;
+                Tensor::cat(&[&first.unsqueeze(0)?.broadcast_as((b, p as usize))?, &own], 1)
             }
         }
     }

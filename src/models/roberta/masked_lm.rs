@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::layers::{linear, LayerNorm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Linears, Pass, Slot};
+use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
 #[derive(Debug)]
@@ -86,5 +86,9 @@ impl Linears for RobertaForMaskedLM {
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears_mut(f)
+    }
+
+    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+        self.encoder.embedding_mut()
     }
 }

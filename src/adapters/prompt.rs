@@ -1,0 +1,53 @@
+//! Prompt tuning (Lester et al. 2021): the embeddings of virtual tokens before each row are learned, and
+//! nothing else of the model.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::noise::Purpose;
+use crate::params::{Params, Role};
+use crate::slot::EmbeddingSlot;
+
+/// The options of prompt tuning.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PromptConfig {
+    /// How many virtual tokens.
+    pub virtual_tokens: usize,
+}
+
+impl Default for PromptConfig {
+    fn default() -> Self {
+        Self { virtual_tokens: 20 }
+    }
+}
+
+/// Puts virtual tokens before every row of a model. Creates `prompt.{adapter}`, `(virtual_tokens, d)`,
+/// which starts from words of the vocabulary that the seed picks (section 3.2 of the paper).
+///
+/// # Errors
+/// If there is to be none, the model has some already, or the name is taken.
+pub fn prompt_tuning(
+    slot: &mut EmbeddingSlot,
+    adapter: &str,
+    config: &PromptConfig,
+    params: &Params,
+) -> Result<()> {
+    if config.virtual_tokens == 0 {
+        return Err(Error::config("virtual_tokens", "expected at least 1, got 0"));
+    }
+    if slot.virtual_tokens() > 0 {
+        return Err(Error::config("prompt", "the model has virtual tokens already"));
+    }
+    let name = format!("prompt.{adapter}");
+    let mut picks = vec![0f64; config.virtual_tokens];
+    params.noise().stream(&name, Purpose::Init).fill_uniform(0, &mut picks);
+    let vocabulary = slot.words().dim(0)?;
+    // Uniform draws lie in (0, 1): the last word is the most they can pick, but for rounding.
+    let ids: Vec<u32> =
+        picks.iter().map(|u| ((u * vocabulary as f64) as usize).min(vocabulary - 1) as u32).collect();
+    let ids = Tensor::from_vec(ids, config.virtual_tokens, slot.words().device())?;
+    let start = slot.words().detach().index_select(&ids, 0)?;
+    slot.set_prompt(Some(params.insert(&name, Role::Prompt, &start)?))
+}

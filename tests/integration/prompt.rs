@@ -1,0 +1,157 @@
+//! Prompt tuning against Hugging Face PEFT, on the golden values of `tests/data/make_prompt_golden.py`.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{safetensors, DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::adapters::{prompt_tuning, PromptConfig};
+use monteclora::models::causal::CausalLm;
+use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use monteclora::noise::Noise;
+use monteclora::ops::{self, Lane};
+use monteclora::params::Params;
+use monteclora::slot::{Linears, Pass};
+
+use crate::support::{assert_close, Outcome};
+
+const PROMPT: &str = "prompt.default";
+
+/// One model's weights and inputs, and what PEFT makes of them with virtual tokens.
+struct Golden {
+    model: HashMap<String, Tensor>,
+    prompt: HashMap<String, Tensor>,
+}
+
+impl Golden {
+    fn open(file: &str, name: &str) -> Outcome<Self> {
+        let part = |file: &str| -> Outcome<HashMap<String, Tensor>> {
+            let all = safetensors::load(data(&format!("{file}_golden.safetensors")), &Device::Cpu)?;
+            let prefix = format!("{name}/");
+            Ok(all.into_iter().filter_map(|(k, t)| Some((k.strip_prefix(&prefix)?.to_string(), t))).collect())
+        };
+        Ok(Self { model: part(file)?, prompt: part("prompt")? })
+    }
+
+    fn vb(&self) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.model.clone(), DType::F32, &Device::Cpu)
+    }
+
+    fn input(&self, name: &str, dtype: DType) -> Outcome<Tensor> {
+        Ok(self.model[name].to_dtype(dtype)?)
+    }
+
+    /// The virtual tokens of the file, on a model.
+    fn tune(&self, model: &mut dyn Linears) -> Outcome<Params> {
+        let params = Params::new(Noise::new(0), &Device::Cpu);
+        let slot = model.embedding_mut().ok_or("no place for a prompt")?;
+        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
+        assert_eq!(params.trainable_count(), 3 * 32);
+        params.set(PROMPT, &self.prompt["prompt"])?;
+        Ok(params)
+    }
+
+    /// Loss and gradient on every lane of the ops.
+    fn check(&self, params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
+        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+            let loss = ops::with_lane(lane, &loss)?;
+            assert_close(&loss, &self.prompt["loss"].squeeze(0)?, 1e-5)?;
+            let grads = ops::with_lane(lane, || loss.backward())?;
+            let grad = grads.get(&params.get(PROMPT).ok_or("no prompt")?.var).ok_or("no gradient")?;
+            assert_close(grad, &self.prompt["grad"], 2e-5)?;
+        }
+        Ok(())
+    }
+}
+
+fn data(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+#[test]
+fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
+    for name in ["roberta", "bert"] {
+        let golden = Golden::open("transformers", name)?;
+        let config = RobertaConfig::from_file(&data(&format!("toy_{name}_config.json")))?;
+        let mut model =
+            RobertaForSequenceClassification::load(golden.vb(), golden.vb(), &config, Noise::new(0))?;
+        let (ids, mask) =
+            (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
+        let types = golden.model.get("token_type_ids").map(|types| types.to_dtype(DType::U32)).transpose()?;
+        let params = golden.tune(&mut model)?;
+        for checkpoint in [false, true] {
+            model.set_checkpoint_layers(checkpoint);
+            let logits =
+                || -> Outcome<Tensor> { Ok(model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)?) };
+            assert_close(&logits()?, &golden.prompt["logits"], 5e-5)?;
+            golden.check(&params, || Ok(ops::cross_entropy(&logits()?, &golden.model["labels"], -100)?))?;
+        }
+        let long = Tensor::ones((1, 38), DType::U32, &Device::Cpu)?;
+        let error =
+            model.forward(&long, None, &long.to_dtype(DType::U8)?, &Pass::Mean).unwrap_err().to_string();
+        assert!(error.contains("41 tokens, 3 of them virtual, are more than the model's "), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
+    let golden = Golden::open("llama", "toy_llama")?;
+    let config = LlamaConfig::from_file(&data("toy_llama_config.json"))?;
+    let mut model = LlamaForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let (ids, mask) = (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
+    let params = golden.tune(&mut model)?;
+    assert_eq!(model.max_length(), 64 - 3);
+    let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
+    let logits = model.logits(&ids, &mask, &Pass::Mean)?;
+    let expected = golden.prompt["logits"].broadcast_mul(&real)?;
+    assert_close(&logits.broadcast_mul(&real)?, &expected, 1e-4)?;
+
+    let t = ids.dim(1)?;
+    let labels = golden.model["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
+    golden.check(&params, || {
+        let logits = model.logits(&ids, &mask, &Pass::Mean)?.narrow(1, 0, t - 1)?.contiguous()?;
+        Ok(ops::cross_entropy(&logits.flatten_to(1)?, &labels, -100)?)
+    })?;
+
+    // In pieces, each after what the cache holds: the virtual tokens come once.
+    let mut cache = model.cache(8);
+    let mut pieces = Vec::new();
+    for (start, len) in [(0, 4), (4, 1), (5, 11)] {
+        let (ids, mask) = (ids.narrow(1, start, len)?, mask.narrow(1, 0, start + len)?);
+        let hidden = model.hidden(&ids.contiguous()?, &mask.contiguous()?, Some(&mut cache), &Pass::Mean)?;
+        pieces.push(model.head(&hidden, &Pass::Mean)?);
+    }
+    assert_eq!(cache.length(), 3 + 16);
+    let real = real.narrow(1, 0, 16)?;
+    let expected = golden.prompt["logits"].narrow(1, 0, 16)?.broadcast_mul(&real)?;
+    assert_close(&Tensor::cat(&pieces, 1)?.broadcast_mul(&real)?, &expected, 1e-4)
+}
+
+#[test]
+fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
+    let golden = Golden::open("llama", "toy_llama")?;
+    let config = LlamaConfig::from_file(&data("toy_llama_config.json"))?;
+    let mut model = LlamaForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let before = model.max_length();
+    let params = Params::new(Noise::new(5), &Device::Cpu);
+    let slot = model.embedding_mut().ok_or("no place for a prompt")?;
+    let tune = |slot: &mut _, tokens| {
+        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: tokens }, &params)
+    };
+    assert!(tune(slot, 0).is_err_and(|error| error.to_string().contains("virtual_tokens")));
+    tune(slot, 8)?;
+    assert!(tune(slot, 8).is_err_and(|error| error.to_string().contains("already")));
+    let words = slot.words().to_vec2::<f32>()?;
+    let rows = params.get(PROMPT).ok_or("no prompt")?.var.to_vec2::<f32>()?;
+    let picked: Vec<_> = rows.iter().map(|row| words.iter().position(|word| word == row)).collect();
+    assert!(picked.iter().all(Option::is_some), "{picked:?}");
+    assert!(picked.iter().any(|word| *word != picked[0]), "{picked:?}");
+
+    let wide = Tensor::zeros((2, 31), DType::F32, &Device::Cpu)?;
+    assert!(slot.set_prompt(Some(wide)).is_err_and(|error| error.to_string().contains("(p, 32)")));
+    slot.set_prompt(None)?;
+    assert_eq!(model.max_length(), before);
+    Ok(())
+}
