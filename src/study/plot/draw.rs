@@ -1,0 +1,219 @@
+//! How pictures are drawn: box plots and panels of curves, as SVG and as PNG, readable in black and
+//! white and alike on every machine, since the font comes with the crate.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Once;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::{register_font, FontStyle};
+
+use crate::error::{Error, Result};
+use crate::files;
+
+/// Roboto Regular (Copyright 2015 Google Inc., Apache License 2.0), cut down to printable ASCII.
+const FONT: &[u8] = include_bytes!("roboto-ascii.ttf");
+
+/// The width of every picture, in points.
+const WIDTH: u32 = 720;
+/// Pixels of a point in a PNG.
+const SCALE: u32 = 2;
+/// Panels beside each other.
+const COLUMNS: usize = 3;
+
+type Drawn<DB> =
+    std::result::Result<(), DrawingAreaErrorKind<<DB as plotters::backend::DrawingBackend>::ErrorType>>;
+
+/// What can be drawn on any backend.
+pub trait Draw {
+    /// Points from top to bottom.
+    fn height(&self) -> u32;
+
+    /// Draws everything, with `scale` pixels a point.
+    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, scale: u32) -> Drawn<DB>
+    where
+        DB::ErrorType: 'static;
+}
+
+/// Writes `{name}.svg` and `{name}.png` into the folder `out`.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write(picture: &impl Draw, out: &Path, name: &str) -> Result<()> {
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| {
+        register_font("sans-serif", FontStyle::Normal, FONT).ok(); // refused, text is missed, not the plot
+    });
+    files::write(&out.join(format!("{name}.svg")), svg(picture)?.as_bytes())?;
+    files::write(&out.join(format!("{name}.png")), &png(picture)?)
+}
+
+fn svg(picture: &impl Draw) -> Result<String> {
+    let mut text = String::new();
+    {
+        let area = SVGBackend::with_string(&mut text, (WIDTH, picture.height())).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        picture.draw(&area, 1).map_err(failed)?;
+        area.present().map_err(failed)?;
+    }
+    Ok(text)
+}
+
+fn png(picture: &impl Draw) -> Result<Vec<u8>> {
+    let (width, height) = (WIDTH * SCALE, picture.height() * SCALE);
+    let mut pixels = vec![0; (width * height * 3) as usize];
+    {
+        let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        picture.draw(&area, SCALE).map_err(failed)?;
+        area.present().map_err(failed)?;
+    }
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels)).map_err(failed)?;
+    Ok(bytes)
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::config("plot", error.to_string())
+}
+
+/// The font at this size in points.
+fn font(points: u32, scale: u32) -> (&'static str, u32) {
+    ("sans-serif", points * scale)
+}
+
+/// Horizontal box plots, one below the other: whiskers to 1.5 inter-quartile ranges.
+pub struct Boxes {
+    /// Above all.
+    pub title: String,
+    /// From top to bottom: a name and its values, finite and at least one.
+    pub groups: Vec<(String, Vec<f64>)>,
+}
+
+impl Draw for Boxes {
+    fn height(&self) -> u32 {
+        80 + 22 * self.groups.len() as u32
+    }
+
+    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, scale: u32) -> Drawn<DB>
+    where
+        DB::ErrorType: 'static,
+    {
+        let Range { start: low, end: high } =
+            bounds(self.groups.iter().flat_map(|(_, values)| values).copied());
+        let margin = ((high - low) * 0.05).max(1e-3);
+        // The axis goes upwards.
+        let names: Vec<&String> = self.groups.iter().map(|(name, _)| name).rev().collect();
+        let mut chart = ChartBuilder::on(area)
+            .caption(&self.title, font(16, scale))
+            .margin(8 * scale)
+            .x_label_area_size(26 * scale)
+            .y_label_area_size(250 * scale)
+            .build_cartesian_2d((low - margin) as f32..(high + margin) as f32, names[..].into_segmented())?;
+        let label = |at: &SegmentValue<&&String>| match at {
+            SegmentValue::CenterOf(name) | SegmentValue::Exact(name) => name.to_string(),
+            SegmentValue::Last => String::new(),
+        };
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .y_labels(names.len())
+            .y_label_formatter(&label)
+            .label_style(font(11, scale))
+            .axis_style(BLACK.stroke_width(scale))
+            .light_line_style(WHITE)
+            .draw()?;
+        let places = names.iter().zip(self.groups.iter().rev());
+        chart.draw_series(places.map(|(name, (_, values))| {
+            Boxplot::new_horizontal(SegmentValue::CenterOf(name), &Quartiles::new(values))
+                .width(12 * scale)
+                .style(BLACK.stroke_width(scale))
+        }))?;
+        Ok(())
+    }
+}
+
+/// Curves of one kind, a panel each, on the same axes.
+pub struct Panels {
+    /// Above all.
+    pub title: String,
+    /// What runs to the right, and what upwards.
+    pub axes: (&'static str, &'static str),
+    /// Whether equality of both is drawn, dashed.
+    pub diagonal: bool,
+    /// The panels, row by row.
+    pub panels: Vec<Panel>,
+}
+
+/// A curve with a name.
+pub struct Panel {
+    /// Above it.
+    pub name: String,
+    /// Its points, finite and from left to right.
+    pub points: Vec<(f64, f64)>,
+    /// The lower and the upper edge of a band about the curve, point for point; or nothing.
+    pub band: Vec<(f64, f64)>,
+    /// Whether points are marked.
+    pub marked: bool,
+}
+
+impl Draw for Panels {
+    fn height(&self) -> u32 {
+        40 + 190 * self.panels.len().div_ceil(COLUMNS) as u32
+    }
+
+    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, scale: u32) -> Drawn<DB>
+    where
+        DB::ErrorType: 'static,
+    {
+        let xs = self.panels.iter().flat_map(|panel| &panel.points).map(|(x, _)| *x);
+        let ys = self.panels.iter().flat_map(|panel| panel.points.iter().map(|(_, y)| *y));
+        let edges = self.panels.iter().flat_map(|panel| &panel.band).flat_map(|(low, high)| [*low, *high]);
+        let (xs, ys) =
+            if self.diagonal { (0.0..1.0, 0.0..1.0) } else { (bounds(xs), bounds(ys.chain(edges))) };
+        let area = area.titled(&self.title, font(16, scale))?;
+        let places = area.split_evenly((self.panels.len().div_ceil(COLUMNS), COLUMNS));
+        for (panel, place) in self.panels.iter().zip(places) {
+            let mut chart = ChartBuilder::on(&place)
+                .caption(&panel.name, font(12, scale))
+                .margin(6 * scale)
+                .x_label_area_size(32 * scale)
+                .y_label_area_size(44 * scale)
+                .build_cartesian_2d(xs.clone(), ys.clone())?;
+            chart
+                .configure_mesh()
+                .x_desc(self.axes.0)
+                .y_desc(self.axes.1)
+                .x_labels(5)
+                .y_labels(5)
+                .label_style(font(10, scale))
+                .axis_style(BLACK.stroke_width(scale))
+                .bold_line_style(BLACK.mix(0.1))
+                .light_line_style(WHITE)
+                .draw()?;
+            let over = panel.points.iter().zip(&panel.band);
+            let upper = over.clone().map(|((x, _), (_, high))| (*x, *high));
+            let lower = over.rev().map(|((x, _), (low, _))| (*x, *low));
+            let band: Vec<_> = upper.chain(lower).collect();
+            chart.draw_series((!band.is_empty()).then(|| Polygon::new(band, BLACK.mix(0.2))))?;
+            if self.diagonal {
+                let ends = [(0.0, 0.0), (1.0, 1.0)];
+                let (dash, style) = (4 * scale, BLACK.mix(0.6).stroke_width(scale));
+                chart.draw_series(DashedLineSeries::new(ends, dash, dash, style))?;
+            }
+            chart.draw_series(LineSeries::new(panel.points.iter().copied(), BLACK.stroke_width(scale)))?;
+            let marks = panel.points.iter().filter(|_| panel.marked);
+            chart.draw_series(marks.map(|point| Circle::new(*point, 2 * scale, BLACK.filled())))?;
+        }
+        Ok(())
+    }
+}
+
+/// The least and the largest of some numbers, never the same.
+fn bounds(values: impl Iterator<Item = f64>) -> Range<f64> {
+    let (low, high) = values.fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)));
+    low..high.max(low + 1e-6)
+}
