@@ -255,6 +255,7 @@ impl Setup {
         let adapter = start.method().adapter();
         let keep = || match (out, &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
+            (Some(dir), None) if name != "full" => params.save(&dir.join("adapter")),
             _ => Ok(()),
         };
         let bar = common::progress(0, name);
@@ -274,7 +275,7 @@ impl Setup {
 
         // Before anything else can fail.
         keep()?;
-        if let Some(dir) = out.filter(|_| args.merged || adapter.is_none()) {
+        if let Some(dir) = out.filter(|_| args.merged || name == "full") {
             save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
         }
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);

@@ -6,6 +6,7 @@
 //! parameters by these names and roles only.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
@@ -14,6 +15,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::noise::{Noise, Purpose};
 use crate::ops::place;
 
@@ -274,6 +276,18 @@ impl Params {
         let fitting: Vec<_> =
             snapshot.iter().map(|(name, values)| self.fitting(name, values)).collect::<Result<_>>()?;
         fitting.iter().try_for_each(|(var, values)| Ok(var.set(values)?))
+    }
+
+    /// Writes every parameter under its own name into `parameters.safetensors` in the folder `dir`, which
+    /// is made where it is missing.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let all = self.all();
+        let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
+        files::write_safetensors(&dir.join("parameters.safetensors"), named)
     }
 
     /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given

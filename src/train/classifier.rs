@@ -89,7 +89,7 @@ impl Classifier {
         let method = match (self.method.adapter(), &self.method) {
             (Some(method), _) => method,
             (None, Method::Full) => return self.save_model(&dir.join("model")),
-            (None, _) => return self.save_parameters(&dir.join("adapter")),
+            (None, _) => return self.params.save(&dir.join("adapter")),
         };
         let origin = Origin {
             base_model: Some(base_model.to_string()),
@@ -104,14 +104,6 @@ impl Classifier {
             &origin,
         )?;
         file.write(dir.join("adapter"), Profile::PeftMonteCLoRA)
-    }
-
-    /// What was trained under its own names, in `parameters.safetensors`.
-    fn save_parameters(&self, dir: &Path) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let all = self.params.all();
-        let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
-        files::write_safetensors(&dir.join("parameters.safetensors"), named)
     }
 
     fn save_model(&self, dir: &Path) -> Result<()> {
