@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::gradients::Gradients;
-use super::trainer::{Loss, Objective};
+use super::objective::{Loss, Objective};
 use super::upkeep::Upkeep;
 use crate::data::batch::{in_order, Batcher};
 use crate::data::causal::{CausalBatch, Tokens};

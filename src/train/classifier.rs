@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 
 use super::gradients::Gradients;
 use super::method::{Method, Start};
-use super::trainer::{Loss, Objective};
+use super::objective::{Loss, Objective};
 use super::upkeep::Upkeep;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};

@@ -3,10 +3,12 @@
 
 mod causal;
 mod classifier;
+mod config;
 mod evaluate;
 mod gradients;
 mod memory;
 mod method;
+mod objective;
 mod optim;
 mod schedule;
 mod trainer;
@@ -15,11 +17,13 @@ mod upkeep;
 
 pub use causal::{causal_loss, held_out_loss, token_log_probabilities, CausalTuning};
 pub use classifier::{Classification, Classifier};
+pub use config::TrainConfig;
 pub use evaluate::{batches, Evaluation, Predictions};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
 pub use memory::peak_rss_bytes;
 pub use method::{Method, Start};
+pub use objective::{Loss, Objective, Observer, Record, Summary};
 pub use optim::{AdamW, AdamWConfig, Moments};
 pub use schedule::Schedule;
-pub use trainer::{fit, Loss, Objective, Observer, Record, Summary, TrainConfig};
+pub use trainer::fit;
 pub use upkeep::Upkeep;

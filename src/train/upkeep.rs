@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use candle_core::Tensor;
 
 use super::gradients::Gradients;
-use super::trainer::Loss;
+use super::objective::Loss;
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
 use crate::adapters::AdaLoraConfig;
 use crate::error::{Error, Result};

@@ -1,0 +1,83 @@
+//! The constants of a run.
+
+use super::optim::AdamWConfig;
+use super::schedule::Schedule;
+use crate::error::{Error, Result};
+use crate::params::Role;
+
+/// The constants of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainConfig {
+    /// Passes over the data.
+    pub epochs: usize,
+    /// The highest learning rate.
+    pub lr: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// The share of all steps in which it rises from zero.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Whether the posterior's own parameters rho and c are decayed, too, as they are where PEFT's
+    /// adapter is trained by transformers.
+    pub decay_variational: bool,
+    /// How many times the learning rate of A that of B is (LoRA+).
+    pub loraplus_ratio: f64,
+    /// The largest global gradient norm; no clipping where absent.
+    pub clip: Option<f64>,
+    /// Micro-batches of one optimiser step.
+    pub accumulation: usize,
+    /// Steps between two evaluations; at the end of each epoch where absent.
+    pub eval_every: Option<usize>,
+    /// Keep the parameters of the best evaluation rather than the last.
+    pub keep_best: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 3,
+            lr: 3e-4,
+            schedule: Schedule::Linear,
+            warmup_ratio: 0.06,
+            weight_decay: 0.01,
+            decay_variational: false,
+            loraplus_ratio: 1.0,
+            clip: Some(1.0),
+            accumulation: 1,
+            eval_every: None,
+            keep_best: true,
+        }
+    }
+}
+
+impl TrainConfig {
+    pub(super) fn validate(&self) -> Result<()> {
+        let positive = [
+            ("epochs", self.epochs),
+            ("accumulation", self.accumulation),
+            ("eval_every", self.eval_every.unwrap_or(1)),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::config(*name, "must be at least 1"));
+        }
+        if !(0.0..=1.0).contains(&self.warmup_ratio) {
+            let reason = format!("expected a share in [0, 1], got {}", self.warmup_ratio);
+            return Err(Error::config("warmup_ratio", reason));
+        }
+        Ok(())
+    }
+
+    pub(super) fn optimizer(&self) -> AdamWConfig {
+        let config = AdamWConfig {
+            lr: self.lr,
+            weight_decay: self.weight_decay,
+            lr_ratios: vec![(Role::B, self.loraplus_ratio)],
+            ..AdamWConfig::default()
+        };
+        match self.decay_variational {
+            true => AdamWConfig { no_decay: Vec::new(), ..config },
+            false => config,
+        }
+    }
+}
