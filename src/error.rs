@@ -67,7 +67,7 @@ pub enum Error {
     },
 
     /// Training met a loss or gradient that is not finite, and stopped.
-    #[error("step {step}: {term} is {value}; batch rows {rows:?}")]
+    #[error("step {step}: {term} is {value}{}; batch rows {rows:?}", layer.as_ref().map(|l| format!(", first in {l}")).unwrap_or_default())]
     NonFinite {
         /// The optimiser step at which it appeared (1-based).
         step: usize,
@@ -75,8 +75,17 @@ pub enum Error {
         term: String,
         /// The offending value.
         value: f64,
+        /// The first layer whose output was not finite, where there is one.
+        layer: Option<String>,
         /// The data rows of the batch.
         rows: Vec<usize>,
+    },
+
+    /// Training was asked to stop and did, after a whole step.
+    #[error("stopped after step {step}")]
+    Interrupted {
+        /// The last optimiser step that was taken (1-based).
+        step: usize,
     },
 
     /// Candle failed: shapes, dtypes, devices.

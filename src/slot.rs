@@ -4,6 +4,7 @@
 //! `&Pass` down their forward pass; whether a layer samples is never a flag that it stores.
 
 mod embedding;
+mod probe;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use crate::ops;
 use crate::params::Role;
 
 pub use embedding::EmbeddingSlot;
+pub(crate) use probe::first_non_finite;
 
 /// Which weights a forward pass uses. The caller owns the draw index: one per micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -246,7 +248,7 @@ impl Slot {
 
     /// The linear layer that this slot is under every pass: its base, where no adapter is active.
     pub fn as_linear(&self) -> Option<&Linear> {
-        self.active.is_none().then_some(&self.base)
+        (self.active.is_none() && !probe::is_asked()).then_some(&self.base)
     }
 
     /// The name and the adapter that is active.
@@ -271,10 +273,16 @@ impl Slot {
                 return Err(Error::config("pass", format!("{pass:?}: {reason}")).into());
             }
             (Some(merged), _) => merged,
-            (None, Some((_, adapter))) => return adapter.forward(xs, &self.base, pass),
+            (None, Some((_, adapter))) => {
+                let output = adapter.forward(xs, &self.base, pass)?;
+                probe::look(&self.path, &output);
+                return Ok(output);
+            }
             (None, None) => &self.base,
         };
-        ops::linear(xs, layer.weight(), layer.bias())
+        let output = ops::linear(xs, layer.weight(), layer.bias())?;
+        probe::look(&self.path, &output);
+        Ok(output)
     }
 }
 

@@ -117,6 +117,52 @@ impl RankAllocator {
         Ok(())
     }
 
+    /// What was seen so far, by parameter, and once the budget is final, which values stay.
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        let means = self.importance.iter().map(|(name, seen)| (format!("mean/{name}"), seen.mean.clone()));
+        let rest =
+            self.importance.iter().map(|(name, seen)| (format!("rest/{name}"), seen.uncertainty.clone()));
+        let masks = self.layers.iter().zip(self.kept.iter().flatten());
+        let masks = masks.map(|((name, _), mask)| (format!("kept/{name}"), mask.clone()));
+        means.chain(rest).chain(masks).collect()
+    }
+
+    /// Puts back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// If it is not a state of these layers.
+    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let missing = |name: &str| Error::tensor(name, "AdaLoRA's state lacks it");
+        let mut importance = BTreeMap::new();
+        for (name, mean) in state.iter().filter_map(|(name, t)| Some((name.strip_prefix("mean/")?, t))) {
+            let uncertainty = state.get(&format!("rest/{name}")).ok_or_else(|| missing(name))?.clone();
+            importance.insert(name.to_string(), Importance { mean: mean.clone(), uncertainty });
+        }
+        let parts = self
+            .layers
+            .iter()
+            .flat_map(|(name, _)| ["a", "b", "values"].map(|part| format!("{name}.{part}")));
+        if let Some(name) =
+            parts.into_iter().find(|name| !importance.is_empty() && !importance.contains_key(name))
+        {
+            return Err(missing(&name));
+        }
+        let mask = |(name, rank): &(String, usize)| {
+            let mask = state.get(&format!("kept/{name}")).ok_or_else(|| missing(name))?;
+            match mask.elem_count() == *rank {
+                true => Ok(mask.clone()),
+                false => Err(Error::tensor(
+                    name,
+                    format!("expected a mask of {rank} values, got {:?}", mask.shape()),
+                )),
+            }
+        };
+        let is_final = state.keys().any(|name| name.starts_with("kept/"));
+        self.kept = is_final.then(|| self.layers.iter().map(mask).collect::<Result<_>>()).transpose()?;
+        self.importance = importance;
+        Ok(())
+    }
+
     /// The masks that keep the `budget` most important singular values.
     fn best(&self, budget: usize) -> Result<Vec<Tensor>> {
         let mut scores = Vec::new();

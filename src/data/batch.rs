@@ -91,6 +91,16 @@ impl Batcher {
         Ok(Self { batch_size, length_grouped, noise })
     }
 
+    /// Its constants by name, as text.
+    pub fn settings(&self) -> [(&'static str, String); 3] {
+        let Self { batch_size, length_grouped, noise } = self;
+        [
+            ("batch_size", batch_size.to_string()),
+            ("length_grouped", length_grouped.to_string()),
+            ("seed", noise.seed().to_string()),
+        ]
+    }
+
     /// The number of batches of an epoch over `rows` rows.
     pub fn batches(&self, rows: usize) -> usize {
         rows.div_ceil(self.batch_size)

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::layer::MonteCLoRA;
@@ -96,17 +97,24 @@ struct Seen {
 }
 
 impl Seen {
-    /// The factor after one more squared norm.
-    fn factor(&mut self, square: f64) -> f64 {
+    /// Sees one more squared norm.
+    fn add(&mut self, square: f64) {
         self.mean = DECAY * self.mean + (1.0 - DECAY) * square;
         self.weight = DECAY * self.weight + (1.0 - DECAY);
-        let mean = self.mean / self.weight; // of the first steps, as Adam corrects its moments
-        self.peak = self.peak.max(mean);
+        self.peak = self.peak.max(self.corrected());
+    }
+
+    /// The mean, corrected for its first steps as Adam corrects its moments.
+    fn corrected(&self) -> f64 {
+        self.mean / self.weight
+    }
+
+    /// The factor after what was seen.
+    fn factor(&self) -> f64 {
         // At the start B is zero and no gradient reaches A: nothing fades yet.
-        if self.peak > 0.0 {
-            (mean / self.peak).sqrt()
-        } else {
-            1.0
+        match self.peak > 0.0 {
+            true => (self.corrected() / self.peak).sqrt().max(LEAST),
+            false => 1.0,
         }
     }
 }
@@ -149,8 +157,39 @@ impl SampleScaler {
         }
         visit(model, &mut |layer| {
             let square = squared_norm(&format!("{}.a", layer.name()))?;
-            let factor = self.seen.entry(layer.name().to_string()).or_default().factor(square);
-            layer.set_training_factor(factor.max(LEAST))
+            let seen = self.seen.entry(layer.name().to_string()).or_default();
+            seen.add(square);
+            layer.set_training_factor(seen.factor())
+        })
+    }
+
+    /// What an adaptive schedule has seen, by layer: `(3)` in double precision.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let of = |seen: &Seen| Tensor::new(&[seen.mean, seen.weight, seen.peak], &Device::Cpu);
+        self.seen.iter().map(|(name, seen)| Ok((name.clone(), of(seen)?))).collect()
+    }
+
+    /// Puts back what [`Self::state`] gave, and with it the factors of a model's layers.
+    ///
+    /// # Errors
+    /// If a layer's part is missing or of another shape.
+    pub fn restore(&mut self, model: &dyn Linears, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.seen.clear();
+        for (name, seen) in state {
+            match seen.to_vec1::<f64>()?[..] {
+                [mean, weight, peak] => drop(self.seen.insert(name.clone(), Seen { mean, weight, peak })),
+                _ => return Err(Error::tensor(name, format!("expected shape [3], got {:?}", seen.shape()))),
+            }
+        }
+        if self.schedule != ScalerSchedule::Adaptive || self.seen.is_empty() {
+            return Ok(());
+        }
+        visit(model, &mut |layer| {
+            let missing = || Error::tensor(layer.name(), "the state of the sample scaler lacks this layer");
+            layer.set_training_factor(self.seen.get(layer.name()).ok_or_else(missing)?.factor())
         })
     }
 }
@@ -187,10 +226,14 @@ mod tests {
     #[test]
     fn the_adaptive_factor_follows_the_gradient_down_from_its_peak() {
         let mut seen = Seen::default();
-        assert_eq!(seen.factor(0.0), 1.0); // B is zero
-        let rising: Vec<f64> = (1..50).map(|t| seen.factor(f64::from(t))).collect();
+        let mut factor = |square: f64| {
+            seen.add(square);
+            seen.factor()
+        };
+        assert_eq!(factor(0.0), 1.0); // B is zero
+        let rising: Vec<f64> = (1..50).map(|t| factor(f64::from(t))).collect();
         assert!(rising.iter().all(|factor| *factor == 1.0), "{rising:?}");
-        let falling: Vec<f64> = (0..400).map(|_| seen.factor(0.01)).collect();
+        let falling: Vec<f64> = (0..400).map(|_| factor(0.01)).collect();
         assert!(falling.is_sorted_by(|a, b| a >= b) && falling[399] < 0.03, "{falling:?}");
         assert!((falling[399] - (0.01 / seen.peak).sqrt()).abs() < 1e-3);
     }

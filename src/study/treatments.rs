@@ -170,7 +170,13 @@ fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
 
 /// Predictions that are no probabilities are those of a model that diverged.
 fn not_finite(error: Error) -> Error {
-    Error::NonFinite { step: 0, term: format!("predictions ({error})"), value: f64::NAN, rows: Vec::new() }
+    Error::NonFinite {
+        step: 0,
+        term: format!("predictions ({error})"),
+        value: f64::NAN,
+        layer: None,
+        rows: Vec::new(),
+    }
 }
 
 /// The reliability diagram, in the bins of the expected calibration error: (low, high], of equal width.

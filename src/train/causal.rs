@@ -1,7 +1,10 @@
 //! A language model under one of the methods: what is trained, and its loss on held-out text.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor};
 
+use super::checkpoint::{self, Settings};
 use super::gradients::Gradients;
 use super::objective::{Loss, Objective};
 use super::upkeep::Upkeep;
@@ -121,6 +124,23 @@ impl Objective for CausalTuning<'_> {
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.iter().filter_map(|row| self.rows.get(*row)).map(|row| row.targets() as f64).sum()
     }
+
+    fn settings(&self) -> Settings {
+        let numbers = self.rows.iter().flat_map(|row| {
+            let learnt = row.learnt.iter().map(|learnt| u32::from(*learnt));
+            row.ids.iter().copied().chain(learnt).chain([u32::MAX])
+        });
+        checkpoint::settings(&self.batcher, numbers)
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.upkeep.state()
+    }
+
+    fn restore(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.upkeep.restore(self.model, state)
+    }
+
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
         self.upkeep.before_step(self.model, step, total)
     }

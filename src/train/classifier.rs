@@ -1,10 +1,12 @@
 //! A sequence classifier under one of the methods: what is trained and what predicts.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
+use super::checkpoint::{self, Settings};
 use super::gradients::Gradients;
 use super::method::{Method, Start};
 use super::objective::{Loss, Objective};
@@ -12,6 +14,7 @@ use super::upkeep::Upkeep;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
+use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::inject;
@@ -238,6 +241,28 @@ impl Objective for Classification<'_> {
     fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
         self.classifier.loss(&self.batch(rows)?, pass)
     }
+
+    fn settings(&self) -> Settings {
+        let numbers = self.rows.iter().flat_map(|row| {
+            let label = match row.label {
+                Label::Class(class) => class,
+                Label::Score(score) => score.to_bits(),
+            };
+            row.ids.iter().copied().chain([u32::MAX, label])
+        });
+        let mut settings = checkpoint::settings(&self.batcher, numbers);
+        settings.insert("method".to_string(), format!("{:?}", self.classifier.method));
+        settings
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.classifier.upkeep.state()
+    }
+
+    fn restore(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.classifier.upkeep.restore(self.classifier.model.as_ref(), state)
+    }
+
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
         self.classifier.upkeep.before_step(self.classifier.model.as_ref(), step, total)
     }

@@ -1,12 +1,41 @@
 //! The constants of a run.
 
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::checkpoint::Settings;
 use super::optim::AdamWConfig;
 use super::schedule::Schedule;
 use crate::error::{Error, Result};
 use crate::params::Role;
 
+/// What becomes of a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// It ends the run.
+    #[default]
+    Stop,
+    /// It is left out and counted: parameters and moments stay as they are. Ten in a row end the run:
+    /// there is nothing to wait for.
+    Skip,
+}
+
+impl FromStr for OnNonFinite {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "stop" => Ok(Self::Stop),
+            "skip" => Ok(Self::Skip),
+            other => Err(Error::config("on_nonfinite", format!("expected stop or skip, got {other}"))),
+        }
+    }
+}
+
 /// The constants of a run.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainConfig {
     /// Passes over the data.
     pub epochs: usize,
@@ -31,6 +60,8 @@ pub struct TrainConfig {
     pub eval_every: Option<usize>,
     /// Keep the parameters of the best evaluation rather than the last.
     pub keep_best: bool,
+    /// What becomes of a step whose loss or gradient is not finite.
+    pub on_nonfinite: OnNonFinite,
 }
 
 impl Default for TrainConfig {
@@ -47,6 +78,7 @@ impl Default for TrainConfig {
             accumulation: 1,
             eval_every: None,
             keep_best: true,
+            on_nonfinite: OnNonFinite::Stop,
         }
     }
 }
@@ -66,6 +98,16 @@ impl TrainConfig {
             return Err(Error::config("warmup_ratio", reason));
         }
         Ok(())
+    }
+
+    /// Every constant by its name.
+    pub(super) fn settings(&self) -> Settings {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::Object(fields)) => {
+                fields.into_iter().map(|(name, value)| (name, value.to_string())).collect()
+            }
+            _ => Settings::new(), // a struct of plain values is an object
+        }
     }
 
     pub(super) fn optimizer(&self) -> AdamWConfig {

@@ -1,10 +1,13 @@
 //! What the loop is given: an objective to train and an observer that watches.
 
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use serde::Serialize;
 
+use super::checkpoint::Settings;
 use super::gradients::Gradients;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::slot::Pass;
 
@@ -35,6 +38,27 @@ pub trait Objective {
     /// How much a micro-batch counts among those of its step: what its mean is a mean over.
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.len() as f64
+    }
+
+    /// What a run must find unchanged to go on from a checkpoint, by name: its data, its method.
+    fn settings(&self) -> Settings {
+        Settings::new()
+    }
+
+    /// What the method remembers from step to step, beside its parameters.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        Ok(BTreeMap::new())
+    }
+
+    /// Puts back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// If it is not the state of this method on this model.
+    fn restore(&self, _state: &BTreeMap<String, Tensor>) -> Result<()> {
+        Ok(())
     }
 
     /// What the method does before optimiser step `step` (1-based) of `total`.
@@ -73,7 +97,7 @@ pub struct Record {
     pub loss: f64,
     /// The parts of the loss.
     #[serde(flatten)]
-    pub terms: std::collections::BTreeMap<&'static str, f64>,
+    pub terms: BTreeMap<&'static str, f64>,
     /// The global gradient norm before clipping.
     pub grad_norm: f64,
 }
@@ -83,14 +107,37 @@ pub trait Observer {
     /// Is told of the number of steps before the first.
     fn start(&mut self, _total_steps: usize) {}
 
-    /// Is told of every step.
+    /// Is told that the run goes on after `step` steps, from a checkpoint; `damaged` says what is wrong
+    /// with newer ones. What it noted of later steps is to be forgotten.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn resumed(&mut self, _step: usize, _damaged: &[String]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether the run is to stop, which is asked after every step.
+    fn stop(&self) -> bool {
+        false
+    }
+
+    /// Is told that a step was left out because its loss or gradient was not finite
+    /// ([`OnNonFinite::Skip`](super::OnNonFinite::Skip)).
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn skipped(&mut self, _step: usize, _why: &Error) -> Result<()> {
+        Ok(())
+    }
+
+    /// Is told of every step that was taken.
     ///
     /// # Errors
     /// Ends the run.
     fn step(&mut self, record: &Record) -> Result<()>;
 
-    /// Evaluates the present parameters; a higher score is better. None, or NaN: nothing to
-    /// compare.
+    /// Evaluates the present parameters; a higher score is better. None, or what is not
+    /// finite: nothing to compare.
     ///
     /// # Errors
     /// Ends the run.
@@ -110,12 +157,14 @@ pub trait Observer {
 /// How a run went; the default is that of none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Summary {
-    /// Optimiser steps taken.
+    /// Optimiser steps, skipped ones among them.
     pub steps: usize,
-    /// Wall time, evaluations included.
+    /// Wall time, evaluations included, of all parts of a run that was resumed.
     pub seconds: f64,
-    /// The median wall time of a step, evaluations excluded.
+    /// The median wall time of a step since the last start, evaluations excluded.
     pub step_seconds_median: f64,
     /// The step whose parameters were kept.
     pub kept_step: usize,
+    /// Steps that were left out because something was not finite.
+    pub skipped: usize,
 }

@@ -1,29 +1,61 @@
 //! The one training loop: every method and every model runs through [`fit`].
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
 
-use super::config::TrainConfig;
+use super::checkpoint::{Checkpoints, Found, Numbers, Settings, State};
+use super::config::{OnNonFinite, TrainConfig};
 use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::optim::AdamW;
 use crate::error::{Error, Result};
 use crate::params::Params;
-use crate::slot::Pass;
+use crate::slot::{self, Pass};
+
+/// Steps in a row that may be skipped.
+const PATIENCE: usize = 10;
 
 /// Trains `params` on `objective`. The draw index counts micro-batches from zero.
 ///
 /// # Errors
 /// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
-/// rows. Besides, what the objective, the observer or the optimiser report. On any of them the
-/// parameters of the best evaluation, if there was one, are put back. Before the first step, an
-/// option outside its domain is named.
+/// rows; [`Error::Interrupted`] when the observer asks to stop. Besides, what the objective, the
+/// observer or the optimiser report. On any of them the parameters of the best evaluation, if there was
+/// one, are put back. Before the first step, an option outside its domain is named.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
     config: &TrainConfig,
     observer: &mut dyn Observer,
+) -> Result<Summary> {
+    run(objective, params, config, observer, None)
+}
+
+/// [`fit`] with checkpoints: a run that was killed, or stopped, goes on from the newest of them and
+/// ends, on the CPU, with the same bits as one that was not.
+///
+/// # Errors
+/// As [`fit`]; besides, if a checkpoint cannot be written, or the run cannot go on from those that there
+/// are: they are damaged, of other parameters, or of other settings (those of `config` and
+/// [`Objective::settings`]) in what [`Checkpoints::changes`] does not name.
+pub fn fit_with_checkpoints(
+    objective: &dyn Objective,
+    params: &Params,
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+    checkpoints: &Checkpoints,
+) -> Result<Summary> {
+    run(objective, params, config, observer, Some(checkpoints))
+}
+
+fn run(
+    objective: &dyn Objective,
+    params: &Params,
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+    checkpoints: Option<&Checkpoints>,
 ) -> Result<Summary> {
     config.validate()?;
     params.check_finite()?;
@@ -36,13 +68,32 @@ pub fn fit(
         let reason = format!("{} of {per_epoch} steps are more than can be counted", config.epochs);
         Error::config("epochs", reason)
     })?;
+    let mut settings = objective.settings();
+    settings.extend(config.settings());
+    settings.extend(checkpoints.map(|checkpoints| checkpoints.settings.clone()).unwrap_or_default());
+    let mut run = Run {
+        objective,
+        params,
+        config,
+        checkpoints,
+        settings,
+        per_epoch,
+        total,
+        optimizer,
+        best: None,
+        at: Numbers::default(),
+        clock: Instant::now(),
+        seconds: Vec::new(),
+    };
+    let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
     observer.start(total);
-
-    let start = Instant::now();
-    let mut run = Run { config, per_epoch, total, optimizer, best: None, seconds: Vec::new() };
-    let outcome = run.steps(objective, params, observer);
+    if let Some(Found { state, damaged }) = found {
+        run.go_on(state)?;
+        observer.resumed(run.at.step, &damaged)?;
+    }
+    let outcome = run.steps(observer);
     let keep_best = config.keep_best || outcome.is_err();
-    let kept_step = match run.best.filter(|_| keep_best) {
+    let kept_step = match run.best.take().filter(|_| keep_best) {
         Some(best) => {
             params.restore(&best.values)?;
             best.step
@@ -50,88 +101,185 @@ pub fn fit(
         None => total,
     };
     outcome?;
-    let seconds = start.elapsed().as_secs_f64();
-    Ok(Summary { steps: total, seconds, step_seconds_median: median(run.seconds), kept_step })
+    Ok(Summary {
+        steps: total,
+        seconds: run.seconds_so_far(),
+        step_seconds_median: median(run.seconds),
+        kept_step,
+        skipped: run.at.skipped,
+    })
 }
 
 /// A run on its way.
 struct Run<'a> {
+    objective: &'a dyn Objective,
+    params: &'a Params,
     config: &'a TrainConfig,
+    checkpoints: Option<&'a Checkpoints>,
+    settings: Settings,
     per_epoch: usize,
     total: usize,
     optimizer: AdamW,
     best: Option<Best>,
+    /// Where it is. Of the seconds those before the last start; settings, moments and best are filled
+    /// in for a checkpoint alone.
+    at: Numbers,
+    clock: Instant,
     seconds: Vec<f64>,
 }
 
 struct Best {
     score: f64,
     step: usize,
-    values: std::collections::BTreeMap<String, Tensor>,
+    values: BTreeMap<String, Tensor>,
 }
 
 impl Run<'_> {
-    /// All steps of all epochs, with their evaluations.
-    fn steps(
-        &mut self,
-        objective: &dyn Objective,
-        params: &Params,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        let (config, per_epoch, total) = (self.config, self.per_epoch, self.total);
-        let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
-        let mut draw = 0;
-        for epoch in 0..config.epochs {
-            let micro_batches = objective.epoch(epoch as u64)?;
+    /// All steps of all epochs that are left, with their evaluations.
+    fn steps(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let (config, per_epoch) = (self.config, self.per_epoch);
+        for epoch in self.at.step / per_epoch..config.epochs {
+            let micro_batches = self.objective.epoch(epoch as u64)?;
             let steps = micro_batches.len().div_ceil(config.accumulation);
             if steps != per_epoch {
                 let reason = format!("epoch {epoch} has {steps} steps, the first had {per_epoch}");
                 return Err(Error::config("data", reason));
             }
-            for (i, group) in micro_batches.chunks(config.accumulation).enumerate() {
-                let clock = Instant::now();
-                let step = epoch * per_epoch + i + 1;
-                let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
-                objective.before_step(step, total)?;
-                let mut done = group_gradients(objective, params, group, draw, step)?;
-                let grad_norm = clip(&mut done.grads, config.clip, step, group)?;
-                self.optimizer.step(&done.grads, lr)?;
-                objective.after_step(params, &done.grads, step, total)?;
-                draw += group.len() as u64;
-                self.seconds.push(clock.elapsed().as_secs_f64());
-                let epoch = epoch as f64 + (i + 1) as f64 / per_epoch as f64;
-                observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })?;
-                let due = match config.eval_every {
-                    Some(every) => step % every == 0 || step == total,
-                    None => i + 1 == per_epoch,
+            let done = self.at.step - epoch * per_epoch;
+            for group in micro_batches.chunks(config.accumulation).skip(done) {
+                self.step(group, observer)?;
+                let step = self.at.step;
+                let evaluates = match config.eval_every {
+                    Some(every) => step % every == 0 || step == self.total,
+                    None => step % per_epoch == 0,
                 };
-                if due {
-                    self.evaluate(step, params, observer)?;
+                if evaluates {
+                    self.evaluate(observer)?;
+                }
+                let stops = observer.stop();
+                if let Some(checkpoints) = self.checkpoints {
+                    let due = checkpoints.every.map_or(evaluates, |every| step % every.max(1) == 0);
+                    if due || stops || step == self.total {
+                        checkpoints.save(&self.state()?)?;
+                    }
+                }
+                if stops && step < self.total {
+                    return Err(Error::Interrupted { step });
                 }
             }
         }
         Ok(())
     }
 
-    fn evaluate(&mut self, step: usize, params: &Params, observer: &mut dyn Observer) -> Result<()> {
-        // NaN compares with nothing: as the first score it would stay the best for ever.
-        let score = observer.evaluate(step)?.filter(|score| !score.is_nan());
+    /// One optimiser step.
+    fn step(&mut self, group: &[Vec<usize>], observer: &mut dyn Observer) -> Result<()> {
+        let (config, total, clock) = (self.config, self.total, Instant::now());
+        let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
+        let (step, draw) = (self.at.step + 1, self.at.draw);
+        let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
+        self.objective.before_step(step, total)?;
+        let done = group_gradients(self.objective, self.params, group, draw, step)
+            .and_then(|mut done| Ok((clip(&mut done.grads, config.clip, step, group)?, done)));
+        (self.at.step, self.at.draw) = (step, draw + group.len() as u64);
+        let (grad_norm, done) = match done {
+            Err(why @ Error::NonFinite { .. }) if config.on_nonfinite == OnNonFinite::Skip => {
+                self.at.skipped += 1;
+                self.at.skipped_in_a_row += 1;
+                observer.skipped(step, &why)?;
+                return if self.at.skipped_in_a_row < PATIENCE { Ok(()) } else { Err(why) };
+            }
+            done => done?,
+        };
+        self.optimizer.step(&done.grads, lr)?;
+        self.objective.after_step(self.params, &done.grads, step, total)?;
+        self.at.skipped_in_a_row = 0;
+        self.seconds.push(clock.elapsed().as_secs_f64());
+        let epoch = step as f64 / self.per_epoch as f64;
+        observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })
+    }
+
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let step = self.at.step;
+        // NaN compares with nothing, and infinity would stay the best for ever.
+        let score = observer.evaluate(step)?.filter(|score| score.is_finite());
         let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
         let improved = score.filter(better);
         if let Some(score) = improved {
-            self.best = Some(Best { score, step, values: params.snapshot()? });
+            self.best = Some(Best { score, step, values: self.params.snapshot()? });
         }
         match improved.is_some() || !self.config.keep_best {
             true => observer.kept(step),
             false => Ok(()),
         }
     }
+
+    fn seconds_so_far(&self) -> f64 {
+        self.at.seconds + self.clock.elapsed().as_secs_f64()
+    }
+
+    /// What a checkpoint keeps.
+    fn state(&self) -> Result<State> {
+        let params: BTreeMap<String, Tensor> = self
+            .params
+            .all()
+            .into_iter()
+            .map(|(name, param)| (name, param.var.as_detached_tensor()))
+            .collect();
+        let mut moments = BTreeMap::new();
+        for name in params.keys() {
+            if let Some(of) = self.optimizer.moments(name)? {
+                moments.insert(name.clone(), of);
+            }
+        }
+        let best = self.best.as_ref();
+        Ok(State {
+            numbers: Numbers {
+                seconds: self.seconds_so_far(),
+                best: best.map(|best| (best.score, best.step)),
+                moments: moments.iter().map(|(name, of)| (name.clone(), of.steps)).collect(),
+                settings: self.settings.clone(),
+                ..self.at.clone()
+            },
+            params,
+            moments,
+            // Of this very step, they are the parameters.
+            best: best
+                .filter(|best| best.step < self.at.step)
+                .map(|best| best.values.clone())
+                .unwrap_or_default(),
+            method: self.objective.state()?,
+        })
+    }
+
+    /// Goes on from a checkpoint.
+    fn go_on(&mut self, state: State) -> Result<()> {
+        let State { numbers, params, moments, best, method } = state;
+        if numbers.step > self.total {
+            let reason =
+                format!("the checkpoint is of step {}, the run ends with {}", numbers.step, self.total);
+            return Err(Error::config("epochs", reason));
+        }
+        if let Some((name, _)) = self.params.all().iter().find(|(name, _)| !params.contains_key(name)) {
+            return Err(Error::tensor(name, "the checkpoint does not hold this parameter"));
+        }
+        self.params.restore(&params)?;
+        if !moments.is_empty() {
+            self.optimizer.restore(&moments)?;
+        }
+        self.objective.restore(&method)?;
+        self.best = numbers.best.map(|(score, step)| {
+            let values = if step == numbers.step { params } else { best };
+            Best { score, step, values }
+        });
+        self.at = numbers;
+        Ok(())
+    }
 }
 
 struct Group {
     grads: Gradients,
     loss: f64,
-    terms: std::collections::BTreeMap<&'static str, f64>,
+    terms: BTreeMap<&'static str, f64>,
 }
 
 /// The gradients of one step: the mean over all that its micro-batches are means over, so that a
@@ -147,12 +295,20 @@ fn group_gradients(
     let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
     for (i, rows) in group.iter().enumerate() {
         let share = objective.weight(rows) / whole;
-        let loss = objective.loss(rows, &Pass::Train { draw: first_draw + i as u64 })?;
+        let pass = Pass::Train { draw: first_draw + i as u64 };
+        let loss = objective.loss(rows, &pass)?;
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
         for (name, &value) in names.zip(&values) {
             if !value.is_finite() {
-                return Err(Error::NonFinite { step, term: name.to_string(), value, rows: rows.clone() });
+                let layer = slot::first_non_finite(|| objective.loss(rows, &pass));
+                return Err(Error::NonFinite {
+                    step,
+                    term: name.to_string(),
+                    value,
+                    layer,
+                    rows: rows.clone(),
+                });
             }
             match name {
                 "loss" => sums.loss += share * value,
@@ -186,7 +342,8 @@ fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<
         return Ok(norm);
     }
     let name = grads.first_non_finite()?.unwrap_or("all parameters together");
-    Err(Error::NonFinite { step, term: format!("gradient of {name}"), value: norm, rows: group.concat() })
+    let (term, rows) = (format!("gradient of {name}"), group.concat());
+    Err(Error::NonFinite { step, term, value: norm, layer: None, rows })
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

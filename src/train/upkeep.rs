@@ -1,5 +1,6 @@
 //! What a method asks of training beside the task's loss: a penalty, and work between two steps.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
@@ -110,6 +111,30 @@ impl Upkeep {
             Kind::Budget { allocator, .. } => {
                 locked(allocator)?.after_step(params, &|name| gradients.get(name).cloned(), step, total)
             }
+        }
+    }
+
+    /// What the method remembers from step to step, beside its parameters.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        match &self.0 {
+            Kind::None => Ok(BTreeMap::new()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
+            Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
+        }
+    }
+
+    /// Puts back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// If it is not the state of this method on this model.
+    pub fn restore(&self, model: &dyn Linears, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        match &self.0 {
+            Kind::None => Ok(()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
+            Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),
         }
     }
 }

@@ -433,3 +433,25 @@ fn prompt_tuning_trains_virtual_tokens_and_the_head_alone() -> Outcome {
     }
     Ok(())
 }
+
+#[test]
+fn a_loss_that_is_not_finite_names_the_first_layer_where_it_began() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let lora = Method::Lora(LoraConfig { rank: 4, ..LoraConfig::default() });
+    // Finite factors whose product is not: in the middle of the model, and inside a fused block.
+    for (files, layer) in [
+        (checkpoint(dir.path())?, "roberta.encoder.layer.1.attention.self.value"),
+        (llama_checkpoint(other.path())?, "model.layers.1.self_attn.v_proj"),
+    ] {
+        let classifier = load(&files, &lora, 2)?;
+        for part in ["a", "b"] {
+            let name = format!("{layer}.default.{part}");
+            let shape = classifier.params.get(&name).ok_or("no such parameter")?.var.shape().clone();
+            classifier.params.set(&name, &Tensor::full(1e30f32, shape, &Device::Cpu)?)?;
+        }
+        let error = train(&classifier, &rows(16, false), 1).unwrap_err().to_string();
+        assert!(error.starts_with("step 1: task is NaN"), "{error}");
+        assert!(error.contains(&format!(", first in {layer}; batch rows [")), "{error}");
+    }
+    Ok(())
+}

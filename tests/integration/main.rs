@@ -15,6 +15,7 @@ mod merge;
 mod named;
 mod peft_adapters;
 mod prompt;
+mod resume;
 mod save;
 mod stories;
 mod study;

@@ -302,3 +302,42 @@ fn epochs_of_several_lengths_are_refused() -> Result<()> {
     assert!(error.is_err_and(|e| e.to_string().contains("epoch 1 has 3 steps, the first had 4")));
     Ok(())
 }
+
+#[test]
+fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
+    #[derive(Default)]
+    struct Skips(Log, Vec<(usize, String)>);
+    impl Observer for Skips {
+        fn step(&mut self, record: &Record) -> Result<()> {
+            self.0.step(record)
+        }
+        fn evaluate(&mut self, _: usize) -> Result<Option<f64>> {
+            Ok(None)
+        }
+        fn skipped(&mut self, step: usize, why: &Error) -> Result<()> {
+            self.1.push((step, why.to_string()));
+            Ok(())
+        }
+    }
+    let config = TrainConfig { on_nonfinite: OnNonFinite::Skip, ..config() };
+    // One of the two steps of an epoch holds the row.
+    let line = Line { poison: Some(3), ..Line::new(5)? };
+    let mut watch = Skips::default();
+    let summary = fit(&line, &line.params, &config, &mut watch)?;
+    assert_eq!((summary.steps, summary.skipped), (8, 4));
+    let mut steps: Vec<usize> = watch.0.records.iter().map(|record| record.step).collect();
+    assert_eq!((steps.len(), watch.1.len()), (4, 4));
+    steps.extend(watch.1.iter().map(|(step, _)| step));
+    steps.sort_unstable();
+    assert_eq!(steps, (1..=8).collect::<Vec<_>>());
+    assert!(watch.1.iter().all(|(_, why)| why.contains("task is inf; batch rows") && why.contains('3')));
+    assert!(line.value()?.is_finite() && line.value()? != 0.0);
+
+    // Every step holds it: there is nothing to wait for.
+    let line = Line { poison: Some(3), ..Line::new(10)? };
+    let mut watch = Skips::default();
+    let error = fit(&line, &line.params, &TrainConfig { epochs: 30, ..config }, &mut watch).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { step: PATIENCE, .. }), "{error}");
+    assert_eq!((watch.1.len(), line.value()?), (PATIENCE, 0.0));
+    Ok(())
+}

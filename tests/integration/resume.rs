@@ -1,0 +1,205 @@
+//! Runs that stop and go on from a checkpoint: N + N steps are 2 N steps, bit for bit.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use monteclora::adapters::{AdaLoraConfig, LoraConfig};
+use monteclora::data::batch::Batcher;
+use monteclora::inject::Targets;
+use monteclora::models::hub::ModelFiles;
+use monteclora::monteclora::ScalerSchedule;
+use monteclora::train::{
+    batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, Observer, Predictions,
+    Record, Start, Summary, TrainConfig,
+};
+use monteclora::{Error, MonteCLoRAConfig, Noise};
+
+use crate::finetune::{checkpoint, rows};
+use crate::support::Outcome;
+
+/// Keeps a log as the examples do, scores the present parameters, and stops after a step.
+#[derive(Default)]
+struct Watch {
+    log: Vec<Record>,
+    stop_after: Option<usize>,
+    resumed: Option<(usize, Vec<String>)>,
+    scores: BTreeMap<usize, f64>,
+}
+
+impl Observer for Watch {
+    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
+        self.log.push(record.clone());
+        Ok(())
+    }
+
+    /// Not the last is the best.
+    fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {
+        let score = -(step as f64 - 7.0).abs() + 0.1;
+        self.scores.insert(step, score);
+        Ok(Some(score))
+    }
+
+    fn resumed(&mut self, step: usize, damaged: &[String]) -> monteclora::Result<()> {
+        self.log.retain(|record| record.step <= step);
+        self.resumed = Some((step, damaged.to_vec()));
+        Ok(())
+    }
+
+    fn stop(&self) -> bool {
+        self.log.last().is_some_and(|record| self.stop_after.is_some_and(|stop| record.step >= stop))
+    }
+}
+
+struct Run<'a> {
+    files: &'a ModelFiles,
+    method: Method,
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+}
+
+/// What must not depend on whether a run stopped on its way.
+#[derive(PartialEq, Debug)]
+struct End {
+    params: Vec<(String, Vec<u32>)>,
+    /// Parameters, moments, best parameters and the method's state after the last step.
+    last_checkpoint: Vec<u8>,
+    log: Vec<Record>,
+    predictions: Predictions,
+    kept_step: usize,
+}
+
+impl Run<'_> {
+    /// A process of its own, as far as the library can tell.
+    fn go(&self, watch: &mut Watch) -> Outcome<(Classifier, monteclora::Result<Summary>)> {
+        let start = Start::Fresh(self.method.clone(), Targets::default());
+        let classifier = Classifier::load(self.files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?;
+        let (rows, batcher) = (rows(41, false), Batcher::new(4, false, Noise::new(4))?);
+        let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+        let (params, config) = (&classifier.params, &self.config);
+        let outcome = fit_with_checkpoints(&objective, params, config, watch, &self.checkpoints);
+        Ok((classifier, outcome))
+    }
+
+    fn end(&self, watch: &mut Watch) -> Outcome<End> {
+        let (classifier, summary) = self.go(watch)?;
+        let summary = summary?;
+        let rows = rows(12, false);
+        let last = self.checkpoints.dir.join(format!("step-{:08}/tensors.safetensors", summary.steps));
+        let bits = |(name, param): (String, monteclora::params::Param)| -> Outcome<(String, Vec<u32>)> {
+            let values = param.var.flatten_all()?.to_vec1::<f32>()?;
+            Ok((name, values.into_iter().map(f32::to_bits).collect()))
+        };
+        Ok(End {
+            params: classifier.params.all().into_iter().map(bits).collect::<Outcome<_>>()?,
+            last_checkpoint: std::fs::read(last)?,
+            log: watch.log.clone(),
+            predictions: Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 5)?, 2)?,
+            kept_step: summary.kept_step,
+        })
+    }
+}
+
+fn run<'a>(files: &'a ModelFiles, method: &Method, accumulation: usize, dir: &Path) -> Run<'a> {
+    let config =
+        TrainConfig { epochs: 2, lr: 5e-3, accumulation, eval_every: Some(3), ..TrainConfig::default() };
+    let checkpoints = Checkpoints { resume: true, every: Some(2), ..Checkpoints::new(dir) };
+    Run { files, method: method.clone(), config, checkpoints }
+}
+
+#[test]
+fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let lora = LoraConfig { rank: 4, dropout: 0.1, ..LoraConfig::default() };
+    let bayes = MonteCLoRAConfig { rank: 4, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
+    let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
+    let methods = [
+        Method::Full,
+        Method::Lora(lora),
+        Method::MonteCLoRA(bayes),
+        Method::MonteCLoRA(adaptive),
+        Method::AdaLora(AdaLoraConfig::towards(2)),
+    ];
+    for (method, accumulation) in methods.iter().flat_map(|method| [1, 3].map(|a| (method, a))) {
+        let (whole, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
+        let expected = run(&files, method, accumulation, whole.path()).end(&mut Watch::default())?;
+        let total = expected.log.len();
+        assert_eq!(total, 2 * 11_usize.div_ceil(accumulation));
+        let run = run(&files, method, accumulation, parts.path());
+        // Between evaluations and off the checkpoints' rhythm, in either epoch.
+        let mut watch = Watch::default();
+        for stop in [1, total / 2 - 1, total / 2 + 1, total - 1] {
+            watch.stop_after = Some(stop);
+            let stopped = run.go(&mut watch)?.1.err().ok_or("it did not stop")?;
+            assert!(matches!(stopped, Error::Interrupted { step } if step == stop), "{stopped}");
+        }
+        watch.stop_after = None;
+        let end = run.end(&mut watch)?;
+        assert_eq!(watch.resumed, Some((total - 1, Vec::new())));
+        assert!(end == expected, "{method:?} {accumulation}");
+        // Once more: there is nothing left to do.
+        let again = run.end(&mut watch)?;
+        assert!(again == expected, "{method:?} {accumulation}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_checkpoint_costs_the_steps_since_the_one_before() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let (whole, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let method = Method::MonteCLoRA(MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::default() });
+    let expected = run(&files, &method, 1, whole.path()).end(&mut Watch::default())?;
+    let run = run(&files, &method, 1, parts.path());
+    let mut watch = Watch { stop_after: Some(14), ..Watch::default() };
+    run.go(&mut watch)?.1.err().ok_or("it did not stop")?;
+    let newest = parts.path().join("step-00000014/tensors.safetensors");
+    let mut bytes = std::fs::read(&newest)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(&newest, bytes)?;
+    watch.stop_after = None;
+    assert!(run.end(&mut watch)? == expected);
+    let (step, damaged) = watch.resumed.ok_or("it did not resume")?;
+    assert!(step == 12 && damaged.len() == 1 && damaged[0].contains("step-00000014"), "{damaged:?}");
+    Ok(())
+}
+
+#[test]
+fn a_change_of_settings_is_named_and_made_only_if_it_is_meant() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let parts = tempfile::tempdir()?;
+    let lora = |rank| Method::Lora(LoraConfig { rank, ..LoraConfig::default() });
+    let mut first = run(&files, &lora(4), 1, parts.path());
+    first.go(&mut Watch { stop_after: Some(5), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
+    let refused = |run: &Run| -> Outcome<String> {
+        Ok(run.go(&mut Watch::default())?.1.err().ok_or("it was not refused")?.to_string())
+    };
+    let config = first.config.clone();
+    first.config.lr = 1e-3;
+    let error = refused(&first)?;
+    assert!(error.contains("invalid lr") && error.contains("had 0.005, this one has 0.001"), "{error}");
+    first.checkpoints.changes = vec!["lr".to_string()];
+    first.go(&mut Watch { stop_after: Some(9), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
+    // The change is the run's own from then on.
+    first.checkpoints.changes.clear();
+    first.go(&mut Watch { stop_after: Some(10), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
+
+    let other = run(&files, &lora(2), 1, parts.path());
+    let other = Run { config: first.config.clone(), ..other };
+    assert!(refused(&other)?.contains("rank: 2"));
+    let changes = vec!["method".to_string()];
+    let other = Run { checkpoints: Checkpoints { changes, ..other.checkpoints.clone() }, ..other };
+    assert!(refused(&other)?.contains("shape"));
+
+    let mut short = run(&files, &lora(4), 1, parts.path());
+    short.config = TrainConfig { epochs: 1, lr: 1e-3, ..config };
+    short.checkpoints.changes = vec!["epochs".to_string()];
+    short.go(&mut Watch { stop_after: Some(11), ..Watch::default() })?.1?;
+    let over = Run { config: TrainConfig { accumulation: 11, ..short.config.clone() }, ..short };
+    assert!(refused(&over)?.contains("accumulation"));
+    Ok(())
+}
