@@ -14,14 +14,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
-use common::Outcome;
+use common::watch::{say, Watch};
+use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::train::{self, Classification, Classifier, Evaluation, Observer, Predictions, Record};
+use monteclora::train::{self, Classification, Classifier, Evaluation, Predictions};
 use monteclora::{files, Noise};
 use serde_json::{json, Value};
 
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome {
     common::tune_allocator();
+    interrupt::listen()?;
     let args = Args::parse();
     let task: Task = args.task.parse()?;
     let model = match &args.model {
@@ -121,9 +123,17 @@ fn tune(
     let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
     let metric = task.primary_metric();
-    let keep = out.map(|dir| (model, dir));
-    let mut watch = Watch { classifier: &classifier, dev: &dev, metric, bar, log, keep };
-    let summary = train::fit(&objective, &classifier.params, &config, &mut watch)?;
+    let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
+    let keep = || out.map_or(Ok(()), |dir| classifier.save(model, dir));
+    let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
+    let params = &classifier.params;
+    let summary = match out {
+        Some(dir) => {
+            let checkpoints = args.train.checkpoints(dir, model, &start);
+            train::fit_with_checkpoints(&objective, params, &config, &mut watch, &checkpoints)?
+        }
+        None => train::fit(&objective, params, &config, &mut watch)?,
+    };
     watch.bar.finish_and_clear();
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
@@ -133,9 +143,10 @@ fn tune(
         "task": task.name(), "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
         "kept_step": summary.kept_step, "seconds": summary.seconds,
-        "step_seconds_median": summary.step_seconds_median,
+        "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
     });
     for (i, split) in dev.iter().enumerate() {
+        interrupt::check(summary.steps)?;
         let predictions = Predictions::new(&classifier, &split.rows, &split.batches, samples)?;
         let evaluation = serde_json::to_value(predictions.evaluate()?)?;
         let suffix = if i == 0 { String::new() } else { format!("_{}", split.name) };
@@ -159,46 +170,25 @@ struct Split {
     batches: Vec<Batch>,
 }
 
-/// Progress bar, log and evaluation of a run.
-struct Watch<'a> {
-    classifier: &'a Classifier,
-    dev: &'a [Split],
-    metric: &'static str,
-    bar: ProgressBar,
-    log: Option<Log>,
-    /// The base model's name, and where what was trained is kept.
-    keep: Option<(&'a str, &'a Path)>,
-}
-
-impl Observer for Watch<'_> {
-    fn start(&mut self, total_steps: usize) {
-        self.bar.set_length(total_steps as u64);
+/// The score of the first split; all of them are told.
+fn evaluate(
+    classifier: &Classifier,
+    dev: &[Split],
+    metric: &str,
+    bar: &ProgressBar,
+    step: usize,
+) -> monteclora::Result<Option<f64>> {
+    let mut score = None;
+    for split in dev {
+        let predictions = Predictions::new(classifier, &split.rows, &split.batches, 0)?;
+        let Evaluation { mean, .. } = predictions.evaluate()?;
+        let value = mean.get(metric);
+        score = score.or(value);
+        let nll = mean.nll.map(|nll| format!(", nll {nll:.4}")).unwrap_or_default();
+        let (name, value) = (bar.prefix(), value.unwrap_or(f64::NAN));
+        say(bar, &format!("{name} step {step}: {} {metric} {value:.4}{nll}", split.name));
     }
-
-    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
-        self.bar.inc(1);
-        self.bar.set_message(format!("loss {:.3}", record.loss));
-        self.log.as_mut().map_or(Ok(()), |log| log.write(record))
-    }
-
-    fn kept(&mut self, _step: usize) -> monteclora::Result<()> {
-        self.keep.map_or(Ok(()), |(model, dir)| self.classifier.save(model, dir))
-    }
-
-    fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {
-        let mut score = None;
-        for split in self.dev {
-            let predictions = Predictions::new(self.classifier, &split.rows, &split.batches, 0)?;
-            let Evaluation { mean, .. } = predictions.evaluate()?;
-            let value = mean.get(self.metric);
-            score = score.or(value);
-            let nll = mean.nll.map(|nll| format!(", nll {nll:.4}")).unwrap_or_default();
-            let (name, value) = (self.bar.prefix(), value.unwrap_or(f64::NAN));
-            let line = format!("{name} step {step}: {} {} {value:.4}{nll}", split.name, self.metric);
-            common::say(&self.bar, &line);
-        }
-        Ok(score)
-    }
+    Ok(score)
 }
 
 /// The runs side by side: the mean, and where there is a posterior, its average.

@@ -18,7 +18,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
 use common::tasks::TaskOptions;
-use common::Outcome;
+use common::watch::{say, Watch};
+use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
@@ -32,7 +33,7 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::params::Role;
 use monteclora::peft::{self, AdapterFile, Origin, Profile};
-use monteclora::train::{self, held_out_loss, CausalTuning, Observer, Record, Summary};
+use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
 use monteclora::{files, Noise, Params, Pass};
 use serde_json::{json, Value};
 
@@ -151,6 +152,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome {
     common::tune_allocator();
+    interrupt::listen()?;
     let args = Args::parse();
     args.task.benchmark()?; // before an hour of training
     let model = match &args.model {
@@ -259,7 +261,12 @@ impl Setup {
             _ => Ok(()),
         };
         let bar = common::progress(0, name);
-        let mut watch = Watch { model: &model, held_out: &data.held_out, bar, log, keep: &keep };
+        let evaluate = |bar: &ProgressBar, step| {
+            let loss = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
+            say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
+            Ok(Some(-loss))
+        };
+        let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
         let summary = match args.train.epochs {
             0 => Summary::default(),
             _ => {
@@ -268,7 +275,13 @@ impl Setup {
                 let objective = CausalTuning { model: &model, upkeep, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
                 let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
-                train::fit(&objective, &params, &config, &mut watch)?
+                match out {
+                    Some(dir) => {
+                        let checkpoints = args.train.checkpoints(dir, &self.model, &start);
+                        train::fit_with_checkpoints(&objective, &params, &config, &mut watch, &checkpoints)?
+                    }
+                    None => train::fit(&objective, &params, &config, &mut watch)?,
+                }
             }
         };
         watch.bar.finish_and_clear();
@@ -276,6 +289,10 @@ impl Setup {
         // Before anything else can fail.
         keep()?;
         if let Some(dir) = out.filter(|_| args.merged || name == "full") {
+            // Of this very run, which was killed after it was written.
+            if args.train.resume && dir.join("model").is_dir() {
+                std::fs::remove_dir_all(dir.join("model"))?;
+            }
             save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
         }
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
@@ -286,7 +303,7 @@ impl Setup {
         let metrics = json!({
             "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
-            "step_seconds_median": summary.step_seconds_median,
+            "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
             "trainable_parameters": params.trainable_count(), "loss_before": before,
             "loss_mean": loss(Weights::Mean)?, "loss_posterior": posterior.map(loss).transpose()?,
             "task": args.task.task, "task_mean": self.measure(&model, Weights::Mean)?,
@@ -340,38 +357,5 @@ impl Setup {
     ) -> Outcome<Generator<'a>> {
         let config = self.args.generation(self.config.eos_token_ids(), weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
-    }
-}
-
-/// Progress bar, log and held-out loss of a run.
-struct Watch<'a> {
-    model: &'a dyn CausalLm,
-    held_out: &'a [Tokens],
-    bar: ProgressBar,
-    log: Option<Log>,
-    /// Writes what is the best so far.
-    keep: &'a dyn Fn() -> monteclora::Result<()>,
-}
-
-impl Observer for Watch<'_> {
-    fn start(&mut self, total_steps: usize) {
-        self.bar.set_length(total_steps as u64);
-    }
-
-    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
-        self.bar.inc(1);
-        self.bar.set_message(format!("loss {:.3}", record.loss));
-        self.log.as_mut().map_or(Ok(()), |log| log.write(record))
-    }
-
-    fn kept(&mut self, _step: usize) -> monteclora::Result<()> {
-        (self.keep)()
-    }
-
-    fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {
-        let loss = held_out_loss(self.model, self.held_out, 16, &[Pass::Mean])?;
-        let line = format!("{} step {step}: held-out loss {loss:.4}", self.bar.prefix());
-        common::say(&self.bar, &line);
-        Ok(Some(-loss))
     }
 }

@@ -166,7 +166,7 @@ fn run() -> Outcome {
             let held = data.evaluate(&model, &held_out)?;
             let minutes = start.elapsed().as_secs_f64() / 60.0;
             let line = format!("step {done}: held-out loss {held:.4}, training {running:.4}");
-            common::say(&bar, &format!("{line}, {seen} tokens in {minutes:.1} minutes"));
+            common::watch::say(&bar, &format!("{line}, {seen} tokens in {minutes:.1} minutes"));
             save(&args.output, &tokenizer, &config, &params, &summary(done, seen, held, minutes))?;
         }
     }

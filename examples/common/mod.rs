@@ -4,8 +4,10 @@
 
 pub mod allocator;
 pub mod contender;
+pub mod interrupt;
 pub mod options;
 pub mod tasks;
+pub mod watch;
 
 pub use allocator::tune_allocator;
 
@@ -26,10 +28,16 @@ pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 pub fn exit(outcome: Outcome) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => match error.downcast_ref() {
+            Some(monteclora::Error::Interrupted { .. }) => {
+                eprintln!("{error}");
+                interrupt::exit_code()
+            }
+            _ => {
+                eprintln!("error: {error}");
+                ExitCode::FAILURE
+            }
+        },
     }
 }
 
@@ -82,15 +90,6 @@ pub fn progress(length: u64, name: &str) -> ProgressBar {
     match style {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
-    }
-}
-
-/// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
-/// the log of a long run in the background would stay empty.
-pub fn say(bar: &ProgressBar, line: &str) {
-    match bar.is_hidden() {
-        true => eprintln!("{line}"),
-        false => bar.println(line),
     }
 }
 

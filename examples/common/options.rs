@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
-use monteclora::train::{Method, Record, Schedule, Start, TrainConfig};
-use monteclora::{Error, MonteCLoRAConfig};
+use monteclora::train::{Checkpoints, Method, OnNonFinite, Schedule, Settings, Start, TrainConfig};
+use monteclora::{files, Error, MonteCLoRAConfig};
+use serde::Serialize;
+use serde_json::{json, Value};
 
 use super::Outcome;
 
@@ -182,6 +184,21 @@ pub struct TrainOptions {
     /// third more time.
     #[arg(long)]
     pub checkpoint_layers: bool,
+    /// What becomes of a step whose loss or gradient is not finite: stop, or skip it.
+    #[arg(long, default_value = "stop")]
+    pub on_nonfinite: String,
+    /// With --output: steps between checkpoints. Default: one at each evaluation.
+    #[arg(long)]
+    pub checkpoint_every: Option<usize>,
+    /// The newest checkpoints that stay.
+    #[arg(long, default_value_t = 2)]
+    pub keep: usize,
+    /// Go on from the checkpoints below --output, where there are any.
+    #[arg(long, requires = "output")]
+    pub resume: bool,
+    /// Settings, separated by commas, that may differ from those of the checkpoint.
+    #[arg(long, value_delimiter = ',', requires = "resume")]
+    pub allow_change: Vec<String>,
 }
 
 impl TrainOptions {
@@ -201,8 +218,24 @@ impl TrainOptions {
             accumulation: self.accumulation,
             eval_every: self.eval_every,
             keep_best: !self.keep_last,
+            on_nonfinite: self.on_nonfinite.parse::<OnNonFinite>()?,
             ..TrainConfig::default()
         })
+    }
+
+    /// Where a run below `out` keeps its checkpoints. It goes on if the model and what is trained on it
+    /// are the same.
+    pub fn checkpoints(&self, out: &Path, model: &str, start: &Start) -> Checkpoints {
+        let settings = [("model", model.to_string()), ("start", format!("{:?}", start.method()))];
+        let settings = settings.map(|(name, value)| (name.to_string(), value));
+        Checkpoints {
+            keep: self.keep,
+            every: self.checkpoint_every,
+            resume: self.resume,
+            settings: Settings::from(settings),
+            changes: self.allow_change.clone(),
+            ..Checkpoints::new(out.join("checkpoints"))
+        }
     }
 
     /// The first rows, as many as are to be trained on.
@@ -213,22 +246,41 @@ impl TrainOptions {
 
 /// `log.jsonl` of a run: one line a step.
 pub struct Log {
-    file: File,
     path: PathBuf,
+    file: Option<File>,
 }
 
 impl Log {
-    /// A new log in the folder `dir`, which is made where it is missing.
+    /// The log in the folder `dir`, which is made where it is missing.
     pub fn create(dir: &Path) -> Outcome<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let path = dir.join("log.jsonl");
-        Ok(Self { file: File::create(&path).map_err(Error::io(&path))?, path })
+        Ok(Self { path: dir.join("log.jsonl"), file: None })
     }
 
-    pub fn write(&mut self, record: &Record) -> monteclora::Result<()> {
+    /// Keeps the lines of the first `done` steps and opens the file for those after them.
+    pub fn start(&mut self, done: usize) -> monteclora::Result<()> {
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        let step = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
+        let kept = text.lines().filter(|line| step(line).is_some_and(|step| step <= done as u64));
+        let kept: String = kept.map(|line| format!("{line}\n")).collect();
+        files::write(&self.path, kept.as_bytes())?;
+        let file = File::options().append(true).open(&self.path);
+        self.file = Some(file.map_err(Error::io(&*self.path))?);
+        Ok(())
+    }
+
+    pub fn write(&mut self, record: &impl Serialize) -> monteclora::Result<()> {
         let line = serde_json::to_string(record).map_err(std::io::Error::from);
         // Each line at once: a run that is killed leaves its log.
-        let written = line.and_then(|line| self.file.write_all(format!("{line}\n").as_bytes()));
+        let written = line.and_then(|line| match &mut self.file {
+            Some(file) => file.write_all(format!("{line}\n").as_bytes()),
+            None => Ok(()),
+        });
         written.map_err(Error::io(&*self.path))
+    }
+
+    /// The line of a step that was left out.
+    pub fn skipped(&mut self, step: usize, why: &Error) -> monteclora::Result<()> {
+        self.write(&json!({ "step": step, "skipped": why.to_string() }))
     }
 }

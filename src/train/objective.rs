@@ -104,17 +104,17 @@ pub struct Record {
 
 /// What watches a run: logs, progress bars, evaluation.
 pub trait Observer {
-    /// Is told of the number of steps before the first.
-    fn start(&mut self, _total_steps: usize) {}
-
-    /// Is told that the run goes on after `step` steps, from a checkpoint; `damaged` says what is wrong
-    /// with newer ones. What it noted of later steps is to be forgotten.
+    /// Is told of the number of all steps and of those that are done already: more than none where a
+    /// run goes on from a checkpoint. What was noted of later ones is to be forgotten.
     ///
     /// # Errors
     /// Ends the run.
-    fn resumed(&mut self, _step: usize, _damaged: &[String]) -> Result<()> {
+    fn start(&mut self, _total_steps: usize, _done: usize) -> Result<()> {
         Ok(())
     }
+
+    /// Is told of a checkpoint that cannot be read, and why, before an older one is taken.
+    fn damaged(&mut self, _why: &str) {}
 
     /// Whether the run is to stop, which is asked after every step.
     fn stop(&self) -> bool {

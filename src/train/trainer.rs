@@ -86,11 +86,11 @@ fn run(
         seconds: Vec::new(),
     };
     let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
-    observer.start(total);
     if let Some(Found { state, damaged }) = found {
+        damaged.iter().for_each(|why| observer.damaged(why));
         run.go_on(state)?;
-        observer.resumed(run.at.step, &damaged)?;
     }
+    observer.start(total, run.at.step)?;
     let outcome = run.steps(observer);
     let keep_best = config.keep_best || outcome.is_err();
     let kept_step = match run.best.take().filter(|_| keep_best) {

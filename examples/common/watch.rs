@@ -1,0 +1,74 @@
+//! What watches a run of the examples: progress bar, log, signals.
+
+use indicatif::ProgressBar;
+use monteclora::train::{Observer, Record};
+use monteclora::{Error, Result};
+
+use super::interrupt;
+use super::options::Log;
+
+/// The progress bar and the log of a run; what it evaluates and keeps is the example's own.
+pub struct Watch<'a> {
+    /// The progress bar.
+    pub bar: ProgressBar,
+    /// The log, where the run has an output folder.
+    pub log: Option<Log>,
+    /// The score of the present parameters.
+    pub evaluate: &'a dyn Fn(&ProgressBar, usize) -> Result<Option<f64>>,
+    /// Writes the present parameters.
+    pub keep: &'a dyn Fn() -> Result<()>,
+}
+
+impl Watch<'_> {
+    fn log(&mut self, write: impl FnOnce(&mut Log) -> Result<()>) -> Result<()> {
+        self.log.as_mut().map_or(Ok(()), write)
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn start(&mut self, total_steps: usize, done: usize) -> Result<()> {
+        self.bar.set_length(total_steps as u64);
+        self.bar.set_position(done as u64);
+        if done > 0 {
+            say(&self.bar, &format!("{}: goes on after step {done}", self.bar.prefix()));
+        }
+        self.log(|log| log.start(done))
+    }
+
+    fn damaged(&mut self, why: &str) {
+        say(&self.bar, &format!("a checkpoint cannot be read: {why}"));
+    }
+
+    fn step(&mut self, record: &Record) -> Result<()> {
+        self.bar.inc(1);
+        self.bar.set_message(format!("loss {:.3}", record.loss));
+        self.log(|log| log.write(record))
+    }
+
+    fn skipped(&mut self, step: usize, why: &Error) -> Result<()> {
+        self.bar.inc(1);
+        say(&self.bar, &format!("skipped {why}"));
+        self.log(|log| log.skipped(step, why))
+    }
+
+    fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+        (self.evaluate)(&self.bar, step)
+    }
+
+    fn kept(&mut self, _step: usize) -> Result<()> {
+        (self.keep)()
+    }
+
+    fn stop(&self) -> bool {
+        interrupt::requested()
+    }
+}
+
+/// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
+/// the log of a long run in the background would stay empty.
+pub fn say(bar: &ProgressBar, line: &str) {
+    match bar.is_hidden() {
+        true => eprintln!("{line}"),
+        false => bar.println(line),
+    }
+}

@@ -1,0 +1,233 @@
+//! The real `glue` example under SIGKILL, signals, a full disk and a folder that cannot be written.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use monteclora::noise::{Noise, Purpose};
+
+use crate::support::{skipped, Outcome};
+
+/// Kills of the harness by method, at moments that are drawn over the length of a run.
+const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
+
+/// The example, built as this test was.
+fn glue() -> Outcome<PathBuf> {
+    let deps = std::env::current_exe()?;
+    let profile = deps.parent().and_then(Path::parent).ok_or("a test below target/PROFILE/deps")?;
+    let target = profile.parent().ok_or("a profile below target")?;
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--example", "glue", "--target-dir"]).arg(target);
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    if !cfg!(feature = "hub") {
+        build.arg("--no-default-features");
+    }
+    if cfg!(feature = "plot") {
+        build.args(["--features", "plot"]);
+    }
+    match build.current_dir(env!("CARGO_MANIFEST_DIR")).status()?.success() {
+        true => Ok(profile.join("examples/glue")),
+        false => Err("the example cannot be built".into()),
+    }
+}
+
+/// A small task and what is run on it.
+struct Setup {
+    home: tempfile::TempDir,
+    glue: PathBuf,
+    method: &'static str,
+}
+
+impl Setup {
+    fn new(method: &'static str) -> Outcome<Self> {
+        let home = tempfile::tempdir()?;
+        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/sst2");
+        for (file, rows) in [("train.tsv", 48), ("dev.tsv", 24)] {
+            let text = std::fs::read_to_string(assets.join(file))?;
+            let head: String = text.split_inclusive('\n').take(rows + 1).collect();
+            std::fs::write(home.path().join(file), head)?;
+        }
+        Ok(Self { home, glue: glue()?, method })
+    }
+
+    /// The arguments of a run into `out`. The learning rate is high enough to be seen.
+    fn args(&self, out: &Path) -> Vec<String> {
+        let text = format!(
+            "--data {} --method {} --epochs 3 --batch-size 4 --accumulation 2 --eval-every 5 --lr 3e-3 \
+             --checkpoint-every 1 --posterior-samples 2 --resume --output {}",
+            self.home.path().display(),
+            self.method,
+            out.display()
+        );
+        text.split_whitespace().map(str::to_string).collect()
+    }
+
+    fn command(&self, out: &Path) -> Command {
+        let mut command = Command::new(&self.glue);
+        // One thread leaves the machine to the other tests, and the bits do not depend on it.
+        command.args(self.args(out)).stdout(Stdio::null()).env("RAYON_NUM_THREADS", "1");
+        command
+    }
+
+    /// Runs to the end; what it said on standard error.
+    fn finish(&self, out: &Path) -> Outcome<String> {
+        let output = self.command(out).stderr(Stdio::piped()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        match output.status.success() {
+            true => Ok(said),
+            false => Err(said.into()),
+        }
+    }
+
+    /// Runs until `patience` is over or it ends, whichever comes first.
+    fn kill_after(&self, out: &Path, patience: Duration) -> Outcome<ExitStatus> {
+        let mut child = self.command(out).stderr(Stdio::null()).spawn()?;
+        let clock = Instant::now();
+        loop {
+            match child.try_wait()? {
+                Some(status) => return Ok(status),
+                None if clock.elapsed() > patience => {
+                    child.kill()?;
+                    return Ok(child.wait()?);
+                }
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+}
+
+/// What a finished run leaves, without what is another figure each time.
+fn results(out: &Path) -> Outcome<Vec<(String, Vec<u8>)>> {
+    let files = ["predictions.jsonl", "log.jsonl", "adapter/adapter_model.safetensors"];
+    let full = "model/model.safetensors";
+    let there = files.iter().chain([&full]).filter(|file| out.join(file).exists());
+    there.map(|file| Ok((file.to_string(), std::fs::read(out.join(file))?))).collect()
+}
+
+/// Whether a run was killed while it wrote a checkpoint.
+fn left_half(out: &Path) -> bool {
+    let entries = std::fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(".partial-"))
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
+    let (mut all, mut halves, mut finished) = (0, 0, 0);
+    for (method, share) in KILLS {
+        let setup = Setup::new(method)?;
+        let whole = setup.home.path().join("whole");
+        let clock = Instant::now();
+        setup.finish(&whole)?;
+        let length = clock.elapsed().as_secs_f64();
+        let expected = results(&whole)?;
+        assert_eq!(expected.len(), 3);
+
+        let moments = Noise::new(7).stream(method, Purpose::Predict);
+        let (mut kills, mut tries) = (0, 0..40 * share);
+        while kills < share {
+            let out = setup.home.path().join(format!("killed-{finished}"));
+            while kills < share {
+                let mut moment = [0.0];
+                moments.fill_uniform(tries.next().ok_or("runs end before they can be killed")?, &mut moment);
+                // What is left of a run gets shorter with each start.
+                if setup.kill_after(&out, Duration::from_secs_f64(0.8 * moment[0] * length))?.success() {
+                    break;
+                }
+                kills += 1;
+                halves += usize::from(left_half(&out));
+            }
+            let said = setup.finish(&out)?;
+            // Whatever a kill leaves, no checkpoint that has its name is damaged.
+            assert!(!said.contains("cannot be read"), "{said}");
+            assert!(results(&out)? == expected, "{method}: another end after {kills} kills");
+            finished += 1;
+        }
+        all += kills;
+    }
+    println!("{all} kills, {halves} of them while a checkpoint was written; {finished} runs ended alike");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
+    let setup = Setup::new("lora")?;
+    let (whole, out) = (setup.home.path().join("whole"), setup.home.path().join("stopped"));
+    setup.finish(&whole)?;
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let mut child = setup.command(&out).stderr(Stdio::piped()).spawn()?;
+        // Once it trains. Two checkpoints stay at least while others come and go.
+        let steps = || std::fs::read_dir(out.join("checkpoints")).map_or(0, Iterator::count);
+        while steps() < 2 && child.try_wait()?.is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status()?;
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{signal}: {said}");
+        assert!(said.contains("stopped after step"), "{said}");
+    }
+    setup.finish(&out)?;
+    assert!(results(&out)? == results(&whole)?);
+    Ok(())
+}
+
+/// A disk of 4 MB with little room, then read-only, then with room: in a name space of its own.
+const SMALL_DISK: &str = r#"
+set -u
+mount -t tmpfs -o size=4m tmpfs "$DISK" || exit 77
+head -c 3800000 /dev/zero > "$DISK/other"
+"$GLUE" "$@" && exit 2
+echo "== full: $(ls "$DISK/out/checkpoints" 2>/dev/null | wc -l) checkpoints"
+mount -o remount,ro "$DISK" || exit 77
+"$GLUE" "$@" && exit 3
+echo "== read-only"
+mount -o remount,rw "$DISK" && rm "$DISK/other"
+"$GLUE" "$@" || exit 4
+cp -r "$DISK/out" "$END"
+"#;
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_and_a_read_only_folder_end_a_run_that_goes_on_when_they_are_mended() -> Outcome {
+    let setup = Setup::new("monteclora")?;
+    let (whole, disk, end) =
+        (setup.home.path().join("whole"), setup.home.path().join("disk"), setup.home.path().join("end"));
+    setup.finish(&whole)?;
+    std::fs::create_dir(&disk)?;
+    let output = Command::new("unshare")
+        .args(["-rm", "sh", "-c", SMALL_DISK, "sh"])
+        .args(setup.args(&disk.join("out")))
+        .envs([("DISK", &disk), ("END", &end), ("GLUE", &setup.glue)])
+        .env("RAYON_NUM_THREADS", "1")
+        .output();
+    let said = match &output {
+        Ok(output) => {
+            [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat()
+        }
+        Err(error) => error.to_string(),
+    };
+    // Without leave to mount there is no small disk to be had.
+    let cannot = output.as_ref().map_or(true, |o| o.status.code() == Some(77) || said.contains("unshare"));
+    if cannot {
+        skipped("this machine lets nobody mount a file system");
+        return Ok(());
+    }
+    assert!(output?.status.success(), "{said}");
+    assert!(said.contains("No space left on device") && said.contains("Read-only file system"), "{said}");
+    assert!(results(&end)? == results(&whole)?, "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_folder_in_which_nothing_can_be_made_is_named_before_anything_is_trained() -> Outcome {
+    let setup = Setup::new("lora")?;
+    let file = setup.home.path().join("file");
+    std::fs::write(&file, "")?;
+    let error = setup.finish(&file.join("out")).unwrap_err().to_string();
+    assert!(error.starts_with("error: ") && error.contains("file/out"), "{error}");
+    assert!(!error.contains("step"), "{error}");
+    Ok(())
+}
