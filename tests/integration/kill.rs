@@ -1,4 +1,5 @@
-//! The real `glue` example under SIGKILL, signals, a full disk and a folder that cannot be written.
+//! The real `glue` example under SIGKILL, signals, a full disk, a folder that cannot be written, and with any
+//! number of threads.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -229,5 +230,26 @@ fn a_folder_in_which_nothing_can_be_made_is_named_before_anything_is_trained() -
     let error = setup.finish(&file.join("out")).unwrap_err().to_string();
     assert!(error.starts_with("error: ") && error.contains("file/out"), "{error}");
     assert!(!error.contains("step"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_number_of_threads_changes_no_byte_and_the_seed_changes_all() -> Outcome {
+    for method in ["monteclora", "full"] {
+        let setup = Setup::new(method)?;
+        let run = |name: &str, threads: &str, seed: &str| -> Outcome<Vec<(String, Vec<u8>)>> {
+            let out = setup.home.path().join(name);
+            let mut command = setup.command(&out);
+            command.env("RAYON_NUM_THREADS", threads).args(["--seed", seed]).stderr(Stdio::null());
+            assert!(command.status()?.success());
+            results(&out)
+        };
+        let one = run("one", "1", "1")?;
+        for threads in ["2", "5"] {
+            assert!(run(threads, threads, "1")? == one, "{method}: {threads} threads");
+        }
+        let other = run("other", "1", "2")?;
+        assert!(one.iter().zip(&other).all(|(one, other)| one.0 == other.0 && one.1 != other.1));
+    }
     Ok(())
 }
