@@ -158,7 +158,10 @@ fn markdown(cells: &[CellResult], settings: &str) -> String {
     if tasks.len() > 1 {
         text.push_str(&overall(&rows, tasks.len()));
     }
-    text.push_str(&signed_ranks(cells, &rows));
+    if let Some(tested) = tested(cells) {
+        text.push_str(&claim(cells, &rows, &tested));
+        text.push_str(&signed_ranks(cells, &rows, &tested));
+    }
     text.push_str(&foreign(cells));
     text
 }
@@ -179,43 +182,80 @@ fn overall(rows: &BTreeMap<(String, Arm), Row>, tasks: usize) -> String {
     text
 }
 
-/// MonteCLoRA's mean against every other arm: over tasks, and over cells with the same settings.
-fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>) -> String {
+/// The arm that is tested against the others, if the grid has one.
+fn tested(cells: &[CellResult]) -> Option<Arm> {
     let mut methods: Vec<&String> = cells.iter().map(|cell| &cell.key.method).collect();
     methods.sort();
     let first = methods.iter().find(|method| method.starts_with(TESTED));
-    let Some(method) = methods.iter().find(|method| **method == TESTED).or(first) else {
+    let method = methods.iter().find(|method| **method == TESTED).or(first)?;
+    Some((method.to_string(), "mean".to_string()))
+}
+
+/// Whether the paper's claim holds: a smaller spread than LoRA's at no lower median.
+fn claim(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>, tested: &Arm) -> String {
+    let baseline: Arm = (BASELINE.to_string(), "mean".to_string());
+    let (mut table, mut holds, mut tasks) = (String::new(), 0, 0);
+    for ((task, _), own) in rows.iter().filter(|((_, arm), _)| arm == tested) {
+        let Some(other) = rows.get(&(task.clone(), baseline.clone())) else { continue };
+        let (medians, spreads) =
+            ([median(&own.scores), median(&other.scores)], [own.spread(), other.spread()]);
+        let does = spreads[0] < spreads[1] && medians[0] >= medians[1];
+        holds += usize::from(does);
+        tasks += 1;
+        let figures = [spreads, medians].concat().into_iter().map(number).collect::<Vec<_>>().join(" | ");
+        writeln!(table, "| {task} | {figures} | {} |", if does { "yes" } else { "no" }).ok();
+    }
+    if tasks == 0 {
         return String::new();
+    }
+    let (own, other) = (name(tested), name(&baseline));
+    let metric = over_cells(cells, tested, &baseline, &|cell, metrics| metrics.get(&cell.metric));
+    let nll = over_cells(cells, tested, &baseline, &|_, metrics| metrics.nll);
+    format!(
+        "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {holds} of \
+         {tasks} tasks. Over cells with the same settings, metric: {}; NLL: {}.\n\n| task | spread, {own} | \
+         spread, {other} | median, {own} | median, {other} | holds |\n|---|---|---|---|---|---|\n{table}",
+        verdict(&metric),
+        verdict(&nll)
+    )
+}
+
+/// Differences of two arms in the cells with the same settings.
+fn over_cells(
+    cells: &[CellResult],
+    arm: &Arm,
+    other: &Arm,
+    value: &dyn Fn(&CellResult, &Metrics) -> Option<f64>,
+) -> Vec<f64> {
+    let of = |arm: &Arm| -> BTreeMap<String, f64> {
+        let own = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
+        own.filter_map(|cell| Some((settings_of(&cell.key), value(cell, cell.arms.get(&arm.1)?)?))).collect()
     };
-    let tested: Arm = (method.to_string(), "mean".to_string());
-    let others: BTreeSet<&Arm> = rows.keys().map(|(_, arm)| arm).filter(|arm| **arm != tested).collect();
+    let theirs = of(other);
+    of(arm).into_iter().filter_map(|(key, ours)| Some(ours - theirs.get(&key)?)).collect()
+}
+
+/// MonteCLoRA's mean against every other arm: over tasks, and over cells with the same settings.
+fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>, tested: &Arm) -> String {
+    let others: BTreeSet<&Arm> = rows.keys().map(|(_, arm)| arm).filter(|arm| *arm != tested).collect();
     let mut text = format!(
         "\n## Wilcoxon signed-rank tests: {} against each other\n\nTwo-sided p, with the number n of \
          differences that are not zero, their median (positive: {0} is higher), and in brackets the least p \
          that n can give.\n\n| against | median over tasks | spread over tasks | metric over cells | NLL over \
          cells |\n|---|---|---|---|---|\n",
-        name(&tested)
+        name(tested)
     );
     for other in others {
         let over_tasks = |figure: &dyn Fn(&Row) -> f64| -> Vec<f64> {
             let of = |arm: &Arm, task: &String| rows.get(&(task.clone(), arm.clone())).map(figure);
             let tasks: BTreeSet<&String> = rows.keys().map(|(task, _)| task).collect();
-            tasks.into_iter().filter_map(|task| Some(of(&tested, task)? - of(other, task)?)).collect()
-        };
-        let over_cells = |value: &dyn Fn(&CellResult, &Metrics) -> Option<f64>| -> Vec<f64> {
-            let of = |arm: &Arm| -> BTreeMap<String, f64> {
-                let own = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
-                own.filter_map(|cell| Some((settings_of(&cell.key), value(cell, cell.arms.get(&arm.1)?)?)))
-                    .collect()
-            };
-            let theirs = of(other);
-            of(&tested).into_iter().filter_map(|(key, ours)| Some(ours - theirs.get(&key)?)).collect()
+            tasks.into_iter().filter_map(|task| Some(of(tested, task)? - of(other, task)?)).collect()
         };
         let columns = [
             over_tasks(&|row| median(&row.scores)),
             over_tasks(&Row::spread),
-            over_cells(&|cell, metrics| metrics.get(&cell.metric)),
-            over_cells(&|_, metrics| metrics.nll),
+            over_cells(cells, tested, other, &|cell, metrics| metrics.get(&cell.metric)),
+            over_cells(cells, tested, other, &|_, metrics| metrics.nll),
         ];
         let columns = columns.map(|differences| verdict(&differences)).join(" | ");
         writeln!(text, "| {} | {columns} |", name(other)).ok();
@@ -296,27 +336,28 @@ fn field(text: &str) -> String {
     }
 }
 
-/// Time of a step and memory as multiples of LoRA's in the cell with the same settings.
+/// Times of a step and of training, and memory, as multiples of LoRA's in the cell with the same settings.
 fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
     let baseline: BTreeMap<String, &CellCost> = costs
         .iter()
         .filter(|(key, _)| key.method == BASELINE)
         .map(|(key, cost)| (settings_of(key), cost))
         .collect();
-    let mut found: BTreeMap<&str, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
+    let mut found: BTreeMap<&str, (Vec<f64>, Vec<f64>, Vec<f64>)> = BTreeMap::new();
     for (key, cost) in costs {
-        let (times, memory) = found.entry(&key.method).or_default();
+        let (times, training, memory) = found.entry(&key.method).or_default();
         let Some(base) = baseline.get(&settings_of(key)) else { continue };
         times.push(cost.step_seconds_median / base.step_seconds_median);
+        training.push(cost.seconds / base.seconds);
         memory.extend(cost.peak_rss_mb.zip(base.peak_rss_mb).map(|(own, base)| own / base));
     }
     let mut text = format!(
         "# Costs\n\nMultiples of {BASELINE} in the cell with the same settings, medians. They differ from run \
-         to run, as a shared machine does.\n\n| method | cells | step | peak memory |\n|---|---|---|---|\n"
+         to run, as a shared machine does.\n\n| method | cells | step | training | peak memory |\n|---|---|---|---|---|\n"
     );
-    for (method, (times, memory)) in found {
-        let (n, times, memory) = (times.len(), number(median(&times)), number(median(&memory)));
-        writeln!(text, "| {method} | {n} | {times} | {memory} |").ok();
+    for (method, (times, training, memory)) in found {
+        let medians = [&times, &training, &memory].map(|values| number(median(values))).join(" | ");
+        writeln!(text, "| {method} | {} | {medians} |", times.len()).ok();
     }
     text
 }

@@ -66,6 +66,14 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
         assert!(text.contains(line), "{line}\n{text}");
     }
     assert!(text.contains("| full (mean) | no pair | no pair | no pair | no pair |"), "{text}");
+    let claim = text.split("The paper's claim").nth(1).unwrap_or_default();
+    for line in [
+        "monteclora (mean) has a smaller spread than lora (mean) at no lower median on 2 of 2 tasks.",
+        "metric: p 0.031, n 6, +0.0600 (0.031); NLL: p 0.031, n 6, -0.3500 (0.031).",
+        "| rte | 0.1000 | 0.2000 | 0.7600 | 0.7000 | yes |",
+    ] {
+        assert!(claim.contains(line), "{line}\n{text}");
+    }
     let over_tasks = text.split("Mean over 2 tasks").nth(1).unwrap_or_default();
     assert!(over_tasks.contains("| lora (mean) | 0.8000 | 0.7000 | 0.2000 |"), "{text}");
     // Two tasks, both +0.06 and -0.1; six cells of +0.01, +0.06 and +0.11 twice.
@@ -73,7 +81,11 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
         "| lora (mean) | p 0.500, n 2, +0.0600 (0.500) | p 0.500, n 2, -0.1000 (0.500) | p 0.031, n 6, \
                 +0.0600 (0.031) | p 0.031, n 6, -0.3500 (0.031) |";
     assert!(text.contains(line), "{text}");
-    assert!(report["costs.md"].contains("| monteclora | 6 | 1.0000 | 1.0000 |"), "{}", report["costs.md"]);
+    assert!(
+        report["costs.md"].contains("| monteclora | 6 | 1.0000 | 1.0000 | 1.0000 |"),
+        "{}",
+        report["costs.md"]
+    );
     let csv = &report["cells.csv"];
     assert_eq!(csv.lines().count(), 1 + 6 + 12 + 2);
     assert!(csv.contains("mrpc,lora,1,8,1,diverged,,accuracy,,,,\n"), "{csv}");
@@ -100,6 +112,7 @@ fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
     cells.push(cell("rte", "lora", 1e-3, &[("mean", 0.6, 0.5)]));
     let report = written(&cells)?;
     let text = &report["report.md"];
+    assert!(text.contains("| rte | 0.0000 | 0.0000 | 0.7000 | 0.6000 | no |"), "{text}");
     assert!(text.contains(&format!("| {method} (mean) | 0.7000 | 0.7000 | 0.0000 |")), "{text}");
     // The tested method is the one that there is; its NLL equals the other's.
     let line =
