@@ -59,6 +59,7 @@ impl Observer for Watch {
 struct Run<'a> {
     files: &'a ModelFiles,
     method: Method,
+    dtype: DType,
     config: TrainConfig,
     checkpoints: Checkpoints,
 }
@@ -78,7 +79,7 @@ impl Run<'_> {
     /// A process of its own, as far as the library can tell.
     fn go(&self, watch: &mut Watch) -> Outcome<(Classifier, monteclora::Result<Summary>)> {
         let start = Start::Fresh(self.method.clone(), Targets::default());
-        let classifier = Classifier::load(self.files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?;
+        let classifier = Classifier::load(self.files, 2, &start, Noise::new(4), self.dtype, &Device::Cpu)?;
         let (rows, batcher) = (rows(41, false), Batcher::new(4, false, Noise::new(4))?);
         let objective = Classification { classifier: &classifier, rows: &rows, batcher };
         let (params, config) = (&classifier.params, &self.config);
@@ -109,7 +110,7 @@ fn run<'a>(files: &'a ModelFiles, method: &Method, accumulation: usize, dir: &Pa
     let config =
         TrainConfig { epochs: 2, lr: 5e-3, accumulation, eval_every: Some(3), ..TrainConfig::default() };
     let checkpoints = Checkpoints { resume: true, every: Some(2), ..Checkpoints::new(dir) };
-    Run { files, method: method.clone(), config, checkpoints }
+    Run { files, method: method.clone(), dtype: DType::F32, config, checkpoints }
 }
 
 #[test]
@@ -119,19 +120,24 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let lora = LoraConfig { rank: 4, dropout: 0.1, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 4, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
     let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
+    let bayes = Method::MonteCLoRA(bayes);
     let methods = [
         Method::Full,
         Method::Lora(lora),
-        Method::MonteCLoRA(bayes),
+        bayes.clone(),
         Method::MonteCLoRA(adaptive),
         Method::AdaLora(AdaLoraConfig::towards(2)),
     ];
-    for (method, accumulation) in methods.iter().flat_map(|method| [1, 3].map(|a| (method, a))) {
+    let single = methods.iter().flat_map(|method| [1, 3].map(|a| (method, a, DType::F32)));
+    // Half-width bases: what is trained is in single precision all the same.
+    let half = [DType::BF16, DType::F16].map(|dtype| (&bayes, 1, dtype));
+    for (method, accumulation, dtype) in single.chain(half) {
         let (whole, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let expected = run(&files, method, accumulation, whole.path()).end(&mut Watch::default())?;
+        let of = |dir: &Path| Run { dtype, ..run(&files, method, accumulation, dir) };
+        let expected = of(whole.path()).end(&mut Watch::default())?;
         let total = expected.log.len();
         assert_eq!(total, 2 * 11_usize.div_ceil(accumulation));
-        let run = run(&files, method, accumulation, parts.path());
+        let run = of(parts.path());
         // Between evaluations and off the checkpoints' rhythm, in either epoch.
         let mut watch = Watch::default();
         for stop in [1, total / 2 - 1, total / 2 + 1, total - 1] {
@@ -142,7 +148,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         watch.stop_after = None;
         let end = run.end(&mut watch)?;
         assert!(watch.done == total - 1 && watch.damaged.is_empty());
-        assert!(end == expected, "{method:?} {accumulation}");
+        assert!(end == expected, "{method:?} {accumulation} {dtype:?}");
         // Once more: there is nothing left to do.
         let again = run.end(&mut watch)?;
         assert!(again == expected, "{method:?} {accumulation}");
