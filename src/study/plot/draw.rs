@@ -11,6 +11,7 @@ use plotters::style::{register_font, FontStyle};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::study::stats::quantile;
 
 /// Roboto Regular (Copyright 2015 Google Inc., Apache License 2.0), cut down to printable ASCII.
 const FONT: &[u8] = include_bytes!("roboto-ascii.ttf");
@@ -85,7 +86,7 @@ fn font(points: u32, scale: u32) -> (&'static str, u32) {
     ("sans-serif", points * scale)
 }
 
-/// Horizontal box plots, one below the other: whiskers to 1.5 inter-quartile ranges.
+/// Horizontal box plots, one below the other: quartiles, and whiskers from the worst to the best.
 pub struct Boxes {
     /// Above all.
     pub title: String,
@@ -126,12 +127,19 @@ impl Draw for Boxes {
             .axis_style(BLACK.stroke_width(scale))
             .light_line_style(WHITE)
             .draw()?;
-        let places = names.iter().zip(self.groups.iter().rev());
-        chart.draw_series(places.map(|(name, (_, values))| {
-            Boxplot::new_horizontal(SegmentValue::CenterOf(name), &Quartiles::new(values))
-                .width(12 * scale)
-                .style(BLACK.stroke_width(scale))
-        }))?;
+        // In pixels: plotters' own whiskers end where no value is.
+        let (style, half) = (BLACK.stroke_width(scale), 6 * scale as i32);
+        for (name, (_, values)) in names.iter().zip(self.groups.iter().rev()) {
+            let at =
+                |q: f64| chart.backend_coord(&(quantile(values, q) as f32, SegmentValue::CenterOf(name)));
+            let [least, low, middle, high, most] = [0.0, 0.25, 0.5, 0.75, 1.0].map(at);
+            let tick = |(x, y): (i32, i32), half| vec![(x, y - half), (x, y + half)];
+            let whiskers = [vec![least, low], vec![high, most], tick(least, half / 2), tick(most, half / 2)];
+            for line in whiskers.into_iter().chain([tick(middle, half)]) {
+                area.draw(&PathElement::new(line, style))?;
+            }
+            area.draw(&Rectangle::new([(low.0, low.1 - half), (high.0, high.1 + half)], style))?;
+        }
         Ok(())
     }
 }
