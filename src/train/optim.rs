@@ -137,6 +137,12 @@ impl AdamW {
         Ok(())
     }
 
+    /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,
+    /// and the next step changes them.
+    pub(super) fn remembered(&self) -> &BTreeMap<String, Moments> {
+        &self.moments
+    }
+
     /// A copy of what is remembered of a parameter: what a checkpoint must keep. None before its
     /// first step.
     ///

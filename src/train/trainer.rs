@@ -217,7 +217,7 @@ impl Run<'_> {
         self.at.seconds + self.clock.elapsed().as_secs_f64()
     }
 
-    /// What a checkpoint keeps.
+    /// What a checkpoint keeps: the tensors themselves, since it is written before the next step.
     fn state(&self) -> Result<State> {
         let params: BTreeMap<String, Tensor> = self
             .params
@@ -225,12 +225,7 @@ impl Run<'_> {
             .into_iter()
             .map(|(name, param)| (name, param.var.as_detached_tensor()))
             .collect();
-        let mut moments = BTreeMap::new();
-        for name in params.keys() {
-            if let Some(of) = self.optimizer.moments(name)? {
-                moments.insert(name.clone(), of);
-            }
-        }
+        let moments = self.optimizer.remembered().clone();
         let best = self.best.as_ref();
         Ok(State {
             numbers: Numbers {
