@@ -5,7 +5,17 @@
 //! them runs code of their author.
 
 #[cfg(feature = "hub")]
+mod ask;
+#[cfg(feature = "hub")]
+mod client;
+#[cfg(feature = "hub")]
 mod config;
+#[cfg(feature = "hub")]
+mod failure;
+#[cfg(feature = "hub")]
+mod fetch;
+#[cfg(all(test, feature = "hub"))]
+mod fixture;
 mod index;
 #[cfg(feature = "hub")]
 mod remote;
@@ -23,7 +33,7 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 
 #[cfg(feature = "hub")]
-pub use config::HubConfig;
+pub use config::{DownloadProgress, HubConfig};
 #[cfg(feature = "hub")]
 pub use remote::{repo_file, repo_file_with, RepoKind};
 pub use weights::with_prefix;
@@ -274,5 +284,9 @@ fn check_relative(name: &str) -> std::result::Result<(), String> {
 
 #[cfg(all(test, feature = "hub"))]
 mod remote_tests;
+#[cfg(all(test, feature = "hub"))]
+mod secret_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "hub"))]
+mod transfer_tests;
