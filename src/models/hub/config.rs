@@ -7,6 +7,9 @@ use std::time::Duration;
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const DEFAULT_PART: u64 = 32 << 20;
 
+/// Is told how far a download has come.
+type OnProgress = dyn Fn(&DownloadProgress) + Send + Sync;
+
 /// How far the download of one file has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -44,7 +47,7 @@ pub struct HubConfig {
     /// How many bytes are asked for, and held in memory, at a time. A download that breaks off
     /// loses no more.
     pub part: u64,
-    pub(super) progress: Option<Arc<dyn Fn(&DownloadProgress) + Send + Sync>>,
+    pub(super) progress: Option<Arc<OnProgress>>,
 }
 
 impl HubConfig {

@@ -48,9 +48,14 @@ impl Failure {
         matches!(self, Self::Silent) || self.may_pass()
     }
 
-    /// Whether the server does not accept the range that it was asked for.
-    pub(super) fn is_range(&self) -> bool {
-        matches!(self, Self::Hub(HFError::Http { context }) if context.status.as_u16() == 416)
+    /// Whether the part of the file that is there cannot be gone on with: its length is wrong, or
+    /// the server does not accept the range that is left (416).
+    pub(super) fn spoils(&self) -> bool {
+        match self {
+            Self::Length { .. } => true,
+            Self::Hub(HFError::Http { context }) => context.status.as_u16() == 416,
+            _ => false,
+        }
     }
 }
 

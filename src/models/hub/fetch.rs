@@ -7,7 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use hf_hub::repository::FileMetadataInfo;
 
@@ -26,8 +26,14 @@ impl Repo {
         here && about.xet_hash.is_none()
     }
 
-    /// Puts the file `name` at its place in the cache, unless it is there.
-    pub(super) fn fetch(&self, name: &str, about: &FileMetadataInfo) -> Answer<()> {
+    /// Puts the file `name` at its place in the cache, unless it is there, and has `link` make it
+    /// known under its name, unless it is. Returns its path.
+    pub(super) fn fetch(
+        &self,
+        name: &str,
+        about: &FileMetadataInfo,
+        link: impl FnOnce() -> Answer<PathBuf>,
+    ) -> Answer<PathBuf> {
         let folder = format!("{}--{}", self.kind.plural(), self.id.replace('/', "--"));
         let blobs = self.hub.cache.join(&folder).join("blobs");
         let locks = self.hub.cache.join(".locks").join(&folder);
@@ -37,21 +43,24 @@ impl Repo {
         // The lock that other users of the cache take.
         let _lock = lock(&locks.join(format!("{}.lock", about.etag)))?;
         let (blob, part) = (blobs.join(&about.etag), blobs.join(format!("{}.part", about.etag)));
-        if let Ok(found) = std::fs::metadata(&blob) {
-            if about.file_size == 0 || found.len() == about.file_size {
-                return Ok(());
+        let size = about.file_size;
+        match std::fs::metadata(&blob) {
+            Ok(found) if size == 0 || found.len() == size => {}
+            _ => {
+                let filled = self.fill(name, about, &part);
+                if filled.as_ref().is_err_and(Failure::spoils) {
+                    std::fs::remove_file(&part).ok();
+                }
+                filled?;
+                std::fs::rename(&part, &blob).map_err(here(&blob))?;
             }
-            std::fs::remove_file(&blob).map_err(here(&blob))?;
         }
-        let result = self.fill(name, about, &part);
-        if let Err(Failure::Length { .. }) = &result {
-            std::fs::remove_file(&part).ok();
-        }
-        if result.as_ref().is_err_and(Failure::is_range) {
-            std::fs::remove_file(&part).ok();
-        }
-        result?;
-        std::fs::rename(&part, &blob).map_err(here(&blob))
+        // `hf-hub` makes a link anew by taking the old one away, and another may be reading by it.
+        let known = self.cached(name).ok().filter(|path| {
+            let at = self.hub.cache.join(&folder).join("snapshots").join(&about.commit_hash).join(name);
+            *path == at && path.canonicalize().ok() == blob.canonicalize().ok()
+        });
+        known.map_or_else(link, Ok)
     }
 
     /// Appends to the file `part` what it lacks.

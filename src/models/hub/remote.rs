@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use hf_hub::{HFError, HFResult};
 
+use super::ask::Heard;
 use super::client::{connect, Client};
 use super::failure::{Answer, Failure};
 use super::{check_relative, config::HubConfig};
@@ -137,14 +138,13 @@ impl Repo {
 
     /// The file's path in the cache; [`HFError::EntryNotFound`] if the cache remembers that there
     /// is no such file, [`HFError::LocalEntryNotFound`] if it knows nothing of it.
-    fn cached(&self, name: &str) -> HFResult<PathBuf> {
+    pub(super) fn cached(&self, name: &str) -> HFResult<PathBuf> {
         self.client.download(name, &self.revision, true, None)
     }
 
     fn download(&self, name: &str) -> Answer<PathBuf> {
         let (file, revision) = (name.to_string(), self.revision.clone());
-        let about = self.ask(move |client| client.metadata(&file, &revision));
-        let fetched = match about {
+        match self.ask(move |client| client.metadata(&file, &revision)) {
             Ok(about) if self.comes_in_parts(&about) => {
                 for (what, name) in [("ETag", &about.etag), ("commit", &about.commit_hash)] {
                     // Both become names in the cache.
@@ -152,24 +152,22 @@ impl Repo {
                         Failure::Here(self.error(format!("the hub's {what} is no name: {reason}")))
                     })?;
                 }
-                self.fetch(name, &about)?;
-                true
+                self.fetch(name, &about, || self.download_whole(name, &mut |_, _| {}))
             }
-            Err(failure) if failure.is_outage() => return Err(failure),
+            Err(failure) if failure.is_outage() => Err(failure),
             // Metadata come from where redirects lead, so their absence says nothing: the
             // download asks the hub itself.
-            _ => false,
-        };
+            _ => self.download_whole(name, &mut |bytes, total| self.report(name, bytes, total)),
+        }
+    }
+
+    /// The file by `hf-hub` alone, which downloads it unless it has been put at its place.
+    fn download_whole(&self, name: &str, heard: Heard) -> Answer<PathBuf> {
         self.again(|| {
             let (file, revision) = (name.to_string(), self.revision.clone());
-            let mut heard = |bytes, total| {
-                if !fetched {
-                    self.report(name, bytes, total);
-                }
-            };
-            let (path, announced) = self.once(&mut heard, move |client, watch| {
-                client.download(&file, &revision, false, Some(watch))
-            })?;
+            let operation =
+                move |client: &dyn Client, watch| client.download(&file, &revision, false, Some(watch));
+            let (path, announced) = self.once(heard, operation)?;
             self.whole(name, path, announced)
         })
     }

@@ -67,6 +67,7 @@ type Faults = dyn Fn(&Request, usize) -> Option<Fault> + Send;
 pub(super) struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
+    away: Arc<AtomicBool>,
     requests: Arc<Mutex<Vec<Request>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -86,8 +87,9 @@ impl Server {
             files.iter().map(|(n, b)| (n.to_string(), b.clone())).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let (stop, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (stopped, log) = (stop.clone(), requests.clone());
+        let (stop, away, requests) =
+            <(Arc<AtomicBool>, Arc<AtomicBool>, Arc<Mutex<Vec<Request>>>)>::default();
+        let (stopped, gone, log) = (stop.clone(), away.clone(), requests.clone());
         let thread = std::thread::spawn(move || {
             // Connections that stay open without a word.
             let mut silenced = Vec::new();
@@ -96,14 +98,23 @@ impl Server {
                     return;
                 }
                 let Ok(stream) = stream else { continue };
+                if gone.load(Ordering::SeqCst) {
+                    continue;
+                }
                 silenced.extend(serve(stream, &files, &faults, &log).ok().flatten());
             }
         });
-        Self { address, stop, requests, thread: Some(thread) }
+        Self { address, stop, away, requests, thread: Some(thread) }
     }
 
     pub(super) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// From now on every connection is closed at once. The port stays taken: if it were let go, the
+    /// server of another test could get it.
+    pub(super) fn leave(&self) {
+        self.away.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn requests(&self) -> Vec<Request> {

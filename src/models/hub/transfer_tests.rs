@@ -58,7 +58,7 @@ fn progress_is_told_for_what_is_downloaded_and_only_for_that() {
 
     let silent = hub.on_progress(|at| panic!("{at:?}"));
     fetch_whole(&silent);
-    drop(server);
+    server.leave();
     fetch_whole(&silent);
 }
 
