@@ -346,7 +346,11 @@ fn a_branch_is_asked_for_anew_but_fetched_only_if_it_has_changed() {
     let server = Server::good(&files());
     let hub = cache.hub(&server.endpoint());
     fetch_whole(&hub);
+    assert_eq!(server.downloads(WEIGHTS), 1);
+    let before = server.requests().len();
     fetch_whole(&hub);
+    // One question about it; the link that is there is left alone.
+    assert_eq!(server.requests().len(), before + 1);
     assert_eq!(server.downloads(WEIGHTS), 1);
     drop(server);
     let changed = [
