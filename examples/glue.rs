@@ -20,7 +20,6 @@ use indicatif::ProgressBar;
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
-use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{self, Classification, Classifier, Evaluation, Predictions};
 use monteclora::{files, Noise};
@@ -75,7 +74,7 @@ fn run() -> Outcome {
     let data = match (&args.data, &args.model) {
         (Some(dir), _) => task.load_folder(dir)?,
         (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
-        (None, _) => common::hub_splits(task)?,
+        (None, _) => common::download::hub_splits(task)?,
     };
     let methods = args.method.names()?;
     let mut table = Vec::new();
@@ -99,7 +98,7 @@ fn tune(
 ) -> Outcome<Value> {
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
-    let files = ModelFiles::locate(model, None)?;
+    let files = common::download::model_files(model)?;
     let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
     let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;

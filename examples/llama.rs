@@ -159,7 +159,7 @@ fn run() -> Outcome {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,
     };
-    let files = ModelFiles::locate(&model, None)?;
+    let files = common::download::model_files(&model)?;
     let config = LlamaConfig::from_file(files.config_path())?;
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let longest = config.decoder.max_position_embeddings;

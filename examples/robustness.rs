@@ -116,7 +116,7 @@ fn run_cells(args: &Args) -> Outcome {
         Some(model) => model.clone(),
         None => common::asset("tiny-roberta")?,
     };
-    let files = ModelFiles::locate(&model, None)?;
+    let files = common::download::model_files(&model)?;
     let data = Data { args, files: &files };
     let mut tasks = BTreeMap::new();
     for name in &args.tasks {
@@ -230,7 +230,7 @@ impl Data<'_> {
         match (&self.args.data, &self.args.model) {
             (Some(dir), _) => Ok(task.load_folder(dir)?),
             (None, None) if task == Task::Sst2 => Ok(task.load_folder(Path::new(&common::asset("sst2")?))?),
-            (None, _) => common::hub_splits(task),
+            (None, _) => common::download::hub_splits(task),
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod allocator;
 pub mod contender;
+pub mod download;
 pub mod interrupt;
 pub mod options;
 pub mod tasks;
@@ -17,7 +18,6 @@ use std::process::ExitCode;
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use monteclora::data::encode::check_vocabulary;
-use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use tokenizers::Tokenizer;
 
@@ -114,23 +114,4 @@ pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
     let tokenizer = Tokenizer::from_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
     check_vocabulary(&tokenizer, vocab_size)?;
     Ok(tokenizer)
-}
-
-/// A task's rows from the hub.
-#[cfg(feature = "hub")]
-pub fn hub_splits(task: Task) -> Outcome<Splits> {
-    use monteclora::data::parquet::load_parquet;
-    use monteclora::models::hub::{repo_file, RepoKind};
-
-    let mut files = Vec::new();
-    for (split, path) in task.hub_files() {
-        files.push((split.to_string(), repo_file(task.hub_repo(), RepoKind::Dataset, &path, None)?));
-    }
-    Ok(load_parquet(task, &files)?)
-}
-
-/// Without the feature `hub`, data come from a folder.
-#[cfg(not(feature = "hub"))]
-pub fn hub_splits(task: Task) -> Outcome<Splits> {
-    Err(format!("{}: give --data DIR, or build with the feature hub", task.name()).into())
 }

@@ -1,9 +1,29 @@
 //! How to reach the hub: the environment variables that Hugging Face's own tools read.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+const DEFAULT_PART: u64 = 32 << 20;
+
+/// Is told how far a download has come.
+type OnProgress = dyn Fn(&DownloadProgress) + Send + Sync;
+
+/// How far the download of one file has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DownloadProgress {
+    /// The repository.
+    pub repo: String,
+    /// The file's name in it.
+    pub file: String,
+    /// How many bytes are there, those of an earlier run included. After a broken connection it
+    /// can go back.
+    pub bytes: u64,
+    /// How many there will be, where the hub says so.
+    pub total: Option<u64>,
+}
 
 /// The hub's address, the cache's folder and the token.
 #[derive(Clone)]
@@ -18,10 +38,16 @@ pub struct HubConfig {
     pub token: Option<String>,
     /// Whether to use nothing but the cache: `HF_HUB_OFFLINE`.
     pub offline: bool,
-    /// How often a failed request is repeated.
+    /// How often a request is repeated that failed for a cause that passes: no connection, one
+    /// that broke off, 408, 429, 500, 502, 503, 504.
     pub retries: usize,
-    /// How long a server may stay silent.
+    /// How long a server may stay silent, and how long a pause it may ask for (`Retry-After` of
+    /// 429) before the request is given up.
     pub patience: Duration,
+    /// How many bytes are asked for, and held in memory, at a time. A download that breaks off
+    /// loses no more.
+    pub part: u64,
+    pub(super) progress: Option<Arc<OnProgress>>,
 }
 
 impl HubConfig {
@@ -59,7 +85,23 @@ impl HubConfig {
             offline: is_true("HF_HUB_OFFLINE"),
             retries: 5,
             patience: Duration::from_secs(60),
+            part: DEFAULT_PART,
+            progress: None,
         }
+    }
+
+    /// Has `progress` called whenever bytes of a download arrive, on the thread that asked for it.
+    /// Files that the cache holds cause no call.
+    ///
+    /// ```no_run
+    /// use monteclora::models::hub::{HubConfig, ModelFiles};
+    ///
+    /// let hub = HubConfig::from_env().on_progress(|at| eprintln!("{}: {} of {:?}", at.file, at.bytes, at.total));
+    /// let files = ModelFiles::locate_with("FacebookAI/roberta-base", None, &hub)?;
+    /// # Ok::<(), monteclora::Error>(())
+    /// ```
+    pub fn on_progress(self, progress: impl Fn(&DownloadProgress) + Send + Sync + 'static) -> Self {
+        Self { progress: Some(Arc::new(progress)), ..self }
     }
 
     /// The endpoint without a user and password.
@@ -98,6 +140,7 @@ impl std::fmt::Debug for HubConfig {
             .field("offline", &self.offline)
             .field("retries", &self.retries)
             .field("patience", &self.patience)
-            .finish()
+            .field("part", &self.part)
+            .finish_non_exhaustive()
     }
 }

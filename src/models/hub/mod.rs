@@ -5,7 +5,17 @@
 //! them runs code of their author.
 
 #[cfg(feature = "hub")]
+mod ask;
+#[cfg(feature = "hub")]
+mod client;
+#[cfg(feature = "hub")]
 mod config;
+#[cfg(feature = "hub")]
+mod failure;
+#[cfg(feature = "hub")]
+mod fetch;
+#[cfg(all(test, feature = "hub"))]
+mod fixture;
 mod index;
 #[cfg(feature = "hub")]
 mod remote;
@@ -23,7 +33,7 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 
 #[cfg(feature = "hub")]
-pub use config::HubConfig;
+pub use config::{DownloadProgress, HubConfig};
 #[cfg(feature = "hub")]
 pub use remote::{repo_file, repo_file_with, RepoKind};
 pub use weights::with_prefix;
@@ -68,30 +78,48 @@ impl ModelFiles {
     ///   its shard does not hold;
     /// - [`Error::Config`]: a revision was asked of a folder.
     pub fn locate(id_or_dir: &str, revision: Option<&str>) -> Result<Self> {
-        let dir = Path::new(id_or_dir);
-        if dir.is_dir() {
-            if let Some(revision) = revision {
-                let reason =
-                    format!("{revision:?} was given, but {id_or_dir} is a local folder and has none");
-                return Err(Error::config("revision", reason));
-            }
-            return Self::collect(Source::Folder(dir.to_path_buf()));
-        }
-        if dir.is_file() {
-            return Err(Error::format(dir, "expected a model's folder or repository, found a file"));
-        }
         #[cfg(feature = "hub")]
         {
-            Self::locate_with(id_or_dir, revision, &HubConfig::from_env()).map_err(no_folder_either)
+            Self::locate_either(id_or_dir, revision, &HubConfig::from_env())
         }
         #[cfg(not(feature = "hub"))]
         {
             let reason = "there is no such local folder, and this build reads no hub (cargo feature `hub`)";
-            Err(Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() })
+            let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
+            Self::in_folder(id_or_dir, revision)?.ok_or_else(error)
         }
     }
 
-    /// Like [`Self::locate`] for a repository alone, with explicit settings of the hub.
+    /// Like [`Self::locate`], with explicit settings of the hub: to show the progress of downloads,
+    /// for example ([`HubConfig::on_progress`]).
+    ///
+    /// # Errors
+    /// Those of [`Self::locate`].
+    #[cfg(feature = "hub")]
+    pub fn locate_either(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+        match Self::in_folder(id_or_dir, revision)? {
+            Some(files) => Ok(files),
+            None => Self::locate_with(id_or_dir, revision, hub).map_err(no_folder_either),
+        }
+    }
+
+    /// The files of the folder `dir`, if there is one.
+    fn in_folder(dir: &str, revision: Option<&str>) -> Result<Option<Self>> {
+        let path = Path::new(dir);
+        if path.is_file() {
+            return Err(Error::format(path, "expected a model's folder or repository, found a file"));
+        }
+        if !path.is_dir() {
+            return Ok(None);
+        }
+        if let Some(revision) = revision {
+            let reason = format!("{revision:?} was given, but {dir} is a local folder and has none");
+            return Err(Error::config("revision", reason));
+        }
+        Self::collect(Source::Folder(path.to_path_buf())).map(Some)
+    }
+
+    /// Like [`Self::locate_either`] for a repository alone.
     ///
     /// # Errors
     /// Those of [`Self::locate`].
@@ -274,5 +302,9 @@ fn check_relative(name: &str) -> std::result::Result<(), String> {
 
 #[cfg(all(test, feature = "hub"))]
 mod remote_tests;
+#[cfg(all(test, feature = "hub"))]
+mod secret_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "hub"))]
+mod transfer_tests;

@@ -1,14 +1,16 @@
-//! Repositories of a model hub, through the `hf-hub` crate: its cache, its Xet transfers, its
-//! retries. What is added here: `HF_HUB_OFFLINE`, one commit per model, a limit on silence, a
-//! check of each download's length, and errors that say what to do and never hold the token.
+//! Repositories of a model hub, through the `hf-hub` crate: its requests, its cache, its Xet
+//! transfers. What is added: `HF_HUB_OFFLINE`, one commit per model, a limit on silence and heed
+//! of `Retry-After` (`ask`), downloads that go on where they broke off and are never taken for
+//! whole before (`fetch`), and errors that say what to do and never hold the token (`failure`).
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
-use std::time::Instant;
+use std::sync::Arc;
 
-use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
-use hf_hub::{split_id, HFClient, HFClientSync, HFError, HFRepositorySync, HFResult, RepoType};
+use hf_hub::{HFError, HFResult};
 
+use super::ask::Heard;
+use super::client::{connect, Client};
+use super::failure::{Answer, Failure};
 use super::{check_relative, config::HubConfig};
 use crate::error::{Error, Result};
 
@@ -20,6 +22,16 @@ pub enum RepoKind {
     Model,
     /// A data set.
     Dataset,
+}
+
+impl RepoKind {
+    /// Its name in the cache's folders.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
 }
 
 /// The file `path` of a hub repository (`owner/name`), from the cache or downloaded: a data
@@ -56,12 +68,12 @@ pub fn repo_file_with(
 }
 
 /// One revision of one repository.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Repo {
-    hub: HubConfig,
-    client: HFClientSync,
-    kind: RepoKind,
-    id: String,
+    pub(super) hub: HubConfig,
+    pub(super) client: Arc<dyn Client>,
+    pub(super) kind: RepoKind,
+    pub(super) id: String,
     revision: String,
 }
 
@@ -75,21 +87,19 @@ impl Repo {
         }
         let revision = revision.unwrap_or("main");
         check_relative(revision).map_err(|reason| error(format!("revision {reason}")))?;
+        if hub.token.as_ref().is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
+            let reason = "the token holds blanks or other characters that cannot be sent: check HF_TOKEN";
+            return Err(error(reason.into()));
+        }
         let client =
-            HFClient::builder().endpoint(&hub.endpoint).cache_dir(&hub.cache).retry_max_attempts(hub.retries);
-        let client = match &hub.token {
-            Some(token) => client.token(token),
-            None => client,
-        };
-        let client = client.build_sync().map_err(|e| error(format!("the hub's client cannot start: {e}")))?;
+            connect(hub, kind, id).map_err(|e| error(format!("the hub's client cannot start: {e}")))?;
         Ok(Self { hub: hub.clone(), client, kind, id: id.to_string(), revision: revision.to_string() })
     }
 
     /// The same repository, held at the commit that the cached file `path` is of.
     pub(super) fn pinned_to(mut self, path: &Path) -> Self {
-        let is_commit = |name: &&str| name.len() == 40 && name.bytes().all(|b| b.is_ascii_hexdigit());
         let folder = path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
-        if let Some(commit) = folder.filter(is_commit) {
+        if let Some(commit) = folder.filter(|name| is_commit(name)) {
             self.revision = commit.to_string();
         }
         self
@@ -98,29 +108,68 @@ impl Repo {
     /// The local path of the file `name`, downloaded if need be; `None` if there is no such file,
     /// or, offline, if the cache has none.
     pub(super) fn file(&self, name: &str) -> Result<Option<PathBuf>> {
-        let (result, announced) = self.download(name, self.hub.offline)?;
-        match result {
-            Ok(path) => self.whole(name, path, announced).map(Some),
-            Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
-            // Without a network, `hf-hub` finds what the cache holds, but not what the cache
-            // remembers not to exist.
-            Err(error) => match self.download(name, true)?.0 {
-                Err(HFError::EntryNotFound { .. }) => Ok(None),
-                _ => Err(self.explain(error)),
+        if self.hub.offline || is_commit(&self.revision) {
+            // What a commit holds does not change, so the cache's word is the last.
+            match self.cached(name) {
+                Err(HFError::LocalEntryNotFound { .. }) if !self.hub.offline => {}
+                found => return self.found(found.map_err(Failure::Hub)),
+            }
+        }
+        match self.download(name) {
+            Err(failure) if failure.is_outage() => match self.cached(name) {
+                Err(HFError::LocalEntryNotFound { .. }) => Err(self.explain(failure)),
+                found => {
+                    let reason = self.explain(failure);
+                    tracing::warn!("{name} is taken from the cache, where it may be out of date: {reason}");
+                    self.found(found.map_err(Failure::Hub))
+                }
             },
+            found => self.found(found),
         }
     }
 
-    fn download(&self, name: &str, offline: bool) -> Result<(HFResult<PathBuf>, Option<u64>)> {
-        let (file, revision) = (name.to_string(), self.revision.clone());
-        match self.kind {
-            RepoKind::Model => {
-                self.call(Self::model, move |repo, watch| download(repo, file, revision, offline, watch))
-            }
-            RepoKind::Dataset => {
-                self.call(Self::dataset, move |repo, watch| download(repo, file, revision, offline, watch))
-            }
+    fn found(&self, found: Answer<PathBuf>) -> Result<Option<PathBuf>> {
+        match found {
+            Ok(path) => Ok(Some(path)),
+            Err(Failure::Hub(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. })) => Ok(None),
+            Err(failure) => Err(self.explain(failure)),
         }
+    }
+
+    /// The file's path in the cache; [`HFError::EntryNotFound`] if the cache remembers that there
+    /// is no such file, [`HFError::LocalEntryNotFound`] if it knows nothing of it.
+    pub(super) fn cached(&self, name: &str) -> HFResult<PathBuf> {
+        self.client.download(name, &self.revision, true, None)
+    }
+
+    fn download(&self, name: &str) -> Answer<PathBuf> {
+        let (file, revision) = (name.to_string(), self.revision.clone());
+        match self.ask(move |client| client.metadata(&file, &revision)) {
+            Ok(about) if self.comes_in_parts(&about) => {
+                for (what, name) in [("ETag", &about.etag), ("commit", &about.commit_hash)] {
+                    // Both become names in the cache.
+                    check_relative(name).map_err(|reason| {
+                        Failure::Here(self.error(format!("the hub's {what} is no name: {reason}")))
+                    })?;
+                }
+                self.fetch(name, &about, || self.download_whole(name, &mut |_, _| {}))
+            }
+            Err(failure) if failure.is_outage() => Err(failure),
+            // Metadata come from where redirects lead, so their absence says nothing: the
+            // download asks the hub itself.
+            _ => self.download_whole(name, &mut |bytes, total| self.report(name, bytes, total)),
+        }
+    }
+
+    /// The file by `hf-hub` alone, which downloads it unless it has been put at its place.
+    fn download_whole(&self, name: &str, heard: Heard) -> Answer<PathBuf> {
+        self.again(|| {
+            let (file, revision) = (name.to_string(), self.revision.clone());
+            let operation =
+                move |client: &dyn Client, watch| client.download(&file, &revision, false, Some(watch));
+            let (path, announced) = self.once(heard, operation)?;
+            self.whole(name, path, announced)
+        })
     }
 
     /// Whether the repository has the file `name`; offline, the cache is asked.
@@ -129,74 +178,24 @@ impl Repo {
             return Ok(self.file(name)?.is_some());
         }
         let (file, revision) = (name.to_string(), self.revision.clone());
-        let (result, _) = match self.kind {
-            RepoKind::Model => self.call(Self::model, move |repo, _| exists(repo, &file, &revision)),
-            RepoKind::Dataset => self.call(Self::dataset, move |repo, _| exists(repo, &file, &revision)),
-        }?;
-        result.map_err(|error| self.explain(error))
+        let found = self.ask(move |client| client.exists(&file, &revision));
+        found.map_err(|failure| self.explain(failure))
     }
 
-    fn model(&self) -> HFRepositorySync<hf_hub::RepoTypeModel> {
-        let (owner, name) = split_id(&self.id);
-        self.client.model(owner, name)
-    }
-
-    fn dataset(&self) -> HFRepositorySync<hf_hub::RepoTypeDataset> {
-        let (owner, name) = split_id(&self.id);
-        self.client.dataset(owner, name)
-    }
-
-    /// Runs `operation` on a thread of its own, and gives up when nothing has moved for as long as
-    /// [`HubConfig::patience`]: `hf-hub` itself waits for a silent server for ever. Returns also
-    /// the number of bytes that the server announced.
-    fn call<T: RepoType, R: Send + 'static>(
-        &self,
-        repo: impl FnOnce(&Self) -> HFRepositorySync<T>,
-        operation: impl FnOnce(&HFRepositorySync<T>, Progress) -> HFResult<R> + Send + 'static,
-    ) -> Result<(HFResult<R>, Option<u64>)> {
-        let (repo, (sender, receiver)) = (repo(self), channel());
-        let watch = Progress::new(Watch(sender.clone()));
-        std::thread::spawn(move || sender.send(News::Done(operation(&repo, watch))));
-        let (mut announced, mut seen) = (None, 0);
-        let mut patience = Instant::now();
-        loop {
-            let left = self.hub.patience.saturating_sub(patience.elapsed());
-            match receiver.recv_timeout(left) {
-                Ok(News::Done(result)) => return Ok((result, announced)),
-                Ok(News::Announced(bytes)) => {
-                    announced = Some(bytes).filter(|bytes| *bytes > 0);
-                    patience = Instant::now();
-                }
-                Ok(News::Received(bytes)) if bytes != seen => {
-                    seen = bytes;
-                    patience = Instant::now();
-                }
-                Ok(News::Received(_)) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let silence = self.hub.patience.as_secs_f32();
-                    return Err(self.unreachable(&format!("no answer for {silence} seconds")));
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(self.error("the hub's client panicked".into()))
-                }
-            }
-        }
-    }
-
-    /// Checks that the file at `path` has the announced length. `hf-hub` does not look at the
-    /// status of its second request, and caches the text of an error as if it were the file.
-    fn whole(&self, name: &str, path: PathBuf, announced: Option<u64>) -> Result<PathBuf> {
-        let length = std::fs::metadata(&path).map_err(Error::io(&path))?.len();
-        let Some(expected) = announced.filter(|expected| *expected != length) else {
+    /// Checks that the file at `path` has the announced length. Where `hf-hub` fetches a file by
+    /// itself, it does not look at the answer's status, and caches the text of an error as if it
+    /// were the file.
+    fn whole(&self, name: &str, path: PathBuf, announced: Option<u64>) -> Answer<PathBuf> {
+        let metadata = std::fs::metadata(&path).map_err(|e| Failure::Here(Error::io(&path)(e)))?;
+        let got = metadata.len();
+        let Some(expected) = announced.filter(|expected| *expected != got) else {
             return Ok(path);
         };
         // Both the file and the link to it: a wrong file must not be found in the cache next time.
         for stale in [path.canonicalize().ok(), Some(path)].into_iter().flatten() {
             std::fs::remove_file(stale).ok();
         }
-        Err(self.error(format!(
-            "the download of {name} failed: expected {expected} bytes, got {length}; try again"
-        )))
+        Err(Failure::Length { name: name.to_string(), expected, got })
     }
 
     /// The error for a required file that is not there: finds out what exactly is missing.
@@ -210,115 +209,30 @@ impl Repo {
             ));
         }
         let revision = self.revision.clone();
-        let found = match self.kind {
-            RepoKind::Model => self.call(Self::model, move |repo, _| what_exists(repo, &revision)),
-            RepoKind::Dataset => self.call(Self::dataset, move |repo, _| what_exists(repo, &revision)),
-        };
-        match found {
-            Ok((Ok((false, _)), _)) => self.error("the hub has no such repository (404)".into()),
-            Ok((Ok((true, false)), _)) => self.error(format!("there is no revision {} (404)", self.revision)),
+        match self.ask(move |client| client.what_exists(&revision)) {
+            Ok((false, _)) => self.error("the hub has no such repository (404)".into()),
+            Ok((true, false)) => self.error(format!("there is no revision {} (404)", self.revision)),
             // The first question was answered with 404, whatever became of the second.
             _ => self.error(format!("there is no file {name} at revision {} (404)", self.revision)),
         }
     }
+}
 
-    /// An error about this repository.
-    pub(super) fn error(&self, reason: String) -> Error {
-        Error::Hub { repo: self.id.clone(), reason: self.hub.redact(reason) }
-    }
-
-    fn unreachable(&self, cause: &str) -> Error {
-        self.error(format!(
-            "the hub at {} cannot be reached: {cause}; without a network, give a local folder with the files, \
-             or set HF_HUB_OFFLINE=1 to use what the cache ({}) holds",
-            self.hub.host(),
-            self.hub.cache.display()
-        ))
-    }
-
-    fn explain(&self, error: HFError) -> Error {
-        let token = if self.hub.token.is_some() { "the given token" } else { "no token" };
-        let reason = match error {
-            HFError::AuthRequired { .. } => format!(
-                "access denied (401) with {token}: check the repository's name, set HF_TOKEN to a token that \
-                 may read it, and accept its licence on the hub if it is gated"
-            ),
-            HFError::Forbidden { .. } => format!(
-                "access denied (403) with {token}: accept the repository's licence on the hub, and set HF_TOKEN \
-                 to a token that may read it"
-            ),
-            HFError::RepoNotFound { .. } => "the hub has no such repository (404)".into(),
-            HFError::RevisionNotFound { revision, .. } => format!("there is no revision {revision} (404)"),
-            HFError::RateLimited { retry_after, .. } => match retry_after {
-                Some(wait) => format!("too many requests (429): try again in {} seconds", wait.as_secs()),
-                None => "too many requests (429): try again later, or set HF_TOKEN".into(),
-            },
-            HFError::Http { context } => format!("the hub answered {}", context.status),
-            // Addresses of downloads can be signed, so no error shows them.
-            HFError::Request { source, .. } => return self.unreachable(&causes(&source.without_url())),
-            HFError::MalformedResponse { what, .. } => format!("{} does not answer as a hub: {what}", self.hub.host()),
-            HFError::Io(source) => return Error::io(&self.hub.cache)(source),
-            other => causes(&other),
-        };
-        self.error(reason)
+impl std::fmt::Debug for Repo {
+    // Without the client: what its parts show of themselves is not this crate's to decide.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Repo")
+            .field("hub", &self.hub)
+            .field("kind", &self.kind)
+            .field("id", &self.id)
+            .field("revision", &self.revision)
+            .finish_non_exhaustive()
     }
 }
 
-fn download<T: RepoType>(
-    repo: &HFRepositorySync<T>,
-    name: String,
-    revision: String,
-    offline: bool,
-    watch: Progress,
-) -> HFResult<PathBuf> {
-    repo.download_file().filename(name).revision(revision).local_files_only(offline).progress(watch).send()
-}
-
-fn exists<T: RepoType>(repo: &HFRepositorySync<T>, name: &str, revision: &str) -> HFResult<bool> {
-    repo.file_exists().filename(name).revision(revision).send()
-}
-
-/// Whether the repository exists, and whether its revision does.
-fn what_exists<T: RepoType>(repo: &HFRepositorySync<T>, revision: &str) -> HFResult<(bool, bool)> {
-    let exists = repo.exists().send()?;
-    Ok((exists, exists && repo.revision_exists().revision(revision).send()?))
-}
-
-/// What a running operation reports.
-enum News<R> {
-    Announced(u64),
-    Received(u64),
-    Done(HFResult<R>),
-}
-
-/// Passes an operation's progress on.
-struct Watch<R>(Sender<News<R>>);
-
-impl<R: Send> ProgressHandler for Watch<R> {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let news = match event {
-            ProgressEvent::Download(DownloadEvent::Start { total_bytes, .. }) => {
-                News::Announced(*total_bytes)
-            }
-            ProgressEvent::Download(DownloadEvent::Progress { files }) => {
-                News::Received(files.iter().map(|file| file.bytes_completed).sum())
-            }
-            ProgressEvent::Download(DownloadEvent::AggregateProgress { bytes_completed, .. }) => {
-                News::Received(*bytes_completed)
-            }
-            _ => return,
-        };
-        // The receiver is gone when it has lost patience.
-        self.0.send(news).ok();
-    }
-}
-
-/// An error and what caused it, in one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    let chain = std::iter::successors(Some(error), |error| error.source());
-    let mut parts: Vec<String> = chain.map(ToString::to_string).collect();
-    parts.dedup_by(|inner, outer| outer.contains(inner.as_str()));
-    parts.join(": ")
+/// Whether `revision` is a commit, which never changes.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// Whether `id` is a repository's name: `owner/name`, or `name` alone for a few old ones.

@@ -5,46 +5,16 @@ use std::time::Duration;
 
 use candle_core::{DType, Device};
 
-use super::server::{Mood, Server, COMMIT};
+use super::fixture::{hub_error, model, Cache, TOKEN};
+use super::server::{Fault, Server, COMMIT};
 use super::tests::tensors;
 use super::*;
 
-const TOKEN: &str = "hf_secretsecretsecret";
-
-/// Settings for `server` with an empty cache of its own.
-fn hub(endpoint: &str, cache: &tempfile::TempDir) -> HubConfig {
-    let vars: BTreeMap<&str, String> = [
-        ("HF_ENDPOINT", endpoint.to_string()),
-        ("HF_HUB_CACHE", cache.path().display().to_string()),
-        ("HF_TOKEN", TOKEN.to_string()),
-    ]
-    .into();
-    let hub = HubConfig::from_vars(&|name| vars.get(name).cloned());
-    HubConfig { retries: 0, patience: Duration::from_secs(20), ..hub }
-}
-
-fn model() -> Vec<(&'static str, Vec<u8>)> {
-    vec![
-        ("owner/tiny/config.json", br#"{"hidden_size": 4}"#.to_vec()),
-        ("owner/tiny/tokenizer.json", b"{}".to_vec()),
-        ("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])),
-        ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
-    ]
-}
-
-fn hub_error(result: Result<impl std::fmt::Debug>) -> String {
-    let error = result.unwrap_err();
-    assert!(matches!(error, Error::Hub { .. }), "{error:?}");
-    let message = error.to_string();
-    assert!(!message.contains(TOKEN) && !format!("{error:?}").contains(TOKEN), "{message}");
-    message
-}
-
 #[test]
 fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&model(), Mood::Good);
-    let hub = hub(&server.endpoint(), &cache);
+    let cache = Cache::new();
+    let server = Server::good(&model());
+    let hub = cache.hub(&server.endpoint());
     let first = ModelFiles::locate_with("owner/tiny", None, &hub)?;
     let snapshot = cache.path().join("models--owner--tiny/snapshots").join(COMMIT);
     assert_eq!(first.weights(), [snapshot.join(WEIGHTS)]);
@@ -58,7 +28,7 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
     let again = ModelFiles::locate_with("owner/tiny", None, &hub)?;
     assert_eq!(again.weights(), first.weights());
     assert_eq!(server.downloads(WEIGHTS), 1);
-    drop(server);
+    server.leave();
     assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), first.weights());
     let offline = HubConfig { offline: true, ..hub };
     for revision in [None, Some(COMMIT)] {
@@ -69,7 +39,7 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
 
 #[test]
 fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
-    let cache = tempfile::tempdir().unwrap();
+    let cache = Cache::new();
     let index = r#"{"weight_map": {"a": "w-1.safetensors", "b": "w-2.safetensors"}}"#;
     let mut files = model();
     files.truncate(2);
@@ -79,13 +49,13 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
         ("owner/tiny/w-2.safetensors", tensors(&[("b", 2.0)])),
         ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
     ]);
-    let server = Server::start(&files, Mood::Good);
-    let hub = hub(&server.endpoint(), &cache);
+    let server = Server::good(&files);
+    let hub = cache.hub(&server.endpoint());
     let located = ModelFiles::locate_with("owner/tiny", None, &hub)?;
     assert_eq!(located.weights().len(), 2);
     let rows = repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?;
     assert_eq!(std::fs::read(&rows).unwrap(), b"PAR1");
-    drop(server);
+    server.leave();
     // That there is no single file of weights was remembered too.
     assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), located.weights());
     assert_eq!(repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?, rows);
@@ -100,10 +70,12 @@ fn what_the_hub_refuses_is_said_without_the_token() {
         (429, vec!["429", "7 seconds"]),
         (500, vec!["500"]),
     ] {
-        let cache = tempfile::tempdir().unwrap();
-        let server = Server::start(&model(), Mood::Status(status));
-        let message =
-            hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
+        let cache = Cache::new();
+        let server = Server::start(&model(), move |_, _| match status {
+            429 => Some(Fault::RetryAfter("7")),
+            _ => Some(Fault::Status(status)),
+        });
+        let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
         assert!(words.iter().all(|word| message.contains(word)), "{status}: {message}");
         assert!(message.contains("owner/tiny"), "{message}");
     }
@@ -111,9 +83,9 @@ fn what_the_hub_refuses_is_said_without_the_token() {
 
 #[test]
 fn a_404_says_what_is_missing() {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&model(), Mood::Good);
-    let hub = hub(&server.endpoint(), &cache);
+    let cache = Cache::new();
+    let server = Server::good(&model());
+    let hub = cache.hub(&server.endpoint());
     let message = hub_error(ModelFiles::locate_with("owner/absent", None, &hub));
     assert!(message.contains("owner/absent: the hub has no such repository"), "{message}");
     let message = hub_error(ModelFiles::locate_with("owner/tiny", Some("v9"), &hub));
@@ -125,26 +97,34 @@ fn a_404_says_what_is_missing() {
 
 #[test]
 fn a_repository_of_pickles_is_refused() {
-    let cache = tempfile::tempdir().unwrap();
+    let cache = Cache::new();
     let mut files = model();
     files.truncate(2);
     files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
-    let server = Server::start(&files, Mood::Good);
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
+    let server = Server::good(&files);
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
     assert!(message.contains("pytorch_model.bin") && message.contains("run any code"), "{message}");
+    assert!(message.contains("safetensors"), "{message}");
     assert_eq!(server.downloads("pytorch_model.bin"), 0);
+
+    // Beside safetensors a pickle is not even asked for.
+    let cache = Cache::new();
+    files.push(("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])));
+    let server = Server::good(&files);
+    ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())).unwrap();
+    assert!(server.requests().iter().all(|request| !request.path.ends_with(".bin")));
 }
 
 #[test]
 fn without_a_network_or_a_cache_the_error_says_what_to_do() {
-    let cache = tempfile::tempdir().unwrap();
-    let gone = Server::start(&[], Mood::Good).endpoint();
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&gone, &cache)));
+    let cache = Cache::new();
+    // Nothing listens at port 1.
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub("http://127.0.0.1:1")));
     assert!(message.contains("cannot be reached") && message.contains("local folder"), "{message}");
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 
-    let server = Server::start(&model(), Mood::Good);
-    let offline = HubConfig { offline: true, ..hub(&server.endpoint(), &cache) };
+    let server = Server::good(&model());
+    let offline = HubConfig { offline: true, ..cache.hub(&server.endpoint()) };
     let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &offline));
     assert!(message.contains("not in the cache") && message.contains("HF_HUB_OFFLINE"), "{message}");
     assert!(server.requests().is_empty());
@@ -152,31 +132,31 @@ fn without_a_network_or_a_cache_the_error_says_what_to_do() {
 
 #[test]
 fn a_silent_server_is_given_up() {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&[], Mood::Silent);
-    let hub = HubConfig { patience: Duration::from_millis(200), ..hub(&server.endpoint(), &cache) };
+    let cache = Cache::new();
+    let server = Server::start(&[], |_, _| Some(Fault::Silent));
+    let hub = HubConfig { patience: Duration::from_millis(200), ..cache.hub(&server.endpoint()) };
     let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
     assert!(message.contains("no answer for 0.2 seconds"), "{message}");
 }
 
 #[test]
 fn the_text_of_an_error_is_never_cached_as_the_file() -> Result<()> {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&model(), Mood::Get(503));
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache)));
-    assert!(message.contains("config.json failed: expected 18 bytes, got 7"), "{message}");
+    let cache = Cache::new();
+    let server = Server::start(&model(), |request, _| request.is_get().then_some(Fault::Status(503)));
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
+    assert!(message.contains("503"), "{message}");
     drop(server);
-    let server = Server::start(&model(), Mood::Good);
-    let files = ModelFiles::locate_with("owner/tiny", None, &hub(&server.endpoint(), &cache))?;
+    let server = Server::good(&model());
+    let files = ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint()))?;
     assert_eq!(std::fs::read_to_string(files.config_path()).unwrap(), r#"{"hidden_size": 4}"#);
     Ok(())
 }
 
 #[test]
 fn names_that_are_no_repositories_are_never_asked_for() {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&model(), Mood::Good);
-    let hub = hub(&server.endpoint(), &cache);
+    let cache = Cache::new();
+    let server = Server::good(&model());
+    let hub = cache.hub(&server.endpoint());
     for name in
         ["", "/", "./models/x", "../x", "a/b/c", "owner/..", "owner/", "~/x", "a b", "owner/a?b", "a--b"]
     {
@@ -231,12 +211,11 @@ fn the_environment_is_read_as_hugging_face_reads_it() {
 
 #[test]
 fn a_name_that_may_be_a_folder_s_says_that_there_is_none() {
-    let cache = tempfile::tempdir().unwrap();
-    let offline = HubConfig { offline: true, ..hub("http://127.0.0.1:9", &cache) };
-    let error = ModelFiles::locate_with("models/robreta", None, &offline).unwrap_err();
-    let message = no_folder_either(error).to_string();
+    let cache = Cache::new();
+    let offline = HubConfig { offline: true, ..cache.hub("http://127.0.0.1:9") };
+    let message = hub_error(ModelFiles::locate_either("models/robreta", None, &offline));
     assert!(message.contains("models/robreta") && message.contains("not in the cache"), "{message}");
     assert!(message.ends_with("(and there is no such local folder)"), "{message}");
-    let error = ModelFiles::locate_with("models/roberta/large", None, &offline).unwrap_err();
-    assert_eq!(no_folder_either(error).to_string().matches("no such local folder").count(), 1);
+    let message = hub_error(ModelFiles::locate_either("models/roberta/large", None, &offline));
+    assert_eq!(message.matches("no such local folder").count(), 1);
 }

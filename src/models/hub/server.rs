@@ -1,7 +1,9 @@
-//! A hub in miniature on the loopback, for tests: enough of the protocol for the real client.
+//! A hub in miniature on the loopback, for tests: enough of the protocol for the real client, and
+//! the faults of real ones.
 //!
 //! HEAD and GET of `/owner/name/resolve/revision/file` (data sets under `/datasets`), ranges,
-//! ETag and X-Repo-Commit, and the existence questions under `/api`.
+//! ETag, If-None-Match and X-Repo-Commit, the existence questions under `/api`, and any other
+//! path as it is, for what a redirect leads to.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,72 +15,120 @@ use std::time::Duration;
 
 /// The commit that `main` is at.
 pub(super) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// The commit that the tag `v1` is at: files whose names begin with `v1:`.
+pub(super) const OLD_COMMIT: &str = "76543210fedcba9876543210fedcba9876543210";
 
-/// How the server misbehaves.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Mood {
-    /// It does not.
-    Good,
-    /// Every answer has this status.
+/// How an answer goes wrong.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Fault {
+    /// It has this status, and the text `refused`.
     Status(u16),
-    /// GET fails with this status where HEAD went well.
-    Get(u16),
-    /// It takes connections and says nothing.
+    /// It has the status 429 and this `Retry-After`.
+    RetryAfter(&'static str),
+    /// None comes, and the connection stays.
     Silent,
+    /// The body breaks off after so many bytes.
+    Cut(usize),
+    /// The body stops after so many bytes, and the connection stays.
+    Stall(usize),
+    /// The body comes in pieces of a tenth, with this pause before each.
+    Drip(Duration),
+    /// Another body than the one announced, whole in itself.
+    Body(Vec<u8>),
+    /// The whole file, whatever range was asked for.
+    NoRange,
+    /// Without `Content-Length`; the body ends with the connection.
+    NoLength,
+    /// A redirect to there, with what the hub knows of the file in its header.
+    Moved(String),
+    /// This header is what it says.
+    Header(&'static str, &'static str),
 }
 
 /// A request as it came.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Request {
     pub(super) method: String,
     pub(super) path: String,
     pub(super) authorization: Option<String>,
+    pub(super) range: Option<String>,
+    etag: Option<String>,
 }
+
+impl Request {
+    pub(super) fn is_get(&self) -> bool {
+        self.method == "GET"
+    }
+}
+
+/// The fault of a request, of which there were so many before (same method, path and range).
+type Faults = dyn Fn(&Request, usize) -> Option<Fault> + Send;
 
 pub(super) struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
+    away: Arc<AtomicBool>,
     requests: Arc<Mutex<Vec<Request>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serves `files`, named `owner/name/path` or `datasets/owner/name/path`.
-    pub(super) fn start(files: &[(&str, Vec<u8>)], mood: Mood) -> Self {
+    /// Serves `files`, named `owner/name/path` or `datasets/owner/name/path`, without a fault.
+    pub(super) fn good(files: &[(&str, Vec<u8>)]) -> Self {
+        Self::start(files, |_, _| None)
+    }
+
+    /// Serves `files` with `faults`.
+    pub(super) fn start(
+        files: &[(&str, Vec<u8>)],
+        faults: impl Fn(&Request, usize) -> Option<Fault> + Send + 'static,
+    ) -> Self {
         let files: BTreeMap<String, Vec<u8>> =
             files.iter().map(|(n, b)| (n.to_string(), b.clone())).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let (stop, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (stopped, log) = (stop.clone(), requests.clone());
+        let (stop, away, requests) =
+            <(Arc<AtomicBool>, Arc<AtomicBool>, Arc<Mutex<Vec<Request>>>)>::default();
+        let (stopped, gone, log) = (stop.clone(), away.clone(), requests.clone());
         let thread = std::thread::spawn(move || {
+            // Connections that stay open without a word.
             let mut silenced = Vec::new();
             for stream in listener.incoming() {
                 if stopped.load(Ordering::SeqCst) {
                     return;
                 }
                 let Ok(stream) = stream else { continue };
-                if mood == Mood::Silent {
-                    silenced.push(stream);
-                } else {
-                    serve(stream, &files, mood, &log).ok();
+                if gone.load(Ordering::SeqCst) {
+                    continue;
                 }
+                silenced.extend(serve(stream, &files, &faults, &log).ok().flatten());
             }
         });
-        Self { address, stop, requests, thread: Some(thread) }
+        Self { address, stop, away, requests, thread: Some(thread) }
     }
 
     pub(super) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
+    /// From now on every connection is closed at once. The port stays taken: if it were let go, the
+    /// server of another test could get it.
+    pub(super) fn leave(&self) {
+        self.away.store(true, Ordering::SeqCst);
+    }
+
     pub(super) fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
 
-    /// How many times a path that ends so was fetched whole.
+    /// How many times a path that ends so was fetched.
     pub(super) fn downloads(&self, end: &str) -> usize {
-        self.requests().iter().filter(|r| r.method == "GET" && r.path.ends_with(end)).count()
+        self.requests().iter().filter(|r| r.is_get() && r.path.ends_with(end)).count()
+    }
+
+    /// The ranges that were fetched, in order.
+    pub(super) fn ranges(&self) -> Vec<String> {
+        self.requests().into_iter().filter(Request::is_get).filter_map(|r| r.range).collect()
     }
 }
 
@@ -92,74 +142,131 @@ impl Drop for Server {
     }
 }
 
-fn serve(
-    mut stream: TcpStream,
-    files: &BTreeMap<String, Vec<u8>>,
-    mood: Mood,
-    log: &Mutex<Vec<Request>>,
-) -> std::io::Result<()> {
+fn read(stream: &TcpStream) -> std::io::Result<Request> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut lines = BufReader::new(stream.try_clone()?.take(1 << 16)).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
     let mut words = first.split(' ');
     let method = words.next().unwrap_or_default().to_string();
     let path = words.next().unwrap_or_default().trim_start_matches('/').to_string();
-    let (mut authorization, mut range) = (None, None);
+    let mut request = Request { method, path, ..Request::default() };
     for line in lines {
         let line = line?;
         let Some((name, value)) = line.split_once(':') else { break };
+        let value = value.trim();
         match name.to_ascii_lowercase().as_str() {
-            "authorization" => authorization = Some(value.trim().to_string()),
-            "range" => range = value.trim().strip_prefix("bytes=").map(str::to_string),
+            "authorization" => request.authorization = Some(value.to_string()),
+            "range" => request.range = value.strip_prefix("bytes=").map(str::to_string),
+            "if-none-match" => request.etag = Some(value.to_string()),
             _ => {}
         }
     }
-    log.lock().unwrap().push(Request { method: method.clone(), path: path.clone(), authorization });
+    Ok(request)
+}
 
-    let not_found = (404, b"Not Found".to_vec());
-    let (mut status, mut body) = match mood {
-        Mood::Status(status) => (status, b"refused".to_vec()),
-        Mood::Get(status) if method == "GET" => (status, b"refused".to_vec()),
-        _ => match path.split_once("/resolve/") {
-            Some((repo, rest)) => {
-                let (revision, name) = rest.split_once('/').unwrap_or((rest, ""));
-                let known = revision == "main" || revision == COMMIT;
-                match files.get(&format!("{repo}/{name}")).filter(|_| known) {
-                    Some(bytes) => (200, bytes.clone()),
-                    None => not_found,
-                }
-            }
-            None => match path.strip_prefix("api/") {
-                Some(api) => {
-                    let (repo, revision) = api.split_once("/revision/").unwrap_or((api, "main"));
-                    let prefix = format!("{}/", repo.strip_prefix("models/").unwrap_or(repo));
-                    let known = files.keys().any(|name| name.starts_with(&prefix));
-                    let known = known && (revision == "main" || revision == COMMIT);
-                    if known {
-                        (200, format!(r#"{{"sha":"{COMMIT}"}}"#).into_bytes())
-                    } else {
-                        not_found
-                    }
-                }
-                None => not_found,
-            },
-        },
+/// Status, body and commit of an answer without a fault.
+fn answer(path: &str, files: &BTreeMap<String, Vec<u8>>) -> (u16, Vec<u8>, Option<&'static str>) {
+    let not_found = (404, b"Not Found".to_vec(), None);
+    let commit = |revision: &str| match revision {
+        "main" | COMMIT => Some(("", COMMIT)),
+        "v1" | OLD_COMMIT => Some(("v1:", OLD_COMMIT)),
+        _ => None,
     };
-    let etag =
-        format!("{:016x}", body.iter().fold(7u64, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(*b))));
-    if let Some((from, to)) = range.as_deref().and_then(|r| r.split_once('-')).filter(|_| status == 200) {
-        let from = from.parse().unwrap_or(0).min(body.len());
-        let to = to.parse().map_or(body.len(), |to: usize| (to + 1).min(body.len()));
-        (status, body) = (206, body[from..to.max(from)].to_vec());
+    if let Some((repo, rest)) = path.split_once("/resolve/") {
+        let (revision, name) = rest.split_once('/').unwrap_or((rest, ""));
+        let Some((prefix, commit)) = commit(revision) else { return not_found };
+        return match files.get(&format!("{prefix}{repo}/{name}")) {
+            Some(bytes) => (200, bytes.clone(), Some(commit)),
+            None if files.keys().any(|name| name.starts_with(&format!("{repo}/"))) => {
+                (404, b"Entry not found".to_vec(), Some(commit))
+            }
+            None => not_found,
+        };
     }
-    let head = format!(
-        "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n\
-         Retry-After: 7\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes())?;
-    if method != "HEAD" {
-        stream.write_all(&body)?;
+    if let Some(api) = path.strip_prefix("api/") {
+        let (repo, revision) = api.split_once("/revision/").unwrap_or((api, "main"));
+        let prefix = format!("{}/", repo.strip_prefix("models/").unwrap_or(repo));
+        let known = files.keys().any(|name| name.starts_with(&prefix));
+        return match commit(revision).filter(|_| known) {
+            Some((_, commit)) => (200, format!(r#"{{"sha":"{commit}"}}"#).into_bytes(), None),
+            None => not_found,
+        };
     }
-    stream.flush()
+    files.get(path).map_or(not_found, |bytes| (200, bytes.clone(), None))
+}
+
+/// Answers one request; returns the connection if it is to stay open.
+fn serve(
+    mut stream: TcpStream,
+    files: &BTreeMap<String, Vec<u8>>,
+    faults: &Faults,
+    log: &Mutex<Vec<Request>>,
+) -> std::io::Result<Option<TcpStream>> {
+    let request = read(&stream)?;
+    let same =
+        |r: &&Request| (&r.method, &r.path, &r.range) == (&request.method, &request.path, &request.range);
+    let before = log.lock().unwrap().iter().filter(same).count();
+    log.lock().unwrap().push(request.clone());
+    let fault = faults(&request, before);
+
+    let (mut status, mut body, commit) = answer(&request.path, files);
+    let hash = body.iter().fold(7u64, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(*b)));
+    let etag = format!("\"{hash:016x}\"");
+    let mut headers = vec![("ETag", etag.clone())];
+    headers.extend(commit.map(|commit| ("X-Repo-Commit", commit.to_string())));
+    let range = request.range.as_deref().and_then(|r| r.split_once('-')).filter(|_| status == 200);
+    match &fault {
+        Some(Fault::Silent) => return Ok(Some(stream)),
+        Some(Fault::Status(refusal)) => (status, body) = (*refusal, b"refused".to_vec()),
+        Some(Fault::RetryAfter(wait)) => {
+            (status, body) = (429, b"refused".to_vec());
+            headers.push(("Retry-After", wait.to_string()));
+        }
+        Some(Fault::Moved(to)) => {
+            headers[0].0 = "X-Linked-ETag";
+            headers.extend([("X-Linked-Size", body.len().to_string()), ("Location", to.clone())]);
+            (status, body) = (302, Vec::new());
+        }
+        Some(Fault::Header(name, value)) => {
+            headers.retain(|(other, _)| other != name);
+            headers.push((name, value.to_string()));
+        }
+        Some(Fault::Body(other)) if request.is_get() => body = other.clone(),
+        Some(Fault::NoRange) => {}
+        _ if status == 200 && request.etag.is_some() && request.etag.as_deref() == Some(&etag) => {
+            (status, body) = (304, Vec::new());
+        }
+        _ => {
+            if let Some((from, to)) = range {
+                let from = from.parse().unwrap_or(0).min(body.len());
+                let to = to.parse().map_or(body.len(), |to: usize| (to + 1).min(body.len()));
+                (status, body) = (206, body[from..to.max(from)].to_vec());
+            }
+        }
+    }
+    if fault != Some(Fault::NoLength) {
+        headers.push(("Content-Length", body.len().to_string()));
+    }
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    stream.write_all(format!("HTTP/1.1 {status} X\r\n{headers}Connection: close\r\n\r\n").as_bytes())?;
+    if !request.is_get() {
+        return stream.flush().map(|()| None);
+    }
+    match fault {
+        Some(Fault::Cut(at)) => stream.write_all(&body[..at.min(body.len())])?,
+        Some(Fault::Stall(at)) => {
+            stream.write_all(&body[..at.min(body.len())])?;
+            stream.flush()?;
+            return Ok(Some(stream));
+        }
+        Some(Fault::Drip(pause)) => {
+            for piece in body.chunks(body.len().div_ceil(10).max(1)) {
+                std::thread::sleep(pause);
+                stream.write_all(piece)?;
+                stream.flush()?;
+            }
+        }
+        _ => stream.write_all(&body)?,
+    }
+    stream.flush().map(|()| None)
 }

@@ -1,0 +1,67 @@
+//! What the examples take from the hub, with a bar for each file that is downloaded.
+
+use monteclora::data::task::{Splits, Task};
+use monteclora::models::hub::ModelFiles;
+
+use super::Outcome;
+
+/// A model's files, of a folder or a hub repository.
+pub fn model_files(model: &str) -> Outcome<ModelFiles> {
+    #[cfg(feature = "hub")]
+    {
+        Ok(ModelFiles::locate_either(model, None, &with_bars())?)
+    }
+    #[cfg(not(feature = "hub"))]
+    {
+        Ok(ModelFiles::locate(model, None)?)
+    }
+}
+
+/// A task's rows from the hub.
+#[cfg(feature = "hub")]
+pub fn hub_splits(task: Task) -> Outcome<Splits> {
+    use monteclora::data::parquet::load_parquet;
+    use monteclora::models::hub::{repo_file_with, RepoKind};
+
+    let hub = with_bars();
+    let mut files = Vec::new();
+    for (split, path) in task.hub_files() {
+        let file = repo_file_with(task.hub_repo(), RepoKind::Dataset, &path, None, &hub)?;
+        files.push((split.to_string(), file));
+    }
+    Ok(load_parquet(task, &files)?)
+}
+
+/// Without the feature `hub`, data come from a folder.
+#[cfg(not(feature = "hub"))]
+pub fn hub_splits(task: Task) -> Outcome<Splits> {
+    Err(format!("{}: give --data DIR, or build with the feature hub", task.name()).into())
+}
+
+/// The hub that the environment names.
+#[cfg(feature = "hub")]
+fn with_bars() -> monteclora::models::hub::HubConfig {
+    use std::sync::{Mutex, PoisonError};
+
+    use indicatif::{ProgressBar, ProgressStyle};
+
+    let template = "{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let shown: Mutex<Option<(String, ProgressBar)>> = Mutex::new(None);
+    monteclora::models::hub::HubConfig::from_env().on_progress(move |at| {
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if shown.as_ref().is_none_or(|(file, _)| *file != at.file) {
+            let bar = ProgressBar::no_length().with_style(style.clone()).with_prefix(at.file.clone());
+            *shown = Some((at.file.clone(), bar));
+        }
+        if let Some((_, bar)) = &*shown {
+            if let Some(total) = at.total {
+                bar.set_length(total);
+            }
+            bar.set_position(at.bytes);
+            if at.total == Some(at.bytes) {
+                bar.finish_and_clear();
+            }
+        }
+    })
+}

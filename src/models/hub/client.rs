@@ -1,0 +1,97 @@
+//! What is asked of the `hf-hub` crate, by one trait for models and data sets: its handles differ
+//! in type.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hf_hub::progress::Progress;
+use hf_hub::repository::FileMetadataInfo;
+use hf_hub::{split_id, HFClient, HFRepositorySync, HFResult, RepoType};
+
+use super::config::HubConfig;
+use super::remote::RepoKind;
+
+/// Stands for no token. Given none, `hf-hub` looks for one in the environment by itself and would
+/// send what [`HubConfig`] neither holds nor redacts; given this one, which no header can carry,
+/// it sends none.
+const NO_TOKEN: &str = "\n";
+
+/// The questions about one repository. Each blocks until it is answered.
+pub(super) trait Client: Send + Sync {
+    /// Size, ETag and commit of a file, after all redirects.
+    fn metadata(&self, name: &str, revision: &str) -> HFResult<FileMetadataInfo>;
+    /// The bytes of a file, or a range of them. `hf-hub` checks the status of this answer.
+    fn bytes(
+        &self,
+        name: &str,
+        revision: &str,
+        range: Option<Range<u64>>,
+        watch: Progress,
+    ) -> HFResult<Vec<u8>>;
+    /// A file's path in the cache, where `hf-hub` puts it unless `offline`.
+    fn download(
+        &self,
+        name: &str,
+        revision: &str,
+        offline: bool,
+        watch: Option<Progress>,
+    ) -> HFResult<PathBuf>;
+    /// Whether there is such a file.
+    fn exists(&self, name: &str, revision: &str) -> HFResult<bool>;
+    /// Whether the repository exists, and whether its revision does.
+    fn what_exists(&self, revision: &str) -> HFResult<(bool, bool)>;
+}
+
+/// The client of the repository `id`. Repetition is left to the caller: `hf-hub` does not heed
+/// `Retry-After`, and does not repeat what broke off in the middle.
+pub(super) fn connect(hub: &HubConfig, kind: RepoKind, id: &str) -> HFResult<Arc<dyn Client>> {
+    let client = HFClient::builder()
+        .endpoint(&hub.endpoint)
+        .cache_dir(&hub.cache)
+        .retry_max_attempts(0)
+        .token(hub.token.as_deref().unwrap_or(NO_TOKEN))
+        .build_sync()?;
+    let (owner, name) = split_id(id);
+    Ok(match kind {
+        RepoKind::Model => Arc::new(client.model(owner, name)),
+        RepoKind::Dataset => Arc::new(client.dataset(owner, name)),
+    })
+}
+
+impl<T: RepoType> Client for HFRepositorySync<T> {
+    fn metadata(&self, name: &str, revision: &str) -> HFResult<FileMetadataInfo> {
+        self.get_file_metadata().filepath(name).revision(revision).send()
+    }
+
+    fn bytes(
+        &self,
+        name: &str,
+        revision: &str,
+        range: Option<Range<u64>>,
+        watch: Progress,
+    ) -> HFResult<Vec<u8>> {
+        let asked = self.download_file_to_bytes().filename(name).revision(revision);
+        Ok(asked.maybe_range(range).progress(watch).send()?.into())
+    }
+
+    fn download(
+        &self,
+        name: &str,
+        revision: &str,
+        offline: bool,
+        watch: Option<Progress>,
+    ) -> HFResult<PathBuf> {
+        let asked = self.download_file().filename(name).revision(revision);
+        asked.local_files_only(offline).maybe_progress(watch).send()
+    }
+
+    fn exists(&self, name: &str, revision: &str) -> HFResult<bool> {
+        self.file_exists().filename(name).revision(revision).send()
+    }
+
+    fn what_exists(&self, revision: &str) -> HFResult<(bool, bool)> {
+        let exists = HFRepositorySync::exists(self).send()?;
+        Ok((exists, exists && self.revision_exists().revision(revision).send()?))
+    }
+}
