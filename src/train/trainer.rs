@@ -150,15 +150,15 @@ impl Run<'_> {
                 self.step(group, observer)?;
                 let step = self.at.step;
                 let evaluates = match config.eval_every {
-                    Some(every) => step % every == 0 || step == self.total,
-                    None => step % per_epoch == 0,
+                    Some(every) => step.is_multiple_of(every) || step == self.total,
+                    None => step.is_multiple_of(per_epoch),
                 };
                 if evaluates {
                     self.evaluate(observer)?;
                 }
                 let stops = observer.stop();
                 if let Some(checkpoints) = self.checkpoints {
-                    let due = checkpoints.every.map_or(evaluates, |every| step % every.max(1) == 0);
+                    let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
                     if due || stops || step == self.total {
                         checkpoints.save(&self.state()?)?;
                     }
