@@ -343,9 +343,9 @@ fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
         .filter(|(key, _)| key.method == BASELINE)
         .map(|(key, cost)| (settings_of(key), cost))
         .collect();
-    let mut found: BTreeMap<&str, (Vec<f64>, Vec<f64>, Vec<f64>)> = BTreeMap::new();
+    let mut found: BTreeMap<&str, [Vec<f64>; 3]> = BTreeMap::new();
     for (key, cost) in costs {
-        let (times, training, memory) = found.entry(&key.method).or_default();
+        let [times, training, memory] = found.entry(&key.method).or_default();
         let Some(base) = baseline.get(&settings_of(key)) else { continue };
         times.push(cost.step_seconds_median / base.step_seconds_median);
         training.push(cost.seconds / base.seconds);
@@ -355,9 +355,9 @@ fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
         "# Costs\n\nMultiples of {BASELINE} in the cell with the same settings, medians. They differ from run \
          to run, as a shared machine does.\n\n| method | cells | step | training | peak memory |\n|---|---|---|---|---|\n"
     );
-    for (method, (times, training, memory)) in found {
-        let medians = [&times, &training, &memory].map(|values| number(median(values))).join(" | ");
-        writeln!(text, "| {method} | {} | {medians} |", times.len()).ok();
+    for (method, columns) in found {
+        let medians = columns.each_ref().map(|values| number(median(values))).join(" | ");
+        writeln!(text, "| {method} | {} | {medians} |", columns[0].len()).ok();
     }
     text
 }
