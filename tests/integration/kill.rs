@@ -40,6 +40,7 @@ struct Setup {
     home: tempfile::TempDir,
     glue: PathBuf,
     method: &'static str,
+    epochs: usize,
 }
 
 impl Setup {
@@ -51,16 +52,17 @@ impl Setup {
             let head: String = text.split_inclusive('\n').take(rows + 1).collect();
             std::fs::write(home.path().join(file), head)?;
         }
-        Ok(Self { home, glue: glue()?, method })
+        Ok(Self { home, glue: glue()?, method, epochs: 3 })
     }
 
     /// The arguments of a run into `out`. The learning rate is high enough to be seen.
     fn args(&self, out: &Path) -> Vec<String> {
         let text = format!(
-            "--data {} --method {} --epochs 3 --batch-size 4 --accumulation 2 --eval-every 5 --lr 3e-3 \
+            "--data {} --method {} --epochs {} --batch-size 4 --accumulation 2 --eval-every 5 --lr 3e-3 \
              --checkpoint-every 1 --posterior-samples 2 --resume --output {}",
             self.home.path().display(),
             self.method,
+            self.epochs,
             out.display()
         );
         text.split_whitespace().map(str::to_string).collect()
@@ -155,14 +157,22 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
 #[cfg(unix)]
 #[test]
 fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
-    let setup = Setup::new("lora")?;
+    // Long enough for a signal to find it at work, however busy the machine is.
+    let setup = Setup { epochs: 20, ..Setup::new("lora")? };
     let (whole, out) = (setup.home.path().join("whole"), setup.home.path().join("stopped"));
     setup.finish(&whole)?;
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let newest = || {
+            let entries = std::fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten();
+            let names = entries
+                .map(|entry| entry.file_name())
+                .filter(|name| !name.to_string_lossy().starts_with('.'));
+            names.max()
+        };
+        let before = newest();
         let mut child = setup.command(&out).stderr(Stdio::piped()).spawn()?;
-        // Once it trains. Two checkpoints stay at least while others come and go.
-        let steps = || std::fs::read_dir(out.join("checkpoints")).map_or(0, Iterator::count);
-        while steps() < 2 && child.try_wait()?.is_none() {
+        // Once it has trained a step: before, it may not listen yet.
+        while newest() == before && child.try_wait()?.is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
         Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status()?;
