@@ -190,4 +190,6 @@ pub fn load_parquet(task: Task, files: &[(String, PathBuf)]) -> Result<Splits> {
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
