@@ -2,13 +2,31 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use safetensors::View;
 
 use crate::error::{Error, Result};
+
+/// The most bytes of a configuration. Read as a tree, JSON can take some hundred times its size.
+const MOST_OF_A_CONFIGURATION: u64 = 4 << 20;
+
+/// The text of a configuration at `path`.
+///
+/// # Errors
+/// If it cannot be read, is not UTF-8, or is far longer than configurations are; the error names it.
+pub(crate) fn read_configuration(path: &Path) -> Result<String> {
+    let mut bytes = Vec::new();
+    let read = |file: File| file.take(MOST_OF_A_CONFIGURATION + 1).read_to_end(&mut bytes);
+    File::open(path).and_then(read).map_err(Error::io(path))?;
+    if bytes.len() as u64 > MOST_OF_A_CONFIGURATION {
+        let reason = format!("longer than {MOST_OF_A_CONFIGURATION} bytes, which no configuration is");
+        return Err(Error::format(path, reason));
+    }
+    String::from_utf8(bytes).map_err(|e| Error::format(path, format!("not UTF-8: {e}")))
+}
 
 /// Writes the file `path` whole, or leaves what was there.
 ///
@@ -93,6 +111,24 @@ mod tests {
         drop(Pending::write(path.clone(), b"three").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_configuration_is_short_and_utf_8() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let read = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            read_configuration(&path).map_err(|error| error.to_string())
+        };
+        assert_eq!(read(b"{}").unwrap(), "{}");
+        assert!(read(b"\xff").unwrap_err().contains("config.json: not UTF-8"));
+        let mut long = vec![b' '; MOST_OF_A_CONFIGURATION as usize];
+        assert!(read(&long).is_ok());
+        long.push(b' ');
+        assert!(read(&long)
+            .unwrap_err()
+            .ends_with("config.json: longer than 4194304 bytes, which no configuration is"));
     }
 
     #[test]

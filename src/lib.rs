@@ -4,6 +4,8 @@
 // Floor 0: ground. Knows nothing of the method.
 pub mod error;
 pub mod files;
+#[cfg(test)]
+mod fuzz;
 pub mod noise;
 pub mod ops;
 mod simd;

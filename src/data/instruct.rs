@@ -15,11 +15,15 @@ use std::io::Read;
 use std::path::Path;
 use std::str::FromStr;
 
-use serde_json::{Map, Value};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
 
 use super::glue::each_line;
-use super::superglue::{field, text};
+use super::row::{text, Cell, Row};
 use crate::error::{Error, Result};
+
+/// The most answers to choose from. Each has a copy of the output: with any number of them, a row
+/// would take the square of its size.
+const MAX_CHOICES: usize = 26;
 
 /// What the rows of a file are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,12 +146,11 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
     let mut rows = Vec::new();
     match first {
         Some(b'[') if format != Format::Text => {
-            let records: Vec<Map<String, Value>> = serde_json::from_slice(&bytes)
+            let mut json = serde_json::Deserializer::from_slice(&bytes);
+            let read = Records(format).deserialize(&mut json).and_then(|rows| json.end().map(|()| rows));
+            let read = read
                 .map_err(|e| Error::format_at(path, e.line(), format!("not a JSON array of objects: {e}")))?;
-            for (i, record) in records.iter().enumerate() {
-                let row = prompted(record, format);
-                rows.push(row.map_err(|e| Error::format(path, format!("record {}: {e}", i + 1)))?);
-            }
+            rows = read.map_err(|reason| Error::format(path, reason))?;
         }
         first => each_line(bytes.as_slice(), path, |number, line| {
             if line.trim().is_empty() {
@@ -169,6 +172,44 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
     Ok(rows)
 }
 
+/// The records of a JSON array, or what is wrong with the first of them that is. One record at a time
+/// is in memory.
+struct Records(Format);
+
+impl<'de> DeserializeSeed<'de> for Records {
+    type Value = std::result::Result<Vec<Prompted>, String>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Records {
+    type Value = std::result::Result<Vec<Prompted>, String>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut records: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut rows = Vec::new();
+        while let Some(record) = records.next_element::<Row>()? {
+            match prompted(&record, self.0) {
+                Ok(row) => rows.push(row),
+                Err(reason) => {
+                    // A file that is no JSON further down is told as such.
+                    while records.next_element::<IgnoredAny>()?.is_some() {}
+                    return Ok(Err(format!("record {}: {reason}", rows.len() + 1)));
+                }
+            }
+        }
+        Ok(Ok(rows))
+    }
+}
+
 /// The prompt of an instruction in Alpaca's template.
 pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     let (context, input) = match input.trim().is_empty() {
@@ -181,10 +222,10 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     )
 }
 
-fn prompted(row: &Map<String, Value>, format: Format) -> std::result::Result<Prompted, String> {
+fn prompted(row: &Row, format: Format) -> std::result::Result<Prompted, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
-            let given = row.get("input").is_some_and(|input| !input.is_null());
+            let given = row.get("input").is_some_and(|input| *input != Cell::Null);
             let input = if given { text(row, "input")? } else { "" };
             let instruction = text(row, "instruction")?;
             (instruction_prompt(instruction, input), text(row, "output")?.to_string())
@@ -210,7 +251,7 @@ fn prompted(row: &Map<String, Value>, format: Format) -> std::result::Result<Pro
 }
 
 /// The tests of a program.
-fn tests(row: &Map<String, Value>) -> std::result::Result<ProgramTests, String> {
+fn tests(row: &Row) -> std::result::Result<ProgramTests, String> {
     let (entry_point, test) = (text(row, "entry_point")?.to_string(), text(row, "test")?.to_string());
     let mut letters = entry_point.chars();
     let head = letters.next().is_some_and(|c| c.is_alphabetic() || c == '_');
@@ -222,15 +263,18 @@ fn tests(row: &Map<String, Value>) -> std::result::Result<ProgramTests, String> 
 
 /// The choices that an instruction lists after `Answer format:`, each put where the output has the
 /// right one.
-fn choices(row: &Map<String, Value>, output: &str) -> std::result::Result<Option<Choices>, String> {
+fn choices(row: &Row, output: &str) -> std::result::Result<Option<Choices>, String> {
     let instruction = text(row, "instruction")?;
     let Some((_, list)) = instruction.rsplit_once("Answer format:") else {
         return Ok(None);
     };
+    let count = list.split('/').count();
+    if count > MAX_CHOICES {
+        return Err(format!("{count} choices, expected at most {MAX_CHOICES}"));
+    }
     let names: Vec<String> = list.trim().split('/').map(|name| name.trim().to_string()).collect();
     let answer = text(row, "answer")?.trim();
     let Some(correct) = names.iter().position(|name| name == answer) else {
-        field(row, "answer")?;
         return Err(format!("answer {answer:?} is none of the choices {}", names.join("/")));
     };
     let Some(stem) = output.trim_end().strip_suffix(answer) else {
@@ -246,6 +290,17 @@ mod tests {
 
     const CHOICE: &str = r#"{"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
         "input": "", "output": "the correct answer is answer2", "answer": "answer2"}"#;
+
+    #[test]
+    fn more_choices_than_letters_are_refused() {
+        let failure = |count: usize| {
+            let row = CHOICE.replace("answer1/answer2", &format!("{}answer2", "a/".repeat(count - 1)));
+            read_from(row.replace('\n', " ").as_bytes(), Path::new("x.json"), Format::Instruct).err()
+        };
+        assert!(failure(26).is_none());
+        let error = failure(27).unwrap().to_string();
+        assert!(error.starts_with("x.json, line 1: 27 choices, expected at most 26"), "{error}");
+    }
 
     const PROGRAM: &str = r#"{"prompt": "def f():\n", "canonical_solution": "    pass",
         "entry_point": "NAME", "test": "check = print"}"#;

@@ -9,5 +9,6 @@ pub mod instruct;
 pub mod masked;
 #[cfg(feature = "hub")]
 pub mod parquet;
+mod row;
 pub mod superglue;
 pub mod task;

@@ -2,6 +2,8 @@
 //!
 //! Columns are found by name; labels are class numbers, or scores for STS-B.
 
+mod guard;
+
 use std::fs::File;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
@@ -9,8 +11,10 @@ use std::path::{Path, PathBuf};
 use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::{Field, Row};
+use ::parquet::schema::types::{Type, TypePtr};
 
 use super::folder::some;
+use super::glue::excerpt;
 use super::superglue::wic_text;
 use super::task::{Example, Label, Splits, Task};
 use crate::error::{Error, Result};
@@ -43,26 +47,69 @@ pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
 }
 
 fn read_file(task: Task, file: File, path: &Path) -> Result<Vec<Example>> {
-    let damaged = |error: ParquetError| Error::format(path, format!("not readable as parquet: {error}"));
-    let reader = SerializedFileReader::new(file).map_err(damaged)?;
+    let unfit = |reason: String| Error::format(path, format!("not readable as parquet: {reason}"));
+    let damaged = |error: ParquetError| unfit(error.to_string());
+    let mut most = Allowance::of(file.metadata().map_err(Error::io(path))?.len());
+    guard::check_footer(&file).map_err(unfit)?;
+    let reader = SerializedFileReader::new(file.try_clone().map_err(Error::io(path))?).map_err(damaged)?;
     let schema = reader.metadata().file_metadata().schema();
-    let present: Vec<String> = schema.get_fields().iter().map(|field| field.name().to_owned()).collect();
+    let wanted: Vec<&str> = text_columns(task).iter().copied().chain(["label"]).collect();
+    // The other columns are not read: they may be many, and of any kind.
+    let chosen = schema.get_fields().iter().filter(|field| wanted.contains(&field.name()));
+    let chosen: Vec<TypePtr> = chosen.cloned().collect();
     let position = |name: &str| {
-        present.iter().position(|column| column == name).ok_or_else(|| {
-            Error::format(path, format!("no column {name:?}; the file has: {}", present.join(", ")))
+        chosen.iter().position(|field| field.name() == name).ok_or_else(|| {
+            let present: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
+            Error::format(path, format!("no column {name:?}; the file has: {}", excerpt(&present.join(", "))))
         })
     };
     let texts = text_columns(task).iter().map(|name| position(name)).collect::<Result<Vec<_>>>()?;
     let label = position("label")?;
-    let rows = reader.get_row_iter(None).map_err(damaged)?;
+    if chosen.len() > wanted.len() || chosen.iter().any(|field| !field.is_primitive()) {
+        let reason = format!("expected one column of plain values for each of {}", wanted.join(", "));
+        return Err(Error::format(path, reason));
+    }
+    guard::check_pages(&file, reader.metadata(), &wanted).map_err(unfit)?;
+    let chosen = Type::group_type_builder(schema.name()).with_fields(chosen).build().map_err(damaged)?;
+    let rows = reader.get_row_iter(Some(chosen)).map_err(damaged)?;
     let mut examples = Vec::new();
     for (index, row) in rows.enumerate() {
         let row = row.map_err(damaged)?;
         let example = parse(task, &row, &texts, label)
+            .and_then(|example| most.take(example))
             .map_err(|reason| Error::format(path, format!("row {}: {reason}", index + 1)))?;
         examples.push(example);
     }
     Ok(examples)
+}
+
+/// What the rows of a file may still take: a few bytes of a parquet file can stand for any number of
+/// rows.
+struct Allowance {
+    file: u64,
+    left: u64,
+}
+
+impl Allowance {
+    /// Rows may take this many times the size of their file, and 64 MiB. Texts are compressed to a
+    /// tenth; beyond a hundredth they repeat one another.
+    const TIMES: u64 = 200;
+
+    fn of(file: u64) -> Self {
+        Self { file, left: file.saturating_mul(Self::TIMES).saturating_add(64 << 20) }
+    }
+
+    /// The example, if there is still room for it.
+    fn take(&mut self, example: Example) -> std::result::Result<Example, String> {
+        let text = example.text_a.len() + example.text_b.as_ref().map_or(0, String::len);
+        match self.left.checked_sub((text + size_of::<Example>()) as u64) {
+            Some(left) => {
+                self.left = left;
+                Ok(example)
+            }
+            None => Err(format!("a file of {} bytes cannot hold so much: it repeats itself", self.file)),
+        }
+    }
 }
 
 fn parse(task: Task, row: &Row, texts: &[usize], label: usize) -> std::result::Result<Example, String> {
@@ -143,187 +190,6 @@ pub fn load_parquet(task: Task, files: &[(String, PathBuf)]) -> Result<Splits> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::noise::{Noise, Purpose};
-    use ::parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int64Type};
-    use ::parquet::file::writer::SerializedFileWriter;
-    use ::parquet::schema::parser::parse_message_type;
-    use std::sync::Arc;
-
-    enum Column {
-        Text(&'static str, Vec<&'static str>),
-        Class(Vec<i64>),
-        Score(Vec<f64>),
-    }
-
-    fn store(path: &Path, columns: &[Column]) {
-        let fields = columns.iter().map(|column| match column {
-            Column::Text(name, _) => format!("required binary {name} (UTF8); "),
-            Column::Class(_) => "required int64 label; ".to_owned(),
-            Column::Score(_) => "required double label; ".to_owned(),
-        });
-        let fields: String = fields.collect();
-        let schema = Arc::new(parse_message_type(&format!("message schema {{ {fields}}}")).unwrap());
-        let mut writer =
-            SerializedFileWriter::new(File::create(path).unwrap(), schema, Default::default()).unwrap();
-        let mut group = writer.next_row_group().unwrap();
-        for column in columns {
-            let mut target = group.next_column().unwrap().unwrap();
-            match column {
-                Column::Text(_, rows) => {
-                    let rows: Vec<ByteArray> = rows.iter().map(|row| ByteArray::from(*row)).collect();
-                    target.typed::<ByteArrayType>().write_batch(&rows, None, None).unwrap();
-                }
-                Column::Class(rows) => {
-                    target.typed::<Int64Type>().write_batch(rows, None, None).unwrap();
-                }
-                Column::Score(rows) => {
-                    target.typed::<DoubleType>().write_batch(rows, None, None).unwrap();
-                }
-            }
-            target.close().unwrap();
-        }
-        group.close().unwrap();
-        writer.close().unwrap();
-    }
-
-    #[test]
-    fn files_are_read_back_in_the_hubs_layout() {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("mrpc");
-        std::fs::create_dir(&folder).unwrap();
-        let pair = |a, b, class| {
-            [
-                Column::Text("sentence1", vec![a, "c"]),
-                Column::Text("sentence2", vec![b, "d"]),
-                Column::Class(vec![class, 0]),
-            ]
-        };
-        store(&folder.join("train-00001-of-00002.parquet"), &pair("x", "y", 0));
-        store(&folder.join("train-00000-of-00002.parquet"), &pair("caf\u{e9}", "b", 1));
-        let message = Task::Mrpc.load_folder(dir.path()).unwrap_err().to_string();
-        assert!(message.ends_with("no file of dev; mrpc needs: train, dev"), "{message}");
-        store(&folder.join("validation-00000-of-00001.parquet"), &pair("p", "q", 1));
-        let splits = Task::Mrpc.load_folder(dir.path()).unwrap();
-        let first: Vec<_> = splits.train.iter().map(|row| row.text_a.as_str()).collect();
-        assert_eq!(first, ["caf\u{e9}", "c", "x", "c"]);
-        assert_eq!((splits.train[0].label, splits.dev[0].1.len()), (Label::Class(1), 2));
-        let stranger = load_parquet(Task::Mrpc, &[("test".into(), folder)]).unwrap_err().to_string();
-        assert!(stranger.contains("\"test\" is no set of mrpc, expected one of train, dev"), "{stranger}");
-    }
-
-    #[test]
-    fn scores_and_words_have_their_own_columns() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.parquet");
-        let sentences = |label| {
-            [
-                Column::Text("word", vec!["bed"]),
-                Column::Text("sentence1", vec!["A bed."]),
-                Column::Text("sentence2", vec!["Sea bed."]),
-                label,
-            ]
-        };
-        store(&path, &sentences(Column::Score(vec![2.5])));
-        assert_eq!(read(Task::Stsb, &path).unwrap()[0].label, Label::Score(2.5));
-        assert!(read(Task::Wic, &path).unwrap_err().to_string().contains("row 1: label 2.5"));
-        store(&path, &sentences(Column::Class(vec![0])));
-        let text_a = "bed: A bed.".to_owned();
-        let expected = Example { text_a, text_b: Some("Sea bed.".into()), label: Label::Class(0) };
-        assert_eq!(read(Task::Wic, &path).unwrap(), [expected]);
-    }
-
-    #[test]
-    fn every_format_gives_the_same_text() {
-        // SST-2 ends its sentences in a space, which byte-level tokenizers make a token of.
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.parquet");
-        store(&path, &[Column::Text("sentence", vec!["fun . "]), Column::Class(vec![1])]);
-        let tsv = "sentence\tlabel\nfun . \t1\n";
-        let expected = Example { text_a: "fun .".to_owned(), text_b: None, label: Label::Class(1) };
-        assert_eq!(read(Task::Sst2, &path).unwrap(), std::slice::from_ref(&expected));
-        let from_tsv = super::super::glue::read_from(Task::Sst2, tsv.as_bytes(), &path).unwrap();
-        assert_eq!(from_tsv, [expected]);
-    }
-
-    #[test]
-    fn a_missing_shard_is_an_error_and_not_half_a_set() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = [Column::Text("sentence", vec!["a"]), Column::Class(vec![1])];
-        store(&dir.path().join("validation.parquet"), &rows);
-        store(&dir.path().join("train-00001-of-00002.parquet"), &rows);
-        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
-        assert!(
-            message.ends_with("train-00001-of-00002.parquet: one of 2 files, but 1 is there"),
-            "{message}"
-        );
-        store(&dir.path().join("train-00000-of-00002.parquet"), &rows);
-        assert_eq!(Task::Cola.load_folder(dir.path()).unwrap().train.len(), 2);
-        store(&dir.path().join("train.parquet"), &rows);
-        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
-        assert!(message.ends_with("one of 2 files, but 3 are there"), "{message}");
-    }
-
-    #[test]
-    fn older_names_of_shards_have_a_hash_behind() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = [Column::Text("sentence", vec!["a"]), Column::Class(vec![1])];
-        store(&dir.path().join("validation-00000-of-00001-0123456789abcdef.parquet"), &rows);
-        store(&dir.path().join("train-00000-of-00002-fedcba9876543210.parquet"), &rows);
-        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
-        assert!(message.ends_with("fedcba9876543210.parquet: one of 2 files, but 1 is there"), "{message}");
-        store(&dir.path().join("train-00001-of-00002-0011223344556677.parquet"), &rows);
-        let splits = Task::Cola.load_folder(dir.path()).unwrap();
-        assert_eq!((splits.train.len(), splits.dev[0].1.len()), (2, 1));
-    }
-
-    #[test]
-    fn a_set_without_rows_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = |texts: Vec<&'static str>| {
-            let classes = vec![1; texts.len()];
-            [Column::Text("sentence", texts), Column::Class(classes)]
-        };
-        store(&dir.path().join("train.parquet"), &rows(vec!["a"]));
-        store(&dir.path().join("validation.parquet"), &rows(Vec::new()));
-        let message = Task::Cola.load_folder(dir.path()).unwrap_err().to_string();
-        assert!(message.ends_with("validation.parquet: no examples"), "{message}");
-    }
-
-    #[test]
-    fn errors_name_row_and_columns() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.parquet");
-        let failure = |task| read(task, &path).unwrap_err().to_string();
-        store(&path, &[Column::Text("sentence", vec!["a", "b"]), Column::Class(vec![1, -1])]);
-        assert!(failure(Task::Cola).ends_with("row 2: label -1: the set is not labelled"));
-        assert!(failure(Task::Mrpc).ends_with("no column \"sentence1\"; the file has: sentence, label"));
-        store(&path, &[Column::Text("sentence", vec!["a"]), Column::Class(vec![2])]);
-        assert!(failure(Task::Sst2).ends_with("row 1: label 2, expected a class number from 0 to 1"));
-        std::fs::write(&path, b"PAR1 this is not parquet PAR1").unwrap();
-        assert!(failure(Task::Sst2).contains("not readable as parquet"));
-        std::fs::write(&path, b"").unwrap();
-        assert!(failure(Task::Sst2).contains("not readable as parquet"));
-    }
-
-    #[test]
-    fn damaged_files_are_errors_and_never_panics() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.parquet");
-        store(&path, &[Column::Text("sentence", vec!["a", "b"]), Column::Class(vec![1, 0])]);
-        let sound = std::fs::read(&path).unwrap();
-        let stream = Noise::new(13).stream("fuzz", Purpose::Shuffle);
-        for round in 0..500 {
-            let mut bytes = sound.clone();
-            let w = stream.words(round, 0);
-            if w[1].is_multiple_of(4) {
-                bytes.truncate(w[0] as usize % sound.len());
-            } else {
-                bytes[w[0] as usize % sound.len()] = w[2] as u8;
-            }
-            std::fs::write(&path, &bytes).unwrap();
-            let _ = read(Task::Cola, &path).map_err(|error| error.to_string());
-        }
-    }
-}
+mod fuzz;
+#[cfg(test)]
+mod tests;

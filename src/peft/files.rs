@@ -36,7 +36,7 @@ impl AdapterFile {
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let path = dir.join(CONFIG_FILE);
-        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = files::read_configuration(&path)?;
         let config = PeftConfig::parse(&text, &path)?;
         let weights = dir.join(WEIGHTS_FILE);
         if !weights.exists() && dir.join(PICKLE).exists() {
@@ -49,7 +49,7 @@ impl AdapterFile {
         let own = dir.join(OWN_FILE);
         let monteclora = match config.monteclora_config {
             Some(_) if own.exists() => {
-                let text = fs::read_to_string(&own).map_err(Error::io(&own))?;
+                let text = files::read_configuration(&own)?;
                 let malformed =
                     |e: serde_json::Error| Error::format_at(&own, e.line(), format!("malformed: {e}"));
                 Some(serde_json::from_str(&text).map_err(malformed)?)

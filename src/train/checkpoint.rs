@@ -162,7 +162,11 @@ impl Checkpoints {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(Error::io(&*self.dir)(error)),
         };
-        let step = |name: std::ffi::OsString| name.to_str()?.strip_prefix("step-")?.parse().ok();
+        // A stranger's `step-7` is no place of ours, and neither is `step-+0000007`.
+        let step = |name: std::ffi::OsString| {
+            let step = name.to_str()?.strip_prefix("step-")?.parse().ok()?;
+            (self.place(step).file_name() == Some(&name)).then_some(step)
+        };
         let mut steps: Vec<usize> = entries.flatten().filter_map(|entry| step(entry.file_name())).collect();
         steps.sort_unstable();
         Ok(steps)
@@ -251,11 +255,11 @@ impl State {
                 format!("expected version {VERSION} of step {step}, found version {version} of step {of}");
             return Err(Error::format(path, reason));
         }
-        Self::sort(
-            numbers,
-            candle_core::safetensors::load(dir.join(TENSORS), &Device::Cpu)?,
-            &dir.join(TENSORS),
-        )
+        let path = dir.join(TENSORS);
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu);
+        let tensors =
+            tensors.map_err(|e| Error::format(&path, format!("its tensors cannot be read: {e}")))?;
+        Self::sort(numbers, tensors, &path)
     }
 
     /// Tensors by their kinds.
@@ -336,5 +340,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))
 }
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -300,6 +300,8 @@ fn check_relative(name: &str) -> std::result::Result<(), String> {
     Ok(())
 }
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(all(test, feature = "hub"))]
 mod remote_tests;
 #[cfg(all(test, feature = "hub"))]

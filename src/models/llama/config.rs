@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// `candle-transformers`' configuration and what training needs beyond it.
 #[derive(Debug, Clone)]
@@ -56,8 +57,12 @@ impl LlamaConfig {
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let value = serde_json::from_str(&text)
+        Self::parse(files::read_configuration(path)?.as_bytes(), path)
+    }
+
+    /// The same from the file's bytes; `path` only names it in errors.
+    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
+        let value = serde_json::from_slice(text)
             .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
         Self::from_value(value).map_err(|e| Error::format(path, e.to_string()))
     }
@@ -103,7 +108,7 @@ impl LlamaConfig {
             return Err(Error::config(*name, "must be positive"));
         }
         let heads = c.num_attention_heads;
-        if !c.hidden_size.is_multiple_of(2 * heads) {
+        if !c.hidden_size.is_multiple_of(heads.saturating_mul(2)) {
             let reason = format!("{heads} heads do not divide {} into even widths", c.hidden_size);
             return Err(Error::config("num_attention_heads", reason));
         }
@@ -203,7 +208,7 @@ impl Extra {
         let size = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0) as usize;
         let (hidden, heads) = (size("hidden_size"), size("num_attention_heads"));
         match self.head_dim {
-            Some(dim) if dim * heads != hidden => {
+            Some(dim) if dim.checked_mul(heads) != Some(hidden) => {
                 let reason = format!("{heads} heads of {dim} do not make a hidden_size of {hidden}");
                 Err(Error::config("head_dim", reason))
             }
@@ -318,6 +323,8 @@ mod tests {
             ("attention_bias", json!(true)),
             ("mlp_bias", json!(true)),
             ("head_dim", json!(64)),
+            ("head_dim", json!(u64::MAX)),
+            ("num_attention_heads", json!(1u64 << 63)),
             ("num_attention_heads", json!(7)),
             ("num_key_value_heads", json!(5)),
             ("vocab_size", json!(0)),

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Which of the two encoders a checkpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,9 +110,13 @@ impl RobertaConfig {
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        Self::parse(files::read_configuration(path)?.as_bytes(), path)
+    }
+
+    /// The same from the file's bytes; `path` only names it in errors.
+    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let config: Self =
-            serde_json::from_str(&text).map_err(|e| Error::format_at(path, e.line(), e.to_string()))?;
+            serde_json::from_slice(text).map_err(|e| Error::format_at(path, e.line(), e.to_string()))?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }

@@ -118,6 +118,36 @@ fn what_a_killed_run_left_half_written_goes_with_the_next_checkpoint() -> Result
 }
 
 #[test]
+fn folders_that_are_no_checkpoints_of_ours_are_left_alone() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = checkpoints(dir.path());
+    checkpoints.save(&state(1)?)?;
+    for stranger in ["step-9", "step-+0000009", "step-last", "step-0000000001"] {
+        fs::create_dir(checkpoints.dir.join(stranger)).unwrap();
+    }
+    assert_eq!(checkpoints.steps()?, [1]);
+    checkpoints.save(&state(2)?)?;
+    assert_eq!(checkpoints.steps()?, [1, 2]);
+    assert!(checkpoints.dir.join("step-9").is_dir());
+    Ok(())
+}
+
+#[test]
+fn tensors_that_cannot_be_read_are_named_with_their_file() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = checkpoints(dir.path());
+    checkpoints.save(&state(1)?)?;
+    let place = checkpoints.place(1);
+    // With a manifest that fits: no damage, but no such file either.
+    fs::write(place.join(TENSORS), "no tensors").unwrap();
+    let sums = [STATE, TENSORS].map(|name| (name.to_string(), Sum::of(&place.join(name)).unwrap()));
+    write_json(&place.join(MANIFEST), &BTreeMap::from(sums))?;
+    let error = State::read(&place, 1).unwrap_err().to_string();
+    assert!(error.contains(TENSORS) && error.contains("its tensors cannot be read"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn settings_must_agree_but_for_what_is_named() -> Result<()> {
     let dir = temporary();
     let of = |pairs: &[(&str, &str)]| -> Settings {

@@ -1,0 +1,289 @@
+//! What must hold of a parquet file before its decoder may read it.
+//!
+//! The decoder takes memory by the numbers that it finds in the footer and in the header of each
+//! page, and follows the schema by recursion. In a damaged file these numbers are of any size, and
+//! a lack of memory or of stack ends the process: no `catch_unwind` helps. So the numbers are read
+//! here first, by a reader of Thrift's compact protocol that keeps nothing.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+
+use ::parquet::basic::Type as Physical;
+use ::parquet::file::metadata::ParquetMetaData;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// How deep groups of columns, and structures of the footer, may lie in each other.
+const DEPTH: usize = 32;
+/// The most that a page may hold once it is decompressed: this, or the multiple of its compressed
+/// size below. Writers make pages of about one megabyte.
+const PAGE: u64 = 16 << 20;
+const EXPANSION: u64 = 64;
+/// What each value of a dictionary takes at least, but for short ones of fixed length.
+const VALUE: u64 = 4;
+
+/// Checks the schema in the footer: each group has as many columns as it says, and few lie in each
+/// other.
+pub(super) fn check_footer(file: &File) -> Result<()> {
+    let mut tail = [0; 8];
+    let end = len(file)?.checked_sub(8).ok_or("it is too short")?;
+    reader(file, end)?.read_exact(&mut tail).map_err(|e| e.to_string())?;
+    let length = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
+    if &tail[4..] != b"PAR1" {
+        return Err("it does not end as such a file does".to_string());
+    }
+    let start =
+        end.checked_sub(length).ok_or_else(|| format!("a footer of {length} bytes does not fit in it"))?;
+    let mut thrift = Thrift { source: reader(file, start)?.take(length), read: 0 };
+    thrift.structure(DEPTH, |thrift, field| match field {
+        (2, LIST) => schema(thrift).map(|()| true),
+        _ => Ok(false),
+    })
+}
+
+/// The list of the schema's elements, each group before its members.
+fn schema(thrift: &mut Thrift<impl Read>) -> Result<()> {
+    let (kind, mut left) = thrift.list()?;
+    // How many members the groups around an element still miss, the innermost last.
+    let mut open: Vec<u64> = Vec::new();
+    while left > 0 {
+        left -= 1;
+        let mut members = 0;
+        if kind != STRUCT {
+            return Err("its schema is no list of columns".to_string());
+        }
+        thrift.structure(DEPTH, |thrift, field| match field {
+            (5, I32) => thrift.number().map(|number| {
+                members = number;
+                true
+            }),
+            _ => Ok(false),
+        })?;
+        let members = u64::try_from(members).map_err(|_| format!("a group of {members} columns"))?;
+        if members > left {
+            return Err(format!("a group of {members} columns, where the schema has {left} more"));
+        }
+        while open.last() == Some(&0) {
+            open.pop();
+        }
+        if let Some(missing) = open.last_mut() {
+            *missing -= 1;
+        }
+        if members > 0 {
+            open.push(members);
+        }
+        if open.len() > DEPTH {
+            return Err(format!("more than {DEPTH} groups in each other"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks the pages of the columns of these names: that they lie in the file, and that what they
+/// say they hold fits what is there.
+pub(super) fn check_pages(file: &File, metadata: &ParquetMetaData, names: &[&str]) -> Result<()> {
+    let size = len(file)?;
+    for column in metadata.row_groups().iter().flat_map(|group| group.columns()) {
+        let name = column.column_path().parts().first().map_or("", String::as_str);
+        if !names.contains(&name) {
+            continue;
+        }
+        let outside = || format!("column {name:?} lies outside the file");
+        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+        let mut at = u64::try_from(start).map_err(|_| outside())?;
+        let length = u64::try_from(column.compressed_size()).map_err(|_| outside())?;
+        let end = at.checked_add(length).filter(|end| *end <= size).ok_or_else(outside)?;
+        let short = column.column_type() == Physical::FIXED_LEN_BYTE_ARRAY;
+        while at < end {
+            let mut thrift = Thrift { source: reader(file, at)?.take(end - at), read: 0 };
+            let page = Page::read(&mut thrift)?;
+            page.check(if short { 1 } else { VALUE })
+                .map_err(|reason| format!("column {name:?}: {reason}"))?;
+            at = at.saturating_add(thrift.read).saturating_add(page.compressed);
+            if at > end {
+                return Err(format!("column {name:?} ends within a page"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The numbers of a page's header.
+#[derive(Default)]
+struct Page {
+    compressed: u64,
+    uncompressed: u64,
+    dictionary: u64,
+    encoding: i64,
+}
+
+impl Page {
+    fn read(thrift: &mut Thrift<impl Read>) -> Result<Self> {
+        let mut page = Self::default();
+        let number = |thrift: &mut Thrift<_>| {
+            let number = thrift.number()?;
+            u64::try_from(number).map_err(|_| format!("a page with {number} bytes or values"))
+        };
+        thrift.structure(DEPTH, |thrift, field| {
+            match field {
+                (2, I32) => page.uncompressed = number(thrift)?,
+                (3, I32) => page.compressed = number(thrift)?,
+                (5, STRUCT) => thrift.one_number(2, &mut page.encoding)?,
+                (7, STRUCT) => {
+                    let mut values = 0;
+                    thrift.one_number(1, &mut values)?;
+                    page.dictionary =
+                        u64::try_from(values).map_err(|_| format!("a dictionary of {values} values"))?;
+                }
+                (8, STRUCT) => thrift.one_number(4, &mut page.encoding)?,
+                _ => return Ok(false),
+            }
+            Ok(true)
+        })?;
+        Ok(page)
+    }
+
+    fn check(&self, value: u64) -> Result<()> {
+        let Self { compressed, uncompressed, dictionary, encoding } = *self;
+        if uncompressed > PAGE.max(compressed.saturating_mul(EXPANSION)) {
+            return Err(format!("a page of {compressed} bytes that says it holds {uncompressed}"));
+        }
+        if dictionary.saturating_mul(value) > uncompressed {
+            return Err(format!("a dictionary of {dictionary} values in {uncompressed} bytes"));
+        }
+        // Their decoders take memory by a number within the page. The hub's files have neither.
+        match encoding {
+            6 => Err("the encoding DELTA_LENGTH_BYTE_ARRAY is not supported".to_string()),
+            7 => Err("the encoding DELTA_BYTE_ARRAY is not supported".to_string()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn len(file: &File) -> Result<u64> {
+    file.metadata().map(|metadata| metadata.len()).map_err(|e| e.to_string())
+}
+
+/// The file from this place on.
+fn reader(file: &File, start: u64) -> Result<BufReader<&File>> {
+    let mut source = file;
+    source.seek(SeekFrom::Start(start)).map_err(|e| e.to_string())?;
+    Ok(BufReader::with_capacity(512, source))
+}
+
+const I32: u8 = 5;
+const LIST: u8 = 9;
+const STRUCT: u8 = 12;
+
+/// Thrift's compact protocol: <https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>.
+struct Thrift<R> {
+    source: R,
+    /// How many bytes were read.
+    read: u64,
+}
+
+impl<R: Read> Thrift<R> {
+    fn byte(&mut self) -> Result<u8> {
+        let mut byte = [0];
+        self.source.read_exact(&mut byte).map_err(|e| e.to_string())?;
+        self.read += 1;
+        Ok(byte[0])
+    }
+
+    fn unsigned(&mut self) -> Result<u64> {
+        let mut value = 0;
+        for shift in (0..70).step_by(7) {
+            let byte = self.byte()?;
+            value |= u64::from(byte & 0x7f).checked_shl(shift).unwrap_or(0);
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err("a number that does not end".to_string())
+    }
+
+    fn number(&mut self) -> Result<i64> {
+        let value = self.unsigned()?;
+        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
+    }
+
+    /// The kind of a list's elements, and how many there are.
+    fn list(&mut self) -> Result<(u8, u64)> {
+        let byte = self.byte()?;
+        let count = if byte >> 4 == 15 { self.unsigned()? } else { u64::from(byte >> 4) };
+        Ok((byte & 0x0f, count))
+    }
+
+    /// Calls `visit` with each field's number and kind; what it says it has not read is passed over.
+    fn structure(
+        &mut self,
+        depth: usize,
+        mut visit: impl FnMut(&mut Self, (i64, u8)) -> Result<bool>,
+    ) -> Result<()> {
+        let depth = depth.checked_sub(1).ok_or("structures that lie too deep in each other")?;
+        let mut id = 0i64;
+        loop {
+            let byte = self.byte()?;
+            let kind = byte & 0x0f;
+            if kind == 0 {
+                return Ok(());
+            }
+            id = if byte >> 4 == 0 { self.number()? } else { id.wrapping_add(i64::from(byte >> 4)) };
+            if !visit(self, (id, kind))? {
+                self.skip(kind, true, depth)?;
+            }
+        }
+    }
+
+    /// A structure of which one number counts.
+    fn one_number(&mut self, id: i64, number: &mut i64) -> Result<()> {
+        self.structure(DEPTH, |thrift, field| match field == (id, I32) {
+            true => thrift.number().map(|found| {
+                *number = found;
+                true
+            }),
+            false => Ok(false),
+        })
+    }
+
+    /// Passes over a value. Truth values are in a field's kind, and a byte in a list.
+    fn skip(&mut self, kind: u8, in_field: bool, depth: usize) -> Result<()> {
+        match kind {
+            1 | 2 if in_field => Ok(()),
+            1..=3 => self.bytes(1),
+            4..=6 => self.unsigned().map(drop),
+            7 => self.bytes(8),
+            8 => {
+                let length = self.unsigned()?;
+                self.bytes(length)
+            }
+            LIST | 10 => {
+                let (kind, count) = self.list()?;
+                let depth = depth.checked_sub(1).ok_or("lists that lie too deep in each other")?;
+                (0..count).try_for_each(|_| self.skip(kind, false, depth))
+            }
+            11 => {
+                let count = self.unsigned()?;
+                let kinds = if count == 0 { 0 } else { self.byte()? };
+                let depth = depth.checked_sub(1).ok_or("maps that lie too deep in each other")?;
+                (0..count).try_for_each(|_| {
+                    self.skip(kinds >> 4, false, depth)?;
+                    self.skip(kinds & 0x0f, false, depth)
+                })
+            }
+            STRUCT => self.structure(depth, |_, _| Ok(false)),
+            _ => Err(format!("a value of the unknown kind {kind}")),
+        }
+    }
+
+    fn bytes(&mut self, count: u64) -> Result<()> {
+        let passed = std::io::copy(&mut self.source.by_ref().take(count), &mut std::io::sink());
+        let passed = passed.map_err(|e| e.to_string())?;
+        self.read += passed;
+        if passed == count {
+            Ok(())
+        } else {
+            Err("it breaks off".to_string())
+        }
+    }
+}

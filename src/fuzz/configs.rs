@@ -1,0 +1,100 @@
+//! The configurations of models.
+
+use std::path::Path;
+
+use serde_json::{json, Value};
+
+use super::json::Documents;
+use super::{Input, Reader, Rng};
+use crate::models::llama::LlamaConfig;
+use crate::models::roberta::RobertaConfig;
+use crate::models::sequence::SequenceConfig;
+
+fn reader(name: &'static str) -> Reader {
+    // They are read as trees, each of which takes a hundred times its text at worst; there is a limit
+    // to the text.
+    Reader { name, cost: 1, fixed: 64 << 10, times: 512, names: "config.json".to_string() }
+}
+
+fn roberta() -> Value {
+    json!({"model_type": "roberta", "vocab_size": 50265, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1, "classifier_dropout": null, "max_position_embeddings": 514,
+        "type_vocab_size": 1, "layer_norm_eps": 1e-05, "pad_token_id": 1, "initializer_range": 0.02,
+        "position_embedding_type": "absolute", "id2label": {"0": "no", "1": "yes"}})
+}
+
+fn llama() -> Vec<Value> {
+    let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let old = json!({"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "hidden_act": "silu",
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "rope_scaling": scaling,
+        "head_dim": 128, "pad_token_id": -1, "eos_token_id": [128001, 128008], "attention_bias": false,
+        "attention_dropout": 0.0, "tie_word_embeddings": false, "num_labels": 3, "bos_token_id": 128000});
+    let mut new = old.clone();
+    new["rope_parameters"] =
+        json!({"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0});
+    new["rope_scaling"] = Value::Null;
+    vec![old, new]
+}
+
+fn documents(seeds: Vec<Value>) -> Documents {
+    let values =
+        ["roberta", "llama", "bert", "camembert", "gelu", "silu", "llama3", "default"].map(Value::from);
+    let names = ["head_dim", "type", "rope_type", "rope_parameters", "id2label", "num_labels", "9", "factor"];
+    Documents::new(seeds, values.to_vec(), &names)
+}
+
+/// What an accepted configuration is asked for must be there.
+fn use_roberta(config: &RobertaConfig) {
+    assert!(config.max_length() > 0 && config.hidden_size.is_multiple_of(config.num_attention_heads));
+    assert!(config.pad_id() < u32::MAX && config.head_dropout() < 1.0);
+}
+
+fn use_llama(config: &LlamaConfig) {
+    assert!(config.head_dim() >= 2 && config.head_dim().is_multiple_of(2));
+    assert!((config.pad_id() as usize) < config.decoder.vocab_size);
+}
+
+#[test]
+fn encoders() {
+    let path = Path::new("config.json");
+    let documents = documents(vec![roberta()]);
+    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
+    let read = |input: &Input| RobertaConfig::parse(&input.files[0], path).map(|config| use_roberta(&config));
+    read(&Input::one(0, roberta().to_string().into_bytes())).unwrap();
+    reader("roberta_config").run(make, read);
+}
+
+#[test]
+fn decoders() {
+    let path = Path::new("config.json");
+    let documents = documents(llama());
+    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
+    let read = |input: &Input| LlamaConfig::parse(&input.files[0], path).map(|config| use_llama(&config));
+    for seed in llama() {
+        read(&Input::one(0, seed.to_string().into_bytes())).unwrap();
+    }
+    reader("llama_config").run(make, read);
+}
+
+#[test]
+fn classifiers() {
+    let path = Path::new("config.json");
+    let seeds: Vec<Value> = llama().into_iter().chain([roberta()]).collect();
+    let documents = documents(seeds.clone());
+    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
+    let read = |input: &Input| {
+        let config = SequenceConfig::parse(&input.files[0], path, 2)?;
+        // What it is written as is read again.
+        let written = config.to_json().to_string();
+        SequenceConfig::parse(written.as_bytes(), path, 2).map(|again| {
+            assert_eq!((again.vocab_size(), again.max_length()), (config.vocab_size(), config.max_length()));
+        })
+    };
+    for seed in seeds {
+        read(&Input::one(0, seed.to_string().into_bytes())).unwrap();
+    }
+    reader("sequence_config").run(make, read);
+}

@@ -1,0 +1,240 @@
+//! Bad files: every reader of outside data, fed with spoilt copies of sound files.
+//!
+//! A reader must end in a value or in an error that names the file: it must not panic, hang, take
+//! more memory than a small multiple of the file's size, or open what lies outside the folder it
+//! was given. Each reader has one test here or beside it, all of them with `fuzz` in their path:
+//!
+//! - an ordinary run of the tests tries some thousand inputs of each;
+//! - `MONTECLORA_FUZZ_INPUTS=1000000` sets the number for a reader of cost 1, and divides it by the
+//!   cost for the others;
+//! - input `i` of a reader is a pure function of the reader's name and `i`
+//!   ([`crate::noise`]), so that `MONTECLORA_FUZZ_FIRST=i MONTECLORA_FUZZ_INPUTS=1` repeats one.
+//!
+//! This lives in the library's own test binary, for two reasons: half of the readers are private,
+//! and another binary would link all of candle once more. Memory is counted by this binary's
+//! allocator ([`memory`]) for each thread by itself, so that tests beside a reader do not disturb
+//! its count.
+
+mod adapters;
+mod configs;
+pub(crate) mod json;
+mod memory;
+mod mutate;
+pub(crate) mod tensors;
+mod texts;
+
+use std::cell::RefCell;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{mpsc, Arc};
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::noise::{Noise, Purpose};
+pub(crate) use mutate::{bytes, Rng};
+
+/// The inputs of a reader of cost 1 in an ordinary run.
+const INPUTS: u64 = 60_000;
+/// What one input may take. A busy machine may stop a thread for longer: a slow input is timed
+/// again, and the fastest of three counts.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// When an input counts as hanging: the process is ended then, since a thread cannot be.
+const HANG: Duration = Duration::from_secs(60);
+/// How many failures are collected before a reader is given up.
+const ENOUGH: usize = 8;
+
+/// A reader and what it may take.
+pub(crate) struct Reader {
+    /// Its name, which every input depends on.
+    pub name: &'static str,
+    /// What one of its inputs costs, in those of the cheapest readers.
+    pub cost: u64,
+    /// The memory in bytes that it may take whatever the size of the file.
+    pub fixed: usize,
+    /// The memory that it may take beyond, in multiples of the file's size.
+    pub times: usize,
+    /// What each of its errors must contain: the name of the file or of its folder.
+    pub names: String,
+}
+
+/// One input: files, and a choice that the reader has beside them.
+pub(crate) struct Input {
+    pub kind: usize,
+    pub files: Vec<Vec<u8>>,
+}
+
+impl Input {
+    pub fn one(kind: usize, file: Vec<u8>) -> Self {
+        Self { kind, files: vec![file] }
+    }
+}
+
+impl Reader {
+    /// Reads as many inputs as the environment asks for.
+    ///
+    /// # Panics
+    /// If one of them fails; the message names them all by their index.
+    pub fn run(&self, make: impl Fn(&mut Rng) -> Input, read: impl Fn(&Input) -> Result<()>) {
+        let first = setting("MONTECLORA_FUZZ_FIRST").unwrap_or(0);
+        let count = setting("MONTECLORA_FUZZ_INPUTS").unwrap_or(INPUTS).div_ceil(self.cost);
+        let stream = Noise::new(2024).stream(&format!("fuzz.{}", self.name), Purpose::Shuffle);
+        let watch = Watch::new(self.name);
+        let start = Instant::now();
+        let (mut tried, mut accepted) = (0u64, 0u64);
+        let (mut most, mut slowest) = ((0, 0, 0), (Duration::ZERO, 0));
+        let mut failures: Vec<String> = Vec::new();
+        for index in first..first + count {
+            let input = make(&mut Rng::new(stream, index));
+            let size: usize = input.files.iter().map(Vec::len).sum();
+            let limit = self.fixed + self.times * size;
+            watch.at.store(index, Ordering::Relaxed);
+            let mut attempts = 0;
+            let (found, peak, took) = loop {
+                let clock = Instant::now();
+                let (found, peak) = memory::peak((self.name, index), 4 * limit + (256 << 20), || {
+                    catch_unwind(AssertUnwindSafe(|| read(&input).map_err(|error| error.to_string())))
+                });
+                let took = clock.elapsed();
+                attempts += 1;
+                if took <= PATIENCE || attempts == 3 {
+                    break (found, peak, took);
+                }
+            };
+            tried += 1;
+            most = most.max((peak, size, index));
+            slowest = slowest.max((took, index));
+            let complaint = match found {
+                Err(panic) => Some(format!("it panicked: {}", message(&*panic))),
+                Ok(Err(error)) if !error.contains(&self.names) => {
+                    Some(format!("the error names no file: {error}"))
+                }
+                _ if peak > limit => Some(format!("it took {peak} bytes for a file of {size}")),
+                _ if took > PATIENCE => Some(format!("it took {took:?}")),
+                Ok(found) => {
+                    accepted += u64::from(found.is_ok());
+                    None
+                }
+            };
+            failures.extend(complaint.map(|complaint| format!("input {index}: {complaint}")));
+            if failures.len() >= ENOUGH {
+                break;
+            }
+        }
+        println!(
+            "fuzz {}: {tried} inputs from {first}, {accepted} accepted, {:.1} s; most memory: {} bytes for {} \
+             (input {}); slowest: {:?} (input {})",
+            self.name,
+            start.elapsed().as_secs_f64(),
+            most.0,
+            most.1,
+            most.2,
+            slowest.0,
+            slowest.1,
+        );
+        assert!(failures.is_empty(), "{}:\n{}", self.name, failures.join("\n"));
+    }
+}
+
+/// A number of the environment.
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: {text:?} is no number")))
+}
+
+/// What a panic said.
+fn message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no text)")
+}
+
+/// Ends the process when a reader stays at one input.
+struct Watch {
+    at: Arc<AtomicU64>,
+    _running: mpsc::Sender<()>,
+}
+
+impl Watch {
+    fn new(name: &'static str) -> Self {
+        let (running, ended) = mpsc::channel();
+        let at = Arc::new(AtomicU64::new(u64::MAX));
+        let seen = at.clone();
+        std::thread::spawn(move || {
+            let mut before = u64::MAX;
+            while ended.recv_timeout(HANG) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let now = seen.load(Ordering::Relaxed);
+                if now == before && now != u64::MAX {
+                    crate::testing::say(&format!("fuzz {name}: input {now} hangs"));
+                    std::process::abort();
+                }
+                before = now;
+            }
+        });
+        Self { at, _running: running }
+    }
+}
+
+/// A folder whose files are written anew for each input, where they differ from those before.
+pub(crate) struct Folder {
+    root: tempfile::TempDir,
+    names: Vec<&'static str>,
+    last: RefCell<Vec<Option<Vec<u8>>>>,
+}
+
+impl Folder {
+    pub fn new(names: &[&'static str]) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("inside")).unwrap();
+        Self { root, names: names.to_vec(), last: RefCell::new(vec![None; names.len()]) }
+    }
+
+    /// The folder that readers are given.
+    pub fn path(&self) -> PathBuf {
+        self.root.path().join("inside")
+    }
+
+    /// The folder around it, which they must not look into.
+    pub fn outside(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// Writes the files of an input.
+    pub fn put(&self, input: Input) -> Input {
+        let mut last = self.last.borrow_mut();
+        for ((name, last), bytes) in self.names.iter().zip(last.iter_mut()).zip(&input.files) {
+            if last.as_ref() != Some(bytes) {
+                std::fs::write(self.path().join(name), bytes).unwrap();
+                *last = Some(bytes.clone());
+            }
+        }
+        input
+    }
+}
+
+#[test]
+fn an_input_is_a_function_of_its_name_and_index() {
+    let of = |name: &str, index| {
+        let stream = Noise::new(2024).stream(name, Purpose::Shuffle);
+        bytes(&mut Rng::new(stream, index), &[b"some bytes".to_vec(), b"and others".to_vec()], &["x"])
+    };
+    assert_eq!(of("a", 3), of("a", 3));
+    assert!((0..20).any(|i| of("a", i) != of("b", i)) && (0..20).any(|i| of("a", i) != of("a", i + 1)));
+}
+
+#[test]
+fn what_a_reader_must_not_do_is_found() {
+    let failure = |read: &(dyn Fn(&Input) -> Result<()> + std::panic::RefUnwindSafe)| {
+        let reader = Reader { name: "bad", cost: u64::MAX, fixed: 1000, times: 2, names: "x.txt".into() };
+        let make = |_: &mut Rng| Input::one(0, vec![0; 10]);
+        let panic = catch_unwind(|| reader.run(make, read)).unwrap_err();
+        message(&*panic).to_string()
+    };
+    assert!(failure(&|_| panic!("oh")).contains("it panicked: oh"));
+    assert!(failure(&|_| Err(crate::Error::format("y.txt", "no"))).contains("the error names no file"));
+    let greedy = |_: &Input| {
+        drop(std::hint::black_box(vec![1u8; 2000]));
+        Ok(())
+    };
+    assert!(failure(&greedy).contains("bytes for a file of 10"));
+}

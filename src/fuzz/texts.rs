@@ -1,0 +1,118 @@
+//! The readers of task data that is text: TSV, JSON lines, instructions.
+
+use std::path::Path;
+
+use serde_json::{json, Value};
+
+use super::json::Documents;
+use super::{bytes, Input, Reader, Rng};
+use crate::data::task::Task;
+use crate::data::{glue, instruct, superglue};
+
+fn reader(name: &'static str, file: &str) -> Reader {
+    Reader { name, cost: 1, fixed: 64 << 10, times: 32, names: file.to_string() }
+}
+
+#[test]
+fn glue_tables() {
+    let seeds = [
+        (Task::Cola, "gj04\t0\t*\tOne \"two.\ngj04\t1\t\tThree caf\u{e9}s.\n"),
+        (Task::Sst2, "sentence\tlabel\nfun . \t1\nno fun\t0\n"),
+        (Task::Mrpc, "\u{feff}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\t\"a\tb\r\n"),
+        (Task::Rte, "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n\n"),
+        (Task::Qnli, "index\tquestion\tsentence\tlabel\n0\tq\ts\tentailment"),
+        (Task::Mnli, "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction"),
+        (Task::Stsb, "index\tsentence1\tsentence2\tscore\n0\ta\tb\t3.750\n1\tc\td\t0"),
+        (
+            Task::Qqp,
+            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tbroken\n1\t2\t3\ta\tb\t1\n",
+        ),
+    ];
+    let path = Path::new("x.tsv");
+    let texts: Vec<Vec<u8>> = seeds.iter().map(|(_, text)| text.as_bytes().to_vec()).collect();
+    for (task, text) in seeds {
+        glue::read_from(task, text.as_bytes(), path).unwrap();
+    }
+    let tokens = [
+        "\t", "\n", "\r\n", "\u{feff}", "\"", "\u{0}", "1", "-1", "nan", "1e9", "label", "\t\t\t\t", "a\tb\n",
+    ];
+    let make = |rng: &mut Rng| {
+        let kind = rng.below(seeds.len());
+        // Mostly the task's own table.
+        let from = if rng.once_in(8) { &texts[..] } else { std::slice::from_ref(&texts[kind]) };
+        Input::one(kind, bytes(rng, from, &tokens))
+    };
+    let read = |input: &Input| glue::read_from(seeds[input.kind].0, &input.files[0][..], path).map(drop);
+    reader("glue", "x.tsv").run(make, read);
+}
+
+#[test]
+fn superglue_lines() {
+    let seeds = [
+        (
+            Task::Wic,
+            json!({"word": "bed", "sentence1": "A bed.", "sentence2": "Sea bed.", "idx": 0, "label": false}),
+        ),
+        (Task::BoolQ, json!({"question": "is it", "passage": "It is.", "idx": 0, "label": true})),
+        (Task::Rte, json!({"premise": "A.", "hypothesis": "B.", "label": "not_entailment", "idx": 0})),
+    ];
+    let path = Path::new("x.jsonl");
+    let names = ["word", "label", "question", "passage", "premise", "hypothesis", "sentence1"];
+    let documents: Vec<Documents> = seeds
+        .iter()
+        .map(|(_, seed)| Documents::new(vec![seed.clone()], vec![json!("entailment")], &names))
+        .collect();
+    for (task, seed) in &seeds {
+        superglue::read_from(*task, seed.to_string().as_bytes(), path).unwrap();
+    }
+    let make = |rng: &mut Rng| {
+        let kind = rng.below(seeds.len());
+        let sound = format!("{}\n", seeds[kind].1);
+        let line = documents[kind].text(rng);
+        Input::one(kind, if rng.once_in(2) { [sound.as_bytes(), &line].concat() } else { line })
+    };
+    let read = |input: &Input| superglue::read_from(seeds[input.kind].0, &input.files[0][..], path).map(drop);
+    reader("superglue", "x.jsonl").run(make, read);
+}
+
+#[test]
+fn instructions() {
+    use instruct::Format::{Code, Gsm8k, Instruct, Text};
+    let choice = json!({"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
+        "input": "", "output": "the correct answer is answer2", "answer": "answer2"});
+    let seeds = [
+        (Instruct, choice),
+        (Gsm8k, json!({"question": "1 + 1?", "answer": "It is 2.\n#### 2"})),
+        (
+            Code,
+            json!({"prompt": "def f():\n", "canonical_solution": "    pass", "entry_point": "f", "test": "check(f)"}),
+        ),
+        (Text, json!({"text": "Once upon a time."})),
+    ];
+    let path = Path::new("x.json");
+    let names =
+        ["instruction", "input", "output", "answer", "question", "prompt", "entry_point", "test", "text"];
+    let values: Vec<Value> = ["Answer format:", "Answer format: a/b/answer2", "answer1", "///", " ", "1f"]
+        .map(Value::from)
+        .into_iter()
+        .chain([
+            json!(format!("Answer format: {}answer2", "a/".repeat(500))),
+            json!("x".repeat(2000) + "answer2"),
+        ])
+        .collect();
+    // As a line, and as an array of rows.
+    let documents: Vec<Documents> = seeds
+        .iter()
+        .map(|(_, seed)| Documents::new(vec![seed.clone(), json!([seed, seed])], values.clone(), &names))
+        .collect();
+    for (format, seed) in &seeds {
+        instruct::read_from(seed.to_string().as_bytes(), path, *format).unwrap();
+        instruct::read_from(json!([seed]).to_string().as_bytes(), path, *format).unwrap();
+    }
+    let make = |rng: &mut Rng| {
+        let kind = rng.below(seeds.len());
+        Input::one(kind, documents[kind].text(rng))
+    };
+    let read = |input: &Input| instruct::read_from(&input.files[0][..], path, seeds[input.kind].0).map(drop);
+    reader("instruct", "x.json").run(make, read);
+}
