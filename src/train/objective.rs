@@ -144,7 +144,7 @@ pub trait Observer {
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
 
     /// Is told that the present parameters, those of `step`, are the best so far, or without
-    /// [`TrainConfig::keep_best`] merely the last evaluated: the moment to save them, since a run
+    /// [`keep_best`](super::TrainConfig::keep_best) merely the last evaluated: the moment to save them, since a run
     /// may die of what no error reports.
     ///
     /// # Errors
