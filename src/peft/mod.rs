@@ -141,6 +141,8 @@ impl AdapterFile {
             return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
         }
         let rank = self.config.rank_of(path)?;
+        // Its patterns are wanted later: one that is no expression is found here, with the file.
+        self.config.alpha_of(path)?;
         let components = match (&self.config.monteclora_config, &layer.sampler) {
             (Some(fields), Some(_)) => fields.num_samples,
             (None, None) => 0,

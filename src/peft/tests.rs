@@ -238,6 +238,7 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ),
         ("lora_dropout", json!(1.0), "lora_dropout"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern"),
+        ("alpha_pattern", json!({"(": 3}), "alpha_pattern: \"^(?:.*\\\\.)?(?:()$\" is no regular expression"),
         ("rank_pattern", json!({"value": 0}), "rank_pattern: \"value\": a rank of 0"),
         ("rank_pattern", json!([1]), "object of patterns"),
         ("target_modules", json!("("), "target_modules"),

@@ -174,6 +174,12 @@ impl AdamW {
                 let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());
                 return Err(Error::tensor(name, reason));
             }
+            let floats = [DType::F64, DType::F32, DType::F16, DType::BF16];
+            if let Some(other) = [first, second].into_iter().find(|moment| !floats.contains(&moment.dtype()))
+            {
+                let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
+                return Err(Error::tensor(name, reason));
+            }
             // NaN and infinity times zero are NaN, and so is the root of a negative square.
             let zero = ((first * 0.0)?.sum_all()? + (second.sqrt()? * 0.0)?.sum_all()?)?;
             if zero.to_dtype(DType::F64)?.to_scalar::<f64>()? != 0.0 {

@@ -182,6 +182,9 @@ fn moments_that_do_not_fit_are_named_and_change_nothing() -> Result<()> {
     assert!(error.contains("tensor z: there is no parameter"), "{error}");
     let error = refusal(&[("w", Moments { second: good.second.narrow(0, 0, 2)?, ..good.clone() })]);
     assert!(error.contains("tensor w: expected moments of shape [3], got [2]"), "{error}");
+    let integers = good.second.to_dtype(DType::U32)?;
+    let error = refusal(&[("w", Moments { second: integers, ..good.clone() })]);
+    assert!(error.contains("tensor w: expected moments of F64, F32, F16 or BF16, got U32"), "{error}");
     for bad in [
         Moments { first: values(f64::NAN)?, ..good.clone() },
         Moments { first: values(f64::INFINITY)?, ..good.clone() },
