@@ -289,11 +289,12 @@ impl Setup {
         // Before anything else can fail.
         keep()?;
         if let Some(dir) = out.filter(|_| args.merged || name == "full") {
-            // Of this very run, which was killed after it was written.
-            if args.train.resume && dir.join("model").is_dir() {
-                std::fs::remove_dir_all(dir.join("model"))?;
+            let dir = dir.join("model");
+            // It appears whole or not at all, and it may be somebody else's: never removed here.
+            match args.train.resume && dir.is_dir() {
+                true => println!("{}: it is there already and stays as it is", dir.display()),
+                false => save_merged(&model, &params, &self.files, None, &dir, MAX_SHARD_BYTES)?,
             }
-            save_merged(&model, &params, &self.files, None, &dir.join("model"), MAX_SHARD_BYTES)?;
         }
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Only MonteCLoRA has a posterior to draw from.

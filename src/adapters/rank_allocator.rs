@@ -204,7 +204,8 @@ fn update(seen: Option<&Importance>, now: &Tensor, config: &AdaLoraConfig) -> Re
     let blend = |old: Option<&Tensor>, new: &Tensor, decay: f64| -> Result<Tensor> {
         let new = (new * (1.0 - decay))?;
         Ok(match old {
-            Some(old) => ((old * decay)? + new)?,
+            // Of a checkpoint, it may lie on another device.
+            Some(old) => ((old.to_device(new.device())? * decay)? + new)?,
             None => new,
         })
     };

@@ -233,6 +233,7 @@ fn plan<'a>(
                 has_head = true;
                 name
             }
+            Role::Prompt => return Err(Error::tensor(name, "virtual tokens are no weight of the model")),
             _ => continue,
         };
         trained.insert(name, param.var.as_detached_tensor());
