@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
-use common::watch::{say, Watch};
+use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::{Batch, Batcher};
@@ -125,14 +125,9 @@ fn tune(
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
     let keep = || out.map_or(Ok(()), |dir| classifier.save(model, dir));
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
+    let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, &start));
     let params = &classifier.params;
-    let summary = match out {
-        Some(dir) => {
-            let checkpoints = args.train.checkpoints(dir, model, &start);
-            train::fit_with_checkpoints(&objective, params, &config, &mut watch, &checkpoints)?
-        }
-        None => train::fit(&objective, params, &config, &mut watch)?,
-    };
+    let summary = watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref())?;
     watch.bar.finish_and_clear();
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
@@ -157,7 +152,7 @@ fn tune(
     }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = out {
-        files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
+        files::write_json(&dir.join("metrics.json"), &metrics)?;
         classifier.save(model, dir)?;
     }
     Ok(metrics)

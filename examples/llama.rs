@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::options::{Log, MethodOptions, TrainOptions};
 use common::tasks::TaskOptions;
-use common::watch::{say, Watch};
+use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::Batcher;
@@ -275,13 +275,8 @@ impl Setup {
                 let objective = CausalTuning { model: &model, upkeep, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
                 let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
-                match out {
-                    Some(dir) => {
-                        let checkpoints = args.train.checkpoints(dir, &self.model, &start);
-                        train::fit_with_checkpoints(&objective, &params, &config, &mut watch, &checkpoints)?
-                    }
-                    None => train::fit(&objective, &params, &config, &mut watch)?,
-                }
+                let checkpoints = out.map(|dir| args.train.checkpoints(dir, &self.model, &start));
+                watch::fit(&objective, &params, &config, &mut watch, checkpoints.as_ref())?
             }
         };
         watch.bar.finish_and_clear();
@@ -315,7 +310,7 @@ impl Setup {
             println!("{name}, {weights}: {}", metrics[*weights]);
         }
         if let Some(dir) = out {
-            files::write(&dir.join("metrics.json"), serde_json::to_string_pretty(&metrics)?.as_bytes())?;
+            files::write_json(&dir.join("metrics.json"), &metrics)?;
         }
         Ok(metrics)
     }

@@ -329,7 +329,7 @@ fn save(
     let halves = halves.iter().map(|(name, tensor)| (name.clone(), tensor));
     files::write_safetensors(&dir.join("model.safetensors"), halves)?;
     files::write(&dir.join("tokenizer.json"), tokenizer.to_string(false)?.as_bytes())?;
-    files::write(&dir.join("config.json"), serde_json::to_string_pretty(&json)?.as_bytes())?;
-    files::write(&dir.join("pretraining.json"), serde_json::to_string_pretty(summary)?.as_bytes())?;
+    files::write_json(&dir.join("config.json"), &json)?;
+    files::write_json(&dir.join("pretraining.json"), summary)?;
     Ok(())
 }

@@ -99,7 +99,7 @@ fn run() -> Outcome {
     });
     println!("{}", serde_json::to_string_pretty(&table)?);
     if let Some(path) = &args.output {
-        files::write(path, serde_json::to_string_pretty(&table)?.as_bytes())?;
+        files::write_json(path, &table)?;
     }
     Ok(())
 }

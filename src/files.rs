@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use safetensors::View;
+use serde::Serialize;
 
 use crate::error::{Error, Result};
 
@@ -34,6 +35,15 @@ pub(crate) fn read_configuration(path: &Path) -> Result<String> {
 /// If it cannot be written; the error names it.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
+}
+
+/// Writes a value as the JSON file `path`, indented, whole or not at all.
+///
+/// # Errors
+/// If it cannot be written, or has no JSON; the error names the file.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
+    write(path, text.as_bytes())
 }
 
 /// Writes tensors as the safetensors file `path`, whole or not at all, tensor after tensor.

@@ -1,8 +1,8 @@
 //! What watches a run of the examples: progress bar, log, signals.
 
 use indicatif::ProgressBar;
-use monteclora::train::{Observer, Record};
-use monteclora::{Error, Result};
+use monteclora::train::{self, Checkpoints, Objective, Observer, Record, Summary, TrainConfig};
+use monteclora::{Error, Params, Result};
 
 use super::interrupt;
 use super::options::Log;
@@ -61,6 +61,20 @@ impl Observer for Watch<'_> {
 
     fn stop(&self) -> bool {
         interrupt::requested()
+    }
+}
+
+/// Trains, with checkpoints where there are to be some.
+pub fn fit(
+    objective: &dyn Objective,
+    params: &Params,
+    config: &TrainConfig,
+    watch: &mut Watch,
+    checkpoints: Option<&Checkpoints>,
+) -> Result<Summary> {
+    match checkpoints {
+        Some(checkpoints) => train::fit_with_checkpoints(objective, params, config, watch, checkpoints),
+        None => train::fit(objective, params, config, watch),
     }
 }
 

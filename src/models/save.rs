@@ -76,11 +76,7 @@ pub fn save_merged(
     copy_companions(source, &partial)?;
     let path = partial.join("config.json");
     match config {
-        Some(config) => {
-            let text =
-                serde_json::to_string_pretty(config).map_err(|e| Error::format(&path, e.to_string()))?;
-            files::write(&path, text.as_bytes())?;
-        }
+        Some(config) => files::write_json(&path, config)?,
         None => copy(source.config_path(), &path)?,
     }
     write_shards(&entries, &partial, max_shard_bytes, &failure)?;
@@ -309,9 +305,7 @@ fn write_shards(
     }
     if count > 1 {
         let index = json!({ "metadata": { "total_size": total }, "weight_map": places });
-        let path = dir.join("model.safetensors.index.json");
-        let text = serde_json::to_string_pretty(&index).map_err(|e| Error::format(&path, e.to_string()))?;
-        files::write(&path, text.as_bytes())?;
+        files::write_json(&dir.join("model.safetensors.index.json"), &index)?;
     }
     Ok(())
 }

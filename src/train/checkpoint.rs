@@ -136,12 +136,11 @@ impl Checkpoints {
             // Out of sight first: half removed, it would look damaged.
             let hidden = self.dir.join(format!("{PARTIAL}old-{old}"));
             fs::rename(self.place(*old), &hidden).map_err(Error::io(self.place(*old)))?;
-            fs::remove_dir_all(&hidden).map_err(Error::io(&*hidden))?;
         }
-        Ok(())
+        self.sweep()
     }
 
-    /// Removes what killed runs left half-written.
+    /// Removes what is out of sight: old checkpoints, and what killed runs left half-written.
     fn sweep(&self) -> Result<()> {
         for entry in fs::read_dir(&self.dir).map_err(Error::io(&*self.dir))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
@@ -229,9 +228,9 @@ impl State {
 
     fn write(&self, dir: &Path) -> Result<()> {
         files::write_safetensors(&dir.join(TENSORS), self.tensors())?;
-        write_json(&dir.join(STATE), &Numbers { version: VERSION, ..self.numbers.clone() })?;
+        files::write_json(&dir.join(STATE), &Numbers { version: VERSION, ..self.numbers.clone() })?;
         let sums = [STATE, TENSORS].map(|name| Ok((name.to_string(), Sum::of(&dir.join(name))?)));
-        write_json(&dir.join(MANIFEST), &sums.into_iter().collect::<Result<BTreeMap<_, _>>>()?)
+        files::write_json(&dir.join(MANIFEST), &sums.into_iter().collect::<Result<BTreeMap<_, _>>>()?)
     }
 
     /// Reads the checkpoint in `dir`, which claims to be of this step.
@@ -328,11 +327,6 @@ fn sync_folder(dir: &Path) -> Result<()> {
         true => File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir)),
         false => Ok(()),
     }
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
-    files::write(path, text.as_bytes())
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {

@@ -120,10 +120,7 @@ impl Classifier {
         };
         // The weights come last: a folder that has them is whole.
         copy_companions(&self.files, dir)?;
-        let path = dir.join("config.json");
-        let config = serde_json::to_string_pretty(&self.config.to_json());
-        let config = config.map_err(|e| Error::format(&path, e.to_string()))?;
-        files::write(&path, config.as_bytes())?;
+        files::write_json(&dir.join("config.json"), &self.config.to_json())?;
         let weights = self.params.all();
         let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
         files::write_safetensors(&dir.join("model.safetensors"), named)

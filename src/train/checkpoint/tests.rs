@@ -141,7 +141,7 @@ fn tensors_that_cannot_be_read_are_named_with_their_file() -> Result<()> {
     // With a manifest that fits: no damage, but no such file either.
     fs::write(place.join(TENSORS), "no tensors").unwrap();
     let sums = [STATE, TENSORS].map(|name| (name.to_string(), Sum::of(&place.join(name)).unwrap()));
-    write_json(&place.join(MANIFEST), &BTreeMap::from(sums))?;
+    files::write_json(&place.join(MANIFEST), &BTreeMap::from(sums))?;
     let error = State::read(&place, 1).unwrap_err().to_string();
     assert!(error.contains(TENSORS) && error.contains("its tensors cannot be read"), "{error}");
     Ok(())
