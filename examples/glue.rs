@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::options::{Log, MethodOptions, TrainOptions};
+use common::options::{check_apart, Log, MethodOptions, TrainOptions};
 use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
@@ -21,7 +21,7 @@ use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::train::{self, Classification, Classifier, Evaluation, Predictions};
+use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions};
 use monteclora::{files, Noise};
 use serde_json::{json, Value};
 
@@ -96,6 +96,7 @@ fn tune(
     name: &str,
     out: Option<&Path>,
 ) -> Outcome<Value> {
+    interrupt::check(0)?;
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
     let files = common::download::model_files(model)?;
@@ -105,7 +106,10 @@ fn tune(
     let rows = encoder.encode(args.train.limit(&data.train))?;
 
     let noise = Noise::new(args.train.seed);
-    let (start, dtype) = (args.method.start(name)?, common::dtype(&args.dtype)?);
+    let (start, dtype) = (args.method.start(name, out)?, common::dtype(&args.dtype)?);
+    if let (Method::Full, Some(out)) = (start.method(), out) {
+        check_apart("--model", Path::new(model), &out.join("model"))?;
+    }
     let mut classifier = Classifier::load(&files, task.num_labels(), &start, noise, dtype, &device)?;
     classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
     let mut dev = Vec::new();
@@ -125,7 +129,8 @@ fn tune(
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
     let keep = || out.map_or(Ok(()), |dir| classifier.save(model, dir));
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
-    let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, &start));
+    let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
+    let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     let params = &classifier.params;
     let summary = watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref())?;
     watch.bar.finish_and_clear();

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::options::{Log, MethodOptions, TrainOptions};
+use common::options::{check_apart, Log, MethodOptions, TrainOptions};
 use common::tasks::TaskOptions;
 use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
@@ -30,7 +30,7 @@ use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
+use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::params::Role;
 use monteclora::peft::{self, AdapterFile, Origin, Profile};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
@@ -234,6 +234,7 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
 impl Setup {
     /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
     fn tune(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
+        interrupt::check(0)?;
         common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
         let device = common::device(&args.device)?;
@@ -246,9 +247,16 @@ impl Setup {
         };
         let mut model = LlamaForCausalLM::load(base, config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
-        let start = args.method.start(name)?;
+        let start = args.method.start(name, out)?;
         let upkeep = start.inject(&mut model, &params)?;
 
+        let whole = out.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
+        if let Some(dir) = &whole {
+            check_apart("--model", Path::new(&self.model), dir)?;
+            if !(args.train.resume && dir.is_dir()) {
+                check_merged(&model, &params, dir)?;
+            }
+        }
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
         let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
@@ -275,7 +283,8 @@ impl Setup {
                 let objective = CausalTuning { model: &model, upkeep, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
                 let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
-                let checkpoints = out.map(|dir| args.train.checkpoints(dir, &self.model, &start));
+                let held_out = data.held_out.iter().flat_map(Tokens::numbers);
+                let checkpoints = out.map(|dir| args.train.checkpoints(dir, &self.model, held_out));
                 watch::fit(&objective, &params, &config, &mut watch, checkpoints.as_ref())?
             }
         };
@@ -283,14 +292,14 @@ impl Setup {
 
         // Before anything else can fail.
         keep()?;
-        if let Some(dir) = out.filter(|_| args.merged || name == "full") {
-            let dir = dir.join("model");
+        if let Some(dir) = &whole {
             // It appears whole or not at all, and it may be somebody else's: never removed here.
             match args.train.resume && dir.is_dir() {
                 true => println!("{}: it is there already and stays as it is", dir.display()),
-                false => save_merged(&model, &params, &self.files, None, &dir, MAX_SHARD_BYTES)?,
+                false => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
             }
         }
+        interrupt::check(summary.steps)?;
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Only MonteCLoRA has a posterior to draw from.
         let draws = if name == "monteclora" { args.posterior_samples } else { 0 };

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -35,6 +35,46 @@ pub(crate) fn read_configuration(path: &Path) -> Result<String> {
 /// If it cannot be written; the error names it.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
+}
+
+/// Removes from the folder `dir` what processes that were killed left half-written: temporary files
+/// of this module and folders of [`save_merged`](crate::models::save::save_merged). For a folder that
+/// nobody else writes into; of one that is not there it does nothing.
+///
+/// # Errors
+/// If the folder cannot be read, or an entry not removed; the error names it.
+pub fn sweep(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(dir)(error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let removed = match is_half(&name) {
+            false => Ok(()),
+            true if path.is_dir() => fs::remove_dir_all(&path),
+            true => fs::remove_file(&path),
+        };
+        removed.map_err(Error::io(&*path))?;
+    }
+    Ok(())
+}
+
+/// Whether a name is `*.tmp-PID-COUNT` or `.*.PID.partial`.
+fn is_half(name: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let file = name.rsplit_once(".tmp-").and_then(|(_, unique)| unique.split_once('-'));
+    let folder = name.strip_prefix('.').and_then(|name| name.strip_suffix(".partial"));
+    file.is_some_and(|(process, count)| number(process) && number(count))
+        || folder.and_then(|name| name.rsplit_once('.')).is_some_and(|(_, process)| number(process))
+}
+
+/// The place of the folder `dir` while it is written.
+pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
+    let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))
 }
 
 /// Writes a value as the JSON file `path`, indented, whole or not at all.
@@ -121,6 +161,23 @@ mod tests {
         drop(Pending::write(path.clone(), b"three").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        sweep(&dir.path().join("nowhere")).unwrap();
+        let pending = Pending::write(dir.path().join("a.txt"), b"half").unwrap();
+        fs::create_dir_all(partial_folder(&dir.path().join("model")).join("deep")).unwrap();
+        let others = ["a.txt", "b.tmp-1", "c.tmp-x-1", ".model.partial", "model.1.partial", ".m.x1.partial"];
+        for name in others {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::mem::forget(pending);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len() + 2);
+        sweep(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len());
+        assert!(others.iter().all(|name| dir.path().join(name).exists()));
     }
 
     #[test]

@@ -286,6 +286,16 @@ impl Slot {
     }
 }
 
+/// The dtype of the first linear layer's base, where there is one.
+pub(crate) fn base_dtype(model: &dyn Linears) -> Option<DType> {
+    let mut dtype = None;
+    let looked = model.visit_linears(&mut |slot| {
+        dtype = dtype.or(Some(slot.base().weight().dtype()));
+        Ok(())
+    });
+    looked.ok().and(dtype)
+}
+
 /// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a
 /// folder of the name.
 ///

@@ -1,30 +1,29 @@
 //! SIGINT and SIGTERM: the first asks the run to stop after its step, the second ends it at once.
+//! SIGHUP stays as it is, so that `nohup` works: it ends the process, and the newest checkpoint stands.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use super::Outcome;
 
 /// The signal that came, 0 before.
-fn signal() -> &'static Arc<AtomicUsize> {
-    static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
-    SIGNAL.get_or_init(Arc::default)
-}
+static SIGNAL: AtomicUsize = AtomicUsize::new(0);
 
 /// Begins to listen.
 #[cfg(unix)]
 pub fn listen() -> Outcome {
     use signal_hook::consts::{SIGINT, SIGTERM};
-    use std::sync::atomic::AtomicBool;
+    use signal_hook::iterator::Signals;
 
-    let again = Arc::new(AtomicBool::new(false));
-    for number in [SIGINT, SIGTERM] {
-        // In this order: the first signal finds the flag down.
-        signal_hook::flag::register_conditional_shutdown(number, 128 + number, again.clone())?;
-        signal_hook::flag::register(number, again.clone())?;
-        signal_hook::flag::register_usize(number, signal().clone(), number as usize)?;
-    }
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    std::thread::spawn(move || {
+        for number in signals.forever() {
+            if SIGNAL.swap(number as usize, Ordering::Relaxed) != 0 {
+                std::process::exit(128 + number);
+            }
+            eprintln!("stopping as soon as nothing is lost by it; once more to stop at once");
+        }
+    });
     Ok(())
 }
 
@@ -36,7 +35,7 @@ pub fn listen() -> Outcome {
 
 /// Whether the run is to stop.
 pub fn requested() -> bool {
-    signal().load(Ordering::Relaxed) != 0
+    SIGNAL.load(Ordering::Relaxed) != 0
 }
 
 /// Stops between two parts of a run that have nothing to save.
@@ -49,5 +48,5 @@ pub fn check(step: usize) -> monteclora::Result<()> {
 
 /// The exit status of a run that a signal stopped: 130 and 143.
 pub fn exit_code() -> ExitCode {
-    ExitCode::from(128 + signal().load(Ordering::Relaxed) as u8)
+    ExitCode::from(128 + SIGNAL.load(Ordering::Relaxed) as u8)
 }

@@ -1,13 +1,15 @@
 //! Command-line options that the fine-tuning examples share.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
-use monteclora::train::{Checkpoints, Method, OnNonFinite, Schedule, Settings, Start, TrainConfig};
+use monteclora::train::{
+    fingerprint, Checkpoints, Method, OnNonFinite, Schedule, Settings, Start, TrainConfig,
+};
 use monteclora::{files, Error, MonteCLoRAConfig};
 use serde::Serialize;
 use serde_json::{json, Value};
@@ -82,8 +84,11 @@ impl MethodOptions {
         })
     }
 
-    /// What the method of this name starts from.
-    pub fn start(&self, name: &str) -> Outcome<Start> {
+    /// What the method of this name starts from, in a run that writes below `out`.
+    pub fn start(&self, name: &str, out: Option<&Path>) -> Outcome<Start> {
+        if let (Some(dir), Some(out)) = (&self.adapter, out) {
+            check_apart("--adapter", dir, &out.join("adapter"))?;
+        }
         Ok(match &self.adapter {
             Some(dir) if self.post_hoc => {
                 Start::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
@@ -141,6 +146,17 @@ impl MethodOptions {
             kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
             ..preset
         })
+    }
+}
+
+/// Refuses a run that would write over the folder that it starts from.
+pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
+    match (source.canonicalize(), target.canonicalize()) {
+        (Ok(source), Ok(target)) if source == target => {
+            let why = "the run would write over what it starts from: give another --output";
+            Err(format!("{option} {}: {why}", source.display()).into())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -223,10 +239,15 @@ impl TrainOptions {
         })
     }
 
-    /// Where a run below `out` keeps its checkpoints. It goes on if the model and what is trained on it
-    /// are the same.
-    pub fn checkpoints(&self, out: &Path, model: &str, start: &Start) -> Checkpoints {
-        let settings = [("model", model.to_string()), ("start", format!("{:?}", start.method()))];
+    /// Where a run below `out` keeps its checkpoints. It goes on if, beside what the library compares, the
+    /// model and the rows that it is evaluated on are the same.
+    pub fn checkpoints(
+        &self,
+        out: &Path,
+        model: &str,
+        held_out: impl IntoIterator<Item = u32>,
+    ) -> Checkpoints {
+        let settings = [("model", model.to_string()), ("held_out", fingerprint(held_out))];
         let settings = settings.map(|(name, value)| (name.to_string(), value));
         Checkpoints {
             keep: self.keep,
@@ -257,13 +278,26 @@ impl Log {
         Ok(Self { path: dir.join("log.jsonl"), file: None })
     }
 
+    /// Removes what a run before this one, killed, left half-written in the log's folder.
+    pub fn sweep(&self) -> monteclora::Result<()> {
+        let out = self.path.parent().unwrap_or(Path::new("."));
+        [out, &out.join("adapter"), &out.join("model")].into_iter().try_for_each(files::sweep)
+    }
+
     /// Keeps the lines of the first `done` steps and opens the file for those after them.
     pub fn start(&mut self, done: usize) -> monteclora::Result<()> {
-        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
-        let step = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
-        let kept = text.lines().filter(|line| step(line).is_some_and(|step| step <= done as u64));
-        let kept: String = kept.map(|line| format!("{line}\n")).collect();
-        files::write(&self.path, kept.as_bytes())?;
+        let log = match std::fs::read(&self.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            log => log.map_err(Error::io(&*self.path))?,
+        };
+        // A line that a kill cut, or a disk damaged, is the one that is lost.
+        let step = |line: &[u8]| serde_json::from_slice::<Value>(line).ok()?["step"].as_u64();
+        let lines = log.split(|byte| *byte == b'\n');
+        let kept = lines.filter(|line| step(line).is_some_and(|step| step <= done as u64));
+        files::write(
+            &self.path,
+            &kept.flat_map(|line| [line, b"\n"]).flatten().copied().collect::<Vec<_>>(),
+        )?;
         let file = File::options().append(true).open(&self.path);
         self.file = Some(file.map_err(Error::io(&*self.path))?);
         Ok(())

@@ -27,16 +27,20 @@ impl Watch<'_> {
 
 impl Observer for Watch<'_> {
     fn start(&mut self, total_steps: usize, done: usize) -> Result<()> {
+        interrupt::check(done)?;
         self.bar.set_length(total_steps as u64);
         self.bar.set_position(done as u64);
         if done > 0 {
             say(&self.bar, &format!("{}: goes on after step {done}", self.bar.prefix()));
         }
-        self.log(|log| log.start(done))
+        self.log(|log| {
+            log.sweep()?;
+            log.start(done)
+        })
     }
 
-    fn damaged(&mut self, why: &str) {
-        say(&self.bar, &format!("a checkpoint cannot be read: {why}"));
+    fn warned(&mut self, what: &str) {
+        say(&self.bar, &format!("warning: {what}"));
     }
 
     fn step(&mut self, record: &Record) -> Result<()> {

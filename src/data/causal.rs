@@ -25,6 +25,12 @@ impl Tokens {
     pub fn targets(&self) -> usize {
         self.learnt.iter().skip(1).filter(|learnt| **learnt).count()
     }
+
+    /// All that the row says, as numbers: for a [`fingerprint`](crate::train::fingerprint).
+    pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        let learnt = self.learnt.iter().map(|learnt| u32::from(*learnt));
+        self.ids.iter().copied().chain(learnt).chain([u32::MAX])
+    }
 }
 
 /// The rows that were encoded, and what became of the others.

@@ -23,6 +23,17 @@ pub struct Encoded {
     pub row: usize,
 }
 
+impl Encoded {
+    /// All that the row says, as numbers: for a [`fingerprint`](crate::train::fingerprint).
+    pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        let label = match self.label {
+            Label::Class(class) => class,
+            Label::Score(score) => score.to_bits(),
+        };
+        self.ids.iter().copied().chain([u32::MAX, label])
+    }
+}
+
 /// Checks that a model has an embedding for every id of a tokenizer: one of another model makes
 /// ids that only some texts hold, and that a GPU looks up without a check.
 ///

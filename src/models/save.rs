@@ -60,11 +60,8 @@ pub fn save_merged(
     dir: &Path,
     max_shard_bytes: usize,
 ) -> Result<()> {
-    if fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
-        return Err(Error::format(dir, "it exists; give a new or an empty folder"));
-    }
-    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+    check_free(dir)?;
+    let partial = files::partial_folder(dir);
     // What a killed process of the same number left would be taken for ours.
     fs::remove_dir_all(&partial).ok();
     fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
@@ -86,6 +83,31 @@ pub fn save_merged(
     fs::rename(&partial, dir).map_err(Error::io(dir))?;
     std::mem::forget(remove);
     Ok(())
+}
+
+/// Checks, before anything is trained, what [`save_merged`] would refuse afterwards.
+///
+/// # Errors
+/// If a method's adapters or virtual tokens cannot become weights, or `dir` exists and is not an empty
+/// folder.
+pub fn check_merged(model: &dyn Linears, params: &Params, dir: &Path) -> Result<()> {
+    check_free(dir)?;
+    params.all().iter().try_for_each(|(name, param)| check_role(name, param.role))?;
+    model.visit_linears(&mut |slot| slot.merged_layer().map(drop))
+}
+
+fn check_free(dir: &Path) -> Result<()> {
+    match fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
+        true => Err(Error::format(dir, "it exists; give a new or an empty folder")),
+        false => Ok(()),
+    }
+}
+
+fn check_role(name: &str, role: Role) -> Result<()> {
+    match role {
+        Role::Prompt => Err(Error::tensor(name, "virtual tokens are no weight of the model")),
+        _ => Ok(()),
+    }
 }
 
 /// Copies the files that make a checkpoint's folder usable beside its configuration and weights (the
@@ -222,6 +244,7 @@ fn plan<'a>(
     let whole = |name: String| if bare { format!("{body}{name}") } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
+        check_role(&name, param.role)?;
         // A bare checkpoint trains under its own names.
         let name = match param.role {
             Role::Base => whole(name),
@@ -229,7 +252,6 @@ fn plan<'a>(
                 has_head = true;
                 name
             }
-            Role::Prompt => return Err(Error::tensor(name, "virtual tokens are no weight of the model")),
             _ => continue,
         };
         trained.insert(name, param.var.as_detached_tensor());

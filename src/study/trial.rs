@@ -100,7 +100,7 @@ impl Trial<'_> {
         }
         result.steps = summary.steps;
         cost.seconds = summary.seconds;
-        cost.step_seconds_median = summary.step_seconds_median;
+        cost.step_seconds_median = summary.step_seconds_median.unwrap_or_default();
         cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
         let held = Held {
             classifier,

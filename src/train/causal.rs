@@ -126,11 +126,10 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn settings(&self) -> Settings {
-        let numbers = self.rows.iter().flat_map(|row| {
-            let learnt = row.learnt.iter().map(|learnt| u32::from(*learnt));
-            row.ids.iter().copied().chain(learnt).chain([u32::MAX])
-        });
-        checkpoint::settings(&self.batcher, numbers)
+        let mut settings =
+            checkpoint::settings(&self.batcher, self.model, self.rows.iter().flat_map(Tokens::numbers));
+        settings.extend(self.upkeep.settings().clone());
+        settings
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -14,7 +14,6 @@ use super::upkeep::Upkeep;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
-use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::inject;
@@ -240,15 +239,10 @@ impl Objective for Classification<'_> {
     }
 
     fn settings(&self) -> Settings {
-        let numbers = self.rows.iter().flat_map(|row| {
-            let label = match row.label {
-                Label::Class(class) => class,
-                Label::Score(score) => score.to_bits(),
-            };
-            row.ids.iter().copied().chain([u32::MAX, label])
-        });
-        let mut settings = checkpoint::settings(&self.batcher, numbers);
-        settings.insert("method".to_string(), format!("{:?}", self.classifier.method));
+        let Classifier { model, upkeep, .. } = self.classifier;
+        let numbers = self.rows.iter().flat_map(Encoded::numbers);
+        let mut settings = checkpoint::settings(&self.batcher, model.as_ref(), numbers);
+        settings.extend(upkeep.settings().clone());
         settings
     }
 

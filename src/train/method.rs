@@ -1,5 +1,6 @@
 //! The ways to fine-tune, behind one name.
 
+use super::checkpoint::Settings;
 use super::upkeep::Upkeep;
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
@@ -139,11 +140,22 @@ impl Start {
                 named::remove(model, TRAINED, params)?;
             }
         }
-        match self.method() {
-            Method::MonteCLoRA(config) => Ok(Upkeep::of_posterior(&config)),
-            Method::AdaLora(config) => Upkeep::of_budget(model, &config),
-            _ => Ok(Upkeep::default()),
-        }
+        let upkeep = match self.method() {
+            Method::MonteCLoRA(config) => Upkeep::of_posterior(&config),
+            Method::AdaLora(config) => Upkeep::of_budget(model, &config)?,
+            _ => Upkeep::default(),
+        };
+        Ok(upkeep.with_settings(self.settings()))
+    }
+
+    /// What a run must find unchanged to go on: the method's constants and the layers that it is on.
+    fn settings(&self) -> Settings {
+        let targets = match self {
+            Self::Fresh(_, targets) => format!("{targets:?}"),
+            Self::Adapter(file) | Self::PostHoc(file, _) => format!("{:?}", file.config),
+        };
+        let settings = [("method", format!("{:?}", self.method())), ("targets", targets)];
+        settings.map(|(name, value)| (name.to_string(), value)).into()
     }
 }
 

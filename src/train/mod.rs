@@ -17,7 +17,7 @@ mod update;
 mod upkeep;
 
 pub use causal::{causal_loss, held_out_loss, token_log_probabilities, CausalTuning};
-pub use checkpoint::{Checkpoints, Settings};
+pub use checkpoint::{fingerprint, Checkpoints, Settings};
 pub use classifier::{Classification, Classifier};
 pub use config::{OnNonFinite, TrainConfig};
 pub use evaluate::{batches, Evaluation, Predictions};

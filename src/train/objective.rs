@@ -113,8 +113,9 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Is told of a checkpoint that cannot be read, and why, before an older one is taken.
-    fn damaged(&mut self, _why: &str) {}
+    /// Is told of what went wrong without ending the run: a damaged checkpoint, before an older one is
+    /// taken, or an old one that cannot be removed.
+    fn warned(&mut self, _what: &str) {}
 
     /// Whether the run is to stop, which is asked after every step.
     fn stop(&self) -> bool {
@@ -161,8 +162,9 @@ pub struct Summary {
     pub steps: usize,
     /// Wall time, evaluations included, of all parts of a run that was resumed.
     pub seconds: f64,
-    /// The median wall time of a step since the last start, evaluations excluded.
-    pub step_seconds_median: f64,
+    /// The median wall time of a step since the last start, evaluations excluded; none where a run that
+    /// was at its end was resumed.
+    pub step_seconds_median: Option<f64>,
     /// The step whose parameters were kept.
     pub kept_step: usize,
     /// Steps that were left out because something was not finite.

@@ -85,9 +85,10 @@ fn run(
         clock: Instant::now(),
         seconds: Vec::new(),
     };
+    let _lock = checkpoints.map(Checkpoints::lock).transpose()?;
     let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
-    if let Some(Found { state, damaged }) = found {
-        damaged.iter().for_each(|why| observer.damaged(why));
+    if let Some(Found { state, warnings }) = found {
+        warnings.iter().for_each(|what| observer.warned(what));
         run.go_on(state)?;
     }
     observer.start(total, run.at.step)?;
@@ -160,7 +161,9 @@ impl Run<'_> {
                 if let Some(checkpoints) = self.checkpoints {
                     let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
                     if due || stops || step == self.total {
-                        checkpoints.save(&self.state()?)?;
+                        if let Some(what) = checkpoints.save(&self.state()?)? {
+                            observer.warned(&what);
+                        }
                     }
                 }
                 if stops && step < self.total {
@@ -254,8 +257,12 @@ impl Run<'_> {
                 format!("the checkpoint is of step {}, the run ends with {}", numbers.step, self.total);
             return Err(Error::config("epochs", reason));
         }
-        if let Some((name, _)) = self.params.all().iter().find(|(name, _)| !params.contains_key(name)) {
+        let present = self.params.all();
+        if let Some((name, _)) = present.iter().find(|(name, _)| !params.contains_key(name)) {
             return Err(Error::tensor(name, "the checkpoint does not hold this parameter"));
+        }
+        if let Some(name) = params.keys().find(|name| self.params.get(name).is_none()) {
+            return Err(Error::tensor(name, "the checkpoint holds this parameter, the model does not"));
         }
         self.params.restore(&params)?;
         if !moments.is_empty() {
@@ -341,12 +348,10 @@ fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<
     Err(Error::NonFinite { step, term, value: norm, layer: None, rows })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
-    }
+    let middle = values.len().checked_sub(1)? / 2;
+    Some((values[middle] + values[values.len() / 2]) / 2.0)
 }
 
 #[cfg(test)]

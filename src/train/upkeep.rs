@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
 
+use super::checkpoint::Settings;
 use super::gradients::Gradients;
 use super::objective::Loss;
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
@@ -17,7 +18,10 @@ use crate::slot::{Linears, Pass};
 
 /// A method's part of training; the default is that of a method which has none.
 #[derive(Debug, Default)]
-pub struct Upkeep(Kind);
+pub struct Upkeep {
+    kind: Kind,
+    settings: Settings,
+}
 
 #[derive(Debug, Default)]
 enum Kind {
@@ -35,11 +39,17 @@ enum Kind {
     },
 }
 
+impl From<Kind> for Upkeep {
+    fn from(kind: Kind) -> Self {
+        Self { kind, settings: Settings::new() }
+    }
+}
+
 impl Upkeep {
     /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
     pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
         let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
-        Self(Kind::Posterior { regularizer: Regularizer::new(config), scaler })
+        Kind::Posterior { regularizer: Regularizer::new(config), scaler }.into()
     }
 
     /// That of AdaLoRA, whose adapters are on `model`.
@@ -48,7 +58,18 @@ impl Upkeep {
     /// As [`RankAllocator::new`].
     pub fn of_budget(model: &dyn Linears, config: &AdaLoraConfig) -> Result<Self> {
         let allocator = Mutex::new(RankAllocator::new(model, config)?);
-        Ok(Self(Kind::Budget { weight: config.orthogonal_weight, allocator }))
+        Ok(Kind::Budget { weight: config.orthogonal_weight, allocator }.into())
+    }
+
+    /// The same with these settings for [`Self::settings`].
+    pub fn with_settings(self, settings: Settings) -> Self {
+        Self { settings, ..self }
+    }
+
+    /// What a run must find unchanged to go on from a checkpoint: the method and where it is, if that
+    /// was told. [`Start::inject`](super::Start::inject) tells it.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The task's loss with the method's penalty.
@@ -56,7 +77,7 @@ impl Upkeep {
     /// # Errors
     /// If candle fails, or the model has no layer of the method.
     pub fn loss(&self, task: Tensor, model: &dyn Linears, pass: &Pass) -> Result<Loss> {
-        match &self.0 {
+        match &self.kind {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
             Kind::Posterior { regularizer, .. } => {
                 let penalty = regularizer.for_model(model, pass)?;
@@ -84,7 +105,7 @@ impl Upkeep {
     /// # Errors
     /// If the walk over the model fails.
     pub fn before_step(&self, model: &dyn Linears, step: usize, total: usize) -> Result<()> {
-        match &self.0 {
+        match &self.kind {
             Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(model, step, total),
             Kind::None | Kind::Budget { .. } => Ok(()),
         }
@@ -102,7 +123,7 @@ impl Upkeep {
         step: usize,
         total: usize,
     ) -> Result<()> {
-        match &self.0 {
+        match &self.kind {
             Kind::None => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
                 // Frozen (post-hoc), A has no gradient, and nothing that could fade.
@@ -119,7 +140,7 @@ impl Upkeep {
     /// # Errors
     /// If candle fails.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        match &self.0 {
+        match &self.kind {
             Kind::None => Ok(BTreeMap::new()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
             Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
@@ -131,7 +152,7 @@ impl Upkeep {
     /// # Errors
     /// If it is not the state of this method on this model.
     pub fn restore(&self, model: &dyn Linears, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        match &self.0 {
+        match &self.kind {
             Kind::None => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
             Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),

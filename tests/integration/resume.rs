@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use monteclora::adapters::{AdaLoraConfig, LoraConfig};
+use monteclora::adapters::{AdaLoraConfig, LoraConfig, PromptConfig};
 use monteclora::data::batch::Batcher;
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
 use monteclora::monteclora::ScalerSchedule;
+use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, Observer, Predictions,
     Record, Start, Summary, TrainConfig,
@@ -24,7 +25,7 @@ struct Watch {
     log: Vec<Record>,
     stop_after: Option<usize>,
     done: usize,
-    damaged: Vec<String>,
+    warnings: Vec<String>,
     scores: BTreeMap<usize, f64>,
 }
 
@@ -47,8 +48,8 @@ impl Observer for Watch {
         Ok(())
     }
 
-    fn damaged(&mut self, why: &str) {
-        self.damaged.push(why.to_string());
+    fn warned(&mut self, what: &str) {
+        self.warnings.push(what.to_string());
     }
 
     fn stop(&self) -> bool {
@@ -58,7 +59,7 @@ impl Observer for Watch {
 
 struct Run<'a> {
     files: &'a ModelFiles,
-    method: Method,
+    start: Start,
     dtype: DType,
     config: TrainConfig,
     checkpoints: Checkpoints,
@@ -78,9 +79,9 @@ struct End {
 impl Run<'_> {
     /// A process of its own, as far as the library can tell.
     fn go(&self, watch: &mut Watch) -> Outcome<(Classifier, monteclora::Result<Summary>)> {
-        let start = Start::Fresh(self.method.clone(), Targets::default());
-        let classifier = Classifier::load(self.files, 2, &start, Noise::new(4), self.dtype, &Device::Cpu)?;
-        let (rows, batcher) = (rows(41, false), Batcher::new(4, false, Noise::new(4))?);
+        let (noise, device) = (Noise::new(4), &Device::Cpu);
+        let classifier = Classifier::load(self.files, 2, &self.start, noise, self.dtype, device)?;
+        let (rows, batcher) = (rows(41, false), Batcher::new(4, false, noise)?);
         let objective = Classification { classifier: &classifier, rows: &rows, batcher };
         let (params, config) = (&classifier.params, &self.config);
         let outcome = fit_with_checkpoints(&objective, params, config, watch, &self.checkpoints);
@@ -110,7 +111,18 @@ fn run<'a>(files: &'a ModelFiles, method: &Method, accumulation: usize, dir: &Pa
     let config =
         TrainConfig { epochs: 2, lr: 5e-3, accumulation, eval_every: Some(3), ..TrainConfig::default() };
     let checkpoints = Checkpoints { resume: true, every: Some(2), ..Checkpoints::new(dir) };
-    Run { files, method: method.clone(), dtype: DType::F32, config, checkpoints }
+    let start = Start::Fresh(method.clone(), Targets::default());
+    Run { files, start, dtype: DType::F32, config, checkpoints }
+}
+
+/// A LoRA adapter that was trained somewhere, with its head.
+fn adapter(files: &ModelFiles, lora: &LoraConfig) -> Outcome<Box<AdapterFile>> {
+    let dir = tempfile::tempdir()?;
+    let (classifier, trained) =
+        run(files, &Method::Lora(lora.clone()), 1, &dir.path().join("run")).go(&mut Watch::default())?;
+    trained?;
+    classifier.save("base", dir.path())?;
+    Ok(Box::new(AdapterFile::read(dir.path().join("adapter"))?))
 }
 
 #[test]
@@ -118,22 +130,31 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
     let lora = LoraConfig { rank: 4, dropout: 0.1, ..LoraConfig::default() };
+    let adapter = adapter(&files, &lora)?;
     let bayes = MonteCLoRAConfig { rank: 4, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
     let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
-    let bayes = Method::MonteCLoRA(bayes);
-    let methods = [
-        Method::Full,
-        Method::Lora(lora),
+    let post_hoc = Start::PostHoc(adapter.clone(), bayes.clone());
+    let fresh = |method| Start::Fresh(method, Targets::default());
+    let bayes = fresh(Method::MonteCLoRA(bayes));
+    let starts = [
+        fresh(Method::Full),
+        fresh(Method::Lora(lora)),
         bayes.clone(),
-        Method::MonteCLoRA(adaptive),
-        Method::AdaLora(AdaLoraConfig::towards(2)),
+        fresh(Method::MonteCLoRA(adaptive)),
+        fresh(Method::AdaLora(AdaLoraConfig::towards(2))),
+        fresh(Method::Prompt(PromptConfig { virtual_tokens: 3 })),
+        Start::Adapter(adapter),
+        post_hoc,
     ];
-    let single = methods.iter().flat_map(|method| [1, 3].map(|a| (method, a, DType::F32)));
+    let single = starts.iter().flat_map(|start| [1, 3].map(|a| (start, a, DType::F32)));
     // Half-width bases: what is trained is in single precision all the same.
     let half = [DType::BF16, DType::F16].map(|dtype| (&bayes, 1, dtype));
-    for (method, accumulation, dtype) in single.chain(half) {
+    for (start, accumulation, dtype) in single.chain(half) {
         let (whole, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let of = |dir: &Path| Run { dtype, ..run(&files, method, accumulation, dir) };
+        let of = |dir: &Path| {
+            let run = run(&files, &start.method(), accumulation, dir);
+            Run { dtype, start: start.clone(), ..run }
+        };
         let expected = of(whole.path()).end(&mut Watch::default())?;
         let total = expected.log.len();
         assert_eq!(total, 2 * 11_usize.div_ceil(accumulation));
@@ -147,11 +168,11 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         }
         watch.stop_after = None;
         let end = run.end(&mut watch)?;
-        assert!(watch.done == total - 1 && watch.damaged.is_empty());
-        assert!(end == expected, "{method:?} {accumulation} {dtype:?}");
+        assert!(watch.done == total - 1 && watch.warnings.is_empty());
+        assert!(end == expected, "{start:?} {accumulation} {dtype:?}");
         // Once more: there is nothing left to do.
         let again = run.end(&mut watch)?;
-        assert!(again == expected, "{method:?} {accumulation}");
+        assert!(again == expected, "{start:?} {accumulation}");
     }
     Ok(())
 }
@@ -173,8 +194,11 @@ fn a_damaged_checkpoint_costs_the_steps_since_the_one_before() -> Outcome {
     std::fs::write(&newest, bytes)?;
     watch.stop_after = None;
     assert!(run.end(&mut watch)? == expected);
-    let damaged = &watch.damaged;
-    assert!(watch.done == 12 && damaged.len() == 1 && damaged[0].contains("step-00000014"), "{damaged:?}");
+    let warnings = &watch.warnings;
+    assert!(
+        watch.done == 12 && warnings.len() == 1 && warnings[0].contains("damaged-1-step-00000014"),
+        "{warnings:?}"
+    );
     Ok(())
 }
 
@@ -208,9 +232,31 @@ fn a_change_of_settings_is_named_and_made_only_if_it_is_meant() -> Outcome {
 
     let mut short = run(&files, &lora(4), 1, parts.path());
     short.config = TrainConfig { epochs: 1, lr: 1e-3, ..config };
-    short.checkpoints.changes = vec!["epochs".to_string()];
+    short.checkpoints.changes = vec!["epochs".to_string(), "accumulation".to_string()];
     short.go(&mut Watch { stop_after: Some(11), ..Watch::default() })?.1?;
     let over = Run { config: TrainConfig { accumulation: 11, ..short.config.clone() }, ..short };
-    assert!(refused(&over)?.contains("accumulation"));
+    assert!(refused(&over)?.contains("rows a step takes"));
+    Ok(())
+}
+
+#[test]
+fn other_targets_and_another_dtype_are_other_runs() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let parts = tempfile::tempdir()?;
+    let method = Method::Lora(LoraConfig { rank: 4, ..LoraConfig::default() });
+    let first = run(&files, &method, 1, parts.path());
+    first.go(&mut Watch { stop_after: Some(2), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
+    // The same shapes, another scale.
+    let alpha_pattern = [("query".to_string(), 1.0)].into();
+    let targets = Targets { alpha_pattern, ..Targets::default() };
+    let start = Start::Fresh(method.clone(), targets);
+    for (other, name) in [
+        (Run { start, ..run(&files, &method, 1, parts.path()) }, "targets"),
+        (Run { dtype: DType::BF16, ..run(&files, &method, 1, parts.path()) }, "dtype"),
+    ] {
+        let error = other.go(&mut Watch::default())?.1.err().ok_or("it was not refused")?.to_string();
+        assert!(error.starts_with(&format!("invalid {name}: the run in")), "{error}");
+    }
     Ok(())
 }

@@ -3,8 +3,10 @@
 //! A damaged file is found by its checksum. So most inputs here have a manifest that fits them, as
 //! from somebody who means harm, or from a version with a defect.
 
+use candle_core::{Device, Tensor};
 use serde_json::{json, Value};
 
+use super::state::{MANIFEST, STATE, TENSORS, VERSION};
 use super::*;
 use crate::fuzz::json::Documents;
 use crate::fuzz::tensors::{file, TensorFiles};

@@ -1,4 +1,11 @@
+use std::collections::HashSet;
+
+use candle_core::{Device, Tensor};
+
+use super::state::{Sum, MANIFEST, STATE, TENSORS, VERSION};
 use super::*;
+use crate::files;
+use crate::train::optim::Moments;
 
 fn checkpoints(dir: &Path) -> Checkpoints {
     Checkpoints { resume: true, ..Checkpoints::new(dir.join("run")) }
@@ -24,7 +31,20 @@ fn state(step: usize) -> Result<State> {
 }
 
 fn begin(checkpoints: &Checkpoints) -> Result<Option<Found>> {
+    let _lock = checkpoints.lock()?;
     checkpoints.begin(&[("lr".to_string(), "0.1".to_string())].into())
+}
+
+fn save(checkpoints: &Checkpoints, step: usize) -> Result<()> {
+    let _lock = checkpoints.lock()?;
+    assert_eq!(checkpoints.save(&state(step)?)?, None);
+    Ok(())
+}
+
+/// What is in the folder beside the lock.
+fn names(checkpoints: &Checkpoints) -> HashSet<String> {
+    let names = checkpoints.names().unwrap().into_iter().map(|name| name.into_string().unwrap());
+    names.filter(|name| name != LOCK).collect()
 }
 
 fn temporary() -> tempfile::TempDir {
@@ -37,11 +57,11 @@ fn a_state_comes_back_to_the_bit_and_the_oldest_go() -> Result<()> {
     let checkpoints = checkpoints(dir.path());
     assert!(begin(&checkpoints)?.is_none());
     for step in [2, 4, 10, 100_000_000] {
-        checkpoints.save(&state(step)?)?;
+        save(&checkpoints, step)?;
     }
     assert_eq!(checkpoints.steps()?, [10, 100_000_000]);
     let found = begin(&checkpoints)?.unwrap();
-    assert!(found.damaged.is_empty());
+    assert!(found.warnings.is_empty());
     let expected = state(100_000_000)?;
     assert_eq!(found.state.numbers, Numbers { version: VERSION, ..expected.numbers.clone() });
     let bits = |state: &State| -> Result<Vec<(String, Vec<u32>)>> {
@@ -50,9 +70,6 @@ fn a_state_comes_back_to_the_bit_and_the_oldest_go() -> Result<()> {
     };
     assert_eq!(bits(&found.state)?, bits(&expected)?);
     assert_eq!(found.state.moments["w"].steps, 100_000_000);
-    // A run that went back does not leave what it gave up.
-    checkpoints.save(&state(12)?)?;
-    assert_eq!(checkpoints.steps()?, [10, 12]);
     Ok(())
 }
 
@@ -60,7 +77,7 @@ fn a_state_comes_back_to_the_bit_and_the_oldest_go() -> Result<()> {
 fn without_leave_a_run_neither_goes_on_nor_begins_over_another() -> Result<()> {
     let dir = temporary();
     let checkpoints = Checkpoints { resume: false, ..checkpoints(dir.path()) };
-    checkpoints.save(&state(3)?)?;
+    save(&checkpoints, 3)?;
     let error = begin(&checkpoints).err().unwrap().to_string();
     assert!(error.contains("reached step 3: resume it, or give another folder"), "{error}");
     Ok(())
@@ -70,8 +87,8 @@ fn without_leave_a_run_neither_goes_on_nor_begins_over_another() -> Result<()> {
 fn whatever_byte_is_damaged_the_one_before_is_taken_and_the_damage_named() -> Result<()> {
     let dir = temporary();
     let checkpoints = checkpoints(dir.path());
-    checkpoints.save(&state(1)?)?;
-    checkpoints.save(&state(2)?)?;
+    save(&checkpoints, 1)?;
+    save(&checkpoints, 2)?;
     let mut tried = 0;
     for name in [STATE, TENSORS, MANIFEST] {
         let path = checkpoints.place(2).join(name);
@@ -91,7 +108,13 @@ fn whatever_byte_is_damaged_the_one_before_is_taken_and_the_damage_named() -> Re
             tried += 1;
             let found = begin(&checkpoints)?.unwrap();
             assert_eq!(found.state.numbers.step, 1, "{name}: {damage:?}");
-            assert!(found.damaged.len() == 1 && found.damaged[0].contains("step-00000002"));
+            assert!(
+                found.warnings.len() == 1 && found.warnings[0].contains("step-00000002"),
+                "{:?}",
+                found.warnings
+            );
+            // It is put aside, and here back again.
+            fs::rename(checkpoints.dir.join("damaged-1-step-00000002"), checkpoints.place(2)).unwrap();
         }
         fs::write(&path, whole).unwrap();
     }
@@ -104,16 +127,17 @@ fn whatever_byte_is_damaged_the_one_before_is_taken_and_the_damage_named() -> Re
 }
 
 #[test]
-fn what_a_killed_run_left_half_written_goes_with_the_next_checkpoint() -> Result<()> {
+fn what_a_killed_run_left_half_written_goes_with_the_next_start() -> Result<()> {
     let dir = temporary();
     let checkpoints = checkpoints(dir.path());
-    checkpoints.save(&state(1)?)?;
+    save(&checkpoints, 1)?;
     for half in ["123", "old-7"] {
         fs::create_dir_all(checkpoints.dir.join(format!("{PARTIAL}{half}/deep"))).unwrap();
     }
     assert_eq!(begin(&checkpoints)?.unwrap().state.numbers.step, 1);
-    checkpoints.save(&state(2)?)?;
-    assert_eq!(fs::read_dir(&checkpoints.dir).unwrap().count(), 2);
+    assert_eq!(names(&checkpoints), ["step-00000001".to_string()].into());
+    save(&checkpoints, 2)?;
+    assert_eq!(names(&checkpoints), ["step-00000001", "step-00000002"].map(String::from).into());
     Ok(())
 }
 
@@ -121,14 +145,97 @@ fn what_a_killed_run_left_half_written_goes_with_the_next_checkpoint() -> Result
 fn folders_that_are_no_checkpoints_of_ours_are_left_alone() -> Result<()> {
     let dir = temporary();
     let checkpoints = checkpoints(dir.path());
-    checkpoints.save(&state(1)?)?;
+    save(&checkpoints, 1)?;
     for stranger in ["step-9", "step-+0000009", "step-last", "step-0000000001"] {
         fs::create_dir(checkpoints.dir.join(stranger)).unwrap();
     }
     assert_eq!(checkpoints.steps()?, [1]);
-    checkpoints.save(&state(2)?)?;
+    save(&checkpoints, 2)?;
     assert_eq!(checkpoints.steps()?, [1, 2]);
     assert!(checkpoints.dir.join("step-9").is_dir());
+    Ok(())
+}
+
+/// Writes the manifest that fits the files.
+fn seal(place: &Path) {
+    let sum = |name: &str| Sum::of(&*fs::read(place.join(name)).unwrap()).unwrap();
+    let sums = [STATE, TENSORS].map(|name| (name.to_string(), sum(name)));
+    files::write_json(&place.join(MANIFEST), &BTreeMap::from(sums)).unwrap();
+}
+
+#[test]
+fn damaged_checkpoints_are_put_aside_and_count_for_nothing() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = Checkpoints { keep: 3, ..checkpoints(dir.path()) };
+    for step in [1, 2, 3] {
+        save(&checkpoints, step)?;
+    }
+    for step in [2, 3] {
+        fs::write(checkpoints.place(step).join(TENSORS), "").unwrap();
+    }
+    let found = begin(&checkpoints)?.unwrap();
+    assert!(found.state.numbers.step == 1 && found.warnings.len() == 2);
+    // The same step is written again, and damaged again.
+    save(&checkpoints, 2)?;
+    fs::remove_file(checkpoints.place(2).join(MANIFEST)).unwrap();
+    assert!(begin(&checkpoints)?.unwrap().warnings[0].contains("damaged-2-step-00000002"));
+    for step in [2, 3, 4] {
+        save(&checkpoints, step)?;
+    }
+    let damaged = ["damaged-1-step-00000002", "damaged-2-step-00000002", "damaged-1-step-00000003"];
+    let sound = ["step-00000002", "step-00000003", "step-00000004"];
+    assert_eq!(names(&checkpoints), damaged.into_iter().chain(sound).map(String::from).collect());
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_read_now_or_by_this_version_is_no_damage() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = checkpoints(dir.path());
+    save(&checkpoints, 1)?;
+    save(&checkpoints, 2)?;
+    let before = names(&checkpoints);
+    let place = checkpoints.place(2);
+    let numbers = fs::read_to_string(place.join(STATE)).unwrap();
+    // A later version, with a field that this one does not know.
+    let later = numbers.replace("\"version\": 1", "\"version\": 2, \"later\": true");
+    assert_ne!(numbers, later);
+    fs::write(place.join(STATE), later).unwrap();
+    seal(&place);
+    let error = begin(&checkpoints).err().unwrap().to_string();
+    assert!(error.contains("has version 2, this crate reads 1"), "{error}");
+    // A folder in a file's place: there, but the system gives no bytes.
+    fs::remove_file(place.join(MANIFEST)).unwrap();
+    fs::create_dir(place.join(MANIFEST)).unwrap();
+    let error = begin(&checkpoints).err().unwrap();
+    assert!(matches!(&error, Error::Io { .. }), "{error}");
+    assert_eq!(names(&checkpoints), before);
+    Ok(())
+}
+
+#[test]
+fn a_folder_has_one_run_at_a_time() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = checkpoints(dir.path());
+    let lock = checkpoints.lock()?;
+    assert!(lock.is_some());
+    let error = checkpoints.lock().unwrap_err().to_string();
+    assert!(error.contains("another process trains into this folder"), "{error}");
+    drop(lock);
+    checkpoints.lock()?;
+    Ok(())
+}
+
+#[test]
+fn an_old_checkpoint_that_stays_is_told_and_ends_nothing() -> Result<()> {
+    let dir = temporary();
+    let checkpoints = Checkpoints { keep: 1, ..checkpoints(dir.path()) };
+    save(&checkpoints, 1)?;
+    // A file where the old one is to be hidden.
+    fs::write(checkpoints.dir.join(format!("{PARTIAL}old-1")), "").unwrap();
+    let warning = checkpoints.save(&state(2)?)?.unwrap();
+    assert!(warning.starts_with("old checkpoints stay: ") && warning.contains("step-00000001"), "{warning}");
+    assert_eq!(checkpoints.steps()?, [1, 2]);
     Ok(())
 }
 
@@ -136,12 +243,11 @@ fn folders_that_are_no_checkpoints_of_ours_are_left_alone() -> Result<()> {
 fn tensors_that_cannot_be_read_are_named_with_their_file() -> Result<()> {
     let dir = temporary();
     let checkpoints = checkpoints(dir.path());
-    checkpoints.save(&state(1)?)?;
+    save(&checkpoints, 1)?;
     let place = checkpoints.place(1);
     // With a manifest that fits: no damage, but no such file either.
     fs::write(place.join(TENSORS), "no tensors").unwrap();
-    let sums = [STATE, TENSORS].map(|name| (name.to_string(), Sum::of(&place.join(name)).unwrap()));
-    files::write_json(&place.join(MANIFEST), &BTreeMap::from(sums))?;
+    seal(&place);
     let error = State::read(&place, 1).unwrap_err().to_string();
     assert!(error.contains(TENSORS) && error.contains("its tensors cannot be read"), "{error}");
     Ok(())
@@ -166,6 +272,8 @@ fn settings_must_agree_but_for_what_is_named() -> Result<()> {
     assert!(compare(&[("lr", "0.2"), ("seed", "2")], &["lr"]).unwrap_err().contains("seed"));
     assert!(compare(&[("lr", "0.1")], &[]).unwrap_err().contains("this one has nothing"));
     assert!(compare(&[("lr", "0.1"), ("seed", "1"), ("new", "2")], &[]).unwrap_err().contains("had nothing"));
+    let with = |rows: &str| compare(&[("lr", "0.1"), ("seed", "1"), ("rows", rows)], &["rows"]);
+    assert!(with("CRC-32 1").unwrap_err().contains("rows a step takes, and cannot change"));
     assert!(compare(&[("lr", "0.1"), ("seed", "1")], &["rate"]).unwrap_err().contains("\"rate\""));
     Ok(())
 }
