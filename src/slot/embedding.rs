@@ -72,7 +72,8 @@ impl EmbeddingSlot {
         let words = self.lookup(ids)?;
         let Some(prompt) = &self.prompt else { return Ok(words) };
         let (p, d) = prompt.dims2()?;
-        let prompt = prompt.to_dtype(words.dtype())?.unsqueeze(0)?.broadcast_as((ids.dim(0)?, p, d))?;
+        // Repeated before it is rounded: the gradients of the rows are then summed in the prompt's dtype.
+        let prompt = prompt.unsqueeze(0)?.broadcast_as((ids.dim(0)?, p, d))?.to_dtype(words.dtype())?;
         Tensor::cat(&[&prompt, &words], 1)
     }
 

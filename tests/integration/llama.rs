@@ -239,26 +239,34 @@ fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
 #[test]
 fn a_half_width_base_trains_single_precision_adapters() -> Outcome {
     let config = toy_config(false)?;
-    let gradient = |dtype: DType| -> Outcome<(f64, Tensor)> {
-        let (mut model, params) = frozen(&config, dtype)?;
-        let lora = LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() };
-        inject::lora(&mut model, &Targets::default(), &lora, &params)?;
-        scatter(&params)?;
+    let gradient = |dtype: DType, role: Role| -> Outcome<(f64, Tensor)> {
+        let (mut model, mut params) = frozen(&config, dtype)?;
+        match role {
+            Role::Prompt => params = prompted(&mut model, 3, DType::F32)?,
+            _ => {
+                let lora = LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() };
+                inject::lora(&mut model, &Targets::default(), &lora, &params)?;
+                scatter(&params)?;
+            }
+        }
         let loss = causal_loss(&model, &Pass::Mean)?;
-        let name = params.all().into_iter().find(|(_, param)| param.role == Role::A).map(|(name, _)| name);
-        let var = params.get(&name.ok_or("an A")?).ok_or("its variable")?.var;
+        let name = params.all().into_iter().find(|(_, param)| param.role == role).map(|(name, _)| name);
+        let var = params.get(&name.ok_or("a parameter")?).ok_or("its variable")?.var;
         assert_eq!(var.dtype(), DType::F32);
         let grads = loss.backward()?;
         let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         Ok((value, grads.get(&var).ok_or("a gradient")?.clone()))
     };
-    let (single, expected) = gradient(DType::F32)?;
-    let (half, got) = gradient(DType::BF16)?;
-    // bf16 has eight bits: the loss to 1 %, the gradient in direction.
-    assert!((single - half).abs() < 0.02 * single, "{single} {half}");
-    let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
-    let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
-    assert!(cosine > 0.99, "{cosine}");
+    for role in [Role::A, Role::Prompt] {
+        let (single, expected) = gradient(DType::F32, role)?;
+        let (half, got) = gradient(DType::BF16, role)?;
+        assert_eq!(got.dtype(), DType::F32);
+        // bf16 has eight bits: the loss to 1 %, the gradient in direction.
+        assert!((single - half).abs() < 0.02 * single, "{single} {half}");
+        let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
+        let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
+        assert!(cosine > 0.99, "{role:?} {cosine}");
+    }
     Ok(())
 }
 

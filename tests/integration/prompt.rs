@@ -12,7 +12,7 @@ use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClass
 use monteclora::noise::Noise;
 use monteclora::ops::{self, Lane};
 use monteclora::params::{Params, Role};
-use monteclora::slot::{Linears, Pass};
+use monteclora::slot::{EmbeddingSlot, Linears, Pass};
 
 use crate::llama;
 use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
@@ -178,6 +178,22 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
         Ok(model.forward(&ids, None, &mask, &Pass::Mean)?)
     };
     assert_close(&logits(true)?, &logits(false)?, 2e-5)
+}
+
+#[test]
+fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome {
+    let words = Tensor::ones((4, 3), DType::BF16, &Device::Cpu)?;
+    let mut slot = EmbeddingSlot::new(words);
+    let params = Params::new(Noise::new(0), &Device::Cpu);
+    prompt_tuning(&mut slot, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
+    // In bf16, 256 + 1 is 256.
+    let rows = 300;
+    let ids = Tensor::zeros((rows, 1), DType::U32, &Device::Cpu)?;
+    let grads = slot.forward(&ids)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
+    let prompt = params.get(PROMPT).ok_or("no prompt")?.var;
+    let grad = grads.get(&prompt).ok_or("no gradient")?;
+    assert_eq!(grad.to_vec2::<f32>()?, vec![vec![rows as f32; 3]; 2]);
+    Ok(())
 }
 
 #[test]
