@@ -102,7 +102,8 @@ fn tune(
     let files = common::download::model_files(model)?;
     let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
-    let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;
+    let length = args.method.text_length(args.max_length, config.max_length());
+    let encoder = TextEncoder::new(tokenizer, length, config.max_length())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
 
     let noise = Noise::new(args.train.seed);

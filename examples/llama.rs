@@ -153,7 +153,7 @@ fn main() -> ExitCode {
 fn run() -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
-    let args = Args::parse();
+    let mut args = Args::parse();
     args.task.benchmark()?; // before an hour of training
     let model = match &args.model {
         Some(model) => model.clone(),
@@ -161,8 +161,9 @@ fn run() -> Outcome {
     };
     let files = common::download::model_files(&model)?;
     let config = LlamaConfig::from_file(files.config_path())?;
-    let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let longest = config.decoder.max_position_embeddings;
+    args.max_length = args.method.text_length(args.max_length, longest);
+    let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let tokenizer = common::tokenizer(&files, config.decoder.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;

@@ -26,6 +26,11 @@ impl Default for PromptConfig {
 /// Puts virtual tokens before every row of a model. Creates `prompt.{adapter}`, `(virtual_tokens, d)`,
 /// which starts from words of the vocabulary that the seed picks (section 3.2 of the paper).
 ///
+/// Difference: where a batch of a decoder is padded on the left, PEFT's virtual tokens stand before the
+/// padding, and since it numbers columns, a row's result depends on how long the others are. Here they stand
+/// directly before the first real token, as in a row alone. Without padding on the left both are the
+/// same. Encoders keep them in the first columns, the place that a classifier reads.
+///
 /// # Errors
 /// If there is to be none, the model has some already, or the name is taken.
 pub fn prompt_tuning(

@@ -18,7 +18,7 @@ impl Cache {
         Self { layers: vec![KvCache::new(1, capacity.max(1)); layers] }
     }
 
-    /// The tokens of each row that are in the cache, padding included.
+    /// The tokens of each row that are in the cache, padding and virtual tokens included.
     pub fn length(&self) -> usize {
         self.layers.first().map_or(0, KvCache::current_seq_len)
     }
@@ -38,7 +38,7 @@ pub trait CausalLm: Linears {
     /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
     fn set_checkpoint_layers(&mut self, on: bool);
 
-    /// The longest sequence, prompt and answer together.
+    /// The longest sequence, prompt and answer together, beside virtual tokens.
     fn max_length(&self) -> usize;
 
     /// An empty cache for this model, with room for `capacity` tokens a row.
@@ -48,15 +48,17 @@ pub trait CausalLm: Linears {
     /// values are appended; nothing is differentiated through what was there.
     ///
     /// Padding may stand on either side. Positions count columns: rotary embeddings are relative,
-    /// so that left padding shifts nothing but them.
+    /// so that left padding shifts nothing but them. The virtual tokens of prompt tuning stand
+    /// directly before a row's first real token, whatever padding is before it.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
-    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens
+    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens; virtual ones are not counted
     /// - output: `(b, t, hidden)`
     ///
     /// # Errors
-    /// If shapes differ, or the sequence is longer than [`Self::max_length`].
+    /// If shapes differ, the sequence is longer than [`Self::max_length`], or virtual tokens go into
+    /// a cache before a row that is padding alone so far.
     fn hidden(
         &self,
         input_ids: &Tensor,

@@ -86,7 +86,9 @@ pub(super) fn attention(
     let scores = ((q.matmul(&k.t()?)? * scale)? + bias)?;
     let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     let e = (e * keep)?; // rows without a key to attend to give zero, not NaN
-    let mut p = e.broadcast_div(&(e.sum_keepdim(D::Minus1)? + 1e-30)?)?;
+    let sum = e.sum_keepdim(D::Minus1)?;
+    // Their sum is 0. Its derivative divides by the square, which a small constant would leave at 0.
+    let mut p = e.broadcast_div(&(&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?)?;
     if let Some(keep) = dropout {
         p = self::dropout(&p, keep)?;
     }

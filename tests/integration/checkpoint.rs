@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, with_lane, Lane};
 use monteclora::params::{Params, Role};
+use monteclora::slot::Linears;
 use monteclora::{MonteCLoRAConfig, Pass};
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
@@ -44,7 +45,7 @@ fn compare(params: &Params, mut loss: impl FnMut(bool) -> Outcome<Tensor>) -> Ou
 #[test]
 fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
     let pass = Pass::Train { draw: 4 };
-    for method in ["full", "lora", "monteclora"] {
+    for method in ["full", "lora", "monteclora", "prompt"] {
         let role = if method == "full" { Role::Base } else { Role::Head };
         let (mut model, params) = toy_classifier(&toy_config(Family::Bert), role, DType::F64)?;
         let targets = Targets::parse("all-linear")?;
@@ -57,6 +58,10 @@ fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
                 // Of one component the concentration gets nothing from the task.
                 let config = MonteCLoRAConfig { rank: 3, sample_scaler: 0.3, ..Default::default() };
                 inject::monteclora(&mut model, &targets, &config, &params)?;
+            }
+            "prompt" => {
+                let slot = model.embedding_mut().ok_or("no place for a prompt")?;
+                prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
             }
             _ => {}
         }
@@ -87,6 +92,21 @@ fn a_decoder_s_gradients_are_the_same_and_prediction_is_left_alone() -> Outcome 
     let (mut cache, pass) = (model.cache(8), Pass::Posterior { draw: 1 });
     let whole = model.hidden(&ids, &mask, None, &pass)?;
     assert_close(&model.hidden(&ids, &mask, Some(&mut cache), &pass)?, &whole, 1e-12)?;
+    Ok(())
+}
+
+#[test]
+fn virtual_tokens_get_their_gradient_through_a_checkpointed_decoder_whatever_the_base() -> Outcome {
+    let (ids, mask) = llama::padded(true)?;
+    for base in [DType::F64, DType::F32, DType::BF16] {
+        let (mut model, _) = llama::frozen(&llama::toy_config(true)?, base)?;
+        let store = if base == DType::F64 { DType::F64 } else { DType::F32 };
+        let params = llama::prompted(&mut model, 2, store)?;
+        compare(&params, |on| {
+            model.set_checkpoint_layers(on);
+            Ok(model.logits(&ids, &mask, &Pass::Train { draw: 3 })?.to_dtype(store)?.sqr()?.mean_all()?)
+        })?;
+    }
     Ok(())
 }
 

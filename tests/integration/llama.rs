@@ -7,7 +7,7 @@ use crate::support::{assert_close, scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
@@ -54,6 +54,17 @@ pub fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, 
     Ok((LlamaForCausalLM::load(vb, config, Noise::new(0))?, params))
 }
 
+/// Puts so many virtual tokens in general position before the rows of a model, if any.
+pub fn prompted(model: &mut dyn Linears, tokens: usize, dtype: DType) -> Outcome<Params> {
+    let params = Params::with_dtype(Noise::new(7), dtype, &Device::Cpu);
+    if tokens > 0 {
+        let slot = model.embedding_mut().ok_or("no place for a prompt")?;
+        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: tokens }, &params)?;
+        scatter(&params)?;
+    }
+    Ok(params)
+}
+
 fn weights(params: &Params) -> HashMap<String, Tensor> {
     params.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect()
 }
@@ -62,10 +73,10 @@ fn bayes() -> MonteCLoRAConfig {
     MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, sample_scaler: 0.3, ..Default::default() }
 }
 
-const ROWS: [&[u32]; 3] = [&[1, 17, 4, 33, 8, 21, 9], &[1, 40, 5, 2], &[1, 7, 7, 30, 12]];
+pub const ROWS: [&[u32]; 3] = [&[1, 17, 4, 33, 8, 21, 9], &[1, 40, 5, 2], &[1, 7, 7, 30, 12]];
 
 /// [`ROWS`] with padding on one side: ids and mask.
-fn padded(left: bool) -> Outcome<(Tensor, Tensor)> {
+pub fn padded(left: bool) -> Outcome<(Tensor, Tensor)> {
     let (mut ids, mut mask) = (Vec::new(), Vec::new());
     for row in ROWS {
         let (pad, one) = (vec![0u32; 7 - row.len()], vec![1u8; row.len()]);
@@ -79,7 +90,7 @@ fn padded(left: bool) -> Outcome<(Tensor, Tensor)> {
     Ok((Tensor::from_vec(ids, (3, 7), device)?, Tensor::from_vec(mask, (3, 7), device)?))
 }
 
-fn one_row(tokens: &[u32]) -> Outcome<(Tensor, Tensor)> {
+pub fn one_row(tokens: &[u32]) -> Outcome<(Tensor, Tensor)> {
     let ids = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
     Ok((ids, Tensor::ones((1, tokens.len()), DType::U8, &Device::Cpu)?))
 }
@@ -108,8 +119,10 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
 
 #[test]
 fn padding_on_either_side_changes_no_logit() -> Outcome {
-    for llama3 in [false, true] {
-        let (model, _) = toy(&toy_config(llama3)?, DType::F32)?;
+    // Virtual tokens: none, fewer than the padding of a row and more than all there is.
+    for (llama3, virtual_tokens) in [(false, 0), (true, 0), (false, 2), (true, 9)] {
+        let (mut model, _) = toy(&toy_config(llama3)?, DType::F32)?;
+        prompted(&mut model, virtual_tokens, DType::F32)?;
         for left in [false, true] {
             let (ids, mask) = padded(left)?;
             let logits = model.logits(&ids, &mask, &Pass::Mean)?;
@@ -126,28 +139,31 @@ fn padding_on_either_side_changes_no_logit() -> Outcome {
 
 #[test]
 fn a_cache_changes_no_logit() -> Outcome {
-    let (mut model, params) = frozen(&toy_config(true)?, DType::F32)?;
-    inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
-    scatter(&params)?;
-    let (ids, mask) = padded(true)?;
-    for pass in [Pass::Mean, Pass::Posterior { draw: 3 }] {
-        let expected = model.logits(&ids, &mask, &pass)?;
-        // A cache of two tokens has to grow.
-        let mut cache = model.cache(2);
-        for (first, count) in [(0, 4), (4, 1), (5, 2)] {
-            let new = ids.narrow(1, first, count)?;
-            let seen = mask.narrow(1, 0, first + count)?;
-            let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass)?;
-            let logits = model.head(&hidden, &pass)?;
-            for (row, tokens) in ROWS.iter().enumerate() {
-                // Padding columns are nobody's business.
-                let real = (first.max(7 - tokens.len())).min(first + count);
-                let rest = first + count - real;
-                let (got, want) = (logits.get(row)?, expected.get(row)?);
-                assert_close(&got.narrow(0, real - first, rest)?, &want.narrow(0, real, rest)?, 2e-5)?;
+    for virtual_tokens in [0, 2] {
+        let (mut model, params) = frozen(&toy_config(true)?, DType::F32)?;
+        inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
+        scatter(&params)?;
+        prompted(&mut model, virtual_tokens, DType::F32)?;
+        let (ids, mask) = padded(true)?;
+        for pass in [Pass::Mean, Pass::Posterior { draw: 3 }] {
+            let expected = model.logits(&ids, &mask, &pass)?;
+            // A cache of two tokens has to grow.
+            let mut cache = model.cache(2);
+            for (first, count) in [(0, 4), (4, 1), (5, 2)] {
+                let new = ids.narrow(1, first, count)?;
+                let seen = mask.narrow(1, 0, first + count)?;
+                let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass)?;
+                let logits = model.head(&hidden, &pass)?;
+                for (row, tokens) in ROWS.iter().enumerate() {
+                    // Padding columns are nobody's business.
+                    let real = (first.max(7 - tokens.len())).min(first + count);
+                    let rest = first + count - real;
+                    let (got, want) = (logits.get(row)?, expected.get(row)?);
+                    assert_close(&got.narrow(0, real - first, rest)?, &want.narrow(0, real, rest)?, 2e-5)?;
+                }
             }
+            assert_eq!(cache.length(), virtual_tokens + 7);
         }
-        assert_eq!(cache.length(), 7);
     }
     Ok(())
 }
@@ -157,7 +173,7 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     let (model, _) = toy(&toy_config(false)?, DType::F32)?;
     let (ids, mask) = one_row(&[3; 41])?;
     let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
-    assert!(error.contains("41 tokens are more than the model's 40"), "{error}");
+    assert!(error.contains("41 tokens are more than the model's 40: shorten the text"), "{error}");
     let (ids, _) = one_row(&[3; 5])?;
     let (_, short) = one_row(&[3; 4])?;
     let error = model.logits(&ids, &short, &Pass::Mean).unwrap_err().to_string();
@@ -169,6 +185,22 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     let (ids, mask) = one_row(&[3])?;
     let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train).unwrap_err().to_string();
     assert!(error.contains("invalid cache"), "{error}");
+
+    let (mut model, _) = toy(&toy_config(false)?, DType::F32)?;
+    prompted(&mut model, 3, DType::F32)?;
+    let (ids, mask) = one_row(&[3; 38])?;
+    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    let expected = "41 tokens, 3 of them virtual, are more than the model's 40: \
+                    shorten the text or take fewer virtual tokens";
+    assert!(error.contains(expected), "{error}");
+    let (ids, short) = (ids.narrow(1, 0, 5)?, mask.narrow(1, 0, 4)?);
+    let error = model.logits(&ids, &short, &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("mask [1, 4] does not fit 3 virtual tokens and rows [1, 8, 32]"), "{error}");
+    // Of a row's padding alone nobody can say where its virtual tokens belong.
+    let (ids, mask) = padded(true)?;
+    let (ids, mask) = (ids.narrow(1, 0, 3)?, mask.narrow(1, 0, 3)?);
+    let error = model.hidden(&ids, &mask, Some(&mut model.cache(7)), &Pass::Mean).unwrap_err().to_string();
+    assert!(error.contains("row 1 of the first piece is padding alone"), "{error}");
     let empty = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
     let error = LlamaForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
     assert!(error.contains("model.embed_tokens.weight"), "{error}");
@@ -195,32 +227,46 @@ fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &config, &params)?;
     scatter(&params)?;
     let regularizer = Regularizer::new(&config);
-    check(&params, || Ok((causal_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?))
+    check(&params, || Ok((causal_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?))?;
+    for virtual_tokens in [2, 9] {
+        let (mut model, _) = frozen(&toy_config(true)?, DType::F64)?;
+        let params = prompted(&mut model, virtual_tokens, DType::F64)?;
+        check(&params, || causal_loss(&model, &pass))?;
+    }
+    Ok(())
 }
 
 #[test]
 fn a_half_width_base_trains_single_precision_adapters() -> Outcome {
     let config = toy_config(false)?;
-    let gradient = |dtype: DType| -> Outcome<(f64, Tensor)> {
-        let (mut model, params) = frozen(&config, dtype)?;
-        let lora = LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() };
-        inject::lora(&mut model, &Targets::default(), &lora, &params)?;
-        scatter(&params)?;
+    let gradient = |dtype: DType, role: Role| -> Outcome<(f64, Tensor)> {
+        let (mut model, mut params) = frozen(&config, dtype)?;
+        match role {
+            Role::Prompt => params = prompted(&mut model, 3, DType::F32)?,
+            _ => {
+                let lora = LoraConfig { rank: 3, alpha: 7.0, ..LoraConfig::default() };
+                inject::lora(&mut model, &Targets::default(), &lora, &params)?;
+                scatter(&params)?;
+            }
+        }
         let loss = causal_loss(&model, &Pass::Mean)?;
-        let name = params.all().into_iter().find(|(_, param)| param.role == Role::A).map(|(name, _)| name);
-        let var = params.get(&name.ok_or("an A")?).ok_or("its variable")?.var;
+        let name = params.all().into_iter().find(|(_, param)| param.role == role).map(|(name, _)| name);
+        let var = params.get(&name.ok_or("a parameter")?).ok_or("its variable")?.var;
         assert_eq!(var.dtype(), DType::F32);
         let grads = loss.backward()?;
         let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         Ok((value, grads.get(&var).ok_or("a gradient")?.clone()))
     };
-    let (single, expected) = gradient(DType::F32)?;
-    let (half, got) = gradient(DType::BF16)?;
-    // bf16 has eight bits: the loss to 1 %, the gradient in direction.
-    assert!((single - half).abs() < 0.02 * single, "{single} {half}");
-    let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
-    let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
-    assert!(cosine > 0.99, "{cosine}");
+    for role in [Role::A, Role::Prompt] {
+        let (single, expected) = gradient(DType::F32, role)?;
+        let (half, got) = gradient(DType::BF16, role)?;
+        assert_eq!(got.dtype(), DType::F32);
+        // bf16 has eight bits: the loss to 1 %, the gradient in direction.
+        assert!((single - half).abs() < 0.02 * single, "{single} {half}");
+        let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
+        let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
+        assert!(cosine > 0.99, "{role:?} {cosine}");
+    }
     Ok(())
 }
 
@@ -229,20 +275,23 @@ fn a_classifier_reads_the_last_real_token() -> Outcome {
     let config = toy_config(false)?.with_num_labels(3);
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let vb = params.var_builder(None, Role::Base);
-    let model = LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+    let mut model = LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
     scatter(&params)?;
-    let alone: Vec<Tensor> = ROWS
-        .iter()
-        .map(|tokens| {
-            let (ids, mask) = one_row(tokens)?;
-            Ok(model.forward(&ids, &mask, &Pass::Mean)?)
-        })
-        .collect::<Outcome<_>>()?;
-    let expected = Tensor::cat(&alone, 0)?;
-    assert_eq!(expected.dims(), [3, 3]);
-    for left in [false, true] {
-        let (ids, mask) = padded(left)?;
-        assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &expected, 2e-5)?;
+    for virtual_tokens in [0, 2] {
+        prompted(&mut model, virtual_tokens, DType::F32)?;
+        let alone: Vec<Tensor> = ROWS
+            .iter()
+            .map(|tokens| {
+                let (ids, mask) = one_row(tokens)?;
+                Ok(model.forward(&ids, &mask, &Pass::Mean)?)
+            })
+            .collect::<Outcome<_>>()?;
+        let expected = Tensor::cat(&alone, 0)?;
+        assert_eq!(expected.dims(), [3, 3]);
+        for left in [false, true] {
+            let (ids, mask) = padded(left)?;
+            assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &expected, 2e-5)?;
+        }
     }
     let grads = model.forward(&padded(true)?.0, &padded(true)?.1, &Pass::Mean)?.sum_all()?.backward()?;
     for (name, param) in params.all() {
@@ -268,7 +317,17 @@ fn tokens(model: &LlamaForCausalLM, prompts: &[Vec<u32>], config: &GenerateConfi
 
 #[test]
 fn a_batch_generates_what_its_rows_generate_alone() -> Outcome {
-    let (model, _) = toy(&toy_config(true)?, DType::F32)?;
+    generates_what_its_rows_do(0)
+}
+
+#[test]
+fn a_batch_with_virtual_tokens_generates_what_its_rows_generate_alone() -> Outcome {
+    generates_what_its_rows_do(3)
+}
+
+fn generates_what_its_rows_do(virtual_tokens: usize) -> Outcome {
+    let (mut model, _) = toy(&toy_config(true)?, DType::F32)?;
+    prompted(&mut model, virtual_tokens, DType::F32)?;
     let prompts: Vec<Vec<u32>> = ROWS.iter().map(|row| row.to_vec()).collect();
     let config = GenerateConfig { max_new_tokens: 12, ..Default::default() };
     let together = tokens(&model, &prompts, &config)?;
@@ -293,7 +352,7 @@ fn a_batch_generates_what_its_rows_generate_alone() -> Outcome {
     }
     // The model's length ends it, too.
     let long = tokens(&model, &prompts[..1], &GenerateConfig { max_new_tokens: 1000, ..config.clone() })?;
-    assert_eq!(long[0].len(), 40 - 7);
+    assert_eq!(long[0].len(), 40 - virtual_tokens - 7);
     // And whoever listens.
     let mut heard = Vec::new();
     let quiet = generate(&model, &prompts[..1], &config, &mut |row, token| {

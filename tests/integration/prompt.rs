@@ -8,13 +8,14 @@ use candle_nn::VarBuilder;
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, Lane};
-use monteclora::params::Params;
-use monteclora::slot::{Linears, Pass};
+use monteclora::params::{Params, Role};
+use monteclora::slot::{EmbeddingSlot, Linears, Pass};
 
-use crate::support::{assert_close, Outcome};
+use crate::llama;
+use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
 
 const PROMPT: &str = "prompt.default";
 
@@ -80,13 +81,9 @@ fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
             (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
         let types = golden.model.get("token_type_ids").map(|types| types.to_dtype(DType::U32)).transpose()?;
         let params = golden.tune(&mut model)?;
-        for checkpoint in [false, true] {
-            model.set_checkpoint_layers(checkpoint);
-            let logits =
-                || -> Outcome<Tensor> { Ok(model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)?) };
-            assert_close(&logits()?, &golden.prompt["logits"], 5e-5)?;
-            golden.check(&params, || Ok(ops::cross_entropy(&logits()?, &golden.model["labels"], -100)?))?;
-        }
+        let logits = || -> Outcome<Tensor> { Ok(model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)?) };
+        assert_close(&logits()?, &golden.prompt["logits"], 5e-5)?;
+        golden.check(&params, || Ok(ops::cross_entropy(&logits()?, &golden.model["labels"], -100)?))?;
         let long = Tensor::ones((1, 38), DType::U32, &Device::Cpu)?;
         let error =
             model.forward(&long, None, &long.to_dtype(DType::U8)?, &Pass::Mean).unwrap_err().to_string();
@@ -127,6 +124,76 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let real = real.narrow(1, 0, 16)?;
     let expected = golden.prompt["logits"].narrow(1, 0, 16)?.broadcast_mul(&real)?;
     assert_close(&Tensor::cat(&pieces, 1)?.broadcast_mul(&real)?, &expected, 1e-4)
+}
+
+#[test]
+fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone() -> Outcome {
+    for dtype in [DType::F64, DType::F32] {
+        let (mut model, _) = llama::frozen(&llama::toy_config(true)?, dtype)?;
+        let prompt = llama::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
+        // Over real tokens alone: each has a weight of its own, so that none stands in for another.
+        let gradient = |ids: &Tensor, mask: &Tensor| -> Outcome<Tensor> {
+            let hidden = model.hidden(ids, mask, None, &Pass::Mean)?;
+            let weight = (ids.to_dtype(dtype)?.sin()? * mask.to_dtype(dtype)?)?;
+            let loss = hidden.sqr()?.sin()?.sum(2)?.mul(&weight)?.sum_all()?;
+            Ok(loss.backward()?.get(&prompt).ok_or("no gradient")?.clone())
+        };
+        let (ids, mask) = llama::padded(true)?;
+        // A fourth row is padding alone: it disturbs nobody.
+        let (ids, mask) = (ids.pad_with_zeros(0, 0, 1)?, mask.pad_with_zeros(0, 0, 1)?);
+        let mut expected = prompt.zeros_like()?;
+        for row in llama::ROWS {
+            let (ids, mask) = llama::one_row(row)?;
+            expected = (expected + gradient(&ids, &mask)?)?;
+        }
+        let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        // Angles are those of columns, each rounded to single precision.
+        let tolerance = if dtype == DType::F64 { 1e-7 } else { 1e-5 };
+        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+            let got = ops::with_lane(lane, || gradient(&ids, &mask))?;
+            assert_close(&got, &expected, tolerance * (1.0 + size)).map_err(|e| format!("{lane:?}: {e}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcome {
+    let (mut model, _) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F32)?;
+    llama::prompted(&mut model, 3, DType::F32)?;
+    let pad = |row: &[u32], with: u32, left: bool| {
+        let padding = vec![with; 7 - row.len()];
+        if left {
+            [&padding, row].concat()
+        } else {
+            [row, &padding].concat()
+        }
+    };
+    let logits = |left: bool| -> Outcome<Tensor> {
+        // Id 1, with which the rows begin, is this model's padding.
+        let rows = llama::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
+        let real = llama::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
+        let ids = Tensor::from_vec(rows, (3, 7), &Device::Cpu)?;
+        let mask = Tensor::from_vec(real, (3, 7), &Device::Cpu)?.to_dtype(DType::U8)?;
+        Ok(model.forward(&ids, None, &mask, &Pass::Mean)?)
+    };
+    assert_close(&logits(true)?, &logits(false)?, 2e-5)
+}
+
+#[test]
+fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome {
+    let words = Tensor::ones((4, 3), DType::BF16, &Device::Cpu)?;
+    let mut slot = EmbeddingSlot::new(words);
+    let params = Params::new(Noise::new(0), &Device::Cpu);
+    prompt_tuning(&mut slot, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
+    // In bf16, 256 + 1 is 256.
+    let rows = 300;
+    let ids = Tensor::zeros((rows, 1), DType::U32, &Device::Cpu)?;
+    let grads = slot.forward(&ids)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
+    let prompt = params.get(PROMPT).ok_or("no prompt")?.var;
+    let grad = grads.get(&prompt).ok_or("no gradient")?;
+    assert_eq!(grad.to_vec2::<f32>()?, vec![vec![rows as f32; 3]; 2]);
+    Ok(())
 }
 
 #[test]

@@ -64,8 +64,9 @@ impl LlamaDecoder {
     /// The last hidden states; see [`CausalLm::hidden`](crate::models::causal::CausalLm::hidden).
     ///
     /// # Errors
-    /// If shapes differ, the sequence is longer than the model's, or a training pass comes with a
-    /// cache, through which nothing could be differentiated.
+    /// If shapes differ, the sequence is longer than the model's, a training pass comes with a
+    /// cache, through which nothing could be differentiated, or a cache begins with virtual tokens
+    /// and a row of padding alone: where they belong is not known yet.
     pub fn forward(
         &self,
         input_ids: &Tensor,
@@ -77,22 +78,22 @@ impl LlamaDecoder {
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
         // Virtual tokens stand before a row's beginning alone.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
-        let total = seen + p + t;
-        if total > self.max_length {
-            let reason = format!("{total} tokens are more than the model's {}", self.max_length);
-            return Err(Error::config("max_length", reason).into());
-        }
+        self.embeddings.check_length(seen + p + t, self.max_length)?;
         if cache.is_some() && matches!(pass, Pass::Train { .. }) {
             return Err(Error::config("cache", "a training pass goes without a cache").into());
         }
+        if cache.is_some() && p > 0 {
+            check_first_tokens(attention_mask)?;
+        }
+        let place = |rows| self.embeddings.after_padding(rows, attention_mask);
         let step = Step {
-            mask: Mask { padding: Some(self.embeddings.extend_mask(attention_mask)?), causal: true },
+            mask: Mask { padding: Some(place(self.embeddings.extend_mask(attention_mask)?)?), causal: true },
             angles: self.rotary.angles(seen, p + t)?,
             pass: *pass,
         };
         let mut xs = match seen {
-            0 => self.embeddings.forward(input_ids)?, // (b, p + t, d)
-            _ => self.embeddings.lookup(input_ids)?,  // (b, t, d)
+            0 => place(self.embeddings.forward(input_ids)?)?, // (b, p + t, d)
+            _ => self.embeddings.lookup(input_ids)?,          // (b, t, d)
         };
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
@@ -104,6 +105,7 @@ impl LlamaDecoder {
                 _ => layer.forward(&xs, &step, cached)?,
             };
         }
+        // Real tokens stand in these columns, wherever the virtual ones are among the padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
         self.norm.forward(&xs)
     }
@@ -151,6 +153,19 @@ impl Linears for LlamaDecoder {
 
     fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
         Some(&mut self.embeddings)
+    }
+}
+
+/// Whether every row of a mask has a real token.
+fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
+    let rows = mask.ne(0u8)?.to_vec2::<u8>()?;
+    match rows.iter().position(|row| row.iter().all(|real| *real == 0)) {
+        Some(row) => {
+            let reason =
+                format!("row {row} of the first piece is padding alone: its virtual tokens have no place");
+            Err(Error::config("attention_mask", reason).into())
+        }
+        None => Ok(()),
     }
 }
 

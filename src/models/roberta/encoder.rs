@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask, Rows};
@@ -255,11 +255,7 @@ impl Embeddings {
     fn forward(&self, ids: &Tensor, types: Option<&Tensor>, pass: &Pass) -> candle_core::Result<Tensor> {
         let (_, t) = ids.dims2()?;
         let p = self.words.virtual_tokens();
-        if p + t > self.max_length {
-            let of = if p > 0 { format!(", {p} of them virtual,") } else { String::new() };
-            let reason = format!("{} tokens{of} are more than the model's {}", p + t, self.max_length);
-            return Err(Error::config("max_length", reason).into());
-        }
+        self.words.check_length(p + t, self.max_length)?;
         let words = self.words.forward(ids)?; // (b, p + t, d)
         let positions = ops::embedding(&self.position_ids(ids)?, &self.positions)?;
         let types = match types {
