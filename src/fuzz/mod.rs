@@ -26,6 +26,7 @@ mod memory;
 mod mutate;
 pub(crate) mod tensors;
 mod texts;
+mod tokenizers;
 
 use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
