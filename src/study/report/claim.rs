@@ -31,8 +31,8 @@ pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> Strin
     let mut text = format!(
         "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {} of {} tasks, \
          {} undecided. Spreads and medians are over the settings (learning rate, batch size, seed) that are \
-         done in both; a cell that diverged has no score, so that more of them than the other has are a no \
-         by themselves.\n\n| task | settings | spread, {own} | spread, {other} | median, {own} | median, \
+         done in both. A cell that diverged has no score, so more of them than the other has mean no, whatever \
+         the others say.\n\n| task | settings | spread, {own} | spread, {other} | median, {own} | median, \
          {other} | done, {own} | done, {other} | holds |\n|{}\n{table}",
         count("yes"),
         all.len(),
