@@ -19,7 +19,7 @@ use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::study::{self, CellKey, Grid, Progress, Shard, Trial};
+use monteclora::study::{self, CellKey, Grid, PerTask, Progress, Shard, Trial};
 use serde_json::{json, Value};
 
 #[derive(Parser)]
@@ -29,13 +29,13 @@ struct Args {
     model: Option<String>,
     /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "sst2")]
-    tasks: Vec<String>,
+    tasks: Vec<Task>,
     /// A folder with the tasks in the GLUE or SuperGLUE download layout. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
     /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
     /// prompt, monteclora, monteclora-sparse, monteclora-posthoc) and options, as in
-    /// monteclora:n=64:eps=1e-2.
+    /// monteclora:n=64:eps=1e-2. monteclora-posthoc:adapter=DIR starts from a LoRA adapter made elsewhere.
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,
     /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
@@ -49,15 +49,16 @@ struct Args {
     epochs: usize,
     #[arg(long, default_value_t = 128)]
     max_length: usize,
-    /// Train on the first rows only: a number, or one for each of some tasks, as in sst2=4000,mrpc=1000.
-    #[arg(long, value_delimiter = ',', value_parser = limit)]
-    limit_train: Vec<(String, usize)>,
+    /// Train on the first rows only: a number, or one for each of some tasks, or both, as in
+    /// 1000,sst2=4000.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    limit_train: PerTask<usize>,
     /// Measure on the first rows only.
     #[arg(long)]
     limit_dev: Option<usize>,
     /// Rows of this task are to be told from those of the others, or of some tasks alone, as in sst2=cola.
-    #[arg(long, value_delimiter = ',', value_parser = foreign)]
-    foreign_task: Vec<(String, String)>,
+    #[arg(long, default_value = "", hide_default_value = true)]
+    foreign_task: PerTask<Task>,
     /// Posterior draws, and passes of MC dropout.
     #[arg(long, default_value_t = 10)]
     draws: usize,
@@ -76,18 +77,6 @@ struct Args {
     /// The folder of the results and the report.
     #[arg(long, default_value = "target/robustness")]
     output: PathBuf,
-}
-
-/// `N`, for every task, or `task=N`.
-fn limit(text: &str) -> Result<(String, usize), String> {
-    let (task, rows) = text.split_once('=').unwrap_or(("", text));
-    Ok((task.to_string(), rows.parse().map_err(|e| format!("{rows:?}: {e}"))?))
-}
-
-/// `OTHER`, for every task, or `task=OTHER`.
-fn foreign(text: &str) -> Result<(String, String), String> {
-    let (task, other) = text.split_once('=').unwrap_or(("", text));
-    Ok((task.to_string(), other.to_string()))
 }
 
 fn main() -> std::process::ExitCode {
@@ -119,12 +108,12 @@ fn run_cells(args: &Args) -> Outcome {
     let files = common::download::model_files(&model)?;
     let data = Data { args, files: &files };
     let mut tasks = BTreeMap::new();
-    for name in &args.tasks {
-        tasks.insert(name.as_str(), data.load(name)?);
+    for task in &args.tasks {
+        tasks.insert(task.name(), data.load(*task)?);
     }
     let mut foreign = BTreeMap::new();
-    for (_, name) in &args.foreign_task {
-        foreign.insert(name.as_str(), data.load(name)?.dev);
+    for (_, task) in args.foreign_task.entries() {
+        foreign.insert(task.name(), data.load(*task)?.dev);
     }
 
     let cells = grid(args).cells()?;
@@ -134,10 +123,9 @@ fn run_cells(args: &Args) -> Outcome {
     };
     let mut cell = |key: &CellKey| {
         let rows = &tasks[key.task.as_str()];
-        let of_task = args.foreign_task.iter().find(|(task, _)| task.is_empty() || *task == key.task);
         // A task is not foreign to itself.
-        let foreign =
-            of_task.filter(|(_, other)| *other != key.task).map(|(_, other)| &foreign[other.as_str()]);
+        let other = args.foreign_task.get(rows.task).filter(|other| **other != rows.task);
+        let foreign = other.map(|other| &foreign[other.name()]);
         let trial = Trial {
             files: &files,
             task: rows.task,
@@ -159,10 +147,13 @@ fn run_cells(args: &Args) -> Outcome {
 /// What all cells depend on beside their own keys.
 fn settings(args: &Args, model: &str) -> Value {
     let model = Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy());
+    let of = |task: &Option<Task>| task.map(Task::name).unwrap_or_default();
+    let limits: Vec<_> = args.limit_train.entries().iter().map(|(task, rows)| (of(task), rows)).collect();
+    let foreign = args.foreign_task.entries().iter().map(|(task, other)| (of(task), other.name()));
     json!({
         "model": model, "epochs": args.epochs, "max_length": args.max_length,
-        "limit_train": args.limit_train, "limit_dev": args.limit_dev, "draws": args.draws,
-        "foreign_task": args.foreign_task, "version": env!("CARGO_PKG_VERSION"),
+        "limit_train": limits, "limit_dev": args.limit_dev, "draws": args.draws,
+        "foreign_task": foreign.collect::<Vec<_>>(), "version": env!("CARGO_PKG_VERSION"),
     })
 }
 
@@ -172,7 +163,8 @@ fn grid(args: &Args) -> Grid {
         (None, true) => ["lora", "full", "monteclora"].map(String::from).to_vec(),
         (None, false) => study::recipe::NAMES.map(String::from).to_vec(),
     };
-    let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(args.tasks.clone(), methods) };
+    let tasks = args.tasks.iter().map(ToString::to_string).collect();
+    let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(tasks, methods) };
     if args.model.is_none() {
         // The bundled model is small and starts from little: it wants higher rates.
         grid.lrs = vec![2e-3, 5e-4, 1e-4];
@@ -209,17 +201,16 @@ struct Rows {
 }
 
 impl Data<'_> {
-    fn load(&self, name: &str) -> Outcome<Rows> {
-        let (args, task) = (self.args, name.parse::<Task>()?);
+    fn load(&self, task: Task) -> Outcome<Rows> {
+        let args = self.args;
         let splits = self.splits(task)?;
         let config = SequenceConfig::from_file(self.files.config_path(), task.num_labels())?;
         let tokenizer = common::tokenizer(self.files, config.vocab_size())?;
         let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;
         let first = |rows: usize, limit: Option<usize>| rows.min(limit.unwrap_or(rows));
-        let (_, dev) = splits.dev.first().ok_or_else(|| format!("{name}: there is no development set"))?;
+        let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
         // One training row in twenty is held out, to fit temperatures and prior precisions on.
-        let limit = args.limit_train.iter().find(|(task, _)| task.is_empty() || task == name);
-        let used = first(splits.train.len(), limit.map(|(_, rows)| *rows));
+        let used = first(splits.train.len(), args.limit_train.get(task).copied());
         let mut train = encoder.encode(&splits.train[..used])?;
         let held_out = train.split_off(used - used / 20);
         let dev = encoder.encode(&dev[..first(dev.len(), args.limit_dev)])?;

@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use monteclora::data::encode::check_vocabulary;
+use monteclora::data::tokenizer;
 use monteclora::models::hub::ModelFiles;
 use tokenizers::Tokenizer;
 
@@ -111,7 +112,7 @@ pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
     let folder = files.config_path().parent().unwrap_or(Path::new("."));
     let path =
         files.tokenizer_path().ok_or_else(|| format!("{}: there is no tokenizer.json", folder.display()))?;
-    let tokenizer = Tokenizer::from_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let tokenizer = tokenizer::read(path)?;
     check_vocabulary(&tokenizer, vocab_size)?;
     Ok(tokenizer)
 }

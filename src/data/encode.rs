@@ -5,6 +5,7 @@
 use tokenizers::{EncodeInput, PostProcessor, Tokenizer, TruncationParams, TruncationStrategy};
 
 use crate::data::task::{Example, Label};
+use crate::data::tokenizer;
 use crate::error::{Error, Result};
 
 /// Rows handed to the tokenizer at once: bounds the memory its own, richer encodings take.
@@ -95,9 +96,10 @@ impl TextEncoder {
     /// of threads.
     ///
     /// # Errors
-    /// If the tokenizer refuses a text, or makes no token of one.
+    /// If the tokenizer refuses a text, or makes no token of one, or more than the encoder's most.
     pub fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
         let mut out = Vec::with_capacity(examples.len());
+        let max_length = self.tokenizer.get_truncation().map_or(usize::MAX, |cut| cut.max_length);
         for chunk in examples.chunks(CHUNK) {
             let inputs: Vec<EncodeInput> = chunk
                 .iter()
@@ -106,16 +108,25 @@ impl TextEncoder {
                     None => example.text_a.as_str().into(),
                 })
                 .collect();
-            let encodings = self
-                .tokenizer
-                .encode_batch_fast(inputs, true)
-                .map_err(|e| Error::config("tokenizer", e.to_string()))?;
+            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch_fast(inputs, true))
+                .map_err(|reason| Error::config("tokenizer", reason))?;
             for (encoding, example) in encodings.into_iter().zip(chunk) {
                 let row = out.len();
                 if encoding.is_empty() {
                     return Err(Error::config("text", format!("row {row} (from 0) has no token")));
                 }
                 let (ids, type_ids) = (encoding.get_ids().to_vec(), encoding.get_type_ids().to_vec());
+                // A template may take a text twice, or add more than it has room for: the model has no
+                // positions for what is too much.
+                if ids.len() > max_length || type_ids.len() != ids.len() {
+                    let reason = format!(
+                        "row {row} (from 0) has {} ids and {} segments, of at most {max_length}: its \
+                         post-processor is damaged",
+                        ids.len(),
+                        type_ids.len()
+                    );
+                    return Err(Error::config("tokenizer", reason));
+                }
                 out.push(Encoded { ids, type_ids, label: example.label, row });
             }
         }

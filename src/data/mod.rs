@@ -12,3 +12,4 @@ pub mod parquet;
 mod row;
 pub mod superglue;
 pub mod task;
+pub mod tokenizer;

@@ -1,6 +1,7 @@
 //! Texts that a language model generates after the prompts of a data set.
 
 use crate::data::causal::PromptEncoder;
+use crate::data::tokenizer;
 use crate::error::{Error, Result};
 use crate::generate::{generate, GenerateConfig};
 use crate::models::causal::CausalLm;
@@ -86,7 +87,8 @@ impl Generator<'_> {
     }
 
     fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.encoder.tokenizer().decode(ids, true).map_err(|e| Error::config("tokenizer", e.to_string()))
+        tokenizer::ask(|| self.encoder.tokenizer().decode(ids, true))
+            .map_err(|reason| Error::config("tokenizer", reason))
     }
 }
 

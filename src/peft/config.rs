@@ -10,6 +10,7 @@ use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::patterns::is_plain;
 use crate::error::{Error, Result};
 
 /// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults.
@@ -140,6 +141,10 @@ impl<T> OneOrMany<T> {
     }
 }
 
+/// The most patterns that need a regular expression's engine: each takes some microseconds to compile,
+/// and as many as fit into a file would take minutes. Files that name each layer have plain names.
+const MOST_EXPRESSIONS: usize = 1000;
+
 /// Initialisations that leave the base weight as it was.
 const INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
@@ -178,6 +183,16 @@ impl PeftConfig {
         }
         if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
             return Err(format!("rank_pattern: {pattern:?}: a rank of 0 is no adapter"));
+        }
+        let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
+        let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
+        let patterns = ranks.chain(alphas).chain(self.modules_to_save.iter().flatten());
+        let expressions = patterns.filter(|pattern| !is_plain(pattern)).count();
+        if expressions > MOST_EXPRESSIONS {
+            return Err(format!(
+                "rank_pattern, alpha_pattern and modules_to_save: expected at most {MOST_EXPRESSIONS} regular \
+                 expressions that are not plain names, got {expressions}"
+            ));
         }
         positive("lora_alpha", self.lora_alpha)?;
         for (pattern, alpha) in &self.alpha_pattern {

@@ -78,9 +78,9 @@ impl AdapterFile {
         names.sort_unstable();
         let mut parts: BTreeMap<String, Vec<(Part, Tensor)>> = BTreeMap::new();
         let mut saved_modules = BTreeMap::new();
-        for name in names {
+        for (name, key) in names.iter().copied().zip(keys::parse(&names, &config)?) {
             let view = file.tensor(name).map_err(|e| Error::tensor(name, e.to_string()))?;
-            match keys::parse(name, &config)?.map_err(|reason| Error::tensor(name, reason))? {
+            match key.map_err(|reason| Error::tensor(name, reason))? {
                 Key::Layer(path, part) => parts.entry(path).or_default().push((part, tensor(name, &view)?)),
                 Key::Saved(module) => {
                     if saved_modules.insert(module, tensor(name, &view)?).is_some() {

@@ -48,6 +48,11 @@ impl Part {
     }
 }
 
+/// The module that the tensor `name` is of: its name but for the last part.
+pub(super) fn module(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(module, _)| module)
+}
+
 /// What a key names.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Key {
@@ -57,32 +62,44 @@ pub(super) enum Key {
     Saved(String),
 }
 
-/// Takes `key` apart, or says why it does not belong in the file.
-pub(super) fn parse(key: &str, config: &PeftConfig) -> Result<std::result::Result<Key, String>> {
-    let Some(rest) = key.strip_prefix(PREFIX) else {
-        return Ok(Err(format!("expected a name that starts with {PREFIX}")));
-    };
+/// Takes the keys of a file apart, or says of each why it does not belong there.
+pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::result::Result<Key, String>>> {
+    let mut parsed: Vec<_> = keys.iter().map(|key| of_shape(key)).collect();
+    // All at once: the configuration may have many patterns.
+    let mut names = Vec::new();
+    for key in &mut parsed {
+        if let Ok(Key::Saved(name)) = key {
+            names.push((name.clone(), key));
+        }
+    }
+    let modules: Vec<&str> = names.iter().map(|(name, _)| module(name)).collect();
+    let saved = config.are_saved(&modules)?;
+    for ((name, key), saved) in names.iter_mut().zip(saved) {
+        if module(name).is_empty() || !saved {
+            let reason = "the configuration speaks of no such tensor (it is no adapter, and modules_to_save \
+                          does not name it)";
+            **key = Err(reason.into());
+        }
+    }
+    Ok(parsed)
+}
+
+/// What a key names by its shape. Whether the configuration has it saved is another question.
+fn of_shape(key: &str) -> std::result::Result<Key, String> {
+    let rest = key.strip_prefix(PREFIX).ok_or(format!("expected a name that starts with {PREFIX}"))?;
     for part in Part::ALL {
         if let Some(path) = rest.strip_suffix(part.suffix()).and_then(|rest| rest.strip_suffix('.')) {
-            return Ok(Ok(Key::Layer(path.to_string(), part)));
+            return Ok(Key::Layer(path.to_string(), part));
         }
     }
     let segments: Vec<&str> = rest.split('.').collect();
     if let Some(at) = segments.iter().position(|s| s.starts_with("lora_")) {
-        return Ok(Err(why_not(segments[at], &segments[at + 1..])));
+        return Err(why_not(segments[at], &segments[at + 1..]));
     }
     if segments.contains(&"base_layer") {
-        return Ok(Err("weights of the base model in an adapter are not supported".into()));
+        return Err("weights of the base model in an adapter are not supported".into());
     }
-    let name = without_wrapper(&segments);
-    let module = name.rsplit_once('.').map_or("", |(module, _)| module);
-    if !module.is_empty() && config.is_saved(module)? {
-        return Ok(Ok(Key::Saved(name)));
-    }
-    Ok(Err(
-        "the configuration speaks of no such tensor (it is no adapter, and modules_to_save does not name it)"
-            .into(),
-    ))
+    Ok(Key::Saved(without_wrapper(&segments)))
 }
 
 /// Why the tensor `kind`, followed by `rest`, is not read.
@@ -124,7 +141,7 @@ mod tests {
 
     fn kind(key: &str) -> std::result::Result<Key, String> {
         let config = PeftConfig { modules_to_save: Some(vec!["classifier".into()]), ..PeftConfig::default() };
-        parse(key, &config).unwrap()
+        parse(&["base_model.model.classifier.x", key], &config).unwrap().remove(1)
     }
 
     #[test]

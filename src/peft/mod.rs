@@ -8,6 +8,7 @@ mod config;
 mod files;
 mod keys;
 mod model;
+mod patterns;
 mod profile;
 mod targets;
 
@@ -115,12 +116,19 @@ impl AdapterFile {
         if self.layers.is_empty() {
             return Err(Error::config("adapter", "it adapts no layer"));
         }
-        for (path, layer) in &self.layers {
-            self.check_layer(path, layer)?;
+        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
+        let (targets, ranks) = (self.config.are_targets(&paths)?, self.config.ranks_of(&paths)?);
+        // Patterns that are wanted later: one that is no expression is found here, with the file.
+        self.config.alphas_of(&paths)?;
+        for (((path, layer), is_target), rank) in self.layers.iter().zip(targets).zip(ranks) {
+            if !is_target {
+                return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
+            }
+            self.check_layer(path, layer, rank)?;
         }
-        for (name, tensor) in &self.saved_modules {
-            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
-            if module.is_empty() || !self.config.is_saved(module)? {
+        let modules: Vec<&str> = self.saved_modules.keys().map(|name| keys::module(name)).collect();
+        for ((name, tensor), is_saved) in self.saved_modules.iter().zip(self.config.are_saved(&modules)?) {
+            if keys::module(name).is_empty() || !is_saved {
                 return Err(Error::tensor(name, "modules_to_save does not name it"));
             }
             check_finite(&format!("{}{name}", keys::PREFIX), tensor)?;
@@ -136,13 +144,7 @@ impl AdapterFile {
         }
     }
 
-    fn check_layer(&self, path: &str, layer: &LayerTensors) -> Result<()> {
-        if !self.config.is_target(path)? {
-            return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
-        }
-        let rank = self.config.rank_of(path)?;
-        // Its patterns are wanted later: one that is no expression is found here, with the file.
-        self.config.alpha_of(path)?;
+    fn check_layer(&self, path: &str, layer: &LayerTensors, rank: usize) -> Result<()> {
         let components = match (&self.config.monteclora_config, &layer.sampler) {
             (Some(fields), Some(_)) => fields.num_samples,
             (None, None) => 0,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Tensor};
 
 use super::config::{MonteCLoRAFields, PeftConfig, Targets};
-use super::keys::Part;
+use super::keys::{self, Part};
 use super::{AdapterFile, LayerTensors, SamplerTensors};
 use crate::adapters::{Lora, LoraConfig, LowRank};
 use crate::error::{Error, Result};
@@ -156,11 +156,11 @@ impl AdapterFile {
             }
             lora => lora,
         };
-        let target = |path: &String| {
-            let (rank, alpha) = (self.config.rank_of(path)?, self.config.alpha_of(path)?);
-            Ok(Target { path: path.clone(), rank, alpha })
-        };
-        let targets = self.layers.keys().map(target).collect::<Result<Vec<_>>>()?;
+        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
+        let (ranks, alphas) = (self.config.ranks_of(&paths)?, self.config.alphas_of(&paths)?);
+        let targets = paths.iter().zip(ranks).zip(alphas);
+        let targets: Vec<Target> =
+            targets.map(|((path, rank), alpha)| Target { path: path.to_string(), rank, alpha }).collect();
         let heads = self.saved_modules.keys().filter_map(|name| Some((name.clone(), params.get(name)?.var)));
         let before = heads.map(|(name, var)| Ok((name, var.as_detached_tensor().copy()?)));
         let before = before.collect::<Result<BTreeMap<_, _>>>()?;
@@ -206,22 +206,29 @@ impl AdapterFile {
     /// Checks that every layer and every saved module has its place, and every place is free.
     fn check_model(&self, model: &dyn Linears, adapter: &str, params: &Params) -> Result<()> {
         let mut available = BTreeSet::new();
+        model.visit_linears(&mut |slot| {
+            available.insert(slot.path().to_string());
+            Ok(())
+        })?;
+        let paths: Vec<&str> = available.iter().map(String::as_str).collect();
+        let alphas: BTreeMap<&str, f64> = paths.iter().copied().zip(self.config.alphas_of(&paths)?).collect();
         // PEFT resolves `all-linear` when it saves; a file that still has it does not say which.
         let resolved = match &self.config.target_modules {
             None => false,
             Some(Targets::Pattern(word)) => word != "all-linear",
             Some(Targets::Names(_)) => true,
         };
-        model.visit_linears(&mut |slot| {
-            available.insert(slot.path().to_string());
-            match self.layers.get(slot.path()) {
-                Some(layer) => self.check_slot(slot, layer, adapter, params),
-                None if resolved && self.config.is_target(slot.path())? => Err(Error::tensor(
-                    Part::A.key(slot.path()),
-                    "it is missing, although target_modules names the layer",
-                )),
-                None => Ok(()),
-            }
+        let named: BTreeMap<&str, bool> = match resolved {
+            true => paths.iter().copied().zip(self.config.are_targets(&paths)?).collect(),
+            false => BTreeMap::new(),
+        };
+        model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
+            Some(layer) => self.check_slot(slot, layer, alphas[slot.path()], adapter, params),
+            None if named.get(slot.path()) == Some(&true) => Err(Error::tensor(
+                Part::A.key(slot.path()),
+                "it is missing, although target_modules names the layer",
+            )),
+            None => Ok(()),
         })?;
         if let Some(path) = self.layers.keys().find(|path| !available.contains(*path)) {
             let available = available.into_iter().collect::<Vec<_>>().join(", ");
@@ -245,10 +252,11 @@ impl AdapterFile {
         }
         // A head that is half in the file would keep its random start in the other half.
         let whole_head = self.config.task_type.as_deref() == Some("SEQ_CLS");
-        for (name, _) in params.all().into_iter().filter(|(_, param)| param.role == Role::Head) {
-            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
-            let expected = whole_head || self.config.is_saved(module)?;
-            if expected && !self.saved_modules.contains_key(&name) {
+        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let heads: Vec<String> = heads.map(|(name, _)| name).collect();
+        let modules: Vec<&str> = heads.iter().map(|name| keys::module(name)).collect();
+        for (name, is_saved) in heads.iter().zip(self.config.are_saved(&modules)?) {
+            if (whole_head || is_saved) && !self.saved_modules.contains_key(name) {
                 let reason = "it is missing from the file, although the adapter has a task head";
                 return Err(Error::tensor(name, reason));
             }
@@ -256,7 +264,14 @@ impl AdapterFile {
         Ok(())
     }
 
-    fn check_slot(&self, slot: &Slot, layer: &LayerTensors, adapter: &str, params: &Params) -> Result<()> {
+    fn check_slot(
+        &self,
+        slot: &Slot,
+        layer: &LayerTensors,
+        alpha: f64,
+        adapter: &str,
+        params: &Params,
+    ) -> Result<()> {
         let (path, (in_dim, out_dim)) = (slot.path(), slot.dims()?);
         let rank = layer.a.dim(0)?;
         for (part, tensor, expected) in
@@ -275,7 +290,6 @@ impl AdapterFile {
         if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
         }
-        let alpha = self.config.alpha_of(path)?;
         match self.method() {
             Method::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
             Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),

@@ -58,10 +58,13 @@ impl AdapterFile {
             config.target_modules = Some(Targets::Names(self.layers.keys().cloned().collect()));
             (config.exclude_modules, config.layers_to_transform, config.layers_pattern) = (None, None, None);
         }
-        let layers = self.layers.iter().map(|(path, layer)| {
-            let factor = self.config.scale_of(path)? / config.scale_of(path)?;
-            Ok((path.clone(), widened(layer, rank, factor)?))
-        });
+        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
+        let scales = self.config.scales_of(&paths)?.into_iter().zip(config.scales_of(&paths)?);
+        let layers = self
+            .layers
+            .iter()
+            .zip(scales)
+            .map(|((path, layer), (old, new))| Ok((path.clone(), widened(layer, rank, old / new)?)));
         let layers = layers.collect::<Result<_>>()?;
         Ok(Self { config, layers, saved_modules: BTreeMap::new(), monteclora: None })
     }

@@ -1,8 +1,9 @@
 //! Which layers a configuration names, and each one's rank and scale, by PEFT's own rules.
 
-use fancy_regex::Regex;
+use std::collections::HashSet;
 
 use super::config::{OneOrMany, PeftConfig, Targets};
+use super::patterns::{compile, matching, Pattern};
 use crate::error::{Error, Result};
 
 impl PeftConfig {
@@ -11,27 +12,7 @@ impl PeftConfig {
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub fn is_target(&self, path: &str) -> Result<bool> {
-        if let Some(excluded) = &self.exclude_modules {
-            if names(excluded, path, "exclude_modules")? {
-                return Ok(false);
-            }
-        }
-        if self.is_saved(path)? {
-            return Ok(false);
-        }
-        let Some(targets) = &self.target_modules else { return Ok(true) };
-        if !names(targets, path, "target_modules")? {
-            return Ok(false);
-        }
-        match (&self.layers_to_transform, targets) {
-            // A whole path says itself which block it means.
-            (_, Targets::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
-            (Some(indices), Targets::Names(_)) if !indices.as_slice().is_empty() => {
-                let index = self.block_index(path)?;
-                Ok(index.is_some_and(|index| indices.as_slice().contains(&index)))
-            }
-            _ => Ok(true),
-        }
+        one(self.are_targets(&[path]))
     }
 
     /// The rank of the layer at `path`.
@@ -39,7 +20,7 @@ impl PeftConfig {
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub fn rank_of(&self, path: &str) -> Result<usize> {
-        first_match(&self.rank_pattern, path, "rank_pattern").map(|found| found.unwrap_or(self.r))
+        one(self.ranks_of(&[path]))
     }
 
     /// The alpha of the layer at `path`.
@@ -47,7 +28,7 @@ impl PeftConfig {
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub fn alpha_of(&self, path: &str) -> Result<f64> {
-        first_match(&self.alpha_pattern, path, "alpha_pattern").map(|found| found.unwrap_or(self.lora_alpha))
+        one(self.alphas_of(&[path]))
     }
 
     /// What the product of B and A is multiplied by at `path`: `alpha / r`, or, with
@@ -56,69 +37,126 @@ impl PeftConfig {
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub fn scale_of(&self, path: &str) -> Result<f64> {
-        let (rank, alpha) = (self.rank_of(path)? as f64, self.alpha_of(path)?);
-        Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
+        one(self.scales_of(&[path]))
     }
 
-    /// Whether the module of this name, or one that holds it, is saved whole.
-    pub(super) fn is_saved(&self, name: &str) -> Result<bool> {
-        for module in self.modules_to_save.iter().flatten() {
-            if matches(&format!(r"(^|.*\.){module}($|\..*)"), name, "modules_to_save")? {
-                return Ok(true);
-            }
+    /// [`Self::is_target`] of many layers: a pattern is compiled once for all of them.
+    pub(super) fn are_targets(&self, paths: &[&str]) -> Result<Vec<bool>> {
+        let mut chosen = match &self.target_modules {
+            Some(targets) => names(targets, paths, "target_modules")?,
+            None => vec![true; paths.len()],
+        };
+        let excluded = self.exclude_modules.as_ref().map(|out| names(out, paths, "exclude_modules"));
+        for left_out in [excluded.transpose()?, Some(self.are_saved(paths)?)].into_iter().flatten() {
+            chosen.iter_mut().zip(left_out).for_each(|(chosen, out)| *chosen &= !out);
         }
-        Ok(false)
+        let indices = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        let Some(Targets::Names(named)) = &self.target_modules else { return Ok(chosen) };
+        if indices.is_empty() {
+            return Ok(chosen);
+        }
+        // A whole path says itself which block it means.
+        let whole: HashSet<&str> = named.iter().map(String::as_str).collect();
+        let blocks = self.block_indices(paths)?;
+        for ((chosen, path), block) in chosen.iter_mut().zip(paths).zip(blocks) {
+            *chosen &= whole.contains(path) || block.is_some_and(|block| indices.contains(&block));
+        }
+        Ok(chosen)
     }
 
-    /// The number of the block that `path` lies in.
-    fn block_index(&self, path: &str) -> Result<Option<usize>> {
+    /// [`Self::rank_of`] of many layers.
+    pub(super) fn ranks_of(&self, paths: &[&str]) -> Result<Vec<usize>> {
+        first_matches(&self.rank_pattern, paths, self.r, "rank_pattern")
+    }
+
+    /// [`Self::alpha_of`] of many layers.
+    pub(super) fn alphas_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
+        first_matches(&self.alpha_pattern, paths, self.lora_alpha, "alpha_pattern")
+    }
+
+    /// [`Self::scale_of`] of many layers.
+    pub(super) fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
+        let scale = |(rank, alpha): (usize, f64)| match self.use_rslora {
+            true => alpha / (rank as f64).sqrt(),
+            false => alpha / rank as f64,
+        };
+        Ok(self.ranks_of(paths)?.into_iter().zip(self.alphas_of(paths)?).map(scale).collect())
+    }
+
+    /// Whether the modules of these names, or ones that hold them, are saved whole.
+    pub(super) fn are_saved(&self, modules: &[&str]) -> Result<Vec<bool>> {
+        let mut saved = vec![false; modules.len()];
+        for pattern in self.modules_to_save.iter().flatten() {
+            let found = matching(Pattern::Within(pattern), modules, "modules_to_save")?;
+            saved.iter_mut().zip(found).for_each(|(saved, found)| *saved |= found);
+        }
+        Ok(saved)
+    }
+
+    /// The numbers of the blocks that the paths lie in.
+    fn block_indices(&self, paths: &[&str]) -> Result<Vec<Option<usize>>> {
         let lists = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
         let any = [r".*?\.[^.]*\.(?<idx>\d+)\.".to_string()];
         let named: Vec<String> =
             lists.iter().map(|list| format!(r"(?:^|.*?\.){list}\.(?<idx>\d+)\.")).collect();
+        let mut found = vec![None; paths.len()];
         for pattern in if named.is_empty() { &any[..] } else { &named } {
             let regex = compile(&format!("^(?:{pattern})"), "layers_pattern")?;
-            let captures =
-                regex.captures(path).map_err(|e| Error::config("layers_pattern", e.to_string()))?;
-            if let Some(index) = captures.and_then(|c| c.name("idx")?.as_str().parse().ok()) {
-                return Ok(Some(index));
+            for (found, path) in found.iter_mut().zip(paths).filter(|(found, _)| found.is_none()) {
+                let captures =
+                    regex.captures(path).map_err(|e| Error::config("layers_pattern", e.to_string()))?;
+                *found = captures.and_then(|c| c.name("idx")?.as_str().parse().ok());
             }
         }
-        Ok(None)
+        Ok(found)
     }
 }
 
-/// Whether `targets` name the layer at `path`.
-fn names(targets: &Targets, path: &str, option: &str) -> Result<bool> {
+/// The only one of many.
+fn one<T>(all: Result<Vec<T>>) -> Result<T> {
+    all?.pop().ok_or_else(|| Error::config("path", "there is none"))
+}
+
+/// Which of the layers at `paths` the `targets` name.
+fn names(targets: &Targets, paths: &[&str], option: &str) -> Result<Vec<bool>> {
     match targets {
         // PEFT resolves the word to names when it saves; a file that still has it means every
         // linear layer, and the tensors say which those are.
-        Targets::Pattern(word) if word == "all-linear" => Ok(true),
-        Targets::Pattern(pattern) => matches(&format!("^(?:{pattern})$"), path, option),
-        Targets::Names(names) => Ok(names.iter().any(|name| {
-            let end = path.strip_suffix(name.as_str());
-            end.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-        })),
-    }
-}
-
-/// The value of the first pattern that matches `path` or the end of it.
-fn first_match<T: Copy>(patterns: &[(String, T)], path: &str, option: &str) -> Result<Option<T>> {
-    for (pattern, value) in patterns {
-        if matches(&format!(r"^(?:.*\.)?(?:{pattern})$"), path, option)? {
-            return Ok(Some(*value));
+        Targets::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
+        Targets::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
+        Targets::Names(names) => {
+            let names: HashSet<&str> = names.iter().map(String::as_str).collect();
+            let ends = |path: &&str| {
+                let dots = path.match_indices('.').map(|(dot, _)| dot + 1);
+                std::iter::once(0).chain(dots).any(|start| names.contains(&path[start..]))
+            };
+            Ok(paths.iter().map(ends).collect())
         }
     }
-    Ok(None)
 }
 
-fn matches(pattern: &str, path: &str, option: &str) -> Result<bool> {
-    compile(pattern, option)?.is_match(path).map_err(|e| Error::config(option, format!("{pattern:?}: {e}")))
-}
-
-fn compile(pattern: &str, option: &str) -> Result<Regex> {
-    Regex::new(pattern)
-        .map_err(|e| Error::config(option, format!("{pattern:?} is no regular expression: {e}")))
+/// For each path the value of the first pattern that matches it or the end of it.
+fn first_matches<T: Copy>(
+    patterns: &[(String, T)],
+    paths: &[&str],
+    default: T,
+    option: &str,
+) -> Result<Vec<T>> {
+    let mut values = vec![default; paths.len()];
+    let mut open: Vec<usize> = (0..paths.len()).collect();
+    let mut left: Vec<&str> = paths.to_vec();
+    for (pattern, value) in patterns {
+        if open.is_empty() {
+            break;
+        }
+        let found = matching(Pattern::End(pattern), &left, option)?;
+        if found.contains(&true) {
+            open.iter().zip(&found).filter(|(_, found)| **found).for_each(|(at, _)| values[*at] = *value);
+            open = open.iter().zip(&found).filter(|(_, found)| !**found).map(|(at, _)| *at).collect();
+            left = open.iter().map(|at| paths[*at]).collect();
+        }
+    }
+    Ok(values)
 }
 
 #[cfg(test)]
@@ -188,8 +226,36 @@ mod tests {
         );
         assert_eq!((config.scale_of(QUERY)?, config.scale_of("a.value")?), (12.0 / 9.0, 1.5));
         assert_eq!(config.scale_of("a.query")?, 6.0 / 16.0);
+        assert_eq!(config.ranks_of(&["a.value", QUERY, "b.value", "query"])?, [4, 9, 4, 16]);
         config.use_rslora = true;
         assert_eq!((config.scale_of(QUERY)?, config.scale_of("a.value")?), (4.0, 3.0));
+        Ok(())
+    }
+
+    /// Compiled for each layer anew these took minutes; a regular expression for each of them, kept,
+    /// would take gigabytes.
+    #[test]
+    fn patterns_by_the_ten_thousand_are_read_in_no_time() -> Result<()> {
+        let paths: Vec<String> = (0..2_000).map(|i| format!("model.layers.{i}.self_attn.q_proj")).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let named = (0..10_000).rev().map(|i| (format!("layers.{i}.self_attn.q_proj"), i + 1)).collect();
+        let config = PeftConfig { rank_pattern: named, ..PeftConfig::default() };
+        let clock = std::time::Instant::now();
+        let ranks = config.ranks_of(&paths)?;
+        assert!(clock.elapsed().as_secs_f64() < 5.0, "{:?}", clock.elapsed());
+        assert!(ranks.iter().enumerate().all(|(i, rank)| *rank == i + 1));
+
+        let general =
+            (0..300).map(|i| (format!(r".*\.{i}\.(self|cross)_attn.*"), f64::from(i + 1))).collect();
+        let mut config = PeftConfig { alpha_pattern: general, ..PeftConfig::default() };
+        let clock = std::time::Instant::now();
+        let alphas = config.alphas_of(&paths)?;
+        assert!(clock.elapsed().as_secs_f64() < 5.0, "{:?}", clock.elapsed());
+        assert_eq!((alphas[7], alphas[299], alphas[300]), (8.0, 300.0, config.lora_alpha));
+        assert_eq!(config.check(), Ok(()));
+        config.modules_to_save = Some((0..701).map(|i| format!("(a|b){i}")).collect());
+        let reason = config.check().unwrap_err();
+        assert!(reason.contains("at most 1000") && reason.contains("got 1001"), "{reason}");
         Ok(())
     }
 }

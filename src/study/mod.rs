@@ -2,6 +2,7 @@
 
 pub mod cell;
 mod grid;
+mod per_task;
 #[cfg(feature = "plot")]
 pub mod plot;
 pub mod recipe;
@@ -13,6 +14,7 @@ mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
 pub use grid::{Grid, Shard};
+pub use per_task::PerTask;
 pub use recipe::Recipe;
 pub use report::write_report;
 pub use run::{run, Progress};

@@ -1,8 +1,10 @@
 //! Methods by name, with options: what a grid's columns are made of.
 //!
 //! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
-//! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`.
+//! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
+//! `monteclora-posthoc:adapter=DIR`.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
@@ -41,6 +43,9 @@ pub struct Recipe {
     pub loraplus_ratio: f64,
     /// The posterior that is put on the trained LoRA, where there is one.
     pub post_hoc: Option<MonteCLoRAConfig>,
+    /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
+    /// layers count.
+    pub adapter: Option<PathBuf>,
 }
 
 impl Recipe {
@@ -86,6 +91,14 @@ impl FromStr for Recipe {
         if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
             return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
         }
+        if options.adapter.is_some() {
+            if name != "monteclora-posthoc" {
+                return Err(wrong(text, "adapter is an option of monteclora-posthoc"));
+            }
+            if let Some(other) = options.of_lora {
+                return Err(wrong(text, &format!("{other} is the adapter's own")));
+            }
+        }
         let ratio = if name == "loraplus" { 16.0 } else { 1.0 };
         Ok(Self {
             text: text.to_string(),
@@ -93,6 +106,7 @@ impl FromStr for Recipe {
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
+            adapter: options.adapter,
         })
     }
 }
@@ -111,6 +125,9 @@ struct Options {
     prompt: PromptConfig,
     /// An option that only a posterior has.
     of_posterior: Option<&'static str>,
+    /// An option that an adapter made elsewhere has settled.
+    of_lora: Option<&'static str>,
+    adapter: Option<PathBuf>,
 }
 
 impl Options {
@@ -131,6 +148,13 @@ impl Options {
             "scaler" => Some("scaler"),
             _ => self.of_posterior,
         };
+        self.of_lora = match key {
+            "rank" => Some("rank"),
+            "alpha" => Some("alpha"),
+            "targets" => Some("targets"),
+            "ratio" => Some("ratio"),
+            _ => self.of_lora,
+        };
         match key {
             "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
             "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
@@ -138,6 +162,8 @@ impl Options {
             "tokens" => self.prompt.virtual_tokens = count()?,
             "ratio" => self.ratio = Some(number()?),
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
+            "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
+            "adapter" => self.adapter = Some(value.into()),
             "n" => bayes.num_components = count()?,
             "eps" => bayes.sample_scaler = number()?,
             "eta" => bayes.kl_weight = number()?,
@@ -168,8 +194,8 @@ impl Options {
             }
             _ => {
                 let known =
-                    "rank, alpha, dropout, ratio, tokens, targets, n, eps, eta, cooperative, prior, init, \
-                             std, covariance, estimator, scaler";
+                    "rank, alpha, dropout, ratio, tokens, targets, adapter, n, eps, eta, cooperative, prior, \
+                             init, std, covariance, estimator, scaler";
                 return Err(format!("there is no such option: {known}"));
             }
         }
@@ -196,6 +222,9 @@ mod tests {
         let post_hoc: Recipe = "monteclora-posthoc:eps=0.1:rank=4".parse()?;
         assert_eq!(post_hoc.post_hoc.map(|c| (c.sample_scaler, c.rank)), Some((0.1, 4)));
         assert_eq!(post_hoc.method, Method::Lora(LoraConfig { rank: 4, ..Default::default() }));
+        let elsewhere: Recipe = "monteclora-posthoc:adapter=runs/lora=1:eps=0.1".parse()?;
+        assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
+        assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
         Ok(())
@@ -208,6 +237,9 @@ mod tests {
             ("lora:rank", "key=value"),
             ("lora:rank=x", "rank=x"),
             ("lora:eps=1", "eps is an option of MonteCLoRA"),
+            ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
+            ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
+            ("monteclora-posthoc:adapter=", "expected a folder"),
             ("monteclora:size=3", "no such option"),
             ("monteclora:covariance=round", "full or diagonal"),
         ] {

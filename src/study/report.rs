@@ -4,22 +4,29 @@
 //! Statistics are over the cells that are done. A cell that diverged or failed has no score: it is
 //! counted in its row, and never dropped without a word.
 
+mod calibration;
+mod claim;
+mod pairs;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use super::cell::{read_all, CellCost, CellKey, CellResult, Status};
 use super::run::settings_path;
-use super::stats::{median, quantile, wilcoxon};
+use super::stats::{median, quantile};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::metrics::Metrics;
 
 /// The method whose mean prediction the others are tested against: by this name or, where a grid has
 /// none, the first that begins with it.
 const TESTED: &str = "monteclora";
-/// The method that costs are relative to.
+/// The method that it is tested against above all, and that costs are relative to: by this name or, where
+/// a grid has none, the first with options of its own.
 const BASELINE: &str = "lora";
+
+/// The prediction that every method has: of the parameters, or of the posterior's mean.
+const MEAN: &str = "mean";
 
 /// A method and a way to predict with it.
 type Arm = (String, String);
@@ -58,43 +65,46 @@ pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     files::write(&out.join("costs.md"), costs_markdown(&costs).as_bytes())
 }
 
-/// By task and arm. An arm of a method that has no done cell on a task is its `mean`.
+/// The arms of each task. That of a method that has no done cell on a task is its mean.
+fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {
+    let of_cell = |cell: &CellResult| {
+        let CellKey { task, method, .. } = cell.key.clone();
+        let arms = cell.arms.keys().cloned().chain([MEAN.to_string()]);
+        arms.map(|arm| (task.clone(), (method.clone(), arm))).collect::<Vec<_>>()
+    };
+    cells.iter().flat_map(of_cell).collect()
+}
+
+/// By task and arm.
 fn rows(cells: &[CellResult]) -> BTreeMap<(String, Arm), Row> {
-    let mut arms: BTreeMap<(&str, &str), BTreeSet<&str>> = BTreeMap::new();
-    for cell in cells {
-        let of_method = arms.entry((&cell.key.task, &cell.key.method)).or_default();
-        of_method.extend(cell.arms.keys().map(String::as_str));
-        of_method.insert("mean");
-    }
-    let mut rows: BTreeMap<(String, Arm), Row> = BTreeMap::new();
-    for cell in cells {
-        let CellKey { task, method, .. } = &cell.key;
-        for arm in &arms[&(task.as_str(), method.as_str())] {
-            let row = rows.entry((task.clone(), (method.clone(), arm.to_string()))).or_default();
-            row.metric.clone_from(&cell.metric);
-            match cell.status {
-                Status::Done => row.done += 1,
-                Status::Diverged => row.diverged += 1,
-                Status::Failed => row.failed += 1,
-            }
-            let metrics = cell.arms.get(*arm).filter(|_| cell.status == Status::Done);
-            let Some(metrics) = metrics else { continue };
-            row.scores.extend(metrics.get(&cell.metric));
-            row.nll.extend(metrics.nll);
-            row.ece.extend(metrics.ece);
-            row.brier.extend(metrics.brier);
+    let mut rows: BTreeMap<(String, Arm), Row> =
+        arms(cells).into_iter().map(|key| (key, Row::default())).collect();
+    for ((task, (method, arm)), row) in &mut rows {
+        for cell in cells.iter().filter(|cell| cell.key.task == *task && cell.key.method == *method) {
+            row.add(cell, arm);
         }
     }
     rows
 }
 
 impl Row {
-    fn best(&self) -> f64 {
-        quantile(&self.scores, 1.0)
+    fn add(&mut self, cell: &CellResult, arm: &str) {
+        self.metric.clone_from(&cell.metric);
+        match cell.status {
+            Status::Done => self.done += 1,
+            Status::Diverged => self.diverged += 1,
+            Status::Failed => self.failed += 1,
+        }
+        let metrics = cell.arms.get(arm).filter(|_| cell.status == Status::Done);
+        let Some(metrics) = metrics else { return };
+        self.scores.extend(metrics.get(&cell.metric));
+        self.nll.extend(metrics.nll);
+        self.ece.extend(metrics.ece);
+        self.brier.extend(metrics.brier);
     }
 
-    fn spread(&self) -> f64 {
-        self.best() - quantile(&self.scores, 0.0)
+    fn best(&self) -> f64 {
+        quantile(&self.scores, 1.0)
     }
 
     fn quartile_range(&self) -> f64 {
@@ -108,7 +118,7 @@ impl Row {
         [
             self.best(),
             median(&self.scores),
-            self.spread(),
+            pairs::spread(&self.scores),
             self.quartile_range(),
             nll.recip(),
             nll,
@@ -159,8 +169,12 @@ fn markdown(cells: &[CellResult], settings: &str) -> String {
         text.push_str(&overall(&rows, tasks.len()));
     }
     if let Some(tested) = tested(cells) {
-        text.push_str(&claim(cells, &rows, &tested));
-        text.push_str(&signed_ranks(cells, &rows, &tested));
+        if let Some(baseline) = baseline(cells.iter().map(|cell| &cell.key)) {
+            let baseline = (baseline, MEAN.to_string());
+            text.push_str(&claim::claim(cells, &tested, &baseline));
+            text.push_str(&calibration::calibration(cells, &tested, &baseline));
+        }
+        text.push_str(&pairs::signed_ranks(cells, &tested));
     }
     text.push_str(&foreign(cells));
     text
@@ -188,93 +202,15 @@ fn tested(cells: &[CellResult]) -> Option<Arm> {
     methods.sort();
     let first = methods.iter().find(|method| method.starts_with(TESTED));
     let method = methods.iter().find(|method| **method == TESTED).or(first)?;
-    Some((method.to_string(), "mean".to_string()))
+    Some((method.to_string(), MEAN.to_string()))
 }
 
-/// Whether the paper's claim holds: a smaller spread than LoRA's at no lower median.
-fn claim(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>, tested: &Arm) -> String {
-    let baseline: Arm = (BASELINE.to_string(), "mean".to_string());
-    let (mut table, mut holds, mut tasks) = (String::new(), 0, 0);
-    for ((task, _), own) in rows.iter().filter(|((_, arm), _)| arm == tested) {
-        let Some(other) = rows.get(&(task.clone(), baseline.clone())) else { continue };
-        let (medians, spreads) =
-            ([median(&own.scores), median(&other.scores)], [own.spread(), other.spread()]);
-        let does = spreads[0] < spreads[1] && medians[0] >= medians[1];
-        holds += usize::from(does);
-        tasks += 1;
-        let figures = [spreads, medians].concat().into_iter().map(number).collect::<Vec<_>>().join(" | ");
-        writeln!(table, "| {task} | {figures} | {} |", if does { "yes" } else { "no" }).ok();
-    }
-    if tasks == 0 {
-        return String::new();
-    }
-    let (own, other) = (name(tested), name(&baseline));
-    let metric = over_cells(cells, tested, &baseline, &|cell, metrics| metrics.get(&cell.metric));
-    let nll = over_cells(cells, tested, &baseline, &|_, metrics| metrics.nll);
-    format!(
-        "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {holds} of \
-         {tasks} tasks. Over cells with the same settings, metric: {}; NLL: {}.\n\n| task | spread, {own} | \
-         spread, {other} | median, {own} | median, {other} | holds |\n|---|---|---|---|---|---|\n{table}",
-        verdict(&metric),
-        verdict(&nll)
-    )
-}
-
-/// Differences of two arms in the cells with the same settings.
-fn over_cells(
-    cells: &[CellResult],
-    arm: &Arm,
-    other: &Arm,
-    value: &dyn Fn(&CellResult, &Metrics) -> Option<f64>,
-) -> Vec<f64> {
-    let of = |arm: &Arm| -> BTreeMap<String, f64> {
-        let own = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
-        own.filter_map(|cell| Some((settings_of(&cell.key), value(cell, cell.arms.get(&arm.1)?)?))).collect()
-    };
-    let theirs = of(other);
-    of(arm).into_iter().filter_map(|(key, ours)| Some(ours - theirs.get(&key)?)).collect()
-}
-
-/// MonteCLoRA's mean against every other arm: over tasks, and over cells with the same settings.
-fn signed_ranks(cells: &[CellResult], rows: &BTreeMap<(String, Arm), Row>, tested: &Arm) -> String {
-    let others: BTreeSet<&Arm> = rows.keys().map(|(_, arm)| arm).filter(|arm| *arm != tested).collect();
-    let mut text = format!(
-        "\n## Wilcoxon signed-rank tests: {} against each other\n\nTwo-sided p, with the number n of \
-         differences that are not zero, their median (positive: {0} is higher), and in brackets the least p \
-         that n can give.\n\n| against | median over tasks | spread over tasks | metric over cells | NLL over \
-         cells |\n|---|---|---|---|---|\n",
-        name(tested)
-    );
-    for other in others {
-        let over_tasks = |figure: &dyn Fn(&Row) -> f64| -> Vec<f64> {
-            let of = |arm: &Arm, task: &String| rows.get(&(task.clone(), arm.clone())).map(figure);
-            let tasks: BTreeSet<&String> = rows.keys().map(|(task, _)| task).collect();
-            tasks.into_iter().filter_map(|task| Some(of(tested, task)? - of(other, task)?)).collect()
-        };
-        let columns = [
-            over_tasks(&|row| median(&row.scores)),
-            over_tasks(&Row::spread),
-            over_cells(cells, tested, other, &|cell, metrics| metrics.get(&cell.metric)),
-            over_cells(cells, tested, other, &|_, metrics| metrics.nll),
-        ];
-        let columns = columns.map(|differences| verdict(&differences)).join(" | ");
-        writeln!(text, "| {} | {columns} |", name(other)).ok();
-    }
-    text
-}
-
-/// The test of those differences that are numbers: of a cell without a score, and of two infinite NLLs,
-/// there is none.
-fn verdict(differences: &[f64]) -> String {
-    let pairs: Vec<f64> = differences.iter().copied().filter(|difference| !difference.is_nan()).collect();
-    let p = |p: f64| if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") };
-    match wilcoxon(&pairs) {
-        None if pairs.is_empty() => "no pair".to_string(),
-        None => format!("{} equal pairs", pairs.len()),
-        Some(test) => {
-            format!("p {}, n {}, {:+.4} ({})", p(test.p), test.n, median(&pairs), p(test.least_p()))
-        }
-    }
+/// The method that others are compared with, if there is one.
+fn baseline<'a>(keys: impl Iterator<Item = &'a CellKey>) -> Option<String> {
+    let mut methods: Vec<&String> = keys.map(|key| &key.method).collect();
+    methods.sort(); // without options it comes first
+    let plain = |method: &str| method.split(':').next() == Some(BASELINE);
+    methods.into_iter().find(|method| plain(method)).cloned()
 }
 
 /// How well rows of another task are told from those of a task.
@@ -338,9 +274,10 @@ fn field(text: &str) -> String {
 
 /// Times of a step and of training, and memory, as multiples of LoRA's in the cell with the same settings.
 fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
+    let name = baseline(costs.iter().map(|(key, _)| key)).unwrap_or_else(|| BASELINE.to_string());
     let baseline: BTreeMap<String, &CellCost> = costs
         .iter()
-        .filter(|(key, _)| key.method == BASELINE)
+        .filter(|(key, _)| key.method == name)
         .map(|(key, cost)| (settings_of(key), cost))
         .collect();
     let mut found: BTreeMap<&str, [Vec<f64>; 3]> = BTreeMap::new();
@@ -352,7 +289,7 @@ fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
         memory.extend(cost.peak_rss_mb.zip(base.peak_rss_mb).map(|(own, base)| own / base));
     }
     let mut text = format!(
-        "# Costs\n\nMultiples of {BASELINE} in the cell with the same settings, medians. They differ from run \
+        "# Costs\n\nMultiples of {name} in the cell with the same settings, medians. They differ from run \
          to run, as a shared machine does.\n\n| method | cells | step | training | peak memory |\n|---|---|---|---|---|\n"
     );
     for (method, columns) in found {

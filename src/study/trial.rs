@@ -80,7 +80,10 @@ impl Trial<'_> {
 
     fn fill(&self, key: &CellKey, result: &mut CellResult, cost: &mut CellCost) -> Result<()> {
         let recipe: Recipe = key.method.parse()?;
-        let start = Start::Fresh(recipe.method.clone(), recipe.targets.clone());
+        let start = match (&recipe.adapter, &recipe.post_hoc) {
+            (Some(dir), Some(config)) => Start::PostHoc(Box::new(AdapterFile::read(dir)?), config.clone()),
+            _ => Start::Fresh(recipe.method.clone(), recipe.targets.clone()),
+        };
         let mut classifier = self.load(&start, key)?;
         // Of the others nobody asks, and copies of all weights would count as memory of `full`.
         let members = if recipe.is_lora() { MEMBERS } else { 0 };
@@ -90,7 +93,7 @@ impl Trial<'_> {
         result.trainable_parameters = classifier.params.trainable_count();
         let members = std::mem::take(&mut watch.members);
         let mut summary = summary?;
-        if let Some(config) = &recipe.post_hoc {
+        if let (None, Some(config)) = (&recipe.adapter, &recipe.post_hoc) {
             let adapter = adapter(&classifier, &recipe)?;
             classifier = self.load(&Start::PostHoc(Box::new(adapter), config.clone()), key)?;
             let mut watch = Watch::new(&classifier.params, 0);

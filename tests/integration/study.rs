@@ -5,13 +5,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
+use monteclora::adapters::LoraConfig;
+use monteclora::data::batch::Batcher;
 use monteclora::data::task::Task;
+use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
+use monteclora::noise::Noise;
 use monteclora::study::{self, CellKey, CellResult, Grid, Shard, Status, Trial};
+use monteclora::train::{self, Classification, Classifier, Method, Start, TrainConfig};
 use serde_json::json;
 
-use crate::finetune::{checkpoint, rows};
+use crate::finetune::{checkpoint, rows, Log};
 use crate::support::Outcome;
 
 fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {
@@ -57,6 +62,40 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             assert!(cost.seconds > 0.0 && result.trainable_parameters > 0);
             assert_eq!(result, trial.run(&key(&method, 5e-3)).0, "{name}");
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    trial(&files, |trial| {
+        let (here, _) = trial.run(&key("monteclora-posthoc:rank=4:alpha=8", 5e-3));
+        // The same LoRA as the first phase of that, by hand.
+        let method = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
+        let start = Start::Fresh(method, Targets::default());
+        let classifier = Classifier::load(&files, 2, &start, Noise::new(3), DType::F32, &Device::Cpu)?;
+        let batcher = Batcher::new(8, false, Noise::new(3))?;
+        let objective = Classification { classifier: &classifier, rows: trial.train, batcher };
+        let config =
+            TrainConfig { epochs: trial.epochs, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
+        train::fit(&objective, &classifier.params, &config, &mut Log::default())?;
+        classifier.save("toy", dir.path())?;
+
+        let adapter = dir.path().join("adapter");
+        let recipe = format!("monteclora-posthoc:adapter={}", adapter.display());
+        let (elsewhere, _) = trial.run(&key(&recipe, 5e-3));
+        assert_eq!((elsewhere.status, &elsewhere.reason), (Status::Done, &None));
+        assert_eq!((&elsewhere.arms, &elsewhere.ood), (&here.arms, &here.ood));
+        // Its own training alone, of rho and c of six layers alone.
+        assert_eq!((elsewhere.steps, here.steps), (16, 32));
+        assert_eq!(elsewhere.trainable_parameters, 6 * (4 + 4));
+
+        let absent = format!("monteclora-posthoc:adapter={}", dir.path().join("absent").display());
+        let (failed, _) = trial.run(&key(&absent, 5e-3));
+        assert_eq!(failed.status, Status::Failed);
+        assert!(failed.reason.is_some_and(|reason| reason.contains("absent")));
         Ok(())
     })
 }

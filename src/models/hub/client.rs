@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hf_hub::progress::Progress;
-use hf_hub::repository::FileMetadataInfo;
+use hf_hub::repository::{FileMetadataInfo, RepoTreeEntry};
 use hf_hub::{split_id, HFClient, HFRepositorySync, HFResult, RepoType};
 
 use super::config::HubConfig;
@@ -16,6 +16,9 @@ use super::remote::RepoKind;
 /// send what [`HubConfig`] neither holds nor redacts; given this one, which no header can carry,
 /// it sends none.
 const NO_TOKEN: &str = "\n";
+
+/// The most entries of a repository's list that are asked for: they come in pages of as many.
+const MOST_NAMES: usize = 1000;
 
 /// The questions about one repository. Each blocks until it is answered.
 pub(super) trait Client: Send + Sync {
@@ -37,8 +40,8 @@ pub(super) trait Client: Send + Sync {
         offline: bool,
         watch: Option<Progress>,
     ) -> HFResult<PathBuf>;
-    /// Whether there is such a file.
-    fn exists(&self, name: &str, revision: &str) -> HFResult<bool>;
+    /// The names of the files that lie in no folder.
+    fn names(&self, revision: &str) -> HFResult<Vec<String>>;
     /// Whether the repository exists, and whether its revision does.
     fn what_exists(&self, revision: &str) -> HFResult<(bool, bool)>;
 }
@@ -86,8 +89,13 @@ impl<T: RepoType> Client for HFRepositorySync<T> {
         asked.local_files_only(offline).maybe_progress(watch).send()
     }
 
-    fn exists(&self, name: &str, revision: &str) -> HFResult<bool> {
-        self.file_exists().filename(name).revision(revision).send()
+    fn names(&self, revision: &str) -> HFResult<Vec<String>> {
+        let entries = self.list_tree().revision(revision).limit(MOST_NAMES).send()?;
+        let name = |entry| match entry {
+            RepoTreeEntry::File { path, .. } => Some(path),
+            _ => None,
+        };
+        Ok(entries.into_iter().filter_map(name).collect())
     }
 
     fn what_exists(&self, revision: &str) -> HFResult<(bool, bool)> {

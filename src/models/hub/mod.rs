@@ -1,8 +1,8 @@
 //! Where a model's files lie: a local folder, or a repository of a model hub (feature `hub`).
 //!
 //! [`ModelFiles::locate`] finds `config.json`, `tokenizer.json` and the safetensors weights of
-//! either with one code path; pickled weights (`pytorch_model.bin`) are refused, since reading
-//! them runs code of their author.
+//! either with one code path; pickled weights (`pytorch_model.bin`, `model.pt` ...) are refused, since
+//! reading them runs code of their author.
 
 #[cfg(feature = "hub")]
 mod ask;
@@ -17,6 +17,7 @@ mod fetch;
 #[cfg(all(test, feature = "hub"))]
 mod fixture;
 mod index;
+mod pickles;
 #[cfg(feature = "hub")]
 mod remote;
 #[cfg(all(test, feature = "hub"))]
@@ -42,7 +43,6 @@ const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// The files of one model: its configuration, its tokenizer and its weights, all on this disk.
 ///
@@ -142,15 +142,13 @@ impl ModelFiles {
             index.check(shards.iter().copied().zip(files.iter().map(PathBuf::as_path)))?;
             files
         } else {
-            for pickle in PICKLES {
-                if source.has(pickle)? {
-                    let reason = format!(
-                        "it has only pickled weights ({pickle}), and reading a pickle can run any code; \
-                         expected {WEIGHTS} or {INDEX} (convert the weights to safetensors, or use a \
-                         repository or revision that has them)"
-                    );
-                    return Err(source.unfit(reason));
-                }
+            if let Some(pickle) = pickles::only_weights(&source.names(&config)?) {
+                let reason = format!(
+                    "it has only pickled weights ({pickle}), and reading a pickle can run any code; \
+                     expected {WEIGHTS} or {INDEX} (convert the weights to safetensors, or use a \
+                     repository or revision that has them)"
+                );
+                return Err(source.unfit(reason));
             }
             return Err(source.missing(WEIGHTS));
         };
@@ -256,12 +254,14 @@ impl Source {
         }
     }
 
-    /// Whether there is a file `name`, without downloading it.
-    fn has(&self, name: &str) -> Result<bool> {
+    /// The names of the files beside `config`, without downloading any.
+    fn names(&self, config: &Path) -> Result<Vec<String>> {
+        let dir = config.parent().unwrap_or(Path::new("."));
         match self {
-            Self::Folder(dir) => Ok(dir.join(name).is_file()),
+            Self::Folder(_) => names_in(dir),
+            // Offline, what a repository has is what its cache holds.
             #[cfg(feature = "hub")]
-            Self::Repo(repo) => repo.has(name),
+            Self::Repo(repo) => repo.names().map_or_else(|| names_in(dir), Ok),
         }
     }
 
@@ -282,6 +282,13 @@ impl Source {
             Self::Repo(repo) => repo.error(reason),
         }
     }
+}
+
+/// The names of the files in a folder.
+fn names_in(dir: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+    let files = entries.flatten().filter(|entry| entry.path().is_file());
+    Ok(files.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
 }
 
 /// Checks that `name` is a relative path below its folder, or says why not.

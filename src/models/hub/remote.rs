@@ -172,14 +172,14 @@ impl Repo {
         })
     }
 
-    /// Whether the repository has the file `name`; offline, the cache is asked.
-    pub(super) fn has(&self, name: &str) -> Result<bool> {
+    /// The names of the repository's files; None offline. They serve to explain what is missing, so that
+    /// a hub that does not tell them has none.
+    pub(super) fn names(&self) -> Option<Vec<String>> {
         if self.hub.offline {
-            return Ok(self.file(name)?.is_some());
+            return None;
         }
-        let (file, revision) = (name.to_string(), self.revision.clone());
-        let found = self.ask(move |client| client.exists(&file, &revision));
-        found.map_err(|failure| self.explain(failure))
+        let revision = self.revision.clone();
+        Some(self.ask(move |client| client.names(&revision)).unwrap_or_default())
     }
 
     /// Checks that the file at `path` has the announced length. Where `hf-hub` fetches a file by

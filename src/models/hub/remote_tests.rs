@@ -97,18 +97,30 @@ fn a_404_says_what_is_missing() {
 
 #[test]
 fn a_repository_of_pickles_is_refused() {
-    let cache = Cache::new();
     let mut files = model();
     files.truncate(2);
-    files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
-    let server = Server::good(&files);
+    for pickle in ["pytorch_model.bin", "consolidated.00.pth"] {
+        let cache = Cache::new();
+        let path = format!("owner/tiny/{pickle}");
+        let mut files = files.clone();
+        files.push((&path, b"\x80\x02".to_vec()));
+        let server = Server::good(&files);
+        let hub = cache.hub(&server.endpoint());
+        let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+        assert!(message.contains(pickle) && message.contains("run any code"), "{message}");
+        assert!(message.contains("safetensors"), "{message}");
+        assert_eq!(server.downloads(pickle), 0);
+    }
+    // Where the hub tells no list, the file that is missing is named.
+    let cache = Cache::new();
+    let server =
+        Server::start(&files, |request, _| request.path.contains("/tree/").then_some(Fault::Status(404)));
     let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
-    assert!(message.contains("pytorch_model.bin") && message.contains("run any code"), "{message}");
-    assert!(message.contains("safetensors"), "{message}");
-    assert_eq!(server.downloads("pytorch_model.bin"), 0);
+    assert!(message.contains("no file model.safetensors"), "{message}");
 
     // Beside safetensors a pickle is not even asked for.
     let cache = Cache::new();
+    files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
     files.push(("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])));
     let server = Server::good(&files);
     ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())).unwrap();

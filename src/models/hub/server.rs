@@ -2,8 +2,8 @@
 //! the faults of real ones.
 //!
 //! HEAD and GET of `/owner/name/resolve/revision/file` (data sets under `/datasets`), ranges,
-//! ETag, If-None-Match and X-Repo-Commit, the existence questions under `/api`, and any other
-//! path as it is, for what a redirect leads to.
+//! ETag, If-None-Match and X-Repo-Commit, the existence questions and lists of files under `/api`, and
+//! any other path as it is, for what a redirect leads to.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use serde_json::json;
 
 /// The commit that `main` is at.
 pub(super) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -184,6 +186,15 @@ fn answer(path: &str, files: &BTreeMap<String, Vec<u8>>) -> (u16, Vec<u8>, Optio
         };
     }
     if let Some(api) = path.strip_prefix("api/") {
+        if let Some((repo, rest)) = api.split_once("/tree/") {
+            let (revision, _) = rest.split_once('?').unwrap_or((rest, ""));
+            let Some((prefix, _)) = commit(revision) else { return not_found };
+            let start = format!("{prefix}{}/", repo.strip_prefix("models/").unwrap_or(repo));
+            let names = files.keys().filter_map(|name| name.strip_prefix(&start));
+            let entry = |name: &str| json!({"type": "file", "oid": "0", "size": 1, "path": name});
+            let list: Vec<_> = names.filter(|name| !name.contains('/')).map(entry).collect();
+            return (200, json!(list).to_string().into_bytes(), None);
+        }
         let (repo, revision) = api.split_once("/revision/").unwrap_or((api, "main"));
         let prefix = format!("{}/", repo.strip_prefix("models/").unwrap_or(repo));
         let known = files.keys().any(|name| name.starts_with(&prefix));

@@ -132,10 +132,13 @@ fn weights_that_are_not_whole_are_refused_by_name() -> Result<()> {
 
 #[test]
 fn pickled_weights_are_refused_with_the_reason() {
-    for pickle in PICKLES {
-        let message = refusal(&[(pickle, b"\x80\x02".to_vec())]);
-        assert!(message.contains(pickle) && message.contains("run any code"), "{message}");
+    for pickle in
+        ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model-00001-of-00002.bin"]
+    {
+        let message = refusal(&[(pickle, b"\x80\x02".to_vec()), ("training_args.bin", Vec::new())]);
+        assert!(message.contains(&format!("({pickle})")) && message.contains("run any code"), "{message}");
     }
+    assert!(refusal(&[("training_args.bin", Vec::new())]).contains("no model.safetensors"));
 }
 
 #[test]

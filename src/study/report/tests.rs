@@ -1,4 +1,5 @@
 use super::*;
+use crate::metrics::Metrics;
 
 /// A cell with these accuracies and NLLs by arm; without any it diverged.
 fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellResult {
@@ -65,12 +66,16 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
-    assert!(text.contains("| full (mean) | no pair | no pair | no pair | no pair |"), "{text}");
+    assert!(text.contains("| full (mean) | no pair | no pair | no pair | no pair | no pair |"), "{text}");
     let claim = text.split("The paper's claim").nth(1).unwrap_or_default();
+    // settings, spreads, medians, how the cells of both ended
     for line in [
-        "monteclora (mean) has a smaller spread than lora (mean) at no lower median on 2 of 2 tasks.",
-        "metric: p 0.031, n 6, +0.0600 (0.031); NLL: p 0.031, n 6, -0.3500 (0.031).",
-        "| rte | 0.1000 | 0.2000 | 0.7600 | 0.7000 | yes |",
+        "monteclora (mean) has a smaller spread than lora (mean) at no lower median on 2 of 2 tasks, 0 undecided.",
+        "| mrpc | 3 | 0.1000 | 0.2000 | 0.7600 | 0.7000 | 3/3 | 3/4, 1 diverged | yes |",
+        "| rte | 3 | 0.1000 | 0.2000 | 0.7600 | 0.7000 | 3/3 | 3/3 | yes |",
+        "| median, over tasks | p 0.500, n 2, +0.0600 (0.500) | p 0.500, n 2, -0.3500 (0.500) |",
+        "| spread, over tasks | p 0.500, n 2, -0.1000 (0.500) | p 0.500, n 2, -0.5000 (0.500) |",
+        "| settings of all tasks | p 0.031, n 6, +0.0600 (0.031) | p 0.031, n 6, -0.3500 (0.031) |",
     ] {
         assert!(claim.contains(line), "{line}\n{text}");
     }
@@ -78,8 +83,8 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
     assert!(over_tasks.contains("| lora (mean) | 0.8000 | 0.7000 | 0.2000 |"), "{text}");
     // Two tasks, both +0.06 and -0.1; six cells of +0.01, +0.06 and +0.11 twice.
     let line =
-        "| lora (mean) | p 0.500, n 2, +0.0600 (0.500) | p 0.500, n 2, -0.1000 (0.500) | p 0.031, n 6, \
-                +0.0600 (0.031) | p 0.031, n 6, -0.3500 (0.031) |";
+        "| lora (mean) | p 0.500, n 2, +0.0600 (0.500) | p 0.500, n 2, -0.3500 (0.500) | p 0.500, n 2, -0.1000 \
+                (0.500) | p 0.031, n 6, +0.0600 (0.031) | p 0.031, n 6, -0.3500 (0.031) |";
     assert!(text.contains(line), "{text}");
     assert!(
         report["costs.md"].contains("| monteclora | 6 | 1.0000 | 1.0000 | 1.0000 |"),
@@ -112,14 +117,106 @@ fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
     cells.push(cell("rte", "lora", 1e-3, &[("mean", 0.6, 0.5)]));
     let report = written(&cells)?;
     let text = &report["report.md"];
-    assert!(text.contains("| rte | 0.0000 | 0.0000 | 0.7000 | 0.6000 | no |"), "{text}");
+    let line =
+        "| rte | 1 | 0.0000 | 0.0000 | 0.7000 | 0.6000 | 1/2, 1 failed | 1/1 | undecided: fewer than two \
+                settings |";
+    assert!(text.contains(line), "{text}");
     assert!(text.contains(&format!("| {method} (mean) | 0.7000 | 0.7000 | 0.0000 |")), "{text}");
     // The tested method is the one that there is; its NLL equals the other's.
     let line =
-        "| lora (mean) | p 1.000, n 1, +0.1000 (1.000) | 1 equal pairs | p 1.000, n 1, +0.1000 (1.000) | \
-                1 equal pairs |";
+        "| lora (mean) | p 1.000, n 1, +0.1000 (1.000) | 1 equal pairs | 1 equal pairs | p 1.000, n 1, +0.1000 \
+                (1.000) | 1 equal pairs |";
     assert!(text.contains(line), "{text}");
     assert!(report["report.csv"].contains(&format!("rte,\"{method}\",mean,accuracy,0.7,")));
     assert!(report["cells.csv"].contains(&format!("rte,\"{method}\",0.001,8,1,done,mean,")));
+    Ok(())
+}
+
+/// The line of the claim about the task of these cells.
+fn claimed(cells: &[CellResult]) -> Result<String> {
+    let text = written(cells)?.remove("report.md").unwrap_or_default();
+    let claim = text.split("The paper's claim").nth(1).unwrap_or_default();
+    let start = format!("| {} |", cells[0].key.task);
+    let line = claim.lines().find(|line| line.starts_with(&start));
+    Ok(line.map(str::to_string).unwrap_or(text))
+}
+
+/// MonteCLoRA and LoRA with these accuracies at falling learning rates; None diverged.
+fn arms_of(own: &[Option<f64>], other: &[Option<f64>]) -> Vec<CellResult> {
+    let of = |method: &str, scores: &[Option<f64>]| -> Vec<CellResult> {
+        let one = |(i, score): (usize, &Option<f64>)| {
+            let arms: Vec<_> = score.iter().map(|score| ("mean", *score, 0.5)).collect();
+            cell("rte", method, 0.1f64.powi(i as i32), &arms)
+        };
+        scores.iter().enumerate().map(one).collect()
+    };
+    [of("monteclora", own), of("lora", other)].concat()
+}
+
+#[test]
+fn divergence_makes_no_claim_hold_and_refutes_none() -> Result<()> {
+    let (high, low) = (Some(0.8), Some(0.5));
+    // Over done cells alone MonteCLoRA's spread would be 0.05, LoRA's 0.3: its worst cell has no score.
+    let mut cells = arms_of(&[None, Some(0.75), high], &[low, Some(0.75), high]);
+    assert_eq!(
+        claimed(&cells)?,
+        "| rte | 2 | 0.0500 | 0.0500 | 0.7750 | 0.7750 | 2/3, 1 diverged | 3/3 | no: more of its cells diverged |"
+    );
+    // Nothing is known of the setting that failed, and the others alone would say yes.
+    cells = arms_of(&[None, Some(0.78), high], &[low, Some(0.7), high]);
+    cells[0].status = Status::Failed;
+    let line = claimed(&cells)?;
+    assert!(line.ends_with("| 2/3, 1 failed | 3/3 | undecided: more of its cells have no score |"), "{line}");
+    // LoRA's worst cell is the one without a score: its spread is too small, not MonteCLoRA's too large.
+    let line = claimed(&arms_of(&[low, Some(0.7), high], &[None, Some(0.75), high]))?;
+    assert!(line.ends_with("| undecided: more of the other's cells diverged |"), "{line}");
+    // As many on both sides, in other settings.
+    let line = claimed(&arms_of(&[None, Some(0.78), high, high], &[low, Some(0.7), high, None]))?;
+    assert_eq!(
+        line,
+        "| rte | 2 | 0.0200 | 0.1000 | 0.7900 | 0.7500 | 3/4, 1 diverged | 3/4, 1 diverged | yes |"
+    );
+    // A grid that is half done: where LoRA did not run, MonteCLoRA's divergence is no difference.
+    let line = claimed(&arms_of(&[Some(0.7), Some(0.78), None], &[low, high]))?;
+    assert!(
+        line.ends_with("| 2/3, 1 diverged | 2/2 | undecided: more of its cells have no score |"),
+        "{line}"
+    );
+    // Only LoRA has scores.
+    let line = claimed(&arms_of(&[None, None], &[low, high]))?;
+    assert_eq!(line, "| rte | 0 | - | - | - | - | 0/2, 2 diverged | 2/2 | no: more of its cells diverged |");
+    Ok(())
+}
+
+#[test]
+fn draws_are_compared_with_the_mean_and_each_treatment_in_common_settings() -> Result<()> {
+    let mut cells = Vec::new();
+    for (task, shift) in [("mrpc", 0.0), ("rte", 0.1)] {
+        for (i, lr) in [1e-3, 1e-4, 1e-5].into_iter().enumerate() {
+            let nll = 0.5 + shift + 0.1 * i as f64;
+            cells.push(cell(
+                task,
+                "monteclora:rank=4",
+                lr,
+                &[("mean", 0.8, nll + 0.02), ("10 draws", 0.8, nll)],
+            ));
+            let lora = [("mean", 0.8, nll), ("temperature", 0.8, nll - 0.2), ("laplace", 0.8, nll + 1.0)];
+            cells.push(cell(task, "lora:rank=4", lr, &lora[..if i < 2 { 3 } else { 1 }]));
+        }
+    }
+    let text = written(&cells)?.remove("report.md").unwrap_or_default();
+    let table = text.split("## Calibration: monteclora:rank=4 (10 draws)").nth(1).unwrap_or_default();
+    // task, against, settings, NLL of both and test, ECE of both and test
+    for line in [
+        "| mrpc | monteclora:rank=4 (mean) | 3 | 0.6000 | 0.6200 | p 0.250, n 3, -0.0200 (0.250) | 0.1000 | \
+         0.1000 | 3 equal pairs |",
+        "| rte | lora:rank=4 (temperature) | 2 | 0.6500 | 0.4500 | p 0.500, n 2, +0.2000 (0.500) |",
+        "| rte | lora:rank=4 (laplace) | 2 | 0.6500 | 1.6500 | p 0.500, n 2, -1.0000 (0.500) |",
+        "| all | lora:rank=4 (temperature) | 4 | - | - | p 0.125, n 4, +0.2000 (0.125) | - | - | 4 equal pairs |",
+        "| all | lora:rank=4 (mean) | 6 | - | - | 6 equal pairs |",
+    ] {
+        assert!(table.contains(line), "{line}\n{text}");
+    }
+    assert!(!table.contains("mc dropout"), "{text}");
     Ok(())
 }

@@ -1,0 +1,125 @@
+//! Patterns against many names: each is compiled once, and let go before the next, since a compiled
+//! expression takes a thousand times its text.
+
+use fancy_regex::Regex;
+
+use crate::error::{Error, Result};
+
+/// A regular expression of Python's syntax, and which part of a name it has to match.
+#[derive(Clone, Copy)]
+pub(super) enum Pattern<'a> {
+    /// All of it.
+    Whole(&'a str),
+    /// All of it, or what comes after a dot.
+    End(&'a str),
+    /// Segments that follow each other anywhere in it.
+    Within(&'a str),
+}
+
+/// Which of the names match.
+pub(super) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result<Vec<bool>> {
+    if let Some(text) = pattern.without_engine(names) {
+        return Ok(names.iter().map(|name| pattern.places(name, text)).collect());
+    }
+    let text = match pattern {
+        Pattern::Whole(text) => format!("^(?:{text})$"),
+        Pattern::End(text) => format!(r"^(?:.*\.)?(?:{text})$"),
+        Pattern::Within(text) => format!(r"(^|.*\.){text}($|\..*)"),
+    };
+    let regex = compile(&text, option)?;
+    let is_match =
+        |name: &&str| regex.is_match(name).map_err(|e| Error::config(option, format!("{text:?}: {e}")));
+    names.iter().map(is_match).collect()
+}
+
+pub(super) fn compile(pattern: &str, option: &str) -> Result<Regex> {
+    Regex::new(pattern)
+        .map_err(|e| Error::config(option, format!("{pattern:?} is no regular expression: {e}")))
+}
+
+/// Whether a pattern is a plain name, as nearly all are.
+pub(super) fn is_plain(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+impl<'a> Pattern<'a> {
+    /// The text, where it is a plain name: then its dots stand for any character and
+    /// the rest for itself, and so few bytes are compared that no engine is worth its start.
+    fn without_engine(self, names: &[&str]) -> Option<&'a [u8]> {
+        let (Self::Whole(text) | Self::End(text) | Self::Within(text)) = self;
+        // A dot is one character and never a line break.
+        let bytes = |name: &&str| name.is_ascii() && !name.contains('\n');
+        (is_plain(text) && names.iter().all(bytes)).then_some(text.as_bytes())
+    }
+
+    /// Whether a plain text stands at one of the pattern's places.
+    fn places(self, name: &str, text: &[u8]) -> bool {
+        let name = name.as_bytes();
+        let Some(last) = name.len().checked_sub(text.len()) else { return false };
+        let after_dot = |start: usize| start == 0 || name[start - 1] == b'.';
+        let before_dot = |end: usize| end == name.len() || name[end] == b'.';
+        let stands = |start: usize| {
+            name[start..].iter().zip(text).all(|(found, wanted)| *wanted == b'.' || found == wanted)
+        };
+        match self {
+            Self::Whole(_) => last == 0 && stands(0),
+            Self::End(_) => after_dot(last) && stands(last),
+            Self::Within(_) => {
+                (0..=last).any(|start| after_dot(start) && before_dot(start + text.len()) && stands(start))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group around a text makes it one for the engine, which is asked the same.
+    #[test]
+    fn plain_texts_match_as_the_engine_does() -> Result<()> {
+        let names = [
+            "",
+            ".",
+            "a",
+            "b",
+            "ab",
+            "a.b",
+            "a.b.",
+            ".a",
+            "a..b",
+            "b.a",
+            "xa",
+            "ax",
+            "x.a",
+            "a.x",
+            "x.a.x",
+            "x.ab.c",
+            "a.1.b",
+            "a-1.b",
+            "axb",
+            "c.axb",
+            "a.b.a.b",
+            "layer.1.q",
+            "layer.10.q",
+        ];
+        let mut found = 0;
+        for text in ["", ".", "a", "b", "a.b", ".a", "a.", "ab", "a-1", "..", "layer.1", "layer.1.q", "x.a"] {
+            let grouped = format!("(?:{text})");
+            for (plain, engine) in [
+                (Pattern::Whole(text), Pattern::Whole(&grouped)),
+                (Pattern::End(text), Pattern::End(&grouped)),
+                (Pattern::Within(text), Pattern::Within(&grouped)),
+            ] {
+                assert!(plain.without_engine(&names).is_some() && engine.without_engine(&names).is_none());
+                let (plain, engine) = (matching(plain, &names, "x")?, matching(engine, &names, "x")?);
+                assert_eq!(plain, engine, "{text:?}");
+                found += plain.iter().filter(|found| **found).count();
+            }
+        }
+        assert!(found > 50, "{found}");
+        // What is no byte is left to the engine.
+        assert_eq!(matching(Pattern::End("a.b"), &["x.a\u{e9}b", "a\nb"], "x")?, [true, false]);
+        Ok(())
+    }
+}

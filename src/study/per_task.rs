@@ -1,0 +1,99 @@
+//! A setting that some tasks have a value of their own of, as a command line gives it.
+
+use std::fmt::Display;
+use std::str::FromStr;
+
+use crate::data::task::Task;
+use crate::error::{Error, Result};
+
+/// A value for some tasks, and perhaps one for the others: `1000,sst2=4000`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PerTask<T> {
+    entries: Vec<(Option<Task>, T)>,
+}
+
+impl<T> PerTask<T> {
+    /// The task's own value or, where it has none, that of all.
+    pub fn get(&self, task: Task) -> Option<&T> {
+        let of = |whose: Option<Task>| self.entries.iter().find(|(task, _)| *task == whose);
+        of(Some(task)).or_else(|| of(None)).map(|(_, value)| value)
+    }
+
+    /// The values in the order in which they were given; that of all tasks has none.
+    pub fn entries(&self) -> &[(Option<Task>, T)] {
+        &self.entries
+    }
+}
+
+impl<T> Default for PerTask<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new() }
+    }
+}
+
+impl<T: FromStr> FromStr for PerTask<T>
+where
+    T::Err: Display,
+{
+    type Err = Error;
+
+    /// Reads values separated by commas, each with or without `TASK=` before it; nothing is no value.
+    ///
+    /// # Errors
+    /// If there is no such task (the error lists those that there are), a value cannot be read, or one
+    /// task, or all of them, has two.
+    fn from_str(text: &str) -> Result<Self> {
+        let mut entries: Vec<(Option<Task>, T)> = Vec::new();
+        for part in text.split(',').filter(|_| !text.is_empty()) {
+            let (task, value) = match part.split_once('=') {
+                Some((task, value)) => (Some(task.parse::<Task>()?), value),
+                None => (None, part),
+            };
+            let value = value.parse().map_err(|e| Error::config("value", format!("{part:?}: {e}")))?;
+            if entries.iter().any(|(other, _)| *other == task) {
+                let whose = task.map_or("all tasks", Task::name);
+                return Err(Error::config("value", format!("{text:?} has two for {whose}")));
+            }
+            entries.push((task, value));
+        }
+        Ok(Self { entries })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_s_own_value_counts_wherever_it_stands() -> Result<()> {
+        for text in ["1000,sst2=4000,cola=7", "SST-2=4000,1000,cola=7", "cola=7,sst2=4000,1000"] {
+            let limits: PerTask<usize> = text.parse()?;
+            let of = [Task::Sst2, Task::Cola, Task::Rte].map(|task| limits.get(task).copied());
+            assert_eq!(of, [Some(4000), Some(7), Some(1000)], "{text}");
+        }
+        let some: PerTask<usize> = "sst2=4000".parse()?;
+        assert_eq!((some.get(Task::Sst2), some.get(Task::Rte)), (Some(&4000), None));
+        let foreign: PerTask<Task> = "sst2=cola,rte".parse()?;
+        assert_eq!(foreign.entries(), [(Some(Task::Sst2), Task::Cola), (None, Task::Rte)]);
+        assert_eq!("".parse::<PerTask<usize>>()?, PerTask::default());
+        Ok(())
+    }
+
+    #[test]
+    fn strange_tasks_and_values_and_second_ones_are_refused_by_name() {
+        for (text, reason) in [
+            ("1000,sst=4000", "\"sst\", expected one of mrpc, cola, rte, wic, boolq, sst2"),
+            ("=5", "\"\", expected one of mrpc"),
+            ("sst2=many", "\"sst2=many\": invalid digit"),
+            ("1000,", "\"\": cannot parse integer from empty string"),
+            ("-1", "\"-1\": invalid digit"),
+            ("sst2=1,SST-2=2", "has two for sst2"),
+            ("1,2", "has two for all tasks"),
+        ] {
+            let error = text.parse::<PerTask<usize>>().unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+        let error = "sst2=imdb".parse::<PerTask<Task>>().unwrap_err().to_string();
+        assert!(error.contains("sst2=imdb") && error.contains("expected one of mrpc"), "{error}");
+    }
+}

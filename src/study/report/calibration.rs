@@ -1,0 +1,64 @@
+//! NLL and ECE of posterior draws against the mean, and against what calibrates a LoRA without them.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use super::super::cell::CellResult;
+use super::super::stats::median;
+use super::pairs::{verdict, Pairs, ECE, NLL};
+use super::{arms, name, number, Arm};
+
+/// The ways to predict with the baseline, in the order of the table.
+const TREATMENTS: [&str; 6] =
+    ["mean", "temperature", "last-layer laplace", "laplace", "mc dropout", "checkpoints"];
+
+/// The section about calibration, over the settings that are done in both arms of each row; empty where
+/// nothing was drawn.
+pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
+    let drawn = arms(cells).into_iter().map(|(_, arm)| arm);
+    let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws")) else {
+        return String::new();
+    };
+    let others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string()));
+    let pairs: Vec<(&Arm, Pairs)> =
+        std::iter::once(tested).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();
+    let own = name(&draws);
+    let mut text = format!(
+        "\n## Calibration: {own} against the mean and the treatments of {}\n\nMedians over the settings that \
+         are done in both, and the signed-rank test of their differences (positive: {own} is higher, which is \
+         worse).\n\n| task | against | settings | NLL, draws | NLL, other | test | ECE, draws | ECE, other | test \
+         |\n|{}\n",
+        baseline.0,
+        "---|".repeat(9)
+    );
+    let tasks: BTreeSet<&str> = pairs.iter().flat_map(|(_, pairs)| pairs.tasks()).collect();
+    for task in &tasks {
+        for (arm, pairs) in &pairs {
+            let columns = [NLL, ECE].map(|score| pairs.scores(task, score));
+            let settings = columns[0][0].len();
+            if settings == 0 {
+                continue;
+            }
+            let columns = columns.map(|[own, other]| {
+                let differences: Vec<f64> = own.iter().zip(&other).map(|(own, other)| own - other).collect();
+                format!("{} | {} | {}", number(median(&own)), number(median(&other)), verdict(&differences))
+            });
+            writeln!(text, "| {task} | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
+        }
+    }
+    if tasks.len() > 1 {
+        for (arm, pairs) in &pairs {
+            let columns = [NLL, ECE].map(|score| pairs.over_cells(score));
+            let settings = columns[0].len();
+            if settings == 0 {
+                continue;
+            }
+            let columns = columns.map(|differences| format!("- | - | {}", verdict(&differences)));
+            writeln!(text, "| all | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
+        }
+    }
+    match tasks.is_empty() {
+        true => String::new(),
+        false => text,
+    }
+}

@@ -1,0 +1,119 @@
+//! The paper's claim, task by task and over all tasks: a smaller spread than LoRA's at no lower median.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use super::super::cell::{CellResult, Status};
+use super::super::stats::median;
+use super::pairs::{spread, verdict, Pairs, METRIC, NLL};
+use super::{name, number, settings_of, Arm};
+
+/// The section about the claim; empty where no task has cells of both arms.
+pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
+    let pairs = Pairs::new(cells, tested, baseline);
+    let (mut table, mut all) = (String::new(), Vec::new());
+    for (task, runs) in both_ran(cells, tested, baseline) {
+        let scores = pairs.scores(task, METRIC);
+        let settings = scores[0].len();
+        let spreads = scores.each_ref().map(|scores| spread(scores));
+        let medians = scores.each_ref().map(|scores| median(scores));
+        let holds = holds(spreads, medians, settings, &runs);
+        let figures = [spreads, medians].concat().into_iter().map(number).collect::<Vec<_>>().join(" | ");
+        let ended = runs.each_ref().map(Runs::ended).join(" | ");
+        writeln!(table, "| {task} | {settings} | {figures} | {ended} | {holds} |").ok();
+        all.push(holds);
+    }
+    if all.is_empty() {
+        return String::new();
+    }
+    let count = |start: &str| all.iter().filter(|holds| holds.starts_with(start)).count();
+    let (own, other) = (name(tested), name(baseline));
+    let mut text = format!(
+        "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {} of {} tasks, \
+         {} undecided. Spreads and medians are over the settings (learning rate, batch size, seed) that are \
+         done in both. A cell that diverged has no score, so more of them than the other has mean no, whatever \
+         the others say.\n\n| task | settings | spread, {own} | spread, {other} | median, {own} | median, \
+         {other} | done, {own} | done, {other} | holds |\n|{}\n{table}",
+        count("yes"),
+        all.len(),
+        count("undecided"),
+        "---|".repeat(9),
+    );
+    let tests = [
+        ("median, over tasks", pairs.over_tasks(METRIC, median), pairs.over_tasks(NLL, median)),
+        ("spread, over tasks", pairs.over_tasks(METRIC, spread), pairs.over_tasks(NLL, spread)),
+        ("settings of all tasks", pairs.over_cells(METRIC), pairs.over_cells(NLL)),
+    ];
+    write!(
+        text,
+        "\nWilcoxon signed-rank tests of the differences {own} - {other}: two-sided p, the number n that are not \
+         zero, their median, and in brackets the least p that n can give.\n\n| pairs | metric | NLL |\n\
+         |---|---|---|\n"
+    )
+    .ok();
+    for (what, metric, nll) in tests {
+        writeln!(text, "| {what} | {} | {} |", verdict(&metric), verdict(&nll)).ok();
+    }
+    text
+}
+
+/// How the cells of one arm on one task ended.
+#[derive(Default)]
+struct Runs {
+    statuses: BTreeMap<String, Status>,
+}
+
+impl Runs {
+    fn count(&self, status: Status) -> usize {
+        self.statuses.values().filter(|other| **other == status).count()
+    }
+
+    /// Cells that diverged where the other arm ran as well: a grid that is half done blames nobody.
+    fn diverged_beside(&self, other: &Self) -> usize {
+        let both = self.statuses.iter().filter(|(settings, _)| other.statuses.contains_key(*settings));
+        both.filter(|(_, status)| **status == Status::Diverged).count()
+    }
+
+    fn ended(&self) -> String {
+        let mut text = format!("{}/{}", self.count(Status::Done), self.statuses.len());
+        for (status, word) in [(Status::Diverged, "diverged"), (Status::Failed, "failed")] {
+            match self.count(status) {
+                0 => {}
+                count => text.push_str(&format!(", {count} {word}")),
+            }
+        }
+        text
+    }
+}
+
+/// The tasks that both arms have cells of.
+fn both_ran<'a>(cells: &'a [CellResult], tested: &Arm, baseline: &Arm) -> BTreeMap<&'a str, [Runs; 2]> {
+    let mut tasks: BTreeMap<&str, [Runs; 2]> = BTreeMap::new();
+    for CellResult { key, status, .. } in cells {
+        let Some(arm) = [tested, baseline].iter().position(|arm| arm.0 == key.method) else { continue };
+        let runs = &mut tasks.entry(&key.task).or_default()[arm];
+        runs.statuses.insert(settings_of(key), *status);
+    }
+    tasks.retain(|_, runs| runs.iter().all(|runs| !runs.statuses.is_empty()));
+    tasks
+}
+
+/// Whether the claim holds on a task. The cells that ended badly are no part of the figures, so that an
+/// answer to which they might be the reason is none.
+fn holds(spreads: [f64; 2], medians: [f64; 2], settings: usize, [own, other]: &[Runs; 2]) -> &'static str {
+    let (own_diverged, others_diverged) = (own.diverged_beside(other), other.diverged_beside(own));
+    let lost = |runs: &Runs| runs.statuses.len() - runs.count(Status::Done);
+    if own_diverged > others_diverged {
+        return "no: more of its cells diverged";
+    }
+    if settings < 2 {
+        return "undecided: fewer than two settings";
+    }
+    match spreads[0] < spreads[1] && medians[0] >= medians[1] {
+        true if lost(own) > lost(other) => "undecided: more of its cells have no score",
+        true => "yes",
+        // Its worst settings are those that the other's figures are without.
+        false if own_diverged < others_diverged => "undecided: more of the other's cells diverged",
+        false => "no",
+    }
+}

@@ -1,0 +1,121 @@
+//! Two arms in the same settings: what is compared is what both have, and nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use super::super::cell::{CellResult, Status};
+use super::super::stats::{median, quantile, wilcoxon};
+use super::{arms, name, settings_of, Arm};
+use crate::metrics::Metrics;
+
+/// A score of a cell in one arm.
+pub(super) type Score = fn(&CellResult, &Metrics) -> Option<f64>;
+
+/// The task's own metric.
+pub(super) const METRIC: Score = |cell, metrics| metrics.get(&cell.metric);
+/// The negative log-likelihood.
+pub(super) const NLL: Score = |_, metrics| metrics.nll;
+/// The expected calibration error.
+pub(super) const ECE: Score = |_, metrics| metrics.ece;
+
+/// A cell that is done, in one arm.
+type Scored<'a> = (&'a CellResult, &'a Metrics);
+
+/// Two arms in the settings (task, learning rate, batch size, seed) that are done in both. A cell that
+/// diverged takes its partner out with it: a bad setting that only one arm survives moves no median.
+pub(super) struct Pairs<'a>(BTreeMap<&'a str, Vec<[Scored<'a>; 2]>>);
+
+impl<'a> Pairs<'a> {
+    pub fn new(cells: &'a [CellResult], arm: &Arm, other: &Arm) -> Self {
+        let of = |arm: &Arm| -> BTreeMap<String, Scored<'a>> {
+            let done = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
+            done.filter_map(|cell| Some((settings_of(&cell.key), (cell, cell.arms.get(&arm.1)?)))).collect()
+        };
+        let (own, others) = (of(arm), of(other));
+        let mut pairs: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (settings, own) in own {
+            if let Some(other) = others.get(&settings) {
+                pairs.entry(&own.0.key.task).or_default().push([own, *other]);
+            }
+        }
+        Self(pairs)
+    }
+
+    /// The tasks with a pair.
+    pub fn tasks(&self) -> impl Iterator<Item = &'a str> + '_ {
+        self.0.keys().copied()
+    }
+
+    /// A score of a task in both arms, setting by setting.
+    pub fn scores(&self, task: &str, score: Score) -> [Vec<f64>; 2] {
+        let both = |pair: &[Scored; 2]| {
+            let [own, other] = pair.map(|(cell, metrics)| score(cell, metrics));
+            own.zip(other)
+        };
+        let (own, others) = self.0.get(task).into_iter().flatten().filter_map(both).unzip();
+        [own, others]
+    }
+
+    /// Differences of a score, over the settings of all tasks.
+    pub fn over_cells(&self, score: Score) -> Vec<f64> {
+        let of_task = |task| {
+            let [own, others] = self.scores(task, score);
+            own.into_iter().zip(others).map(|(own, other)| own - other)
+        };
+        self.tasks().flat_map(of_task).collect()
+    }
+
+    /// Differences of a figure of the scores of each task.
+    pub fn over_tasks(&self, score: Score, figure: fn(&[f64]) -> f64) -> Vec<f64> {
+        let of_task = |task| {
+            let [own, other] = self.scores(task, score).map(|scores| figure(&scores));
+            own - other
+        };
+        self.tasks().map(of_task).collect()
+    }
+}
+
+/// Best - worst.
+pub(super) fn spread(scores: &[f64]) -> f64 {
+    quantile(scores, 1.0) - quantile(scores, 0.0)
+}
+
+/// The test of those differences that are numbers: of a cell without a score, and of two infinite NLLs,
+/// there is none.
+pub(super) fn verdict(differences: &[f64]) -> String {
+    let pairs: Vec<f64> = differences.iter().copied().filter(|difference| !difference.is_nan()).collect();
+    let p = |p: f64| if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") };
+    match wilcoxon(&pairs) {
+        None if pairs.is_empty() => "no pair".to_string(),
+        None => format!("{} equal pairs", pairs.len()),
+        Some(test) => {
+            format!("p {}, n {}, {:+.4} ({})", p(test.p), test.n, median(&pairs), p(test.least_p()))
+        }
+    }
+}
+
+/// The tested arm against every other: over tasks, and over cells with the same settings.
+pub(super) fn signed_ranks(cells: &[CellResult], tested: &Arm) -> String {
+    let others: BTreeSet<Arm> =
+        arms(cells).into_iter().map(|(_, arm)| arm).filter(|arm| arm != tested).collect();
+    let mut text = format!(
+        "\n## Wilcoxon signed-rank tests: {} against each other\n\nTwo-sided p, with the number n of \
+         differences that are not zero, their median (positive: {0} is higher), and in brackets the least p \
+         that n can give. A setting counts where both are done.\n\n| against | median over tasks | NLL over \
+         tasks | spread over tasks | metric over cells | NLL over cells |\n|---|---|---|---|---|---|\n",
+        name(tested)
+    );
+    for other in others {
+        let pairs = Pairs::new(cells, tested, &other);
+        let columns = [
+            pairs.over_tasks(METRIC, median),
+            pairs.over_tasks(NLL, median),
+            pairs.over_tasks(METRIC, spread),
+            pairs.over_cells(METRIC),
+            pairs.over_cells(NLL),
+        ];
+        let columns = columns.map(|differences| verdict(&differences)).join(" | ");
+        writeln!(text, "| {} | {columns} |", name(&other)).ok();
+    }
+    text
+}
