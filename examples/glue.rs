@@ -97,6 +97,8 @@ fn tune(
     out: Option<&Path>,
 ) -> Outcome<Value> {
     interrupt::check(0)?;
+    // Until all is written, not only while it trains.
+    let _lock = out.map(files::lock).transpose()?;
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
     let files = common::download::model_files(model)?;

@@ -197,6 +197,11 @@ fn run() -> Outcome {
     Ok(())
 }
 
+/// Whether a folder has something in it.
+fn is_there(dir: &Path) -> bool {
+    std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
 /// Reads, encodes and splits the data.
 fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     let format: Format = args.format.parse()?;
@@ -236,6 +241,8 @@ impl Setup {
     /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
     fn tune(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
         interrupt::check(0)?;
+        // Until all is written, not only while it trains.
+        let _lock = out.map(files::lock).transpose()?;
         common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
         let device = common::device(&args.device)?;
@@ -254,8 +261,8 @@ impl Setup {
         let whole = out.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
-            if !(args.train.resume && dir.is_dir()) {
-                check_merged(&model, &params, dir)?;
+            if !(args.train.resume && is_there(dir)) {
+                check_merged(&model, &params, &self.files, dir)?;
             }
         }
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
@@ -295,9 +302,13 @@ impl Setup {
         keep()?;
         if let Some(dir) = &whole {
             // It appears whole or not at all, and it may be somebody else's: never removed here.
-            match args.train.resume && dir.is_dir() {
-                true => println!("{}: it is there already and stays as it is", dir.display()),
-                false => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
+            match (args.train.resume && is_there(dir), summary.step_seconds_median) {
+                (true, None) => println!("{}: it is there already and stays as it is", dir.display()),
+                (true, Some(_)) => {
+                    let what = "it is of before the last steps: move it away and --resume once more";
+                    return Err(format!("{}: {what}", dir.display()).into());
+                }
+                (false, _) => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
             }
         }
         interrupt::check(summary.steps)?;

@@ -13,13 +13,18 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use clap::Parser;
+use common::options::text_length;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::peft::AdapterFile;
+use monteclora::study::recipe::Recipe;
 use monteclora::study::{self, CellKey, Grid, PerTask, Progress, Shard, Trial};
+use monteclora::train;
 use serde_json::{json, Value};
 
 #[derive(Parser)]
@@ -35,7 +40,8 @@ struct Args {
     data: Option<PathBuf>,
     /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
     /// prompt, monteclora, monteclora-sparse, monteclora-posthoc) and options, as in
-    /// monteclora:n=64:eps=1e-2. monteclora-posthoc:adapter=DIR starts from a LoRA adapter made elsewhere.
+    /// monteclora:n=64:eps=1e-2. monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
+    /// the task that was made elsewhere; no colon or comma in DIR.
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,
     /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
@@ -106,7 +112,15 @@ fn run_cells(args: &Args) -> Outcome {
         None => common::asset("tiny-roberta")?,
     };
     let files = common::download::model_files(&model)?;
-    let data = Data { args, files: &files };
+    let grid = grid(args);
+    let recipes = grid.methods.iter().map(|text| text.parse::<Recipe>());
+    let recipes: Vec<Recipe> = recipes.collect::<monteclora::Result<_>>()?;
+    let adapters = adapters(&recipes)?;
+    if !adapters.is_empty() && grid.tasks.len() > 1 {
+        return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
+    }
+    let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
+    let data = Data { args, files: &files, virtual_tokens };
     let mut tasks = BTreeMap::new();
     for task in &args.tasks {
         tasks.insert(task.name(), data.load(*task)?);
@@ -116,7 +130,7 @@ fn run_cells(args: &Args) -> Outcome {
         foreign.insert(task.name(), data.load(*task)?.dev);
     }
 
-    let cells = grid(args).cells()?;
+    let cells = grid.cells()?;
     let shard = match args.shard {
         Some(shard) => shard,
         None => Shard::from_slurm(|name| std::env::var(name).ok())?,
@@ -140,21 +154,43 @@ fn run_cells(args: &Args) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
-    study::run(&args.output, &settings(args, &model), &cells, shard, &mut cell, &mut say)?;
+    study::run(&args.output, &settings(args, &model, &adapters), &cells, shard, &mut cell, &mut say)?;
     Ok(())
 }
 
+/// The adapters made elsewhere that recipes start from, by their folders, with a checksum of their
+/// tensors: read before any cell is run, and cells of others are no part of the same study.
+fn adapters(recipes: &[Recipe]) -> Outcome<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    for dir in recipes.iter().filter_map(|recipe| recipe.adapter.as_ref()) {
+        let file = AdapterFile::read(dir)?;
+        let mut numbers = Vec::new();
+        for tensor in
+            file.layers.values().flat_map(|layer| [&layer.a, &layer.b]).chain(file.saved_modules.values())
+        {
+            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            numbers.extend(values.into_iter().map(f32::to_bits));
+        }
+        found.insert(dir.display().to_string(), train::fingerprint(numbers));
+    }
+    Ok(found)
+}
+
 /// What all cells depend on beside their own keys.
-fn settings(args: &Args, model: &str) -> Value {
+fn settings(args: &Args, model: &str, adapters: &BTreeMap<String, String>) -> Value {
     let model = Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy());
     let of = |task: &Option<Task>| task.map(Task::name).unwrap_or_default();
     let limits: Vec<_> = args.limit_train.entries().iter().map(|(task, rows)| (of(task), rows)).collect();
     let foreign = args.foreign_task.entries().iter().map(|(task, other)| (of(task), other.name()));
-    json!({
+    let mut settings = json!({
         "model": model, "epochs": args.epochs, "max_length": args.max_length,
         "limit_train": limits, "limit_dev": args.limit_dev, "draws": args.draws,
         "foreign_task": foreign.collect::<Vec<_>>(), "version": env!("CARGO_PKG_VERSION"),
-    })
+    });
+    if !adapters.is_empty() {
+        settings["adapters"] = json!(adapters);
+    }
+    settings
 }
 
 fn grid(args: &Args) -> Grid {
@@ -191,6 +227,8 @@ fn say(progress: &Progress, next: Option<&CellKey>) {
 struct Data<'a> {
     args: &'a Args,
     files: &'a ModelFiles,
+    /// The most that a method of the grid puts before a row.
+    virtual_tokens: usize,
 }
 
 struct Rows {
@@ -206,7 +244,10 @@ impl Data<'_> {
         let splits = self.splits(task)?;
         let config = SequenceConfig::from_file(self.files.config_path(), task.num_labels())?;
         let tokenizer = common::tokenizer(self.files, config.vocab_size())?;
-        let encoder = TextEncoder::new(tokenizer, args.max_length, config.max_length())?;
+        // All methods of a grid see the same rows, whatever room one of them wants.
+        let longest = config.max_length();
+        let length = text_length(args.max_length, longest, self.virtual_tokens);
+        let encoder = TextEncoder::new(tokenizer, length, longest)?;
         let first = |rows: usize, limit: Option<usize>| rows.min(limit.unwrap_or(rows));
         let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
         // One training row in twenty is held out, to fit temperatures and prior precisions on.

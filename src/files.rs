@@ -1,7 +1,7 @@
 //! Files that are whole or not there: written beside their place, then renamed into it.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -35,6 +35,25 @@ pub(crate) fn read_configuration(path: &Path) -> Result<String> {
 /// If it cannot be written; the error names it.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
+}
+
+/// Keeps other processes from the folder `dir`, which is made where it is missing, until the lock is
+/// dropped. None where the file system has no locks.
+///
+/// # Errors
+/// If another process has it, or the folder cannot be written.
+pub fn lock(dir: &Path) -> Result<Option<File>> {
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let path = dir.join(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(Error::io(&*path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::format(dir, "another process writes into it: wait for it, or give another folder"))
+        }
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
 }
 
 /// Removes from the folder `dir` what processes that were killed left half-written: temporary files
@@ -161,6 +180,18 @@ mod tests {
         drop(Pending::write(path.clone(), b"three").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_locked_for_one_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("new");
+        let held = lock(&dir).unwrap();
+        assert!(held.is_some());
+        let error = lock(&dir).unwrap_err().to_string();
+        assert!(error.contains("new: another process writes into it"), "{error}");
+        drop(held);
+        assert!(lock(&dir).unwrap().is_some());
     }
 
     #[test]

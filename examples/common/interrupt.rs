@@ -19,7 +19,8 @@ pub fn listen() -> Outcome {
     std::thread::spawn(move || {
         for number in signals.forever() {
             if SIGNAL.swap(number as usize, Ordering::Relaxed) != 0 {
-                std::process::exit(128 + number);
+                // Without destructors, which another thread may still need.
+                signal_hook::low_level::exit(128 + number);
             }
             eprintln!("stopping as soon as nothing is lost by it; once more to stop at once");
         }

@@ -98,17 +98,10 @@ impl MethodOptions {
         })
     }
 
-    /// `--max-length` for a model of `longest` positions: virtual tokens take theirs from the text,
-    /// which is told. More than the model has without them stays as it is, for the encoder to refuse.
+    /// What `--max-length` leaves of a model of `longest` positions.
     pub fn text_length(&self, max_length: usize, longest: usize) -> usize {
         let virtual_tokens = if self.method.as_deref() == Some("prompt") { self.virtual_tokens } else { 0 };
-        let room = longest.saturating_sub(virtual_tokens);
-        if !(room + 1..=longest).contains(&max_length) {
-            return max_length;
-        }
-        let beside = format!("beside {virtual_tokens} virtual tokens of the model's {longest}");
-        println!("--max-length {max_length}: {room}, {beside}");
-        room
+        text_length(max_length, longest, virtual_tokens)
     }
 
     fn targets(&self) -> Outcome<Targets> {
@@ -171,6 +164,18 @@ pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
         }
         _ => Ok(()),
     }
+}
+
+/// `--max-length` for a model of `longest` positions: virtual tokens take theirs from the text,
+/// which is told. More than the model has without them stays as it is, for the encoder to refuse.
+pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> usize {
+    let room = longest.saturating_sub(virtual_tokens);
+    if !(room + 1..=longest).contains(&max_length) {
+        return max_length;
+    }
+    let beside = format!("beside {virtual_tokens} virtual tokens of the model's {longest}");
+    println!("--max-length {max_length}: {room}, {beside}");
+    room
 }
 
 /// How it is trained.

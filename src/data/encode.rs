@@ -67,7 +67,8 @@ impl TextEncoder {
     /// If `max_length` is below the special tokens of a pair plus two, or above
     /// `model_max_length`, the most tokens the model has positions for.
     pub fn new(mut tokenizer: Tokenizer, max_length: usize, model_max_length: usize) -> Result<Self> {
-        let special = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(true));
+        let added = |pair| tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(pair));
+        let special = added(true).max(added(false));
         let least = special + 2;
         if max_length < least {
             let reason =

@@ -11,9 +11,9 @@ use tokenizers::Tokenizer;
 use crate::error::{Error, Result};
 
 /// The longest piece of a vocabulary. The crate's Unigram model keeps a node for each byte, one inside
-/// the other, and lets go of them by recursion: some ten thousand bytes overflow a thread's stack, which
-/// ends the process. Real vocabularies have some hundred bytes at most.
-const MOST_OF_A_PIECE: usize = 4096;
+/// the other, and copies and lets go of them by recursion: some thousand bytes overflow a thread's stack,
+/// which ends the process. Real vocabularies have some hundred bytes at most.
+const MOST_OF_A_PIECE: usize = 1024;
 
 /// Reads a file as a tokenizer, such as a model's `tokenizer.json`.
 ///
@@ -151,7 +151,7 @@ mod tests {
         let refusal = |vocab: serde_json::Value| {
             let text = json!({"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
                 "post_processor": null, "decoder": null, "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab}});
-            parse(text.to_string().as_bytes(), Path::new("tokenizer.json")).map(drop)
+            parse(text.to_string().as_bytes(), Path::new("tokenizer.json")).map(|whole| drop(whole.clone()))
         };
         let long = "a".repeat(1 << 20);
         let message = refusal(json!([["<unk>", 0.0], [long, -1.0]])).unwrap_err().to_string();

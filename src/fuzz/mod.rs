@@ -103,7 +103,8 @@ impl Reader {
                 });
                 let took = before.and_then(|before| busy()?.checked_sub(before)).unwrap_or(clock.elapsed());
                 attempts += 1;
-                if took <= PATIENCE || attempts == 3 {
+                // What a process loads once, such as the symbols of its first backtrace, is no input's.
+                if (took <= PATIENCE && peak <= limit) || attempts == 3 {
                     break (found, peak, took);
                 }
             };

@@ -85,14 +85,14 @@ pub fn save_merged(
     Ok(())
 }
 
-/// Checks, before anything is trained, what [`save_merged`] would refuse afterwards.
+/// Checks, before anything is trained, what [`save_merged`] would refuse afterwards, but for a tokenizer's
+/// file that cannot be had and a disk that is full.
 ///
 /// # Errors
-/// If a method's adapters or virtual tokens cannot become weights, or `dir` exists and is not an empty
-/// folder.
-pub fn check_merged(model: &dyn Linears, params: &Params, dir: &Path) -> Result<()> {
+/// As [`save_merged`].
+pub fn check_merged(model: &dyn Linears, params: &Params, source: &ModelFiles, dir: &Path) -> Result<()> {
     check_free(dir)?;
-    params.all().iter().try_for_each(|(name, param)| check_role(name, param.role))?;
+    plan(model, params, &source.map_weights()?, &Failure::default())?;
     model.visit_linears(&mut |slot| slot.merged_layer().map(drop))
 }
 
@@ -100,13 +100,6 @@ fn check_free(dir: &Path) -> Result<()> {
     match fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
         true => Err(Error::format(dir, "it exists; give a new or an empty folder")),
         false => Ok(()),
-    }
-}
-
-fn check_role(name: &str, role: Role) -> Result<()> {
-    match role {
-        Role::Prompt => Err(Error::tensor(name, "virtual tokens are no weight of the model")),
-        _ => Ok(()),
     }
 }
 
@@ -244,7 +237,6 @@ fn plan<'a>(
     let whole = |name: String| if bare { format!("{body}{name}") } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
-        check_role(&name, param.role)?;
         // A bare checkpoint trains under its own names.
         let name = match param.role {
             Role::Base => whole(name),
@@ -252,6 +244,7 @@ fn plan<'a>(
                 has_head = true;
                 name
             }
+            Role::Prompt => return Err(Error::tensor(name, "virtual tokens are no weight of the model")),
             _ => continue,
         };
         trained.insert(name, param.var.as_detached_tensor());

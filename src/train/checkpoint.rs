@@ -10,7 +10,7 @@ mod state;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -24,10 +24,8 @@ use crate::slot::{self, Linears};
 const PARTIAL: &str = ".partial-";
 /// What a damaged checkpoint is called from then on: nobody reads or removes it.
 const DAMAGED: &str = "damaged-";
-/// The file that is locked.
-const LOCK: &str = ".lock";
 /// The settings that say which rows a step takes: with others the place of a run means another.
-const PLACE: [&str; 3] = ["accumulation", "batch_size", "rows"];
+const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows", "seed"];
 
 /// Settings by name, as text: what two parts of one run must agree on.
 pub type Settings = BTreeMap<String, String>;
@@ -66,7 +64,8 @@ pub struct Checkpoints {
     /// What must be the same to go on, beside what the run knows itself: the model, say.
     pub settings: Settings,
     /// The settings that may differ from those of the checkpoint all the same; never those that say
-    /// which rows a step takes: the rows, the batch size, the accumulation.
+    /// which rows a step takes: the rows, their order (the seed, grouping by length), the batch size,
+    /// the accumulation.
     pub changes: Vec<String>,
 }
 
@@ -80,26 +79,6 @@ impl Checkpoints {
             resume: false,
             settings: Settings::new(),
             changes: Vec::new(),
-        }
-    }
-
-    /// Keeps other processes from the folder, which is made where it is missing, until the lock is
-    /// dropped. Of a file system without locks there is none.
-    ///
-    /// # Errors
-    /// If another process has it, or the folder cannot be written.
-    pub(super) fn lock(&self) -> Result<Option<File>> {
-        fs::create_dir_all(&self.dir).map_err(Error::io(&*self.dir))?;
-        let path = self.dir.join(LOCK);
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.map_err(Error::io(&*path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => {
-                let reason = "another process trains into this folder: wait for it, or give another folder";
-                Err(Error::format(&*self.dir, reason))
-            }
-            Err(TryLockError::Error(_)) => Ok(None),
         }
     }
 
@@ -124,7 +103,9 @@ impl Checkpoints {
                 Ok(state) => {
                     self.compare(&state.numbers.settings, settings)?;
                     let aside = |(step, why): (usize, String)| self.put_aside(step, &why);
-                    let warnings = damaged.into_iter().map(aside).collect::<Result<_>>()?;
+                    let mut warnings = damaged.into_iter().map(aside).collect::<Result<Vec<_>>>()?;
+                    // A run that was killed right after its last checkpoint writes no other.
+                    warnings.extend(self.prune());
                     return Ok(Some(Found { state, warnings }));
                 }
                 Err(error) if is_damage(&error) => damaged.push((step, error.to_string())),
@@ -186,10 +167,15 @@ impl Checkpoints {
         let settled = state.write(&partial).and_then(|()| settle(&partial, &self.place(step)));
         // A full disk is to have room again before the error is told.
         settled.inspect_err(|_| drop(fs::remove_dir_all(&partial)))?;
-        Ok(self.prune().err().map(|error| format!("old checkpoints stay: {error}")))
+        Ok(self.prune())
     }
 
-    fn prune(&self) -> Result<()> {
+    /// Removes the oldest beyond [`Self::keep`]; what keeps it from that.
+    fn prune(&self) -> Option<String> {
+        self.remove_old().err().map(|error| format!("old checkpoints stay: {error}"))
+    }
+
+    fn remove_old(&self) -> Result<()> {
         let steps = self.steps()?;
         for old in &steps[..steps.len().saturating_sub(self.keep.max(1))] {
             // Out of sight first: half removed, it would look damaged.

@@ -70,6 +70,14 @@ impl Method {
         }
     }
 
+    /// The places before each row that it takes: the virtual tokens of prompt tuning, else none.
+    pub fn virtual_tokens(&self) -> usize {
+        match self {
+            Self::Prompt(config) => config.virtual_tokens,
+            _ => 0,
+        }
+    }
+
     /// The layers that it changes unless others are named, by their names in RoBERTa, BERT and LLaMA.
     /// The model's own choice where the method's paper names none.
     fn default_select(&self) -> Select {

@@ -11,6 +11,7 @@ use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::optim::AdamW;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::params::Params;
 use crate::slot::{self, Pass};
 
@@ -85,7 +86,10 @@ fn run(
         clock: Instant::now(),
         seconds: Vec::new(),
     };
-    let _lock = checkpoints.map(Checkpoints::lock).transpose()?;
+    let lock = checkpoints.map(|checkpoints| files::lock(&checkpoints.dir)).transpose()?;
+    if let Some(None) = lock {
+        observer.warned("this file system has no locks: see that no other process trains into the folder");
+    }
     let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
     if let Some(Found { state, warnings }) = found {
         warnings.iter().for_each(|what| observer.warned(what));

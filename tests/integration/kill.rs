@@ -143,6 +143,13 @@ fn results(out: &Path) -> Outcome<Vec<(PathBuf, Vec<u8>)>> {
     Ok(files)
 }
 
+/// Names the first file that one of two runs has alone, or with other bytes.
+fn assert_same(found: &[(PathBuf, Vec<u8>)], expected: &[(PathBuf, Vec<u8>)], what: &str) {
+    let alone = found.iter().find(|file| !expected.contains(file));
+    let alone = alone.or_else(|| expected.iter().find(|file| !found.contains(file)));
+    assert!(alone.is_none(), "{what}: {:?}", alone.map(|(path, _)| path));
+}
+
 /// Whether a run was killed while it wrote a checkpoint.
 fn left_half(out: &Path) -> bool {
     let entries = std::fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten();
@@ -179,7 +186,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
             let said = setup.finish(&out)?;
             // Whatever a kill leaves, no checkpoint that has its name is damaged.
             assert!(!said.contains("cannot be read"), "{said}");
-            assert!(results(&out)? == expected, "{method}: another end after {kills} kills");
+            assert_same(&results(&out)?, &expected, &format!("{method} after {kills} kills"));
             finished += 1;
         }
         all += kills;
@@ -216,7 +223,7 @@ fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
         assert!(said.contains("stopped after step"), "{said}");
     }
     setup.finish(&out)?;
-    assert!(results(&out)? == results(&whole)?);
+    assert_same(&results(&out)?, &results(&whole)?, "after signals");
     Ok(())
 }
 
@@ -263,7 +270,7 @@ fn a_full_disk_and_a_read_only_folder_end_a_run_that_goes_on_when_they_are_mende
     }
     assert!(output?.status.success(), "{said}");
     assert!(said.contains("No space left on device") && said.contains("Read-only file system"), "{said}");
-    assert!(results(&end)? == results(&whole)?, "{said}");
+    assert_same(&results(&end)?, &results(&whole)?, &said);
     Ok(())
 }
 
@@ -275,6 +282,27 @@ fn a_folder_in_which_nothing_can_be_made_is_named_before_anything_is_trained() -
     let error = setup.finish(&file.join("out")).unwrap_err().to_string();
     assert!(error.starts_with("error: ") && error.contains("file/out"), "{error}");
     assert!(!error.contains("step"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_run_goes_on_neither_with_other_held_out_rows_nor_over_its_own_start() -> Outcome {
+    let setup = Setup { epochs: 1, ..Setup::new("lora")? };
+    let out = setup.home.path().join("out");
+    setup.finish(&out)?;
+    let before = results(&out)?;
+    let dev = setup.home.path().join("dev.tsv");
+    let rows = std::fs::read_to_string(&dev)?;
+    let shorter = rows.trim_end().rsplit_once('\n').ok_or("a row")?.0.to_string() + "\n";
+    std::fs::write(&dev, shorter)?;
+    let error = setup.finish(&out).unwrap_err().to_string();
+    assert!(error.contains("invalid held_out: the run in"), "{error}");
+    let mut again = setup.command(&out);
+    again.arg("--adapter").arg(out.join("adapter")).stderr(Stdio::piped());
+    let output = again.output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("would write over what it starts from"), "{said}");
+    assert_same(&results(&out)?, &before, "a refusal");
     Ok(())
 }
 
@@ -291,7 +319,7 @@ fn the_number_of_threads_changes_no_byte_and_the_seed_changes_all() -> Outcome {
         };
         let one = run("one", "1", "1")?;
         for threads in ["2", "5"] {
-            assert!(run(threads, threads, "1")? == one, "{method}: {threads} threads");
+            assert_same(&run(threads, threads, "1")?, &one, &format!("{method}: {threads} threads"));
         }
         let other = run("other", "1", "2")?;
         let data =

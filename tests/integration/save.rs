@@ -4,15 +4,17 @@ use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, 
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device};
+use monteclora::adapters::{BottleneckConfig, PromptConfig};
 use monteclora::data::batch::Batch;
 use monteclora::inject::{self, Targets};
 use monteclora::merge::merge;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
+use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::named;
 use monteclora::params::Role;
+use monteclora::train::{Method, Start};
 use monteclora::{Noise, Params, Pass};
 
 #[test]
@@ -55,6 +57,28 @@ fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
 }
 
 #[test]
+fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = llama_checkpoint(dir.path())?;
+    let config = LlamaConfig::from_file(files.config_path())?;
+    for (method, reason) in [
+        (
+            Method::Bottleneck(BottleneckConfig { width: 2 }),
+            "is no change of its weight and cannot be merged",
+        ),
+        (Method::Prompt(PromptConfig { virtual_tokens: 2 }), "virtual tokens are no weight"),
+    ] {
+        let base = files.var_builder(DType::F32, &Device::Cpu)?;
+        let mut model = LlamaForCausalLM::load(base, &config, Noise::new(0))?;
+        let params = Params::new(Noise::new(1), &Device::Cpu);
+        Start::Fresh(method, Targets::default()).inject(&mut model, &params)?;
+        let error = check_merged(&model, &params, &files, &dir.path().join("out")).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
     let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let (decoder, encoder) = (llama_checkpoint(dir.path())?, checkpoint(other.path())?);
@@ -65,6 +89,13 @@ fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
     inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
     scatter(&params)?;
     let out = dir.path().join("out");
+    check_merged(&model, &params, &decoder, &out)?;
+    let error = check_merged(&model, &params, &encoder, &out).unwrap_err().to_string();
+    assert!(error.contains("self_attn.k_proj.weight: the checkpoint has no such tensor"), "{error}");
+    assert!(check_merged(&model, &params, &decoder, dir.path())
+        .unwrap_err()
+        .to_string()
+        .contains("it exists"));
     let save = |model: &LlamaForCausalLM, files: &ModelFiles| {
         save_merged(model, &params, files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string()
     };

@@ -3,9 +3,10 @@
 /// The endings of PyTorch's pickles, and of the indices of sharded ones.
 const ENDINGS: [&str; 7] = [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json"];
 
-/// How the names of pickles begin that lie beside weights and are none: what a trainer leaves for its
-/// next run.
-const OTHERS: [&str; 5] = ["training_args", "optimizer", "scheduler", "scaler", "rng_state"];
+/// How the names begin of files that end like pickled weights and are none: what a trainer leaves for
+/// its next run, and another format.
+const OTHERS: [&str; 7] =
+    ["training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "ggml"];
 
 /// The name of the pickled weights among the names of a model's files, if they are its only weights.
 pub(super) fn only_weights<'a>(names: &'a [String]) -> Option<&'a str> {
@@ -13,7 +14,9 @@ pub(super) fn only_weights<'a>(names: &'a [String]) -> Option<&'a str> {
         ENDINGS.iter().any(|ending| name.ends_with(ending))
             && !OTHERS.iter().any(|start| name.starts_with(start))
     };
-    if names.iter().any(|name| name.ends_with(".safetensors")) {
+    // An adapter's are no model's.
+    let whole = |name: &String| name.ends_with(".safetensors") && !name.starts_with("adapter_");
+    if names.iter().any(whole) {
         return None;
     }
     // The usual name first, so that the one that is told is the one that is known.
@@ -37,6 +40,8 @@ mod tests {
         assert_eq!(found(&["pytorch_model.bin.index.json"]).as_deref(), Some("pytorch_model.bin.index.json"));
         assert_eq!(found(&["consolidated.00.pth", "w.ckpt"]).as_deref(), Some("consolidated.00.pth"));
         assert_eq!(found(&["training_args.bin", "optimizer.pt", "rng_state_0.pth", "config.json"]), None);
-        assert_eq!(found(&["model.bin", "adapter_model.safetensors"]), None);
+        assert_eq!(found(&["random_states_0.pkl", "ggml-model-f16.bin"]), None);
+        assert_eq!(found(&["model.bin", "model-00001-of-00002.safetensors"]), None);
+        assert_eq!(found(&["model.bin", "adapter_model.safetensors"]).as_deref(), Some("model.bin"));
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
 use super::super::stats::median;
-use super::pairs::{spread, verdict, Pairs, METRIC, NLL};
+use super::pairs::{difference, spread, verdict, Pairs, METRIC, NLL};
 use super::{name, number, settings_of, Arm};
 
 /// The section about the claim; empty where no task has cells of both arms.
@@ -109,7 +109,11 @@ fn holds(spreads: [f64; 2], medians: [f64; 2], settings: usize, [own, other]: &[
     if settings < 2 {
         return "undecided: fewer than two settings";
     }
-    match spreads[0] < spreads[1] && medians[0] >= medians[1] {
+    if spreads == [0.0, 0.0] {
+        return "undecided: every setting gives the same";
+    }
+    let [spread, median] = [spreads, medians].map(|[own, other]| difference(own, other));
+    match spread < 0.0 && median >= 0.0 {
         true if lost(own) > lost(other) => "undecided: more of its cells have no score",
         true => "yes",
         // Its worst settings are those that the other's figures are without.

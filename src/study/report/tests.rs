@@ -154,6 +154,16 @@ fn arms_of(own: &[Option<f64>], other: &[Option<f64>]) -> Vec<CellResult> {
 }
 
 #[test]
+fn rounding_decides_no_claim_and_what_learns_nothing_neither() -> Result<()> {
+    // In f64 0.85 - 0.8 is less than 0.8 - 0.75.
+    let line = claimed(&arms_of(&[Some(0.85), Some(0.8)], &[Some(0.8), Some(0.75)]))?;
+    assert!(line.ends_with("| 2/2 | 2/2 | no |"), "{line}");
+    let line = claimed(&arms_of(&[Some(0.7), Some(0.7)], &[Some(0.7), Some(0.7)]))?;
+    assert!(line.ends_with("| undecided: every setting gives the same |"), "{line}");
+    Ok(())
+}
+
+#[test]
 fn divergence_makes_no_claim_hold_and_refutes_none() -> Result<()> {
     let (high, low) = (Some(0.8), Some(0.5));
     // Over done cells alone MonteCLoRA's spread would be 0.05, LoRA's 0.3: its worst cell has no score.
