@@ -37,18 +37,30 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
 }
 
+/// The lock of a folder, which ends when it is dropped.
+#[derive(Debug)]
+pub struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closed alone, the file stays locked by a process that another thread is about to start: it
+        // has a copy until it runs its own program.
+        self.0.unlock().ok();
+    }
+}
+
 /// Keeps other processes from the folder `dir`, which is made where it is missing, until the lock is
 /// dropped. None where the file system has no locks.
 ///
 /// # Errors
 /// If another process has it, or the folder cannot be written.
-pub fn lock(dir: &Path) -> Result<Option<File>> {
+pub fn lock(dir: &Path) -> Result<Option<Lock>> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = dir.join(".lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(Error::io(&*path))?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
+        Ok(()) => Ok(Some(Lock(file))),
         Err(TryLockError::WouldBlock) => {
             Err(Error::format(dir, "another process writes into it: wait for it, or give another folder"))
         }
@@ -190,6 +202,10 @@ mod tests {
         assert!(held.is_some());
         let error = lock(&dir).unwrap_err().to_string();
         assert!(error.contains("new: another process writes into it"), "{error}");
+        drop(held);
+        let held = lock(&dir).unwrap().unwrap();
+        // As a process has it that was started while the folder was locked.
+        let _copy = held.0.try_clone().unwrap();
         drop(held);
         assert!(lock(&dir).unwrap().is_some());
     }

@@ -312,10 +312,8 @@ impl Log {
         let step = |line: &[u8]| serde_json::from_slice::<Value>(line).ok()?["step"].as_u64();
         let lines = log.split(|byte| *byte == b'\n');
         let kept = lines.filter(|line| step(line).is_some_and(|step| step <= done as u64));
-        files::write(
-            &self.path,
-            &kept.flat_map(|line| [line, b"\n"]).flatten().copied().collect::<Vec<_>>(),
-        )?;
+        let kept: Vec<u8> = kept.flat_map(|line| [line, b"\n"]).flatten().copied().collect();
+        files::write(&self.path, &kept)?;
         let file = File::options().append(true).open(&self.path);
         self.file = Some(file.map_err(Error::io(&*self.path))?);
         Ok(())
