@@ -3,7 +3,9 @@
 //! ended alike, byte for byte.
 
 use std::ffi::OsStr;
-use std::io::Read;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -195,7 +197,6 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
     Ok(())
 }
 
-#[cfg(unix)]
 #[test]
 fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
     // Long enough for a signal to find it at work, however busy the machine is.
@@ -224,6 +225,34 @@ fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
     }
     setup.finish(&out)?;
     assert_same(&results(&out)?, &results(&whole)?, "after signals");
+    Ok(())
+}
+
+#[test]
+fn a_second_signal_ends_a_run_at_once() -> Outcome {
+    let setup = Setup::new("lora")?;
+    let config = setup.home.path().join("adapter_config.json");
+    assert!(Command::new("mkfifo").arg(&config).status()?.success());
+    let mut command = setup.command(&setup.home.path().join("out"));
+    let mut child = Guard(command.arg("--adapter").arg(setup.home.path()).stderr(Stdio::piped()).spawn()?);
+    // A pipe that is open and empty: the run listens to signals and waits for what it starts from.
+    // Without a reader it cannot be opened like this.
+    let open = || File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&config);
+    let _pipe = loop {
+        match open() {
+            Ok(pipe) => break pipe,
+            Err(error) if child.0.try_wait()?.is_some() => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    let signal = |name: &str, id: u32| Command::new("kill").args([name, &id.to_string()]).status();
+    signal("-INT", child.0.id())?;
+    let mut said = String::new();
+    BufReader::new(child.0.stderr.take().ok_or("its standard error is a pipe")?).read_line(&mut said)?;
+    assert!(said.contains("once more to stop at once"), "{said}");
+    assert!(child.0.try_wait()?.is_none());
+    signal("-TERM", child.0.id())?;
+    assert_eq!(child.0.wait()?.code(), Some(143));
     Ok(())
 }
 

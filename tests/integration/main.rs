@@ -8,6 +8,7 @@ mod eval;
 mod finetune;
 mod gradients;
 mod inject;
+#[cfg(unix)]
 mod kill;
 mod live_peft;
 mod llama;
