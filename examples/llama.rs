@@ -197,11 +197,6 @@ fn run() -> Outcome {
     Ok(())
 }
 
-/// Whether a folder has something in it.
-fn is_there(dir: &Path) -> bool {
-    std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
-}
-
 /// Reads, encodes and splits the data.
 fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     let format: Format = args.format.parse()?;
@@ -261,7 +256,7 @@ impl Setup {
         let whole = out.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
-            if !(args.train.resume && is_there(dir)) {
+            if !(args.train.resume && files::has_entries(dir)) {
                 check_merged(&model, &params, &self.files, dir)?;
             }
         }
@@ -302,7 +297,7 @@ impl Setup {
         keep()?;
         if let Some(dir) = &whole {
             // It appears whole or not at all, and it may be somebody else's: never removed here.
-            match (args.train.resume && is_there(dir), summary.step_seconds_median) {
+            match (args.train.resume && files::has_entries(dir), summary.step_seconds_median) {
                 (true, None) => println!("{}: it is there already and stays as it is", dir.display()),
                 (true, Some(_)) => {
                     let what = "it is of before the last steps: move it away and --resume once more";

@@ -68,9 +68,9 @@ pub fn lock(dir: &Path) -> Result<Option<Lock>> {
     }
 }
 
-/// Removes from the folder `dir` what processes that were killed left half-written: temporary files
-/// of this module and folders of [`save_merged`](crate::models::save::save_merged). For a folder that
-/// nobody else writes into; of one that is not there it does nothing.
+/// Removes from the folder `dir` what is out of sight: temporary files of this module, and folders that
+/// were written or removed by processes that were killed. For a folder that nobody else writes
+/// into; of one that is not there it does nothing.
 ///
 /// # Errors
 /// If the folder cannot be read, or an entry not removed; the error names it.
@@ -93,6 +93,11 @@ pub fn sweep(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether there is a folder `dir` with something in it.
+pub fn has_entries(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
 /// Whether a name is `*.tmp-PID-COUNT` or `.*.PID.partial`.
 fn is_half(name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -102,7 +107,7 @@ fn is_half(name: &str) -> bool {
         || folder.and_then(|name| name.rsplit_once('.')).is_some_and(|(_, process)| number(process))
 }
 
-/// The place of the folder `dir` while it is written.
+/// The place of the folder `dir` while it is written or removed: nobody reads it.
 pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
     let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))

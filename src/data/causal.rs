@@ -90,8 +90,7 @@ impl PromptEncoder {
     /// # Errors
     /// If the tokenizer refuses the text.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {
-        let encoding = tokenizer::ask(|| self.tokenizer.encode_fast(prompt, true))
-            .map_err(|reason| Error::config("tokenizer", reason))?;
+        let encoding = tokenizer::ask(|| self.tokenizer.encode_fast(prompt, true))?;
         let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
         // Of an empty text the special tokens are all there is.
         let end = special.iter().rposition(|special| *special == 0).map_or(ids.len(), |last| last + 1);
@@ -115,8 +114,7 @@ impl PromptEncoder {
         for (chunk, first) in rows.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
             let texts: Vec<String> =
                 chunk.iter().map(|row| format!("{}{}", row.prompt, row.answer)).collect();
-            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch(texts, true))
-                .map_err(|reason| Error::config("tokenizer", reason))?;
+            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch(texts, true))?;
             for ((encoding, prompted), row) in encodings.iter().zip(chunk).zip(first..) {
                 let whole = self.tokens(encoding, prompted.prompt.len(), row);
                 if prompted.prompt.is_empty() {

@@ -109,8 +109,7 @@ impl TextEncoder {
                     None => example.text_a.as_str().into(),
                 })
                 .collect();
-            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch_fast(inputs, true))
-                .map_err(|reason| Error::config("tokenizer", reason))?;
+            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch_fast(inputs, true))?;
             for (encoding, example) in encodings.into_iter().zip(chunk) {
                 let row = out.len();
                 if encoding.is_empty() {

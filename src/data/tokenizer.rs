@@ -34,7 +34,7 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
             format!("its vocabulary has a piece of {longest} bytes, expected at most {MOST_OF_A_PIECE}");
         return Err(Error::format(path, reason));
     }
-    ask(|| Tokenizer::from_bytes(bytes)).map_err(|reason| Error::format(path, reason))
+    caught(|| Tokenizer::from_bytes(bytes)).map_err(|reason| Error::format(path, reason))
 }
 
 /// What of a file is looked at before the crate reads it.
@@ -100,8 +100,15 @@ impl<'de> Deserialize<'de> for Longest {
     }
 }
 
-/// What the `tokenizers` crate answers, or why it does not.
-pub(crate) fn ask<R>(question: impl FnOnce() -> tokenizers::Result<R>) -> std::result::Result<R, String> {
+/// What a tokenizer answers.
+///
+/// # Errors
+/// If it refuses, or panics.
+pub(crate) fn ask<R>(question: impl FnOnce() -> tokenizers::Result<R>) -> Result<R> {
+    caught(question).map_err(|reason| Error::config("tokenizer", reason))
+}
+
+fn caught<R>(question: impl FnOnce() -> tokenizers::Result<R>) -> std::result::Result<R, String> {
     match catch_unwind(AssertUnwindSafe(question)) {
         Ok(answer) => answer.map_err(|e| e.to_string()),
         Err(_) => Err("the tokenizer is damaged: its crate panicked".to_string()),

@@ -88,7 +88,6 @@ impl Generator<'_> {
 
     fn decode(&self, ids: &[u32]) -> Result<String> {
         tokenizer::ask(|| self.encoder.tokenizer().decode(ids, true))
-            .map_err(|reason| Error::config("tokenizer", reason))
     }
 }
 

@@ -97,7 +97,7 @@ pub fn check_merged(model: &dyn Linears, params: &Params, source: &ModelFiles, d
 }
 
 fn check_free(dir: &Path) -> Result<()> {
-    match fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
+    match files::has_entries(dir) || dir.is_file() {
         true => Err(Error::format(dir, "it exists; give a new or an empty folder")),
         false => Ok(()),
     }

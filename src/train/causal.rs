@@ -126,10 +126,8 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn settings(&self) -> Settings {
-        let mut settings =
-            checkpoint::settings(&self.batcher, self.model, self.rows.iter().flat_map(Tokens::numbers));
-        settings.extend(self.upkeep.settings().clone());
-        settings
+        let numbers = self.rows.iter().flat_map(Tokens::numbers);
+        checkpoint::settings(&self.batcher, &self.upkeep, self.model, numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

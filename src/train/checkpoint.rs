@@ -16,12 +16,12 @@ use std::path::{Path, PathBuf};
 
 pub(super) use state::{Numbers, State};
 
+use super::upkeep::Upkeep;
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::slot::{self, Linears};
 
-/// What a folder is called while it is written or removed: nobody reads it.
-const PARTIAL: &str = ".partial-";
 /// What a damaged checkpoint is called from then on: nobody reads or removes it.
 const DAMAGED: &str = "damaged-";
 /// The settings that say which rows a step takes: with others the place of a run means another.
@@ -37,16 +37,18 @@ pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {
     format!("CRC-32 {:08x}", hasher.finalize())
 }
 
-/// The settings of data, batches and the frozen base.
+/// The settings of data, batches, method and the frozen base.
 pub(super) fn settings(
     batcher: &Batcher,
+    upkeep: &Upkeep,
     model: &dyn Linears,
     numbers: impl IntoIterator<Item = u32>,
 ) -> Settings {
     let rows = ("rows", fingerprint(numbers));
     let dtype = slot::base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
-    let all = batcher.settings().into_iter().chain([rows]).chain(dtype);
-    all.map(|(name, value)| (name.to_string(), value)).collect()
+    let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
+    let own = own.map(|(name, value)| (name.to_string(), value));
+    own.chain(upkeep.settings().clone()).collect()
 }
 
 /// Where the checkpoints of a run are kept, and how it goes on from them.
@@ -91,12 +93,12 @@ impl Checkpoints {
     /// [`Self::changes`] does not name.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
         let mut steps = self.steps()?;
-        let Some(last) = steps.pop() else { return self.sweep().map(|()| None) };
+        let Some(last) = steps.pop() else { return files::sweep(&self.dir).map(|()| None) };
         if !self.resume {
             let reason = format!("it has a run that reached step {last}: resume it, or give another folder");
             return Err(Error::format(&self.dir, reason));
         }
-        self.sweep()?;
+        files::sweep(&self.dir)?;
         let mut damaged: Vec<(usize, String)> = Vec::new();
         for step in std::iter::once(last).chain(steps.into_iter().rev()) {
             match State::read(&self.place(step), step) {
@@ -162,7 +164,7 @@ impl Checkpoints {
     /// If the checkpoint cannot be written.
     pub(super) fn save(&self, state: &State) -> Result<Option<String>> {
         let step = state.numbers.step;
-        let partial = self.dir.join(format!("{PARTIAL}{}", std::process::id()));
+        let partial = files::partial_folder(&self.place(step));
         fs::create_dir(&partial).map_err(Error::io(&*partial))?;
         let settled = state.write(&partial).and_then(|()| settle(&partial, &self.place(step)));
         // A full disk is to have room again before the error is told.
@@ -179,21 +181,10 @@ impl Checkpoints {
         let steps = self.steps()?;
         for old in &steps[..steps.len().saturating_sub(self.keep.max(1))] {
             // Out of sight first: half removed, it would look damaged.
-            let hidden = self.dir.join(format!("{PARTIAL}old-{old}"));
-            fs::rename(self.place(*old), &hidden).map_err(Error::io(self.place(*old)))?;
+            let place = self.place(*old);
+            fs::rename(&place, files::partial_folder(&place)).map_err(Error::io(&*place))?;
         }
-        self.sweep()
-    }
-
-    /// Removes what is out of sight: old checkpoints, and what killed runs left half-written.
-    fn sweep(&self) -> Result<()> {
-        for name in self.names()? {
-            if name.to_string_lossy().starts_with(PARTIAL) {
-                let path = self.dir.join(name);
-                fs::remove_dir_all(&path).map_err(Error::io(&*path))?;
-            }
-        }
-        Ok(())
+        files::sweep(&self.dir)
     }
 
     fn names(&self) -> Result<Vec<OsString>> {

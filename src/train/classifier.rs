@@ -241,9 +241,7 @@ impl Objective for Classification<'_> {
     fn settings(&self) -> Settings {
         let Classifier { model, upkeep, .. } = self.classifier;
         let numbers = self.rows.iter().flat_map(Encoded::numbers);
-        let mut settings = checkpoint::settings(&self.batcher, model.as_ref(), numbers);
-        settings.extend(upkeep.settings().clone());
-        settings
+        checkpoint::settings(&self.batcher, upkeep, model.as_ref(), numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

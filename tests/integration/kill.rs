@@ -155,7 +155,7 @@ fn assert_same(found: &[(PathBuf, Vec<u8>)], expected: &[(PathBuf, Vec<u8>)], wh
 /// Whether a run was killed while it wrote a checkpoint.
 fn left_half(out: &Path) -> bool {
     let entries = std::fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(".partial-"))
+    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(".partial"))
 }
 
 #[test]

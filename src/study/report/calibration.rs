@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::super::cell::CellResult;
 use super::super::stats::median;
-use super::pairs::{verdict, Pairs, ECE, NLL};
+use super::pairs::{differences, verdict, Pairs, ECE, NLL};
 use super::{arms, name, number, Arm};
 
 /// The ways to predict with the baseline, in the order of the table.
@@ -39,9 +39,9 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
             if settings == 0 {
                 continue;
             }
-            let columns = columns.map(|[own, other]| {
-                let differences: Vec<f64> = own.iter().zip(&other).map(|(own, other)| own - other).collect();
-                format!("{} | {} | {}", number(median(&own)), number(median(&other)), verdict(&differences))
+            let columns = columns.map(|scores| {
+                let [own, other] = scores.each_ref().map(|scores| number(median(scores)));
+                format!("{own} | {other} | {}", verdict(&differences(&scores)))
             });
             writeln!(text, "| {task} | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
         }

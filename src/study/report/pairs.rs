@@ -58,11 +58,7 @@ impl<'a> Pairs<'a> {
 
     /// Differences of a score, over the settings of all tasks.
     pub fn over_cells(&self, score: Score) -> Vec<f64> {
-        let of_task = |task| {
-            let [own, others] = self.scores(task, score);
-            own.into_iter().zip(others).map(|(own, other)| difference(own, other))
-        };
-        self.tasks().flat_map(of_task).collect()
+        self.tasks().flat_map(|task| differences(&self.scores(task, score))).collect()
     }
 
     /// Differences of a figure of the scores of each task.
@@ -79,6 +75,11 @@ impl<'a> Pairs<'a> {
 pub(super) fn difference(own: f64, other: f64) -> f64 {
     const DIGITS: f64 = 1e12;
     ((own - other) * DIGITS).round() / DIGITS
+}
+
+/// Those of scores in the same settings.
+pub(super) fn differences([own, others]: &[Vec<f64>; 2]) -> Vec<f64> {
+    own.iter().zip(others).map(|(own, other)| difference(*own, *other)).collect()
 }
 
 /// Best - worst.

@@ -4,7 +4,6 @@ use candle_core::{Device, Tensor};
 
 use super::state::{Sum, MANIFEST, STATE, TENSORS, VERSION};
 use super::*;
-use crate::files;
 use crate::train::optim::Moments;
 
 fn checkpoints(dir: &Path) -> Checkpoints {
@@ -129,8 +128,8 @@ fn what_a_killed_run_left_half_written_goes_with_the_next_start() -> Result<()> 
     let dir = temporary();
     let checkpoints = checkpoints(dir.path());
     save(&checkpoints, 1)?;
-    for half in ["123", "old-7"] {
-        fs::create_dir_all(checkpoints.dir.join(format!("{PARTIAL}{half}/deep"))).unwrap();
+    for step in [1, 7] {
+        fs::create_dir_all(files::partial_folder(&checkpoints.place(step)).join("deep")).unwrap();
     }
     assert_eq!(begin(&checkpoints)?.unwrap().state.numbers.step, 1);
     assert_eq!(names(&checkpoints), ["step-00000001".to_string()].into());
@@ -221,7 +220,7 @@ fn an_old_checkpoint_that_stays_is_told_and_ends_nothing() -> Result<()> {
     let checkpoints = Checkpoints { keep: 1, ..checkpoints(dir.path()) };
     save(&checkpoints, 1)?;
     // A file where the old one is to be hidden.
-    fs::write(checkpoints.dir.join(format!("{PARTIAL}old-1")), "").unwrap();
+    fs::write(files::partial_folder(&checkpoints.place(1)), "").unwrap();
     let warning = checkpoints.save(&state(2)?)?.unwrap();
     assert!(warning.starts_with("old checkpoints stay: ") && warning.contains("step-00000001"), "{warning}");
     assert_eq!(checkpoints.steps()?, [1, 2]);
