@@ -23,7 +23,7 @@ pub struct Batch {
     pub token_type_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(b)`: i64 for classes, f32 for scores.
+    /// `(b)`: i64 for classes, f32 for scores; on the host, where losses look at them.
     pub labels: Tensor,
 }
 
@@ -50,8 +50,8 @@ impl Batch {
             }
         }
         let labels = match (classes.len(), scores.len()) {
-            (n, 0) => Tensor::from_vec(classes, n, device)?,
-            (0, n) => Tensor::from_vec(scores, n, device)?,
+            (n, 0) => Tensor::from_vec(classes, n, &Device::Cpu)?,
+            (0, n) => Tensor::from_vec(scores, n, &Device::Cpu)?,
             _ => {
                 let row_with = |score: bool| {
                     let is = |row: &&&Encoded| matches!(row.label, Label::Score(_)) == score;

@@ -203,7 +203,7 @@ pub struct CausalBatch {
     /// `(n)` of u32: the places, in the flattened `(b * t)`, whose hidden states predict; each is
     /// one before the token that it predicts. This is the one place that shifts.
     pub positions: Tensor,
-    /// `(n)` of i64: the tokens to predict.
+    /// `(n)` of i64: the tokens to predict; on the host, where losses look at them.
     pub targets: Tensor,
     /// `n` of each row, in their order.
     pub counts: Vec<usize>,
@@ -236,7 +236,7 @@ impl CausalBatch {
             input_ids: Tensor::from_vec(ids, (b, t), device)?,
             attention_mask: Tensor::from_vec(mask, (b, t), device)?,
             positions: Tensor::from_vec(positions, n, device)?,
-            targets: Tensor::from_vec(targets, n, device)?,
+            targets: Tensor::from_vec(targets, n, &Device::Cpu)?,
             counts: rows.iter().map(|row| row.targets()).collect(),
         })
     }

@@ -28,7 +28,7 @@ pub struct MaskedBatch {
     pub attention_mask: Tensor,
     /// `(n)` of u32: where the hidden tokens are, `row * t + column`.
     pub positions: Tensor,
-    /// `(n)` of i64: what they were.
+    /// `(n)` of i64: what they were; on the host, where losses look at them.
     pub labels: Tensor,
 }
 
@@ -98,7 +98,7 @@ impl Masking {
             input_ids: Tensor::from_vec(ids, (rows.len(), t), device)?,
             attention_mask: Tensor::from_vec(mask, (rows.len(), t), device)?,
             positions: Tensor::from_vec(positions, n, device)?,
-            labels: Tensor::from_vec(labels, n, device)?,
+            labels: Tensor::from_vec(labels, n, &Device::Cpu)?,
         })
     }
 

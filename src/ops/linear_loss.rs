@@ -24,7 +24,7 @@ const CHUNK: usize = 256;
 /// # Shapes
 /// - `xs`: `(n, dim)`
 /// - `weight`: `(classes, dim)`
-/// - `labels`: `(n)` of i64; rows labelled `ignore` are left out
+/// - `labels`: `(n)` of i64, best on the host; rows labelled `ignore` are left out
 /// - output: a scalar, the dtype of `xs`
 ///
 /// # Errors

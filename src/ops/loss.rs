@@ -20,7 +20,7 @@ use crate::simd::vectorized;
 ///
 /// # Shapes
 /// - `logits`: `(n, classes)`
-/// - `labels`: `(n)` of i64
+/// - `labels`: `(n)` of i64, best on the host: they are looked at there, and a device would have to wait
 /// - output: a scalar, the dtype of `logits`
 ///
 /// # Errors
@@ -31,7 +31,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64) -> Result<Te
     let checked = Labels::new(labels, n, classes, ignore)?;
     match pick(&[logits]) {
         Lane::Plain => {
-            let labels = labels.detach().to_dtype(DType::I64)?;
+            let labels = labels.detach().to_dtype(DType::I64)?.to_device(logits.device())?;
             plain::cross_entropy(logits, &labels, ignore, checked.counted)
         }
         Lane::Fast => {

@@ -65,7 +65,7 @@ pub fn token_log_probabilities(
     batch: &CausalBatch,
     passes: &[Pass],
 ) -> Result<Vec<f64>> {
-    let targets = batch.targets.unsqueeze(1)?;
+    let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
     let mut sums = vec![f64::NEG_INFINITY; targets.dim(0)?];
     for pass in passes {
         let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;

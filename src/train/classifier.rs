@@ -139,7 +139,10 @@ impl Classifier {
         self.check_labels(batch)?;
         let outputs = self.predict(batch, pass)?;
         let task = match self.is_regression() {
-            true => ops::mean_squared_error(&outputs.squeeze(1)?, &batch.labels)?,
+            true => {
+                let scores = batch.labels.to_device(outputs.device())?;
+                ops::mean_squared_error(&outputs.squeeze(1)?, &scores)?
+            }
             false => ops::cross_entropy(&outputs, &batch.labels, IGNORED)?,
         };
         self.upkeep.loss(task, self.model.as_ref(), pass)
