@@ -44,7 +44,8 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     let (ln_u, ln_norm) = (u.ln(), ln_gamma(a + 1.0));
     let split = a + 1.0;
     let ln_cdf = |y: f64, x: f64, sum: f64| a * y - x - ln_norm + sum.ln();
-    if ln_u <= ln_cdf(split.ln(), split, lower_series(a, split).0) {
+    // The median lies below the shape.
+    if u <= 0.5 || ln_u <= ln_cdf(split.ln(), split, lower_series::<false>(a, split).0) {
         // F <= x^a / Gamma(a + 1): the root's asymptote as x -> 0, and the next two terms of its
         // expansion (Gil, Segura and Temme 2012) where they are small.
         let mut y = (ln_u + ln_norm) / a;
@@ -54,14 +55,14 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
             y += (next + r * r * (3.0 * a + 5.0) / (2.0 * (a + 1.0) * (a + 1.0) * (a + 2.0))).ln_1p();
         }
         for _ in 0..MAX_STEPS {
-            let (sum, _) = lower_series(a, y.exp());
+            let (sum, _) = lower_series::<false>(a, y.exp());
             let step = (ln_u - ln_cdf(y, y.exp(), sum)) * sum / a; // d ln F / d y = a / sum
             y += step;
             if step.abs() <= 1e-10 + 1e-14 * y.abs() {
                 break;
             }
         }
-        let (sum, dsum) = lower_series(a, y.exp());
+        let (sum, dsum) = lower_series::<true>(a, y.exp());
         GammaQuantile { log_z: y, dlog_z: -(y - digamma(a + 1.0) + dsum / sum) * sum / a }
     } else {
         let ln_v = (-u).ln_1p();
@@ -71,7 +72,7 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
         let x = t + (a - 1.0) * t.max(split).ln();
         let mut x = (t + (a - 1.0) * x.max(split).ln()).max(split);
         for _ in 0..MAX_STEPS {
-            let (h, _) = upper_fraction(a, x);
+            let (h, _) = upper_fraction::<false>(a, x);
             let ln_survival = a * x.ln() - x - ln_gamma_a + h.ln();
             let next = (x + (ln_survival - ln_v) * x * h).max(split); // d ln(1 - F) / d x = -1 / (x h)
             let done = (next - x).abs() <= 1e-10 * x;
@@ -80,7 +81,7 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
                 break;
             }
         }
-        let (h, dln_h) = upper_fraction(a, x);
+        let (h, dln_h) = upper_fraction::<true>(a, x);
         GammaQuantile { log_z: x.ln(), dlog_z: (x.ln() - digamma(a) + dln_h) * h }
     }
 }
@@ -92,19 +93,22 @@ pub const MAX_SHAPE: f64 = 1e9;
 /// The series need about ten times the root of the shape.
 const MAX_TERMS: usize = 1_000_000;
 
-/// `s` of `F(x; a) = x^a e^-x s / Gamma(a + 1)` and `ds / da`.
+/// `s` of `F(x; a) = x^a e^-x s / Gamma(a + 1)` and, if `SLOPED`, `ds / da`.
 ///
 /// ```text
 /// s = sum_{n >= 0} x^n / ((a + 1) ... (a + n))
 /// ```
-fn lower_series(a: f64, x: f64) -> (f64, f64) {
+fn lower_series<const SLOPED: bool>(a: f64, x: f64) -> (f64, f64) {
     let (mut term, mut dterm, mut sum, mut dsum) = (1.0, 0.0, 1.0, 0.0);
     for n in 1..MAX_TERMS {
         let k = a + n as f64;
-        dterm = (dterm - term / k) * (x / k);
-        term *= x / k;
+        let ratio = x / k;
+        if SLOPED {
+            dterm = (dterm - term / k) * ratio;
+            dsum += dterm;
+        }
+        term *= ratio;
         sum += term;
-        dsum += dterm;
         if term <= 1e-17 * sum && dterm.abs() <= 1e-17 * (dsum.abs() + 1e-300) {
             break;
         }
@@ -112,13 +116,13 @@ fn lower_series(a: f64, x: f64) -> (f64, f64) {
     (sum, dsum)
 }
 
-/// `h` of `1 - F(x; a) = x^a e^-x h / Gamma(a)` and `d ln h / da`, for `x >= a + 1`: the continued
+/// `h` of `1 - F(x; a) = x^a e^-x h / Gamma(a)` and, if `SLOPED`, `d ln h / da`, for `x >= a + 1`: the continued
 /// fraction (Abramowitz and Stegun 6.5.31) by Lentz's method, differentiated term by term.
 ///
 /// ```text
 /// h = 1 / (x + 1 - a - 1 (1 - a) / (x + 3 - a - 2 (2 - a) / (x + 5 - a - ...)))
 /// ```
-fn upper_fraction(a: f64, x: f64) -> (f64, f64) {
+fn upper_fraction<const SLOPED: bool>(a: f64, x: f64) -> (f64, f64) {
     let mut b = x + 1.0 - a;
     let (mut c, mut dc) = (1e300, 0.0);
     let mut d = 1.0 / b;
@@ -129,13 +133,18 @@ fn upper_fraction(a: f64, x: f64) -> (f64, f64) {
         let numerator = -i * (i - a); // its derivative is i, that of b is -1
         b += 2.0;
         let d_next = 1.0 / (numerator * d + b);
-        dd = -d_next * d_next * (i * d + numerator * dd - 1.0);
-        dc = -1.0 + (i - numerator * dc / c) / c;
+        if SLOPED {
+            dd = -d_next * d_next * (i * d + numerator * dd - 1.0);
+            dc = -1.0 + (i - numerator * dc / c) / c;
+        }
         c = b + numerator / c;
         d = d_next;
-        let (ratio, dratio) = (c * d, dc * d + c * dd);
+        let (ratio, mut dratio) = (c * d, 0.0);
+        if SLOPED {
+            dratio = dc * d + c * dd;
+            dln_h += dratio / ratio;
+        }
         h *= ratio;
-        dln_h += dratio / ratio;
         // An integer shape ends the fraction (numerator 0) but not its derivative: ask both.
         if (ratio - 1.0).abs() <= 1e-16 && dratio.abs() <= 1e-16 * dln_h.abs() {
             break;
