@@ -6,6 +6,7 @@ pub mod error;
 pub mod files;
 #[cfg(test)]
 mod fuzz;
+mod kernels;
 pub mod noise;
 pub mod ops;
 mod simd;

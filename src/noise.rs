@@ -100,6 +100,12 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// What kernels of a device are told of the stream: its two words, the first one lower.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn key(&self) -> u64 {
+        u64::from(self.key[0]) | u64::from(self.key[1]) << 32
+    }
+
     /// Words `4 * block .. 4 * block + 4` of draw number `draw`.
     pub fn words(&self, draw: u64, block: u64) -> [u32; 4] {
         philox4x32_10([block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32], self.key)

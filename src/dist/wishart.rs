@@ -167,13 +167,7 @@ pub fn fill_bartlett(
     covariance: Covariance,
     out: &mut [f64],
 ) -> Result<()> {
-    check_df(r, df)?;
-    if df / 2.0 > MAX_SHAPE {
-        candle_core::bail!("a Wishart can be drawn with df up to {:e}, got {df:e}", 2.0 * MAX_SHAPE)
-    }
-    if draw >= DRAWS {
-        candle_core::bail!("expected a draw below 2^63, got {draw}")
-    }
+    check_draw(draw, r, df)?;
     if out.len() != r * r {
         candle_core::bail!("a factor of dimension {r} has {} numbers, got room for {}", r * r, out.len())
     }
@@ -200,6 +194,18 @@ pub fn fill_bartlett(
         }
     }
     Ok(())
+}
+
+/// Whether [`fill_bartlett`] has this draw.
+pub(crate) fn check_draw(draw: u64, r: usize, df: f64) -> Result<()> {
+    check_df(r, df)?;
+    if df / 2.0 > MAX_SHAPE {
+        candle_core::bail!("a Wishart can be drawn with df up to {:e}, got {df:e}", 2.0 * MAX_SHAPE)
+    }
+    match draw < DRAWS {
+        true => Ok(()),
+        false => candle_core::bail!("expected a draw below 2^63, got {draw}"),
+    }
 }
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ impl MonteCLoRA {
     /// # Errors
     /// If candle fails.
     pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
-        let draw = |draw| self.posterior_of(pass).perturbed(self.pair.a(), &self.buffer.get(draw)?);
+        let draw = |draw| self.posterior_of(pass).perturbed_at(self.pair.a(), draw, &self.buffer);
         Ok(match (pass, pass.posterior_draw()?) {
             (_, None) => Cow::Borrowed(self.pair.a()),
             (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),

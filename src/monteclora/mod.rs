@@ -3,6 +3,8 @@
 pub mod buffer;
 pub mod config;
 mod held;
+#[cfg(feature = "cuda")]
+mod kernel_draw;
 pub mod layer;
 pub mod linear;
 pub mod noise;

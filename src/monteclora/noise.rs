@@ -58,6 +58,12 @@ impl NoiseStreams {
             gaussian: noise.stream(name, Purpose::Gaussian),
         }
     }
+
+    /// The keys of the Wishart's, the Dirichlet's and the Gaussian's stream.
+    #[cfg(feature = "cuda")]
+    pub(super) fn keys(&self) -> [u64; 3] {
+        [self.wishart.key(), self.dirichlet.key(), self.gaussian.key()]
+    }
 }
 
 /// The noise of one draw.

@@ -7,6 +7,7 @@
 use candle_core::{Result, Tensor, D};
 use candle_nn::ops::softmax;
 
+use super::buffer::SampleBuffer;
 use super::config::{positive, Compat, Mixture, MonteCLoRAConfig};
 use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
 use super::row_scales;
@@ -138,7 +139,27 @@ impl Posterior {
         &self.streams
     }
 
-    /// `A + Delta` of a draw, `(r, in_dim)`: what a forward pass needs.
+    /// `A + Delta` of draw number `draw`, `(r, in_dim)`: what a forward pass needs. By a kernel where one
+    /// serves, from the buffer's noise elsewhere.
+    ///
+    /// # Errors
+    /// If there is no such draw, or `a` is not of this posterior's shapes.
+    pub(super) fn perturbed_at(&self, a: &Tensor, draw: u64, buffer: &SampleBuffer) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if super::kernel_draw::serves(&self.spec) {
+            let parameters = [a, &self.std_prior, &self.expert_weights_prior];
+            return super::kernel_draw::perturbed(
+                parameters,
+                &self.spec,
+                &self.streams,
+                self.sample_scaler,
+                draw,
+            );
+        }
+        self.perturbed(a, &buffer.get(draw)?)
+    }
+
+    /// `A + Delta` of a draw given by its noise, `(r, in_dim)`.
     ///
     /// # Errors
     /// If the noise or `a` is not of this posterior's shapes.

@@ -7,7 +7,7 @@ use candle_core::{bail, DType, Device, Result, Tensor, D};
 use super::activation::wide;
 use super::attach::attach;
 use super::attention_fast as fast;
-use super::dropout::{check, Keep};
+use super::dropout::{self, check, Keep};
 use super::lane::{pick, Lane};
 use super::plain;
 use crate::noise::Stream;
@@ -60,19 +60,18 @@ pub fn attention(
             );
         }
     }
-    let keep = match dropout {
-        Some((p, stream, draw)) => {
-            check(p)?;
-            let count = shape.b * heads * shape.tq * shape.tk;
-            (p > 0.0).then(|| Keep::new(count, p, &stream, draw))
-        }
-        None => None,
-    };
+    if let Some((p, ..)) = dropout {
+        check(p)?;
+    }
+    let dropout = dropout.filter(|(p, ..)| *p > 0.0);
+    let probabilities = candle_core::Shape::from((shape.b, heads, shape.tq, shape.tk));
+    let keep = || dropout.map(|(p, stream, draw)| Keep::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match pick(&[q, k, v]) {
-        Lane::Plain => plain::attention(q, k, v, &shape, scale, mask, keep.as_ref()),
+        Lane::Plain => plain::attention(q, k, v, &shape, scale, mask, keep().as_ref()),
         Lane::Fast => {
-            let core = fast::Core { shape, scale: scale as f32, mask: fast::HostMask::new(mask)?, keep };
+            let core =
+                fast::Core { shape, scale: scale as f32, mask: fast::HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             attach("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -82,10 +81,9 @@ pub fn attention(
         Lane::Composed => {
             let device = q.device();
             let visible = visible(&shape, mask, device)?;
-            let keep = match keep {
-                Some(keep) => {
-                    let dims = (shape.b, heads, shape.tq, shape.tk);
-                    Some((keep.tensor(&dims.into(), device)?, keep.scale()))
+            let keep = match dropout {
+                Some((p, stream, draw)) => {
+                    Some((dropout::mask(&probabilities, device, p, &stream, draw)?, dropout::scale(p)))
                 }
                 None => None,
             };

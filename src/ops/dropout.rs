@@ -22,17 +22,18 @@ pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64) -> Result<Tensor
     if p == 0.0 {
         return Ok(xs.clone());
     }
-    let keep = Keep::new(xs.elem_count(), p, stream, draw);
-    let lane = pick(&[xs]);
-    if lane == Lane::Plain {
-        return plain::dropout(xs, &keep);
+    let keep = || Keep::new(xs.elem_count(), p, stream, draw);
+    match pick(&[xs]) {
+        Lane::Plain => return plain::dropout(xs, &keep()),
+        Lane::Fast => {
+            let keep = keep();
+            let y = keep.apply(&xs.detach())?;
+            return attach("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]));
+        }
+        Lane::Composed => {}
     }
-    if lane == Lane::Fast {
-        let y = keep.apply(&xs.detach())?;
-        return attach("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]));
-    }
-    // The mask stays on the device for backward: a second copy of it would hold up the queue.
-    let (mask, scale) = (keep.tensor(xs.shape(), xs.device())?, keep.scale());
+    // The mask stays on the device for backward: it is made once.
+    let (mask, scale) = (mask(xs.shape(), xs.device(), p, stream, draw)?, scale(p));
     let apply = move |xs: &Tensor| -> Result<Tensor> { (xs * mask.to_dtype(xs.dtype())?)? * scale };
     let y = apply(&xs.detach())?;
     attach("dropout", [xs], y, move |call| Ok([Some(apply(&call.grad)?)]))
@@ -46,6 +47,30 @@ pub(super) fn check(p: f64) -> Result<()> {
     Ok(())
 }
 
+/// What the elements that stay are multiplied by.
+pub(super) fn scale(p: f64) -> f64 {
+    1.0 / (1.0 - p)
+}
+
+/// The words below it are those of dropped elements.
+fn threshold(p: f64) -> u32 {
+    (p * 2f64.powi(32)) as u32
+}
+
+/// Which elements stay, as a tensor of u8: by a kernel on CUDA devices, from the host elsewhere.
+pub(super) fn mask(shape: &Shape, device: &Device, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        use crate::kernels::{count, launch, one_each, room, tensor};
+        let (len, key, threshold) = (count(shape.elem_count())?, stream.key(), threshold(p));
+        let mut keep = room::<u8>(device, shape.elem_count())?;
+        let blocks = one_each(len.div_ceil(4));
+        launch!(device; blocks; keep_mask(&len, &threshold, &key, &draw, &mut keep));
+        return Ok(tensor(keep, shape, device));
+    }
+    Keep::new(shape.elem_count(), p, stream, draw).tensor(shape, device)
+}
+
 /// Which elements stay: one bit each.
 pub(super) struct Keep {
     bits: Vec<u8>,
@@ -55,7 +80,7 @@ pub(super) struct Keep {
 
 impl Keep {
     pub fn new(len: usize, p: f64, stream: &Stream, draw: u64) -> Self {
-        let threshold = (p * 2f64.powi(32)) as u32; // dropped: the words below
+        let threshold = threshold(p);
         let mut bits = vec![0u8; len.div_ceil(8)];
         let (group, piece) = (WORD_LANES / 2, 1024); // bytes; a group is two blocks of four words a byte
         let fill = |(i, bits): (usize, &mut [u8])| {
@@ -78,7 +103,7 @@ impl Keep {
             use rayon::prelude::*;
             bits.par_chunks_mut(piece).enumerate().for_each(fill);
         }
-        Self { bits, len, scale: 1.0 / (1.0 - p) }
+        Self { bits, len, scale: scale(p) }
     }
 
     /// What the elements that stay are multiplied by.

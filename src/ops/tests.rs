@@ -7,6 +7,8 @@ use super::*;
 use crate::noise::{Noise, Purpose, Stream};
 
 mod contracts;
+#[cfg(feature = "cuda")]
+mod device;
 
 type Block = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
 
@@ -43,6 +45,12 @@ fn mask(tk: usize, causal: bool, blind: bool) -> Mask {
         padding[tk..].fill(0);
     }
     Mask { padding: Some(Tensor::from_vec(padding, (2, tk), &Device::Cpu).unwrap()), causal }
+}
+
+/// The mask on the device of `xs`.
+fn beside(mask: &Mask, xs: &Tensor) -> Result<Mask> {
+    let padding = mask.padding.as_ref().map(|padding| padding.to_device(xs.device())).transpose()?;
+    Ok(Mask { padding, causal: mask.causal })
 }
 
 fn cases() -> Vec<Case> {
@@ -89,7 +97,7 @@ fn cases() -> Vec<Case> {
             |t| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 0.3),
         ),
         case("embedding", &[(&[6, 5], true)], |t| {
-            embedding(&Tensor::new(&[[3u32, 1, 3], [0, 3, 5]], &Device::Cpu)?, &t[0])
+            embedding(&Tensor::new(&[[3u32, 1, 3], [0, 3, 5]], t[0].device())?, &t[0])
         }),
         case("layer norm, frozen", &[(&[2, 3, 37], true), (&[37], false), (&[37], false)], |t| {
             layer_norm(&t[0], &t[1], &t[2], 1e-3)
@@ -154,20 +162,20 @@ fn cases() -> Vec<Case> {
         }),
         case("dropout", &[(&[3, 7, 5], true)], |t| dropout(&t[0].transpose(0, 1)?, 0.3, &stream(), 9)),
         case("cross entropy", &[(&[4, 19], true)], |t| {
-            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
         }),
         case("cross entropy, transposed", &[(&[19, 4], true)], |t| {
-            cross_entropy(&t[0].t()?, &Tensor::new(&[-1i64, 1, 0, 3], &Device::Cpu)?, -1)
+            cross_entropy(&t[0].t()?, &Tensor::new(&[-1i64, 1, 0, 3], t[0].device())?, -1)
         }),
         case("linear cross entropy", &[(&[4, 5], true), (&[19, 5], false)], |t| {
-            linear_cross_entropy(&t[0], &t[1], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+            linear_cross_entropy(&t[0], &t[1], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
         }),
         case("linear cross entropy, trained, transposed", &[(&[5, 4], true), (&[19, 5], true)], |t| {
-            linear_cross_entropy(&t[0].t()?, &t[1], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100)
+            linear_cross_entropy(&t[0].t()?, &t[1], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
         }),
         case("linear cross entropy, several pieces", &[(&[600, 3], true), (&[7, 3], false)], |t| {
             let label = |i: i64| if i % 5 == 0 || (256..512).contains(&i) { -100 } else { i % 7 };
-            let labels = Tensor::from_iter((0..600).map(label), &Device::Cpu)?;
+            let labels = Tensor::from_iter((0..600).map(label), t[0].device())?;
             linear_cross_entropy(&t[0], &t[1], &labels, -100)
         }),
         case("mean squared error", &[(&[7], true), (&[7], true)], |t| mean_squared_error(&t[0], &t[1])),
@@ -188,23 +196,24 @@ fn cases() -> Vec<Case> {
         let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
         all.push(case(name, &inputs, move |t| {
             let drop = drop.then(|| (0.25, stream(), 3));
-            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &mask, drop)
+            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &beside(&mask, &t[0])?, drop)
         }));
     }
     // q, k, v as slices of one fused projection: rows 12 wide in a storage of 36.
     all.push(case("attention, fused projection", &[(&[2, 3, 36], true)], |t| {
         let part = |i: usize| t[0].narrow(2, 12 * i, 12);
-        attention(&part(0)?, &part(1)?, &part(2)?, 2, 2, 0.4, &mask(3, false, false), None)
+        attention(&part(0)?, &part(1)?, &part(2)?, 2, 2, 0.4, &beside(&mask(3, false, false), &t[0])?, None)
     }));
     all
 }
 
 /// The inputs of a case, tracked ones as variables.
-fn inputs(case: &Case, dtype: DType) -> (Vec<Option<Var>>, Vec<Tensor>) {
+fn inputs(case: &Case, dtype: DType, device: &Device) -> (Vec<Option<Var>>, Vec<Tensor>) {
     let mut vars = Vec::new();
     let mut tensors = Vec::new();
     for (i, (shape, tracked)) in case.inputs.iter().enumerate() {
         let t = normal(&format!("{}/{i}", case.name), shape).to_dtype(dtype).unwrap();
+        let t = t.to_device(device).unwrap();
         let var = tracked.then(|| Var::from_tensor(&t).unwrap());
         tensors.push(var.as_ref().map_or(t, |v| v.as_tensor().clone()));
         vars.push(var);
@@ -214,7 +223,7 @@ fn inputs(case: &Case, dtype: DType) -> (Vec<Option<Var>>, Vec<Tensor>) {
 
 /// A scalar of the output in which every element counts differently.
 fn scalar(y: &Tensor) -> Result<Tensor> {
-    let weights = normal("weights", y.dims()).to_dtype(y.dtype())?;
+    let weights = normal("weights", y.dims()).to_dtype(y.dtype())?.to_device(y.device())?;
     (y * weights)?.sum_all()
 }
 
@@ -224,7 +233,11 @@ fn flat(t: &Tensor) -> Vec<f64> {
 
 /// The output, and the gradient of every tracked input, from a first and a second backward.
 fn run(case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
-    let (vars, tensors) = inputs(case, dtype);
+    run_on(&Device::Cpu, case, lane, dtype)
+}
+
+fn run_on(device: &Device, case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
+    let (vars, tensors) = inputs(case, dtype, device);
     let y = with_lane(lane, || (case.block)(&tensors)).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     assert_eq!(y.dtype(), dtype, "{}", case.name);
     let loss = scalar(&y).unwrap();
@@ -253,8 +266,12 @@ fn assert_close(what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 }
 
 fn compare(case: &Case, lane: Lane, dtype: DType, tolerance: f64) {
-    // The reference runs in double precision.
-    let (y, gradients) = run(case, lane, dtype);
+    compare_on(&Device::Cpu, case, lane, dtype, tolerance);
+}
+
+fn compare_on(device: &Device, case: &Case, lane: Lane, dtype: DType, tolerance: f64) {
+    // The reference runs in double precision on the host.
+    let (y, gradients) = run_on(device, case, lane, dtype);
     let (want, wanted) = run(case, Lane::Plain, DType::F64);
     assert_close(&format!("{} on {lane:?}", case.name), &y, &want, tolerance);
     for (i, (gradient, wanted)) in gradients.iter().zip(&wanted).enumerate() {
@@ -293,7 +310,7 @@ fn the_composed_lane_runs_in_half_width() {
 fn gradients_are_the_central_differences() {
     for case in cases() {
         let (_, gradients) = run(&case, Lane::Composed, DType::F64);
-        let (_, tensors) = inputs(&case, DType::F64);
+        let (_, tensors) = inputs(&case, DType::F64, &Device::Cpu);
         for (i, gradient) in gradients.iter().enumerate() {
             let Some(gradient) = gradient else { continue };
             let values = flat(&tensors[i]);
@@ -362,7 +379,7 @@ fn nan_in_is_nan_out_forward_and_backward() {
             continue; // copies rows: tested by the others' comparison
         }
         for lane in [Lane::Fast, Lane::Composed] {
-            let (_, mut tensors) = inputs(&case, DType::F32);
+            let (_, mut tensors) = inputs(&case, DType::F32, &Device::Cpu);
             // The last element: of a remainder, of the last row, of the last key.
             let mut values = flat(&tensors[0]);
             *values.last_mut().unwrap() = f64::NAN;

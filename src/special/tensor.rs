@@ -1,10 +1,13 @@
 //! The gamma function's family on tensors, with gradients.
 //!
-//! Computed in double precision on the host, whatever the dtype; other devices go through the
-//! host, which suits the few numbers per layer that need it.
+//! Computed in double precision, whatever the dtype, on the host; on CUDA devices ln Gamma and its
+//! derivatives by a kernel. Otherwise devices go through the host, which suits the few numbers per layer that
+//! need it.
 
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
@@ -16,7 +19,7 @@ use super::{digamma, gamma_quantile, ln_gamma, trigamma};
 /// # Errors
 /// If `xs` is neither f32 nor f64.
 pub fn ln_gamma_of(xs: &Tensor) -> Result<Tensor> {
-    on_host(xs, Family::LnGamma)
+    Family::LnGamma.of(xs)
 }
 
 /// Elementwise `psi(x)`; its gradient is [`fn@trigamma`].
@@ -24,7 +27,7 @@ pub fn ln_gamma_of(xs: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If `xs` is neither f32 nor f64.
 pub fn digamma_of(xs: &Tensor) -> Result<Tensor> {
-    on_host(xs, Family::Digamma)
+    Family::Digamma.of(xs)
 }
 
 /// `z / sum z` over the last dimension, z draws of Gamma(exp `log_shape`, 1) at the given uniform
@@ -88,12 +91,21 @@ fn storage_dtype(storage: &CpuStorage) -> DType {
     storage.dtype()
 }
 
-/// ln Gamma and its derivatives.
+/// ln Gamma and its derivatives; as a number, how often it is differentiated.
 #[derive(Clone, Copy)]
 enum Family {
     LnGamma,
     Digamma,
     Trigamma,
+}
+
+impl Family {
+    fn of(self, xs: &Tensor) -> Result<Tensor> {
+        match cfg!(feature = "cuda") && xs.device().is_cuda() {
+            true => xs.contiguous()?.apply_op1(self),
+            false => on_host(xs, self),
+        }
+    }
 }
 
 impl CustomOp1 for Family {
@@ -120,7 +132,28 @@ impl CustomOp1 for Family {
             Self::Digamma => Self::Trigamma,
             Self::Trigamma => return Err(candle_core::Error::BackwardNotSupported { op: self.name() }),
         };
-        Ok(Some((grad * on_host(&arg.detach(), derivative)?)?))
+        Ok(Some((grad * derivative.of(&arg.detach())?)?))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        use crate::kernels::{count, elements, launch, one_each, room};
+        let (device, n) = (storage.device().clone(), layout.shape().elem_count());
+        let (derivative, len) = (*self as u32, count(n)?);
+        let out = match storage.dtype() {
+            DType::F32 => {
+                let (xs, mut ys) = (elements::<f32>(storage, layout)?, room::<f32>(&device, n)?);
+                launch!(&device; one_each(len); gamma_family_f32(&derivative, &len, &xs, &mut ys));
+                CudaStorage::wrap_cuda_slice(ys, device)
+            }
+            DType::F64 => {
+                let (xs, mut ys) = (elements::<f64>(storage, layout)?, room::<f64>(&device, n)?);
+                launch!(&device; one_each(len); gamma_family_f64(&derivative, &len, &xs, &mut ys));
+                CudaStorage::wrap_cuda_slice(ys, device)
+            }
+            other => candle_core::bail!("expected f32 or f64, got {other:?}"),
+        };
+        Ok((out, layout.shape().clone()))
     }
 }
 

@@ -3,6 +3,8 @@
 
 mod causal;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod device;
 mod encoders;
 mod eval;
 mod finetune;

@@ -1,0 +1,138 @@
+/* The kernels as plain C, for the tests: a block's threads are loops, and blocks follow each other. Reads one request of
+   64-bit words (integers, or doubles) from standard input and writes the answer's words. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static unsigned thread_index, block_index;
+
+#define HOST_DIALECT
+#define KERNEL static void
+#define DEVICE static inline
+#define SHARED static
+#define EACH_THREAD for (thread_index = 0; thread_index < THREADS; thread_index++)
+#define BARRIER
+#define THREAD thread_index
+#define THREADS 32u
+#define BLOCK block_index
+
+#include "dialect.cu"
+#include "noise.cu"
+#include "dropout.cu"
+#include "gamma.cu"
+#include "draw.cu"
+#include "update.cu"
+
+#define LAUNCH(blocks, call) for (block_index = 0; block_index < (blocks); block_index++) call
+
+static uint64_t word(void) {
+    uint64_t x;
+    if (fread(&x, sizeof x, 1, stdin) != 1) exit(2);
+    return x;
+}
+
+static double number(void) {
+    uint64_t bits = word();
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void *room(size_t count) {
+    void *memory = malloc(8 * (count + 1));
+    memset(memory, 0xff, 8 * (count + 1)); /* what is read before it is written is NaN */
+    return memory;
+}
+
+static double *doubles(size_t count) {
+    double *xs = room(count);
+    for (size_t i = 0; i < count; i++) xs[i] = number();
+    return xs;
+}
+
+static float *floats(size_t count) {
+    float *xs = room(count);
+    for (size_t i = 0; i < count; i++) xs[i] = (float)number();
+    return xs;
+}
+
+static void put(double x) { fwrite(&x, sizeof x, 1, stdout); }
+static void put_doubles(const double *xs, size_t count) { for (size_t i = 0; i < count; i++) put(xs[i]); }
+static void put_floats(const float *xs, size_t count) { for (size_t i = 0; i < count; i++) put(xs[i]); }
+
+static void draw(void) {
+    u32 rank = word(), components = word(), width = word(), diagonal = word();
+    u64 wishart = word(), dirichlet = word(), gaussian = word(), at = word();
+    double df = number(), eps = number();
+    float *rho = floats(rank), *c = floats(components), *a = floats(rank * width), *grad = floats(rank * width);
+    float *tril = room(rank * rank), *rows = room(rank), *out = room(rank * width), *drho = room(rank), *dc = room(components);
+    u32 tiles = (width + tile_columns(rank) - 1) / tile_columns(rank);
+    double *pi = room(components), *slopes = room(components), *shares = room(tiles * rank), *along = room(rank);
+    LAUNCH(1, draw_scales(rank, components, df, diagonal, eps, wishart, dirichlet, at, rho, c, tril, rows, pi, slopes));
+    LAUNCH(tiles, draw_perturb(rank, width, gaussian, at, a, tril, rows, out));
+    LAUNCH(tiles, draw_along(rank, width, gaussian, at, grad, tril, shares));
+    LAUNCH(1, draw_slopes(rank, components, tiles, eps, rho, shares, pi, slopes, along, drho, dc));
+    put_floats(tril, rank * rank);
+    put_doubles(pi, components);
+    put_floats(out, rank * width);
+    put_floats(drho, rank);
+    put_floats(dc, components);
+}
+
+static void noise(void) {
+    u64 key = word(), at = word(), count = word();
+    for (u64 i = 0; i < count; i++) put(uniform(key, at, i));
+    for (u64 i = 0; i < count; i++) put(normal(key, at, i));
+    for (u64 i = 0; i < count; i++) put(normal_double(key, at, i));
+}
+
+static void quantiles(void) {
+    u64 count = word();
+    for (u64 i = 0; i < count; i++) {
+        double a = number();
+        Dual q = gamma_quantile(a, number());
+        put(q.value);
+        put(q.slope);
+    }
+}
+
+static void family(void) {
+    u32 derivative = word(), count = word(), blocks = (count + THREADS - 1) / THREADS;
+    double *xs = doubles(count), *ys = room(count);
+    float *narrow = room(count), *rounded = room(count);
+    for (u32 i = 0; i < count; i++) narrow[i] = (float)xs[i];
+    LAUNCH(blocks, gamma_family_f64(derivative, count, xs, ys));
+    LAUNCH(blocks, gamma_family_f32(derivative, count, narrow, rounded));
+    put_doubles(ys, count);
+    put_floats(rounded, count);
+}
+
+static void adamw(void) {
+    u32 count = word(), blocks = (count + THREADS - 1) / THREADS;
+    float beta1 = number(), rest1 = number(), beta2 = number(), rest2 = number();
+    float keep = number(), rate = number(), inverse = number(), eps = number();
+    float *value = floats(count), *first = floats(count), *second = floats(count), *grad = floats(count);
+    LAUNCH(blocks, adamw_mean(count, 0, beta1, rest1, first, grad));
+    LAUNCH(blocks, adamw_mean(count, 1, beta2, rest2, second, grad));
+    LAUNCH(blocks, adamw_step(count, keep, rate, inverse, eps, value, first, second));
+    put_floats(value, count);
+    put_floats(first, count);
+    put_floats(second, count);
+}
+
+static void dropout(void) {
+    u64 key = word(), at = word();
+    u32 count = word(), threshold = word(), blocks = ((count + 3) / 4 + THREADS - 1) / THREADS;
+    unsigned char *keep = room(count);
+    LAUNCH(blocks, keep_mask(count, threshold, key, at, keep));
+    for (u32 i = 0; i < count + 1; i++) put(keep[i]); /* the one behind the last is not written */
+}
+
+int main(void) {
+    void (*const requests[])(void) = {draw, noise, quantiles, family, adamw, dropout};
+    requests[word()]();
+    return 0;
+}

@@ -1,0 +1,145 @@
+//! Compiling, loading and launching; and tensors as what a launch takes.
+#![allow(unsafe_code)] // a launch trusts its arguments, and new memory is what the kernel makes of it
+
+use std::sync::OnceLock;
+
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, LaunchConfig};
+use candle_core::cuda_backend::cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
+use candle_core::cuda_backend::{CudaDType, CudaDevice};
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CudaStorage, Layout, Result, Shape, Storage, StorageRef, Tensor};
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+/// The program of all kernels, compiled at first need.
+///
+/// # Errors
+/// If NVRTC refuses it.
+pub(crate) fn program() -> Result<&'static str> {
+    static PROGRAM: OnceLock<std::result::Result<String, String>> = OnceLock::new();
+    match PROGRAM.get_or_init(compile) {
+        Ok(program) => Ok(program),
+        Err(reason) => bail!("NVRTC refuses the kernels: {reason}"),
+    }
+}
+
+/// Without contraction: products and sums round as they do on the host.
+fn compile() -> std::result::Result<String, String> {
+    let options = CompileOptions { fmad: Some(false), ..Default::default() };
+    let program = compile_ptx_with_opts(super::SOURCE, options);
+    program.map(|program| program.to_src()).map_err(|e| format!("{e:?}"))
+}
+
+/// `blocks` blocks of a fixed number of threads.
+pub(crate) fn grid(blocks: u32) -> LaunchConfig {
+    LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// A thread for each of `count` elements.
+pub(crate) fn one_each(count: u32) -> LaunchConfig {
+    grid(count.div_ceil(THREADS).max(1))
+}
+
+/// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
+/// in its own order and types.
+macro_rules! launch {
+    ($device:expr; $config:expr; $name:ident($($argument:expr),+)) => {{
+        use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, WrapErr};
+        let program = $crate::kernels::program()?;
+        let function = $device.get_or_load_custom_func(stringify!($name), "monteclora", program)?;
+        let mut launch = function.builder();
+        $(launch.arg($argument);)+
+        #[allow(unsafe_code)] // the arguments are those of the kernel, and its bounds those of the tensors
+        unsafe { launch.launch($config) }.w()?;
+    }};
+}
+pub(crate) use launch;
+
+/// A number of elements or a size as kernels count them.
+///
+/// # Errors
+/// If it is 2^32 or more.
+pub(crate) fn count(n: usize) -> Result<u32> {
+    match u32::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => bail!("the kernels count to 2^32, got {n}"),
+    }
+}
+
+/// Memory whose every element the next launch writes.
+pub(crate) fn room<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
+    device: &CudaDevice,
+    len: usize,
+) -> Result<CudaSlice<T>> {
+    unsafe { device.alloc::<T>(len) }
+}
+
+/// The elements of a storage that is contiguous under `layout`.
+pub(crate) fn elements<'a, T: CudaDType>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
+        None => bail!("a contiguous tensor was expected, got {layout:?}"),
+    }
+}
+
+/// The same, to be written.
+pub(crate) fn elements_mut<'a>(
+    storage: &'a mut CudaStorage,
+    layout: &Layout,
+) -> Result<CudaViewMut<'a, f32>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice_mut::<f32>()?.slice_mut(start..end)),
+        None => bail!("a contiguous tensor was expected, got {layout:?}"),
+    }
+}
+
+/// A borrowed tensor on a CUDA device.
+pub(crate) struct OnDevice<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> OnDevice<'a> {
+    pub(crate) fn of(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    /// Its elements.
+    ///
+    /// # Errors
+    /// If it is not contiguous, of another dtype, or elsewhere.
+    pub(crate) fn elements<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
+        match &*self.storage {
+            Storage::Cuda(storage) => elements(storage, self.layout),
+            other => bail!("a tensor on a CUDA device was expected, got {:?}", other.device().location()),
+        }
+    }
+}
+
+/// A tensor of what a launch has written.
+pub(crate) fn tensor<T: CudaDType>(
+    data: CudaSlice<T>,
+    shape: impl Into<Shape>,
+    device: &CudaDevice,
+) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(data, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn nvrtc_takes_the_kernels() {
+        let program = super::compile().expect("a program");
+        for name in
+            ["draw_scales", "draw_perturb", "draw_along", "draw_slopes", "gamma_family_f32", "adamw_step"]
+        {
+            assert!(program.contains(&format!(".entry {name}(")), "{name}");
+        }
+    }
+}

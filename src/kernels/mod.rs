@@ -1,0 +1,25 @@
+//! Our own kernels for CUDA devices: the draw, dropout masks, the gamma function's family, AdamW.
+//!
+//! NVRTC compiles them when a device first needs one. Without a device they are tested as plain C, noise and
+//! rounding included: `dialect.cu` has what makes that possible.
+
+#[cfg(feature = "cuda")]
+mod launch;
+#[cfg(all(test, unix))]
+mod tests;
+
+#[cfg(feature = "cuda")]
+pub(crate) use launch::{
+    count, elements, elements_mut, grid, launch, one_each, program, room, tensor, OnDevice,
+};
+
+/// All kernels, as one program.
+#[cfg(feature = "cuda")]
+const SOURCE: &str = concat!(
+    include_str!("dialect.cu"),
+    include_str!("noise.cu"),
+    include_str!("dropout.cu"),
+    include_str!("gamma.cu"),
+    include_str!("draw.cu"),
+    include_str!("update.cu"),
+);

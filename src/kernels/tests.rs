@@ -1,0 +1,231 @@
+//! The kernels as plain C (`host.c`, compiled by `cc`) against what they stand for.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use candle_core::{Device, Result, Tensor, Var};
+
+use crate::dist::{wishart::fill_bartlett, Covariance, Dirichlet, Estimator};
+use crate::noise::{Noise, Purpose, Stream};
+use crate::ops::add_scaled_rows;
+use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
+
+/// A request's words: integers, and doubles by their bits.
+#[derive(Default)]
+struct Request(Vec<u64>);
+
+impl Request {
+    fn of(integers: &[u64]) -> Self {
+        Self(integers.to_vec())
+    }
+
+    fn and(mut self, numbers: &[f64]) -> Self {
+        self.0.extend(numbers.iter().map(|x| x.to_bits()));
+        self
+    }
+
+    /// The answer's numbers.
+    fn answer(&self) -> Vec<f64> {
+        static PROGRAM: OnceLock<tempfile::TempDir> = OnceLock::new();
+        let folder = PROGRAM.get_or_init(|| {
+            let folder = tempfile::tempdir().expect("a folder");
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/host.c");
+            let mut compiler = Command::new("cc");
+            compiler
+                .args(["-O1", "-ffp-contract=off", "-o"])
+                .arg(folder.path().join("host"))
+                .arg(source)
+                .arg("-lm");
+            assert!(compiler.status().expect("a C compiler, `cc`").success());
+            folder
+        });
+        let mut child = Command::new(folder.path().join("host"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program");
+        let request: Vec<u8> = self.0.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        child.stdin.take().expect("its input").write_all(&request).expect("room for the request");
+        let output = child.wait_with_output().expect("an answer");
+        assert!(output.status.success(), "{:?}", output.status);
+        let words = output.stdout.chunks_exact(8);
+        words.map(|word| f64::from_ne_bytes(word.try_into().expect("eight bytes"))).collect()
+    }
+}
+
+fn stream(purpose: Purpose) -> Stream {
+    Noise::new(11).stream("layer.default", purpose)
+}
+
+fn assert_close(got: &[f64], want: &[f64], relative: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let room = relative * want.abs().max(1e-30);
+        assert!((got - want).abs() <= room, "{what} {i}: {got}, on the host {want}");
+    }
+}
+
+#[test]
+fn noise_has_the_host_s_bits() {
+    let (stream, draw, n) = (stream(Purpose::Gaussian), (5 << 40) + 3, 1000);
+    let got = Request::of(&[1, stream.key(), draw, n as u64]).answer();
+    let (mut uniforms, mut normals, mut doubles) = (vec![0.0; n], vec![0f32; n], vec![0.0; n]);
+    stream.fill_uniform(draw, &mut uniforms);
+    stream.fill_normal_f32(draw, &mut normals);
+    stream.fill_normal(draw, &mut doubles);
+    assert_eq!(got[..n], uniforms);
+    assert_eq!(got[n..2 * n], normals.into_iter().map(f64::from).collect::<Vec<_>>());
+    assert_close(&got[2 * n..], &doubles, 1e-12, "normal");
+}
+
+#[test]
+fn the_gamma_family_and_quantiles_are_the_host_s() {
+    let xs = [1e-3, 0.07, 0.5, 1.0, 1.46163, 2.0, 7.3, 11.99, 12.0, 55.0, 1e6];
+    for (derivative, f) in [ln_gamma as fn(f64) -> f64, digamma, trigamma].into_iter().enumerate() {
+        let got = Request::of(&[3, derivative as u64, xs.len() as u64]).and(&xs).answer();
+        let want = xs.map(f);
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= 4e-15 * want.abs().max(1.0), "{derivative} {i}: {got} {want}");
+        }
+        let narrow = xs.map(|x| f64::from(f(f64::from(x as f32)) as f32));
+        assert_close(&got[xs.len()..], &narrow, 1.2e-7, "in single precision");
+    }
+    let shapes = [1e-4, 0.05, 0.3, 0.99, 1.0, 1.5, 4.0, 17.0, 200.0];
+    let uniforms = [1e-12, 1e-3, 0.2, 0.5, 0.63, 0.9, 0.999, 1.0 - 1e-12];
+    let pairs: Vec<f64> = shapes.iter().flat_map(|a| uniforms.iter().flat_map(|u| [*a, *u])).collect();
+    let got = Request::of(&[2, pairs.len() as u64 / 2]).and(&pairs).answer();
+    for (pair, got) in pairs.chunks(2).zip(got.chunks(2)) {
+        let want = gamma_quantile(pair[0], pair[1]);
+        assert!(
+            (got[0] - want.log_z).abs() <= 1e-12 * want.log_z.abs().max(1.0),
+            "{pair:?}: {got:?} {want:?}"
+        );
+        assert!((got[1] / want.dlog_z - 1.0).abs() < 1e-9, "{pair:?}: {got:?} {want:?}");
+    }
+    let outside = Request::of(&[2, 4]).and(&[0.0, 0.5, f64::NAN, 0.5, 1.0, 0.0, 2e9, 0.5]).answer();
+    assert!(outside.iter().all(|x| x.is_nan()), "{outside:?}");
+}
+
+#[test]
+fn a_draw_and_its_gradients_are_the_host_s() -> Result<()> {
+    let [wishart, dirichlet, gaussian] =
+        [Purpose::Wishart, Purpose::Dirichlet, Purpose::Gaussian].map(stream);
+    // One tile, some, and tiles narrower than 64; more threads than rows and fewer; a last tile that is not full.
+    let cases = [
+        (1, 1, 3, Covariance::Full),
+        (8, 4, 70, Covariance::Full),
+        (8, 4, 70, Covariance::Diagonal),
+        (40, 70, 130, Covariance::Full),
+        (100, 2, 90, Covariance::Full),
+        (3, 0, 200, Covariance::Full),
+    ];
+    for (draw, (r, n, width, covariance)) in cases.into_iter().enumerate() {
+        let (draw, df, eps) = (draw as u64, r as f64 + 0.5, 0.3);
+        let values = |which: u64, len: usize, scale: f32| {
+            let mut xs = vec![0f32; len];
+            Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
+            xs.into_iter().map(|x| scale * x).collect::<Vec<_>>()
+        };
+        let (rho, c) = (values(0, r, 0.5), values(1, n, 1.0));
+        let (a, grad) = (values(2, r * width, 1.0), values(3, r * width, 1.0));
+        let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+        let diagonal = u64::from(covariance == Covariance::Diagonal);
+        let sizes = [0, r as u64, n as u64, width as u64, diagonal];
+        let keys = [wishart.key(), dirichlet.key(), gaussian.key(), draw];
+        let answer = Request::of(&[&sizes[..], &keys].concat())
+            .and(&[df, eps])
+            .and(&[wide(&rho), wide(&c), wide(&a), wide(&grad)].concat())
+            .answer();
+        let mut rest = &answer[..];
+        let mut next = |len| {
+            let (first, others) = rest.split_at(len);
+            rest = others;
+            first
+        };
+        let (tril, pi, out) = (next(r * r), next(n), next(r * width));
+        let (drho, dc) = (next(r), next(n));
+
+        // In double precision, by the elementary operations.
+        let device = Device::Cpu;
+        let mut t = vec![0.0; r * r];
+        fill_bartlett(&wishart, draw, r, df, covariance, &mut t)?;
+        assert_close(tril, &t, 2e-7, "T");
+        let mut z = vec![0f32; r * width];
+        gaussian.fill_normal_f32(draw, &mut z);
+        let z = Tensor::from_vec(wide(&z), (r, width), &device)?;
+        let t = Tensor::from_vec(t, (r, r), &device)?;
+        let (rho, c) = (Var::new(wide(&rho), &device)?, Var::new(wide(&c), &device)?);
+        let mut scales = (rho.exp()? * eps)?;
+        if n > 0 {
+            let mut uniforms = vec![0.0; n];
+            Estimator::Exact.fill_noise(&dirichlet, draw, &mut uniforms);
+            let weights = Dirichlet::new(&c)?.rsample(Estimator::Exact, &Tensor::new(uniforms, &device)?)?;
+            assert_close(pi, &weights.to_vec1()?, 1e-10, "pi");
+            scales = scales.broadcast_mul(&weights.sqr()?.sum_all()?.sqrt()?)?;
+        }
+        let matrix = |xs: &[f32]| Tensor::from_vec(wide(xs), (r, width), &device);
+        let want = add_scaled_rows(&matrix(&a)?, &scales, &t.matmul(&z)?)?;
+        let error = (&want - Tensor::from_slice(out, (r, width), &device)?)?.abs()?.max_all()?;
+        let size = want.abs()?.max_all()?.to_scalar::<f64>()?;
+        assert!(error.to_scalar::<f64>()? < 1e-6 * size, "{r} {n} {width}: {error} of {size}");
+        let grads = (want * matrix(&grad)?)?.sum_all()?.backward()?;
+        let compare = |got: &[f64], var: &Var, what: &str| -> Result<()> {
+            let want = match grads.get(var) {
+                Some(want) => want.to_vec1::<f64>()?,
+                None => vec![0.0; got.len()],
+            };
+            let size = want.iter().fold(0f64, |m, x| m.max(x.abs()));
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 2e-6 * size, "{what} {i} of {r} {n} {width}: {got} {want}");
+            }
+            Ok(())
+        };
+        compare(drho, &rho, "drho")?;
+        compare(dc, &c, "dc")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_in_a_concentration_is_nan_in_the_draw() {
+    let (sizes, keys) = ([0, 1, 3, 2, 0], [1, 2, 3, 4]);
+    for c in [[0.1, f64::NAN, 0.2], [f64::NAN, 0.1, 0.2], [0.1, 0.2, f64::INFINITY]] {
+        let request = Request::of(&sizes).0.into_iter().chain(keys).collect();
+        let answer = Request(request).and(&[1.0, 0.1, 0.0]).and(&c).and(&[1.0, 2.0, 0.5, 0.5]).answer();
+        assert!(answer[4..6].iter().all(|x| x.is_nan()), "{answer:?}");
+    }
+}
+
+#[test]
+fn dropout_keeps_what_the_host_keeps() {
+    let (stream, draw, threshold) = (stream(Purpose::Dropout), 9, 1 << 30);
+    for count in [1, 2, 5, 128, 131] {
+        let got = Request::of(&[5, stream.key(), draw, count, threshold]).answer();
+        let keeps = |i: u64| stream.words(draw, i / 4)[(i % 4) as usize] >= threshold as u32;
+        let want = (0..count).map(|i| f64::from(u8::from(keeps(i))));
+        assert_eq!(got, want.chain([255.0]).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn adamw_has_the_host_s_bits() {
+    let values = |which: u64| {
+        let mut xs = vec![0f32; 100];
+        Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
+        xs
+    };
+    let (mut w, mut m, grad) = (values(0), values(1), values(3));
+    let mut v: Vec<f32> = values(2).iter().map(|x| x * x).collect();
+    let constants = [0.9, 0.1, 0.98, 0.02, 0.999, 3e-3, 7.0, 1e-6].map(|x: f64| f64::from(x as f32));
+    let wide = [&w, &m, &v, &grad].map(|xs| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()).concat();
+    let got = Request::of(&[4, 100]).and(&constants).and(&wide).answer();
+    let [beta1, rest1, beta2, rest2, keep, rate, inverse, eps] = constants.map(|x| x as f32);
+    for i in 0..100 {
+        m[i] = beta1 * m[i] + rest1 * grad[i];
+        v[i] = beta2 * v[i] + rest2 * (grad[i] * grad[i]);
+        w[i] = keep * w[i] - rate * m[i] / ((v[i] * inverse).sqrt() + eps);
+    }
+    assert_eq!(got, [w, m, v].concat().into_iter().map(f64::from).collect::<Vec<_>>());
+}

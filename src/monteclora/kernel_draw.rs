@@ -1,0 +1,160 @@
+//! A draw on a CUDA device by our own kernels: two launches forward, two backward, nothing through the host.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::config::{Compat, Mixture};
+use super::noise::{NoiseSpec, NoiseStreams};
+use crate::dist::wishart::check_draw;
+use crate::dist::{Covariance, Estimator};
+use crate::kernels::{count, grid, launch, room, tensor, OnDevice};
+use crate::ops;
+
+/// Elements of a tile, and its most columns: those of `draw.cu`.
+const TILE: usize = 4096;
+const TILE_COLUMNS: usize = 64;
+
+/// Whether the kernels make this draw: the default ones, in single precision.
+pub(super) fn serves(spec: &NoiseSpec) -> bool {
+    let method = spec.compat == Compat::None && spec.estimator == Estimator::Exact;
+    let (mixture, rank) = (spec.mixture != Mixture::Explicit, (1..=TILE).contains(&spec.rank));
+    let device = spec.device.is_cuda() && spec.dtype == DType::F32;
+    device && method && mixture && rank && !ops::slow_lane_forced()
+}
+
+/// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw`; of a sparse mixture without the norm.
+///
+/// # Shapes
+/// - `a`: `(r, in_dim)`, `rho`: `(r)`, `c`: `(N)`, f32 on one CUDA device
+/// - output: that of `a`
+///
+/// # Errors
+/// If a tensor is elsewhere, or the device fails.
+pub(super) fn perturbed(
+    [a, rho, c]: [&Tensor; 3],
+    spec: &NoiseSpec,
+    streams: &NoiseStreams,
+    eps: f64,
+    draw: u64,
+) -> Result<Tensor> {
+    let Device::Cuda(device) = a.device().clone() else {
+        candle_core::bail!("the kernels need a CUDA device")
+    };
+    let (r, width) = (spec.rank, spec.in_dim);
+    check_draw(draw, r, spec.df)?;
+    let components = if spec.mixture == Mixture::Sparse { 0 } else { spec.num_components };
+    let [wishart, dirichlet, gaussian] = streams.keys();
+    let (rank, n, columns) = (count(r)?, count(components)?, count(width)?);
+    count(r * width)?;
+    let tiles = count(width.div_ceil(TILE_COLUMNS.min(TILE / r)))?;
+    let diagonal = u32::from(spec.covariance == Covariance::Diagonal);
+
+    let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
+    let [a_data, rho_data, c_data] = dense.each_ref().map(OnDevice::of);
+    let (a_data, rho_data, c_data) =
+        (a_data.elements::<f32>()?, rho_data.elements::<f32>()?, c_data.elements::<f32>()?);
+    let (mut tril, mut rows) = (room::<f32>(&device, r * r)?, room::<f32>(&device, r)?);
+    // Without components there is nothing in them, but an allocation of nothing is an error.
+    let some = components.max(1);
+    let (mut pi, mut slopes) = (room::<f64>(&device, some)?, room::<f64>(&device, some)?);
+    launch!(&device; grid(1); draw_scales(
+        &rank, &n, &spec.df, &diagonal, &eps, &wishart, &dirichlet, &draw, &rho_data, &c_data, &mut tril, &mut rows,
+        &mut pi, &mut slopes
+    ));
+    let mut out = room::<f32>(&device, r * width)?;
+    launch!(&device; grid(tiles); draw_perturb(
+        &rank, &columns, &gaussian, &draw, &a_data, &tril, &rows, &mut out
+    ));
+    let out = tensor(out, (r, width), &device);
+    ops::attach("draw", [a, rho, c], out, move |call| {
+        let grad_a = call.needs[0].then(|| call.grad.clone());
+        if !call.needs[1] && !call.needs[2] {
+            return Ok([grad_a, None, None]);
+        }
+        let grad_data = OnDevice::of(&call.grad);
+        let grad = grad_data.elements::<f32>()?;
+        let mut shares = room::<f64>(&device, tiles as usize * r)?;
+        launch!(&device; grid(tiles); draw_along(
+            &rank, &columns, &gaussian, &draw, &grad, &tril, &mut shares
+        ));
+        let rho = call.args[1].contiguous()?;
+        let rho_data = OnDevice::of(&rho);
+        let (rho, mut along) = (rho_data.elements::<f32>()?, room::<f64>(&device, r)?);
+        let (mut drho, mut dc) = (room::<f32>(&device, r)?, room::<f32>(&device, some)?);
+        launch!(&device; grid(1); draw_slopes(
+            &rank, &n, &tiles, &eps, &rho, &shares, &pi, &slopes, &mut along, &mut drho, &mut dc
+        ));
+        let dc = (components > 0).then(|| tensor(dc, components, &device));
+        Ok([grad_a, Some(tensor(drho, r, &device)), dc])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Result, Tensor, Var};
+
+    use super::*;
+    use crate::monteclora::buffer::SampleBuffer;
+    use crate::monteclora::posterior::Posterior;
+    use crate::monteclora::MonteCLoRAConfig;
+    use crate::noise::{Noise, Purpose};
+    use crate::ops::{with_lane, Lane};
+
+    /// A + Delta of a draw, and the gradients of A, rho and c (none of c where the mixture is sparse).
+    fn draw(
+        device: &Device,
+        lane: Option<Lane>,
+        config: &MonteCLoRAConfig,
+        width: usize,
+    ) -> Result<[Vec<f32>; 4]> {
+        let values = |which: u64, len: usize| {
+            let mut xs = vec![0f32; len];
+            Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
+            Tensor::from_vec(xs, len, device)
+        };
+        let (r, n) = (config.rank, config.num_components);
+        let a = Var::from_tensor(&values(0, r * width)?.reshape((r, width))?)?;
+        let (rho, c) = (Var::from_tensor(&values(1, r)?)?, Var::from_tensor(&values(2, n)?)?);
+        let spec = NoiseSpec::new(config, width, DType::F32, device);
+        let streams = NoiseStreams::new(Noise::new(7), "layer.default");
+        let buffer = SampleBuffer::new(spec.clone(), streams.clone(), 0, None);
+        let posterior = Posterior::new(&rho, &c, config, spec, streams).expect("a posterior");
+        let y = match lane {
+            Some(lane) => with_lane(lane, || posterior.perturbed_at(&a, 5, &buffer))?,
+            None => posterior.perturbed_at(&a, 5, &buffer)?,
+        };
+        let weight = values(3, r * width)?.reshape((r, width))?;
+        let grads = (&y * weight)?.sum_all()?.backward()?;
+        let of = |var: &Var| match grads.get(var) {
+            Some(grad) => grad.flatten_all()?.to_vec1(),
+            None => Ok(Vec::new()),
+        };
+        Ok([y.flatten_all()?.to_vec1()?, of(&a)?, of(&rho)?, of(&c)?])
+    }
+
+    #[test]
+    fn the_kernels_draw_what_composed_operations_draw_here_and_on_the_host() -> Result<()> {
+        let (host, device) = (Device::Cpu, Device::new_cuda(0)?);
+        for (rank, num_components, mixture, covariance, width) in [
+            (8, 4, Mixture::Collapsed, Covariance::Full, 70),
+            (8, 4, Mixture::Collapsed, Covariance::Diagonal, 768),
+            (1, 1, Mixture::Collapsed, Covariance::Full, 3),
+            (100, 300, Mixture::Collapsed, Covariance::Full, 130),
+            (4, 6, Mixture::Sparse, Covariance::Full, 64),
+        ] {
+            let paper = MonteCLoRAConfig { sample_scaler: 0.4, ..MonteCLoRAConfig::paper() };
+            let config = MonteCLoRAConfig { rank, num_components, mixture, covariance, ..paper };
+            let kernels = draw(&device, None, &config, width)?;
+            for other in
+                [draw(&device, Some(Lane::Composed), &config, width)?, draw(&host, None, &config, width)?]
+            {
+                for (got, want) in kernels.iter().zip(&other) {
+                    assert_eq!(got.len(), want.len(), "{rank} {mixture:?}");
+                    let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    let error = got.iter().zip(want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+                    assert!(error <= 1e-5 * size, "{rank} {mixture:?}: {error} of {size}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,118 @@
+//! Whole models on a CUDA device against the same on the host. These tests need the device: a build for it that finds
+//! none fails here.
+
+use candle_core::{DType, Device};
+use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use monteclora::bayes::posterior_probabilities;
+use monteclora::data::batch::Batcher;
+use monteclora::data::encode::Encoded;
+use monteclora::inject::Targets;
+use monteclora::models::hub::ModelFiles;
+use monteclora::monteclora::{Mixture, Mode};
+use monteclora::train::{batches, fit, Classification, Classifier, Method, Start, TrainConfig};
+use monteclora::{MonteCLoRAConfig, Noise};
+
+use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
+use crate::support::Outcome;
+
+fn methods() -> Vec<Method> {
+    let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
+    let sparse = MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() };
+    let sampled = MonteCLoRAConfig { mode: Mode::Sampled, ..bayes.clone() };
+    let literal = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::paper_literal() };
+    let peft = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::peft() };
+    let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
+    let bayesian = [bayes, sparse, sampled, literal, peft].map(Method::MonteCLoRA);
+    let others = [
+        Method::Lora(lora.clone()),
+        Method::Dora(lora),
+        Method::AdaLora(AdaLoraConfig::towards(2)),
+        Method::Ia3,
+        Method::Bottleneck(BottleneckConfig { width: 2 }),
+        Method::Prompt(PromptConfig { virtual_tokens: 2 }),
+        Method::Full,
+    ];
+    bayesian.into_iter().chain(others).collect()
+}
+
+fn load(files: &ModelFiles, method: &Method, dtype: DType, device: &Device) -> Outcome<Classifier> {
+    let start = Start::Fresh(method.clone(), Targets::default());
+    Ok(Classifier::load(files, 2, &start, Noise::new(4), dtype, device)?)
+}
+
+/// The losses of some steps.
+fn losses(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
+    let batcher = Batcher::new(8, true, Noise::new(4))?;
+    let objective = Classification { classifier, rows, batcher };
+    let config = TrainConfig { epochs: 2, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
+    let mut log = Log::default();
+    fit(&objective, &classifier.params, &config, &mut log)?;
+    Ok(log.0.iter().map(|record| record.loss).collect())
+}
+
+#[test]
+fn training_on_a_device_is_training_on_the_host() -> Outcome {
+    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], Device::new_cuda(0)?);
+    // Of one length: the host leaves padding out, and dropout then meets other elements.
+    let rows: Vec<_> = rows(80, false).into_iter().filter(|row| row.ids.len() == 8).collect();
+    for files in [checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?] {
+        for method in methods() {
+            let [there, here] = [
+                load(&files, &method, DType::F32, &device)?,
+                load(&files, &method, DType::F32, &Device::Cpu)?,
+            ];
+            let (got, want) = (losses(&there, &rows)?, losses(&here, &rows)?);
+            for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!(
+                    (got - want).abs() < 1e-3 * want,
+                    "{} step {step}: {got}, on the host {want}",
+                    method.name()
+                );
+            }
+            let probabilities =
+                |classifier| posterior_probabilities(classifier, &batches(classifier, &rows, 4)?, 2);
+            for (got, want) in
+                probabilities(&there)?.iter().flatten().zip(probabilities(&here)?.iter().flatten())
+            {
+                assert!((got - want).abs() < 1e-2, "{}: {got}, on the host {want}", method.name());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
+    let (dir, device) = (tempfile::tempdir()?, Device::new_cuda(0)?);
+    let (files, rows) = (checkpoint(dir.path())?, rows(16, false));
+    let method = &methods()[0];
+    let classifier = load(&files, method, DType::F32, &device)?;
+    losses(&classifier, &rows)?;
+    classifier.save("toy", &dir.path().join("out"))?;
+    let there =
+        monteclora::bayes::logits(&classifier, &batches(&classifier, &rows, 16)?, &monteclora::Pass::Mean)?;
+    let here = logits_of(&files, Some(&dir.path().join("out/adapter")), &rows)?;
+    for (got, want) in here.iter().flatten().zip(there.iter().flatten()) {
+        assert!((f64::from(*got) - want).abs() < 1e-4, "{got} {want}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
+    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], Device::new_cuda(0)?);
+    let rows = rows(32, false);
+    for files in [checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?] {
+        for dtype in [DType::BF16, DType::F16] {
+            let method = &methods()[0];
+            let classifier = load(&files, method, dtype, &device)?;
+            assert!(classifier.params.all().iter().all(|(_, param)| param.var.dtype() == DType::F32));
+            let losses = losses(&classifier, &rows)?;
+            assert!(
+                losses.iter().all(|loss| loss.is_finite()) && losses[losses.len() - 1] < losses[0],
+                "{losses:?}"
+            );
+        }
+    }
+    Ok(())
+}
