@@ -6,6 +6,8 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#define MOST_THREADS 256
+
 #ifndef HOST_DIALECT
 #define KERNEL extern "C" __global__ void
 #define DEVICE static __device__ inline
@@ -15,4 +17,6 @@ typedef unsigned long long u64;
 #define THREAD threadIdx.x
 #define THREADS blockDim.x
 #define BLOCK blockIdx.x
+#define BLOCKS gridDim.x
+#define BLOCK_ROW blockIdx.y
 #endif

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static unsigned thread_index, block_index;
+static unsigned thread_index, block_index, block_row, row_blocks;
 
 #define HOST_DIALECT
 #define KERNEL static void
@@ -18,6 +18,8 @@ static unsigned thread_index, block_index;
 #define THREAD thread_index
 #define THREADS 32u
 #define BLOCK block_index
+#define BLOCKS row_blocks
+#define BLOCK_ROW block_row
 
 #include "dialect.cu"
 #include "noise.cu"
@@ -26,7 +28,10 @@ static unsigned thread_index, block_index;
 #include "draw.cu"
 #include "update.cu"
 
-#define LAUNCH(blocks, call) for (block_index = 0; block_index < (blocks); block_index++) call
+#define LAUNCH_ROWS(rows, blocks, call) \
+    for (row_blocks = (blocks), block_row = 0; block_row < (rows); block_row++) \
+        for (block_index = 0; block_index < row_blocks; block_index++) call
+#define LAUNCH(blocks, call) LAUNCH_ROWS(1, blocks, call)
 
 static uint64_t word(void) {
     uint64_t x;
@@ -110,17 +115,28 @@ static void family(void) {
     put_floats(rounded, count);
 }
 
-static void adamw(void) {
-    u32 count = word(), blocks = (count + THREADS - 1) / THREADS;
-    float beta1 = number(), rest1 = number(), beta2 = number(), rest2 = number();
-    float keep = number(), rate = number(), inverse = number(), eps = number();
-    float *value = floats(count), *first = floats(count), *second = floats(count), *grad = floats(count);
-    LAUNCH(blocks, adamw_mean(count, 0, beta1, rest1, first, grad));
-    LAUNCH(blocks, adamw_mean(count, 1, beta2, rest2, second, grad));
-    LAUNCH(blocks, adamw_step(count, keep, rate, inverse, eps, value, first, second));
-    put_floats(value, count);
-    put_floats(first, count);
-    put_floats(second, count);
+static void optimizer(void) {
+    u32 tensors = word(), blocks = word();
+    float beta1 = number(), rest1 = number(), beta2 = number(), rest2 = number(), eps = number();
+    Update *updates = room(6 * tensors);
+    Span *spans = room(2 * tensors);
+    for (u32 i = 0; i < tensors; i++) {
+        Update *u = &updates[i];
+        u->count = word();
+        u->keep = number(), u->rate = number(), u->inverse = number();
+        u->value = floats(u->count), u->first = floats(u->count), u->second = floats(u->count);
+        u->grad = floats(u->count);
+        spans[i] = (Span){u->grad, u->count};
+    }
+    double *sums = room(tensors * blocks);
+    LAUNCH_ROWS(tensors, blocks, adamw(updates, beta1, rest1, beta2, rest2, eps));
+    LAUNCH_ROWS(tensors, blocks, sums_of_squares(spans, sums));
+    for (u32 i = 0; i < tensors; i++) {
+        put_floats(updates[i].value, updates[i].count);
+        put_floats(updates[i].first, updates[i].count);
+        put_floats(updates[i].second, updates[i].count);
+    }
+    put_doubles(sums, tensors * blocks);
 }
 
 static void dropout(void) {
@@ -132,7 +148,7 @@ static void dropout(void) {
 }
 
 int main(void) {
-    void (*const requests[])(void) = {draw, noise, quantiles, family, adamw, dropout};
+    void (*const requests[])(void) = {draw, noise, quantiles, family, optimizer, dropout};
     requests[word()]();
     return 0;
 }

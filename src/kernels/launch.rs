@@ -3,14 +3,14 @@
 
 use std::sync::OnceLock;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, LaunchConfig};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig};
 use candle_core::cuda_backend::cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, Layout, Result, Shape, Storage, StorageRef, Tensor};
 
-/// Threads of a block.
-const THREADS: u32 = 256;
+/// Threads of a block: the kernels' `MOST_THREADS`.
+pub(super) const THREADS: u32 = 256;
 
 /// The program of all kernels, compiled at first need.
 ///
@@ -86,17 +86,6 @@ pub(crate) fn elements<'a, T: CudaDType>(
     }
 }
 
-/// The same, to be written.
-pub(crate) fn elements_mut<'a>(
-    storage: &'a mut CudaStorage,
-    layout: &Layout,
-) -> Result<CudaViewMut<'a, f32>> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(storage.as_cuda_slice_mut::<f32>()?.slice_mut(start..end)),
-        None => bail!("a contiguous tensor was expected, got {layout:?}"),
-    }
-}
-
 /// A borrowed tensor on a CUDA device.
 pub(crate) struct OnDevice<'a> {
     storage: StorageRef<'a>,
@@ -136,8 +125,7 @@ mod tests {
     #[test]
     fn nvrtc_takes_the_kernels() {
         let program = super::compile().expect("a program");
-        for name in
-            ["draw_scales", "draw_perturb", "draw_along", "draw_slopes", "gamma_family_f32", "adamw_step"]
+        for name in ["draw_scales", "draw_perturb", "draw_along", "draw_slopes", "gamma_family_f32", "adamw"]
         {
             assert!(program.contains(&format!(".entry {name}(")), "{name}");
         }

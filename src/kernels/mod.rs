@@ -5,13 +5,13 @@
 
 #[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+pub(crate) mod many;
 #[cfg(all(test, unix))]
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{
-    count, elements, elements_mut, grid, launch, one_each, program, room, tensor, OnDevice,
-};
+pub(crate) use launch::{count, elements, grid, launch, one_each, program, room, tensor, OnDevice};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]

@@ -210,22 +210,34 @@ fn dropout_keeps_what_the_host_keeps() {
 }
 
 #[test]
-fn adamw_has_the_host_s_bits() {
-    let values = |which: u64| {
-        let mut xs = vec![0f32; 100];
+fn adamw_has_the_host_s_bits_and_squares_their_sum() {
+    let values = |which: u64, count: usize| {
+        let mut xs = vec![0f32; count];
         Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
         xs
     };
-    let (mut w, mut m, grad) = (values(0), values(1), values(3));
-    let mut v: Vec<f32> = values(2).iter().map(|x| x * x).collect();
-    let constants = [0.9, 0.1, 0.98, 0.02, 0.999, 3e-3, 7.0, 1e-6].map(|x: f64| f64::from(x as f32));
-    let wide = [&w, &m, &v, &grad].map(|xs| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()).concat();
-    let got = Request::of(&[4, 100]).and(&constants).and(&wide).answer();
-    let [beta1, rest1, beta2, rest2, keep, rate, inverse, eps] = constants.map(|x| x as f32);
-    for i in 0..100 {
-        m[i] = beta1 * m[i] + rest1 * grad[i];
-        v[i] = beta2 * v[i] + rest2 * (grad[i] * grad[i]);
-        w[i] = keep * w[i] - rate * m[i] / ((v[i] * inverse).sqrt() + eps);
+    let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+    let [beta1, rest1, beta2, rest2, eps] = [0.9, 0.1, 0.98, 0.02, 1e-6f32];
+    // More elements than the threads of all blocks, fewer, none.
+    let (blocks, mut want, mut squares) = (3, Vec::new(), Vec::new());
+    let mut request = Request::of(&[4, 3, blocks]).and(&wide(&[beta1, rest1, beta2, rest2, eps]));
+    for (i, count) in [250, 5, 0].into_iter().enumerate() {
+        let (i, [keep, rate, inverse]) = (i as u64, [0.999, 3e-3, 7.0 + i as f32]);
+        let (mut w, mut m, grad) = (values(4 * i, count), values(4 * i + 1, count), values(4 * i + 3, count));
+        let mut v: Vec<f32> = values(4 * i + 2, count).iter().map(|x| x * x).collect();
+        request.0.push(count as u64);
+        request = request.and(&wide(&[keep, rate, inverse])).and(&wide(&[&w[..], &m, &v, &grad].concat()));
+        for i in 0..count {
+            m[i] = beta1 * m[i] + rest1 * grad[i];
+            v[i] = beta2 * v[i] + rest2 * (grad[i] * grad[i]);
+            w[i] = keep * w[i] - rate * m[i] / ((v[i] * inverse).sqrt() + eps);
+        }
+        want.extend(wide(&[w, m, v].concat()));
+        squares.push(wide(&grad).iter().map(|g| g * g).sum::<f64>());
     }
-    assert_eq!(got, [w, m, v].concat().into_iter().map(f64::from).collect::<Vec<_>>());
+    let got = request.answer();
+    assert_eq!(got[..want.len()], want);
+    let sums: Vec<f64> =
+        got[want.len()..].chunks(blocks as usize).map(|shares| shares.iter().sum()).collect();
+    assert_close(&sums, &squares, 1e-14, "sum of squares");
 }

@@ -1,18 +1,47 @@
-// AdamW, in place: what `train::update` does on the host, with the same rounding.
+// One launch over all parameters: AdamW in place, as `train::update` does it on the host and with the same rounding, and
+// the gradients' squares. A row of blocks has a tensor; the host fills the tensors' table.
 
-// mean <- beta mean + (1 - beta) g, or of g squared.
-KERNEL adamw_mean(u32 count, u32 squares, float beta, float rest, float *mean, const float *grad) {
+typedef struct {
+    float *value, *first, *second;
+    const float *grad;
+    u32 count;
+    float keep, rate, inverse;
+} Update;
+
+// m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- keep w - rate m / (sqrt(v inverse) + eps).
+KERNEL adamw(const Update *updates, float beta1, float rest1, float beta2, float rest2, float eps) {
     EACH_THREAD {
-        u32 i = BLOCK * THREADS + THREAD;
-        if (i < count) mean[i] = beta * mean[i] + rest * (squares ? grad[i] * grad[i] : grad[i]);
+        Update u = updates[BLOCK_ROW];
+        for (u64 i = BLOCK * THREADS + THREAD; i < u.count; i += BLOCKS * THREADS) {
+            float g = u.grad[i];
+            float m = beta1 * u.first[i] + rest1 * g, v = beta2 * u.second[i] + rest2 * (g * g);
+            u.first[i] = m;
+            u.second[i] = v;
+            u.value[i] = u.keep * u.value[i] - u.rate * m / (sqrtf(v * u.inverse) + eps);
+        }
     }
 }
 
-// w <- keep w - rate m / (sqrt(v / correction2) + eps).
-KERNEL adamw_step(u32 count, float keep, float rate, float inverse, float eps, float *value, const float *first,
-                  const float *second) {
+typedef struct {
+    const float *elements;
+    u64 count;
+} Span;
+
+// Each block's share of the sum of squares, (tensors, blocks), in a fixed order.
+KERNEL sums_of_squares(const Span *spans, double *sums) {
+    SHARED double shares[MOST_THREADS];
     EACH_THREAD {
-        u32 i = BLOCK * THREADS + THREAD;
-        if (i < count) value[i] = keep * value[i] - rate * first[i] / (sqrtf(second[i] * inverse) + eps);
+        Span span = spans[BLOCK_ROW];
+        double sum = 0.0;
+        for (u64 i = BLOCK * THREADS + THREAD; i < span.count; i += BLOCKS * THREADS) {
+            sum += (double)span.elements[i] * (double)span.elements[i];
+        }
+        shares[THREAD] = sum;
+    }
+    BARRIER
+    EACH_THREAD if (THREAD == 0) {
+        double sum = 0.0;
+        for (u32 i = 0; i < THREADS; i++) sum += shares[i];
+        sums[BLOCK_ROW * BLOCKS + BLOCK] = sum;
     }
 }

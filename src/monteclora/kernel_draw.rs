@@ -99,7 +99,7 @@ mod tests {
     use crate::noise::{Noise, Purpose};
     use crate::ops::{with_lane, Lane};
 
-    /// A + Delta of a draw, and the gradients of A, rho and c (none of c where the mixture is sparse).
+    /// A + Delta of a draw, and the gradients of A, rho and c, zero where there is none.
     fn draw(
         device: &Device,
         lane: Option<Lane>,
@@ -126,7 +126,7 @@ mod tests {
         let grads = (&y * weight)?.sum_all()?.backward()?;
         let of = |var: &Var| match grads.get(var) {
             Some(grad) => grad.flatten_all()?.to_vec1(),
-            None => Ok(Vec::new()),
+            None => Ok(vec![0.0; var.elem_count()]),
         };
         Ok([y.flatten_all()?.to_vec1()?, of(&a)?, of(&rho)?, of(&c)?])
     }

@@ -70,6 +70,10 @@ impl Gradients {
             let squares = self.by_name.values().map(ops::sum_of_squares);
             return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
         }
+        #[cfg(feature = "cuda")]
+        if let Some(sum) = crate::kernels::many::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())? {
+            return Ok(sum.sqrt());
+        }
         // On a device, one copy for all of them.
         let squares = self.by_name.values().map(|grad| grad.to_dtype(DType::F64)?.sqr()?.sum_all());
         let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 
 use super::gradients::Gradients;
 pub use super::update::Moments;
-use super::update::{update, Constants};
+use super::update::{Constants, Steps};
 use crate::error::{Error, Result};
 use crate::params::{Params, Role};
 
@@ -116,6 +116,7 @@ impl AdamW {
             pairs.push((name, param, grad));
         }
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let mut steps = Steps::default();
         for (name, param, grad) in pairs {
             let ratio = self.config.lr_ratios.iter().find(|(role, _)| *role == param.role);
             let lr = lr * ratio.map_or(1.0, |(_, ratio)| *ratio);
@@ -131,10 +132,10 @@ impl AdamW {
                 let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // both powers are 0 by then
                 let (rate, correction2) = (lr / (1.0 - beta1.powi(t)), 1.0 - beta2.powi(t));
                 let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
-                update(&param.var, moments, grad, &constants)?;
+                steps.take(&param.var, moments, grad, &constants)?;
             }
         }
-        Ok(())
+        Ok(steps.finish([beta1, beta2], eps)?)
     }
 
     /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,

@@ -1,15 +1,13 @@
-//! The arithmetic of AdamW on one parameter: in place on single-precision tensors of the CPU and of CUDA
-//! devices, by ordinary tensor operations elsewhere. Every element is computed alone, so threads change no result.
+//! The arithmetic of AdamW: in place on single-precision CPU tensors, on CUDA devices in one launch for all
+//! parameters, by ordinary tensor operations elsewhere. Every element is computed alone, so threads change no
+//! result.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-
-#[cfg(feature = "cuda")]
-use crate::kernels::{self, launch, one_each};
+use crate::kernels::many;
 use crate::simd::vectorized;
 
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
@@ -41,11 +39,45 @@ pub(super) struct Constants {
     pub correction2: f64,
 }
 
+/// The steps of some parameters. Those on a CUDA device are taken together, at the end.
+#[derive(Default)]
+pub(super) struct Steps {
+    #[cfg(feature = "cuda")]
+    waiting: Vec<many::Update>,
+}
+
+impl Steps {
+    /// Takes the step of `var`, now or at the end.
+    pub fn take(&mut self, var: &Var, moments: &mut Moments, grad: &Tensor, of: &Constants) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if many::takes(var) && grad.dtype() == DType::F32 {
+            self.waiting.push(many::Update {
+                value: var.as_detached_tensor(),
+                first: moments.first.clone(),
+                second: moments.second.clone(),
+                grad: grad.contiguous()?,
+                keep: of.keep as f32,
+                rate: of.rate as f32,
+                inverse: (1.0 / of.correction2) as f32,
+            });
+            return Ok(());
+        }
+        update(var, moments, grad, of)
+    }
+
+    /// Takes those that wait.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unused_self))]
+    pub fn finish(self, betas: [f64; 2], eps: f64) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        many::adamw(&self.waiting, betas, eps)?;
+        Ok(())
+    }
+}
+
 /// One step of `var`.
-pub(super) fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
+fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
     let single = [var.dtype(), grad.dtype()] == [DType::F32; 2];
-    let device = var.device().is_cpu() || cfg!(feature = "cuda") && var.device().is_cuda();
-    match single && device && var.is_contiguous() {
+    match single && var.device().is_cpu() && var.is_contiguous() {
         true => in_place(var, moments, &grad.contiguous()?, constants),
         false => by_tensors(var, moments, grad, constants),
     }
@@ -90,16 +122,6 @@ impl InplaceOp2 for Mean {
         });
         Ok(())
     }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &mut CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<()> {
-        let (device, count) = (s1.device().clone(), kernels::count(l1.shape().elem_count())?);
-        let (beta, rest) = (self.beta as f32, (1.0 - self.beta) as f32);
-        let (mut mean, grad) = (kernels::elements_mut(s1, l1)?, kernels::elements::<f32>(s2, l2)?);
-        let squares = u32::from(self.of_squares);
-        launch!(&device; one_each(count); adamw_mean(&count, &squares, &beta, &rest, &mut mean, &grad));
-        Ok(())
-    }
 }
 
 /// `w <- keep w - rate m / (sqrt(v / correction2) + eps)`.
@@ -130,25 +152,6 @@ impl InplaceOp3 for Step {
                 }
             });
         });
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &mut CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<()> {
-        let (device, count) = (s1.device().clone(), kernels::count(l1.shape().elem_count())?);
-        let (keep, rate, eps) = (self.0.keep as f32, self.0.rate as f32, self.0.eps as f32);
-        let inverse = (1.0 / self.0.correction2) as f32;
-        let (first, second) = (kernels::elements::<f32>(s2, l2)?, kernels::elements::<f32>(s3, l3)?);
-        let mut value = kernels::elements_mut(s1, l1)?;
-        launch!(&device; one_each(count); adamw_step(&count, &keep, &rate, &inverse, &eps, &mut value, &first, &second));
         Ok(())
     }
 }

@@ -69,8 +69,9 @@ fn training_on_a_device_is_training_on_the_host() -> Outcome {
                     method.name()
                 );
             }
-            let probabilities =
-                |classifier| posterior_probabilities(classifier, &batches(classifier, &rows, 4)?, 2);
+            let probabilities = |classifier: &Classifier| {
+                posterior_probabilities(classifier, &batches(classifier, &rows, 4)?, 2)
+            };
             for (got, want) in
                 probabilities(&there)?.iter().flatten().zip(probabilities(&here)?.iter().flatten())
             {
