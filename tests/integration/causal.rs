@@ -18,7 +18,7 @@ use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
 /// Texts that count upwards in steps of the first token; prompts of two tokens.
-fn rows(count: usize) -> Vec<Tokens> {
+pub fn rows(count: usize) -> Vec<Tokens> {
     let row = |row: usize| {
         let (step, length) = (1 + row % 3, 5 + row % 4);
         let mut ids = vec![1, 40 + step as u32];
@@ -29,7 +29,7 @@ fn rows(count: usize) -> Vec<Tokens> {
     (0..count).map(row).collect()
 }
 
-fn methods() -> [Method; 2] {
+pub fn methods() -> [Method; 2] {
     let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
     [Method::Lora(lora), Method::MonteCLoRA(bayes)]

@@ -6,13 +6,19 @@ use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptCo
 use monteclora::bayes::posterior_probabilities;
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
+use monteclora::generate::{generate, GenerateConfig, Weights};
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::LlamaConfig;
 use monteclora::monteclora::{Mixture, Mode};
-use monteclora::train::{batches, fit, Classification, Classifier, Method, Start, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise};
+use monteclora::train::{
+    batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, Start, TrainConfig,
+};
+use monteclora::{MonteCLoRAConfig, Noise, Pass};
 
+use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
+use crate::llama::{frozen_on, toy_config};
 use crate::support::Outcome;
 
 fn methods() -> Vec<Method> {
@@ -90,8 +96,7 @@ fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
     let classifier = load(&files, method, DType::F32, &device)?;
     losses(&classifier, &rows)?;
     classifier.save("toy", &dir.path().join("out"))?;
-    let there =
-        monteclora::bayes::logits(&classifier, &batches(&classifier, &rows, 16)?, &monteclora::Pass::Mean)?;
+    let there = monteclora::bayes::logits(&classifier, &batches(&classifier, &rows, 16)?, &Pass::Mean)?;
     let here = logits_of(&files, Some(&dir.path().join("out/adapter")), &rows)?;
     for (got, want) in here.iter().flatten().zip(there.iter().flatten()) {
         assert!((f64::from(*got) - want).abs() < 1e-4, "{got} {want}");
@@ -114,6 +119,41 @@ fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
                 "{losses:?}"
             );
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> Outcome {
+    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let (seen, unseen) = (causal::rows(30), &causal::rows(40)[30..]);
+    for method in causal::methods() {
+        let run = |device: &Device| -> Outcome<(Vec<f64>, Vec<Vec<u32>>)> {
+            let (mut model, params) = frozen_on(device, &toy, DType::F32)?;
+            let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+            let upkeep = start.inject(&mut model, &params)?;
+            let batcher = Batcher::new(6, false, Noise::new(3))?;
+            let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: 0 };
+            let config = TrainConfig { epochs: 2, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
+            let mut log = Log::default();
+            fit(&objective, &params, &config, &mut log)?;
+            let mut losses: Vec<f64> = log.0.iter().map(|record| record.loss).collect();
+            losses.push(held_out_loss(&model, unseen, 4, &[Pass::Mean, Pass::Posterior { draw: 1 }])?);
+            // Of two lengths: padded on the left, with caches.
+            let prompts = [vec![1, 41, 5, 6], vec![1, 42, 7]];
+            let config =
+                GenerateConfig { max_new_tokens: 6, weights: Weights::Average(2), ..Default::default() };
+            Ok((losses, generate(&model, &prompts, &config, &mut |_, _| true)?))
+        };
+        let ((got, said), (want, wanted)) = (run(&Device::new_cuda(0)?)?, run(&Device::Cpu)?);
+        for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!(
+                (got - want).abs() < 1e-3 * want,
+                "{} step {step}: {got}, on the host {want}",
+                method.name()
+            );
+        }
+        assert_eq!(said, wanted, "{}", method.name());
     }
     Ok(())
 }

@@ -47,10 +47,15 @@ fn toy(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)
 
 /// The same with frozen weights of another dtype, and an empty store for adapters.
 pub fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+    frozen_on(&Device::Cpu, config, dtype)
+}
+
+/// The same on a device.
+pub fn frozen_on(device: &Device, config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
     let store = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let (_, all) = toy(config, store)?;
-    let vb = VarBuilder::from_tensors(weights(&all), dtype, &Device::Cpu);
-    let params = Params::with_dtype(Noise::new(6), store, &Device::Cpu);
+    let vb = VarBuilder::from_tensors(weights(&all), dtype, device);
+    let params = Params::with_dtype(Noise::new(6), store, device);
     Ok((LlamaForCausalLM::load(vb, config, Noise::new(0))?, params))
 }
 
