@@ -23,7 +23,7 @@ static unsigned thread_index, block_index, block_row, row_blocks;
 
 #include "dialect.cu"
 #include "noise.cu"
-#include "dropout.cu"
+#include "rows.cu"
 #include "gamma.cu"
 #include "draw.cu"
 #include "update.cu"
@@ -139,16 +139,43 @@ static void optimizer(void) {
     put_doubles(sums, tensors * blocks);
 }
 
+/* Numbers in single precision or, narrow, as bf16. */
+static void *storage(size_t count, u32 narrow) {
+    void *xs = room(count);
+    for (size_t i = 0; i < count; i++) store(xs, i, narrow, (float)number());
+    return xs;
+}
+
+static void put_storage(const void *xs, size_t count, u32 narrow) {
+    for (size_t i = 0; i < count; i++) put(load(xs, i, narrow));
+}
+
+static void norm(void) {
+    u32 rows = word(), dim = word(), narrow = word(), centred = word(), added = word(), biased = word();
+    float eps = number();
+    void *xs = storage(rows * dim, narrow), *residual = storage(rows * dim, narrow);
+    void *weight = storage(dim, narrow), *bias = storage(dim, narrow), *grad = storage(rows * dim, narrow);
+    void *ys = room(rows * dim), *dxs = room(rows * dim);
+    LAUNCH(rows, norm_forward(dim, narrow, centred, eps, added, biased, xs, residual, weight, bias, ys));
+    LAUNCH(rows, norm_backward(dim, narrow, centred, eps, added, xs, residual, weight, grad, dxs));
+    put_storage(ys, rows * dim, narrow);
+    put_storage(dxs, rows * dim, narrow);
+}
+
 static void dropout(void) {
     u64 key = word(), at = word();
     u32 count = word(), threshold = word(), blocks = ((count + 3) / 4 + THREADS - 1) / THREADS;
     unsigned char *keep = room(count);
+    float *ones = room(count), *ys = room(count);
+    for (u32 i = 0; i < count; i++) ones[i] = 1.0f;
     LAUNCH(blocks, keep_mask(count, threshold, key, at, keep));
+    LAUNCH(blocks, dropout_apply(count, 0, threshold, key, at, 1.0f, ones, ys));
     for (u32 i = 0; i < count + 1; i++) put(keep[i]); /* the one behind the last is not written */
+    put_floats(ys, count + 1);
 }
 
 int main(void) {
-    void (*const requests[])(void) = {draw, noise, quantiles, family, optimizer, dropout};
+    void (*const requests[])(void) = {draw, noise, quantiles, family, optimizer, dropout, norm};
     requests[word()]();
     return 0;
 }

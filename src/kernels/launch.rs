@@ -3,11 +3,12 @@
 
 use std::sync::OnceLock;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig};
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, LaunchConfig};
 use candle_core::cuda_backend::cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
-use candle_core::cuda_backend::{CudaDType, CudaDevice};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaStorage, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{bail, CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
 
 /// Threads of a block: the kernels' `MOST_THREADS`.
 pub(super) const THREADS: u32 = 256;
@@ -73,6 +74,31 @@ pub(crate) fn room<T: CudaDType + candle_core::cuda_backend::cudarc::driver::Dev
     len: usize,
 ) -> Result<CudaSlice<T>> {
     unsafe { device.alloc::<T>(len) }
+}
+
+/// A tensor whose every element the next launch writes.
+pub(crate) fn fresh(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<Tensor> {
+    let storage = Storage::Cuda(unsafe { device.alloc_uninit(shape, dtype) }?);
+    Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+}
+
+/// Where the elements of a contiguous f32 or bf16 tensor are. All work on them is in the order of the device's one
+/// stream, so nothing else says that a launch uses them.
+///
+/// # Errors
+/// If the tensor is not contiguous, of another dtype, or elsewhere.
+pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("a contiguous tensor on a CUDA device was expected, got {layout:?} on {:?}", tensor.device());
+    };
+    let stream = storage.device.cuda_stream();
+    let base = match &storage.slice {
+        CudaStorageSlice::F32(data) => data.device_ptr(&stream).0,
+        CudaStorageSlice::BF16(data) => data.device_ptr(&stream).0,
+        _ => bail!("f32 or bf16 was expected, got {:?}", tensor.dtype()),
+    };
+    Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
 }
 
 /// The elements of a storage that is contiguous under `layout`.

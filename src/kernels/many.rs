@@ -1,10 +1,9 @@
 //! One launch over many tensors, whose addresses and sizes go to the device as a table.
 
-use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::launch::{count, grid, launch, room, OnDevice, THREADS};
+use super::launch::{address, count, grid, launch, room, THREADS};
 
 /// The most blocks of a tensor.
 const BLOCKS: u32 = 128;
@@ -39,7 +38,7 @@ pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()>
         let len = count(update.value.elem_count())?;
         longest = longest.max(len);
         for tensor in [&update.value, &update.first, &update.second, &update.grad] {
-            table.push(address(tensor, &device)?);
+            table.push(address(tensor)?);
         }
         let pair = |low: u32, high: f32| u64::from(low) | u64::from(high.to_bits()) << 32;
         table.extend([pair(len, update.keep), pair(update.rate.to_bits(), update.inverse)]);
@@ -65,7 +64,7 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
     let (device, mut table, mut longest) = (cuda(first)?, Vec::with_capacity(2 * tensors.len()), 0);
     for tensor in tensors {
         longest = longest.max(count(tensor.elem_count())?);
-        table.extend([address(tensor, &device)?, tensor.elem_count() as u64]);
+        table.extend([address(tensor)?, tensor.elem_count() as u64]);
     }
     let (table, blocks) = (device.clone_htod(&table)?, blocks(longest));
     let mut sums = room::<f64>(&device, tensors.len() * blocks as usize)?;
@@ -85,13 +84,4 @@ fn cuda(tensor: &Tensor) -> Result<CudaDevice> {
         Device::Cuda(device) => Ok(device.clone()),
         other => candle_core::bail!("a tensor on a CUDA device was expected, got {:?}", other.location()),
     }
-}
-
-/// Where a tensor's elements are. All work on them is in the order of the device's one stream, so nothing else says that
-/// a launch uses them.
-fn address(tensor: &Tensor, device: &CudaDevice) -> Result<u64> {
-    let tensor = OnDevice::of(tensor);
-    let (elements, stream) = (tensor.elements::<f32>()?, device.cuda_stream());
-    let (address, _used) = elements.device_ptr(&stream);
-    Ok(address)
 }

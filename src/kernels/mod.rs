@@ -1,4 +1,4 @@
-//! Our own kernels for CUDA devices: the draw, dropout masks, the gamma function's family, AdamW.
+//! Our own kernels for CUDA devices: the draw, norms, dropout, the gamma function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as plain C, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
@@ -7,6 +7,8 @@
 mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod many;
+#[cfg(feature = "cuda")]
+pub(crate) mod rows;
 #[cfg(all(test, unix))]
 mod tests;
 
@@ -18,7 +20,7 @@ pub(crate) use launch::{count, elements, grid, launch, one_each, program, room, 
 const SOURCE: &str = concat!(
     include_str!("dialect.cu"),
     include_str!("noise.cu"),
-    include_str!("dropout.cu"),
+    include_str!("rows.cu"),
     include_str!("gamma.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::dist::{wishart::fill_bartlett, Covariance, Dirichlet, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops::add_scaled_rows;
+use crate::ops::{add_scaled_rows, layer_norm, rms_norm};
 use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
 
 /// A request's words: integers, and doubles by their bits.
@@ -204,9 +204,71 @@ fn dropout_keeps_what_the_host_keeps() {
     for count in [1, 2, 5, 128, 131] {
         let got = Request::of(&[5, stream.key(), draw, count, threshold]).answer();
         let keeps = |i: u64| stream.words(draw, i / 4)[(i % 4) as usize] >= threshold as u32;
-        let want = (0..count).map(|i| f64::from(u8::from(keeps(i))));
-        assert_eq!(got, want.chain([255.0]).collect::<Vec<_>>());
+        let want: Vec<f64> = (0..count).map(|i| f64::from(u8::from(keeps(i)))).collect();
+        let (mask, dropped) = got.split_at(count as usize + 1);
+        assert_eq!(mask, [&want[..], &[255.0]].concat());
+        assert_eq!(dropped[..count as usize], want);
+        assert!(dropped[count as usize].is_nan());
     }
+}
+
+#[test]
+fn norms_and_their_gradients_are_those_of_the_blocks() -> Result<()> {
+    let (device, eps) = (Device::Cpu, 1e-3);
+    // More elements than threads, fewer, one.
+    for (dim, narrow, centred, added, biased) in [
+        (100, false, true, true, true),
+        (100, false, false, false, false),
+        (7, false, true, false, true),
+        (1, false, true, true, true),
+        (70, true, true, true, true),
+        (70, true, false, false, false),
+    ] {
+        let rows = 3;
+        let dtype = if narrow { DType::BF16 } else { DType::F32 };
+        let values = |which: u64, len: usize| -> Result<Tensor> {
+            let mut xs = vec![0f32; len];
+            Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
+            Tensor::from_vec(xs, len, &device)?.to_dtype(dtype)?.to_dtype(DType::F64)
+        };
+        let parts = [rows * dim, rows * dim, dim, dim, rows * dim];
+        let parts = parts.iter().zip(0..).map(|(len, i)| values(i, *len)).collect::<Result<Vec<_>>>()?;
+        let sizes = [rows, dim, narrow.into(), centred.into(), added.into(), biased.into()].map(|n| n as u64);
+        let numbers = parts.iter().map(Tensor::to_vec1::<f64>).collect::<Result<Vec<_>>>()?.concat();
+        let got = Request::of(&[&[6][..], &sizes].concat()).and(&[eps]).and(&numbers).answer();
+
+        let [x, r, w, b, g] = &parts[..] else { unreachable!("five parts") };
+        let x = Var::from_tensor(&x.reshape((rows, dim))?)?;
+        let input = if added { (x.as_tensor() + r.reshape((rows, dim))?)? } else { x.as_tensor().clone() };
+        let b = if biased { b.clone() } else { b.zeros_like()? };
+        let y = match centred {
+            true => layer_norm(&input, w, &b, eps)?,
+            false => rms_norm(&input, w, eps)?,
+        };
+        let grads = (&y * g.reshape((rows, dim))?)?.sum_all()?.backward()?;
+        let dx = grads.get(&x).expect("a gradient").flatten_all()?.to_vec1::<f64>()?;
+        let want = [y.flatten_all()?.to_vec1::<f64>()?, dx].concat();
+        let room = if narrow { 0.004 } else { 2e-6 };
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!((got - want).abs() <= room * want.abs().max(0.3), "{dim} {narrow} {i}: {got} {want}");
+        }
+        assert_eq!(got.len(), want.len());
+    }
+    Ok(())
+}
+
+#[test]
+fn numbers_are_rounded_to_bf16_as_the_host_rounds_them() -> Result<()> {
+    // A norm of one element without a centre and with weight x: z is 1 within rounding, so y is x.
+    let xs = [1.0f32, 1.003_906_2, 1.011_718_8, -3.389_5e38, f32::INFINITY, f32::NAN, 1e-40, -0.0, 0.1];
+    for x in xs {
+        let sizes = [6, 1, 1, 1, 0, 0, 0];
+        let got = Request::of(&sizes).and(&[0.0, 1.0, 0.0, f64::from(x), 0.0, 1.0]).answer()[0];
+        let want = Tensor::new(&[x], &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F64)?;
+        let want = want.to_vec1::<f64>()?[0];
+        assert!(got == want || got.is_nan() && want.is_nan(), "{x}: {got} {want}");
+    }
+    Ok(())
 }
 
 #[test]

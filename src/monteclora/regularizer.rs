@@ -174,8 +174,10 @@ fn group_key(posterior: &Posterior) -> String {
 fn sums(group: &[&Posterior], noise: &[&SmallNoise]) -> Result<[Tensor; 4]> {
     let first = group[0];
     let spec = first.spec();
+    // Not `Tensor::stack`, which has a node more for each layer.
     let stack = |of: fn(&Posterior) -> &Tensor| {
-        Tensor::stack(&group.iter().map(|posterior| of(posterior)).collect::<Vec<_>>(), 0)
+        let rows: Vec<_> = group.iter().map(|posterior| of(posterior)).collect();
+        Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
     };
     let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
     let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;

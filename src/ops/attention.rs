@@ -7,7 +7,7 @@ use candle_core::{bail, DType, Device, Result, Tensor, D};
 use super::activation::wide;
 use super::attach::attach;
 use super::attention_fast as fast;
-use super::dropout::{self, check, Keep};
+use super::dropout::{check, Dropping, Keep};
 use super::lane::{pick, Lane};
 use super::plain;
 use crate::noise::Stream;
@@ -81,13 +81,10 @@ pub fn attention(
         Lane::Composed => {
             let device = q.device();
             let visible = visible(&shape, mask, device)?;
-            let keep = match dropout {
-                Some((p, stream, draw)) => {
-                    Some((dropout::mask(&probabilities, device, p, &stream, draw)?, dropout::scale(p)))
-                }
-                None => None,
-            };
-            let core = Composed { shape, scale, visible, keep };
+            let kind = (&probabilities, wide(q.dtype()), device);
+            let dropping =
+                dropout.map(|(p, stream, draw)| Dropping::new(kind, p, &stream, draw)).transpose()?;
+            let core = Composed { shape, scale, visible, dropping };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             attach("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -169,7 +166,7 @@ struct Composed {
     shape: Shape,
     scale: f64,
     visible: Option<Tensor>,
-    keep: Option<(Tensor, f64)>,
+    dropping: Option<Dropping>,
 }
 
 impl Composed {
@@ -211,8 +208,8 @@ impl Composed {
     }
 
     fn drop(&self, p: &Tensor) -> Result<Tensor> {
-        match &self.keep {
-            Some((keep, scale)) => (p * keep.to_dtype(p.dtype())?)? * *scale,
+        match &self.dropping {
+            Some(dropping) => dropping.apply(p),
             None => Ok(p.clone()),
         }
     }

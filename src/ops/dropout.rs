@@ -1,6 +1,6 @@
 //! Dropout from addressed noise.
 
-use candle_core::{bail, Device, Result, Shape, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
 use super::attach::attach;
 use super::host::{dense, for_rows, tensor, Host};
@@ -32,11 +32,9 @@ pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64) -> Result<Tensor
         }
         Lane::Composed => {}
     }
-    // The mask stays on the device for backward: it is made once.
-    let (mask, scale) = (mask(xs.shape(), xs.device(), p, stream, draw)?, scale(p));
-    let apply = move |xs: &Tensor| -> Result<Tensor> { (xs * mask.to_dtype(xs.dtype())?)? * scale };
-    let y = apply(&xs.detach())?;
-    attach("dropout", [xs], y, move |call| Ok([Some(apply(&call.grad)?)]))
+    let dropping = Dropping::new((xs.shape(), xs.dtype(), xs.device()), p, stream, draw)?;
+    let y = dropping.apply(&xs.detach())?;
+    attach("dropout", [xs], y, move |call| Ok([Some(dropping.apply(&call.grad)?)]))
 }
 
 /// Whether `p` is a probability of dropping.
@@ -47,8 +45,45 @@ pub(super) fn check(p: f64) -> Result<()> {
     Ok(())
 }
 
+/// Dropout elsewhere than in the fast lane, of a tensor and of its gradient alike.
+pub(super) enum Dropping {
+    /// Which elements stay, u8, made once, and what they are multiplied by.
+    Mask(Tensor, f64),
+    /// p, stream and draw, by which a kernel decides anew each time.
+    #[cfg(feature = "cuda")]
+    Kernel(f64, Stream, u64),
+}
+
+impl Dropping {
+    /// Dropout of tensors of this shape and dtype on this device.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn new(
+        (shape, dtype, device): (&Shape, DType, &Device),
+        p: f64,
+        stream: &Stream,
+        draw: u64,
+    ) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if crate::kernels::rows::takes(shape.elem_count(), dtype, device) && !super::slow_lane_forced() {
+            return Ok(Self::Kernel(p, *stream, draw));
+        }
+        Ok(Self::Mask(mask(shape, device, p, stream, draw)?, scale(p)))
+    }
+
+    /// The detached `xs`, dropped.
+    pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Mask(mask, scale) => (xs * mask.to_dtype(xs.dtype())?)? * *scale,
+            #[cfg(feature = "cuda")]
+            Self::Kernel(p, stream, draw) => {
+                crate::kernels::rows::dropout(xs, threshold(*p), scale(*p), stream.key(), *draw)
+            }
+        }
+    }
+}
+
 /// What the elements that stay are multiplied by.
-pub(super) fn scale(p: f64) -> f64 {
+fn scale(p: f64) -> f64 {
     1.0 / (1.0 - p)
 }
 
@@ -58,7 +93,7 @@ fn threshold(p: f64) -> u32 {
 }
 
 /// Which elements stay, as a tensor of u8: by a kernel on CUDA devices, from the host elsewhere.
-pub(super) fn mask(shape: &Shape, device: &Device, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
+fn mask(shape: &Shape, device: &Device, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
         use crate::kernels::{count, launch, one_each, room, tensor};

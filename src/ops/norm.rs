@@ -16,6 +16,8 @@ use super::attach::attach;
 use super::host::{dense, rows_per_piece, tensor, total, Host};
 use super::lane::{pick, Lane};
 use super::{plain, vmath};
+#[cfg(feature = "cuda")]
+use crate::kernels::rows;
 use crate::simd::vectorized;
 
 /// Layer norm over the last dimension.
@@ -160,6 +162,12 @@ impl Norm {
             let y = self.rows(&Host::of(&x)?, residual.as_deref(), &Host::of(&weight)?, bias.as_deref());
             return tensor(y, xs.dims());
         }
+        #[cfg(feature = "cuda")]
+        if let Some(kernel) =
+            self.kernel(xs, residual, weight).filter(|_| rows::take([xs].into_iter().chain(bias)))
+        {
+            return kernel.forward(bias);
+        }
         let dtype = wide(xs.dtype());
         let (z, _) = self.normalised(xs, residual)?;
         let y = z.broadcast_mul(&weight.detach().to_dtype(dtype)?)?;
@@ -167,6 +175,18 @@ impl Norm {
             Some(bias) => y.broadcast_add(&bias.detach().to_dtype(dtype)?)?.to_dtype(xs.dtype()),
             None => y.to_dtype(xs.dtype()),
         }
+    }
+
+    /// The kernel that makes it, where one does.
+    #[cfg(feature = "cuda")]
+    fn kernel<'a>(
+        &self,
+        xs: &'a Tensor,
+        residual: Option<&'a Tensor>,
+        weight: &'a Tensor,
+    ) -> Option<rows::Norm<'a>> {
+        let takes = rows::take([xs, weight].into_iter().chain(residual)) && !super::slow_lane_forced();
+        takes.then_some(rows::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
     }
 
     /// `z` and `1 / sqrt(v + eps)`, in the wide dtype.
@@ -205,6 +225,12 @@ impl Norm {
             );
             let dw = dw.map(|dw| tensor(dw, dim)).transpose()?;
             return Ok((tensor(dx, xs.dims())?, dw, db.map(|db| tensor(db, dim)).transpose()?));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(kernel) =
+            self.kernel(xs, residual, weight).filter(|_| !trainable && rows::take([xs, grad]))
+        {
+            return Ok((kernel.backward(grad)?, None, None));
         }
         let dtype = wide(xs.dtype());
         let (z, inverse) = self.normalised(xs, residual)?;

@@ -9,6 +9,7 @@ fn blocks_on_a_device_compute_what_plain_operations_compute_on_the_host() -> Res
     for case in cases() {
         compare_on(&device, &case, Lane::Composed, DType::F64, 1e-10);
         compare_on(&device, &case, Lane::Composed, DType::F32, 2e-5);
+        compare_on(&device, &case, Lane::Fast, DType::F32, 2e-5); // with our kernels
     }
     Ok(())
 }
@@ -18,6 +19,7 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
     let device = Device::new_cuda(0)?;
     for case in cases() {
         compare_on(&device, &case, Lane::Composed, DType::BF16, 0.06);
+        compare_on(&device, &case, Lane::Fast, DType::BF16, 0.06);
         compare_on(&device, &case, Lane::Composed, DType::F16, 0.01);
     }
     Ok(())
@@ -26,7 +28,12 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
 #[test]
 fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     let ones = Tensor::ones(10_000, DType::F32, &Device::Cpu)?;
-    let on = |device: &Device| dropout(&ones.to_device(device)?, 0.25, &stream(), 3);
-    assert_eq!(flat(&on(&Device::new_cuda(0)?)?), flat(&on(&Device::Cpu)?));
+    let (device, host) = (Device::new_cuda(0)?, Device::Cpu);
+    let on = |device: &Device, lane| -> Result<Vec<f64>> {
+        let ones = ones.to_device(device)?;
+        Ok(flat(&with_lane(lane, || dropout(&ones, 0.25, &stream(), 3))?))
+    };
+    let want = on(&host, Lane::Fast)?;
+    assert!(on(&device, Lane::Fast)? == want && on(&device, Lane::Composed)? == want);
     Ok(())
 }

@@ -1,0 +1,136 @@
+//! Norms and dropout on f32 and bf16 tensors of a CUDA device.
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::launch::{address, count, fresh, grid, launch, one_each};
+
+/// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
+pub(crate) fn take<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    let mut tensors = tensors.into_iter().peekable();
+    let dtype = tensors.peek().map(|first| first.dtype());
+    tensors.all(|tensor| {
+        Some(tensor.dtype()) == dtype && takes(tensor.elem_count(), tensor.dtype(), tensor.device())
+    })
+}
+
+/// The same of one tensor, by what it is.
+pub(crate) fn takes(len: usize, dtype: DType, device: &Device) -> bool {
+    device.is_cuda() && (1..1 << 32).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
+}
+
+/// A norm over the rows of `xs`, or of `xs + residual`; without centring an RMS norm.
+pub(crate) struct Norm<'a> {
+    /// `(.., dim)`.
+    pub xs: &'a Tensor,
+    /// As `xs`.
+    pub residual: Option<&'a Tensor>,
+    /// `(dim)`.
+    pub weight: &'a Tensor,
+    pub eps: f64,
+    pub centred: bool,
+}
+
+impl Norm<'_> {
+    /// The norm with an optional bias `(dim)`, as `xs`.
+    ///
+    /// # Errors
+    /// Unless the kernels [`take`] the tensors.
+    pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
+        let bias = bias.map(Tensor::contiguous).transpose()?;
+        self.launch(|call| {
+            let (biased, bias) = optional(bias.as_ref())?;
+            let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
+            launch!(device; grid(*rows); norm_forward(
+                dim, narrow, centred, eps, added, &biased, xs, residual, weight, &bias, ys
+            ));
+            Ok(())
+        })
+    }
+
+    /// The gradient of `xs`, and of the residual, from that of the output.
+    ///
+    /// # Errors
+    /// Unless the kernels [`take`] the tensors.
+    pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
+        let grad = grad.contiguous()?;
+        self.launch(|call| {
+            let grad = address(&grad)?;
+            let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
+            launch!(device; grid(*rows); norm_backward(
+                dim, narrow, centred, eps, added, xs, residual, weight, &grad, ys
+            ));
+            Ok(())
+        })
+    }
+
+    /// A tensor like `xs` that `launch` fills.
+    fn launch(&self, launch: impl FnOnce(&Call) -> Result<()>) -> Result<Tensor> {
+        let device = cuda(self.xs)?;
+        let (xs, weight) = (self.xs.contiguous()?, self.weight.contiguous()?);
+        let residual = self.residual.map(Tensor::contiguous).transpose()?;
+        let dim = weight.elem_count();
+        let ys = fresh(device, xs.shape(), xs.dtype())?;
+        let (added, residual) = optional(residual.as_ref())?;
+        launch(&Call {
+            device,
+            rows: count(xs.elem_count() / dim)?,
+            dim: count(dim)?,
+            narrow: narrow(&xs),
+            centred: self.centred.into(),
+            eps: self.eps as f32,
+            added,
+            xs: address(&xs)?,
+            residual,
+            weight: address(&weight)?,
+            ys: address(&ys)?,
+        })?;
+        Ok(ys)
+    }
+}
+
+/// What both directions tell their kernel.
+struct Call<'a> {
+    device: &'a CudaDevice,
+    rows: u32,
+    dim: u32,
+    narrow: u32,
+    centred: u32,
+    eps: f32,
+    added: u32,
+    xs: u64,
+    residual: u64,
+    weight: u64,
+    ys: u64,
+}
+
+/// Zeroes the elements whose word of noise is below `threshold`, and multiplies the others.
+///
+/// # Errors
+/// Unless the kernels [`take`] `xs`.
+pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
+    let (device, xs) = (cuda(xs)?, xs.contiguous()?);
+    let ys = fresh(device, xs.shape(), xs.dtype())?;
+    let (len, narrow, scale) = (count(xs.elem_count())?, narrow(&xs), scale as f32);
+    let (from, to) = (address(&xs)?, address(&ys)?);
+    launch!(device; one_each(len.div_ceil(4)); dropout_apply(
+        &len, &narrow, &threshold, &key, &draw, &scale, &from, &to
+    ));
+    Ok(ys)
+}
+
+fn narrow(tensor: &Tensor) -> u32 {
+    u32::from(tensor.dtype() == DType::BF16)
+}
+
+/// Whether there is a tensor, and where.
+fn optional(tensor: Option<&Tensor>) -> Result<(u32, u64)> {
+    Ok((tensor.is_some().into(), tensor.map(address).transpose()?.unwrap_or(0)))
+}
+
+fn cuda(tensor: &Tensor) -> Result<&CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device),
+        other => candle_core::bail!("a tensor on a CUDA device was expected, got {:?}", other.location()),
+    }
+}
