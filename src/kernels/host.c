@@ -167,9 +167,9 @@ static void dropout(void) {
     u32 count = word(), threshold = word(), blocks = ((count + 3) / 4 + THREADS - 1) / THREADS;
     unsigned char *keep = room(count);
     float *ones = room(count), *ys = room(count);
-    for (u32 i = 0; i < count; i++) ones[i] = 1.0f;
+    for (u32 i = 0; i < count + 1; i++) ones[i] = 1.0f;
     LAUNCH(blocks, keep_mask(count, threshold, key, at, keep));
-    LAUNCH(blocks, dropout_apply(count, 0, threshold, key, at, 1.0f, ones, ys));
+    LAUNCH(blocks, dropout_apply(count, 0, threshold, key, at, 2.0f, ones, ys));
     for (u32 i = 0; i < count + 1; i++) put(keep[i]); /* the one behind the last is not written */
     put_floats(ys, count + 1);
 }
