@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, 
 use candle_core::cuda_backend::cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
 
 /// Threads of a block: the kernels' `MOST_THREADS`.
 pub(super) const THREADS: u32 = 256;
@@ -56,6 +56,17 @@ macro_rules! launch {
     }};
 }
 pub(crate) use launch;
+
+/// The CUDA device of a tensor.
+///
+/// # Errors
+/// If it is elsewhere.
+pub(crate) fn device_of(tensor: &Tensor) -> Result<&CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device),
+        other => bail!("a tensor on a CUDA device was expected, got one on {:?}", other.location()),
+    }
+}
 
 /// A number of elements or a size as kernels count them.
 ///

@@ -1,9 +1,8 @@
 //! One launch over many tensors, whose addresses and sizes go to the device as a table.
 
-use candle_core::cuda_backend::CudaDevice;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::launch::{address, count, grid, launch, room, THREADS};
+use super::launch::{address, count, device_of, grid, launch, room, THREADS};
 
 /// The most blocks of a tensor.
 const BLOCKS: u32 = 128;
@@ -32,7 +31,9 @@ pub(crate) fn takes(tensor: &Tensor) -> bool {
 /// # Errors
 /// If a tensor is not one that [`takes`] takes, or the device fails.
 pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()> {
-    let Some(device) = updates.first().map(|update| cuda(&update.value)).transpose()? else { return Ok(()) };
+    let Some(device) = updates.first().map(|update| device_of(&update.value)).transpose()? else {
+        return Ok(());
+    };
     let (mut table, mut longest) = (Vec::with_capacity(6 * updates.len()), 0);
     for update in updates {
         let len = count(update.value.elem_count())?;
@@ -48,7 +49,7 @@ pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()>
     let [rest1, rest2] = betas.map(|beta| (1.0 - beta) as f32);
     let (eps, mut config) = (eps as f32, grid(blocks(longest)));
     config.grid_dim.1 = count(updates.len())?;
-    launch!(&device; config; adamw(&table, &beta1, &rest1, &beta2, &rest2, &eps));
+    launch!(device; config; adamw(&table, &beta1, &rest1, &beta2, &rest2, &eps));
     Ok(())
 }
 
@@ -61,27 +62,20 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
     let Some(first) = tensors.first().filter(|_| tensors.iter().all(|tensor| takes(tensor))) else {
         return Ok(None);
     };
-    let (device, mut table, mut longest) = (cuda(first)?, Vec::with_capacity(2 * tensors.len()), 0);
+    let (device, mut table, mut longest) = (device_of(first)?, Vec::with_capacity(2 * tensors.len()), 0);
     for tensor in tensors {
         longest = longest.max(count(tensor.elem_count())?);
         table.extend([address(tensor)?, tensor.elem_count() as u64]);
     }
     let (table, blocks) = (device.clone_htod(&table)?, blocks(longest));
-    let mut sums = room::<f64>(&device, tensors.len() * blocks as usize)?;
+    let mut sums = room::<f64>(device, tensors.len() * blocks as usize)?;
     let mut config = grid(blocks);
     config.grid_dim.1 = count(tensors.len())?;
-    launch!(&device; config; sums_of_squares(&table, &mut sums));
+    launch!(device; config; sums_of_squares(&table, &mut sums));
     Ok(Some(device.clone_dtoh(&sums)?.into_iter().sum()))
 }
 
 /// Some sixteen elements a thread.
 fn blocks(longest: u32) -> u32 {
     longest.div_ceil(16 * THREADS).clamp(1, BLOCKS)
-}
-
-fn cuda(tensor: &Tensor) -> Result<CudaDevice> {
-    match tensor.device() {
-        Device::Cuda(device) => Ok(device.clone()),
-        other => candle_core::bail!("a tensor on a CUDA device was expected, got {:?}", other.location()),
-    }
 }

@@ -13,7 +13,9 @@ pub(crate) mod rows;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{count, elements, grid, launch, one_each, program, room, tensor, OnDevice};
+pub(crate) use launch::{
+    count, device_of, elements, grid, launch, one_each, program, room, tensor, OnDevice,
+};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]

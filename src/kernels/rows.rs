@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::launch::{address, count, fresh, grid, launch, one_each};
+use super::launch::{address, count, device_of, fresh, grid, launch, one_each};
 
 /// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
 pub(crate) fn take<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
@@ -66,7 +66,7 @@ impl Norm<'_> {
 
     /// A tensor like `xs` that `launch` fills.
     fn launch(&self, launch: impl FnOnce(&Call) -> Result<()>) -> Result<Tensor> {
-        let device = cuda(self.xs)?;
+        let device = device_of(self.xs)?;
         let (xs, weight) = (self.xs.contiguous()?, self.weight.contiguous()?);
         let residual = self.residual.map(Tensor::contiguous).transpose()?;
         let dim = weight.elem_count();
@@ -109,7 +109,7 @@ struct Call<'a> {
 /// # Errors
 /// Unless the kernels [`take`] `xs`.
 pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
-    let (device, xs) = (cuda(xs)?, xs.contiguous()?);
+    let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = fresh(device, xs.shape(), xs.dtype())?;
     let (len, narrow, scale) = (count(xs.elem_count())?, narrow(&xs), scale as f32);
     let (from, to) = (address(&xs)?, address(&ys)?);
@@ -126,11 +126,4 @@ fn narrow(tensor: &Tensor) -> u32 {
 /// Whether there is a tensor, and where.
 fn optional(tensor: Option<&Tensor>) -> Result<(u32, u64)> {
     Ok((tensor.is_some().into(), tensor.map(address).transpose()?.unwrap_or(0)))
-}
-
-fn cuda(tensor: &Tensor) -> Result<&CudaDevice> {
-    match tensor.device() {
-        Device::Cuda(device) => Ok(device),
-        other => candle_core::bail!("a tensor on a CUDA device was expected, got {:?}", other.location()),
-    }
 }

@@ -1,12 +1,12 @@
 //! A draw on a CUDA device by our own kernels: two launches forward, two backward, nothing through the host.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::config::{Compat, Mixture};
 use super::noise::{NoiseSpec, NoiseStreams};
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
-use crate::kernels::{count, grid, launch, room, tensor, OnDevice};
+use crate::kernels::{count, device_of, grid, launch, room, tensor, OnDevice};
 use crate::ops;
 
 /// Elements of a tile, and its most columns: those of `draw.cu`.
@@ -28,7 +28,7 @@ pub(super) fn serves(spec: &NoiseSpec) -> bool {
 /// - output: that of `a`
 ///
 /// # Errors
-/// If a tensor is elsewhere, or the device fails.
+/// If there is no such draw, a tensor is elsewhere or of another shape, or the device fails.
 pub(super) fn perturbed(
     [a, rho, c]: [&Tensor; 3],
     spec: &NoiseSpec,
@@ -36,11 +36,12 @@ pub(super) fn perturbed(
     eps: f64,
     draw: u64,
 ) -> Result<Tensor> {
-    let Device::Cuda(device) = a.device().clone() else {
-        candle_core::bail!("the kernels need a CUDA device")
-    };
+    let device = device_of(a)?.clone();
     let (r, width) = (spec.rank, spec.in_dim);
     check_draw(draw, r, spec.df)?;
+    if a.dims() != [r, width] || rho.dims() != [r] || c.dims() != [spec.num_components] {
+        candle_core::bail!("a draw ({r}, {width}): A {:?}, rho {:?}, c {:?}", a.dims(), rho.dims(), c.dims())
+    }
     let components = if spec.mixture == Mixture::Sparse { 0 } else { spec.num_components };
     let [wishart, dirichlet, gaussian] = streams.keys();
     let (rank, n, columns) = (count(r)?, count(components)?, count(width)?);
@@ -53,7 +54,7 @@ pub(super) fn perturbed(
     let (a_data, rho_data, c_data) =
         (a_data.elements::<f32>()?, rho_data.elements::<f32>()?, c_data.elements::<f32>()?);
     let (mut tril, mut rows) = (room::<f32>(&device, r * r)?, room::<f32>(&device, r)?);
-    // Without components there is nothing in them, but an allocation of nothing is an error.
+    // Without components there is nothing in them, but not every device allocates nothing.
     let some = components.max(1);
     let (mut pi, mut slopes) = (room::<f64>(&device, some)?, room::<f64>(&device, some)?);
     launch!(&device; grid(1); draw_scales(
@@ -90,7 +91,7 @@ pub(super) fn perturbed(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Result, Tensor, Var};
+    use candle_core::{Device, Var};
 
     use super::*;
     use crate::monteclora::buffer::SampleBuffer;
