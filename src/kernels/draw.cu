@@ -53,10 +53,13 @@ KERNEL draw_scales(u32 rank, u32 components, double df, u32 diagonal, double eps
 
 DEVICE u32 tile_columns(u32 rank) { return TILE / rank < TILE_COLUMNS ? TILE / rank : TILE_COLUMNS; }
 
-// Element `i` of Z's columns from `first` on.
-DEVICE float tile_normal(u32 i, u32 first, u32 columns, u32 width, u64 gaussian, u64 draw) {
-    u32 column = first + i % columns;
-    return column < width ? normal(gaussian, draw, (u64)(i / columns) * width + column) : 0.0f;
+// Z's columns from `first` on, zero beyond the last; a phase of its own.
+DEVICE void tile_normals(u32 rank, u32 first, u32 columns, u32 width, u64 gaussian, u64 draw, float *z) {
+    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+        u32 column = first + i % columns;
+        z[i] = column < width ? normal(gaussian, draw, (u64)(i / columns) * width + column) : 0.0f;
+    }
+    BARRIER
 }
 
 // Element `i` of T Z, in the host's order.
@@ -72,10 +75,7 @@ KERNEL draw_perturb(u32 rank, u32 width, u64 gaussian, u64 draw, const float *a,
                     float *out) {
     SHARED float z[TILE];
     u32 columns = tile_columns(rank), first = BLOCK * columns;
-    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
-        z[i] = tile_normal(i, first, columns, width, gaussian, draw);
-    }
-    BARRIER
+    tile_normals(rank, first, columns, width, gaussian, draw, z);
     EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
         if (column < width) out[row * width + column] = a[row * width + column] + rows[row] * tile_product(i, columns, rank, tril, z);
@@ -86,10 +86,7 @@ KERNEL draw_perturb(u32 rank, u32 width, u64 gaussian, u64 draw, const float *a,
 KERNEL draw_along(u32 rank, u32 width, u64 gaussian, u64 draw, const float *grad, const float *tril, double *shares) {
     SHARED float z[TILE], along[TILE];
     u32 columns = tile_columns(rank), first = BLOCK * columns;
-    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
-        z[i] = tile_normal(i, first, columns, width, gaussian, draw);
-    }
-    BARRIER
+    tile_normals(rank, first, columns, width, gaussian, draw, z);
     EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
         along[i] = column < width ? grad[row * width + column] * tile_product(i, columns, rank, tril, z) : 0.0f;
