@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, 
 use candle_core::cuda_backend::cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
 /// Threads of a block: the kernels' `MOST_THREADS`.
 pub(super) const THREADS: u32 = 256;
@@ -93,23 +93,23 @@ pub(crate) fn fresh(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous f32 or bf16 tensor are. All work on them is in the order of the device's one
+/// Where the elements of a contiguous tensor of `dtype`, f32 or bf16, are. All work on them is in the order of the device's one
 /// stream, so nothing else says that a launch uses them.
 ///
 /// # Errors
 /// If the tensor is not contiguous, of another dtype, or elsewhere.
-pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
+pub(crate) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("a contiguous tensor on a CUDA device was expected, got {layout:?} on {:?}", tensor.device());
     };
     let stream = storage.device.cuda_stream();
-    let base = match &storage.slice {
-        CudaStorageSlice::F32(data) => data.device_ptr(&stream).0,
-        CudaStorageSlice::BF16(data) => data.device_ptr(&stream).0,
-        _ => bail!("f32 or bf16 was expected, got {:?}", tensor.dtype()),
+    let base = match (&storage.slice, dtype) {
+        (CudaStorageSlice::F32(data), DType::F32) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::BF16(data), DType::BF16) => data.device_ptr(&stream).0,
+        _ => bail!("{dtype:?} was expected, got {:?}", tensor.dtype()),
     };
-    Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
+    Ok(base + (start * dtype.size_in_bytes()) as u64)
 }
 
 /// The elements of a storage that is contiguous under `layout`.
@@ -120,30 +120,6 @@ pub(crate) fn elements<'a, T: CudaDType>(
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
         None => bail!("a contiguous tensor was expected, got {layout:?}"),
-    }
-}
-
-/// A borrowed tensor on a CUDA device.
-pub(crate) struct OnDevice<'a> {
-    storage: StorageRef<'a>,
-    layout: &'a Layout,
-}
-
-impl<'a> OnDevice<'a> {
-    pub(crate) fn of(tensor: &'a Tensor) -> Self {
-        let (storage, layout) = tensor.storage_and_layout();
-        Self { storage, layout }
-    }
-
-    /// Its elements.
-    ///
-    /// # Errors
-    /// If it is not contiguous, of another dtype, or elsewhere.
-    pub(crate) fn elements<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
-        match &*self.storage {
-            Storage::Cuda(storage) => elements(storage, self.layout),
-            other => bail!("a tensor on a CUDA device was expected, got {:?}", other.device().location()),
-        }
     }
 }
 

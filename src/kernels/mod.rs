@@ -13,9 +13,7 @@ pub(crate) mod rows;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{
-    count, device_of, elements, grid, launch, one_each, program, room, tensor, OnDevice,
-};
+pub(crate) use launch::{address, count, device_of, elements, grid, launch, one_each, program, room, tensor};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]

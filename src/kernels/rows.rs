@@ -39,7 +39,7 @@ impl Norm<'_> {
     pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
         let bias = bias.map(Tensor::contiguous).transpose()?;
         self.launch(|call| {
-            let (biased, bias) = optional(bias.as_ref())?;
+            let (biased, bias) = optional(bias.as_ref(), self.xs.dtype())?;
             let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
             launch!(device; grid(*rows); norm_forward(
                 dim, narrow, centred, eps, added, &biased, xs, residual, weight, &bias, ys
@@ -55,7 +55,7 @@ impl Norm<'_> {
     pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.contiguous()?;
         self.launch(|call| {
-            let grad = address(&grad)?;
+            let grad = address(&grad, self.xs.dtype())?;
             let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
             launch!(device; grid(*rows); norm_backward(
                 dim, narrow, centred, eps, added, xs, residual, weight, &grad, ys
@@ -71,7 +71,7 @@ impl Norm<'_> {
         let residual = self.residual.map(Tensor::contiguous).transpose()?;
         let dim = weight.elem_count();
         let ys = fresh(device, xs.shape(), xs.dtype())?;
-        let (added, residual) = optional(residual.as_ref())?;
+        let (added, residual) = optional(residual.as_ref(), xs.dtype())?;
         launch(&Call {
             device,
             rows: count(xs.elem_count() / dim)?,
@@ -80,10 +80,10 @@ impl Norm<'_> {
             centred: self.centred.into(),
             eps: self.eps as f32,
             added,
-            xs: address(&xs)?,
+            xs: address(&xs, xs.dtype())?,
             residual,
-            weight: address(&weight)?,
-            ys: address(&ys)?,
+            weight: address(&weight, xs.dtype())?,
+            ys: address(&ys, xs.dtype())?,
         })?;
         Ok(ys)
     }
@@ -112,7 +112,7 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = fresh(device, xs.shape(), xs.dtype())?;
     let (len, narrow, scale) = (count(xs.elem_count())?, narrow(&xs), scale as f32);
-    let (from, to) = (address(&xs)?, address(&ys)?);
+    let (from, to) = (address(&xs, xs.dtype())?, address(&ys, xs.dtype())?);
     launch!(device; one_each(len.div_ceil(4)); dropout_apply(
         &len, &narrow, &threshold, &key, &draw, &scale, &from, &to
     ));
@@ -124,6 +124,6 @@ fn narrow(tensor: &Tensor) -> u32 {
 }
 
 /// Whether there is a tensor, and where.
-fn optional(tensor: Option<&Tensor>) -> Result<(u32, u64)> {
-    Ok((tensor.is_some().into(), tensor.map(address).transpose()?.unwrap_or(0)))
+fn optional(tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+    Ok((tensor.is_some().into(), tensor.map(|tensor| address(tensor, dtype)).transpose()?.unwrap_or(0)))
 }

@@ -6,7 +6,7 @@ use super::config::{Compat, Mixture};
 use super::noise::{NoiseSpec, NoiseStreams};
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
-use crate::kernels::{count, device_of, grid, launch, room, tensor, OnDevice};
+use crate::kernels::{address, count, device_of, grid, launch, room, tensor};
 use crate::ops;
 
 /// Elements of a tile, and its most columns: those of `draw.cu`.
@@ -50,9 +50,8 @@ pub(super) fn perturbed(
     let diagonal = u32::from(spec.covariance == Covariance::Diagonal);
 
     let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
-    let [a_data, rho_data, c_data] = dense.each_ref().map(OnDevice::of);
-    let (a_data, rho_data, c_data) =
-        (a_data.elements::<f32>()?, rho_data.elements::<f32>()?, c_data.elements::<f32>()?);
+    let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(tensor, DType::F32));
+    let (a_data, rho_data, c_data) = (a_data?, rho_data?, c_data?);
     let (mut tril, mut rows) = (room::<f32>(&device, r * r)?, room::<f32>(&device, r)?);
     // Without components there is nothing in them, but not every device allocates nothing.
     let some = components.max(1);
@@ -71,15 +70,13 @@ pub(super) fn perturbed(
         if !call.needs[1] && !call.needs[2] {
             return Ok([grad_a, None, None]);
         }
-        let grad_data = OnDevice::of(&call.grad);
-        let grad = grad_data.elements::<f32>()?;
+        let grad = address(&call.grad, DType::F32)?;
         let mut shares = room::<f64>(&device, tiles as usize * r)?;
         launch!(&device; grid(tiles); draw_along(
             &rank, &columns, &gaussian, &draw, &grad, &tril, &mut shares
         ));
-        let rho = call.args[1].contiguous()?;
-        let rho_data = OnDevice::of(&rho);
-        let (rho, mut along) = (rho_data.elements::<f32>()?, room::<f64>(&device, r)?);
+        let rho_data = call.args[1].contiguous()?;
+        let (rho, mut along) = (address(&rho_data, DType::F32)?, room::<f64>(&device, r)?);
         let (mut drho, mut dc) = (room::<f32>(&device, r)?, room::<f32>(&device, some)?);
         launch!(&device; grid(1); draw_slopes(
             &rank, &n, &tiles, &eps, &rho, &shares, &pi, &slopes, &mut along, &mut drho, &mut dc
