@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fancy_regex::Regex;
+use serde::Serialize;
 
 use super::paths;
 use crate::error::{Error, Result};
 use crate::slot::Linears;
 
 /// A way to name layers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Select {
     /// The model's own choice, [`Linears::default_targets`].
@@ -85,7 +88,7 @@ impl Select {
 }
 
 /// Which layers get an adapter, and of what size.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Targets {
     /// The layers.
     pub select: Select,

@@ -14,6 +14,8 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 pub(super) use state::{Numbers, State};
 
 use super::upkeep::Upkeep;
@@ -29,6 +31,16 @@ const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows"
 
 /// Settings by name, as text: what two parts of one run must agree on.
 pub type Settings = BTreeMap<String, String>;
+
+/// What `value` is called and says, as JSON: what a checkpoint keeps must not depend on names of Rust.
+///
+/// # Errors
+/// If `value` has no form in JSON.
+pub(super) fn setting(name: &str, value: &impl Serialize) -> Result<(String, String)> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| Error::config(name, format!("it cannot be written: {error}")))?;
+    Ok((name.to_string(), text))
+}
 
 /// A checksum of data, to be one of the [`Settings`]: `numbers` are all that the rows hold.
 pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {

@@ -1,6 +1,8 @@
 //! The ways to fine-tune, behind one name.
 
-use super::checkpoint::Settings;
+use serde::Serialize;
+
+use super::checkpoint::{self, Settings};
 use super::upkeep::Upkeep;
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
@@ -25,16 +27,20 @@ fn closes_feed_forward(path: &str) -> bool {
 }
 
 /// How a model is fine-tuned.
-#[derive(Debug, Clone, PartialEq)]
+// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Method {
     /// MonteCLoRA on the targets.
+    #[serde(rename = "monteclora")]
     MonteCLoRA(MonteCLoRAConfig),
     /// LoRA on the targets.
     Lora(LoraConfig),
     /// DoRA on the targets.
     Dora(LoraConfig),
     /// AdaLoRA on the targets.
+    #[serde(rename = "adalora")]
     AdaLora(AdaLoraConfig),
     /// IA3 on keys, values and the inside of feed-forward blocks.
     Ia3,
@@ -153,17 +159,16 @@ impl Start {
             Method::AdaLora(config) => Upkeep::of_budget(model, &config)?,
             _ => Upkeep::default(),
         };
-        Ok(upkeep.with_settings(self.settings()))
+        Ok(upkeep.with_settings(self.settings()?))
     }
 
     /// What a run must find unchanged to go on: the method's constants and the layers that it is on.
-    fn settings(&self) -> Settings {
+    fn settings(&self) -> Result<Settings> {
         let targets = match self {
-            Self::Fresh(_, targets) => format!("{targets:?}"),
-            Self::Adapter(file) | Self::PostHoc(file, _) => format!("{:?}", file.config),
+            Self::Fresh(_, targets) => checkpoint::setting("targets", targets)?,
+            Self::Adapter(file) | Self::PostHoc(file, _) => checkpoint::setting("targets", &file.config)?,
         };
-        let settings = [("method", format!("{:?}", self.method())), ("targets", targets)];
-        settings.map(|(name, value)| (name.to_string(), value)).into()
+        Ok([checkpoint::setting("method", &self.method())?, targets].into())
     }
 }
 

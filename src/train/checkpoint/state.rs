@@ -17,8 +17,9 @@ use crate::train::optim::Moments;
 pub(super) const STATE: &str = "state.json";
 pub(super) const TENSORS: &str = "tensors.safetensors";
 pub(super) const MANIFEST: &str = "manifest.json";
-/// The layout that is written, and the only one that is read.
-pub(super) const VERSION: u32 = 1;
+/// The layout that is written, and the only one that is read. In version 1 the settings were Rust's own
+/// words for them, which a change of names would have made unreadable.
+pub(super) const VERSION: u32 = 2;
 
 /// The numbers of a run on its way.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
