@@ -8,8 +8,7 @@ pub use candle_transformers::generation::Sampling;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::models::causal::{Cache, CausalLm};
-use crate::monteclora::with_held_draws;
-use crate::slot::Pass;
+use crate::slot::{Context, DrawCache, Pass};
 
 /// Which of the posterior's weights predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +116,7 @@ pub fn generate(
         let reason = format!("{longest} tokens leave no room in the model's {}", model.max_length());
         return Err(Error::config("prompt", reason));
     }
-    with_held_draws(|| run(model, prompts, longest, config, on_token))
+    run(model, prompts, longest, config, on_token)
 }
 
 /// The loop over tokens.
@@ -165,7 +164,7 @@ fn run(
 struct Batch {
     tokens: Vec<Vec<u32>>, // the tokens that no cache holds yet, of equal length
     mask: Vec<Vec<u8>>,    // of the columns up to the last of `tokens`
-    passes: Vec<(Pass, Cache)>,
+    contexts: Vec<(Context, Cache)>,
     choose: Vec<LogitsProcessor>,
 }
 
@@ -182,11 +181,12 @@ impl Batch {
         let processor = |row| {
             LogitsProcessor::from_sampling(config.seed.wrapping_add(row as u64), config.sampling.clone())
         };
-        let passes = config.weights.passes().into_iter();
+        let draws = DrawCache::default();
+        let context = |pass| (Context::from(pass).with_draws(&draws), model.cache(longest + steps));
         Self {
             tokens: prompts.iter().map(padded).collect(),
             mask: prompts.iter().map(real).collect(),
-            passes: passes.map(|pass| (pass, model.cache(longest + steps))).collect(),
+            contexts: config.weights.passes().into_iter().map(context).collect(),
             choose: (0..prompts.len()).map(processor).collect(),
         }
     }
@@ -204,11 +204,11 @@ impl Batch {
         let new = self.tokens[0].len();
         let ids = Tensor::from_vec(self.tokens.concat(), (rows, new), model.device())?;
         let mask = Tensor::from_vec(self.mask.concat(), (rows, self.mask[0].len()), model.device())?;
-        let mut logits = Vec::with_capacity(self.passes.len());
-        for (pass, cache) in &mut self.passes {
-            let hidden = model.hidden(&ids, &mask, Some(cache), pass)?;
+        let mut logits = Vec::with_capacity(self.contexts.len());
+        for (cx, cache) in &mut self.contexts {
+            let hidden = model.hidden(&ids, &mask, Some(cache), cx)?;
             let last = hidden.narrow(1, new - 1, 1)?.squeeze(1)?.contiguous()?; // (b, d)
-            logits.push(model.head(&last, pass)?.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?);
+            logits.push(model.head(&last, cx)?.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?);
         }
         if logits.len() > 1 {
             return Ok((0..rows).map(|row| average(logits.iter().map(|draw| &draw[row]))).collect());

@@ -17,7 +17,7 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::noise::{Noise, Purpose};
-use crate::ops::place;
+use crate::util::dtype::to_dtype_device;
 
 /// What a parameter is to its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -160,7 +160,7 @@ impl Params {
 
     /// `values` in the store's dtype and on its device, where every one of them is finite.
     fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
-        let values = place(values, self.dtype, &self.device)?;
+        let values = to_dtype_device(values, self.dtype, &self.device)?;
         match zero_if_finite(&values)?.to_scalar::<f32>()? == 0.0 {
             true => Ok(values),
             false => Err(Error::tensor(name, NOT_FINITE)),

@@ -3,8 +3,11 @@
 //! A model's linear layer is a [`Slot`]: its frozen base and its named adapters. Models thread a
 //! `&Pass` down their forward pass; whether a layer samples is never a flag that it stores.
 
+mod context;
 mod embedding;
+mod pass;
 mod probe;
+mod standalone;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -16,54 +19,11 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::params::Role;
 
+pub use context::{Context, DrawCache, ScalerFactors};
 pub use embedding::EmbeddingSlot;
-pub(crate) use probe::first_non_finite;
-
-/// Which weights a forward pass uses. The caller owns the draw index: one per micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pass {
-    /// The posterior mean, no dropout: deterministic prediction.
-    Mean,
-    /// A fresh draw, dropout active: training.
-    Train {
-        /// The index of the draw; the same index is the same noise.
-        draw: u64,
-    },
-    /// Draw number `draw` of the posterior, no dropout: the same weights for every batch.
-    Posterior {
-        /// The index of the draw.
-        draw: u64,
-    },
-}
-
-impl Pass {
-    /// The draw that dropout uses: only training drops.
-    pub fn dropout_draw(&self) -> Option<u64> {
-        match self {
-            Self::Train { draw } => Some(*draw),
-            Self::Mean | Self::Posterior { .. } => None,
-        }
-    }
-
-    /// The draw that posterior sampling uses. Bit 62 marks predictive ones, so that they never share
-    /// noise with training, whose draws stay consecutive (a buffer fills blocks of them). The bit
-    /// above it stays free: [`fill_bartlett`](crate::dist::wishart::fill_bartlett) doubles its draw.
-    ///
-    /// # Errors
-    /// If the pass's own index is 2^62 or more: it would be the address of another pass.
-    pub fn posterior_draw(&self) -> candle_core::Result<Option<u64>> {
-        const PREDICTIVE: u64 = 1 << 62;
-        let (draw, mark) = match *self {
-            Self::Mean => return Ok(None),
-            Self::Train { draw } => (draw, 0),
-            Self::Posterior { draw } => (draw, PREDICTIVE),
-        };
-        match draw < PREDICTIVE {
-            true => Ok(Some(draw | mark)),
-            false => candle_core::bail!("expected a draw below 2^62, got {draw}"),
-        }
-    }
-}
+pub use pass::Pass;
+pub(crate) use probe::Probe;
+pub use standalone::{AdaptedLinear, MeanView};
 
 /// A method's change to one linear layer. Its forward is pure: it alters no state.
 pub trait Adapter: Send + Sync + std::fmt::Debug {
@@ -75,7 +35,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// If shapes or dtypes do not fit the base.
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor>;
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor>;
 
     /// The trainable tensors, by role.
     fn parameters(&self) -> Vec<(Role, Tensor)>;
@@ -89,9 +49,6 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
 
     /// The concrete method, for those that know it (the regulariser, files).
     fn as_any(&self) -> &dyn Any;
-
-    /// The same, to change it in place.
-    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
 /// A linear layer of a model: its base weight and its adapters, of which at most one is active.
@@ -247,8 +204,9 @@ impl Slot {
     }
 
     /// The linear layer that this slot is under every pass: its base, where no adapter is active.
-    pub fn as_linear(&self) -> Option<&Linear> {
-        (self.active.is_none() && !probe::is_asked()).then_some(&self.base)
+    /// None where a probe asks for each layer's own output.
+    pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
+        (self.active.is_none() && cx.probe.is_none()).then_some(&self.base)
     }
 
     /// The name and the adapter that is active.
@@ -266,22 +224,20 @@ impl Slot {
     /// # Errors
     /// If shapes or dtypes do not fit, or the slot is merged and the pass is not the mean: a merged
     /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
-    pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        let layer = match (&self.merged, self.active()) {
-            (Some(_), _) if *pass != Pass::Mean => {
+    pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        let plain = |layer: &Linear| ops::linear(xs, layer.weight(), layer.bias(), cx.path);
+        let output = match (&self.merged, self.active()) {
+            (Some(_), _) if cx.pass != Pass::Mean => {
                 let reason = format!("{} is merged and knows its mean alone: unmerge it first", self.path);
-                return Err(Error::config("pass", format!("{pass:?}: {reason}")).into());
+                return Err(Error::config("pass", format!("{:?}: {reason}", cx.pass)).into());
             }
-            (Some(merged), _) => merged,
-            (None, Some((_, adapter))) => {
-                let output = adapter.forward(xs, &self.base, pass)?;
-                probe::look(&self.path, &output);
-                return Ok(output);
-            }
-            (None, None) => &self.base,
+            (Some(merged), _) => plain(merged)?,
+            (None, Some((_, adapter))) => adapter.forward(xs, &self.base, cx)?,
+            (None, None) => plain(&self.base)?,
         };
-        let output = ops::linear(xs, layer.weight(), layer.bias())?;
-        probe::look(&self.path, &output);
+        if let Some(probe) = &cx.probe {
+            probe.look(&self.path, &output);
+        }
         Ok(output)
     }
 }

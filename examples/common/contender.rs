@@ -14,7 +14,7 @@ use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassificatio
 use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::params::{Params, Role};
-use monteclora::slot::{Linears, Pass};
+use monteclora::slot::{Context, Linears, Pass};
 use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::Value;
@@ -94,18 +94,18 @@ impl Model {
     }
 
     /// The loss of full rows: their classes, or their next tokens.
-    fn loss(&self, ids: &Tensor, mask: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, mask: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         match self {
             Self::Encoder(model) => {
                 let labels: Vec<i64> = (0..batch as i64).map(|i| i % 2).collect();
                 let labels = Tensor::from_vec(labels, batch, ids.device())?;
-                ops::cross_entropy(&model.forward(ids, None, mask, pass)?, &labels, -100)
+                ops::cross_entropy(&model.forward(ids, None, mask, cx)?, &labels, -100, cx.path)
             }
             Self::Decoder(model) => {
-                let hidden = model.hidden(ids, mask, None, pass)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
+                let hidden = model.hidden(ids, mask, None, cx)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
                 let next = ids.narrow(1, 1, length - 1)?.flatten_all()?.to_dtype(DType::I64)?;
-                model.token_loss(&hidden, &next, pass)
+                model.token_loss(&hidden, &next, cx)
             }
         }
     }
@@ -219,7 +219,7 @@ impl Contender {
     pub fn step(&mut self, draw: u64) -> Outcome {
         let (pass, (ids, mask)) = (Pass::Train { draw }, &self.batch);
         let start = Instant::now();
-        let mut loss = self.model.loss(ids, mask, &pass)?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
             loss = (loss + regularizer.for_model(self.model.linears(), &pass)?.total)?;
         }

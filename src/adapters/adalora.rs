@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::low_rank::{self, LowRank};
 use crate::error::{Error, Result};
 use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Linears, Pass};
+use crate::slot::{Adapter, Context, Linears};
 
 pub use super::rank_allocator::RankAllocator;
 
@@ -176,8 +176,8 @@ pub fn orthogonal_penalty(model: &dyn Linears) -> Result<Option<Tensor>> {
 }
 
 impl Adapter for AdaLora {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.pair.forward(xs, base, &self.weighted()?, pass)
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, &self.weighted()?, cx)
     }
 
     fn parameters(&self) -> Vec<(Role, Tensor)> {
@@ -193,10 +193,6 @@ impl Adapter for AdaLora {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

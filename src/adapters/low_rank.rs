@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::noise::{Purpose, Stream};
 use crate::ops;
 use crate::params::{Init, Params, Role};
-use crate::slot::Pass;
+use crate::slot::Context;
 
 /// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
 #[derive(Debug, Clone)]
@@ -114,20 +114,27 @@ impl LowRank {
         xs: &Tensor,
         base: &Linear,
         a: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        match self.dropped(xs, pass)? {
-            None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale),
-            Some(dropped) => {
-                ops::linear_and_low_rank(xs, base.weight(), base.bias(), &dropped, a, &self.b, self.scale)
-            }
+        match self.dropped(xs, cx)? {
+            None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale, cx.path),
+            Some(dropped) => ops::linear_and_low_rank(
+                xs,
+                base.weight(),
+                base.bias(),
+                &dropped,
+                a,
+                &self.b,
+                self.scale,
+                cx.path,
+            ),
         }
     }
 
     /// `xs` with its dropout, where this pass drops.
-    pub(super) fn dropped(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Option<Tensor>> {
-        let draw = pass.dropout_draw().filter(|_| self.dropout > 0.0);
-        draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw)).transpose()
+    pub(super) fn dropped(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        let draw = cx.pass.dropout_draw().filter(|_| self.dropout > 0.0);
+        draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw, cx.path)).transpose()
     }
 
     /// `s B A`, `(out_dim, in_dim)`.
@@ -152,7 +159,8 @@ pub fn dims(base: &Linear) -> Result<(usize, usize)> {
 mod tests {
     use super::*;
     use crate::noise::Noise;
-    use crate::ops::{with_lane, Lane};
+    use crate::ops::OpPath;
+    use crate::slot::Pass;
     use candle_core::{DType, Device};
 
     #[test]
@@ -167,12 +175,12 @@ mod tests {
         params.set("layer.b", &normal("b", (5, 3))?)?;
         let (xs, weight) = (normal("xs", (40, 6))?.to_dtype(DType::BF16)?, normal("w", (5, 6))?);
         let base = Linear::new(weight.to_dtype(DType::BF16)?, None);
-        let got = pair.forward(&xs, &base, pair.a(), &Pass::Train { draw: 3 })?;
+        let got = pair.forward(&xs, &base, pair.a(), &Pass::Train { draw: 3 }.into())?;
         let stream = Noise::new(2).stream("layer", Purpose::Dropout);
-        let dropped = ops::dropout(&xs, 0.4, &stream, 3)?.to_dtype(DType::F32)?;
-        // The lane that half width runs in: the same products to the last bit.
-        let low = with_lane(Lane::Composed, || ops::low_rank(&dropped, pair.a(), pair.b(), 1.7))?;
-        let frozen = ops::linear(&xs, base.weight(), None)?.to_dtype(DType::F32)?;
+        let dropped = ops::dropout(&xs, 0.4, &stream, 3, OpPath::Fused)?.to_dtype(DType::F32)?;
+        // The path that half width runs on: the same products to the last bit.
+        let low = ops::low_rank(&dropped, pair.a(), pair.b(), 1.7, OpPath::Composed)?;
+        let frozen = ops::linear(&xs, base.weight(), None, OpPath::Fused)?.to_dtype(DType::F32)?;
         let want = (frozen + low)?.to_dtype(DType::BF16)?;
         let host = |t: &Tensor| t.to_dtype(DType::F32)?.to_vec2::<f32>();
         assert_eq!(got.dtype(), DType::BF16);

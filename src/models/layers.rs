@@ -7,8 +7,8 @@ use candle_nn::{Init, Linear, VarBuilder};
 
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops;
-use crate::slot::{Pass, Slot};
+use crate::ops::{self, OpPath};
+use crate::slot::{Context, Slot};
 
 /// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
 /// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
@@ -91,16 +91,16 @@ impl LayerNorm {
     ///
     /// # Errors
     /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        ops::layer_norm(xs, &self.weight, &self.bias, self.eps)
+    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::layer_norm(xs, &self.weight, &self.bias, self.eps, path)
     }
 
     /// The normalised sum of `xs` and `residual`, both (.., dim).
     ///
     /// # Errors
     /// If the shapes differ.
-    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> candle_core::Result<Tensor> {
-        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps)
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps, path)
     }
 }
 
@@ -129,8 +129,8 @@ impl RmsNorm {
     ///
     /// # Errors
     /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        ops::rms_norm(xs, &self.weight, self.eps)
+    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::rms_norm(xs, &self.weight, self.eps, path)
     }
 }
 
@@ -151,15 +151,15 @@ impl Dropout {
     ///
     /// # Errors
     /// If the rate is not in `[0, 1)`.
-    pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        match self.active(pass) {
-            Some((rate, stream, draw)) => ops::dropout(xs, rate, &stream, draw),
+    pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        match self.active(cx) {
+            Some((rate, stream, draw)) => ops::dropout(xs, rate, &stream, draw, cx.path),
             None => Ok(xs.clone()),
         }
     }
 
     /// Rate, stream and draw, where this pass drops: for ops that drop inside.
-    pub fn active(&self, pass: &Pass) -> Option<(f64, Stream, u64)> {
-        pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
+    pub fn active(&self, cx: &Context) -> Option<(f64, Stream, u64)> {
+        cx.pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
     }
 }

@@ -12,7 +12,7 @@ use super::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::noise::Noise;
-use crate::slot::{Linears, Pass};
+use crate::slot::{Context, Linears};
 
 /// A model with a head that classifies or scores a whole sequence.
 pub trait SequenceClassifier: Linears + Debug {
@@ -31,7 +31,7 @@ pub trait SequenceClassifier: Linears + Debug {
         input_ids: &Tensor,
         token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor>;
 
     /// Whether training keeps each layer's input alone and computes the layer again in backward
@@ -51,11 +51,11 @@ impl SequenceClassifier for RobertaForSequenceClassification {
         input_ids: &Tensor,
         token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
         // RoBERTa has one token type; its tokenizers number pairs all the same.
         let types = (self.config().type_vocab_size > 1).then_some(token_type_ids);
-        self.forward(input_ids, types, attention_mask, pass)
+        self.forward(input_ids, types, attention_mask, cx)
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {
@@ -77,9 +77,9 @@ impl SequenceClassifier for LlamaForSequenceClassification {
         input_ids: &Tensor,
         _token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        self.forward(input_ids, attention_mask, pass)
+        self.forward(input_ids, attention_mask, cx)
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {

@@ -2,23 +2,23 @@
 
 pub mod buffer;
 pub mod config;
-mod held;
-#[cfg(feature = "cuda")]
-mod kernel_draw;
+mod draw;
 pub mod layer;
 pub mod linear;
 pub mod noise;
+mod peft_compat;
 pub mod posterior;
 pub mod regularizer;
-mod row_scales;
 mod scaler;
+mod schedule;
 
 pub use buffer::SampleBuffer;
-pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
-pub use held::with_held_draws;
+pub use config::{Compat, Initial, KlEvaluation, Mixture, MonteCLoRAConfig};
+pub use draw::PosteriorDraw;
 pub use layer::MonteCLoRA;
-pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
-pub use noise::{DrawNoise, NoiseSpec, NoiseStreams};
-pub use posterior::{Posterior, PosteriorDraw};
+pub use linear::MonteCLoRALinear;
+pub use noise::{DrawNoise, DrawSpec, NoiseStreams};
+pub use posterior::Posterior;
 pub use regularizer::{Regularizer, RegularizerTerms};
-pub use scaler::{SampleScaler, ScalerSchedule};
+pub use scaler::SampleScaler;
+pub use schedule::ScalerSchedule;

@@ -3,7 +3,7 @@
 use candle_core::{bail, DType, Tensor, D};
 
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{self, OpPath};
 
 /// The word embedding of a model and, under prompt tuning, the embeddings of virtual tokens that stand
 /// before those of every row.
@@ -56,8 +56,8 @@ impl EmbeddingSlot {
     ///
     /// # Errors
     /// If an id is outside the vocabulary.
-    pub fn lookup(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
-        ops::embedding(ids, &self.words)
+    pub fn lookup(&self, ids: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::embedding(ids, &self.words, path)
     }
 
     /// The embeddings of whole rows, virtual tokens first.
@@ -68,8 +68,8 @@ impl EmbeddingSlot {
     ///
     /// # Errors
     /// As [`Self::lookup`].
-    pub fn forward(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
-        let words = self.lookup(ids)?;
+    pub fn forward(&self, ids: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        let words = self.lookup(ids, path)?;
         let Some(prompt) = &self.prompt else { return Ok(words) };
         let (p, d) = prompt.dims2()?;
         // Repeated before it is rounded: the gradients of the rows are then summed in the prompt's dtype.
@@ -126,7 +126,7 @@ impl EmbeddingSlot {
         };
         let moved = take(&rows.detach(), &there)?;
         // Every element goes to one place: the gradient is taken from there, and nothing is summed.
-        ops::attach("after padding", [&rows], moved, move |call| Ok([Some(take(&call.grad, &back)?)]))
+        ops::custom_vjp("after padding", [&rows], moved, move |call| Ok([Some(take(&call.grad, &back)?)]))
     }
 
     /// Whether rows of so many tokens, virtual ones among them, are within a model's longest.

@@ -1,43 +1,28 @@
 //! Which layer is the first whose output is not finite: asked after a loss was not.
 
-use std::cell::RefCell;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
 
-thread_local! {
-    /// None: nobody asks. Else the layer, once it is found.
-    static FIRST: RefCell<Option<Option<String>>> = const { RefCell::new(None) };
+/// Is told of layers' outputs and remembers the first layer whose output held NaN or infinity.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Probe {
+    first: Arc<Mutex<Option<String>>>,
 }
 
-/// Runs a forward pass on this thread and returns the path of the first [`Slot`](super::Slot) whose
-/// output held NaN or infinity.
-pub(crate) fn first_non_finite<T>(forward: impl FnOnce() -> T) -> Option<String> {
-    /// Nobody asks any more, whatever becomes of the pass.
-    struct Ask;
-    impl Drop for Ask {
-        fn drop(&mut self) {
-            FIRST.set(None);
-        }
+impl Probe {
+    /// The path of the first layer that was found.
+    pub fn first_non_finite(&self) -> Option<String> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-    let ask = Ask;
-    FIRST.set(Some(None));
-    forward();
-    let found = FIRST.take().flatten();
-    drop(ask);
-    found
-}
 
-/// Whether somebody asks: then no layer may be computed past its slot.
-pub(super) fn is_asked() -> bool {
-    FIRST.with_borrow(Option::is_some)
-}
-
-/// Is told of a layer's output.
-pub(super) fn look(path: &str, output: &Tensor) {
-    let open = FIRST.with_borrow(|first| matches!(first, Some(None)));
-    let zero = || output.detach().to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>();
-    // NaN and infinity times zero are NaN.
-    if open && zero().is_ok_and(f32::is_nan) {
-        FIRST.set(Some(Some(path.to_string())));
+    /// Is told of a layer's output.
+    pub fn look(&self, path: &str, output: &Tensor) {
+        let zero = || output.detach().to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>();
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        // NaN and infinity times zero are NaN.
+        if first.is_none() && zero().is_ok_and(f32::is_nan) {
+            *first = Some(path.to_string());
+        }
     }
 }

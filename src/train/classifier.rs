@@ -24,7 +24,7 @@ use crate::noise::Noise;
 use crate::ops;
 use crate::params::{Param, Params, Role};
 use crate::peft::{AdapterFile, Origin, Profile};
-use crate::slot::Pass;
+use crate::slot::Context;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.
 #[derive(Debug)]
@@ -135,17 +135,18 @@ impl Classifier {
     /// # Errors
     /// If a label is out of range or of the wrong kind (the error names the data's row), or the
     /// forward pass fails.
-    pub fn loss(&self, batch: &Batch, pass: &Pass) -> Result<Loss> {
+    pub fn loss(&self, batch: &Batch, cx: &Context) -> Result<Loss> {
         self.check_labels(batch)?;
-        let outputs = self.predict(batch, pass)?;
+        let cx = self.upkeep.context(cx)?;
+        let outputs = self.predict(batch, &cx)?;
         let task = match self.is_regression() {
             true => {
                 let scores = batch.labels.to_device(outputs.device())?;
-                ops::mean_squared_error(&outputs.squeeze(1)?, &scores)?
+                ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
             }
-            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED)?,
+            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?,
         };
-        self.upkeep.loss(task, self.model.as_ref(), pass)
+        self.upkeep.loss(task, self.model.as_ref(), &cx.pass)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
@@ -202,8 +203,8 @@ fn check_trained_head(params: &Params, checkpoint: &VarBuilder, file: &AdapterFi
 }
 
 impl Predictor for Classifier {
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, pass)
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+        self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, cx)
     }
 }
 
@@ -237,8 +238,8 @@ impl Objective for Classification<'_> {
         Ok(self.batcher.epoch(&lengths, epoch))
     }
 
-    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
-        self.classifier.loss(&self.batch(rows)?, pass)
+    fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+        self.classifier.loss(&self.batch(rows)?, cx)
     }
 
     fn settings(&self) -> Settings {
@@ -256,7 +257,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.upkeep.before_step(self.classifier.model.as_ref(), step, total)
+        self.classifier.upkeep.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {

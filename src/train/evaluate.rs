@@ -72,7 +72,7 @@ impl Predictions {
             return Err(Error::config("batches", reason));
         }
         batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
-        let outputs = logits(classifier, batches, &Pass::Mean)?;
+        let outputs = logits(classifier, batches, &Pass::Mean.into())?;
         let regression = classifier.is_regression();
         let mean = match regression {
             true => outputs.clone(),

@@ -9,7 +9,7 @@ use super::checkpoint::Settings;
 use super::gradients::Gradients;
 use crate::error::{Error, Result};
 use crate::params::Params;
-use crate::slot::Pass;
+use crate::slot::Context;
 
 /// The loss of one micro-batch: scalar tensors.
 #[derive(Debug)]
@@ -29,11 +29,12 @@ pub trait Objective {
     /// If there is no data.
     fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>>;
 
-    /// The mean loss over some rows.
+    /// The mean loss over some rows, in the context that the loop gives: its pass, and where a loss was
+    /// not finite a probe. What the method adds to it is the objective's business.
     ///
     /// # Errors
     /// If the forward pass fails.
-    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss>;
+    fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss>;
 
     /// How much a micro-batch counts among those of its step: what its mean is a mean over.
     fn weight(&self, rows: &[usize]) -> f64 {

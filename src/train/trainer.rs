@@ -13,7 +13,7 @@ use super::optim::AdamW;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::params::Params;
-use crate::slot::{self, Pass};
+use crate::slot::{Context, Pass, Probe};
 
 /// Steps in a row that may be skipped.
 const PATIENCE: usize = 10;
@@ -302,12 +302,16 @@ fn group_gradients(
     for (i, rows) in group.iter().enumerate() {
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw: first_draw + i as u64 };
-        let loss = objective.loss(rows, &pass)?;
+        let cx = Context::from(pass);
+        let loss = objective.loss(rows, &cx)?;
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
         for (name, &value) in names.zip(&values) {
             if !value.is_finite() {
-                let layer = slot::first_non_finite(|| objective.loss(rows, &pass));
+                let probe = Probe::default();
+                // Whether this pass fails as well is of no interest: the error is known.
+                objective.loss(rows, &cx.with_probe(&probe)).ok();
+                let layer = probe.first_non_finite();
                 return Err(Error::NonFinite {
                     step,
                     term: name.to_string(),

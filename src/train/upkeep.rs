@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
 use crate::ops;
 use crate::params::Params;
-use crate::slot::{Linears, Pass};
+use crate::slot::{Context, Linears, Pass};
 
 /// A method's part of training; the default is that of a method which has none.
 #[derive(Debug, Default)]
@@ -100,13 +100,24 @@ impl Upkeep {
         }
     }
 
+    /// The context of a forward pass with what the method adds: the present factors on eps.
+    ///
+    /// # Errors
+    /// If an earlier step panicked.
+    pub fn context(&self, cx: &Context) -> Result<Context> {
+        match &self.kind {
+            Kind::Posterior { scaler, .. } => Ok(cx.clone().with_scaler_factors(locked(scaler)?.factors())),
+            Kind::None | Kind::Budget { .. } => Ok(cx.clone()),
+        }
+    }
+
     /// Before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// If the walk over the model fails.
-    pub fn before_step(&self, model: &dyn Linears, step: usize, total: usize) -> Result<()> {
+    /// As [`SampleScaler::before_step`].
+    pub fn before_step(&self, step: usize, total: usize) -> Result<()> {
         match &self.kind {
-            Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(model, step, total),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),
             Kind::None | Kind::Budget { .. } => Ok(()),
         }
     }

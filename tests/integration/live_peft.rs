@@ -67,8 +67,8 @@ impl Model {
         let (ids, mask) = inputs()?;
         let (ids, mask) = (ids.to_dtype(DType::U32)?, mask.to_dtype(DType::U8)?);
         Ok(match self {
-            Self::Causal(model) => model.logits(&ids, &mask, &Pass::Mean)?,
-            Self::Sequence(model) => model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean)?,
+            Self::Causal(model) => model.logits(&ids, &mask, &Pass::Mean.into())?,
+            Self::Sequence(model) => model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?,
         })
     }
 }
@@ -101,7 +101,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
         }
         false => (logits, labels),
     };
-    let task = ops::cross_entropy(&logits, &labels, -100)?.to_scalar::<f32>()?;
+    let task = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f32>()?;
     let Method::MonteCLoRA(config) = method else { return Ok(task) };
     let mut posteriors = Vec::new();
     model.linears().visit_linears(&mut |slot| {
@@ -111,7 +111,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
     })?;
     let draw = |posterior: &Posterior| -> Outcome<DrawNoise> {
         let spec = posterior.spec();
-        let (r, n) = (spec.rank, spec.num_components);
+        let (r, n) = (spec.config.rank, spec.config.num_components);
         let chi: Vec<f32> = (0..r * r)
             .map(|i| if i / r == i % r { (1.0 + (i / r) as f32 / 10.0).sqrt() } else { 0.0 })
             .collect();

@@ -27,7 +27,7 @@ fn second() -> Outcome<(AdapterFile, Vec<f32>)> {
     let method = Method::Lora(lora());
     let file =
         AdapterFile::from_model(&model, inject::DEFAULT_ADAPTER, &params, &method, &Origin::default())?;
-    Ok((file, logits(&model, &Pass::Mean)?))
+    Ok((file, logits(&model, &Pass::Mean.into())?))
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
     inject::lora_named(&mut model, "first", &Targets::parse("all-linear")?, &lora(), &params)?;
     scatter(&params)?;
     file.apply(&mut model, "second", &params)?;
-    assert_eq!(logits(&model, &Pass::Mean)?, expected);
+    assert_eq!(logits(&model, &Pass::Mean.into())?, expected);
     model.visit_linears(&mut |slot| {
         assert!(slot.active().is_none_or(|(name, _)| name == "second"), "{}", slot.path());
         Ok(())
@@ -49,8 +49,10 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
 fn loss(model: &LlamaForCausalLM, bayesian: bool) -> Outcome<Tensor> {
     let pass = Pass::Train { draw: 0 };
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
-    let task =
-        model.logits(&ids, &Tensor::ones((1, 5), DType::U8, &Device::Cpu)?, &pass)?.sqr()?.mean_all()?;
+    let task = model
+        .logits(&ids, &Tensor::ones((1, 5), DType::U8, &Device::Cpu)?, &pass.into())?
+        .sqr()?
+        .mean_all()?;
     Ok(match bayesian {
         true => (task + Regularizer::new(&bayes()).for_model(model, &pass)?.total)?,
         false => task,

@@ -43,7 +43,7 @@ fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
         merge(model.as_mut())?;
         let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
         let (ids, types, mask) = (&batch.input_ids, &batch.token_type_ids, &batch.attention_mask);
-        assert_eq!(once, model.logits(ids, types, mask, &Pass::Mean)?.to_vec2::<f32>()?);
+        assert_eq!(once, model.logits(ids, types, mask, &Pass::Mean.into())?.to_vec2::<f32>()?);
         let again = out.with_file_name("again");
         save_merged(model.as_ref(), &params, files, Some(&config.to_json()), &again, limit)?;
         for file in saved.weights() {
@@ -145,7 +145,7 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
     save_merged(&model, &params, &decoder, None, &out, 12_000)?;
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
     let again = LlamaForCausalLM::load(saved.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
-    assert_eq!(logits(&again, &Pass::Mean)?, logits(&model, &Pass::Mean)?);
+    assert_eq!(logits(&again, &Pass::Mean.into())?, logits(&model, &Pass::Mean.into())?);
 
     // A checkpoint of the bare body trains under its own names.
     let bare = bare_checkpoint(&checkpoint(dirs[1].path())?, dirs[2].path())?;
@@ -161,7 +161,7 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
     let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
     let (ids, types, mask) = (&batch.input_ids, &batch.token_type_ids, &batch.attention_mask);
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
-    let expected = model.logits(ids, types, mask, &Pass::Mean)?.to_vec2::<f32>()?;
+    let expected = model.logits(ids, types, mask, &Pass::Mean.into())?.to_vec2::<f32>()?;
     assert_eq!(logits_of(&saved, None, &rows)?, expected);
     Ok(())
 }

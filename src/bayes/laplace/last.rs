@@ -75,7 +75,7 @@ impl LastLayer {
     /// # Errors
     /// If the outputs are not this layer's, W phi + b.
     pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
-        let outputs = model.predict(batch, &Pass::Mean)?;
+        let outputs = model.predict(batch, &Pass::Mean.into())?;
         let (examples, classes) = outputs.dims2()?;
         let features = self.features(&outputs)?; // (b, d)
         let (_, whole) = self.parameters()?.remove(0);

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// LLaMA as a language model.
 #[derive(Debug)]
@@ -66,17 +66,17 @@ impl CausalLm for LlamaForCausalLM {
         input_ids: &Tensor,
         attention_mask: &Tensor,
         cache: Option<&mut Cache>,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        self.decoder.forward(input_ids, attention_mask, cache, pass)
+        self.decoder.forward(input_ids, attention_mask, cache, cx)
     }
 
-    fn head(&self, hidden: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
-        ops::linear(hidden, &self.head, None)
+    fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        ops::linear(hidden, &self.head, None, cx.path)
     }
 
-    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
-        ops::linear_cross_entropy(hidden, &self.head, targets, -100)
+    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        ops::linear_cross_entropy(hidden, &self.head, targets, -100, cx.path)
     }
 }
 

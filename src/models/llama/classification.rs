@@ -8,7 +8,7 @@ use super::decoder::LlamaDecoder;
 use crate::error::Result;
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// LLaMA with a linear classifier on the last real token.
 #[derive(Debug)]
@@ -57,9 +57,9 @@ impl LlamaForSequenceClassification {
         &self,
         input_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let hidden = self.decoder.forward(input_ids, attention_mask, None, pass)?;
+        let hidden = self.decoder.forward(input_ids, attention_mask, None, cx)?;
         let (b, t, _) = hidden.dims3()?;
         // The column of the last real token: in f32, exactly, where every backend has an argmax.
         let columns = Tensor::arange(0u32, t as u32, hidden.device())?.to_dtype(DType::F32)?;
@@ -67,7 +67,7 @@ impl LlamaForSequenceClassification {
         let starts: Vec<u32> = (0..b).map(|row| (row * t) as u32).collect();
         let at = (Tensor::from_vec(starts, b, hidden.device())? + last)?;
         let chosen = hidden.flatten_to(1)?.index_select(&at, 0)?; // (b, d)
-        ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None)
+        ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None, cx.path)
     }
 }
 

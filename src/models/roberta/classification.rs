@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::layers::{linear, slot, Dropout};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// RoBERTa or BERT with a classification head on the first token.
 #[derive(Debug)]
@@ -85,21 +85,21 @@ impl RobertaForSequenceClassification {
         input_ids: &Tensor,
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, pass)?; // (b, d)
+        let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, cx)?; // (b, d)
         let project = |layer: &Linear, xs: &Tensor| {
             let weight = layer.weight();
-            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias())
+            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias(), cx.path)
         };
         match &self.head {
             Head::Roberta { before, dense, after, out_proj } => {
-                let xs = project(dense, &before.forward(&first, pass)?)?.tanh()?;
-                project(out_proj, &after.forward(&xs, pass)?)
+                let xs = project(dense, &before.forward(&first, cx)?)?.tanh()?;
+                project(out_proj, &after.forward(&xs, cx)?)
             }
             Head::Bert { pooler, dropout, classifier } => {
-                let pooled = pooler.forward(&first, pass)?.tanh()?;
-                project(classifier, &dropout.forward(&pooled, pass)?)
+                let pooled = pooler.forward(&first, cx)?.tanh()?;
+                project(classifier, &dropout.forward(&pooled, cx)?)
             }
         }
     }

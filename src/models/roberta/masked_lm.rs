@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::layers::{linear, LayerNorm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
 #[derive(Debug)]
@@ -65,13 +65,18 @@ impl RobertaForMaskedLM {
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
         positions: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, pass)?;
+        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, cx)?;
         let d = hidden.dim(D::Minus1)?;
         let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
-        let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias())?)?;
-        ops::linear(&self.norm.forward(&xs)?, self.encoder.word_embeddings(), Some(&self.bias))
+        let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias(), cx.path)?, cx.path)?;
+        ops::linear(
+            &self.norm.forward(&xs, cx.path)?,
+            self.encoder.word_embeddings(),
+            Some(&self.bias),
+            cx.path,
+        )
     }
 }
 

@@ -33,7 +33,7 @@ type Backward<const N: usize> = Box<dyn Fn(Call<N>) -> Gradients<N> + Send + Syn
 /// `backward` must not capture a tracked tensor nor the result: the one would silently get no
 /// gradient, the other keeps the graph alive for ever. Without a tracked argument `backward` is
 /// dropped, and with it all that it saved.
-pub(crate) fn attach<'a, const N: usize>(
+pub(crate) fn custom_vjp<'a, const N: usize>(
     name: &'static str,
     args: [&'a Tensor; N],
     result: Tensor,

@@ -2,23 +2,25 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::config::{Compat, Mixture};
-use super::noise::{NoiseSpec, NoiseStreams};
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
 use crate::kernels::{address, count, device_of, grid, launch, room, tensor};
-use crate::ops;
+use crate::monteclora::config::{Compat, Mixture};
+use crate::monteclora::noise::DrawSpec;
+use crate::monteclora::posterior::Posterior;
+use crate::ops::custom_vjp;
 
 /// Elements of a tile, and its most columns: those of `draw.cu`.
 const TILE: usize = 4096;
 const TILE_COLUMNS: usize = 64;
 
 /// Whether the kernels make this draw: the default ones, in single precision.
-pub(super) fn serves(spec: &NoiseSpec) -> bool {
-    let method = spec.compat == Compat::None && spec.estimator == Estimator::Exact;
-    let (mixture, rank) = (spec.mixture != Mixture::Explicit, (1..=TILE).contains(&spec.rank));
+pub(super) fn serves(spec: &DrawSpec) -> bool {
+    let config = &spec.config;
+    let method = config.compat == Compat::None && config.estimator == Estimator::Exact;
+    let (mixture, rank) = (config.mixture != Mixture::Explicit, (1..=TILE).contains(&config.rank));
     let device = spec.device.is_cuda() && spec.dtype == DType::F32;
-    device && method && mixture && rank && !ops::slow_lane_forced()
+    device && method && mixture && rank
 }
 
 /// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw`; of a sparse mixture without the norm.
@@ -29,25 +31,21 @@ pub(super) fn serves(spec: &NoiseSpec) -> bool {
 ///
 /// # Errors
 /// If there is no such draw, a tensor is elsewhere or of another shape, or the device fails.
-pub(super) fn perturbed(
-    [a, rho, c]: [&Tensor; 3],
-    spec: &NoiseSpec,
-    streams: &NoiseStreams,
-    eps: f64,
-    draw: u64,
-) -> Result<Tensor> {
+pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) -> Result<Tensor> {
     let device = device_of(a)?.clone();
-    let (r, width) = (spec.rank, spec.in_dim);
-    check_draw(draw, r, spec.df)?;
-    if a.dims() != [r, width] || rho.dims() != [r] || c.dims() != [spec.num_components] {
+    let (rho, c) = (posterior.std_prior(), posterior.expert_weights_prior());
+    let (spec, config) = (posterior.spec(), &posterior.spec().config);
+    let (r, width, df) = (config.rank, spec.in_dim, config.degrees());
+    check_draw(draw, r, df)?;
+    if a.dims() != [r, width] || rho.dims() != [r] || c.dims() != [config.num_components] {
         candle_core::bail!("a draw ({r}, {width}): A {:?}, rho {:?}, c {:?}", a.dims(), rho.dims(), c.dims())
     }
-    let components = if spec.mixture == Mixture::Sparse { 0 } else { spec.num_components };
-    let [wishart, dirichlet, gaussian] = streams.keys();
+    let components = if config.mixture == Mixture::Sparse { 0 } else { config.num_components };
+    let [wishart, dirichlet, gaussian] = posterior.streams().keys();
     let (rank, n, columns) = (count(r)?, count(components)?, count(width)?);
     count(r * width)?;
     let tiles = count(width.div_ceil(TILE_COLUMNS.min(TILE / r)))?;
-    let diagonal = u32::from(spec.covariance == Covariance::Diagonal);
+    let diagonal = u32::from(config.covariance == Covariance::Diagonal);
 
     let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
     let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(tensor, DType::F32));
@@ -57,7 +55,7 @@ pub(super) fn perturbed(
     let some = components.max(1);
     let (mut pi, mut slopes) = (room::<f64>(&device, some)?, room::<f64>(&device, some)?);
     launch!(&device; grid(1); draw_scales(
-        &rank, &n, &spec.df, &diagonal, &eps, &wishart, &dirichlet, &draw, &rho_data, &c_data, &mut tril, &mut rows,
+        &rank, &n, &df, &diagonal, &eps, &wishart, &dirichlet, &draw, &rho_data, &c_data, &mut tril, &mut rows,
         &mut pi, &mut slopes
     ));
     let mut out = room::<f32>(&device, r * width)?;
@@ -65,7 +63,7 @@ pub(super) fn perturbed(
         &rank, &columns, &gaussian, &draw, &a_data, &tril, &rows, &mut out
     ));
     let out = tensor(out, (r, width), &device);
-    ops::attach("draw", [a, rho, c], out, move |call| {
+    custom_vjp("draw", [a, rho, c], out, move |call| {
         let grad_a = call.needs[0].then(|| call.grad.clone());
         if !call.needs[1] && !call.needs[2] {
             return Ok([grad_a, None, None]);
@@ -92,18 +90,12 @@ mod tests {
 
     use super::*;
     use crate::monteclora::buffer::SampleBuffer;
-    use crate::monteclora::posterior::Posterior;
-    use crate::monteclora::MonteCLoRAConfig;
+    use crate::monteclora::{MonteCLoRAConfig, NoiseStreams};
     use crate::noise::{Noise, Purpose};
-    use crate::ops::{with_lane, Lane};
+    use crate::ops::OpPath;
 
     /// A + Delta of a draw, and the gradients of A, rho and c, zero where there is none.
-    fn draw(
-        device: &Device,
-        lane: Option<Lane>,
-        config: &MonteCLoRAConfig,
-        width: usize,
-    ) -> Result<[Vec<f32>; 4]> {
+    fn draw(device: &Device, path: OpPath, config: &MonteCLoRAConfig, width: usize) -> Result<[Vec<f32>; 4]> {
         let values = |which: u64, len: usize| {
             let mut xs = vec![0f32; len];
             Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
@@ -112,14 +104,11 @@ mod tests {
         let (r, n) = (config.rank, config.num_components);
         let a = Var::from_tensor(&values(0, r * width)?.reshape((r, width))?)?;
         let (rho, c) = (Var::from_tensor(&values(1, r)?)?, Var::from_tensor(&values(2, n)?)?);
-        let spec = NoiseSpec::new(config, width, DType::F32, device);
+        let spec = DrawSpec::new(config, width, DType::F32, device);
         let streams = NoiseStreams::new(Noise::new(7), "layer.default");
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), 0, None);
-        let posterior = Posterior::new(&rho, &c, config, spec, streams).expect("a posterior");
-        let y = match lane {
-            Some(lane) => with_lane(lane, || posterior.perturbed_at(&a, 5, &buffer))?,
-            None => posterior.perturbed_at(&a, 5, &buffer)?,
-        };
+        let posterior = Posterior::new(&rho, &c, spec, streams).expect("a posterior");
+        let y = crate::monteclora::draw::perturbed(&posterior, &a, 5, &buffer, config.sample_scaler, path)?;
         let weight = values(3, r * width)?.reshape((r, width))?;
         let grads = (&y * weight)?.sum_all()?.backward()?;
         let of = |var: &Var| match grads.get(var) {
@@ -141,10 +130,11 @@ mod tests {
         ] {
             let paper = MonteCLoRAConfig { sample_scaler: 0.4, ..MonteCLoRAConfig::paper() };
             let config = MonteCLoRAConfig { rank, num_components, mixture, covariance, ..paper };
-            let kernels = draw(&device, None, &config, width)?;
-            for other in
-                [draw(&device, Some(Lane::Composed), &config, width)?, draw(&host, None, &config, width)?]
-            {
+            let kernels = draw(&device, OpPath::Fused, &config, width)?;
+            for other in [
+                draw(&device, OpPath::Composed, &config, width)?,
+                draw(&host, OpPath::Fused, &config, width)?,
+            ] {
                 for (got, want) in kernels.iter().zip(&other) {
                     assert_eq!(got.len(), want.len(), "{rank} {mixture:?}");
                     let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));

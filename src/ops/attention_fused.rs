@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::attention::{padding_bytes, Mask, Shape};
-use super::dropout::Keep;
+use super::attention_mask::{padding_bytes, Mask, Shape};
+use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{for_rows, tensor, Host};
 use super::vmath;
@@ -22,7 +22,8 @@ pub(super) struct HostMask {
 
 impl HostMask {
     pub fn new(mask: &Mask) -> Result<Self> {
-        Ok(Self { padding: mask.padding.as_ref().map(padding_bytes).transpose()?, causal: mask.causal })
+        let padding = mask.padding.as_ref().map(padding_bytes).transpose()?;
+        Ok(Self { padding, causal: mask.causal.is_some() })
     }
 }
 
@@ -31,7 +32,7 @@ pub(super) struct Core {
     pub shape: Shape,
     pub scale: f32,
     pub mask: HostMask,
-    pub keep: Option<Keep>,
+    pub keep: Option<DropoutMask>,
 }
 
 /// A projected tensor (b, t, n * dim) read in place: heads are strides.

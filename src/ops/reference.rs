@@ -2,9 +2,8 @@
 
 use candle_core::{DType, Result, Tensor, D};
 
-use super::attention::{visible, Shape};
-use super::dropout::Keep;
-use super::Mask;
+use super::attention_mask::{visible, Mask, Shape};
+use super::dropout_mask::DropoutMask;
 
 pub(super) fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let y = xs.contiguous()?.broadcast_matmul(&weight.t()?)?;
@@ -46,7 +45,7 @@ pub(super) fn silu(xs: &Tensor) -> Result<Tensor> {
     xs.silu()
 }
 
-pub(super) fn dropout(xs: &Tensor, keep: &Keep) -> Result<Tensor> {
+pub(super) fn dropout(xs: &Tensor, keep: &DropoutMask) -> Result<Tensor> {
     xs * (keep.tensor(xs.shape(), xs.device())?.to_dtype(xs.dtype())? * keep.scale())?
 }
 
@@ -66,7 +65,7 @@ pub(super) fn attention(
     shape: &Shape,
     scale: f64,
     mask: &Mask,
-    dropout: Option<&Keep>,
+    dropout: Option<&DropoutMask>,
 ) -> Result<Tensor> {
     let &Shape { b, tq, tk, heads, kv_heads, dim } = shape;
     let split = |x: &Tensor, t: usize, n: usize| -> Result<Tensor> {

@@ -1,0 +1,4 @@
+//! What every floor leans on, and nothing of it knows the method.
+
+pub(crate) mod check;
+pub(crate) mod dtype;
