@@ -80,8 +80,8 @@ fn cases() -> Outcome<Vec<Case>> {
     let labels = Tensor::from_vec(labels, LABELS, &Device::Cpu)?;
 
     let mut all = vec![
-        case("sum alone, 768", &[X], |t, path| Ok(t[0].clone())),
-        case("sum alone, 3072", &[WIDE], |t, path| Ok(t[0].clone())),
+        case("sum alone, 768", &[X], |t, _| Ok(t[0].clone())),
+        case("sum alone, 3072", &[WIDE], |t, _| Ok(t[0].clone())),
         case("linear, frozen", &[X, WEIGHT, VECTOR], |t, path| ops::linear(&t[0], &t[1], Some(&t[2]), path)),
         case("linear, trained", &[X, TRAINED[0], TRAINED[1]], |t, path| {
             ops::linear(&t[0], &t[1], Some(&t[2]), path)

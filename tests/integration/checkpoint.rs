@@ -9,6 +9,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
 use monteclora::params::{Params, Role};
+use monteclora::slot::Context;
 use monteclora::slot::Linears;
 use monteclora::{MonteCLoRAConfig, Pass};
 

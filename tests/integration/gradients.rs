@@ -51,7 +51,7 @@ fn classification_loss(model: &RobertaForSequenceClassification, pass: Pass) -> 
 fn full_fine_tuning_differentiates_every_weight_of_the_encoder() -> Outcome {
     for family in [Family::Roberta, Family::Bert] {
         let (model, params) = toy_classifier(&toy_config(family), Role::Base, DType::F64)?;
-        check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }.into()))?;
+        check(&params, || classification_loss(&model, Pass::Train { draw: 4 }))?;
     }
     Ok(())
 }
@@ -59,7 +59,7 @@ fn full_fine_tuning_differentiates_every_weight_of_the_encoder() -> Outcome {
 #[test]
 fn a_frozen_encoder_gives_gradients_to_its_head_alone() -> Outcome {
     let (model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
-    check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }.into()))?;
+    check(&params, || classification_loss(&model, Pass::Train { draw: 4 }))?;
     let names: Vec<String> = params.all().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names.len(), 4, "{names:?}");
     assert!(names.iter().all(|name| name.starts_with("classifier.")), "{names:?}");

@@ -16,10 +16,11 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::monteclora::{DrawNoise, Posterior};
+use monteclora::ops::{self, OpPath};
 use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Method, Origin, Profile};
 use monteclora::slot::Linears;
-use monteclora::{ops, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
+use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
 
 use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};

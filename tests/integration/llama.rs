@@ -188,7 +188,7 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     assert!(error.contains("id 50 at position 0"), "{error}");
     let train = Pass::Train { draw: 0 };
     let (ids, mask) = one_row(&[3])?;
-    let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train).unwrap_err().to_string();
+    let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train.into()).unwrap_err().to_string();
     assert!(error.contains("invalid cache"), "{error}");
 
     let (mut model, _) = toy(&toy_config(false)?, DType::F32)?;

@@ -115,9 +115,6 @@ fn what_cannot_be_merged_says_why() -> Outcome {
         fn as_any(&self) -> &dyn std::any::Any {
             self
         }
-        fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
-            self
-        }
     }
     let (mut model, _) = frozen(&toy_config(true)?, DType::F32)?;
     let error = merge(&mut model).unwrap_err().to_string();
