@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::checkpoint::{self, Settings};
+
 use super::gradients::Gradients;
 use super::objective::{Loss, Objective};
+use super::settings::{self, Settings};
 use super::upkeep::Upkeep;
 use crate::data::batch::{in_order, Batcher};
 use crate::data::causal::{CausalBatch, Tokens};
@@ -127,7 +128,7 @@ impl Objective for CausalTuning<'_> {
 
     fn settings(&self) -> Settings {
         let numbers = self.rows.iter().flat_map(Tokens::numbers);
-        checkpoint::settings(&self.batcher, &self.upkeep, self.model, numbers)
+        settings::of_run(&self.batcher, self.upkeep.settings(), self.model, numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -8,60 +8,21 @@
 
 mod state;
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
 pub(super) use state::{Numbers, State};
 
-use super::upkeep::Upkeep;
-use crate::data::batch::Batcher;
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::slot::{self, Linears};
 
 /// What a damaged checkpoint is called from then on: nobody reads or removes it.
 const DAMAGED: &str = "damaged-";
 /// The settings that say which rows a step takes: with others the place of a run means another.
 const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows", "seed"];
-
-/// Settings by name, as text: what two parts of one run must agree on.
-pub type Settings = BTreeMap<String, String>;
-
-/// What `value` is called and says, as JSON: what a checkpoint keeps must not depend on names of Rust.
-///
-/// # Errors
-/// If `value` has no form in JSON.
-pub(super) fn setting(name: &str, value: &impl Serialize) -> Result<(String, String)> {
-    let text = serde_json::to_string(value)
-        .map_err(|error| Error::config(name, format!("it cannot be written: {error}")))?;
-    Ok((name.to_string(), text))
-}
-
-/// A checksum of data, to be one of the [`Settings`]: `numbers` are all that the rows hold.
-pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {
-    let mut hasher = crc32fast::Hasher::new();
-    numbers.into_iter().for_each(|number| hasher.update(&number.to_le_bytes()));
-    format!("CRC-32 {:08x}", hasher.finalize())
-}
-
-/// The settings of data, batches, method and the frozen base.
-pub(super) fn settings(
-    batcher: &Batcher,
-    upkeep: &Upkeep,
-    model: &dyn Linears,
-    numbers: impl IntoIterator<Item = u32>,
-) -> Settings {
-    let rows = ("rows", fingerprint(numbers));
-    let dtype = slot::base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
-    let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
-    let own = own.map(|(name, value)| (name.to_string(), value));
-    own.chain(upkeep.settings().clone()).collect()
-}
 
 /// Where the checkpoints of a run are kept, and how it goes on from them.
 #[derive(Debug, Clone)]

@@ -6,10 +6,11 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-use super::checkpoint::{self, Settings};
+
 use super::gradients::Gradients;
 use super::method::{Method, Start};
 use super::objective::{Loss, Objective};
+use super::settings::{self, Settings};
 use super::upkeep::Upkeep;
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
@@ -245,7 +246,7 @@ impl Objective for Classification<'_> {
     fn settings(&self) -> Settings {
         let Classifier { model, upkeep, .. } = self.classifier;
         let numbers = self.rows.iter().flat_map(Encoded::numbers);
-        checkpoint::settings(&self.batcher, upkeep, model.as_ref(), numbers)
+        settings::of_run(&self.batcher, upkeep.settings(), model.as_ref(), numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

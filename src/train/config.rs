@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use super::checkpoint::Settings;
+use super::settings::Settings;
 use super::optim::AdamWConfig;
 use super::schedule::Schedule;
 use crate::error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::checkpoint::{self, Settings};
+use super::settings::{self, Settings};
 use super::upkeep::Upkeep;
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
@@ -165,10 +165,10 @@ impl Start {
     /// What a run must find unchanged to go on: the method's constants and the layers that it is on.
     fn settings(&self) -> Result<Settings> {
         let targets = match self {
-            Self::Fresh(_, targets) => checkpoint::setting("targets", targets)?,
-            Self::Adapter(file) | Self::PostHoc(file, _) => checkpoint::setting("targets", &file.config)?,
+            Self::Fresh(_, targets) => settings::setting("targets", targets)?,
+            Self::Adapter(file) | Self::PostHoc(file, _) => settings::setting("targets", &file.config)?,
         };
-        Ok([checkpoint::setting("method", &self.method())?, targets].into())
+        Ok([settings::setting("method", &self.method())?, targets].into())
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::checkpoint::Settings;
+use super::settings::Settings;
 use super::gradients::Gradients;
 use crate::error::{Error, Result};
 use crate::params::Params;

@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use candle_core::{DType, Tensor};
 
-use super::checkpoint::{Checkpoints, Found, Numbers, Settings, State};
+use super::checkpoint::{Checkpoints, Found, Numbers, State};
 use super::config::{OnNonFinite, TrainConfig};
 use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::optim::AdamW;
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::params::Params;

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
 
-use super::checkpoint::Settings;
+use super::settings::Settings;
 use super::gradients::Gradients;
 use super::objective::Loss;
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};

@@ -9,10 +9,10 @@ use candle_core::{Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::Settings;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::train::optim::Moments;
+use crate::train::settings::Settings;
 
 pub(super) const STATE: &str = "state.json";
 pub(super) const TENSORS: &str = "tensors.safetensors";
