@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-
 use super::gradients::Gradients;
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};

@@ -6,7 +6,6 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-
 use super::gradients::Gradients;
 use super::method::{Method, Start};
 use super::objective::{Loss, Objective};

@@ -4,9 +4,9 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use super::settings::Settings;
 use super::optim::AdamWConfig;
 use super::schedule::Schedule;
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::params::Role;
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::settings::Settings;
 use super::gradients::Gradients;
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::slot::Context;

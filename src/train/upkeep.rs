@@ -5,9 +5,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
 
-use super::settings::Settings;
 use super::gradients::Gradients;
 use super::objective::Loss;
+use super::settings::Settings;
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
 use crate::adapters::AdaLoraConfig;
 use crate::error::{Error, Result};

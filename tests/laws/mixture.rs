@@ -45,7 +45,7 @@ fn draw_of(config: &MonteCLoRAConfig, path: OpPath) -> Result<[Tensor; 4]> {
 }
 
 #[test]
-fn the_fused_draw_is_the_one_that_is_defined_and_so_are_its_gradients() -> Result<()> {
+fn a_fast_draw_is_the_one_that_is_defined_and_so_are_its_gradients() -> Result<()> {
     let estimators = [Estimator::Exact, Estimator::Exponential, Estimator::LogisticNormal];
     let mut configs = vec![MonteCLoRAConfig { rank: 3, sample_scaler: 0.2, ..MonteCLoRAConfig::peft() }];
     for (mixture, estimator) in MIXTURES.into_iter().flat_map(|m| estimators.map(|e| (m, e))) {
@@ -54,11 +54,14 @@ fn the_fused_draw_is_the_one_that_is_defined_and_so_are_its_gradients() -> Resul
         }
     }
     for config in configs {
-        let (fused, defined) = (draw_of(&config, OpPath::Fused)?, draw_of(&config, OpPath::Reference)?);
-        for (what, (fused, defined)) in
-            ["A + Delta", "dA", "drho", "dc"].into_iter().zip(fused.iter().zip(&defined))
-        {
-            assert_close(&format!("{what} of {config:?}"), fused, defined, 1e-12)?;
+        let defined = draw_of(&config, OpPath::Reference)?;
+        for path in [OpPath::Fused, OpPath::Composed] {
+            let fast = draw_of(&config, path)?;
+            for (what, (fast, defined)) in
+                ["A + Delta", "dA", "drho", "dc"].into_iter().zip(fast.iter().zip(&defined))
+            {
+                assert_close(&format!("{what} of {config:?} on {path:?}"), fast, defined, 1e-12)?;
+            }
         }
     }
     Ok(())

@@ -1,5 +1,5 @@
 //! A draw as the CPU makes it fast: T Z as a loop, the rows' scales as one node, their sum with A as
-//! another. Devices without kernels of ours go this way, too.
+//! another. Composed operations, which serve every device, go the same way without the second.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -21,7 +21,13 @@ const SMALL_RANK: usize = 32;
 ///
 /// # Errors
 /// If the noise or `a` is not of this posterior's shapes.
-pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, noise: &DrawNoise, eps: f64) -> Result<Tensor> {
+pub(super) fn perturbed(
+    posterior: &Posterior,
+    a: &Tensor,
+    noise: &DrawNoise,
+    eps: f64,
+    path: OpPath,
+) -> Result<Tensor> {
     noise.check(posterior.spec())?;
     let (rho, c, config) =
         (posterior.std_prior(), posterior.expert_weights_prior(), &posterior.spec().config);
@@ -38,14 +44,14 @@ pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, noise: &DrawNoise, ep
         }
         Mixture::Collapsed => {
             let exact = config.compat == Compat::None && config.estimator == Estimator::Exact;
-            let rows = if exact && a.device().is_cpu() {
+            let rows = if exact && a.device().is_cpu() && path == OpPath::Fused {
                 row_scales(rho, c, noise.weights(), eps)?
             } else {
                 rows()?.broadcast_mul(&norm(&weights()?)?)?
             };
-            add_scaled_rows(a, &rows, &matrices, OpPath::Fused)
+            add_scaled_rows(a, &rows, &matrices, path)
         }
-        Mixture::Sparse => add_scaled_rows(a, &rows()?, &matrices, OpPath::Fused),
+        Mixture::Sparse => add_scaled_rows(a, &rows()?, &matrices, path),
     }
 }
 

@@ -8,6 +8,7 @@ mod reference;
 use candle_core::{Result, Tensor};
 
 use super::buffer::SampleBuffer;
+use super::noise::DrawNoise;
 use super::posterior::Posterior;
 use crate::ops::OpPath;
 
@@ -27,14 +28,15 @@ pub(super) fn perturbed(
     eps: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    if path != OpPath::Fused {
-        return a + reference::draw(posterior, &buffer.get(draw)?, eps)?.delta;
-    }
     #[cfg(feature = "cuda")]
-    if cuda::serves(posterior.spec()) {
+    if path == OpPath::Fused && cuda::serves(posterior.spec()) {
         return cuda::perturbed(posterior, a, draw, eps);
     }
-    fused::perturbed(posterior, a, &buffer.get(draw)?, eps)
+    let noise = buffer.get(draw)?;
+    match path {
+        OpPath::Reference => a + reference::draw(posterior, &noise, eps)?.delta,
+        OpPath::Fused | OpPath::Composed => fused::perturbed(posterior, a, &noise, eps, path),
+    }
 }
 
 impl Posterior {
@@ -42,15 +44,15 @@ impl Posterior {
     ///
     /// # Errors
     /// If the noise or `a` is not of this posterior's shapes.
-    pub fn perturbed(&self, a: &Tensor, noise: &super::noise::DrawNoise) -> Result<Tensor> {
-        fused::perturbed(self, a, noise, self.sample_scaler())
+    pub fn perturbed(&self, a: &Tensor, noise: &DrawNoise) -> Result<Tensor> {
+        fused::perturbed(self, a, noise, self.sample_scaler(), OpPath::Fused)
     }
 
     /// The whole draw, step by step as it is defined.
     ///
     /// # Errors
     /// If the noise is not of this posterior's shapes.
-    pub fn draw(&self, noise: &super::noise::DrawNoise) -> Result<PosteriorDraw> {
+    pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
         reference::draw(self, noise, self.sample_scaler())
     }
 }
