@@ -9,11 +9,11 @@ mod allocator;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::Linear;
 use criterion::{criterion_group, criterion_main, Criterion};
+use monteclora::adapter::{Adapter, Context};
+use monteclora::adapter::{Init, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::monteclora::Mixture;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Init, Role};
-use monteclora::slot::{Adapter, Context};
+use monteclora::Mixture;
 use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;

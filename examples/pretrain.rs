@@ -15,14 +15,15 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
 use monteclora::files;
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
 use monteclora::noise::{Noise, Purpose};
 use monteclora::ops;
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Context, Pass};
-use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients, Schedule};
+use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::train::Schedule;
 use monteclora::Error;
 use serde_json::{json, Value};
 use tokenizers::models::bpe::{BpeTrainer, BPE};

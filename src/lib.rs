@@ -1,7 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_debug_implementations)]
 
-// Floor 0: ground. Knows nothing of the method.
+// Floor 0, the ground: knows nothing of the method.
 pub mod error;
 pub mod files;
 #[cfg(test)]
@@ -9,7 +9,6 @@ mod fuzz;
 mod kernels;
 pub mod noise;
 pub mod ops;
-mod simd;
 pub mod special;
 #[cfg(test)]
 mod testing;
@@ -18,30 +17,33 @@ mod util;
 // Floor 1: probability.
 pub mod dist;
 
-// Floor 2: the method.
+// Floor 2: the seam and the methods.
+pub mod adapter;
 pub mod adapters;
-pub mod monteclora;
-pub mod params;
-pub mod slot;
+mod monteclora;
+pub mod optim;
 
 // Floor 3: into models and onto disk.
 pub mod inject;
-pub mod merge;
 pub mod models;
-pub mod named;
 pub mod peft;
 
 // Floor 4: experiments.
 pub mod bayes;
 pub mod data;
 pub mod eval;
-pub mod generate;
 pub mod metrics;
 pub mod study;
 pub mod train;
 
+pub use adapter::{
+    AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache, Init,
+    LowRank, MeanView, Param, Params, Pass, Role, ScalerFactors,
+};
 pub use error::{Error, Result};
-pub use monteclora::{MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear, Regularizer, RegularizerTerms};
+pub use monteclora::{
+    Compat, DrawNoise, DrawSpec, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
+    MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, SampleBuffer,
+    SampleScaler, ScalerSchedule, MAX_BUFFER_SIZE,
+};
 pub use noise::Noise;
-pub use params::Params;
-pub use slot::Pass;

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
@@ -13,9 +15,7 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops;
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Context, Linears, Pass};
-use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::Value;
 
@@ -72,14 +72,14 @@ impl Model {
         })
     }
 
-    fn linears(&self) -> &dyn Linears {
+    fn linears(&self) -> &dyn AdaptableModel {
         match self {
             Self::Encoder(model) => &**model,
             Self::Decoder(model) => &**model,
         }
     }
 
-    fn linears_mut(&mut self) -> &mut dyn Linears {
+    fn linears_mut(&mut self) -> &mut dyn AdaptableModel {
         match self {
             Self::Encoder(model) => &mut **model,
             Self::Decoder(model) => &mut **model,

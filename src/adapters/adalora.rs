@@ -12,10 +12,10 @@ use candle_core::{Tensor, D};
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{AdaptableModel, Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::{Error, Result};
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Context, Linears};
 
 pub use super::rank_allocator::RankAllocator;
 
@@ -161,7 +161,7 @@ impl AdaLora {
 ///
 /// # Errors
 /// If candle fails.
-pub fn orthogonal_penalty(model: &dyn Linears) -> Result<Option<Tensor>> {
+pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
     model.visit_linears(&mut |slot| {
         if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {

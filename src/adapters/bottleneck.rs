@@ -14,11 +14,11 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::{Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Context};
 
 /// The options of a bottleneck adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,10 +15,10 @@ use candle_core::{DType, Tensor, D};
 use candle_nn::Linear;
 
 use super::lora::LoraConfig;
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{Adapter, Context, Pass};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Context, Pass};
 
 /// A DoRA adapter of one linear layer.
 #[derive(Debug, Clone)]

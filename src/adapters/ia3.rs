@@ -11,11 +11,11 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::{Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::Result;
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Context};
 
 /// What of a layer the vector scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,10 +10,10 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{AdaptedLinear, Adapter, Context};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{AdaptedLinear, Adapter, Context};
 
 /// The options of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::predict::{logits, Predictor, RunningMean};
+use crate::adapter::Params;
+use crate::adapter::{Context, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
-use crate::params::Params;
-use crate::slot::{Context, Pass};
 
 /// MC dropout: posterior draw s is a training pass, with dropout mask s.
 ///
@@ -115,11 +115,11 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::adapter::{Init, Role};
     use crate::bayes::posterior_scores;
     use crate::data::encode::Encoded;
     use crate::data::task::Label;
     use crate::noise::Noise;
-    use crate::params::{Init, Role};
 
     /// Logits `(id * w, draw)`: the draw of a training pass, -1 in any other.
     struct Scaled(Tensor);

@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
-use crate::slot::{Context, DrawCache, Pass};
 
 /// A model that scores batches.
 pub trait Predictor {

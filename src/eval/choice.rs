@@ -1,11 +1,11 @@
 //! Multiple choice by the likelihood of each answer, or by the name in a generated text.
 
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::causal::{CausalBatch, Encodings, PromptEncoder, Tokens};
 use crate::data::instruct::{Choices, Prompted};
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
-use crate::slot::{Context, DrawCache, Pass};
 use crate::train::token_log_probabilities;
 
 /// What the log-likelihood of an answer is divided by, so that long answers do not lose.

@@ -3,8 +3,8 @@
 use candle_core::{Device, Tensor};
 use candle_nn::kv_cache::KvCache;
 
+use crate::adapter::{AdaptableModel, Context};
 use crate::ops;
-use crate::slot::{Context, Linears};
 
 /// The keys and values of every layer for the tokens seen so far, of one batch.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ impl Cache {
 }
 
 /// A decoder with a language-model head.
-pub trait CausalLm: Linears {
+pub trait CausalLm: AdaptableModel {
     /// Where its tensors are.
     fn device(&self) -> &Device;
 

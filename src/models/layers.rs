@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
 
+use crate::adapter::{AdaptableLinear, Context};
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::ops::{self, OpPath};
-use crate::slot::{Context, Slot};
 
 /// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
 /// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
@@ -26,8 +26,14 @@ pub fn linear(in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> 
 ///
 /// # Errors
 /// As [`linear`].
-pub fn slot(path: &str, in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> Result<Slot> {
-    Ok(Slot::new(path, linear(in_dim, out_dim, init_std, vb)?))
+pub fn slot(
+    path: &str,
+    in_dim: usize,
+    out_dim: usize,
+    init_std: f64,
+    vb: &VarBuilder,
+) -> Result<AdaptableLinear> {
+    Ok(AdaptableLinear::new(path, linear(in_dim, out_dim, init_std, vb)?))
 }
 
 /// A [`slot`] without a bias, as in LLaMA.
@@ -40,9 +46,9 @@ pub fn slot_no_bias(
     out_dim: usize,
     init_std: f64,
     vb: &VarBuilder,
-) -> Result<Slot> {
+) -> Result<AdaptableLinear> {
     let init = Init::Randn { mean: 0.0, stdev: init_std };
-    Ok(Slot::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
+    Ok(AdaptableLinear::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
 }
 
 /// Calls `f` on every layer of a stack, to change it in place.

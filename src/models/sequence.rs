@@ -9,13 +9,13 @@ use serde_json::{json, Map, Value};
 
 use super::llama::{LlamaConfig, LlamaForSequenceClassification};
 use super::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::noise::Noise;
-use crate::slot::{Context, Linears};
 
 /// A model with a head that classifies or scores a whole sequence.
-pub trait SequenceClassifier: Linears + Debug {
+pub trait SequenceClassifier: AdaptableModel + Debug {
     /// The logits, or the scores of a regression.
     ///
     /// # Shapes

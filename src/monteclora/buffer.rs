@@ -77,7 +77,7 @@ impl SampleBuffer {
         self.block = Mutex::new(None);
     }
 
-    /// The noise of draw number `draw` ([`crate::slot::Pass::posterior_draw`]).
+    /// The noise of draw number `draw` ([`crate::adapter::Pass::posterior_draw`]).
     ///
     /// # Errors
     /// As [`DrawSpec::generate`].

@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::peft_compat;
 use super::schedule::ScalerSchedule;
-use crate::adapters::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::Init;
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
-use crate::params::Init;
 use crate::special::gamma::MAX_SHAPE;
 use crate::util::check::{not_negative, positive};
 
@@ -99,7 +99,7 @@ pub const MAX_BUFFER_SIZE: usize = 1 << 16;
 ///
 /// # Example
 /// ```
-/// use monteclora::monteclora::MonteCLoRAConfig;
+/// use monteclora::MonteCLoRAConfig;
 ///
 /// let config = MonteCLoRAConfig { rank: 4, num_components: 8, ..Default::default() };
 /// config.validate()?;

@@ -15,10 +15,10 @@ use super::config::MonteCLoRAConfig;
 use super::draw::{self, PosteriorDraw};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
-use crate::adapters::LowRank;
+use crate::adapter::LowRank;
+use crate::adapter::{Adapter, Context, Pass};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Context, Pass};
 
 /// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.
 ///
@@ -60,7 +60,7 @@ impl MonteCLoRA {
             LowRank::new(params, name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
         let std_prior = params.create(
             &format!("{name}.std_prior"),
-            Role::Scale,
+            Role::LogStd,
             config.rank,
             &config.initial_std.of_log(),
         )?;
@@ -151,7 +151,7 @@ impl Adapter for MonteCLoRA {
         vec![
             (Role::A, self.pair.a().clone()),
             (Role::B, self.pair.b().clone()),
-            (Role::Scale, self.posterior.std_prior().clone()),
+            (Role::LogStd, self.posterior.std_prior().clone()),
             (Role::Concentration, self.posterior.expert_weights_prior().clone()),
         ]
     }

@@ -4,10 +4,10 @@ use candle_nn::Linear;
 
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
-use crate::adapters::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::AdaptedLinear;
+use crate::adapter::Params;
 use crate::error::Result;
-use crate::params::Params;
-use crate::slot::AdaptedLinear;
 
 /// A frozen linear layer with a MonteCLoRA adapter.
 ///
@@ -18,7 +18,7 @@ use crate::slot::AdaptedLinear;
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Linear, Module, ModuleT};
-/// use monteclora::monteclora::{MonteCLoRAConfig, MonteCLoRALinear};
+/// use monteclora::{MonteCLoRAConfig, MonteCLoRALinear};
 /// use monteclora::{noise::Noise, params::Params, slot::Pass};
 ///
 /// let device = Device::Cpu;

@@ -1,19 +1,19 @@
 //! MonteCLoRA: a posterior over the low-rank factor A, its draws and its regulariser.
 
-pub mod buffer;
-pub mod config;
+mod buffer;
+mod config;
 mod draw;
-pub mod layer;
-pub mod linear;
-pub mod noise;
+mod layer;
+mod linear;
+mod noise;
 mod peft_compat;
-pub mod posterior;
-pub mod regularizer;
+mod posterior;
+mod regularizer;
 mod scaler;
 mod schedule;
 
 pub use buffer::SampleBuffer;
-pub use config::{Compat, Initial, KlEvaluation, Mixture, MonteCLoRAConfig};
+pub use config::{Compat, Initial, KlEvaluation, Mixture, MonteCLoRAConfig, MAX_BUFFER_SIZE};
 pub use draw::PosteriorDraw;
 pub use layer::MonteCLoRA;
 pub use linear::MonteCLoRALinear;

@@ -236,8 +236,8 @@ impl DrawSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::Pass;
     use crate::dist::Covariance;
-    use crate::slot::Pass;
     use crate::special::gamma_quantile;
 
     fn parts(spec: &DrawSpec, streams: &NoiseStreams, pass: Pass) -> Result<[Vec<f64>; 4]> {

@@ -14,10 +14,10 @@ use super::layer::MonteCLoRA;
 use super::noise::{DrawNoise, LatentNoise};
 use super::peft_compat;
 use super::posterior::Posterior;
+use crate::adapter::{AdaptableModel, Pass};
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::slot::{Linears, Pass};
 use crate::util::check::not_negative;
 
 /// The regulariser of a model's MonteCLoRA layers.
@@ -58,7 +58,7 @@ impl Regularizer {
     /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`],
     /// which addresses no draw, or in [`KlEvaluation::Expected`] with posteriors of [`Compat::Peft`], whose
     /// clipped variances have no expectation here.
-    pub fn for_model(&self, model: &dyn Linears, pass: &Pass) -> Result<RegularizerTerms> {
+    pub fn for_model(&self, model: &dyn AdaptableModel, pass: &Pass) -> Result<RegularizerTerms> {
         let mut posteriors = Vec::new();
         model.visit_linears(&mut |slot| {
             let adapter =

@@ -6,8 +6,8 @@ use candle_core::{Device, Tensor};
 
 use super::layer::MonteCLoRA;
 use super::schedule::{ScalerSchedule, LEAST};
+use crate::adapter::{AdaptableModel, ScalerFactors};
 use crate::error::{Error, Result};
-use crate::slot::{Linears, ScalerFactors};
 
 /// Decay of the running mean of squared gradient norms.
 const DECAY: f64 = 0.95;
@@ -79,7 +79,7 @@ impl SampleScaler {
     /// If the walk fails, or a norm is missing.
     pub fn after_step(
         &mut self,
-        model: &dyn Linears,
+        model: &dyn AdaptableModel,
         squared_norm: &dyn Fn(&str) -> Result<f64>,
     ) -> Result<()> {
         if self.schedule != ScalerSchedule::Adaptive {
@@ -106,7 +106,7 @@ impl SampleScaler {
     ///
     /// # Errors
     /// If a layer's part is missing or of another shape.
-    pub fn restore(&mut self, model: &dyn Linears, state: &BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn restore(&mut self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         self.seen.clear();
         for (name, seen) in state {
             match seen.to_vec1::<f64>()?[..] {
@@ -135,7 +135,7 @@ impl SampleScaler {
 }
 
 /// Calls `f` on every active MonteCLoRA layer.
-fn visit(model: &dyn Linears, f: &mut dyn FnMut(&MonteCLoRA) -> Result<()>) -> Result<()> {
+fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&MonteCLoRA) -> Result<()>) -> Result<()> {
     model.visit_linears(&mut |slot| match slot.active() {
         Some((_, adapter)) => adapter.as_any().downcast_ref::<MonteCLoRA>().map_or(Ok(()), &mut *f),
         None => Ok(()),

@@ -8,7 +8,7 @@ use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{for_rows, tensor, Host};
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// Query rows that share one block of scores: it stays in cache, and a causal block skips the keys
 /// that all of its rows are blind to.

@@ -10,7 +10,7 @@ use super::custom_vjp::custom_vjp;
 ///
 /// It costs one more forward pass of the block and keeps memory at one block's worth, however many
 /// follow each other, beside a copy of the tracked parameters (small for adapters). `f` must be a pure function of `xs` and of `params`: its noise addressed
-/// ([`crate::slot::Pass`]), so that it sees the same draw and drops the same elements both times.
+/// ([`crate::adapter::Pass`]), so that it sees the same draw and drops the same elements both times.
 ///
 /// # Shapes
 /// - `params`: every variable that `f` uses beside `xs`, of one dtype and any shapes; what is missing

@@ -4,7 +4,7 @@ use candle_core::{bail, Device, Result, Shape, Tensor};
 
 use super::host::{dense, for_rows, tensor, Host};
 use crate::noise::{Stream, WORD_LANES};
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// Whether `p` is a probability of dropping.
 pub(super) fn check(p: f64) -> Result<()> {

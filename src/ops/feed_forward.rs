@@ -8,7 +8,7 @@ use super::host::{dense, for_rows, map, tensor, Host};
 use super::linear::{check, forward, input_gradient, input_product, linear, product, with_last};
 use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// `gelu(x W1^T + b1) W2^T + b2`.
 ///

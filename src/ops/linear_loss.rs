@@ -9,7 +9,7 @@ use super::linear::{check, forward, input_gradient, linear, product};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
 use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// Rows whose logits exist at one time.
 const CHUNK: usize = 256;

@@ -9,8 +9,8 @@ use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, rows_per_piece, tensor, Host};
 use super::path::OpPath;
 use super::{reference, vmath};
-use crate::simd::vectorized;
 use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Mean cross-entropy, rows labelled `ignore` left out.
 ///

@@ -17,8 +17,8 @@ use super::path::OpPath;
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
 use crate::kernels::rows;
-use crate::simd::vectorized;
 use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Layer norm over the last dimension.
 ///

@@ -6,8 +6,8 @@ use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, tensor, Host};
 use super::path::OpPath;
 use super::reference;
-use crate::simd::vectorized;
 use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
 ///

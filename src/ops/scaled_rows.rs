@@ -6,7 +6,7 @@ use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
 use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// `y_ij = x_ij + s_i m_ij` with a constant `m`.
 ///

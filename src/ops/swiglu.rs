@@ -9,7 +9,7 @@ use super::host::{dense, for_rows, tensor, Host};
 use super::linear::{check, forward, input_gradient, input_product, linear};
 use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// `(silu(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
 ///

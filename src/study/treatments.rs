@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
+use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
 use crate::bayes::{
     auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
@@ -15,10 +16,9 @@ use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::merge;
+use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
-use crate::slot::Pass;
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.

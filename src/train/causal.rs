@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::gradients::Gradients;
+use super::hooks::MethodHooks;
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
-use super::upkeep::Upkeep;
+use crate::adapter::Params;
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::batch::{in_order, Batcher};
 use crate::data::causal::{CausalBatch, Tokens};
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
-use crate::params::Params;
-use crate::slot::{Context, DrawCache, Pass};
+use crate::optim::Gradients;
 
 /// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar. The head runs
 /// on the places that predict one, so that a prompt which is given costs no logits.
@@ -86,7 +86,7 @@ pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
     /// What its method asks beside the loss.
-    pub upkeep: Upkeep,
+    pub upkeep: MethodHooks,
     /// The training rows.
     pub rows: &'a [Tokens],
     /// How they become batches.

@@ -6,11 +6,12 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-use super::gradients::Gradients;
+use super::hooks::MethodHooks;
 use super::method::{Method, Start};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
-use super::upkeep::Upkeep;
+use crate::adapter::Context;
+use crate::adapter::{Param, Params, Role};
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
@@ -22,9 +23,8 @@ use crate::models::save::copy_companions;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
-use crate::params::{Param, Params, Role};
+use crate::optim::Gradients;
 use crate::peft::{AdapterFile, Origin, Profile};
-use crate::slot::Context;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Classifier {
     /// What is trained.
     pub params: Params,
     method: Method,
-    upkeep: Upkeep,
+    upkeep: MethodHooks,
     config: SequenceConfig,
     files: ModelFiles,
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::classifier::Classifier;
+use crate::adapter::Pass;
 use crate::bayes::{logits, posterior_probabilities, posterior_scores};
 use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
@@ -13,7 +14,6 @@ use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::metrics::{softmax, Metrics};
-use crate::slot::Pass;
 
 /// What a classifier says about every row of a split. Values are probabilities, or scores of a
 /// regression.

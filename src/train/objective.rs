@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::gradients::Gradients;
 use super::settings::Settings;
+use crate::adapter::Context;
+use crate::adapter::Params;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::slot::Context;
+use crate::optim::Gradients;
 
 /// The loss of one micro-batch: scalar tensors.
 #[derive(Debug)]

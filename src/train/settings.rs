@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::adapter::{base_dtype, AdaptableModel};
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
-use crate::slot::{self, Linears};
 
 /// Settings by name, as text: what two parts of one run must agree on.
 pub type Settings = BTreeMap<String, String>;
@@ -32,11 +32,11 @@ pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {
 pub(super) fn of_run(
     batcher: &Batcher,
     method: &Settings,
-    model: &dyn Linears,
+    model: &dyn AdaptableModel,
     numbers: impl IntoIterator<Item = u32>,
 ) -> Settings {
     let rows = ("rows", fingerprint(numbers));
-    let dtype = slot::base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
+    let dtype = base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
     let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
     let own = own.map(|(name, value)| (name.to_string(), value));
     own.chain(method.clone()).collect()

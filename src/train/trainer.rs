@@ -7,14 +7,14 @@ use candle_core::{DType, Tensor};
 
 use super::checkpoint::{Checkpoints, Found, Numbers, State};
 use super::config::{OnNonFinite, TrainConfig};
-use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
-use super::optim::AdamW;
 use super::settings::Settings;
+use crate::adapter::Params;
+use crate::adapter::{Context, Pass, Probe};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::params::Params;
-use crate::slot::{Context, Pass, Probe};
+use crate::optim::AdamW;
+use crate::optim::{clip_grad_norm, Gradients};
 
 /// Steps in a row that may be skipped.
 const PATIENCE: usize = 10;

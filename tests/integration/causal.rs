@@ -1,6 +1,8 @@
 //! A language model through the one loop: its loss, its accumulation, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::Context;
+use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};
@@ -8,9 +10,7 @@ use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops::{self, OpPath};
-use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Origin};
-use monteclora::slot::Context;
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -86,9 +86,9 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert_eq!((config.rank, config.alpha, config.sample_scaler), (4, 8.0, 0.1));
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let upkeep = start.inject(&mut model, &params)?;
-    assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::Scale | Role::Concentration)));
+    assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::LogStd | Role::Concentration)));
     let rho = |params: &Params| -> Outcome<f32> {
-        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::Scale);
+        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::LogStd);
         let sums = all.map(|(_, p)| Ok(p.var.as_tensor().abs()?.sum_all()?.to_scalar::<f32>()?));
         Ok(sums.collect::<Outcome<Vec<_>>>()?.iter().sum())
     };

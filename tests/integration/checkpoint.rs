@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Context;
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
-use monteclora::slot::Context;
-use monteclora::slot::Linears;
 use monteclora::{MonteCLoRAConfig, Pass};
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
@@ -19,7 +19,7 @@ use crate::{llama, support};
 /// The value of a loss and the gradient of every trainable parameter.
 fn gradients(params: &Params, loss: &Tensor) -> Outcome<(f64, BTreeMap<String, Tensor>)> {
     let store = loss.backward()?;
-    let of = |(name, param): (String, monteclora::params::Param)| {
+    let of = |(name, param): (String, monteclora::adapter::Param)| {
         let grad = store.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
         Ok((name, grad.detach()))
     };

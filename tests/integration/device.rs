@@ -6,14 +6,14 @@ use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptCo
 use monteclora::bayes::posterior_probabilities;
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
-use monteclora::generate::{generate, GenerateConfig, Weights};
 use monteclora::inject::Targets;
+use monteclora::models::generate::{generate, GenerateConfig, Weights};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::LlamaConfig;
-use monteclora::monteclora::{Mixture, Mode};
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, Start, TrainConfig,
 };
+use monteclora::{Mixture, Mode};
 use monteclora::{MonteCLoRAConfig, Noise, Pass};
 
 use crate::causal;

@@ -6,13 +6,13 @@ use crate::support::{assert_close, padded_batch, toy_classifier, toy_config, toy
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{bert, xlm_roberta};
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{
     Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
 };
 use monteclora::noise::Noise;
 use monteclora::ops::OpPath;
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Context, Pass};
 
 fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
     VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu)

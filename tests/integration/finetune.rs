@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
@@ -15,7 +16,6 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::params::Role;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, Start, TrainConfig,

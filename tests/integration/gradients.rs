@@ -2,12 +2,12 @@
 
 use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
-use monteclora::monteclora::KlEvaluation;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
+use monteclora::KlEvaluation;
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.

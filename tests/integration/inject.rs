@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Context;
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Select, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
+use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
 use monteclora::peft::{self, AdapterFile};
-use monteclora::slot::Context;
-use monteclora::slot::Linears;
-use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 fn frozen(family: Family) -> Outcome<(RobertaForSequenceClassification, Params)> {

@@ -8,6 +8,8 @@ use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
@@ -15,11 +17,9 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::monteclora::{DrawNoise, Posterior};
 use monteclora::ops::{self, OpPath};
-use monteclora::params::Role;
 use monteclora::peft::{AdapterFile, Method, Origin, Profile};
-use monteclora::slot::Linears;
+use monteclora::{DrawNoise, Posterior};
 use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
 
 use crate::llama::toy_json;
@@ -57,7 +57,7 @@ impl Model {
         Ok(Self::Sequence(config.load(vb, head, Noise::new(0))?))
     }
 
-    fn linears(&mut self) -> &mut dyn Linears {
+    fn linears(&mut self) -> &mut dyn AdaptableModel {
         match self {
             Self::Causal(model) => model.as_mut(),
             Self::Sequence(model) => model.as_mut(),

@@ -7,15 +7,15 @@ use crate::support::{assert_close, scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
+use monteclora::adapter::{AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
-use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Context, Linears, Pass};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 
 /// Grouped queries, non-square everywhere; with the positions of LLaMA 3 and a tied head, or without.
@@ -60,7 +60,7 @@ pub fn frozen_on(device: &Device, config: &LlamaConfig, dtype: DType) -> Outcome
 }
 
 /// Puts so many virtual tokens in general position before the rows of a model, if any.
-pub fn prompted(model: &mut dyn Linears, tokens: usize, dtype: DType) -> Outcome<Params> {
+pub fn prompted(model: &mut dyn AdaptableModel, tokens: usize, dtype: DType) -> Outcome<Params> {
     let params = Params::with_dtype(Noise::new(7), dtype, &Device::Cpu);
     if tokens > 0 {
         let slot = model.embedding_mut().ok_or("no place for a prompt")?;

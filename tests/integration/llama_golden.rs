@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use crate::support::{assert_close, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use monteclora::merge::merge;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
+use monteclora::inject::merge::merge;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
 use monteclora::peft::AdapterFile;
-use monteclora::slot::{Context, Pass};
 
 const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 const MODELS: [&str; 2] = ["toy_llama", "toy_llama3"];

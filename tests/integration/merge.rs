@@ -4,15 +4,15 @@ use crate::finetune::{checkpoint, rows, Log};
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Context};
+use monteclora::adapter::{Init, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
+use monteclora::inject::activate;
+use monteclora::inject::merge::{merge, unmerge};
 use monteclora::inject::{self, Targets};
-use monteclora::merge::{merge, unmerge};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
-use monteclora::named;
-use monteclora::params::{Init, Role};
-use monteclora::slot::{Adapter, Context, Linears, Slot};
 use monteclora::train::{fit, Classification, Classifier, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -63,7 +63,7 @@ fn merged_is_unmerged_and_unmerging_restores_every_bit() -> Outcome {
         assert_eq!((unmerge(&mut model)?, unmerge(&mut model)?), (14, 0));
         assert_eq!(logits(&model, &Pass::Mean.into())?, before);
         assert_eq!(logits(&model, &Pass::Posterior { draw: 1 }.into())?, drawn);
-        named::activate(&mut model, None, &params)?;
+        activate::activate(&mut model, None, &params)?;
         let (plain, _) = frozen(&toy_config(true)?, dtype)?;
         assert_eq!(logits(&model, &Pass::Mean.into())?, logits(&plain, &Pass::Mean.into())?);
     }
@@ -88,8 +88,8 @@ fn a_merge_that_fails_changes_nothing() -> Outcome {
     assert!(error.contains("unmerge it first"), "{error}");
     // Merged layers keep their adapters as they are.
     for result in [
-        named::activate(&mut model, None, &params),
-        named::remove(&mut model, "default", &params),
+        activate::activate(&mut model, None, &params),
+        activate::remove(&mut model, "default", &params),
         inject::lora_named(&mut model, "b", &Targets::default(), &LoraConfig::default(), &params).map(drop),
     ] {
         let error = result.unwrap_err().to_string();
@@ -125,7 +125,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     // A base that is trained itself would keep the graph of the merge.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let weight = params.create("w", Role::Base, (2, 2), &Init::Constant(1.0))?;
-    let mut slot = Slot::new("layer", candle_nn::Linear::new(weight, None));
+    let mut slot = AdaptableLinear::new("layer", candle_nn::Linear::new(weight, None));
     slot.add("opaque", Box::new(Opaque))?;
     let error = slot.merged_layer().map(drop).unwrap_err().to_string();
     assert!(error.contains("only a frozen base"), "{error}");
@@ -141,27 +141,27 @@ fn several_adapters_take_turns_and_leave() -> Outcome {
     let alone = params.trainable_count();
     inject::monteclora_named(&mut model, "second", &Targets::parse("v_proj")?, &bayes(), &params)?;
     scatter(&params)?;
-    assert_eq!(named::names(&model)?, ["first", "second"]);
+    assert_eq!(activate::names(&model)?, ["first", "second"]);
     // The last one is active, on its own layers and no others.
     let second = logits(&model, &Pass::Mean.into())?;
-    named::activate(&mut model, Some("first"), &params)?;
+    activate::activate(&mut model, Some("first"), &params)?;
     let first = logits(&model, &Pass::Mean.into())?;
-    named::activate(&mut model, None, &params)?;
+    activate::activate(&mut model, None, &params)?;
     assert_eq!(logits(&model, &Pass::Mean.into())?, base);
     assert!(!close(&first, &base, 1e-3) && !close(&second, &base, 1e-3) && !close(&first, &second, 1e-3));
-    named::activate(&mut model, Some("second"), &params)?;
+    activate::activate(&mut model, Some("second"), &params)?;
     assert_eq!(logits(&model, &Pass::Mean.into())?, second);
     merge(&mut model)?;
     assert!(close(&logits(&model, &Pass::Mean.into())?, &second, 1e-5));
     unmerge(&mut model)?;
 
-    let error = named::activate(&mut model, Some("third"), &params).unwrap_err().to_string();
+    let error = activate::activate(&mut model, Some("third"), &params).unwrap_err().to_string();
     assert!(error.contains("there is no \"third\"; the model has: first, second"), "{error}");
     assert_eq!(logits(&model, &Pass::Mean.into())?, second);
-    named::remove(&mut model, "second", &params)?;
+    activate::remove(&mut model, "second", &params)?;
     assert_eq!(logits(&model, &Pass::Mean.into())?, base);
-    named::activate(&mut model, Some("first"), &params)?;
-    assert_eq!((named::names(&model)?, params.trainable_count()), (vec!["first".to_string()], alone));
+    activate::activate(&mut model, Some("first"), &params)?;
+    assert_eq!((activate::names(&model)?, params.trainable_count()), (vec!["first".to_string()], alone));
     // The name is free again, and one name may come in two calls.
     inject::monteclora_named(&mut model, "second", &Targets::parse("q_proj")?, &bayes(), &params)?;
     inject::lora_named(&mut model, "second", &Targets::parse("v_proj")?, &lora, &params)?;

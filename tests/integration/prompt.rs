@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Context, EmbeddingSlot, Linears, Pass};
 
 use crate::llama;
 use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
@@ -44,7 +44,7 @@ impl Golden {
     }
 
     /// The virtual tokens of the file, on a model.
-    fn tune(&self, model: &mut dyn Linears) -> Outcome<Params> {
+    fn tune(&self, model: &mut dyn AdaptableModel) -> Outcome<Params> {
         let params = Params::new(Noise::new(0), &Device::Cpu);
         let slot = model.embedding_mut().ok_or("no place for a prompt")?;
         prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
@@ -189,7 +189,7 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
 #[test]
 fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome {
     let words = Tensor::ones((4, 3), DType::BF16, &Device::Cpu)?;
-    let mut slot = EmbeddingSlot::new(words);
+    let mut slot = AdaptableEmbedding::new(words);
     let params = Params::new(Noise::new(0), &Device::Cpu);
     prompt_tuning(&mut slot, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
     // In bf16, 256 + 1 is 256.

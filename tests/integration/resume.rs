@@ -8,12 +8,12 @@ use monteclora::adapters::{AdaLoraConfig, LoraConfig, PromptConfig};
 use monteclora::data::batch::Batcher;
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
-use monteclora::monteclora::ScalerSchedule;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, Observer, Predictions,
     Record, Start, Summary, TrainConfig,
 };
+use monteclora::ScalerSchedule;
 use monteclora::{Error, MonteCLoRAConfig, Noise};
 
 use crate::finetune::{checkpoint, rows};
@@ -93,7 +93,7 @@ impl Run<'_> {
         let summary = summary?;
         let rows = rows(12, false);
         let last = self.checkpoints.dir.join(format!("step-{:08}/tensors.safetensors", summary.steps));
-        let bits = |(name, param): (String, monteclora::params::Param)| -> Outcome<(String, Vec<u32>)> {
+        let bits = |(name, param): (String, monteclora::adapter::Param)| -> Outcome<(String, Vec<u32>)> {
             let values = param.var.flatten_all()?.to_vec1::<f32>()?;
             Ok((name, values.into_iter().map(f32::to_bits).collect()))
         };

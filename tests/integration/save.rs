@@ -4,16 +4,16 @@ use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, 
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device};
+use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, PromptConfig};
 use monteclora::data::batch::Batch;
+use monteclora::inject::activate;
+use monteclora::inject::merge::merge;
 use monteclora::inject::{self, Targets};
-use monteclora::merge::merge;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::named;
-use monteclora::params::Role;
 use monteclora::train::{Method, Start};
 use monteclora::{Noise, Params, Pass};
 
@@ -171,7 +171,7 @@ fn a_checkpoint_is_not_copied_as_if_it_were_trained() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
     let (mut model, params) = adapted(&files, DType::F32)?;
-    named::activate(&mut model, None, &params)?;
+    activate::activate(&mut model, None, &params)?;
     let out = dir.path().join("out");
     let error = save_merged(&model, &params, &files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string();
     assert!(error.contains("invalid adapter: no layer has an active one"), "{error}");

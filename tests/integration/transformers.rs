@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use crate::support::{assert_close, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
 use monteclora::peft::AdapterFile;
-use monteclora::slot::{Context, Pass};
 
 const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 

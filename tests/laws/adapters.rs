@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, ModuleT};
+use monteclora::adapter::Params;
+use monteclora::adapter::{Adapter, Context, DrawCache, Pass, ScalerFactors};
 use monteclora::adapters::{Lora, LoraConfig, LoraLinear};
-use monteclora::monteclora::config::MAX_BUFFER_SIZE;
-use monteclora::monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
 use monteclora::noise::Noise;
-use monteclora::params::Params;
-use monteclora::slot::{Adapter, Context, DrawCache, Pass, ScalerFactors};
+use monteclora::MAX_BUFFER_SIZE;
+use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
 
 use crate::{assert_close, assert_mean, base, normals, shake, store, Result};
 

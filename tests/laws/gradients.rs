@@ -1,11 +1,11 @@
 //! Gradients equal central differences with the noise held fixed.
 
 use candle_core::Tensor;
+use monteclora::adapter::Role;
+use monteclora::adapter::{Adapter, Pass};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::dist::{Covariance, Estimator};
-use monteclora::monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer};
-use monteclora::params::Role;
-use monteclora::slot::{Adapter, Pass};
+use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer};
 
 use crate::{assert_gradients, base, normals, shake, store, Result};
 
@@ -63,7 +63,7 @@ fn those_of_the_whole_adapter_in_every_pass() -> Result<()> {
                 // The mean is plain LoRA; a sparse mixture sends nothing to the concentration.
                 let wanted = match role {
                     Role::A | Role::B => true,
-                    Role::Scale => pass != Pass::Mean,
+                    Role::LogStd => pass != Pass::Mean,
                     _ => pass != Pass::Mean && config.mixture != Mixture::Sparse,
                 };
                 assert_eq!(moves.is_some_and(|g| g > 0.0), wanted, "{role:?} {pass:?} {config:?}");

@@ -1,15 +1,15 @@
 //! Bad input is an error that says what was expected and what was given.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::Pass;
+use monteclora::adapter::{Init, Params, Role};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::dist::{Dirichlet, Estimator};
-use monteclora::monteclora::{
+use monteclora::noise::Noise;
+use monteclora::{
     DrawNoise, DrawSpec, Mixture, MonteCLoRA, MonteCLoRAConfig, NoiseStreams, Posterior, Regularizer,
     SampleBuffer,
 };
-use monteclora::noise::Noise;
-use monteclora::params::{Init, Params, Role};
-use monteclora::slot::Pass;
 
 use crate::{normals, store, Result};
 

@@ -5,14 +5,14 @@ use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::adalora::orthogonal_penalty;
 use monteclora::adapters::{
     AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, Lora, LoraConfig, RankAllocator, Scaled,
 };
 use monteclora::ops::OpPath;
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Adapter, Linears, Pass, Slot};
-use monteclora::train::{AdamW, AdamWConfig};
+use monteclora::optim::{AdamW, AdamWConfig};
 
 use crate::{assert_close, assert_gradients, base, normals, shake, store, Model, Result};
 
@@ -139,7 +139,10 @@ fn loraplus_takes_pefts_steps() -> Result<()> {
 fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
     let (golden, params) = (Golden::read()?, store(1));
     let second = Linear::new(golden.get("second")?.clone(), None);
-    let mut model = Model(vec![Slot::new("first.proj", golden.base()?), Slot::new("second", second)]);
+    let mut model = Model(vec![
+        AdaptableLinear::new("first.proj", golden.base()?),
+        AdaptableLinear::new("second", second),
+    ]);
     let config = AdaLoraConfig {
         init_rank: 4,
         target_rank: 2,

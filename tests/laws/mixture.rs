@@ -1,13 +1,11 @@
 //! The perturbation's law: collapsed, explicit and sparse mixtures.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{Context, Pass};
 use monteclora::dist::{Covariance, Dirichlet, Estimator};
-use monteclora::monteclora::{
-    DrawNoise, DrawSpec, Mixture, MonteCLoRA, MonteCLoRAConfig, NoiseStreams, Posterior,
-};
 use monteclora::noise::Noise;
 use monteclora::ops::OpPath;
-use monteclora::slot::{Context, Pass};
+use monteclora::{DrawNoise, DrawSpec, Mixture, MonteCLoRA, MonteCLoRAConfig, NoiseStreams, Posterior};
 use rayon::prelude::*;
 
 use crate::{assert_close, assert_mean, normals, shake, store, Result};

@@ -5,9 +5,9 @@
 use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
-use monteclora::monteclora::{DrawNoise, DrawSpec, MonteCLoRAConfig, NoiseStreams, Posterior, Regularizer};
+use monteclora::adapter::{Params, Role};
 use monteclora::ops::{self, OpPath};
-use monteclora::params::{Params, Role};
+use monteclora::{DrawNoise, DrawSpec, MonteCLoRAConfig, NoiseStreams, Posterior, Regularizer};
 
 use crate::{assert_close, store, Result};
 
@@ -43,7 +43,7 @@ impl Golden {
             Ok(params.insert(&format!("{layer}.{name}"), role, &self.get(&format!("{layer}/{name}"))?)?)
         };
         let (a, _) = (put("A", Role::A)?, put("B", Role::B)?);
-        let (rho, c) = (put("std_prior", Role::Scale)?, put("expert_weights_prior", Role::Concentration)?);
+        let (rho, c) = (put("std_prior", Role::LogStd)?, put("expert_weights_prior", Role::Concentration)?);
         let spec = DrawSpec::new(config, a.dim(1)?, DType::F64, &Device::Cpu);
         Ok(Posterior::new(&rho, &c, spec, NoiseStreams::new(params.noise(), layer))?)
     }

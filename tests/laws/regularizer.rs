@@ -1,13 +1,11 @@
 //! The regulariser: its terms, its expectation, its batches.
 
 use candle_core::{Device, Tensor};
+use monteclora::adapter::Params;
+use monteclora::adapter::{AdaptableLinear, Pass};
 use monteclora::dist::{Covariance, Estimator};
-use monteclora::monteclora::{
-    KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms,
-};
-use monteclora::params::Params;
-use monteclora::slot::{Pass, Slot};
 use monteclora::special::{digamma, ln_gamma};
+use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
 use rayon::prelude::*;
 
 use crate::{assert_mean, base, normals, shake, store, Model, Result};
@@ -134,11 +132,11 @@ fn layers_of_several_shapes_in_a_model_average_to_the_same() -> Result<()> {
             let adapter = layer(&params, &path, &config)?;
             shake_only(&params, &path)?;
             sum += value(&regularizer.for_layers(&[&adapter], &pass)?.total)?;
-            let mut slot = Slot::new(path, base(5, 4)?);
+            let mut slot = AdaptableLinear::new(path, base(5, 4)?);
             slot.add("default", Box::new(adapter))?;
             model.0.push(slot);
         }
-        model.0.push(Slot::new("bare", base(5, 4)?));
+        model.0.push(AdaptableLinear::new("bare", base(5, 4)?));
         let got = value(&regularizer.for_model(&model, &pass)?.total)?;
         assert!((got - sum / 4.0).abs() < 1e-12, "{got} {}", sum / 4.0);
         assert_eq!(model.0[0].active().map(|(_, a)| a.parameters().len()), Some(4));

@@ -16,13 +16,14 @@ use candle_core::{Tensor, Var};
 use candle_nn::Linear;
 
 use super::record::{LayerRecord, Places, Record};
-use crate::adapters::{Lora, LowRank};
+use crate::adapter::LowRank;
+use crate::adapter::Role;
+use crate::adapter::{AdaptableModel, Adapter, Context, Pass};
+use crate::adapters::Lora;
 use crate::bayes::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::Role;
-use crate::slot::{Adapter, Context, Linears, Pass};
 
 /// The taps on the active LoRA adapters of a model, until [`Self::remove`].
 /// Clones are the same taps.
@@ -106,7 +107,7 @@ impl Taps {
     /// # Errors
     /// If the model has no active LoRA adapter, an active adapter is of another method, or a layer
     /// is merged; the model is then as it was.
-    pub fn install(model: &mut dyn Linears) -> Result<Self> {
+    pub fn install(model: &mut dyn AdaptableModel) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |slot| {
             let Some((name, adapter)) = slot.active() else { return Ok(()) };
@@ -137,12 +138,12 @@ impl Taps {
     ///
     /// # Errors
     /// If an adapter is no longer there, or its layer was merged since.
-    pub fn remove(self, model: &mut dyn Linears) -> Result<()> {
+    pub fn remove(self, model: &mut dyn AdaptableModel) -> Result<()> {
         self.exchange(model, false)
     }
 
     /// Puts probes in the place of adapters, or their adapters in the place of probes.
-    fn exchange(&self, model: &mut dyn Linears, probed: bool) -> Result<()> {
+    fn exchange(&self, model: &mut dyn AdaptableModel, probed: bool) -> Result<()> {
         model.visit_linears_mut(&mut |slot| {
             let here = self.layers.iter().find(|layer| layer.path == slot.path());
             let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };

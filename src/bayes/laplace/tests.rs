@@ -4,6 +4,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
+use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Pass};
+use crate::adapter::{Init, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::bayes::logits;
 use crate::data::encode::Encoded;
@@ -13,8 +15,6 @@ use crate::metrics::softmax;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::{Noise, Purpose};
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Context, Linears, Pass, Slot};
 
 mod models;
 
@@ -23,7 +23,7 @@ const CLASSES: usize = 3;
 /// Embedding, an adapted layer, tanh, the mean over tokens, a head.
 struct Toy {
     table: Tensor,
-    slot: Slot,
+    slot: AdaptableLinear,
     head: (Tensor, Tensor),
     params: Params,
 }
@@ -38,7 +38,7 @@ impl Toy {
     /// With A and B in general position.
     fn new() -> Result<Self> {
         let params = Params::with_dtype(Noise::new(2), DType::F64, &Device::Cpu);
-        let mut slot = Slot::new("layer", Linear::new(normal("base", (4, 5))?, None));
+        let mut slot = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
         let config = LoraConfig { rank: 2, alpha: 3.4, ..Default::default() };
         slot.add("default", Box::new(Lora::new(&params, "layer", "default", (5, 4), &config)?))?;
         params.set("layer.default.b", &(normal("b", (4, 2))? * 0.3)?)?;
@@ -70,16 +70,16 @@ impl Predictor for Toy {
     }
 }
 
-impl Linears for Toy {
+impl AdaptableModel for Toy {
     fn default_targets(&self) -> &'static [&'static str] {
         &["layer"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         f(&self.slot)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         f(&mut self.slot)
     }
 }

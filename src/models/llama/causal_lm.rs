@@ -5,11 +5,11 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::decoder::LlamaDecoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// LLaMA as a language model.
 #[derive(Debug)]
@@ -80,20 +80,20 @@ impl CausalLm for LlamaForCausalLM {
     }
 }
 
-impl Linears for LlamaForCausalLM {
+impl AdaptableModel for LlamaForCausalLM {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.decoder.embedding_mut()
     }
 }

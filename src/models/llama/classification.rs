@@ -5,10 +5,10 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::decoder::LlamaDecoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// LLaMA with a linear classifier on the last real token.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct LlamaForSequenceClassification {
 impl LlamaForSequenceClassification {
     /// Fetches the decoder from `vb` and the task head, `score.weight`, from `head`: under an
     /// adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::params::Params::var_builder).
+    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -71,20 +71,20 @@ impl LlamaForSequenceClassification {
     }
 }
 
-impl Linears for LlamaForSequenceClassification {
+impl AdaptableModel for LlamaForSequenceClassification {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.decoder.embedding_mut()
     }
 }

@@ -8,17 +8,17 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::rotary::Rotary;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
 use crate::models::layers::{slot_no_bias, unshared, Dropout, RmsNorm};
 use crate::noise::Noise;
 use crate::ops::{self, CausalMask, Mask};
-use crate::slot::{Context, EmbeddingSlot, Linears, Pass, Slot};
 
 /// The decoder without a head.
 #[derive(Debug)]
 pub struct LlamaDecoder {
-    embeddings: EmbeddingSlot,
+    embeddings: AdaptableEmbedding,
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
     norm: RmsNorm,
@@ -59,7 +59,7 @@ impl LlamaDecoder {
             rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
             causal: CausalMask::default(),
             max_length: c.max_position_embeddings,
-            embeddings: EmbeddingSlot::new(embeddings),
+            embeddings: AdaptableEmbedding::new(embeddings),
         })
     }
 
@@ -143,20 +143,20 @@ impl LlamaDecoder {
     }
 }
 
-impl Linears for LlamaDecoder {
+impl AdaptableModel for LlamaDecoder {
     fn default_targets(&self) -> &'static [&'static str] {
         &["q_proj", "k_proj", "v_proj"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings)
     }
 }
@@ -178,14 +178,14 @@ fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
 #[derive(Debug)]
 struct Layer {
     attention_norm: RmsNorm,
-    q_proj: Slot,
-    k_proj: Slot,
-    v_proj: Slot,
-    o_proj: Slot,
+    q_proj: AdaptableLinear,
+    k_proj: AdaptableLinear,
+    v_proj: AdaptableLinear,
+    o_proj: AdaptableLinear,
     mlp_norm: RmsNorm,
-    gate_proj: Slot,
-    up_proj: Slot,
-    down_proj: Slot,
+    gate_proj: AdaptableLinear,
+    up_proj: AdaptableLinear,
+    down_proj: AdaptableLinear,
     probs_dropout: Dropout,
     heads: usize,
     kv_heads: usize,
@@ -263,10 +263,10 @@ impl Layer {
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
-        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
+        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&Slot; 7] {
+    fn slots(&self) -> [&AdaptableLinear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
@@ -278,7 +278,7 @@ impl Layer {
         ]
     }
 
-    fn slots_mut(&mut self) -> [&mut Slot; 7] {
+    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 7] {
         [
             &mut self.q_proj,
             &mut self.k_proj,

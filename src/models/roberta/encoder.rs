@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::Result;
 use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask, OpPath, Rows};
-use crate::slot::{Context, EmbeddingSlot, Linears, Pass, Slot};
 
 /// The encoder of RoBERTa or BERT.
 #[derive(Debug)]
@@ -146,20 +146,20 @@ impl RobertaEncoder {
     }
 }
 
-impl Linears for RobertaEncoder {
+impl AdaptableModel for RobertaEncoder {
     fn default_targets(&self) -> &'static [&'static str] {
         &["query", "key", "value"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings.words)
     }
 }
@@ -222,7 +222,7 @@ impl Batch {
 /// Words, positions and token types, summed, normalised, dropped.
 #[derive(Debug)]
 struct Embeddings {
-    words: EmbeddingSlot,
+    words: AdaptableEmbedding,
     positions: Tensor,   // (max positions, d)
     token_types: Tensor, // (types, d)
     norm: LayerNorm,
@@ -240,7 +240,7 @@ impl Embeddings {
             vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init)
         };
         Ok(Self {
-            words: EmbeddingSlot::new(table("word_embeddings", config.vocab_size)?),
+            words: AdaptableEmbedding::new(table("word_embeddings", config.vocab_size)?),
             positions: table("position_embeddings", config.max_position_embeddings)?,
             token_types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
@@ -294,13 +294,13 @@ impl Embeddings {
 /// Self-attention and feed-forward block, each followed by dropout, residual and layer norm.
 #[derive(Debug)]
 struct Layer {
-    query: Slot,
-    key: Slot,
-    value: Slot,
-    attention_output: Slot,
+    query: AdaptableLinear,
+    key: AdaptableLinear,
+    value: AdaptableLinear,
+    attention_output: AdaptableLinear,
     attention_norm: LayerNorm,
-    intermediate: Slot,
-    output: Slot,
+    intermediate: AdaptableLinear,
+    output: AdaptableLinear,
     output_norm: LayerNorm,
     probs_dropout: Dropout,
     attention_dropout: Dropout,
@@ -366,14 +366,14 @@ impl Layer {
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
-        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
+        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&Slot; 6] {
+    fn slots(&self) -> [&AdaptableLinear; 6] {
         [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
     }
 
-    fn slots_mut(&mut self) -> [&mut Slot; 6] {
+    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 6] {
         [
             &mut self.query,
             &mut self.key,

@@ -5,11 +5,11 @@ use candle_nn::{Init, Linear, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::layers::{linear, LayerNorm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{Context, EmbeddingSlot, Linears, Slot};
 
 /// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
 #[derive(Debug)]
@@ -80,20 +80,20 @@ impl RobertaForMaskedLM {
     }
 }
 
-impl Linears for RobertaForMaskedLM {
+impl AdaptableModel for RobertaForMaskedLM {
     fn default_targets(&self) -> &'static [&'static str] {
         self.encoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.encoder.embedding_mut()
     }
 }

@@ -10,9 +10,9 @@ use crate::monteclora::noise::DrawNoise;
 use crate::monteclora::peft_compat;
 use crate::monteclora::posterior::Posterior;
 use crate::ops::{add_scaled_rows, custom_vjp, OpPath};
-use crate::simd::vectorized;
 use crate::special::gamma_quantile;
 use crate::special::tensor::{normalised, normalised_slope};
+use crate::util::simd::vectorized;
 
 /// Up to this rank `T Z` is a plain loop; beyond, a product in blocks is worth its price.
 const SMALL_RANK: usize = 32;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::train::optim::Moments;
+use crate::optim::Moments;
 use crate::train::settings::Settings;
 
 pub(super) const STATE: &str = "state.json";

@@ -3,8 +3,10 @@ use std::collections::HashSet;
 use candle_core::{Device, Tensor};
 
 use super::state::{Sum, MANIFEST, STATE, TENSORS, VERSION};
+use std::collections::BTreeMap;
+
 use super::*;
-use crate::train::optim::Moments;
+use crate::optim::Moments;
 
 fn checkpoints(dir: &Path) -> Checkpoints {
     Checkpoints { resume: true, ..Checkpoints::new(dir.join("run")) }

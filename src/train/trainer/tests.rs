@@ -3,8 +3,8 @@
 use candle_core::Device;
 
 use super::*;
+use crate::adapter::{Init, Role};
 use crate::noise::{Noise, Purpose};
-use crate::params::{Init, Role};
 
 /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
 struct Line {
@@ -187,7 +187,7 @@ fn the_posterior_is_decayed_where_it_is_asked_for() -> Result<()> {
             }
         }
         let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
-        for (name, role) in [("rho", Role::Scale), ("c", Role::Concentration)] {
+        for (name, role) in [("rho", Role::LogStd), ("c", Role::Concentration)] {
             params.create(name, role, 1, &Init::Constant(1.0))?;
         }
         let train =

@@ -7,8 +7,8 @@ use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Resul
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::kernels::many;
-use crate::simd::vectorized;
+use crate::kernels::multi_tensor;
+use crate::util::simd::vectorized;
 
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;

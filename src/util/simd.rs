@@ -13,9 +13,9 @@ pub(crate) use pulp::Arch;
 macro_rules! vectorized {
     ($body:expr) => {{
         #[cfg(target_arch = "x86_64")]
-        match $crate::simd::Arch::new() {
-            $crate::simd::Arch::V4(simd) => simd.vectorize(|| $body),
-            $crate::simd::Arch::V3(simd) => simd.vectorize(|| $body),
+        match $crate::util::simd::Arch::new() {
+            $crate::util::simd::Arch::V4(simd) => simd.vectorize(|| $body),
+            $crate::util::simd::Arch::V3(simd) => simd.vectorize(|| $body),
             _ => $body,
         }
         #[cfg(not(target_arch = "x86_64"))]

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::adapter::Init;
 use crate::noise::Noise;
-use crate::params::Init;
 
 fn store(role: Role) -> Result<(Params, Tensor)> {
     let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
@@ -44,7 +44,7 @@ fn three_steps_are_those_of_torch() -> Result<()> {
 
 #[test]
 fn the_posterior_is_not_decayed() -> Result<()> {
-    for (role, decayed) in [(Role::A, true), (Role::Scale, false), (Role::Concentration, false)] {
+    for (role, decayed) in [(Role::A, true), (Role::LogStd, false), (Role::Concentration, false)] {
         let (params, w) = store(role)?;
         let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.5, ..Default::default() })?;
         step(&mut optimizer, &params, &w, [0.0; 3], 0.1)?;

@@ -5,10 +5,10 @@ use candle_core::{DType, Tensor};
 use candle_transformers::generation::LogitsProcessor;
 pub use candle_transformers::generation::Sampling;
 
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::models::causal::{Cache, CausalLm};
-use crate::slot::{Context, DrawCache, Pass};
 
 /// Which of the posterior's weights predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

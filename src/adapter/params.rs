@@ -32,7 +32,7 @@ pub enum Role {
     /// The up-projection B of a low-rank adapter.
     B,
     /// The logarithm of the Wishart scale's standard deviations, rho (`std_prior`).
-    Scale,
+    LogStd,
     /// The logarithm of the Dirichlet concentration, c (`expert_weights_prior`).
     Concentration,
     /// The row norms of DoRA.

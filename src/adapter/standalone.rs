@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Tensor;
 use candle_nn::{Linear, Module, ModuleT};
 
-use super::{Adapter, Context, Pass};
+use super::context::Context;
+use super::interface::Adapter;
+use super::pass::Pass;
 
 /// A frozen linear layer with an adapter of method `A`.
 ///

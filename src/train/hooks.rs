@@ -5,20 +5,20 @@ use std::sync::{Mutex, MutexGuard};
 
 use candle_core::Tensor;
 
-use super::gradients::Gradients;
 use super::objective::Loss;
 use super::settings::Settings;
+use crate::adapter::Params;
+use crate::adapter::{AdaptableModel, Context, Pass};
 use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
 use crate::adapters::AdaLoraConfig;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
 use crate::ops;
-use crate::params::Params;
-use crate::slot::{Context, Linears, Pass};
+use crate::optim::Gradients;
 
 /// A method's part of training; the default is that of a method which has none.
 #[derive(Debug, Default)]
-pub struct Upkeep {
+pub struct MethodHooks {
     kind: Kind,
     settings: Settings,
 }
@@ -39,13 +39,13 @@ enum Kind {
     },
 }
 
-impl From<Kind> for Upkeep {
+impl From<Kind> for MethodHooks {
     fn from(kind: Kind) -> Self {
         Self { kind, settings: Settings::new() }
     }
 }
 
-impl Upkeep {
+impl MethodHooks {
     /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
     pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
         let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
@@ -56,7 +56,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// As [`RankAllocator::new`].
-    pub fn of_budget(model: &dyn Linears, config: &AdaLoraConfig) -> Result<Self> {
+    pub fn of_budget(model: &dyn AdaptableModel, config: &AdaLoraConfig) -> Result<Self> {
         let allocator = Mutex::new(RankAllocator::new(model, config)?);
         Ok(Kind::Budget { weight: config.orthogonal_weight, allocator }.into())
     }
@@ -76,7 +76,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If candle fails, or the model has no layer of the method.
-    pub fn loss(&self, task: Tensor, model: &dyn Linears, pass: &Pass) -> Result<Loss> {
+    pub fn loss(&self, task: Tensor, model: &dyn AdaptableModel, pass: &Pass) -> Result<Loss> {
         match &self.kind {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
             Kind::Posterior { regularizer, .. } => {
@@ -128,7 +128,7 @@ impl Upkeep {
     /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`].
     pub fn after_step(
         &self,
-        model: &dyn Linears,
+        model: &dyn AdaptableModel,
         params: &Params,
         gradients: &Gradients,
         step: usize,
@@ -162,7 +162,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If it is not the state of this method on this model.
-    pub fn restore(&self, model: &dyn Linears, state: &BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.kind {
             Kind::None => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),

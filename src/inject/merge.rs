@@ -1,8 +1,8 @@
 //! Merging adapters into the layers they adapt, on the model in use, and taking them apart again.
 
+use crate::adapter::AdaptableModel;
 use crate::error::{Error, Result};
-use crate::named::check_unmerged;
-use crate::slot::Linears;
+use crate::inject::activate::check_unmerged;
 
 /// Merges the active adapters' means into their layers: from then on each costs what its base costs
 /// and computes its mean; posterior draws and training are refused until [`unmerge`]. What changes an
@@ -12,7 +12,7 @@ use crate::slot::Linears;
 /// # Errors
 /// If no adapter is active, one is merged already, a method has no change of weights, a base weight
 /// is trained itself, or a merged weight would not be finite.
-pub fn merge(model: &mut dyn Linears) -> Result<usize> {
+pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
     check_unmerged(model)?;
     let mut merged = Vec::new();
     model.visit_linears(&mut |slot| {
@@ -36,7 +36,7 @@ pub fn merge(model: &mut dyn Linears) -> Result<usize> {
 ///
 /// # Errors
 /// If the walk fails.
-pub fn unmerge(model: &mut dyn Linears) -> Result<usize> {
+pub fn unmerge(model: &mut dyn AdaptableModel) -> Result<usize> {
     let mut count = 0;
     model.visit_linears_mut(&mut |slot| {
         count += usize::from(slot.is_merged());

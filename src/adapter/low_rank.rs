@@ -7,11 +7,11 @@
 use candle_core::Tensor;
 use candle_nn::Linear;
 
+use super::context::Context;
+use super::params::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::{Purpose, Stream};
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::Context;
 
 /// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
 #[derive(Debug, Clone)]
@@ -65,7 +65,7 @@ impl LowRank {
     }
 
     /// [`Self::new`] with other starts of A and B.
-    pub(super) fn started(
+    pub(crate) fn started(
         params: &Params,
         name: &str,
         (in_dim, out_dim): (usize, usize),
@@ -132,7 +132,7 @@ impl LowRank {
     }
 
     /// `xs` with its dropout, where this pass drops.
-    pub(super) fn dropped(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    pub(crate) fn dropped(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let draw = cx.pass.dropout_draw().filter(|_| self.dropout > 0.0);
         draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw, cx.path)).transpose()
     }
@@ -158,9 +158,9 @@ pub fn dims(base: &Linear) -> Result<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::Pass;
     use crate::noise::Noise;
     use crate::ops::OpPath;
-    use crate::slot::Pass;
     use candle_core::{DType, Device};
 
     #[test]

@@ -1,59 +1,19 @@
-//! The seam between models and methods: [`Pass`], [`Adapter`], [`Slot`] and the one walk.
-//!
-//! A model's linear layer is a [`Slot`]: its frozen base and its named adapters. Models thread a
-//! `&Pass` down their forward pass; whether a layer samples is never a flag that it stores.
+//! A model's linear layer: its frozen base and its named adapters.
 
-mod context;
-mod embedding;
-mod pass;
-mod probe;
-mod standalone;
-
-use std::any::Any;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 use candle_nn::Linear;
 
+use super::context::Context;
+use super::interface::Adapter;
+use super::pass::Pass;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::Role;
-
-pub use context::{Context, DrawCache, ScalerFactors};
-pub use embedding::EmbeddingSlot;
-pub use pass::Pass;
-pub(crate) use probe::Probe;
-pub use standalone::{AdaptedLinear, MeanView};
-
-/// A method's change to one linear layer. Its forward is pure: it alters no state.
-pub trait Adapter: Send + Sync + std::fmt::Debug {
-    /// The adapted layer's output.
-    ///
-    /// # Shapes
-    /// - `xs`: `(.., in_dim)`, any float dtype
-    /// - output: `(.., out_dim)`, the dtype of `xs`
-    ///
-    /// # Errors
-    /// If shapes or dtypes do not fit the base.
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor>;
-
-    /// The trainable tensors, by role.
-    fn parameters(&self) -> Vec<(Role, Tensor)>;
-
-    /// The change of the weight of `base` that the mean adapter amounts to, `(out_dim, in_dim)` in the
-    /// adapter's dtype at least, where there is one.
-    ///
-    /// # Errors
-    /// If candle fails.
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>>;
-
-    /// The concrete method, for those that know it (the regulariser, files).
-    fn as_any(&self) -> &dyn Any;
-}
 
 /// A linear layer of a model: its base weight and its adapters, of which at most one is active.
 #[derive(Debug)]
-pub struct Slot {
+pub struct AdaptableLinear {
     path: String,
     base: Linear,
     adapters: BTreeMap<String, Box<dyn Adapter>>,
@@ -62,8 +22,8 @@ pub struct Slot {
     merged: Option<Linear>,
 }
 
-impl Slot {
-    /// A slot without adapters. `path` is the layer's Hugging Face name.
+impl AdaptableLinear {
+    /// A layer without adapters. `path` is the layer's Hugging Face name.
     pub fn new(path: impl Into<String>, base: Linear) -> Self {
         Self { path: path.into(), base, adapters: BTreeMap::new(), active: None, merged: None }
     }
@@ -90,7 +50,7 @@ impl Slot {
     /// Adds an adapter and makes it the active one.
     ///
     /// # Errors
-    /// If the name cannot be one, the slot has an adapter of this name, or is merged.
+    /// If the name cannot be one, the layer has an adapter of this name, or is merged.
     pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
         check_adapter_name(name)?;
         self.check_unmerged()?;
@@ -105,7 +65,7 @@ impl Slot {
     /// Takes the adapter of this name away, if there is one.
     ///
     /// # Errors
-    /// If the slot is merged.
+    /// If the layer is merged.
     pub fn remove(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
         self.check_unmerged()?;
         if self.active.as_deref() == Some(name) {
@@ -117,7 +77,7 @@ impl Slot {
     /// Makes the adapter of this name active, or none of them.
     ///
     /// # Errors
-    /// If the slot has no adapter of this name, or is merged.
+    /// If the layer has no adapter of this name, or is merged.
     pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
         self.check_unmerged()?;
         if let Some(name) = name.filter(|name| !self.adapters.contains_key(*name)) {
@@ -203,7 +163,7 @@ impl Slot {
         base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
     }
 
-    /// The linear layer that this slot is under every pass: its base, where no adapter is active.
+    /// The linear layer that this layer is under every pass: its base, where no adapter is active.
     /// None where a probe asks for each layer's own output.
     pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
         (self.active.is_none() && cx.probe.is_none()).then_some(&self.base)
@@ -222,7 +182,7 @@ impl Slot {
     /// - output: `(.., out_dim)`
     ///
     /// # Errors
-    /// If shapes or dtypes do not fit, or the slot is merged and the pass is not the mean: a merged
+    /// If shapes or dtypes do not fit, or the layer is merged and the pass is not the mean: a merged
     /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
     pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let plain = |layer: &Linear| ops::linear(xs, layer.weight(), layer.bias(), cx.path);
@@ -242,53 +202,15 @@ impl Slot {
     }
 }
 
-/// The dtype of the first linear layer's base, where there is one.
-pub(crate) fn base_dtype(model: &dyn Linears) -> Option<DType> {
-    let mut dtype = None;
-    let looked = model.visit_linears(&mut |slot| {
-        dtype = dtype.or(Some(slot.base().weight().dtype()));
-        Ok(())
-    });
-    looked.ok().and(dtype)
-}
-
 /// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a
 /// folder of the name.
 ///
 /// # Errors
 /// If it is empty, or holds a dot or a slash.
 pub(crate) fn check_adapter_name(name: &str) -> Result<()> {
-    match name.is_empty() || name.contains(['.', '/', '\\']) {
-        true => {
-            let reason =
-                format!("an adapter cannot be called {name:?}: give a name without dots and slashes");
-            Err(Error::config("adapter", reason))
-        }
-        false => Ok(()),
+    if name.is_empty() || name.contains(['.', '/', '\\']) {
+        let reason = format!("an adapter cannot be called {name:?}: give a name without dots and slashes");
+        return Err(Error::config("adapter", reason));
     }
-}
-
-/// The one walk over a model's linear layers. Injection, saving, loading, merging and counting
-/// are closures over it. Beside them, the place for what sits on no linear layer.
-pub trait Linears {
-    /// The names of the layers that are adapted unless the user names others: the projections to
-    /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out.
-    fn default_targets(&self) -> &'static [&'static str];
-
-    /// Calls `f` on every slot, in the model's own order.
-    ///
-    /// # Errors
-    /// The first error of `f`.
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()>;
-
-    /// Calls `f` on every slot, to change it in place.
-    ///
-    /// # Errors
-    /// The first error of `f`.
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()>;
-
-    /// The word embedding, before which virtual tokens can stand; None of a model that has no such place.
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
-        None
-    }
+    Ok(())
 }

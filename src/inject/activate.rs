@@ -5,15 +5,15 @@
 
 use std::collections::BTreeSet;
 
+use crate::adapter::AdaptableModel;
+use crate::adapter::Params;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::slot::Linears;
 
 /// The names of a model's adapters, sorted.
 ///
 /// # Errors
 /// If the walk fails.
-pub fn names(model: &dyn Linears) -> Result<Vec<String>> {
+pub fn names(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     let mut names = BTreeSet::new();
     model.visit_linears(&mut |slot| {
         names.extend(slot.names().map(str::to_string));
@@ -33,7 +33,7 @@ pub fn names(model: &dyn Linears) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// If no layer has an adapter of this name, or one is merged.
-pub fn activate(model: &mut dyn Linears, name: Option<&str>, params: &Params) -> Result<()> {
+pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Params) -> Result<()> {
     if let Some(name) = name {
         check_name(model, name)?;
     }
@@ -48,7 +48,7 @@ pub fn activate(model: &mut dyn Linears, name: Option<&str>, params: &Params) ->
 
 /// Freezes or releases every parameter of the adapters whose names are `chosen`.
 pub(crate) fn set_trainable(
-    model: &dyn Linears,
+    model: &dyn AdaptableModel,
     params: &Params,
     trainable: bool,
     chosen: impl Fn(&str) -> bool,
@@ -72,7 +72,7 @@ fn prefix(path: &str, adapter: &str) -> String {
 ///
 /// # Errors
 /// If no layer has an adapter of this name, or one is merged.
-pub fn remove(model: &mut dyn Linears, name: &str, params: &Params) -> Result<()> {
+pub fn remove(model: &mut dyn AdaptableModel, name: &str, params: &Params) -> Result<()> {
     check_name(model, name)?;
     check_unmerged(model)?;
     model.visit_linears_mut(&mut |slot| {
@@ -86,7 +86,7 @@ pub fn remove(model: &mut dyn Linears, name: &str, params: &Params) -> Result<()
     })
 }
 
-fn check_name(model: &dyn Linears, name: &str) -> Result<()> {
+fn check_name(model: &dyn AdaptableModel, name: &str) -> Result<()> {
     let names = names(model)?;
     match names.iter().any(|known| known == name) {
         true => Ok(()),
@@ -97,7 +97,7 @@ fn check_name(model: &dyn Linears, name: &str) -> Result<()> {
     }
 }
 
-pub(crate) fn check_unmerged(model: &dyn Linears) -> Result<()> {
+pub(crate) fn check_unmerged(model: &dyn AdaptableModel) -> Result<()> {
     model.visit_linears(&mut |slot| match slot.is_merged() {
         true => Err(Error::config("adapter", format!("{} is merged: unmerge it first", slot.path()))),
         false => Ok(()),

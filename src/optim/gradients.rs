@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 
+use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::Params;
 
 /// The gradients of the trainable parameters of one optimiser step.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +71,9 @@ impl Gradients {
             return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
         }
         #[cfg(feature = "cuda")]
-        if let Some(sum) = crate::kernels::many::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())? {
+        if let Some(sum) =
+            crate::kernels::multi_tensor::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())?
+        {
             return Ok(sum.sqrt());
         }
         // On a device, one copy for all of them.
@@ -166,8 +168,8 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
+    use crate::adapter::{Init, Role};
     use crate::noise::Noise;
-    use crate::params::{Init, Role};
 
     fn store() -> Result<(Params, Tensor, Tensor)> {
         let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);

@@ -11,12 +11,12 @@ use crate::ops::{self, OpPath};
 /// Padding on the left stands between the two at first. Where a model's positions count columns,
 /// [`Self::after_padding`] brings them together.
 #[derive(Debug)]
-pub struct EmbeddingSlot {
+pub struct AdaptableEmbedding {
     words: Tensor,          // (vocab, d)
     prompt: Option<Tensor>, // (p, d)
 }
 
-impl EmbeddingSlot {
+impl AdaptableEmbedding {
     /// The table `words` of shape `(vocab, d)`, without virtual tokens.
     pub fn new(words: Tensor) -> Self {
         Self { words, prompt: None }

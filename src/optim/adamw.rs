@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 
 use super::gradients::Gradients;
-pub use super::update::Moments;
-use super::update::{Constants, Steps};
+use super::update::{Constants, Moments, Steps};
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::params::{Params, Role};
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +41,7 @@ impl Default for AdamWConfig {
             beta2: 0.999,
             eps: 1e-8,
             weight_decay: 0.01,
-            no_decay: vec![Role::Scale, Role::Concentration],
+            no_decay: vec![Role::LogStd, Role::Concentration],
             lr_ratios: Vec::new(),
             decay_vectors: true,
         }
@@ -140,7 +139,7 @@ impl AdamW {
 
     /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,
     /// and the next step changes them.
-    pub(super) fn remembered(&self) -> &BTreeMap<String, Moments> {
+    pub(crate) fn remembered(&self) -> &BTreeMap<String, Moments> {
         &self.moments
     }
 
