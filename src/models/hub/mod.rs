@@ -14,14 +14,10 @@ mod config;
 mod failure;
 #[cfg(feature = "hub")]
 mod fetch;
-#[cfg(all(test, feature = "hub"))]
-mod fixture;
 mod index;
 mod pickles;
 #[cfg(feature = "hub")]
 mod remote;
-#[cfg(all(test, feature = "hub"))]
-mod server;
 mod weights;
 
 use std::collections::BTreeSet;
@@ -309,11 +305,5 @@ fn check_relative(name: &str) -> std::result::Result<(), String> {
 
 #[cfg(test)]
 mod fuzz;
-#[cfg(all(test, feature = "hub"))]
-mod remote_tests;
-#[cfg(all(test, feature = "hub"))]
-mod secret_tests;
 #[cfg(test)]
 mod tests;
-#[cfg(all(test, feature = "hub"))]
-mod transfer_tests;
