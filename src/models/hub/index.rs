@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{check_relative, weights};
+use super::names::check_relative;
+use super::weights;
 use crate::error::{Error, Result};
 
 /// An index whose file names all lie below its own folder.

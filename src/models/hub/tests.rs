@@ -1,11 +1,14 @@
 //! Local folders: what is found, and what is refused by name.
 
-use super::*;
+use super::model_files::{CONFIG, INDEX, TOKENIZER, WEIGHTS};
+use super::{with_prefix, ModelFiles};
+use crate::error::Result;
 use candle_core::Tensor;
+use candle_core::{DType, Device};
 use std::collections::HashMap;
 
 /// A folder with `config.json` and the given files.
-pub(super) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(CONFIG), "{}").unwrap();
     for (name, bytes) in files {
@@ -17,7 +20,7 @@ pub(super) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
 }
 
 /// A safetensors file of vectors `name = [value, value]`.
-pub(super) fn tensors(named: &[(&str, f32)]) -> Vec<u8> {
+fn tensors(named: &[(&str, f32)]) -> Vec<u8> {
     let vector = |value: f32| Tensor::new(&[value, value], &Device::Cpu).unwrap();
     let named: HashMap<&str, Tensor> = named.iter().map(|(name, value)| (*name, vector(*value))).collect();
     safetensors::serialize(named, None).unwrap()
