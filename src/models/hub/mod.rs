@@ -41,4 +41,3 @@ pub use config::{DownloadProgress, HubConfig};
 #[cfg(feature = "hub")]
 pub use download::{repo_file, repo_file_with};
 pub use model_files::ModelFiles;
-pub use weights::with_prefix;

@@ -1,7 +1,7 @@
 //! Local folders: what is found, and what is refused by name.
 
 use super::model_files::{CONFIG, INDEX, TOKENIZER, WEIGHTS};
-use super::{with_prefix, ModelFiles};
+use super::ModelFiles;
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_core::{DType, Device};
@@ -158,17 +158,6 @@ fn what_a_folder_lacks_is_named() {
     let absent = dir.path().join("absent");
     let message = ModelFiles::locate(absent.to_str().unwrap(), None).unwrap_err().to_string();
     assert!(message.contains("no such local folder"), "{message}");
-}
-
-#[test]
-fn a_prefix_is_found_by_the_tensor_it_holds() -> Result<()> {
-    let dir = folder(&[(WEIGHTS, tensors(&[("bert.x", 1.0), ("y", 2.0)]))]);
-    let vb = locate(&dir)?.var_builder(DType::F32, &Device::Cpu)?;
-    assert_eq!(with_prefix(&vb, &["roberta.", "bert.", ""], "x")?.prefix(), "bert");
-    assert_eq!(with_prefix(&vb, &["roberta", "bert", ""], "y")?.prefix(), "");
-    let message = with_prefix(&vb, &["roberta", "bert", ""], "z").err().unwrap().to_string();
-    assert!(message.contains("roberta.z, bert.z, z"), "{message}");
-    Ok(())
 }
 
 #[test]
