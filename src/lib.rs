@@ -3,7 +3,6 @@
 
 // Floor 0: ground. Knows nothing of the method.
 pub mod error;
-pub mod files;
 #[cfg(test)]
 mod fuzz;
 mod kernels;
@@ -13,7 +12,7 @@ mod simd;
 pub mod special;
 #[cfg(test)]
 mod testing;
-mod util;
+pub mod util;
 
 // Floor 1: probability.
 pub mod dist;

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
+use crate::util::json;
 
 /// The longest piece of a vocabulary. The crate's Unigram model keeps a node for each byte, one inside
 /// the other, and copies and lets go of them by recursion: some thousand bytes overflow a thread's stack,
@@ -26,8 +27,7 @@ pub fn read(path: &Path) -> Result<Tokenizer> {
 /// The tokenizer of the bytes of the file `path`.
 pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     // First, because the crate's own readers say neither where it is malformed nor always that it is.
-    let outline: Outline = serde_json::from_slice(bytes)
-        .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
+    let outline: Outline = json::parse(bytes, path)?;
     let longest = outline.model.vocab.0;
     if longest > MOST_OF_A_PIECE {
         let reason =

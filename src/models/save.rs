@@ -14,9 +14,9 @@ use serde_json::{json, Value};
 
 use super::hub::ModelFiles;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::params::{Params, Role};
 use crate::slot::Linears;
+use crate::util::files;
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;

@@ -11,9 +11,9 @@ use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::optim::AdamW;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::params::Params;
 use crate::slot::{Context, Pass, Probe};
+use crate::util::files;
 
 /// Steps in a row that may be skipped.
 const PATIENCE: usize = 10;

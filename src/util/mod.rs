@@ -2,3 +2,5 @@
 
 pub(crate) mod check;
 pub(crate) mod dtype;
+pub mod files;
+pub(crate) mod json;
