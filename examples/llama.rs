@@ -34,7 +34,8 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::peft::{self, AdapterFile, Origin, Profile};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
-use monteclora::{files, Noise, Params, Pass};
+use monteclora::util::files;
+use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
 #[derive(Parser, Clone)]

@@ -3,7 +3,6 @@
 
 // Floor 0, the ground: knows nothing of the method.
 pub mod error;
-pub mod files;
 #[cfg(test)]
 mod fuzz;
 mod kernels;
@@ -12,7 +11,7 @@ pub mod ops;
 pub mod special;
 #[cfg(test)]
 mod testing;
-mod util;
+pub mod util;
 
 // Floor 1: probability.
 pub mod dist;

@@ -15,9 +15,9 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
-use crate::files;
 use crate::noise::{Noise, Purpose};
 use crate::util::dtype::to_dtype_device;
+use crate::util::files;
 
 /// What a parameter is to its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

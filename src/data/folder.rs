@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::task::{Example, Splits, Task};
+use super::task::{non_empty, Example, Splits, Task};
 use super::{glue, superglue};
 use crate::error::{Error, Result};
 
@@ -51,17 +51,9 @@ fn load(
     dev: &[(&str, &str)],
     read: impl Fn(&Path) -> Result<Vec<Example>>,
 ) -> Result<Splits> {
-    let read = |path: &Path| read(path).and_then(|examples| some(examples, path));
+    let read = |path: &Path| read(path).and_then(|examples| non_empty(examples, path));
     let dev = dev.iter().map(|(name, file)| Ok(((*name).to_owned(), read(&root.join(file))?)));
     Ok(Splits { dev: dev.collect::<Result<_>>()?, train: read(train)? })
-}
-
-/// The examples, unless there are none.
-pub(crate) fn some(examples: Vec<Example>, path: &Path) -> Result<Vec<Example>> {
-    if examples.is_empty() {
-        return Err(Error::format(path, "no examples"));
-    }
-    Ok(examples)
 }
 
 /// The parquet files of one set, in order; none if the folder is not there. Files that say

@@ -6,6 +6,7 @@ pub mod encode;
 mod folder;
 pub mod glue;
 pub mod instruct;
+mod lines;
 pub mod masked;
 #[cfg(feature = "hub")]
 pub mod parquet;

@@ -16,7 +16,7 @@ use super::hub::ModelFiles;
 use crate::adapter::AdaptableModel;
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;

@@ -11,8 +11,8 @@ use super::llama::{LlamaConfig, LlamaForSequenceClassification};
 use super::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::noise::Noise;
+use crate::util::json;
 
 /// A model with a head that classifies or scores a whole sequence.
 pub trait SequenceClassifier: AdaptableModel + Debug {
@@ -115,13 +115,12 @@ impl SequenceConfig {
     /// If the file cannot be read, is no JSON (the error names the line), is of another
     /// architecture, or asks for what is not supported.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
-        Self::parse(files::read_configuration(path)?.as_bytes(), path, num_labels)
+        Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
     }
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
-        let json: Value = serde_json::from_slice(text)
-            .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
+        let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
             Some("llama") => Architecture::Llama(LlamaConfig::parse(text, path)?.with_num_labels(num_labels)),
             Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {

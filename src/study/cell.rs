@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::files;
 use crate::metrics::Metrics;
+use crate::util::{files, json};
 
 /// What a cell runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -166,9 +166,7 @@ fn write(path: &Path, value: &impl Serialize) -> Result<()> {
 /// A file's value; None where there is no file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text)
-            .map(Some)
-            .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}"))),
+        Ok(text) => json::parse(text, path).map(Some),
         Err(error)
             if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
         {

@@ -16,7 +16,7 @@ use super::cell::{read_all, CellCost, CellKey, CellResult, Status};
 use super::run::settings_path;
 use super::stats::{median, quantile};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// The method whose mean prediction the others are tested against: by this name or, where a grid has
 /// none, the first that begins with it.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::grid::Shard;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// How far a shard is.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

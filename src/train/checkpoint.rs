@@ -17,7 +17,7 @@ pub(super) use state::{Numbers, State};
 
 use super::settings::Settings;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// What a damaged checkpoint is called from then on: nobody reads or removes it.
 const DAMAGED: &str = "damaged-";
@@ -66,12 +66,12 @@ impl Checkpoints {
     /// [`Self::changes`] does not name.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
         let mut steps = self.steps()?;
-        let Some(last) = steps.pop() else { return files::sweep(&self.dir).map(|()| None) };
+        let Some(last) = steps.pop() else { return files::remove_stale(&self.dir).map(|()| None) };
         if !self.resume {
             let reason = format!("it has a run that reached step {last}: resume it, or give another folder");
             return Err(Error::format(&self.dir, reason));
         }
-        files::sweep(&self.dir)?;
+        files::remove_stale(&self.dir)?;
         let mut damaged: Vec<(usize, String)> = Vec::new();
         for step in std::iter::once(last).chain(steps.into_iter().rev()) {
             match State::read(&self.place(step), step) {
@@ -157,7 +157,7 @@ impl Checkpoints {
             let place = self.place(*old);
             fs::rename(&place, files::partial_folder(&place)).map_err(Error::io(&*place))?;
         }
-        files::sweep(&self.dir)
+        files::remove_stale(&self.dir)
     }
 
     fn names(&self) -> Result<Vec<OsString>> {

@@ -16,7 +16,6 @@ use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::inject;
 use crate::models::hub::ModelFiles;
 use crate::models::save::copy_companions;
@@ -25,6 +24,7 @@ use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
 use crate::peft::{AdapterFile, Origin, Profile};
+use crate::util::files;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.
 #[derive(Debug)]

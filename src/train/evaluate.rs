@@ -12,8 +12,8 @@ use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::metrics::{softmax, Metrics};
+use crate::util::files;
 
 /// What a classifier says about every row of a split. Values are probabilities, or scores of a
 /// regression.

@@ -12,9 +12,9 @@ use super::settings::Settings;
 use crate::adapter::Params;
 use crate::adapter::{Context, Pass, Probe};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::optim::AdamW;
 use crate::optim::{clip_grad_norm, Gradients};
+use crate::util::files;
 
 /// Steps in a row that may be skipped.
 const PATIENCE: usize = 10;

@@ -2,4 +2,6 @@
 
 pub(crate) mod check;
 pub(crate) mod dtype;
+pub mod files;
+pub(crate) mod json;
 pub(crate) mod simd;

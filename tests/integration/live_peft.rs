@@ -153,7 +153,7 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
     let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
     json["architectures"] = serde_json::json!([name]);
     std::fs::create_dir_all(dir)?;
-    monteclora::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
+    monteclora::util::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
     std::fs::write(dir.join("config.json"), json.to_string())?;
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
@@ -212,7 +212,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             ("logits", &logits),
             ("base_logits", &base_logits),
         ];
-        monteclora::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
+        monteclora::util::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
 
         let output =
             Command::new(&python).arg(&script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;

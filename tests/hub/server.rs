@@ -16,13 +16,13 @@ use std::time::Duration;
 use serde_json::json;
 
 /// The commit that `main` is at.
-pub(super) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// The commit that the tag `v1` is at: files whose names begin with `v1:`.
-pub(super) const OLD_COMMIT: &str = "76543210fedcba9876543210fedcba9876543210";
+pub const OLD_COMMIT: &str = "76543210fedcba9876543210fedcba9876543210";
 
 /// How an answer goes wrong.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Fault {
+pub enum Fault {
     /// It has this status, and the text `refused`.
     Status(u16),
     /// It has the status 429 and this `Retry-After`.
@@ -49,16 +49,16 @@ pub(super) enum Fault {
 
 /// A request as it came.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Request {
-    pub(super) method: String,
-    pub(super) path: String,
-    pub(super) authorization: Option<String>,
-    pub(super) range: Option<String>,
+pub struct Request {
+    pub method: String,
+    pub path: String,
+    pub authorization: Option<String>,
+    pub range: Option<String>,
     etag: Option<String>,
 }
 
 impl Request {
-    pub(super) fn is_get(&self) -> bool {
+    pub fn is_get(&self) -> bool {
         self.method == "GET"
     }
 }
@@ -66,7 +66,7 @@ impl Request {
 /// The fault of a request, of which there were so many before (same method, path and range).
 type Faults = dyn Fn(&Request, usize) -> Option<Fault> + Send;
 
-pub(super) struct Server {
+pub struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
     away: Arc<AtomicBool>,
@@ -76,12 +76,12 @@ pub(super) struct Server {
 
 impl Server {
     /// Serves `files`, named `owner/name/path` or `datasets/owner/name/path`, without a fault.
-    pub(super) fn good(files: &[(&str, Vec<u8>)]) -> Self {
+    pub fn good(files: &[(&str, Vec<u8>)]) -> Self {
         Self::start(files, |_, _| None)
     }
 
     /// Serves `files` with `faults`.
-    pub(super) fn start(
+    pub fn start(
         files: &[(&str, Vec<u8>)],
         faults: impl Fn(&Request, usize) -> Option<Fault> + Send + 'static,
     ) -> Self {
@@ -109,27 +109,27 @@ impl Server {
         Self { address, stop, away, requests, thread: Some(thread) }
     }
 
-    pub(super) fn endpoint(&self) -> String {
+    pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
     /// From now on every connection is closed at once. The port stays taken: if it were let go, the
     /// server of another test could get it.
-    pub(super) fn leave(&self) {
+    pub fn leave(&self) {
         self.away.store(true, Ordering::SeqCst);
     }
 
-    pub(super) fn requests(&self) -> Vec<Request> {
+    pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
 
     /// How many times a path that ends so was fetched.
-    pub(super) fn downloads(&self, end: &str) -> usize {
+    pub fn downloads(&self, end: &str) -> usize {
         self.requests().iter().filter(|r| r.is_get() && r.path.ends_with(end)).count()
     }
 
     /// The ranges that were fetched, in order.
-    pub(super) fn ranges(&self) -> Vec<String> {
+    pub fn ranges(&self) -> Vec<String> {
         self.requests().into_iter().filter(Request::is_get).filter_map(|r| r.range).collect()
     }
 }

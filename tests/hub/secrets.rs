@@ -3,9 +3,11 @@
 
 use std::process::Command;
 
-use super::fixture::{hub_error, model, with_token, Cache, TOKEN};
+use monteclora::models::hub::ModelFiles;
+use monteclora::Result;
+
+use super::fixture::{hub_error, model, with, with_token, Cache, TOKEN};
 use super::server::Server;
-use super::*;
 
 #[test]
 fn the_checks_of_events_and_files_see_what_they_look_for() -> Result<()> {
@@ -32,7 +34,7 @@ fn a_token_that_cannot_be_sent_is_refused_without_showing_it() {
     let cache = Cache::new();
     let server = Server::good(&model());
     for token in [format!("{TOKEN}\nsecond"), format!("{TOKEN} "), format!("{TOKEN}é")] {
-        let hub = HubConfig { token: Some(token), ..cache.hub(&server.endpoint()) };
+        let hub = with(cache.hub(&server.endpoint()), |hub| hub.token = Some(token));
         let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
         assert!(message.contains("HF_TOKEN"), "{message}");
     }
@@ -43,7 +45,7 @@ fn a_token_that_cannot_be_sent_is_refused_without_showing_it() {
 #[test]
 fn without_a_token_none_is_sent_even_if_the_environment_has_one() {
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "models::hub::secret_tests::sends_no_token"])
+        .args(["--exact", "secrets::sends_no_token"])
         .env("HF_TOKEN", TOKEN)
         .output()
         .unwrap();
@@ -56,7 +58,7 @@ fn without_a_token_none_is_sent_even_if_the_environment_has_one() {
 fn sends_no_token() {
     let cache = Cache::new();
     let server = Server::good(&model());
-    let hub = HubConfig { token: None, ..cache.hub(&server.endpoint()) };
+    let hub = with(cache.hub(&server.endpoint()), |hub| hub.token = None);
     ModelFiles::locate_with("owner/tiny", None, &hub).unwrap();
     assert!(!server.requests().is_empty());
     assert!(server.requests().iter().all(|request| request.authorization.is_none()));

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use hf_hub::repository::FileMetadataInfo;
 
 use super::config::DownloadProgress;
-use super::failure::{Answer, Failure};
-use super::remote::Repo;
+use super::failure::{Failure, HubResult};
+use super::repo::Repo;
 use crate::error::Error;
 
 impl Repo {
@@ -28,17 +28,17 @@ impl Repo {
 
     /// Puts the file `name` at its place in the cache, unless it is there, and has `link` make it
     /// known under its name, unless it is. Returns its path.
-    pub(super) fn fetch(
+    pub(super) fn download_in_parts(
         &self,
         name: &str,
         about: &FileMetadataInfo,
-        link: impl FnOnce() -> Answer<PathBuf>,
-    ) -> Answer<PathBuf> {
+        link: impl FnOnce() -> HubResult<PathBuf>,
+    ) -> HubResult<PathBuf> {
         let folder = format!("{}--{}", self.kind.plural(), self.id.replace('/', "--"));
         let blobs = self.hub.cache.join(&folder).join("blobs");
         let locks = self.hub.cache.join(".locks").join(&folder);
         for dir in [&blobs, &locks] {
-            std::fs::create_dir_all(dir).map_err(here(dir))?;
+            std::fs::create_dir_all(dir).map_err(io(dir))?;
         }
         // The lock that other users of the cache take.
         let _lock = lock(&locks.join(format!("{}.lock", about.etag)))?;
@@ -48,11 +48,11 @@ impl Repo {
             Ok(found) if size == 0 || found.len() == size => {}
             _ => {
                 let filled = self.fill(name, about, &part);
-                if filled.as_ref().is_err_and(Failure::spoils) {
+                if filled.as_ref().is_err_and(Failure::invalidates_part) {
                     std::fs::remove_file(&part).ok();
                 }
                 filled?;
-                std::fs::rename(&part, &blob).map_err(here(&blob))?;
+                std::fs::rename(&part, &blob).map_err(io(&blob))?;
             }
         }
         // `hf-hub` makes a link anew by taking the old one away, and another may be reading by it.
@@ -64,16 +64,16 @@ impl Repo {
     }
 
     /// Appends to the file `part` what it lacks.
-    fn fill(&self, name: &str, about: &FileMetadataInfo, part: &Path) -> Answer<()> {
+    fn fill(&self, name: &str, about: &FileMetadataInfo, part: &Path) -> HubResult<()> {
         let mut file =
-            OpenOptions::new().create(true).truncate(false).write(true).open(part).map_err(here(part))?;
+            OpenOptions::new().create(true).truncate(false).write(true).open(part).map_err(io(part))?;
         let size = about.file_size;
-        let mut have = file.metadata().map_err(here(part))?.len();
+        let mut have = file.metadata().map_err(io(part))?.len();
         if have > size {
             have = 0;
         }
         loop {
-            file.set_len(have).and_then(|()| file.seek(SeekFrom::Start(have))).map_err(here(part))?;
+            file.set_len(have).and_then(|()| file.seek(SeekFrom::Start(have))).map_err(io(part))?;
             // A hub that does not say how long the file is says 0: then there is one part.
             if have == size && size > 0 {
                 break;
@@ -82,27 +82,28 @@ impl Repo {
             if bytes.len() as u64 == size {
                 // Asked for a part, the server gave the whole: it knows no ranges.
                 have = 0;
-                file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(here(part))?;
+                file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(io(part))?;
             }
-            file.write_all(&bytes).map_err(here(part))?;
+            file.write_all(&bytes).map_err(io(part))?;
             have += bytes.len() as u64;
             if size == 0 {
                 break;
             }
         }
-        file.sync_all().map_err(here(part))
+        file.sync_all().map_err(io(part))
     }
 
     /// The next part of a file of which `have` bytes are there.
-    fn part(&self, name: &str, about: &FileMetadataInfo, have: u64) -> Answer<Vec<u8>> {
+    fn part(&self, name: &str, about: &FileMetadataInfo, have: u64) -> HubResult<Vec<u8>> {
         let size = about.file_size;
         let end = size.min(have.saturating_add(self.hub.part.max(1)));
         let range = (have > 0 || end < size).then_some(have..end);
-        self.again(|| {
+        self.retry(|| {
             let (file, revision, range) = (name.to_string(), about.commit_hash.clone(), range.clone());
-            let mut heard = |bytes, _| self.report(name, have + bytes, Some(size));
-            let (bytes, _) =
-                self.once(&mut heard, move |client, watch| client.bytes(&file, &revision, range, watch))?;
+            let mut on_bytes = |bytes, _| self.report(name, have + bytes, Some(size));
+            let (bytes, _) = self.attempt(&mut on_bytes, move |client, progress| {
+                client.bytes(&file, &revision, range, progress)
+            })?;
             let got = bytes.len() as u64;
             if size > 0 && got != end - have && got != size {
                 return Err(Failure::Length { name: name.to_string(), expected: end - have, got });
@@ -121,16 +122,16 @@ impl Repo {
 }
 
 /// Holds the lock file `path`, as soon as no other process does.
-fn lock(path: &Path) -> Answer<File> {
-    let file = File::create(path).map_err(here(path))?;
+fn lock(path: &Path) -> HubResult<File> {
+    let file = File::create(path).map_err(io(path))?;
     if file.try_lock().is_err() {
         tracing::info!("waiting for another process that downloads the same file ({})", path.display());
-        file.lock().map_err(here(path))?;
+        file.lock().map_err(io(path))?;
     }
     Ok(file)
 }
 
-fn here(path: &Path) -> impl FnOnce(std::io::Error) -> Failure {
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Failure {
     let error = Error::io(path.to_path_buf());
-    move |source| Failure::Here(error(source))
+    move |source| Failure::Local(error(source))
 }

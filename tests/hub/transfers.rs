@@ -1,11 +1,15 @@
 //! Downloads by the real client that take several requests, break off, or lead elsewhere.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::fixture::{hub_error, Cache, TOKEN};
+use candle_core::{DType, Device};
+use monteclora::models::hub::{repo_file_with, HubConfig, ModelFiles, RepoKind};
+use monteclora::Result;
+
+use super::fixture::{hub_error, offline, tensors, with, Cache, CONFIG, TOKEN, WEIGHTS};
 use super::server::{Fault, Request, Server, COMMIT, OLD_COMMIT};
-use super::*;
 
 /// A file of ten parts.
 const LENGTH: usize = 1000;
@@ -24,7 +28,7 @@ fn fetch(hub: &HubConfig) -> Result<PathBuf> {
 }
 
 fn in_parts(cache: &Cache, server: &Server) -> HubConfig {
-    HubConfig { part: PART, ..cache.hub(&server.endpoint()) }
+    with(cache.hub(&server.endpoint()), |hub| hub.part = PART)
 }
 
 /// Fetches from `server`, and checks the bytes.
@@ -36,7 +40,7 @@ fn fetch_whole(hub: &HubConfig) {
 fn assert_absent(cache: &Cache, server: &Server) {
     let whole: Vec<_> = cache.blobs().into_iter().filter(|name| !name.contains('.')).collect();
     assert!(whole.is_empty(), "{whole:?}");
-    let message = hub_error(fetch(&HubConfig { offline: true, ..cache.hub(&server.endpoint()) }));
+    let message = hub_error(fetch(&offline(cache.hub(&server.endpoint()))));
     assert!(message.contains("not in the cache"), "{message}");
 }
 
@@ -69,7 +73,7 @@ fn a_download_that_broke_off_goes_on_where_it_was() {
         let broken = fault.clone();
         let late = |r: &Request| r.range.as_deref() == Some("600-699");
         let server = Server::start(&files(), move |r, _| late(r).then(|| broken.clone()));
-        let hub = HubConfig { patience: Duration::from_millis(700), ..in_parts(&cache, &server) };
+        let hub = with(in_parts(&cache, &server), |hub| hub.patience = Duration::from_millis(700));
         let message = hub_error(fetch(&hub));
         let reason = match fault {
             Fault::Cut(_) => "broke off in the middle of a file",
@@ -114,7 +118,7 @@ fn a_failure_that_passes_is_asked_again() {
         let first = fault.clone();
         let server = Server::start(&files(), move |_, before| (before == 0).then(|| first.clone()));
         // What is asked for is the file: HEAD and GET may fail once each.
-        fetch_whole(&HubConfig { retries: 2, ..cache.hub(&server.endpoint()) });
+        fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.retries = 2));
         assert_eq!(server.downloads(WEIGHTS), 2, "{fault:?}");
     }
     // One that does not pass is not.
@@ -123,7 +127,7 @@ fn a_failure_that_passes_is_asked_again() {
         let server = Server::start(&files(), move |r, _| {
             r.path.contains("/resolve/").then_some(Fault::Status(status))
         });
-        let message = hub_error(fetch(&HubConfig { retries: 5, ..cache.hub(&server.endpoint()) }));
+        let message = hub_error(fetch(&with(cache.hub(&server.endpoint()), |hub| hub.retries = 5)));
         assert!(message.contains(&status.to_string()), "{message}");
         let asked = server.requests().iter().filter(|r| r.path.contains("/resolve/")).count();
         assert!(asked <= 2, "{status}: {asked}");
@@ -136,14 +140,17 @@ fn a_server_that_says_how_long_to_wait_is_obeyed() {
     let server =
         Server::start(&files(), |r, before| (!r.is_get() && before == 0).then_some(Fault::RetryAfter("1")));
     let start = Instant::now();
-    fetch_whole(&HubConfig { retries: 1, ..cache.hub(&server.endpoint()) });
+    fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.retries = 1));
     assert!(start.elapsed() >= Duration::from_secs(1));
 
     // More than our patience: nothing is waited for, the user is told.
     let cache = Cache::new();
     let server = Server::start(&files(), |_, _| Some(Fault::RetryAfter("7")));
     let patience = Duration::from_secs(5);
-    let message = hub_error(fetch(&HubConfig { retries: 5, patience, ..cache.hub(&server.endpoint()) }));
+    let message = hub_error(fetch(&with(cache.hub(&server.endpoint()), |hub| {
+        hub.retries = 5;
+        hub.patience = patience;
+    })));
     assert!(message.contains("429") && message.contains("7 seconds"), "{message}");
     assert_eq!(server.requests().len(), 1);
     // `hf-hub` reads seconds alone; a date counts as no hint.
@@ -229,7 +236,7 @@ fn a_slow_server_is_waited_for_as_long_as_something_moves() {
     let server = Server::start(&files(), move |_, _| Some(Fault::Drip(pause)));
     let start = Instant::now();
     let patience = Duration::from_millis(600);
-    fetch_whole(&HubConfig { patience, ..cache.hub(&server.endpoint()) });
+    fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.patience = patience));
     assert!(start.elapsed() > patience);
 }
 
@@ -282,7 +289,7 @@ fn what_fails_behind_a_redirect_is_not_cached_and_is_asked_again() {
         drop((hub, store));
         let broken = fault.clone();
         let (hub, store) = elsewhere(move |r, before| (r.is_get() && before == 0).then(|| broken.clone()));
-        fetch_whole(&HubConfig { retries: 1, ..cache.hub(&hub.endpoint()) });
+        fetch_whole(&with(cache.hub(&hub.endpoint()), |hub| hub.retries = 1));
         assert_eq!(store.downloads("signed"), 2);
     }
 }
@@ -313,12 +320,11 @@ fn names_that_lead_out_of_the_cache_are_refused() {
 #[test]
 fn a_revision_is_held_to_for_all_files_and_a_commit_needs_no_network() -> Result<()> {
     let cache = Cache::new();
-    let tensors = |value| super::tests::tensors(&[("a", value)]);
     let server = Server::good(&[
         ("owner/tiny/config.json", b"new".to_vec()),
-        ("owner/tiny/model.safetensors", tensors(2.0)),
+        ("owner/tiny/model.safetensors", tensors("a", 2.0)),
         ("v1:owner/tiny/config.json", b"old".to_vec()),
-        ("v1:owner/tiny/model.safetensors", tensors(1.0)),
+        ("v1:owner/tiny/model.safetensors", tensors("a", 1.0)),
     ]);
     let hub = cache.hub(&server.endpoint());
     for (revision, commit, config, value) in [
@@ -360,8 +366,8 @@ fn a_branch_is_asked_for_anew_but_fetched_only_if_it_has_changed() {
     let server = Server::start(&changed, |_, _| Some(Fault::Header("X-Repo-Commit", OLD_COMMIT)));
     let hub = cache.hub(&server.endpoint());
     assert_eq!(std::fs::read(fetch(&hub).unwrap()).unwrap(), b"changed");
-    let offline = HubConfig { offline: true, ..hub };
-    assert_eq!(std::fs::read(fetch(&offline).unwrap()).unwrap(), b"changed");
+    let hub = offline(hub);
+    assert_eq!(std::fs::read(fetch(&hub).unwrap()).unwrap(), b"changed");
 }
 
 #[test]
@@ -371,7 +377,7 @@ fn while_the_hub_is_out_of_reach_the_cache_serves() {
     for fault in [Fault::Status(503), Fault::RetryAfter("7"), Fault::Silent] {
         let out = fault.clone();
         let server = Server::start(&files(), move |_, _| Some(out.clone()));
-        fetch_whole(&HubConfig { patience: Duration::from_millis(200), ..cache.hub(&server.endpoint()) });
+        fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.patience = Duration::from_millis(200)));
         assert_eq!(server.requests().len(), 1, "{fault:?}");
     }
     // A refusal is none of these.

@@ -1,14 +1,13 @@
 //! The real client against a hub on the loopback.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use candle_core::{DType, Device};
+use monteclora::models::hub::{repo_file_with, ModelFiles, RepoKind};
+use monteclora::Result;
 
-use super::fixture::{hub_error, model, Cache, TOKEN};
+use super::fixture::{hub_error, model, offline, tensors, with, Cache, CONFIG, TOKEN, TOKENIZER, WEIGHTS};
 use super::server::{Fault, Server, COMMIT};
-use super::tests::tensors;
-use super::*;
 
 #[test]
 fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> {
@@ -30,9 +29,9 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
     assert_eq!(server.downloads(WEIGHTS), 1);
     server.leave();
     assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), first.weights());
-    let offline = HubConfig { offline: true, ..hub };
+    let hub = offline(hub);
     for revision in [None, Some(COMMIT)] {
-        assert_eq!(ModelFiles::locate_with("owner/tiny", revision, &offline)?.weights(), first.weights());
+        assert_eq!(ModelFiles::locate_with("owner/tiny", revision, &hub)?.weights(), first.weights());
     }
     Ok(())
 }
@@ -45,8 +44,8 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
     files.truncate(2);
     files.extend([
         ("owner/tiny/model.safetensors.index.json", index.as_bytes().to_vec()),
-        ("owner/tiny/w-1.safetensors", tensors(&[("a", 1.0)])),
-        ("owner/tiny/w-2.safetensors", tensors(&[("b", 2.0)])),
+        ("owner/tiny/w-1.safetensors", tensors("a", 1.0)),
+        ("owner/tiny/w-2.safetensors", tensors("b", 2.0)),
         ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
     ]);
     let server = Server::good(&files);
@@ -121,7 +120,7 @@ fn a_repository_of_pickles_is_refused() {
     // Beside safetensors a pickle is not even asked for.
     let cache = Cache::new();
     files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
-    files.push(("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])));
+    files.push(("owner/tiny/model.safetensors", tensors("a", 1.5)));
     let server = Server::good(&files);
     ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())).unwrap();
     assert!(server.requests().iter().all(|request| !request.path.ends_with(".bin")));
@@ -136,8 +135,8 @@ fn without_a_network_or_a_cache_the_error_says_what_to_do() {
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 
     let server = Server::good(&model());
-    let offline = HubConfig { offline: true, ..cache.hub(&server.endpoint()) };
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &offline));
+    let hub = offline(cache.hub(&server.endpoint()));
+    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
     assert!(message.contains("not in the cache") && message.contains("HF_HUB_OFFLINE"), "{message}");
     assert!(server.requests().is_empty());
 }
@@ -146,7 +145,7 @@ fn without_a_network_or_a_cache_the_error_says_what_to_do() {
 fn a_silent_server_is_given_up() {
     let cache = Cache::new();
     let server = Server::start(&[], |_, _| Some(Fault::Silent));
-    let hub = HubConfig { patience: Duration::from_millis(200), ..cache.hub(&server.endpoint()) };
+    let hub = with(cache.hub(&server.endpoint()), |hub| hub.patience = Duration::from_millis(200));
     let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
     assert!(message.contains("no answer for 0.2 seconds"), "{message}");
 }
@@ -185,49 +184,12 @@ fn names_that_are_no_repositories_are_never_asked_for() {
 }
 
 #[test]
-fn the_environment_is_read_as_hugging_face_reads_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let home = dir.path().display().to_string();
-    std::fs::write(dir.path().join("token"), " hf_stored\n").unwrap();
-    std::fs::write(dir.path().join("other"), "hf_other\n").unwrap();
-    let other = dir.path().join("other").display().to_string();
-    let config = |vars: &[(&str, &str)]| {
-        let vars: BTreeMap<String, String> =
-            vars.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
-        HubConfig::from_vars(&move |name| vars.get(name).cloned())
-    };
-    let plain = config(&[("HOME", "/home/u")]);
-    assert_eq!(plain.endpoint, "https://huggingface.co");
-    assert_eq!(plain.cache, Path::new("/home/u/.cache/huggingface/hub"));
-    assert!(plain.token.is_none() && !plain.offline);
-
-    assert_eq!(config(&[("XDG_CACHE_HOME", "/x")]).cache, Path::new("/x/huggingface/hub"));
-    assert_eq!(config(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/h")]).cache, Path::new("/h/hub"));
-    assert_eq!(config(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
-    assert_eq!(config(&[("HF_ENDPOINT", "http://mirror/")]).endpoint, "http://mirror");
-
-    assert_eq!(config(&[("HF_HOME", &home)]).token.as_deref(), Some("hf_stored"));
-    assert_eq!(config(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]).token.as_deref(), Some("hf_other"));
-    assert_eq!(config(&[("HF_HOME", &home), ("HF_TOKEN", "hf_x")]).token.as_deref(), Some("hf_x"));
-    assert!(config(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
-
-    for (value, offline) in
-        [("1", true), ("on", true), ("Yes", true), ("true", true), ("0", false), ("", false)]
-    {
-        assert_eq!(config(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value:?}");
-    }
-    let secret = config(&[("HF_TOKEN", "hf_x"), ("HF_ENDPOINT", "http://user:word@mirror/path")]);
-    let shown = format!("{secret:?}");
-    assert!(!shown.contains("hf_x") && !shown.contains("word"), "{shown}");
-}
-
-#[test]
 fn a_name_that_may_be_a_folder_s_says_that_there_is_none() {
     let cache = Cache::new();
-    let offline = HubConfig { offline: true, ..cache.hub("http://127.0.0.1:9") };
-    let message = hub_error(ModelFiles::locate_either("models/robreta", None, &offline));
+    let hub = offline(cache.hub("http://127.0.0.1:9"));
+    let message = hub_error(ModelFiles::locate_either("models/robreta", None, &hub));
     assert!(message.contains("models/robreta") && message.contains("not in the cache"), "{message}");
     assert!(message.ends_with("(and there is no such local folder)"), "{message}");
-    let message = hub_error(ModelFiles::locate_either("models/roberta/large", None, &offline));
+    let message = hub_error(ModelFiles::locate_either("models/roberta/large", None, &hub));
     assert_eq!(message.matches("no such local folder").count(), 1);
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -10,24 +10,6 @@ use safetensors::View;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-
-/// The most bytes of a configuration. Read as a tree, JSON can take some hundred times its size.
-const MOST_OF_A_CONFIGURATION: u64 = 4 << 20;
-
-/// The text of a configuration at `path`.
-///
-/// # Errors
-/// If it cannot be read, is not UTF-8, or is far longer than configurations are; the error names it.
-pub(crate) fn read_configuration(path: &Path) -> Result<String> {
-    let mut bytes = Vec::new();
-    let read = |file: File| file.take(MOST_OF_A_CONFIGURATION + 1).read_to_end(&mut bytes);
-    File::open(path).and_then(read).map_err(Error::io(path))?;
-    if bytes.len() as u64 > MOST_OF_A_CONFIGURATION {
-        let reason = format!("longer than {MOST_OF_A_CONFIGURATION} bytes, which no configuration is");
-        return Err(Error::format(path, reason));
-    }
-    String::from_utf8(bytes).map_err(|e| Error::format(path, format!("not UTF-8: {e}")))
-}
 
 /// Writes the file `path` whole, or leaves what was there.
 ///
@@ -68,13 +50,13 @@ pub fn lock(dir: &Path) -> Result<Option<Lock>> {
     }
 }
 
-/// Removes from the folder `dir` what is out of sight: temporary files of this module, and folders that
-/// were written or removed by processes that were killed. For a folder that nobody else writes
+/// Removes from the folder `dir` what killed processes left there: temporary files of this module, and
+/// folders that were being written or removed. For a folder that nobody else writes
 /// into; of one that is not there it does nothing.
 ///
 /// # Errors
 /// If the folder cannot be read, or an entry not removed; the error names it.
-pub fn sweep(dir: &Path) -> Result<()> {
+pub fn remove_stale(dir: &Path) -> Result<()> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -83,12 +65,10 @@ pub fn sweep(dir: &Path) -> Result<()> {
     for entry in entries {
         let path = entry.map_err(Error::io(dir))?.path();
         let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        let removed = match is_half(&name) {
-            false => Ok(()),
-            true if path.is_dir() => fs::remove_dir_all(&path),
-            true => fs::remove_file(&path),
-        };
-        removed.map_err(Error::io(&*path))?;
+        if is_temporary(&name) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(Error::io(&*path))?;
+        }
     }
     Ok(())
 }
@@ -99,7 +79,7 @@ pub fn has_entries(dir: &Path) -> bool {
 }
 
 /// Whether a name is `*.tmp-PID-COUNT` or `.*.PID.partial`.
-fn is_half(name: &str) -> bool {
+fn is_temporary(name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let file = name.rsplit_once(".tmp-").and_then(|(_, unique)| unique.split_once('-'));
     let folder = name.strip_prefix('.').and_then(|name| name.strip_suffix(".partial"));
@@ -216,9 +196,9 @@ mod tests {
     }
 
     #[test]
-    fn what_killed_processes_left_is_swept_and_nothing_else() {
+    fn what_killed_processes_left_is_removed_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        sweep(&dir.path().join("nowhere")).unwrap();
+        remove_stale(&dir.path().join("nowhere")).unwrap();
         let pending = Pending::write(dir.path().join("a.txt"), b"half").unwrap();
         fs::create_dir_all(partial_folder(&dir.path().join("model")).join("deep")).unwrap();
         let others = ["a.txt", "b.tmp-1", "c.tmp-x-1", ".model.partial", "model.1.partial", ".m.x1.partial"];
@@ -227,27 +207,9 @@ mod tests {
         }
         std::mem::forget(pending);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len() + 2);
-        sweep(dir.path()).unwrap();
+        remove_stale(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len());
         assert!(others.iter().all(|name| dir.path().join(name).exists()));
-    }
-
-    #[test]
-    fn a_configuration_is_short_and_utf_8() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.json");
-        let read = |bytes: &[u8]| {
-            fs::write(&path, bytes).unwrap();
-            read_configuration(&path).map_err(|error| error.to_string())
-        };
-        assert_eq!(read(b"{}").unwrap(), "{}");
-        assert!(read(b"\xff").unwrap_err().contains("config.json: not UTF-8"));
-        let mut long = vec![b' '; MOST_OF_A_CONFIGURATION as usize];
-        assert!(read(&long).is_ok());
-        long.push(b' ');
-        assert!(read(&long)
-            .unwrap_err()
-            .ends_with("config.json: longer than 4194304 bytes, which no configuration is"));
     }
 
     #[test]

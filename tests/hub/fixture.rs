@@ -1,52 +1,57 @@
 //! What tests of the hub share: files to serve, settings, and a cache that no token may end up in.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
+use candle_core::{Device, Tensor};
+use monteclora::models::hub::HubConfig;
+use monteclora::{Error, Result};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-use super::tests::tensors;
-use super::*;
+pub const CONFIG: &str = "config.json";
+pub const TOKENIZER: &str = "tokenizer.json";
+pub const WEIGHTS: &str = "model.safetensors";
 
 /// The token that every test sends.
-pub(super) const TOKEN: &str = "hf_secretsecretsecret";
+pub const TOKEN: &str = "hf_secretsecretsecret";
 
 /// Events with the token in them, and how many events of `hf-hub` there were at all.
 static LEAKS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static EVENTS: AtomicUsize = AtomicUsize::new(0);
 
 /// An empty cache. When it goes, neither its files nor any event may hold the token.
-pub(super) struct Cache(tempfile::TempDir);
+pub struct Cache(tempfile::TempDir);
 
 impl Cache {
-    pub(super) fn new() -> Self {
+    pub fn new() -> Self {
         static LISTEN: Once = Once::new();
         LISTEN.call_once(|| tracing::subscriber::set_global_default(Listener).unwrap());
         Self(tempfile::tempdir().unwrap())
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// Settings for a server with this cache, by the variables that a user would set.
-    pub(super) fn hub(&self, endpoint: &str) -> HubConfig {
-        let var = |name: &str| match name {
-            "HF_ENDPOINT" => Some(endpoint.to_string()),
-            "HF_HUB_CACHE" => Some(self.path().display().to_string()),
-            "HF_TOKEN" => Some(TOKEN.to_string()),
-            _ => None,
-        };
-        HubConfig { retries: 0, patience: Duration::from_secs(20), ..HubConfig::from_vars(&var) }
+    /// Settings for a server with this cache: one attempt, and a patience of 20 seconds.
+    pub fn hub(&self, endpoint: &str) -> HubConfig {
+        with(HubConfig::from_env(), |hub| {
+            hub.endpoint = endpoint.to_string();
+            hub.cache = self.path().to_path_buf();
+            hub.token = Some(TOKEN.to_string());
+            hub.offline = false;
+            hub.retries = 0;
+            hub.patience = Duration::from_secs(20);
+        })
     }
 
     /// The names of all files in the folder `blobs` of the model `owner/tiny`.
-    pub(super) fn blobs(&self) -> Vec<String> {
+    pub fn blobs(&self) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.path().join("models--owner--tiny/blobs")) else {
             return Vec::new();
         };
@@ -54,7 +59,7 @@ impl Cache {
     }
 
     /// How many events of `hf-hub` were heard by any test.
-    pub(super) fn events() -> usize {
+    pub fn events() -> usize {
         EVENTS.load(Ordering::SeqCst)
     }
 }
@@ -71,8 +76,19 @@ impl Drop for Cache {
     }
 }
 
+/// The settings `hub` with a change.
+pub fn with(mut hub: HubConfig, change: impl FnOnce(&mut HubConfig)) -> HubConfig {
+    change(&mut hub);
+    hub
+}
+
+/// The same without a network.
+pub fn offline(hub: HubConfig) -> HubConfig {
+    with(hub, |hub| hub.offline = true)
+}
+
 /// The files below `dir` that hold the token, in their names, in what they link to or inside.
-pub(super) fn with_token(dir: &Path) -> Vec<PathBuf> {
+pub fn with_token(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -134,18 +150,24 @@ impl Visit for Text {
     }
 }
 
+/// A safetensors file of one vector `name = [value, value]`.
+pub fn tensors(name: &str, value: f32) -> Vec<u8> {
+    let vector = Tensor::new(&[value, value], &Device::Cpu).unwrap();
+    safetensors::serialize([(name, vector)], None).unwrap()
+}
+
 /// A small model, and a file of a data set.
-pub(super) fn model() -> Vec<(&'static str, Vec<u8>)> {
+pub fn model() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("owner/tiny/config.json", br#"{"hidden_size": 4}"#.to_vec()),
         ("owner/tiny/tokenizer.json", b"{}".to_vec()),
-        ("owner/tiny/model.safetensors", tensors(&[("a", 1.5)])),
+        ("owner/tiny/model.safetensors", tensors("a", 1.5)),
         ("datasets/owner/rows/sub/train-0.parquet", b"PAR1".to_vec()),
     ]
 }
 
 /// The message of an [`Error::Hub`] that does not show the token.
-pub(super) fn hub_error(result: Result<impl std::fmt::Debug>) -> String {
+pub fn hub_error(result: Result<impl std::fmt::Debug>) -> String {
     let error = result.unwrap_err();
     assert!(matches!(error, Error::Hub { .. }), "{error:?}");
     let message = error.to_string();
