@@ -1,4 +1,9 @@
-#![doc = include_str!("../README.md")]
+#![cfg_attr(feature = "train", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "train"),
+    doc = "MonteCLoRA on Candle: the README is the front page of all features."
+)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_debug_implementations)]
 
 // Floor 0, the ground: knows nothing of the method.
@@ -24,20 +29,27 @@ pub mod optim;
 
 // Floor 3: into models and onto disk.
 pub mod inject;
+#[cfg(feature = "models")]
 pub mod models;
 pub mod peft;
 
 // Floor 4: experiments.
+#[cfg(feature = "train")]
 pub mod bayes;
+#[cfg(feature = "train")]
 pub mod data;
+#[cfg(feature = "train")]
 pub mod eval;
+#[cfg(feature = "train")]
 pub mod metrics;
+#[cfg(feature = "train")]
 pub mod study;
+#[cfg(feature = "train")]
 pub mod train;
 
 pub use adapter::{
     AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache, Init,
-    LowRank, MeanView, Param, Params, Pass, Role, ScalerFactors,
+    LowRank, MeanView, Param, Params, Pass, Probe, Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use monteclora::{

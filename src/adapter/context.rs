@@ -51,7 +51,7 @@ impl Context {
     }
 
     /// The same with `probe` told of every layer's output.
-    pub(crate) fn with_probe(self, probe: &Probe) -> Self {
+    pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
     }
 }

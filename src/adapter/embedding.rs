@@ -130,7 +130,10 @@ impl AdaptableEmbedding {
     }
 
     /// Whether rows of so many tokens, virtual ones among them, are within a model's longest.
-    pub(crate) fn check_length(&self, tokens: usize, longest: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn check_length(&self, tokens: usize, longest: usize) -> Result<()> {
         if tokens <= longest {
             return Ok(());
         }

@@ -1,7 +1,5 @@
 //! The one walk over a model.
 
-use candle_core::DType;
-
 use super::embedding::AdaptableEmbedding;
 use super::linear::AdaptableLinear;
 use crate::error::Result;
@@ -29,14 +27,4 @@ pub trait AdaptableModel {
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         None
     }
-}
-
-/// The dtype of the first linear layer's base, where there is one.
-pub(crate) fn base_dtype(model: &dyn AdaptableModel) -> Option<DType> {
-    let mut dtype = None;
-    let looked = model.visit_linears(&mut |slot| {
-        dtype = dtype.or(Some(slot.base().weight().dtype()));
-        Ok(())
-    });
-    looked.ok().and(dtype)
 }

@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
 
-/// Is told of layers' outputs and remembers the first layer whose output held NaN or infinity.
+/// Is told of layers' outputs and remembers the first layer whose output held NaN or infinity: hand it to a
+/// forward pass by [`Context::with_probe`](super::Context::with_probe) after a loss was not finite.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Probe {
+pub struct Probe {
     first: Arc<Mutex<Option<String>>>,
 }
 
@@ -17,7 +18,7 @@ impl Probe {
     }
 
     /// Is told of a layer's output.
-    pub fn look(&self, path: &str, output: &Tensor) {
+    pub(super) fn look(&self, path: &str, output: &Tensor) {
         let zero = || output.detach().to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>();
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         // NaN and infinity times zero are NaN.

@@ -87,7 +87,7 @@ fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-#[cfg(feature = "hub")]
+#[cfg(feature = "parquet")]
 fn load_shards(task: Task, root: &Path) -> Result<Splits> {
     let mut files = Vec::new();
     for (name, split) in task.hub_splits() {
@@ -96,9 +96,9 @@ fn load_shards(task: Task, root: &Path) -> Result<Splits> {
     super::parquet::load_parquet(task, &files)
 }
 
-#[cfg(not(feature = "hub"))]
+#[cfg(not(feature = "parquet"))]
 fn load_shards(task: Task, root: &Path) -> Result<Splits> {
-    let reason = format!("{task} is here as parquet, which needs this crate's feature `hub`");
+    let reason = format!("{task} is here as parquet, which needs this crate's feature `parquet`");
     Err(Error::format(root, reason))
 }
 

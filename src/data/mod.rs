@@ -8,7 +8,7 @@ pub mod glue;
 pub mod instruct;
 mod lines;
 pub mod masked;
-#[cfg(feature = "hub")]
+#[cfg(feature = "parquet")]
 pub mod parquet;
 mod row;
 pub mod superglue;

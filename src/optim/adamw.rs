@@ -139,7 +139,7 @@ impl AdamW {
 
     /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,
     /// and the next step changes them.
-    pub(crate) fn remembered(&self) -> &BTreeMap<String, Moments> {
+    pub fn remembered(&self) -> &BTreeMap<String, Moments> {
         &self.moments
     }
 

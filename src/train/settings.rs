@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::DType;
 use serde::Serialize;
 
-use crate::adapter::{base_dtype, AdaptableModel};
+use crate::adapter::AdaptableModel;
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
 
@@ -40,4 +41,14 @@ pub(super) fn of_run(
     let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
     let own = own.map(|(name, value)| (name.to_string(), value));
     own.chain(method.clone()).collect()
+}
+
+/// The dtype of the first linear layer's base, where there is one.
+fn base_dtype(model: &dyn AdaptableModel) -> Option<DType> {
+    let mut dtype = None;
+    let looked = model.visit_linears(&mut |slot| {
+        dtype = dtype.or(Some(slot.base().weight().dtype()));
+        Ok(())
+    });
+    looked.ok().and(dtype)
 }
