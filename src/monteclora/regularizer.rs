@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 
-use super::config::{Compat, KlEvaluation, MonteCLoRAConfig};
+use super::config::MonteCLoRAConfig;
 use super::draw::weights;
 use super::layer::MonteCLoRA;
 use super::noise::{DrawNoise, LatentNoise};
+use super::options::{Compat, KlEvaluation};
 use super::peft_compat;
 use super::posterior::Posterior;
 use crate::adapter::{AdaptableModel, Pass};

@@ -5,8 +5,8 @@ use candle_core::{DType, Result, Tensor};
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
 use crate::kernels::{address, count, device_of, grid, launch, room, tensor};
-use crate::monteclora::config::{Compat, Mixture};
 use crate::monteclora::noise::DrawSpec;
+use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
 use crate::ops::custom_vjp;
 
