@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
 use super::hooks::MethodHooks;
-use super::method::{Method, Start};
+use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::Context;
@@ -52,7 +52,7 @@ impl Classifier {
     pub fn load(
         files: &ModelFiles,
         num_labels: usize,
-        start: &Start,
+        start: &MethodInit,
         noise: Noise,
         base_dtype: DType,
         device: &Device,
@@ -68,7 +68,7 @@ impl Classifier {
         };
         let mut model = config.load(base, head, noise)?;
         check_head(&params, &whole)?;
-        if let Start::PostHoc(file, _) = start {
+        if let MethodInit::PostHoc(file, _) = start {
             check_trained_head(&params, &whole, file)?;
         }
         let upkeep = start.inject(model.as_mut(), &params)?;

@@ -67,7 +67,7 @@ impl MethodHooks {
     }
 
     /// What a run must find unchanged to go on from a checkpoint: the method and where it is, if that
-    /// was told. [`Start::inject`](super::Start::inject) tells it.
+    /// was told. [`MethodInit::inject`](super::MethodInit::inject) tells it.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }

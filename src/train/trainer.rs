@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Tensor};
 
-use super::checkpoint::{Checkpoints, Found, Numbers, State};
+use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::settings::Settings;
@@ -83,7 +83,7 @@ fn run(
         total,
         optimizer,
         best: None,
-        at: Numbers::default(),
+        at: RunState::default(),
         clock: Instant::now(),
         seconds: Vec::new(),
     };
@@ -94,7 +94,7 @@ fn run(
     let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
     if let Some(Found { state, warnings }) = found {
         warnings.iter().for_each(|what| observer.warned(what));
-        run.go_on(state)?;
+        run.resume(state)?;
     }
     observer.start(total, run.at.step)?;
     let outcome = run.steps(observer);
@@ -129,7 +129,7 @@ struct Run<'a> {
     best: Option<Best>,
     /// Where it is. Of the seconds those before the last start; settings, moments and best are filled
     /// in for a checkpoint alone.
-    at: Numbers,
+    at: RunState,
     clock: Instant,
     seconds: Vec<f64>,
 }
@@ -236,7 +236,7 @@ impl Run<'_> {
         let moments = self.optimizer.remembered().clone();
         let best = self.best.as_ref();
         Ok(State {
-            numbers: Numbers {
+            run_state: RunState {
                 seconds: self.seconds_so_far(),
                 best: best.map(|best| (best.score, best.step)),
                 moments: moments.iter().map(|(name, of)| (name.clone(), of.steps)).collect(),
@@ -255,11 +255,10 @@ impl Run<'_> {
     }
 
     /// Goes on from a checkpoint.
-    fn go_on(&mut self, state: State) -> Result<()> {
-        let State { numbers, params, moments, best, method } = state;
-        if numbers.step > self.total {
-            let reason =
-                format!("the checkpoint is of step {}, the run ends with {}", numbers.step, self.total);
+    fn resume(&mut self, state: State) -> Result<()> {
+        let State { run_state, params, moments, best, method } = state;
+        if run_state.step > self.total {
+            let reason = format!("the checkpoint is of step {}, the run ends with {}", run_state.step, self.total);
             return Err(Error::config("epochs", reason));
         }
         let present = self.params.all();
@@ -274,11 +273,11 @@ impl Run<'_> {
             self.optimizer.restore(&moments)?;
         }
         self.objective.restore(&method)?;
-        self.best = numbers.best.map(|(score, step)| {
-            let values = if step == numbers.step { params } else { best };
+        self.best = run_state.best.map(|(score, step)| {
+            let values = if step == run_state.step { params } else { best };
             Best { score, step, values }
         });
-        self.at = numbers;
+        self.at = run_state;
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use crate::Noise;
 
 const STEP: usize = 7;
 
-fn numbers() -> Value {
+fn run_state() -> Value {
     json!({"version": VERSION, "step": STEP, "draw": 21, "skipped": 1, "skipped_in_a_row": 0, "seconds": 1.5,
         "best": [0.25, 3], "moments": {"w": 7}, "settings": {"lr": "0.1"}})
 }
@@ -36,13 +36,13 @@ fn manifest(state: &[u8], tensors: &[u8]) -> Value {
 fn states_and_manifests() {
     let folder = Folder::new(&[STATE, TENSORS, MANIFEST]);
     let states = Documents::new(
-        vec![numbers()],
+        vec![run_state()],
         vec![json!([0.1, 7]), json!({"v": usize::MAX})],
         &["w", "v", "step", "lr"],
     );
     let weights =
         TensorFiles::new(vec![tensors()], &["w", "param/w", "first/w", "/", "method/", "param/v", "x/y"]);
-    let sound = [numbers().to_string().into_bytes(), tensors()];
+    let sound = [run_state().to_string().into_bytes(), tensors()];
     let sums = manifest(&sound[0], &sound[1]);
     let manifests = Documents::new(
         vec![sums.clone()],
@@ -72,7 +72,7 @@ fn states_and_manifests() {
     let dir = folder.path();
     let read = |_: &Input| {
         let state = State::read(&dir, STEP)?;
-        // What goes on from it refuses what does not fit, or holds finite numbers afterwards.
+        // What goes on from it refuses what does not fit, or holds finite run_state afterwards.
         let params = Params::new(Noise::new(1), &Device::Cpu);
         params.create("w", Role::Head, (2, 2), &Init::Constant(0.0))?;
         let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
