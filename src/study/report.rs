@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
-use super::cell::{read_all, CellCost, CellKey, CellResult, Status};
-use super::run::settings_path;
+use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::stats::{median, quantile};
+use super::store::{read_cells, settings_path};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -50,18 +50,15 @@ struct Row {
 /// # Errors
 /// If a result cannot be read, or a file cannot be written.
 pub fn write_report(results: &Path, out: &Path) -> Result<()> {
-    let cells = read_all(results)?;
+    let stored = read_cells(results)?.into_iter();
+    let (cells, costs): (Vec<CellResult>, Vec<_>) = stored.map(|cell| (cell.result, cell.cost)).unzip();
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
     let settings = std::fs::read_to_string(settings_path(results)).unwrap_or_default();
     files::write(&out.join("report.md"), markdown(&cells, &settings).as_bytes())?;
     files::write(&out.join("report.csv"), rows_csv(&rows(&cells)).as_bytes())?;
     files::write(&out.join("cells.csv"), cells_csv(&cells).as_bytes())?;
-    let costs: Vec<(CellKey, CellCost)> = cells
-        .iter()
-        .filter(|cell| cell.status == Status::Done)
-        .filter_map(|cell| Some((cell.key.clone(), CellCost::read(results, &cell.key).transpose()?)))
-        .map(|(key, cost)| Ok((key, cost?)))
-        .collect::<Result<_>>()?;
+    let done = cells.iter().zip(costs).filter(|(cell, _)| cell.status == Status::Done);
+    let costs: Vec<(&CellKey, CellCost)> = done.filter_map(|(cell, cost)| Some((&cell.key, cost?))).collect();
     files::write(&out.join("costs.md"), costs_markdown(&costs).as_bytes())
 }
 
@@ -273,8 +270,8 @@ fn field(text: &str) -> String {
 }
 
 /// Times of a step and of training, and memory, as multiples of LoRA's in the cell with the same settings.
-fn costs_markdown(costs: &[(CellKey, CellCost)]) -> String {
-    let name = baseline(costs.iter().map(|(key, _)| key)).unwrap_or_else(|| BASELINE.to_string());
+fn costs_markdown(costs: &[(&CellKey, CellCost)]) -> String {
+    let name = baseline(costs.iter().map(|(key, _)| *key)).unwrap_or_else(|| BASELINE.to_string());
     let baseline: BTreeMap<String, &CellCost> = costs
         .iter()
         .filter(|(key, _)| key.method == name)
