@@ -9,12 +9,13 @@ mod allocator;
 
 use candle_core::Device;
 use criterion::{criterion_group, criterion_main, Criterion};
+use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
-use monteclora::generate::{generate, GenerateConfig, Weights};
+use monteclora::inject::merge;
 use monteclora::inject::{self, Targets};
+use monteclora::models::generate::{generate, GenerateConfig, Weights};
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::params::Role;
-use monteclora::{merge, MonteCLoRAConfig, Noise, Params};
+use monteclora::{MonteCLoRAConfig, Noise, Params};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 

@@ -9,11 +9,11 @@ mod allocator;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::Linear;
 use criterion::{criterion_group, criterion_main, Criterion};
+use monteclora::adapter::{Adapter, Context};
+use monteclora::adapter::{Init, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::monteclora::Mixture;
-use monteclora::ops::{self, Lane};
-use monteclora::params::{Init, Role};
-use monteclora::slot::Adapter;
+use monteclora::ops::{self, OpPath};
+use monteclora::Mixture;
 use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -27,10 +27,10 @@ fn random(name: &str, shape: (usize, usize)) -> Outcome<Tensor> {
 }
 
 /// Forward and backward of a layer, down to the gradient of its input.
-fn step(base: &Linear, adapter: Option<&dyn Adapter>, xs: &Var, draw: u64) -> Outcome<Tensor> {
+fn step(base: &Linear, adapter: Option<&dyn Adapter>, xs: &Var, cx: &Context) -> Outcome<Tensor> {
     let ys = match adapter {
-        Some(adapter) => adapter.forward(xs.as_tensor(), base, &Pass::Train { draw })?,
-        None => ops::linear(xs.as_tensor(), base.weight(), base.bias())?,
+        Some(adapter) => adapter.forward(xs.as_tensor(), base, cx)?,
+        None => ops::linear(xs.as_tensor(), base.weight(), base.bias(), cx.path)?,
     };
     let grads = ys.sqr()?.sum_all()?.backward()?;
     grads.get(xs).cloned().ok_or_else(|| "the input has no gradient".into())
@@ -47,12 +47,13 @@ fn layers(c: &mut Criterion) -> Outcome<()> {
         [("frozen", None), ("lora", Some(&lora)), ("monteclora", Some(&bayes))];
     let mut group = c.benchmark_group("cpu/layer 1024x768 forward and backward");
     for (name, adapter) in contenders {
-        for (lane, suffix) in [(Lane::Fast, "fast"), (Lane::Plain, "plain")] {
+        for (path, suffix) in [(OpPath::Fused, "fused"), (OpPath::Reference, "reference")] {
             let mut draw = 0;
             group.bench_function(format!("{name}/{suffix}"), |b| {
                 b.iter(|| {
                     draw += 1;
-                    ops::with_lane(lane, || step(&base, adapter, &xs, draw)).expect("a step")
+                    let cx = Context::from(Pass::Train { draw }).with_path(path);
+                    step(&base, adapter, &xs, &cx).expect("a step")
                 })
             });
         }
@@ -75,7 +76,7 @@ fn draws(c: &mut Criterion) -> Outcome<()> {
             group.bench_function(format!("{name}/N={num_components}/buffer={buffer_size}"), |b| {
                 b.iter(|| {
                     draw += 1;
-                    layer.effective_a(&Pass::Train { draw }).map(|a| a.into_owned()).expect("a draw")
+                    layer.effective_a(&Pass::Train { draw }.into()).map(|a| a.into_owned()).expect("a draw")
                 })
             });
         }

@@ -13,10 +13,10 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use criterion::{criterion_group, criterion_main, Criterion};
 use monteclora::noise::{Noise, Purpose};
-use monteclora::ops::{self, Lane, Mask};
+use monteclora::ops::{self, CausalMask, Mask, OpPath};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
-type Block = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>>;
+type Block = Box<dyn Fn(&[Tensor], OpPath) -> candle_core::Result<Tensor>>;
 /// A shape, and whether the tensor is tracked.
 type Input = (&'static [usize], bool);
 
@@ -54,7 +54,7 @@ struct Case {
 fn case(
     name: &'static str,
     inputs: &[Input],
-    block: impl Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'static,
+    block: impl Fn(&[Tensor], OpPath) -> candle_core::Result<Tensor> + 'static,
 ) -> Case {
     Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
 }
@@ -80,46 +80,51 @@ fn cases() -> Outcome<Vec<Case>> {
     let labels = Tensor::from_vec(labels, LABELS, &Device::Cpu)?;
 
     let mut all = vec![
-        case("sum alone, 768", &[X], |t| Ok(t[0].clone())),
-        case("sum alone, 3072", &[WIDE], |t| Ok(t[0].clone())),
-        case("linear, frozen", &[X, WEIGHT, VECTOR], |t| ops::linear(&t[0], &t[1], Some(&t[2]))),
-        case("linear, trained", &[X, TRAINED[0], TRAINED[1]], |t| ops::linear(&t[0], &t[1], Some(&t[2]))),
-        case("low_rank", &[X, A, B], |t| ops::low_rank(&t[0], &t[1], &t[2], SCALE)),
-        case("adapted_linear", &[X, WEIGHT, VECTOR, A, B], |t| {
-            ops::adapted_linear(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], SCALE)
+        case("sum alone, 768", &[X], |t, _| Ok(t[0].clone())),
+        case("sum alone, 3072", &[WIDE], |t, _| Ok(t[0].clone())),
+        case("linear, frozen", &[X, WEIGHT, VECTOR], |t, path| ops::linear(&t[0], &t[1], Some(&t[2]), path)),
+        case("linear, trained", &[X, TRAINED[0], TRAINED[1]], |t, path| {
+            ops::linear(&t[0], &t[1], Some(&t[2]), path)
         }),
-        case("linear_and_low_rank", &[X, WEIGHT, VECTOR, X, A, B], |t| {
-            ops::linear_and_low_rank(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], &t[5], SCALE)
+        case("low_rank", &[X, A, B], |t, path| ops::low_rank(&t[0], &t[1], &t[2], SCALE, path)),
+        case("adapted_linear", &[X, WEIGHT, VECTOR, A, B], |t, path| {
+            ops::adapted_linear(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], SCALE, path)
         }),
-        case("feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t| {
-            ops::feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]))
+        case("linear_and_low_rank", &[X, WEIGHT, VECTOR, X, A, B], |t, path| {
+            ops::linear_and_low_rank(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], &t[5], SCALE, path)
         }),
-        case("checkpoint of feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t| {
+        case("feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t, path| {
+            ops::feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]), path)
+        }),
+        case("checkpoint of feed_forward", &[X, UP, WIDE_VECTOR, DOWN, VECTOR], |t, path| {
             let w = t[1..].to_vec();
-            let block = move |xs: &Tensor| ops::feed_forward(xs, &w[0], Some(&w[1]), &w[2], Some(&w[3]));
+            let block =
+                move |xs: &Tensor| ops::feed_forward(xs, &w[0], Some(&w[1]), &w[2], Some(&w[3]), path);
             ops::checkpoint(&t[0], &[], block)
         }),
-        case("layer_norm", &[X, VECTOR, VECTOR], |t| ops::layer_norm(&t[0], &t[1], &t[2], EPS)),
-        case("add_layer_norm", &[X, X, VECTOR, VECTOR], |t| {
-            ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], EPS)
+        case("layer_norm", &[X, VECTOR, VECTOR], |t, path| ops::layer_norm(&t[0], &t[1], &t[2], EPS, path)),
+        case("add_layer_norm", &[X, X, VECTOR, VECTOR], |t, path| {
+            ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], EPS, path)
         }),
-        case("rms_norm", &[X, VECTOR], |t| ops::rms_norm(&t[0], &t[1], EPS)),
-        case("gelu", &[WIDE], |t| ops::gelu(&t[0])),
-        case("silu", &[WIDE], |t| ops::silu(&t[0])),
-        case("silu_mul", &[WIDE, WIDE], |t| ops::silu_mul(&t[0], &t[1])),
-        case("rotary", &[SPLIT], move |t| ops::rotary(&t[0], &cos, &sin)),
-        case("dropout", &[X], move |t| ops::dropout(&t[0], 0.1, &stream, 0)),
-        case("cross_entropy", &[(&[LABELS, VOCABULARY], true)], move |t| {
-            ops::cross_entropy(&t[0], &labels, -100)
+        case("rms_norm", &[X, VECTOR], |t, path| ops::rms_norm(&t[0], &t[1], EPS, path)),
+        case("gelu", &[WIDE], |t, path| ops::gelu(&t[0], path)),
+        case("silu", &[WIDE], |t, path| ops::silu(&t[0], path)),
+        case("silu_mul", &[WIDE, WIDE], |t, path| ops::silu_mul(&t[0], &t[1], path)),
+        case("rotary", &[SPLIT], move |t, path| ops::rotary(&t[0], &cos, &sin, path)),
+        case("dropout", &[X], move |t, path| ops::dropout(&t[0], 0.1, &stream, 0, path)),
+        case("cross_entropy", &[(&[LABELS, VOCABULARY], true)], move |t, path| {
+            ops::cross_entropy(&t[0], &labels, -100, path)
         }),
-        case("embedding, trained", &[(&[VOCABULARY, WIDTH], true)], move |t| ops::embedding(&ids, &t[0])),
-        case("add_scaled_rows", &[A, (&[RANK], true), (&[RANK, WIDTH], false)], |t| {
-            ops::add_scaled_rows(&t[0], &t[1], &t[2])
+        case("embedding, trained", &[(&[VOCABULARY, WIDTH], true)], move |t, path| {
+            ops::embedding(&ids, &t[0], path)
+        }),
+        case("add_scaled_rows", &[A, (&[RANK], true), (&[RANK, WIDTH], false)], |t, path| {
+            ops::add_scaled_rows(&t[0], &t[1], &t[2], path)
         }),
         case(
             "add_scaled_rows, 1024",
             &[(&[ROWS, WIDTH], true), (&[ROWS], true), (&[ROWS, WIDTH], false)],
-            |t| ops::add_scaled_rows(&t[0], &t[1], &t[2]),
+            |t, path| ops::add_scaled_rows(&t[0], &t[1], &t[2], path),
         ),
     ];
     let attentions = [
@@ -130,11 +135,11 @@ fn cases() -> Outcome<Vec<Case>> {
         ("attention, padding and dropout", Some(padding), false, true),
     ];
     for (name, padding, causal, dropped) in attentions {
-        let mask = Mask { padding, causal };
-        all.push(case(name, &[X, X, X], move |t| {
+        let mask = Mask { padding, causal: causal.then(CausalMask::default) };
+        all.push(case(name, &[X, X, X], move |t, path| {
             let scale = 1.0 / (HEAD as f64).sqrt();
             let dropout = dropped.then_some((0.1, stream, 0));
-            ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scale, &mask, dropout)
+            ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scale, &mask, dropout, path)
         }));
     }
     Ok(all)
@@ -151,8 +156,8 @@ fn inputs(case: &Case) -> Outcome<Vec<Tensor>> {
 }
 
 /// Forward and backward of a block, down to the gradient of every tracked input.
-fn step(case: &Case, inputs: &[Tensor]) -> Outcome<GradStore> {
-    let grads = (case.block)(inputs)?.sum_all()?.backward()?;
+fn step(case: &Case, inputs: &[Tensor], path: OpPath) -> Outcome<GradStore> {
+    let grads = (case.block)(inputs, path)?.sum_all()?.backward()?;
     if inputs.iter().any(|input| input.is_variable() && grads.get(input).is_none()) {
         return Err(format!("{}: an input has no gradient", case.name).into());
     }
@@ -164,9 +169,9 @@ fn blocks(c: &mut Criterion) -> Outcome<()> {
     group.sample_size(20);
     for case in cases()? {
         let inputs = inputs(&case)?;
-        for (lane, suffix) in [(Lane::Fast, "fast"), (Lane::Plain, "plain")] {
+        for (path, suffix) in [(OpPath::Fused, "fused"), (OpPath::Reference, "reference")] {
             group.bench_function(format!("{}/{suffix}", case.name), |b| {
-                b.iter(|| ops::with_lane(lane, || step(&case, &inputs)).expect("a step"))
+                b.iter(|| step(&case, &inputs, path).expect("a step"))
             });
         }
     }

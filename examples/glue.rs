@@ -22,7 +22,8 @@ use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions};
-use monteclora::{files, Noise};
+use monteclora::util::files;
+use monteclora::Noise;
 use serde_json::{json, Value};
 
 #[derive(Parser, Clone)]

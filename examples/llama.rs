@@ -21,20 +21,21 @@ use common::tasks::TaskOptions;
 use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
+use monteclora::adapter::Role;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
 use monteclora::eval::Generator;
-use monteclora::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
+use monteclora::models::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
-use monteclora::params::Role;
 use monteclora::peft::{self, AdapterFile, Origin, Profile};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
-use monteclora::{files, Noise, Params, Pass};
+use monteclora::util::files;
+use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
 #[derive(Parser, Clone)]

@@ -15,14 +15,15 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
-use monteclora::files;
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
 use monteclora::noise::{Noise, Purpose};
 use monteclora::ops;
-use monteclora::params::{Params, Role};
-use monteclora::slot::Pass;
-use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients, Schedule};
+use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::train::Schedule;
+use monteclora::util::files;
 use monteclora::Error;
 use serde_json::{json, Value};
 use tokenizers::models::bpe::{BpeTrainer, BPE};
@@ -147,7 +148,7 @@ fn run() -> Outcome {
         let rows: Vec<&[u32]> = batches.pop().into_iter().flatten().map(|i| train[i].as_slice()).collect();
         let batch = data.batch(&rows, "train", step as u64)?;
         seen += rows.iter().map(|row| row.len()).sum::<usize>();
-        let loss = loss(&model, &batch, &Pass::Train { draw: step as u64 })?;
+        let loss = loss(&model, &batch, &Pass::Train { draw: step as u64 }.into())?;
         let mut grads = Gradients::new();
         grads.accumulate(&params, &loss.backward()?)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
@@ -295,16 +296,16 @@ impl Data {
             let rows: Vec<&[u32]> = chunk.iter().map(Vec::as_slice).collect();
             let batch = self.batch(&rows, "held-out", i as u64)?;
             let n = batch.labels.dim(0)? as f64;
-            sum += n * f64::from(loss(model, &batch, &Pass::Mean)?.to_scalar::<f32>()?);
+            sum += n * f64::from(loss(model, &batch, &Pass::Mean.into())?.to_scalar::<f32>()?);
             count += n;
         }
         Ok(sum / count)
     }
 }
 
-fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, pass: &Pass) -> Outcome<Tensor> {
-    let logits = model.forward(&batch.input_ids, None, &batch.attention_mask, &batch.positions, pass)?;
-    Ok(ops::cross_entropy(&logits, &batch.labels, -100)?)
+fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, cx: &Context) -> Outcome<Tensor> {
+    let logits = model.forward(&batch.input_ids, None, &batch.attention_mask, &batch.positions, cx)?;
+    Ok(ops::cross_entropy(&logits, &batch.labels, -100, cx.path)?)
 }
 
 /// Writes `tokenizer.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.

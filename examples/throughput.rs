@@ -18,8 +18,8 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::Outcome;
-use monteclora::files;
 use monteclora::train::peak_rss_bytes;
+use monteclora::util::files;
 use serde_json::{json, Value};
 
 #[derive(Parser)]

@@ -3,17 +3,19 @@
 //! Patterns follow Hugging Face PEFT's rules, with one difference: a target that matches nothing
 //! is an error that lists the names there are, never a silent no-op.
 
+pub mod activate;
+pub mod merge;
 mod posthoc;
 mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::adapter::Params;
+use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
-use crate::named::{self, check_unmerged};
-use crate::params::Params;
-use crate::slot::{check_adapter_name, Adapter, Linears, Slot};
+use activate::check_unmerged;
 
 pub use posthoc::posthoc;
 pub use targets::{Select, Target, Targets};
@@ -30,7 +32,7 @@ pub const DEFAULT_ADAPTER: &str = "default";
 /// # Errors
 /// As [`Targets::resolve`], and if rank and layer do not fit. On an error nothing has changed.
 pub fn lora(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     targets: &Targets,
     config: &LoraConfig,
     params: &Params,
@@ -39,13 +41,13 @@ pub fn lora(
 }
 
 /// [`lora`] under another name: a model holds several adapters, the last of which is active and
-/// trained until [`crate::named::activate`] says otherwise. A task head is trained beside them and
+/// trained until [`crate::inject::activate::activate`] says otherwise. A task head is trained beside them and
 /// shared by all.
 ///
 /// # Errors
 /// As [`lora`]; and if a target has an adapter of this name.
 pub fn lora_named(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     name: &str,
     targets: &Targets,
     config: &LoraConfig,
@@ -64,7 +66,7 @@ pub fn lora_named(
 /// # Errors
 /// As [`lora`].
 pub fn monteclora(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     targets: &Targets,
     config: &MonteCLoRAConfig,
     params: &Params,
@@ -77,7 +79,7 @@ pub fn monteclora(
 /// # Errors
 /// As [`lora_named`].
 pub fn monteclora_named(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     name: &str,
     targets: &Targets,
     config: &MonteCLoRAConfig,
@@ -94,7 +96,7 @@ pub fn monteclora_named(
 
 /// `config` with each layer's share of [`BUFFER_SHARE`], where it names no limit itself.
 pub(crate) fn with_share(
-    model: &dyn Linears,
+    model: &dyn AdaptableModel,
     config: &MonteCLoRAConfig,
     layers: usize,
 ) -> Result<MonteCLoRAConfig> {
@@ -103,7 +105,7 @@ pub(crate) fn with_share(
 }
 
 /// Makes an adapter for one slot.
-pub type Make<'a> = dyn FnMut(&Slot, &Target) -> Result<Box<dyn Adapter>> + 'a;
+pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target: all of them or, on an error, none, and the
 /// parameters that were started are taken back. Other layers let go of an adapter of another name,
@@ -113,7 +115,7 @@ pub type Make<'a> = dyn FnMut(&Slot, &Target) -> Result<Box<dyn Adapter>> + 'a;
 /// The first error of `make`; or if the name cannot be an adapter's, a target is no layer of the
 /// model or comes twice, a slot has an adapter of this name, or one is merged.
 pub fn inject(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     name: &str,
     targets: &[Target],
     params: &Params,
@@ -161,12 +163,12 @@ pub fn inject(
         }
         return Err(error);
     }
-    named::set_trainable(model, params, false, |other| other != name)?;
-    named::set_trainable(model, params, true, |own| own == name)
+    activate::set_trainable(model, params, false, |other| other != name)?;
+    activate::set_trainable(model, params, true, |own| own == name)
 }
 
 /// The bytes of the weights of a model's linear layers.
-fn base_bytes(model: &dyn Linears) -> Result<usize> {
+fn base_bytes(model: &dyn AdaptableModel) -> Result<usize> {
     let mut bytes = 0;
     model.visit_linears(&mut |slot| {
         let weight = slot.base().weight();
@@ -180,7 +182,7 @@ fn base_bytes(model: &dyn Linears) -> Result<usize> {
 ///
 /// # Errors
 /// If the walk fails.
-pub fn paths(model: &dyn Linears) -> Result<Vec<String>> {
+pub fn paths(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     let mut paths = Vec::new();
     model.visit_linears(&mut |slot| {
         paths.push(slot.path().to_string());

@@ -1,46 +1,60 @@
-#![doc = include_str!("../README.md")]
+#![cfg_attr(feature = "train", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "train"),
+    doc = "MonteCLoRA on Candle: the README is the front page of all features."
+)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_debug_implementations)]
 
-// Floor 0: ground. Knows nothing of the method.
+// Floor 0, the ground: knows nothing of the method.
 pub mod error;
-pub mod files;
 #[cfg(test)]
 mod fuzz;
 mod kernels;
 pub mod noise;
 pub mod ops;
-mod simd;
 pub mod special;
 #[cfg(test)]
 mod testing;
+pub mod util;
 
 // Floor 1: probability.
 pub mod dist;
 
-// Floor 2: the method.
+// Floor 2: the seam and the methods.
+pub mod adapter;
 pub mod adapters;
-pub mod monteclora;
-pub mod params;
-pub mod slot;
+mod monteclora;
+pub mod optim;
 
 // Floor 3: into models and onto disk.
 pub mod inject;
-pub mod merge;
+#[cfg(feature = "models")]
 pub mod models;
-pub mod named;
 pub mod peft;
 
 // Floor 4: experiments.
+#[cfg(feature = "train")]
 pub mod bayes;
+#[cfg(feature = "train")]
 pub mod data;
+#[cfg(feature = "train")]
 pub mod eval;
-pub mod generate;
+#[cfg(feature = "train")]
 pub mod metrics;
+#[cfg(feature = "train")]
 pub mod study;
+#[cfg(feature = "train")]
 pub mod train;
 
+pub use adapter::{
+    AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache, Init,
+    LowRank, MeanView, Param, Params, Pass, Probe, Role, ScalerFactors,
+};
 pub use error::{Error, Result};
-pub use monteclora::{MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear, Regularizer, RegularizerTerms};
+pub use monteclora::{
+    Compat, DrawNoise, DrawSpec, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
+    MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, SampleBuffer,
+    SampleScaler, ScalerSchedule, MAX_BUFFER_SIZE,
+};
 pub use noise::Noise;
-pub use params::Params;
-pub use slot::Pass;

@@ -12,7 +12,7 @@
 
 mod normal;
 
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 use normal::{Words, LANES};
 
 /// The noise blocks of [`Stream::word_group`].

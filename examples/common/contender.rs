@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
@@ -13,9 +15,7 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops;
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Linears, Pass};
-use monteclora::train::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::Value;
 
@@ -72,14 +72,14 @@ impl Model {
         })
     }
 
-    fn linears(&self) -> &dyn Linears {
+    fn linears(&self) -> &dyn AdaptableModel {
         match self {
             Self::Encoder(model) => &**model,
             Self::Decoder(model) => &**model,
         }
     }
 
-    fn linears_mut(&mut self) -> &mut dyn Linears {
+    fn linears_mut(&mut self) -> &mut dyn AdaptableModel {
         match self {
             Self::Encoder(model) => &mut **model,
             Self::Decoder(model) => &mut **model,
@@ -94,18 +94,18 @@ impl Model {
     }
 
     /// The loss of full rows: their classes, or their next tokens.
-    fn loss(&self, ids: &Tensor, mask: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, mask: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         match self {
             Self::Encoder(model) => {
                 let labels: Vec<i64> = (0..batch as i64).map(|i| i % 2).collect();
                 let labels = Tensor::from_vec(labels, batch, ids.device())?;
-                ops::cross_entropy(&model.forward(ids, None, mask, pass)?, &labels, -100)
+                ops::cross_entropy(&model.forward(ids, None, mask, cx)?, &labels, -100, cx.path)
             }
             Self::Decoder(model) => {
-                let hidden = model.hidden(ids, mask, None, pass)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
+                let hidden = model.hidden(ids, mask, None, cx)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
                 let next = ids.narrow(1, 1, length - 1)?.flatten_all()?.to_dtype(DType::I64)?;
-                model.token_loss(&hidden, &next, pass)
+                model.token_loss(&hidden, &next, cx)
             }
         }
     }
@@ -219,7 +219,7 @@ impl Contender {
     pub fn step(&mut self, draw: u64) -> Outcome {
         let (pass, (ids, mask)) = (Pass::Train { draw }, &self.batch);
         let start = Instant::now();
-        let mut loss = self.model.loss(ids, mask, &pass)?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
             loss = (loss + regularizer.for_model(self.model.linears(), &pass)?.total)?;
         }

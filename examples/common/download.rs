@@ -18,7 +18,7 @@ pub fn model_files(model: &str) -> Outcome<ModelFiles> {
 }
 
 /// A task's rows from the hub.
-#[cfg(feature = "hub")]
+#[cfg(all(feature = "hub", feature = "parquet"))]
 pub fn hub_splits(task: Task) -> Outcome<Splits> {
     use monteclora::data::parquet::load_parquet;
     use monteclora::models::hub::{repo_file_with, RepoKind};
@@ -32,10 +32,10 @@ pub fn hub_splits(task: Task) -> Outcome<Splits> {
     Ok(load_parquet(task, &files)?)
 }
 
-/// Without the feature `hub`, data come from a folder.
-#[cfg(not(feature = "hub"))]
+/// Without the features `hub` and `parquet`, data come from a folder.
+#[cfg(not(all(feature = "hub", feature = "parquet")))]
 pub fn hub_splits(task: Task) -> Outcome<Splits> {
-    Err(format!("{}: give --data DIR, or build with the feature hub", task.name()).into())
+    Err(format!("{}: give --data DIR, or build with the features hub and parquet", task.name()).into())
 }
 
 /// The hub that the environment names.

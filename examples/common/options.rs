@@ -10,7 +10,8 @@ use monteclora::peft::AdapterFile;
 use monteclora::train::{
     fingerprint, Checkpoints, Method, OnNonFinite, Schedule, Settings, Start, TrainConfig,
 };
-use monteclora::{files, Error, MonteCLoRAConfig};
+use monteclora::util::files;
+use monteclora::{Error, MonteCLoRAConfig};
 use serde::Serialize;
 use serde_json::{json, Value};
 
@@ -299,7 +300,7 @@ impl Log {
     /// Removes what a run before this one, killed, left half-written in the log's folder.
     pub fn sweep(&self) -> monteclora::Result<()> {
         let out = self.path.parent().unwrap_or(Path::new("."));
-        [out, &out.join("adapter"), &out.join("model")].into_iter().try_for_each(files::sweep)
+        [out, &out.join("adapter"), &out.join("model")].into_iter().try_for_each(files::remove_stale)
     }
 
     /// Keeps the lines of the first `done` steps and opens the file for those after them.

@@ -12,10 +12,10 @@ use candle_core::{Tensor, D};
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{AdaptableModel, Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::{Error, Result};
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Linears, Pass};
 
 pub use super::rank_allocator::RankAllocator;
 
@@ -161,7 +161,7 @@ impl AdaLora {
 ///
 /// # Errors
 /// If candle fails.
-pub fn orthogonal_penalty(model: &dyn Linears) -> Result<Option<Tensor>> {
+pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
     model.visit_linears(&mut |slot| {
         if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
@@ -176,8 +176,8 @@ pub fn orthogonal_penalty(model: &dyn Linears) -> Result<Option<Tensor>> {
 }
 
 impl Adapter for AdaLora {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.pair.forward(xs, base, &self.weighted()?, pass)
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, &self.weighted()?, cx)
     }
 
     fn parameters(&self) -> Vec<(Role, Tensor)> {
@@ -193,10 +193,6 @@ impl Adapter for AdaLora {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

@@ -14,11 +14,11 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::{Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Pass};
 
 /// The options of a bottleneck adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,10 +74,10 @@ impl Bottleneck {
 }
 
 impl Adapter for Bottleneck {
-    fn forward(&self, xs: &Tensor, base: &Linear, _pass: &Pass) -> candle_core::Result<Tensor> {
-        let hidden = ops::linear(xs, base.weight(), base.bias())?.to_dtype(self.down.dtype())?;
-        let inner = ops::gelu(&ops::linear(&hidden, &self.down, Some(&self.down_bias))?)?;
-        let change = ops::linear(&inner, &self.up, Some(&self.up_bias))?;
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        let hidden = ops::linear(xs, base.weight(), base.bias(), cx.path)?.to_dtype(self.down.dtype())?;
+        let inner = ops::gelu(&ops::linear(&hidden, &self.down, Some(&self.down_bias), cx.path)?, cx.path)?;
+        let change = ops::linear(&inner, &self.up, Some(&self.up_bias), cx.path)?;
         (hidden + change)?.to_dtype(xs.dtype())
     }
 
@@ -96,10 +96,6 @@ impl Adapter for Bottleneck {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

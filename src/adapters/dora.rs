@@ -15,10 +15,10 @@ use candle_core::{DType, Tensor, D};
 use candle_nn::Linear;
 
 use super::lora::LoraConfig;
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{Adapter, Context, Pass};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Pass};
 
 /// A DoRA adapter of one linear layer.
 #[derive(Debug, Clone)]
@@ -78,17 +78,18 @@ impl Dora {
 }
 
 impl Adapter for Dora {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
         let ratio = self.ratio(base)?;
         let turned = |ys: Tensor, ratio: &Tensor| ys.to_dtype(ratio.dtype())?.broadcast_mul(ratio);
+        let without_dropout = Context { pass: Pass::Mean, ..cx.clone() };
         let bare = Linear::new(base.weight().clone(), None);
-        let ys = match self.pair.dropped(xs, pass)? {
-            None => turned(self.pair.forward(xs, &bare, self.pair.a(), &Pass::Mean)?, &ratio)?,
+        let ys = match self.pair.dropped(xs, cx)? {
+            None => turned(self.pair.forward(xs, &bare, self.pair.a(), &without_dropout)?, &ratio)?,
             // As in PEFT, the base itself sees no dropout, its change of magnitude does.
             Some(dropped) => {
-                let kept = crate::ops::linear(xs, base.weight(), None)?.to_dtype(ratio.dtype())?;
-                let frozen = crate::ops::linear(&dropped, base.weight(), None)?;
-                let both = self.pair.forward(&dropped, &bare, self.pair.a(), &Pass::Mean)?;
+                let kept = crate::ops::linear(xs, base.weight(), None, cx.path)?.to_dtype(ratio.dtype())?;
+                let frozen = crate::ops::linear(&dropped, base.weight(), None, cx.path)?;
+                let both = self.pair.forward(&dropped, &bare, self.pair.a(), &without_dropout)?;
                 ((kept + turned(both, &ratio)?)? - frozen.to_dtype(ratio.dtype())?)?
             }
         };
@@ -115,10 +116,6 @@ impl Adapter for Dora {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

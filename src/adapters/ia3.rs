@@ -11,11 +11,11 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank;
+use crate::adapter::low_rank;
+use crate::adapter::{Adapter, Context};
+use crate::adapter::{Init, Params, Role};
 use crate::error::Result;
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Adapter, Pass};
 
 /// What of a layer the vector scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,13 +52,13 @@ impl Ia3 {
 }
 
 impl Adapter for Ia3 {
-    fn forward(&self, xs: &Tensor, base: &Linear, _pass: &Pass) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
         // The product in the vector's precision, whatever the base's.
         let scale =
             |t: &Tensor| t.to_dtype(self.scaling.dtype())?.broadcast_mul(&self.scaling)?.to_dtype(xs.dtype());
         match self.scaled {
-            Scaled::Output => scale(&ops::linear(xs, base.weight(), base.bias())?),
-            Scaled::Input => ops::linear(&scale(xs)?, base.weight(), base.bias()),
+            Scaled::Output => scale(&ops::linear(xs, base.weight(), base.bias(), cx.path)?),
+            Scaled::Input => ops::linear(&scale(xs)?, base.weight(), base.bias(), cx.path),
         }
     }
 
@@ -78,10 +78,6 @@ impl Adapter for Ia3 {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

@@ -5,16 +5,15 @@
 //! ```
 
 use std::any::Any;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
-use candle_nn::{Linear, Module, ModuleT};
+use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use super::low_rank::{self, LowRank};
+use crate::adapter::low_rank::{self, LowRank};
+use crate::adapter::{AdaptedLinear, Adapter, Context};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Pass};
 
 /// The options of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,8 +78,8 @@ impl Lora {
 }
 
 impl Adapter for Lora {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.pair.forward(xs, base, self.pair.a(), pass)
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, self.pair.a(), cx)
     }
 
     fn parameters(&self) -> Vec<(Role, Tensor)> {
@@ -92,10 +91,6 @@ impl Adapter for Lora {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }
@@ -121,63 +116,15 @@ impl Adapter for Lora {
 /// assert_eq!(params.trainable_count(), 2 * (4 + 6));
 /// # Ok::<(), monteclora::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct LoraLinear {
-    base: Linear,
-    adapter: Lora,
-    draws: AtomicU64,
-}
+pub type LoraLinear = AdaptedLinear<Lora>;
 
-impl LoraLinear {
+impl AdaptedLinear<Lora> {
     /// Wraps `base`; the parameters are `{path}.default.a` and `.b`.
     ///
     /// # Errors
     /// As [`Lora::new`].
     pub fn new(base: Linear, params: &Params, path: &str, config: &LoraConfig) -> Result<Self> {
         let adapter = Lora::new(params, path, "default", low_rank::dims(&base)?, config)?;
-        Ok(Self { base, adapter, draws: AtomicU64::new(0) })
-    }
-
-    /// The frozen layer.
-    pub fn base(&self) -> &Linear {
-        &self.base
-    }
-
-    /// The adapter.
-    pub fn adapter(&self) -> &Lora {
-        &self.adapter
-    }
-
-    /// The output in a given pass; changes no state.
-    ///
-    /// # Errors
-    /// If shapes or dtypes do not fit.
-    pub fn forward_with(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.adapter.forward(xs, &self.base, pass)
-    }
-
-    /// The view without dropout, a plain `Module`.
-    pub fn mean(&self) -> LoraMean<'_> {
-        LoraMean(self)
-    }
-}
-
-impl ModuleT for LoraLinear {
-    fn forward_t(&self, xs: &Tensor, train: bool) -> candle_core::Result<Tensor> {
-        let pass = match train {
-            true => Pass::Train { draw: self.draws.fetch_add(1, Ordering::Relaxed) },
-            false => Pass::Mean,
-        };
-        self.forward_with(xs, &pass)
-    }
-}
-
-/// A [`LoraLinear`] without dropout.
-#[derive(Debug, Clone, Copy)]
-pub struct LoraMean<'a>(&'a LoraLinear);
-
-impl Module for LoraMean<'_> {
-    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        self.0.forward_with(xs, &Pass::Mean)
+        Ok(Self::from_parts(base, adapter))
     }
 }

@@ -5,7 +5,6 @@ pub mod bottleneck;
 pub mod dora;
 pub mod ia3;
 pub mod lora;
-pub mod low_rank;
 pub mod prompt;
 mod rank_allocator;
 
@@ -14,5 +13,4 @@ pub use bottleneck::{Bottleneck, BottleneckConfig};
 pub use dora::Dora;
 pub use ia3::{Ia3, Scaled};
 pub use lora::{Lora, LoraConfig, LoraLinear};
-pub use low_rank::LowRank;
 pub use prompt::{prompt_tuning, PromptConfig};

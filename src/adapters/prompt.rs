@@ -4,10 +4,10 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::AdaptableEmbedding;
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
-use crate::params::{Params, Role};
-use crate::slot::EmbeddingSlot;
 
 /// The options of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +34,7 @@ impl Default for PromptConfig {
 /// # Errors
 /// If there is to be none, the model has some already, or the name is taken.
 pub fn prompt_tuning(
-    slot: &mut EmbeddingSlot,
+    slot: &mut AdaptableEmbedding,
     adapter: &str,
     config: &PromptConfig,
     params: &Params,

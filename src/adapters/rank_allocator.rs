@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor, D};
 
 use super::adalora::{AdaLora, AdaLoraConfig};
+use crate::adapter::AdaptableModel;
+use crate::adapter::Params;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::slot::Linears;
 
 /// Smoothed importance of one parameter, and how uncertain it is.
 #[derive(Debug, Clone)]
@@ -40,7 +40,7 @@ impl RankAllocator {
     ///
     /// # Errors
     /// If an option is outside its domain, or there is no such layer.
-    pub fn new(model: &dyn Linears, config: &AdaLoraConfig) -> Result<Self> {
+    pub fn new(model: &dyn AdaptableModel, config: &AdaLoraConfig) -> Result<Self> {
         config.validate()?;
         let mut layers = Vec::new();
         model.visit_linears(&mut |slot| {

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::predict::{logits, Predictor, RunningMean};
+use crate::adapter::Params;
+use crate::adapter::{Context, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
-use crate::params::Params;
-use crate::slot::Pass;
 
 /// MC dropout: posterior draw s is a training pass, with dropout mask s.
 ///
@@ -33,10 +33,12 @@ impl std::fmt::Debug for McDropout<'_> {
 }
 
 impl Predictor for McDropout<'_> {
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        match *pass {
-            Pass::Posterior { draw } => self.0.predict(batch, &Pass::Train { draw }),
-            _ => self.0.predict(batch, pass),
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+        match cx.pass {
+            Pass::Posterior { draw } => {
+                self.0.predict(batch, &Context { pass: Pass::Train { draw }, ..cx.clone() })
+            }
+            _ => self.0.predict(batch, cx),
         }
     }
 }
@@ -102,7 +104,7 @@ impl Ensemble {
         let mut mean = RunningMean::default();
         for member in &self.members {
             params.restore(member)?;
-            mean.add(logits(model, batches, &Pass::Mean)?.iter().map(|row| softmax(row)));
+            mean.add(logits(model, batches, &Pass::Mean.into())?.iter().map(|row| softmax(row)));
         }
         Ok(mean.finish())
     }
@@ -113,18 +115,18 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::adapter::{Init, Role};
     use crate::bayes::posterior_scores;
     use crate::data::encode::Encoded;
     use crate::data::task::Label;
     use crate::noise::Noise;
-    use crate::params::{Init, Role};
 
     /// Logits `(id * w, draw)`: the draw of a training pass, -1 in any other.
     struct Scaled(Tensor);
 
     impl Predictor for Scaled {
-        fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-            let draw = pass.dropout_draw().map_or(-1.0, |draw| draw as f64);
+        fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+            let draw = cx.pass.dropout_draw().map_or(-1.0, |draw| draw as f64);
             let ids = batch.input_ids.narrow(1, 0, 1)?.to_dtype(DType::F64)?.broadcast_mul(&self.0)?;
             if ids.max_all()?.to_scalar::<f64>()? > 100.0 {
                 candle_core::bail!("too large")
@@ -156,7 +158,10 @@ mod tests {
         let dropped = McDropout(&model);
         assert_eq!(posterior_scores(&model, &batches, 3)?, [[1.0, -1.0], [0.5, -1.0]]);
         assert_eq!(posterior_scores(&dropped, &batches, 3)?, [[1.0, 1.0], [0.5, 1.0]]);
-        assert_eq!(logits(&dropped, &batches, &Pass::Mean)?, logits(&model, &batches, &Pass::Mean)?);
+        assert_eq!(
+            logits(&dropped, &batches, &Pass::Mean.into())?,
+            logits(&model, &batches, &Pass::Mean.into())?
+        );
         Ok(())
     }
 
@@ -176,7 +181,7 @@ mod tests {
             let expected = (one(-1.0) + one(2.0) + one(0.25)) / 3.0;
             assert!((row[0] - expected).abs() < 1e-12 && (row[0] + row[1] - 1.0).abs() < 1e-12, "{row:?}");
         }
-        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 14.0);
+        assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 14.0);
         Ok(())
     }
 
@@ -191,11 +196,11 @@ mod tests {
         ensemble.push(&params)?;
         set(&params, 3.0)?;
         assert!(ensemble.probabilities(&model, &params, &batches).is_err());
-        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 6.0);
+        assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 6.0);
         ensemble.push_snapshot(BTreeMap::from([("other".to_string(), Tensor::new(1f64, &Device::Cpu)?)]));
         assert_eq!(ensemble.len(), 2);
         assert!(ensemble.probabilities(&model, &params, &batches).is_err());
-        assert_eq!(logits(&model, &batches, &Pass::Mean)?[0][0], 6.0);
+        assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 6.0);
         Ok(())
     }
 }

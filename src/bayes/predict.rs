@@ -2,11 +2,10 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
-use crate::monteclora::with_held_draws;
-use crate::slot::Pass;
 
 /// A model that scores batches.
 pub trait Predictor {
@@ -14,17 +13,17 @@ pub trait Predictor {
     ///
     /// # Errors
     /// If the forward pass fails.
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor>;
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor>;
 }
 
 /// The outputs for every row of some batches, one vector a row, in the batches' order.
 ///
 /// # Errors
 /// If the forward pass fails.
-pub fn logits(model: &dyn Predictor, batches: &[Batch], pass: &Pass) -> Result<Vec<Vec<f64>>> {
+pub fn logits(model: &dyn Predictor, batches: &[Batch], cx: &Context) -> Result<Vec<Vec<f64>>> {
     let mut rows = Vec::new();
     for batch in batches {
-        rows.extend(model.predict(batch, pass)?.to_dtype(DType::F64)?.to_vec2::<f64>()?);
+        rows.extend(model.predict(batch, cx)?.to_dtype(DType::F64)?.to_vec2::<f64>()?);
     }
     Ok(rows)
 }
@@ -114,7 +113,8 @@ fn each_draw(
     }
     for draw in 0..samples {
         let pass = Pass::Posterior { draw: draw as u64 };
-        take(with_held_draws(|| logits(model, batches, &pass))?);
+        // Kept for this draw's batches alone: the next draw asks for none of them.
+        take(logits(model, batches, &Context::from(pass).with_draws(&DrawCache::default()))?);
     }
     Ok(())
 }
@@ -131,9 +131,9 @@ mod tests {
     struct Echo;
 
     impl Predictor for Echo {
-        fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-            let draw = match pass {
-                Pass::Posterior { draw } => *draw as f32,
+        fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+            let draw = match cx.pass {
+                Pass::Posterior { draw } => draw as f32,
                 _ => -1.0,
             };
             let ids = batch.input_ids.narrow(1, 0, 1)?.to_dtype(DType::F32)?;
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn draws_are_counted_from_zero_and_averaged_after_the_softmax() -> Result<()> {
         let batches = batches()?;
-        assert_eq!(logits(&Echo, &batches, &Pass::Mean)?, [[3.0, -1.0], [1.0, -1.0], [2.0, -1.0]]);
+        assert_eq!(logits(&Echo, &batches, &Pass::Mean.into())?, [[3.0, -1.0], [1.0, -1.0], [2.0, -1.0]]);
         assert_eq!(posterior_scores(&Echo, &batches, 3)?, [[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]);
         // [(1 / (1 + exp(-i)) + 1 / (1 + exp(1 - i))) / 2 for i in (3, 1, 2)]
         let expected = [0.9166856024001578, 0.6155292893150024, 0.8059278283039436];

@@ -27,7 +27,7 @@ impl Tokens {
         self.learnt.iter().skip(1).filter(|learnt| **learnt).count()
     }
 
-    /// All that the row says, as numbers: for a [`fingerprint`](crate::train::fingerprint).
+    /// All that the row says, as numbers: for a checksum of the data.
     pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
         let learnt = self.learnt.iter().map(|learnt| u32::from(*learnt));
         self.ids.iter().copied().chain(learnt).chain([u32::MAX])

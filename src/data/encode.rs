@@ -25,7 +25,7 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// All that the row says, as numbers: for a [`fingerprint`](crate::train::fingerprint).
+    /// All that the row says, as numbers: for a checksum of the data.
     pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
         let label = match self.label {
             Label::Class(class) => class,
@@ -137,6 +137,8 @@ impl TextEncoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{json, Value};
+    use std::path::Path;
     use tokenizers::models::wordlevel::WordLevel;
     use tokenizers::pre_tokenizers::whitespace::Whitespace;
     use tokenizers::processors::template::TemplateProcessing;
@@ -230,8 +232,33 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_that_makes_the_crate_panic_or_says_a_text_twice_is_refused() -> Result<()> {
+        let read = |json: &Value| tokenizer::parse(json.to_string().as_bytes(), Path::new("tokenizer.json"));
+        let template = json!({"type": "TemplateProcessing", "special_tokens": {},
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}]});
+        let text = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": template, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}});
+        let tokenizer = read(&text)?;
+        let error =
+            TextEncoder::new(tokenizer, 12, 12)?.encode(&[example("b", None)]).unwrap_err().to_string();
+        assert_eq!(error, "invalid tokenizer: the tokenizer is damaged: its crate panicked");
+        // A text that it takes twice is longer than what it was cut to.
+        let mut twice = text;
+        twice["post_processor"]["single"] = twice["post_processor"]["pair"].clone();
+        twice["post_processor"]["single"][1]["Sequence"]["id"] = json!("A");
+        twice["pre_tokenizer"] = json!({"type": "Whitespace"});
+        let encoder = TextEncoder::new(read(&twice)?, 12, 12)?;
+        assert_eq!(encoder.encode(&[example("b b b", None)])?[0].ids, [1; 6]);
+        let error = encoder.encode(&[example(&"b ".repeat(20), None)]).unwrap_err().to_string();
+        assert!(error.contains("24 ids") && error.contains("at most 12"), "{error}");
+        Ok(())
+    }
+
+    #[test]
     fn roberta_s_tokenizer_gives_the_reference_ids() -> Result<()> {
-        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let name = "shared/data/tokenizers/roberta-base/tokenizer.json";
         let Some(file) = here.ancestors().skip(1).map(|up| up.join(name)).find(|p| p.is_file()) else {
             crate::testing::skipped(&format!("no {name} beside the crate"));

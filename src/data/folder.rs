@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::task::{Example, Splits, Task};
+use super::task::{non_empty, Example, Splits, Task};
 use super::{glue, superglue};
 use crate::error::{Error, Result};
 
@@ -51,17 +51,9 @@ fn load(
     dev: &[(&str, &str)],
     read: impl Fn(&Path) -> Result<Vec<Example>>,
 ) -> Result<Splits> {
-    let read = |path: &Path| read(path).and_then(|examples| some(examples, path));
+    let read = |path: &Path| read(path).and_then(|examples| non_empty(examples, path));
     let dev = dev.iter().map(|(name, file)| Ok(((*name).to_owned(), read(&root.join(file))?)));
     Ok(Splits { dev: dev.collect::<Result<_>>()?, train: read(train)? })
-}
-
-/// The examples, unless there are none.
-pub(crate) fn some(examples: Vec<Example>, path: &Path) -> Result<Vec<Example>> {
-    if examples.is_empty() {
-        return Err(Error::format(path, "no examples"));
-    }
-    Ok(examples)
 }
 
 /// The parquet files of one set, in order; none if the folder is not there. Files that say
@@ -95,7 +87,7 @@ fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-#[cfg(feature = "hub")]
+#[cfg(feature = "parquet")]
 fn load_shards(task: Task, root: &Path) -> Result<Splits> {
     let mut files = Vec::new();
     for (name, split) in task.hub_splits() {
@@ -104,9 +96,9 @@ fn load_shards(task: Task, root: &Path) -> Result<Splits> {
     super::parquet::load_parquet(task, &files)
 }
 
-#[cfg(not(feature = "hub"))]
+#[cfg(not(feature = "parquet"))]
 fn load_shards(task: Task, root: &Path) -> Result<Splits> {
-    let reason = format!("{task} is here as parquet, which needs this crate's feature `hub`");
+    let reason = format!("{task} is here as parquet, which needs this crate's feature `parquet`");
     Err(Error::format(root, reason))
 }
 

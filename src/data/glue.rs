@@ -4,14 +4,12 @@
 //! the header (CoLA has none). A UTF-8 byte order mark, `\r\n` and empty lines are tolerated.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::Path;
 
+use super::lines::{each_line, excerpt};
 use super::task::{Example, Label, Task};
 use crate::error::{Error, Result};
-
-/// The longest line in bytes, its end included; the texts of these tasks are far below.
-const MAX_LINE: usize = 16 << 20;
 
 /// The most columns of a table; MNLI, the widest, has 16.
 const MAX_COLUMNS: usize = 1000;
@@ -71,7 +69,7 @@ pub fn has_tsv(task: Task) -> bool {
 /// unknown label (with the line in all cases that have one); the task has no TSV files.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     let file = File::open(path).map_err(Error::io(path))?;
-    read_from(task, BufReader::new(file), path)
+    read_from(task, file, path)
 }
 
 /// [`read`] from any source; `path` only names it in errors.
@@ -150,47 +148,9 @@ fn parse_label(task: Task, text: &str) -> std::result::Result<Label, String> {
     }
 }
 
-/// The beginning of a text, short enough for an error message.
-pub(crate) fn excerpt(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.to_owned(),
-    }
-}
-
-/// Calls `visit` with the 1-based number and text of every line that is not empty.
-pub(crate) fn each_line(
-    source: impl Read,
-    path: &Path,
-    mut visit: impl FnMut(usize, &str) -> Result<()>,
-) -> Result<()> {
-    let mut source = BufReader::new(source);
-    let (mut buffer, mut number) = (Vec::new(), 0);
-    loop {
-        buffer.clear();
-        let mut limited = source.by_ref().take(MAX_LINE as u64 + 1);
-        if limited.read_until(b'\n', &mut buffer).map_err(Error::io(path))? == 0 {
-            return Ok(());
-        }
-        number += 1;
-        if buffer.len() > MAX_LINE {
-            return Err(Error::format_at(path, number, format!("longer than {MAX_LINE} bytes")));
-        }
-        let mut line = buffer.strip_suffix(b"\n").unwrap_or(&buffer);
-        line = line.strip_suffix(b"\r").unwrap_or(line);
-        if number == 1 {
-            line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
-        }
-        let line = std::str::from_utf8(line)
-            .map_err(|error| Error::format_at(path, number, format!("not UTF-8: {error}")))?;
-        if !line.is_empty() {
-            visit(number, line)?;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::lines::MAX_LINE;
     use super::*;
 
     fn parse(task: Task, text: &str) -> Result<Vec<Example>> {

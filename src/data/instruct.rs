@@ -17,8 +17,8 @@ use std::str::FromStr;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
 
-use super::glue::each_line;
-use super::row::{text, Cell, Row};
+use super::lines::each_line;
+use super::row::{self, text, Cell, Row};
 use crate::error::{Error, Result};
 
 /// The most answers to choose from. Each has a copy of the output: with any number of them, a row
@@ -159,8 +159,7 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
             let row = if format == Format::Text && first != Some(&b'{') {
                 Ok(Prompted { answer: line.to_string(), ..Prompted::default() })
             } else {
-                let record = serde_json::from_str(line).map_err(|e| format!("not a JSON object: {e}"));
-                record.and_then(|record| prompted(&record, format))
+                row::parse(line).and_then(|record| prompted(&record, format))
             };
             rows.push(row.map_err(|reason| Error::format_at(path, number, reason))?);
             Ok(())
@@ -212,9 +211,10 @@ impl<'de> Visitor<'de> for Records {
 
 /// The prompt of an instruction in Alpaca's template.
 pub fn instruction_prompt(instruction: &str, input: &str) -> String {
-    let (context, input) = match input.trim().is_empty() {
-        true => ("", String::new()),
-        false => (", paired with an input that provides further context", format!("### Input:\n{input}\n\n")),
+    let (context, input) = if input.trim().is_empty() {
+        ("", String::new())
+    } else {
+        (", paired with an input that provides further context", format!("### Input:\n{input}\n\n"))
     };
     format!(
         "Below is an instruction that describes a task{context}. Write a response that appropriately \
@@ -255,10 +255,10 @@ fn tests(row: &Row) -> std::result::Result<ProgramTests, String> {
     let (entry_point, test) = (text(row, "entry_point")?.to_string(), text(row, "test")?.to_string());
     let mut letters = entry_point.chars();
     let head = letters.next().is_some_and(|c| c.is_alphabetic() || c == '_');
-    match head && letters.all(|c| c.is_alphanumeric() || c == '_') {
-        true => Ok(ProgramTests { entry_point, test }),
-        false => Err(format!("field \"entry_point\" is no function's name: {entry_point:?}")),
+    if !head || !letters.all(|c| c.is_alphanumeric() || c == '_') {
+        return Err(format!("field \"entry_point\" is no function's name: {entry_point:?}"));
     }
+    Ok(ProgramTests { entry_point, test })
 }
 
 /// The choices that an instruction lists after `Answer format:`, each put where the output has the

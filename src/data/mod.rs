@@ -6,8 +6,9 @@ pub mod encode;
 mod folder;
 pub mod glue;
 pub mod instruct;
+mod lines;
 pub mod masked;
-#[cfg(feature = "hub")]
+#[cfg(feature = "parquet")]
 pub mod parquet;
 mod row;
 pub mod superglue;

@@ -3,6 +3,7 @@
 //! Columns are found by name; labels are class numbers, or scores for STS-B.
 
 mod guard;
+mod thrift;
 
 use std::fs::File;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -13,10 +14,9 @@ use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::{Field, Row};
 use ::parquet::schema::types::{Type, TypePtr};
 
-use super::folder::some;
-use super::glue::excerpt;
+use super::lines::excerpt;
 use super::superglue::wic_text;
-use super::task::{Example, Label, Splits, Task};
+use super::task::{non_empty, Example, Label, Splits, Task};
 use crate::error::{Error, Result};
 
 /// The columns of a task's texts in the hub's data sets. WiC has its word before the two sentences.
@@ -174,7 +174,7 @@ pub fn load_parquet(task: Task, files: &[(String, PathBuf)]) -> Result<Splits> {
             let reason = format!("{split:?} is no set of {task}, expected one of {}", expected());
             return Err(Error::config("split", reason));
         };
-        examples[set].append(&mut some(read(task, path)?, path)?);
+        examples[set].append(&mut non_empty(read(task, path)?, path)?);
         seen[set] = true;
     }
     if let Some(missing) = seen.iter().position(|seen| !seen) {

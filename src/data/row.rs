@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::glue::excerpt;
+use super::lines::excerpt;
 
 /// The values of a row by their names.
 pub(super) type Row = BTreeMap<String, Cell>;
@@ -32,6 +32,11 @@ impl fmt::Display for Cell {
             Self::Other(other) => f.write_str(other),
         }
     }
+}
+
+/// The row of a line of JSON.
+pub(super) fn parse(line: &str) -> Result<Row, String> {
+    serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"))
 }
 
 /// The value of the field `name`, or what the row has instead.
@@ -106,10 +111,8 @@ mod tests {
 
     #[test]
     fn plain_values_are_kept_and_others_named() {
-        let row: Row = serde_json::from_str(
-            r#"{"a": "x", "b": true, "c": null, "d": [1, [2]], "e": {"f": 1}, "g": -1.5}"#,
-        )
-        .unwrap();
+        let row =
+            parse(r#"{"a": "x", "b": true, "c": null, "d": [1, [2]], "e": {"f": 1}, "g": -1.5}"#).unwrap();
         let shown: Vec<String> = row.values().map(ToString::to_string).collect();
         assert_eq!(shown, ["\"x\"", "true", "null", "an array", "an object", "-1.5"]);
         assert_eq!((text(&row, "a"), row["c"] == Cell::Null), (Ok("x"), true));

@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::glue::each_line;
-use super::row::{field, text, Cell, Row};
+use super::lines::each_line;
+use super::row::{self, field, text, Cell};
 use super::task::{Example, Label, Task};
 use crate::error::{Error, Result};
 
@@ -57,7 +57,7 @@ pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Examp
 }
 
 fn parse(task: Task, line: &str) -> std::result::Result<Example, String> {
-    let row: Row = serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"))?;
+    let row = row::parse(line)?;
     let (text_a, text_b) = match task {
         Task::BoolQ => (text(&row, "question")?.to_owned(), text(&row, "passage")?),
         Task::Wic => (wic_text(text(&row, "word")?, text(&row, "sentence1")?), text(&row, "sentence2")?),

@@ -3,6 +3,7 @@
 //! [`Task::load_folder`] reads a task from a folder.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
@@ -72,6 +73,14 @@ impl Example {
         let text = |text: &str| text.trim_end().to_owned();
         Self { text_a: text(text_a), text_b: text_b.map(text), label }
     }
+}
+
+/// The examples of the file `path`, unless there are none.
+pub(super) fn non_empty(examples: Vec<Example>, path: &Path) -> Result<Vec<Example>> {
+    if examples.is_empty() {
+        return Err(Error::format(path, "no examples"));
+    }
+    Ok(examples)
 }
 
 /// A task's labelled examples.

@@ -80,6 +80,14 @@ impl Dirichlet {
         (&mean * mean.affine(-1.0, 1.0)?)?.broadcast_div(&(total + 1.0)?)
     }
 
+    /// The cooperative loss of drawn weights (eq. 13), `sum pi_i^2`, `(..)` of `(.., N)`.
+    ///
+    /// # Errors
+    /// If `weights` is a scalar.
+    pub fn cooperative(weights: &Tensor) -> Result<Tensor> {
+        weights.sqr()?.sum(D::Minus1)
+    }
+
     /// The expectation of the cooperative loss (eq. 13) over Dir(a); `(..)`.
     ///
     /// ```text
@@ -156,7 +164,14 @@ impl Dirichlet {
     /// # Errors
     /// If the shapes do not fit.
     pub fn kl_divergence(&self, prior: &Self) -> Result<Tensor> {
-        let [t1, t2, t3] = self.kl_terms(prior)?;
+        Self::kl_of_terms(self.kl_terms(prior)?)
+    }
+
+    /// The sum of the three terms of [`Self::kl_divergence`].
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn kl_of_terms([t1, t2, t3]: [Tensor; 3]) -> Result<Tensor> {
         (t1 + t2)? + t3
     }
 

@@ -2,11 +2,12 @@
 //!
 //! KL divergence: eq. 10 of the paper; its expectation over a Wishart covariance in closed form.
 
-use candle_core::{Result, Tensor, D};
+use candle_core::{Device, Result, Tensor, D};
 
 use super::wishart::{Covariance, Wishart};
-use crate::ops::mul_constant;
+use crate::ops::{add_constant, mul_constant};
 use crate::special::digamma;
+use crate::util::dtype::to_dtype_device;
 
 /// Matrices whose columns are independent N(0, Sigma), `Sigma = F F^T`.
 ///
@@ -92,6 +93,26 @@ impl Gaussian {
         let log_det = (log_v + (psi + r as f64 * std::f64::consts::LN_2))?;
         kl_standard_of(&trace, &log_det, r)
     }
+
+    /// [`Self::kl_standard`] at draws of the covariance, `(l)`: one factor T for each of the `l` Wisharts,
+    /// row-major, from [`fill_bartlett`](super::wishart::fill_bartlett).
+    ///
+    /// ```text
+    /// tr Sigma = sum_i V_i |T_i|^2,   ln |Sigma| = 2 sum rho_i + 2 sum ln T_ii
+    /// ```
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn sampled_kl_standard(wishart: &Wishart, bartlett: &[&[f64]]) -> Result<Tensor> {
+        let (r, log_std) = (wishart.dim()?, wishart.log_std());
+        let trace = mul_constant(&wishart.scale()?, &wishart.bartlett_squares(bartlett)?)?.sum(D::Minus1)?;
+        let log_diagonal =
+            bartlett.iter().map(|t| (0..r).map(|i| 2.0 * t[i * r + i].ln()).sum::<f64>()).collect::<Vec<_>>();
+        let log_diagonal = Tensor::from_vec(log_diagonal, bartlett.len(), &Device::Cpu)?;
+        let log_diagonal = to_dtype_device(&log_diagonal, log_std.dtype(), log_std.device())?;
+        let log_det = add_constant(&(log_std.sum(D::Minus1)? * 2.0)?, &log_diagonal)?;
+        kl_standard_of(&trace, &log_det, r)
+    }
 }
 
 /// `1/2 (trace - log_det - r)`: eq. 10 against the standard normal.
@@ -105,7 +126,6 @@ pub fn kl_standard_of(trace: &Tensor, log_det: &Tensor, r: usize) -> Result<Tens
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn the_kl_of_a_small_covariance_matches_numpy() -> Result<()> {

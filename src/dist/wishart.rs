@@ -1,12 +1,13 @@
 //! The Wishart distribution with a diagonal scale, by Bartlett's factor; batched over leading
 //! dimensions. KL divergence: eq. 11 of the paper.
 
-use candle_core::{Result, Tensor, D};
+use candle_core::{Device, Result, Tensor, D};
 use serde::{Deserialize, Serialize};
 
 use crate::noise::Stream;
 use crate::ops::mul_constant;
 use crate::special::gamma::{gamma_quantile, MAX_SHAPE};
+use crate::util::dtype::to_dtype_device;
 
 /// How much of the drawn covariance is kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -84,6 +85,22 @@ impl Wishart {
         mul_constant(&self.log_std.exp()?.unsqueeze(D::Minus1)?, bartlett)
     }
 
+    /// The squared norms of the rows of some factors T, `(l, r)`, where the parameters are: with V they make
+    /// the trace of a draw.
+    ///
+    /// # Errors
+    /// If a factor has not `r * r` numbers.
+    pub fn bartlett_squares(&self, factors: &[&[f64]]) -> Result<Tensor> {
+        let r = self.dim()?;
+        if let Some(factor) = factors.iter().find(|factor| factor.len() != r * r) {
+            candle_core::bail!("a factor of dimension {r} has {} numbers, got {}", r * r, factor.len())
+        }
+        let row_squares = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
+        let squares: Vec<f64> = factors.iter().flat_map(|t| t.chunks(r).map(row_squares)).collect();
+        let squares = Tensor::from_vec(squares, (factors.len(), r), &Device::Cpu)?;
+        to_dtype_device(&squares, self.log_std.dtype(), self.log_std.device())
+    }
+
     /// `E[Sigma] = df V`, its diagonal, `(.., r)`.
     ///
     /// # Errors
@@ -141,10 +158,10 @@ impl Wishart {
 
 fn check_df(r: usize, df: f64) -> Result<()> {
     let least = r as f64 - 1.0;
-    match df > least && df.is_finite() {
-        true => Ok(()),
-        false => candle_core::bail!("a Wishart of dimension {r} needs df > {least} and finite, got {df}"),
+    if !(df > least && df.is_finite()) {
+        candle_core::bail!("a Wishart of dimension {r} needs df > {least} and finite, got {df}")
     }
+    Ok(())
 }
 
 /// How many draws [`fill_bartlett`] has.
@@ -202,17 +219,16 @@ pub(crate) fn check_draw(draw: u64, r: usize, df: f64) -> Result<()> {
     if df / 2.0 > MAX_SHAPE {
         candle_core::bail!("a Wishart can be drawn with df up to {:e}, got {df:e}", 2.0 * MAX_SHAPE)
     }
-    match draw < DRAWS {
-        true => Ok(()),
-        false => candle_core::bail!("expected a draw below 2^63, got {draw}"),
+    if draw >= DRAWS {
+        candle_core::bail!("expected a draw below 2^63, got {draw}")
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::noise::{Noise, Purpose};
-    use candle_core::Device;
 
     #[test]
     fn the_kl_from_the_standard_matches_numpy() -> Result<()> {

@@ -8,7 +8,7 @@ use super::sandbox::Sandbox;
 use super::{code, gsm8k};
 use crate::data::instruct::Prompted;
 use crate::error::{Error, Result};
-use crate::generate::{GenerateConfig, Sampling};
+use crate::models::generate::{GenerateConfig, Sampling};
 
 /// What a language model is measured by.
 #[derive(Debug, Clone)]

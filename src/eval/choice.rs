@@ -1,12 +1,11 @@
 //! Multiple choice by the likelihood of each answer, or by the name in a generated text.
 
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::causal::{CausalBatch, Encodings, PromptEncoder, Tokens};
 use crate::data::instruct::{Choices, Prompted};
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
-use crate::monteclora::with_held_draws;
-use crate::slot::Pass;
 use crate::train::token_log_probabilities;
 
 /// What the log-likelihood of an answer is divided by, so that long answers do not lose.
@@ -77,7 +76,8 @@ pub fn score_choices(
     let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];
     for pass in passes {
-        let scores = with_held_draws(|| likelihoods(model, &encoded.rows, batch_size, pass))?;
+        let cx = Context::from(*pass).with_draws(&DrawCache::default());
+        let scores = likelihoods(model, &encoded.rows, batch_size, &cx)?;
         let mut at = 0;
         for (sums, choices) in probabilities.iter_mut().zip(&questions) {
             let own: Vec<f64> = (at..at + choices.names.len())
@@ -140,11 +140,11 @@ fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> 
 }
 
 /// The log-likelihood of the learnt tokens of each row.
-fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, pass: &Pass) -> Result<Vec<f64>> {
+fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, cx: &Context) -> Result<Vec<f64>> {
     let mut sums = Vec::with_capacity(rows.len());
     for chunk in rows.chunks(batch_size.max(1)) {
         let batch = CausalBatch::collate(&chunk.iter().collect::<Vec<_>>(), 0, model.device())?;
-        let logs = token_log_probabilities(model, &batch, std::slice::from_ref(pass))?;
+        let logs = token_log_probabilities(model, &batch, std::slice::from_ref(cx))?;
         let mut rest = logs.as_slice();
         for count in &batch.counts {
             let (own, others) = rest.split_at(*count);

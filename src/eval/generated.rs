@@ -3,8 +3,8 @@
 use crate::data::causal::PromptEncoder;
 use crate::data::tokenizer;
 use crate::error::{Error, Result};
-use crate::generate::{generate, GenerateConfig};
 use crate::models::causal::CausalLm;
+use crate::models::generate::{generate, GenerateConfig};
 
 /// A model with its tokenizer and a way of choosing tokens.
 pub struct Generator<'a> {

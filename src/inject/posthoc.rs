@@ -2,27 +2,28 @@
 
 use std::collections::BTreeMap;
 
+use super::activate;
 use super::{inject, with_share, Target};
-use crate::adapters::{low_rank, Lora};
+use crate::adapter::low_rank;
+use crate::adapter::AdaptableModel;
+use crate::adapter::{Params, Role};
+use crate::adapters::Lora;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
-use crate::named;
-use crate::params::{Params, Role};
-use crate::slot::Linears;
 
 /// Turns the active LoRA adapter, trained here or read from a file, into a MonteCLoRA adapter named
 /// `name` with its A, B, ranks and scales (`config` says the rest), and freezes all but rho and c of
 /// it: A, B, a task head and the base stay what they were. Returns the layers.
 ///
 /// At the mean the model computes what it computed before. The LoRA adapter stays beside the new one,
-/// switched off; [`named::remove`] takes it away. [`named::activate`] releases A and B again: call it
+/// switched off; [`activate::remove`] takes it away. [`activate::activate`] releases A and B again: call it
 /// before, not after.
 ///
 /// # Errors
 /// If no layer has an active adapter, one is not LoRA, `config` does not fit, or a layer has an
 /// adapter of this name or is merged. On an error nothing has changed.
 pub fn posthoc(
-    model: &mut dyn Linears,
+    model: &mut dyn AdaptableModel,
     name: &str,
     config: &MonteCLoRAConfig,
     params: &Params,
@@ -54,7 +55,7 @@ pub fn posthoc(
         Ok(Box::new(made))
     })?;
     params.set_trainable_where(false, |_, _| true);
-    named::set_trainable(model, params, true, |own| own == name)?;
+    activate::set_trainable(model, params, true, |own| own == name)?;
     for role in [Role::A, Role::B] {
         params.set_trainable(role, false);
     }

@@ -3,16 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fancy_regex::Regex;
+use serde::Serialize;
 
 use super::paths;
+use crate::adapter::AdaptableModel;
 use crate::error::{Error, Result};
-use crate::slot::Linears;
 
 /// A way to name layers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Select {
-    /// The model's own choice, [`Linears::default_targets`].
+    /// The model's own choice, [`AdaptableModel::default_targets`].
     ModelDefault,
     /// Every linear layer below the head.
     AllLinear,
@@ -85,7 +88,7 @@ impl Select {
 }
 
 /// Which layers get an adapter, and of what size.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Targets {
     /// The layers.
     pub select: Select,
@@ -131,7 +134,7 @@ impl Targets {
     /// [`Error::NoTarget`] where a name, expression or layer index matches nothing;
     /// [`Error::Config`] for a malformed expression, or a rank or alpha pattern that matches none of
     /// the targets.
-    pub fn resolve(&self, model: &dyn Linears, rank: usize, alpha: f64) -> Result<Vec<Target>> {
+    pub fn resolve(&self, model: &dyn AdaptableModel, rank: usize, alpha: f64) -> Result<Vec<Target>> {
         let paths = paths(model)?;
         let mut chosen = self.select.matches(&paths, model.default_targets())?;
         if let Some(exclude) = &self.exclude {

@@ -6,7 +6,7 @@
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
-pub(crate) mod many;
+pub(crate) mod multi_tensor;
 #[cfg(feature = "cuda")]
 pub(crate) mod rows;
 #[cfg(all(test, unix))]

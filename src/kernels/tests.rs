@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::dist::{wishart::fill_bartlett, Covariance, Dirichlet, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops::{add_scaled_rows, layer_norm, rms_norm};
+use crate::ops::{add_scaled_rows, layer_norm, rms_norm, OpPath};
 use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
 
 /// A request's words: integers, and doubles by their bits.
@@ -166,7 +166,7 @@ fn a_draw_and_its_gradients_are_the_host_s() -> Result<()> {
             scales = scales.broadcast_mul(&weights.sqr()?.sum_all()?.sqrt()?)?;
         }
         let matrix = |xs: &[f32]| Tensor::from_vec(wide(xs), (r, width), &device);
-        let want = add_scaled_rows(&matrix(&a)?, &scales, &t.matmul(&z)?)?;
+        let want = add_scaled_rows(&matrix(&a)?, &scales, &t.matmul(&z)?, OpPath::Fused)?;
         let error = (&want - Tensor::from_slice(out, (r, width), &device)?)?.abs()?.max_all()?;
         let size = want.abs()?.max_all()?.to_scalar::<f64>()?;
         assert!(error.to_scalar::<f64>()? < 1e-6 * size, "{r} {n} {width}: {error} of {size}");
@@ -242,8 +242,8 @@ fn norms_and_their_gradients_are_those_of_the_blocks() -> Result<()> {
         let input = if added { (x.as_tensor() + r.reshape((rows, dim))?)? } else { x.as_tensor().clone() };
         let b = if biased { b.clone() } else { b.zeros_like()? };
         let y = match centred {
-            true => layer_norm(&input, w, &b, eps)?,
-            false => rms_norm(&input, w, eps)?,
+            true => layer_norm(&input, w, &b, eps, OpPath::Fused)?,
+            false => rms_norm(&input, w, eps, OpPath::Fused)?,
         };
         let grads = (&y * g.reshape((rows, dim))?)?.sum_all()?.backward()?;
         let dx = grads.get(&x).expect("a gradient").flatten_all()?.to_vec1::<f64>()?;

@@ -3,8 +3,8 @@
 use candle_core::{Device, Tensor};
 use candle_nn::kv_cache::KvCache;
 
+use crate::adapter::{AdaptableModel, Context};
 use crate::ops;
-use crate::slot::{Linears, Pass};
 
 /// The keys and values of every layer for the tokens seen so far, of one batch.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ impl Cache {
 }
 
 /// A decoder with a language-model head.
-pub trait CausalLm: Linears {
+pub trait CausalLm: AdaptableModel {
     /// Where its tensors are.
     fn device(&self) -> &Device;
 
@@ -64,7 +64,7 @@ pub trait CausalLm: Linears {
         input_ids: &Tensor,
         attention_mask: &Tensor,
         cache: Option<&mut Cache>,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor>;
 
     /// The logits of the next token for hidden states at any positions.
@@ -75,7 +75,7 @@ pub trait CausalLm: Linears {
     ///
     /// # Errors
     /// If the last dimension differs.
-    fn head(&self, hidden: &Tensor, pass: &Pass) -> candle_core::Result<Tensor>;
+    fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor>;
 
     /// The mean cross-entropy of `targets`, the next tokens of hidden states at any positions.
     ///
@@ -86,8 +86,8 @@ pub trait CausalLm: Linears {
     ///
     /// # Errors
     /// As [`Self::head`] and [`ops::cross_entropy`].
-    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        ops::cross_entropy(&self.head(hidden, pass)?, targets, -100)
+    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        ops::cross_entropy(&self.head(hidden, cx)?, targets, -100, cx.path)
     }
 
     /// The logits at every position, `(b, t, vocab)`: [`Self::hidden`] and [`Self::head`].
@@ -98,8 +98,8 @@ pub trait CausalLm: Linears {
         &self,
         input_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        self.head(&self.hidden(input_ids, attention_mask, None, pass)?, pass)
+        self.head(&self.hidden(input_ids, attention_mask, None, cx)?, cx)
     }
 }

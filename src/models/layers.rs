@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
 
+use crate::adapter::{AdaptableLinear, Context};
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops;
-use crate::slot::{Pass, Slot};
+use crate::ops::{self, OpPath};
 
 /// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
 /// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
@@ -26,8 +26,14 @@ pub fn linear(in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> 
 ///
 /// # Errors
 /// As [`linear`].
-pub fn slot(path: &str, in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> Result<Slot> {
-    Ok(Slot::new(path, linear(in_dim, out_dim, init_std, vb)?))
+pub fn slot(
+    path: &str,
+    in_dim: usize,
+    out_dim: usize,
+    init_std: f64,
+    vb: &VarBuilder,
+) -> Result<AdaptableLinear> {
+    Ok(AdaptableLinear::new(path, linear(in_dim, out_dim, init_std, vb)?))
 }
 
 /// A [`slot`] without a bias, as in LLaMA.
@@ -40,9 +46,9 @@ pub fn slot_no_bias(
     out_dim: usize,
     init_std: f64,
     vb: &VarBuilder,
-) -> Result<Slot> {
+) -> Result<AdaptableLinear> {
     let init = Init::Randn { mean: 0.0, stdev: init_std };
-    Ok(Slot::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
+    Ok(AdaptableLinear::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
 }
 
 /// Calls `f` on every layer of a stack, to change it in place.
@@ -91,16 +97,16 @@ impl LayerNorm {
     ///
     /// # Errors
     /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        ops::layer_norm(xs, &self.weight, &self.bias, self.eps)
+    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::layer_norm(xs, &self.weight, &self.bias, self.eps, path)
     }
 
     /// The normalised sum of `xs` and `residual`, both (.., dim).
     ///
     /// # Errors
     /// If the shapes differ.
-    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> candle_core::Result<Tensor> {
-        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps)
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps, path)
     }
 }
 
@@ -129,8 +135,8 @@ impl RmsNorm {
     ///
     /// # Errors
     /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        ops::rms_norm(xs, &self.weight, self.eps)
+    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        ops::rms_norm(xs, &self.weight, self.eps, path)
     }
 }
 
@@ -151,15 +157,15 @@ impl Dropout {
     ///
     /// # Errors
     /// If the rate is not in `[0, 1)`.
-    pub fn forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        match self.active(pass) {
-            Some((rate, stream, draw)) => ops::dropout(xs, rate, &stream, draw),
+    pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        match self.active(cx) {
+            Some((rate, stream, draw)) => ops::dropout(xs, rate, &stream, draw, cx.path),
             None => Ok(xs.clone()),
         }
     }
 
     /// Rate, stream and draw, where this pass drops: for ops that drop inside.
-    pub fn active(&self, pass: &Pass) -> Option<(f64, Stream, u64)> {
-        pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
+    pub fn active(&self, cx: &Context) -> Option<(f64, Stream, u64)> {
+        cx.pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
     }
 }

@@ -1,10 +1,11 @@
 //! Trainable models and the files they come from.
 //!
 //! The models of `candle-transformers` are for inference: their fused layers cut gradients and
-//! their linears are private. These are trainable, their linears are [`Slot`](crate::slot::Slot)s,
-//! and their forward passes are tested against `candle-transformers` and against Hugging Face.
+//! their linears are private. These are trainable, their linears are [`AdaptableLinear`](crate::adapter::AdaptableLinear)s, and
+//! their forward passes are tested against `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+pub mod generate;
 pub mod hub;
 pub mod layers;
 pub mod llama;

@@ -13,10 +13,10 @@ use safetensors::View;
 use serde_json::{json, Value};
 
 use super::hub::ModelFiles;
+use crate::adapter::AdaptableModel;
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::params::{Params, Role};
-use crate::slot::Linears;
+use crate::util::files;
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
@@ -53,7 +53,7 @@ const COMPANIONS: [&str; 12] = [
 /// tokenizer's file cannot be had, a layer cannot be merged or has no tensor of its shape in the
 /// source, a merged weight would not be finite, or a file cannot be written.
 pub fn save_merged(
-    model: &dyn Linears,
+    model: &dyn AdaptableModel,
     params: &Params,
     source: &ModelFiles,
     config: Option<&Value>,
@@ -90,7 +90,12 @@ pub fn save_merged(
 ///
 /// # Errors
 /// As [`save_merged`].
-pub fn check_merged(model: &dyn Linears, params: &Params, source: &ModelFiles, dir: &Path) -> Result<()> {
+pub fn check_merged(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    source: &ModelFiles,
+    dir: &Path,
+) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default())?;
     model.visit_linears(&mut |slot| slot.merged_layer().map(drop))
@@ -200,7 +205,7 @@ impl View for &Entry<'_> {
 }
 
 /// The weight of the layer at `path` as the source has it, with its adapter.
-fn merged(model: &dyn Linears, path: &str, source: &TensorView) -> Result<Tensor> {
+fn merged(model: &dyn AdaptableModel, path: &str, source: &TensorView) -> Result<Tensor> {
     let mut merged = None;
     model.visit_linears(&mut |slot| {
         if slot.path() == path {
@@ -219,7 +224,7 @@ fn tensor(view: &TensorView) -> Result<Tensor> {
 
 /// What is written under which name.
 fn plan<'a>(
-    model: &'a dyn Linears,
+    model: &'a dyn AdaptableModel,
     params: &Params,
     source: &'a MmapedSafetensors,
     failure: &'a Failure,

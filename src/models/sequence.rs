@@ -9,13 +9,13 @@ use serde_json::{json, Map, Value};
 
 use super::llama::{LlamaConfig, LlamaForSequenceClassification};
 use super::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::noise::Noise;
-use crate::slot::{Linears, Pass};
+use crate::util::json;
 
 /// A model with a head that classifies or scores a whole sequence.
-pub trait SequenceClassifier: Linears + Debug {
+pub trait SequenceClassifier: AdaptableModel + Debug {
     /// The logits, or the scores of a regression.
     ///
     /// # Shapes
@@ -31,7 +31,7 @@ pub trait SequenceClassifier: Linears + Debug {
         input_ids: &Tensor,
         token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor>;
 
     /// Whether training keeps each layer's input alone and computes the layer again in backward
@@ -51,11 +51,11 @@ impl SequenceClassifier for RobertaForSequenceClassification {
         input_ids: &Tensor,
         token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
         // RoBERTa has one token type; its tokenizers number pairs all the same.
         let types = (self.config().type_vocab_size > 1).then_some(token_type_ids);
-        self.forward(input_ids, types, attention_mask, pass)
+        self.forward(input_ids, types, attention_mask, cx)
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {
@@ -77,9 +77,9 @@ impl SequenceClassifier for LlamaForSequenceClassification {
         input_ids: &Tensor,
         _token_type_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        self.forward(input_ids, attention_mask, pass)
+        self.forward(input_ids, attention_mask, cx)
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {
@@ -115,13 +115,12 @@ impl SequenceConfig {
     /// If the file cannot be read, is no JSON (the error names the line), is of another
     /// architecture, or asks for what is not supported.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
-        Self::parse(files::read_configuration(path)?.as_bytes(), path, num_labels)
+        Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
     }
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
-        let json: Value = serde_json::from_slice(text)
-            .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
+        let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
             Some("llama") => Architecture::Llama(LlamaConfig::parse(text, path)?.with_num_labels(num_labels)),
             Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {

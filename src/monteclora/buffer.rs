@@ -9,7 +9,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::config::MAX_BUFFER_SIZE;
-use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
+use super::noise::{DrawNoise, DrawSpec, NoiseStreams};
 use crate::dist::wishart;
 
 /// The noise of one layer's draws, a block of `len` consecutive indices at a time.
@@ -29,7 +29,7 @@ use crate::dist::wishart;
 /// Threads that miss it at the same time each prepare a block, of which one is kept.
 #[derive(Debug)]
 pub struct SampleBuffer {
-    spec: NoiseSpec,
+    spec: DrawSpec,
     streams: NoiseStreams,
     size: usize,
     byte_cap: Option<usize>,
@@ -46,12 +46,12 @@ struct Block {
 impl SampleBuffer {
     /// A buffer of at most `size` draws (and [`MAX_BUFFER_SIZE`]) and, where given, `byte_cap` bytes;
     /// it fills at first use.
-    pub fn new(spec: NoiseSpec, streams: NoiseStreams, size: usize, byte_cap: Option<usize>) -> Self {
+    pub fn new(spec: DrawSpec, streams: NoiseStreams, size: usize, byte_cap: Option<usize>) -> Self {
         Self { spec, streams, size, byte_cap, block: Mutex::new(None) }
     }
 
     /// What its noise looks like.
-    pub fn spec(&self) -> &NoiseSpec {
+    pub fn spec(&self) -> &DrawSpec {
         &self.spec
     }
 
@@ -77,10 +77,10 @@ impl SampleBuffer {
         self.block = Mutex::new(None);
     }
 
-    /// The noise of draw number `draw` ([`crate::slot::Pass::posterior_draw`]).
+    /// The noise of draw number `draw` ([`crate::adapter::Pass::posterior_draw`]).
     ///
     /// # Errors
-    /// As [`NoiseSpec::generate`].
+    /// As [`DrawSpec::generate`].
     pub fn get(&self, draw: u64) -> Result<DrawNoise> {
         let len = self.len() as u64;
         if len == 0 || draw >= wishart::DRAWS {

@@ -2,12 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::scaler::ScalerSchedule;
-use crate::adapters::low_rank;
+use super::peft_compat;
+use super::schedule::ScalerSchedule;
+use crate::adapter::low_rank;
+use crate::adapter::Init;
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
-use crate::params::Init;
 use crate::special::gamma::MAX_SHAPE;
+use crate::util::check::{not_negative, positive};
 
 /// How the mixture of N components is drawn.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,7 +30,7 @@ pub enum Mixture {
 /// How the regulariser's two terms that depend on the draw are evaluated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Mode {
+pub enum KlEvaluation {
     /// By their exact expectation: no draw, no variance.
     #[default]
     Expected,
@@ -81,12 +83,10 @@ impl Initial {
             Self::Uniform(low, high) => low >= 0.0 && low < high && high.is_finite(),
             Self::ExpUniform(low, high) => low <= high && low.is_finite() && high.is_finite(),
         };
-        match good {
-            true => Ok(()),
-            false => {
-                Err(Error::config(option, format!("expected positive, finite, ordered values, got {self:?}")))
-            }
+        if good {
+            return Ok(());
         }
+        Err(Error::config(option, format!("expected positive, finite, ordered values, got {self:?}")))
     }
 }
 
@@ -99,7 +99,7 @@ pub const MAX_BUFFER_SIZE: usize = 1 << 16;
 ///
 /// # Example
 /// ```
-/// use monteclora::monteclora::MonteCLoRAConfig;
+/// use monteclora::MonteCLoRAConfig;
 ///
 /// let config = MonteCLoRAConfig { rank: 4, num_components: 8, ..Default::default() };
 /// config.validate()?;
@@ -139,7 +139,7 @@ pub struct MonteCLoRAConfig {
     /// How the mixture is drawn.
     pub mixture: Mixture,
     /// How the regulariser is evaluated.
-    pub mode: Mode,
+    pub mode: KlEvaluation,
     /// How many draws' noise each layer on a device prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0 is
     /// none. It never changes a result. On the CPU layers prepare none
     /// ([`SampleBuffer`](super::buffer::SampleBuffer)).
@@ -181,7 +181,7 @@ impl MonteCLoRAConfig {
             covariance: Covariance::Full,
             estimator: Estimator::Exact,
             mixture: Mixture::Collapsed,
-            mode: Mode::Expected,
+            mode: KlEvaluation::Expected,
             buffer_size: 15,
             buffer_bytes: None,
             initial_concentration: Initial::Constant(1.0),
@@ -195,7 +195,7 @@ impl MonteCLoRAConfig {
         Self {
             estimator: Estimator::Exponential,
             mixture: Mixture::Explicit,
-            mode: Mode::Sampled,
+            mode: KlEvaluation::Sampled,
             ..Self::paper()
         }
     }
@@ -210,7 +210,7 @@ impl MonteCLoRAConfig {
             covariance: Covariance::Diagonal,
             estimator: Estimator::LogisticNormal,
             mixture: Mixture::Explicit,
-            mode: Mode::Sampled,
+            mode: KlEvaluation::Sampled,
             buffer_size: 150,
             initial_concentration: Initial::ExpUniform(0.0, 1.0),
             initial_std: Initial::ExpUniform(0.0, 1.0),
@@ -254,33 +254,7 @@ impl MonteCLoRAConfig {
         }
         self.initial_concentration.validate("initial_concentration")?;
         self.initial_std.validate("initial_std")?;
-        let as_peft = self.covariance == Covariance::Diagonal
-            && self.estimator == Estimator::LogisticNormal
-            && self.mixture == Mixture::Explicit
-            && self.mode == Mode::Sampled
-            && self.df.is_none_or(|df| df == self.rank as f64);
-        if self.compat == Compat::Peft && !as_peft {
-            return Err(Error::config(
-                "compat",
-                "PEFT's numbers exist for covariance diagonal, estimator logistic_normal, mixture explicit, \
-                 mode sampled and df = rank only",
-            ));
-        }
-        Ok(())
-    }
-}
-
-pub(super) fn positive(option: &str, value: f64) -> Result<()> {
-    match value > 0.0 && value.is_finite() {
-        true => Ok(()),
-        false => Err(Error::config(option, format!("expected a positive number, got {value}"))),
-    }
-}
-
-pub(super) fn not_negative(option: &str, value: f64) -> Result<()> {
-    match value >= 0.0 && value.is_finite() {
-        true => Ok(()),
-        false => Err(Error::config(option, format!("expected zero or a positive number, got {value}"))),
+        peft_compat::validate(self)
     }
 }
 

@@ -6,20 +6,19 @@
 
 use std::any::Any;
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
-use super::config::{positive, MonteCLoRAConfig};
-use super::held::held;
-use super::noise::{DrawNoise, NoiseSpec, NoiseStreams};
-use super::posterior::{Posterior, PosteriorDraw};
-use crate::adapters::LowRank;
+use super::config::MonteCLoRAConfig;
+use super::draw::{self, PosteriorDraw};
+use super::noise::{DrawSpec, NoiseStreams};
+use super::posterior::Posterior;
+use crate::adapter::LowRank;
+use crate::adapter::{Adapter, Context, Pass};
+use crate::adapter::{Params, Role};
 use crate::error::Result;
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Pass};
 
 /// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.
 ///
@@ -30,8 +29,6 @@ pub struct MonteCLoRA {
     pair: LowRank,
     posterior: Posterior,
     buffer: SampleBuffer,
-    /// The bits of the factor on eps in training draws: set between steps, read within.
-    training_factor: AtomicU64,
 }
 
 impl MonteCLoRA {
@@ -63,7 +60,7 @@ impl MonteCLoRA {
             LowRank::new(params, name, (in_dim, out_dim), config.rank, config.scaling(), config.dropout)?;
         let std_prior = params.create(
             &format!("{name}.std_prior"),
-            Role::Scale,
+            Role::LogStd,
             config.rank,
             &config.initial_std.of_log(),
         )?;
@@ -73,14 +70,13 @@ impl MonteCLoRA {
             config.num_components,
             &config.initial_concentration.of_log(),
         )?;
-        let spec = NoiseSpec::new(config, in_dim, params.dtype(), params.device());
+        let spec = DrawSpec::new(config, in_dim, params.dtype(), params.device());
         let streams = NoiseStreams::new(params.noise(), name);
         // On the CPU a draw's noise is made faster than it is fetched: see `SampleBuffer`.
         let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
-        let posterior = Posterior::new(&std_prior, &expert_weights_prior, config, spec, streams)?;
-        let training_factor = AtomicU64::new(1f64.to_bits());
-        Ok(Self { name: name.to_string(), pair, posterior, buffer, training_factor })
+        let posterior = Posterior::new(&std_prior, &expert_weights_prior, spec, streams)?;
+        Ok(Self { name: name.to_string(), pair, posterior, buffer })
     }
 
     /// The prefix of its parameters' names, `{path}.{adapter}`.
@@ -113,65 +109,49 @@ impl MonteCLoRA {
         &mut self.buffer
     }
 
-    /// Scales eps in training draws, as a schedule does between two steps.
-    ///
-    /// # Errors
-    /// Unless the factor is positive and finite.
-    pub fn set_training_factor(&self, factor: f64) -> Result<()> {
-        positive("scaler_schedule", factor)?;
-        self.training_factor.store(factor.to_bits(), Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// The posterior that a pass draws from.
-    fn posterior_of(&self, pass: &Pass) -> Cow<'_, Posterior> {
-        let factor = f64::from_bits(self.training_factor.load(Ordering::Relaxed));
-        match pass {
-            Pass::Train { .. } if factor != 1.0 => Cow::Owned(self.posterior.scaled(factor)),
-            _ => Cow::Borrowed(&self.posterior),
-        }
-    }
-
-    /// The noise that `pass` addresses; none at the mean.
+    /// The draw that the context's pass addresses, step by step as it is defined; none at the mean.
     ///
     /// # Errors
     /// If candle fails.
-    pub fn noise(&self, pass: &Pass) -> candle_core::Result<Option<DrawNoise>> {
-        pass.posterior_draw()?.map(|draw| self.buffer.get(draw)).transpose()
-    }
-
-    /// The draw that `pass` addresses; none at the mean.
-    ///
-    /// # Errors
-    /// If candle fails.
-    pub fn draw(&self, pass: &Pass) -> candle_core::Result<Option<PosteriorDraw>> {
-        self.noise(pass)?.map(|noise| self.posterior_of(pass).draw(&noise)).transpose()
+    pub fn draw(&self, cx: &Context) -> candle_core::Result<Option<PosteriorDraw>> {
+        let Some(draw) = cx.pass.posterior_draw()? else { return Ok(None) };
+        draw::reference(&self.posterior, &self.buffer.get(draw)?, self.eps(cx)).map(Some)
     }
 
     /// The A of a pass, `(r, in_dim)`: the mean, or the mean and the draw's perturbation.
     ///
     /// # Errors
     /// If candle fails.
-    pub fn effective_a(&self, pass: &Pass) -> candle_core::Result<Cow<'_, Tensor>> {
-        let draw = |draw| self.posterior_of(pass).perturbed_at(self.pair.a(), draw, &self.buffer);
-        Ok(match (pass, pass.posterior_draw()?) {
-            (_, None) => Cow::Borrowed(self.pair.a()),
-            (Pass::Posterior { .. }, Some(at)) => Cow::Owned(held(self.pair.a().id(), at, || draw(at))?),
-            (_, Some(at)) => Cow::Owned(draw(at)?),
-        })
+    pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
+        let mean = self.pair.a();
+        let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
+        let make = || draw::perturbed(&self.posterior, mean, draw, &self.buffer, self.eps(cx), cx.path);
+        Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
+            (Pass::Posterior { .. }, Some(kept)) => kept.get(mean, draw, make)?,
+            _ => make()?,
+        }))
+    }
+
+    /// The scale of the perturbation: a schedule's factor counts in training alone.
+    fn eps(&self, cx: &Context) -> f64 {
+        let eps = self.posterior.sample_scaler();
+        match cx.pass {
+            Pass::Train { .. } => eps * cx.scaler_factors.of(&self.name),
+            Pass::Mean | Pass::Posterior { .. } => eps,
+        }
     }
 }
 
 impl Adapter for MonteCLoRA {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.pair.forward(xs, base, self.effective_a(pass)?.as_ref(), pass)
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, self.effective_a(cx)?.as_ref(), cx)
     }
 
     fn parameters(&self) -> Vec<(Role, Tensor)> {
         vec![
             (Role::A, self.pair.a().clone()),
             (Role::B, self.pair.b().clone()),
-            (Role::Scale, self.posterior.std_prior().clone()),
+            (Role::LogStd, self.posterior.std_prior().clone()),
             (Role::Concentration, self.posterior.expert_weights_prior().clone()),
         ]
     }
@@ -181,10 +161,6 @@ impl Adapter for MonteCLoRA {
     }
 
     fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
 }

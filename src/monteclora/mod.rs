@@ -1,24 +1,24 @@
 //! MonteCLoRA: a posterior over the low-rank factor A, its draws and its regulariser.
 
-pub mod buffer;
-pub mod config;
-mod held;
-#[cfg(feature = "cuda")]
-mod kernel_draw;
-pub mod layer;
-pub mod linear;
-pub mod noise;
-pub mod posterior;
-pub mod regularizer;
-mod row_scales;
+mod buffer;
+mod config;
+mod draw;
+mod layer;
+mod linear;
+mod noise;
+mod peft_compat;
+mod posterior;
+mod regularizer;
 mod scaler;
+mod schedule;
 
 pub use buffer::SampleBuffer;
-pub use config::{Compat, Initial, Mixture, Mode, MonteCLoRAConfig};
-pub use held::with_held_draws;
+pub use config::{Compat, Initial, KlEvaluation, Mixture, MonteCLoRAConfig, MAX_BUFFER_SIZE};
+pub use draw::PosteriorDraw;
 pub use layer::MonteCLoRA;
-pub use linear::{MonteCLoRALinear, MonteCLoRAMean};
-pub use noise::{DrawNoise, NoiseSpec, NoiseStreams};
-pub use posterior::{Posterior, PosteriorDraw};
+pub use linear::MonteCLoRALinear;
+pub use noise::{DrawNoise, DrawSpec, NoiseStreams};
+pub use posterior::Posterior;
 pub use regularizer::{Regularizer, RegularizerTerms};
-pub use scaler::{SampleScaler, ScalerSchedule};
+pub use scaler::SampleScaler;
+pub use schedule::ScalerSchedule;

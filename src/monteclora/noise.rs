@@ -9,32 +9,19 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::config::{Compat, Mixture, MonteCLoRAConfig};
+use super::config::{Mixture, MonteCLoRAConfig};
 use crate::dist::wishart::fill_bartlett;
-use crate::dist::{Covariance, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops::place;
-use crate::simd::vectorized;
+use crate::util::dtype::to_dtype_device;
 
-/// What the noise of a layer's draws looks like.
+/// What a layer's draws look like: the configuration, and where and how wide the layer is.
 #[derive(Debug, Clone)]
-pub struct NoiseSpec {
-    /// r.
-    pub rank: usize,
+pub struct DrawSpec {
+    /// The options; its rank, components, degrees of freedom, covariance, estimator and mixture shape the
+    /// noise.
+    pub config: MonteCLoRAConfig,
     /// The width of A.
     pub in_dim: usize,
-    /// N.
-    pub num_components: usize,
-    /// The Wishart's degrees of freedom.
-    pub df: f64,
-    /// How much of the covariance is kept.
-    pub covariance: Covariance,
-    /// How the weights are drawn.
-    pub estimator: Estimator,
-    /// How many matrices a draw needs: N for [`Mixture::Explicit`], else one.
-    pub mixture: Mixture,
-    /// Whose numbers.
-    pub compat: Compat,
     /// The dtype of the parameters.
     pub dtype: DType,
     /// Where the parameters are.
@@ -66,52 +53,68 @@ impl NoiseStreams {
     }
 }
 
-/// The noise of one draw.
+/// The noise of one draw, untransformed.
 #[derive(Debug, Clone)]
 pub struct DrawNoise {
-    /// Bartlett's T, `(r, r)`; diagonal for [`Covariance::Diagonal`].
-    pub(super) bartlett: Tensor,
+    /// Bartlett's T, `(r, r)`; diagonal for [`Covariance::Diagonal`](crate::dist::Covariance::Diagonal).
+    bartlett: Tensor,
     /// The noise of the weights, `(N)`, f64 on the host.
-    pub(super) weights: Tensor,
-    /// `T Z` (under [`Compat::Peft`] Z alone), `(r, in_dim)`, or `(N, r, in_dim)` if explicit.
-    pub(super) matrices: Tensor,
+    weights: Tensor,
+    /// Z, `(r, in_dim)`, or `(N, r, in_dim)` if explicit.
+    z: Tensor,
 }
 
 impl DrawNoise {
     /// Noise given from outside.
     ///
     /// # Shapes
-    /// - `bartlett`: T, `(r, r)`, lower triangular (diagonal for [`Covariance::Diagonal`])
-    /// - `weights`: `(N)`; uniform numbers, or normals for [`Estimator::LogisticNormal`]
+    /// - `bartlett`: T, `(r, r)`, lower triangular (diagonal for
+    ///   [`Covariance::Diagonal`](crate::dist::Covariance::Diagonal))
+    /// - `weights`: `(N)`; uniform numbers, or normals for
+    ///   [`Estimator::LogisticNormal`](crate::dist::Estimator::LogisticNormal)
     /// - `z`: standard normals, `(r, in_dim)`, or `(N, r, in_dim)` for [`Mixture::Explicit`]
     ///
     /// # Errors
     /// If a shape is another, or a size of `spec` is zero.
-    pub fn new(spec: &NoiseSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
+    pub fn new(spec: &DrawSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
         spec.check()?;
         spec.check_shapes(bartlett, weights, z)?;
-        let (bartlett, z) = (place(bartlett, spec.dtype, &spec.device)?, place(z, spec.dtype, &spec.device)?);
-        let matrices = match spec.compat {
-            Compat::None => bartlett.broadcast_matmul(&z)?,
-            Compat::Peft => z, // its clip of V T T^T comes between the two
-        };
-        let weights = place(weights, DType::F64, &Device::Cpu)?;
-        Ok(Self { bartlett, weights, matrices })
+        Ok(Self {
+            bartlett: to_dtype_device(bartlett, spec.dtype, &spec.device)?,
+            weights: to_dtype_device(weights, DType::F64, &Device::Cpu)?,
+            z: to_dtype_device(z, spec.dtype, &spec.device)?,
+        })
+    }
+
+    /// T, `(r, r)`.
+    pub(super) fn bartlett(&self) -> &Tensor {
+        &self.bartlett
+    }
+
+    /// The noise of the weights, `(N)`, f64 on the host.
+    pub(super) fn weights(&self) -> &Tensor {
+        &self.weights
+    }
+
+    /// Z, `(r, in_dim)` or `(N, r, in_dim)`.
+    pub(super) fn z(&self) -> &Tensor {
+        &self.z
     }
 
     /// Checks that the noise is of the shapes of `spec`.
-    pub(super) fn check(&self, spec: &NoiseSpec) -> Result<()> {
-        spec.check_shapes(&self.bartlett, &self.weights, &self.matrices)
+    pub(super) fn check(&self, spec: &DrawSpec) -> Result<()> {
+        spec.check_shapes(&self.bartlett, &self.weights, &self.z)
     }
 
-    pub(super) fn small(&self) -> Result<SmallNoise> {
-        let bartlett = place(&self.bartlett, DType::F64, &Device::Cpu)?;
-        Ok(SmallNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
+    /// The part of the covariance and the weights, on the host.
+    pub(super) fn latents(&self) -> Result<LatentNoise> {
+        let bartlett = to_dtype_device(&self.bartlett, DType::F64, &Device::Cpu)?;
+        Ok(LatentNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
     }
 }
 
 /// The noise of one draw's covariance and weights, on the host: what the regulariser needs.
-pub(super) struct SmallNoise {
+pub(super) struct LatentNoise {
     /// T, row-major, `r * r` numbers.
     pub(super) bartlett: Vec<f64>,
     /// N numbers.
@@ -120,7 +123,7 @@ pub(super) struct SmallNoise {
 
 /// The noise of one draw on the host, before it becomes tensors.
 pub(super) struct HostNoise {
-    small: SmallNoise,
+    latents: LatentNoise,
     z: Values,
 }
 
@@ -129,25 +132,19 @@ enum Values {
     Double(Vec<f64>),
 }
 
-impl NoiseSpec {
-    /// The noise that `config` asks of a layer of this width.
+impl DrawSpec {
+    /// The draws that `config` asks of a layer of this width.
     pub fn new(config: &MonteCLoRAConfig, in_dim: usize, dtype: DType, device: &Device) -> Self {
-        Self {
-            rank: config.rank,
-            in_dim,
-            num_components: config.num_components,
-            df: config.degrees(),
-            covariance: config.covariance,
-            estimator: config.estimator,
-            mixture: config.mixture,
-            compat: config.compat,
-            dtype,
-            device: device.clone(),
-        }
+        Self { config: config.clone(), in_dim, dtype, device: device.clone() }
+    }
+
+    /// r, the width and N.
+    fn sizes(&self) -> [usize; 3] {
+        [self.config.rank, self.in_dim, self.config.num_components]
     }
 
     fn check(&self) -> Result<()> {
-        let NoiseSpec { rank, in_dim, num_components, .. } = *self;
+        let [rank, in_dim, num_components] = self.sizes();
         if rank == 0 || in_dim == 0 || num_components == 0 {
             candle_core::bail!(
                 "noise of rank {rank}, width {in_dim}, {num_components} components: each is 1 or more"
@@ -157,8 +154,8 @@ impl NoiseSpec {
     }
 
     fn check_shapes(&self, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<()> {
-        let NoiseSpec { rank, in_dim, num_components, .. } = *self;
-        let z_shape = self.matrix_shape();
+        let [rank, in_dim, num_components] = self.sizes();
+        let z_shape = self.z_shape();
         if bartlett.dims() != [rank, rank] || weights.dims() != [num_components] || z.dims() != z_shape {
             candle_core::bail!(
                 "noise of rank {rank}, width {in_dim}, {num_components} components: got {:?}, {:?}, {:?}",
@@ -170,32 +167,36 @@ impl NoiseSpec {
         Ok(())
     }
 
-    fn matrix_shape(&self) -> Vec<usize> {
-        match self.mixture {
-            Mixture::Explicit => vec![self.num_components, self.rank, self.in_dim],
-            Mixture::Collapsed | Mixture::Sparse => vec![self.rank, self.in_dim],
+    fn z_shape(&self) -> Vec<usize> {
+        let [rank, in_dim, num_components] = self.sizes();
+        match self.config.mixture {
+            Mixture::Explicit => vec![num_components, rank, in_dim],
+            Mixture::Collapsed | Mixture::Sparse => vec![rank, in_dim],
         }
     }
 
     /// The bytes that one draw's noise takes.
     pub fn bytes_per_draw(&self) -> usize {
-        let numbers = self.matrix_shape().iter().product::<usize>() + self.rank * self.rank;
-        numbers * self.dtype.size_in_bytes() + self.num_components * size_of::<f64>()
+        let numbers = self.z_shape().iter().product::<usize>() + self.config.rank * self.config.rank;
+        numbers * self.dtype.size_in_bytes() + self.config.num_components * size_of::<f64>()
     }
 
     /// The noise of a draw's covariance and weights, on the host.
-    pub(super) fn small(&self, streams: &NoiseStreams, draw: u64) -> Result<SmallNoise> {
+    pub(super) fn latents(&self, streams: &NoiseStreams, draw: u64) -> Result<LatentNoise> {
         self.check()?;
-        let (mut bartlett, mut weights) = (vec![0.0; self.rank * self.rank], vec![0.0; self.num_components]);
-        fill_bartlett(&streams.wishart, draw, self.rank, self.df, self.covariance, &mut bartlett)?;
-        self.estimator.fill_noise(&streams.dirichlet, draw, &mut weights);
-        Ok(SmallNoise { bartlett, weights })
+        let config = &self.config;
+        let (mut bartlett, mut weights) =
+            (vec![0.0; config.rank * config.rank], vec![0.0; config.num_components]);
+        let (df, covariance) = (config.degrees(), config.covariance);
+        fill_bartlett(&streams.wishart, draw, config.rank, df, covariance, &mut bartlett)?;
+        config.estimator.fill_noise(&streams.dirichlet, draw, &mut weights);
+        Ok(LatentNoise { bartlett, weights })
     }
 
     /// All noise of a draw, on the host.
     pub(super) fn host(&self, streams: &NoiseStreams, draw: u64) -> Result<HostNoise> {
-        let small = self.small(streams, draw)?;
-        let count = self.matrix_shape().iter().product();
+        let latents = self.latents(streams, draw)?;
+        let count = self.z_shape().iter().product();
         let z = if self.dtype == DType::F64 {
             let mut z = vec![0.0; count];
             streams.gaussian.fill_normal(draw, &mut z);
@@ -205,33 +206,22 @@ impl NoiseSpec {
             streams.gaussian.fill_normal_f32(draw, &mut z);
             Values::Single(z)
         };
-        Ok(HostNoise { small, z })
+        Ok(HostNoise { latents, z })
     }
 
     /// The tensors of noise on the host.
     pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
-        let HostNoise { small: SmallNoise { bartlett: t, weights }, mut z } = host;
-        // Here and in place where it is small: candle's product asks the system for its number of cores
-        // each time, which takes longer than the product.
-        let small = self.rank <= SMALL_RANK;
-        if small && self.compat == Compat::None {
-            match &mut z {
-                Values::Single(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t as f32),
-                Values::Double(z) => lower_product(&t, z, self.rank, self.in_dim, |t| t),
-            }
-        }
-        let bartlett = Tensor::from_vec(t, (self.rank, self.rank), &Device::Cpu)?;
-        let weights = Tensor::from_vec(weights, self.num_components, &Device::Cpu)?;
-        let z = match z {
-            Values::Single(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-            Values::Double(z) => Tensor::from_vec(z, self.matrix_shape(), &self.device)?,
-        };
-        match small {
-            true => {
-                Ok(DrawNoise { bartlett: place(&bartlett, self.dtype, &self.device)?, weights, matrices: z })
-            }
-            false => DrawNoise::new(self, &bartlett, &weights, &z),
-        }
+        let HostNoise { latents: LatentNoise { bartlett, weights }, z } = host;
+        let rank = self.config.rank;
+        let bartlett = Tensor::from_vec(bartlett, (rank, rank), &Device::Cpu)?;
+        Ok(DrawNoise {
+            bartlett: to_dtype_device(&bartlett, self.dtype, &self.device)?,
+            weights: Tensor::from_vec(weights, self.config.num_components, &Device::Cpu)?,
+            z: match z {
+                Values::Single(z) => Tensor::from_vec(z, self.z_shape(), &self.device)?,
+                Values::Double(z) => Tensor::from_vec(z, self.z_shape(), &self.device)?,
+            },
+        })
     }
 
     /// The noise of draw number `draw`: a pure function of its arguments.
@@ -243,58 +233,36 @@ impl NoiseSpec {
     }
 }
 
-/// Up to this rank a draw's `T Z` is a plain loop; beyond, a product in blocks is worth its price.
-const SMALL_RANK: usize = 32;
-
-/// `T Z` in place of every matrix Z `(r, width)` in `zs`, T `(r, r)` lower triangular: from the last row
-/// up, each needs only itself and those above it.
-fn lower_product<T>(t: &[f64], zs: &mut [T], r: usize, width: usize, round: impl Fn(f64) -> T)
-where
-    T: Copy + std::ops::Mul<Output = T> + std::ops::AddAssign,
-{
-    vectorized!(for z in zs.chunks_exact_mut(r * width) {
-        for i in (0..r).rev() {
-            let (above, row) = z.split_at_mut(i * width);
-            let row = &mut row[..width];
-            let own = round(t[i * r + i]);
-            row.iter_mut().for_each(|x| *x = *x * own);
-            for (j, above) in above.chunks_exact(width).enumerate() {
-                let factor = round(t[i * r + j]);
-                row.iter_mut().zip(above).for_each(|(x, a)| *x += *a * factor);
-            }
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::slot::Pass;
+    use crate::adapter::Pass;
+    use crate::dist::Covariance;
     use crate::special::gamma_quantile;
 
-    fn parts(spec: &NoiseSpec, streams: &NoiseStreams, pass: Pass) -> Result<[Vec<f64>; 4]> {
+    fn parts(spec: &DrawSpec, streams: &NoiseStreams, pass: Pass) -> Result<[Vec<f64>; 4]> {
         let draw = pass.posterior_draw()?.expect("a pass with a draw");
-        let HostNoise { small, z } = spec.host(streams, draw)?;
-        let (r, t) = (spec.rank, small.bartlett);
+        let HostNoise { latents, z } = spec.host(streams, draw)?;
+        let (r, t) = (spec.config.rank, latents.bartlett);
         let chi = (0..r).map(|i| t[i * r + i]).collect();
         let normals = (1..r).flat_map(|i| t[i * r..i * r + i].to_vec()).collect();
         let Values::Double(z) = z else { unreachable!("the spec is of double precision") };
-        Ok([chi, normals, small.weights, z])
+        Ok([chi, normals, latents.weights, z])
     }
 
     #[test]
     fn noise_made_here_is_that_given_from_outside() -> Result<()> {
         for config in [MonteCLoRAConfig::paper(), MonteCLoRAConfig::paper_literal(), MonteCLoRAConfig::peft()]
         {
-            let spec = NoiseSpec::new(&config, 5, DType::F64, &Device::Cpu);
+            let spec = DrawSpec::new(&config, 5, DType::F64, &Device::Cpu);
             let streams = NoiseStreams::new(Noise::new(6), "layer.default");
-            let HostNoise { small, z } = spec.host(&streams, 3)?;
+            let HostNoise { latents, z } = spec.host(&streams, 3)?;
             let Values::Double(z) = z else { unreachable!("the spec is of double precision") };
-            let t = Tensor::from_vec(small.bartlett, (8, 8), &Device::Cpu)?;
-            let weights = Tensor::new(small.weights, &Device::Cpu)?;
-            let z = Tensor::from_vec(z, spec.matrix_shape(), &Device::Cpu)?;
+            let t = Tensor::from_vec(latents.bartlett, (8, 8), &Device::Cpu)?;
+            let weights = Tensor::new(latents.weights, &Device::Cpu)?;
+            let z = Tensor::from_vec(z, spec.z_shape(), &Device::Cpu)?;
             let (want, got) = (DrawNoise::new(&spec, &t, &weights, &z)?, spec.generate(&streams, 3)?);
-            let error = (&got.matrices - &want.matrices)?.abs()?.max_all()?.to_scalar::<f64>()?;
+            let error = (&got.z - &want.z)?.abs()?.max_all()?.to_scalar::<f64>()?;
             assert!(error < 1e-13, "{error}");
             assert_eq!(got.bartlett.to_vec2::<f64>()?, want.bartlett.to_vec2::<f64>()?);
         }
@@ -305,7 +273,7 @@ mod tests {
     fn training_noise_stays_at_its_addresses_and_predictive_noise_is_other_in_every_part() -> Result<()> {
         for config in [MonteCLoRAConfig::paper(), MonteCLoRAConfig::paper_literal(), MonteCLoRAConfig::peft()]
         {
-            let spec = NoiseSpec::new(&config, 5, DType::F64, &Device::Cpu);
+            let spec = DrawSpec::new(&config, 5, DType::F64, &Device::Cpu);
             let streams = NoiseStreams::new(Noise::new(6), "layer.default");
             for draw in [0, 1, 2, 9, (1 << 62) - 1] {
                 let train = parts(&spec, &streams, Pass::Train { draw })?;

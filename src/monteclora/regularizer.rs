@@ -6,25 +6,27 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, D};
+use candle_core::{Device, Tensor};
 
-use super::config::{not_negative, Compat, Mode, MonteCLoRAConfig};
+use super::config::{Compat, KlEvaluation, MonteCLoRAConfig};
+use super::draw::weights;
 use super::layer::MonteCLoRA;
-use super::noise::{DrawNoise, NoiseSpec, SmallNoise};
-use super::posterior::{peft_variance, weights, Posterior};
-use crate::dist::gaussian::kl_standard_of;
+use super::noise::{DrawNoise, LatentNoise};
+use super::peft_compat;
+use super::posterior::Posterior;
+use crate::adapter::{AdaptableModel, Pass};
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::slot::{Linears, Pass};
+use crate::util::check::not_negative;
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///
-/// In [`Mode::Expected`] it depends on the parameters alone; in [`Mode::Sampled`] it evaluates
+/// In [`KlEvaluation::Expected`] it depends on the parameters alone; in [`KlEvaluation::Sampled`] it evaluates
 /// KL_N and L_C at the draw that the pass addresses, recomputed from the address.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Regularizer {
-    mode: Mode,
+    mode: KlEvaluation,
     kl_weight: f64,
     cooperative_weight: f64,
 }
@@ -53,10 +55,10 @@ impl Regularizer {
     /// The regulariser of every slot whose active adapter is MonteCLoRA.
     ///
     /// # Errors
-    /// If there is none, a weight is negative or not finite, in [`Mode::Sampled`] at [`Pass::Mean`],
-    /// which addresses no draw, or in [`Mode::Expected`] with posteriors of [`Compat::Peft`], whose
+    /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`],
+    /// which addresses no draw, or in [`KlEvaluation::Expected`] with posteriors of [`Compat::Peft`], whose
     /// clipped variances have no expectation here.
-    pub fn for_model(&self, model: &dyn Linears, pass: &Pass) -> Result<RegularizerTerms> {
+    pub fn for_model(&self, model: &dyn AdaptableModel, pass: &Pass) -> Result<RegularizerTerms> {
         let mut posteriors = Vec::new();
         model.visit_linears(&mut |slot| {
             let adapter =
@@ -82,13 +84,13 @@ impl Regularizer {
     /// As [`Self::for_model`].
     pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
         let draws = match self.mode {
-            Mode::Expected => None,
-            Mode::Sampled => {
+            KlEvaluation::Expected => None,
+            KlEvaluation::Sampled => {
                 let Some(draw) = pass.posterior_draw()? else {
                     return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
                 };
-                let small = |p: &Posterior| p.spec().small(p.streams(), draw);
-                Some(posteriors.iter().map(small).collect::<candle_core::Result<Vec<_>>>()?)
+                let latents = |p: &Posterior| p.spec().latents(p.streams(), draw);
+                Some(posteriors.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?)
             }
         };
         self.at(posteriors, draws)
@@ -104,22 +106,22 @@ impl Regularizer {
             let reason = format!("expected {}, one for each layer, got {}", posteriors.len(), draws.len());
             return Err(Error::config("draws", reason));
         }
-        let small = |(posterior, draw): (&Posterior, &DrawNoise)| {
+        let latents = |(posterior, draw): (&Posterior, &DrawNoise)| {
             draw.check(posterior.spec())?;
-            draw.small()
+            draw.latents()
         };
-        let draws = posteriors.iter().zip(draws).map(small).collect::<candle_core::Result<_>>()?;
+        let draws = posteriors.iter().zip(draws).map(latents).collect::<candle_core::Result<_>>()?;
         self.at(posteriors, Some(draws))
     }
 
     /// The regulariser at these draws, or in expectation.
-    fn at(&self, posteriors: &[Posterior], draws: Option<Vec<SmallNoise>>) -> Result<RegularizerTerms> {
+    fn at(&self, posteriors: &[Posterior], draws: Option<Vec<LatentNoise>>) -> Result<RegularizerTerms> {
         not_negative("kl_weight", self.kl_weight)?;
         not_negative("cooperative_weight", self.cooperative_weight)?;
-        if draws.is_none() && posteriors.iter().any(|p| p.spec().compat == Compat::Peft) {
+        if draws.is_none() && posteriors.iter().any(|p| p.spec().config.compat == Compat::Peft) {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
         }
-        let mut groups: BTreeMap<String, (Vec<&Posterior>, Vec<&SmallNoise>)> = BTreeMap::new();
+        let mut groups: BTreeMap<String, (Vec<&Posterior>, Vec<&LatentNoise>)> = BTreeMap::new();
         for (i, posterior) in posteriors.iter().enumerate() {
             let group = groups.entry(group_key(posterior)).or_default();
             group.0.push(posterior);
@@ -154,16 +156,16 @@ impl Regularizer {
 
 /// What layers must share to be computed in one batch.
 fn group_key(posterior: &Posterior) -> String {
-    let spec = posterior.spec();
+    let (spec, config) = (posterior.spec(), &posterior.spec().config);
     format!(
         "{} {} {} {} {:?} {:?} {:?} {:?} {:?}",
-        spec.rank,
-        spec.num_components,
-        spec.df,
-        posterior.dirichlet_prior(),
-        spec.covariance,
-        spec.estimator,
-        spec.compat,
+        config.rank,
+        config.num_components,
+        config.degrees(),
+        config.dirichlet_prior,
+        config.covariance,
+        config.estimator,
+        config.compat,
         spec.dtype,
         spec.device.location()
     )
@@ -171,29 +173,36 @@ fn group_key(posterior: &Posterior) -> String {
 
 /// The sums of KL_N, KL_W, KL_D and L_C over layers of one shape, stacked: `log_std` (l, r),
 /// `log_concentration` (l, n). Without noise the two that depend on the draw are expectations.
-fn sums(group: &[&Posterior], noise: &[&SmallNoise]) -> Result<[Tensor; 4]> {
-    let first = group[0];
-    let spec = first.spec();
+fn sums(group: &[&Posterior], noise: &[&LatentNoise]) -> Result<[Tensor; 4]> {
+    let config = &group[0].spec().config;
     // Not `Tensor::stack`, which has a node more for each layer.
     let stack = |of: fn(&Posterior) -> &Tensor| {
         let rows: Vec<_> = group.iter().map(|posterior| of(posterior)).collect();
         Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
     };
     let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
-    let wishart = Wishart::new(&log_std, spec.df, spec.covariance)?;
+    let wishart = Wishart::new(&log_std, config.degrees(), config.covariance)?;
     let dirichlet = Dirichlet::new(&c)?;
-    let [t1, t2, t3] = dirichlet.kl_terms_symmetric(first.dirichlet_prior())?;
-    let kl_dirichlet = match spec.compat {
-        Compat::None => ((t1 + t2)? + t3)?,
-        Compat::Peft => ((t1 - t2)? + t3)?, // the reversed sign, see `Compat::Peft`
+    let terms = dirichlet.kl_terms_symmetric(config.dirichlet_prior)?;
+    let kl_dirichlet = match config.compat {
+        Compat::None => Dirichlet::kl_of_terms(terms)?,
+        Compat::Peft => peft_compat::kl_dirichlet(terms)?,
     };
     let (kl_gaussian, cooperative) = if noise.is_empty() {
         (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?)
     } else {
         let uniforms: Vec<f64> = noise.iter().flat_map(|noise| noise.weights.iter().copied()).collect();
-        let uniforms = Tensor::from_vec(uniforms, (group.len(), spec.num_components), &Device::Cpu)?;
-        let pi = weights(&c, spec, &uniforms)?;
-        (sampled_kl_gaussian(&wishart, spec, noise)?, pi.sqr()?.sum(D::Minus1)?)
+        let uniforms = Tensor::from_vec(uniforms, (group.len(), config.num_components), &Device::Cpu)?;
+        let pi = weights(&c, config, &uniforms)?;
+        let factors: Vec<&[f64]> = noise.iter().map(|noise| noise.bartlett.as_slice()).collect();
+        let kl_gaussian = match config.compat {
+            Compat::None => Gaussian::sampled_kl_standard(&wishart, &factors)?,
+            Compat::Peft => {
+                let squares = wishart.bartlett_squares(&factors)?;
+                peft_compat::kl_gaussian(&log_std, &squares, config.num_components)?
+            }
+        };
+        (kl_gaussian, Dirichlet::cooperative(&pi)?)
     };
     Ok([
         kl_gaussian.sum_all()?,
@@ -201,34 +210,4 @@ fn sums(group: &[&Posterior], noise: &[&SmallNoise]) -> Result<[Tensor; 4]> {
         kl_dirichlet.sum_all()?,
         cooperative.sum_all()?,
     ])
-}
-
-/// Eq. 10 at the draw, (l): `tr Sigma = sum V_i |T_i|^2`, `ln |Sigma| = 2 sum rho_i + 2 sum ln T_ii`.
-fn sampled_kl_gaussian(
-    wishart: &Wishart,
-    spec: &NoiseSpec,
-    noise: &[&SmallNoise],
-) -> candle_core::Result<Tensor> {
-    let (r, l) = (spec.rank, noise.len());
-    let (mut squares, mut log_diagonal) = (Vec::with_capacity(l * r), Vec::with_capacity(l));
-    for SmallNoise { bartlett: t, .. } in noise {
-        squares.extend(t.chunks(r).map(|row| row.iter().map(|x| x * x).sum::<f64>()));
-        log_diagonal.push((0..r).map(|i| 2.0 * t[i * r + i].ln()).sum::<f64>());
-    }
-    let log_std = wishart.log_std();
-    let place = |x: Tensor| x.to_dtype(log_std.dtype())?.to_device(log_std.device());
-    let squares = place(Tensor::from_vec(squares, (l, r), &Device::Cpu)?)?;
-    match spec.compat {
-        Compat::None => {
-            let trace = ops::mul_constant(&wishart.scale()?, &squares)?.sum(D::Minus1)?;
-            let constant = place(Tensor::from_vec(log_diagonal, l, &Device::Cpu)?)?;
-            let log_det = ops::add_constant(&(log_std.sum(D::Minus1)? * 2.0)?, &constant)?;
-            kl_standard_of(&trace, &log_det, r)
-        }
-        Compat::Peft => {
-            let variance = peft_variance(log_std, &squares)?;
-            let kl = kl_standard_of(&variance.sum(D::Minus1)?, &variance.log()?.sum(D::Minus1)?, r)?;
-            kl * spec.num_components as f64
-        }
-    }
 }

@@ -1,11 +1,12 @@
 //! Activations.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, map, map2, map3, tensor, Host};
-use super::lane::{pick, Lane};
-use super::{plain, vmath};
+use super::path::OpPath;
+use super::{reference, vmath};
+use crate::util::dtype::wide;
 
 /// The exact (erf) GELU, `x Phi(x)`.
 ///
@@ -14,13 +15,13 @@ use super::{plain, vmath};
 ///
 /// # Errors
 /// If candle fails.
-pub fn gelu(xs: &Tensor) -> Result<Tensor> {
-    match pick(&[xs]) {
-        Lane::Plain => plain::gelu(xs),
-        Lane::Fast => unary("gelu", xs, vmath::gelu, vmath::gelu_slope),
-        Lane::Composed => {
+pub fn gelu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
+    match path.on(&[xs]) {
+        OpPath::Reference => reference::gelu(xs),
+        OpPath::Fused => unary("gelu", xs, vmath::gelu, vmath::gelu_slope),
+        OpPath::Composed => {
             let y = gelu_of(&xs.detach())?;
-            attach("gelu", [xs], y, |call| Ok([Some(gelu_gradient(&call.args[0], &call.grad)?)]))
+            custom_vjp("gelu", [xs], y, |call| Ok([Some(gelu_gradient(&call.args[0], &call.grad)?)]))
         }
     }
 }
@@ -29,13 +30,13 @@ pub fn gelu(xs: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// If candle fails.
-pub fn silu(xs: &Tensor) -> Result<Tensor> {
-    match pick(&[xs]) {
-        Lane::Plain => plain::silu(xs),
-        Lane::Fast => unary("silu", xs, |x| x * vmath::sigmoid(x), vmath::silu_slope),
-        Lane::Composed => {
+pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
+    match path.on(&[xs]) {
+        OpPath::Reference => reference::silu(xs),
+        OpPath::Fused => unary("silu", xs, |x| x * vmath::sigmoid(x), vmath::silu_slope),
+        OpPath::Composed => {
             let y = xs.detach().silu()?;
-            attach("silu", [xs], y, |call| Ok([Some((silu_slope(&call.args[0])? * &call.grad)?)]))
+            custom_vjp("silu", [xs], y, |call| Ok([Some((silu_slope(&call.args[0])? * &call.grad)?)]))
         }
     }
 }
@@ -44,12 +45,12 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    match pick(&[gate, up]) {
-        Lane::Plain => plain::silu(gate)? * up,
-        Lane::Fast if gate.dims() == up.dims() => {
+pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
+    match path.on(&[gate, up]) {
+        OpPath::Reference => reference::silu(gate)? * up,
+        OpPath::Fused if gate.dims() == up.dims() => {
             let y = binary(gate, up, |g, u| g * vmath::sigmoid(g) * u)?;
-            attach("silu-mul", [gate, up], y, |call| {
+            custom_vjp("silu-mul", [gate, up], y, |call| {
                 let [gate, up] = &call.args;
                 let dgate = call.needs[0].then(|| {
                     let (g, u) = (dense(gate)?, dense(up)?);
@@ -63,7 +64,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         }
         _ => {
             let y = (gate.detach().silu()? * up.detach())?;
-            attach("silu-mul", [gate, up], y, |call| {
+            custom_vjp("silu-mul", [gate, up], y, |call| {
                 let [gate, up] = &call.args;
                 let dgate = call.needs[0].then(|| silu_slope(gate)?.mul(up)?.mul(&call.grad));
                 let dup = call.needs[1].then(|| gate.silu()?.mul(&call.grad));
@@ -82,7 +83,7 @@ fn unary(
 ) -> Result<Tensor> {
     let x = dense(xs)?;
     let y = tensor(map(&Host::of(&x)?, f), x.dims())?;
-    attach(name, [xs], y, move |call| Ok([Some(binary(&call.args[0], &call.grad, |x, d| slope(x) * d)?)]))
+    custom_vjp(name, [xs], y, move |call| Ok([Some(binary(&call.args[0], &call.grad, |x, d| slope(x) * d)?)]))
 }
 
 /// `f` of two tensors of one shape, element by element.
@@ -90,15 +91,6 @@ fn binary(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<
     let (a, b) = (dense(a)?, dense(b)?);
     let y = map2(&Host::of(&a)?, &Host::of(&b)?, f);
     tensor(y, a.dims())
-}
-
-/// The dtype that transcendental functions and sums run in: f32 for the half-width ones.
-pub(super) fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
 }
 
 /// GELU of a detached tensor.

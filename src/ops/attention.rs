@@ -1,25 +1,16 @@
 //! The attention core: scores, masks, softmax, dropout and the weighted sum as one node.
 
-use std::sync::{Mutex, PoisonError};
+use candle_core::{bail, Result, Tensor, D};
 
-use candle_core::{bail, DType, Device, Result, Tensor, D};
-
-use super::activation::wide;
-use super::attach::attach;
-use super::attention_fast as fast;
-use super::dropout::{check, Dropping, Keep};
-use super::lane::{pick, Lane};
-use super::plain;
+use super::attention_fused as fused;
+use super::attention_mask::{visible, Mask, Shape};
+use super::custom_vjp::custom_vjp;
+use super::dropout::DropoutPlan;
+use super::dropout_mask::{check, DropoutMask};
+use super::path::OpPath;
+use super::reference;
 use crate::noise::Stream;
-
-/// Which keys a query may attend to.
-#[derive(Debug, Clone)]
-pub struct Mask {
-    /// (batch, keys) of u8: 1 where the key is a real token. None: all are.
-    pub padding: Option<Tensor>,
-    /// Query i (of tq, the last ones) sees keys 0 ..= tk - tq + i only.
-    pub causal: bool,
-}
+use crate::util::dtype::wide;
 
 /// `softmax(scale q k^T + mask) v` per head, laid out as projected.
 ///
@@ -49,6 +40,7 @@ pub fn attention(
     scale: f64,
     mask: &Mask,
     dropout: Option<(f64, Stream, u64)>,
+    path: OpPath,
 ) -> Result<Tensor> {
     let shape = Shape::new(q, k, v, heads, kv_heads)?;
     if let Some(padding) = &mask.padding {
@@ -65,100 +57,33 @@ pub fn attention(
     }
     let dropout = dropout.filter(|(p, ..)| *p > 0.0);
     let probabilities = candle_core::Shape::from((shape.b, heads, shape.tq, shape.tk));
-    let keep = || dropout.map(|(p, stream, draw)| Keep::new(probabilities.elem_count(), p, &stream, draw));
+    let keep =
+        || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
-    match pick(&[q, k, v]) {
-        Lane::Plain => plain::attention(q, k, v, &shape, scale, mask, keep().as_ref()),
-        Lane::Fast => {
+    match path.on(&[q, k, v]) {
+        OpPath::Reference => reference::attention(q, k, v, &shape, scale, mask, keep().as_ref()),
+        OpPath::Fused => {
             let core =
-                fast::Core { shape, scale: scale as f32, mask: fast::HostMask::new(mask)?, keep: keep() };
+                fused::Core { shape, scale: scale as f32, mask: fused::HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
-            attach("attention", [q, k, v], y, move |call| {
+            custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
                 core.backward(q, k, v, &call.result, &call.grad, &log_sums)
             })
         }
-        Lane::Composed => {
+        OpPath::Composed => {
             let device = q.device();
             let visible = visible(&shape, mask, device)?;
             let kind = (&probabilities, wide(q.dtype()), device);
-            let dropping =
-                dropout.map(|(p, stream, draw)| Dropping::new(kind, p, &stream, draw)).transpose()?;
-            let core = Composed { shape, scale, visible, dropping };
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
+            let core = Composed { shape, scale, visible, dropout: dropout.map(plan).transpose()? };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
-            attach("attention", [q, k, v], y, move |call| {
+            custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
                 core.backward(q, k, v, &call.result, &call.grad, &log_sums)
             })
         }
     }
-}
-
-/// The sizes of one call.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Shape {
-    pub b: usize,
-    pub tq: usize,
-    pub tk: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub dim: usize,
-}
-
-impl Shape {
-    fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, kv_heads: usize) -> Result<Self> {
-        let ((b, tq, width), (kb, tk, kv_width)) = (q.dims3()?, k.dims3()?);
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !width.is_multiple_of(heads) {
-            bail!("attention: width {width}, {heads} heads and {kv_heads} key heads do not divide");
-        }
-        let dim = width / heads;
-        if dim == 0 || kb != b || v.dims() != k.dims() || kv_width != kv_heads * dim {
-            bail!(
-                "attention: q {:?}, k {:?}, v {:?} do not fit {kv_heads} key heads of {dim}",
-                q.dims(),
-                k.dims(),
-                v.dims()
-            );
-        }
-        Ok(Self { b, tq, tk, heads, kv_heads, dim })
-    }
-
-    /// Query heads for each key head.
-    pub fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-}
-
-/// 1 where a query sees a key, broadcastable to (b, heads, tq, tk). None: everywhere.
-pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Option<Tensor>> {
-    let &Shape { b, tq, tk, .. } = shape;
-    let padding = match &mask.padding {
-        Some(padding) => Some(padding.ne(0u8)?.reshape((b, 1, 1, tk))?),
-        None => None,
-    };
-    if !mask.causal || tq == 1 {
-        return Ok(padding); // the last query sees every key
-    }
-    let causal = causal(tq, tk, device)?;
-    match padding {
-        Some(padding) => Ok(Some(padding.broadcast_mul(&causal)?)),
-        None => Ok(Some(causal)),
-    }
-}
-
-/// 1 where key `j` is not after query `i` of the last `tq`, (1, 1, tq, tk). The latest is kept: all
-/// layers of a forward pass ask for the same one, and a copy to a GPU holds up the queue of its work.
-fn causal(tq: usize, tk: usize, device: &Device) -> Result<Tensor> {
-    static LATEST: Mutex<Option<Tensor>> = Mutex::new(None);
-    let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
-    let fits = |mask: &&Tensor| mask.dims() == [1, 1, tq, tk] && mask.device().same_device(device);
-    if let Some(mask) = latest.as_ref().filter(fits) {
-        return Ok(mask.clone());
-    }
-    let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(j + tq <= tk + i))).collect();
-    let mask = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
-    *latest = Some(mask.clone());
-    Ok(mask)
 }
 
 /// The core in tensor operations; heads of one group are stacked into the rows of one matrix.
@@ -166,7 +91,7 @@ struct Composed {
     shape: Shape,
     scale: f64,
     visible: Option<Tensor>,
-    dropping: Option<Dropping>,
+    dropout: Option<DropoutPlan>,
 }
 
 impl Composed {
@@ -208,8 +133,8 @@ impl Composed {
     }
 
     fn drop(&self, p: &Tensor) -> Result<Tensor> {
-        match &self.dropping {
-            Some(dropping) => dropping.apply(p),
+        match &self.dropout {
+            Some(plan) => plan.apply(p),
             None => Ok(p.clone()),
         }
     }
@@ -264,9 +189,4 @@ impl Composed {
         let dk = ds.transpose(2, 3)?.contiguous()?.matmul(&q)?;
         Ok([Some(self.join(&dq, tq, group)?), Some(self.join(&dk, tk, 1)?), Some(self.join(&dv, tk, 1)?)])
     }
-}
-
-/// The padding mask as bytes, whatever integer dtype it came in.
-pub(super) fn padding_bytes(padding: &Tensor) -> Result<Vec<u8>> {
-    padding.to_dtype(DType::U8)?.flatten_all()?.to_vec1()
 }

@@ -3,15 +3,14 @@
 
 use candle_core::{bail, Result, Tensor, Var};
 
-use super::attach::attach;
 use super::constant::mul_constant;
-use super::lane::with_present_lane;
+use super::custom_vjp::custom_vjp;
 
 /// `f(xs)`, of which nothing is kept but `xs` and the result: backward runs `f` once more.
 ///
 /// It costs one more forward pass of the block and keeps memory at one block's worth, however many
 /// follow each other, beside a copy of the tracked parameters (small for adapters). `f` must be a pure function of `xs` and of `params`: its noise addressed
-/// ([`crate::slot::Pass`]), so that it sees the same draw and drops the same elements both times.
+/// ([`crate::adapter::Pass`]), so that it sees the same draw and drops the same elements both times.
 ///
 /// # Shapes
 /// - `params`: every variable that `f` uses beside `xs`, of one dtype and any shapes; what is missing
@@ -30,10 +29,9 @@ pub fn checkpoint(
     }
     // A copy: the graph of this run goes, and its last storage may be anybody's.
     let y = f(&xs.detach())?.detach().copy()?;
-    let again = with_present_lane(f);
     if params.is_empty() {
-        return attach("checkpoint", [xs], y, move |call| {
-            let ([dx], _) = gradients(&again, &call.args[0], &call.grad, true, &[])?;
+        return custom_vjp("checkpoint", [xs], y, move |call| {
+            let ([dx], _) = gradients(&f, &call.args[0], &call.grad, true, &[])?;
             Ok([dx])
         });
     }
@@ -44,8 +42,8 @@ pub fn checkpoint(
         bail!("checkpoint: the parameters have several dtypes");
     }
     let packed = Tensor::cat(&flat, 0)?;
-    attach("checkpoint", [xs, &packed], y, move |call| {
-        let ([dx], dparams) = gradients(&again, &call.args[0], &call.grad, call.needs[0], &params)?;
+    custom_vjp("checkpoint", [xs, &packed], y, move |call| {
+        let ([dx], dparams) = gradients(&f, &call.args[0], &call.grad, call.needs[0], &params)?;
         Ok([dx, Some(Tensor::cat(&dparams, 0)?)])
     })
 }
@@ -76,7 +74,7 @@ mod tests {
 
     use super::*;
     use crate::noise::{Noise, Purpose};
-    use crate::ops::{self, with_lane, Lane};
+    use crate::ops::{self, OpPath};
 
     #[test]
     fn gradients_are_those_of_the_block_itself_also_a_second_time() -> Result<()> {
@@ -90,16 +88,17 @@ mod tests {
         let input = Var::from_tensor(&random("x", &[4, 5])?)?;
         let stream = Noise::new(4).stream("drop", Purpose::Dropout);
         let (a_in, b_in) = (a.as_tensor().clone(), b.as_tensor().clone());
-        let block = move |xs: &Tensor| {
-            let y = ops::adapted_linear(xs, &w, None, &a_in, &b_in, 0.7)?;
-            ops::gelu(&ops::dropout(&y, 0.3, &stream, 5)?)
+        let block = move |xs: &Tensor, path: OpPath| {
+            let y = ops::adapted_linear(xs, &w, None, &a_in, &b_in, 0.7, path)?;
+            ops::gelu(&ops::dropout(&y, 0.3, &stream, 5, path)?, path)
         };
         let params = [a.as_tensor().clone(), b.as_tensor().clone(), unused.as_tensor().clone()];
         let weight = random("weight", &[4, 6])?;
-        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
+        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
             for xs in [input.as_tensor().clone(), input.as_detached_tensor()] {
-                let whole = with_lane(lane, || block(&xs))?;
-                let pieces = with_lane(lane, || checkpoint(&xs, &params, block.clone()))?;
+                let whole = block(&xs, path)?;
+                let again = block.clone();
+                let pieces = checkpoint(&xs, &params, move |xs| again(xs, path))?;
                 assert_eq!(whole.to_vec2::<f32>()?, pieces.to_vec2::<f32>()?);
                 let want = (&whole * &weight)?.sum_all()?.backward()?;
                 let loss = (&pieces * &weight)?.sum_all()?;
@@ -108,8 +107,8 @@ mod tests {
                     for var in [&input, &a, &b] {
                         let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
                         match (got.get(var), want.get(var)) {
-                            (Some(got), Some(want)) => assert_eq!(flat(got)?, flat(want)?, "{lane:?}"),
-                            (got, want) => assert!(got.is_none() && want.is_none(), "{lane:?}"),
+                            (Some(got), Some(want)) => assert_eq!(flat(got)?, flat(want)?, "{path:?}"),
+                            (got, want) => assert!(got.is_none() && want.is_none(), "{path:?}"),
                         }
                     }
                     assert_eq!(got.get(&unused).expect("a zero").to_vec1::<f32>()?, [0.0; 3]);
@@ -117,7 +116,7 @@ mod tests {
             }
         }
         // Nothing tracked: nothing to remember.
-        let plain = checkpoint(&input.as_detached_tensor(), &[], block.clone())?;
+        let plain = checkpoint(&input.as_detached_tensor(), &[], move |xs| block(xs, OpPath::Fused))?;
         assert!(plain.track_op(), "the block's own parameters are tracked, though none was named");
         Ok(())
     }

@@ -3,9 +3,9 @@
 //! Candle differentiates both sides of a sum, a product and a matrix product, whether they are
 //! tracked or not, and keeps the gradient that nobody asked for. Here the constant gets none.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 
 /// `xs + constant`; shapes broadcast.
 ///
@@ -16,7 +16,7 @@ pub fn add_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
         return xs.broadcast_add(constant);
     }
     let result = xs.detach().broadcast_add(constant)?;
-    attach("add-constant", [xs], result, |call| Ok([Some(sum_to(call.grad, &call.args[0])?)]))
+    custom_vjp("add-constant", [xs], result, |call| Ok([Some(sum_to(call.grad, &call.args[0])?)]))
 }
 
 /// `xs * constant`, elementwise; shapes broadcast.
@@ -29,7 +29,7 @@ pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     }
     let result = xs.detach().broadcast_mul(constant)?;
     let constant = constant.clone();
-    attach("mul-constant", [xs], result, move |call| {
+    custom_vjp("mul-constant", [xs], result, move |call| {
         Ok([Some(sum_to(call.grad.broadcast_mul(&constant)?, &call.args[0])?)])
     })
 }
@@ -40,7 +40,7 @@ pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
 /// If candle fails.
 pub fn scale(xs: &Tensor, factor: f64) -> Result<Tensor> {
     let result = (xs.detach() * factor)?;
-    attach("scale", [xs], result, move |call| Ok([Some((call.grad * factor)?)]))
+    custom_vjp("scale", [xs], result, move |call| Ok([Some((call.grad * factor)?)]))
 }
 
 /// The matrix product of `xs` (n, k) with a constant (k, m).
@@ -53,16 +53,7 @@ pub fn matmul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     }
     let result = xs.detach().matmul(constant)?;
     let constant = constant.clone();
-    attach("matmul-constant", [xs], result, move |call| Ok([Some(call.grad.matmul(&constant.t()?)?)]))
-}
-
-/// `xs` in another dtype and place: cast before it leaves the host, or after it has come from a
-/// device, because not every device has double precision.
-pub(crate) fn place(xs: &Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
-    match xs.device().is_cpu() {
-        true => xs.to_dtype(dtype)?.to_device(device),
-        false => xs.to_device(device)?.to_dtype(dtype),
-    }
+    custom_vjp("matmul-constant", [xs], result, move |call| Ok([Some(call.grad.matmul(&constant.t()?)?)]))
 }
 
 /// Sums a gradient over the dimensions in which `like` was broadcast.
@@ -82,7 +73,7 @@ fn sum_to(grad: Tensor, like: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Var;
+    use candle_core::{Device, Var};
 
     use super::*;
 

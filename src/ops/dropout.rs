@@ -1,13 +1,12 @@
 //! Dropout from addressed noise.
 
-use candle_core::{bail, DType, Device, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 
-use super::attach::attach;
-use super::host::{dense, for_rows, tensor, Host};
-use super::lane::{pick, Lane};
-use super::plain;
-use crate::noise::{Stream, WORD_LANES};
-use crate::simd::vectorized;
+use super::custom_vjp::custom_vjp;
+use super::dropout_mask::{check, mask_tensor, scale, DropoutMask};
+use super::path::OpPath;
+use super::reference;
+use crate::noise::Stream;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
 ///
@@ -17,36 +16,29 @@ use crate::simd::vectorized;
 ///
 /// # Errors
 /// If `p` is not in `[0, 1)`.
-pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
+pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64, path: OpPath) -> Result<Tensor> {
     check(p)?;
     if p == 0.0 {
         return Ok(xs.clone());
     }
-    let keep = || Keep::new(xs.elem_count(), p, stream, draw);
-    match pick(&[xs]) {
-        Lane::Plain => return plain::dropout(xs, &keep()),
-        Lane::Fast => {
+    let keep = || DropoutMask::new(xs.elem_count(), p, stream, draw);
+    match path.on(&[xs]) {
+        OpPath::Reference => return reference::dropout(xs, &keep()),
+        OpPath::Fused => {
             let keep = keep();
             let y = keep.apply(&xs.detach())?;
-            return attach("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]));
+            return custom_vjp("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]));
         }
-        Lane::Composed => {}
+        OpPath::Composed => {}
     }
-    let dropping = Dropping::new((xs.shape(), xs.dtype(), xs.device()), p, stream, draw)?;
-    let y = dropping.apply(&xs.detach())?;
-    attach("dropout", [xs], y, move |call| Ok([Some(dropping.apply(&call.grad)?)]))
+    let like = (xs.shape(), xs.dtype(), xs.device());
+    let plan = DropoutPlan::new(like, p, stream, draw, path.has_kernels())?;
+    let y = plan.apply(&xs.detach())?;
+    custom_vjp("dropout", [xs], y, move |call| Ok([Some(plan.apply(&call.grad)?)]))
 }
 
-/// Whether `p` is a probability of dropping.
-pub(super) fn check(p: f64) -> Result<()> {
-    if !(0.0..1.0).contains(&p) {
-        bail!("dropout: the probability must be in [0, 1), got {p}");
-    }
-    Ok(())
-}
-
-/// Dropout elsewhere than in the fast lane, of a tensor and of its gradient alike.
-pub(super) enum Dropping {
+/// Dropout in composed operations, of a tensor and of its gradient alike.
+pub(super) enum DropoutPlan {
     /// Which elements stay, u8, made once, and what they are multiplied by.
     Mask(Tensor, f64),
     /// p, stream and draw, by which a kernel decides anew each time.
@@ -54,20 +46,21 @@ pub(super) enum Dropping {
     Kernel(f64, Stream, u64),
 }
 
-impl Dropping {
-    /// Dropout of tensors of this shape and dtype on this device.
+impl DropoutPlan {
+    /// Dropout of tensors of this shape and dtype on this device, by a kernel where one may.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn new(
         (shape, dtype, device): (&Shape, DType, &Device),
         p: f64,
         stream: &Stream,
         draw: u64,
+        kernels: bool,
     ) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if crate::kernels::rows::takes(shape.elem_count(), dtype, device) && !super::slow_lane_forced() {
+        if kernels && crate::kernels::rows::takes(shape.elem_count(), dtype, device) {
             return Ok(Self::Kernel(p, *stream, draw));
         }
-        Ok(Self::Mask(mask(shape, device, p, stream, draw)?, scale(p)))
+        Ok(Self::Mask(mask_tensor(shape, device, p, stream, draw)?, scale(p)))
     }
 
     /// The detached `xs`, dropped.
@@ -75,107 +68,13 @@ impl Dropping {
         match self {
             Self::Mask(mask, scale) => (xs * mask.to_dtype(xs.dtype())?)? * *scale,
             #[cfg(feature = "cuda")]
-            Self::Kernel(p, stream, draw) => {
-                crate::kernels::rows::dropout(xs, threshold(*p), scale(*p), stream.key(), *draw)
-            }
+            Self::Kernel(p, stream, draw) => crate::kernels::rows::dropout(
+                xs,
+                super::dropout_mask::threshold(*p),
+                scale(*p),
+                stream.key(),
+                *draw,
+            ),
         }
-    }
-}
-
-/// What the elements that stay are multiplied by.
-fn scale(p: f64) -> f64 {
-    1.0 / (1.0 - p)
-}
-
-/// The words below it are those of dropped elements.
-fn threshold(p: f64) -> u32 {
-    (p * 2f64.powi(32)) as u32
-}
-
-/// Which elements stay, as a tensor of u8: by a kernel on CUDA devices, from the host elsewhere.
-fn mask(shape: &Shape, device: &Device, p: f64, stream: &Stream, draw: u64) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        use crate::kernels::{count, launch, one_each, room, tensor};
-        let (len, key, threshold) = (count(shape.elem_count())?, stream.key(), threshold(p));
-        let mut keep = room::<u8>(device, shape.elem_count())?;
-        let blocks = one_each(len.div_ceil(4));
-        launch!(device; blocks; keep_mask(&len, &threshold, &key, &draw, &mut keep));
-        return Ok(tensor(keep, shape, device));
-    }
-    Keep::new(shape.elem_count(), p, stream, draw).tensor(shape, device)
-}
-
-/// Which elements stay: one bit each.
-pub(super) struct Keep {
-    bits: Vec<u8>,
-    len: usize,
-    scale: f64,
-}
-
-impl Keep {
-    pub fn new(len: usize, p: f64, stream: &Stream, draw: u64) -> Self {
-        let threshold = threshold(p);
-        let mut bits = vec![0u8; len.div_ceil(8)];
-        let (group, piece) = (WORD_LANES / 2, 1024); // bytes; a group is two blocks of four words a byte
-        let fill = |(i, bits): (usize, &mut [u8])| {
-            vectorized!(for (j, bytes) in bits.chunks_mut(group).enumerate() {
-                let words = stream.word_group(draw, (i * piece / group + j) as u64);
-                let mut nibbles = [0u8; WORD_LANES];
-                for (bit, words) in words.iter().enumerate() {
-                    for (nibble, word) in nibbles.iter_mut().zip(words) {
-                        *nibble |= u8::from(*word >= threshold) << bit;
-                    }
-                }
-                for (byte, pair) in bytes.iter_mut().zip(nibbles.chunks_exact(2)) {
-                    *byte = pair[0] | pair[1] << 4;
-                }
-            });
-        };
-        if bits.len() <= piece {
-            fill((0, &mut bits));
-        } else {
-            use rayon::prelude::*;
-            bits.par_chunks_mut(piece).enumerate().for_each(fill);
-        }
-        Self { bits, len, scale: scale(p) }
-    }
-
-    /// What the elements that stay are multiplied by.
-    pub fn scale(&self) -> f64 {
-        self.scale
-    }
-
-    /// Multiplies the elements from number `first` on. A product, not a choice: NaN stays NaN.
-    #[inline(always)]
-    pub fn multiply(&self, first: usize, xs: &mut [f32]) {
-        let scale = self.scale as f32;
-        let factor = |byte: u8, i: usize| if byte >> i & 1 == 0 { 0.0 } else { scale };
-        // Up to the next whole byte of bits, whole bytes (SIMD), the rest.
-        let (head, rest) = xs.split_at_mut((first.wrapping_neg() & 7).min(xs.len()));
-        for (i, x) in head.iter_mut().enumerate() {
-            *x *= factor(self.bits[first >> 3], (first & 7) + i);
-        }
-        let bytes = &self.bits[(first + head.len()).div_ceil(8).min(self.bits.len())..];
-        for (xs, &byte) in rest.chunks_mut(8).zip(bytes) {
-            match <&mut [f32; 8]>::try_from(&mut *xs) {
-                Ok(xs) => (0..8).for_each(|i| xs[i] *= factor(byte, i)),
-                Err(_) => xs.iter_mut().enumerate().for_each(|(i, x)| *x *= factor(byte, i)),
-            }
-        }
-    }
-
-    /// The bits as a tensor of u8.
-    pub fn tensor(&self, shape: &Shape, device: &Device) -> Result<Tensor> {
-        let bytes: Vec<u8> = (0..self.len).map(|i| self.bits[i >> 3] >> (i & 7) & 1).collect();
-        Tensor::from_vec(bytes, shape, device)
-    }
-
-    /// The detached `xs`, f32 on the CPU, dropped.
-    pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
-        let xs = dense(xs)?;
-        let mut y = Host::of(&xs)?.to_vec();
-        for_rows(&mut y, 1, |first, piece| vectorized!(self.multiply(first, piece)));
-        tensor(y, xs.dims())
     }
 }

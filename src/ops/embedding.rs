@@ -2,10 +2,10 @@
 
 use candle_core::{bail, DType, Result, Tensor, D};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{add_assign, for_rows, tensor, Host};
-use super::lane::{pick, Lane};
-use super::plain;
+use super::path::OpPath;
+use super::reference;
 
 /// Rows of `weight` at `ids`.
 ///
@@ -19,10 +19,10 @@ use super::plain;
 ///
 /// # Errors
 /// If an id is outside the vocabulary (on the CPU), or the weight is not a matrix.
-pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let lane = pick(&[weight]);
-    if lane == Lane::Plain {
-        return plain::embedding(ids, weight);
+pub fn embedding(ids: &Tensor, weight: &Tensor, path: OpPath) -> Result<Tensor> {
+    let path = path.on(&[weight]);
+    if path == OpPath::Reference {
+        return reference::embedding(ids, weight);
     }
     let (vocabulary, dim) = weight.dims2()?;
     let mut shape = ids.dims().to_vec();
@@ -36,8 +36,8 @@ pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
         }
     }
     let y = weight.detach().contiguous()?.index_select(&flat, 0)?.reshape(shape)?;
-    attach("embedding", [weight], y, move |call| {
-        if lane == Lane::Fast {
+    custom_vjp("embedding", [weight], y, move |call| {
+        if path == OpPath::Fused {
             return Ok([Some(scatter(&flat, &call.grad, vocabulary)?)]);
         }
         let rows = call.grad.reshape((flat.elem_count(), dim))?;

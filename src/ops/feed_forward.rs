@@ -2,13 +2,13 @@
 
 use candle_core::{bail, Result, Tensor};
 
-use super::activation::{gelu_gradient, gelu_of};
-use super::attach::{attach, Saved};
+use super::activation::{gelu, gelu_gradient, gelu_of};
+use super::custom_vjp::{custom_vjp, Saved};
 use super::host::{dense, for_rows, map, tensor, Host};
-use super::lane::{pick, Lane};
-use super::linear::{check, forward, input_gradient, input_product, product};
+use super::linear::{check, forward, input_gradient, input_product, linear, product, with_last};
+use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// `gelu(x W1^T + b1) W2^T + b2`.
 ///
@@ -30,13 +30,14 @@ pub fn feed_forward(
     b1: Option<&Tensor>,
     w2: &Tensor,
     b2: Option<&Tensor>,
+    path: OpPath,
 ) -> Result<Tensor> {
     let mut tensors = vec![xs, w1, w2];
     tensors.extend(b1);
     tensors.extend(b2);
-    let lane = pick(&tensors);
-    if lane == Lane::Plain || tensors[1..].iter().any(|t| t.track_op()) {
-        return super::linear(&super::gelu(&super::linear(xs, w1, b1)?)?, w2, b2);
+    let path = path.on(&tensors);
+    if path == OpPath::Reference || tensors[1..].iter().any(|t| t.track_op()) {
+        return linear(&gelu(&linear(xs, w1, b1, path)?, path)?, w2, b2, path);
     }
     check(xs, w1, b1)?;
     if w2.dims2()?.1 != w1.dim(0)? || b2.is_some_and(|b2| Some(b2.dims()) != w2.dims().get(..1)) {
@@ -47,25 +48,25 @@ pub fn feed_forward(
             b2.map(Tensor::dims)
         );
     }
-    let hidden = forward(lane, &xs.detach(), w1, b1)?;
-    let y = if lane == Lane::Fast {
+    let hidden = forward(path, &xs.detach(), w1, b1)?;
+    let y = if path == OpPath::Fused {
         let (w2, b2) = (dense(w2)?, b2.map(dense).transpose()?);
         let b2 = b2.as_ref().map(Host::of).transpose()?;
         let activation = map(&Host::of(&hidden)?, vmath::gelu);
         let n = hidden.elem_count() / w1.dim(0)?.max(1);
         let y = product(&activation, &Host::of(&w2)?, b2.as_deref(), n);
-        tensor(y, super::linear::with_last(xs, w2.dim(0)?))?
+        tensor(y, with_last(xs, w2.dim(0)?))?
     } else {
-        forward(lane, &gelu_of(&hidden)?, w2, b2)?
+        forward(path, &gelu_of(&hidden)?, w2, b2)?
     };
     let hidden = Saved::new(hidden);
     let (w1, b1, w2) = (w1.clone(), b1.cloned(), w2.clone());
-    attach("feed-forward", [xs], y, move |call| {
+    custom_vjp("feed-forward", [xs], y, move |call| {
         let hidden = match hidden.take() {
             Some(hidden) => hidden,
-            None => forward(lane, &call.args[0], &w1, b1.as_ref())?,
+            None => forward(path, &call.args[0], &w1, b1.as_ref())?,
         };
-        let dhidden = if lane == Lane::Fast {
+        let dhidden = if path == OpPath::Fused {
             let w2 = dense(&w2)?;
             let (out_dim, hidden_dim) = w2.dims2()?;
             let n = hidden.elem_count() / hidden_dim.max(1);
@@ -81,9 +82,9 @@ pub fn feed_forward(
             });
             tensor(d, hidden.dims())?
         } else {
-            gelu_gradient(&hidden, &input_gradient(lane, &call.grad, &w2)?)?
+            gelu_gradient(&hidden, &input_gradient(path, &call.grad, &w2)?)?
         };
         drop(hidden);
-        Ok([Some(input_gradient(lane, &dhidden, &w1)?)])
+        Ok([Some(input_gradient(path, &dhidden, &w1)?)])
     })
 }

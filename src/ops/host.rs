@@ -6,7 +6,7 @@ use std::ops::Deref;
 use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;

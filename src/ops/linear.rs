@@ -2,12 +2,12 @@
 
 use candle_core::{bail, Result, Tensor, D};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{column_sums, dense, tensor, Host};
-use super::lane::{pick, Lane};
-use super::plain;
-use super::thin::{add_product, FEW};
+use super::path::OpPath;
+use super::reference;
+use super::skinny_gemm::{add_product, FEW};
 
 /// `y = x W^T + b`.
 ///
@@ -24,35 +24,37 @@ use super::thin::{add_product, FEW};
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let lane = match bias {
-        Some(bias) => pick(&[xs, weight, bias]),
-        None => pick(&[xs, weight]),
+pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath) -> Result<Tensor> {
+    let path = match bias {
+        Some(bias) => path.on(&[xs, weight, bias]),
+        None => path.on(&[xs, weight]),
     };
-    if lane == Lane::Plain {
-        return plain::linear(xs, weight, bias);
+    if path == OpPath::Reference {
+        return reference::linear(xs, weight, bias);
     }
     check(xs, weight, bias)?;
-    let y = forward(lane, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
+    let y = forward(path, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
     let bias = bias.filter(|bias| bias.track_op());
     if !weight.track_op() && bias.is_none() {
         let weight = weight.detach();
-        return attach("linear", [xs], y, move |call| Ok([Some(input_gradient(lane, &call.grad, &weight)?)]));
+        return custom_vjp("linear", [xs], y, move |call| {
+            Ok([Some(input_gradient(path, &call.grad, &weight)?)])
+        });
     }
     let gradients = move |xs: &Tensor, weight: &Tensor, grad: &Tensor, needs: [bool; 2]| -> Result<_> {
-        let dx = needs[0].then(|| input_gradient(lane, grad, weight)).transpose()?;
-        let dw = needs[1].then(|| weight_gradient(lane, grad, xs)).transpose()?;
+        let dx = needs[0].then(|| input_gradient(path, grad, weight)).transpose()?;
+        let dw = needs[1].then(|| weight_gradient(path, grad, xs)).transpose()?;
         Ok((dx, dw))
     };
     match bias {
-        None => attach("linear", [xs, weight], y, move |call| {
+        None => custom_vjp("linear", [xs, weight], y, move |call| {
             let (dx, dw) = gradients(&call.args[0], &call.args[1], &call.grad, call.needs)?;
             Ok([dx, dw])
         }),
-        Some(bias) => attach("linear", [xs, weight, bias], y, move |call| {
+        Some(bias) => custom_vjp("linear", [xs, weight, bias], y, move |call| {
             let needs = [call.needs[0], call.needs[1]];
             let (dx, dw) = gradients(&call.args[0], &call.args[1], &call.grad, needs)?;
-            Ok([dx, dw, Some(bias_gradient(lane, &call.grad)?)])
+            Ok([dx, dw, Some(bias_gradient(path, &call.grad)?)])
         }),
     }
 }
@@ -86,10 +88,10 @@ pub(super) fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 }
 
 /// The product on detached tensors.
-pub(super) fn forward(lane: Lane, xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims2()?;
     let shape = with_last(xs, out_dim);
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let (xs, weight) = (dense(xs)?, dense(weight)?);
         let bias = bias.map(dense).transpose()?;
         let n = xs.elem_count() / in_dim.max(1);
@@ -136,10 +138,10 @@ pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize
 }
 
 /// `dX = dY W`.
-pub(super) fn input_gradient(lane: Lane, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims2()?;
     let shape = with_last(grad, in_dim);
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let weight = dense(weight)?;
         let n = grad.elem_count() / out_dim.max(1);
         return tensor(input_product(&Host::of(grad)?, &Host::of(&weight)?, n, out_dim), shape);
@@ -156,9 +158,9 @@ pub(super) fn input_product(grad: &[f32], weight: &[f32], n: usize, out_dim: usi
 }
 
 /// `dW = dY^T X`.
-pub(super) fn weight_gradient(lane: Lane, grad: &Tensor, xs: &Tensor) -> Result<Tensor> {
+pub(super) fn weight_gradient(path: OpPath, grad: &Tensor, xs: &Tensor) -> Result<Tensor> {
     let (out_dim, in_dim) = (grad.dim(D::Minus1)?, xs.dim(D::Minus1)?);
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let xs = dense(xs)?;
         let n = xs.elem_count() / in_dim.max(1);
         let mut dw = vec![0f32; out_dim * in_dim];
@@ -170,8 +172,8 @@ pub(super) fn weight_gradient(lane: Lane, grad: &Tensor, xs: &Tensor) -> Result<
 }
 
 /// The sum of `dY` over all rows.
-fn bias_gradient(lane: Lane, grad: &Tensor) -> Result<Tensor> {
-    if lane == Lane::Fast {
+fn bias_gradient(path: OpPath, grad: &Tensor) -> Result<Tensor> {
+    if path == OpPath::Fused {
         let width = grad.dim(D::Minus1)?;
         return tensor(column_sums(&Host::of(grad)?, width), width);
     }

@@ -3,13 +3,13 @@
 use candle_core::{bail, Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, rows_per_piece, tensor, Host};
-use super::lane::{pick, Lane};
-use super::linear::{check, forward, input_gradient, product};
+use super::linear::{check, forward, input_gradient, linear, product};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
+use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// Rows whose logits exist at one time.
 const CHUNK: usize = 256;
@@ -29,10 +29,16 @@ const CHUNK: usize = 256;
 ///
 /// # Errors
 /// If the shapes do not fit, and as [`cross_entropy`].
-pub fn linear_cross_entropy(xs: &Tensor, weight: &Tensor, labels: &Tensor, ignore: i64) -> Result<Tensor> {
-    let lane = pick(&[xs, weight]);
-    if lane == Lane::Plain || weight.track_op() {
-        return cross_entropy(&super::linear(xs, weight, None)?, labels, ignore);
+pub fn linear_cross_entropy(
+    xs: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    ignore: i64,
+    path: OpPath,
+) -> Result<Tensor> {
+    let path = path.on(&[xs, weight]);
+    if path == OpPath::Reference || weight.track_op() {
+        return cross_entropy(&linear(xs, weight, None, path)?, labels, ignore, path);
     }
     check(xs, weight, None)?;
     if xs.rank() != 2 {
@@ -43,16 +49,16 @@ pub fn linear_cross_entropy(xs: &Tensor, weight: &Tensor, labels: &Tensor, ignor
     for first in (0..labels.all.len()).step_by(CHUNK) {
         let chunk = labels.part(first, CHUNK);
         let rows = xs.detach().narrow(0, first, chunk.all.len())?;
-        let (part, gradient) = match lane {
-            Lane::Fast => fast(&rows, weight, &chunk)?,
-            _ => composed(&forward(lane, &rows, weight, None)?, &chunk)?,
+        let (part, gradient) = match path {
+            OpPath::Fused => fused(&rows, weight, &chunk)?,
+            _ => composed(&forward(path, &rows, weight, None)?, &chunk)?,
         };
         loss = Some(match loss {
             Some(loss) => (loss + part)?,
             None => part,
         });
         if xs.track_op() {
-            gradients.push(input_gradient(lane, &gradient, weight)?);
+            gradients.push(input_gradient(path, &gradient, weight)?);
         }
     }
     let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
@@ -60,13 +66,13 @@ pub fn linear_cross_entropy(xs: &Tensor, weight: &Tensor, labels: &Tensor, ignor
         return Ok(loss);
     }
     let gradient = Tensor::cat(&gradients, 0)?;
-    attach("linear-cross-entropy", [xs], loss, move |call| {
+    custom_vjp("linear-cross-entropy", [xs], loss, move |call| {
         Ok([Some(gradient.broadcast_mul(&call.grad.to_dtype(gradient.dtype())?)?)])
     })
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
-fn fast(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+fn fused(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
     let (rows, weight) = (dense(rows)?, dense(weight)?);
     let (n, classes) = (labels.all.len(), weight.dim(0)?);
     let mut logits = product(&Host::of(&rows)?, &Host::of(&weight)?, None, n);

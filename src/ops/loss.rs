@@ -5,12 +5,12 @@ use std::borrow::Cow;
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 use rayon::prelude::*;
 
-use super::activation::wide;
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, rows_per_piece, tensor, Host};
-use super::lane::{pick, Lane};
-use super::{plain, vmath};
-use crate::simd::vectorized;
+use super::path::OpPath;
+use super::{reference, vmath};
+use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Mean cross-entropy, rows labelled `ignore` left out.
 ///
@@ -26,19 +26,19 @@ use crate::simd::vectorized;
 /// # Errors
 /// If every row is ignored, or a label is neither `ignore` nor a class: the message names the row,
 /// the label and the number of classes.
-pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64) -> Result<Tensor> {
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, path: OpPath) -> Result<Tensor> {
     let (n, classes) = logits.dims2()?;
     let checked = Labels::new(labels, n, classes, ignore)?;
-    match pick(&[logits]) {
-        Lane::Plain => {
+    match path.on(&[logits]) {
+        OpPath::Reference => {
             let labels = labels.detach().to_dtype(DType::I64)?.to_device(logits.device())?;
-            plain::cross_entropy(logits, &labels, ignore, checked.counted)
+            reference::cross_entropy(logits, &labels, ignore, checked.counted)
         }
-        Lane::Fast => {
+        OpPath::Fused => {
             let labels = checked.all.iter().map(|&label| (label != ignore).then_some(label as usize));
-            fast_cross_entropy(logits, labels.collect(), checked.counted)
+            fused_cross_entropy(logits, labels.collect(), checked.counted)
         }
-        Lane::Composed => composed_cross_entropy(logits, &checked),
+        OpPath::Composed => composed_cross_entropy(logits, &checked),
     }
 }
 
@@ -82,7 +82,7 @@ pub(super) fn log_sum(row: &[f32]) -> f32 {
     max + vmath::sum(row, |x| vmath::exp(x - max)).ln()
 }
 
-fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) -> Result<Tensor> {
+fn fused_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) -> Result<Tensor> {
     let classes = logits.dim(1)?;
     let log_sums = {
         let logits = dense(logits)?;
@@ -103,7 +103,7 @@ fn fast_cross_entropy(logits: &Tensor, labels: Vec<Option<usize>>, rows: usize) 
         terms.sum::<f64>() / rows as f64
     };
     let loss = Tensor::new(loss as f32, &Device::Cpu)?;
-    attach("cross-entropy", [logits], loss, move |call| {
+    custom_vjp("cross-entropy", [logits], loss, move |call| {
         let factor = call.grad.to_scalar::<f32>()? / rows as f32;
         let logits = dense(&call.args[0])?;
         let x = Host::of(&logits)?;
@@ -140,7 +140,7 @@ pub(super) fn composed_cross_entropy(logits: &Tensor, labels: &Labels) -> Result
     // Chosen, not multiplied: an ignored row may hold anything.
     let terms = keep.where_cond(&terms, &terms.zeros_like()?)?;
     let loss = (terms.sum_all()? / rows as f64)?.to_dtype(logits.dtype())?;
-    attach("cross-entropy", [logits], loss, move |call| {
+    custom_vjp("cross-entropy", [logits], loss, move |call| {
         let p = call.args[0].to_dtype(dtype)?.broadcast_sub(&log_sum)?.exp()?.contiguous()?;
         let factor = (call.grad.to_dtype(dtype)? / rows as f64)?;
         let minus_one = log_sum.zeros_like()?.affine(1.0, -1.0)?;
@@ -158,12 +158,12 @@ pub(super) fn composed_cross_entropy(logits: &Tensor, labels: &Labels) -> Result
 ///
 /// # Errors
 /// If the shapes differ, or there is nothing to average.
-pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor) -> Result<Tensor> {
+pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor, path: OpPath) -> Result<Tensor> {
     if predictions.dims() != targets.dims() || predictions.elem_count() == 0 {
         bail!("mean squared error: predictions {:?}, targets {:?}", predictions.dims(), targets.dims());
     }
-    if pick(&[predictions, targets]) == Lane::Plain {
-        return plain::mean_squared_error(predictions, targets);
+    if path.on(&[predictions, targets]) == OpPath::Reference {
+        return reference::mean_squared_error(predictions, targets);
     }
     // A few numbers a batch: slices would gain nothing over tensor operations.
     let dtype = wide(predictions.dtype());
@@ -171,12 +171,17 @@ pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor) -> Result<Tens
         predictions.to_dtype(dtype)? - targets.to_dtype(dtype)?
     };
     let loss = difference(&predictions.detach(), &targets.detach())?.sqr()?.mean_all()?;
-    attach("mean-squared-error", [predictions, targets], loss.to_dtype(predictions.dtype())?, move |call| {
-        let [predictions, targets] = &call.args;
-        let n = predictions.elem_count() as f64;
-        let factor = (call.grad.to_dtype(dtype)? * (2.0 / n))?;
-        let dp = difference(predictions, targets)?.broadcast_mul(&factor)?;
-        let dt = call.needs[1].then(|| dp.neg()).transpose()?;
-        Ok([Some(dp), dt])
-    })
+    custom_vjp(
+        "mean-squared-error",
+        [predictions, targets],
+        loss.to_dtype(predictions.dtype())?,
+        move |call| {
+            let [predictions, targets] = &call.args;
+            let n = predictions.elem_count() as f64;
+            let factor = (call.grad.to_dtype(dtype)? * (2.0 / n))?;
+            let dp = difference(predictions, targets)?.broadcast_mul(&factor)?;
+            let dt = call.needs[1].then(|| dp.neg()).transpose()?;
+            Ok([Some(dp), dt])
+        },
+    )
 }

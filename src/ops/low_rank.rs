@@ -2,11 +2,11 @@
 
 use candle_core::{bail, Result, Tensor, D};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, tensor, Host};
-use super::lane::{pick, Lane};
-use super::{linear as base, plain};
+use super::path::OpPath;
+use super::{linear as base, reference};
 
 /// `s (x A^T) B^T`, computed in the dtype of `a` and returned in that of `xs`.
 ///
@@ -20,20 +20,20 @@ use super::{linear as base, plain};
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    wide(xs, a, b, scale)?.to_dtype(xs.dtype())
+pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -> Result<Tensor> {
+    wide(xs, a, b, scale, path)?.to_dtype(xs.dtype())
 }
 
 /// [`low_rank`] in the dtype of `a`.
-fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    let lane = pick(&[xs, a, b]);
-    if lane == Lane::Plain {
-        return plain::low_rank(xs, a, b, scale);
+fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -> Result<Tensor> {
+    let path = path.on(&[xs, a, b]);
+    if path == OpPath::Reference {
+        return reference::low_rank(xs, a, b, scale);
     }
     check(xs, a, b)?;
-    let (y, xs_a) = forward(lane, &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
-    attach("low-rank", [xs, a, b], y, move |call| {
-        backward(lane, &call.args, call.needs, &call.grad, None, &xs_a, scale)
+    let (y, xs_a) = forward(path, &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
+    custom_vjp("low-rank", [xs, a, b], y, move |call| {
+        backward(path, &call.args, call.needs, &call.grad, None, &xs_a, scale)
     })
 }
 
@@ -42,6 +42,7 @@ fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
 ///
 /// # Errors
 /// If the shapes do not fit.
+#[allow(clippy::too_many_arguments)] // of one formula
 pub fn linear_and_low_rank(
     xs: &Tensor,
     weight: &Tensor,
@@ -50,9 +51,10 @@ pub fn linear_and_low_rank(
     a: &Tensor,
     b: &Tensor,
     scale: f64,
+    path: OpPath,
 ) -> Result<Tensor> {
-    let y = base::linear(xs, weight, bias)?.to_dtype(a.dtype())?;
-    (y + wide(dropped, a, b, scale)?)?.to_dtype(xs.dtype())
+    let y = base::linear(xs, weight, bias, path)?.to_dtype(a.dtype())?;
+    (y + wide(dropped, a, b, scale, path)?)?.to_dtype(xs.dtype())
 }
 
 /// `y = x W^T + bias + s (x A^T) B^T`.
@@ -77,23 +79,25 @@ pub fn adapted_linear(
     a: &Tensor,
     b: &Tensor,
     scale: f64,
+    path: OpPath,
 ) -> Result<Tensor> {
-    let lane = match bias {
-        Some(bias) => pick(&[xs, weight, a, b, bias]),
-        None => pick(&[xs, weight, a, b]),
+    let own = match bias {
+        Some(bias) => path.on(&[xs, weight, a, b, bias]),
+        None => path.on(&[xs, weight, a, b]),
     };
-    if lane == Lane::Plain || weight.track_op() || bias.is_some_and(Tensor::track_op) {
-        return linear_and_low_rank(xs, weight, bias, xs, a, b, scale);
+    if own == OpPath::Reference || weight.track_op() || bias.is_some_and(Tensor::track_op) {
+        return linear_and_low_rank(xs, weight, bias, xs, a, b, scale, path);
     }
+    let path = own;
     base::check(xs, weight, bias)?;
     check(xs, a, b)?;
     if b.dim(0)? != weight.dim(0)? {
         bail!("adapted linear: b {:?} does not fit a weight (out, in) of {:?}", b.dims(), weight.dims());
     }
-    let (y, xs_a) = forward(lane, &xs.detach(), Some((weight, bias)), &a.detach(), &b.detach(), scale)?;
+    let (y, xs_a) = forward(path, &xs.detach(), Some((weight, bias)), &a.detach(), &b.detach(), scale)?;
     let weight = weight.clone();
-    attach("adapted-linear", [xs, a, b], y, move |call| {
-        backward(lane, &call.args, call.needs, &call.grad, Some(&weight), &xs_a, scale)
+    custom_vjp("adapted-linear", [xs, a, b], y, move |call| {
+        backward(path, &call.args, call.needs, &call.grad, Some(&weight), &xs_a, scale)
     })
 }
 
@@ -112,7 +116,7 @@ fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
 
 /// The output (in the dtype of `xs`; without the frozen layer in that of `a`) and `x A^T`, which is all that backward needs: it stays for a second one, being small.
 fn forward(
-    lane: Lane,
+    path: OpPath,
     xs: &Tensor,
     frozen: Option<(&Tensor, Option<&Tensor>)>,
     a: &Tensor,
@@ -121,7 +125,7 @@ fn forward(
 ) -> Result<(Tensor, Tensor)> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
     let shape = base::with_last(xs, out_dim);
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let (xs, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
         let (x, a, b) = (Host::of(&xs)?, Host::of(&a)?, Host::of(&b)?);
         let n = x.len() / in_dim.max(1);
@@ -144,7 +148,7 @@ fn forward(
     let y = match frozen {
         // Added in the dtype of `a`: see `linear_and_low_rank`.
         Some((weight, bias)) => {
-            (base::forward(lane, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
+            (base::forward(path, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
         }
         None => delta,
     };
@@ -153,7 +157,7 @@ fn forward(
 
 /// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
 fn backward(
-    lane: Lane,
+    path: OpPath,
     [xs, a, b]: &[Tensor; 3],
     needs: [bool; 3],
     grad: &Tensor,
@@ -162,7 +166,7 @@ fn backward(
     scale: f64,
 ) -> Result<[Option<Tensor>; 3]> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let (xs_dense, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
         let (x, a, b) = (Host::of(&xs_dense)?, Host::of(&a)?, Host::of(&b)?);
         let (dy, xs_a) = (Host::of(grad)?, Host::of(xs_a)?);
@@ -196,7 +200,7 @@ fn backward(
     let dx = needs[0].then(|| {
         let low = u.matmul(a)?.reshape(xs.dims())?;
         match weight {
-            Some(weight) => base::input_gradient(lane, grad, weight)?.to_dtype(a.dtype())? + low,
+            Some(weight) => base::input_gradient(path, grad, weight)?.to_dtype(a.dtype())? + low,
             None => Ok(low),
         }
     });

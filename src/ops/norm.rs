@@ -11,14 +11,14 @@
 use candle_core::{bail, Result, Tensor, D};
 use rayon::prelude::*;
 
-use super::activation::wide;
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, rows_per_piece, tensor, total, Host};
-use super::lane::{pick, Lane};
-use super::{plain, vmath};
+use super::path::OpPath;
+use super::{reference, vmath};
 #[cfg(feature = "cuda")]
 use crate::kernels::rows;
-use crate::simd::vectorized;
+use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Layer norm over the last dimension.
 ///
@@ -32,12 +32,12 @@ use crate::simd::vectorized;
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    let lane = pick(&[xs, weight, bias]);
-    if lane == Lane::Plain {
-        return plain::layer_norm(xs, weight, bias, eps);
+pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
+    let (kernels, path) = (path.has_kernels(), path.on(&[xs, weight, bias]));
+    if path == OpPath::Reference {
+        return reference::layer_norm(xs, weight, bias, eps);
     }
-    norm(&Norm { lane, eps, centred: true }, xs, None, weight, Some(bias))
+    norm(&Norm { kernels, path, eps, centred: true }, xs, None, weight, Some(bias))
 }
 
 /// `layer_norm(xs + residual)`.
@@ -58,12 +58,13 @@ pub fn add_layer_norm(
     weight: &Tensor,
     bias: &Tensor,
     eps: f64,
+    path: OpPath,
 ) -> Result<Tensor> {
-    let lane = pick(&[xs, residual, weight, bias]);
-    if lane == Lane::Plain {
-        return plain::layer_norm(&(xs + residual)?, weight, bias, eps);
+    let (kernels, path) = (path.has_kernels(), path.on(&[xs, residual, weight, bias]));
+    if path == OpPath::Reference {
+        return reference::layer_norm(&(xs + residual)?, weight, bias, eps);
     }
-    let norm_of = Norm { lane, eps, centred: true };
+    let norm_of = Norm { kernels, path, eps, centred: true };
     if weight.track_op() || bias.track_op() {
         // Four arguments are one more than candle's ops take.
         return norm(&norm_of, &(xs + residual)?, None, weight, Some(bias));
@@ -81,18 +82,21 @@ pub fn add_layer_norm(
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let lane = pick(&[xs, weight]);
-    if lane == Lane::Plain {
-        return plain::rms_norm(xs, weight, eps);
+pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
+    let (kernels, path) = (path.has_kernels(), path.on(&[xs, weight]));
+    if path == OpPath::Reference {
+        return reference::rms_norm(xs, weight, eps);
     }
-    norm(&Norm { lane, eps, centred: false }, xs, None, weight, None)
+    norm(&Norm { kernels, path, eps, centred: false }, xs, None, weight, None)
 }
 
 /// Which norm, and how it is computed.
 #[derive(Clone, Copy)]
 struct Norm {
-    lane: Lane,
+    path: OpPath,
+    /// Whether kernels of our own may compute it.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    kernels: bool,
     eps: f64,
     centred: bool,
 }
@@ -122,7 +126,7 @@ fn norm(
     match (residual, bias) {
         (Some(residual), _) => {
             let weight = weight.detach();
-            attach("add-norm", [xs, residual], y, move |call| {
+            custom_vjp("add-norm", [xs, residual], y, move |call| {
                 let [xs, residual] = &call.args;
                 let (dx, _, _) = norm.backward(xs, Some(residual), &weight, &call.grad, false)?;
                 Ok([Some(dx.clone()), Some(dx)])
@@ -130,15 +134,15 @@ fn norm(
         }
         (None, _) if !tracked => {
             let weight = weight.detach();
-            attach("norm", [xs], y, move |call| {
+            custom_vjp("norm", [xs], y, move |call| {
                 Ok([Some(norm.backward(&call.args[0], None, &weight, &call.grad, false)?.0)])
             })
         }
-        (None, Some(bias)) => attach("norm", [xs, weight, bias], y, move |call| {
+        (None, Some(bias)) => custom_vjp("norm", [xs, weight, bias], y, move |call| {
             let (dx, dw, db) = norm.backward(&call.args[0], None, &call.args[1], &call.grad, true)?;
             Ok([Some(dx), dw, db])
         }),
-        (None, None) => attach("norm", [xs, weight], y, move |call| {
+        (None, None) => custom_vjp("norm", [xs, weight], y, move |call| {
             let (dx, dw, _) = norm.backward(&call.args[0], None, &call.args[1], &call.grad, true)?;
             Ok([Some(dx), dw])
         }),
@@ -154,7 +158,7 @@ impl Norm {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        if self.lane == Lane::Fast {
+        if self.path == OpPath::Fused {
             let (x, residual) = (dense(xs)?, residual.map(dense).transpose()?);
             let (weight, bias) = (dense(weight)?, bias.map(dense).transpose()?);
             let residual = residual.as_ref().map(Host::of).transpose()?;
@@ -185,7 +189,7 @@ impl Norm {
         residual: Option<&'a Tensor>,
         weight: &'a Tensor,
     ) -> Option<rows::Norm<'a>> {
-        let takes = rows::take([xs, weight].into_iter().chain(residual)) && !super::slow_lane_forced();
+        let takes = self.kernels && rows::take([xs, weight].into_iter().chain(residual));
         takes.then_some(rows::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
     }
 
@@ -212,7 +216,7 @@ impl Norm {
         trainable: bool,
     ) -> Result<Gradients> {
         let dim = xs.dim(D::Minus1)?;
-        if self.lane == Lane::Fast {
+        if self.path == OpPath::Fused {
             let (x, residual) = (dense(xs)?, residual.map(dense).transpose()?);
             let weight = dense(weight)?;
             let residual = residual.as_ref().map(Host::of).transpose()?;

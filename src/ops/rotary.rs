@@ -2,12 +2,12 @@
 
 use candle_core::{bail, Result, Tensor, D};
 
-use super::activation::wide;
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, tensor, Host};
-use super::lane::{pick, Lane};
-use super::plain;
-use crate::simd::vectorized;
+use super::path::OpPath;
+use super::reference;
+use crate::util::dtype::wide;
+use crate::util::simd::vectorized;
 
 /// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
 ///
@@ -21,26 +21,26 @@ use crate::simd::vectorized;
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, path: OpPath) -> Result<Tensor> {
     let (b, t, _, dim) = xs.dims4()?;
     let fits = |table: &Tensor| matches!(*table.dims(), [tables, steps, half] if (tables == b || tables == 1) && steps == t && 2 * half == dim);
     if dim == 0 || !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
         bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
     }
-    let lane = pick(&[xs, cos, sin]);
+    let path = path.on(&[xs, cos, sin]);
     let (cos, sin) = (cos.detach(), sin.detach());
-    if lane == Lane::Plain {
-        return plain::rotary(xs, &cos, &sin);
+    if path == OpPath::Reference {
+        return reference::rotary(xs, &cos, &sin);
     }
-    let y = rotate(lane, &xs.detach(), &cos, &sin, 1.0)?;
-    attach("rotary", [xs], y, move |call| Ok([Some(rotate(lane, &call.grad, &cos, &sin, -1.0)?)]))
+    let y = rotate(path, &xs.detach(), &cos, &sin, 1.0)?;
+    custom_vjp("rotary", [xs], y, move |call| Ok([Some(rotate(path, &call.grad, &cos, &sin, -1.0)?)]))
 }
 
 /// The rotation of a detached tensor, forward (`sign` 1) or back (-1).
-fn rotate(lane: Lane, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
+fn rotate(path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
     let (_, t, heads, dim) = xs.dims4()?;
     let half = dim / 2;
-    if lane == Lane::Fast {
+    if path == OpPath::Fused {
         let tables = cos.dim(0)?;
         let (x, cos, sin) = (dense(xs)?, dense(cos)?, dense(sin)?);
         let (x, cos, sin) = (Host::of(&x)?, Host::of(&cos)?, Host::of(&sin)?);

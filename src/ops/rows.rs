@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
-use super::lane::{pick, Lane};
+use super::path::OpPath;
 
 /// Some rows of a matrix, each at most once, in their order.
 #[derive(Debug, Clone)]
@@ -63,14 +63,14 @@ impl Rows {
     ///
     /// # Errors
     /// If `xs` has another number of rows.
-    pub fn take(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn take(&self, xs: &Tensor, path: OpPath) -> Result<Tensor> {
         let xs = matrix(xs, self.total)?;
-        let lane = pick(&[&xs]);
-        if lane == Lane::Plain {
+        let path = path.on(&[&xs]);
+        if path == OpPath::Reference {
             return xs.index_select(&self.index, 0);
         }
-        let (y, rows) = (self.gather(lane, &xs.detach())?, self.clone());
-        attach("take rows", [&xs], y, move |call| Ok([Some(rows.scatter(lane, &call.grad)?)]))
+        let (y, rows) = (self.gather(path, &xs.detach())?, self.clone());
+        custom_vjp("take rows", [&xs], y, move |call| Ok([Some(rows.scatter(path, &call.grad)?)]))
     }
 
     /// A matrix with `xs` in these rows and zero in all others: the transpose of [`Self::take`].
@@ -81,19 +81,19 @@ impl Rows {
     ///
     /// # Errors
     /// If `xs` has another number of rows.
-    pub fn put(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn put(&self, xs: &Tensor, path: OpPath) -> Result<Tensor> {
         let xs = matrix(xs, self.count())?;
-        let lane = pick(&[&xs]);
-        if lane == Lane::Plain {
+        let path = path.on(&[&xs]);
+        if path == OpPath::Reference {
             let zeros = Tensor::zeros((self.total, xs.dim(1)?), xs.dtype(), xs.device())?;
             return zeros.index_add(&self.index, &xs, 0);
         }
-        let (y, rows) = (self.scatter(lane, &xs.detach())?, self.clone());
-        attach("put rows", [&xs], y, move |call| Ok([Some(rows.gather(lane, &call.grad)?)]))
+        let (y, rows) = (self.scatter(path, &xs.detach())?, self.clone());
+        custom_vjp("put rows", [&xs], y, move |call| Ok([Some(rows.gather(path, &call.grad)?)]))
     }
 
-    fn gather(&self, lane: Lane, xs: &Tensor) -> Result<Tensor> {
-        if lane != Lane::Fast {
+    fn gather(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+        if path != OpPath::Fused {
             return xs.contiguous()?.index_select(&self.index, 0);
         }
         let (xs, dim) = (dense(xs)?, xs.dim(1)?);
@@ -109,9 +109,9 @@ impl Rows {
         tensor(out, (self.count(), dim))
     }
 
-    fn scatter(&self, lane: Lane, xs: &Tensor) -> Result<Tensor> {
+    fn scatter(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
         let dim = xs.dim(1)?;
-        if lane != Lane::Fast {
+        if path != OpPath::Fused {
             let zeros = Tensor::zeros((self.total, dim), xs.dtype(), xs.device())?;
             return zeros.index_add(&self.index, &xs.contiguous()?, 0);
         }
@@ -147,7 +147,6 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::ops::with_lane;
 
     #[test]
     fn what_is_taken_out_goes_back_to_its_place_with_its_gradient() -> Result<()> {
@@ -159,23 +158,22 @@ mod tests {
         for dim in [2, 3000] {
             let data = Tensor::arange(0f32, (12 * dim) as f32, &device)?.reshape((dim, 12))?.t()?;
             let xs = Var::from_tensor(&data.reshape((4, 3, dim))?)?;
-            for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
-                let (taken, back) = with_lane(lane, || {
-                    let taken = rows.take(&xs)?;
-                    Ok::<_, candle_core::Error>((taken.clone(), rows.put(&(&taken * 2.0)?)?))
-                })?;
+            for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+                let taken = rows.take(&xs, path)?;
+                let back = rows.put(&(&taken * 2.0)?, path)?;
                 let flags = mask.flatten_all()?.to_dtype(DType::F32)?.unsqueeze(1)?;
                 let want = (xs.reshape((12, dim))?.broadcast_mul(&flags)? * 2.0)?;
-                assert_eq!((&back - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{lane:?}");
+                assert_eq!((&back - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{path:?}");
                 assert_eq!(taken.get(2)?.to_vec1::<f32>()?, xs.get(1)?.get(0)?.to_vec1::<f32>()?);
                 let weight = Tensor::arange(0f32, (12 * dim) as f32, &device)?.reshape((12, dim))?;
                 let grads = (&back * &weight)?.sum_all()?.backward()?;
                 let Some(grad) = grads.get(&xs) else { bail!("no gradient") };
                 let want = (weight.broadcast_mul(&flags)? * 2.0)?.reshape((4, 3, dim))?;
-                assert_eq!((grad - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{lane:?}");
+                assert_eq!((grad - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{path:?}");
             }
         }
-        let error = rows.take(&Tensor::zeros((5, 2), DType::F32, &device)?).unwrap_err().to_string();
+        let error =
+            rows.take(&Tensor::zeros((5, 2), DType::F32, &device)?, OpPath::Fused).unwrap_err().to_string();
         assert!(error.contains("expected 12 rows, got [5, 2]"), "{error}");
         for places in [vec![3, 3], vec![4, 2], vec![0, 12]] {
             let error = Rows::new(places, 12, &device).unwrap_err().to_string();

@@ -2,11 +2,11 @@
 
 use candle_core::{bail, Result, Tensor, D};
 
-use super::attach::attach;
+use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
-use super::lane::{pick, Lane};
+use super::path::OpPath;
 use super::vmath;
-use crate::simd::vectorized;
+use crate::util::simd::vectorized;
 
 /// `y_ij = x_ij + s_i m_ij` with a constant `m`.
 ///
@@ -19,16 +19,16 @@ use crate::simd::vectorized;
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor) -> Result<Tensor> {
+pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor, path: OpPath) -> Result<Tensor> {
     let (rows, width) = xs.dims2()?;
     if scales.dims() != [rows] || matrix.dims() != xs.dims() {
         bail!("scaled rows: xs {:?}, scales {:?}, matrix {:?}", xs.dims(), scales.dims(), matrix.dims());
     }
-    let lane = pick(&[xs, scales, matrix]);
-    if lane == Lane::Plain || matrix.track_op() {
+    let path = path.on(&[xs, scales, matrix]);
+    if path == OpPath::Reference || matrix.track_op() {
         return xs + scales.unsqueeze(1)?.broadcast_mul(matrix)?;
     }
-    let y = if lane == Lane::Fast {
+    let y = if path == OpPath::Fused {
         let (xs, scales, matrix) = (dense(xs)?, dense(scales)?, dense(matrix)?);
         let (mut y, s, m) = (Host::of(&xs)?.to_vec(), Host::of(&scales)?, Host::of(&matrix)?);
         let (s, m): (&[f32], &[f32]) = (&s, &m);
@@ -46,9 +46,9 @@ pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor) -> Result<
         (xs.detach() + scales.detach().unsqueeze(1)?.broadcast_mul(matrix)?)?
     };
     let matrix = matrix.clone();
-    attach("add-scaled-rows", [xs, scales], y, move |call| {
+    custom_vjp("add-scaled-rows", [xs, scales], y, move |call| {
         let slopes = call.needs[1].then(|| {
-            if lane != Lane::Fast {
+            if path != OpPath::Fused {
                 return (&call.grad * &matrix)?.sum(D::Minus1);
             }
             let matrix = dense(&matrix)?;

@@ -2,14 +2,14 @@
 
 use candle_core::{bail, Result, Tensor};
 
-use super::activation::silu_slope;
-use super::attach::{attach, Saved};
+use super::activation::{silu_mul, silu_slope};
+use super::custom_vjp::{custom_vjp, Saved};
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, for_rows, tensor, Host};
-use super::lane::{pick, Lane};
-use super::linear::{check, forward, input_gradient, input_product};
-use super::{silu_mul, vmath};
-use crate::simd::vectorized;
+use super::linear::{check, forward, input_gradient, input_product, linear};
+use super::path::OpPath;
+use super::vmath;
+use crate::util::simd::vectorized;
 
 /// `(silu(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
 ///
@@ -24,29 +24,29 @@ use crate::simd::vectorized;
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
-    let lane = pick(&[xs, gate, up, down]);
-    if lane == Lane::Plain || [gate, up, down].iter().any(|weight| weight.track_op()) {
-        let inner = silu_mul(&super::linear(xs, gate, None)?, &super::linear(xs, up, None)?)?;
-        return super::linear(&inner, down, None);
+pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, path: OpPath) -> Result<Tensor> {
+    let path = path.on(&[xs, gate, up, down]);
+    if path == OpPath::Reference || [gate, up, down].iter().any(|weight| weight.track_op()) {
+        let (gate, up) = (linear(xs, gate, None, path)?, linear(xs, up, None, path)?);
+        return linear(&silu_mul(&gate, &up, path)?, down, None, path);
     }
     check(xs, gate, None)?;
     if up.dims() != gate.dims() || down.dims2()?.1 != gate.dim(0)? {
         bail!("swiglu: gate {:?}, up {:?}, down {:?} do not fit", gate.dims(), up.dims(), down.dims());
     }
-    let (g, u) = projections(lane, &xs.detach(), gate, up)?;
-    let y = forward(lane, &silu_mul(&g, &u)?, down, None)?;
+    let (g, u) = projections(path, &xs.detach(), gate, up)?;
+    let y = forward(path, &silu_mul(&g, &u, path)?, down, None)?;
     let saved = Saved::new((g, u));
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
-    attach("swiglu", [xs], y, move |call| {
+    custom_vjp("swiglu", [xs], y, move |call| {
         let (g, u) = match saved.take() {
             Some(saved) => saved,
-            None => projections(lane, &call.args[0], &gate, &up)?,
+            None => projections(path, &call.args[0], &gate, &up)?,
         };
-        if lane != Lane::Fast {
-            let d = input_gradient(lane, &call.grad, &down)?;
-            let dg = input_gradient(lane, &((&d * &u)? * silu_slope(&g)?)?, &gate)?;
-            return Ok([Some((dg + input_gradient(lane, &(d * g.silu()?)?, &up)?)?)]);
+        if path != OpPath::Fused {
+            let d = input_gradient(path, &call.grad, &down)?;
+            let dg = input_gradient(path, &((&d * &u)? * silu_slope(&g)?)?, &gate)?;
+            return Ok([Some((dg + input_gradient(path, &(d * g.silu()?)?, &up)?)?)]);
         }
         let (gate, up, down) = (dense(&gate)?, dense(&up)?, dense(&down)?);
         let ((hidden, dim), out_dim) = (gate.dims2()?, down.dim(0)?);
@@ -75,6 +75,6 @@ pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<
     })
 }
 
-fn projections(lane: Lane, xs: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
-    Ok((forward(lane, xs, gate, None)?, forward(lane, xs, up, None)?))
+fn projections(path: OpPath, xs: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((forward(path, xs, gate, None)?, forward(path, xs, up, None)?))
 }

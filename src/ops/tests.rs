@@ -1,4 +1,4 @@
-//! Every block on every lane: values and gradients against candle's own differentiation of the
+//! Every block on every path: values and gradients against candle's own differentiation of the
 //! plain operations and against central differences, in general position.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -10,7 +10,7 @@ mod contracts;
 #[cfg(feature = "cuda")]
 mod device;
 
-type Block = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+type Block = Box<dyn Fn(&[Tensor], OpPath) -> Result<Tensor>>;
 
 /// A block, its inputs' shapes and which of them are tracked.
 struct Case {
@@ -32,7 +32,7 @@ fn stream() -> Stream {
 fn case(
     name: &'static str,
     inputs: &[(&'static [usize], bool)],
-    block: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
+    block: impl Fn(&[Tensor], OpPath) -> Result<Tensor> + 'static,
 ) -> Case {
     Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
 }
@@ -44,149 +44,174 @@ fn mask(tk: usize, causal: bool, blind: bool) -> Mask {
     if blind {
         padding[tk..].fill(0);
     }
-    Mask { padding: Some(Tensor::from_vec(padding, (2, tk), &Device::Cpu).unwrap()), causal }
+    let padding = Some(Tensor::from_vec(padding, (2, tk), &Device::Cpu).unwrap());
+    Mask { padding, causal: causal.then(CausalMask::default) }
 }
 
 /// The mask on the device of `xs`.
 fn beside(mask: &Mask, xs: &Tensor) -> Result<Mask> {
     let padding = mask.padding.as_ref().map(|padding| padding.to_device(xs.device())).transpose()?;
-    Ok(Mask { padding, causal: mask.causal })
+    Ok(Mask { padding, causal: mask.causal.clone() })
 }
 
 fn cases() -> Vec<Case> {
     let mut all = vec![
-        case("linear, frozen", &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false)], |t| {
-            linear(&t[0], &t[1], Some(&t[2]))
+        case("linear, frozen", &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false)], |t, path| {
+            linear(&t[0], &t[1], Some(&t[2]), path)
         }),
-        case("linear, frozen, no bias, rank 2", &[(&[6, 5], true), (&[7, 5], false)], |t| {
-            linear(&t[0], &t[1], None)
+        case("linear, frozen, no bias, rank 2", &[(&[6, 5], true), (&[7, 5], false)], |t, path| {
+            linear(&t[0], &t[1], None, path)
         }),
-        case("linear, trained", &[(&[2, 3, 5], true), (&[7, 5], true), (&[7], true)], |t| {
-            linear(&t[0], &t[1], Some(&t[2]))
+        case("linear, trained", &[(&[2, 3, 5], true), (&[7, 5], true), (&[7], true)], |t, path| {
+            linear(&t[0], &t[1], Some(&t[2]), path)
         }),
-        case("linear, trained, no bias", &[(&[2, 3, 5], false), (&[7, 5], true)], |t| {
-            linear(&t[0], &t[1], None)
+        case("linear, trained, no bias", &[(&[2, 3, 5], false), (&[7, 5], true)], |t, path| {
+            linear(&t[0], &t[1], None, path)
         }),
-        case("linear, bias alone trained", &[(&[4, 5], false), (&[7, 5], false), (&[7], true)], |t| {
-            linear(&t[0], &t[1], Some(&t[2]))
+        case("linear, bias alone trained", &[(&[4, 5], false), (&[7, 5], false), (&[7], true)], |t, path| {
+            linear(&t[0], &t[1], Some(&t[2]), path)
         }),
-        case("linear, transposed input", &[(&[2, 5, 3], true), (&[7, 5], true), (&[7], true)], |t| {
-            linear(&t[0].transpose(1, 2)?, &t[1], Some(&t[2]))
+        case("linear, transposed input", &[(&[2, 5, 3], true), (&[7, 5], true), (&[7], true)], |t, path| {
+            linear(&t[0].transpose(1, 2)?, &t[1], Some(&t[2]), path)
         }),
-        case("low rank", &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true)], |t| {
-            low_rank(&t[0], &t[1], &t[2], 1.7)
+        case("low rank", &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true)], |t, path| {
+            low_rank(&t[0], &t[1], &t[2], 1.7, path)
         }),
         case(
             "low rank, untracked transposed input",
             &[(&[5, 6], false), (&[2, 5], true), (&[7, 2], true)],
-            |t| low_rank(&t[0].t()?, &t[1], &t[2], -0.6),
+            |t, path| low_rank(&t[0].t()?, &t[1], &t[2], -0.6, path),
         ),
         case(
             "adapted linear",
             &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false), (&[7], false)],
-            |t| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 1.7),
+            |t, path| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 1.7, path),
         ),
         case(
             "adapted linear, untracked input, no bias",
             &[(&[4, 5], false), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false)],
-            |t| adapted_linear(&t[0], &t[3], None, &t[1], &t[2], 0.3),
+            |t, path| adapted_linear(&t[0], &t[3], None, &t[1], &t[2], 0.3, path),
         ),
         case(
             "adapted linear, trained base",
             &[(&[4, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], true), (&[7], true)],
-            |t| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 0.3),
+            |t, path| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 0.3, path),
         ),
-        case("embedding", &[(&[6, 5], true)], |t| {
-            embedding(&Tensor::new(&[[3u32, 1, 3], [0, 3, 5]], t[0].device())?, &t[0])
+        case("embedding", &[(&[6, 5], true)], |t, path| {
+            embedding(&Tensor::new(&[[3u32, 1, 3], [0, 3, 5]], t[0].device())?, &t[0], path)
         }),
-        case("layer norm, frozen", &[(&[2, 3, 37], true), (&[37], false), (&[37], false)], |t| {
-            layer_norm(&t[0], &t[1], &t[2], 1e-3)
+        case("layer norm, frozen", &[(&[2, 3, 37], true), (&[37], false), (&[37], false)], |t, path| {
+            layer_norm(&t[0], &t[1], &t[2], 1e-3, path)
         }),
-        case("layer norm, trained", &[(&[2, 3, 37], true), (&[37], true), (&[37], true)], |t| {
-            layer_norm(&t[0], &t[1], &t[2], 1e-3)
+        case("layer norm, trained", &[(&[2, 3, 37], true), (&[37], true), (&[37], true)], |t, path| {
+            layer_norm(&t[0], &t[1], &t[2], 1e-3, path)
         }),
         case(
             "add layer norm, frozen",
             &[(&[2, 3, 37], true), (&[2, 3, 37], true), (&[37], false), (&[37], false)],
-            |t| add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-3),
+            |t, path| add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-3, path),
         ),
         case(
             "add layer norm, trained, transposed",
             &[(&[2, 37, 3], true), (&[2, 3, 37], true), (&[37], true), (&[37], false)],
-            |t| add_layer_norm(&t[0].transpose(1, 2)?, &t[1], &t[2], &t[3], 1e-3),
+            |t, path| add_layer_norm(&t[0].transpose(1, 2)?, &t[1], &t[2], &t[3], 1e-3, path),
         ),
-        case("rms norm, frozen", &[(&[5, 19], true), (&[19], false)], |t| rms_norm(&t[0], &t[1], 1e-3)),
-        case("rms norm, trained", &[(&[5, 19], true), (&[19], true)], |t| rms_norm(&t[0], &t[1], 1e-3)),
-        case("add scaled rows", &[(&[3, 41], true), (&[3], true), (&[3, 41], false)], |t| {
-            add_scaled_rows(&t[0], &t[1], &t[2])
+        case("rms norm, frozen", &[(&[5, 19], true), (&[19], false)], |t, path| {
+            rms_norm(&t[0], &t[1], 1e-3, path)
+        }),
+        case("rms norm, trained", &[(&[5, 19], true), (&[19], true)], |t, path| {
+            rms_norm(&t[0], &t[1], 1e-3, path)
+        }),
+        case("add scaled rows", &[(&[3, 41], true), (&[3], true), (&[3, 41], false)], |t, path| {
+            add_scaled_rows(&t[0], &t[1], &t[2], path)
         }),
         case(
             "add scaled rows, transposed, frozen xs",
             &[(&[41, 3], false), (&[3], true), (&[41, 3], false)],
-            |t| add_scaled_rows(&t[0].t()?, &t[1], &t[2].t()?),
+            |t, path| add_scaled_rows(&t[0].t()?, &t[1], &t[2].t()?, path),
         ),
-        case("gelu", &[(&[3, 41], true)], |t| gelu(&(&t[0] * 2.0)?.t()?)),
-        case("silu", &[(&[3, 41], true)], |t| silu(&t[0].t()?)),
-        case("silu mul", &[(&[3, 41], true), (&[3, 41], true)], |t| silu_mul(&t[0], &t[1])),
-        case("silu mul, transposed, one tracked", &[(&[3, 4], false), (&[4, 3], true)], |t| {
-            silu_mul(&t[0].t()?, &t[1])
+        case("gelu", &[(&[3, 41], true)], |t, path| gelu(&(&t[0] * 2.0)?.t()?, path)),
+        case("silu", &[(&[3, 41], true)], |t, path| silu(&t[0].t()?, path)),
+        case("silu mul", &[(&[3, 41], true), (&[3, 41], true)], |t, path| silu_mul(&t[0], &t[1], path)),
+        case("silu mul, transposed, one tracked", &[(&[3, 4], false), (&[4, 3], true)], |t, path| {
+            silu_mul(&t[0].t()?, &t[1], path)
         }),
         case(
             "feed forward, frozen",
             &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false), (&[5, 7], false), (&[5], false)],
-            |t| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4])),
+            |t, path| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]), path),
         ),
-        case("feed forward, frozen, no bias", &[(&[4, 5], true), (&[7, 5], false), (&[3, 7], false)], |t| {
-            feed_forward(&t[0], &t[1], None, &t[2], None)
-        }),
+        case(
+            "feed forward, frozen, no bias",
+            &[(&[4, 5], true), (&[7, 5], false), (&[3, 7], false)],
+            |t, path| feed_forward(&t[0], &t[1], None, &t[2], None, path),
+        ),
         case(
             "feed forward, trained",
             &[(&[4, 5], true), (&[7, 5], true), (&[7], true), (&[3, 7], true), (&[3], true)],
-            |t| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4])),
+            |t, path| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]), path),
         ),
         case(
             "swiglu, frozen",
             &[(&[2, 3, 5], true), (&[7, 5], false), (&[7, 5], false), (&[5, 7], false)],
-            |t| swiglu(&t[0], &t[1], &t[2], &t[3]),
+            |t, path| swiglu(&t[0], &t[1], &t[2], &t[3], path),
         ),
         case(
             "swiglu, trained, transposed",
             &[(&[5, 4], true), (&[7, 5], true), (&[7, 5], true), (&[3, 7], true)],
-            |t| swiglu(&t[0].t()?, &t[1], &t[2], &t[3]),
+            |t, path| swiglu(&t[0].t()?, &t[1], &t[2], &t[3], path),
         ),
-        case("rotary", &[(&[2, 3, 4, 6], true), (&[2, 3, 3], false)], |t| {
-            rotary(&t[0], &t[1].cos()?, &t[1].sin()?)
+        case("rotary", &[(&[2, 3, 4, 6], true), (&[2, 3, 3], false)], |t, path| {
+            rotary(&t[0], &t[1].cos()?, &t[1].sin()?, path)
         }),
-        case("rotary, one table, transposed", &[(&[2, 4, 3, 6], true), (&[1, 3, 3], false)], |t| {
-            rotary(&t[0].transpose(1, 2)?, &t[1].cos()?, &t[1].sin()?)
+        case("rotary, one table, transposed", &[(&[2, 4, 3, 6], true), (&[1, 3, 3], false)], |t, path| {
+            rotary(&t[0].transpose(1, 2)?, &t[1].cos()?, &t[1].sin()?, path)
         }),
-        case("dropout", &[(&[3, 7, 5], true)], |t| dropout(&t[0].transpose(0, 1)?, 0.3, &stream(), 9)),
-        case("cross entropy", &[(&[4, 19], true)], |t| {
-            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
+        case("dropout", &[(&[3, 7, 5], true)], |t, path| {
+            dropout(&t[0].transpose(0, 1)?, 0.3, &stream(), 9, path)
         }),
-        case("cross entropy, transposed", &[(&[19, 4], true)], |t| {
-            cross_entropy(&t[0].t()?, &Tensor::new(&[-1i64, 1, 0, 3], t[0].device())?, -1)
+        case("cross entropy", &[(&[4, 19], true)], |t, path| {
+            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100, path)
         }),
-        case("linear cross entropy", &[(&[4, 5], true), (&[19, 5], false)], |t| {
-            linear_cross_entropy(&t[0], &t[1], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
+        case("cross entropy, transposed", &[(&[19, 4], true)], |t, path| {
+            cross_entropy(&t[0].t()?, &Tensor::new(&[-1i64, 1, 0, 3], t[0].device())?, -1, path)
         }),
-        case("linear cross entropy, trained, transposed", &[(&[5, 4], true), (&[19, 5], true)], |t| {
-            linear_cross_entropy(&t[0].t()?, &t[1], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100)
+        case("linear cross entropy", &[(&[4, 5], true), (&[19, 5], false)], |t, path| {
+            linear_cross_entropy(&t[0], &t[1], &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?, -100, path)
         }),
-        case("linear cross entropy, several pieces", &[(&[600, 3], true), (&[7, 3], false)], |t| {
+        case("linear cross entropy, trained, transposed", &[(&[5, 4], true), (&[19, 5], true)], |t, path| {
+            linear_cross_entropy(
+                &t[0].t()?,
+                &t[1],
+                &Tensor::new(&[3i64, -100, 0, 18], t[0].device())?,
+                -100,
+                path,
+            )
+        }),
+        case("linear cross entropy, several pieces", &[(&[600, 3], true), (&[7, 3], false)], |t, path| {
             let label = |i: i64| if i % 5 == 0 || (256..512).contains(&i) { -100 } else { i % 7 };
             let labels = Tensor::from_iter((0..600).map(label), t[0].device())?;
-            linear_cross_entropy(&t[0], &t[1], &labels, -100)
+            linear_cross_entropy(&t[0], &t[1], &labels, -100, path)
         }),
-        case("mean squared error", &[(&[7], true), (&[7], true)], |t| mean_squared_error(&t[0], &t[1])),
+        case("mean squared error", &[(&[7], true), (&[7], true)], |t, path| {
+            mean_squared_error(&t[0], &t[1], path)
+        }),
     ];
-    let none = Mask { padding: None, causal: false };
+    let none = Mask { padding: None, causal: None };
     let attentions: [(&str, usize, usize, usize, usize, Mask, bool); 7] = [
         ("attention", 3, 3, 2, 2, none, false),
         ("attention, padding", 4, 4, 2, 2, mask(4, false, false), false),
         ("attention, blind rows", 4, 4, 2, 2, mask(4, false, true), false),
         ("attention, causal, tq < tk, groups", 3, 5, 4, 2, mask(5, true, false), false),
-        ("attention, causal, tq > tk", 5, 3, 2, 1, Mask { padding: None, causal: true }, false),
+        (
+            "attention, causal, tq > tk",
+            5,
+            3,
+            2,
+            1,
+            Mask { padding: None, causal: Some(CausalMask::default()) },
+            false,
+        ),
         ("attention, dropout, groups", 3, 5, 4, 2, mask(5, false, false), true),
         ("attention, many blocks", 70, 67, 2, 1, mask(67, true, true), true),
     ];
@@ -194,15 +219,25 @@ fn cases() -> Vec<Case> {
         let shape =
             |t: usize, n: usize| -> &'static [usize] { Box::leak(vec![2, t, n * 6].into_boxed_slice()) };
         let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
-        all.push(case(name, &inputs, move |t| {
+        all.push(case(name, &inputs, move |t, path| {
             let drop = drop.then(|| (0.25, stream(), 3));
-            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &beside(&mask, &t[0])?, drop)
+            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &beside(&mask, &t[0])?, drop, path)
         }));
     }
     // q, k, v as slices of one fused projection: rows 12 wide in a storage of 36.
-    all.push(case("attention, fused projection", &[(&[2, 3, 36], true)], |t| {
+    all.push(case("attention, fused projection", &[(&[2, 3, 36], true)], |t, path| {
         let part = |i: usize| t[0].narrow(2, 12 * i, 12);
-        attention(&part(0)?, &part(1)?, &part(2)?, 2, 2, 0.4, &beside(&mask(3, false, false), &t[0])?, None)
+        attention(
+            &part(0)?,
+            &part(1)?,
+            &part(2)?,
+            2,
+            2,
+            0.4,
+            &beside(&mask(3, false, false), &t[0])?,
+            None,
+            path,
+        )
     }));
     all
 }
@@ -232,13 +267,13 @@ fn flat(t: &Tensor) -> Vec<f64> {
 }
 
 /// The output, and the gradient of every tracked input, from a first and a second backward.
-fn run(case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
-    run_on(&Device::Cpu, case, lane, dtype)
+fn run(case: &Case, path: OpPath, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
+    run_on(&Device::Cpu, case, path, dtype)
 }
 
-fn run_on(device: &Device, case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
+fn run_on(device: &Device, case: &Case, path: OpPath, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
     let (vars, tensors) = inputs(case, dtype, device);
-    let y = with_lane(lane, || (case.block)(&tensors)).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    let y = (case.block)(&tensors, path).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     assert_eq!(y.dtype(), dtype, "{}", case.name);
     let loss = scalar(&y).unwrap();
     let mut gradients = Vec::new();
@@ -247,13 +282,13 @@ fn run_on(device: &Device, case: &Case, lane: Lane, dtype: DType) -> (Vec<f64>, 
         for (tensor, var) in tensors.iter().zip(&vars) {
             let gradient = store.get(tensor);
             // Plain candle operations give gradients to frozen tensors too: that is what we leave out.
-            let wanted = lane == Lane::Plain || gradient.is_some() == var.is_some();
-            assert!(wanted, "{} on {lane:?}: who gets a gradient", case.name);
+            let wanted = path == OpPath::Reference || gradient.is_some() == var.is_some();
+            assert!(wanted, "{} on {path:?}: who gets a gradient", case.name);
             gradients.push(gradient.filter(|_| var.is_some()).map(flat));
         }
     }
     let second = gradients.split_off(tensors.len());
-    assert_eq!(gradients, second, "{} on {lane:?}: a second backward differs", case.name);
+    assert_eq!(gradients, second, "{} on {path:?}: a second backward differs", case.name);
     (flat(&y), gradients)
 }
 
@@ -265,18 +300,18 @@ fn assert_close(what: &str, a: &[f64], b: &[f64], tolerance: f64) {
     }
 }
 
-fn compare(case: &Case, lane: Lane, dtype: DType, tolerance: f64) {
-    compare_on(&Device::Cpu, case, lane, dtype, tolerance);
+fn compare(case: &Case, path: OpPath, dtype: DType, tolerance: f64) {
+    compare_on(&Device::Cpu, case, path, dtype, tolerance);
 }
 
-fn compare_on(device: &Device, case: &Case, lane: Lane, dtype: DType, tolerance: f64) {
+fn compare_on(device: &Device, case: &Case, path: OpPath, dtype: DType, tolerance: f64) {
     // The reference runs in double precision on the host.
-    let (y, gradients) = run_on(device, case, lane, dtype);
-    let (want, wanted) = run(case, Lane::Plain, DType::F64);
-    assert_close(&format!("{} on {lane:?}", case.name), &y, &want, tolerance);
+    let (y, gradients) = run_on(device, case, path, dtype);
+    let (want, wanted) = run(case, OpPath::Reference, DType::F64);
+    assert_close(&format!("{} on {path:?}", case.name), &y, &want, tolerance);
     for (i, (gradient, wanted)) in gradients.iter().zip(&wanted).enumerate() {
         if let (Some(gradient), Some(wanted)) = (gradient, wanted) {
-            let what = format!("{} on {lane:?}, gradient of input {i}", case.name);
+            let what = format!("{} on {path:?}, gradient of input {i}", case.name);
             assert!(wanted.iter().any(|g| *g != 0.0), "{what} is zero");
             assert_close(&what, gradient, wanted, tolerance);
         }
@@ -284,32 +319,32 @@ fn compare_on(device: &Device, case: &Case, lane: Lane, dtype: DType, tolerance:
 }
 
 #[test]
-fn the_fast_lane_computes_what_plain_operations_compute() {
+fn the_fused_path_computes_what_the_reference_computes() {
     for case in cases() {
-        compare(&case, Lane::Fast, DType::F32, 2e-5);
+        compare(&case, OpPath::Fused, DType::F32, 2e-5);
     }
 }
 
 #[test]
-fn the_composed_lane_computes_what_plain_operations_compute() {
+fn the_composed_path_computes_what_the_reference_computes() {
     for case in cases() {
-        compare(&case, Lane::Composed, DType::F64, 1e-10);
-        compare(&case, Lane::Composed, DType::F32, 2e-5);
+        compare(&case, OpPath::Composed, DType::F64, 1e-10);
+        compare(&case, OpPath::Composed, DType::F32, 2e-5);
     }
 }
 
 #[test]
-fn the_composed_lane_runs_in_half_width() {
+fn the_composed_path_runs_in_half_width() {
     for case in cases() {
-        compare(&case, Lane::Composed, DType::BF16, 0.06);
-        compare(&case, Lane::Composed, DType::F16, 0.01);
+        compare(&case, OpPath::Composed, DType::BF16, 0.06);
+        compare(&case, OpPath::Composed, DType::F16, 0.01);
     }
 }
 
 #[test]
 fn gradients_are_the_central_differences() {
     for case in cases() {
-        let (_, gradients) = run(&case, Lane::Composed, DType::F64);
+        let (_, gradients) = run(&case, OpPath::Composed, DType::F64);
         let (_, tensors) = inputs(&case, DType::F64, &Device::Cpu);
         for (i, gradient) in gradients.iter().enumerate() {
             let Some(gradient) = gradient else { continue };
@@ -322,7 +357,7 @@ fn gradients_are_the_central_differences() {
                     values[at] += delta;
                     let mut moved: Vec<Tensor> = tensors.iter().map(Tensor::detach).collect();
                     moved[i] = Tensor::from_vec(values, tensors[i].dims(), &Device::Cpu).unwrap();
-                    let y = with_lane(Lane::Composed, || (case.block)(&moved)).unwrap();
+                    let y = (case.block)(&moved, OpPath::Composed).unwrap();
                     scalar(&y).unwrap().to_scalar::<f64>().unwrap()
                 };
                 let difference = (loss(step) - loss(-step)) / (2.0 * step);
@@ -341,19 +376,20 @@ fn gradients_are_the_central_differences() {
 #[test]
 fn the_number_of_threads_changes_no_byte() {
     let big = |path: &str, shape: &[usize]| normal(path, shape).to_dtype(DType::F32).unwrap();
+    let path = OpPath::Fused;
     let compute = || -> Result<Vec<f32>> {
         let var = |path: &str, shape: &[usize]| Var::from_tensor(&big(path, shape));
         let (x, w, bias) = (var("x", &[2, 150, 96])?, var("w", &[96, 96])?, var("bias", &[96])?);
         let (a, b, table) = (var("a", &[4, 96])?, var("b", &[96, 4])?, var("table", &[50, 96])?);
         let ids = Tensor::arange(0u32, 300, &Device::Cpu)?.reshape((2, 150))?;
         let ids = ids.to_dtype(DType::F64)?.affine(0.161, 0.0)?.to_dtype(DType::U32)?;
-        let x1 = (embedding(&ids, &table)? + x.as_tensor())?;
-        let y = adapted_linear(&linear(&x1, &w, Some(&bias))?, &w.detach(), None, &a, &b, 0.5)?;
-        let y = gelu(&layer_norm(&y, &bias, &bias, 1e-5)?)?;
-        let z = attention(&y, &x1, &y, 4, 4, 0.2, &mask(150, true, false), Some((0.1, stream(), 1)))?;
-        let z = rms_norm(&dropout(&silu_mul(&z, &y)?, 0.2, &stream(), 4)?, &bias, 1e-5)?;
+        let x1 = (embedding(&ids, &table, path)? + x.as_tensor())?;
+        let y = adapted_linear(&linear(&x1, &w, Some(&bias), path)?, &w.detach(), None, &a, &b, 0.5, path)?;
+        let y = gelu(&layer_norm(&y, &bias, &bias, 1e-5, path)?, path)?;
+        let z = attention(&y, &x1, &y, 4, 4, 0.2, &mask(150, true, false), Some((0.1, stream(), 1)), path)?;
+        let z = rms_norm(&dropout(&silu_mul(&z, &y, path)?, 0.2, &stream(), 4, path)?, &bias, 1e-5, path)?;
         let labels = Tensor::arange(0i64, 300, &Device::Cpu)?.affine(0.3, 0.0)?;
-        let loss = cross_entropy(&z.reshape((300, 96))?, &labels, 7)?;
+        let loss = cross_entropy(&z.reshape((300, 96))?, &labels, 7, path)?;
         let store = loss.backward()?;
         let mut bytes = vec![loss.to_scalar::<f32>()?];
         for var in [&x, &w, &bias, &a, &b, &table] {
@@ -378,7 +414,7 @@ fn nan_in_is_nan_out_forward_and_backward() {
         if case.name.starts_with("embedding") {
             continue; // copies rows: tested by the others' comparison
         }
-        for lane in [Lane::Fast, Lane::Composed] {
+        for path in [OpPath::Fused, OpPath::Composed] {
             let (_, mut tensors) = inputs(&case, DType::F32, &Device::Cpu);
             // The last element: of a remainder, of the last row, of the last key.
             let mut values = flat(&tensors[0]);
@@ -386,17 +422,17 @@ fn nan_in_is_nan_out_forward_and_backward() {
             let x = Tensor::from_vec(values, tensors[0].dims(), &Device::Cpu).unwrap();
             let x = Var::from_tensor(&x.to_dtype(DType::F32).unwrap()).unwrap();
             tensors[0] = x.as_tensor().clone();
-            let y = with_lane(lane, || (case.block)(&tensors)).unwrap();
+            let y = (case.block)(&tensors, path).unwrap();
             // Blind rows hide their inputs, and there the last row of the batch is blind.
             let blind = case.name.contains("blind") || case.name.contains("many blocks");
-            assert!(blind || flat(&y).iter().any(|y| y.is_nan()), "{} on {lane:?}", case.name);
+            assert!(blind || flat(&y).iter().any(|y| y.is_nan()), "{} on {path:?}", case.name);
             let linear_in_x = ["linear", "low rank", "rotary", "dropout", "scaled rows"]
                 .iter()
                 .any(|n| case.name.contains(n));
             let dx = flat(y.sum_all().unwrap().backward().unwrap().get(&x).unwrap());
             assert!(
                 blind || linear_in_x || dx.iter().any(|d| d.is_nan()),
-                "{} on {lane:?}, backward",
+                "{} on {path:?}, backward",
                 case.name
             );
         }

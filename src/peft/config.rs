@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::patterns::is_plain;
 use crate::error::{Error, Result};
+use crate::util::json;
 
 /// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -168,10 +169,9 @@ const REFUSED: [(&str, &str); 13] = [
 impl PeftConfig {
     /// Reads the text of the file `path`.
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self> {
-        let malformed = |e: serde_json::Error| Error::format_at(path, e.line(), format!("malformed: {e}"));
-        let raw: Map<String, Value> = serde_json::from_str(text).map_err(malformed)?;
+        let raw: Map<String, Value> = json::parse(text, path)?;
         refuse(&raw).map_err(|reason| Error::format(path, reason))?;
-        let config: Self = serde_json::from_str(text).map_err(malformed)?;
+        let config: Self = json::parse(text, path)?;
         config.check().map_err(|reason| Error::format(path, reason))?;
         Ok(config)
     }

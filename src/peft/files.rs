@@ -12,7 +12,8 @@ use super::config::PeftConfig;
 use super::keys::{self, Key, Part};
 use super::{AdapterFile, LayerTensors, Profile, SamplerTensors};
 use crate::error::{Error, Result};
-use crate::files::{self, Pending};
+use crate::util::files::{self, Pending};
+use crate::util::json;
 
 /// The name of the configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -36,7 +37,7 @@ impl AdapterFile {
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let path = dir.join(CONFIG_FILE);
-        let text = files::read_configuration(&path)?;
+        let text = json::read_config(&path)?;
         let config = PeftConfig::parse(&text, &path)?;
         let weights = dir.join(WEIGHTS_FILE);
         if !weights.exists() && dir.join(PICKLE).exists() {
@@ -48,12 +49,7 @@ impl AdapterFile {
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
         let own = dir.join(OWN_FILE);
         let monteclora = match config.monteclora_config {
-            Some(_) if own.exists() => {
-                let text = files::read_configuration(&own)?;
-                let malformed =
-                    |e: serde_json::Error| Error::format_at(&own, e.line(), format!("malformed: {e}"));
-                Some(serde_json::from_str(&text).map_err(malformed)?)
-            }
+            Some(_) if own.exists() => Some(json::parse(json::read_config(&own)?, &own)?),
             _ => None,
         };
         let file = Self::assemble(config, &weights, &bytes).and_then(|mut file| {

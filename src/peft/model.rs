@@ -8,13 +8,14 @@ use candle_core::{DType, Device, Tensor};
 use super::config::{MonteCLoRAFields, PeftConfig, Targets};
 use super::keys::{self, Part};
 use super::{AdapterFile, LayerTensors, SamplerTensors};
-use crate::adapters::{Lora, LoraConfig, LowRank};
+use crate::adapter::LowRank;
+use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter};
+use crate::adapter::{Params, Role};
+use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
+use crate::inject::activate::{self, check_unmerged};
 use crate::inject::{self, Target};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
-use crate::named::{self, check_unmerged};
-use crate::params::{Params, Role};
-use crate::slot::{Adapter, Linears, Slot};
 
 /// The adapter that a file holds, in this crate's own words.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,7 +47,7 @@ impl AdapterFile {
     /// If no layer has an adapter of this name, or one is neither LoRA nor MonteCLoRA or does not
     /// fit `method`.
     pub fn from_model(
-        model: &dyn Linears,
+        model: &dyn AdaptableModel,
         adapter: &str,
         params: &Params,
         method: &Method,
@@ -146,7 +147,7 @@ impl AdapterFile {
     /// configuration names has no tensors, the name is taken, a layer is merged, a saved module has
     /// no parameter of its name and shape, a parameter of the task head is not in the file, or it is
     /// another head than that of the model's other adapters. On an error nothing has changed.
-    pub fn apply(&self, model: &mut dyn Linears, adapter: &str, params: &Params) -> Result<()> {
+    pub fn apply(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         check_unmerged(model)?;
         self.check()?;
         self.check_model(model, adapter, params)?;
@@ -177,7 +178,7 @@ impl AdapterFile {
     fn layer(
         &self,
         method: &Method,
-        slot: &Slot,
+        slot: &AdaptableLinear,
         target: &Target,
         adapter: &str,
         params: &Params,
@@ -204,7 +205,7 @@ impl AdapterFile {
     }
 
     /// Checks that every layer and every saved module has its place, and every place is free.
-    fn check_model(&self, model: &dyn Linears, adapter: &str, params: &Params) -> Result<()> {
+    fn check_model(&self, model: &dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         let mut available = BTreeSet::new();
         model.visit_linears(&mut |slot| {
             available.insert(slot.path().to_string());
@@ -234,7 +235,7 @@ impl AdapterFile {
             let available = available.into_iter().collect::<Vec<_>>().join(", ");
             return Err(Error::NoTarget { targets: path.clone(), available });
         }
-        let others = named::names(model)?.into_iter().find(|other| other != adapter);
+        let others = activate::names(model)?.into_iter().find(|other| other != adapter);
         for (name, tensor) in &self.saved_modules {
             let Some(param) = params.get(name) else {
                 return Err(Error::tensor(name, "the model has no trainable parameter of this name"));
@@ -266,7 +267,7 @@ impl AdapterFile {
 
     fn check_slot(
         &self,
-        slot: &Slot,
+        slot: &AdaptableLinear,
         layer: &LayerTensors,
         alpha: f64,
         adapter: &str,

@@ -3,26 +3,27 @@
 use candle_nn::Linear;
 
 use super::*;
+use crate::adapter::{AdaptableLinear, AdaptableModel, Pass};
+use crate::adapter::{Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::monteclora::MonteCLoRA;
 use crate::noise::Noise;
-use crate::params::{Params, Role};
-use crate::slot::{Linears, Pass, Slot};
 
 const PATHS: [&str; 3] = ["enc.layer.0.self.query", "enc.layer.1.self.query", "enc.layer.0.out.dense"];
 
 /// Linear layers of 6 inputs and 5 outputs, and a head.
 struct Toy {
-    slots: Vec<Slot>,
+    slots: Vec<AdaptableLinear>,
     params: Params,
 }
 
 impl Toy {
     fn new(seed: u64) -> Result<Self> {
         let base = || Ok::<_, Error>(Linear::new(Tensor::ones((5, 6), DType::F32, &Device::Cpu)?, None));
-        let slots = PATHS.iter().map(|path| Ok(Slot::new(*path, base()?))).collect::<Result<_>>()?;
+        let slots =
+            PATHS.iter().map(|path| Ok(AdaptableLinear::new(*path, base()?))).collect::<Result<_>>()?;
         let params = Params::new(Noise::new(seed), &Device::Cpu);
-        params.create("classifier.weight", Role::Head, (2, 5), &crate::params::Init::Normal(1.0))?;
+        params.create("classifier.weight", Role::Head, (2, 5), &crate::adapter::Init::Normal(1.0))?;
         Ok(Self { slots, params })
     }
 
@@ -42,23 +43,24 @@ impl Toy {
         Ok(toy)
     }
 
-    fn outputs(&self, pass: &Pass) -> Result<Vec<f32>> {
+    fn outputs(&self, pass: Pass) -> Result<Vec<f32>> {
         let xs = Tensor::arange(0f32, 12.0, &Device::Cpu)?.reshape((2, 6))?;
-        let ys = self.slots.iter().map(|slot| Ok(slot.forward(&xs, pass)?)).collect::<Result<Vec<_>>>()?;
+        let ys =
+            self.slots.iter().map(|slot| Ok(slot.forward(&xs, &pass.into())?)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&ys, 0)?.flatten_all()?.to_vec1()?)
     }
 }
 
-impl Linears for Toy {
+impl AdaptableModel for Toy {
     fn default_targets(&self) -> &'static [&'static str] {
         &[]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.slots.iter().try_for_each(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.slots.iter_mut().try_for_each(f)
     }
 }
@@ -97,9 +99,9 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
         let mut other = Toy::new(1)?;
         load(&read, &mut other, "default")?;
         for pass in [Pass::Mean, Pass::Train { draw: 3 }, Pass::Posterior { draw: 1 }] {
-            assert_eq!(toy.outputs(&pass)?, other.outputs(&pass)?, "{pass:?}");
+            assert_eq!(toy.outputs(pass)?, other.outputs(pass)?, "{pass:?}");
         }
-        assert_ne!(toy.outputs(&Pass::Mean)?, Toy::new(1)?.outputs(&Pass::Mean)?);
+        assert_ne!(toy.outputs(Pass::Mean)?, Toy::new(1)?.outputs(Pass::Mean)?);
         let head = |toy: &Toy| toy.params.get("classifier.weight").unwrap().var.to_vec2::<f32>();
         assert_eq!(head(&toy)?, head(&other)?);
     }
@@ -172,7 +174,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
     assert_eq!(file.method(), method);
     let mut other = Toy::new(2)?;
     load(&file, &mut other, "theirs")?;
-    assert_eq!(toy.outputs(&Pass::Mean)?, other.outputs(&Pass::Mean)?);
+    assert_eq!(toy.outputs(Pass::Mean)?, other.outputs(Pass::Mean)?);
     let wrong =
         AdapterFile::from_model(&toy, "mine", &toy.params, &Method::MonteCLoRA(paper()), &Origin::default());
     assert!(wrong.unwrap_err().to_string().contains("is not MonteCLoRA"));
@@ -251,7 +253,7 @@ fn a_failure_on_the_way_takes_everything_back() -> Result<()> {
     // The second layer's B is taken when the first layer is done and its own A is made.
     let mut toy = Toy::new(1)?;
     let taken = format!("{}.default.b", PATHS[1]);
-    toy.params.create(&taken, Role::B, 1, &crate::params::Init::Constant(0.0))?;
+    toy.params.create(&taken, Role::B, 1, &crate::adapter::Init::Constant(0.0))?;
     let before = state(&toy)?;
     let message = load(&file, &mut toy, "default").unwrap_err().to_string();
     assert!(message.contains(&taken), "{message}");
@@ -263,7 +265,7 @@ fn a_failure_on_the_way_takes_everything_back() -> Result<()> {
 fn a_merged_model_takes_no_file() -> Result<()> {
     let written = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
     let mut toy = Toy::adapted([0, 0, 3], &paper())?;
-    crate::merge::merge(&mut toy)?;
+    crate::inject::merge::merge(&mut toy)?;
     let before = state(&toy)?;
     let message = load(&written, &mut toy, "second").unwrap_err().to_string();
     assert!(message.contains(PATHS[2]) && message.contains("unmerge it first"), "{message}");

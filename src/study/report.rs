@@ -16,7 +16,7 @@ use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::stats::{median, quantile};
 use super::store::{read_cells, settings_path};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// The method whose mean prediction the others are tested against: by this name or, where a grid has
 /// none, the first that begins with it.

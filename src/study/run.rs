@@ -7,7 +7,7 @@ use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::grid::Shard;
 use super::store::{settings_path, Store};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::files;
 
 /// How far a shard is.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

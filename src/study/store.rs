@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell::{CellCost, CellKey, CellResult};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::{files, json};
 
 /// The finished cells of a packed study, one JSON object a line, in the order of their folders' names.
 const PACKED: &str = "cells.jsonl";
@@ -190,7 +190,7 @@ fn pack_rows<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<
 
 /// Removes what a packed cell left in its folder; the folder stays if it holds anything else.
 fn remove(folder: &Path) -> Result<()> {
-    files::sweep(folder)?;
+    files::remove_stale(folder)?;
     for path in [RESULT, COST, ROWS].map(|file| folder.join(file)) {
         present(&path, fs::remove_file(&path))?;
     }
@@ -206,9 +206,8 @@ fn line(path: &Path, value: &impl Serialize) -> Result<String> {
 
 /// A file's value; None where there is no file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let malformed = |e: serde_json::Error| Error::format_at(path, e.line(), format!("malformed: {e}"));
     let text = present(path, fs::read_to_string(path))?;
-    text.map(|text| serde_json::from_str(&text).map_err(malformed)).transpose()
+    text.map(|text| json::parse(text, path)).transpose()
 }
 
 /// What was done with the file `path`; None where there is none.

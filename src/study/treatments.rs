@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
+use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
 use crate::bayes::{
     auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
@@ -15,10 +16,9 @@ use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::merge;
+use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
-use crate::slot::Pass;
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
@@ -81,7 +81,7 @@ fn out_of_domain(
         Ok(())
     };
     let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
-    let others = logits(classifier, &foreign, &Pass::Mean)?;
+    let others = logits(classifier, &foreign, &Pass::Mean.into())?;
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
     told("mean: entropy", &entropies(mean), &entropies(&others))?;
     if recipe.has_posterior() {
@@ -107,7 +107,7 @@ fn of_trained_lora(mut held: Held, dev: &[Batch], mean: &[Vec<f64>], arms: &mut 
     let classifier = &held.classifier;
     if !held.held_out.is_empty() {
         let rows = batches(classifier, held.held_out, BATCH)?;
-        let logits = logits(classifier, &rows, &Pass::Mean)?;
+        let logits = logits(classifier, &rows, &Pass::Mean.into())?;
         let temperature = Temperature::fit(&logits, &classes(held.held_out)?).map_err(not_finite)?;
         arms.add("temperature", &temperature.probabilities(mean))?;
     }

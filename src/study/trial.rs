@@ -7,6 +7,7 @@ use candle_core::{DType, Device};
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::recipe::Recipe;
 use super::treatments::{self, Held};
+use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::encode::Encoded;
 use crate::data::task::Task;
@@ -14,7 +15,6 @@ use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
-use crate::params::Params;
 use crate::peft::{AdapterFile, Origin};
 use crate::train::{self, Classification, Classifier, Observer, Record, Start, Summary, TrainConfig};
 

@@ -4,27 +4,26 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::checkpoint::{self, Settings};
-use super::gradients::Gradients;
+use super::hooks::MethodHooks;
 use super::objective::{Loss, Objective};
-use super::upkeep::Upkeep;
+use super::settings::{self, Settings};
+use crate::adapter::Params;
+use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::batch::{in_order, Batcher};
 use crate::data::causal::{CausalBatch, Tokens};
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
-use crate::monteclora::with_held_draws;
-use crate::params::Params;
-use crate::slot::Pass;
+use crate::optim::Gradients;
 
 /// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar. The head runs
 /// on the places that predict one, so that a prompt which is given costs no logits.
 ///
 /// # Errors
 /// If the sequence is longer than the model's, or candle fails.
-pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, pass: &Pass) -> candle_core::Result<Tensor> {
-    let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;
+pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, cx: &Context) -> candle_core::Result<Tensor> {
+    let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?;
     let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?; // (n, d)
-    model.token_loss(&predicting, &batch.targets, pass)
+    model.token_loss(&predicting, &batch.targets, cx)
 }
 
 /// The mean cross-entropy over all learnt tokens of some rows, in nats; its exponential is the
@@ -43,19 +42,19 @@ pub fn held_out_loss(
         return Err(Error::config("held-out data", reason));
     }
     let (mut sum, mut count) = (0.0, 0.0);
-    with_held_draws(|| {
-        for chosen in in_order(rows.len(), batch_size)? {
-            let chosen: Vec<&Tokens> = chosen.iter().map(|i| &rows[*i]).collect();
-            let batch = CausalBatch::collate(&chosen, 0, model.device())?;
-            let logs = token_log_probabilities(model, &batch, passes)?;
-            sum -= logs.iter().sum::<f64>();
-            count += logs.len() as f64;
-        }
-        Ok(sum / count)
-    })
+    let draws = DrawCache::default();
+    let contexts: Vec<_> = passes.iter().map(|pass| Context::from(*pass).with_draws(&draws)).collect();
+    for chosen in in_order(rows.len(), batch_size)? {
+        let chosen: Vec<&Tokens> = chosen.iter().map(|i| &rows[*i]).collect();
+        let batch = CausalBatch::collate(&chosen, 0, model.device())?;
+        let logs = token_log_probabilities(model, &batch, &contexts)?;
+        sum -= logs.iter().sum::<f64>();
+        count += logs.len() as f64;
+    }
+    Ok(sum / count)
 }
 
-/// The logarithm of the probability of each token that a batch predicts, averaged over passes as
+/// The logarithm of the probability of each token that a batch predicts, averaged over contexts as
 /// probabilities.
 ///
 /// # Errors
@@ -63,14 +62,14 @@ pub fn held_out_loss(
 pub fn token_log_probabilities(
     model: &dyn CausalLm,
     batch: &CausalBatch,
-    passes: &[Pass],
+    contexts: &[Context],
 ) -> Result<Vec<f64>> {
     let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
     let mut sums = vec![f64::NEG_INFINITY; targets.dim(0)?];
-    for pass in passes {
-        let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, pass)?;
+    for cx in contexts {
+        let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?;
         let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?.detach();
-        let logits = model.head(&predicting, pass)?.to_dtype(DType::F32)?; // (n, vocab)
+        let logits = model.head(&predicting, cx)?.to_dtype(DType::F32)?; // (n, vocab)
         let chosen = logits.gather(&targets, 1)?.squeeze(1)?;
         let logs = (chosen - logits.log_sum_exp(1)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
         for (sum, log) in sums.iter_mut().zip(logs.to_vec1::<f64>()?) {
@@ -78,8 +77,8 @@ pub fn token_log_probabilities(
             *sum = if low == f64::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() };
         }
     }
-    let passes = (passes.len() as f64).ln();
-    Ok(sums.into_iter().map(|sum| sum - passes).collect())
+    let count = (contexts.len() as f64).ln();
+    Ok(sums.into_iter().map(|sum| sum - count).collect())
 }
 
 /// Training a language model on encoded rows.
@@ -87,7 +86,7 @@ pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
     /// What its method asks beside the loss.
-    pub upkeep: Upkeep,
+    pub upkeep: MethodHooks,
     /// The training rows.
     pub rows: &'a [Tokens],
     /// How they become batches.
@@ -115,10 +114,11 @@ impl Objective for CausalTuning<'_> {
         Ok(self.batcher.epoch(&lengths, epoch))
     }
 
-    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
+    fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+        let cx = self.upkeep.context(cx)?;
         let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
-        let task = causal_loss(self.model, &batch, pass)?;
-        self.upkeep.loss(task, self.model, pass)
+        let task = causal_loss(self.model, &batch, &cx)?;
+        self.upkeep.loss(task, self.model, &cx.pass)
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
@@ -127,7 +127,7 @@ impl Objective for CausalTuning<'_> {
 
     fn settings(&self) -> Settings {
         let numbers = self.rows.iter().flat_map(Tokens::numbers);
-        checkpoint::settings(&self.batcher, &self.upkeep, self.model, numbers)
+        settings::of_run(&self.batcher, self.upkeep.settings(), self.model, numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
@@ -139,7 +139,7 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.upkeep.before_step(self.model, step, total)
+        self.upkeep.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {

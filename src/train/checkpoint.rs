@@ -8,7 +8,6 @@
 
 mod state;
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -16,40 +15,14 @@ use std::path::{Path, PathBuf};
 
 pub(super) use state::{Numbers, State};
 
-use super::upkeep::Upkeep;
-use crate::data::batch::Batcher;
+use super::settings::Settings;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::slot::{self, Linears};
+use crate::util::files;
 
 /// What a damaged checkpoint is called from then on: nobody reads or removes it.
 const DAMAGED: &str = "damaged-";
 /// The settings that say which rows a step takes: with others the place of a run means another.
 const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows", "seed"];
-
-/// Settings by name, as text: what two parts of one run must agree on.
-pub type Settings = BTreeMap<String, String>;
-
-/// A checksum of data, to be one of the [`Settings`]: `numbers` are all that the rows hold.
-pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {
-    let mut hasher = crc32fast::Hasher::new();
-    numbers.into_iter().for_each(|number| hasher.update(&number.to_le_bytes()));
-    format!("CRC-32 {:08x}", hasher.finalize())
-}
-
-/// The settings of data, batches, method and the frozen base.
-pub(super) fn settings(
-    batcher: &Batcher,
-    upkeep: &Upkeep,
-    model: &dyn Linears,
-    numbers: impl IntoIterator<Item = u32>,
-) -> Settings {
-    let rows = ("rows", fingerprint(numbers));
-    let dtype = slot::base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
-    let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
-    let own = own.map(|(name, value)| (name.to_string(), value));
-    own.chain(upkeep.settings().clone()).collect()
-}
 
 /// Where the checkpoints of a run are kept, and how it goes on from them.
 #[derive(Debug, Clone)]
@@ -93,12 +66,12 @@ impl Checkpoints {
     /// [`Self::changes`] does not name.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
         let mut steps = self.steps()?;
-        let Some(last) = steps.pop() else { return files::sweep(&self.dir).map(|()| None) };
+        let Some(last) = steps.pop() else { return files::remove_stale(&self.dir).map(|()| None) };
         if !self.resume {
             let reason = format!("it has a run that reached step {last}: resume it, or give another folder");
             return Err(Error::format(&self.dir, reason));
         }
-        files::sweep(&self.dir)?;
+        files::remove_stale(&self.dir)?;
         let mut damaged: Vec<(usize, String)> = Vec::new();
         for step in std::iter::once(last).chain(steps.into_iter().rev()) {
             match State::read(&self.place(step), step) {
@@ -184,7 +157,7 @@ impl Checkpoints {
             let place = self.place(*old);
             fs::rename(&place, files::partial_folder(&place)).map_err(Error::io(&*place))?;
         }
-        files::sweep(&self.dir)
+        files::remove_stale(&self.dir)
     }
 
     fn names(&self) -> Result<Vec<OsString>> {

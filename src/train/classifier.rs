@@ -6,25 +6,25 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-use super::checkpoint::{self, Settings};
-use super::gradients::Gradients;
+use super::hooks::MethodHooks;
 use super::method::{Method, Start};
 use super::objective::{Loss, Objective};
-use super::upkeep::Upkeep;
+use super::settings::{self, Settings};
+use crate::adapter::Context;
+use crate::adapter::{Param, Params, Role};
 use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::inject;
 use crate::models::hub::ModelFiles;
 use crate::models::save::copy_companions;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
-use crate::params::{Param, Params, Role};
+use crate::optim::Gradients;
 use crate::peft::{AdapterFile, Origin, Profile};
-use crate::slot::Pass;
+use crate::util::files;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Classifier {
     /// What is trained.
     pub params: Params,
     method: Method,
-    upkeep: Upkeep,
+    upkeep: MethodHooks,
     config: SequenceConfig,
     files: ModelFiles,
 }
@@ -135,17 +135,18 @@ impl Classifier {
     /// # Errors
     /// If a label is out of range or of the wrong kind (the error names the data's row), or the
     /// forward pass fails.
-    pub fn loss(&self, batch: &Batch, pass: &Pass) -> Result<Loss> {
+    pub fn loss(&self, batch: &Batch, cx: &Context) -> Result<Loss> {
         self.check_labels(batch)?;
-        let outputs = self.predict(batch, pass)?;
+        let cx = self.upkeep.context(cx)?;
+        let outputs = self.predict(batch, &cx)?;
         let task = match self.is_regression() {
             true => {
                 let scores = batch.labels.to_device(outputs.device())?;
-                ops::mean_squared_error(&outputs.squeeze(1)?, &scores)?
+                ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
             }
-            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED)?,
+            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?,
         };
-        self.upkeep.loss(task, self.model.as_ref(), pass)
+        self.upkeep.loss(task, self.model.as_ref(), &cx.pass)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
@@ -202,8 +203,8 @@ fn check_trained_head(params: &Params, checkpoint: &VarBuilder, file: &AdapterFi
 }
 
 impl Predictor for Classifier {
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, pass)
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+        self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, cx)
     }
 }
 
@@ -237,14 +238,14 @@ impl Objective for Classification<'_> {
         Ok(self.batcher.epoch(&lengths, epoch))
     }
 
-    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
-        self.classifier.loss(&self.batch(rows)?, pass)
+    fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+        self.classifier.loss(&self.batch(rows)?, cx)
     }
 
     fn settings(&self) -> Settings {
         let Classifier { model, upkeep, .. } = self.classifier;
         let numbers = self.rows.iter().flat_map(Encoded::numbers);
-        checkpoint::settings(&self.batcher, upkeep, model.as_ref(), numbers)
+        settings::of_run(&self.batcher, upkeep.settings(), model.as_ref(), numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
@@ -256,7 +257,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.upkeep.before_step(self.classifier.model.as_ref(), step, total)
+        self.classifier.upkeep.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {

@@ -4,11 +4,11 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use super::checkpoint::Settings;
-use super::optim::AdamWConfig;
 use super::schedule::Schedule;
+use super::settings::Settings;
+use crate::adapter::Role;
 use crate::error::{Error, Result};
-use crate::params::Role;
+use crate::optim::AdamWConfig;
 
 /// What becomes of a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]

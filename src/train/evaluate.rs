@@ -6,14 +6,14 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::classifier::Classifier;
+use crate::adapter::Pass;
 use crate::bayes::{logits, posterior_probabilities, posterior_scores};
 use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::metrics::{softmax, Metrics};
-use crate::slot::Pass;
+use crate::util::files;
 
 /// What a classifier says about every row of a split. Values are probabilities, or scores of a
 /// regression.
@@ -72,7 +72,7 @@ impl Predictions {
             return Err(Error::config("batches", reason));
         }
         batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
-        let outputs = logits(classifier, batches, &Pass::Mean)?;
+        let outputs = logits(classifier, batches, &Pass::Mean.into())?;
         let regression = classifier.is_regression();
         let mean = match regression {
             true => outputs.clone(),

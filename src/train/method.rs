@@ -1,18 +1,20 @@
 //! The ways to fine-tune, behind one name.
 
-use super::checkpoint::Settings;
-use super::upkeep::Upkeep;
+use serde::Serialize;
+
+use super::hooks::MethodHooks;
+use super::settings::{self, Settings};
+use crate::adapter::Params;
+use crate::adapter::{AdaptableModel, Adapter};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
     Scaled,
 };
 use crate::error::{Error, Result};
+use crate::inject::activate;
 use crate::inject::{self, Select, Targets};
 use crate::monteclora::MonteCLoRAConfig;
-use crate::named;
-use crate::params::Params;
 use crate::peft::{self, AdapterFile};
-use crate::slot::{Adapter, Linears};
 
 /// What a LoRA adapter is called until the posterior stands on it.
 const TRAINED: &str = "trained";
@@ -25,16 +27,20 @@ fn closes_feed_forward(path: &str) -> bool {
 }
 
 /// How a model is fine-tuned.
-#[derive(Debug, Clone, PartialEq)]
+// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Method {
     /// MonteCLoRA on the targets.
+    #[serde(rename = "monteclora")]
     MonteCLoRA(MonteCLoRAConfig),
     /// LoRA on the targets.
     Lora(LoraConfig),
     /// DoRA on the targets.
     Dora(LoraConfig),
     /// AdaLoRA on the targets.
+    #[serde(rename = "adalora")]
     AdaLora(AdaLoraConfig),
     /// IA3 on keys, values and the inside of feed-forward blocks.
     Ia3,
@@ -134,7 +140,7 @@ impl Start {
     ///
     /// # Errors
     /// If the targets, the method's configuration or the adapter do not fit the model.
-    pub fn inject(&self, model: &mut dyn Linears, params: &Params) -> Result<Upkeep> {
+    pub fn inject(&self, model: &mut dyn AdaptableModel, params: &Params) -> Result<MethodHooks> {
         match self {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
@@ -143,33 +149,32 @@ impl Start {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }
                 file.apply(model, TRAINED, params)?;
-                let Method::MonteCLoRA(config) = self.method() else { return Ok(Upkeep::default()) };
+                let Method::MonteCLoRA(config) = self.method() else { return Ok(MethodHooks::default()) };
                 inject::posthoc(model, inject::DEFAULT_ADAPTER, &config, params)?;
-                named::remove(model, TRAINED, params)?;
+                activate::remove(model, TRAINED, params)?;
             }
         }
         let upkeep = match self.method() {
-            Method::MonteCLoRA(config) => Upkeep::of_posterior(&config),
-            Method::AdaLora(config) => Upkeep::of_budget(model, &config)?,
-            _ => Upkeep::default(),
+            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config),
+            Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
+            _ => MethodHooks::default(),
         };
-        Ok(upkeep.with_settings(self.settings()))
+        Ok(upkeep.with_settings(self.settings()?))
     }
 
     /// What a run must find unchanged to go on: the method's constants and the layers that it is on.
-    fn settings(&self) -> Settings {
+    fn settings(&self) -> Result<Settings> {
         let targets = match self {
-            Self::Fresh(_, targets) => format!("{targets:?}"),
-            Self::Adapter(file) | Self::PostHoc(file, _) => format!("{:?}", file.config),
+            Self::Fresh(_, targets) => settings::setting("targets", targets)?,
+            Self::Adapter(file) | Self::PostHoc(file, _) => settings::setting("targets", &file.config)?,
         };
-        let settings = [("method", format!("{:?}", self.method())), ("targets", targets)];
-        settings.map(|(name, value)| (name.to_string(), value)).into()
+        Ok([settings::setting("method", &self.method())?, targets].into())
     }
 }
 
 impl Method {
     /// Starts the method on these layers of a model.
-    fn inject(&self, model: &mut dyn Linears, given: &Targets, params: &Params) -> Result<()> {
+    fn inject(&self, model: &mut dyn AdaptableModel, given: &Targets, params: &Params) -> Result<()> {
         let targets = match &given.select {
             Select::ModelDefault => Targets { select: self.default_select(), ..given.clone() },
             _ => given.clone(),

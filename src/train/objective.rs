@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::checkpoint::Settings;
-use super::gradients::Gradients;
+use super::settings::Settings;
+use crate::adapter::Context;
+use crate::adapter::Params;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::slot::Pass;
+use crate::optim::Gradients;
 
 /// The loss of one micro-batch: scalar tensors.
 #[derive(Debug)]
@@ -29,11 +29,12 @@ pub trait Objective {
     /// If there is no data.
     fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>>;
 
-    /// The mean loss over some rows.
+    /// The mean loss over some rows, in the context that the loop gives: its pass, and where a loss was
+    /// not finite a probe. What the method adds to it is the objective's business.
     ///
     /// # Errors
     /// If the forward pass fails.
-    fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss>;
+    fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss>;
 
     /// How much a micro-batch counts among those of its step: what its mean is a mean over.
     fn weight(&self, rows: &[usize]) -> f64 {

@@ -5,15 +5,16 @@ use std::time::Instant;
 
 use candle_core::{DType, Tensor};
 
-use super::checkpoint::{Checkpoints, Found, Numbers, Settings, State};
+use super::checkpoint::{Checkpoints, Found, Numbers, State};
 use super::config::{OnNonFinite, TrainConfig};
-use super::gradients::{clip_grad_norm, Gradients};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
-use super::optim::AdamW;
+use super::settings::Settings;
+use crate::adapter::Params;
+use crate::adapter::{Context, Pass, Probe};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::params::Params;
-use crate::slot::{self, Pass};
+use crate::optim::AdamW;
+use crate::optim::{clip_grad_norm, Gradients};
+use crate::util::files;
 
 /// Steps in a row that may be skipped.
 const PATIENCE: usize = 10;
@@ -302,12 +303,16 @@ fn group_gradients(
     for (i, rows) in group.iter().enumerate() {
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw: first_draw + i as u64 };
-        let loss = objective.loss(rows, &pass)?;
+        let cx = Context::from(pass);
+        let loss = objective.loss(rows, &cx)?;
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
         for (name, &value) in names.zip(&values) {
             if !value.is_finite() {
-                let layer = slot::first_non_finite(|| objective.loss(rows, &pass));
+                let probe = Probe::default();
+                // Whether this pass fails as well is of no interest: the error is known.
+                objective.loss(rows, &cx.with_probe(&probe)).ok();
+                let layer = probe.first_non_finite();
                 return Err(Error::NonFinite {
                     step,
                     term: name.to_string(),

@@ -1,14 +1,15 @@
 //! A language model through the one loop: its loss, its accumulation, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::Context;
+use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};
 use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::ops;
-use monteclora::params::Role;
+use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, Origin};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
@@ -72,11 +73,11 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     scatter(&params)?;
     let adapter = lora.adapter().ok_or("an adapter")?;
     let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &Origin::default())?;
-    let logits = |model: &LlamaForCausalLM, pass: &Pass| -> Outcome<Tensor> {
+    let logits = |model: &LlamaForCausalLM, cx: &Context| -> Outcome<Tensor> {
         let ids = Tensor::new(&[[1u32, 41, 3, 4, 5]], &Device::Cpu)?;
-        Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, pass)?.detach())
+        Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, cx)?.detach())
     };
-    let expected = logits(&model, &Pass::Mean)?;
+    let expected = logits(&model, &Pass::Mean.into())?;
 
     // Rank, alpha and scale are the adapter's, not the configuration's.
     let config = MonteCLoRAConfig { rank: 2, alpha: 1.0, sample_scaler: 0.1, ..Default::default() };
@@ -85,9 +86,9 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert_eq!((config.rank, config.alpha, config.sample_scaler), (4, 8.0, 0.1));
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let upkeep = start.inject(&mut model, &params)?;
-    assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::Scale | Role::Concentration)));
+    assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::LogStd | Role::Concentration)));
     let rho = |params: &Params| -> Outcome<f32> {
-        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::Scale);
+        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::LogStd);
         let sums = all.map(|(_, p)| Ok(p.var.as_tensor().abs()?.sum_all()?.to_scalar::<f32>()?));
         Ok(sums.collect::<Outcome<Vec<_>>>()?.iter().sum())
     };
@@ -97,9 +98,9 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let config = TrainConfig { epochs: 2, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &config, &mut Log::default())?;
     assert_ne!(rho(&params)?, before);
-    let mean = logits(&model, &Pass::Mean)?;
+    let mean = logits(&model, &Pass::Mean.into())?;
     assert_eq!(mean.flatten_all()?.to_vec1::<f32>()?, expected.flatten_all()?.to_vec1::<f32>()?);
-    let draw = logits(&model, &Pass::Posterior { draw: 0 })?;
+    let draw = logits(&model, &Pass::Posterior { draw: 0 }.into())?;
     assert!((draw - mean)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
 
     let adapter = start.method().adapter().ok_or("an adapter")?;
@@ -138,7 +139,7 @@ fn the_loss_is_that_of_all_logits_with_shifted_labels() -> Outcome {
     scatter(&params)?;
     let rows = rows(5);
     let batch = CausalBatch::collate(&rows.iter().collect::<Vec<_>>(), 0, &Device::Cpu)?;
-    let loss = causal_loss(&model, &batch, &Pass::Mean)?.to_scalar::<f64>()?;
+    let loss = causal_loss(&model, &batch, &Pass::Mean.into())?.to_scalar::<f64>()?;
     let (b, t) = batch.input_ids.dims2()?;
     let mut labels = vec![-100i64; b * t];
     for (r, row) in rows.iter().enumerate() {
@@ -147,8 +148,8 @@ fn the_loss_is_that_of_all_logits_with_shifted_labels() -> Outcome {
         }
     }
     let labels = Tensor::from_vec(labels, b * t, &Device::Cpu)?;
-    let logits = model.logits(&batch.input_ids, &batch.attention_mask, &Pass::Mean)?.flatten_to(1)?;
-    let expected = ops::cross_entropy(&logits, &labels, -100)?.to_scalar::<f64>()?;
+    let logits = model.logits(&batch.input_ids, &batch.attention_mask, &Pass::Mean.into())?.flatten_to(1)?;
+    let expected = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f64>()?;
     assert!((loss - expected).abs() < 1e-10, "{loss} {expected}");
     // The mean over tokens, whatever the batches.
     for size in [1, 2, 5] {

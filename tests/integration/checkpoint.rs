@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Context;
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
-use monteclora::ops::{self, with_lane, Lane};
-use monteclora::params::{Params, Role};
-use monteclora::slot::Linears;
+use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Pass};
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
@@ -18,7 +19,7 @@ use crate::{llama, support};
 /// The value of a loss and the gradient of every trainable parameter.
 fn gradients(params: &Params, loss: &Tensor) -> Outcome<(f64, BTreeMap<String, Tensor>)> {
     let store = loss.backward()?;
-    let of = |(name, param): (String, monteclora::params::Param)| {
+    let of = |(name, param): (String, monteclora::adapter::Param)| {
         let grad = store.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
         Ok((name, grad.detach()))
     };
@@ -27,11 +28,11 @@ fn gradients(params: &Params, loss: &Tensor) -> Outcome<(f64, BTreeMap<String, T
 }
 
 /// Compares a model's gradients without and with checkpointing.
-fn compare(params: &Params, mut loss: impl FnMut(bool) -> Outcome<Tensor>) -> Outcome {
-    for lane in [Lane::Fast, Lane::Composed] {
-        let (plain_loss, plain) = with_lane(lane, || gradients(params, &loss(false)?))?;
-        let (again_loss, again) = with_lane(lane, || gradients(params, &loss(true)?))?;
-        assert_eq!(plain_loss, again_loss, "{lane:?}");
+fn compare(params: &Params, mut loss: impl FnMut(bool, OpPath) -> Outcome<Tensor>) -> Outcome {
+    for path in [OpPath::Fused, OpPath::Composed] {
+        let (plain_loss, plain) = gradients(params, &loss(false, path)?)?;
+        let (again_loss, again) = gradients(params, &loss(true, path)?)?;
+        assert_eq!(plain_loss, again_loss, "{path:?}");
         assert_eq!(plain.len(), again.len());
         for (name, grad) in &plain {
             let size = grad.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
@@ -67,10 +68,11 @@ fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
         }
         scatter(&params)?;
         let (ids, types, mask) = padded_batch(model.config())?;
-        compare(&params, |on| {
+        let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
+        compare(&params, |on, path| {
             model.set_checkpoint_layers(on);
-            let logits = model.forward(&ids, Some(&types), &mask, &pass)?;
-            Ok(ops::cross_entropy(&logits, &Tensor::new(&[2i64, 0, 1], &Device::Cpu)?, -100)?)
+            let logits = model.forward(&ids, Some(&types), &mask, &Context::from(pass).with_path(path))?;
+            Ok(ops::cross_entropy(&logits, &labels, -100, path)?)
         })?;
     }
     Ok(())
@@ -85,13 +87,14 @@ fn a_decoder_s_gradients_are_the_same_and_prediction_is_left_alone() -> Outcome 
     scatter(&params)?;
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8], [1, 40, 5, 2, 9]], &Device::Cpu)?;
     let mask = Tensor::ones((2, 5), DType::U8, &Device::Cpu)?;
-    compare(&params, |on| {
+    compare(&params, |on, path| {
         model.set_checkpoint_layers(on);
-        Ok(model.logits(&ids, &mask, &Pass::Train { draw: 3 })?.sqr()?.mean_all()?)
+        let cx = Context::from(Pass::Train { draw: 3 }).with_path(path);
+        Ok(model.logits(&ids, &mask, &cx)?.sqr()?.mean_all()?)
     })?;
     let (mut cache, pass) = (model.cache(8), Pass::Posterior { draw: 1 });
-    let whole = model.hidden(&ids, &mask, None, &pass)?;
-    assert_close(&model.hidden(&ids, &mask, Some(&mut cache), &pass)?, &whole, 1e-12)?;
+    let whole = model.hidden(&ids, &mask, None, &pass.into())?;
+    assert_close(&model.hidden(&ids, &mask, Some(&mut cache), &pass.into())?, &whole, 1e-12)?;
     Ok(())
 }
 
@@ -102,9 +105,10 @@ fn virtual_tokens_get_their_gradient_through_a_checkpointed_decoder_whatever_the
         let (mut model, _) = llama::frozen(&llama::toy_config(true)?, base)?;
         let store = if base == DType::F64 { DType::F64 } else { DType::F32 };
         let params = llama::prompted(&mut model, 2, store)?;
-        compare(&params, |on| {
+        compare(&params, |on, path| {
             model.set_checkpoint_layers(on);
-            Ok(model.logits(&ids, &mask, &Pass::Train { draw: 3 })?.to_dtype(store)?.sqr()?.mean_all()?)
+            let cx = Context::from(Pass::Train { draw: 3 }).with_path(path);
+            Ok(model.logits(&ids, &mask, &cx)?.to_dtype(store)?.sqr()?.mean_all()?)
         })?;
     }
     Ok(())
@@ -115,7 +119,7 @@ fn a_model_whose_loss_is_alive_says_so_when_it_is_changed() -> Outcome {
     let (mut model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Base, DType::F32)?;
     model.set_checkpoint_layers(true);
     let (ids, types, mask) = padded_batch(model.config())?;
-    let loss = model.forward(&ids, Some(&types), &mask, &Pass::Train { draw: 0 })?.sum_all()?;
+    let loss = model.forward(&ids, Some(&types), &mask, &Pass::Train { draw: 0 }.into())?.sum_all()?;
     let change = |model: &mut RobertaForSequenceClassification| {
         inject::lora(model, &Targets::parse("query")?, &LoraConfig::default(), &params).map(|_| ())
     };

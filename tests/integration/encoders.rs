@@ -6,13 +6,13 @@ use crate::support::{assert_close, padded_batch, toy_classifier, toy_config, toy
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{bert, xlm_roberta};
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{
     Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
 };
 use monteclora::noise::Noise;
-use monteclora::ops::{with_lane, Lane};
-use monteclora::params::{Params, Role};
-use monteclora::slot::Pass;
+use monteclora::ops::OpPath;
 
 fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
     VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu)
@@ -58,10 +58,10 @@ fn roberta_classifies_as_candle_transformers_does() -> Outcome {
     let oracle = xlm_roberta::XLMRobertaForSequenceClassification::new(3, &xlm_config(&config), vb.clone())?;
     let expected = oracle.forward(&ids, &mask, &types)?;
     let model = RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
-    let logits = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    let logits = model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
     assert_eq!(logits.dims(), [3, 3]);
     assert_close(&logits, &expected, 2e-5)?;
-    let without_types = model.forward(&ids, None, &mask, &Pass::Mean)?;
+    let without_types = model.forward(&ids, None, &mask, &Pass::Mean.into())?;
     assert_close(&without_types, &expected, 2e-5)
 }
 
@@ -80,7 +80,7 @@ fn roberta_names_masked_tokens_as_candle_transformers_does() -> Outcome {
         .reshape((3 * t, config.vocab_size))?;
     let positions = Tensor::new(&[1u32, 2, t as u32 + 1, 2 * t as u32], &Device::Cpu)?;
     let model = RobertaForMaskedLM::load(vb, &config, Noise::new(0))?;
-    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean)?;
+    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean.into())?;
     assert_close(&logits, &expected.index_select(&positions, 0)?, 5e-5)
 }
 
@@ -92,7 +92,7 @@ fn bert_encodes_as_candle_transformers_does() -> Outcome {
     let oracle = bert::BertModel::load(frozen(&weights), &bert_config(&config)?)?;
     let expected = oracle.forward(&ids, &types, Some(&mask))?;
     let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
-    let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
     // Padding columns are nobody's business: compare the real tokens.
     let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
     assert_close(&hidden.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 5e-5)
@@ -107,7 +107,7 @@ fn bert_names_masked_tokens_as_candle_transformers_does() -> Outcome {
     let t = ids.dim(1)?;
     let positions = Tensor::new(&[1u32, 2, t as u32 + 1, 2 * t as u32], &Device::Cpu)?;
     let model = RobertaForMaskedLM::load(frozen(&weights), &config, Noise::new(0))?;
-    let logits = model.forward(&ids, Some(&types), &mask, &positions, &Pass::Mean)?;
+    let logits = model.forward(&ids, Some(&types), &mask, &positions, &Pass::Mean.into())?;
     // candle-transformers does not tie the projection to the embedding.
     for (projection, tied) in [
         ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
@@ -136,11 +136,11 @@ fn the_norms_of_old_bert_checkpoints_are_called_gamma_and_beta() -> Outcome {
     let load = |vb: VarBuilder<'static>| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))
     };
-    let expected = load(frozen(&weights))?.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+    let expected = load(frozen(&weights))?.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
     // Frozen, and trained under full fine-tuning.
     let params = Params::new(Noise::new(0), &Device::Cpu);
     for vb in [frozen(&old), params.var_builder(Some(frozen(&old)), Role::Base)] {
-        let logits = load(vb)?.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+        let logits = load(vb)?.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
         assert_close(&logits, &expected, 0.0)?;
     }
     assert!(params.get("bert.encoder.layer.1.output.LayerNorm.gamma").is_some());
@@ -167,7 +167,7 @@ fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
         let logits = |weights| -> Outcome<Tensor> {
             let vb = frozen(weights);
             let model = RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
-            Ok(model.forward(&ids, Some(&types), &mask, &Pass::Mean)?)
+            Ok(model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?)
         };
         assert_close(&logits(&bare)?, &logits(&weights)?, 0.0)?;
     }
@@ -180,10 +180,10 @@ fn padding_does_not_change_a_prediction() -> Outcome {
         let config = toy_config(family);
         let (model, _) = toy_classifier(&config, Role::Base, DType::F32)?;
         let (ids, types, mask) = padded_batch(&config)?;
-        let together = model.forward(&ids, Some(&types), &mask, &Pass::Mean)?;
+        let together = model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
         // Row 1 has 4 real tokens.
         let cut = |x: &Tensor| x.narrow(0, 1, 1)?.narrow(1, 0, 4)?.contiguous();
-        let alone = model.forward(&cut(&ids)?, Some(&cut(&types)?), &cut(&mask)?, &Pass::Mean)?;
+        let alone = model.forward(&cut(&ids)?, Some(&cut(&types)?), &cut(&mask)?, &Pass::Mean.into())?;
         assert_close(&alone, &together.narrow(0, 1, 1)?, 1e-5)?;
     }
     Ok(())
@@ -200,11 +200,10 @@ fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
     let left =
         Tensor::new(&[[1u8, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], &Device::Cpu)?;
     for mask in [&full, &right, &left] {
-        for lane in [Lane::Fast, Lane::Composed] {
-            let [whole, first] = with_lane(lane, || -> Outcome<_> {
-                let whole = model.forward(&ids, Some(&types), mask, &Pass::Mean)?.narrow(1, 0, 1)?;
-                Ok([whole.squeeze(1)?, model.first_token(&ids, Some(&types), mask, &Pass::Mean)?])
-            })?;
+        for path in [OpPath::Fused, OpPath::Composed] {
+            let cx = Context::from(Pass::Mean).with_path(path);
+            let whole = model.forward(&ids, Some(&types), mask, &cx)?.narrow(1, 0, 1)?.squeeze(1)?;
+            let first = model.first_token(&ids, Some(&types), mask, &cx)?;
             assert_close(&first, &whole, 2e-6)?;
         }
     }
@@ -241,7 +240,7 @@ fn a_sequence_longer_than_the_model_is_refused() -> Outcome {
     let (model, _) = toy_classifier(&config, Role::Base, DType::F32)?;
     let long = Tensor::full(5u32, (1, config.max_length() + 1), &Device::Cpu)?;
     let mask = long.ones_like()?.to_dtype(DType::U8)?;
-    let error = model.forward(&long, None, &mask, &Pass::Mean).unwrap_err().to_string();
+    let error = model.forward(&long, None, &mask, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("max_length") && error.contains("more than the model's 38"), "{error}");
     Ok(())
 }
@@ -252,7 +251,7 @@ fn the_configured_dropouts_act_in_training_alone() -> Outcome {
     let (ids, types, mask) = padded_batch(&config)?;
     let out = |config: &RobertaConfig, pass: Pass| -> Outcome<Vec<f32>> {
         let (model, _) = toy_classifier(config, Role::Base, DType::F32)?;
-        Ok(model.forward(&ids, Some(&types), &mask, &pass)?.flatten_all()?.to_vec1()?)
+        Ok(model.forward(&ids, Some(&types), &mask, &pass.into())?.flatten_all()?.to_vec1()?)
     };
     let mean = out(&config, Pass::Mean)?;
     assert_eq!(mean, out(&config, Pass::Posterior { draw: 3 })?);

@@ -8,9 +8,9 @@ use monteclora::data::causal::PromptEncoder;
 use monteclora::data::instruct::{self, Choices, Format, ProgramTests, Prompted};
 use monteclora::eval::sandbox::{Limits, Sandbox};
 use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, Generator, Normalize};
-use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
+use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::{Error, Pass};
 use tokenizers::models::wordlevel::WordLevel;
@@ -70,8 +70,11 @@ fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
     let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
         let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
         let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
-        let logits =
-            model.logits(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?, &mask, &Pass::Mean)?;
+        let logits = model.logits(
+            &Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?,
+            &mask,
+            &Pass::Mean.into(),
+        )?;
         let logs = candle_nn::ops::log_softmax(&logits.squeeze(0)?, 1)?.to_vec2::<f32>()?;
         Ok((prompt.len()..ids.len()).map(|i| f64::from(logs[i - 1][ids[i] as usize])).sum())
     };

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
@@ -15,7 +16,6 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::params::Role;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, Start, TrainConfig,
@@ -166,7 +166,7 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
     let close = |a: &[Vec<f64>], b: &[Vec<f64>]| {
         a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| (a - b).abs() < 1e-5)
     };
-    let draw = |draw, batches| logits(&classifier, batches, &Pass::Posterior { draw });
+    let draw = |draw, batches| logits(&classifier, batches, &Pass::Posterior { draw }.into());
     assert!(close(&draw(2, &small)?, &draw(2, &large)?));
     assert!(!close(&draw(2, &small)?, &draw(3, &small)?));
     // Averaged after the softmax, over the draws 0, 1, 2.
@@ -195,7 +195,8 @@ pub fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -
         AdapterFile::read(dir)?.apply(model.as_mut(), "default", &params)?;
     }
     let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
-    let logits = model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, &Pass::Mean)?;
+    let logits =
+        model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, &Pass::Mean.into())?;
     Ok(logits.to_vec2()?)
 }
 
@@ -330,7 +331,7 @@ fn labels_that_do_not_fit_the_outputs_are_refused_by_their_row() -> Outcome {
         let objective = Classification { classifier: &classifier, rows: data, batcher };
         // Rows 3 to 5 of the data are rows 0 to 2 of the batch.
         let batch = objective.batch(&[3, 4, 5])?;
-        let error = classifier.loss(&batch, &Pass::Mean).unwrap_err().to_string();
+        let error = classifier.loss(&batch, &Pass::Mean.into()).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");
         let error = Predictions::new(&classifier, &data[3..], &[batch], 0).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");

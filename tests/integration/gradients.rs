@@ -2,12 +2,12 @@
 
 use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
-use monteclora::monteclora::Mode;
-use monteclora::ops;
-use monteclora::params::{Params, Role};
+use monteclora::ops::{self, OpPath};
+use monteclora::KlEvaluation;
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
@@ -41,17 +41,17 @@ pub fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
     Ok(())
 }
 
-fn classification_loss(model: &RobertaForSequenceClassification, pass: &Pass) -> Outcome<Tensor> {
+fn classification_loss(model: &RobertaForSequenceClassification, pass: Pass) -> Outcome<Tensor> {
     let (ids, types, mask) = padded_batch(model.config())?;
-    let logits = model.forward(&ids, Some(&types), &mask, pass)?;
-    Ok(ops::cross_entropy(&logits, &Tensor::new(&[2i64, 0, 1], &Device::Cpu)?, -100)?)
+    let logits = model.forward(&ids, Some(&types), &mask, &pass.into())?;
+    Ok(ops::cross_entropy(&logits, &Tensor::new(&[2i64, 0, 1], &Device::Cpu)?, -100, OpPath::Fused)?)
 }
 
 #[test]
 fn full_fine_tuning_differentiates_every_weight_of_the_encoder() -> Outcome {
     for family in [Family::Roberta, Family::Bert] {
         let (model, params) = toy_classifier(&toy_config(family), Role::Base, DType::F64)?;
-        check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }))?;
+        check(&params, || classification_loss(&model, Pass::Train { draw: 4 }))?;
     }
     Ok(())
 }
@@ -59,7 +59,7 @@ fn full_fine_tuning_differentiates_every_weight_of_the_encoder() -> Outcome {
 #[test]
 fn a_frozen_encoder_gives_gradients_to_its_head_alone() -> Outcome {
     let (model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
-    check(&params, || classification_loss(&model, &Pass::Train { draw: 4 }))?;
+    check(&params, || classification_loss(&model, Pass::Train { draw: 4 }))?;
     let names: Vec<String> = params.all().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names.len(), 4, "{names:?}");
     assert!(names.iter().all(|name| name.starts_with("classifier.")), "{names:?}");
@@ -75,9 +75,9 @@ fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outc
         let config = LoraConfig { rank: 3, alpha: 7.0, dropout: 0.2, ..LoraConfig::default() };
         inject::lora(&mut model, &targets, &config, &params)?;
         scatter(&params)?;
-        check(&params, || classification_loss(&model, &pass))?;
+        check(&params, || classification_loss(&model, pass))?;
     }
-    for mode in [Mode::Expected, Mode::Sampled] {
+    for mode in [KlEvaluation::Expected, KlEvaluation::Sampled] {
         let (mut model, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
         // A large scaler and large weights, so that every path carries visible gradient.
         let config = MonteCLoRAConfig {
@@ -93,7 +93,7 @@ fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outc
         scatter(&params)?;
         let regularizer = Regularizer::new(&config);
         check(&params, || {
-            Ok((classification_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?)
+            Ok((classification_loss(&model, pass)? + regularizer.for_model(&model, &pass)?.total)?)
         })?;
     }
     Ok(())

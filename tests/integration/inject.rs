@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Context;
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Select, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
-use monteclora::ops;
-use monteclora::params::{Params, Role};
+use monteclora::ops::{self, OpPath};
+use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
 use monteclora::peft::{self, AdapterFile};
-use monteclora::slot::Linears;
-use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
 
 fn frozen(family: Family) -> Outcome<(RobertaForSequenceClassification, Params)> {
@@ -28,9 +29,9 @@ fn error(targets: &Targets) -> String {
     targets.resolve(&model, 4, 8.0).expect_err("an error").to_string()
 }
 
-fn logits(model: &RobertaForSequenceClassification, pass: &Pass) -> Outcome<Tensor> {
+fn logits(model: &RobertaForSequenceClassification, cx: &Context) -> Outcome<Tensor> {
     let (ids, types, mask) = padded_batch(model.config())?;
-    Ok(model.forward(&ids, Some(&types), &mask, pass)?)
+    Ok(model.forward(&ids, Some(&types), &mask, cx)?)
 }
 
 fn lora() -> LoraConfig {
@@ -135,17 +136,17 @@ fn a_rank_that_does_not_fit_changes_nothing() -> Outcome {
 #[test]
 fn a_new_adapter_changes_nothing_until_b_moves() -> Outcome {
     let (model, _) = frozen(Family::Roberta)?;
-    let base = logits(&model, &Pass::Mean)?;
+    let base = logits(&model, &Pass::Mean.into())?;
     for bayesian in [false, true] {
         let (mut model, params) = frozen(Family::Roberta)?;
         match bayesian {
             true => inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?,
             false => inject::lora(&mut model, &Targets::default(), &lora(), &params)?,
         };
-        assert_close(&logits(&model, &Pass::Mean)?, &base, 1e-6)?;
-        assert_close(&logits(&model, &Pass::Posterior { draw: 1 })?, &base, 1e-6)?;
+        assert_close(&logits(&model, &Pass::Mean.into())?, &base, 1e-6)?;
+        assert_close(&logits(&model, &Pass::Posterior { draw: 1 }.into())?, &base, 1e-6)?;
         scatter(&params)?;
-        let moved = (logits(&model, &Pass::Mean)? - &base)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        let moved = (logits(&model, &Pass::Mean.into())? - &base)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(moved > 1e-2, "{moved}");
     }
     Ok(())
@@ -171,18 +172,16 @@ fn the_count_is_that_of_the_paper() -> Outcome {
 #[test]
 fn every_trainable_parameter_gets_a_gradient_and_nothing_else_does() -> Outcome {
     for family in [Family::Roberta, Family::Bert] {
-        for lane in [ops::Lane::Fast, ops::Lane::Composed] {
+        for path in [OpPath::Fused, OpPath::Composed] {
             let (mut model, params) = frozen(family)?;
             inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
             scatter(&params)?;
-            let report = ops::with_lane(lane, || -> Outcome<_> {
-                let pass = Pass::Train { draw: 0 };
-                let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
-                let task = ops::cross_entropy(&logits(&model, &pass)?, &labels, -100)?;
-                let loss = (task + Regularizer::new(&bayes()).for_model(&model, &pass)?.total)?;
-                Ok(check_gradients(&params, &loss)?)
-            })?;
-            assert!(report.is_clean(), "{family:?} {lane:?}: {report:?}");
+            let cx = Context::from(Pass::Train { draw: 0 }).with_path(path);
+            let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
+            let task = ops::cross_entropy(&logits(&model, &cx)?, &labels, -100, path)?;
+            let loss = (task + Regularizer::new(&bayes()).for_model(&model, &cx.pass)?.total)?;
+            let report = check_gradients(&params, &loss)?;
+            assert!(report.is_clean(), "{family:?} {path:?}: {report:?}");
         }
     }
     Ok(())
@@ -215,17 +214,17 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
             (model, params) = frozen(Family::Roberta)?;
             file.apply(&mut model, "default", &params)?;
         }
-        let before = logits(&model, &Pass::Mean)?;
+        let before = logits(&model, &Pass::Mean.into())?;
         let config = MonteCLoRAConfig { sample_scaler: 0.3, ..config };
         let layers = inject::posthoc(&mut model, "around", &config, &params)?;
         assert_eq!((layers.len(), layers[1].rank, layers[2].rank), (6, 5, 3));
-        assert_eq!(logits(&model, &Pass::Mean)?.to_vec2::<f32>()?, before.to_vec2::<f32>()?);
-        assert!(assert_differs(&logits(&model, &Pass::Posterior { draw: 0 })?, &before)?);
+        assert_eq!(logits(&model, &Pass::Mean.into())?.to_vec2::<f32>()?, before.to_vec2::<f32>()?);
+        assert!(assert_differs(&logits(&model, &Pass::Posterior { draw: 0 }.into())?, &before)?);
 
         let kept = params.snapshot()?;
         let pass = Pass::Train { draw: 0 };
         let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
-        let task = ops::cross_entropy(&logits(&model, &pass)?, &labels, -100)?;
+        let task = ops::cross_entropy(&logits(&model, &pass.into())?, &labels, -100, OpPath::Fused)?;
         let loss = (task + Regularizer::new(&config).for_model(&model, &pass)?.total)?;
         AdamW::new(&params, AdamWConfig::default())?.backward_step(&loss)?;
         let bits = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
@@ -248,15 +247,15 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
 #[test]
 fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
     let (mut model, params) = frozen(Family::Roberta)?;
-    let base = logits(&model, &Pass::Mean)?;
+    let base = logits(&model, &Pass::Mean.into())?;
     inject::lora(&mut model, &Targets::default(), &lora(), &params)?;
     scatter(&params)?;
     let head_moved = frozen(Family::Roberta)?;
     scatter(&head_moved.1)?;
-    let base_with_moved_head = logits(&head_moved.0, &Pass::Mean)?;
-    let adapted = logits(&model, &Pass::Mean)?;
+    let base_with_moved_head = logits(&head_moved.0, &Pass::Mean.into())?;
+    let adapted = logits(&model, &Pass::Mean.into())?;
     model.visit_linears_mut(&mut |slot| slot.activate(None))?;
-    let off = logits(&model, &Pass::Mean)?;
+    let off = logits(&model, &Pass::Mean.into())?;
     assert_close(&off, &base_with_moved_head, 1e-5)?;
     assert!(assert_differs(&off, &base)? && assert_differs(&off, &adapted)?);
     model.visit_linears_mut(&mut |slot| {
@@ -265,7 +264,7 @@ fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
         }
         Ok(())
     })?;
-    assert_close(&logits(&model, &Pass::Mean)?, &off, 0.0)
+    assert_close(&logits(&model, &Pass::Mean.into())?, &off, 0.0)
 }
 
 fn assert_differs(one: &Tensor, other: &Tensor) -> Outcome<bool> {

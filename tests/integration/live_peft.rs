@@ -8,6 +8,8 @@ use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
@@ -15,11 +17,10 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::monteclora::{DrawNoise, Posterior};
-use monteclora::params::Role;
+use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, Method, Origin, Profile};
-use monteclora::slot::Linears;
-use monteclora::{ops, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
+use monteclora::{DrawNoise, Posterior};
+use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
 
 use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
@@ -56,7 +57,7 @@ impl Model {
         Ok(Self::Sequence(config.load(vb, head, Noise::new(0))?))
     }
 
-    fn linears(&mut self) -> &mut dyn Linears {
+    fn linears(&mut self) -> &mut dyn AdaptableModel {
         match self {
             Self::Causal(model) => model.as_mut(),
             Self::Sequence(model) => model.as_mut(),
@@ -67,8 +68,8 @@ impl Model {
         let (ids, mask) = inputs()?;
         let (ids, mask) = (ids.to_dtype(DType::U32)?, mask.to_dtype(DType::U8)?);
         Ok(match self {
-            Self::Causal(model) => model.logits(&ids, &mask, &Pass::Mean)?,
-            Self::Sequence(model) => model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean)?,
+            Self::Causal(model) => model.logits(&ids, &mask, &Pass::Mean.into())?,
+            Self::Sequence(model) => model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?,
         })
     }
 }
@@ -101,7 +102,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
         }
         false => (logits, labels),
     };
-    let task = ops::cross_entropy(&logits, &labels, -100)?.to_scalar::<f32>()?;
+    let task = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f32>()?;
     let Method::MonteCLoRA(config) = method else { return Ok(task) };
     let mut posteriors = Vec::new();
     model.linears().visit_linears(&mut |slot| {
@@ -111,7 +112,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
     })?;
     let draw = |posterior: &Posterior| -> Outcome<DrawNoise> {
         let spec = posterior.spec();
-        let (r, n) = (spec.rank, spec.num_components);
+        let (r, n) = (spec.config.rank, spec.config.num_components);
         let chi: Vec<f32> = (0..r * r)
             .map(|i| if i / r == i % r { (1.0 + (i / r) as f32 / 10.0).sqrt() } else { 0.0 })
             .collect();
@@ -152,7 +153,7 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
     let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
     json["architectures"] = serde_json::json!([name]);
     std::fs::create_dir_all(dir)?;
-    monteclora::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
+    monteclora::util::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
     std::fs::write(dir.join("config.json"), json.to_string())?;
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
@@ -211,7 +212,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             ("logits", &logits),
             ("base_logits", &base_logits),
         ];
-        monteclora::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
+        monteclora::util::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
 
         let output =
             Command::new(&python).arg(&script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;

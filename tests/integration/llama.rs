@@ -7,15 +7,15 @@ use crate::support::{assert_close, scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
+use monteclora::adapter::{AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
-use monteclora::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
 use monteclora::noise::Noise;
-use monteclora::ops::{self, Lane};
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Linears, Pass};
+use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 
 /// Grouped queries, non-square everywhere; with the positions of LLaMA 3 and a tied head, or without.
@@ -60,7 +60,7 @@ pub fn frozen_on(device: &Device, config: &LlamaConfig, dtype: DType) -> Outcome
 }
 
 /// Puts so many virtual tokens in general position before the rows of a model, if any.
-pub fn prompted(model: &mut dyn Linears, tokens: usize, dtype: DType) -> Outcome<Params> {
+pub fn prompted(model: &mut dyn AdaptableModel, tokens: usize, dtype: DType) -> Outcome<Params> {
     let params = Params::with_dtype(Noise::new(7), dtype, &Device::Cpu);
     if tokens > 0 {
         let slot = model.embedding_mut().ok_or("no place for a prompt")?;
@@ -113,8 +113,8 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
             let (ids, mask) = one_row(&tokens[..length])?;
             let mut cache = oracle::Cache::new(false, DType::F32, &config.decoder, &Device::Cpu)?;
             let expected = reference.forward(&ids, 0, &mut cache)?; // (1, vocab): the last position
-            for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
-                let logits = ops::with_lane(lane, || model.logits(&ids, &mask, &Pass::Mean))?;
+            for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+                let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
                 assert_close(&logits.narrow(1, length - 1, 1)?.squeeze(1)?, &expected, 2e-5)?;
             }
         }
@@ -130,10 +130,10 @@ fn padding_on_either_side_changes_no_logit() -> Outcome {
         prompted(&mut model, virtual_tokens, DType::F32)?;
         for left in [false, true] {
             let (ids, mask) = padded(left)?;
-            let logits = model.logits(&ids, &mask, &Pass::Mean)?;
+            let logits = model.logits(&ids, &mask, &Pass::Mean.into())?;
             for (row, tokens) in ROWS.iter().enumerate() {
                 let (ids, mask) = one_row(tokens)?;
-                let expected = model.logits(&ids, &mask, &Pass::Mean)?.squeeze(0)?;
+                let expected = model.logits(&ids, &mask, &Pass::Mean.into())?.squeeze(0)?;
                 let first = if left { 7 - tokens.len() } else { 0 };
                 assert_close(&logits.get(row)?.narrow(0, first, tokens.len())?, &expected, 2e-5)?;
             }
@@ -151,14 +151,14 @@ fn a_cache_changes_no_logit() -> Outcome {
         prompted(&mut model, virtual_tokens, DType::F32)?;
         let (ids, mask) = padded(true)?;
         for pass in [Pass::Mean, Pass::Posterior { draw: 3 }] {
-            let expected = model.logits(&ids, &mask, &pass)?;
+            let expected = model.logits(&ids, &mask, &pass.into())?;
             // A cache of two tokens has to grow.
             let mut cache = model.cache(2);
             for (first, count) in [(0, 4), (4, 1), (5, 2)] {
                 let new = ids.narrow(1, first, count)?;
                 let seen = mask.narrow(1, 0, first + count)?;
-                let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass)?;
-                let logits = model.head(&hidden, &pass)?;
+                let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass.into())?;
+                let logits = model.head(&hidden, &pass.into())?;
                 for (row, tokens) in ROWS.iter().enumerate() {
                     // Padding columns are nobody's business.
                     let real = (first.max(7 - tokens.len())).min(first + count);
@@ -177,34 +177,35 @@ fn a_cache_changes_no_logit() -> Outcome {
 fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     let (model, _) = toy(&toy_config(false)?, DType::F32)?;
     let (ids, mask) = one_row(&[3; 41])?;
-    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    let error = model.logits(&ids, &mask, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("41 tokens are more than the model's 40: shorten the text"), "{error}");
     let (ids, _) = one_row(&[3; 5])?;
     let (_, short) = one_row(&[3; 4])?;
-    let error = model.logits(&ids, &short, &Pass::Mean).unwrap_err().to_string();
+    let error = model.logits(&ids, &short, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("padding [1, 4] does not fit"), "{error}");
     let (ids, mask) = one_row(&[50])?;
-    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    let error = model.logits(&ids, &mask, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("id 50 at position 0"), "{error}");
     let train = Pass::Train { draw: 0 };
     let (ids, mask) = one_row(&[3])?;
-    let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train).unwrap_err().to_string();
+    let error = model.hidden(&ids, &mask, Some(&mut model.cache(1)), &train.into()).unwrap_err().to_string();
     assert!(error.contains("invalid cache"), "{error}");
 
     let (mut model, _) = toy(&toy_config(false)?, DType::F32)?;
     prompted(&mut model, 3, DType::F32)?;
     let (ids, mask) = one_row(&[3; 38])?;
-    let error = model.logits(&ids, &mask, &Pass::Mean).unwrap_err().to_string();
+    let error = model.logits(&ids, &mask, &Pass::Mean.into()).unwrap_err().to_string();
     let expected = "41 tokens, 3 of them virtual, are more than the model's 40: \
                     shorten the text or take fewer virtual tokens";
     assert!(error.contains(expected), "{error}");
     let (ids, short) = (ids.narrow(1, 0, 5)?, mask.narrow(1, 0, 4)?);
-    let error = model.logits(&ids, &short, &Pass::Mean).unwrap_err().to_string();
+    let error = model.logits(&ids, &short, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("mask [1, 4] does not fit 3 virtual tokens and rows [1, 8, 32]"), "{error}");
     // Of a row's padding alone nobody can say where its virtual tokens belong.
     let (ids, mask) = padded(true)?;
     let (ids, mask) = (ids.narrow(1, 0, 3)?, mask.narrow(1, 0, 3)?);
-    let error = model.hidden(&ids, &mask, Some(&mut model.cache(7)), &Pass::Mean).unwrap_err().to_string();
+    let error =
+        model.hidden(&ids, &mask, Some(&mut model.cache(7)), &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("row 1 of the first piece is padding alone"), "{error}");
     let empty = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
     let error = LlamaForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
@@ -212,12 +213,12 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     Ok(())
 }
 
-fn causal_loss(model: &LlamaForCausalLM, pass: &Pass) -> Outcome<Tensor> {
+fn causal_loss(model: &LlamaForCausalLM, cx: &Context) -> Outcome<Tensor> {
     let (ids, mask) = padded(true)?;
-    let logits = model.logits(&ids, &mask, pass)?.narrow(1, 0, 6)?.contiguous()?.flatten_to(1)?;
+    let logits = model.logits(&ids, &mask, cx)?.narrow(1, 0, 6)?.contiguous()?.flatten_to(1)?;
     let labels = ids.narrow(1, 1, 6)?.to_dtype(DType::I64)?.flatten_all()?;
     // Id 0 is padding alone.
-    Ok(ops::cross_entropy(&logits, &labels, 0)?)
+    Ok(ops::cross_entropy(&logits, &labels, 0, cx.path)?)
 }
 
 #[test]
@@ -225,18 +226,20 @@ fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
     let pass = Pass::Train { draw: 4 };
     for llama3 in [false, true] {
         let (model, params) = toy(&toy_config(llama3)?, DType::F64)?;
-        check(&params, || causal_loss(&model, &pass))?;
+        check(&params, || causal_loss(&model, &pass.into()))?;
     }
     let (mut model, params) = frozen(&toy_config(false)?, DType::F64)?;
     let config = MonteCLoRAConfig { kl_weight: 0.1, ..bayes() };
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &config, &params)?;
     scatter(&params)?;
     let regularizer = Regularizer::new(&config);
-    check(&params, || Ok((causal_loss(&model, &pass)? + regularizer.for_model(&model, &pass)?.total)?))?;
+    check(&params, || {
+        Ok((causal_loss(&model, &pass.into())? + regularizer.for_model(&model, &pass)?.total)?)
+    })?;
     for virtual_tokens in [2, 9] {
         let (mut model, _) = frozen(&toy_config(true)?, DType::F64)?;
         let params = prompted(&mut model, virtual_tokens, DType::F64)?;
-        check(&params, || causal_loss(&model, &pass))?;
+        check(&params, || causal_loss(&model, &pass.into()))?;
     }
     Ok(())
 }
@@ -254,7 +257,7 @@ fn a_half_width_base_trains_single_precision_adapters() -> Outcome {
                 scatter(&params)?;
             }
         }
-        let loss = causal_loss(&model, &Pass::Mean)?;
+        let loss = causal_loss(&model, &Pass::Mean.into())?;
         let name = params.all().into_iter().find(|(_, param)| param.role == role).map(|(name, _)| name);
         let var = params.get(&name.ok_or("a parameter")?).ok_or("its variable")?.var;
         assert_eq!(var.dtype(), DType::F32);
@@ -288,17 +291,18 @@ fn a_classifier_reads_the_last_real_token() -> Outcome {
             .iter()
             .map(|tokens| {
                 let (ids, mask) = one_row(tokens)?;
-                Ok(model.forward(&ids, &mask, &Pass::Mean)?)
+                Ok(model.forward(&ids, &mask, &Pass::Mean.into())?)
             })
             .collect::<Outcome<_>>()?;
         let expected = Tensor::cat(&alone, 0)?;
         assert_eq!(expected.dims(), [3, 3]);
         for left in [false, true] {
             let (ids, mask) = padded(left)?;
-            assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &expected, 2e-5)?;
+            assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &expected, 2e-5)?;
         }
     }
-    let grads = model.forward(&padded(true)?.0, &padded(true)?.1, &Pass::Mean)?.sum_all()?.backward()?;
+    let grads =
+        model.forward(&padded(true)?.0, &padded(true)?.1, &Pass::Mean.into())?.sum_all()?.backward()?;
     for (name, param) in params.all() {
         assert!(grads.get(&param.var).is_some(), "{name}");
     }
@@ -343,7 +347,7 @@ fn generates_what_its_rows_do(virtual_tokens: usize) -> Outcome {
         let mut text = prompt.clone();
         for token in expected {
             let (ids, mask) = one_row(&text)?;
-            let logits = model.logits(&ids, &mask, &Pass::Mean)?.get(0)?.get(text.len() - 1)?;
+            let logits = model.logits(&ids, &mask, &Pass::Mean.into())?.get(0)?.get(text.len() - 1)?;
             assert_eq!(logits.argmax(0)?.to_scalar::<u32>()?, *token);
             text.push(*token);
         }
@@ -398,7 +402,7 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     // Over two draws the first token is that of the averaged probabilities.
     let (ids, mask) = one_row(&prompts[0])?;
     let probabilities = |draw| -> Outcome<Vec<f32>> {
-        let logits = model.logits(&ids, &mask, &Pass::Posterior { draw })?.get(0)?.get(2)?;
+        let logits = model.logits(&ids, &mask, &Pass::Posterior { draw }.into())?.get(0)?.get(2)?;
         Ok(candle_nn::ops::softmax(&logits, 0)?.to_vec1()?)
     };
     let sum: Vec<f32> = probabilities(0)?.iter().zip(probabilities(1)?).map(|(a, b)| a + b).collect();

@@ -7,16 +7,16 @@ use std::path::PathBuf;
 use crate::support::{assert_close, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use monteclora::merge::merge;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
+use monteclora::inject::merge::merge;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
 use monteclora::noise::Noise;
-use monteclora::ops::{self, Lane};
-use monteclora::params::{Params, Role};
+use monteclora::ops::{self, OpPath};
 use monteclora::peft::AdapterFile;
-use monteclora::slot::Pass;
 
-const LANES: [Lane; 3] = [Lane::Fast, Lane::Composed, Lane::Plain];
+const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 const MODELS: [&str; 2] = ["toy_llama", "toy_llama3"];
 
 fn data() -> PathBuf {
@@ -66,9 +66,9 @@ fn the_head_gives_the_logits_of_transformers_with_padding_on_either_side() -> Ou
         let golden = Golden::open(name)?;
         for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 5e-6)] {
             let model = golden.model(dtype)?;
-            for (side, lane) in ["", "left_"].into_iter().flat_map(|side| LANES.map(|lane| (side, lane))) {
+            for (side, path) in ["", "left_"].into_iter().flat_map(|side| PATHS.map(|path| (side, path))) {
                 let (ids, mask) = golden.inputs(side)?;
-                let logits = ops::with_lane(lane, || model.logits(&ids, &mask, &Pass::Mean))?;
+                let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
                 golden.compare(&logits, &format!("{side}logits"), side, tolerance)?;
             }
         }
@@ -86,19 +86,17 @@ fn loss_and_gradients_are_those_of_transformers() -> Outcome {
         let (ids, mask) = golden.inputs("")?;
         let t = ids.dim(1)?;
         let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
-        for lane in LANES {
-            ops::with_lane(lane, || -> Outcome {
-                let logits = model.logits(&ids, &mask, &Pass::Mean)?.narrow(1, 0, t - 1)?;
-                let loss = ops::cross_entropy(&logits.contiguous()?.flatten_to(1)?, &labels, -100)?;
-                assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
-                let grads = loss.backward()?;
-                for name in ["model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"] {
-                    let param = params.get(name).ok_or("no such parameter")?;
-                    let grad = grads.get(&param.var).ok_or("no gradient")?;
-                    assert_close(grad, &golden.tensors[&format!("grad.{name}")], 2e-5)?;
-                }
-                Ok(())
-            })?;
+        for path in PATHS {
+            let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
+            let logits = logits.narrow(1, 0, t - 1)?.contiguous()?.flatten_to(1)?;
+            let loss = ops::cross_entropy(&logits, &labels, -100, path)?;
+            assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
+            let grads = loss.backward()?;
+            for name in ["model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"] {
+                let param = params.get(name).ok_or("no such parameter")?;
+                let grad = grads.get(&param.var).ok_or("no gradient")?;
+                assert_close(grad, &golden.tensors[&format!("grad.{name}")], 2e-5)?;
+            }
         }
     }
     Ok(())
@@ -112,7 +110,7 @@ fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
         let (vb, config) = (golden.vb(DType::F32), &golden.config);
         let model = LlamaForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
         assert_eq!(config.num_labels, 3);
-        assert_close(&model.forward(&ids, &mask, &Pass::Mean)?, &golden.tensors["cls_logits"], 1e-4)?;
+        assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &golden.tensors["cls_logits"], 1e-4)?;
     }
     Ok(())
 }
@@ -129,9 +127,9 @@ fn adapters_of_python_peft_give_the_logits_that_peft_gives_merged_or_not() -> Ou
             assert_eq!(file.layers.len(), layers);
             file.apply(&mut model, "default", &params)?;
             let expected = format!("{kind}_logits");
-            golden.compare(&model.logits(&ids, &mask, &Pass::Mean)?, &expected, "", 1e-4)?;
+            golden.compare(&model.logits(&ids, &mask, &Pass::Mean.into())?, &expected, "", 1e-4)?;
             merge(&mut model)?;
-            golden.compare(&model.logits(&ids, &mask, &Pass::Mean)?, &expected, "", 1e-4)?;
+            golden.compare(&model.logits(&ids, &mask, &Pass::Mean.into())?, &expected, "", 1e-4)?;
         }
     }
     Ok(())

@@ -4,22 +4,22 @@ use crate::finetune::{checkpoint, rows, Log};
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Context};
+use monteclora::adapter::{Init, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
+use monteclora::inject::activate;
+use monteclora::inject::merge::{merge, unmerge};
 use monteclora::inject::{self, Targets};
-use monteclora::merge::{merge, unmerge};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
-use monteclora::named;
-use monteclora::params::{Init, Role};
-use monteclora::slot::{Adapter, Linears, Slot};
 use monteclora::train::{fit, Classification, Classifier, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
-pub fn logits(model: &LlamaForCausalLM, pass: &Pass) -> Outcome<Vec<f32>> {
+pub fn logits(model: &LlamaForCausalLM, cx: &Context) -> Outcome<Vec<f32>> {
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
     let mask = Tensor::ones((1, 5), DType::U8, &Device::Cpu)?;
-    Ok(model.logits(&ids, &mask, pass)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    Ok(model.logits(&ids, &mask, cx)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
 fn close(one: &[f32], other: &[f32], tolerance: f32) -> bool {
@@ -53,19 +53,19 @@ fn merged_is_unmerged_and_unmerging_restores_every_bit() -> Outcome {
     // bf16 rounds every merged weight to eight bits.
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-6), (DType::BF16, 0.3)] {
         let (mut model, params) = adapted(dtype)?;
-        let (before, base) = (logits(&model, &Pass::Mean)?, bases(&model)?);
-        let drawn = logits(&model, &Pass::Posterior { draw: 1 })?;
+        let (before, base) = (logits(&model, &Pass::Mean.into())?, bases(&model)?);
+        let drawn = logits(&model, &Pass::Posterior { draw: 1 }.into())?;
         assert_eq!(merge(&mut model)?, 14);
-        let merged = logits(&model, &Pass::Mean)?;
+        let merged = logits(&model, &Pass::Mean.into())?;
         assert!(close(&merged, &before, tolerance), "{dtype:?}");
         // What the base was stays beside it.
         assert_eq!(bases(&model)?, base);
         assert_eq!((unmerge(&mut model)?, unmerge(&mut model)?), (14, 0));
-        assert_eq!(logits(&model, &Pass::Mean)?, before);
-        assert_eq!(logits(&model, &Pass::Posterior { draw: 1 })?, drawn);
-        named::activate(&mut model, None, &params)?;
+        assert_eq!(logits(&model, &Pass::Mean.into())?, before);
+        assert_eq!(logits(&model, &Pass::Posterior { draw: 1 }.into())?, drawn);
+        activate::activate(&mut model, None, &params)?;
         let (plain, _) = frozen(&toy_config(true)?, dtype)?;
-        assert_eq!(logits(&model, &Pass::Mean)?, logits(&plain, &Pass::Mean)?);
+        assert_eq!(logits(&model, &Pass::Mean.into())?, logits(&plain, &Pass::Mean.into())?);
     }
     Ok(())
 }
@@ -88,8 +88,8 @@ fn a_merge_that_fails_changes_nothing() -> Outcome {
     assert!(error.contains("unmerge it first"), "{error}");
     // Merged layers keep their adapters as they are.
     for result in [
-        named::activate(&mut model, None, &params),
-        named::remove(&mut model, "default", &params),
+        activate::activate(&mut model, None, &params),
+        activate::remove(&mut model, "default", &params),
         inject::lora_named(&mut model, "b", &Targets::default(), &LoraConfig::default(), &params).map(drop),
     ] {
         let error = result.unwrap_err().to_string();
@@ -103,7 +103,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     #[derive(Debug)]
     struct Opaque;
     impl Adapter for Opaque {
-        fn forward(&self, xs: &Tensor, _: &candle_nn::Linear, _: &Pass) -> candle_core::Result<Tensor> {
+        fn forward(&self, xs: &Tensor, _: &candle_nn::Linear, _: &Context) -> candle_core::Result<Tensor> {
             Ok(xs.clone())
         }
         fn parameters(&self) -> Vec<(Role, Tensor)> {
@@ -113,9 +113,6 @@ fn what_cannot_be_merged_says_why() -> Outcome {
             Ok(None)
         }
         fn as_any(&self) -> &dyn std::any::Any {
-            self
-        }
-        fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
             self
         }
     }
@@ -128,7 +125,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     // A base that is trained itself would keep the graph of the merge.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let weight = params.create("w", Role::Base, (2, 2), &Init::Constant(1.0))?;
-    let mut slot = Slot::new("layer", candle_nn::Linear::new(weight, None));
+    let mut slot = AdaptableLinear::new("layer", candle_nn::Linear::new(weight, None));
     slot.add("opaque", Box::new(Opaque))?;
     let error = slot.merged_layer().map(drop).unwrap_err().to_string();
     assert!(error.contains("only a frozen base"), "{error}");
@@ -138,33 +135,33 @@ fn what_cannot_be_merged_says_why() -> Outcome {
 #[test]
 fn several_adapters_take_turns_and_leave() -> Outcome {
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
-    let base = logits(&model, &Pass::Mean)?;
+    let base = logits(&model, &Pass::Mean.into())?;
     let lora = LoraConfig { rank: 2, alpha: 4.0, ..LoraConfig::default() };
     inject::lora_named(&mut model, "first", &Targets::parse("all-linear")?, &lora, &params)?;
     let alone = params.trainable_count();
     inject::monteclora_named(&mut model, "second", &Targets::parse("v_proj")?, &bayes(), &params)?;
     scatter(&params)?;
-    assert_eq!(named::names(&model)?, ["first", "second"]);
+    assert_eq!(activate::names(&model)?, ["first", "second"]);
     // The last one is active, on its own layers and no others.
-    let second = logits(&model, &Pass::Mean)?;
-    named::activate(&mut model, Some("first"), &params)?;
-    let first = logits(&model, &Pass::Mean)?;
-    named::activate(&mut model, None, &params)?;
-    assert_eq!(logits(&model, &Pass::Mean)?, base);
+    let second = logits(&model, &Pass::Mean.into())?;
+    activate::activate(&mut model, Some("first"), &params)?;
+    let first = logits(&model, &Pass::Mean.into())?;
+    activate::activate(&mut model, None, &params)?;
+    assert_eq!(logits(&model, &Pass::Mean.into())?, base);
     assert!(!close(&first, &base, 1e-3) && !close(&second, &base, 1e-3) && !close(&first, &second, 1e-3));
-    named::activate(&mut model, Some("second"), &params)?;
-    assert_eq!(logits(&model, &Pass::Mean)?, second);
+    activate::activate(&mut model, Some("second"), &params)?;
+    assert_eq!(logits(&model, &Pass::Mean.into())?, second);
     merge(&mut model)?;
-    assert!(close(&logits(&model, &Pass::Mean)?, &second, 1e-5));
+    assert!(close(&logits(&model, &Pass::Mean.into())?, &second, 1e-5));
     unmerge(&mut model)?;
 
-    let error = named::activate(&mut model, Some("third"), &params).unwrap_err().to_string();
+    let error = activate::activate(&mut model, Some("third"), &params).unwrap_err().to_string();
     assert!(error.contains("there is no \"third\"; the model has: first, second"), "{error}");
-    assert_eq!(logits(&model, &Pass::Mean)?, second);
-    named::remove(&mut model, "second", &params)?;
-    assert_eq!(logits(&model, &Pass::Mean)?, base);
-    named::activate(&mut model, Some("first"), &params)?;
-    assert_eq!((named::names(&model)?, params.trainable_count()), (vec!["first".to_string()], alone));
+    assert_eq!(logits(&model, &Pass::Mean.into())?, second);
+    activate::remove(&mut model, "second", &params)?;
+    assert_eq!(logits(&model, &Pass::Mean.into())?, base);
+    activate::activate(&mut model, Some("first"), &params)?;
+    assert_eq!((activate::names(&model)?, params.trainable_count()), (vec!["first".to_string()], alone));
     // The name is free again, and one name may come in two calls.
     inject::monteclora_named(&mut model, "second", &Targets::parse("q_proj")?, &bayes(), &params)?;
     inject::lora_named(&mut model, "second", &Targets::parse("v_proj")?, &lora, &params)?;
@@ -182,10 +179,10 @@ fn a_merged_model_neither_draws_nor_trains() -> Outcome {
     let (mut model, _) = adapted(DType::F32)?;
     merge(&mut model)?;
     for pass in [Pass::Posterior { draw: 1 }, Pass::Train { draw: 0 }] {
-        let error = logits(&model, &pass).unwrap_err().to_string();
+        let error = logits(&model, &pass.into()).unwrap_err().to_string();
         assert!(error.contains("model.layers.0.self_attn.q_proj is merged"), "{error}");
     }
-    logits(&model, &Pass::Mean)?;
+    logits(&model, &Pass::Mean.into())?;
     // Not even where two layers are one operation without adapters; and the loop ends at once.
     let dir = tempfile::tempdir()?;
     let start = Start::Fresh(Method::MonteCLoRA(bayes()), Targets::parse("intermediate.dense,output.dense")?);

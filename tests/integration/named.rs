@@ -4,15 +4,15 @@ use crate::llama::{frozen, toy_config};
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::AdaptableModel;
+use monteclora::adapter::Role;
 use monteclora::adapters::{Lora, LoraConfig};
+use monteclora::inject::activate;
 use monteclora::inject::{self, Target, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
-use monteclora::named;
-use monteclora::params::Role;
+use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
 use monteclora::peft::{AdapterFile, Method, Origin};
-use monteclora::slot::Linears;
-use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{Params, Pass, Regularizer};
 
 fn lora() -> LoraConfig {
@@ -27,7 +27,7 @@ fn second() -> Outcome<(AdapterFile, Vec<f32>)> {
     let method = Method::Lora(lora());
     let file =
         AdapterFile::from_model(&model, inject::DEFAULT_ADAPTER, &params, &method, &Origin::default())?;
-    Ok((file, logits(&model, &Pass::Mean)?))
+    Ok((file, logits(&model, &Pass::Mean.into())?))
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
     inject::lora_named(&mut model, "first", &Targets::parse("all-linear")?, &lora(), &params)?;
     scatter(&params)?;
     file.apply(&mut model, "second", &params)?;
-    assert_eq!(logits(&model, &Pass::Mean)?, expected);
+    assert_eq!(logits(&model, &Pass::Mean.into())?, expected);
     model.visit_linears(&mut |slot| {
         assert!(slot.active().is_none_or(|(name, _)| name == "second"), "{}", slot.path());
         Ok(())
@@ -49,8 +49,10 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
 fn loss(model: &LlamaForCausalLM, bayesian: bool) -> Outcome<Tensor> {
     let pass = Pass::Train { draw: 0 };
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
-    let task =
-        model.logits(&ids, &Tensor::ones((1, 5), DType::U8, &Device::Cpu)?, &pass)?.sqr()?.mean_all()?;
+    let task = model
+        .logits(&ids, &Tensor::ones((1, 5), DType::U8, &Device::Cpu)?, &pass.into())?
+        .sqr()?
+        .mean_all()?;
     Ok(match bayesian {
         true => (task + Regularizer::new(&bayes()).for_model(model, &pass)?.total)?,
         false => task,
@@ -80,7 +82,7 @@ fn adapters_of_one_store_are_trained_in_turn() -> Outcome {
     // The one that came last is trained without a further word.
     for (turn, name) in ["second", "first", "second"].into_iter().enumerate() {
         if turn > 0 {
-            named::activate(&mut model, Some(name), &params)?;
+            activate::activate(&mut model, Some(name), &params)?;
         }
         let report = check_gradients(&params, &loss(&model, name == "second")?)?;
         assert!(report.is_clean(), "{name}: {report:?}");
@@ -94,7 +96,7 @@ fn adapters_of_one_store_are_trained_in_turn() -> Outcome {
     }
     let names = moved(&params, &loss(&model, true)?)?;
     assert!(names.len() == 4 && names.iter().all(|name| name.ends_with("_prior")), "{names:?}");
-    named::activate(&mut model, None, &params)?;
+    activate::activate(&mut model, None, &params)?;
     assert_eq!(params.trainable_count(), 0);
     Ok(())
 }
@@ -136,7 +138,7 @@ fn names_that_files_and_parameters_cannot_have_are_refused() -> Outcome {
             assert!(error.contains(&format!("an adapter cannot be called {name:?}")), "{error}");
         }
     }
-    assert!(params.all().is_empty() && named::names(&model)?.is_empty());
+    assert!(params.all().is_empty() && activate::names(&model)?.is_empty());
     Ok(())
 }
 
@@ -154,9 +156,9 @@ fn a_name_comes_once_and_goes_if_it_is_there() -> Outcome {
     });
     let error = added.unwrap_err().to_string();
     assert!(error.contains("self_attn.q_proj has an adapter \"first\" already"), "{error}");
-    let error = named::remove(&mut model, "third", &params).unwrap_err().to_string();
+    let error = activate::remove(&mut model, "third", &params).unwrap_err().to_string();
     assert!(error.contains("there is no \"third\"; the model has: first"), "{error}");
-    assert_eq!((params.all().len(), named::names(&model)?), (count, vec!["first".to_string()]));
+    assert_eq!((params.all().len(), activate::names(&model)?), (count, vec!["first".to_string()]));
     Ok(())
 }
 
@@ -174,7 +176,7 @@ fn targets_that_are_no_layers_or_come_twice_are_refused_by_path() -> Outcome {
         });
         let error = made.unwrap_err().to_string();
         assert!(error.contains(&words), "{error}");
-        assert!(params.all().is_empty() && named::names(&model)?.is_empty());
+        assert!(params.all().is_empty() && activate::names(&model)?.is_empty());
     }
     Ok(())
 }

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result as CandleResult, Tensor};
-use monteclora::monteclora::MonteCLoRAConfig;
 use monteclora::peft::{AdapterFile, Method, Profile, WEIGHTS_FILE};
+use monteclora::MonteCLoRAConfig;
 use monteclora::Result;
 
 fn folder(name: &str) -> PathBuf {

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
-use monteclora::ops::{self, Lane};
-use monteclora::params::{Params, Role};
-use monteclora::slot::{EmbeddingSlot, Linears, Pass};
+use monteclora::ops::{self, OpPath};
 
 use crate::llama;
 use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
@@ -44,7 +44,7 @@ impl Golden {
     }
 
     /// The virtual tokens of the file, on a model.
-    fn tune(&self, model: &mut dyn Linears) -> Outcome<Params> {
+    fn tune(&self, model: &mut dyn AdaptableModel) -> Outcome<Params> {
         let params = Params::new(Noise::new(0), &Device::Cpu);
         let slot = model.embedding_mut().ok_or("no place for a prompt")?;
         prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
@@ -53,12 +53,12 @@ impl Golden {
         Ok(params)
     }
 
-    /// Loss and gradient on every lane of the ops.
-    fn check(&self, params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
-        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
-            let loss = ops::with_lane(lane, &loss)?;
+    /// Loss and gradient on every path of the ops.
+    fn check(&self, params: &Params, loss: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
+        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+            let loss = loss(&Context::from(Pass::Mean).with_path(path))?;
             assert_close(&loss, &self.prompt["loss"].squeeze(0)?, 1e-5)?;
-            let grads = ops::with_lane(lane, || loss.backward())?;
+            let grads = loss.backward()?;
             let grad = grads.get(&params.get(PROMPT).ok_or("no prompt")?.var).ok_or("no gradient")?;
             assert_close(grad, &self.prompt["grad"], 2e-5)?;
         }
@@ -81,12 +81,16 @@ fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
             (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
         let types = golden.model.get("token_type_ids").map(|types| types.to_dtype(DType::U32)).transpose()?;
         let params = golden.tune(&mut model)?;
-        let logits = || -> Outcome<Tensor> { Ok(model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)?) };
-        assert_close(&logits()?, &golden.prompt["logits"], 5e-5)?;
-        golden.check(&params, || Ok(ops::cross_entropy(&logits()?, &golden.model["labels"], -100)?))?;
+        let logits =
+            |cx: &Context| -> Outcome<Tensor> { Ok(model.forward(&ids, types.as_ref(), &mask, cx)?) };
+        assert_close(&logits(&Pass::Mean.into())?, &golden.prompt["logits"], 5e-5)?;
+        let labels = &golden.model["labels"];
+        golden.check(&params, |cx| Ok(ops::cross_entropy(&logits(cx)?, labels, -100, cx.path)?))?;
         let long = Tensor::ones((1, 38), DType::U32, &Device::Cpu)?;
-        let error =
-            model.forward(&long, None, &long.to_dtype(DType::U8)?, &Pass::Mean).unwrap_err().to_string();
+        let error = model
+            .forward(&long, None, &long.to_dtype(DType::U8)?, &Pass::Mean.into())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("41 tokens, 3 of them virtual, are more than the model's "), "{error}");
     }
     Ok(())
@@ -101,15 +105,15 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let params = golden.tune(&mut model)?;
     assert_eq!(model.max_length(), 64 - 3);
     let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
-    let logits = model.logits(&ids, &mask, &Pass::Mean)?;
+    let logits = model.logits(&ids, &mask, &Pass::Mean.into())?;
     let expected = golden.prompt["logits"].broadcast_mul(&real)?;
     assert_close(&logits.broadcast_mul(&real)?, &expected, 1e-4)?;
 
     let t = ids.dim(1)?;
     let labels = golden.model["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
-    golden.check(&params, || {
-        let logits = model.logits(&ids, &mask, &Pass::Mean)?.narrow(1, 0, t - 1)?.contiguous()?;
-        Ok(ops::cross_entropy(&logits.flatten_to(1)?, &labels, -100)?)
+    golden.check(&params, |cx| {
+        let logits = model.logits(&ids, &mask, cx)?.narrow(1, 0, t - 1)?.contiguous()?;
+        Ok(ops::cross_entropy(&logits.flatten_to(1)?, &labels, -100, cx.path)?)
     })?;
 
     // In pieces, each after what the cache holds: the virtual tokens come once.
@@ -117,8 +121,9 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let mut pieces = Vec::new();
     for (start, len) in [(0, 4), (4, 1), (5, 11)] {
         let (ids, mask) = (ids.narrow(1, start, len)?, mask.narrow(1, 0, start + len)?);
-        let hidden = model.hidden(&ids.contiguous()?, &mask.contiguous()?, Some(&mut cache), &Pass::Mean)?;
-        pieces.push(model.head(&hidden, &Pass::Mean)?);
+        let hidden =
+            model.hidden(&ids.contiguous()?, &mask.contiguous()?, Some(&mut cache), &Pass::Mean.into())?;
+        pieces.push(model.head(&hidden, &Pass::Mean.into())?);
     }
     assert_eq!(cache.length(), 3 + 16);
     let real = real.narrow(1, 0, 16)?;
@@ -132,8 +137,9 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
         let (mut model, _) = llama::frozen(&llama::toy_config(true)?, dtype)?;
         let prompt = llama::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
         // Over real tokens alone: each has a weight of its own, so that none stands in for another.
-        let gradient = |ids: &Tensor, mask: &Tensor| -> Outcome<Tensor> {
-            let hidden = model.hidden(ids, mask, None, &Pass::Mean)?;
+        let gradient = |ids: &Tensor, mask: &Tensor, path: OpPath| -> Outcome<Tensor> {
+            let cx = Context::from(Pass::Mean).with_path(path);
+            let hidden = model.hidden(ids, mask, None, &cx)?;
             let weight = (ids.to_dtype(dtype)?.sin()? * mask.to_dtype(dtype)?)?;
             let loss = hidden.sqr()?.sin()?.sum(2)?.mul(&weight)?.sum_all()?;
             Ok(loss.backward()?.get(&prompt).ok_or("no gradient")?.clone())
@@ -144,14 +150,14 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
         let mut expected = prompt.zeros_like()?;
         for row in llama::ROWS {
             let (ids, mask) = llama::one_row(row)?;
-            expected = (expected + gradient(&ids, &mask)?)?;
+            expected = (expected + gradient(&ids, &mask, OpPath::Fused)?)?;
         }
         let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         // Angles are those of columns, each rounded to single precision.
         let tolerance = if dtype == DType::F64 { 1e-7 } else { 1e-5 };
-        for lane in [Lane::Fast, Lane::Composed, Lane::Plain] {
-            let got = ops::with_lane(lane, || gradient(&ids, &mask))?;
-            assert_close(&got, &expected, tolerance * (1.0 + size)).map_err(|e| format!("{lane:?}: {e}"))?;
+        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+            let got = gradient(&ids, &mask, path)?;
+            assert_close(&got, &expected, tolerance * (1.0 + size)).map_err(|e| format!("{path:?}: {e}"))?;
         }
     }
     Ok(())
@@ -175,7 +181,7 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
         let real = llama::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
         let ids = Tensor::from_vec(rows, (3, 7), &Device::Cpu)?;
         let mask = Tensor::from_vec(real, (3, 7), &Device::Cpu)?.to_dtype(DType::U8)?;
-        Ok(model.forward(&ids, None, &mask, &Pass::Mean)?)
+        Ok(model.forward(&ids, None, &mask, &Pass::Mean.into())?)
     };
     assert_close(&logits(true)?, &logits(false)?, 2e-5)
 }
@@ -183,13 +189,13 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
 #[test]
 fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome {
     let words = Tensor::ones((4, 3), DType::BF16, &Device::Cpu)?;
-    let mut slot = EmbeddingSlot::new(words);
+    let mut slot = AdaptableEmbedding::new(words);
     let params = Params::new(Noise::new(0), &Device::Cpu);
     prompt_tuning(&mut slot, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
     // In bf16, 256 + 1 is 256.
     let rows = 300;
     let ids = Tensor::zeros((rows, 1), DType::U32, &Device::Cpu)?;
-    let grads = slot.forward(&ids)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
+    let grads = slot.forward(&ids, OpPath::Fused)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
     let prompt = params.get(PROMPT).ok_or("no prompt")?.var;
     let grad = grads.get(&prompt).ok_or("no gradient")?;
     assert_eq!(grad.to_vec2::<f32>()?, vec![vec![rows as f32; 3]; 2]);

@@ -4,16 +4,16 @@ use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, 
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device};
+use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, PromptConfig};
 use monteclora::data::batch::Batch;
+use monteclora::inject::activate;
+use monteclora::inject::merge::merge;
 use monteclora::inject::{self, Targets};
-use monteclora::merge::merge;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::named;
-use monteclora::params::Role;
 use monteclora::train::{Method, Start};
 use monteclora::{Noise, Params, Pass};
 
@@ -43,7 +43,7 @@ fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
         merge(model.as_mut())?;
         let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
         let (ids, types, mask) = (&batch.input_ids, &batch.token_type_ids, &batch.attention_mask);
-        assert_eq!(once, model.logits(ids, types, mask, &Pass::Mean)?.to_vec2::<f32>()?);
+        assert_eq!(once, model.logits(ids, types, mask, &Pass::Mean.into())?.to_vec2::<f32>()?);
         let again = out.with_file_name("again");
         save_merged(model.as_ref(), &params, files, Some(&config.to_json()), &again, limit)?;
         for file in saved.weights() {
@@ -145,7 +145,7 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
     save_merged(&model, &params, &decoder, None, &out, 12_000)?;
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
     let again = LlamaForCausalLM::load(saved.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
-    assert_eq!(logits(&again, &Pass::Mean)?, logits(&model, &Pass::Mean)?);
+    assert_eq!(logits(&again, &Pass::Mean.into())?, logits(&model, &Pass::Mean.into())?);
 
     // A checkpoint of the bare body trains under its own names.
     let bare = bare_checkpoint(&checkpoint(dirs[1].path())?, dirs[2].path())?;
@@ -161,7 +161,7 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
     let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
     let (ids, types, mask) = (&batch.input_ids, &batch.token_type_ids, &batch.attention_mask);
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
-    let expected = model.logits(ids, types, mask, &Pass::Mean)?.to_vec2::<f32>()?;
+    let expected = model.logits(ids, types, mask, &Pass::Mean.into())?.to_vec2::<f32>()?;
     assert_eq!(logits_of(&saved, None, &rows)?, expected);
     Ok(())
 }
@@ -171,7 +171,7 @@ fn a_checkpoint_is_not_copied_as_if_it_were_trained() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
     let (mut model, params) = adapted(&files, DType::F32)?;
-    named::activate(&mut model, None, &params)?;
+    activate::activate(&mut model, None, &params)?;
     let out = dir.path().join("out");
     let error = save_merged(&model, &params, &files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string();
     assert!(error.contains("invalid adapter: no layer has an active one"), "{error}");

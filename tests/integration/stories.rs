@@ -3,16 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use monteclora::adapter::AdaptableModel;
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format};
 use monteclora::eval::Generator;
-use monteclora::generate::{generate, GenerateConfig};
 use monteclora::inject::{Targets, DEFAULT_ADAPTER};
+use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::slot::Linears;
 use monteclora::train::{fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;

@@ -5,9 +5,9 @@ use std::io::Write;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::{Noise, Purpose};
-use monteclora::params::{Params, Role};
 
 /// A test's result.
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;

@@ -1,5 +1,5 @@
 //! The encoders against Hugging Face transformers, on the golden values of
-//! `tests/data/make_transformers_golden.py`, on every lane of the ops.
+//! `tests/data/make_transformers_golden.py`, on every path of the ops.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use crate::support::{assert_close, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use monteclora::adapter::{Context, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
-use monteclora::ops::{self, Lane};
-use monteclora::params::{Params, Role};
+use monteclora::ops::{self, OpPath};
 use monteclora::peft::AdapterFile;
-use monteclora::slot::Pass;
 
-const LANES: [Lane; 3] = [Lane::Fast, Lane::Composed, Lane::Plain];
+const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 
 /// One model's part of the golden file: weights and expected values, and its configuration.
 struct Golden {
@@ -53,9 +53,10 @@ fn classifiers_give_the_logits_of_transformers() -> Outcome {
             let vb = golden.vb(dtype);
             let model =
                 RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
-            for lane in LANES {
-                let forward = || model.forward(&ids, types.as_ref(), &mask, &Pass::Mean);
-                assert_close(&ops::with_lane(lane, forward)?, &golden.tensors["logits"], tolerance)?;
+            for path in PATHS {
+                let cx = Context::from(Pass::Mean).with_path(path);
+                let logits = model.forward(&ids, types.as_ref(), &mask, &cx)?;
+                assert_close(&logits, &golden.tensors["logits"], tolerance)?;
             }
         }
     }
@@ -69,7 +70,7 @@ fn the_masked_lm_head_gives_the_logits_of_transformers() -> Outcome {
     let (b, t, vocab) = golden.tensors["mlm_logits"].dims3()?;
     let positions = Tensor::arange(0u32, (b * t) as u32, &Device::Cpu)?;
     let model = RobertaForMaskedLM::load(golden.vb(DType::F32), &golden.config, Noise::new(0))?;
-    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean)?;
+    let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean.into())?;
     // Padding columns are nobody's business: compare the real tokens.
     let real = mask.reshape((b * t, 1))?.to_dtype(DType::F32)?;
     let expected = golden.tensors["mlm_logits"].reshape((b * t, vocab))?;
@@ -85,20 +86,17 @@ fn gradients_are_those_of_transformers() -> Outcome {
     let model = RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
     let expected: Vec<_> = golden.tensors.iter().filter(|(name, _)| name.starts_with("grad.")).collect();
     assert_eq!(expected.len(), 2);
-    for lane in LANES {
-        ops::with_lane(lane, || -> Outcome {
-            let logits = model.forward(&ids, None, &mask, &Pass::Mean)?;
-            let loss = ops::cross_entropy(&logits, &golden.tensors["labels"], -100)?;
-            assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
-            let grads = loss.backward()?;
-            for (name, expected) in &expected {
-                let param =
-                    params.get(&name["grad.".len()..]).ok_or_else(|| format!("{name} is no parameter"))?;
-                let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
-                assert_close(grad, expected, 1e-5)?;
-            }
-            Ok(())
-        })?;
+    for path in PATHS {
+        let logits = model.forward(&ids, None, &mask, &Context::from(Pass::Mean).with_path(path))?;
+        let loss = ops::cross_entropy(&logits, &golden.tensors["labels"], -100, path)?;
+        assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
+        let grads = loss.backward()?;
+        for (name, expected) in &expected {
+            let param =
+                params.get(&name["grad.".len()..]).ok_or_else(|| format!("{name} is no parameter"))?;
+            let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
+            assert_close(grad, expected, 1e-5)?;
+        }
     }
     Ok(())
 }
@@ -117,7 +115,7 @@ fn adapters_of_python_peft_give_the_logits_that_peft_gives() -> Outcome {
         let head = params.var_builder(Some(vb.clone()), Role::Head);
         let mut model = RobertaForSequenceClassification::load(vb, head, &golden.config, Noise::new(0))?;
         let forward = |model: &RobertaForSequenceClassification| {
-            model.forward(&ids, types.as_ref(), &mask, &Pass::Mean)
+            model.forward(&ids, types.as_ref(), &mask, &Pass::Mean.into())
         };
         let base = forward(&model)?;
         AdapterFile::read(dir.join(name))?.apply(&mut model, "default", &params)?;

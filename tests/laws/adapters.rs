@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, ModuleT};
+use monteclora::adapter::Params;
+use monteclora::adapter::{Adapter, Context, DrawCache, Pass, ScalerFactors};
 use monteclora::adapters::{Lora, LoraConfig, LoraLinear};
-use monteclora::monteclora::config::MAX_BUFFER_SIZE;
-use monteclora::monteclora::{with_held_draws, Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
 use monteclora::noise::Noise;
-use monteclora::params::Params;
-use monteclora::slot::{Adapter, Pass};
+use monteclora::MAX_BUFFER_SIZE;
+use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
 
 use crate::{assert_close, assert_mean, base, normals, shake, store, Result};
 
@@ -28,7 +28,7 @@ fn with_b_at_zero_every_pass_is_the_base() -> Result<()> {
     let layer = linear(&store(1), &config)?;
     let want = xs.apply(layer.base())?;
     for pass in [Pass::Mean, TRAIN, Pass::Posterior { draw: 2 }] {
-        assert_close("output", &layer.forward_with(&xs, &pass)?, &want, 0.0)?;
+        assert_close("output", &layer.forward_with(&xs, &pass.into())?, &want, 0.0)?;
     }
     Ok(())
 }
@@ -47,8 +47,8 @@ fn the_mean_is_plain_lora_with_the_same_pair() -> Result<()> {
     )?;
     shake(&params)?;
     shake(&other)?;
-    let want = lora.forward(&xs, layer.base(), &Pass::Mean)?;
-    assert_close("mean", &layer.forward_with(&xs, &Pass::Mean)?, &want, 0.0)?;
+    let want = lora.forward(&xs, layer.base(), &Pass::Mean.into())?;
+    assert_close("mean", &layer.forward_with(&xs, &Pass::Mean.into())?, &want, 0.0)?;
     assert_close("view", &layer.mean().forward(&xs)?, &want, 0.0)?;
     assert_close("forward_t", &layer.forward_t(&xs, false)?, &want, 0.0)?;
     // And that is the base with W0 + s B A.
@@ -67,8 +67,9 @@ fn a_draw_repeats_and_training_predictive_and_other_draws_differ() -> Result<()>
     let (params, xs) = (store(1), normals("xs", &[5, 6])?);
     let layer = linear(&params, &config())?;
     shake(&params)?;
-    let at =
-        |pass: Pass| -> Result<Vec<f64>> { Ok(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1()?) };
+    let at = |pass: Pass| -> Result<Vec<f64>> {
+        Ok(layer.forward_with(&xs, &pass.into())?.flatten_all()?.to_vec1()?)
+    };
     let passes = [
         Pass::Mean,
         TRAIN,
@@ -97,7 +98,7 @@ fn a_predictive_draw_shares_no_part_of_its_noise_with_training() -> Result<()> {
         let params = store(1);
         let layer = linear(&params, &MonteCLoRAConfig { mixture, ..config() })?;
         let parts = |pass: Pass| -> Result<[Vec<f64>; 3]> {
-            let draw = layer.adapter().draw(&pass)?.ok_or("no draw")?;
+            let draw = layer.adapter().draw(&pass.into())?.ok_or("no draw")?;
             let flat = |t: Tensor| t.flatten_all()?.to_vec1::<f64>();
             Ok([flat(draw.scale_tril)?, flat(draw.weights)?, flat(draw.delta)?])
         };
@@ -112,7 +113,7 @@ fn a_predictive_draw_shares_no_part_of_its_noise_with_training() -> Result<()> {
             }
         }
         for pass in [Pass::Train { draw: 1 << 62 }, Pass::Posterior { draw: 1 << 62 }] {
-            let error = layer.forward_with(&normals("xs", &[5, 6])?, &pass).unwrap_err().to_string();
+            let error = layer.forward_with(&normals("xs", &[5, 6])?, &pass.into()).unwrap_err().to_string();
             assert!(error.contains("expected a draw below 2^62, got 4611686018427387904"), "{error}");
         }
     }
@@ -120,26 +121,24 @@ fn a_predictive_draw_shares_no_part_of_its_noise_with_training() -> Result<()> {
 }
 
 #[test]
-fn held_draws_are_the_same_numbers_made_once() -> Result<()> {
+fn kept_draws_are_the_same_numbers_made_once() -> Result<()> {
     let (params, xs) = (store(1), normals("xs", &[5, 6])?);
     let layer = linear(&params, &config())?;
     shake(&params)?;
     let at =
-        |pass: Pass| -> Result<Vec<f64>> { Ok(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1()?) };
+        |cx: Context| -> Result<Vec<f64>> { Ok(layer.forward_with(&xs, &cx)?.flatten_all()?.to_vec1()?) };
     let draws = [0, 1].map(|draw| Pass::Posterior { draw });
-    let before = draws.map(|pass| at(pass).unwrap());
-    let training = at(TRAIN)?;
-    with_held_draws(|| -> Result<()> {
-        assert_eq!(draws.map(|pass| at(pass).unwrap()), before);
-        let name = "proj.default.std_prior";
-        params.set(name, &(params.get(name).ok_or("none")?.var.as_tensor() + 1.0)?)?;
-        // Kept, also across a scope inside; what trains is never kept.
-        with_held_draws(|| assert_eq!(draws.map(|pass| at(pass).unwrap()), before));
-        assert_eq!(at(draws[0])?, before[0]);
-        assert_ne!(at(TRAIN)?, training);
-        Ok(())
-    })?;
-    assert_ne!(at(draws[0])?, before[0]);
+    let before = draws.map(|pass| at(pass.into()).unwrap());
+    let training = at(TRAIN.into())?;
+    let cache = DrawCache::default();
+    let kept = |pass: Pass| at(Context::from(pass).with_draws(&cache));
+    assert_eq!(draws.map(|pass| kept(pass).unwrap()), before);
+    let name = "proj.default.std_prior";
+    params.set(name, &(params.get(name).ok_or("none")?.var.as_tensor() + 1.0)?)?;
+    // Kept; what trains is never kept.
+    assert_eq!(draws.map(|pass| kept(pass).unwrap()), before);
+    assert_ne!(kept(TRAIN)?, training);
+    assert_ne!(at(draws[0].into())?, before[0]);
     Ok(())
 }
 
@@ -150,7 +149,7 @@ fn the_shift_of_the_output_is_proportional_to_the_scaler() -> Result<()> {
         let params = store(1);
         let layer = linear(&params, &MonteCLoRAConfig { sample_scaler, ..config() })?;
         shake(&params)?;
-        Ok((layer.forward_with(&xs, &TRAIN)? - layer.forward_with(&xs, &Pass::Mean)?)?)
+        Ok((layer.forward_with(&xs, &TRAIN.into())? - layer.forward_with(&xs, &Pass::Mean.into())?)?)
     };
     assert_close("shift", &shift(0.6)?, &(shift(0.2)? * 3.0)?, 1e-12)?;
     assert!(shift(0.2)?.abs()?.mean_all()?.to_scalar::<f64>()? > 0.01);
@@ -158,7 +157,7 @@ fn the_shift_of_the_output_is_proportional_to_the_scaler() -> Result<()> {
     let params = store(1);
     let layer = linear(&params, &MonteCLoRAConfig { sample_scaler: 0.2, ..config() })?;
     shake(&params)?;
-    let draw = layer.adapter().draw(&TRAIN)?.ok_or("no draw")?;
+    let draw = layer.adapter().draw(&TRAIN.into())?.ok_or("no draw")?;
     let want = (xs.matmul(&draw.delta.t()?)?.matmul(&layer.adapter().low_rank().b().t()?)? * (5.0 / 3.0))?;
     assert_close("s B Delta x", &shift(0.2)?, &want, 1e-12)
 }
@@ -170,7 +169,8 @@ fn the_average_over_draws_tends_to_the_mean() -> Result<()> {
     let layer = linear(&params, &config())?;
     shake(&params)?;
     let mean = layer.mean().forward(&xs)?.flatten_all()?.to_vec1::<f64>()?;
-    let draw = |draw| layer.forward_with(&xs, &Pass::Posterior { draw })?.flatten_all()?.to_vec1::<f64>();
+    let draw =
+        |draw| layer.forward_with(&xs, &Pass::Posterior { draw }.into())?.flatten_all()?.to_vec1::<f64>();
     let draws = (0..100_000).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
     for (i, mean) in mean.iter().enumerate() {
         assert_mean(&format!("output {i}"), *mean, draws.iter().map(|y| y[i]));
@@ -185,7 +185,7 @@ fn dropout_acts_in_training_alone_and_on_the_low_rank_branch_alone() -> Result<(
         let params = store(1);
         let layer = linear(&params, &MonteCLoRAConfig { dropout, ..config() })?;
         shake(&params)?;
-        Ok((layer.forward_with(&xs, &pass)?, xs.apply(layer.base())?))
+        Ok((layer.forward_with(&xs, &pass.into())?, xs.apply(layer.base())?))
     };
     for pass in [Pass::Mean, Pass::Posterior { draw: 1 }] {
         assert_close("without", &outputs(0.9, pass)?.0, &outputs(0.0, pass)?.0, 0.0)?;
@@ -211,7 +211,7 @@ fn the_size_of_the_buffer_never_changes_a_result() -> Result<()> {
             // Forwards, backwards, again, and with predictive draws between.
             for draw in [0, 1, 2, 7, 6, 5, 5, 14, 15, 16, u64::MAX >> 2, 0] {
                 for pass in [Pass::Train { draw }, Pass::Posterior { draw }, Pass::Train { draw }] {
-                    all.extend(layer.forward_with(&xs, &pass)?.flatten_all()?.to_vec1::<f64>()?);
+                    all.extend(layer.forward_with(&xs, &pass.into())?.flatten_all()?.to_vec1::<f64>()?);
                 }
             }
             Ok(all)
@@ -233,7 +233,7 @@ fn many_threads_share_a_buffer_without_waiting_for_each_other_for_ever() -> Resu
         layer.adapter_mut().buffer_mut().resize(buffer_size, None);
         shake(&params).unwrap();
         let draw = |draw| -> candle_core::Result<Vec<f64>> {
-            layer.forward_with(&xs, &Pass::Posterior { draw })?.flatten_all()?.to_vec1::<f64>()
+            layer.forward_with(&xs, &Pass::Posterior { draw }.into())?.flatten_all()?.to_vec1::<f64>()
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(8).build().unwrap();
         pool.install(|| (0..3000u64).into_par_iter().map(|i| draw(i).unwrap()).collect())
@@ -345,12 +345,12 @@ fn a_perturbation_far_below_the_half_precision_step_of_a_survives_on_a_half_prec
     let config = MonteCLoRAConfig { sample_scaler: 2.5e-5, ..config() };
     let layer = MonteCLoRALinear::new(base, &params, "proj", &config)?;
     let adapter: &MonteCLoRA = layer.adapter();
-    let (a, mean) = (adapter.effective_a(&TRAIN)?.into_owned(), adapter.low_rank().a().clone());
+    let (a, mean) = (adapter.effective_a(&TRAIN.into())?.into_owned(), adapter.low_rank().a().clone());
     assert_eq!(a.dtype(), DType::F32);
-    let (moved, draw) = ((a - mean)?, adapter.draw(&TRAIN)?.ok_or("no draw")?.delta);
+    let (moved, draw) = ((a - mean)?, adapter.draw(&TRAIN.into())?.ok_or("no draw")?.delta);
     assert_close("perturbation", &moved, &draw, 1e-2)?;
     let xs = normals("xs", &[5, 6])?.to_dtype(DType::BF16)?;
-    assert_eq!(layer.forward_with(&xs, &TRAIN)?.dtype(), DType::BF16);
+    assert_eq!(layer.forward_with(&xs, &TRAIN.into())?.dtype(), DType::BF16);
     Ok(())
 }
 
@@ -361,16 +361,23 @@ fn a_schedule_scales_the_draws_of_training_alone() -> Result<()> {
         let params = store(1);
         let layer = linear(&params, &MonteCLoRAConfig { mixture, ..config() })?;
         shake(&params)?;
-        let change = |pass: &Pass| -> Result<Tensor> {
-            Ok((layer.forward_with(&xs, pass)? - layer.forward_with(&xs, &Pass::Mean)?)?)
+        let change = |pass: Pass, factors: ScalerFactors| -> Result<Tensor> {
+            let cx = Context::from(pass).with_scaler_factors(factors);
+            Ok((layer.forward_with(&xs, &cx)? - layer.forward_with(&xs, &Pass::Mean.into())?)?)
         };
-        let predictive = Pass::Posterior { draw: 2 };
-        let (before, predicted) = (change(&TRAIN)?, change(&predictive)?);
-        layer.adapter().set_training_factor(0.25)?;
-        assert_close("training", &change(&TRAIN)?, &(before * 0.25)?, 1e-12)?;
-        assert_close("predictive", &change(&predictive)?, &predicted, 0.0)?;
+        let (predictive, one) = (Pass::Posterior { draw: 2 }, ScalerFactors::default);
+        let (before, predicted) = (change(TRAIN, one())?, change(predictive, one())?);
+        // For all layers, or for this one among others.
+        let own = [("proj.default".to_string(), 0.25), ("other.default".to_string(), 3.0)];
+        for factors in
+            [ScalerFactors::new(0.25, [].into())?, ScalerFactors::new(2.0, own.into_iter().collect())?]
+        {
+            assert_close("training", &change(TRAIN, factors.clone())?, &(&before * 0.25)?, 1e-12)?;
+            assert_close("predictive", &change(predictive, factors)?, &predicted, 0.0)?;
+        }
         for bad in [0.0, -1.0, f64::NAN] {
-            assert!(layer.adapter().set_training_factor(bad).is_err());
+            assert!(ScalerFactors::new(bad, [].into()).is_err());
+            assert!(ScalerFactors::new(1.0, [("proj.default".to_string(), bad)].into()).is_err());
         }
     }
     Ok(())

@@ -1,11 +1,11 @@
 //! Gradients equal central differences with the noise held fixed.
 
 use candle_core::Tensor;
+use monteclora::adapter::Role;
+use monteclora::adapter::{Adapter, Pass};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::dist::{Covariance, Estimator};
-use monteclora::monteclora::{Mixture, Mode, MonteCLoRA, MonteCLoRAConfig, Regularizer};
-use monteclora::params::Role;
-use monteclora::slot::{Adapter, Pass};
+use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer};
 
 use crate::{assert_gradients, base, normals, shake, store, Result};
 
@@ -35,7 +35,7 @@ fn those_of_a_draw_in_every_form() -> Result<()> {
         let weights =
             (normals("f", &[3, 3])?, normals("pi", &[config.num_components])?, normals("delta", &[3, 5])?);
         let loss = || -> Result<Tensor> {
-            let draw = layer.draw(&Pass::Train { draw: 6 })?.ok_or("no draw")?;
+            let draw = layer.draw(&Pass::Train { draw: 6 }.into())?.ok_or("no draw")?;
             let f = (draw.scale_tril * &weights.0)?.sum_all()?;
             let pi = (draw.weights * &weights.1)?.sum_all()?;
             Ok(((f + pi)? + (draw.delta * &weights.2)?.sum_all()?)?)
@@ -54,7 +54,8 @@ fn those_of_the_whole_adapter_in_every_pass() -> Result<()> {
             let layer = MonteCLoRA::new(&params, "layer", "default", (5, 4), &config)?;
             shake(&params)?;
             let (xs, target) = (normals("xs", &[2, 3, 5])?, normals("target", &[2, 3, 4])?);
-            let loss = || -> Result<Tensor> { Ok((layer.forward(&xs, &base, &pass)? * &target)?.sum_all()?) };
+            let loss =
+                || -> Result<Tensor> { Ok((layer.forward(&xs, &base, &pass.into())? * &target)?.sum_all()?) };
             assert_gradients(&format!("{pass:?} {config:?}"), &params, &loss)?;
             let grads = loss()?.backward()?;
             for (role, tensor) in layer.parameters() {
@@ -62,7 +63,7 @@ fn those_of_the_whole_adapter_in_every_pass() -> Result<()> {
                 // The mean is plain LoRA; a sparse mixture sends nothing to the concentration.
                 let wanted = match role {
                     Role::A | Role::B => true,
-                    Role::Scale => pass != Pass::Mean,
+                    Role::LogStd => pass != Pass::Mean,
                     _ => pass != Pass::Mean && config.mixture != Mixture::Sparse,
                 };
                 assert_eq!(moves.is_some_and(|g| g > 0.0), wanted, "{role:?} {pass:?} {config:?}");
@@ -80,8 +81,9 @@ fn those_of_lora() -> Result<()> {
         let layer = Lora::new(&params, "layer", "default", (5, 4), &config)?;
         shake(&params)?;
         let (xs, target) = (normals("xs", &[6, 5])?, normals("target", &[6, 4])?);
-        let loss =
-            || -> Result<Tensor> { Ok((layer.forward(&xs, &base, &PASSES[1])? * &target)?.sum_all()?) };
+        let loss = || -> Result<Tensor> {
+            Ok((layer.forward(&xs, &base, &PASSES[1].into())? * &target)?.sum_all()?)
+        };
         assert_gradients("lora", &params, &loss)?;
     }
     Ok(())
@@ -89,9 +91,11 @@ fn those_of_lora() -> Result<()> {
 
 #[test]
 fn those_of_the_regulariser_in_every_mode() -> Result<()> {
-    for mode in [Mode::Expected, Mode::Sampled] {
+    for mode in [KlEvaluation::Expected, KlEvaluation::Sampled] {
         for config in configs() {
-            if config.validate().is_err() || config.compat != Default::default() && mode == Mode::Expected {
+            if config.validate().is_err()
+                || config.compat != Default::default() && mode == KlEvaluation::Expected
+            {
                 continue;
             }
             let config = MonteCLoRAConfig {

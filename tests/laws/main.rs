@@ -14,9 +14,9 @@ mod regularizer;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
+use monteclora::adapter::Params;
+use monteclora::adapter::{AdaptableLinear, AdaptableModel};
 use monteclora::noise::{Noise, Purpose};
-use monteclora::params::Params;
-use monteclora::slot::{Linears, Slot};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -47,20 +47,23 @@ fn shake(params: &Params) -> Result<()> {
 }
 
 /// Linear layers side by side, for what walks over a model.
-struct Model(Vec<Slot>);
+struct Model(Vec<AdaptableLinear>);
 
-impl Linears for Model {
+impl AdaptableModel for Model {
     fn default_targets(&self) -> &'static [&'static str] {
         &[]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> monteclora::Result<()>) -> monteclora::Result<()> {
+    fn visit_linears(
+        &self,
+        f: &mut dyn FnMut(&AdaptableLinear) -> monteclora::Result<()>,
+    ) -> monteclora::Result<()> {
         self.0.iter().try_for_each(f)
     }
 
     fn visit_linears_mut(
         &mut self,
-        f: &mut dyn FnMut(&mut Slot) -> monteclora::Result<()>,
+        f: &mut dyn FnMut(&mut AdaptableLinear) -> monteclora::Result<()>,
     ) -> monteclora::Result<()> {
         self.0.iter_mut().try_for_each(f)
     }

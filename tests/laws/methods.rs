@@ -5,13 +5,14 @@ use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Pass};
+use monteclora::adapter::{Params, Role};
 use monteclora::adapters::adalora::orthogonal_penalty;
 use monteclora::adapters::{
     AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, Lora, LoraConfig, RankAllocator, Scaled,
 };
-use monteclora::params::{Params, Role};
-use monteclora::slot::{Adapter, Linears, Pass, Slot};
-use monteclora::train::{AdamW, AdamWConfig};
+use monteclora::ops::OpPath;
+use monteclora::optim::{AdamW, AdamWConfig};
 
 use crate::{assert_close, assert_gradients, base, normals, shake, store, Model, Result};
 
@@ -35,7 +36,7 @@ impl Golden {
 
     /// The loss that the golden gradients are of.
     fn loss(&self, adapter: &dyn Adapter) -> Result<Tensor> {
-        let ys = adapter.forward(self.get("xs")?, &self.base()?, &TRAIN)?;
+        let ys = adapter.forward(self.get("xs")?, &self.base()?, &TRAIN.into())?;
         Ok((ys * self.get("up")?)?.sum_all()?)
     }
 
@@ -48,7 +49,7 @@ impl Golden {
         let (xs, base) = (self.get("xs")?, self.base()?);
         let want = self.get(&format!("{label}.ys"))?;
         for pass in [TRAIN, Pass::Mean] {
-            assert_close(label, &adapter.forward(xs, &base, &pass)?, want, 1e-12)?;
+            assert_close(label, &adapter.forward(xs, &base, &pass.into())?, want, 1e-12)?;
         }
         let grads = self.loss(adapter)?.backward()?;
         for (name, param) in params.all() {
@@ -72,7 +73,12 @@ fn dora_is_pefts() -> Result<()> {
     assert_eq!(params.trainable_count(), 3 * (6 + 4) + 4);
     assert_close("start", dora.magnitude(), golden.get("dora.start")?, 1e-12)?;
     let unchanged = golden.base()?.forward(golden.get("xs")?)?;
-    assert_close("base", &dora.forward(golden.get("xs")?, &golden.base()?, &TRAIN)?, &unchanged, 1e-12)?;
+    assert_close(
+        "base",
+        &dora.forward(golden.get("xs")?, &golden.base()?, &TRAIN.into())?,
+        &unchanged,
+        1e-12,
+    )?;
     golden.check("dora", &dora, &params)
 }
 
@@ -87,14 +93,14 @@ fn under_dropout_dora_changes_the_magnitude_of_what_was_dropped() -> Result<()> 
     let (a, b) = (dora.low_rank().a(), dora.low_rank().b());
     let moved = (base.weight() + (b.matmul(a)? * 1.5)?)?;
     let ratio = (dora.magnitude() / moved.sqr()?.sum(1)?.sqrt()?)?;
-    let got = dora.forward(&xs, &base, &TRAIN)?;
+    let got = dora.forward(&xs, &base, &TRAIN.into())?;
     let kept = xs.apply(&base)?;
     // (got - kept) is linear in the dropped input: d -> d (diag(m/n) W' - W)^T, and each d is x or 2x or 0.
     let map = (moved.broadcast_mul(&ratio.unsqueeze(1)?)? - base.weight())?;
     let stream = params.noise().stream("proj.default", monteclora::noise::Purpose::Dropout);
-    let dropped = monteclora::ops::dropout(&xs, 0.5, &stream, 0)?;
+    let dropped = monteclora::ops::dropout(&xs, 0.5, &stream, 0, OpPath::Fused)?;
     assert_close("dropout", &(got - kept)?, &dropped.matmul(&map.t()?)?, 1e-11)?;
-    let mean = dora.forward(&xs, &base, &Pass::Mean)?;
+    let mean = dora.forward(&xs, &base, &Pass::Mean.into())?;
     assert_close("mean", &(mean - xs.apply(&base)?)?, &xs.matmul(&map.t()?)?, 1e-11)
 }
 
@@ -133,7 +139,10 @@ fn loraplus_takes_pefts_steps() -> Result<()> {
 fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
     let (golden, params) = (Golden::read()?, store(1));
     let second = Linear::new(golden.get("second")?.clone(), None);
-    let mut model = Model(vec![Slot::new("first.proj", golden.base()?), Slot::new("second", second)]);
+    let mut model = Model(vec![
+        AdaptableLinear::new("first.proj", golden.base()?),
+        AdaptableLinear::new("second", second),
+    ]);
     let config = AdaLoraConfig {
         init_rank: 4,
         target_rank: 2,
@@ -154,8 +163,8 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
     let mut allocator = RankAllocator::new(&model, &config)?;
     let total = 10;
     for step in 1..=total {
-        let hidden = model.0[0].forward(golden.get("xs")?, &TRAIN)?.tanh()?;
-        let error = (model.0[1].forward(&hidden, &TRAIN)? - golden.get("target")?)?;
+        let hidden = model.0[0].forward(golden.get("xs")?, &TRAIN.into())?.tanh()?;
+        let error = (model.0[1].forward(&hidden, &TRAIN.into())? - golden.get("target")?)?;
         let (loss, penalty) =
             (error.sqr()?.mean_all()?, orthogonal_penalty(&model)?.ok_or("no AdaLoRA layer")?);
         let grads = (&loss + (&penalty * 0.5)?)?.backward()?;
@@ -193,7 +202,7 @@ fn a_bottleneck_is_its_formula() -> Result<()> {
     let adapter = Bottleneck::new(&params, "proj", "default", &base, &BottleneckConfig { width: 3 })?;
     assert_eq!(params.trainable_count(), 2 * 3 * 4 + 3 + 4);
     // Close to the identity at the start.
-    assert_close("start", &adapter.forward(&xs, &base, &TRAIN)?, &xs.apply(&base)?, 1e-3)?;
+    assert_close("start", &adapter.forward(&xs, &base, &TRAIN.into())?, &xs.apply(&base)?, 1e-3)?;
     shake(&params)?;
     let part = |name: &str| -> Result<Tensor> {
         let param = params.get(&format!("proj.default.{name}")).ok_or("no such parameter")?;
@@ -203,9 +212,9 @@ fn a_bottleneck_is_its_formula() -> Result<()> {
     let inner = h.flatten_to(1)?.matmul(&part("down")?.t()?)?.broadcast_add(&part("down_bias")?)?;
     let change = inner.gelu_erf()?.matmul(&part("up")?.t()?)?.broadcast_add(&part("up_bias")?)?;
     let want = (&h + change.reshape(h.dims())?)?;
-    assert_close("output", &adapter.forward(&xs, &base, &TRAIN)?, &want, 1e-12)?;
+    assert_close("output", &adapter.forward(&xs, &base, &TRAIN.into())?, &want, 1e-12)?;
     assert_gradients("bottleneck", &params, &|| {
-        Ok(adapter.forward(&xs, &base, &TRAIN)?.sqr()?.sum_all()?)
+        Ok(adapter.forward(&xs, &base, &TRAIN.into())?.sqr()?.sum_all()?)
     })?;
     assert!(Bottleneck::new(&params, "other", "default", &base, &BottleneckConfig { width: 0 }).is_err());
     assert!(adapter.delta(&base)?.is_none());
@@ -232,7 +241,7 @@ fn adapters_on_a_half_width_base_compute_in_single_precision() -> Result<()> {
         Box::new(Bottleneck::new(&params, "bottleneck", "default", &narrow, &BottleneckConfig { width: 2 })?),
     ];
     for adapter in &adapters {
-        let ys = adapter.forward(&half(&xs)?, &narrow, &TRAIN)?;
+        let ys = adapter.forward(&half(&xs)?, &narrow, &TRAIN.into())?;
         assert_eq!(ys.dtype(), DType::BF16);
         assert!(adapter.parameters().iter().all(|(_, tensor)| tensor.dtype() == DType::F32));
         assert_close("half", &ys, &xs.apply(&wide)?, 2e-2)?;

@@ -1,12 +1,14 @@
 //! The perturbation's law: collapsed, explicit and sparse mixtures.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{Context, Pass};
 use monteclora::dist::{Covariance, Dirichlet, Estimator};
-use monteclora::monteclora::{DrawNoise, Mixture, MonteCLoRAConfig, NoiseSpec, NoiseStreams, Posterior};
 use monteclora::noise::Noise;
+use monteclora::ops::OpPath;
+use monteclora::{DrawNoise, DrawSpec, Mixture, MonteCLoRA, MonteCLoRAConfig, NoiseStreams, Posterior};
 use rayon::prelude::*;
 
-use crate::{assert_mean, normals, Result};
+use crate::{assert_close, assert_mean, normals, shake, store, Result};
 
 const DRAWS: u64 = 100_000;
 const MIXTURES: [Mixture; 3] = [Mixture::Collapsed, Mixture::Explicit, Mixture::Sparse];
@@ -21,8 +23,46 @@ fn config(mixture: Mixture) -> MonteCLoRAConfig {
 fn posterior(config: &MonteCLoRAConfig, in_dim: usize) -> Result<Posterior> {
     let rho = Tensor::new(&RHO, &Device::Cpu)?;
     let c = Tensor::new(&CONCENTRATION, &Device::Cpu)?.log()?;
-    let spec = NoiseSpec::new(config, in_dim, DType::F64, &Device::Cpu);
-    Ok(Posterior::new(&rho, &c, config, spec, NoiseStreams::new(Noise::new(8), "mixture"))?)
+    let spec = DrawSpec::new(config, in_dim, DType::F64, &Device::Cpu);
+    Ok(Posterior::new(&rho, &c, spec, NoiseStreams::new(Noise::new(8), "mixture"))?)
+}
+
+/// A + Delta on a path, and the gradients of A, rho and c, zero where there is none.
+fn draw_of(config: &MonteCLoRAConfig, path: OpPath) -> Result<[Tensor; 4]> {
+    let params = store(1);
+    let layer = MonteCLoRA::new(&params, "layer", "default", (7, 5), config)?;
+    shake(&params)?;
+    let cx = Context::from(Pass::Train { draw: 6 }).with_path(path);
+    let a = layer.effective_a(&cx)?.into_owned();
+    let grads = (&a * normals("weight", a.dims())?)?.sum_all()?.backward()?;
+    let of = |name: &str| -> Result<Tensor> {
+        let param = params.get(&format!("layer.default.{name}")).ok_or("no such parameter")?.var;
+        Ok(grads.get(&param).cloned().map_or_else(|| param.zeros_like(), Ok)?)
+    };
+    Ok([a, of("a")?, of("std_prior")?, of("expert_weights_prior")?])
+}
+
+#[test]
+fn a_fast_draw_is_the_one_that_is_defined_and_so_are_its_gradients() -> Result<()> {
+    let estimators = [Estimator::Exact, Estimator::Exponential, Estimator::LogisticNormal];
+    let mut configs = vec![MonteCLoRAConfig { rank: 3, sample_scaler: 0.2, ..MonteCLoRAConfig::peft() }];
+    for (mixture, estimator) in MIXTURES.into_iter().flat_map(|m| estimators.map(|e| (m, e))) {
+        for (covariance, num_components) in [(Covariance::Full, 3), (Covariance::Diagonal, 1)] {
+            configs.push(MonteCLoRAConfig { covariance, estimator, num_components, ..config(mixture) });
+        }
+    }
+    for config in configs {
+        let defined = draw_of(&config, OpPath::Reference)?;
+        for path in [OpPath::Fused, OpPath::Composed] {
+            let fast = draw_of(&config, path)?;
+            for (what, (fast, defined)) in
+                ["A + Delta", "dA", "drho", "dc"].into_iter().zip(fast.iter().zip(&defined))
+            {
+                assert_close(&format!("{what} of {config:?} on {path:?}"), fast, defined, 1e-12)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -62,7 +102,7 @@ fn mixtures_have_the_moments_of_the_model() -> Result<()> {
 fn fixed(posterior: &Posterior, columns: usize) -> Result<DrawNoise> {
     let t = Tensor::new(&[[1.4, 0.0, 0.0], [-0.8, 0.9, 0.0], [0.5, 1.1, 1.7]], &Device::Cpu)?;
     let u = Tensor::new(&[0.7, 0.2, 0.4], &Device::Cpu)?;
-    let z = match posterior.spec().mixture {
+    let z = match posterior.spec().config.mixture {
         Mixture::Explicit => normals("explicit", &[3, 3, columns])?,
         _ => normals("collapsed", &[3, columns])?,
     };
@@ -99,10 +139,10 @@ fn the_collapsed_gradient_has_the_explicit_ones_mean_and_no_more_variance() -> R
     let mut moments = Vec::new();
     for mixture in [Mixture::Explicit, Mixture::Collapsed] {
         let config = config(mixture);
-        let spec = NoiseSpec::new(&config, 1, DType::F64, &Device::Cpu);
+        let spec = DrawSpec::new(&config, 1, DType::F64, &Device::Cpu);
         let rho = Tensor::new(&RHO, &Device::Cpu)?;
         let c = candle_core::Var::from_tensor(&Tensor::new(&CONCENTRATION, &Device::Cpu)?.log()?)?;
-        let posterior = Posterior::new(&rho, &c, &config, spec, NoiseStreams::new(Noise::new(8), "mixture"))?;
+        let posterior = Posterior::new(&rho, &c, spec, NoiseStreams::new(Noise::new(8), "mixture"))?;
         let t = Tensor::new(&[[1.4, 0.0, 0.0], [-0.8, 0.9, 0.0], [0.5, 1.1, 1.7]], &Device::Cpu)?;
         let u = Tensor::new(&[0.7, 0.2, 0.4], &Device::Cpu)?;
         let z = match mixture {

@@ -5,9 +5,9 @@
 use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
-use monteclora::monteclora::{DrawNoise, MonteCLoRAConfig, NoiseSpec, NoiseStreams, Posterior, Regularizer};
-use monteclora::ops;
-use monteclora::params::{Params, Role};
+use monteclora::adapter::{Params, Role};
+use monteclora::ops::{self, OpPath};
+use monteclora::{DrawNoise, DrawSpec, MonteCLoRAConfig, NoiseStreams, Posterior, Regularizer};
 
 use crate::{assert_close, store, Result};
 
@@ -43,9 +43,9 @@ impl Golden {
             Ok(params.insert(&format!("{layer}.{name}"), role, &self.get(&format!("{layer}/{name}"))?)?)
         };
         let (a, _) = (put("A", Role::A)?, put("B", Role::B)?);
-        let (rho, c) = (put("std_prior", Role::Scale)?, put("expert_weights_prior", Role::Concentration)?);
-        let spec = NoiseSpec::new(config, a.dim(1)?, DType::F64, &Device::Cpu);
-        Ok(Posterior::new(&rho, &c, config, spec, NoiseStreams::new(params.noise(), layer))?)
+        let (rho, c) = (put("std_prior", Role::LogStd)?, put("expert_weights_prior", Role::Concentration)?);
+        let spec = DrawSpec::new(config, a.dim(1)?, DType::F64, &Device::Cpu);
+        Ok(Posterior::new(&rho, &c, spec, NoiseStreams::new(params.noise(), layer))?)
     }
 }
 
@@ -73,7 +73,15 @@ fn check(case: &'static str, layers: &[&str], config: &MonteCLoRAConfig) -> Resu
             assert_close("variance", &variance, &at("var")?, TOLERANCE)?;
             let (w0, b0) = (golden.get(&format!("{layer}/W0"))?, golden.get(&format!("{layer}/b0"))?);
             let a = (param("A")?.as_tensor() + &drawn.delta)?;
-            let y = ops::adapted_linear(&x, &w0, Some(&b0), &a, param("B")?.as_tensor(), config.scaling())?;
+            let y = ops::adapted_linear(
+                &x,
+                &w0,
+                Some(&b0),
+                &a,
+                param("B")?.as_tensor(),
+                config.scaling(),
+                OpPath::Fused,
+            )?;
             assert_close("output", &y, &at("y")?, TOLERANCE)?;
             task = (task + (y * golden.get(&format!("{layer}/target"))?)?.sum_all()?)?;
             let one = (std::slice::from_ref(posterior), std::slice::from_ref(&noise));

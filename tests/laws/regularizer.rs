@@ -1,16 +1,16 @@
 //! The regulariser: its terms, its expectation, its batches.
 
 use candle_core::{Device, Tensor};
+use monteclora::adapter::Params;
+use monteclora::adapter::{AdaptableLinear, Pass};
 use monteclora::dist::{Covariance, Estimator};
-use monteclora::monteclora::{Mixture, Mode, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
-use monteclora::params::Params;
-use monteclora::slot::{Pass, Slot};
 use monteclora::special::{digamma, ln_gamma};
+use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};
 use rayon::prelude::*;
 
 use crate::{assert_mean, base, normals, shake, store, Model, Result};
 
-fn config(mode: Mode) -> MonteCLoRAConfig {
+fn config(mode: KlEvaluation) -> MonteCLoRAConfig {
     MonteCLoRAConfig {
         rank: 3,
         num_components: 4,
@@ -38,11 +38,11 @@ fn host(tensor: &Tensor) -> Result<Vec<f64>> {
 #[test]
 fn terms_are_the_formulas_of_the_method_and_the_total_their_weighted_sum() -> Result<()> {
     for covariance in [Covariance::Full, Covariance::Diagonal] {
-        let config = MonteCLoRAConfig { covariance, ..config(Mode::Expected) };
+        let config = MonteCLoRAConfig { covariance, ..config(KlEvaluation::Expected) };
         let params = store(2);
         let layers = [layer(&params, "one", &config)?, layer(&params, "two", &config)?];
         shake(&params)?;
-        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
+        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], &Pass::Mean.into())?;
         let (mut n, mut w, mut d, mut l) = (0.0, 0.0, 0.0, 0.0);
         for layer in &layers {
             let rho = host(layer.posterior().std_prior())?;
@@ -75,14 +75,16 @@ fn terms_are_the_formulas_of_the_method_and_the_total_their_weighted_sum() -> Re
 #[test]
 fn the_expectation_is_the_mean_of_the_sampled_terms() -> Result<()> {
     for covariance in [Covariance::Full, Covariance::Diagonal] {
-        let config = MonteCLoRAConfig { covariance, estimator: Estimator::Exact, ..config(Mode::Sampled) };
+        let config =
+            MonteCLoRAConfig { covariance, estimator: Estimator::Exact, ..config(KlEvaluation::Sampled) };
         let params = store(2);
         let layer = layer(&params, "one", &config)?;
         shake(&params)?;
-        let expected = Regularizer::new(&MonteCLoRAConfig { mode: Mode::Expected, ..config.clone() });
-        let (expected, sampled) = (expected.for_layers(&[&layer], &Pass::Mean)?, Regularizer::new(&config));
+        let expected = Regularizer::new(&MonteCLoRAConfig { mode: KlEvaluation::Expected, ..config.clone() });
+        let (expected, sampled) =
+            (expected.for_layers(&[&layer], &Pass::Mean.into())?, Regularizer::new(&config));
         let draw = |draw| -> monteclora::Result<RegularizerTerms> {
-            sampled.for_layers(&[&layer], &Pass::Train { draw })
+            sampled.for_layers(&[&layer], &Pass::Train { draw }.into())
         };
         let draws = (0..100_000u64).into_par_iter().map(draw);
         let pair = |terms: RegularizerTerms| -> monteclora::Result<(f64, f64)> {
@@ -99,19 +101,19 @@ fn the_expectation_is_the_mean_of_the_sampled_terms() -> Result<()> {
 #[test]
 fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result<()> {
     for covariance in [Covariance::Full, Covariance::Diagonal] {
-        let config = MonteCLoRAConfig { covariance, ..config(Mode::Sampled) };
+        let config = MonteCLoRAConfig { covariance, ..config(KlEvaluation::Sampled) };
         let params = store(2);
         let layer = layer(&params, "one", &config)?;
         shake(&params)?;
         for pass in [Pass::Train { draw: 5 }, Pass::Posterior { draw: 5 }] {
-            let draw = layer.draw(&pass)?.ok_or("no draw")?;
+            let draw = layer.draw(&pass.into())?.ok_or("no draw")?;
             let want = monteclora::dist::Gaussian::new(&draw.scale_tril)?.kl_standard()?;
             let terms = Regularizer::new(&config).for_layers(&[&layer], &pass)?;
             assert!((value(&terms.kl_gaussian)? - value(&want)?).abs() < 1e-12);
             let cooperative = draw.weights.sqr()?.sum_all()?;
             assert!((value(&terms.cooperative)? - value(&cooperative)?).abs() < 1e-12);
         }
-        let error = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean).unwrap_err();
+        let error = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean.into()).unwrap_err();
         assert!(error.to_string().contains("mode"), "{error}");
     }
     Ok(())
@@ -119,7 +121,7 @@ fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result
 
 #[test]
 fn layers_of_several_shapes_in_a_model_average_to_the_same() -> Result<()> {
-    for mode in [Mode::Expected, Mode::Sampled] {
+    for mode in [KlEvaluation::Expected, KlEvaluation::Sampled] {
         let params = store(2);
         let (mut model, mut sum, regularizer) = (Model(Vec::new()), 0.0, Regularizer::new(&config(mode)));
         let pass = Pass::Train { draw: 1 };
@@ -130,11 +132,11 @@ fn layers_of_several_shapes_in_a_model_average_to_the_same() -> Result<()> {
             let adapter = layer(&params, &path, &config)?;
             shake_only(&params, &path)?;
             sum += value(&regularizer.for_layers(&[&adapter], &pass)?.total)?;
-            let mut slot = Slot::new(path, base(5, 4)?);
+            let mut slot = AdaptableLinear::new(path, base(5, 4)?);
             slot.add("default", Box::new(adapter))?;
             model.0.push(slot);
         }
-        model.0.push(Slot::new("bare", base(5, 4)?));
+        model.0.push(AdaptableLinear::new("bare", base(5, 4)?));
         let got = value(&regularizer.for_model(&model, &pass)?.total)?;
         assert!((got - sum / 4.0).abs() < 1e-12, "{got} {}", sum / 4.0);
         assert_eq!(model.0[0].active().map(|(_, a)| a.parameters().len()), Some(4));
@@ -154,7 +156,7 @@ fn shake_only(params: &Params, path: &str) -> Result<()> {
 #[test]
 fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> {
     // The task sends c nothing under a sparse mixture or a single component.
-    for mode in [Mode::Expected, Mode::Sampled] {
+    for mode in [KlEvaluation::Expected, KlEvaluation::Sampled] {
         for (mixture, num_components) in
             [(Mixture::Sparse, 4), (Mixture::Collapsed, 1), (Mixture::Collapsed, 4), (Mixture::Explicit, 1)]
         {
@@ -163,7 +165,7 @@ fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> 
             let params = store(2);
             let layer = layer(&params, "one", &config)?;
             shake(&params)?;
-            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 })?;
+            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 }.into())?;
             assert_eq!(value(&terms.total)?, 0.0);
             let grads = terms.total.backward()?;
             for tensor in [layer.posterior().std_prior(), layer.posterior().expert_weights_prior()] {
@@ -179,10 +181,10 @@ fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> 
 fn large_concentrations_do_not_overflow_single_precision() -> Result<()> {
     // exp(lgamma(40)) is over the largest f32.
     let params = Params::new(monteclora::noise::Noise::new(0), &Device::Cpu);
-    let config = config(Mode::Expected);
+    let config = config(KlEvaluation::Expected);
     let layer = layer(&params, "one", &config)?;
     params.set("one.default.expert_weights_prior", &Tensor::full(60f64.ln(), 4, &Device::Cpu)?)?;
-    let kl = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean)?.kl_dirichlet;
+    let kl = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean.into())?.kl_dirichlet;
     let (a, b): (f64, f64) = (60.0, 0.6);
     let want = ln_gamma(4.0 * a) - ln_gamma(4.0 * b)
         + 4.0 * (ln_gamma(b) - ln_gamma(a) + (a - b) * (digamma(a) - digamma(4.0 * a)));

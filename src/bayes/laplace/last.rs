@@ -10,16 +10,16 @@
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::record::{LayerRecord, Record};
+use crate::adapter::Params;
+use crate::adapter::Pass;
 use crate::bayes::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::slot::Pass;
 
 /// The last linear layer of a model's head, by its parameters in the store.
 ///
 /// A backward pass runs through all that is trainable: merge the adapters first
-/// ([`crate::merge`]) and it ends at the head.
+/// ([`crate::inject::merge`]) and it ends at the head.
 #[derive(Debug, Clone)]
 pub struct LastLayer {
     path: String,
@@ -75,7 +75,7 @@ impl LastLayer {
     /// # Errors
     /// If the outputs are not this layer's, W phi + b.
     pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
-        let outputs = model.predict(batch, &Pass::Mean)?;
+        let outputs = model.predict(batch, &Pass::Mean.into())?;
         let (examples, classes) = outputs.dims2()?;
         let features = self.features(&outputs)?; // (b, d)
         let (_, whole) = self.parameters()?.remove(0);

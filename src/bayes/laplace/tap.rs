@@ -16,13 +16,14 @@ use candle_core::{Tensor, Var};
 use candle_nn::Linear;
 
 use super::record::{LayerRecord, Places, Record};
-use crate::adapters::{Lora, LowRank};
+use crate::adapter::LowRank;
+use crate::adapter::Role;
+use crate::adapter::{AdaptableModel, Adapter, Context, Pass};
+use crate::adapters::Lora;
 use crate::bayes::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::params::Role;
-use crate::slot::{Adapter, Linears, Pass};
 
 /// The taps on the active LoRA adapters of a model, until [`Self::remove`].
 /// Clones are the same taps.
@@ -67,21 +68,21 @@ fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
 }
 
 impl Adapter for Probe {
-    fn forward(&self, xs: &Tensor, base: &Linear, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
         if !lock(&self.tape).recording {
-            return self.lora.forward(xs, base, pass);
+            return self.lora.forward(xs, base, cx);
         }
         let pair = self.lora.low_rank();
         // Detached: the gradients of A and B themselves are sums over examples, of no use here.
         let (a, b) = (pair.a().detach(), pair.b().detach());
         let wide = xs.to_dtype(a.dtype())?;
-        let h = ops::linear(&wide, &a, None)?;
+        let h = ops::linear(&wide, &a, None, cx.path)?;
         let tap_h = Var::zeros(h.shape(), h.dtype(), h.device())?;
         let h = (h + tap_h.as_tensor())?;
-        let low = (ops::linear(&h, &b, None)? * pair.scale())?;
+        let low = (ops::linear(&h, &b, None, cx.path)? * pair.scale())?;
         let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
         let low = (low + tap_y.as_tensor())?;
-        let frozen = ops::linear(xs, base.weight(), base.bias())?.to_dtype(low.dtype())?;
+        let frozen = ops::linear(xs, base.weight(), base.bias(), cx.path)?.to_dtype(low.dtype())?;
         let seen = Seen { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
         lock(&self.tape).seen.push(seen);
         (frozen + low)?.to_dtype(xs.dtype())
@@ -98,10 +99,6 @@ impl Adapter for Probe {
     fn as_any(&self) -> &dyn Any {
         &self.lora
     }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        &mut self.lora
-    }
 }
 
 impl Taps {
@@ -110,7 +107,7 @@ impl Taps {
     /// # Errors
     /// If the model has no active LoRA adapter, an active adapter is of another method, or a layer
     /// is merged; the model is then as it was.
-    pub fn install(model: &mut dyn Linears) -> Result<Self> {
+    pub fn install(model: &mut dyn AdaptableModel) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |slot| {
             let Some((name, adapter)) = slot.active() else { return Ok(()) };
@@ -141,12 +138,12 @@ impl Taps {
     ///
     /// # Errors
     /// If an adapter is no longer there, or its layer was merged since.
-    pub fn remove(self, model: &mut dyn Linears) -> Result<()> {
+    pub fn remove(self, model: &mut dyn AdaptableModel) -> Result<()> {
         self.exchange(model, false)
     }
 
     /// Puts probes in the place of adapters, or their adapters in the place of probes.
-    fn exchange(&self, model: &mut dyn Linears, probed: bool) -> Result<()> {
+    fn exchange(&self, model: &mut dyn AdaptableModel, probed: bool) -> Result<()> {
         model.visit_linears_mut(&mut |slot| {
             let here = self.layers.iter().find(|layer| layer.path == slot.path());
             let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };
@@ -178,7 +175,7 @@ impl Taps {
     /// One batch: outputs, and inputs and output gradients of A and B of every layer.
     pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
         self.switch(true);
-        let outputs = model.predict(batch, &Pass::Mean);
+        let outputs = model.predict(batch, &Pass::Mean.into());
         let seen = self.switch(false);
         let outputs = outputs?;
         let (_, classes) = outputs.dims2()?;

@@ -4,6 +4,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
+use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Pass};
+use crate::adapter::{Init, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::bayes::logits;
 use crate::data::encode::Encoded;
@@ -13,8 +15,6 @@ use crate::metrics::softmax;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::{Noise, Purpose};
 use crate::ops;
-use crate::params::{Init, Params, Role};
-use crate::slot::{Linears, Pass, Slot};
 
 mod models;
 
@@ -23,7 +23,7 @@ const CLASSES: usize = 3;
 /// Embedding, an adapted layer, tanh, the mean over tokens, a head.
 struct Toy {
     table: Tensor,
-    slot: Slot,
+    slot: AdaptableLinear,
     head: (Tensor, Tensor),
     params: Params,
 }
@@ -38,7 +38,7 @@ impl Toy {
     /// With A and B in general position.
     fn new() -> Result<Self> {
         let params = Params::with_dtype(Noise::new(2), DType::F64, &Device::Cpu);
-        let mut slot = Slot::new("layer", Linear::new(normal("base", (4, 5))?, None));
+        let mut slot = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
         let config = LoraConfig { rank: 2, alpha: 3.4, ..Default::default() };
         slot.add("default", Box::new(Lora::new(&params, "layer", "default", (5, 4), &config)?))?;
         params.set("layer.default.b", &(normal("b", (4, 2))? * 0.3)?)?;
@@ -50,7 +50,7 @@ impl Toy {
     /// `J[k]` of one example with regard to a parameter, flat, by a backward pass of its own.
     fn jacobian(&self, batch: &Batch, name: &str) -> Result<Vec<Vec<f64>>> {
         let var = self.params.get(name).unwrap().var;
-        let outputs = self.predict(batch, &Pass::Mean)?;
+        let outputs = self.predict(batch, &Pass::Mean.into())?;
         let class = |k| {
             let grads = outputs.narrow(1, k, 1)?.sum_all()?.backward()?;
             Ok(grads.get(&var).unwrap().flatten_all()?.to_vec1::<f64>()?)
@@ -60,26 +60,26 @@ impl Toy {
 }
 
 impl Predictor for Toy {
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         let (b, t) = batch.input_ids.dims2()?;
         let xs = self.table.index_select(&batch.input_ids.flatten_all()?, 0)?.reshape((b, t, 5))?;
-        let ys = self.slot.forward(&xs, pass)?.tanh()?;
+        let ys = self.slot.forward(&xs, cx)?.tanh()?;
         let mask = batch.attention_mask.to_dtype(DType::F64)?.unsqueeze(2)?;
         let pooled = ys.broadcast_mul(&mask)?.sum(1)?.broadcast_div(&mask.sum(1)?)?;
-        ops::linear(&pooled, &self.head.0, Some(&self.head.1))
+        ops::linear(&pooled, &self.head.0, Some(&self.head.1), cx.path)
     }
 }
 
-impl Linears for Toy {
+impl AdaptableModel for Toy {
     fn default_targets(&self) -> &'static [&'static str] {
         &["layer"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         f(&self.slot)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         f(&mut self.slot)
     }
 }
@@ -110,7 +110,7 @@ fn dense(toy: &Toy, rows: &[(&[u32], u32)], names: &[&str]) -> Result<Matrix> {
     let mut sum = Matrix::new();
     for row in rows {
         let one = batch(std::slice::from_ref(row))?;
-        let p = softmax(&logits(toy, std::slice::from_ref(&one), &Pass::Mean)?[0]);
+        let p = softmax(&logits(toy, std::slice::from_ref(&one), &Pass::Mean.into())?[0]);
         let js = stacked(toy, &one, names)?;
         sum.resize(js[0].len(), vec![0.0; js[0].len()]);
         for (k, l) in pairs() {
@@ -171,7 +171,7 @@ fn compare(toy: &Toy, laplace: &Laplace, rows: &[(&[u32], u32)], blocks: &[&[&st
     let curvature = blocks.iter().map(|names| dense(toy, rows, names)).collect::<Result<Vec<_>>>()?;
     let mut evidence = 0.0;
     for (ids, label) in rows {
-        let z = &logits(toy, &[batch(&[(ids, *label)])?], &Pass::Mean)?[0];
+        let z = &logits(toy, &[batch(&[(ids, *label)])?], &Pass::Mean.into())?[0];
         evidence += softmax(z)[*label as usize].ln();
     }
     for (names, matrix) in blocks.iter().zip(&curvature) {
@@ -197,7 +197,7 @@ fn compare(toy: &Toy, laplace: &Laplace, rows: &[(&[u32], u32)], blocks: &[&[&st
             }
         }
         got.covariances[n].iter().zip(expected).for_each(|(got, expected)| near(*got, expected));
-        let z = &logits(toy, &[one], &Pass::Mean)?[0];
+        let z = &logits(toy, &[one], &Pass::Mean.into())?[0];
         z.iter().zip(&got.logits[n]).for_each(|(z, got)| near(*got, *z));
     }
     Ok(())
@@ -211,7 +211,7 @@ fn taps_give_the_jacobian_of_every_example_with_padding() -> Result<()> {
     let mut toy = Toy::new()?;
     let rows: [(&[u32], u32); 3] = [(&[1, 2, 3], 0), (&[4], 1), (&[5, 6], 2)];
     let batch_of_all = batch(&rows)?;
-    let before = logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean)?;
+    let before = logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean.into())?;
     let taps = Taps::install(&mut toy)?;
     let record = taps.record(&toy, &batch_of_all)?;
     assert_eq!(record.layers[0].tokens, 6.0);
@@ -226,12 +226,12 @@ fn taps_give_the_jacobian_of_every_example_with_padding() -> Result<()> {
         }
     }
     // A tapped adapter is the LoRA adapter it was, and so it is again without taps.
-    for outputs in [&record.logits, &logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean)?] {
+    for outputs in [&record.logits, &logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean.into())?] {
         outputs.iter().flatten().zip(before.iter().flatten()).for_each(|(got, z)| near(*got, *z));
     }
     assert!(toy.slot.active().unwrap().1.as_any().is::<Lora>());
     taps.remove(&mut toy)?;
-    assert_eq!(logits(&toy, &[batch_of_all], &Pass::Mean)?, before);
+    assert_eq!(logits(&toy, &[batch_of_all], &Pass::Mean.into())?, before);
     assert!(format!("{:?}", toy.slot.active().unwrap().1).starts_with("Lora"));
     Ok(())
 }
@@ -270,7 +270,7 @@ fn factors_are_the_mean_of_inputs_and_the_sum_of_gradients() -> Result<()> {
         // The bias is beside an input of 1.
         let mut phi = toy.jacobian(&one, "head.weight")?[0][..4].to_vec();
         phi.push(1.0);
-        let p = softmax(&logits(&toy, &[one], &Pass::Mean)?[0]);
+        let p = softmax(&logits(&toy, &[one], &Pass::Mean.into())?[0]);
         for (i, j) in (0..25).map(|at| (at / 5, at % 5)) {
             inputs[i][j] += phi[i] * phi[j] / rows.len() as f64;
         }
@@ -311,7 +311,7 @@ fn a_precision_is_chosen_from_a_grid_by_held_out_rows() -> Result<()> {
     let batches = [batch(&rows)?];
     let scope = Scope::LastLayer(LastLayer::new(&toy.params, "head")?);
     let mut laplace = Laplace::fit(&toy, scope, &batches, None)?;
-    let outputs = logits(&toy, &batches, &Pass::Mean)?;
+    let outputs = logits(&toy, &batches, &Pass::Mean.into())?;
     let held_out = |right: bool| {
         let extreme = |z: &Vec<f64>| {
             let order = |a: &usize, b: &usize| z[*a].total_cmp(&z[*b]);

@@ -3,7 +3,7 @@
 //! The decoder takes memory by the numbers that it finds in the footer and in the header of each
 //! page, and follows the schema by recursion. In a damaged file these numbers are of any size, and
 //! a lack of memory or of stack ends the process: no `catch_unwind` helps. So the numbers are read
-//! here first, by a reader of Thrift's compact protocol that keeps nothing.
+//! here first.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -11,10 +11,8 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use ::parquet::basic::Type as Physical;
 use ::parquet::file::metadata::ParquetMetaData;
 
-type Result<T> = std::result::Result<T, String>;
+use super::thrift::{Result, Thrift, DEPTH, I32, LIST, STRUCT};
 
-/// How deep groups of columns, and structures of the footer, may lie in each other.
-const DEPTH: usize = 32;
 /// The most that a page may hold once it is decompressed: this, or the multiple of its compressed
 /// size below. Writers make pages of about one megabyte.
 const PAGE: u64 = 16 << 20;
@@ -34,7 +32,7 @@ pub(super) fn check_footer(file: &File) -> Result<()> {
     }
     let start =
         end.checked_sub(length).ok_or_else(|| format!("a footer of {length} bytes does not fit in it"))?;
-    let mut thrift = Thrift { source: reader(file, start)?.take(length), read: 0 };
+    let mut thrift = Thrift::new(reader(file, start)?.take(length));
     thrift.structure(DEPTH, |thrift, field| match field {
         (2, LIST) => schema(thrift).map(|()| true),
         _ => Ok(false),
@@ -95,7 +93,7 @@ pub(super) fn check_pages(file: &File, metadata: &ParquetMetaData, names: &[&str
         let end = at.checked_add(length).filter(|end| *end <= size).ok_or_else(outside)?;
         let short = column.column_type() == Physical::FIXED_LEN_BYTE_ARRAY;
         while at < end {
-            let mut thrift = Thrift { source: reader(file, at)?.take(end - at), read: 0 };
+            let mut thrift = Thrift::new(reader(file, at)?.take(end - at));
             let page = Page::read(&mut thrift)?;
             page.check(if short { 1 } else { VALUE })
                 .map_err(|reason| format!("column {name:?}: {reason}"))?;
@@ -169,121 +167,4 @@ fn reader(file: &File, start: u64) -> Result<BufReader<&File>> {
     let mut source = file;
     source.seek(SeekFrom::Start(start)).map_err(|e| e.to_string())?;
     Ok(BufReader::with_capacity(512, source))
-}
-
-const I32: u8 = 5;
-const LIST: u8 = 9;
-const STRUCT: u8 = 12;
-
-/// Thrift's compact protocol: <https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>.
-struct Thrift<R> {
-    source: R,
-    /// How many bytes were read.
-    read: u64,
-}
-
-impl<R: Read> Thrift<R> {
-    fn byte(&mut self) -> Result<u8> {
-        let mut byte = [0];
-        self.source.read_exact(&mut byte).map_err(|e| e.to_string())?;
-        self.read += 1;
-        Ok(byte[0])
-    }
-
-    fn unsigned(&mut self) -> Result<u64> {
-        let mut value = 0;
-        for shift in (0..70).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7f).checked_shl(shift).unwrap_or(0);
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err("a number that does not end".to_string())
-    }
-
-    fn number(&mut self) -> Result<i64> {
-        let value = self.unsigned()?;
-        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
-    }
-
-    /// The kind of a list's elements, and how many there are.
-    fn list(&mut self) -> Result<(u8, u64)> {
-        let byte = self.byte()?;
-        let count = if byte >> 4 == 15 { self.unsigned()? } else { u64::from(byte >> 4) };
-        Ok((byte & 0x0f, count))
-    }
-
-    /// Calls `visit` with each field's number and kind; what it says it has not read is passed over.
-    fn structure(
-        &mut self,
-        depth: usize,
-        mut visit: impl FnMut(&mut Self, (i64, u8)) -> Result<bool>,
-    ) -> Result<()> {
-        let depth = depth.checked_sub(1).ok_or("structures that lie too deep in each other")?;
-        let mut id = 0i64;
-        loop {
-            let byte = self.byte()?;
-            let kind = byte & 0x0f;
-            if kind == 0 {
-                return Ok(());
-            }
-            id = if byte >> 4 == 0 { self.number()? } else { id.wrapping_add(i64::from(byte >> 4)) };
-            if !visit(self, (id, kind))? {
-                self.skip(kind, true, depth)?;
-            }
-        }
-    }
-
-    /// A structure of which one number counts.
-    fn one_number(&mut self, id: i64, number: &mut i64) -> Result<()> {
-        self.structure(DEPTH, |thrift, field| match field == (id, I32) {
-            true => thrift.number().map(|found| {
-                *number = found;
-                true
-            }),
-            false => Ok(false),
-        })
-    }
-
-    /// Passes over a value. Truth values are in a field's kind, and a byte in a list.
-    fn skip(&mut self, kind: u8, in_field: bool, depth: usize) -> Result<()> {
-        match kind {
-            1 | 2 if in_field => Ok(()),
-            1..=3 => self.bytes(1),
-            4..=6 => self.unsigned().map(drop),
-            7 => self.bytes(8),
-            8 => {
-                let length = self.unsigned()?;
-                self.bytes(length)
-            }
-            LIST | 10 => {
-                let (kind, count) = self.list()?;
-                let depth = depth.checked_sub(1).ok_or("lists that lie too deep in each other")?;
-                (0..count).try_for_each(|_| self.skip(kind, false, depth))
-            }
-            11 => {
-                let count = self.unsigned()?;
-                let kinds = if count == 0 { 0 } else { self.byte()? };
-                let depth = depth.checked_sub(1).ok_or("maps that lie too deep in each other")?;
-                (0..count).try_for_each(|_| {
-                    self.skip(kinds >> 4, false, depth)?;
-                    self.skip(kinds & 0x0f, false, depth)
-                })
-            }
-            STRUCT => self.structure(depth, |_, _| Ok(false)),
-            _ => Err(format!("a value of the unknown kind {kind}")),
-        }
-    }
-
-    fn bytes(&mut self, count: u64) -> Result<()> {
-        let passed = std::io::copy(&mut self.source.by_ref().take(count), &mut std::io::sink());
-        let passed = passed.map_err(|e| e.to_string())?;
-        self.read += passed;
-        if passed == count {
-            Ok(())
-        } else {
-            Err("it breaks off".to_string())
-        }
-    }
 }

@@ -1,5 +1,5 @@
-//! What is asked of the `hf-hub` crate, by one trait for models and data sets: its handles differ
-//! in type.
+//! The requests to the `hf-hub` crate, as one trait for models and data sets: its handles differ in
+//! type.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -10,7 +10,26 @@ use hf_hub::repository::{FileMetadataInfo, RepoTreeEntry};
 use hf_hub::{split_id, HFClient, HFRepositorySync, HFResult, RepoType};
 
 use super::config::HubConfig;
-use super::remote::RepoKind;
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RepoKind {
+    /// A model.
+    Model,
+    /// A data set.
+    Dataset,
+}
+
+impl RepoKind {
+    /// Its name in the cache's folders.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+}
 
 /// Stands for no token. Given none, `hf-hub` looks for one in the environment by itself and would
 /// send what [`HubConfig`] neither holds nor redacts; given this one, which no header can carry,
@@ -20,7 +39,7 @@ const NO_TOKEN: &str = "\n";
 /// The most entries of a repository's list that are asked for: they come in pages of as many.
 const MOST_NAMES: usize = 1000;
 
-/// The questions about one repository. Each blocks until it is answered.
+/// The requests about one repository. Each blocks until it is answered.
 pub(super) trait Client: Send + Sync {
     /// Size, ETag and commit of a file, after all redirects.
     fn metadata(&self, name: &str, revision: &str) -> HFResult<FileMetadataInfo>;
@@ -30,7 +49,7 @@ pub(super) trait Client: Send + Sync {
         name: &str,
         revision: &str,
         range: Option<Range<u64>>,
-        watch: Progress,
+        progress: Progress,
     ) -> HFResult<Vec<u8>>;
     /// A file's path in the cache, where `hf-hub` puts it unless `offline`.
     fn download(
@@ -38,7 +57,7 @@ pub(super) trait Client: Send + Sync {
         name: &str,
         revision: &str,
         offline: bool,
-        watch: Option<Progress>,
+        progress: Option<Progress>,
     ) -> HFResult<PathBuf>;
     /// The names of the files that lie in no folder.
     fn names(&self, revision: &str) -> HFResult<Vec<String>>;
@@ -72,10 +91,10 @@ impl<T: RepoType> Client for HFRepositorySync<T> {
         name: &str,
         revision: &str,
         range: Option<Range<u64>>,
-        watch: Progress,
+        progress: Progress,
     ) -> HFResult<Vec<u8>> {
         let asked = self.download_file_to_bytes().filename(name).revision(revision);
-        Ok(asked.maybe_range(range).progress(watch).send()?.into())
+        Ok(asked.maybe_range(range).progress(progress).send()?.into())
     }
 
     fn download(
@@ -83,10 +102,10 @@ impl<T: RepoType> Client for HFRepositorySync<T> {
         name: &str,
         revision: &str,
         offline: bool,
-        watch: Option<Progress>,
+        progress: Option<Progress>,
     ) -> HFResult<PathBuf> {
         let asked = self.download_file().filename(name).revision(revision);
-        asked.local_files_only(offline).maybe_progress(watch).send()
+        asked.local_files_only(offline).maybe_progress(progress).send()
     }
 
     fn names(&self, revision: &str) -> HFResult<Vec<String>> {

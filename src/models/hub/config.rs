@@ -144,3 +144,50 @@ impl std::fmt::Debug for HubConfig {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn the_environment_is_read_as_hugging_face_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = dir.path().display().to_string();
+        std::fs::write(dir.path().join("token"), " hf_stored\n").unwrap();
+        std::fs::write(dir.path().join("other"), "hf_other\n").unwrap();
+        let other = dir.path().join("other").display().to_string();
+        let config = |vars: &[(&str, &str)]| {
+            let vars: BTreeMap<String, String> =
+                vars.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
+            HubConfig::from_vars(&move |name| vars.get(name).cloned())
+        };
+        let plain = config(&[("HOME", "/home/u")]);
+        assert_eq!(plain.endpoint, "https://huggingface.co");
+        assert_eq!(plain.cache, Path::new("/home/u/.cache/huggingface/hub"));
+        assert!(plain.token.is_none() && !plain.offline);
+
+        assert_eq!(config(&[("XDG_CACHE_HOME", "/x")]).cache, Path::new("/x/huggingface/hub"));
+        assert_eq!(config(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/h")]).cache, Path::new("/h/hub"));
+        assert_eq!(config(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
+        assert_eq!(config(&[("HF_ENDPOINT", "http://mirror/")]).endpoint, "http://mirror");
+
+        assert_eq!(config(&[("HF_HOME", &home)]).token.as_deref(), Some("hf_stored"));
+        assert_eq!(
+            config(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]).token.as_deref(),
+            Some("hf_other")
+        );
+        assert_eq!(config(&[("HF_HOME", &home), ("HF_TOKEN", "hf_x")]).token.as_deref(), Some("hf_x"));
+        assert!(config(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
+
+        for (value, offline) in
+            [("1", true), ("on", true), ("Yes", true), ("true", true), ("0", false), ("", false)]
+        {
+            assert_eq!(config(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value:?}");
+        }
+        let secret = config(&[("HF_TOKEN", "hf_x"), ("HF_ENDPOINT", "http://user:word@mirror/path")]);
+        let shown = format!("{secret:?}");
+        assert!(!shown.contains("hf_x") && !shown.contains("word"), "{shown}");
+    }
+}

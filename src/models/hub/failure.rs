@@ -1,15 +1,15 @@
-//! Why a question to the hub has no answer, and what to do about it: without the token, and
-//! without addresses, which can be signed.
+//! Why a request to the hub failed, and what to do about it: without the token, and without
+//! addresses, which can be signed.
 
 use hf_hub::HFError;
 
-use super::remote::Repo;
+use super::repo::Repo;
 use crate::error::Error;
 
-/// What a question to the hub comes to.
-pub(super) type Answer<R> = std::result::Result<R, Failure>;
+/// The result of a request to the hub.
+pub(super) type HubResult<R> = std::result::Result<R, Failure>;
 
-/// Why there is no answer.
+/// Why a request failed.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// What `hf-hub` says.
@@ -21,7 +21,7 @@ pub(super) enum Failure {
     /// Not as many bytes as announced.
     Length { name: String, expected: u64, got: u64 },
     /// The fault lies on this side: a full disk, for example.
-    Here(Error),
+    Local(Error),
 }
 
 impl From<HFError> for Failure {
@@ -31,8 +31,8 @@ impl From<HFError> for Failure {
 }
 
 impl Failure {
-    /// Whether the same question may well be answered later.
-    pub(super) fn may_pass(&self) -> bool {
+    /// Whether the same request may well succeed later.
+    pub(super) fn is_transient(&self) -> bool {
         match self {
             Self::Hub(HFError::RateLimited { .. }) | Self::Length { .. } => true,
             Self::Hub(HFError::Request { source, .. }) => !source.is_builder() && !source.is_redirect(),
@@ -45,12 +45,12 @@ impl Failure {
 
     /// Whether the hub is out of reach now, so that what the cache holds has to do.
     pub(super) fn is_outage(&self) -> bool {
-        matches!(self, Self::Silent) || self.may_pass()
+        matches!(self, Self::Silent) || self.is_transient()
     }
 
-    /// Whether the part of the file that is there cannot be gone on with: its length is wrong, or
-    /// the server does not accept the range that is left (416).
-    pub(super) fn spoils(&self) -> bool {
+    /// Whether the part of the file that is there cannot be resumed: its length is wrong, or the
+    /// server does not accept the range that is left (416).
+    pub(super) fn invalidates_part(&self) -> bool {
         match self {
             Self::Length { .. } => true,
             Self::Hub(HFError::Http { context }) => context.status.as_u16() == 416,
@@ -60,15 +60,10 @@ impl Failure {
 }
 
 impl Repo {
-    /// An error about this repository.
-    pub(super) fn error(&self, reason: String) -> Error {
-        Error::Hub { repo: self.id.clone(), reason: self.hub.redact(reason) }
-    }
-
     /// The error for a failure.
     pub(super) fn explain(&self, failure: Failure) -> Error {
         let reason = match failure {
-            Failure::Here(error) => return error,
+            Failure::Local(error) => return error,
             Failure::Panicked => "the hub's client panicked".into(),
             Failure::Silent => {
                 let silence = self.hub.patience.as_secs_f32();

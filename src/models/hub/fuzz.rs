@@ -3,10 +3,14 @@
 use candle_core::Tensor;
 use serde_json::{json, Value};
 
-use super::*;
+use super::model_files::{CONFIG, INDEX, WEIGHTS};
+use super::{weights, ModelFiles};
+use crate::error::Result;
 use crate::fuzz::json::Documents;
 use crate::fuzz::tensors::{file, TensorFiles};
 use crate::fuzz::{Folder, Input, Reader, Rng};
+use candle_core::{DType, Device};
+use std::path::Path;
 
 fn weights(names: [&str; 2]) -> Vec<u8> {
     let tensor = |value: f32| Tensor::new(&[[value, 1.0, 2.0], [3.0, value, 4.0]], &Device::Cpu).unwrap();

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{check_relative, weights};
+use super::names::check_relative;
+use super::weights;
 use crate::error::{Error, Result};
+use crate::util::json;
 
 /// An index whose file names all lie below its own folder.
 #[derive(Debug)]
@@ -26,9 +28,8 @@ struct File {
 impl Index {
     /// Reads the index at `path`.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let File { weight_map } = serde_json::from_str(&text)
-            .map_err(|e| Error::format(path, format!("malformed index of sharded weights: {e}")))?;
+        let text = std::fs::read(path).map_err(Error::io(path))?;
+        let File { weight_map } = json::parse(text, path)?;
         if weight_map.is_empty() {
             return Err(Error::format(path, "the index lists no tensor"));
         }

@@ -1,11 +1,14 @@
 //! Local folders: what is found, and what is refused by name.
 
-use super::*;
+use super::model_files::{CONFIG, INDEX, TOKENIZER, WEIGHTS};
+use super::ModelFiles;
+use crate::error::Result;
 use candle_core::Tensor;
+use candle_core::{DType, Device};
 use std::collections::HashMap;
 
 /// A folder with `config.json` and the given files.
-pub(super) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(CONFIG), "{}").unwrap();
     for (name, bytes) in files {
@@ -17,7 +20,7 @@ pub(super) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
 }
 
 /// A safetensors file of vectors `name = [value, value]`.
-pub(super) fn tensors(named: &[(&str, f32)]) -> Vec<u8> {
+fn tensors(named: &[(&str, f32)]) -> Vec<u8> {
     let vector = |value: f32| Tensor::new(&[value, value], &Device::Cpu).unwrap();
     let named: HashMap<&str, Tensor> = named.iter().map(|(name, value)| (*name, vector(*value))).collect();
     safetensors::serialize(named, None).unwrap()
@@ -155,17 +158,6 @@ fn what_a_folder_lacks_is_named() {
     let absent = dir.path().join("absent");
     let message = ModelFiles::locate(absent.to_str().unwrap(), None).unwrap_err().to_string();
     assert!(message.contains("no such local folder"), "{message}");
-}
-
-#[test]
-fn a_prefix_is_found_by_the_tensor_it_holds() -> Result<()> {
-    let dir = folder(&[(WEIGHTS, tensors(&[("bert.x", 1.0), ("y", 2.0)]))]);
-    let vb = locate(&dir)?.var_builder(DType::F32, &Device::Cpu)?;
-    assert_eq!(with_prefix(&vb, &["roberta.", "bert.", ""], "x")?.prefix(), "bert");
-    assert_eq!(with_prefix(&vb, &["roberta", "bert", ""], "y")?.prefix(), "");
-    let message = with_prefix(&vb, &["roberta", "bert", ""], "z").err().unwrap().to_string();
-    assert!(message.contains("roberta.z, bert.z, z"), "{message}");
-    Ok(())
 }
 
 #[test]

@@ -1,8 +1,6 @@
-//! Safetensors weights, checked and memory-mapped, and the prefix under which a model's lie.
+//! Safetensors weights, checked and memory-mapped.
 //!
 //! A tensor is checked when it is asked for: its dtype, its shape, and that all of it is finite.
-//! A checkpoint of a bare encoder has no `roberta.` before its names and one with a head has it;
-//! [`with_prefix`] finds out which.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -123,40 +121,5 @@ fn is_finite(view: &TensorView) -> Option<bool> {
         Dtype::F16 => check!(u16, 0x7c00),
         Dtype::BF16 => check!(u16, 0x7f80),
         _ => return None,
-    })
-}
-
-/// `vb` at the first of the prefixes `candidates` (`"roberta"`, `"bert"`, or `""` for none) under
-/// which the tensor `probe` lies, such as `embeddings.word_embeddings.weight`.
-///
-/// # Errors
-/// [`Error::Tensor`] if there is no such tensor under any of them; it names what was looked for.
-///
-/// # Example
-/// ```
-/// use candle_core::{DType, Device, Tensor};
-/// use candle_nn::VarBuilder;
-/// use monteclora::models::hub::with_prefix;
-///
-/// let tensor = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
-/// let tensors = [("bert.pooler.bias".to_string(), tensor)].into();
-/// let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-/// assert_eq!(with_prefix(&vb, &["roberta", "bert", ""], "pooler.bias")?.prefix(), "bert");
-/// assert!(with_prefix(&vb, &["roberta", ""], "pooler.bias").is_err());
-/// # Ok::<(), monteclora::Error>(())
-/// ```
-pub fn with_prefix<'a>(vb: &VarBuilder<'a>, candidates: &[&str], probe: &str) -> Result<VarBuilder<'a>> {
-    let at = |prefix: &str| match prefix.trim_end_matches('.') {
-        "" => vb.clone(),
-        prefix => vb.pp(prefix),
-    };
-    let found = candidates.iter().map(|prefix| at(prefix)).find(|vb| vb.contains_tensor(probe));
-    found.ok_or_else(|| {
-        let full = |vb: VarBuilder| match vb.prefix() {
-            prefix if prefix.is_empty() => probe.to_string(),
-            prefix => format!("{prefix}.{probe}"),
-        };
-        let names: Vec<String> = candidates.iter().map(|prefix| full(at(prefix))).collect();
-        Error::tensor(probe, format!("the weights have none of {}", names.join(", ")))
     })
 }

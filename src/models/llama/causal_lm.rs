@@ -5,11 +5,11 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::decoder::LlamaDecoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// LLaMA as a language model.
 #[derive(Debug)]
@@ -66,34 +66,34 @@ impl CausalLm for LlamaForCausalLM {
         input_ids: &Tensor,
         attention_mask: &Tensor,
         cache: Option<&mut Cache>,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        self.decoder.forward(input_ids, attention_mask, cache, pass)
+        self.decoder.forward(input_ids, attention_mask, cache, cx)
     }
 
-    fn head(&self, hidden: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
-        ops::linear(hidden, &self.head, None)
+    fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        ops::linear(hidden, &self.head, None, cx.path)
     }
 
-    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, _pass: &Pass) -> candle_core::Result<Tensor> {
-        ops::linear_cross_entropy(hidden, &self.head, targets, -100)
+    fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        ops::linear_cross_entropy(hidden, &self.head, targets, -100, cx.path)
     }
 }
 
-impl Linears for LlamaForCausalLM {
+impl AdaptableModel for LlamaForCausalLM {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.decoder.embedding_mut()
     }
 }

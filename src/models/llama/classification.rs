@@ -5,10 +5,10 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::decoder::LlamaDecoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// LLaMA with a linear classifier on the last real token.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct LlamaForSequenceClassification {
 impl LlamaForSequenceClassification {
     /// Fetches the decoder from `vb` and the task head, `score.weight`, from `head`: under an
     /// adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::params::Params::var_builder).
+    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -57,9 +57,9 @@ impl LlamaForSequenceClassification {
         &self,
         input_ids: &Tensor,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let hidden = self.decoder.forward(input_ids, attention_mask, None, pass)?;
+        let hidden = self.decoder.forward(input_ids, attention_mask, None, cx)?;
         let (b, t, _) = hidden.dims3()?;
         // The column of the last real token: in f32, exactly, where every backend has an argmax.
         let columns = Tensor::arange(0u32, t as u32, hidden.device())?.to_dtype(DType::F32)?;
@@ -67,24 +67,24 @@ impl LlamaForSequenceClassification {
         let starts: Vec<u32> = (0..b).map(|row| (row * t) as u32).collect();
         let at = (Tensor::from_vec(starts, b, hidden.device())? + last)?;
         let chosen = hidden.flatten_to(1)?.index_select(&at, 0)?; // (b, d)
-        ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None)
+        ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None, cx.path)
     }
 }
 
-impl Linears for LlamaForSequenceClassification {
+impl AdaptableModel for LlamaForSequenceClassification {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.decoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.decoder.embedding_mut()
     }
 }

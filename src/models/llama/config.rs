@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::json;
 
 /// `candle-transformers`' configuration and what training needs beyond it.
 #[derive(Debug, Clone)]
@@ -57,13 +57,12 @@ impl LlamaConfig {
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(files::read_configuration(path)?.as_bytes(), path)
+        Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let value = serde_json::from_slice(text)
-            .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))?;
+        let value = json::parse(text, path)?;
         Self::from_value(value).map_err(|e| Error::format(path, e.to_string()))
     }
 

@@ -8,21 +8,22 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::rotary::Rotary;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
 use crate::models::layers::{slot_no_bias, unshared, Dropout, RmsNorm};
 use crate::noise::Noise;
-use crate::ops::{self, Mask};
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::ops::{self, CausalMask, Mask};
 
 /// The decoder without a head.
 #[derive(Debug)]
 pub struct LlamaDecoder {
-    embeddings: EmbeddingSlot,
+    embeddings: AdaptableEmbedding,
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
     norm: RmsNorm,
     rotary: Rotary,
+    causal: CausalMask,
     max_length: usize,
 }
 
@@ -31,7 +32,7 @@ pub struct LlamaDecoder {
 struct Step {
     mask: Mask,
     angles: (Tensor, Tensor), // (1, t, head_dim / 2) each
-    pass: Pass,
+    cx: Context,
 }
 
 impl LlamaDecoder {
@@ -56,8 +57,9 @@ impl LlamaDecoder {
             checkpoint_layers: false,
             norm: RmsNorm::load(c.hidden_size, c.rms_norm_eps, &vb.pp("norm"))?,
             rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
+            causal: CausalMask::default(),
             max_length: c.max_position_embeddings,
-            embeddings: EmbeddingSlot::new(embeddings),
+            embeddings: AdaptableEmbedding::new(embeddings),
         })
     }
 
@@ -72,14 +74,14 @@ impl LlamaDecoder {
         input_ids: &Tensor,
         attention_mask: &Tensor,
         mut cache: Option<&mut Cache>,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
         let (_, t) = input_ids.dims2()?;
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
         // Virtual tokens stand before a row's beginning alone.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
         self.embeddings.check_length(seen + p + t, self.max_length)?;
-        if cache.is_some() && matches!(pass, Pass::Train { .. }) {
+        if cache.is_some() && matches!(cx.pass, Pass::Train { .. }) {
             return Err(Error::config("cache", "a training pass goes without a cache").into());
         }
         if cache.is_some() && p > 0 {
@@ -87,17 +89,20 @@ impl LlamaDecoder {
         }
         let place = |rows| self.embeddings.after_padding(rows, attention_mask);
         let step = Step {
-            mask: Mask { padding: Some(place(self.embeddings.extend_mask(attention_mask)?)?), causal: true },
+            mask: Mask {
+                padding: Some(place(self.embeddings.extend_mask(attention_mask)?)?),
+                causal: Some(self.causal.clone()),
+            },
             angles: self.rotary.angles(seen, p + t)?,
-            pass: *pass,
+            cx: cx.clone(),
         };
         let mut xs = match seen {
-            0 => place(self.embeddings.forward(input_ids)?)?, // (b, p + t, d)
-            _ => self.embeddings.lookup(input_ids)?,          // (b, t, d)
+            0 => place(self.embeddings.forward(input_ids, cx.path)?)?, // (b, p + t, d)
+            _ => self.embeddings.lookup(input_ids, cx.path)?,          // (b, t, d)
         };
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
-            xs = match (self.checkpoint_layers, pass) {
+            xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
                     let (block, step) = (layer.clone(), step.clone());
                     ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &step, None))?
@@ -107,7 +112,7 @@ impl LlamaDecoder {
         }
         // Real tokens stand in these columns, wherever the virtual ones are among the padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
-        self.norm.forward(&xs)
+        self.norm.forward(&xs, cx.path)
     }
 
     /// An empty cache for this decoder, with room for `capacity` tokens a row.
@@ -138,20 +143,20 @@ impl LlamaDecoder {
     }
 }
 
-impl Linears for LlamaDecoder {
+impl AdaptableModel for LlamaDecoder {
     fn default_targets(&self) -> &'static [&'static str] {
         &["q_proj", "k_proj", "v_proj"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings)
     }
 }
@@ -173,14 +178,14 @@ fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
 #[derive(Debug)]
 struct Layer {
     attention_norm: RmsNorm,
-    q_proj: Slot,
-    k_proj: Slot,
-    v_proj: Slot,
-    o_proj: Slot,
+    q_proj: AdaptableLinear,
+    k_proj: AdaptableLinear,
+    v_proj: AdaptableLinear,
+    o_proj: AdaptableLinear,
     mlp_norm: RmsNorm,
-    gate_proj: Slot,
-    up_proj: Slot,
-    down_proj: Slot,
+    gate_proj: AdaptableLinear,
+    up_proj: AdaptableLinear,
+    down_proj: AdaptableLinear,
     probs_dropout: Dropout,
     heads: usize,
     kv_heads: usize,
@@ -213,19 +218,20 @@ impl Layer {
     }
 
     fn forward(&self, xs: &Tensor, step: &Step, cache: Option<&mut KvCache>) -> candle_core::Result<Tensor> {
-        let attended = self.attention(&self.attention_norm.forward(xs)?, step, cache)?;
+        let attended = self.attention(&self.attention_norm.forward(xs, step.cx.path)?, step, cache)?;
         // Below the first layer are frozen embeddings, which no gradient is for.
         let xs = ops::add_constant(&attended, xs)?;
-        let normed = self.mlp_norm.forward(&xs)?;
-        xs + self.feed_forward(&normed, &step.pass)?
+        let normed = self.mlp_norm.forward(&xs, step.cx.path)?;
+        xs + self.feed_forward(&normed, &step.cx)?
     }
 
-    fn feed_forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let [gate, up, down] = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        if let (Some(gate), Some(up), Some(down)) = (gate.as_linear(), up.as_linear(), down.as_linear()) {
-            return ops::swiglu(xs, gate.weight(), up.weight(), down.weight());
+        if let (Some(gate), Some(up), Some(down)) = (gate.as_linear(cx), up.as_linear(cx), down.as_linear(cx))
+        {
+            return ops::swiglu(xs, gate.weight(), up.weight(), down.weight(), cx.path);
         }
-        down.forward(&ops::silu_mul(&gate.forward(xs, pass)?, &up.forward(xs, pass)?)?, pass)
+        down.forward(&ops::silu_mul(&gate.forward(xs, cx)?, &up.forward(xs, cx)?, cx.path)?, cx)
     }
 
     fn attention(
@@ -234,33 +240,33 @@ impl Layer {
         step: &Step,
         cache: Option<&mut KvCache>,
     ) -> candle_core::Result<Tensor> {
-        let q = self.rotate(&self.q_proj.forward(xs, &step.pass)?, self.heads, step)?; // (b, t, d)
-        let mut k = self.rotate(&self.k_proj.forward(xs, &step.pass)?, self.kv_heads, step)?;
-        let mut v = self.v_proj.forward(xs, &step.pass)?; // (b, t, kv_heads * head_dim)
+        let q = self.rotate(&self.q_proj.forward(xs, &step.cx)?, self.heads, step)?; // (b, t, d)
+        let mut k = self.rotate(&self.k_proj.forward(xs, &step.cx)?, self.kv_heads, step)?;
+        let mut v = self.v_proj.forward(xs, &step.cx)?; // (b, t, kv_heads * head_dim)
         if let Some(cache) = cache {
             (k, v) = cache.append(&k.detach().contiguous()?, &v.detach().contiguous()?)?;
         }
         let scale = (self.head_dim as f64).sqrt().recip();
-        let dropout = self.probs_dropout.active(&step.pass);
+        let dropout = self.probs_dropout.active(&step.cx);
         let (heads, kv_heads) = (self.heads, self.kv_heads);
-        let context = ops::attention(&q, &k, &v, heads, kv_heads, scale, &step.mask, dropout)?;
-        self.o_proj.forward(&context, &step.pass)
+        let context = ops::attention(&q, &k, &v, heads, kv_heads, scale, &step.mask, dropout, step.cx.path)?;
+        self.o_proj.forward(&context, &step.cx)
     }
 
     fn rotate(&self, xs: &Tensor, heads: usize, step: &Step) -> candle_core::Result<Tensor> {
         let (b, t, width) = xs.dims3()?;
         let (cos, sin) = &step.angles;
         let xs = xs.reshape((b, t, heads, width / heads))?;
-        ops::rotary(&xs, cos, sin)?.flatten_from(D::Minus2)
+        ops::rotary(&xs, cos, sin, step.cx.path)?.flatten_from(D::Minus2)
     }
 
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
-        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
+        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&Slot; 7] {
+    fn slots(&self) -> [&AdaptableLinear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
@@ -272,7 +278,7 @@ impl Layer {
         ]
     }
 
-    fn slots_mut(&mut self) -> [&mut Slot; 7] {
+    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 7] {
         [
             &mut self.q_proj,
             &mut self.k_proj,

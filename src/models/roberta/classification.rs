@@ -5,11 +5,11 @@ use candle_nn::{Linear, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::layers::{linear, slot, Dropout};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// RoBERTa or BERT with a classification head on the first token.
 #[derive(Debug)]
@@ -24,13 +24,13 @@ pub struct RobertaForSequenceClassification {
 #[derive(Debug)]
 enum Head {
     Roberta { before: Dropout, dense: Linear, after: Dropout, out_proj: Linear },
-    Bert { pooler: Slot, dropout: Dropout, classifier: Linear },
+    Bert { pooler: AdaptableLinear, dropout: Dropout, classifier: Linear },
 }
 
 impl RobertaForSequenceClassification {
     /// Fetches the encoder from `vb` and the task head from `head` (names start at `classifier`):
     /// under an adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::params::Params::var_builder).
+    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -85,32 +85,32 @@ impl RobertaForSequenceClassification {
         input_ids: &Tensor,
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, pass)?; // (b, d)
+        let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, cx)?; // (b, d)
         let project = |layer: &Linear, xs: &Tensor| {
             let weight = layer.weight();
-            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias())
+            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias(), cx.path)
         };
         match &self.head {
             Head::Roberta { before, dense, after, out_proj } => {
-                let xs = project(dense, &before.forward(&first, pass)?)?.tanh()?;
-                project(out_proj, &after.forward(&xs, pass)?)
+                let xs = project(dense, &before.forward(&first, cx)?)?.tanh()?;
+                project(out_proj, &after.forward(&xs, cx)?)
             }
             Head::Bert { pooler, dropout, classifier } => {
-                let pooled = pooler.forward(&first, pass)?.tanh()?;
-                project(classifier, &dropout.forward(&pooled, pass)?)
+                let pooled = pooler.forward(&first, cx)?.tanh()?;
+                project(classifier, &dropout.forward(&pooled, cx)?)
             }
         }
     }
 }
 
-impl Linears for RobertaForSequenceClassification {
+impl AdaptableModel for RobertaForSequenceClassification {
     fn default_targets(&self) -> &'static [&'static str] {
         self.encoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears(f)?;
         match &self.head {
             Head::Bert { pooler, .. } => f(pooler),
@@ -118,7 +118,7 @@ impl Linears for RobertaForSequenceClassification {
         }
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears_mut(f)?;
         match &mut self.head {
             Head::Bert { pooler, .. } => f(pooler),
@@ -126,7 +126,7 @@ impl Linears for RobertaForSequenceClassification {
         }
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.encoder.embedding_mut()
     }
 }

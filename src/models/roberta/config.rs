@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::util::json;
 
 /// Which of the two encoders a checkpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,13 +110,12 @@ impl RobertaConfig {
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(files::read_configuration(path)?.as_bytes(), path)
+        Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self =
-            serde_json::from_slice(text).map_err(|e| Error::format_at(path, e.line(), e.to_string()))?;
+        let config: Self = json::parse(text, path)?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }

@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::Result;
 use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
-use crate::ops::{self, Mask, Rows};
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
+use crate::ops::{self, Mask, OpPath, Rows};
 
 /// The encoder of RoBERTa or BERT.
 #[derive(Debug)]
@@ -64,10 +64,10 @@ impl RobertaEncoder {
         input_ids: &Tensor,
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, pass)?; // (n, d)
-        let xs = batch.pad(self.stack(&self.layers, xs, &batch, pass)?)?;
+        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, cx)?; // (n, d)
+        let xs = batch.pad(self.stack(&self.layers, xs, &batch, cx)?, cx.path)?;
         let (p, t) = (self.embeddings.words.virtual_tokens(), input_ids.dim(1)?);
         if p == 0 {
             Ok(xs)
@@ -90,14 +90,14 @@ impl RobertaEncoder {
         input_ids: &Tensor,
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, pass)?; // (n, d)
+        let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, cx)?; // (n, d)
         let only = batch.first_tokens(xs.device())?;
-        let Some((last, before)) = self.layers.split_last() else { return only.take(&xs) };
-        let xs = self.stack(before, xs, &batch, pass)?; // (n, d)
+        let Some((last, before)) = self.layers.split_last() else { return only.take(&xs, cx.path) };
+        let xs = self.stack(before, xs, &batch, cx)?; // (n, d)
         let first = Batch { only: Some(only), ..batch };
-        self.stack(std::slice::from_ref(last), xs, &first, pass) // (b, d)
+        self.stack(std::slice::from_ref(last), xs, &first, cx) // (b, d)
     }
 
     /// The first layer's input, packed where that pays, and how the batch is packed.
@@ -106,12 +106,12 @@ impl RobertaEncoder {
         ids: &Tensor,
         types: Option<&Tensor>,
         mask: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<(Tensor, Batch)> {
-        let embedded = self.embeddings.forward(ids, types, pass)?; // (b, p + t, d)
+        let embedded = self.embeddings.forward(ids, types, cx)?; // (b, p + t, d)
         let (b, t, _) = embedded.dims3()?;
         let batch = Batch::new((b, t), &self.embeddings.words.extend_mask(mask)?)?;
-        Ok((batch.pack(embedded)?, batch))
+        Ok((batch.pack(embedded, cx.path)?, batch))
     }
 
     /// Some layers, one after the other.
@@ -120,15 +120,15 @@ impl RobertaEncoder {
         layers: &[Arc<Layer>],
         mut xs: Tensor,
         batch: &Batch,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
         for layer in layers {
-            xs = match (self.checkpoint_layers, pass) {
+            xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
-                    let (block, batch, pass) = (layer.clone(), batch.clone(), *pass);
-                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &batch, &pass))?
+                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone());
+                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &batch, &cx))?
                 }
-                _ => layer.forward(&xs, batch, pass)?,
+                _ => layer.forward(&xs, batch, cx)?,
             };
         }
         Ok(xs)
@@ -146,20 +146,20 @@ impl RobertaEncoder {
     }
 }
 
-impl Linears for RobertaEncoder {
+impl AdaptableModel for RobertaEncoder {
     fn default_targets(&self) -> &'static [&'static str] {
         &["query", "key", "value"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings.words)
     }
 }
@@ -176,7 +176,7 @@ struct Batch {
 
 impl Batch {
     fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
-        let mask = Mask { padding: Some(attention_mask.clone()), causal: false };
+        let mask = Mask { padding: Some(attention_mask.clone()), causal: None };
         let mut real = None;
         // On a GPU, to read the mask would hold everything up.
         if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {
@@ -204,25 +204,25 @@ impl Batch {
     }
 
     /// (b, t, d) as (n, d).
-    fn pack(&self, xs: Tensor) -> candle_core::Result<Tensor> {
+    fn pack(&self, xs: Tensor, path: OpPath) -> candle_core::Result<Tensor> {
         match &self.real {
-            Some(real) => real.take(&xs),
+            Some(real) => real.take(&xs, path),
             None => Ok(xs),
         }
     }
 
     /// (n, d) as (b, t, d), zero on padding.
-    fn pad(&self, xs: Tensor) -> candle_core::Result<Tensor> {
+    fn pad(&self, xs: Tensor, path: OpPath) -> candle_core::Result<Tensor> {
         let Some(real) = &self.real else { return Ok(xs) };
         let (b, t) = self.shape;
-        real.put(&xs)?.reshape((b, t, ()))
+        real.put(&xs, path)?.reshape((b, t, ()))
     }
 }
 
 /// Words, positions and token types, summed, normalised, dropped.
 #[derive(Debug)]
 struct Embeddings {
-    words: EmbeddingSlot,
+    words: AdaptableEmbedding,
     positions: Tensor,   // (max positions, d)
     token_types: Tensor, // (types, d)
     norm: LayerNorm,
@@ -240,7 +240,7 @@ impl Embeddings {
             vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init)
         };
         Ok(Self {
-            words: EmbeddingSlot::new(table("word_embeddings", config.vocab_size)?),
+            words: AdaptableEmbedding::new(table("word_embeddings", config.vocab_size)?),
             positions: table("position_embeddings", config.max_position_embeddings)?,
             token_types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
@@ -252,21 +252,21 @@ impl Embeddings {
         })
     }
 
-    fn forward(&self, ids: &Tensor, types: Option<&Tensor>, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn forward(&self, ids: &Tensor, types: Option<&Tensor>, cx: &Context) -> candle_core::Result<Tensor> {
         let (_, t) = ids.dims2()?;
         let p = self.words.virtual_tokens();
         self.words.check_length(p + t, self.max_length)?;
-        let words = self.words.forward(ids)?; // (b, p + t, d)
-        let positions = ops::embedding(&self.position_ids(ids)?, &self.positions)?;
+        let words = self.words.forward(ids, cx.path)?; // (b, p + t, d)
+        let positions = ops::embedding(&self.position_ids(ids)?, &self.positions, cx.path)?;
         let types = match types {
             Some(types) => {
                 let types = types.pad_with_zeros(1, p, 0)?;
-                ops::embedding(&types, &self.token_types)?
+                ops::embedding(&types, &self.token_types, cx.path)?
             }
             None => self.token_types.narrow(0, 0, 1)?.unsqueeze(0)?, // (1, 1, d)
         };
         let sum = words.broadcast_add(&positions)?.broadcast_add(&types)?;
-        self.dropout.forward(&self.norm.forward(&sum)?, pass)
+        self.dropout.forward(&self.norm.forward(&sum, cx.path)?, cx)
     }
 
     /// `(b, p + t)` or `(1, p + t)` of u32. RoBERTa numbers the real tokens of each row, virtual ones
@@ -294,13 +294,13 @@ impl Embeddings {
 /// Self-attention and feed-forward block, each followed by dropout, residual and layer norm.
 #[derive(Debug)]
 struct Layer {
-    query: Slot,
-    key: Slot,
-    value: Slot,
-    attention_output: Slot,
+    query: AdaptableLinear,
+    key: AdaptableLinear,
+    value: AdaptableLinear,
+    attention_output: AdaptableLinear,
     attention_norm: LayerNorm,
-    intermediate: Slot,
-    output: Slot,
+    intermediate: AdaptableLinear,
+    output: AdaptableLinear,
     output_norm: LayerNorm,
     probs_dropout: Dropout,
     attention_dropout: Dropout,
@@ -334,44 +334,46 @@ impl Layer {
 
     /// Of `xs` (n, d), or (b, t, d) where the batch is not packed, the tokens that are wanted: in the
     /// same shape, or (b, d).
-    fn forward(&self, xs: &Tensor, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         let wanted = match &batch.only {
-            Some(only) => only.take(xs)?,
+            Some(only) => only.take(xs, cx.path)?,
             None => xs.clone(),
         };
-        let q = self.query.forward(&wanted, pass)?;
-        let q = if batch.only.is_some() { q.unsqueeze(1)? } else { batch.pad(q)? }; // (b, t or 1, d)
-        let k = batch.pad(self.key.forward(xs, pass)?)?; // (b, t, d)
-        let v = batch.pad(self.value.forward(xs, pass)?)?;
+        let q = self.query.forward(&wanted, cx)?;
+        let q = if batch.only.is_some() { q.unsqueeze(1)? } else { batch.pad(q, cx.path)? }; // (b, t or 1, d)
+        let k = batch.pad(self.key.forward(xs, cx)?, cx.path)?; // (b, t, d)
+        let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?;
         let scale = (q.dim(D::Minus1)? as f64 / self.heads as f64).sqrt().recip();
-        let dropout = self.probs_dropout.active(pass);
-        let context = ops::attention(&q, &k, &v, self.heads, self.heads, scale, &batch.mask, dropout)?;
-        let context = if batch.only.is_some() { context.squeeze(1)? } else { batch.pack(context)? };
-        let attended = self.attention_output.forward(&context, pass)?;
-        let attended = self.attention_dropout.forward(&attended, pass)?;
-        let xs = self.attention_norm.forward_add(&attended, &wanted)?;
-        let inner = self.feed_forward(&xs, pass)?;
-        self.output_norm.forward_add(&self.output_dropout.forward(&inner, pass)?, &xs)
+        let dropout = self.probs_dropout.active(cx);
+        let context =
+            ops::attention(&q, &k, &v, self.heads, self.heads, scale, &batch.mask, dropout, cx.path)?;
+        let context =
+            if batch.only.is_some() { context.squeeze(1)? } else { batch.pack(context, cx.path)? };
+        let attended = self.attention_output.forward(&context, cx)?;
+        let attended = self.attention_dropout.forward(&attended, cx)?;
+        let xs = self.attention_norm.forward_add(&attended, &wanted, cx.path)?;
+        let inner = self.feed_forward(&xs, cx)?;
+        self.output_norm.forward_add(&self.output_dropout.forward(&inner, cx)?, &xs, cx.path)
     }
 
-    fn feed_forward(&self, xs: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        if let (Some(up), Some(down)) = (self.intermediate.as_linear(), self.output.as_linear()) {
-            return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias());
+    fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        if let (Some(up), Some(down)) = (self.intermediate.as_linear(cx), self.output.as_linear(cx)) {
+            return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias(), cx.path);
         }
-        self.output.forward(&ops::gelu(&self.intermediate.forward(xs, pass)?)?, pass)
+        self.output.forward(&ops::gelu(&self.intermediate.forward(xs, cx)?, cx.path)?, cx)
     }
 
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
-        self.slots().into_iter().flat_map(Slot::parameters).chain(norms).collect()
+        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&Slot; 6] {
+    fn slots(&self) -> [&AdaptableLinear; 6] {
         [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
     }
 
-    fn slots_mut(&mut self) -> [&mut Slot; 6] {
+    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 6] {
         [
             &mut self.query,
             &mut self.key,

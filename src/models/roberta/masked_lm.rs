@@ -5,11 +5,11 @@ use candle_nn::{Init, Linear, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
+use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::layers::{linear, LayerNorm};
 use crate::noise::Noise;
 use crate::ops;
-use crate::slot::{EmbeddingSlot, Linears, Pass, Slot};
 
 /// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
 #[derive(Debug)]
@@ -65,30 +65,35 @@ impl RobertaForMaskedLM {
         token_type_ids: Option<&Tensor>,
         attention_mask: &Tensor,
         positions: &Tensor,
-        pass: &Pass,
+        cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, pass)?;
+        let hidden = self.encoder.forward(input_ids, token_type_ids, attention_mask, cx)?;
         let d = hidden.dim(D::Minus1)?;
         let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
-        let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias())?)?;
-        ops::linear(&self.norm.forward(&xs)?, self.encoder.word_embeddings(), Some(&self.bias))
+        let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias(), cx.path)?, cx.path)?;
+        ops::linear(
+            &self.norm.forward(&xs, cx.path)?,
+            self.encoder.word_embeddings(),
+            Some(&self.bias),
+            cx.path,
+        )
     }
 }
 
-impl Linears for RobertaForMaskedLM {
+impl AdaptableModel for RobertaForMaskedLM {
     fn default_targets(&self) -> &'static [&'static str] {
         self.encoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears(f)
     }
 
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut Slot) -> Result<()>) -> Result<()> {
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
         self.encoder.visit_linears_mut(f)
     }
 
-    fn embedding_mut(&mut self) -> Option<&mut EmbeddingSlot> {
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.encoder.embedding_mut()
     }
 }

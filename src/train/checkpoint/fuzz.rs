@@ -8,11 +8,11 @@ use serde_json::{json, Value};
 
 use super::state::{MANIFEST, STATE, TENSORS, VERSION};
 use super::*;
+use crate::adapter::{Init, Params, Role};
 use crate::fuzz::json::Documents;
 use crate::fuzz::tensors::{file, TensorFiles};
 use crate::fuzz::{bytes, Folder, Input, Reader, Rng};
-use crate::params::{Init, Params, Role};
-use crate::train::optim::{AdamW, AdamWConfig};
+use crate::optim::{AdamW, AdamWConfig};
 use crate::Noise;
 
 const STEP: usize = 7;

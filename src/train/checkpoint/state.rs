@@ -6,19 +6,19 @@ use std::io::Read;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::Settings;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::train::optim::Moments;
+use crate::optim::Moments;
+use crate::train::settings::Settings;
+use crate::util::{files, json};
 
 pub(super) const STATE: &str = "state.json";
 pub(super) const TENSORS: &str = "tensors.safetensors";
 pub(super) const MANIFEST: &str = "manifest.json";
-/// The layout that is written, and the only one that is read.
-pub(super) const VERSION: u32 = 1;
+/// The layout that is written, and the only one that is read. In version 1 the settings were Rust's own
+/// words for them, which a change of names would have made unreadable.
+pub(super) const VERSION: u32 = 2;
 
 /// The numbers of a run on its way.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -86,7 +86,7 @@ impl State {
     /// it, [`Error::Config`] if another version of this crate wrote it.
     pub fn read(dir: &Path, step: usize) -> Result<Self> {
         let path = dir.join(MANIFEST);
-        let sums: HashMap<String, Sum> = parse(&path, &bytes_of(&path)?)?;
+        let sums: HashMap<String, Sum> = json::parse(bytes_of(&path)?, &path)?;
         let checked = |name: &str| {
             let expected =
                 sums.get(name).ok_or_else(|| Error::format(&*path, format!("{name} is not in it")))?;
@@ -103,7 +103,7 @@ impl State {
         };
         let ((state, numbers), (path, tensors)) = (checked(STATE)?, checked(TENSORS)?);
         // Another version may have other fields beside it.
-        let Version { version } = parse(&state, &numbers)?;
+        let Version { version } = json::parse(&numbers, &state)?;
         if version != VERSION {
             let reason = format!("{} has version {version}, this crate reads {VERSION}", state.display());
             return Err(Error::config(
@@ -111,7 +111,7 @@ impl State {
                 format!("{reason}: go on with the release that wrote it"),
             ));
         }
-        let numbers: Numbers = parse(&state, &numbers)?;
+        let numbers: Numbers = json::parse(&numbers, &state)?;
         if numbers.step != step {
             let reason = format!("expected the state of step {step}, found that of step {}", numbers.step);
             return Err(Error::format(state, reason));
@@ -176,8 +176,4 @@ struct Version {
 
 fn bytes_of(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(Error::io(path))
-}
-
-fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))
 }

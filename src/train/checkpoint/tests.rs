@@ -3,8 +3,10 @@ use std::collections::HashSet;
 use candle_core::{Device, Tensor};
 
 use super::state::{Sum, MANIFEST, STATE, TENSORS, VERSION};
+use std::collections::BTreeMap;
+
 use super::*;
-use crate::train::optim::Moments;
+use crate::optim::Moments;
 
 fn checkpoints(dir: &Path) -> Checkpoints {
     Checkpoints { resume: true, ..Checkpoints::new(dir.join("run")) }
@@ -198,13 +200,15 @@ fn what_cannot_be_read_now_or_by_this_version_is_no_damage() -> Result<()> {
     let before = names(&checkpoints);
     let place = checkpoints.place(2);
     let numbers = fs::read_to_string(place.join(STATE)).unwrap();
-    // A later version, with a field that this one does not know.
-    let later = numbers.replace("\"version\": 1", "\"version\": 2, \"later\": true");
-    assert_ne!(numbers, later);
-    fs::write(place.join(STATE), later).unwrap();
-    seal(&place);
-    let error = begin(&checkpoints).err().unwrap().to_string();
-    assert!(error.contains("has version 2, this crate reads 1"), "{error}");
+    // The version before, and a later one with a field that this one does not know.
+    for (version, rest) in [(1, ""), (3, ", \"later\": true")] {
+        let other = numbers.replace("\"version\": 2", &format!("\"version\": {version}{rest}"));
+        assert_ne!(numbers, other);
+        fs::write(place.join(STATE), other).unwrap();
+        seal(&place);
+        let error = begin(&checkpoints).err().unwrap().to_string();
+        assert!(error.contains(&format!("has version {version}, this crate reads 2")), "{error}");
+    }
     // A folder in a file's place: there, but the system gives no bytes.
     fs::remove_file(place.join(MANIFEST)).unwrap();
     fs::create_dir(place.join(MANIFEST)).unwrap();

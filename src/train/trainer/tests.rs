@@ -3,8 +3,8 @@
 use candle_core::Device;
 
 use super::*;
+use crate::adapter::{Init, Role};
 use crate::noise::{Noise, Purpose};
-use crate::params::{Init, Role};
 
 /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
 struct Line {
@@ -39,7 +39,7 @@ impl Objective for Line {
         Ok(order.chunks(self.batch).map(<[usize]>::to_vec).collect())
     }
 
-    fn loss(&self, rows: &[usize], _: &Pass) -> Result<Loss> {
+    fn loss(&self, rows: &[usize], _: &Context) -> Result<Loss> {
         let xs: Vec<f64> = rows.iter().map(|i| 1.0 + *i as f64 / 4.0).collect();
         let ys: Vec<f64> = rows
             .iter()
@@ -156,7 +156,7 @@ fn a_gradient_that_is_not_finite_is_named_though_the_loss_is_finite() -> Result<
         fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
             Ok(vec![vec![4, 2]])
         }
-        fn loss(&self, _: &[usize], _: &Pass) -> Result<Loss> {
+        fn loss(&self, _: &[usize], _: &Context) -> Result<Loss> {
             let task = self.1.sqrt()?.sum_all()?; // 0, with an infinite slope
             Ok(Loss { total: task.clone(), terms: vec![("task", task)] })
         }
@@ -180,14 +180,14 @@ fn the_posterior_is_decayed_where_it_is_asked_for() -> Result<()> {
             fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
                 Ok(vec![vec![0]])
             }
-            fn loss(&self, _: &[usize], _: &Pass) -> Result<Loss> {
+            fn loss(&self, _: &[usize], _: &Context) -> Result<Loss> {
                 let all = self.0.all().into_iter().map(|(_, param)| param.var.affine(1e-30, 0.0));
                 let task = Tensor::stack(&all.collect::<candle_core::Result<Vec<_>>>()?, 0)?.sum_all()?;
                 Ok(Loss { total: task.clone(), terms: vec![("task", task)] })
             }
         }
         let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
-        for (name, role) in [("rho", Role::Scale), ("c", Role::Concentration)] {
+        for (name, role) in [("rho", Role::LogStd), ("c", Role::Concentration)] {
             params.create(name, role, 1, &Init::Constant(1.0))?;
         }
         let train =
@@ -241,7 +241,7 @@ fn no_data_is_an_error_rather_than_a_run_of_no_steps() -> Result<()> {
         fn epoch(&self, _: u64) -> Result<Vec<Vec<usize>>> {
             Ok(Vec::new())
         }
-        fn loss(&self, rows: &[usize], _: &Pass) -> Result<Loss> {
+        fn loss(&self, rows: &[usize], _: &Context) -> Result<Loss> {
             Err(Error::config("rows", format!("{rows:?}")))
         }
     }
@@ -293,8 +293,8 @@ fn epochs_of_several_lengths_are_refused() -> Result<()> {
         fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
             Ok(self.0.epoch(0)?.split_off(epoch as usize))
         }
-        fn loss(&self, rows: &[usize], pass: &Pass) -> Result<Loss> {
-            self.0.loss(rows, pass)
+        fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+            self.0.loss(rows, cx)
         }
     }
     let objective = Shrinks(Line::new(3)?);

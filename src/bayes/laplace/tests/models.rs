@@ -6,8 +6,8 @@ use super::*;
 struct Whole(Box<dyn SequenceClassifier>);
 
 impl Predictor for Whole {
-    fn predict(&self, batch: &Batch, pass: &Pass) -> candle_core::Result<Tensor> {
-        self.0.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, pass)
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+        self.0.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, cx)
     }
 }
 
@@ -23,7 +23,7 @@ fn taps_give_the_jacobians_of_whole_models_on_padded_rows() -> Result<()> {
         "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 20,
         "rms_norm_eps": 1e-5, "pad_token_id": 1,
     });
-    // Of each linear layer, seven in LLaMA's, A and B. The lanes of the ops differ between the two
+    // Of each linear layer, seven in LLaMA's, A and B. The paths of the ops differ between the two
     // precisions; each is run backward once a class.
     for (json, maps) in [(roberta, 24), (llama, 28)] {
         whole_jacobians(&json, maps, DType::F64, 1e-9)?;
@@ -57,7 +57,7 @@ fn whole_jacobians(json: &serde_json::Value, maps: usize, dtype: DType, toleranc
     taps.remove(model.0.as_mut())?;
     assert_eq!((named.len(), record.layers.len()), (maps, maps));
     for (n, row) in rows.iter().enumerate() {
-        let outputs = model.predict(&batch(std::slice::from_ref(row))?, &Pass::Mean)?;
+        let outputs = model.predict(&batch(std::slice::from_ref(row))?, &Pass::Mean.into())?;
         for k in 0..CLASSES {
             let grads = outputs.narrow(1, k, 1)?.sum_all()?.backward()?;
             for ((name, _), layer) in named.iter().zip(&record.layers) {

@@ -1,0 +1,120 @@
+//! What a forward pass is told beside its input, as one value: forward reads nothing else.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Result, Tensor, TensorId};
+
+use super::pass::Pass;
+use super::probe::Probe;
+use crate::ops::OpPath;
+use crate::util::check::positive;
+
+/// A pass, and what it carries through the model: how operations run, the course of the
+/// perturbation's scale, what a prediction keeps, who watches. Cheap to clone; clones share.
+///
+/// Most callers have a [`Pass`] alone: `&pass.into()`.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Which weights.
+    pub pass: Pass,
+    /// Which implementation of the operations.
+    pub path: OpPath,
+    /// Factors on the scale of perturbations in training draws.
+    pub scaler_factors: ScalerFactors,
+    /// Draws that are made once and kept; none where absent.
+    pub draws: Option<DrawCache>,
+    /// Who is told of layers' outputs; nobody where absent.
+    pub(crate) probe: Option<Probe>,
+}
+
+impl From<Pass> for Context {
+    fn from(pass: Pass) -> Self {
+        Self { pass, path: OpPath::Fused, scaler_factors: ScalerFactors::default(), draws: None, probe: None }
+    }
+}
+
+impl Context {
+    /// The same with operations on another path.
+    pub fn with_path(self, path: OpPath) -> Self {
+        Self { path, ..self }
+    }
+
+    /// The same with posterior draws kept in `draws`.
+    pub fn with_draws(self, draws: &DrawCache) -> Self {
+        Self { draws: Some(draws.clone()), ..self }
+    }
+
+    /// The same with other factors on the scale of perturbations.
+    pub fn with_scaler_factors(self, scaler_factors: ScalerFactors) -> Self {
+        Self { scaler_factors, ..self }
+    }
+
+    /// The same with `probe` told of every layer's output.
+    pub fn with_probe(self, probe: &Probe) -> Self {
+        Self { probe: Some(probe.clone()), ..self }
+    }
+}
+
+/// Factors on the scale eps of the perturbation, by layer. A schedule sets them between two steps; they
+/// count in [`Pass::Train`] alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScalerFactors {
+    common: f64,
+    by_layer: Arc<BTreeMap<String, f64>>,
+}
+
+impl Default for ScalerFactors {
+    fn default() -> Self {
+        Self { common: 1.0, by_layer: Arc::default() }
+    }
+}
+
+impl ScalerFactors {
+    /// The factor `common` of every layer but those in `by_layer`, by the adapter's name
+    /// (`{path}.{adapter}`).
+    ///
+    /// # Errors
+    /// Unless every factor is positive and finite.
+    pub fn new(common: f64, by_layer: BTreeMap<String, f64>) -> crate::Result<Self> {
+        [&common].into_iter().chain(by_layer.values()).try_for_each(|f| positive("scaler_factors", *f))?;
+        Ok(Self { common, by_layer: Arc::new(by_layer) })
+    }
+
+    /// The factor of the adapter of this name.
+    pub fn of(&self, adapter: &str) -> f64 {
+        self.by_layer.get(adapter).copied().unwrap_or(self.common)
+    }
+}
+
+/// Posterior draws that are kept while a prediction lasts: `r x in_dim` numbers for each layer and draw.
+///
+/// A draw of the posterior is the same weights for every batch of an evaluation and every token of a
+/// text. Making it anew each time changes no number but costs more than the layer itself where one
+/// token is a batch. What is kept carries no gradient and does not see later changes of the
+/// parameters: it is for prediction.
+#[derive(Debug, Clone, Default)]
+pub struct DrawCache {
+    /// The effective A of a layer (its mean's identity) under a draw.
+    kept: Arc<Mutex<HashMap<(TensorId, u64), Tensor>>>,
+}
+
+impl DrawCache {
+    /// The tensor that `make` gives for a layer's draw, made once.
+    pub(crate) fn get(
+        &self,
+        mean: &Tensor,
+        draw: u64,
+        make: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let key = (mean.id(), draw);
+        // Not held while the draw is made: a panic leaves the map whole, and others may ask.
+        let lock = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tensor) = lock().get(&key) {
+            return Ok(tensor.clone());
+        }
+        let tensor = make()?.detach();
+        lock().insert(key, tensor.clone());
+        Ok(tensor)
+    }
+}

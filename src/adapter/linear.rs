@@ -1,0 +1,216 @@
+//! A model's linear layer: its frozen base and its named adapters.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use candle_nn::Linear;
+
+use super::context::Context;
+use super::interface::Adapter;
+use super::pass::Pass;
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// A linear layer of a model: its base weight and its adapters, of which at most one is active.
+#[derive(Debug)]
+pub struct AdaptableLinear {
+    path: String,
+    base: Linear,
+    adapters: BTreeMap<String, Box<dyn Adapter>>,
+    active: Option<String>,
+    /// The active adapter's mean added to the base, which stays beside it: to unmerge is to forget.
+    merged: Option<Linear>,
+}
+
+impl AdaptableLinear {
+    /// A layer without adapters. `path` is the layer's Hugging Face name.
+    pub fn new(path: impl Into<String>, base: Linear) -> Self {
+        Self { path: path.into(), base, adapters: BTreeMap::new(), active: None, merged: None }
+    }
+
+    /// The layer's Hugging Face name, such as `roberta.encoder.layer.0.attention.self.query`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The base layer, without any adapter, merged or not.
+    pub fn base(&self) -> &Linear {
+        &self.base
+    }
+
+    /// `(in_dim, out_dim)` of the base layer.
+    ///
+    /// # Errors
+    /// If the base weight is not a matrix.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        let (out_dim, in_dim) = self.base.weight().dims2()?;
+        Ok((in_dim, out_dim))
+    }
+
+    /// Adds an adapter and makes it the active one.
+    ///
+    /// # Errors
+    /// If the name cannot be one, the layer has an adapter of this name, or is merged.
+    pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
+        check_adapter_name(name)?;
+        self.check_unmerged()?;
+        if self.adapters.contains_key(name) {
+            return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
+        }
+        self.adapters.insert(name.to_string(), adapter);
+        self.active = Some(name.to_string());
+        Ok(())
+    }
+
+    /// Takes the adapter of this name away, if there is one.
+    ///
+    /// # Errors
+    /// If the layer is merged.
+    pub fn remove(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
+        self.check_unmerged()?;
+        if self.active.as_deref() == Some(name) {
+            self.active = None;
+        }
+        Ok(self.adapters.remove(name))
+    }
+
+    /// Makes the adapter of this name active, or none of them.
+    ///
+    /// # Errors
+    /// If the layer has no adapter of this name, or is merged.
+    pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
+        self.check_unmerged()?;
+        if let Some(name) = name.filter(|name| !self.adapters.contains_key(*name)) {
+            return Err(Error::config("adapter", format!("{} has no adapter {name:?}", self.path)));
+        }
+        self.active = name.map(str::to_string);
+        Ok(())
+    }
+
+    /// The adapter of this name.
+    pub fn adapter(&self, name: &str) -> Option<&dyn Adapter> {
+        self.adapters.get(name).map(AsRef::as_ref)
+    }
+
+    /// Adapters come, go and change places beside the base alone.
+    fn check_unmerged(&self) -> Result<()> {
+        match &self.merged {
+            Some(_) => Err(Error::config("adapter", format!("{} is merged: unmerge it first", self.path))),
+            None => Ok(()),
+        }
+    }
+
+    /// The names of the adapters.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.keys().map(String::as_str)
+    }
+
+    /// Whether the active adapter is merged.
+    pub fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+
+    /// The linear layer that the base and the mean of the active adapter amount to, in the base's
+    /// dtype; the sum is made in single precision at least. None without an active adapter.
+    ///
+    /// # Errors
+    /// If the method has no such layer, the base is trained itself, or a weight would not be finite.
+    pub fn merged_layer(&self) -> Result<Option<Linear>> {
+        if let Some(merged) = &self.merged {
+            return Ok(Some(merged.clone()));
+        }
+        let weight = self.merged_weight(self.base.weight())?;
+        Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
+    }
+
+    /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the mean of the
+    /// active adapter, in the dtype and on the device of `weight`.
+    ///
+    /// # Errors
+    /// As [`Self::merged_layer`].
+    pub(crate) fn merged_weight(&self, weight: &Tensor) -> Result<Option<Tensor>> {
+        let Some((name, adapter)) = self.active() else { return Ok(None) };
+        let key = format!("{}.weight", self.path);
+        if self.base.weight().track_op() {
+            return Err(Error::tensor(key, "it is trained itself: only a frozen base can be merged"));
+        }
+        let base = Linear::new(weight.clone(), self.base.bias().cloned());
+        let Some(delta) = adapter.delta(&base)? else {
+            let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
+            return Err(Error::tensor(key, reason));
+        };
+        let delta = delta.detach().to_device(weight.device())?;
+        let wide = if weight.dtype() == DType::F64 { DType::F64 } else { delta.dtype() };
+        let sum = (weight.to_dtype(wide)? + delta.to_dtype(wide)?)?.to_dtype(weight.dtype())?;
+        // Zero, unless an element is infinite or no number.
+        let finite = (&sum * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        if finite != 0.0 {
+            return Err(Error::tensor(key, format!("merged with {name:?} it would not be finite")));
+        }
+        Ok(Some(sum))
+    }
+
+    /// Puts the layer of [`Self::merged_layer`] in place, or (None) forgets it. A merged layer
+    /// computes the mean alone.
+    pub(crate) fn set_merged(&mut self, merged: Option<Linear>) {
+        self.merged = merged;
+    }
+
+    /// The tensors that its output depends on: the base's, and those of the active adapter.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        let adapter = self.active().map(|(_, adapter)| adapter.parameters()).unwrap_or_default();
+        let base = [Some(self.base.weight()), self.base.bias()].into_iter().flatten().cloned();
+        base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
+    }
+
+    /// The linear layer that this layer is under every pass: its base, where no adapter is active.
+    /// None where a probe asks for each layer's own output.
+    pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
+        (self.active.is_none() && cx.probe.is_none()).then_some(&self.base)
+    }
+
+    /// The name and the adapter that is active.
+    pub fn active(&self) -> Option<(&str, &dyn Adapter)> {
+        let name = self.active.as_deref()?;
+        Some((name, self.adapter(name)?))
+    }
+
+    /// The layer's output: the active adapter's, or the base's.
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`
+    /// - output: `(.., out_dim)`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit, or the layer is merged and the pass is not the mean: a merged
+    /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
+    pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        let plain = |layer: &Linear| ops::linear(xs, layer.weight(), layer.bias(), cx.path);
+        let output = match (&self.merged, self.active()) {
+            (Some(_), _) if cx.pass != Pass::Mean => {
+                let reason = format!("{} is merged and knows its mean alone: unmerge it first", self.path);
+                return Err(Error::config("pass", format!("{:?}: {reason}", cx.pass)).into());
+            }
+            (Some(merged), _) => plain(merged)?,
+            (None, Some((_, adapter))) => adapter.forward(xs, &self.base, cx)?,
+            (None, None) => plain(&self.base)?,
+        };
+        if let Some(probe) = &cx.probe {
+            probe.look(&self.path, &output);
+        }
+        Ok(output)
+    }
+}
+
+/// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a
+/// folder of the name.
+///
+/// # Errors
+/// If it is empty, or holds a dot or a slash.
+pub(crate) fn check_adapter_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.contains(['.', '/', '\\']) {
+        let reason = format!("an adapter cannot be called {name:?}: give a name without dots and slashes");
+        return Err(Error::config("adapter", reason));
+    }
+    Ok(())
+}

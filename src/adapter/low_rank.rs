@@ -1,0 +1,190 @@
+//! The low-rank pair A, B and its forward pass: what every low-rank adapter shares.
+//!
+//! ```text
+//! y = W0 x + b + s B A dropout(x),   s = alpha / r   (rsLoRA: alpha / sqrt r)
+//! ```
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+
+use super::context::Context;
+use super::params::{Init, Params, Role};
+use crate::error::{Error, Result};
+use crate::noise::{Purpose, Stream};
+use crate::ops;
+
+/// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    a: Tensor,
+    b: Tensor,
+    scale: f64,
+    dropout: f64,
+    stream: Stream,
+}
+
+/// The factor s: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
+pub fn scaling(rank: usize, alpha: f64, use_rslora: bool) -> f64 {
+    let rank = rank as f64;
+    alpha / if use_rslora { rank.sqrt() } else { rank }
+}
+
+/// Checks the options of every low-rank adapter.
+///
+/// # Errors
+/// Unless `rank >= 1`, alpha is positive and finite, and dropout lies in [0, 1).
+pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
+    if rank == 0 {
+        return Err(Error::config("rank", "expected at least 1, got 0"));
+    }
+    if !(alpha > 0.0 && alpha.is_finite()) {
+        return Err(Error::config("alpha", format!("expected a positive number, got {alpha}")));
+    }
+    if !(0.0..1.0).contains(&dropout) {
+        return Err(Error::config("dropout", format!("expected a number in [0, 1), got {dropout}")));
+    }
+    Ok(())
+}
+
+impl LowRank {
+    /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
+    ///
+    /// # Errors
+    /// If the rank is 0 or above min(in_dim, out_dim), or a name is taken; the store is then as it was.
+    pub fn new(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        rank: usize,
+        scale: f64,
+        dropout: f64,
+    ) -> Result<Self> {
+        let bound = 1.0 / (in_dim as f64).sqrt();
+        let starts = (&Init::Uniform(-bound, bound), &Init::Constant(0.0));
+        Self::started(params, name, (in_dim, out_dim), rank, starts, scale, dropout)
+    }
+
+    /// [`Self::new`] with other starts of A and B.
+    pub(crate) fn started(
+        params: &Params,
+        name: &str,
+        (in_dim, out_dim): (usize, usize),
+        rank: usize,
+        starts: (&Init, &Init),
+        scale: f64,
+        dropout: f64,
+    ) -> Result<Self> {
+        if rank == 0 || rank > in_dim.min(out_dim) {
+            let most = in_dim.min(out_dim);
+            return Err(Error::config("rank", format!("{name}: expected 1 to {most}, got {rank}")));
+        }
+        let (a, b) = params.all_or_none(&format!("{name}."), || {
+            let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), starts.0)?;
+            Ok((a, params.create(&format!("{name}.b"), Role::B, (out_dim, rank), starts.1)?))
+        })?;
+        Ok(Self { a, b, scale, dropout, stream: params.noise().stream(name, Purpose::Dropout) })
+    }
+
+    /// A, `(rank, in_dim)`.
+    pub fn a(&self) -> &Tensor {
+        &self.a
+    }
+
+    /// B, `(out_dim, rank)`.
+    pub fn b(&self) -> &Tensor {
+        &self.b
+    }
+
+    /// The factor s.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The output of the base with this pair, A replaced by `a` (A itself, or a draw around it).
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`, any float dtype
+    /// - `a`: `(rank, in_dim)`
+    /// - output: `(.., out_dim)`, the dtype of `xs`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward(
+        &self,
+        xs: &Tensor,
+        base: &Linear,
+        a: &Tensor,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        match self.dropped(xs, cx)? {
+            None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale, cx.path),
+            Some(dropped) => ops::linear_and_low_rank(
+                xs,
+                base.weight(),
+                base.bias(),
+                &dropped,
+                a,
+                &self.b,
+                self.scale,
+                cx.path,
+            ),
+        }
+    }
+
+    /// `xs` with its dropout, where this pass drops.
+    pub(crate) fn dropped(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        let draw = cx.pass.dropout_draw().filter(|_| self.dropout > 0.0);
+        draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw, cx.path)).transpose()
+    }
+
+    /// `s B A`, `(out_dim, in_dim)`.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn delta(&self) -> candle_core::Result<Tensor> {
+        self.b.matmul(&self.a)? * self.scale
+    }
+}
+
+/// `(in_dim, out_dim)` of a linear layer.
+///
+/// # Errors
+/// If its weight is not a matrix.
+pub fn dims(base: &Linear) -> Result<(usize, usize)> {
+    let (out_dim, in_dim) = base.weight().dims2()?;
+    Ok((in_dim, out_dim))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::Pass;
+    use crate::noise::Noise;
+    use crate::ops::OpPath;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn with_dropout_a_half_width_output_is_rounded_once() -> Result<()> {
+        let normal = |path: &str, shape: (usize, usize)| -> Result<Tensor> {
+            let mut z = vec![0f32; shape.0 * shape.1];
+            Noise::new(1).stream(path, Purpose::Init).fill_normal_f32(0, &mut z);
+            Ok(Tensor::from_vec(z, shape, &Device::Cpu)?)
+        };
+        let params = Params::new(Noise::new(2), &Device::Cpu);
+        let pair = LowRank::new(&params, "layer", (6, 5), 3, 1.7, 0.4)?;
+        params.set("layer.b", &normal("b", (5, 3))?)?;
+        let (xs, weight) = (normal("xs", (40, 6))?.to_dtype(DType::BF16)?, normal("w", (5, 6))?);
+        let base = Linear::new(weight.to_dtype(DType::BF16)?, None);
+        let got = pair.forward(&xs, &base, pair.a(), &Pass::Train { draw: 3 }.into())?;
+        let stream = Noise::new(2).stream("layer", Purpose::Dropout);
+        let dropped = ops::dropout(&xs, 0.4, &stream, 3, OpPath::Fused)?.to_dtype(DType::F32)?;
+        // The path that half width runs on: the same products to the last bit.
+        let low = ops::low_rank(&dropped, pair.a(), pair.b(), 1.7, OpPath::Composed)?;
+        let frozen = ops::linear(&xs, base.weight(), None, OpPath::Fused)?.to_dtype(DType::F32)?;
+        let want = (frozen + low)?.to_dtype(DType::BF16)?;
+        let host = |t: &Tensor| t.to_dtype(DType::F32)?.to_vec2::<f32>();
+        assert_eq!(got.dtype(), DType::BF16);
+        assert_eq!(host(&got)?, host(&want)?);
+        Ok(())
+    }
+}

@@ -1,0 +1,379 @@
+//! The one store of trainable parameters.
+//!
+//! Parameters have stable names, a role and a fixed order, and start from the seed and their own
+//! path. (Candle's `VarMap` starts from a generator that cannot be seeded, in the order of a
+//! `HashMap`.) The optimiser, learning-rate groups, freezing, the regulariser and files know
+//! parameters by these names and roles only.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_nn::init::NormalOrUniform;
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::VarBuilder;
+
+use crate::error::{Error, Result};
+use crate::noise::{Noise, Purpose};
+use crate::util::dtype::to_dtype_device;
+use crate::util::files;
+
+/// What a parameter is to its method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Role {
+    /// A weight of the model itself: full fine-tuning and pre-training.
+    Base,
+    /// A weight of a task head trained beside an adapter.
+    Head,
+    /// The down-projection A of a low-rank adapter.
+    A,
+    /// The up-projection B of a low-rank adapter.
+    B,
+    /// The logarithm of the Wishart scale's standard deviations, rho (`std_prior`).
+    LogStd,
+    /// The logarithm of the Dirichlet concentration, c (`expert_weights_prior`).
+    Concentration,
+    /// The row norms of DoRA.
+    Magnitude,
+    /// The factors of activations in IA3.
+    Scaling,
+    /// The singular values of AdaLoRA.
+    SingularValues,
+    /// A bias of an adapter.
+    Bias,
+    /// The virtual tokens of prompt tuning.
+    Prompt,
+}
+
+/// How a new parameter starts.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Init {
+    /// Every element the same.
+    Constant(f64),
+    /// Uniform between the two bounds.
+    Uniform(f64, f64),
+    /// Normal with mean zero and this standard deviation.
+    Normal(f64),
+    /// The logarithm of a uniform number between the two (positive) bounds.
+    LogUniform(f64, f64),
+}
+
+/// One trainable parameter.
+#[derive(Debug, Clone)]
+pub struct Param {
+    /// The variable; layers hold the same tensor.
+    pub var: Var,
+    /// What it is to its method.
+    pub role: Role,
+    /// Whether the optimiser changes it.
+    pub trainable: bool,
+}
+
+/// The store: a handle, cheap to clone; clones share their parameters.
+#[derive(Debug, Clone)]
+pub struct Params {
+    entries: Arc<Mutex<BTreeMap<String, Param>>>,
+    noise: Noise,
+    dtype: DType,
+    device: Device,
+}
+
+impl Params {
+    /// An empty store of single-precision parameters on `device`.
+    pub fn new(noise: Noise, device: &Device) -> Self {
+        Self::with_dtype(noise, DType::F32, device)
+    }
+
+    /// An empty store of another dtype: double precision for tests of laws and gradients.
+    pub fn with_dtype(noise: Noise, dtype: DType, device: &Device) -> Self {
+        Self { entries: Arc::default(), noise, dtype, device: device.clone() }
+    }
+
+    /// The noise that initial values, draws and dropout come from.
+    pub fn noise(&self) -> Noise {
+        self.noise
+    }
+
+    /// The dtype of every parameter.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device of every parameter.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    // A panic while the lock is held leaves the map whole: each change is a single insertion.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Param>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new parameter `name`, started from the seed and its name. Its values do not depend on
+    /// which other parameters exist.
+    ///
+    /// # Errors
+    /// If the name is taken, or a bound of `init` is not finite.
+    pub fn create(&self, name: &str, role: Role, shape: impl Into<Shape>, init: &Init) -> Result<Tensor> {
+        let shape = shape.into();
+        let mut values = vec![0f64; shape.elem_count()];
+        let stream = self.noise.stream(name, Purpose::Init);
+        match *init {
+            Init::Constant(value) => values.fill(value),
+            Init::Normal(std) => {
+                stream.fill_normal(0, &mut values);
+                values.iter_mut().for_each(|v| *v *= std);
+            }
+            Init::Uniform(low, high) => {
+                stream.fill_uniform(0, &mut values);
+                values.iter_mut().for_each(|v| *v = low + (high - low) * *v);
+            }
+            Init::LogUniform(low, high) => {
+                stream.fill_uniform(0, &mut values);
+                values.iter_mut().for_each(|v| *v = (low + (high - low) * *v).ln());
+            }
+        }
+        if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+            return Err(Error::tensor(name, format!("initial value {bad} is not finite ({init:?})")));
+        }
+        self.insert(name, role, &Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// A new parameter with given values, copied and cast to the store's dtype and device.
+    ///
+    /// # Errors
+    /// If the name is taken, or a value is not finite in that dtype.
+    pub fn insert(&self, name: &str, role: Role, values: &Tensor) -> Result<Tensor> {
+        // Detached: of a variable, `Var::from_tensor` would be that variable and no copy.
+        let var = Var::from_tensor(&self.finite(name, values)?.detach())?;
+        let tensor = var.as_tensor().clone();
+        let mut entries = self.lock();
+        if entries.contains_key(name) {
+            return Err(Error::tensor(name, "a parameter of this name exists already"));
+        }
+        entries.insert(name.to_string(), Param { var, role, trainable: true });
+        Ok(tensor)
+    }
+
+    /// `values` in the store's dtype and on its device, where every one of them is finite.
+    fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
+        let values = to_dtype_device(values, self.dtype, &self.device)?;
+        match zero_if_finite(&values)?.to_scalar::<f32>()? == 0.0 {
+            true => Ok(values),
+            false => Err(Error::tensor(name, NOT_FINITE)),
+        }
+    }
+
+    /// Checks every parameter: one small copy from the device, where none is at fault.
+    ///
+    /// # Errors
+    /// If one holds NaN or infinity; the error names the first of them.
+    pub fn check_finite(&self) -> Result<()> {
+        let (names, zeros): (Vec<_>, Vec<_>) =
+            self.all().into_iter().map(|(name, p)| (name, zero_if_finite(p.var.as_tensor()))).unzip();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let zeros = zeros.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+        let zeros = Tensor::stack(&zeros, 0)?.to_vec1::<f32>()?;
+        match names.into_iter().zip(zeros).find(|(_, zero)| *zero != 0.0) {
+            Some((name, _)) => Err(Error::tensor(name, NOT_FINITE)),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs `create`, which makes parameters whose names start with `prefix`; where it fails, those
+    /// that it made are removed again.
+    pub(crate) fn all_or_none<T>(&self, prefix: &str, create: impl FnOnce() -> Result<T>) -> Result<T> {
+        let known: BTreeSet<String> =
+            self.lock().keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+        create().inspect_err(|_| {
+            self.lock().retain(|name, _| !name.starts_with(prefix) || known.contains(name));
+        })
+    }
+
+    /// The parameter `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<Param> {
+        self.lock().get(name).cloned()
+    }
+
+    /// Removes the parameter `name`; layers that hold its tensor keep it.
+    pub fn remove(&self, name: &str) -> Option<Param> {
+        self.lock().remove(name)
+    }
+
+    /// All parameters, in the order of their names.
+    pub fn all(&self) -> Vec<(String, Param)> {
+        self.lock().iter().map(|(name, param)| (name.clone(), param.clone())).collect()
+    }
+
+    /// The parameters that the optimiser changes, in the order of their names.
+    pub fn trainable(&self) -> Vec<(String, Param)> {
+        self.all().into_iter().filter(|(_, param)| param.trainable).collect()
+    }
+
+    /// The number of trainable scalars.
+    pub fn trainable_count(&self) -> usize {
+        self.trainable().iter().map(|(_, param)| param.var.elem_count()).sum()
+    }
+
+    /// Freezes or releases every parameter of a role; returns how many there are.
+    pub fn set_trainable(&self, role: Role, trainable: bool) -> usize {
+        self.set_trainable_where(trainable, |_, param| param.role == role)
+    }
+
+    /// Freezes or releases every parameter that `chosen` picks by its name and role; returns how many
+    /// there are.
+    pub fn set_trainable_where(&self, trainable: bool, chosen: impl Fn(&str, &Param) -> bool) -> usize {
+        // Asked before the lock: the caller may use the store.
+        let picked = self.all().into_iter().filter(|(name, param)| chosen(name, param));
+        let names: BTreeSet<String> = picked.map(|(name, _)| name).collect();
+        let mut entries = self.lock();
+        let chosen = entries.iter_mut().filter(|(name, _)| names.contains(*name));
+        chosen.map(|(_, param)| param.trainable = trainable).count()
+    }
+
+    /// Overwrites the values of the parameter `name` in place: every layer sees them.
+    ///
+    /// # Errors
+    /// If there is no such parameter, the shapes differ, or a value is not finite in the store's
+    /// dtype; the parameter then keeps its values.
+    pub fn set(&self, name: &str, values: &Tensor) -> Result<()> {
+        let (var, values) = self.fitting(name, values)?;
+        Ok(var.set(&values)?)
+    }
+
+    /// The variable `name` and what [`Self::set`] writes into it.
+    fn fitting(&self, name: &str, values: &Tensor) -> Result<(Var, Tensor)> {
+        let Some(param) = self.get(name) else {
+            return Err(Error::tensor(name, "there is no parameter of this name"));
+        };
+        if param.var.shape() != values.shape() {
+            return Err(Error::tensor(
+                name,
+                format!("expected shape {:?}, got {:?}", param.var.shape(), values.shape()),
+            ));
+        }
+        Ok((param.var, self.finite(name, values)?))
+    }
+
+    /// A copy of every parameter's present values, for [`Self::restore`].
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn snapshot(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.all().into_iter().map(|(name, p)| Ok((name, p.var.as_detached_tensor().copy()?))).collect()
+    }
+
+    /// Puts back the values of a [`Self::snapshot`].
+    ///
+    /// # Errors
+    /// If a name is unknown, a shape differs or a value is not finite: nothing is written then.
+    pub fn restore(&self, snapshot: &BTreeMap<String, Tensor>) -> Result<()> {
+        let fitting: Vec<_> =
+            snapshot.iter().map(|(name, values)| self.fitting(name, values)).collect::<Result<_>>()?;
+        fitting.iter().try_for_each(|(var, values)| Ok(var.set(values)?))
+    }
+
+    /// Writes every parameter under its own name into `parameters.safetensors` in the folder `dir`, which
+    /// is made where it is missing.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let all = self.all();
+        let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
+        files::write_safetensors(&dir.join("parameters.safetensors"), named)
+    }
+
+    /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given
+    /// role: full fine-tuning, pre-training and task heads.
+    ///
+    /// Values come from `source` where it has the tensor, else from the initialisation that the
+    /// layer asks for; under [`Role::Base`] a source has to have them all, since a checkpoint with
+    /// a hole would train from random weights without a word. A name asked for twice is the same
+    /// parameter (tied weights).
+    pub fn var_builder(&self, source: Option<VarBuilder<'static>>, role: Role) -> VarBuilder<'static> {
+        let backend = Trainable { params: self.clone(), source, role };
+        VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
+    }
+}
+
+const NOT_FINITE: &str = "it holds NaN or infinity";
+
+/// A scalar: zero, unless an element is infinite or no number.
+fn zero_if_finite(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    (tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F32)
+}
+
+/// The store behind a `VarBuilder`.
+struct Trainable {
+    params: Params,
+    source: Option<VarBuilder<'static>>,
+    role: Role,
+}
+
+impl SimpleBackend for Trainable {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        hint: candle_nn::Init,
+        _dtype: DType,
+        _device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        if let Some(param) = self.params.get(name) {
+            if param.var.shape() != &shape {
+                candle_core::bail!(
+                    "{name}: expected shape {shape:?}, the parameter has {:?}",
+                    param.var.shape()
+                )
+            }
+            return Ok(param.var.as_tensor().clone());
+        }
+        if let Some(source) = self.source.as_ref().filter(|source| source.contains_tensor(name)) {
+            let values = source.get_with_hints_dtype(shape, name, hint, self.params.dtype)?;
+            return Ok(self.params.insert(name, self.role, &values)?);
+        }
+        if self.source.is_some() && self.role == Role::Base {
+            return Err(Error::tensor(name, "cannot find tensor in the checkpoint").into());
+        }
+        let init = match hint {
+            candle_nn::Init::Const(value) => Init::Constant(value),
+            candle_nn::Init::Uniform { lo, up } => Init::Uniform(lo, up),
+            candle_nn::Init::Randn { mean: 0.0, stdev } => Init::Normal(stdev),
+            candle_nn::Init::Randn { mean, stdev } => {
+                candle_core::bail!(
+                    "{name}: a normal start of mean {mean} (deviation {stdev}) is not supported"
+                )
+            }
+            candle_nn::Init::Kaiming { dist, fan, non_linearity } => {
+                let std = non_linearity.gain() / (fan.for_shape(&shape) as f64).sqrt();
+                match dist {
+                    NormalOrUniform::Normal => Init::Normal(std),
+                    NormalOrUniform::Uniform => Init::Uniform(-std * 3f64.sqrt(), std * 3f64.sqrt()),
+                }
+            }
+        };
+        Ok(self.params.create(name, self.role, shape, &init)?)
+    }
+
+    fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> candle_core::Result<Tensor> {
+        match self.params.get(name) {
+            Some(param) => Ok(param.var.as_tensor().clone()),
+            None => candle_core::bail!("{name}: a new parameter needs a shape"),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.params.get(name).is_some()
+            || self.source.as_ref().is_some_and(|source| source.contains_tensor(name))
+    }
+}
+
+#[cfg(test)]
+mod tests;

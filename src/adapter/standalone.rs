@@ -1,0 +1,89 @@
+//! A frozen linear layer with one adapter, for anyone's candle model: it needs nothing else of this crate
+//! and counts its own draws.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::Tensor;
+use candle_nn::{Linear, Module, ModuleT};
+
+use super::context::Context;
+use super::interface::Adapter;
+use super::pass::Pass;
+
+/// A frozen linear layer with an adapter of method `A`.
+///
+/// `forward_t(xs, true)` trains: a fresh draw at every call, and dropout; `forward_t(xs, false)` is the
+/// mean, deterministic. [`Self::mean`] is the latter as a plain `Module`.
+#[derive(Debug)]
+pub struct AdaptedLinear<A> {
+    base: Linear,
+    adapter: A,
+    draws: AtomicU64,
+}
+
+impl<A: Adapter> AdaptedLinear<A> {
+    /// `base` with this adapter.
+    pub(crate) fn from_parts(base: Linear, adapter: A) -> Self {
+        Self { base, adapter, draws: AtomicU64::new(0) }
+    }
+
+    /// The frozen layer.
+    pub fn base(&self) -> &Linear {
+        &self.base
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> &A {
+        &self.adapter
+    }
+
+    /// The same, to change it in place.
+    pub fn adapter_mut(&mut self) -> &mut A {
+        &mut self.adapter
+    }
+
+    /// The index of the next draw of `forward_t(_, true)`.
+    pub fn next_draw(&self) -> u64 {
+        self.draws.load(Ordering::Relaxed)
+    }
+
+    /// Sets that index: a checkpoint keeps it.
+    pub fn set_next_draw(&self, draw: u64) {
+        self.draws.store(draw, Ordering::Relaxed);
+    }
+
+    /// The output in a given context; changes no state.
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`
+    /// - output: `(.., out_dim)`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward_with(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        self.adapter.forward(xs, &self.base, cx)
+    }
+
+    /// The view of the mean, a plain `Module`.
+    pub fn mean(&self) -> MeanView<'_, A> {
+        MeanView(self)
+    }
+}
+
+impl<A: Adapter> ModuleT for AdaptedLinear<A> {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> candle_core::Result<Tensor> {
+        let pass =
+            if train { Pass::Train { draw: self.draws.fetch_add(1, Ordering::Relaxed) } } else { Pass::Mean };
+        self.forward_with(xs, &pass.into())
+    }
+}
+
+/// An [`AdaptedLinear`] at its mean.
+#[derive(Debug, Clone, Copy)]
+pub struct MeanView<'a, A>(&'a AdaptedLinear<A>);
+
+impl<A: Adapter> Module for MeanView<'_, A> {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.forward_with(xs, &Pass::Mean.into())
+    }
+}

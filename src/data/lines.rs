@@ -1,0 +1,48 @@
+//! Text files line by line, and what of a text goes into an error message.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// The longest line in bytes, its end included; the texts of these tasks are far below.
+pub(super) const MAX_LINE: usize = 16 << 20;
+
+/// The beginning of a text, short enough for an error message.
+pub(super) fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Calls `visit` with the 1-based number and text of every line that is not empty.
+pub(super) fn each_line(
+    source: impl Read,
+    path: &Path,
+    mut visit: impl FnMut(usize, &str) -> Result<()>,
+) -> Result<()> {
+    let mut source = BufReader::new(source);
+    let (mut buffer, mut number) = (Vec::new(), 0);
+    loop {
+        buffer.clear();
+        let mut limited = source.by_ref().take(MAX_LINE as u64 + 1);
+        if limited.read_until(b'\n', &mut buffer).map_err(Error::io(path))? == 0 {
+            return Ok(());
+        }
+        number += 1;
+        if buffer.len() > MAX_LINE {
+            return Err(Error::format_at(path, number, format!("longer than {MAX_LINE} bytes")));
+        }
+        let mut line = buffer.strip_suffix(b"\n").unwrap_or(&buffer);
+        line = line.strip_suffix(b"\r").unwrap_or(line);
+        if number == 1 {
+            line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+        }
+        let line = std::str::from_utf8(line)
+            .map_err(|error| Error::format_at(path, number, format!("not UTF-8: {error}")))?;
+        if !line.is_empty() {
+            visit(number, line)?;
+        }
+    }
+}

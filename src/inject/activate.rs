@@ -1,0 +1,105 @@
+//! Several adapters on one model, by their names: which there are, which is active, which go.
+//!
+//! Each of these changes the whole model or, on an error, nothing of it. Adapters share one store of
+//! parameters; those of the active one are trained, those of the others are frozen.
+
+use std::collections::BTreeSet;
+
+use crate::adapter::AdaptableModel;
+use crate::adapter::Params;
+use crate::error::{Error, Result};
+
+/// The names of a model's adapters, sorted.
+///
+/// # Errors
+/// If the walk fails.
+pub fn names(model: &dyn AdaptableModel) -> Result<Vec<String>> {
+    let mut names = BTreeSet::new();
+    model.visit_linears(&mut |slot| {
+        names.extend(slot.names().map(str::to_string));
+        Ok(())
+    })?;
+    Ok(names.into_iter().collect())
+}
+
+/// Makes the adapter `name` the active one of every layer that has it, and none of the others; or,
+/// with None, switches all of them off. As under PEFT's `set_adapter`, all parameters of the active
+/// adapter are released for training and those of the others are frozen.
+///
+/// To train less of it (A and B frozen, say), freeze roles after this call: it releases them all.
+/// Releasing a role ([`Params::set_trainable`]) releases it in every adapter; one adapter's alone
+/// are those whose names [`Params::set_trainable_where`] finds to begin with a layer's path and
+/// `.{name}.`.
+///
+/// # Errors
+/// If no layer has an adapter of this name, or one is merged.
+pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Params) -> Result<()> {
+    if let Some(name) = name {
+        check_name(model, name)?;
+    }
+    check_unmerged(model)?;
+    model.visit_linears_mut(&mut |slot| {
+        let here = name.filter(|name| slot.adapter(name).is_some());
+        slot.activate(here)
+    })?;
+    set_trainable(model, params, false, |other| Some(other) != name)?;
+    set_trainable(model, params, true, |own| Some(own) == name)
+}
+
+/// Freezes or releases every parameter of the adapters whose names are `chosen`.
+pub(crate) fn set_trainable(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    trainable: bool,
+    chosen: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let mut prefixes = Vec::new();
+    model.visit_linears(&mut |slot| {
+        prefixes.extend(slot.names().filter(|name| chosen(name)).map(|name| prefix(slot.path(), name)));
+        Ok(())
+    })?;
+    params.set_trainable_where(trainable, |param, _| prefixes.iter().any(|prefix| param.starts_with(prefix)));
+    Ok(())
+}
+
+/// What the names of an adapter's parameters in one layer start with.
+fn prefix(path: &str, adapter: &str) -> String {
+    format!("{path}.{adapter}.")
+}
+
+/// Takes the adapter `name` away, and its parameters out of `params`. Where it was active, none is:
+/// the others stay frozen until one of them is activated.
+///
+/// # Errors
+/// If no layer has an adapter of this name, or one is merged.
+pub fn remove(model: &mut dyn AdaptableModel, name: &str, params: &Params) -> Result<()> {
+    check_name(model, name)?;
+    check_unmerged(model)?;
+    model.visit_linears_mut(&mut |slot| {
+        if slot.remove(name)?.is_some() {
+            let prefix = prefix(slot.path(), name);
+            for (param, _) in params.all().into_iter().filter(|(param, _)| param.starts_with(&prefix)) {
+                params.remove(&param);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn check_name(model: &dyn AdaptableModel, name: &str) -> Result<()> {
+    let names = names(model)?;
+    match names.iter().any(|known| known == name) {
+        true => Ok(()),
+        false => {
+            let reason = format!("there is no {name:?}; the model has: {}", names.join(", "));
+            Err(Error::config("adapter", reason))
+        }
+    }
+}
+
+pub(crate) fn check_unmerged(model: &dyn AdaptableModel) -> Result<()> {
+    model.visit_linears(&mut |slot| match slot.is_merged() {
+        true => Err(Error::config("adapter", format!("{} is merged: unmerge it first", slot.path()))),
+        false => Ok(()),
+    })
+}

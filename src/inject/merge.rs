@@ -1,0 +1,47 @@
+//! Merging adapters into the layers they adapt, on the model in use, and taking them apart again.
+
+use crate::adapter::AdaptableModel;
+use crate::error::{Error, Result};
+use crate::inject::activate::check_unmerged;
+
+/// Merges the active adapters' means into their layers: from then on each costs what its base costs
+/// and computes its mean; posterior draws and training are refused until [`unmerge`]. What changes an
+/// adapter's parameters meanwhile does not change the layer. The original weights stay beside it.
+/// Returns the number of merged layers.
+///
+/// # Errors
+/// If no adapter is active, one is merged already, a method has no change of weights, a base weight
+/// is trained itself, or a merged weight would not be finite.
+pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
+    check_unmerged(model)?;
+    let mut merged = Vec::new();
+    model.visit_linears(&mut |slot| {
+        merged.push(slot.merged_layer()?);
+        Ok(())
+    })?;
+    let count = merged.iter().flatten().count();
+    if count == 0 {
+        return Err(Error::config("adapter", "no layer has an active adapter to merge"));
+    }
+    let mut merged = merged.into_iter();
+    model.visit_linears_mut(&mut |slot| {
+        slot.set_merged(merged.next().flatten());
+        Ok(())
+    })?;
+    Ok(count)
+}
+
+/// Takes all merged layers apart again: the base's weights are the very same as before. Returns
+/// their number, which may be 0.
+///
+/// # Errors
+/// If the walk fails.
+pub fn unmerge(model: &mut dyn AdaptableModel) -> Result<usize> {
+    let mut count = 0;
+    model.visit_linears_mut(&mut |slot| {
+        count += usize::from(slot.is_merged());
+        slot.set_merged(None);
+        Ok(())
+    })?;
+    Ok(count)
+}

@@ -1,0 +1,231 @@
+//! Text generation with a key-value cache: from the posterior mean, from one posterior draw, or from
+//! next-token probabilities averaged over several.
+
+use candle_core::{DType, Tensor};
+use candle_transformers::generation::LogitsProcessor;
+pub use candle_transformers::generation::Sampling;
+
+use crate::adapter::{Context, DrawCache, Pass};
+use crate::error::{Error, Result};
+use crate::metrics::softmax;
+use crate::models::causal::{Cache, CausalLm};
+
+/// Which of the posterior's weights predict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights {
+    /// The posterior mean.
+    Mean,
+    /// Posterior draw number `.0`: the same weights for the whole text.
+    Draw(u64),
+    /// The next-token probabilities of draws `0 .. .0`, averaged. Each keeps a cache of its own.
+    Average(usize),
+}
+
+impl Weights {
+    /// The passes whose probabilities are averaged.
+    pub fn passes(&self) -> Vec<Pass> {
+        match *self {
+            Self::Mean => vec![Pass::Mean],
+            Self::Draw(draw) => vec![Pass::Posterior { draw }],
+            Self::Average(draws) => (0..draws as u64).map(|draw| Pass::Posterior { draw }).collect(),
+        }
+    }
+}
+
+/// How a text is continued.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateConfig {
+    /// The most tokens that are added to a prompt.
+    pub max_new_tokens: usize,
+    /// How a token is chosen: `ArgMax` is greedy.
+    pub sampling: Sampling,
+    /// The seed of the choice; each row of a batch has a generator of its own.
+    pub seed: u64,
+    /// The tokens that end a text; they are not part of it.
+    pub stop: Vec<u32>,
+    /// Which weights predict.
+    pub weights: Weights,
+}
+
+impl Default for GenerateConfig {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 128,
+            sampling: Sampling::ArgMax,
+            seed: 0,
+            stop: Vec::new(),
+            weights: Weights::Mean,
+        }
+    }
+}
+
+impl GenerateConfig {
+    fn validate(&self) -> Result<()> {
+        if self.weights == Weights::Average(0) {
+            return Err(Error::config("weights", "an average wants at least one draw"));
+        }
+        let (temperature, k, p) = match self.sampling {
+            Sampling::ArgMax => return Ok(()),
+            Sampling::GumbelSoftmax { .. } => {
+                let reason = "GumbelSoftmax draws from candle's own generator, which cannot be seeded";
+                return Err(Error::config("sampling", reason));
+            }
+            Sampling::All { temperature } => (temperature, 1, 1.0),
+            Sampling::TopK { k, temperature } => (temperature, k, 1.0),
+            Sampling::TopP { p, temperature } => (temperature, 1, p),
+            Sampling::TopKThenTopP { k, p, temperature } => (temperature, k, p),
+        };
+        if !(temperature > 0.0 && temperature.is_finite()) {
+            let reason = format!("expected a positive number, got {temperature} (greedy is ArgMax)");
+            return Err(Error::config("temperature", reason));
+        }
+        if k == 0 {
+            return Err(Error::config("top_k", "must be at least 1"));
+        }
+        if !(p > 0.0 && p <= 1.0) {
+            return Err(Error::config("top_p", format!("expected a share in (0, 1], got {p}")));
+        }
+        Ok(())
+    }
+}
+
+/// Continues every prompt; returns the added tokens of each. A row ends at a stop token, after
+/// `max_new_tokens`, or where the model's length does, which the longest prompt of a batch decides.
+///
+/// Prompts of several lengths are padded on the left. `on_token(row, token)` is told of every token
+/// as it is chosen; where it returns false, that row ends.
+///
+/// # Errors
+/// If a prompt is empty or as long as the model's sequences, an option is outside its domain, or the
+/// logits are not finite.
+pub fn generate(
+    model: &dyn CausalLm,
+    prompts: &[Vec<u32>],
+    config: &GenerateConfig,
+    on_token: &mut dyn FnMut(usize, u32) -> bool,
+) -> Result<Vec<Vec<u32>>> {
+    config.validate()?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    if let Some(row) = prompts.iter().position(Vec::is_empty) {
+        return Err(Error::config("prompt", format!("prompt {row} has no token")));
+    }
+    if prompts.is_empty() || config.max_new_tokens == 0 {
+        return Ok(vec![Vec::new(); prompts.len()]);
+    }
+    if longest >= model.max_length() {
+        let reason = format!("{longest} tokens leave no room in the model's {}", model.max_length());
+        return Err(Error::config("prompt", reason));
+    }
+    run(model, prompts, longest, config, on_token)
+}
+
+/// The loop over tokens.
+fn run(
+    model: &dyn CausalLm,
+    prompts: &[Vec<u32>],
+    longest: usize,
+    config: &GenerateConfig,
+    on_token: &mut dyn FnMut(usize, u32) -> bool,
+) -> Result<Vec<Vec<u32>>> {
+    let steps = config.max_new_tokens.min(model.max_length() - longest);
+    let mut batch = Batch::new(model, prompts, longest, steps, config);
+    let mut done = vec![false; prompts.len()];
+    let mut texts = vec![Vec::new(); prompts.len()];
+    for step in 0..steps {
+        let logits = batch.advance(model)?;
+        let mut next = vec![0u32; prompts.len()];
+        for (row, logits) in logits.iter().enumerate() {
+            if done[row] {
+                continue;
+            }
+            if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
+                let reason = format!("token {} of row {row}: a logit is {bad}", step + 1);
+                return Err(Error::tensor("logits", reason));
+            }
+            let logits = Tensor::new(logits.as_slice(), &candle_core::Device::Cpu)?;
+            let token = batch.choose[row].sample(&logits)?;
+            next[row] = token;
+            if config.stop.contains(&token) {
+                done[row] = true;
+                continue;
+            }
+            texts[row].push(token);
+            done[row] = !on_token(row, token);
+        }
+        if done.iter().all(|done| *done) {
+            break;
+        }
+        batch.feed(next);
+    }
+    Ok(texts)
+}
+
+/// The rows on their way: what the next forward pass reads, and where each pass left off.
+struct Batch {
+    tokens: Vec<Vec<u32>>, // the tokens that no cache holds yet, of equal length
+    mask: Vec<Vec<u8>>,    // of the columns up to the last of `tokens`
+    contexts: Vec<(Context, Cache)>,
+    choose: Vec<LogitsProcessor>,
+}
+
+impl Batch {
+    fn new(
+        model: &dyn CausalLm,
+        prompts: &[Vec<u32>],
+        longest: usize,
+        steps: usize,
+        config: &GenerateConfig,
+    ) -> Self {
+        let padded = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], prompt.clone()].concat();
+        let real = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], vec![1; prompt.len()]].concat();
+        let processor = |row| {
+            LogitsProcessor::from_sampling(config.seed.wrapping_add(row as u64), config.sampling.clone())
+        };
+        let draws = DrawCache::default();
+        let context = |pass| (Context::from(pass).with_draws(&draws), model.cache(longest + steps));
+        Self {
+            tokens: prompts.iter().map(padded).collect(),
+            mask: prompts.iter().map(real).collect(),
+            contexts: config.weights.passes().into_iter().map(context).collect(),
+            choose: (0..prompts.len()).map(processor).collect(),
+        }
+    }
+
+    /// One more token for every row; those of rows that have ended are seen by nobody.
+    fn feed(&mut self, next: Vec<u32>) {
+        self.tokens = next.into_iter().map(|token| vec![token]).collect();
+        self.mask.iter_mut().for_each(|row| row.push(1));
+    }
+
+    /// Runs the waiting tokens and returns each row's logits of the next one: with several passes
+    /// the logarithms of the averaged probabilities.
+    fn advance(&mut self, model: &dyn CausalLm) -> Result<Vec<Vec<f32>>> {
+        let rows = self.tokens.len();
+        let new = self.tokens[0].len();
+        let ids = Tensor::from_vec(self.tokens.concat(), (rows, new), model.device())?;
+        let mask = Tensor::from_vec(self.mask.concat(), (rows, self.mask[0].len()), model.device())?;
+        let mut logits = Vec::with_capacity(self.contexts.len());
+        for (cx, cache) in &mut self.contexts {
+            let hidden = model.hidden(&ids, &mask, Some(cache), cx)?;
+            let last = hidden.narrow(1, new - 1, 1)?.squeeze(1)?.contiguous()?; // (b, d)
+            logits.push(model.head(&last, cx)?.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?);
+        }
+        if logits.len() > 1 {
+            return Ok((0..rows).map(|row| average(logits.iter().map(|draw| &draw[row]))).collect());
+        }
+        Ok(logits.swap_remove(0))
+    }
+}
+
+/// The logarithm of the mean of the probabilities of several logits.
+fn average<'a>(draws: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
+    let mut sum = Vec::new();
+    let mut count = 0.0;
+    for draw in draws {
+        let wide: Vec<f64> = draw.iter().map(|logit| f64::from(*logit)).collect();
+        sum.resize(wide.len(), 0.0);
+        sum.iter_mut().zip(softmax(&wide)).for_each(|(sum, p)| *sum += p);
+        count += 1.0;
+    }
+    sum.into_iter().map(|sum: f64| (sum / count).ln() as f32).collect()
+}

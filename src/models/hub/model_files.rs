@@ -1,0 +1,206 @@
+//! The files of one model, found in a folder or a repository with one code path.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+
+#[cfg(feature = "hub")]
+use super::client::RepoKind;
+#[cfg(feature = "hub")]
+use super::config::HubConfig;
+use super::index::Index;
+use super::names::check_relative;
+#[cfg(feature = "hub")]
+use super::repo::Repo;
+use super::source::Source;
+use super::{pickles, weights};
+use crate::error::{Error, Result};
+
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// The files of one model: its configuration, its tokenizer and its weights, all on this disk.
+///
+/// ```no_run
+/// use candle_core::{DType, Device};
+/// use monteclora::models::hub::ModelFiles;
+///
+/// let files = ModelFiles::locate("FacebookAI/roberta-base", None)?; // or a folder: "models/roberta"
+/// let config = std::fs::read_to_string(files.config_path()).map_err(monteclora::Error::io(files.config_path()))?;
+/// let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct ModelFiles {
+    source: Source,
+    config: PathBuf,
+    tokenizer: Option<PathBuf>,
+    weights: Vec<PathBuf>,
+}
+
+impl ModelFiles {
+    /// Finds the files of the folder `id_or_dir`, or else of the hub repository of that name
+    /// (`owner/name`), downloading what its cache does not hold. `revision` is a branch, a tag or
+    /// a commit of the repository; folders have none.
+    ///
+    /// The repository is read at one commit: files of two versions never mix.
+    ///
+    /// # Errors
+    /// - [`Error::Hub`]: no such folder or repository, no access (says what to do about it), no
+    ///   network, or offline (`HF_HUB_OFFLINE=1`) and not in the cache;
+    /// - [`Error::Format`]: a required file is missing, the weights are pickled, or the index of
+    ///   sharded weights names a file outside the folder, one that is missing, or a tensor that
+    ///   its shard does not hold;
+    /// - [`Error::Config`]: a revision was asked of a folder.
+    pub fn locate(id_or_dir: &str, revision: Option<&str>) -> Result<Self> {
+        #[cfg(feature = "hub")]
+        {
+            Self::locate_either(id_or_dir, revision, &HubConfig::from_env())
+        }
+        #[cfg(not(feature = "hub"))]
+        {
+            let reason = "there is no such local folder, and this build reads no hub (cargo feature `hub`)";
+            let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
+            Self::in_folder(id_or_dir, revision)?.ok_or_else(error)
+        }
+    }
+
+    /// Like [`Self::locate`], with explicit settings of the hub: to show the progress of downloads,
+    /// for example ([`HubConfig::on_progress`]).
+    ///
+    /// # Errors
+    /// Those of [`Self::locate`].
+    #[cfg(feature = "hub")]
+    pub fn locate_either(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+        match Self::in_folder(id_or_dir, revision)? {
+            Some(files) => Ok(files),
+            None => Self::locate_with(id_or_dir, revision, hub).map_err(no_folder_either),
+        }
+    }
+
+    /// The files of the folder `dir`, if there is one.
+    fn in_folder(dir: &str, revision: Option<&str>) -> Result<Option<Self>> {
+        let path = Path::new(dir);
+        if path.is_file() {
+            return Err(Error::format(path, "expected a model's folder or repository, found a file"));
+        }
+        if !path.is_dir() {
+            return Ok(None);
+        }
+        if let Some(revision) = revision {
+            let reason = format!("{revision:?} was given, but {dir} is a local folder and has none");
+            return Err(Error::config("revision", reason));
+        }
+        Self::collect(Source::Folder(path.to_path_buf())).map(Some)
+    }
+
+    /// Like [`Self::locate_either`] for a repository alone.
+    ///
+    /// # Errors
+    /// Those of [`Self::locate`].
+    #[cfg(feature = "hub")]
+    pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+        Self::collect(Source::Repo(Repo::open(hub, RepoKind::Model, repo_id, revision)?))
+    }
+
+    /// The one path behind folders and repositories.
+    fn collect(source: Source) -> Result<Self> {
+        let (source, config) = source.pinned(CONFIG)?;
+        let tokenizer = source.file(TOKENIZER)?;
+        let weights = if let Some(single) = source.file(WEIGHTS)? {
+            vec![single]
+        } else if let Some(path) = source.file(INDEX)? {
+            let index = Index::read(&path)?;
+            let shards = index.shards();
+            let fetch = |shard: &&str| source.file(shard)?.ok_or_else(|| index.missing_shard(shard));
+            let files = shards.iter().map(fetch).collect::<Result<Vec<_>>>()?;
+            index.check(shards.iter().copied().zip(files.iter().map(PathBuf::as_path)))?;
+            files
+        } else {
+            if let Some(pickle) = pickles::only_weights(&source.names(&config)?) {
+                let reason = format!(
+                    "it has only pickled weights ({pickle}), and reading a pickle can run any code; \
+                     expected {WEIGHTS} or {INDEX} (convert the weights to safetensors, or use a \
+                     repository or revision that has them)"
+                );
+                return Err(source.unfit(reason));
+            }
+            return Err(source.missing(WEIGHTS));
+        };
+        Ok(Self { source, config, tokenizer, weights })
+    }
+
+    /// The path of `config.json`.
+    pub fn config_path(&self) -> &Path {
+        &self.config
+    }
+
+    /// The path of `tokenizer.json`, where the model has one.
+    pub fn tokenizer_path(&self) -> Option<&Path> {
+        self.tokenizer.as_deref()
+    }
+
+    /// The weights: `model.safetensors`, or the shards of its index in the order of their names,
+    /// each once.
+    pub fn weights(&self) -> &[PathBuf] {
+        &self.weights
+    }
+
+    /// Another file of the same folder or of the same commit of the repository, such as
+    /// `generation_config.json`; `None` where there is none.
+    ///
+    /// # Errors
+    /// If `name` leads outside the folder, or the hub fails.
+    pub fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        check_relative(name).map_err(|reason| Error::config("file name", reason))?;
+        self.source.file(name)
+    }
+
+    /// A `VarBuilder` over the memory-mapped weights, which casts to `dtype` and copies to
+    /// `device` as tensors are asked for. It refuses what cannot be a weight: integers, NaN and
+    /// infinity, another shape; the error names file and tensor.
+    ///
+    /// # Errors
+    /// If a file is not a whole safetensors file, or two shards hold the same tensor; the error
+    /// names the file.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+        self.check_weights()?;
+        weights::map_builder(&self.weights, dtype, device)
+    }
+
+    /// The tensors of the weights as they lie in their files, memory-mapped.
+    pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
+        self.check_weights()?;
+        weights::map(&self.weights)
+    }
+
+    /// Checks that every file is whole, and that no two hold the same tensor.
+    fn check_weights(&self) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for path in &self.weights {
+            for name in weights::tensor_names(path)? {
+                if !seen.insert(name.clone()) {
+                    return Err(Error::format(path, format!("tensor {name} is in another shard as well")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
+/// as `owner/name`.
+#[cfg(feature = "hub")]
+fn no_folder_either(error: Error) -> Error {
+    match error {
+        Error::Hub { repo, reason } if !reason.contains("no such local folder") => {
+            Error::Hub { reason: format!("{reason} (and there is no such local folder)"), repo }
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,73 @@
+//! Where a model's files come from: a folder or a repository, with one way to ask for them.
+
+use std::path::{Path, PathBuf};
+
+#[cfg(feature = "hub")]
+use super::repo::Repo;
+use crate::error::{Error, Result};
+
+/// What the files come from.
+#[derive(Debug, Clone)]
+pub(super) enum Source {
+    Folder(PathBuf),
+    #[cfg(feature = "hub")]
+    Repo(Repo),
+}
+
+impl Source {
+    /// The required file `name`, and this source held at the version that file is of.
+    pub(super) fn pinned(self, name: &str) -> Result<(Self, PathBuf)> {
+        let path = self.file(name)?.ok_or_else(|| self.missing(name))?;
+        let source = match self {
+            Self::Folder(dir) => Self::Folder(dir),
+            #[cfg(feature = "hub")]
+            Self::Repo(repo) => Self::Repo(repo.pinned_to(&path)),
+        };
+        Ok((source, path))
+    }
+
+    /// The path of the file `name`, if there is one.
+    pub(super) fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        match self {
+            Self::Folder(dir) => Ok(Some(dir.join(name)).filter(|path| path.is_file())),
+            #[cfg(feature = "hub")]
+            Self::Repo(repo) => repo.file(name),
+        }
+    }
+
+    /// The names of the files beside `config`, without downloading any.
+    pub(super) fn names(&self, config: &Path) -> Result<Vec<String>> {
+        let dir = config.parent().unwrap_or(Path::new("."));
+        match self {
+            Self::Folder(_) => names_in(dir),
+            // Offline, what a repository has is what its cache holds.
+            #[cfg(feature = "hub")]
+            Self::Repo(repo) => repo.names().map_or_else(|| names_in(dir), Ok),
+        }
+    }
+
+    /// The error for a required file that is not there.
+    pub(super) fn missing(&self, name: &str) -> Error {
+        match self {
+            Self::Folder(dir) => Error::format(dir, format!("the folder has no {name}")),
+            #[cfg(feature = "hub")]
+            Self::Repo(repo) => repo.missing(name),
+        }
+    }
+
+    /// The error for a source whose files cannot serve.
+    pub(super) fn unfit(&self, reason: String) -> Error {
+        match self {
+            Self::Folder(dir) => Error::format(dir, reason),
+            #[cfg(feature = "hub")]
+            Self::Repo(repo) => repo.error(reason),
+        }
+    }
+}
+
+/// The names of the files in a folder.
+fn names_in(dir: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
+    let files = entries.flatten().filter(|entry| entry.path().is_file());
+    Ok(files.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+}

@@ -1,0 +1,105 @@
+//! The course of the sample scaler eps over training (adaptive scaling is the paper's future work).
+//!
+//! A schedule multiplies eps in training draws alone: prediction from the posterior keeps eps itself.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The least factor: a scaler of zero would take the gradient from rho and c for good.
+pub(super) const LEAST: f64 = 1e-3;
+
+/// The course of the factor on eps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScalerSchedule {
+    /// One, always.
+    #[default]
+    Constant,
+    /// Rising in a straight line over this share of all steps, then one.
+    Warmup(f64),
+    /// A straight line from one down to (almost) zero.
+    Linear,
+    /// Half a cosine from one down to (almost) zero.
+    Cosine,
+    /// Layer by layer, the root of the gradient's squared norm in A (a running mean) over the highest
+    /// it ever had. Why this quantity: to second order a perturbation raises the loss by eps^2 / 2 times
+    /// the curvature, and squared gradients stand for the curvature (Gauss-Newton); so noise stays
+    /// while there is a signal it can be told from, and fades with it.
+    Adaptive,
+}
+
+impl ScalerSchedule {
+    /// Checks the share of [`Self::Warmup`].
+    ///
+    /// # Errors
+    /// Unless it lies in [0, 1].
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Warmup(share) if !(0.0..=1.0).contains(share) => {
+                Err(Error::config("scaler_schedule", format!("expected a share in [0, 1], got {share}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The factor at a step (1-based) of `total`; None where gradients decide.
+    pub(super) fn factor(&self, step: usize, total: usize) -> Option<f64> {
+        let done = (step - 1) as f64 / total.max(1) as f64;
+        let factor = match self {
+            Self::Constant => 1.0,
+            Self::Warmup(share) => (step as f64 / (share * total as f64).max(1.0)).min(1.0),
+            Self::Linear => 1.0 - done,
+            Self::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+            Self::Adaptive => return None,
+        };
+        Some(factor.max(LEAST))
+    }
+}
+
+impl FromStr for ScalerSchedule {
+    type Err = Error;
+
+    /// `constant`, `linear`, `cosine`, `adaptive`, or `warmup-SHARE`.
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = || {
+            let expected = "expected constant, linear, cosine, adaptive or warmup-SHARE";
+            Error::config("scaler_schedule", format!("{expected}, got {text}"))
+        };
+        let schedule = match text {
+            "constant" => Self::Constant,
+            "linear" => Self::Linear,
+            "cosine" => Self::Cosine,
+            "adaptive" => Self::Adaptive,
+            _ => {
+                let share = text.strip_prefix("warmup-").and_then(|share| share.parse().ok());
+                Self::Warmup(share.ok_or_else(wrong)?)
+            }
+        };
+        schedule.validate().map(|()| schedule)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn courses_begin_and_end_where_they_say() -> Result<()> {
+        let course = |text: &str| -> Result<Vec<f64>> {
+            let schedule: ScalerSchedule = text.parse()?;
+            Ok((1..=4).filter_map(|step| schedule.factor(step, 4)).collect())
+        };
+        assert_eq!(course("constant")?, [1.0; 4]);
+        assert_eq!(course("linear")?, [1.0, 0.75, 0.5, 0.25]);
+        assert_eq!(course("warmup-0.5")?, [0.5, 1.0, 1.0, 1.0]);
+        assert_eq!(course("warmup-0")?, [1.0; 4]);
+        let cosine = course("cosine")?;
+        assert!((cosine[0], cosine[2]) == (1.0, 0.5) && cosine.is_sorted_by(|a, b| a > b), "{cosine:?}");
+        assert!(course("adaptive")?.is_empty());
+        assert!("warmup-2".parse::<ScalerSchedule>().is_err() && "square".parse::<ScalerSchedule>().is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,259 @@
+//! The attention core on slices: one task for each (batch, key head), query rows in blocks.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::attention_mask::{padding_bytes, Mask, Shape};
+use super::dropout_mask::DropoutMask;
+use super::gemm::{gemm, Into, Mat};
+use super::host::{for_rows, tensor, Host};
+use super::vmath;
+use crate::util::simd::vectorized;
+
+/// Query rows that share one block of scores: it stays in cache, and a causal block skips the keys
+/// that all of its rows are blind to.
+const BLOCK: usize = 64;
+
+/// A [`Mask`] on the host.
+pub(super) struct HostMask {
+    padding: Option<Vec<u8>>,
+    causal: bool,
+}
+
+impl HostMask {
+    pub fn new(mask: &Mask) -> Result<Self> {
+        let padding = mask.padding.as_ref().map(padding_bytes).transpose()?;
+        Ok(Self { padding, causal: mask.causal.is_some() })
+    }
+}
+
+/// One call's constants.
+pub(super) struct Core {
+    pub shape: Shape,
+    pub scale: f32,
+    pub mask: HostMask,
+    pub keep: Option<DropoutMask>,
+}
+
+/// A projected tensor (b, t, n * dim) read in place: heads are strides.
+struct Heads<'a> {
+    data: &'a [f32],
+    batch_stride: usize,
+    row_stride: usize,
+    dim: usize,
+}
+
+impl<'a> Heads<'a> {
+    /// Rows `first ..` (as many as `rows`) of one head.
+    fn rows(&self, batch: usize, head: usize, first: usize, rows: usize) -> Mat<'a> {
+        let start = batch * self.batch_stride + first * self.row_stride + head * self.dim;
+        Mat::strided(self.data.get(start..).unwrap_or(&[]), rows, self.dim, self.row_stride)
+    }
+
+    /// One row of one head.
+    fn row(&self, batch: usize, head: usize, row: usize) -> &'a [f32] {
+        let start = batch * self.batch_stride + row * self.row_stride + head * self.dim;
+        &self.data[start..start + self.dim]
+    }
+}
+
+/// Detached, with the last dimension dense; batches and rows may lie anywhere (a slice of a fused
+/// projection is read in place).
+fn readable(x: &Tensor) -> Result<Tensor> {
+    if x.stride().last() == Some(&1) {
+        Ok(x.detach())
+    } else {
+        x.detach().contiguous()
+    }
+}
+
+fn heads<'a>(host: &'a Host<'a>, x: &Tensor, dim: usize) -> Heads<'a> {
+    Heads { data: host, batch_stride: x.stride()[0], row_stride: x.stride()[1], dim }
+}
+
+impl Core {
+    /// The output and the logarithm of each row's sum of exponentials, (b, heads, tq).
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Vec<f32>)> {
+        let Shape { b, tq, tk, heads: n, kv_heads, dim } = self.shape;
+        let group = self.shape.group();
+        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
+        let (qh, kh, vh) = (Host::from_first(&q)?, Host::from_first(&k)?, Host::from_first(&v)?);
+        let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
+        let mut y = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
+        let mut log_sums = vec![0f32; b * n * tq];
+        let task = |(i, (y, log_sums)): (usize, (&mut [f32], &mut [f32]))| {
+            let (batch, kv_head) = (i / kv_heads, i % kv_heads);
+            let mut scores = vec![0f32; BLOCK.min(tq) * tk];
+            for (head, first, rows) in self.blocks(kv_head) {
+                let at = (head % group) * tq + first;
+                let seen = self.seen(first + rows);
+                let p = &mut scores[..rows * seen];
+                let keys = k.rows(batch, kv_head, 0, seen).t();
+                gemm(p, Into::SetHere, self.scale, q.rows(batch, head, first, rows), keys);
+                vectorized!({
+                    for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
+                        self.hide(p, batch, first + r);
+                        log_sums[at + r] = softmax(p);
+                        if let Some(keep) = &self.keep {
+                            keep.multiply(((batch * n + head) * tq + first + r) * tk, p);
+                        }
+                    }
+                });
+                let values = v.rows(batch, kv_head, 0, seen);
+                gemm(
+                    &mut y[at * dim..(at + rows) * dim],
+                    Into::SetHere,
+                    1.0,
+                    Mat::new(p, rows, seen),
+                    values,
+                );
+            }
+        };
+        let (y_task, sums_task) = ((group * tq * dim).max(1), (group * tq).max(1));
+        y.par_chunks_mut(y_task).zip(log_sums.par_chunks_mut(sums_task)).enumerate().for_each(task);
+        Ok((tensor(self.join(&y, tq, n), (b, tq, n * dim))?, log_sums))
+    }
+
+    /// The gradients of q, k and v; see the composed core for the formulae.
+    pub fn backward(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        grad: &Tensor,
+        log_sums: &[f32],
+    ) -> Result<[Option<Tensor>; 3]> {
+        let Shape { b, tq, tk, heads: n, kv_heads, dim } = self.shape;
+        let group = self.shape.group();
+        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
+        let (qh, kh, vh) = (Host::from_first(&q)?, Host::from_first(&k)?, Host::from_first(&v)?);
+        let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
+        let (yh, gh) = (Host::from_first(y)?, Host::from_first(grad)?);
+        let (y, dy) = (heads(&yh, y, dim), heads(&gh, grad, dim));
+        let mut dq = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
+        let mut dk = vec![0f32; b * kv_heads * tk * dim]; // (b, kv_heads, tk, dim)
+        let mut dv = dk.clone();
+        let task = |i: usize, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]| {
+            let (batch, kv_head) = (i / kv_heads, i % kv_heads);
+            let size = BLOCK.min(tq) * tk;
+            let (mut ps, mut dropped, mut ds) = (vec![0f32; size], Vec::new(), vec![0f32; size]);
+            for (head, first, rows) in self.blocks(kv_head) {
+                let at = (head % group) * tq + first;
+                let seen = self.seen(first + rows);
+                let (p, ds) = (&mut ps[..rows * seen], &mut ds[..rows * seen]);
+                let (queries, keys) = (q.rows(batch, head, first, rows), k.rows(batch, kv_head, 0, seen));
+                let (values, dys) = (v.rows(batch, kv_head, 0, seen), dy.rows(batch, head, first, rows));
+                gemm(p, Into::SetHere, self.scale, queries, keys.t());
+                gemm(ds, Into::SetHere, 1.0, dys, values.t());
+                let row_index = |r: usize| (batch * n + head) * tq + first + r;
+                vectorized!({
+                    for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
+                        self.hide(p, batch, first + r);
+                        let log_sum = log_sums[row_index(r)];
+                        p.iter_mut().for_each(|p| *p = vmath::exp(*p - log_sum));
+                    }
+                });
+                let weights: &[f32] = match &self.keep {
+                    Some(keep) => {
+                        dropped.clear();
+                        dropped.extend_from_slice(p);
+                        vectorized!({
+                            for (r, row) in dropped.chunks_exact_mut(seen.max(1)).enumerate() {
+                                keep.multiply(row_index(r) * tk, row);
+                            }
+                        });
+                        &dropped
+                    }
+                    None => p,
+                };
+                gemm(&mut dv[..seen * dim], Into::AddHere, 1.0, Mat::new(weights, rows, seen).t(), dys);
+                let width = seen.max(1);
+                vectorized!({
+                    for (r, (ds, p)) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)).enumerate() {
+                        if let Some(keep) = &self.keep {
+                            keep.multiply(row_index(r) * tk, ds);
+                        }
+                        let (y, dy) = (y.row(batch, head, first + r), dy.row(batch, head, first + r));
+                        let along = vmath::sum2(y, dy, |y, dy| y * dy);
+                        for (ds, p) in ds.iter_mut().zip(p) {
+                            *ds = (*ds - along) * p;
+                        }
+                    }
+                });
+                let ds = Mat::new(ds, rows, seen);
+                gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, self.scale, ds, keys);
+                gemm(&mut dk[..seen * dim], Into::AddHere, self.scale, ds.t(), queries);
+            }
+        };
+        let (q_task, k_task) = ((group * tq * dim).max(1), (tk * dim).max(1));
+        let pieces = dq.par_chunks_mut(q_task).zip(dk.par_chunks_mut(k_task)).zip(dv.par_chunks_mut(k_task));
+        pieces.enumerate().for_each(|(i, ((dq, dk), dv))| task(i, dq, dk, dv));
+        let dq = tensor(self.join(&dq, tq, n), (b, tq, n * dim))?;
+        let dk = tensor(self.join(&dk, tk, kv_heads), (b, tk, kv_heads * dim))?;
+        let dv = tensor(self.join(&dv, tk, kv_heads), (b, tk, kv_heads * dim))?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    }
+
+    /// (head, first row, rows) of the blocks of the query heads that share a key head.
+    fn blocks(&self, kv_head: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+        let (tq, group) = (self.shape.tq, self.shape.group());
+        (kv_head * group..(kv_head + 1) * group).flat_map(move |head| {
+            (0..tq).step_by(BLOCK).map(move |first| (head, first, BLOCK.min(tq - first)))
+        })
+    }
+
+    /// How many keys the rows before `end` see at most.
+    fn seen(&self, end: usize) -> usize {
+        let Shape { tq, tk, .. } = self.shape;
+        if self.mask.causal {
+            (tk + end).saturating_sub(tq).min(tk)
+        } else {
+            tk
+        }
+    }
+
+    /// Minus infinity where query `row` does not see a key.
+    #[inline(always)]
+    fn hide(&self, scores: &mut [f32], batch: usize, row: usize) {
+        let seen = self.seen(row + 1).min(scores.len());
+        scores[seen..].fill(f32::NEG_INFINITY);
+        if let Some(padding) = &self.mask.padding {
+            let padding = &padding[batch * self.shape.tk..(batch + 1) * self.shape.tk];
+            for (score, &real) in scores[..seen].iter_mut().zip(padding) {
+                *score = if real == 0 { f32::NEG_INFINITY } else { *score };
+            }
+        }
+    }
+
+    /// (b, n, t, dim) as (b, t, n * dim).
+    fn join(&self, x: &[f32], t: usize, n: usize) -> Vec<f32> {
+        let dim = self.shape.dim;
+        let mut out = vec![0f32; x.len()];
+        for_rows(&mut out, n * dim, |first, out| {
+            for (i, out) in out.chunks_exact_mut(n * dim).enumerate() {
+                let (batch, row) = ((first + i) / t, (first + i) % t);
+                for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let start = ((batch * n + head) * t + row) * dim;
+                    out.copy_from_slice(&x[start..start + dim]);
+                }
+            }
+        });
+        out
+    }
+}
+
+/// Softmax in place; returns the logarithm of the sum. A row that sees nothing becomes zero, and its
+/// logarithm infinite, so that `exp(score - logarithm)` is zero again in backward.
+#[inline(always)]
+fn softmax(row: &mut [f32]) -> f32 {
+    let max = vmath::max(row);
+    if max == f32::NEG_INFINITY && row.iter().all(|&x| x == f32::NEG_INFINITY) {
+        row.fill(0.0);
+        return f32::INFINITY;
+    }
+    row.iter_mut().for_each(|x| *x = vmath::exp(*x - max));
+    let sum = vmath::sum(row, |x| x);
+    row.iter_mut().for_each(|x| *x /= sum);
+    max + sum.ln()
+}

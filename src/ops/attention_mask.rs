@@ -1,0 +1,94 @@
+//! Which keys a query sees, and the sizes of an attention.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+/// Which keys a query may attend to.
+#[derive(Debug, Clone, Default)]
+pub struct Mask {
+    /// (batch, keys) of u8: 1 where the key is a real token. None: all are.
+    pub padding: Option<Tensor>,
+    /// Query i (of tq, the last ones) sees keys 0 ..= tk - tq + i only. None: every key.
+    pub causal: Option<CausalMask>,
+}
+
+/// The triangle of a causal mask, kept from layer to layer and pass to pass by the model that owns it:
+/// all layers of a forward pass ask for the same one, and a copy to a GPU holds up the queue of its work.
+#[derive(Debug, Clone, Default)]
+pub struct CausalMask {
+    latest: Arc<Mutex<Option<Tensor>>>,
+}
+
+impl CausalMask {
+    /// 1 where key `j` is not after query `i` of the last `tq`, `(1, 1, tq, tk)` of u8.
+    fn triangle(&self, tq: usize, tk: usize, device: &Device) -> Result<Tensor> {
+        // A panic while the lock is held leaves a whole mask or none.
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |mask: &&Tensor| mask.dims() == [1, 1, tq, tk] && mask.device().same_device(device);
+        if let Some(mask) = latest.as_ref().filter(fits) {
+            return Ok(mask.clone());
+        }
+        let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(j + tq <= tk + i))).collect();
+        let mask = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
+        *latest = Some(mask.clone());
+        Ok(mask)
+    }
+}
+
+/// The sizes of one call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub b: usize,
+    pub tq: usize,
+    pub tk: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+}
+
+impl Shape {
+    pub fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, kv_heads: usize) -> Result<Self> {
+        let ((b, tq, width), (kb, tk, kv_width)) = (q.dims3()?, k.dims3()?);
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !width.is_multiple_of(heads) {
+            bail!("attention: width {width}, {heads} heads and {kv_heads} key heads do not divide");
+        }
+        let dim = width / heads;
+        if dim == 0 || kb != b || v.dims() != k.dims() || kv_width != kv_heads * dim {
+            bail!(
+                "attention: q {:?}, k {:?}, v {:?} do not fit {kv_heads} key heads of {dim}",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            );
+        }
+        Ok(Self { b, tq, tk, heads, kv_heads, dim })
+    }
+
+    /// Query heads for each key head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// 1 where a query sees a key, broadcastable to (b, heads, tq, tk). None: everywhere.
+pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Option<Tensor>> {
+    let &Shape { b, tq, tk, .. } = shape;
+    let padding = match &mask.padding {
+        Some(padding) => Some(padding.ne(0u8)?.reshape((b, 1, 1, tk))?),
+        None => None,
+    };
+    let Some(causal) = mask.causal.as_ref().filter(|_| tq > 1) else {
+        return Ok(padding); // the last query sees every key
+    };
+    let causal = causal.triangle(tq, tk, device)?;
+    match padding {
+        Some(padding) => Ok(Some(padding.broadcast_mul(&causal)?)),
+        None => Ok(Some(causal)),
+    }
+}
+
+/// The padding mask as bytes, whatever integer dtype it came in.
+pub(super) fn padding_bytes(padding: &Tensor) -> Result<Vec<u8>> {
+    padding.to_dtype(DType::U8)?.flatten_all()?.to_vec1()
+}

@@ -1,0 +1,200 @@
+//! AdamW (Loshchilov and Hutter 2019), its state keyed by parameter name.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+
+use super::gradients::Gradients;
+use super::update::{Constants, Moments, Steps};
+use crate::adapter::{Params, Role};
+use crate::error::{Error, Result};
+
+/// The constants of [`AdamW`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdamWConfig {
+    /// The learning rate of [`AdamW::backward_step`]; [`AdamW::step`] is told its own.
+    pub lr: f64,
+    /// Decay of the running mean of gradients.
+    pub beta1: f64,
+    /// Decay of the running mean of their squares.
+    pub beta2: f64,
+    /// Added to the root of the second mean.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Roles that are not decayed: by default the posterior's parameters, whose zero has no
+    /// special meaning.
+    pub no_decay: Vec<Role>,
+    /// Learning rates of roles as multiples of the step's own: LoRA+ (Hayou et al. 2024) raises that
+    /// of [`Role::B`]. Difference: PEFT's LoRA+ raises that of every vector, biases included, too.
+    pub lr_ratios: Vec<(Role, f64)>,
+    /// Whether parameters of one dimension (biases, scales of norms) are decayed: PyTorch's
+    /// optimiser decays all it is given, the trainer of transformers leaves these out.
+    pub decay_vectors: bool,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            no_decay: vec![Role::LogStd, Role::Concentration],
+            lr_ratios: Vec::new(),
+            decay_vectors: true,
+        }
+    }
+}
+
+/// The optimiser. Moments have the parameters' dtype, which is single precision whatever the
+/// base's.
+#[derive(Debug)]
+pub struct AdamW {
+    params: Params,
+    config: AdamWConfig,
+    moments: BTreeMap<String, Moments>,
+}
+
+impl AdamW {
+    /// An optimiser of the trainable parameters of a store.
+    ///
+    /// # Errors
+    /// If a constant is outside its domain.
+    pub fn new(params: &Params, config: AdamWConfig) -> Result<Self> {
+        let domain = [
+            ("lr", config.lr, config.lr >= 0.0),
+            ("beta1", config.beta1, (0.0..1.0).contains(&config.beta1)),
+            ("beta2", config.beta2, (0.0..1.0).contains(&config.beta2)),
+            ("eps", config.eps, config.eps > 0.0),
+            ("weight_decay", config.weight_decay, config.weight_decay >= 0.0),
+        ];
+        if let Some((role, ratio)) = config.lr_ratios.iter().find(|(_, r)| !(*r > 0.0 && r.is_finite())) {
+            return Err(Error::config("lr_ratios", format!("{ratio} of {role:?} is outside its domain")));
+        }
+        match domain.iter().find(|(_, value, valid)| !valid || !value.is_finite()) {
+            Some((name, value, _)) => Err(Error::config(*name, format!("{value} is outside its domain"))),
+            None => Ok(Self { params: params.clone(), config, moments: BTreeMap::new() }),
+        }
+    }
+
+    /// Differentiates `loss` and takes one step at the configured learning rate.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
+        let mut grads = Gradients::new();
+        grads.accumulate(&self.params, &loss.backward()?)?;
+        self.step(&grads, self.config.lr)
+    }
+
+    /// One step at learning rate `lr`, with PyTorch's order of operations:
+    ///
+    /// ```text
+    /// w <- w (1 - lr decay)
+    /// m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+    /// w <- w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+    /// ```
+    ///
+    /// where t counts the steps of each parameter, so that one that is created or released later
+    /// begins as the first ones did.
+    ///
+    /// # Errors
+    /// If a trainable parameter has no gradient, or one of another shape: then nothing is changed.
+    pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
+        let mut pairs = Vec::new();
+        for (name, param) in self.params.trainable() {
+            let Some(grad) = grads.get(&name) else {
+                return Err(Error::tensor(name, "this trainable parameter has no gradient"));
+            };
+            if grad.shape() != param.var.shape() {
+                let reason = format!("shape {:?}, its gradient {:?}", param.var.shape(), grad.shape());
+                return Err(Error::tensor(name, reason));
+            }
+            pairs.push((name, param, grad));
+        }
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let mut steps = Steps::default();
+        for (name, param, grad) in pairs {
+            let ratio = self.config.lr_ratios.iter().find(|(role, _)| *role == param.role);
+            let lr = lr * ratio.map_or(1.0, |(_, ratio)| *ratio);
+            let decays = !self.config.no_decay.contains(&param.role)
+                && (self.config.decay_vectors || param.var.rank() > 1);
+            let keep = if decays { 1.0 - lr * weight_decay } else { 1.0 };
+            if !self.moments.contains_key(&name) {
+                let zero = || param.var.as_detached_tensor().zeros_like();
+                self.moments.insert(name.clone(), Moments { first: zero()?, second: zero()?, steps: 0 });
+            }
+            if let Some(moments) = self.moments.get_mut(&name) {
+                moments.steps += 1;
+                let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // both powers are 0 by then
+                let (rate, correction2) = (lr / (1.0 - beta1.powi(t)), 1.0 - beta2.powi(t));
+                let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
+                steps.take(&param.var, moments, grad, &constants)?;
+            }
+        }
+        Ok(steps.finish([beta1, beta2], eps)?)
+    }
+
+    /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,
+    /// and the next step changes them.
+    pub fn remembered(&self) -> &BTreeMap<String, Moments> {
+        &self.moments
+    }
+
+    /// A copy of what is remembered of a parameter: what a checkpoint must keep. None before its
+    /// first step.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn moments(&self, name: &str) -> Result<Option<Moments>> {
+        let copy =
+            |m: &Moments| Ok(Moments { first: m.first.copy()?, second: m.second.copy()?, steps: m.steps });
+        self.moments.get(name).map(copy).transpose()
+    }
+
+    /// Continues where another optimiser of the same parameters stopped.
+    ///
+    /// # Errors
+    /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or
+    /// moments hold NaN, infinity or a negative square: then nothing is changed.
+    pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
+        if let Some((name, _)) = self.params.trainable().iter().find(|(name, _)| !moments.contains_key(name))
+        {
+            return Err(Error::tensor(name, "there are no moments of this trainable parameter"));
+        }
+        let mut restored = BTreeMap::new();
+        for (name, Moments { first, second, steps }) in moments {
+            let Some(param) = self.params.get(name) else {
+                return Err(Error::tensor(name, "there is no parameter of this name"));
+            };
+            let shape = param.var.shape();
+            if let Some(other) = [first, second].into_iter().find(|moment| moment.shape() != shape) {
+                let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());
+                return Err(Error::tensor(name, reason));
+            }
+            let floats = [DType::F64, DType::F32, DType::F16, DType::BF16];
+            if let Some(other) = [first, second].into_iter().find(|moment| !floats.contains(&moment.dtype()))
+            {
+                let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
+                return Err(Error::tensor(name, reason));
+            }
+            // NaN and infinity times zero are NaN, and so is the root of a negative square.
+            let zero = ((first * 0.0)?.sum_all()? + (second.sqrt()? * 0.0)?.sum_all()?)?;
+            if zero.to_dtype(DType::F64)?.to_scalar::<f64>()? != 0.0 {
+                return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
+            }
+            let copy = |moment: &Tensor| -> Result<Tensor> {
+                Ok(moment.to_device(param.var.device())?.to_dtype(param.var.dtype())?.force_contiguous()?)
+            };
+            restored
+                .insert(name.clone(), Moments { first: copy(first)?, second: copy(second)?, steps: *steps });
+        }
+        self.moments = restored;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

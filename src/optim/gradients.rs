@@ -1,0 +1,242 @@
+//! Gradients by parameter name: accumulated over micro-batches, checked, clipped.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor};
+
+use crate::adapter::Params;
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// The gradients of the trainable parameters of one optimiser step.
+#[derive(Debug, Clone, Default)]
+pub struct Gradients {
+    by_name: BTreeMap<String, Tensor>,
+}
+
+impl Gradients {
+    /// No gradients yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the gradients of one micro-batch, each in its parameter's dtype.
+    ///
+    /// # Errors
+    /// If a trainable parameter has no gradient: the loss does not depend on it, or an operation
+    /// on the way cuts gradients.
+    pub fn accumulate(&mut self, params: &Params, store: &GradStore) -> Result<()> {
+        for (name, param) in params.trainable() {
+            let Some(grad) = store.get(&param.var) else {
+                return Err(Error::tensor(name, "the loss gives this trainable parameter no gradient"));
+            };
+            let sum = match self.by_name.get(&name) {
+                Some(earlier) => (earlier + grad)?.detach(),
+                None => grad.detach(),
+            };
+            self.by_name.insert(name, sum);
+        }
+        Ok(())
+    }
+
+    /// The gradient of a parameter.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.by_name.get(name)
+    }
+
+    /// All gradients, in the order of the parameters' names.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.by_name.iter()
+    }
+
+    /// Multiplies every gradient by `factor`.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn scale(&mut self, factor: f64) -> Result<()> {
+        for grad in self.by_name.values_mut() {
+            *grad = (&*grad * factor)?;
+        }
+        Ok(())
+    }
+
+    /// The Euclidean norm over all gradients together. It is NaN or infinite when one of them is.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn norm(&self) -> Result<f64> {
+        if self.by_name.values().all(|grad| grad.device().is_cpu()) {
+            let squares = self.by_name.values().map(ops::sum_of_squares);
+            return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(sum) =
+            crate::kernels::multi_tensor::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())?
+        {
+            return Ok(sum.sqrt());
+        }
+        // On a device, one copy for all of them.
+        let squares = self.by_name.values().map(|grad| grad.to_dtype(DType::F64)?.sqr()?.sum_all());
+        let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+    }
+
+    /// The name of the first gradient that holds NaN or infinity.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
+        for (name, grad) in &self.by_name {
+            let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
+            if !sum.is_finite() {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Scales the gradients so that their global norm is at most `max_norm`, as PyTorch's
+/// `clip_grad_norm_` does; returns the norm before.
+///
+/// # Errors
+/// If `max_norm` is not positive, or candle fails.
+pub fn clip_grad_norm(grads: &mut Gradients, max_norm: f64) -> Result<f64> {
+    if max_norm.is_nan() || max_norm <= 0.0 {
+        return Err(Error::config("clip", format!("expected a positive norm, got {max_norm}")));
+    }
+    let norm = grads.norm()?;
+    let factor = max_norm / (norm + 1e-6);
+    if factor < 1.0 {
+        grads.scale(factor)?;
+    }
+    Ok(norm)
+}
+
+/// What [`check_gradients`] found, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GradientReport {
+    /// Trainable parameters that got no gradient.
+    pub missing: Vec<String>,
+    /// Trainable parameters whose gradient holds NaN or infinity.
+    pub non_finite: Vec<String>,
+    /// Parameters of the store that are frozen and got a gradient all the same: work that nobody
+    /// uses.
+    pub frozen: Vec<String>,
+    /// How many tensors outside the store got a gradient: work that nobody uses, on frozen weights.
+    pub unexpected: usize,
+}
+
+impl GradientReport {
+    /// Nothing to complain of.
+    pub fn is_clean(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Differentiates `loss` and checks that every trainable parameter gets a finite gradient and that
+/// nothing else gets any, neither in the store nor outside. Candle's fused operations without a backward cut gradients
+/// silently, and its optimiser skips what has none: worth a call before a long run.
+///
+/// # Errors
+/// If the backward pass fails.
+pub fn check_gradients(params: &Params, loss: &Tensor) -> Result<GradientReport> {
+    let store = loss.backward()?;
+    let mut report = GradientReport::default();
+    let all = params.all();
+    let known: Vec<_> = all.iter().map(|(_, param)| param.var.id()).collect();
+    for (name, param) in all {
+        match store.get(&param.var) {
+            None if !param.trainable => {}
+            Some(_) if !param.trainable => report.frozen.push(name),
+            None => report.missing.push(name),
+            Some(grad) => {
+                let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
+                if !sum.is_finite() {
+                    report.non_finite.push(name);
+                }
+            }
+        }
+    }
+    report.unexpected = store.get_ids().filter(|id| !known.contains(id)).count();
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::adapter::{Init, Role};
+    use crate::noise::Noise;
+
+    fn store() -> Result<(Params, Tensor, Tensor)> {
+        let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+        let a = params.create("a", Role::Base, 2, &Init::Constant(1.0))?;
+        let b = params.create("b", Role::Base, 2, &Init::Constant(2.0))?;
+        Ok((params, a, b))
+    }
+
+    /// Gradients `(3, -4)` of a and `(12, 0.5)` of b.
+    fn grads(params: &Params, a: &Tensor, b: &Tensor) -> Result<Gradients> {
+        let weights = |w: [f64; 2]| Tensor::new(&w, &Device::Cpu);
+        let loss = ((a * weights([3.0, -4.0])?)?.sum_all()? + (b * weights([12.0, 0.5])?)?.sum_all()?)?;
+        let mut grads = Gradients::new();
+        grads.accumulate(params, &loss.backward()?)?;
+        Ok(grads)
+    }
+
+    #[test]
+    fn clipping_is_that_of_torch() -> Result<()> {
+        // a.grad = torch.tensor([3., -4.]); b.grad = torch.tensor([12., .5])
+        // torch.nn.utils.clip_grad_norm_([a, b], 2.0)
+        let (params, a, b) = store()?;
+        let mut grads = grads(&params, &a, &b)?;
+        assert!((clip_grad_norm(&mut grads, 2.0)? - 13.009611831257688).abs() < 1e-12);
+        let got = grads.get("b").unwrap().to_vec1::<f64>()?;
+        assert!((got[0] - 1.844789719055754).abs() < 1e-12 && (got[1] - 0.07686623829398975).abs() < 1e-12);
+        // Below the norm nothing changes.
+        let norm = grads.norm()?;
+        assert!((clip_grad_norm(&mut grads, 5.0)? - norm).abs() < 1e-15 && (norm - 2.0).abs() < 1e-6);
+        assert!(clip_grad_norm(&mut grads, 0.0).unwrap_err().to_string().contains("clip"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_parameter_the_loss_does_not_reach_is_named() -> Result<()> {
+        let (params, a, _) = store()?;
+        let loss = a.sum_all()?;
+        let error = Gradients::new().accumulate(&params, &loss.backward()?).unwrap_err().to_string();
+        assert!(error.contains("tensor b"), "{error}");
+        assert_eq!(check_gradients(&params, &loss)?.missing, ["b"]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_check_sees_infinite_and_useless_gradients() -> Result<()> {
+        let (params, a, b) = store()?;
+        let clean = (&a * &b)?.sum_all()?;
+        assert!(check_gradients(&params, &clean)?.is_clean());
+        let infinite = ((&a - 1.0)?.log()?.sum_all()? + b.sum_all()?)?;
+        assert_eq!(check_gradients(&params, &infinite)?.non_finite, ["a"]);
+        let stranger = Var::new(&[1.0, 1.0], &Device::Cpu)?;
+        let useless = ((&a * &b)? * stranger.as_tensor())?.sum_all()?;
+        assert_eq!(check_gradients(&params, &useless)?.unexpected, 1);
+        let mut grads = Gradients::new();
+        grads.accumulate(&params, &infinite.backward()?)?;
+        assert_eq!(grads.first_non_finite()?, Some("a"));
+        Ok(())
+    }
+
+    #[test]
+    fn the_check_sees_gradients_of_what_is_frozen_in_the_store() -> Result<()> {
+        let (params, a, _) = store()?;
+        let c = params.create("c", Role::Head, 2, &Init::Constant(3.0))?;
+        params.set_trainable(Role::Base, false);
+        let report = check_gradients(&params, &(&a * &c)?.sum_all()?)?;
+        assert_eq!(report.frozen, ["a"]);
+        assert!(report.missing.is_empty() && report.unexpected == 0 && !report.is_clean());
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! What a method asks of training beside the task's loss: a penalty, and work between two steps.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
+
+use candle_core::Tensor;
+
+use super::objective::Loss;
+use super::settings::Settings;
+use crate::adapter::Params;
+use crate::adapter::{AdaptableModel, Context, Pass};
+use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
+use crate::adapters::AdaLoraConfig;
+use crate::error::{Error, Result};
+use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
+use crate::ops;
+use crate::optim::Gradients;
+
+/// A method's part of training; the default is that of a method which has none.
+#[derive(Debug, Default)]
+pub struct MethodHooks {
+    kind: Kind,
+    settings: Settings,
+}
+
+#[derive(Debug, Default)]
+enum Kind {
+    #[default]
+    None,
+    Posterior {
+        regularizer: Regularizer,
+        // As below.
+        scaler: Mutex<SampleScaler>,
+    },
+    Budget {
+        weight: f64,
+        // A step is told to a shared objective; steps do not overlap.
+        allocator: Mutex<RankAllocator>,
+    },
+}
+
+impl From<Kind> for MethodHooks {
+    fn from(kind: Kind) -> Self {
+        Self { kind, settings: Settings::new() }
+    }
+}
+
+impl MethodHooks {
+    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
+    pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
+        let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
+        Kind::Posterior { regularizer: Regularizer::new(config), scaler }.into()
+    }
+
+    /// That of AdaLoRA, whose adapters are on `model`.
+    ///
+    /// # Errors
+    /// As [`RankAllocator::new`].
+    pub fn of_budget(model: &dyn AdaptableModel, config: &AdaLoraConfig) -> Result<Self> {
+        let allocator = Mutex::new(RankAllocator::new(model, config)?);
+        Ok(Kind::Budget { weight: config.orthogonal_weight, allocator }.into())
+    }
+
+    /// The same with these settings for [`Self::settings`].
+    pub fn with_settings(self, settings: Settings) -> Self {
+        Self { settings, ..self }
+    }
+
+    /// What a run must find unchanged to go on from a checkpoint: the method and where it is, if that
+    /// was told. [`Start::inject`](super::Start::inject) tells it.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The task's loss with the method's penalty.
+    ///
+    /// # Errors
+    /// If candle fails, or the model has no layer of the method.
+    pub fn loss(&self, task: Tensor, model: &dyn AdaptableModel, pass: &Pass) -> Result<Loss> {
+        match &self.kind {
+            Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
+            Kind::Posterior { regularizer, .. } => {
+                let penalty = regularizer.for_model(model, pass)?;
+                let total = (&task + &penalty.total)?;
+                let terms = vec![
+                    ("task", task),
+                    ("kl_gaussian", penalty.kl_gaussian),
+                    ("kl_wishart", penalty.kl_wishart),
+                    ("kl_dirichlet", penalty.kl_dirichlet),
+                    ("cooperative", penalty.cooperative),
+                ];
+                Ok(Loss { total, terms })
+            }
+            Kind::Budget { weight, .. } => {
+                let penalty = orthogonal_penalty(model)?
+                    .ok_or_else(|| Error::config("adapter", "no layer has an active AdaLoRA adapter"))?;
+                let total = (&task + (&penalty * *weight)?)?;
+                Ok(Loss { total, terms: vec![("task", task), ("orthogonal", penalty)] })
+            }
+        }
+    }
+
+    /// The context of a forward pass with what the method adds: the present factors on eps.
+    ///
+    /// # Errors
+    /// If an earlier step panicked.
+    pub fn context(&self, cx: &Context) -> Result<Context> {
+        match &self.kind {
+            Kind::Posterior { scaler, .. } => Ok(cx.clone().with_scaler_factors(locked(scaler)?.factors())),
+            Kind::None | Kind::Budget { .. } => Ok(cx.clone()),
+        }
+    }
+
+    /// Before optimiser step `step` (1-based) of `total`.
+    ///
+    /// # Errors
+    /// As [`SampleScaler::before_step`].
+    pub fn before_step(&self, step: usize, total: usize) -> Result<()> {
+        match &self.kind {
+            Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),
+            Kind::None | Kind::Budget { .. } => Ok(()),
+        }
+    }
+
+    /// After optimiser step `step` (1-based) of `total` with these gradients, before clipping or after.
+    ///
+    /// # Errors
+    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`].
+    pub fn after_step(
+        &self,
+        model: &dyn AdaptableModel,
+        params: &Params,
+        gradients: &Gradients,
+        step: usize,
+        total: usize,
+    ) -> Result<()> {
+        match &self.kind {
+            Kind::None => Ok(()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
+                // Frozen (post-hoc), A has no gradient, and nothing that could fade.
+                gradients.get(name).map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(gradient)?))
+            }),
+            Kind::Budget { allocator, .. } => {
+                locked(allocator)?.after_step(params, &|name| gradients.get(name).cloned(), step, total)
+            }
+        }
+    }
+
+    /// What the method remembers from step to step, beside its parameters.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        match &self.kind {
+            Kind::None => Ok(BTreeMap::new()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
+            Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
+        }
+    }
+
+    /// Puts back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// If it is not the state of this method on this model.
+    pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        match &self.kind {
+            Kind::None => Ok(()),
+            Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
+            Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),
+        }
+    }
+}
+
+fn locked<T>(state: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
+    state.lock().map_err(|_| Error::config("method", "an earlier step panicked"))
+}

@@ -1,0 +1,226 @@
+//! Files that are whole or not there: written beside their place, then renamed into it.
+
+use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use safetensors::View;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Writes the file `path` whole, or leaves what was there.
+///
+/// # Errors
+/// If it cannot be written; the error names it.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    Pending::write(path.to_path_buf(), bytes)?.commit()
+}
+
+/// The lock of a folder, which ends when it is dropped.
+#[derive(Debug)]
+pub struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closed alone, the file stays locked by a process that another thread is about to start: it
+        // has a copy until it runs its own program.
+        self.0.unlock().ok();
+    }
+}
+
+/// Keeps other processes from the folder `dir`, which is made where it is missing, until the lock is
+/// dropped. None where the file system has no locks.
+///
+/// # Errors
+/// If another process has it, or the folder cannot be written.
+pub fn lock(dir: &Path) -> Result<Option<Lock>> {
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let path = dir.join(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(Error::io(&*path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(Lock(file))),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::format(dir, "another process writes into it: wait for it, or give another folder"))
+        }
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
+}
+
+/// Removes from the folder `dir` what killed processes left there: temporary files of this module, and
+/// folders that were being written or removed. For a folder that nobody else writes
+/// into; of one that is not there it does nothing.
+///
+/// # Errors
+/// If the folder cannot be read, or an entry not removed; the error names it.
+pub fn remove_stale(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(dir)(error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        if is_temporary(&name) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(Error::io(&*path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether there is a folder `dir` with something in it.
+pub fn has_entries(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Whether a name is `*.tmp-PID-COUNT` or `.*.PID.partial`.
+fn is_temporary(name: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let file = name.rsplit_once(".tmp-").and_then(|(_, unique)| unique.split_once('-'));
+    let folder = name.strip_prefix('.').and_then(|name| name.strip_suffix(".partial"));
+    file.is_some_and(|(process, count)| number(process) && number(count))
+        || folder.and_then(|name| name.rsplit_once('.')).is_some_and(|(_, process)| number(process))
+}
+
+/// The place of the folder `dir` while it is written or removed: nobody reads it.
+#[cfg(feature = "models")]
+pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
+    let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))
+}
+
+/// Writes a value as the JSON file `path`, indented, whole or not at all.
+///
+/// # Errors
+/// If it cannot be written, or has no JSON; the error names the file.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
+    write(path, text.as_bytes())
+}
+
+/// Writes tensors as the safetensors file `path`, whole or not at all, tensor after tensor.
+///
+/// # Errors
+/// If it cannot be written; the error names it.
+pub fn write_safetensors<N, V>(path: &Path, tensors: impl IntoIterator<Item = (N, V)>) -> Result<()>
+where
+    N: AsRef<str> + Ord + std::fmt::Display,
+    V: View,
+{
+    let pending = Pending::beside(path.to_path_buf());
+    safetensors::serialize_to_file(tensors, Some(metadata()), &pending.temporary)
+        .map_err(|e| Error::format(path, e.to_string()))?;
+    pending.sync()?.commit()
+}
+
+/// What PyTorch's readers ask of the header.
+pub(crate) fn metadata() -> HashMap<String, String> {
+    HashMap::from([("format".to_string(), "pt".to_string())])
+}
+
+/// A file written beside its place: it takes it on [`Self::commit`], or goes when dropped.
+pub(crate) struct Pending {
+    temporary: PathBuf,
+    place: PathBuf,
+}
+
+impl Pending {
+    /// A temporary name that nobody else has, in the folder of `place`.
+    fn beside(place: PathBuf) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let unique = format!("tmp-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        Self { temporary: place.with_extension(unique), place }
+    }
+
+    /// The bytes, on the disk.
+    pub fn write(place: PathBuf, bytes: &[u8]) -> Result<Self> {
+        let pending = Self::beside(place);
+        let write = |path: &Path| File::create(path)?.write_all(bytes);
+        write(&pending.temporary).map_err(Error::io(&pending.place))?;
+        pending.sync()
+    }
+
+    fn sync(self) -> Result<Self> {
+        let synced = File::open(&self.temporary).and_then(|file| file.sync_all());
+        synced.map_err(Error::io(&self.place))?;
+        Ok(self)
+    }
+
+    /// Puts the file in its place.
+    pub fn commit(self) -> Result<()> {
+        fs::rename(&self.temporary, &self.place).map_err(Error::io(&self.place))
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // After a commit there is nothing left here to remove.
+        fs::remove_file(&self.temporary).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        write(&path, b"one").unwrap();
+        write(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        drop(Pending::write(path.clone(), b"three").unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_locked_for_one_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("new");
+        let held = lock(&dir).unwrap();
+        assert!(held.is_some());
+        let error = lock(&dir).unwrap_err().to_string();
+        assert!(error.contains("new: another process writes into it"), "{error}");
+        drop(held);
+        let held = lock(&dir).unwrap().unwrap();
+        // As a process has it that was started while the folder was locked.
+        let _copy = held.0.try_clone().unwrap();
+        drop(held);
+        assert!(lock(&dir).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        remove_stale(&dir.path().join("nowhere")).unwrap();
+        let pending = Pending::write(dir.path().join("a.txt"), b"half").unwrap();
+        fs::create_dir_all(partial_folder(&dir.path().join("model")).join("deep")).unwrap();
+        let others = ["a.txt", "b.tmp-1", "c.tmp-x-1", ".model.partial", "model.1.partial", ".m.x1.partial"];
+        for name in others {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::mem::forget(pending);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len() + 2);
+        remove_stale(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len());
+        assert!(others.iter().all(|name| dir.path().join(name).exists()));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_an_error_that_names_the_file() {
+        let path = Path::new("no/such/folder/a.txt");
+        for error in [
+            write(path, b"").unwrap_err(),
+            write_safetensors::<String, &candle_core::Tensor>(path, []).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("a.txt"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What every floor leans on, and nothing of it knows the method.
+
+pub(crate) mod check;
+pub(crate) mod dtype;
+pub mod files;
+pub(crate) mod json;
+pub(crate) mod simd;

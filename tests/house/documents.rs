@@ -1,0 +1,58 @@
+//! The documents lead to files that are there, and the README stays short.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use crate::source::root;
+
+const DOCUMENTS: [&str; 7] = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/ARCHITECTURE.md",
+    "docs/GUIDE.md",
+    "docs/METHOD.md",
+    "docs/RESULTS.md",
+];
+
+/// What is in the repository and not in the published package, where nobody can look for it.
+const NOT_PUBLISHED: [&str; 4] = [".ci", "examples/assets", "examples/results", "tests/integration"];
+
+#[test]
+fn every_file_that_a_document_names_exists() {
+    let mut missing = BTreeSet::new();
+    for document in DOCUMENTS {
+        let text = std::fs::read_to_string(root().join(document)).expect(document);
+        let here = Path::new(document).parent().expect("a folder");
+        for target in links(&text).filter(|target| !target.contains(':')) {
+            if !root().join(here).join(target).exists() {
+                missing.insert(format!("{document} links to {target}"));
+            }
+        }
+        for named in text.split('`').skip(1).step_by(2).filter(|span| is_path(span)) {
+            let published = NOT_PUBLISHED.iter().find(|folder| named.starts_with(**folder));
+            let expected = published.is_none_or(|folder| root().join(folder).exists());
+            if expected && !root().join(named).exists() {
+                missing.insert(format!("{document} names {named}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+#[test]
+fn the_readme_is_one_screen() {
+    let lines = std::fs::read_to_string(root().join("README.md")).expect("the README").lines().count();
+    assert!(lines <= 150, "{lines} lines: what is more belongs into docs/");
+}
+
+/// The targets of `[text](target)`.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
+}
+
+/// Whether a piece of code is a path from the root of the repository.
+fn is_path(span: &str) -> bool {
+    let folders = ["docs/", "src/", "tests/", "examples/", "benches/", ".ci/"];
+    folders.iter().any(|folder| span.starts_with(folder)) && !span.contains([' ', '*', '{'])
+}
