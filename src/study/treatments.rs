@@ -8,10 +8,7 @@ use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{
-    auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
-    RunningMean, Temperature, Uncertainty,
-};
+use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Temperature, Uncertainty};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
@@ -19,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
+use crate::predict::{logits, posterior_draws, posterior_probabilities, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.

@@ -10,11 +10,10 @@
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::record::{LayerRecord, Record};
-use crate::adapter::Params;
-use crate::adapter::Pass;
-use crate::bayes::Predictor;
+use crate::adapter::{Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::predict::Predictor;
 
 /// The last linear layer of a model's head, by its parameters in the store.
 ///

@@ -37,9 +37,9 @@ mod tests;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::predict::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::predict::Predictor;
 use kron::{Block, Sums};
 use record::Record;
 

@@ -16,14 +16,12 @@ use candle_core::{Tensor, Var};
 use candle_nn::Linear;
 
 use super::record::{LayerRecord, Places, Record};
-use crate::adapter::LowRank;
-use crate::adapter::Role;
-use crate::adapter::{AdaptableModel, Adapter, Context, Pass};
+use crate::adapter::{AdaptableModel, Adapter, Context, LowRank, Pass, Role};
 use crate::adapters::Lora;
-use crate::bayes::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::predict::Predictor;
 
 /// The taps on the active LoRA adapters of a model, until [`Self::remove`].
 /// Clones are the same taps.
