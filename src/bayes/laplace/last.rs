@@ -9,7 +9,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::record::{LayerRecord, Record};
+use super::record::{BatchRecord, LayerRecord};
 use crate::adapter::{Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -73,7 +73,7 @@ impl LastLayer {
     ///
     /// # Errors
     /// If the outputs are not this layer's, W phi + b.
-    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         let outputs = model.predict(batch, &Pass::Mean.into())?;
         let (examples, classes) = outputs.dims2()?;
         let features = self.features(&outputs)?; // (b, d)
@@ -91,7 +91,7 @@ impl LastLayer {
         let gradient = |k| unit.narrow(0, k, 1)?.unsqueeze(0)?.broadcast_as((examples, 1, classes));
         let gradients = (0..classes).map(gradient).collect::<candle_core::Result<Vec<_>>>()?;
         let layer = LayerRecord { inputs: inputs.unsqueeze(1)?, gradients, tokens: examples as f64 };
-        Record::new(&outputs, vec![layer])
+        BatchRecord::new(&outputs, vec![layer])
     }
 
     /// The layer's input, `(b, dim)`.

@@ -40,8 +40,8 @@ use rayon::prelude::*;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::predict::Predictor;
-use kron::{Block, Sums};
-use record::Record;
+use kron::{KroneckerBlock, Sums};
+use record::BatchRecord;
 
 pub use last::LastLayer;
 pub use predictive::Linearised;
@@ -60,7 +60,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         match self {
             Self::Adapters(taps) => taps.record(model, batch),
             Self::LastLayer(layer) => layer.record(model, batch),
@@ -81,7 +81,7 @@ impl Scope {
 #[derive(Debug)]
 pub struct Laplace {
     scope: Scope,
-    blocks: Vec<Block>,
+    blocks: Vec<KroneckerBlock>,
     squared_norm: f64,
     log_likelihood: f64,
     prior_precision: f64,
@@ -262,7 +262,7 @@ impl Laplace {
     }
 
     fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
-        self.blocks.iter().flat_map(Block::eigenvalues)
+        self.blocks.iter().flat_map(KroneckerBlock::eigenvalues)
     }
 }
 
