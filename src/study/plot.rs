@@ -9,10 +9,9 @@ use std::path::Path;
 use draw::{Boxes, Panel, Panels};
 
 use super::cell::{Bin, CellResult, Status};
-use super::stats::quantile;
 use super::store::StoredCell;
 use crate::error::{Error, Result};
-use crate::metrics::Metrics;
+use crate::metrics::{quantile, Metrics};
 
 /// Points of a loss curve.
 const POINTS: usize = 50;

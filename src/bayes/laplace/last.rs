@@ -117,12 +117,10 @@ impl LastLayer {
         let outputs = host(outputs)?;
         let far = (host(linear)? - &outputs)?.abs()?.max_all()?.to_scalar::<f64>()?;
         let size = outputs.abs()?.max_all()?.to_scalar::<f64>()?;
-        match far <= 1e-3 * (1.0 + size) {
-            true => Ok(()),
-            false => {
-                let reason = format!("the outputs are not W phi + b of this layer: {far:e} apart");
-                Err(Error::tensor(format!("{}.weight", self.path), reason))
-            }
+        if far <= 1e-3 * (1.0 + size) {
+            return Ok(());
         }
+        let reason = format!("the outputs are not W phi + b of this layer: {far:e} apart");
+        Err(Error::tensor(format!("{}.weight", self.path), reason))
     }
 }

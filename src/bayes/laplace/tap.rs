@@ -152,10 +152,8 @@ impl Taps {
                 return Err(Error::config("adapter", reason));
             };
             slot.remove(name)?;
-            let adapter: Box<dyn Adapter> = match tapped {
-                true => Box::new(TappedLora { lora, tape: tape.clone() }),
-                false => Box::new(lora),
-            };
+            let adapter: Box<dyn Adapter> =
+                if tapped { Box::new(TappedLora { lora, tape: tape.clone() }) } else { Box::new(lora) };
             slot.add(name, adapter)?;
             slot.activate(active.as_deref())
         })
