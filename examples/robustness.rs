@@ -77,6 +77,10 @@ struct Args {
     /// Only write the report of the results there are.
     #[arg(long)]
     report_only: bool,
+    /// Keep the finished cells as lines of one file, cells.jsonl, in place of a folder each; with
+    /// --report-only those that there are. A packed study goes on as any other.
+    #[arg(long)]
+    pack: bool,
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -98,9 +102,12 @@ fn run() -> Outcome {
     if !args.report_only {
         run_cells(&args)?;
     }
+    if args.pack {
+        study::pack(&args.output)?;
+    }
     study::write_report(&args.output, &args.output)?;
     #[cfg(feature = "plot")]
-    study::plot::write_plots(&study::cell::read_all(&args.output)?, &args.output.join("plots"))?;
+    study::plot::write_plots(&study::read_cells(&args.output)?, &args.output.join("plots"))?;
     println!("{}", std::fs::read_to_string(args.output.join("report.md"))?);
     Ok(())
 }

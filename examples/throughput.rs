@@ -18,6 +18,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::Outcome;
+use monteclora::metrics::median;
 use monteclora::train::peak_rss_bytes;
 use monteclora::util::files;
 use serde_json::{json, Value};
@@ -81,7 +82,7 @@ fn run() -> Outcome {
         }
     }
     gemm.extend(passes(args.steps / 2)?);
-    let gemm = (!products.is_empty()).then(|| median(gemm));
+    let gemm = (!products.is_empty()).then(|| median(&gemm));
     let mut rows = Vec::new();
     for contender in &contenders {
         let peak = match (contenders.len(), args.no_memory) {
@@ -116,23 +117,17 @@ fn time_of(products: &[(Tensor, Tensor)], device: &Device) -> Outcome<f64> {
 
 fn row(contender: &Contender, geometry: &Geometry, peak_rss_mb: Option<f64>, gemm: Option<f64>) -> Value {
     let [forward, backward, optimizer] = contender.seconds().clone();
-    let steps = forward.iter().zip(&backward).zip(&optimizer).map(|((f, b), o)| f + b + o).collect();
-    let step = median(steps);
+    let steps = forward.iter().zip(&backward).zip(&optimizer).map(|((f, b), o)| f + b + o);
+    let step = median(&steps.collect::<Vec<f64>>());
     json!({
         "method": contender.name(), "step_seconds_median": step,
-        "forward_seconds_median": median(forward), "backward_seconds_median": median(backward),
-        "optimizer_seconds_median": median(optimizer),
+        "forward_seconds_median": median(&forward), "backward_seconds_median": median(&backward),
+        "optimizer_seconds_median": median(&optimizer),
         "tokens_per_second": geometry.tokens() as f64 / step,
         "over_gemm": gemm.map(|gemm| step / gemm),
         "peak_rss_mb": peak_rss_mb, "peak_device_mb": contender.peak_device_mb(),
         "trainable_parameters": contender.trainable_parameters(),
     })
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    (values[(n - 1) / 2] + values[n / 2]) / 2.0
 }
 
 /// The peak memory (MB) of one method, measured by this program in a process of its own.

@@ -43,6 +43,8 @@ pub mod eval;
 #[cfg(feature = "train")]
 pub mod metrics;
 #[cfg(feature = "train")]
+pub mod predict;
+#[cfg(feature = "train")]
 pub mod study;
 #[cfg(feature = "train")]
 pub mod train;

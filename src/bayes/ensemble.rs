@@ -11,12 +11,11 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::predict::{logits, Predictor, RunningMean};
-use crate::adapter::Params;
-use crate::adapter::{Context, Pass};
+use crate::adapter::{Context, Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
+use crate::predict::{logits, Predictor, RunningMean};
 
 /// MC dropout: posterior draw s is a training pass, with dropout mask s.
 ///
@@ -116,10 +115,10 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Init, Role};
-    use crate::bayes::posterior_scores;
     use crate::data::encode::Encoded;
     use crate::data::task::Label;
     use crate::noise::Noise;
+    use crate::predict::posterior_scores;
 
     /// Logits `(id * w, draw)`: the draw of a training pass, -1 in any other.
     struct Scaled(Tensor);

@@ -9,6 +9,7 @@
 
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
+use crate::util::check;
 
 /// The least and the largest temperature that [`Temperature::fit`] gives: where every row is right
 /// (or the logits say nothing) the optimum is at zero (or infinity).
@@ -26,10 +27,8 @@ impl Temperature {
     /// # Errors
     /// Unless it is positive and finite.
     pub fn new(value: f64) -> Result<Self> {
-        match value > 0.0 && value.is_finite() {
-            true => Ok(Self { value }),
-            false => Err(Error::config("temperature", format!("expected a positive number, got {value}"))),
-        }
+        check::positive("temperature", value)?;
+        Ok(Self { value })
     }
 
     /// The temperature within [`BOUNDS`] that makes the labels most likely, from held-out rows: of
@@ -54,9 +53,10 @@ impl Temperature {
         }
         while high - low > 1e-12 {
             let middle = 0.5 * (low + high);
-            match slope(logits, labels, middle.exp()) < 0.0 {
-                true => low = middle,
-                false => high = middle,
+            if slope(logits, labels, middle.exp()) < 0.0 {
+                low = middle;
+            } else {
+                high = middle;
             }
         }
         Ok(Self { value: (-0.5 * (low + high)).exp() })

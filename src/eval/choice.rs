@@ -6,7 +6,7 @@ use crate::data::instruct::{Choices, Prompted};
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
-use crate::train::token_log_probabilities;
+use crate::predict::token_log_probabilities;
 
 /// What the log-likelihood of an answer is divided by, so that long answers do not lose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

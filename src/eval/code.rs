@@ -52,9 +52,7 @@ pub fn pass_rates(
     }
     let mut sums = vec![0.0; ks.len()];
     for (i, (row, completions)) in rows.iter().zip(completions).enumerate() {
-        let no_tests =
-            || Error::config("data", format!("row {} has no tests (`entry_point`, `test`)", i + 1));
-        let tests = row.tests.as_ref().ok_or_else(no_tests)?;
+        let tests = row.tests(i)?;
         let mut correct = 0;
         for completion in completions {
             let outcome = sandbox.run(&program(&row.prompt, completion, tests))?;

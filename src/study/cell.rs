@@ -1,14 +1,10 @@
-//! One cell of a grid and what it leaves: `result.json` and `cost.json` in a folder of its own.
+//! One cell of a grid: what it runs, what it found, and what it cost.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
 use crate::metrics::Metrics;
-use crate::util::{files, json};
 
 /// What a cell runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,84 +90,4 @@ pub struct CellCost {
     pub step_seconds_median: f64,
     /// Peak resident memory of the process so far, in megabytes.
     pub peak_rss_mb: Option<f64>,
-}
-
-impl CellResult {
-    /// The result of a cell below `dir`, if it has one.
-    ///
-    /// # Errors
-    /// If it cannot be read, or is not that cell's.
-    pub fn read(dir: &Path, key: &CellKey) -> Result<Option<Self>> {
-        let path = dir.join(key.folder_name()).join("result.json");
-        let found: Option<Self> = read(&path)?;
-        match found {
-            Some(result) if result.key != *key => {
-                Err(Error::format(path, format!("expected the result of {key:?}, got {:?}", result.key)))
-            }
-            found => Ok(found),
-        }
-    }
-
-    /// Writes `result.json` into the cell's folder below `dir`, whole or not at all.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        write(&folder(dir, &self.key)?.join("result.json"), self)
-    }
-}
-
-impl CellCost {
-    /// The cost of a cell below `dir`, if it is known.
-    ///
-    /// # Errors
-    /// If the file cannot be read.
-    pub fn read(dir: &Path, key: &CellKey) -> Result<Option<Self>> {
-        read(&dir.join(key.folder_name()).join("cost.json"))
-    }
-
-    /// Writes `cost.json` into the cell's folder below `dir`, whole or not at all.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn write(&self, dir: &Path, key: &CellKey) -> Result<()> {
-        write(&folder(dir, key)?.join("cost.json"), self)
-    }
-}
-
-/// The results below `dir`, in the order of their folders' names.
-///
-/// # Errors
-/// If the folder or a result cannot be read.
-pub fn read_all(dir: &Path) -> Result<Vec<CellResult>> {
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
-        paths.push(entry.map_err(Error::io(dir))?.path().join("result.json"));
-    }
-    paths.sort();
-    paths.iter().filter_map(|path| read(path).transpose()).collect()
-}
-
-fn folder(dir: &Path, key: &CellKey) -> Result<PathBuf> {
-    let folder = dir.join(key.folder_name());
-    std::fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
-    Ok(folder)
-}
-
-fn write(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(value).map_err(|e| Error::format(path, e.to_string()))?;
-    files::write(path, format!("{text}\n").as_bytes())
-}
-
-/// A file's value; None where there is no file.
-fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => json::parse(text, path).map(Some),
-        Err(error)
-            if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(Error::io(path)(error)),
-    }
 }

@@ -62,10 +62,10 @@ impl Grid {
         if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Error::config("grid", format!("{} comes twice", pair[0])));
         }
-        match cells.is_empty() {
-            true => Err(Error::config("grid", "it has no cell: a list is empty")),
-            false => Ok(cells),
+        if cells.is_empty() {
+            return Err(Error::config("grid", "it has no cell: a list is empty"));
         }
+        Ok(cells)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
 
-pub mod cell;
+mod cell;
 mod grid;
 mod per_task;
 #[cfg(feature = "plot")]
@@ -9,6 +9,7 @@ pub mod recipe;
 mod report;
 mod run;
 pub mod stats;
+mod store;
 mod treatments;
 mod trial;
 
@@ -18,4 +19,5 @@ pub use per_task::PerTask;
 pub use recipe::Recipe;
 pub use report::write_report;
 pub use run::{run, Progress};
+pub use store::{pack, read_cells, StoredCell};
 pub use trial::Trial;

@@ -9,22 +9,22 @@ use std::path::Path;
 use draw::{Boxes, Panel, Panels};
 
 use super::cell::{Bin, CellResult, Status};
-use super::stats::quantile;
+use super::store::StoredCell;
 use crate::error::{Error, Result};
-use crate::metrics::Metrics;
+use crate::metrics::{quantile, Metrics};
 
 /// Points of a loss curve.
 const POINTS: usize = 50;
 
-/// Writes the plots of some results into the folder `out`, each as SVG and as PNG: for each task
+/// Writes the plots of some cells into the folder `out`, each as SVG and as PNG: for each task
 /// `{task}-metric`, `{task}-nll`, `{task}-loss` and `{task}-reliability`, of what there is.
 ///
 /// # Errors
 /// If a file cannot be written.
-pub fn write_plots(results: &[CellResult], out: &Path) -> Result<()> {
+pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
     let mut tasks: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
-    for result in results.iter().filter(|result| result.status == Status::Done) {
+    for StoredCell { result, .. } in cells.iter().filter(|cell| cell.result.status == Status::Done) {
         tasks.entry(&result.key.task).or_default().push(result);
     }
     for (task, cells) in tasks {
@@ -132,10 +132,10 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
 
-    fn cell(method: &str, accuracy: f64) -> CellResult {
+    fn cell(method: &str, accuracy: f64) -> StoredCell {
         let metrics = Metrics { accuracy: Some(accuracy), nll: Some(f64::INFINITY), ..Metrics::default() };
         let (task, method) = ("rte".to_string(), method.to_string());
-        CellResult {
+        let result = CellResult {
             key: CellKey { task, method, lr: accuracy, batch_size: 8, seed: 1 },
             status: Status::Done,
             reason: None,
@@ -147,13 +147,14 @@ mod tests {
             ood: BTreeMap::new(),
             trainable_parameters: 1,
             steps: 2,
-        }
+        };
+        StoredCell { result, cost: None }
     }
 
     #[test]
     fn pictures_name_what_they_show_and_what_is_not_finite_has_none() -> Result<()> {
         let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
-        let cells: Vec<CellResult> =
+        let cells: Vec<StoredCell> =
             [0.5, 0.6, 0.9].into_iter().flat_map(|a| [cell("lora", a), cell("monteclora", a)]).collect();
         write_plots(&cells, dir.path())?;
         for kind in ["metric", "loss", "reliability"] {

@@ -1,10 +1,11 @@
 //! Running the cells of a grid: each once, each in a folder of its own, from wherever it stopped.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::grid::Shard;
+use super::store::{settings_path, Store};
 use crate::error::{Error, Result};
 use crate::util::files;
 
@@ -22,7 +23,7 @@ pub struct Progress {
     pub seconds_left: Option<f64>,
 }
 
-/// Runs the cells of `shard` that have no result below `dir` yet, in their order. `settings` is what
+/// Runs the cells of `shard` that have no result below `dir` yet, packed or not, in their order. `settings` is what
 /// they all depend on; it is kept in `settings.json`. A cell's result appears whole or not at all, so
 /// that a run may be killed at any moment and begun again. Several shards may share the folder.
 ///
@@ -40,13 +41,14 @@ pub fn run(
     progress: &mut dyn FnMut(&Progress, Option<&CellKey>),
 ) -> Result<Progress> {
     claim(dir, settings)?;
+    let store = Store::open(dir)?;
     let own = cells.iter().enumerate().filter(|(place, _)| shard.owns(*place)).map(|(_, key)| key);
     let mut now = Progress::default();
     let mut waiting = Vec::new();
     for key in own {
         now.total += 1;
-        match CellResult::read(dir, key)? {
-            Some(result) => count(&mut now, &result),
+        match store.get(key)? {
+            Some(found) => count(&mut now, &found.result),
             None => waiting.push(key),
         }
     }
@@ -58,9 +60,7 @@ pub fn run(
         }
         progress(&now, Some(key));
         let (result, cost) = cell(key);
-        // The cost first: where there is a result, there is all of it.
-        cost.write(dir, key)?;
-        result.write(dir)?;
+        store.add(&result, &cost)?;
         count(&mut now, &result);
     }
     now.seconds_left = Some(0.0);
@@ -87,9 +87,4 @@ fn claim(dir: &Path, settings: &serde_json::Value) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => files::write(&path, text.as_bytes()),
         Err(error) => Err(Error::io(path)(error)),
     }
-}
-
-/// Where a study keeps its settings.
-pub(super) fn settings_path(dir: &Path) -> PathBuf {
-    dir.join("settings.json")
 }

@@ -8,10 +8,7 @@ use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{
-    auroc, entropy, logits, posterior_draws, posterior_probabilities, uncertainty, Ensemble, McDropout,
-    RunningMean, Temperature, Uncertainty,
-};
+use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Temperature, Uncertainty};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
@@ -19,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
+use crate::predict::{logits, posterior_draws, posterior_probabilities, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
@@ -30,7 +28,7 @@ const LAPLACE_ROWS: usize = 512;
 const LAPLACE_SAMPLES: usize = 1000;
 
 /// A trained model and the rows it is measured on.
-pub(super) struct Held<'a> {
+pub(super) struct TrainedModel<'a> {
     pub classifier: Classifier,
     pub train: &'a [Encoded],
     pub held_out: &'a [Encoded],
@@ -43,34 +41,34 @@ pub(super) struct Held<'a> {
 }
 
 /// Fills in the arms of a result.
-pub(super) fn measure(held: Held, recipe: &Recipe, result: &mut CellResult) -> Result<()> {
-    let classifier = &held.classifier;
-    let dev = batches(classifier, held.dev, BATCH)?;
-    let mean = Predictions::new(classifier, held.dev, &dev, 0)?;
+pub(super) fn measure(trained: TrainedModel, recipe: &Recipe, result: &mut CellResult) -> Result<()> {
+    let classifier = &trained.classifier;
+    let dev = batches(classifier, trained.dev, BATCH)?;
+    let mean = Predictions::new(classifier, trained.dev, &dev, 0)?;
     if classifier.is_regression() {
         result.arms.insert("mean".to_string(), mean.evaluate().map_err(not_finite)?.mean);
         return Ok(());
     }
-    let labels = classes(held.dev)?;
+    let labels = classes(trained.dev)?;
     let mut arms = Arms { labels: &labels, result };
     arms.add("mean", &mean.mean)?;
-    out_of_domain(&held, recipe, &dev, &mean.mean, &mut arms)?;
+    out_of_domain(&trained, recipe, &dev, &mean.mean, &mut arms)?;
     if recipe.is_lora() {
-        of_trained_lora(held, &dev, &mean.logits, &mut arms)?;
+        of_trained_lora(trained, &dev, &mean.logits, &mut arms)?;
     }
     Ok(())
 }
 
 /// Posterior draws, and how well uncertainty tells foreign rows.
 fn out_of_domain(
-    held: &Held,
+    trained: &TrainedModel,
     recipe: &Recipe,
     dev: &[Batch],
     mean: &[Vec<f64>],
     arms: &mut Arms,
 ) -> Result<()> {
-    let classifier = &held.classifier;
-    let foreign = match held.foreign {
+    let classifier = &trained.classifier;
+    let foreign = match trained.foreign {
         [] => Vec::new(),
         rows => batches(classifier, rows, BATCH)?,
     };
@@ -85,49 +83,54 @@ fn out_of_domain(
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
     told("mean: entropy", &entropies(mean), &entropies(&others))?;
     if recipe.has_posterior() {
-        let draws = posterior_draws(classifier, dev, held.draws)?;
+        let draws = posterior_draws(classifier, dev, trained.draws)?;
         if !foreign.is_empty() {
-            let others = uncertainty(&posterior_draws(classifier, &foreign, held.draws)?)?;
+            let others = uncertainty(&posterior_draws(classifier, &foreign, trained.draws)?)?;
             let own = uncertainty(&draws).map_err(not_finite)?;
             let total = |rows: &[Uncertainty]| rows.iter().map(|row| row.total).collect::<Vec<_>>();
             let epistemic = |rows: &[Uncertainty]| rows.iter().map(|row| row.epistemic).collect::<Vec<_>>();
-            told(&format!("{} draws: entropy", held.draws), &total(&own), &total(&others))?;
-            let name = format!("{} draws: mutual information", held.draws);
+            told(&format!("{} draws: entropy", trained.draws), &total(&own), &total(&others))?;
+            let name = format!("{} draws: mutual information", trained.draws);
             told(&name, &epistemic(&own), &epistemic(&others))?;
         }
         let mut average = RunningMean::default();
         draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
-        arms.add(&format!("{} draws", held.draws), &average.finish())?;
+        arms.add(&format!("{} draws", trained.draws), &average.finish())?;
     }
     Ok(())
 }
 
 /// The Bayesian treatments of a LoRA that was trained without a posterior.
-fn of_trained_lora(mut held: Held, dev: &[Batch], mean: &[Vec<f64>], arms: &mut Arms) -> Result<()> {
-    let classifier = &held.classifier;
-    if !held.held_out.is_empty() {
-        let rows = batches(classifier, held.held_out, BATCH)?;
+fn of_trained_lora(
+    mut trained: TrainedModel,
+    dev: &[Batch],
+    mean: &[Vec<f64>],
+    arms: &mut Arms,
+) -> Result<()> {
+    let classifier = &trained.classifier;
+    if !trained.held_out.is_empty() {
+        let rows = batches(classifier, trained.held_out, BATCH)?;
         let logits = logits(classifier, &rows, &Pass::Mean.into())?;
-        let temperature = Temperature::fit(&logits, &classes(held.held_out)?).map_err(not_finite)?;
+        let temperature = Temperature::fit(&logits, &classes(trained.held_out)?).map_err(not_finite)?;
         arms.add("temperature", &temperature.probabilities(mean))?;
     }
-    arms.add("mc dropout", &posterior_probabilities(&McDropout(classifier), dev, held.draws)?)?;
+    arms.add("mc dropout", &posterior_probabilities(&McDropout(classifier), dev, trained.draws)?)?;
     let mut ensemble = Ensemble::new();
-    held.members.into_iter().for_each(|member| ensemble.push_snapshot(member));
+    trained.members.into_iter().for_each(|member| ensemble.push_snapshot(member));
     if !ensemble.is_empty() {
         arms.add("checkpoints", &ensemble.probabilities(classifier, &classifier.params, dev)?)?;
     }
-    let train = batches(classifier, held.train, BATCH)?;
+    let train = batches(classifier, trained.train, BATCH)?;
     // Merged, a backward pass ends at the head.
-    merge::merge(held.classifier.model.as_mut())?;
-    let scope = Scope::LastLayer(LastLayer::of_head(&held.classifier.params)?);
-    let predicted = laplace(&held.classifier, scope, &train, dev, held.noise);
-    merge::unmerge(held.classifier.model.as_mut())?;
+    merge::merge(trained.classifier.model.as_mut())?;
+    let scope = Scope::LastLayer(LastLayer::of_head(&trained.classifier.params)?);
+    let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
+    merge::unmerge(trained.classifier.model.as_mut())?;
     arms.add("last-layer laplace", &predicted?)?;
-    let taps = Taps::install(held.classifier.model.as_mut())?;
+    let taps = Taps::install(trained.classifier.model.as_mut())?;
     let scope = Scope::Adapters(taps.clone());
-    let predicted = laplace(&held.classifier, scope, &train, dev, held.noise);
-    taps.remove(held.classifier.model.as_mut())?;
+    let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
+    taps.remove(trained.classifier.model.as_mut())?;
     arms.add("laplace", &predicted?)
 }
 

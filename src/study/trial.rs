@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::recipe::Recipe;
-use super::treatments::{self, Held};
+use super::treatments::{self, TrainedModel};
 use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::encode::Encoded;
@@ -89,17 +89,17 @@ impl Trial<'_> {
         let mut classifier = self.load(&start, key)?;
         // Of the others nobody asks, and copies of all weights would count as memory of `full`.
         let members = if recipe.is_lora() { MEMBERS } else { 0 };
-        let mut watch = Watch::new(&classifier.params, members);
-        let summary = self.fit(&classifier, &recipe, key, &mut watch);
-        result.losses = watch.losses();
+        let mut history = TrainingHistory::new(&classifier.params, members);
+        let summary = self.fit(&classifier, &recipe, key, &mut history);
+        result.losses = history.losses();
         result.trainable_parameters = classifier.params.trainable_count();
-        let members = std::mem::take(&mut watch.members);
+        let members = std::mem::take(&mut history.members);
         let mut summary = summary?;
         if let (None, Some(config)) = (&recipe.adapter, &recipe.post_hoc) {
             let adapter = adapter(&classifier, &recipe)?;
             classifier = self.load(&MethodInit::PostHoc(Box::new(adapter), config.clone()), key)?;
-            let mut watch = Watch::new(&classifier.params, 0);
-            let second = self.fit(&classifier, &recipe, key, &mut watch)?;
+            let mut history = TrainingHistory::new(&classifier.params, 0);
+            let second = self.fit(&classifier, &recipe, key, &mut history)?;
             summary.steps += second.steps;
             summary.seconds += second.seconds;
         }
@@ -107,7 +107,7 @@ impl Trial<'_> {
         cost.seconds = summary.seconds;
         cost.step_seconds_median = summary.step_seconds_median.unwrap_or_default();
         cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
-        let held = Held {
+        let trained = TrainedModel {
             classifier,
             train: self.train,
             held_out: self.held_out,
@@ -117,7 +117,7 @@ impl Trial<'_> {
             members,
             noise: Noise::new(key.seed),
         };
-        treatments::measure(held, &recipe, result)
+        treatments::measure(trained, &recipe, result)
     }
 
     fn load(&self, start: &MethodInit, key: &CellKey) -> Result<Classifier> {
@@ -130,7 +130,7 @@ impl Trial<'_> {
         classifier: &Classifier,
         recipe: &Recipe,
         key: &CellKey,
-        watch: &mut Watch,
+        history: &mut TrainingHistory,
     ) -> Result<Summary> {
         let batcher = Batcher::new(key.batch_size, false, Noise::new(key.seed))?;
         let steps = batcher.batches(self.train.len()) * self.epochs;
@@ -144,7 +144,7 @@ impl Trial<'_> {
             ..TrainConfig::default()
         };
         let objective = Classification { classifier, rows: self.train, batcher };
-        train::fit(&objective, &classifier.params, &config, watch)
+        train::fit(&objective, &classifier.params, &config, history)
     }
 }
 
@@ -157,7 +157,7 @@ fn adapter(classifier: &Classifier, recipe: &Recipe) -> Result<AdapterFile> {
 }
 
 /// Keeps the losses of a run and its last checkpoints.
-struct Watch<'a> {
+struct TrainingHistory<'a> {
     params: &'a Params,
     /// The number of checkpoints to keep.
     keep: usize,
@@ -165,7 +165,7 @@ struct Watch<'a> {
     members: Vec<std::collections::BTreeMap<String, candle_core::Tensor>>,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> TrainingHistory<'a> {
     fn new(params: &'a Params, keep: usize) -> Self {
         Self { params, keep, losses: Vec::new(), members: Vec::new() }
     }
@@ -179,7 +179,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-impl Observer for Watch<'_> {
+impl Observer for TrainingHistory<'_> {
     fn step(&mut self, record: &Record) -> Result<()> {
         let loss = record.terms.get("task").copied().unwrap_or(record.loss);
         self.losses.push((record.step, loss));

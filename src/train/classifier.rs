@@ -12,7 +12,6 @@ use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::Context;
 use crate::adapter::{Param, Params, Role};
-use crate::bayes::Predictor;
 use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
@@ -24,6 +23,7 @@ use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
 use crate::peft::{AdapterFile, Origin, Profile};
+use crate::predict::Predictor;
 use crate::util::files;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use super::classifier::Classifier;
 use crate::adapter::Pass;
-use crate::bayes::{logits, posterior_probabilities, posterior_scores};
 use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
+use crate::predict::{logits, posterior_probabilities, posterior_scores};
 use crate::util::files;
 
 /// What a classifier says about every row of a split. Values are probabilities, or scores of a

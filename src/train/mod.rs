@@ -14,7 +14,7 @@ mod schedule;
 mod settings;
 mod trainer;
 
-pub use causal::{causal_loss, held_out_loss, token_log_probabilities, CausalTuning};
+pub use causal::{causal_loss, held_out_loss, CausalTuning};
 pub use checkpoint::Checkpoints;
 pub use classifier::{Classification, Classifier};
 pub use config::{OnNonFinite, TrainConfig};

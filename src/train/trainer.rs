@@ -12,6 +12,7 @@ use super::settings::Settings;
 use crate::adapter::Params;
 use crate::adapter::{Context, Pass, Probe};
 use crate::error::{Error, Result};
+use crate::metrics::median;
 use crate::optim::AdamW;
 use crate::optim::{clip_grad_norm, Gradients};
 use crate::util::files;
@@ -110,7 +111,7 @@ fn run(
     Ok(Summary {
         steps: total,
         seconds: run.seconds_so_far(),
-        step_seconds_median: median(run.seconds),
+        step_seconds_median: (!run.seconds.is_empty()).then(|| median(&run.seconds)),
         kept_step,
         skipped: run.at.skipped,
     })
@@ -258,7 +259,8 @@ impl Run<'_> {
     fn resume(&mut self, state: State) -> Result<()> {
         let State { run_state, params, moments, best, method } = state;
         if run_state.step > self.total {
-            let reason = format!("the checkpoint is of step {}, the run ends with {}", run_state.step, self.total);
+            let reason =
+                format!("the checkpoint is of step {}, the run ends with {}", run_state.step, self.total);
             return Err(Error::config("epochs", reason));
         }
         let present = self.params.all();
@@ -354,12 +356,6 @@ fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<
     let name = grads.first_non_finite()?.unwrap_or("all parameters together");
     let (term, rows) = (format!("gradient of {name}"), group.concat());
     Err(Error::NonFinite { step, term, value: norm, layer: None, rows })
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len().checked_sub(1)? / 2;
-    Some((values[middle] + values[values.len() / 2]) / 2.0)
 }
 
 #[cfg(test)]

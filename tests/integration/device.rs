@@ -3,13 +3,13 @@
 
 use candle_core::{DType, Device};
 use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
-use monteclora::bayes::posterior_probabilities;
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::Targets;
 use monteclora::models::generate::{generate, GenerateConfig, Weights};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::LlamaConfig;
+use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
 };
@@ -97,7 +97,7 @@ fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
     losses(&classifier, &rows)?;
     classifier.save("toy", &dir.path().join("out"))?;
     let there =
-        monteclora::bayes::logits(&classifier, &batches(&classifier, &rows, 16)?, &Pass::Mean.into())?;
+        monteclora::predict::logits(&classifier, &batches(&classifier, &rows, 16)?, &Pass::Mean.into())?;
     let here = logits_of(&files, Some(&dir.path().join("out/adapter")), &rows)?;
     for (got, want) in here.iter().flatten().zip(there.iter().flatten()) {
         assert!((f64::from(*got) - want).abs() < 1e-4, "{got} {want}");

@@ -6,7 +6,6 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, LoraConfig, PromptConfig};
-use monteclora::bayes::{logits, posterior_probabilities};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::Encoded;
 use monteclora::data::task::Label;
@@ -17,6 +16,7 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::peft::AdapterFile;
+use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, MethodInit, Observer, Predictions, Record, TrainConfig,
 };

@@ -12,7 +12,7 @@ use monteclora::data::task::Task;
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
 use monteclora::noise::Noise;
-use monteclora::study::{self, CellKey, CellResult, Grid, Shard, Status, Trial};
+use monteclora::study::{self, CellKey, Grid, Shard, Status, Trial};
 use monteclora::train::{self, Classification, Classifier, Method, MethodInit, TrainConfig};
 use serde_json::json;
 
@@ -209,8 +209,9 @@ fn a_grid_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
             }
         };
         // Whatever there is by now is whole.
-        for result in study::cell::read_all(&killed.path().join("study")).unwrap_or_default() {
-            assert!(want.contains_key(&Path::new("study").join(result.key.folder_name()).join("result.json")));
+        for cell in study::read_cells(&killed.path().join("study")).unwrap_or_default() {
+            let name = cell.result.key.folder_name();
+            assert!(want.contains_key(&Path::new("study").join(name).join("result.json")));
         }
         if status.success() {
             break;
@@ -233,8 +234,7 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
 
     let study = shared.path().join("study");
     let mut cell = |_: &CellKey| panic!("every cell has a result");
-    let cells: Vec<CellKey> =
-        study::cell::read_all(&study)?.into_iter().map(|result: CellResult| result.key).collect();
+    let cells: Vec<CellKey> = study::read_cells(&study)?.into_iter().map(|cell| cell.result.key).collect();
     let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());

@@ -20,7 +20,7 @@ pub(super) struct Sums {
 
 /// The curvature `G (x) A` of one weight `(o, i)`: eigenvalues and vectors of both factors.
 #[derive(Debug, Clone)]
-pub(super) struct Block {
+pub(super) struct KroneckerBlock {
     /// Of A, averaged over tokens.
     pub inputs: Eigen,
     /// Of G, summed over tokens.
@@ -41,15 +41,15 @@ impl Sums {
     }
 
     /// `A = sum x x^T / tokens`, `G = scale sum g g^T`; scale counts the rows that were left out.
-    pub fn block(&self, name: &str, scale: f64) -> Result<Block> {
-        Ok(Block {
+    pub fn block(&self, name: &str, scale: f64) -> Result<KroneckerBlock> {
+        Ok(KroneckerBlock {
             inputs: Eigen::new(name, &(&self.inputs / self.tokens.max(1.0))?)?,
             outputs: Eigen::new(name, &(&self.outputs * scale)?)?,
         })
     }
 }
 
-impl Block {
+impl KroneckerBlock {
     /// The eigenvalues `gamma_i alpha_j`, row by row of the weight.
     pub fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
         let row = |gamma: &f64| {

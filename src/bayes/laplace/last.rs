@@ -9,12 +9,11 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::record::{LayerRecord, Record};
-use crate::adapter::Params;
-use crate::adapter::Pass;
-use crate::bayes::Predictor;
+use super::record::{BatchRecord, LayerRecord};
+use crate::adapter::{Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::predict::Predictor;
 
 /// The last linear layer of a model's head, by its parameters in the store.
 ///
@@ -74,7 +73,7 @@ impl LastLayer {
     ///
     /// # Errors
     /// If the outputs are not this layer's, W phi + b.
-    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         let outputs = model.predict(batch, &Pass::Mean.into())?;
         let (examples, classes) = outputs.dims2()?;
         let features = self.features(&outputs)?; // (b, d)
@@ -92,7 +91,7 @@ impl LastLayer {
         let gradient = |k| unit.narrow(0, k, 1)?.unsqueeze(0)?.broadcast_as((examples, 1, classes));
         let gradients = (0..classes).map(gradient).collect::<candle_core::Result<Vec<_>>>()?;
         let layer = LayerRecord { inputs: inputs.unsqueeze(1)?, gradients, tokens: examples as f64 };
-        Record::new(&outputs, vec![layer])
+        BatchRecord::new(&outputs, vec![layer])
     }
 
     /// The layer's input, `(b, dim)`.
@@ -118,12 +117,10 @@ impl LastLayer {
         let outputs = host(outputs)?;
         let far = (host(linear)? - &outputs)?.abs()?.max_all()?.to_scalar::<f64>()?;
         let size = outputs.abs()?.max_all()?.to_scalar::<f64>()?;
-        match far <= 1e-3 * (1.0 + size) {
-            true => Ok(()),
-            false => {
-                let reason = format!("the outputs are not W phi + b of this layer: {far:e} apart");
-                Err(Error::tensor(format!("{}.weight", self.path), reason))
-            }
+        if far <= 1e-3 * (1.0 + size) {
+            return Ok(());
         }
+        let reason = format!("the outputs are not W phi + b of this layer: {far:e} apart");
+        Err(Error::tensor(format!("{}.weight", self.path), reason))
     }
 }

@@ -37,11 +37,12 @@ mod tests;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::predict::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use kron::{Block, Sums};
-use record::Record;
+use crate::predict::Predictor;
+use crate::util::check;
+use kron::{KroneckerBlock, Sums};
+use record::BatchRecord;
 
 pub use last::LastLayer;
 pub use predictive::Linearised;
@@ -49,6 +50,9 @@ pub use tap::Taps;
 
 /// The least and the largest prior precision that [`Laplace::maximise_evidence`] gives.
 pub const PRECISION_BOUNDS: (f64, f64) = (1e-6, 1e9);
+
+/// What errors call the precision of the prior.
+const PRECISION: &str = "prior_precision";
 
 /// Which weights are uncertain.
 #[derive(Debug, Clone)]
@@ -60,7 +64,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         match self {
             Self::Adapters(taps) => taps.record(model, batch),
             Self::LastLayer(layer) => layer.record(model, batch),
@@ -81,7 +85,7 @@ impl Scope {
 #[derive(Debug)]
 pub struct Laplace {
     scope: Scope,
-    blocks: Vec<Block>,
+    blocks: Vec<KroneckerBlock>,
     squared_norm: f64,
     log_likelihood: f64,
     prior_precision: f64,
@@ -148,7 +152,7 @@ impl Laplace {
     /// # Errors
     /// Unless it is positive and finite.
     pub fn set_prior_precision(&mut self, precision: f64) -> Result<()> {
-        check_precision(precision)?;
+        check::positive(PRECISION, precision)?;
         self.prior_precision = precision;
         Ok(())
     }
@@ -167,7 +171,7 @@ impl Laplace {
     /// # Errors
     /// Unless the precision is positive and finite.
     pub fn log_marginal_likelihood(&self, precision: f64) -> Result<f64> {
-        check_precision(precision)?;
+        check::positive(PRECISION, precision)?;
         // ln(lambda + delta) - ln delta, precise where delta is much the larger.
         let volume: f64 = self.eigenvalues().map(|value| (value / precision).ln_1p()).sum();
         Ok(self.log_likelihood - 0.5 * precision * self.squared_norm - 0.5 * volume)
@@ -184,9 +188,10 @@ impl Laplace {
         let (mut low, mut high) = (PRECISION_BOUNDS.0.ln(), PRECISION_BOUNDS.1.ln());
         while high - low > 1e-11 {
             let middle = 0.5 * (low + high);
-            match slope(middle.exp()) > 0.0 {
-                true => low = middle,
-                false => high = middle,
+            if slope(middle.exp()) > 0.0 {
+                low = middle;
+            } else {
+                high = middle;
             }
         }
         self.prior_precision = (0.5 * (low + high)).exp().clamp(PRECISION_BOUNDS.0, PRECISION_BOUNDS.1);
@@ -243,7 +248,7 @@ impl Laplace {
         batches: &[Batch],
         precisions: &[f64],
     ) -> Result<Vec<Linearised>> {
-        precisions.iter().try_for_each(|precision| check_precision(*precision))?;
+        precisions.iter().try_for_each(|precision| check::positive(PRECISION, *precision))?;
         let empty = || Linearised { logits: Vec::new(), covariances: Vec::new() };
         let mut out: Vec<Linearised> = precisions.iter().map(|_| empty()).collect();
         for batch in batches {
@@ -262,15 +267,6 @@ impl Laplace {
     }
 
     fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
-        self.blocks.iter().flat_map(Block::eigenvalues)
-    }
-}
-
-fn check_precision(precision: f64) -> Result<()> {
-    match precision > 0.0 && precision.is_finite() {
-        true => Ok(()),
-        false => {
-            Err(Error::config("prior_precision", format!("expected a positive number, got {precision}")))
-        }
+        self.blocks.iter().flat_map(KroneckerBlock::eigenvalues)
     }
 }

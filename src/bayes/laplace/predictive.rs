@@ -101,13 +101,11 @@ impl Linearised {
 }
 
 fn check_shape(row: &[f64], covariance: &[f64]) -> Result<()> {
-    match covariance.len() == row.len() * row.len() {
-        true => Ok(()),
-        false => {
-            let reason = format!("{} entries for {} classes", covariance.len(), row.len());
-            Err(Error::config("covariance", reason))
-        }
+    if covariance.len() == row.len() * row.len() {
+        return Ok(());
     }
+    let reason = format!("{} entries for {} classes", covariance.len(), row.len());
+    Err(Error::config("covariance", reason))
 }
 
 /// The lower triangle L with `L L^T = matrix`, which may be singular: a pivot that is nothing but

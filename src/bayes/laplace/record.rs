@@ -9,7 +9,7 @@ use crate::metrics::softmax;
 
 /// A batch under taps.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct BatchRecord {
     /// The logits, one vector an example.
     pub logits: Vec<Vec<f64>>,
     /// The maps in a fixed order.
@@ -27,7 +27,7 @@ pub(super) struct LayerRecord {
     pub tokens: f64,
 }
 
-impl Record {
+impl BatchRecord {
     /// # Errors
     /// If the model has fewer than two outputs, or one is not finite.
     pub fn new(outputs: &Tensor, layers: Vec<LayerRecord>) -> Result<Self> {

@@ -15,15 +15,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{Tensor, Var};
 use candle_nn::Linear;
 
-use super::record::{LayerRecord, Places, Record};
-use crate::adapter::LowRank;
-use crate::adapter::Role;
-use crate::adapter::{AdaptableModel, Adapter, Context, Pass};
+use super::record::{BatchRecord, LayerRecord, Places};
+use crate::adapter::{AdaptableModel, Adapter, Context, LowRank, Pass, Role};
 use crate::adapters::Lora;
-use crate::bayes::Predictor;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::predict::Predictor;
 
 /// The taps on the active LoRA adapters of a model, until [`Self::remove`].
 /// Clones are the same taps.
@@ -44,11 +42,11 @@ struct Tapped {
 #[derive(Debug, Default)]
 struct Tape {
     recording: bool,
-    seen: Vec<Seen>,
+    seen: Vec<TappedPass>,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct TappedPass {
     xs: Tensor,
     h: Tensor,
     tap_h: Var,
@@ -57,7 +55,7 @@ struct Seen {
 
 /// A LoRA adapter with taps: it is that adapter to whoever asks, and computes the same.
 #[derive(Debug)]
-struct Probe {
+struct TappedLora {
     lora: Lora,
     tape: Arc<Mutex<Tape>>,
 }
@@ -67,7 +65,7 @@ fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
     tape.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Adapter for Probe {
+impl Adapter for TappedLora {
     fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
         if !lock(&self.tape).recording {
             return self.lora.forward(xs, base, cx);
@@ -83,7 +81,7 @@ impl Adapter for Probe {
         let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
         let low = (low + tap_y.as_tensor())?;
         let frozen = ops::linear(xs, base.weight(), base.bias(), cx.path)?.to_dtype(low.dtype())?;
-        let seen = Seen { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
+        let seen = TappedPass { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
         lock(&self.tape).seen.push(seen);
         (frozen + low)?.to_dtype(xs.dtype())
     }
@@ -142,8 +140,8 @@ impl Taps {
         self.exchange(model, false)
     }
 
-    /// Puts probes in the place of adapters, or their adapters in the place of probes.
-    fn exchange(&self, model: &mut dyn AdaptableModel, probed: bool) -> Result<()> {
+    /// Puts tapped adapters in the place of adapters, or these in the place of tapped ones.
+    fn exchange(&self, model: &mut dyn AdaptableModel, tapped: bool) -> Result<()> {
         model.visit_linears_mut(&mut |slot| {
             let here = self.layers.iter().find(|layer| layer.path == slot.path());
             let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };
@@ -154,10 +152,8 @@ impl Taps {
                 return Err(Error::config("adapter", reason));
             };
             slot.remove(name)?;
-            let adapter: Box<dyn Adapter> = match probed {
-                true => Box::new(Probe { lora, tape: tape.clone() }),
-                false => Box::new(lora),
-            };
+            let adapter: Box<dyn Adapter> =
+                if tapped { Box::new(TappedLora { lora, tape: tape.clone() }) } else { Box::new(lora) };
             slot.add(name, adapter)?;
             slot.activate(active.as_deref())
         })
@@ -173,7 +169,7 @@ impl Taps {
     }
 
     /// One batch: outputs, and inputs and output gradients of A and B of every layer.
-    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<Record> {
+    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         self.switch(true);
         let outputs = model.predict(batch, &Pass::Mean.into());
         let seen = self.switch(false);
@@ -206,11 +202,11 @@ impl Taps {
                 }
             }
         }
-        Record::new(&outputs, records)
+        BatchRecord::new(&outputs, records)
     }
 
     /// Starts or ends recording; what was recorded is taken out.
-    fn switch(&self, recording: bool) -> Vec<Vec<Seen>> {
+    fn switch(&self, recording: bool) -> Vec<Vec<TappedPass>> {
         let change = |layer: &Tapped| {
             let mut tape = lock(&layer.tape);
             tape.recording = recording;

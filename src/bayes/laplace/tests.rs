@@ -7,7 +7,6 @@ use super::*;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::adapter::{Init, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
-use crate::bayes::logits;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::inject::{Select, Targets};
@@ -15,6 +14,7 @@ use crate::metrics::softmax;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::{Noise, Purpose};
 use crate::ops;
+use crate::predict::logits;
 
 mod models;
 

@@ -10,7 +10,7 @@ use plotters::prelude::*;
 use plotters::style::{register_font, FontStyle};
 
 use crate::error::{Error, Result};
-use crate::study::stats::quantile;
+use crate::metrics::quantile;
 use crate::util::files;
 
 /// Roboto Regular (Copyright 2015 Google Inc., Apache License 2.0), cut down to printable ASCII.

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::super::cell::CellResult;
-use super::super::stats::median;
+use super::arm::{arms, name, number, Arm};
 use super::pairs::{differences, verdict, Pairs, ECE, NLL};
-use super::{arms, name, number, Arm};
+use crate::metrics::median;
 
 /// The ways to predict with the baseline, in the order of the table.
 const TREATMENTS: [&str; 6] =
@@ -57,8 +57,9 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
             writeln!(text, "| all | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
         }
     }
-    match tasks.is_empty() {
-        true => String::new(),
-        false => text,
+    if tasks.is_empty() {
+        String::new()
+    } else {
+        text
     }
 }

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
-use super::super::stats::median;
+use super::arm::{name, number, settings_of, Arm};
 use super::pairs::{difference, spread, verdict, Pairs, METRIC, NLL};
-use super::{name, number, settings_of, Arm};
+use crate::metrics::median;
 
 /// The section about the claim; empty where no task has cells of both arms.
 pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
@@ -113,11 +113,16 @@ fn holds(spreads: [f64; 2], medians: [f64; 2], settings: usize, [own, other]: &[
         return "undecided: every setting gives the same";
     }
     let [spread, median] = [spreads, medians].map(|[own, other]| difference(own, other));
-    match spread < 0.0 && median >= 0.0 {
-        true if lost(own) > lost(other) => "undecided: more of its cells have no score",
-        true => "yes",
+    if spread < 0.0 && median >= 0.0 {
+        if lost(own) > lost(other) {
+            "undecided: more of its cells have no score"
+        } else {
+            "yes"
+        }
+    } else if own_diverged < others_diverged {
         // Its worst settings are those that the other's figures are without.
-        false if own_diverged < others_diverged => "undecided: more of the other's cells diverged",
-        false => "no",
+        "undecided: more of the other's cells diverged"
+    } else {
+        "no"
     }
 }

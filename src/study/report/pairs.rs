@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
-use super::super::stats::{median, quantile, wilcoxon};
-use super::{arms, name, settings_of, Arm};
-use crate::metrics::Metrics;
+use super::super::stats::wilcoxon;
+use super::arm::{arms, name, settings_of, Arm};
+use crate::metrics::{median, quantile, Metrics};
 
 /// A score of a cell in one arm.
 pub(super) type Score = fn(&CellResult, &Metrics) -> Option<f64>;

@@ -1,5 +1,6 @@
 use super::*;
 use crate::metrics::Metrics;
+use crate::study::store::Store;
 
 /// A cell with these accuracies and NLLs by arm; without any it diverged.
 fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellResult {
@@ -39,11 +40,9 @@ fn study() -> Vec<CellResult> {
 
 fn written(cells: &[CellResult]) -> Result<BTreeMap<&'static str, String>> {
     let dir = tempfile::tempdir().map_err(crate::Error::io("a temporary folder"))?;
-    for cell in cells {
-        cell.write(dir.path())?;
-        CellCost { seconds: 1.0, step_seconds_median: 2.0, peak_rss_mb: Some(3.0) }
-            .write(dir.path(), &cell.key)?;
-    }
+    let store = Store::open(dir.path())?;
+    let cost = CellCost { seconds: 1.0, step_seconds_median: 2.0, peak_rss_mb: Some(3.0) };
+    cells.iter().try_for_each(|cell| store.add(cell, &cost))?;
     write_report(dir.path(), dir.path())?;
     let read = |name| {
         let path = dir.path().join(name);

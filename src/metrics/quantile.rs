@@ -1,0 +1,36 @@
+//! Order statistics, as NumPy has them.
+
+/// The value below which the share `q` of `values` lies, by linear interpolation as in NumPy; NaN of
+/// none.
+pub fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let place = q.clamp(0.0, 1.0) * last as f64;
+    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
+    if low == high || high.is_infinite() {
+        high
+    } else {
+        low + (high - low) * place.fract()
+    }
+}
+
+/// The median; NaN of nothing.
+pub fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_numpys() {
+        let values = [3.0, 1.0, 4.0, 1.5, 9.0];
+        assert_eq!([0.25, 0.5, 0.75].map(|q| quantile(&values, q)), [1.5, 3.0, 4.0]);
+        assert_eq!([0.0, 0.1, 1.0].map(|q| quantile(&values, q)), [1.0, 1.2, 9.0]);
+        assert_eq!(median(&[1.0, f64::INFINITY]), f64::INFINITY);
+        assert_eq!(median(&[f64::INFINITY, f64::INFINITY]), f64::INFINITY);
+        assert!(median(&[]).is_nan());
+    }
+}

@@ -1,0 +1,9 @@
+//! What trained models say: of the rows of batches, at the mean and over posterior draws, and of the tokens
+//! of texts.
+
+mod predictor;
+mod tokens;
+
+pub(crate) use predictor::RunningMean;
+pub use predictor::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
+pub use tokens::token_log_probabilities;

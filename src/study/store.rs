@@ -1,0 +1,223 @@
+//! Where a study keeps its cells: a folder each while it runs (`result.json`, `cost.json` and, of a cell
+//! that kept its rows, `rows.safetensors`), and a line each of `cells.jsonl` once it is packed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::cell::{CellCost, CellKey, CellResult};
+use crate::error::{Error, Result};
+use crate::util::{files, json};
+
+/// The finished cells of a packed study, one JSON object a line, in the order of their folders' names.
+const PACKED: &str = "cells.jsonl";
+/// What a cell found, in its folder.
+const RESULT: &str = "result.json";
+/// What it cost.
+const COST: &str = "cost.json";
+/// What it says of every row: `row`, `label`, and log-probabilities by arm. In a packed study all of
+/// them, each tensor with the cell's folder before its name.
+const ROWS: &str = "rows.safetensors";
+
+/// A finished cell as it is kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StoredCell {
+    /// What it found.
+    pub result: CellResult,
+    /// What it cost, where that is known.
+    pub cost: Option<CellCost>,
+}
+
+/// The finished cells of the study in the folder `dir`, packed or not, in the order of their folders'
+/// names.
+///
+/// # Errors
+/// If the folder or a file of a cell cannot be read, a line of `cells.jsonl` is damaged (the error names
+/// it), or a cell is packed with another result than its folder holds.
+pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
+    Ok(Store::open(dir)?.all()?.into_values().collect())
+}
+
+/// Packs the finished cells of the study in the folder `dir`: `cells.jsonl` and, where cells kept their
+/// rows, one `rows.safetensors` take the place of a folder for each. The same cells give the same bytes;
+/// those that were packed before stay. Returns how many cells are packed now.
+///
+/// The study goes on and is reported as before. Killed half-way, it has lost nothing: pack it again. It
+/// is for a study that no process runs at the time.
+///
+/// # Errors
+/// As [`read_cells`]; besides, if there is no cell, a folder has not the name of its cell, another process
+/// packs, or a file cannot be written.
+pub fn pack(dir: &Path) -> Result<usize> {
+    fs::metadata(dir).map_err(Error::io(dir))?;
+    let _lock = files::lock(dir)?;
+    let cells = Store::open(dir)?.all()?;
+    if cells.is_empty() {
+        return Err(Error::format(dir, "there is no finished cell to pack"));
+    }
+    let mut lines = String::new();
+    for (name, cell) in &cells {
+        let own = cell.result.key.folder_name();
+        if own != *name {
+            return Err(Error::format(dir.join(name), format!("it holds the result of {own}")));
+        }
+        lines.push_str(&line(&dir.join(PACKED), cell)?);
+    }
+    pack_rows(dir, cells.keys())?;
+    files::write(&dir.join(PACKED), lines.as_bytes())?;
+    cells.keys().try_for_each(|name| remove(&dir.join(name)))?;
+    Ok(cells.len())
+}
+
+/// Where a study keeps its settings.
+pub(super) fn settings_path(dir: &Path) -> PathBuf {
+    dir.join("settings.json")
+}
+
+/// The cells of a study, of which those that are packed are read.
+pub(super) struct Store {
+    dir: PathBuf,
+    packed: BTreeMap<String, StoredCell>,
+}
+
+impl Store {
+    /// # Errors
+    /// If `cells.jsonl` is there and cannot be read.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(PACKED);
+        let mut packed = BTreeMap::new();
+        let text = present(&path, fs::read_to_string(&path))?.unwrap_or_default();
+        for (line, number) in text.lines().zip(1..) {
+            let damaged = |e: serde_json::Error| {
+                let text = e.to_string();
+                // It counts lines from the start of this one.
+                let reason = text.rsplit_once(" at line ").map_or(&*text, |(reason, _)| reason);
+                Error::format_at(&path, number, format!("malformed: {reason}"))
+            };
+            let cell: StoredCell = serde_json::from_str(line).map_err(damaged)?;
+            let name = cell.result.key.folder_name();
+            if packed.contains_key(&name) {
+                return Err(Error::format_at(&path, number, format!("{name} comes twice")));
+            }
+            packed.insert(name, cell);
+        }
+        Ok(Self { dir: dir.to_path_buf(), packed })
+    }
+
+    /// A cell, if it is finished.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or holds another cell.
+    pub fn get(&self, key: &CellKey) -> Result<Option<StoredCell>> {
+        let name = key.folder_name();
+        match self.named(&name)? {
+            Some(StoredCell { result, .. }) if result.key != *key => {
+                let reason = format!("expected the result of {key:?}, got {:?}", result.key);
+                Err(Error::format(self.dir.join(name), reason))
+            }
+            found => Ok(found),
+        }
+    }
+
+    /// Writes a cell into a folder of its own. Each file appears whole or not at all, the cost first:
+    /// where there is a result, there is all of it.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn add(&self, result: &CellResult, cost: &CellCost) -> Result<()> {
+        let folder = self.dir.join(result.key.folder_name());
+        fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
+        let write = |path: PathBuf, text: Result<String>| files::write(&path, text?.as_bytes());
+        write(folder.join(COST), line(&folder, cost))?;
+        write(folder.join(RESULT), line(&folder, result))
+    }
+
+    /// All that are finished, by their folders' names.
+    fn all(&self) -> Result<BTreeMap<String, StoredCell>> {
+        let mut names: BTreeSet<String> = self.packed.keys().cloned().collect();
+        for entry in fs::read_dir(&self.dir).map_err(Error::io(&*self.dir))? {
+            // The name of a cell's folder is plain; a stranger's may be anything.
+            names.extend(entry.map_err(Error::io(&*self.dir))?.file_name().into_string());
+        }
+        let cell = |name: String| Some((self.named(&name).transpose()?, name));
+        names.into_iter().filter_map(cell).map(|(cell, name)| Ok((name, cell?))).collect()
+    }
+
+    /// The cell in the folder of this name, or packed from it.
+    fn named(&self, name: &str) -> Result<Option<StoredCell>> {
+        let folder = self.dir.join(name);
+        let (path, packed) = (folder.join(RESULT), self.packed.get(name));
+        match (packed, read::<CellResult>(&path)?) {
+            (Some(packed), Some(result)) if packed.result != result => {
+                Err(Error::format(path, format!("it is not the result that {PACKED} has of this cell")))
+            }
+            // Of a folder that a killed process was about to remove, the line is the whole.
+            (Some(packed), _) => Ok(Some(packed.clone())),
+            (None, Some(result)) => Ok(Some(StoredCell { result, cost: read(&folder.join(COST))? })),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// Puts the rows of these cells beside those that were packed before.
+fn pack_rows<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let mut sources = Vec::new();
+    for name in names {
+        let path = dir.join(name).join(ROWS);
+        if let Some(bytes) = present(&path, fs::read(&path))? {
+            sources.push((format!("{name}/"), path, bytes));
+        }
+    }
+    if sources.is_empty() {
+        return Ok(());
+    }
+    let place = dir.join(ROWS);
+    if let Some(bytes) = present(&place, fs::read(&place))? {
+        sources.push((String::new(), place.clone(), bytes));
+    }
+    let mut tensors = BTreeMap::new();
+    for (prefix, path, bytes) in &sources {
+        let file = SafeTensors::deserialize(bytes).map_err(|e| Error::format(path, e.to_string()))?;
+        tensors.extend(file.tensors().into_iter().map(|(name, view)| (format!("{prefix}{name}"), view)));
+    }
+    files::write_safetensors(&place, tensors)
+}
+
+/// Removes what a packed cell left in its folder; the folder stays if it holds anything else.
+fn remove(folder: &Path) -> Result<()> {
+    files::remove_stale(folder)?;
+    for path in [RESULT, COST, ROWS].map(|file| folder.join(file)) {
+        present(&path, fs::remove_file(&path))?;
+    }
+    fs::remove_dir(folder).ok();
+    Ok(())
+}
+
+/// A value as a line of JSON, for the file or folder `path`.
+fn line(path: &Path, value: &impl Serialize) -> Result<String> {
+    let text = serde_json::to_string(value).map_err(|e| Error::format(path, e.to_string()))?;
+    Ok(format!("{text}\n"))
+}
+
+/// A file's value; None where there is no file.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let text = present(path, fs::read_to_string(path))?;
+    text.map(|text| json::parse(text, path)).transpose()
+}
+
+/// What was done with the file `path`; None where there is none.
+fn present<T>(path: &Path, done: std::io::Result<T>) -> Result<Option<T>> {
+    match done {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(Error::io(path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

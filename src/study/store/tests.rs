@@ -1,0 +1,166 @@
+use candle_core::{Device, Tensor};
+use serde_json::json;
+
+use super::*;
+use crate::metrics::Metrics;
+use crate::study::{run, write_report, Shard, Status};
+
+fn keys() -> Vec<CellKey> {
+    let key = |(method, lr): (&str, f64)| CellKey {
+        task: "rte".to_string(),
+        method: method.to_string(),
+        lr,
+        batch_size: 8,
+        seed: 1,
+    };
+    [("lora", 1e-3), ("monteclora:n=8", 1e-3), ("lora", 1e-4), ("monteclora:n=8", 1e-4)].map(key).to_vec()
+}
+
+/// A cell that is done; at the lowest rate with an infinite NLL.
+fn cell(key: &CellKey) -> (CellResult, CellCost) {
+    let nll = if key.lr < 5e-4 { f64::INFINITY } else { 0.1 + 0.2 };
+    let metrics = Metrics { accuracy: Some(key.lr * 700.0), nll: Some(nll), ..Metrics::default() };
+    let result = CellResult {
+        key: key.clone(),
+        status: Status::Done,
+        reason: None,
+        metric: "accuracy".to_string(),
+        arms: [("mean".to_string(), metrics)].into(),
+        losses: vec![(1, 0.7), (2, 1.0 / 3.0)],
+        reliability: BTreeMap::new(),
+        ood: BTreeMap::new(),
+        trainable_parameters: 1,
+        steps: 2,
+    };
+    (result, CellCost { seconds: 1.5, step_seconds_median: key.lr, peak_rss_mb: None })
+}
+
+/// Runs the cells of these keys that are not finished; the numbers of those that ran and of all.
+fn run_cells(dir: &Path, keys: &[CellKey]) -> Result<(usize, usize)> {
+    let mut ran = 0;
+    let mut counted = |key: &CellKey| {
+        ran += 1;
+        cell(key)
+    };
+    let settings = json!({"epochs": 1});
+    let done = run(dir, &settings, keys, Shard::WHOLE, &mut counted, &mut |_, _| ())?.done;
+    Ok((ran, done))
+}
+
+/// The bytes of all that a report is made of.
+fn report(dir: &Path) -> Result<Vec<Vec<u8>>> {
+    write_report(dir, dir)?;
+    ["report.md", "report.csv", "cells.csv", "costs.md"]
+        .map(|file| bytes(&dir.join(file)))
+        .into_iter()
+        .collect()
+}
+
+fn bytes(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(Error::io(path))
+}
+
+/// The folders in a folder.
+fn folders(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir()).count()
+}
+
+#[test]
+fn a_packed_study_reports_the_same_bytes_and_goes_on() -> Result<()> {
+    let (home, keys) = (tempfile::tempdir().unwrap(), keys());
+    let dir = home.path();
+    assert_eq!(run_cells(dir, &keys[..3])?, (3, 3));
+    let (cells, want) = (read_cells(dir)?, report(dir)?);
+    assert_eq!(pack(dir)?, 3);
+    assert_eq!(folders(dir), 0);
+    assert_eq!((read_cells(dir)?, report(dir)?), (cells, want));
+    let packed = bytes(&dir.join(PACKED))?;
+    let first = String::from_utf8_lossy(&packed).lines().next().unwrap().to_string();
+    assert!(first.starts_with(r#"{"result":{"key":{"task":"rte","method":"lora","lr":0.0001,"#), "{first}");
+    // Nothing is left to pack, and nothing changes.
+    assert_eq!((pack(dir)?, bytes(&dir.join(PACKED))?), (3, packed.clone()));
+
+    // It goes on with the cell that is missing, in a folder beside the packed ones.
+    assert_eq!(run_cells(dir, &keys)?, (1, 4));
+    assert_eq!((folders(dir), bytes(&dir.join(PACKED))?), (1, packed));
+    let whole = tempfile::tempdir().unwrap();
+    run_cells(whole.path(), &keys)?;
+    assert_eq!(report(dir)?, report(whole.path())?);
+    assert_eq!(pack(dir)?, 4);
+    assert_eq!(report(dir)?, report(whole.path())?);
+    // Whenever it is packed, the bytes are the same.
+    pack(whole.path())?;
+    assert_eq!(bytes(&dir.join(PACKED))?, bytes(&whole.path().join(PACKED))?);
+    assert_eq!(run_cells(dir, &keys)?, (0, 4));
+    Ok(())
+}
+
+#[test]
+fn rows_of_all_cells_come_into_one_file() -> Result<()> {
+    let (home, keys) = (tempfile::tempdir().unwrap(), keys());
+    let dir = home.path();
+    let write = |key: &CellKey, row: u32| {
+        let tensor = |value: u32| Tensor::new(&[value], &Device::Cpu).unwrap();
+        let tensors = [("label", tensor(1)), ("row", tensor(row))];
+        files::write_safetensors(&dir.join(key.folder_name()).join(ROWS), tensors)
+    };
+    run_cells(dir, &keys[..2])?;
+    write(&keys[0], 7)?;
+    pack(dir)?;
+    run_cells(dir, &keys)?;
+    write(&keys[3], 9)?;
+    pack(dir)?;
+    assert_eq!(folders(dir), 0);
+    let rows = candle_core::safetensors::load(dir.join(ROWS), &Device::Cpu)?;
+    assert_eq!(rows.len(), 4);
+    for (key, row) in [(&keys[0], 7), (&keys[3], 9)] {
+        assert_eq!(rows[&format!("{}/row", key.folder_name())].to_vec1::<u32>()?, [row]);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_damaged_or_not_the_same_is_named() -> Result<()> {
+    let (home, keys) = (tempfile::tempdir().unwrap(), keys());
+    let dir = home.path();
+    let refused = |what: &str| {
+        let said = [read_cells(dir).map(|_| ()), run_cells(dir, &keys).map(|_| ()), pack(dir).map(|_| ())];
+        for error in said.map(|said| said.unwrap_err().to_string()) {
+            assert!(error.contains(what), "{error}");
+        }
+    };
+    assert!(pack(dir).unwrap_err().to_string().contains("no finished cell"));
+    assert!(pack(&dir.join("nowhere")).is_err() && !dir.join("nowhere").exists());
+    run_cells(dir, &keys)?;
+    pack(dir)?;
+    let packed = String::from_utf8(bytes(&dir.join(PACKED))?).unwrap();
+    let lines: Vec<&str> = packed.lines().collect();
+    let write = |lines: [&str; 3]| fs::write(dir.join(PACKED), lines.join("\n")).unwrap();
+    write([lines[0], lines[1], &lines[2][..lines[2].len() / 2]]);
+    refused("cells.jsonl, line 3: malformed: EOF while parsing");
+    write([lines[0], &lines[1].replace("0.001", "one"), lines[2]]);
+    refused("cells.jsonl, line 2: malformed");
+    write([lines[0], lines[1], lines[0]]);
+    refused("cells.jsonl, line 3: rte-lora-lr0.0001-bs8-s1 comes twice");
+
+    fs::write(dir.join(PACKED), &packed).unwrap();
+    let (mut other, cost) = cell(&keys[0]);
+    let store = Store::open(dir)?;
+    store.add(&other, &cost)?;
+    assert_eq!(read_cells(dir)?.len(), 4); // as a process leaves it that is killed while it packs
+    other.steps += 1;
+    store.add(&other, &cost)?;
+    refused("result.json: it is not the result that cells.jsonl has of this cell");
+    Ok(())
+}
+
+#[test]
+fn a_folder_of_another_name_is_read_but_not_packed() -> Result<()> {
+    let (home, keys) = (tempfile::tempdir().unwrap(), keys());
+    run_cells(home.path(), &keys[..1])?;
+    fs::rename(home.path().join(keys[0].folder_name()), home.path().join("copy")).unwrap();
+    assert_eq!(read_cells(home.path())?.len(), 1);
+    let error = pack(home.path()).unwrap_err().to_string();
+    assert!(error.contains("copy: it holds the result of rte-lora-lr0.001-bs8-s1"), "{error}");
+    Ok(())
+}
