@@ -215,6 +215,4 @@ fn sync_folder(dir: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
-mod fuzz;
-#[cfg(test)]
 mod tests;
