@@ -22,6 +22,53 @@ const PATIENCE: usize = 10;
 
 /// Trains `params` on `objective`. The draw index counts micro-batches from zero.
 ///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::Linear;
+/// use monteclora::train::{fit, Loss, Objective, Observer, Record, TrainConfig};
+/// use monteclora::{Context, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Regularizer, Result};
+///
+/// /// A layer that learns to give one, on eight rows in batches of four.
+/// struct Ones(MonteCLoRALinear, Regularizer);
+///
+/// impl Objective for Ones {
+///     fn epoch(&self, _epoch: u64) -> Result<Vec<Vec<usize>>> {
+///         Ok(vec![(0..4).collect(), (4..8).collect()])
+///     }
+///     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+///         let xs = Tensor::ones((rows.len(), 4), DType::F32, &Device::Cpu)?;
+///         let task = (self.0.forward_with(&xs, cx)? - 1.0)?.sqr()?.mean_all()?;
+///         let total = (&task + self.1.for_layers(&[self.0.adapter()], &cx.pass)?.total)?;
+///         Ok(Loss { total, terms: vec![("task", task)] })
+///     }
+/// }
+///
+/// #[derive(Default)]
+/// struct Losses(Vec<f64>);
+///
+/// impl Observer for Losses {
+///     fn step(&mut self, record: &Record) -> Result<()> {
+///         self.0.push(record.terms["task"]);
+///         Ok(())
+///     }
+///     fn evaluate(&mut self, _step: usize) -> Result<Option<f64>> {
+///         Ok(None) // nothing to compare: the last parameters stay
+///     }
+/// }
+///
+/// let params = Params::new(Noise::new(3), &Device::Cpu);
+/// let base = Linear::new(Tensor::zeros((6, 4), DType::F32, &Device::Cpu)?, None);
+/// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
+/// let layer = MonteCLoRALinear::new(base, &params, "proj", &config)?;
+/// let objective = Ones(layer, Regularizer::new(&config));
+/// let mut losses = Losses::default();
+/// let summary = fit(&objective, &params, &TrainConfig { epochs: 20, lr: 0.05, ..Default::default() }, &mut losses)?;
+/// assert_eq!((summary.steps, losses.0[0]), (40, 1.0)); // B is zero at the start
+/// assert!(losses.0[39] < 0.1, "{:?}", losses.0);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
 /// rows; [`Error::Interrupted`] when the observer asks to stop. Besides, what the objective, the
