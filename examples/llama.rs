@@ -124,6 +124,7 @@ impl Args {
             seed: self.train.seed,
             stop,
             weights,
+            ..GenerateConfig::default()
         })
     }
 }
