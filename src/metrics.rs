@@ -106,27 +106,6 @@ pub fn softmax(logits: &[f64]) -> Vec<f64> {
     row
 }
 
-/// The predictive probabilities of several draws: the mean over draws of each row's [`softmax`].
-/// `draws` is draws of rows of logits, `(s, n, c)`; the result is `(n, c)`.
-///
-/// # Errors
-/// If there is no draw, or if draws differ in shape.
-pub fn average_draws(draws: &[Vec<Vec<f64>>]) -> Result<Vec<Vec<f64>>> {
-    let Some(first) = draws.first() else {
-        return Err(Error::config("draws", "there is no draw to average"));
-    };
-    let mut mean: Vec<Vec<f64>> = first.iter().map(|row| vec![0.0; row.len()]).collect();
-    for (s, draw) in draws.iter().enumerate() {
-        if draw.len() != mean.len() || draw.iter().zip(&mean).any(|(row, m)| row.len() != m.len()) {
-            return Err(Error::config("draws", format!("draw {s} differs in shape from draw 0")));
-        }
-        for (m, row) in mean.iter_mut().zip(draw) {
-            m.iter_mut().zip(softmax(row)).for_each(|(m, p)| *m += p / draws.len() as f64);
-        }
-    }
-    Ok(mean)
-}
-
 /// The share of equal entries.
 ///
 /// # Errors
