@@ -13,6 +13,7 @@ mod simd;
 pub mod special;
 #[cfg(test)]
 mod testing;
+mod util;
 
 // Floor 1: probability.
 pub mod dist;

@@ -1,0 +1,3 @@
+//! Small tools that every floor uses.
+
+pub(crate) mod finite;
