@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{inject, with_share, Target};
+use super::injection::{inject, with_share};
+use super::targets::Target;
 use crate::adapters::{low_rank, Lora};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};

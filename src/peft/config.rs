@@ -10,8 +10,8 @@ use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::patterns::is_plain;
 use crate::error::{Error, Result};
+use crate::inject::patterns::is_plain;
 
 /// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -8,7 +8,6 @@ mod config;
 mod files;
 mod keys;
 mod model;
-mod patterns;
 mod profile;
 mod targets;
 
@@ -18,6 +17,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::monteclora::MonteCLoRAConfig;
+use crate::util::finite::first_non_finite;
 
 pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
 pub use files::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
@@ -187,9 +187,8 @@ impl AdapterFile {
 
 /// Checks that every value of `tensor` is finite.
 fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    match values.iter().position(|value| !value.is_finite()) {
-        Some(at) => Err(Error::tensor(name, format!("value {at} is {}", values[at]))),
+    match first_non_finite(tensor)? {
+        Some((at, value)) => Err(Error::tensor(name, format!("value {at} is {value}"))),
         None => Ok(()),
     }
 }

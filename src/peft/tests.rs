@@ -292,7 +292,7 @@ fn settings_of_other_versions_are_passed_over() -> Result<()> {
     files
         .tensors
         .retain(|key, _| key.ends_with("value.lora_A.weight") || key.ends_with("value.lora_B.weight"));
-    assert_eq!(files.read()?.config.scale_of(V)?, 2.0);
+    assert_eq!(files.read()?.config.scales_of(&[V])?, [2.0]);
     Ok(())
 }
 

@@ -50,7 +50,7 @@ fn serving_computes_the_same_for_every_reader() -> Result<()> {
             assert!(layer.sampler.is_none() && layer.a.dim(0)? == 3, "{case}");
             // As vLLM computes it: one rank and one alpha; llama.cpp: alpha over the tensor's rank.
             let scale = if read.config.use_rslora { 7.0 / 3f64.sqrt() } else { 7.0 / layer.a.dim(0)? as f64 };
-            let was = update(&file, path, file.config.scale_of(path)?)?;
+            let was = update(&file, path, file.config.scales_of(&[path])?[0])?;
             let pairs = was.into_iter().zip(update(&read, path, scale)?);
             assert!(pairs.into_iter().all(|(x, y)| (x - y).abs() <= 1e-5 * x.abs()), "{case}: {path}");
         }

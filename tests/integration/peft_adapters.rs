@@ -21,7 +21,7 @@ fn peft_s_monteclora_adapter_is_understood() -> Result<()> {
     let sampler = layer.sampler.as_ref().expect("MonteCLoRA has a sampler");
     assert_eq!((layer.a.dim(0)?, layer.b.dim(1)?), (4, 4));
     assert_eq!((sampler.std_prior.dims(), sampler.expert_weights_prior.dims()), (&[4][..], &[3][..]));
-    assert_eq!(file.config.scale_of(query)?, 2.0);
+    assert_eq!(file.config.scales_of(&[query])?, [2.0]);
     let expected = MonteCLoRAConfig {
         rank: 4,
         alpha: 8.0,
@@ -47,7 +47,7 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
     for (path, layer) in &file.layers {
         let (rank, scale) = if path.ends_with("value") { (2, 10.0 / 2f64.sqrt()) } else { (4, 3.0) };
         assert_eq!(layer.a.dim(0)?, rank, "{path}");
-        assert!((file.config.scale_of(path)? - scale).abs() < 1e-12, "{path}");
+        assert!((file.config.scales_of(&[path])?[0] - scale).abs() < 1e-12, "{path}");
         assert!(layer.sampler.is_none());
     }
     assert!(matches!(file.method(), Method::Lora(_)));
