@@ -142,9 +142,9 @@ mod tests {
         let cases = [
             (Sampling::ArgMax, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
             (Sampling::All { temperature }, [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]),
-            // The square roots of the probabilities, and their squares.
-            (Sampling::All { temperature: 2.0 }, [0.1046, 0.2957, 0.0, 0.2338, 0.2091, 0.1478]),
-            (Sampling::All { temperature: 0.5 }, [0.0093, 0.5926, 0.0, 0.2315, 0.1481, 0.0370]),
+            // The square roots of the probabilities, and their squares: [x ** 0.5 / sum(y ** 0.5 for y in p) ..]
+            (Sampling::All { temperature: 2.0 }, [0.1055, 0.2984, 0.0, 0.2359, 0.2110, 0.1492]),
+            (Sampling::All { temperature: 0.5 }, [0.0091, 0.5818, 0.0, 0.2273, 0.1455, 0.0364]),
             (Sampling::TopK { k: 2, temperature }, [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0, 0.0]),
             (Sampling::TopK { k: 99, temperature }, [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]),
             // 0.65 is not yet 0.66: the third belongs to it.
