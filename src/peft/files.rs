@@ -8,18 +8,13 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
 
+use super::adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 use super::config::PeftConfig;
 use super::keys::{self, Key, Part};
-use super::{AdapterFile, LayerTensors, Profile, SamplerTensors};
+use super::profile::Profile;
 use crate::error::{Error, Result};
 use crate::files::{self, Pending};
 
-/// The name of the configuration's file.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The name of the tensors' file.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// The name of the file with what this crate remembers beyond PEFT's format.
-pub const OWN_FILE: &str = "monteclora.json";
 /// The tensors' file as older versions of PEFT pickled it.
 const PICKLE: &str = "adapter_model.bin";
 

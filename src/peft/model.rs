@@ -1,13 +1,14 @@
-//! Between an adapter on disk and the slots of a model: which of this crate's adapters a file
-//! means, taking one from a model, and putting one into a model.
+//! Between an adapter on disk and the slots of a model: taking one from a model, and putting one into
+//! a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::{MonteCLoRAFields, PeftConfig, Targets};
+use super::adapter::{AdapterFile, LayerTensors, SamplerTensors};
+use super::config::Targets;
 use super::keys::{self, Part};
-use super::{AdapterFile, LayerTensors, SamplerTensors};
+use super::method::Method;
 use crate::adapters::{Lora, LoraConfig, LowRank};
 use crate::error::{Error, Result};
 use crate::inject::{self, Target};
@@ -15,16 +16,6 @@ use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 use crate::named::{self, check_unmerged};
 use crate::params::{Params, Role};
 use crate::slot::{Adapter, Linears, Slot};
-
-/// The adapter that a file holds, in this crate's own words.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum Method {
-    /// LoRA.
-    Lora(LoraConfig),
-    /// MonteCLoRA.
-    MonteCLoRA(MonteCLoRAConfig),
-}
 
 /// What an adapter was trained for.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -94,43 +85,6 @@ impl AdapterFile {
         let file = Self { config, layers, saved_modules, monteclora };
         file.check()?;
         Ok(file)
-    }
-
-    /// What the file's layers are to be made with: PEFT's settings and, where this crate wrote
-    /// the file, its own.
-    ///
-    /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
-    pub fn method(&self) -> Method {
-        let config = &self.config;
-        let (rank, alpha, dropout, use_rslora) =
-            (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora);
-        let Some(fields) = &config.monteclora_config else {
-            return Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora });
-        };
-        let own = self.monteclora.clone().unwrap_or_else(MonteCLoRAConfig::peft);
-        let cooperative_weight = match (fields.use_entropy, own.cooperative_weight > 0.0) {
-            (false, _) => 0.0,
-            (true, true) => own.cooperative_weight,
-            (true, false) => 1.0,
-        };
-        Method::MonteCLoRA(MonteCLoRAConfig {
-            rank,
-            alpha,
-            dropout,
-            use_rslora,
-            num_components: fields.num_samples,
-            sample_scaler: fields.sample_scaler,
-            kl_weight: fields.kl_loss_weight,
-            dirichlet_prior: fields.dirichlet_prior,
-            cooperative_weight,
-            // PEFT's buffer holds at least one draw, ours may be none.
-            buffer_size: if fields.buffer_size == own.buffer_size.max(1) {
-                own.buffer_size
-            } else {
-                fields.buffer_size
-            },
-            ..own
-        })
     }
 
     /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and
@@ -293,34 +247,6 @@ impl AdapterFile {
         match self.method() {
             Method::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
             Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
-        }
-    }
-}
-
-impl Method {
-    /// PEFT's settings of this method, without targets.
-    fn to_peft(&self) -> PeftConfig {
-        let (rank, alpha, dropout, use_rslora, fields) = match self {
-            Self::Lora(c) => (c.rank, c.alpha, c.dropout, c.use_rslora, None),
-            Self::MonteCLoRA(c) => {
-                let fields = MonteCLoRAFields {
-                    num_samples: c.num_components,
-                    use_entropy: c.cooperative_weight > 0.0,
-                    dirichlet_prior: c.dirichlet_prior,
-                    sample_scaler: c.sample_scaler,
-                    kl_loss_weight: c.kl_weight,
-                    buffer_size: c.buffer_size.max(1),
-                };
-                (c.rank, c.alpha, c.dropout, c.use_rslora, Some(fields))
-            }
-        };
-        PeftConfig {
-            r: rank,
-            lora_alpha: alpha,
-            lora_dropout: dropout,
-            use_rslora,
-            monteclora_config: fields,
-            ..PeftConfig::default()
         }
     }
 }

@@ -1,10 +1,14 @@
 //! From a model to a folder and back, and what does not fit.
 
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
 use crate::adapters::{Lora, LoraConfig};
-use crate::monteclora::MonteCLoRA;
+use crate::error::{Error, Result};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 use crate::noise::Noise;
 use crate::params::{Params, Role};
 use crate::slot::{Linears, Pass, Slot};

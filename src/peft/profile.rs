@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::adapter::{AdapterFile, LayerTensors};
 use super::config::Targets;
-use super::{AdapterFile, LayerTensors};
 use crate::error::{Error, Result};
 
 /// Who an adapter is written for.

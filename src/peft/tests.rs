@@ -3,9 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Value};
 
+use super::keys::Part;
 use super::*;
+use crate::error::Result;
 
 pub(super) const Q: &str = "roberta.encoder.layer.0.attention.self.query";
 pub(super) const V: &str = "roberta.encoder.layer.0.attention.self.value";

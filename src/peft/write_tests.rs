@@ -1,9 +1,11 @@
 //! What is written for whom, and what a crash in between leaves.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use super::tests::{adapter, filled, values, Q, V};
 use super::*;
+use crate::error::Result;
 use crate::monteclora::MonteCLoRAConfig;
 
 /// The update of the layer at `path` at the scale that a reader gives it.
