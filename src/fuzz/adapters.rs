@@ -7,7 +7,7 @@ use super::json::Documents;
 use super::tensors::TensorFiles;
 use super::{Folder, Input, Reader, Rng};
 use crate::monteclora::MonteCLoRAConfig;
-use crate::peft::{AdapterFile, Profile, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
+use crate::peft::{AdapterFile, ExportFormat, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 
 const PRE: &str = "base_model.model.";
 
@@ -115,7 +115,7 @@ fn peft_folders() {
         }
         assert!(!format!("{:?}", file.method()).is_empty());
         // A huge alpha may leave single precision, which is refused and no matter of the file's.
-        file.for_profile(Profile::Serving { fold_rslora: true }).and_then(|served| served.check()).ok();
+        file.exported(ExportFormat::Serving { fold_rslora: true }).and_then(|served| served.check()).ok();
         Ok(())
     };
     read(&folder.put(Input { kind: 0, files: sound.to_vec() })).unwrap();

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::config::PeftConfig;
-use super::keys::{self, Part};
-use super::method::Method;
+use super::keys::{self, TensorKind};
+use super::method::AdapterMethod;
 use crate::error::{Error, Result};
 use crate::monteclora::MonteCLoRAConfig;
 use crate::util::finite::first_non_finite;
@@ -80,15 +80,15 @@ impl SamplerTensors {
 }
 
 impl LayerTensors {
-    pub(super) fn part(&self, part: Part) -> Option<&Tensor> {
+    pub(super) fn tensor(&self, kind: TensorKind) -> Option<&Tensor> {
         let sampler = self.sampler.as_ref();
-        match part {
-            Part::A => Some(&self.a),
-            Part::B => Some(&self.b),
-            Part::StdPrior => sampler.map(|s| &s.std_prior),
-            Part::ExpertWeightsPrior => sampler.map(|s| &s.expert_weights_prior),
-            Part::ExpertWeights => sampler.map(|s| &s.expert_weights),
-            Part::GaussianVarPrior => sampler.map(|s| &s.gaussian_var_prior),
+        match kind {
+            TensorKind::A => Some(&self.a),
+            TensorKind::B => Some(&self.b),
+            TensorKind::StdPrior => sampler.map(|s| &s.std_prior),
+            TensorKind::ExpertWeightsPrior => sampler.map(|s| &s.expert_weights_prior),
+            TensorKind::ExpertWeights => sampler.map(|s| &s.expert_weights),
+            TensorKind::GaussianVarPrior => sampler.map(|s| &s.gaussian_var_prior),
         }
     }
 }
@@ -102,7 +102,7 @@ impl AdapterFile {
     /// [`Error::Tensor`] naming the tensor as it is called on disk, or [`Error::Config`].
     pub fn check(&self) -> Result<()> {
         self.config.check().map_err(|reason| Error::config("adapter configuration", reason))?;
-        if let (Some(own), Method::MonteCLoRA(used)) = (&self.monteclora, self.method()) {
+        if let (Some(own), AdapterMethod::MonteCLoRA(used)) = (&self.monteclora, self.method()) {
             let valid = own.validate().and_then(|()| used.validate());
             valid.map_err(|error| Error::config(OWN_FILE, error.to_string()))?;
         }
@@ -115,7 +115,10 @@ impl AdapterFile {
         self.config.alphas_of(&paths)?;
         for (((path, layer), is_target), rank) in self.layers.iter().zip(targets).zip(ranks) {
             if !is_target {
-                return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
+                return Err(Error::tensor(
+                    TensorKind::A.key(path),
+                    "target_modules does not name this layer",
+                ));
             }
             self.check_layer(path, layer, rank)?;
         }
@@ -141,8 +144,8 @@ impl AdapterFile {
     /// the file, its own.
     ///
     /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
-    pub fn method(&self) -> Method {
-        Method::from_peft(&self.config, self.monteclora.as_ref())
+    pub fn method(&self) -> AdapterMethod {
+        AdapterMethod::from_peft(&self.config, self.monteclora.as_ref())
     }
 
     fn check_layer(&self, path: &str, layer: &LayerTensors, rank: usize) -> Result<()> {
@@ -151,26 +154,26 @@ impl AdapterFile {
             (None, None) => 0,
             (Some(_), None) => {
                 let reason = "it is missing, although the configuration has a monteclora_config";
-                return Err(Error::tensor(Part::StdPrior.key(path), reason));
+                return Err(Error::tensor(TensorKind::StdPrior.key(path), reason));
             }
             (None, Some(_)) => {
                 let reason = "it is there, although the configuration has no monteclora_config";
-                return Err(Error::tensor(Part::StdPrior.key(path), reason));
+                return Err(Error::tensor(TensorKind::StdPrior.key(path), reason));
             }
         };
-        for part in Part::ALL {
-            let Some(tensor) = layer.part(part) else { continue };
-            let key = part.key(path);
-            let (fits, expected) = match (part, tensor.dims()) {
-                (Part::A, dims) => {
+        for kind in TensorKind::ALL {
+            let Some(tensor) = layer.tensor(kind) else { continue };
+            let key = kind.key(path);
+            let (fits, expected) = match (kind, tensor.dims()) {
+                (TensorKind::A, dims) => {
                     (matches!(dims, [r, n] if *r == rank && *n > 0), format!("({rank}, in_dim)"))
                 }
-                (Part::B, dims) => {
+                (TensorKind::B, dims) => {
                     (matches!(dims, [n, r] if *r == rank && *n > 0), format!("(out_dim, {rank})"))
                 }
-                (Part::StdPrior, dims) => (dims == [rank], format!("({rank})")),
-                (Part::GaussianVarPrior, dims) => (dims == [rank, rank], format!("({rank}, {rank})")),
-                (Part::ExpertWeightsPrior | Part::ExpertWeights, dims) => {
+                (TensorKind::StdPrior, dims) => (dims == [rank], format!("({rank})")),
+                (TensorKind::GaussianVarPrior, dims) => (dims == [rank, rank], format!("({rank}, {rank})")),
+                (TensorKind::ExpertWeightsPrior | TensorKind::ExpertWeights, dims) => {
                     (dims == [components], format!("({components})"))
                 }
             };

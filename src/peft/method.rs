@@ -7,14 +7,14 @@ use crate::monteclora::MonteCLoRAConfig;
 /// The adapter that a file holds, in this crate's own words.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub enum Method {
+pub enum AdapterMethod {
     /// LoRA.
     Lora(LoraConfig),
     /// MonteCLoRA.
     MonteCLoRA(MonteCLoRAConfig),
 }
 
-impl Method {
+impl AdapterMethod {
     /// What a configuration means together with this crate's own settings.
     pub(super) fn from_peft(config: &PeftConfig, own: Option<&MonteCLoRAConfig>) -> Self {
         let (rank, alpha, dropout, use_rslora) =

@@ -6,18 +6,18 @@
 
 mod adapter;
 mod config;
+mod export;
 mod files;
 mod keys;
 mod method;
 mod model;
-mod profile;
 mod targets;
 
 pub use adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
-pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
-pub use method::Method;
-pub use model::Origin;
-pub use profile::Profile;
+pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, TargetModules};
+pub use export::ExportFormat;
+pub use method::AdapterMethod;
+pub use model::AdapterMetadata;
 
 #[cfg(test)]
 mod model_tests;

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Tensor};
 
 use super::adapter::{AdapterFile, LayerTensors, SamplerTensors};
-use super::config::Targets;
-use super::keys::{self, Part};
-use super::method::Method;
+use super::config::TargetModules;
+use super::keys::{self, TensorKind};
+use super::method::AdapterMethod;
 use crate::adapters::{Lora, LoraConfig, LowRank};
 use crate::error::{Error, Result};
 use crate::inject::{self, Target};
@@ -19,7 +19,7 @@ use crate::slot::{Adapter, Linears, Slot};
 
 /// What an adapter was trained for.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Origin {
+pub struct AdapterMetadata {
     /// The base model: a hub repository or a folder.
     pub base_model: Option<String>,
     /// The base model's revision.
@@ -40,8 +40,8 @@ impl AdapterFile {
         model: &dyn Linears,
         adapter: &str,
         params: &Params,
-        method: &Method,
-        origin: &Origin,
+        method: &AdapterMethod,
+        metadata: &AdapterMetadata,
     ) -> Result<Self> {
         let (mut layers, mut scales, mut others) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         model.visit_linears(&mut |slot| {
@@ -63,10 +63,10 @@ impl AdapterFile {
         let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
 
         let mut config = method.to_peft();
-        config.target_modules = Some(Targets::Names(targets(layers.keys(), &others)));
-        config.modules_to_save = modules(saved_modules.keys(), origin.task.as_deref());
-        config.base_model_name_or_path = origin.base_model.clone();
-        (config.revision, config.task_type) = (origin.revision.clone(), origin.task.clone());
+        config.target_modules = Some(TargetModules::Names(targets(layers.keys(), &others)));
+        config.modules_to_save = modules(saved_modules.keys(), metadata.task.as_deref());
+        config.base_model_name_or_path = metadata.base_model.clone();
+        (config.revision, config.task_type) = (metadata.revision.clone(), metadata.task.clone());
         for (path, layer) in &layers {
             let rank = layer.a.dim(0)?;
             if rank != config.r {
@@ -79,8 +79,8 @@ impl AdapterFile {
             }
         }
         let monteclora = match method {
-            Method::Lora(_) => None,
-            Method::MonteCLoRA(config) => Some(config.clone()),
+            AdapterMethod::Lora(_) => None,
+            AdapterMethod::MonteCLoRA(config) => Some(config.clone()),
         };
         let file = Self { config, layers, saved_modules, monteclora };
         file.check()?;
@@ -105,8 +105,8 @@ impl AdapterFile {
         self.check()?;
         self.check_model(model, adapter, params)?;
         let method = match self.method() {
-            Method::MonteCLoRA(config) => {
-                Method::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
+            AdapterMethod::MonteCLoRA(config) => {
+                AdapterMethod::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
             }
             lora => lora,
         };
@@ -130,7 +130,7 @@ impl AdapterFile {
     /// The adapter of one layer, with the file's values.
     fn layer(
         &self,
-        method: &Method,
+        method: &AdapterMethod,
         slot: &Slot,
         target: &Target,
         adapter: &str,
@@ -138,11 +138,11 @@ impl AdapterFile {
     ) -> Result<Box<dyn Adapter>> {
         let (path, dims, rank, alpha) = (slot.path(), slot.dims()?, target.rank, target.alpha);
         let made: Box<dyn Adapter> = match method {
-            Method::Lora(config) => {
+            AdapterMethod::Lora(config) => {
                 let config = LoraConfig { rank, alpha, ..config.clone() };
                 Box::new(Lora::new(params, path, adapter, dims, &config)?)
             }
-            Method::MonteCLoRA(config) => {
+            AdapterMethod::MonteCLoRA(config) => {
                 let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
                 Box::new(MonteCLoRA::new(params, path, adapter, dims, &config)?)
             }
@@ -169,8 +169,8 @@ impl AdapterFile {
         // PEFT resolves `all-linear` when it saves; a file that still has it does not say which.
         let resolved = match &self.config.target_modules {
             None => false,
-            Some(Targets::Pattern(word)) => word != "all-linear",
-            Some(Targets::Names(_)) => true,
+            Some(TargetModules::Pattern(word)) => word != "all-linear",
+            Some(TargetModules::Names(_)) => true,
         };
         let named: BTreeMap<&str, bool> = match resolved {
             true => paths.iter().copied().zip(self.config.are_targets(&paths)?).collect(),
@@ -179,7 +179,7 @@ impl AdapterFile {
         model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
             Some(layer) => self.check_slot(slot, layer, alphas[slot.path()], adapter, params),
             None if named.get(slot.path()) == Some(&true) => Err(Error::tensor(
-                Part::A.key(slot.path()),
+                TensorKind::A.key(slot.path()),
                 "it is missing, although target_modules names the layer",
             )),
             None => Ok(()),
@@ -228,37 +228,37 @@ impl AdapterFile {
     ) -> Result<()> {
         let (path, (in_dim, out_dim)) = (slot.path(), slot.dims()?);
         let rank = layer.a.dim(0)?;
-        for (part, tensor, expected) in
-            [(Part::A, &layer.a, [rank, in_dim]), (Part::B, &layer.b, [out_dim, rank])]
+        for (kind, tensor, expected) in
+            [(TensorKind::A, &layer.a, [rank, in_dim]), (TensorKind::B, &layer.b, [out_dim, rank])]
         {
             if tensor.dims() != expected {
                 let reason = format!("the layer needs shape {expected:?}, got {:?}", tensor.dims());
-                return Err(Error::tensor(part.key(path), reason));
+                return Err(Error::tensor(kind.key(path), reason));
             }
         }
         if rank > in_dim.min(out_dim) {
             let reason = format!("rank {rank} is above min(in_dim, out_dim) = {}", in_dim.min(out_dim));
-            return Err(Error::tensor(Part::A.key(path), reason));
+            return Err(Error::tensor(TensorKind::A.key(path), reason));
         }
         let name = format!("{path}.{adapter}.a");
         if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
         }
         match self.method() {
-            Method::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
-            Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
+            AdapterMethod::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
+            AdapterMethod::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
         }
     }
 }
 
 /// The scale and the tensors of one layer's adapter.
-fn take(path: &str, adapter: &dyn Adapter, method: &Method) -> Result<(f64, LayerTensors)> {
+fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f64, LayerTensors)> {
     let (pair, sampler): (&LowRank, _) = match method {
-        Method::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
+        AdapterMethod::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
             Some(lora) => (lora.low_rank(), None),
             None => return Err(Error::config("method", format!("the adapter of {path} is not LoRA"))),
         },
-        Method::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
+        AdapterMethod::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
             Some(layer) => {
                 let posterior = layer.posterior();
                 let (own, of_file) = (posterior.sample_scaler(), config.sample_scaler);

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::config::{OneOrMany, PeftConfig, Targets};
+use super::config::{OneOrMany, PeftConfig, TargetModules};
 use crate::adapters::low_rank;
 use crate::error::Result;
 use crate::inject::patterns::{block_numbers, ends, first_values, matching, Pattern};
@@ -20,7 +20,7 @@ impl PeftConfig {
             chosen.iter_mut().zip(left_out).for_each(|(chosen, out)| *chosen &= !out);
         }
         let indices = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        let Some(Targets::Names(named)) = &self.target_modules else { return Ok(chosen) };
+        let Some(TargetModules::Names(named)) = &self.target_modules else { return Ok(chosen) };
         if indices.is_empty() {
             return Ok(chosen);
         }
@@ -79,13 +79,13 @@ impl PeftConfig {
 }
 
 /// Which of the layers at `paths` the `targets` name.
-fn names(targets: &Targets, paths: &[&str], option: &str) -> Result<Vec<bool>> {
+fn names(targets: &TargetModules, paths: &[&str], option: &str) -> Result<Vec<bool>> {
     match targets {
         // PEFT resolves the word to names when it saves; a file that still has it means every
         // linear layer, and the tensors say which those are.
-        Targets::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
-        Targets::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
-        Targets::Names(names) => {
+        TargetModules::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
+        TargetModules::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
+        TargetModules::Names(names) => {
             let names: HashSet<&str> = names.iter().map(String::as_str).collect();
             Ok(paths.iter().map(|path| ends(path).any(|end| names.contains(end))).collect())
         }

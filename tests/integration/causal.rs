@@ -9,7 +9,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops;
 use monteclora::params::Role;
-use monteclora::peft::{AdapterFile, Origin};
+use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -71,7 +71,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     Start::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
     scatter(&params)?;
     let adapter = lora.adapter().ok_or("an adapter")?;
-    let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &Origin::default())?;
+    let file =
+        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &AdapterMetadata::default())?;
     let logits = |model: &LlamaForCausalLM, pass: &Pass| -> Outcome<Tensor> {
         let ids = Tensor::new(&[[1u32, 41, 3, 4, 5]], &Device::Cpu)?;
         Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, pass)?.detach())
@@ -103,8 +104,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert!((draw - mean)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
 
     let adapter = start.method().adapter().ok_or("an adapter")?;
-    let write = |method: &monteclora::peft::Method| {
-        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &Origin::default())
+    let write = |method: &monteclora::peft::AdapterMethod| {
+        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &AdapterMetadata::default())
     };
     let file = write(&adapter)?;
     let error = Start::PostHoc(Box::new(file), MonteCLoRAConfig::default());
@@ -113,7 +114,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert!(error.contains("it has a posterior already"), "{error}");
     // One file has one scaler: another in a layer would be lost.
     let narrow = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.2, ..Default::default() };
-    let error = write(&monteclora::peft::Method::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
+    let error =
+        write(&monteclora::peft::AdapterMethod::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
     assert!(error.contains("invalid sample_scaler: that of") && error.contains("is 0.1"), "{error}");
     Ok(())
 }

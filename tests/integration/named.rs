@@ -10,7 +10,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::named;
 use monteclora::params::Role;
-use monteclora::peft::{AdapterFile, Method, Origin};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::slot::Linears;
 use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{Params, Pass, Regularizer};
@@ -24,9 +24,14 @@ fn second() -> Outcome<(AdapterFile, Vec<f32>)> {
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
     inject::lora(&mut model, &Targets::default(), &lora(), &params)?;
     scatter(&params)?;
-    let method = Method::Lora(lora());
-    let file =
-        AdapterFile::from_model(&model, inject::DEFAULT_ADAPTER, &params, &method, &Origin::default())?;
+    let method = AdapterMethod::Lora(lora());
+    let file = AdapterFile::from_model(
+        &model,
+        inject::DEFAULT_ADAPTER,
+        &params,
+        &method,
+        &AdapterMetadata::default(),
+    )?;
     Ok((file, logits(&model, &Pass::Mean)?))
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result as CandleResult, Tensor};
 use monteclora::monteclora::MonteCLoRAConfig;
-use monteclora::peft::{AdapterFile, Method, Profile, WEIGHTS_FILE};
+use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
 use monteclora::Result;
 
 fn folder(name: &str) -> PathBuf {
@@ -34,7 +34,7 @@ fn peft_s_monteclora_adapter_is_understood() -> Result<()> {
         buffer_size: 15,
         ..MonteCLoRAConfig::peft()
     };
-    assert_eq!(file.method(), Method::MonteCLoRA(expected));
+    assert_eq!(file.method(), AdapterMethod::MonteCLoRA(expected));
     let heads: Vec<&str> = file.saved_modules.keys().map(String::as_str).collect();
     let names = ["classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias"];
     assert_eq!(heads, [&names[..], &["classifier.out_proj.weight"]].concat());
@@ -50,7 +50,7 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
         assert!((file.config.scales_of(&[path])?[0] - scale).abs() < 1e-12, "{path}");
         assert!(layer.sampler.is_none());
     }
-    assert!(matches!(file.method(), Method::Lora(_)));
+    assert!(matches!(file.method(), AdapterMethod::Lora(_)));
     Ok(())
 }
 
@@ -58,7 +58,7 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
 fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
     for name in ["roberta_monteclora", "bert_lora"] {
         let dir = tempfile::tempdir().map_err(monteclora::Error::io(name))?;
-        AdapterFile::read(folder(name))?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+        AdapterFile::read(folder(name))?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let load = |dir: &Path| candle_core::safetensors::load(dir.join(WEIGHTS_FILE), &Device::Cpu);
         let (theirs, ours) = (load(&folder(name))?, load(dir.path())?);
         assert_eq!(theirs.len(), ours.len());
