@@ -3,7 +3,6 @@
 use rand::Rng;
 
 use crate::error::{Error, Result};
-use crate::special::softmax;
 
 /// How a token is chosen. Logits are divided by the temperature: a small one makes the likely tokens
 /// likelier.
@@ -75,45 +74,52 @@ impl Sampling {
         let best = (0..logits.len()).reduce(larger)?;
         let Some((temperature, k, p)) = self.parts() else { return Some(best as u32) };
         let top = f64::from(logits[best]);
-        let mut weights: Vec<f64> = logits.iter().map(|z| (f64::from(*z) - top) / temperature).collect();
-        softmax(&mut weights);
-        let tokens = candidates(&weights, k, p);
-        let total: f64 = tokens.iter().map(|token| weights[*token]).sum();
-        let (mut sum, target) = (0.0, rng.random::<f64>() * total);
-        let chosen = tokens.into_iter().find(|token| {
-            sum += weights[*token];
+        // Less the largest before all else: nothing overflows, whatever the temperature.
+        let weight = |logit: &f32| (((f64::from(*logit) - top) / temperature) as f32).exp();
+        let tokens = candidates(logits.iter().map(weight), k, p);
+        let (mut sum, target) = (0.0, rng.random::<f64>() * total(&tokens));
+        let chosen = tokens.into_iter().find(|(_, weight)| {
+            sum += f64::from(*weight);
             sum > target
         });
-        chosen.map(|token| token as u32)
+        chosen.map(|(token, _)| token as u32)
     }
 }
 
-/// The first `k` tokens of the nucleus of probability `p`: by their weights, or, where every token
-/// is one, by their numbers.
-fn candidates(weights: &[f64], k: usize, p: f64) -> Vec<usize> {
-    let mut tokens: Vec<usize> = (0..weights.len()).collect();
+fn total(tokens: &[(usize, f32)]) -> f64 {
+    tokens.iter().map(|(_, weight)| f64::from(*weight)).sum()
+}
+
+/// The first `k` tokens of the nucleus of the share `p`, with their weights: by these, or, where every
+/// token is one, by their numbers.
+fn candidates(weights: impl Iterator<Item = f32>, k: usize, p: f64) -> Vec<(usize, f32)> {
+    let mut tokens: Vec<(usize, f32)> = weights.enumerate().collect();
+    if p >= 1.0 && k >= tokens.len() {
+        return tokens;
+    }
+    let all = total(&tokens);
     if p < 1.0 {
         // All tokens below this have together less than half of what the nucleus leaves out, so none
         // of them is in it; without them there are few to sort.
-        let least = (1.0 - p) / (2.0 * weights.len() as f64);
-        tokens.retain(|token| weights[*token] >= least);
-    } else if k >= tokens.len() {
-        return tokens;
+        let least = (1.0 - p) * all / (2.0 * tokens.len() as f64);
+        tokens.retain(|(_, weight)| f64::from(*weight) >= least);
     }
-    let by_weight = |a: &usize, b: &usize| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b));
+    let by_weight = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if k < tokens.len() {
         tokens.select_nth_unstable_by(k, by_weight);
         tokens.truncate(k);
     }
     tokens.sort_unstable_by(by_weight);
-    let mut sum = 0.0;
-    let nucleus = tokens.iter().take_while(|token| {
-        let lacks = sum < p;
-        sum += weights[**token];
-        lacks
-    });
-    let nucleus = nucleus.count();
-    tokens.truncate(nucleus);
+    if p < 1.0 {
+        let mut sum = 0.0;
+        let nucleus = tokens.iter().take_while(|(_, weight)| {
+            let lacks = sum < p * all;
+            sum += f64::from(*weight);
+            lacks
+        });
+        let nucleus = nucleus.count();
+        tokens.truncate(nucleus);
+    }
     tokens
 }
 
@@ -170,26 +176,27 @@ mod tests {
 
     #[test]
     fn a_nucleus_among_many_is_that_of_all_sorted() {
-        let (mut z, n) = (vec![0.0; 4000], 4000);
-        Noise::new(2).stream("logits", Purpose::Init).fill_normal(0, &mut z);
-        let mut weights: Vec<f64> = z.iter().map(|z| 4.0 * z).collect();
-        softmax(&mut weights);
-        let mut sorted: Vec<usize> = (0..n).collect();
-        sorted.sort_by(|a, b| weights[*b].total_cmp(&weights[*a]));
+        let mut z = vec![0f32; 4000];
+        Noise::new(2).stream("logits", Purpose::Init).fill_normal_f32(0, &mut z);
+        let weights: Vec<(usize, f32)> = z.iter().map(|z| (4.0 * z).exp()).enumerate().collect();
+        let found = |k, p| candidates(weights.iter().map(|(_, weight)| *weight), k, p);
+        let mut sorted = weights.clone();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
         for p in [1e-9, 0.1, 0.5, 0.9, 0.999] {
-            let mut sum = 0.0;
-            let mut want = Vec::new();
-            for token in &sorted {
-                if sum >= p {
+            let (mut sum, mut want) = (0.0, Vec::new());
+            for (token, weight) in &sorted {
+                if sum >= p * total(&weights) {
                     break;
                 }
-                sum += weights[*token];
-                want.push(*token);
+                sum += f64::from(*weight);
+                want.push((*token, *weight));
             }
-            assert_eq!(candidates(&weights, usize::MAX, p), want);
-            assert_eq!(candidates(&weights, 7, p), want[..want.len().min(7)]);
+            assert!(want.len() < 4000);
+            assert_eq!(found(usize::MAX, p), want);
+            assert_eq!(found(7, p), want[..want.len().min(7)]);
         }
-        assert_eq!(candidates(&weights, 7, 1.0), sorted[..7]);
+        assert_eq!(found(7, 1.0), sorted[..7]);
+        assert_eq!(found(4000, 1.0), weights);
     }
 
     #[test]
