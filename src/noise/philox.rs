@@ -82,9 +82,10 @@ mod tests {
         let (key, draw) = ([7, 9], 5 << 40 | 3);
         for number in [0, 1, 1 << 30] {
             let words = group(key, draw, number);
-            for lane in 0..LANES {
-                let want = block(key, draw, number * LANES as u64 + lane as u64);
-                assert_eq!([0, 1, 2, 3].map(|word| words[word][lane]), want);
+            let blocks: Vec<[u32; 4]> =
+                (0..LANES).map(|lane| block(key, draw, number * LANES as u64 + lane as u64)).collect();
+            for (word, lanes) in words.iter().enumerate() {
+                assert!(lanes.iter().zip(&blocks).all(|(lane, block)| *lane == block[word]));
             }
         }
     }
