@@ -17,7 +17,6 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::monteclora::{DrawNoise, Posterior};
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use monteclora::{DrawNoise, Posterior};

@@ -8,14 +8,11 @@ use monteclora::adapter::AdaptableModel;
 use monteclora::adapter::Role;
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::inject::activate;
-use monteclora::inject::activate;
 use monteclora::inject::{self, Target, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
-use monteclora::peft::{AdapterFile, Method, Origin};
-use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{Params, Pass, Regularizer};
 
 fn lora() -> LoraConfig {

@@ -4,9 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result as CandleResult, Tensor};
-use monteclora::monteclora::MonteCLoRAConfig;
 use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
-use monteclora::peft::{AdapterFile, Method, Profile, WEIGHTS_FILE};
 use monteclora::MonteCLoRAConfig;
 use monteclora::Result;
 
