@@ -8,13 +8,11 @@
 
 // Floor 0, the ground: knows nothing of the method.
 pub mod error;
-#[cfg(test)]
-mod fuzz;
 mod kernels;
 pub mod noise;
 pub mod ops;
 pub mod special;
-#[cfg(test)]
+#[cfg(all(test, feature = "train"))]
 mod testing;
 pub mod util;
 

@@ -8,7 +8,7 @@ use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptCo
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
-    fingerprint, Checkpoints, Method, OnNonFinite, Schedule, Settings, Start, TrainConfig,
+    fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
 use monteclora::util::files;
 use monteclora::{Error, MonteCLoRAConfig};
@@ -86,16 +86,16 @@ impl MethodOptions {
     }
 
     /// What the method of this name starts from, in a run that writes below `out`.
-    pub fn start(&self, name: &str, out: Option<&Path>) -> Outcome<Start> {
+    pub fn start(&self, name: &str, out: Option<&Path>) -> Outcome<MethodInit> {
         if let (Some(dir), Some(out)) = (&self.adapter, out) {
             check_apart("--adapter", dir, &out.join("adapter"))?;
         }
         Ok(match &self.adapter {
             Some(dir) if self.post_hoc => {
-                Start::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
+                MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
             }
-            Some(dir) => Start::Adapter(Box::new(AdapterFile::read(dir)?)),
-            None => Start::Fresh(self.method(name)?, self.targets()?),
+            Some(dir) => MethodInit::Adapter(Box::new(AdapterFile::read(dir)?)),
+            None => MethodInit::Fresh(self.method(name)?, self.targets()?),
         })
     }
 

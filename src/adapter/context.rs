@@ -14,6 +14,32 @@ use crate::util::check::positive;
 /// perturbation's scale, what a prediction keeps, who watches. Cheap to clone; clones share.
 ///
 /// Most callers have a [`Pass`] alone: `&pass.into()`.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::Linear;
+/// use monteclora::ops::OpPath;
+/// use monteclora::{Context, DrawCache, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Pass};
+///
+/// let device = Device::Cpu;
+/// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);
+/// let params = Params::new(Noise::new(0), &device);
+/// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
+/// let layer = MonteCLoRALinear::new(base, &params, "proj", &config)?;
+/// params.set("proj.default.b", &Tensor::ones((6, 2), DType::F32, &device)?)?;
+/// let xs = Tensor::ones((1, 4), DType::F32, &device)?;
+///
+/// // Draw 3 of the posterior, made once for all batches of a prediction.
+/// let draws = DrawCache::default();
+/// let predict = Context::from(Pass::Posterior { draw: 3 }).with_draws(&draws);
+/// let one = layer.forward_with(&xs, &predict)?.to_vec2::<f32>()?;
+/// assert_eq!(one, layer.forward_with(&xs, &predict)?.to_vec2::<f32>()?);
+/// // The same on the path that a device without kernels of ours takes.
+/// let composed = layer.forward_with(&xs, &predict.with_path(OpPath::Composed))?.to_vec2::<f32>()?;
+/// assert!((one[0][0] - composed[0][0]).abs() < 1e-5);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Context {
     /// Which weights.

@@ -12,6 +12,26 @@ use crate::error::{Error, Result};
 use crate::ops;
 
 /// A linear layer of a model: its base weight and its adapters, of which at most one is active.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::Linear;
+/// use monteclora::adapters::{Lora, LoraConfig};
+/// use monteclora::{AdaptableLinear, Noise, Params, Pass};
+///
+/// let (device, params) = (Device::Cpu, Params::new(Noise::new(1), &Device::Cpu));
+/// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);
+/// let mut layer = AdaptableLinear::new("block.proj", base);
+/// let config = LoraConfig { rank: 2, ..Default::default() };
+/// layer.add("task", Box::new(Lora::new(&params, layer.path(), "task", layer.dims()?, &config)?))?;
+/// assert_eq!(layer.active().map(|(name, _)| name), Some("task"));
+///
+/// layer.activate(None)?; // the base alone
+/// let ys = layer.forward(&Tensor::ones((1, 4), DType::F32, &device)?, &Pass::Mean.into())?;
+/// assert_eq!(ys.to_vec2::<f32>()?, [[4.0; 6]]);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct AdaptableLinear {
     path: String,

@@ -73,6 +73,20 @@ pub struct Param {
 }
 
 /// The store: a handle, cheap to clone; clones share their parameters.
+///
+/// # Example
+/// ```
+/// use candle_core::Device;
+/// use monteclora::{Init, Noise, Params, Role};
+///
+/// let params = Params::new(Noise::new(7), &Device::Cpu);
+/// let a = params.create("proj.default.a", Role::A, (2, 3), &Init::Uniform(-0.5, 0.5))?;
+/// params.create("proj.default.b", Role::B, (4, 2), &Init::Constant(0.0))?;
+/// assert_eq!((a.dims2()?, params.trainable_count()), ((2, 3), 14));
+/// params.set_trainable(Role::A, false); // the optimiser leaves it alone
+/// assert_eq!(params.trainable_count(), 8);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Params {
     entries: Arc<Mutex<BTreeMap<String, Param>>>,

@@ -1,5 +1,5 @@
 //! AdaLoRA (Zhang et al. 2023): a low rank in the form of a singular value decomposition, whose budget
-//! of ranks moves to the layers that need it ([`RankAllocator`]).
+//! of ranks moves to the layers that need it ([`RankAllocator`](super::RankAllocator)).
 //!
 //! ```text
 //! y = W0 x + b + s B diag(e) A dropout(x),   s = alpha / (r + 1e-5) as in PEFT
@@ -16,8 +16,6 @@ use crate::adapter::low_rank::{self, LowRank};
 use crate::adapter::{AdaptableModel, Adapter, Context};
 use crate::adapter::{Init, Params, Role};
 use crate::error::{Error, Result};
-
-pub use super::rank_allocator::RankAllocator;
 
 /// The options of AdaLoRA; the defaults are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

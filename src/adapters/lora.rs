@@ -104,7 +104,7 @@ impl Adapter for Lora {
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Linear, ModuleT};
 /// use monteclora::adapters::{LoraConfig, LoraLinear};
-/// use monteclora::{noise::Noise, params::Params};
+/// use monteclora::{Noise, Params};
 ///
 /// let device = Device::Cpu;
 /// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);

@@ -8,9 +8,10 @@ pub mod lora;
 pub mod prompt;
 mod rank_allocator;
 
-pub use adalora::{AdaLora, AdaLoraConfig, RankAllocator};
+pub use adalora::{AdaLora, AdaLoraConfig};
 pub use bottleneck::{Bottleneck, BottleneckConfig};
 pub use dora::Dora;
 pub use ia3::{Ia3, Scaled};
 pub use lora::{Lora, LoraConfig, LoraLinear};
 pub use prompt::{prompt_tuning, PromptConfig};
+pub use rank_allocator::RankAllocator;

@@ -190,6 +190,17 @@ pub fn load_parquet(task: Task, files: &[(String, PathBuf)]) -> Result<Splits> {
 }
 
 #[cfg(test)]
-mod fuzz;
-#[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_repeat_themselves_without_end_are_refused() {
+        let example =
+            |length: usize| Example { text_a: "x".repeat(length), text_b: None, label: Label::Class(0) };
+        let mut left = Allowance::of(1000);
+        let refused = (0..100).find_map(|_| left.take(example(1 << 20)).err());
+        assert!(refused.unwrap().contains("a file of 1000 bytes cannot hold so much"));
+        let mut left = Allowance::of(1 << 20);
+        assert!((0..100).all(|_| left.take(example(1 << 20)).is_ok()));
+    }
+}

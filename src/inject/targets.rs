@@ -88,6 +88,40 @@ impl Select {
 }
 
 /// Which layers get an adapter, and of what size.
+///
+/// # Example
+/// ```
+/// use monteclora::inject::Targets;
+///
+/// // The first two blocks' queries and values, the queries at rank 16.
+/// let targets = Targets {
+///     layers_to_transform: Some(vec![0, 1]),
+///     rank_pattern: [("query".to_string(), 16)].into(),
+///     ..Targets::parse("query,value")?
+/// };
+/// # use candle_core::{DType, Device, Tensor};
+/// # use monteclora::{AdaptableLinear, AdaptableModel, Result};
+/// # struct Toy(Vec<AdaptableLinear>);
+/// # impl AdaptableModel for Toy {
+/// #     fn default_targets(&self) -> &'static [&'static str] {
+/// #         &[]
+/// #     }
+/// #     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
+/// #         self.0.iter().try_for_each(f)
+/// #     }
+/// #     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
+/// #         self.0.iter_mut().try_for_each(f)
+/// #     }
+/// # }
+/// # let weight = Tensor::zeros((4, 4), DType::F32, &Device::Cpu)?;
+/// # let layer = |path: String| AdaptableLinear::new(path, candle_nn::Linear::new(weight.clone(), None));
+/// # let paths = (0..3).flat_map(|i| ["query", "key", "value"].map(|name| format!("layer.{i}.{name}")));
+/// # let model = Toy(paths.map(layer).collect());
+/// let resolved = targets.resolve(&model, 8, 16.0)?;
+/// assert_eq!((resolved.len(), resolved[0].path.as_str(), resolved[0].rank), (4, "layer.0.query", 16));
+/// assert!(Targets::parse("qery")?.resolve(&model, 8, 16.0).is_err()); // with the names that there are
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Targets {
     /// The layers.

@@ -80,7 +80,7 @@ pub(crate) fn count(n: usize) -> Result<u32> {
 }
 
 /// Memory whose every element the next launch writes.
-pub(crate) fn room<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
+pub(crate) fn alloc_uninit<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
     device: &CudaDevice,
     len: usize,
 ) -> Result<CudaSlice<T>> {
@@ -88,7 +88,7 @@ pub(crate) fn room<T: CudaDType + candle_core::cuda_backend::cudarc::driver::Dev
 }
 
 /// A tensor whose every element the next launch writes.
-pub(crate) fn fresh(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<Tensor> {
+pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<Tensor> {
     let storage = Storage::Cuda(unsafe { device.alloc_uninit(shape, dtype) }?);
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }

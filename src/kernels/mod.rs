@@ -13,7 +13,9 @@ pub(crate) mod rows;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{address, count, device_of, elements, grid, launch, one_each, program, room, tensor};
+pub(crate) use launch::{
+    address, alloc_uninit, count, device_of, elements, grid, launch, one_each, program, tensor,
+};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{address, count, device_of, grid, launch, room, THREADS};
+use super::launch::{address, alloc_uninit, count, device_of, grid, launch, THREADS};
 
 /// The most blocks of a tensor.
 const BLOCKS: u32 = 128;
@@ -22,7 +22,7 @@ pub(crate) struct Update {
 }
 
 /// Whether these kernels take a tensor: contiguous, in single precision, on a CUDA device.
-pub(crate) fn takes(tensor: &Tensor) -> bool {
+pub(crate) fn supports(tensor: &Tensor) -> bool {
     tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
@@ -59,7 +59,7 @@ pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()>
 /// # Errors
 /// If the device fails.
 pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
-    let Some(first) = tensors.first().filter(|_| tensors.iter().all(|tensor| takes(tensor))) else {
+    let Some(first) = tensors.first().filter(|_| tensors.iter().all(|tensor| supports(tensor))) else {
         return Ok(None);
     };
     let (device, mut table, mut longest) = (device_of(first)?, Vec::with_capacity(2 * tensors.len()), 0);
@@ -68,7 +68,7 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
         table.extend([address(tensor, DType::F32)?, tensor.elem_count() as u64]);
     }
     let (table, blocks) = (device.clone_htod(&table)?, blocks(longest));
-    let mut sums = room::<f64>(device, tensors.len() * blocks as usize)?;
+    let mut sums = alloc_uninit::<f64>(device, tensors.len() * blocks as usize)?;
     let mut config = grid(blocks);
     config.grid_dim.1 = count(tensors.len())?;
     launch!(device; config; sums_of_squares(&table, &mut sums));

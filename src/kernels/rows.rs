@@ -3,19 +3,19 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::launch::{address, count, device_of, fresh, grid, launch, one_each};
+use super::launch::{address, count, device_of, empty, grid, launch, one_each};
 
 /// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
-pub(crate) fn take<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+pub(crate) fn support<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     let mut tensors = tensors.into_iter().peekable();
     let dtype = tensors.peek().map(|first| first.dtype());
     tensors.all(|tensor| {
-        Some(tensor.dtype()) == dtype && takes(tensor.elem_count(), tensor.dtype(), tensor.device())
+        Some(tensor.dtype()) == dtype && supports(tensor.elem_count(), tensor.dtype(), tensor.device())
     })
 }
 
 /// The same of one tensor, by what it is.
-pub(crate) fn takes(len: usize, dtype: DType, device: &Device) -> bool {
+pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
     device.is_cuda() && (1..1 << 32).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
 }
 
@@ -70,7 +70,7 @@ impl Norm<'_> {
         let (xs, weight) = (self.xs.contiguous()?, self.weight.contiguous()?);
         let residual = self.residual.map(Tensor::contiguous).transpose()?;
         let dim = weight.elem_count();
-        let ys = fresh(device, xs.shape(), xs.dtype())?;
+        let ys = empty(device, xs.shape(), xs.dtype())?;
         let (added, residual) = optional(residual.as_ref(), xs.dtype())?;
         launch(&Call {
             device,
@@ -110,7 +110,7 @@ struct Call<'a> {
 /// Unless the kernels [`take`] `xs`.
 pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
-    let ys = fresh(device, xs.shape(), xs.dtype())?;
+    let ys = empty(device, xs.shape(), xs.dtype())?;
     let (len, narrow, scale) = (count(xs.elem_count())?, narrow(&xs), scale as f32);
     let (from, to) = (address(&xs, xs.dtype())?, address(&ys, xs.dtype())?);
     launch!(device; one_each(len.div_ceil(4)); dropout_apply(

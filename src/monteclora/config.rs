@@ -2,93 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::options::{Compat, Initial, KlEvaluation, Mixture};
 use super::peft_compat;
 use super::schedule::ScalerSchedule;
 use crate::adapter::low_rank;
-use crate::adapter::Init;
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::special::gamma::MAX_SHAPE;
 use crate::util::check::{not_negative, positive};
-
-/// How the mixture of N components is drawn.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mixture {
-    /// `eps ||pi||_2 F Z` with one Z: the same law as [`Self::Explicit`], with 1/N of its noise,
-    /// and a gradient in pi that is the conditional expectation of the explicit one.
-    #[default]
-    Collapsed,
-    /// `eps sum_k pi_k F Z_k` with N matrices (the paper's algorithm 1 to the letter).
-    Explicit,
-    /// Only the component with the largest weight, at weight one (the paper, section 6.4): `eps F Z`.
-    /// No gradient of the task reaches the concentration, which learns from its KL term and the
-    /// cooperative loss alone.
-    Sparse,
-}
-
-/// How the regulariser's two terms that depend on the draw are evaluated.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KlEvaluation {
-    /// By their exact expectation: no draw, no variance.
-    #[default]
-    Expected,
-    /// At the draw that the pass addresses (the paper to the letter).
-    Sampled,
-}
-
-/// Whose numbers to reproduce where they differ from the paper's mathematics.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Compat {
-    /// The mathematics.
-    #[default]
-    None,
-    /// PEFT 0.20/0.21's numbers, for parity tests and for continuing a PEFT run.
-    ///
-    /// Never the default, because its "KL" of the Dirichlet weights adds `ln Gamma(a)/Gamma(b)`
-    /// where eq. 12 subtracts it: at a = (1.5, 1.5), b = (1, 1) it is -0.4347, the divergence
-    /// 0.0484. A term that goes below zero is no divergence, and minimising it drives the weights
-    /// away from the prior. PEFT also multiplies the Gaussian term by N and clips variances at 1e-3
-    /// (1e-6 in the logits of the weights).
-    Peft,
-}
-
-/// How a positive quantity starts, in every element.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Initial {
-    /// At this value.
-    Constant(f64),
-    /// Uniform between two bounds.
-    Uniform(f64, f64),
-    /// The exponential of a uniform number between two bounds.
-    ExpUniform(f64, f64),
-}
-
-impl Initial {
-    /// The initialisation of the quantity's logarithm.
-    pub fn of_log(&self) -> Init {
-        match *self {
-            Self::Constant(value) => Init::Constant(value.ln()),
-            Self::Uniform(low, high) => Init::LogUniform(low, high),
-            Self::ExpUniform(low, high) => Init::Uniform(low, high),
-        }
-    }
-
-    fn validate(&self, option: &str) -> Result<()> {
-        let good = match *self {
-            Self::Constant(value) => value > 0.0 && value.is_finite(),
-            Self::Uniform(low, high) => low >= 0.0 && low < high && high.is_finite(),
-            Self::ExpUniform(low, high) => low <= high && low.is_finite() && high.is_finite(),
-        };
-        if good {
-            return Ok(());
-        }
-        Err(Error::config(option, format!("expected positive, finite, ordered values, got {self:?}")))
-    }
-}
 
 /// The most draws that a layer's buffer prepares ahead: beyond, a slip of the keyboard would take
 /// the machine's memory.
@@ -254,7 +175,11 @@ impl MonteCLoRAConfig {
         }
         self.initial_concentration.validate("initial_concentration")?;
         self.initial_std.validate("initial_std")?;
-        peft_compat::validate(self)
+        if self.compat == Compat::Peft {
+            let df_is_rank = self.df.is_none_or(|df| df == self.rank as f64);
+            peft_compat::check(self.covariance, self.estimator, self.mixture, self.mode, df_is_rank)?;
+        }
+        Ok(())
     }
 }
 

@@ -19,7 +19,7 @@ use crate::error::Result;
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Linear, Module, ModuleT};
 /// use monteclora::{MonteCLoRAConfig, MonteCLoRALinear};
-/// use monteclora::{noise::Noise, params::Params, slot::Pass};
+/// use monteclora::{Noise, Params, Pass};
 ///
 /// let device = Device::Cpu;
 /// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);

@@ -9,7 +9,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::config::{Mixture, MonteCLoRAConfig};
+use super::config::MonteCLoRAConfig;
+use super::options::Mixture;
 use crate::dist::wishart::fill_bartlett;
 use crate::noise::{Noise, Purpose, Stream};
 use crate::util::dtype::to_dtype_device;

@@ -1,4 +1,4 @@
-//! PEFT 0.20/0.21's numbers where they differ from the mathematics: all of [`Compat::Peft`].
+//! PEFT 0.20/0.21's numbers where they differ from the mathematics: all of [`Compat::Peft`](super::Compat::Peft).
 //!
 //! PEFT clips drawn variances and the variances of the weights' logits, adds the second term of eq. 12
 //! where it is to be subtracted, and multiplies eq. 10 by N. These are its numbers on purpose, to
@@ -7,7 +7,7 @@
 use candle_core::{Result, Tensor, D};
 use candle_nn::ops::softmax;
 
-use super::config::{Compat, KlEvaluation, Mixture, MonteCLoRAConfig};
+use super::options::{KlEvaluation, Mixture};
 use crate::dist::gaussian::kl_standard_of;
 use crate::dist::{Covariance, Dirichlet, Estimator};
 use crate::error::Error;
@@ -18,17 +18,23 @@ const LEAST_VARIANCE: f64 = 1e-3;
 /// PEFT clips the variances of the logits here, and adds as much again.
 const LEAST_LOGIT_VARIANCE: f64 = 1e-6;
 
-/// Checks that a configuration which asks for PEFT's numbers is one that PEFT has.
+/// Checks that PEFT has what a configuration asks for beside its numbers.
 ///
 /// # Errors
-/// If it is not.
-pub(super) fn validate(config: &MonteCLoRAConfig) -> crate::Result<()> {
-    let as_peft = config.covariance == Covariance::Diagonal
-        && config.estimator == Estimator::LogisticNormal
-        && config.mixture == Mixture::Explicit
-        && config.mode == KlEvaluation::Sampled
-        && config.df.is_none_or(|df| df == config.rank as f64);
-    if config.compat == Compat::Peft && !as_peft {
+/// If it has not.
+pub(super) fn check(
+    covariance: Covariance,
+    estimator: Estimator,
+    mixture: Mixture,
+    evaluation: KlEvaluation,
+    df_is_rank: bool,
+) -> crate::Result<()> {
+    let as_peft = covariance == Covariance::Diagonal
+        && estimator == Estimator::LogisticNormal
+        && mixture == Mixture::Explicit
+        && evaluation == KlEvaluation::Sampled
+        && df_is_rank;
+    if !as_peft {
         return Err(Error::config(
             "compat",
             "PEFT's numbers exist for covariance diagonal, estimator logistic_normal, mixture explicit, \

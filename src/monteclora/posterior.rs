@@ -8,6 +8,23 @@ use crate::util::check::positive;
 
 /// The variational posterior over one layer's A: its parameters rho and c, and all that a draw needs to
 /// know beside its index.
+///
+/// # Example
+/// ```
+/// use candle_core::Device;
+/// use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params};
+///
+/// let params = Params::new(Noise::new(0), &Device::Cpu);
+/// let config = MonteCLoRAConfig { rank: 2, num_components: 3, ..Default::default() };
+/// let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config)?;
+/// let posterior = layer.posterior();
+/// // Draw 5 by its address: the same numbers whenever it is asked for.
+/// let draw = posterior.draw(&posterior.spec().generate(posterior.streams(), 5)?)?;
+/// assert_eq!((draw.scale_tril.dims2()?, draw.delta.dims2()?), ((2, 2), (2, 6)));
+/// let sum = draw.weights.sum_all()?.to_scalar::<f32>()?;
+/// assert!((sum - 1.0).abs() < 1e-6);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Posterior {
     std_prior: Tensor,

@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 
-use super::config::{Compat, KlEvaluation, MonteCLoRAConfig};
+use super::config::MonteCLoRAConfig;
 use super::draw::weights;
 use super::layer::MonteCLoRA;
 use super::noise::{DrawNoise, LatentNoise};
+use super::options::{Compat, KlEvaluation};
 use super::peft_compat;
 use super::posterior::Posterior;
 use crate::adapter::{AdaptableModel, Pass};
@@ -24,6 +25,22 @@ use crate::util::check::not_negative;
 ///
 /// In [`KlEvaluation::Expected`] it depends on the parameters alone; in [`KlEvaluation::Sampled`] it evaluates
 /// KL_N and L_C at the draw that the pass addresses, recomputed from the address.
+///
+/// # Example
+/// ```
+/// use candle_core::Device;
+/// use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
+///
+/// let params = Params::new(Noise::new(0), &Device::Cpu);
+/// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
+/// let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config)?;
+/// let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean)?;
+/// // At the start V and a are those of the prior: two of the three divergences are zero.
+/// assert_eq!(terms.kl_wishart.to_scalar::<f32>()?, 0.0);
+/// assert!(terms.kl_dirichlet.to_scalar::<f32>()?.abs() < 1e-5);
+/// assert!(terms.kl_gaussian.to_scalar::<f32>()? > 0.0 && terms.total.to_scalar::<f32>()? > 0.0);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Regularizer {
     mode: KlEvaluation,

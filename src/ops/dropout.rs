@@ -57,7 +57,7 @@ impl DropoutPlan {
         kernels: bool,
     ) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if kernels && crate::kernels::rows::takes(shape.elem_count(), dtype, device) {
+        if kernels && crate::kernels::rows::supports(shape.elem_count(), dtype, device) {
             return Ok(Self::Kernel(p, *stream, draw));
         }
         Ok(Self::Mask(mask_tensor(shape, device, p, stream, draw)?, scale(p)))

@@ -34,9 +34,9 @@ pub(super) fn mask_tensor(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
-        use crate::kernels::{count, launch, one_each, room, tensor};
+        use crate::kernels::{alloc_uninit, count, launch, one_each, tensor};
         let (len, key, threshold) = (count(shape.elem_count())?, stream.key(), threshold(p));
-        let mut keep = room::<u8>(device, shape.elem_count())?;
+        let mut keep = alloc_uninit::<u8>(device, shape.elem_count())?;
         let blocks = one_each(len.div_ceil(4));
         launch!(device; blocks; keep_mask(&len, &threshold, &key, &draw, &mut keep));
         return Ok(tensor(keep, shape, device));

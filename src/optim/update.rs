@@ -43,15 +43,15 @@ pub(super) struct Constants {
 #[derive(Default)]
 pub(super) struct Steps {
     #[cfg(feature = "cuda")]
-    waiting: Vec<many::Update>,
+    waiting: Vec<multi_tensor::Update>,
 }
 
 impl Steps {
     /// Takes the step of `var`, now or at the end.
     pub fn take(&mut self, var: &Var, moments: &mut Moments, grad: &Tensor, of: &Constants) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if many::takes(var) && grad.dtype() == DType::F32 {
-            self.waiting.push(many::Update {
+        if multi_tensor::supports(var) && grad.dtype() == DType::F32 {
+            self.waiting.push(multi_tensor::Update {
                 value: var.as_detached_tensor(),
                 first: moments.first.clone(),
                 second: moments.second.clone(),
@@ -69,7 +69,7 @@ impl Steps {
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unused_self))]
     pub fn finish(self, betas: [f64; 2], eps: f64) -> Result<()> {
         #[cfg(feature = "cuda")]
-        many::adamw(&self.waiting, betas, eps)?;
+        multi_tensor::adamw(&self.waiting, betas, eps)?;
         Ok(())
     }
 }

@@ -137,17 +137,17 @@ impl CustomOp1 for Family {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        use crate::kernels::{count, elements, launch, one_each, room};
+        use crate::kernels::{alloc_uninit, count, elements, launch, one_each};
         let (device, n) = (storage.device().clone(), layout.shape().elem_count());
         let (derivative, len) = (*self as u32, count(n)?);
         let out = match storage.dtype() {
             DType::F32 => {
-                let (xs, mut ys) = (elements::<f32>(storage, layout)?, room::<f32>(&device, n)?);
+                let (xs, mut ys) = (elements::<f32>(storage, layout)?, alloc_uninit::<f32>(&device, n)?);
                 launch!(&device; one_each(len); gamma_family_f32(&derivative, &len, &xs, &mut ys));
                 CudaStorage::wrap_cuda_slice(ys, device)
             }
             DType::F64 => {
-                let (xs, mut ys) = (elements::<f64>(storage, layout)?, room::<f64>(&device, n)?);
+                let (xs, mut ys) = (elements::<f64>(storage, layout)?, alloc_uninit::<f64>(&device, n)?);
                 launch!(&device; one_each(len); gamma_family_f64(&derivative, &len, &xs, &mut ys));
                 CudaStorage::wrap_cuda_slice(ys, device)
             }

@@ -16,7 +16,7 @@ use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, Origin};
-use crate::train::{self, Classification, Classifier, Observer, Record, Start, Summary, TrainConfig};
+use crate::train::{self, Classification, Classifier, MethodInit, Observer, Record, Summary, TrainConfig};
 
 /// The most points of a loss curve that a result keeps.
 const LOSS_POINTS: usize = 200;
@@ -81,8 +81,10 @@ impl Trial<'_> {
     fn fill(&self, key: &CellKey, result: &mut CellResult, cost: &mut CellCost) -> Result<()> {
         let recipe: Recipe = key.method.parse()?;
         let start = match (&recipe.adapter, &recipe.post_hoc) {
-            (Some(dir), Some(config)) => Start::PostHoc(Box::new(AdapterFile::read(dir)?), config.clone()),
-            _ => Start::Fresh(recipe.method.clone(), recipe.targets.clone()),
+            (Some(dir), Some(config)) => {
+                MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), config.clone())
+            }
+            _ => MethodInit::Fresh(recipe.method.clone(), recipe.targets.clone()),
         };
         let mut classifier = self.load(&start, key)?;
         // Of the others nobody asks, and copies of all weights would count as memory of `full`.
@@ -95,7 +97,7 @@ impl Trial<'_> {
         let mut summary = summary?;
         if let (None, Some(config)) = (&recipe.adapter, &recipe.post_hoc) {
             let adapter = adapter(&classifier, &recipe)?;
-            classifier = self.load(&Start::PostHoc(Box::new(adapter), config.clone()), key)?;
+            classifier = self.load(&MethodInit::PostHoc(Box::new(adapter), config.clone()), key)?;
             let mut history = TrainingHistory::new(&classifier.params, 0);
             let second = self.fit(&classifier, &recipe, key, &mut history)?;
             summary.steps += second.steps;
@@ -118,7 +120,7 @@ impl Trial<'_> {
         treatments::measure(trained, &recipe, result)
     }
 
-    fn load(&self, start: &Start, key: &CellKey) -> Result<Classifier> {
+    fn load(&self, start: &MethodInit, key: &CellKey) -> Result<Classifier> {
         let (labels, noise) = (self.task.num_labels(), Noise::new(key.seed));
         Classifier::load(self.files, labels, start, noise, DType::F32, self.device)
     }

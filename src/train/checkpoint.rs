@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-pub(super) use state::{Numbers, State};
+pub(super) use state::{RunState, State};
 
 use super::settings::Settings;
 use crate::error::{Error, Result};
@@ -76,8 +76,8 @@ impl Checkpoints {
         for step in std::iter::once(last).chain(steps.into_iter().rev()) {
             match State::read(&self.place(step), step) {
                 Ok(state) => {
-                    self.compare(&state.numbers.settings, settings)?;
-                    let aside = |(step, why): (usize, String)| self.put_aside(step, &why);
+                    self.compare(&state.run_state.settings, settings)?;
+                    let aside = |(step, why): (usize, String)| self.quarantine(step, &why);
                     let mut warnings = damaged.into_iter().map(aside).collect::<Result<Vec<_>>>()?;
                     // A run that was killed right after its last checkpoint writes no other.
                     warnings.extend(self.prune());
@@ -93,7 +93,7 @@ impl Checkpoints {
     }
 
     /// Renames a damaged checkpoint: it no longer counts, and whoever wants it has it. Says so.
-    fn put_aside(&self, step: usize, why: &str) -> Result<String> {
+    fn quarantine(&self, step: usize, why: &str) -> Result<String> {
         let place = self.place(step);
         let names = (1..).map(|i| self.dir.join(format!("{DAMAGED}{i}-step-{step:08}")));
         let aside = names.into_iter().find(|path| !path.exists()).unwrap_or_else(|| place.clone());
@@ -136,7 +136,7 @@ impl Checkpoints {
     /// # Errors
     /// If the checkpoint cannot be written.
     pub(super) fn save(&self, state: &State) -> Result<Option<String>> {
-        let step = state.numbers.step;
+        let step = state.run_state.step;
         let partial = files::partial_folder(&self.place(step));
         fs::create_dir(&partial).map_err(Error::io(&*partial))?;
         let settled = state.write(&partial).and_then(|()| settle(&partial, &self.place(step)));
@@ -214,7 +214,5 @@ fn sync_folder(dir: &Path) -> Result<()> {
     }
 }
 
-#[cfg(test)]
-mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
 use super::hooks::MethodHooks;
-use super::method::{Method, Start};
+use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::Context;
@@ -27,6 +27,23 @@ use crate::predict::Predictor;
 use crate::util::files;
 
 /// A classifier, its trainable parameters and, what its method asks of training beside its loss.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device};
+/// use monteclora::inject::Targets;
+/// use monteclora::models::hub::ModelFiles;
+/// use monteclora::train::{Classifier, Method, MethodInit};
+/// use monteclora::{MonteCLoRAConfig, Noise};
+///
+/// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), monteclora::Error>(()) } // not in the package
+/// let files = ModelFiles::locate("examples/assets/tiny-roberta", None)?; // a folder, or a hub repository
+/// let method = Method::MonteCLoRA(MonteCLoRAConfig { rank: 4, ..Default::default() });
+/// let start = MethodInit::Fresh(method, Targets::parse("query,value")?);
+/// let classifier = Classifier::load(&files, 2, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+/// assert!(!classifier.is_regression() && classifier.params.trainable_count() > 0);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Classifier {
     /// The model with its adapters.
@@ -52,7 +69,7 @@ impl Classifier {
     pub fn load(
         files: &ModelFiles,
         num_labels: usize,
-        start: &Start,
+        start: &MethodInit,
         noise: Noise,
         base_dtype: DType,
         device: &Device,
@@ -68,7 +85,7 @@ impl Classifier {
         };
         let mut model = config.load(base, head, noise)?;
         check_head(&params, &whole)?;
-        if let Start::PostHoc(file, _) = start {
+        if let MethodInit::PostHoc(file, _) = start {
             check_trained_head(&params, &whole, file)?;
         }
         let upkeep = start.inject(model.as_mut(), &params)?;

@@ -9,8 +9,8 @@ use super::objective::Loss;
 use super::settings::Settings;
 use crate::adapter::Params;
 use crate::adapter::{AdaptableModel, Context, Pass};
-use crate::adapters::adalora::{orthogonal_penalty, RankAllocator};
-use crate::adapters::AdaLoraConfig;
+use crate::adapters::adalora::orthogonal_penalty;
+use crate::adapters::{AdaLoraConfig, RankAllocator};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
 use crate::ops;
@@ -67,7 +67,7 @@ impl MethodHooks {
     }
 
     /// What a run must find unchanged to go on from a checkpoint: the method and where it is, if that
-    /// was told. [`Start::inject`](super::Start::inject) tells it.
+    /// was told. [`MethodInit::inject`](super::MethodInit::inject) tells it.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }

@@ -110,7 +110,7 @@ impl Method {
 // There is one of it in a run, so that its size costs nothing.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
-pub enum Start {
+pub enum MethodInit {
     /// A method that begins on these targets.
     Fresh(Method, Targets),
     /// An adapter that was trained before, here or by PEFT.
@@ -120,7 +120,7 @@ pub enum Start {
     PostHoc(Box<AdapterFile>, MonteCLoRAConfig),
 }
 
-impl Start {
+impl MethodInit {
     /// The method, with its constants.
     pub fn method(&self) -> Method {
         match self {

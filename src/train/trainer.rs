@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Tensor};
 
-use super::checkpoint::{Checkpoints, Found, Numbers, State};
+use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::settings::Settings;
@@ -21,6 +21,53 @@ use crate::util::files;
 const PATIENCE: usize = 10;
 
 /// Trains `params` on `objective`. The draw index counts micro-batches from zero.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::Linear;
+/// use monteclora::train::{fit, Loss, Objective, Observer, Record, TrainConfig};
+/// use monteclora::{Context, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Regularizer, Result};
+///
+/// /// A layer that learns to give one, on eight rows in batches of four.
+/// struct Ones(MonteCLoRALinear, Regularizer);
+///
+/// impl Objective for Ones {
+///     fn epoch(&self, _epoch: u64) -> Result<Vec<Vec<usize>>> {
+///         Ok(vec![(0..4).collect(), (4..8).collect()])
+///     }
+///     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
+///         let xs = Tensor::ones((rows.len(), 4), DType::F32, &Device::Cpu)?;
+///         let task = (self.0.forward_with(&xs, cx)? - 1.0)?.sqr()?.mean_all()?;
+///         let total = (&task + self.1.for_layers(&[self.0.adapter()], &cx.pass)?.total)?;
+///         Ok(Loss { total, terms: vec![("task", task)] })
+///     }
+/// }
+///
+/// #[derive(Default)]
+/// struct Losses(Vec<f64>);
+///
+/// impl Observer for Losses {
+///     fn step(&mut self, record: &Record) -> Result<()> {
+///         self.0.push(record.terms["task"]);
+///         Ok(())
+///     }
+///     fn evaluate(&mut self, _step: usize) -> Result<Option<f64>> {
+///         Ok(None) // nothing to compare: the last parameters stay
+///     }
+/// }
+///
+/// let params = Params::new(Noise::new(3), &Device::Cpu);
+/// let base = Linear::new(Tensor::zeros((6, 4), DType::F32, &Device::Cpu)?, None);
+/// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
+/// let layer = MonteCLoRALinear::new(base, &params, "proj", &config)?;
+/// let objective = Ones(layer, Regularizer::new(&config));
+/// let mut losses = Losses::default();
+/// let summary = fit(&objective, &params, &TrainConfig { epochs: 20, lr: 0.05, ..Default::default() }, &mut losses)?;
+/// assert_eq!((summary.steps, losses.0[0]), (40, 1.0)); // B is zero at the start
+/// assert!(losses.0[39] < 0.1, "{:?}", losses.0);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
@@ -84,7 +131,7 @@ fn run(
         total,
         optimizer,
         best: None,
-        at: Numbers::default(),
+        at: RunState::default(),
         clock: Instant::now(),
         seconds: Vec::new(),
     };
@@ -95,7 +142,7 @@ fn run(
     let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
     if let Some(Found { state, warnings }) = found {
         warnings.iter().for_each(|what| observer.warned(what));
-        run.go_on(state)?;
+        run.resume(state)?;
     }
     observer.start(total, run.at.step)?;
     let outcome = run.steps(observer);
@@ -130,7 +177,7 @@ struct Run<'a> {
     best: Option<Best>,
     /// Where it is. Of the seconds those before the last start; settings, moments and best are filled
     /// in for a checkpoint alone.
-    at: Numbers,
+    at: RunState,
     clock: Instant,
     seconds: Vec<f64>,
 }
@@ -237,7 +284,7 @@ impl Run<'_> {
         let moments = self.optimizer.remembered().clone();
         let best = self.best.as_ref();
         Ok(State {
-            numbers: Numbers {
+            run_state: RunState {
                 seconds: self.seconds_so_far(),
                 best: best.map(|best| (best.score, best.step)),
                 moments: moments.iter().map(|(name, of)| (name.clone(), of.steps)).collect(),
@@ -256,11 +303,11 @@ impl Run<'_> {
     }
 
     /// Goes on from a checkpoint.
-    fn go_on(&mut self, state: State) -> Result<()> {
-        let State { numbers, params, moments, best, method } = state;
-        if numbers.step > self.total {
+    fn resume(&mut self, state: State) -> Result<()> {
+        let State { run_state, params, moments, best, method } = state;
+        if run_state.step > self.total {
             let reason =
-                format!("the checkpoint is of step {}, the run ends with {}", numbers.step, self.total);
+                format!("the checkpoint is of step {}, the run ends with {}", run_state.step, self.total);
             return Err(Error::config("epochs", reason));
         }
         let present = self.params.all();
@@ -275,11 +322,11 @@ impl Run<'_> {
             self.optimizer.restore(&moments)?;
         }
         self.objective.restore(&method)?;
-        self.best = numbers.best.map(|(score, step)| {
-            let values = if step == numbers.step { params } else { best };
+        self.best = run_state.best.map(|(score, step)| {
+            let values = if step == run_state.step { params } else { best };
             Best { score, step, values }
         });
-        self.at = numbers;
+        self.at = run_state;
         Ok(())
     }
 }

@@ -88,7 +88,7 @@ fn is_temporary(name: &str) -> bool {
 }
 
 /// The place of the folder `dir` while it is written or removed: nobody reads it.
-#[cfg(feature = "models")]
+#[cfg(any(test, feature = "models"))]
 pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
     let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))

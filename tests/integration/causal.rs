@@ -11,7 +11,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, Origin};
-use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
+use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
 use crate::finetune::Log;
@@ -41,7 +41,7 @@ fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(L
     // Without dropout, whose masks go by micro-batch.
     let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
-    let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+    let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
     let upkeep = start.inject(&mut model, &params)?;
     let (seen, unseen) = (rows(60), &rows(90)[60..]);
     let before = held_out_loss(&model, unseen, 7, &[Pass::Mean])?;
@@ -69,7 +69,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let [lora, _] = methods();
-    Start::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
+    MethodInit::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
     scatter(&params)?;
     let adapter = lora.adapter().ok_or("an adapter")?;
     let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &Origin::default())?;
@@ -81,7 +81,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
 
     // Rank, alpha and scale are the adapter's, not the configuration's.
     let config = MonteCLoRAConfig { rank: 2, alpha: 1.0, sample_scaler: 0.1, ..Default::default() };
-    let start = Start::PostHoc(Box::new(file), config);
+    let start = MethodInit::PostHoc(Box::new(file), config);
     let Method::MonteCLoRA(config) = start.method() else { return Err("MonteCLoRA".into()) };
     assert_eq!((config.rank, config.alpha, config.sample_scaler), (4, 8.0, 0.1));
     let (mut model, params) = frozen(&toy, DType::F32)?;
@@ -108,7 +108,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
         AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &Origin::default())
     };
     let file = write(&adapter)?;
-    let error = Start::PostHoc(Box::new(file), MonteCLoRAConfig::default());
+    let error = MethodInit::PostHoc(Box::new(file), MonteCLoRAConfig::default());
     let (mut other, others) = frozen(&toy, DType::F32)?;
     let error = error.inject(&mut other, &others).expect_err("a posterior is there").to_string();
     assert!(error.contains("it has a posterior already"), "{error}");

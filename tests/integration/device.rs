@@ -11,7 +11,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
-    batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, Start, TrainConfig,
+    batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
 };
 use monteclora::{Mixture, Mode};
 use monteclora::{MonteCLoRAConfig, Noise, Pass};
@@ -42,7 +42,7 @@ fn methods() -> Vec<Method> {
 }
 
 fn load(files: &ModelFiles, method: &Method, dtype: DType, device: &Device) -> Outcome<Classifier> {
-    let start = Start::Fresh(method.clone(), Targets::default());
+    let start = MethodInit::Fresh(method.clone(), Targets::default());
     Ok(Classifier::load(files, 2, &start, Noise::new(4), dtype, device)?)
 }
 
@@ -131,7 +131,7 @@ fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> 
     for method in causal::methods() {
         let run = |device: &Device| -> Outcome<(Vec<f64>, Vec<Vec<u32>>)> {
             let (mut model, params) = frozen_on(device, &toy, DType::F32)?;
-            let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+            let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
             let upkeep = start.inject(&mut model, &params)?;
             let batcher = Batcher::new(6, false, Noise::new(3))?;
             let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: 0 };

@@ -18,7 +18,7 @@ use monteclora::models::sequence::SequenceConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
-    batches, fit, Classification, Classifier, Method, Observer, Predictions, Record, Start, TrainConfig,
+    batches, fit, Classification, Classifier, Method, MethodInit, Observer, Predictions, Record, TrainConfig,
 };
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -95,7 +95,7 @@ fn methods() -> [Method; 3] {
 }
 
 fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifier> {
-    let start = Start::Fresh(method.clone(), Targets::default());
+    let start = MethodInit::Fresh(method.clone(), Targets::default());
     Ok(Classifier::load(files, labels, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
 }
 
@@ -393,7 +393,7 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
         assert_eq!(saved.len(), classifier.params.all().len());
 
         let targets = Targets { rank_pattern: [("down_proj".to_string(), 3)].into(), ..Targets::default() };
-        let start = Start::Fresh(method.clone(), targets);
+        let start = MethodInit::Fresh(method.clone(), targets);
         let error = Classifier::load(files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu);
         assert!(error.is_err_and(|error| error.to_string().contains("rank_pattern")), "{}", method.name());
     }
@@ -428,7 +428,7 @@ fn prompt_tuning_trains_virtual_tokens_and_the_head_alone() -> Outcome {
         let path = out.path().join("adapter/parameters.safetensors");
         assert!(candle_core::safetensors::load(path, &Device::Cpu)?.contains_key("prompt.default"));
 
-        let start = Start::Fresh(method.clone(), Targets::parse("all-linear")?);
+        let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
         let error = Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu);
         assert!(error.is_err_and(|error| error.to_string().contains("changes no layer")));
     }

@@ -13,7 +13,7 @@ use monteclora::inject::merge::{merge, unmerge};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
-use monteclora::train::{fit, Classification, Classifier, Method, Start, TrainConfig};
+use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
 pub fn logits(model: &LlamaForCausalLM, cx: &Context) -> Outcome<Vec<f32>> {
@@ -185,7 +185,8 @@ fn a_merged_model_neither_draws_nor_trains() -> Outcome {
     logits(&model, &Pass::Mean.into())?;
     // Not even where two layers are one operation without adapters; and the loop ends at once.
     let dir = tempfile::tempdir()?;
-    let start = Start::Fresh(Method::MonteCLoRA(bayes()), Targets::parse("intermediate.dense,output.dense")?);
+    let start =
+        MethodInit::Fresh(Method::MonteCLoRA(bayes()), Targets::parse("intermediate.dense,output.dense")?);
     let files = checkpoint(dir.path())?;
     let mut classifier = Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?;
     merge(classifier.model.as_mut())?;

@@ -10,8 +10,8 @@ use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
-    batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, Observer, Predictions,
-    Record, Start, Summary, TrainConfig,
+    batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, MethodInit, Observer,
+    Predictions, Record, Summary, TrainConfig,
 };
 use monteclora::ScalerSchedule;
 use monteclora::{Error, MonteCLoRAConfig, Noise};
@@ -59,7 +59,7 @@ impl Observer for Watch {
 
 struct Run<'a> {
     files: &'a ModelFiles,
-    start: Start,
+    start: MethodInit,
     dtype: DType,
     config: TrainConfig,
     checkpoints: Checkpoints,
@@ -111,7 +111,7 @@ fn run<'a>(files: &'a ModelFiles, method: &Method, accumulation: usize, dir: &Pa
     let config =
         TrainConfig { epochs: 2, lr: 5e-3, accumulation, eval_every: Some(3), ..TrainConfig::default() };
     let checkpoints = Checkpoints { resume: true, every: Some(2), ..Checkpoints::new(dir) };
-    let start = Start::Fresh(method.clone(), Targets::default());
+    let start = MethodInit::Fresh(method.clone(), Targets::default());
     Run { files, start, dtype: DType::F32, config, checkpoints }
 }
 
@@ -133,8 +133,8 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let adapter = adapter(&files, &lora)?;
     let bayes = MonteCLoRAConfig { rank: 4, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
     let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
-    let post_hoc = Start::PostHoc(adapter.clone(), bayes.clone());
-    let fresh = |method| Start::Fresh(method, Targets::default());
+    let post_hoc = MethodInit::PostHoc(adapter.clone(), bayes.clone());
+    let fresh = |method| MethodInit::Fresh(method, Targets::default());
     let bayes = fresh(Method::MonteCLoRA(bayes));
     let starts = [
         fresh(Method::Full),
@@ -143,7 +143,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         fresh(Method::MonteCLoRA(adaptive)),
         fresh(Method::AdaLora(AdaLoraConfig::towards(2))),
         fresh(Method::Prompt(PromptConfig { virtual_tokens: 3 })),
-        Start::Adapter(adapter),
+        MethodInit::Adapter(adapter),
         post_hoc,
     ];
     let single = starts.iter().flat_map(|start| [1, 3].map(|a| (start, a, DType::F32)));
@@ -199,7 +199,7 @@ fn a_checkpoint_of_an_earlier_state_of_the_crate_goes_on() -> Outcome {
             std::fs::copy(from.join("step-00000018").join(file), to.join(file))?;
         }
         let run = run(&files, &method, 1, parts.path());
-        let run = Run { start: Start::Fresh(method, targets), ..run };
+        let run = Run { start: MethodInit::Fresh(method, targets), ..run };
         let mut watch = Watch::default();
         let (classifier, summary) = run.go(&mut watch)?;
         assert_eq!((watch.done, summary?.steps), (18, 22), "{name}");
@@ -288,7 +288,7 @@ fn other_targets_and_another_dtype_are_other_runs() -> Outcome {
     // The same shapes, another scale.
     let alpha_pattern = [("query".to_string(), 1.0)].into();
     let targets = Targets { alpha_pattern, ..Targets::default() };
-    let start = Start::Fresh(method.clone(), targets);
+    let start = MethodInit::Fresh(method.clone(), targets);
     for (other, name) in [
         (Run { start, ..run(&files, &method, 1, parts.path()) }, "targets"),
         (Run { dtype: DType::BF16, ..run(&files, &method, 1, parts.path()) }, "dtype"),

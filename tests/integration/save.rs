@@ -14,7 +14,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::train::{Method, Start};
+use monteclora::train::{Method, MethodInit};
 use monteclora::{Noise, Params, Pass};
 
 #[test]
@@ -71,7 +71,7 @@ fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
         let base = files.var_builder(DType::F32, &Device::Cpu)?;
         let mut model = LlamaForCausalLM::load(base, &config, Noise::new(0))?;
         let params = Params::new(Noise::new(1), &Device::Cpu);
-        Start::Fresh(method, Targets::default()).inject(&mut model, &params)?;
+        MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
         let error = check_merged(&model, &params, &files, &dir.path().join("out")).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
     }

@@ -13,7 +13,7 @@ use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
-use monteclora::train::{fit, held_out_loss, CausalTuning, Method, Start, TrainConfig};
+use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;
 
@@ -58,7 +58,7 @@ fn tune(dir: &Path, method: Method, data: &Path) -> Outcome<(f64, f64, String, S
     };
     let (seen, unseen) = (rows("train.jsonl", 96)?, rows("test.jsonl", 16)?);
     let params = Params::new(Noise::new(1), &Device::Cpu);
-    let upkeep = Start::Fresh(method, Targets::default()).inject(&mut model, &params)?;
+    let upkeep = MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
     let before = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
     let batcher = Batcher::new(8, false, Noise::new(1))?;
     let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: config.pad_id() };

@@ -13,7 +13,7 @@ use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
 use monteclora::noise::Noise;
 use monteclora::study::{self, CellKey, Grid, Shard, Status, Trial};
-use monteclora::train::{self, Classification, Classifier, Method, Start, TrainConfig};
+use monteclora::train::{self, Classification, Classifier, Method, MethodInit, TrainConfig};
 use serde_json::json;
 
 use crate::finetune::{checkpoint, rows, Log};
@@ -74,7 +74,7 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
         let (here, _) = trial.run(&key("monteclora-posthoc:rank=4:alpha=8", 5e-3));
         // The same LoRA as the first phase of that, by hand.
         let method = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
-        let start = Start::Fresh(method, Targets::default());
+        let start = MethodInit::Fresh(method, Targets::default());
         let classifier = Classifier::load(&files, 2, &start, Noise::new(3), DType::F32, &Device::Cpu)?;
         let batcher = Batcher::new(8, false, Noise::new(3))?;
         let objective = Classification { classifier: &classifier, rows: trial.train, batcher };

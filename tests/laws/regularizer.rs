@@ -42,7 +42,7 @@ fn terms_are_the_formulas_of_the_method_and_the_total_their_weighted_sum() -> Re
         let params = store(2);
         let layers = [layer(&params, "one", &config)?, layer(&params, "two", &config)?];
         shake(&params)?;
-        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], &Pass::Mean.into())?;
+        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
         let (mut n, mut w, mut d, mut l) = (0.0, 0.0, 0.0, 0.0);
         for layer in &layers {
             let rho = host(layer.posterior().std_prior())?;
@@ -81,10 +81,9 @@ fn the_expectation_is_the_mean_of_the_sampled_terms() -> Result<()> {
         let layer = layer(&params, "one", &config)?;
         shake(&params)?;
         let expected = Regularizer::new(&MonteCLoRAConfig { mode: KlEvaluation::Expected, ..config.clone() });
-        let (expected, sampled) =
-            (expected.for_layers(&[&layer], &Pass::Mean.into())?, Regularizer::new(&config));
+        let (expected, sampled) = (expected.for_layers(&[&layer], &Pass::Mean)?, Regularizer::new(&config));
         let draw = |draw| -> monteclora::Result<RegularizerTerms> {
-            sampled.for_layers(&[&layer], &Pass::Train { draw }.into())
+            sampled.for_layers(&[&layer], &Pass::Train { draw })
         };
         let draws = (0..100_000u64).into_par_iter().map(draw);
         let pair = |terms: RegularizerTerms| -> monteclora::Result<(f64, f64)> {
@@ -113,7 +112,7 @@ fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result
             let cooperative = draw.weights.sqr()?.sum_all()?;
             assert!((value(&terms.cooperative)? - value(&cooperative)?).abs() < 1e-12);
         }
-        let error = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean.into()).unwrap_err();
+        let error = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean).unwrap_err();
         assert!(error.to_string().contains("mode"), "{error}");
     }
     Ok(())
@@ -165,7 +164,7 @@ fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> 
             let params = store(2);
             let layer = layer(&params, "one", &config)?;
             shake(&params)?;
-            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 }.into())?;
+            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 })?;
             assert_eq!(value(&terms.total)?, 0.0);
             let grads = terms.total.backward()?;
             for tensor in [layer.posterior().std_prior(), layer.posterior().expert_weights_prior()] {
@@ -184,7 +183,7 @@ fn large_concentrations_do_not_overflow_single_precision() -> Result<()> {
     let config = config(KlEvaluation::Expected);
     let layer = layer(&params, "one", &config)?;
     params.set("one.default.expert_weights_prior", &Tensor::full(60f64.ln(), 4, &Device::Cpu)?)?;
-    let kl = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean.into())?.kl_dirichlet;
+    let kl = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean)?.kl_dirichlet;
     let (a, b): (f64, f64) = (60.0, 0.6);
     let want = ln_gamma(4.0 * a) - ln_gamma(4.0 * b)
         + 4.0 * (ln_gamma(b) - ln_gamma(a) + (a - b) * (digamma(a) - digamma(4.0 * a)));

@@ -147,7 +147,7 @@ impl Repo {
         match self.request(move |client| client.what_exists(&revision)) {
             Ok((false, _)) => self.error("the hub has no such repository (404)".into()),
             Ok((true, false)) => self.error(format!("there is no revision {} (404)", self.revision)),
-            // The first question was answered with 404, whatever became of the second.
+            // The first request was answered with 404, whatever this one says.
             _ => self.error(format!("there is no file {name} at revision {} (404)", self.revision)),
         }
     }

@@ -17,8 +17,6 @@ mod config;
 mod download;
 #[cfg(feature = "hub")]
 mod failure;
-#[cfg(test)]
-mod fuzz;
 mod index;
 mod model_files;
 mod names;

@@ -1,4 +1,4 @@
-//! A download in parts, which goes on where the last one broke off.
+//! A download in parts, resumed where the last one broke off.
 //!
 //! `hf-hub` begins every file anew, does not look at the status of the answer that holds it, and
 //! takes any number of bytes for the whole. So the file is put together here, from ranges that

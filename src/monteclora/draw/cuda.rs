@@ -4,9 +4,9 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
-use crate::kernels::{address, count, device_of, grid, launch, room, tensor};
-use crate::monteclora::config::{Compat, Mixture};
+use crate::kernels::{address, alloc_uninit, count, device_of, grid, launch, tensor};
 use crate::monteclora::noise::DrawSpec;
+use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
 use crate::ops::custom_vjp;
 
@@ -50,15 +50,15 @@ pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) 
     let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
     let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(tensor, DType::F32));
     let (a_data, rho_data, c_data) = (a_data?, rho_data?, c_data?);
-    let (mut tril, mut rows) = (room::<f32>(&device, r * r)?, room::<f32>(&device, r)?);
+    let (mut tril, mut rows) = (alloc_uninit::<f32>(&device, r * r)?, alloc_uninit::<f32>(&device, r)?);
     // Without components there is nothing in them, but not every device allocates nothing.
     let some = components.max(1);
-    let (mut pi, mut slopes) = (room::<f64>(&device, some)?, room::<f64>(&device, some)?);
+    let (mut pi, mut slopes) = (alloc_uninit::<f64>(&device, some)?, alloc_uninit::<f64>(&device, some)?);
     launch!(&device; grid(1); draw_scales(
         &rank, &n, &df, &diagonal, &eps, &wishart, &dirichlet, &draw, &rho_data, &c_data, &mut tril, &mut rows,
         &mut pi, &mut slopes
     ));
-    let mut out = room::<f32>(&device, r * width)?;
+    let mut out = alloc_uninit::<f32>(&device, r * width)?;
     launch!(&device; grid(tiles); draw_perturb(
         &rank, &columns, &gaussian, &draw, &a_data, &tril, &rows, &mut out
     ));
@@ -69,13 +69,13 @@ pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) 
             return Ok([grad_a, None, None]);
         }
         let grad = address(&call.grad, DType::F32)?;
-        let mut shares = room::<f64>(&device, tiles as usize * r)?;
+        let mut shares = alloc_uninit::<f64>(&device, tiles as usize * r)?;
         launch!(&device; grid(tiles); draw_along(
             &rank, &columns, &gaussian, &draw, &grad, &tril, &mut shares
         ));
         let rho_data = call.args[1].contiguous()?;
-        let (rho, mut along) = (address(&rho_data, DType::F32)?, room::<f64>(&device, r)?);
-        let (mut drho, mut dc) = (room::<f32>(&device, r)?, room::<f32>(&device, some)?);
+        let (rho, mut along) = (address(&rho_data, DType::F32)?, alloc_uninit::<f64>(&device, r)?);
+        let (mut drho, mut dc) = (alloc_uninit::<f32>(&device, r)?, alloc_uninit::<f32>(&device, some)?);
         launch!(&device; grid(1); draw_slopes(
             &rank, &n, &tiles, &eps, &rho, &shares, &pi, &slopes, &mut along, &mut drho, &mut dc
         ));

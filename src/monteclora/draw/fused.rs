@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::reference::{mix, norm, weights};
 use crate::dist::Estimator;
-use crate::monteclora::config::{Compat, Mixture};
 use crate::monteclora::noise::DrawNoise;
+use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::peft_compat;
 use crate::monteclora::posterior::Posterior;
 use crate::ops::{add_scaled_rows, custom_vjp, OpPath};

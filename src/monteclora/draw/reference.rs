@@ -13,8 +13,9 @@
 use candle_core::{Result, Tensor};
 
 use crate::dist::{Dirichlet, Gaussian, Wishart};
-use crate::monteclora::config::{Compat, Mixture, MonteCLoRAConfig};
+use crate::monteclora::config::MonteCLoRAConfig;
 use crate::monteclora::noise::DrawNoise;
+use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::peft_compat;
 use crate::monteclora::posterior::Posterior;
 use crate::ops::matmul_constant;

@@ -23,7 +23,7 @@ pub(super) const VERSION: u32 = 2;
 /// The numbers of a run on its way.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(in crate::train) struct Numbers {
+pub(in crate::train) struct RunState {
     pub version: u32,
     /// Optimiser steps done, skipped ones among them.
     pub step: usize,
@@ -44,7 +44,7 @@ pub(in crate::train) struct Numbers {
 /// All of a run on its way.
 #[derive(Debug, Default)]
 pub(in crate::train) struct State {
-    pub numbers: Numbers,
+    pub run_state: RunState,
     pub params: BTreeMap<String, Tensor>,
     pub moments: BTreeMap<String, Moments>,
     /// The parameters of the best evaluation, unless they are the present ones.
@@ -69,7 +69,7 @@ impl State {
 
     pub fn write(&self, dir: &Path) -> Result<()> {
         files::write_safetensors(&dir.join(TENSORS), self.tensors())?;
-        files::write_json(&dir.join(STATE), &Numbers { version: VERSION, ..self.numbers.clone() })?;
+        files::write_json(&dir.join(STATE), &RunState { version: VERSION, ..self.run_state.clone() })?;
         let sum = |name: &str| {
             let path = dir.join(name);
             let sum = File::open(&path).and_then(Sum::of).map_err(Error::io(&*path))?;
@@ -101,9 +101,9 @@ impl State {
                 }
             }
         };
-        let ((state, numbers), (path, tensors)) = (checked(STATE)?, checked(TENSORS)?);
+        let ((state, run_state), (path, tensors)) = (checked(STATE)?, checked(TENSORS)?);
         // Another version may have other fields beside it.
-        let Version { version } = json::parse(&numbers, &state)?;
+        let Version { version } = json::parse(&run_state, &state)?;
         if version != VERSION {
             let reason = format!("{} has version {version}, this crate reads {VERSION}", state.display());
             return Err(Error::config(
@@ -111,18 +111,18 @@ impl State {
                 format!("{reason}: go on with the release that wrote it"),
             ));
         }
-        let numbers: Numbers = json::parse(&numbers, &state)?;
-        if numbers.step != step {
-            let reason = format!("expected the state of step {step}, found that of step {}", numbers.step);
+        let run_state: RunState = json::parse(&run_state, &state)?;
+        if run_state.step != step {
+            let reason = format!("expected the state of step {step}, found that of step {}", run_state.step);
             return Err(Error::format(state, reason));
         }
         let tensors = candle_core::safetensors::load_buffer(&tensors, &Device::Cpu)
             .map_err(|e| Error::format(&path, format!("its tensors cannot be read: {e}")))?;
-        Self::sort(numbers, tensors, &path)
+        Self::sort(run_state, tensors, &path)
     }
 
     /// Tensors by their kinds.
-    fn sort(numbers: Numbers, tensors: HashMap<String, Tensor>, path: &Path) -> Result<Self> {
+    fn sort(run_state: RunState, tensors: HashMap<String, Tensor>, path: &Path) -> Result<Self> {
         let mut kinds: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
         for (name, tensor) in tensors {
             let (kind, name) =
@@ -133,11 +133,11 @@ impl State {
         let (params, mut first, mut second) = (take("param"), take("first"), take("second"));
         let (best, method) = (take("best"), take("method"));
         let moments =
-            numbers.moments.iter().map(|(name, &steps)| match (first.remove(name), second.remove(name)) {
+            run_state.moments.iter().map(|(name, &steps)| match (first.remove(name), second.remove(name)) {
                 (Some(first), Some(second)) => Ok((name.clone(), Moments { first, second, steps })),
                 _ => Err(Error::format(path, format!("it has no moments of {name}"))),
             });
-        Ok(Self { moments: moments.collect::<Result<_>>()?, numbers, params, best, method })
+        Ok(Self { moments: moments.collect::<Result<_>>()?, run_state, params, best, method })
     }
 }
 

@@ -16,13 +16,13 @@ fn state(step: usize) -> Result<State> {
     let tensor = |value: f32| Ok::<_, Error>(Tensor::new(&[value, -0.0, f32::MIN_POSITIVE], &Device::Cpu)?);
     let moments = Moments { first: tensor(2.0)?, second: tensor(3.0)?, steps: step };
     Ok(State {
-        numbers: Numbers {
+        run_state: RunState {
             step,
             draw: 3 * step as u64,
             best: Some((0.1 + 0.2, 1)),
             moments: [("w".to_string(), step)].into(),
             settings: [("lr".to_string(), "0.1".to_string())].into(),
-            ..Numbers::default()
+            ..RunState::default()
         },
         params: [("w".to_string(), tensor(step as f32)?)].into(),
         moments: [("w".to_string(), moments)].into(),
@@ -62,7 +62,7 @@ fn a_state_comes_back_to_the_bit_and_the_oldest_go() -> Result<()> {
     let found = begin(&checkpoints)?.unwrap();
     assert!(found.warnings.is_empty());
     let expected = state(100_000_000)?;
-    assert_eq!(found.state.numbers, Numbers { version: VERSION, ..expected.numbers.clone() });
+    assert_eq!(found.state.run_state, RunState { version: VERSION, ..expected.run_state.clone() });
     let bits = |state: &State| -> Result<Vec<(String, Vec<u32>)>> {
         let bits = |t: &Tensor| Ok::<_, Error>(t.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect());
         state.tensors().map(|(name, t)| Ok((name, bits(t)?))).collect()
@@ -106,7 +106,7 @@ fn whatever_byte_is_damaged_the_one_before_is_taken_and_the_damage_named() -> Re
             }
             tried += 1;
             let found = begin(&checkpoints)?.unwrap();
-            assert_eq!(found.state.numbers.step, 1, "{name}: {damage:?}");
+            assert_eq!(found.state.run_state.step, 1, "{name}: {damage:?}");
             assert!(
                 found.warnings.len() == 1 && found.warnings[0].contains("step-00000002"),
                 "{:?}",
@@ -133,13 +133,13 @@ fn what_a_killed_run_left_half_written_goes_with_the_next_start() -> Result<()> 
     for step in [1, 7] {
         fs::create_dir_all(files::partial_folder(&checkpoints.place(step)).join("deep")).unwrap();
     }
-    assert_eq!(begin(&checkpoints)?.unwrap().state.numbers.step, 1);
+    assert_eq!(begin(&checkpoints)?.unwrap().state.run_state.step, 1);
     assert_eq!(names(&checkpoints), ["step-00000001".to_string()].into());
     // Killed between its last checkpoint and the removal of those before.
     for step in [2, 3] {
         save(&Checkpoints { keep: 9, ..checkpoints.clone() }, step)?;
     }
-    assert_eq!(begin(&checkpoints)?.unwrap().state.numbers.step, 3);
+    assert_eq!(begin(&checkpoints)?.unwrap().state.run_state.step, 3);
     assert_eq!(names(&checkpoints), ["step-00000002", "step-00000003"].map(String::from).into());
     Ok(())
 }
@@ -177,7 +177,7 @@ fn damaged_checkpoints_are_put_aside_and_count_for_nothing() -> Result<()> {
         fs::write(checkpoints.place(step).join(TENSORS), "").unwrap();
     }
     let found = begin(&checkpoints)?.unwrap();
-    assert!(found.state.numbers.step == 1 && found.warnings.len() == 2);
+    assert!(found.state.run_state.step == 1 && found.warnings.len() == 2);
     // The same step is written again, and damaged again.
     save(&checkpoints, 2)?;
     fs::remove_file(checkpoints.place(2).join(MANIFEST)).unwrap();
@@ -199,11 +199,11 @@ fn what_cannot_be_read_now_or_by_this_version_is_no_damage() -> Result<()> {
     save(&checkpoints, 2)?;
     let before = names(&checkpoints);
     let place = checkpoints.place(2);
-    let numbers = fs::read_to_string(place.join(STATE)).unwrap();
+    let run_state = fs::read_to_string(place.join(STATE)).unwrap();
     // The version before, and a later one with a field that this one does not know.
     for (version, rest) in [(1, ""), (3, ", \"later\": true")] {
-        let other = numbers.replace("\"version\": 2", &format!("\"version\": {version}{rest}"));
-        assert_ne!(numbers, other);
+        let other = run_state.replace("\"version\": 2", &format!("\"version\": {version}{rest}"));
+        assert_ne!(run_state, other);
         fs::write(place.join(STATE), other).unwrap();
         seal(&place);
         let error = begin(&checkpoints).err().unwrap().to_string();

@@ -1,33 +1,4 @@
-//! Bad files: every reader of outside data, fed with spoilt copies of sound files.
-//!
-//! A reader must end in a value or in an error that names the file: it must not panic, hang, take
-//! more memory than a small multiple of the file's size, or open what lies outside the folder it
-//! was given. Each reader has one test here or beside it, all of them with `fuzz` in their path:
-//!
-//! - an ordinary run of the tests tries some thousand inputs of each;
-//! - `MONTECLORA_FUZZ_INPUTS=1000000` sets the number for a reader of cost 1, and divides it by the
-//!   cost for the others;
-//! - input `i` of a reader is a pure function of the reader's name and `i`
-//!   ([`crate::noise`]), so that `MONTECLORA_FUZZ_FIRST=i MONTECLORA_FUZZ_INPUTS=1` repeats one.
-//!
-//! Measured: two long runs of 1 000 000 inputs each for GLUE, SuperGLUE, instructions and the three model
-//! configurations, 100 000 for parquet, weights, their index and checkpoints, 50 000 for adapters, and
-//! one of 1 000 000 for tokenizers; 6 to 24 % of the inputs are accepted, so that what stands behind the
-//! parsers is reached.
-//!
-//! This lives in the library's own test binary, for two reasons: half of the readers are private,
-//! and another binary would link all of candle once more. Memory is counted by this binary's
-//! allocator ([`memory`]) for each thread by itself, so that tests beside a reader do not disturb
-//! its count.
-
-mod adapters;
-mod configs;
-pub(crate) mod json;
-mod memory;
-mod mutate;
-pub(crate) mod tensors;
-mod texts;
-mod tokenizers;
+//! One reader under test: what it may take, and its inputs one after the other.
 
 use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -36,9 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
-use crate::error::Result;
-use crate::noise::{Noise, Purpose};
-pub(crate) use mutate::{bytes, Rng};
+use monteclora::noise::{Noise, Purpose};
+use monteclora::Result;
+
+use super::memory;
+use super::mutate::Rng;
 
 /// The inputs of a reader of cost 1 in an ordinary run.
 const INPUTS: u64 = 60_000;
@@ -51,7 +24,7 @@ const HANG: Duration = Duration::from_secs(60);
 const ENOUGH: usize = 8;
 
 /// A reader and what it may take.
-pub(crate) struct Reader {
+pub struct Reader {
     /// Its name, which every input depends on.
     pub name: &'static str,
     /// What one of its inputs costs, in those of the cheapest readers.
@@ -65,7 +38,7 @@ pub(crate) struct Reader {
 }
 
 /// One input: files, and a choice that the reader has beside them.
-pub(crate) struct Input {
+pub struct Input {
     pub kind: usize,
     pub files: Vec<Vec<u8>>,
 }
@@ -85,7 +58,7 @@ impl Reader {
         let first = setting("MONTECLORA_FUZZ_FIRST").unwrap_or(0);
         let count = setting("MONTECLORA_FUZZ_INPUTS").unwrap_or(INPUTS).div_ceil(self.cost);
         let stream = Noise::new(2024).stream(&format!("fuzz.{}", self.name), Purpose::Shuffle);
-        let watch = Watch::new(self.name);
+        let watchdog = Watchdog::new(self.name);
         let start = Instant::now();
         let (mut tried, mut accepted) = (0u64, 0u64);
         let (mut most, mut slowest) = ((0, 0, 0), (Duration::ZERO, 0));
@@ -94,7 +67,7 @@ impl Reader {
             let input = make(&mut Rng::new(stream, index));
             let size: usize = input.files.iter().map(Vec::len).sum();
             let limit = self.fixed + self.times * size;
-            watch.at.store(index, Ordering::Relaxed);
+            watchdog.at.store(index, Ordering::Relaxed);
             let mut attempts = 0;
             let (found, peak, took) = loop {
                 let (clock, before) = (Instant::now(), (attempts > 0).then(busy).flatten());
@@ -172,12 +145,12 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 /// Ends the process when a reader stays at one input.
-struct Watch {
+struct Watchdog {
     at: Arc<AtomicU64>,
     _running: mpsc::Sender<()>,
 }
 
-impl Watch {
+impl Watchdog {
     fn new(name: &'static str) -> Self {
         let (running, ended) = mpsc::channel();
         let at = Arc::new(AtomicU64::new(u64::MAX));
@@ -187,7 +160,7 @@ impl Watch {
             while ended.recv_timeout(HANG) == Err(mpsc::RecvTimeoutError::Timeout) {
                 let now = seen.load(Ordering::Relaxed);
                 if now == before && now != u64::MAX {
-                    crate::testing::say(&format!("fuzz {name}: input {now} hangs"));
+                    crate::say(&format!("fuzz {name}: input {now} hangs"));
                     std::process::abort();
                 }
                 before = now;
@@ -198,7 +171,7 @@ impl Watch {
 }
 
 /// A folder whose files are written anew for each input, where they differ from those before.
-pub(crate) struct Folder {
+pub struct Folder {
     root: tempfile::TempDir,
     names: Vec<&'static str>,
     last: RefCell<Vec<Option<Vec<u8>>>>,
@@ -206,8 +179,14 @@ pub(crate) struct Folder {
 
 impl Folder {
     pub fn new(names: &[&'static str]) -> Self {
-        let root = tempfile::tempdir().unwrap();
-        std::fs::create_dir(root.path().join("inside")).unwrap();
+        // A disk flushes a file that is written anew, which takes longer than to read it.
+        let memory = Path::new("/dev/shm");
+        let root = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+        let inside = root.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        for folder in names.iter().filter_map(|name| Path::new(name).parent()) {
+            std::fs::create_dir_all(inside.join(folder)).unwrap();
+        }
         Self { root, names: names.to_vec(), last: RefCell::new(vec![None; names.len()]) }
     }
 
@@ -238,7 +217,11 @@ impl Folder {
 fn an_input_is_a_function_of_its_name_and_index() {
     let of = |name: &str, index| {
         let stream = Noise::new(2024).stream(name, Purpose::Shuffle);
-        bytes(&mut Rng::new(stream, index), &[b"some bytes".to_vec(), b"and others".to_vec()], &["x"])
+        crate::mutate::bytes(
+            &mut Rng::new(stream, index),
+            &[b"some bytes".to_vec(), b"and others".to_vec()],
+            &["x"],
+        )
     };
     assert_eq!(of("a", 3), of("a", 3));
     assert!((0..20).any(|i| of("a", i) != of("b", i)) && (0..20).any(|i| of("a", i) != of("a", i + 1)));
@@ -253,7 +236,7 @@ fn what_a_reader_must_not_do_is_found() {
         message(&*panic).to_string()
     };
     assert!(failure(&|_| panic!("oh")).contains("it panicked: oh"));
-    assert!(failure(&|_| Err(crate::Error::format("y.txt", "no"))).contains("the error names no file"));
+    assert!(failure(&|_| Err(monteclora::Error::format("y.txt", "no"))).contains("the error names no file"));
     let greedy = |_: &Input| {
         drop(std::hint::black_box(vec![1u8; 2000]));
         Ok(())

@@ -1,14 +1,13 @@
 //! The configurations of models.
 
-use std::path::Path;
-
+use monteclora::models::llama::LlamaConfig;
+use monteclora::models::roberta::RobertaConfig;
+use monteclora::models::sequence::SequenceConfig;
 use serde_json::{json, Value};
 
 use super::json::Documents;
-use super::{Input, Reader, Rng};
-use crate::models::llama::LlamaConfig;
-use crate::models::roberta::RobertaConfig;
-use crate::models::sequence::SequenceConfig;
+use super::mutate::Rng;
+use super::reader::{Folder, Input, Reader};
 
 fn reader(name: &'static str) -> Reader {
     // They are read as trees, each of which takes a hundred times its text at worst; there is a limit
@@ -59,42 +58,45 @@ fn use_llama(config: &LlamaConfig) {
 
 #[test]
 fn encoders() {
-    let path = Path::new("config.json");
+    let folder = Folder::new(&["config.json"]);
+    let path = folder.path().join("config.json");
     let documents = documents(vec![roberta()]);
-    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
-    let read = |input: &Input| RobertaConfig::parse(&input.files[0], path).map(|config| use_roberta(&config));
-    read(&Input::one(0, roberta().to_string().into_bytes())).unwrap();
+    let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
+    let read = |_: &Input| RobertaConfig::from_file(&path).map(|config| use_roberta(&config));
+    read(&folder.put(Input::one(0, roberta().to_string().into_bytes()))).unwrap();
     reader("roberta_config").run(make, read);
 }
 
 #[test]
 fn decoders() {
-    let path = Path::new("config.json");
+    let folder = Folder::new(&["config.json"]);
+    let path = folder.path().join("config.json");
     let documents = documents(llama());
-    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
-    let read = |input: &Input| LlamaConfig::parse(&input.files[0], path).map(|config| use_llama(&config));
+    let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
+    let read = |_: &Input| LlamaConfig::from_file(&path).map(|config| use_llama(&config));
     for seed in llama() {
-        read(&Input::one(0, seed.to_string().into_bytes())).unwrap();
+        read(&folder.put(Input::one(0, seed.to_string().into_bytes()))).unwrap();
     }
     reader("llama_config").run(make, read);
 }
 
 #[test]
 fn classifiers() {
-    let path = Path::new("config.json");
+    let folder = Folder::new(&["config.json"]);
+    let (path, copy) = (folder.path().join("config.json"), folder.path().join("copy-of-config.json"));
     let seeds: Vec<Value> = llama().into_iter().chain([roberta()]).collect();
     let documents = documents(seeds.clone());
-    let make = |rng: &mut Rng| Input::one(0, documents.text(rng));
-    let read = |input: &Input| {
-        let config = SequenceConfig::parse(&input.files[0], path, 2)?;
+    let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
+    let read = |_: &Input| {
+        let config = SequenceConfig::from_file(&path, 2)?;
         // What it is written as is read again.
-        let written = config.to_json().to_string();
-        SequenceConfig::parse(written.as_bytes(), path, 2).map(|again| {
+        std::fs::write(&copy, config.to_json().to_string()).unwrap();
+        SequenceConfig::from_file(&copy, 2).map(|again| {
             assert_eq!((again.vocab_size(), again.max_length()), (config.vocab_size(), config.max_length()));
         })
     };
     for seed in seeds {
-        read(&Input::one(0, seed.to_string().into_bytes())).unwrap();
+        read(&folder.put(Input::one(0, seed.to_string().into_bytes()))).unwrap();
     }
     reader("sequence_config").run(make, read);
 }

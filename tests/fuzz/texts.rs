@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use monteclora::data::task::Task;
+use monteclora::data::{glue, instruct, superglue};
 use serde_json::{json, Value};
 
 use super::json::Documents;
-use super::{bytes, Input, Reader, Rng};
-use crate::data::task::Task;
-use crate::data::{glue, instruct, superglue};
+use super::mutate::{bytes, Rng};
+use super::reader::{Input, Reader};
 
 fn reader(name: &'static str, file: &str) -> Reader {
     Reader { name, cost: 1, fixed: 64 << 10, times: 32, names: file.to_string() }

@@ -26,7 +26,7 @@ fn take(size: usize) -> bool {
     if held > end {
         // Saying so allocates. Then whoever asked ends the process, or goes on without.
         END.set((isize::MAX, name, index));
-        crate::testing::say(&format!("fuzz {name}: input {index} asks for {size} bytes"));
+        crate::say(&format!("fuzz {name}: input {index} asks for {size} bytes"));
         END.set((end, name, index));
         return false;
     }
@@ -44,16 +44,18 @@ fn give(size: usize) {
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        match take(layout.size()) {
-            true => System.alloc(layout),
-            false => std::ptr::null_mut(),
+        if take(layout.size()) {
+            System.alloc(layout)
+        } else {
+            std::ptr::null_mut()
         }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        match take(layout.size()) {
-            true => System.alloc_zeroed(layout),
-            false => std::ptr::null_mut(),
+        if take(layout.size()) {
+            System.alloc_zeroed(layout)
+        } else {
+            std::ptr::null_mut()
         }
     }
 
@@ -75,7 +77,7 @@ unsafe impl GlobalAlloc for Counting {
 
 /// What `f` returns, and the most bytes that it held at once beyond those held before. An
 /// allocation that takes it beyond `end` is refused and told as that of `input`.
-pub(super) fn peak<T>(input: (&'static str, u64), end: usize, f: impl FnOnce() -> T) -> (T, usize) {
+pub fn peak<T>(input: (&'static str, u64), end: usize, f: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);
     END.set((before.saturating_add_unsigned(end), input.0, input.1));

@@ -7,14 +7,14 @@ use super::json::Documents;
 use super::mutate::{bytes, Rng};
 
 /// Sound files, apart in header and bytes.
-pub(crate) struct TensorFiles {
+pub struct TensorFiles {
     headers: Documents,
     seeds: Vec<(Value, Vec<u8>)>,
     files: Vec<Vec<u8>>,
 }
 
 /// The file of these tensors.
-pub(crate) fn file(named: &[(&str, Tensor)]) -> Vec<u8> {
+pub fn file(named: &[(&str, Tensor)]) -> Vec<u8> {
     safetensors::serialize(named.iter().map(|(name, tensor)| (*name, tensor)), None).unwrap()
 }
 

@@ -1,52 +1,14 @@
-//! Files as the hub has them, and one test per way in which one can be wrong.
+//! Parquet files as the hub has them, and one test per way in which one can be wrong.
 
-use super::*;
-use ::parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int64Type};
-use ::parquet::file::properties::WriterProperties;
-use ::parquet::file::writer::SerializedFileWriter;
-use ::parquet::schema::parser::parse_message_type;
-use std::sync::Arc;
+use std::path::Path;
 
-pub(super) enum Column {
-    Text(&'static str, Vec<&'static str>),
-    Class(Vec<i64>),
-    Score(Vec<f64>),
-}
+use monteclora::data::glue;
+use monteclora::data::parquet::{load_parquet, read};
+use monteclora::data::task::{Example, Label, Task};
+use parquet::basic::Compression;
+use parquet::file::properties::WriterProperties;
 
-pub(super) fn store(path: &Path, columns: &[Column]) {
-    store_with(path, columns, WriterProperties::default());
-}
-
-pub(super) fn store_with(path: &Path, columns: &[Column], properties: WriterProperties) {
-    let fields = columns.iter().map(|column| match column {
-        Column::Text(name, _) => format!("required binary {name} (UTF8); "),
-        Column::Class(_) => "required int64 label; ".to_owned(),
-        Column::Score(_) => "required double label; ".to_owned(),
-    });
-    let fields: String = fields.collect();
-    let schema = Arc::new(parse_message_type(&format!("message schema {{ {fields}}}")).unwrap());
-    let mut writer =
-        SerializedFileWriter::new(File::create(path).unwrap(), schema, Arc::new(properties)).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    for column in columns {
-        let mut target = group.next_column().unwrap().unwrap();
-        match column {
-            Column::Text(_, rows) => {
-                let rows: Vec<ByteArray> = rows.iter().map(|row| ByteArray::from(*row)).collect();
-                target.typed::<ByteArrayType>().write_batch(&rows, None, None).unwrap();
-            }
-            Column::Class(rows) => {
-                target.typed::<Int64Type>().write_batch(rows, None, None).unwrap();
-            }
-            Column::Score(rows) => {
-                target.typed::<DoubleType>().write_batch(rows, None, None).unwrap();
-            }
-        }
-        target.close().unwrap();
-    }
-    group.close().unwrap();
-    writer.close().unwrap();
-}
+use super::parquet_files::{store, store_with, Column};
 
 #[test]
 fn files_are_read_back_in_the_hubs_layout() {
@@ -103,7 +65,7 @@ fn every_format_gives_the_same_text() {
     let tsv = "sentence\tlabel\nfun . \t1\n";
     let expected = Example { text_a: "fun .".to_owned(), text_b: None, label: Label::Class(1) };
     assert_eq!(read(Task::Sst2, &path).unwrap(), std::slice::from_ref(&expected));
-    let from_tsv = super::super::glue::read_from(Task::Sst2, tsv.as_bytes(), &path).unwrap();
+    let from_tsv = glue::read_from(Task::Sst2, tsv.as_bytes(), &path).unwrap();
     assert_eq!(from_tsv, [expected]);
 }
 
@@ -210,7 +172,7 @@ fn a_page_that_would_take_all_memory_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.parquet");
     let columns = [Column::Text("sentence", vec!["a", "b"]), Column::Class(vec![1, 0])];
-    let snappy = WriterProperties::builder().set_compression(::parquet::basic::Compression::SNAPPY);
+    let snappy = WriterProperties::builder().set_compression(Compression::SNAPPY);
     store_with(&path, &columns, snappy.build());
     let sound = std::fs::read(&path).unwrap();
     // The first page begins behind `PAR1`: its kind (a dictionary's), its size, its compressed size,
@@ -230,17 +192,6 @@ fn a_page_that_would_take_all_memory_is_refused() {
     let at = sound.windows(2).position(|pair| pair == [0x4c, 0x15]).unwrap() + 2;
     let message = failure(at, &huge);
     assert!(message.ends_with("a dictionary of 2147483647 values in 10 bytes"), "{message}");
-}
-
-#[test]
-fn rows_that_repeat_themselves_without_end_are_refused() {
-    let example =
-        |length: usize| Example { text_a: "x".repeat(length), text_b: None, label: Label::Class(0) };
-    let mut left = Allowance::of(1000);
-    let refused = (0..100).find_map(|_| left.take(example(1 << 20)).err());
-    assert!(refused.unwrap().contains("a file of 1000 bytes cannot hold so much"));
-    let mut left = Allowance::of(1 << 20);
-    assert!((0..100).all(|_| left.take(example(1 << 20)).is_ok()));
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Random numbers of one input, and bytes spoilt with them.
 
-use crate::noise::Stream;
+use monteclora::noise::Stream;
 
 /// No input becomes longer.
 const MOST: usize = 1 << 16;
 
 /// The random numbers of one input.
-pub(crate) struct Rng {
+pub struct Rng {
     stream: Stream,
     index: u64,
     block: u64,
@@ -55,7 +55,7 @@ fn number(rng: &mut Rng, len: usize) -> u64 {
 }
 
 /// One of the seeds, spoilt in one to six places; `tokens` are what means something to the reader.
-pub(crate) fn bytes(rng: &mut Rng, seeds: &[Vec<u8>], tokens: &[&str]) -> Vec<u8> {
+pub fn bytes(rng: &mut Rng, seeds: &[Vec<u8>], tokens: &[&str]) -> Vec<u8> {
     let mut bytes = seeds[rng.below(seeds.len())].clone();
     for _ in 0..=rng.below(6) {
         edit(rng, &mut bytes, seeds, tokens);
@@ -120,10 +120,8 @@ fn edit(rng: &mut Rng, bytes: &mut Vec<u8>, seeds: &[Vec<u8>], tokens: &[&str]) 
         12 if rng.once_in(64) => {
             // The same few bytes over and over: what takes memory for each of them shows.
             let part = slice(rng, bytes);
-            let part = match rng.once_in(2) {
-                true => rng.pick(tokens).as_bytes().to_vec(),
-                false => bytes[part].to_vec(),
-            };
+            let part =
+                if rng.once_in(2) { rng.pick(tokens).as_bytes().to_vec() } else { bytes[part].to_vec() };
             let times = MOST.checked_div(part.len()).map_or(0, |most| rng.below(most));
             insert(bytes, at, &part.repeat(times));
         }

@@ -1,13 +1,14 @@
 //! Adapters in PEFT's format: a configuration, tensors, and this crate's own settings.
 
 use candle_core::{DType, Device, Tensor};
+use monteclora::peft::{AdapterFile, Profile, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
+use monteclora::MonteCLoRAConfig;
 use serde_json::{json, Value};
 
 use super::json::Documents;
+use super::mutate::Rng;
+use super::reader::{Folder, Input, Reader};
 use super::tensors::TensorFiles;
-use super::{Folder, Input, Reader, Rng};
-use crate::monteclora::MonteCLoRAConfig;
-use crate::peft::{AdapterFile, Profile, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 
 const PRE: &str = "base_model.model.";
 

@@ -36,7 +36,7 @@ const TOKENS: [&str; 26] = [
 ];
 
 /// Sound documents, and what to spoil them with.
-pub(crate) struct Documents {
+pub struct Documents {
     seeds: Vec<Value>,
     texts: Vec<Vec<u8>>,
     values: Vec<Value>,
@@ -139,9 +139,10 @@ impl Documents {
 
     fn change_fields(&self, rng: &mut Rng, fields: &mut Map<String, Value>) {
         let name = fields.keys().nth(rng.below(fields.len())).cloned().unwrap_or_default();
-        let other = match self.names.is_empty() {
-            true => name.repeat(2),
-            false => self.names[rng.below(self.names.len())].clone(),
+        let other = if self.names.is_empty() {
+            name.repeat(2)
+        } else {
+            self.names[rng.below(self.names.len())].clone()
         };
         match rng.below(3) {
             0 => drop(fields.remove(&name)),

@@ -1,16 +1,21 @@
-//! Bad weights and bad indices: see [`crate::fuzz`].
+//! The weights of models, and the indices of sharded ones.
 
-use candle_core::Tensor;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::models::hub::ModelFiles;
+use monteclora::Result;
+use safetensors::SafeTensors;
 use serde_json::{json, Value};
 
-use super::model_files::{CONFIG, INDEX, WEIGHTS};
-use super::{weights, ModelFiles};
-use crate::error::Result;
-use crate::fuzz::json::Documents;
-use crate::fuzz::tensors::{file, TensorFiles};
-use crate::fuzz::{Folder, Input, Reader, Rng};
-use candle_core::{DType, Device};
-use std::path::Path;
+use super::json::Documents;
+use super::mutate::Rng;
+use super::reader::{Folder, Input, Reader};
+use super::tensors::{file, TensorFiles};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 
 fn weights(names: [&str; 2]) -> Vec<u8> {
     let tensor = |value: f32| Tensor::new(&[[value, 1.0, 2.0], [3.0, value, 4.0]], &Device::Cpu).unwrap();
@@ -27,8 +32,10 @@ fn load(dir: &Path) -> Result<()> {
     }
     let vb = files.var_builder(DType::F32, &Device::Cpu)?;
     for path in files.weights() {
-        for name in weights::tensor_names(path)? {
-            let tensor = vb.get_unchecked(&name)?;
+        let bytes = std::fs::read(path).unwrap();
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+        for name in metadata.tensors().keys() {
+            let tensor = vb.get_unchecked(name)?;
             assert!(tensor.elem_count() < 1 << 20);
         }
     }

@@ -1,10 +1,15 @@
-//! Bad parquet files: see [`crate::fuzz`].
+//! The parquet files of the hub's data sets.
 
-use super::tests::{store, store_with, Column};
-use super::*;
-use crate::fuzz::{bytes, Folder, Input, Reader, Rng};
-use ::parquet::basic::{Compression, Encoding};
-use ::parquet::file::properties::{WriterProperties, WriterVersion};
+use std::path::Path;
+
+use monteclora::data::parquet::read as read_parquet;
+use monteclora::data::task::Task;
+use parquet::basic::{Compression, Encoding};
+use parquet::file::properties::{WriterProperties, WriterVersion};
+
+use super::mutate::{bytes, Rng};
+use super::parquet_files::{store, store_with, Column};
+use super::reader::{Folder, Input, Reader};
 
 const TASKS: [Task; 3] = [Task::Cola, Task::Stsb, Task::Wic];
 
@@ -59,7 +64,7 @@ fn files_of_every_kind() {
     let folder = Folder::new(&["x.parquet"]);
     let seeds = seeds(folder.outside());
     let path = folder.path().join("x.parquet");
-    let read = |input: &Input| read(TASKS[input.kind], &path).map(drop);
+    let read = |input: &Input| read_parquet(TASKS[input.kind], &path).map(drop);
     for (kind, files) in seeds.iter().enumerate() {
         for file in files {
             read(&folder.put(Input::one(kind, file.clone()))).unwrap();

@@ -1,0 +1,131 @@
+//! How a row of each format becomes a prompt and its answer.
+
+use std::str::FromStr;
+
+use super::prompted::{Choices, ProgramTests, Prompted};
+use crate::data::row::{text, Cell, Row};
+use crate::error::{Error, Result};
+
+/// The most answers to choose from. Each has a copy of the output: with any number of them, a row
+/// would take the square of its size.
+const MAX_CHOICES: usize = 26;
+
+/// What the rows of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `instruction`, `input` (may be absent), `output`, and `answer` where the answer is a choice.
+    Instruct,
+    /// `question`, `answer`.
+    Gsm8k,
+    /// `text`; or a file that is no JSON, a text a line.
+    Text,
+    /// `prompt`, `canonical_solution`, and `entry_point` and `test` where the answer can be tested.
+    Code,
+}
+
+impl Format {
+    /// What a row becomes: the prompt up to `|`, the answer after it.
+    pub fn template(self) -> &'static str {
+        match self {
+            Self::Instruct => {
+                "Below is an instruction that describes a task. Write a response that appropriately completes \
+                 the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}"
+            }
+            Self::Gsm8k => "Question: {question}\nAnswer:| {answer}",
+            Self::Code => "{prompt}|{canonical_solution}",
+            Self::Text => "|{text}",
+        }
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "instruct" => Ok(Self::Instruct),
+            "gsm8k" => Ok(Self::Gsm8k),
+            "text" => Ok(Self::Text),
+            "code" => Ok(Self::Code),
+            other => {
+                Err(Error::config("format", format!("expected instruct, gsm8k, text or code, got {other}")))
+            }
+        }
+    }
+}
+
+/// The prompt of an instruction in Alpaca's template.
+pub fn instruction_prompt(instruction: &str, input: &str) -> String {
+    let (context, input) = if input.trim().is_empty() {
+        ("", String::new())
+    } else {
+        (", paired with an input that provides further context", format!("### Input:\n{input}\n\n"))
+    };
+    format!(
+        "Below is an instruction that describes a task{context}. Write a response that appropriately \
+         completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    )
+}
+
+/// What a row of this format asks and answers.
+pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Prompted, String> {
+    let (prompt, answer) = match format {
+        Format::Instruct => {
+            let given = row.get("input").is_some_and(|input| *input != Cell::Null);
+            let input = if given { text(row, "input")? } else { "" };
+            let instruction = text(row, "instruction")?;
+            (instruction_prompt(instruction, input), text(row, "output")?.to_string())
+        }
+        Format::Gsm8k => {
+            (format!("Question: {}\nAnswer:", text(row, "question")?), format!(" {}", text(row, "answer")?))
+        }
+        Format::Code => (text(row, "prompt")?.to_string(), text(row, "canonical_solution")?.to_string()),
+        Format::Text => (String::new(), text(row, "text")?.to_string()),
+    };
+    if answer.trim().is_empty() {
+        return Err("the answer is empty".to_string());
+    }
+    let choices = match format {
+        Format::Instruct if row.contains_key("answer") => choices(row, &answer)?,
+        _ => None,
+    };
+    let tests = match format {
+        Format::Code if row.contains_key("test") => Some(tests(row)?),
+        _ => None,
+    };
+    Ok(Prompted { prompt, answer, choices, tests })
+}
+
+/// The tests of a program.
+fn tests(row: &Row) -> std::result::Result<ProgramTests, String> {
+    let (entry_point, test) = (text(row, "entry_point")?.to_string(), text(row, "test")?.to_string());
+    let mut letters = entry_point.chars();
+    let head = letters.next().is_some_and(|c| c.is_alphabetic() || c == '_');
+    if !head || !letters.all(|c| c.is_alphanumeric() || c == '_') {
+        return Err(format!("field \"entry_point\" is no function's name: {entry_point:?}"));
+    }
+    Ok(ProgramTests { entry_point, test })
+}
+
+/// The choices that an instruction lists after `Answer format:`, each put where the output has the
+/// right one.
+fn choices(row: &Row, output: &str) -> std::result::Result<Option<Choices>, String> {
+    let instruction = text(row, "instruction")?;
+    let Some((_, list)) = instruction.rsplit_once("Answer format:") else {
+        return Ok(None);
+    };
+    let count = list.split('/').count();
+    if count > MAX_CHOICES {
+        return Err(format!("{count} choices, expected at most {MAX_CHOICES}"));
+    }
+    let names: Vec<String> = list.trim().split('/').map(|name| name.trim().to_string()).collect();
+    let answer = text(row, "answer")?.trim();
+    let Some(correct) = names.iter().position(|name| name == answer) else {
+        return Err(format!("answer {answer:?} is none of the choices {}", names.join("/")));
+    };
+    let Some(stem) = output.trim_end().strip_suffix(answer) else {
+        return Err(format!("the output does not end with the answer {answer:?}"));
+    };
+    let answers = names.iter().map(|name| format!("{stem}{name}")).collect();
+    Ok(Some(Choices { names, answers, correct }))
+}

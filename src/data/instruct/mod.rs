@@ -1,0 +1,21 @@
+//! Prompts and their answers: instruction data, GSM8K, code and plain text.
+//!
+//! Templates, with the prompt up to `|` and the answer after it:
+//!
+//! - `instruct` (Alpaca's, which LLM-Adapters and the paper's authors use):
+//!   `Below is an instruction that describes a task. Write a response that appropriately completes
+//!   the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}`; a row with an
+//!   `input` says so and has it between the two under `### Input:\n`;
+//! - `gsm8k` (the LM evaluation harness's): `Question: {question}\nAnswer:| {answer}`;
+//! - `code` (HumanEval): `{prompt}|{canonical_solution}`;
+//! - `text`: an empty prompt, and all of the text.
+
+mod format;
+mod prompted;
+mod read;
+#[cfg(test)]
+mod tests;
+
+pub use format::{instruction_prompt, Format};
+pub use prompted::{Choices, ProgramTests, Prompted};
+pub use read::{read, read_from};

@@ -1,0 +1,100 @@
+//! Reading prompts from JSON lines, a JSON array, or plain lines.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
+
+use super::format::{prompted, Format};
+use super::prompted::Prompted;
+use crate::data::lines::each_line;
+use crate::data::row::{self, Row};
+use crate::error::{Error, Result};
+
+/// Reads a file of JSON lines, or of one JSON array, or for [`Format::Text`] of plain lines.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, holds no row, or a row is not an object with the
+/// format's fields; the error names the line, or the record of an array.
+pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    read_from(file, path, format)
+}
+
+/// [`read`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<Vec<Prompted>> {
+    let mut bytes = Vec::new();
+    source.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        return Err(Error::format(path, "it is compressed by gzip: give the file that gunzip makes of it"));
+    }
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace() && !matches!(byte, 0xEF | 0xBB | 0xBF));
+    let mut rows = Vec::new();
+    match first {
+        Some(b'[') if format != Format::Text => {
+            let mut json = serde_json::Deserializer::from_slice(&bytes);
+            let read = Records(format).deserialize(&mut json).and_then(|rows| json.end().map(|()| rows));
+            let read = read
+                .map_err(|e| Error::format_at(path, e.line(), format!("not a JSON array of objects: {e}")))?;
+            rows = read.map_err(|reason| Error::format(path, reason))?;
+        }
+        first => each_line(bytes.as_slice(), path, |number, line| {
+            if line.trim().is_empty() {
+                return Ok(());
+            }
+            let row = if format == Format::Text && first != Some(&b'{') {
+                Ok(Prompted { answer: line.to_string(), ..Prompted::default() })
+            } else {
+                row::parse(line).and_then(|record| prompted(&record, format))
+            };
+            rows.push(row.map_err(|reason| Error::format_at(path, number, reason))?);
+            Ok(())
+        })?,
+    }
+    if rows.is_empty() {
+        return Err(Error::format(path, "no examples"));
+    }
+    Ok(rows)
+}
+
+/// The records of a JSON array, or what is wrong with the first of them that is. One record at a time
+/// is in memory.
+struct Records(Format);
+
+impl<'de> DeserializeSeed<'de> for Records {
+    type Value = std::result::Result<Vec<Prompted>, String>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Records {
+    type Value = std::result::Result<Vec<Prompted>, String>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut records: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut rows = Vec::new();
+        while let Some(record) = records.next_element::<Row>()? {
+            match prompted(&record, self.0) {
+                Ok(row) => rows.push(row),
+                Err(reason) => {
+                    // A file that is no JSON further down is told as such.
+                    while records.next_element::<IgnoredAny>()?.is_some() {}
+                    return Ok(Err(format!("record {}: {reason}", rows.len() + 1)));
+                }
+            }
+        }
+        Ok(Ok(rows))
+    }
+}
