@@ -32,7 +32,7 @@ use monteclora::models::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
-use monteclora::peft::{self, AdapterFile, Origin, Profile};
+use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params, Pass};
@@ -125,6 +125,7 @@ impl Args {
             seed: self.train.seed,
             stop,
             weights,
+            ..GenerateConfig::default()
         })
     }
 }
@@ -337,17 +338,17 @@ impl Setup {
         &self,
         model: &LlamaForCausalLM,
         params: &Params,
-        adapter: &peft::Method,
+        adapter: &peft::AdapterMethod,
         dir: &Path,
     ) -> monteclora::Result<()> {
         let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
-        let origin = Origin { base_model: base, task, ..Origin::default() };
-        let profile = match self.args.serving {
-            true => Profile::Serving { fold_rslora: self.args.fold_rslora },
-            false => Profile::PeftMonteCLoRA,
+        let metadata = AdapterMetadata { base_model: base, task, ..AdapterMetadata::default() };
+        let format = match self.args.serving {
+            true => ExportFormat::Serving { fold_rslora: self.args.fold_rslora },
+            false => ExportFormat::PeftMonteCLoRA,
         };
-        AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &origin)?
-            .write(dir.join("adapter"), profile)
+        AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?
+            .write(dir.join("adapter"), format)
     }
 
     /// The continuation of the prompt.

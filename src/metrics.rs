@@ -7,6 +7,7 @@ mod quantile;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::special;
 
 pub use quantile::{median, quantile};
 
@@ -102,12 +103,11 @@ impl Metrics {
     }
 }
 
-/// Probabilities of one row of logits, shifted by the largest so that nothing overflows.
+/// Probabilities of one row of logits.
 pub fn softmax(logits: &[f64]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let powers: Vec<f64> = logits.iter().map(|z| (z - top).exp()).collect();
-    let total: f64 = powers.iter().sum();
-    powers.into_iter().map(|p| p / total).collect()
+    let mut row = logits.to_vec();
+    special::softmax(&mut row);
+    row
 }
 
 /// The share of equal entries.

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
 use crate::util::dtype::to_dtype_device;
 use crate::util::files;
+use crate::util::finite::{is_finite, zero_if_finite};
 
 /// What a parameter is to its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -175,9 +176,10 @@ impl Params {
     /// `values` in the store's dtype and on its device, where every one of them is finite.
     fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
         let values = to_dtype_device(values, self.dtype, &self.device)?;
-        match zero_if_finite(&values)?.to_scalar::<f32>()? == 0.0 {
-            true => Ok(values),
-            false => Err(Error::tensor(name, NOT_FINITE)),
+        if is_finite(&values)? {
+            Ok(values)
+        } else {
+            Err(Error::tensor(name, NOT_FINITE))
         }
     }
 
@@ -318,11 +320,6 @@ impl Params {
 }
 
 const NOT_FINITE: &str = "it holds NaN or infinity";
-
-/// A scalar: zero, unless an element is infinite or no number.
-fn zero_if_finite(tensor: &Tensor) -> candle_core::Result<Tensor> {
-    (tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F32)
-}
 
 /// The store behind a `VarBuilder`.
 struct Trainable {

@@ -73,8 +73,8 @@ impl Benchmark {
             Self::Code { samples, ks, sandbox } => {
                 let mut completions = vec![Vec::with_capacity(*samples); rows.len()];
                 for sample in 0..*samples {
-                    let seed = generator.config.seed.wrapping_add((sample * rows.len()) as u64);
-                    let config = GenerateConfig { seed, ..generator.config.clone() };
+                    let first_row = generator.config.first_row.wrapping_add((sample * rows.len()) as u64);
+                    let config = GenerateConfig { first_row, ..generator.config.clone() };
                     let texts = Generator { config, ..*generator }.texts(&prompts, &code::STOP)?;
                     completions.iter_mut().zip(texts).for_each(|(group, text)| group.push(text));
                 }

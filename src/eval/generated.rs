@@ -30,7 +30,7 @@ impl std::fmt::Debug for Generator<'_> {
 
 impl Generator<'_> {
     /// The text that follows each prompt, up to the first of the texts `stop`, which is not part of it.
-    /// Row `i` chooses its tokens with the seed `config.seed + i`, whatever the batches.
+    /// Row `i` chooses its tokens as row `config.first_row + i`, whatever the batches.
     ///
     /// # Errors
     /// If a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
@@ -57,7 +57,8 @@ impl Generator<'_> {
 
     /// One batch.
     fn continued(&self, prompts: &[Vec<u32>], first: u64, stop: &[&str]) -> Result<Vec<String>> {
-        let config = GenerateConfig { seed: self.config.seed.wrapping_add(first), ..self.config.clone() };
+        let config =
+            GenerateConfig { first_row: self.config.first_row.wrapping_add(first), ..self.config.clone() };
         let heads: Vec<String> = prompts.iter().map(|ids| self.decode(ids)).collect::<Result<_>>()?;
         let mut so_far = vec![Vec::new(); prompts.len()];
         let after = |row: usize, added: &[u32]| self.after(&heads[row], &prompts[row], added);

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::activate;
-use super::{inject, with_share, Target};
+use super::injection::{inject, with_share};
+use super::targets::Target;
 use crate::adapter::low_rank;
 use crate::adapter::AdaptableModel;
 use crate::adapter::{Params, Role};

@@ -2,12 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fancy_regex::Regex;
-use serde::Serialize;
-
-use super::paths;
+use super::patterns::{self, first_values, is_end, matching, Pattern};
 use crate::adapter::AdaptableModel;
 use crate::error::{Error, Result};
+use serde::Serialize;
 
 /// A way to name layers.
 // Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
@@ -53,38 +51,42 @@ impl Select {
     ///
     /// # Errors
     /// [`Error::NoTarget`] if the expression, or any of the names, matches no path.
-    fn matches(&self, paths: &[String], default: &[&str]) -> Result<BTreeSet<usize>> {
-        let unmatched =
-            |targets: &str| Error::NoTarget { targets: targets.to_string(), available: available(paths) };
+    fn matches(&self, paths: &[&str], default: &[&str]) -> Result<BTreeSet<usize>> {
         match self {
             Self::AllLinear => Ok((0..paths.len()).collect()),
-            Self::ModelDefault => {
-                Self::Names(default.iter().map(ToString::to_string).collect()).matches(paths, &[])
-            }
-            Self::Names(names) => {
-                let mut found = BTreeSet::new();
-                for name in names {
-                    let mut hit = false;
-                    for (i, _) in paths.iter().enumerate().filter(|(_, path)| ends_with(path, name)) {
-                        found.insert(i);
-                        hit = true;
-                    }
-                    if !hit {
-                        return Err(unmatched(name));
-                    }
-                }
-                Ok(found)
-            }
+            Self::ModelDefault => named(default, paths),
+            Self::Names(names) => named(names, paths),
             Self::Regex(pattern) => {
-                let regex = whole("targets", pattern)?;
-                let found: BTreeSet<usize> = matching(&regex, paths)?;
+                let found = indices(&matching(Pattern::Whole(pattern), paths, "targets")?);
                 if found.is_empty() {
-                    return Err(unmatched(pattern));
+                    return Err(no_target(pattern, paths));
                 }
                 Ok(found)
             }
         }
     }
+}
+
+/// The paths that the names end; each of the names must end one.
+fn named(names: &[impl AsRef<str>], paths: &[&str]) -> Result<BTreeSet<usize>> {
+    let mut found = BTreeSet::new();
+    for name in names.iter().map(AsRef::as_ref) {
+        let own = indices(&paths.iter().map(|path| is_end(name, path)).collect::<Vec<_>>());
+        if own.is_empty() {
+            return Err(no_target(name, paths));
+        }
+        found.extend(own);
+    }
+    Ok(found)
+}
+
+fn indices(chosen: &[bool]) -> BTreeSet<usize> {
+    (0..chosen.len()).filter(|i| chosen[*i]).collect()
+}
+
+/// The error of a target that is none of the paths.
+pub(super) fn no_target(targets: &str, paths: &[impl AsRef<str>]) -> Error {
+    Error::NoTarget { targets: targets.to_string(), available: available(paths) }
 }
 
 /// Which layers get an adapter, and of what size.
@@ -170,6 +172,7 @@ impl Targets {
     /// the targets.
     pub fn resolve(&self, model: &dyn AdaptableModel, rank: usize, alpha: f64) -> Result<Vec<Target>> {
         let paths = paths(model)?;
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
         let mut chosen = self.select.matches(&paths, model.default_targets())?;
         if let Some(exclude) = &self.exclude {
             let left_out = exclude.matches(&paths, model.default_targets())?;
@@ -177,33 +180,32 @@ impl Targets {
         }
         // None and an empty list mean all, as in PEFT.
         if let Some(layers) = self.layers_to_transform.as_ref().filter(|layers| !layers.is_empty()) {
-            let name = self.layers_pattern.as_deref().unwrap_or("[^.]*");
+            let list = self.layers_pattern.as_deref().unwrap_or("[^.]*");
             // The first number of a path counts, as in PEFT: a block's, not an expert's in it.
-            let index = regex("layers_pattern", &format!(r"^(?:.*?\.)??(?:{name})\.(?<idx>\d+)\."))?;
+            let index = format!(r"^(?:.*?\.)??(?:{list})\.(?<idx>\d+)\.");
+            let blocks = patterns::block_numbers(&[index], &paths, "layers_pattern")?;
             let (mut kept, mut unseen) = (BTreeSet::new(), layers.iter().collect::<BTreeSet<_>>());
             for i in chosen {
-                let layer = layer_index(&index, &paths[i])?.filter(|layer| layers.contains(layer));
+                let layer = blocks[i].filter(|layer| layers.contains(layer));
                 unseen.retain(|unseen| Some(**unseen) != layer);
                 // As in PEFT, a whole path says itself which layer it means.
-                if layer.is_some() || self.select.is_exactly(&paths[i]) {
+                if layer.is_some() || self.select.is_exactly(paths[i]) {
                     kept.insert(i);
                 }
             }
             if let Some(layer) = unseen.first() {
-                let targets = format!("layer {layer} of layers_to_transform");
-                return Err(Error::NoTarget { targets, available: available(&paths) });
+                return Err(no_target(&format!("layer {layer} of layers_to_transform"), &paths));
             }
             chosen = kept;
         }
         if chosen.is_empty() {
-            let targets = format!("{self:?}");
-            return Err(Error::NoTarget { targets, available: available(&paths) });
+            return Err(no_target(&format!("{self:?}"), &paths));
         }
-        let chosen: Vec<String> = chosen.into_iter().map(|i| paths[i].clone()).collect();
+        let chosen: Vec<&str> = chosen.into_iter().map(|i| paths[i]).collect();
         let ranks = overrides("rank_pattern", &self.rank_pattern, &chosen)?;
         let alphas = overrides("alpha_pattern", &self.alpha_pattern, &chosen)?;
         let targets = chosen.into_iter().zip(ranks).zip(alphas).map(|((path, r), a)| Target {
-            path,
+            path: path.to_string(),
             rank: r.unwrap_or(rank),
             alpha: a.unwrap_or(alpha),
         });
@@ -222,64 +224,38 @@ pub struct Target {
     pub alpha: f64,
 }
 
-/// `name` is the whole path, or its end after a dot.
-fn ends_with(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+/// The paths of a model's linear layers, in its own order.
+///
+/// # Errors
+/// If the walk fails.
+pub fn paths(model: &dyn AdaptableModel) -> Result<Vec<String>> {
+    let mut paths = Vec::new();
+    model.visit_linears(&mut |slot| {
+        paths.push(slot.path().to_string());
+        Ok(())
+    })?;
+    Ok(paths)
 }
 
 /// The distinct last names of paths, which a target could have been.
-pub(super) fn available(paths: &[String]) -> String {
-    let names: BTreeSet<&str> = paths.iter().map(|path| path.rsplit('.').next().unwrap_or(path)).collect();
-    let names: Vec<&str> = names.into_iter().collect();
-    let example = paths.first().map(|path| format!(" (such as {path})")).unwrap_or_default();
-    format!("{}{example}", names.join(", "))
+fn available(paths: &[impl AsRef<str>]) -> String {
+    let paths = paths.iter().map(AsRef::as_ref);
+    let example = paths.clone().next().map(|path| format!(" (such as {path})")).unwrap_or_default();
+    let names: BTreeSet<&str> = paths.map(|path| path.rsplit('.').next().unwrap_or(path)).collect();
+    format!("{}{example}", names.into_iter().collect::<Vec<_>>().join(", "))
 }
 
-fn regex(option: &str, pattern: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|e| Error::config(option, format!("{pattern:?}: {e}")))
-}
-
-/// `pattern` against the whole of a text.
-fn whole(option: &str, pattern: &str) -> Result<Regex> {
-    regex(option, &format!("^(?:{pattern})$"))
-}
-
-/// A backtracking expression can give up: that is an error, not "no match".
-fn gave_up(pattern: &Regex, error: fancy_regex::Error) -> Error {
-    Error::config("pattern", format!("{:?}: {error}", pattern.as_str()))
-}
-
-fn matching(regex: &Regex, paths: &[String]) -> Result<BTreeSet<usize>> {
-    let mut found = BTreeSet::new();
-    for (i, path) in paths.iter().enumerate() {
-        if regex.is_match(path).map_err(|e| gave_up(regex, e))? {
-            found.insert(i);
-        }
-    }
-    Ok(found)
-}
-
-fn layer_index(regex: &Regex, path: &str) -> Result<Option<usize>> {
-    let captures = regex.captures(path).map_err(|e| gave_up(regex, e))?;
-    Ok(captures.and_then(|c| c.name("idx")).and_then(|index| index.as_str().parse().ok()))
-}
-
-/// For each path the value of the first pattern that matches its end.
+/// For each path the value of the first pattern that matches its end; each pattern must match one.
 fn overrides<T: Copy>(
     option: &str,
     patterns: &BTreeMap<String, T>,
-    paths: &[String],
+    paths: &[&str],
 ) -> Result<Vec<Option<T>>> {
-    let mut values = vec![None; paths.len()];
-    for (pattern, value) in patterns {
-        let found = matching(&regex(option, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, paths)?;
-        if found.is_empty() {
+    for pattern in patterns.keys() {
+        if !matching(Pattern::End(pattern), paths, option)?.contains(&true) {
             let reason = format!("{pattern:?} matches none of the targets: {}", available(paths));
             return Err(Error::config(option, reason));
         }
-        found.into_iter().for_each(|i| {
-            values[i].get_or_insert(*value);
-        });
     }
-    Ok(values)
+    first_values(patterns.iter().map(|(pattern, value)| (pattern.as_str(), *value)), paths, option)
 }

@@ -85,7 +85,7 @@ fn calibration_bins_are_open_below_and_closed_above() -> Result<()> {
 }
 
 #[test]
-fn the_softmax_is_scipys_and_does_not_overflow() {
+fn probabilities_are_scipy_s_and_do_not_overflow() {
     // scipy.special.softmax([1., 2., 3.5])
     let want = [0.0628900132458675, 0.17095278019779026, 0.7661572065563422];
     softmax(&[1.0, 2.0, 3.5]).into_iter().zip(want).for_each(|(got, want)| close(got, want));

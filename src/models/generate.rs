@@ -1,14 +1,16 @@
 //! Text generation with a key-value cache: from the posterior mean, from one posterior draw, or from
 //! next-token probabilities averaged over several.
 
+mod sampling;
+
 use candle_core::{DType, Tensor};
-use candle_transformers::generation::LogitsProcessor;
-pub use candle_transformers::generation::Sampling;
 
 use crate::adapter::{Context, DrawCache, Pass};
 use crate::error::{Error, Result};
-use crate::metrics::softmax;
 use crate::models::causal::{Cache, CausalLm};
+use crate::noise::{Noise, Purpose, Stream};
+use crate::special::softmax;
+pub use sampling::Sampling;
 
 /// Which of the posterior's weights predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +41,11 @@ pub struct GenerateConfig {
     pub max_new_tokens: usize,
     /// How a token is chosen: `ArgMax` is greedy.
     pub sampling: Sampling,
-    /// The seed of the choice; each row of a batch has a generator of its own.
+    /// The seed of the choices: each is a function of the seed, the row and the number of the token.
     pub seed: u64,
+    /// The row that the first prompt is, for prompts that are some rows of many: then a row's text is
+    /// the same whatever the batches.
+    pub first_row: u64,
     /// The tokens that end a text; they are not part of it.
     pub stop: Vec<u32>,
     /// Which weights predict.
@@ -53,6 +58,7 @@ impl Default for GenerateConfig {
             max_new_tokens: 128,
             sampling: Sampling::ArgMax,
             seed: 0,
+            first_row: 0,
             stop: Vec::new(),
             weights: Weights::Mean,
         }
@@ -64,28 +70,7 @@ impl GenerateConfig {
         if self.weights == Weights::Average(0) {
             return Err(Error::config("weights", "an average wants at least one draw"));
         }
-        let (temperature, k, p) = match self.sampling {
-            Sampling::ArgMax => return Ok(()),
-            Sampling::GumbelSoftmax { .. } => {
-                let reason = "GumbelSoftmax draws from candle's own generator, which cannot be seeded";
-                return Err(Error::config("sampling", reason));
-            }
-            Sampling::All { temperature } => (temperature, 1, 1.0),
-            Sampling::TopK { k, temperature } => (temperature, k, 1.0),
-            Sampling::TopP { p, temperature } => (temperature, 1, p),
-            Sampling::TopKThenTopP { k, p, temperature } => (temperature, k, p),
-        };
-        if !(temperature > 0.0 && temperature.is_finite()) {
-            let reason = format!("expected a positive number, got {temperature} (greedy is ArgMax)");
-            return Err(Error::config("temperature", reason));
-        }
-        if k == 0 {
-            return Err(Error::config("top_k", "must be at least 1"));
-        }
-        if !(p > 0.0 && p <= 1.0) {
-            return Err(Error::config("top_p", format!("expected a share in (0, 1], got {p}")));
-        }
-        Ok(())
+        self.sampling.validate()
     }
 }
 
@@ -142,8 +127,11 @@ fn run(
                 let reason = format!("token {} of row {row}: a logit is {bad}", step + 1);
                 return Err(Error::tensor("logits", reason));
             }
-            let logits = Tensor::new(logits.as_slice(), &candle_core::Device::Cpu)?;
-            let token = batch.choose[row].sample(&logits)?;
+            let mut rng = batch.choices[row].rng(step as u64);
+            let token = config.sampling.choose(logits, &mut rng).ok_or_else(|| {
+                let reason = format!("token {} of row {row}: no token has a probability", step + 1);
+                Error::tensor("logits", reason)
+            })?;
             next[row] = token;
             if config.stop.contains(&token) {
                 done[row] = true;
@@ -165,7 +153,7 @@ struct Batch {
     tokens: Vec<Vec<u32>>, // the tokens that no cache holds yet, of equal length
     mask: Vec<Vec<u8>>,    // of the columns up to the last of `tokens`
     contexts: Vec<(Context, Cache)>,
-    choose: Vec<LogitsProcessor>,
+    choices: Vec<Stream>,
 }
 
 impl Batch {
@@ -178,8 +166,10 @@ impl Batch {
     ) -> Self {
         let padded = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], prompt.clone()].concat();
         let real = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], vec![1; prompt.len()]].concat();
-        let processor = |row| {
-            LogitsProcessor::from_sampling(config.seed.wrapping_add(row as u64), config.sampling.clone())
+        let noise = Noise::new(config.seed);
+        let choices = |row: usize| {
+            let row = config.first_row.wrapping_add(row as u64);
+            noise.stream(&format!("row.{row}"), Purpose::Predict)
         };
         let draws = DrawCache::default();
         let context = |pass| (Context::from(pass).with_draws(&draws), model.cache(longest + steps));
@@ -187,7 +177,7 @@ impl Batch {
             tokens: prompts.iter().map(padded).collect(),
             mask: prompts.iter().map(real).collect(),
             contexts: config.weights.passes().into_iter().map(context).collect(),
-            choose: (0..prompts.len()).map(processor).collect(),
+            choices: (0..prompts.len()).map(choices).collect(),
         }
     }
 
@@ -222,9 +212,10 @@ fn average<'a>(draws: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
     let mut sum = Vec::new();
     let mut count = 0.0;
     for draw in draws {
-        let wide: Vec<f64> = draw.iter().map(|logit| f64::from(*logit)).collect();
-        sum.resize(wide.len(), 0.0);
-        sum.iter_mut().zip(softmax(&wide)).for_each(|(sum, p)| *sum += p);
+        let mut row: Vec<f64> = draw.iter().map(|logit| f64::from(*logit)).collect();
+        softmax(&mut row);
+        sum.resize(row.len(), 0.0);
+        sum.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
         count += 1.0;
     }
     sum.into_iter().map(|sum: f64| (sum / count).ln() as f32).collect()

@@ -5,11 +5,7 @@
 //! machine (the library's differ between systems). It agrees with the double-precision numbers, which
 //! serve the tests of laws, to a few units in the last place of the radius.
 
-/// Noise blocks that are transformed together.
-pub(super) const LANES: usize = 16;
-
-/// The four words of [`LANES`] blocks, word by word.
-pub(crate) type Words = [[u32; LANES]; 4];
+use super::philox::{Words, LANES};
 
 /// Normals in the order in which they are made: cosine and sine of the words 0 and 1, then of 2 and 3.
 #[inline(always)]

@@ -10,8 +10,8 @@ use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::patterns::is_plain;
 use crate::error::{Error, Result};
+use crate::inject::patterns::is_plain;
 use crate::util::json;
 
 /// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults.
@@ -32,9 +32,9 @@ pub struct PeftConfig {
     #[serde(deserialize_with = "nullable")]
     pub use_rslora: bool,
     /// The layers that are adapted.
-    pub target_modules: Option<Targets>,
+    pub target_modules: Option<TargetModules>,
     /// Layers that are not, although `target_modules` names them.
-    pub exclude_modules: Option<Targets>,
+    pub exclude_modules: Option<TargetModules>,
     /// The indices of the blocks whose layers are adapted.
     pub layers_to_transform: Option<OneOrMany<usize>>,
     /// The name of the list of blocks that those indices count.
@@ -115,7 +115,7 @@ impl Default for MonteCLoRAFields {
 /// ends of paths (`query` or `attention.self.query`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Targets {
+pub enum TargetModules {
     /// A regular expression of Python's syntax, or the word `all-linear`.
     Pattern(String),
     /// Paths or ends of paths.

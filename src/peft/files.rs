@@ -8,19 +8,14 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
 
+use super::adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 use super::config::PeftConfig;
-use super::keys::{self, Key, Part};
-use super::{AdapterFile, LayerTensors, Profile, SamplerTensors};
+use super::export::ExportFormat;
+use super::keys::{self, Key, TensorKind};
 use crate::error::{Error, Result};
 use crate::util::files::{self, Pending};
 use crate::util::json;
 
-/// The name of the configuration's file.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The name of the tensors' file.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// The name of the file with what this crate remembers beyond PEFT's format.
-pub const OWN_FILE: &str = "monteclora.json";
 /// The tensors' file as older versions of PEFT pickled it.
 const PICKLE: &str = "adapter_model.bin";
 
@@ -72,12 +67,12 @@ impl AdapterFile {
             .map_err(|e| Error::format(path, format!("not a whole safetensors file: {e}")))?;
         let mut names = file.names();
         names.sort_unstable();
-        let mut parts: BTreeMap<String, Vec<(Part, Tensor)>> = BTreeMap::new();
+        let mut parts: BTreeMap<String, Vec<(TensorKind, Tensor)>> = BTreeMap::new();
         let mut saved_modules = BTreeMap::new();
         for (name, key) in names.iter().copied().zip(keys::parse(&names, &config)?) {
             let view = file.tensor(name).map_err(|e| Error::tensor(name, e.to_string()))?;
             match key.map_err(|reason| Error::tensor(name, reason))? {
-                Key::Layer(path, part) => parts.entry(path).or_default().push((part, tensor(name, &view)?)),
+                Key::Layer(path, kind) => parts.entry(path).or_default().push((kind, tensor(name, &view)?)),
                 Key::Saved(module) => {
                     if saved_modules.insert(module, tensor(name, &view)?).is_some() {
                         return Err(Error::tensor(name, "the file has this tensor twice, under two names"));
@@ -87,21 +82,25 @@ impl AdapterFile {
         }
         let layers = parts.into_iter().map(|(path, found)| {
             let mut found: Vec<_> = found.into_iter().map(Some).collect();
-            let mut take = |wanted: Part| {
-                let slot = found.iter_mut().find(|slot| matches!(slot, Some((part, _)) if *part == wanted));
+            let mut take = |wanted: TensorKind| {
+                let slot = found.iter_mut().find(|slot| matches!(slot, Some((kind, _)) if *kind == wanted));
                 let (_, tensor) = slot.and_then(Option::take)?;
                 Some(tensor)
             };
-            let missing = |part: Part| Error::tensor(part.key(&path), "it is missing");
-            let a = take(Part::A).ok_or_else(|| missing(Part::A))?;
-            let b = take(Part::B).ok_or_else(|| missing(Part::B))?;
-            let sampler =
-                [Part::StdPrior, Part::ExpertWeightsPrior, Part::ExpertWeights, Part::GaussianVarPrior]
-                    .map(|part| (part, take(part)));
+            let missing = |kind: TensorKind| Error::tensor(kind.key(&path), "it is missing");
+            let a = take(TensorKind::A).ok_or_else(|| missing(TensorKind::A))?;
+            let b = take(TensorKind::B).ok_or_else(|| missing(TensorKind::B))?;
+            let sampler = [
+                TensorKind::StdPrior,
+                TensorKind::ExpertWeightsPrior,
+                TensorKind::ExpertWeights,
+                TensorKind::GaussianVarPrior,
+            ]
+            .map(|kind| (kind, take(kind)));
             let sampler = if sampler.iter().all(|(_, tensor)| tensor.is_none()) {
                 None
             } else {
-                let [s, p, w, v] = sampler.map(|(part, tensor)| tensor.ok_or_else(|| missing(part)));
+                let [s, p, w, v] = sampler.map(|(kind, tensor)| tensor.ok_or_else(|| missing(kind)));
                 Some(SamplerTensors {
                     std_prior: s?,
                     expert_weights_prior: p?,
@@ -124,11 +123,11 @@ impl AdapterFile {
     /// tensors under another's settings.
     ///
     /// # Errors
-    /// Before anything is written, those of [`Self::check`] and [`Self::for_profile`]; then
+    /// Before anything is written, those of [`Self::check`] and [`Self::exported`]; then
     /// [`Error::Io`].
-    pub fn write(&self, dir: impl AsRef<Path>, profile: Profile) -> Result<()> {
+    pub fn write(&self, dir: impl AsRef<Path>, format: ExportFormat) -> Result<()> {
         self.check()?;
-        let file = self.for_profile(profile)?;
+        let file = self.exported(format)?;
         file.check()?;
         let text = |error: serde_json::Error| Error::config("adapter configuration", error.to_string());
         let config = file.config.to_text().map_err(text)?;
@@ -152,7 +151,8 @@ impl AdapterFile {
     fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut named: BTreeMap<String, &Tensor> = BTreeMap::new();
         for (path, layer) in &self.layers {
-            let parts = Part::ALL.into_iter().filter_map(|part| Some((part.key(path), layer.part(part)?)));
+            let parts =
+                TensorKind::ALL.into_iter().filter_map(|kind| Some((kind.key(path), layer.tensor(kind)?)));
             named.extend(parts);
         }
         named.extend(

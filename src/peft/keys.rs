@@ -11,7 +11,7 @@ pub(super) const SAMPLER: &str = "lora_monteclora_sampler";
 
 /// The tensors of one layer, in the order in which they are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum TensorKind {
     A,
     B,
     StdPrior,
@@ -20,7 +20,7 @@ pub(super) enum Part {
     GaussianVarPrior,
 }
 
-impl Part {
+impl TensorKind {
     pub(super) const ALL: [Self; 6] = [
         Self::A,
         Self::B,
@@ -57,7 +57,7 @@ pub(super) fn module(name: &str) -> &str {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Key {
     /// A tensor of the adapted layer at this path.
-    Layer(String, Part),
+    Layer(String, TensorKind),
     /// A tensor of a module that is saved whole, by its name in the model.
     Saved(String),
 }
@@ -87,9 +87,9 @@ pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::resul
 /// What a key names by its shape. Whether the configuration has it saved is another question.
 fn of_shape(key: &str) -> std::result::Result<Key, String> {
     let rest = key.strip_prefix(PREFIX).ok_or(format!("expected a name that starts with {PREFIX}"))?;
-    for part in Part::ALL {
-        if let Some(path) = rest.strip_suffix(part.suffix()).and_then(|rest| rest.strip_suffix('.')) {
-            return Ok(Key::Layer(path.to_string(), part));
+    for kind in TensorKind::ALL {
+        if let Some(path) = rest.strip_suffix(kind.suffix()).and_then(|rest| rest.strip_suffix('.')) {
+            return Ok(Key::Layer(path.to_string(), kind));
         }
     }
     let segments: Vec<&str> = rest.split('.').collect();
@@ -139,15 +139,15 @@ fn without_wrapper(segments: &[&str]) -> String {
 mod tests {
     use super::*;
 
-    fn kind(key: &str) -> std::result::Result<Key, String> {
+    fn parsed(key: &str) -> std::result::Result<Key, String> {
         let config = PeftConfig { modules_to_save: Some(vec!["classifier".into()]), ..PeftConfig::default() };
         parse(&["base_model.model.classifier.x", key], &config).unwrap().remove(1)
     }
 
     #[test]
     fn every_key_that_is_written_is_read_back() {
-        for part in Part::ALL {
-            assert_eq!(kind(&part.key("a.0.b")), Ok(Key::Layer("a.0.b".into(), part)));
+        for kind in TensorKind::ALL {
+            assert_eq!(parsed(&kind.key("a.0.b")), Ok(Key::Layer("a.0.b".into(), kind)));
         }
     }
 
@@ -158,7 +158,7 @@ mod tests {
             "base_model.model.classifier.modules_to_save.dense.weight",
             "base_model.model.classifier.modules_to_save.default.dense.weight",
         ] {
-            assert_eq!(kind(key), Ok(Key::Saved("classifier.dense.weight".into())), "{key}");
+            assert_eq!(parsed(key), Ok(Key::Saved("classifier.dense.weight".into())), "{key}");
         }
     }
 
@@ -176,7 +176,7 @@ mod tests {
             ("base_model.model.pooler.weight", "modules_to_save does not name it"),
             ("base_model.model.weight", "modules_to_save does not name it"),
         ] {
-            let found = kind(key).unwrap_err();
+            let found = parsed(key).unwrap_err();
             assert!(found.contains(reason), "{key}: {found}");
         }
     }

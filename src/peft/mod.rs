@@ -4,195 +4,20 @@
 //! [`AdapterFile`] is such an adapter in memory, apart from any model: what is read has been
 //! checked whole, and what is written is deterministic and never mixes with what lay there before.
 
+mod adapter;
 mod config;
+mod export;
 mod files;
 mod keys;
+mod method;
 mod model;
-mod patterns;
-mod profile;
 mod targets;
 
-use std::collections::BTreeMap;
-
-use candle_core::{DType, Device, Tensor};
-
-use crate::error::{Error, Result};
-use crate::monteclora::MonteCLoRAConfig;
-
-pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, Targets};
-pub use files::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
-use keys::Part;
-pub use model::{Method, Origin};
-pub use profile::Profile;
-
-/// An adapter as it lies on disk.
-#[derive(Debug, Clone)]
-pub struct AdapterFile {
-    /// The configuration.
-    pub config: PeftConfig,
-    /// The adapted layers by their Hugging Face path.
-    pub layers: BTreeMap<String, LayerTensors>,
-    /// The tensors of modules that are saved whole (a task head), by their name in the model, such
-    /// as `classifier.dense.weight`.
-    pub saved_modules: BTreeMap<String, Tensor>,
-    /// What this crate knows of a MonteCLoRA adapter beyond PEFT's six fields; it lies in
-    /// `monteclora.json`. Where the two disagree, PEFT's file counts.
-    pub monteclora: Option<MonteCLoRAConfig>,
-}
-
-/// The tensors of one adapted layer, in single precision.
-///
-/// # Shapes
-/// - `a`: `(rank, in_dim)`
-/// - `b`: `(out_dim, rank)`
-#[derive(Debug, Clone)]
-pub struct LayerTensors {
-    /// The down-projection, unscaled.
-    pub a: Tensor,
-    /// The up-projection, unscaled.
-    pub b: Tensor,
-    /// MonteCLoRA's variational parameters, if the adapter has them.
-    pub sampler: Option<SamplerTensors>,
-}
-
-/// The tensors of PEFT's MonteCLoRA sampler. The first two are trained; the others are buffers
-/// that PEFT overwrites at each training step.
-///
-/// # Shapes
-/// - `std_prior`: `(rank)`; `expert_weights_prior`, `expert_weights`: `(components)`
-/// - `gaussian_var_prior`: `(rank, rank)`
-#[derive(Debug, Clone)]
-pub struct SamplerTensors {
-    /// The logarithm of the standard deviations, rho.
-    pub std_prior: Tensor,
-    /// The logarithm of the Dirichlet concentration, c.
-    pub expert_weights_prior: Tensor,
-    /// The last draw of the mixture weights.
-    pub expert_weights: Tensor,
-    /// The last draw of the covariance.
-    pub gaussian_var_prior: Tensor,
-}
-
-impl SamplerTensors {
-    /// The trained tensors, with the buffers as PEFT starts them: equal weights, unit covariance.
-    ///
-    /// # Errors
-    /// If a tensor is not a vector.
-    pub fn new(std_prior: Tensor, expert_weights_prior: Tensor) -> Result<Self> {
-        let (rank, components) = (std_prior.dims1()?, expert_weights_prior.dims1()?);
-        let weights = Tensor::full(1f32 / components as f32, components, &Device::Cpu)?;
-        let variance = Tensor::eye(rank, DType::F32, &Device::Cpu)?;
-        Ok(Self { std_prior, expert_weights_prior, expert_weights: weights, gaussian_var_prior: variance })
-    }
-}
-
-impl LayerTensors {
-    fn part(&self, part: Part) -> Option<&Tensor> {
-        let sampler = self.sampler.as_ref();
-        match part {
-            Part::A => Some(&self.a),
-            Part::B => Some(&self.b),
-            Part::StdPrior => sampler.map(|s| &s.std_prior),
-            Part::ExpertWeightsPrior => sampler.map(|s| &s.expert_weights_prior),
-            Part::ExpertWeights => sampler.map(|s| &s.expert_weights),
-            Part::GaussianVarPrior => sampler.map(|s| &s.gaussian_var_prior),
-        }
-    }
-}
-
-impl AdapterFile {
-    /// Checks the tensors against the configuration: that each layer is a target, that ranks and
-    /// the number of components agree, that every value is finite, and that the saved modules are
-    /// those that the configuration lists; and this crate's own settings.
-    ///
-    /// # Errors
-    /// [`Error::Tensor`] naming the tensor as it is called on disk, or [`Error::Config`].
-    pub fn check(&self) -> Result<()> {
-        self.config.check().map_err(|reason| Error::config("adapter configuration", reason))?;
-        if let (Some(own), Method::MonteCLoRA(used)) = (&self.monteclora, self.method()) {
-            let valid = own.validate().and_then(|()| used.validate());
-            valid.map_err(|error| Error::config(OWN_FILE, error.to_string()))?;
-        }
-        if self.layers.is_empty() {
-            return Err(Error::config("adapter", "it adapts no layer"));
-        }
-        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
-        let (targets, ranks) = (self.config.are_targets(&paths)?, self.config.ranks_of(&paths)?);
-        // Patterns that are wanted later: one that is no expression is found here, with the file.
-        self.config.alphas_of(&paths)?;
-        for (((path, layer), is_target), rank) in self.layers.iter().zip(targets).zip(ranks) {
-            if !is_target {
-                return Err(Error::tensor(Part::A.key(path), "target_modules does not name this layer"));
-            }
-            self.check_layer(path, layer, rank)?;
-        }
-        let modules: Vec<&str> = self.saved_modules.keys().map(|name| keys::module(name)).collect();
-        for ((name, tensor), is_saved) in self.saved_modules.iter().zip(self.config.are_saved(&modules)?) {
-            if keys::module(name).is_empty() || !is_saved {
-                return Err(Error::tensor(name, "modules_to_save does not name it"));
-            }
-            check_finite(&format!("{}{name}", keys::PREFIX), tensor)?;
-        }
-        let lists = self.config.modules_to_save.as_ref().filter(|modules| !modules.is_empty());
-        match lists {
-            Some(modules) if self.saved_modules.is_empty() => {
-                let reason =
-                    format!("there is no tensor of {}, which the configuration lists", modules.join(", "));
-                Err(Error::config("modules_to_save", reason))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn check_layer(&self, path: &str, layer: &LayerTensors, rank: usize) -> Result<()> {
-        let components = match (&self.config.monteclora_config, &layer.sampler) {
-            (Some(fields), Some(_)) => fields.num_samples,
-            (None, None) => 0,
-            (Some(_), None) => {
-                let reason = "it is missing, although the configuration has a monteclora_config";
-                return Err(Error::tensor(Part::StdPrior.key(path), reason));
-            }
-            (None, Some(_)) => {
-                let reason = "it is there, although the configuration has no monteclora_config";
-                return Err(Error::tensor(Part::StdPrior.key(path), reason));
-            }
-        };
-        for part in Part::ALL {
-            let Some(tensor) = layer.part(part) else { continue };
-            let key = part.key(path);
-            let (fits, expected) = match (part, tensor.dims()) {
-                (Part::A, dims) => {
-                    (matches!(dims, [r, n] if *r == rank && *n > 0), format!("({rank}, in_dim)"))
-                }
-                (Part::B, dims) => {
-                    (matches!(dims, [n, r] if *r == rank && *n > 0), format!("(out_dim, {rank})"))
-                }
-                (Part::StdPrior, dims) => (dims == [rank], format!("({rank})")),
-                (Part::GaussianVarPrior, dims) => (dims == [rank, rank], format!("({rank}, {rank})")),
-                (Part::ExpertWeightsPrior | Part::ExpertWeights, dims) => {
-                    (dims == [components], format!("({components})"))
-                }
-            };
-            if !fits {
-                return Err(Error::tensor(
-                    key,
-                    format!("expected shape {expected}, got {:?}", tensor.dims()),
-                ));
-            }
-            check_finite(&key, tensor)?;
-        }
-        Ok(())
-    }
-}
-
-/// Checks that every value of `tensor` is finite.
-fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    match values.iter().position(|value| !value.is_finite()) {
-        Some(at) => Err(Error::tensor(name, format!("value {at} is {}", values[at]))),
-        None => Ok(()),
-    }
-}
+pub use adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
+pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, TargetModules};
+pub use export::ExportFormat;
+pub use method::AdapterMethod;
+pub use model::AdapterMetadata;
 
 #[cfg(test)]
 mod model_tests;

@@ -1,13 +1,14 @@
-//! Between an adapter on disk and the slots of a model: which of this crate's adapters a file
-//! means, taking one from a model, and putting one into a model.
+//! Between an adapter on disk and the slots of a model: taking one from a model, and putting one into
+//! a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::{MonteCLoRAFields, PeftConfig, Targets};
-use super::keys::{self, Part};
-use super::{AdapterFile, LayerTensors, SamplerTensors};
+use super::adapter::{AdapterFile, LayerTensors, SamplerTensors};
+use super::config::TargetModules;
+use super::keys::{self, TensorKind};
+use super::method::AdapterMethod;
 use crate::adapter::LowRank;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter};
 use crate::adapter::{Params, Role};
@@ -17,19 +18,9 @@ use crate::inject::activate::{self, check_unmerged};
 use crate::inject::{self, Target};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 
-/// The adapter that a file holds, in this crate's own words.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum Method {
-    /// LoRA.
-    Lora(LoraConfig),
-    /// MonteCLoRA.
-    MonteCLoRA(MonteCLoRAConfig),
-}
-
 /// What an adapter was trained for.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Origin {
+pub struct AdapterMetadata {
     /// The base model: a hub repository or a folder.
     pub base_model: Option<String>,
     /// The base model's revision.
@@ -50,8 +41,8 @@ impl AdapterFile {
         model: &dyn AdaptableModel,
         adapter: &str,
         params: &Params,
-        method: &Method,
-        origin: &Origin,
+        method: &AdapterMethod,
+        metadata: &AdapterMetadata,
     ) -> Result<Self> {
         let (mut layers, mut scales, mut others) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         model.visit_linears(&mut |slot| {
@@ -73,10 +64,10 @@ impl AdapterFile {
         let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
 
         let mut config = method.to_peft();
-        config.target_modules = Some(Targets::Names(targets(layers.keys(), &others)));
-        config.modules_to_save = modules(saved_modules.keys(), origin.task.as_deref());
-        config.base_model_name_or_path = origin.base_model.clone();
-        (config.revision, config.task_type) = (origin.revision.clone(), origin.task.clone());
+        config.target_modules = Some(TargetModules::Names(targets(layers.keys(), &others)));
+        config.modules_to_save = modules(saved_modules.keys(), metadata.task.as_deref());
+        config.base_model_name_or_path = metadata.base_model.clone();
+        (config.revision, config.task_type) = (metadata.revision.clone(), metadata.task.clone());
         for (path, layer) in &layers {
             let rank = layer.a.dim(0)?;
             if rank != config.r {
@@ -89,49 +80,12 @@ impl AdapterFile {
             }
         }
         let monteclora = match method {
-            Method::Lora(_) => None,
-            Method::MonteCLoRA(config) => Some(config.clone()),
+            AdapterMethod::Lora(_) => None,
+            AdapterMethod::MonteCLoRA(config) => Some(config.clone()),
         };
         let file = Self { config, layers, saved_modules, monteclora };
         file.check()?;
         Ok(file)
-    }
-
-    /// What the file's layers are to be made with: PEFT's settings and, where this crate wrote
-    /// the file, its own.
-    ///
-    /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
-    pub fn method(&self) -> Method {
-        let config = &self.config;
-        let (rank, alpha, dropout, use_rslora) =
-            (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora);
-        let Some(fields) = &config.monteclora_config else {
-            return Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora });
-        };
-        let own = self.monteclora.clone().unwrap_or_else(MonteCLoRAConfig::peft);
-        let cooperative_weight = match (fields.use_entropy, own.cooperative_weight > 0.0) {
-            (false, _) => 0.0,
-            (true, true) => own.cooperative_weight,
-            (true, false) => 1.0,
-        };
-        Method::MonteCLoRA(MonteCLoRAConfig {
-            rank,
-            alpha,
-            dropout,
-            use_rslora,
-            num_components: fields.num_samples,
-            sample_scaler: fields.sample_scaler,
-            kl_weight: fields.kl_loss_weight,
-            dirichlet_prior: fields.dirichlet_prior,
-            cooperative_weight,
-            // PEFT's buffer holds at least one draw, ours may be none.
-            buffer_size: if fields.buffer_size == own.buffer_size.max(1) {
-                own.buffer_size
-            } else {
-                fields.buffer_size
-            },
-            ..own
-        })
     }
 
     /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and
@@ -152,8 +106,8 @@ impl AdapterFile {
         self.check()?;
         self.check_model(model, adapter, params)?;
         let method = match self.method() {
-            Method::MonteCLoRA(config) => {
-                Method::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
+            AdapterMethod::MonteCLoRA(config) => {
+                AdapterMethod::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
             }
             lora => lora,
         };
@@ -177,7 +131,7 @@ impl AdapterFile {
     /// The adapter of one layer, with the file's values.
     fn layer(
         &self,
-        method: &Method,
+        method: &AdapterMethod,
         slot: &AdaptableLinear,
         target: &Target,
         adapter: &str,
@@ -185,11 +139,11 @@ impl AdapterFile {
     ) -> Result<Box<dyn Adapter>> {
         let (path, dims, rank, alpha) = (slot.path(), slot.dims()?, target.rank, target.alpha);
         let made: Box<dyn Adapter> = match method {
-            Method::Lora(config) => {
+            AdapterMethod::Lora(config) => {
                 let config = LoraConfig { rank, alpha, ..config.clone() };
                 Box::new(Lora::new(params, path, adapter, dims, &config)?)
             }
-            Method::MonteCLoRA(config) => {
+            AdapterMethod::MonteCLoRA(config) => {
                 let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
                 Box::new(MonteCLoRA::new(params, path, adapter, dims, &config)?)
             }
@@ -216,8 +170,8 @@ impl AdapterFile {
         // PEFT resolves `all-linear` when it saves; a file that still has it does not say which.
         let resolved = match &self.config.target_modules {
             None => false,
-            Some(Targets::Pattern(word)) => word != "all-linear",
-            Some(Targets::Names(_)) => true,
+            Some(TargetModules::Pattern(word)) => word != "all-linear",
+            Some(TargetModules::Names(_)) => true,
         };
         let named: BTreeMap<&str, bool> = match resolved {
             true => paths.iter().copied().zip(self.config.are_targets(&paths)?).collect(),
@@ -226,7 +180,7 @@ impl AdapterFile {
         model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
             Some(layer) => self.check_slot(slot, layer, alphas[slot.path()], adapter, params),
             None if named.get(slot.path()) == Some(&true) => Err(Error::tensor(
-                Part::A.key(slot.path()),
+                TensorKind::A.key(slot.path()),
                 "it is missing, although target_modules names the layer",
             )),
             None => Ok(()),
@@ -275,65 +229,37 @@ impl AdapterFile {
     ) -> Result<()> {
         let (path, (in_dim, out_dim)) = (slot.path(), slot.dims()?);
         let rank = layer.a.dim(0)?;
-        for (part, tensor, expected) in
-            [(Part::A, &layer.a, [rank, in_dim]), (Part::B, &layer.b, [out_dim, rank])]
+        for (kind, tensor, expected) in
+            [(TensorKind::A, &layer.a, [rank, in_dim]), (TensorKind::B, &layer.b, [out_dim, rank])]
         {
             if tensor.dims() != expected {
                 let reason = format!("the layer needs shape {expected:?}, got {:?}", tensor.dims());
-                return Err(Error::tensor(part.key(path), reason));
+                return Err(Error::tensor(kind.key(path), reason));
             }
         }
         if rank > in_dim.min(out_dim) {
             let reason = format!("rank {rank} is above min(in_dim, out_dim) = {}", in_dim.min(out_dim));
-            return Err(Error::tensor(Part::A.key(path), reason));
+            return Err(Error::tensor(TensorKind::A.key(path), reason));
         }
         let name = format!("{path}.{adapter}.a");
         if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
         }
         match self.method() {
-            Method::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
-            Method::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
-        }
-    }
-}
-
-impl Method {
-    /// PEFT's settings of this method, without targets.
-    fn to_peft(&self) -> PeftConfig {
-        let (rank, alpha, dropout, use_rslora, fields) = match self {
-            Self::Lora(c) => (c.rank, c.alpha, c.dropout, c.use_rslora, None),
-            Self::MonteCLoRA(c) => {
-                let fields = MonteCLoRAFields {
-                    num_samples: c.num_components,
-                    use_entropy: c.cooperative_weight > 0.0,
-                    dirichlet_prior: c.dirichlet_prior,
-                    sample_scaler: c.sample_scaler,
-                    kl_loss_weight: c.kl_weight,
-                    buffer_size: c.buffer_size.max(1),
-                };
-                (c.rank, c.alpha, c.dropout, c.use_rslora, Some(fields))
-            }
-        };
-        PeftConfig {
-            r: rank,
-            lora_alpha: alpha,
-            lora_dropout: dropout,
-            use_rslora,
-            monteclora_config: fields,
-            ..PeftConfig::default()
+            AdapterMethod::Lora(config) => LoraConfig { rank, alpha, ..config }.validate(),
+            AdapterMethod::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
         }
     }
 }
 
 /// The scale and the tensors of one layer's adapter.
-fn take(path: &str, adapter: &dyn Adapter, method: &Method) -> Result<(f64, LayerTensors)> {
+fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f64, LayerTensors)> {
     let (pair, sampler): (&LowRank, _) = match method {
-        Method::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
+        AdapterMethod::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
             Some(lora) => (lora.low_rank(), None),
             None => return Err(Error::config("method", format!("the adapter of {path} is not LoRA"))),
         },
-        Method::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
+        AdapterMethod::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
             Some(layer) => {
                 let posterior = layer.posterior();
                 let (own, of_file) = (posterior.sample_scaler(), config.sample_scaler);

@@ -1,12 +1,16 @@
 //! From a model to a folder and back, and what does not fit.
 
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Pass};
 use crate::adapter::{Params, Role};
 use crate::adapters::{Lora, LoraConfig};
-use crate::monteclora::MonteCLoRA;
+use crate::error::{Error, Result};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 use crate::noise::Noise;
 
 const PATHS: [&str; 3] = ["enc.layer.0.self.query", "enc.layer.1.self.query", "enc.layer.0.out.dense"];
@@ -76,9 +80,18 @@ fn paper() -> MonteCLoRAConfig {
 }
 
 fn file(toy: &Toy, config: &MonteCLoRAConfig) -> Result<AdapterFile> {
-    let origin =
-        Origin { base_model: Some("owner/tiny".into()), revision: None, task: Some("SEQ_CLS".into()) };
-    AdapterFile::from_model(toy, "default", &toy.params, &Method::MonteCLoRA(config.clone()), &origin)
+    let metadata = AdapterMetadata {
+        base_model: Some("owner/tiny".into()),
+        revision: None,
+        task: Some("SEQ_CLS".into()),
+    };
+    AdapterFile::from_model(
+        toy,
+        "default",
+        &toy.params,
+        &AdapterMethod::MonteCLoRA(config.clone()),
+        &metadata,
+    )
 }
 
 fn load(file: &AdapterFile, toy: &mut Toy, adapter: &str) -> Result<()> {
@@ -92,9 +105,9 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
         let config = MonteCLoRAConfig { use_rslora, ..paper() };
         let toy = Toy::adapted([3, 2, 3], &config)?;
         let dir = tempfile::tempdir().unwrap();
-        file(&toy, &config)?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+        file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let read = AdapterFile::read(dir.path())?;
-        assert_eq!(read.method(), Method::MonteCLoRA(config));
+        assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
         assert_eq!(read.config.rank_pattern, [(PATHS[1].to_string(), 2)]);
         let mut other = Toy::new(1)?;
         load(&read, &mut other, "default")?;
@@ -122,7 +135,7 @@ fn a_file_is_a_copy_that_training_does_not_change() -> Result<()> {
 fn targets_are_names_where_every_such_layer_is_adapted() -> Result<()> {
     let names =
         |ranks| Ok::<_, Error>(file(&Toy::adapted(ranks, &paper())?, &paper())?.config.target_modules);
-    let list = |names: &[&str]| Some(Targets::Names(names.iter().map(ToString::to_string).collect()));
+    let list = |names: &[&str]| Some(TargetModules::Names(names.iter().map(ToString::to_string).collect()));
     assert_eq!(names([3, 3, 0])?, list(&["query"]));
     assert_eq!(names([0, 3, 3])?, list(&[PATHS[2], PATHS[1]]));
     let modules = file(&Toy::adapted([3, 3, 3], &paper())?, &paper())?.config.modules_to_save;
@@ -135,13 +148,13 @@ fn an_adapter_of_peft_s_own_keeps_the_law_it_was_trained_under() -> Result<()> {
     let config = MonteCLoRAConfig { rank: 3, alpha: 7.0, buffer_size: 9, ..MonteCLoRAConfig::peft() };
     let toy = Toy::adapted([3, 3, 0], &config)?;
     let dir = tempfile::tempdir().unwrap();
-    file(&toy, &config)?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
     let mut read = AdapterFile::read(dir.path())?;
-    assert_eq!(read.method(), Method::MonteCLoRA(config));
+    assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
     // PEFT went on training with the entropy term and left our file as it was.
     read.config.monteclora_config.as_mut().unwrap().use_entropy = true;
-    let Method::MonteCLoRA(config) = read.method() else { panic!("{:?}", read.method()) };
+    let AdapterMethod::MonteCLoRA(config) = read.method() else { panic!("{:?}", read.method()) };
     assert_eq!(config.cooperative_weight, 1.0);
     Ok(())
 }
@@ -151,14 +164,14 @@ fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
     let toy = Toy::adapted([3, 3, 0], &paper())?;
     let dir = tempfile::tempdir().unwrap();
     let mut file = file(&toy, &paper())?;
-    file.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     std::fs::write(dir.path().join(OWN_FILE), "{").unwrap();
     let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message.contains(OWN_FILE) && message.contains("malformed"), "{message}");
     (file.saved_modules, file.config.modules_to_save) = (BTreeMap::new(), None);
-    file.write(dir.path(), Profile::Serving { fold_rslora: false })?;
+    file.write(dir.path(), ExportFormat::Serving { fold_rslora: false })?;
     assert!(!dir.path().join(OWN_FILE).exists());
-    assert!(matches!(AdapterFile::read(dir.path())?.method(), Method::Lora(_)));
+    assert!(matches!(AdapterFile::read(dir.path())?.method(), AdapterMethod::Lora(_)));
     Ok(())
 }
 
@@ -169,16 +182,21 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
     let path = PATHS[0];
     toy.slots[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;
     toy.params.set(&format!("{path}.mine.b"), &Tensor::ones((5, 2), DType::F32, &Device::Cpu)?)?;
-    let method = Method::Lora(config);
-    let file = AdapterFile::from_model(&toy, "mine", &toy.params, &method, &Origin::default())?;
+    let method = AdapterMethod::Lora(config);
+    let file = AdapterFile::from_model(&toy, "mine", &toy.params, &method, &AdapterMetadata::default())?;
     assert_eq!(file.method(), method);
     let mut other = Toy::new(2)?;
     load(&file, &mut other, "theirs")?;
     assert_eq!(toy.outputs(Pass::Mean)?, other.outputs(Pass::Mean)?);
-    let wrong =
-        AdapterFile::from_model(&toy, "mine", &toy.params, &Method::MonteCLoRA(paper()), &Origin::default());
+    let wrong = AdapterFile::from_model(
+        &toy,
+        "mine",
+        &toy.params,
+        &AdapterMethod::MonteCLoRA(paper()),
+        &AdapterMetadata::default(),
+    );
     assert!(wrong.unwrap_err().to_string().contains("is not MonteCLoRA"));
-    let absent = AdapterFile::from_model(&toy, "other", &toy.params, &method, &Origin::default());
+    let absent = AdapterFile::from_model(&toy, "other", &toy.params, &method, &AdapterMetadata::default());
     assert!(absent.unwrap_err().to_string().contains("no layer has an adapter \"other\""));
     Ok(())
 }

@@ -2,45 +2,14 @@
 
 use std::collections::HashSet;
 
-use super::config::{OneOrMany, PeftConfig, Targets};
-use super::patterns::{compile, matching, Pattern};
-use crate::error::{Error, Result};
+use super::config::{OneOrMany, PeftConfig, TargetModules};
+use crate::adapter::low_rank;
+use crate::error::Result;
+use crate::inject::patterns::{block_numbers, ends, first_values, matching, Pattern};
 
 impl PeftConfig {
-    /// Whether the layer at `path` is adapted. Without `target_modules` every layer may be.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
-    pub fn is_target(&self, path: &str) -> Result<bool> {
-        one(self.are_targets(&[path]))
-    }
-
-    /// The rank of the layer at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
-    pub fn rank_of(&self, path: &str) -> Result<usize> {
-        one(self.ranks_of(&[path]))
-    }
-
-    /// The alpha of the layer at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
-    pub fn alpha_of(&self, path: &str) -> Result<f64> {
-        one(self.alphas_of(&[path]))
-    }
-
-    /// What the product of B and A is multiplied by at `path`: `alpha / r`, or, with
-    /// `use_rslora`, `alpha / sqrt(r)`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
-    pub fn scale_of(&self, path: &str) -> Result<f64> {
-        one(self.scales_of(&[path]))
-    }
-
-    /// [`Self::is_target`] of many layers: a pattern is compiled once for all of them.
+    /// Whether the layers at these paths are adapted. Without `target_modules` every layer may be.
+    /// A pattern is compiled once for all of them.
     pub(super) fn are_targets(&self, paths: &[&str]) -> Result<Vec<bool>> {
         let mut chosen = match &self.target_modules {
             Some(targets) => names(targets, paths, "target_modules")?,
@@ -51,7 +20,7 @@ impl PeftConfig {
             chosen.iter_mut().zip(left_out).for_each(|(chosen, out)| *chosen &= !out);
         }
         let indices = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        let Some(Targets::Names(named)) = &self.target_modules else { return Ok(chosen) };
+        let Some(TargetModules::Names(named)) = &self.target_modules else { return Ok(chosen) };
         if indices.is_empty() {
             return Ok(chosen);
         }
@@ -64,22 +33,26 @@ impl PeftConfig {
         Ok(chosen)
     }
 
-    /// [`Self::rank_of`] of many layers.
-    pub(super) fn ranks_of(&self, paths: &[&str]) -> Result<Vec<usize>> {
-        first_matches(&self.rank_pattern, paths, self.r, "rank_pattern")
+    /// The ranks of the layers at these paths.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn ranks_of(&self, paths: &[&str]) -> Result<Vec<usize>> {
+        values_of(&self.rank_pattern, paths, self.r, "rank_pattern")
     }
 
-    /// [`Self::alpha_of`] of many layers.
+    /// The alphas of the layers at these paths.
     pub(super) fn alphas_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
-        first_matches(&self.alpha_pattern, paths, self.lora_alpha, "alpha_pattern")
+        values_of(&self.alpha_pattern, paths, self.lora_alpha, "alpha_pattern")
     }
 
-    /// [`Self::scale_of`] of many layers.
-    pub(super) fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
-        let scale = |(rank, alpha): (usize, f64)| match self.use_rslora {
-            true => alpha / (rank as f64).sqrt(),
-            false => alpha / rank as f64,
-        };
+    /// What the products of B and A are multiplied by at these paths: `alpha / r`, or, with
+    /// `use_rslora`, `alpha / sqrt(r)`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
+        let scale = |(rank, alpha)| low_rank::scaling(rank, alpha, self.use_rslora);
         Ok(self.ranks_of(paths)?.into_iter().zip(self.alphas_of(paths)?).map(scale).collect())
     }
 
@@ -96,67 +69,34 @@ impl PeftConfig {
     /// The numbers of the blocks that the paths lie in.
     fn block_indices(&self, paths: &[&str]) -> Result<Vec<Option<usize>>> {
         let lists = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        let any = [r".*?\.[^.]*\.(?<idx>\d+)\.".to_string()];
-        let named: Vec<String> =
-            lists.iter().map(|list| format!(r"(?:^|.*?\.){list}\.(?<idx>\d+)\.")).collect();
-        let mut found = vec![None; paths.len()];
-        for pattern in if named.is_empty() { &any[..] } else { &named } {
-            let regex = compile(&format!("^(?:{pattern})"), "layers_pattern")?;
-            for (found, path) in found.iter_mut().zip(paths).filter(|(found, _)| found.is_none()) {
-                let captures =
-                    regex.captures(path).map_err(|e| Error::config("layers_pattern", e.to_string()))?;
-                *found = captures.and_then(|c| c.name("idx")?.as_str().parse().ok());
-            }
+        let mut expressions: Vec<String> =
+            lists.iter().map(|list| format!(r"^(?:(?:^|.*?\.){list}\.(?<idx>\d+)\.)")).collect();
+        if expressions.is_empty() {
+            expressions.push(r"^(?:.*?\.[^.]*\.(?<idx>\d+)\.)".to_string());
         }
-        Ok(found)
+        block_numbers(&expressions, paths, "layers_pattern")
     }
-}
-
-/// The only one of many.
-fn one<T>(all: Result<Vec<T>>) -> Result<T> {
-    all?.pop().ok_or_else(|| Error::config("path", "there is none"))
 }
 
 /// Which of the layers at `paths` the `targets` name.
-fn names(targets: &Targets, paths: &[&str], option: &str) -> Result<Vec<bool>> {
+fn names(targets: &TargetModules, paths: &[&str], option: &str) -> Result<Vec<bool>> {
     match targets {
         // PEFT resolves the word to names when it saves; a file that still has it means every
         // linear layer, and the tensors say which those are.
-        Targets::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
-        Targets::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
-        Targets::Names(names) => {
+        TargetModules::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
+        TargetModules::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
+        TargetModules::Names(names) => {
             let names: HashSet<&str> = names.iter().map(String::as_str).collect();
-            let ends = |path: &&str| {
-                let dots = path.match_indices('.').map(|(dot, _)| dot + 1);
-                std::iter::once(0).chain(dots).any(|start| names.contains(&path[start..]))
-            };
-            Ok(paths.iter().map(ends).collect())
+            Ok(paths.iter().map(|path| ends(path).any(|end| names.contains(end))).collect())
         }
     }
 }
 
-/// For each path the value of the first pattern that matches it or the end of it.
-fn first_matches<T: Copy>(
-    patterns: &[(String, T)],
-    paths: &[&str],
-    default: T,
-    option: &str,
-) -> Result<Vec<T>> {
-    let mut values = vec![default; paths.len()];
-    let mut open: Vec<usize> = (0..paths.len()).collect();
-    let mut left: Vec<&str> = paths.to_vec();
-    for (pattern, value) in patterns {
-        if open.is_empty() {
-            break;
-        }
-        let found = matching(Pattern::End(pattern), &left, option)?;
-        if found.contains(&true) {
-            open.iter().zip(&found).filter(|(_, found)| **found).for_each(|(at, _)| values[*at] = *value);
-            open = open.iter().zip(&found).filter(|(_, found)| !**found).map(|(at, _)| *at).collect();
-            left = open.iter().map(|at| paths[*at]).collect();
-        }
-    }
-    Ok(values)
+/// For each path the value of the first pattern, in the file's order, that matches its end.
+fn values_of<T: Copy>(patterns: &[(String, T)], paths: &[&str], default: T, option: &str) -> Result<Vec<T>> {
+    let patterns = patterns.iter().map(|(pattern, value)| (pattern.as_str(), *value));
+    let values = first_values(patterns, paths, option)?;
+    Ok(values.into_iter().map(|value| value.unwrap_or(default)).collect())
 }
 
 #[cfg(test)]
@@ -170,7 +110,7 @@ mod tests {
     }
 
     fn is_target(json: serde_json::Value, path: &str) -> bool {
-        config(json).is_target(path).unwrap()
+        config(json).are_targets(&[path]).unwrap()[0]
     }
 
     #[test]
@@ -189,7 +129,7 @@ mod tests {
             json!({"target_modules": ["dense"], "modules_to_save": ["classifier"]}),
             "classifier.dense"
         ));
-        let error = config(json!({"target_modules": "("})).is_target(QUERY).unwrap_err().to_string();
+        let error = config(json!({"target_modules": "("})).are_targets(&[QUERY]).unwrap_err().to_string();
         assert!(error.contains("target_modules") && error.contains("no regular expression"), "{error}");
     }
 
@@ -220,15 +160,11 @@ mod tests {
             "rank_pattern": {"3.attention.self.query": 9, "query": 16},
             "alpha_pattern": {"^roberta.*query": 12}}"#;
         let mut config = PeftConfig::parse(text, std::path::Path::new("x"))?;
-        assert_eq!(
-            (config.rank_of(QUERY)?, config.rank_of("a.query")?, config.rank_of("a.value")?),
-            (9, 16, 4)
-        );
-        assert_eq!((config.scale_of(QUERY)?, config.scale_of("a.value")?), (12.0 / 9.0, 1.5));
-        assert_eq!(config.scale_of("a.query")?, 6.0 / 16.0);
+        assert_eq!(config.ranks_of(&[QUERY, "a.query", "a.value"])?, [9, 16, 4]);
+        assert_eq!(config.scales_of(&[QUERY, "a.query", "a.value"])?, [12.0 / 9.0, 6.0 / 16.0, 1.5]);
         assert_eq!(config.ranks_of(&["a.value", QUERY, "b.value", "query"])?, [4, 9, 4, 16]);
         config.use_rslora = true;
-        assert_eq!((config.scale_of(QUERY)?, config.scale_of("a.value")?), (4.0, 3.0));
+        assert_eq!(config.scales_of(&[QUERY, "a.value"])?, [4.0, 3.0]);
         Ok(())
     }
 

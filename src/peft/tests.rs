@@ -3,9 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Value};
 
+use super::keys::TensorKind;
 use super::*;
+use crate::error::Result;
 
 pub(super) const Q: &str = "roberta.encoder.layer.0.attention.self.query";
 pub(super) const V: &str = "roberta.encoder.layer.0.attention.self.value";
@@ -33,7 +36,7 @@ pub(super) fn adapter() -> AdapterFile {
     let config = PeftConfig {
         r: 3,
         lora_alpha: 7.0,
-        target_modules: Some(Targets::Names(vec!["query".into(), "value".into()])),
+        target_modules: Some(TargetModules::Names(vec!["query".into(), "value".into()])),
         rank_pattern: vec![("value".into(), 2)],
         modules_to_save: Some(vec!["classifier".into(), "score".into()]),
         task_type: Some("SEQ_CLS".into()),
@@ -62,7 +65,7 @@ struct Files {
 impl Files {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        adapter().write(dir.path(), Profile::PeftMonteCLoRA).unwrap();
+        adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
         let config = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
         let tensors = candle_core::safetensors::load(dir.path().join(WEIGHTS_FILE), &Device::Cpu).unwrap();
         Self { config: serde_json::from_str(&config).unwrap(), tensors }
@@ -98,14 +101,14 @@ impl Files {
 fn an_adapter_is_read_back_as_it_was_written() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let written = adapter();
-    written.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    written.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     let read = AdapterFile::read(dir.path())?;
     assert_eq!(read.config, written.config);
     assert_eq!(read.layers.len(), 2);
     for (path, layer) in &written.layers {
-        for part in Part::ALL {
-            let (was, is) = (layer.part(part).unwrap(), read.layers[path].part(part).unwrap());
-            assert_eq!((values(was), was.dims()), (values(is), is.dims()), "{path} {part:?}");
+        for kind in TensorKind::ALL {
+            let (was, is) = (layer.tensor(kind).unwrap(), read.layers[path].tensor(kind).unwrap());
+            assert_eq!((values(was), was.dims()), (values(is), is.dims()), "{path} {kind:?}");
         }
     }
     assert_eq!(values(&read.saved_modules["classifier.dense.weight"]), values(&filled(&[2, 5], 3.0)));
@@ -136,9 +139,9 @@ fn writing_is_deterministic_replaces_and_leaves_nothing_behind() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let bytes = |dir: &Path| [CONFIG_FILE, WEIGHTS_FILE].map(|name| std::fs::read(dir.join(name)).unwrap());
     let inner = dir.path().join("new/folder");
-    adapter().write(&inner, Profile::PeftMonteCLoRA)?;
+    adapter().write(&inner, ExportFormat::PeftMonteCLoRA)?;
     let first = bytes(&inner);
-    adapter().write(&inner, Profile::PeftMonteCLoRA)?;
+    adapter().write(&inner, ExportFormat::PeftMonteCLoRA)?;
     assert_eq!(first, bytes(&inner));
     let header = String::from_utf8_lossy(&first[1][8..200]).into_owned();
     assert!(header.starts_with(r#"{"__metadata__":{"format":"pt"}"#), "{header}");
@@ -146,7 +149,7 @@ fn writing_is_deterministic_replaces_and_leaves_nothing_behind() -> Result<()> {
 
     let mut broken = adapter();
     broken.layers.get_mut(Q).unwrap().a = Tensor::full(f32::NAN, (3, 6), &Device::Cpu)?;
-    let message = broken.write(&inner, Profile::PeftMonteCLoRA).unwrap_err().to_string();
+    let message = broken.write(&inner, ExportFormat::PeftMonteCLoRA).unwrap_err().to_string();
     assert!(message.contains("query.lora_A.weight") && message.contains("NaN"), "{message}");
     assert_eq!(first, bytes(&inner));
     assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 2);
@@ -189,7 +192,7 @@ fn half_precision_becomes_single_and_other_dtypes_are_refused() -> Result<()> {
         assert_eq!(values(&read.layers[Q].a), values(&adapter().layers[Q].a));
     }
     let message = Files::new().spoilt(|tensors| {
-        let tensor = tensors.get_mut(&Part::B.key(Q)).unwrap();
+        let tensor = tensors.get_mut(&TensorKind::B.key(Q)).unwrap();
         *tensor = tensor.to_dtype(DType::F64).unwrap();
     });
     assert!(message.contains("query.lora_B.weight: expected F32, F16 or BF16, got F64"), "{message}");
@@ -292,15 +295,15 @@ fn settings_of_other_versions_are_passed_over() -> Result<()> {
     files
         .tensors
         .retain(|key, _| key.ends_with("value.lora_A.weight") || key.ends_with("value.lora_B.weight"));
-    assert_eq!(files.read()?.config.scale_of(V)?, 2.0);
+    assert_eq!(files.read()?.config.scales_of(&[V])?, [2.0]);
     Ok(())
 }
 
 #[test]
 fn missing_and_unexpected_tensors_are_named() {
-    for part in Part::ALL {
-        let message = Files::new().spoilt(|tensors| drop(tensors.remove(&part.key(Q))));
-        assert!(message.contains(&format!("{}: it is missing", part.key(Q))), "{message}");
+    for kind in TensorKind::ALL {
+        let message = Files::new().spoilt(|tensors| drop(tensors.remove(&kind.key(Q))));
+        assert!(message.contains(&format!("{}: it is missing", kind.key(Q))), "{message}");
     }
     let message = Files::new().spoilt(|tensors| {
         tensors.retain(|key, _| !key.contains("query.lora_monteclora_sampler"));
@@ -310,24 +313,24 @@ fn missing_and_unexpected_tensors_are_named() {
 
 #[test]
 fn tensors_that_do_not_fit_are_named() {
-    for (part, shape) in [
-        (Part::A, &[2, 6][..]),
-        (Part::A, &[18]),
-        (Part::B, &[5, 4]),
-        (Part::B, &[3, 5]),
-        (Part::StdPrior, &[2]),
-        (Part::StdPrior, &[3, 1]),
-        (Part::ExpertWeightsPrior, &[3]),
-        (Part::ExpertWeights, &[5]),
-        (Part::GaussianVarPrior, &[3]),
+    for (kind, shape) in [
+        (TensorKind::A, &[2, 6][..]),
+        (TensorKind::A, &[18]),
+        (TensorKind::B, &[5, 4]),
+        (TensorKind::B, &[3, 5]),
+        (TensorKind::StdPrior, &[2]),
+        (TensorKind::StdPrior, &[3, 1]),
+        (TensorKind::ExpertWeightsPrior, &[3]),
+        (TensorKind::ExpertWeights, &[5]),
+        (TensorKind::GaussianVarPrior, &[3]),
     ] {
-        let key = part.key(Q);
+        let key = kind.key(Q);
         let message = Files::new().spoilt(|tensors| drop(tensors.insert(key.clone(), filled(shape, 0.0))));
         assert!(message.contains(&format!("{key}: expected shape")), "{message}");
         assert!(message.contains(&format!("got {shape:?}")), "{message}");
     }
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let key = Part::StdPrior.key(V);
+        let key = TensorKind::StdPrior.key(V);
         let tensor = Tensor::new(&[0f32, value], &Device::Cpu).unwrap();
         let message = Files::new().spoilt(|tensors| drop(tensors.insert(key.clone(), tensor)));
         assert!(message.contains(&format!("{key}: value 1 is")), "{message}");
@@ -342,9 +345,9 @@ fn names_that_peft_would_not_understand_are_refused() {
             tensors.insert(to, tensor);
         })
     };
-    let message = rename(Part::A.key(Q), format!("{PRE}{Q}.lora_A.default.weight"));
+    let message = rename(TensorKind::A.key(Q), format!("{PRE}{Q}.lora_A.default.weight"));
     assert!(message.contains("adapter's name (\"default\")"), "{message}");
-    let message = rename(Part::A.key(Q), format!("{Q}.lora_A.weight"));
+    let message = rename(TensorKind::A.key(Q), format!("{Q}.lora_A.weight"));
     assert!(message.contains("starts with base_model.model."), "{message}");
     let message =
         Files::new().spoilt(|tensors| drop(tensors.insert(format!("{PRE}pooler.weight"), filled(&[2], 0.0))));
@@ -372,7 +375,7 @@ fn files_that_are_not_whole_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let message = || AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message().contains(CONFIG_FILE));
-    adapter().write(dir.path(), Profile::PeftMonteCLoRA).unwrap();
+    adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
     let (config, weights) = (dir.path().join(CONFIG_FILE), dir.path().join(WEIGHTS_FILE));
     let (text, bytes) = (std::fs::read_to_string(&config).unwrap(), std::fs::read(&weights).unwrap());
     for length in [0, 5, 40, bytes.len() / 2, bytes.len() - 1] {

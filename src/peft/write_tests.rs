@@ -1,9 +1,11 @@
 //! What is written for whom, and what a crash in between leaves.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use super::tests::{adapter, filled, values, Q, V};
 use super::*;
+use crate::error::Result;
 use crate::monteclora::MonteCLoRAConfig;
 
 /// The update of the layer at `path` at the scale that a reader gives it.
@@ -19,7 +21,7 @@ fn bare() -> AdapterFile {
 
 fn served(file: &AdapterFile, fold_rslora: bool) -> Result<AdapterFile> {
     let dir = tempfile::tempdir().unwrap();
-    file.write(dir.path(), Profile::Serving { fold_rslora })?;
+    file.write(dir.path(), ExportFormat::Serving { fold_rslora })?;
     let text = fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
     for words in ["\"rank_pattern\": {}", "\"alpha_pattern\": {}"] {
         assert!(text.contains(words) && !text.contains("monteclora"), "{text}");
@@ -50,7 +52,7 @@ fn serving_computes_the_same_for_every_reader() -> Result<()> {
             assert!(layer.sampler.is_none() && layer.a.dim(0)? == 3, "{case}");
             // As vLLM computes it: one rank and one alpha; llama.cpp: alpha over the tensor's rank.
             let scale = if read.config.use_rslora { 7.0 / 3f64.sqrt() } else { 7.0 / layer.a.dim(0)? as f64 };
-            let was = update(&file, path, file.config.scale_of(path)?)?;
+            let was = update(&file, path, file.config.scales_of(&[path])?[0])?;
             let pairs = was.into_iter().zip(update(&read, path, scale)?);
             assert!(pairs.into_iter().all(|(x, y)| (x - y).abs() <= 1e-5 * x.abs()), "{case}: {path}");
         }
@@ -63,16 +65,16 @@ fn serving_computes_the_same_for_every_reader() -> Result<()> {
 
 #[test]
 fn serving_names_its_layers_and_has_no_head() -> Result<()> {
-    let names = |names: &[&str]| Some(Targets::Names(names.iter().map(ToString::to_string).collect()));
+    let names = |names: &[&str]| Some(TargetModules::Names(names.iter().map(ToString::to_string).collect()));
     let mut file = bare();
     assert_eq!(served(&file, true)?.config.target_modules, names(&["query", "value"]));
-    file.config.target_modules = Some(Targets::Pattern(r".*\.(query|value)".into()));
-    file.config.exclude_modules = Some(Targets::Names(vec!["key".into()]));
+    file.config.target_modules = Some(TargetModules::Pattern(r".*\.(query|value)".into()));
+    file.config.exclude_modules = Some(TargetModules::Names(vec!["key".into()]));
     let config = served(&file, true)?.config;
     assert_eq!((config.target_modules, config.exclude_modules), (names(&[Q, V]), None));
     let dir = tempfile::tempdir().unwrap();
     let message =
-        adapter().write(dir.path(), Profile::Serving { fold_rslora: false }).unwrap_err().to_string();
+        adapter().write(dir.path(), ExportFormat::Serving { fold_rslora: false }).unwrap_err().to_string();
     assert!(message.contains("classifier.dense.weight"), "{message}");
     Ok(())
 }
@@ -85,18 +87,18 @@ fn an_interrupted_write_is_refused_and_never_a_mixture() -> Result<()> {
         file.monteclora = Some(MonteCLoRAConfig { df: Some(sample_scaler), ..MonteCLoRAConfig::paper() });
         file
     };
-    own(9.0).write(dir.path(), Profile::PeftMonteCLoRA)?;
+    own(9.0).write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     let weights = dir.path().join(WEIGHTS_FILE);
     let before = fs::read(&weights).unwrap();
     // The tensors' place cannot be taken: what a crash before it leaves.
     fs::remove_file(&weights).unwrap();
     fs::create_dir_all(weights.join("in the way")).unwrap();
-    assert!(own(11.0).write(dir.path(), Profile::PeftMonteCLoRA).is_err());
+    assert!(own(11.0).write(dir.path(), ExportFormat::PeftMonteCLoRA).is_err());
     fs::remove_dir_all(&weights).unwrap();
     fs::write(&weights, before).unwrap();
     let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message.contains(CONFIG_FILE), "{message}");
-    own(11.0).write(dir.path(), Profile::PeftMonteCLoRA)?;
+    own(11.0).write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     assert_eq!(AdapterFile::read(dir.path())?.monteclora.unwrap().df, Some(11.0));
     Ok(())
 }
@@ -106,7 +108,7 @@ fn our_own_settings_are_checked_and_named() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let mut file = adapter();
     file.monteclora = Some(MonteCLoRAConfig::paper());
-    file.write(dir.path(), Profile::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     let own = dir.path().join(OWN_FILE);
     let text = fs::read_to_string(&own).unwrap();
     for (from, to, words) in [
@@ -121,7 +123,7 @@ fn our_own_settings_are_checked_and_named() -> Result<()> {
         assert!(message.contains(OWN_FILE) && message.contains(words), "{message}");
     }
     file.monteclora = Some(MonteCLoRAConfig { df: Some(f64::NAN), ..MonteCLoRAConfig::paper() });
-    let message = file.write(dir.path(), Profile::PeftMonteCLoRA).unwrap_err().to_string();
+    let message = file.write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap_err().to_string();
     assert!(message.contains(OWN_FILE) && message.contains("df"), "{message}");
     let layer = file.layers.get_mut(Q).unwrap();
     (file.monteclora, layer.a) = (None, filled(&[4, 6], 1.0));

@@ -1,4 +1,4 @@
-//! ln Gamma and its first two derivatives, on the host.
+//! ln Gamma and its first two derivatives, and the softmax, on the host.
 //!
 //! `ln_gamma` is libm's, `digamma` statrs's; `trigamma` is the recurrence to x >= 12 and then the
 //! asymptotic series (Abramowitz and Stegun 6.4.12).
@@ -39,6 +39,19 @@ pub fn trigamma(x: f64) -> f64 {
                 + r * (1.0 / 42.0
                     + r * (-1.0 / 30.0 + r * (5.0 / 66.0 + r * (-691.0 / 2730.0 + r * 7.0 / 6.0))))));
     sum + (1.0 + 0.5 / x + tail) / x
+}
+
+/// Turns logits into probabilities, shifted by the largest so that nothing overflows; NaN anywhere is
+/// NaN everywhere.
+///
+/// ```text
+/// softmax(x)_i = exp(x_i) / sum_k exp(x_k)
+/// ```
+pub fn softmax(row: &mut [f64]) {
+    let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    row.iter_mut().for_each(|x| *x = (*x - largest).exp());
+    let sum: f64 = row.iter().sum();
+    row.iter_mut().for_each(|x| *x /= sum);
 }
 
 #[cfg(test)]

@@ -7,5 +7,5 @@ pub mod functions;
 pub mod gamma;
 pub mod tensor;
 
-pub use functions::{digamma, ln_gamma, trigamma};
+pub use functions::{digamma, ln_gamma, softmax, trigamma};
 pub use gamma::{gamma_quantile, GammaQuantile};

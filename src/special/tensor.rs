@@ -11,8 +11,8 @@ use candle_core::{backend::BackendStorage, CudaStorage};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, D};
 use rayon::prelude::*;
 
-use super::gamma::GammaQuantile;
-use super::{digamma, gamma_quantile, ln_gamma, trigamma};
+use super::functions::{digamma, ln_gamma, softmax, trigamma};
+use super::gamma::{gamma_quantile, GammaQuantile};
 
 /// Elementwise `ln Gamma(x)`; its gradient is [`fn@digamma`].
 ///
@@ -223,14 +223,6 @@ pub(crate) fn normalised_slope(
     let along: f64 = pi.iter().zip(grad).map(|(pi, g)| pi * g).sum();
     let terms = shapes.iter().zip(draws).zip(pi).zip(grad);
     terms.map(|(((a, draw), pi), g)| a * draw.dlog_z * pi * (g - along)).collect()
-}
-
-/// The softmax of one row, in place; NaN anywhere is NaN everywhere.
-fn softmax(row: &mut [f64]) {
-    let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    row.iter_mut().for_each(|x| *x = (*x - largest).exp());
-    let sum: f64 = row.iter().sum();
-    row.iter_mut().for_each(|x| *x /= sum);
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
-use crate::peft::{AdapterFile, Origin};
+use crate::peft::{AdapterFile, AdapterMetadata};
 use crate::train::{self, Classification, Classifier, MethodInit, Observer, Record, Summary, TrainConfig};
 
 /// The most points of a loss curve that a result keeps.
@@ -152,8 +152,14 @@ impl Trial<'_> {
 fn adapter(classifier: &Classifier, recipe: &Recipe) -> Result<AdapterFile> {
     let method = recipe.method.adapter();
     let method = method.ok_or_else(|| Error::config("method", "post-hoc begins with LoRA"))?;
-    let origin = Origin { task: Some("SEQ_CLS".to_string()), ..Origin::default() };
-    AdapterFile::from_model(classifier.model.as_ref(), DEFAULT_ADAPTER, &classifier.params, &method, &origin)
+    let metadata = AdapterMetadata { task: Some("SEQ_CLS".to_string()), ..AdapterMetadata::default() };
+    AdapterFile::from_model(
+        classifier.model.as_ref(),
+        DEFAULT_ADAPTER,
+        &classifier.params,
+        &method,
+        &metadata,
+    )
 }
 
 /// Keeps the losses of a run and its last checkpoints.

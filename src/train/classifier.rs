@@ -22,7 +22,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, Origin, Profile};
+use crate::peft::{AdapterFile, AdapterMetadata, ExportFormat};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -110,19 +110,19 @@ impl Classifier {
             (None, Method::Full) => return self.save_model(&dir.join("model")),
             (None, _) => return self.params.save(&dir.join("adapter")),
         };
-        let origin = Origin {
+        let metadata = AdapterMetadata {
             base_model: Some(base_model.to_string()),
             task: Some("SEQ_CLS".to_string()),
-            ..Origin::default()
+            ..AdapterMetadata::default()
         };
         let file = AdapterFile::from_model(
             self.model.as_ref(),
             inject::DEFAULT_ADAPTER,
             &self.params,
             &method,
-            &origin,
+            &metadata,
         )?;
-        file.write(dir.join("adapter"), Profile::PeftMonteCLoRA)
+        file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)
     }
 
     fn save_model(&self, dir: &Path) -> Result<()> {

@@ -11,8 +11,7 @@ use crate::adapters::{
     Scaled,
 };
 use crate::error::{Error, Result};
-use crate::inject::activate;
-use crate::inject::{self, Select, Targets};
+use crate::inject::{self, activate, Select, Targets};
 use crate::monteclora::MonteCLoRAConfig;
 use crate::peft::{self, AdapterFile};
 
@@ -52,11 +51,11 @@ pub enum Method {
     Full,
 }
 
-impl From<peft::Method> for Method {
-    fn from(method: peft::Method) -> Self {
+impl From<peft::AdapterMethod> for Method {
+    fn from(method: peft::AdapterMethod) -> Self {
         match method {
-            peft::Method::MonteCLoRA(config) => Self::MonteCLoRA(config),
-            peft::Method::Lora(config) => Self::Lora(config),
+            peft::AdapterMethod::MonteCLoRA(config) => Self::MonteCLoRA(config),
+            peft::AdapterMethod::Lora(config) => Self::Lora(config),
         }
     }
 }
@@ -96,10 +95,10 @@ impl Method {
     }
 
     /// The adapter of this method as its file has it, where it has one.
-    pub fn adapter(&self) -> Option<peft::Method> {
+    pub fn adapter(&self) -> Option<peft::AdapterMethod> {
         match self {
-            Self::MonteCLoRA(config) => Some(peft::Method::MonteCLoRA(config.clone())),
-            Self::Lora(config) => Some(peft::Method::Lora(config.clone())),
+            Self::MonteCLoRA(config) => Some(peft::AdapterMethod::MonteCLoRA(config.clone())),
+            Self::Lora(config) => Some(peft::AdapterMethod::Lora(config.clone())),
             Self::Full | Self::Dora(_) | Self::AdaLora(_) => None,
             Self::Ia3 | Self::Bottleneck(_) | Self::Prompt(_) => None,
         }
@@ -127,10 +126,10 @@ impl MethodInit {
             Self::Fresh(method, _) => method.clone(),
             Self::Adapter(file) => Method::from(file.method()),
             Self::PostHoc(file, config) => Method::MonteCLoRA(match file.method() {
-                peft::Method::Lora(LoraConfig { rank, alpha, use_rslora, .. }) => {
+                peft::AdapterMethod::Lora(LoraConfig { rank, alpha, use_rslora, .. }) => {
                     MonteCLoRAConfig { rank, alpha, use_rslora, ..config.clone() }
                 }
-                peft::Method::MonteCLoRA(_) => config.clone(),
+                peft::AdapterMethod::MonteCLoRA(_) => config.clone(),
             }),
         }
     }
@@ -145,7 +144,7 @@ impl MethodInit {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
             Self::PostHoc(file, _) => {
-                if matches!(file.method(), peft::Method::MonteCLoRA(_)) {
+                if matches!(file.method(), peft::AdapterMethod::MonteCLoRA(_)) {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }
                 file.apply(model, TRAINED, params)?;

@@ -3,5 +3,6 @@
 pub(crate) mod check;
 pub(crate) mod dtype;
 pub mod files;
+pub(crate) mod finite;
 pub(crate) mod json;
 pub(crate) mod simd;

@@ -1,7 +1,7 @@
 //! Adapters in PEFT's format: a configuration, tensors, and this crate's own settings.
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::peft::{AdapterFile, Profile, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
+use monteclora::peft::{AdapterFile, ExportFormat, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 use monteclora::MonteCLoRAConfig;
 use serde_json::{json, Value};
 
@@ -109,12 +109,14 @@ fn peft_folders() {
     let read = |_: &Input| {
         let file = AdapterFile::read(&dir)?;
         // What was accepted can be used and written.
-        for (path, layer) in &file.layers {
-            assert!(file.config.scale_of(path)?.is_finite() && layer.a.dim(0)? == file.config.rank_of(path)?);
+        let paths: Vec<&str> = file.layers.keys().map(String::as_str).collect();
+        assert!(file.config.scales_of(&paths)?.into_iter().all(f64::is_finite));
+        for (layer, rank) in file.layers.values().zip(file.config.ranks_of(&paths)?) {
+            assert_eq!(layer.a.dim(0)?, rank);
         }
         assert!(!format!("{:?}", file.method()).is_empty());
         // A huge alpha may leave single precision, which is refused and no matter of the file's.
-        file.for_profile(Profile::Serving { fold_rslora: true }).and_then(|served| served.check()).ok();
+        file.exported(ExportFormat::Serving { fold_rslora: true }).and_then(|served| served.check()).ok();
         Ok(())
     };
     read(&folder.put(Input { kind: 0, files: sound.to_vec() })).unwrap();

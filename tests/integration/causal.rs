@@ -10,7 +10,7 @@ use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops::{self, OpPath};
-use monteclora::peft::{AdapterFile, Origin};
+use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
@@ -72,7 +72,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     MethodInit::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
     scatter(&params)?;
     let adapter = lora.adapter().ok_or("an adapter")?;
-    let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &Origin::default())?;
+    let file =
+        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &AdapterMetadata::default())?;
     let logits = |model: &LlamaForCausalLM, cx: &Context| -> Outcome<Tensor> {
         let ids = Tensor::new(&[[1u32, 41, 3, 4, 5]], &Device::Cpu)?;
         Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, cx)?.detach())
@@ -104,8 +105,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert!((draw - mean)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
 
     let adapter = start.method().adapter().ok_or("an adapter")?;
-    let write = |method: &monteclora::peft::Method| {
-        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &Origin::default())
+    let write = |method: &monteclora::peft::AdapterMethod| {
+        AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, method, &AdapterMetadata::default())
     };
     let file = write(&adapter)?;
     let error = MethodInit::PostHoc(Box::new(file), MonteCLoRAConfig::default());
@@ -114,7 +115,8 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     assert!(error.contains("it has a posterior already"), "{error}");
     // One file has one scaler: another in a layer would be lost.
     let narrow = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.2, ..Default::default() };
-    let error = write(&monteclora::peft::Method::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
+    let error =
+        write(&monteclora::peft::AdapterMethod::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
     assert!(error.contains("invalid sample_scaler: that of") && error.contains("is 0.1"), "{error}");
     Ok(())
 }

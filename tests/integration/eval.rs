@@ -122,7 +122,7 @@ fn a_text_goes_on_to_its_stop_whatever_the_batches() -> Outcome {
         let prompts = ["abc", "d", "efghi"];
         let whole = generator.texts(&prompts, &[])?;
         for (row, (prompt, text)) in prompts.iter().zip(&whole).enumerate() {
-            let config = GenerateConfig { seed: row as u64, ..generator.config.clone() };
+            let config = GenerateConfig { first_row: row as u64, ..generator.config.clone() };
             let ids = generate(&model, &[encoder.prompt(prompt)?], &config, &mut |_, _| true)?.swap_remove(0);
             let decoded = encoder.tokenizer().decode(&ids, true).map_err(|e| e.to_string())?;
             assert_eq!(text.trim(), decoded, "{prompt}");

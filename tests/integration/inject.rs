@@ -209,7 +209,7 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
         scatter(&params)?;
         if use_rslora {
             // As it is read from a file, on a model of its own.
-            let method = peft::Method::Lora(trained);
+            let method = peft::AdapterMethod::Lora(trained);
             let file = AdapterFile::from_model(&model, "default", &params, &method, &Default::default())?;
             (model, params) = frozen(Family::Roberta)?;
             file.apply(&mut model, "default", &params)?;

@@ -17,8 +17,9 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::monteclora::{DrawNoise, Posterior};
 use monteclora::ops::{self, OpPath};
-use monteclora::peft::{AdapterFile, Method, Origin, Profile};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use monteclora::{DrawNoise, Posterior};
 use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
 
@@ -92,7 +93,7 @@ fn labels(causal: bool) -> Outcome<Tensor> {
 
 /// The loss that the next step of an adapter starts from, of the draw that the script puts into PEFT:
 /// every normal is 0, the chi squares are 1, 1.1, 1.2 ...
-fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
+fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome<f32> {
     let (logits, labels) = (model.logits()?, labels(causal)?);
     let (logits, labels) = match causal {
         // What stands at a place predicts the next.
@@ -103,7 +104,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &Method) -> Outcome<f32> {
         false => (logits, labels),
     };
     let task = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f32>()?;
-    let Method::MonteCLoRA(config) = method else { return Ok(task) };
+    let AdapterMethod::MonteCLoRA(config) = method else { return Ok(task) };
     let mut posteriors = Vec::new();
     model.linears().visit_linears(&mut |slot| {
         let active = slot.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
@@ -170,7 +171,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/live_peft.py");
     let lora = LoraConfig { rank: 3, alpha: 7.0, use_rslora: true, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..Default::default() };
-    let methods = [Method::Lora(lora), Method::MonteCLoRA(bayes)];
+    let methods = [AdapterMethod::Lora(lora), AdapterMethod::MonteCLoRA(bayes)];
     for (causal, method) in [false, true].into_iter().flat_map(|causal| methods.clone().map(|m| (causal, m)))
     {
         let dir = tempfile::tempdir()?;
@@ -179,25 +180,28 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         let mut model = Model::load(&files, causal, &params)?;
         let base_logits = model.logits()?.copy()?;
         match &method {
-            Method::Lora(config) => {
+            AdapterMethod::Lora(config) => {
                 let targets = Targets::parse("all-linear")?;
                 inject::lora(model.linears(), &targets, config, &params)?
             }
-            Method::MonteCLoRA(config) => {
+            AdapterMethod::MonteCLoRA(config) => {
                 inject::monteclora(model.linears(), &Targets::default(), config, &params)?
             }
             _ => return Err("a method without a test".into()),
         };
         scatter(&params)?;
         let task = if causal { "CAUSAL_LM" } else { "SEQ_CLS" };
-        let origin =
-            Origin { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
+        let origin = AdapterMetadata {
+            base_model: Some("base".into()),
+            task: Some(task.into()),
+            ..Default::default()
+        };
         let file = AdapterFile::from_model(model.linears(), DEFAULT_ADAPTER, &params, &method, &origin)?;
-        file.write(dir.path().join("adapter"), Profile::PeftMonteCLoRA)?;
+        file.write(dir.path().join("adapter"), ExportFormat::PeftMonteCLoRA)?;
         if causal {
             // A server's adapter has no head; any version of PEFT reads it.
             for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {
-                file.write(dir.path().join(name), Profile::Serving { fold_rslora })?;
+                file.write(dir.path().join(name), ExportFormat::Serving { fold_rslora })?;
             }
         }
         // In several shards, as large models are.

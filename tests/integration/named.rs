@@ -8,11 +8,14 @@ use monteclora::adapter::AdaptableModel;
 use monteclora::adapter::Role;
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::inject::activate;
+use monteclora::inject::activate;
 use monteclora::inject::{self, Target, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::peft::{AdapterFile, Method, Origin};
+use monteclora::train::{check_gradients, AdamW, AdamWConfig};
 use monteclora::{Params, Pass, Regularizer};
 
 fn lora() -> LoraConfig {
@@ -24,9 +27,14 @@ fn second() -> Outcome<(AdapterFile, Vec<f32>)> {
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
     inject::lora(&mut model, &Targets::default(), &lora(), &params)?;
     scatter(&params)?;
-    let method = Method::Lora(lora());
-    let file =
-        AdapterFile::from_model(&model, inject::DEFAULT_ADAPTER, &params, &method, &Origin::default())?;
+    let method = AdapterMethod::Lora(lora());
+    let file = AdapterFile::from_model(
+        &model,
+        inject::DEFAULT_ADAPTER,
+        &params,
+        &method,
+        &AdapterMetadata::default(),
+    )?;
     Ok((file, logits(&model, &Pass::Mean.into())?))
 }
 

@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result as CandleResult, Tensor};
+use monteclora::monteclora::MonteCLoRAConfig;
+use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
 use monteclora::peft::{AdapterFile, Method, Profile, WEIGHTS_FILE};
 use monteclora::MonteCLoRAConfig;
 use monteclora::Result;
@@ -21,7 +23,7 @@ fn peft_s_monteclora_adapter_is_understood() -> Result<()> {
     let sampler = layer.sampler.as_ref().expect("MonteCLoRA has a sampler");
     assert_eq!((layer.a.dim(0)?, layer.b.dim(1)?), (4, 4));
     assert_eq!((sampler.std_prior.dims(), sampler.expert_weights_prior.dims()), (&[4][..], &[3][..]));
-    assert_eq!(file.config.scale_of(query)?, 2.0);
+    assert_eq!(file.config.scales_of(&[query])?, [2.0]);
     let expected = MonteCLoRAConfig {
         rank: 4,
         alpha: 8.0,
@@ -34,7 +36,7 @@ fn peft_s_monteclora_adapter_is_understood() -> Result<()> {
         buffer_size: 15,
         ..MonteCLoRAConfig::peft()
     };
-    assert_eq!(file.method(), Method::MonteCLoRA(expected));
+    assert_eq!(file.method(), AdapterMethod::MonteCLoRA(expected));
     let heads: Vec<&str> = file.saved_modules.keys().map(String::as_str).collect();
     let names = ["classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias"];
     assert_eq!(heads, [&names[..], &["classifier.out_proj.weight"]].concat());
@@ -47,10 +49,10 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
     for (path, layer) in &file.layers {
         let (rank, scale) = if path.ends_with("value") { (2, 10.0 / 2f64.sqrt()) } else { (4, 3.0) };
         assert_eq!(layer.a.dim(0)?, rank, "{path}");
-        assert!((file.config.scale_of(path)? - scale).abs() < 1e-12, "{path}");
+        assert!((file.config.scales_of(&[path])?[0] - scale).abs() < 1e-12, "{path}");
         assert!(layer.sampler.is_none());
     }
-    assert!(matches!(file.method(), Method::Lora(_)));
+    assert!(matches!(file.method(), AdapterMethod::Lora(_)));
     Ok(())
 }
 
@@ -58,7 +60,7 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
 fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
     for name in ["roberta_monteclora", "bert_lora"] {
         let dir = tempfile::tempdir().map_err(monteclora::Error::io(name))?;
-        AdapterFile::read(folder(name))?.write(dir.path(), Profile::PeftMonteCLoRA)?;
+        AdapterFile::read(folder(name))?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let load = |dir: &Path| candle_core::safetensors::load(dir.join(WEIGHTS_FILE), &Device::Cpu);
         let (theirs, ours) = (load(&folder(name))?, load(dir.path())?);
         assert_eq!(theirs.len(), ours.len());

@@ -1,4 +1,7 @@
-//! Patterns against many names: each is compiled once, and let go before the next, since a compiled
+//! How a name, an expression or a block's number is found in the paths of a model's layers, by PEFT's
+//! rules: for targets, and for PEFT's own files.
+//!
+//! Each pattern is compiled once for many paths, and let go before the next, since a compiled
 //! expression takes a thousand times its text.
 
 use fancy_regex::Regex;
@@ -7,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// A regular expression of Python's syntax, and which part of a name it has to match.
 #[derive(Clone, Copy)]
-pub(super) enum Pattern<'a> {
+pub(crate) enum Pattern<'a> {
     /// All of it.
     Whole(&'a str),
     /// All of it, or what comes after a dot.
@@ -17,7 +20,7 @@ pub(super) enum Pattern<'a> {
 }
 
 /// Which of the names match.
-pub(super) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result<Vec<bool>> {
+pub(crate) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result<Vec<bool>> {
     if let Some(text) = pattern.without_engine() {
         return Ok(names.iter().map(|name| pattern.is_in(name, text)).collect());
     }
@@ -27,18 +30,75 @@ pub(super) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result
         Pattern::Within(text) => format!(r"(^|.*\.){text}($|\..*)"),
     };
     let regex = compile(&text, option)?;
-    let is_match =
-        |name: &&str| regex.is_match(name).map_err(|e| Error::config(option, format!("{text:?}: {e}")));
-    names.iter().map(is_match).collect()
+    names.iter().map(|name| regex.is_match(name).map_err(gave_up(&text, option))).collect()
 }
 
-pub(super) fn compile(pattern: &str, option: &str) -> Result<Regex> {
+/// For each path the value of the first pattern that matches it or the end of it.
+pub(crate) fn first_values<'a, T: Copy>(
+    patterns: impl IntoIterator<Item = (&'a str, T)>,
+    paths: &[&str],
+    option: &str,
+) -> Result<Vec<Option<T>>> {
+    let mut values = vec![None; paths.len()];
+    let mut open: Vec<usize> = (0..paths.len()).collect();
+    let mut left: Vec<&str> = paths.to_vec();
+    for (pattern, value) in patterns {
+        if open.is_empty() {
+            break;
+        }
+        let found = matching(Pattern::End(pattern), &left, option)?;
+        if found.contains(&true) {
+            open.iter()
+                .zip(&found)
+                .filter(|(_, found)| **found)
+                .for_each(|(at, _)| values[*at] = Some(value));
+            open = open.into_iter().zip(found).filter(|(_, found)| !found).map(|(at, _)| at).collect();
+            left = open.iter().map(|at| paths[*at]).collect();
+        }
+    }
+    Ok(values)
+}
+
+/// The numbers of the blocks that the paths lie in: the group `idx` of the first expression that is
+/// found in a path.
+pub(crate) fn block_numbers(
+    expressions: &[String],
+    paths: &[&str],
+    option: &str,
+) -> Result<Vec<Option<usize>>> {
+    let mut found = vec![None; paths.len()];
+    for expression in expressions {
+        let regex = compile(expression, option)?;
+        for (found, path) in found.iter_mut().zip(paths).filter(|(found, _)| found.is_none()) {
+            let captures = regex.captures(path).map_err(gave_up(expression, option))?;
+            *found = captures.and_then(|c| c.name("idx")?.as_str().parse().ok());
+        }
+    }
+    Ok(found)
+}
+
+/// A path, and every end of it after a dot.
+pub(crate) fn ends(path: &str) -> impl Iterator<Item = &str> {
+    std::iter::once(path).chain(path.match_indices('.').map(|(dot, _)| &path[dot + 1..]))
+}
+
+/// Whether `name` is the whole path, or its end after a dot.
+pub(crate) fn is_end(name: &str, path: &str) -> bool {
+    ends(path).any(|end| end == name)
+}
+
+/// A backtracking expression can give up: that is an error, not "no match".
+fn gave_up<'a>(text: &'a str, option: &'a str) -> impl Fn(fancy_regex::Error) -> Error + 'a {
+    move |error| Error::config(option, format!("{text:?}: {error}"))
+}
+
+fn compile(pattern: &str, option: &str) -> Result<Regex> {
     Regex::new(pattern)
         .map_err(|e| Error::config(option, format!("{pattern:?} is no regular expression: {e}")))
 }
 
 /// Whether a pattern is a plain name, as nearly all are.
-pub(super) fn is_plain(text: &str) -> bool {
+pub(crate) fn is_plain(text: &str) -> bool {
     text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 

@@ -1,24 +1,13 @@
-//! Putting adapters on the linear layers of a model: target patterns and injection.
-//!
-//! Patterns follow Hugging Face PEFT's rules, with one difference: a target that matches nothing
-//! is an error that lists the names there are, never a silent no-op.
-
-pub mod activate;
-pub mod merge;
-mod posthoc;
-mod targets;
+//! Puts LoRA, MonteCLoRA or any other adapters on the targets of a model: on all of them or on none.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::adapter::Params;
-use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter};
+use super::activate::{self, check_unmerged};
+use super::targets::{no_target, paths, Target, Targets};
+use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
-use activate::check_unmerged;
-
-pub use posthoc::posthoc;
-pub use targets::{Select, Target, Targets};
 
 /// The most noise that the sample buffers of a model keep by default, as a share of the bytes of
 /// its linear layers. Beyond that draws are made anew, which changes no result.
@@ -141,10 +130,7 @@ pub fn inject(
         Ok(())
     });
     let made = made.and_then(|()| match wanted.first_key_value() {
-        Some((path, _)) => {
-            let available = targets::available(&paths(model)?);
-            Err(Error::NoTarget { targets: path.to_string(), available })
-        }
+        Some((path, _)) => Err(no_target(path, &paths(model)?)),
         None => Ok(()),
     });
     let added = made.and_then(|()| {
@@ -176,17 +162,4 @@ fn base_bytes(model: &dyn AdaptableModel) -> Result<usize> {
         Ok(())
     })?;
     Ok(bytes)
-}
-
-/// The paths of a model's linear layers, in its own order.
-///
-/// # Errors
-/// If the walk fails.
-pub fn paths(model: &dyn AdaptableModel) -> Result<Vec<String>> {
-    let mut paths = Vec::new();
-    model.visit_linears(&mut |slot| {
-        paths.push(slot.path().to_string());
-        Ok(())
-    })?;
-    Ok(paths)
 }

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::config::Targets;
-use super::{AdapterFile, LayerTensors};
+use super::adapter::{AdapterFile, LayerTensors};
+use super::config::TargetModules;
 use crate::error::{Error, Result};
 
 /// Who an adapter is written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum Profile {
+pub enum ExportFormat {
     /// PEFT from version 0.20 on: everything that training needs to go on.
     #[default]
     PeftMonteCLoRA,
@@ -27,16 +27,16 @@ pub enum Profile {
 }
 
 impl AdapterFile {
-    /// This adapter as `profile` has it; what [`Profile::Serving`] changes does not change what the
+    /// This adapter as `format` has it; what [`ExportFormat::Serving`] changes does not change what the
     /// adapter computes.
     ///
     /// # Errors
-    /// For [`Profile::Serving`], if there are saved modules: servers refuse adapters with a task
+    /// For [`ExportFormat::Serving`], if there are saved modules: servers refuse adapters with a task
     /// head, and without it the adapter answers another question.
-    pub fn for_profile(&self, profile: Profile) -> Result<Self> {
-        match profile {
-            Profile::PeftMonteCLoRA => Ok(self.clone()),
-            Profile::Serving { fold_rslora } => self.serving(fold_rslora),
+    pub fn exported(&self, format: ExportFormat) -> Result<Self> {
+        match format {
+            ExportFormat::PeftMonteCLoRA => Ok(self.clone()),
+            ExportFormat::Serving { fold_rslora } => self.serving(fold_rslora),
         }
     }
 
@@ -44,7 +44,7 @@ impl AdapterFile {
         if let Some(name) = self.saved_modules.keys().next() {
             let reason =
                 format!("serving adapters hold A and B alone, and this one has a task head too ({name})");
-            return Err(Error::config("profile", reason));
+            return Err(Error::config("format", reason));
         }
         let ranks = self.layers.values().map(|layer| layer.a.dim(0)).collect::<candle_core::Result<Vec<_>>>();
         let rank = ranks?.into_iter().max().unwrap_or(self.config.r);
@@ -53,9 +53,9 @@ impl AdapterFile {
         (config.r, config.rank_pattern, config.alpha_pattern) = (rank, Vec::new(), Vec::new());
         (config.monteclora_config, config.modules_to_save) = (None, None);
         let filtered = config.exclude_modules.is_some() || config.layers_to_transform.is_some();
-        if filtered || !matches!(config.target_modules, Some(Targets::Names(_))) {
+        if filtered || !matches!(config.target_modules, Some(TargetModules::Names(_))) {
             // Whole paths mean the same to every reader.
-            config.target_modules = Some(Targets::Names(self.layers.keys().cloned().collect()));
+            config.target_modules = Some(TargetModules::Names(self.layers.keys().cloned().collect()));
             (config.exclude_modules, config.layers_to_transform, config.layers_pattern) = (None, None, None);
         }
         let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();

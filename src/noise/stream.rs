@@ -1,22 +1,8 @@
-//! Noise that is addressed, not consumed.
-//!
-//! Every random number of this crate is a pure function of (seed, path, purpose, draw index,
-//! position). The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
-//! as 1, 2, 3", SC 2011), keyed by a stable hash of the first three and counting the last two.
-//! So a checkpoint stores only a seed and an index, the order of layers never matters, and a
-//! layer recomputed in a checkpointed backward sees the same draw.
-//!
-//! The integer words are the same on every machine and for every number of threads, and so are
-//! uniform numbers and single-precision normals. Double-precision normals are the same for one build
-//! on one target: they pass through the system's `ln`, `sin`, `cos`.
+//! Streams of noise by their address: seed, path and purpose.
 
-mod normal;
-
+use super::normal;
+use super::philox::{self, Words, LANES};
 use crate::util::simd::vectorized;
-use normal::{Words, LANES};
-
-/// The noise blocks of [`Stream::word_group`].
-pub(crate) const WORD_LANES: usize = LANES;
 
 /// What a stream of noise is for. Streams of different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,7 +94,7 @@ impl Stream {
 
     /// Words `4 * block .. 4 * block + 4` of draw number `draw`.
     pub fn words(&self, draw: u64, block: u64) -> [u32; 4] {
-        philox4x32_10([block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32], self.key)
+        philox::block(self.key, draw, block)
     }
 
     /// Uniform numbers in the open interval (0, 1): the midpoints of 2^52 equal parts; two words each.
@@ -143,21 +129,7 @@ impl Stream {
     /// The words of `LANES` blocks from number `LANES * group` on.
     #[inline(always)]
     pub(crate) fn word_group(&self, draw: u64, group: u64) -> Words {
-        let (mut c0, mut c1) = ([0u32; LANES], [0u32; LANES]);
-        for lane in 0..LANES {
-            let block = group * LANES as u64 + lane as u64;
-            (c0[lane], c1[lane]) = (block as u32, (block >> 32) as u32);
-        }
-        let (mut c2, mut c3) = ([draw as u32; LANES], [(draw >> 32) as u32; LANES]);
-        let mut key = self.key;
-        for _ in 0..ROUNDS {
-            for lane in 0..LANES {
-                let next = round([c0[lane], c1[lane], c2[lane], c3[lane]], key);
-                [c0[lane], c1[lane], c2[lane], c3[lane]] = next;
-            }
-            key = next_key(key);
-        }
-        [c0, c1, c2, c3]
+        philox::group(self.key, draw, group)
     }
 
     /// A uniformly random permutation of `0..len` (Fisher and Yates).
@@ -181,46 +153,9 @@ fn open_unit(low: u32, high: u32) -> f64 {
     (bits as f64 + 0.5) * (1.0 / (1u64 << 52) as f64)
 }
 
-/// Philox4x32 with ten rounds: a counter of 128 bits under a key of 64.
-pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    for _ in 0..ROUNDS {
-        counter = round(counter, key);
-        key = next_key(key);
-    }
-    counter
-}
-
-const ROUNDS: usize = 10;
-
-#[inline(always)]
-fn round(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let p0 = u64::from(counter[0]) * 0xd251_1f53;
-    let p1 = u64::from(counter[2]) * 0xcd9e_8d57;
-    [(p1 >> 32) as u32 ^ counter[1] ^ key[0], p1 as u32, (p0 >> 32) as u32 ^ counter[3] ^ key[1], p0 as u32]
-}
-
-#[inline(always)]
-fn next_key(key: [u32; 2]) -> [u32; 2] {
-    [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn philox_matches_the_known_answers_of_random123() {
-        // kat_vectors of the Random123 distribution, philox4x32 with 10 rounds.
-        assert_eq!(philox4x32_10([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(
-            philox4x32_10([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
-        );
-        assert_eq!(
-            philox4x32_10([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
-            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
-        );
-    }
 
     #[test]
     fn streams_differ_by_seed_path_purpose_and_draw_alone() {

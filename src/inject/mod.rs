@@ -1,0 +1,18 @@
+//! Putting adapters on the linear layers of a model: target patterns and injection.
+//!
+//! Patterns follow Hugging Face PEFT's rules, with one difference: a target that matches nothing
+//! is an error that lists the names there are, never a silent no-op.
+
+pub mod activate;
+mod injection;
+pub mod merge;
+pub(crate) mod patterns;
+mod posthoc;
+mod targets;
+
+pub(crate) use injection::with_share;
+pub use injection::{
+    inject, lora, lora_named, monteclora, monteclora_named, Make, BUFFER_SHARE, DEFAULT_ADAPTER,
+};
+pub use posthoc::posthoc;
+pub use targets::{paths, Select, Target, Targets};
