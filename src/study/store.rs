@@ -20,8 +20,8 @@ const PACKED: &str = "cells.jsonl";
 const RESULT: &str = "result.json";
 /// What it cost.
 const COST: &str = "cost.json";
-/// What it says of every row: `row`, `label`, and log-probabilities by arm. In a packed study all of
-/// them, each tensor with the cell's folder before its name.
+/// Room for what a cell says of every row (`row`, `label`, log-probabilities): no cell is asked to leave it.
+/// In a packed study those of all cells, each tensor with the cell's folder before its name.
 const ROWS: &str = "rows.safetensors";
 
 /// A finished cell as it is kept.
