@@ -88,7 +88,6 @@ fn is_temporary(name: &str) -> bool {
 }
 
 /// The place of the folder `dir` while it is written or removed: nobody reads it.
-#[cfg(any(test, feature = "models"))]
 pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
     let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))
@@ -112,7 +111,7 @@ where
     N: AsRef<str> + Ord + std::fmt::Display,
     V: View,
 {
-    let pending = Pending::beside(path.to_path_buf());
+    let pending = Pending::in_folder(path.to_path_buf())?;
     safetensors::serialize_to_file(tensors, Some(metadata()), &pending.temporary)
         .map_err(|e| Error::format(path, e.to_string()))?;
     pending.sync()?.commit()
@@ -127,14 +126,30 @@ pub(crate) fn metadata() -> HashMap<String, String> {
 pub(crate) struct Pending {
     temporary: PathBuf,
     place: PathBuf,
+    /// The folder that was made for the temporary file, if one was.
+    folder: Option<PathBuf>,
+}
+
+/// A number that no other call in this process gets.
+fn unique() -> u32 {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Pending {
     /// A temporary name that nobody else has, in the folder of `place`.
     fn beside(place: PathBuf) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let unique = format!("tmp-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { temporary: place.with_extension(unique), place }
+        let extension = format!("tmp-{}-{}", std::process::id(), unique());
+        Self { temporary: place.with_extension(extension), place, folder: None }
+    }
+
+    /// A temporary name in a folder of its own beside `place`. The safetensors crate writes under yet
+    /// another name first, which after a kill nobody could tell from a user's file; the folder is known.
+    fn in_folder(place: PathBuf) -> Result<Self> {
+        let name = place.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let folder = partial_folder(&place.with_file_name(format!("{name}-{}", unique())));
+        fs::create_dir(&folder).map_err(Error::io(&*place))?;
+        Ok(Self { temporary: folder.join("tensors"), place, folder: Some(folder) })
     }
 
     /// The bytes, on the disk.
@@ -161,6 +176,9 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // After a commit there is nothing left here to remove.
         fs::remove_file(&self.temporary).ok();
+        if let Some(folder) = &self.folder {
+            fs::remove_dir_all(folder).ok();
+        }
     }
 }
 
@@ -207,7 +225,10 @@ mod tests {
             fs::write(dir.path().join(name), "").unwrap();
         }
         std::mem::forget(pending);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len() + 2);
+        let tensors = Pending::in_folder(dir.path().join("model.safetensors")).unwrap();
+        fs::write(tensors.temporary.with_file_name(".tmpAbCdEf"), "").unwrap();
+        std::mem::forget(tensors);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len() + 3);
         remove_stale(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len());
         assert!(others.iter().all(|name| dir.path().join(name).exists()));
