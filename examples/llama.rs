@@ -343,9 +343,10 @@ impl Setup {
     ) -> monteclora::Result<()> {
         let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
         let metadata = AdapterMetadata { base_model: base, task, ..AdapterMetadata::default() };
-        let format = match self.args.serving {
-            true => ExportFormat::Serving { fold_rslora: self.args.fold_rslora },
-            false => ExportFormat::PeftMonteCLoRA,
+        let format = if self.args.serving {
+            ExportFormat::Serving { fold_rslora: self.args.fold_rslora }
+        } else {
+            ExportFormat::PeftMonteCLoRA
         };
         AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?
             .write(dir.join("adapter"), format)

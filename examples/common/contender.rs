@@ -59,16 +59,13 @@ enum Model {
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
     fn load(json: &Value, base: VarBuilder<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
-        Ok(match json["model_type"] == "llama" {
-            true => {
-                let config = LlamaConfig::from_value(json.clone())?;
-                Self::Decoder(Box::new(LlamaForCausalLM::load(base, &config, Noise::new(2))?))
-            }
-            false => {
-                let config: RobertaConfig = serde_json::from_value(json.clone())?;
-                let model = RobertaForSequenceClassification::load(base, head, &config, Noise::new(2))?;
-                Self::Encoder(Box::new(model))
-            }
+        Ok(if json["model_type"] == "llama" {
+            let config = LlamaConfig::from_value(json.clone())?;
+            Self::Decoder(Box::new(LlamaForCausalLM::load(base, &config, Noise::new(2))?))
+        } else {
+            let config: RobertaConfig = serde_json::from_value(json.clone())?;
+            let model = RobertaForSequenceClassification::load(base, head, &config, Noise::new(2))?;
+            Self::Encoder(Box::new(model))
         })
     }
 

@@ -41,9 +41,10 @@ pub fn requested() -> bool {
 
 /// Stops between two parts of a run that have nothing to save.
 pub fn check(step: usize) -> monteclora::Result<()> {
-    match requested() {
-        true => Err(monteclora::Error::Interrupted { step }),
-        false => Ok(()),
+    if requested() {
+        Err(monteclora::Error::Interrupted { step })
+    } else {
+        Ok(())
     }
 }
 

@@ -97,13 +97,14 @@ pub fn progress(length: u64, name: &str) -> ProgressBar {
 /// A bundled folder. The published package leaves them out.
 pub fn asset(name: &str) -> Outcome<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
-    match path.is_dir() {
-        true => Ok(path.display().to_string()),
-        false => Err(format!(
+    if path.is_dir() {
+        Ok(path.display().to_string())
+    } else {
+        Err(format!(
             "{}: the bundled files are in the repository, not in the package: clone it, or give --model and --data",
             path.display()
         )
-        .into()),
+        .into())
     }
 }
 

@@ -85,8 +85,9 @@ pub fn fit(
 /// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
 /// the log of a long run in the background would stay empty.
 pub fn say(bar: &ProgressBar, line: &str) {
-    match bar.is_hidden() {
-        true => eprintln!("{line}"),
-        false => bar.println(line),
+    if bar.is_hidden() {
+        eprintln!("{line}")
+    } else {
+        bar.println(line)
     }
 }

@@ -167,9 +167,10 @@ pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> 
         }
         Ok(())
     })?;
-    match terms.is_empty() {
-        true => Ok(None),
-        false => Ok(Some((Tensor::stack(&terms, 0)?.sum(D::Minus1)? / (2 * terms.len()) as f64)?)),
+    if terms.is_empty() {
+        Ok(None)
+    } else {
+        Ok(Some((Tensor::stack(&terms, 0)?.sum(D::Minus1)? / (2 * terms.len()) as f64)?))
     }
 }
 

@@ -149,12 +149,10 @@ impl RankAllocator {
         }
         let mask = |(name, rank): &(String, usize)| {
             let mask = state.get(&format!("kept/{name}")).ok_or_else(|| missing(name))?;
-            match mask.elem_count() == *rank {
-                true => Ok(mask.clone()),
-                false => Err(Error::tensor(
-                    name,
-                    format!("expected a mask of {rank} values, got {:?}", mask.shape()),
-                )),
+            if mask.elem_count() == *rank {
+                Ok(mask.clone())
+            } else {
+                Err(Error::tensor(name, format!("expected a mask of {rank} values, got {:?}", mask.shape())))
             }
         };
         let is_final = state.keys().any(|name| name.starts_with("kept/"));

@@ -88,18 +88,20 @@ pub fn remove(model: &mut dyn AdaptableModel, name: &str, params: &Params) -> Re
 
 fn check_name(model: &dyn AdaptableModel, name: &str) -> Result<()> {
     let names = names(model)?;
-    match names.iter().any(|known| known == name) {
-        true => Ok(()),
-        false => {
-            let reason = format!("there is no {name:?}; the model has: {}", names.join(", "));
-            Err(Error::config("adapter", reason))
-        }
+    if names.iter().any(|known| known == name) {
+        Ok(())
+    } else {
+        let reason = format!("there is no {name:?}; the model has: {}", names.join(", "));
+        Err(Error::config("adapter", reason))
     }
 }
 
 pub(crate) fn check_unmerged(model: &dyn AdaptableModel) -> Result<()> {
-    model.visit_linears(&mut |slot| match slot.is_merged() {
-        true => Err(Error::config("adapter", format!("{} is merged: unmerge it first", slot.path()))),
-        false => Ok(()),
+    model.visit_linears(&mut |slot| {
+        if slot.is_merged() {
+            Err(Error::config("adapter", format!("{} is merged: unmerge it first", slot.path())))
+        } else {
+            Ok(())
+        }
     })
 }

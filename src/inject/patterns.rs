@@ -112,9 +112,10 @@ impl<'a> Pattern<'a> {
 
     /// Whether a plain text stands at one of the pattern's places.
     fn is_in(self, name: &str, text: &[u8]) -> bool {
-        match name.is_ascii() {
-            true => self.places(name.as_bytes(), text),
-            false => self.places(&name.chars().collect::<Vec<_>>(), text),
+        if name.is_ascii() {
+            self.places(name.as_bytes(), text)
+        } else {
+            self.places(&name.chars().collect::<Vec<_>>(), text)
         }
     }
 

@@ -34,9 +34,10 @@ impl Select {
             "all-linear" => Ok(Self::AllLinear),
             names => {
                 let names: Vec<String> = names.split(',').map(|name| name.trim().to_string()).collect();
-                match names.iter().any(String::is_empty) {
-                    true => Err(Error::config("targets", format!("{text:?} has an empty name"))),
-                    false => Ok(Self::Names(names)),
+                if names.iter().any(String::is_empty) {
+                    Err(Error::config("targets", format!("{text:?} has an empty name")))
+                } else {
+                    Ok(Self::Names(names))
                 }
             }
         }

@@ -241,9 +241,10 @@ fn norms_and_their_gradients_are_those_of_the_blocks() -> Result<()> {
         let x = Var::from_tensor(&x.reshape((rows, dim))?)?;
         let input = if added { (x.as_tensor() + r.reshape((rows, dim))?)? } else { x.as_tensor().clone() };
         let b = if biased { b.clone() } else { b.zeros_like()? };
-        let y = match centred {
-            true => layer_norm(&input, w, &b, eps, OpPath::Fused)?,
-            false => rms_norm(&input, w, eps, OpPath::Fused)?,
+        let y = if centred {
+            layer_norm(&input, w, &b, eps, OpPath::Fused)?
+        } else {
+            rms_norm(&input, w, eps, OpPath::Fused)?
         };
         let grads = (&y * g.reshape((rows, dim))?)?.sum_all()?.backward()?;
         let dx = grads.get(&x).expect("a gradient").flatten_all()?.to_vec1::<f64>()?;

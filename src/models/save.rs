@@ -102,9 +102,10 @@ pub fn check_merged(
 }
 
 fn check_free(dir: &Path) -> Result<()> {
-    match files::has_entries(dir) || dir.is_file() {
-        true => Err(Error::format(dir, "it exists; give a new or an empty folder")),
-        false => Ok(()),
+    if files::has_entries(dir) || dir.is_file() {
+        Err(Error::format(dir, "it exists; give a new or an empty folder"))
+    } else {
+        Ok(())
     }
 }
 
@@ -125,15 +126,16 @@ pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
         }
     }
     let has = |name| copied.contains(&name);
-    match ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"].into_iter().any(has) {
-        true => {}
-        false if has("vocab.json") != has("merges.txt") => {
-            let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
-            let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
-            return Err(Error::format(files.config_path().with_file_name(lacking), reason));
-        }
-        false if has("vocab.json") => {}
-        false => tracing::warn!("{}: there is no tokenizer.json beside it", files.config_path().display()),
+    if ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"].into_iter().any(has) {
+        return Ok(());
+    }
+    if has("vocab.json") != has("merges.txt") {
+        let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
+        let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
+        return Err(Error::format(files.config_path().with_file_name(lacking), reason));
+    }
+    if !has("vocab.json") {
+        tracing::warn!("{}: there is no tokenizer.json beside it", files.config_path().display());
     }
     Ok(())
 }

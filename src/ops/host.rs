@@ -149,12 +149,11 @@ pub(crate) fn sum_of_squares(xs: &Tensor) -> Result<f64> {
         })
     };
     let host = Host::of(&xs)?;
-    match host.len() <= PIECE {
-        true => Ok(squares(&host)),
-        false => {
-            let parts: Vec<f64> = host.par_chunks(PIECE).map(squares).collect();
-            Ok(parts.iter().sum())
-        }
+    if host.len() <= PIECE {
+        Ok(squares(&host))
+    } else {
+        let parts: Vec<f64> = host.par_chunks(PIECE).map(squares).collect();
+        Ok(parts.iter().sum())
     }
 }
 

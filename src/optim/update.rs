@@ -77,9 +77,10 @@ impl Steps {
 /// One step of `var`.
 fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
     let single = [var.dtype(), grad.dtype()] == [DType::F32; 2];
-    match single && var.device().is_cpu() && var.is_contiguous() {
-        true => in_place(var, moments, &grad.contiguous()?, constants),
-        false => by_tensors(var, moments, grad, constants),
+    if single && var.device().is_cpu() && var.is_contiguous() {
+        in_place(var, moments, &grad.contiguous()?, constants)
+    } else {
+        by_tensors(var, moments, grad, constants)
     }
 }
 
@@ -115,9 +116,10 @@ impl InplaceOp2 for Mean {
         let (beta, rest) = (self.beta as f32, (1.0 - self.beta) as f32);
         mean.par_chunks_mut(PIECE).zip(grad.par_chunks(PIECE)).for_each(|(mean, grad)| {
             let pairs = mean.iter_mut().zip(grad);
-            vectorized!(match self.of_squares {
-                true => pairs.for_each(|(m, g)| *m = beta * *m + rest * (g * g)),
-                false => pairs.for_each(|(m, g)| *m = beta * *m + rest * g),
+            vectorized!(if self.of_squares {
+                pairs.for_each(|(m, g)| *m = beta * *m + rest * (g * g))
+            } else {
+                pairs.for_each(|(m, g)| *m = beta * *m + rest * g)
             })
         });
         Ok(())

@@ -247,9 +247,10 @@ impl PeftConfig {
 }
 
 fn positive(field: &str, value: f64) -> std::result::Result<(), String> {
-    match value > 0.0 && value.is_finite() {
-        true => Ok(()),
-        false => Err(format!("{field}: expected a positive number, got {value}")),
+    if value > 0.0 && value.is_finite() {
+        Ok(())
+    } else {
+        Err(format!("{field}: expected a positive number, got {value}"))
     }
 }
 

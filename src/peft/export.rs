@@ -77,9 +77,6 @@ fn widened(layer: &LayerTensors, rank: usize, factor: f64) -> Result<LayerTensor
         0 => Ok(tensor.clone()),
         _ => tensor.pad_with_zeros(dim, 0, more),
     };
-    let b = match factor == 1.0 {
-        true => layer.b.clone(),
-        false => (&layer.b * factor)?,
-    };
+    let b = if factor == 1.0 { layer.b.clone() } else { (&layer.b * factor)? };
     Ok(LayerTensors { a: fill(&layer.a, 0)?, b: fill(&b, 1)?, sampler: None })
 }

@@ -173,9 +173,10 @@ impl AdapterFile {
             Some(TargetModules::Pattern(word)) => word != "all-linear",
             Some(TargetModules::Names(_)) => true,
         };
-        let named: BTreeMap<&str, bool> = match resolved {
-            true => paths.iter().copied().zip(self.config.are_targets(&paths)?).collect(),
-            false => BTreeMap::new(),
+        let named: BTreeMap<&str, bool> = if resolved {
+            paths.iter().copied().zip(self.config.are_targets(&paths)?).collect()
+        } else {
+            BTreeMap::new()
         };
         model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
             Some(layer) => self.check_slot(slot, layer, alphas[slot.path()], adapter, params),

@@ -38,11 +38,10 @@ fn serving_computes_the_same_for_every_reader() -> Result<()> {
     {
         let mut file = bare();
         file.config.use_rslora = use_rslora;
-        match patterns {
-            true => file.config.alpha_pattern = vec![("query".into(), 11.0)],
-            false => {
-                file.layers.remove(V);
-            }
+        if patterns {
+            file.config.alpha_pattern = vec![("query".into(), 11.0)]
+        } else {
+            file.layers.remove(V);
         }
         let read = served(&file, fold_rslora)?;
         let case = format!("rslora {use_rslora}, fold {fold_rslora}, patterns {patterns}");

@@ -101,9 +101,10 @@ enum Family {
 
 impl Family {
     fn of(self, xs: &Tensor) -> Result<Tensor> {
-        match cfg!(feature = "cuda") && xs.device().is_cuda() {
-            true => xs.contiguous()?.apply_op1(self),
-            false => on_host(xs, self),
+        if cfg!(feature = "cuda") && xs.device().is_cuda() {
+            xs.contiguous()?.apply_op1(self)
+        } else {
+            on_host(xs, self)
         }
     }
 }

@@ -116,15 +116,12 @@ impl Checkpoints {
         for name in names.filter(|name| before.get(*name) != now.get(*name)) {
             let (was, is) = (of(before, name), of(now, name));
             let reason = format!("the run in {} had {was}, this one has {is}", self.dir.display());
-            match PLACE.contains(&name.as_str()) {
-                true => {
-                    let why = "it says which rows a step takes, and cannot change on the way";
-                    return Err(Error::config(name, format!("{reason}: {why}")));
-                }
-                false if self.changes.contains(name) => {}
-                false => {
-                    return Err(Error::config(name, format!("{reason}: allow the change if it is meant")))
-                }
+            if PLACE.contains(&name.as_str()) {
+                let why = "it says which rows a step takes, and cannot change on the way";
+                return Err(Error::config(name, format!("{reason}: {why}")));
+            }
+            if !self.changes.contains(name) {
+                return Err(Error::config(name, format!("{reason}: allow the change if it is meant")));
             }
         }
         Ok(())
@@ -208,9 +205,10 @@ fn settle(partial: &Path, place: &Path) -> Result<()> {
 
 /// Flushes the names in a folder, where the system has such a thing.
 fn sync_folder(dir: &Path) -> Result<()> {
-    match cfg!(unix) {
-        true => File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir)),
-        false => Ok(()),
+    if cfg!(unix) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))
+    } else {
+        Ok(())
     }
 }
 

@@ -156,12 +156,11 @@ impl Classifier {
         self.check_labels(batch)?;
         let cx = self.upkeep.context(cx)?;
         let outputs = self.predict(batch, &cx)?;
-        let task = match self.is_regression() {
-            true => {
-                let scores = batch.labels.to_device(outputs.device())?;
-                ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
-            }
-            false => ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?,
+        let task = if self.is_regression() {
+            let scores = batch.labels.to_device(outputs.device())?;
+            ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
+        } else {
+            ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?
         };
         self.upkeep.loss(task, self.model.as_ref(), &cx.pass)
     }
@@ -171,9 +170,10 @@ impl Classifier {
     pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
         let (outputs, scores) = (self.model.num_labels(), batch.labels.dtype().is_float());
         if scores != self.is_regression() {
-            let (found, wanted) = match scores {
-                true => ("a score", format!("a class below {outputs}: the model has {outputs} outputs")),
-                false => ("a class", "a score: the model has one output".to_string()),
+            let (found, wanted) = if scores {
+                ("a score", format!("a class below {outputs}: the model has {outputs} outputs"))
+            } else {
+                ("a class", "a score: the model has one output".to_string())
             };
             let reason = format!("row {} has {found}, expected {wanted}", batch.rows.first().unwrap_or(&0));
             return Err(Error::config("labels", reason));

@@ -117,9 +117,10 @@ impl TrainConfig {
             lr_ratios: vec![(Role::B, self.loraplus_ratio)],
             ..AdamWConfig::default()
         };
-        match self.decay_variational {
-            true => AdamWConfig { no_decay: Vec::new(), ..config },
-            false => config,
+        if self.decay_variational {
+            AdamWConfig { no_decay: Vec::new(), ..config }
+        } else {
+            config
         }
     }
 }

@@ -74,10 +74,8 @@ impl Predictions {
         batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
         let outputs = logits(classifier, batches, &Pass::Mean.into())?;
         let regression = classifier.is_regression();
-        let mean = match regression {
-            true => outputs.clone(),
-            false => outputs.iter().map(|row| softmax(row)).collect(),
-        };
+        let mean =
+            if regression { outputs.clone() } else { outputs.iter().map(|row| softmax(row)).collect() };
         let posterior = match (samples, regression) {
             (0, _) => None,
             (n, true) => Some(posterior_scores(classifier, batches, n)?),
@@ -104,12 +102,11 @@ impl Predictions {
                 Label::Score(score) => scores.push(f64::from(*score)),
             }
         }
-        match scores.is_empty() {
-            true => Metrics::classification(values, &classes),
-            false => {
-                let predictions: Vec<f64> = values.iter().filter_map(|row| row.first().copied()).collect();
-                Metrics::regression(&predictions, &scores)
-            }
+        if scores.is_empty() {
+            Metrics::classification(values, &classes)
+        } else {
+            let predictions: Vec<f64> = values.iter().filter_map(|row| row.first().copied()).collect();
+            Metrics::regression(&predictions, &scores)
         }
     }
 

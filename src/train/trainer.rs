@@ -263,9 +263,10 @@ impl Run<'_> {
         if let Some(score) = improved {
             self.best = Some(Best { score, step, values: self.params.snapshot()? });
         }
-        match improved.is_some() || !self.config.keep_best {
-            true => observer.kept(step),
-            false => Ok(()),
+        if improved.is_some() || !self.config.keep_best {
+            observer.kept(step)
+        } else {
+            Ok(())
         }
     }
 

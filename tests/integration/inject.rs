@@ -139,9 +139,10 @@ fn a_new_adapter_changes_nothing_until_b_moves() -> Outcome {
     let base = logits(&model, &Pass::Mean.into())?;
     for bayesian in [false, true] {
         let (mut model, params) = frozen(Family::Roberta)?;
-        match bayesian {
-            true => inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?,
-            false => inject::lora(&mut model, &Targets::default(), &lora(), &params)?,
+        if bayesian {
+            inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?
+        } else {
+            inject::lora(&mut model, &Targets::default(), &lora(), &params)?
         };
         assert_close(&logits(&model, &Pass::Mean.into())?, &base, 1e-6)?;
         assert_close(&logits(&model, &Pass::Posterior { draw: 1 }.into())?, &base, 1e-6)?;
@@ -158,9 +159,10 @@ fn the_count_is_that_of_the_paper() -> Outcome {
     let count = |bayesian| -> Outcome<usize> {
         let (mut model, params) = frozen(Family::Roberta)?;
         let head = params.trainable_count();
-        match bayesian {
-            true => inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?,
-            false => inject::lora(&mut model, &Targets::default(), &lora(), &params)?,
+        if bayesian {
+            inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?
+        } else {
+            inject::lora(&mut model, &Targets::default(), &lora(), &params)?
         };
         Ok(params.trainable_count() - head)
     };

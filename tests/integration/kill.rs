@@ -37,9 +37,10 @@ fn glue() -> Outcome<PathBuf> {
     if cfg!(feature = "plot") {
         build.args(["--features", "plot"]);
     }
-    match build.current_dir(env!("CARGO_MANIFEST_DIR")).status()?.success() {
-        true => Ok(profile.join("examples/glue")),
-        false => Err("the example cannot be built".into()),
+    if build.current_dir(env!("CARGO_MANIFEST_DIR")).status()?.success() {
+        Ok(profile.join("examples/glue"))
+    } else {
+        Err("the example cannot be built".into())
     }
 }
 
@@ -87,9 +88,10 @@ impl Setup {
     fn finish(&self, out: &Path) -> Outcome<String> {
         let output = self.command(out).stderr(Stdio::piped()).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        match output.status.success() {
-            true => Ok(said),
-            false => Err(said.into()),
+        if output.status.success() {
+            Ok(said)
+        } else {
+            Err(said.into())
         }
     }
 

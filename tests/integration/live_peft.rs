@@ -84,9 +84,10 @@ fn inputs() -> Outcome<(Tensor, Tensor)> {
 /// What each row, or each place, is to be: -100 nothing.
 fn labels(causal: bool) -> Outcome<Tensor> {
     let (ids, mask) = inputs()?;
-    match causal {
-        true => Ok(mask.gt(0i64)?.where_cond(&ids, &Tensor::full(-100i64, ids.shape(), &Device::Cpu)?)?),
-        false => Ok(Tensor::new(&[2i64, 0], &Device::Cpu)?),
+    if causal {
+        Ok(mask.gt(0i64)?.where_cond(&ids, &Tensor::full(-100i64, ids.shape(), &Device::Cpu)?)?)
+    } else {
+        Ok(Tensor::new(&[2i64, 0], &Device::Cpu)?)
     }
 }
 
@@ -94,13 +95,12 @@ fn labels(causal: bool) -> Outcome<Tensor> {
 /// every normal is 0, the chi squares are 1, 1.1, 1.2 ...
 fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome<f32> {
     let (logits, labels) = (model.logits()?, labels(causal)?);
-    let (logits, labels) = match causal {
+    let (logits, labels) = if causal {
         // What stands at a place predicts the next.
-        true => {
-            let last = labels.dim(1)? - 1;
-            (logits.narrow(1, 0, last)?.flatten_to(1)?, labels.narrow(1, 1, last)?.flatten_all()?)
-        }
-        false => (logits, labels),
+        let last = labels.dim(1)? - 1;
+        (logits.narrow(1, 0, last)?.flatten_to(1)?, labels.narrow(1, 1, last)?.flatten_all()?)
+    } else {
+        (logits, labels)
     };
     let task = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f32>()?;
     let AdapterMethod::MonteCLoRA(config) = method else { return Ok(task) };
@@ -128,27 +128,24 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
 /// A checkpoint with a head on the disk.
 fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
     // Without dropout: losses are compared in training.
-    let (weights, mut json) = match causal {
-        true => {
-            let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
-            json["attention_dropout"] = 0.0.into();
-            let config = LlamaConfig::from_value(json.clone())?;
-            LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
-            scatter(&params)?;
-            let all = params.all().into_iter();
-            (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)
-        }
-        false => {
-            let config = toy_config(monteclora::models::roberta::Family::Roberta);
-            let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
-                let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
-                model(vb.clone(), vb, &config, noise).map(drop)
-            })?;
-            let mut json = serde_json::to_value(&config)?;
-            json["hidden_dropout_prob"] = 0.0.into();
-            json["attention_probs_dropout_prob"] = 0.0.into();
-            (weights, json)
-        }
+    let (weights, mut json) = if causal {
+        let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+        json["attention_dropout"] = 0.0.into();
+        let config = LlamaConfig::from_value(json.clone())?;
+        LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
+        scatter(&params)?;
+        let all = params.all().into_iter();
+        (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)
+    } else {
+        let config = toy_config(monteclora::models::roberta::Family::Roberta);
+        let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
+            let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
+            model(vb.clone(), vb, &config, noise).map(drop)
+        })?;
+        let mut json = serde_json::to_value(&config)?;
+        json["hidden_dropout_prob"] = 0.0.into();
+        json["attention_probs_dropout_prob"] = 0.0.into();
+        (weights, json)
     };
     let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
     json["architectures"] = serde_json::json!([name]);
@@ -234,13 +231,12 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         let theirs = back["loss"].to_scalar::<f32>()?;
         assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
         let got = model.logits()?;
-        match causal {
+        if causal {
             // Padding columns are nobody's business.
-            true => {
-                assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
-                assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
-            }
-            false => assert_close(&got, &back["logits"], 1e-4)?,
+            assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
+            assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
+        } else {
+            assert_close(&got, &back["logits"], 1e-4)?;
         }
     }
     Ok(())

@@ -86,9 +86,10 @@ pub fn padded(left: bool) -> Outcome<(Tensor, Tensor)> {
     for row in ROWS {
         let (pad, one) = (vec![0u32; 7 - row.len()], vec![1u8; row.len()]);
         let hidden = vec![0u8; pad.len()];
-        match left {
-            true => (ids.extend([pad, row.to_vec()].concat()), mask.extend([hidden, one].concat())),
-            false => (ids.extend([row.to_vec(), pad].concat()), mask.extend([one, hidden].concat())),
+        if left {
+            (ids.extend([pad, row.to_vec()].concat()), mask.extend([hidden, one].concat()))
+        } else {
+            (ids.extend([row.to_vec(), pad].concat()), mask.extend([one, hidden].concat()))
         };
     }
     let device = &Device::Cpu;

@@ -27,13 +27,12 @@ impl LlamaForCausalLM {
     /// If the configuration is not supported, or a tensor is missing or of another shape.
     pub fn load(vb: VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
         let decoder = LlamaDecoder::load(&vb, config, noise)?;
-        let head = match config.decoder.tie_word_embeddings {
-            true => decoder.embeddings().clone(),
-            false => {
-                let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-                let shape = (config.decoder.vocab_size, config.decoder.hidden_size);
-                vb.pp("lm_head").get_with_hints(shape, "weight", init)?
-            }
+        let head = if config.decoder.tie_word_embeddings {
+            decoder.embeddings().clone()
+        } else {
+            let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+            let shape = (config.decoder.vocab_size, config.decoder.hidden_size);
+            vb.pp("lm_head").get_with_hints(shape, "weight", init)?
         };
         Ok(Self { decoder, head, config: config.clone() })
     }

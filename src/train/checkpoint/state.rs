@@ -93,12 +93,11 @@ impl State {
             let path = dir.join(name);
             let bytes = bytes_of(&path)?;
             let found = Sum::of(&*bytes).map_err(Error::io(&*path))?;
-            match found == *expected {
-                true => Ok((path, bytes)),
-                false => {
-                    let reason = format!("it is damaged: expected {expected}, found {found}");
-                    Err(Error::format(path, reason))
-                }
+            if found == *expected {
+                Ok((path, bytes))
+            } else {
+                let reason = format!("it is damaged: expected {expected}, found {found}");
+                Err(Error::format(path, reason))
             }
         };
         let ((state, run_state), (path, tensors)) = (checked(STATE)?, checked(TENSORS)?);
