@@ -253,7 +253,7 @@ impl Setup {
         let mut model = LlamaForCausalLM::load(base, config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name, out)?;
-        let upkeep = start.inject(&mut model, &params)?;
+        let hooks = start.inject(&mut model, &params)?;
 
         let whole = out.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
@@ -285,7 +285,7 @@ impl Setup {
             _ => {
                 let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
                 let (rows, pad_id) = (&data.train, config.pad_id());
-                let objective = CausalTuning { model: &model, upkeep, rows, batcher, pad_id };
+                let objective = CausalTuning { model: &model, hooks, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
                 let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
                 let held_out = data.held_out.iter().flat_map(Tokens::numbers);

@@ -60,7 +60,7 @@ pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
     /// What its method asks beside the loss.
-    pub upkeep: MethodHooks,
+    pub hooks: MethodHooks,
     /// The training rows.
     pub rows: &'a [Tokens],
     /// How they become batches.
@@ -89,10 +89,10 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
-        let cx = self.upkeep.context(cx)?;
+        let cx = self.hooks.context(cx)?;
         let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
         let task = causal_loss(self.model, &batch, &cx)?;
-        self.upkeep.loss(task, self.model, &cx.pass)
+        self.hooks.loss(task, self.model, &cx.pass)
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
@@ -101,22 +101,22 @@ impl Objective for CausalTuning<'_> {
 
     fn settings(&self) -> Settings {
         let numbers = self.rows.iter().flat_map(Tokens::numbers);
-        settings::of_run(&self.batcher, self.upkeep.settings(), self.model, numbers)
+        settings::of_run(&self.batcher, self.hooks.settings(), self.model, numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        self.upkeep.state()
+        self.hooks.state()
     }
 
     fn restore(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.upkeep.restore(self.model, state)
+        self.hooks.restore(self.model, state)
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.upkeep.before_step(step, total)
+        self.hooks.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.upkeep.after_step(self.model, params, gradients, step, total)
+        self.hooks.after_step(self.model, params, gradients, step, total)
     }
 }

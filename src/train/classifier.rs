@@ -51,7 +51,7 @@ pub struct Classifier {
     /// What is trained.
     pub params: Params,
     method: Method,
-    upkeep: MethodHooks,
+    hooks: MethodHooks,
     config: SequenceConfig,
     files: ModelFiles,
 }
@@ -88,8 +88,8 @@ impl Classifier {
         if let MethodInit::PostHoc(file, _) = start {
             check_trained_head(&params, &whole, file)?;
         }
-        let upkeep = start.inject(model.as_mut(), &params)?;
-        Ok(Self { model, params, method, upkeep, config, files: files.clone() })
+        let hooks = start.inject(model.as_mut(), &params)?;
+        Ok(Self { model, params, method, hooks, config, files: files.clone() })
     }
 
     /// What it was loaded from.
@@ -154,7 +154,7 @@ impl Classifier {
     /// forward pass fails.
     pub fn loss(&self, batch: &Batch, cx: &Context) -> Result<Loss> {
         self.check_labels(batch)?;
-        let cx = self.upkeep.context(cx)?;
+        let cx = self.hooks.context(cx)?;
         let outputs = self.predict(batch, &cx)?;
         let task = if self.is_regression() {
             let scores = batch.labels.to_device(outputs.device())?;
@@ -162,7 +162,7 @@ impl Classifier {
         } else {
             ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?
         };
-        self.upkeep.loss(task, self.model.as_ref(), &cx.pass)
+        self.hooks.loss(task, self.model.as_ref(), &cx.pass)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
@@ -260,24 +260,24 @@ impl Objective for Classification<'_> {
     }
 
     fn settings(&self) -> Settings {
-        let Classifier { model, upkeep, .. } = self.classifier;
+        let Classifier { model, hooks, .. } = self.classifier;
         let numbers = self.rows.iter().flat_map(Encoded::numbers);
-        settings::of_run(&self.batcher, upkeep.settings(), model.as_ref(), numbers)
+        settings::of_run(&self.batcher, hooks.settings(), model.as_ref(), numbers)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        self.classifier.upkeep.state()
+        self.classifier.hooks.state()
     }
 
     fn restore(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.classifier.upkeep.restore(self.classifier.model.as_ref(), state)
+        self.classifier.hooks.restore(self.classifier.model.as_ref(), state)
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.upkeep.before_step(step, total)
+        self.classifier.hooks.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.classifier.upkeep.after_step(self.classifier.model.as_ref(), params, gradients, step, total)
+        self.classifier.hooks.after_step(self.classifier.model.as_ref(), params, gradients, step, total)
     }
 }

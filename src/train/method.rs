@@ -153,12 +153,12 @@ impl MethodInit {
                 activate::remove(model, TRAINED, params)?;
             }
         }
-        let upkeep = match self.method() {
+        let hooks = match self.method() {
             Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config),
             Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
             _ => MethodHooks::default(),
         };
-        Ok(upkeep.with_settings(self.settings()?))
+        Ok(hooks.with_settings(self.settings()?))
     }
 
     /// What a run must find unchanged to go on: the method's constants and the layers that it is on.

@@ -42,11 +42,11 @@ fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(L
     let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
-    let upkeep = start.inject(&mut model, &params)?;
+    let hooks = start.inject(&mut model, &params)?;
     let (seen, unseen) = (rows(60), &rows(90)[60..]);
     let before = held_out_loss(&model, unseen, 7, &[Pass::Mean])?;
     let batcher = Batcher::new(batch_size, false, Noise::new(3))?;
-    let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: 0 };
+    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
     let mut log = Log::default();
     fit(&objective, &params, config, &mut log)?;
     Ok((log, before, held_out_loss(&model, unseen, 7, &[Pass::Mean])?))
@@ -86,7 +86,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let Method::MonteCLoRA(config) = start.method() else { return Err("MonteCLoRA".into()) };
     assert_eq!((config.rank, config.alpha, config.sample_scaler), (4, 8.0, 0.1));
     let (mut model, params) = frozen(&toy, DType::F32)?;
-    let upkeep = start.inject(&mut model, &params)?;
+    let hooks = start.inject(&mut model, &params)?;
     assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::LogStd | Role::Concentration)));
     let rho = |params: &Params| -> Outcome<f32> {
         let all = params.all().into_iter().filter(|(_, p)| p.role == Role::LogStd);
@@ -95,7 +95,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     };
     let before = rho(&params)?;
     let (seen, batcher) = (rows(24), Batcher::new(8, false, Noise::new(3))?);
-    let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: 0 };
+    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
     let config = TrainConfig { epochs: 2, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &config, &mut Log::default())?;
     assert_ne!(rho(&params)?, before);

@@ -132,9 +132,9 @@ fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> 
         let run = |device: &Device| -> Outcome<(Vec<f64>, Vec<Vec<u32>>)> {
             let (mut model, params) = frozen_on(device, &toy, DType::F32)?;
             let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
-            let upkeep = start.inject(&mut model, &params)?;
+            let hooks = start.inject(&mut model, &params)?;
             let batcher = Batcher::new(6, false, Noise::new(3))?;
-            let objective = CausalTuning { model: &model, upkeep, rows: &seen, batcher, pad_id: 0 };
+            let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
             let config = TrainConfig { epochs: 2, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
             let mut log = Log::default();
             fit(&objective, &params, &config, &mut log)?;
