@@ -9,12 +9,10 @@ mod allocator;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::Linear;
 use criterion::{criterion_group, criterion_main, Criterion};
-use monteclora::adapter::{Adapter, Context};
-use monteclora::adapter::{Init, Role};
+use monteclora::adapter::{Adapter, Context, Init, Role};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::ops::{self, OpPath};
-use monteclora::Mixture;
-use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 

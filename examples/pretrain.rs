@@ -15,8 +15,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use monteclora::adapter::{Context, Pass};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
 use monteclora::noise::{Noise, Purpose};

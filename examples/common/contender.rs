@@ -6,8 +6,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use monteclora::adapter::{AdaptableModel, Context, Pass};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;

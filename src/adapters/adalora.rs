@@ -13,8 +13,7 @@ use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{AdaptableModel, Adapter, Context};
-use crate::adapter::{Init, Params, Role};
+use crate::adapter::{AdaptableModel, Adapter, Context, Init, Params, Role};
 use crate::error::{Error, Result};
 
 /// The options of AdaLoRA; the defaults are PEFT's.

@@ -15,8 +15,7 @@ use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::low_rank;
-use crate::adapter::{Adapter, Context};
-use crate::adapter::{Init, Params, Role};
+use crate::adapter::{Adapter, Context, Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::ops;
 

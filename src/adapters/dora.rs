@@ -16,8 +16,7 @@ use candle_nn::Linear;
 
 use super::lora::LoraConfig;
 use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{Adapter, Context, Pass};
-use crate::adapter::{Params, Role};
+use crate::adapter::{Adapter, Context, Params, Pass, Role};
 use crate::error::Result;
 
 /// A DoRA adapter of one linear layer.

@@ -11,8 +11,7 @@ use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{AdaptedLinear, Adapter, Context};
-use crate::adapter::{Params, Role};
+use crate::adapter::{AdaptedLinear, Adapter, Context, Params, Role};
 use crate::error::Result;
 
 /// The options of a LoRA adapter.

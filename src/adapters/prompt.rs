@@ -4,8 +4,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::AdaptableEmbedding;
-use crate::adapter::{Params, Role};
+use crate::adapter::{AdaptableEmbedding, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
 

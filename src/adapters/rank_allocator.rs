@@ -13,8 +13,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor, D};
 
 use super::adalora::{AdaLora, AdaLoraConfig};
-use crate::adapter::AdaptableModel;
-use crate::adapter::Params;
+use crate::adapter::{AdaptableModel, Params};
 use crate::error::{Error, Result};
 
 /// Smoothed importance of one parameter, and how uncertain it is.

@@ -5,8 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::adapter::AdaptableModel;
-use crate::adapter::Params;
+use crate::adapter::{AdaptableModel, Params};
 use crate::error::{Error, Result};
 
 /// The names of a model's adapters, sorted.

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::launch::{address, count, device_of, empty, grid, launch, one_each};
 
 /// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
-pub(crate) fn support<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     let mut tensors = tensors.into_iter().peekable();
     let dtype = tensors.peek().map(|first| first.dtype());
     tensors.all(|tensor| {

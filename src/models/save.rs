@@ -13,8 +13,7 @@ use safetensors::View;
 use serde_json::{json, Value};
 
 use super::hub::ModelFiles;
-use crate::adapter::AdaptableModel;
-use crate::adapter::{Params, Role};
+use crate::adapter::{AdaptableModel, Params, Role};
 use crate::error::{Error, Result};
 use crate::util::files;
 

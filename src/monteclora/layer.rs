@@ -15,9 +15,7 @@ use super::config::MonteCLoRAConfig;
 use super::draw::{self, PosteriorDraw};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
-use crate::adapter::LowRank;
-use crate::adapter::{Adapter, Context, Pass};
-use crate::adapter::{Params, Role};
+use crate::adapter::{Adapter, Context, LowRank, Params, Pass, Role};
 use crate::error::Result;
 
 /// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.

@@ -5,8 +5,7 @@ use candle_nn::Linear;
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
 use crate::adapter::low_rank;
-use crate::adapter::AdaptedLinear;
-use crate::adapter::Params;
+use crate::adapter::{AdaptedLinear, Params};
 use crate::error::Result;
 
 /// A frozen linear layer with a MonteCLoRA adapter.
@@ -18,8 +17,7 @@ use crate::error::Result;
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Linear, Module, ModuleT};
-/// use monteclora::{MonteCLoRAConfig, MonteCLoRALinear};
-/// use monteclora::{Noise, Params, Pass};
+/// use monteclora::{MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Pass};
 ///
 /// let device = Device::Cpu;
 /// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &device)?, None);

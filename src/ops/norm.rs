@@ -168,7 +168,7 @@ impl Norm {
         }
         #[cfg(feature = "cuda")]
         if let Some(kernel) =
-            self.kernel(xs, residual, weight).filter(|_| rows::support([xs].into_iter().chain(bias)))
+            self.kernel(xs, residual, weight).filter(|_| rows::supports_all([xs].into_iter().chain(bias)))
         {
             return kernel.forward(bias);
         }
@@ -189,7 +189,7 @@ impl Norm {
         residual: Option<&'a Tensor>,
         weight: &'a Tensor,
     ) -> Option<rows::Norm<'a>> {
-        let takes = self.kernels && rows::support([xs, weight].into_iter().chain(residual));
+        let takes = self.kernels && rows::supports_all([xs, weight].into_iter().chain(residual));
         takes.then_some(rows::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
     }
 
@@ -232,7 +232,7 @@ impl Norm {
         }
         #[cfg(feature = "cuda")]
         if let Some(kernel) =
-            self.kernel(xs, residual, weight).filter(|_| !trainable && rows::support([xs, grad]))
+            self.kernel(xs, residual, weight).filter(|_| !trainable && rows::supports_all([xs, grad]))
         {
             return Ok((kernel.backward(grad)?, None, None));
         }

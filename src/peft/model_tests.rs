@@ -6,8 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Pass};
-use crate::adapter::{Params, Role};
+use crate::adapter::{AdaptableLinear, AdaptableModel, Params, Pass, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};

@@ -7,8 +7,7 @@ use candle_core::Tensor;
 
 use super::objective::Loss;
 use super::settings::Settings;
-use crate::adapter::Params;
-use crate::adapter::{AdaptableModel, Context, Pass};
+use crate::adapter::{AdaptableModel, Context, Params, Pass};
 use crate::adapters::adalora::orthogonal_penalty;
 use crate::adapters::{AdaLoraConfig, RankAllocator};
 use crate::error::{Error, Result};

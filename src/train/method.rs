@@ -4,8 +4,7 @@ use serde::Serialize;
 
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
-use crate::adapter::Params;
-use crate::adapter::{AdaptableModel, Adapter};
+use crate::adapter::{AdaptableModel, Adapter, Params};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
     Scaled,

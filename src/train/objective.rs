@@ -6,8 +6,7 @@ use candle_core::Tensor;
 use serde::Serialize;
 
 use super::settings::Settings;
-use crate::adapter::Context;
-use crate::adapter::Params;
+use crate::adapter::{Context, Params};
 use crate::error::{Error, Result};
 use crate::optim::Gradients;
 

@@ -9,12 +9,10 @@ use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
 use super::objective::{Loss, Objective, Observer, Record, Summary};
 use super::settings::Settings;
-use crate::adapter::Params;
-use crate::adapter::{Context, Pass, Probe};
+use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
 use crate::metrics::median;
-use crate::optim::AdamW;
-use crate::optim::{clip_grad_norm, Gradients};
+use crate::optim::{clip_grad_norm, AdamW, Gradients};
 use crate::util::files;
 
 /// Steps in a row that may be skipped.

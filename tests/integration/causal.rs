@@ -1,8 +1,7 @@
 //! A language model through the one loop: its loss, its accumulation, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::Context;
-use monteclora::adapter::Role;
+use monteclora::adapter::{Context, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::AdaptableModel;
-use monteclora::adapter::Context;
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{AdaptableModel, Context, Params, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;

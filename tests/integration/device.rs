@@ -13,8 +13,7 @@ use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
 };
-use monteclora::{Mixture, Mode};
-use monteclora::{MonteCLoRAConfig, Noise, Pass};
+use monteclora::{Mixture, Mode, MonteCLoRAConfig, Noise, Pass};
 
 use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};

@@ -6,8 +6,7 @@ use crate::support::{assert_close, padded_batch, toy_classifier, toy_config, toy
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{bert, xlm_roberta};
-use monteclora::adapter::{Context, Pass};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::models::roberta::{
     Family, RobertaConfig, RobertaEncoder, RobertaForMaskedLM, RobertaForSequenceClassification,
 };

@@ -7,8 +7,7 @@ use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
-use monteclora::KlEvaluation;
-use monteclora::{MonteCLoRAConfig, Pass, Regularizer};
+use monteclora::{KlEvaluation, MonteCLoRAConfig, Pass, Regularizer};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
 pub fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::AdaptableModel;
-use monteclora::adapter::Context;
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{AdaptableModel, Context, Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Select, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};

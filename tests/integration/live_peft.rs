@@ -8,8 +8,7 @@ use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use monteclora::adapter::AdaptableModel;
-use monteclora::adapter::Role;
+use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
@@ -19,8 +18,7 @@ use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
-use monteclora::{DrawNoise, Posterior};
-use monteclora::{MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Regularizer};
+use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
 use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result as CandleResult, Tensor};
 use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
-use monteclora::MonteCLoRAConfig;
-use monteclora::Result;
+use monteclora::{MonteCLoRAConfig, Result};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters").join(name)

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Pass};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};

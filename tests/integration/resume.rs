@@ -13,8 +13,7 @@ use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, MethodInit, Observer,
     Predictions, Record, Summary, TrainConfig,
 };
-use monteclora::ScalerSchedule;
-use monteclora::{Error, MonteCLoRAConfig, Noise};
+use monteclora::{Error, MonteCLoRAConfig, Noise, ScalerSchedule};
 
 use crate::finetune::{checkpoint, rows};
 use crate::support::Outcome;

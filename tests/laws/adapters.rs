@@ -2,12 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, ModuleT};
-use monteclora::adapter::Params;
-use monteclora::adapter::{Adapter, Context, DrawCache, Pass, ScalerFactors};
+use monteclora::adapter::{Adapter, Context, DrawCache, Params, Pass, ScalerFactors};
 use monteclora::adapters::{Lora, LoraConfig, LoraLinear};
 use monteclora::noise::Noise;
-use monteclora::MAX_BUFFER_SIZE;
-use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear};
+use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, MonteCLoRALinear, MAX_BUFFER_SIZE};
 
 use crate::{assert_close, assert_mean, base, normals, shake, store, Result};
 

@@ -1,8 +1,7 @@
 //! Gradients equal central differences with the noise held fixed.
 
 use candle_core::Tensor;
-use monteclora::adapter::Role;
-use monteclora::adapter::{Adapter, Pass};
+use monteclora::adapter::{Adapter, Pass, Role};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::dist::{Covariance, Estimator};
 use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer};

@@ -1,8 +1,7 @@
 //! Bad input is an error that says what was expected and what was given.
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::Pass;
-use monteclora::adapter::{Init, Params, Role};
+use monteclora::adapter::{Init, Params, Pass, Role};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::dist::{Dirichlet, Estimator};
 use monteclora::noise::Noise;

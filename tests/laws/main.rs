@@ -15,8 +15,7 @@ mod regularizer;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
-use monteclora::adapter::Params;
-use monteclora::adapter::{AdaptableLinear, AdaptableModel};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Params};
 use monteclora::noise::{Noise, Purpose};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

@@ -5,8 +5,7 @@ use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
-use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Pass};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Params, Pass, Role};
 use monteclora::adapters::adalora::orthogonal_penalty;
 use monteclora::adapters::{
     AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, Lora, LoraConfig, RankAllocator, Scaled,

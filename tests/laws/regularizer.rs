@@ -1,8 +1,7 @@
 //! The regulariser: its terms, its expectation, its batches.
 
 use candle_core::{Device, Tensor};
-use monteclora::adapter::Params;
-use monteclora::adapter::{AdaptableLinear, Pass};
+use monteclora::adapter::{AdaptableLinear, Params, Pass};
 use monteclora::dist::{Covariance, Estimator};
 use monteclora::special::{digamma, ln_gamma};
 use monteclora::{KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer, RegularizerTerms};

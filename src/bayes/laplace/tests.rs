@@ -4,8 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Pass};
-use crate::adapter::{Init, Params, Role};
+use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Init, Params, Pass, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
