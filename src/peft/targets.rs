@@ -36,7 +36,7 @@ impl PeftConfig {
     /// The ranks of the layers at these paths.
     ///
     /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
+    /// [`Error::Config`](crate::Error::Config) if a pattern is no regular expression.
     pub fn ranks_of(&self, paths: &[&str]) -> Result<Vec<usize>> {
         values_of(&self.rank_pattern, paths, self.r, "rank_pattern")
     }
@@ -50,7 +50,7 @@ impl PeftConfig {
     /// `use_rslora`, `alpha / sqrt(r)`.
     ///
     /// # Errors
-    /// [`Error::Config`] if a pattern is no regular expression.
+    /// [`Error::Config`](crate::Error::Config) if a pattern is no regular expression.
     pub fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
         let scale = |(rank, alpha)| low_rank::scaling(rank, alpha, self.use_rslora);
         Ok(self.ranks_of(paths)?.into_iter().zip(self.alphas_of(paths)?).map(scale).collect())
