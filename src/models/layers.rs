@@ -26,7 +26,7 @@ pub fn linear(in_dim: usize, out_dim: usize, init_std: f64, vb: &VarBuilder) -> 
 ///
 /// # Errors
 /// As [`linear`].
-pub fn slot(
+pub fn adaptable_linear(
     path: &str,
     in_dim: usize,
     out_dim: usize,
@@ -36,11 +36,11 @@ pub fn slot(
     Ok(AdaptableLinear::new(path, linear(in_dim, out_dim, init_std, vb)?))
 }
 
-/// A [`slot`] without a bias, as in LLaMA.
+/// A [`adaptable_linear`] without a bias, as in LLaMA.
 ///
 /// # Errors
 /// As [`linear`].
-pub fn slot_no_bias(
+pub fn adaptable_linear_no_bias(
     path: &str,
     in_dim: usize,
     out_dim: usize,

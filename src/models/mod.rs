@@ -7,7 +7,7 @@
 pub mod causal;
 pub mod generate;
 pub mod hub;
-pub mod layers;
+pub(crate) mod layers;
 pub mod llama;
 pub mod roberta;
 pub mod save;

@@ -11,7 +11,7 @@ use super::rotary::Rotary;
 use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
-use crate::models::layers::{slot_no_bias, unshared, Dropout, RmsNorm};
+use crate::models::layers::{adaptable_linear_no_bias, unshared, Dropout, RmsNorm};
 use crate::noise::Noise;
 use crate::ops::{self, CausalMask, Mask};
 
@@ -198,7 +198,7 @@ impl Layer {
         let (d, inner, kv) = (c.hidden_size, c.intermediate_size, c.num_key_value_heads * config.head_dim());
         let linear = |name: &str, in_dim, out_dim| {
             let std = config.initializer_range;
-            slot_no_bias(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
+            adaptable_linear_no_bias(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
         };
         Ok(Self {
             attention_norm: RmsNorm::load(d, c.rms_norm_eps, &vb.pp("input_layernorm"))?,

@@ -7,7 +7,7 @@ use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
 use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
-use crate::models::layers::{linear, slot, Dropout};
+use crate::models::layers::{adaptable_linear, linear, Dropout};
 use crate::noise::Noise;
 use crate::ops;
 
@@ -50,7 +50,7 @@ impl RobertaForSequenceClassification {
                 let bare = vb.contains_tensor("pooler.dense.weight");
                 let vb = if bare { vb.pp("pooler.dense") } else { vb.pp("bert.pooler.dense") };
                 Head::Bert {
-                    pooler: slot("bert.pooler.dense", d, d, std, &vb)?,
+                    pooler: adaptable_linear("bert.pooler.dense", d, d, std, &vb)?,
                     dropout: dropout("classifier"),
                     classifier: linear(d, labels, std, &classifier)?,
                 }

@@ -8,7 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use super::config::{Family, RobertaConfig};
 use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::Result;
-use crate::models::layers::{slot, unshared, Dropout, LayerNorm};
+use crate::models::layers::{adaptable_linear, unshared, Dropout, LayerNorm};
 use crate::noise::Noise;
 use crate::ops::{self, Mask, OpPath, Rows};
 
@@ -313,7 +313,7 @@ impl Layer {
         let (d, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
         let linear = |name: &str, in_dim, out_dim| {
             let std = config.initializer_range;
-            slot(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
+            adaptable_linear(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
         };
         let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
         Ok(Self {
