@@ -250,9 +250,9 @@ impl Contender {
                 }
             }
         };
-        self.model.linears().visit_linears(&mut |slot| {
-            let (in_dim, out_dim) = slot.dims()?;
-            let weight = slot.base().weight().detach().to_dtype(dtype)?;
+        self.model.linears().visit_linears(&mut |layer| {
+            let (in_dim, out_dim) = layer.dims()?;
+            let weight = layer.base().weight().detach().to_dtype(dtype)?;
             products.push((input(in_dim)?, weight.t()?));
             products.push((input(out_dim)?, weight));
             Ok(())

@@ -53,13 +53,13 @@ pub trait AdaptableModel {
     /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out.
     fn default_targets(&self) -> &'static [&'static str];
 
-    /// Calls `f` on every slot, in the model's own order.
+    /// Calls `f` on every layer, in the model's own order.
     ///
     /// # Errors
     /// The first error of `f`.
     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()>;
 
-    /// Calls `f` on every slot, to change it in place.
+    /// Calls `f` on every layer, to change it in place.
     ///
     /// # Errors
     /// The first error of `f`.

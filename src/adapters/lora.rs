@@ -1,4 +1,4 @@
-//! LoRA (Hu et al. 2021), as an adapter of a slot and as a layer of its own.
+//! LoRA (Hu et al. 2021), as an adapter of a layer and as a layer of its own.
 //!
 //! ```text
 //! y = W0 x + b + s B A dropout(x)

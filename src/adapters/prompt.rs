@@ -33,7 +33,7 @@ impl Default for PromptConfig {
 /// # Errors
 /// If there is to be none, the model has some already, or the name is taken.
 pub fn prompt_tuning(
-    slot: &mut AdaptableEmbedding,
+    embedding: &mut AdaptableEmbedding,
     adapter: &str,
     config: &PromptConfig,
     params: &Params,
@@ -41,17 +41,17 @@ pub fn prompt_tuning(
     if config.virtual_tokens == 0 {
         return Err(Error::config("virtual_tokens", "expected at least 1, got 0"));
     }
-    if slot.virtual_tokens() > 0 {
+    if embedding.virtual_tokens() > 0 {
         return Err(Error::config("prompt", "the model has virtual tokens already"));
     }
     let name = format!("prompt.{adapter}");
     let mut picks = vec![0f64; config.virtual_tokens];
     params.noise().stream(&name, Purpose::Init).fill_uniform(0, &mut picks);
-    let vocabulary = slot.words().dim(0)?;
+    let vocabulary = embedding.words().dim(0)?;
     // Uniform draws lie in (0, 1): the last word is the most they can pick, but for rounding.
     let ids: Vec<u32> =
         picks.iter().map(|u| ((u * vocabulary as f64) as usize).min(vocabulary - 1) as u32).collect();
-    let ids = Tensor::from_vec(ids, config.virtual_tokens, slot.words().device())?;
-    let start = slot.words().detach().index_select(&ids, 0)?;
-    slot.set_prompt(Some(params.insert(&name, Role::Prompt, &start)?))
+    let ids = Tensor::from_vec(ids, config.virtual_tokens, embedding.words().device())?;
+    let start = embedding.words().detach().index_select(&ids, 0)?;
+    embedding.set_prompt(Some(params.insert(&name, Role::Prompt, &start)?))
 }

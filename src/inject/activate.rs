@@ -14,8 +14,8 @@ use crate::error::{Error, Result};
 /// If the walk fails.
 pub fn names(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     let mut names = BTreeSet::new();
-    model.visit_linears(&mut |slot| {
-        names.extend(slot.names().map(str::to_string));
+    model.visit_linears(&mut |layer| {
+        names.extend(layer.names().map(str::to_string));
         Ok(())
     })?;
     Ok(names.into_iter().collect())
@@ -37,9 +37,9 @@ pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Par
         check_name(model, name)?;
     }
     check_unmerged(model)?;
-    model.visit_linears_mut(&mut |slot| {
-        let here = name.filter(|name| slot.adapter(name).is_some());
-        slot.activate(here)
+    model.visit_linears_mut(&mut |layer| {
+        let here = name.filter(|name| layer.adapter(name).is_some());
+        layer.activate(here)
     })?;
     set_trainable(model, params, false, |other| Some(other) != name)?;
     set_trainable(model, params, true, |own| Some(own) == name)
@@ -53,8 +53,8 @@ pub(crate) fn set_trainable(
     chosen: impl Fn(&str) -> bool,
 ) -> Result<()> {
     let mut prefixes = Vec::new();
-    model.visit_linears(&mut |slot| {
-        prefixes.extend(slot.names().filter(|name| chosen(name)).map(|name| prefix(slot.path(), name)));
+    model.visit_linears(&mut |layer| {
+        prefixes.extend(layer.names().filter(|name| chosen(name)).map(|name| prefix(layer.path(), name)));
         Ok(())
     })?;
     params.set_trainable_where(trainable, |param, _| prefixes.iter().any(|prefix| param.starts_with(prefix)));
@@ -74,9 +74,9 @@ fn prefix(path: &str, adapter: &str) -> String {
 pub fn remove(model: &mut dyn AdaptableModel, name: &str, params: &Params) -> Result<()> {
     check_name(model, name)?;
     check_unmerged(model)?;
-    model.visit_linears_mut(&mut |slot| {
-        if slot.remove(name)?.is_some() {
-            let prefix = prefix(slot.path(), name);
+    model.visit_linears_mut(&mut |layer| {
+        if layer.remove(name)?.is_some() {
+            let prefix = prefix(layer.path(), name);
             for (param, _) in params.all().into_iter().filter(|(param, _)| param.starts_with(&prefix)) {
                 params.remove(&param);
             }
@@ -96,9 +96,9 @@ fn check_name(model: &dyn AdaptableModel, name: &str) -> Result<()> {
 }
 
 pub(crate) fn check_unmerged(model: &dyn AdaptableModel) -> Result<()> {
-    model.visit_linears(&mut |slot| {
-        if slot.is_merged() {
-            Err(Error::config("adapter", format!("{} is merged: unmerge it first", slot.path())))
+    model.visit_linears(&mut |layer| {
+        if layer.is_merged() {
+            Err(Error::config("adapter", format!("{} is merged: unmerge it first", layer.path())))
         } else {
             Ok(())
         }

@@ -43,9 +43,9 @@ pub fn lora_named(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    inject(model, name, &resolved, params, &mut |slot, target| {
+    inject(model, name, &resolved, params, &mut |layer, target| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        Ok(Box::new(Lora::new(params, slot.path(), name, slot.dims()?, &config)?))
+        Ok(Box::new(Lora::new(params, layer.path(), name, layer.dims()?, &config)?))
     })?;
     Ok(resolved)
 }
@@ -76,9 +76,9 @@ pub fn monteclora_named(
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     let config = with_share(model, config, resolved.len())?;
-    inject(model, name, &resolved, params, &mut |slot, target| {
+    inject(model, name, &resolved, params, &mut |layer, target| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        Ok(Box::new(MonteCLoRA::new(params, slot.path(), name, slot.dims()?, &config)?))
+        Ok(Box::new(MonteCLoRA::new(params, layer.path(), name, layer.dims()?, &config)?))
     })?;
     Ok(resolved)
 }
@@ -93,7 +93,7 @@ pub(crate) fn with_share(
     Ok(MonteCLoRAConfig { buffer_bytes: config.buffer_bytes.or(Some(share as usize)), ..config.clone() })
 }
 
-/// Makes an adapter for one slot.
+/// Makes an adapter for one layer.
 pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target: all of them or, on an error, none, and the
@@ -102,7 +102,7 @@ pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target) -> Result<Box<dyn Adapt
 ///
 /// # Errors
 /// The first error of `make`; or if the name cannot be an adapter's, a target is no layer of the
-/// model or comes twice, a slot has an adapter of this name, or one is merged.
+/// model or comes twice, a layer has an adapter of this name, or one is merged.
 pub fn inject(
     model: &mut dyn AdaptableModel,
     name: &str,
@@ -120,13 +120,13 @@ pub fn inject(
     }
     let known: BTreeSet<String> = params.all().into_iter().map(|(name, _)| name).collect();
     let mut adapters: BTreeMap<String, Box<dyn Adapter>> = BTreeMap::new();
-    let made = model.visit_linears(&mut |slot| {
-        let Some(target) = wanted.remove(slot.path()) else { return Ok(()) };
-        if slot.adapter(name).is_some() {
-            let reason = format!("{} has an adapter {name:?} already", slot.path());
+    let made = model.visit_linears(&mut |layer| {
+        let Some(target) = wanted.remove(layer.path()) else { return Ok(()) };
+        if layer.adapter(name).is_some() {
+            let reason = format!("{} has an adapter {name:?} already", layer.path());
             return Err(Error::config("adapter", reason));
         }
-        adapters.insert(target.path.clone(), make(slot, target)?);
+        adapters.insert(target.path.clone(), make(layer, target)?);
         Ok(())
     });
     let made = made.and_then(|()| match wanted.first_key_value() {
@@ -134,12 +134,12 @@ pub fn inject(
         None => Ok(()),
     });
     let added = made.and_then(|()| {
-        model.visit_linears_mut(&mut |slot| match adapters.remove(slot.path()) {
-            Some(adapter) => slot.add(name, adapter),
+        model.visit_linears_mut(&mut |layer| match adapters.remove(layer.path()) {
+            Some(adapter) => layer.add(name, adapter),
             // A name may come in several calls: all of it is active, and nothing else.
             None => {
-                let here = slot.adapter(name).map(|_| name);
-                slot.activate(here)
+                let here = layer.adapter(name).map(|_| name);
+                layer.activate(here)
             }
         })
     });
@@ -156,8 +156,8 @@ pub fn inject(
 /// The bytes of the weights of a model's linear layers.
 fn base_bytes(model: &dyn AdaptableModel) -> Result<usize> {
     let mut bytes = 0;
-    model.visit_linears(&mut |slot| {
-        let weight = slot.base().weight();
+    model.visit_linears(&mut |layer| {
+        let weight = layer.base().weight();
         bytes += weight.elem_count() * weight.dtype().size_in_bytes();
         Ok(())
     })?;

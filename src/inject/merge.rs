@@ -15,8 +15,8 @@ use crate::inject::activate::check_unmerged;
 pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
     check_unmerged(model)?;
     let mut merged = Vec::new();
-    model.visit_linears(&mut |slot| {
-        merged.push(slot.merged_layer()?);
+    model.visit_linears(&mut |layer| {
+        merged.push(layer.merged_layer()?);
         Ok(())
     })?;
     let count = merged.iter().flatten().count();
@@ -24,8 +24,8 @@ pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
         return Err(Error::config("adapter", "no layer has an active adapter to merge"));
     }
     let mut merged = merged.into_iter();
-    model.visit_linears_mut(&mut |slot| {
-        slot.set_merged(merged.next().flatten());
+    model.visit_linears_mut(&mut |layer| {
+        layer.set_merged(merged.next().flatten());
         Ok(())
     })?;
     Ok(count)
@@ -38,9 +38,9 @@ pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
 /// If the walk fails.
 pub fn unmerge(model: &mut dyn AdaptableModel) -> Result<usize> {
     let mut count = 0;
-    model.visit_linears_mut(&mut |slot| {
-        count += usize::from(slot.is_merged());
-        slot.set_merged(None);
+    model.visit_linears_mut(&mut |layer| {
+        count += usize::from(layer.is_merged());
+        layer.set_merged(None);
         Ok(())
     })?;
     Ok(count)

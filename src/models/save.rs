@@ -97,7 +97,7 @@ pub fn check_merged(
 ) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default())?;
-    model.visit_linears(&mut |slot| slot.merged_layer().map(drop))
+    model.visit_linears(&mut |layer| layer.merged_layer().map(drop))
 }
 
 fn check_free(dir: &Path) -> Result<()> {
@@ -208,9 +208,9 @@ impl View for &Entry<'_> {
 /// The weight of the layer at `path` as the source has it, with its adapter.
 fn merged(model: &dyn AdaptableModel, path: &str, source: &TensorView) -> Result<Tensor> {
     let mut merged = None;
-    model.visit_linears(&mut |slot| {
-        if slot.path() == path {
-            merged = slot.merged_weight(&tensor(source)?)?;
+    model.visit_linears(&mut |layer| {
+        if layer.path() == path {
+            merged = layer.merged_weight(&tensor(source)?)?;
         }
         Ok(())
     })?;
@@ -231,10 +231,10 @@ fn plan<'a>(
     failure: &'a Failure,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
     let (mut body, mut adapted) = (String::new(), BTreeMap::new());
-    model.visit_linears(&mut |slot| {
-        body = slot.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
-        if slot.active().is_some() {
-            adapted.insert(slot.path().to_string(), slot.base().weight().dims().to_vec());
+    model.visit_linears(&mut |layer| {
+        body = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
+        if layer.active().is_some() {
+            adapted.insert(layer.path().to_string(), layer.base().weight().dims().to_vec());
         }
         Ok(())
     })?;

@@ -69,7 +69,7 @@ impl Regularizer {
         Self { mode: config.mode, kl_weight: config.kl_weight, cooperative_weight: config.cooperative_weight }
     }
 
-    /// The regulariser of every slot whose active adapter is MonteCLoRA.
+    /// The regulariser of every layer whose active adapter is MonteCLoRA.
     ///
     /// # Errors
     /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`],

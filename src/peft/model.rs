@@ -1,4 +1,4 @@
-//! Between an adapter on disk and the slots of a model: taking one from a model, and putting one into
+//! Between an adapter on disk and the layers of a model: taking one from a model, and putting one into
 //! a model.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -177,7 +177,7 @@ impl AdapterFile {
             BTreeMap::new()
         };
         model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
-            Some(layer) => self.check_slot(slot, layer, alphas[slot.path()], adapter, params),
+            Some(layer) => self.check_linear(slot, layer, alphas[slot.path()], adapter, params),
             None if named.get(slot.path()) == Some(&true) => Err(Error::tensor(
                 TensorKind::A.key(slot.path()),
                 "it is missing, although target_modules names the layer",
@@ -218,7 +218,7 @@ impl AdapterFile {
         Ok(())
     }
 
-    fn check_slot(
+    fn check_linear(
         &self,
         slot: &AdaptableLinear,
         layer: &LayerTensors,
@@ -291,7 +291,7 @@ fn single(tensor: &Tensor) -> Result<Tensor> {
 
 /// The shortest honest list of targets: a layer's last name where all layers of that name are
 /// adapted, else its whole path. `dense` never stands alone: a Hugging Face model can have such
-/// layers (a pooler's) that are no slots here.
+/// layers (a pooler's) that cannot be adapted here.
 fn targets<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) -> Vec<String> {
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
     let left: BTreeSet<String> = others.iter().map(|path| last(path)).chain(["dense".to_string()]).collect();

@@ -187,10 +187,10 @@ impl Method {
             if *given != Targets::default() {
                 return Err(Error::config("targets", "prompt tuning changes no layer: name none"));
             }
-            let slot = model.embedding_mut().ok_or_else(|| {
+            let embedding = model.embedding_mut().ok_or_else(|| {
                 Error::config("method", "this model has no place for the virtual tokens of prompt tuning")
             })?;
-            return prompt_tuning(slot, name, config, params);
+            return prompt_tuning(embedding, name, config, params);
         }
         // Rank and alpha of single layers are those of a pair A, B; the rest has none.
         let (rank, alpha) = match self {
@@ -202,8 +202,8 @@ impl Method {
             Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),
         };
         let resolved = targets.resolve(model, rank, alpha)?;
-        inject::inject(model, name, &resolved, params, &mut |slot, target| {
-            let (path, base) = (slot.path(), slot.base());
+        inject::inject(model, name, &resolved, params, &mut |layer, target| {
+            let (path, base) = (layer.path(), layer.base());
             Ok(match self {
                 Self::Dora(config) => {
                     let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };

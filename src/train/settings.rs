@@ -46,8 +46,8 @@ pub(super) fn of_run(
 /// The dtype of the first linear layer's base, where there is one.
 fn base_dtype(model: &dyn AdaptableModel) -> Option<DType> {
     let mut dtype = None;
-    let looked = model.visit_linears(&mut |slot| {
-        dtype = dtype.or(Some(slot.base().weight().dtype()));
+    let looked = model.visit_linears(&mut |layer| {
+        dtype = dtype.or(Some(layer.base().weight().dtype()));
         Ok(())
     });
     looked.ok().and(dtype)

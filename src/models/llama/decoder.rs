@@ -149,11 +149,11 @@ impl AdaptableModel for LlamaDecoder {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
+        self.layers.iter().flat_map(|layer| layer.linears()).try_for_each(f)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
+        unshared(&mut self.layers, |layer| layer.linears_mut().into_iter().try_for_each(&mut *f))
     }
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
@@ -263,10 +263,10 @@ impl Layer {
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
-        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
+        self.linears().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&AdaptableLinear; 7] {
+    fn linears(&self) -> [&AdaptableLinear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
@@ -278,7 +278,7 @@ impl Layer {
         ]
     }
 
-    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 7] {
+    fn linears_mut(&mut self) -> [&mut AdaptableLinear; 7] {
         [
             &mut self.q_proj,
             &mut self.k_proj,

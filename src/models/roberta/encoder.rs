@@ -152,11 +152,11 @@ impl AdaptableModel for RobertaEncoder {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(|layer| layer.slots()).try_for_each(f)
+        self.layers.iter().flat_map(|layer| layer.linears()).try_for_each(f)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        unshared(&mut self.layers, |layer| layer.slots_mut().into_iter().try_for_each(&mut *f))
+        unshared(&mut self.layers, |layer| layer.linears_mut().into_iter().try_for_each(&mut *f))
     }
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
@@ -366,14 +366,14 @@ impl Layer {
     /// Everything that may be trained in it.
     fn parameters(&self) -> Vec<Tensor> {
         let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
-        self.slots().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
+        self.linears().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
     }
 
-    fn slots(&self) -> [&AdaptableLinear; 6] {
+    fn linears(&self) -> [&AdaptableLinear; 6] {
         [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
     }
 
-    fn slots_mut(&mut self) -> [&mut AdaptableLinear; 6] {
+    fn linears_mut(&mut self) -> [&mut AdaptableLinear; 6] {
         [
             &mut self.query,
             &mut self.key,
