@@ -5,7 +5,7 @@
 
 pub mod functions;
 pub mod gamma;
-pub mod tensor;
+pub(crate) mod tensor;
 
 pub use functions::{digamma, ln_gamma, softmax, trigamma};
 pub use gamma::{gamma_quantile, GammaQuantile};
