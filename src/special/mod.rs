@@ -1,6 +1,6 @@
 //! The gamma function's family: what the Dirichlet and Wishart distributions need.
 //!
-//! [`functions`] and [`gamma`] work on the host in double precision; [`tensor`] lifts them to
+//! [`functions`] and [`gamma`] work on the host in double precision; `tensor` lifts them to
 //! candle tensors with gradients.
 
 pub mod functions;
