@@ -61,6 +61,11 @@ impl From<Pass> for Context {
 }
 
 impl Context {
+    /// The same in another pass.
+    pub fn with_pass(self, pass: Pass) -> Self {
+        Self { pass, ..self }
+    }
+
     /// The same with operations on another path.
     pub fn with_path(self, path: OpPath) -> Self {
         Self { path, ..self }
@@ -121,19 +126,21 @@ impl ScalerFactors {
 /// parameters: it is for prediction.
 #[derive(Debug, Clone, Default)]
 pub struct DrawCache {
-    /// The effective A of a layer (its mean's identity) under a draw.
-    kept: Arc<Mutex<HashMap<(TensorId, u64), Tensor>>>,
+    kept: Arc<Mutex<HashMap<DrawKey, Tensor>>>,
 }
 
+/// What a kept A depends on beside the parameters' values: its layer (the mean's identity), the draw, the
+/// bits of eps, the path it was made on.
+type DrawKey = (TensorId, u64, u64, OpPath);
+
 impl DrawCache {
-    /// The tensor that `make` gives for a layer's draw, made once.
+    /// The tensor that `make` gives for the draw of a layer with this mean, at `eps` on `path`, made once.
     pub(crate) fn get(
         &self,
-        mean: &Tensor,
-        draw: u64,
+        (mean, draw, eps, path): (&Tensor, u64, f64, OpPath),
         make: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let key = (mean.id(), draw);
+        let key = (mean.id(), draw, eps.to_bits(), path);
         // Not held while the draw is made: a panic leaves the map whole, and others may ask.
         let lock = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(tensor) = lock().get(&key) {

@@ -23,7 +23,7 @@ pub struct AdaptedLinear<A> {
 
 impl<A: Adapter> AdaptedLinear<A> {
     /// `base` with this adapter.
-    pub(crate) fn from_parts(base: Linear, adapter: A) -> Self {
+    pub fn from_parts(base: Linear, adapter: A) -> Self {
         Self { base, adapter, draws: AtomicU64::new(0) }
     }
 

@@ -80,7 +80,7 @@ impl Adapter for Dora {
     fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
         let ratio = self.ratio(base)?;
         let turned = |ys: Tensor, ratio: &Tensor| ys.to_dtype(ratio.dtype())?.broadcast_mul(ratio);
-        let without_dropout = Context { pass: Pass::Mean, ..cx.clone() };
+        let without_dropout = cx.clone().with_pass(Pass::Mean);
         let bare = Linear::new(base.weight().clone(), None);
         let ys = match self.pair.dropped(xs, cx)? {
             None => turned(self.pair.forward(xs, &bare, self.pair.a(), &without_dropout)?, &ratio)?,

@@ -34,9 +34,7 @@ impl std::fmt::Debug for McDropout<'_> {
 impl Predictor for McDropout<'_> {
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         match cx.pass {
-            Pass::Posterior { draw } => {
-                self.0.predict(batch, &Context { pass: Pass::Train { draw }, ..cx.clone() })
-            }
+            Pass::Posterior { draw } => self.0.predict(batch, &cx.clone().with_pass(Pass::Train { draw })),
             _ => self.0.predict(batch, cx),
         }
     }

@@ -35,7 +35,7 @@ impl Norm<'_> {
     /// The norm with an optional bias `(dim)`, as `xs`.
     ///
     /// # Errors
-    /// Unless the kernels [`take`] the tensors.
+    /// Unless the kernels [`supports_all`] the tensors.
     pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
         let bias = bias.map(Tensor::contiguous).transpose()?;
         self.launch(|call| {
@@ -51,7 +51,7 @@ impl Norm<'_> {
     /// The gradient of `xs`, and of the residual, from that of the output.
     ///
     /// # Errors
-    /// Unless the kernels [`take`] the tensors.
+    /// Unless the kernels [`supports_all`] the tensors.
     pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.contiguous()?;
         self.launch(|call| {
@@ -107,7 +107,7 @@ struct Call<'a> {
 /// Zeroes the elements whose word of noise is below `threshold`, and multiplies the others.
 ///
 /// # Errors
-/// Unless the kernels [`take`] `xs`.
+/// Unless the kernels [`supports_all`] `xs`.
 pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = empty(device, xs.shape(), xs.dtype())?;

@@ -123,9 +123,10 @@ impl MonteCLoRA {
     pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
-        let make = || draw::perturbed(&self.posterior, mean, draw, &self.buffer, self.eps(cx), cx.path);
+        let eps = self.eps(cx);
+        let make = || draw::perturbed(&self.posterior, mean, draw, &self.buffer, eps, cx.path);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
-            (Pass::Posterior { .. }, Some(kept)) => kept.get(mean, draw, make)?,
+            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,
             _ => make()?,
         }))
     }

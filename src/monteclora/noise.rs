@@ -76,10 +76,14 @@ impl DrawNoise {
     /// - `z`: standard normals, `(r, in_dim)`, or `(N, r, in_dim)` for [`Mixture::Explicit`]
     ///
     /// # Errors
-    /// If a shape is another, or a size of `spec` is zero.
+    /// If a shape is another, a size of `spec` is zero, or T is not lower triangular.
     pub fn new(spec: &DrawSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
         spec.check()?;
         spec.check_shapes(bartlett, weights, z)?;
+        let rows = to_dtype_device(bartlett, DType::F64, &Device::Cpu)?.to_vec2::<f64>()?;
+        if rows.iter().enumerate().any(|(i, row)| row[i + 1..].iter().any(|t| *t != 0.0)) {
+            candle_core::bail!("expected a lower triangular factor T, got {rows:?}")
+        }
         Ok(Self {
             bartlett: to_dtype_device(bartlett, spec.dtype, &spec.device)?,
             weights: to_dtype_device(weights, DType::F64, &Device::Cpu)?,

@@ -18,7 +18,7 @@ use candle_core::{DType, Tensor};
 /// assert!(fused.iter().zip(&composed).all(|(a, b)| (a - b).abs() < 1e-6));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum OpPath {
     /// Slices, rayon and the `gemm` crate for f32 on the CPU, kernels of our own where there are some on
     /// a CUDA device; elsewhere it means `Composed`.

@@ -56,6 +56,7 @@ pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
 pub fn pack(dir: &Path) -> Result<usize> {
     fs::metadata(dir).map_err(Error::io(dir))?;
     let _lock = files::lock(dir)?;
+    files::remove_stale(dir)?;
     let cells = Store::open(dir)?.all()?;
     if cells.is_empty() {
         return Err(Error::format(dir, "there is no finished cell to pack"));

@@ -99,7 +99,9 @@ impl MethodHooks {
         }
     }
 
-    /// The context of a forward pass with what the method adds: the present factors on eps.
+    /// The context of a forward pass with what the method adds: the present factors on eps, in place of
+    /// those that it has. An objective of one's own runs its forward passes in it, or a schedule has no
+    /// effect.
     ///
     /// # Errors
     /// If an earlier step panicked.

@@ -148,6 +148,8 @@ impl Pending {
     fn in_folder(place: PathBuf) -> Result<Self> {
         let name = place.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let folder = partial_folder(&place.with_file_name(format!("{name}-{}", unique())));
+        // One of this name is a killed process' whose number was given again.
+        fs::remove_dir_all(&folder).ok();
         fs::create_dir(&folder).map_err(Error::io(&*place))?;
         Ok(Self { temporary: folder.join("tensors"), place, folder: Some(folder) })
     }
