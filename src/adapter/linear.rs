@@ -10,6 +10,7 @@ use super::interface::Adapter;
 use super::pass::Pass;
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::util::finite::is_finite;
 
 /// A linear layer of a model: its base weight and its adapters, of which at most one is active.
 ///
@@ -162,9 +163,7 @@ impl AdaptableLinear {
         let delta = delta.detach().to_device(weight.device())?;
         let wide = if weight.dtype() == DType::F64 { DType::F64 } else { delta.dtype() };
         let sum = (weight.to_dtype(wide)? + delta.to_dtype(wide)?)?.to_dtype(weight.dtype())?;
-        // Zero, unless an element is infinite or no number.
-        let finite = (&sum * 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-        if finite != 0.0 {
+        if !is_finite(&sum)? {
             return Err(Error::tensor(key, format!("merged with {name:?} it would not be finite")));
         }
         Ok(Some(sum))

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
+
+use crate::util::finite::is_finite;
 
 /// Is told of layers' outputs and remembers the first layer whose output held NaN or infinity: hand it to a
 /// forward pass by [`Context::with_probe`](super::Context::with_probe) after a loss was not finite.
@@ -19,10 +21,8 @@ impl Probe {
 
     /// Is told of a layer's output.
     pub(super) fn look(&self, path: &str, output: &Tensor) {
-        let zero = || output.detach().to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>();
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
-        // NaN and infinity times zero are NaN.
-        if first.is_none() && zero().is_ok_and(f32::is_nan) {
+        if first.is_none() && is_finite(output).is_ok_and(|finite| !finite) {
             *first = Some(path.to_string());
         }
     }
