@@ -8,6 +8,7 @@ use super::gradients::Gradients;
 use super::update::{Constants, Moments, Steps};
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
+use crate::util::finite::is_finite;
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
@@ -180,9 +181,8 @@ impl AdamW {
                 let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
                 return Err(Error::tensor(name, reason));
             }
-            // NaN and infinity times zero are NaN, and so is the root of a negative square.
-            let zero = ((first * 0.0)?.sum_all()? + (second.sqrt()? * 0.0)?.sum_all()?)?;
-            if zero.to_dtype(DType::F64)?.to_scalar::<f64>()? != 0.0 {
+            // The root of a negative square is no number.
+            if !(is_finite(first)? && is_finite(&second.sqrt()?)?) {
                 return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
             }
             let copy = |moment: &Tensor| -> Result<Tensor> {

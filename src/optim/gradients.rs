@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::util::finite::is_finite;
 
 /// The gradients of the trainable parameters of one optimiser step.
 #[derive(Debug, Clone, Default)]
@@ -88,8 +89,7 @@ impl Gradients {
     /// If candle fails.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         for (name, grad) in &self.by_name {
-            let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
-            if !sum.is_finite() {
+            if !is_finite(grad)? {
                 return Ok(Some(name));
             }
         }
@@ -152,8 +152,7 @@ pub fn check_gradients(params: &Params, loss: &Tensor) -> Result<GradientReport>
             Some(_) if !param.trainable => report.frozen.push(name),
             None => report.missing.push(name),
             Some(grad) => {
-                let sum = grad.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?;
-                if !sum.is_finite() {
+                if !is_finite(grad)? {
                     report.non_finite.push(name);
                 }
             }
