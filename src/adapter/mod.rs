@@ -8,7 +8,7 @@ mod context;
 mod embedding;
 mod interface;
 mod linear;
-pub mod low_rank;
+pub(crate) mod low_rank;
 mod model;
 mod params;
 mod pass;

@@ -113,7 +113,7 @@ fn run(
     on_token: &mut dyn FnMut(usize, u32) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
     let steps = config.max_new_tokens.min(model.max_length() - longest);
-    let mut batch = Batch::new(model, prompts, longest, steps, config);
+    let mut batch = Continuation::new(model, prompts, longest, steps, config);
     let mut done = vec![false; prompts.len()];
     let mut texts = vec![Vec::new(); prompts.len()];
     for step in 0..steps {
@@ -149,14 +149,14 @@ fn run(
 }
 
 /// The rows on their way: what the next forward pass reads, and where each pass left off.
-struct Batch {
+struct Continuation {
     tokens: Vec<Vec<u32>>, // the tokens that no cache holds yet, of equal length
     mask: Vec<Vec<u8>>,    // of the columns up to the last of `tokens`
     contexts: Vec<(Context, Cache)>,
     choices: Vec<Stream>,
 }
 
-impl Batch {
+impl Continuation {
     fn new(
         model: &dyn CausalLm,
         prompts: &[Vec<u32>],

@@ -181,7 +181,7 @@ impl AdamW {
                 let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
                 return Err(Error::tensor(name, reason));
             }
-            // The root of a negative square is no number.
+            // The root of a negative square is NaN.
             if !(is_finite(first)? && is_finite(&second.sqrt()?)?) {
                 return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
             }

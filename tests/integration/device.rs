@@ -13,7 +13,7 @@ use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
 };
-use monteclora::{Mixture, Mode, MonteCLoRAConfig, Noise, Pass};
+use monteclora::{KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass};
 
 use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
@@ -23,7 +23,7 @@ use crate::support::Outcome;
 fn methods() -> Vec<Method> {
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
     let sparse = MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() };
-    let sampled = MonteCLoRAConfig { mode: Mode::Sampled, ..bayes.clone() };
+    let sampled = MonteCLoRAConfig { mode: KlEvaluation::Sampled, ..bayes.clone() };
     let literal = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::paper_literal() };
     let peft = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::peft() };
     let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };

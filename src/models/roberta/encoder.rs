@@ -96,7 +96,7 @@ impl RobertaEncoder {
         let only = batch.first_tokens(xs.device())?;
         let Some((last, before)) = self.layers.split_last() else { return only.take(&xs, cx.path) };
         let xs = self.stack(before, xs, &batch, cx)?; // (n, d)
-        let first = Batch { only: Some(only), ..batch };
+        let first = PackedBatch { only: Some(only), ..batch };
         self.stack(std::slice::from_ref(last), xs, &first, cx) // (b, d)
     }
 
@@ -107,10 +107,10 @@ impl RobertaEncoder {
         types: Option<&Tensor>,
         mask: &Tensor,
         cx: &Context,
-    ) -> candle_core::Result<(Tensor, Batch)> {
+    ) -> candle_core::Result<(Tensor, PackedBatch)> {
         let embedded = self.embeddings.forward(ids, types, cx)?; // (b, p + t, d)
         let (b, t, _) = embedded.dims3()?;
-        let batch = Batch::new((b, t), &self.embeddings.words.extend_mask(mask)?)?;
+        let batch = PackedBatch::new((b, t), &self.embeddings.words.extend_mask(mask)?)?;
         Ok((batch.pack(embedded, cx.path)?, batch))
     }
 
@@ -119,7 +119,7 @@ impl RobertaEncoder {
         &self,
         layers: &[Arc<Layer>],
         mut xs: Tensor,
-        batch: &Batch,
+        batch: &PackedBatch,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
         for layer in layers {
@@ -166,7 +166,7 @@ impl AdaptableModel for RobertaEncoder {
 
 /// A padded batch between the layers: its real tokens alone, where that saves enough.
 #[derive(Clone)]
-struct Batch {
+struct PackedBatch {
     shape: (usize, usize), // (b, t)
     mask: Mask,
     real: Option<Rows>,
@@ -174,7 +174,7 @@ struct Batch {
     only: Option<Rows>,
 }
 
-impl Batch {
+impl PackedBatch {
     fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
         let mask = Mask { padding: Some(attention_mask.clone()), causal: None };
         let mut real = None;
@@ -334,7 +334,7 @@ impl Layer {
 
     /// Of `xs` (n, d), or (b, t, d) where the batch is not packed, the tokens that are wanted: in the
     /// same shape, or (b, d).
-    fn forward(&self, xs: &Tensor, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
         let wanted = match &batch.only {
             Some(only) => only.take(xs, cx.path)?,
             None => xs.clone(),
