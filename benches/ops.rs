@@ -1,7 +1,7 @@
-//! Every differentiable block of `monteclora::ops`, forward and backward, in its fast lane and in
-//! candle's own operations: RoBERTa-base's sizes (8 x 128 rows of 768), f32 on the CPU.
+//! Every differentiable block of `monteclora::ops`, forward and backward, on the fused path and on
+//! the reference: RoBERTa-base's sizes (8 x 128 rows of 768), f32 on the CPU.
 //!
-//! Every step ends in candle's sum and its gradient, whichever the lane: `sum alone` is that share.
+//! Every step ends in candle's sum and its gradient, whichever the path: `sum alone` is that share.
 //!
 //! `cargo bench --bench ops`; with `-- gelu` only the names that contain it, with `-- --test`
 //! everything once.

@@ -68,7 +68,7 @@ impl Model {
         })
     }
 
-    fn linears(&self) -> &dyn AdaptableModel {
+    fn adaptable(&self) -> &dyn AdaptableModel {
         match self {
             Self::Encoder(model) => &**model,
             Self::Decoder(model) => &**model,
@@ -217,7 +217,7 @@ impl Contender {
         let start = Instant::now();
         let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
-            loss = (loss + regularizer.for_model(self.model.linears(), &pass)?.total)?;
+            loss = (loss + regularizer.for_model(self.model.adaptable(), &pass)?.total)?;
         }
         loss.to_scalar::<f32>()?; // waits for the device
         let forward = Instant::now();
@@ -250,7 +250,7 @@ impl Contender {
                 }
             }
         };
-        self.model.linears().visit_linears(&mut |layer| {
+        self.model.adaptable().visit_linears(&mut |layer| {
             let (in_dim, out_dim) = layer.dims()?;
             let weight = layer.base().weight().detach().to_dtype(dtype)?;
             products.push((input(in_dim)?, weight.t()?));

@@ -219,7 +219,7 @@ pub struct TrainOptions {
     /// third more time.
     #[arg(long)]
     pub checkpoint_layers: bool,
-    /// What becomes of a step whose loss or gradient is not finite: stop, or skip it.
+    /// What is done with a step whose loss or gradient is not finite: stop, or skip it.
     #[arg(long, default_value = "stop")]
     pub on_nonfinite: String,
     /// With --output: steps between checkpoints. Default: one at each evaluation.

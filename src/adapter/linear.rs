@@ -114,7 +114,7 @@ impl AdaptableLinear {
     }
 
     /// Adapters come, go and change places beside the base alone.
-    fn check_unmerged(&self) -> Result<()> {
+    pub(crate) fn check_unmerged(&self) -> Result<()> {
         match &self.merged {
             Some(_) => Err(Error::config("adapter", format!("{} is merged: unmerge it first", self.path))),
             None => Ok(()),

@@ -12,6 +12,7 @@ use super::params::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::{Purpose, Stream};
 use crate::ops;
+use crate::util::check::positive;
 
 /// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
 #[derive(Debug, Clone)]
@@ -37,9 +38,7 @@ pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
     if rank == 0 {
         return Err(Error::config("rank", "expected at least 1, got 0"));
     }
-    if !(alpha > 0.0 && alpha.is_finite()) {
-        return Err(Error::config("alpha", format!("expected a positive number, got {alpha}")));
-    }
+    positive("alpha", alpha)?;
     if !(0.0..1.0).contains(&dropout) {
         return Err(Error::config("dropout", format!("expected a number in [0, 1), got {dropout}")));
     }

@@ -12,8 +12,7 @@ use candle_core::{Tensor, D};
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{AdaptableModel, Adapter, Context, Init, Params, Role};
+use crate::adapter::{low_rank, AdaptableModel, Adapter, Context, Init, LowRank, Params, Role};
 use crate::error::{Error, Result};
 
 /// The options of AdaLoRA; the defaults are PEFT's.
@@ -160,9 +159,9 @@ impl AdaLora {
 /// If candle fails.
 pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
-    model.visit_linears(&mut |slot| {
-        if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
-            terms.push(layer.departure()?);
+    model.visit_linears(&mut |layer| {
+        if let Some(adapter) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+            terms.push(adapter.departure()?);
         }
         Ok(())
     })?;

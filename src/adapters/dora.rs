@@ -15,8 +15,7 @@ use candle_core::{DType, Tensor, D};
 use candle_nn::Linear;
 
 use super::lora::LoraConfig;
-use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{Adapter, Context, Params, Pass, Role};
+use crate::adapter::{low_rank, Adapter, Context, LowRank, Params, Pass, Role};
 use crate::error::Result;
 
 /// A DoRA adapter of one linear layer.

@@ -11,8 +11,7 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::low_rank;
-use crate::adapter::{Adapter, Context, Init, Params, Role};
+use crate::adapter::{low_rank, Adapter, Context, Init, Params, Role};
 use crate::error::Result;
 use crate::ops;
 

@@ -10,8 +10,7 @@ use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::low_rank::{self, LowRank};
-use crate::adapter::{AdaptedLinear, Adapter, Context, Params, Role};
+use crate::adapter::{low_rank, AdaptedLinear, Adapter, Context, LowRank, Params, Role};
 use crate::error::Result;
 
 /// The options of a LoRA adapter.

@@ -42,9 +42,9 @@ impl RankAllocator {
     pub fn new(model: &dyn AdaptableModel, config: &AdaLoraConfig) -> Result<Self> {
         config.validate()?;
         let mut layers = Vec::new();
-        model.visit_linears(&mut |slot| {
-            if let Some(layer) = slot.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
-                layers.push((layer.name().to_string(), layer.values().elem_count()));
+        model.visit_linears(&mut |layer| {
+            if let Some(adapter) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+                layers.push((adapter.name().to_string(), adapter.values().elem_count()));
             }
             Ok(())
         })?;

@@ -96,11 +96,5 @@ fn check_name(model: &dyn AdaptableModel, name: &str) -> Result<()> {
 }
 
 pub(crate) fn check_unmerged(model: &dyn AdaptableModel) -> Result<()> {
-    model.visit_linears(&mut |layer| {
-        if layer.is_merged() {
-            Err(Error::config("adapter", format!("{} is merged: unmerge it first", layer.path())))
-        } else {
-            Ok(())
-        }
-    })
+    model.visit_linears(&mut |layer| layer.check_unmerged())
 }

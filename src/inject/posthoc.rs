@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use super::activate;
 use super::injection::{inject, with_share};
 use super::targets::Target;
-use crate::adapter::low_rank;
-use crate::adapter::{AdaptableModel, Params, Role};
+use crate::adapter::{low_rank, AdaptableModel, Params, Role};
 use crate::adapters::Lora;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
@@ -29,8 +28,8 @@ pub fn posthoc(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let (mut targets, mut pairs) = (Vec::new(), BTreeMap::new());
-    model.visit_linears(&mut |slot| {
-        let (path, Some((active, adapter))) = (slot.path(), slot.active()) else { return Ok(()) };
+    model.visit_linears(&mut |layer| {
+        let (path, Some((active, adapter))) = (layer.path(), layer.active()) else { return Ok(()) };
         let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
             let reason = format!("{active:?} of {path} is no LoRA adapter");
             return Err(Error::config("adapter", reason));
@@ -46,9 +45,9 @@ pub fn posthoc(
         return Err(Error::config("adapter", "no layer has an active LoRA adapter"));
     }
     let config = with_share(model, config, targets.len())?;
-    inject(model, name, &targets, params, &mut |slot, target| {
+    inject(model, name, &targets, params, &mut |layer, target| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        let made = MonteCLoRA::new(params, slot.path(), name, slot.dims()?, &config)?;
+        let made = MonteCLoRA::new(params, layer.path(), name, layer.dims()?, &config)?;
         let (a, b) = &pairs[&target.path];
         params.set(&format!("{}.a", made.name()), a)?;
         params.set(&format!("{}.b", made.name()), b)?;

@@ -231,8 +231,8 @@ pub struct Target {
 /// If the walk fails.
 pub fn paths(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     let mut paths = Vec::new();
-    model.visit_linears(&mut |slot| {
-        paths.push(slot.path().to_string());
+    model.visit_linears(&mut |layer| {
+        paths.push(layer.path().to_string());
         Ok(())
     })?;
     Ok(paths)

@@ -1,8 +1,9 @@
 //! Trainable models and the files they come from.
 //!
 //! The models of `candle-transformers` are for inference: their fused layers cut gradients and
-//! their linears are private. These are trainable, their linears are [`AdaptableLinear`](crate::adapter::AdaptableLinear)s, and
-//! their forward passes are tested against `candle-transformers` and against Hugging Face.
+//! their linear layers are private. These are trainable, their linear layers are
+//! [`AdaptableLinear`](crate::adapter::AdaptableLinear)s, and their forward passes are tested against
+//! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
 pub mod generate;

@@ -4,8 +4,7 @@ use candle_nn::Linear;
 
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
-use crate::adapter::low_rank;
-use crate::adapter::{AdaptedLinear, Params};
+use crate::adapter::{low_rank, AdaptedLinear, Params};
 use crate::error::Result;
 
 /// A frozen linear layer with a MonteCLoRA adapter.

@@ -77,9 +77,9 @@ impl Regularizer {
     /// clipped variances have no expectation here.
     pub fn for_model(&self, model: &dyn AdaptableModel, pass: &Pass) -> Result<RegularizerTerms> {
         let mut posteriors = Vec::new();
-        model.visit_linears(&mut |slot| {
+        model.visit_linears(&mut |layer| {
             let adapter =
-                slot.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
+                layer.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
             posteriors.extend(adapter.map(|adapter| adapter.posterior().clone()));
             Ok(())
         })?;

@@ -77,11 +77,11 @@ mod tests {
 
     use super::*;
 
-    /// Value and gradient of `ours`, and of candle's `plain`, which gives the constant one too.
+    /// Value and gradient of `ours`, and of candle's `reference`, which gives the constant one too.
     fn compare(
         shapes: [&[usize]; 2],
         ours: fn(&Tensor, &Tensor) -> Result<Tensor>,
-        plain: fn(&Tensor, &Tensor) -> Result<Tensor>,
+        reference: fn(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<()> {
         let ramp = |shape: &[usize], scale: f64| -> Result<Tensor> {
             let n: usize = shape.iter().product();
@@ -96,11 +96,11 @@ mod tests {
             let grad = grads.get(&xs).expect("a gradient").flatten_all()?.to_vec1()?;
             Ok((ys.flatten_all()?.to_vec1()?, grad, grads.get_ids().count()))
         };
-        let ((y, dx, kept), (plain_y, plain_dx, candle_keeps)) = (run(ours)?, run(plain)?);
+        let ((y, dx, kept), (reference_y, reference_dx, candle_keeps)) = (run(ours)?, run(reference)?);
         assert_eq!((kept, candle_keeps), (1, 2));
-        assert_eq!(y, plain_y);
-        for (ours, plain) in dx.iter().zip(&plain_dx) {
-            assert!((ours - plain).abs() < 1e-12, "{ours} {plain}");
+        assert_eq!(y, reference_y);
+        for (ours, reference) in dx.iter().zip(&reference_dx) {
+            assert!((ours - reference).abs() < 1e-12, "{ours} {reference}");
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Attaches a result that is computed already to candle's graph, with a backward of our own.
+//! Puts a result that is computed already into candle's graph, with a backward of our own.
 //!
 //! Candle offers one door: an op that computes its result when it is applied. Ours hands over what
 //! it was given. So an op here is a computation on detached tensors (no graph behind it, nothing
@@ -47,7 +47,7 @@ where
     }
     let shape = result.shape().clone();
     let storage = take_storage(result, &args)?;
-    args.apply(Attached { name, result: Mutex::new(Some((storage, shape))), backward: Box::new(backward) })
+    args.apply(CustomVjp { name, result: Mutex::new(Some((storage, shape))), backward: Box::new(backward) })
 }
 
 /// State that forward leaves for the first backward, which frees it; a second one recomputes.
@@ -114,13 +114,13 @@ impl InplaceOp1 for Take {
 }
 
 /// The node in candle's graph.
-pub(crate) struct Attached<const N: usize> {
+pub(crate) struct CustomVjp<const N: usize> {
     name: &'static str,
     result: Mutex<Option<(Storage, Shape)>>,
     backward: Backward<N>,
 }
 
-impl<const N: usize> Attached<N> {
+impl<const N: usize> CustomVjp<N> {
     fn hand_over(&self) -> Result<(Storage, Shape)> {
         match self.result.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(result) => Ok(result),
@@ -175,28 +175,28 @@ impl<const N: usize> Attached<N> {
 
 /// Applies a node to its arguments: candle has one trait for each number of them.
 pub(crate) trait Apply<const N: usize> {
-    fn apply(self, op: Attached<N>) -> Result<Tensor>;
+    fn apply(self, op: CustomVjp<N>) -> Result<Tensor>;
 }
 
 impl Apply<1> for [&Tensor; 1] {
-    fn apply(self, op: Attached<1>) -> Result<Tensor> {
+    fn apply(self, op: CustomVjp<1>) -> Result<Tensor> {
         self[0].apply_op1(op)
     }
 }
 
 impl Apply<2> for [&Tensor; 2] {
-    fn apply(self, op: Attached<2>) -> Result<Tensor> {
+    fn apply(self, op: CustomVjp<2>) -> Result<Tensor> {
         self[0].apply_op2(self[1], op)
     }
 }
 
 impl Apply<3> for [&Tensor; 3] {
-    fn apply(self, op: Attached<3>) -> Result<Tensor> {
+    fn apply(self, op: CustomVjp<3>) -> Result<Tensor> {
         self[0].apply_op3(self[1], self[2], op)
     }
 }
 
-impl CustomOp1 for Attached<1> {
+impl CustomOp1 for CustomVjp<1> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -219,7 +219,7 @@ impl CustomOp1 for Attached<1> {
     }
 }
 
-impl CustomOp2 for Attached<2> {
+impl CustomOp2 for CustomVjp<2> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -260,7 +260,7 @@ impl CustomOp2 for Attached<2> {
     }
 }
 
-impl CustomOp3 for Attached<3> {
+impl CustomOp3 for CustomVjp<3> {
     fn name(&self) -> &'static str {
         self.name
     }

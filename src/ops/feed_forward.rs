@@ -14,7 +14,7 @@ use crate::util::simd::vectorized;
 ///
 /// With frozen weights one node that keeps the pre-activation alone (recomputing it would be a
 /// third of backward's work; the activation is one cheap pass) and frees it in backward: half the
-/// memory of the composition, and 1.9 times as fast as plain operations. With a trainable weight it is the composition.
+/// memory of the composition, and 1.9 times as fast as the reference. With a trainable weight it is the composition.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`, of rank 2 or more

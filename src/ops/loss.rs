@@ -15,7 +15,7 @@ use crate::util::simd::vectorized;
 /// Mean cross-entropy, rows labelled `ignore` left out.
 ///
 /// Log-softmax, choice and mean in one node that keeps one number a row: backward makes
-/// `(softmax - onehot) / rows` in one pass. 2.8 times as fast forward and backward as plain operations
+/// `(softmax - onehot) / rows` in one pass. 2.8 times as fast forward and backward as the reference
 /// at 1024 x 50265, and without five tensors of that size.
 ///
 /// # Shapes

@@ -23,7 +23,7 @@ use crate::util::simd::vectorized;
 /// Layer norm over the last dimension.
 ///
 /// One node instead of nine; keeps nothing but `xs`. 10 times as fast forward and backward as
-/// plain operations at 1024 x 768.
+/// the reference at 1024 x 768.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`
@@ -43,7 +43,7 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64, path: O
 /// `layer_norm(xs + residual)`.
 ///
 /// With frozen weights the sum is part of the node: it is never stored, and both arguments share
-/// one gradient: 10 times as fast as plain operations.
+/// one gradient: 10 times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`, `residual`: `(.., dim)`, the same
@@ -72,8 +72,8 @@ pub fn add_layer_norm(
     norm(&norm_of, xs, Some(residual), weight, Some(bias))
 }
 
-/// RMS norm over the last dimension. One node that keeps nothing but `xs`; 8 times as fast as plain
-/// operations.
+/// RMS norm over the last dimension. One node that keeps nothing but `xs`; 8 times as fast as the
+/// reference.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`

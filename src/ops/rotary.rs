@@ -12,7 +12,7 @@ use crate::util::simd::vectorized;
 /// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
 ///
 /// One node and one pass each way (backward is the rotation by the opposite angle); nothing is kept
-/// but the table of angles. 11 times as fast as plain operations.
+/// but the table of angles. 11 times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`: `(b, t, heads, dim)`

@@ -1,5 +1,5 @@
 //! Every block on every path: values and gradients against candle's own differentiation of the
-//! plain operations and against central differences, in general position.
+//! reference and against central differences, in general position.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
@@ -281,7 +281,7 @@ fn run_on(device: &Device, case: &Case, path: OpPath, dtype: DType) -> (Vec<f64>
         let store = loss.backward().unwrap_or_else(|e| panic!("{}: {e}", case.name));
         for (tensor, var) in tensors.iter().zip(&vars) {
             let gradient = store.get(tensor);
-            // Plain candle operations give gradients to frozen tensors too: that is what we leave out.
+            // The reference gives gradients to frozen tensors too: that is what we leave out.
             let wanted = path == OpPath::Reference || gradient.is_some() == var.is_some();
             assert!(wanted, "{} on {path:?}: who gets a gradient", case.name);
             gradients.push(gradient.filter(|_| var.is_some()).map(flat));

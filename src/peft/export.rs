@@ -19,7 +19,7 @@ pub enum ExportFormat {
     /// ones are filled up with zeros) and one scale (B makes up for the difference), because vLLM
     /// reads no patterns and llama.cpp divides by the rank that it finds.
     Serving {
-        /// What becomes of rsLoRA's scale, `lora_alpha / sqrt(r)`. True: B is multiplied by `sqrt(r)`,
+        /// What is done with rsLoRA's scale, `lora_alpha / sqrt(r)`. True: B is multiplied by `sqrt(r)`,
         /// so that `lora_alpha / r` gives the same for every reader. False: `use_rslora` says so, which PEFT and
         /// vLLM read and llama.cpp passes over.
         fold_rslora: bool,

@@ -43,14 +43,14 @@ impl AdapterFile {
         metadata: &AdapterMetadata,
     ) -> Result<Self> {
         let (mut layers, mut scales, mut others) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        model.visit_linears(&mut |slot| {
-            match slot.adapter(adapter) {
+        model.visit_linears(&mut |layer| {
+            match layer.adapter(adapter) {
                 Some(found) => {
-                    let (scale, tensors) = take(slot.path(), found, method)?;
-                    scales.insert(slot.path().to_string(), scale);
-                    layers.insert(slot.path().to_string(), tensors);
+                    let (scale, tensors) = take(layer.path(), found, method)?;
+                    scales.insert(layer.path().to_string(), scale);
+                    layers.insert(layer.path().to_string(), tensors);
                 }
-                None => others.push(slot.path().to_string()),
+                None => others.push(layer.path().to_string()),
             }
             Ok(())
         })?;
@@ -119,8 +119,8 @@ impl AdapterFile {
         let before = before.collect::<Result<BTreeMap<_, _>>>()?;
         let head = self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor));
         let done = head.and_then(|()| {
-            inject::inject(model, adapter, &targets, params, &mut |slot, target| {
-                self.layer(&method, slot, target, adapter, params)
+            inject::inject(model, adapter, &targets, params, &mut |linear, target| {
+                self.layer(&method, linear, target, adapter, params)
             })
         });
         done.or_else(|error| params.restore(&before).and(Err(error)))
@@ -130,12 +130,12 @@ impl AdapterFile {
     fn layer(
         &self,
         method: &AdapterMethod,
-        slot: &AdaptableLinear,
+        linear: &AdaptableLinear,
         target: &Target,
         adapter: &str,
         params: &Params,
     ) -> Result<Box<dyn Adapter>> {
-        let (path, dims, rank, alpha) = (slot.path(), slot.dims()?, target.rank, target.alpha);
+        let (path, dims, rank, alpha) = (linear.path(), linear.dims()?, target.rank, target.alpha);
         let made: Box<dyn Adapter> = match method {
             AdapterMethod::Lora(config) => {
                 let config = LoraConfig { rank, alpha, ..config.clone() };
@@ -159,8 +159,8 @@ impl AdapterFile {
     /// Checks that every layer and every saved module has its place, and every place is free.
     fn check_model(&self, model: &dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         let mut available = BTreeSet::new();
-        model.visit_linears(&mut |slot| {
-            available.insert(slot.path().to_string());
+        model.visit_linears(&mut |layer| {
+            available.insert(layer.path().to_string());
             Ok(())
         })?;
         let paths: Vec<&str> = available.iter().map(String::as_str).collect();
@@ -176,10 +176,10 @@ impl AdapterFile {
         } else {
             BTreeMap::new()
         };
-        model.visit_linears(&mut |slot| match self.layers.get(slot.path()) {
-            Some(layer) => self.check_linear(slot, layer, alphas[slot.path()], adapter, params),
-            None if named.get(slot.path()) == Some(&true) => Err(Error::tensor(
-                TensorKind::A.key(slot.path()),
+        model.visit_linears(&mut |linear| match self.layers.get(linear.path()) {
+            Some(layer) => self.check_linear(linear, layer, alphas[linear.path()], adapter, params),
+            None if named.get(linear.path()) == Some(&true) => Err(Error::tensor(
+                TensorKind::A.key(linear.path()),
                 "it is missing, although target_modules names the layer",
             )),
             None => Ok(()),
@@ -220,13 +220,13 @@ impl AdapterFile {
 
     fn check_linear(
         &self,
-        slot: &AdaptableLinear,
+        linear: &AdaptableLinear,
         layer: &LayerTensors,
         alpha: f64,
         adapter: &str,
         params: &Params,
     ) -> Result<()> {
-        let (path, (in_dim, out_dim)) = (slot.path(), slot.dims()?);
+        let (path, (in_dim, out_dim)) = (linear.path(), linear.dims()?);
         let rank = layer.a.dim(0)?;
         for (kind, tensor, expected) in
             [(TensorKind::A, &layer.a, [rank, in_dim]), (TensorKind::B, &layer.b, [out_dim, rank])]
@@ -241,7 +241,7 @@ impl AdapterFile {
             return Err(Error::tensor(TensorKind::A.key(path), reason));
         }
         let name = format!("{path}.{adapter}.a");
-        if slot.adapter(adapter).is_some() || params.get(&name).is_some() {
+        if linear.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));
         }
         match self.method() {

@@ -16,27 +16,28 @@ const PATHS: [&str; 3] = ["enc.layer.0.self.query", "enc.layer.1.self.query", "e
 
 /// Linear layers of 6 inputs and 5 outputs, and a head.
 struct Toy {
-    slots: Vec<AdaptableLinear>,
+    layers: Vec<AdaptableLinear>,
     params: Params,
 }
 
 impl Toy {
     fn new(seed: u64) -> Result<Self> {
         let base = || Ok::<_, Error>(Linear::new(Tensor::ones((5, 6), DType::F32, &Device::Cpu)?, None));
-        let slots =
+        let layers =
             PATHS.iter().map(|path| Ok(AdaptableLinear::new(*path, base()?))).collect::<Result<_>>()?;
         let params = Params::new(Noise::new(seed), &Device::Cpu);
         params.create("classifier.weight", Role::Head, (2, 5), &crate::adapter::Init::Normal(1.0))?;
-        Ok(Self { slots, params })
+        Ok(Self { layers, params })
     }
 
     /// The same with MonteCLoRA of these ranks on the layers, every parameter in general position.
     fn adapted(ranks: [usize; 3], config: &MonteCLoRAConfig) -> Result<Self> {
         let mut toy = Self::new(1)?;
-        for (slot, rank) in toy.slots.iter_mut().zip(ranks).filter(|(_, rank)| *rank > 0) {
+        for (layer, rank) in toy.layers.iter_mut().zip(ranks).filter(|(_, rank)| *rank > 0) {
             let config = MonteCLoRAConfig { rank, ..config.clone() };
-            let path = slot.path().to_string();
-            slot.add("default", Box::new(MonteCLoRA::new(&toy.params, &path, "default", (6, 5), &config)?))?;
+            let path = layer.path().to_string();
+            layer
+                .add("default", Box::new(MonteCLoRA::new(&toy.params, &path, "default", (6, 5), &config)?))?;
         }
         for (name, param) in toy.params.all() {
             let noise = Tensor::arange(1f32, 1.0 + param.var.elem_count() as f32, &Device::Cpu)?;
@@ -48,8 +49,11 @@ impl Toy {
 
     fn outputs(&self, pass: Pass) -> Result<Vec<f32>> {
         let xs = Tensor::arange(0f32, 12.0, &Device::Cpu)?.reshape((2, 6))?;
-        let ys =
-            self.slots.iter().map(|slot| Ok(slot.forward(&xs, &pass.into())?)).collect::<Result<Vec<_>>>()?;
+        let ys = self
+            .layers
+            .iter()
+            .map(|layer| Ok(layer.forward(&xs, &pass.into())?))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&ys, 0)?.flatten_all()?.to_vec1()?)
     }
 }
@@ -60,11 +64,11 @@ impl AdaptableModel for Toy {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.slots.iter().try_for_each(f)
+        self.layers.iter().try_for_each(f)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.slots.iter_mut().try_for_each(f)
+        self.layers.iter_mut().try_for_each(f)
     }
 }
 
@@ -179,7 +183,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
     let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false };
     let mut toy = Toy::new(1)?;
     let path = PATHS[0];
-    toy.slots[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;
+    toy.layers[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;
     toy.params.set(&format!("{path}.mine.b"), &Tensor::ones((5, 2), DType::F32, &Device::Cpu)?)?;
     let method = AdapterMethod::Lora(config);
     let file = AdapterFile::from_model(&toy, "mine", &toy.params, &method, &AdapterMetadata::default())?;
@@ -247,7 +251,7 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
         let message = load(&spoilt, &mut toy, "default").unwrap_err().to_string();
         assert!(message.contains(words), "{words}: {message}");
         assert_eq!(toy.params.all().len(), count);
-        assert!(toy.slots.iter().all(|slot| slot.active().is_none()));
+        assert!(toy.layers.iter().all(|layer| layer.active().is_none()));
     }
     let mut toy = Toy::adapted([3, 3, 0], &paper())?;
     let message = load(&file(&toy, &paper())?, &mut toy, "default").unwrap_err().to_string();
@@ -259,7 +263,7 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
 fn state(toy: &Toy) -> Result<(Vec<String>, Vec<f32>, String)> {
     let names = toy.params.all().into_iter().map(|(name, _)| name).collect();
     let head = toy.params.get("classifier.weight").unwrap().var.flatten_all()?.to_vec1()?;
-    let active = toy.slots.iter().map(|slot| slot.active().map(|(name, _)| name)).collect::<Vec<_>>();
+    let active = toy.layers.iter().map(|layer| layer.active().map(|(name, _)| name)).collect::<Vec<_>>();
     let active = format!("{active:?}");
     Ok((names, head, active))
 }

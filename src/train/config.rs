@@ -10,7 +10,7 @@ use crate::adapter::Role;
 use crate::error::{Error, Result};
 use crate::optim::AdamWConfig;
 
-/// What becomes of a step whose loss or gradient is not finite.
+/// What is done with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnNonFinite {
@@ -60,7 +60,7 @@ pub struct TrainConfig {
     pub eval_every: Option<usize>,
     /// Keep the parameters of the best evaluation rather than the last.
     pub keep_best: bool,
-    /// What becomes of a step whose loss or gradient is not finite.
+    /// What is done with a step whose loss or gradient is not finite.
     pub on_nonfinite: OnNonFinite,
 }
 

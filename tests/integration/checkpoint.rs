@@ -59,8 +59,8 @@ fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
                 inject::monteclora(&mut model, &targets, &config, &params)?;
             }
             "prompt" => {
-                let slot = model.embedding_mut().ok_or("no place for a prompt")?;
-                prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
+                let embedding = model.embedding_mut().ok_or("no place for a prompt")?;
+                prompt_tuning(embedding, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
             }
             _ => {}
         }

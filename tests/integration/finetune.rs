@@ -375,9 +375,9 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
     ] {
         let classifier = load(files, method, 2)?;
         let mut adapted = Vec::new();
-        classifier.model.visit_linears(&mut |slot| {
-            if slot.active().is_some() && slot.path().contains(".0.") {
-                adapted.push(slot.path().split(".0.").nth(1).unwrap_or_default().to_string());
+        classifier.model.visit_linears(&mut |layer| {
+            if layer.active().is_some() && layer.path().contains(".0.") {
+                adapted.push(layer.path().split(".0.").nth(1).unwrap_or_default().to_string());
             }
             Ok(())
         })?;

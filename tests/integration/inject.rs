@@ -123,8 +123,8 @@ fn a_rank_that_does_not_fit_changes_nothing() -> Outcome {
         let text = inject::lora(&mut model, &Targets::default(), &config, &params).unwrap_err().to_string();
         assert!(text.contains("rank"), "{text}");
         assert_eq!(params.all().len(), before);
-        model.visit_linears(&mut |slot| {
-            assert!(slot.active().is_none());
+        model.visit_linears(&mut |layer| {
+            assert!(layer.active().is_none());
             Ok(())
         })?;
     }
@@ -254,13 +254,13 @@ fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
     scatter(&head_moved.1)?;
     let base_with_moved_head = logits(&head_moved.0, &Pass::Mean.into())?;
     let adapted = logits(&model, &Pass::Mean.into())?;
-    model.visit_linears_mut(&mut |slot| slot.activate(None))?;
+    model.visit_linears_mut(&mut |layer| layer.activate(None))?;
     let off = logits(&model, &Pass::Mean.into())?;
     assert_close(&off, &base_with_moved_head, 1e-5)?;
     assert!(assert_differs(&off, &base)? && assert_differs(&off, &adapted)?);
-    model.visit_linears_mut(&mut |slot| {
-        if slot.remove(inject::DEFAULT_ADAPTER)?.is_some() {
-            assert!(slot.activate(Some(inject::DEFAULT_ADAPTER)).is_err());
+    model.visit_linears_mut(&mut |layer| {
+        if layer.remove(inject::DEFAULT_ADAPTER)?.is_some() {
+            assert!(layer.activate(Some(inject::DEFAULT_ADAPTER)).is_err());
         }
         Ok(())
     })?;

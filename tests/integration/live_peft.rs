@@ -55,7 +55,7 @@ impl Model {
         Ok(Self::Sequence(config.load(vb, head, Noise::new(0))?))
     }
 
-    fn linears(&mut self) -> &mut dyn AdaptableModel {
+    fn adaptable(&mut self) -> &mut dyn AdaptableModel {
         match self {
             Self::Causal(model) => model.as_mut(),
             Self::Sequence(model) => model.as_mut(),
@@ -103,9 +103,9 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
     let task = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f32>()?;
     let AdapterMethod::MonteCLoRA(config) = method else { return Ok(task) };
     let mut posteriors = Vec::new();
-    model.linears().visit_linears(&mut |slot| {
-        let active = slot.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
-        posteriors.extend(active.map(|layer| layer.posterior().clone()));
+    model.adaptable().visit_linears(&mut |layer| {
+        let active = layer.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
+        posteriors.extend(active.map(|adapter| adapter.posterior().clone()));
         Ok(())
     })?;
     let draw = |posterior: &Posterior| -> Outcome<DrawNoise> {
@@ -176,10 +176,10 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         match &method {
             AdapterMethod::Lora(config) => {
                 let targets = Targets::parse("all-linear")?;
-                inject::lora(model.linears(), &targets, config, &params)?
+                inject::lora(model.adaptable(), &targets, config, &params)?
             }
             AdapterMethod::MonteCLoRA(config) => {
-                inject::monteclora(model.linears(), &Targets::default(), config, &params)?
+                inject::monteclora(model.adaptable(), &Targets::default(), config, &params)?
             }
             _ => return Err("a method without a test".into()),
         };
@@ -190,7 +190,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             task: Some(task.into()),
             ..Default::default()
         };
-        let file = AdapterFile::from_model(model.linears(), DEFAULT_ADAPTER, &params, &method, &origin)?;
+        let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, &method, &origin)?;
         file.write(dir.path().join("adapter"), ExportFormat::PeftMonteCLoRA)?;
         if causal {
             // A server's adapter has no head; any version of PEFT reads it.
@@ -199,7 +199,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
             }
         }
         // In several shards, as large models are.
-        save_merged(model.linears(), &params, &files, None, &dir.path().join("merged"), 20_000)?;
+        save_merged(model.adaptable(), &params, &files, None, &dir.path().join("merged"), 20_000)?;
         assert!(dir.path().join("merged/model.safetensors.index.json").is_file());
         let (ids, mask) = inputs()?;
         let logits = model.logits()?;
@@ -221,7 +221,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         let params = Params::new(Noise::new(2), &Device::Cpu);
         let mut model = Model::load(&files, causal, &params)?;
         let file = AdapterFile::read(dir.path().join("back"))?;
-        file.apply(model.linears(), DEFAULT_ADAPTER, &params)?;
+        file.apply(model.adaptable(), DEFAULT_ADAPTER, &params)?;
         let back = candle_core::safetensors::load(dir.path().join("back.safetensors"), &Device::Cpu)?;
         let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(moved > 1e-3, "PEFT's step moved nothing");

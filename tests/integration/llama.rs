@@ -62,8 +62,8 @@ pub fn frozen_on(device: &Device, config: &LlamaConfig, dtype: DType) -> Outcome
 pub fn prompted(model: &mut dyn AdaptableModel, tokens: usize, dtype: DType) -> Outcome<Params> {
     let params = Params::with_dtype(Noise::new(7), dtype, &Device::Cpu);
     if tokens > 0 {
-        let slot = model.embedding_mut().ok_or("no place for a prompt")?;
-        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: tokens }, &params)?;
+        let embedding = model.embedding_mut().ok_or("no place for a prompt")?;
+        prompt_tuning(embedding, "default", &PromptConfig { virtual_tokens: tokens }, &params)?;
         scatter(&params)?;
     }
     Ok(params)

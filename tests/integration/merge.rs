@@ -7,9 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Context, Init, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
-use monteclora::inject::activate;
 use monteclora::inject::merge::{merge, unmerge};
-use monteclora::inject::{self, Targets};
+use monteclora::inject::{self, activate, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, TrainConfig};
@@ -40,8 +39,8 @@ fn adapted(dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
 /// The bits of every base weight.
 fn bases(model: &LlamaForCausalLM) -> Outcome<Vec<Vec<f32>>> {
     let mut all = Vec::new();
-    model.visit_linears(&mut |slot| {
-        all.push(slot.base().weight().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+    model.visit_linears(&mut |layer| {
+        all.push(layer.base().weight().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
         Ok(())
     })?;
     Ok(all)
@@ -77,8 +76,8 @@ fn a_merge_that_fails_changes_nothing() -> Outcome {
     params.get(name).ok_or("a parameter")?.var.set(&(&kept * f64::INFINITY)?)?;
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("model.layers.1.mlp.up_proj.weight: merged with \"default\""), "{error}");
-    model.visit_linears(&mut |slot| {
-        assert!(!slot.is_merged());
+    model.visit_linears(&mut |layer| {
+        assert!(!layer.is_merged());
         Ok(())
     })?;
     params.set(name, &kept)?;
@@ -118,15 +117,15 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     let (mut model, _) = frozen(&toy_config(true)?, DType::F32)?;
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("no layer has an active adapter"), "{error}");
-    model.visit_linears_mut(&mut |slot| slot.add("opaque", Box::new(Opaque)))?;
+    model.visit_linears_mut(&mut |layer| layer.add("opaque", Box::new(Opaque)))?;
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("\"opaque\" is no change of its weight"), "{error}");
     // A base that is trained itself would keep the graph of the merge.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let weight = params.create("w", Role::Base, (2, 2), &Init::Constant(1.0))?;
-    let mut slot = AdaptableLinear::new("layer", candle_nn::Linear::new(weight, None));
-    slot.add("opaque", Box::new(Opaque))?;
-    let error = slot.merged_layer().map(drop).unwrap_err().to_string();
+    let mut layer = AdaptableLinear::new("layer", candle_nn::Linear::new(weight, None));
+    layer.add("opaque", Box::new(Opaque))?;
+    let error = layer.merged_layer().map(drop).unwrap_err().to_string();
     assert!(error.contains("only a frozen base"), "{error}");
     Ok(())
 }
@@ -165,8 +164,8 @@ fn several_adapters_take_turns_and_leave() -> Outcome {
     inject::monteclora_named(&mut model, "second", &Targets::parse("q_proj")?, &bayes(), &params)?;
     inject::lora_named(&mut model, "second", &Targets::parse("v_proj")?, &lora, &params)?;
     let mut active = 0;
-    model.visit_linears(&mut |slot| {
-        active += usize::from(slot.active().is_some());
+    model.visit_linears(&mut |layer| {
+        active += usize::from(layer.active().is_some());
         Ok(())
     })?;
     assert_eq!(active, 4);

@@ -6,8 +6,7 @@ use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::inject::activate;
-use monteclora::inject::{self, Target, Targets};
+use monteclora::inject::{self, activate, Target, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
@@ -42,8 +41,8 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
     scatter(&params)?;
     file.apply(&mut model, "second", &params)?;
     assert_eq!(logits(&model, &Pass::Mean.into())?, expected);
-    model.visit_linears(&mut |slot| {
-        assert!(slot.active().is_none_or(|(name, _)| name == "second"), "{}", slot.path());
+    model.visit_linears(&mut |layer| {
+        assert!(layer.active().is_none_or(|(name, _)| name == "second"), "{}", layer.path());
         Ok(())
     })?;
     assert!(params.trainable().iter().all(|(name, _)| name.contains(".second.")));
@@ -109,10 +108,10 @@ fn a_name_that_comes_in_two_calls_is_active_and_trained_as_one() -> Outcome {
     inject::lora_named(&mut model, "two", &Targets::parse("k_proj")?, &lora(), &params)?;
     inject::lora_named(&mut model, "one", &Targets::parse("v_proj")?, &lora(), &params)?;
     scatter(&params)?;
-    model.visit_linears(&mut |slot| {
-        let last = slot.path().rsplit('.').next().unwrap_or_default();
+    model.visit_linears(&mut |layer| {
+        let last = layer.path().rsplit('.').next().unwrap_or_default();
         let expected = ["q_proj", "v_proj"].contains(&last).then_some("one");
-        assert_eq!(slot.active().map(|(name, _)| name), expected, "{}", slot.path());
+        assert_eq!(layer.active().map(|(name, _)| name), expected, "{}", layer.path());
         Ok(())
     })?;
     let trained = params.trainable();
@@ -130,9 +129,9 @@ fn names_that_files_and_parameters_cannot_have_are_refused() -> Outcome {
         let said = [
             inject::lora_named(&mut model, name, &Targets::default(), &lora(), &params).map(drop),
             file.apply(&mut model, name, &params),
-            model.visit_linears_mut(&mut |slot| {
+            model.visit_linears_mut(&mut |layer| {
                 let scratch = Params::new(params.noise(), &Device::Cpu);
-                slot.add(name, Box::new(Lora::new(&scratch, "x", "x", slot.dims()?, &lora())?))
+                layer.add(name, Box::new(Lora::new(&scratch, "x", "x", layer.dims()?, &lora())?))
             }),
         ];
         for error in said.map(|result| result.unwrap_err().to_string()) {
@@ -151,9 +150,9 @@ fn a_name_comes_once_and_goes_if_it_is_there() -> Outcome {
     let twice = inject::monteclora_named(&mut model, "first", &Targets::default(), &bayes(), &params);
     let error = twice.unwrap_err().to_string();
     assert!(error.contains("self_attn.q_proj has an adapter \"first\" already"), "{error}");
-    let added = model.visit_linears_mut(&mut |slot| {
+    let added = model.visit_linears_mut(&mut |layer| {
         let scratch = Params::new(params.noise(), &Device::Cpu);
-        slot.add("first", Box::new(Lora::new(&scratch, "x", "x", slot.dims()?, &lora())?))
+        layer.add("first", Box::new(Lora::new(&scratch, "x", "x", layer.dims()?, &lora())?))
     });
     let error = added.unwrap_err().to_string();
     assert!(error.contains("self_attn.q_proj has an adapter \"first\" already"), "{error}");
@@ -172,8 +171,8 @@ fn targets_that_are_no_layers_or_come_twice_are_refused_by_path() -> Outcome {
         ([q, absent], format!("no layer matches {absent}; the model has: ")),
         ([q, q], format!("{q} comes twice")),
     ] {
-        let made = inject::inject(&mut model, "a", &paths.map(target), &params, &mut |slot, _| {
-            Ok(Box::new(Lora::new(&params, slot.path(), "a", slot.dims()?, &lora())?))
+        let made = inject::inject(&mut model, "a", &paths.map(target), &params, &mut |layer, _| {
+            Ok(Box::new(Lora::new(&params, layer.path(), "a", layer.dims()?, &lora())?))
         });
         let error = made.unwrap_err().to_string();
         assert!(error.contains(&words), "{error}");

@@ -45,8 +45,8 @@ impl Golden {
     /// The virtual tokens of the file, on a model.
     fn tune(&self, model: &mut dyn AdaptableModel) -> Outcome<Params> {
         let params = Params::new(Noise::new(0), &Device::Cpu);
-        let slot = model.embedding_mut().ok_or("no place for a prompt")?;
-        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
+        let embedding = model.embedding_mut().ok_or("no place for a prompt")?;
+        prompt_tuning(embedding, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
         assert_eq!(params.trainable_count(), 3 * 32);
         params.set(PROMPT, &self.prompt["prompt"])?;
         Ok(params)
@@ -188,13 +188,13 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
 #[test]
 fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome {
     let words = Tensor::ones((4, 3), DType::BF16, &Device::Cpu)?;
-    let mut slot = AdaptableEmbedding::new(words);
+    let mut embedding = AdaptableEmbedding::new(words);
     let params = Params::new(Noise::new(0), &Device::Cpu);
-    prompt_tuning(&mut slot, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
+    prompt_tuning(&mut embedding, "default", &PromptConfig { virtual_tokens: 2 }, &params)?;
     // In bf16, 256 + 1 is 256.
     let rows = 300;
     let ids = Tensor::zeros((rows, 1), DType::U32, &Device::Cpu)?;
-    let grads = slot.forward(&ids, OpPath::Fused)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
+    let grads = embedding.forward(&ids, OpPath::Fused)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
     let prompt = params.get(PROMPT).ok_or("no prompt")?.var;
     let grad = grads.get(&prompt).ok_or("no gradient")?;
     assert_eq!(grad.to_vec2::<f32>()?, vec![vec![rows as f32; 3]; 2]);
@@ -208,22 +208,22 @@ fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
     let mut model = LlamaForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
     let before = model.max_length();
     let params = Params::new(Noise::new(5), &Device::Cpu);
-    let slot = model.embedding_mut().ok_or("no place for a prompt")?;
-    let tune = |slot: &mut _, tokens| {
-        prompt_tuning(slot, "default", &PromptConfig { virtual_tokens: tokens }, &params)
+    let embedding = model.embedding_mut().ok_or("no place for a prompt")?;
+    let tune = |embedding: &mut _, tokens| {
+        prompt_tuning(embedding, "default", &PromptConfig { virtual_tokens: tokens }, &params)
     };
-    assert!(tune(slot, 0).is_err_and(|error| error.to_string().contains("virtual_tokens")));
-    tune(slot, 8)?;
-    assert!(tune(slot, 8).is_err_and(|error| error.to_string().contains("already")));
-    let words = slot.words().to_vec2::<f32>()?;
+    assert!(tune(embedding, 0).is_err_and(|error| error.to_string().contains("virtual_tokens")));
+    tune(embedding, 8)?;
+    assert!(tune(embedding, 8).is_err_and(|error| error.to_string().contains("already")));
+    let words = embedding.words().to_vec2::<f32>()?;
     let rows = params.get(PROMPT).ok_or("no prompt")?.var.to_vec2::<f32>()?;
     let picked: Vec<_> = rows.iter().map(|row| words.iter().position(|word| word == row)).collect();
     assert!(picked.iter().all(Option::is_some), "{picked:?}");
     assert!(picked.iter().any(|word| *word != picked[0]), "{picked:?}");
 
     let wide = Tensor::zeros((2, 31), DType::F32, &Device::Cpu)?;
-    assert!(slot.set_prompt(Some(wide)).is_err_and(|error| error.to_string().contains("(p, 32)")));
-    slot.set_prompt(None)?;
+    assert!(embedding.set_prompt(Some(wide)).is_err_and(|error| error.to_string().contains("(p, 32)")));
+    embedding.set_prompt(None)?;
     assert_eq!(model.max_length(), before);
     Ok(())
 }

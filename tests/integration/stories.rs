@@ -66,11 +66,11 @@ fn tune(dir: &Path, method: Method, data: &Path) -> Outcome<(f64, f64, String, S
     fit(&objective, &params, &config, &mut Log::default())?;
     let after = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
     let adapted = tell(&model, &tokenizer)?;
-    model.visit_linears_mut(&mut |slot| slot.activate(None))?;
+    model.visit_linears_mut(&mut |layer| layer.activate(None))?;
     let off = tell(&model, &tokenizer)?;
-    model.visit_linears_mut(&mut |slot| {
-        let name = slot.adapter(DEFAULT_ADAPTER).map(|_| DEFAULT_ADAPTER);
-        slot.activate(name)
+    model.visit_linears_mut(&mut |layer| {
+        let name = layer.adapter(DEFAULT_ADAPTER).map(|_| DEFAULT_ADAPTER);
+        layer.activate(name)
     })?;
     assert_eq!(tell(&model, &tokenizer)?, adapted);
     Ok((before, after, adapted, off))

@@ -150,9 +150,9 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
         final_share: 0.3,
         ..Default::default()
     };
-    model.visit_linears_mut(&mut |slot| {
-        let adapter = AdaLora::new(&params, slot.path(), "default", slot.base(), &config)?;
-        slot.add("default", Box::new(adapter))
+    model.visit_linears_mut(&mut |layer| {
+        let adapter = AdaLora::new(&params, layer.path(), "default", layer.base(), &config)?;
+        layer.add("default", Box::new(adapter))
     })?;
     assert_eq!(params.trainable_count(), 4 * (6 + 4 + 1) + 4 * (4 + 5 + 1));
     let trained = params.all();

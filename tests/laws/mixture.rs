@@ -54,11 +54,11 @@ fn a_fast_draw_is_the_one_that_is_defined_and_so_are_its_gradients() -> Result<(
     for config in configs {
         let defined = draw_of(&config, OpPath::Reference)?;
         for path in [OpPath::Fused, OpPath::Composed] {
-            let fast = draw_of(&config, path)?;
-            for (what, (fast, defined)) in
-                ["A + Delta", "dA", "drho", "dc"].into_iter().zip(fast.iter().zip(&defined))
+            let got = draw_of(&config, path)?;
+            for (what, (got, defined)) in
+                ["A + Delta", "dA", "drho", "dc"].into_iter().zip(got.iter().zip(&defined))
             {
-                assert_close(&format!("{what} of {config:?} on {path:?}"), fast, defined, 1e-12)?;
+                assert_close(&format!("{what} of {config:?} on {path:?}"), got, defined, 1e-12)?;
             }
         }
     }

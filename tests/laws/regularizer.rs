@@ -130,9 +130,9 @@ fn layers_of_several_shapes_in_a_model_average_to_the_same() -> Result<()> {
             let adapter = layer(&params, &path, &config)?;
             shake_only(&params, &path)?;
             sum += value(&regularizer.for_layers(&[&adapter], &pass)?.total)?;
-            let mut slot = AdaptableLinear::new(path, base(5, 4)?);
-            slot.add("default", Box::new(adapter))?;
-            model.0.push(slot);
+            let mut linear = AdaptableLinear::new(path, base(5, 4)?);
+            linear.add("default", Box::new(adapter))?;
+            model.0.push(linear);
         }
         model.0.push(AdaptableLinear::new("bare", base(5, 4)?));
         let got = value(&regularizer.for_model(&model, &pass)?.total)?;

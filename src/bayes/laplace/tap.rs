@@ -107,17 +107,17 @@ impl Taps {
     /// is merged; the model is then as it was.
     pub fn install(model: &mut dyn AdaptableModel) -> Result<Self> {
         let mut layers = Vec::new();
-        model.visit_linears(&mut |slot| {
-            let Some((name, adapter)) = slot.active() else { return Ok(()) };
-            let at = || format!("{}: adapter {name:?}", slot.path());
+        model.visit_linears(&mut |layer| {
+            let Some((name, adapter)) = layer.active() else { return Ok(()) };
+            let at = || format!("{}: adapter {name:?}", layer.path());
             let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
                 return Err(Error::config("adapter", format!("{} is no LoRA adapter", at())));
             };
-            if slot.is_merged() {
+            if layer.is_merged() {
                 return Err(Error::config("adapter", format!("{} is merged: unmerge it first", at())));
             }
             layers.push(Tapped {
-                path: slot.path().to_string(),
+                path: layer.path().to_string(),
                 adapter: name.to_string(),
                 pair: lora.low_rank().clone(),
                 tape: Arc::default(),
@@ -142,20 +142,20 @@ impl Taps {
 
     /// Puts tapped adapters in the place of adapters, or these in the place of tapped ones.
     fn exchange(&self, model: &mut dyn AdaptableModel, tapped: bool) -> Result<()> {
-        model.visit_linears_mut(&mut |slot| {
-            let here = self.layers.iter().find(|layer| layer.path == slot.path());
+        model.visit_linears_mut(&mut |layer| {
+            let here = self.layers.iter().find(|tapped| tapped.path == layer.path());
             let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };
-            let active = slot.active().map(|(name, _)| name.to_string());
-            let lora = slot.adapter(name).and_then(|a| a.as_any().downcast_ref::<Lora>()).cloned();
+            let active = layer.active().map(|(name, _)| name.to_string());
+            let lora = layer.adapter(name).and_then(|a| a.as_any().downcast_ref::<Lora>()).cloned();
             let Some(lora) = lora else {
-                let reason = format!("{} has no LoRA adapter {name:?} any more", slot.path());
+                let reason = format!("{} has no LoRA adapter {name:?} any more", layer.path());
                 return Err(Error::config("adapter", reason));
             };
-            slot.remove(name)?;
+            layer.remove(name)?;
             let adapter: Box<dyn Adapter> =
                 if tapped { Box::new(TappedLora { lora, tape: tape.clone() }) } else { Box::new(lora) };
-            slot.add(name, adapter)?;
-            slot.activate(active.as_deref())
+            layer.add(name, adapter)?;
+            layer.activate(active.as_deref())
         })
     }
 

@@ -22,7 +22,7 @@ const CLASSES: usize = 3;
 /// Embedding, an adapted layer, tanh, the mean over tokens, a head.
 struct Toy {
     table: Tensor,
-    slot: AdaptableLinear,
+    layer: AdaptableLinear,
     head: (Tensor, Tensor),
     params: Params,
 }
@@ -37,13 +37,13 @@ impl Toy {
     /// With A and B in general position.
     fn new() -> Result<Self> {
         let params = Params::with_dtype(Noise::new(2), DType::F64, &Device::Cpu);
-        let mut slot = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
+        let mut layer = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
         let config = LoraConfig { rank: 2, alpha: 3.4, ..Default::default() };
-        slot.add("default", Box::new(Lora::new(&params, "layer", "default", (5, 4), &config)?))?;
+        layer.add("default", Box::new(Lora::new(&params, "layer", "default", (5, 4), &config)?))?;
         params.set("layer.default.b", &(normal("b", (4, 2))? * 0.3)?)?;
         let weight = params.create("head.weight", Role::Head, (CLASSES, 4), &Init::Normal(0.8))?;
         let bias = params.create("head.bias", Role::Head, CLASSES, &Init::Normal(0.5))?;
-        Ok(Self { table: normal("table", (9, 5))?, slot, head: (weight, bias), params })
+        Ok(Self { table: normal("table", (9, 5))?, layer, head: (weight, bias), params })
     }
 
     /// `J[k]` of one example with regard to a parameter, flat, by a backward pass of its own.
@@ -62,7 +62,7 @@ impl Predictor for Toy {
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         let (b, t) = batch.input_ids.dims2()?;
         let xs = self.table.index_select(&batch.input_ids.flatten_all()?, 0)?.reshape((b, t, 5))?;
-        let ys = self.slot.forward(&xs, cx)?.tanh()?;
+        let ys = self.layer.forward(&xs, cx)?.tanh()?;
         let mask = batch.attention_mask.to_dtype(DType::F64)?.unsqueeze(2)?;
         let pooled = ys.broadcast_mul(&mask)?.sum(1)?.broadcast_div(&mask.sum(1)?)?;
         ops::linear(&pooled, &self.head.0, Some(&self.head.1), cx.path)
@@ -75,11 +75,11 @@ impl AdaptableModel for Toy {
     }
 
     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&self.slot)
+        f(&self.layer)
     }
 
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&mut self.slot)
+        f(&mut self.layer)
     }
 }
 
@@ -228,10 +228,10 @@ fn taps_give_the_jacobian_of_every_example_with_padding() -> Result<()> {
     for outputs in [&record.logits, &logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean.into())?] {
         outputs.iter().flatten().zip(before.iter().flatten()).for_each(|(got, z)| near(*got, *z));
     }
-    assert!(toy.slot.active().unwrap().1.as_any().is::<Lora>());
+    assert!(toy.layer.active().unwrap().1.as_any().is::<Lora>());
     taps.remove(&mut toy)?;
     assert_eq!(logits(&toy, &[batch_of_all], &Pass::Mean.into())?, before);
-    assert!(format!("{:?}", toy.slot.active().unwrap().1).starts_with("Lora"));
+    assert!(format!("{:?}", toy.layer.active().unwrap().1).starts_with("Lora"));
     Ok(())
 }
 
@@ -382,7 +382,7 @@ fn what_has_no_approximation_is_named() -> Result<()> {
     toy.params.create("other.weight", Role::Head, (CLASSES, 4), &Init::Constant(1.0))?;
     let other = Scope::LastLayer(LastLayer::new(&toy.params, "other")?);
     refused(Laplace::fit(&toy, other, &rows, None), "other.weight");
-    toy.slot.activate(None)?;
+    toy.layer.activate(None)?;
     assert!(Taps::install(&mut toy).unwrap_err().to_string().contains("no active LoRA"));
     Ok(())
 }

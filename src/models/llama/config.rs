@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::util::json;
+use crate::util::{check, json};
 
 /// `candle-transformers`' configuration and what training needs beyond it.
 #[derive(Debug, Clone)]
@@ -124,10 +124,7 @@ impl LlamaConfig {
         if let Some((name, id)) = special.find(|(_, id)| *id as usize >= c.vocab_size) {
             return Err(Error::config(name, format!("{id} is outside a vocabulary of {}", c.vocab_size)));
         }
-        if !(c.rms_norm_eps > 0.0 && c.rms_norm_eps.is_finite()) {
-            let reason = format!("expected a positive number, got {}", c.rms_norm_eps);
-            return Err(Error::config("rms_norm_eps", reason));
-        }
+        check::positive("rms_norm_eps", c.rms_norm_eps)?;
         let positive = |value: f32| value > 0.0 && value.is_finite();
         if !positive(c.rope_theta) {
             return Err(Error::config(

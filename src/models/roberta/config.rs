@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::util::json;
+use crate::util::{check, json};
 
 /// Which of the two encoders a checkpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,10 +150,7 @@ impl RobertaConfig {
             let reason = format!("{} is outside a vocabulary of {}", self.pad_id(), self.vocab_size);
             return Err(Error::config("pad_token_id", reason));
         }
-        if !(self.layer_norm_eps > 0.0 && self.layer_norm_eps.is_finite()) {
-            let reason = format!("expected a positive number, got {}", self.layer_norm_eps);
-            return Err(Error::config("layer_norm_eps", reason));
-        }
+        check::positive("layer_norm_eps", self.layer_norm_eps)?;
         if self.max_length() == 0 {
             return Err(Error::config("max_position_embeddings", "leaves no room for a token"));
         }

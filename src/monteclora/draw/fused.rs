@@ -152,13 +152,13 @@ mod tests {
             let weight = Tensor::new(&[1.3, -0.7], &device)?;
             let ours = row_scales(&rho, &c, &us, 0.02)?;
             let pi = Dirichlet::new(&c)?.rsample(Estimator::Exact, &us)?;
-            let plain = (rho.exp()? * 0.02)?.broadcast_mul(&pi.sqr()?.sum_all()?.sqrt()?)?;
+            let reference = (rho.exp()? * 0.02)?.broadcast_mul(&pi.sqr()?.sum_all()?.sqrt()?)?;
             let grads = |ys: &Tensor| -> Result<_> { (ys * &weight)?.sum_all()?.backward() };
-            let (got, want) = (grads(&ours)?, grads(&plain)?);
+            let (got, want) = (grads(&ours)?, grads(&reference)?);
             let close = |a: &Tensor, b: &Tensor| -> Result<bool> {
                 Ok((a - b)?.abs()?.max_all()?.to_scalar::<f64>()? < 1e-15)
             };
-            assert!(close(&ours, &plain)?);
+            assert!(close(&ours, &reference)?);
             assert!(close(got.get(&rho).expect("of rho"), want.get(&rho).expect("of rho"))?);
             // One weight is one whatever c is: the elementary way has no gradient, this one a zero.
             let dc = got.get(&c).expect("of c");

@@ -1,4 +1,4 @@
-//! A draw of the posterior: what it is ([`reference`]), and the ways that are fast.
+//! A draw of the posterior: what it is ([`reference`]), and the faster paths.
 
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -55,17 +55,17 @@ fn scores_beyond_the_range_of_exp_do_not_overflow() {
 fn a_dropout_mask_is_a_function_of_stream_draw_and_index() {
     let ones = Tensor::ones((30_000,), DType::F32, &Device::Cpu).unwrap();
     let drop = |path, draw| flat(&dropout(&ones, 0.25, &stream(), draw, path).unwrap());
-    let fast = drop(OpPath::Fused, 1);
-    for (i, y) in fast.iter().enumerate() {
+    let fused = drop(OpPath::Fused, 1);
+    for (i, y) in fused.iter().enumerate() {
         let kept = stream().words(1, i as u64 / 4)[i % 4] >= 1 << 30;
         let want = if kept { f64::from((1.0 / 0.75) as f32) } else { 0.0 };
         assert_eq!(*y, want, "element {i}");
     }
-    assert_close("composed", &drop(OpPath::Composed, 1), &fast, 1e-6);
-    assert_close("plain", &drop(OpPath::Reference, 1), &fast, 1e-6);
-    assert_ne!(fast, drop(OpPath::Fused, 2));
+    assert_close("composed", &drop(OpPath::Composed, 1), &fused, 1e-6);
+    assert_close("reference", &drop(OpPath::Reference, 1), &fused, 1e-6);
+    assert_ne!(fused, drop(OpPath::Fused, 2));
     // Five standard errors of a binomial share.
-    let share = fast.iter().filter(|y| **y == 0.0).count() as f64 / 30_000.0;
+    let share = fused.iter().filter(|y| **y == 0.0).count() as f64 / 30_000.0;
     assert!((share - 0.25).abs() < 5.0 * (0.25 * 0.75 / 30_000f64).sqrt());
     let same = dropout(&ones, 0.0, &stream(), 1, OpPath::Fused).unwrap();
     assert_eq!(same.id(), ones.id());
