@@ -116,8 +116,8 @@ impl MethodOptions {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
             "full" => Ok(Method::Full),
-            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
-            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora })),
+            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
+            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }

@@ -180,7 +180,7 @@ fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
 
 #[test]
 fn lora_comes_and_goes_the_same_way() -> Result<()> {
-    let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false };
+    let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false, prior: None };
     let mut toy = Toy::new(1)?;
     let path = PATHS[0];
     toy.layers[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;

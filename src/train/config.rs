@@ -52,6 +52,12 @@ pub struct TrainConfig {
     pub decay_variational: bool,
     /// How many times the learning rate of A that of B is (LoRA+).
     pub loraplus_ratio: f64,
+    /// How many times the learning rate of A that of a task's head is.
+    #[serde(skip_serializing_if = "is_one")]
+    pub head_lr_ratio: f64,
+    /// How many times the learning rate of A that of a posterior's own parameters rho and c is.
+    #[serde(skip_serializing_if = "is_one")]
+    pub variational_lr_ratio: f64,
     /// The largest global gradient norm; no clipping where absent.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
@@ -74,6 +80,8 @@ impl Default for TrainConfig {
             weight_decay: 0.01,
             decay_variational: false,
             loraplus_ratio: 1.0,
+            head_lr_ratio: 1.0,
+            variational_lr_ratio: 1.0,
             clip: Some(1.0),
             accumulation: 1,
             eval_every: None,
@@ -81,6 +89,12 @@ impl Default for TrainConfig {
             on_nonfinite: OnNonFinite::Stop,
         }
     }
+}
+
+/// Checkpoints compare settings as text: what is as it always was is not written.
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks for it
+fn is_one(ratio: &f64) -> bool {
+    *ratio == 1.0
 }
 
 impl TrainConfig {
@@ -114,7 +128,12 @@ impl TrainConfig {
         let config = AdamWConfig {
             lr: self.lr,
             weight_decay: self.weight_decay,
-            lr_ratios: vec![(Role::B, self.loraplus_ratio)],
+            lr_ratios: vec![
+                (Role::B, self.loraplus_ratio),
+                (Role::Head, self.head_lr_ratio),
+                (Role::LogStd, self.variational_lr_ratio),
+                (Role::Concentration, self.variational_lr_ratio),
+            ],
             ..AdamWConfig::default()
         };
         if self.decay_variational {

@@ -7,11 +7,12 @@ use candle_core::Tensor;
 
 use super::objective::Loss;
 use super::settings::Settings;
-use crate::adapter::{AdaptableModel, Context, Params, Pass};
+use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::adapters::adalora::orthogonal_penalty;
+use crate::adapters::lora::prior_energy;
 use crate::adapters::{AdaLoraConfig, RankAllocator};
 use crate::error::{Error, Result};
-use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
+use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler};
 use crate::ops;
 use crate::optim::Gradients;
 
@@ -31,6 +32,10 @@ enum Kind {
         // As below.
         scaler: Mutex<SampleScaler>,
     },
+    Prior {
+        prior: Prior,
+        start: Option<PriorStart>,
+    },
     Budget {
         weight: f64,
         // A step is told to a shared objective; steps do not overlap.
@@ -45,10 +50,23 @@ impl From<Kind> for MethodHooks {
 }
 
 impl MethodHooks {
-    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
-    pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
+    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler. The present values of
+    /// `params` are where training starts.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn of_posterior(config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
-        Kind::Posterior { regularizer: Regularizer::new(config), scaler }.into()
+        Ok(Kind::Posterior { regularizer: Regularizer::new(config).with_start(params)?, scaler }.into())
+    }
+
+    /// That of LoRA with a prior. The present values of `params` are where training starts.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn of_prior(prior: &Prior, params: &Params) -> Result<Self> {
+        let start = prior.needs_start().then(|| PriorStart::new(params)).transpose()?;
+        Ok(Kind::Prior { prior: *prior, start }.into())
     }
 
     /// That of AdaLoRA, whose adapters are on `model`.
@@ -71,24 +89,50 @@ impl MethodHooks {
         &self.settings
     }
 
-    /// The task's loss with the method's penalty.
+    /// Whether [`Self::loss`] asks for the number of training rows.
+    pub fn needs_rows(&self) -> bool {
+        match &self.kind {
+            Kind::Posterior { regularizer, .. } => regularizer.needs_rows(),
+            Kind::Prior { .. } => true,
+            Kind::None | Kind::Budget { .. } => false,
+        }
+    }
+
+    /// The task's loss with the method's penalty. `rows`: how many rows the run trains on (of a language model:
+    /// target tokens), which a prior and the evidence bound weigh by.
     ///
     /// # Errors
-    /// If candle fails, or the model has no layer of the method.
-    pub fn loss(&self, task: Tensor, model: &dyn AdaptableModel, pass: &Pass) -> Result<Loss> {
+    /// If candle fails, the model has no layer of the method, or `rows` are asked for and not there.
+    pub fn loss(
+        &self,
+        task: Tensor,
+        model: &dyn AdaptableModel,
+        cx: &Context,
+        rows: Option<usize>,
+    ) -> Result<Loss> {
+        let rows = rows.map(|rows| rows as f64);
         match &self.kind {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
             Kind::Posterior { regularizer, .. } => {
-                let penalty = regularizer.for_model(model, pass)?;
+                let penalty = regularizer.for_model_on(model, cx, rows)?;
                 let total = (&task + &penalty.total)?;
-                let terms = vec![
+                let mut terms = vec![
                     ("task", task),
                     ("kl_gaussian", penalty.kl_gaussian),
                     ("kl_wishart", penalty.kl_wishart),
                     ("kl_dirichlet", penalty.kl_dirichlet),
                     ("cooperative", penalty.cooperative),
                 ];
+                terms.extend(penalty.prior.map(|prior| ("prior", prior)));
+                terms.extend(penalty.kl_mean.map(|kl| ("kl_mean", kl)));
                 Ok(Loss { total, terms })
+            }
+            Kind::Prior { prior, start } => {
+                let energy = prior_energy(model, prior, start.as_ref())?
+                    .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
+                let weight = prior.temperature / training_rows(rows)?;
+                let total = (&task + (&energy * weight)?)?;
+                Ok(Loss { total, terms: vec![("task", task), ("prior", energy)] })
             }
             Kind::Budget { weight, .. } => {
                 let penalty = orthogonal_penalty(model)?
@@ -108,7 +152,7 @@ impl MethodHooks {
     pub fn context(&self, cx: &Context) -> Result<Context> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => Ok(cx.clone().with_scaler_factors(locked(scaler)?.factors())),
-            Kind::None | Kind::Budget { .. } => Ok(cx.clone()),
+            Kind::None | Kind::Prior { .. } | Kind::Budget { .. } => Ok(cx.clone()),
         }
     }
 
@@ -119,7 +163,7 @@ impl MethodHooks {
     pub fn before_step(&self, step: usize, total: usize) -> Result<()> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),
-            Kind::None | Kind::Budget { .. } => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Budget { .. } => Ok(()),
         }
     }
 
@@ -136,7 +180,7 @@ impl MethodHooks {
         total: usize,
     ) -> Result<()> {
         match &self.kind {
-            Kind::None => Ok(()),
+            Kind::None | Kind::Prior { .. } => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
                 // Frozen (post-hoc), A has no gradient, and nothing that could fade.
                 gradients.get(name).map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(gradient)?))
@@ -153,7 +197,7 @@ impl MethodHooks {
     /// If candle fails.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         match &self.kind {
-            Kind::None => Ok(BTreeMap::new()),
+            Kind::None | Kind::Prior { .. } => Ok(BTreeMap::new()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
             Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
         }
@@ -165,7 +209,7 @@ impl MethodHooks {
     /// If it is not the state of this method on this model.
     pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.kind {
-            Kind::None => Ok(()),
+            Kind::None | Kind::Prior { .. } => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
             Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),
         }

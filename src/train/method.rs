@@ -153,7 +153,8 @@ impl MethodInit {
             }
         }
         let hooks = match self.method() {
-            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config),
+            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
+            Method::Lora(LoraConfig { prior: Some(prior), .. }) => MethodHooks::of_prior(&prior, params)?,
             Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
             _ => MethodHooks::default(),
         };
@@ -197,6 +198,9 @@ impl Method {
             Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
+            Self::Dora(LoraConfig { prior: Some(_), .. }) => {
+                return Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"));
+            }
             Self::Dora(config) => (config.rank, config.alpha),
             Self::AdaLora(config) => (config.init_rank, config.alpha),
             Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),

@@ -331,7 +331,7 @@ fn labels_that_do_not_fit_the_outputs_are_refused_by_their_row() -> Outcome {
         let objective = Classification { classifier: &classifier, rows: data, batcher };
         // Rows 3 to 5 of the data are rows 0 to 2 of the batch.
         let batch = objective.batch(&[3, 4, 5])?;
-        let error = classifier.loss(&batch, &Pass::Mean.into()).unwrap_err().to_string();
+        let error = classifier.loss(&batch, &Pass::Mean.into(), None).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");
         let error = Predictions::new(&classifier, &data[3..], &[batch], 0).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");

@@ -11,6 +11,7 @@ mod methods;
 mod mixture;
 mod oracle;
 mod peft;
+mod prior;
 mod regularizer;
 
 use candle_core::{DType, Device, Tensor};
