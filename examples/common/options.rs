@@ -136,10 +136,11 @@ impl MethodOptions {
     fn monteclora(&self) -> Outcome<MonteCLoRAConfig> {
         let preset = match self.preset.as_str() {
             "paper" => MonteCLoRAConfig::paper(),
+            "calibrated" => MonteCLoRAConfig::calibrated(),
             "paper-literal" => MonteCLoRAConfig::paper_literal(),
             "peft" => MonteCLoRAConfig::peft(),
             other => {
-                let expected = "expected paper, paper-literal or peft";
+                let expected = "expected calibrated, paper, paper-literal or peft";
                 return Err(format!("--preset: {expected}, got {other}").into());
             }
         };

@@ -48,6 +48,19 @@ pub enum PriorForm {
     },
 }
 
+impl PriorForm {
+    /// The same form at another width; of both factors, the same for A and B.
+    pub fn with_std(self, std: f64) -> Self {
+        match self {
+            Self::Mean { .. } => Self::Mean { std },
+            Self::Start { .. } => Self::Start { std },
+            Self::Factors { .. } => Self::Factors { std_a: std, std_b: std },
+            Self::Update { .. } => Self::Update { std },
+            Self::ExpectedUpdate { .. } => Self::ExpectedUpdate { std },
+        }
+    }
+}
+
 /// A prior's options. Its energy (the negative log density, up to a constant) joins a loss that is a mean over
 /// rows, and so weighs `temperature / n` for n training rows.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -64,6 +77,11 @@ pub struct Prior {
 }
 
 impl Prior {
+    /// The prior of [`MonteCLoRAConfig::calibrated`](crate::MonteCLoRAConfig::calibrated).
+    pub const fn calibrated() -> Self {
+        Self { form: PriorForm::ExpectedUpdate { std: 0.4 }, temperature: 0.1, head_std: Some(1.0) }
+    }
+
     /// Checks every width and the temperature.
     ///
     /// # Errors

@@ -2,11 +2,12 @@
 //!
 //! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
 //! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
-//! `monteclora-posthoc:adapter=DIR`.
+//! `monteclora-posthoc:adapter=DIR`, `monteclora-calibrated`, `map:form=update:width=0.4`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::adapter::{Prior, PriorForm};
 use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
@@ -15,9 +16,10 @@ use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
 use crate::train::Method;
 
 /// The names that a recipe can begin with.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 14] = [
     "full",
     "lora",
+    "map",
     "rslora",
     "loraplus",
     "dora",
@@ -26,6 +28,7 @@ pub const NAMES: [&str; 12] = [
     "bottleneck",
     "prompt",
     "monteclora",
+    "monteclora-calibrated",
     "monteclora-sparse",
     "monteclora-posthoc",
 ];
@@ -41,6 +44,10 @@ pub struct Recipe {
     pub targets: Targets,
     /// The learning rate of B as a multiple of that of A.
     pub loraplus_ratio: f64,
+    /// The learning rate of the task's head as a multiple of that of A.
+    pub head_lr_ratio: f64,
+    /// The learning rate of rho and c as a multiple of that of A.
+    pub variational_lr_ratio: f64,
     /// The posterior that is put on the trained LoRA, where there is one.
     pub post_hoc: Option<MonteCLoRAConfig>,
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
@@ -66,23 +73,28 @@ impl FromStr for Recipe {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
-        let mut options = Options::default();
+        let mut options = Options::of(name);
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| wrong(text, "expected key=value"))?;
             options.set(key, value).map_err(|reason| wrong(text, &format!("{part}: {reason}")))?;
         }
-        let (lora, bayes) = (options.lora.clone(), options.bayes.clone());
+        let (mut lora, mut bayes) = (options.lora.clone(), options.bayes.clone());
+        if name == "map" {
+            lora.prior = Some(options.prior);
+        } else if name == "monteclora-calibrated" || options.of_prior.is_some() {
+            bayes.prior = Some(options.prior);
+        }
         let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
         let method = match name {
             "full" => Method::Full,
-            "lora" | "loraplus" | "monteclora-posthoc" => Method::Lora(lora),
+            "lora" | "loraplus" | "map" | "monteclora-posthoc" => Method::Lora(lora),
             "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
             "dora" => Method::Dora(lora),
             "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
             "prompt" => Method::Prompt(options.prompt),
-            "monteclora" => Method::MonteCLoRA(bayes.clone()),
+            "monteclora" | "monteclora-calibrated" => Method::MonteCLoRA(bayes.clone()),
             "monteclora-sparse" => {
                 Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
             }
@@ -90,6 +102,9 @@ impl FromStr for Recipe {
         };
         if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
             return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
+        }
+        if let Some(other) = options.of_prior.filter(|_| name != "map" && !name.starts_with("monteclora")) {
+            return Err(wrong(text, &format!("{other} is an option of map and of MonteCLoRA")));
         }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
@@ -105,6 +120,8 @@ impl FromStr for Recipe {
             method,
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
+            head_lr_ratio: options.head_ratio.unwrap_or(1.0),
+            variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
         })
@@ -116,12 +133,16 @@ fn wrong(text: &str, reason: &str) -> Error {
 }
 
 /// What the options change.
-#[derive(Default)]
 struct Options {
     lora: LoraConfig,
     bayes: MonteCLoRAConfig,
     targets: Targets,
     ratio: Option<f64>,
+    head_ratio: Option<f64>,
+    variational_ratio: Option<f64>,
+    prior: Prior,
+    /// An option that only a prior has.
+    of_prior: Option<&'static str>,
     prompt: PromptConfig,
     /// An option that only a posterior has.
     of_posterior: Option<&'static str>,
@@ -131,6 +152,25 @@ struct Options {
 }
 
 impl Options {
+    /// Those of the recipe `name` before any is set.
+    fn of(name: &str) -> Self {
+        let calibrated = MonteCLoRAConfig::calibrated();
+        Self {
+            lora: LoraConfig::default(),
+            bayes: if name == "monteclora-calibrated" { calibrated } else { MonteCLoRAConfig::paper() },
+            targets: Targets::default(),
+            ratio: None,
+            head_ratio: None,
+            variational_ratio: None,
+            prior: Prior::calibrated(),
+            of_prior: None,
+            prompt: PromptConfig::default(),
+            of_posterior: None,
+            of_lora: None,
+            adapter: None,
+        }
+    }
+
     fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         let number = || value.parse::<f64>().map_err(|e| e.to_string());
         let count = || value.parse::<usize>().map_err(|e| e.to_string());
@@ -148,6 +188,13 @@ impl Options {
             "scaler" => Some("scaler"),
             _ => self.of_posterior,
         };
+        self.of_prior = match key {
+            "form" => Some("form"),
+            "width" => Some("width"),
+            "tau" => Some("tau"),
+            "head" => Some("head"),
+            _ => self.of_prior,
+        };
         self.of_lora = match key {
             "rank" => Some("rank"),
             "alpha" => Some("alpha"),
@@ -161,6 +208,13 @@ impl Options {
             "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
             "tokens" => self.prompt.virtual_tokens = count()?,
             "ratio" => self.ratio = Some(number()?),
+            "head-ratio" => self.head_ratio = Some(number()?),
+            "variational-ratio" => self.variational_ratio = Some(number()?),
+            "form" => self.prior.form = prior_form(value)?,
+            "width" => self.prior.form = self.prior.form.with_std(number()?),
+            "tau" => self.prior.temperature = number()?,
+            "head" if value == "none" => self.prior.head_std = None,
+            "head" => self.prior.head_std = Some(number()?),
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
@@ -194,12 +248,25 @@ impl Options {
             }
             _ => {
                 let known =
-                    "rank, alpha, dropout, ratio, tokens, targets, adapter, n, eps, eta, cooperative, prior, \
-                             init, std, covariance, estimator, scaler";
+                    "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, adapter, n, \
+                             eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, form, \
+                             width, tau, head";
                 return Err(format!("there is no such option: {known}"));
             }
         }
         Ok(())
+    }
+}
+
+/// What a prior is put on, by name, at a width that suits the form; `width` comes after it.
+fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
+    match name {
+        "mean" => Ok(PriorForm::Mean { std: 0.1 }),
+        "start" => Ok(PriorForm::Start { std: 0.1 }),
+        "factors" => Ok(PriorForm::Factors { std_a: 0.1, std_b: 0.1 }),
+        "update" => Ok(PriorForm::Update { std: 0.4 }),
+        "expected-update" => Ok(PriorForm::ExpectedUpdate { std: 0.4 }),
+        _ => Err("expected mean, start, factors, update or expected-update".to_string()),
     }
 }
 
@@ -225,6 +292,15 @@ mod tests {
         let elsewhere: Recipe = "monteclora-posthoc:adapter=runs/lora=1:eps=0.1".parse()?;
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
+        let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=10".parse()?;
+        let prior = Prior { form: PriorForm::Update { std: 0.2 }, temperature: 1.0, head_std: None };
+        assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));
+        assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (10.0, 1.0));
+        let calibrated: Recipe = "monteclora-calibrated".parse()?;
+        assert_eq!(calibrated.method, Method::MonteCLoRA(MonteCLoRAConfig::calibrated()));
+        let other: Recipe = "monteclora:tau=1".parse()?;
+        let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
+        assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
         Ok(())
@@ -236,6 +312,8 @@ mod tests {
             ("qlora", "none of full, lora"),
             ("lora:rank", "key=value"),
             ("lora:rank=x", "rank=x"),
+            ("lora:width=1", "width is an option of map"),
+            ("map:form=flat", "expected mean, start"),
             ("lora:eps=1", "eps is an option of MonteCLoRA"),
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),

@@ -138,6 +138,8 @@ impl Trial<'_> {
             epochs: self.epochs,
             lr: key.lr,
             loraplus_ratio: recipe.loraplus_ratio,
+            head_lr_ratio: recipe.head_lr_ratio,
+            variational_lr_ratio: recipe.variational_lr_ratio,
             // The last parameters: to choose by the rows that measure would flatter every method.
             keep_best: false,
             eval_every: Some(steps.div_ceil(5).max(1)),
