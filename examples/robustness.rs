@@ -18,9 +18,11 @@ use clap::Parser;
 use common::options::text_length;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
+use monteclora::data::split::{self, Draw};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::noise::Noise;
 use monteclora::peft::AdapterFile;
 use monteclora::study::recipe::Recipe;
 use monteclora::study::{self, CellKey, Grid, PerTask, Progress, Shard, Trial};
@@ -151,7 +153,7 @@ fn run_cells(args: &Args) -> Outcome {
             files: &files,
             task: rows.task,
             train: &rows.train,
-            held_out: &rows.held_out,
+            limit_train: args.limit_train.get(rows.task).copied(),
             dev: &rows.dev,
             foreign: foreign.map_or(&[], Vec::as_slice),
             epochs: args.epochs,
@@ -241,7 +243,6 @@ struct Data<'a> {
 struct Rows {
     task: Task,
     train: Vec<Encoded>,
-    held_out: Vec<Encoded>,
     dev: Vec<Encoded>,
 }
 
@@ -255,14 +256,13 @@ impl Data<'_> {
         let longest = config.max_length();
         let length = text_length(args.max_length, longest, self.virtual_tokens);
         let encoder = TextEncoder::new(tokenizer, length, longest)?;
-        let first = |rows: usize, limit: Option<usize>| rows.min(limit.unwrap_or(rows));
         let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
-        // One training row in twenty is held out, to fit temperatures and prior precisions on.
-        let used = first(splits.train.len(), args.limit_train.get(task).copied());
-        let mut train = encoder.encode(&splits.train[..used])?;
-        let held_out = train.split_off(used - used / 20);
-        let dev = encoder.encode(&dev[..first(dev.len(), args.limit_dev)])?;
-        Ok(Rows { task, train, held_out, dev })
+        // Of the training rows each seed has its own; all cells are measured on the same.
+        let train = encoder.encode(&splits.train)?;
+        let dev = encoder.encode(dev)?;
+        let limit = args.limit_dev.unwrap_or(dev.len());
+        let measured = split::stratified(&split::strata(&dev), limit, Noise::new(0), Draw::Measured);
+        Ok(Rows { task, train, dev: split::at(&dev, &measured) })
     }
 
     fn splits(&self, task: Task) -> Outcome<Splits> {

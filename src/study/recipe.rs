@@ -3,6 +3,9 @@
 //! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
 //! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
 //! `monteclora-posthoc:adapter=DIR`.
+//!
+//! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` is; the others are for what is fitted
+//! after training, such as a temperature.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -46,6 +49,9 @@ pub struct Recipe {
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
     /// layers count.
     pub adapter: Option<PathBuf>,
+    /// The share of its rows that it is not trained on: what is fitted after training, a temperature,
+    /// is fitted on them. 0 for none.
+    pub held_out: f64,
 }
 
 impl Recipe {
@@ -107,6 +113,7 @@ impl FromStr for Recipe {
             loraplus_ratio: options.ratio.unwrap_or(ratio),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
+            held_out: options.held_out,
         })
     }
 }
@@ -128,6 +135,7 @@ struct Options {
     /// An option that an adapter made elsewhere has settled.
     of_lora: Option<&'static str>,
     adapter: Option<PathBuf>,
+    held_out: f64,
 }
 
 impl Options {
@@ -164,6 +172,12 @@ impl Options {
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
+            "held-out" => {
+                self.held_out = number()?;
+                if !(self.held_out > 0.0 && self.held_out < 1.0) {
+                    return Err("expected a share between 0 and 1".to_string());
+                }
+            }
             "n" => bayes.num_components = count()?,
             "eps" => bayes.sample_scaler = number()?,
             "eta" => bayes.kl_weight = number()?,
@@ -194,7 +208,7 @@ impl Options {
             }
             _ => {
                 let known =
-                    "rank, alpha, dropout, ratio, tokens, targets, adapter, n, eps, eta, cooperative, prior, \
+                    "rank, alpha, dropout, ratio, tokens, targets, held-out, adapter, n, eps, eta, cooperative, prior, \
                              init, std, covariance, estimator, scaler";
                 return Err(format!("there is no such option: {known}"));
             }
@@ -226,6 +240,7 @@ mod tests {
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
+        assert_eq!("lora:held-out=0.15".parse::<Recipe>()?.held_out, 0.15);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
         Ok(())
     }
@@ -240,6 +255,7 @@ mod tests {
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
             ("monteclora-posthoc:adapter=", "expected a folder"),
+            ("lora:held-out=1", "between 0 and 1"),
             ("monteclora:size=3", "no such option"),
             ("monteclora:covariance=round", "full or diagonal"),
         ] {

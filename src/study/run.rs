@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::grid::Shard;
+use super::rows::CellRows;
 use super::store::{settings_path, Store};
 use crate::error::{Error, Result};
 use crate::util::files;
@@ -37,7 +38,7 @@ pub fn run(
     settings: &serde_json::Value,
     cells: &[CellKey],
     shard: Shard,
-    cell: &mut dyn FnMut(&CellKey) -> (CellResult, CellCost),
+    cell: &mut dyn FnMut(&CellKey) -> (CellResult, CellCost, CellRows),
     progress: &mut dyn FnMut(&Progress, Option<&CellKey>),
 ) -> Result<Progress> {
     claim(dir, settings)?;
@@ -59,8 +60,8 @@ pub fn run(
             now.seconds_left = Some(each * (waiting.len() - ran) as f64);
         }
         progress(&now, Some(key));
-        let (result, cost) = cell(key);
-        store.add(&result, &cost)?;
+        let (result, cost, rows) = cell(key);
+        store.add(&result, &cost, &rows)?;
         count(&mut now, &result);
     }
     now.seconds_left = Some(0.0);
