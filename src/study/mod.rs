@@ -2,7 +2,9 @@
 
 mod cell;
 mod grid;
+mod paired;
 mod per_task;
+mod plan;
 #[cfg(feature = "plot")]
 pub mod plot;
 pub mod recipe;
@@ -16,7 +18,9 @@ mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
 pub use grid::{Grid, Shard};
+pub use paired::RowScore;
 pub use per_task::PerTask;
+pub use plan::{Comparison, Criterion, Methods, Plan, Variation};
 pub use recipe::Recipe;
 pub use report::write_report;
 pub use rows::CellRows;

@@ -42,6 +42,21 @@ pub(super) struct TrainedModel<'a> {
     pub noise: Noise,
 }
 
+/// The arms that [`measure`] fills in of a task with classes: what a plan may name.
+pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
+    let mut arms = vec!["mean".to_string()];
+    if recipe.has_posterior() {
+        arms.push(format!("{draws} draws"));
+    }
+    let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
+        (false, _) => &[],
+        (true, true) => &["temperature"],
+        (true, false) => &["mc dropout", "checkpoints", "last-layer laplace", "laplace"],
+    };
+    arms.extend(of_lora.iter().map(ToString::to_string));
+    arms
+}
+
 /// Fills in the arms of a result, and what they say of every row.
 pub(super) fn measure(
     trained: TrainedModel,

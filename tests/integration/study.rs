@@ -275,6 +275,6 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
-    assert!(other.is_err_and(|error| error.to_string().contains("other settings")));
+    assert!(other.is_err_and(|error| error.to_string().contains("with other settings (epochs)")));
     Ok(())
 }
