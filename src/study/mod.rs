@@ -2,11 +2,14 @@
 
 mod cell;
 mod grid;
+mod paired;
 mod per_task;
+mod plan;
 #[cfg(feature = "plot")]
 pub mod plot;
 pub mod recipe;
 mod report;
+mod rows;
 mod run;
 pub mod stats;
 mod store;
@@ -15,9 +18,12 @@ mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
 pub use grid::{Grid, Shard};
+pub use paired::RowScore;
 pub use per_task::PerTask;
+pub use plan::{Comparison, Criterion, Methods, Plan, Variation};
 pub use recipe::Recipe;
 pub use report::write_report;
+pub use rows::CellRows;
 pub use run::{run, Progress};
-pub use store::{pack, read_cells, StoredCell};
+pub use store::{pack, read_cells, read_rows, StoredCell};
 pub use trial::Trial;

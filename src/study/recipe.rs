@@ -3,6 +3,9 @@
 //! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
 //! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
 //! `monteclora-posthoc:adapter=DIR`, `monteclora-calibrated`, `map:form=update:width=0.4`.
+//!
+//! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` is; the others are for what is fitted
+//! after training, such as a temperature.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -53,6 +56,9 @@ pub struct Recipe {
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
     /// layers count.
     pub adapter: Option<PathBuf>,
+    /// The share of its rows that it is not trained on: what is fitted after training, a temperature,
+    /// is fitted on them. 0 for none.
+    pub held_out: f64,
 }
 
 impl Recipe {
@@ -124,6 +130,7 @@ impl FromStr for Recipe {
             variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
+            held_out: options.held_out,
         })
     }
 }
@@ -149,6 +156,7 @@ struct Options {
     /// An option that an adapter made elsewhere has settled.
     of_lora: Option<&'static str>,
     adapter: Option<PathBuf>,
+    held_out: f64,
 }
 
 impl Options {
@@ -168,6 +176,7 @@ impl Options {
             of_posterior: None,
             of_lora: None,
             adapter: None,
+            held_out: 0.0,
         }
     }
 
@@ -218,6 +227,12 @@ impl Options {
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
+            "held-out" => {
+                self.held_out = number()?;
+                if !(self.held_out > 0.0 && self.held_out < 1.0) {
+                    return Err("expected a share between 0 and 1".to_string());
+                }
+            }
             "n" => bayes.num_components = count()?,
             "eps" => bayes.sample_scaler = number()?,
             "eta" => bayes.kl_weight = number()?,
@@ -248,9 +263,9 @@ impl Options {
             }
             _ => {
                 let known =
-                    "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, adapter, n, \
-                             eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, form, \
-                             width, tau, head";
+                    "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, held-out, \
+                             adapter, n, eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, \
+                             form, width, tau, head";
                 return Err(format!("there is no such option: {known}"));
             }
         }
@@ -302,6 +317,7 @@ mod tests {
         let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
         assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
+        assert_eq!("lora:held-out=0.15".parse::<Recipe>()?.held_out, 0.15);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
         Ok(())
     }
@@ -318,6 +334,7 @@ mod tests {
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
             ("monteclora-posthoc:adapter=", "expected a folder"),
+            ("lora:held-out=1", "between 0 and 1"),
             ("monteclora:size=3", "no such option"),
             ("monteclora:covariance=round", "full or diagonal"),
         ] {

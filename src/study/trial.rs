@@ -6,10 +6,12 @@ use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::recipe::Recipe;
+use super::rows::CellRows;
 use super::treatments::{self, TrainedModel};
 use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::encode::Encoded;
+use crate::data::split::{self, Draw};
 use crate::data::task::Task;
 use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
@@ -30,12 +32,12 @@ pub struct Trial<'a> {
     pub files: &'a ModelFiles,
     /// The task.
     pub task: Task,
-    /// What is trained on.
+    /// The rows that there are to train on.
     pub train: &'a [Encoded],
-    /// What temperatures and prior precisions are fitted on: rows that are neither trained on nor
-    /// measured.
-    pub held_out: &'a [Encoded],
-    /// What is measured.
+    /// How many of them a cell has: a subset by its seed, stratified by label. None for all. What its
+    /// recipe holds out comes out of these.
+    pub limit_train: Option<usize>,
+    /// What is measured: the same rows in every cell.
     pub dev: &'a [Encoded],
     /// Rows of another task, to be told from those of `dev`; empty for none.
     pub foreign: &'a [Encoded],
@@ -50,7 +52,7 @@ pub struct Trial<'a> {
 impl Trial<'_> {
     /// Trains and measures one cell. What goes wrong in it is its result, too: a loss, gradient or
     /// prediction that is not finite is [`Status::Diverged`], anything else [`Status::Failed`].
-    pub fn run(&self, key: &CellKey) -> (CellResult, CellCost) {
+    pub fn run(&self, key: &CellKey) -> (CellResult, CellCost, CellRows) {
         let clock = Instant::now();
         let mut result = CellResult {
             key: key.clone(),
@@ -65,7 +67,8 @@ impl Trial<'_> {
             steps: 0,
         };
         let mut cost = CellCost { seconds: 0.0, step_seconds_median: 0.0, peak_rss_mb: None };
-        if let Err(error) = self.fill(key, &mut result, &mut cost) {
+        let mut rows = CellRows::default();
+        if let Err(error) = self.fill(key, &mut result, &mut cost, &mut rows) {
             let diverged = matches!(error, Error::NonFinite { .. });
             result.status = if diverged { Status::Diverged } else { Status::Failed };
             result.reason = Some(error.to_string());
@@ -73,13 +76,21 @@ impl Trial<'_> {
             result.arms.clear();
             result.reliability.clear();
             result.ood.clear();
+            rows = CellRows::default();
             cost.seconds = clock.elapsed().as_secs_f64();
         }
-        (result, cost)
+        (result, cost, rows)
     }
 
-    fn fill(&self, key: &CellKey, result: &mut CellResult, cost: &mut CellCost) -> Result<()> {
+    fn fill(
+        &self,
+        key: &CellKey,
+        result: &mut CellResult,
+        cost: &mut CellCost,
+        rows: &mut CellRows,
+    ) -> Result<()> {
         let recipe: Recipe = key.method.parse()?;
+        let (train, held_out) = self.rows_of(key, &recipe)?;
         let start = match (&recipe.adapter, &recipe.post_hoc) {
             (Some(dir), Some(config)) => {
                 MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), config.clone())
@@ -90,7 +101,7 @@ impl Trial<'_> {
         // Of the others nobody asks, and copies of all weights would count as memory of `full`.
         let members = if recipe.is_lora() { MEMBERS } else { 0 };
         let mut history = TrainingHistory::new(&classifier.params, members);
-        let summary = self.fit(&classifier, &recipe, key, &mut history);
+        let summary = self.fit(&classifier, &train, &recipe, key, &mut history);
         result.losses = history.losses();
         result.trainable_parameters = classifier.params.trainable_count();
         let members = std::mem::take(&mut history.members);
@@ -99,7 +110,7 @@ impl Trial<'_> {
             let adapter = adapter(&classifier, &recipe)?;
             classifier = self.load(&MethodInit::PostHoc(Box::new(adapter), config.clone()), key)?;
             let mut history = TrainingHistory::new(&classifier.params, 0);
-            let second = self.fit(&classifier, &recipe, key, &mut history)?;
+            let second = self.fit(&classifier, &train, &recipe, key, &mut history)?;
             summary.steps += second.steps;
             summary.seconds += second.seconds;
         }
@@ -109,15 +120,26 @@ impl Trial<'_> {
         cost.peak_rss_mb = train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6);
         let trained = TrainedModel {
             classifier,
-            train: self.train,
-            held_out: self.held_out,
+            train: &train,
+            held_out: &held_out,
             dev: self.dev,
             foreign: self.foreign,
             draws: self.draws,
             members,
             noise: Noise::new(key.seed),
         };
-        treatments::measure(trained, &recipe, result)
+        treatments::measure(trained, &recipe, result, rows)
+    }
+
+    /// What a cell is trained on, and what its recipe holds out: of the same seed, the same rows together
+    /// whatever the recipe.
+    fn rows_of(&self, key: &CellKey, recipe: &Recipe) -> Result<(Vec<Encoded>, Vec<Encoded>)> {
+        let noise = Noise::new(key.seed);
+        let count = self.limit_train.unwrap_or(self.train.len());
+        let own = split::stratified(&split::strata(self.train), count, noise, Draw::Training);
+        let own = split::at(self.train, &own);
+        let (stay, held) = split::hold_out(&split::strata(&own), recipe.held_out, noise)?;
+        Ok((split::at(&own, &stay), split::at(&own, &held)))
     }
 
     fn load(&self, start: &MethodInit, key: &CellKey) -> Result<Classifier> {
@@ -128,12 +150,13 @@ impl Trial<'_> {
     fn fit(
         &self,
         classifier: &Classifier,
+        rows: &[Encoded],
         recipe: &Recipe,
         key: &CellKey,
         history: &mut TrainingHistory,
     ) -> Result<Summary> {
         let batcher = Batcher::new(key.batch_size, false, Noise::new(key.seed))?;
-        let steps = batcher.batches(self.train.len()) * self.epochs;
+        let steps = batcher.batches(rows.len()) * self.epochs;
         let config = TrainConfig {
             epochs: self.epochs,
             lr: key.lr,
@@ -145,7 +168,7 @@ impl Trial<'_> {
             eval_every: Some(steps.div_ceil(5).max(1)),
             ..TrainConfig::default()
         };
-        let objective = Classification { classifier, rows: self.train, batcher };
+        let objective = Classification { classifier, rows, batcher };
         train::fit(&objective, &classifier.params, &config, history)
     }
 }
