@@ -11,7 +11,7 @@ use monteclora::train::{
     fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
 use monteclora::util::files;
-use monteclora::{Error, MonteCLoRAConfig};
+use monteclora::{Error, MonteCLoRAConfig, Prior};
 use serde::Serialize;
 use serde_json::{json, Value};
 
@@ -20,7 +20,7 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
+    /// monteclora, lora, map (LoRA with a prior), dora, adalora, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -46,7 +46,7 @@ pub struct MethodOptions {
     /// Virtual tokens of prompt tuning.
     #[arg(long, default_value_t = 20)]
     pub virtual_tokens: usize,
-    /// Constants of MonteCLoRA: paper, paper-literal or peft.
+    /// Constants of MonteCLoRA: paper, calibrated, paper-literal or peft.
     #[arg(long, default_value = "paper")]
     pub preset: String,
     /// Mixture components N.
@@ -117,6 +117,13 @@ impl MethodOptions {
         match name {
             "full" => Ok(Method::Full),
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
+            "map" => Ok(Method::Lora(LoraConfig {
+                rank,
+                alpha,
+                dropout,
+                use_rslora,
+                prior: Some(Prior::calibrated()),
+            })),
             "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
@@ -126,7 +133,7 @@ impl MethodOptions {
             "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
             other => {
-                let known = "monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full";
+                let known = "monteclora, lora, map, dora, adalora, ia3, bottleneck, prompt or full";
                 Err(format!("--method: expected {known}, got {other}").into())
             }
         }
@@ -193,6 +200,13 @@ pub struct TrainOptions {
     /// The learning rate of B as a multiple of that of A (LoRA+).
     #[arg(long, default_value_t = 1.0)]
     pub loraplus_ratio: f64,
+    /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on the head,
+    /// else 1.
+    #[arg(long)]
+    pub head_lr_ratio: Option<f64>,
+    /// The learning rate of the posterior's own parameters as a multiple of that of A.
+    #[arg(long, default_value_t = 1.0)]
+    pub variational_lr_ratio: f64,
     #[arg(long, default_value = "linear")]
     pub schedule: String,
     #[arg(long, default_value_t = 0.06)]
@@ -238,8 +252,8 @@ pub struct TrainOptions {
 }
 
 impl TrainOptions {
-    /// The constants of a run.
-    pub fn config(&self, default_lr: f64) -> Outcome<TrainConfig> {
+    /// The constants of a run of `method`.
+    pub fn config(&self, default_lr: f64, method: &Method) -> Outcome<TrainConfig> {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
@@ -250,6 +264,8 @@ impl TrainOptions {
             warmup_ratio: self.warmup_ratio,
             weight_decay: self.weight_decay,
             loraplus_ratio: self.loraplus_ratio,
+            head_lr_ratio: self.head_lr_ratio.unwrap_or_else(|| method.head_lr_ratio()),
+            variational_lr_ratio: self.variational_lr_ratio,
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,
             eval_every: self.eval_every,

@@ -123,10 +123,10 @@ impl FromStr for Recipe {
         let ratio = if name == "loraplus" { 16.0 } else { 1.0 };
         Ok(Self {
             text: text.to_string(),
+            head_lr_ratio: options.head_ratio.unwrap_or_else(|| method.head_lr_ratio()),
             method,
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
-            head_lr_ratio: options.head_ratio.unwrap_or(1.0),
             variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
@@ -307,12 +307,13 @@ mod tests {
         let elsewhere: Recipe = "monteclora-posthoc:adapter=runs/lora=1:eps=0.1".parse()?;
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
-        let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=10".parse()?;
+        let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=4".parse()?;
         let prior = Prior { form: PriorForm::Update { std: 0.2 }, temperature: 1.0, head_std: None };
         assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));
-        assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (10.0, 1.0));
+        assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (4.0, 1.0));
         let calibrated: Recipe = "monteclora-calibrated".parse()?;
         assert_eq!(calibrated.method, Method::MonteCLoRA(MonteCLoRAConfig::calibrated()));
+        assert_eq!((calibrated.head_lr_ratio, "lora".parse::<Recipe>()?.head_lr_ratio), (10.0, 1.0));
         let other: Recipe = "monteclora:tau=1".parse()?;
         let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
         assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));
