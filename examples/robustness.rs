@@ -256,7 +256,10 @@ fn grid(args: &Args) -> Grid {
     let methods = match (&args.methods, args.quick) {
         (Some(methods), _) => methods.clone(),
         (None, true) => ["lora", "full", "monteclora"].map(String::from).to_vec(),
-        (None, false) => study::recipe::NAMES.map(String::from).to_vec(),
+        // Temperatures are fitted on what a LoRA was not trained on.
+        (None, false) => {
+            study::recipe::NAMES.iter().chain(&["lora:held-out=0.15"]).map(ToString::to_string).collect()
+        }
     };
     let tasks = args.tasks.iter().map(ToString::to_string).collect();
     let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(tasks, methods) };

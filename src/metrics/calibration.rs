@@ -1,4 +1,4 @@
-//! What the expected calibration error is worth: its floor, and an estimate without most of its bias.
+//! What the expected calibration error is worth: its floor, and an estimate with less bias.
 //!
 //! Over finitely many rows the gap of every bin is partly chance, and an absolute value never cancels:
 //! even a perfectly calibrated model has an ECE above 0, the more so the fewer rows there are.
@@ -30,7 +30,7 @@ pub fn ece_floor(probabilities: &[Vec<f64>]) -> Result<f64> {
     Ok(bins.iter().map(|bin| expected_gap(bin)).sum::<f64>() / probabilities.len() as f64)
 }
 
-/// The expected calibration error without most of its bias: each bin's gap less what its labels' chance adds
+/// The expected calibration error with less bias: each bin's gap less what its labels' chance adds
 /// to it, as Kumar et al. 2019 ("Verified uncertainty calibration") estimate it for the absolute error, by
 /// normal labels:
 ///
@@ -40,7 +40,8 @@ pub fn ece_floor(probabilities: &[Vec<f64>]) -> Result<f64> {
 ///
 /// a is a bin's accuracy, c its mean top probability; the bins are those of [`super::ece`]. The expectation is
 /// in closed form, where the authors' code draws. It may be negative, as what has little bias must be where
-/// the truth is 0.
+/// the truth is 0. Of a bin whose gap has the standard error s, the bias is 0.47 s where there is no gap (0.80 s
+/// without the correction), goes too far by 0.09 s at a gap of 1.4 s, and is nothing from 3 s on.
 ///
 /// # Errors
 /// As [`super::Metrics::classification`].
@@ -174,27 +175,35 @@ mod tests {
         (tops.iter().map(|u| vec![top(u), 1.0 - top(u)]).collect(), right.collect())
     }
 
-    #[test]
-    fn the_floor_is_the_mean_error_of_calibrated_rows_and_the_debiased_one_is_nearer_to_the_truth(
-    ) -> Result<()> {
+    /// The means of the error and the debiased one over some draws of labels, and the standard error of the
+    /// first.
+    fn means(shift: f64) -> Result<[f64; 3]> {
         const TIMES: u64 = 3000;
-        for (shift, truth) in [(0.0, 0.0), (0.1, 0.1)] {
-            let (mut plain, mut square, mut debiased) = (0.0, 0.0, 0.0);
-            for draw in 0..TIMES {
-                let (p, labels) = drawn(300, shift, draw);
-                let error = ece(&p, &labels)?;
-                (plain, square) = (plain + error, square + error * error);
-                debiased += ece_debiased(&p, &labels)?;
-            }
-            let times = TIMES as f64;
-            let (plain, debiased) = (plain / times, debiased / times);
-            let error = ((square / times - plain * plain) / times).sqrt();
-            if shift == 0.0 {
-                let floor = ece_floor(&drawn(300, shift, 0).0)?;
-                assert!(((plain - floor) / error).abs() < 4.0, "{plain} {floor} {error}");
-            }
-            assert!((debiased - truth).abs() < 0.7 * (plain - truth).abs(), "{shift}: {plain} {debiased}");
+        let (mut plain, mut square, mut debiased) = (0.0, 0.0, 0.0);
+        for draw in 0..TIMES {
+            let (p, labels) = drawn(300, shift, draw);
+            let error = ece(&p, &labels)?;
+            (plain, square) = (plain + error, square + error * error);
+            debiased += ece_debiased(&p, &labels)?;
         }
+        let (times, plain) = (TIMES as f64, plain / TIMES as f64);
+        Ok([plain, debiased / times, ((square / times - plain * plain) / times).sqrt()])
+    }
+
+    #[test]
+    fn the_floor_is_the_mean_error_of_calibrated_rows_and_the_correction_takes_off_what_it_says() -> Result<()>
+    {
+        let [plain, debiased, error] = means(0.0)?;
+        let floor = ece_floor(&drawn(300, 0.0, 0).0)?;
+        assert!(((plain - floor) / error).abs() < 4.0, "{plain} {floor} {error}");
+        // Normal labels leave 2 - sqrt 2 of it.
+        assert!((debiased / plain - (2.0 - 2f64.sqrt())).abs() < 0.02, "{plain} {debiased}");
+        // Gaps of about their own error: too far, by no more than it was before.
+        let [plain, debiased, error] = means(0.1)?;
+        assert!(
+            debiased < 0.1 && 0.1 < plain && 0.1 - debiased < plain - 0.1 + 4.0 * error,
+            "{plain} {debiased}"
+        );
         Ok(())
     }
 }

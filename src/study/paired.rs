@@ -22,7 +22,7 @@ const RESAMPLES: usize = 2000;
 pub enum RowScore {
     /// Mean `-ln p` of the labels.
     Nll,
-    /// The expected calibration error without most of its bias ([`crate::metrics::ece_debiased`]).
+    /// The expected calibration error with less bias ([`crate::metrics::ece_debiased`]).
     Ece,
     /// Brier's score, summed over classes.
     Brier,

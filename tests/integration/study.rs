@@ -14,7 +14,7 @@ use monteclora::inject::Targets;
 use monteclora::metrics;
 use monteclora::models::hub::ModelFiles;
 use monteclora::noise::Noise;
-use monteclora::study::{self, CellKey, Grid, Shard, Status, Trial};
+use monteclora::study::{self, CellKey, Grid, Plan, Shard, Status, Trial};
 use monteclora::train::{self, Classification, Classifier, Method, MethodInit, TrainConfig};
 use serde_json::json;
 
@@ -276,5 +276,69 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
     assert!(other.is_err_and(|error| error.to_string().contains("with other settings (epochs)")));
+    Ok(())
+}
+
+#[test]
+fn a_plan_is_run_reported_and_judged_from_its_folder_alone() -> Outcome {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/plan_bundled.json");
+    let (bundled, crc) = Plan::read(&path)?;
+    assert_eq!((bundled.cells()?.len(), crc.len()), (3 * (3 * 3 + 1), 8));
+
+    let home = home()?;
+    let files = ModelFiles::locate(home.path().join("model").to_str().ok_or("a path")?, None)?;
+    let own = "monteclora:rank=4:alpha=8 (3 draws)";
+    let plan = json!({
+        "name": "toy", "model": "toy", "tasks": ["rte"],
+        "methods": [{
+            "recipes": ["lora:rank=4:alpha=8", "lora:rank=4:alpha=8:held-out=0.25", "monteclora:rank=4:alpha=8"],
+            "lrs": [1e-3, 5e-3],
+        }],
+        "batch_sizes": [8], "seeds": [1, 2], "limit_train": 64, "epochs": "2", "draws": 3,
+        "families": {"primary": [
+            {"arm": own, "against": "lora:rank=4:alpha=8 (mean)", "scores": ["nll", "ece"]},
+            {"arm": own, "against": "lora:rank=4:alpha=8:held-out=0.25 (temperature)", "scores": ["accuracy"]},
+        ]},
+        "success": [
+            {"sensitivity": {"arm": own, "against": "lora:rank=4:alpha=8 (mean)", "most": 1e6, "of": "variance"}},
+        ],
+    });
+    std::fs::write(home.path().join("plan.json"), plan.to_string())?;
+    let (plan, crc) = Plan::read(&home.path().join("plan.json"))?;
+    let study = home.path().join("study");
+    trial(&files, |trial| {
+        let settings = plan.settings(&crc)?;
+        let mut cell = |key: &CellKey| trial.run(key);
+        study::run(&study, &settings, &plan.cells()?, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+        Ok(())
+    })?;
+    let report = || -> Outcome<String> {
+        study::write_report(&study, &study)?;
+        Ok(std::fs::read_to_string(study.join("report.md"))?)
+    };
+    let text = report()?;
+    let start = "Of 12 planned cells 12 are done, 0 diverged, 0 failed, 0 have not run.";
+    assert!(text.contains(start) && text.contains(&format!("CRC-32 of the file: {crc}.")), "{text}");
+    assert!(text.contains(&format!("| {own} | lora:rank=4:alpha=8 (mean) | NLL | 4 | 2 | ")), "{text}");
+    assert!(text.contains("**Everything that the plan counts as success was found.**"), "{text}");
+    study::pack(&study)?;
+    assert_eq!((report()?, study::read_rows(&study)?.len()), (text, 12));
+    Ok(())
+}
+
+#[test]
+fn reports_of_studies_that_kept_no_rows_are_as_they_were() -> Outcome {
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/results");
+    for name in ["bundled", "minilm", "minilm-ablation"] {
+        let (dir, out) = (results.join(name), tempfile::tempdir()?);
+        assert!(study::read_rows(&dir)?.is_empty(), "{name}");
+        study::write_report(&dir, out.path())?;
+        for file in ["report.md", "report.csv", "cells.csv"] {
+            assert_eq!(
+                std::fs::read_to_string(out.path().join(file))?,
+                std::fs::read_to_string(dir.join(file))?
+            );
+        }
+    }
     Ok(())
 }
