@@ -13,10 +13,11 @@ mod rows;
 mod run;
 pub mod stats;
 mod store;
+mod training;
 mod treatments;
 mod trial;
 
-pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
+pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
 pub use grid::{Grid, Shard};
 pub use paired::RowScore;
 pub use per_task::PerTask;
