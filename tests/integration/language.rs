@@ -27,7 +27,7 @@ fn questions(count: usize) -> Outcome<Vec<Prompted>> {
     let question = |i: usize| -> Value {
         let (a, b) = (2 + i % 5, 1 + i % 3);
         let mut names = vec![format!("{}", a + b), format!("{}", a + b + 1)];
-        names.extend((i % 2 == 0).then(|| format!("{}", a + b + 2)));
+        names.extend(i.is_multiple_of(2).then(|| format!("{}", a + b + 2)));
         names.rotate_left(i % 2);
         let instruction =
             format!("Tom has {a} and {b} cats. How many?\n\nAnswer format: {}", names.join("/"));
