@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
+use monteclora::data::split::{self, Draw};
 use monteclora::eval::Benchmark;
 use monteclora::models::generate::{GenerateConfig, Sampling};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::study::{EvaluatedTask, LanguageTrial};
-use monteclora::train;
+use monteclora::{train, Noise};
 use serde_json::{json, Value};
 
 use super::options::text_length;
@@ -24,8 +25,7 @@ pub const BUNDLED: &str = "gsm8k";
 #[derive(clap::Args, Clone)]
 pub struct LanguageOptions {
     /// Train a language model (a LLaMA) on the rows of this file, and measure it on --tasks, each of which is
-    /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice. Of
-    /// multiple-choice rows one in twenty is held out, to fit temperatures on.
+    /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice.
     #[arg(long)]
     pub train: Option<PathBuf>,
     /// Of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else instruct.
@@ -57,8 +57,9 @@ pub struct Limits {
     pub max_length: usize,
     /// The most that a method of the grid puts before a row.
     pub virtual_tokens: usize,
-    /// The first rows of the training data, and of each task.
+    /// Rows of the training data that a cell has, of each seed its own.
     pub train: Option<usize>,
+    /// Rows of each task that are measured.
     pub dev: Option<usize>,
 }
 
@@ -67,8 +68,9 @@ pub struct LanguageData {
     /// What all cells depend on.
     pub settings: Value,
     options: LanguageOptions,
+    rows: Vec<Prompted>,
     train: Vec<Tokens>,
-    held_out: Vec<Prompted>,
+    limit_train: Option<usize>,
     tasks: Vec<EvaluatedTask>,
     encoder: PromptEncoder,
 }
@@ -104,12 +106,8 @@ impl LanguageData {
         let only = |name: &str| tasks.iter().all(|task| kind(&task.name) == name);
         let format =
             options.train_format.unwrap_or(if only("gsm8k") { Format::Gsm8k } else { Format::Instruct });
-        let mut rows = instruct::read(&path, format)?;
-        rows.truncate(limits.train.unwrap_or(usize::MAX));
-        let (held_out, rows): (Vec<_>, Vec<_>) =
-            rows.into_iter().enumerate().partition(|(i, row)| i % 20 == 19 && row.choices.is_some());
-        let texts = |rows: Vec<(usize, Prompted)>| rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>();
-        let (held_out, encoded) = (texts(held_out), encoder.encode(&texts(rows))?);
+        let rows = instruct::read(&path, format)?;
+        let encoded = encoder.encode(&rows)?;
         if encoded.cut + encoded.dropped > 0 {
             let lost =
                 format!("{} training rows lost their end, {} were left out", encoded.cut, encoded.dropped);
@@ -119,11 +117,12 @@ impl LanguageData {
         let measured: Vec<_> = tasks.iter().map(|task| json!([task.name, task.rows.len()])).collect();
         let settings = json!({
             "train": path.file_name().map(|name| name.to_string_lossy()), "train_rows": checksum,
-            "held_out": held_out.len(), "tasks": measured, "normalize": options.benchmark.normalize,
+            "tasks": measured, "normalize": options.benchmark.normalize,
             "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "dtype": options.dtype,
         });
-        let (options, train) = (options.clone(), encoded.rows);
-        Ok(Self { settings, options, train, held_out, tasks, encoder: whole })
+        let (options, encoder) = (options.clone(), whole);
+        let (train, limit_train) = (encoded.rows, limits.train);
+        Ok(Self { settings, options, rows, train, limit_train, tasks, encoder })
     }
 
     /// The trial of every cell.
@@ -134,12 +133,13 @@ impl LanguageData {
         draws: usize,
         device: &'a Device,
     ) -> Outcome<LanguageTrial<'a>> {
-        let Self { options, train, held_out, tasks, encoder, .. } = self;
+        let Self { options, rows, train, limit_train, tasks, encoder, .. } = self;
         let (base_dtype, checkpoint_layers) = (dtype(&options.dtype)?, options.checkpoint_layers);
         Ok(LanguageTrial {
             files,
+            rows,
             train,
-            held_out,
+            limit_train: *limit_train,
             tasks,
             encoder,
             epochs,
@@ -178,8 +178,12 @@ impl LanguageOptions {
                 "humaneval" => ("humaneval", Format::Code, 512),
                 _ => ("choice", Format::Instruct, 32),
             };
-            let mut rows = instruct::read(&path, format)?;
-            rows.truncate(limit.unwrap_or(usize::MAX));
+            let rows = instruct::read(&path, format)?;
+            // All cells are measured on the same.
+            let right = |row: &Prompted| row.choices.as_ref().map_or(0, |choices| choices.correct as u32);
+            let strata: Vec<u32> = rows.iter().map(right).collect();
+            let count = limit.unwrap_or(rows.len());
+            let rows = split::at(&rows, &split::stratified(&strata, count, Noise::new(0), Draw::Measured));
             let benchmark = self.benchmark.named(benchmark)?;
             let sampling = match &benchmark {
                 Benchmark::Code { samples, .. } if *samples > 1 => {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::cell::TaskResult;
+use super::rows::CellRows;
 use super::treatments::{not_finite, reliability};
 use crate::bayes::Temperature;
 use crate::data::causal::PromptEncoder;
@@ -74,6 +75,8 @@ pub(super) struct Arms<'a> {
     pub stop: Vec<u32>,
     pub seed: u64,
     pub found: &'a mut BTreeMap<String, TaskResult>,
+    /// What multiple choice by likelihood says of every row.
+    pub rows: &'a mut CellRows,
 }
 
 impl Arms<'_> {
@@ -163,6 +166,10 @@ impl Arms<'_> {
         let found = self.found.entry(task.name.clone()).or_default();
         found.arms.insert(arm.to_string(), metrics);
         found.reliability.insert(arm.to_string(), reliability(probabilities, correct));
+        let rows = self.rows.tasks.entry(task.name.clone()).or_default();
+        rows.row = (0..correct.len() as u32).collect();
+        rows.label = correct.to_vec();
+        rows.add(arm, probabilities);
         Ok(())
     }
 }

@@ -43,8 +43,8 @@ struct Home {
     files: ModelFiles,
     config: LlamaConfig,
     encoder: PromptEncoder,
+    rows: Vec<Prompted>,
     train: Vec<Tokens>,
-    held_out: Vec<Prompted>,
     tasks: Vec<EvaluatedTask>,
 }
 
@@ -57,13 +57,13 @@ impl Home {
         let tokenizer = monteclora::data::tokenizer::read(&dir.join("tokenizer.json"))?;
         let eos = config.eos_token_ids().first().copied();
         let encoder = PromptEncoder::new(tokenizer, 500, 512, eos, false)?;
-        let mut asked = questions(40)?;
-        let (held_out, measured) = (asked.split_off(32), asked.split_off(24));
+        let mut rows = questions(32)?;
+        let measured = rows.split_off(24);
         let problems = |file: &str, count| -> Outcome<Vec<Prompted>> {
             Ok(read(&gsm8k.join(file), Format::Gsm8k)?.into_iter().take(count).collect())
         };
-        asked.extend(problems("train.jsonl", 8)?);
-        let train = encoder.encode(&asked)?.rows;
+        rows.extend(problems("train.jsonl", 8)?);
+        let train = encoder.encode(&rows)?.rows;
         let task = |name: &str, benchmark, rows: &[Prompted]| EvaluatedTask {
             name: name.to_string(),
             benchmark,
@@ -75,14 +75,15 @@ impl Home {
             task("cats-by-name", Benchmark::ChoiceByName, &measured[..2]),
             task("gsm8k", Benchmark::Gsm8k, &problems("test.jsonl", 2)?),
         ];
-        Ok(Some(Self { files, config, encoder, train, held_out, tasks }))
+        Ok(Some(Self { files, config, encoder, rows, train, tasks }))
     }
 
     fn trial(&self) -> LanguageTrial<'_> {
         LanguageTrial {
             files: &self.files,
+            rows: &self.rows,
             train: &self.train,
-            held_out: &self.held_out,
+            limit_train: None,
             tasks: &self.tasks,
             encoder: &self.encoder,
             epochs: 2,
@@ -107,7 +108,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
     let trial = LanguageTrial { epochs: 1, ..home.trial() };
     for name in study::recipe::NAMES {
         let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
-        let (result, cost) = trial.run(&key(&method, 2e-3));
+        let (result, cost, rows) = trial.run(&key(&method, 2e-3));
         assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
         assert!(result.tasks.keys().eq(TASKS) && result.arms.is_empty(), "{name}: {:?}", result.tasks);
         for (task, found) in &result.tasks {
@@ -115,16 +116,26 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
                 ["mean", "2 draws", "temperature"].map(|arm| found.arms.get(arm));
             assert!(mean.is_some_and(|metrics| metrics.accuracy.is_some()), "{name}, {task}");
             assert_eq!(draws.is_some(), name.starts_with("monteclora"), "{name}, {task}");
-            let plain = ["lora", "rslora", "loraplus"].contains(&name);
-            assert_eq!(temperature.is_some(), plain && task == "cats", "{name}, {task}");
+            assert!(temperature.is_none(), "{name}, {task}: nothing was held out");
             let likelihoods = mean.is_some_and(|metrics| metrics.nll.is_some_and(|nll| nll > 0.0));
             assert_eq!(
                 likelihoods,
                 ["cats", "gsm8k-strict_match"].contains(&task.as_str()),
                 "{name}, {task}"
             );
-            let rows: usize = found.reliability.get("mean").into_iter().flatten().map(|bin| bin.count).sum();
-            assert_eq!(rows, if task == "cats" { 8 } else { 0 }, "{name}, {task}");
+            let binned: usize =
+                found.reliability.get("mean").into_iter().flatten().map(|bin| bin.count).sum();
+            assert_eq!(binned, if task == "cats" { 8 } else { 0 }, "{name}, {task}");
+        }
+        // What is kept of the rows gives the scores again.
+        assert!(rows.tasks.keys().eq(["cats"]) && rows.tasks["cats"].row.len() == 8, "{name}");
+        let (cats, kept) = (&result.tasks["cats"].arms, &rows.tasks["cats"]);
+        assert!(kept.arms.keys().eq(cats.keys()), "{name}");
+        for (arm, metrics) in cats {
+            let (probabilities, classes) = kept.probabilities(arm).ok_or("no rows")?;
+            let rows: Vec<Vec<f64>> = probabilities.chunks(classes).map(<[f64]>::to_vec).collect();
+            let again = monteclora::metrics::nll(&rows, &kept.label)?;
+            assert!(metrics.nll.is_some_and(|nll| (nll / again - 1.0).abs() < 1e-6), "{name} {arm}");
         }
         assert_eq!((result.steps, result.losses.len()), (4, 4), "{name}");
         assert!(cost.seconds > 0.0 && result.trainable_parameters > 0, "{name}");
@@ -135,7 +146,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
 #[test]
 fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
     let Some(home) = Home::new()? else { return Ok(()) };
-    let (result, _) = home.trial().run(&key("lora:rank=4:alpha=8", 5e-3));
+    let (result, ..) = home.trial().run(&key("lora:rank=4:alpha=8", 5e-3));
 
     let noise = Noise::new(3);
     let params = Params::new(noise, &Device::Cpu);
@@ -163,16 +174,30 @@ fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
     let answers = home.encoder.encode(&gsm8k.rows)?.rows;
     let loss = held_out_loss(&model, &answers, 1, &[Pass::Mean])?;
     assert!(near(result.tasks["gsm8k-strict_match"].arms["mean"].nll, Some(loss)), "{loss}");
-    // A temperature changes how sure the choice is, and not which it is.
-    let warm = &result.tasks["cats"].arms["temperature"];
-    assert!(warm.accuracy == got.accuracy && warm.nll != got.nll, "{warm:?}, {got:?}");
+    Ok(())
+}
+
+#[test]
+fn a_temperature_is_fitted_on_rows_that_the_recipe_holds_out() -> Outcome {
+    let Some(home) = Home::new()? else { return Ok(()) };
+    // 24 questions and 8 problems; a quarter of 24 drawn rows is held out.
+    let trial = LanguageTrial { limit_train: Some(24), ..home.trial() };
+    let (result, ..) = trial.run(&key("lora:rank=4:alpha=8:held-out=0.25", 5e-3));
+    assert_eq!((result.status, &result.reason, result.steps), (Status::Done, &None, 2 * 3));
+    let [cats, gsm8k] = ["cats", "gsm8k-strict_match"].map(|task| &result.tasks[task].arms);
+    assert!(cats.keys().eq(["mean", "temperature"]) && gsm8k.keys().eq(["mean"]));
+    // It changes how sure a choice is, and not which it is.
+    let (mean, warm) = (&cats["mean"], &cats["temperature"]);
+    assert!(warm.accuracy == mean.accuracy && warm.nll != mean.nll, "{warm:?}, {mean:?}");
+    let other = CellKey { seed: 4, ..result.key.clone() };
+    assert_ne!(trial.run(&other).0.losses, result.losses);
     Ok(())
 }
 
 #[test]
 fn draws_without_width_say_what_the_mean_does() -> Outcome {
     let Some(home) = Home::new()? else { return Ok(()) };
-    let (result, _) = home.trial().run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
+    let (result, ..) = home.trial().run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
     for task in ["cats", "gsm8k-strict_match"] {
         let [mean, draws] = ["mean", "2 draws"].map(|arm| result.tasks[task].arms[arm].nll);
         let (mean, draws) = (mean.ok_or("no NLL")?, draws.ok_or("no NLL")?);
@@ -206,6 +231,10 @@ fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
     std::fs::remove_file(cut.join("result.json"))?;
     assert_eq!(run_grid(&home, killed.path(), Shard::WHOLE)?, 3);
     assert_eq!(run_grid(&home, killed.path(), Shard::WHOLE)?, 0);
+    let rows = study::read_rows(killed.path())?;
+    let kept: Vec<&str> = rows.keys().map(String::as_str).collect();
+    let cats = |method| format!("cats-{method}_rank=4_alpha=8-lr0.005-bs16-s1");
+    assert_eq!(kept, [cats("lora"), cats("monteclora")]);
     let results = |dir: &Path| -> Outcome<Vec<CellResult>> {
         Ok(study::read_cells(dir)?.into_iter().map(|cell| cell.result).collect())
     };
@@ -222,6 +251,7 @@ fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
     };
     let text = report(whole.path())?;
     study::pack(killed.path())?;
+    assert_eq!(study::read_rows(killed.path())?, rows);
     assert_eq!(report(killed.path())?, text);
     for task in TASKS {
         assert!(text.contains(&format!("## {task} (accuracy)")), "{task}: {text}");
