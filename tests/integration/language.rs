@@ -105,7 +105,7 @@ const TASKS: [&str; 4] = ["cats", "cats-by-name", "gsm8k-flexible_extract", "gsm
 #[test]
 fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
     let Some(home) = Home::new()? else { return Ok(()) };
-    let trial = LanguageTrial { epochs: 1, ..home.trial() };
+    let trial = LanguageTrial { epochs: 1, limit_train: Some(16), ..home.trial() };
     for name in study::recipe::NAMES {
         let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
         let (result, cost, rows) = trial.run(&key(&method, 2e-3));
@@ -137,7 +137,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
             let again = monteclora::metrics::nll(&rows, &kept.label)?;
             assert!(metrics.nll.is_some_and(|nll| (nll / again - 1.0).abs() < 1e-6), "{name} {arm}");
         }
-        assert_eq!((result.steps, result.losses.len()), (4, 4), "{name}");
+        assert_eq!((result.steps, result.losses.len()), (2, 2), "{name}");
         assert!(cost.seconds > 0.0 && result.trainable_parameters > 0, "{name}");
     }
     Ok(())
