@@ -1,8 +1,8 @@
 //! The course of the sample scaler eps over training (adaptive scaling is the paper's future work).
 //!
 //! A schedule multiplies eps in training draws alone: prediction from the posterior keeps eps itself. So
-//! one that anneals ([`ScalerSchedule::anneals`]) is for predictions by the mean: the end of its training has seen
-//! no perturbation as wide as those that a posterior draw then takes.
+//! one that anneals ([`ScalerSchedule::anneals`]) is for predictions by the mean: the end of its training
+//! has seen no perturbation as wide as those that a posterior draw then takes.
 
 use std::str::FromStr;
 

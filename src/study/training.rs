@@ -57,9 +57,9 @@ pub(super) struct Trained<M> {
     pub members: Vec<BTreeMap<String, Tensor>>,
 }
 
-/// Runs a cell by `fill`, which adds what it finds, rows too, to a result that has `begun`. What goes wrong is a
-/// result, too: a loss, gradient or prediction that is not finite is [`Status::Diverged`], anything else
-/// [`Status::Failed`].
+/// Runs a cell by `fill`, which adds what it finds to a result that has `begun`, and the rows. What goes
+/// wrong is a result, too: a loss, gradient or prediction that is not finite is [`Status::Diverged`],
+/// anything else [`Status::Failed`].
 pub(super) fn attempt(
     begun: CellResult,
     fill: impl FnOnce(&mut CellResult, &mut CellCost, &mut CellRows) -> Result<()>,
