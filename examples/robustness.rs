@@ -10,6 +10,9 @@
 //!
 //! `cargo run --release --example robustness -- --plan FILE --model DIR --data DIR --output OUT`: the
 //! study that the file says, and whether what it counts as success was found.
+//!
+//! `--train TRAIN.json --data DIR --tasks piqa,winogrande`: a language model, trained once a cell and measured
+//! on every task; `--tasks gsm8k` without a model: the bundled one and rows.
 
 mod common;
 
@@ -18,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use clap::Parser;
+use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use common::options::text_length;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
@@ -36,15 +40,19 @@ use serde_json::{json, Value};
 struct Args {
     /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests.
     #[arg(long, conflicts_with_all = ["tasks", "methods", "lrs", "batch_sizes", "seeds", "epochs", "max_length",
-        "limit_train", "limit_dev", "foreign_task", "draws", "quick"])]
+        "limit_train", "limit_dev", "foreign_task", "draws", "quick", "train"])]
     plan: Option<PathBuf>,
     /// A model folder, or a hub repository. Default: the bundled model.
     #[arg(long)]
     model: Option<String>,
-    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas.
+    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas; of a language model
+    /// folders of --data.
     #[arg(long, value_delimiter = ',', default_value = "sst2")]
-    tasks: Vec<Task>,
-    /// A folder with the tasks in the GLUE or SuperGLUE download layout. Default: the hub's files.
+    tasks: Vec<String>,
+    #[command(flatten)]
+    language: LanguageOptions,
+    /// A folder with the tasks in the GLUE or SuperGLUE download layout; of a language model with a folder
+    /// for each. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
     /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
@@ -99,6 +107,26 @@ struct Args {
     output: PathBuf,
 }
 
+impl Args {
+    /// Whether the tasks are those of a language model.
+    fn is_language(&self) -> bool {
+        self.language.train.is_some() || (self.model.is_none() && self.tasks == [BUNDLED])
+    }
+
+    fn glue_tasks(&self) -> Outcome<Vec<Task>> {
+        let task =
+            |name: &String| name.parse::<Task>().map_err(|e| format!("{e}; of a language model say --train"));
+        Ok(self.tasks.iter().map(task).collect::<Result<_, _>>()?)
+    }
+
+    fn shard(&self) -> Outcome<Shard> {
+        Ok(match self.shard {
+            Some(shard) => shard,
+            None => Shard::from_slurm(|name| std::env::var(name).ok())?,
+        })
+    }
+}
+
 fn main() -> std::process::ExitCode {
     common::exit(run())
 }
@@ -112,7 +140,7 @@ fn run() -> Outcome {
     if !args.report_only {
         let plan = args.plan.as_deref().map(Plan::read).transpose()?;
         if let Some((plan, _)) = &plan {
-            args.follow(plan)?;
+            args.follow(plan);
         }
         run_cells(&args, plan)?;
     }
@@ -130,7 +158,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     let device = common::device(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => common::asset("tiny-roberta")?,
+        None => common::asset(if args.is_language() { "stories260k" } else { "tiny-roberta" })?,
     };
     let cells = match &plan {
         Some((plan, _)) if plan.model != short_name(&model) => {
@@ -145,14 +173,21 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     let methods: BTreeSet<&String> = cells.iter().map(|key| &key.method).collect();
     let recipes = methods.into_iter().map(|text| text.parse::<Recipe>());
     let recipes: Vec<Recipe> = recipes.collect::<monteclora::Result<_>>()?;
+    for recipe in &recipes {
+        recipe.notes().iter().for_each(|note| eprintln!("{}: {note}", recipe.text));
+    }
     let adapters = adapters(&recipes)?;
-    if !adapters.is_empty() && args.tasks.len() > 1 {
+    if !adapters.is_empty() && args.tasks.len() > 1 && !args.is_language() {
         return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
+    let settings = settings(args, &model, &adapters, plan.as_ref())?;
+    if args.is_language() {
+        return run_language(args, &cells, &files, settings, virtual_tokens);
+    }
     let data = Data { args, files: &files, virtual_tokens };
     let mut tasks = BTreeMap::new();
-    for task in &args.tasks {
+    for task in &args.glue_tasks()? {
         tasks.insert(task.name(), data.load(*task)?);
     }
     let mut foreign = BTreeMap::new();
@@ -160,10 +195,6 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         foreign.insert(task.name(), data.load(*task)?.dev);
     }
 
-    let shard = match args.shard {
-        Some(shard) => shard,
-        None => Shard::from_slurm(|name| std::env::var(name).ok())?,
-    };
     let mut cell = |key: &CellKey| {
         let rows = &tasks[key.task.as_str()];
         // A task is not foreign to itself.
@@ -183,22 +214,48 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
-    let settings = settings(args, &model, &adapters, plan.as_ref())?;
-    study::run(&args.output, &settings, &cells, shard, &mut cell, &mut say)?;
+    study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
+    Ok(())
+}
+
+/// The cells of a language model: one training, all tasks.
+fn run_language(
+    args: &Args,
+    cells: &[CellKey],
+    files: &ModelFiles,
+    mut settings: Value,
+    virtual_tokens: usize,
+) -> Outcome {
+    // One training serves all tasks.
+    let own = [&args.epochs, &args.limit_train].map(|of| of.entries().iter().any(|(task, _)| task.is_some()));
+    if own.contains(&true) || args.foreign_task != PerTask::default() {
+        return Err("--epochs TASK=N, --limit-train TASK=N, --foreign-task: not with a language model".into());
+    }
+    let number = |of: &PerTask<usize>| of.entries().first().map(|(_, number)| *number);
+    let device = common::device(&args.device)?;
+    let (epochs, train) = (number(&args.epochs).unwrap_or(1), number(&args.limit_train));
+    let limits = Limits { max_length: args.max_length, virtual_tokens, train, dev: args.limit_dev };
+    let data = LanguageData::load(&args.language, files, &args.tasks, args.data.as_deref(), limits)?;
+    settings["language"] = data.settings.clone();
+    let trial = data.trial(files, epochs, args.draws, &device)?;
+    let mut cell = |key: &CellKey| {
+        common::reset_peak_memory();
+        trial.run(key)
+    };
+    study::run(&args.output, &settings, cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())
 }
 
 impl Args {
     /// Takes what a plan says.
-    fn follow(&mut self, plan: &Plan) -> Outcome {
-        self.tasks = plan.tasks()?;
+    fn follow(&mut self, plan: &Plan) {
+        self.tasks.clone_from(&plan.tasks);
         self.epochs.clone_from(&plan.epochs);
         self.max_length = plan.max_length;
         self.limit_train.clone_from(&plan.limit_train);
         self.limit_dev = plan.limit_dev;
         self.foreign_task.clone_from(&plan.foreign_task);
         self.draws = plan.draws;
-        Ok(())
     }
 }
 
@@ -261,8 +318,12 @@ fn grid(args: &Args) -> Grid {
             study::recipe::NAMES.iter().chain(&["lora:held-out=0.15"]).map(ToString::to_string).collect()
         }
     };
-    let tasks = args.tasks.iter().map(ToString::to_string).collect();
-    let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(tasks, methods) };
+    let mut grid = if args.is_language() {
+        Grid::paper_llama(vec![args.language.name()], methods)
+    } else {
+        Grid::paper(args.tasks.clone(), methods)
+    };
+    grid.seeds.clone_from(&args.seeds);
     if args.model.is_none() {
         // The bundled model is small and starts from little: it wants higher rates.
         grid.lrs = vec![2e-3, 5e-4, 1e-4];

@@ -90,13 +90,15 @@ impl MethodOptions {
         if let (Some(dir), Some(out)) = (&self.adapter, out) {
             check_apart("--adapter", dir, &out.join("adapter"))?;
         }
-        Ok(match &self.adapter {
+        let start = match &self.adapter {
             Some(dir) if self.post_hoc => {
                 MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
             }
             Some(dir) => MethodInit::Adapter(Box::new(AdapterFile::read(dir)?)),
             None => MethodInit::Fresh(self.method(name)?, self.targets()?),
-        })
+        };
+        start.notes().iter().for_each(|note| eprintln!("{name}: {note}"));
+        Ok(start)
     }
 
     /// What `--max-length` leaves of a model of `longest` positions.

@@ -94,7 +94,7 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
 }
 
 /// The rows at these places.
-pub fn at(rows: &[Encoded], places: &[usize]) -> Vec<Encoded> {
+pub fn at<T: Clone>(rows: &[T], places: &[usize]) -> Vec<T> {
     places.iter().map(|place| rows[*place].clone()).collect()
 }
 

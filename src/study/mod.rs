@@ -1,7 +1,9 @@
 //! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
 
 mod cell;
+mod evaluated;
 mod grid;
+mod language;
 mod paired;
 mod per_task;
 mod plan;
@@ -13,11 +15,14 @@ mod rows;
 mod run;
 pub mod stats;
 mod store;
+mod training;
 mod treatments;
 mod trial;
 
-pub use cell::{Bin, CellCost, CellKey, CellResult, Status};
+pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
+pub use evaluated::EvaluatedTask;
 pub use grid::{Grid, Shard};
+pub use language::LanguageTrial;
 pub use paired::RowScore;
 pub use per_task::PerTask;
 pub use plan::{Comparison, Criterion, Methods, Plan, Variation};

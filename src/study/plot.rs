@@ -24,8 +24,10 @@ const POINTS: usize = 50;
 /// If a file cannot be written.
 pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    let done = cells.iter().map(|cell| &cell.result).filter(|result| result.status == Status::Done);
+    let done: Vec<CellResult> = done.flat_map(CellResult::by_task).collect();
     let mut tasks: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
-    for StoredCell { result, .. } in cells.iter().filter(|cell| cell.result.status == Status::Done) {
+    for result in &done {
         tasks.entry(&result.key.task).or_default().push(result);
     }
     for (task, cells) in tasks {
@@ -178,6 +180,7 @@ mod tests {
             losses: vec![(1, 0.7), (2, 0.6)],
             reliability: [("mean".to_string(), vec![Bin { count: 4, confidence: 0.7, accuracy: 0.5 }])]
                 .into(),
+            tasks: BTreeMap::new(),
             ood: BTreeMap::new(),
             trainable_parameters: 1,
             steps: 2,

@@ -67,6 +67,14 @@ impl Recipe {
         self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
     }
 
+    /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
+    pub fn notes(&self) -> Vec<&'static str> {
+        match &self.post_hoc {
+            Some(config) => Method::MonteCLoRA(config.clone()).notes(true),
+            None => self.method.notes(false),
+        }
+    }
+
     /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
     pub fn is_lora(&self) -> bool {
         self.post_hoc.is_none() && matches!(self.method, Method::Lora(_))
@@ -320,6 +328,23 @@ mod tests {
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
         assert_eq!("lora:held-out=0.15".parse::<Recipe>()?.held_out, 0.15);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_recipe_tells_what_its_draws_are_not() -> Result<()> {
+        for (text, told) in [
+            ("lora", vec![]),
+            ("monteclora", vec![]),
+            ("monteclora:scaler=warmup-0.1", vec![]),
+            ("monteclora:scaler=cosine", vec!["wider than what was trained"]),
+            ("monteclora-posthoc", vec!["that of the LoRA by construction"]),
+            ("monteclora-posthoc:scaler=linear", vec!["that of the LoRA by construction", "wider than what"]),
+        ] {
+            let notes = text.parse::<Recipe>()?.notes();
+            assert_eq!(notes.len(), told.len(), "{text}: {notes:?}");
+            assert!(notes.iter().zip(told).all(|(note, part)| note.contains(part)), "{text}: {notes:?}");
+        }
         Ok(())
     }
 

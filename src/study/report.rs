@@ -40,6 +40,10 @@ pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let stored = read_cells(results)?.into_iter();
     let (cells, costs): (Vec<CellResult>, Vec<_>) = stored.map(|cell| (cell.result, cell.cost)).unzip();
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    let done = cells.iter().zip(costs).filter(|(cell, _)| cell.status == Status::Done);
+    let costs: Vec<(&CellKey, CellCost)> = done.filter_map(|(cell, cost)| Some((&cell.key, cost?))).collect();
+    files::write(&out.join("costs.md"), costs::costs_markdown(&costs).as_bytes())?;
+    let cells: Vec<CellResult> = cells.iter().flat_map(CellResult::by_task).collect();
     let settings = std::fs::read_to_string(settings_path(results)).unwrap_or_default();
     let kept = read_rows(results)?;
     let plan = match serde_json::from_str(&settings) {
@@ -49,10 +53,7 @@ pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let text = markdown(&cells, &settings) + &by_rows(&cells, &kept, plan.as_ref())?;
     files::write(&out.join("report.md"), text.as_bytes())?;
     files::write(&out.join("report.csv"), csv::rows_csv(&rows(&cells)).as_bytes())?;
-    files::write(&out.join("cells.csv"), csv::cells_csv(&cells).as_bytes())?;
-    let done = cells.iter().zip(costs).filter(|(cell, _)| cell.status == Status::Done);
-    let costs: Vec<(&CellKey, CellCost)> = done.filter_map(|(cell, cost)| Some((&cell.key, cost?))).collect();
-    files::write(&out.join("costs.md"), costs::costs_markdown(&costs).as_bytes())
+    files::write(&out.join("cells.csv"), csv::cells_csv(&cells).as_bytes())
 }
 
 fn markdown(cells: &[CellResult], settings: &str) -> String {

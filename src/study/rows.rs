@@ -25,12 +25,14 @@ pub struct CellRows {
     pub label: Vec<u32>,
     /// By arm: the logarithms of the class probabilities, c a row, row after row. -inf is probability 0.
     pub arms: BTreeMap<String, Vec<f32>>,
+    /// Of a cell that was measured on several tasks those of each by its name; the rest is then empty.
+    pub tasks: BTreeMap<String, CellRows>,
 }
 
 impl CellRows {
     /// Whether no arm has any: a regression keeps none, nor does a cell that went wrong.
     pub fn is_empty(&self) -> bool {
-        self.arms.is_empty()
+        self.arms.is_empty() && self.tasks.values().all(Self::is_empty)
     }
 
     /// Keeps what an arm predicts: n rows of c probabilities.
@@ -45,21 +47,14 @@ impl CellRows {
         Some((logs.iter().map(|log| f64::from(*log).exp()).collect(), logs.len() / self.row.len().max(1)))
     }
 
-    /// Writes the file `path`: `row` and `label` as `(n)` of u32, each arm as `(n, c)` of f32.
+    /// Writes the file `path`: `row` and `label` as `(n)` of u32, each arm as `(n, c)` of f32; of several tasks
+    /// with a task's name and a slash before each.
     ///
     /// # Errors
     /// If it cannot be written.
     pub(super) fn write(&self, path: &Path) -> Result<()> {
-        let n = self.row.len();
-        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
-        let mut parts = vec![
-            (ROW.to_string(), Dtype::U32, vec![self.row.len()], words(&self.row)),
-            (LABEL.to_string(), Dtype::U32, vec![self.label.len()], words(&self.label)),
-        ];
-        for (arm, logs) in &self.arms {
-            let bytes = logs.iter().flat_map(|log| log.to_le_bytes()).collect();
-            parts.push((format!("{ARM}{arm}"), Dtype::F32, vec![n, logs.len() / n.max(1)], bytes));
-        }
+        let mut parts = Vec::new();
+        self.parts("", &mut parts);
         let mut tensors = BTreeMap::new();
         for (name, dtype, shape, bytes) in &parts {
             let view = TensorView::new(*dtype, shape.clone(), bytes);
@@ -68,7 +63,25 @@ impl CellRows {
         files::write_safetensors(path, tensors)
     }
 
-    /// The rows of a cell in the file `path`, whose tensors have `prefix` before their names; None where it
+    /// Its tensors, with `prefix` before their names: type, shape and bytes of each.
+    fn parts(&self, prefix: &str, parts: &mut Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) {
+        for (task, rows) in &self.tasks {
+            rows.parts(&format!("{prefix}{task}/"), parts);
+        }
+        if self.arms.is_empty() {
+            return;
+        }
+        let n = self.row.len();
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        parts.push((format!("{prefix}{ROW}"), Dtype::U32, vec![self.row.len()], words(&self.row)));
+        parts.push((format!("{prefix}{LABEL}"), Dtype::U32, vec![self.label.len()], words(&self.label)));
+        for (arm, logs) in &self.arms {
+            let bytes = logs.iter().flat_map(|log| log.to_le_bytes()).collect();
+            parts.push((format!("{prefix}{ARM}{arm}"), Dtype::F32, vec![n, logs.len() / n.max(1)], bytes));
+        }
+    }
+
+    /// The rows of a cell, or of one of its tasks, in the file `path`, whose tensors have `prefix` before their names; None where it
     /// has none of them.
     ///
     /// # Errors
@@ -92,7 +105,7 @@ impl CellRows {
         if names.is_empty() {
             return Ok(None);
         }
-        let mut rows = Self { row: words(ROW)?, label: words(LABEL)?, arms: BTreeMap::new() };
+        let mut rows = Self { row: words(ROW)?, label: words(LABEL)?, ..Self::default() };
         let n = rows.row.len();
         if n == 0 || rows.label.len() != n {
             return Err(wrong(LABEL, "expected a label for each row, and at least one"));
@@ -125,7 +138,7 @@ mod tests {
     use super::*;
 
     fn rows() -> CellRows {
-        let mut rows = CellRows { row: vec![4, 9, 11], label: vec![1, 0, 1], arms: BTreeMap::new() };
+        let mut rows = CellRows { row: vec![4, 9, 11], label: vec![1, 0, 1], ..CellRows::default() };
         rows.add("mean", &[vec![0.25, 0.75], vec![1.0, 0.0], vec![0.5, 0.5]]);
         rows.add("5 draws", &[vec![0.3, 0.7], vec![0.9, 0.1], vec![0.5, 0.5]]);
         rows
@@ -144,6 +157,21 @@ mod tests {
         let (probabilities, classes) = rows().probabilities("mean").unwrap_or_default();
         assert_eq!((classes, probabilities[2], probabilities[3]), (2, 1.0, 0.0));
         assert!((probabilities[0] - 0.25).abs() < 1e-7 && rows().probabilities("laplace").is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn the_rows_of_several_tasks_stand_apart() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+        let path = dir.path().join("rows.safetensors");
+        let other = CellRows { row: vec![1, 2, 3], ..rows() };
+        let tasks = [("a".to_string(), rows()), ("b".to_string(), other.clone())].into();
+        CellRows { tasks, ..CellRows::default() }.write(&path)?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, e.to_string()))?;
+        assert_eq!(CellRows::read(&file, "a/", &path)?, Some(rows()));
+        assert_eq!(CellRows::read(&file, "b/", &path)?, Some(other));
+        assert_eq!(CellRows::read(&file, "", &path)?, None);
         Ok(())
     }
 

@@ -45,24 +45,31 @@ pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
 }
 
 /// What the finished cells of the study in the folder `dir` say of every row, packed or not, by the names
-/// of their folders ([`CellKey::folder_name`]); nothing of those that kept none.
+/// of their folders ([`CellKey::folder_name`]), of those of several tasks as [`CellResult::by_task`] has them;
+/// nothing of those that kept none.
 ///
 /// # Errors
 /// As [`read_cells`]; besides, if a file of rows cannot be read or is not what one holds.
 pub fn read_rows(dir: &Path) -> Result<BTreeMap<String, CellRows>> {
-    let names: Vec<String> = Store::open(dir)?.all()?.into_keys().collect();
+    let cells = Store::open(dir)?.all()?;
     let mut found = BTreeMap::new();
-    let mut take = |path: &Path, cells: &[(&String, String)]| -> Result<()> {
+    let mut take = |path: &Path, cells: &[(&CellResult, String)]| -> Result<()> {
         let Some(bytes) = present(path, fs::read(path))? else { return Ok(()) };
         let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, e.to_string()))?;
-        for (name, prefix) in cells {
-            found.extend(CellRows::read(&file, prefix, path)?.map(|rows| (name.to_string(), rows)));
+        for (cell, prefix) in cells {
+            for own in cell.by_task() {
+                let task = if cell.tasks.is_empty() { String::new() } else { format!("{}/", own.key.task) };
+                let rows = CellRows::read(&file, &format!("{prefix}{task}"), path)?;
+                found.extend(rows.map(|rows| (own.key.folder_name(), rows)));
+            }
         }
         Ok(())
     };
-    let packed: Vec<_> = names.iter().map(|name| (name, format!("{name}/"))).collect();
+    let packed: Vec<_> = cells.iter().map(|(name, cell)| (&cell.result, format!("{name}/"))).collect();
     take(&dir.join(ROWS), &packed)?;
-    names.iter().try_for_each(|name| take(&dir.join(name).join(ROWS), &[(name, String::new())]))?;
+    for (name, cell) in &cells {
+        take(&dir.join(name).join(ROWS), &[(&cell.result, String::new())])?;
+    }
     Ok(found)
 }
 

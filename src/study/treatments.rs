@@ -204,7 +204,7 @@ fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
 }
 
 /// Predictions that are no probabilities are those of a model that diverged.
-fn not_finite(error: Error) -> Error {
+pub(super) fn not_finite(error: Error) -> Error {
     Error::NonFinite {
         step: 0,
         term: format!("predictions ({error})"),
@@ -215,7 +215,7 @@ fn not_finite(error: Error) -> Error {
 }
 
 /// The reliability diagram, in the bins of the expected calibration error: (low, high], of equal width.
-fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
+pub(super) fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
     let mut bins = vec![Bin::default(); ECE_BINS];
     for (row, label) in probabilities.iter().zip(labels) {
         let (best, highest) =

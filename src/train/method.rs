@@ -111,6 +111,25 @@ impl Method {
         }
     }
 
+    /// What there is to know of its predictions before it is trained, a sentence each; `post_hoc` if it is
+    /// a posterior around a LoRA that stays as it is.
+    pub(crate) fn notes(&self, post_hoc: bool) -> Vec<&'static str> {
+        let mut notes = Vec::new();
+        if post_hoc {
+            notes.push(
+                "post hoc the mean prediction is that of the LoRA by construction: averaged draws alone can \
+                 differ from it",
+            );
+        }
+        if matches!(self, Self::MonteCLoRA(config) if config.scaler_schedule.anneals()) {
+            notes.push(
+                "its training may end with a far smaller eps than the draws of a prediction have: these are \
+                 wider than what was trained",
+            );
+        }
+        notes
+    }
+
     /// The adapter of this method as its file has it, where it has one.
     pub fn adapter(&self) -> Option<peft::AdapterMethod> {
         match self {
@@ -149,6 +168,12 @@ impl MethodInit {
                 peft::AdapterMethod::MonteCLoRA(_) => config.clone(),
             }),
         }
+    }
+
+    /// What there is to know of the predictions before the training, a sentence each: that post hoc the
+    /// mean is the LoRA's, that a schedule which anneals eps away trains other draws than a prediction takes.
+    pub fn notes(&self) -> Vec<&'static str> {
+        self.method().notes(matches!(self, Self::PostHoc(..)))
     }
 
     /// Puts the adapters on a model, their parameters into `params`; returns what the method asks of

@@ -53,6 +53,7 @@ fn study() -> Vec<(CellResult, CellRows)> {
                         arms: BTreeMap::new(),
                         losses: vec![(1, 0.7)],
                         reliability: BTreeMap::new(),
+                        tasks: BTreeMap::new(),
                         ood: BTreeMap::new(),
                         trainable_parameters: 3,
                         steps: 1,

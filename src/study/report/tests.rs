@@ -18,6 +18,7 @@ fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellRes
         arms: arms.iter().map(metrics).collect(),
         losses: vec![(1, 0.7)],
         reliability: BTreeMap::new(),
+        tasks: BTreeMap::new(),
         ood: BTreeMap::new(),
         trainable_parameters: 3,
         steps: 1,

@@ -27,6 +27,7 @@ fn cell(key: &CellKey) -> (CellResult, CellCost, CellRows) {
         arms: [("mean".to_string(), metrics)].into(),
         losses: vec![(1, 0.7), (2, 1.0 / 3.0)],
         reliability: BTreeMap::new(),
+        tasks: BTreeMap::new(),
         ood: BTreeMap::new(),
         trainable_parameters: 1,
         steps: 2,
