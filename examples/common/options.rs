@@ -199,11 +199,10 @@ pub struct TrainOptions {
     pub accumulation: usize,
     #[arg(long)]
     pub lr: Option<f64>,
-    /// The learning rate of B as a multiple of that of A (LoRA+).
-    #[arg(long, default_value_t = 1.0)]
-    pub loraplus_ratio: f64,
-    /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on the head,
-    /// else 1.
+    /// The learning rate of B as a multiple of that of A (LoRA+). Default: 4 under a prior on the head, else 1.
+    #[arg(long)]
+    pub loraplus_ratio: Option<f64>,
+    /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on it, else 1.
     #[arg(long)]
     pub head_lr_ratio: Option<f64>,
     /// The learning rate of the posterior's own parameters as a multiple of that of A.
@@ -259,14 +258,15 @@ impl TrainOptions {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
+        let ratios = method.lr_ratios();
         Ok(TrainConfig {
             epochs: self.epochs,
             lr: self.lr.unwrap_or(default_lr),
             schedule: self.schedule.parse::<Schedule>()?,
             warmup_ratio: self.warmup_ratio,
             weight_decay: self.weight_decay,
-            loraplus_ratio: self.loraplus_ratio,
-            head_lr_ratio: self.head_lr_ratio.unwrap_or_else(|| method.head_lr_ratio()),
+            loraplus_ratio: self.loraplus_ratio.unwrap_or(ratios.b),
+            head_lr_ratio: self.head_lr_ratio.unwrap_or(ratios.head),
             variational_lr_ratio: self.variational_lr_ratio,
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,

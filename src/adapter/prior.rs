@@ -70,6 +70,10 @@ pub struct Prior {
     pub form: PriorForm,
     /// tau: 1 is Bayes' rule, less a colder posterior.
     pub temperature: f64,
+    /// Whether the adapted layers share the form's widths: each of L has them over sqrt(L), so that the sum of
+    /// all layers' updates is as wide for one layer as for many.
+    #[serde(default)]
+    pub shared: bool,
     /// The width h of the prior on the task head's matrices W about their start, in units of 1 / sqrt(in_dim):
     /// `in_dim ||W - W_start||_F^2 / (2 h^2)`. None: the head has no prior.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -79,7 +83,8 @@ pub struct Prior {
 impl Prior {
     /// The prior of [`MonteCLoRAConfig::calibrated`](crate::MonteCLoRAConfig::calibrated).
     pub const fn calibrated() -> Self {
-        Self { form: PriorForm::ExpectedUpdate { std: 0.4 }, temperature: 0.1, head_std: Some(1.0) }
+        let form = PriorForm::ExpectedUpdate { std: 0.7 };
+        Self { form, temperature: 0.1, shared: true, head_std: Some(0.5) }
     }
 
     /// Checks every width and the temperature.
@@ -106,7 +111,7 @@ impl Prior {
         matches!(self.form, PriorForm::Start { .. } | PriorForm::Factors { .. }) || self.head_std.is_some()
     }
 
-    /// The energy of some layers whose pairs have the same shapes, a scalar.
+    /// The energy of some of the `layers` adapted layers, whose pairs have the same shapes: a scalar.
     ///
     /// # Shapes
     /// - `pairs`: l pairs of A `(r, in_dim)` and B `(out_dim, r)`
@@ -120,9 +125,11 @@ impl Prior {
         pairs: &[&LowRank],
         variances: Option<&Tensor>,
         start: Option<&PriorStart>,
+        layers: usize,
     ) -> Result<Tensor> {
+        let share = if self.shared { (layers as f64).sqrt().recip() } else { 1.0 };
         let half_square = |tensor: Tensor, std: f64| -> candle_core::Result<Tensor> {
-            tensor.sqr()?.sum_all()? * (0.5 / (std * std))
+            tensor.sqr()?.sum_all()? * (0.5 / (std * share).powi(2))
         };
         let sum = |of: &dyn Fn(&LowRank) -> Result<Tensor>| -> Result<Tensor> {
             let terms = pairs.iter().map(|pair| of(pair)).collect::<Result<Vec<_>>>()?;
@@ -135,8 +142,8 @@ impl Prior {
             PriorForm::Factors { std_a, std_b } => {
                 sum(&|pair| Ok((half_square(moved(pair)?, std_a)? + half_square(pair.b().clone(), std_b)?)?))
             }
-            PriorForm::Update { std } => update(pairs, None, std),
-            PriorForm::ExpectedUpdate { std } => update(pairs, variances, std),
+            PriorForm::Update { std } => update(pairs, None, std * share),
+            PriorForm::ExpectedUpdate { std } => update(pairs, variances, std * share),
         }
     }
 

@@ -103,9 +103,10 @@ pub fn prior_energy(
         }
         Ok(())
     })?;
+    let layers = groups.values().map(Vec::len).sum();
     let mut total = None;
     for group in groups.values() {
-        let energy = prior.energy(&group.iter().collect::<Vec<_>>(), None, start)?;
+        let energy = prior.energy(&group.iter().collect::<Vec<_>>(), None, start, layers)?;
         total = Some(joined(total, energy)?);
     }
     match (total, prior.head_energy(start)?) {

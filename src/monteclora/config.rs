@@ -121,11 +121,33 @@ impl MonteCLoRAConfig {
         }
     }
 
-    /// [`Self::paper`] with a posterior that matters: draws of a size that training feels, and the prior on the
-    /// update in expectation over them, at 1 / n for n training rows. Where few rows are trained on for many
-    /// epochs it is better calibrated than LoRA is after temperature scaling; docs/RESULTS.md has the figures.
+    /// [`Self::paper`] with a posterior that matters: draws of a size that training feels, which rise over the
+    /// first half of it, and a prior on the update in expectation over them, at 1 / n for n training rows. For
+    /// few rows and many epochs, where LoRA grows too sure; docs/RESULTS.md has what was measured.
+    ///
+    /// eps is that of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim) at rank 8 and
+    /// a width of 350: [`Self::for_width`] gives it for another. B and the head want higher rates than A:
+    /// [`Method::lr_ratios`](crate::train::Method::lr_ratios).
     pub const fn calibrated() -> Self {
-        Self { sample_scaler: 0.03, prior: Some(Prior::calibrated()), ..Self::paper() }
+        let scaler_schedule = ScalerSchedule::Warmup(0.5);
+        Self { sample_scaler: 0.03, scaler_schedule, prior: Some(Prior::calibrated()), ..Self::paper() }
+    }
+
+    /// The same with the eps of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim),
+    /// about that of A at its start: `eps = 1 / sqrt(in_dim df E||pi||^2)` with V and a at one.
+    ///
+    /// # Example
+    /// ```
+    /// use monteclora::MonteCLoRAConfig;
+    ///
+    /// let config = MonteCLoRAConfig { rank: 16, ..MonteCLoRAConfig::calibrated() }.for_width(768);
+    /// assert!((config.sample_scaler - 0.0143).abs() < 1e-4);
+    /// ```
+    pub fn for_width(self, in_dim: usize) -> Self {
+        let square =
+            if self.mixture == Mixture::Sparse { 1.0 } else { 2.0 / (self.num_components + 1) as f64 };
+        let sample_scaler = (in_dim as f64 * self.degrees() * square).sqrt().recip();
+        Self { sample_scaler, ..self }
     }
 
     /// The paper's numbers and its estimators too.

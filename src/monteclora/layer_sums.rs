@@ -39,6 +39,8 @@ impl Layer {
 /// What is asked for beside the paper's terms.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Beside<'a> {
+    /// All layers, of every group.
+    pub layers: usize,
     pub prior: Option<&'a Prior>,
     pub start: Option<&'a PriorStart>,
     pub evidence: Option<&'a EvidenceBound>,
@@ -154,8 +156,7 @@ impl Group<'_> {
                 (kl_gaussian, Dirichlet::cooperative(pi)?)
             }
         };
-        let prior =
-            beside.prior.map(|prior| self.prior(prior, beside.start, &wishart, &dirichlet)).transpose()?;
+        let prior = beside.prior.map(|prior| self.prior(prior, beside, &wishart, &dirichlet)).transpose()?;
         let kl_mean = match beside.evidence {
             Some(bound) => {
                 let mixture = MixtureMoments::new(config.mixture, &dirichlet, pi.as_ref())?;
@@ -189,17 +190,17 @@ impl Group<'_> {
     fn prior(
         &self,
         prior: &Prior,
-        start: Option<&PriorStart>,
+        Beside { start, layers, .. }: Beside,
         wishart: &Wishart,
         dirichlet: &Dirichlet,
     ) -> Result<Tensor> {
         if !matches!(prior.form, PriorForm::ExpectedUpdate { .. }) {
-            return prior.energy(&self.pairs, None, start);
+            return prior.energy(&self.pairs, None, start, layers);
         }
         let spec = self.posteriors[0].spec();
         let mixture = MixtureMoments::new(spec.config.mixture, dirichlet, None)?;
         let size = (spec.in_dim, spec.config.degrees());
         let variances = row_variances(&wishart.scale()?, size, &mixture, &self.eps)?;
-        prior.energy(&self.pairs, Some(&variances), start)
+        prior.energy(&self.pairs, Some(&variances), start, layers)
     }
 }

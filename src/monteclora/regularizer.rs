@@ -202,7 +202,7 @@ impl Regularizer {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
         }
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
-        let beside = Beside { prior: self.prior.as_ref(), start, evidence };
+        let beside = Beside { layers: layers.len(), prior: self.prior.as_ref(), start, evidence };
         let Some(sums) = layer_sums::sums(layers, draws.as_deref(), beside)? else {
             return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
         };

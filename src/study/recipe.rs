@@ -128,10 +128,11 @@ impl FromStr for Recipe {
                 return Err(wrong(text, &format!("{other} is the adapter's own")));
             }
         }
-        let ratio = if name == "loraplus" { 16.0 } else { 1.0 };
+        let ratios = method.lr_ratios();
+        let ratio = if name == "loraplus" { 16.0 } else { ratios.b };
         Ok(Self {
             text: text.to_string(),
-            head_lr_ratio: options.head_ratio.unwrap_or_else(|| method.head_lr_ratio()),
+            head_lr_ratio: options.head_ratio.unwrap_or(ratios.head),
             method,
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
@@ -287,8 +288,8 @@ fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
         "mean" => Ok(PriorForm::Mean { std: 0.1 }),
         "start" => Ok(PriorForm::Start { std: 0.1 }),
         "factors" => Ok(PriorForm::Factors { std_a: 0.1, std_b: 0.1 }),
-        "update" => Ok(PriorForm::Update { std: 0.4 }),
-        "expected-update" => Ok(PriorForm::ExpectedUpdate { std: 0.4 }),
+        "update" => Ok(PriorForm::Update { std: 0.7 }),
+        "expected-update" => Ok(PriorForm::ExpectedUpdate { std: 0.7 }),
         _ => Err("expected mean, start, factors, update or expected-update".to_string()),
     }
 }
@@ -316,12 +317,15 @@ mod tests {
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
         let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=4".parse()?;
-        let prior = Prior { form: PriorForm::Update { std: 0.2 }, temperature: 1.0, head_std: None };
+        let form = PriorForm::Update { std: 0.2 };
+        let prior = Prior { form, temperature: 1.0, shared: true, head_std: None };
         assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));
         assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (4.0, 1.0));
         let calibrated: Recipe = "monteclora-calibrated".parse()?;
         assert_eq!(calibrated.method, Method::MonteCLoRA(MonteCLoRAConfig::calibrated()));
-        assert_eq!((calibrated.head_lr_ratio, "lora".parse::<Recipe>()?.head_lr_ratio), (10.0, 1.0));
+        assert_eq!((calibrated.loraplus_ratio, calibrated.head_lr_ratio), (4.0, 10.0));
+        let lora: Recipe = "lora".parse()?;
+        assert_eq!((lora.loraplus_ratio, lora.head_lr_ratio), (1.0, 1.0));
         let other: Recipe = "monteclora:tau=1".parse()?;
         let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
         assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));

@@ -74,21 +74,22 @@ impl Method {
         }
     }
 
-    /// How many times the adapters' learning rate suits a new task head: ten under a prior on the head, else one.
+    /// How many times the learning rate of A suits B and a new task head: 4 and 10 under a prior on the head,
+    /// else 1 and 1.
     ///
     /// While B is zero the update is learnt through the head, and the head through features that the update has
-    /// not changed. Under draws or a prior a slow head leaves both near their start, the majority class, for a
-    /// whole run of a few hundred steps (docs/RESULTS.md); the prior keeps a fast one from growing sure.
-    pub fn head_lr_ratio(&self) -> f64 {
+    /// not changed. Under draws or a prior, slow ones leave both near their start, the majority class, for a
+    /// whole run of a few hundred steps (docs/RESULTS.md); the prior keeps fast ones from growing sure.
+    pub fn lr_ratios(&self) -> LrRatios {
         let prior = match self {
             Self::MonteCLoRA(config) => config.prior,
             Self::Lora(config) => config.prior,
             _ => None,
         };
         if prior.is_some_and(|prior| prior.head_std.is_some()) {
-            10.0
+            LrRatios { b: 4.0, head: 10.0 }
         } else {
-            1.0
+            LrRatios { b: 1.0, head: 1.0 }
         }
     }
 
@@ -139,6 +140,15 @@ impl Method {
             Self::Ia3 | Self::Bottleneck(_) | Self::Prompt(_) => None,
         }
     }
+}
+
+/// Learning rates as multiples of that of A.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LrRatios {
+    /// That of B.
+    pub b: f64,
+    /// That of a task's head.
+    pub head: f64,
 }
 
 /// What a run starts from.

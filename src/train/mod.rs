@@ -21,7 +21,7 @@ pub use config::{OnNonFinite, TrainConfig};
 pub use evaluate::{batches, Evaluation, Predictions};
 pub use hooks::MethodHooks;
 pub use memory::peak_rss_bytes;
-pub use method::{Method, MethodInit};
+pub use method::{LrRatios, Method, MethodInit};
 pub use objective::{Loss, Objective, Observer, Record, Summary};
 pub use schedule::Schedule;
 pub use settings::{fingerprint, Settings};

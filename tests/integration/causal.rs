@@ -65,7 +65,8 @@ fn both_methods_lower_the_loss_of_text_they_never_saw() -> Outcome {
 
 #[test]
 fn a_prior_weighs_by_the_tokens_that_are_learnt() -> Outcome {
-    let prior = Some(Prior { form: PriorForm::Mean { std: 0.1 }, temperature: 0.5, head_std: None });
+    let prior =
+        Some(Prior { form: PriorForm::Mean { std: 0.1 }, temperature: 0.5, shared: false, head_std: None });
     let map = Method::Lora(LoraConfig { rank: 4, prior, ..LoraConfig::default() });
     let config = TrainConfig { epochs: 1, ..TrainConfig::default() };
     let tokens: usize = rows(60).iter().map(|row| row.ids.len() - 2).sum();

@@ -159,7 +159,7 @@ fn the_trainer_tells_a_prior_how_many_rows_there_are() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
     let form = PriorForm::Factors { std_a: 0.1, std_b: 0.2 };
-    let prior = Prior { form, temperature: 0.5, head_std: Some(1.0) };
+    let prior = Prior { form, temperature: 0.5, shared: false, head_std: Some(1.0) };
     let map = Method::Lora(LoraConfig { rank: 4, prior: Some(prior), ..LoraConfig::default() });
     let calibrated = MonteCLoRAConfig { rank: 4, prior: Some(prior), ..MonteCLoRAConfig::calibrated() };
     let evidence = Some(EvidenceBound { std: 0.1, temperature: 0.5, latents: false });

@@ -136,7 +136,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let fresh = |method| MethodInit::Fresh(method, Targets::default());
     // Priors about the start of training, which the second part of a run begins elsewhere.
     let form = PriorForm::Factors { std_a: 0.1, std_b: 0.1 };
-    let prior = Some(Prior { form, temperature: 1.0, head_std: Some(0.1) });
+    let prior = Some(Prior { form, temperature: 1.0, shared: false, head_std: Some(0.1) });
     let map = LoraConfig { prior, ..lora.clone() };
     let with_prior = MonteCLoRAConfig { prior, ..bayes.clone() };
     let bayes = fresh(Method::MonteCLoRA(bayes));

@@ -25,7 +25,7 @@ fn config(mixture: Mixture, covariance: Covariance) -> MonteCLoRAConfig {
 }
 
 fn with_prior(form: PriorForm) -> MonteCLoRAConfig {
-    let prior = Some(Prior { form, temperature: 0.3, head_std: Some(0.8) });
+    let prior = Some(Prior { form, temperature: 0.3, shared: false, head_std: Some(0.8) });
     MonteCLoRAConfig { prior, ..config(Mixture::Collapsed, Covariance::Full) }
 }
 
@@ -64,9 +64,14 @@ fn every_form_is_the_energy_that_its_formula_says() -> Result<()> {
         let bias = params.create("bias", Role::Head, 2, &monteclora::Init::Constant(0.5))?;
         let starts = layers.each_ref().map(|layer| layer.low_rank().a().detach().copy());
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
+        // A width that two layers share is narrower in each by sqrt(2).
+        let shared = Prior { shared: true, ..config.prior.ok_or("a prior")? };
+        let shared = MonteCLoRAConfig { prior: Some(shared), ..config.clone() };
+        let shared = Regularizer::new(&shared).for_training(&params, ROWS)?;
         let head_start = head.detach().copy()?;
         shake(&params)?;
-        let mut want = 5.0 * squares(&(&head - head_start)?)? / (2.0 * 0.64);
+        let of_head = 5.0 * squares(&(&head - head_start)?)? / (2.0 * 0.64);
+        let mut want = of_head;
         for (layer, start) in layers.iter().zip(starts) {
             let pair = layer.low_rank();
             let (a, b) = (pair.a(), pair.b());
@@ -90,6 +95,8 @@ fn every_form_is_the_energy_that_its_formula_says() -> Result<()> {
         let terms = regularizer.for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
         let got = value(&terms.prior.ok_or("no prior")?)?;
         assert!((got - want).abs() < 1e-12 * want, "{form:?}: {got} {want}");
+        let got = shared.for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?.prior.ok_or("no prior")?;
+        assert!((value(&got)? - (2.0 * want - of_head)).abs() < 1e-12 * want, "{form:?}, shared");
         // Beside the paper's terms, at tau / n. A bias has no prior.
         let without = MonteCLoRAConfig { prior: None, ..config };
         let plain = Regularizer::new(&without).for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
@@ -108,7 +115,12 @@ fn the_expected_form_is_the_mean_over_draws_whatever_their_mixture() -> Result<(
         (Mixture::Explicit, Covariance::Full),
         (Mixture::Sparse, Covariance::Full),
     ] {
-        let prior = Prior { form: PriorForm::ExpectedUpdate { std: 0.6 }, temperature: 1.0, head_std: None };
+        let prior = Prior {
+            form: PriorForm::ExpectedUpdate { std: 0.6 },
+            temperature: 1.0,
+            shared: false,
+            head_std: None,
+        };
         let config = MonteCLoRAConfig { prior: Some(prior), ..config(mixture, covariance) };
         let params = store(4);
         let layer = layer(&params, "one", &config)?;
@@ -303,7 +315,7 @@ fn rows_and_starts_are_asked_for_and_not_guessed() -> Result<()> {
         Ok(())
     };
     for form in FORMS {
-        let alone = Prior { form, temperature: 0.3, head_std: None };
+        let alone = Prior { form, temperature: 0.3, shared: false, head_std: None };
         let config = MonteCLoRAConfig { prior: Some(alone), ..with_prior(form) };
         refused(&config, false, if alone.needs_start() { "start" } else { "rows" })?;
         refused(&config, true, "layers")?;
