@@ -54,7 +54,7 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             assert_eq!(result.arms.contains_key("3 draws"), name.starts_with("monteclora"), "{name}");
             assert!(!result.arms.contains_key("temperature"), "{name}: nothing was held out");
             let of_lora = ["mc dropout", "checkpoints", "last-layer laplace", "laplace"];
-            let plain = ["lora", "rslora", "loraplus"].contains(&name);
+            let plain = ["lora", "map", "rslora", "loraplus"].contains(&name);
             assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
             let told = match name {
                 _ if plain => 5,
