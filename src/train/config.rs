@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::schedule::Schedule;
 use super::settings::Settings;
-use crate::adapter::Role;
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::optim::AdamWConfig;
+use crate::optim::{AdamW, AdamWConfig, Ivon, IvonConfig, Optimizer};
 
 /// What is done with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -52,6 +52,10 @@ pub struct TrainConfig {
     pub decay_variational: bool,
     /// How many times the learning rate of A that of B is (LoRA+).
     pub loraplus_ratio: f64,
+    /// The constants of IVON, where it is the optimiser and not AdamW. It has one learning rate and its own decay of
+    /// weights: ratios and [`Self::weight_decay`] are AdamW's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ivon: Option<IvonConfig>,
     /// The largest global gradient norm; no clipping where absent.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
@@ -74,6 +78,7 @@ impl Default for TrainConfig {
             weight_decay: 0.01,
             decay_variational: false,
             loraplus_ratio: 1.0,
+            ivon: None,
             clip: Some(1.0),
             accumulation: 1,
             eval_every: None,
@@ -110,7 +115,14 @@ impl TrainConfig {
         }
     }
 
-    pub(super) fn optimizer(&self) -> AdamWConfig {
+    pub(super) fn optimizer(&self, params: &Params) -> Result<Optimizer> {
+        match &self.ivon {
+            Some(config) => Ok(Optimizer::Ivon(Ivon::new(params, config.clone())?)),
+            None => Ok(Optimizer::AdamW(AdamW::new(params, self.adamw())?)),
+        }
+    }
+
+    fn adamw(&self) -> AdamWConfig {
         let config = AdamWConfig {
             lr: self.lr,
             weight_decay: self.weight_decay,
