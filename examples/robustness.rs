@@ -38,8 +38,8 @@ struct Args {
     /// A folder with the tasks in the GLUE or SuperGLUE download layout. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
-    /// prompt, monteclora, monteclora-sparse, monteclora-posthoc) and options, as in
+    /// Recipes separated by commas: a name (full, lora, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3, bottleneck,
+    /// prompt, blob, monteclora, monteclora-sparse, monteclora-posthoc, monteclora-released) and options, as in
     /// monteclora:n=64:eps=1e-2. monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
     /// the task that was made elsewhere; no colon or comma in DIR.
     #[arg(long, value_delimiter = ',')]

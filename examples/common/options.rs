@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
+use monteclora::optim::IvonConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
@@ -20,7 +21,8 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
+    /// monteclora, monteclora-released, lora, lora-fa, dora, adalora, blob, ia3, bottleneck, prompt or full.
+    /// Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -117,16 +119,21 @@ impl MethodOptions {
         match name {
             "full" => Ok(Method::Full),
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
+            "lora-fa" => Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora })),
             "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora })),
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }
+            "blob" => Ok(Method::Blob(BlobConfig { rank, alpha, dropout, ..BlobConfig::default() })),
             "prompt" => Ok(Method::Prompt(PromptConfig { virtual_tokens: self.virtual_tokens })),
             "ia3" => Ok(Method::Ia3),
             "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
+            "monteclora-released" => Ok(Method::Released(self.with_options(MonteCLoRAConfig::released()))),
             other => {
-                let known = "monteclora, lora, dora, adalora, ia3, bottleneck, prompt or full";
+                let known =
+                    "monteclora, monteclora-released, lora, lora-fa, dora, adalora, blob, ia3, bottleneck, \
+                             prompt or full";
                 Err(format!("--method: expected {known}, got {other}").into())
             }
         }
@@ -143,7 +150,11 @@ impl MethodOptions {
                 return Err(format!("--preset: {expected}, got {other}").into());
             }
         };
-        Ok(MonteCLoRAConfig {
+        Ok(self.with_options(preset))
+    }
+
+    fn with_options(&self, preset: MonteCLoRAConfig) -> MonteCLoRAConfig {
+        MonteCLoRAConfig {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.adapter_dropout,
@@ -152,7 +163,7 @@ impl MethodOptions {
             sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
             kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
             ..preset
-        })
+        }
     }
 }
 
@@ -192,6 +203,9 @@ pub struct TrainOptions {
     /// The learning rate of B as a multiple of that of A (LoRA+).
     #[arg(long, default_value_t = 1.0)]
     pub loraplus_ratio: f64,
+    /// IVON in place of AdamW, with the constants that IVON has by default.
+    #[arg(long)]
+    pub ivon: bool,
     #[arg(long, default_value = "linear")]
     pub schedule: String,
     #[arg(long, default_value_t = 0.06)]
@@ -249,6 +263,7 @@ impl TrainOptions {
             warmup_ratio: self.warmup_ratio,
             weight_decay: self.weight_decay,
             loraplus_ratio: self.loraplus_ratio,
+            ivon: self.ivon.then(IvonConfig::default),
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,
             eval_every: self.eval_every,

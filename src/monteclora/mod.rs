@@ -10,6 +10,7 @@ mod options;
 mod peft_compat;
 mod posterior;
 mod regularizer;
+mod released;
 mod scaler;
 mod schedule;
 
@@ -22,5 +23,6 @@ pub use noise::{DrawNoise, DrawSpec, NoiseStreams};
 pub use options::{Compat, Initial, KlEvaluation, Mixture};
 pub use posterior::Posterior;
 pub use regularizer::{Regularizer, RegularizerTerms};
+pub use released::{Released, Walk};
 pub use scaler::SampleScaler;
 pub use schedule::ScalerSchedule;

@@ -7,27 +7,32 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
+use crate::optim::IvonConfig;
 use crate::train::Method;
 
 /// The names that a recipe can begin with.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 16] = [
     "full",
     "lora",
     "rslora",
     "loraplus",
+    "lora-fa",
+    "ivon",
     "dora",
     "adalora",
     "ia3",
     "bottleneck",
     "prompt",
+    "blob",
     "monteclora",
     "monteclora-sparse",
     "monteclora-posthoc",
+    "monteclora-released",
 ];
 
 /// How a model is fine-tuned in a study.
@@ -41,6 +46,8 @@ pub struct Recipe {
     pub targets: Targets,
     /// The learning rate of B as a multiple of that of A.
     pub loraplus_ratio: f64,
+    /// The constants of IVON, where it is the optimiser.
+    pub ivon: Option<IvonConfig>,
     /// The posterior that is put on the trained LoRA, where there is one.
     pub post_hoc: Option<MonteCLoRAConfig>,
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
@@ -51,12 +58,14 @@ pub struct Recipe {
 impl Recipe {
     /// Whether it ends in a posterior that can be drawn from.
     pub fn has_posterior(&self) -> bool {
-        self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
+        self.post_hoc.is_some()
+            || self.ivon.is_some()
+            || matches!(self.method, Method::MonteCLoRA(_) | Method::Blob(_))
     }
 
     /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
     pub fn is_lora(&self) -> bool {
-        self.post_hoc.is_none() && matches!(self.method, Method::Lora(_))
+        self.post_hoc.is_none() && self.ivon.is_none() && matches!(self.method, Method::Lora(_))
     }
 }
 
@@ -66,7 +75,11 @@ impl FromStr for Recipe {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
-        let mut options = Options::default();
+        let bayes = match name {
+            "monteclora-released" => MonteCLoRAConfig::released(),
+            _ => MonteCLoRAConfig::default(),
+        };
+        let mut options = Options { bayes, ..Options::default() };
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| wrong(text, "expected key=value"))?;
             options.set(key, value).map_err(|reason| wrong(text, &format!("{part}: {reason}")))?;
@@ -75,14 +88,17 @@ impl FromStr for Recipe {
         let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
         let method = match name {
             "full" => Method::Full,
-            "lora" | "loraplus" | "monteclora-posthoc" => Method::Lora(lora),
+            "lora" | "loraplus" | "ivon" | "monteclora-posthoc" => Method::Lora(lora),
             "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
+            "lora-fa" => Method::LoraFa(lora),
             "dora" => Method::Dora(lora),
             "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
             "prompt" => Method::Prompt(options.prompt),
+            "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob }),
             "monteclora" => Method::MonteCLoRA(bayes.clone()),
+            "monteclora-released" => Method::Released(bayes.clone()),
             "monteclora-sparse" => {
                 Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
             }
@@ -90,6 +106,12 @@ impl FromStr for Recipe {
         };
         if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
             return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
+        }
+        if let Some(other) = options.of_blob.filter(|_| name != "blob") {
+            return Err(wrong(text, &format!("{other} is an option of blob")));
+        }
+        if let Some(other) = options.of_ivon.filter(|_| name != "ivon") {
+            return Err(wrong(text, &format!("{other} is an option of ivon")));
         }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
@@ -105,6 +127,7 @@ impl FromStr for Recipe {
             method,
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
+            ivon: (name == "ivon").then_some(options.ivon),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
         })
@@ -123,8 +146,14 @@ struct Options {
     targets: Targets,
     ratio: Option<f64>,
     prompt: PromptConfig,
+    blob: BlobConfig,
+    ivon: IvonConfig,
     /// An option that only a posterior has.
     of_posterior: Option<&'static str>,
+    /// An option that only BLoB has.
+    of_blob: Option<&'static str>,
+    /// An option that only IVON has.
+    of_ivon: Option<&'static str>,
     /// An option that an adapter made elsewhere has settled.
     of_lora: Option<&'static str>,
     adapter: Option<PathBuf>,
@@ -155,6 +184,20 @@ impl Options {
             "ratio" => Some("ratio"),
             _ => self.of_lora,
         };
+        self.of_blob = match key {
+            "prior-std" => Some("prior-std"),
+            "root" => Some("root"),
+            "kl-lr" => Some("kl-lr"),
+            "gamma" => Some("gamma"),
+            _ => self.of_blob,
+        };
+        self.of_ivon = match key {
+            "ess" => Some("ess"),
+            "h0" => Some("h0"),
+            "delta" => Some("delta"),
+            "radius" => Some("radius"),
+            _ => self.of_ivon,
+        };
         match key {
             "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
             "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
@@ -164,6 +207,14 @@ impl Options {
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
+            "prior-std" => self.blob.prior_std = number()?,
+            "root" => self.blob.initial_root = number()?,
+            "kl-lr" => self.blob.kl_lr = number()?,
+            "gamma" => self.blob.gamma = number()?,
+            "ess" => self.ivon.ess = number()?,
+            "h0" => self.ivon.initial_hessian = number()?,
+            "delta" => self.ivon.weight_decay = number()?,
+            "radius" => self.ivon.clip_radius = number()?,
             "n" => bayes.num_components = count()?,
             "eps" => bayes.sample_scaler = number()?,
             "eta" => bayes.kl_weight = number()?,
@@ -195,7 +246,7 @@ impl Options {
             _ => {
                 let known =
                     "rank, alpha, dropout, ratio, tokens, targets, adapter, n, eps, eta, cooperative, prior, \
-                             init, std, covariance, estimator, scaler";
+                             init, std, covariance, estimator, scaler, prior-std, root, kl-lr, gamma, ess, h0, delta, radius";
                 return Err(format!("there is no such option: {known}"));
             }
         }
@@ -212,7 +263,8 @@ mod tests {
         for name in NAMES {
             let recipe: Recipe = name.parse()?;
             assert_eq!(recipe.text, name);
-            assert_eq!(recipe.has_posterior(), name.starts_with("monteclora"));
+            let drawn = ["ivon", "blob", "monteclora", "monteclora-sparse", "monteclora-posthoc"];
+            assert_eq!(recipe.has_posterior(), drawn.contains(&name));
         }
         let recipe: Recipe = "monteclora:n=64:eps=1e-2:init=random:targets=all-linear:rank=4".parse()?;
         let Method::MonteCLoRA(config) = &recipe.method else { panic!("{recipe:?}") };
@@ -225,6 +277,15 @@ mod tests {
         let elsewhere: Recipe = "monteclora-posthoc:adapter=runs/lora=1:eps=0.1".parse()?;
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
+        let blob: Recipe = "blob:rank=4:prior-std=0.1:kl-lr=0.01".parse()?;
+        let config = BlobConfig { rank: 4, prior_std: 0.1, kl_lr: 0.01, ..BlobConfig::default() };
+        assert_eq!(blob.method, Method::Blob(config));
+        let released: Recipe = "monteclora-released:eps=1e-3".parse()?;
+        let config = MonteCLoRAConfig { sample_scaler: 1e-3, ..MonteCLoRAConfig::released() };
+        assert_eq!(released.method, Method::Released(config));
+        let ivon: Recipe = "ivon:ess=400:h0=0.1".parse()?;
+        assert!(!ivon.is_lora() && ivon.method == Method::Lora(LoraConfig::default()));
+        assert_eq!(ivon.ivon.map(|c| (c.ess, c.initial_hessian)), Some((400.0, 0.1)));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
         Ok(())
@@ -237,6 +298,8 @@ mod tests {
             ("lora:rank", "key=value"),
             ("lora:rank=x", "rank=x"),
             ("lora:eps=1", "eps is an option of MonteCLoRA"),
+            ("lora:h0=1", "h0 is an option of ivon"),
+            ("lora:kl-lr=1", "kl-lr is an option of blob"),
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
             ("monteclora-posthoc:adapter=", "expected a folder"),
