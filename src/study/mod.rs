@@ -10,6 +10,7 @@ mod report;
 mod run;
 pub mod stats;
 mod store;
+mod tfb;
 mod treatments;
 mod trial;
 

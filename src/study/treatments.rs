@@ -6,9 +6,10 @@ use candle_core::Tensor;
 
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
+use super::tfb;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Temperature, Uncertainty};
+use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Replaced, Temperature, Uncertainty};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
@@ -16,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
-use crate::predict::{logits, posterior_draws, posterior_probabilities, RunningMean};
+use crate::optim::IvonPosterior;
+use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
@@ -37,7 +39,18 @@ pub(super) struct TrainedModel<'a> {
     pub draws: usize,
     /// Earlier parameters of the same training.
     pub members: Vec<BTreeMap<String, Tensor>>,
+    /// What IVON ended in, where it was the optimiser.
+    pub ivon: Option<IvonPosterior>,
     pub noise: Noise,
+}
+
+impl TrainedModel<'_> {
+    /// The model with IVON's draws for those of an adapter.
+    fn replaced(&self) -> Result<Option<Replaced<'_>>> {
+        let Some(ivon) = &self.ivon else { return Ok(None) };
+        let draws = (0..self.draws as u64).map(|draw| ivon.draw(draw)).collect::<Result<_>>()?;
+        Ok(Some(Replaced::new(&self.classifier, &self.classifier.params, draws)))
+    }
 }
 
 /// Fills in the arms of a result.
@@ -83,9 +96,11 @@ fn out_of_domain(
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
     told("mean: entropy", &entropies(mean), &entropies(&others))?;
     if recipe.has_posterior() {
-        let draws = posterior_draws(classifier, dev, trained.draws)?;
+        let replaced = trained.replaced()?;
+        let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
+        let draws = posterior_draws(model, dev, trained.draws)?;
         if !foreign.is_empty() {
-            let others = uncertainty(&posterior_draws(classifier, &foreign, trained.draws)?)?;
+            let others = uncertainty(&posterior_draws(model, &foreign, trained.draws)?)?;
             let own = uncertainty(&draws).map_err(not_finite)?;
             let total = |rows: &[Uncertainty]| rows.iter().map(|row| row.total).collect::<Vec<_>>();
             let epistemic = |rows: &[Uncertainty]| rows.iter().map(|row| row.epistemic).collect::<Vec<_>>();
@@ -113,6 +128,9 @@ fn of_trained_lora(
         let logits = logits(classifier, &rows, &Pass::Mean.into())?;
         let temperature = Temperature::fit(&logits, &classes(trained.held_out)?).map_err(not_finite)?;
         arms.add("temperature", &temperature.probabilities(mean))?;
+        for (arm, rows) in tfb::arms(classifier, (&rows, &classes(trained.held_out)?), dev, trained.draws)? {
+            arms.add(arm, &rows)?;
+        }
     }
     arms.add("mc dropout", &posterior_probabilities(&McDropout(classifier), dev, trained.draws)?)?;
     let mut ensemble = Ensemble::new();

@@ -1,8 +1,9 @@
 //! One cell of a study: a model is loaded, trained, and measured in every way its method allows.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::recipe::Recipe;
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
+use crate::optim::{IvonPosterior, Moments};
 use crate::peft::{AdapterFile, AdapterMetadata};
 use crate::train::{self, Classification, Classifier, MethodInit, Observer, Record, Summary, TrainConfig};
 
@@ -94,6 +96,8 @@ impl Trial<'_> {
         result.losses = history.losses();
         result.trainable_parameters = classifier.params.trainable_count();
         let members = std::mem::take(&mut history.members);
+        let of_ivon = |config| IvonPosterior::new(&classifier.params, &history.moments, config);
+        let ivon = recipe.ivon.as_ref().map(of_ivon).transpose()?;
         let mut summary = summary?;
         if let (None, Some(config)) = (&recipe.adapter, &recipe.post_hoc) {
             let adapter = adapter(&classifier, &recipe)?;
@@ -115,6 +119,7 @@ impl Trial<'_> {
             foreign: self.foreign,
             draws: self.draws,
             members,
+            ivon,
             noise: Noise::new(key.seed),
         };
         treatments::measure(trained, &recipe, result)
@@ -138,6 +143,9 @@ impl Trial<'_> {
             epochs: self.epochs,
             lr: key.lr,
             loraplus_ratio: recipe.loraplus_ratio,
+            ivon: recipe.ivon.clone(),
+            // IVON clips each element.
+            clip: TrainConfig::default().clip.filter(|_| recipe.ivon.is_none()),
             // The last parameters: to choose by the rows that measure would flatter every method.
             keep_best: false,
             eval_every: Some(steps.div_ceil(5).max(1)),
@@ -168,12 +176,14 @@ struct TrainingHistory<'a> {
     /// The number of checkpoints to keep.
     keep: usize,
     losses: Vec<(usize, f64)>,
-    members: Vec<std::collections::BTreeMap<String, candle_core::Tensor>>,
+    members: Vec<BTreeMap<String, Tensor>>,
+    /// What the optimiser remembered at the end.
+    moments: BTreeMap<String, Moments>,
 }
 
 impl<'a> TrainingHistory<'a> {
     fn new(params: &'a Params, keep: usize) -> Self {
-        Self { params, keep, losses: Vec::new(), members: Vec::new() }
+        Self { params, keep, losses: Vec::new(), members: Vec::new(), moments: BTreeMap::new() }
     }
 
     /// The curve of the task's loss: means over pieces of equal length, at their last steps.
@@ -189,6 +199,11 @@ impl Observer for TrainingHistory<'_> {
     fn step(&mut self, record: &Record) -> Result<()> {
         let loss = record.terms.get("task").copied().unwrap_or(record.loss);
         self.losses.push((record.step, loss));
+        Ok(())
+    }
+
+    fn trained(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
+        self.moments.clone_from(moments);
         Ok(())
     }
 

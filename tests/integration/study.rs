@@ -49,11 +49,21 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
             let mean = &result.arms["mean"];
             assert!(mean.nll.is_some_and(f64::is_finite) && mean.accuracy.is_some(), "{name}: {mean:?}");
-            assert_eq!(result.arms.contains_key("3 draws"), name.starts_with("monteclora"), "{name}");
-            let of_lora = ["temperature", "mc dropout", "checkpoints", "last-layer laplace", "laplace"];
+            let draws =
+                ["ivon", "blob", "monteclora", "monteclora-sparse", "monteclora-posthoc"].contains(&name);
+            assert_eq!(result.arms.contains_key("3 draws"), draws, "{name}");
+            let of_lora = [
+                "temperature",
+                "tfb",
+                "tfb held-out",
+                "mc dropout",
+                "checkpoints",
+                "last-layer laplace",
+                "laplace",
+            ];
             let plain = ["lora", "rslora", "loraplus"].contains(&name);
             assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
-            let told = if name.starts_with("monteclora") { 3 } else { 1 };
+            let told = if draws { 3 } else { 1 };
             assert_eq!(result.ood.len(), told, "{name}");
             let steps = if name == "monteclora-posthoc" { 32 } else { 16 };
             assert_eq!((result.steps, result.losses.len()), (steps, 16), "{name}");
