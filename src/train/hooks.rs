@@ -231,3 +231,6 @@ impl MethodHooks {
 fn locked<T>(state: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     state.lock().map_err(|_| Error::config("method", "an earlier step panicked"))
 }
+
+#[cfg(test)]
+mod tests;
