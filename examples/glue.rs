@@ -126,7 +126,7 @@ fn tune(
     let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
     // The bundled model is small and starts from little: it wants a higher rate.
-    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 })?;
+    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 }, &start.method())?;
     let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
     let metric = task.primary_metric();

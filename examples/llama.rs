@@ -287,7 +287,8 @@ impl Setup {
                 let (rows, pad_id) = (&data.train, config.pad_id());
                 let objective = CausalTuning { model: &model, hooks, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
-                let config = args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 })?;
+                let config =
+                    args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 }, &start.method())?;
                 let held_out = data.held_out.iter().flat_map(Tokens::numbers);
                 let checkpoints = out.map(|dir| args.train.checkpoints(dir, &self.model, held_out));
                 watch::fit(&objective, &params, &config, &mut watch, checkpoints.as_ref())?

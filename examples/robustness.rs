@@ -7,35 +7,52 @@
 //! --methods lora,monteclora,monteclora:n=64 --lrs 3e-4,5e-5,1e-5 --batch-sizes 8,32,64 --epochs 3
 //! --seeds 1,2,3 --output OUT`: any model, any task. A run that is killed goes on where it stopped;
 //! `--shard 2/4`, or a SLURM job array, takes a part of the cells.
+//!
+//! `cargo run --release --example robustness -- --plan FILE --model DIR --data DIR --output OUT`: the
+//! study that the file says, and whether what it counts as success was found.
+//!
+//! `--train TRAIN.json --data DIR --tasks piqa,winogrande`: a language model, trained once a cell and measured
+//! on every task; `--tasks gsm8k` without a model: the bundled one and rows.
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use clap::Parser;
+use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use common::options::text_length;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
+use monteclora::data::split::{self, Draw};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::noise::Noise;
 use monteclora::peft::AdapterFile;
 use monteclora::study::recipe::Recipe;
-use monteclora::study::{self, CellKey, Grid, PerTask, Progress, Shard, Trial};
+use monteclora::study::{self, CellKey, Grid, PerTask, Plan, Progress, Shard, Trial};
 use monteclora::train;
 use serde_json::{json, Value};
 
 #[derive(Parser)]
 struct Args {
+    /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests.
+    #[arg(long, conflicts_with_all = ["tasks", "methods", "lrs", "batch_sizes", "seeds", "epochs", "max_length",
+        "limit_train", "limit_dev", "foreign_task", "draws", "quick", "train"])]
+    plan: Option<PathBuf>,
     /// A model folder, or a hub repository. Default: the bundled model.
     #[arg(long)]
     model: Option<String>,
-    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas.
+    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas; of a language model
+    /// folders of --data.
     #[arg(long, value_delimiter = ',', default_value = "sst2")]
-    tasks: Vec<Task>,
-    /// A folder with the tasks in the GLUE or SuperGLUE download layout. Default: the hub's files.
+    tasks: Vec<String>,
+    #[command(flatten)]
+    language: LanguageOptions,
+    /// A folder with the tasks in the GLUE or SuperGLUE download layout; of a language model with a folder
+    /// for each. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
     /// Recipes separated by commas: a name (full, lora, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3, bottleneck,
@@ -51,15 +68,16 @@ struct Args {
     batch_sizes: Option<Vec<usize>>,
     #[arg(long, value_delimiter = ',', default_value = "1")]
     seeds: Vec<u64>,
-    #[arg(long, default_value_t = 1)]
-    epochs: usize,
+    /// Passes over the training rows: a number, or one for each of some tasks, or both, as in 20,mrpc=15.
+    #[arg(long, default_value = "1")]
+    epochs: PerTask<usize>,
     #[arg(long, default_value_t = 128)]
     max_length: usize,
-    /// Train on the first rows only: a number, or one for each of some tasks, or both, as in
-    /// 1000,sst2=4000.
+    /// Train on so many rows: a number, or one for each of some tasks, or both, as in 1000,sst2=4000. Each
+    /// seed has its own, stratified by label.
     #[arg(long, default_value = "", hide_default_value = true)]
     limit_train: PerTask<usize>,
-    /// Measure on the first rows only.
+    /// Measure on so many rows, stratified by label, the same in every cell. Default: all.
     #[arg(long)]
     limit_dev: Option<usize>,
     /// Rows of this task are to be told from those of the others, or of some tasks alone, as in sst2=cola.
@@ -89,6 +107,26 @@ struct Args {
     output: PathBuf,
 }
 
+impl Args {
+    /// Whether the tasks are those of a language model.
+    fn is_language(&self) -> bool {
+        self.language.train.is_some() || (self.model.is_none() && self.tasks == [BUNDLED])
+    }
+
+    fn glue_tasks(&self) -> Outcome<Vec<Task>> {
+        let task =
+            |name: &String| name.parse::<Task>().map_err(|e| format!("{e}; of a language model say --train"));
+        Ok(self.tasks.iter().map(task).collect::<Result<_, _>>()?)
+    }
+
+    fn shard(&self) -> Outcome<Shard> {
+        Ok(match self.shard {
+            Some(shard) => shard,
+            None => Shard::from_slurm(|name| std::env::var(name).ok())?,
+        })
+    }
+}
+
 fn main() -> std::process::ExitCode {
     common::exit(run())
 }
@@ -97,10 +135,14 @@ fn run() -> Outcome {
     common::tune_allocator();
     let mut args = Args::parse();
     if args.quick {
-        args.epochs = 1;
+        args.epochs = "1".parse()?;
     }
     if !args.report_only {
-        run_cells(&args)?;
+        let plan = args.plan.as_deref().map(Plan::read).transpose()?;
+        if let Some((plan, _)) = &plan {
+            args.follow(plan);
+        }
+        run_cells(&args, plan)?;
     }
     if args.pack {
         study::pack(&args.output)?;
@@ -112,24 +154,40 @@ fn run() -> Outcome {
     Ok(())
 }
 
-fn run_cells(args: &Args) -> Outcome {
+fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     let device = common::device(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => common::asset("tiny-roberta")?,
+        None => common::asset(if args.is_language() { "stories260k" } else { "tiny-roberta" })?,
+    };
+    let cells = match &plan {
+        Some((plan, _)) if plan.model != short_name(&model) => {
+            return Err(
+                format!("--plan: it is of the model {}, not {}", plan.model, short_name(&model)).into()
+            );
+        }
+        Some((plan, _)) => plan.cells()?,
+        None => grid(args).cells()?,
     };
     let files = common::download::model_files(&model)?;
-    let grid = grid(args);
-    let recipes = grid.methods.iter().map(|text| text.parse::<Recipe>());
+    let methods: BTreeSet<&String> = cells.iter().map(|key| &key.method).collect();
+    let recipes = methods.into_iter().map(|text| text.parse::<Recipe>());
     let recipes: Vec<Recipe> = recipes.collect::<monteclora::Result<_>>()?;
+    for recipe in &recipes {
+        recipe.notes().iter().for_each(|note| eprintln!("{}: {note}", recipe.text));
+    }
     let adapters = adapters(&recipes)?;
-    if !adapters.is_empty() && grid.tasks.len() > 1 {
+    if !adapters.is_empty() && args.tasks.len() > 1 && !args.is_language() {
         return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
+    let settings = settings(args, &model, &adapters, plan.as_ref())?;
+    if args.is_language() {
+        return run_language(args, &cells, &files, settings, virtual_tokens);
+    }
     let data = Data { args, files: &files, virtual_tokens };
     let mut tasks = BTreeMap::new();
-    for task in &args.tasks {
+    for task in &args.glue_tasks()? {
         tasks.insert(task.name(), data.load(*task)?);
     }
     let mut foreign = BTreeMap::new();
@@ -137,11 +195,6 @@ fn run_cells(args: &Args) -> Outcome {
         foreign.insert(task.name(), data.load(*task)?.dev);
     }
 
-    let cells = grid.cells()?;
-    let shard = match args.shard {
-        Some(shard) => shard,
-        None => Shard::from_slurm(|name| std::env::var(name).ok())?,
-    };
     let mut cell = |key: &CellKey| {
         let rows = &tasks[key.task.as_str()];
         // A task is not foreign to itself.
@@ -151,18 +204,64 @@ fn run_cells(args: &Args) -> Outcome {
             files: &files,
             task: rows.task,
             train: &rows.train,
-            held_out: &rows.held_out,
+            limit_train: args.limit_train.get(rows.task).copied(),
             dev: &rows.dev,
             foreign: foreign.map_or(&[], Vec::as_slice),
-            epochs: args.epochs,
+            epochs: args.epochs.get(rows.task).copied().unwrap_or(1),
             draws: args.draws,
             device: &device,
         };
         common::reset_peak_memory();
         trial.run(key)
     };
-    study::run(&args.output, &settings(args, &model, &adapters), &cells, shard, &mut cell, &mut say)?;
+    study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())
+}
+
+/// The cells of a language model: one training, all tasks.
+fn run_language(
+    args: &Args,
+    cells: &[CellKey],
+    files: &ModelFiles,
+    mut settings: Value,
+    virtual_tokens: usize,
+) -> Outcome {
+    // One training serves all tasks.
+    let own = [&args.epochs, &args.limit_train].map(|of| of.entries().iter().any(|(task, _)| task.is_some()));
+    if own.contains(&true) || args.foreign_task != PerTask::default() {
+        return Err("--epochs TASK=N, --limit-train TASK=N, --foreign-task: not with a language model".into());
+    }
+    let number = |of: &PerTask<usize>| of.entries().first().map(|(_, number)| *number);
+    let device = common::device(&args.device)?;
+    let (epochs, train) = (number(&args.epochs).unwrap_or(1), number(&args.limit_train));
+    let limits = Limits { max_length: args.max_length, virtual_tokens, train, dev: args.limit_dev };
+    let data = LanguageData::load(&args.language, files, &args.tasks, args.data.as_deref(), limits)?;
+    settings["language"] = data.settings.clone();
+    let trial = data.trial(files, epochs, args.draws, &device)?;
+    let mut cell = |key: &CellKey| {
+        common::reset_peak_memory();
+        trial.run(key)
+    };
+    study::run(&args.output, &settings, cells, args.shard()?, &mut cell, &mut say)?;
+    Ok(())
+}
+
+impl Args {
+    /// Takes what a plan says.
+    fn follow(&mut self, plan: &Plan) {
+        self.tasks.clone_from(&plan.tasks);
+        self.epochs.clone_from(&plan.epochs);
+        self.max_length = plan.max_length;
+        self.limit_train.clone_from(&plan.limit_train);
+        self.limit_dev = plan.limit_dev;
+        self.foreign_task.clone_from(&plan.foreign_task);
+        self.draws = plan.draws;
+    }
+}
+
+/// The last part of a model's folder or repository.
+fn short_name(model: &str) -> String {
+    Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy()).into_owned()
 }
 
 /// The adapters made elsewhere that recipes start from, by their folders, with a checksum of their
@@ -184,30 +283,47 @@ fn adapters(recipes: &[Recipe]) -> Outcome<BTreeMap<String, String>> {
 }
 
 /// What all cells depend on beside their own keys.
-fn settings(args: &Args, model: &str, adapters: &BTreeMap<String, String>) -> Value {
-    let model = Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy());
-    let of = |task: &Option<Task>| task.map(Task::name).unwrap_or_default();
-    let limits: Vec<_> = args.limit_train.entries().iter().map(|(task, rows)| (of(task), rows)).collect();
-    let foreign = args.foreign_task.entries().iter().map(|(task, other)| (of(task), other.name()));
+fn settings(
+    args: &Args,
+    model: &str,
+    adapters: &BTreeMap<String, String>,
+    plan: Option<&(Plan, String)>,
+) -> Outcome<Value> {
+    // Older versions trained on the first rows and held out the last: their cells are of another study.
     let mut settings = json!({
-        "model": model, "epochs": args.epochs, "max_length": args.max_length,
-        "limit_train": limits, "limit_dev": args.limit_dev, "draws": args.draws,
-        "foreign_task": foreign.collect::<Vec<_>>(), "version": env!("CARGO_PKG_VERSION"),
+        "model": short_name(model), "version": env!("CARGO_PKG_VERSION"), "rows": "stratified, by seed",
     });
+    let own = match plan {
+        Some((plan, crc)) => plan.settings(crc)?,
+        None => json!({
+            "epochs": args.epochs, "max_length": args.max_length, "limit_train": args.limit_train,
+            "limit_dev": args.limit_dev, "draws": args.draws, "foreign_task": args.foreign_task,
+        }),
+    };
+    if let (Some(settings), Value::Object(own)) = (settings.as_object_mut(), own) {
+        settings.extend(own);
+    }
     if !adapters.is_empty() {
         settings["adapters"] = json!(adapters);
     }
-    settings
+    Ok(settings)
 }
 
 fn grid(args: &Args) -> Grid {
     let methods = match (&args.methods, args.quick) {
         (Some(methods), _) => methods.clone(),
         (None, true) => ["lora", "full", "monteclora"].map(String::from).to_vec(),
-        (None, false) => study::recipe::NAMES.map(String::from).to_vec(),
+        // Temperatures are fitted on what a LoRA was not trained on.
+        (None, false) => {
+            study::recipe::NAMES.iter().chain(&["lora:held-out=0.15"]).map(ToString::to_string).collect()
+        }
     };
-    let tasks = args.tasks.iter().map(ToString::to_string).collect();
-    let mut grid = Grid { seeds: args.seeds.clone(), ..Grid::paper(tasks, methods) };
+    let mut grid = if args.is_language() {
+        Grid::paper_llama(vec![args.language.name()], methods)
+    } else {
+        Grid::paper(args.tasks.clone(), methods)
+    };
+    grid.seeds.clone_from(&args.seeds);
     if args.model.is_none() {
         // The bundled model is small and starts from little: it wants higher rates.
         grid.lrs = vec![2e-3, 5e-4, 1e-4];
@@ -241,7 +357,6 @@ struct Data<'a> {
 struct Rows {
     task: Task,
     train: Vec<Encoded>,
-    held_out: Vec<Encoded>,
     dev: Vec<Encoded>,
 }
 
@@ -255,14 +370,13 @@ impl Data<'_> {
         let longest = config.max_length();
         let length = text_length(args.max_length, longest, self.virtual_tokens);
         let encoder = TextEncoder::new(tokenizer, length, longest)?;
-        let first = |rows: usize, limit: Option<usize>| rows.min(limit.unwrap_or(rows));
         let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
-        // One training row in twenty is held out, to fit temperatures and prior precisions on.
-        let used = first(splits.train.len(), args.limit_train.get(task).copied());
-        let mut train = encoder.encode(&splits.train[..used])?;
-        let held_out = train.split_off(used - used / 20);
-        let dev = encoder.encode(&dev[..first(dev.len(), args.limit_dev)])?;
-        Ok(Rows { task, train, held_out, dev })
+        // Of the training rows each seed has its own; all cells are measured on the same.
+        let train = encoder.encode(&splits.train)?;
+        let dev = encoder.encode(dev)?;
+        let limit = args.limit_dev.unwrap_or(dev.len());
+        let measured = split::stratified(&split::strata(&dev), limit, Noise::new(0), Draw::Measured);
+        Ok(Rows { task, train, dev: split::at(&dev, &measured) })
     }
 
     fn splits(&self, task: Task) -> Outcome<Splits> {

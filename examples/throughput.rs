@@ -31,7 +31,7 @@ struct Args {
     config: PathBuf,
     #[command(flatten)]
     geometry: Geometry,
-    /// Any of lora, monteclora and full, separated by commas.
+    /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.
     #[arg(long, default_value = "lora,monteclora")]
     method: String,
     /// Counted steps of each method; two more warm up.

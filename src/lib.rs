@@ -49,11 +49,11 @@ pub mod train;
 
 pub use adapter::{
     AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache, Init,
-    LowRank, MeanView, Param, Params, Pass, Probe, Role, ScalerFactors,
+    LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe, Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use monteclora::{
-    Compat, DrawNoise, DrawSpec, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
+    Compat, DrawNoise, DrawSpec, EvidenceBound, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
     MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, Released,
     SampleBuffer, SampleScaler, ScalerSchedule, Walk, MAX_BUFFER_SIZE,
 };

@@ -2,6 +2,7 @@
 //!
 //! Everything is in double precision; definitions follow scikit-learn and SciPy.
 
+mod calibration;
 mod quantile;
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -9,6 +10,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::special;
 
+pub(crate) use calibration::{confidence_bin, ConfidenceBins};
+pub use calibration::{ece_debiased, ece_floor};
 pub use quantile::{median, quantile};
 
 /// The number of bins of the expected calibration error.

@@ -158,12 +158,17 @@ impl Contender {
                 let config = LoraConfig { rank, ..LoraConfig::default() };
                 inject::lora(model.linears_mut(), &targets, &config, &params)?;
             }
-            "monteclora" => {
-                let config = MonteCLoRAConfig { rank, num_components, ..Default::default() };
+            "monteclora" | "monteclora-calibrated" => {
+                let preset =
+                    if name == "monteclora" { MonteCLoRAConfig::paper } else { MonteCLoRAConfig::calibrated };
+                let config = MonteCLoRAConfig { rank, num_components, ..preset() };
                 inject::monteclora(model.linears_mut(), &targets, &config, &params)?;
-                regularizer = Some(Regularizer::new(&config));
+                regularizer = Some(Regularizer::new(&config).for_training(&params, batch)?);
             }
-            other => return Err(format!("--method: expected lora, monteclora or full, got {other}").into()),
+            other => {
+                let known = "lora, monteclora, monteclora-calibrated or full";
+                return Err(format!("--method: expected {known}, got {other}").into());
+            }
         }
         model.set_checkpoint_layers(geometry.checkpoint_layers);
         let vocabulary = json["vocab_size"].as_u64().unwrap_or(1000).min(1000) as usize;

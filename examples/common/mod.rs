@@ -6,6 +6,7 @@ pub mod allocator;
 pub mod contender;
 pub mod download;
 pub mod interrupt;
+pub mod language;
 pub mod options;
 pub mod tasks;
 pub mod watch;

@@ -12,7 +12,7 @@ use monteclora::train::{
     fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
 use monteclora::util::files;
-use monteclora::{Error, MonteCLoRAConfig};
+use monteclora::{Error, MonteCLoRAConfig, Prior};
 use serde::Serialize;
 use serde_json::{json, Value};
 
@@ -21,8 +21,8 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, monteclora-released, lora, lora-fa, dora, adalora, blob, ia3, bottleneck, prompt or full.
-    /// Default: lora, then monteclora.
+    /// monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora, blob, ia3, bottleneck,
+    /// prompt or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -48,7 +48,7 @@ pub struct MethodOptions {
     /// Virtual tokens of prompt tuning.
     #[arg(long, default_value_t = 20)]
     pub virtual_tokens: usize,
-    /// Constants of MonteCLoRA: paper, paper-literal or peft.
+    /// Constants of MonteCLoRA: paper, calibrated, paper-literal or peft.
     #[arg(long, default_value = "paper")]
     pub preset: String,
     /// Mixture components N.
@@ -92,13 +92,15 @@ impl MethodOptions {
         if let (Some(dir), Some(out)) = (&self.adapter, out) {
             check_apart("--adapter", dir, &out.join("adapter"))?;
         }
-        Ok(match &self.adapter {
+        let start = match &self.adapter {
             Some(dir) if self.post_hoc => {
                 MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), self.monteclora()?)
             }
             Some(dir) => MethodInit::Adapter(Box::new(AdapterFile::read(dir)?)),
             None => MethodInit::Fresh(self.method(name)?, self.targets()?),
-        })
+        };
+        start.notes().iter().for_each(|note| eprintln!("{name}: {note}"));
+        Ok(start)
     }
 
     /// What `--max-length` leaves of a model of `longest` positions.
@@ -118,9 +120,18 @@ impl MethodOptions {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
             "full" => Ok(Method::Full),
-            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora })),
-            "lora-fa" => Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora })),
-            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora })),
+            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
+            "map" => Ok(Method::Lora(LoraConfig {
+                rank,
+                alpha,
+                dropout,
+                use_rslora,
+                prior: Some(Prior::calibrated()),
+            })),
+            "lora-fa" => {
+                Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() }))
+            }
+            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }
@@ -131,9 +142,8 @@ impl MethodOptions {
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
             "monteclora-released" => Ok(Method::Released(self.with_options(MonteCLoRAConfig::released()))),
             other => {
-                let known =
-                    "monteclora, monteclora-released, lora, lora-fa, dora, adalora, blob, ia3, bottleneck, \
-                             prompt or full";
+                let known = "monteclora, monteclora-released, lora, map, lora-fa, dora, adalora, blob, ia3, \
+                             bottleneck, prompt or full";
                 Err(format!("--method: expected {known}, got {other}").into())
             }
         }
@@ -143,10 +153,11 @@ impl MethodOptions {
     fn monteclora(&self) -> Outcome<MonteCLoRAConfig> {
         let preset = match self.preset.as_str() {
             "paper" => MonteCLoRAConfig::paper(),
+            "calibrated" => MonteCLoRAConfig::calibrated(),
             "paper-literal" => MonteCLoRAConfig::paper_literal(),
             "peft" => MonteCLoRAConfig::peft(),
             other => {
-                let expected = "expected paper, paper-literal or peft";
+                let expected = "expected calibrated, paper, paper-literal or peft";
                 return Err(format!("--preset: {expected}, got {other}").into());
             }
         };
@@ -206,6 +217,13 @@ pub struct TrainOptions {
     /// IVON in place of AdamW, with the constants that IVON has by default.
     #[arg(long)]
     pub ivon: bool,
+    /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on the head,
+    /// else 1.
+    #[arg(long)]
+    pub head_lr_ratio: Option<f64>,
+    /// The learning rate of the posterior's own parameters as a multiple of that of A.
+    #[arg(long, default_value_t = 1.0)]
+    pub variational_lr_ratio: f64,
     #[arg(long, default_value = "linear")]
     pub schedule: String,
     #[arg(long, default_value_t = 0.06)]
@@ -251,8 +269,8 @@ pub struct TrainOptions {
 }
 
 impl TrainOptions {
-    /// The constants of a run.
-    pub fn config(&self, default_lr: f64) -> Outcome<TrainConfig> {
+    /// The constants of a run of `method`.
+    pub fn config(&self, default_lr: f64, method: &Method) -> Outcome<TrainConfig> {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
@@ -263,6 +281,8 @@ impl TrainOptions {
             warmup_ratio: self.warmup_ratio,
             weight_decay: self.weight_decay,
             loraplus_ratio: self.loraplus_ratio,
+            head_lr_ratio: self.head_lr_ratio.unwrap_or_else(|| method.head_lr_ratio()),
+            variational_lr_ratio: self.variational_lr_ratio,
             ivon: self.ivon.then(IvonConfig::default),
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,

@@ -16,6 +16,13 @@ pub struct TaskOptions {
     /// Measure by the first held-out rows only.
     #[arg(long)]
     pub limit_task: Option<usize>,
+    #[command(flatten)]
+    pub benchmark: BenchmarkOptions,
+}
+
+/// How benchmarks measure.
+#[derive(clap::Args, Clone)]
+pub struct BenchmarkOptions {
     /// What the likelihood of a choice is divided by: nothing, tokens, characters (`acc_norm` of the LM
     /// evaluation harness) or bytes.
     #[arg(long, default_value = "nothing")]
@@ -38,36 +45,7 @@ pub struct TaskOptions {
 impl TaskOptions {
     /// The benchmark, if one is asked for.
     pub fn benchmark(&self) -> Outcome<Option<Benchmark>> {
-        let Some(task) = &self.task else { return Ok(None) };
-        Ok(Some(match task.as_str() {
-            "choice" => Benchmark::Choice(match self.normalize.as_str() {
-                "nothing" => Normalize::No,
-                "tokens" => Normalize::Tokens,
-                "characters" => Normalize::Characters,
-                "bytes" => Normalize::Bytes,
-                other => {
-                    let expected = "expected nothing, tokens, characters or bytes";
-                    return Err(format!("--normalize: {expected}, got {other}").into());
-                }
-            }),
-            "choice-by-name" => Benchmark::ChoiceByName,
-            "gsm8k" => Benchmark::Gsm8k,
-            "humaneval" if self.run_generated_programs => Benchmark::Code {
-                samples: self.samples.or(self.pass_at.iter().max().copied()).unwrap_or(1),
-                ks: self.pass_at.clone(),
-                sandbox: Sandbox::new(&self.python, Limits::default())?,
-            },
-            "humaneval" => {
-                return Err(
-                    "--task humaneval runs programs that the model wrote: say --run-generated-programs"
-                        .into(),
-                )
-            }
-            other => {
-                let expected = "expected choice, choice-by-name, gsm8k or humaneval";
-                return Err(format!("--task: {expected}, got {other}").into());
-            }
-        }))
+        self.task.as_deref().map(|task| self.benchmark.named(task)).transpose()
     }
 
     /// The longest text that the task generates, unless another is given: what the LM evaluation harness
@@ -94,5 +72,40 @@ impl TaskOptions {
     pub fn measure(&self, generator: &Generator, rows: &[Prompted]) -> Outcome<Value> {
         let Some(benchmark) = self.benchmark()? else { return Ok(Value::Null) };
         Ok(json!(benchmark.run(generator, self.limited(rows))?))
+    }
+}
+
+impl BenchmarkOptions {
+    /// The benchmark of this name.
+    pub fn named(&self, task: &str) -> Outcome<Benchmark> {
+        Ok(match task {
+            "choice" => Benchmark::Choice(match self.normalize.as_str() {
+                "nothing" => Normalize::No,
+                "tokens" => Normalize::Tokens,
+                "characters" => Normalize::Characters,
+                "bytes" => Normalize::Bytes,
+                other => {
+                    let expected = "expected nothing, tokens, characters or bytes";
+                    return Err(format!("--normalize: {expected}, got {other}").into());
+                }
+            }),
+            "choice-by-name" => Benchmark::ChoiceByName,
+            "gsm8k" => Benchmark::Gsm8k,
+            "humaneval" if self.run_generated_programs => Benchmark::Code {
+                samples: self.samples.or(self.pass_at.iter().max().copied()).unwrap_or(1),
+                ks: self.pass_at.clone(),
+                sandbox: Sandbox::new(&self.python, Limits::default())?,
+            },
+            "humaneval" => {
+                return Err(
+                    "the task humaneval runs programs that the model wrote: say --run-generated-programs"
+                        .into(),
+                )
+            }
+            other => {
+                let expected = "expected choice, choice-by-name, gsm8k or humaneval";
+                return Err(format!("--task: {expected}, got {other}").into());
+            }
+        })
     }
 }

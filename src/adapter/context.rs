@@ -60,6 +60,18 @@ impl From<Pass> for Context {
     }
 }
 
+impl From<&Pass> for Context {
+    fn from(pass: &Pass) -> Self {
+        (*pass).into()
+    }
+}
+
+impl From<&Context> for Context {
+    fn from(cx: &Context) -> Self {
+        cx.clone()
+    }
+}
+
 impl Context {
     /// The same in another pass.
     pub fn with_pass(self, pass: Pass) -> Self {

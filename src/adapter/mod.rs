@@ -12,6 +12,7 @@ pub(crate) mod low_rank;
 mod model;
 mod params;
 mod pass;
+mod prior;
 mod probe;
 mod standalone;
 
@@ -24,5 +25,6 @@ pub use low_rank::LowRank;
 pub use model::AdaptableModel;
 pub use params::{Init, Param, Params, Role};
 pub use pass::Pass;
+pub use prior::{Prior, PriorForm, PriorStart};
 pub use probe::Probe;
 pub use standalone::{AdaptedLinear, MeanView};

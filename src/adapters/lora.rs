@@ -5,12 +5,15 @@
 //! ```
 
 use std::any::Any;
+use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, AdaptedLinear, Adapter, Context, LowRank, Params, Role};
+use crate::adapter::{
+    low_rank, AdaptableModel, AdaptedLinear, Adapter, Context, LowRank, Params, Prior, PriorStart, Role,
+};
 use crate::error::Result;
 
 /// The options of a LoRA adapter.
@@ -25,12 +28,16 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Scale by `alpha / sqrt(rank)` instead (rsLoRA).
     pub use_rslora: bool,
+    /// A prior on the update: LoRA is then trained to the maximum of a posterior (MAP) rather than of the
+    /// likelihood. The trainer adds it to the loss; an adapter file has no place for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prior: Option<Prior>,
 }
 
 impl Default for LoraConfig {
     /// The paper's RoBERTa setting.
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, dropout: 0.0, use_rslora: false }
+        Self { rank: 8, alpha: 16.0, dropout: 0.0, use_rslora: false, prior: None }
     }
 }
 
@@ -40,6 +47,7 @@ impl LoraConfig {
     /// # Errors
     /// If one is outside its domain; the error names it.
     pub fn validate(&self) -> Result<()> {
+        self.prior.map_or(Ok(()), |prior| prior.validate())?;
         low_rank::validate(self.rank, self.alpha, self.dropout)
     }
 }
@@ -73,6 +81,45 @@ impl Lora {
     pub fn low_rank(&self) -> &LowRank {
         &self.pair
     }
+}
+
+/// The energy of a prior on every layer whose active adapter is LoRA, and on the task head: a scalar, to weigh
+/// `temperature / n`. None where no layer has one.
+///
+/// # Errors
+/// If the prior is about the start of training and `start` is not there.
+pub fn prior_energy(
+    model: &dyn AdaptableModel,
+    prior: &Prior,
+    start: Option<&PriorStart>,
+) -> Result<Option<Tensor>> {
+    // By what layers must share to be computed in one batch.
+    let mut groups: BTreeMap<String, Vec<LowRank>> = BTreeMap::new();
+    model.visit_linears(&mut |layer| {
+        if let Some(lora) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<Lora>()) {
+            let (a, b) = (lora.pair.a(), lora.pair.b());
+            let key = format!("{:?} {:?} {:?}", a.dims(), b.dims(), a.device().location());
+            groups.entry(key).or_default().push(lora.pair.clone());
+        }
+        Ok(())
+    })?;
+    let mut total = None;
+    for group in groups.values() {
+        let energy = prior.energy(&group.iter().collect::<Vec<_>>(), None, start)?;
+        total = Some(joined(total, energy)?);
+    }
+    match (total, prior.head_energy(start)?) {
+        (Some(layers), Some(head)) => Ok(Some(joined(Some(layers), head)?)),
+        (total, _) => Ok(total),
+    }
+}
+
+/// The sum of two scalars, where the first is.
+fn joined(total: Option<Tensor>, term: Tensor) -> Result<Tensor> {
+    Ok(match total {
+        Some(total) => (&total + term.to_device(total.device())?)?,
+        None => term,
+    })
 }
 
 impl Adapter for Lora {

@@ -88,22 +88,46 @@ impl Ensemble {
         params: &Params,
         batches: &[Batch],
     ) -> Result<Vec<Vec<f64>>> {
+        let mut mean = RunningMean::default();
+        self.each(model, params, batches, |rows| mean.add(rows.iter().map(|row| softmax(row))))?;
+        Ok(mean.finish())
+    }
+
+    /// The class probabilities of each member: members of rows of classes, `(m, n, c)`. What
+    /// [`Self::probabilities`] averages.
+    ///
+    /// # Errors
+    /// As [`Self::probabilities`].
+    pub fn draws(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        batches: &[Batch],
+    ) -> Result<Vec<Vec<Vec<f64>>>> {
+        let mut draws = Vec::new();
+        self.each(model, params, batches, |rows| draws.push(rows.iter().map(|row| softmax(row)).collect()))?;
+        Ok(draws)
+    }
+
+    /// Calls `take` with the logits of every row under each member.
+    fn each(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        batches: &[Batch],
+        mut take: impl FnMut(Vec<Vec<f64>>),
+    ) -> Result<()> {
         if self.members.is_empty() {
             return Err(Error::config("ensemble", "it has no member to average"));
         }
         let before = params.snapshot()?;
-        let mean = self.average(model, params, batches);
-        params.restore(&before)?;
-        mean
-    }
-
-    fn average(&self, model: &dyn Predictor, params: &Params, batches: &[Batch]) -> Result<Vec<Vec<f64>>> {
-        let mut mean = RunningMean::default();
-        for member in &self.members {
+        let done = self.members.iter().try_for_each(|member| {
             params.restore(member)?;
-            mean.add(logits(model, batches, &Pass::Mean.into())?.iter().map(|row| softmax(row)));
-        }
-        Ok(mean.finish())
+            take(logits(model, batches, &Pass::Mean.into())?);
+            Ok(())
+        });
+        params.restore(&before)?;
+        done
     }
 }
 
@@ -177,6 +201,11 @@ mod tests {
             let one = |w: f64| 1.0 / (1.0 + (-1.0 - id * w).exp());
             let expected = (one(-1.0) + one(2.0) + one(0.25)) / 3.0;
             assert!((row[0] - expected).abs() < 1e-12 && (row[0] + row[1] - 1.0).abs() < 1e-12, "{row:?}");
+        }
+        let draws = ensemble.draws(&model, &params, &batches)?;
+        assert_eq!(draws.len(), 3);
+        for (i, row) in got.iter().enumerate() {
+            assert_eq!(row[0], (draws[0][i][0] + draws[1][i][0] + draws[2][i][0]) / 3.0);
         }
         assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 14.0);
         Ok(())

@@ -11,6 +11,7 @@ pub mod masked;
 #[cfg(feature = "parquet")]
 pub mod parquet;
 mod row;
+pub mod split;
 pub mod superglue;
 pub mod task;
 pub mod tokenizer;

@@ -102,6 +102,23 @@ impl Dirichlet {
         (&a * (&a + 1.0)?)?.sum(D::Minus1)? / (&total * (&total + 1.0)?)?
     }
 
+    /// The expected entropy of the weights, `E[-sum pi_i ln pi_i]` over Dir(a), in nats; `(..)` of `(.., N)`.
+    ///
+    /// ```text
+    /// psi(a0 + 1) - sum (a_i / a0) psi(a_i + 1),   a0 = sum a
+    /// ```
+    ///
+    /// Its negative bounds `E[ln ||pi||^2]` from below (Jensen: `||pi||^2 = sum pi_i pi_i`), which has no closed
+    /// form.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn expected_entropy(&self) -> Result<Tensor> {
+        let a = self.concentration()?;
+        let own = (self.mean()? * digamma_of(&(&a + 1.0)?)?)?.sum(D::Minus1)?;
+        digamma_of(&(a.sum(D::Minus1)? + 1.0)?)? - own
+    }
+
     /// A draw of mixture weights.
     ///
     /// # Shapes

@@ -74,15 +74,24 @@ impl Gaussian {
 
     /// The expectation of [`Self::kl_standard`] over `Sigma ~ Wishart`; `(..)`.
     ///
+    /// # Errors
+    /// If candle fails.
+    pub fn expected_kl_standard(wishart: &Wishart) -> Result<Tensor> {
+        let (trace, log_det) = Self::expected_moments(wishart)?;
+        kl_standard_of(&trace, &log_det, wishart.dim()?)
+    }
+
+    /// `E tr Sigma` and `E ln |Sigma|` over `Sigma ~ Wishart`, each `(..)`.
+    ///
     /// ```text
-    /// 1/2 (df sum V_i - E ln |Sigma| - r)
+    /// E tr Sigma = df sum V_i
     /// E ln |Sigma| = sum_{i < r} psi((df - i) / 2) + r ln 2 + sum ln V_i      Full
     ///              = r psi(df / 2)                 + r ln 2 + sum ln V_i      Diagonal
     /// ```
     ///
     /// # Errors
     /// If candle fails.
-    pub fn expected_kl_standard(wishart: &Wishart) -> Result<Tensor> {
+    pub fn expected_moments(wishart: &Wishart) -> Result<(Tensor, Tensor)> {
         let (r, df) = (wishart.dim()?, wishart.df());
         let trace = (wishart.scale()?.sum(D::Minus1)? * df)?;
         let psi: f64 = match wishart.covariance() {
@@ -91,11 +100,21 @@ impl Gaussian {
         };
         let log_v = (wishart.log_std().sum(D::Minus1)? * 2.0)?;
         let log_det = (log_v + (psi + r as f64 * std::f64::consts::LN_2))?;
-        kl_standard_of(&trace, &log_det, r)
+        Ok((trace, log_det))
     }
 
     /// [`Self::kl_standard`] at draws of the covariance, `(l)`: one factor T for each of the `l` Wisharts,
     /// row-major, from [`fill_bartlett`](super::wishart::fill_bartlett).
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn sampled_kl_standard(wishart: &Wishart, bartlett: &[&[f64]]) -> Result<Tensor> {
+        let (trace, log_det) = Self::sampled_moments(wishart, bartlett)?;
+        kl_standard_of(&trace, &log_det, wishart.dim()?)
+    }
+
+    /// `tr Sigma` and `ln |Sigma|` at draws of the covariance, each `(l)`; the factors are those of
+    /// [`Self::sampled_kl_standard`].
     ///
     /// ```text
     /// tr Sigma = sum_i V_i |T_i|^2,   ln |Sigma| = 2 sum rho_i + 2 sum ln T_ii
@@ -103,7 +122,7 @@ impl Gaussian {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn sampled_kl_standard(wishart: &Wishart, bartlett: &[&[f64]]) -> Result<Tensor> {
+    pub fn sampled_moments(wishart: &Wishart, bartlett: &[&[f64]]) -> Result<(Tensor, Tensor)> {
         let (r, log_std) = (wishart.dim()?, wishart.log_std());
         let trace = mul_constant(&wishart.scale()?, &wishart.bartlett_squares(bartlett)?)?.sum(D::Minus1)?;
         let log_diagonal =
@@ -111,7 +130,7 @@ impl Gaussian {
         let log_diagonal = Tensor::from_vec(log_diagonal, bartlett.len(), &Device::Cpu)?;
         let log_diagonal = to_dtype_device(&log_diagonal, log_std.dtype(), log_std.device())?;
         let log_det = add_constant(&(log_std.sum(D::Minus1)? * 2.0)?, &log_diagonal)?;
-        kl_standard_of(&trace, &log_det, r)
+        Ok((trace, log_det))
     }
 }
 

@@ -14,9 +14,10 @@ use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 /// `name` with its A, B, ranks and scales (`config` says the rest), and freezes all but rho and c of
 /// it: A, B, a task head and the base stay what they were. Returns the layers.
 ///
-/// At the mean the model computes what it computed before. The LoRA adapter stays beside the new one,
-/// switched off; [`activate::remove`] takes it away. [`activate::activate`] releases A and B again: call it
-/// before, not after.
+/// At the mean the model computes what it computed before, whatever rho and c become: no metric of the
+/// mean prediction can change, and only averaged posterior draws can differ from the LoRA. The LoRA
+/// adapter stays beside the new one, switched off; [`activate::remove`] takes it away.
+/// [`activate::activate`] releases A and B again: call it before, not after.
 ///
 /// # Errors
 /// If no layer has an active adapter, one is not LoRA, `config` does not fit, or a layer has an

@@ -132,7 +132,7 @@ impl MonteCLoRA {
     }
 
     /// The scale of the perturbation: a schedule's factor counts in training alone.
-    fn eps(&self, cx: &Context) -> f64 {
+    pub(super) fn eps(&self, cx: &Context) -> f64 {
         let eps = self.posterior.sample_scaler();
         match cx.pass {
             Pass::Train { .. } => eps * cx.scaler_factors.of(&self.name),

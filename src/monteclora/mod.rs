@@ -3,7 +3,9 @@
 mod buffer;
 mod config;
 mod draw;
+mod evidence;
 mod layer;
+mod layer_sums;
 mod linear;
 mod noise;
 mod options;
@@ -17,11 +19,14 @@ mod schedule;
 pub use buffer::SampleBuffer;
 pub use config::{MonteCLoRAConfig, MAX_BUFFER_SIZE};
 pub use draw::PosteriorDraw;
+pub use evidence::EvidenceBound;
 pub use layer::MonteCLoRA;
 pub use linear::MonteCLoRALinear;
 pub use noise::{DrawNoise, DrawSpec, NoiseStreams};
 pub use options::{Compat, Initial, KlEvaluation, Mixture};
 pub use posterior::Posterior;
+#[cfg(feature = "train")]
+pub(crate) use regularizer::training_rows;
 pub use regularizer::{Regularizer, RegularizerTerms};
 pub use released::{Released, Walk};
 pub use scaler::SampleScaler;

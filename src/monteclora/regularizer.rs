@@ -4,19 +4,16 @@
 //! eta / L sum_layers (KL_D + KL_W + KL_N) + w_C / L sum_layers L_C
 //! ```
 
-use std::collections::BTreeMap;
-
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::config::MonteCLoRAConfig;
-use super::draw::weights;
+use super::evidence::EvidenceBound;
 use super::layer::MonteCLoRA;
+use super::layer_sums::{self, Beside, Layer};
 use super::noise::{DrawNoise, LatentNoise};
 use super::options::{Compat, KlEvaluation};
-use super::peft_compat;
 use super::posterior::Posterior;
-use crate::adapter::{AdaptableModel, Pass};
-use crate::dist::{Dirichlet, Gaussian, Wishart};
+use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::util::check::not_negative;
@@ -41,17 +38,22 @@ use crate::util::check::not_negative;
 /// assert!(terms.kl_gaussian.to_scalar::<f32>()? > 0.0 && terms.total.to_scalar::<f32>()? > 0.0);
 /// # Ok::<(), monteclora::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Regularizer {
     mode: KlEvaluation,
     kl_weight: f64,
     cooperative_weight: f64,
+    prior: Option<Prior>,
+    evidence: Option<EvidenceBound>,
+    rows: Option<f64>,
+    start: Option<PriorStart>,
 }
 
 /// The regulariser's value and its terms, all scalar tensors on the parameters' device.
 #[derive(Debug, Clone)]
 pub struct RegularizerTerms {
-    /// `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative`.
+    /// `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative + tau / n prior`, or, with an evidence
+    /// bound, `tau / n (kl_mean [+ L (kl_wishart + kl_dirichlet)])`, L the number of layers.
     pub total: Tensor,
     /// KL_N (eq. 10), the mean over layers.
     pub kl_gaussian: Tensor,
@@ -61,63 +63,104 @@ pub struct RegularizerTerms {
     pub kl_dirichlet: Tensor,
     /// L_C (eq. 13), the mean over layers.
     pub cooperative: Tensor,
+    /// The energy of the prior, its sum over layers and the head; where there is a prior.
+    pub prior: Option<Tensor>,
+    /// KL_A of the evidence bound, its sum over layers; where it is the objective.
+    pub kl_mean: Option<Tensor>,
 }
 
 impl Regularizer {
     /// The regulariser with the mode and the weights of `config`, which are checked at use.
     pub fn new(config: &MonteCLoRAConfig) -> Self {
-        Self { mode: config.mode, kl_weight: config.kl_weight, cooperative_weight: config.cooperative_weight }
+        Self {
+            mode: config.mode,
+            kl_weight: config.kl_weight,
+            cooperative_weight: config.cooperative_weight,
+            prior: config.prior,
+            evidence: config.evidence,
+            rows: None,
+            start: None,
+        }
     }
 
-    /// The regulariser of every layer whose active adapter is MonteCLoRA.
+    /// The same for a run on `rows` training rows (of a language model: target tokens), whose start are the
+    /// present values of `params`. A prior and the evidence bound ask for it; the other terms do not.
     ///
     /// # Errors
-    /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`],
-    /// which addresses no draw, or in [`KlEvaluation::Expected`] with posteriors of [`Compat::Peft`], whose
-    /// clipped variances have no expectation here.
-    pub fn for_model(&self, model: &dyn AdaptableModel, pass: &Pass) -> Result<RegularizerTerms> {
-        let mut posteriors = Vec::new();
+    /// If `rows` is zero, or candle cannot copy.
+    pub fn for_training(self, params: &Params, rows: usize) -> Result<Self> {
+        if rows == 0 {
+            return Err(Error::config("rows", "a prior weighs 1 / rows: expected at least 1, got 0"));
+        }
+        Ok(Self { rows: Some(rows as f64), ..self.with_start(params)? })
+    }
+
+    /// Whether a term weighs by the number of training rows.
+    #[cfg(feature = "train")]
+    pub(crate) fn needs_rows(&self) -> bool {
+        self.prior.is_some() || self.evidence.is_some()
+    }
+
+    /// The same with the start of training alone: the trainer tells the rows.
+    pub(crate) fn with_start(self, params: &Params) -> Result<Self> {
+        let needed = self.prior.is_some_and(|prior| prior.needs_start());
+        let start = needed.then(|| PriorStart::new(params)).transpose()?;
+        Ok(Self { start, ..self })
+    }
+
+    /// The regulariser of every layer whose active adapter is MonteCLoRA. `cx`: the pass, or the context with
+    /// the schedule's factors on eps, which a prior in expectation and the evidence bound see.
+    ///
+    /// # Errors
+    /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`](crate::Pass::Mean),
+    /// which addresses no draw, in [`KlEvaluation::Expected`] with posteriors of [`Compat::Peft`], whose
+    /// clipped variances have no expectation here, or with a prior or an evidence bound without
+    /// [`Self::for_training`].
+    pub fn for_model(&self, model: &dyn AdaptableModel, cx: impl Into<Context>) -> Result<RegularizerTerms> {
+        self.for_model_on(model, &cx.into(), self.rows)
+    }
+
+    /// [`Self::for_model`] of a run on `rows` rows.
+    pub(crate) fn for_model_on(
+        &self,
+        model: &dyn AdaptableModel,
+        cx: &Context,
+        rows: Option<f64>,
+    ) -> Result<RegularizerTerms> {
+        let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
             let adapter =
                 layer.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
-            posteriors.extend(adapter.map(|adapter| adapter.posterior().clone()));
+            layers.extend(adapter.map(|adapter| Layer::of(adapter, cx)));
             Ok(())
         })?;
-        self.of(&posteriors, pass)
+        self.at(&layers, self.draws(&layers, cx)?, rows)
     }
 
     /// The regulariser of these layers.
     ///
     /// # Errors
     /// As [`Self::for_model`].
-    pub fn for_layers(&self, layers: &[&MonteCLoRA], pass: &Pass) -> Result<RegularizerTerms> {
-        let posteriors: Vec<_> = layers.iter().map(|layer| layer.posterior().clone()).collect();
-        self.of(&posteriors, pass)
+    pub fn for_layers(&self, layers: &[&MonteCLoRA], cx: impl Into<Context>) -> Result<RegularizerTerms> {
+        let cx = cx.into();
+        let layers: Vec<_> = layers.iter().map(|layer| Layer::of(layer, &cx)).collect();
+        self.at(&layers, self.draws(&layers, &cx)?, self.rows)
     }
 
     /// The regulariser of these posteriors: all that share a shape and its options in one batch.
     ///
     /// # Errors
-    /// As [`Self::for_model`].
-    pub fn of(&self, posteriors: &[Posterior], pass: &Pass) -> Result<RegularizerTerms> {
-        let draws = match self.mode {
-            KlEvaluation::Expected => None,
-            KlEvaluation::Sampled => {
-                let Some(draw) = pass.posterior_draw()? else {
-                    return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
-                };
-                let latents = |p: &Posterior| p.spec().latents(p.streams(), draw);
-                Some(posteriors.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?)
-            }
-        };
-        self.at(posteriors, draws)
+    /// As [`Self::for_model`]; a prior and the evidence bound ask for layers, which have A and B.
+    pub fn of(&self, posteriors: &[Posterior], cx: impl Into<Context>) -> Result<RegularizerTerms> {
+        let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
+        self.at(&layers, self.draws(&layers, &cx.into())?, self.rows)
     }
 
     /// The regulariser at draws given from outside, one for each posterior, whatever the mode.
     ///
     /// # Errors
     /// If their numbers differ or are zero, a draw has not the shapes of its posterior, or a weight is
-    /// outside its domain.
+    /// outside its domain; as [`Self::of`].
     pub fn of_draws(&self, posteriors: &[Posterior], draws: &[DrawNoise]) -> Result<RegularizerTerms> {
         if posteriors.len() != draws.len() {
             let reason = format!("expected {}, one for each layer, got {}", posteriors.len(), draws.len());
@@ -128,103 +171,76 @@ impl Regularizer {
             draw.latents()
         };
         let draws = posteriors.iter().zip(draws).map(latents).collect::<candle_core::Result<_>>()?;
-        self.at(posteriors, Some(draws))
+        let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
+        self.at(&layers, Some(draws), self.rows)
+    }
+
+    /// The draws that the pass addresses, made again; none in expectation.
+    fn draws(&self, layers: &[Layer], cx: &Context) -> Result<Option<Vec<LatentNoise>>> {
+        if self.mode == KlEvaluation::Expected {
+            return Ok(None);
+        }
+        let Some(draw) = cx.pass.posterior_draw()? else {
+            return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
+        };
+        let latents = |layer: &Layer| layer.posterior.spec().latents(layer.posterior.streams(), draw);
+        Ok(Some(layers.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?))
     }
 
     /// The regulariser at these draws, or in expectation.
-    fn at(&self, posteriors: &[Posterior], draws: Option<Vec<LatentNoise>>) -> Result<RegularizerTerms> {
+    fn at(
+        &self,
+        layers: &[Layer],
+        draws: Option<Vec<LatentNoise>>,
+        rows: Option<f64>,
+    ) -> Result<RegularizerTerms> {
         not_negative("kl_weight", self.kl_weight)?;
         not_negative("cooperative_weight", self.cooperative_weight)?;
-        if draws.is_none() && posteriors.iter().any(|p| p.spec().config.compat == Compat::Peft) {
+        self.prior.map_or(Ok(()), |prior| prior.validate())?;
+        self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
+        if draws.is_none() && layers.iter().any(|l| l.posterior.spec().config.compat == Compat::Peft) {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
         }
-        let mut groups: BTreeMap<String, (Vec<&Posterior>, Vec<&LatentNoise>)> = BTreeMap::new();
-        for (i, posterior) in posteriors.iter().enumerate() {
-            let group = groups.entry(group_key(posterior)).or_default();
-            group.0.push(posterior);
-            group.1.extend(draws.as_ref().map(|draws| &draws[i]));
-        }
-        let mut total: Option<[Tensor; 4]> = None;
-        for (group, noise) in groups.values() {
-            let sums = sums(group, noise)?;
-            total = Some(match total {
-                None => sums,
-                Some(total) => {
-                    let add = |i: usize| -> candle_core::Result<Tensor> {
-                        &total[i] + sums[i].to_device(total[i].device())?
-                    };
-                    [add(0)?, add(1)?, add(2)?, add(3)?]
-                }
-            });
-        }
-        let Some([gaussian, wishart, dirichlet, cooperative]) = total else {
+        let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
+        let beside = Beside { prior: self.prior.as_ref(), start, evidence };
+        let Some(sums) = layer_sums::sums(layers, draws.as_deref(), beside)? else {
             return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
         };
-        let share = 1.0 / posteriors.len() as f64;
+        let share = 1.0 / layers.len() as f64;
+        let [gaussian, wishart, dirichlet, cooperative] = sums.terms;
         let (kl_gaussian, kl_wishart) = ((gaussian * share)?, (wishart * share)?);
         let (kl_dirichlet, cooperative) = ((dirichlet * share)?, (cooperative * share)?);
-        let kl = ((&kl_gaussian + &kl_wishart)? + &kl_dirichlet)?;
+        let prior = match (sums.prior, self.prior) {
+            (Some(layers), Some(prior)) => Some(match prior.head_energy(self.start.as_ref())? {
+                Some(head) => (&layers + head.to_device(layers.device())?)?,
+                None => layers,
+            }),
+            _ => None,
+        };
         // A term of weight zero still gives its zero gradient: without the task's (a sparse mixture,
         // one component) the concentration would have none, which training takes for a fault.
-        let total = (ops::scale(&kl, self.kl_weight)? + ops::scale(&cooperative, self.cooperative_weight)?)?;
-        Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative })
+        let total = if let (Some(bound), Some(kl_mean)) = (&self.evidence, &sums.kl_mean) {
+            let weight = bound.temperature / training_rows(rows)?;
+            let latents = if bound.latents { weight * layers.len() as f64 } else { 0.0 };
+            let kl = ops::scale(&(&kl_wishart + &kl_dirichlet)?, latents)?;
+            ((kl_mean * weight)? + kl)?
+        } else {
+            let kl = ((&kl_gaussian + &kl_wishart)? + &kl_dirichlet)?;
+            (ops::scale(&kl, self.kl_weight)? + ops::scale(&cooperative, self.cooperative_weight)?)?
+        };
+        let total = match (&prior, self.prior) {
+            (Some(energy), Some(prior)) => (total + (energy * (prior.temperature / training_rows(rows)?))?)?,
+            _ => total,
+        };
+        let kl_mean = sums.kl_mean;
+        Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative, prior, kl_mean })
     }
 }
 
-/// What layers must share to be computed in one batch.
-fn group_key(posterior: &Posterior) -> String {
-    let (spec, config) = (posterior.spec(), &posterior.spec().config);
-    format!(
-        "{} {} {} {} {:?} {:?} {:?} {:?} {:?}",
-        config.rank,
-        config.num_components,
-        config.degrees(),
-        config.dirichlet_prior,
-        config.covariance,
-        config.estimator,
-        config.compat,
-        spec.dtype,
-        spec.device.location()
-    )
-}
-
-/// The sums of KL_N, KL_W, KL_D and L_C over layers of one shape, stacked: `log_std` (l, r),
-/// `log_concentration` (l, n). Without noise the two that depend on the draw are expectations.
-fn sums(group: &[&Posterior], noise: &[&LatentNoise]) -> Result<[Tensor; 4]> {
-    let config = &group[0].spec().config;
-    // Not `Tensor::stack`, which has a node more for each layer.
-    let stack = |of: fn(&Posterior) -> &Tensor| {
-        let rows: Vec<_> = group.iter().map(|posterior| of(posterior)).collect();
-        Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
-    };
-    let (log_std, c) = (stack(Posterior::std_prior)?, stack(Posterior::expert_weights_prior)?);
-    let wishart = Wishart::new(&log_std, config.degrees(), config.covariance)?;
-    let dirichlet = Dirichlet::new(&c)?;
-    let terms = dirichlet.kl_terms_symmetric(config.dirichlet_prior)?;
-    let kl_dirichlet = match config.compat {
-        Compat::None => Dirichlet::kl_of_terms(terms)?,
-        Compat::Peft => peft_compat::kl_dirichlet(terms)?,
-    };
-    let (kl_gaussian, cooperative) = if noise.is_empty() {
-        (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?)
-    } else {
-        let uniforms: Vec<f64> = noise.iter().flat_map(|noise| noise.weights.iter().copied()).collect();
-        let uniforms = Tensor::from_vec(uniforms, (group.len(), config.num_components), &Device::Cpu)?;
-        let pi = weights(&c, config, &uniforms)?;
-        let factors: Vec<&[f64]> = noise.iter().map(|noise| noise.bartlett.as_slice()).collect();
-        let kl_gaussian = match config.compat {
-            Compat::None => Gaussian::sampled_kl_standard(&wishart, &factors)?,
-            Compat::Peft => {
-                let squares = wishart.bartlett_squares(&factors)?;
-                peft_compat::kl_gaussian(&log_std, &squares, config.num_components)?
-            }
-        };
-        (kl_gaussian, Dirichlet::cooperative(&pi)?)
-    };
-    Ok([
-        kl_gaussian.sum_all()?,
-        wishart.kl_standard()?.sum_all()?,
-        kl_dirichlet.sum_all()?,
-        cooperative.sum_all()?,
-    ])
+/// The number of training rows, which is not guessed.
+pub(crate) fn training_rows(rows: Option<f64>) -> Result<f64> {
+    rows.ok_or_else(|| {
+        let reason = "a prior weighs 1 / rows of the training set: Regularizer::for_training tells them";
+        Error::config("rows", reason)
+    })
 }

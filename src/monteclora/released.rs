@@ -22,7 +22,7 @@ use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
 use super::posterior::Posterior;
 use super::regularizer::{Regularizer, RegularizerTerms};
-use crate::adapter::{AdaptableModel, Adapter, Context, Params, Pass, Role};
+use crate::adapter::{AdaptableModel, Adapter, Context, Params, Role};
 use crate::error::{Error, Result};
 
 impl MonteCLoRAConfig {
@@ -135,8 +135,8 @@ impl Walk {
     ///
     /// # Errors
     /// As [`Regularizer::of`].
-    pub fn penalty(&self, pass: &Pass) -> Result<RegularizerTerms> {
+    pub fn penalty(&self, cx: impl Into<Context>) -> Result<RegularizerTerms> {
         let posteriors: Vec<_> = self.layers.iter().map(|(_, posterior)| posterior.clone()).collect();
-        self.regularizer.of(&posteriors, pass)
+        self.regularizer.of(&posteriors, cx)
     }
 }

@@ -1,4 +1,4 @@
-//! The factors on eps that a schedule gives a model's layers.
+//! The factors on eps that a schedule gives a model's layers, in training; predictions ask for none.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,8 @@
 //! The course of the sample scaler eps over training (adaptive scaling is the paper's future work).
 //!
-//! A schedule multiplies eps in training draws alone: prediction from the posterior keeps eps itself.
+//! A schedule multiplies eps in training draws alone: prediction from the posterior keeps eps itself. So
+//! one that anneals ([`ScalerSchedule::anneals`]) is for predictions by the mean: the end of its training
+//! has seen no perturbation as wide as those that a posterior draw then takes.
 
 use std::str::FromStr;
 
@@ -25,13 +27,18 @@ pub enum ScalerSchedule {
     /// Half a cosine from one down to (almost) zero.
     Cosine,
     /// Layer by layer, the root of the gradient's squared norm in A (a running mean) over the highest
-    /// it ever had. Why this quantity: to second order a perturbation raises the loss by eps^2 / 2 times
-    /// the curvature, and squared gradients stand for the curvature (Gauss-Newton); so noise stays
-    /// while there is a signal it can be told from, and fades with it.
+    /// it ever had: noise where gradients are large, and less of it as they fade. That is a heuristic of
+    /// exploration and approximates no posterior: squared gradients stand for the curvature
+    /// (Gauss-Newton), and where that is high a posterior is narrow.
     Adaptive,
 }
 
 impl ScalerSchedule {
+    /// Whether training may end with a smaller eps than it began with, and than predictions draw with.
+    pub fn anneals(&self) -> bool {
+        matches!(self, Self::Linear | Self::Cosine | Self::Adaptive)
+    }
+
     /// Checks the share of [`Self::Warmup`].
     ///
     /// # Errors
@@ -99,6 +106,10 @@ mod tests {
         let cosine = course("cosine")?;
         assert!((cosine[0], cosine[2]) == (1.0, 0.5) && cosine.is_sorted_by(|a, b| a > b), "{cosine:?}");
         assert!(course("adaptive")?.is_empty());
+        for text in ["constant", "linear", "cosine", "warmup-0.5", "warmup-1"] {
+            let falls = course(text)?.last() < course(text)?.first();
+            assert_eq!(text.parse::<ScalerSchedule>()?.anneals(), falls, "{text}");
+        }
         assert!("warmup-2".parse::<ScalerSchedule>().is_err() && "square".parse::<ScalerSchedule>().is_err());
         Ok(())
     }

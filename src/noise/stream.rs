@@ -24,6 +24,8 @@ pub enum Purpose {
     Mask,
     /// Sampling of outputs.
     Predict,
+    /// What a bootstrap draws again.
+    Resample,
 }
 
 impl Purpose {
@@ -38,6 +40,7 @@ impl Purpose {
             Self::Shuffle => 6,
             Self::Mask => 7,
             Self::Predict => 8,
+            Self::Resample => 9,
         }
     }
 }

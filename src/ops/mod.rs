@@ -36,6 +36,7 @@ mod skinny_gemm;
 mod swiglu;
 #[cfg(test)]
 mod tests;
+mod update_energy;
 mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
@@ -58,3 +59,4 @@ pub use rotary::rotary;
 pub use rows::Rows;
 pub use scaled_rows::add_scaled_rows;
 pub use swiglu::swiglu;
+pub use update_energy::update_energy;

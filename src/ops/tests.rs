@@ -122,6 +122,14 @@ fn cases() -> Vec<Case> {
         case("rms norm, trained", &[(&[5, 19], true), (&[19], true)], |t, path| {
             rms_norm(&t[0], &t[1], 1e-3, path)
         }),
+        case("update energy", &[(&[2, 3, 7], true), (&[2, 5, 3], true), (&[2, 3], true)], |t, path| {
+            update_energy(&t[0], &t[1], &t[2], &[0.7, 1.9], path)
+        }),
+        case(
+            "update energy, frozen factors",
+            &[(&[1, 3, 7], false), (&[1, 5, 3], true), (&[1, 3], false)],
+            |t, path| update_energy(&t[0], &t[1], &t[2], &[0.3], path),
+        ),
         case("add scaled rows", &[(&[3, 41], true), (&[3], true), (&[3, 41], false)], |t, path| {
             add_scaled_rows(&t[0], &t[1], &t[2], path)
         }),

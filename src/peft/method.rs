@@ -20,7 +20,7 @@ impl AdapterMethod {
         let (rank, alpha, dropout, use_rslora) =
             (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora);
         let Some(fields) = &config.monteclora_config else {
-            return Self::Lora(LoraConfig { rank, alpha, dropout, use_rslora });
+            return Self::Lora(LoraConfig { rank, alpha, dropout, use_rslora, prior: None });
         };
         let own = own.cloned().unwrap_or_else(MonteCLoRAConfig::peft);
         let cooperative_weight = match (fields.use_entropy, own.cooperative_weight > 0.0) {

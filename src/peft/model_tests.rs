@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Params, Pass, Role};
+use crate::adapter::{AdaptableLinear, AdaptableModel, Params, Pass, Prior, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
-use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::monteclora::{EvidenceBound, MonteCLoRA, MonteCLoRAConfig};
 use crate::noise::Noise;
 
 const PATHS: [&str; 3] = ["enc.layer.0.self.query", "enc.layer.1.self.query", "enc.layer.0.out.dense"];
@@ -104,12 +104,18 @@ fn load(file: &AdapterFile, toy: &mut Toy, adapter: &str) -> Result<()> {
 
 #[test]
 fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Result<()> {
-    for use_rslora in [false, true] {
-        let config = MonteCLoRAConfig { use_rslora, ..paper() };
+    let evidence = Some(EvidenceBound { std: 0.1, temperature: 0.5, latents: true });
+    for (use_rslora, prior, evidence) in
+        [(false, None, None), (true, Some(Prior::calibrated()), None), (true, None, evidence)]
+    {
+        let config = MonteCLoRAConfig { use_rslora, prior, evidence, ..paper() };
         let toy = Toy::adapted([3, 2, 3], &config)?;
         let dir = tempfile::tempdir().unwrap();
         file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let read = AdapterFile::read(dir.path())?;
+        // What a file of before had no word for is not in one that does not use it.
+        let text = std::fs::read_to_string(dir.path().join(OWN_FILE)).unwrap();
+        assert_eq!(text.contains("\"prior\"") || text.contains("\"evidence\""), use_rslora, "{text}");
         assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
         assert_eq!(read.config.rank_pattern, [(PATHS[1].to_string(), 2)]);
         let mut other = Toy::new(1)?;
@@ -180,7 +186,7 @@ fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
 
 #[test]
 fn lora_comes_and_goes_the_same_way() -> Result<()> {
-    let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false };
+    let config = LoraConfig { rank: 2, alpha: 5.0, dropout: 0.1, use_rslora: false, prior: None };
     let mut toy = Toy::new(1)?;
     let path = PATHS[0];
     toy.layers[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;

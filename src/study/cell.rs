@@ -9,7 +9,7 @@ use crate::metrics::Metrics;
 /// What a cell runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellKey {
-    /// The task's name.
+    /// The task's name; that of the training data where several tasks are measured.
     pub task: String,
     /// The recipe.
     pub method: String,
@@ -73,12 +73,75 @@ pub struct CellResult {
     pub losses: Vec<(usize, f64)>,
     /// Reliability diagrams, by arm.
     pub reliability: BTreeMap<String, Vec<Bin>>,
+    /// What was found on each task, where one training is measured on several: then `arms` and
+    /// `reliability` are empty.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tasks: BTreeMap<String, TaskResult>,
     /// AUROC of telling rows of another task from those of this one, by arm and score.
     pub ood: BTreeMap<String, f64>,
     /// Scalars that were trained.
     pub trainable_parameters: usize,
     /// Optimiser steps.
     pub steps: usize,
+}
+
+/// What a cell found on one of the tasks that it was measured on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TaskResult {
+    /// The task's primary metric.
+    pub metric: String,
+    /// As [`CellResult::arms`].
+    pub arms: BTreeMap<String, Metrics>,
+    /// As [`CellResult::reliability`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub reliability: BTreeMap<String, Vec<Bin>>,
+}
+
+impl CellResult {
+    /// That of a cell which nothing is known of yet.
+    pub(super) fn begun(key: &CellKey, metric: &str) -> Self {
+        Self {
+            key: key.clone(),
+            status: Status::Done,
+            reason: None,
+            metric: metric.to_string(),
+            arms: BTreeMap::new(),
+            losses: Vec::new(),
+            reliability: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            ood: BTreeMap::new(),
+            trainable_parameters: 0,
+            steps: 0,
+        }
+    }
+
+    /// Forgets what was measured, but not on which tasks: there, too, the cell went wrong.
+    pub(super) fn forget_measurements(&mut self) {
+        self.arms.clear();
+        self.reliability.clear();
+        self.ood.clear();
+        for task in self.tasks.values_mut() {
+            task.arms.clear();
+            task.reliability.clear();
+        }
+    }
+
+    /// The result as one of each task that it was measured on: what tables and pictures compare. One of
+    /// a single task is its own.
+    pub fn by_task(&self) -> Vec<Self> {
+        if self.tasks.is_empty() {
+            return vec![self.clone()];
+        }
+        let of_task = |(name, found): (&String, &TaskResult)| Self {
+            key: CellKey { task: name.clone(), ..self.key.clone() },
+            metric: found.metric.clone(),
+            arms: found.arms.clone(),
+            reliability: found.reliability.clone(),
+            tasks: BTreeMap::new(),
+            ..self.clone()
+        };
+        self.tasks.iter().map(of_task).collect()
+    }
 }
 
 /// What a cell cost: another figure each time, and so a file of its own.

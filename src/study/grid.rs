@@ -28,6 +28,12 @@ impl Grid {
         Self { tasks, methods, lrs, batch_sizes, seeds: vec![1] }
     }
 
+    /// The paper's six settings for LLaMA: two learning rates by three batch sizes.
+    pub fn paper_llama(tasks: Vec<String>, methods: Vec<String>) -> Self {
+        let (lrs, batch_sizes) = (vec![3e-4, 3e-5], vec![8, 16, 32]);
+        Self { lrs, batch_sizes, ..Self::paper(tasks, methods) }
+    }
+
     /// All cells. Methods change fastest, then learning rates: a grid that is stopped half-way has
     /// compared every method where it compared one.
     ///

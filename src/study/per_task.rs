@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use crate::data::task::Task;
 use crate::error::{Error, Result};
 
@@ -28,6 +30,45 @@ impl<T> PerTask<T> {
 impl<T> Default for PerTask<T> {
     fn default() -> Self {
         Self { entries: Vec::new() }
+    }
+}
+
+impl<T: Display> Display for PerTask<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (place, (task, value)) in self.entries.iter().enumerate() {
+            let comma = if place > 0 { "," } else { "" };
+            match task {
+                Some(task) => write!(f, "{comma}{task}={value}")?,
+                None => write!(f, "{comma}{value}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<T: Display> Serialize for PerTask<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// From its text, or from a number for all tasks.
+impl<'de, T: FromStr> Deserialize<'de> for PerTask<T>
+where
+    T::Err: Display,
+{
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Text {
+            Number(u64),
+            Text(String),
+        }
+        let text = match Text::deserialize(deserializer)? {
+            Text::Number(number) => number.to_string(),
+            Text::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -70,6 +111,7 @@ mod tests {
             let limits: PerTask<usize> = text.parse()?;
             let of = [Task::Sst2, Task::Cola, Task::Rte].map(|task| limits.get(task).copied());
             assert_eq!(of, [Some(4000), Some(7), Some(1000)], "{text}");
+            assert_eq!(limits.to_string().parse::<PerTask<usize>>()?, limits, "{text}");
         }
         let some: PerTask<usize> = "sst2=4000".parse()?;
         assert_eq!((some.get(Task::Sst2), some.get(Task::Rte)), (Some(&4000), None));

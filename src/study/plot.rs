@@ -1,17 +1,18 @@
-//! Plots of a study: box plots over a grid (the paper's figures 1, 4 and 7), training losses (figure
-//! 11), reliability diagrams. What is not finite is left out, and its place says so.
+//! Plots of a study: scores against the learning rate with a point for each seed or, of one seed, box plots
+//! over a grid (the paper's figures 1, 4 and 7), training losses (figure 11), reliability diagrams. What is not
+//! finite is left out, and its place says so.
 
 mod draw;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use draw::{Boxes, Panel, Panels};
+use draw::{Boxes, Ground, Panel, Panels};
 
 use super::cell::{Bin, CellResult, Status};
 use super::store::StoredCell;
 use crate::error::{Error, Result};
-use crate::metrics::{quantile, Metrics};
+use crate::metrics::{median, quantile, Metrics};
 
 /// Points of a loss curve.
 const POINTS: usize = 50;
@@ -23,23 +24,33 @@ const POINTS: usize = 50;
 /// If a file cannot be written.
 pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    let done = cells.iter().map(|cell| &cell.result).filter(|result| result.status == Status::Done);
+    let done: Vec<CellResult> = done.flat_map(CellResult::by_task).collect();
     let mut tasks: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
-    for StoredCell { result, .. } in cells.iter().filter(|cell| cell.result.status == Status::Done) {
+    for result in &done {
         tasks.entry(&result.key.task).or_default().push(result);
     }
     for (task, cells) in tasks {
         let metric = cells.first().map(|cell| cell.metric.as_str()).unwrap_or_default();
-        let boxes = [
-            ("metric", metric, groups(&cells, &|metrics| metrics.get(metric))),
-            ("nll", "NLL", groups(&cells, &|metrics| metrics.nll)),
-        ];
-        for (kind, name, groups) in boxes {
+        let seeds: BTreeSet<u64> = cells.iter().map(|cell| cell.key.seed).collect();
+        let of_metric = |metrics: &Metrics| metrics.get(metric);
+        let scores: [(&str, &str, &dyn Fn(&Metrics) -> Option<f64>); 2] =
+            [("metric", metric, &of_metric), ("nll", "NLL", &|metrics| metrics.nll)];
+        for (kind, name, value) in scores {
+            let (file, title) = (format!("{task}-{kind}"), format!("{task}: {name}"));
+            if seeds.len() > 1 {
+                // Few cells in a box plot hide themselves.
+                let panels = rates(&cells, value);
+                if !panels.is_empty() {
+                    let title = format!("{title}, a point for each cell, the line through medians");
+                    let axes = ("learning rate", "");
+                    draw::write(&Panels { title, axes, ground: Ground::Logarithmic, panels }, out, &file)?;
+                }
+                continue;
+            }
+            let groups = groups(&cells, value);
             if !groups.is_empty() {
-                draw::write(
-                    &Boxes { title: format!("{task}: {name}"), groups },
-                    out,
-                    &format!("{task}-{kind}"),
-                )?;
+                draw::write(&Boxes { title, groups }, out, &file)?;
             }
         }
         let curves = [
@@ -59,7 +70,8 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
         for (kind, name, axes, panels) in curves {
             if !panels.is_empty() {
                 let title = format!("{task}: {name}");
-                let picture = Panels { title, axes, diagonal: kind == "reliability", panels };
+                let ground = if kind == "reliability" { Ground::Diagonal } else { Ground::Plain };
+                let picture = Panels { title, axes, ground, panels };
                 draw::write(&picture, out, &format!("{task}-{kind}"))?;
             }
         }
@@ -83,6 +95,30 @@ fn groups(cells: &[&CellResult], value: &dyn Fn(&Metrics) -> Option<f64>) -> Vec
     groups.into_iter().map(finite).filter(|(_, values)| !values.is_empty()).collect()
 }
 
+/// A value of the cells against the learning rate by method and arm, in the order of names.
+fn rates(cells: &[&CellResult], value: &dyn Fn(&Metrics) -> Option<f64>) -> Vec<Panel> {
+    let mut arms: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+    for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
+        let name = format!("{} ({arm})", cell.key.method);
+        arms.entry(name).or_default().extend(value(metrics).map(|value| (cell.key.lr.log10(), value)));
+    }
+    let panel = |(name, values): (String, Vec<(f64, f64)>)| {
+        let mut scatter: Vec<(f64, f64)> =
+            values.iter().copied().filter(|(_, value)| value.is_finite()).collect();
+        scatter.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let middle = |rate: &[(f64, f64)]| {
+            (rate[0].0, median(&rate.iter().map(|(_, value)| *value).collect::<Vec<f64>>()))
+        };
+        let points = scatter.chunk_by(|a, b| a.0 == b.0).map(middle).collect();
+        let name = match values.len() - scatter.len() {
+            0 => name,
+            more => format!("{name}, {more} not finite"),
+        };
+        Panel { name, points, band: Vec::new(), scatter, marked: false }
+    };
+    arms.into_iter().map(panel).filter(|panel| !panel.points.is_empty()).collect()
+}
+
 /// Training losses by method over the share of training that is done.
 fn losses(cells: &[&CellResult]) -> Vec<Panel> {
     let mut methods: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
@@ -100,7 +136,7 @@ fn losses(cells: &[&CellResult]) -> Vec<Panel> {
                 band.push((low, high));
             }
         }
-        Panel { name: method.to_string(), points, band, marked: false }
+        Panel { name: method.to_string(), points, band, scatter: Vec::new(), marked: false }
     };
     methods.into_iter().map(panel).collect()
 }
@@ -121,7 +157,7 @@ fn reliability(cells: &[&CellResult]) -> Vec<Panel> {
     let point = |bin: &Bin| (bin.confidence / bin.count as f64, bin.accuracy / bin.count as f64);
     let panel = |(name, bins): (String, Vec<Bin>)| {
         let points = bins.iter().filter(|bin| bin.count > 0).map(point).collect();
-        Panel { name, points, band: Vec::new(), marked: true }
+        Panel { name, points, band: Vec::new(), scatter: Vec::new(), marked: true }
     };
     arms.into_iter().map(panel).collect()
 }
@@ -132,11 +168,11 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
 
-    fn cell(method: &str, accuracy: f64) -> StoredCell {
+    fn cell(method: &str, accuracy: f64, seed: u64) -> StoredCell {
         let metrics = Metrics { accuracy: Some(accuracy), nll: Some(f64::INFINITY), ..Metrics::default() };
         let (task, method) = ("rte".to_string(), method.to_string());
         let result = CellResult {
-            key: CellKey { task, method, lr: accuracy, batch_size: 8, seed: 1 },
+            key: CellKey { task, method, lr: accuracy, batch_size: 8, seed },
             status: Status::Done,
             reason: None,
             metric: "accuracy".to_string(),
@@ -144,6 +180,7 @@ mod tests {
             losses: vec![(1, 0.7), (2, 0.6)],
             reliability: [("mean".to_string(), vec![Bin { count: 4, confidence: 0.7, accuracy: 0.5 }])]
                 .into(),
+            tasks: BTreeMap::new(),
             ood: BTreeMap::new(),
             trainable_parameters: 1,
             steps: 2,
@@ -154,8 +191,10 @@ mod tests {
     #[test]
     fn pictures_name_what_they_show_and_what_is_not_finite_has_none() -> Result<()> {
         let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
-        let cells: Vec<StoredCell> =
-            [0.5, 0.6, 0.9].into_iter().flat_map(|a| [cell("lora", a), cell("monteclora", a)]).collect();
+        let cells: Vec<StoredCell> = [0.5, 0.6, 0.9]
+            .into_iter()
+            .flat_map(|a| [cell("lora", a, 1), cell("monteclora", a, 1)])
+            .collect();
         write_plots(&cells, dir.path())?;
         for kind in ["metric", "loss", "reliability"] {
             let path = dir.path().join(format!("rte-{kind}.svg"));
@@ -164,5 +203,24 @@ mod tests {
         }
         assert!(!dir.path().join("rte-nll.svg").exists());
         write_plots(&[], dir.path())
+    }
+
+    #[test]
+    fn of_several_seeds_every_cell_is_a_point_over_its_rate() -> Result<()> {
+        let stored =
+            [(0.5, 1), (0.5, 2), (0.6, 1), (0.6, 2), (0.6, 3)].map(|(a, seed)| cell("lora", a, seed));
+        let cells: Vec<&CellResult> = stored.iter().map(|cell| &cell.result).collect();
+        let panels = rates(&cells, &|metrics| metrics.accuracy);
+        assert_eq!((panels.len(), panels[0].name.as_str()), (1, "lora (mean)"));
+        assert_eq!(panels[0].scatter.len(), 5);
+        assert_eq!(panels[0].points, [(0.5f64.log10(), 0.5), (0.6f64.log10(), 0.6)]);
+        // Nothing finite is no picture.
+        assert!(rates(&cells, &|metrics| metrics.nll).is_empty());
+        let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+        write_plots(&stored, dir.path())?;
+        let path = dir.path().join("rte-metric.svg");
+        let svg = std::fs::read_to_string(&path).map_err(Error::io(&*path))?;
+        assert!(svg.contains("learning rate") && svg.matches("<circle").count() == 5, "{svg}");
+        Ok(())
     }
 }

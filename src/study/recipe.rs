@@ -2,11 +2,15 @@
 //!
 //! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
 //! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
-//! `monteclora-posthoc:adapter=DIR`.
+//! `monteclora-posthoc:adapter=DIR`, `monteclora-calibrated`, `map:form=update:width=0.4`.
+//!
+//! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` is; the others are for what is fitted
+//! after training, such as a temperature.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::adapter::{Prior, PriorForm};
 use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
@@ -16,9 +20,10 @@ use crate::optim::IvonConfig;
 use crate::train::Method;
 
 /// The names that a recipe can begin with.
-pub const NAMES: [&str; 16] = [
+pub const NAMES: [&str; 18] = [
     "full",
     "lora",
+    "map",
     "rslora",
     "loraplus",
     "lora-fa",
@@ -30,6 +35,7 @@ pub const NAMES: [&str; 16] = [
     "prompt",
     "blob",
     "monteclora",
+    "monteclora-calibrated",
     "monteclora-sparse",
     "monteclora-posthoc",
     "monteclora-released",
@@ -46,6 +52,10 @@ pub struct Recipe {
     pub targets: Targets,
     /// The learning rate of B as a multiple of that of A.
     pub loraplus_ratio: f64,
+    /// The learning rate of the task's head as a multiple of that of A.
+    pub head_lr_ratio: f64,
+    /// The learning rate of rho and c as a multiple of that of A.
+    pub variational_lr_ratio: f64,
     /// The constants of IVON, where it is the optimiser.
     pub ivon: Option<IvonConfig>,
     /// The posterior that is put on the trained LoRA, where there is one.
@@ -53,6 +63,9 @@ pub struct Recipe {
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
     /// layers count.
     pub adapter: Option<PathBuf>,
+    /// The share of its rows that it is not trained on: what is fitted after training, a temperature,
+    /// is fitted on them. 0 for none.
+    pub held_out: f64,
 }
 
 impl Recipe {
@@ -61,6 +74,14 @@ impl Recipe {
         self.post_hoc.is_some()
             || self.ivon.is_some()
             || matches!(self.method, Method::MonteCLoRA(_) | Method::Blob(_))
+    }
+
+    /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
+    pub fn notes(&self) -> Vec<&'static str> {
+        match &self.post_hoc {
+            Some(config) => Method::MonteCLoRA(config.clone()).notes(true),
+            None => self.method.notes(false),
+        }
     }
 
     /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
@@ -75,20 +96,21 @@ impl FromStr for Recipe {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
-        let bayes = match name {
-            "monteclora-released" => MonteCLoRAConfig::released(),
-            _ => MonteCLoRAConfig::default(),
-        };
-        let mut options = Options { bayes, ..Options::default() };
+        let mut options = Options::of(name);
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| wrong(text, "expected key=value"))?;
             options.set(key, value).map_err(|reason| wrong(text, &format!("{part}: {reason}")))?;
         }
-        let (lora, bayes) = (options.lora.clone(), options.bayes.clone());
+        let (mut lora, mut bayes) = (options.lora.clone(), options.bayes.clone());
+        if name == "map" {
+            lora.prior = Some(options.prior);
+        } else if name == "monteclora-calibrated" || options.of_prior.is_some() {
+            bayes.prior = Some(options.prior);
+        }
         let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
         let method = match name {
             "full" => Method::Full,
-            "lora" | "loraplus" | "ivon" | "monteclora-posthoc" => Method::Lora(lora),
+            "lora" | "loraplus" | "map" | "ivon" | "monteclora-posthoc" => Method::Lora(lora),
             "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
             "lora-fa" => Method::LoraFa(lora),
             "dora" => Method::Dora(lora),
@@ -97,7 +119,7 @@ impl FromStr for Recipe {
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
             "prompt" => Method::Prompt(options.prompt),
             "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob }),
-            "monteclora" => Method::MonteCLoRA(bayes.clone()),
+            "monteclora" | "monteclora-calibrated" => Method::MonteCLoRA(bayes.clone()),
             "monteclora-released" => Method::Released(bayes.clone()),
             "monteclora-sparse" => {
                 Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
@@ -113,6 +135,10 @@ impl FromStr for Recipe {
         if let Some(other) = options.of_ivon.filter(|_| name != "ivon") {
             return Err(wrong(text, &format!("{other} is an option of ivon")));
         }
+        let prior = name == "map" || name.starts_with("monteclora") && name != "monteclora-released";
+        if let Some(other) = options.of_prior.filter(|_| !prior) {
+            return Err(wrong(text, &format!("{other} is an option of map and of MonteCLoRA")));
+        }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
                 return Err(wrong(text, "adapter is an option of monteclora-posthoc"));
@@ -124,12 +150,15 @@ impl FromStr for Recipe {
         let ratio = if name == "loraplus" { 16.0 } else { 1.0 };
         Ok(Self {
             text: text.to_string(),
+            head_lr_ratio: options.head_ratio.unwrap_or_else(|| method.head_lr_ratio()),
             method,
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
+            variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
             ivon: (name == "ivon").then_some(options.ivon),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
+            held_out: options.held_out,
         })
     }
 }
@@ -139,12 +168,16 @@ fn wrong(text: &str, reason: &str) -> Error {
 }
 
 /// What the options change.
-#[derive(Default)]
 struct Options {
     lora: LoraConfig,
     bayes: MonteCLoRAConfig,
     targets: Targets,
     ratio: Option<f64>,
+    head_ratio: Option<f64>,
+    variational_ratio: Option<f64>,
+    prior: Prior,
+    /// An option that only a prior has.
+    of_prior: Option<&'static str>,
     prompt: PromptConfig,
     blob: BlobConfig,
     ivon: IvonConfig,
@@ -157,9 +190,38 @@ struct Options {
     /// An option that an adapter made elsewhere has settled.
     of_lora: Option<&'static str>,
     adapter: Option<PathBuf>,
+    held_out: f64,
 }
 
 impl Options {
+    /// Those of the recipe `name` before any is set.
+    fn of(name: &str) -> Self {
+        let bayes = match name {
+            "monteclora-calibrated" => MonteCLoRAConfig::calibrated(),
+            "monteclora-released" => MonteCLoRAConfig::released(),
+            _ => MonteCLoRAConfig::paper(),
+        };
+        Self {
+            lora: LoraConfig::default(),
+            bayes,
+            targets: Targets::default(),
+            ratio: None,
+            head_ratio: None,
+            variational_ratio: None,
+            prior: Prior::calibrated(),
+            of_prior: None,
+            prompt: PromptConfig::default(),
+            blob: BlobConfig::default(),
+            ivon: IvonConfig::default(),
+            of_posterior: None,
+            of_blob: None,
+            of_ivon: None,
+            of_lora: None,
+            adapter: None,
+            held_out: 0.0,
+        }
+    }
+
     fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         let number = || value.parse::<f64>().map_err(|e| e.to_string());
         let count = || value.parse::<usize>().map_err(|e| e.to_string());
@@ -176,6 +238,13 @@ impl Options {
             "estimator" => Some("estimator"),
             "scaler" => Some("scaler"),
             _ => self.of_posterior,
+        };
+        self.of_prior = match key {
+            "form" => Some("form"),
+            "width" => Some("width"),
+            "tau" => Some("tau"),
+            "head" => Some("head"),
+            _ => self.of_prior,
         };
         self.of_lora = match key {
             "rank" => Some("rank"),
@@ -204,6 +273,13 @@ impl Options {
             "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
             "tokens" => self.prompt.virtual_tokens = count()?,
             "ratio" => self.ratio = Some(number()?),
+            "head-ratio" => self.head_ratio = Some(number()?),
+            "variational-ratio" => self.variational_ratio = Some(number()?),
+            "form" => self.prior.form = prior_form(value)?,
+            "width" => self.prior.form = self.prior.form.with_std(number()?),
+            "tau" => self.prior.temperature = number()?,
+            "head" if value == "none" => self.prior.head_std = None,
+            "head" => self.prior.head_std = Some(number()?),
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
@@ -215,6 +291,12 @@ impl Options {
             "h0" => self.ivon.initial_hessian = number()?,
             "delta" => self.ivon.weight_decay = number()?,
             "radius" => self.ivon.clip_radius = number()?,
+            "held-out" => {
+                self.held_out = number()?;
+                if !(self.held_out > 0.0 && self.held_out < 1.0) {
+                    return Err("expected a share between 0 and 1".to_string());
+                }
+            }
             "n" => bayes.num_components = count()?,
             "eps" => bayes.sample_scaler = number()?,
             "eta" => bayes.kl_weight = number()?,
@@ -245,12 +327,25 @@ impl Options {
             }
             _ => {
                 let known =
-                    "rank, alpha, dropout, ratio, tokens, targets, adapter, n, eps, eta, cooperative, prior, \
-                             init, std, covariance, estimator, scaler, prior-std, root, kl-lr, gamma, ess, h0, delta, radius";
+                    "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, held-out, \
+                             adapter, n, eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, \
+                             form, width, tau, head, prior-std, root, kl-lr, gamma, ess, h0, delta, radius";
                 return Err(format!("there is no such option: {known}"));
             }
         }
         Ok(())
+    }
+}
+
+/// What a prior is put on, by name, at a width that suits the form; `width` comes after it.
+fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
+    match name {
+        "mean" => Ok(PriorForm::Mean { std: 0.1 }),
+        "start" => Ok(PriorForm::Start { std: 0.1 }),
+        "factors" => Ok(PriorForm::Factors { std_a: 0.1, std_b: 0.1 }),
+        "update" => Ok(PriorForm::Update { std: 0.4 }),
+        "expected-update" => Ok(PriorForm::ExpectedUpdate { std: 0.4 }),
+        _ => Err("expected mean, start, factors, update or expected-update".to_string()),
     }
 }
 
@@ -263,8 +358,8 @@ mod tests {
         for name in NAMES {
             let recipe: Recipe = name.parse()?;
             assert_eq!(recipe.text, name);
-            let drawn = ["ivon", "blob", "monteclora", "monteclora-sparse", "monteclora-posthoc"];
-            assert_eq!(recipe.has_posterior(), drawn.contains(&name));
+            let drawn = name.starts_with("monteclora") && name != "monteclora-released";
+            assert_eq!(recipe.has_posterior(), drawn || ["ivon", "blob"].contains(&name));
         }
         let recipe: Recipe = "monteclora:n=64:eps=1e-2:init=random:targets=all-linear:rank=4".parse()?;
         let Method::MonteCLoRA(config) = &recipe.method else { panic!("{recipe:?}") };
@@ -286,8 +381,36 @@ mod tests {
         let ivon: Recipe = "ivon:ess=400:h0=0.1".parse()?;
         assert!(!ivon.is_lora() && ivon.method == Method::Lora(LoraConfig::default()));
         assert_eq!(ivon.ivon.map(|c| (c.ess, c.initial_hessian)), Some((400.0, 0.1)));
+        let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=4".parse()?;
+        let prior = Prior { form: PriorForm::Update { std: 0.2 }, temperature: 1.0, head_std: None };
+        assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));
+        assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (4.0, 1.0));
+        let calibrated: Recipe = "monteclora-calibrated".parse()?;
+        assert_eq!(calibrated.method, Method::MonteCLoRA(MonteCLoRAConfig::calibrated()));
+        assert_eq!((calibrated.head_lr_ratio, "lora".parse::<Recipe>()?.head_lr_ratio), (10.0, 1.0));
+        let other: Recipe = "monteclora:tau=1".parse()?;
+        let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
+        assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));
         assert_eq!("loraplus:ratio=4".parse::<Recipe>()?.loraplus_ratio, 4.0);
+        assert_eq!("lora:held-out=0.15".parse::<Recipe>()?.held_out, 0.15);
         assert_eq!("loraplus".parse::<Recipe>()?.loraplus_ratio, 16.0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_recipe_tells_what_its_draws_are_not() -> Result<()> {
+        for (text, told) in [
+            ("lora", vec![]),
+            ("monteclora", vec![]),
+            ("monteclora:scaler=warmup-0.1", vec![]),
+            ("monteclora:scaler=cosine", vec!["wider than what was trained"]),
+            ("monteclora-posthoc", vec!["that of the LoRA by construction"]),
+            ("monteclora-posthoc:scaler=linear", vec!["that of the LoRA by construction", "wider than what"]),
+        ] {
+            let notes = text.parse::<Recipe>()?.notes();
+            assert_eq!(notes.len(), told.len(), "{text}: {notes:?}");
+            assert!(notes.iter().zip(told).all(|(note, part)| note.contains(part)), "{text}: {notes:?}");
+        }
         Ok(())
     }
 
@@ -297,12 +420,15 @@ mod tests {
             ("qlora", "none of full, lora"),
             ("lora:rank", "key=value"),
             ("lora:rank=x", "rank=x"),
+            ("lora:width=1", "width is an option of map"),
+            ("map:form=flat", "expected mean, start"),
             ("lora:eps=1", "eps is an option of MonteCLoRA"),
             ("lora:h0=1", "h0 is an option of ivon"),
             ("lora:kl-lr=1", "kl-lr is an option of blob"),
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
             ("monteclora-posthoc:adapter=", "expected a folder"),
+            ("lora:held-out=1", "between 0 and 1"),
             ("monteclora:size=3", "no such option"),
             ("monteclora:covariance=round", "full or diagonal"),
         ] {

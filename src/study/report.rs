@@ -9,15 +9,21 @@ mod calibration;
 mod claim;
 mod costs;
 mod csv;
+mod families;
 mod figures;
 mod pairs;
+mod plan;
+mod scores;
+mod sensitivity;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
-use super::store::{read_cells, settings_path};
+use super::plan::Plan;
+use super::rows::CellRows;
+use super::store::{read_cells, read_rows, settings_path};
 use crate::error::{Error, Result};
 use crate::metrics::median;
 use crate::util::files;
@@ -28,18 +34,26 @@ use figures::{rows, ArmFigures, FIGURES};
 /// results, except in `costs.md`.
 ///
 /// # Errors
-/// If a result cannot be read, or a file cannot be written.
+/// If a result or its rows cannot be read, two cells of a task were measured on other rows, the plan in the
+/// settings is none, or a file cannot be written.
 pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let stored = read_cells(results)?.into_iter();
     let (cells, costs): (Vec<CellResult>, Vec<_>) = stored.map(|cell| (cell.result, cell.cost)).unzip();
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
-    let settings = std::fs::read_to_string(settings_path(results)).unwrap_or_default();
-    files::write(&out.join("report.md"), markdown(&cells, &settings).as_bytes())?;
-    files::write(&out.join("report.csv"), csv::rows_csv(&rows(&cells)).as_bytes())?;
-    files::write(&out.join("cells.csv"), csv::cells_csv(&cells).as_bytes())?;
     let done = cells.iter().zip(costs).filter(|(cell, _)| cell.status == Status::Done);
     let costs: Vec<(&CellKey, CellCost)> = done.filter_map(|(cell, cost)| Some((&cell.key, cost?))).collect();
-    files::write(&out.join("costs.md"), costs::costs_markdown(&costs).as_bytes())
+    files::write(&out.join("costs.md"), costs::costs_markdown(&costs).as_bytes())?;
+    let cells: Vec<CellResult> = cells.iter().flat_map(CellResult::by_task).collect();
+    let settings = std::fs::read_to_string(settings_path(results)).unwrap_or_default();
+    let kept = read_rows(results)?;
+    let plan = match serde_json::from_str(&settings) {
+        Ok(settings) => Plan::of_settings(&settings, &settings_path(results))?,
+        Err(_) => None, // settings of another kind are shown, and mean nothing
+    };
+    let text = markdown(&cells, &settings) + &by_rows(&cells, &kept, plan.as_ref())?;
+    files::write(&out.join("report.md"), text.as_bytes())?;
+    files::write(&out.join("report.csv"), csv::rows_csv(&rows(&cells)).as_bytes())?;
+    files::write(&out.join("cells.csv"), csv::cells_csv(&cells).as_bytes())
 }
 
 fn markdown(cells: &[CellResult], settings: &str) -> String {
@@ -92,6 +106,34 @@ fn markdown(cells: &[CellResult], settings: &str) -> String {
     text
 }
 
+/// What rows and a plan add; nothing where no cell kept rows and there is no plan.
+fn by_rows(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    plan: Option<&(Plan, String)>,
+) -> Result<String> {
+    let mut text = String::new();
+    let baseline = baseline(cells.iter().map(|cell| &cell.key));
+    if !rows.is_empty() {
+        text.push_str(&scores::by_rows(cells, rows));
+    }
+    if let (false, Some(method)) = (rows.is_empty(), &baseline) {
+        let baseline = (method.clone(), MEAN.to_string());
+        text.push_str(&sensitivity::sensitivity(cells, &baseline));
+        if let Some(tested) = tested(cells) {
+            text.push_str(&sensitivity::seeds(cells, rows, &tested, &baseline)?);
+            if plan.is_none() {
+                let families = families::without_a_plan(cells, &tested, method);
+                text.push_str(&families::section(cells, rows, &families)?);
+            }
+        }
+    }
+    if let Some((plan, crc)) = plan {
+        text.push_str(&plan::section(cells, rows, plan, crc)?);
+    }
+    Ok(text)
+}
+
 /// The means over tasks of what a row says, for the arms that every task has.
 fn overall(rows: &BTreeMap<(String, Arm), ArmFigures>, tasks: usize) -> String {
     let mut text = format!("\n## Mean over {tasks} tasks\n\n| method | {} |\n", FIGURES.join(" | "));
@@ -129,5 +171,7 @@ fn foreign(cells: &[CellResult]) -> String {
     text
 }
 
+#[cfg(test)]
+mod row_tests;
 #[cfg(test)]
 mod tests;

@@ -1,10 +1,12 @@
 //! Running the cells of a grid: each once, each in a folder of its own, from wherever it stopped.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::grid::Shard;
+use super::rows::CellRows;
 use super::store::{settings_path, Store};
 use crate::error::{Error, Result};
 use crate::util::files;
@@ -37,7 +39,7 @@ pub fn run(
     settings: &serde_json::Value,
     cells: &[CellKey],
     shard: Shard,
-    cell: &mut dyn FnMut(&CellKey) -> (CellResult, CellCost),
+    cell: &mut dyn FnMut(&CellKey) -> (CellResult, CellCost, CellRows),
     progress: &mut dyn FnMut(&Progress, Option<&CellKey>),
 ) -> Result<Progress> {
     claim(dir, settings)?;
@@ -59,8 +61,8 @@ pub fn run(
             now.seconds_left = Some(each * (waiting.len() - ran) as f64);
         }
         progress(&now, Some(key));
-        let (result, cost) = cell(key);
-        store.add(&result, &cost)?;
+        let (result, cost, rows) = cell(key);
+        store.add(&result, &cost, &rows)?;
         count(&mut now, &result);
     }
     now.seconds_left = Some(0.0);
@@ -80,11 +82,24 @@ fn claim(dir: &Path, settings: &serde_json::Value) -> Result<()> {
     let text = format!("{settings:#}\n");
     match std::fs::read_to_string(&path) {
         Ok(found) if found == text => Ok(()),
-        Ok(_) => {
-            let reason = "it is of a study with other settings: give another folder, or these settings";
+        Ok(found) => {
+            let names = differing(&found, settings);
+            let reason = format!(
+                "it is of a study with other settings{names}: give another folder, or these settings"
+            );
             Err(Error::format(path, reason))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => files::write(&path, text.as_bytes()),
         Err(error) => Err(Error::io(path)(error)),
     }
+}
+
+/// The names of settings that are not those of the file with this text, in brackets.
+fn differing(found: &str, settings: &serde_json::Value) -> String {
+    let found: serde_json::Value = serde_json::from_str(found).unwrap_or_default();
+    let (Some(found), Some(now)) = (found.as_object(), settings.as_object()) else { return String::new() };
+    let names: BTreeSet<&String> =
+        found.keys().chain(now.keys()).filter(|name| found.get(*name) != now.get(*name)).collect();
+    let names: Vec<&str> = names.into_iter().map(String::as_str).collect();
+    format!(" ({})", names.join(", "))
 }

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::cell::{CellCost, CellKey, CellResult};
+use super::rows::CellRows;
 use crate::error::{Error, Result};
 use crate::util::{files, json};
 
@@ -20,8 +21,8 @@ const PACKED: &str = "cells.jsonl";
 const RESULT: &str = "result.json";
 /// What it cost.
 const COST: &str = "cost.json";
-/// Room for what a cell says of every row (`row`, `label`, log-probabilities): no cell is asked to leave it.
-/// In a packed study those of all cells, each tensor with the cell's folder before its name.
+/// What a cell says of every row (`row`, `label`, log-probabilities), where it kept that. In a packed study
+/// those of all cells, each tensor with the cell's folder before its name.
 const ROWS: &str = "rows.safetensors";
 
 /// A finished cell as it is kept.
@@ -41,6 +42,35 @@ pub struct StoredCell {
 /// it), or a cell is packed with another result than its folder holds.
 pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
     Ok(Store::open(dir)?.all()?.into_values().collect())
+}
+
+/// What the finished cells of the study in the folder `dir` say of every row, packed or not, by the names
+/// of their folders ([`CellKey::folder_name`]), of those of several tasks as [`CellResult::by_task`] has them;
+/// nothing of those that kept none.
+///
+/// # Errors
+/// As [`read_cells`]; besides, if a file of rows cannot be read or is not what one holds.
+pub fn read_rows(dir: &Path) -> Result<BTreeMap<String, CellRows>> {
+    let cells = Store::open(dir)?.all()?;
+    let mut found = BTreeMap::new();
+    let mut take = |path: &Path, cells: &[(&CellResult, String)]| -> Result<()> {
+        let Some(bytes) = present(path, fs::read(path))? else { return Ok(()) };
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, e.to_string()))?;
+        for (cell, prefix) in cells {
+            for own in cell.by_task() {
+                let task = if cell.tasks.is_empty() { String::new() } else { format!("{}/", own.key.task) };
+                let rows = CellRows::read(&file, &format!("{prefix}{task}"), path)?;
+                found.extend(rows.map(|rows| (own.key.folder_name(), rows)));
+            }
+        }
+        Ok(())
+    };
+    let packed: Vec<_> = cells.iter().map(|(name, cell)| (&cell.result, format!("{name}/"))).collect();
+    take(&dir.join(ROWS), &packed)?;
+    for (name, cell) in &cells {
+        take(&dir.join(name).join(ROWS), &[(&cell.result, String::new())])?;
+    }
+    Ok(found)
 }
 
 /// Packs the finished cells of the study in the folder `dir`: `cells.jsonl` and, where cells kept their
@@ -125,15 +155,18 @@ impl Store {
         }
     }
 
-    /// Writes a cell into a folder of its own. Each file appears whole or not at all, the cost first:
-    /// where there is a result, there is all of it.
+    /// Writes a cell into a folder of its own. Each file appears whole or not at all, the result last:
+    /// where there is one, there is all of the cell.
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn add(&self, result: &CellResult, cost: &CellCost) -> Result<()> {
+    pub fn add(&self, result: &CellResult, cost: &CellCost, rows: &CellRows) -> Result<()> {
         let folder = self.dir.join(result.key.folder_name());
         fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
         let write = |path: PathBuf, text: Result<String>| files::write(&path, text?.as_bytes());
+        if !rows.is_empty() {
+            rows.write(&folder.join(ROWS))?;
+        }
         write(folder.join(COST), line(&folder, cost))?;
         write(folder.join(RESULT), line(&folder, result))
     }

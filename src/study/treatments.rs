@@ -6,25 +6,27 @@ use candle_core::Tensor;
 
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
+use super::rows::CellRows;
 use super::tfb;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
 use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Replaced, Temperature, Uncertainty};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
+use crate::data::split::{self, Draw};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
-use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
+use crate::predict::{logits, posterior_draws, Predictor, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
 const BATCH: usize = 64;
 
-/// Rows that a Laplace approximation takes its curvature from, at most.
+/// Rows that a Laplace approximation takes its curvature from, at most: a stratified draw of the seed's.
 const LAPLACE_ROWS: usize = 512;
 /// Samples of its logits.
 const LAPLACE_SAMPLES: usize = 1000;
@@ -53,8 +55,28 @@ impl TrainedModel<'_> {
     }
 }
 
-/// Fills in the arms of a result.
-pub(super) fn measure(trained: TrainedModel, recipe: &Recipe, result: &mut CellResult) -> Result<()> {
+/// The arms that [`measure`] fills in of a task with classes: what a plan may name.
+pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
+    let mut arms = vec!["mean".to_string()];
+    if recipe.has_posterior() {
+        arms.push(format!("{draws} draws"));
+    }
+    let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
+        (false, _) => &[],
+        (true, true) => &["temperature", "tfb", "tfb held-out"],
+        (true, false) => &["mc dropout", "checkpoints", "last-layer laplace", "laplace"],
+    };
+    arms.extend(of_lora.iter().map(ToString::to_string));
+    arms
+}
+
+/// Fills in the arms of a result, and what they say of every row.
+pub(super) fn measure(
+    trained: TrainedModel,
+    recipe: &Recipe,
+    result: &mut CellResult,
+    rows: &mut CellRows,
+) -> Result<()> {
     let classifier = &trained.classifier;
     let dev = batches(classifier, trained.dev, BATCH)?;
     let mean = Predictions::new(classifier, trained.dev, &dev, 0)?;
@@ -63,62 +85,36 @@ pub(super) fn measure(trained: TrainedModel, recipe: &Recipe, result: &mut CellR
         return Ok(());
     }
     let labels = classes(trained.dev)?;
-    let mut arms = Arms { labels: &labels, result };
-    arms.add("mean", &mean.mean)?;
-    out_of_domain(&trained, recipe, &dev, &mean.mean, &mut arms)?;
-    if recipe.is_lora() {
-        of_trained_lora(trained, &dev, &mean.logits, &mut arms)?;
-    }
-    Ok(())
-}
-
-/// Posterior draws, and how well uncertainty tells foreign rows.
-fn out_of_domain(
-    trained: &TrainedModel,
-    recipe: &Recipe,
-    dev: &[Batch],
-    mean: &[Vec<f64>],
-    arms: &mut Arms,
-) -> Result<()> {
-    let classifier = &trained.classifier;
+    rows.label.clone_from(&labels);
+    rows.row = trained.dev.iter().map(|row| row.row as u32).collect();
     let foreign = match trained.foreign {
         [] => Vec::new(),
         rows => batches(classifier, rows, BATCH)?,
     };
-    let mut told = |name: &str, own: &[f64], other: &[f64]| -> Result<()> {
-        if !other.is_empty() {
-            arms.result.ood.insert(name.to_string(), auroc(own, other)?);
-        }
-        Ok(())
-    };
-    let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
+    let mut arms = Arms { labels: &labels, result, rows };
+    arms.add("mean", &mean.mean)?;
     let others = logits(classifier, &foreign, &Pass::Mean.into())?;
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
-    told("mean: entropy", &entropies(mean), &entropies(&others))?;
+    let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
+    arms.tell("mean: entropy", &entropies(&mean.mean), &entropies(&others))?;
     if recipe.has_posterior() {
         let replaced = trained.replaced()?;
         let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
-        let draws = posterior_draws(model, dev, trained.draws)?;
-        if !foreign.is_empty() {
-            let others = uncertainty(&posterior_draws(model, &foreign, trained.draws)?)?;
-            let own = uncertainty(&draws).map_err(not_finite)?;
-            let total = |rows: &[Uncertainty]| rows.iter().map(|row| row.total).collect::<Vec<_>>();
-            let epistemic = |rows: &[Uncertainty]| rows.iter().map(|row| row.epistemic).collect::<Vec<_>>();
-            told(&format!("{} draws: entropy", trained.draws), &total(&own), &total(&others))?;
-            let name = format!("{} draws: mutual information", trained.draws);
-            told(&name, &epistemic(&own), &epistemic(&others))?;
-        }
-        let mut average = RunningMean::default();
-        draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
-        arms.add(&format!("{} draws", trained.draws), &average.finish())?;
+        let draws = |rows: &[Batch]| posterior_draws(model, rows, trained.draws);
+        arms.add_draws(&format!("{} draws", trained.draws), draws(&dev)?, draws(&foreign)?)?;
+    }
+    if recipe.is_lora() {
+        of_trained_lora(trained, &dev, &foreign, &mean.logits, &mut arms)?;
     }
     Ok(())
 }
 
-/// The Bayesian treatments of a LoRA that was trained without a posterior.
+/// The Bayesian treatments of a LoRA that was trained without a posterior: those that are fitted on held-out
+/// rows where there are any, the others where it was trained on all of its rows.
 fn of_trained_lora(
     mut trained: TrainedModel,
     dev: &[Batch],
+    foreign: &[Batch],
     mean: &[Vec<f64>],
     arms: &mut Arms,
 ) -> Result<()> {
@@ -128,17 +124,20 @@ fn of_trained_lora(
         let logits = logits(classifier, &rows, &Pass::Mean.into())?;
         let temperature = Temperature::fit(&logits, &classes(trained.held_out)?).map_err(not_finite)?;
         arms.add("temperature", &temperature.probabilities(mean))?;
-        for (arm, rows) in tfb::arms(classifier, (&rows, &classes(trained.held_out)?), dev, trained.draws)? {
-            arms.add(arm, &rows)?;
-        }
+        let labels = classes(trained.held_out)?;
+        return tfb::arms(classifier, (&rows, &labels), dev, trained.draws)?
+            .iter()
+            .try_for_each(|(arm, rows)| arms.add(arm, rows));
     }
-    arms.add("mc dropout", &posterior_probabilities(&McDropout(classifier), dev, trained.draws)?)?;
+    let dropped = |rows: &[Batch]| posterior_draws(&McDropout(classifier), rows, trained.draws);
+    arms.add_draws("mc dropout", dropped(dev)?, dropped(foreign)?)?;
     let mut ensemble = Ensemble::new();
     trained.members.into_iter().for_each(|member| ensemble.push_snapshot(member));
     if !ensemble.is_empty() {
-        arms.add("checkpoints", &ensemble.probabilities(classifier, &classifier.params, dev)?)?;
+        let members = |rows: &[Batch]| ensemble.draws(classifier, &classifier.params, rows);
+        arms.add_draws("checkpoints", members(dev)?, members(foreign)?)?;
     }
-    let train = batches(classifier, trained.train, BATCH)?;
+    let train = batches(classifier, &curvature_first(trained.train, trained.noise), BATCH)?;
     // Merged, a backward pass ends at the head.
     merge::merge(trained.classifier.model.as_mut())?;
     let scope = Scope::LastLayer(LastLayer::of_head(&trained.classifier.params)?);
@@ -150,6 +149,14 @@ fn of_trained_lora(
     let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
     taps.remove(trained.classifier.model.as_mut())?;
     arms.add("laplace", &predicted?)
+}
+
+/// The rows with those first that a Laplace approximation reads: it scales their curvature up to all.
+fn curvature_first(rows: &[Encoded], noise: Noise) -> Vec<Encoded> {
+    let mut order = split::stratified(&split::strata(rows), LAPLACE_ROWS, noise, Draw::Curvature);
+    let chosen = order.clone();
+    order.extend((0..rows.len()).filter(|place| chosen.binary_search(place).is_err()));
+    split::at(rows, &order)
 }
 
 /// Probabilities under a Laplace approximation whose prior precision maximises the evidence.
@@ -169,6 +176,7 @@ fn laplace(
 struct Arms<'a> {
     labels: &'a [u32],
     result: &'a mut CellResult,
+    rows: &'a mut CellRows,
 }
 
 impl Arms<'_> {
@@ -176,6 +184,31 @@ impl Arms<'_> {
         let metrics = Metrics::classification(probabilities, self.labels).map_err(not_finite)?;
         self.result.arms.insert(arm.to_string(), metrics);
         self.result.reliability.insert(arm.to_string(), reliability(probabilities, self.labels));
+        self.rows.add(arm, probabilities);
+        Ok(())
+    }
+
+    /// The average of draws as an arm, and how well their uncertainty tells foreign rows, of which there are
+    /// as many draws.
+    fn add_draws(&mut self, arm: &str, draws: Vec<Vec<Vec<f64>>>, foreign: Vec<Vec<Vec<f64>>>) -> Result<()> {
+        let (own, others) = (uncertainty(&draws).map_err(not_finite)?, uncertainty(&foreign)?);
+        let both = |of: fn(&Uncertainty) -> f64| {
+            [&own, &others].map(|rows| rows.iter().map(of).collect::<Vec<f64>>())
+        };
+        let [total, total_of_others] = both(|row| row.total);
+        self.tell(&format!("{arm}: entropy"), &total, &total_of_others)?;
+        let [epistemic, epistemic_of_others] = both(|row| row.epistemic);
+        self.tell(&format!("{arm}: mutual information"), &epistemic, &epistemic_of_others)?;
+        let mut average = RunningMean::default();
+        draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
+        self.add(arm, &average.finish())
+    }
+
+    /// How well a score tells foreign rows, where there are any.
+    fn tell(&mut self, name: &str, own: &[f64], others: &[f64]) -> Result<()> {
+        if !others.is_empty() {
+            self.result.ood.insert(name.to_string(), auroc(own, others)?);
+        }
         Ok(())
     }
 }
@@ -190,7 +223,7 @@ fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
 }
 
 /// Predictions that are no probabilities are those of a model that diverged.
-fn not_finite(error: Error) -> Error {
+pub(super) fn not_finite(error: Error) -> Error {
     Error::NonFinite {
         step: 0,
         term: format!("predictions ({error})"),
@@ -201,7 +234,7 @@ fn not_finite(error: Error) -> Error {
 }
 
 /// The reliability diagram, in the bins of the expected calibration error: (low, high], of equal width.
-fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
+pub(super) fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
     let mut bins = vec![Bin::default(); ECE_BINS];
     for (row, label) in probabilities.iter().zip(labels) {
         let (best, highest) =

@@ -75,6 +75,11 @@ impl std::fmt::Debug for CausalTuning<'_> {
 }
 
 impl CausalTuning<'_> {
+    /// The target tokens of all rows: what the loss of an epoch is a mean over.
+    fn targets(&self) -> usize {
+        self.rows.iter().map(Tokens::targets).sum()
+    }
+
     fn chosen(&self, rows: &[usize]) -> Result<Vec<&Tokens>> {
         let chosen: Option<Vec<&Tokens>> = rows.iter().map(|row| self.rows.get(*row)).collect();
         chosen.ok_or_else(|| Error::config("rows", format!("{rows:?} are not all in the data")))
@@ -91,7 +96,8 @@ impl Objective for CausalTuning<'_> {
         let cx = self.hooks.context(cx)?;
         let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
         let task = causal_loss(self.model, &batch, &cx)?;
-        self.hooks.loss(task, self.model, &cx.pass)
+        let rows = self.hooks.needs_rows().then(|| self.targets());
+        self.hooks.loss(task, self.model, &cx, rows)
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {

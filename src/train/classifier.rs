@@ -146,12 +146,13 @@ impl Classifier {
         self.model.num_labels() == 1
     }
 
-    /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms.
+    /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms. `rows`: how many rows
+    /// the run trains on, which a prior and the evidence bound ask for.
     ///
     /// # Errors
-    /// If a label is out of range or of the wrong kind (the error names the data's row), or the
-    /// forward pass fails.
-    pub fn loss(&self, batch: &Batch, cx: &Context) -> Result<Loss> {
+    /// If a label is out of range or of the wrong kind (the error names the data's row), the method asks for
+    /// `rows` and there are none, or the forward pass fails.
+    pub fn loss(&self, batch: &Batch, cx: &Context, rows: Option<usize>) -> Result<Loss> {
         self.check_labels(batch)?;
         let cx = self.hooks.context(cx)?;
         let outputs = self.predict(batch, &cx)?;
@@ -161,7 +162,7 @@ impl Classifier {
         } else {
             ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?
         };
-        self.hooks.loss(task, self.model.as_ref(), &cx.pass)
+        self.hooks.loss(task, self.model.as_ref(), &cx, rows)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
@@ -255,7 +256,7 @@ impl Objective for Classification<'_> {
     }
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
-        self.classifier.loss(&self.batch(rows)?, cx)
+        self.classifier.loss(&self.batch(rows)?, cx, Some(self.rows.len()))
     }
 
     fn settings(&self) -> Settings {

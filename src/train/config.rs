@@ -52,6 +52,12 @@ pub struct TrainConfig {
     pub decay_variational: bool,
     /// How many times the learning rate of A that of B is (LoRA+).
     pub loraplus_ratio: f64,
+    /// How many times the learning rate of A that of a task's head is.
+    #[serde(skip_serializing_if = "is_one")]
+    pub head_lr_ratio: f64,
+    /// How many times the learning rate of A that of a posterior's own parameters rho and c is.
+    #[serde(skip_serializing_if = "is_one")]
+    pub variational_lr_ratio: f64,
     /// The constants of IVON, where it is the optimiser and not AdamW. It has one learning rate and its own decay of
     /// weights: ratios and [`Self::weight_decay`] are AdamW's.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,6 +84,8 @@ impl Default for TrainConfig {
             weight_decay: 0.01,
             decay_variational: false,
             loraplus_ratio: 1.0,
+            head_lr_ratio: 1.0,
+            variational_lr_ratio: 1.0,
             ivon: None,
             clip: Some(1.0),
             accumulation: 1,
@@ -86,6 +94,12 @@ impl Default for TrainConfig {
             on_nonfinite: OnNonFinite::Stop,
         }
     }
+}
+
+/// Checkpoints compare settings as text: what is as it always was is not written.
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks for it
+fn is_one(ratio: &f64) -> bool {
+    *ratio == 1.0
 }
 
 impl TrainConfig {
@@ -126,7 +140,12 @@ impl TrainConfig {
         let config = AdamWConfig {
             lr: self.lr,
             weight_decay: self.weight_decay,
-            lr_ratios: vec![(Role::B, self.loraplus_ratio)],
+            lr_ratios: vec![
+                (Role::B, self.loraplus_ratio),
+                (Role::Head, self.head_lr_ratio),
+                (Role::LogStd, self.variational_lr_ratio),
+                (Role::Concentration, self.variational_lr_ratio),
+            ],
             ..AdamWConfig::default()
         };
         if self.decay_variational {

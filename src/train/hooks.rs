@@ -8,11 +8,12 @@ use candle_core::Tensor;
 use super::objective::Loss;
 use super::schedule::Schedule;
 use super::settings::Settings;
-use crate::adapter::{AdaptableModel, Context, Params, Pass};
+use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::adapters::adalora::orthogonal_penalty;
+use crate::adapters::lora::prior_energy;
 use crate::adapters::{blob, AdaLoraConfig, BlobConfig, RankAllocator};
 use crate::error::{Error, Result};
-use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
+use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
 use crate::ops;
 use crate::optim::Gradients;
 
@@ -38,6 +39,10 @@ enum Kind {
         // The steps of a cycle of weights, once it is told.
         cycle: Mutex<Option<usize>>,
     },
+    Prior {
+        prior: Prior,
+        start: Option<PriorStart>,
+    },
     Budget {
         weight: f64,
         // A step is told to a shared objective; steps do not overlap.
@@ -52,10 +57,23 @@ impl From<Kind> for MethodHooks {
 }
 
 impl MethodHooks {
-    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler.
-    pub fn of_posterior(config: &MonteCLoRAConfig) -> Self {
+    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler. The present values of
+    /// `params` are where training starts.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn of_posterior(config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let scaler = Mutex::new(SampleScaler::new(config.scaler_schedule));
-        Kind::Posterior { regularizer: Regularizer::new(config), scaler }.into()
+        Ok(Kind::Posterior { regularizer: Regularizer::new(config).with_start(params)?, scaler }.into())
+    }
+
+    /// That of LoRA with a prior. The present values of `params` are where training starts.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn of_prior(prior: &Prior, params: &Params) -> Result<Self> {
+        let start = prior.needs_start().then(|| PriorStart::new(params)).transpose()?;
+        Ok(Kind::Prior { prior: *prior, start }.into())
     }
 
     /// That of the authors' released code, whose adapters are on `model`: a random walk of A, and a regulariser.
@@ -91,27 +109,46 @@ impl MethodHooks {
         &self.settings
     }
 
-    /// The task's loss with the method's penalty.
+    /// Whether [`Self::loss`] asks for the number of training rows.
+    pub fn needs_rows(&self) -> bool {
+        match &self.kind {
+            Kind::Posterior { regularizer, .. } => regularizer.needs_rows(),
+            Kind::Prior { .. } => true,
+            Kind::None | Kind::Walk(_) | Kind::Divergence { .. } | Kind::Budget { .. } => false,
+        }
+    }
+
+    /// The task's loss with the method's penalty. `rows`: how many rows the run trains on (of a language model:
+    /// target tokens), which a prior and the evidence bound weigh by.
     ///
     /// # Errors
-    /// If candle fails, or the model has no layer of the method.
-    pub fn loss(&self, task: Tensor, model: &dyn AdaptableModel, pass: &Pass) -> Result<Loss> {
+    /// If candle fails, the model has no layer of the method, or `rows` are asked for and not there.
+    pub fn loss(
+        &self,
+        task: Tensor,
+        model: &dyn AdaptableModel,
+        cx: &Context,
+        rows: Option<usize>,
+    ) -> Result<Loss> {
+        let rows = rows.map(|rows| rows as f64);
         match &self.kind {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
             Kind::Posterior { regularizer, .. } => {
-                let penalty = regularizer.for_model(model, pass)?;
+                let penalty = regularizer.for_model_on(model, cx, rows)?;
                 let total = (&task + &penalty.total)?;
-                let terms = vec![
+                let mut terms = vec![
                     ("task", task),
                     ("kl_gaussian", penalty.kl_gaussian),
                     ("kl_wishart", penalty.kl_wishart),
                     ("kl_dirichlet", penalty.kl_dirichlet),
                     ("cooperative", penalty.cooperative),
                 ];
+                terms.extend(penalty.prior.map(|prior| ("prior", prior)));
+                terms.extend(penalty.kl_mean.map(|kl| ("kl_mean", kl)));
                 Ok(Loss { total, terms })
             }
             Kind::Walk(walk) => {
-                let penalty = walk.penalty(pass)?;
+                let penalty = walk.penalty(cx)?;
                 let total = (&task + &penalty.total)?;
                 Ok(Loss { total, terms: vec![("task", task), ("regularizer", penalty.total)] })
             }
@@ -122,6 +159,13 @@ impl MethodHooks {
                     Ok(())
                 })?;
                 Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
+            }
+            Kind::Prior { prior, start } => {
+                let energy = prior_energy(model, prior, start.as_ref())?
+                    .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
+                let weight = prior.temperature / training_rows(rows)?;
+                let total = (&task + (&energy * weight)?)?;
+                Ok(Loss { total, terms: vec![("task", task), ("prior", energy)] })
             }
             Kind::Budget { weight, .. } => {
                 let penalty = orthogonal_penalty(model)?
@@ -141,7 +185,8 @@ impl MethodHooks {
     pub fn context(&self, cx: &Context) -> Result<Context> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => Ok(cx.clone().with_scaler_factors(locked(scaler)?.factors())),
-            Kind::None | Kind::Walk(_) | Kind::Divergence { .. } | Kind::Budget { .. } => Ok(cx.clone()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) => Ok(cx.clone()),
+            Kind::Divergence { .. } | Kind::Budget { .. } => Ok(cx.clone()),
         }
     }
 
@@ -164,7 +209,7 @@ impl MethodHooks {
         match &self.kind {
             Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),
             Kind::Walk(walk) => walk.before_step(step),
-            Kind::None | Kind::Divergence { .. } | Kind::Budget { .. } => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Divergence { .. } | Kind::Budget { .. } => Ok(()),
         }
     }
 
@@ -182,7 +227,7 @@ impl MethodHooks {
         total: usize,
     ) -> Result<()> {
         match &self.kind {
-            Kind::None | Kind::Walk(_) => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) => Ok(()),
             Kind::Divergence { config, cycle } => {
                 let reason = "BLoB's weights ask for the number of training rows: tell_rows";
                 let m = (*locked(cycle)?).ok_or_else(|| Error::config("rows", reason))?;
@@ -208,8 +253,9 @@ impl MethodHooks {
     /// If candle fails.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         match &self.kind {
+            Kind::None | Kind::Prior { .. } => Ok(BTreeMap::new()),
             // The walk is A itself, the place in a cycle the step's number.
-            Kind::None | Kind::Walk(_) | Kind::Divergence { .. } => Ok(BTreeMap::new()),
+            Kind::Walk(_) | Kind::Divergence { .. } => Ok(BTreeMap::new()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
             Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
         }
@@ -221,7 +267,7 @@ impl MethodHooks {
     /// If it is not the state of this method on this model.
     pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.kind {
-            Kind::None | Kind::Walk(_) | Kind::Divergence { .. } => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) | Kind::Divergence { .. } => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
             Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),
         }

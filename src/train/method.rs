@@ -84,6 +84,24 @@ impl Method {
         }
     }
 
+    /// How many times the adapters' learning rate suits a new task head: ten under a prior on the head, else one.
+    ///
+    /// While B is zero the update is learnt through the head, and the head through features that the update has
+    /// not changed. Under draws or a prior a slow head leaves both near their start, the majority class, for a
+    /// whole run of a few hundred steps (docs/RESULTS.md); the prior keeps a fast one from growing sure.
+    pub fn head_lr_ratio(&self) -> f64 {
+        let prior = match self {
+            Self::MonteCLoRA(config) => config.prior,
+            Self::Lora(config) => config.prior,
+            _ => None,
+        };
+        if prior.is_some_and(|prior| prior.head_std.is_some()) {
+            10.0
+        } else {
+            1.0
+        }
+    }
+
     /// The places before each row that it takes: the virtual tokens of prompt tuning, else none.
     pub fn virtual_tokens(&self) -> usize {
         match self {
@@ -101,6 +119,25 @@ impl Method {
             Self::Bottleneck(_) => regex(r".*\.(?:output\.dense|o_proj|down_proj)"),
             _ => Select::ModelDefault,
         }
+    }
+
+    /// What there is to know of its predictions before it is trained, a sentence each; `post_hoc` if it is
+    /// a posterior around a LoRA that stays as it is.
+    pub(crate) fn notes(&self, post_hoc: bool) -> Vec<&'static str> {
+        let mut notes = Vec::new();
+        if post_hoc {
+            notes.push(
+                "post hoc the mean prediction is that of the LoRA by construction: averaged draws alone can \
+                 differ from it",
+            );
+        }
+        if matches!(self, Self::MonteCLoRA(config) if config.scaler_schedule.anneals()) {
+            notes.push(
+                "its training may end with a far smaller eps than the draws of a prediction have: these are \
+                 wider than what was trained",
+            );
+        }
+        notes
     }
 
     /// The adapter of this method as its file has it, where it has one.
@@ -144,6 +181,12 @@ impl MethodInit {
         }
     }
 
+    /// What there is to know of the predictions before the training, a sentence each: that post hoc the
+    /// mean is the LoRA's, that a schedule which anneals eps away trains other draws than a prediction takes.
+    pub fn notes(&self) -> Vec<&'static str> {
+        self.method().notes(matches!(self, Self::PostHoc(..)))
+    }
+
     /// Puts the adapters on a model, their parameters into `params`; returns what the method asks of
     /// training beside the task's loss. Full fine-tuning adapts nothing.
     ///
@@ -164,9 +207,10 @@ impl MethodInit {
             }
         }
         let hooks = match self.method() {
-            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config),
+            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
             Method::Released(config) => MethodHooks::of_walk(model, &config, params)?,
             Method::Blob(config) => MethodHooks::of_divergence(&config),
+            Method::Lora(LoraConfig { prior: Some(prior), .. }) => MethodHooks::of_prior(&prior, params)?,
             Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
             _ => MethodHooks::default(),
         };
@@ -209,10 +253,16 @@ impl Method {
         let (rank, alpha) = match self {
             Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
+            Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
+                return Err(Error::config("prior", "LoRA-FA has none here"));
+            }
             Self::LoraFa(config) => return inject::lora_fa(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
             Self::Released(config) => {
                 return inject::monteclora_released(model, &targets, config, params).map(drop);
+            }
+            Self::Dora(LoraConfig { prior: Some(_), .. }) => {
+                return Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"));
             }
             Self::Dora(config) => (config.rank, config.alpha),
             Self::AdaLora(config) => (config.init_rank, config.alpha),

@@ -11,7 +11,7 @@ use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
 use crate::finetune::Log;
 use crate::llama::{frozen, toy_config};
@@ -59,6 +59,19 @@ fn both_methods_lower_the_loss_of_text_they_never_saw() -> Outcome {
         assert!(after < 0.7 * before, "{}: {before} -> {after}", method.name());
         let (again, _, same) = train(&method, 10, &config)?;
         assert_eq!((log.0, after), (again.0, same), "{}", method.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prior_weighs_by_the_tokens_that_are_learnt() -> Outcome {
+    let prior = Some(Prior { form: PriorForm::Mean { std: 0.1 }, temperature: 0.5, head_std: None });
+    let map = Method::Lora(LoraConfig { rank: 4, prior, ..LoraConfig::default() });
+    let config = TrainConfig { epochs: 1, ..TrainConfig::default() };
+    let tokens: usize = rows(60).iter().map(|row| row.ids.len() - 2).sum();
+    for record in train(&map, 10, &config)?.0 .0 {
+        let want = record.terms["task"] + 0.5 / tokens as f64 * record.terms["prior"];
+        assert!((record.loss - want).abs() < 1e-6 * want, "{record:?}");
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, MethodInit, Observer, Predictions, Record, TrainConfig,
 };
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
 use crate::llama;
 use crate::support::{scatter, toy_config, toy_weights, Outcome};
@@ -150,6 +150,37 @@ fn monteclora_logs_its_terms_and_lora_has_none() -> Outcome {
             }
             _ => assert_eq!(names, ["task"]),
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_trainer_tells_a_prior_how_many_rows_there_are() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    let form = PriorForm::Factors { std_a: 0.1, std_b: 0.2 };
+    let prior = Prior { form, temperature: 0.5, head_std: Some(1.0) };
+    let map = Method::Lora(LoraConfig { rank: 4, prior: Some(prior), ..LoraConfig::default() });
+    let calibrated = MonteCLoRAConfig { rank: 4, prior: Some(prior), ..MonteCLoRAConfig::calibrated() };
+    let evidence = Some(EvidenceBound { std: 0.1, temperature: 0.5, latents: false });
+    let evidence = MonteCLoRAConfig { rank: 4, evidence, ..MonteCLoRAConfig::paper() };
+    let rows = rows(48, false);
+    for method in [map, Method::MonteCLoRA(calibrated), Method::MonteCLoRA(evidence)] {
+        let classifier = load(&files, &method, 2)?;
+        let log = train(&classifier, &rows, 1)?;
+        let pull = |record: &Record| record.terms.get("prior").or(record.terms.get("kl_mean")).copied();
+        assert!(log.last().and_then(pull).is_some_and(|pull| pull > 0.0), "{method:?}");
+        for record in log {
+            let term = |name: &str| record.terms.get(name).copied().unwrap_or_default();
+            let kl = term("kl_gaussian") + term("kl_wishart") + term("kl_dirichlet");
+            let paper = if term("kl_mean") == 0.0 { 1e-5 * kl + term("cooperative") } else { 0.0 };
+            let want = term("task") + paper + 0.5 / 48.0 * (term("prior") + term("kl_mean"));
+            assert!((record.loss - want).abs() < 1e-5 * want, "{method:?} {record:?}");
+        }
+        // Of a batch alone nobody knows it.
+        let batch = &batches(&classifier, &rows, 8)?[0];
+        let error = classifier.loss(batch, &Pass::Mean.into(), None).unwrap_err().to_string();
+        assert!(error.starts_with("invalid rows"), "{error}");
     }
     Ok(())
 }
@@ -331,7 +362,7 @@ fn labels_that_do_not_fit_the_outputs_are_refused_by_their_row() -> Outcome {
         let objective = Classification { classifier: &classifier, rows: data, batcher };
         // Rows 3 to 5 of the data are rows 0 to 2 of the batch.
         let batch = objective.batch(&[3, 4, 5])?;
-        let error = classifier.loss(&batch, &Pass::Mean.into()).unwrap_err().to_string();
+        let error = classifier.loss(&batch, &Pass::Mean.into(), None).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");
         let error = Predictions::new(&classifier, &data[3..], &[batch], 0).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");

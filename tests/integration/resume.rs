@@ -14,7 +14,7 @@ use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, MethodInit, Observer,
     Predictions, Record, Summary, TrainConfig,
 };
-use monteclora::{Error, MonteCLoRAConfig, Noise, ScalerSchedule};
+use monteclora::{Error, MonteCLoRAConfig, Noise, Prior, PriorForm, ScalerSchedule};
 
 use crate::finetune::{checkpoint, rows};
 use crate::support::Outcome;
@@ -135,12 +135,19 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
     let post_hoc = MethodInit::PostHoc(adapter.clone(), bayes.clone());
     let fresh = |method| MethodInit::Fresh(method, Targets::default());
+    // Priors about the start of training, which the second part of a run begins elsewhere.
+    let form = PriorForm::Factors { std_a: 0.1, std_b: 0.1 };
+    let prior = Some(Prior { form, temperature: 1.0, head_std: Some(0.1) });
+    let map = LoraConfig { prior, ..lora.clone() };
+    let with_prior = MonteCLoRAConfig { prior, ..bayes.clone() };
     let bayes = fresh(Method::MonteCLoRA(bayes));
     let starts = [
         fresh(Method::Full),
         fresh(Method::Lora(lora)),
         bayes.clone(),
         fresh(Method::MonteCLoRA(adaptive)),
+        fresh(Method::Lora(map)),
+        fresh(Method::MonteCLoRA(with_prior)),
         fresh(Method::AdaLora(AdaLoraConfig::towards(2))),
         fresh(Method::Blob(BlobConfig { rank: 4, ..BlobConfig::default() })),
         fresh(Method::LoraFa(LoraConfig { rank: 4, ..LoraConfig::default() })),

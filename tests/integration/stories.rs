@@ -21,7 +21,7 @@ use crate::finetune::Log;
 use crate::support::{skipped, Outcome};
 
 /// A bundled folder; the published package has none.
-fn asset(name: &str) -> Option<PathBuf> {
+pub fn asset(name: &str) -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
     if !dir.is_dir() {
         skipped(&format!("{} is in the repository, not in the package", dir.display()));

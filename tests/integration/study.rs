@@ -8,11 +8,13 @@ use std::time::Duration;
 use candle_core::{DType, Device};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
+use monteclora::data::split::{self, Draw};
 use monteclora::data::task::Task;
 use monteclora::inject::Targets;
+use monteclora::metrics;
 use monteclora::models::hub::ModelFiles;
 use monteclora::noise::Noise;
-use monteclora::study::{self, CellKey, Grid, Shard, Status, Trial};
+use monteclora::study::{self, CellKey, Grid, Plan, Shard, Status, Trial};
 use monteclora::train::{self, Classification, Classifier, Method, MethodInit, TrainConfig};
 use serde_json::json;
 
@@ -24,8 +26,8 @@ fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {
     run(&Trial {
         files,
         task: Task::Rte,
-        train: &all[..64],
-        held_out: &all[64..80],
+        train: &all[..80],
+        limit_train: Some(64),
         dev: &all[80..],
         foreign: &all[..8],
         epochs: 2,
@@ -45,32 +47,39 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
     trial(&files, |trial| {
         for name in study::recipe::NAMES {
             let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
-            let (result, cost) = trial.run(&key(&method, 5e-3));
+            let (result, cost, kept) = trial.run(&key(&method, 5e-3));
             assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
             let mean = &result.arms["mean"];
             assert!(mean.nll.is_some_and(f64::is_finite) && mean.accuracy.is_some(), "{name}: {mean:?}");
-            let draws =
-                ["ivon", "blob", "monteclora", "monteclora-sparse", "monteclora-posthoc"].contains(&name);
-            assert_eq!(result.arms.contains_key("3 draws"), draws, "{name}");
-            let of_lora = [
-                "temperature",
-                "tfb",
-                "tfb held-out",
-                "mc dropout",
-                "checkpoints",
-                "last-layer laplace",
-                "laplace",
-            ];
-            let plain = ["lora", "rslora", "loraplus"].contains(&name);
+            let drawn = name.starts_with("monteclora") && name != "monteclora-released";
+            let drawn = drawn || ["ivon", "blob"].contains(&name);
+            assert_eq!(result.arms.contains_key("3 draws"), drawn, "{name}");
+            assert!(!result.arms.contains_key("temperature"), "{name}: nothing was held out");
+            let of_lora = ["mc dropout", "checkpoints", "last-layer laplace", "laplace"];
+            let plain = ["lora", "map", "rslora", "loraplus"].contains(&name);
             assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
-            let told = if draws { 3 } else { 1 };
+            let told = match name {
+                _ if plain => 5,
+                _ if drawn => 3,
+                _ => 1,
+            };
             assert_eq!(result.ood.len(), told, "{name}");
-            let steps = if name == "monteclora-posthoc" { 32 } else { 16 };
-            assert_eq!((result.steps, result.losses.len()), (steps, 16), "{name}");
+            // Post hoc, too: LoRA and posterior share the budget.
+            assert_eq!((result.steps, result.losses.len()), (16, 16), "{name}");
             let rows: usize = result.reliability["mean"].iter().map(|bin| bin.count).sum();
             assert_eq!(rows, 40, "{name}");
             assert!(cost.seconds > 0.0 && result.trainable_parameters > 0);
-            assert_eq!(result, trial.run(&key(&method, 5e-3)).0, "{name}");
+            let again = trial.run(&key(&method, 5e-3));
+            assert_eq!((&result, &kept), (&again.0, &again.2), "{name}");
+            // What is kept of the rows gives the scores again.
+            assert_eq!(kept.row, (80..120).collect::<Vec<u32>>(), "{name}");
+            assert!(kept.arms.keys().eq(result.arms.keys()), "{name}");
+            for (arm, metrics) in &result.arms {
+                let (probabilities, classes) = kept.probabilities(arm).ok_or("no rows")?;
+                let rows: Vec<Vec<f64>> = probabilities.chunks(classes).map(<[f64]>::to_vec).collect();
+                let again = metrics::nll(&rows, &kept.label)?;
+                assert!(metrics.nll.is_some_and(|nll| (nll / again - 1.0).abs() < 1e-6), "{name} {arm}");
+            }
         }
         Ok(())
     })
@@ -81,31 +90,51 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
     trial(&files, |trial| {
-        let (here, _) = trial.run(&key("monteclora-posthoc:rank=4:alpha=8", 5e-3));
-        // The same LoRA as the first phase of that, by hand.
+        let (here, ..) = trial.run(&key("monteclora-posthoc:rank=4:alpha=8", 5e-3));
+        // The same LoRA as the first half of that, by hand.
         let method = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
         let start = MethodInit::Fresh(method, Targets::default());
         let classifier = Classifier::load(&files, 2, &start, Noise::new(3), DType::F32, &Device::Cpu)?;
         let batcher = Batcher::new(8, false, Noise::new(3))?;
-        let objective = Classification { classifier: &classifier, rows: trial.train, batcher };
-        let config =
-            TrainConfig { epochs: trial.epochs, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
+        let own = split::stratified(&split::strata(trial.train), 64, Noise::new(3), Draw::Training);
+        let rows = split::at(trial.train, &own);
+        let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+        let config = TrainConfig { epochs: 1, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
         train::fit(&objective, &classifier.params, &config, &mut Log::default())?;
         classifier.save("toy", dir.path())?;
 
         let adapter = dir.path().join("adapter");
         let recipe = format!("monteclora-posthoc:adapter={}", adapter.display());
-        let (elsewhere, _) = trial.run(&key(&recipe, 5e-3));
+        let (elsewhere, ..) = trial.run(&key(&recipe, 5e-3));
         assert_eq!((elsewhere.status, &elsewhere.reason), (Status::Done, &None));
-        assert_eq!((&elsewhere.arms, &elsewhere.ood), (&here.arms, &here.ood));
+        // The mean is the LoRA's, however its posterior was trained; the draws are not.
+        assert_eq!(elsewhere.arms["mean"], here.arms["mean"]);
+        assert_ne!(elsewhere.arms["3 draws"], here.arms["3 draws"]);
         // Its own training alone, of rho and c of six layers alone.
-        assert_eq!((elsewhere.steps, here.steps), (16, 32));
+        assert_eq!((elsewhere.steps, here.steps, trial.epochs), (16, 16, 2));
         assert_eq!(elsewhere.trainable_parameters, 6 * (4 + 4));
 
         let absent = format!("monteclora-posthoc:adapter={}", dir.path().join("absent").display());
-        let (failed, _) = trial.run(&key(&absent, 5e-3));
+        let (failed, ..) = trial.run(&key(&absent, 5e-3));
         assert_eq!(failed.status, Status::Failed);
         assert!(failed.reason.is_some_and(|reason| reason.contains("absent")));
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_held_out_comes_out_of_the_seed_s_own_rows() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = checkpoint(dir.path())?;
+    trial(&files, |trial| {
+        let (held, ..) = trial.run(&key("lora:rank=4:alpha=8:held-out=0.25", 5e-3));
+        assert_eq!((held.status, &held.reason), (Status::Done, &None));
+        assert_eq!(held.arms.keys().collect::<Vec<_>>(), ["mean", "temperature", "tfb", "tfb held-out"]);
+        // 48 rows in batches of 8, twice; the whole has 64.
+        let (whole, ..) = trial.run(&key("lora:rank=4:alpha=8", 5e-3));
+        assert_eq!((held.steps, whole.steps), (12, 16));
+        let other = CellKey { seed: 4, ..key("lora:rank=4:alpha=8:held-out=0.25", 5e-3) };
+        assert_ne!(trial.run(&other).0.losses, held.losses);
         Ok(())
     })
 }
@@ -115,7 +144,7 @@ fn draws_of_a_posterior_without_width_predict_what_the_mean_does() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
     trial(&files, |trial| {
-        let (result, _) = trial.run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
+        let (result, ..) = trial.run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
         let (mean, draws) = (&result.arms["mean"], &result.arms["3 draws"]);
         let (mean, draws) = (mean.nll.ok_or("no NLL")?, draws.nll.ok_or("no NLL")?);
         // It is told apart from a softmax of probabilities: the mean has learnt something.
@@ -129,10 +158,11 @@ fn a_cell_that_goes_wrong_is_a_result() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = checkpoint(dir.path())?;
     trial(&files, |trial| {
-        let (diverged, _) = trial.run(&key("lora:rank=4", 1e30));
+        let (diverged, _, rows) = trial.run(&key("lora:rank=4", 1e30));
+        assert!(rows.is_empty());
         assert_eq!(diverged.status, Status::Diverged, "{:?}", diverged.reason);
         assert!(!diverged.losses.is_empty() && diverged.arms.is_empty());
-        let (failed, _) = trial.run(&key("lora:rank=4000", 1e-3));
+        let (failed, ..) = trial.run(&key("lora:rank=4000", 1e-3));
         assert_eq!(failed.status, Status::Failed);
         assert!(failed.reason.is_some_and(|reason| reason.contains("rank")));
         Ok(())
@@ -248,6 +278,70 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
-    assert!(other.is_err_and(|error| error.to_string().contains("other settings")));
+    assert!(other.is_err_and(|error| error.to_string().contains("with other settings (epochs)")));
+    Ok(())
+}
+
+#[test]
+fn a_plan_is_run_reported_and_judged_from_its_folder_alone() -> Outcome {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/plan_bundled.json");
+    let (bundled, crc) = Plan::read(&path)?;
+    assert_eq!((bundled.cells()?.len(), crc.len()), (3 * (3 * 3 + 1), 8));
+
+    let home = home()?;
+    let files = ModelFiles::locate(home.path().join("model").to_str().ok_or("a path")?, None)?;
+    let own = "monteclora:rank=4:alpha=8 (3 draws)";
+    let plan = json!({
+        "name": "toy", "model": "toy", "tasks": ["rte"],
+        "methods": [{
+            "recipes": ["lora:rank=4:alpha=8", "lora:rank=4:alpha=8:held-out=0.25", "monteclora:rank=4:alpha=8"],
+            "lrs": [1e-3, 5e-3],
+        }],
+        "batch_sizes": [8], "seeds": [1, 2], "limit_train": 64, "epochs": "2", "draws": 3,
+        "families": {"primary": [
+            {"arm": own, "against": "lora:rank=4:alpha=8 (mean)", "scores": ["nll", "ece"]},
+            {"arm": own, "against": "lora:rank=4:alpha=8:held-out=0.25 (temperature)", "scores": ["accuracy"]},
+        ]},
+        "success": [
+            {"sensitivity": {"arm": own, "against": "lora:rank=4:alpha=8 (mean)", "most": 1e6, "of": "variance"}},
+        ],
+    });
+    std::fs::write(home.path().join("plan.json"), plan.to_string())?;
+    let (plan, crc) = Plan::read(&home.path().join("plan.json"))?;
+    let study = home.path().join("study");
+    trial(&files, |trial| {
+        let settings = plan.settings(&crc)?;
+        let mut cell = |key: &CellKey| trial.run(key);
+        study::run(&study, &settings, &plan.cells()?, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+        Ok(())
+    })?;
+    let report = || -> Outcome<String> {
+        study::write_report(&study, &study)?;
+        Ok(std::fs::read_to_string(study.join("report.md"))?)
+    };
+    let text = report()?;
+    let start = "Of 12 planned cells 12 are done, 0 diverged, 0 failed, 0 have not run.";
+    assert!(text.contains(start) && text.contains(&format!("CRC-32 of the file: {crc}.")), "{text}");
+    assert!(text.contains(&format!("| {own} | lora:rank=4:alpha=8 (mean) | NLL | 4 | 2 | ")), "{text}");
+    assert!(text.contains("**Everything that the plan counts as success was found.**"), "{text}");
+    study::pack(&study)?;
+    assert_eq!((report()?, study::read_rows(&study)?.len()), (text, 12));
+    Ok(())
+}
+
+#[test]
+fn reports_of_studies_that_kept_no_rows_are_as_they_were() -> Outcome {
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/results");
+    for name in ["bundled", "minilm", "minilm-ablation"] {
+        let (dir, out) = (results.join(name), tempfile::tempdir()?);
+        assert!(study::read_rows(&dir)?.is_empty(), "{name}");
+        study::write_report(&dir, out.path())?;
+        for file in ["report.md", "report.csv", "cells.csv"] {
+            assert_eq!(
+                std::fs::read_to_string(out.path().join(file))?,
+                std::fs::read_to_string(dir.join(file))?
+            );
+        }
+    }
     Ok(())
 }

@@ -76,7 +76,7 @@ fn those_of_the_whole_adapter_in_every_pass() -> Result<()> {
 fn those_of_lora() -> Result<()> {
     for dropout in [0.0, 0.4] {
         let (params, base) = (store(3), base(5, 4)?);
-        let config = LoraConfig { rank: 3, alpha: 5.0, dropout, use_rslora: true };
+        let config = LoraConfig { rank: 3, alpha: 5.0, dropout, use_rslora: true, ..Default::default() };
         let layer = Lora::new(&params, "layer", "default", (5, 4), &config)?;
         shake(&params)?;
         let (xs, target) = (normals("xs", &[6, 5])?, normals("target", &[6, 4])?);

@@ -12,6 +12,7 @@ mod mixture;
 mod opponents;
 mod oracle;
 mod peft;
+mod prior;
 mod regularizer;
 
 use candle_core::{DType, Device, Tensor};

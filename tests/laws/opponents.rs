@@ -207,7 +207,7 @@ fn under_the_released_code_the_task_trains_b_and_the_regulariser_the_rest() -> R
     let at = |pass: Pass| loss(&model, &xs, &pass.into());
     let values = PASSES.map(|pass| at(pass).and_then(|loss| Ok(loss.to_scalar::<f64>()?)).unwrap());
     assert!(values[1] == values[0] && values[2] == values[0], "no pass draws");
-    let (task, penalty) = (at(PASSES[1])?.backward()?, walk.penalty(&PASSES[1])?.total.backward()?);
+    let (task, penalty) = (at(PASSES[1])?.backward()?, walk.penalty(PASSES[1])?.total.backward()?);
     for (name, param) in params.all() {
         let reached = (task.get(&param.var).is_some(), penalty.get(&param.var).is_some());
         let wanted = match param.role {

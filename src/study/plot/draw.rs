@@ -150,10 +150,21 @@ pub struct Panels {
     pub title: String,
     /// What runs to the right, and what upwards.
     pub axes: (&'static str, &'static str),
-    /// Whether equality of both is drawn, dashed.
-    pub diagonal: bool,
+    /// What they are drawn on.
+    pub ground: Ground,
     /// The panels, row by row.
     pub panels: Vec<Panel>,
+}
+
+/// What curves are drawn on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Ground {
+    /// Axes from the least to the largest.
+    Plain,
+    /// Axes from 0 to 1, with equality of both, dashed.
+    Diagonal,
+    /// What runs to the right is given as its decimal logarithm, and labelled as itself.
+    Logarithmic,
 }
 
 /// A curve with a name.
@@ -164,6 +175,8 @@ pub struct Panel {
     pub points: Vec<(f64, f64)>,
     /// The lower and the upper edge of a band about the curve, point for point; or nothing.
     pub band: Vec<(f64, f64)>,
+    /// Points beside the curve, finite.
+    pub scatter: Vec<(f64, f64)>,
     /// Whether points are marked.
     pub marked: bool,
 }
@@ -178,10 +191,19 @@ impl Draw for Panels {
         DB::ErrorType: 'static,
     {
         let xs = self.panels.iter().flat_map(|panel| &panel.points).map(|(x, _)| *x);
-        let ys = self.panels.iter().flat_map(|panel| panel.points.iter().map(|(_, y)| *y));
+        let all = self.panels.iter().flat_map(|panel| panel.points.iter().chain(&panel.scatter));
+        let ys = all.map(|(_, y)| *y);
         let edges = self.panels.iter().flat_map(|panel| &panel.band).flat_map(|(low, high)| [*low, *high]);
-        let (xs, ys) =
-            if self.diagonal { (0.0..1.0, 0.0..1.0) } else { (bounds(xs), bounds(ys.chain(edges))) };
+        let (xs, ys) = match self.ground {
+            Ground::Plain => (bounds(xs), bounds(ys.chain(edges))),
+            Ground::Diagonal => (0.0..1.0, 0.0..1.0),
+            Ground::Logarithmic => {
+                let (xs, ys) = (bounds(xs), bounds(ys.chain(edges)));
+                let margin = 0.05 * (ys.end - ys.start);
+                (xs.start - 0.1..xs.end + 0.1, ys.start - margin..ys.end + margin)
+            }
+        };
+        let label = |x: &f64| format!("{:.0e}", 10f64.powf(*x));
         let area = area.titled(&self.title, font(16, scale))?;
         let places = area.split_evenly((self.panels.len().div_ceil(COLUMNS), COLUMNS));
         for (panel, place) in self.panels.iter().zip(places) {
@@ -191,28 +213,31 @@ impl Draw for Panels {
                 .x_label_area_size(32 * scale)
                 .y_label_area_size(44 * scale)
                 .build_cartesian_2d(xs.clone(), ys.clone())?;
-            chart
-                .configure_mesh()
-                .x_desc(self.axes.0)
+            let mut mesh = chart.configure_mesh();
+            mesh.x_desc(self.axes.0)
                 .y_desc(self.axes.1)
                 .x_labels(5)
                 .y_labels(5)
                 .label_style(font(10, scale))
                 .axis_style(BLACK.stroke_width(scale))
                 .bold_line_style(BLACK.mix(0.1))
-                .light_line_style(WHITE)
-                .draw()?;
+                .light_line_style(WHITE);
+            if self.ground == Ground::Logarithmic {
+                mesh.x_label_formatter(&label);
+            }
+            mesh.draw()?;
             let over = panel.points.iter().zip(&panel.band);
             let upper = over.clone().map(|((x, _), (_, high))| (*x, *high));
             let lower = over.rev().map(|((x, _), (low, _))| (*x, *low));
             let band: Vec<_> = upper.chain(lower).collect();
             chart.draw_series((!band.is_empty()).then(|| Polygon::new(band, BLACK.mix(0.2))))?;
-            if self.diagonal {
+            if self.ground == Ground::Diagonal {
                 let ends = [(0.0, 0.0), (1.0, 1.0)];
                 let (dash, style) = (4 * scale, BLACK.mix(0.6).stroke_width(scale));
                 chart.draw_series(DashedLineSeries::new(ends, dash, dash, style))?;
             }
             chart.draw_series(LineSeries::new(panel.points.iter().copied(), BLACK.stroke_width(scale)))?;
+            chart.draw_series(panel.scatter.iter().map(|point| Circle::new(*point, 2 * scale, BLACK)))?;
             let marks = panel.points.iter().filter(|_| panel.marked);
             chart.draw_series(marks.map(|point| Circle::new(*point, 2 * scale, BLACK.filled())))?;
         }

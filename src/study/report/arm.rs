@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::super::cell::{CellKey, CellResult};
 
 /// The method whose mean prediction the others are tested against: by this name or, where a grid has
-/// none, the first that begins with it.
+/// none, the first of it with options, or else the first that begins with it.
 const TESTED: &str = "monteclora";
 /// The method that it is tested against above all, and that costs are relative to: by this name or, where
 /// a grid has none, the first with options of its own.
@@ -31,8 +31,9 @@ pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {
 pub(super) fn tested(cells: &[CellResult]) -> Option<Arm> {
     let mut methods: Vec<&String> = cells.iter().map(|cell| &cell.key.method).collect();
     methods.sort();
-    let first = methods.iter().find(|method| method.starts_with(TESTED));
-    let method = methods.iter().find(|method| **method == TESTED).or(first)?;
+    // Without options it comes first.
+    let own = methods.iter().find(|method| method.split(':').next() == Some(TESTED));
+    let method = own.or(methods.iter().find(|method| method.starts_with(TESTED)))?;
     Some((method.to_string(), MEAN.to_string()))
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::super::cell::CellResult;
-use super::arm::{arms, name, number, Arm};
+use super::arm::{arms, name, number, Arm, BASELINE};
 use super::pairs::{differences, verdict, Pairs, ECE, NLL};
 use crate::metrics::median;
 
@@ -19,7 +19,11 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
     let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws")) else {
         return String::new();
     };
-    let others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string()));
+    let mut others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string())).to_vec();
+    // What is fitted on held-out rows is of a recipe of its own: the baseline with fewer rows to train on.
+    let held_out = |arm: &Arm| arm.1 == "temperature" && arm.0.starts_with(BASELINE) && arm.0 != baseline.0;
+    let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
+    others.splice(1..1, of_others);
     let pairs: Vec<(&Arm, Pairs)> =
         std::iter::once(tested).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();
     let own = name(&draws);

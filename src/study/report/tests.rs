@@ -1,6 +1,7 @@
 use super::*;
 use crate::metrics::Metrics;
 use crate::study::store::Store;
+use crate::study::CellRows;
 
 /// A cell with these accuracies and NLLs by arm; without any it diverged.
 fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellResult {
@@ -17,6 +18,7 @@ fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellRes
         arms: arms.iter().map(metrics).collect(),
         losses: vec![(1, 0.7)],
         reliability: BTreeMap::new(),
+        tasks: BTreeMap::new(),
         ood: BTreeMap::new(),
         trainable_parameters: 3,
         steps: 1,
@@ -42,7 +44,7 @@ fn written(cells: &[CellResult]) -> Result<BTreeMap<&'static str, String>> {
     let dir = tempfile::tempdir().map_err(crate::Error::io("a temporary folder"))?;
     let store = Store::open(dir.path())?;
     let cost = CellCost { seconds: 1.0, step_seconds_median: 2.0, peak_rss_mb: Some(3.0) };
-    cells.iter().try_for_each(|cell| store.add(cell, &cost))?;
+    cells.iter().try_for_each(|cell| store.add(cell, &cost, &CellRows::default()))?;
     write_report(dir.path(), dir.path())?;
     let read = |name| {
         let path = dir.path().join(name);

@@ -1,0 +1,221 @@
+//! A language model's study: its options, its rows, its tasks.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use monteclora::data::causal::{PromptEncoder, Tokens};
+use monteclora::data::instruct::{self, Format, Prompted};
+use monteclora::data::split::{self, Draw};
+use monteclora::eval::Benchmark;
+use monteclora::models::generate::{GenerateConfig, Sampling};
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::LlamaConfig;
+use monteclora::study::{EvaluatedTask, LanguageTrial};
+use monteclora::{train, Noise};
+use serde_json::{json, Value};
+
+use super::options::text_length;
+use super::tasks::BenchmarkOptions;
+use super::{asset, dtype, tokenizer, Outcome};
+
+/// The one task that is bundled.
+pub const BUNDLED: &str = "gsm8k";
+
+/// What a language model's study has beside one of classifiers.
+#[derive(clap::Args, Clone)]
+pub struct LanguageOptions {
+    /// Train a language model (a LLaMA) on the rows of this file, and measure it on --tasks, each of which is
+    /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice.
+    #[arg(long)]
+    pub train: Option<PathBuf>,
+    /// Of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else instruct.
+    #[arg(long)]
+    pub train_format: Option<Format>,
+    /// Measure multiple choice also by the name that a generated text says first, as the paper's authors do.
+    #[arg(long)]
+    pub by_name: bool,
+    #[command(flatten)]
+    pub benchmark: BenchmarkOptions,
+    /// Default: 32 for the name of a choice, 256 for GSM8K, 512 for programs.
+    #[arg(long)]
+    pub max_new_tokens: Option<usize>,
+    /// Of several completions of a program.
+    #[arg(long, default_value_t = 0.2)]
+    pub temperature: f64,
+    /// f32, bf16 or f16: the dtype of a language model's frozen base.
+    #[arg(long, default_value = "f32")]
+    pub dtype: String,
+    /// Keep each layer's input alone and compute the layer again in backward: less memory, more time.
+    #[arg(long)]
+    pub checkpoint_layers: bool,
+}
+
+/// What is common to a study's encoding of rows.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// Tokens of a training row.
+    pub max_length: usize,
+    /// The most that a method of the grid puts before a row.
+    pub virtual_tokens: usize,
+    /// Rows of the training data that a cell has, of each seed its own.
+    pub train: Option<usize>,
+    /// Rows of each task that are measured.
+    pub dev: Option<usize>,
+}
+
+/// A study's rows, encoded.
+pub struct LanguageData {
+    /// What all cells depend on.
+    pub settings: Value,
+    options: LanguageOptions,
+    rows: Vec<Prompted>,
+    train: Vec<Tokens>,
+    limit_train: Option<usize>,
+    tasks: Vec<EvaluatedTask>,
+    encoder: PromptEncoder,
+}
+
+impl LanguageData {
+    /// Reads the training rows and the tasks of these names below `data`; without --train the bundled.
+    pub fn load(
+        options: &LanguageOptions,
+        files: &ModelFiles,
+        tasks: &[String],
+        data: Option<&Path>,
+        limits: Limits,
+    ) -> Outcome<Self> {
+        let (path, data) = match (&options.train, data) {
+            (Some(path), Some(data)) => (path.clone(), data.to_path_buf()),
+            (Some(_), None) => return Err("--train: say where the tasks are by --data".into()),
+            (None, _) => {
+                let dir = PathBuf::from(asset(BUNDLED)?);
+                (dir.join("train.jsonl"), dir.parent().unwrap_or(Path::new(".")).to_path_buf())
+            }
+        };
+        let tasks = options.tasks(tasks, &data, limits.dev)?;
+        let config = LlamaConfig::from_file(files.config_path())?;
+        let (longest, eos) =
+            (config.decoder.max_position_embeddings, config.eos_token_ids().first().copied());
+        let tokenizer = tokenizer(files, config.decoder.vocab_size)?;
+        let length = text_length(limits.max_length, longest, limits.virtual_tokens);
+        let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, eos, false)?;
+        // What is measured has all the room that there is.
+        let room = longest.saturating_sub(limits.virtual_tokens);
+        let whole = PromptEncoder::new(tokenizer, room, longest, eos, false)?;
+
+        let only = |name: &str| tasks.iter().all(|task| kind(&task.name) == name);
+        let format =
+            options.train_format.unwrap_or(if only("gsm8k") { Format::Gsm8k } else { Format::Instruct });
+        let rows = instruct::read(&path, format)?;
+        let encoded = encoder.encode(&rows)?;
+        if encoded.cut + encoded.dropped > 0 {
+            let lost =
+                format!("{} training rows lost their end, {} were left out", encoded.cut, encoded.dropped);
+            println!("--max-length {length}: {lost}");
+        }
+        let checksum = train::fingerprint(encoded.rows.iter().flat_map(Tokens::numbers));
+        let measured: Vec<_> = tasks.iter().map(|task| json!([task.name, task.rows.len()])).collect();
+        let settings = json!({
+            "train": path.file_name().map(|name| name.to_string_lossy()), "train_rows": checksum,
+            "tasks": measured, "normalize": options.benchmark.normalize,
+            "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "dtype": options.dtype,
+        });
+        let (options, encoder) = (options.clone(), whole);
+        let (train, limit_train) = (encoded.rows, limits.train);
+        Ok(Self { settings, options, rows, train, limit_train, tasks, encoder })
+    }
+
+    /// The trial of every cell.
+    pub fn trial<'a>(
+        &'a self,
+        files: &'a ModelFiles,
+        epochs: usize,
+        draws: usize,
+        device: &'a Device,
+    ) -> Outcome<LanguageTrial<'a>> {
+        let Self { options, rows, train, limit_train, tasks, encoder, .. } = self;
+        let (base_dtype, checkpoint_layers) = (dtype(&options.dtype)?, options.checkpoint_layers);
+        Ok(LanguageTrial {
+            files,
+            rows,
+            train,
+            limit_train: *limit_train,
+            tasks,
+            encoder,
+            epochs,
+            draws,
+            base_dtype,
+            checkpoint_layers,
+            device,
+        })
+    }
+}
+
+impl LanguageOptions {
+    /// What cells call the training data: the name of their file or, where that says nothing, of its folder.
+    pub fn name(&self) -> String {
+        let Some(path) = &self.train else { return BUNDLED.to_string() };
+        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        match path.parent().and_then(Path::file_name) {
+            Some(folder) if stem == "train" => folder.to_string_lossy().into_owned(),
+            _ => stem,
+        }
+    }
+
+    /// The tasks of these names, with their rows.
+    fn tasks(&self, names: &[String], data: &Path, limit: Option<usize>) -> Outcome<Vec<EvaluatedTask>> {
+        let mut tasks: Vec<EvaluatedTask> = Vec::new();
+        for name in names {
+            let dir = data.join(name);
+            let path = ["test.json", "test.jsonl"]
+                .map(|file| dir.join(file))
+                .into_iter()
+                .find(|path| path.is_file());
+            let path =
+                path.ok_or_else(|| format!("--tasks {name}: {} has no test.json(l)", dir.display()))?;
+            let (benchmark, format, most) = match kind(name) {
+                "gsm8k" => ("gsm8k", Format::Gsm8k, 256),
+                "humaneval" => ("humaneval", Format::Code, 512),
+                _ => ("choice", Format::Instruct, 32),
+            };
+            let rows = instruct::read(&path, format)?;
+            // All cells are measured on the same.
+            let right = |row: &Prompted| row.choices.as_ref().map_or(0, |choices| choices.correct as u32);
+            let strata: Vec<u32> = rows.iter().map(right).collect();
+            let count = limit.unwrap_or(rows.len());
+            let rows = split::at(&rows, &split::stratified(&strata, count, Noise::new(0), Draw::Measured));
+            let benchmark = self.benchmark.named(benchmark)?;
+            let sampling = match &benchmark {
+                Benchmark::Code { samples, .. } if *samples > 1 => {
+                    Sampling::All { temperature: self.temperature }
+                }
+                _ => Sampling::ArgMax,
+            };
+            let max_new_tokens = self.max_new_tokens.unwrap_or(most);
+            let generation = GenerateConfig { max_new_tokens, sampling, ..GenerateConfig::default() };
+            let task = EvaluatedTask { name: name.clone(), benchmark, rows, generation };
+            let by_name = self.by_name && matches!(task.benchmark, Benchmark::Choice(_));
+            let named = by_name.then(|| EvaluatedTask {
+                name: format!("{name}-by-name"),
+                benchmark: Benchmark::ChoiceByName,
+                ..task.clone()
+            });
+            tasks.extend([task].into_iter().chain(named));
+        }
+        let twice =
+            tasks.iter().enumerate().find(|(i, task)| tasks[..*i].iter().any(|t| t.name == task.name));
+        match twice {
+            Some((_, task)) => Err(format!("--tasks: {} comes twice", task.name).into()),
+            None => Ok(tasks),
+        }
+    }
+}
+
+/// What a task of this name is measured by.
+fn kind(name: &str) -> &'static str {
+    match name.to_ascii_lowercase().as_str() {
+        "gsm8k" => "gsm8k",
+        "humaneval" => "humaneval",
+        _ => "choice",
+    }
+}

@@ -1,0 +1,212 @@
+//! Gaussian priors on the mean of low-rank updates and on a task's head: the pull towards less that the
+//! paper's regulariser leaves out, because its eq. 10 gives prior and posterior the same mean.
+
+use std::collections::HashMap;
+
+use candle_core::{Tensor, TensorId};
+use serde::{Deserialize, Serialize};
+
+use super::low_rank::LowRank;
+use super::params::{Params, Role};
+use crate::error::{Error, Result};
+use crate::ops::{self, OpPath};
+use crate::util::check::positive;
+
+/// What the prior of a layer is put on. Each `std` is that of one element.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PriorForm {
+    /// `||A||_F^2 / (2 std^2)`. It changes when (A, B) becomes (cA, B/c), which leaves the model the same; while
+    /// B is zero it is the one gradient that A has, and an adaptive optimiser magnifies it.
+    Mean {
+        /// s_p.
+        std: f64,
+    },
+    /// `||A - A0||_F^2 / (2 std^2)`, A0 the start of training: no gradient there.
+    Start {
+        /// s_p.
+        std: f64,
+    },
+    /// `||A - A0||_F^2 / (2 std_a^2) + ||B||_F^2 / (2 std_b^2)`.
+    Factors {
+        /// s_a.
+        std_a: f64,
+        /// s_b.
+        std_b: f64,
+    },
+    /// `||s B A||_F^2 / (2 std^2)`: of the update itself, whichever pair makes it. No gradient in A while B is
+    /// zero.
+    Update {
+        /// s_w.
+        std: f64,
+    },
+    /// The expectation of [`Self::Update`] over the posterior's draws: it also weighs the perturbation that B
+    /// carries to the output. Without a posterior it is [`Self::Update`].
+    ExpectedUpdate {
+        /// s_w.
+        std: f64,
+    },
+}
+
+impl PriorForm {
+    /// The same form at another width; of both factors, the same for A and B.
+    pub fn with_std(self, std: f64) -> Self {
+        match self {
+            Self::Mean { .. } => Self::Mean { std },
+            Self::Start { .. } => Self::Start { std },
+            Self::Factors { .. } => Self::Factors { std_a: std, std_b: std },
+            Self::Update { .. } => Self::Update { std },
+            Self::ExpectedUpdate { .. } => Self::ExpectedUpdate { std },
+        }
+    }
+}
+
+/// A prior's options. Its energy (the negative log density, up to a constant) joins a loss that is a mean over
+/// rows, and so weighs `temperature / n` for n training rows.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prior {
+    /// What it is put on in each adapted layer.
+    pub form: PriorForm,
+    /// tau: 1 is Bayes' rule, less a colder posterior.
+    pub temperature: f64,
+    /// The width h of the prior on the task head's matrices W about their start, in units of 1 / sqrt(in_dim):
+    /// `in_dim ||W - W_start||_F^2 / (2 h^2)`. None: the head has no prior.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_std: Option<f64>,
+}
+
+impl Prior {
+    /// The prior of [`MonteCLoRAConfig::calibrated`](crate::MonteCLoRAConfig::calibrated).
+    pub const fn calibrated() -> Self {
+        Self { form: PriorForm::ExpectedUpdate { std: 0.4 }, temperature: 0.1, head_std: Some(1.0) }
+    }
+
+    /// Checks every width and the temperature.
+    ///
+    /// # Errors
+    /// Unless all are positive and finite; the error names the one that is not.
+    pub fn validate(&self) -> Result<()> {
+        positive("prior.temperature", self.temperature)?;
+        self.head_std.map_or(Ok(()), |std| positive("prior.head_std", std))?;
+        match self.form {
+            PriorForm::Factors { std_a, std_b } => {
+                positive("prior.std_a", std_a)?;
+                positive("prior.std_b", std_b)
+            }
+            PriorForm::Mean { std }
+            | PriorForm::Start { std }
+            | PriorForm::Update { std }
+            | PriorForm::ExpectedUpdate { std } => positive("prior.std", std),
+        }
+    }
+
+    /// Whether the energy knows where training started.
+    pub fn needs_start(&self) -> bool {
+        matches!(self.form, PriorForm::Start { .. } | PriorForm::Factors { .. }) || self.head_std.is_some()
+    }
+
+    /// The energy of some layers whose pairs have the same shapes, a scalar.
+    ///
+    /// # Shapes
+    /// - `pairs`: l pairs of A `(r, in_dim)` and B `(out_dim, r)`
+    /// - `variances`: `(l, r)`, of each layer the expected squared norms of the rows of A's perturbation,
+    ///   where there is one
+    ///
+    /// # Errors
+    /// If a start is needed and not there, or shapes differ.
+    pub fn energy(
+        &self,
+        pairs: &[&LowRank],
+        variances: Option<&Tensor>,
+        start: Option<&PriorStart>,
+    ) -> Result<Tensor> {
+        let half_square = |tensor: Tensor, std: f64| -> candle_core::Result<Tensor> {
+            tensor.sqr()?.sum_all()? * (0.5 / (std * std))
+        };
+        let sum = |of: &dyn Fn(&LowRank) -> Result<Tensor>| -> Result<Tensor> {
+            let terms = pairs.iter().map(|pair| of(pair)).collect::<Result<Vec<_>>>()?;
+            Ok(Tensor::stack(&terms, 0)?.sum_all()?)
+        };
+        let moved = |pair: &LowRank| -> Result<Tensor> { Ok((pair.a() - started(start)?.of(pair)?)?) };
+        match self.form {
+            PriorForm::Mean { std } => sum(&|pair| Ok(half_square(pair.a().clone(), std)?)),
+            PriorForm::Start { std } => sum(&|pair| Ok(half_square(moved(pair)?, std)?)),
+            PriorForm::Factors { std_a, std_b } => {
+                sum(&|pair| Ok((half_square(moved(pair)?, std_a)? + half_square(pair.b().clone(), std_b)?)?))
+            }
+            PriorForm::Update { std } => update(pairs, None, std),
+            PriorForm::ExpectedUpdate { std } => update(pairs, variances, std),
+        }
+    }
+
+    /// The energy of the task head's matrices, a scalar; none where the head has no prior, or the run no head
+    /// that it trains.
+    ///
+    /// # Errors
+    /// If the start is not there.
+    pub fn head_energy(&self, start: Option<&PriorStart>) -> Result<Option<Tensor>> {
+        let Some(std) = self.head_std else { return Ok(None) };
+        let mut total: Option<Tensor> = None;
+        for (weight, start) in &started(start)?.head {
+            let precision = weight.dims2()?.1 as f64 / (std * std);
+            let energy = ((weight - start)?.sqr()?.sum_all()? * (0.5 * precision))?;
+            total = Some(match total {
+                Some(total) => (total + energy)?,
+                None => energy,
+            });
+        }
+        Ok(total)
+    }
+}
+
+/// `E||s B (A + D)||_F^2 / (2 std^2)`, summed over layers.
+fn update(pairs: &[&LowRank], variances: Option<&Tensor>, std: f64) -> Result<Tensor> {
+    let stack = |of: fn(&LowRank) -> &Tensor| -> Result<Tensor> {
+        let (rows, columns) = of(pairs[0]).dims2()?;
+        // Not `Tensor::stack`, which has a node more for each layer.
+        let all: Vec<_> = pairs.iter().map(|pair| of(pair)).collect();
+        Ok(Tensor::cat(&all, 0)?.reshape((pairs.len(), rows, columns))?)
+    };
+    let (a, b) = (stack(LowRank::a)?, stack(LowRank::b)?);
+    let none = Tensor::zeros((pairs.len(), a.dim(1)?), a.dtype(), a.device())?;
+    let weights: Vec<f64> = pairs.iter().map(|pair| (pair.scale() / std).powi(2)).collect();
+    Ok(ops::update_energy(&a, &b, variances.unwrap_or(&none), &weights, OpPath::Fused)?)
+}
+
+fn started(start: Option<&PriorStart>) -> Result<&PriorStart> {
+    start.ok_or_else(|| Error::config("prior", "it is about the start of training, which was not told"))
+}
+
+/// Where training started: what a prior about the start measures from.
+#[derive(Debug, Clone, Default)]
+pub struct PriorStart {
+    a: HashMap<TensorId, Tensor>,
+    head: Vec<(Tensor, Tensor)>,
+}
+
+impl PriorStart {
+    /// The present values of every A and of the task head's trained matrices, copied.
+    ///
+    /// # Errors
+    /// If candle cannot copy.
+    pub fn new(params: &Params) -> Result<Self> {
+        let mut start = Self::default();
+        for (_, param) in params.all() {
+            let value = param.var.as_tensor();
+            match param.role {
+                Role::A => drop(start.a.insert(value.id(), value.detach().copy()?)),
+                Role::Head if param.trainable && value.rank() == 2 => {
+                    start.head.push((value.clone(), value.detach().copy()?));
+                }
+                _ => {}
+            }
+        }
+        Ok(start)
+    }
+
+    fn of(&self, pair: &LowRank) -> Result<&Tensor> {
+        let start = self.a.get(&pair.a().id());
+        start.ok_or_else(|| Error::config("prior", "the start of a layer's A was not told"))
+    }
+}

@@ -1,0 +1,164 @@
+//! Rows drawn from a set by a seed, with the labels in the proportions of the whole: subsets to train
+//! on, and rows that are held out.
+//!
+//! The first rows of a file are no sample of it, nor are the last: files are sorted by source, by
+//! length, or by label.
+
+use crate::data::encode::Encoded;
+use crate::data::task::Label;
+use crate::error::{Error, Result};
+use crate::noise::{Noise, Purpose};
+
+/// What [`stratified`] draws rows for: draws for different ends are independent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Draw {
+    /// To be trained on.
+    Training,
+    /// To be kept from training, and fitted on afterwards.
+    HeldOut,
+    /// To be measured.
+    Measured,
+    /// To take a curvature from.
+    Curvature,
+}
+
+impl Draw {
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Training => "data.split.training",
+            Self::HeldOut => "data.split.held_out",
+            Self::Measured => "data.split.measured",
+            Self::Curvature => "data.split.curvature",
+        }
+    }
+}
+
+/// The stratum of each row: its class; scores are one stratum.
+pub fn strata(rows: &[Encoded]) -> Vec<u32> {
+    let stratum = |row: &Encoded| match row.label {
+        Label::Class(class) => class,
+        Label::Score(_) => 0,
+    };
+    rows.iter().map(stratum).collect()
+}
+
+/// The places, rising, of `count` rows drawn without replacement, all of them where there are no more:
+/// of each stratum its share of `count`, rounded by the largest remainders (of equal ones the lower
+/// stratum first), and within a stratum every row as likely as another.
+pub fn stratified(strata: &[u32], count: usize, noise: Noise, draw: Draw) -> Vec<usize> {
+    if count >= strata.len() {
+        return (0..strata.len()).collect();
+    }
+    let mut groups = std::collections::BTreeMap::<u32, Vec<usize>>::new();
+    strata.iter().enumerate().for_each(|(place, stratum)| groups.entry(*stratum).or_default().push(place));
+    // In whole numbers: size * count / rows, and what that leaves over rows.
+    let share = |group: &Vec<usize>| {
+        let product = group.len() as u128 * count as u128;
+        ((product / strata.len() as u128) as usize, product % strata.len() as u128)
+    };
+    let mut quotas: Vec<(u32, usize, u128)> =
+        groups.iter().map(|(stratum, group)| (*stratum, share(group).0, share(group).1)).collect();
+    let short = count - quotas.iter().map(|(_, quota, _)| quota).sum::<usize>();
+    quotas.sort_by_key(|(stratum, _, rest)| (std::cmp::Reverse(*rest), *stratum));
+    quotas.iter_mut().take(short).for_each(|(_, quota, _)| *quota += 1);
+    let stream = noise.stream(draw.path(), Purpose::Shuffle);
+    let mut chosen = Vec::with_capacity(count);
+    for (stratum, quota, _) in quotas {
+        let group = &groups[&stratum];
+        let order = stream.permutation(u64::from(stratum), group.len());
+        chosen.extend(order.into_iter().take(quota).map(|i| group[i]));
+    }
+    chosen.sort_unstable();
+    chosen
+}
+
+/// The places of rows that stay, and of the share that is held out of them, both rising; stratified as
+/// by [`stratified`]. The number that is held out is rounded to the nearest.
+///
+/// # Errors
+/// Unless `share` is at least 0 and below 1; or if nothing would stay, or with a share above 0 nothing
+/// be held out.
+pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>, Vec<usize>)> {
+    if !(0.0..1.0).contains(&share) {
+        return Err(Error::config("held_out", format!("expected a share from 0 to below 1, got {share}")));
+    }
+    let count = (strata.len() as f64 * share).round() as usize;
+    if share > 0.0 && (count == 0 || count == strata.len()) {
+        let reason =
+            format!("{share} of {} rows is {count}: at least one must be held out, one stay", strata.len());
+        return Err(Error::config("held_out", reason));
+    }
+    let held = stratified(strata, count, noise, Draw::HeldOut);
+    let stay = (0..strata.len()).filter(|place| held.binary_search(place).is_err()).collect();
+    Ok((stay, held))
+}
+
+/// The rows at these places.
+pub fn at<T: Clone>(rows: &[T], places: &[usize]) -> Vec<T> {
+    places.iter().map(|place| rows[*place].clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 60 of class 0, 30 of class 1, 10 of class 2, in a row.
+    fn sorted() -> Vec<u32> {
+        [vec![0; 60], vec![1; 30], vec![2; 10]].concat()
+    }
+
+    fn counts(strata: &[u32], places: &[usize]) -> [usize; 3] {
+        [0, 1, 2].map(|class| places.iter().filter(|place| strata[**place] == class).count())
+    }
+
+    #[test]
+    fn strata_keep_their_shares_and_remainders_go_to_the_largest() {
+        let strata = sorted();
+        for (count, want) in [(10, [6, 3, 1]), (20, [12, 6, 2]), (7, [4, 2, 1]), (4, [3, 1, 0]), (0, [0; 3])]
+        {
+            // 7: 4.2, 2.1, 0.7; 4: 2.4, 1.2, 0.4, of equal remainders the lower stratum.
+            let places = stratified(&strata, count, Noise::new(1), Draw::Training);
+            assert_eq!(counts(&strata, &places), want, "{count}");
+            assert!(places.windows(2).all(|pair| pair[0] < pair[1]));
+        }
+        assert_eq!(stratified(&strata, 1000, Noise::new(1), Draw::Training).len(), 100);
+    }
+
+    #[test]
+    fn a_draw_is_its_seed_and_its_end_and_every_row_comes_equally_often() {
+        let strata = sorted();
+        let of = |seed, draw| stratified(&strata, 20, Noise::new(seed), draw);
+        assert_eq!(of(3, Draw::Training), of(3, Draw::Training));
+        assert_ne!(of(3, Draw::Training), of(4, Draw::Training));
+        assert_ne!(of(3, Draw::Training), of(3, Draw::Measured));
+        // Each row of a stratum is in one draw of five: a binomial of 2000, sd 18.
+        let mut times = [0u32; 100];
+        (0..2000).for_each(|seed| of(seed, Draw::Training).iter().for_each(|place| times[*place] += 1));
+        let sd = (2000.0 * 0.2 * 0.8f64).sqrt();
+        for (place, times) in times.iter().enumerate() {
+            assert!((f64::from(*times) - 400.0).abs() < 4.5 * sd, "{place}: {times}");
+        }
+    }
+
+    #[test]
+    fn held_out_rows_and_those_that_stay_are_all_rows_and_share_none() -> Result<()> {
+        let strata = sorted();
+        let (stay, held) = hold_out(&strata, 0.15, Noise::new(2))?;
+        assert_eq!((counts(&strata, &stay), counts(&strata, &held)), ([51, 25, 9], [9, 5, 1]));
+        let mut all = [stay, held].concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..100).collect::<Vec<_>>());
+        assert_eq!(hold_out(&strata, 0.0, Noise::new(2))?.1, Vec::<usize>::new());
+        for (strata, share) in [(&strata[..], 1.0), (&strata, -0.1), (&strata, f64::NAN), (&strata[..2], 0.1)]
+        {
+            assert!(hold_out(strata, share, Noise::new(2)).is_err(), "{share}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn scores_are_one_stratum() {
+        let row = |label| Encoded { ids: vec![1], type_ids: vec![0], label, row: 0 };
+        assert_eq!(strata(&[row(Label::Class(2)), row(Label::Score(3.0))]), [2, 0]);
+    }
+}

@@ -1,0 +1,205 @@
+//! What the regulariser adds up: all layers that share a shape and its options, stacked and computed in one
+//! batch.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+
+use super::config::MonteCLoRAConfig;
+use super::draw::weights;
+use super::evidence::{row_variances, EvidenceBound, MixtureMoments};
+use super::layer::MonteCLoRA;
+use super::noise::LatentNoise;
+use super::options::Compat;
+use super::peft_compat;
+use super::posterior::Posterior;
+use crate::adapter::{Context, LowRank, Prior, PriorForm, PriorStart};
+use crate::dist::{Dirichlet, Gaussian, Wishart};
+use crate::error::{Error, Result};
+
+/// A layer as the regulariser sees it.
+pub(super) struct Layer {
+    pub posterior: Posterior,
+    /// A and B, which a prior and the evidence bound ask for, and eps with a schedule's factor.
+    pub pair: Option<(LowRank, f64)>,
+}
+
+impl Layer {
+    pub fn of(adapter: &MonteCLoRA, cx: &Context) -> Self {
+        let pair = Some((adapter.low_rank().clone(), adapter.eps(cx)));
+        Self { posterior: adapter.posterior().clone(), pair }
+    }
+
+    /// Without A and B.
+    pub fn of_posterior(posterior: &Posterior) -> Self {
+        Self { posterior: posterior.clone(), pair: None }
+    }
+}
+
+/// What is asked for beside the paper's terms.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beside<'a> {
+    pub prior: Option<&'a Prior>,
+    pub start: Option<&'a PriorStart>,
+    pub evidence: Option<&'a EvidenceBound>,
+}
+
+/// Layers that are computed in one batch.
+#[derive(Default)]
+struct Group<'a> {
+    posteriors: Vec<&'a Posterior>,
+    noise: Vec<&'a LatentNoise>,
+    pairs: Vec<&'a LowRank>,
+    eps: Vec<f64>,
+}
+
+/// Sums over layers: KL_N, KL_W, KL_D and L_C, and what a prior and the evidence bound ask for.
+pub(super) struct Sums {
+    pub terms: [Tensor; 4],
+    pub prior: Option<Tensor>,
+    pub kl_mean: Option<Tensor>,
+}
+
+/// The sums over all layers, at their draws or in expectation; none where there is no layer.
+///
+/// # Errors
+/// If what is asked for wants A and B, or a start, and they are not there.
+pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Beside) -> Result<Option<Sums>> {
+    let with_pairs = beside.prior.is_some() || beside.evidence.is_some();
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    for (i, layer) in layers.iter().enumerate() {
+        let group = groups.entry(group_key(layer, with_pairs)?).or_default();
+        group.posteriors.push(&layer.posterior);
+        group.noise.extend(draws.map(|draws| &draws[i]));
+        if let Some((pair, eps)) = &layer.pair {
+            group.pairs.push(pair);
+            group.eps.push(*eps);
+        }
+    }
+    let mut total: Option<Sums> = None;
+    for group in groups.values() {
+        let sums = group.sums(beside)?;
+        total = Some(match total {
+            None => sums,
+            Some(total) => total.add(sums)?,
+        });
+    }
+    Ok(total)
+}
+
+impl Sums {
+    fn add(self, other: Self) -> Result<Self> {
+        let add = |a: &Tensor, b: &Tensor| -> candle_core::Result<Tensor> { a + b.to_device(a.device())? };
+        let both = |a: Option<Tensor>, b: Option<Tensor>| a.zip(b).map(|(a, b)| add(&a, &b)).transpose();
+        let of = |i: usize| add(&self.terms[i], &other.terms[i]);
+        Ok(Self {
+            terms: [of(0)?, of(1)?, of(2)?, of(3)?],
+            prior: both(self.prior, other.prior)?,
+            kl_mean: both(self.kl_mean, other.kl_mean)?,
+        })
+    }
+}
+
+/// What layers must share to be computed in one batch.
+fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
+    let (spec, config) = (layer.posterior.spec(), &layer.posterior.spec().config);
+    let key = format!(
+        "{} {} {} {} {:?} {:?} {:?} {:?} {:?}",
+        config.rank,
+        config.num_components,
+        config.degrees(),
+        config.dirichlet_prior,
+        config.covariance,
+        config.estimator,
+        config.compat,
+        spec.dtype,
+        spec.device.location()
+    );
+    match &layer.pair {
+        Some((pair, _)) if with_pairs => {
+            Ok(format!("{key} {:?} {:?} {:?}", config.mixture, pair.a().dims(), pair.b().dims()))
+        }
+        None if with_pairs => {
+            Err(Error::config("prior", "a prior and the evidence bound ask for layers, not posteriors alone"))
+        }
+        _ => Ok(key),
+    }
+}
+
+impl Group<'_> {
+    /// The sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N). Without noise
+    /// what depends on the draw is an expectation.
+    fn sums(&self, beside: Beside) -> Result<Sums> {
+        let config = &self.posteriors[0].spec().config;
+        let (log_std, c) = (self.stack(Posterior::std_prior)?, self.stack(Posterior::expert_weights_prior)?);
+        let wishart = Wishart::new(&log_std, config.degrees(), config.covariance)?;
+        let dirichlet = Dirichlet::new(&c)?;
+        let terms = dirichlet.kl_terms_symmetric(config.dirichlet_prior)?;
+        let kl_dirichlet = match config.compat {
+            Compat::None => Dirichlet::kl_of_terms(terms)?,
+            Compat::Peft => peft_compat::kl_dirichlet(terms)?,
+        };
+        let pi = if self.noise.is_empty() { None } else { Some(self.weights(config, &c)?) };
+        let factors: Vec<&[f64]> = self.noise.iter().map(|noise| noise.bartlett.as_slice()).collect();
+        let (kl_gaussian, cooperative) = match &pi {
+            None => (Gaussian::expected_kl_standard(&wishart)?, dirichlet.expected_cooperative()?),
+            Some(pi) => {
+                let kl_gaussian = match config.compat {
+                    Compat::None => Gaussian::sampled_kl_standard(&wishart, &factors)?,
+                    Compat::Peft => {
+                        let squares = wishart.bartlett_squares(&factors)?;
+                        peft_compat::kl_gaussian(&log_std, &squares, config.num_components)?
+                    }
+                };
+                (kl_gaussian, Dirichlet::cooperative(pi)?)
+            }
+        };
+        let prior =
+            beside.prior.map(|prior| self.prior(prior, beside.start, &wishart, &dirichlet)).transpose()?;
+        let kl_mean = match beside.evidence {
+            Some(bound) => {
+                let mixture = MixtureMoments::new(config.mixture, &dirichlet, pi.as_ref())?;
+                let (trace, log_det) = match &pi {
+                    None => Gaussian::expected_moments(&wishart)?,
+                    Some(_) => Gaussian::sampled_moments(&wishart, &factors)?,
+                };
+                Some(bound.divergence(&self.pairs, (&trace, &log_det), &mixture, &self.eps)?)
+            }
+            None => None,
+        };
+        let kl_wishart = wishart.kl_standard()?.sum_all()?;
+        let terms = [kl_gaussian.sum_all()?, kl_wishart, kl_dirichlet.sum_all()?, cooperative.sum_all()?];
+        Ok(Sums { terms, prior, kl_mean })
+    }
+
+    /// One vector of each layer, `(l, ..)`.
+    fn stack(&self, of: fn(&Posterior) -> &Tensor) -> candle_core::Result<Tensor> {
+        // Not `Tensor::stack`, which has a node more for each layer.
+        let rows: Vec<_> = self.posteriors.iter().map(|posterior| of(posterior)).collect();
+        Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
+    }
+
+    /// The drawn mixture weights, `(l, N)`.
+    fn weights(&self, config: &MonteCLoRAConfig, c: &Tensor) -> candle_core::Result<Tensor> {
+        let uniforms: Vec<f64> = self.noise.iter().flat_map(|noise| noise.weights.iter().copied()).collect();
+        weights(c, config, &Tensor::from_vec(uniforms, c.shape(), &Device::Cpu)?)
+    }
+
+    /// The energy of the prior on these layers.
+    fn prior(
+        &self,
+        prior: &Prior,
+        start: Option<&PriorStart>,
+        wishart: &Wishart,
+        dirichlet: &Dirichlet,
+    ) -> Result<Tensor> {
+        if !matches!(prior.form, PriorForm::ExpectedUpdate { .. }) {
+            return prior.energy(&self.pairs, None, start);
+        }
+        let spec = self.posteriors[0].spec();
+        let mixture = MixtureMoments::new(spec.config.mixture, dirichlet, None)?;
+        let size = (spec.in_dim, spec.config.degrees());
+        let variances = row_variances(&wishart.scale()?, size, &mixture, &self.eps)?;
+        prior.energy(&self.pairs, Some(&variances), start)
+    }
+}

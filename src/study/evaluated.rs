@@ -1,0 +1,217 @@
+//! The tasks that a language model is measured on in a study, and what is kept of each.
+
+use std::collections::BTreeMap;
+
+use super::cell::TaskResult;
+use super::rows::CellRows;
+use super::treatments::{not_finite, reliability};
+use crate::bayes::Temperature;
+use crate::data::causal::PromptEncoder;
+use crate::data::instruct::Prompted;
+use crate::error::{Error, Result};
+use crate::eval::{score_choices, Benchmark, ChoiceScores, Generator, Normalize};
+use crate::metrics::Metrics;
+use crate::models::causal::CausalLm;
+use crate::models::generate::{GenerateConfig, Weights};
+use crate::train::held_out_loss;
+
+/// Rows that are scored, or prompts that are continued, together.
+const BATCH: usize = 16;
+/// The logit of a choice that a question does not have: at any temperature its probability is zero.
+const ABSENT: f64 = -1e30;
+
+/// A task that a language model is measured on.
+#[derive(Debug, Clone)]
+pub struct EvaluatedTask {
+    /// Its name.
+    pub name: String,
+    /// How it is measured.
+    pub benchmark: Benchmark,
+    /// Its rows.
+    pub rows: Vec<Prompted>,
+    /// How its texts are generated; weights, seed and what ends a text are the cell's.
+    pub generation: GenerateConfig,
+}
+
+impl EvaluatedTask {
+    /// The primary metric of every task: a share of rows that are right.
+    pub(super) const METRIC: &'static str = "accuracy";
+
+    /// What reports call it, with the benchmark's figure that is its accuracy. A benchmark of several
+    /// figures counts as several tasks: `gsm8k-strict_match`, `gsm8k-flexible_extract`,
+    /// `humaneval-pass@2`.
+    fn figures(&self) -> Vec<(String, String)> {
+        let of = |figure: String| (format!("{}-{figure}", self.name), figure);
+        match &self.benchmark {
+            Benchmark::Choice(_) | Benchmark::ChoiceByName => {
+                vec![(self.name.clone(), Self::METRIC.to_string())]
+            }
+            Benchmark::Gsm8k => ["strict_match", "flexible_extract"].map(|name| of(name.to_string())).into(),
+            Benchmark::Code { ks, .. } => ks.iter().map(|k| of(format!("pass@{k}"))).collect(),
+        }
+    }
+
+    /// What a result holds of it before anything is measured.
+    pub(super) fn begun(&self) -> Vec<(String, TaskResult)> {
+        let empty = TaskResult { metric: Self::METRIC.to_string(), ..TaskResult::default() };
+        self.figures().into_iter().map(|(name, _)| (name, empty.clone())).collect()
+    }
+
+    /// Whether every row has what it is measured by.
+    ///
+    /// # Errors
+    /// As [`Benchmark::check`].
+    pub(super) fn check(&self, model: &dyn CausalLm, encoder: &PromptEncoder) -> Result<()> {
+        let config = self.generation.clone();
+        self.benchmark.check(&Generator { model, encoder, config, batch_size: BATCH }, &self.rows)
+    }
+}
+
+/// Where the ways to predict with a trained model are written down, task by task.
+pub(super) struct Arms<'a> {
+    pub model: &'a dyn CausalLm,
+    pub encoder: &'a PromptEncoder,
+    /// The tokens that end a text.
+    pub stop: Vec<u32>,
+    pub seed: u64,
+    pub found: &'a mut BTreeMap<String, TaskResult>,
+    /// What multiple choice by likelihood says of every row.
+    pub rows: &'a mut CellRows,
+}
+
+impl Arms<'_> {
+    /// Measures the model with these weights. Of multiple choice by likelihood there are accuracy, NLL,
+    /// calibration and Brier score over the choices; of generated texts the accuracy and, of GSM8K and
+    /// programs, the mean NLL of a token of the reference answers, with the benchmark's first figure.
+    ///
+    /// # Errors
+    /// If a forward pass fails, or what the model says is not finite.
+    pub fn add(&mut self, arm: &str, tasks: &[EvaluatedTask], weights: Weights) -> Result<()> {
+        for task in tasks {
+            if let Benchmark::Choice(normalize) = &task.benchmark {
+                let scores = self.scores(&task.rows, *normalize, weights)?;
+                self.add_choices(arm, task, &scores.probabilities, &scores.correct)?;
+                continue;
+            }
+            let (stop, seed) = (self.stop.clone(), self.seed);
+            let config = GenerateConfig { stop, seed, weights, ..task.generation.clone() };
+            let generator = Generator { model: self.model, encoder: self.encoder, config, batch_size: BATCH };
+            let nll = match &task.benchmark {
+                Benchmark::Choice(_) | Benchmark::ChoiceByName => None,
+                Benchmark::Gsm8k | Benchmark::Code { .. } => Some(self.answer_loss(&task.rows, weights)?),
+            };
+            let values = task.benchmark.run(&generator, &task.rows)?;
+            for (place, (name, figure)) in task.figures().into_iter().enumerate() {
+                // The answers' NLL counts once, whatever number of figures there is.
+                let nll = nll.filter(|_| place == 0);
+                let metrics = Metrics { accuracy: values.get(&figure).copied(), nll, ..Metrics::default() };
+                self.found.entry(name).or_default().arms.insert(arm.to_string(), metrics);
+            }
+        }
+        Ok(())
+    }
+
+    /// The mean prediction of multiple choice by likelihood at the temperature that makes the right
+    /// choices of `held_out` most likely.
+    ///
+    /// # Errors
+    /// As [`Self::add`]; besides, if a held-out row has no choices.
+    pub fn add_temperature(
+        &mut self,
+        arm: &str,
+        tasks: &[EvaluatedTask],
+        held_out: &[Prompted],
+    ) -> Result<()> {
+        let mut fitted: Option<(Normalize, Temperature)> = None;
+        for task in tasks {
+            let Benchmark::Choice(normalize) = &task.benchmark else { continue };
+            let temperature = match fitted {
+                Some((same, temperature)) if same == *normalize => temperature,
+                _ => {
+                    let scores = self.scores(held_out, *normalize, Weights::Mean)?;
+                    let logits = logits(&scores, held_out);
+                    Temperature::fit(&logits, &scores.correct).map_err(not_finite)?
+                }
+            };
+            fitted = Some((*normalize, temperature));
+            let scores = self.scores(&task.rows, *normalize, Weights::Mean)?;
+            let probabilities = temperature.probabilities(&logits(&scores, &task.rows));
+            self.add_choices(arm, task, &probabilities, &scores.correct)?;
+        }
+        Ok(())
+    }
+
+    /// The mean NLL of the tokens of reference answers.
+    fn answer_loss(&self, rows: &[Prompted], weights: Weights) -> Result<f64> {
+        let answers = self.encoder.encode(rows)?.rows;
+        let loss = held_out_loss(self.model, &answers, BATCH, &weights.passes())?;
+        if loss.is_nan() {
+            return Err(not_finite(Error::config("loss", "that of the reference answers is NaN")));
+        }
+        Ok(loss)
+    }
+
+    fn scores(&self, rows: &[Prompted], normalize: Normalize, weights: Weights) -> Result<ChoiceScores> {
+        score_choices(self.model, self.encoder, rows, BATCH, normalize, &weights.passes())
+    }
+
+    fn add_choices(
+        &mut self,
+        arm: &str,
+        task: &EvaluatedTask,
+        probabilities: &[Vec<f64>],
+        correct: &[u32],
+    ) -> Result<()> {
+        let metrics = Metrics::classification(probabilities, correct).map_err(not_finite)?;
+        let found = self.found.entry(task.name.clone()).or_default();
+        found.arms.insert(arm.to_string(), metrics);
+        found.reliability.insert(arm.to_string(), reliability(probabilities, correct));
+        let rows = self.rows.tasks.entry(task.name.clone()).or_default();
+        rows.row = (0..correct.len() as u32).collect();
+        rows.label = correct.to_vec();
+        rows.add(arm, probabilities);
+        Ok(())
+    }
+}
+
+/// Logits of the choices of every question, up to a constant of each.
+fn logits(scores: &ChoiceScores, rows: &[Prompted]) -> Vec<Vec<f64>> {
+    let row = |(probabilities, row): (&Vec<f64>, &Prompted)| {
+        let own = row.choices.as_ref().map_or(0, |choices| choices.names.len());
+        let logit = |(i, p): (usize, &f64)| if i < own { p.max(f64::MIN_POSITIVE).ln() } else { ABSENT };
+        probabilities.iter().enumerate().map(logit).collect()
+    };
+    scores.probabilities.iter().zip(rows).map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::instruct::Choices;
+
+    #[test]
+    fn a_choice_that_a_question_lacks_stays_impossible_at_any_temperature() -> Result<()> {
+        let of = |count: usize| Prompted {
+            choices: Some(Choices {
+                names: vec!["a".to_string(); count],
+                answers: vec!["a".to_string(); count],
+                correct: 0,
+            }),
+            ..Prompted::default()
+        };
+        let rows = [of(2), of(3)];
+        let probabilities = vec![vec![0.9, 0.1, 0.0], vec![0.5, 0.5, 0.0]];
+        let scores = ChoiceScores { probabilities: probabilities.clone(), correct: vec![1, 0] };
+        let logits = logits(&scores, &rows);
+        let same = Temperature::new(1.0)?.probabilities(&logits);
+        for (got, want) in same.iter().flatten().zip(probabilities.iter().flatten()) {
+            assert!((got - want).abs() < 1e-12, "{same:?}");
+        }
+        let warm = Temperature::fit(&logits, &scores.correct)?;
+        let warm = warm.probabilities(&logits);
+        // The second question has three choices; of its third nobody has ever said anything.
+        assert!(warm[0][2] == 0.0 && warm[1][2] > 0.0 && warm[1][2] < 1e-2, "{warm:?}");
+        assert!(warm[0][1] > 0.1 && warm[0][0] > warm[0][1]);
+        Ok(())
+    }
+}

@@ -1,0 +1,162 @@
+//! One cell of a language model's study: trained once on instructions, measured on every task.
+
+use std::cell::Cell;
+
+use candle_core::{DType, Device};
+
+use super::cell::{CellCost, CellKey, CellResult};
+use super::evaluated::{Arms, EvaluatedTask};
+use super::recipe::Recipe;
+use super::rows::CellRows;
+use super::training::{self, Learner, Trained};
+use crate::adapter::{Params, Role};
+use crate::data::batch::Batcher;
+use crate::data::causal::{PromptEncoder, Tokens};
+use crate::data::instruct::Prompted;
+use crate::data::split::{self, Draw};
+use crate::error::Result;
+use crate::inject::DEFAULT_ADAPTER;
+use crate::models::causal::CausalLm;
+use crate::models::generate::Weights;
+use crate::models::hub::ModelFiles;
+use crate::models::llama::{LlamaConfig, LlamaForCausalLM};
+use crate::noise::Noise;
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
+use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
+
+/// What the cells of a language model's study have in common.
+#[derive(Debug)]
+pub struct LanguageTrial<'a> {
+    /// The pre-trained model, a LLaMA.
+    pub files: &'a ModelFiles,
+    /// The rows that there are to train on.
+    pub rows: &'a [Prompted],
+    /// The same as tokens, each with its place among them ([`Tokens::row`]).
+    pub train: &'a [Tokens],
+    /// How many of these a cell has: a subset by its seed, stratified by the right choice. None for all.
+    /// What its recipe holds out comes out of these.
+    pub limit_train: Option<usize>,
+    /// What is measured, by an encoder with room for its rows.
+    pub tasks: &'a [EvaluatedTask],
+    /// That encoder.
+    pub encoder: &'a PromptEncoder,
+    /// Passes over the training rows.
+    pub epochs: usize,
+    /// Posterior draws.
+    pub draws: usize,
+    /// The dtype of the frozen base.
+    pub base_dtype: DType,
+    /// Whether training keeps each layer's input alone: less memory, more time.
+    pub checkpoint_layers: bool,
+    /// Where it runs.
+    pub device: &'a Device,
+}
+
+/// A loaded language model.
+struct LanguageModel {
+    model: LlamaForCausalLM,
+    params: Params,
+    /// Until the training takes them.
+    hooks: Cell<MethodHooks>,
+    config: LlamaConfig,
+}
+
+impl LanguageTrial<'_> {
+    /// Trains one cell and measures it on every task: the posterior mean, averaged draws where there is a
+    /// posterior and, of LoRA where rows are held out, a temperature on the likelihoods of choices. What
+    /// goes wrong in it is its result, too: a loss, gradient or prediction that is not finite is
+    /// [`Status::Diverged`](super::Status::Diverged), anything else
+    /// [`Status::Failed`](super::Status::Failed).
+    pub fn run(&self, key: &CellKey) -> (CellResult, CellCost, CellRows) {
+        let mut begun = CellResult::begun(key, EvaluatedTask::METRIC);
+        self.tasks.iter().for_each(|task| begun.tasks.extend(task.begun()));
+        training::attempt(begun, |result, cost, rows| {
+            let recipe: Recipe = key.method.parse()?;
+            let (train, held_out) = self.rows_of(key, &recipe)?;
+            let cell = CellTrial { trial: self, train: &train };
+            let Trained { model, .. } = training::train(&cell, &recipe, key, 0, result, cost)?;
+            let LanguageModel { model, config, .. } = &model;
+            let (encoder, stop, found) = (self.encoder, config.eos_token_ids(), &mut result.tasks);
+            let arms = Arms { model, encoder, stop, seed: key.seed, found, rows };
+            self.measure(arms, &recipe, &held_out)
+        })
+    }
+
+    /// What a cell is trained on, and of what its recipe holds out the questions with choices: of the same
+    /// seed, the same rows together whatever the recipe.
+    fn rows_of(&self, key: &CellKey, recipe: &Recipe) -> Result<(Vec<Tokens>, Vec<Prompted>)> {
+        let noise = Noise::new(key.seed);
+        let choices = |tokens: &Tokens| self.rows.get(tokens.row)?.choices.as_ref();
+        let strata = |rows: &[Tokens]| -> Vec<u32> {
+            rows.iter().map(|row| choices(row).map_or(0, |choices| choices.correct as u32)).collect()
+        };
+        let count = self.limit_train.unwrap_or(self.train.len());
+        let own =
+            split::at(self.train, &split::stratified(&strata(self.train), count, noise, Draw::Training));
+        let (stay, held) = split::hold_out(&strata(&own), recipe.held_out, noise)?;
+        let held = split::at(&own, &held).into_iter().filter(|row| choices(row).is_some());
+        let held = held.map(|row| self.rows[row.row].clone()).collect();
+        Ok((split::at(&own, &stay), held))
+    }
+
+    fn measure(&self, mut arms: Arms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
+        arms.add("mean", self.tasks, Weights::Mean)?;
+        // IVON's draws are of parameters, which nothing puts in place here.
+        if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
+            arms.add(&format!("{} draws", self.draws), self.tasks, Weights::Average(self.draws))?;
+        }
+        if recipe.is_lora() && !held_out.is_empty() {
+            arms.add_temperature("temperature", self.tasks, held_out)?;
+        }
+        Ok(())
+    }
+}
+
+/// A trial with the rows of one cell.
+struct CellTrial<'a> {
+    trial: &'a LanguageTrial<'a>,
+    train: &'a [Tokens],
+}
+
+impl Learner for CellTrial<'_> {
+    type Model = LanguageModel;
+
+    fn load(&self, start: &MethodInit, noise: Noise) -> Result<LanguageModel> {
+        let LanguageTrial { files, tasks, encoder, base_dtype, checkpoint_layers, device, .. } = self.trial;
+        let config = LlamaConfig::from_file(files.config_path())?;
+        let params = Params::new(noise, device);
+        let checkpoint = files.var_builder(*base_dtype, device)?;
+        let base = match start.method() {
+            Method::Full => params.var_builder(Some(checkpoint), Role::Base),
+            _ => checkpoint,
+        };
+        let mut model = LlamaForCausalLM::load(base, &config, noise)?;
+        model.set_checkpoint_layers(*checkpoint_layers);
+        let hooks = Cell::new(start.inject(&mut model, &params)?);
+        // A row that cannot be measured is told before the training, not after it.
+        tasks.iter().try_for_each(|task| task.check(&model, encoder))?;
+        Ok(LanguageModel { model, params, hooks, config })
+    }
+
+    fn params<'m>(&self, model: &'m LanguageModel) -> &'m Params {
+        &model.params
+    }
+
+    fn adapter(&self, model: &LanguageModel, method: &AdapterMethod) -> Result<AdapterFile> {
+        let metadata = AdapterMetadata { task: Some("CAUSAL_LM".to_string()), ..AdapterMetadata::default() };
+        AdapterFile::from_model(&model.model, DEFAULT_ADAPTER, &model.params, method, &metadata)
+    }
+
+    fn objective<'m>(&'m self, model: &'m LanguageModel, batcher: Batcher) -> Box<dyn Objective + 'm> {
+        let (hooks, pad_id) = (model.hooks.take(), model.config.pad_id());
+        Box::new(CausalTuning { model: &model.model, hooks, rows: self.train, batcher, pad_id })
+    }
+
+    fn rows(&self) -> usize {
+        self.train.len()
+    }
+
+    fn epochs(&self) -> usize {
+        self.trial.epochs
+    }
+}

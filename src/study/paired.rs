@@ -1,0 +1,207 @@
+//! Two arms by the rows that both measured: differences of scores, paired over tasks, seeds, learning rates,
+//! batch sizes and rows.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::cell::{CellKey, CellResult, Status};
+use super::rows::CellRows;
+use super::stats::{two_level, PairedTask, TwoLevel};
+use crate::error::{Error, Result};
+use crate::metrics::{confidence_bin, ConfidenceBins};
+use crate::noise::Noise;
+
+/// Resamples of a bootstrap: the standard error is known to 1.6 %.
+const RESAMPLES: usize = 2000;
+
+/// A score of rows that two arms are compared by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RowScore {
+    /// Mean `-ln p` of the labels.
+    Nll,
+    /// The expected calibration error with less bias ([`crate::metrics::ece_debiased`]).
+    Ece,
+    /// Brier's score, summed over classes.
+    Brier,
+    /// The share of right rows.
+    Accuracy,
+}
+
+impl RowScore {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Nll, Self::Ece, Self::Brier, Self::Accuracy];
+
+    /// Whether less of it is better.
+    pub const fn lower_is_better(self) -> bool {
+        !matches!(self, Self::Accuracy)
+    }
+}
+
+impl fmt::Display for RowScore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nll => "NLL",
+            Self::Ece => "ECE, debiased",
+            Self::Brier => "Brier",
+            Self::Accuracy => "accuracy",
+        })
+    }
+}
+
+/// What one arm of a cell says of its rows, score by score.
+#[derive(Debug)]
+pub(super) struct RowScores {
+    nll: Vec<f64>,
+    brier: Vec<f64>,
+    right: Vec<bool>,
+    confidence: Vec<f64>,
+    bin: Vec<usize>,
+}
+
+impl RowScores {
+    fn new(rows: &CellRows, arm: &str) -> Option<Self> {
+        let (probabilities, classes) = rows.probabilities(arm)?;
+        let mut scores = Self {
+            nll: Vec::new(),
+            brier: Vec::new(),
+            right: Vec::new(),
+            confidence: Vec::new(),
+            bin: Vec::new(),
+        };
+        let logs = rows.arms.get(arm)?;
+        for ((p, log), label) in probabilities.chunks(classes).zip(logs.chunks(classes)).zip(&rows.label) {
+            let label = *label as usize;
+            let top = (0..classes).fold(0, |best, i| if p[i] > p[best] { i } else { best });
+            let hit = |class: usize| f64::from(u8::from(class == label));
+            scores.nll.push(-f64::from(log[label]));
+            scores.brier.push(p.iter().enumerate().map(|(class, p)| (p - hit(class)).powi(2)).sum());
+            scores.right.push(top == label);
+            scores.confidence.push(p[top]);
+            scores.bin.push(confidence_bin(p[top]));
+        }
+        Some(scores)
+    }
+
+    /// A score over the rows, each as often as its weight says.
+    fn score(&self, score: RowScore, weights: &[f64]) -> f64 {
+        match score {
+            RowScore::Nll => mean(self.nll.iter().copied(), weights),
+            RowScore::Brier => mean(self.brier.iter().copied(), weights),
+            RowScore::Accuracy => mean(self.right.iter().map(|right| f64::from(u8::from(*right))), weights),
+            RowScore::Ece => {
+                let mut bins = ConfidenceBins::default();
+                for (i, weight) in weights.iter().enumerate() {
+                    bins.add(self.bin[i], self.confidence[i], self.right[i], *weight);
+                }
+                bins.debiased()
+            }
+        }
+    }
+
+    /// A score of the rows as they are.
+    pub fn plain(&self, score: RowScore) -> f64 {
+        self.score(score, &vec![1.0; self.nll.len()])
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64>, weights: &[f64]) -> f64 {
+    // A row that is not drawn may have an infinite value.
+    let weighted = values.zip(weights).filter(|(_, w)| **w > 0.0).map(|(v, w)| v * w);
+    weighted.sum::<f64>() / weights.iter().sum::<f64>()
+}
+
+/// Two arms of one setting (learning rate and batch size).
+type Pair = [RowScores; 2];
+
+/// The settings that are done in both of two arms, with their rows.
+#[derive(Debug)]
+pub(super) struct PairedRows {
+    /// By task, and by seed.
+    tasks: BTreeMap<String, BTreeMap<u64, Vec<Pair>>>,
+}
+
+impl PairedRows {
+    /// The settings of the cells that `wanted` says yes to.
+    ///
+    /// # Errors
+    /// If two cells of a task were not measured on the same rows; the error names one.
+    pub fn new(
+        cells: &[CellResult],
+        rows: &BTreeMap<String, CellRows>,
+        [own, other]: [&(String, String); 2],
+        wanted: impl Fn(&CellKey) -> bool,
+    ) -> Result<Self> {
+        let mut tasks: BTreeMap<String, BTreeMap<u64, Vec<Pair>>> = BTreeMap::new();
+        let mut measured: BTreeMap<&str, &CellRows> = BTreeMap::new();
+        let done = |cell: &&CellResult| cell.status == Status::Done && wanted(&cell.key);
+        for cell in cells.iter().filter(done).filter(|cell| cell.key.method == own.0) {
+            let partner = CellKey { method: other.0.clone(), ..cell.key.clone() };
+            if !cells.iter().filter(done).any(|cell| cell.key == partner) {
+                continue;
+            }
+            let names = [cell.key.folder_name(), partner.folder_name()];
+            let [Some(first), Some(second)] = names.each_ref().map(|name| rows.get(name)) else { continue };
+            let task = measured.entry(&cell.key.task).or_insert(first);
+            for (name, kept) in names.iter().zip([first, second]) {
+                if (&kept.row, &kept.label) != (&task.row, &task.label) {
+                    let reason =
+                        format!("{name} was not measured on the rows of the other cells of its task");
+                    return Err(Error::config("rows", reason));
+                }
+            }
+            let pair = [RowScores::new(first, &own.1), RowScores::new(second, &other.1)];
+            if let [Some(first), Some(second)] = pair {
+                let seeds = tasks.entry(cell.key.task.clone()).or_default();
+                seeds.entry(cell.key.seed).or_default().push([first, second]);
+            }
+        }
+        Ok(Self { tasks })
+    }
+
+    /// The tasks with a pair.
+    pub fn tasks(&self) -> impl Iterator<Item = &str> {
+        self.tasks.keys().map(String::as_str)
+    }
+
+    /// The fewest seeds of a task.
+    pub fn seeds(&self) -> usize {
+        self.tasks.values().map(BTreeMap::len).min().unwrap_or(0)
+    }
+
+    /// How many settings there are.
+    pub fn settings(&self) -> usize {
+        self.tasks.values().flat_map(BTreeMap::values).map(Vec::len).sum()
+    }
+
+    /// Differences of a score on a task, one a setting.
+    pub fn differences(&self, task: &str, score: RowScore) -> Vec<f64> {
+        let pairs = self.tasks.get(task).into_iter().flat_map(BTreeMap::values).flatten();
+        pairs.map(|[own, other]| own.plain(score) - other.plain(score)).collect()
+    }
+
+    /// What a bootstrap says of the mean difference of a score, own - other: over the settings of a seed, over
+    /// the seeds of a task, over tasks. The same resamples whatever the arms, so that comparisons are alike.
+    pub fn difference(&self, score: RowScore) -> Option<TwoLevel> {
+        let mut tasks = Vec::new();
+        for seeds in self.tasks.values() {
+            let (rows, count) = (seeds.values().next()?.first()?[0].nll.len(), seeds.len());
+            let of_seed = move |pairs: &Vec<Pair>, weights: &[f64]| {
+                let one = |[own, other]: &Pair| own.score(score, weights) - other.score(score, weights);
+                pairs.iter().map(one).sum::<f64>() / pairs.len() as f64
+            };
+            let differences = move |weights: &[f64]| {
+                seeds.values().map(|pairs| of_seed(pairs, weights)).collect::<Vec<f64>>()
+            };
+            tasks.push(PairedTask { rows, seeds: count, differences: Box::new(differences) });
+        }
+        two_level(&tasks, RESAMPLES, Noise::new(0))
+    }
+}
+
+/// The scores of an arm of one cell, where it kept its rows.
+pub(super) fn row_scores(rows: &BTreeMap<String, CellRows>, key: &CellKey, arm: &str) -> Option<RowScores> {
+    RowScores::new(rows.get(&key.folder_name())?, arm)
+}

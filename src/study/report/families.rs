@@ -1,0 +1,142 @@
+//! Families of paired tests, and their tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use super::super::cell::CellResult;
+use super::super::paired::{PairedRows, RowScore};
+use super::super::plan::{arm, Comparison};
+use super::super::rows::CellRows;
+use super::super::stats::{holm, TwoLevel};
+use super::arm::{arms, name, number, Arm, MEAN};
+use crate::error::Result;
+
+/// A test of a family.
+pub(super) struct Test {
+    pub arm: String,
+    pub against: String,
+    pub score: RowScore,
+    /// Settings, and the fewest seeds of a task.
+    settings: usize,
+    seeds: usize,
+    /// The difference arm - against; None where there is no pair, or it is not finite.
+    pub found: Option<TwoLevel>,
+    /// p corrected within the family.
+    pub corrected: f64,
+}
+
+impl Test {
+    /// Whether the arm is the better one, with a corrected p below this one.
+    pub fn better(&self, p: f64) -> bool {
+        let better =
+            |found: TwoLevel| (found.estimate < 0.0) == self.score.lower_is_better() && found.estimate != 0.0;
+        self.found.is_some_and(better) && self.corrected < p
+    }
+}
+
+/// The tests of a family over the cells that are done in both arms.
+///
+/// # Errors
+/// If an arm is not written as one, or two cells of a task were measured on other rows.
+pub(super) fn tests(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    family: &[Comparison],
+) -> Result<Vec<Test>> {
+    let mut tests = Vec::new();
+    for comparison in family {
+        let (own, other) = (arm(&comparison.arm)?, arm(&comparison.against)?);
+        let pairs = PairedRows::new(cells, rows, [&own, &other], |_| true)?;
+        tests.extend(comparison.scores.iter().map(|score| Test {
+            arm: comparison.arm.clone(),
+            against: comparison.against.clone(),
+            score: *score,
+            settings: pairs.settings(),
+            seeds: pairs.seeds(),
+            found: pairs.difference(*score),
+            corrected: f64::NAN,
+        }));
+    }
+    let p: Vec<f64> = tests.iter().map(|test| test.found.map_or(f64::NAN, |found| found.p)).collect();
+    tests.iter_mut().zip(holm(&p)).for_each(|(test, corrected)| test.corrected = corrected);
+    Ok(tests)
+}
+
+/// The table of a family.
+pub(super) fn table(tests: &[Test]) -> String {
+    let mut text = String::from(
+        "| arm | against | score | settings | seeds | difference | 95 % interval | p | p, Holm |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
+    );
+    for test in tests {
+        let Test { arm, against, score, settings, seeds, found, corrected } = test;
+        let figures = match found {
+            None => "no pair | - | - | -".to_string(),
+            Some(TwoLevel { estimate, low, high, p, .. }) => {
+                format!("{estimate:+.4} | {low:+.4} to {high:+.4} | {} | {}", chance(*p), chance(*corrected))
+            }
+        };
+        writeln!(text, "| {arm} | {against} | {score} | {settings} | {seeds} | {figures} |").ok();
+    }
+    text
+}
+
+/// A p-value in a table.
+pub(super) fn chance(p: f64) -> String {
+    if p < 0.001 {
+        format!("{p:.0e}")
+    } else {
+        number(p)
+    }
+}
+
+/// What every table of tests means.
+pub(super) const EXPLAINED: &str =
+    "Differences arm - against, paired by task, seed, learning rate, batch size and row, tasks weighted alike. \
+     Interval and p are of a bootstrap of two levels, seeds and the rows that all of them were measured on, with \
+     Student's t for few seeds (of one seed the rows alone are drawn: what another would give is unknown). Holm's \
+     p is corrected within the table.\n";
+
+/// The families of a study without a plan: the draws of the tested arm, or its mean where it has none, against
+/// every way to predict with the baseline.
+pub(super) fn without_a_plan(
+    cells: &[CellResult],
+    tested: &Arm,
+    baseline: &str,
+) -> Vec<(String, Vec<Comparison>)> {
+    let all: Vec<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
+    let draws = all.iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws"));
+    let own = draws.unwrap_or(tested);
+    let of_baseline = |arm: &&Arm| {
+        let held_out = arm.0 != baseline && arm.0.contains("held-out") && arm.1 != MEAN;
+        arm.0 == baseline || (arm.0.split(':').next() == baseline.split(':').next() && held_out)
+    };
+    let mut others: Vec<String> = all.iter().filter(of_baseline).map(name).collect();
+    others.sort();
+    others.dedup();
+    let family = |scores: [RowScore; 2]| -> Vec<Comparison> {
+        let against =
+            |other: &String| Comparison { arm: name(own), against: other.clone(), scores: scores.to_vec() };
+        others.iter().map(against).collect()
+    };
+    vec![
+        ("NLL and ECE".to_string(), family([RowScore::Nll, RowScore::Ece])),
+        ("Brier score and accuracy".to_string(), family([RowScore::Brier, RowScore::Accuracy])),
+    ]
+}
+
+/// The section of these families.
+///
+/// # Errors
+/// As [`tests`].
+pub(super) fn section(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    families: &[(String, Vec<Comparison>)],
+) -> Result<String> {
+    let mut text = format!("\n## Paired comparisons by rows\n\n{EXPLAINED}");
+    for (name, family) in families {
+        write!(text, "\n### {name}\n\n{}", table(&tests(cells, rows, family)?)).ok();
+    }
+    Ok(text)
+}

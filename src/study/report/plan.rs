@@ -1,0 +1,197 @@
+//! What became of a plan: its families of tests, and whether what it counts as success was found.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use super::super::cell::{CellKey, CellResult, Status};
+use super::super::paired::PairedRows;
+use super::super::plan::{arm, Criterion, Plan, Variation};
+use super::super::rows::CellRows;
+use super::arm::{number, Arm};
+use super::families::{self, chance, Test, EXPLAINED};
+use super::sensitivity;
+use crate::error::Result;
+
+/// What became of a condition.
+#[derive(Debug, Clone, PartialEq)]
+enum Verdict {
+    Met,
+    NotMet(String),
+    Undecided(String),
+}
+
+/// The section about a plan, of whose file `crc` is the checksum.
+///
+/// # Errors
+/// If two cells of a task were measured on other rows.
+pub(super) fn section(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    plan: &Plan,
+    crc: &str,
+) -> Result<String> {
+    let planned = plan.cells()?;
+    let ended = Ended::new(&planned, cells);
+    let mut text = format!(
+        "\n## Plan: {}\n\nThe study was written down before it was run; CRC-32 of the file: {crc}. Of {} planned cells {} \
+         are done, {} diverged, {} failed, {} have not run.\n\n{EXPLAINED}",
+        plan.name,
+        planned.len(),
+        ended.count(&planned, Some(Status::Done)),
+        ended.count(&planned, Some(Status::Diverged)),
+        ended.count(&planned, Some(Status::Failed)),
+        ended.count(&planned, None),
+    );
+    let mut families = BTreeMap::new();
+    for (name, family) in &plan.families {
+        let tests = families::tests(cells, rows, family)?;
+        write!(text, "\n### Family: {name}\n\n{}", families::table(&tests)).ok();
+        families.insert(name.as_str(), tests);
+    }
+    if plan.success.is_empty() {
+        return Ok(text);
+    }
+    text.push_str("\n### Success\n\n| what must hold | found | verdict |\n|---|---|---|\n");
+    let mut verdicts = Vec::new();
+    for criterion in &plan.success {
+        let (found, verdict) = match criterion {
+            Criterion::Better { family, p } => {
+                let tests = families.get(family.as_str()).map(Vec::as_slice).unwrap_or_default();
+                better(tests, *p, &planned, &ended)?
+            }
+            Criterion::Sensitivity { arm: own, against, most, of } => {
+                sensitive(cells, [own, against], *most, *of, &planned, &ended)?
+            }
+            Criterion::NotWorse { arm: own, against, score, lr, by } => {
+                let wanted = |key: &CellKey| lr.is_none_or(|lr| key.lr == lr);
+                let arms = [arm(own)?, arm(against)?];
+                let pairs = PairedRows::new(cells, rows, [&arms[0], &arms[1]], wanted)?;
+                let planned: Vec<CellKey> = planned.iter().filter(|key| wanted(key)).cloned().collect();
+                let (found, verdict) = match pairs.difference(*score) {
+                    None => {
+                        ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string()))
+                    }
+                    Some(found) => {
+                        let worse = if score.lower_is_better() { found.estimate } else { -found.estimate };
+                        let text =
+                            format!("{:+.4} ({:+.4} to {:+.4})", found.estimate, found.low, found.high);
+                        (text, decided(worse <= *by, "it is worse by more"))
+                    }
+                };
+                (found, ended.or(&planned, &arms, verdict))
+            }
+        };
+        writeln!(text, "| {} | {found} | {} |", words(criterion), verdict.text()).ok();
+        verdicts.push(verdict);
+    }
+    let all = if verdicts.iter().all(|verdict| *verdict == Verdict::Met) {
+        "Everything that the plan counts as success was found."
+    } else if verdicts.iter().any(|verdict| matches!(verdict, Verdict::NotMet(_))) {
+        "What the plan counts as success was not found."
+    } else {
+        "Whether the plan's success was found is undecided."
+    };
+    write!(text, "\n**{all}**\n").ok();
+    Ok(text)
+}
+
+impl Verdict {
+    fn text(&self) -> String {
+        match self {
+            Self::Met => "met".to_string(),
+            Self::NotMet(why) => format!("not met: {why}"),
+            Self::Undecided(why) => format!("undecided: {why}"),
+        }
+    }
+}
+
+fn decided(holds: bool, otherwise: &str) -> Verdict {
+    if holds {
+        Verdict::Met
+    } else {
+        Verdict::NotMet(otherwise.to_string())
+    }
+}
+
+/// How the planned cells ended.
+struct Ended(BTreeMap<String, Status>);
+
+impl Ended {
+    fn new(planned: &[CellKey], cells: &[CellResult]) -> Self {
+        let names: std::collections::BTreeSet<String> = planned.iter().map(CellKey::folder_name).collect();
+        let ended = cells.iter().map(|cell| (cell.key.folder_name(), cell.status));
+        Self(ended.filter(|(name, _)| names.contains(name)).collect())
+    }
+
+    fn count(&self, planned: &[CellKey], status: Option<Status>) -> usize {
+        planned.iter().filter(|key| self.0.get(&key.folder_name()).copied() == status).count()
+    }
+
+    /// The verdict, if the cells that it stands on ended: missing and failed ones leave it open, and an arm
+    /// whose cells diverged has met nothing, since the worst of them have no score.
+    fn or(&self, planned: &[CellKey], [own, other]: &[Arm; 2], verdict: Verdict) -> Verdict {
+        let of = |arm: &Arm| -> Vec<CellKey> {
+            planned.iter().filter(|key| key.method == arm.0).cloned().collect()
+        };
+        let (own, other) = (of(own), of(other));
+        let open = |keys: &[CellKey]| self.count(keys, None) + self.count(keys, Some(Status::Failed));
+        match (self.count(&own, Some(Status::Diverged)), open(&own) + open(&other)) {
+            (0, 0) => verdict,
+            (0, open) => Verdict::Undecided(format!("{open} of its cells have not run, or failed")),
+            (diverged, _) => Verdict::NotMet(format!("{diverged} of its cells diverged")),
+        }
+    }
+}
+
+fn better(tests: &[Test], p: f64, planned: &[CellKey], ended: &Ended) -> Result<(String, Verdict)> {
+    let found = tests.iter().filter(|test| test.better(p)).count();
+    let mut verdict = decided(found == tests.len(), "not every test finds it better");
+    for test in tests {
+        verdict = ended.or(planned, &[arm(&test.arm)?, arm(&test.against)?], verdict);
+    }
+    let largest = tests.iter().map(|test| test.corrected).fold(0.0, f64::max);
+    Ok((format!("{found} of {}, largest p {}", tests.len(), chance(largest)), verdict))
+}
+
+fn sensitive(
+    cells: &[CellResult],
+    [own, against]: [&String; 2],
+    most: f64,
+    of: Variation,
+    planned: &[CellKey],
+    ended: &Ended,
+) -> Result<(String, Verdict)> {
+    let arms = [arm(own)?, arm(against)?];
+    let (found, verdict) = match sensitivity::compared(cells, &arms[0], &arms[1]) {
+        None => ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string())),
+        Some(test) => {
+            let ratio = test.variances[0] / test.variances[1];
+            let ratio = if of == Variation::Deviation { ratio.sqrt() } else { ratio };
+            (
+                format!("{}, p {}", number(ratio), chance(test.p)),
+                decided(ratio <= most, "it depends on it more"),
+            )
+        }
+    };
+    Ok((found, ended.or(planned, &arms, verdict)))
+}
+
+/// A condition in words.
+fn words(criterion: &Criterion) -> String {
+    match criterion {
+        Criterion::Better { family, p } => {
+            format!("every test of the family {family} better, Holm's p < {p}")
+        }
+        Criterion::Sensitivity { arm, against, most, of } => {
+            let of = match of {
+                Variation::Variance => "variance",
+                Variation::Deviation => "standard deviation",
+            };
+            format!("{of} of the NLL over learning rates, {arm} at most {most} of {against}'s")
+        }
+        Criterion::NotWorse { arm, against, score, lr, by } => {
+            let at = lr.map(|lr| format!(" at {lr}")).unwrap_or_default();
+            format!("{score}{at}, {arm} at most {by} worse than {against}")
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! How much scores depend on the learning rate, and what seeds alone do to them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use super::super::cell::{CellResult, Status};
+use super::super::paired::{row_scores, PairedRows, RowScore};
+use super::super::rows::CellRows;
+use super::super::stats::{mean_regret, pitman_morgan, within_variance, PitmanMorgan};
+use super::arm::{arms, name, number, Arm};
+use super::families::chance;
+use super::pairs::spread;
+use crate::error::Result;
+use crate::metrics::{quantile, Metrics};
+
+/// A score of an arm by group (task, seed, batch size) and learning rate.
+type Groups<'a> = BTreeMap<(&'a str, u64, usize), Vec<(f64, f64)>>;
+
+/// The finite scores of an arm.
+fn groups<'a>(
+    cells: &'a [CellResult],
+    arm: &Arm,
+    score: impl Fn(&CellResult, &Metrics) -> Option<f64>,
+) -> Groups<'a> {
+    let mut groups = Groups::new();
+    for cell in cells.iter().filter(|cell| cell.status == Status::Done && cell.key.method == arm.0) {
+        let score = cell.arms.get(&arm.1).and_then(|metrics| score(cell, metrics));
+        if let Some(score) = score.filter(|score| score.is_finite()) {
+            let key = (cell.key.task.as_str(), cell.key.seed, cell.key.batch_size);
+            groups.entry(key).or_default().push((cell.key.lr, score));
+        }
+    }
+    groups
+}
+
+/// The test whether the NLL of two arms depends alike on the learning rate, over the settings that are done in
+/// both.
+pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<PitmanMorgan> {
+    let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
+    let group = |(key, own): (&(&str, u64, usize), &Vec<(f64, f64)>)| {
+        let others = other.get(key)?;
+        let partner = |(lr, own): &(f64, f64)| {
+            others.iter().find(|(other, _)| other == lr).map(|(_, other)| [*own, *other])
+        };
+        Some(own.iter().filter_map(partner).collect())
+    };
+    pitman_morgan(&own.iter().filter_map(group).collect::<Vec<_>>())
+}
+
+/// The section about the learning rate; empty where no arm has two of them.
+pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
+    let all: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
+    let mut table = String::new();
+    for arm in &all {
+        let scores = |score: fn(&CellResult, &Metrics) -> Option<f64>| -> Vec<Vec<f64>> {
+            let of_rates = |group: Vec<(f64, f64)>| group.into_iter().map(|(_, score)| score).collect();
+            groups(cells, arm, score)
+                .into_values()
+                .map(of_rates)
+                .filter(|group: &Vec<f64>| group.len() > 1)
+                .collect()
+        };
+        let nll = scores(|_, metrics| metrics.nll);
+        if nll.is_empty() {
+            continue;
+        }
+        let sd = within_variance(&nll).sqrt();
+        let accuracy = scores(|_, metrics| metrics.accuracy);
+        let figures = [sd, mean_regret(&nll, true), mean_regret(&accuracy, false), mean_spread(cells, arm)];
+        let test = match compared(cells, arm, baseline).filter(|_| arm != baseline) {
+            None => "- | -".to_string(),
+            Some(test) => format!("{} | {}", number(test.variances[0] / test.variances[1]), chance(test.p)),
+        };
+        writeln!(table, "| {} | {} | {test} |", name(arm), figures.map(number).join(" | ")).ok();
+    }
+    if table.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\n## Dependence on the learning rate\n\nStandard deviation of the NLL over learning rates within task, seed \
+         and batch size; mean regret, what a rate that is chosen blindly costs against the best of the same method; \
+         the paper's spread, best - worst of the metric over all cells of a task, mean over tasks. The spread rewards \
+         a method that is bad at every rate: read it beside the scores. The ratio of the variances of the NLL is to {}'s \
+         in the same settings, tested by Pitman and Morgan.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | \
+         spread | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}",
+        name(baseline)
+    )
+}
+
+/// The paper's spread of the task's metric, mean over tasks.
+fn mean_spread(cells: &[CellResult], arm: &Arm) -> f64 {
+    let mut tasks: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for ((task, ..), group) in groups(cells, arm, |cell, metrics| metrics.get(&cell.metric)) {
+        tasks.entry(task).or_default().extend(group.into_iter().map(|(_, score)| score));
+    }
+    tasks.values().map(|scores| spread(scores)).sum::<f64>() / tasks.len() as f64
+}
+
+/// The section about chance: how far two seeds of the baseline are apart in the same setting, and how many of
+/// the tested arm's cells are further from the baseline's with their own seed. Empty with one seed.
+///
+/// # Errors
+/// If two cells of a task were measured on other rows.
+pub(super) fn seeds(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    tested: &Arm,
+    baseline: &Arm,
+) -> Result<String> {
+    let pairs = PairedRows::new(cells, rows, [tested, baseline], |_| true)?;
+    let mut table = String::new();
+    for task in pairs.tasks() {
+        for score in RowScore::ALL {
+            let apart = apart(cells, rows, baseline, task, score);
+            if apart.is_empty() {
+                continue;
+            }
+            let (middle, limit) = (quantile(&apart, 0.5), quantile(&apart, 0.95));
+            let differences = pairs.differences(task, score);
+            let beyond = differences.iter().filter(|difference| difference.abs() > limit).count();
+            let share = format!("{beyond} of {}", differences.len());
+            let figures = [middle, limit].map(number).join(" | ");
+            writeln!(table, "| {task} | {score} | {} | {figures} | {share} |", apart.len()).ok();
+        }
+    }
+    if table.is_empty() {
+        return Ok(table);
+    }
+    let [own, other] = [tested, baseline].map(name);
+    Ok(format!(
+        "\n## Chance: {other} against itself\n\nDistances of two seeds of {other} in the same setting, and how many cells \
+         of {own} are further from {other} with the same seed than 95 % of these are: one in twenty where the two \
+         differ by chance alone.\n\n| task | score | pairs of seeds | median distance | 95 % of distances | {own} beyond \
+         |\n|---|---|---|---|---|---|\n{table}"
+    ))
+}
+
+/// The distances of all pairs of seeds of an arm in the same setting.
+fn apart(
+    cells: &[CellResult],
+    rows: &BTreeMap<String, CellRows>,
+    arm: &Arm,
+    task: &str,
+    score: RowScore,
+) -> Vec<f64> {
+    let mut settings: BTreeMap<(u64, usize), Vec<f64>> = BTreeMap::new();
+    let own = |cell: &&CellResult| cell.key.task == task && cell.key.method == arm.0;
+    for cell in cells.iter().filter(own).filter(|cell| cell.status == Status::Done) {
+        if let Some(scores) = row_scores(rows, &cell.key, &arm.1) {
+            let setting = (cell.key.lr.to_bits(), cell.key.batch_size);
+            settings.entry(setting).or_default().push(scores.plain(score));
+        }
+    }
+    let distances = |scores: &Vec<f64>| {
+        let pair = |i: usize| scores[..i].iter().map(|other| (scores[i] - other).abs()).collect::<Vec<f64>>();
+        (1..scores.len()).flat_map(pair).collect::<Vec<f64>>()
+    };
+    settings.values().flat_map(distances).collect()
+}

@@ -1,0 +1,196 @@
+//! What a cell says of every measured row, in every way to predict: what comparisons pair rows by.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{Error, Result};
+use crate::util::files;
+
+/// The tensor of the rows' places.
+const ROW: &str = "row";
+/// The tensor of their labels.
+const LABEL: &str = "label";
+/// What stands before an arm's name in that of its tensor.
+const ARM: &str = "log_probabilities/";
+
+/// The measured rows of a cell, n of them, and what each arm says of them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CellRows {
+    /// The place of each row in its development set.
+    pub row: Vec<u32>,
+    /// The class of each.
+    pub label: Vec<u32>,
+    /// By arm: the logarithms of the class probabilities, c a row, row after row. -inf is probability 0.
+    pub arms: BTreeMap<String, Vec<f32>>,
+    /// Of a cell that was measured on several tasks those of each by its name; the rest is then empty.
+    pub tasks: BTreeMap<String, CellRows>,
+}
+
+impl CellRows {
+    /// Whether no arm has any: a regression keeps none, nor does a cell that went wrong.
+    pub fn is_empty(&self) -> bool {
+        self.arms.is_empty() && self.tasks.values().all(Self::is_empty)
+    }
+
+    /// Keeps what an arm predicts: n rows of c probabilities.
+    pub(super) fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) {
+        let logs = probabilities.iter().flatten().map(|p| p.ln() as f32).collect();
+        self.arms.insert(arm.to_string(), logs);
+    }
+
+    /// The class probabilities that an arm predicts, row after row, and the number of classes.
+    pub fn probabilities(&self, arm: &str) -> Option<(Vec<f64>, usize)> {
+        let logs = self.arms.get(arm)?;
+        Some((logs.iter().map(|log| f64::from(*log).exp()).collect(), logs.len() / self.row.len().max(1)))
+    }
+
+    /// Writes the file `path`: `row` and `label` as `(n)` of u32, each arm as `(n, c)` of f32; of several tasks
+    /// with a task's name and a slash before each.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let mut parts = Vec::new();
+        self.parts("", &mut parts);
+        let mut tensors = BTreeMap::new();
+        for (name, dtype, shape, bytes) in &parts {
+            let view = TensorView::new(*dtype, shape.clone(), bytes);
+            tensors.insert(name.clone(), view.map_err(|e| Error::format(path, e.to_string()))?);
+        }
+        files::write_safetensors(path, tensors)
+    }
+
+    /// Its tensors, with `prefix` before their names: type, shape and bytes of each.
+    fn parts(&self, prefix: &str, parts: &mut Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) {
+        for (task, rows) in &self.tasks {
+            rows.parts(&format!("{prefix}{task}/"), parts);
+        }
+        if self.arms.is_empty() {
+            return;
+        }
+        let n = self.row.len();
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        parts.push((format!("{prefix}{ROW}"), Dtype::U32, vec![self.row.len()], words(&self.row)));
+        parts.push((format!("{prefix}{LABEL}"), Dtype::U32, vec![self.label.len()], words(&self.label)));
+        for (arm, logs) in &self.arms {
+            let bytes = logs.iter().flat_map(|log| log.to_le_bytes()).collect();
+            parts.push((format!("{prefix}{ARM}{arm}"), Dtype::F32, vec![n, logs.len() / n.max(1)], bytes));
+        }
+    }
+
+    /// The rows of a cell, or of one of its tasks, in the file `path`, whose tensors have `prefix` before their names; None where it
+    /// has none of them.
+    ///
+    /// # Errors
+    /// If a tensor is missing, has another type or shape, or holds a class that is none or what is no
+    /// logarithm of a probability.
+    pub(super) fn read(file: &SafeTensors, prefix: &str, path: &Path) -> Result<Option<Self>> {
+        let wrong = |name: &str, reason: &str| Error::format(path, format!("{prefix}{name}: {reason}"));
+        let words = |name: &str| -> Result<Vec<u32>> {
+            let view = file.tensor(&format!("{prefix}{name}")).map_err(|_| wrong(name, "it is missing"))?;
+            if view.dtype() != Dtype::U32 || view.shape().len() != 1 {
+                return Err(wrong(name, "expected a row of u32"));
+            }
+            Ok(view.data().chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        let start = format!("{prefix}{ARM}");
+        let names: Vec<String> = file
+            .names()
+            .into_iter()
+            .filter_map(|name| Some(name.strip_prefix(&start)?.to_string()))
+            .collect();
+        if names.is_empty() {
+            return Ok(None);
+        }
+        let mut rows = Self { row: words(ROW)?, label: words(LABEL)?, ..Self::default() };
+        let n = rows.row.len();
+        if n == 0 || rows.label.len() != n {
+            return Err(wrong(LABEL, "expected a label for each row, and at least one"));
+        }
+        for arm in names {
+            let name = format!("{ARM}{arm}");
+            let view = file.tensor(&format!("{start}{arm}")).map_err(|_| wrong(&name, "it is missing"))?;
+            let classes = match *view.shape() {
+                [rows, classes] if rows == n && classes > 1 && view.dtype() == Dtype::F32 => classes,
+                _ => {
+                    return Err(wrong(&name, "expected a row of f32 for each row, with at least two classes"))
+                }
+            };
+            let bytes = view.data().chunks_exact(4);
+            let logs: Vec<f32> = bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            if logs.iter().any(|log| log.is_nan() || *log > 1e-5) {
+                return Err(wrong(&name, "it holds what is no logarithm of a probability"));
+            }
+            if rows.label.iter().any(|label| *label as usize >= classes) {
+                return Err(wrong(LABEL, &format!("it holds a label that is none of {classes} classes")));
+            }
+            rows.arms.insert(arm, logs);
+        }
+        Ok(Some(rows))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> CellRows {
+        let mut rows = CellRows { row: vec![4, 9, 11], label: vec![1, 0, 1], ..CellRows::default() };
+        rows.add("mean", &[vec![0.25, 0.75], vec![1.0, 0.0], vec![0.5, 0.5]]);
+        rows.add("5 draws", &[vec![0.3, 0.7], vec![0.9, 0.1], vec![0.5, 0.5]]);
+        rows
+    }
+
+    #[test]
+    fn rows_are_read_as_they_were_written() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+        let path = dir.path().join("rows.safetensors");
+        rows().write(&path)?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, e.to_string()))?;
+        let read = CellRows::read(&file, "", &path)?;
+        assert_eq!(read.as_ref(), Some(&rows()));
+        assert_eq!(CellRows::read(&file, "other/", &path)?, None);
+        let (probabilities, classes) = rows().probabilities("mean").unwrap_or_default();
+        assert_eq!((classes, probabilities[2], probabilities[3]), (2, 1.0, 0.0));
+        assert!((probabilities[0] - 0.25).abs() < 1e-7 && rows().probabilities("laplace").is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn the_rows_of_several_tasks_stand_apart() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+        let path = dir.path().join("rows.safetensors");
+        let other = CellRows { row: vec![1, 2, 3], ..rows() };
+        let tasks = [("a".to_string(), rows()), ("b".to_string(), other.clone())].into();
+        CellRows { tasks, ..CellRows::default() }.write(&path)?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, e.to_string()))?;
+        assert_eq!(CellRows::read(&file, "a/", &path)?, Some(rows()));
+        assert_eq!(CellRows::read(&file, "b/", &path)?, Some(other));
+        assert_eq!(CellRows::read(&file, "", &path)?, None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_no_row_is_named() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+        let path = dir.path().join("rows.safetensors");
+        let refused = |rows: CellRows, reason: &str| -> Result<()> {
+            rows.write(&path)?;
+            let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
+            let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, e.to_string()))?;
+            let error = CellRows::read(&file, "", &path).map(drop).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+            Ok(())
+        };
+        refused(CellRows { label: vec![1, 2, 0], ..rows() }, "none of 2 classes")?;
+        refused(CellRows { label: vec![1], ..rows() }, "a label for each row")?;
+        let mut odd = rows();
+        odd.add("mean", &[vec![0.5, 0.5], vec![2.0, 0.0], vec![0.5, 0.5]]);
+        refused(odd, "log_probabilities/mean: it holds what is no logarithm")
+    }
+}

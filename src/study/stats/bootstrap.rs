@@ -1,0 +1,238 @@
+//! A bootstrap of two levels: a mean difference between two methods over tasks, where seeds and measured
+//! rows are both chance.
+
+use rayon::prelude::*;
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
+use super::sensitivity::two_sided;
+use crate::noise::{Noise, Purpose, Stream};
+
+/// The differences of a score on one task, as they depend on how often its rows count.
+pub struct PairedTask<'a> {
+    /// Measured rows: the same for every seed and both methods.
+    pub rows: usize,
+    /// Seeds.
+    pub seeds: usize,
+    /// From how often each row counts, the difference of each seed.
+    pub differences: Box<dyn Fn(&[f64]) -> Vec<f64> + Sync + 'a>,
+}
+
+impl std::fmt::Debug for PairedTask<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PairedTask {{ rows: {}, seeds: {} }}", self.rows, self.seeds)
+    }
+}
+
+/// What the bootstrap says of a mean difference.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TwoLevel {
+    /// The mean over seeds, and then over tasks.
+    pub estimate: f64,
+    /// Its standard error: the standard deviation over resamples.
+    pub error: f64,
+    /// Degrees of freedom of the error; infinite where seeds do not differ or there is one a task.
+    pub df: f64,
+    /// The lower end of the 95 % interval.
+    pub low: f64,
+    /// The upper end.
+    pub high: f64,
+    /// The two-sided p-value of no difference.
+    pub p: f64,
+}
+
+/// The mean difference over tasks, weighted alike, and what a crossed bootstrap says of it: in every resample
+/// each task draws its rows again, the same for all of its seeds (of one development set), and its seeds
+/// (Owen 2007, "The pigeonhole bootstrap"). Tasks are not drawn: what is found is found for these.
+///
+/// ```text
+/// T = mean_t mean_s d_ts,    T* = mean_t 1/k_t sum_s w_ts d*_ts,    error = sd(T*)
+/// w = 1 + sqrt(k / (k - 1)) (m - 1),   m how often a seed was drawn
+/// df = error^4 / sum_t (V_t^2 / (k_t - 1)),   V_t the part of error^2 that t's seeds have
+/// ```
+///
+/// The weights w give the variance of k seeds, which plain resampling makes smaller by (k - 1) / k. Few seeds
+/// also say little about their own variance: interval and p are Student's, with the degrees of freedom of
+/// Welch and Satterthwaite, where the part of the rows has infinitely many. Rows alone are drawn of a task
+/// with one seed: what another seed would give is then unknown.
+///
+/// None without a task, of a task without rows or seeds, with fewer than two resamples, or where a difference
+/// is not finite.
+pub fn two_level(tasks: &[PairedTask], resamples: usize, noise: Noise) -> Option<TwoLevel> {
+    if tasks.is_empty() || resamples < 2 || tasks.iter().any(|task| task.rows == 0 || task.seeds == 0) {
+        return None;
+    }
+    let count = tasks.len() as f64;
+    let (mut estimate, mut of_seeds) = (0.0, Vec::new());
+    for task in tasks {
+        let differences = (task.differences)(&vec![1.0; task.rows]);
+        let k = differences.len() as f64;
+        let mean = differences.iter().sum::<f64>() / k;
+        estimate += mean / count;
+        if task.seeds > 1 {
+            let square: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
+            of_seeds.push((square / (k - 1.0) / k / count.powi(2), k - 1.0));
+        }
+    }
+    let streams: Vec<[Stream; 2]> = (0..tasks.len())
+        .map(|t| ["rows", "seeds"].map(|level| noise.stream(&format!("{level}.{t}"), Purpose::Resample)))
+        .collect();
+    let resample = |draw: usize| -> f64 {
+        let of_task = |(task, [rows, seeds]): (&PairedTask, &[Stream; 2])| {
+            let differences = (task.differences)(&times(rows, draw as u64, task.rows));
+            let k = task.seeds as f64;
+            let stretch = if task.seeds > 1 { (k / (k - 1.0)).sqrt() } else { 0.0 };
+            let drawn = times(seeds, draw as u64, task.seeds);
+            let weighted = drawn.iter().zip(&differences).map(|(m, d)| (1.0 + stretch * (m - 1.0)) * d);
+            weighted.sum::<f64>() / k
+        };
+        tasks.iter().zip(&streams).map(of_task).sum::<f64>() / count
+    };
+    let again: Vec<f64> = (0..resamples).into_par_iter().map(resample).collect();
+    let mean = again.iter().sum::<f64>() / resamples as f64;
+    let variance = again.iter().map(|t| (t - mean).powi(2)).sum::<f64>() / (resamples - 1) as f64;
+    if !(estimate.is_finite() && variance.is_finite()) {
+        return None;
+    }
+    let error = variance.sqrt();
+    let least: f64 = of_seeds.iter().map(|(part, df)| part * part / df).sum();
+    let df = if least > 0.0 { variance * variance / least } else { f64::INFINITY };
+    let (p, half) = if error == 0.0 {
+        (if estimate == 0.0 { 1.0 } else { 0.0 }, 0.0)
+    } else if df < NORMAL {
+        let law = StudentsT::new(0.0, 1.0, df).ok()?;
+        (two_sided(&law, estimate / error), law.inverse_cdf(0.975) * error)
+    } else {
+        let t = (estimate / error).abs();
+        (libm::erfc(t / std::f64::consts::SQRT_2), NORMAL_QUANTILE * error)
+    };
+    Some(TwoLevel { estimate, error, df, low: estimate - half, high: estimate + half, p })
+}
+
+/// The degrees of freedom from which Student's law is the normal one to all digits that are shown.
+const NORMAL: f64 = 1e6;
+/// What a normal number exceeds with probability 1/40.
+const NORMAL_QUANTILE: f64 = 1.959963984540054;
+
+/// How often each of n things comes in n draws.
+fn times(stream: &Stream, draw: u64, n: usize) -> Vec<f64> {
+    let mut times = vec![0.0; n];
+    for block in 0..n.div_ceil(4) {
+        let words = stream.words(draw, block as u64);
+        for word in words.iter().take(n - 4 * block) {
+            // Widening multiplication: the bias is below n / 2^32.
+            times[((u64::from(*word) * n as u64) >> 32) as usize] += 1.0;
+        }
+    }
+    times
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A task whose seeds' differences are means over rows of `table`, seed by seed.
+    fn task(table: &[Vec<f64>]) -> PairedTask<'_> {
+        let rows = table[0].len();
+        let mean = move |weights: &[f64]| {
+            let of_seed =
+                |row: &Vec<f64>| row.iter().zip(weights).map(|(d, w)| d * w).sum::<f64>() / rows as f64;
+            table.iter().map(of_seed).collect()
+        };
+        PairedTask { rows, seeds: table.len(), differences: Box::new(mean) }
+    }
+
+    /// Seeds by rows of `shift + a_s + b_r + e_sr`, with these standard deviations.
+    fn table(seeds: usize, rows: usize, [shift, a, b, e]: [f64; 4], draw: u64) -> Vec<Vec<f64>> {
+        let normals = |name: &str, n: usize| {
+            let mut z = vec![0.0; n];
+            Noise::new(7).stream(name, Purpose::Predict).fill_normal(draw, &mut z);
+            z
+        };
+        let (of_seed, of_row, rest) = (normals("a", seeds), normals("b", rows), normals("e", seeds * rows));
+        let of = |s: usize, r: usize| shift + a * of_seed[s] + b * of_row[r] + e * rest[s * rows + r];
+        (0..seeds).map(|s| (0..rows).map(|r| of(s, r)).collect()).collect()
+    }
+
+    #[test]
+    fn the_error_is_that_of_the_resampling_s_own_moments() -> Result<(), &'static str> {
+        // Of multinomial weights: var w = 1 and cov w w' = -1 / (k - 1) for seeds, and
+        // var v = 1 - 1/n, cov v v' = -1/n for rows; so the variance of a bilinear form is a sum.
+        let d = table(4, 30, [0.2, 0.3, 1.0, 0.5], 1);
+        let (k, n) = (4, 30);
+        let cov_seeds = |i: usize, j: usize| if i == j { 1.0 } else { -1.0 / (k as f64 - 1.0) };
+        let cov_rows = |i: usize, j: usize| f64::from(u8::from(i == j)) - 1.0 / n as f64;
+        let of_seed: Vec<f64> = d.iter().map(|row| row.iter().sum()).collect();
+        let of_row: Vec<f64> = (0..n).map(|r| d.iter().map(|row| row[r]).sum()).collect();
+        let mut want = 0.0;
+        for i in 0..k {
+            for j in 0..k {
+                want += cov_seeds(i, j) * of_seed[i] * of_seed[j];
+                for r in 0..n {
+                    want += (0..n).map(|q| cov_seeds(i, j) * cov_rows(r, q) * d[i][r] * d[j][q]).sum::<f64>();
+                }
+            }
+        }
+        for r in 0..n {
+            want += (0..n).map(|q| cov_rows(r, q) * of_row[r] * of_row[q]).sum::<f64>();
+        }
+        let want = want / ((k * n) as f64).powi(2);
+        const TIMES: usize = 20_000;
+        let got = two_level(&[task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
+        let z = (got.error.powi(2) / want - 1.0) / (2.0 / TIMES as f64).sqrt();
+        assert!(z.abs() < 4.0, "{} {want}: {z}", got.error.powi(2));
+        // Two such tasks: the mean of both, half the variance; the seeds' part of it has twice the freedom.
+        let two = two_level(&[task(&d), task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
+        assert!((two.estimate - got.estimate).abs() < 1e-15 && two.df > 1.8 * got.df);
+        assert!((two.error.powi(2) / want * 2.0 - 1.0).abs() < 6.0 * (2.0 / TIMES as f64).sqrt());
+        Ok(())
+    }
+
+    #[test]
+    fn seeds_alone_give_the_t_test_and_rows_alone_the_normal_one() -> Result<(), &'static str> {
+        // Rows do not differ: d = [0.1, 0.3, 0.2, 0.5, 0.15]; scipy.stats.ttest_1samp(d, 0) has df 4.
+        let d = [0.1, 0.3, 0.2, 0.5, 0.15].map(|d| vec![d; 10]);
+        let got = two_level(&[task(&d)], 40_000, Noise::new(2)).ok_or("a result")?;
+        let want: f64 = 0.025 / 5.0; // d.var(ddof=1) / 5
+        assert!((got.estimate - 0.25).abs() < 1e-12 && (got.error.powi(2) / want - 1.0).abs() < 0.03);
+        assert!((got.df - 4.0).abs() < 0.25, "{got:?}");
+        // One seed: no variance of seeds is known.
+        let rows = table(1, 400, [0.1, 0.0, 1.0, 0.0], 3);
+        let got = two_level(&[task(&rows)], 4000, Noise::new(2)).ok_or("a result")?;
+        assert!(got.df.is_infinite() && (got.error * 20.0 - 1.0).abs() < 0.15, "{got:?}");
+        assert!((got.high - got.estimate - 1.959964 * got.error).abs() < 1e-5 * got.error);
+        Ok(())
+    }
+
+    /// The share of 600 studies of two tasks whose p is at most 0.05, with these parts of a difference.
+    fn rejected(seeds: usize, parts: [f64; 4]) -> f64 {
+        const TIMES: u64 = 600;
+        let reject = |time: &u64| {
+            let tables = [2 * time, 2 * time + 1].map(|draw| table(seeds, 80, parts, draw));
+            let tasks = tables.each_ref().map(|table| task(table));
+            two_level(&tasks, 300, Noise::new(*time)).is_some_and(|found| found.p <= 0.05)
+        };
+        (0..TIMES).filter(reject).count() as f64 / TIMES as f64
+    }
+
+    #[test]
+    fn no_difference_is_found_as_seldom_as_promised_whoever_varies_and_a_real_one_often() {
+        let sd = (0.05 * 0.95 / 600f64).sqrt();
+        for (seeds, parts) in
+            [(4, [0.0, 1.0, 0.3, 0.3]), (4, [0.0, 0.05, 1.0, 0.2]), (3, [0.0, 0.2, 1.0, 0.1])]
+        {
+            let z = (rejected(seeds, parts) - 0.05) / sd;
+            assert!(z.abs() < 4.0, "{seeds} seeds, {parts:?}: {z}");
+        }
+        // A shift of 5 standard errors.
+        assert!(rejected(5, [0.5, 0.2, 0.5, 0.3]) > 0.9);
+    }
+
+    #[test]
+    fn what_is_nothing_or_not_finite_says_nothing() {
+        let infinite = [vec![f64::INFINITY, 1.0], vec![1.0, 1.0]];
+        assert_eq!(two_level(&[task(&infinite)], 100, Noise::new(1)), None);
+        assert_eq!(two_level(&[], 100, Noise::new(1)), None);
+        let equal = two_level(&[task(&[vec![0.0; 3], vec![0.0; 3]])], 100, Noise::new(1));
+        assert_eq!(equal.map(|equal| (equal.p, equal.low, equal.high)), Some((1.0, 0.0, 0.0)));
+    }
+}

@@ -1,0 +1,11 @@
+//! What paired results of several methods, tasks, seeds and learning rates say.
+
+mod bootstrap;
+mod holm;
+mod sensitivity;
+mod wilcoxon;
+
+pub use bootstrap::{two_level, PairedTask, TwoLevel};
+pub use holm::holm;
+pub use sensitivity::{mean_regret, pitman_morgan, within_variance, PitmanMorgan};
+pub use wilcoxon::{wilcoxon, Wilcoxon};
