@@ -140,8 +140,8 @@ fn tune(
     watch.bar.finish_and_clear();
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
-    // Only MonteCLoRA has a posterior to draw from.
-    let samples = if name == "monteclora" { samples } else { 0 };
+    // Others have no posterior to draw from.
+    let samples = if ["monteclora", "blob"].contains(&name) { samples } else { 0 };
     let mut metrics = json!({
         "task": task.name(), "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,

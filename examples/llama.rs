@@ -312,7 +312,7 @@ impl Setup {
         interrupt::check(summary.steps)?;
         println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Only MonteCLoRA has a posterior to draw from.
-        let draws = if name == "monteclora" { args.posterior_samples } else { 0 };
+        let draws = if ["monteclora", "blob"].contains(&name) { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(Weights::Average(draws));
         let loss = |weights: Weights| held_out_loss(&model, &data.held_out, 16, &weights.passes());
         let metrics = json!({

@@ -56,10 +56,10 @@ struct Args {
     /// for each. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Recipes separated by commas: a name (full, lora, rslora, loraplus, dora, adalora, ia3, bottleneck,
-    /// prompt, monteclora, monteclora-sparse, monteclora-posthoc) and options, as in
-    /// monteclora:n=64:eps=1e-2; lora:held-out=0.15 keeps 15 % of its rows to fit a temperature on.
-    /// monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
+    /// Recipes separated by commas: a name (full, lora, map, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3,
+    /// bottleneck, prompt, blob, monteclora, monteclora-calibrated, monteclora-sparse, monteclora-posthoc,
+    /// monteclora-released) and options, as in monteclora:n=64:eps=1e-2; lora:held-out=0.15 keeps 15 % of its
+    /// rows to fit a temperature on. monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
     /// the task that was made elsewhere; no colon or comma in DIR.
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,

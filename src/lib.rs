@@ -54,7 +54,7 @@ pub use adapter::{
 pub use error::{Error, Result};
 pub use monteclora::{
     Compat, DrawNoise, DrawSpec, EvidenceBound, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
-    MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, SampleBuffer,
-    SampleScaler, ScalerSchedule, MAX_BUFFER_SIZE,
+    MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, Released,
+    SampleBuffer, SampleScaler, ScalerSchedule, Walk, MAX_BUFFER_SIZE,
 };
 pub use noise::Noise;

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
+use monteclora::optim::IvonConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
@@ -20,7 +21,8 @@ use super::Outcome;
 /// What is trained, and where.
 #[derive(clap::Args, Clone)]
 pub struct MethodOptions {
-    /// monteclora, lora, map (LoRA with a prior), dora, adalora, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
+    /// monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora, blob, ia3, bottleneck,
+    /// prompt or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
@@ -126,16 +128,22 @@ impl MethodOptions {
                 use_rslora,
                 prior: Some(Prior::calibrated()),
             })),
+            "lora-fa" => {
+                Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() }))
+            }
             "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
             "adalora" => {
                 Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
             }
+            "blob" => Ok(Method::Blob(BlobConfig { rank, alpha, dropout, ..BlobConfig::default() })),
             "prompt" => Ok(Method::Prompt(PromptConfig { virtual_tokens: self.virtual_tokens })),
             "ia3" => Ok(Method::Ia3),
             "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
             "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
+            "monteclora-released" => Ok(Method::Released(self.with_options(MonteCLoRAConfig::released()))),
             other => {
-                let known = "monteclora, lora, map, dora, adalora, ia3, bottleneck, prompt or full";
+                let known = "monteclora, monteclora-released, lora, map, lora-fa, dora, adalora, blob, ia3, \
+                             bottleneck, prompt or full";
                 Err(format!("--method: expected {known}, got {other}").into())
             }
         }
@@ -153,7 +161,11 @@ impl MethodOptions {
                 return Err(format!("--preset: {expected}, got {other}").into());
             }
         };
-        Ok(MonteCLoRAConfig {
+        Ok(self.with_options(preset))
+    }
+
+    fn with_options(&self, preset: MonteCLoRAConfig) -> MonteCLoRAConfig {
+        MonteCLoRAConfig {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.adapter_dropout,
@@ -162,7 +174,7 @@ impl MethodOptions {
             sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
             kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
             ..preset
-        })
+        }
     }
 }
 
@@ -202,6 +214,9 @@ pub struct TrainOptions {
     /// The learning rate of B as a multiple of that of A (LoRA+). Default: 4 under a prior on the head, else 1.
     #[arg(long)]
     pub loraplus_ratio: Option<f64>,
+    /// IVON in place of AdamW, with the constants that IVON has by default.
+    #[arg(long)]
+    pub ivon: bool,
     /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on it, else 1.
     #[arg(long)]
     pub head_lr_ratio: Option<f64>,
@@ -268,6 +283,7 @@ impl TrainOptions {
             loraplus_ratio: self.loraplus_ratio.unwrap_or(ratios.b),
             head_lr_ratio: self.head_lr_ratio.unwrap_or(ratios.head),
             variational_lr_ratio: self.variational_lr_ratio,
+            ivon: self.ivon.then(IvonConfig::default),
             clip: (self.clip > 0.0).then_some(self.clip),
             accumulation: self.accumulation,
             eval_every: self.eval_every,

@@ -36,6 +36,8 @@ pub enum Role {
     LogStd,
     /// The logarithm of the Dirichlet concentration, c (`expert_weights_prior`).
     Concentration,
+    /// The roots of BLoB's standard deviations, G.
+    RootStd,
     /// The row norms of DoRA.
     Magnitude,
     /// The factors of activations in IA3.

@@ -1,12 +1,17 @@
-//! The ways to a posterior that need no other training: dropout, checkpoints, temperature, Laplace;
-//! what draws say of uncertainty.
+//! The ways to a posterior that need no other training: dropout, checkpoints, temperature, Laplace, noise as wide
+//! as the model bears; what draws say of uncertainty.
 
+mod eigen;
 mod ensemble;
 pub mod laplace;
+mod replaced;
 mod temperature;
+pub mod tfb;
 mod uncertainty;
 
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Linearised, Scope, Taps};
+pub use replaced::Replaced;
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
+pub use tfb::Tfb;
 pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};

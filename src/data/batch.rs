@@ -101,6 +101,11 @@ impl Batcher {
         ]
     }
 
+    /// The rows of a batch.
+    pub fn batch_size(&self) -> usize {
+        self.batch_size
+    }
+
     /// The number of batches of an epoch over `rows` rows.
     pub fn batches(&self, rows: usize) -> usize {
         rows.div_ceil(self.batch_size)

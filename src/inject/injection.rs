@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::activate::{self, check_unmerged};
 use super::targets::{no_target, paths, Target, Targets};
-use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params};
-use crate::adapters::{Lora, LoraConfig};
+use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params, Role};
+use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::error::{Error, Result};
-use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig, Released};
 
 /// The most noise that the sample buffers of a model keep by default, as a share of the bytes of
 /// its linear layers. Beyond that draws are made anew, which changes no result.
@@ -48,6 +48,52 @@ pub fn lora_named(
         Ok(Box::new(Lora::new(params, layer.path(), name, layer.dims()?, &config)?))
     })?;
     Ok(resolved)
+}
+
+/// Puts a LoRA-FA adapter named [`DEFAULT_ADAPTER`] on every target, whose A is frozen; returns the targets.
+///
+/// # Errors
+/// As [`lora`].
+pub fn lora_fa(
+    model: &mut dyn AdaptableModel,
+    targets: &Targets,
+    config: &LoraConfig,
+    params: &Params,
+) -> Result<Vec<Target>> {
+    let resolved = targets.resolve(model, config.rank, config.alpha)?;
+    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target| {
+        let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+        Ok(Box::new(LoraFa::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
+    })?;
+    freeze_a(&resolved, params);
+    Ok(resolved)
+}
+
+/// Puts the adapter of the authors' released code, named [`DEFAULT_ADAPTER`], on every target; its A is frozen:
+/// [`Walk`](crate::Walk) moves it. Returns the targets.
+///
+/// # Errors
+/// As [`lora`].
+pub fn monteclora_released(
+    model: &mut dyn AdaptableModel,
+    targets: &Targets,
+    config: &MonteCLoRAConfig,
+    params: &Params,
+) -> Result<Vec<Target>> {
+    let resolved = targets.resolve(model, config.rank, config.alpha)?;
+    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target| {
+        let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+        Ok(Box::new(Released::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
+    })?;
+    freeze_a(&resolved, params);
+    Ok(resolved)
+}
+
+/// Freezes the A of the adapter named [`DEFAULT_ADAPTER`] on these layers.
+fn freeze_a(targets: &[Target], params: &Params) {
+    let names: BTreeSet<String> =
+        targets.iter().map(|target| format!("{}.{DEFAULT_ADAPTER}.a", target.path)).collect();
+    params.set_trainable_where(false, |name, param| param.role == Role::A && names.contains(name));
 }
 
 /// Puts a MonteCLoRA adapter named [`DEFAULT_ADAPTER`] on every target; returns the targets.

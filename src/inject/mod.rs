@@ -12,7 +12,8 @@ mod targets;
 
 pub(crate) use injection::with_share;
 pub use injection::{
-    inject, lora, lora_named, monteclora, monteclora_named, Make, BUFFER_SHARE, DEFAULT_ADAPTER,
+    inject, lora, lora_fa, lora_named, monteclora, monteclora_named, monteclora_released, Make, BUFFER_SHARE,
+    DEFAULT_ADAPTER,
 };
 pub use posthoc::posthoc;
 pub use targets::{paths, Select, Target, Targets};

@@ -12,6 +12,7 @@ mod options;
 mod peft_compat;
 mod posterior;
 mod regularizer;
+mod released;
 mod scaler;
 mod schedule;
 
@@ -27,5 +28,6 @@ pub use posterior::Posterior;
 #[cfg(feature = "train")]
 pub(crate) use regularizer::training_rows;
 pub use regularizer::{Regularizer, RegularizerTerms};
+pub use released::{Released, Walk};
 pub use scaler::SampleScaler;
 pub use schedule::ScalerSchedule;

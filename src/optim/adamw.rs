@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::gradients::Gradients;
-use super::update::{Constants, Moments, Steps};
+use super::moments::{self, Moments};
+use super::update::{Constants, Steps};
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::util::finite::is_finite;
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +42,7 @@ impl Default for AdamWConfig {
             beta2: 0.999,
             eps: 1e-8,
             weight_decay: 0.01,
-            no_decay: vec![Role::LogStd, Role::Concentration],
+            no_decay: vec![Role::LogStd, Role::Concentration, Role::RootStd],
             lr_ratios: Vec::new(),
             decay_vectors: true,
         }
@@ -161,37 +161,7 @@ impl AdamW {
     /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or
     /// moments hold NaN, infinity or a negative square: then nothing is changed.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
-        if let Some((name, _)) = self.params.trainable().iter().find(|(name, _)| !moments.contains_key(name))
-        {
-            return Err(Error::tensor(name, "there are no moments of this trainable parameter"));
-        }
-        let mut restored = BTreeMap::new();
-        for (name, Moments { first, second, steps }) in moments {
-            let Some(param) = self.params.get(name) else {
-                return Err(Error::tensor(name, "there is no parameter of this name"));
-            };
-            let shape = param.var.shape();
-            if let Some(other) = [first, second].into_iter().find(|moment| moment.shape() != shape) {
-                let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());
-                return Err(Error::tensor(name, reason));
-            }
-            let floats = [DType::F64, DType::F32, DType::F16, DType::BF16];
-            if let Some(other) = [first, second].into_iter().find(|moment| !floats.contains(&moment.dtype()))
-            {
-                let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
-                return Err(Error::tensor(name, reason));
-            }
-            // The root of a negative square is NaN.
-            if !(is_finite(first)? && is_finite(&second.sqrt()?)?) {
-                return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
-            }
-            let copy = |moment: &Tensor| -> Result<Tensor> {
-                Ok(moment.to_device(param.var.device())?.to_dtype(param.var.dtype())?.force_contiguous()?)
-            };
-            restored
-                .insert(name.clone(), Moments { first: copy(first)?, second: copy(second)?, steps: *steps });
-        }
-        self.moments = restored;
+        self.moments = moments::restored(&self.params, moments)?;
         Ok(())
     }
 }

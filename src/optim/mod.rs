@@ -1,9 +1,14 @@
-//! Gradients by parameter name, and AdamW, for the loop here and for any other.
+//! Gradients by parameter name, AdamW and IVON, for the loop here and for any other.
 
 mod adamw;
 mod gradients;
+mod ivon;
+mod moments;
+mod optimizer;
 mod update;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
-pub use update::Moments;
+pub use ivon::{Ivon, IvonConfig, IvonPosterior};
+pub use moments::Moments;
+pub use optimizer::Optimizer;

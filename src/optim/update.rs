@@ -6,24 +6,13 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 use rayon::prelude::*;
 
+use super::moments::Moments;
 #[cfg(feature = "cuda")]
 use crate::kernels::multi_tensor;
 use crate::util::simd::vectorized;
 
 /// Elements of one piece of work: large enough to pay for handing it to a thread.
 const PIECE: usize = 8192;
-
-/// What the optimiser remembers of one parameter.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// The running mean of its gradients.
-    pub first: Tensor,
-    /// The running mean of their squares.
-    pub second: Tensor,
-    /// The steps it has taken: the correction of a mean that began at zero depends on its own
-    /// number, not on that of parameters which began earlier.
-    pub steps: usize,
-}
 
 /// The scalars of one step.
 #[derive(Debug, Clone, Copy)]

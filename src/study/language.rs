@@ -101,7 +101,8 @@ impl LanguageTrial<'_> {
 
     fn measure(&self, mut arms: Arms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
         arms.add("mean", self.tasks, Weights::Mean)?;
-        if recipe.has_posterior() && self.draws > 0 {
+        // IVON's draws are of parameters, which nothing puts in place here.
+        if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
             arms.add(&format!("{} draws", self.draws), self.tasks, Weights::Average(self.draws))?;
         }
         if recipe.is_lora() && !held_out.is_empty() {

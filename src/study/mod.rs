@@ -15,6 +15,7 @@ mod rows;
 mod run;
 pub mod stats;
 mod store;
+mod tfb;
 mod training;
 mod treatments;
 mod trial;

@@ -11,29 +11,34 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::adapter::{Prior, PriorForm};
-use crate::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
+use crate::optim::IvonConfig;
 use crate::train::Method;
 
 /// The names that a recipe can begin with.
-pub const NAMES: [&str; 14] = [
+pub const NAMES: [&str; 18] = [
     "full",
     "lora",
     "map",
     "rslora",
     "loraplus",
+    "lora-fa",
+    "ivon",
     "dora",
     "adalora",
     "ia3",
     "bottleneck",
     "prompt",
+    "blob",
     "monteclora",
     "monteclora-calibrated",
     "monteclora-sparse",
     "monteclora-posthoc",
+    "monteclora-released",
 ];
 
 /// How a model is fine-tuned in a study.
@@ -51,6 +56,8 @@ pub struct Recipe {
     pub head_lr_ratio: f64,
     /// The learning rate of rho and c as a multiple of that of A.
     pub variational_lr_ratio: f64,
+    /// The constants of IVON, where it is the optimiser.
+    pub ivon: Option<IvonConfig>,
     /// The posterior that is put on the trained LoRA, where there is one.
     pub post_hoc: Option<MonteCLoRAConfig>,
     /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
@@ -64,7 +71,9 @@ pub struct Recipe {
 impl Recipe {
     /// Whether it ends in a posterior that can be drawn from.
     pub fn has_posterior(&self) -> bool {
-        self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
+        self.post_hoc.is_some()
+            || self.ivon.is_some()
+            || matches!(self.method, Method::MonteCLoRA(_) | Method::Blob(_))
     }
 
     /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
@@ -77,7 +86,7 @@ impl Recipe {
 
     /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
     pub fn is_lora(&self) -> bool {
-        self.post_hoc.is_none() && matches!(self.method, Method::Lora(_))
+        self.post_hoc.is_none() && self.ivon.is_none() && matches!(self.method, Method::Lora(_))
     }
 }
 
@@ -101,14 +110,17 @@ impl FromStr for Recipe {
         let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
         let method = match name {
             "full" => Method::Full,
-            "lora" | "loraplus" | "map" | "monteclora-posthoc" => Method::Lora(lora),
+            "lora" | "loraplus" | "map" | "ivon" | "monteclora-posthoc" => Method::Lora(lora),
             "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
+            "lora-fa" => Method::LoraFa(lora),
             "dora" => Method::Dora(lora),
             "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
             "prompt" => Method::Prompt(options.prompt),
+            "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob }),
             "monteclora" | "monteclora-calibrated" => Method::MonteCLoRA(bayes.clone()),
+            "monteclora-released" => Method::Released(bayes.clone()),
             "monteclora-sparse" => {
                 Method::MonteCLoRA(MonteCLoRAConfig { mixture: Mixture::Sparse, ..bayes.clone() })
             }
@@ -117,7 +129,14 @@ impl FromStr for Recipe {
         if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
             return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
         }
-        if let Some(other) = options.of_prior.filter(|_| name != "map" && !name.starts_with("monteclora")) {
+        if let Some(other) = options.of_blob.filter(|_| name != "blob") {
+            return Err(wrong(text, &format!("{other} is an option of blob")));
+        }
+        if let Some(other) = options.of_ivon.filter(|_| name != "ivon") {
+            return Err(wrong(text, &format!("{other} is an option of ivon")));
+        }
+        let prior = name == "map" || name.starts_with("monteclora") && name != "monteclora-released";
+        if let Some(other) = options.of_prior.filter(|_| !prior) {
             return Err(wrong(text, &format!("{other} is an option of map and of MonteCLoRA")));
         }
         if options.adapter.is_some() {
@@ -137,6 +156,7 @@ impl FromStr for Recipe {
             targets: options.targets,
             loraplus_ratio: options.ratio.unwrap_or(ratio),
             variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
+            ivon: (name == "ivon").then_some(options.ivon),
             post_hoc: (name == "monteclora-posthoc").then_some(bayes),
             adapter: options.adapter,
             held_out: options.held_out,
@@ -160,8 +180,14 @@ struct Options {
     /// An option that only a prior has.
     of_prior: Option<&'static str>,
     prompt: PromptConfig,
+    blob: BlobConfig,
+    ivon: IvonConfig,
     /// An option that only a posterior has.
     of_posterior: Option<&'static str>,
+    /// An option that only BLoB has.
+    of_blob: Option<&'static str>,
+    /// An option that only IVON has.
+    of_ivon: Option<&'static str>,
     /// An option that an adapter made elsewhere has settled.
     of_lora: Option<&'static str>,
     adapter: Option<PathBuf>,
@@ -171,10 +197,14 @@ struct Options {
 impl Options {
     /// Those of the recipe `name` before any is set.
     fn of(name: &str) -> Self {
-        let calibrated = MonteCLoRAConfig::calibrated();
+        let bayes = match name {
+            "monteclora-calibrated" => MonteCLoRAConfig::calibrated(),
+            "monteclora-released" => MonteCLoRAConfig::released(),
+            _ => MonteCLoRAConfig::paper(),
+        };
         Self {
             lora: LoraConfig::default(),
-            bayes: if name == "monteclora-calibrated" { calibrated } else { MonteCLoRAConfig::paper() },
+            bayes,
             targets: Targets::default(),
             ratio: None,
             head_ratio: None,
@@ -182,7 +212,11 @@ impl Options {
             prior: Prior::calibrated(),
             of_prior: None,
             prompt: PromptConfig::default(),
+            blob: BlobConfig::default(),
+            ivon: IvonConfig::default(),
             of_posterior: None,
+            of_blob: None,
+            of_ivon: None,
             of_lora: None,
             adapter: None,
             held_out: 0.0,
@@ -220,6 +254,20 @@ impl Options {
             "ratio" => Some("ratio"),
             _ => self.of_lora,
         };
+        self.of_blob = match key {
+            "prior-std" => Some("prior-std"),
+            "root" => Some("root"),
+            "kl-lr" => Some("kl-lr"),
+            "gamma" => Some("gamma"),
+            _ => self.of_blob,
+        };
+        self.of_ivon = match key {
+            "ess" => Some("ess"),
+            "h0" => Some("h0"),
+            "delta" => Some("delta"),
+            "radius" => Some("radius"),
+            _ => self.of_ivon,
+        };
         match key {
             "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
             "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
@@ -236,6 +284,14 @@ impl Options {
             "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
             "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
             "adapter" => self.adapter = Some(value.into()),
+            "prior-std" => self.blob.prior_std = number()?,
+            "root" => self.blob.initial_root = number()?,
+            "kl-lr" => self.blob.kl_lr = number()?,
+            "gamma" => self.blob.gamma = number()?,
+            "ess" => self.ivon.ess = number()?,
+            "h0" => self.ivon.initial_hessian = number()?,
+            "delta" => self.ivon.weight_decay = number()?,
+            "radius" => self.ivon.clip_radius = number()?,
             "held-out" => {
                 self.held_out = number()?;
                 if !(self.held_out > 0.0 && self.held_out < 1.0) {
@@ -274,7 +330,7 @@ impl Options {
                 let known =
                     "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, held-out, \
                              adapter, n, eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, \
-                             form, width, tau, head";
+                             form, width, tau, head, prior-std, root, kl-lr, gamma, ess, h0, delta, radius";
                 return Err(format!("there is no such option: {known}"));
             }
         }
@@ -303,7 +359,8 @@ mod tests {
         for name in NAMES {
             let recipe: Recipe = name.parse()?;
             assert_eq!(recipe.text, name);
-            assert_eq!(recipe.has_posterior(), name.starts_with("monteclora"));
+            let drawn = name.starts_with("monteclora") && name != "monteclora-released";
+            assert_eq!(recipe.has_posterior(), drawn || ["ivon", "blob"].contains(&name));
         }
         let recipe: Recipe = "monteclora:n=64:eps=1e-2:init=random:targets=all-linear:rank=4".parse()?;
         let Method::MonteCLoRA(config) = &recipe.method else { panic!("{recipe:?}") };
@@ -316,6 +373,15 @@ mod tests {
         let elsewhere: Recipe = "monteclora-posthoc:adapter=runs/lora=1:eps=0.1".parse()?;
         assert_eq!(elsewhere.adapter, Some(PathBuf::from("runs/lora=1")));
         assert_eq!(elsewhere.post_hoc.map(|c| c.sample_scaler), Some(0.1));
+        let blob: Recipe = "blob:rank=4:prior-std=0.1:kl-lr=0.01".parse()?;
+        let config = BlobConfig { rank: 4, prior_std: 0.1, kl_lr: 0.01, ..BlobConfig::default() };
+        assert_eq!(blob.method, Method::Blob(config));
+        let released: Recipe = "monteclora-released:eps=1e-3".parse()?;
+        let config = MonteCLoRAConfig { sample_scaler: 1e-3, ..MonteCLoRAConfig::released() };
+        assert_eq!(released.method, Method::Released(config));
+        let ivon: Recipe = "ivon:ess=400:h0=0.1".parse()?;
+        assert!(!ivon.is_lora() && ivon.method == Method::Lora(LoraConfig::default()));
+        assert_eq!(ivon.ivon.map(|c| (c.ess, c.initial_hessian)), Some((400.0, 0.1)));
         let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=4".parse()?;
         let form = PriorForm::Update { std: 0.2 };
         let prior = Prior { form, temperature: 1.0, shared: true, head_std: None };
@@ -361,6 +427,8 @@ mod tests {
             ("lora:width=1", "width is an option of map"),
             ("map:form=flat", "expected mean, start"),
             ("lora:eps=1", "eps is an option of MonteCLoRA"),
+            ("lora:h0=1", "h0 is an option of ivon"),
+            ("lora:kl-lr=1", "kl-lr is an option of blob"),
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
             ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
             ("monteclora-posthoc:adapter=", "expected a folder"),

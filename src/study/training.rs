@@ -13,7 +13,7 @@ use crate::adapter::{Context, Params};
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::optim::Gradients;
+use crate::optim::{Gradients, Moments};
 use crate::peft::{AdapterFile, AdapterMethod};
 use crate::train::{self, Loss, MethodInit, Objective, Observer, Record, Settings, Summary, TrainConfig};
 
@@ -55,6 +55,8 @@ pub(super) struct Trained<M> {
     pub model: M,
     /// The last checkpoints of the training, the end among them.
     pub members: Vec<BTreeMap<String, Tensor>>,
+    /// What the optimiser remembered at the end.
+    pub moments: BTreeMap<String, Moments>,
 }
 
 /// Runs a cell by `fill`, which adds what it finds to a result that has `begun`, and the rows. What goes
@@ -171,12 +173,21 @@ impl<L: Learner> Run<'_, L> {
             loraplus_ratio: self.recipe.loraplus_ratio,
             head_lr_ratio: self.recipe.head_lr_ratio,
             variational_lr_ratio: self.recipe.variational_lr_ratio,
+            ivon: self.recipe.ivon.clone(),
+            // IVON clips each element.
+            clip: TrainConfig::default().clip.filter(|_| self.recipe.ivon.is_none()),
             // The last parameters: to choose by the rows that measure would flatter every method.
             keep_best: false,
             eval_every: Some(steps.div_ceil(5).max(1)),
             ..TrainConfig::default()
         };
-        let mut history = History { params, keep: members, losses: Vec::new(), members: Vec::new() };
+        let mut history = History {
+            params,
+            keep: members,
+            losses: Vec::new(),
+            members: Vec::new(),
+            moments: BTreeMap::new(),
+        };
         let summary = match part {
             None => train::fit(whole.as_ref(), params, &config, &mut history),
             Some(steps) => {
@@ -185,9 +196,9 @@ impl<L: Learner> Run<'_, L> {
             }
         };
         self.losses.extend(history.losses.into_iter().map(|(step, loss)| (first + step, loss)));
-        let members = history.members;
+        let (members, moments) = (history.members, history.moments);
         drop(whole);
-        Ok((Trained { model, members }, summary?))
+        Ok((Trained { model, members, moments }, summary?))
     }
 }
 
@@ -251,12 +262,18 @@ struct History<'a> {
     keep: usize,
     losses: Vec<(usize, f64)>,
     members: Vec<BTreeMap<String, Tensor>>,
+    moments: BTreeMap<String, Moments>,
 }
 
 impl Observer for History<'_> {
     fn step(&mut self, record: &Record) -> Result<()> {
         let loss = record.terms.get("task").copied().unwrap_or(record.loss);
         self.losses.push((record.step, loss));
+        Ok(())
+    }
+
+    fn trained(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
+        self.moments.clone_from(moments);
         Ok(())
     }
 

@@ -7,9 +7,10 @@ use candle_core::Tensor;
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
 use super::rows::CellRows;
+use super::tfb;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Temperature, Uncertainty};
+use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Replaced, Temperature, Uncertainty};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::split::{self, Draw};
@@ -18,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
-use crate::predict::{logits, posterior_draws, RunningMean};
+use crate::optim::IvonPosterior;
+use crate::predict::{logits, posterior_draws, Predictor, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
@@ -39,7 +41,18 @@ pub(super) struct TrainedModel<'a> {
     pub draws: usize,
     /// Earlier parameters of the same training.
     pub members: Vec<BTreeMap<String, Tensor>>,
+    /// What IVON ended in, where it was the optimiser.
+    pub ivon: Option<IvonPosterior>,
     pub noise: Noise,
+}
+
+impl TrainedModel<'_> {
+    /// The model with IVON's draws for those of an adapter.
+    fn replaced(&self) -> Result<Option<Replaced<'_>>> {
+        let Some(ivon) = &self.ivon else { return Ok(None) };
+        let draws = (0..self.draws as u64).map(|draw| ivon.draw(draw)).collect::<Result<_>>()?;
+        Ok(Some(Replaced::new(&self.classifier, &self.classifier.params, draws)))
+    }
 }
 
 /// The arms that [`measure`] fills in of a task with classes: what a plan may name.
@@ -50,7 +63,7 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
     }
     let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
         (false, _) => &[],
-        (true, true) => &["temperature"],
+        (true, true) => &["temperature", "tfb", "tfb held-out"],
         (true, false) => &["mc dropout", "checkpoints", "last-layer laplace", "laplace"],
     };
     arms.extend(of_lora.iter().map(ToString::to_string));
@@ -85,7 +98,9 @@ pub(super) fn measure(
     let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
     arms.tell("mean: entropy", &entropies(&mean.mean), &entropies(&others))?;
     if recipe.has_posterior() {
-        let draws = |rows: &[Batch]| posterior_draws(classifier, rows, trained.draws);
+        let replaced = trained.replaced()?;
+        let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
+        let draws = |rows: &[Batch]| posterior_draws(model, rows, trained.draws);
         arms.add_draws(&format!("{} draws", trained.draws), draws(&dev)?, draws(&foreign)?)?;
     }
     if recipe.is_lora() {
@@ -108,7 +123,11 @@ fn of_trained_lora(
         let rows = batches(classifier, trained.held_out, BATCH)?;
         let logits = logits(classifier, &rows, &Pass::Mean.into())?;
         let temperature = Temperature::fit(&logits, &classes(trained.held_out)?).map_err(not_finite)?;
-        return arms.add("temperature", &temperature.probabilities(mean));
+        arms.add("temperature", &temperature.probabilities(mean))?;
+        let labels = classes(trained.held_out)?;
+        return tfb::arms(classifier, (&rows, &labels), dev, trained.draws)?
+            .iter()
+            .try_for_each(|(arm, rows)| arms.add(arm, rows));
     }
     let dropped = |rows: &[Batch]| posterior_draws(&McDropout(classifier), rows, trained.draws);
     arms.add_draws("mc dropout", dropped(dev)?, dropped(foreign)?)?;

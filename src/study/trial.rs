@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
+use crate::optim::IvonPosterior;
 use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use crate::train::{Classification, Classifier, MethodInit, Objective};
 
@@ -67,7 +68,10 @@ impl Trial<'_> {
         // Of the others nobody asks, and copies of all weights would count as memory of `full`.
         let members = if recipe.is_lora() { MEMBERS } else { 0 };
         let cell = CellTrial { trial: self, train: &train };
-        let Trained { model, members } = training::train(&cell, &recipe, key, members, result, cost)?;
+        let Trained { model, members, moments } =
+            training::train(&cell, &recipe, key, members, result, cost)?;
+        let of_ivon = |config| IvonPosterior::new(&model.params, &moments, config);
+        let ivon = recipe.ivon.as_ref().map(of_ivon).transpose()?;
         let trained = TrainedModel {
             classifier: model,
             train: &train,
@@ -76,6 +80,7 @@ impl Trial<'_> {
             foreign: self.foreign,
             draws: self.draws,
             members,
+            ivon,
             noise: Noise::new(key.seed),
         };
         treatments::measure(trained, &recipe, result, rows)

@@ -274,6 +274,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
+        self.classifier.hooks.tell_rows(self.rows.len(), self.batcher.batch_size())?;
         self.classifier.hooks.before_step(step, total)
     }
 

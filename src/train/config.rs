@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::schedule::Schedule;
 use super::settings::Settings;
-use crate::adapter::Role;
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
-use crate::optim::AdamWConfig;
+use crate::optim::{AdamW, AdamWConfig, Ivon, IvonConfig, Optimizer};
 
 /// What is done with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -58,6 +58,10 @@ pub struct TrainConfig {
     /// How many times the learning rate of A that of a posterior's own parameters rho and c is.
     #[serde(skip_serializing_if = "is_one")]
     pub variational_lr_ratio: f64,
+    /// The constants of IVON, where it is the optimiser and not AdamW. It has one learning rate and its own decay of
+    /// weights: ratios and [`Self::weight_decay`] are AdamW's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ivon: Option<IvonConfig>,
     /// The largest global gradient norm; no clipping where absent.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
@@ -82,6 +86,7 @@ impl Default for TrainConfig {
             loraplus_ratio: 1.0,
             head_lr_ratio: 1.0,
             variational_lr_ratio: 1.0,
+            ivon: None,
             clip: Some(1.0),
             accumulation: 1,
             eval_every: None,
@@ -124,7 +129,14 @@ impl TrainConfig {
         }
     }
 
-    pub(super) fn optimizer(&self) -> AdamWConfig {
+    pub(super) fn optimizer(&self, params: &Params) -> Result<Optimizer> {
+        match &self.ivon {
+            Some(config) => Ok(Optimizer::Ivon(Ivon::new(params, config.clone())?)),
+            None => Ok(Optimizer::AdamW(AdamW::new(params, self.adamw())?)),
+        }
+    }
+
+    fn adamw(&self) -> AdamWConfig {
         let config = AdamWConfig {
             lr: self.lr,
             weight_decay: self.weight_decay,

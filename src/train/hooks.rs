@@ -6,13 +6,14 @@ use std::sync::{Mutex, MutexGuard};
 use candle_core::Tensor;
 
 use super::objective::Loss;
+use super::schedule::Schedule;
 use super::settings::Settings;
 use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::adapters::adalora::orthogonal_penalty;
 use crate::adapters::lora::prior_energy;
-use crate::adapters::{AdaLoraConfig, RankAllocator};
+use crate::adapters::{blob, AdaLoraConfig, BlobConfig, RankAllocator};
 use crate::error::{Error, Result};
-use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler};
+use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
 use crate::ops;
 use crate::optim::Gradients;
 
@@ -31,6 +32,12 @@ enum Kind {
         regularizer: Regularizer,
         // As below.
         scaler: Mutex<SampleScaler>,
+    },
+    Walk(Walk),
+    Divergence {
+        config: BlobConfig,
+        // The steps of a cycle of weights, once it is told.
+        cycle: Mutex<Option<usize>>,
     },
     Prior {
         prior: Prior,
@@ -69,6 +76,19 @@ impl MethodHooks {
         Ok(Kind::Prior { prior: *prior, start }.into())
     }
 
+    /// That of the authors' released code, whose adapters are on `model`: a random walk of A, and a regulariser.
+    ///
+    /// # Errors
+    /// As [`Walk::new`].
+    pub fn of_walk(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
+        Ok(Kind::Walk(Walk::new(model, config, params)?).into())
+    }
+
+    /// That of BLoB: the descent of its divergence, by turns with the optimiser.
+    pub fn of_divergence(config: &BlobConfig) -> Self {
+        Kind::Divergence { config: config.clone(), cycle: Mutex::default() }.into()
+    }
+
     /// That of AdaLoRA, whose adapters are on `model`.
     ///
     /// # Errors
@@ -94,7 +114,7 @@ impl MethodHooks {
         match &self.kind {
             Kind::Posterior { regularizer, .. } => regularizer.needs_rows(),
             Kind::Prior { .. } => true,
-            Kind::None | Kind::Budget { .. } => false,
+            Kind::None | Kind::Walk(_) | Kind::Divergence { .. } | Kind::Budget { .. } => false,
         }
     }
 
@@ -127,6 +147,19 @@ impl MethodHooks {
                 terms.extend(penalty.kl_mean.map(|kl| ("kl_mean", kl)));
                 Ok(Loss { total, terms })
             }
+            Kind::Walk(walk) => {
+                let penalty = walk.penalty(cx)?;
+                let total = (&task + &penalty.total)?;
+                Ok(Loss { total, terms: vec![("task", task), ("regularizer", penalty.total)] })
+            }
+            Kind::Divergence { .. } => {
+                let mut kl = Tensor::zeros((), task.dtype(), task.device())?;
+                blob::visit(model, &mut |layer| {
+                    kl = (&kl + layer.kl()?.detach().to_device(task.device())?.to_dtype(task.dtype())?)?;
+                    Ok(())
+                })?;
+                Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
+            }
             Kind::Prior { prior, start } => {
                 let energy = prior_energy(model, prior, start.as_ref())?
                     .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
@@ -152,25 +185,39 @@ impl MethodHooks {
     pub fn context(&self, cx: &Context) -> Result<Context> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => Ok(cx.clone().with_scaler_factors(locked(scaler)?.factors())),
-            Kind::None | Kind::Prior { .. } | Kind::Budget { .. } => Ok(cx.clone()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) => Ok(cx.clone()),
+            Kind::Divergence { .. } | Kind::Budget { .. } => Ok(cx.clone()),
         }
+    }
+
+    /// Tells how many rows a run trains on, in batches of how many: what BLoB's weights of the divergence ask for.
+    ///
+    /// # Errors
+    /// If an earlier step panicked.
+    pub fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
+        if let Kind::Divergence { config, cycle } = &self.kind {
+            *locked(cycle)? = Some(blob::cycle(rows, batch_size, config.gamma));
+        }
+        Ok(())
     }
 
     /// Before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// As [`SampleScaler::before_step`].
+    /// As [`SampleScaler::before_step`] and [`Walk::before_step`].
     pub fn before_step(&self, step: usize, total: usize) -> Result<()> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),
-            Kind::None | Kind::Prior { .. } | Kind::Budget { .. } => Ok(()),
+            Kind::Walk(walk) => walk.before_step(step),
+            Kind::None | Kind::Prior { .. } | Kind::Divergence { .. } | Kind::Budget { .. } => Ok(()),
         }
     }
 
     /// After optimiser step `step` (1-based) of `total` with these gradients, before clipping or after.
     ///
     /// # Errors
-    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`].
+    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`]; of BLoB if [`Self::tell_rows`] was not
+    /// called, or its parameters would not be finite.
     pub fn after_step(
         &self,
         model: &dyn AdaptableModel,
@@ -180,7 +227,16 @@ impl MethodHooks {
         total: usize,
     ) -> Result<()> {
         match &self.kind {
-            Kind::None | Kind::Prior { .. } => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) => Ok(()),
+            Kind::Divergence { config, cycle } => {
+                let reason = "BLoB's weights ask for the number of training rows: tell_rows";
+                let m = (*locked(cycle)?).ok_or_else(|| Error::config("rows", reason))?;
+                // Linear with a warm-up of 6 %, as in the authors' scripts.
+                let warmup = (0.06 * total as f64).ceil() as usize;
+                let lr = config.kl_lr * Schedule::Linear.factor(step - 1, warmup, total);
+                let rate = lr * blob::kl_share(step, m);
+                blob::visit(model, &mut |layer| layer.descend(params, rate))
+            }
             Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
                 // Frozen (post-hoc), A has no gradient, and nothing that could fade.
                 gradients.get(name).map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(gradient)?))
@@ -198,6 +254,8 @@ impl MethodHooks {
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         match &self.kind {
             Kind::None | Kind::Prior { .. } => Ok(BTreeMap::new()),
+            // The walk is A itself, the place in a cycle the step's number.
+            Kind::Walk(_) | Kind::Divergence { .. } => Ok(BTreeMap::new()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
             Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
         }
@@ -209,7 +267,7 @@ impl MethodHooks {
     /// If it is not the state of this method on this model.
     pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.kind {
-            Kind::None | Kind::Prior { .. } => Ok(()),
+            Kind::None | Kind::Prior { .. } | Kind::Walk(_) | Kind::Divergence { .. } => Ok(()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.restore(model, state),
             Kind::Budget { allocator, .. } => locked(allocator)?.restore(state),
         }
@@ -219,3 +277,6 @@ impl MethodHooks {
 fn locked<T>(state: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     state.lock().map_err(|_| Error::config("method", "an earlier step panicked"))
 }
+
+#[cfg(test)]
+mod tests;

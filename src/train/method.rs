@@ -6,8 +6,8 @@ use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
 use crate::adapter::{AdaptableModel, Adapter, Params};
 use crate::adapters::{
-    prompt_tuning, AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, LoraConfig, PromptConfig,
-    Scaled,
+    prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
+    LoraConfig, PromptConfig, Scaled,
 };
 use crate::error::{Error, Result};
 use crate::inject::{self, activate, Select, Targets};
@@ -33,13 +33,20 @@ pub enum Method {
     /// MonteCLoRA on the targets.
     #[serde(rename = "monteclora")]
     MonteCLoRA(MonteCLoRAConfig),
+    /// What the authors' released code does, on the targets.
+    #[serde(rename = "monteclora_released")]
+    Released(MonteCLoRAConfig),
     /// LoRA on the targets.
     Lora(LoraConfig),
+    /// LoRA-FA on the targets: A stays at its start.
+    LoraFa(LoraConfig),
     /// DoRA on the targets.
     Dora(LoraConfig),
     /// AdaLoRA on the targets.
     #[serde(rename = "adalora")]
     AdaLora(AdaLoraConfig),
+    /// BLoB on the targets.
+    Blob(BlobConfig),
     /// IA3 on keys, values and the inside of feed-forward blocks.
     Ia3,
     /// Bottleneck adapters after attention and feed-forward blocks.
@@ -64,9 +71,12 @@ impl Method {
     pub fn name(&self) -> &'static str {
         match self {
             Self::MonteCLoRA(_) => "monteclora",
+            Self::Released(_) => "monteclora-released",
             Self::Lora(_) => "lora",
+            Self::LoraFa(_) => "lora-fa",
             Self::Dora(_) => "dora",
             Self::AdaLora(_) => "adalora",
+            Self::Blob(_) => "blob",
             Self::Ia3 => "ia3",
             Self::Bottleneck(_) => "bottleneck",
             Self::Prompt(_) => "prompt",
@@ -135,7 +145,8 @@ impl Method {
     pub fn adapter(&self) -> Option<peft::AdapterMethod> {
         match self {
             Self::MonteCLoRA(config) => Some(peft::AdapterMethod::MonteCLoRA(config.clone())),
-            Self::Lora(config) => Some(peft::AdapterMethod::Lora(config.clone())),
+            Self::Lora(config) | Self::LoraFa(config) => Some(peft::AdapterMethod::Lora(config.clone())),
+            Self::Released(_) | Self::Blob(_) => None,
             Self::Full | Self::Dora(_) | Self::AdaLora(_) => None,
             Self::Ia3 | Self::Bottleneck(_) | Self::Prompt(_) => None,
         }
@@ -207,6 +218,8 @@ impl MethodInit {
         }
         let hooks = match self.method() {
             Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
+            Method::Released(config) => MethodHooks::of_walk(model, &config, params)?,
+            Method::Blob(config) => MethodHooks::of_divergence(&config),
             Method::Lora(LoraConfig { prior: Some(prior), .. }) => MethodHooks::of_prior(&prior, params)?,
             Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
             _ => MethodHooks::default(),
@@ -250,12 +263,20 @@ impl Method {
         let (rank, alpha) = match self {
             Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
+            Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
+                return Err(Error::config("prior", "LoRA-FA has none here"));
+            }
+            Self::LoraFa(config) => return inject::lora_fa(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
+            Self::Released(config) => {
+                return inject::monteclora_released(model, &targets, config, params).map(drop);
+            }
             Self::Dora(LoraConfig { prior: Some(_), .. }) => {
                 return Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"));
             }
             Self::Dora(config) => (config.rank, config.alpha),
             Self::AdaLora(config) => (config.init_rank, config.alpha),
+            Self::Blob(config) => (config.rank, config.alpha),
             Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),
         };
         let resolved = targets.resolve(model, rank, alpha)?;
@@ -267,6 +288,10 @@ impl Method {
                     Box::new(Dora::new(params, path, name, base, &config)?) as Box<dyn Adapter>
                 }
                 Self::AdaLora(config) => Box::new(AdaLora::new(params, path, name, base, config)?),
+                Self::Blob(config) => {
+                    let config = BlobConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+                    Box::new(Blob::new(params, path, name, layer.dims()?, &config)?)
+                }
                 Self::Bottleneck(config) => Box::new(Bottleneck::new(params, path, name, base, config)?),
                 _ => {
                     let scaled = if closes_feed_forward(path) { Scaled::Input } else { Scaled::Output };

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::settings::Settings;
 use crate::adapter::{Context, Params};
 use crate::error::{Error, Result};
-use crate::optim::Gradients;
+use crate::optim::{Gradients, Moments};
 
 /// The loss of one micro-batch: scalar tensors.
 #[derive(Debug)]
@@ -143,6 +143,15 @@ pub trait Observer {
     /// # Errors
     /// Ends the run.
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
+
+    /// Is told what the optimiser remembers of each parameter at the end of a run: of IVON the posterior
+    /// ([`IvonPosterior`](crate::optim::IvonPosterior)), around the last step's parameters.
+    ///
+    /// # Errors
+    /// The run is done; its caller gets the error.
+    fn trained(&mut self, _moments: &BTreeMap<String, Moments>) -> Result<()> {
+        Ok(())
+    }
 
     /// Is told that the present parameters, those of `step`, are the best so far, or without
     /// [`keep_best`](super::TrainConfig::keep_best) merely the last evaluated: the moment to save them, since a run

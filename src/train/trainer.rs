@@ -12,7 +12,7 @@ use super::settings::Settings;
 use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
 use crate::metrics::median;
-use crate::optim::{clip_grad_norm, AdamW, Gradients};
+use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 use crate::util::files;
 
 /// Steps in a row that may be skipped.
@@ -107,7 +107,7 @@ fn run(
 ) -> Result<Summary> {
     config.validate()?;
     params.check_finite()?;
-    let optimizer = AdamW::new(params, config.optimizer())?;
+    let optimizer = config.optimizer(params)?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
     if per_epoch == 0 {
         return Err(Error::config("data", "there is no batch to train on"));
@@ -153,6 +153,7 @@ fn run(
         None => total,
     };
     outcome?;
+    observer.trained(run.optimizer.remembered())?;
     Ok(Summary {
         steps: total,
         seconds: run.seconds_so_far(),
@@ -171,7 +172,7 @@ struct Run<'a> {
     settings: Settings,
     per_epoch: usize,
     total: usize,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     best: Option<Best>,
     /// Where it is. Of the seconds those before the last start; settings, moments and best are filled
     /// in for a checkpoint alone.
@@ -232,9 +233,12 @@ impl Run<'_> {
         let (step, draw) = (self.at.step + 1, self.at.draw);
         let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
         self.objective.before_step(step, total)?;
-        let done = group_gradients(self.objective, self.params, group, draw, step)
+        let done = group_gradients(self.objective, self.params, &mut self.optimizer, group, draw, step)
             .and_then(|mut done| Ok((clip(&mut done.grads, config.clip, step, group)?, done)));
         (self.at.step, self.at.draw) = (step, draw + group.len() as u64);
+        if done.is_err() {
+            self.optimizer.skip()?;
+        }
         let (grad_norm, done) = match done {
             Err(why @ Error::NonFinite { .. }) if config.on_nonfinite == OnNonFinite::Skip => {
                 self.at.skipped += 1;
@@ -341,6 +345,7 @@ struct Group {
 fn group_gradients(
     objective: &dyn Objective,
     params: &Params,
+    optimizer: &mut Optimizer,
     group: &[Vec<usize>],
     first_draw: u64,
     step: usize,
@@ -351,6 +356,7 @@ fn group_gradients(
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw: first_draw + i as u64 };
         let cx = Context::from(pass);
+        optimizer.before_loss(first_draw + i as u64)?;
         let loss = objective.loss(rows, &cx)?;
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
@@ -374,7 +380,9 @@ fn group_gradients(
             }
         }
         let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
-        sums.grads.accumulate(params, &total.backward()?)?;
+        let gradients = total.backward()?;
+        sums.grads.accumulate(params, &gradients)?;
+        optimizer.after_backward(&gradients)?;
     }
     Ok(sums)
 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use monteclora::adapters::{AdaLoraConfig, LoraConfig, PromptConfig};
+use monteclora::adapters::{AdaLoraConfig, BlobConfig, LoraConfig, PromptConfig};
 use monteclora::data::batch::Batcher;
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
+use monteclora::optim::IvonConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, MethodInit, Observer,
@@ -148,18 +149,27 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         fresh(Method::Lora(map)),
         fresh(Method::MonteCLoRA(with_prior)),
         fresh(Method::AdaLora(AdaLoraConfig::towards(2))),
+        fresh(Method::Blob(BlobConfig { rank: 4, ..BlobConfig::default() })),
+        fresh(Method::LoraFa(LoraConfig { rank: 4, ..LoraConfig::default() })),
+        fresh(Method::Released(MonteCLoRAConfig {
+            rank: 4,
+            sample_scaler: 0.1,
+            ..MonteCLoRAConfig::released()
+        })),
         fresh(Method::Prompt(PromptConfig { virtual_tokens: 3 })),
         MethodInit::Adapter(adapter),
         post_hoc,
     ];
-    let single = starts.iter().flat_map(|start| [1, 3].map(|a| (start, a, DType::F32)));
+    let single = starts.iter().flat_map(|start| [1, 3].map(|a| (start, a, DType::F32, false)));
     // Half-width bases: what is trained is in single precision all the same.
-    let half = [DType::BF16, DType::F16].map(|dtype| (&bayes, 1, dtype));
-    for (start, accumulation, dtype) in single.chain(half) {
+    let half = [DType::BF16, DType::F16].map(|dtype| (&bayes, 1, dtype, false));
+    let ivon = [1, 3].map(|accumulation| (&starts[1], accumulation, DType::F32, true));
+    for (start, accumulation, dtype, ivon) in single.chain(half).chain(ivon) {
         let (whole, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let of = |dir: &Path| {
             let run = run(&files, &start.method(), accumulation, dir);
-            Run { dtype, start: start.clone(), ..run }
+            let config = TrainConfig { ivon: ivon.then(IvonConfig::default), ..run.config.clone() };
+            Run { dtype, start: start.clone(), config, ..run }
         };
         let expected = of(whole.path()).end(&mut Watch::default())?;
         let total = expected.log.len();
@@ -175,7 +185,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         watch.stop_after = None;
         let end = run.end(&mut watch)?;
         assert!(watch.done == total - 1 && watch.warnings.is_empty());
-        assert!(end == expected, "{start:?} {accumulation} {dtype:?}");
+        assert!(end == expected, "{start:?} {accumulation} {dtype:?} {ivon}");
         // Once more: there is nothing left to do.
         let again = run.end(&mut watch)?;
         assert!(again == expected, "{start:?} {accumulation}");

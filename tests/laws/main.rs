@@ -9,6 +9,7 @@ mod gradients;
 mod input;
 mod methods;
 mod mixture;
+mod opponents;
 mod oracle;
 mod peft;
 mod prior;

@@ -6,8 +6,8 @@
 
 use candle_core::Tensor;
 
-use super::eigen::Eigen;
 use super::record::LayerRecord;
+use crate::bayes::eigen::Eigen;
 use crate::error::Result;
 
 /// The sums of a block while data are read.

@@ -25,7 +25,6 @@
 //! - [`LastLayer`]: over the last layer of the head alone (Kristiadi et al. 2020, "Being Bayesian,
 //!   even just a bit, fixes overconfidence in ReLU networks").
 
-mod eigen;
 mod kron;
 mod last;
 mod predictive;

@@ -5,6 +5,7 @@ use candle_core::Device;
 use super::*;
 use crate::adapter::{Init, Role};
 use crate::noise::{Noise, Purpose};
+use crate::optim::IvonConfig;
 
 /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
 struct Line {
@@ -339,5 +340,26 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
     let error = fit(&line, &line.params, &TrainConfig { epochs: 30, ..config }, &mut watch).unwrap_err();
     assert!(matches!(error, Error::NonFinite { step: PATIENCE, .. }), "{error}");
     assert_eq!((watch.1.len(), line.value()?), (PATIENCE, 0.0));
+    Ok(())
+}
+
+#[test]
+fn under_ivon_losses_are_at_draws_and_the_mean_comes_back_wherever_they_end() -> Result<()> {
+    let ivon = IvonConfig { ess: 1e3, initial_hessian: 1.0, ..IvonConfig::default() };
+    let config = TrainConfig { epochs: 60, lr: 0.05, ivon: Some(ivon), clip: None, ..TrainConfig::default() };
+    let plain = TrainConfig { ivon: None, ..config.clone() };
+    let (line, other) = (Line::new(ROWS)?, Line::new(ROWS)?);
+    let ((_, drawn), (_, mean)) = (line.fit(&config)?, other.fit(&plain)?);
+    // The first step starts from the same w; a draw of it has deviation 1 / sqrt(1e3).
+    let off = (drawn.records[0].loss - mean.records[0].loss).abs();
+    assert!(off > 1e-4 && off < 3.0, "{off}");
+    assert!((line.value()? - other.value()?).abs() < 0.3, "{} and {}", line.value()?, other.value()?);
+    assert!(line.value()? > 1.0);
+    // A loss that is not finite, met at a draw.
+    let mut line = Line::new(ROWS)?;
+    line.poison = Some(4);
+    let error = line.fit(&config).err().expect("an infinite loss");
+    assert!(matches!(error, Error::NonFinite { step: 1, .. }), "{error}");
+    assert_eq!(line.value()?, 0.0);
     Ok(())
 }

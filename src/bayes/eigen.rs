@@ -26,12 +26,12 @@ impl Eigen {
     pub fn new(name: &str, matrix: &Tensor) -> Result<Self> {
         let mut rows = matrix.to_vec2::<f64>()?;
         if rows.iter().flatten().any(|v| !v.is_finite()) {
-            return Err(Error::tensor(name, "its curvature is not finite"));
+            return Err(Error::tensor(name, "its products, which are to be decomposed, are not finite"));
         }
         let n = rows.len();
         let (mut diagonal, mut beside, mut vectors) = tridiagonal(&mut rows);
         if !diagonalise(&mut diagonal, &mut beside, &mut vectors) {
-            return Err(Error::tensor(name, "the eigenvalues of its curvature do not converge"));
+            return Err(Error::tensor(name, "the eigenvalues of its products do not converge"));
         }
         let vectors = Tensor::from_vec(vectors.concat(), (n, n), &Device::Cpu)?;
         Ok(Self { values: diagonal.into_iter().map(|value| value.max(0.0)).collect(), vectors })

@@ -1,0 +1,253 @@
+//! BLoB (Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language models"):
+//! every element of A has a standard deviation of its own, learnt with its mean.
+//!
+//! ```text
+//! y = W0 x + b + s B (M + Omega * E) dropout(x),   Omega = G * G elementwise, E standard normal
+//! KL = sum_ij [ ln (s_p / Omega_ij) + (Omega_ij^2 + M_ij^2) / (2 s_p^2) - 1/2 ]
+//! ```
+//!
+//! The task's loss and the divergence are descended by turns, as in the authors' code: the optimiser takes a
+//! step of the first, then the mean M and G take one of plain gradient descent on `pi_i KL`
+//! ([`Blob::descend`]), where the weight grows within a cycle of `m` steps ([`kl_share`]). Their Flipout (signs
+//! of the noise for each token) is not done: a draw is the same weights for a whole batch, as in the other
+//! methods here.
+
+use std::any::Any;
+use std::borrow::Cow;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::Linear;
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{low_rank, AdaptableModel, Adapter, Context, Init, LowRank, Params, Pass, Role};
+use crate::error::Result;
+use crate::noise::{Purpose, Stream};
+use crate::ops;
+use crate::util::check::{not_negative, positive};
+use crate::util::dtype::to_dtype_device;
+
+/// Added by the authors' code to a standard deviation before its logarithm and to the denominator of the
+/// squares: without it a G near zero would leap.
+const LEAST: f64 = 1e-6;
+
+/// The options of a BLoB adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BlobConfig {
+    /// The rank r of the update.
+    pub rank: usize,
+    /// The update is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// Probability of dropping an input of the low-rank branch, in training.
+    pub dropout: f64,
+    /// G starts uniform between this, over the root of 2, and this (the paper's epsilon).
+    pub initial_root: f64,
+    /// The prior's standard deviation s_p of each element of A.
+    pub prior_std: f64,
+    /// The highest learning rate of the divergence's own descent.
+    pub kl_lr: f64,
+    /// Rescales the size of the data in the length of a cycle: [`cycle`].
+    pub gamma: f64,
+}
+
+impl Default for BlobConfig {
+    /// The constants of the authors' script for RoBERTa, with rank and alpha as the other methods here.
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            initial_root: 0.05,
+            prior_std: 0.2,
+            kl_lr: 2e-3,
+            gamma: 8.0,
+        }
+    }
+}
+
+impl BlobConfig {
+    /// Checks every option.
+    ///
+    /// # Errors
+    /// If one is outside its domain; the error names it.
+    pub fn validate(&self) -> Result<()> {
+        low_rank::validate(self.rank, self.alpha, self.dropout)?;
+        positive("initial_root", self.initial_root)?;
+        positive("prior_std", self.prior_std)?;
+        not_negative("kl_lr", self.kl_lr)?;
+        positive("gamma", self.gamma)
+    }
+}
+
+/// The steps of a cycle of KL weights, m = 100 n^(pi / gamma) / b of `rows` n in batches of b, at least 1: the
+/// authors' rescaled number of batches, which for n = 400 is that of 1052 rows.
+pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
+    let rescaled = 100.0 * (rows as f64).powf(std::f64::consts::PI / gamma);
+    ((rescaled / batch_size.max(1) as f64) as usize).max(1)
+}
+
+/// The weight of the divergence at optimiser step `step` (1-based) in cycles of `m` steps: after Blundell et al.
+/// 2015, but growing.
+///
+/// ```text
+/// pi_i = 2^i / (2^(m + 1) - 1),   i = 1 .. m
+/// ```
+///
+/// Nearly all of a cycle's weight, whose sum is 1 - 1 / (2^(m + 1) - 1), falls on its last few steps.
+pub fn kl_share(step: usize, m: usize) -> f64 {
+    let m = m.max(1);
+    let left = (m - 1 - step.saturating_sub(1) % m) as f64; // m - i
+    let whole = (m + 1) as f64;
+    // Both sides over 2^(m + 1), which is past the largest number soon.
+    (-1.0 - left).exp2() / (1.0 - (-whole).exp2())
+}
+
+/// A BLoB adapter of one linear layer.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    name: String,
+    pair: LowRank,
+    root: Tensor, // G, (r, in)
+    prior_std: f64,
+    stream: Stream,
+}
+
+impl Blob {
+    /// Creates the adapter's parameters `{path}.{adapter}.a` (the mean M), `.b` and `.g` in the store.
+    ///
+    /// # Errors
+    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a name is taken;
+    /// the store is then as it was.
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        (in_dim, out_dim): (usize, usize),
+        config: &BlobConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let name = format!("{path}.{adapter}");
+        let scale = low_rank::scaling(config.rank, config.alpha, false);
+        let highest = config.initial_root;
+        let start = Init::Uniform(highest / std::f64::consts::SQRT_2, highest);
+        let (pair, root) = params.all_or_none(&format!("{name}."), || {
+            let pair = LowRank::new(params, &name, (in_dim, out_dim), config.rank, scale, config.dropout)?;
+            let root = params.create(&format!("{name}.g"), Role::RootStd, (config.rank, in_dim), &start)?;
+            Ok((pair, root))
+        })?;
+        let stream = params.noise().stream(&name, Purpose::Gaussian);
+        Ok(Self { name, pair, root, prior_std: config.prior_std, stream })
+    }
+
+    /// M, B and their scale.
+    pub fn low_rank(&self) -> &LowRank {
+        &self.pair
+    }
+
+    /// G, `(r, in_dim)`: the standard deviations are its squares.
+    pub fn root(&self) -> &Tensor {
+        &self.root
+    }
+
+    /// The A of a pass, `(r, in_dim)`: the mean, or `M + G^2 * E` of the draw that the pass addresses.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
+        let mean = self.pair.a();
+        let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
+        let make = || mean + ops::mul_constant(&self.root.sqr()?, &self.noise(draw)?)?;
+        Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
+            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, 1.0, cx.path), make)?,
+            _ => make()?,
+        }))
+    }
+
+    /// E of a draw, `(r, in_dim)`.
+    fn noise(&self, draw: u64) -> candle_core::Result<Tensor> {
+        let (shape, dtype, device) = (self.root.shape(), self.root.dtype(), self.root.device());
+        if dtype == DType::F64 {
+            let mut z = vec![0f64; shape.elem_count()];
+            self.stream.fill_normal(draw, &mut z);
+            return Tensor::from_vec(z, shape, device);
+        }
+        let mut z = vec![0f32; shape.elem_count()];
+        self.stream.fill_normal_f32(draw, &mut z);
+        to_dtype_device(&Tensor::from_vec(z, shape, &Device::Cpu)?, dtype, device)
+    }
+
+    /// The divergence of the posterior of A from its prior, a scalar.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn kl(&self) -> candle_core::Result<Tensor> {
+        let (std, prior) = (self.root.sqr()?, self.prior_std);
+        let squares = ((std.sqr()? + self.pair.a().sqr()?)? / (2.0 * prior * prior + LEAST))?;
+        let count = std.elem_count() as f64;
+        (squares.sum_all()? - (std + LEAST)?.log()?.sum_all()?)? + count * ((prior + LEAST).ln() - 0.5)
+    }
+
+    /// One step of gradient descent on [`Self::kl`], at `rate`, of M and G in the store `params`.
+    ///
+    /// # Errors
+    /// If the store does not hold them, or a value would not be finite.
+    pub fn descend(&self, params: &Params, rate: f64) -> Result<()> {
+        let (mean, root) = (self.pair.a().detach(), self.root.detach());
+        let shrink = 2.0 / (2.0 * self.prior_std * self.prior_std + LEAST);
+        // d KL / dG = 2 G d KL / dOmega
+        let std = root.sqr()?;
+        let slope = ((&std * shrink)? - (&std + LEAST)?.recip()?)?;
+        params.set(&format!("{}.a", self.name), &(mean * (1.0 - rate * shrink))?)?;
+        params.set(&format!("{}.g", self.name), &(&root - ((&root * slope)? * (2.0 * rate))?)?)
+    }
+}
+
+impl Adapter for Blob {
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        self.pair.forward(xs, base, self.effective_a(cx)?.as_ref(), cx)
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        vec![
+            (Role::A, self.pair.a().clone()),
+            (Role::B, self.pair.b().clone()),
+            (Role::RootStd, self.root.clone()),
+        ]
+    }
+
+    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        self.pair.delta().map(Some)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Calls `f` on every active BLoB layer of a model.
+///
+/// # Errors
+/// The first error of `f`.
+pub fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&Blob) -> Result<()>) -> Result<()> {
+    model.visit_linears(&mut |layer| match layer.active() {
+        Some((_, adapter)) => adapter.as_any().downcast_ref::<Blob>().map_or(Ok(()), &mut *f),
+        None => Ok(()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cycle_has_a_weight_of_nearly_one_and_most_of_it_at_its_end() {
+        // [2**i / (2**(m + 1) - 1) for i in range(1, m + 1)]
+        for (step, want) in [(1, 2.0 / 15.0), (2, 4.0 / 15.0), (3, 8.0 / 15.0), (4, 2.0 / 15.0)] {
+            assert!((kl_share(step, 3) - want).abs() < 1e-15, "{step}");
+        }
+        let whole: f64 = (1..=2000).map(|step| kl_share(step, 2000)).sum();
+        assert!((whole - 1.0).abs() < 1e-12 && (kl_share(2000, 2000) - 0.5).abs() < 1e-12);
+        // int(100 * 400 ** (math.pi / 8) / 32), of 2490 rows in batches of 8, of 3 in one of 1000
+        assert_eq!([cycle(400, 32, 8.0), cycle(2490, 8, 8.0), cycle(3, 1000, 8.0)], [32, 269, 1]);
+    }
+}

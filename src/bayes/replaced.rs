@@ -1,0 +1,54 @@
+//! Posterior draws that are parameters: each takes the place of the model's own while it predicts.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use crate::adapter::{Context, Params, Pass};
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::predict::Predictor;
+
+/// A model of whose posterior draw s is a set of parameters; at the mean it is as it is.
+///
+/// The parameters are put back after every batch, with an error or without.
+pub struct Replaced<'a> {
+    model: &'a dyn Predictor,
+    params: &'a Params,
+    draws: Vec<BTreeMap<String, Tensor>>,
+}
+
+impl std::fmt::Debug for Replaced<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replaced").field("draws", &self.draws.len()).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Replaced<'a> {
+    /// `model`, whose parameters are `params`, with these draws of some or all of them.
+    pub fn new(model: &'a dyn Predictor, params: &'a Params, draws: Vec<BTreeMap<String, Tensor>>) -> Self {
+        Self { model, params, draws }
+    }
+
+    fn at(&self, draw: u64, batch: &Batch, cx: &Context) -> Result<Tensor> {
+        let drawn = usize::try_from(draw).ok().and_then(|draw| self.draws.get(draw));
+        let drawn = drawn.ok_or_else(|| {
+            let reason = format!("there are {} draws, not one of number {draw}", self.draws.len());
+            Error::config("draw", reason)
+        })?;
+        let before = self.params.snapshot()?;
+        self.params.restore(drawn)?;
+        let outputs = self.model.predict(batch, &cx.clone().with_pass(Pass::Mean));
+        self.params.restore(&before)?;
+        Ok(outputs?)
+    }
+}
+
+impl Predictor for Replaced<'_> {
+    fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
+        match cx.pass {
+            Pass::Posterior { draw } => Ok(self.at(draw, batch, cx)?),
+            _ => self.model.predict(batch, cx),
+        }
+    }
+}

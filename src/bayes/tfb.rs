@@ -1,0 +1,249 @@
+//! Training-free Bayesianisation of a trained LoRA (Shi et al. 2024, "Training-free Bayesianization for low-rank
+//! adapters of large language models"): noise on A, as wide as the model bears.
+//!
+//! ```text
+//! B = U diag(d) V^T,   B' = U diag(d),   A' = V^T A,   A'_ij ~ N((V^T A)_ij, (sigma / d_i)^2)
+//! ```
+//!
+//! B' A' is B A, and its noise is sigma U Z with Z standard normal: whatever the factors are, the update s B A is
+//! perturbed alike in every direction that B has,
+//!
+//! ```text
+//! s B A_draw = s B A + s sigma U Z
+//! ```
+//!
+//! Turned back, that is a draw of A itself, `A + sigma V diag(1 / d) Z`, and B stays: draws are parameters that
+//! take A's place one after the other, as an ensemble's members do. A direction that B does not have (d_i below
+//! 1e-6 of the largest) gets no noise; the authors' code adds 1e-6 to d. The noise is addressed: draw k is the same
+//! Z at every sigma, so that a search over sigma sees a smooth loss.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::eigen::Eigen;
+use super::replaced::Replaced;
+use crate::adapter::{AdaptableModel, Params, Pass};
+use crate::adapters::Lora;
+use crate::data::batch::Batch;
+use crate::error::{Error, Result};
+use crate::metrics::nll;
+use crate::noise::{Noise, Purpose, Stream};
+use crate::predict::{posterior_probabilities, Predictor};
+use crate::util::check::positive;
+use crate::util::dtype::to_dtype_device;
+
+/// Singular values of B below this share of the largest are rounding.
+const LEAST: f64 = 1e-6;
+
+/// Where sigma is looked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Search {
+    /// The least sigma, which is taken where none is tolerated.
+    pub low: f64,
+    /// The largest sigma.
+    pub high: f64,
+    /// The values that are tried between them.
+    pub steps: usize,
+    /// The draws that a prediction averages.
+    pub draws: usize,
+}
+
+impl Default for Search {
+    /// The authors look between 1e-3 and 0.015 with large decoders; a small encoder bears more.
+    fn default() -> Self {
+        Self { low: 1e-3, high: 1.0, steps: 10, draws: 10 }
+    }
+}
+
+/// The relative change of the loss on `rows` anchor rows that the authors' code tolerates, 0.003 a row.
+pub fn released_tolerance(rows: usize) -> f64 {
+    0.003 * rows as f64
+}
+
+/// A family of posteriors around the active LoRA adapters of a model, one for each sigma.
+#[derive(Debug)]
+pub struct Tfb {
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    /// The parameter that is drawn, `{path}.{adapter}.a`.
+    name: String,
+    mean: Tensor,       // A, (r, in), f64 on the host
+    directions: Tensor, // V diag(1 / d), (r, k) for the k directions that B has
+    stream: Stream,
+}
+
+impl Tfb {
+    /// The family around the present A and B of every active LoRA adapter; `noise` is where draws come from.
+    ///
+    /// # Errors
+    /// If the model has no active LoRA adapter, an active adapter is of another method, or B is not finite.
+    pub fn new(model: &dyn AdaptableModel, noise: Noise) -> Result<Self> {
+        let mut layers = Vec::new();
+        model.visit_linears(&mut |layer| {
+            let Some((adapter, active)) = layer.active() else { return Ok(()) };
+            let name = format!("{}.{adapter}", layer.path());
+            let Some(lora) = active.as_any().downcast_ref::<Lora>() else {
+                return Err(Error::config("adapter", format!("{name} is no LoRA adapter")));
+            };
+            let host = |t: &Tensor| to_dtype_device(&t.detach(), DType::F64, &Device::Cpu);
+            let (mean, b) = (host(lora.low_rank().a())?, host(lora.low_rank().b())?);
+            layers.push(Layer {
+                directions: directions(&name, &b)?,
+                stream: noise.stream(&name, Purpose::Gaussian),
+                name: format!("{name}.a"),
+                mean,
+            });
+            Ok(())
+        })?;
+        if layers.is_empty() {
+            return Err(Error::config("adapter", "the model has no active LoRA adapter"));
+        }
+        Ok(Self { layers })
+    }
+
+    /// Draw number `draw` at this sigma: the A of every layer by its parameter's name, for [`Params::restore`].
+    ///
+    /// # Errors
+    /// If `draw` is 2^62 or more.
+    pub fn draw(&self, sigma: f64, draw: u64) -> Result<BTreeMap<String, Tensor>> {
+        // The address of a predictive draw: training with dropout has used others.
+        let address = Pass::Posterior { draw }.posterior_draw()?.unwrap_or(draw);
+        let of = |layer: &Layer| -> Result<(String, Tensor)> {
+            let (k, in_dim) = (layer.directions.dim(1)?, layer.mean.dim(1)?);
+            if k == 0 {
+                return Ok((layer.name.clone(), layer.mean.clone()));
+            }
+            let mut z = vec![0.0; k * in_dim];
+            layer.stream.fill_normal(address, &mut z);
+            let z = Tensor::from_vec(z, (k, in_dim), &Device::Cpu)?;
+            let a = (&layer.mean + (layer.directions.matmul(&z)? * sigma)?)?;
+            Ok((layer.name.clone(), a))
+        };
+        self.layers.iter().map(of).collect()
+    }
+
+    /// Class probabilities, one row an example, averaged over `draws` draws after the softmax of each. `params`
+    /// are the parameters of `model`; they are as before when this returns, with an error or without.
+    ///
+    /// # Errors
+    /// If `draws` is 0, a draw does not fit the parameters, or the forward pass fails.
+    pub fn probabilities(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        batches: &[Batch],
+        sigma: f64,
+        draws: usize,
+    ) -> Result<Vec<Vec<f64>>> {
+        let drawn = (0..draws as u64).map(|draw| self.draw(sigma, draw)).collect::<Result<Vec<_>>>()?;
+        posterior_probabilities(&Replaced::new(model, params, drawn), batches, draws)
+    }
+
+    /// The largest sigma whose loss on the anchor rows is near enough to that without noise, by bisection of its
+    /// logarithm:
+    ///
+    /// ```text
+    /// |l(sigma) - l(0)| <= tolerance l(0),   l the NLL of the labels
+    /// ```
+    ///
+    /// The authors take the model's own predictions for labels ([`predicted`]), so that anchor rows need none.
+    ///
+    /// # Errors
+    /// As [`Self::probabilities`]; if a bound is not positive, or rows and labels do not fit.
+    pub fn tolerated(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        (anchor, labels): (&[Batch], &[u32]),
+        tolerance: f64,
+        search: &Search,
+    ) -> Result<f64> {
+        let (low, high) = search.logs()?;
+        let loss = |sigma: f64| nll(&self.probabilities(model, params, anchor, sigma, search.draws)?, labels);
+        let without = loss(0.0)?;
+        let bears = |sigma: f64| Ok::<_, Error>((loss(sigma)? - without).abs() <= tolerance * without);
+        if bears(search.high)? {
+            return Ok(search.high);
+        }
+        let (mut borne, mut broken) = (low, high);
+        for _ in 0..search.steps {
+            let middle = 0.5 * (borne + broken);
+            if bears(middle.exp())? {
+                borne = middle;
+            } else {
+                broken = middle;
+            }
+        }
+        Ok(borne.exp())
+    }
+
+    /// The sigma whose loss on held-out rows is least, of `steps` values in equal ratios from the least to the
+    /// largest.
+    ///
+    /// # Errors
+    /// As [`Self::tolerated`].
+    pub fn best(
+        &self,
+        model: &dyn Predictor,
+        params: &Params,
+        (held_out, labels): (&[Batch], &[u32]),
+        search: &Search,
+    ) -> Result<f64> {
+        let (low, high) = search.logs()?;
+        let last = search.steps.saturating_sub(1).max(1) as f64;
+        let mut best = (f64::INFINITY, search.low);
+        for step in 0..search.steps {
+            let sigma = (low + (high - low) * step as f64 / last).exp();
+            let loss = nll(&self.probabilities(model, params, held_out, sigma, search.draws)?, labels)?;
+            if loss < best.0 {
+                best = (loss, sigma);
+            }
+        }
+        Ok(best.1)
+    }
+}
+
+impl Search {
+    /// The logarithms of the bounds.
+    fn logs(&self) -> Result<(f64, f64)> {
+        positive("low", self.low)?;
+        positive("high", self.high)?;
+        if self.low >= self.high {
+            return Err(Error::config("low", format!("expected less than {}, got {}", self.high, self.low)));
+        }
+        Ok((self.low.ln(), self.high.ln()))
+    }
+}
+
+/// The likeliest class of every row.
+pub fn predicted(probabilities: &[Vec<f64>]) -> Vec<u32> {
+    let best = |row: &Vec<f64>| {
+        let better = |top: (usize, f64), (i, p): (usize, &f64)| if *p > top.1 { (i, *p) } else { top };
+        row.iter().enumerate().fold((0, f64::MIN), better).0 as u32
+    };
+    probabilities.iter().map(best).collect()
+}
+
+/// `V diag(1 / d)` of `b` `(out, r)`, for the directions that it has: the eigenvectors of `B^T B`, whose
+/// eigenvalues are the squares of d.
+fn directions(name: &str, b: &Tensor) -> Result<Tensor> {
+    let r = b.dim(1)?;
+    let Eigen { values, vectors } = Eigen::new(name, &b.t()?.contiguous()?.matmul(b)?)?;
+    let vectors = vectors.to_vec2::<f64>()?;
+    let largest = values.iter().fold(0f64, |most, value| most.max(*value));
+    let rows: Vec<Vec<f64>> = values
+        .iter()
+        .zip(vectors)
+        .filter(|(value, _)| **value > LEAST * LEAST * largest)
+        .map(|(value, v)| v.into_iter().map(|x| x / value.sqrt()).collect())
+        .collect();
+    let k = rows.len();
+    Ok(Tensor::from_vec(rows.concat(), (k, r), &Device::Cpu)?.t()?.contiguous()?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+//! What the code that the paper's authors released trains, for the record: LoRA whose A is frozen at random and
+//! takes a small random walk.
+//!
+//! ```text
+//! A_t = A_{t-1} + eps^2 sum_k pi_k F_t Z_k        before the forward pass of training step t
+//! y   = W0 x + b + s B A_t dropout(x)             A_t a constant; prediction uses the last A
+//! ```
+//!
+//! There, each training forward puts a new parameter `A + eps sum_k pi_k (eps F Z_k)` in A's place. So the
+//! optimiser, which holds the old one, never moves A: what it walks is `mu <- W`, the last line of algorithm 1;
+//! the scaler counts twice; and no gradient of the task reaches rho and c, which learn from the regulariser
+//! alone. A forward pass changes no state here: [`Walk`] takes the steps between two forward passes, once for each
+//! step of the optimiser (there for each micro-batch), and the draw is that of the step's number less one. A
+//! checkpoint holds the walk, which is the present A.
+
+use std::any::Any;
+
+use candle_core::Tensor;
+use candle_nn::Linear;
+
+use super::config::MonteCLoRAConfig;
+use super::layer::MonteCLoRA;
+use super::posterior::Posterior;
+use super::regularizer::{Regularizer, RegularizerTerms};
+use crate::adapter::{AdaptableModel, Adapter, Context, Params, Role};
+use crate::error::{Error, Result};
+
+impl MonteCLoRAConfig {
+    /// The constants of the authors' released code: its numbers are PEFT's ([`super::Compat::Peft`]), with the
+    /// paper's eps, N and prior, and the cooperative loss.
+    pub const fn released() -> Self {
+        Self {
+            num_components: 4,
+            sample_scaler: 5e-3,
+            dirichlet_prior: 1.0,
+            cooperative_weight: 1.0,
+            ..Self::peft()
+        }
+    }
+}
+
+/// The adapter of one linear layer in the authors' released code.
+#[derive(Debug)]
+pub struct Released {
+    inner: MonteCLoRA,
+}
+
+impl Released {
+    /// Creates the parameters of [`MonteCLoRA::new`]; `.a` gets no gradient and has to be frozen in the store
+    /// ([`crate::inject::monteclora_released`] does).
+    ///
+    /// # Errors
+    /// As [`MonteCLoRA::new`].
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        dims: (usize, usize),
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
+        Ok(Self { inner: MonteCLoRA::new(params, path, adapter, dims, config)? })
+    }
+
+    /// Its parameters and what its draws are, as a MonteCLoRA adapter has them.
+    pub fn inner(&self) -> &MonteCLoRA {
+        &self.inner
+    }
+}
+
+impl Adapter for Released {
+    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+        let pair = self.inner.low_rank();
+        pair.forward(xs, base, &pair.a().detach(), cx)
+    }
+
+    fn parameters(&self) -> Vec<(Role, Tensor)> {
+        self.inner.parameters().into_iter().filter(|(role, _)| *role != Role::A).collect()
+    }
+
+    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+        self.inner.delta(base)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// The random walk of a model's [`Released`] layers, and their regulariser.
+#[derive(Debug)]
+pub struct Walk {
+    layers: Vec<(String, Posterior)>,
+    regularizer: Regularizer,
+    params: Params,
+}
+
+impl Walk {
+    /// That of the active layers of `model`, whose parameters are in `params`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
+        let mut layers = Vec::new();
+        model.visit_linears(&mut |layer| {
+            let adapter = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<Released>());
+            layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
+            Ok(())
+        })?;
+        if layers.is_empty() {
+            return Err(Error::config("adapter", "no layer has an active adapter of the released code"));
+        }
+        Ok(Self { layers, regularizer: Regularizer::new(config), params: params.clone() })
+    }
+
+    /// Moves every A by its draw, before optimiser step `step` (1-based).
+    ///
+    /// # Errors
+    /// If the store does not hold an A, or it would not be finite.
+    pub fn before_step(&self, step: usize) -> Result<()> {
+        let draw = step.saturating_sub(1) as u64;
+        for (name, posterior) in &self.layers {
+            let name = format!("{name}.a");
+            let Some(a) = self.params.get(&name) else {
+                return Err(Error::tensor(name, "there is no parameter of this name"));
+            };
+            let noise = posterior.spec().generate(posterior.streams(), draw)?;
+            // A draw has eps in it once.
+            let step = (posterior.draw(&noise)?.delta.detach() * posterior.sample_scaler())?;
+            self.params.set(&name, &(a.var.as_detached_tensor() + step)?)?;
+        }
+        Ok(())
+    }
+
+    /// The regulariser, the only thing that trains rho and c.
+    ///
+    /// # Errors
+    /// As [`Regularizer::of`].
+    pub fn penalty(&self, cx: impl Into<Context>) -> Result<RegularizerTerms> {
+        let posteriors: Vec<_> = self.layers.iter().map(|(_, posterior)| posterior.clone()).collect();
+        self.regularizer.of(&posteriors, cx)
+    }
+}

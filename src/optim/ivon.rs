@@ -1,0 +1,270 @@
+//! IVON (Shen et al. 2024, "Variational learning is effective for large deep networks", algorithm 1): Newton steps
+//! on a Gaussian posterior N(m, diag(sigma^2)) over the parameters, at the cost of Adam.
+//!
+//! ```text
+//! theta = m + sigma z,   sigma = 1 / sqrt(lambda (h + delta))          before a loss
+//! g_hat = d loss / d theta,   h_hat = g_hat (theta - m) / sigma^2      after its backward pass
+//! g <- beta1 g + (1 - beta1) g_hat
+//! h <- beta2 h + (1 - beta2) h_hat + 1/2 (1 - beta2)^2 (h - h_hat)^2 / (h + delta)
+//! m <- m - lr clip((g / (1 - beta1^t) + delta m) / (h + delta))
+//! ```
+//!
+//! All of it elementwise. The parameters of the store are m between two losses and theta during one. Of several
+//! micro-batches of a step, each at a draw of its own, both estimates are averaged. The authors' package multiplies
+//! lr by h0 + delta unless it is told not to; here lr is that of the algorithm.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::gradients::Gradients;
+use super::moments::{self, Moments};
+use crate::adapter::{Params, Pass};
+use crate::error::{Error, Result};
+use crate::noise::{Noise, Purpose};
+use crate::util::check::{not_negative, positive};
+use crate::util::dtype::to_dtype_device;
+
+/// The constants of [`Ivon`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IvonConfig {
+    /// lambda, the effective sample size: the number of training rows is Bayes' rule, more a colder posterior.
+    pub ess: f64,
+    /// h0, where the estimate of the Hessian's diagonal starts.
+    pub initial_hessian: f64,
+    /// delta, the decay of weights: the prior's precision over lambda.
+    pub weight_decay: f64,
+    /// Decay of the running mean of gradients.
+    pub beta1: f64,
+    /// Decay of the running mean of the Hessian.
+    pub beta2: f64,
+    /// The largest element of a direction.
+    pub clip_radius: f64,
+}
+
+impl Default for IvonConfig {
+    /// Those of the authors' script for LoRA (Cong et al. 2024, "Variational low-rank adaptation using IVON"), a cold
+    /// posterior, but for the clip radius: theirs is 1e-3, at a learning rate of 0.03. With 1 the largest step is the
+    /// learning rate, as it nearly is AdamW's.
+    fn default() -> Self {
+        Self {
+            ess: 1e7,
+            initial_hessian: 3e-4,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 1.0 - 1e-5,
+            clip_radius: 1.0,
+        }
+    }
+}
+
+impl IvonConfig {
+    /// Checks every constant.
+    ///
+    /// # Errors
+    /// If one is outside its domain; the error names it.
+    pub fn validate(&self) -> Result<()> {
+        positive("ess", self.ess)?;
+        positive("initial_hessian", self.initial_hessian)?;
+        not_negative("weight_decay", self.weight_decay)?;
+        positive("clip_radius", self.clip_radius)?;
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::config(name, format!("expected a number in [0, 1), got {beta}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// sigma of a Hessian's diagonal.
+    fn std(&self, hessian: &Tensor) -> candle_core::Result<Tensor> {
+        ((hessian + self.weight_decay)? * self.ess)?.sqrt()?.recip()
+    }
+}
+
+/// The optimiser. Of each parameter it remembers, as [`Moments`], g and h.
+#[derive(Debug)]
+pub struct Ivon {
+    params: Params,
+    config: IvonConfig,
+    moments: BTreeMap<String, Moments>,
+    /// The means, while the store holds a draw, and how far the draw is from them.
+    drawn: BTreeMap<String, (Tensor, Tensor)>,
+    /// h_hat of the micro-batches of this step so far.
+    curvature: BTreeMap<String, Tensor>,
+}
+
+impl Ivon {
+    /// An optimiser of the trainable parameters of a store.
+    ///
+    /// # Errors
+    /// If a constant is outside its domain.
+    pub fn new(params: &Params, config: IvonConfig) -> Result<Self> {
+        config.validate()?;
+        let (drawn, curvature) = Default::default();
+        Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), drawn, curvature })
+    }
+
+    /// Puts draw number `draw` of the posterior in the place of the trainable parameters, for one micro-batch.
+    ///
+    /// # Errors
+    /// If a draw would not be finite.
+    pub fn perturb(&mut self, draw: u64) -> Result<()> {
+        let noise = self.params.noise();
+        self.perturb_by(|name, like| normal(noise, name, draw, like))
+    }
+
+    /// [`Self::perturb`] by given standard normal numbers.
+    fn perturb_by(&mut self, z: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> Result<()> {
+        self.settle()?;
+        for (name, param) in self.params.trainable() {
+            let mean = param.var.as_detached_tensor().copy()?;
+            if !self.moments.contains_key(&name) {
+                let first = mean.zeros_like()?;
+                let second = (&first + self.config.initial_hessian)?;
+                self.moments.insert(name.clone(), Moments { first, second, steps: 0 });
+            }
+            let std = self.config.std(&self.moments[&name].second)?;
+            let offset = (std * z(&name, &mean)?)?;
+            self.params.set(&name, &(&mean + &offset)?)?;
+            self.drawn.insert(name, (mean, offset));
+        }
+        Ok(())
+    }
+
+    /// Takes the curvature along the present draw from the gradients at it, and puts the means back.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn observe(&mut self, gradients: &GradStore) -> Result<()> {
+        for (name, (_, offset)) in &self.drawn {
+            let Some(gradient) = self.params.get(name).and_then(|param| gradients.get(&param.var)) else {
+                continue; // the step will name it
+            };
+            // (theta - m) / sigma^2 = lambda (h + delta) (theta - m)
+            let precision = ((&self.moments[name].second + self.config.weight_decay)? * self.config.ess)?;
+            let estimate = ((gradient.detach() * offset)? * precision)?;
+            let sum = match self.curvature.get(name) {
+                Some(earlier) => (earlier + estimate)?,
+                None => estimate,
+            };
+            self.curvature.insert(name.clone(), sum);
+        }
+        self.settle()
+    }
+
+    /// Puts the means back in the place of a draw.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn settle(&mut self) -> Result<()> {
+        std::mem::take(&mut self.drawn).iter().try_for_each(|(name, (mean, _))| self.params.set(name, mean))
+    }
+
+    /// Forgets what was observed since the last step, which is not to be taken.
+    ///
+    /// # Errors
+    /// As [`Self::settle`].
+    pub fn skip(&mut self) -> Result<()> {
+        self.curvature.clear();
+        self.settle()
+    }
+
+    /// One step at learning rate `lr`, with the gradients of the micro-batches that were observed.
+    ///
+    /// # Errors
+    /// If a trainable parameter has no gradient, one of another shape, or was not drawn since the last step: then
+    /// nothing is changed.
+    pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
+        let IvonConfig { weight_decay: delta, beta1, beta2, clip_radius, .. } = self.config;
+        let (mut steps, curvature) = (Vec::new(), std::mem::take(&mut self.curvature));
+        for (name, param) in self.params.trainable() {
+            let Some(grad) = grads.get(&name) else {
+                return Err(Error::tensor(name, "this trainable parameter has no gradient"));
+            };
+            let (Some(found), Some(moments)) = (curvature.get(&name), self.moments.get(&name)) else {
+                return Err(Error::tensor(name, "no draw of it was observed: its loss was not at a draw"));
+            };
+            let (h, mean) = (&moments.second, param.var.as_detached_tensor());
+            let first = ((&moments.first * beta1)? + (grad * (1.0 - beta1))?)?;
+            let old = (h + delta)?;
+            let correction = ((h - found)?.sqr()? / &old)?;
+            let second = ((h * beta2)? + (found * (1.0 - beta2))?)?;
+            let second = (second + (correction * (0.5 * (1.0 - beta2).powi(2)))?)?;
+            let t = i32::try_from(moments.steps + 1).unwrap_or(i32::MAX); // the power is 0 by then
+            let debiased = (&first / (1.0 - beta1.powi(t)))?;
+            let direction = ((debiased + (&mean * delta)?)? / (&second + delta)?)?;
+            let moved = (&mean - (direction.clamp(-clip_radius, clip_radius)? * lr)?)?;
+            steps.push((name, moved, Moments { first, second, steps: moments.steps + 1 }));
+        }
+        for (name, moved, moments) in steps {
+            self.params.set(&name, &moved)?;
+            self.moments.insert(name, moments);
+        }
+        Ok(())
+    }
+
+    /// What is remembered of every parameter that was drawn: g as the first moment, h as the second.
+    pub fn remembered(&self) -> &BTreeMap<String, Moments> {
+        &self.moments
+    }
+
+    /// Continues where another optimiser of the same parameters stopped.
+    ///
+    /// # Errors
+    /// As [`super::AdamW::restore`].
+    pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
+        self.moments = moments::restored(&self.params, moments)?;
+        Ok(())
+    }
+}
+
+/// The posterior that [`Ivon`] ended in.
+#[derive(Debug, Clone)]
+pub struct IvonPosterior {
+    /// m and sigma of every parameter.
+    layers: BTreeMap<String, (Tensor, Tensor)>,
+    noise: Noise,
+}
+
+impl IvonPosterior {
+    /// That of these means and of what the optimiser remembers.
+    ///
+    /// # Errors
+    /// If a name is unknown to the store, or candle cannot copy.
+    pub fn new(params: &Params, moments: &BTreeMap<String, Moments>, config: &IvonConfig) -> Result<Self> {
+        let of = |(name, moments): (&String, &Moments)| {
+            let Some(param) = params.get(name) else {
+                return Err(Error::tensor(name, "there is no parameter of this name"));
+            };
+            let mean = param.var.as_detached_tensor().copy()?;
+            Ok((name.clone(), (mean, config.std(&moments.second)?)))
+        };
+        Ok(Self { layers: moments.iter().map(of).collect::<Result<_>>()?, noise: params.noise() })
+    }
+
+    /// Draw number `draw` of the parameters, for [`Params::restore`]; it shares no noise with training.
+    ///
+    /// # Errors
+    /// If `draw` is 2^62 or more.
+    pub fn draw(&self, draw: u64) -> Result<BTreeMap<String, Tensor>> {
+        let address = Pass::Posterior { draw }.posterior_draw()?.unwrap_or(draw);
+        let of = |(name, (mean, std)): (&String, &(Tensor, Tensor))| {
+            Ok((name.clone(), (mean + (std * normal(self.noise, name, address, mean)?)?)?))
+        };
+        self.layers.iter().map(of).collect()
+    }
+}
+
+/// Standard normal numbers of a parameter's draw, of the shape and dtype of `like`.
+fn normal(noise: Noise, name: &str, draw: u64, like: &Tensor) -> candle_core::Result<Tensor> {
+    let mut z = vec![0f64; like.elem_count()];
+    noise.stream(name, Purpose::Gaussian).fill_normal(draw, &mut z);
+    to_dtype_device(&Tensor::from_vec(z, like.shape(), &Device::Cpu)?, like.dtype(), like.device())
+}
+
+#[cfg(test)]
+mod tests;

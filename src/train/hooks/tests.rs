@@ -1,0 +1,54 @@
+use candle_core::{DType, Device};
+use candle_nn::Linear;
+
+use super::*;
+use crate::adapter::AdaptableLinear;
+use crate::adapters::Blob;
+use crate::noise::Noise;
+
+struct One(AdaptableLinear);
+
+impl AdaptableModel for One {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
+        f(&self.0)
+    }
+
+    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
+        f(&mut self.0)
+    }
+}
+
+/// A layer under BLoB, and its parameters.
+fn blob(config: &BlobConfig) -> Result<(One, Params)> {
+    let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+    let base = Linear::new(Tensor::zeros((3, 4), DType::F64, &Device::Cpu)?, None);
+    let mut layer = AdaptableLinear::new("proj", base);
+    layer.add("default", Box::new(Blob::new(&params, "proj", "default", (4, 3), config)?))?;
+    Ok((One(layer), params))
+}
+
+#[test]
+fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> Result<()> {
+    let config = BlobConfig { rank: 2, ..BlobConfig::default() };
+    let ((model, params), (other, expected)) = (blob(&config)?, blob(&config)?);
+    let hooks = MethodHooks::of_divergence(&config);
+    let step = |step| hooks.after_step(&model, &params, &Gradients::new(), step, 10);
+    let error = step(1).unwrap_err().to_string();
+    assert!(error.contains("tell_rows"), "{error}");
+    // 153 / 50 = 3 steps a cycle, whose weights are 2, 4 and 8 of 15; one of warm-up, nine downwards.
+    hooks.tell_rows(3, 50)?;
+    for (at, rate) in [(1, 0.0), (2, 4.0 / 15.0), (3, 8.0 / 15.0 * 8.0 / 9.0), (4, 2.0 / 15.0 * 7.0 / 9.0)] {
+        step(at)?;
+        blob::visit(&other, &mut |layer| layer.descend(&expected, config.kl_lr * rate))?;
+        for (name, values) in expected.snapshot()? {
+            let got = params.snapshot()?[&name].flatten_all()?.to_vec1::<f64>()?;
+            let off = got.iter().zip(values.flatten_all()?.to_vec1::<f64>()?).map(|(x, y)| (x - y).abs());
+            assert!(off.fold(0.0, f64::max) < 1e-14, "{name} after step {at}");
+        }
+    }
+    Ok(())
+}
