@@ -38,9 +38,10 @@ use serde_json::{json, Value};
 
 #[derive(Parser)]
 struct Args {
-    /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests.
+    /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests. A folder
+    /// that it was run into knows it: --report-only needs no file.
     #[arg(long, conflicts_with_all = ["tasks", "methods", "lrs", "batch_sizes", "seeds", "epochs", "max_length",
-        "limit_train", "limit_dev", "foreign_task", "draws", "quick", "train"])]
+        "limit_train", "limit_dev", "foreign_task", "draws", "quick", "train", "report_only"])]
     plan: Option<PathBuf>,
     /// A model folder, or a hub repository. Default: the bundled model.
     #[arg(long)]
@@ -55,9 +56,11 @@ struct Args {
     /// for each. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Recipes separated by commas: a name (full, lora, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3, bottleneck,
-    /// prompt, blob, monteclora, monteclora-sparse, monteclora-posthoc, monteclora-released) and options, as in
-    /// monteclora:n=64:eps=1e-2. monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
+    /// Recipes separated by commas: a name (full, lora, map, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3,
+    /// bottleneck, prompt, blob, monteclora, monteclora-calibrated, monteclora-sparse, monteclora-posthoc,
+    /// monteclora-released) and options, as in
+    /// monteclora:n=64:eps=1e-2; lora:held-out=0.15 keeps 15 % of its rows to fit a temperature on.
+    /// monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
     /// the task that was made elsewhere; no colon or comma in DIR.
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,

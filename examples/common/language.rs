@@ -114,7 +114,10 @@ impl LanguageData {
             println!("--max-length {length}: {lost}");
         }
         let checksum = train::fingerprint(encoded.rows.iter().flat_map(Tokens::numbers));
-        let measured: Vec<_> = tasks.iter().map(|task| json!([task.name, task.rows.len()])).collect();
+        let texts = |row: &Prompted| format!("{}{}\u{0}", row.prompt, row.answer).into_bytes();
+        let checksum_of = |rows: &[Prompted]| train::fingerprint(rows.iter().flat_map(texts).map(u32::from));
+        let measured: Vec<_> =
+            tasks.iter().map(|task| json!([task.name, task.rows.len(), checksum_of(&task.rows)])).collect();
         let settings = json!({
             "train": path.file_name().map(|name| name.to_string_lossy()), "train_rows": checksum,
             "tasks": measured, "normalize": options.benchmark.normalize,

@@ -81,8 +81,8 @@ impl CellRows {
         }
     }
 
-    /// The rows of a cell, or of one of its tasks, in the file `path`, whose tensors have `prefix` before their names; None where it
-    /// has none of them.
+    /// The rows of a cell, or of one of its tasks, in the file `path`, whose tensors have `prefix` before
+    /// their names; None where it has none of them.
     ///
     /// # Errors
     /// If a tensor is missing, has another type or shape, or holds a class that is none or what is no

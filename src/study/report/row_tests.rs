@@ -1,7 +1,7 @@
 use serde_json::{json, Value};
 
 use super::*;
-use crate::metrics::{nll, Metrics};
+use crate::metrics::{ece_debiased, nll, Metrics};
 use crate::noise::{Noise, Purpose};
 use crate::study::plan::Plan;
 use crate::study::store::Store;
@@ -120,25 +120,28 @@ fn lines<'a>(text: &'a str, section: &str, start: &str) -> Vec<&'a str> {
 fn differences_are_means_over_settings_and_tasks_and_cells_without_rows_add_nothing() -> Result<()> {
     let cells = study();
     let text = report(&cells, None)?;
-    // The mean NLL of LoRA less that of the draws, by the table's own definition.
-    let mut of_tasks = Vec::new();
-    for task in ["cola", "mrpc"] {
-        let mean = |method: &str, arm: &str| -> Result<f64> {
+    // By the table's own definition: means over the cells of a task, and then over tasks.
+    for (score, of) in
+        [("NLL", nll as fn(&[Vec<f64>], &[u32]) -> Result<f64>), ("ECE, debiased", ece_debiased)]
+    {
+        let mean = |task: &str, method: &str, arm: &str| -> Result<f64> {
             let own =
                 cells.iter().filter(|(result, _)| result.key.task == task && result.key.method == method);
             let scores = own.map(|(_, rows)| {
                 let (p, classes) = rows.probabilities(arm).unwrap_or_default();
-                nll(&p.chunks(classes).map(<[f64]>::to_vec).collect::<Vec<_>>(), &rows.label)
+                of(&p.chunks(classes).map(<[f64]>::to_vec).collect::<Vec<_>>(), &rows.label)
             });
             let scores: Vec<f64> = scores.collect::<Result<_>>()?;
             Ok(scores.iter().sum::<f64>() / scores.len() as f64)
         };
-        of_tasks.push(mean("monteclora", "5 draws")? - mean("lora", "mean")?);
+        let difference = |task| Ok(mean(task, "monteclora", "5 draws")? - mean(task, "lora", "mean")?);
+        let both: [Result<f64>; 2] = ["cola", "mrpc"].map(difference);
+        let [cola, mrpc] = both;
+        let want = format!("{:+.4}", (cola? + mrpc?) / 2.0);
+        let start = format!("| monteclora (5 draws) | lora (mean) | {score} | 12 | 3 | ");
+        let found = lines(&text, "## Paired comparisons by rows", &start);
+        assert!(found.len() == 1 && found[0].starts_with(&format!("{start}{want} | ")), "{want}\n{text}");
     }
-    let want = format!("{:+.4}", (of_tasks[0] + of_tasks[1]) / 2.0);
-    let start = "| monteclora (5 draws) | lora (mean) | NLL | 12 | 3 | ";
-    let found = lines(&text, "## Paired comparisons by rows", start);
-    assert!(found.len() == 1 && found[0].starts_with(&format!("{start}{want} | ")), "{want}\n{text}");
     let against = "| monteclora (5 draws) | lora:held-out=0.15 (temperature) | ECE, debiased | 12 | 3 | -";
     assert_eq!(lines(&text, "## Paired comparisons by rows", against).len(), 1, "{text}");
 

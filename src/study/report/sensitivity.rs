@@ -16,7 +16,7 @@ use crate::metrics::{quantile, Metrics};
 /// A score of an arm by group (task, seed, batch size) and learning rate.
 type Groups<'a> = BTreeMap<(&'a str, u64, usize), Vec<(f64, f64)>>;
 
-/// The finite scores of an arm.
+/// The scores of an arm. An infinite one stays: without it the arm would seem to depend on little.
 fn groups<'a>(
     cells: &'a [CellResult],
     arm: &Arm,
@@ -25,7 +25,7 @@ fn groups<'a>(
     let mut groups = Groups::new();
     for cell in cells.iter().filter(|cell| cell.status == Status::Done && cell.key.method == arm.0) {
         let score = cell.arms.get(&arm.1).and_then(|metrics| score(cell, metrics));
-        if let Some(score) = score.filter(|score| score.is_finite()) {
+        if let Some(score) = score {
             let key = (cell.key.task.as_str(), cell.key.seed, cell.key.batch_size);
             groups.entry(key).or_default().push((cell.key.lr, score));
         }
@@ -34,7 +34,7 @@ fn groups<'a>(
 }
 
 /// The test whether the NLL of two arms depends alike on the learning rate, over the settings that are done in
-/// both.
+/// both. None of an NLL that is infinite.
 pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<PitmanMorgan> {
     let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
     let group = |(key, own): (&(&str, u64, usize), &Vec<(f64, f64)>)| {
