@@ -22,7 +22,8 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
     let mut others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string())).to_vec();
     // What is fitted on held-out rows is of a recipe of its own: the baseline with fewer rows to train on.
     let held_out = |arm: &Arm| {
-        arm.1 == "temperature" && arm.0.split(':').next() == Some(BASELINE) && arm.0 != baseline.0
+        let fitted = ["temperature", "tfb", "tfb held-out"].contains(&arm.1.as_str());
+        fitted && arm.0.split(':').next() == Some(BASELINE) && arm.0 != baseline.0
     };
     let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
     others.splice(1..1, of_others);
