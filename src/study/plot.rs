@@ -14,6 +14,9 @@ use super::store::StoredCell;
 use crate::error::{Error, Result};
 use crate::metrics::{median, quantile, Metrics};
 
+/// A score of a way to predict, where it has one.
+type Score<'a> = dyn Fn(&Metrics) -> Option<f64> + 'a;
+
 /// Points of a loss curve.
 const POINTS: usize = 50;
 
@@ -34,7 +37,7 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
         let metric = cells.first().map(|cell| cell.metric.as_str()).unwrap_or_default();
         let seeds: BTreeSet<u64> = cells.iter().map(|cell| cell.key.seed).collect();
         let of_metric = |metrics: &Metrics| metrics.get(metric);
-        let scores: [(&str, &str, &dyn Fn(&Metrics) -> Option<f64>); 2] =
+        let scores: [(&str, &str, &Score); 2] =
             [("metric", metric, &of_metric), ("nll", "NLL", &|metrics| metrics.nll)];
         for (kind, name, value) in scores {
             let (file, title) = (format!("{task}-{kind}"), format!("{task}: {name}"));
@@ -80,7 +83,7 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
 }
 
 /// A value of the cells by method and arm, in the order of names.
-fn groups(cells: &[&CellResult], value: &dyn Fn(&Metrics) -> Option<f64>) -> Vec<(String, Vec<f64>)> {
+fn groups(cells: &[&CellResult], value: &Score) -> Vec<(String, Vec<f64>)> {
     let mut groups: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
         groups.entry(format!("{} ({arm})", cell.key.method)).or_default().extend(value(metrics));
@@ -96,7 +99,7 @@ fn groups(cells: &[&CellResult], value: &dyn Fn(&Metrics) -> Option<f64>) -> Vec
 }
 
 /// A value of the cells against the learning rate by method and arm, in the order of names.
-fn rates(cells: &[&CellResult], value: &dyn Fn(&Metrics) -> Option<f64>) -> Vec<Panel> {
+fn rates(cells: &[&CellResult], value: &Score) -> Vec<Panel> {
     let mut arms: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
         let name = format!("{} ({arm})", cell.key.method);

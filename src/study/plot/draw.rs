@@ -203,7 +203,7 @@ impl Draw for Panels {
                 (xs.start - 0.1..xs.end + 0.1, ys.start - margin..ys.end + margin)
             }
         };
-        let label = |x: &f64| format!("{:.0e}", 10f64.powf(*x));
+        let label = |x: &f64| format!("{:.1e}", 10f64.powf(*x));
         let area = area.titled(&self.title, font(16, scale))?;
         let places = area.split_evenly((self.panels.len().div_ceil(COLUMNS), COLUMNS));
         for (panel, place) in self.panels.iter().zip(places) {

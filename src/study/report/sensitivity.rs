@@ -13,8 +13,10 @@ use super::pairs::spread;
 use crate::error::Result;
 use crate::metrics::{quantile, Metrics};
 
-/// A score of an arm by group (task, seed, batch size) and learning rate.
-type Groups<'a> = BTreeMap<(&'a str, u64, usize), Vec<(f64, f64)>>;
+/// Task, seed and batch size.
+type Group<'a> = (&'a str, u64, usize);
+/// A score of an arm by group and learning rate.
+type Groups<'a> = BTreeMap<Group<'a>, Vec<(f64, f64)>>;
 
 /// The scores of an arm. An infinite one stays: without it the arm would seem to depend on little.
 fn groups<'a>(
@@ -37,7 +39,7 @@ fn groups<'a>(
 /// both. None of an NLL that is infinite.
 pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<PitmanMorgan> {
     let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
-    let group = |(key, own): (&(&str, u64, usize), &Vec<(f64, f64)>)| {
+    let group = |(key, own): (&Group, &Vec<(f64, f64)>)| {
         let others = other.get(key)?;
         let partner = |(lr, own): &(f64, f64)| {
             others.iter().find(|(other, _)| other == lr).map(|(_, other)| [*own, *other])

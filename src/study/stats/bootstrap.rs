@@ -14,8 +14,11 @@ pub struct PairedTask<'a> {
     /// Seeds.
     pub seeds: usize,
     /// From how often each row counts, the difference of each seed.
-    pub differences: Box<dyn Fn(&[f64]) -> Vec<f64> + Sync + 'a>,
+    pub differences: Box<Differences<'a>>,
 }
+
+/// The differences of seeds under weights of rows.
+pub type Differences<'a> = dyn Fn(&[f64]) -> Vec<f64> + Sync + 'a;
 
 impl std::fmt::Debug for PairedTask<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -5,7 +5,7 @@ mod holm;
 mod sensitivity;
 mod wilcoxon;
 
-pub use bootstrap::{two_level, PairedTask, TwoLevel};
+pub use bootstrap::{two_level, Differences, PairedTask, TwoLevel};
 pub use holm::holm;
 pub use sensitivity::{mean_regret, pitman_morgan, within_variance, PitmanMorgan};
 pub use wilcoxon::{wilcoxon, Wilcoxon};
