@@ -222,7 +222,7 @@ impl Contender {
         let start = Instant::now();
         let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
-            loss = (loss + regularizer.for_model(self.model.adaptable(), &pass)?.total)?;
+            loss = (loss + regularizer.for_model(self.model.adaptable(), pass)?.total)?;
         }
         loss.to_scalar::<f32>()?; // waits for the device
         let forward = Instant::now();

@@ -31,7 +31,7 @@ use crate::util::check::not_negative;
 /// let params = Params::new(Noise::new(0), &Device::Cpu);
 /// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
 /// let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config)?;
-/// let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean)?;
+/// let terms = Regularizer::new(&config).for_layers(&[&layer], Pass::Mean)?;
 /// // At the start V and a are those of the prior: two of the three divergences are zero.
 /// assert_eq!(terms.kl_wishart.to_scalar::<f32>()?, 0.0);
 /// assert!(terms.kl_dirichlet.to_scalar::<f32>()?.abs() < 1e-5);

@@ -37,7 +37,7 @@ const PATIENCE: usize = 10;
 ///     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
 ///         let xs = Tensor::ones((rows.len(), 4), DType::F32, &Device::Cpu)?;
 ///         let task = (self.0.forward_with(&xs, cx)? - 1.0)?.sqr()?.mean_all()?;
-///         let total = (&task + self.1.for_layers(&[self.0.adapter()], &cx.pass)?.total)?;
+///         let total = (&task + self.1.for_layers(&[self.0.adapter()], cx)?.total)?;
 ///         Ok(Loss { total, terms: vec![("task", task)] })
 ///     }
 /// }

@@ -92,7 +92,7 @@ fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outc
         scatter(&params)?;
         let regularizer = Regularizer::new(&config);
         check(&params, || {
-            Ok((classification_loss(&model, pass)? + regularizer.for_model(&model, &pass)?.total)?)
+            Ok((classification_loss(&model, pass)? + regularizer.for_model(&model, pass)?.total)?)
         })?;
     }
     Ok(())

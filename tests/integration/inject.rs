@@ -179,7 +179,7 @@ fn every_trainable_parameter_gets_a_gradient_and_nothing_else_does() -> Outcome 
             let cx = Context::from(Pass::Train { draw: 0 }).with_path(path);
             let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
             let task = ops::cross_entropy(&logits(&model, &cx)?, &labels, -100, path)?;
-            let loss = (task + Regularizer::new(&bayes()).for_model(&model, &cx.pass)?.total)?;
+            let loss = (task + Regularizer::new(&bayes()).for_model(&model, cx.pass)?.total)?;
             let report = check_gradients(&params, &loss)?;
             assert!(report.is_clean(), "{family:?} {path:?}: {report:?}");
         }
@@ -225,7 +225,7 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
         let pass = Pass::Train { draw: 0 };
         let labels = Tensor::new(&[2i64, 0, 1], &Device::Cpu)?;
         let task = ops::cross_entropy(&logits(&model, &pass.into())?, &labels, -100, OpPath::Fused)?;
-        let loss = (task + Regularizer::new(&config).for_model(&model, &pass)?.total)?;
+        let loss = (task + Regularizer::new(&config).for_model(&model, pass)?.total)?;
         AdamW::new(&params, AdamWConfig::default())?.backward_step(&loss)?;
         let bits = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
         for (name, param) in params.all() {

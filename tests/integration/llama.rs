@@ -234,7 +234,7 @@ fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
     scatter(&params)?;
     let regularizer = Regularizer::new(&config);
     check(&params, || {
-        Ok((causal_loss(&model, &pass.into())? + regularizer.for_model(&model, &pass)?.total)?)
+        Ok((causal_loss(&model, &pass.into())? + regularizer.for_model(&model, pass)?.total)?)
     })?;
     for virtual_tokens in [2, 9] {
         let (mut model, _) = frozen(&toy_config(true)?, DType::F64)?;

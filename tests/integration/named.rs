@@ -56,7 +56,7 @@ fn loss(model: &LlamaForCausalLM, bayesian: bool) -> Outcome<Tensor> {
         .logits(&ids, &Tensor::ones((1, 5), DType::U8, &Device::Cpu)?, &pass.into())?
         .sqr()?
         .mean_all()?;
-    Ok(if bayesian { (task + Regularizer::new(&bayes()).for_model(model, &pass)?.total)? } else { task })
+    Ok(if bayesian { (task + Regularizer::new(&bayes()).for_model(model, pass)?.total)? } else { task })
 }
 
 /// The names of the parameters that a step moves.

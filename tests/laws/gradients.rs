@@ -112,7 +112,7 @@ fn those_of_the_regulariser_in_every_mode() -> Result<()> {
             let regularizer = Regularizer::new(&config);
             let loss = || -> Result<Tensor> {
                 let layers: Vec<_> = layers.iter().collect();
-                Ok(regularizer.for_layers(&layers, &PASSES[1])?.total)
+                Ok(regularizer.for_layers(&layers, PASSES[1])?.total)
             };
             assert_gradients(&format!("{mode:?} {config:?}"), &params, &loss)?;
         }

@@ -139,14 +139,14 @@ fn a_regulariser_with_a_weight_or_a_mode_out_of_place_is_refused_at_use() -> Res
             ("kl_weight", MonteCLoRAConfig { kl_weight: bad, ..config() }),
             ("cooperative_weight", MonteCLoRAConfig { cooperative_weight: bad, ..config() }),
         ] {
-            let terms = Regularizer::new(&config).for_layers(&[&layer], &pass).map(|_| ());
+            let terms = Regularizer::new(&config).for_layers(&[&layer], pass).map(|_| ());
             says(terms, &[&format!("invalid {option}:"), &bad.to_string()]);
         }
     }
     let peft = MonteCLoRAConfig { rank: 3, ..MonteCLoRAConfig::peft() };
     let layer = MonteCLoRA::new(&params, "peft", "default", (6, 4), &peft)?;
-    Regularizer::new(&peft).for_layers(&[&layer], &pass)?;
-    let terms = Regularizer::new(&config()).for_layers(&[&layer], &pass).map(|_| ());
+    Regularizer::new(&peft).for_layers(&[&layer], pass)?;
+    let terms = Regularizer::new(&config()).for_layers(&[&layer], pass).map(|_| ());
     says(terms, &["invalid mode: PEFT's numbers exist for sampled only"]);
     Ok(())
 }

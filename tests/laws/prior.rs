@@ -92,14 +92,14 @@ fn every_form_is_the_energy_that_its_formula_says() -> Result<()> {
                 }
             };
         }
-        let terms = regularizer.for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
+        let terms = regularizer.for_layers(&[&layers[0], &layers[1]], Pass::Mean)?;
         let got = value(&terms.prior.ok_or("no prior")?)?;
         assert!((got - want).abs() < 1e-12 * want, "{form:?}: {got} {want}");
-        let got = shared.for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?.prior.ok_or("no prior")?;
+        let got = shared.for_layers(&[&layers[0], &layers[1]], Pass::Mean)?.prior.ok_or("no prior")?;
         assert!((value(&got)? - (2.0 * want - of_head)).abs() < 1e-12 * want, "{form:?}, shared");
         // Beside the paper's terms, at tau / n. A bias has no prior.
         let without = MonteCLoRAConfig { prior: None, ..config };
-        let plain = Regularizer::new(&without).for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
+        let plain = Regularizer::new(&without).for_layers(&[&layers[0], &layers[1]], Pass::Mean)?;
         let got = value(&(&terms.total - plain.total)?)?;
         assert!((got - 0.3 / ROWS as f64 * want).abs() < 1e-12 * want, "{form:?}");
         assert!(terms.total.backward()?.get(&bias).is_none());
@@ -150,7 +150,7 @@ fn a_prior_on_the_update_does_not_see_which_pair_makes_it() -> Result<()> {
         shake(&params)?;
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
         let energy = || -> Result<f64> {
-            let terms = regularizer.for_layers(&[&layer], &Pass::Mean)?;
+            let terms = regularizer.for_layers(&[&layer], Pass::Mean)?;
             value(&terms.prior.ok_or("no prior")?)
         };
         let before = energy()?;
@@ -174,7 +174,7 @@ fn at_the_start_only_a_prior_on_a_itself_pulls_on_it() -> Result<()> {
         let params = store(6);
         let layer = layer(&params, "one", &config)?;
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
-        let grads = regularizer.for_layers(&[&layer], &Pass::Mean)?.total.backward()?;
+        let grads = regularizer.for_layers(&[&layer], Pass::Mean)?.total.backward()?;
         let pull = match grads.get(layer.low_rank().a()) {
             Some(grad) => squares(grad)?,
             None => 0.0,
@@ -201,7 +201,7 @@ fn gradients_are_differences_and_of_the_bound_too() -> Result<()> {
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
         shake(&params)?;
         let loss = || -> Result<Tensor> {
-            Ok(regularizer.for_layers(&[&layers[0], &layers[1]], &Pass::Train { draw: 3 })?.total)
+            Ok(regularizer.for_layers(&[&layers[0], &layers[1]], Pass::Train { draw: 3 })?.total)
         };
         assert_gradients(&format!("{:?} {:?}", config.prior, config.evidence), &params, &loss)?;
     }
@@ -252,14 +252,14 @@ fn the_bound_s_divergence_is_the_mean_log_ratio_over_draws() -> Result<()> {
         // Of one draw: the log ratio, less what its own Sigma and pi make of it in expectation over Z.
         let draws = (0..100_000u64).into_par_iter().map(|draw| -> monteclora::Result<(f64, f64)> {
             let pass = Pass::Train { draw };
-            let kl = sampled.for_layers(&[&layer], &pass)?.kl_mean;
+            let kl = sampled.for_layers(&[&layer], pass)?.kl_mean;
             let kl = kl.ok_or_else(|| monteclora::Error::config("evidence", "none"))?.to_scalar::<f64>()?;
             Ok((log_ratio(&layer, &pass, 0.3, 0.7, sparse)?, kl))
         });
         let draws = draws.collect::<monteclora::Result<Vec<_>>>()?;
         let what = format!("{mixture:?} {covariance:?} KL_A");
         assert_mean(&format!("{what} at the draw"), 0.0, draws.iter().map(|(ratio, kl)| ratio - kl));
-        let kl = value(&expected.for_layers(&[&layer], &Pass::Mean)?.kl_mean.ok_or("no bound")?)?;
+        let kl = value(&expected.for_layers(&[&layer], Pass::Mean)?.kl_mean.ok_or("no bound")?)?;
         if sparse {
             // Without the mixture the expectation is exact.
             assert_mean(&format!("{what} in expectation"), kl, draws.iter().map(|(ratio, _)| *ratio));
@@ -307,8 +307,8 @@ fn rows_and_starts_are_asked_for_and_not_guessed() -> Result<()> {
         let regularizer = if prepared { regularizer.for_training(&params, ROWS)? } else { regularizer };
         let posteriors = [layer.posterior().clone()];
         let terms = match what {
-            "layers" => regularizer.of(&posteriors, &Pass::Mean),
-            _ => regularizer.for_layers(&[&layer], &Pass::Mean),
+            "layers" => regularizer.of(&posteriors, Pass::Mean),
+            _ => regularizer.for_layers(&[&layer], Pass::Mean),
         };
         let error = terms.err().ok_or(format!("{what}: {config:?}"))?.to_string();
         assert!(error.contains(what), "{error}");
@@ -328,7 +328,7 @@ fn rows_and_starts_are_asked_for_and_not_guessed() -> Result<()> {
     // The paper's terms ask for nothing.
     let params = store(10);
     let layer = layer(&params, "one", &config(Mixture::Collapsed, Covariance::Full))?;
-    Regularizer::new(&config(Mixture::Collapsed, Covariance::Full)).for_layers(&[&layer], &Pass::Mean)?;
+    Regularizer::new(&config(Mixture::Collapsed, Covariance::Full)).for_layers(&[&layer], Pass::Mean)?;
     assert!(PriorStart::new(&params).is_ok());
     Ok(())
 }

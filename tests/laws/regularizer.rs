@@ -41,7 +41,7 @@ fn terms_are_the_formulas_of_the_method_and_the_total_their_weighted_sum() -> Re
         let params = store(2);
         let layers = [layer(&params, "one", &config)?, layer(&params, "two", &config)?];
         shake(&params)?;
-        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], &Pass::Mean)?;
+        let terms = Regularizer::new(&config).for_layers(&[&layers[0], &layers[1]], Pass::Mean)?;
         let (mut n, mut w, mut d, mut l) = (0.0, 0.0, 0.0, 0.0);
         for layer in &layers {
             let rho = host(layer.posterior().std_prior())?;
@@ -80,9 +80,9 @@ fn the_expectation_is_the_mean_of_the_sampled_terms() -> Result<()> {
         let layer = layer(&params, "one", &config)?;
         shake(&params)?;
         let expected = Regularizer::new(&MonteCLoRAConfig { mode: KlEvaluation::Expected, ..config.clone() });
-        let (expected, sampled) = (expected.for_layers(&[&layer], &Pass::Mean)?, Regularizer::new(&config));
+        let (expected, sampled) = (expected.for_layers(&[&layer], Pass::Mean)?, Regularizer::new(&config));
         let draw = |draw| -> monteclora::Result<RegularizerTerms> {
-            sampled.for_layers(&[&layer], &Pass::Train { draw })
+            sampled.for_layers(&[&layer], Pass::Train { draw })
         };
         let draws = (0..100_000u64).into_par_iter().map(draw);
         let pair = |terms: RegularizerTerms| -> monteclora::Result<(f64, f64)> {
@@ -106,12 +106,12 @@ fn the_sampled_terms_are_those_of_the_draw_that_the_forward_pass_saw() -> Result
         for pass in [Pass::Train { draw: 5 }, Pass::Posterior { draw: 5 }] {
             let draw = layer.draw(&pass.into())?.ok_or("no draw")?;
             let want = monteclora::dist::Gaussian::new(&draw.scale_tril)?.kl_standard()?;
-            let terms = Regularizer::new(&config).for_layers(&[&layer], &pass)?;
+            let terms = Regularizer::new(&config).for_layers(&[&layer], pass)?;
             assert!((value(&terms.kl_gaussian)? - value(&want)?).abs() < 1e-12);
             let cooperative = draw.weights.sqr()?.sum_all()?;
             assert!((value(&terms.cooperative)? - value(&cooperative)?).abs() < 1e-12);
         }
-        let error = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean).unwrap_err();
+        let error = Regularizer::new(&config).for_layers(&[&layer], Pass::Mean).unwrap_err();
         assert!(error.to_string().contains("mode"), "{error}");
     }
     Ok(())
@@ -123,19 +123,19 @@ fn layers_of_several_shapes_in_a_model_average_to_the_same() -> Result<()> {
         let params = store(2);
         let (mut model, mut sum, regularizer) = (Model(Vec::new()), 0.0, Regularizer::new(&config(mode)));
         let pass = Pass::Train { draw: 1 };
-        assert!(regularizer.for_model(&model, &pass).unwrap_err().to_string().contains("MonteCLoRA"));
+        assert!(regularizer.for_model(&model, pass).unwrap_err().to_string().contains("MonteCLoRA"));
         for (i, rank) in [3, 2, 3, 3].into_iter().enumerate() {
             let path = format!("layer.{i}");
             let config = MonteCLoRAConfig { rank, ..config(mode) };
             let adapter = layer(&params, &path, &config)?;
             shake_only(&params, &path)?;
-            sum += value(&regularizer.for_layers(&[&adapter], &pass)?.total)?;
+            sum += value(&regularizer.for_layers(&[&adapter], pass)?.total)?;
             let mut linear = AdaptableLinear::new(path, base(5, 4)?);
             linear.add("default", Box::new(adapter))?;
             model.0.push(linear);
         }
         model.0.push(AdaptableLinear::new("bare", base(5, 4)?));
-        let got = value(&regularizer.for_model(&model, &pass)?.total)?;
+        let got = value(&regularizer.for_model(&model, pass)?.total)?;
         assert!((got - sum / 4.0).abs() < 1e-12, "{got} {}", sum / 4.0);
         assert_eq!(model.0[0].active().map(|(_, a)| a.parameters().len()), Some(4));
     }
@@ -163,7 +163,7 @@ fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> 
             let params = store(2);
             let layer = layer(&params, "one", &config)?;
             shake(&params)?;
-            let terms = Regularizer::new(&config).for_layers(&[&layer], &Pass::Train { draw: 1 })?;
+            let terms = Regularizer::new(&config).for_layers(&[&layer], Pass::Train { draw: 1 })?;
             assert_eq!(value(&terms.total)?, 0.0);
             let grads = terms.total.backward()?;
             for tensor in [layer.posterior().std_prior(), layer.posterior().expert_weights_prior()] {
@@ -182,7 +182,7 @@ fn large_concentrations_do_not_overflow_single_precision() -> Result<()> {
     let config = config(KlEvaluation::Expected);
     let layer = layer(&params, "one", &config)?;
     params.set("one.default.expert_weights_prior", &Tensor::full(60f64.ln(), 4, &Device::Cpu)?)?;
-    let kl = Regularizer::new(&config).for_layers(&[&layer], &Pass::Mean)?.kl_dirichlet;
+    let kl = Regularizer::new(&config).for_layers(&[&layer], Pass::Mean)?.kl_dirichlet;
     let (a, b): (f64, f64) = (60.0, 0.6);
     let want = ln_gamma(4.0 * a) - ln_gamma(4.0 * b)
         + 4.0 * (ln_gamma(b) - ln_gamma(a) + (a - b) * (digamma(a) - digamma(4.0 * a)));
