@@ -7,15 +7,17 @@
 //! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` is; the others are for what is fitted
 //! after training, such as a temperature.
 
+mod options;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::adapter::{Prior, PriorForm};
-use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
-use crate::dist::{Covariance, Estimator};
+use options::{Options, Owner};
+
+use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
-use crate::monteclora::{Initial, Mixture, MonteCLoRAConfig};
+use crate::monteclora::{Mixture, MonteCLoRAConfig};
 use crate::optim::IvonConfig;
 use crate::train::Method;
 
@@ -104,7 +106,9 @@ impl FromStr for Recipe {
         let (mut lora, mut bayes) = (options.lora.clone(), options.bayes.clone());
         if name == "map" {
             lora.prior = Some(options.prior);
-        } else if name == "monteclora-calibrated" || options.of_prior.is_some() {
+        } else if let Some(bound) = options.bound() {
+            (bayes.evidence, bayes.prior) = (Some(bound), None);
+        } else if name == "monteclora-calibrated" || options.given(Owner::Prior).is_some() {
             bayes.prior = Some(options.prior);
         }
         let (rank, alpha, dropout) = (lora.rank, lora.alpha, lora.dropout);
@@ -117,8 +121,8 @@ impl FromStr for Recipe {
             "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
             "ia3" => Method::Ia3,
             "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
-            "prompt" => Method::Prompt(options.prompt),
-            "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob }),
+            "prompt" => Method::Prompt(options.prompt.clone()),
+            "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob.clone() }),
             "monteclora" | "monteclora-calibrated" => Method::MonteCLoRA(bayes.clone()),
             "monteclora-released" => Method::Released(bayes.clone()),
             "monteclora-sparse" => {
@@ -126,24 +130,23 @@ impl FromStr for Recipe {
             }
             _ => return Err(wrong(text, &format!("{name:?} is none of {}", NAMES.join(", ")))),
         };
-        if let Some(other) = options.of_posterior.filter(|_| !name.starts_with("monteclora")) {
-            return Err(wrong(text, &format!("{other} is an option of MonteCLoRA")));
-        }
-        if let Some(other) = options.of_blob.filter(|_| name != "blob") {
-            return Err(wrong(text, &format!("{other} is an option of blob")));
-        }
-        if let Some(other) = options.of_ivon.filter(|_| name != "ivon") {
-            return Err(wrong(text, &format!("{other} is an option of ivon")));
-        }
-        let prior = name == "map" || name.starts_with("monteclora") && name != "monteclora-released";
-        if let Some(other) = options.of_prior.filter(|_| !prior) {
-            return Err(wrong(text, &format!("{other} is an option of map and of MonteCLoRA")));
+        let bayesian = name.starts_with("monteclora");
+        let prior = name == "map" || bayesian && name != "monteclora-released";
+        for (owner, its, whose) in [
+            (Owner::Posterior, bayesian, "MonteCLoRA"),
+            (Owner::Blob, name == "blob", "blob"),
+            (Owner::Ivon, name == "ivon", "ivon"),
+            (Owner::Prior, prior, "map and of MonteCLoRA"),
+        ] {
+            if let Some(other) = options.given(owner).filter(|_| !its) {
+                return Err(wrong(text, &format!("{other} is an option of {whose}")));
+            }
         }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
                 return Err(wrong(text, "adapter is an option of monteclora-posthoc"));
             }
-            if let Some(other) = options.of_lora {
+            if let Some(other) = options.given(Owner::Pair) {
                 return Err(wrong(text, &format!("{other} is the adapter's own")));
             }
         }
@@ -168,191 +171,11 @@ fn wrong(text: &str, reason: &str) -> Error {
     Error::config("method", format!("{text:?}: {reason}"))
 }
 
-/// What the options change.
-struct Options {
-    lora: LoraConfig,
-    bayes: MonteCLoRAConfig,
-    targets: Targets,
-    ratio: Option<f64>,
-    head_ratio: Option<f64>,
-    variational_ratio: Option<f64>,
-    prior: Prior,
-    /// An option that only a prior has.
-    of_prior: Option<&'static str>,
-    prompt: PromptConfig,
-    blob: BlobConfig,
-    ivon: IvonConfig,
-    /// An option that only a posterior has.
-    of_posterior: Option<&'static str>,
-    /// An option that only BLoB has.
-    of_blob: Option<&'static str>,
-    /// An option that only IVON has.
-    of_ivon: Option<&'static str>,
-    /// An option that an adapter made elsewhere has settled.
-    of_lora: Option<&'static str>,
-    adapter: Option<PathBuf>,
-    held_out: f64,
-}
-
-impl Options {
-    /// Those of the recipe `name` before any is set.
-    fn of(name: &str) -> Self {
-        let bayes = match name {
-            "monteclora-calibrated" => MonteCLoRAConfig::calibrated(),
-            "monteclora-released" => MonteCLoRAConfig::released(),
-            _ => MonteCLoRAConfig::paper(),
-        };
-        Self {
-            lora: LoraConfig::default(),
-            bayes,
-            targets: Targets::default(),
-            ratio: None,
-            head_ratio: None,
-            variational_ratio: None,
-            prior: Prior::calibrated(),
-            of_prior: None,
-            prompt: PromptConfig::default(),
-            blob: BlobConfig::default(),
-            ivon: IvonConfig::default(),
-            of_posterior: None,
-            of_blob: None,
-            of_ivon: None,
-            of_lora: None,
-            adapter: None,
-            held_out: 0.0,
-        }
-    }
-
-    fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
-        let number = || value.parse::<f64>().map_err(|e| e.to_string());
-        let count = || value.parse::<usize>().map_err(|e| e.to_string());
-        let bayes = &mut self.bayes;
-        self.of_posterior = match key {
-            "n" => Some("n"),
-            "eps" => Some("eps"),
-            "eta" => Some("eta"),
-            "cooperative" => Some("cooperative"),
-            "prior" => Some("prior"),
-            "init" => Some("init"),
-            "std" => Some("std"),
-            "covariance" => Some("covariance"),
-            "estimator" => Some("estimator"),
-            "scaler" => Some("scaler"),
-            _ => self.of_posterior,
-        };
-        self.of_prior = match key {
-            "form" => Some("form"),
-            "width" => Some("width"),
-            "tau" => Some("tau"),
-            "head" => Some("head"),
-            _ => self.of_prior,
-        };
-        self.of_lora = match key {
-            "rank" => Some("rank"),
-            "alpha" => Some("alpha"),
-            "targets" => Some("targets"),
-            "ratio" => Some("ratio"),
-            _ => self.of_lora,
-        };
-        self.of_blob = match key {
-            "prior-std" => Some("prior-std"),
-            "root" => Some("root"),
-            "kl-lr" => Some("kl-lr"),
-            "gamma" => Some("gamma"),
-            _ => self.of_blob,
-        };
-        self.of_ivon = match key {
-            "ess" => Some("ess"),
-            "h0" => Some("h0"),
-            "delta" => Some("delta"),
-            "radius" => Some("radius"),
-            _ => self.of_ivon,
-        };
-        match key {
-            "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
-            "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
-            "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
-            "tokens" => self.prompt.virtual_tokens = count()?,
-            "ratio" => self.ratio = Some(number()?),
-            "head-ratio" => self.head_ratio = Some(number()?),
-            "variational-ratio" => self.variational_ratio = Some(number()?),
-            "form" => self.prior.form = prior_form(value)?,
-            "width" => self.prior.form = self.prior.form.with_std(number()?),
-            "tau" => self.prior.temperature = number()?,
-            "head" if value == "none" => self.prior.head_std = None,
-            "head" => self.prior.head_std = Some(number()?),
-            "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
-            "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
-            "adapter" => self.adapter = Some(value.into()),
-            "prior-std" => self.blob.prior_std = number()?,
-            "root" => self.blob.initial_root = number()?,
-            "kl-lr" => self.blob.kl_lr = number()?,
-            "gamma" => self.blob.gamma = number()?,
-            "ess" => self.ivon.ess = number()?,
-            "h0" => self.ivon.initial_hessian = number()?,
-            "delta" => self.ivon.weight_decay = number()?,
-            "radius" => self.ivon.clip_radius = number()?,
-            "held-out" => {
-                self.held_out = number()?;
-                if !(self.held_out > 0.0 && self.held_out < 1.0) {
-                    return Err("expected a share between 0 and 1".to_string());
-                }
-            }
-            "n" => bayes.num_components = count()?,
-            "eps" => bayes.sample_scaler = number()?,
-            "eta" => bayes.kl_weight = number()?,
-            "cooperative" => bayes.cooperative_weight = number()?,
-            "prior" => bayes.dirichlet_prior = number()?,
-            "scaler" => bayes.scaler_schedule = value.parse().map_err(|e: Error| e.to_string())?,
-            "std" => bayes.initial_std = Initial::Constant(number()?),
-            "init" => {
-                bayes.initial_concentration = match value {
-                    "random" => Initial::Uniform(0.0, 1.0),
-                    _ => Initial::Constant(number()?),
-                }
-            }
-            "covariance" => {
-                bayes.covariance = match value {
-                    "full" => Covariance::Full,
-                    "diagonal" => Covariance::Diagonal,
-                    _ => return Err("expected full or diagonal".to_string()),
-                }
-            }
-            "estimator" => {
-                bayes.estimator = match value {
-                    "exact" => Estimator::Exact,
-                    "exponential" => Estimator::Exponential,
-                    "logistic-normal" => Estimator::LogisticNormal,
-                    _ => return Err("expected exact, exponential or logistic-normal".to_string()),
-                }
-            }
-            _ => {
-                let known =
-                    "rank, alpha, dropout, ratio, head-ratio, variational-ratio, tokens, targets, held-out, \
-                             adapter, n, eps, eta, cooperative, prior, init, std, covariance, estimator, scaler, \
-                             form, width, tau, head, prior-std, root, kl-lr, gamma, ess, h0, delta, radius";
-                return Err(format!("there is no such option: {known}"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What a prior is put on, by name, at a width that suits the form; `width` comes after it.
-fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
-    match name {
-        "mean" => Ok(PriorForm::Mean { std: 0.1 }),
-        "start" => Ok(PriorForm::Start { std: 0.1 }),
-        "factors" => Ok(PriorForm::Factors { std_a: 0.1, std_b: 0.1 }),
-        "update" => Ok(PriorForm::Update { std: 0.7 }),
-        "expected-update" => Ok(PriorForm::ExpectedUpdate { std: 0.7 }),
-        _ => Err("expected mean, start, factors, update or expected-update".to_string()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::{Prior, PriorForm};
+    use crate::monteclora::{EvidenceBound, Initial};
 
     #[test]
     fn every_name_is_a_recipe_and_options_reach_their_method() -> Result<()> {
@@ -392,6 +215,10 @@ mod tests {
         assert_eq!((calibrated.loraplus_ratio, calibrated.head_lr_ratio), (4.0, 10.0));
         let lora: Recipe = "lora".parse()?;
         assert_eq!((lora.loraplus_ratio, lora.head_lr_ratio), (1.0, 1.0));
+        let bound: Recipe = "monteclora-calibrated:evidence=0.1:tau=1".parse()?;
+        let evidence = Some(EvidenceBound { std: 0.1, temperature: 1.0, latents: false });
+        let config = MonteCLoRAConfig { evidence, prior: None, ..MonteCLoRAConfig::calibrated() };
+        assert_eq!(bound.method, Method::MonteCLoRA(config));
         let other: Recipe = "monteclora:tau=1".parse()?;
         let prior = Some(Prior { temperature: 1.0, ..Prior::calibrated() });
         assert_eq!(other.method, Method::MonteCLoRA(MonteCLoRAConfig { prior, ..MonteCLoRAConfig::paper() }));

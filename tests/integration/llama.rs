@@ -233,9 +233,10 @@ fn gradients_of_the_whole_model_are_the_central_differences() -> Outcome {
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &config, &params)?;
     scatter(&params)?;
     let regularizer = Regularizer::new(&config);
-    check(&params, || {
-        Ok((causal_loss(&model, &pass.into())? + regularizer.for_model(&model, pass)?.total)?)
-    })?;
+    check(
+        &params,
+        || Ok((causal_loss(&model, &pass.into())? + regularizer.for_model(&model, pass)?.total)?),
+    )?;
     for virtual_tokens in [2, 9] {
         let (mut model, _) = frozen(&toy_config(true)?, DType::F64)?;
         let params = prompted(&mut model, virtual_tokens, DType::F64)?;
