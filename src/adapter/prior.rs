@@ -40,7 +40,7 @@ pub enum PriorForm {
         /// s_w.
         std: f64,
     },
-    /// The expectation of [`Self::Update`] over the posterior's draws: it also weighs the perturbation that B
+    /// The expectation of [`Self::Update`] over the posterior's draws, with weights from Dir(a): it also weighs the perturbation that B
     /// carries to the output. Without a posterior it is [`Self::Update`].
     ExpectedUpdate {
         /// s_w.
@@ -68,14 +68,15 @@ impl PriorForm {
 pub struct Prior {
     /// What it is put on in each adapted layer.
     pub form: PriorForm,
-    /// tau: 1 is Bayes' rule, less a colder posterior.
+    /// tau: 1 is Bayes' rule (of a score: for noise of variance 1/2), less a colder posterior.
     pub temperature: f64,
-    /// Whether the adapted layers share the form's widths: each of L has them over sqrt(L), so that the sum of
-    /// all layers' updates is as wide for one layer as for many.
+    /// Whether the adapted layers share the form's widths: each of L has them over sqrt(L). Of the two forms on
+    /// the update it makes the sum of all layers' updates as wide for one layer as for many.
     #[serde(default)]
     pub shared: bool,
     /// The width h of the prior on the task head's matrices W about their start, in units of 1 / sqrt(in_dim):
-    /// `in_dim ||W - W_start||_F^2 / (2 h^2)`. None: the head has no prior.
+    /// `in_dim ||W - W_start||_F^2 / (2 h^2)`. None: the head has no prior. Without a head that is trained it has
+    /// nothing to pull on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_std: Option<f64>,
 }
@@ -120,7 +121,7 @@ impl Prior {
     ///
     /// # Errors
     /// If a start is needed and not there, or shapes differ.
-    pub fn energy(
+    pub(crate) fn energy(
         &self,
         pairs: &[&LowRank],
         variances: Option<&Tensor>,
@@ -152,7 +153,7 @@ impl Prior {
     ///
     /// # Errors
     /// If the start is not there.
-    pub fn head_energy(&self, start: Option<&PriorStart>) -> Result<Option<Tensor>> {
+    pub(crate) fn head_energy(&self, start: Option<&PriorStart>) -> Result<Option<Tensor>> {
         let Some(std) = self.head_std else { return Ok(None) };
         let mut total: Option<Tensor> = None;
         for (weight, start) in &started(start)?.head {
@@ -193,16 +194,17 @@ pub struct PriorStart {
 }
 
 impl PriorStart {
-    /// The present values of every A and of the task head's trained matrices, copied.
+    /// The present values, copied, of what `prior` measures from: every A, the task head's trained matrices.
     ///
     /// # Errors
     /// If candle cannot copy.
-    pub fn new(params: &Params) -> Result<Self> {
+    pub fn new(prior: &Prior, params: &Params) -> Result<Self> {
+        let about_a = matches!(prior.form, PriorForm::Start { .. } | PriorForm::Factors { .. });
         let mut start = Self::default();
         for (_, param) in params.all() {
             let value = param.var.as_tensor();
             match param.role {
-                Role::A => drop(start.a.insert(value.id(), value.detach().copy()?)),
+                Role::A if about_a => drop(start.a.insert(value.id(), value.detach().copy()?)),
                 Role::Head if param.trainable && value.rank() == 2 => {
                     start.head.push((value.clone(), value.detach().copy()?));
                 }

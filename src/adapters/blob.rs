@@ -79,7 +79,8 @@ impl BlobConfig {
     }
 }
 
-/// The steps of a cycle of KL weights, m = 100 n^(pi / gamma) / b of `rows` n in batches of b, at least 1: the
+/// The steps of a cycle of KL weights (batches are the micro-batches where a step accumulates several: the
+/// divergence then counts that much less), m = 100 n^(pi / gamma) / b of `rows` n in batches of b, at least 1: the
 /// authors' rescaled number of batches, which for n = 400 is that of 1052 rows.
 pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
     let rescaled = 100.0 * (rows as f64).powf(std::f64::consts::PI / gamma);
@@ -197,8 +198,16 @@ impl Blob {
         // d KL / dG = 2 G d KL / dOmega
         let std = root.sqr()?;
         let slope = ((&std * shrink)? - (&std + LEAST)?.recip()?)?;
-        params.set(&format!("{}.a", self.name), &(mean * (1.0 - rate * shrink))?)?;
-        params.set(&format!("{}.g", self.name), &(&root - ((&root * slope)? * (2.0 * rate))?)?)
+        let moved =
+            [("a", (mean * (1.0 - rate * shrink))?), ("g", (&root - ((&root * slope)? * (2.0 * rate))?)?)];
+        for (name, values) in moved {
+            let name = format!("{}.{name}", self.name);
+            // What is frozen stays.
+            if params.get(&name).is_none_or(|param| param.trainable) {
+                params.set(&name, &values)?;
+            }
+        }
+        Ok(())
     }
 }
 

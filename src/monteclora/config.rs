@@ -16,8 +16,8 @@ use crate::util::check::{not_negative, positive};
 /// the machine's memory.
 pub const MAX_BUFFER_SIZE: usize = 1 << 16;
 
-/// The options of MonteCLoRA. Presets: [`Self::paper`] (the default), [`Self::paper_literal`],
-/// [`Self::peft`].
+/// The options of MonteCLoRA. Presets: [`Self::paper`] (the default), [`Self::calibrated`],
+/// [`Self::paper_literal`], [`Self::peft`], [`Self::released`].
 ///
 /// # Example
 /// ```
@@ -123,7 +123,7 @@ impl MonteCLoRAConfig {
 
     /// [`Self::paper`] with a posterior that matters: draws of a size that training feels, which rise over the
     /// first half of it, and a prior on the update in expectation over them, at 1 / n for n training rows. For
-    /// few rows and many epochs, where LoRA grows too sure; docs/RESULTS.md has what was measured.
+    /// few rows and many epochs, where LoRA grows too sure; examples/results/README.md has what was measured.
     ///
     /// eps is that of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim) at rank 8 and
     /// a width of 350: [`Self::for_width`] gives it for another. B and the head want higher rates than A:
@@ -134,7 +134,7 @@ impl MonteCLoRAConfig {
     }
 
     /// The same with the eps of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim),
-    /// about that of A at its start: `eps = 1 / sqrt(in_dim df E||pi||^2)` with V and a at one.
+    /// sqrt(3) times that of A at its start: `eps = 1 / sqrt(in_dim df E||pi||^2)` with V and a at one.
     ///
     /// # Example
     /// ```
@@ -216,6 +216,14 @@ impl MonteCLoRAConfig {
         self.initial_std.validate("initial_std")?;
         self.prior.map_or(Ok(()), |prior| prior.validate())?;
         self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
+        // Their expectations are those of Dir(a), which the other estimators do not draw from.
+        let expected = self.mode == KlEvaluation::Expected && self.mixture != Mixture::Sparse;
+        if self.evidence.is_some_and(|bound| expected || bound.latents) && self.estimator != Estimator::Exact
+        {
+            let reason =
+                format!("it is no bound under {:?}, whose law is no Dirichlet: Exact only", self.estimator);
+            return Err(Error::config("evidence", reason));
+        }
         if self.prior.is_some() && self.evidence.is_some() {
             return Err(Error::config(
                 "prior",
@@ -257,7 +265,10 @@ mod tests {
     #[test]
     fn an_option_outside_its_domain_is_an_error_that_names_it() {
         type Spoil = fn(&mut MonteCLoRAConfig);
-        let cases: [(&str, Spoil); 19] = [
+        fn bound(config: &mut MonteCLoRAConfig, std: f64, latents: bool) {
+            config.evidence = Some(EvidenceBound { std, temperature: 1.0, latents });
+        }
+        let cases: [(&str, Spoil); 26] = [
             ("rank", |c| c.rank = 0),
             ("alpha", |c| c.alpha = 0.0),
             ("alpha", |c| c.alpha = f64::NAN),
@@ -277,6 +288,25 @@ mod tests {
             ("initial_concentration", |c| c.initial_concentration = Initial::Constant(0.0)),
             ("initial_std", |c| c.initial_std = Initial::Uniform(1.0, 0.0)),
             ("compat", |c| c.compat = Compat::Peft),
+            ("compat", |c| {
+                *c = MonteCLoRAConfig { prior: Some(Prior::calibrated()), ..MonteCLoRAConfig::peft() };
+            }),
+            ("prior.temperature", |c| c.prior = Some(Prior { temperature: 0.0, ..Prior::calibrated() })),
+            ("prior.head_std", |c| c.prior = Some(Prior { head_std: Some(-1.0), ..Prior::calibrated() })),
+            ("evidence.std", |c| bound(c, 0.0, false)),
+            // Another law than the Dirichlet's, in the expectation and in KL_D.
+            ("evidence", |c| {
+                bound(c, 1.0, false);
+                c.estimator = Estimator::Exponential;
+            }),
+            ("evidence", |c| {
+                bound(c, 1.0, true);
+                (c.estimator, c.mode) = (Estimator::LogisticNormal, KlEvaluation::Sampled);
+            }),
+            ("prior", |c| {
+                bound(c, 1.0, false);
+                c.prior = Some(Prior::calibrated());
+            }),
         ];
         for (option, spoil) in cases {
             let mut config = MonteCLoRAConfig::paper();

@@ -103,8 +103,8 @@ impl Regularizer {
 
     /// The same with the start of training alone: the trainer tells the rows.
     pub(crate) fn with_start(self, params: &Params) -> Result<Self> {
-        let needed = self.prior.is_some_and(|prior| prior.needs_start());
-        let start = needed.then(|| PriorStart::new(params)).transpose()?;
+        let prior = self.prior.filter(Prior::needs_start);
+        let start = prior.map(|prior| PriorStart::new(&prior, params)).transpose()?;
         Ok(Self { start, ..self })
     }
 

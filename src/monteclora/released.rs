@@ -22,6 +22,7 @@ use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
 use super::posterior::Posterior;
 use super::regularizer::{Regularizer, RegularizerTerms};
+use super::schedule::ScalerSchedule;
 use crate::adapter::{AdaptableModel, Adapter, Context, Params, Role};
 use crate::error::{Error, Result};
 
@@ -98,7 +99,7 @@ impl Walk {
     /// That of the active layers of `model`, whose parameters are in `params`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is none, or eps has a schedule.
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -106,6 +107,9 @@ impl Walk {
             layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
             Ok(())
         })?;
+        if config.scaler_schedule != ScalerSchedule::Constant {
+            return Err(Error::config("scaler_schedule", "the released code has none: constant only"));
+        }
         if layers.is_empty() {
             return Err(Error::config("adapter", "no layer has an active adapter of the released code"));
         }

@@ -161,7 +161,7 @@ impl AdamW {
     /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or
     /// moments hold NaN, infinity or a negative square: then nothing is changed.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
-        self.moments = moments::restored(&self.params, moments)?;
+        self.moments = moments::restored(&self.params, moments, 0.0)?;
         Ok(())
     }
 }

@@ -215,9 +215,9 @@ impl Ivon {
     /// Continues where another optimiser of the same parameters stopped.
     ///
     /// # Errors
-    /// As [`super::AdamW::restore`].
+    /// As [`super::AdamW::restore`]; h may be negative, h + delta may not.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
-        self.moments = moments::restored(&self.params, moments)?;
+        self.moments = moments::restored(&self.params, moments, -self.config.weight_decay)?;
         Ok(())
     }
 }

@@ -24,10 +24,11 @@ pub struct Moments {
 ///
 /// # Errors
 /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or moments hold NaN,
-/// infinity or a negative square.
+/// infinity or a second moment below `least`.
 pub(super) fn restored(
     params: &Params,
     moments: &BTreeMap<String, Moments>,
+    least: f64,
 ) -> Result<BTreeMap<String, Moments>> {
     if let Some((name, _)) = params.trainable().iter().find(|(name, _)| !moments.contains_key(name)) {
         return Err(Error::tensor(name, "there are no moments of this trainable parameter"));
@@ -47,9 +48,10 @@ pub(super) fn restored(
             let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
             return Err(Error::tensor(name, reason));
         }
-        // The root of a negative square is NaN.
-        if !(is_finite(first)? && is_finite(&second.sqrt()?)?) {
-            return Err(Error::tensor(name, "its moments hold NaN, infinity or a negative square"));
+        // The root of what is below zero is NaN.
+        if !(is_finite(first)? && is_finite(&(second - least)?.sqrt()?)?) {
+            let reason = format!("its moments hold NaN, infinity or a second moment below {least}");
+            return Err(Error::tensor(name, reason));
         }
         let copy = |moment: &Tensor| -> Result<Tensor> {
             Ok(moment.to_device(param.var.device())?.to_dtype(param.var.dtype())?.force_contiguous()?)

@@ -62,7 +62,7 @@ pub struct TrainConfig {
     /// weights: ratios and [`Self::weight_decay`] are AdamW's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ivon: Option<IvonConfig>,
-    /// The largest global gradient norm; no clipping where absent.
+    /// The largest global gradient norm; no clipping where absent. IVON clips each element instead.
     pub clip: Option<f64>,
     /// Micro-batches of one optimiser step.
     pub accumulation: usize,
@@ -111,6 +111,15 @@ impl TrainConfig {
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(*name, "must be at least 1"));
+        }
+        let ratios = [
+            ("loraplus_ratio", self.loraplus_ratio),
+            ("head_lr_ratio", self.head_lr_ratio),
+            ("variational_lr_ratio", self.variational_lr_ratio),
+        ];
+        if let (Some(_), Some((name, ratio))) = (&self.ivon, ratios.iter().find(|(_, ratio)| *ratio != 1.0)) {
+            let reason = format!("IVON has one learning rate for all parameters, got a ratio of {ratio}");
+            return Err(Error::config(*name, reason));
         }
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             let reason = format!("expected a share in [0, 1], got {}", self.warmup_ratio);

@@ -72,7 +72,7 @@ impl MethodHooks {
     /// # Errors
     /// If candle cannot copy.
     pub fn of_prior(prior: &Prior, params: &Params) -> Result<Self> {
-        let start = prior.needs_start().then(|| PriorStart::new(params)).transpose()?;
+        let start = prior.needs_start().then(|| PriorStart::new(prior, params)).transpose()?;
         Ok(Kind::Prior { prior: *prior, start }.into())
     }
 

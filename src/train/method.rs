@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
-use crate::adapter::{AdaptableModel, Adapter, Params};
+use crate::adapter::{AdaptableModel, Adapter, Params, Prior, PriorForm};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
     LoraConfig, PromptConfig, Scaled,
@@ -84,23 +84,20 @@ impl Method {
         }
     }
 
-    /// How many times the learning rate of A suits B and a new task head: 4 and 10 under a prior on the head,
-    /// else 1 and 1.
+    /// How many times the learning rate of A suits B (4 under a prior, else 1) and a new task head (10 under a
+    /// prior on it, else 1).
     ///
     /// While B is zero the update is learnt through the head, and the head through features that the update has
     /// not changed. Under draws or a prior, slow ones leave both near their start, the majority class, for a
-    /// whole run of a few hundred steps (docs/RESULTS.md); the prior keeps fast ones from growing sure.
+    /// whole run of a few hundred steps (examples/results/README.md); the prior keeps fast ones from growing sure.
     pub fn lr_ratios(&self) -> LrRatios {
         let prior = match self {
             Self::MonteCLoRA(config) => config.prior,
             Self::Lora(config) => config.prior,
             _ => None,
         };
-        if prior.is_some_and(|prior| prior.head_std.is_some()) {
-            LrRatios { b: 4.0, head: 10.0 }
-        } else {
-            LrRatios { b: 1.0, head: 1.0 }
-        }
+        let head = prior.is_some_and(|prior| prior.head_std.is_some());
+        LrRatios { b: if prior.is_some() { 4.0 } else { 1.0 }, head: if head { 10.0 } else { 1.0 } }
     }
 
     /// The places before each row that it takes: the virtual tokens of prompt tuning, else none.
@@ -206,7 +203,13 @@ impl MethodInit {
         match self {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
-            Self::PostHoc(file, _) => {
+            Self::PostHoc(file, config) => {
+                let reaches = |prior: Prior| matches!(prior.form, PriorForm::ExpectedUpdate { .. });
+                if config.prior.is_some_and(|prior| !reaches(prior)) {
+                    let reason =
+                        "post hoc A, B and the head stay: of the priors only expected_update reaches rho";
+                    return Err(Error::config("prior", reason));
+                }
                 if matches!(file.method(), peft::AdapterMethod::MonteCLoRA(_)) {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }

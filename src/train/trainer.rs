@@ -233,8 +233,9 @@ impl Run<'_> {
         let (step, draw) = (self.at.step + 1, self.at.draw);
         let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
         self.objective.before_step(step, total)?;
+        let max_norm = config.clip.filter(|_| config.ivon.is_none());
         let done = group_gradients(self.objective, self.params, &mut self.optimizer, group, draw, step)
-            .and_then(|mut done| Ok((clip(&mut done.grads, config.clip, step, group)?, done)));
+            .and_then(|mut done| Ok((clip(&mut done.grads, max_norm, step, group)?, done)));
         (self.at.step, self.at.draw) = (step, draw + group.len() as u64);
         if done.is_err() {
             self.optimizer.skip()?;

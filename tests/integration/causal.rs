@@ -93,6 +93,14 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     };
     let expected = logits(&model, &Pass::Mean.into())?;
 
+    // A prior on what stays would pull on nothing.
+    let prior = Prior { form: PriorForm::Update { std: 1.0 }, ..Prior::calibrated() };
+    let still = MonteCLoRAConfig { prior: Some(prior), ..MonteCLoRAConfig::default() };
+    let (mut other, others) = frozen(&toy, DType::F32)?;
+    let error = MethodInit::PostHoc(Box::new(file.clone()), still).inject(&mut other, &others);
+    let error = error.expect_err("nothing to pull on").to_string();
+    assert!(error.starts_with("invalid prior") && others.all().is_empty(), "{error}");
+
     // Rank, alpha and scale are the adapter's, not the configuration's.
     let config = MonteCLoRAConfig { rank: 2, alpha: 1.0, sample_scaler: 0.1, ..Default::default() };
     let start = MethodInit::PostHoc(Box::new(file), config);

@@ -135,3 +135,19 @@ fn a_step_without_draws_and_constants_outside_their_domain_are_named() -> Result
     }
     Ok(())
 }
+
+#[test]
+fn it_goes_on_from_a_hessian_below_zero_as_long_as_the_decay_keeps_it_positive() -> Result<()> {
+    let (params, w) = store(2)?;
+    let decay = IvonConfig { weight_decay: 0.02, ..IvonConfig::default() };
+    let with = |second: f64| -> Result<BTreeMap<String, Moments>> {
+        let second = Tensor::new(&[0.3, second], w.device())?;
+        Ok([("w".to_string(), Moments { first: w.zeros_like()?, second, steps: 3 })].into())
+    };
+    Ivon::new(&params, decay.clone())?.restore(&with(-0.01)?)?;
+    for (config, second) in [(decay, -0.03), (IvonConfig::default(), -0.01)] {
+        let error = Ivon::new(&params, config)?.restore(&with(second)?).unwrap_err().to_string();
+        assert!(error.contains("second moment below"), "{error}");
+    }
+    Ok(())
+}
