@@ -240,9 +240,15 @@ impl Plan {
             let names: Vec<String> = arms.iter().map(|(method, arm)| format!("{method} ({arm})")).collect();
             Err(Error::config("plan", format!("{text:?} is none of its arms: {}", names.join(", "))))
         };
+        if let Some((name, _)) = self.families.iter().find(|(_, family)| family.is_empty()) {
+            return wrong(format!("families: {name} has no comparison"));
+        }
         for Comparison { arm, against, scores } in self.families.values().flatten() {
             known(arm)?;
             known(against)?;
+            if arm == against {
+                return wrong(format!("families: {arm} is compared with itself"));
+            }
             if scores.is_empty() {
                 return wrong(format!("families: {arm} against {against} has no score"));
             }
@@ -251,6 +257,15 @@ impl Plan {
             match criterion {
                 Criterion::Better { family, .. } if !self.families.contains_key(family) => {
                     return wrong(format!("success: there is no family {family:?}"));
+                }
+                Criterion::Better { p, .. } if !(*p > 0.0 && *p < 1.0) => {
+                    return wrong(format!("success: expected a p between 0 and 1, got {p}"));
+                }
+                Criterion::Sensitivity { most, .. } if !(*most > 0.0 && most.is_finite()) => {
+                    return wrong(format!("success: expected a positive ratio, got {most}"));
+                }
+                Criterion::NotWorse { by, .. } if !by.is_finite() => {
+                    return wrong(format!("success: expected a number to be worse by, got {by}"));
                 }
                 Criterion::Better { .. } => {}
                 Criterion::Sensitivity { arm, against, .. } => {

@@ -164,7 +164,9 @@ impl Store {
         let folder = self.dir.join(result.key.folder_name());
         fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
         let write = |path: PathBuf, text: Result<String>| files::write(&path, text?.as_bytes());
-        if !rows.is_empty() {
+        if rows.is_empty() {
+            present(&folder.join(ROWS), fs::remove_file(folder.join(ROWS)))?;
+        } else {
             rows.write(&folder.join(ROWS))?;
         }
         write(folder.join(COST), line(&folder, cost))?;
@@ -200,19 +202,21 @@ impl Store {
 
 /// Puts the rows of these cells beside those that were packed before.
 fn pack_rows<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let place = dir.join(ROWS);
     let mut sources = Vec::new();
+    // First: what a folder holds is of the cell's last run.
+    if let Some(bytes) = present(&place, fs::read(&place))? {
+        sources.push((String::new(), place.clone(), bytes));
+    }
+    let packed = sources.len();
     for name in names {
         let path = dir.join(name).join(ROWS);
         if let Some(bytes) = present(&path, fs::read(&path))? {
             sources.push((format!("{name}/"), path, bytes));
         }
     }
-    if sources.is_empty() {
+    if sources.len() == packed {
         return Ok(());
-    }
-    let place = dir.join(ROWS);
-    if let Some(bytes) = present(&place, fs::read(&place))? {
-        sources.push((String::new(), place.clone(), bytes));
     }
     let mut tensors = BTreeMap::new();
     for (prefix, path, bytes) in &sources {

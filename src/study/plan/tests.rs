@@ -76,6 +76,9 @@ fn what_does_not_fit_together_is_named_before_anything_runs() -> Result<()> {
         (changed("/success/1/sensitivity/arm", json!("map (mean)")), "none of its arms"),
         (changed("/success/2/not_worse/lr", json!(1e-9)), "no method runs at"),
         (changed("/seeds", json!([])), "a list is empty"),
+        (changed("/families/primary", json!([])), "primary has no comparison"),
+        (changed("/success/0/better/p", json!(1.0)), "expected a p between 0 and 1"),
+        (changed("/success/1/sensitivity/most", json!(0.0)), "expected a positive ratio"),
     ] {
         let error = read(&plan).map(drop).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");

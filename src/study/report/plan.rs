@@ -31,7 +31,10 @@ pub(super) fn section(
     crc: &str,
 ) -> Result<String> {
     let planned = plan.cells()?;
-    let ended = Ended::new(&planned, cells);
+    // What else lies in the folder is none of the plan's.
+    let cells: Vec<CellResult> = cells.iter().filter(|cell| planned.contains(&cell.key)).cloned().collect();
+    let cells = cells.as_slice();
+    let ended = Ended::new(&planned, cells, rows);
     let mut text = format!(
         "\n## Plan: {}\n\nThe study was written down before it was run; CRC-32 of the file: {crc}. Of {} planned cells {} \
          are done, {} diverged, {} failed, {} have not run.\n\n{EXPLAINED}",
@@ -114,30 +117,46 @@ fn decided(holds: bool, otherwise: &str) -> Verdict {
 }
 
 /// How the planned cells ended.
-struct Ended(BTreeMap<String, Status>);
+struct Ended<'a> {
+    status: BTreeMap<String, Status>,
+    rows: &'a BTreeMap<String, CellRows>,
+}
 
-impl Ended {
-    fn new(planned: &[CellKey], cells: &[CellResult]) -> Self {
+impl<'a> Ended<'a> {
+    fn new(planned: &[CellKey], cells: &[CellResult], rows: &'a BTreeMap<String, CellRows>) -> Self {
         let names: std::collections::BTreeSet<String> = planned.iter().map(CellKey::folder_name).collect();
         let ended = cells.iter().map(|cell| (cell.key.folder_name(), cell.status));
-        Self(ended.filter(|(name, _)| names.contains(name)).collect())
+        Self { status: ended.filter(|(name, _)| names.contains(name)).collect(), rows }
     }
 
     fn count(&self, planned: &[CellKey], status: Option<Status>) -> usize {
-        planned.iter().filter(|key| self.0.get(&key.folder_name()).copied() == status).count()
+        planned.iter().filter(|key| self.status.get(&key.folder_name()).copied() == status).count()
     }
 
-    /// The verdict, if the cells that it stands on ended: missing and failed ones leave it open, and an arm
-    /// whose cells diverged has met nothing, since the worst of them have no score.
+    /// Cells that are done but did not keep what this arm says of their rows.
+    fn without_rows(&self, keys: &[CellKey], arm: &str) -> usize {
+        let lacks = |key: &&CellKey| {
+            let name = key.folder_name();
+            let kept = self.rows.get(&name).is_some_and(|rows| rows.arms.contains_key(arm));
+            self.status.get(&name) == Some(&Status::Done) && !kept
+        };
+        keys.iter().filter(lacks).count()
+    }
+
+    /// The verdict, if the cells that it stands on ended and kept their rows: missing and failed ones leave it
+    /// open, and an arm whose cells diverged has met nothing, since the worst of them have no score.
     fn or(&self, planned: &[CellKey], [own, other]: &[Arm; 2], verdict: Verdict) -> Verdict {
         let of = |arm: &Arm| -> Vec<CellKey> {
             planned.iter().filter(|key| key.method == arm.0).cloned().collect()
         };
+        let names = [&own.1, &other.1];
         let (own, other) = (of(own), of(other));
+        let lost = self.without_rows(&own, names[0]) + self.without_rows(&other, names[1]);
         let open = |keys: &[CellKey]| self.count(keys, None) + self.count(keys, Some(Status::Failed));
         // Two ways to predict with one method stand on the same cells.
         let of_other = if own == other { 0 } else { open(&other) };
         match (self.count(&own, Some(Status::Diverged)), open(&own) + of_other) {
+            (0, 0) if lost > 0 => Verdict::Undecided(format!("{lost} of its cells lack their rows")),
             (0, 0) => verdict,
             (0, open) => Verdict::Undecided(format!("{open} of its cells have not run, or failed")),
             (diverged, _) => Verdict::NotMet(format!("{diverged} of its cells diverged")),
