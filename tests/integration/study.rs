@@ -324,6 +324,11 @@ fn a_plan_is_run_reported_and_judged_from_its_folder_alone() -> Outcome {
     assert!(text.contains(start) && text.contains(&format!("CRC-32 of the file: {crc}.")), "{text}");
     assert!(text.contains(&format!("| {own} | lora:rank=4:alpha=8 (mean) | NLL | 4 | 2 | ")), "{text}");
     assert!(text.contains("**Everything that the plan counts as success was found.**"), "{text}");
+    // Without the rows of a cell that it stands on nothing is decided.
+    let rows = study.join(plan.cells()?[0].folder_name()).join("rows.safetensors");
+    std::fs::rename(&rows, home.path().join("rows"))?;
+    assert!(report()?.contains("undecided: 1 of its cells lack their rows"), "{}", report()?);
+    std::fs::rename(home.path().join("rows"), &rows)?;
     study::pack(&study)?;
     assert_eq!((report()?, study::read_rows(&study)?.len()), (text, 12));
     Ok(())
