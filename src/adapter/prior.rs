@@ -11,6 +11,7 @@ use super::params::{Params, Role};
 use crate::error::{Error, Result};
 use crate::ops::{self, OpPath};
 use crate::util::check::positive;
+use crate::util::dtype::joined;
 
 /// What the prior of a layer is put on. Each `std` is that of one element.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -159,10 +160,7 @@ impl Prior {
         for (weight, start) in &started(start)?.head {
             let precision = weight.dims2()?.1 as f64 / (std * std);
             let energy = ((weight - start)?.sqr()?.sum_all()? * (0.5 * precision))?;
-            total = Some(match total {
-                Some(total) => (total + energy)?,
-                None => energy,
-            });
+            total = Some(joined(total, energy)?);
         }
         Ok(total)
     }

@@ -15,6 +15,7 @@ use crate::adapter::{
     low_rank, AdaptableModel, AdaptedLinear, Adapter, Context, LowRank, Params, Prior, PriorStart, Role,
 };
 use crate::error::Result;
+use crate::util::dtype::joined;
 
 /// The options of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,14 +114,6 @@ pub fn prior_energy(
         (Some(layers), Some(head)) => Ok(Some(joined(Some(layers), head)?)),
         (total, _) => Ok(total),
     }
-}
-
-/// The sum of two scalars, where the first is.
-fn joined(total: Option<Tensor>, term: Tensor) -> Result<Tensor> {
-    Ok(match total {
-        Some(total) => (&total + term.to_device(total.device())?)?,
-        None => term,
-    })
 }
 
 impl Adapter for Lora {

@@ -16,6 +16,7 @@ use super::posterior::Posterior;
 use crate::adapter::{Context, LowRank, Prior, PriorForm, PriorStart};
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
+use crate::util::dtype::joined;
 
 /// A layer as the regulariser sees it.
 pub(super) struct Layer {
@@ -91,7 +92,7 @@ pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Besi
 
 impl Sums {
     fn add(self, other: Self) -> Result<Self> {
-        let add = |a: &Tensor, b: &Tensor| -> candle_core::Result<Tensor> { a + b.to_device(a.device())? };
+        let add = |a: &Tensor, b: &Tensor| joined(Some(a.clone()), b.clone());
         let both = |a: Option<Tensor>, b: Option<Tensor>| a.zip(b).map(|(a, b)| add(&a, &b)).transpose();
         let of = |i: usize| add(&self.terms[i], &other.terms[i]);
         Ok(Self {

@@ -17,6 +17,7 @@ use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::util::check::not_negative;
+use crate::util::dtype::joined;
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///
@@ -212,7 +213,7 @@ impl Regularizer {
         let (kl_dirichlet, cooperative) = ((dirichlet * share)?, (cooperative * share)?);
         let prior = match (sums.prior, self.prior) {
             (Some(layers), Some(prior)) => Some(match prior.head_energy(self.start.as_ref())? {
-                Some(head) => (&layers + head.to_device(layers.device())?)?,
+                Some(head) => joined(Some(layers), head)?,
                 None => layers,
             }),
             _ => None,
