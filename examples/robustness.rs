@@ -183,7 +183,12 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
-    let settings = settings(args, &model, &adapters, plan.as_ref())?;
+    let mut settings = settings(args, &model, &adapters, plan.as_ref())?;
+    if let (Some(settings), Value::Object(own)) =
+        (settings.as_object_mut(), study::constants(&recipes, &files)?)
+    {
+        settings.extend(own);
+    }
     if args.is_language() {
         return run_language(args, &cells, &files, settings, virtual_tokens);
     }

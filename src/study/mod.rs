@@ -1,6 +1,7 @@
 //! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
 
 mod cell;
+mod constants;
 mod evaluated;
 mod grid;
 mod language;
@@ -21,6 +22,7 @@ mod treatments;
 mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
+pub use constants::constants;
 pub use evaluated::EvaluatedTask;
 pub use grid::{Grid, Shard};
 pub use language::LanguageTrial;

@@ -182,6 +182,18 @@ impl PairedRows {
         pairs.map(|[own, other]| own.plain(score) - other.plain(score)).collect()
     }
 
+    /// The mean difference of a score on each task, as [`Self::difference`] has it: over the settings of a seed,
+    /// then over seeds.
+    pub fn by_task(&self, score: RowScore) -> Vec<(String, f64)> {
+        let of_seed = |pairs: &Vec<Pair>| {
+            pairs.iter().map(|[own, other]| own.plain(score) - other.plain(score)).sum::<f64>()
+                / pairs.len() as f64
+        };
+        let of_task =
+            |seeds: &BTreeMap<u64, Vec<Pair>>| seeds.values().map(of_seed).sum::<f64>() / seeds.len() as f64;
+        self.tasks.iter().map(|(task, seeds)| (task.clone(), of_task(seeds))).collect()
+    }
+
     /// What a bootstrap says of the mean difference of a score, own - other: over the settings of a seed, over
     /// the seeds of a task, over tasks. The same resamples whatever the arms, so that comparisons are alike.
     pub fn difference(&self, score: RowScore) -> Option<TwoLevel> {

@@ -249,6 +249,7 @@ impl Plan {
             if arm == against {
                 return wrong(format!("families: {arm} is compared with itself"));
             }
+            self.check_shared("families", arm, against)?;
             if scores.is_empty() {
                 return wrong(format!("families: {arm} against {against} has no score"));
             }
@@ -269,10 +270,12 @@ impl Plan {
                 }
                 Criterion::Better { .. } => {}
                 Criterion::Sensitivity { arm, against, .. } => {
-                    [arm, against].into_iter().try_for_each(known)?
+                    [arm, against].into_iter().try_for_each(known)?;
+                    self.check_shared("success", arm, against)?;
                 }
                 Criterion::NotWorse { arm, against, lr, .. } => {
                     [arm, against].into_iter().try_for_each(known)?;
+                    self.check_shared("success", arm, against)?;
                     if lr.is_some_and(|lr| !cells.iter().any(|key| key.lr == lr)) {
                         return wrong(format!("success: no method runs at {lr:?}"));
                     }
@@ -280,6 +283,27 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Checks that the methods of two arms run at a rate in common: there is no other pair of cells.
+    fn check_shared(&self, place: &str, own: &str, other: &str) -> Result<()> {
+        let (first, second) = (arm(own)?.0, arm(other)?.0);
+        let mut lrs = self.methods.iter().flat_map(|group| &group.lrs);
+        if lrs.any(|lr| self.runs(&first, *lr) > 0 && self.runs(&second, *lr) > 0) {
+            return Ok(());
+        }
+        let reason = format!("{place}: {own} and {other} run at no learning rate in common");
+        Err(Error::config("plan", reason))
+    }
+
+    /// The arm that it is about: of the first comparison of the first family that has to be better; None
+    /// where there is no such condition.
+    pub(super) fn tested(&self) -> Option<Arm> {
+        let family = self.success.iter().find_map(|criterion| match criterion {
+            Criterion::Better { family, .. } => self.families.get(family),
+            _ => None,
+        })?;
+        arm(&family.first()?.arm).ok()
     }
 
     /// Every arm of its methods.

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use options::{Options, Owner};
+use serde::Serialize;
 
 use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig};
 use crate::error::{Error, Result};
@@ -44,7 +45,7 @@ pub const NAMES: [&str; 18] = [
 ];
 
 /// How a model is fine-tuned in a study.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recipe {
     /// As it was written.
     pub text: String,

@@ -50,13 +50,15 @@ pub fn write_report(results: &Path, out: &Path) -> Result<()> {
         Ok(settings) => Plan::of_settings(&settings, &settings_path(results))?,
         Err(_) => None, // settings of another kind are shown, and mean nothing
     };
-    let text = markdown(&cells, &settings) + &by_rows(&cells, &kept, plan.as_ref())?;
+    let tested = plan.as_ref().and_then(|(plan, _)| plan.tested()).or_else(|| tested(&cells));
+    let text = markdown(&cells, &settings, tested.as_ref())
+        + &by_rows(&cells, &kept, tested.as_ref(), plan.as_ref())?;
     files::write(&out.join("report.md"), text.as_bytes())?;
     files::write(&out.join("report.csv"), csv::rows_csv(&rows(&cells)).as_bytes())?;
     files::write(&out.join("cells.csv"), csv::cells_csv(&cells).as_bytes())
 }
 
-fn markdown(cells: &[CellResult], settings: &str) -> String {
+fn markdown(cells: &[CellResult], settings: &str, tested: Option<&Arm>) -> String {
     let rows = rows(cells);
     let mut text = String::from("# Robustness report\n");
     if !settings.is_empty() {
@@ -94,13 +96,13 @@ fn markdown(cells: &[CellResult], settings: &str) -> String {
     if tasks.len() > 1 {
         text.push_str(&overall(&rows, tasks.len()));
     }
-    if let Some(tested) = tested(cells) {
+    if let Some(tested) = tested {
         if let Some(baseline) = baseline(cells.iter().map(|cell| &cell.key)) {
             let baseline = (baseline, MEAN.to_string());
-            text.push_str(&claim::claim(cells, &tested, &baseline));
-            text.push_str(&calibration::calibration(cells, &tested, &baseline));
+            text.push_str(&claim::claim(cells, tested, &baseline));
+            text.push_str(&calibration::calibration(cells, tested, &baseline));
         }
-        text.push_str(&pairs::signed_ranks(cells, &tested));
+        text.push_str(&pairs::signed_ranks(cells, tested));
     }
     text.push_str(&foreign(cells));
     text
@@ -110,6 +112,7 @@ fn markdown(cells: &[CellResult], settings: &str) -> String {
 fn by_rows(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
+    tested: Option<&Arm>,
     plan: Option<&(Plan, String)>,
 ) -> Result<String> {
     let mut text = String::new();
@@ -120,10 +123,10 @@ fn by_rows(
     if let (false, Some(method)) = (rows.is_empty(), &baseline) {
         let baseline = (method.clone(), MEAN.to_string());
         text.push_str(&sensitivity::sensitivity(cells, &baseline));
-        if let Some(tested) = tested(cells) {
-            text.push_str(&sensitivity::seeds(cells, rows, &tested, &baseline)?);
+        if let Some(tested) = tested {
+            text.push_str(&sensitivity::seeds(cells, rows, tested, &baseline)?);
             if plan.is_none() {
-                let families = families::without_a_plan(cells, &tested, method);
+                let families = families::without_a_plan(cells, tested, method);
                 text.push_str(&families::section(cells, rows, &families)?);
             }
         }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
+use super::constants;
 use super::grid::Shard;
 use super::rows::CellRows;
 use super::store::{settings_path, Store};
@@ -82,24 +83,28 @@ fn claim(dir: &Path, settings: &serde_json::Value) -> Result<()> {
     let text = format!("{settings:#}\n");
     match std::fs::read_to_string(&path) {
         Ok(found) if found == text => Ok(()),
-        Ok(found) => {
-            let names = differing(&found, settings);
-            let reason = format!(
-                "it is of a study with other settings{names}: give another folder, or these settings"
-            );
-            Err(Error::format(path, reason))
-        }
+        Ok(found) => match differing(&found, settings) {
+            Some(names) if names.is_empty() => Ok(()),
+            names => {
+                let names = names.map(|names| format!(" ({})", names.join(", "))).unwrap_or_default();
+                let reason = format!(
+                    "it is of a study with other settings{names}: give another folder, or these settings"
+                );
+                Err(Error::format(path, reason))
+            }
+        },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => files::write(&path, text.as_bytes()),
         Err(error) => Err(Error::io(path)(error)),
     }
 }
 
-/// The names of settings that are not those of the file with this text, in brackets.
-fn differing(found: &str, settings: &serde_json::Value) -> String {
-    let found: serde_json::Value = serde_json::from_str(found).unwrap_or_default();
-    let (Some(found), Some(now)) = (found.as_object(), settings.as_object()) else { return String::new() };
-    let names: BTreeSet<&String> =
-        found.keys().chain(now.keys()).filter(|name| found.get(*name) != now.get(*name)).collect();
-    let names: Vec<&str> = names.into_iter().map(String::as_str).collect();
-    format!(" ({})", names.join(", "))
+/// The names of settings that are not those of the file with this text; None if it is no object. What an older
+/// version did not write down cannot differ.
+fn differing(found: &str, settings: &serde_json::Value) -> Option<Vec<String>> {
+    let found: serde_json::Value = serde_json::from_str(found).ok()?;
+    let (found, now) = (found.as_object()?, settings.as_object()?);
+    let names: BTreeSet<&String> = found.keys().chain(now.keys()).collect();
+    let unknown = |name: &str| constants::NAMES.contains(&name) && !found.contains_key(name);
+    let differ = names.into_iter().filter(|name| found.get(*name) != now.get(*name) && !unknown(name));
+    Some(differ.cloned().collect())
 }

@@ -277,6 +277,14 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let cells: Vec<CellKey> = study::read_cells(&study)?.into_iter().map(|cell| cell.result.key).collect();
     let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
+    // Of a version that did not write down its constants, and of one that did.
+    let now = json!({"epochs": 2, "constants": {"lora": "1"}});
+    study::run(&study, &now, &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+    let later = shared.path().join("later");
+    study::run(&later, &now, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+    let changed = json!({"epochs": 2, "constants": {"lora": "2"}});
+    let changed = study::run(&later, &changed, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
+    assert!(changed.is_err_and(|error| error.to_string().contains("with other settings (constants)")));
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
     assert!(other.is_err_and(|error| error.to_string().contains("with other settings (epochs)")));
     Ok(())

@@ -86,6 +86,13 @@ fn what_does_not_fit_together_is_named_before_anything_runs() -> Result<()> {
     let mut unknown = bundled();
     unknown["epoch"] = json!(3);
     assert!(read(&unknown).is_err_and(|error| error.to_string().contains("unknown field `epoch`")));
+    let mut apart = changed("/families/primary/0/against", json!("dora (mean)"));
+    assert!(read(&apart).is_ok());
+    apart["methods"][1]["lrs"] = json!([1e-2]);
+    let error = read(&apart).map(drop).unwrap_err().to_string();
+    assert!(error.contains("dora (mean) run at no learning rate in common"), "{error}");
+    let tested = ("monteclora:eps=0.03".to_string(), "5 draws".to_string());
+    assert_eq!(read(&bundled())?.0.tested(), Some(tested));
     assert_eq!(arm("lora:rank=4 (last-layer laplace)")?.1, "last-layer laplace");
     Ok(())
 }

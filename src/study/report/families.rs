@@ -1,6 +1,6 @@
 //! Families of paired tests, and their tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use super::super::cell::CellResult;
@@ -23,6 +23,8 @@ pub(super) struct Test {
     pub found: Option<TwoLevel>,
     /// p corrected within the family.
     pub corrected: f64,
+    /// The mean difference on each task, over its settings.
+    by_task: Vec<(String, f64)>,
 }
 
 impl Test {
@@ -55,6 +57,7 @@ pub(super) fn tests(
             seeds: pairs.seeds(),
             found: pairs.difference(*score),
             corrected: f64::NAN,
+            by_task: pairs.by_task(*score),
         }));
     }
     let p: Vec<f64> = tests.iter().map(|test| test.found.map_or(f64::NAN, |found| found.p)).collect();
@@ -69,7 +72,7 @@ pub(super) fn table(tests: &[Test]) -> String {
          |---|---|---|---|---|---|---|---|---|\n",
     );
     for test in tests {
-        let Test { arm, against, score, settings, seeds, found, corrected } = test;
+        let Test { arm, against, score, settings, seeds, found, corrected, .. } = test;
         let figures = match found {
             None => "no pair | - | - | -".to_string(),
             Some(TwoLevel { estimate, low, high, p, .. }) => {
@@ -77,6 +80,26 @@ pub(super) fn table(tests: &[Test]) -> String {
             }
         };
         writeln!(text, "| {arm} | {against} | {score} | {settings} | {seeds} | {figures} |").ok();
+    }
+    text.push_str(&by_task(tests));
+    text
+}
+
+/// The differences of a family task by task; empty of one task.
+fn by_task(tests: &[Test]) -> String {
+    let tasks: BTreeSet<&String> =
+        tests.iter().flat_map(|test| &test.by_task).map(|(task, _)| task).collect();
+    if tasks.len() < 2 {
+        return String::new();
+    }
+    let names: Vec<&str> = tasks.iter().map(|task| task.as_str()).collect();
+    let mut text = format!("\n| arm | against | score | {} |\n", names.join(" | "));
+    text.push_str(&format!("|---|---|---|{}\n", "---|".repeat(names.len())));
+    for Test { arm, against, score, by_task, .. } in tests {
+        let of = |task: &&String| by_task.iter().find(|(own, _)| own == *task);
+        let figure = |task| of(task).map_or("-".to_string(), |(_, difference)| format!("{difference:+.4}"));
+        let figures: Vec<String> = tasks.iter().map(figure).collect();
+        writeln!(text, "| {arm} | {against} | {score} | {} |", figures.join(" | ")).ok();
     }
     text
 }

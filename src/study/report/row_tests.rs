@@ -177,6 +177,17 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
             .filter_map(|line| Some(line.trim_end_matches(" |").rsplit_once("| ")?.1.to_string()))
             .collect();
         found.extend(section.lines().filter(|line| line.starts_with("**")).map(str::to_string));
+        // The sum over both tasks is twice the difference.
+        let row = "| monteclora (5 draws) | lora (mean) | accuracy | ";
+        let figures = |line: &str| -> Vec<f64> {
+            line.trim_start_matches(row)
+                .split(" | ")
+                .filter_map(|cell| cell.trim_end_matches(" |").parse().ok())
+                .collect()
+        };
+        let differences = lines(&text, "### Family: accuracy", row);
+        let (all, tasks) = (figures(differences[0])[2], figures(differences[1]));
+        assert!(tasks.len() == 2 && (tasks[0] + tasks[1] - 2.0 * all).abs() < 2e-4, "{differences:?}");
         assert!(text
             .contains(&format!("CRC-32 of the file: {:08x}", crc32fast::hash(plan.to_string().as_bytes()))));
         Ok(found)
