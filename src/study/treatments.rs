@@ -20,7 +20,7 @@ use crate::inject::merge;
 use crate::metrics::{softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
-use crate::predict::{logits, posterior_draws, Predictor, RunningMean};
+use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
 /// Rows of an evaluation batch.
@@ -61,9 +61,13 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
     if recipe.has_posterior() {
         arms.push(format!("{draws} draws"));
     }
+    if recipe.held_out > 0.0 {
+        arms.push("temperature".to_string());
+        arms.extend(recipe.has_posterior().then(|| format!("{draws} draws, temperature")));
+    }
     let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
         (false, _) => &[],
-        (true, true) => &["temperature", "tfb", "tfb held-out"],
+        (true, true) => &["tfb", "tfb held-out"],
         (true, false) => &["mc dropout", "checkpoints", "last-layer laplace", "laplace"],
     };
     arms.extend(of_lora.iter().map(ToString::to_string));
@@ -97,35 +101,51 @@ pub(super) fn measure(
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
     let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
     arms.tell("mean: entropy", &entropies(&mean.mean), &entropies(&others))?;
+    let held_out = match trained.held_out {
+        [] => Vec::new(),
+        rows => batches(classifier, rows, BATCH)?,
+    };
+    let truth = classes(trained.held_out)?;
+    if !held_out.is_empty() {
+        let fitted = logits(classifier, &held_out, &Pass::Mean.into())?;
+        arms.add_tempered("temperature", &fitted, &truth, &mean.logits)?;
+    }
     if recipe.has_posterior() {
         let replaced = trained.replaced()?;
         let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
         let draws = |rows: &[Batch]| posterior_draws(model, rows, trained.draws);
-        arms.add_draws(&format!("{} draws", trained.draws), draws(&dev)?, draws(&foreign)?)?;
+        let name = format!("{} draws", trained.draws);
+        let average = arms.add_draws(&name, draws(&dev)?, draws(&foreign)?)?;
+        if !held_out.is_empty() {
+            let fitted = posterior_probabilities(model, &held_out, trained.draws)?;
+            let name = format!("{name}, temperature");
+            arms.add_tempered(&name, &logarithms(&fitted), &truth, &logarithms(&average))?;
+        }
     }
     if recipe.is_lora() {
-        of_trained_lora(trained, &dev, &foreign, &mean.logits, &mut arms)?;
+        of_trained_lora(trained, (&held_out, &truth), &dev, &foreign, &mut arms)?;
     }
     Ok(())
+}
+
+/// Logits of probabilities. One that is 0 in double precision has the least that is none.
+fn logarithms(probabilities: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let row = |row: &Vec<f64>| row.iter().map(|p| p.max(f64::MIN_POSITIVE).ln()).collect();
+    probabilities.iter().map(row).collect()
 }
 
 /// The Bayesian treatments of a LoRA that was trained without a posterior: those that are fitted on held-out
 /// rows where there are any, the others where it was trained on all of its rows.
 fn of_trained_lora(
     mut trained: TrainedModel,
+    (held_out, labels): (&[Batch], &[u32]),
     dev: &[Batch],
     foreign: &[Batch],
-    mean: &[Vec<f64>],
     arms: &mut Arms,
 ) -> Result<()> {
     let classifier = &trained.classifier;
-    if !trained.held_out.is_empty() {
-        let rows = batches(classifier, trained.held_out, BATCH)?;
-        let logits = logits(classifier, &rows, &Pass::Mean.into())?;
-        let temperature = Temperature::fit(&logits, &classes(trained.held_out)?).map_err(not_finite)?;
-        arms.add("temperature", &temperature.probabilities(mean))?;
-        let labels = classes(trained.held_out)?;
-        return tfb::arms(classifier, (&rows, &labels), dev, trained.draws)?
+    if !held_out.is_empty() {
+        return tfb::arms(classifier, (held_out, labels), dev, trained.draws)?
             .iter()
             .try_for_each(|(arm, rows)| arms.add(arm, rows));
     }
@@ -188,9 +208,26 @@ impl Arms<'_> {
         Ok(())
     }
 
+    /// The logits of the measured rows at the temperature that is fitted on others.
+    fn add_tempered(
+        &mut self,
+        arm: &str,
+        fitted: &[Vec<f64>],
+        labels: &[u32],
+        measured: &[Vec<f64>],
+    ) -> Result<()> {
+        let temperature = Temperature::fit(fitted, labels).map_err(not_finite)?;
+        self.add(arm, &temperature.probabilities(measured))
+    }
+
     /// The average of draws as an arm, and how well their uncertainty tells foreign rows, of which there are
     /// as many draws.
-    fn add_draws(&mut self, arm: &str, draws: Vec<Vec<Vec<f64>>>, foreign: Vec<Vec<Vec<f64>>>) -> Result<()> {
+    fn add_draws(
+        &mut self,
+        arm: &str,
+        draws: Vec<Vec<Vec<f64>>>,
+        foreign: Vec<Vec<Vec<f64>>>,
+    ) -> Result<Vec<Vec<f64>>> {
         let (own, others) = (uncertainty(&draws).map_err(not_finite)?, uncertainty(&foreign)?);
         let both = |of: fn(&Uncertainty) -> f64| {
             [&own, &others].map(|rows| rows.iter().map(of).collect::<Vec<f64>>())
@@ -201,7 +238,9 @@ impl Arms<'_> {
         self.tell(&format!("{arm}: mutual information"), &epistemic, &epistemic_of_others)?;
         let mut average = RunningMean::default();
         draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
-        self.add(arm, &average.finish())
+        let average = average.finish();
+        self.add(arm, &average)?;
+        Ok(average)
     }
 
     /// How well a score tells foreign rows, where there are any.

@@ -135,6 +135,20 @@ fn what_is_held_out_comes_out_of_the_seed_s_own_rows() -> Outcome {
         assert_eq!((held.steps, whole.steps), (12, 16));
         let other = CellKey { seed: 4, ..key("lora:rank=4:alpha=8:held-out=0.25", 5e-3) };
         assert_ne!(trial.run(&other).0.losses, held.losses);
+
+        // One temperature for all rows, of the mean's logits and of those of the draws' average.
+        let (bayes, _, rows) = trial.run(&key("monteclora:rank=4:alpha=8:held-out=0.25", 5e-3));
+        let arms = ["3 draws", "3 draws, temperature", "mean", "temperature"];
+        assert_eq!(bayes.arms.keys().collect::<Vec<_>>(), arms);
+        let margins = |arm: &str| rows.arms[arm].chunks(2).map(|row| row[1] - row[0]).collect::<Vec<f32>>();
+        for (arm, tempered) in [("mean", "temperature"), ("3 draws", "3 draws, temperature")] {
+            let (own, tempered) = (margins(arm), margins(tempered));
+            let inverse = tempered.iter().sum::<f32>() / own.iter().sum::<f32>();
+            assert!((inverse - 1.0).abs() > 0.01, "{arm}: nothing was fitted");
+            for (own, tempered) in own.iter().zip(&tempered) {
+                assert!((own * inverse - tempered).abs() < 1e-3, "{arm}: {own} {inverse} {tempered}");
+            }
+        }
         Ok(())
     })
 }
