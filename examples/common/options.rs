@@ -172,6 +172,7 @@ impl MethodOptions {
             use_rslora: self.rslora,
             num_components: self.num_components.unwrap_or(preset.num_components),
             sample_scaler: self.sample_scaler.unwrap_or(preset.sample_scaler),
+            relative_scaler: preset.relative_scaler.filter(|_| self.sample_scaler.is_none()),
             kl_weight: self.kl_weight.unwrap_or(preset.kl_weight),
             ..preset
         }

@@ -45,6 +45,12 @@ pub struct MonteCLoRAConfig {
     pub num_components: usize,
     /// eps, the scale of the perturbation.
     pub sample_scaler: f64,
+    /// kappa, the standard deviation of the perturbation's elements in units of 1 / sqrt(in_dim) while V and a are one
+    /// (A starts at 0.58): in place of `sample_scaler`, which each layer then works out for its own width
+    /// ([`Self::at_width`]). None: `sample_scaler` counts, whatever the width. PEFT knows the other alone, and
+    /// uses it where it trains on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relative_scaler: Option<f64>,
     /// Its course over training.
     pub scaler_schedule: ScalerSchedule,
     /// eta, the weight of the three KL terms.
@@ -102,6 +108,7 @@ impl MonteCLoRAConfig {
             use_rslora: false,
             num_components: 4,
             sample_scaler: 5e-3,
+            relative_scaler: None,
             scaler_schedule: ScalerSchedule::Constant,
             kl_weight: 1e-5,
             cooperative_weight: 1.0,
@@ -125,29 +132,35 @@ impl MonteCLoRAConfig {
     /// first half of it, and a prior on the update in expectation over them, at 1 / n for n training rows. For
     /// few rows and many epochs, where LoRA grows too sure; examples/results/README.md has what was measured.
     ///
-    /// eps is that of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim) at rank 8 and
-    /// a width of 350: [`Self::for_width`] gives it for another. B and the head want higher rates than A:
-    /// [`Method::lr_ratios`](crate::train::Method::lr_ratios).
+    /// The perturbation is as large in layers of every width; `sample_scaler` is that of 768, for PEFT. B and the head
+    /// want higher rates than A: [`Method::lr_ratios`](crate::train::Method::lr_ratios).
     pub const fn calibrated() -> Self {
-        let scaler_schedule = ScalerSchedule::Warmup(0.5);
-        Self { sample_scaler: 0.03, scaler_schedule, prior: Some(Prior::calibrated()), ..Self::paper() }
+        Self {
+            sample_scaler: 0.04,
+            relative_scaler: Some(2.0),
+            scaler_schedule: ScalerSchedule::Warmup(0.5),
+            prior: Some(Prior::calibrated()),
+            ..Self::paper()
+        }
     }
 
-    /// The same with the eps of a perturbation whose elements have the standard deviation 1 / sqrt(in_dim),
-    /// sqrt(3) times that of A at its start: `eps = 1 / sqrt(in_dim df E||pi||^2)` with V and a at one.
+    /// The configuration of a layer of this width, where eps is what `relative_scaler` asks for:
+    /// `eps = kappa / sqrt(in_dim df E||pi||^2)`.
     ///
     /// # Example
     /// ```
     /// use monteclora::MonteCLoRAConfig;
     ///
-    /// let config = MonteCLoRAConfig { rank: 16, ..MonteCLoRAConfig::calibrated() }.for_width(768);
-    /// assert!((config.sample_scaler - 0.0143).abs() < 1e-4);
+    /// let config = MonteCLoRAConfig { relative_scaler: Some(1.0), rank: 16, ..MonteCLoRAConfig::paper() };
+    /// assert!((config.at_width(768).sample_scaler - 0.0143).abs() < 1e-4);
+    /// assert_eq!(MonteCLoRAConfig::paper().at_width(768), MonteCLoRAConfig::paper());
     /// ```
-    pub fn for_width(self, in_dim: usize) -> Self {
+    pub fn at_width(&self, in_dim: usize) -> Self {
+        let Some(kappa) = self.relative_scaler else { return self.clone() };
         let square =
             if self.mixture == Mixture::Sparse { 1.0 } else { 2.0 / (self.num_components + 1) as f64 };
-        let sample_scaler = (in_dim as f64 * self.degrees() * square).sqrt().recip();
-        Self { sample_scaler, ..self }
+        let sample_scaler = kappa / (in_dim as f64 * self.degrees() * square).sqrt();
+        Self { sample_scaler, ..self.clone() }
     }
 
     /// The paper's numbers and its estimators too.
@@ -199,6 +212,7 @@ impl MonteCLoRAConfig {
             return Err(Error::config("num_components", "expected at least 1, got 0"));
         }
         positive("sample_scaler", self.sample_scaler)?;
+        self.relative_scaler.map_or(Ok(()), |kappa| positive("relative_scaler", kappa))?;
         self.scaler_schedule.validate()?;
         positive("dirichlet_prior", self.dirichlet_prior)?;
         not_negative("kl_weight", self.kl_weight)?;
@@ -268,7 +282,7 @@ mod tests {
         fn bound(config: &mut MonteCLoRAConfig, std: f64, latents: bool) {
             config.evidence = Some(EvidenceBound { std, temperature: 1.0, latents });
         }
-        let cases: [(&str, Spoil); 26] = [
+        let cases: [(&str, Spoil); 27] = [
             ("rank", |c| c.rank = 0),
             ("alpha", |c| c.alpha = 0.0),
             ("alpha", |c| c.alpha = f64::NAN),
@@ -277,6 +291,7 @@ mod tests {
             ("sample_scaler", |c| c.sample_scaler = -1.0),
             ("sample_scaler", |c| c.sample_scaler = 0.0),
             ("sample_scaler", |c| c.sample_scaler = f64::NAN),
+            ("relative_scaler", |c| c.relative_scaler = Some(0.0)),
             ("kl_weight", |c| c.kl_weight = f64::INFINITY),
             ("cooperative_weight", |c| c.cooperative_weight = -0.1),
             ("dirichlet_prior", |c| c.dirichlet_prior = 0.0),

@@ -140,7 +140,7 @@ enum Values {
 impl DrawSpec {
     /// The draws that `config` asks of a layer of this width.
     pub fn new(config: &MonteCLoRAConfig, in_dim: usize, dtype: DType, device: &Device) -> Self {
-        Self { config: config.clone(), in_dim, dtype, device: device.clone() }
+        Self { config: config.at_width(in_dim), in_dim, dtype, device: device.clone() }
     }
 
     /// r, the width and N.

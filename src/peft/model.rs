@@ -261,7 +261,9 @@ fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f6
         AdapterMethod::MonteCLoRA(config) => match adapter.as_any().downcast_ref::<MonteCLoRA>() {
             Some(layer) => {
                 let posterior = layer.posterior();
-                let (own, of_file) = (posterior.sample_scaler(), config.sample_scaler);
+                let (rank, in_dim) = layer.low_rank().a().dims2()?;
+                let of_file = MonteCLoRAConfig { rank, ..config.clone() }.at_width(in_dim).sample_scaler;
+                let own = posterior.sample_scaler();
                 if own != of_file {
                     let reason = format!("that of {path} is {own}, the method's {of_file}: one file has one");
                     return Err(Error::config("sample_scaler", reason));

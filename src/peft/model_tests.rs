@@ -108,7 +108,8 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
     for (use_rslora, prior, evidence) in
         [(false, None, None), (true, Some(Prior::calibrated()), None), (true, None, evidence)]
     {
-        let config = MonteCLoRAConfig { use_rslora, prior, evidence, ..paper() };
+        let relative_scaler = prior.map(|_| 2.0);
+        let config = MonteCLoRAConfig { use_rslora, prior, evidence, relative_scaler, ..paper() };
         let toy = Toy::adapted([3, 2, 3], &config)?;
         let dir = tempfile::tempdir().unwrap();
         file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;

@@ -98,6 +98,25 @@ fn mixtures_have_the_moments_of_the_model() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_relative_scale_is_the_deviation_in_units_of_the_width() -> Result<()> {
+    for (mixture, in_dim) in MIXTURES.into_iter().flat_map(|m| [1, 6].map(|in_dim| (m, in_dim))) {
+        let config = MonteCLoRAConfig { relative_scaler: Some(1.5), ..config(mixture) };
+        let spec = DrawSpec::new(&config, in_dim, DType::F64, &Device::Cpu);
+        let one = Tensor::zeros(3, DType::F64, &Device::Cpu)?;
+        let posterior = Posterior::new(&one, &one, spec, NoiseStreams::new(Noise::new(9), "relative"))?;
+        let zero = Tensor::zeros((3, in_dim), DType::F64, &Device::Cpu)?;
+        let draw = |i| -> candle_core::Result<f64> {
+            let noise = posterior.spec().generate(posterior.streams(), i)?;
+            posterior.perturbed(&zero, &noise)?.sqr()?.mean_all()?.to_scalar()
+        };
+        let draws = (0..DRAWS).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
+        let what = format!("E Delta^2 of {mixture:?}, {in_dim} wide");
+        assert_mean(&what, 1.5 * 1.5 / in_dim as f64, draws.into_iter());
+    }
+    Ok(())
+}
+
 /// Noise with T and u fixed, Z of many columns: the columns are independent draws.
 fn fixed(posterior: &Posterior, columns: usize) -> Result<DrawNoise> {
     let t = Tensor::new(&[[1.4, 0.0, 0.0], [-0.8, 0.9, 0.0], [0.5, 1.1, 1.7]], &Device::Cpu)?;

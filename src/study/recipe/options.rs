@@ -24,7 +24,7 @@ pub(super) enum Owner {
 }
 
 /// Every option and its owner.
-const OPTIONS: [(&str, Owner); 34] = [
+const OPTIONS: [(&str, Owner); 35] = [
     ("rank", Owner::Pair),
     ("alpha", Owner::Pair),
     ("targets", Owner::Pair),
@@ -37,6 +37,7 @@ const OPTIONS: [(&str, Owner); 34] = [
     ("adapter", Owner::Any),
     ("n", Owner::Posterior),
     ("eps", Owner::Posterior),
+    ("kappa", Owner::Posterior),
     ("eta", Owner::Posterior),
     ("cooperative", Owner::Posterior),
     ("prior", Owner::Posterior),
@@ -160,7 +161,8 @@ impl Options {
                 }
             }
             "n" => bayes.num_components = count()?,
-            "eps" => bayes.sample_scaler = number()?,
+            "eps" => (bayes.sample_scaler, bayes.relative_scaler) = (number()?, None),
+            "kappa" => bayes.relative_scaler = Some(number()?),
             "eta" => bayes.kl_weight = number()?,
             "cooperative" => bayes.cooperative_weight = number()?,
             "prior" => bayes.dirichlet_prior = number()?,
