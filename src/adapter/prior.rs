@@ -85,7 +85,7 @@ pub struct Prior {
 impl Prior {
     /// The prior of [`MonteCLoRAConfig::calibrated`](crate::MonteCLoRAConfig::calibrated).
     pub const fn calibrated() -> Self {
-        let form = PriorForm::ExpectedUpdate { std: 0.7 };
+        let form = PriorForm::ExpectedUpdate { std: 1.4 };
         Self { form, temperature: 0.1, shared: true, head_std: Some(0.5) }
     }
 

@@ -5,14 +5,38 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
 
 use super::recipe::Recipe;
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 
-/// The settings that [`constants`] makes. A study of a version that did not write them goes on without.
-pub(super) const NAMES: [&str; 2] = ["constants", "weights"];
+const CONSTANTS: &str = "constants";
+const WEIGHTS: &str = "weights";
+
+/// Whether a setting of a study and that of a run in its folder go together although they are not the same: a
+/// study of a version that did not write these down goes on without, and one may get methods that it did not have.
+pub(super) fn agree(name: &str, found: Option<&Value>, now: Option<&Value>) -> bool {
+    match (name, found, now) {
+        (CONSTANTS | WEIGHTS, None, _) => true,
+        (CONSTANTS, Some(Value::Object(found)), Some(Value::Object(now))) => {
+            now.iter().all(|(method, own)| found.get(method).is_none_or(|found| found == own))
+        }
+        _ => false,
+    }
+}
+
+/// The settings that were found with the constants of the methods that a run adds; None if it adds none.
+pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
+    let (old, own) = (found.get(CONSTANTS)?.as_object()?, now.get(CONSTANTS)?.as_object()?);
+    if own.keys().all(|method| old.contains_key(method)) {
+        return None;
+    }
+    let all: Map<String, Value> = own.iter().chain(old).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let mut joined = found.clone();
+    joined[CONSTANTS] = Value::Object(all);
+    Some(joined)
+}
 
 /// Settings of a study: a CRC-32 of all constants of each recipe, and of the model's weights.
 ///
@@ -34,6 +58,5 @@ pub fn constants(recipes: &[Recipe], files: &ModelFiles) -> Result<Value> {
             }
         }
     }
-    let [names, weights] = NAMES;
-    Ok(json!({ names: methods, weights: format!("{:08x}", hasher.finalize()) }))
+    Ok(json!({ CONSTANTS: methods, WEIGHTS: format!("{:08x}", hasher.finalize()) }))
 }

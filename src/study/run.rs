@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
+use serde_json::Value;
+
 use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::constants;
 use super::grid::Shard;
@@ -37,7 +39,7 @@ pub struct Progress {
 /// wrong inside a cell is its result.
 pub fn run(
     dir: &Path,
-    settings: &serde_json::Value,
+    settings: &Value,
     cells: &[CellKey],
     shard: Shard,
     cell: &mut dyn FnMut(&CellKey) -> (CellResult, CellCost, CellRows),
@@ -76,35 +78,39 @@ fn count(progress: &mut Progress, result: &CellResult) {
     progress.failed += usize::from(result.status != Status::Done);
 }
 
-/// Makes the folder the study's own, or checks that it is.
-fn claim(dir: &Path, settings: &serde_json::Value) -> Result<()> {
+/// Makes the folder the study's own, or checks that it is. A grid may grow by methods: the settings then have the
+/// constants of all of them.
+fn claim(dir: &Path, settings: &Value) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = settings_path(dir);
-    let text = format!("{settings:#}\n");
-    match std::fs::read_to_string(&path) {
-        Ok(found) if found == text => Ok(()),
-        Ok(found) => match differing(&found, settings) {
-            Some(names) if names.is_empty() => Ok(()),
-            names => {
-                let names = names.map(|names| format!(" ({})", names.join(", "))).unwrap_or_default();
-                let reason = format!(
-                    "it is of a study with other settings{names}: give another folder, or these settings"
-                );
-                Err(Error::format(path, reason))
-            }
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => files::write(&path, text.as_bytes()),
-        Err(error) => Err(Error::io(path)(error)),
+    let write = |settings: &Value| files::write(&path, format!("{settings:#}\n").as_bytes());
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return write(settings),
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    let found: Value = serde_json::from_str(&text).unwrap_or_default();
+    let names = differing(&found, settings);
+    if !found.is_object() || !names.is_empty() {
+        let names = if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) };
+        let reason =
+            format!("it is of a study with other settings{names}: give another folder, or these settings");
+        return Err(Error::format(path, reason));
+    }
+    match constants::joined(&found, settings) {
+        Some(joined) => write(&joined),
+        None => Ok(()),
     }
 }
 
-/// The names of settings that are not those of the file with this text; None if it is no object. What an older
-/// version did not write down cannot differ.
-fn differing(found: &str, settings: &serde_json::Value) -> Option<Vec<String>> {
-    let found: serde_json::Value = serde_json::from_str(found).ok()?;
-    let (found, now) = (found.as_object()?, settings.as_object()?);
+/// The names of settings that are not those that were found; what an older version did not write down cannot
+/// differ.
+fn differing(found: &Value, settings: &Value) -> Vec<String> {
+    let (Some(found), Some(now)) = (found.as_object(), settings.as_object()) else { return Vec::new() };
     let names: BTreeSet<&String> = found.keys().chain(now.keys()).collect();
-    let unknown = |name: &str| constants::NAMES.contains(&name) && !found.contains_key(name);
-    let differ = names.into_iter().filter(|name| found.get(*name) != now.get(*name) && !unknown(name));
-    Some(differ.cloned().collect())
+    let differ = names.into_iter().filter(|name| {
+        let (found, now) = (found.get(*name), now.get(*name));
+        found != now && !constants::agree(name, found, now)
+    });
+    differ.cloned().collect()
 }

@@ -299,6 +299,14 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let changed = json!({"epochs": 2, "constants": {"lora": "2"}});
     let changed = study::run(&later, &changed, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
     assert!(changed.is_err_and(|error| error.to_string().contains("with other settings (constants)")));
+    // A method more is no other study, and is checked from then on.
+    let more = json!({"epochs": 2, "constants": {"dora": "3"}});
+    study::run(&later, &more, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ())?;
+    for (constants, same) in [(json!({"lora": "1", "dora": "3"}), true), (json!({"dora": "4"}), false)] {
+        let settings = json!({"epochs": 2, "constants": constants});
+        let run = study::run(&later, &settings, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
+        assert_eq!(run.is_ok(), same, "{settings}");
+    }
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());
     assert!(other.is_err_and(|error| error.to_string().contains("with other settings (epochs)")));
     Ok(())
