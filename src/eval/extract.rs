@@ -1,0 +1,185 @@
+//! The code in what an instruction-tuned model answers to a prompt of HumanEval: in a fence of Markdown, or with
+//! the function's header said once more, where the benchmark expects the body alone.
+
+use super::code::STOP;
+
+/// What of a text that was generated after a prompt of HumanEval is the program.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CodeAnswer {
+    /// All of it, up to the first of [`STOP`]: it continues the prompt, as the LM evaluation harness has it.
+    #[default]
+    Continuation,
+    /// The code in it, for instruction-tuned models, which answer in a fence of Markdown or with the function's
+    /// header once more: [`extracted`]. They generate up to their own end.
+    Extracted,
+}
+
+impl CodeAnswer {
+    /// What ends a text while it is generated.
+    pub fn stop(self) -> &'static [&'static str] {
+        match self {
+            Self::Continuation => &STOP,
+            Self::Extracted => &[],
+        }
+    }
+
+    /// The program that a text makes of its prompt, without its tests.
+    pub fn program(self, prompt: &str, text: &str, entry_point: &str) -> String {
+        match self {
+            Self::Continuation => format!("{prompt}{text}"),
+            Self::Extracted => extracted(prompt, text, entry_point),
+        }
+    }
+}
+
+/// The program that an answer to `prompt` amounts to, without its tests: what defines `entry_point`, with what
+/// stands before that function in the prompt (imports, helpers), or the prompt with the body that continues it.
+///
+/// Of several fences the first that defines the function counts, else the first. A fence that only ends is the end
+/// of a prompt that began inside one.
+pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
+    let (code, fenced) = match fences(answer).as_slice() {
+        [] => (answer, false),
+        blocks => {
+            let block = blocks.iter().find(|block| definition(block, entry_point).is_some());
+            (*block.unwrap_or(&blocks[0]), true)
+        }
+    };
+    match definition(code, entry_point) {
+        Some(at) => {
+            // What is around a function in the open is prose.
+            let own = if fenced { code } else { &code[at..at + end_of_code(&code[at..])] };
+            let before = &prompt[..definition(prompt, entry_point).unwrap_or(0)];
+            format!("{before}{own}")
+        }
+        None => {
+            let end = STOP.iter().filter_map(|stop| code.find(stop)).min().unwrap_or(code.len());
+            format!("{prompt}{}", &code[..end])
+        }
+    }
+}
+
+/// The texts in the fences of Markdown. One fence that only ends makes what is before it a text.
+fn fences(answer: &str) -> Vec<&str> {
+    let (mut blocks, mut open, mut at) = (Vec::new(), None, 0);
+    for line in answer.split_inclusive('\n') {
+        let (start, end) = (at, at + line.len());
+        at = end;
+        let Some(info) = line.trim().strip_prefix("```") else { continue };
+        match open {
+            Some(from) => {
+                blocks.push(&answer[from..start]);
+                open = None;
+            }
+            // The first line of a body is indented, or follows the header's line at once.
+            None if blocks.is_empty() && info.is_empty() && continues(&answer[..start]) => {
+                blocks.push(&answer[..start]);
+            }
+            None => open = Some(end),
+        }
+    }
+    // Cut off, or never closed.
+    blocks.extend(open.map(|from| &answer[from..]));
+    blocks
+}
+
+/// Whether a text goes on with the body of a function.
+fn continues(text: &str) -> bool {
+    let first = text.lines().find(|line| !line.trim().is_empty());
+    first.is_some_and(|line| line.starts_with([' ', '\t']))
+}
+
+/// Where the line begins that defines the function, at the top level.
+fn definition(code: &str, entry_point: &str) -> Option<usize> {
+    let mut at = 0;
+    for line in code.split_inclusive('\n') {
+        let rest = line.strip_prefix("async ").unwrap_or(line);
+        let name =
+            rest.strip_prefix("def ").map(str::trim_start).and_then(|rest| rest.strip_prefix(entry_point));
+        if name.is_some_and(|rest| rest.trim_start().starts_with(['(', '['])) {
+            return Some(at);
+        }
+        at += line.len();
+    }
+    None
+}
+
+/// Where the first line begins, after one of code, that is none at the top level.
+fn end_of_code(code: &str) -> usize {
+    let mut at = 0;
+    for line in code.split_inclusive('\n') {
+        let goes_on = line.trim().is_empty()
+            || line.starts_with([' ', '\t', '#', '@', ')', ']', '}'])
+            || ["def ", "async def ", "class ", "import ", "from "].iter().any(|word| line.starts_with(word));
+        if !goes_on {
+            return at;
+        }
+        at += line.len();
+    }
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROMPT: &str =
+        "import math\n\ndef helper(x):\n    return x\n\ndef add(a, b):\n    \"\"\"Sum.\"\"\"\n";
+    const BODY: &str = "    return a + b\n";
+    const WHOLE: &str = "def add(a, b):\n    return a + b\n";
+
+    fn of(answer: &str) -> String {
+        extracted(PROMPT, answer, "add")
+    }
+
+    #[test]
+    fn a_body_continues_its_prompt_fenced_or_not() {
+        let expected = format!("{PROMPT}{BODY}");
+        for answer in [
+            BODY.to_string(),
+            // The prompt stood in a fence, which the answer closes.
+            format!("{BODY}```\n\nThis adds two numbers.\n\n```python\nprint(add(1, 2))\n```\n"),
+            format!("\n{BODY}```"),
+            format!("Here is the body:\n```python\n{BODY}```\nIt adds."),
+            format!("```\n{BODY}```"),
+        ] {
+            assert_eq!(
+                of(&answer).replace(":\n\n    return", ":\n    return").replace("\"\n\n", "\"\n"),
+                expected
+            );
+        }
+        // What the harness stops at ends a body here, too.
+        assert_eq!(of(&format!("{BODY}\nprint(add(1, 2))\n")), expected);
+    }
+
+    #[test]
+    fn a_repeated_header_replaces_the_function_and_keeps_what_stands_before_it() {
+        let before = "import math\n\ndef helper(x):\n    return x\n\n";
+        for answer in [
+            WHOLE.to_string(),
+            format!("Sure! Here is the function:\n\n```python\n{WHOLE}```\n\nThis adds."),
+            format!("```Python\n{WHOLE}\n"), // cut off
+            format!("Sure:\n\n{WHOLE}\nThis function adds two numbers.\n"),
+            format!("First install it:\n```bash\npip install x\n```\nThen:\n```python\n{WHOLE}```"),
+        ] {
+            let program = of(&answer);
+            assert!(program.starts_with(before), "{program}");
+            assert_eq!(program[before.len()..].trim_end(), WHOLE.trim_end(), "{answer}");
+        }
+        // Of its own imports and helpers all that is fenced is kept.
+        let own = format!("from typing import List\n\n{WHOLE}");
+        assert_eq!(of(&format!("```python\n{own}```")), format!("{before}{own}"));
+        // Another function of a similar name is none.
+        let other = "def add_all(xs):\n    return sum(xs)\n";
+        assert_eq!(of(&format!("```python\n{other}```")), format!("{PROMPT}{other}"));
+    }
+
+    #[test]
+    fn an_answer_without_code_is_no_panic() {
+        for answer in
+            ["", "```", "``````", "```\n```", "I cannot.", "\u{e9}```\n\u{e9}", "    ```\n```python"]
+        {
+            assert!(of(answer).starts_with("import math"), "{answer:?}");
+        }
+    }
+}
