@@ -19,7 +19,7 @@ use crate::support::{skipped, Outcome};
 const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
 
 /// The example, built as this test was.
-fn glue() -> Outcome<PathBuf> {
+pub fn glue() -> Outcome<PathBuf> {
     let deps = std::env::current_exe()?;
     let profile = deps.parent().and_then(Path::parent).ok_or("a test below target/PROFILE/deps")?;
     let target = profile.parent().ok_or("a profile below target")?;
