@@ -99,7 +99,7 @@ fn pairs(path: &Path) -> Result<Vec<[String; 2]>> {
     let lines = text
         .lines()
         .zip(1..)
-        .filter(|(line, number)| !line.is_empty() && !(*number == 1 && line.starts_with("#version")));
+        .filter(|(line, number)| !(line.is_empty() || *number == 1 && line.starts_with("#version")));
     let pair = |(line, number): (&str, usize)| match line.split(' ').collect::<Vec<_>>()[..] {
         [first, second] if !first.is_empty() && !second.is_empty() => {
             Ok([first.to_string(), second.to_string()])

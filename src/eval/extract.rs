@@ -1,6 +1,8 @@
 //! The code in what an instruction-tuned model answers to a prompt of HumanEval: in a fence of Markdown, or with
 //! the function's header said once more, where the benchmark expects the body alone.
 
+use std::borrow::Cow;
+
 use super::code::STOP;
 
 /// What of a text that was generated after a prompt of HumanEval is the program.
@@ -38,17 +40,16 @@ impl CodeAnswer {
 /// Of several fences the first that defines the function counts, else the first. A fence that only ends is the end
 /// of a prompt that began inside one.
 pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
-    let (code, fenced) = match fences(answer).as_slice() {
-        [] => (answer, false),
-        blocks => {
-            let block = blocks.iter().find(|block| definition(block, entry_point).is_some());
-            (*block.unwrap_or(&blocks[0]), true)
-        }
-    };
+    let blocks: Vec<Cow<str>> =
+        fences(answer).into_iter().map(|block| at_the_margin(block, entry_point)).collect();
+    let defines = |block: &&Cow<str>| definition(block, entry_point).is_some();
+    let fenced = blocks.iter().find(defines).or(blocks.first());
+    let open = at_the_margin(answer, entry_point);
+    let code: &str = fenced.unwrap_or(&open);
     match definition(code, entry_point) {
         Some(at) => {
             // What is around a function in the open is prose.
-            let own = if fenced { code } else { &code[at..at + end_of_code(&code[at..])] };
+            let own = if fenced.is_some() { code } else { &code[at..at + end_of_code(&code[at..])] };
             let before = &prompt[..definition(prompt, entry_point).unwrap_or(0)];
             format!("{before}{own}")
         }
@@ -57,6 +58,24 @@ pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
             format!("{prompt}{}", &code[..end])
         }
     }
+}
+
+/// A text that begins with the function's header somewhere to the right, moved to the margin: a tokenizer may put a
+/// blank before a text, a list of Markdown indents its fences.
+fn at_the_margin<'a>(code: &'a str, entry_point: &str) -> Cow<'a, str> {
+    let blanks = |line: &str| line.bytes().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+    let Some(first) = code.lines().find(|line| !line.trim().is_empty()) else { return code.into() };
+    let indent = blanks(first);
+    if indent == 0 || definition(&first[indent..], entry_point).is_none() {
+        return code.into();
+    }
+    let lines = || code.split_inclusive('\n').filter(|line| !line.trim().is_empty());
+    if lines().any(|line| blanks(line) < indent) {
+        // The header alone is out of its place.
+        return code.replacen(first, &first[indent..], 1).into();
+    }
+    let moved = code.split_inclusive('\n').map(|line| &line[blanks(line).min(indent)..]);
+    moved.collect::<String>().into()
 }
 
 /// The texts in the fences of Markdown. One fence that only ends makes what is before it a text.
@@ -160,6 +179,10 @@ mod tests {
             format!("Sure! Here is the function:\n\n```python\n{WHOLE}```\n\nThis adds."),
             format!("```Python\n{WHOLE}\n"), // cut off
             format!("Sure:\n\n{WHOLE}\nThis function adds two numbers.\n"),
+            // As public reports have it: a blank before the header, calls after it, a fence in a list.
+            format!(" {WHOLE}\nprint(add(2, 3))\nprint(add(5, 7))"),
+            format!("1. So:\n   ```python\n   {}   ```\n", WHOLE.replace("\n    ", "\n       ")),
+            format!("{BODY}{WHOLE}"),
             format!("First install it:\n```bash\npip install x\n```\nThen:\n```python\n{WHOLE}```"),
         ] {
             let program = of(&answer);

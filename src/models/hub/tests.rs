@@ -163,6 +163,15 @@ fn what_a_folder_lacks_is_named() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_link_to_nothing_is_told_as_one() {
+    let dir = folder(&[]);
+    std::os::unix::fs::symlink("../../blobs/0123", dir.path().join(WEIGHTS)).unwrap();
+    let message = locate(&dir).unwrap_err().to_string();
+    assert!(message.contains("model.safetensors: a link to a file that is not there"), "{message}");
+}
+
+#[test]
 fn what_cannot_be_a_weight_is_refused_by_file_and_tensor() -> Result<()> {
     let refusal = |tensor: Tensor| -> Result<String> {
         let whole = tensors(&[("good", 1.0)]);
