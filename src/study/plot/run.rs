@@ -31,12 +31,13 @@ pub fn write_run(run: &Path, out: &Path) -> Result<()> {
         ("learning-rate", "learning rate", "learning rate", rates),
     ];
     for (file, title, y, curves) in pictures {
-        let panels: Vec<Panel> =
+        let mut panels: Vec<Panel> =
             curves.into_iter().filter_map(|(name, points)| panel(name, &points)).collect();
+        // The whole first, and of its parts the task's own.
+        panels.sort_by_key(|panel| (panel.name != "loss", panel.name != "task"));
         if !panels.is_empty() {
             std::fs::create_dir_all(out).map_err(Error::io(out))?;
-            let picture =
-                Panels { title: title.to_string(), axes: ("step", y), ground: Ground::Plain, panels };
+            let picture = Panels { title: title.to_string(), axes: ("step", y), ground: Ground::Own, panels };
             draw::write(&picture, out, file)?;
         }
     }
