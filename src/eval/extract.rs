@@ -140,7 +140,10 @@ fn end_of_code(code: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::code::program_pass_rates;
+    use super::super::sandbox::{Limits, Sandbox};
     use super::*;
+    use crate::data::instruct::{ProgramTests, Prompted};
 
     const PROMPT: &str =
         "import math\n\ndef helper(x):\n    return x\n\ndef add(a, b):\n    \"\"\"Sum.\"\"\"\n";
@@ -204,5 +207,26 @@ mod tests {
         {
             assert!(of(answer).starts_with("import math"), "{answer:?}");
         }
+    }
+
+    #[test]
+    fn instruction_tuned_answers_pass_where_they_are_extracted_and_only_there() {
+        let Ok(sandbox) = Sandbox::new("python3", Limits::default()) else {
+            crate::testing::skipped("programs cannot be limited here");
+            return;
+        };
+        let test = "def check(candidate):\n    assert candidate(1, 2) == 3\n".to_string();
+        let tests = Some(ProgramTests { entry_point: "add".to_string(), test });
+        let row = Prompted { prompt: PROMPT.to_string(), tests, ..Prompted::default() };
+        let answers = [
+            format!("Sure:\n```python\n{WHOLE}```\nIt adds."),
+            format!(" {WHOLE}\nprint(add(2, 3))\n"),
+            format!("{BODY}```\n"),
+        ];
+        let rate = |answer: CodeAnswer| {
+            let programs = answers.iter().map(|text| answer.program(PROMPT, text, "add")).collect();
+            program_pass_rates(std::slice::from_ref(&row), &[programs], &[1], &sandbox).unwrap()
+        };
+        assert_eq!((rate(CodeAnswer::Extracted), rate(CodeAnswer::Continuation)), (vec![1.0], vec![0.0]));
     }
 }
