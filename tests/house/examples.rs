@@ -15,6 +15,7 @@ fn every_option_of_an_example_has_a_line_of_help() {
                 let text = std::fs::read_to_string(&path).expect("a text");
                 options += text.lines().filter(|line| is_option(line)).count();
                 silent.extend(without_help(&path, &text));
+                silent.extend(described(&path, &text));
             }
         }
     }
@@ -36,8 +37,19 @@ fn without_help(path: &Path, text: &str) -> Vec<String> {
     lines.iter().enumerate().filter_map(silent).collect()
 }
 
+/// Structs of options that are flattened into a program's and have a doc comment: clap would show it in place of
+/// the program's own description.
+fn described(path: &Path, text: &str) -> Vec<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let pairs = lines.windows(2).filter(|pair| pair[0].starts_with("///") && pair[1].contains("clap::Args"));
+    pairs.map(|pair| format!("{}: {}", path.display(), pair[0])).collect()
+}
+
 #[test]
 fn an_option_without_help_is_found() {
     let text = "struct A {\n    /// Told.\n    #[arg(long)]\n    a: u8,\n    #[arg(long)]\n    b: u8,\n}";
     assert_eq!(without_help(Path::new("x.rs"), text), ["x.rs:5"]);
+    let text =
+        "/// Sizes.\n#[derive(clap::Args, Clone)]\nstruct A;\n// Sizes.\n#[derive(clap::Args)]\nstruct B;";
+    assert_eq!(described(Path::new("x.rs"), text), ["x.rs: /// Sizes."]);
 }
