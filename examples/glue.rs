@@ -7,14 +7,18 @@
 //! --method monteclora --targets query,key,value --rank 8 --alpha 16 --epochs 3 --batch-size 32
 //! --lr 3e-4 --max-length 128 --seed 1 --posterior-samples 10 --output OUT`: any model, any task.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+
 mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::options::{check_apart, Log, MethodOptions, TrainOptions};
-use common::watch::{self, say, Watch};
+use common::log::{draw_curves, Log};
+use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
+use common::output::tell;
+use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::{Batch, Batcher};
@@ -26,7 +30,10 @@ use monteclora::util::files;
 use monteclora::Noise;
 use serde_json::{json, Value};
 
+/// Fine-tunes RoBERTa, BERT or LLaMA on a GLUE or SuperGLUE task. Without arguments: LoRA and then MonteCLoRA
+/// with the bundled model on the bundled rows, in one table.
 #[derive(Parser, Clone)]
+#[command(name = "glue", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
     /// A model folder, or a hub repository. Default: the bundled model.
     #[arg(long)]
@@ -41,23 +48,34 @@ struct Args {
     method: MethodOptions,
     #[command(flatten)]
     train: TrainOptions,
-    #[arg(long, default_value_t = 32)]
+    /// Rows of a micro-batch.
+    #[arg(long, default_value_t = 32, help_heading = "Training")]
     batch_size: usize,
-    #[arg(long, default_value_t = 128)]
+    /// The most tokens of a row, special ones included; a pair loses those of its longer text first.
+    #[arg(long, default_value_t = 128, help_heading = "Model and data")]
     max_length: usize,
-    /// Posterior draws to average beside the mean. Default: 10 in the table, else 0.
-    #[arg(long)]
+    /// Posterior draws to average beside the mean, of monteclora and blob. Default: 10 in the table, else 0.
+    #[arg(long, help_heading = "Evaluation and output")]
     posterior_samples: Option<usize>,
     /// cpu, cuda or cuda:N.
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
     /// f32, bf16 or f16: the dtype of the frozen base.
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Folder for metrics.json, predictions.jsonl, log.jsonl and adapter/.
-    #[arg(long)]
+    /// Folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (under full, model/). With several
+    /// methods, a folder of each in it.
+    #[arg(long, help_heading = "Evaluation and output")]
     output: Option<PathBuf>,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  glue --task mrpc --model FacebookAI/roberta-base --method monteclora --posterior-samples 10 --output OUT
+  glue --task sst2 --model DIR --data DIR --method lora --rank 16 --alpha 32 --lr 1e-4 --output OUT
+  glue --task sst2 --model DIR --data DIR --method lora --output OUT --resume
+
+Everything else is in docs/GUIDE.md.";
 
 fn main() -> ExitCode {
     common::exit(run())
@@ -66,7 +84,7 @@ fn main() -> ExitCode {
 fn run() -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
-    let args = Args::parse();
+    let (args, given) = common::given::parse::<Args>();
     let task: Task = args.task.parse()?;
     let model = match &args.model {
         Some(model) => model.clone(),
@@ -78,6 +96,11 @@ fn run() -> Outcome {
         (None, _) => common::download::hub_splits(task)?,
     };
     let methods = args.method.names()?;
+    args.method.tell_unread(&given, &methods);
+    args.train.tell_unread(&given, &methods, args.output.is_some());
+    if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
+        given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
+    }
     let mut table = Vec::new();
     for name in &methods {
         let output =
@@ -127,7 +150,7 @@ fn tune(
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
     // The bundled model is small and starts from little: it wants a higher rate.
     let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 }, &start.method())?;
-    let log = out.map(Log::create).transpose()?;
+    let log = out.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
     let bar = common::progress(0, name);
     let metric = task.primary_metric();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
@@ -141,7 +164,7 @@ fn tune(
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
     // Others have no posterior to draw from.
-    let samples = if ["monteclora", "blob"].contains(&name) { samples } else { 0 };
+    let samples = if POSTERIORS.contains(&name) { samples } else { 0 };
     let mut metrics = json!({
         "task": task.name(), "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
@@ -163,6 +186,7 @@ fn tune(
     if let Some(dir) = out {
         files::write_json(&dir.join("metrics.json"), &metrics)?;
         classifier.save(model, dir)?;
+        draw_curves(dir)?;
     }
     Ok(metrics)
 }
@@ -180,25 +204,34 @@ fn evaluate(
     metric: &str,
     bar: &ProgressBar,
     step: usize,
-) -> monteclora::Result<Option<f64>> {
-    let mut score = None;
+) -> monteclora::Result<Scores> {
+    let mut scores = Scores::default();
     for split in dev {
         let predictions = Predictions::new(classifier, &split.rows, &split.batches, 0)?;
         let Evaluation { mean, .. } = predictions.evaluate()?;
         let value = mean.get(metric);
-        score = score.or(value);
+        scores.score = scores.score.or(value);
+        let named = [(metric, value), ("nll", mean.nll)].map(|(name, value)| Some((name, value?)));
+        let named = named.into_iter().flatten();
+        scores.values.extend(named.map(|(name, value)| (format!("{}/{name}", split.name), value)));
         let nll = mean.nll.map(|nll| format!(", nll {nll:.4}")).unwrap_or_default();
         let (name, value) = (bar.prefix(), value.unwrap_or(f64::NAN));
         say(bar, &format!("{name} step {step}: {} {metric} {value:.4}{nll}", split.name));
     }
-    Ok(score)
+    Ok(scores)
 }
 
 /// The runs side by side: the mean, and where there is a posterior, its average.
 fn print_table(runs: &[Value], metric: &str) {
-    println!(
+    tell!(
         "{:<24} {:>9} {:>8} {:>8} {:>10} {:>8} {:>9}",
-        "method", metric, "nll", "ece", "trainable", "seconds", "peak MB"
+        "method",
+        metric,
+        "nll",
+        "ece",
+        "trainable",
+        "seconds",
+        "peak MB"
     );
     let number = |value: &Value, digits: usize| match value.as_f64() {
         Some(value) => format!("{value:.digits$}"),
@@ -210,7 +243,7 @@ fn print_table(runs: &[Value], metric: &str) {
             if metrics.is_null() {
                 continue;
             }
-            println!(
+            tell!(
                 "{:<24} {:>9} {:>8} {:>8} {:>10} {:>8} {:>9}",
                 format!("{} ({part})", run["method"].as_str().unwrap_or_default()),
                 number(&metrics[metric], 4),

@@ -10,15 +10,19 @@
 //! this crate or of PEFT, `--task` measures the held-out rows by a benchmark, and `--epochs 0`
 //! measures without training.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+
 mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::options::{check_apart, Log, MethodOptions, TrainOptions};
+use common::log::{draw_curves, Log};
+use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
+use common::output::tell;
 use common::tasks::TaskOptions;
-use common::watch::{self, say, Watch};
+use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::adapter::Role;
@@ -38,7 +42,10 @@ use monteclora::util::files;
 use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
+/// Fine-tunes a LLaMA on text, instructions, GSM8K or code, and lets it speak before and after. Without arguments:
+/// LoRA and then MonteCLoRA with the bundled model on the bundled rows, in one table.
 #[derive(Parser, Clone)]
+#[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
     /// A model folder, or a hub repository. Default: the bundled stories260K.
     #[arg(long)]
@@ -58,52 +65,55 @@ struct Args {
     train: TrainOptions,
     #[command(flatten)]
     task: TaskOptions,
-    #[arg(long, default_value_t = 8)]
+    /// Rows of a micro-batch, and prompts that are continued together.
+    #[arg(long, default_value_t = 8, help_heading = "Training")]
     batch_size: usize,
-    #[arg(long, default_value_t = 256)]
+    /// The most tokens of a row, prompt and answer together; what is longer loses its end.
+    #[arg(long, default_value_t = 256, help_heading = "Model and data")]
     max_length: usize,
     /// Learn the prompts as well as the answers.
-    #[arg(long)]
+    #[arg(long, help_heading = "Training")]
     learn_prompt: bool,
     /// Put several rows into one sequence.
-    #[arg(long)]
+    #[arg(long, help_heading = "Training")]
     packing: bool,
     /// What is continued before and after. Default: the first held-out prompt.
-    #[arg(long)]
+    #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
-    /// Default: 64 for the sample, 256 for the task (512 for programs).
-    #[arg(long)]
+    /// The most tokens that are generated. Default: 64 for the sample, 256 for the task (512 for programs).
+    #[arg(long, help_heading = "Generation")]
     max_new_tokens: Option<usize>,
-    /// 0: greedy.
-    #[arg(long, default_value_t = 0.0)]
+    /// How freely tokens are chosen. 0: always the most probable.
+    #[arg(long, default_value_t = 0.0, help_heading = "Generation")]
     temperature: f64,
     /// Choose among the k most probable tokens only; wants a temperature.
-    #[arg(long)]
+    #[arg(long, help_heading = "Generation")]
     top_k: Option<usize>,
     /// Choose among the most probable tokens up to this share only; wants a temperature.
-    #[arg(long)]
+    #[arg(long, help_heading = "Generation")]
     top_p: Option<f64>,
     /// Posterior draws whose probabilities are averaged beside the mean, for the held-out loss and
-    /// the task.
-    #[arg(long, default_value_t = 4)]
+    /// the task, of monteclora and blob.
+    #[arg(long, default_value_t = 4, help_heading = "Evaluation")]
     posterior_samples: usize,
     /// Write A and B alone, for servers, rather than what PEFT trains on with.
-    #[arg(long, requires = "output")]
+    #[arg(long, requires = "output", help_heading = "Output")]
     serving: bool,
     /// With --serving: put rsLoRA's scale into B, for servers that know none (llama.cpp).
-    #[arg(long, requires = "serving")]
+    #[arg(long, requires = "serving", help_heading = "Output")]
     fold_rslora: bool,
     /// Also write the whole model with the adapter merged in, as `OUT/model`.
-    #[arg(long, requires = "output")]
+    #[arg(long, requires = "output", help_heading = "Output")]
     merged: bool,
     /// cpu, cuda or cuda:N.
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
     /// f32, bf16 or f16: the dtype of the frozen base.
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Folder for metrics.json, log.jsonl and adapter/ (under full, model/).
-    #[arg(long)]
+    /// Folder for metrics.json, log.jsonl and adapter/ (under full, model/). With several methods, a folder of each
+    /// in it.
+    #[arg(long, help_heading = "Output")]
     output: Option<PathBuf>,
 }
 
@@ -148,6 +158,14 @@ struct Setup {
     data: Data,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  llama --model DIR --data TRAIN.jsonl --held-out TEST.jsonl --format instruct --method monteclora --output OUT
+  llama --model DIR --data ROWS.jsonl --format gsm8k --adapter OUT/adapter --epochs 0 --task gsm8k
+  llama --model DIR --data ROWS.jsonl --format code --task humaneval --run-generated-programs --epochs 0
+
+Everything else is in docs/GUIDE.md.";
+
 fn main() -> ExitCode {
     common::exit(run())
 }
@@ -155,7 +173,7 @@ fn main() -> ExitCode {
 fn run() -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
-    let mut args = Args::parse();
+    let (mut args, given) = common::given::parse::<Args>();
     args.task.benchmark()?; // before an hour of training
     let model = match &args.model {
         Some(model) => model.clone(),
@@ -169,9 +187,15 @@ fn run() -> Outcome {
     let tokenizer = common::tokenizer(&files, config.decoder.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
-    println!("{} training rows, {} held out", data.train.len(), data.held_out.len());
+    tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
     let methods = args.method.names()?;
+    args.method.tell_unread(&given, &methods);
+    args.train.tell_unread(&given, &methods, args.output.is_some());
+    args.task.tell_unread(&given);
+    if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
+        given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
+    }
     let setup = Setup { args, model, files, config, encoder, data };
     let mut table = Vec::new();
     for name in &methods {
@@ -179,9 +203,14 @@ fn run() -> Outcome {
         let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
         table.push(setup.tune(name, output.as_deref())?);
     }
-    println!(
+    tell!(
         "\n{:<12} {:>10} {:>10} {:>10} {:>10} {:>8}",
-        "method", "before", "mean", "posterior", "trainable", "seconds"
+        "method",
+        "before",
+        "mean",
+        "posterior",
+        "trainable",
+        "seconds"
     );
     for row in &table {
         let number = |key: &str, digits: usize| match row[key].as_f64() {
@@ -191,7 +220,7 @@ fn run() -> Outcome {
         let (before, mean, posterior) =
             (number("loss_before", 4), number("loss_mean", 4), number("loss_posterior", 4));
         let (method, trainable) = (row["method"].as_str().unwrap_or_default(), &row["trainable_parameters"]);
-        println!(
+        tell!(
             "{method:<12} {before:>10} {mean:>10} {posterior:>10} {trainable:>10} {:>8}",
             number("seconds", 1)
         );
@@ -202,7 +231,7 @@ fn run() -> Outcome {
 /// Reads, encodes and splits the data.
 fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     let format: Format = args.format.parse()?;
-    println!("template: {}", format.template().replace('\n', "\\n"));
+    tell!("template: {}", format.template().replace('\n', "\\n"));
     let (mut rows, held_out) = match (&args.data, &args.held_out) {
         (Some(path), Some(held_out)) => (instruct::read(path, format)?, instruct::read(held_out, format)?),
         (Some(path), None) => {
@@ -225,9 +254,13 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     };
     let (train, encoded) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
     for (name, rows) in [("training", &train), ("held-out", &encoded)] {
+        if rows.rows.is_empty() && rows.dropped > 0 {
+            let lost = format!("leaves no room for an answer in any of the {} {name} rows", rows.dropped);
+            return Err(format!("--max-length {}: {lost}: give a larger one", args.max_length).into());
+        }
         if rows.cut + rows.dropped > 0 {
             let lost = format!("{} {name} rows lost their end, {} were left out", rows.cut, rows.dropped);
-            println!("--max-length {}: {lost}", args.max_length);
+            tell!("--max-length {}: {lost}", args.max_length);
         }
     }
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
@@ -265,8 +298,8 @@ impl Setup {
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
         let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
-        println!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
-        let log = out.map(Log::create).transpose()?;
+        tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
+        let log = out.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let adapter = start.method().adapter();
         let keep = || match (out, &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
@@ -277,7 +310,7 @@ impl Setup {
         let evaluate = |bar: &ProgressBar, step| {
             let loss = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
-            Ok(Some(-loss))
+            Ok(Scores { score: Some(-loss), values: vec![("held-out/loss".to_string(), loss)] })
         };
         let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
         let summary = match args.train.epochs {
@@ -301,7 +334,7 @@ impl Setup {
         if let Some(dir) = &whole {
             // It appears whole or not at all, and it may be somebody else's: never removed here.
             match (args.train.resume && files::has_entries(dir), summary.step_seconds_median) {
-                (true, None) => println!("{}: it is there already and stays as it is", dir.display()),
+                (true, None) => tell!("{}: it is there already and stays as it is", dir.display()),
                 (true, Some(_)) => {
                     let what = "it is of before the last steps: move it away and --resume once more";
                     return Err(format!("{}: {what}", dir.display()).into());
@@ -310,9 +343,9 @@ impl Setup {
             }
         }
         interrupt::check(summary.steps)?;
-        println!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
-        // Only MonteCLoRA has a posterior to draw from.
-        let draws = if ["monteclora", "blob"].contains(&name) { args.posterior_samples } else { 0 };
+        tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
+        // Others have no posterior to draw from.
+        let draws = if POSTERIORS.contains(&name) { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(Weights::Average(draws));
         let loss = |weights: Weights| held_out_loss(&model, &data.held_out, 16, &weights.passes());
         let metrics = json!({
@@ -325,11 +358,12 @@ impl Setup {
             "task_posterior": posterior.map(|weights| self.measure(&model, weights)).transpose()?,
             "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
         });
-        for weights in ["task_mean", "task_posterior"].iter().filter(|key| !metrics[**key].is_null()) {
-            println!("{name}, {weights}: {}", metrics[*weights]);
-        }
         if let Some(dir) = out {
             files::write_json(&dir.join("metrics.json"), &metrics)?;
+            draw_curves(dir)?;
+        }
+        for weights in ["task_mean", "task_posterior"].iter().filter(|key| !metrics[**key].is_null()) {
+            tell!("{name}, {weights}: {}", metrics[*weights]);
         }
         Ok(metrics)
     }

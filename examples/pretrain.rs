@@ -6,6 +6,8 @@
 //! Text files hold one sequence a line; of `.tsv` files (a header line, tabs) the first column is
 //! read, of `.jsonl` files the field `question`.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+
 mod common;
 
 use std::collections::BTreeMap;
@@ -15,6 +17,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
+use common::output::tell;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
@@ -38,45 +41,62 @@ const SPECIAL: [&str; 5] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"];
 const PAD: u32 = 1;
 const MASK: u32 = 4;
 
+/// Pre-trains a small RoBERTa by masked language modelling on plain text, from nothing: its byte-level BPE
+/// tokenizer, its weights, its model folder.
 #[derive(Parser)]
+#[command(name = "pretrain", version, after_help = EXAMPLES)]
 struct Args {
-    /// A file of text; repeat for more.
+    /// A file of text, a sequence a line (of .tsv the first column, of .jsonl the field `question`); repeat for
+    /// more.
     #[arg(long, required = true)]
     text: Vec<PathBuf>,
     /// The model folder to write.
     #[arg(long)]
     output: PathBuf,
-    #[arg(long, default_value_t = 8000)]
+    /// Pieces of the tokenizer, special ones included.
+    #[arg(long, default_value_t = 8000, help_heading = "Model")]
     vocab_size: usize,
-    #[arg(long, default_value_t = 192)]
+    /// The width of a hidden state.
+    #[arg(long, default_value_t = 192, help_heading = "Model")]
     hidden: usize,
-    #[arg(long, default_value_t = 4)]
+    /// Layers.
+    #[arg(long, default_value_t = 4, help_heading = "Model")]
     layers: usize,
-    #[arg(long, default_value_t = 4)]
+    /// Attention heads of a layer; they divide the width.
+    #[arg(long, default_value_t = 4, help_heading = "Model")]
     heads: usize,
-    #[arg(long, default_value_t = 768)]
+    /// The width inside a feed-forward block.
+    #[arg(long, default_value_t = 768, help_heading = "Model")]
     intermediate: usize,
     /// The longest sequence, in tokens.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, help_heading = "Model")]
     max_length: usize,
     /// 0: the random weights that training would start from.
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 4000, help_heading = "Training")]
     steps: usize,
     /// Steps between two evaluations on held-out text, each of which saves the model.
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = 500, help_heading = "Training")]
     save_every: usize,
     /// Tokens of one step, padding counted.
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, help_heading = "Training")]
     batch_tokens: usize,
-    #[arg(long, default_value_t = 1e-3)]
+    /// The highest learning rate, after a twentieth of the steps; it falls to zero in a straight line.
+    #[arg(long, default_value_t = 1e-3, help_heading = "Training")]
     lr: f64,
-    #[arg(long, default_value_t = 0.1)]
+    /// Dropout of hidden states and of attention.
+    #[arg(long, default_value_t = 0.1, help_heading = "Training")]
     dropout: f64,
-    #[arg(long, default_value_t = 1)]
+    /// The seed of weights, of the order of rows and of what is masked.
+    #[arg(long, default_value_t = 1, help_heading = "Training")]
     seed: u64,
+    /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
 }
+
+const EXAMPLES: &str = "\
+Example:
+  pretrain --text SENTENCES.txt --text sst2/train.tsv --steps 4000 --output DIR";
 
 fn main() -> ExitCode {
     common::exit(run())
@@ -84,7 +104,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome {
     common::tune_allocator();
-    let args = Args::parse();
+    let (args, _) = common::given::parse::<Args>();
     if args.save_every == 0 {
         return Err("--save-every must be at least 1".into());
     }
@@ -98,7 +118,7 @@ fn run() -> Outcome {
     for path in &args.text {
         let before = lines.len();
         read_lines(path, &mut lines)?;
-        println!("{}: {} sequences", path.display(), lines.len() - before);
+        tell!("{}: {} sequences", path.display(), lines.len() - before);
     }
     let tokenizer = train_tokenizer(&lines, args.vocab_size)?;
     std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output))?;
@@ -109,12 +129,12 @@ fn run() -> Outcome {
         return Err("--text: too little to train on and to hold out".into());
     }
     let tokens: usize = train.iter().map(Vec::len).sum();
-    println!("{} training sequences of {tokens} tokens, {} held out", train.len(), held_out.len());
+    tell!("{} training sequences of {tokens} tokens, {} held out", train.len(), held_out.len());
 
     let config = model_config(&args, tokenizer.get_vocab_size(true))?;
     let params = Params::new(noise, &device);
     let model = RobertaForMaskedLM::load(params.var_builder(None, Role::Base), &config, noise)?;
-    println!("{} parameters", params.trainable_count());
+    tell!("{} parameters", params.trainable_count());
     let masking = Masking {
         rate: 0.15,
         mask_id: MASK,
@@ -123,7 +143,7 @@ fn run() -> Outcome {
     };
     let data = Data { masking, noise, batch_tokens: args.batch_tokens, device: device.clone() };
     let before = data.evaluate(&model, &held_out)?;
-    println!("held-out masked-LM loss before: {before:.4}");
+    tell!("held-out masked-LM loss before: {before:.4}");
 
     let mut optimizer = AdamW::new(&params, AdamWConfig { beta2: 0.98, eps: 1e-6, ..Default::default() })?;
     let bar = common::progress(args.steps as u64, "pre-training");
@@ -171,7 +191,7 @@ fn run() -> Outcome {
         }
     }
     bar.finish();
-    println!("wrote {}", args.output.display());
+    tell!("wrote {}", args.output.display());
     Ok(())
 }
 

@@ -14,6 +14,8 @@
 //! `--train TRAIN.json --data DIR --tasks piqa,winogrande`: a language model, trained once a cell and measured
 //! on every task; `--tasks gsm8k` without a model: the bundled one and rows.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,8 +23,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use clap::Parser;
+use common::given::Given;
 use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use common::options::text_length;
+use common::output::{tell, tell_err};
+use common::tasks::BenchmarkOptions;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::split::{self, Draw};
@@ -33,10 +38,13 @@ use monteclora::noise::Noise;
 use monteclora::peft::AdapterFile;
 use monteclora::study::recipe::Recipe;
 use monteclora::study::{self, CellKey, Grid, PerTask, Plan, Progress, Shard, Trial};
-use monteclora::train;
+use monteclora::{train, Error};
 use serde_json::{json, Value};
 
+/// How much do results depend on hyperparameters? A grid of methods, learning rates, batch sizes and seeds, cell by
+/// cell, and its report. A run that is killed goes on where it stopped.
 #[derive(Parser)]
+#[command(name = "robustness", version, after_help = EXAMPLES)]
 struct Args {
     /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests. A folder
     /// that it was run into knows it: --report-only needs no file.
@@ -50,8 +58,6 @@ struct Args {
     /// folders of --data.
     #[arg(long, value_delimiter = ',', default_value = "sst2")]
     tasks: Vec<String>,
-    #[command(flatten)]
-    language: LanguageOptions,
     /// A folder with the tasks in the GLUE or SuperGLUE download layout; of a language model with a folder
     /// for each. Default: the hub's files.
     #[arg(long)]
@@ -66,13 +72,16 @@ struct Args {
     /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
     #[arg(long, value_delimiter = ',')]
     lrs: Option<Vec<f64>>,
+    /// Batch sizes. Default: the paper's.
     #[arg(long, value_delimiter = ',')]
     batch_sizes: Option<Vec<usize>>,
+    /// Seeds, each with rows of its own.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     seeds: Vec<u64>,
     /// Passes over the training rows: a number, or one for each of some tasks, or both, as in 20,mrpc=15.
     #[arg(long, default_value = "1")]
     epochs: PerTask<usize>,
+    /// The most tokens of a row.
     #[arg(long, default_value_t = 128)]
     max_length: usize,
     /// Train on so many rows: a number, or one for each of some tasks, or both, as in 1000,sst2=4000. Each
@@ -107,9 +116,44 @@ struct Args {
     /// The folder of the results and the report.
     #[arg(long, default_value = "target/robustness")]
     output: PathBuf,
+    #[command(flatten)]
+    language: LanguageOptions,
 }
 
 impl Args {
+    /// Says which of the options that were given change nothing.
+    fn tell_unread(&self, given: &Given) {
+        if self.report_only {
+            let run = [
+                "model",
+                "tasks",
+                "data",
+                "methods",
+                "lrs",
+                "batch_sizes",
+                "seeds",
+                "epochs",
+                "max_length",
+                "limit_train",
+                "limit_dev",
+                "foreign_task",
+                "draws",
+                "quick",
+                "shard",
+                "device",
+                "train",
+            ];
+            given.without_effect(&run, "with --report-only nothing is run");
+        } else if self.is_language() {
+            BenchmarkOptions::tell_unread(given, &self.language.kinds(&self.tasks));
+        } else if self.plan.is_none() {
+            let own =
+                ["train_format", "by_name", "max_new_tokens", "temperature", "dtype", "checkpoint_layers"];
+            given.without_effect(&own, "it is of a language model's study (--train)");
+            BenchmarkOptions::tell_unread(given, &[]);
+        }
+    }
+
     /// Whether the tasks are those of a language model.
     fn is_language(&self) -> bool {
         self.language.train.is_some() || (self.model.is_none() && self.tasks == [BUNDLED])
@@ -129,16 +173,22 @@ impl Args {
     }
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  robustness --quick
+  robustness --model DIR --data DIR --tasks mrpc,rte --methods lora,monteclora --seeds 1,2,3 --output OUT
+  robustness --plan FILE --model DIR --data DIR --output OUT
+  robustness --train TRAIN.json --data DIR --tasks piqa,winogrande --model DIR --output OUT
+  robustness --report-only --output OUT";
+
 fn main() -> std::process::ExitCode {
     common::exit(run())
 }
 
 fn run() -> Outcome {
     common::tune_allocator();
-    let mut args = Args::parse();
-    if args.quick {
-        args.epochs = "1".parse()?;
-    }
+    let (mut args, given) = common::given::parse::<Args>();
+    args.tell_unread(&given);
     if !args.report_only {
         let plan = args.plan.as_deref().map(Plan::read).transpose()?;
         if let Some((plan, _)) = &plan {
@@ -152,7 +202,8 @@ fn run() -> Outcome {
     study::write_report(&args.output, &args.output)?;
     #[cfg(feature = "plot")]
     study::plot::write_plots(&study::read_cells(&args.output)?, &args.output.join("plots"))?;
-    println!("{}", std::fs::read_to_string(args.output.join("report.md"))?);
+    let report = args.output.join("report.md");
+    tell!("{}", std::fs::read_to_string(&report).map_err(Error::io(&*report))?);
     Ok(())
 }
 
@@ -176,7 +227,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     let recipes = methods.into_iter().map(|text| text.parse::<Recipe>());
     let recipes: Vec<Recipe> = recipes.collect::<monteclora::Result<_>>()?;
     for recipe in &recipes {
-        recipe.notes().iter().for_each(|note| eprintln!("{}: {note}", recipe.text));
+        recipe.notes().iter().for_each(|note| tell_err!("{}: {note}", recipe.text));
     }
     let adapters = adapters(&recipes)?;
     if !adapters.is_empty() && args.tasks.len() > 1 && !args.is_language() {
@@ -350,7 +401,7 @@ fn say(progress: &Progress, next: Option<&CellKey>) {
     let left = progress.seconds_left.map(|s| format!(", about {:.0} min left", s / 60.0)).unwrap_or_default();
     let Progress { done, total, failed, .. } = progress;
     let next = next.map(|key| format!("; now {}", key.folder_name())).unwrap_or_default();
-    eprintln!("{done} of {total} cells done, {failed} failed{left}{next}");
+    tell_err!("{done} of {total} cells done, {failed} failed{left}{next}");
 }
 
 /// Reads and encodes tasks.

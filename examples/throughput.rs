@@ -8,6 +8,8 @@
 //! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
 //! after. Each method's peak memory comes from a process of its own.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+
 mod common;
 
 use std::path::PathBuf;
@@ -17,26 +19,29 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
+use common::output::tell;
 use common::Outcome;
 use monteclora::metrics::median;
 use monteclora::train::peak_rss_bytes;
 use monteclora::util::files;
+use monteclora::Error;
 use serde_json::{json, Value};
 
+/// The price of one training step, method by method, on random weights of a model's geometry. The methods
+/// alternate step by step; each one's peak memory comes from a process of its own.
 #[derive(Parser)]
-#[command(args_override_self = true)]
+#[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
     /// A `config.json` of the RoBERTa, BERT or LLaMA family.
     #[arg(long)]
     config: PathBuf,
-    #[command(flatten)]
-    geometry: Geometry,
     /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.
     #[arg(long, default_value = "lora,monteclora")]
     method: String,
     /// Counted steps of each method; two more warm up.
     #[arg(long, default_value_t = 12)]
     steps: usize,
+    /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// f32, bf16 or f16: the dtype of the frozen base.
@@ -48,7 +53,14 @@ struct Args {
     /// Where to write the table as JSON.
     #[arg(long)]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    geometry: Geometry,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  throughput --config CONFIG.json --batch 8 --length 128 --method lora,monteclora --steps 12
+  throughput --config examples/assets/tiny-roberta/config.json --method full,lora --no-memory";
 
 fn main() -> ExitCode {
     common::exit(run())
@@ -56,7 +68,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome {
     common::tune_allocator();
-    let args = Args::parse();
+    let (args, _) = common::given::parse::<Args>();
     if args.steps == 0 {
         return Err("--steps must be at least 1".into());
     }
@@ -98,10 +110,10 @@ fn run() -> Outcome {
         "gemm_seconds_median": gemm,
         "machine": machine(&device),
     });
-    println!("{}", serde_json::to_string_pretty(&table)?);
     if let Some(path) = &args.output {
         files::write_json(path, &table)?;
     }
+    tell!("{}", serde_json::to_string_pretty(&table)?);
     Ok(())
 }
 
@@ -140,7 +152,8 @@ fn alone(method: &str) -> Outcome<f64> {
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
     }
-    let table: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let table = std::fs::read(&path).map_err(Error::io(&*path))?;
+    let table: Value = serde_json::from_slice(&table)?;
     table["rows"][0]["peak_rss_mb"].as_f64().ok_or_else(|| "peak memory is unknown on this system".into())
 }
 

@@ -15,18 +15,22 @@ use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassificatio
 use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
-use monteclora::{MonteCLoRAConfig, Regularizer};
+use monteclora::{Error, MonteCLoRAConfig, Regularizer};
 use serde_json::Value;
 
 use super::Outcome;
 
-/// Sizes of a step.
+// Sizes of a step. No doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Geometry")]
 pub struct Geometry {
+    /// Rows of a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
+    /// Tokens of a row.
     #[arg(long, default_value_t = 128)]
     length: usize,
+    /// Rank of the update.
     #[arg(long, default_value_t = 8)]
     rank: usize,
     /// Layers to adapt: names separated by commas, `all-linear` or `default`.
@@ -131,7 +135,9 @@ impl Contender {
         if batch == 0 || length < 2 {
             return Err("--batch must be at least 1 and --length at least 2".into());
         }
-        let mut json: Value = serde_json::from_slice(&std::fs::read(config)?)?;
+        let text = std::fs::read(config).map_err(Error::io(config))?;
+        let json = serde_json::from_slice(&text).map_err(|e| format!("--config {}: {e}", config.display()));
+        let mut json: Value = json?;
         if let Some(layers) = geometry.num_layers {
             json["num_hidden_layers"] = layers.into();
         }

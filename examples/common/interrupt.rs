@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::output::tell_err;
 use super::Outcome;
 
 /// The signal that came, 0 before.
@@ -22,7 +23,7 @@ pub fn listen() -> Outcome {
                 // Without destructors, which another thread may still need.
                 signal_hook::low_level::exit(128 + number);
             }
-            eprintln!("stopping as soon as nothing is lost by it; once more to stop at once");
+            tell_err!("stopping as soon as nothing is lost by it; once more to stop at once");
         }
     });
     Ok(())

@@ -15,14 +15,17 @@ use monteclora::{train, Noise};
 use serde_json::{json, Value};
 
 use super::options::text_length;
+use super::output::tell;
 use super::tasks::BenchmarkOptions;
 use super::{asset, dtype, tokenizer, Outcome};
 
 /// The one task that is bundled.
 pub const BUNDLED: &str = "gsm8k";
 
-/// What a language model's study has beside one of classifiers.
+// What a language model's study has beside one of classifiers. No doc comment, which clap would take for the
+// program's description.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Language models")]
 pub struct LanguageOptions {
     /// Train a language model (a LLaMA) on the rows of this file, and measure it on --tasks, each of which is
     /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice.
@@ -34,12 +37,10 @@ pub struct LanguageOptions {
     /// Measure multiple choice also by the name that a generated text says first, as the paper's authors do.
     #[arg(long)]
     pub by_name: bool,
-    #[command(flatten)]
-    pub benchmark: BenchmarkOptions,
-    /// Default: 32 for the name of a choice, 256 for GSM8K, 512 for programs.
+    /// The most tokens that are generated. Default: 32 for the name of a choice, 256 for GSM8K, 512 for programs.
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
-    /// Of several completions of a program.
+    /// The temperature of several completions of a program.
     #[arg(long, default_value_t = 0.2)]
     pub temperature: f64,
     /// f32, bf16 or f16: the dtype of a language model's frozen base.
@@ -48,6 +49,8 @@ pub struct LanguageOptions {
     /// Keep each layer's input alone and compute the layer again in backward: less memory, more time.
     #[arg(long)]
     pub checkpoint_layers: bool,
+    #[command(flatten)]
+    pub benchmark: BenchmarkOptions,
 }
 
 /// What is common to a study's encoding of rows.
@@ -111,18 +114,22 @@ impl LanguageData {
         if encoded.cut + encoded.dropped > 0 {
             let lost =
                 format!("{} training rows lost their end, {} were left out", encoded.cut, encoded.dropped);
-            println!("--max-length {length}: {lost}");
+            tell!("--max-length {length}: {lost}");
         }
         let checksum = train::fingerprint(encoded.rows.iter().flat_map(Tokens::numbers));
         let texts = |row: &Prompted| format!("{}{}\u{0}", row.prompt, row.answer).into_bytes();
         let checksum_of = |rows: &[Prompted]| train::fingerprint(rows.iter().flat_map(texts).map(u32::from));
         let measured: Vec<_> =
             tasks.iter().map(|task| json!([task.name, task.rows.len(), checksum_of(&task.rows)])).collect();
-        let settings = json!({
+        let mut settings = json!({
             "train": path.file_name().map(|name| name.to_string_lossy()), "train_rows": checksum,
             "tasks": measured, "normalize": options.benchmark.normalize,
             "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "dtype": options.dtype,
         });
+        // Older studies know no other way.
+        if options.benchmark.extract_code {
+            settings["extract_code"] = json!(true);
+        }
         let (options, encoder) = (options.clone(), whole);
         let (train, limit_train) = (encoded.rows, limits.train);
         Ok(Self { settings, options, rows, train, limit_train, tasks, encoder })
@@ -163,6 +170,11 @@ impl LanguageOptions {
             Some(folder) if stem == "train" => folder.to_string_lossy().into_owned(),
             _ => stem,
         }
+    }
+
+    /// What the tasks of these names are measured by.
+    pub fn kinds(&self, names: &[String]) -> Vec<&'static str> {
+        names.iter().map(|name| kind(name)).collect()
     }
 
     /// The tasks of these names, with their rows.

@@ -5,9 +5,12 @@
 pub mod allocator;
 pub mod contender;
 pub mod download;
+pub mod given;
 pub mod interrupt;
 pub mod language;
+pub mod log;
 pub mod options;
+pub mod output;
 pub mod tasks;
 pub mod watch;
 
@@ -21,6 +24,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use monteclora::data::encode::check_vocabulary;
 use monteclora::data::tokenizer;
 use monteclora::models::hub::ModelFiles;
+use output::tell_err;
 use tokenizers::Tokenizer;
 
 /// An example's result.
@@ -32,11 +36,11 @@ pub fn exit(outcome: Outcome) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => match error.downcast_ref() {
             Some(monteclora::Error::Interrupted { .. }) => {
-                eprintln!("{error}");
+                tell_err!("{error}");
                 interrupt::exit_code()
             }
             _ => {
-                eprintln!("error: {error}");
+                tell_err!("error: {error}");
                 ExitCode::FAILURE
             }
         },
@@ -111,10 +115,7 @@ pub fn asset(name: &str) -> Outcome<String> {
 
 /// The tokenizer of a model with a vocabulary of this size.
 pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
-    let folder = files.config_path().parent().unwrap_or(Path::new("."));
-    let path =
-        files.tokenizer_path().ok_or_else(|| format!("{}: there is no tokenizer.json", folder.display()))?;
-    let tokenizer = tokenizer::read(path)?;
+    let tokenizer = tokenizer::of_model(files)?;
     check_vocabulary(&tokenizer, vocab_size)?;
     Ok(tokenizer)
 }

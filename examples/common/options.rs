@@ -1,7 +1,5 @@
 //! Command-line options that the fine-tuning examples share.
 
-use std::fs::File;
-use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
@@ -11,15 +9,15 @@ use monteclora::peft::AdapterFile;
 use monteclora::train::{
     fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
-use monteclora::util::files;
-use monteclora::{Error, MonteCLoRAConfig, Prior};
-use serde::Serialize;
-use serde_json::{json, Value};
+use monteclora::{MonteCLoRAConfig, Prior};
 
+use super::given::Given;
+use super::output::{tell, tell_err};
 use super::Outcome;
 
-/// What is trained, and where.
+// What is trained, and where. No doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Method")]
 pub struct MethodOptions {
     /// monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora, blob, ia3, bottleneck,
     /// prompt or full. Default: lora, then monteclora.
@@ -35,8 +33,10 @@ pub struct MethodOptions {
     /// Only the layers of the stack with these indices, separated by commas.
     #[arg(long, value_delimiter = ',')]
     pub layers: Option<Vec<usize>>,
+    /// Rank r of the update; the width of a bottleneck.
     #[arg(long, default_value_t = 8)]
     pub rank: usize,
+    /// The update's scale is alpha / rank.
     #[arg(long, default_value_t = 16.0)]
     pub alpha: f64,
     /// Scale by alpha / sqrt(rank) rather than alpha / rank.
@@ -69,6 +69,53 @@ pub struct MethodOptions {
     pub post_hoc: bool,
 }
 
+/// Methods with a pair B A.
+const LOW_RANK: &[&str] =
+    &["lora", "map", "lora-fa", "dora", "adalora", "blob", "monteclora", "monteclora-released"];
+/// Methods on layers.
+const LAYERS: &[&str] = &[
+    "lora",
+    "map",
+    "lora-fa",
+    "dora",
+    "adalora",
+    "blob",
+    "ia3",
+    "bottleneck",
+    "monteclora",
+    "monteclora-released",
+];
+/// Which methods read an option.
+const READ_BY: &[(&str, &[&str])] = &[
+    ("targets", LAYERS),
+    ("exclude", LAYERS),
+    ("layers", LAYERS),
+    (
+        "rank",
+        &[
+            "lora",
+            "map",
+            "lora-fa",
+            "dora",
+            "adalora",
+            "blob",
+            "bottleneck",
+            "monteclora",
+            "monteclora-released",
+        ],
+    ),
+    ("alpha", LOW_RANK),
+    ("rslora", &["lora", "map", "lora-fa", "dora", "monteclora", "monteclora-released"]),
+    ("adapter_dropout", LOW_RANK),
+    ("virtual_tokens", &["prompt"]),
+    ("preset", &["monteclora"]),
+    ("num_components", &["monteclora", "monteclora-released"]),
+    ("sample_scaler", &["monteclora", "monteclora-released"]),
+    ("kl_weight", &["monteclora", "monteclora-released"]),
+];
+/// Methods whose draws a prediction can average.
+pub const POSTERIORS: [&str; 2] = ["monteclora", "blob"];
+
 impl MethodOptions {
     /// The names of the methods to run, one after the other.
     pub fn names(&self) -> Outcome<Vec<String>> {
@@ -99,8 +146,24 @@ impl MethodOptions {
             Some(dir) => MethodInit::Adapter(Box::new(AdapterFile::read(dir)?)),
             None => MethodInit::Fresh(self.method(name)?, self.targets()?),
         };
-        start.notes().iter().for_each(|note| eprintln!("{name}: {note}"));
+        start.notes().iter().for_each(|note| tell_err!("{name}: {note}"));
         Ok(start)
+    }
+
+    /// Says which of the options that were given none of the methods of these names reads.
+    pub fn tell_unread(&self, given: &Given, names: &[String]) {
+        let of_file = self.adapter.as_ref().map(|dir| format!("it is that of --adapter {}", dir.display()));
+        for (option, methods) in READ_BY {
+            // Post hoc the posterior's own constants are new, and nothing else.
+            let posterior = ["preset", "num_components", "sample_scaler", "kl_weight"].contains(option);
+            match &of_file {
+                Some(why) if !(self.post_hoc && posterior) => given.without_effect(&[option], why),
+                _ if !names.iter().any(|name| methods.contains(&name.as_str())) => {
+                    given.without_effect(&[option], &format!("it is read by {}", methods.join(", ")));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// What `--max-length` leaves of a model of `longest` positions.
@@ -198,18 +261,22 @@ pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> 
         return max_length;
     }
     let beside = format!("beside {virtual_tokens} virtual tokens of the model's {longest}");
-    println!("--max-length {max_length}: {room}, {beside}");
+    tell!("--max-length {max_length}: {room}, {beside}");
     room
 }
 
-/// How it is trained.
+// How it is trained.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Training")]
 pub struct TrainOptions {
+    /// Passes over the training rows.
     #[arg(long, default_value_t = 3)]
     pub epochs: usize,
     /// Micro-batches of one step.
     #[arg(long, default_value_t = 1)]
     pub accumulation: usize,
+    /// The highest learning rate. Default: 3e-4; on the bundled models, which start from little, 2e-3 (glue) and
+    /// 5e-3 (llama).
     #[arg(long)]
     pub lr: Option<f64>,
     /// The learning rate of B as a multiple of that of A (LoRA+). Default: 4 under a prior on the head, else 1.
@@ -224,10 +291,13 @@ pub struct TrainOptions {
     /// The learning rate of the posterior's own parameters as a multiple of that of A.
     #[arg(long, default_value_t = 1.0)]
     pub variational_lr_ratio: f64,
+    /// The course of the learning rate after its warm-up: constant, linear (to zero) or cosine (to zero).
     #[arg(long, default_value = "linear")]
     pub schedule: String,
+    /// The share of all steps in which the learning rate rises from zero.
     #[arg(long, default_value_t = 0.06)]
     pub warmup_ratio: f64,
+    /// Decoupled weight decay of AdamW.
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 for no clipping.
@@ -236,6 +306,7 @@ pub struct TrainOptions {
     /// Batch rows of similar lengths together.
     #[arg(long)]
     pub length_grouped: bool,
+    /// The seed of new weights, of the order of rows, of dropout and of draws: the same gives the same run.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Train on the first rows only.
@@ -254,21 +325,44 @@ pub struct TrainOptions {
     /// What is done with a step whose loss or gradient is not finite: stop, or skip it.
     #[arg(long, default_value = "stop")]
     pub on_nonfinite: String,
+    /// Also write event files for TensorBoard, into OUT/tensorboard.
+    #[arg(long, requires = "output", help_heading = "Checkpoints and logs")]
+    pub tensorboard: bool,
     /// With --output: steps between checkpoints. Default: one at each evaluation.
-    #[arg(long)]
+    #[arg(long, help_heading = "Checkpoints and logs")]
     pub checkpoint_every: Option<usize>,
     /// The newest checkpoints that stay.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, help_heading = "Checkpoints and logs")]
     pub keep: usize,
     /// Go on from the checkpoints below --output, where there are any.
-    #[arg(long, requires = "output")]
+    #[arg(long, requires = "output", help_heading = "Checkpoints and logs")]
     pub resume: bool,
     /// Settings, separated by commas, that may differ from those of the checkpoint.
-    #[arg(long, value_delimiter = ',', requires = "resume")]
+    #[arg(long, value_delimiter = ',', requires = "resume", help_heading = "Checkpoints and logs")]
     pub allow_change: Vec<String>,
 }
 
 impl TrainOptions {
+    /// Says which of the options that were given change nothing in a run of the methods of these names.
+    pub fn tell_unread(&self, given: &Given, names: &[String], output: bool) {
+        let read = |methods: &[&str]| names.iter().any(|name| methods.contains(&name.as_str()));
+        if self.ivon {
+            given.without_effect(&["weight_decay", "clip"], "it is AdamW's, and --ivon has its own");
+        }
+        if !(read(LOW_RANK) || read(&["bottleneck"])) {
+            given.without_effect(&["loraplus_ratio"], "the method has no B");
+        }
+        if !read(&["monteclora", "monteclora-released"]) {
+            given.without_effect(
+                &["variational_lr_ratio"],
+                "only monteclora's posterior has a rate of its own",
+            );
+        }
+        if !output {
+            given.without_effect(&["checkpoint_every", "keep"], "without --output there are no checkpoints");
+        }
+    }
+
     /// The constants of a run of `method`.
     pub fn config(&self, default_lr: f64, method: &Method) -> Outcome<TrainConfig> {
         if self.clip.is_nan() || self.clip < 0.0 {
@@ -317,57 +411,5 @@ impl TrainOptions {
     /// The first rows, as many as are to be trained on.
     pub fn limit<'a, T>(&self, rows: &'a [T]) -> &'a [T] {
         &rows[..self.limit_train.unwrap_or(usize::MAX).min(rows.len())]
-    }
-}
-
-/// `log.jsonl` of a run: one line a step.
-pub struct Log {
-    path: PathBuf,
-    file: Option<File>,
-}
-
-impl Log {
-    /// The log in the folder `dir`, which is made where it is missing.
-    pub fn create(dir: &Path) -> Outcome<Self> {
-        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        Ok(Self { path: dir.join("log.jsonl"), file: None })
-    }
-
-    /// Removes what a run before this one, killed, left half-written in the log's folder.
-    pub fn sweep(&self) -> monteclora::Result<()> {
-        let out = self.path.parent().unwrap_or(Path::new("."));
-        [out, &out.join("adapter"), &out.join("model")].into_iter().try_for_each(files::remove_stale)
-    }
-
-    /// Keeps the lines of the first `done` steps and opens the file for those after them.
-    pub fn start(&mut self, done: usize) -> monteclora::Result<()> {
-        let log = match std::fs::read(&self.path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-            log => log.map_err(Error::io(&*self.path))?,
-        };
-        // A line that a kill cut, or a disk damaged, is the one that is lost.
-        let step = |line: &[u8]| serde_json::from_slice::<Value>(line).ok()?["step"].as_u64();
-        let lines = log.split(|byte| *byte == b'\n');
-        let kept = lines.filter(|line| step(line).is_some_and(|step| step <= done as u64));
-        let kept: Vec<u8> = kept.flat_map(|line| [line, b"\n"]).flatten().copied().collect();
-        files::write(&self.path, &kept)?;
-        let file = File::options().append(true).open(&self.path);
-        self.file = Some(file.map_err(Error::io(&*self.path))?);
-        Ok(())
-    }
-
-    pub fn write(&mut self, record: &impl Serialize) -> monteclora::Result<()> {
-        let line = serde_json::to_string(record).map_err(std::io::Error::from);
-        // Each line at once: a run that is killed leaves its log.
-        let written = line.and_then(|line| match &mut self.file {
-            Some(file) => file.write_all(format!("{line}\n").as_bytes()),
-            None => Ok(()),
-        });
-        written.map_err(Error::io(&*self.path))
-    }
-
-    /// The line of a step that was left out.
-    pub fn skipped(&mut self, step: usize, why: &Error) -> monteclora::Result<()> {
-        self.write(&json!({ "step": step, "skipped": why.to_string() }))
     }
 }

@@ -2,13 +2,16 @@
 
 use monteclora::data::instruct::Prompted;
 use monteclora::eval::sandbox::{Limits, Sandbox};
-use monteclora::eval::{Benchmark, Generator, Normalize};
+use monteclora::eval::{Benchmark, CodeAnswer, Generator, Normalize};
 use serde_json::{json, Value};
 
+use super::given::Given;
 use super::Outcome;
 
-/// What the held-out rows are measured by beside their loss.
+// What the held-out rows are measured by beside their loss. No doc comment, which clap would take for the
+// program's description.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Evaluation")]
 pub struct TaskOptions {
     /// choice (by likelihood), choice-by-name (by generation), gsm8k or humaneval.
     #[arg(long)]
@@ -20,8 +23,9 @@ pub struct TaskOptions {
     pub benchmark: BenchmarkOptions,
 }
 
-/// How benchmarks measure.
+// How benchmarks measure.
 #[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Evaluation")]
 pub struct BenchmarkOptions {
     /// What the likelihood of a choice is divided by: nothing, tokens, characters (`acc_norm` of the LM
     /// evaluation harness) or bytes.
@@ -37,12 +41,25 @@ pub struct BenchmarkOptions {
     /// all where limits cannot be set.
     #[arg(long)]
     pub run_generated_programs: bool,
+    /// Take the program out of a text that puts it in a fence of Markdown or says the function's header once more,
+    /// as instruction-tuned models do. By default the text continues the prompt, as for the LM evaluation harness.
+    #[arg(long)]
+    pub extract_code: bool,
     /// The interpreter of those programs.
     #[arg(long, default_value = "python3")]
     pub python: String,
 }
 
 impl TaskOptions {
+    /// Says which of the options that were given the task does not read.
+    pub fn tell_unread(&self, given: &Given) {
+        let task = self.task.as_deref();
+        if task.is_none() {
+            given.without_effect(&["limit_task"], "there is no --task");
+        }
+        BenchmarkOptions::tell_unread(given, &[task.unwrap_or_default()]);
+    }
+
     /// The benchmark, if one is asked for.
     pub fn benchmark(&self) -> Outcome<Option<Benchmark>> {
         self.task.as_deref().map(|task| self.benchmark.named(task)).transpose()
@@ -76,6 +93,17 @@ impl TaskOptions {
 }
 
 impl BenchmarkOptions {
+    /// Says which of the options that were given none of these tasks reads.
+    pub fn tell_unread(given: &Given, tasks: &[&str]) {
+        if !tasks.contains(&"choice") {
+            given.without_effect(&["normalize"], "it is of the task choice");
+        }
+        if !tasks.contains(&"humaneval") {
+            let own = ["pass_at", "samples", "run_generated_programs", "python", "extract_code"];
+            given.without_effect(&own, "it is of the task humaneval");
+        }
+    }
+
     /// The benchmark of this name.
     pub fn named(&self, task: &str) -> Outcome<Benchmark> {
         Ok(match task {
@@ -94,6 +122,7 @@ impl BenchmarkOptions {
             "humaneval" if self.run_generated_programs => Benchmark::Code {
                 samples: self.samples.or(self.pass_at.iter().max().copied()).unwrap_or(1),
                 ks: self.pass_at.clone(),
+                answer: if self.extract_code { CodeAnswer::Extracted } else { CodeAnswer::Continuation },
                 sandbox: Sandbox::new(&self.python, Limits::default())?,
             },
             "humaneval" => {

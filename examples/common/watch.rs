@@ -5,7 +5,17 @@ use monteclora::train::{self, Checkpoints, Objective, Observer, Record, Summary,
 use monteclora::{Error, Params, Result};
 
 use super::interrupt;
-use super::options::Log;
+use super::log::Log;
+use super::output::tell_err;
+
+/// What an evaluation finds.
+#[derive(Default)]
+pub struct Scores {
+    /// What the best parameters are chosen by: higher is better.
+    pub score: Option<f64>,
+    /// What is logged, by its name, such as `dev/accuracy`.
+    pub values: Vec<(String, f64)>,
+}
 
 /// The progress bar and the log of a run; what it evaluates and keeps is the example's own.
 pub struct Watch<'a> {
@@ -13,8 +23,8 @@ pub struct Watch<'a> {
     pub bar: ProgressBar,
     /// The log, where the run has an output folder.
     pub log: Option<Log>,
-    /// The score of the present parameters.
-    pub evaluate: &'a dyn Fn(&ProgressBar, usize) -> Result<Option<f64>>,
+    /// What the present parameters score.
+    pub evaluate: &'a dyn Fn(&ProgressBar, usize) -> Result<Scores>,
     /// Writes the present parameters.
     pub keep: &'a dyn Fn() -> Result<()>,
 }
@@ -56,7 +66,9 @@ impl Observer for Watch<'_> {
     }
 
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
-        (self.evaluate)(&self.bar, step)
+        let Scores { score, values } = (self.evaluate)(&self.bar, step)?;
+        self.log(|log| log.evaluated(step, &values))?;
+        Ok(score)
     }
 
     fn kept(&mut self, _step: usize) -> Result<()> {
@@ -86,7 +98,7 @@ pub fn fit(
 /// the log of a long run in the background would stay empty.
 pub fn say(bar: &ProgressBar, line: &str) {
     if bar.is_hidden() {
-        eprintln!("{line}")
+        tell_err!("{line}")
     } else {
         bar.println(line)
     }

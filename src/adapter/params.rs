@@ -348,12 +348,11 @@ impl SimpleBackend for Trainable {
             }
             return Ok(param.var.as_tensor().clone());
         }
-        if let Some(source) = self.source.as_ref().filter(|source| source.contains_tensor(name)) {
+        // A head may start anew; a weight of the model itself may not, and the source says what it lacks.
+        let given = |source: &&VarBuilder| self.role == Role::Base || source.contains_tensor(name);
+        if let Some(source) = self.source.as_ref().filter(given) {
             let values = source.get_with_hints_dtype(shape, name, hint, self.params.dtype)?;
             return Ok(self.params.insert(name, self.role, &values)?);
-        }
-        if self.source.is_some() && self.role == Role::Base {
-            return Err(Error::tensor(name, "cannot find tensor in the checkpoint").into());
         }
         let init = match hint {
             candle_nn::Init::Const(value) => Init::Constant(value),

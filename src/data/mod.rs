@@ -1,6 +1,7 @@
 //! Task data: reading, encoding, batching.
 
 pub mod batch;
+mod byte_bpe;
 pub mod causal;
 pub mod encode;
 mod folder;

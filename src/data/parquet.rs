@@ -6,6 +6,7 @@ mod guard;
 mod thrift;
 
 use std::fs::File;
+use std::io::Read;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,7 @@ use super::lines::excerpt;
 use super::superglue::wic_text;
 use super::task::{non_empty, Example, Label, Splits, Task};
 use crate::error::{Error, Result};
+use crate::util::pointer;
 
 /// The columns of a task's texts in the hub's data sets. WiC has its word before the two sentences.
 const fn text_columns(task: Task) -> &'static [&'static str] {
@@ -39,7 +41,10 @@ const fn text_columns(task: Task) -> &'static [&'static str] {
 /// The file cannot be opened, is not parquet, lacks a column (the error names those present), or a row
 /// has no usable label (as the unlabelled test sets: -1) or text; rows are counted from 1.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
-    let file = File::open(path).map_err(Error::io(path))?;
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut beginning = Vec::new();
+    file.by_ref().take(256).read_to_end(&mut beginning).map_err(Error::io(path))?;
+    pointer::refuse(&beginning, path)?;
     // The decoder is written for files that are sound: should a damaged one make it panic, that is an
     // error of the file.
     catch_unwind(AssertUnwindSafe(|| read_file(task, file, path)))

@@ -8,7 +8,9 @@ use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
+use super::byte_bpe;
 use crate::error::{Error, Result};
+use crate::models::hub::ModelFiles;
 use crate::util::json;
 
 /// The longest piece of a vocabulary. The crate's Unigram model keeps a node for each byte, one inside
@@ -22,6 +24,42 @@ const MOST_OF_A_PIECE: usize = 1024;
 /// If the file cannot be read, or is no tokenizer's; the error names it.
 pub fn read(path: &Path) -> Result<Tokenizer> {
     parse(&std::fs::read(path).map_err(Error::io(path))?, path)
+}
+
+/// The tokenizer of a model: its `tokenizer.json` or, where there is none, the byte-level BPE of `vocab.json` and
+/// `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa.
+///
+/// # Errors
+/// If there is no tokenizer, or one that only other libraries read (the error says how to convert it), or its
+/// files are malformed.
+pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
+    if let Some(path) = files.tokenizer_path() {
+        return read(path);
+    }
+    let folder = files.config_path().parent().unwrap_or(Path::new("."));
+    match (files.file("vocab.json")?, files.file("merges.txt")?) {
+        (Some(vocab), Some(merges)) => {
+            let json = byte_bpe::tokenizer_json(files, &vocab, &merges)?;
+            return parse(json.to_string().as_bytes(), &vocab);
+        }
+        (None, None) => (),
+        (vocab, _) => {
+            let (there, lacking) =
+                if vocab.is_some() { ("vocab.json", "merges.txt") } else { ("merges.txt", "vocab.json") };
+            let reason = format!("there is no tokenizer.json, and beside {there} no {lacking}");
+            return Err(Error::format(folder, reason));
+        }
+    }
+    for other in ["tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"] {
+        if files.file(other)?.is_some() {
+            let reason = format!(
+                "there is no tokenizer.json, and {other} is not read here: convert it once, in Python, by \
+                 transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            );
+            return Err(Error::format(folder, reason));
+        }
+    }
+    Err(Error::format(folder, "there is no tokenizer.json"))
 }
 
 /// The tokenizer of the bytes of the file `path`.
@@ -146,5 +184,79 @@ mod tests {
         );
         assert!(refusal(json!([["<unk>", 0.0], ["a".repeat(MOST_OF_A_PIECE), -1.0]])).is_ok());
         assert!(refusal(json!({ long: 1 })).is_err());
+    }
+
+    /// A RoBERTa's folder with `tokenizer.json` of the bundled model taken apart, and that one itself.
+    fn taken_apart() -> Option<(tempfile::TempDir, Tokenizer)> {
+        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/tiny-roberta");
+        let path = assets.join("tokenizer.json");
+        if !path.exists() {
+            crate::testing::skipped("the bundled model is not in the package");
+            return None;
+        }
+        let text: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| std::fs::write(dir.path().join(name), text).unwrap();
+        let pairs = text["model"]["merges"].as_array().unwrap().iter();
+        let pair = |pair: &serde_json::Value| match pair.as_str() {
+            Some(pair) => pair.to_string(),
+            None => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        };
+        write("merges.txt", format!("#version: 0.2\n{}\n", pairs.map(pair).collect::<Vec<_>>().join("\n")));
+        write("vocab.json", text["model"]["vocab"].to_string());
+        write("config.json", json!({"model_type": "roberta"}).to_string());
+        write("tokenizer_config.json", json!({"add_prefix_space": true}).to_string());
+        std::fs::copy(assets.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        Some((dir, read(&path).unwrap()))
+    }
+
+    fn of(dir: &tempfile::TempDir) -> Result<Tokenizer> {
+        of_model(&ModelFiles::locate(dir.path().to_str().unwrap(), None)?)
+    }
+
+    #[test]
+    fn a_tokenizer_of_two_files_gives_the_ids_of_the_one_that_holds_both() -> Result<()> {
+        let Some((dir, whole)) = taken_apart() else { return Ok(()) };
+        let parts = of(&dir)?;
+        let ids = |tokenizer: &Tokenizer, first: &str, second: Option<&str>| match second {
+            Some(second) => tokenizer.encode((first, second), true).unwrap().get_ids().to_vec(),
+            None => tokenizer.encode(first, true).unwrap().get_ids().to_vec(),
+        };
+        let texts = ["a gorgeous , witty film", "d\u{e9}j\u{e0} vu <mask> !", "", "Two  blanks\tand 1,234"];
+        for text in texts {
+            assert_eq!(ids(&parts, text, None), ids(&whole, text, None), "{text}");
+            assert_eq!(ids(&parts, text, Some("so it is")), ids(&whole, text, Some("so it is")), "{text}");
+            let ids = ids(&whole, text, None);
+            assert_eq!(parts.decode(&ids, true).unwrap(), whole.decode(&ids, true).unwrap());
+        }
+        // Another model's text has nothing around it, unless its settings say so.
+        std::fs::write(dir.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+        let plain = ids(&of(&dir)?, "witty", None);
+        assert_eq!([&[0], plain.as_slice(), &[2]].concat(), ids(&whole, "witty", None));
+        let settings =
+            json!({"add_prefix_space": true, "add_bos_token": true, "bos_token": {"content": "<s>"}});
+        std::fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+        assert_eq!(ids(&of(&dir)?, "witty", None), [&[0], plain.as_slice()].concat());
+        Ok(())
+    }
+
+    #[test]
+    fn a_tokenizer_that_is_not_read_is_told_with_what_to_do() {
+        let Some((dir, _)) = taken_apart() else { return };
+        let message = || of(&dir).unwrap_err().to_string();
+        std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nabc\n").unwrap();
+        assert!(message().contains("merges.txt, line 3: expected two pieces"), "{}", message());
+        std::fs::write(dir.path().join("merges.txt"), "nosuch piece\n").unwrap();
+        assert!(message().contains("vocab.json"), "{}", message());
+        std::fs::write(dir.path().join("merges.txt"), "version https://git-lfs.github.com/spec/v1\n")
+            .unwrap();
+        assert!(message().contains("merges.txt: it is a Git LFS pointer"), "{}", message());
+        std::fs::remove_file(dir.path().join("merges.txt")).unwrap();
+        assert!(message().contains("beside vocab.json no merges.txt"), "{}", message());
+        std::fs::remove_file(dir.path().join("vocab.json")).unwrap();
+        std::fs::write(dir.path().join("tokenizer.model"), "").unwrap();
+        assert!(message().contains("tokenizer.model is not read here: convert it once"), "{}", message());
+        std::fs::remove_file(dir.path().join("tokenizer.model")).unwrap();
+        assert!(message().ends_with(": there is no tokenizer.json"), "{}", message());
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::choice::{self, chosen_by_name, score_choices, Normalize};
+use super::extract::CodeAnswer;
 use super::generated::Generator;
 use super::sandbox::Sandbox;
 use super::{code, gsm8k};
@@ -29,6 +30,8 @@ pub enum Benchmark {
         samples: usize,
         /// The k's.
         ks: Vec<usize>,
+        /// What of a generated text is the program.
+        answer: CodeAnswer,
         /// Where they run.
         sandbox: Sandbox,
     },
@@ -70,15 +73,17 @@ impl Benchmark {
                     .map(|(name, value)| (name.to_string(), value))
                     .into()
             }
-            Self::Code { samples, ks, sandbox } => {
-                let mut completions = vec![Vec::with_capacity(*samples); rows.len()];
+            Self::Code { samples, ks, answer, sandbox } => {
+                let mut programs = vec![Vec::with_capacity(*samples); rows.len()];
                 for sample in 0..*samples {
                     let first_row = generator.config.first_row.wrapping_add((sample * rows.len()) as u64);
                     let config = GenerateConfig { first_row, ..generator.config.clone() };
-                    let texts = Generator { config, ..*generator }.texts(&prompts, &code::STOP)?;
-                    completions.iter_mut().zip(texts).for_each(|(group, text)| group.push(text));
+                    let texts = Generator { config, ..*generator }.texts(&prompts, answer.stop())?;
+                    for (i, ((group, text), row)) in programs.iter_mut().zip(texts).zip(rows).enumerate() {
+                        group.push(answer.program(&row.prompt, &text, &row.tests(i)?.entry_point));
+                    }
                 }
-                let rates = code::pass_rates(rows, &completions, ks, sandbox)?;
+                let rates = code::program_pass_rates(rows, &programs, ks, sandbox)?;
                 ks.iter().zip(rates).map(|(k, rate)| (format!("pass@{k}"), rate)).collect()
             }
         };

@@ -125,15 +125,22 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
 
 /// What to say of the first answer that does not fit.
 fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> Result<Error> {
-    let mut at = 0;
+    let (encoder, mut rest) = (encoder.without_eos(), candidates);
     for (question, count) in counts.iter().enumerate() {
-        let own = &candidates[at..at + count];
-        at += count;
-        let encoded = encoder.without_eos().encode(own)?;
-        if encoded.cut > 0 || encoded.rows.len() != own.len() {
-            let reason =
-                format!("row {}: its prompt with an answer is longer, or says nothing", question + 1);
-            return Ok(Error::config("max_length", reason));
+        let (own, others) = rest.split_at(*count);
+        rest = others;
+        for (candidate, answer) in own.iter().zip(1..) {
+            let (row, length, most) = (question + 1, encoder.length(candidate)?, encoder.max_length());
+            if length > most {
+                let reason = format!(
+                    "row {row} has {length} tokens with its answer {answer}, expected at most {most}: give a \
+                     larger one, or leave the row out"
+                );
+                return Ok(Error::config("max_length", reason));
+            }
+            if encoder.encode(std::slice::from_ref(candidate))?.rows.is_empty() {
+                return Ok(Error::config("data", format!("row {row}: its answer {answer} has no token")));
+            }
         }
     }
     Ok(Error::config("max_length", "an answer does not fit"))

@@ -42,24 +42,47 @@ pub fn pass_rates(
     ks: &[usize],
     sandbox: &Sandbox,
 ) -> Result<Vec<f64>> {
-    if rows.is_empty() || rows.len() != completions.len() {
-        let reason = format!("{} rows, {} groups of completions", rows.len(), completions.len());
+    let whole = |(row, group): (&Prompted, &Vec<String>)| {
+        group.iter().map(|completion| format!("{}{completion}", row.prompt)).collect()
+    };
+    check_groups(rows, completions)?;
+    let programs: Vec<Vec<String>> = rows.iter().zip(completions).map(whole).collect();
+    program_pass_rates(rows, &programs, ks, sandbox)
+}
+
+fn check_groups(rows: &[Prompted], groups: &[Vec<String>]) -> Result<()> {
+    if rows.is_empty() || rows.len() != groups.len() {
+        let reason = format!("{} rows, {} groups of completions", rows.len(), groups.len());
         return Err(Error::config("completions", reason));
     }
+    Ok(())
+}
+
+/// [`pass_rates`] of whole programs, their prompts in them, without their tests.
+///
+/// # Errors
+/// As [`pass_rates`].
+pub fn program_pass_rates(
+    rows: &[Prompted],
+    programs: &[Vec<String>],
+    ks: &[usize],
+    sandbox: &Sandbox,
+) -> Result<Vec<f64>> {
+    check_groups(rows, programs)?;
     // Before anything is run.
-    for (completions, k) in completions.iter().flat_map(|group| ks.iter().map(move |k| (group, k))) {
-        pass_at_k(completions.len(), 0, *k)?;
+    for (programs, k) in programs.iter().flat_map(|group| ks.iter().map(move |k| (group, k))) {
+        pass_at_k(programs.len(), 0, *k)?;
     }
     let mut sums = vec![0.0; ks.len()];
-    for (i, (row, completions)) in rows.iter().zip(completions).enumerate() {
+    for (i, (row, programs)) in rows.iter().zip(programs).enumerate() {
         let tests = row.tests(i)?;
         let mut correct = 0;
-        for completion in completions {
-            let outcome = sandbox.run(&program(&row.prompt, completion, tests))?;
+        for source in programs {
+            let outcome = sandbox.run(&program("", source, tests))?;
             correct += usize::from(outcome == Outcome::Passed);
         }
         for (sum, k) in sums.iter_mut().zip(ks) {
-            *sum += pass_at_k(completions.len(), correct, *k)?;
+            *sum += pass_at_k(programs.len(), correct, *k)?;
         }
     }
     Ok(sums.into_iter().map(|sum| sum / rows.len() as f64).collect())

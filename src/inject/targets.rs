@@ -90,6 +90,21 @@ pub(super) fn no_target(targets: &str, paths: &[impl AsRef<str>]) -> Error {
     Error::NoTarget { targets: targets.to_string(), available: available(paths) }
 }
 
+/// The error of an index that no target has; `there` are those that targets have.
+fn no_layer(index: usize, there: &BTreeSet<usize>) -> Error {
+    let available = match (there.first(), there.last()) {
+        (Some(first), Some(last)) if last - first + 1 == there.len() => {
+            format!("{} layers with targets, {first} to {last}", there.len())
+        }
+        (Some(_), _) => {
+            let list: Vec<String> = there.iter().map(ToString::to_string).collect();
+            format!("{} layers with targets, {}", there.len(), list.join(", "))
+        }
+        (None, _) => "no numbered layer among the targets".to_string(),
+    };
+    Error::NoTarget { targets: format!("layer {index} of layers_to_transform"), available }
+}
+
 /// Which layers get an adapter, and of what size.
 ///
 /// # Example
@@ -186,6 +201,7 @@ impl Targets {
             let index = format!(r"^(?:.*?\.)??(?:{list})\.(?<idx>\d+)\.");
             let blocks = patterns::block_numbers(&[index], &paths, "layers_pattern")?;
             let (mut kept, mut unseen) = (BTreeSet::new(), layers.iter().collect::<BTreeSet<_>>());
+            let chosen_blocks: BTreeSet<usize> = chosen.iter().filter_map(|i| blocks[*i]).collect();
             for i in chosen {
                 let layer = blocks[i].filter(|layer| layers.contains(layer));
                 unseen.retain(|unseen| Some(**unseen) != layer);
@@ -195,7 +211,7 @@ impl Targets {
                 }
             }
             if let Some(layer) = unseen.first() {
-                return Err(no_target(&format!("layer {layer} of layers_to_transform"), &paths));
+                return Err(no_layer(**layer, &chosen_blocks));
             }
             chosen = kept;
         }

@@ -140,6 +140,18 @@ impl AdapterFile {
         }
     }
 
+    /// What its configuration names and its tensors do not have, a sentence each: patterns of ranks and alphas
+    /// and names of targets that match no layer, modules to save without a tensor. [`Self::apply`] tells them as warnings
+    /// (`tracing`).
+    ///
+    /// # Errors
+    /// If a pattern is no regular expression.
+    pub fn warnings(&self) -> Result<Vec<String>> {
+        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
+        let modules: Vec<&str> = self.saved_modules.keys().map(|name| keys::module(name)).collect();
+        self.config.without_effect(&paths, &modules)
+    }
+
     /// What the file's layers are to be made with: PEFT's settings and, where this crate wrote
     /// the file, its own.
     ///

@@ -14,7 +14,7 @@ use super::export::ExportFormat;
 use super::keys::{self, Key, TensorKind};
 use crate::error::{Error, Result};
 use crate::util::files::{self, Pending};
-use crate::util::json;
+use crate::util::{json, pointer};
 
 /// The tensors' file as older versions of PEFT pickled it.
 const PICKLE: &str = "adapter_model.bin";
@@ -42,6 +42,7 @@ impl AdapterFile {
             return Err(Error::format(dir.join(PICKLE), reason));
         }
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
+        pointer::refuse(&bytes, &weights)?;
         let own = dir.join(OWN_FILE);
         let monteclora = match config.monteclora_config {
             Some(_) if own.exists() => Some(json::parse(json::read_config(&own)?, &own)?),

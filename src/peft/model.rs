@@ -103,6 +103,8 @@ impl AdapterFile {
         check_unmerged(model)?;
         self.check()?;
         self.check_model(model, adapter, params)?;
+        #[cfg(feature = "models")] // which brings the crate that tells them
+        self.warnings()?.iter().for_each(|what| tracing::warn!("adapter_config.json: {what}"));
         let method = match self.method() {
             AdapterMethod::MonteCLoRA(config) => {
                 AdapterMethod::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
@@ -191,7 +193,7 @@ impl AdapterFile {
         let others = activate::names(model)?.into_iter().find(|other| other != adapter);
         for (name, tensor) in &self.saved_modules {
             let Some(param) = params.get(name) else {
-                return Err(Error::tensor(name, "the model has no trainable parameter of this name"));
+                return Err(Error::tensor(name, no_place(name, params)));
             };
             if param.var.dims() != tensor.dims() {
                 let reason = format!("expected shape {:?}, got {:?}", param.var.dims(), tensor.dims());
@@ -249,6 +251,23 @@ impl AdapterFile {
             AdapterMethod::MonteCLoRA(config) => MonteCLoRAConfig { rank, alpha, ..config }.validate(),
         }
     }
+}
+
+/// Why the tensor `name` of a saved module has no place in a model whose trained head is in `params`.
+fn no_place(name: &str, params: &Params) -> String {
+    let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+    let heads: BTreeSet<String> = heads.map(|(name, _)| keys::module(&name).to_string()).collect();
+    if heads.contains(keys::module(name)) {
+        return "the model has no trainable parameter of this name".to_string();
+    }
+    let there = match heads.len() {
+        0 => "has none".to_string(),
+        _ => format!("has {}", heads.into_iter().collect::<Vec<_>>().join(", ")),
+    };
+    format!(
+        "modules_to_save is supported for a task head alone, and the model {there}; train the adapter without \
+         this module, or merge it into the checkpoint"
+    )
 }
 
 /// The scale and the tensors of one layer's adapter.

@@ -214,7 +214,12 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
 #[test]
 fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     type Spoil = fn(&mut AdapterFile);
-    let cases: [(&str, Spoil); 9] = [
+    let cases: [(&str, Spoil); 10] = [
+        ("embed_tokens.weight: modules_to_save is supported for a task head alone, and the model has classifier", |f| {
+            f.config.modules_to_save.as_mut().unwrap().push("embed_tokens".into());
+            let tensor = f.saved_modules["classifier.weight"].clone();
+            f.saved_modules.insert("embed_tokens.weight".into(), tensor);
+        }),
         ("enc.layer.9.self.query", |f| {
             let layer = f.layers[PATHS[0]].clone();
             f.layers.insert("enc.layer.9.self.query".into(), layer);

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::config::{OneOrMany, PeftConfig, TargetModules};
 use crate::adapter::low_rank;
 use crate::error::Result;
-use crate::inject::patterns::{block_numbers, ends, first_values, matching, Pattern};
+use crate::inject::patterns::{block_numbers, ends, first_values, is_end, matching, Pattern};
 
 impl PeftConfig {
     /// Whether the layers at these paths are adapted. Without `target_modules` every layer may be.
@@ -54,6 +54,32 @@ impl PeftConfig {
     pub fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
         let scale = |(rank, alpha)| low_rank::scaling(rank, alpha, self.use_rslora);
         Ok(self.ranks_of(paths)?.into_iter().zip(self.alphas_of(paths)?).map(scale).collect())
+    }
+
+    /// What the configuration says of layers and modules that are none of these, a sentence each: PEFT, too,
+    /// warns of a pattern that matches nothing.
+    pub(super) fn without_effect(&self, paths: &[&str], modules: &[&str]) -> Result<Vec<String>> {
+        let mut told = Vec::new();
+        let ranks = self.rank_pattern.iter().map(|(pattern, _)| ("rank_pattern", pattern));
+        let alphas = self.alpha_pattern.iter().map(|(pattern, _)| ("alpha_pattern", pattern));
+        for (option, pattern) in ranks.chain(alphas) {
+            if !matching(Pattern::End(pattern), paths, option)?.contains(&true) {
+                told.push(format!("{option}: {pattern:?} matches no layer of the adapter and has no effect"));
+            }
+        }
+        if let Some(TargetModules::Names(targets)) = &self.target_modules {
+            for name in targets.iter().filter(|name| !paths.iter().any(|path| is_end(name, path))) {
+                told.push(format!("target_modules: {name:?} matches no layer of the adapter"));
+            }
+        }
+        // PEFT lists both names that a classifier can have, and a model has one of them.
+        let listed = self.modules_to_save.iter().flatten();
+        for pattern in listed.filter(|name| !["classifier", "score"].contains(&name.as_str())) {
+            if !matching(Pattern::Within(pattern), modules, "modules_to_save")?.contains(&true) {
+                told.push(format!("modules_to_save: the adapter has no tensor of {pattern:?}"));
+            }
+        }
+        Ok(told)
     }
 
     /// Whether the modules of these names, or ones that hold them, are saved whole.

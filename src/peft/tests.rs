@@ -402,3 +402,40 @@ fn files_that_are_not_whole_are_refused_by_name() {
     std::fs::write(&config, "{}").unwrap();
     assert!(message().contains("peft_type is missing"), "{}", message());
 }
+
+#[test]
+fn a_git_lfs_pointer_is_told_as_one_in_each_of_the_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4400000\n";
+    for file in [WEIGHTS_FILE, OWN_FILE, CONFIG_FILE] {
+        adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
+        std::fs::write(dir.path().join(file), pointer).unwrap();
+        let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
+        assert!(message.contains(file) && message.contains("git lfs pull"), "{message}");
+    }
+}
+
+/// PEFT 0.21.2 warns of the same: "keys did not match any targeted module and were ignored".
+#[test]
+fn patterns_and_modules_that_name_nothing_are_told() -> Result<()> {
+    let mut files = Files::new();
+    assert_eq!(files.read()?.warnings()?, Vec::<String>::new());
+    files.config["rank_pattern"]["nosuch.layer"] = json!(2);
+    files.config["rank_pattern"][".*[.]5[.].*"] = json!(3);
+    files.config["alpha_pattern"] = json!({"kuery": 3});
+    files.config["target_modules"] = json!(["query", "foobar_proj", "value"]);
+    files.config["modules_to_save"] = json!(["classifier", "score", "embed_tokens"]);
+    let warnings = files.read()?.warnings()?;
+    let told = [
+        "rank_pattern: \".*[.]5[.].*\"",
+        "rank_pattern: \"nosuch.layer\"",
+        "alpha_pattern: \"kuery\"",
+        "target_modules: \"foobar_proj\"",
+        "modules_to_save: the adapter has no tensor of \"embed_tokens\"",
+    ];
+    assert_eq!(warnings.len(), told.len(), "{warnings:?}");
+    for (warning, told) in warnings.iter().zip(told) {
+        assert!(warning.starts_with(told), "{warning}");
+    }
+    Ok(())
+}

@@ -3,11 +3,13 @@
 //! finite is left out, and its place says so.
 
 mod draw;
+mod run;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use draw::{Boxes, Ground, Panel, Panels};
+pub use run::write_run;
 
 use super::cell::{Bin, CellResult, Status};
 use super::store::StoredCell;

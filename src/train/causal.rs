@@ -37,9 +37,12 @@ pub fn held_out_loss(
     batch_size: usize,
     passes: &[Pass],
 ) -> Result<f64> {
-    if rows.is_empty() || passes.is_empty() {
-        let reason = format!("{} rows and {} passes have no mean", rows.len(), passes.len());
+    if rows.is_empty() {
+        let reason = "there is no row to measure: none was given, or max_length left no room for an answer";
         return Err(Error::config("held-out data", reason));
+    }
+    if passes.is_empty() {
+        return Err(Error::config("passes", "there is none to average"));
     }
     let (mut sum, mut count) = (0.0, 0.0);
     let draws = DrawCache::default();

@@ -12,6 +12,7 @@ mod method;
 mod objective;
 mod schedule;
 mod settings;
+mod tensorboard;
 mod trainer;
 
 pub use causal::{causal_loss, held_out_loss, CausalTuning};
@@ -25,4 +26,5 @@ pub use method::{LrRatios, Method, MethodInit};
 pub use objective::{Loss, Objective, Observer, Record, Summary};
 pub use schedule::Schedule;
 pub use settings::{fingerprint, Settings};
+pub use tensorboard::TensorBoard;
 pub use trainer::{fit, fit_with_checkpoints};

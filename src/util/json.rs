@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
+use super::pointer;
 use crate::error::{Error, Result};
 
 /// The most bytes of a configuration. Read as a tree, JSON can take some hundred times its size.
@@ -14,10 +15,13 @@ const MAX_CONFIG: u64 = 4 << 20;
 /// The value of the JSON `text` of the file `path`, which is not opened.
 ///
 /// # Errors
-/// If it is no JSON, or no such value; the error names the file and the line.
+/// If it is no JSON, or no such value; the error names the file and the line, and says so of a Git LFS pointer.
 pub(crate) fn parse<T: DeserializeOwned>(text: impl AsRef<[u8]>, path: &Path) -> Result<T> {
-    serde_json::from_slice(text.as_ref())
-        .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))
+    let text = text.as_ref();
+    serde_json::from_slice(text).or_else(|e| {
+        pointer::refuse(text, path)?;
+        Err(Error::format_at(path, e.line(), format!("malformed: {e}")))
+    })
 }
 
 /// The text of the configuration at `path`, for [`parse`].

@@ -5,4 +5,5 @@ pub(crate) mod dtype;
 pub mod files;
 pub(crate) mod finite;
 pub(crate) mod json;
+pub(crate) mod pointer;
 pub(crate) mod simd;

@@ -4,6 +4,7 @@
 //! Nothing here needs candle or the crate itself: it reads files.
 
 mod documents;
+mod examples;
 mod floors;
 mod formulas;
 mod source;

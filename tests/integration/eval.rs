@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use monteclora::data::causal::PromptEncoder;
 use monteclora::data::instruct::{self, Choices, Format, ProgramTests, Prompted};
 use monteclora::eval::sandbox::{Limits, Sandbox};
-use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, Generator, Normalize};
+use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, CodeAnswer, Generator, Normalize};
 use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
@@ -101,9 +101,14 @@ fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
         let scores = score_choices(&model, &self::encoder(max_length)?, rows, 4, Normalize::No, passes);
         Ok(scores.expect_err("an error").to_string())
     };
+    let message = fails(&rows, 6, &[Pass::Mean])?;
     assert!(
-        fails(&rows, 6, &[Pass::Mean])?.contains("max_length: row 1: its prompt with an answer is longer")
+        message.contains("max_length: row 1 has 7 tokens with its answer 3, expected at most 6"),
+        "{message}"
     );
+    let silent = [rows[1].clone(), question("abc", &["de", ""], 0)];
+    let message = fails(&silent, 20, &[Pass::Mean])?;
+    assert!(message.contains("data: row 2: its answer 2 has no token"), "{message}");
     assert!(fails(&rows, 20, &[])?.contains("passes"));
     let plain = [Prompted { choices: None, ..rows[0].clone() }];
     assert!(fails(&plain, 20, &[Pass::Mean])?.contains("row 1 has no choices"));
@@ -198,7 +203,12 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     // Letters behind a hash are a comment; elsewhere they are a name that nobody defined.
     let row = |prompt: &str| Prompted { prompt: prompt.into(), tests: Some(tests()), ..Prompted::default() };
     let rows = [row("#a"), row("abc")];
-    let code = |samples, ks: &[usize]| Benchmark::Code { samples, ks: ks.to_vec(), sandbox: sandbox.clone() };
+    let code = |samples, ks: &[usize]| Benchmark::Code {
+        samples,
+        ks: ks.to_vec(),
+        answer: CodeAnswer::default(),
+        sandbox: sandbox.clone(),
+    };
     assert_eq!(code(1, &[1]).run(&generator, &rows)?["pass@1"], 0.5);
     let fails = |generator: &Generator, samples, ks: &[usize]| -> Result<String, Error> {
         Ok(code(samples, ks).run(generator, &rows).expect_err("an error").to_string())

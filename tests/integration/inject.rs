@@ -85,7 +85,10 @@ fn a_target_that_matches_nothing_lists_the_names_there_are() -> Outcome {
     let broken = Targets { select: Select::Regex("(query".into()), ..Targets::default() };
     assert!(error(&broken).contains("targets"), "{}", error(&broken));
     let layers = Targets { layers_to_transform: Some(vec![1, 9]), ..Targets::default() };
-    assert!(error(&layers).contains("no layer matches layer 9 of layers_to_transform"));
+    let text = error(&layers);
+    let expected =
+        "no layer matches layer 9 of layers_to_transform; the model has: 2 layers with targets, 0 to 1";
+    assert!(text.contains(expected), "{text}");
     let pattern = Targets { rank_pattern: BTreeMap::from([("q_proj".into(), 2)]), ..Targets::default() };
     assert!(error(&pattern).contains("rank_pattern") && error(&pattern).contains("q_proj"));
     let pattern = Targets { alpha_pattern: BTreeMap::from([("up_proj".into(), 2.0)]), ..Targets::default() };

@@ -3,6 +3,8 @@
 
 mod causal;
 mod checkpoint;
+#[cfg(unix)]
+mod command;
 #[cfg(feature = "cuda")]
 mod device;
 mod encoders;

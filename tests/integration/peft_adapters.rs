@@ -3,9 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Result as CandleResult, Tensor};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
+use monteclora::models::hub::ModelFiles;
 use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
-use monteclora::{MonteCLoRAConfig, Result};
+use monteclora::{Error, MonteCLoRAConfig, Result};
+
+use crate::support::skipped;
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters").join(name)
@@ -67,5 +70,52 @@ fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
             assert_eq!((tensor.dims(), values(tensor)?), (own.dims(), values(own)?), "{key}");
         }
     }
+    Ok(())
+}
+
+/// A case of `../shared/cases`, where it is there.
+fn case(name: &str) -> Option<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found =
+        here.ancestors().skip(1).map(|up| up.join("shared/cases").join(name)).find(|dir| dir.is_dir());
+    if found.is_none() {
+        skipped(&format!("no shared/cases/{name} beside the crate"));
+    }
+    found
+}
+
+#[test]
+fn patterns_of_a_file_that_name_none_of_its_layers_are_told() -> Result<()> {
+    let Some(dir) = case("rank-pattern-stale") else { return Ok(()) };
+    let warnings = AdapterFile::read(dir)?.warnings()?;
+    let told =
+        ["rank_pattern: \"nosuch.layer\" matches no layer", "alpha_pattern: \"kuery\" matches no layer"];
+    assert_eq!(warnings.len(), told.len(), "{warnings:?}");
+    assert!(warnings.iter().zip(told).all(|(warning, told)| warning.starts_with(told)), "{warnings:?}");
+    Ok(())
+}
+
+#[test]
+fn a_git_lfs_pointer_in_the_place_of_weights_says_what_to_run() -> Result<()> {
+    let Some(pointer) = case("lfs-pointer") else { return Ok(()) };
+    let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+    let copy = |from: PathBuf, to: &str| {
+        let bytes = std::fs::read(&from).map_err(Error::io(&*from))?;
+        let to = dir.path().join(to);
+        std::fs::write(&to, bytes).map_err(Error::io(to))
+    };
+    for file in ["adapter_config.json", WEIGHTS_FILE] {
+        copy(folder("roberta_monteclora").join(file), file)?;
+    }
+    AdapterFile::read(dir.path())?;
+    copy(pointer.join("model.safetensors"), WEIGHTS_FILE)?;
+    let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
+    assert!(message.contains(WEIGHTS_FILE) && message.contains("git lfs pull"), "{message}");
+
+    copy(pointer.join("model.safetensors"), "model.safetensors")?;
+    copy(folder("roberta_monteclora").join("adapter_config.json"), "config.json")?;
+    let files = ModelFiles::locate(&dir.path().to_string_lossy(), None)?;
+    let message = files.var_builder(DType::F32, &Device::Cpu).err().map(|error| error.to_string());
+    assert!(message.is_some_and(|message| message.contains("model.safetensors: it is a Git LFS pointer")));
     Ok(())
 }

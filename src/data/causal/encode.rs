@@ -60,6 +60,21 @@ impl PromptEncoder {
         &self.tokenizer
     }
 
+    /// The most tokens of a row.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// The tokens of a row before it is cut, the one that ends an answer among them.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses the text.
+    pub fn length(&self, row: &Prompted) -> Result<usize> {
+        let text = format!("{}{}", row.prompt, row.answer);
+        let encoding = tokenizer::ask(|| self.tokenizer.encode(text, true))?;
+        Ok(self.tokens(&encoding, row.prompt.len(), 0).ids.len())
+    }
+
     /// The ids of a prompt alone, as generation continues it: without the special tokens that some
     /// tokenizers end a text with.
     ///

@@ -49,6 +49,10 @@ impl Source {
     /// The error for a required file that is not there.
     pub(super) fn missing(&self, name: &str) -> Error {
         match self {
+            // As in a hub's cache that was copied without what its links lead to.
+            Self::Folder(dir) if dir.join(name).is_symlink() => {
+                Error::format(dir.join(name), "a link to a file that is not there: copy what it leads to")
+            }
             Self::Folder(dir) => Error::format(dir, format!("the folder has no {name}")),
             #[cfg(feature = "hub")]
             Self::Repo(repo) => repo.missing(name),

@@ -2,7 +2,9 @@
 
 use super::model_files::{CONFIG, INDEX, TOKENIZER, WEIGHTS};
 use super::ModelFiles;
+use crate::adapter::{Params, Role};
 use crate::error::Result;
+use crate::noise::Noise;
 use candle_core::Tensor;
 use candle_core::{DType, Device};
 use std::collections::HashMap;
@@ -161,6 +163,15 @@ fn what_a_folder_lacks_is_named() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_link_to_nothing_is_told_as_one() {
+    let dir = folder(&[]);
+    std::os::unix::fs::symlink("../../blobs/0123", dir.path().join(WEIGHTS)).unwrap();
+    let message = locate(&dir).unwrap_err().to_string();
+    assert!(message.contains("model.safetensors: a link to a file that is not there"), "{message}");
+}
+
+#[test]
 fn what_cannot_be_a_weight_is_refused_by_file_and_tensor() -> Result<()> {
     let refusal = |tensor: Tensor| -> Result<String> {
         let whole = tensors(&[("good", 1.0)]);
@@ -207,6 +218,84 @@ fn the_largest_and_smallest_numbers_of_every_dtype_are_weights() -> Result<()> {
         let vb = locate(&folder(&[(WEIGHTS, bytes)]))?.var_builder(tensor.dtype(), &Device::Cpu)?;
         let same = vb.get(2, "a")?.eq(&tensor)?.to_vec1::<u8>()?;
         assert_eq!(same, [1, 1], "{:?}", tensor.dtype());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_git_lfs_pointer_in_the_place_of_weights_or_index_is_told_as_one() -> Result<()> {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4400000\n".to_vec();
+    let dir = folder(&[(WEIGHTS, pointer.clone())]);
+    let message = locate(&dir)?.var_builder(DType::F32, &Device::Cpu).err().unwrap().to_string();
+    assert!(message.contains(WEIGHTS) && message.contains("git lfs pull"), "{message}");
+    let message = refusal(&[(INDEX, pointer.clone())]);
+    assert!(message.contains(INDEX) && message.contains("git lfs pull"), "{message}");
+    let shards = [(INDEX, index(&[("a", "w-1.safetensors")])), ("w-1.safetensors", pointer)];
+    let message = refusal(&shards);
+    assert!(message.contains("w-1.safetensors") && message.contains("git lfs pull"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn a_missing_tensor_is_told_with_its_file_and_an_output_with_what_shares_it() -> Result<()> {
+    let names = ["model.embed_tokens.weight", "model.norm.weight"];
+    let one = folder(&[(WEIGHTS, tensors(&names.map(|name| (name, 1.0))))]);
+    let vb = locate(&one)?.var_builder(DType::F32, &Device::Cpu)?;
+    let missing = |name: &str| vb.get(2, name).unwrap_err().to_string();
+    let message = missing("model.layers.0.weight");
+    assert!(message.contains("model.safetensors: there is no tensor model.layers.0.weight"), "{message}");
+    assert!(message.contains("such as model.embed_tokens.weight"), "{message}");
+    let message = missing("lm_head.weight");
+    assert!(message.contains(r#""tie_word_embeddings": true"#), "{message}");
+    // Full fine-tuning reads through the store of what is trained.
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    let message =
+        params.var_builder(Some(vb.clone()), Role::Base).get(2, "x.weight").unwrap_err().to_string();
+    assert!(message.contains("model.safetensors: there is no tensor x.weight"), "{message}");
+
+    let shards = folder(&[
+        (INDEX, index(&[("a", "w-1.safetensors"), ("b", "w-2.safetensors")])),
+        ("w-1.safetensors", tensors(&[("a", 1.0)])),
+        ("w-2.safetensors", tensors(&[("b", 2.0)])),
+    ]);
+    let vb = locate(&shards)?.var_builder(DType::F32, &Device::Cpu)?;
+    let message = vb.get(2, "lm_head.weight").unwrap_err().to_string();
+    assert!(message.contains("none of the 2 shards has a tensor lm_head.weight (it has others"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn a_weight_that_a_dtype_cannot_hold_is_told_by_tensor_and_value() -> Result<()> {
+    let load = |values: [f64; 3], from: DType, to: DType| -> Result<candle_core::Result<Tensor>> {
+        let tensor = Tensor::new(&values, &Device::Cpu)?.to_dtype(from)?;
+        let dir = folder(&[(WEIGHTS, safetensors::serialize([("layer.norm", tensor)], None).unwrap())]);
+        Ok(locate(&dir)?.var_builder(to, &Device::Cpu)?.get(3, "layer.norm"))
+    };
+    for (value, from, to) in [
+        (-70000.0, DType::F32, DType::F16),
+        (65520.0, DType::F32, DType::F16),
+        (66048.0, DType::BF16, DType::F16),
+        (1e5, DType::F64, DType::F16),
+        (f64::from(f32::MAX), DType::F32, DType::BF16),
+        (1e300, DType::F64, DType::F32),
+        (-1e39, DType::F64, DType::BF16),
+    ] {
+        let message = load([1.0, value, 2.0], from, to)?.unwrap_err().to_string();
+        let expected = format!("tensor layer.norm: value 1 is {value}, more than {} can hold", to.as_str());
+        assert!(message.contains(&expected) && message.contains(WEIGHTS), "{message}");
+        assert_eq!(message.contains("bf16 or f32"), to == DType::F16, "{message}");
+    }
+    // What rounds to the largest number is held, and every dtype holds its own.
+    for (value, from, to) in [
+        (65519.0, DType::F32, DType::F16),
+        (65504.0, DType::F16, DType::F16),
+        (65504.0, DType::F16, DType::BF16),
+        (3.389e38, DType::F32, DType::BF16),
+        (f64::from(f32::MAX), DType::F64, DType::F32),
+        (3.38e38, DType::BF16, DType::F32),
+    ] {
+        let values = load([1.0, value, 2.0], from, to)??.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        assert!(values[1].is_finite(), "{value} {from:?} {to:?}");
     }
     Ok(())
 }

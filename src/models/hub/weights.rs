@@ -1,6 +1,7 @@
 //! Safetensors weights, checked and memory-mapped.
 //!
-//! A tensor is checked when it is asked for: its dtype, its shape, and that all of it is finite.
+//! A tensor is checked when it is asked for: its dtype, its shape, and that all of it is finite, as it lies
+//! in its file and in the dtype that it is loaded in.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
 
 use crate::error::{Error, Result};
+use crate::util::pointer;
 
 /// The names of the tensors in a safetensors file, sorted, once its header, the bounds of each
 /// tensor and the file's length have been found to agree.
@@ -25,6 +27,7 @@ pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
     // use must not be rewritten in place (the hub's cache and safetensors rename whole files).
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+    pointer::refuse(&map, path)?;
     let (_, metadata) = SafeTensors::read_metadata(&map)
         .map_err(|e| Error::format(path, format!("not a whole safetensors file: {e}")))?;
     let mut names: Vec<String> = metadata.tensors().into_keys().collect();
@@ -56,16 +59,45 @@ struct Weights {
 impl Weights {
     /// The tensor `name`, unless it cannot be a weight.
     fn load(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
-        let view = self.mapped.get(name)?;
+        let Ok(view) = self.mapped.get(name) else { return Err(self.missing(name)) };
         if let Some(shape) = shape.filter(|shape| shape.dims() != view.shape()) {
             return Err(self.unfit(name, format!("expected shape {shape:?}, got {:?}", view.shape())));
         }
         match is_finite(&view) {
-            Some(true) => Ok(view.load(device)?.to_dtype(dtype)?),
+            Some(true) => match first_beyond(&view, dtype) {
+                Some((at, value)) => {
+                    let hint = if dtype == DType::F16 { ": load the base as bf16 or f32" } else { "" };
+                    let reason =
+                        format!("value {at} is {value}, more than {} can hold{hint}", dtype.as_str());
+                    Err(self.unfit(name, reason))
+                }
+                None => Ok(view.load(device)?.to_dtype(dtype)?),
+            },
             Some(false) => Err(self.unfit(name, "it holds NaN or infinity".to_string())),
             None => {
                 let reason = format!("expected weights of F64, F32, F16 or BF16, got {:?}", view.dtype());
                 Err(self.unfit(name, reason))
+            }
+        }
+    }
+
+    /// The error of a tensor that is in no file.
+    fn missing(&self, name: &str) -> Error {
+        let tied =
+            |name: &str| name.ends_with("embed_tokens.weight") || name.ends_with("word_embeddings.weight");
+        let names = || self.mapped.tensors().into_iter().map(|(name, _)| name);
+        let hint = if name.ends_with("lm_head.weight") && names().any(|name| tied(&name)) {
+            ": a model whose output shares its embedding says \"tie_word_embeddings\": true in config.json"
+                .to_string()
+        } else {
+            names().min().map(|first| format!(" (it has others, such as {first})")).unwrap_or_default()
+        };
+        match self.paths.as_slice() {
+            [path] => Error::format(path, format!("there is no tensor {name}{hint}")),
+            paths => {
+                let dir = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("."));
+                let reason = format!("none of the {} shards has a tensor {name}{hint}", paths.len());
+                Error::format(dir, reason)
             }
         }
     }
@@ -97,6 +129,34 @@ impl SimpleBackend for Weights {
 
     fn contains_tensor(&self, name: &str) -> bool {
         self.mapped.get(name).is_ok()
+    }
+}
+
+/// The first element that becomes infinite in another dtype, and what it is.
+fn first_beyond(view: &TensorView, dtype: DType) -> Option<(usize, f64)> {
+    // From here on a cast rounds to infinity: half a step beyond the largest number.
+    let bound = match dtype {
+        DType::F16 => 65520.0,
+        DType::BF16 => (2.0 - 2f64.powi(-8)) * 2f64.powi(127),
+        DType::F32 => (2.0 - 2f64.powi(-24)) * 2f64.powi(127),
+        _ => return None,
+    };
+    macro_rules! first {
+        ($bytes:literal, $number:expr) => {{
+            let (numbers, _) = view.data().as_chunks::<$bytes>();
+            let beyond = |bytes: &[u8; $bytes]| f64::abs($number(*bytes)) >= bound;
+            let at = numbers.par_iter().position_first(beyond)?;
+            Some((at, $number(numbers[at])))
+        }};
+    }
+    match (view.dtype(), dtype) {
+        (Dtype::F64, _) => first!(8, f64::from_le_bytes),
+        (Dtype::F32, DType::F16 | DType::BF16) => first!(4, |bytes| f64::from(f32::from_le_bytes(bytes))),
+        // The upper half of a single-precision number.
+        (Dtype::BF16, DType::F16) => {
+            first!(2, |[low, high]: [u8; 2]| f64::from(f32::from_le_bytes([0, 0, low, high])))
+        }
+        _ => None,
     }
 }
 

@@ -144,7 +144,7 @@ impl Draw for Boxes {
     }
 }
 
-/// Curves of one kind, a panel each, on the same axes.
+/// Curves, a panel each: of one kind on the same axes, or each on its own.
 pub struct Panels {
     /// Above all.
     pub title: String,
@@ -161,6 +161,8 @@ pub struct Panels {
 pub enum Ground {
     /// Axes from the least to the largest.
     Plain,
+    /// The same of each panel by itself, which fill the width.
+    Own,
     /// Axes from 0 to 1, with equality of both, dashed.
     Diagonal,
     /// What runs to the right is given as its decimal logarithm, and labelled as itself.
@@ -190,29 +192,22 @@ impl Draw for Panels {
     where
         DB::ErrorType: 'static,
     {
-        let xs = self.panels.iter().flat_map(|panel| &panel.points).map(|(x, _)| *x);
-        let all = self.panels.iter().flat_map(|panel| panel.points.iter().chain(&panel.scatter));
-        let ys = all.map(|(_, y)| *y);
-        let edges = self.panels.iter().flat_map(|panel| &panel.band).flat_map(|(low, high)| [*low, *high]);
-        let (xs, ys) = match self.ground {
-            Ground::Plain => (bounds(xs), bounds(ys.chain(edges))),
-            Ground::Diagonal => (0.0..1.0, 0.0..1.0),
-            Ground::Logarithmic => {
-                let (xs, ys) = (bounds(xs), bounds(ys.chain(edges)));
-                let margin = 0.05 * (ys.end - ys.start);
-                (xs.start - 0.1..xs.end + 0.1, ys.start - margin..ys.end + margin)
-            }
-        };
+        let common = self.axes_of(&self.panels);
         let label = |x: &f64| format!("{:.1e}", 10f64.powf(*x));
         let area = area.titled(&self.title, font(16, scale))?;
-        let places = area.split_evenly((self.panels.len().div_ceil(COLUMNS), COLUMNS));
+        let columns = if self.ground == Ground::Own { COLUMNS.min(self.panels.len()) } else { COLUMNS };
+        let places = area.split_evenly((self.panels.len().div_ceil(COLUMNS), columns));
         for (panel, place) in self.panels.iter().zip(places) {
+            let (xs, ys) = match self.ground {
+                Ground::Own => self.axes_of(std::slice::from_ref(panel)),
+                _ => common.clone(),
+            };
             let mut chart = ChartBuilder::on(&place)
                 .caption(&panel.name, font(12, scale))
                 .margin(6 * scale)
                 .x_label_area_size(32 * scale)
                 .y_label_area_size(44 * scale)
-                .build_cartesian_2d(xs.clone(), ys.clone())?;
+                .build_cartesian_2d(xs, ys)?;
             let mut mesh = chart.configure_mesh();
             mesh.x_desc(self.axes.0)
                 .y_desc(self.axes.1)
@@ -242,6 +237,25 @@ impl Draw for Panels {
             chart.draw_series(marks.map(|point| Circle::new(*point, 2 * scale, BLACK.filled())))?;
         }
         Ok(())
+    }
+}
+
+impl Panels {
+    /// What the axes of some panels span.
+    fn axes_of(&self, panels: &[Panel]) -> (Range<f64>, Range<f64>) {
+        let xs = panels.iter().flat_map(|panel| &panel.points).map(|(x, _)| *x);
+        let all = panels.iter().flat_map(|panel| panel.points.iter().chain(&panel.scatter));
+        let ys = all.map(|(_, y)| *y);
+        let edges = panels.iter().flat_map(|panel| &panel.band).flat_map(|(low, high)| [*low, *high]);
+        match self.ground {
+            Ground::Plain | Ground::Own => (bounds(xs), bounds(ys.chain(edges))),
+            Ground::Diagonal => (0.0..1.0, 0.0..1.0),
+            Ground::Logarithmic => {
+                let (xs, ys) = (bounds(xs), bounds(ys.chain(edges)));
+                let margin = 0.05 * (ys.end - ys.start);
+                (xs.start - 0.1..xs.end + 0.1, ys.start - margin..ys.end + margin)
+            }
+        }
     }
 }
 

@@ -1,0 +1,164 @@
+//! The real `glue` example on the command line: its help, options that change nothing, nobody who reads what it
+//! says, its logs.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{json, Value};
+
+use crate::kill::glue;
+use crate::support::{skipped, Outcome};
+
+/// The example and a small task.
+struct Home {
+    dir: tempfile::TempDir,
+    glue: PathBuf,
+}
+
+impl Home {
+    fn new() -> Outcome<Self> {
+        let dir = tempfile::tempdir()?;
+        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/sst2");
+        for (file, rows) in [("train.tsv", 8), ("dev.tsv", 4)] {
+            let text = fs::read_to_string(assets.join(file))?;
+            let head: String = text.split_inclusive('\n').take(rows + 1).collect();
+            fs::write(dir.path().join(file), head)?;
+        }
+        Ok(Self { dir, glue: glue()? })
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A run of one method into the folder `out`.
+    fn command(&self, out: &str, options: &str) -> Command {
+        let mut command = Command::new(&self.glue);
+        command.arg("--data").arg(self.dir.path()).args(["--batch-size", "4", "--output"]).arg(self.out(out));
+        command.args(options.split_whitespace()).env("RAYON_NUM_THREADS", "1");
+        if !options.contains("--epochs") {
+            command.args(["--epochs", "1"]);
+        }
+        command
+    }
+
+    fn run(&self, out: &str, options: &str) -> Outcome<String> {
+        said(self.command(out, options).output()?)
+    }
+}
+
+/// What a run that went well said on standard error.
+fn said(output: Output) -> Outcome<String> {
+    let text = String::from_utf8(output.stderr)?;
+    if output.status.success() {
+        Ok(text)
+    } else {
+        Err(format!("{}: {text}", output.status).into())
+    }
+}
+
+/// The writing end of a pipe that nobody reads.
+fn closed() -> Outcome<std::io::PipeWriter> {
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    Ok(writer)
+}
+
+#[test]
+fn a_run_goes_on_where_nobody_reads_what_it_says() -> Outcome {
+    let home = Home::new()?;
+    let options = "--method lora --rank 2";
+    let mut command = home.command("closed", options);
+    // A reader that has gone is not worth a word.
+    let text = said(command.stdout(closed()?).output()?)?;
+    assert!(!text.contains("panicked") && !text.contains("standard output"), "{text}");
+    let status = home.command("both", options).stdout(closed()?).stderr(closed()?).status()?;
+    assert!(status.success(), "{status}");
+    for out in ["closed", "both"] {
+        assert!(home.out(out).join("metrics.json").exists(), "{out}");
+    }
+    match File::options().write(true).open("/dev/full") {
+        Ok(full) => {
+            let text = said(home.command("full", options).stdout(full).stderr(Stdio::piped()).output()?)?;
+            assert_eq!(text.matches("standard output cannot be written").count(), 1, "{text}");
+            assert!(home.out("full").join("metrics.json").exists());
+        }
+        Err(error) => skipped(&format!("/dev/full: {error}")),
+    }
+    Ok(())
+}
+
+#[test]
+fn help_begins_with_what_the_program_does_and_ends_with_examples() -> Outcome {
+    let glue = glue()?;
+    let of = |argument: &str| -> Outcome<String> {
+        Ok(String::from_utf8(Command::new(&glue).arg(argument).output()?.stdout)?)
+    };
+    for help in [of("-h")?, of("--help")?] {
+        assert!(help.starts_with("Fine-tunes RoBERTa, BERT or LLaMA on a GLUE or SuperGLUE task"), "{help}");
+        let headings = ["Model and data:", "Method:", "Training:", "Evaluation and output:", "Examples:"];
+        for heading in headings {
+            assert!(help.contains(&format!("\n{heading}\n")), "{heading}: {help}");
+        }
+        assert!(help.contains("constant, linear") && help.contains("3e-4"), "{help}");
+    }
+    assert_eq!(of("--version")?, format!("glue {}\n", env!("CARGO_PKG_VERSION")));
+    Ok(())
+}
+
+#[test]
+fn options_and_patterns_that_change_nothing_are_told() -> Outcome {
+    let home = Home::new()?;
+    let unread =
+        "--method lora --rank 2 --posterior-samples 5 --preset peft --virtual-tokens 3 --ivon --clip 1";
+    let text = home.run("lora", unread)?;
+    for option in ["posterior-samples", "preset", "virtual-tokens", "clip"] {
+        assert_eq!(text.matches(&format!("warning: --{option} has no effect: ")).count(), 1, "{text}");
+    }
+    assert!(!text.contains("--rank has no effect"), "{text}");
+
+    // An adapter that names layers which it does not have.
+    let adapter = home.out("lora").join("adapter");
+    let path = adapter.join("adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    config["rank_pattern"] = json!({"nosuch.layer": 2});
+    config["alpha_pattern"] = json!({"kuery": 3});
+    fs::write(&path, config.to_string())?;
+    let text = home.run("more", &format!("--rank 4 --adapter {}", adapter.display()))?;
+    for told in
+        ["rank_pattern: \"nosuch.layer\" matches no layer", "alpha_pattern: \"kuery\" matches no layer"]
+    {
+        assert_eq!(text.matches(told).count(), 1, "{text}");
+    }
+    assert!(text.contains("warning: --rank has no effect: it is that of --adapter"), "{text}");
+
+    let text = home.run("layers", "--method lora --layers 99").unwrap_err().to_string();
+    assert!(text.contains("layer 99") && text.contains("4 layers with targets, 0 to 3"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_run_logs_steps_evaluations_and_events_and_a_resumed_one_goes_on() -> Outcome {
+    let home = Home::new()?;
+    let options = "--method lora --rank 2 --eval-every 1 --tensorboard";
+    home.run("run", options)?;
+    let out = home.out("run");
+    let lines = |name: &str| -> Outcome<Vec<Value>> {
+        let text = fs::read_to_string(out.join(name))?;
+        Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+    };
+    let steps = |lines: &[Value]| lines.iter().map(|line| line["step"].as_u64()).collect::<Vec<_>>();
+    assert_eq!(steps(&lines("log.jsonl")?), [Some(1), Some(2)]);
+    let evaluations = lines("evaluations.jsonl")?;
+    assert_eq!(steps(&evaluations), [Some(1), Some(2)]);
+    assert!(evaluations.iter().all(|line| line["dev/accuracy"].is_f64() && line["dev/nll"].is_f64()));
+    let events = || -> Outcome<usize> { Ok(fs::read_dir(out.join("tensorboard"))?.count()) };
+    assert_eq!(events()?, 1);
+    assert_eq!(out.join("plots/loss.svg").exists(), cfg!(feature = "plot"));
+
+    home.run("run", &format!("{options} --resume --allow-change epochs --epochs 2"))?;
+    assert_eq!(steps(&lines("evaluations.jsonl")?), (1..=4).map(Some).collect::<Vec<_>>());
+    assert_eq!(events()?, 2);
+    Ok(())
+}
