@@ -184,13 +184,9 @@ impl MethodOptions {
         match name {
             "full" => Ok(Method::Full),
             "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
-            "map" => Ok(Method::Lora(LoraConfig {
-                rank,
-                alpha,
-                dropout,
-                use_rslora,
-                prior: Some(Prior::calibrated()),
-            })),
+            "map" => {
+                Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, prior: Some(Prior::map()) }))
+            }
             "lora-fa" => {
                 Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() }))
             }

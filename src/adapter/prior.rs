@@ -85,8 +85,13 @@ pub struct Prior {
 impl Prior {
     /// The prior of [`MonteCLoRAConfig::calibrated`](crate::MonteCLoRAConfig::calibrated).
     pub const fn calibrated() -> Self {
-        let form = PriorForm::ExpectedUpdate { std: 1.4 };
+        let form = PriorForm::ExpectedUpdate { std: 3.0 };
         Self { form, temperature: 0.1, shared: true, head_std: Some(0.5) }
+    }
+
+    /// The prior of LoRA without draws: narrower, since there is no noise that B would carry to the output.
+    pub const fn map() -> Self {
+        Self { form: PriorForm::Update { std: 0.35 }, ..Self::calibrated() }
     }
 
     /// Checks every width and the temperature.

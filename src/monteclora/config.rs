@@ -136,8 +136,8 @@ impl MonteCLoRAConfig {
     /// want higher rates than A: [`Method::lr_ratios`](crate::train::Method::lr_ratios).
     pub const fn calibrated() -> Self {
         Self {
-            sample_scaler: 0.04,
-            relative_scaler: Some(2.0),
+            sample_scaler: 0.06,
+            relative_scaler: Some(3.0),
             scaler_schedule: ScalerSchedule::Warmup(0.5),
             prior: Some(Prior::calibrated()),
             ..Self::paper()

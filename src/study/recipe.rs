@@ -211,6 +211,8 @@ mod tests {
         let prior = Prior { form, temperature: 1.0, shared: true, head_std: None };
         assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));
         assert_eq!((map.head_lr_ratio, map.variational_lr_ratio), (4.0, 1.0));
+        let map: Recipe = "map".parse()?;
+        assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(Prior::map()), ..Default::default() }));
         let calibrated: Recipe = "monteclora-calibrated".parse()?;
         assert_eq!(calibrated.method, Method::MonteCLoRA(MonteCLoRAConfig::calibrated()));
         assert_eq!((calibrated.loraplus_ratio, calibrated.head_lr_ratio), (4.0, 10.0));

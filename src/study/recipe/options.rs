@@ -96,7 +96,7 @@ impl Options {
             ratio: None,
             head_ratio: None,
             variational_ratio: None,
-            prior: Prior::calibrated(),
+            prior: if name == "map" { Prior::map() } else { Prior::calibrated() },
             evidence: None,
             prompt: PromptConfig::default(),
             blob: BlobConfig::default(),
