@@ -16,3 +16,4 @@ pub mod split;
 pub mod superglue;
 pub mod task;
 pub mod tokenizer;
+mod wic;
