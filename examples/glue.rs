@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
-use common::output::tell;
+use common::output::{tell, tell_err};
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
@@ -143,7 +143,7 @@ fn tune(
     let load = if args.new_head { Classifier::load_with_new_head } else { Classifier::load };
     let mut classifier = load(&files, task, &start, noise, dtype, &device)?;
     if let Some(note) = classifier.note() {
-        eprintln!("{model}: {note}");
+        tell_err!("{model}: {note}");
     }
     classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
     let mut dev = Vec::new();
