@@ -25,4 +25,5 @@ mod save;
 mod stories;
 mod study;
 mod support;
+mod tables;
 mod transformers;
