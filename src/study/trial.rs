@@ -109,7 +109,7 @@ impl Learner for CellTrial<'_> {
 
     fn load(&self, start: &MethodInit, noise: Noise) -> Result<Classifier> {
         let Trial { files, task, device, .. } = self.trial;
-        Classifier::load(files, task.num_labels(), start, noise, DType::F32, device)
+        Classifier::load(files, *task, start, noise, DType::F32, device)
     }
 
     fn params<'m>(&self, model: &'m Classifier) -> &'m Params {

@@ -6,6 +6,7 @@ mod checkpoint;
 mod classifier;
 mod config;
 mod evaluate;
+mod head;
 mod hooks;
 mod memory;
 mod method;

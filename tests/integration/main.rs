@@ -12,6 +12,7 @@ mod gradients;
 mod inject;
 #[cfg(unix)]
 mod kill;
+mod labels;
 mod language;
 mod live_peft;
 mod llama;

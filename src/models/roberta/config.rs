@@ -115,7 +115,7 @@ impl RobertaConfig {
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = json::parse(text, path)?;
+        let config: Self = json::parse_config(text, path, &[])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }
@@ -191,9 +191,12 @@ impl RobertaConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs, named as Hugging Face names them.
+    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
+    /// Face names them.
     pub fn with_num_labels(mut self, n: usize) -> Self {
-        self.id2label = Self::label_names(n);
+        if self.num_labels() != n {
+            self.id2label = Self::label_names(n);
+        }
         self
     }
 
@@ -237,6 +240,27 @@ mod tests {
         let null = serde_json::to_string(&roberta_base()).unwrap();
         let null = null.replace("\"pad_token_id\":1", "\"pad_token_id\":null");
         assert_eq!(serde_json::from_str::<RobertaConfig>(&null).unwrap().pad_token_id, None);
+    }
+
+    #[test]
+    fn every_null_is_as_good_as_an_absent_field() {
+        let whole = serde_json::to_value(RobertaConfig { id2label: [].into(), ..roberta_base() }).unwrap();
+        let read = |json: &serde_json::Value| {
+            let config = RobertaConfig::parse(json.to_string().as_bytes(), Path::new("config.json"));
+            config.map_err(|error| error.to_string())
+        };
+        for name in whole.as_object().unwrap().keys() {
+            let (mut null, mut absent) = (whole.clone(), whole.clone());
+            null[name] = serde_json::Value::Null;
+            absent.as_object_mut().unwrap().remove(name);
+            match (read(&null), read(&absent)) {
+                (Ok(null), Ok(absent)) => assert_eq!(null, absent, "{name}"),
+                (Err(null), Err(_)) => {
+                    assert!(null.contains(&format!("missing field `{name}`")), "{name}: {null}")
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
     }
 
     #[test]
