@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+
 use super::columns::Columns;
 use super::delimited;
 use crate::data::lines::{each_line, excerpt};
@@ -93,12 +95,12 @@ pub fn read_from(mut source: impl Read, path: &Path, columns: &Columns) -> Resul
             take(number, row::parse(line).and_then(|row| cells(&row, &names)))
         })?,
         _ => {
-            let rows: Vec<Row> = serde_json::from_str(text).map_err(|error| {
+            let mut json = serde_json::Deserializer::from_str(text);
+            let mut take = |place, row: Row| take(place, cells(&row, &names));
+            let read = Rows(&mut take).deserialize(&mut json).and_then(|rows| json.end().map(|()| rows));
+            read.map_err(|error| {
                 Error::format_at(path, error.line(), format!("not a JSON array of objects: {error}"))
-            })?;
-            for (index, row) in rows.iter().enumerate() {
-                take(index + 1, cells(row, &names))?;
-            }
+            })??;
         }
     }
     non_empty(table)
@@ -126,6 +128,37 @@ fn fault(path: &Path, by_line: bool, place: usize, reason: &str) -> Error {
 
 fn cells(row: &Row, names: &[&str]) -> std::result::Result<Vec<Cell>, String> {
     names.iter().map(|name| row::field(row, name).cloned()).collect()
+}
+
+/// The objects of an array, one at a time: as a tree they would take many times the memory of their text.
+struct Rows<'a>(&'a mut dyn FnMut(usize, Row) -> Result<()>);
+
+impl<'de> DeserializeSeed<'de> for Rows<'_> {
+    /// What became of them; an error of the first that is refused.
+    type Value = Result<()>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Rows<'_> {
+    type Value = Result<()>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> std::result::Result<Self::Value, A::Error> {
+        let (mut place, mut outcome) = (0, Ok(()));
+        while let Some(row) = rows.next_element::<Row>()? {
+            place += 1;
+            if outcome.is_ok() {
+                outcome = (self.0)(place, row);
+            }
+        }
+        Ok(outcome)
+    }
 }
 
 /// The text of a file, without a byte order mark.
