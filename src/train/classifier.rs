@@ -274,38 +274,12 @@ impl Classifier {
     }
 }
 
-        let (labels, note) = source.settle(wanted, &params)?;
-        if let Some(note) = &note {
-            tracing::warn!("{}: {note}", files.config_path().display());
-        }
-        let max_length = config.max_length().saturating_sub(method.virtual_tokens());
-        Ok(Self {
-            model,
-            params,
-            labels,
-            note,
-            method,
-            hooks,
-            config,
-            files: files.clone(),
-            max_length,
-            encoder: OnceLock::new(),
-        })
-    }
+/// Whether no row of a batch has a label.
+fn unknown(batch: &Batch) -> Result<bool> {
+    let classes = batch.labels.dtype() == DType::I64;
+    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == IGNORED))
+}
 
-    /// What there is to know about the classes of the head: that their names are not those of the task.
-    pub fn note(&self) -> Option<&str> {
-        self.note.as_deref()
-    }
-
-    /// Its method.
-    pub fn method(&self) -> &Method {
-        &self.method
-    }
-
-    /// The configuration of its model.
-    pub fn config(&self) -> &SequenceConfig {
-        &self.config
 impl Predictor for Classifier {
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         self.model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, cx)

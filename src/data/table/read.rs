@@ -137,7 +137,10 @@ impl<'de> DeserializeSeed<'de> for Rows<'_> {
     /// What became of them; an error of the first that is refused.
     type Value = Result<()>;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<Self::Value, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
         deserializer.deserialize_seq(self)
     }
 }
