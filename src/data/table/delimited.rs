@@ -4,7 +4,7 @@ use std::path::Path;
 
 use csv::{ErrorKind, Position, ReaderBuilder, StringRecord};
 
-use super::read::no_column;
+use super::columns::no_column;
 use crate::data::row::Cell;
 use crate::error::{Error, Result};
 

@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 
 use super::columns::Columns;
 use super::delimited;
-use crate::data::lines::{each_line, excerpt};
+use crate::data::lines::each_line;
 use crate::data::row::{self, Cell, Row};
 use crate::error::{Error, Result};
 
@@ -186,11 +186,6 @@ fn text_of<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
             "not UTF-8: save the table as UTF-8 (Latin-1 and Windows-1252 are others)",
         )
     })
-}
-
-/// The names that are there, for an error.
-pub(super) fn no_column(name: &str, present: &[&str]) -> String {
-    format!("no column {name:?}; the table has: {}", excerpt(&present.join(", ")))
 }
 
 #[cfg(feature = "parquet")]
