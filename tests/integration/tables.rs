@@ -38,7 +38,7 @@ fn trained(method: Method, target: &Target, rows: &[Example]) -> Outcome<Classif
     let rows = classifier.encode(rows)?;
     let batcher = Batcher::new(16, false, Noise::new(1))?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
-    let config = TrainConfig { epochs: 2, lr: 3e-3, ..TrainConfig::default() };
+    let config = TrainConfig { epochs: 4, lr: 3e-3, ..TrainConfig::default() };
     fit(&objective, &classifier.params, &config, &mut ())?;
     Ok(classifier)
 }
