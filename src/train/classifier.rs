@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::head::HeadSource;
+use super::head::{self, HeadSource};
 use super::hooks::MethodHooks;
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
@@ -23,7 +23,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, AdapterMetadata, ExportFormat};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -174,22 +174,40 @@ impl Classifier {
             (None, Method::Full) => return self.save_model(&dir.join("model")),
             (None, _) => return self.params.save(&dir.join("adapter")),
         };
-        // An adapter without names has the checkpoint's: where it has some, numbers are told from them.
-        let names_count = !self.config.labels().are_numbers();
-        let metadata = AdapterMetadata {
-            base_model: Some(base_model.to_string()),
-            task: Some("SEQ_CLS".to_string()),
-            labels: Some(self.labels.clone()).filter(|labels| names_count || !labels.are_numbers()),
-            ..AdapterMetadata::default()
-        };
-        let file = AdapterFile::from_model(
-            self.model.as_ref(),
-            inject::DEFAULT_ADAPTER,
-            &self.params,
-            &method,
-            &metadata,
-        )?;
+        let file = self.adapter_file(&method, Some(base_model.to_string()))?;
         file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)
+    }
+
+    /// The adapter with the head. Where the checkpoint names the same classes in another order, the rows of the
+    /// head are in that order: PEFT, which keeps no names, takes them from the checkpoint.
+    ///
+    /// # Errors
+    /// If `method` is not that of the layers.
+    pub(crate) fn adapter_file(
+        &self,
+        method: &AdapterMethod,
+        base_model: Option<String>,
+    ) -> Result<AdapterFile> {
+        let of_checkpoint = self.config.named().ok().flatten().filter(|named| !named.are_numbers());
+        let places = of_checkpoint.as_ref().and_then(|named| self.labels.places_of(named));
+        // Where the checkpoint has names, numbers are told from them.
+        let labels = match (&places, &of_checkpoint) {
+            (Some(_), _) => of_checkpoint,
+            (None, Some(_)) => Some(self.labels.clone()),
+            (None, None) => Some(self.labels.clone()).filter(|labels| !labels.are_numbers()),
+        };
+        let metadata =
+            AdapterMetadata { base_model, task: Some("SEQ_CLS".to_string()), labels, ..Default::default() };
+        let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);
+        let mut file = AdapterFile::from_model(model, name, &self.params, method, &metadata)?;
+        if let Some(places) = places {
+            for name in self.config.output_tensors() {
+                if let Some(rows) = file.saved_modules.get_mut(*name) {
+                    *rows = head::take_rows(rows, &places)?;
+                }
+            }
+        }
+        Ok(file)
     }
 
     fn save_model(&self, dir: &Path) -> Result<()> {

@@ -123,13 +123,9 @@ impl<'a> HeadSource<'a> {
             );
             return Ok((wanted, Some(note)));
         };
-        if !places.iter().copied().eq(0..places.len()) {
-            let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
-            let places = Tensor::new(places, params.device())?;
-            for name in self.config.output_tensors() {
-                if let Some(param) = params.get(name) {
-                    params.set(name, &param.var.as_detached_tensor().index_select(&places, 0)?)?;
-                }
+        for name in self.config.output_tensors() {
+            if let Some(param) = params.get(name) {
+                params.set(name, &take_rows(&param.var.as_detached_tensor(), &places)?)?;
             }
         }
         Ok((wanted, None))
@@ -146,4 +142,10 @@ impl<'a> HeadSource<'a> {
             _ => Ok(self.config.named()?.map(|named| (named, "checkpoint"))),
         }
     }
+}
+
+/// The rows of an output's weight or bias at `places`, in their order.
+pub(super) fn take_rows(rows: &Tensor, places: &[usize]) -> Result<Tensor> {
+    let places: Vec<u32> = places.iter().map(|place| *place as u32).collect();
+    Ok(rows.index_select(&Tensor::new(places, rows.device())?, 0)?)
 }

@@ -19,6 +19,7 @@ mod llama;
 mod llama_golden;
 mod merge;
 mod named;
+mod other_writers;
 mod peft_adapters;
 mod prompt;
 mod resume;

@@ -52,7 +52,8 @@ struct Extra {
 }
 
 impl LlamaConfig {
-    /// Reads and checks a `config.json` alone ([`Self::from_files`] reads what else a model says of generation), of old and of new versions of transformers.
+    /// Reads and checks a `config.json`, of old and of new versions of transformers. [`Self::from_files`] reads what
+    /// else a model says of the end of a text.
     ///
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.

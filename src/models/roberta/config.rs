@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::labels;
 use crate::util::{check, json};
 
 /// Which of the two encoders a checkpoint is.
@@ -74,8 +76,16 @@ pub struct RobertaConfig {
     #[serde(default = "defaults::position_embedding_type")]
     pub position_embedding_type: String,
     /// The names of the classes; [`Self::num_labels`] counts them.
-    #[serde(default = "defaults::id2label")]
+    #[serde(default = "defaults::id2label", deserialize_with = "names")]
     pub id2label: BTreeMap<usize, String>,
+}
+
+/// Names of classes, which need be no texts.
+fn names<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<BTreeMap<usize, String>, D::Error> {
+    let names = BTreeMap::<usize, Value>::deserialize(deserializer)?;
+    Ok(names.iter().map(|(class, name)| (*class, labels::plain(name))).collect())
 }
 
 mod defaults {
@@ -229,6 +239,14 @@ mod tests {
         let config = roberta_base();
         config.validate().unwrap();
         assert_eq!((config.max_length(), config.first_position(), config.num_labels()), (512, 2, 2));
+    }
+
+    #[test]
+    fn names_of_classes_may_be_numbers() {
+        let mut whole = serde_json::to_value(roberta_base()).unwrap();
+        whole["id2label"] = serde_json::json!({ "0": 0, "1": "one" });
+        let config: RobertaConfig = serde_json::from_value(whole).unwrap();
+        assert_eq!(config.id2label, [(0, "0".to_string()), (1, "one".to_string())].into());
     }
 
     #[test]
