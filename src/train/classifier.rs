@@ -194,7 +194,10 @@ impl Classifier {
         let labels = match (&places, &of_checkpoint) {
             (Some(_), _) => of_checkpoint,
             (None, Some(_)) => Some(self.labels.clone()),
-            (None, None) => Some(self.labels.clone()).filter(|labels| !labels.are_numbers()),
+            // Classes that are called 0 and 1 are not called LABEL_0 and LABEL_1.
+            (None, None) => {
+                Some(self.labels.clone()).filter(|labels| *labels != Labels::numbered(labels.len()))
+            }
         };
         let metadata =
             AdapterMetadata { base_model, task: Some("SEQ_CLS".to_string()), labels, ..Default::default() };

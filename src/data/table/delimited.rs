@@ -24,7 +24,7 @@ pub(super) fn each_row(
     names: &[&str],
     take: &mut Take,
 ) -> Result<()> {
-    let quoted = delimiters != [b'\t'];
+    let quoted = delimiters != b"\t";
     let builder = |delimiter: u8| {
         let mut builder = ReaderBuilder::new();
         builder.delimiter(delimiter).quoting(quoted);

@@ -86,8 +86,8 @@ pub fn read_from(mut source: impl Read, path: &Path, columns: &Columns) -> Resul
         Ok(())
     };
     match ending.as_str() {
-        "csv" => delimited::each_row(text, path, &[b',', b';', b'\t'], &names, &mut take)?,
-        "tsv" | "txt" => delimited::each_row(text, path, &[b'\t'], &names, &mut take)?,
+        "csv" => delimited::each_row(text, path, b",;\t", &names, &mut take)?,
+        "tsv" | "txt" => delimited::each_row(text, path, b"\t", &names, &mut take)?,
         _ if by_line => each_line(text.as_bytes(), path, |number, line| {
             if line.trim().is_empty() {
                 return Ok(());
