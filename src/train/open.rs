@@ -67,12 +67,12 @@ impl Classifier {
     }
 
     /// With the spelling of the file where classes are called by their numbers: 0 and 1, not LABEL_0 and LABEL_1.
-    fn with_numbers_of(self, names: Option<Labels>) -> Self {
+    fn with_numbers_of(mut self, names: Option<Labels>) -> Self {
         let numbers = |names: &Labels| names.are_numbers() && names.len() == self.labels.len();
-        match names.filter(numbers).filter(|_| self.labels.are_numbers()) {
-            Some(labels) => Self { labels, ..self },
-            None => self,
+        if let Some(labels) = names.filter(numbers).filter(|_| self.labels.are_numbers()) {
+            self.labels = labels;
         }
+        self
     }
 }
 
