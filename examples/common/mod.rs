@@ -11,6 +11,8 @@ pub mod language;
 pub mod log;
 pub mod options;
 pub mod output;
+pub mod predict;
+pub mod rows;
 pub mod tasks;
 pub mod watch;
 

@@ -29,4 +29,5 @@ mod save;
 mod stories;
 mod study;
 mod support;
+mod tables;
 mod transformers;
