@@ -386,6 +386,30 @@ fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> 
     let summary = fit_with_checkpoints(&again, &again.params, &config, &mut log, &more)?;
     assert_eq!((summary.steps, summary.kept_step, log.records.len()), (12, 4, 4));
 
+    // What was waited for already counts after an interruption.
+    struct Stops(Log, usize);
+    impl Observer for Stops {
+        fn step(&mut self, record: &Record) -> Result<()> {
+            self.0.step(record)
+        }
+        fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+            self.0.evaluate(step)
+        }
+        fn stop(&self) -> bool {
+            self.0.records.len() == self.1
+        }
+    }
+    let (dir, config) =
+        (tempfile::tempdir().map_err(Error::io("a folder"))?, TrainConfig { patience: Some(2), ..config });
+    let checkpoints = |resume| Checkpoints { resume, ..Checkpoints::new(dir.path()) };
+    let (cut, scores) = (Line::new(5)?, vec![0.9, 0.5]);
+    let mut stops = Stops(Log { scores, ..Log::default() }, 4);
+    let stopped = fit_with_checkpoints(&cut, &cut.params, &config, &mut stops, &checkpoints(false));
+    assert!(matches!(stopped, Err(Error::Interrupted { step: 4 })));
+    let (rest, mut log) = (Line::new(5)?, Log { scores: vec![0.7, 0.95], ..Log::default() });
+    let summary = fit_with_checkpoints(&rest, &rest.params, &config, &mut log, &checkpoints(true))?;
+    assert_eq!((summary.steps, summary.kept_step, summary.stopped_early), (6, 2, true));
+
     // One who has no score to give is not waited for.
     let summary = line.fit(&config)?.0;
     assert_eq!((summary.steps, summary.stopped_early), (18, false));
