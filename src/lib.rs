@@ -9,6 +9,7 @@
 // Floor 0, the ground: knows nothing of the method.
 pub mod error;
 mod kernels;
+pub mod labels;
 pub mod noise;
 pub mod ops;
 pub mod special;
@@ -52,6 +53,7 @@ pub use adapter::{
     Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe, Role, ScalerFactors,
 };
 pub use error::{Error, Result};
+pub use labels::Labels;
 pub use monteclora::{
     Compat, DrawNoise, DrawSpec, EvidenceBound, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
     MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, Released,

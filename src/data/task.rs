@@ -7,6 +7,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::labels::Labels;
 
 /// A task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -214,6 +215,16 @@ impl Task {
     }
 }
 
+impl From<Task> for Labels {
+    /// The names of the task's classes; of a regression that of its one output.
+    fn from(task: Task) -> Self {
+        match task.label_names() {
+            [] => Self::numbered(task.num_labels()),
+            names => Self::new(names.iter().copied()).unwrap_or_else(|_| Self::numbered(names.len())),
+        }
+    }
+}
+
 impl fmt::Display for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -245,6 +256,8 @@ mod tests {
             assert_eq!(task.num_labels() == 1, task.is_regression());
             assert_eq!(task.hub_files()[0].0, "train");
             assert!(task.metrics().contains(&task.primary_metric()));
+            assert_eq!(Labels::from(task).len(), task.num_labels());
+            assert_eq!(Labels::from(task).are_numbers(), task.is_regression());
         }
         let message = "wnli".parse::<Task>().unwrap_err().to_string();
         assert!(message.starts_with("invalid task: \"wnli\", expected one of mrpc, cola,"), "{message}");

@@ -15,6 +15,7 @@ use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 use crate::inject;
+use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
 use crate::models::save::copy_companions;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
@@ -49,6 +50,8 @@ pub struct Classifier {
     pub model: Box<dyn SequenceClassifier>,
     /// What is trained.
     pub params: Params,
+    /// The names of the classes, in the order of the outputs.
+    pub labels: Labels,
     method: Method,
     hooks: MethodHooks,
     config: SequenceConfig,
@@ -59,7 +62,7 @@ pub struct Classifier {
 const IGNORED: i64 = -100;
 
 impl Classifier {
-    /// Loads a checkpoint with `num_labels` outputs (1: a regression) and what is trained on it. The
+    /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and what is trained on it. The
     /// base has the dtype `base_dtype`; what is trained is in single precision.
     ///
     /// # Errors
@@ -67,13 +70,14 @@ impl Classifier {
     /// is fine: it starts anew), or the start does not fit it.
     pub fn load(
         files: &ModelFiles,
-        num_labels: usize,
+        labels: impl Into<Labels>,
         start: &MethodInit,
         noise: Noise,
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let config = SequenceConfig::from_file(files.config_path(), num_labels)?;
+        let labels = labels.into();
+        let config = SequenceConfig::from_file(files.config_path(), labels.len())?;
         let checkpoint = files.var_builder(base_dtype, device)?;
         let (params, whole) = (Params::new(noise, device), checkpoint.clone());
         let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
@@ -88,7 +92,7 @@ impl Classifier {
             check_trained_head(&params, &whole, file)?;
         }
         let hooks = start.inject(model.as_mut(), &params)?;
-        Ok(Self { model, params, method, hooks, config, files: files.clone() })
+        Ok(Self { model, params, labels, method, hooks, config, files: files.clone() })
     }
 
     /// What it was loaded from.
