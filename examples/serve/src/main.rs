@@ -30,7 +30,7 @@ use tokio::sync::Semaphore;
 #[derive(Parser)]
 #[command(version)]
 pub struct Args {
-    /// The model that was fine-tuned: a folder, or a hub repository.
+    /// The model that was fine-tuned: a folder, or (feature hub) a hub repository.
     #[arg(long)]
     model: String,
     /// The folder of its adapter. Without one the model itself answers: merged, or fully fine-tuned.
@@ -108,7 +108,10 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-async fn predict(State(shared): State<Arc<Shared>>, Json(request): Json<Request>) -> Result<Json<Response>, Failure> {
+async fn predict(
+    State(shared): State<Arc<Shared>>,
+    Json(request): Json<Request>,
+) -> Result<Json<Response>, Failure> {
     if request.draws > shared.max_draws {
         let reason = format!("draws: at most {}, got {}", shared.max_draws, request.draws);
         return Err((StatusCode::BAD_REQUEST, reason));
