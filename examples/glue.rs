@@ -6,6 +6,9 @@
 //! `cargo run --release --example glue -- --model DIR_OR_HUB_ID --task mrpc --data DIR
 //! --method monteclora --targets query,key,value --rank 8 --alpha 16 --epochs 3 --batch-size 32
 //! --lr 3e-4 --max-length 128 --seed 1 --posterior-samples 10 --output OUT`: any model, any task.
+//!
+//! `cargo run --release --example glue -- --train MINE.csv --method lora --output OUT`: rows of your own, with a text
+//! and a label column; then `--predict MORE.csv --adapter OUT` says the labels of others.
 
 mod common;
 
@@ -14,6 +17,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use common::options::{check_apart, Log, MethodOptions, TrainOptions};
+use common::predict::Request;
+use common::rows::{Goal, Input, TableOptions};
 use common::watch::{self, say, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
@@ -21,7 +26,7 @@ use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions};
+use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions, Summary};
 use monteclora::util::files;
 use monteclora::Noise;
 use serde_json::{json, Value};
@@ -38,13 +43,21 @@ struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     #[command(flatten)]
+    tables: TableOptions,
+    /// Do not train: predict the rows of this table by what was trained, the --adapter (a folder of an adapter, a
+    /// model or a run) or a --model with a head, into a CSV table in --output or on standard output. Of a folder
+    /// the test sets of --task, as the benchmark's server takes them.
+    #[arg(long, value_name = "FILE|DIR", conflicts_with = "train")]
+    predict: Option<PathBuf>,
+    #[command(flatten)]
     method: MethodOptions,
     #[command(flatten)]
     train: TrainOptions,
     #[arg(long, default_value_t = 32)]
     batch_size: usize,
-    #[arg(long, default_value_t = 128)]
-    max_length: usize,
+    /// The most tokens of a text. Default: 128; with --predict that of the run.
+    #[arg(long)]
+    max_length: Option<usize>,
     /// Posterior draws to average beside the mean. Default: 10 in the table, else 0.
     #[arg(long)]
     posterior_samples: Option<usize>,
@@ -68,30 +81,56 @@ fn run() -> Outcome {
     interrupt::listen()?;
     let args = Args::parse();
     let task: Task = args.task.parse()?;
+    if let Some(rows) = &args.predict {
+        return Request {
+            rows,
+            options: &args.tables,
+            task,
+            model: args.model.as_deref(),
+            trained: args.method.adapter.as_deref(),
+            max_length: args.max_length,
+            samples: args.posterior_samples.unwrap_or(0),
+            dtype: common::dtype(&args.dtype)?,
+            device: &common::device(&args.device)?,
+            output: args.output.as_deref(),
+        }
+        .run();
+    }
     let model = match &args.model {
         Some(model) => model.clone(),
         None => common::asset("tiny-roberta")?,
     };
-    let data = match (&args.data, &args.model) {
-        (Some(dir), _) => task.load_folder(dir)?,
-        (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
-        (None, _) => common::download::hub_splits(task)?,
+    let (goal, data) = match (&args.tables.train, &args.data, &args.model) {
+        (Some(train), ..) => {
+            let noise = Noise::new(args.train.seed);
+            let (goal, data, counts) = Goal::of_tables(&args.tables, train, args.train.limit_train, noise)?;
+            counts.iter().for_each(|line| eprintln!("{line}"));
+            (goal, data)
+        }
+        (None, data, model) => {
+            let data = match (data, model) {
+                (Some(dir), _) => task.load_folder(dir)?,
+                (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
+                (None, _) => common::download::hub_splits(task)?,
+            };
+            (Goal::of_task(task, &args.tables)?, data)
+        }
     };
     let methods = args.method.names()?;
     let mut table = Vec::new();
     for name in &methods {
         let output =
             args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(tune(&args, task, &model, &data, name, output.as_deref())?);
+        table.push(tune(&args, &goal, &model, &data, name, output.as_deref())?);
     }
-    print_table(&table, task.primary_metric());
+    print_table(&table, &goal.metric);
     Ok(())
 }
 
 /// One method: load, train, evaluate, write. Returns what `metrics.json` holds.
 fn tune(
     args: &Args,
-    task: Task,
+    goal: &Goal,
     model: &str,
     data: &Splits,
     name: &str,
@@ -103,9 +142,9 @@ fn tune(
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
     let files = common::download::model_files(model)?;
-    let config = SequenceConfig::from_file(files.config_path(), task.num_labels())?;
+    let config = SequenceConfig::from_file(files.config_path(), goal.labels.len())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
-    let length = args.method.text_length(args.max_length, config.max_length());
+    let length = args.method.text_length(args.max_length.unwrap_or(128), config.max_length());
     let encoder = TextEncoder::new(tokenizer, length, config.max_length())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
 
@@ -114,7 +153,7 @@ fn tune(
     if let (Method::Full, Some(out)) = (start.method(), out) {
         check_apart("--model", Path::new(model), &out.join("model"))?;
     }
-    let mut classifier = Classifier::load(&files, task.num_labels(), &start, noise, dtype, &device)?;
+    let mut classifier = Classifier::load(&files, goal.labels.clone(), &start, noise, dtype, &device)?;
     classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
@@ -129,21 +168,24 @@ fn tune(
     let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 }, &start.method())?;
     let log = out.map(Log::create).transpose()?;
     let bar = common::progress(0, name);
-    let metric = task.primary_metric();
+    let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
     let keep = || out.map_or(Ok(()), |dir| classifier.save(model, dir));
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
     let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     let params = &classifier.params;
-    let summary = watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref())?;
+    let summary = match args.train.epochs {
+        0 => Summary::default(), // only measured
+        _ => watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref())?,
+    };
     watch.bar.finish_and_clear();
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
     // Others have no posterior to draw from.
     let samples = if ["monteclora", "blob"].contains(&name) { samples } else { 0 };
     let mut metrics = json!({
-        "task": task.name(), "method": name, "seed": args.train.seed, "model": model,
+        "task": goal.name, "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
         "kept_step": summary.kept_step, "seconds": summary.seconds,
         "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
@@ -151,7 +193,8 @@ fn tune(
     for (i, split) in dev.iter().enumerate() {
         interrupt::check(summary.steps)?;
         let predictions = Predictions::new(&classifier, &split.rows, &split.batches, samples)?;
-        let evaluation = serde_json::to_value(predictions.evaluate()?)?;
+        let wide = goal.columns.is_some() || args.tables.metric.is_some();
+        let evaluation = serde_json::to_value(measured(&predictions, wide)?)?;
         let suffix = if i == 0 { String::new() } else { format!("_{}", split.name) };
         metrics[format!("mean{suffix}")] = evaluation["mean"].clone();
         metrics[format!("posterior{suffix}")] = evaluation["posterior"].clone();
@@ -159,9 +202,16 @@ fn tune(
             predictions.write(&dir.join(format!("predictions{suffix}.jsonl")))?;
         }
     }
+    if let (Some(_), Some(split)) = (&goal.columns, dev.first()) {
+        let predictions = Predictions::new(&classifier, &split.rows, &split.batches, 0)?;
+        metrics["labels"] = json!(goal.labels.names());
+        metrics["classes"] = serde_json::to_value(predictions.class_scores()?)?;
+    }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = out {
         files::write_json(&dir.join("metrics.json"), &metrics)?;
+        let input = Input { columns: goal.columns.clone(), max_length: length };
+        files::write_json(&dir.join(Input::FILE), &input)?;
         classifier.save(model, dir)?;
     }
     Ok(metrics)
@@ -171,6 +221,15 @@ struct Split {
     name: String,
     rows: Vec<Encoded>,
     batches: Vec<Batch>,
+}
+
+/// The metrics of a benchmark, or all that own data have.
+fn measured(predictions: &Predictions, own: bool) -> monteclora::Result<Evaluation> {
+    if own {
+        predictions.evaluate_own_data()
+    } else {
+        predictions.evaluate()
+    }
 }
 
 /// The score of the first split; all of them are told.
@@ -184,7 +243,8 @@ fn evaluate(
     let mut score = None;
     for split in dev {
         let predictions = Predictions::new(classifier, &split.rows, &split.batches, 0)?;
-        let Evaluation { mean, .. } = predictions.evaluate()?;
+        // Whatever it is chosen by.
+        let Evaluation { mean, .. } = measured(&predictions, true)?;
         let value = mean.get(metric);
         score = score.or(value);
         let nll = mean.nll.map(|nll| format!(", nll {nll:.4}")).unwrap_or_default();

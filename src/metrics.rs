@@ -3,7 +3,9 @@
 //! Everything is in double precision; definitions follow scikit-learn and SciPy.
 
 mod calibration;
+mod class_scores;
 mod quantile;
+mod uncertainty;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -12,7 +14,9 @@ use crate::special;
 
 pub(crate) use calibration::{confidence_bin, ConfidenceBins};
 pub use calibration::{ece_debiased, ece_floor};
+pub use class_scores::{class_scores, ClassScores};
 pub use quantile::{median, quantile};
+pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};
 
 /// The number of bins of the expected calibration error.
 pub const ECE_BINS: usize = 15;
@@ -27,6 +31,12 @@ pub struct Metrics {
     /// F1 of class 1; only for two classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub f1: Option<f64>,
+    /// The mean of the classes' F1; of [`Self::of_own_data`] alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub macro_f1: Option<f64>,
+    /// The same with each class weighted by its rows; of [`Self::of_own_data`] alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weighted_f1: Option<f64>,
     /// Matthews' correlation coefficient.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub matthews: Option<f64>,
@@ -76,6 +86,21 @@ impl Metrics {
         })
     }
 
+    /// [`Self::classification`] with the averages of F1 over classes, which no benchmark here asks for.
+    ///
+    /// # Errors
+    /// As [`Self::classification`].
+    pub fn of_own_data(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<Self> {
+        let metrics = Self::classification(probabilities, labels)?;
+        let predicted: Vec<u32> = probabilities.iter().map(|p| argmax(p) as u32).collect();
+        let scores = class_scores(&predicted, labels)?;
+        // As scikit-learn: over the classes that are predicted or a label.
+        let macro_f1 = scores.iter().map(|class| class.f1).sum::<f64>() / scores.len() as f64;
+        let weighted = scores.iter().map(|class| class.f1 * class.rows as f64).sum::<f64>();
+        let weighted_f1 = weighted / labels.len() as f64;
+        Ok(Self { macro_f1: Some(macro_f1), weighted_f1: Some(weighted_f1), ..metrics })
+    }
+
     /// Scores of predicted numbers.
     ///
     /// # Errors
@@ -94,6 +119,8 @@ impl Metrics {
         match name {
             "accuracy" => self.accuracy,
             "f1" => self.f1,
+            "macro_f1" => self.macro_f1,
+            "weighted_f1" => self.weighted_f1,
             "matthews" => self.matthews,
             "pearson" => self.pearson,
             "spearman" => self.spearman,
@@ -235,7 +262,7 @@ pub fn mse(predictions: &[f64], targets: &[f64]) -> Result<f64> {
 }
 
 /// The first of the largest entries.
-fn argmax(row: &[f64]) -> usize {
+pub(crate) fn argmax(row: &[f64]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 

@@ -8,6 +8,8 @@ pub mod download;
 pub mod interrupt;
 pub mod language;
 pub mod options;
+pub mod predict;
+pub mod rows;
 pub mod tasks;
 pub mod watch;
 

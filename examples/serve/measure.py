@@ -93,7 +93,7 @@ def main():
         print(f"  the same answers: {answers == first}", flush=True)
     if args.transformers:
         theirs = transformers(args.transformers, rows[:500])
-        ours = [json.loads(answer)["predictions"][0]["probabilities"] for answer in first[:500]]
+        ours = [list(json.loads(answer)["predictions"][0]["values"].values()) for answer in first[:500]]
         apart = max(abs(a - b) for one, other in zip(ours, theirs) for a, b in zip(one, other))
         print(f"  furthest apart: {apart:.1e}", flush=True)
 

@@ -7,11 +7,10 @@ pub mod laplace;
 mod replaced;
 mod temperature;
 pub mod tfb;
-mod uncertainty;
 
+pub use crate::metrics::{auroc, entropy, uncertainty, Uncertainty};
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Linearised, Scope, Taps};
 pub use replaced::Replaced;
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
 pub use tfb::Tfb;
-pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};

@@ -12,6 +12,9 @@ use crate::noise::{Noise, Purpose};
 /// Batches that are sorted by length together, when grouping by length.
 const GROUP: usize = 50;
 
+/// The class of a row that is left out of the loss, as PyTorch has it.
+pub(crate) const IGNORED: i64 = -100;
+
 /// Encoded rows as tensors on one device: `b` rows of `t` tokens.
 #[derive(Debug, Clone)]
 pub struct Batch {
@@ -23,7 +26,8 @@ pub struct Batch {
     pub token_type_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(b)`: i64 for classes, f32 for scores; on the host, where losses look at them.
+    /// `(b)`: i64 for classes (-100 where none is known), f32 for scores; on the host, where losses look at
+    /// them.
     pub labels: Tensor,
 }
 
@@ -31,7 +35,7 @@ impl Batch {
     /// Pads `rows` on the right with `pad_id` to the longest of them.
     ///
     /// # Errors
-    /// If there is no row, or if some labels are classes and others scores.
+    /// If there is no row, or if some labels are classes or not known and others scores.
     pub fn collate(rows: &[&Encoded], pad_id: u32, device: &Device) -> Result<Self> {
         if rows.is_empty() {
             return Err(Error::config("batch", "a batch needs at least one row"));
@@ -47,6 +51,7 @@ impl Batch {
             match row.label {
                 Label::Class(class) => classes.push(i64::from(class)),
                 Label::Score(score) => scores.push(score),
+                Label::Unknown => classes.push(IGNORED),
             }
         }
         let labels = match (classes.len(), scores.len()) {
@@ -58,7 +63,9 @@ impl Batch {
                     rows.iter().find(is).map_or(0, |row| row.row)
                 };
                 let (class, score) = (row_with(false), row_with(true));
-                let reason = format!("row {class} has a class and row {score} a score, in one batch");
+                let unknown = rows.iter().any(|row| row.row == class && row.label == Label::Unknown);
+                let what = if unknown { "no label" } else { "a class" };
+                let reason = format!("row {class} has {what} and row {score} a score, in one batch");
                 return Err(Error::config("labels", reason));
             }
         };

@@ -30,6 +30,7 @@ impl Encoded {
         let label = match self.label {
             Label::Class(class) => class,
             Label::Score(score) => score.to_bits(),
+            Label::Unknown => u32::MAX,
         };
         self.ids.iter().copied().chain([u32::MAX, label])
     }

@@ -58,7 +58,7 @@ fn load(
 
 /// The parquet files of one set, in order; none if the folder is not there. Files that say
 /// `-of-00002` must be two: half a set is an error.
-fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
+pub(super) fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     if !root.is_dir() {
         return Ok(Vec::new());
     }

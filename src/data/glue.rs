@@ -18,14 +18,14 @@ const MAX_COLUMNS: usize = 1000;
 struct Columns {
     text_a: &'static str,
     text_b: Option<&'static str>,
-    label: &'static str,
+    label: Option<&'static str>,
 }
 
 /// The same as positions, with the number of columns every row must have.
 struct Layout {
     text_a: usize,
     text_b: Option<usize>,
-    label: usize,
+    label: Option<usize>,
     width: usize,
 }
 
@@ -42,7 +42,7 @@ fn columns(task: Task) -> Option<Columns> {
         Task::Stsb => ("sentence1", Some("sentence2"), "score"),
         Task::Wic | Task::BoolQ => return None,
     };
-    Some(Columns { text_a, text_b, label })
+    Some(Columns { text_a, text_b, label: Some(label) })
 }
 
 /// The files of a task's development sets, with the names the sets get in [`super::task::Splits`].
@@ -72,15 +72,31 @@ pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     read_from(task, file, path)
 }
 
+/// Reads one TSV file without labels, such as the benchmark's test sets, which all have a header. A row for each
+/// line: a broken one is an error.
+///
+/// # Errors
+/// As [`read`], but for labels.
+pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    rows(task, file, path, false)
+}
+
 /// [`read`] from any source; `path` only names it in errors.
 ///
 /// # Errors
 /// As [`read`].
 pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Example>> {
+    rows(task, source, path, true)
+}
+
+fn rows(task: Task, source: impl Read, path: &Path, labelled: bool) -> Result<Vec<Example>> {
     let names = columns(task)
         .ok_or_else(|| Error::config("task", format!("{task} is not distributed as TSV, but as JSONL")))?;
+    let names = Columns { label: names.label.filter(|_| labelled), ..names };
     // CoLA's fixed columns: source, label, the author's mark, sentence.
-    let mut layout = (task == Task::Cola).then_some(Layout { text_a: 3, text_b: None, label: 1, width: 4 });
+    let fixed = Layout { text_a: 3, text_b: None, label: Some(1), width: 4 };
+    let mut layout = (task == Task::Cola && labelled).then_some(fixed);
     let (mut examples, mut broken) = (Vec::new(), 0usize);
     each_line(source, path, |number, line| {
         // Counted before they are collected: a line of tabs would take many times its size.
@@ -94,7 +110,7 @@ pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Examp
             layout = Some(header(&names, &fields(), path, number)?);
             return Ok(());
         };
-        if task == Task::Qqp && width < layout.width {
+        if task == Task::Qqp && labelled && width < layout.width {
             broken += 1;
             return Ok(());
         }
@@ -103,8 +119,8 @@ pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Examp
             return Err(Error::format_at(path, number, reason));
         }
         let fields = fields();
-        let label = parse_label(task, fields[layout.label])
-            .map_err(|reason| Error::format_at(path, number, reason))?;
+        let label = layout.label.map_or(Ok(Label::Unknown), |column| parse_label(task, fields[column]));
+        let label = label.map_err(|reason| Error::format_at(path, number, reason))?;
         let text_b = layout.text_b.map(|column| fields[column]);
         examples.push(Example::new(fields[layout.text_a], text_b, label));
         Ok(())
@@ -125,7 +141,7 @@ fn header(names: &Columns, fields: &[&str], path: &Path, line: usize) -> Result<
     Ok(Layout {
         text_a: find(names.text_a)?,
         text_b: names.text_b.map(find).transpose()?,
-        label: find(names.label)?,
+        label: names.label.map(find).transpose()?,
         width: fields.len(),
     })
 }
@@ -205,6 +221,23 @@ mod tests {
         assert!(failure(Task::Wic, "").contains("not distributed as TSV"));
         let long = "id\tquestion1\tquestion2\tis_duplicate\n1\ta\tb\t1\t0";
         assert_eq!(failure(Task::Qqp, long), "x.tsv, line 2: expected 4 columns, got 5");
+    }
+
+    #[test]
+    fn test_sets_are_read_without_labels_and_row_for_row() {
+        let test = |task, text: &str| rows(task, text.as_bytes(), Path::new("test.tsv"), false);
+        let unknown = |texts: &[&str]| texts.iter().map(|text| Example::from(*text)).collect::<Vec<_>>();
+        // Of CoLA these alone have a header.
+        assert_eq!(
+            test(Task::Cola, "index\tsentence\n0\tOne.\n1\tTwo.\n").unwrap(),
+            unknown(&["One.", "Two."])
+        );
+        assert_eq!(test(Task::Rte, "index\tsentence1\tsentence2\n0\ta\tb\n").unwrap(), [("a", "b").into()]);
+        let labelled = "sentence\tlabel\nfun\t1\n";
+        assert_eq!(test(Task::Sst2, labelled).unwrap(), unknown(&["fun"]));
+        // A submission has a line for each: none may fall out.
+        let broken = test(Task::Qqp, "id\tquestion1\tquestion2\n0\ta\n").unwrap_err().to_string();
+        assert_eq!(broken, "test.tsv, line 2: expected 3 columns, got 2");
     }
 
     #[test]

@@ -13,5 +13,7 @@ pub mod parquet;
 mod row;
 pub mod split;
 pub mod superglue;
+pub mod table;
 pub mod task;
+mod test_sets;
 pub mod tokenizer;

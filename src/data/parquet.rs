@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 
 use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
-use ::parquet::record::{Field, Row};
+use ::parquet::record::Field;
 use ::parquet::schema::types::{Type, TypePtr};
 
 use super::lines::excerpt;
+use super::row::Cell;
 use super::superglue::wic_text;
 use super::task::{non_empty, Example, Label, Splits, Task};
 use crate::error::{Error, Result};
@@ -39,48 +40,134 @@ const fn text_columns(task: Task) -> &'static [&'static str] {
 /// The file cannot be opened, is not parquet, lacks a column (the error names those present), or a row
 /// has no usable label (as the unlabelled test sets: -1) or text; rows are counted from 1.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
+    read_rows(task, path, true)
+}
+
+/// [`read`] without labels, whether the file has them or not.
+///
+/// # Errors
+/// As [`read`], but for labels.
+pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
+    read_rows(task, path, false)
+}
+
+fn read_rows(task: Task, path: &Path, labelled: bool) -> Result<Vec<Example>> {
+    let texts = text_columns(task);
+    let columns: Vec<&str> = texts.iter().copied().chain(labelled.then_some("label")).collect();
+    let mut examples = Vec::new();
+    each_row(path, &columns, &mut |_, fields| {
+        let example = parse(task, &columns, fields)?;
+        let text = example.text_a.len() + example.text_b.as_ref().map_or(0, String::len);
+        examples.push(example);
+        Ok(text + size_of::<Example>())
+    })?;
+    Ok(examples)
+}
+
+/// Calls `take` with the 1-based number of each row and its values in these columns, in their order; it
+/// returns how many bytes it keeps of them.
+///
+/// # Errors
+/// The file cannot be opened, is not parquet, lacks a column, has one that holds no plain values, keeps far more
+/// than its size, or `take` fails.
+pub(super) fn each_row(path: &Path, columns: &[&str], take: &mut Take) -> Result<()> {
     let file = File::open(path).map_err(Error::io(path))?;
     // The decoder is written for files that are sound: should a damaged one make it panic, that is an
     // error of the file.
-    catch_unwind(AssertUnwindSafe(|| read_file(task, file, path)))
+    catch_unwind(AssertUnwindSafe(|| read_file(columns, file, path, take)))
         .unwrap_or_else(|_| Err(Error::format(path, "the parquet file is damaged: its decoder panicked")))
 }
 
-fn read_file(task: Task, file: File, path: &Path) -> Result<Vec<Example>> {
+/// What takes the values of a row.
+type Take<'a> = dyn FnMut(usize, &[&Field]) -> std::result::Result<usize, String> + 'a;
+
+fn read_file(wanted: &[&str], file: File, path: &Path, take: &mut Take) -> Result<()> {
     let unfit = |reason: String| Error::format(path, format!("not readable as parquet: {reason}"));
     let damaged = |error: ParquetError| unfit(error.to_string());
     let mut most = Allowance::of(file.metadata().map_err(Error::io(path))?.len());
-    guard::check_footer(&file).map_err(unfit)?;
-    let reader = SerializedFileReader::new(file.try_clone().map_err(Error::io(path))?).map_err(damaged)?;
+    let reader = open(&file, path)?;
     let schema = reader.metadata().file_metadata().schema();
-    let wanted: Vec<&str> = text_columns(task).iter().copied().chain(["label"]).collect();
     // The other columns are not read: they may be many, and of any kind.
     let chosen = schema.get_fields().iter().filter(|field| wanted.contains(&field.name()));
     let chosen: Vec<TypePtr> = chosen.cloned().collect();
-    let position = |name: &str| {
-        chosen.iter().position(|field| field.name() == name).ok_or_else(|| {
+    let position = |name: &&str| {
+        chosen.iter().position(|field| field.name() == *name).ok_or_else(|| {
             let present: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
             Error::format(path, format!("no column {name:?}; the file has: {}", excerpt(&present.join(", "))))
         })
     };
-    let texts = text_columns(task).iter().map(|name| position(name)).collect::<Result<Vec<_>>>()?;
-    let label = position("label")?;
+    let places = wanted.iter().map(position).collect::<Result<Vec<_>>>()?;
     if chosen.len() > wanted.len() || chosen.iter().any(|field| !field.is_primitive()) {
         let reason = format!("expected one column of plain values for each of {}", wanted.join(", "));
         return Err(Error::format(path, reason));
     }
-    guard::check_pages(&file, reader.metadata(), &wanted).map_err(unfit)?;
+    guard::check_pages(&file, reader.metadata(), wanted).map_err(unfit)?;
     let chosen = Type::group_type_builder(schema.name()).with_fields(chosen).build().map_err(damaged)?;
-    let rows = reader.get_row_iter(Some(chosen)).map_err(damaged)?;
-    let mut examples = Vec::new();
-    for (index, row) in rows.enumerate() {
+    for (index, row) in reader.get_row_iter(Some(chosen)).map_err(damaged)?.enumerate() {
         let row = row.map_err(damaged)?;
-        let example = parse(task, &row, &texts, label)
-            .and_then(|example| most.take(example))
+        let fields: Vec<&Field> = row.get_column_iter().map(|(_, field)| field).collect();
+        let fields: Option<Vec<&Field>> = places.iter().map(|place| fields.get(*place).copied()).collect();
+        fields
+            .ok_or_else(|| "too few columns".to_string())
+            .and_then(|fields| take(index + 1, &fields))
+            .and_then(|size| most.take(size))
             .map_err(|reason| Error::format(path, format!("row {}: {reason}", index + 1)))?;
-        examples.push(example);
     }
-    Ok(examples)
+    Ok(())
+}
+
+/// A reader of a file whose footer is sound.
+fn open(file: &File, path: &Path) -> Result<SerializedFileReader<File>> {
+    let unfit = |reason: String| Error::format(path, format!("not readable as parquet: {reason}"));
+    guard::check_footer(file).map_err(unfit)?;
+    SerializedFileReader::new(file.try_clone().map_err(Error::io(path))?).map_err(|e| unfit(e.to_string()))
+}
+
+/// The names of the classes of a column of numbers, where the file says them: `ClassLabel` of Hugging Face's
+/// datasets, in its metadata.
+///
+/// # Errors
+/// The file cannot be opened, or is not parquet.
+pub(super) fn class_names(path: &Path, column: &str) -> Result<Option<Vec<String>>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let named = || {
+        let reader = open(&file, path)?;
+        let pairs = reader.metadata().file_metadata().key_value_metadata();
+        let text = pairs.into_iter().flatten().find(|pair| pair.key == "huggingface");
+        let Some(text) = text.and_then(|pair| pair.value.as_ref()) else { return Ok(None) };
+        // What is no such description says nothing.
+        let json: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
+        let names = json["info"]["features"][column]["names"].as_array();
+        let names =
+            names.and_then(|names| names.iter().map(|name| name.as_str().map(str::to_string)).collect());
+        Ok(names)
+    };
+    catch_unwind(AssertUnwindSafe(named))
+        .unwrap_or_else(|_| Err(Error::format(path, "the parquet file is damaged: its decoder panicked")))
+}
+
+/// A value as other formats have it.
+pub(super) fn cell(field: &Field) -> std::result::Result<Cell, String> {
+    Ok(match field {
+        Field::Null => Cell::Null,
+        Field::Bool(flag) => Cell::Flag(*flag),
+        Field::Str(text) => Cell::Text(text.clone()),
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => Cell::Text(text.to_owned()),
+            Err(error) => return Err(format!("not UTF-8: {error}")),
+        },
+        Field::Byte(number) => Cell::Number(number.to_string()),
+        Field::Short(number) => Cell::Number(number.to_string()),
+        Field::Int(number) => Cell::Number(number.to_string()),
+        Field::Long(number) => Cell::Number(number.to_string()),
+        Field::UByte(number) => Cell::Number(number.to_string()),
+        Field::UShort(number) => Cell::Number(number.to_string()),
+        Field::UInt(number) => Cell::Number(number.to_string()),
+        Field::ULong(number) => Cell::Number(number.to_string()),
+        Field::Float(number) => Cell::Number(format!("{number:?}")),
+        Field::Double(number) => Cell::Number(format!("{number:?}")),
+        other => Cell::Other(other.to_string()),
+    })
 }
 
 /// What the rows of a file may still take: a few bytes of a parquet file can stand for any number of
@@ -99,33 +186,34 @@ impl Allowance {
         Self { file, left: file.saturating_mul(Self::TIMES).saturating_add(64 << 20) }
     }
 
-    /// The example, if there is still room for it.
-    fn take(&mut self, example: Example) -> std::result::Result<Example, String> {
-        let text = example.text_a.len() + example.text_b.as_ref().map_or(0, String::len);
-        match self.left.checked_sub((text + size_of::<Example>()) as u64) {
+    /// Takes so many bytes, if there is still room for them.
+    fn take(&mut self, bytes: usize) -> std::result::Result<(), String> {
+        match self.left.checked_sub(bytes as u64) {
             Some(left) => {
                 self.left = left;
-                Ok(example)
+                Ok(())
             }
             None => Err(format!("a file of {} bytes cannot hold so much: it repeats itself", self.file)),
         }
     }
 }
 
-fn parse(task: Task, row: &Row, texts: &[usize], label: usize) -> std::result::Result<Example, String> {
-    let fields: Vec<(&String, &Field)> = row.get_column_iter().collect();
-    let field = |column: usize| fields.get(column).copied().ok_or("too few columns");
-    let mut found = Vec::with_capacity(texts.len());
-    for &column in texts {
-        found.push(match field(column)? {
-            (_, Field::Str(text)) => text.as_str(),
-            (name, Field::Bytes(bytes)) => {
+/// The example of the values in a task's columns, the label last where it is among them.
+fn parse(task: Task, columns: &[&str], fields: &[&Field]) -> std::result::Result<Example, String> {
+    let (mut found, mut label) = (Vec::with_capacity(fields.len()), Label::Unknown);
+    for (name, field) in columns.iter().zip(fields) {
+        if *name == "label" {
+            label = parse_label(task, field)?;
+            continue;
+        }
+        found.push(match field {
+            Field::Str(text) => text.as_str(),
+            Field::Bytes(bytes) => {
                 std::str::from_utf8(bytes.data()).map_err(|error| format!("{name} is not UTF-8: {error}"))?
             }
-            (name, other) => return Err(format!("{name} is {other}, expected a text")),
+            other => return Err(format!("{name} is {other}, expected a text")),
         });
     }
-    let label = parse_label(task, field(label)?.1)?;
     match found[..] {
         [a] => Ok(Example::new(a, None, label)),
         [a, b] => Ok(Example::new(a, Some(b), label)),
@@ -195,12 +283,10 @@ mod tests {
 
     #[test]
     fn rows_that_repeat_themselves_without_end_are_refused() {
-        let example =
-            |length: usize| Example { text_a: "x".repeat(length), text_b: None, label: Label::Class(0) };
         let mut left = Allowance::of(1000);
-        let refused = (0..100).find_map(|_| left.take(example(1 << 20)).err());
+        let refused = (0..100).find_map(|_| left.take(1 << 20).err());
         assert!(refused.unwrap().contains("a file of 1000 bytes cannot hold so much"));
         let mut left = Allowance::of(1 << 20);
-        assert!((0..100).all(|_| left.take(example(1 << 20)).is_ok()));
+        assert!((0..100).all(|_| left.take(1 << 20).is_ok()));
     }
 }

@@ -19,6 +19,8 @@ pub(super) enum Cell {
     Null,
     Flag(bool),
     Text(String),
+    /// As JSON spells it: a whole number that is written as a fraction keeps its point.
+    Number(String),
     /// Of a kind that no field has; as it is called in errors.
     Other(String),
 }
@@ -29,7 +31,7 @@ impl fmt::Display for Cell {
             Self::Null => f.write_str("null"),
             Self::Flag(flag) => write!(f, "{flag}"),
             Self::Text(text) => write!(f, "{:?}", excerpt(text)),
-            Self::Other(other) => f.write_str(other),
+            Self::Number(text) | Self::Other(text) => f.write_str(text),
         }
     }
 }
@@ -83,15 +85,15 @@ impl<'de> Visitor<'de> for Cells {
     }
 
     fn visit_u64<E>(self, number: u64) -> Result<Cell, E> {
-        Ok(Cell::Other(number.to_string()))
+        Ok(Cell::Number(number.to_string()))
     }
 
     fn visit_i64<E>(self, number: i64) -> Result<Cell, E> {
-        Ok(Cell::Other(number.to_string()))
+        Ok(Cell::Number(number.to_string()))
     }
 
     fn visit_f64<E>(self, number: f64) -> Result<Cell, E> {
-        Ok(Cell::Other(number.to_string()))
+        Ok(Cell::Number(format!("{number:?}")))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Cell, A::Error> {

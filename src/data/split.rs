@@ -35,11 +35,15 @@ impl Draw {
 
 /// The stratum of each row: its class; scores are one stratum.
 pub fn strata(rows: &[Encoded]) -> Vec<u32> {
-    let stratum = |row: &Encoded| match row.label {
+    rows.iter().map(|row| stratum(row.label)).collect()
+}
+
+/// The stratum of a label.
+pub(super) const fn stratum(label: Label) -> u32 {
+    match label {
         Label::Class(class) => class,
-        Label::Score(_) => 0,
-    };
-    rows.iter().map(stratum).collect()
+        Label::Score(_) | Label::Unknown => 0,
+    }
 }
 
 /// The places, rising, of `count` rows drawn without replacement, all of them where there are no more:

@@ -39,30 +39,46 @@ pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     read_from(task, file, path)
 }
 
+/// Reads one JSON-lines file without labels, such as the benchmark's test sets.
+///
+/// # Errors
+/// As [`read`], but for labels.
+pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    rows(task, file, path, false)
+}
+
 /// [`read`] from any source; `path` only names it in errors.
 ///
 /// # Errors
 /// As [`read`].
 pub fn read_from(task: Task, source: impl Read, path: &Path) -> Result<Vec<Example>> {
+    rows(task, source, path, true)
+}
+
+fn rows(task: Task, source: impl Read, path: &Path, labelled: bool) -> Result<Vec<Example>> {
     if !has_jsonl(task) {
         return Err(Error::config("task", format!("{task} is not distributed as JSONL, but as TSV")));
     }
     let mut examples = Vec::new();
     each_line(source, path, |number, line| {
-        let example = parse(task, line).map_err(|reason| Error::format_at(path, number, reason))?;
+        let example = parse(task, line, labelled).map_err(|reason| Error::format_at(path, number, reason))?;
         examples.push(example);
         Ok(())
     })?;
     Ok(examples)
 }
 
-fn parse(task: Task, line: &str) -> std::result::Result<Example, String> {
+fn parse(task: Task, line: &str, labelled: bool) -> std::result::Result<Example, String> {
     let row = row::parse(line)?;
     let (text_a, text_b) = match task {
         Task::BoolQ => (text(&row, "question")?.to_owned(), text(&row, "passage")?),
         Task::Wic => (wic_text(text(&row, "word")?, text(&row, "sentence1")?), text(&row, "sentence2")?),
         _ => (text(&row, "premise")?.to_owned(), text(&row, "hypothesis")?),
     };
+    if !labelled {
+        return Ok(Example::new(&text_a, Some(text_b), Label::Unknown));
+    }
     let label = label(task, field(&row, "label")?)?;
     Ok(Example::new(&text_a, Some(text_b), label))
 }

@@ -41,6 +41,8 @@ pub enum Label {
     Class(u32),
     /// The number to predict, for regression.
     Score(f32),
+    /// Not known: a row to predict. It takes no part in a loss or a metric.
+    Unknown,
 }
 
 impl Label {
@@ -54,7 +56,15 @@ impl Label {
     }
 }
 
-/// One labelled example.
+/// One example: a text or a pair, and the answer where it is known.
+///
+/// ```
+/// use monteclora::data::task::{Example, Label};
+///
+/// let labelled = Example::new("A fine film.", None, Label::Class(1));
+/// let pair = Example::from(("Is it raining?", "It is wet outside.")); // to predict: without a label
+/// assert_eq!((labelled.text_b, pair.label), (None, Label::Unknown));
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Example {
     /// The first text, or the only one.
@@ -70,9 +80,37 @@ impl Example {
     ///
     /// Some sets have it there (SST-2 ends every sentence in a space), and byte-level tokenizers make
     /// a token of it; every reader builds its rows here, so that all formats give the same tokens.
-    pub(crate) fn new(text_a: &str, text_b: Option<&str>, label: Label) -> Self {
+    pub fn new(text_a: &str, text_b: Option<&str>, label: Label) -> Self {
         let text = |text: &str| text.trim_end().to_owned();
         Self { text_a: text(text_a), text_b: text_b.map(text), label }
+    }
+}
+
+impl From<&str> for Example {
+    /// A text to predict.
+    fn from(text: &str) -> Self {
+        Self::new(text, None, Label::Unknown)
+    }
+}
+
+impl From<&String> for Example {
+    /// A text to predict.
+    fn from(text: &String) -> Self {
+        Self::from(text.as_str())
+    }
+}
+
+impl From<(&str, &str)> for Example {
+    /// A pair of texts to predict.
+    fn from((text_a, text_b): (&str, &str)) -> Self {
+        Self::new(text_a, Some(text_b), Label::Unknown)
+    }
+}
+
+impl From<&Self> for Example {
+    /// A copy.
+    fn from(example: &Self) -> Self {
+        example.clone()
     }
 }
 

@@ -1,9 +1,13 @@
 //! What trained models say: of the rows of batches, at the mean and over posterior draws, and of the tokens
 //! of texts.
 
+mod prediction;
 mod predictor;
+mod submission;
 mod tokens;
 
+pub use prediction::Prediction;
 pub(crate) use predictor::RunningMean;
 pub use predictor::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
+pub use submission::Submission;
 pub use tokens::token_log_probabilities;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -11,8 +12,8 @@ use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
-use crate::data::batch::{Batch, Batcher};
-use crate::data::encode::Encoded;
+use crate::data::batch::{Batch, Batcher, IGNORED};
+use crate::data::encode::{Encoded, TextEncoder};
 use crate::error::{Error, Result};
 use crate::inject;
 use crate::labels::Labels;
@@ -56,10 +57,10 @@ pub struct Classifier {
     hooks: MethodHooks,
     config: SequenceConfig,
     files: ModelFiles,
+    pub(super) max_length: usize,
+    /// Made of the files when it is first asked for.
+    pub(super) encoder: OnceLock<TextEncoder>,
 }
-
-/// The label of a row that is left out of the loss, as PyTorch has it.
-const IGNORED: i64 = -100;
 
 impl Classifier {
     /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and what is trained on it. The
@@ -92,7 +93,28 @@ impl Classifier {
             check_trained_head(&params, &whole, file)?;
         }
         let hooks = start.inject(model.as_mut(), &params)?;
-        Ok(Self { model, params, labels, method, hooks, config, files: files.clone() })
+        let max_length = config.max_length().saturating_sub(method.virtual_tokens());
+        Ok(Self {
+            model,
+            params,
+            labels,
+            method,
+            hooks,
+            config,
+            files: files.clone(),
+            max_length,
+            encoder: OnceLock::new(),
+        })
+    }
+
+    /// Its method.
+    pub fn method(&self) -> &Method {
+        &self.method
+    }
+
+    /// The configuration of its model.
+    pub fn config(&self) -> &SequenceConfig {
+        &self.config
     }
 
     /// What it was loaded from.
@@ -158,8 +180,15 @@ impl Classifier {
     /// `rows` and there are none, or the forward pass fails.
     pub fn loss(&self, batch: &Batch, cx: &Context, rows: Option<usize>) -> Result<Loss> {
         self.check_labels(batch)?;
+        if unknown(batch)? {
+            let reason = format!(
+                "row {} has none: it can be predicted, not trained on",
+                batch.rows.first().unwrap_or(&0)
+            );
+            return Err(Error::config("labels", reason));
+        }
         let cx = self.hooks.context(cx)?;
-        let outputs = self.predict(batch, &cx)?;
+        let outputs = Predictor::predict(self, batch, &cx)?;
         let task = if self.is_regression() {
             let scores = batch.labels.to_device(outputs.device())?;
             ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
@@ -172,6 +201,9 @@ impl Classifier {
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
     /// regress class numbers without a word.
     pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
+        if unknown(batch)? {
+            return Ok(()); // rows to predict
+        }
         let (outputs, scores) = (self.model.num_labels(), batch.labels.dtype().is_float());
         if scores != self.is_regression() {
             let (found, wanted) = if scores {
@@ -221,6 +253,12 @@ fn check_trained_head(params: &Params, checkpoint: &VarBuilder, file: &AdapterFi
         }
         None => Ok(()),
     }
+}
+
+/// Whether no row of a batch has a label.
+fn unknown(batch: &Batch) -> Result<bool> {
+    let classes = batch.labels.dtype() == DType::I64;
+    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == IGNORED))
 }
 
 impl Predictor for Classifier {

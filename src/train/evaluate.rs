@@ -11,7 +11,7 @@ use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
-use crate::metrics::{softmax, Metrics};
+use crate::metrics::{self, argmax, softmax, ClassScores, Metrics};
 use crate::predict::{logits, posterior_probabilities, posterior_scores};
 use crate::util::files;
 
@@ -27,6 +27,9 @@ pub struct Predictions {
     pub posterior: Option<Vec<Vec<f64>>>,
     labels: Vec<Label>,
 }
+
+/// The metrics of class probabilities and labels.
+type OfClasses = fn(&[Vec<f64>], &[u32]) -> Result<Metrics>;
 
 /// The metrics of a split.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -90,29 +93,61 @@ impl Predictions {
         &self.labels
     }
 
-    /// Every metric that applies.
+    /// Every metric that applies, over the rows with labels.
     ///
     /// # Errors
-    /// If there are no rows, or the predictions are not finite.
+    /// If there are none, or the predictions are not finite.
     pub fn evaluate(&self) -> Result<Evaluation> {
-        let posterior = self.posterior.as_ref().map(|values| self.metrics(values)).transpose()?;
-        Ok(Evaluation { mean: self.metrics(&self.mean)?, posterior })
+        self.evaluation(Metrics::classification)
     }
 
-    fn metrics(&self, values: &[Vec<f64>]) -> Result<Metrics> {
+    /// [`Self::evaluate`] with what [`Metrics::of_own_data`] has beside.
+    ///
+    /// # Errors
+    /// As [`Self::evaluate`].
+    pub fn evaluate_own_data(&self) -> Result<Evaluation> {
+        self.evaluation(Metrics::of_own_data)
+    }
+
+    fn evaluation(&self, of_classes: OfClasses) -> Result<Evaluation> {
+        let posterior = self.posterior.as_ref().map(|values| self.metrics(values, of_classes)).transpose()?;
+        Ok(Evaluation { mean: self.metrics(&self.mean, of_classes)?, posterior })
+    }
+
+    fn metrics(&self, values: &[Vec<f64>], of_classes: OfClasses) -> Result<Metrics> {
         let (mut classes, mut scores) = (Vec::new(), Vec::new());
-        for label in &self.labels {
+        let mut labelled = Vec::new();
+        for (label, row) in self.labels.iter().zip(values) {
             match label {
                 Label::Class(class) => classes.push(*class),
                 Label::Score(score) => scores.push(f64::from(*score)),
+                Label::Unknown => continue,
             }
+            labelled.push(row.clone());
         }
         if scores.is_empty() {
-            Metrics::classification(values, &classes)
+            of_classes(&labelled, &classes)
         } else {
-            let predictions: Vec<f64> = values.iter().filter_map(|row| row.first().copied()).collect();
+            let predictions: Vec<f64> = labelled.iter().filter_map(|row| row.first().copied()).collect();
             Metrics::regression(&predictions, &scores)
         }
+    }
+
+    /// How well each class is told from the others, by the mean. Of a regression none.
+    ///
+    /// # Errors
+    /// If no row has a label.
+    pub fn class_scores(&self) -> Result<Vec<ClassScores>> {
+        let class = |(label, row): (&Label, &Vec<f64>)| match label {
+            Label::Class(class) => Some((argmax(row) as u32, *class)),
+            _ => None,
+        };
+        if self.labels.iter().any(|label| matches!(label, Label::Score(_))) {
+            return Ok(Vec::new());
+        }
+        let (predicted, labels): (Vec<u32>, Vec<u32>) =
+            self.labels.iter().zip(&self.mean).filter_map(class).unzip();
+        metrics::class_scores(&predicted, &labels)
     }
 
     /// Writes one JSON object a row: its 0-based place in the split, label, logits, mean and
@@ -126,6 +161,7 @@ impl Predictions {
             let label = match label {
                 Label::Class(class) => json!(class),
                 Label::Score(score) => json!(score),
+                Label::Unknown => json!(null),
             };
             let posterior = self.posterior.as_ref().map(|values| &values[i]);
             let row = json!({

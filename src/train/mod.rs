@@ -11,6 +11,8 @@ mod hooks;
 mod memory;
 mod method;
 mod objective;
+mod open;
+mod prediction;
 mod schedule;
 mod settings;
 mod trainer;

@@ -164,6 +164,17 @@ pub trait Observer {
     }
 }
 
+/// Watches nothing: a run that keeps its last parameters.
+impl Observer for () {
+    fn step(&mut self, _: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    fn evaluate(&mut self, _: usize) -> Result<Option<f64>> {
+        Ok(None)
+    }
+}
+
 /// How a run went; the default is that of none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Summary {

@@ -24,7 +24,7 @@ use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
 /// An interpreter with everything that is needed, or why there is none.
-fn python() -> Result<PathBuf, String> {
+pub fn python() -> Result<PathBuf, String> {
     let python = std::env::var_os("MONTECLORA_PYTHON").map_or("python3".into(), PathBuf::from);
     let needs = "import torch, transformers, safetensors, peft; peft.MontecloraConfig";
     match Command::new(&python).args(["-c", needs]).output() {

@@ -28,4 +28,5 @@ mod serving;
 mod stories;
 mod study;
 mod support;
+mod tables;
 mod transformers;

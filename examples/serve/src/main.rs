@@ -1,17 +1,16 @@
-//! A fine-tuned sentence classifier behind HTTP: one model in memory, asked by several threads at once.
+//! A fine-tuned classifier behind HTTP: one model in memory, asked by several threads at once.
 //!
 //! ```sh
 //! cargo run --release --example glue -- --method monteclora --output OUT
-//! cargo run --release --manifest-path examples/serve/Cargo.toml -- --model examples/assets/tiny-roberta \
-//!     --adapter OUT/adapter --labels negative,positive
+//! cargo run --release --manifest-path examples/serve/Cargo.toml -- OUT
 //! curl -s localhost:3000/predict -H 'content-type: application/json' \
 //!     -d '{"texts": ["a film to be seen twice"], "draws": 10}'
 //! ```
 
 #[path = "../../common/allocator.rs"]
 mod allocator;
-mod service;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,31 +19,32 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use candle_core::{DType, Device};
 use clap::Parser;
+use monteclora::metrics::entropy;
+use monteclora::models::hub::ModelFiles;
+use monteclora::predict::Prediction;
+use monteclora::train::Classifier;
+use monteclora::Pass;
 use serde::{Deserialize, Serialize};
-use service::{Answer, Service};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 /// Serves a fine-tuned classifier: POST /predict with {"texts": [..], "draws": 0}, GET /health.
 #[derive(Parser)]
 #[command(version)]
-pub struct Args {
-    /// The model that was fine-tuned: a folder, or (feature hub) a hub repository.
+struct Args {
+    /// The folder of a run, of an adapter, or of a model with a trained head.
+    folder: PathBuf,
+    /// The model that the adapter stands on. Default: the one that it names.
     #[arg(long)]
-    model: String,
-    /// The folder of its adapter. Without one the model itself answers: merged, or fully fine-tuned.
+    model: Option<String>,
+    /// The most tokens of a text, the rest is cut off. Default: the model's.
     #[arg(long)]
-    adapter: Option<PathBuf>,
-    /// The names of the classes, in the order that it was trained with.
-    #[arg(long, value_delimiter = ',', required = true)]
-    labels: Vec<String>,
-    /// The most tokens of a text; the rest is cut off.
-    #[arg(long, default_value_t = 128)]
-    max_length: usize,
-    /// The most posterior draws that a request may ask for.
-    #[arg(long, default_value_t = 32)]
-    max_draws: usize,
+    max_length: Option<usize>,
+    /// The most texts, and the most posterior draws, that a request may ask for.
+    #[arg(long, default_value_t = 64)]
+    limit: usize,
     /// Requests that are computed at the same time; others wait. Default: one a core.
     #[arg(long)]
     threads: Option<usize>,
@@ -66,12 +66,25 @@ struct Response {
     predictions: Vec<Answer>,
 }
 
+/// What is said of one text.
+#[derive(Serialize)]
+struct Answer {
+    /// The most probable class; none of a regression.
+    label: Option<String>,
+    /// The probability of each class; of a regression its score.
+    values: BTreeMap<String, f64>,
+    /// How unsure it is, in nats.
+    entropy: Option<f64>,
+    /// What of it is the posterior's, in nats: how much the draws disagree.
+    mutual_information: Option<f64>,
+}
+
 type Failure = (StatusCode, String);
 
 /// What every request shares.
 struct Shared {
-    service: Service,
-    max_draws: usize,
+    classifier: Classifier,
+    limit: usize,
     /// One permit a request that is computed.
     places: Semaphore,
 }
@@ -89,9 +102,14 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let base = args.model.map(|model| ModelFiles::locate(&model, None)).transpose()?;
+    let mut classifier = Classifier::open(&args.folder, base.as_ref(), DType::F32, &Device::Cpu)?;
+    if let Some(max_length) = args.max_length {
+        classifier.set_max_length(max_length)?;
+    }
     let shared = Arc::new(Shared {
-        service: Service::load(&args)?,
-        max_draws: args.max_draws,
+        classifier,
+        limit: args.limit,
         places: Semaphore::new(args.threads.unwrap_or(cores)),
     });
     let routes = Router::new()
@@ -112,17 +130,40 @@ async fn predict(
     State(shared): State<Arc<Shared>>,
     Json(request): Json<Request>,
 ) -> Result<Json<Response>, Failure> {
-    if request.draws > shared.max_draws {
-        let reason = format!("draws: at most {}, got {}", shared.max_draws, request.draws);
+    if request.draws > shared.limit || request.texts.len() > shared.limit {
+        let reason = format!("expected at most {} texts and draws", shared.limit);
         return Err((StatusCode::BAD_REQUEST, reason));
     }
     let internal = |error: String| (StatusCode::INTERNAL_SERVER_ERROR, error);
     let place = shared.places.acquire().await.map_err(|error| internal(error.to_string()))?;
-    // Arithmetic blocks: it has threads of its own, and the server's go on listening.
+    // Arithmetic blocks: it has threads of its own, and the server's goes on listening.
     let worker = shared.clone();
-    let answers = tokio::task::spawn_blocking(move || worker.service.answer(request.texts, request.draws));
+    let answers = tokio::task::spawn_blocking(move || worker.answer(&request));
     let answers = answers.await.map_err(|error| internal(error.to_string()))?;
     drop(place);
     let predictions = answers.map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
     Ok(Json(Response { predictions }))
+}
+
+impl Shared {
+    /// One answer a text, by the mean or, where draws are asked for, by their average.
+    fn answer(&self, request: &Request) -> monteclora::Result<Vec<Answer>> {
+        let texts: Vec<&str> = request.texts.iter().map(String::as_str).collect();
+        let predictions = match request.draws {
+            0 => self.classifier.predict(&texts, &Pass::Mean)?,
+            draws => self.classifier.predict_averaged(&texts, draws)?,
+        };
+        Ok(predictions.into_iter().map(|prediction| self.said(prediction)).collect())
+    }
+
+    fn said(&self, prediction: Prediction) -> Answer {
+        let Prediction { label, values, uncertainty } = prediction;
+        let names = self.classifier.labels.names().iter().cloned();
+        Answer {
+            entropy: label.as_ref().map(|_| entropy(&values)),
+            label,
+            values: names.zip(values).collect(),
+            mutual_information: uncertainty.map(|uncertainty| uncertainty.epistemic),
+        }
+    }
 }

@@ -1,0 +1,115 @@
+//! Predictions of a classifier that was trained before: of a table, or of a task's test sets.
+
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use monteclora::data::table::{self, Columns, Target};
+use monteclora::data::task::{Example, Task};
+use monteclora::predict::{Prediction, Submission};
+use monteclora::train::Classifier;
+use monteclora::util::files;
+use monteclora::{Labels, Pass};
+
+use super::rows::{Input, TableOptions};
+use super::{download, Outcome};
+
+/// What is predicted, by what.
+pub struct Request<'a> {
+    /// A table, or a folder in the download layout of `task`, of which the test sets are predicted.
+    pub rows: &'a Path,
+    pub options: &'a TableOptions,
+    pub task: Task,
+    /// The base model, or without `trained` a model with a head.
+    pub model: Option<&'a str>,
+    /// The folder of an adapter, a model or a run.
+    pub trained: Option<&'a Path>,
+    pub max_length: Option<usize>,
+    /// Posterior draws to average, 0 for the mean.
+    pub samples: usize,
+    pub dtype: DType,
+    pub device: &'a Device,
+    /// Where the files go; a table without it goes to standard output.
+    pub output: Option<&'a Path>,
+}
+
+impl Request<'_> {
+    /// Opens, predicts and writes.
+    pub fn run(&self) -> Outcome {
+        let base = self.model.map(download::model_files).transpose()?;
+        let mut classifier = match (self.trained, &base) {
+            (Some(dir), base) => Classifier::open(dir, base.as_ref(), self.dtype, self.device)?,
+            (None, Some(files)) => Classifier::of_checkpoint(files, self.dtype, self.device)?,
+            (None, None) => {
+                return Err("--predict: give the trained --adapter, or a --model with a head".into())
+            }
+        };
+        let input = self.trained.map(Input::find).transpose()?.flatten();
+        let max_length = self.max_length.or(input.as_ref().map(|input| input.max_length)).unwrap_or(128);
+        classifier.set_max_length(max_length.min(classifier.max_length()))?;
+        if self.rows.is_dir() {
+            return self.submit(classifier);
+        }
+        let columns = self.columns(input.and_then(|input| input.columns));
+        let table = table::read(self.rows, &columns)?;
+        let target = match classifier.is_regression() {
+            true => Target::Score,
+            false => Target::Classes(classifier.labels.clone()),
+        };
+        let examples = target.examples(&table)?;
+        let predictions = self.predict(&classifier, &examples)?;
+        match self.output {
+            Some(dir) => {
+                std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+                let stem = self.rows.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                let path = dir.join(format!("{stem}.predicted.csv"));
+                Prediction::write_csv(&predictions, &classifier.labels, &path)?;
+                eprintln!("{}: {} rows", path.display(), predictions.len());
+            }
+            None => {
+                // Whoever reads it may have had enough.
+                write!(std::io::stdout(), "{}", Prediction::csv(&predictions, &classifier.labels)?).ok();
+            }
+        }
+        if columns.label.is_some() {
+            eprintln!("by the mean: {}", serde_json::to_string(&classifier.evaluate(&examples)?)?);
+        }
+        Ok(())
+    }
+
+    /// The columns named, else those of the run; labels only where they are named.
+    fn columns(&self, of_run: Option<Columns>) -> Columns {
+        let given = self.options;
+        let of_run = of_run.unwrap_or_default();
+        Columns {
+            text: given.text_column.clone().unwrap_or(of_run.text),
+            text_pair: given.text_pair_column.clone().or(of_run.text_pair),
+            label: given.label_column.clone(),
+        }
+    }
+
+    fn predict(&self, classifier: &Classifier, examples: &[Example]) -> Outcome<Vec<Prediction>> {
+        Ok(match self.samples {
+            0 => classifier.predict(examples, &Pass::Mean)?,
+            samples => classifier.predict_averaged(examples, samples)?,
+        })
+    }
+
+    /// The files that the benchmark's server takes.
+    fn submit(&self, mut classifier: Classifier) -> Outcome {
+        // Without names it has the task's order.
+        let labels = Labels::from(self.task);
+        if classifier.labels.are_numbers() && classifier.labels.len() == labels.len() {
+            classifier.labels = labels;
+        }
+        let dir = self.output.ok_or("--predict: a submission is files: give --output")?;
+        std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        for (set, examples) in self.task.load_tests(self.rows)? {
+            let Submission { name, text } =
+                Submission::new(self.task, &set, &self.predict(&classifier, &examples)?)?;
+            files::write(&dir.join(&name), text.as_bytes())?;
+            eprintln!("{}: {} rows", dir.join(&name).display(), examples.len());
+        }
+        Ok(())
+    }
+}

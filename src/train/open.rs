@@ -1,0 +1,95 @@
+//! A trained classifier, from what a run or Hugging Face wrote.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+
+use super::classifier::Classifier;
+use super::method::{Method, MethodInit};
+use crate::error::{Error, Result};
+use crate::inject::Targets;
+use crate::models::hub::ModelFiles;
+use crate::noise::Noise;
+use crate::peft::{AdapterFile, CONFIG_FILE};
+
+/// The tensors with a row for each output, of RoBERTa, BERT and LLaMA.
+const OUTPUTS: [&str; 3] = ["classifier.out_proj.weight", "classifier.weight", "score.weight"];
+
+/// What lies in a folder.
+enum Found {
+    Adapter(PathBuf),
+    Model(PathBuf),
+}
+
+impl Classifier {
+    /// Opens a trained classifier to predict with, or to train on: the folder of an adapter (this crate's or PEFT's),
+    /// of a model with a head, or of a run that has either (`adapter/`, `model/`). The classes and their order are
+    /// what the folder says. An adapter stands on `base`, or else on the model that it names itself.
+    ///
+    /// # Errors
+    /// If the folder has neither, the base is not found, there is no trained head, or a file is damaged.
+    pub fn open(dir: &Path, base: Option<&ModelFiles>, dtype: DType, device: &Device) -> Result<Self> {
+        match find(dir)? {
+            Found::Model(dir) => {
+                Self::of_checkpoint(&ModelFiles::locate(&dir.to_string_lossy(), None)?, dtype, device)
+            }
+            Found::Adapter(dir) => {
+                let file = AdapterFile::read(&dir)?;
+                let own = || {
+                    let Some(name) = &file.config.base_model_name_or_path else {
+                        let reason = "it does not say which model it stands on: name the model";
+                        return Err(Error::format(dir.join(CONFIG_FILE), reason));
+                    };
+                    ModelFiles::locate(name, file.config.revision.as_deref())
+                };
+                let files = base.map_or_else(own, |base| Ok(base.clone()))?;
+                let outputs = OUTPUTS.iter().find_map(|name| file.saved_modules.get(*name));
+                let outputs = outputs.map(|head| head.dim(0)).transpose()?;
+                let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
+                let start = MethodInit::Adapter(Box::new(file));
+                Self::load(&files, outputs, &start, Noise::new(0), dtype, device)
+            }
+        }
+    }
+
+    /// The classifier of a checkpoint with a trained head, such as a hub repository's.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; if it has no head.
+    pub fn of_checkpoint(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
+        let start = MethodInit::Fresh(Method::Full, Targets::default());
+        Self::load(files, outputs_of(files)?, &start, Noise::new(0), dtype, device)
+    }
+}
+
+/// What lies in `dir`, or below it as a run leaves it.
+fn find(dir: &Path) -> Result<Found> {
+    for root in [dir, &dir.join("adapter")] {
+        if root.join(CONFIG_FILE).is_file() {
+            return Ok(Found::Adapter(root.to_owned()));
+        }
+        if root.join("parameters.safetensors").is_file() {
+            let reason =
+                "its method is here for comparison: what it trained is not in PEFT's format and cannot be \
+                          opened again";
+            return Err(Error::format(root, reason));
+        }
+    }
+    for root in [dir, &dir.join("model")] {
+        if root.join("config.json").is_file() {
+            return Ok(Found::Model(root.to_owned()));
+        }
+    }
+    let reason = format!("no {CONFIG_FILE} and no config.json, here or in adapter/ or model/");
+    Err(Error::format(dir, reason))
+}
+
+/// How many outputs the head of a checkpoint has.
+fn outputs_of(files: &ModelFiles) -> Result<usize> {
+    let tensors = files.var_builder(DType::F32, &Device::Cpu)?;
+    let Some(name) = OUTPUTS.iter().find(|name| tensors.contains_tensor(name)) else {
+        let reason = "there is no trained head in it, nor in an adapter: train one first";
+        return Err(Error::format(files.config_path(), reason));
+    };
+    Ok(tensors.get_unchecked(name)?.dim(0)?)
+}

@@ -1,0 +1,139 @@
+//! What a classifier says of texts.
+
+use std::sync::OnceLock;
+
+use super::classifier::Classifier;
+use super::evaluate::{batches, Predictions};
+use super::method::Method;
+use crate::adapter::Pass;
+use crate::data::batch::Batch;
+use crate::data::encode::{check_vocabulary, Encoded, TextEncoder};
+use crate::data::task::Example;
+use crate::data::tokenizer;
+use crate::error::{Error, Result};
+use crate::metrics::{softmax, uncertainty, Metrics, Uncertainty};
+use crate::predict::{logits, posterior_draws, posterior_scores, Prediction};
+
+/// Rows that are predicted together.
+const BATCH: usize = 64;
+
+impl Classifier {
+    /// The tokens of examples, by the tokenizer that lies with the model, at most [`Self::max_length`] of each.
+    ///
+    /// # Errors
+    /// If there is no tokenizer, it is damaged or of another model, or it refuses a text.
+    pub fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
+        self.encoder()?.encode(examples)
+    }
+
+    /// The most tokens of a text, special ones among them: the model's, unless [`Self::set_max_length`] said less.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// Cuts texts to this many tokens from now on; pairs lose those of the longer text first.
+    ///
+    /// # Errors
+    /// If the model takes fewer, or a pair has no room; or as [`Self::encode`] where there is no tokenizer.
+    pub fn set_max_length(&mut self, max_length: usize) -> Result<()> {
+        self.encoder = OnceLock::from(self.new_encoder(max_length)?);
+        self.max_length = max_length;
+        Ok(())
+    }
+
+    /// How well it predicts labelled examples, by the mean: with all of [`Metrics::of_own_data`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; if none has a label, or one is not what the classifier predicts.
+    pub fn evaluate(&self, examples: &[Example]) -> Result<Metrics> {
+        let rows = self.encode(examples)?;
+        let predictions = Predictions::new(self, &rows, &batches(self, &rows, BATCH)?, 0)?;
+        Ok(predictions.evaluate_own_data()?.mean)
+    }
+
+    /// Predicts texts, or pairs: `&["a text", "another"]`, `&[("a pair", "of texts")]`, or [`Example`]s. The pass
+    /// says by which weights: [`Pass::Mean`], or one draw of the posterior. One row a text, in their order; each is
+    /// cut to [`Self::max_length`] tokens, so that what was trained on shorter rows is told by
+    /// [`Self::set_max_length`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`], or if the forward pass fails or says what is not finite.
+    pub fn predict<T: Clone + Into<Example>>(&self, texts: &[T], pass: &Pass) -> Result<Vec<Prediction>> {
+        let Some(batches) = self.text_batches(texts)? else { return Ok(Vec::new()) };
+        let rows = logits(self, &batches, &(*pass).into())?;
+        check_finite(&rows)?;
+        let row = |row: Vec<f64>| {
+            let values = if self.is_regression() { row } else { softmax(&row) };
+            Prediction::new(values, &self.labels, None)
+        };
+        Ok(rows.into_iter().map(row).collect())
+    }
+
+    /// Predicts as [`Self::predict`], averaged over draws 0, 1 .. of the posterior after the softmax of each, with
+    /// what the draws say of the uncertainty (of a regression the average alone).
+    ///
+    /// # Errors
+    /// As [`Self::predict`]; if `samples` is 0, or the method has no posterior to draw from.
+    pub fn predict_averaged<T: Clone + Into<Example>>(
+        &self,
+        texts: &[T],
+        samples: usize,
+    ) -> Result<Vec<Prediction>> {
+        if !matches!(self.method(), Method::MonteCLoRA(_) | Method::Blob(_)) {
+            let reason =
+                format!("{} has no posterior: its draws would all be its mean", self.method().name());
+            return Err(Error::config("posterior_samples", reason));
+        }
+        let Some(batches) = self.text_batches(texts)? else { return Ok(Vec::new()) };
+        if self.is_regression() {
+            let rows = posterior_scores(self, &batches, samples)?;
+            check_finite(&rows)?;
+            return Ok(rows.into_iter().map(|row| Prediction::new(row, &self.labels, None)).collect());
+        }
+        let draws = posterior_draws(self, &batches, samples)?;
+        let uncertain = uncertainty(&draws)?;
+        let row = |(n, uncertainty): (usize, Uncertainty)| {
+            let mean = |class: usize| draws.iter().map(|draw| draw[n][class]).sum::<f64>() / samples as f64;
+            Prediction::new((0..self.labels.len()).map(mean).collect(), &self.labels, Some(uncertainty))
+        };
+        Ok(uncertain.into_iter().enumerate().map(row).collect())
+    }
+
+    fn text_batches<T: Clone + Into<Example>>(&self, texts: &[T]) -> Result<Option<Vec<Batch>>> {
+        if texts.is_empty() {
+            return Ok(None);
+        }
+        let examples: Vec<Example> = texts.iter().cloned().map(Into::into).collect();
+        batches(self, &self.encode(&examples)?, BATCH).map(Some)
+    }
+
+    /// An encoder of at most `max_length` tokens by the tokenizer that lies with the model.
+    fn new_encoder(&self, max_length: usize) -> Result<TextEncoder> {
+        let files = self.files();
+        let Some(path) = files.tokenizer_path() else {
+            let reason = "there is no tokenizer.json beside it";
+            return Err(Error::format(files.config_path(), reason));
+        };
+        let tokenizer = tokenizer::read(path)?;
+        check_vocabulary(&tokenizer, self.config().vocab_size())?;
+        let longest = self.config().max_length().saturating_sub(self.method().virtual_tokens());
+        TextEncoder::new(tokenizer, max_length, longest)
+    }
+
+    fn encoder(&self) -> Result<&TextEncoder> {
+        if let Some(encoder) = self.encoder.get() {
+            return Ok(encoder);
+        }
+        let encoder = self.new_encoder(self.max_length)?;
+        Ok(self.encoder.get_or_init(|| encoder))
+    }
+}
+
+fn check_finite(rows: &[Vec<f64>]) -> Result<()> {
+    match rows.iter().position(|row| row.iter().any(|value| !value.is_finite())) {
+        Some(row) => {
+            Err(Error::config("predictions", format!("row {row} (from 0) is not finite: {:?}", rows[row])))
+        }
+        None => Ok(()),
+    }
+}
