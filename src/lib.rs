@@ -49,8 +49,8 @@ pub mod study;
 pub mod train;
 
 pub use adapter::{
-    AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache, Init,
-    LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe, Role, ScalerFactors,
+    linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache,
+    Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe, Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use labels::Labels;

@@ -311,6 +311,9 @@ pub struct TrainOptions {
     /// Steps between evaluations. Default: one an epoch.
     #[arg(long)]
     pub eval_every: Option<usize>,
+    /// End the run after this many evaluations in a row that are no better than the best.
+    #[arg(long)]
+    pub patience: Option<usize>,
     /// Keep the last parameters rather than those of the best evaluation.
     #[arg(long)]
     pub keep_last: bool,
@@ -379,6 +382,7 @@ impl TrainOptions {
             accumulation: self.accumulation,
             eval_every: self.eval_every,
             keep_best: !self.keep_last,
+            patience: self.patience,
             on_nonfinite: self.on_nonfinite.parse::<OnNonFinite>()?,
             ..TrainConfig::default()
         })

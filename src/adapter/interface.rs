@@ -23,12 +23,13 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// The trainable tensors, by role.
     fn parameters(&self) -> Vec<(Role, Tensor)>;
 
-    /// The change of the weight of `base` that the mean adapter amounts to, `(out_dim, in_dim)` in the
-    /// adapter's dtype at least, where there is one.
+    /// The change of the weight of `base` that the adapter amounts to in this context's pass, without dropout:
+    /// `(out_dim, in_dim)` in the adapter's dtype at least, where there is one. A method without a posterior has
+    /// one change for all passes.
     ///
     /// # Errors
     /// If candle fails.
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>>;
+    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>>;
 
     /// The concrete method, for those that know it (the regulariser, files).
     fn as_any(&self) -> &dyn Any;

@@ -68,7 +68,8 @@ impl AdaptableLinear {
         Ok((in_dim, out_dim))
     }
 
-    /// Adds an adapter and makes it the active one.
+    /// Adds an adapter and makes it the active one. From then on the base is frozen: one that is a variable is
+    /// detached from it, and gets no gradient here, not even when all adapters are gone again.
     ///
     /// # Errors
     /// If the name cannot be one, the layer has an adapter of this name, or is merged.
@@ -78,6 +79,7 @@ impl AdaptableLinear {
         if self.adapters.contains_key(name) {
             return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
         }
+        self.base = frozen(&self.base);
         self.adapters.insert(name.to_string(), adapter);
         self.active = Some(name.to_string());
         Ok(())
@@ -135,28 +137,40 @@ impl AdaptableLinear {
     /// dtype; the sum is made in single precision at least. None without an active adapter.
     ///
     /// # Errors
-    /// If the method has no such layer, the base is trained itself, or a weight would not be finite.
+    /// If the method has no such layer, or a weight would not be finite.
     pub fn merged_layer(&self) -> Result<Option<Linear>> {
         if let Some(merged) = &self.merged {
             return Ok(Some(merged.clone()));
         }
-        let weight = self.merged_weight(self.base.weight())?;
+        self.merged_layer_at(&Pass::Mean)
+    }
+
+    /// The linear layer that the base and the active adapter amount to in a pass: of [`Pass::Posterior`] one draw of
+    /// the posterior, for whoever runs plain layers. Draw s is the same draw in every layer and every process that
+    /// has the parameters and the seed. A method without a posterior has its mean in every draw.
+    ///
+    /// # Errors
+    /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is no change of a weight.
+    pub fn merged_layer_at(&self, pass: &Pass) -> Result<Option<Linear>> {
+        let weight = self.merged_weight(self.base.weight(), pass)?;
         Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
     }
 
-    /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the mean of the
-    /// active adapter, in the dtype and on the device of `weight`.
+    /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the active adapter in this
+    /// pass, in the dtype and on the device of `weight`.
     ///
     /// # Errors
-    /// As [`Self::merged_layer`].
-    pub(crate) fn merged_weight(&self, weight: &Tensor) -> Result<Option<Tensor>> {
+    /// As [`Self::merged_layer_at`].
+    pub(crate) fn merged_weight(&self, weight: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
+        if matches!(pass, Pass::Train { .. }) {
+            let reason =
+                format!("{pass:?} drops inputs, which no weight does: merge the mean or a posterior draw");
+            return Err(Error::config("pass", reason));
+        }
         let Some((name, adapter)) = self.active() else { return Ok(None) };
         let key = format!("{}.weight", self.path);
-        if self.base.weight().track_op() {
-            return Err(Error::tensor(key, "it is trained itself: only a frozen base can be merged"));
-        }
         let base = Linear::new(weight.clone(), self.base.bias().cloned());
-        let Some(delta) = adapter.delta(&base)? else {
+        let Some(delta) = adapter.delta(&base, &pass.into())? else {
             let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
             return Err(Error::tensor(key, reason));
         };
@@ -219,6 +233,11 @@ impl AdaptableLinear {
         }
         Ok(output)
     }
+}
+
+/// `base` without its place in a graph: the same weights, and no gradient for them.
+pub(crate) fn frozen(base: &Linear) -> Linear {
+    Linear::new(base.weight().detach(), base.bias().map(Tensor::detach))
 }
 
 /// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a

@@ -141,7 +141,15 @@ impl LowRank {
     /// # Errors
     /// If candle fails.
     pub fn delta(&self) -> candle_core::Result<Tensor> {
-        self.b.matmul(&self.a)? * self.scale
+        self.delta_of(&self.a)
+    }
+
+    /// `s B A` with A replaced by `a`, `(rank, in_dim)`.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn delta_of(&self, a: &Tensor) -> candle_core::Result<Tensor> {
+        self.b.matmul(a)? * self.scale
     }
 }
 

@@ -15,6 +15,7 @@ mod pass;
 mod prior;
 mod probe;
 mod standalone;
+mod walk;
 
 pub use context::{Context, DrawCache, ScalerFactors};
 pub use embedding::AdaptableEmbedding;
@@ -28,3 +29,4 @@ pub use pass::Pass;
 pub use prior::{Prior, PriorForm, PriorStart};
 pub use probe::Probe;
 pub use standalone::{AdaptedLinear, MeanView};
+pub use walk::{linears, Linears};

@@ -8,12 +8,13 @@ use crate::error::Result;
 /// are closures over it. Beside them, the place for what sits on no linear layer.
 ///
 /// # Example
-/// A model of one's own is adaptable when its linears are [`AdaptableLinear`]s and it walks over them:
+/// A model of one's own is adaptable when its linears are [`AdaptableLinear`]s and it walks over them, in both
+/// forms by [`linears!`](crate::linears):
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::Linear;
 /// use monteclora::inject::{self, Targets};
-/// use monteclora::{AdaptableLinear, AdaptableModel, MonteCLoRAConfig, Noise, Params, Pass, Result};
+/// use monteclora::{linears, AdaptableLinear, AdaptableModel, MonteCLoRAConfig, Noise, Params, Pass};
 ///
 /// struct Block {
 ///     up: AdaptableLinear,
@@ -24,12 +25,7 @@ use crate::error::Result;
 ///     fn default_targets(&self) -> &'static [&'static str] {
 ///         &["up"]
 ///     }
-///     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-///         [&self.up, &self.down].into_iter().try_for_each(f)
-///     }
-///     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-///         [&mut self.up, &mut self.down].into_iter().try_for_each(f)
-///     }
+///     linears!(up, down);
 /// }
 ///
 /// let (device, params) = (Device::Cpu, Params::new(Noise::new(1), &Device::Cpu));
@@ -50,8 +46,11 @@ use crate::error::Result;
 /// ```
 pub trait AdaptableModel {
     /// The names of the layers that are adapted unless the user names others: the projections to
-    /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out.
-    fn default_targets(&self) -> &'static [&'static str];
+    /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out. None by default: a
+    /// model without them wants its targets named, a block of a model is asked for none.
+    fn default_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
 
     /// Calls `f` on every layer, in the model's own order.
     ///

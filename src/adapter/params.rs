@@ -305,7 +305,29 @@ impl Params {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let all = self.all();
         let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
-        files::write_safetensors(&dir.join("parameters.safetensors"), named)
+        files::write_safetensors(&dir.join(PARAMETERS), named)
+    }
+
+    /// Reads back what [`Self::save`] wrote: the values of every parameter, into a store that has the same ones.
+    ///
+    /// # Errors
+    /// If `dir` has no `parameters.safetensors` or it is none, it lacks a parameter of the store or holds another, a
+    /// shape differs, or a value is not finite: nothing has changed then.
+    pub fn load(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(PARAMETERS);
+        let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
+        let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
+        let values: BTreeMap<String, Tensor> =
+            read.map_err(|error| Error::format(&path, error.to_string()))?.into_iter().collect();
+        let lacking = self.all().into_iter().find(|(name, _)| !values.contains_key(name));
+        if let Some((name, _)) = lacking {
+            return Err(Error::tensor(name, format!("{} does not hold this parameter", path.display())));
+        }
+        if let Some(name) = values.keys().find(|name| self.get(name).is_none()) {
+            let reason = format!("{} holds this parameter, the model does not", path.display());
+            return Err(Error::tensor(name, reason));
+        }
+        self.restore(&values)
     }
 
     /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given
@@ -320,6 +342,9 @@ impl Params {
         VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
     }
 }
+
+/// The file of [`Params::save`].
+const PARAMETERS: &str = "parameters.safetensors";
 
 const NOT_FINITE: &str = "it holds NaN or infinity";
 

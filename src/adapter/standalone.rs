@@ -8,6 +8,7 @@ use candle_nn::{Linear, Module, ModuleT};
 
 use super::context::Context;
 use super::interface::Adapter;
+use super::linear::frozen;
 use super::pass::Pass;
 
 /// A frozen linear layer with an adapter of method `A`.
@@ -22,9 +23,10 @@ pub struct AdaptedLinear<A> {
 }
 
 impl<A: Adapter> AdaptedLinear<A> {
-    /// `base` with this adapter.
+    /// `base` with this adapter. A base that is a variable (of a `VarMap`) is detached: it is frozen, whatever it
+    /// was, and costs no gradient.
     pub fn from_parts(base: Linear, adapter: A) -> Self {
-        Self { base, adapter, draws: AtomicU64::new(0) }
+        Self { base: frozen(&base), adapter, draws: AtomicU64::new(0) }
     }
 
     /// The frozen layer.

@@ -185,7 +185,7 @@ impl Adapter for AdaLora {
         ]
     }
 
-    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         (self.pair.b().matmul(&self.weighted()?)? * self.pair.scale()).map(Some)
     }
 

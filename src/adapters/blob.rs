@@ -224,8 +224,8 @@ impl Adapter for Blob {
         ]
     }
 
-    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
-        self.pair.delta().map(Some)
+    fn delta(&self, _base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        self.pair.delta_of(self.effective_a(cx)?.as_ref()).map(Some)
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -89,7 +89,7 @@ impl Adapter for Bottleneck {
     }
 
     /// None: it is no linear map.
-    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -105,7 +105,7 @@ impl Adapter for Dora {
         ]
     }
 
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let wide = if base.weight().dtype() == DType::F64 { DType::F64 } else { self.magnitude.dtype() };
         let weight = base.weight().detach().to_dtype(wide)?;
         let moved = (&weight + self.pair.delta()?.to_dtype(wide)?)?;

@@ -65,7 +65,7 @@ impl Adapter for Ia3 {
     }
 
     /// None where a bias is scaled, too: that is no change of the weight alone.
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let by = (&self.scaling.detach() - 1.0)?;
         let by = match (self.scaled, base.bias()) {
             (Scaled::Output, Some(_)) => return Ok(None),

@@ -125,7 +125,7 @@ impl Adapter for Lora {
         vec![(Role::A, self.pair.a().clone()), (Role::B, self.pair.b().clone())]
     }
 
-    fn delta(&self, _base: &Linear) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.pair.delta().map(Some)
     }
 

@@ -56,8 +56,8 @@ impl Adapter for LoraFa {
         vec![(Role::B, self.lora.low_rank().b().clone())]
     }
 
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
-        self.lora.delta(base)
+    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        self.lora.delta(base, cx)
     }
 
     fn as_any(&self) -> &dyn Any {

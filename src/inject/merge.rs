@@ -10,8 +10,8 @@ use crate::inject::activate::check_unmerged;
 /// Returns the number of merged layers.
 ///
 /// # Errors
-/// If no adapter is active, one is merged already, a method has no change of weights, a base weight
-/// is trained itself, or a merged weight would not be finite.
+/// If no adapter is active, one is merged already, a method has no change of weights, or a merged weight would not
+/// be finite.
 pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
     check_unmerged(model)?;
     let mut merged = Vec::new();

@@ -55,6 +55,7 @@ impl Select {
     fn matches(&self, paths: &[&str], default: &[&str]) -> Result<BTreeSet<usize>> {
         match self {
             Self::AllLinear => Ok((0..paths.len()).collect()),
+            Self::ModelDefault if default.is_empty() => Err(no_target("default", paths)),
             Self::ModelDefault => named(default, paths),
             Self::Names(names) => named(names, paths),
             Self::Regex(pattern) => {
@@ -118,18 +119,10 @@ fn no_layer(index: usize, there: &BTreeSet<usize>) -> Error {
 ///     ..Targets::parse("query,value")?
 /// };
 /// # use candle_core::{DType, Device, Tensor};
-/// # use monteclora::{AdaptableLinear, AdaptableModel, Result};
+/// # use monteclora::{linears, AdaptableLinear, AdaptableModel};
 /// # struct Toy(Vec<AdaptableLinear>);
 /// # impl AdaptableModel for Toy {
-/// #     fn default_targets(&self) -> &'static [&'static str] {
-/// #         &[]
-/// #     }
-/// #     fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-/// #         self.0.iter().try_for_each(f)
-/// #     }
-/// #     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-/// #         self.0.iter_mut().try_for_each(f)
-/// #     }
+/// #     linears!(0);
 /// # }
 /// # let weight = Tensor::zeros((4, 4), DType::F32, &Device::Cpu)?;
 /// # let layer = |path: String| AdaptableLinear::new(path, candle_nn::Linear::new(weight.clone(), None));

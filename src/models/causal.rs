@@ -29,8 +29,8 @@ impl Cache {
     }
 }
 
-/// A decoder with a language-model head.
-pub trait CausalLm: AdaptableModel {
+/// A decoder with a language-model head. One of them serves any number of threads, each with a cache of its own.
+pub trait CausalLm: AdaptableModel + Send + Sync {
     /// Where its tensors are.
     fn device(&self) -> &Device;
 

@@ -1,14 +1,12 @@
-//! The pieces that models share: fetching by name, norms, dropout.
-
-use std::sync::Arc;
+//! The pieces that models share: fetching by name, dropout.
 
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
 
-use crate::adapter::{AdaptableLinear, Context};
-use crate::error::{Error, Result};
+use crate::adapter::{AdaptableLinear, AdaptableModel, Context};
+use crate::error::Result;
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops::{self, OpPath};
+use crate::ops;
 
 /// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
 /// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
@@ -51,93 +49,17 @@ pub fn adaptable_linear_no_bias(
     Ok(AdaptableLinear::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
 }
 
-/// Calls `f` on every layer of a stack, to change it in place.
+/// The tensors that the linear layers of a model or a block depend on.
 ///
 /// # Errors
-/// The first error of `f`; or if a layer is still part of a graph that waits for its backward
-/// (gradient checkpointing), which must be dropped first.
-pub fn unshared<L>(layers: &mut [Arc<L>], f: impl FnMut(&mut L) -> Result<()>) -> Result<()> {
-    // All of them first: a change is whole or none.
-    if let Some(i) = layers.iter_mut().position(|layer| Arc::get_mut(layer).is_none()) {
-        let reason = format!("layer {i} waits for the backward pass of a loss: drop the loss first");
-        return Err(Error::config("model", reason));
-    }
-    layers.iter_mut().filter_map(Arc::get_mut).try_for_each(f)
-}
-
-/// Layer norm over the last dimension (Ba et al. 2016).
-#[derive(Debug, Clone)]
-pub struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
-
-impl LayerNorm {
-    /// Fetches `weight` and `bias` (dim), or `gamma` and `beta` as old BERT checkpoints call them.
-    ///
-    /// # Errors
-    /// If a tensor is missing or of another shape.
-    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
-        let old = vb.contains_tensor("gamma");
-        let (weight, bias) = if old { ("gamma", "beta") } else { ("weight", "bias") };
-        Ok(Self {
-            weight: vb.get_with_hints(dim, weight, Init::Const(1.0))?,
-            bias: vb.get_with_hints(dim, bias, Init::Const(0.0))?,
-            eps,
-        })
-    }
-
-    /// Its weight and bias.
-    pub fn parameters(&self) -> Vec<Tensor> {
-        vec![self.weight.clone(), self.bias.clone()]
-    }
-
-    /// The normalised `xs` (.., dim).
-    ///
-    /// # Errors
-    /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        ops::layer_norm(xs, &self.weight, &self.bias, self.eps, path)
-    }
-
-    /// The normalised sum of `xs` and `residual`, both (.., dim).
-    ///
-    /// # Errors
-    /// If the shapes differ.
-    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        ops::add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps, path)
-    }
-}
-
-/// RMS norm over the last dimension (Zhang and Sennrich 2019).
-#[derive(Debug, Clone)]
-pub struct RmsNorm {
-    weight: Tensor,
-    eps: f64,
-}
-
-impl RmsNorm {
-    /// Fetches `weight` (dim).
-    ///
-    /// # Errors
-    /// If the tensor is missing or of another shape.
-    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps })
-    }
-
-    /// Its weight.
-    pub fn parameters(&self) -> Vec<Tensor> {
-        vec![self.weight.clone()]
-    }
-
-    /// The normalised `xs` (.., dim).
-    ///
-    /// # Errors
-    /// If the last dimension differs.
-    pub fn forward(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        ops::rms_norm(xs, &self.weight, self.eps, path)
-    }
+/// None of its own.
+pub fn parameters(model: &dyn AdaptableModel) -> Result<Vec<Tensor>> {
+    let mut all = Vec::new();
+    model.visit_linears(&mut |layer| {
+        all.extend(layer.parameters());
+        Ok(())
+    })?;
+    Ok(all)
 }
 
 /// Dropout at one place of a model, from noise addressed by the place's path.

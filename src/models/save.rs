@@ -1,7 +1,7 @@
 //! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +13,7 @@ use safetensors::View;
 use serde_json::{json, Value};
 
 use super::hub::ModelFiles;
-use crate::adapter::{AdaptableModel, Params, Role};
+use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::util::files;
 
@@ -67,7 +67,7 @@ pub fn save_merged(
     let remove = Remove(partial.clone());
 
     let (mapped, failure) = (source.map_weights()?, Failure::default());
-    let entries = plan(model, params, &mapped, &failure)?;
+    let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
     // First what the hub may fail to give, then gigabytes.
     copy_companions(source, &partial)?;
     let path = partial.join("config.json");
@@ -96,8 +96,56 @@ pub fn check_merged(
     dir: &Path,
 ) -> Result<()> {
     check_free(dir)?;
-    plan(model, params, &source.map_weights()?, &Failure::default())?;
+    plan(model, params, &source.map_weights()?, &Failure::default(), Pass::Mean)?;
     model.visit_linears(&mut |layer| layer.merged_layer().map(drop))
+}
+
+/// What [`save_merged`] writes, in memory: every tensor of the checkpoint `source` under its name, with the active
+/// adapters in a pass (the mean, or one draw of the posterior) and the weights that were trained in place. For other
+/// implementations of the model, candle-transformers' among them:
+/// `VarBuilder::from_tensors(merged_tensors(..)?, dtype, device)`.
+///
+/// # Example
+/// A posterior draw of a LLaMA, run by candle-transformers:
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::VarBuilder;
+/// use candle_transformers::models::llama::{Cache, Llama};
+/// use monteclora::inject::{self, Targets};
+/// use monteclora::models::{hub::ModelFiles, llama::*, save::merged_tensors};
+/// use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+///
+/// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), monteclora::Error>(()) } // not in the package
+/// let (device, noise) = (Device::Cpu, Noise::new(42));
+/// let files = ModelFiles::locate("examples/assets/stories260k", None)?;
+/// let config = LlamaConfig::from_file(files.config_path())?;
+/// let mut model = LlamaForCausalLM::load(files.var_builder(DType::F32, &device)?, &config, noise)?;
+/// let params = Params::new(noise, &device);
+/// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?; // and training
+///
+/// let tensors = merged_tensors(&model, &params, &files, &Pass::Posterior { draw: 3 })?;
+/// let theirs = Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &device), &config.decoder)?;
+/// let mut cache = Cache::new(true, DType::F32, &config.decoder, &device)?;
+/// let logits = theirs.forward(&Tensor::new(&[[1u32, 40, 7]], &device)?, 0, &mut cache)?;
+/// assert_eq!(logits.dims(), [1, config.decoder.vocab_size]);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`save_merged`], of what is no file; and for [`Pass::Train`].
+pub fn merged_tensors(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    source: &ModelFiles,
+    pass: &Pass,
+) -> Result<HashMap<String, Tensor>> {
+    let (mapped, failure) = (source.map_weights()?, Failure::default());
+    let made = |entry: &Entry| match entry {
+        Entry::Source(view) => tensor(view),
+        Entry::Made { make, dtype, .. } => Ok(make()?.to_dtype(*dtype)?),
+    };
+    let entries = plan(model, params, &mapped, &failure, *pass)?;
+    entries.iter().map(|(name, entry)| Ok((name.clone(), made(entry)?))).collect()
 }
 
 fn check_free(dir: &Path) -> Result<()> {
@@ -206,11 +254,11 @@ impl View for &Entry<'_> {
 }
 
 /// The weight of the layer at `path` as the source has it, with its adapter.
-fn merged(model: &dyn AdaptableModel, path: &str, source: &TensorView) -> Result<Tensor> {
+fn merged(model: &dyn AdaptableModel, path: &str, source: &TensorView, pass: &Pass) -> Result<Tensor> {
     let mut merged = None;
     model.visit_linears(&mut |layer| {
         if layer.path() == path {
-            merged = layer.merged_weight(&tensor(source)?)?;
+            merged = layer.merged_weight(&tensor(source)?, pass)?;
         }
         Ok(())
     })?;
@@ -229,6 +277,7 @@ fn plan<'a>(
     params: &Params,
     source: &'a MmapedSafetensors,
     failure: &'a Failure,
+    pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
     let (mut body, mut adapted) = (String::new(), BTreeMap::new());
     model.visit_linears(&mut |layer| {
@@ -270,7 +319,12 @@ fn plan<'a>(
         let entry = match (adapted.remove(&path), trained.remove(&name)) {
             (Some(shape), _) if shape == view.shape() => {
                 let dtype = DType::try_from(view.dtype())?;
-                Entry::Made { make: Box::new(move || merged(model, &path, &view)), dtype, shape, failure }
+                Entry::Made {
+                    make: Box::new(move || merged(model, &path, &view, &pass)),
+                    dtype,
+                    shape,
+                    failure,
+                }
             }
             (None, Some(tensor)) if tensor.dims() == view.shape() => {
                 Entry::trained(tensor, DType::try_from(view.dtype())?, failure)

@@ -15,8 +15,9 @@ use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
 
-/// A model with a head that classifies or scores a whole sequence.
-pub trait SequenceClassifier: AdaptableModel + Debug {
+/// A model with a head that classifies or scores a whole sequence. One of them serves any number of threads: a
+/// forward pass changes no state.
+pub trait SequenceClassifier: AdaptableModel + Debug + Send + Sync {
     /// The logits, or the scores of a regression.
     ///
     /// # Shapes

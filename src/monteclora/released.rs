@@ -78,8 +78,9 @@ impl Adapter for Released {
         self.inner.parameters().into_iter().filter(|(role, _)| *role != Role::A).collect()
     }
 
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
-        self.inner.delta(base)
+    /// That of A itself, whatever the pass: the walk has moved it.
+    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        self.inner.low_rank().delta().map(Some)
     }
 
     fn as_any(&self) -> &dyn Any {

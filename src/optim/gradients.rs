@@ -10,6 +10,10 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::util::finite::is_finite;
 
+const NO_GRADIENT: &str = "the loss gives this trainable parameter no gradient: it does not depend on it, or an \
+    operation between them has no backward, as candle-nn's LayerNorm, RmsNorm, softmax_last_dim, rope and sdpa have \
+    none; take monteclora::ops::{LayerNorm, RmsNorm, rotary}, candle_nn::ops::softmax, rotary_emb::rope_slow";
+
 /// The gradients of the trainable parameters of one optimiser step.
 #[derive(Debug, Clone, Default)]
 pub struct Gradients {
@@ -29,9 +33,7 @@ impl Gradients {
     /// on the way cuts gradients.
     pub fn accumulate(&mut self, params: &Params, store: &GradStore) -> Result<()> {
         for (name, param) in params.trainable() {
-            let Some(grad) = store.get(&param.var) else {
-                return Err(Error::tensor(name, "the loss gives this trainable parameter no gradient"));
-            };
+            let Some(grad) = store.get(&param.var) else { return Err(Error::tensor(name, NO_GRADIENT)) };
             let sum = match self.by_name.get(&name) {
                 Some(earlier) => (earlier + grad)?.detach(),
                 None => grad.detach(),
@@ -124,20 +126,30 @@ pub struct GradientReport {
     /// Parameters of the store that are frozen and got a gradient all the same: work that nobody
     /// uses.
     pub frozen: Vec<String>,
-    /// How many tensors outside the store got a gradient: work that nobody uses, on frozen weights.
+    /// How many tensors outside the store got a gradient: work that nobody uses. Candle's own sums and products
+    /// give one to their untracked side, too, so that a residual connection to an input counts here as a frozen
+    /// weight does that is not detached.
     pub unexpected: usize,
 }
 
 impl GradientReport {
-    /// Nothing to complain of.
+    /// Every trainable parameter gets a finite gradient, and no frozen one of the store gets any.
     pub fn is_clean(&self) -> bool {
-        *self == Self::default()
+        self.missing.is_empty() && self.non_finite.is_empty() && self.frozen.is_empty()
+    }
+
+    /// [`Self::is_clean`], and no work is done for anything else: what the models of this crate keep to.
+    pub fn is_exact(&self) -> bool {
+        self.is_clean() && self.unexpected == 0
     }
 }
 
-/// Differentiates `loss` and checks that every trainable parameter gets a finite gradient and that
-/// nothing else gets any, neither in the store nor outside. Candle's fused operations without a backward cut gradients
-/// silently, and its optimiser skips what has none: worth a call before a long run.
+/// Differentiates `loss` and reports which trainable parameters get no gradient or none that is finite, and what
+/// else gets one, in the store and outside. Candle's fused operations without a backward cut gradients silently, and its
+/// optimiser skips what has none: worth a call before a long run.
+///
+/// A gradient that is there may still be wrong: around a residual connection the cut branch is missing from the sum. To
+/// that end there is [`check_gradients_numerically`](super::check_gradients_numerically).
 ///
 /// # Errors
 /// If the backward pass fails.
@@ -207,7 +219,7 @@ mod tests {
         let (params, a, _) = store()?;
         let loss = a.sum_all()?;
         let error = Gradients::new().accumulate(&params, &loss.backward()?).unwrap_err().to_string();
-        assert!(error.contains("tensor b"), "{error}");
+        assert!(error.contains("tensor b") && error.contains("candle-nn's LayerNorm"), "{error}");
         assert_eq!(check_gradients(&params, &loss)?.missing, ["b"]);
         Ok(())
     }
@@ -216,12 +228,17 @@ mod tests {
     fn the_check_sees_infinite_and_useless_gradients() -> Result<()> {
         let (params, a, b) = store()?;
         let clean = (&a * &b)?.sum_all()?;
-        assert!(check_gradients(&params, &clean)?.is_clean());
+        assert!(check_gradients(&params, &clean)?.is_exact());
         let infinite = ((&a - 1.0)?.log()?.sum_all()? + b.sum_all()?)?;
         assert_eq!(check_gradients(&params, &infinite)?.non_finite, ["a"]);
         let stranger = Var::new(&[1.0, 1.0], &Device::Cpu)?;
         let useless = ((&a * &b)? * stranger.as_tensor())?.sum_all()?;
-        assert_eq!(check_gradients(&params, &useless)?.unexpected, 1);
+        let report = check_gradients(&params, &useless)?;
+        assert!(report.unexpected == 1 && report.is_clean() && !report.is_exact());
+        // An ordinary residual connection.
+        let input = Tensor::new(&[1.0, 2.0], &Device::Cpu)?;
+        let residual = (&input + (&a * &b)?)?.sum_all()?;
+        assert!(check_gradients(&params, &residual)?.is_clean());
         let mut grads = Gradients::new();
         grads.accumulate(&params, &infinite.backward()?)?;
         assert_eq!(grads.first_non_finite()?, Some("a"));

@@ -4,6 +4,7 @@ mod adamw;
 mod gradients;
 mod ivon;
 mod moments;
+mod numerical;
 mod optimizer;
 mod update;
 
@@ -11,4 +12,5 @@ pub use adamw::{AdamW, AdamWConfig};
 pub use gradients::{check_gradients, clip_grad_norm, GradientReport, Gradients};
 pub use ivon::{Ivon, IvonConfig, IvonPosterior};
 pub use moments::Moments;
+pub use numerical::{check_gradients_numerically, NumericalReport};
 pub use optimizer::Optimizer;

@@ -60,12 +60,69 @@ impl AdapterFile {
         if layers.is_empty() {
             return Err(Error::config("adapter", format!("no layer has an adapter {adapter:?}")));
         }
+        let names = targets(layers.keys(), &others);
+        Self::assembled(layers, scales, names, params, method, metadata)
+    }
+
+    /// The adapters of a model made of standalone layers ([`AdaptedLinear`](crate::AdaptedLinear)), each with the
+    /// path that it was made with, and the trained head in `params`: a copy, as [`Self::from_model`] makes it. PEFT
+    /// finds the layers by these paths.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::Linear;
+    /// use monteclora::adapters::{LoraConfig, LoraLinear};
+    /// use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
+    /// use monteclora::{Noise, Params};
+    ///
+    /// let params = Params::new(Noise::new(0), &Device::Cpu);
+    /// let config = LoraConfig { rank: 2, ..Default::default() };
+    /// let base = Linear::new(Tensor::ones((6, 4), DType::F32, &Device::Cpu)?, None);
+    /// let up = LoraLinear::new(base, &params, "block.up", &config)?;
+    ///
+    /// let (layers, method) = ([("block.up", up.adapter() as _)], AdapterMethod::Lora(config));
+    /// let file = AdapterFile::from_layers(&layers, &params, &method, &AdapterMetadata::default())?;
+    /// assert_eq!(file.layers["block.up"].b.dims(), [6, 2]);
+    /// file.apply_to_layers(&layers, &params)?; // and back, after `AdapterFile::read`
+    /// # Ok::<(), monteclora::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If there is no layer, a path comes twice, or one is neither LoRA nor MonteCLoRA or does not fit `method`.
+    pub fn from_layers(
+        layers: &[(&str, &dyn Adapter)],
+        params: &Params,
+        method: &AdapterMethod,
+        metadata: &AdapterMetadata,
+    ) -> Result<Self> {
+        let (mut all, mut scales) = (BTreeMap::new(), BTreeMap::new());
+        for (path, adapter) in layers {
+            let (scale, tensors) = take(path, *adapter, method)?;
+            scales.insert(path.to_string(), scale);
+            if all.insert(path.to_string(), tensors).is_some() {
+                return Err(Error::config("layers", format!("{path} comes twice")));
+            }
+        }
+        let names = all.keys().cloned().collect();
+        Self::assembled(all, scales, names, params, method, metadata)
+    }
+
+    /// A file of these layers and scales, for the targets of these names.
+    fn assembled(
+        layers: BTreeMap<String, LayerTensors>,
+        scales: BTreeMap<String, f64>,
+        names: Vec<String>,
+        params: &Params,
+        method: &AdapterMethod,
+        metadata: &AdapterMetadata,
+    ) -> Result<Self> {
         let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
         let saved_modules = heads.map(|(name, param)| Ok((name, single(param.var.as_tensor())?)));
         let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
 
         let mut config = method.to_peft();
-        config.target_modules = Some(TargetModules::Names(targets(layers.keys(), &others)));
+        config.target_modules = Some(TargetModules::Names(names));
         config.modules_to_save = modules(saved_modules.keys(), metadata.task.as_deref());
         config.base_model_name_or_path = metadata.base_model.clone();
         (config.revision, config.task_type) = (metadata.revision.clone(), metadata.task.clone());
@@ -88,6 +145,40 @@ impl AdapterFile {
         let file = Self { config, layers, saved_modules, monteclora, labels };
         file.check()?;
         Ok(file)
+    }
+
+    /// Puts this adapter into standalone layers, which were made with the paths and the scales that it has, and its
+    /// saved modules over the head's parameters of the same names.
+    ///
+    /// # Errors
+    /// If a layer is not in the file or one of the file not among `layers`, a scale or a shape differs, or a tensor
+    /// has no parameter in `params`. On an error nothing has changed.
+    pub fn apply_to_layers(&self, layers: &[(&str, &dyn Adapter)], params: &Params) -> Result<()> {
+        self.check()?;
+        let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
+        let scales: BTreeMap<&str, f64> = paths.iter().copied().zip(self.config.scales_of(&paths)?).collect();
+        if let Some(path) = paths.iter().find(|path| !layers.iter().any(|(own, _)| own == *path)) {
+            let available = layers.iter().map(|(path, _)| *path).collect::<Vec<_>>().join(", ");
+            return Err(Error::NoTarget { targets: path.to_string(), available });
+        }
+        let mut values = self.saved_modules.clone();
+        for (path, adapter) in layers {
+            let (own, _) = take(path, *adapter, &self.method())?;
+            let Some((layer, scale)) = self.layers.get(*path).zip(scales.get(path)) else {
+                return Err(Error::tensor(TensorKind::A.key(path), "it is missing from the file"));
+            };
+            if (own - scale).abs() > 1e-6 * scale {
+                let reason = format!("{path} was made with alpha over rank {own}, the file has {scale}");
+                return Err(Error::config("alpha", reason));
+            }
+            let name = format!("{path}.{}", inject::DEFAULT_ADAPTER);
+            values.extend([(format!("{name}.a"), layer.a.clone()), (format!("{name}.b"), layer.b.clone())]);
+            if let Some(sampler) = &layer.sampler {
+                values.insert(format!("{name}.std_prior"), sampler.std_prior.clone());
+                values.insert(format!("{name}.expert_weights_prior"), sampler.expert_weights_prior.clone());
+            }
+        }
+        params.restore(&values)
     }
 
     /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and

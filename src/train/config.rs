@@ -70,6 +70,11 @@ pub struct TrainConfig {
     pub eval_every: Option<usize>,
     /// Keep the parameters of the best evaluation rather than the last.
     pub keep_best: bool,
+    /// How many evaluations in a row may be no better than the best before the run ends, well and with its best
+    /// parameters (unless [`Self::keep_best`] is off); it goes to its last step where absent. The schedule of the
+    /// learning rate is that of all steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<usize>,
     /// What is done with a step whose loss or gradient is not finite.
     pub on_nonfinite: OnNonFinite,
 }
@@ -91,6 +96,7 @@ impl Default for TrainConfig {
             accumulation: 1,
             eval_every: None,
             keep_best: true,
+            patience: None,
             on_nonfinite: OnNonFinite::Stop,
         }
     }
@@ -108,6 +114,7 @@ impl TrainConfig {
             ("epochs", self.epochs),
             ("accumulation", self.accumulation),
             ("eval_every", self.eval_every.unwrap_or(1)),
+            ("patience", self.patience.unwrap_or(1)),
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(*name, "must be at least 1"));

@@ -88,6 +88,11 @@ impl Predictions {
         Ok(Self { logits: outputs, mean, posterior, labels })
     }
 
+    /// What the rows are labelled with, in their order.
+    pub fn labels(&self) -> &[Label] {
+        &self.labels
+    }
+
     /// Every metric that applies, over the rows with labels.
     ///
     /// # Errors

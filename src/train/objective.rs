@@ -189,4 +189,8 @@ pub struct Summary {
     pub kept_step: usize,
     /// Steps that were left out because something was not finite.
     pub skipped: usize,
+    /// Whether it ended before its last step because evaluations got no better
+    /// ([`patience`](super::TrainConfig::patience)).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub stopped_early: bool,
 }

@@ -16,7 +16,7 @@ use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 use crate::util::files;
 
 /// Steps in a row that may be skipped.
-const PATIENCE: usize = 10;
+const MOST_SKIPPED: usize = 10;
 
 /// Trains `params` on `objective`. The draw index counts micro-batches from zero.
 ///
@@ -150,16 +150,17 @@ fn run(
             params.restore(&best.values)?;
             best.step
         }
-        None => total,
+        None => run.at.step,
     };
     outcome?;
     observer.trained(run.optimizer.remembered())?;
     Ok(Summary {
-        steps: total,
+        steps: run.at.step,
         seconds: run.seconds_so_far(),
         step_seconds_median: (!run.seconds.is_empty()).then(|| median(&run.seconds)),
         kept_step,
         skipped: run.at.skipped,
+        stopped_early: run.at.step < total,
     })
 }
 
@@ -188,9 +189,12 @@ struct Best {
 }
 
 impl Run<'_> {
-    /// All steps of all epochs that are left, with their evaluations.
+    /// All steps of all epochs that are left, with their evaluations, or those until patience ends.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let (config, per_epoch) = (self.config, self.per_epoch);
+        if self.is_out_of_patience() {
+            return Ok(()); // resumed after its end
+        }
         for epoch in self.at.step / per_epoch..config.epochs {
             let micro_batches = self.objective.epoch(epoch as u64)?;
             let steps = micro_batches.len().div_ceil(config.accumulation);
@@ -210,15 +214,19 @@ impl Run<'_> {
                     self.evaluate(observer)?;
                 }
                 let stops = observer.stop();
+                let ends = step == self.total || self.is_out_of_patience();
                 if let Some(checkpoints) = self.checkpoints {
                     let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
-                    if due || stops || step == self.total {
+                    if due || stops || ends {
                         if let Some(what) = checkpoints.save(&self.state()?)? {
                             observer.warned(&what);
                         }
                     }
                 }
-                if stops && step < self.total {
+                if ends {
+                    return Ok(());
+                }
+                if stops {
                     return Err(Error::Interrupted { step });
                 }
             }
@@ -245,7 +253,7 @@ impl Run<'_> {
                 self.at.skipped += 1;
                 self.at.skipped_in_a_row += 1;
                 observer.skipped(step, &why)?;
-                return if self.at.skipped_in_a_row < PATIENCE { Ok(()) } else { Err(why) };
+                return if self.at.skipped_in_a_row < MOST_SKIPPED { Ok(()) } else { Err(why) };
             }
             done => done?,
         };
@@ -260,9 +268,15 @@ impl Run<'_> {
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let step = self.at.step;
         // NaN compares with nothing, and infinity would stay the best for ever.
-        let score = observer.evaluate(step)?.filter(|score| score.is_finite());
+        let given = observer.evaluate(step)?;
+        let score = given.filter(|score| score.is_finite());
         let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
         let improved = score.filter(better);
+        match (given, improved) {
+            (Some(_), None) if self.config.patience.is_some() => self.at.waited += 1,
+            (Some(_), _) => self.at.waited = 0,
+            (None, _) => {} // nothing to compare
+        }
         if let Some(score) = improved {
             self.best = Some(Best { score, step, values: self.params.snapshot()? });
         }
@@ -271,6 +285,11 @@ impl Run<'_> {
         } else {
             Ok(())
         }
+    }
+
+    /// Whether evaluations have been no better than the best for as long as they may.
+    fn is_out_of_patience(&self) -> bool {
+        self.config.patience.is_some_and(|patience| self.at.waited >= patience)
     }
 
     fn seconds_so_far(&self) -> f64 {

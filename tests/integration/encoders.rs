@@ -17,7 +17,7 @@ fn frozen(weights: &HashMap<String, Tensor>) -> VarBuilder<'static> {
     VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu)
 }
 
-fn xlm_config(config: &RobertaConfig) -> xlm_roberta::Config {
+pub fn xlm_config(config: &RobertaConfig) -> xlm_roberta::Config {
     xlm_roberta::Config {
         hidden_size: config.hidden_size,
         layer_norm_eps: config.layer_norm_eps,

@@ -1,6 +1,7 @@
 //! Whole models: encoders, adapters and files against independent implementations. One binary,
 //! since each links all of candle.
 
+mod candle_transformers;
 mod causal;
 mod checkpoint;
 #[cfg(unix)]
@@ -22,10 +23,12 @@ mod llama_golden;
 mod merge;
 mod named;
 mod other_writers;
+mod own_model;
 mod peft_adapters;
 mod prompt;
 mod resume;
 mod save;
+mod serving;
 mod stories;
 mod study;
 mod support;

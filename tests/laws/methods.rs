@@ -56,7 +56,7 @@ impl Golden {
             let got = grads.get(&param.var).ok_or(format!("no gradient of {name}"))?;
             assert_close(&name, got, self.get(&format!("{label}.{part}.grad"))?, 1e-12)?;
         }
-        if let Some(delta) = adapter.delta(&base)? {
+        if let Some(delta) = adapter.delta(&base, &Pass::Mean.into())? {
             let merged = Linear::new((base.weight() + delta)?, base.bias().cloned());
             assert_close("merged", &merged.forward(xs)?, want, 1e-12)?;
         }
@@ -110,7 +110,11 @@ fn ia3_is_pefts() -> Result<()> {
         let params = store(1);
         let ia3 = Ia3::new(&params, "proj", "default", &golden.base()?, scaled)?;
         assert_eq!(params.trainable_count(), count);
-        assert_eq!(ia3.delta(&golden.base()?)?.is_none(), scaled == Scaled::Output, "a bias is scaled");
+        assert_eq!(
+            ia3.delta(&golden.base()?, &Pass::Mean.into())?.is_none(),
+            scaled == Scaled::Output,
+            "a bias is scaled"
+        );
         golden.check(label, &ia3, &params)?;
     }
     Ok(())
@@ -216,7 +220,7 @@ fn a_bottleneck_is_its_formula() -> Result<()> {
         Ok(adapter.forward(&xs, &base, &TRAIN.into())?.sqr()?.sum_all()?)
     })?;
     assert!(Bottleneck::new(&params, "other", "default", &base, &BottleneckConfig { width: 0 }).is_err());
-    assert!(adapter.delta(&base)?.is_none());
+    assert!(adapter.delta(&base, &Pass::Mean.into())?.is_none());
     Ok(())
 }
 

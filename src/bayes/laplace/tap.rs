@@ -90,8 +90,8 @@ impl Adapter for TappedLora {
         self.lora.parameters()
     }
 
-    fn delta(&self, base: &Linear) -> candle_core::Result<Option<Tensor>> {
-        self.lora.delta(base)
+    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        self.lora.delta(base, cx)
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -5,7 +5,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::decoder::LlamaDecoder;
-use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::Noise;
@@ -84,13 +84,7 @@ impl AdaptableModel for LlamaForCausalLM {
         self.decoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.decoder.visit_linears(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.decoder.visit_linears_mut(f)
-    }
+    linears!(decoder);
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.decoder.embedding_mut()

@@ -8,12 +8,12 @@ use candle_nn::{Init, VarBuilder};
 
 use super::config::LlamaConfig;
 use super::rotary::Rotary;
-use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
-use crate::models::layers::{adaptable_linear_no_bias, unshared, Dropout, RmsNorm};
+use crate::models::layers::{adaptable_linear_no_bias, parameters, Dropout};
 use crate::noise::Noise;
-use crate::ops::{self, CausalMask, Mask};
+use crate::ops::{self, CausalMask, Mask, RmsNorm};
 
 /// The decoder without a head.
 #[derive(Debug)]
@@ -105,14 +105,14 @@ impl LlamaDecoder {
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
                     let (block, step) = (layer.clone(), step.clone());
-                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &step, None))?
+                    ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &step, None))?
                 }
                 _ => layer.forward(&xs, &step, cached)?,
             };
         }
         // Real tokens stand in these columns, wherever the virtual ones are among the padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
-        self.norm.forward(&xs, cx.path)
+        self.norm.forward_on(&xs, cx.path)
     }
 
     /// An empty cache for this decoder, with room for `capacity` tokens a row.
@@ -148,13 +148,7 @@ impl AdaptableModel for LlamaDecoder {
         &["q_proj", "k_proj", "v_proj"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(|layer| layer.linears()).try_for_each(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        unshared(&mut self.layers, |layer| layer.linears_mut().into_iter().try_for_each(&mut *f))
-    }
+    linears!(layers);
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings)
@@ -218,10 +212,10 @@ impl Layer {
     }
 
     fn forward(&self, xs: &Tensor, step: &Step, cache: Option<&mut KvCache>) -> candle_core::Result<Tensor> {
-        let attended = self.attention(&self.attention_norm.forward(xs, step.cx.path)?, step, cache)?;
+        let attended = self.attention(&self.attention_norm.forward_on(xs, step.cx.path)?, step, cache)?;
         // Below the first layer are frozen embeddings, which no gradient is for.
         let xs = ops::add_constant(&attended, xs)?;
-        let normed = self.mlp_norm.forward(&xs, step.cx.path)?;
+        let normed = self.mlp_norm.forward_on(&xs, step.cx.path)?;
         xs + self.feed_forward(&normed, &step.cx)?
     }
 
@@ -261,32 +255,12 @@ impl Layer {
     }
 
     /// Everything that may be trained in it.
-    fn parameters(&self) -> Vec<Tensor> {
+    fn parameters(&self) -> candle_core::Result<Vec<Tensor>> {
         let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
-        self.linears().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
+        Ok(parameters(self)?.into_iter().chain(norms).collect())
     }
+}
 
-    fn linears(&self) -> [&AdaptableLinear; 7] {
-        [
-            &self.q_proj,
-            &self.k_proj,
-            &self.v_proj,
-            &self.o_proj,
-            &self.gate_proj,
-            &self.up_proj,
-            &self.down_proj,
-        ]
-    }
-
-    fn linears_mut(&mut self) -> [&mut AdaptableLinear; 7] {
-        [
-            &mut self.q_proj,
-            &mut self.k_proj,
-            &mut self.v_proj,
-            &mut self.o_proj,
-            &mut self.gate_proj,
-            &mut self.up_proj,
-            &mut self.down_proj,
-        ]
-    }
+impl AdaptableModel for Layer {
+    linears!(q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj);
 }

@@ -5,7 +5,7 @@ use candle_nn::{Linear, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
-use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Linears};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, linear, Dropout};
 use crate::noise::Noise;
@@ -110,23 +110,25 @@ impl AdaptableModel for RobertaForSequenceClassification {
         self.encoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.encoder.visit_linears(f)?;
-        match &self.head {
-            Head::Bert { pooler, .. } => f(pooler),
-            Head::Roberta { .. } => Ok(()),
-        }
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.encoder.visit_linears_mut(f)?;
-        match &mut self.head {
-            Head::Bert { pooler, .. } => f(pooler),
-            Head::Roberta { .. } => Ok(()),
-        }
-    }
+    linears!(encoder, head);
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.encoder.embedding_mut()
+    }
+}
+
+impl Linears for Head {
+    fn visit(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Bert { pooler, .. } => f(pooler),
+            Self::Roberta { .. } => Ok(()),
+        }
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Bert { pooler, .. } => f(pooler),
+            Self::Roberta { .. } => Ok(()),
+        }
     }
 }

@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
-use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::Result;
-use crate::models::layers::{adaptable_linear, unshared, Dropout, LayerNorm};
+use crate::models::layers::{adaptable_linear, parameters, Dropout};
 use crate::noise::Noise;
-use crate::ops::{self, Mask, OpPath, Rows};
+use crate::ops::{self, LayerNorm, Mask, OpPath, Rows};
 
 /// The encoder of RoBERTa or BERT.
 #[derive(Debug)]
@@ -126,7 +126,7 @@ impl RobertaEncoder {
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
                     let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone());
-                    ops::checkpoint(&xs, &layer.parameters(), move |xs| block.forward(xs, &batch, &cx))?
+                    ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
                 }
                 _ => layer.forward(&xs, batch, cx)?,
             };
@@ -151,13 +151,7 @@ impl AdaptableModel for RobertaEncoder {
         &["query", "key", "value"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().flat_map(|layer| layer.linears()).try_for_each(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        unshared(&mut self.layers, |layer| layer.linears_mut().into_iter().try_for_each(&mut *f))
-    }
+    linears!(layers);
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(&mut self.embeddings.words)
@@ -266,7 +260,7 @@ impl Embeddings {
             None => self.token_types.narrow(0, 0, 1)?.unsqueeze(0)?, // (1, 1, d)
         };
         let sum = words.broadcast_add(&positions)?.broadcast_add(&types)?;
-        self.dropout.forward(&self.norm.forward(&sum, cx.path)?, cx)
+        self.dropout.forward(&self.norm.forward_on(&sum, cx.path)?, cx)
     }
 
     /// `(b, p + t)` or `(1, p + t)` of u32. RoBERTa numbers the real tokens of each row, virtual ones
@@ -364,23 +358,12 @@ impl Layer {
     }
 
     /// Everything that may be trained in it.
-    fn parameters(&self) -> Vec<Tensor> {
+    fn parameters(&self) -> candle_core::Result<Vec<Tensor>> {
         let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
-        self.linears().into_iter().flat_map(AdaptableLinear::parameters).chain(norms).collect()
+        Ok(parameters(self)?.into_iter().chain(norms).collect())
     }
+}
 
-    fn linears(&self) -> [&AdaptableLinear; 6] {
-        [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
-    }
-
-    fn linears_mut(&mut self) -> [&mut AdaptableLinear; 6] {
-        [
-            &mut self.query,
-            &mut self.key,
-            &mut self.value,
-            &mut self.attention_output,
-            &mut self.intermediate,
-            &mut self.output,
-        ]
-    }
+impl AdaptableModel for Layer {
+    linears!(query, key, value, attention_output, intermediate, output);
 }

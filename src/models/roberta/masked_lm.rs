@@ -5,11 +5,11 @@ use candle_nn::{Init, Linear, VarBuilder};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
-use crate::adapter::{AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
-use crate::models::layers::{linear, LayerNorm};
+use crate::models::layers::linear;
 use crate::noise::Noise;
-use crate::ops;
+use crate::ops::{self, LayerNorm};
 
 /// RoBERTa or BERT with a masked-language-model head, its projection tied to the word embedding.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl RobertaForMaskedLM {
         let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
         let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias(), cx.path)?, cx.path)?;
         ops::linear(
-            &self.norm.forward(&xs, cx.path)?,
+            &self.norm.forward_on(&xs, cx.path)?,
             self.encoder.word_embeddings(),
             Some(&self.bias),
             cx.path,
@@ -85,13 +85,7 @@ impl AdaptableModel for RobertaForMaskedLM {
         self.encoder.default_targets()
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.encoder.visit_linears(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.encoder.visit_linears_mut(f)
-    }
+    linears!(encoder);
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         self.encoder.embedding_mut()

@@ -36,9 +36,18 @@ pub(in crate::train) struct RunState {
     pub seconds: f64,
     /// Score and step of the best evaluation.
     pub best: Option<(f64, usize)>,
+    /// Evaluations since then that were no better.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub waited: usize,
     /// The steps that each parameter has taken.
     pub moments: BTreeMap<String, usize>,
     pub settings: Settings,
+}
+
+/// A run without early stopping is written as it always was.
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks for it
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// All of a run on its way.

@@ -338,8 +338,8 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
     let line = Line { poison: Some(3), ..Line::new(10)? };
     let mut watch = Skips::default();
     let error = fit(&line, &line.params, &TrainConfig { epochs: 30, ..config }, &mut watch).unwrap_err();
-    assert!(matches!(error, Error::NonFinite { step: PATIENCE, .. }), "{error}");
-    assert_eq!((watch.1.len(), line.value()?), (PATIENCE, 0.0));
+    assert!(matches!(error, Error::NonFinite { step: MOST_SKIPPED, .. }), "{error}");
+    assert_eq!((watch.1.len(), line.value()?), (MOST_SKIPPED, 0.0));
     Ok(())
 }
 
@@ -361,5 +361,59 @@ fn under_ivon_losses_are_at_draws_and_the_mean_comes_back_wherever_they_end() ->
     let error = line.fit(&config).err().expect("an infinite loss");
     assert!(matches!(error, Error::NonFinite { step: 1, .. }), "{error}");
     assert_eq!(line.value()?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> {
+    let dir = tempfile::tempdir().map_err(Error::io("a folder"))?;
+    let checkpoints = |resume| Checkpoints { resume, ..Checkpoints::new(dir.path()) };
+    let config = TrainConfig { epochs: 9, patience: Some(2), ..config() };
+    let scores = vec![0.1, 0.9, f64::NAN, 0.9, 1.0];
+    let (line, mut log) = (Line::new(5)?, Log { scores, ..Log::default() });
+    let summary = fit_with_checkpoints(&line, &line.params, &config, &mut log, &checkpoints(false))?;
+    // Two steps an epoch: the second evaluation is the best, the third says nothing, the fourth is no better.
+    assert_eq!((summary.steps, summary.kept_step, summary.stopped_early), (8, 4, true));
+    assert_eq!((log.records.len(), log.evaluated.as_slice()), (8, &[2, 4, 6, 8][..]));
+
+    // What has ended has ended, and knows its best; with more patience it goes on.
+    let (again, mut log) = (Line::new(5)?, Log { scores: vec![0.9, 0.9], ..Log::default() });
+    let ended = fit_with_checkpoints(&again, &again.params, &config, &mut log, &checkpoints(true))?;
+    assert_eq!((ended.steps, ended.kept_step, log.records.len()), (8, 4, 0));
+    assert_eq!(again.value()?.to_bits(), line.value()?.to_bits());
+    let more = Checkpoints { changes: vec!["patience".to_string()], ..checkpoints(true) };
+    let config = TrainConfig { patience: Some(4), ..config };
+    let summary = fit_with_checkpoints(&again, &again.params, &config, &mut log, &more)?;
+    assert_eq!((summary.steps, summary.kept_step, log.records.len()), (12, 4, 4));
+
+    // What was waited for already counts after an interruption.
+    struct Stops(Log, usize);
+    impl Observer for Stops {
+        fn step(&mut self, record: &Record) -> Result<()> {
+            self.0.step(record)
+        }
+        fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+            self.0.evaluate(step)
+        }
+        fn stop(&self) -> bool {
+            self.0.records.len() == self.1
+        }
+    }
+    let (dir, config) =
+        (tempfile::tempdir().map_err(Error::io("a folder"))?, TrainConfig { patience: Some(2), ..config });
+    let checkpoints = |resume| Checkpoints { resume, ..Checkpoints::new(dir.path()) };
+    let (cut, scores) = (Line::new(5)?, vec![0.9, 0.5]);
+    let mut stops = Stops(Log { scores, ..Log::default() }, 4);
+    let stopped = fit_with_checkpoints(&cut, &cut.params, &config, &mut stops, &checkpoints(false));
+    assert!(matches!(stopped, Err(Error::Interrupted { step: 4 })));
+    let (rest, mut log) = (Line::new(5)?, Log { scores: vec![0.7, 0.95], ..Log::default() });
+    let summary = fit_with_checkpoints(&rest, &rest.params, &config, &mut log, &checkpoints(true))?;
+    assert_eq!((summary.steps, summary.kept_step, summary.stopped_early), (6, 2, true));
+
+    // One who has no score to give is not waited for.
+    let summary = line.fit(&config)?.0;
+    assert_eq!((summary.steps, summary.stopped_early), (18, false));
+    let refused = line.fit(&TrainConfig { patience: Some(0), ..config }).map(drop);
+    assert!(refused.unwrap_err().to_string().contains("patience"));
     Ok(())
 }

@@ -1,0 +1,123 @@
+//! Norms as candle's `Module`s, for a model of one's own: candle-nn's of the same names cut gradients without a
+//! word wherever they take their fused paths.
+
+use candle_core::Tensor;
+use candle_nn::{Init, Module, VarBuilder};
+
+use super::norm::{add_layer_norm, layer_norm, rms_norm};
+use super::path::OpPath;
+use crate::error::Result;
+
+/// Layer norm over the last dimension (Ba et al. 2016): [`layer_norm`](super::layer_norm) with its weights.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_nn::Module;
+/// use monteclora::ops::LayerNorm;
+///
+/// let (ones, zeros) = (Tensor::ones(3, DType::F32, &Device::Cpu)?, Tensor::zeros(3, DType::F32, &Device::Cpu)?);
+/// let xs = Var::new(&[[1f32, 2., 4.]], &Device::Cpu)?;
+/// let ours = LayerNorm::new(ones.clone(), zeros.clone(), 1e-5).forward(&xs)?.sqr()?.sum_all()?;
+/// assert!(ours.backward()?.get(&xs).is_some());
+/// // candle-nn's computes the same and is no function of `xs` for its backward:
+/// let theirs = candle_nn::LayerNorm::new(ones, zeros, 1e-5).forward(&xs)?.sqr()?.sum_all()?;
+/// assert!((ours.to_scalar::<f32>()? - theirs.to_scalar::<f32>()?).abs() < 1e-5);
+/// assert!(theirs.backward()?.get(&xs).is_none());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// A norm with these weights, both (dim).
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
+    /// Fetches `weight` and `bias` (dim), or `gamma` and `beta` as old BERT checkpoints call them.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape.
+    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        let old = vb.contains_tensor("gamma");
+        let (weight, bias) = if old { ("gamma", "beta") } else { ("weight", "bias") };
+        Ok(Self {
+            weight: vb.get_with_hints(dim, weight, Init::Const(1.0))?,
+            bias: vb.get_with_hints(dim, bias, Init::Const(0.0))?,
+            eps,
+        })
+    }
+
+    /// Its weight and bias.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        vec![self.weight.clone(), self.bias.clone()]
+    }
+
+    /// The normalised `xs` (.., dim), on a path of the operations.
+    ///
+    /// # Errors
+    /// If the last dimension differs.
+    pub fn forward_on(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        layer_norm(xs, &self.weight, &self.bias, self.eps, path)
+    }
+
+    /// The normalised sum of `xs` and `residual`, both (.., dim), on a path of the operations.
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        add_layer_norm(xs, residual, &self.weight, &self.bias, self.eps, path)
+    }
+}
+
+impl Module for LayerNorm {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.forward_on(xs, OpPath::Fused)
+    }
+}
+
+/// RMS norm over the last dimension (Zhang and Sennrich 2019): [`rms_norm`](super::rms_norm) with its weight.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// A norm with this weight, (dim).
+    pub fn new(weight: Tensor, eps: f64) -> Self {
+        Self { weight, eps }
+    }
+
+    /// Fetches `weight` (dim).
+    ///
+    /// # Errors
+    /// If the tensor is missing or of another shape.
+    pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        Ok(Self { weight: vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps })
+    }
+
+    /// Its weight.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        vec![self.weight.clone()]
+    }
+
+    /// The normalised `xs` (.., dim), on a path of the operations.
+    ///
+    /// # Errors
+    /// If the last dimension differs.
+    pub fn forward_on(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        rms_norm(xs, &self.weight, self.eps, path)
+    }
+}
+
+impl Module for RmsNorm {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.forward_on(xs, OpPath::Fused)
+    }
+}

@@ -1,0 +1,259 @@
+//! Gradients against differences of the loss: the check that sees a gradient which is there and wrong.
+//!
+//! ```text
+//! <g, d>  against  (L(theta + h d) - L(theta - h d)) / 2h
+//! ```
+//!
+//! for a direction d of random signs. An operation without a backward leaves a parameter before it without a
+//! gradient, which [`check_gradients`](super::check_gradients) finds; around a residual connection it leaves the
+//! gradient of the other branch, which is finite, plausible and wrong.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::adapter::Params;
+use crate::error::{Error, Result};
+use crate::noise::Purpose;
+
+/// How far the two may be apart, as a share of the gradient's own size.
+const TOLERANCE: f64 = 0.005;
+/// Halvings of the step at most.
+const HALVINGS: usize = 10;
+/// Along one alone what is wrong would pass now and then.
+const DIRECTIONS: u64 = 3;
+
+/// What [`check_gradients_numerically`] found. Slopes are those of the loss along a direction of random signs, of the
+/// three that were tried the one that they are furthest apart along.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NumericalReport {
+    /// The slope that the gradients give.
+    pub analytic: f64,
+    /// The slope that differences of the loss give.
+    pub numeric: f64,
+    /// How far the differences themselves are to be trusted.
+    pub uncertainty: f64,
+    /// The Euclidean norm of all gradients: the size that a slope along random signs has.
+    pub grad_norm: f64,
+    /// The parameters whose own slopes disagree, where the slopes of all do: those from which the loss is
+    /// reached through an operation that cuts gradients. Empty where none stands out alone.
+    pub wrong: Vec<String>,
+}
+
+impl NumericalReport {
+    /// The two slopes agree: within half a percent of the gradients' norm and what the differences leave open.
+    pub fn is_clean(&self) -> bool {
+        self.excess() <= 0.0
+    }
+
+    /// By how much they are further apart than that.
+    fn excess(&self) -> f64 {
+        let size = self.grad_norm.max(self.numeric.abs());
+        (self.analytic - self.numeric).abs() - TOLERANCE * size - self.uncertainty
+    }
+}
+
+/// Compares the gradients of all trainable parameters with differences of `loss` along three directions, some twenty
+/// forward passes; where they disagree, each parameter by itself, as many for each. On a small batch it costs seconds,
+/// once, before a long run. The parameters are as before afterwards.
+///
+/// `loss` is called again and again and has to be the same function each time: a fixed draw
+/// (`forward_with(&xs, &Pass::Train { draw: 0 }.into())`, not `forward_t(&xs, true)`, which takes a new one).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Module;
+/// use monteclora::ops::RmsNorm;
+/// use monteclora::optim::{check_gradients, check_gradients_numerically};
+/// use monteclora::{Init, Noise, Params, Role};
+///
+/// let params = Params::new(Noise::new(1), &Device::Cpu);
+/// let w = params.create("w", Role::Head, (4, 8), &Init::Normal(1.0))?;
+/// let ones = Tensor::ones(8, w.dtype(), w.device())?;
+/// // w + norm(w), by candle-nn's norm: a gradient reaches w around it and seems well.
+/// let theirs = candle_nn::RmsNorm::new(ones.clone(), 1e-5);
+/// let wrong = || -> monteclora::Result<Tensor> { Ok((&w + theirs.forward(&w)?)?.sqr()?.sum_all()?) };
+/// assert!(check_gradients(&params, &wrong()?)?.is_clean());
+/// assert_eq!(check_gradients_numerically(&params, wrong)?.wrong, ["w"]);
+///
+/// let ours = RmsNorm::new(ones, 1e-5);
+/// let right = || -> monteclora::Result<Tensor> { Ok((&w + ours.forward(&w)?)?.sqr()?.sum_all()?) };
+/// assert!(check_gradients_numerically(&params, right)?.is_clean());
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+///
+/// # Errors
+/// What `loss` reports; if it is no finite scalar, is another at a second call, or is too coarse for differences to
+/// say anything (half precision). On any of them the parameters are as before.
+pub fn check_gradients_numerically(
+    params: &Params,
+    mut loss: impl FnMut() -> Result<Tensor>,
+) -> Result<NumericalReport> {
+    let before = params.snapshot()?;
+    let report = compare(params, &before, &mut loss);
+    params.restore(&before)?;
+    report
+}
+
+fn compare(
+    params: &Params,
+    before: &BTreeMap<String, Tensor>,
+    loss: &mut dyn FnMut() -> Result<Tensor>,
+) -> Result<NumericalReport> {
+    let first = loss()?;
+    let store = first.backward()?;
+    let mut parts = Vec::new();
+    for (name, param) in params.trainable() {
+        let start = wide(&before[&name])?;
+        let stream = params.noise().stream(&name, Purpose::Resample);
+        let signs = |direction| {
+            let mut signs = vec![0.0; param.var.elem_count()];
+            stream.fill_uniform(direction, &mut signs);
+            signs.iter_mut().for_each(|sign| *sign = if *sign < 0.5 { -1.0 } else { 1.0 });
+            Tensor::from_vec(signs, param.var.shape(), &Device::Cpu)
+        };
+        let signs = (0..DIRECTIONS).map(signs).collect::<candle_core::Result<_>>()?;
+        // What has none counts as a gradient of zero: of a parameter that the loss does not depend on it is one.
+        let grad = store.get(&param.var).map_or_else(|| start.zeros_like(), wide)?;
+        parts.push(Part { name, start, signs, grad });
+    }
+    if parts.is_empty() {
+        return Err(Error::config("params", "there is no trainable parameter to check"));
+    }
+    let mut differences = Differences::new(params, loss, scalar(&first)?, first.dtype())?;
+    let all: Vec<&Part> = parts.iter().collect();
+    let mut report = differences.of(&all)?;
+    if report.grad_norm > 0.0 && report.uncertainty > 0.25 * report.grad_norm {
+        let NumericalReport { numeric, uncertainty, grad_norm, .. } = report;
+        let reason = format!(
+            "its differences give a slope of {numeric} +- {uncertainty}, too coarse beside gradients of norm \
+             {grad_norm}: give it in f64, or on fewer rows"
+        );
+        return Err(Error::config("loss", reason));
+    }
+    if !report.is_clean() {
+        for part in &parts {
+            if !differences.of(&[part])?.is_clean() {
+                report.wrong.push(part.name.clone());
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// One parameter: where it is, its part of each direction and its gradient, in double precision on the host.
+struct Part {
+    name: String,
+    start: Tensor,
+    signs: Vec<Tensor>,
+    grad: Tensor,
+}
+
+/// A loss whose differences are taken.
+struct Differences<'a> {
+    params: &'a Params,
+    loss: &'a mut dyn FnMut() -> Result<Tensor>,
+    /// How far two evaluations at one place may be apart.
+    noise: f64,
+}
+
+impl<'a> Differences<'a> {
+    fn new(
+        params: &'a Params,
+        loss: &'a mut dyn FnMut() -> Result<Tensor>,
+        first: f64,
+        dtype: DType,
+    ) -> Result<Self> {
+        let epsilon = match dtype {
+            DType::F64 => f64::EPSILON,
+            DType::F32 => f64::from(f32::EPSILON),
+            other => {
+                let reason = format!("differences say nothing in {}: give it in f32 or f64", other.as_str());
+                return Err(Error::config("loss", reason));
+            }
+        };
+        let second = scalar(&loss()?)?;
+        if (first - second).abs() > 64.0 * epsilon * first.abs() {
+            let reason = format!(
+                "two calls give {first} and {second}: fix what differs between them, the draw of the posterior or of \
+                 dropout (forward_with with a Pass of a fixed draw)"
+            );
+            return Err(Error::config("loss", reason));
+        }
+        // The sums within a loss round, too.
+        Ok(Self { params, loss, noise: (8.0 * epsilon * first.abs()).max((first - second).abs()) })
+    }
+
+    /// The slopes along directions of some parameters, the others at rest, which they all are afterwards: those that
+    /// are furthest apart.
+    fn of(&mut self, parts: &[&Part]) -> Result<NumericalReport> {
+        let mut worst = self.along(parts, 0)?;
+        for direction in 1..DIRECTIONS as usize {
+            let next = self.along(parts, direction)?;
+            if next.excess() > worst.excess() {
+                worst = next;
+            }
+        }
+        Ok(worst)
+    }
+
+    fn along(&mut self, parts: &[&Part], direction: usize) -> Result<NumericalReport> {
+        let sum = |f: &dyn Fn(&Part) -> candle_core::Result<Tensor>| -> Result<f64> {
+            let sums = parts.iter().map(|part| f(part)?.sum_all()?.to_scalar::<f64>());
+            Ok(sums.sum::<candle_core::Result<f64>>()?)
+        };
+        let analytic = sum(&|part| &part.grad * &part.signs[direction])?;
+        let grad_norm = sum(&|part| part.grad.sqr())?.sqrt();
+        let size = sum(&|part| part.start.sqr())?.sqrt();
+        let count: usize = parts.iter().map(|part| part.start.elem_count()).sum();
+        // A tenth of the parameters' own length to begin with; of what is zero, of a tenth.
+        let mut step = 0.1 * size.max(0.1) / (count as f64).sqrt();
+        let (mut coarse, mut best) = (self.slope(parts, direction, step)?, (0.0, f64::INFINITY));
+        for _ in 0..HALVINGS {
+            step /= 2.0;
+            let fine = self.slope(parts, direction, step)?;
+            let uncertainty = (fine - coarse).abs() + self.noise / step;
+            if uncertainty < best.1 {
+                best = ((4.0 * fine - coarse) / 3.0, uncertainty); // Richardson: without the second order
+            }
+            // Fine enough to tell, or from here on noise alone.
+            if best.1 < 0.25 * TOLERANCE * grad_norm.max(fine.abs()) || self.noise / step > best.1 {
+                break;
+            }
+            coarse = fine;
+        }
+        let (numeric, uncertainty) = best;
+        for part in parts {
+            self.params.set(&part.name, &part.start)?;
+        }
+        Ok(NumericalReport { analytic, numeric, uncertainty, grad_norm, wrong: Vec::new() })
+    }
+
+    /// The central difference at a step.
+    fn slope(&mut self, parts: &[&Part], direction: usize, step: f64) -> Result<f64> {
+        let mut at = |step: f64| -> Result<f64> {
+            for part in parts {
+                self.params.set(&part.name, &(&part.start + (&part.signs[direction] * step)?)?)?;
+            }
+            scalar(&(self.loss)()?)
+        };
+        Ok((at(step)? - at(-step)?) / (2.0 * step))
+    }
+}
+
+fn wide(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)
+}
+
+fn scalar(loss: &Tensor) -> Result<f64> {
+    if loss.rank() != 0 {
+        return Err(Error::config("loss", format!("expected a scalar, got shape {:?}", loss.dims())));
+    }
+    let value = wide(loss)?.to_scalar::<f64>()?;
+    if value.is_finite() {
+        Ok(value)
+    } else {
+        Err(Error::config("loss", format!("it is {value}")))
+    }
+}

@@ -1,0 +1,132 @@
+//! An observer that is ready to use: it evaluates a classifier on held-out rows and keeps what the run said.
+
+use std::fmt;
+
+use super::classifier::Classifier;
+use super::evaluate::{batches, Evaluation, Predictions};
+use super::objective::{Observer, Record};
+use crate::data::batch::Batch;
+use crate::data::encode::Encoded;
+use crate::error::{Error, Result};
+
+/// Metrics of which less is better.
+const LESS_IS_BETTER: [&str; 4] = ["nll", "ece", "brier", "mse"];
+
+type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
+
+/// Evaluates a [`Classifier`] on held-out rows whenever [`fit`](super::fit) asks, by the mean.
+///
+/// # Example
+/// Early stopping by a metric of one's own:
+/// ```
+/// use candle_core::{DType, Device};
+/// use monteclora::adapters::LoraConfig;
+/// use monteclora::data::batch::Batcher;
+/// use monteclora::data::encode::TextEncoder;
+/// use monteclora::data::task::{Label, Task};
+/// use monteclora::data::tokenizer;
+/// use monteclora::inject::Targets;
+/// use monteclora::models::hub::ModelFiles;
+/// use monteclora::train::{fit, Classification, Classifier, Evaluator, Method, MethodInit, Predictions, TrainConfig};
+/// use monteclora::{Error, Noise, Result};
+///
+/// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), Error>(()) } // not in the package
+/// let files = ModelFiles::locate("examples/assets/tiny-roberta", None)?;
+/// let start = MethodInit::Fresh(Method::Lora(LoraConfig::default()), Targets::default());
+/// let classifier = Classifier::load(&files, 2, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+/// let tokenizer = tokenizer::read(files.tokenizer_path().ok_or_else(|| Error::config("model", "no tokenizer"))?)?;
+/// let encoder = TextEncoder::new(tokenizer, 32, 512)?;
+/// let data = Task::Sst2.load_folder("examples/assets/sst2".as_ref())?;
+/// let (rows, held_out) = (encoder.encode(&data.train[..8])?, encoder.encode(&data.dev[0].1[..8])?);
+///
+/// /// The share of rows of class 1 that are found.
+/// fn recall(predictions: &Predictions) -> Result<f64> {
+///     let ones = predictions.labels().iter().zip(&predictions.mean).filter(|(label, _)| **label == Label::Class(1));
+///     let found: Vec<bool> = ones.map(|(_, row)| row[1] > row[0]).collect();
+///     Ok(found.iter().filter(|found| **found).count() as f64 / found.len().max(1) as f64)
+/// }
+///
+/// let mut evaluator = Evaluator::new(&classifier, &held_out, 8)?.with_score(recall);
+/// let objective = Classification { classifier: &classifier, rows: &rows, batcher: Batcher::new(4, false, Noise::new(1))? };
+/// let config = TrainConfig { epochs: 3, patience: Some(1), ..Default::default() };
+/// let summary = fit(&objective, &classifier.params, &config, &mut evaluator)?;
+/// assert_eq!(summary.steps, evaluator.records().len());
+/// assert_eq!(evaluator.evaluations().last().map(|(step, _)| *step), Some(summary.steps));
+/// # Ok::<(), Error>(())
+/// ```
+pub struct Evaluator<'a> {
+    classifier: &'a Classifier,
+    rows: &'a [Encoded],
+    batches: Vec<Batch>,
+    score: Score<'a>,
+    records: Vec<Record>,
+    evaluations: Vec<(usize, Evaluation)>,
+}
+
+impl<'a> Evaluator<'a> {
+    /// One on these rows, which scores by accuracy, or of a regression by minus the mean squared error.
+    ///
+    /// # Errors
+    /// If there are no rows, or candle fails.
+    pub fn new(classifier: &'a Classifier, rows: &'a [Encoded], batch_size: usize) -> Result<Self> {
+        let batches = batches(classifier, rows, batch_size)?;
+        let metric = if classifier.is_regression() { "mse" } else { "accuracy" };
+        let score = by_metric(metric);
+        Ok(Self { classifier, rows, batches, score, records: Vec::new(), evaluations: Vec::new() })
+    }
+
+    /// The same by the metric of this name ([`Metrics::get`](crate::metrics::Metrics::get)); the negative of one of
+    /// which less is better.
+    pub fn with_metric(self, metric: &'a str) -> Self {
+        Self { score: by_metric(metric), ..self }
+    }
+
+    /// The same by a score of one's own, of which more is better.
+    pub fn with_score(self, score: impl Fn(&Predictions) -> Result<f64> + 'a) -> Self {
+        Self { score: Box::new(score), ..self }
+    }
+
+    /// Every step that was taken.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// Every evaluation, with the step that it came after.
+    pub fn evaluations(&self) -> &[(usize, Evaluation)] {
+        &self.evaluations
+    }
+}
+
+fn by_metric(metric: &str) -> Score<'_> {
+    let sign = if LESS_IS_BETTER.contains(&metric) { -1.0 } else { 1.0 };
+    Box::new(move |predictions| {
+        let value = predictions.evaluate()?.mean.get(metric);
+        let reason = || format!("there is no {metric:?} of these predictions");
+        value.map(|value| sign * value).ok_or_else(|| Error::config("metric", reason()))
+    })
+}
+
+impl fmt::Debug for Evaluator<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, records, evaluations, .. } = self;
+        let (rows, records) = (rows.len(), records.len());
+        f.debug_struct("Evaluator")
+            .field("rows", &rows)
+            .field("records", &records)
+            .field("evaluations", evaluations)
+            .finish()
+    }
+}
+
+impl Observer for Evaluator<'_> {
+    fn step(&mut self, record: &Record) -> Result<()> {
+        self.records.push(record.clone());
+        Ok(())
+    }
+
+    fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+        let predictions = Predictions::new(self.classifier, self.rows, &self.batches, 0)?;
+        self.evaluations.push((step, predictions.evaluate()?));
+        (self.score)(&predictions).map(Some)
+    }
+}
