@@ -112,7 +112,7 @@ fn a_relative_scale_is_the_deviation_in_units_of_the_width() -> Result<()> {
         };
         let draws = (0..DRAWS).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
         let what = format!("E Delta^2 of {mixture:?}, {in_dim} wide");
-        assert_mean(&what, 1.5 * 1.5 / in_dim as f64, draws.into_iter());
+        assert_mean(&what, 1.5 * 1.5 / in_dim as f64, draws);
     }
     Ok(())
 }
