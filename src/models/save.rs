@@ -118,7 +118,7 @@ pub fn check_merged(
 /// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), monteclora::Error>(()) } // not in the package
 /// let (device, noise) = (Device::Cpu, Noise::new(42));
 /// let files = ModelFiles::locate("examples/assets/stories260k", None)?;
-/// let config = LlamaConfig::from_file(files.config_path())?;
+/// let config = LlamaConfig::from_files(&files)?;
 /// let mut model = LlamaForCausalLM::load(files.var_builder(DType::F32, &device)?, &config, noise)?;
 /// let params = Params::new(noise, &device);
 /// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?; // and training

@@ -27,7 +27,9 @@ type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 /// use monteclora::data::tokenizer;
 /// use monteclora::inject::Targets;
 /// use monteclora::models::hub::ModelFiles;
-/// use monteclora::train::{fit, Classification, Classifier, Evaluator, Method, MethodInit, Predictions, TrainConfig};
+/// use monteclora::train::{
+///     fit, Classification, Classifier, Evaluator, Method, MethodInit, Observer, Predictions, TrainConfig,
+/// };
 /// use monteclora::{Error, Noise, Result};
 ///
 /// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), Error>(()) } // not in the package
@@ -52,6 +54,10 @@ type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 /// let summary = fit(&objective, &classifier.params, &config, &mut evaluator)?;
 /// assert_eq!(summary.steps, evaluator.records().len());
 /// assert_eq!(evaluator.evaluations().last().map(|(step, _)| *step), Some(summary.steps));
+///
+/// let mut by_name = Evaluator::new(&classifier, &held_out, 8)?.with_metric("macro_f1");
+/// let score = by_name.evaluate(0)?;
+/// assert!(score.is_some() && score == by_name.evaluations()[0].1.mean.macro_f1);
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Evaluator<'a> {
@@ -100,7 +106,7 @@ impl<'a> Evaluator<'a> {
 fn by_metric(metric: &str) -> Score<'_> {
     let sign = if LESS_IS_BETTER.contains(&metric) { -1.0 } else { 1.0 };
     Box::new(move |predictions| {
-        let value = predictions.evaluate()?.mean.get(metric);
+        let value = predictions.evaluate_own_data()?.mean.get(metric);
         let reason = || format!("there is no {metric:?} of these predictions");
         value.map(|value| sign * value).ok_or_else(|| Error::config("metric", reason()))
     })
@@ -126,7 +132,7 @@ impl Observer for Evaluator<'_> {
 
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
         let predictions = Predictions::new(self.classifier, self.rows, &self.batches, 0)?;
-        self.evaluations.push((step, predictions.evaluate()?));
+        self.evaluations.push((step, predictions.evaluate_own_data()?));
         (self.score)(&predictions).map(Some)
     }
 }
