@@ -42,6 +42,9 @@ struct Args {
     /// A folder in the GLUE or SuperGLUE download layout. Default: the hub's files of the task.
     #[arg(long)]
     data: Option<PathBuf>,
+    /// Start the head anew, whatever the model has.
+    #[arg(long)]
+    new_head: bool,
     #[command(flatten)]
     tables: TableOptions,
     /// Do not train: predict the rows of this table by what was trained, the --adapter (a folder of an adapter, a
@@ -153,7 +156,11 @@ fn tune(
     if let (Method::Full, Some(out)) = (start.method(), out) {
         check_apart("--model", Path::new(model), &out.join("model"))?;
     }
-    let mut classifier = Classifier::load(&files, goal.labels.clone(), &start, noise, dtype, &device)?;
+    let load = if args.new_head { Classifier::load_with_new_head } else { Classifier::load };
+    let mut classifier = load(&files, goal.labels.clone(), &start, noise, dtype, &device)?;
+    if let Some(note) = classifier.note() {
+        eprintln!("{model}: {note}");
+    }
     classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {

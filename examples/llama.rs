@@ -162,7 +162,7 @@ fn run() -> Outcome {
         None => common::asset("stories260k")?,
     };
     let files = common::download::model_files(&model)?;
-    let config = LlamaConfig::from_file(files.config_path())?;
+    let config = LlamaConfig::from_files(&files)?;
     let longest = config.decoder.max_position_embeddings;
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());

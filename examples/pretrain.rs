@@ -307,7 +307,7 @@ fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, cx: &Context) -> Outcom
     Ok(ops::cross_entropy(&logits, &batch.labels, -100, cx.path)?)
 }
 
-/// Writes `tokenizer.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.
+/// Writes `tokenizer.json` and `tokenizer_config.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.
 fn save(
     dir: &Path,
     tokenizer: &Tokenizer,
@@ -329,6 +329,13 @@ fn save(
     let halves = halves.iter().map(|(name, tensor)| (name.clone(), tensor));
     files::write_safetensors(&dir.join("model.safetensors"), halves)?;
     files::write(&dir.join("tokenizer.json"), tokenizer.to_string(false)?.as_bytes())?;
+    // Without it transformers takes RoBERTa's own tokenizer, which treats the first word otherwise.
+    let tokenizer_config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_length(),
+        "bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
+        "unk_token": "<unk>", "mask_token": "<mask>", "model_input_names": ["input_ids", "attention_mask"],
+    });
+    files::write_json(&dir.join("tokenizer_config.json"), &tokenizer_config)?;
     files::write_json(&dir.join("config.json"), &json)?;
     files::write_json(&dir.join("pretraining.json"), summary)?;
     Ok(())

@@ -155,7 +155,7 @@ impl From<usize> for Labels {
 }
 
 /// The text of a name, which some files write as a number.
-fn plain(name: &Value) -> String {
+pub(crate) fn plain(name: &Value) -> String {
     name.as_str().map_or_else(|| name.to_string(), str::to_string)
 }
 

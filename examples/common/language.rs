@@ -93,7 +93,7 @@ impl LanguageData {
             }
         };
         let tasks = options.tasks(tasks, &data, limits.dev)?;
-        let config = LlamaConfig::from_file(files.config_path())?;
+        let config = LlamaConfig::from_files(files)?;
         let (longest, eos) =
             (config.decoder.max_position_embeddings, config.eos_token_ids().first().copied());
         let tokenizer = tokenizer(files, config.decoder.vocab_size)?;

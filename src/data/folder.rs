@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use super::task::{non_empty, Example, Splits, Task};
-use super::{glue, superglue};
+use super::{glue, superglue, wic};
 use crate::error::{Error, Result};
 
 impl Task {
     /// Reads the task from `dir`, or from the folder of the task's name in `dir`.
     ///
-    /// TSV (GLUE), JSON lines (SuperGLUE) and parquet (the hub's layout, in one or more shards) are told
-    /// apart by which training file is there, in this order.
+    /// TSV (GLUE), JSON lines (SuperGLUE and BoolQ's own), WiC's own text files and parquet (the hub's layout, in
+    /// one or more shards) are told apart by which training file is there, in this order.
     ///
     /// # Errors
     /// There is no training file (the error names the paths tried), a file cannot be read or does not
@@ -30,10 +30,22 @@ impl Task {
             if superglue::has_jsonl(task) {
                 let train = root.join("train.jsonl");
                 if train.is_file() {
-                    let dev = [("dev", superglue::DEV_FILE)];
+                    let (theirs, own) = (superglue::DEV_FILE, superglue::OWN_DEV_FILE);
+                    let is_own = root.join(own).is_file() && !root.join(theirs).is_file();
+                    let dev = [("dev", if is_own { own } else { theirs })];
                     return load(&train, &root, &dev, |path| superglue::read(task, path));
                 }
                 tried.push(train.display().to_string());
+            }
+            if task == Task::Wic {
+                if let Some(train) = wic::file(&root, "train") {
+                    let dev = wic::file(&root, "dev");
+                    let dev =
+                        dev.ok_or_else(|| Error::format(&root, "no dev.data.txt beside train.data.txt"))?;
+                    let read = |path: &Path| wic::read(path).and_then(|rows| non_empty(rows, path));
+                    return Ok(Splits { train: read(&train)?, dev: vec![("dev".to_owned(), read(&dev)?)] });
+                }
+                tried.push(root.join("train/train.data.txt").display().to_string());
             }
             if !shards(&root, "train")?.is_empty() {
                 return load_shards(task, &root);
@@ -140,6 +152,15 @@ mod tests {
         assert!(header_only.ends_with("train.tsv: no examples"), "{header_only}");
         write(rte.join("val.jsonl"), row).unwrap();
         assert_eq!(Task::Rte.load_folder(dir.path()).unwrap().dev[0].0, "dev");
+        let boolq = dir.path().join("BoolQ");
+        create_dir_all(&boolq).unwrap();
+        let row = |answer| format!("{{\"question\": \"q\", \"passage\": \"p\", \"answer\": {answer}}}\n");
+        write(boolq.join("train.jsonl"), row(true)).unwrap();
+        let missing = Task::BoolQ.load_folder(dir.path()).unwrap_err().to_string();
+        assert!(missing.contains("val.jsonl"), "{missing}");
+        write(boolq.join("dev.jsonl"), row(false)).unwrap();
+        let splits = Task::BoolQ.load_folder(dir.path()).unwrap();
+        assert_eq!((splits.train[0].label, splits.dev[0].1[0].label), (Label::Class(1), Label::Class(0)));
         let nothing = Task::Wic.load_folder(dir.path()).unwrap_err().to_string();
         assert!(nothing.contains("no data of wic; tried: ") && nothing.contains("train.jsonl"), "{nothing}");
     }

@@ -17,3 +17,4 @@ pub mod table;
 pub mod task;
 mod test_sets;
 pub mod tokenizer;
+mod wic;

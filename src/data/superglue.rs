@@ -1,6 +1,7 @@
 //! The JSON-lines files of SuperGLUE: BoolQ, WiC and RTE.
 //!
-//! One object a line in `train.jsonl` and `val.jsonl`. Fields beyond those needed are ignored.
+//! One object a line in `train.jsonl` and `val.jsonl`. Fields beyond those needed are ignored. BoolQ as its authors
+//! distribute it has `dev.jsonl` and the field `answer`.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// The file of the development set.
 pub const DEV_FILE: &str = "val.jsonl";
+/// The same as BoolQ's authors distribute it.
+pub const OWN_DEV_FILE: &str = "dev.jsonl";
 
 /// Whether SuperGLUE distributes this task.
 pub fn has_jsonl(task: Task) -> bool {
@@ -79,7 +82,8 @@ fn parse(task: Task, line: &str, labelled: bool) -> std::result::Result<Example,
     if !labelled {
         return Ok(Example::new(&text_a, Some(text_b), Label::Unknown));
     }
-    let label = label(task, field(&row, "label")?)?;
+    let answer = row.get("answer").filter(|_| task == Task::BoolQ && !row.contains_key("label"));
+    let label = label(task, answer.map_or_else(|| field(&row, "label"), Ok)?)?;
     Ok(Example::new(&text_a, Some(text_b), label))
 }
 
@@ -122,6 +126,9 @@ mod tests {
         assert_eq!(one(Task::Wic, WIC).unwrap(), pair("bed: A bed.", "Sea bed.", 0));
         assert_eq!(one(Task::BoolQ, &format!("{BOOLQ}\r\n")).unwrap(), pair("is it", "It is.", 1));
         assert_eq!(one(Task::Rte, &format!("{RTE}\n\n")).unwrap(), pair("A.", "B.", 1));
+        let own = BOOLQ.replace("label", "answer").replace("idx", "title");
+        assert_eq!(one(Task::BoolQ, &own).unwrap(), pair("is it", "It is.", 1));
+        assert!(failure(Task::Wic, &WIC.replace("label", "answer")).contains("no field \"label\""));
         let spaced = BOOLQ.replace("is it", "is it ").replace("It is.", "It is.\\n");
         assert_eq!(one(Task::BoolQ, &spaced).unwrap(), pair("is it", "It is.", 1));
     }

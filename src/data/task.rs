@@ -215,7 +215,7 @@ impl Task {
             Self::Mrpc => &["MRPC", "mrpc"],
             Self::Cola => &["CoLA", "cola"],
             Self::Rte => &["RTE", "rte"],
-            Self::Wic => &["WiC", "wic"],
+            Self::Wic => &["WiC", "wic", "WiC_dataset"],
             Self::BoolQ => &["BoolQ", "boolq"],
             Self::Sst2 => &["SST-2", "sst2"],
             Self::Qnli => &["QNLI", "qnli"],

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
-use serde_json::{json, Map, Value};
+use serde_json::{json, Value};
 
 use super::llama::{LlamaConfig, LlamaForSequenceClassification};
-use super::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
+use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
 
@@ -101,6 +102,7 @@ impl SequenceClassifier for LlamaForSequenceClassification {
 pub struct SequenceConfig {
     architecture: Architecture,
     json: Value,
+    labels: Labels,
 }
 
 #[derive(Debug, Clone)]
@@ -110,7 +112,8 @@ enum Architecture {
 }
 
 impl SequenceConfig {
-    /// Reads a `config.json`, for `num_labels` outputs (1: a regression).
+    /// Reads a `config.json`, for `num_labels` outputs (1: a regression). Their names are the file's, where it
+    /// has as many.
     ///
     /// # Errors
     /// If the file cannot be read, is no JSON (the error names the line), is of another
@@ -133,7 +136,45 @@ impl SequenceConfig {
                 return Err(Error::format(path, reason));
             }
         };
-        Ok(Self { architecture, json })
+        let named = Labels::of_config(&json).ok().flatten().filter(|named| named.len() == num_labels);
+        let labels = named.unwrap_or_else(|| Labels::numbered(num_labels));
+        Ok(Self { architecture, json, labels })
+    }
+
+    /// The names of the outputs.
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// The same configuration with other names of the outputs.
+    ///
+    /// # Errors
+    /// If there are not as many as outputs.
+    pub fn with_labels(self, labels: Labels) -> Result<Self> {
+        if labels.len() != self.labels.len() {
+            let reason = format!("{} names for {} outputs", labels.len(), self.labels.len());
+            return Err(Error::config("labels", reason));
+        }
+        Ok(Self { labels, ..self })
+    }
+
+    /// The names that the file has itself, however many.
+    ///
+    /// # Errors
+    /// As [`Labels::of_config`].
+    pub fn named(&self) -> Result<Option<Labels>> {
+        Labels::of_config(&self.json)
+    }
+
+    /// The tensors of the head that have a row for each output.
+    pub fn output_tensors(&self) -> &'static [&'static str] {
+        match &self.architecture {
+            Architecture::Llama(_) => &["score.weight"],
+            Architecture::Roberta(config) => match config.model_type {
+                Family::Roberta => &["classifier.out_proj.weight", "classifier.out_proj.bias"],
+                Family::Bert => &["classifier.weight", "classifier.bias"],
+            },
+        }
     }
 
     /// The number of token ids.
@@ -191,10 +232,10 @@ impl SequenceConfig {
     /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
     /// yet another token, to which `pad_token_id` is to be set then.
     pub fn to_json(&self) -> Value {
-        let (family, labels, pad) = match &self.architecture {
+        let (family, pad) = match &self.architecture {
             Architecture::Llama(config) => {
                 let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
-                ("Llama", config.num_labels, pad)
+                ("Llama", pad)
             }
             Architecture::Roberta(config) => {
                 let family = match self.json.get("model_type").and_then(Value::as_str) {
@@ -203,16 +244,13 @@ impl SequenceConfig {
                     Some("camembert") => "Camembert",
                     _ => "Roberta",
                 };
-                (family, config.num_labels(), Some(config.pad_id()))
+                (family, Some(config.pad_id()))
             }
         };
-        let names: Vec<String> = (0..labels).map(|i| format!("LABEL_{i}")).collect();
-        let named = |(i, name): (usize, &String)| (i.to_string(), json!(name));
-        let numbered = |(i, name): (usize, &String)| (name.clone(), json!(i));
         let mut json = self.json.clone();
         json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
-        json["id2label"] = Value::Object(names.iter().enumerate().map(named).collect::<Map<_, _>>());
-        json["label2id"] = Value::Object(names.iter().enumerate().map(numbered).collect::<Map<_, _>>());
+        json["id2label"] = self.labels.id2label();
+        json["label2id"] = self.labels.label2id();
         json["pad_token_id"] = json!(pad);
         for dtype in ["torch_dtype", "dtype"] {
             if let Some(named) = json.get_mut(dtype) {

@@ -8,6 +8,7 @@ use super::config::PeftConfig;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
 use crate::error::{Error, Result};
+use crate::labels::Labels;
 use crate::monteclora::MonteCLoRAConfig;
 use crate::util::finite::first_non_finite;
 
@@ -31,6 +32,9 @@ pub struct AdapterFile {
     /// What this crate knows of a MonteCLoRA adapter beyond PEFT's six fields; it lies in
     /// `monteclora.json`. Where the two disagree, PEFT's file counts.
     pub monteclora: Option<MonteCLoRAConfig>,
+    /// The names of the classes that the saved head tells apart, in the order of its rows, where they are known
+    /// (PEFT keeps none); they lie in `monteclora.json`, too.
+    pub labels: Option<Labels>,
 }
 
 /// The tensors of one adapted layer, in single precision.

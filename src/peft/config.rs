@@ -146,8 +146,9 @@ impl<T> OneOrMany<T> {
 /// and as many as fit into a file would take minutes. Files that name each layer have plain names.
 const MOST_EXPRESSIONS: usize = 1000;
 
-/// Initialisations that leave the base weight as it was.
-const INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+/// Initialisations that leave the base weight as it was, whatever their case: an adapter that was started so is
+/// plain LoRA once it is loaded.
+const INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
 
 /// Settings that must be absent, null, false or empty, and what each of them is.
 const REFUSED: [(&str, &str); 13] = [
@@ -171,7 +172,7 @@ impl PeftConfig {
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self> {
         let raw: Map<String, Value> = json::parse(text, path)?;
         refuse(&raw).map_err(|reason| Error::format(path, reason))?;
-        let config: Self = json::parse(text, path)?;
+        let config: Self = json::parse_config(text, path, &["monteclora_config"])?;
         config.check().map_err(|reason| Error::format(path, reason))?;
         Ok(config)
     }
@@ -281,14 +282,14 @@ fn refuse(raw: &Map<String, Value>) -> std::result::Result<(), String> {
     }
     match raw.get("init_lora_weights") {
         None | Some(Value::Null | Value::Bool(_)) => {}
-        Some(Value::String(init)) if INITS.contains(&init.as_str()) => {}
+        Some(Value::String(init)) if INITS.contains(&init.to_lowercase().as_str()) => {}
         Some(init) => {
             return Err(format!(
             "init_lora_weights: {init} may change the base weights; convert the adapter to plain LoRA first"
         ))
         }
     }
-    if raw.contains_key("r") {
+    if raw.get("r").is_some_and(|rank| !rank.is_null()) {
         Ok(())
     } else {
         Err("r, the rank, is missing".into())

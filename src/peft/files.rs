@@ -12,6 +12,7 @@ use super::adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN
 use super::config::PeftConfig;
 use super::export::ExportFormat;
 use super::keys::{self, Key, TensorKind};
+use super::own;
 use crate::error::{Error, Result};
 use crate::util::files::{self, Pending};
 use crate::util::json;
@@ -43,12 +44,12 @@ impl AdapterFile {
         }
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
         let own = dir.join(OWN_FILE);
-        let monteclora = match config.monteclora_config {
-            Some(_) if own.exists() => Some(json::parse(json::read_config(&own)?, &own)?),
-            _ => None,
+        let (monteclora, labels) = match own.exists() {
+            true => own::parse(&json::read_config(&own)?, &own, config.monteclora_config.is_some())?,
+            false => (None, None),
         };
         let file = Self::assemble(config, &weights, &bytes).and_then(|mut file| {
-            file.monteclora = monteclora;
+            (file.monteclora, file.labels) = (monteclora, labels);
             file.check()?;
             Ok(file)
         });
@@ -111,7 +112,7 @@ impl AdapterFile {
             Ok((path, LayerTensors { a, b, sampler }))
         });
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { config, layers, saved_modules, monteclora: None })
+        Ok(Self { config, layers, saved_modules, monteclora: None, labels: None })
     }
 
     /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give
@@ -131,11 +132,11 @@ impl AdapterFile {
         file.check()?;
         let text = |error: serde_json::Error| Error::config("adapter configuration", error.to_string());
         let config = file.config.to_text().map_err(text)?;
-        let beyond = file.monteclora.as_ref().map(serde_json::to_string_pretty).transpose().map_err(text)?;
+        let beyond = own::text(&file).map_err(text)?;
         let bytes = file.to_bytes()?;
         let dir = dir.as_ref();
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let own = beyond.map(|text| Pending::write(dir.join(OWN_FILE), (text + "\n").as_bytes()));
+        let own = beyond.map(|text| Pending::write(dir.join(OWN_FILE), text.as_bytes()));
         let (own, weights) = (own.transpose()?, Pending::write(dir.join(WEIGHTS_FILE), &bytes)?);
         let config = Pending::write(dir.join(CONFIG_FILE), config.as_bytes())?;
         remove(&dir.join(CONFIG_FILE))?;

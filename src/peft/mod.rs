@@ -11,6 +11,7 @@ mod files;
 mod keys;
 mod method;
 mod model;
+mod own;
 mod targets;
 
 pub use adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
@@ -21,6 +22,8 @@ pub use model::AdapterMetadata;
 
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod settings_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

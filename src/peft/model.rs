@@ -14,6 +14,7 @@ use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::inject::activate::{self, check_unmerged};
 use crate::inject::{self, Target};
+use crate::labels::Labels;
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 
 /// What an adapter was trained for.
@@ -25,6 +26,8 @@ pub struct AdapterMetadata {
     pub revision: Option<String>,
     /// PEFT's name of the task: `SEQ_CLS`, `CAUSAL_LM`.
     pub task: Option<String>,
+    /// The names of the classes of a task head, in the order of its rows.
+    pub labels: Option<Labels>,
 }
 
 impl AdapterFile {
@@ -138,7 +141,8 @@ impl AdapterFile {
             AdapterMethod::Lora(_) => None,
             AdapterMethod::MonteCLoRA(config) => Some(config.clone()),
         };
-        let file = Self { config, layers, saved_modules, monteclora };
+        let labels = metadata.labels.clone();
+        let file = Self { config, layers, saved_modules, monteclora, labels };
         file.check()?;
         Ok(file)
     }

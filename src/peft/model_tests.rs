@@ -87,6 +87,7 @@ fn file(toy: &Toy, config: &MonteCLoRAConfig) -> Result<AdapterFile> {
         base_model: Some("owner/tiny".into()),
         revision: None,
         task: Some("SEQ_CLS".into()),
+        labels: None,
     };
     AdapterFile::from_model(
         toy,

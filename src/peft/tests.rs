@@ -49,6 +49,7 @@ pub(super) fn adapter() -> AdapterFile {
         layers: [(Q.into(), layer(3, 1.0)), (V.into(), layer(2, 2.0))].into(),
         saved_modules,
         monteclora: None,
+        labels: None,
     }
 }
 
@@ -57,13 +58,13 @@ pub(super) fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 /// What an adapter's folder holds, to be spoilt.
-struct Files {
-    config: Value,
-    tensors: HashMap<String, Tensor>,
+pub(super) struct Files {
+    pub config: Value,
+    pub tensors: HashMap<String, Tensor>,
 }
 
 impl Files {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
         let config = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
@@ -71,7 +72,7 @@ impl Files {
         Self { config: serde_json::from_str(&config).unwrap(), tensors }
     }
 
-    fn read(&self) -> Result<AdapterFile> {
+    pub fn read(&self) -> Result<AdapterFile> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(CONFIG_FILE), self.config.to_string()).unwrap();
         candle_core::safetensors::save(&self.tensors, dir.path().join(WEIGHTS_FILE)).unwrap();

@@ -123,7 +123,7 @@ impl Learner for CellTrial<'_> {
 
     fn load(&self, start: &MethodInit, noise: Noise) -> Result<LanguageModel> {
         let LanguageTrial { files, tasks, encoder, base_dtype, checkpoint_layers, device, .. } = self.trial;
-        let config = LlamaConfig::from_file(files.config_path())?;
+        let config = LlamaConfig::from_files(files)?;
         let params = Params::new(noise, device);
         let checkpoint = files.var_builder(*base_dtype, device)?;
         let base = match start.method() {

@@ -13,11 +13,10 @@ use crate::data::encode::Encoded;
 use crate::data::split::{self, Draw};
 use crate::data::task::Task;
 use crate::error::Result;
-use crate::inject::DEFAULT_ADAPTER;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
+use crate::peft::{AdapterFile, AdapterMethod};
 use crate::train::{Classification, Classifier, MethodInit, Objective};
 
 /// The checkpoints of an ensemble: at 60, 80 and 100 % of training.
@@ -109,7 +108,7 @@ impl Learner for CellTrial<'_> {
 
     fn load(&self, start: &MethodInit, noise: Noise) -> Result<Classifier> {
         let Trial { files, task, device, .. } = self.trial;
-        Classifier::load(files, task.num_labels(), start, noise, DType::F32, device)
+        Classifier::load(files, *task, start, noise, DType::F32, device)
     }
 
     fn params<'m>(&self, model: &'m Classifier) -> &'m Params {
@@ -117,8 +116,7 @@ impl Learner for CellTrial<'_> {
     }
 
     fn adapter(&self, model: &Classifier, method: &AdapterMethod) -> Result<AdapterFile> {
-        let metadata = AdapterMetadata { task: Some("SEQ_CLS".to_string()), ..AdapterMetadata::default() };
-        AdapterFile::from_model(model.model.as_ref(), DEFAULT_ADAPTER, &model.params, method, &metadata)
+        model.adapter_file(method, None)
     }
 
     fn objective<'m>(&'m self, model: &'m Classifier, batcher: Batcher) -> Box<dyn Objective + 'm> {

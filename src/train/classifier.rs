@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 
+use super::head::{self, HeadSource};
 use super::hooks::MethodHooks;
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
@@ -23,7 +23,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, AdapterMetadata, ExportFormat};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -53,6 +53,7 @@ pub struct Classifier {
     pub params: Params,
     /// The names of the classes, in the order of the outputs.
     pub labels: Labels,
+    note: Option<String>,
     method: Method,
     hooks: MethodHooks,
     config: SequenceConfig,
@@ -63,12 +64,16 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and what is trained on it. The
-    /// base has the dtype `base_dtype`; what is trained is in single precision.
+    /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and
+    /// what is trained on it. The base has the dtype `base_dtype`; what is trained is in single precision.
+    ///
+    /// A head that the checkpoint or the adapter has is put into the order of `labels` by the names of its classes
+    /// ([`Labels::places_of`]). Where these are not the same, it is taken in that order as it is, which
+    /// [`Self::note`] says; a mere number takes the head's order and names.
     ///
     /// # Errors
-    /// If the files do not hold such a model, hold a part of its head alone (one without any head
-    /// is fine: it starts anew), or the start does not fit it.
+    /// If the files do not hold such a model, hold a part of its head alone or one with another number of outputs
+    /// (none at all is fine: it starts anew), or the start does not fit it.
     pub fn load(
         files: &ModelFiles,
         labels: impl Into<Labels>,
@@ -77,27 +82,56 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let labels = labels.into();
-        let config = SequenceConfig::from_file(files.config_path(), labels.len())?;
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, false)
+    }
+
+    /// [`Self::load`] with a head that starts anew, whatever the checkpoint has (an adapter's own counts).
+    ///
+    /// # Errors
+    /// As [`Self::load`], but for the head.
+    pub fn load_with_new_head(
+        files: &ModelFiles,
+        labels: impl Into<Labels>,
+        start: &MethodInit,
+        noise: Noise,
+        base_dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, true)
+    }
+
+    fn with_head(
+        files: &ModelFiles,
+        wanted: Labels,
+        start: &MethodInit,
+        noise: Noise,
+        base_dtype: DType,
+        device: &Device,
+        new_head: bool,
+    ) -> Result<Self> {
+        let config = SequenceConfig::from_file(files.config_path(), wanted.len())?;
         let checkpoint = files.var_builder(base_dtype, device)?;
-        let (params, whole) = (Params::new(noise, device), checkpoint.clone());
-        let head = params.var_builder(Some(checkpoint.clone()), Role::Head);
+        let source = HeadSource::find(&config, &checkpoint, start, new_head)?;
+        let params = Params::new(noise, device);
+        let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
         let base = match method {
             Method::Full => params.var_builder(Some(checkpoint), Role::Base),
             _ => checkpoint,
         };
         let mut model = config.load(base, head, noise)?;
-        check_head(&params, &whole)?;
-        if let MethodInit::PostHoc(file, _) = start {
-            check_trained_head(&params, &whole, file)?;
-        }
+        source.check(start, &params)?;
         let hooks = start.inject(model.as_mut(), &params)?;
+        let (labels, note) = source.settle(wanted, &params)?;
+        if let Some(note) = &note {
+            tracing::warn!("{}: {note}", files.config_path().display());
+        }
         let max_length = config.max_length().saturating_sub(method.virtual_tokens());
         Ok(Self {
             model,
             params,
             labels,
+            note,
             method,
             hooks,
             config,
@@ -105,6 +139,11 @@ impl Classifier {
             max_length,
             encoder: OnceLock::new(),
         })
+    }
+
+    /// What there is to know about the classes of the head: that their names are not those of the task.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 
     /// Its method.
@@ -135,19 +174,43 @@ impl Classifier {
             (None, Method::Full) => return self.save_model(&dir.join("model")),
             (None, _) => return self.params.save(&dir.join("adapter")),
         };
-        let metadata = AdapterMetadata {
-            base_model: Some(base_model.to_string()),
-            task: Some("SEQ_CLS".to_string()),
-            ..AdapterMetadata::default()
-        };
-        let file = AdapterFile::from_model(
-            self.model.as_ref(),
-            inject::DEFAULT_ADAPTER,
-            &self.params,
-            &method,
-            &metadata,
-        )?;
+        let file = self.adapter_file(&method, Some(base_model.to_string()))?;
         file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)
+    }
+
+    /// The adapter with the head. Where the checkpoint names the same classes in another order, the rows of the
+    /// head are in that order: PEFT, which keeps no names, takes them from the checkpoint.
+    ///
+    /// # Errors
+    /// If `method` is not that of the layers.
+    pub(crate) fn adapter_file(
+        &self,
+        method: &AdapterMethod,
+        base_model: Option<String>,
+    ) -> Result<AdapterFile> {
+        let of_checkpoint = self.config.named().ok().flatten().filter(|named| !named.are_numbers());
+        let places = of_checkpoint.as_ref().and_then(|named| self.labels.places_of(named));
+        // Where the checkpoint has names, numbers are told from them.
+        let labels = match (&places, &of_checkpoint) {
+            (Some(_), _) => of_checkpoint,
+            (None, Some(_)) => Some(self.labels.clone()),
+            // Classes that are called 0 and 1 are not called LABEL_0 and LABEL_1.
+            (None, None) => {
+                Some(self.labels.clone()).filter(|labels| *labels != Labels::numbered(labels.len()))
+            }
+        };
+        let metadata =
+            AdapterMetadata { base_model, task: Some("SEQ_CLS".to_string()), labels, ..Default::default() };
+        let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);
+        let mut file = AdapterFile::from_model(model, name, &self.params, method, &metadata)?;
+        if let Some(places) = places {
+            for name in self.config.output_tensors() {
+                if let Some(rows) = file.saved_modules.get_mut(*name) {
+                    *rows = head::take_rows(rows, &places)?;
+                }
+            }
+        }
+        Ok(file)
     }
 
     fn save_model(&self, dir: &Path) -> Result<()> {
@@ -161,7 +224,10 @@ impl Classifier {
         };
         // The weights come last: a folder that has them is whole.
         copy_companions(&self.files, dir)?;
-        files::write_json(&dir.join("config.json"), &self.config.to_json())?;
+        files::write_json(
+            &dir.join("config.json"),
+            &self.config.clone().with_labels(self.labels.clone())?.to_json(),
+        )?;
         let weights = self.params.all();
         let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
         files::write_safetensors(&dir.join("model.safetensors"), named)
@@ -226,32 +292,6 @@ impl Classifier {
             }
             None => Ok(()),
         }
-    }
-}
-
-/// A head is the checkpoint's own or new: of one that is there in part, the rest would train from
-/// random weights without a word.
-fn check_head(params: &Params, checkpoint: &VarBuilder) -> Result<()> {
-    let head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
-    let (held, lacking): (Vec<_>, Vec<_>) =
-        head.map(|(name, _)| name).partition(|name| checkpoint.contains_tensor(name));
-    match (held.first(), lacking.first()) {
-        (Some(held), Some(lacking)) => {
-            Err(Error::tensor(lacking, format!("the checkpoint has {held}, but not this part of the head")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Post hoc nothing but the posterior is trained: the head must come from somewhere.
-fn check_trained_head(params: &Params, checkpoint: &VarBuilder, file: &AdapterFile) -> Result<()> {
-    let given = |name: &String| checkpoint.contains_tensor(name) || file.saved_modules.contains_key(name);
-    let mut head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
-    match head.find(|(name, _)| !given(name)) {
-        Some((name, _)) => {
-            Err(Error::tensor(name, "neither the checkpoint nor the adapter has a trained head"))
-        }
-        None => Ok(()),
     }
 }
 

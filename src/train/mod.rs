@@ -7,6 +7,7 @@ mod classifier;
 mod config;
 mod evaluate;
 mod evaluator;
+mod head;
 mod hooks;
 mod memory;
 mod method;

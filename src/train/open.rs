@@ -8,6 +8,7 @@ use super::classifier::Classifier;
 use super::method::{Method, MethodInit};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
+use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
@@ -46,8 +47,10 @@ impl Classifier {
                 let outputs = OUTPUTS.iter().find_map(|name| file.saved_modules.get(*name));
                 let outputs = outputs.map(|head| head.dim(0)).transpose()?;
                 let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
+                let names = file.labels.clone();
                 let start = MethodInit::Adapter(Box::new(file));
-                Self::load(&files, outputs, &start, Noise::new(0), dtype, device)
+                let opened = Self::load(&files, outputs, &start, Noise::new(0), dtype, device)?;
+                Ok(opened.with_numbers_of(names))
             }
         }
     }
@@ -58,7 +61,18 @@ impl Classifier {
     /// As [`Self::load`]; if it has no head.
     pub fn of_checkpoint(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
         let start = MethodInit::Fresh(Method::Full, Targets::default());
-        Self::load(files, outputs_of(files)?, &start, Noise::new(0), dtype, device)
+        let opened = Self::load(files, outputs_of(files)?, &start, Noise::new(0), dtype, device)?;
+        let names = opened.config().named()?;
+        Ok(opened.with_numbers_of(names))
+    }
+
+    /// With the spelling of the file where classes are called by their numbers: 0 and 1, not LABEL_0 and LABEL_1.
+    fn with_numbers_of(mut self, names: Option<Labels>) -> Self {
+        let numbers = |names: &Labels| names.are_numbers() && names.len() == self.labels.len();
+        if let Some(labels) = names.filter(numbers).filter(|_| self.labels.are_numbers()) {
+            self.labels = labels;
+        }
+        self
     }
 }
 

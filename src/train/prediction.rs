@@ -52,9 +52,8 @@ impl Classifier {
     }
 
     /// Predicts texts, or pairs: `&["a text", "another"]`, `&[("a pair", "of texts")]`, or [`Example`]s. The pass
-    /// says by which weights: [`Pass::Mean`], or one draw of the posterior. One row a text, in their order; each is
-    /// cut to [`Self::max_length`] tokens, so that what was trained on shorter rows is told by
-    /// [`Self::set_max_length`].
+    /// says by which weights: [`Pass::Mean`], or one draw of the posterior. One row a text, in their order. Each
+    /// is cut to [`Self::max_length`] tokens: where training had shorter ones, say so by [`Self::set_max_length`].
     ///
     /// # Errors
     /// As [`Self::encode`], or if the forward pass fails or says what is not finite.

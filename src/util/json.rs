@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -18,6 +19,39 @@ const MAX_CONFIG: u64 = 4 << 20;
 pub(crate) fn parse<T: DeserializeOwned>(text: impl AsRef<[u8]>, path: &Path) -> Result<T> {
     serde_json::from_slice(text.as_ref())
         .map_err(|e| Error::format_at(path, e.line(), format!("malformed: {e}")))
+}
+
+/// [`parse`] of a configuration, where an explicit null is as good as an absent field: of the object itself and
+/// of the objects in its fields `inner`.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn parse_config<T: DeserializeOwned>(
+    text: impl AsRef<[u8]>,
+    path: &Path,
+    inner: &[&str],
+) -> Result<T> {
+    let text = text.as_ref();
+    // What serde says of null: the second, where it expects the name of a variant.
+    let of_null = ["malformed: invalid type: null", "malformed: expected value"];
+    let error = match parse(text, path) {
+        Err(error) if of_null.iter().any(|words| error.to_string().contains(words)) => error,
+        other => return other,
+    };
+    let Ok(mut config) = serde_json::from_slice::<Value>(text) else { return Err(error) };
+    drop_nulls(&mut config, inner);
+    serde_json::from_value(config).map_err(|error| Error::format(path, format!("malformed: {error}")))
+}
+
+/// Takes the fields that are null out of an object, and out of the objects in its fields `inner`.
+pub(crate) fn drop_nulls(config: &mut Value, inner: &[&str]) {
+    let Some(fields) = config.as_object_mut() else { return };
+    fields.retain(|_, value| !value.is_null());
+    for name in inner {
+        if let Some(object) = fields.get_mut(*name) {
+            drop_nulls(object, &[]);
+        }
+    }
 }
 
 /// The text of the configuration at `path`, for [`parse`].
@@ -48,6 +82,43 @@ mod tests {
             let message = parse::<Vec<u8>>(text, path).unwrap_err().to_string();
             assert!(message.starts_with(&format!("x.json, line 2: malformed: {reason}")), "{message}");
         }
+    }
+
+    #[test]
+    fn a_null_is_as_good_as_an_absent_field() {
+        #[derive(serde::Deserialize, Debug, PartialEq)]
+        struct Inner {
+            #[serde(default)]
+            width: usize,
+        }
+        #[derive(serde::Deserialize, Debug, PartialEq, Default)]
+        enum Kind {
+            #[default]
+            Plain,
+        }
+        #[derive(serde::Deserialize, Debug, PartialEq)]
+        struct Config {
+            size: usize,
+            #[serde(default)]
+            rate: usize,
+            #[serde(default)]
+            kind: Kind,
+            inner: Option<Inner>,
+        }
+        let read = |text: &str| {
+            parse_config::<Config>(text, Path::new("x.json"), &["inner"]).map_err(|error| error.to_string())
+        };
+        let plain = read(r#"{"size": 2, "inner": {}}"#).unwrap();
+        assert_eq!(read(r#"{"size": 2, "rate": null, "inner": {"width": null}}"#).unwrap(), plain);
+        assert_eq!(read(r#"{"size": 2, "kind": null, "inner": {}}"#).unwrap(), plain);
+        let missing = read("{\n\"size\": null}").unwrap_err();
+        assert!(missing.starts_with("x.json: malformed: missing field `size`"), "{missing}");
+        // What has nothing to do with null keeps its line.
+        for text in ["{\n\"size\": \"a\", \"rate\": null}", "{\n\"size\": }"] {
+            assert!(read(text).unwrap_err().starts_with("x.json, line 2: malformed: "), "{text}");
+        }
+        let both = read("{\"rate\": null,\n\"size\": \"a\"}").unwrap_err();
+        assert!(both.contains("invalid type: string"), "{both}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base, adapter, table, predicted, max_length = sys.argv[1:]
 with open(table, newline="", encoding="utf-8") as file:
@@ -18,7 +18,7 @@ with open(predicted, newline="", encoding="utf-8") as file:
 names = [name.removeprefix("p_") for name in ours[0] if name.startswith("p_")]
 assert len(ours) == len(texts), (len(ours), len(texts))
 
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{base}/tokenizer.json", pad_token="<pad>")
+tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names), dtype=torch.float32)
 model = PeftModel.from_pretrained(model, adapter).eval()
 worst, differ = 0.0, 0

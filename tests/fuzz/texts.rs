@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use monteclora::data::table::{self, Columns, Target};
 use monteclora::data::task::Task;
 use monteclora::data::{glue, instruct, superglue};
 use serde_json::{json, Value};
@@ -45,6 +46,38 @@ fn glue_tables() {
     };
     let read = |input: &Input| glue::read_from(seeds[input.kind].0, &input.files[0][..], path).map(drop);
     reader("glue", "x.tsv").run(make, read);
+}
+
+#[test]
+fn tables() {
+    let seeds = [
+        ("x.csv", "id,text,label\n1,\"a, \"\"b\"\"\",x\n2,\"two\nlines\",y\n"),
+        ("x.csv", "text;label\na;1\nb;2.5\n"),
+        ("x.tsv", "text\tlabel\r\n\"a\tx\r\nb\ty\r\n"),
+        ("x.jsonl", "{\"text\": \"a\", \"label\": true}\n{\"text\": \"b\", \"label\": false}\n"),
+        ("x.json", "[{\"text\": \"a\", \"label\": 0}, {\"text\": \"b\", \"label\": 1}]"),
+    ];
+    let texts: Vec<Vec<u8>> = seeds.iter().map(|(_, text)| text.as_bytes().to_vec()).collect();
+    let columns = Columns::default();
+    let open = |name: &str, bytes: &[u8]| {
+        let table = table::read_from(bytes, Path::new(name), &columns)?;
+        Target::infer(&table, None)?.examples(&table).map(drop)
+    };
+    for (name, text) in seeds {
+        open(name, text.as_bytes()).unwrap();
+    }
+    let tokens = [
+        "\"", "\"\"", ",", ";", "\t", "\n", "\r\n", "\u{feff}", "\u{0}", "nan", "1e9", "[", "{", "label",
+        ",,,,", "null",
+    ];
+    let make = |rng: &mut Rng| {
+        let kind = rng.below(seeds.len());
+        let from = if rng.once_in(8) { &texts[..] } else { std::slice::from_ref(&texts[kind]) };
+        Input::one(kind, bytes(rng, from, &tokens))
+    };
+    let read = |input: &Input| open(seeds[input.kind].0, &input.files[0][..]);
+    // Rows of two characters, as no text has them, are many times their size as rows.
+    Reader { times: 256, ..reader("table", "x.") }.run(make, read);
 }
 
 #[test]

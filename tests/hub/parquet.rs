@@ -4,8 +4,11 @@ use std::path::Path;
 
 use monteclora::data::glue;
 use monteclora::data::parquet::{load_parquet, read};
+use monteclora::data::table::{self, Columns, DataSet, Target};
 use monteclora::data::task::{Example, Label, Task};
+use monteclora::Labels;
 use parquet::basic::Compression;
+use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 
 use super::parquet_files::{store, store_with, Column};
@@ -54,6 +57,65 @@ fn scores_and_words_have_their_own_columns() {
     let text_a = "bed: A bed.".to_owned();
     let expected = Example { text_a, text_b: Some("Sea bed.".into()), label: Label::Class(0) };
     assert_eq!(read(Task::Wic, &path).unwrap(), [expected]);
+}
+
+#[test]
+fn tables_of_ones_own_have_words_numbers_or_named_numbers_as_labels() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.parquet");
+    let columns = Columns { text: "body".into(), ..Columns::default() };
+    let texts = || Column::Text("body", vec!["a ", "b", "c"]);
+    let read = || DataSet::read(&path, &columns, None).map_err(|error| error.to_string());
+    let classes = |names: [&str; 2]| Target::Classes(Labels::new(names).unwrap());
+    let labels = |data: &DataSet| data.train.iter().map(|row| row.label).collect::<Vec<_>>();
+    store(
+        &path,
+        &[texts(), Column::Text("label", vec!["no", "yes", "no"]), Column::Text("other", vec!["", "", ""])],
+    );
+    let words = read().unwrap();
+    assert_eq!((words.target.clone(), words.train[0].text_a.as_str()), (classes(["no", "yes"]), "a"));
+    assert_eq!(labels(&words), [0, 1, 0].map(Label::Class));
+    store(&path, &[texts(), Column::Class(vec![7, 3, 7])]);
+    let numbers = read().unwrap();
+    assert_eq!(
+        (numbers.target.clone(), labels(&numbers)),
+        (classes(["3", "7"]), [1, 0, 1].map(Label::Class).to_vec())
+    );
+    store(&path, &[texts(), Column::Score(vec![0.5, 1.0, 2.0])]);
+    assert_eq!(labels(&read().unwrap()), [0.5, 1.0, 2.0].map(Label::Score));
+    // As Hugging Face's datasets write the names of classes.
+    let features = serde_json::json!({"info": {"features": {"label": {"names": ["spam", "ham"], "_type": "ClassLabel"}}}});
+    let described = |classes: Vec<i64>| {
+        let pairs = vec![KeyValue::new("huggingface".to_string(), features.to_string())];
+        let properties = WriterProperties::builder().set_key_value_metadata(Some(pairs)).build();
+        store_with(&path, &[texts(), Column::Class(classes)], properties);
+    };
+    described(vec![0, 1, 0]);
+    let named = read().unwrap();
+    assert_eq!(
+        (named.target.clone(), labels(&named)),
+        (classes(["ham", "spam"]), [1, 0, 1].map(Label::Class).to_vec())
+    );
+    described(vec![0, 1, 2]);
+    assert!(read()
+        .unwrap_err()
+        .ends_with("mine.parquet: row 3: class 2, of which the file's metadata name 2"));
+    // -1 is no label: as a row to predict it is read, to train on it is not.
+    described(vec![0, -1, 1]);
+    assert!(read().unwrap_err().ends_with("mine.parquet: row 2: no label"));
+    assert_eq!(table::read(&path, &columns.unlabelled()).unwrap().records.len(), 3);
+    let absent = DataSet::read(&path, &Columns::default(), None).unwrap_err().to_string();
+    assert!(absent.ends_with("no column \"text\"; the file has: body, label"), "{absent}");
+}
+
+#[test]
+fn test_sets_of_the_hub_are_read_without_their_labels() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = |label| [Column::Text("sentence", vec!["x", "y"]), Column::Class(vec![label; 2])];
+    store(&dir.path().join("test-00000-of-00001.parquet"), &rows(-1));
+    let sets = Task::Sst2.load_tests(dir.path()).unwrap();
+    let expected: Vec<Example> = vec!["x".into(), "y".into()];
+    assert_eq!(sets, [("test".to_string(), expected)]);
 }
 
 #[test]

@@ -13,12 +13,14 @@ mod gradients;
 mod inject;
 #[cfg(unix)]
 mod kill;
+mod labels;
 mod language;
 mod live_peft;
 mod llama;
 mod llama_golden;
 mod merge;
 mod named;
+mod other_writers;
 mod own_model;
 mod peft_adapters;
 mod prompt;

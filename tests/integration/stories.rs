@@ -110,3 +110,30 @@ fn a_text_keeps_the_blanks_that_it_begins_with() -> Outcome {
     assert!(story.starts_with(&format!("{prompt}{text}")), "{prompt:?} {text:?}");
     Ok(())
 }
+
+#[test]
+fn a_text_ends_at_the_end_tokens_of_either_file() -> Outcome {
+    let Some(bundled) = asset("stories260k") else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(bundled.join(name), dir.path().join(name))?;
+    }
+    const PERIOD: u32 = 426;
+    let continued = || -> Outcome<Vec<u32>> {
+        let files = ModelFiles::locate(&dir.path().display().to_string(), None)?;
+        let config = LlamaConfig::from_files(&files)?;
+        let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+        let model = LlamaForCausalLM::load(vb, &config, Noise::new(0))?;
+        let stop = config.eos_token_ids();
+        let config = GenerateConfig { max_new_tokens: 64, stop, ..GenerateConfig::default() };
+        Ok(generate(&model, &[vec![1]], &config, &mut |_, _| true)?.swap_remove(0))
+    };
+    let long = continued()?;
+    let first = long.iter().position(|token| *token == PERIOD).ok_or("no sentence ends")?;
+    std::fs::write(
+        dir.path().join("generation_config.json"),
+        format!("{{\"eos_token_id\": [2, {PERIOD}]}}"),
+    )?;
+    assert_eq!(continued()?, long[..first]);
+    Ok(())
+}

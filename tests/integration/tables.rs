@@ -13,7 +13,7 @@ use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
 use monteclora::predict::{Prediction, Submission};
 use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise, Pass};
+use monteclora::{Labels, MonteCLoRAConfig, Noise, Pass};
 
 use crate::live_peft::python;
 use crate::support::{skipped, Outcome};
@@ -38,7 +38,7 @@ fn trained(method: Method, target: &Target, rows: &[Example]) -> Outcome<Classif
     let rows = classifier.encode(rows)?;
     let batcher = Batcher::new(16, false, Noise::new(1))?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
-    let config = TrainConfig { epochs: 2, lr: 3e-3, ..TrainConfig::default() };
+    let config = TrainConfig { epochs: 4, lr: 3e-3, ..TrainConfig::default() };
     fit(&objective, &classifier.params, &config, &mut ())?;
     Ok(classifier)
 }
@@ -166,6 +166,19 @@ fn scores_are_predicted_too_and_rows_without_one_not_trained_on() -> Outcome {
         let objective = Classification { classifier: &fresh, rows: &rows, batcher };
         let error = fit(&objective, &fresh.params, &TrainConfig::default(), &mut ()).unwrap_err().to_string();
         assert!(error.contains("has none: it can be predicted, not trained on"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn classes_that_are_called_by_numbers_keep_their_names() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let target = Target::Classes(Labels::new(["0", "1"])?);
+    let rows: Vec<Example> = (0..4).map(|i| Example::new("a text", None, Label::Class(i % 2))).collect();
+    for (method, folder) in [(lora(), "adapter"), (Method::Full, "model")] {
+        trained(method, &target, &rows)?.save(&asset("tiny-roberta"), dir.path())?;
+        let opened = Classifier::open(&dir.path().join(folder), None, DType::F32, &Device::Cpu)?;
+        assert_eq!(opened.labels, Labels::from(&target), "{folder}");
     }
     Ok(())
 }

@@ -80,3 +80,8 @@ fn label(name: &str, cell: &Cell) -> Result<Option<String>, String> {
     }
     Ok((!text.is_empty()).then_some(text))
 }
+
+/// The names that are there, for an error.
+pub(super) fn no_column(name: &str, present: &[&str]) -> String {
+    format!("no column {name:?}; the table has: {}", excerpt(&present.join(", ")))
+}

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use csv::{ErrorKind, Position, ReaderBuilder, StringRecord};
 
-use super::read::no_column;
+use super::columns::no_column;
 use crate::data::row::Cell;
 use crate::error::{Error, Result};
 
@@ -24,7 +24,7 @@ pub(super) fn each_row(
     names: &[&str],
     take: &mut Take,
 ) -> Result<()> {
-    let quoted = delimiters != [b'\t'];
+    let quoted = delimiters != b"\t";
     let builder = |delimiter: u8| {
         let mut builder = ReaderBuilder::new();
         builder.delimiter(delimiter).quoting(quoted);

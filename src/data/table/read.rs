@@ -4,9 +4,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+
 use super::columns::Columns;
 use super::delimited;
-use crate::data::lines::{each_line, excerpt};
+use crate::data::lines::each_line;
 use crate::data::row::{self, Cell, Row};
 use crate::error::{Error, Result};
 
@@ -84,8 +86,8 @@ pub fn read_from(mut source: impl Read, path: &Path, columns: &Columns) -> Resul
         Ok(())
     };
     match ending.as_str() {
-        "csv" => delimited::each_row(text, path, &[b',', b';', b'\t'], &names, &mut take)?,
-        "tsv" | "txt" => delimited::each_row(text, path, &[b'\t'], &names, &mut take)?,
+        "csv" => delimited::each_row(text, path, b",;\t", &names, &mut take)?,
+        "tsv" | "txt" => delimited::each_row(text, path, b"\t", &names, &mut take)?,
         _ if by_line => each_line(text.as_bytes(), path, |number, line| {
             if line.trim().is_empty() {
                 return Ok(());
@@ -93,12 +95,12 @@ pub fn read_from(mut source: impl Read, path: &Path, columns: &Columns) -> Resul
             take(number, row::parse(line).and_then(|row| cells(&row, &names)))
         })?,
         _ => {
-            let rows: Vec<Row> = serde_json::from_str(text).map_err(|error| {
+            let mut json = serde_json::Deserializer::from_str(text);
+            let mut take = |place, row: Row| take(place, cells(&row, &names));
+            let read = Rows(&mut take).deserialize(&mut json).and_then(|rows| json.end().map(|()| rows));
+            read.map_err(|error| {
                 Error::format_at(path, error.line(), format!("not a JSON array of objects: {error}"))
-            })?;
-            for (index, row) in rows.iter().enumerate() {
-                take(index + 1, cells(row, &names))?;
-            }
+            })??;
         }
     }
     non_empty(table)
@@ -128,6 +130,40 @@ fn cells(row: &Row, names: &[&str]) -> std::result::Result<Vec<Cell>, String> {
     names.iter().map(|name| row::field(row, name).cloned()).collect()
 }
 
+/// The objects of an array, one at a time: as a tree they would take many times the memory of their text.
+struct Rows<'a>(&'a mut dyn FnMut(usize, Row) -> Result<()>);
+
+impl<'de> DeserializeSeed<'de> for Rows<'_> {
+    /// What became of them; an error of the first that is refused.
+    type Value = Result<()>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Rows<'_> {
+    type Value = Result<()>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> std::result::Result<Self::Value, A::Error> {
+        let (mut place, mut outcome) = (0, Ok(()));
+        while let Some(row) = rows.next_element::<Row>()? {
+            place += 1;
+            if outcome.is_ok() {
+                outcome = (self.0)(place, row);
+            }
+        }
+        Ok(outcome)
+    }
+}
+
 /// The text of a file, without a byte order mark.
 fn text_of<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
     let refused = |reason: &str| Err(Error::format(path, reason));
@@ -150,11 +186,6 @@ fn text_of<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
             "not UTF-8: save the table as UTF-8 (Latin-1 and Windows-1252 are others)",
         )
     })
-}
-
-/// The names that are there, for an error.
-pub(super) fn no_column(name: &str, present: &[&str]) -> String {
-    format!("no column {name:?}; the table has: {}", excerpt(&present.join(", ")))
 }
 
 #[cfg(feature = "parquet")]

@@ -52,7 +52,8 @@ struct Extra {
 }
 
 impl LlamaConfig {
-    /// Reads and checks a `config.json`, of old and of new versions of transformers.
+    /// Reads and checks a `config.json`, of old and of new versions of transformers. [`Self::from_files`] reads what
+    /// else a model says of the end of a text.
     ///
     /// # Errors
     /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
@@ -72,6 +73,7 @@ impl LlamaConfig {
     /// As [`Self::from_file`].
     pub fn from_value(mut value: Value) -> Result<Self> {
         let malformed = |e: serde_json::Error| Error::config("config.json", e.to_string());
+        json::drop_nulls(&mut value, &["rope_parameters", "rope_scaling"]);
         let extra: Extra = serde_json::from_value(value.clone()).map_err(malformed)?;
         extra.check(&value)?;
         classic_rope(&mut value)?;
@@ -309,6 +311,35 @@ mod tests {
         assert!(config.decoder.rope_scaling.is_none());
         assert_eq!(config.decoder.rope_theta, 10000.0);
         Ok(())
+    }
+
+    #[test]
+    fn every_null_is_as_good_as_an_absent_field() {
+        let mut whole = llama3();
+        for (name, value) in [
+            ("attention_bias", json!(false)),
+            ("mlp_bias", json!(false)),
+            ("attention_dropout", json!(0.1)),
+            ("initializer_range", json!(0.3)),
+            ("num_labels", json!(5)),
+            ("id2label", json!({"0": "a"})),
+            ("pad_token_id", json!(4)),
+            ("partial_rotary_factor", json!(1.0)),
+        ] {
+            whole[name] = value;
+        }
+        let read = |json: &Value| {
+            let config = LlamaConfig::from_value(json.clone());
+            config.map(|config| format!("{config:?}")).map_err(|error| error.to_string())
+        };
+        for name in whole.as_object().unwrap().keys() {
+            let (mut null, mut absent) = (whole.clone(), whole.clone());
+            null[name] = Value::Null;
+            absent.as_object_mut().unwrap().remove(name);
+            assert_eq!(read(&null), read(&absent), "{name}");
+        }
+        whole["rope_parameters"] = json!({"rope_type": "default", "rope_theta": null});
+        assert!(read(&whole).is_ok_and(|config| config.contains("rope_theta: 500000")), "{:?}", read(&whole));
     }
 
     #[test]

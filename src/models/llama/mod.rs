@@ -7,6 +7,7 @@ mod causal_lm;
 mod classification;
 mod config;
 mod decoder;
+mod end_tokens;
 mod rotary;
 
 pub use causal_lm::LlamaForCausalLM;

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::labels;
 use crate::util::{check, json};
 
 /// Which of the two encoders a checkpoint is.
@@ -74,8 +76,16 @@ pub struct RobertaConfig {
     #[serde(default = "defaults::position_embedding_type")]
     pub position_embedding_type: String,
     /// The names of the classes; [`Self::num_labels`] counts them.
-    #[serde(default = "defaults::id2label")]
+    #[serde(default = "defaults::id2label", deserialize_with = "names")]
     pub id2label: BTreeMap<usize, String>,
+}
+
+/// Names of classes, which need be no texts.
+fn names<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<BTreeMap<usize, String>, D::Error> {
+    let names = BTreeMap::<usize, Value>::deserialize(deserializer)?;
+    Ok(names.iter().map(|(class, name)| (*class, labels::plain(name))).collect())
 }
 
 mod defaults {
@@ -115,7 +125,7 @@ impl RobertaConfig {
 
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = json::parse(text, path)?;
+        let config: Self = json::parse_config(text, path, &[])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }
@@ -191,9 +201,12 @@ impl RobertaConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs, named as Hugging Face names them.
+    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
+    /// Face names them.
     pub fn with_num_labels(mut self, n: usize) -> Self {
-        self.id2label = Self::label_names(n);
+        if self.num_labels() != n {
+            self.id2label = Self::label_names(n);
+        }
         self
     }
 
@@ -229,6 +242,14 @@ mod tests {
     }
 
     #[test]
+    fn names_of_classes_may_be_numbers() {
+        let mut whole = serde_json::to_value(roberta_base()).unwrap();
+        whole["id2label"] = serde_json::json!({ "0": 0, "1": "one" });
+        let config: RobertaConfig = serde_json::from_value(whole).unwrap();
+        assert_eq!(config.id2label, [(0, "0".to_string()), (1, "one".to_string())].into());
+    }
+
+    #[test]
     fn a_null_padding_id_is_the_family_s_own() {
         // roberta-base's first configuration file has "pad_token_id": null.
         let config = RobertaConfig { pad_token_id: None, ..roberta_base() };
@@ -237,6 +258,27 @@ mod tests {
         let null = serde_json::to_string(&roberta_base()).unwrap();
         let null = null.replace("\"pad_token_id\":1", "\"pad_token_id\":null");
         assert_eq!(serde_json::from_str::<RobertaConfig>(&null).unwrap().pad_token_id, None);
+    }
+
+    #[test]
+    fn every_null_is_as_good_as_an_absent_field() {
+        let whole = serde_json::to_value(RobertaConfig { id2label: [].into(), ..roberta_base() }).unwrap();
+        let read = |json: &serde_json::Value| {
+            let config = RobertaConfig::parse(json.to_string().as_bytes(), Path::new("config.json"));
+            config.map_err(|error| error.to_string())
+        };
+        for name in whole.as_object().unwrap().keys() {
+            let (mut null, mut absent) = (whole.clone(), whole.clone());
+            null[name] = serde_json::Value::Null;
+            absent.as_object_mut().unwrap().remove(name);
+            match (read(&null), read(&absent)) {
+                (Ok(null), Ok(absent)) => assert_eq!(null, absent, "{name}"),
+                (Err(null), Err(_)) => {
+                    assert!(null.contains(&format!("missing field `{name}`")), "{name}: {null}")
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
     }
 
     #[test]

@@ -1,0 +1,151 @@
+//! Where a classifier's head comes from, and which class each of its rows is.
+
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
+
+use super::method::MethodInit;
+use crate::adapter::{Params, Role};
+use crate::error::{Error, Result};
+use crate::labels::Labels;
+use crate::models::sequence::SequenceConfig;
+use crate::peft::AdapterFile;
+
+/// The head that a classifier starts with: an adapter's, the checkpoint's or a new one.
+pub(super) struct HeadSource<'a> {
+    /// The checkpoint, unless its head is to stay behind.
+    pub checkpoint: Option<VarBuilder<'static>>,
+    /// The adapter, where it has a head.
+    adapter: Option<&'a AdapterFile>,
+    /// Whether the checkpoint's head stays behind, and with it its names.
+    fresh: bool,
+    config: &'a SequenceConfig,
+}
+
+impl<'a> HeadSource<'a> {
+    /// What there is for a model of this configuration, for as many classes as it has outputs. `fresh`: the
+    /// checkpoint's head is left behind.
+    ///
+    /// # Errors
+    /// If the head that is there has another number of outputs.
+    pub(super) fn find(
+        config: &'a SequenceConfig,
+        checkpoint: &VarBuilder<'static>,
+        start: &'a MethodInit,
+        fresh: bool,
+    ) -> Result<Self> {
+        let outputs = config.output_tensors();
+        let has_head =
+            |file: &&AdapterFile| outputs.iter().all(|name| file.saved_modules.contains_key(*name));
+        let adapter = match start {
+            MethodInit::Adapter(file) | MethodInit::PostHoc(file, _) => Some(&**file).filter(has_head),
+            MethodInit::Fresh(..) => None,
+        };
+        let mut source = Self { checkpoint: None, adapter, fresh, config };
+        if fresh {
+            return Ok(source);
+        }
+        let wanted = config.labels().len();
+        let found = outputs.iter().find(|name| checkpoint.contains_tensor(name));
+        let rows = found.map(|name| checkpoint.get_unchecked_dtype(name, DType::F32)?.dim(0)).transpose()?;
+        match (found, rows) {
+            // That of the adapter takes its place.
+            (Some(_), Some(rows)) if rows != wanted && adapter.is_some() => {}
+            (Some(name), Some(rows)) if rows != wanted => {
+                let names = config.named().ok().flatten().filter(|named| !named.are_numbers());
+                let names = names.map(|named| format!(" ({})", named.names().join(", "))).unwrap_or_default();
+                let reason = format!(
+                    "the checkpoint's head has {rows} outputs{names}, the task has {wanted}: start a new head \
+                     (--new-head; in the library Classifier::load_with_new_head)"
+                );
+                return Err(Error::tensor(*name, reason));
+            }
+            _ => source.checkpoint = Some(checkpoint.clone()),
+        }
+        Ok(source)
+    }
+
+    /// Checks, once the model has its parameters, that the head comes from one place: of one that is there in
+    /// part, the rest would train from random weights without a word. Post hoc nothing but the posterior is
+    /// trained, so that the head must come from somewhere.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing.
+    pub(super) fn check(&self, start: &MethodInit, params: &Params) -> Result<()> {
+        let head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let in_checkpoint =
+            |name: &String| self.checkpoint.as_ref().is_some_and(|vb| vb.contains_tensor(name));
+        let (held, lacking): (Vec<_>, Vec<_>) = head.map(|(name, _)| name).partition(in_checkpoint);
+        if let (Some(held), Some(lacking)) = (held.first(), lacking.first()) {
+            let reason = format!("the checkpoint has {held}, but not this part of the head");
+            return Err(Error::tensor(lacking, reason));
+        }
+        let MethodInit::PostHoc(file, _) = start else { return Ok(()) };
+        match lacking.iter().find(|name| !file.saved_modules.contains_key(*name)) {
+            Some(name) => {
+                Err(Error::tensor(name, "neither the checkpoint nor the adapter has a trained head"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Puts the rows of the head into the order of `wanted`, by the names that they have where they come from.
+    /// Returns what the outputs are called then, and what there is to say about it.
+    ///
+    /// Where `wanted` are numbers alone, the head keeps its order and its names; where the head's are, the order
+    /// is taken to be that of `wanted`.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub(super) fn settle(&self, wanted: Labels, params: &Params) -> Result<(Labels, Option<String>)> {
+        let (named, place) = match self.names() {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok((wanted, None)),
+            Err(error) => {
+                return Ok((wanted, Some(format!("{error}: the outputs are taken in the task's order"))));
+            }
+        };
+        if named.len() != wanted.len() || named.are_numbers() {
+            return Ok((wanted, None));
+        }
+        if wanted.are_numbers() {
+            return Ok((named, None));
+        }
+        let held = |vb: &VarBuilder| self.config.output_tensors().iter().any(|name| vb.contains_tensor(name));
+        if self.adapter.is_none() && !self.checkpoint.as_ref().is_some_and(held) {
+            return Ok((wanted, None)); // a new head
+        }
+        let Some(places) = named.places_of(&wanted) else {
+            let note = format!(
+                "the head of the {place} has the classes {}, the task has {}: its outputs are taken in the task's \
+                 order; where they mean something else, start a new head (--new-head)",
+                named.names().join(", "),
+                wanted.names().join(", "),
+            );
+            return Ok((wanted, Some(note)));
+        };
+        for name in self.config.output_tensors() {
+            if let Some(param) = params.get(name) {
+                params.set(name, &take_rows(&param.var.as_detached_tensor(), &places)?)?;
+            }
+        }
+        Ok((wanted, None))
+    }
+
+    /// The names of the rows in the order of the place that they come from. PEFT writes none: its adapter has the
+    /// order of the checkpoint that it was trained on. This crate's of before there were names, of which those
+    /// with settings of their own can be told, have the task's.
+    fn names(&self) -> Result<Option<(Labels, &'static str)>> {
+        match self.adapter {
+            Some(AdapterFile { labels: Some(labels), .. }) => Ok(Some((labels.clone(), "adapter"))),
+            Some(AdapterFile { monteclora: Some(_), .. }) => Ok(None),
+            None if self.fresh => Ok(None),
+            _ => Ok(self.config.named()?.map(|named| (named, "checkpoint"))),
+        }
+    }
+}
+
+/// The rows of an output's weight or bias at `places`, in their order.
+pub(super) fn take_rows(rows: &Tensor, places: &[usize]) -> Result<Tensor> {
+    let places: Vec<u32> = places.iter().map(|place| *place as u32).collect();
+    Ok(rows.index_select(&Tensor::new(places, rows.device())?, 0)?)
+}

@@ -1,0 +1,296 @@
+//! Heads in another order than the task's: classes are matched by their names, from the checkpoint to what is saved.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::adapter::{Params, Role};
+use monteclora::adapters::LoraConfig;
+use monteclora::data::encode::{Encoded, TextEncoder};
+use monteclora::data::task::{Label, Task};
+use monteclora::inject::Targets;
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::llama::{LlamaConfig, LlamaForSequenceClassification};
+use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
+use monteclora::peft::{AdapterFile, OWN_FILE};
+use monteclora::predict::logits;
+use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
+use monteclora::{Labels, MonteCLoRAConfig, Noise, Pass};
+use serde_json::{json, Value};
+
+use crate::finetune::rows;
+use crate::live_peft::python;
+use crate::llama::toy_json;
+use crate::support::{scatter, skipped, toy_config, toy_weights, Outcome};
+
+const KINDS: [&str; 3] = ["roberta", "bert", "llama"];
+const NLI: [&str; 3] = ["entailment", "neutral", "contradiction"];
+
+/// A toy checkpoint of this kind with a head for `labels` classes.
+fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value)> {
+    if kind == "llama" {
+        let json = toy_json(true);
+        let params = Params::new(Noise::new(5), &Device::Cpu);
+        let config = LlamaConfig::from_value(json.clone())?.with_num_labels(labels);
+        let vb = params.var_builder(None, Role::Base);
+        LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+        scatter(&params)?;
+        let all = params.all().into_iter();
+        return Ok((all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json));
+    }
+    let family = if kind == "bert" { Family::Bert } else { Family::Roberta };
+    let config = toy_config(family).with_num_labels(labels);
+    let weights = toy_weights(&config, |vb, noise| {
+        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
+    })?;
+    Ok((weights, serde_json::to_value(&config)?))
+}
+
+/// The checkpoint with output `i` the class `order[i]`, under these names; None: the configuration names none.
+fn checkpoint(dir: &Path, kind: &str, order: &[u32], names: Option<&[String]>) -> Outcome<ModelFiles> {
+    let (mut weights, mut json) = weights(kind, order.len())?;
+    let order = Tensor::new(order, &Device::Cpu)?;
+    for (name, tensor) in &mut weights {
+        let head = name.starts_with("classifier.") || name.starts_with("score.");
+        if head && !name.contains("dense") {
+            *tensor = tensor.index_select(&order, 0)?;
+        }
+    }
+    let labels = names.map(|names| Labels::new(names.iter().cloned())).transpose()?;
+    json["id2label"] = labels.as_ref().map_or(Value::Null, Labels::id2label);
+    json["label2id"] = labels.as_ref().map_or(Value::Null, Labels::label2id);
+    std::fs::create_dir_all(dir)?;
+    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+    std::fs::write(dir.join("config.json"), json.to_string())?;
+    locate(dir)
+}
+
+fn locate(dir: &Path) -> Outcome<ModelFiles> {
+    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
+}
+
+fn lora() -> Method {
+    Method::Lora(LoraConfig { rank: 2, ..LoraConfig::default() })
+}
+
+fn fresh(method: Method) -> MethodInit {
+    MethodInit::Fresh(method, Targets::default())
+}
+
+fn load(files: &ModelFiles, labels: impl Into<Labels>, start: &MethodInit) -> monteclora::Result<Classifier> {
+    Classifier::load(files, labels, start, Noise::new(4), DType::F32, &Device::Cpu)
+}
+
+fn nli(order: &[u32]) -> Vec<String> {
+    order.iter().map(|class| NLI[*class as usize].to_string()).collect()
+}
+
+/// What a classifier says of some rows, in the order of its outputs.
+fn says(classifier: &Classifier) -> Outcome<Vec<Vec<f64>>> {
+    let rows = rows(6, false);
+    Ok(logits(classifier, &batches(classifier, &rows, 6)?, &Pass::Mean.into())?)
+}
+
+fn assert_same(got: &[Vec<f64>], want: &[Vec<f64>], what: &str) {
+    for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+        assert!((got - want).abs() < 1e-6, "{what}: {got}, expected {want}");
+    }
+    let flat: Vec<f64> = want.iter().flat_map(|row| [row[0] - row[1], row[1] - row[2]]).collect();
+    assert!(flat.iter().all(|gap| gap.abs() > 1e-4), "the classes cannot be told apart: {flat:?}");
+}
+
+const ORDERS: [[u32; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+
+#[test]
+fn the_rows_of_a_head_go_where_their_names_say() -> Outcome {
+    for kind in KINDS {
+        let dir = tempfile::tempdir()?;
+        let plain = checkpoint(&dir.path().join("plain"), kind, &[0, 1, 2], None)?;
+        let want = says(&load(&plain, Task::Mnli, &fresh(lora()))?)?;
+        for (i, order) in ORDERS.iter().enumerate() {
+            let spelt = |name: String| if i % 2 == 0 { name.to_uppercase() } else { name };
+            let names: Vec<String> = nli(order).into_iter().map(spelt).collect();
+            let files = checkpoint(&dir.path().join(format!("{i}")), kind, order, Some(&names))?;
+            for method in [lora(), Method::Full] {
+                let classifier = load(&files, Task::Mnli, &fresh(method))?;
+                assert_same(&says(&classifier)?, &want, &format!("{kind} {order:?}"));
+                assert_eq!((classifier.labels.clone(), classifier.note()), (Labels::from(Task::Mnli), None));
+            }
+            // A mere number takes the head as it is.
+            let classifier = load(&files, 3, &fresh(lora()))?;
+            assert_eq!(classifier.labels.names(), names);
+            let own: Vec<Vec<f64>> =
+                want.iter().map(|row| order.iter().map(|class| row[*class as usize]).collect()).collect();
+            assert_same(&says(&classifier)?, &own, &format!("{kind} {order:?} by number"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn names_are_written_and_read_again() -> Outcome {
+    let order = [2, 0, 1];
+    let bayes = Method::MonteCLoRA(MonteCLoRAConfig { rank: 2, ..MonteCLoRAConfig::default() });
+    for kind in KINDS {
+        for method in [lora(), bayes.clone(), Method::Full] {
+            let dir = tempfile::tempdir()?;
+            let files = checkpoint(&dir.path().join("base"), kind, &order, Some(&nli(&order)))?;
+            let trained = load(&files, Task::Mnli, &fresh(method.clone()))?;
+            scatter(&trained.params)?;
+            let want = says(&trained)?;
+            trained.save("base", dir.path())?;
+
+            // Read by somebody for whom contradiction comes first.
+            let mine = Labels::new(["contradiction", "neutral", "entailment"])?;
+            let again = match &method {
+                Method::Full => {
+                    let config = std::fs::read_to_string(dir.path().join("model/config.json"))?;
+                    let config: Value = serde_json::from_str(&config)?;
+                    assert_eq!(config["id2label"], json!({ "0": NLI[0], "1": NLI[1], "2": NLI[2] }));
+                    assert_eq!(config["label2id"][NLI[2]], json!(2));
+                    load(&locate(&dir.path().join("model"))?, mine, &fresh(lora()))?
+                }
+                _ => {
+                    let file = AdapterFile::read(dir.path().join("adapter"))?;
+                    // PEFT takes the names of the checkpoint, whose order the file has.
+                    assert_eq!(file.labels, Some(Labels::new(nli(&order))?));
+                    let again = load(&files, mine.clone(), &MethodInit::Adapter(Box::new(file)))?;
+                    if let Method::Lora(_) = method {
+                        std::fs::remove_file(dir.path().join("adapter").join(OWN_FILE))?;
+                        let bare = AdapterFile::read(dir.path().join("adapter"))?;
+                        let bare = load(&files, mine, &MethodInit::Adapter(Box::new(bare)))?;
+                        assert_eq!(says(&bare)?, says(&again)?);
+                    }
+                    again
+                }
+            };
+            let turned: Vec<Vec<f64>> = want.iter().map(|row| vec![row[2], row[1], row[0]]).collect();
+            assert_same(&says(&again)?, &turned, &format!("{kind} {method:?}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_peft_has_the_order_of_its_checkpoint() -> Outcome {
+    let (dir, order) = (tempfile::tempdir()?, [1, 2, 0]);
+    let files = checkpoint(&dir.path().join("base"), "roberta", &order, Some(&nli(&order)))?;
+    let trained = load(&files, 3, &fresh(lora()))?; // in the checkpoint's order, as PEFT trains
+    scatter(&trained.params)?;
+    let theirs = says(&trained)?;
+    trained.save("base", dir.path())?;
+    std::fs::remove_file(dir.path().join("adapter").join(OWN_FILE))?;
+    let file = AdapterFile::read(dir.path().join("adapter"))?;
+    assert_eq!(file.labels, None);
+    let read = load(&files, Task::Mnli, &MethodInit::Adapter(Box::new(file)))?;
+    let want: Vec<Vec<f64>> = theirs.iter().map(|row| vec![row[2], row[0], row[1]]).collect();
+    assert_same(&says(&read)?, &want, "of PEFT");
+    Ok(())
+}
+
+#[test]
+fn strange_names_are_told_and_numbers_are_not() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let names = |names: [&str; 3]| names.map(str::to_string);
+    let note = |at: &str, named: Option<[String; 3]>| -> Outcome<Option<String>> {
+        let files = checkpoint(&dir.path().join(at), "roberta", &[0, 1, 2], named.as_ref().map(|n| &n[..]))?;
+        let classifier = load(&files, Task::Mnli, &fresh(lora()))?;
+        assert_eq!(classifier.labels, Labels::from(Task::Mnli));
+        Ok(classifier.note().map(str::to_string))
+    };
+    let told = note("a", Some(names(["negative", "neutral", "positive"])))?.ok_or("not told")?;
+    assert!(told.contains("the classes negative, neutral, positive, the task has entailment, "), "{told}");
+    assert!(told.contains("--new-head"), "{told}");
+    assert_eq!(note("b", Some(names(["LABEL_0", "LABEL_1", "LABEL_2"])))?, None);
+    assert_eq!(note("c", None)?, None);
+    // A body without a head has no order that could count.
+    let files = crate::finetune::checkpoint(dir.path())?;
+    let mut json: Value = serde_json::from_str(&std::fs::read_to_string(files.config_path())?)?;
+    json["id2label"] = json!({ "0": "x", "1": "y", "2": "z" });
+    let before = says(&load(&files, Task::Mnli, &fresh(lora()))?)?;
+    std::fs::write(files.config_path(), json.to_string())?;
+    let classifier = load(&files, Task::Mnli, &fresh(lora()))?;
+    assert_eq!((classifier.note(), says(&classifier)?), (None, before));
+    Ok(())
+}
+
+#[test]
+fn a_head_of_another_size_names_the_way_on() -> Outcome {
+    for kind in KINDS {
+        let dir = tempfile::tempdir()?;
+        let files = checkpoint(&dir.path().join("base"), kind, &[0, 1, 2], Some(&nli(&[0, 1, 2])))?;
+        let error = load(&files, Task::Rte, &fresh(lora())).unwrap_err().to_string();
+        let expected =
+            "the checkpoint's head has 3 outputs (entailment, neutral, contradiction), the task has 2";
+        assert!(error.contains(expected) && error.contains("--new-head"), "{kind}: {error}");
+
+        let (noise, cpu) = (Noise::new(4), Device::Cpu);
+        let start = fresh(lora());
+        let new = Classifier::load_with_new_head(&files, Task::Rte, &start, noise, DType::F32, &cpu)?;
+        assert_eq!((says(&new)?[0].len(), new.note()), (2, None));
+        new.save("base", dir.path())?;
+        // The head of the adapter takes the place of the checkpoint's.
+        let file = AdapterFile::read(dir.path().join("adapter"))?;
+        let again = load(&files, Task::Rte, &MethodInit::Adapter(Box::new(file)))?;
+        assert_eq!(says(&again)?, says(&new)?);
+    }
+    Ok(())
+}
+
+/// Text through a folder in RTE's layout, as the example reads it; the rows are labelled by transformers.
+#[test]
+fn a_case_that_was_scored_inverted_is_right() -> Outcome {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let case = here.join("../shared/cases/label-order");
+    let tokenizer = here.join("examples/assets/tiny-roberta/tokenizer.json");
+    if !(case.is_dir() && tokenizer.is_file()) {
+        skipped("no shared/cases beside the crate, or no bundled model in it");
+        return Ok(());
+    }
+    let encoder = TextEncoder::new(monteclora::data::tokenizer::read(&tokenizer)?, 128, 128)?;
+    let rows = encoder.encode(&Task::Rte.load_folder(&case)?.dev[0].1)?;
+    let classifier = load(&locate(&case)?, Task::Rte, &fresh(lora()))?;
+    let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 32)?, 0)?;
+    assert_eq!(predictions.evaluate()?.mean.accuracy, Some(1.0));
+    Ok(())
+}
+
+#[test]
+fn every_order_of_labels_predicts_what_transformers_predicts() -> Outcome {
+    let python = match python() {
+        Ok(python) => python,
+        Err(reason) => {
+            skipped(&format!("no Python with torch and transformers ({reason})"));
+            return Ok(());
+        }
+    };
+    let dir = tempfile::tempdir()?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/live_labels.py");
+    let output = Command::new(python).arg(script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut cases = 0;
+    for case in std::fs::read_dir(dir.path())? {
+        let case = case?.path();
+        let expected: Value = serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
+        let task: Task = expected["task"].as_str().ok_or("no task")?.parse()?;
+        let ids: Vec<Vec<u32>> = serde_json::from_value(expected["input_ids"].clone())?;
+        let rows = ids.into_iter().enumerate().map(|(row, ids)| Encoded {
+            type_ids: vec![0; ids.len()],
+            ids,
+            label: Label::Class(0),
+            row,
+        });
+        let (rows, labels) = (rows.collect::<Vec<_>>(), Labels::from(task));
+        let classifier = load(&locate(&case)?, task, &fresh(lora()))?;
+        let told = logits(&classifier, &batches(&classifier, &rows, 8)?, &Pass::Mean.into())?;
+        for (row, logits) in told.iter().enumerate() {
+            let best = (0..labels.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+            let theirs = expected["labels"][row].as_str().and_then(|name| labels.index_of(name));
+            assert_eq!(best, theirs, "{} row {row}", case.display());
+        }
+        cases += 1;
+    }
+    assert_eq!(cases, 3 * (2 + 6));
+    Ok(())
+}
