@@ -70,15 +70,19 @@ impl NumericalReport {
 ///
 /// let params = Params::new(Noise::new(1), &Device::Cpu);
 /// let w = params.create("w", Role::Head, (4, 8), &Init::Normal(1.0))?;
-/// let ones = Tensor::ones(8, w.dtype(), w.device())?;
+/// let (ones, targets) = (Tensor::ones(8, w.dtype(), w.device())?, Tensor::arange(0f32, 8., w.device())?);
 /// // w + norm(w), by candle-nn's norm: a gradient reaches w around it and seems well.
 /// let theirs = candle_nn::RmsNorm::new(ones.clone(), 1e-5);
-/// let wrong = || -> monteclora::Result<Tensor> { Ok((&w + theirs.forward(&w)?)?.sqr()?.sum_all()?) };
+/// let wrong = || -> monteclora::Result<Tensor> {
+///     Ok((&w + theirs.forward(&w)?)?.broadcast_sub(&targets)?.sqr()?.sum_all()?)
+/// };
 /// assert!(check_gradients(&params, &wrong()?)?.is_clean());
 /// assert_eq!(check_gradients_numerically(&params, wrong)?.wrong, ["w"]);
 ///
 /// let ours = RmsNorm::new(ones, 1e-5);
-/// let right = || -> monteclora::Result<Tensor> { Ok((&w + ours.forward(&w)?)?.sqr()?.sum_all()?) };
+/// let right = || -> monteclora::Result<Tensor> {
+///     Ok((&w + ours.forward(&w)?)?.broadcast_sub(&targets)?.sqr()?.sum_all()?)
+/// };
 /// assert!(check_gradients_numerically(&params, right)?.is_clean());
 /// # Ok::<(), monteclora::Error>(())
 /// ```
