@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Outcome;
 
-/// Tables of one's own: CSV, TSV, JSON lines or parquet.
+// Tables of one's own: CSV, TSV, JSON lines or parquet.
 #[derive(clap::Args, Clone)]
 pub struct TableOptions {
     /// A table to train on: .csv, .tsv, .jsonl, .json or .parquet, with a header or names.
