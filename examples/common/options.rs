@@ -72,46 +72,22 @@ pub struct MethodOptions {
 /// Methods with a pair B A.
 const LOW_RANK: &[&str] =
     &["lora", "map", "lora-fa", "dora", "adalora", "blob", "monteclora", "monteclora-released"];
-/// Methods on layers.
-const LAYERS: &[&str] = &[
-    "lora",
-    "map",
-    "lora-fa",
-    "dora",
-    "adalora",
-    "blob",
-    "ia3",
-    "bottleneck",
-    "monteclora",
-    "monteclora-released",
-];
+/// Methods on layers without one.
+const ON_LAYERS: &[&str] = &["ia3", "bottleneck"];
 /// Which methods read an option.
-const READ_BY: &[(&str, &[&str])] = &[
-    ("targets", LAYERS),
-    ("exclude", LAYERS),
-    ("layers", LAYERS),
-    (
-        "rank",
-        &[
-            "lora",
-            "map",
-            "lora-fa",
-            "dora",
-            "adalora",
-            "blob",
-            "bottleneck",
-            "monteclora",
-            "monteclora-released",
-        ],
-    ),
-    ("alpha", LOW_RANK),
-    ("rslora", &["lora", "map", "lora-fa", "dora", "monteclora", "monteclora-released"]),
-    ("adapter_dropout", LOW_RANK),
-    ("virtual_tokens", &["prompt"]),
-    ("preset", &["monteclora"]),
-    ("num_components", &["monteclora", "monteclora-released"]),
-    ("sample_scaler", &["monteclora", "monteclora-released"]),
-    ("kl_weight", &["monteclora", "monteclora-released"]),
+const READ_BY: &[(&str, &[&[&str]])] = &[
+    ("targets", &[LOW_RANK, ON_LAYERS]),
+    ("exclude", &[LOW_RANK, ON_LAYERS]),
+    ("layers", &[LOW_RANK, ON_LAYERS]),
+    ("rank", &[LOW_RANK, &["bottleneck"]]),
+    ("alpha", &[LOW_RANK]),
+    ("rslora", &[&["lora", "map", "lora-fa", "dora", "monteclora", "monteclora-released"]]),
+    ("adapter_dropout", &[LOW_RANK]),
+    ("virtual_tokens", &[&["prompt"]]),
+    ("preset", &[&["monteclora"]]),
+    ("num_components", &[&["monteclora", "monteclora-released"]]),
+    ("sample_scaler", &[&["monteclora", "monteclora-released"]]),
+    ("kl_weight", &[&["monteclora", "monteclora-released"]]),
 ];
 /// Methods whose draws a prediction can average.
 pub const POSTERIORS: [&str; 2] = ["monteclora", "blob"];
@@ -154,6 +130,7 @@ impl MethodOptions {
     pub fn tell_unread(&self, given: &Given, names: &[String]) {
         let of_file = self.adapter.as_ref().map(|dir| format!("it is that of --adapter {}", dir.display()));
         for (option, methods) in READ_BY {
+            let methods = methods.concat();
             // Post hoc the posterior's own constants are new, and nothing else.
             let posterior = ["preset", "num_components", "sample_scaler", "kl_weight"].contains(option);
             match &of_file {
