@@ -228,14 +228,13 @@ fn tune(
         let suffix = if i == 0 { String::new() } else { format!("_{}", split.name) };
         metrics[format!("mean{suffix}")] = evaluation["mean"].clone();
         metrics[format!("posterior{suffix}")] = evaluation["posterior"].clone();
+        if i == 0 && goal.columns.is_some() {
+            metrics["labels"] = json!(goal.labels.names());
+            metrics["classes"] = serde_json::to_value(predictions.class_scores()?)?;
+        }
         if let Some(dir) = out {
             predictions.write(&dir.join(format!("predictions{suffix}.jsonl")))?;
         }
-    }
-    if let (Some(_), Some(split)) = (&goal.columns, dev.first()) {
-        let predictions = Predictions::new(&classifier, &split.rows, &split.batches, 0)?;
-        metrics["labels"] = json!(goal.labels.names());
-        metrics["classes"] = serde_json::to_value(predictions.class_scores()?)?;
     }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = out {

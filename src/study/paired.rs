@@ -185,12 +185,10 @@ impl PairedRows {
     /// The mean difference of a score on each task, as [`Self::difference`] has it: over the settings of a seed,
     /// then over seeds.
     pub fn by_task(&self, score: RowScore) -> Vec<(String, f64)> {
-        let of_seed = |pairs: &Vec<Pair>| {
-            pairs.iter().map(|[own, other]| own.plain(score) - other.plain(score)).sum::<f64>()
-                / pairs.len() as f64
+        let of_task = |seeds: &BTreeMap<u64, Vec<Pair>>| {
+            let of_seed = |pairs: &Vec<Pair>| mean_difference(pairs, |rows| rows.plain(score));
+            seeds.values().map(of_seed).sum::<f64>() / seeds.len() as f64
         };
-        let of_task =
-            |seeds: &BTreeMap<u64, Vec<Pair>>| seeds.values().map(of_seed).sum::<f64>() / seeds.len() as f64;
         self.tasks.iter().map(|(task, seeds)| (task.clone(), of_task(seeds))).collect()
     }
 
@@ -200,17 +198,19 @@ impl PairedRows {
         let mut tasks = Vec::new();
         for seeds in self.tasks.values() {
             let (rows, count) = (seeds.values().next()?.first()?[0].nll.len(), seeds.len());
-            let of_seed = move |pairs: &Vec<Pair>, weights: &[f64]| {
-                let one = |[own, other]: &Pair| own.score(score, weights) - other.score(score, weights);
-                pairs.iter().map(one).sum::<f64>() / pairs.len() as f64
-            };
             let differences = move |weights: &[f64]| {
-                seeds.values().map(|pairs| of_seed(pairs, weights)).collect::<Vec<f64>>()
+                let of_seed = |pairs: &Vec<Pair>| mean_difference(pairs, |rows| rows.score(score, weights));
+                seeds.values().map(of_seed).collect::<Vec<f64>>()
             };
             tasks.push(PairedTask { rows, seeds: count, differences: Box::new(differences) });
         }
         two_level(&tasks, RESAMPLES, Noise::new(0))
     }
+}
+
+/// The mean difference own - other of a score over pairs.
+fn mean_difference(pairs: &[Pair], score: impl Fn(&RowScores) -> f64) -> f64 {
+    pairs.iter().map(|[own, other]| score(own) - score(other)).sum::<f64>() / pairs.len() as f64
 }
 
 /// The scores of an arm of one cell, where it kept its rows.
