@@ -1,7 +1,6 @@
-// What the kernels are written in: CUDA, of which plain C is a dialect that the tests compile.
-//
-// A kernel is a row of phases, `EACH_THREAD { .. }`, with `BARRIER` between them; what passes from one phase to the
-// next is in memory. So C runs a block as loops over its threads, and a kernel means the same there.
+// What the kernels are written in: CUDA, of which C++ on the host is a dialect that the tests compile. There a block's
+// threads are threads of the system and `BARRIER` is a real one, so that a missing barrier is a race that a sanitizer
+// finds.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -12,7 +11,6 @@ typedef unsigned long long u64;
 #define KERNEL extern "C" __global__ void
 #define DEVICE static __device__ inline
 #define SHARED __shared__
-#define EACH_THREAD
 #define BARRIER __syncthreads();
 #define THREAD threadIdx.x
 #define THREADS blockDim.x

@@ -6,34 +6,32 @@
 KERNEL draw_scales(u32 rank, u32 components, double df, u32 diagonal, double eps, u64 wishart, u64 dirichlet, u64 draw,
                    const float *rho, const float *c, float *tril, float *rows, double *pi, double *slopes) {
     SHARED double top, norm;
-    EACH_THREAD {
-        for (u32 i = THREAD; i < components + rank; i += THREADS) {
-            if (i < components) {
-                double a = exp((double)c[i]);
-                Dual z = gamma_quantile(a, uniform(dirichlet, draw, i));
-                pi[i] = z.value;
-                slopes[i] = a * z.slope;
-            } else {
-                u32 row = i - components;
-                Dual z = gamma_quantile((diagonal ? df : df - row) / 2.0, uniform(wishart, 2 * draw, row));
-                tril[row * rank + row] = (float)exp(0.5 * (0.6931471805599453 + z.value));
-            }
-        }
-        for (u32 i = THREAD; i < rank * rank; i += THREADS) {
-            u32 row = i / rank, column = i % rank;
-            if (column < row && !diagonal) tril[i] = (float)normal_double(wishart, 2 * draw + 1, row * (row - 1) / 2 + column);
-            else if (column != row) tril[i] = 0.0f;
+    for (u32 i = THREAD; i < components + rank; i += THREADS) {
+        if (i < components) {
+            double a = exp((double)c[i]);
+            Dual z = gamma_quantile(a, uniform(dirichlet, draw, i));
+            pi[i] = z.value;
+            slopes[i] = a * z.slope;
+        } else {
+            u32 row = i - components;
+            Dual z = gamma_quantile((diagonal ? df : df - row) / 2.0, uniform(wishart, 2 * draw, row));
+            tril[row * rank + row] = (float)exp(0.5 * (0.6931471805599453 + z.value));
         }
     }
+    for (u32 i = THREAD; i < rank * rank; i += THREADS) {
+        u32 row = i / rank, column = i % rank;
+        if (column < row && !diagonal) tril[i] = (float)normal_double(wishart, 2 * draw + 1, row * (row - 1) / 2 + column);
+        else if (column != row) tril[i] = 0.0f;
+    }
     BARRIER
-    EACH_THREAD if (THREAD == 0) {
+    if (THREAD == 0) {
         top = -1.0 / 0.0;
         for (u32 i = 0; i < components; i++) top = largest(pi[i], top);
     }
     BARRIER
-    EACH_THREAD for (u32 i = THREAD; i < components; i += THREADS) pi[i] = exp(pi[i] - top);
+    for (u32 i = THREAD; i < components; i += THREADS) pi[i] = exp(pi[i] - top);
     BARRIER
-    EACH_THREAD if (THREAD == 0) {
+    if (THREAD == 0) {
         double sum = 0.0, squares = 0.0;
         for (u32 i = 0; i < components; i++) sum += pi[i];
         for (u32 i = 0; i < components; i++) squares += pi[i] / sum * (pi[i] / sum);
@@ -41,10 +39,8 @@ KERNEL draw_scales(u32 rank, u32 components, double df, u32 diagonal, double eps
         norm = components ? sqrt(squares) : 1.0;
     }
     BARRIER
-    EACH_THREAD {
-        for (u32 i = THREAD; i < components; i += THREADS) pi[i] /= top;
-        for (u32 i = THREAD; i < rank; i += THREADS) rows[i] = (float)(eps * exp((double)rho[i]) * norm);
-    }
+    for (u32 i = THREAD; i < components; i += THREADS) pi[i] /= top;
+    for (u32 i = THREAD; i < rank; i += THREADS) rows[i] = (float)(eps * exp((double)rho[i]) * norm);
 }
 
 // A block takes as many columns of all rows as have room.
@@ -53,9 +49,9 @@ KERNEL draw_scales(u32 rank, u32 components, double df, u32 diagonal, double eps
 
 DEVICE u32 tile_columns(u32 rank) { return TILE / rank < TILE_COLUMNS ? TILE / rank : TILE_COLUMNS; }
 
-// Z's columns from `first` on, zero beyond the last; a phase of its own.
+// Z's columns from `first` on, zero beyond the last; the whole block calls it.
 DEVICE void tile_normals(u32 rank, u32 first, u32 columns, u32 width, u64 gaussian, u64 draw, float *z) {
-    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+    for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 column = first + i % columns;
         z[i] = column < width ? normal(gaussian, draw, (u64)(i / columns) * width + column) : 0.0f;
     }
@@ -76,7 +72,7 @@ KERNEL draw_perturb(u32 rank, u32 width, u64 gaussian, u64 draw, const float *a,
     SHARED float z[TILE];
     u32 columns = tile_columns(rank), first = BLOCK * columns;
     tile_normals(rank, first, columns, width, gaussian, draw, z);
-    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+    for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
         if (column < width) out[row * width + column] = a[row * width + column] + rows[row] * tile_product(i, columns, rank, tril, z);
     }
@@ -87,12 +83,12 @@ KERNEL draw_along(u32 rank, u32 width, u64 gaussian, u64 draw, const float *grad
     SHARED float z[TILE], along[TILE];
     u32 columns = tile_columns(rank), first = BLOCK * columns;
     tile_normals(rank, first, columns, width, gaussian, draw, z);
-    EACH_THREAD for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+    for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
         along[i] = column < width ? grad[row * width + column] * tile_product(i, columns, rank, tril, z) : 0.0f;
     }
     BARRIER
-    EACH_THREAD for (u32 row = THREAD; row < rank; row += THREADS) {
+    for (u32 row = THREAD; row < rank; row += THREADS) {
         double sum = 0.0;
         for (u32 i = 0; i < columns; i++) sum += along[row * columns + i];
         shares[BLOCK * rank + row] = sum;
@@ -103,13 +99,13 @@ KERNEL draw_along(u32 rank, u32 width, u64 gaussian, u64 draw, const float *grad
 KERNEL draw_slopes(u32 rank, u32 components, u32 tiles, double eps, const float *rho, const double *shares,
                    const double *pi, const double *slopes, double *along, float *drho, float *dc) {
     SHARED double norm, total;
-    EACH_THREAD for (u32 row = THREAD; row < rank; row += THREADS) {
+    for (u32 row = THREAD; row < rank; row += THREADS) {
         double sum = 0.0;
         for (u32 i = 0; i < tiles; i++) sum += shares[i * rank + row];
         along[row] = sum * eps * exp((double)rho[row]);
     }
     BARRIER
-    EACH_THREAD if (THREAD == 0) {
+    if (THREAD == 0) {
         double squares = 0.0;
         for (u32 i = 0; i < components; i++) squares += pi[i] * pi[i];
         norm = components ? sqrt(squares) : 1.0;
@@ -117,11 +113,9 @@ KERNEL draw_slopes(u32 rank, u32 components, u32 tiles, double eps, const float 
         for (u32 row = 0; row < rank; row++) total += along[row];
     }
     BARRIER
-    EACH_THREAD {
-        for (u32 row = THREAD; row < rank; row += THREADS) drho[row] = (float)(along[row] * norm);
-        // d norm / d pi_k = pi_k / norm, and the softmax takes off sum_k pi_k of it, which is the norm.
-        for (u32 i = THREAD; i < components; i += THREADS) {
-            dc[i] = (float)(slopes[i] * pi[i] * total * (pi[i] / norm - norm));
-        }
+    for (u32 row = THREAD; row < rank; row += THREADS) drho[row] = (float)(along[row] * norm);
+    // d norm / d pi_k = pi_k / norm, and the softmax takes off sum_k pi_k of it, which is the norm.
+    for (u32 i = THREAD; i < components; i += THREADS) {
+        dc[i] = (float)(slopes[i] * pi[i] * total * (pi[i] / norm - norm));
     }
 }

@@ -115,15 +115,11 @@ DEVICE double gamma_family(u32 derivative, double x) {
 }
 
 KERNEL gamma_family_f32(u32 derivative, u32 count, const float *xs, float *ys) {
-    EACH_THREAD {
-        u32 i = BLOCK * THREADS + THREAD;
-        if (i < count) ys[i] = (float)gamma_family(derivative, (double)xs[i]);
-    }
+    u32 i = BLOCK * THREADS + THREAD;
+    if (i < count) ys[i] = (float)gamma_family(derivative, (double)xs[i]);
 }
 
 KERNEL gamma_family_f64(u32 derivative, u32 count, const double *xs, double *ys) {
-    EACH_THREAD {
-        u32 i = BLOCK * THREADS + THREAD;
-        if (i < count) ys[i] = gamma_family(derivative, xs[i]);
-    }
+    u32 i = BLOCK * THREADS + THREAD;
+    if (i < count) ys[i] = gamma_family(derivative, xs[i]);
 }

@@ -1,6 +1,6 @@
 //! Our own kernels for CUDA devices: the draw, norms, dropout, the gamma function's family, AdamW.
 //!
-//! NVRTC compiles them when a device first needs one. Without a device they are tested as plain C, noise and
+//! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]

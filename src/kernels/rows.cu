@@ -17,11 +17,11 @@ DEVICE void store(void *ys, u64 i, u32 narrow, float y) {
     else ((float *)ys)[i] = y;
 }
 
-// The sum of what each thread of the block has put into `part`, in a fixed order; a phase of its own.
+// The sum of what each thread of the block has put into `part`, in a fixed order; the whole block calls it.
 DEVICE float block_sum(float *part) {
     BARRIER
     for (u32 half = THREADS / 2; half > 0; half /= 2) {
-        EACH_THREAD if (THREAD < half) part[THREAD] += part[THREAD + half];
+        if (THREAD < half) part[THREAD] += part[THREAD + half];
         BARRIER
     }
     float sum = part[0];
@@ -46,21 +46,17 @@ DEVICE Statistics statistics(Input of, u32 dim, u32 centred, float eps, float *p
     u64 first = (u64)BLOCK * dim;
     Statistics s = {0.0f, 0.0f};
     if (centred) {
-        EACH_THREAD {
-            float sum = 0.0f;
-            for (u32 i = THREAD; i < dim; i += THREADS) sum += input(of, first + i);
-            part[THREAD] = sum;
-        }
+        float sum = 0.0f;
+        for (u32 i = THREAD; i < dim; i += THREADS) sum += input(of, first + i);
+        part[THREAD] = sum;
         s.mean = block_sum(part) / (float)dim;
     }
-    EACH_THREAD {
-        float sum = 0.0f;
-        for (u32 i = THREAD; i < dim; i += THREADS) {
-            float x = input(of, first + i) - s.mean;
-            sum += x * x;
-        }
-        part[THREAD] = sum;
+    float sum = 0.0f;
+    for (u32 i = THREAD; i < dim; i += THREADS) {
+        float x = input(of, first + i) - s.mean;
+        sum += x * x;
     }
+    part[THREAD] = sum;
     s.inverse = 1.0f / sqrtf(block_sum(part) / (float)dim + eps);
     return s;
 }
@@ -72,7 +68,7 @@ KERNEL norm_forward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, u32 
     Input of = {xs, residual, narrow, added};
     Statistics s = statistics(of, dim, centred, eps, part);
     u64 first = (u64)BLOCK * dim;
-    EACH_THREAD for (u32 i = THREAD; i < dim; i += THREADS) {
+    for (u32 i = THREAD; i < dim; i += THREADS) {
         float z = (input(of, first + i) - s.mean) * s.inverse;
         store(ys, first + i, narrow, z * load(weight, i, narrow) + (biased ? load(bias, i, narrow) : 0.0f));
     }
@@ -85,19 +81,17 @@ KERNEL norm_backward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, con
     Input of = {xs, residual, narrow, added};
     Statistics s = statistics(of, dim, centred, eps, part);
     u64 first = (u64)BLOCK * dim;
-    EACH_THREAD {
-        float level = 0.0f, along = 0.0f;
-        for (u32 i = THREAD; i < dim; i += THREADS) {
-            float g = load(grad, first + i, narrow) * load(weight, i, narrow);
-            level += g;
-            along += g * ((input(of, first + i) - s.mean) * s.inverse);
-        }
-        part[THREAD] = level;
-        other[THREAD] = along;
+    float levels = 0.0f, alongs = 0.0f;
+    for (u32 i = THREAD; i < dim; i += THREADS) {
+        float g = load(grad, first + i, narrow) * load(weight, i, narrow);
+        levels += g;
+        alongs += g * ((input(of, first + i) - s.mean) * s.inverse);
     }
+    part[THREAD] = levels;
+    other[THREAD] = alongs;
     float level = centred ? block_sum(part) / (float)dim : 0.0f;
     float along = block_sum(other) / (float)dim;
-    EACH_THREAD for (u32 i = THREAD; i < dim; i += THREADS) {
+    for (u32 i = THREAD; i < dim; i += THREADS) {
         float g = load(grad, first + i, narrow) * load(weight, i, narrow);
         float z = (input(of, first + i) - s.mean) * s.inverse;
         store(dxs, first + i, narrow, (g - level - z * along) * s.inverse);
@@ -107,25 +101,21 @@ KERNEL norm_backward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, con
 // Dropout: a thread for each block of noise, which decides on four elements as it does on the host. A product, not a
 // choice: NaN stays NaN.
 KERNEL dropout_apply(u32 count, u32 narrow, u32 threshold, u64 key, u64 draw, float scale, const void *xs, void *ys) {
-    EACH_THREAD {
-        u32 block = BLOCK * THREADS + THREAD;
-        if (block < (count + 3) / 4) {
-            Words words = philox(key, draw, block);
-            for (u32 i = 0; i < 4 && 4 * block + i < count; i++) {
-                float kept = words.w[i] >= threshold ? scale : 0.0f;
-                store(ys, 4 * block + i, narrow, load(xs, 4 * block + i, narrow) * kept);
-            }
+    u32 block = BLOCK * THREADS + THREAD;
+    if (block < (count + 3) / 4) {
+        Words words = philox(key, draw, block);
+        for (u32 i = 0; i < 4 && 4 * block + i < count; i++) {
+            float kept = words.w[i] >= threshold ? scale : 0.0f;
+            store(ys, 4 * block + i, narrow, load(xs, 4 * block + i, narrow) * kept);
         }
     }
 }
 
 // The choice by itself, 1 for the elements that stay: for storage of other kinds.
 KERNEL keep_mask(u32 count, u32 threshold, u64 key, u64 draw, unsigned char *keep) {
-    EACH_THREAD {
-        u32 block = BLOCK * THREADS + THREAD;
-        if (block < (count + 3) / 4) {
-            Words words = philox(key, draw, block);
-            for (u32 i = 0; i < 4 && 4 * block + i < count; i++) keep[4 * block + i] = words.w[i] >= threshold;
-        }
+    u32 block = BLOCK * THREADS + THREAD;
+    if (block < (count + 3) / 4) {
+        Words words = philox(key, draw, block);
+        for (u32 i = 0; i < 4 && 4 * block + i < count; i++) keep[4 * block + i] = words.w[i] >= threshold;
     }
 }

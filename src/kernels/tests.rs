@@ -1,4 +1,4 @@
-//! The kernels as plain C (`host.c`, compiled by `cc`) against what they stand for.
+//! The kernels as C++ (`host.cpp`, compiled by `c++`) against what they stand for, under two sanitizers.
 
 use std::io::Write;
 use std::path::Path;
@@ -26,33 +26,44 @@ impl Request {
         self
     }
 
-    /// The answer's numbers.
+    /// The answer's numbers, the same from a program that looks for races and one that looks for stray addresses.
     fn answer(&self) -> Vec<f64> {
-        static PROGRAM: OnceLock<tempfile::TempDir> = OnceLock::new();
-        let folder = PROGRAM.get_or_init(|| {
+        static PROGRAMS: OnceLock<tempfile::TempDir> = OnceLock::new();
+        let folder = PROGRAMS.get_or_init(|| {
             let folder = tempfile::tempdir().expect("a folder");
-            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/host.c");
-            let mut compiler = Command::new("cc");
-            compiler
-                .args(["-O1", "-ffp-contract=off", "-o"])
-                .arg(folder.path().join("host"))
-                .arg(source)
-                .arg("-lm");
-            assert!(compiler.status().expect("a C compiler, `cc`").success());
+            SANITIZERS.iter().for_each(|sanitizer| compile(sanitizer, &folder.path().join(sanitizer)));
             folder
         });
-        let mut child = Command::new(folder.path().join("host"))
+        let [races, addresses] = SANITIZERS.map(|sanitizer| self.ask(&folder.path().join(sanitizer)));
+        assert_eq!(races, addresses, "the order of threads shows");
+        let words = races.chunks_exact(8);
+        words.map(|word| f64::from_ne_bytes(word.try_into().expect("eight bytes"))).collect()
+    }
+
+    fn ask(&self, program: &Path) -> Vec<u8> {
+        let mut child = Command::new(program)
+            .env("ASAN_OPTIONS", "detect_leaks=0")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("the program");
         let request: Vec<u8> = self.0.iter().flat_map(|word| word.to_ne_bytes()).collect();
         child.stdin.take().expect("its input").write_all(&request).expect("room for the request");
         let output = child.wait_with_output().expect("an answer");
-        assert!(output.status.success(), "{:?}", output.status);
-        let words = output.stdout.chunks_exact(8);
-        words.map(|word| f64::from_ne_bytes(word.try_into().expect("eight bytes"))).collect()
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
     }
+}
+
+const SANITIZERS: [&str; 2] = ["thread", "address,undefined"];
+
+fn compile(sanitizer: &str, program: &Path) {
+    let mut compiler = Command::new("c++");
+    let options = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all", "-pthread"];
+    compiler.args(options).arg(format!("-fsanitize={sanitizer}")).arg("-o").arg(program);
+    compiler.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/host.cpp"));
+    assert!(compiler.status().expect("a C++ compiler, `c++`").success());
 }
 
 fn stream(purpose: Purpose) -> Stream {

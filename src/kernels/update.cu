@@ -10,15 +10,13 @@ typedef struct {
 
 // m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- keep w - rate m / (sqrt(v inverse) + eps).
 KERNEL adamw(const Update *updates, float beta1, float rest1, float beta2, float rest2, float eps) {
-    EACH_THREAD {
-        Update u = updates[BLOCK_ROW];
-        for (u64 i = BLOCK * THREADS + THREAD; i < u.count; i += BLOCKS * THREADS) {
-            float g = u.grad[i];
-            float m = beta1 * u.first[i] + rest1 * g, v = beta2 * u.second[i] + rest2 * (g * g);
-            u.first[i] = m;
-            u.second[i] = v;
-            u.value[i] = u.keep * u.value[i] - u.rate * m / (sqrtf(v * u.inverse) + eps);
-        }
+    Update u = updates[BLOCK_ROW];
+    for (u64 i = BLOCK * THREADS + THREAD; i < u.count; i += BLOCKS * THREADS) {
+        float g = u.grad[i];
+        float m = beta1 * u.first[i] + rest1 * g, v = beta2 * u.second[i] + rest2 * (g * g);
+        u.first[i] = m;
+        u.second[i] = v;
+        u.value[i] = u.keep * u.value[i] - u.rate * m / (sqrtf(v * u.inverse) + eps);
     }
 }
 
@@ -30,16 +28,14 @@ typedef struct {
 // Each block's share of the sum of squares, (tensors, blocks), in a fixed order.
 KERNEL sums_of_squares(const Span *spans, double *sums) {
     SHARED double shares[MOST_THREADS];
-    EACH_THREAD {
-        Span span = spans[BLOCK_ROW];
-        double sum = 0.0;
-        for (u64 i = BLOCK * THREADS + THREAD; i < span.count; i += BLOCKS * THREADS) {
-            sum += (double)span.elements[i] * (double)span.elements[i];
-        }
-        shares[THREAD] = sum;
+    Span span = spans[BLOCK_ROW];
+    double sum = 0.0;
+    for (u64 i = BLOCK * THREADS + THREAD; i < span.count; i += BLOCKS * THREADS) {
+        sum += (double)span.elements[i] * (double)span.elements[i];
     }
+    shares[THREAD] = sum;
     BARRIER
-    EACH_THREAD if (THREAD == 0) {
+    if (THREAD == 0) {
         double sum = 0.0;
         for (u32 i = 0; i < THREADS; i++) sum += shares[i];
         sums[BLOCK_ROW * BLOCKS + BLOCK] = sum;

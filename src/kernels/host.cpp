@@ -1,22 +1,35 @@
-/* The kernels as plain C, for the tests: a block's threads are loops, and blocks follow each other. Reads one request of
-   64-bit words (integers, or doubles) from standard input and writes the answer's words. */
+// The kernels as C++ on the host, for the tests: a thread of the system for each of a block's, which follow each other.
+// Reads one request of 64-bit words (integers, or doubles) from standard input and writes the answer's words.
 
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <pthread.h>
 
-static unsigned thread_index, block_index, block_row, row_blocks;
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+static const unsigned block_threads = 32;
+static thread_local unsigned thread_index, block_index, block_row;
+static unsigned row_blocks;
+static pthread_barrier_t barrier;
+
+// The library's own writes a sign that all threads share.
+static double lgamma_alone(double x) {
+    int sign;
+    return lgamma_r(x, &sign);
+}
+#define lgamma lgamma_alone
 
 #define HOST_DIALECT
 #define KERNEL static void
 #define DEVICE static inline
 #define SHARED static
-#define EACH_THREAD for (thread_index = 0; thread_index < THREADS; thread_index++)
-#define BARRIER
+#define BARRIER pthread_barrier_wait(&barrier);
 #define THREAD thread_index
-#define THREADS 32u
+#define THREADS block_threads
 #define BLOCK block_index
 #define BLOCKS row_blocks
 #define BLOCK_ROW block_row
@@ -28,9 +41,24 @@ static unsigned thread_index, block_index, block_row, row_blocks;
 #include "draw.cu"
 #include "update.cu"
 
-#define LAUNCH_ROWS(rows, blocks, call) \
-    for (row_blocks = (blocks), block_row = 0; block_row < (rows); block_row++) \
-        for (block_index = 0; block_index < row_blocks; block_index++) call
+// Calls a kernel from all threads of all blocks; none begins a block before all have left the last.
+template <typename Call> static void launch_rows(unsigned rows, unsigned blocks, Call call) {
+    std::vector<std::thread> team;
+    row_blocks = blocks;
+    pthread_barrier_init(&barrier, nullptr, THREADS);
+    for (unsigned thread = 0; thread < THREADS; thread++) team.emplace_back([=] {
+        thread_index = thread;
+        for (block_row = 0; block_row < rows; block_row++)
+            for (block_index = 0; block_index < blocks; block_index++) {
+                call();
+                BARRIER
+            }
+    });
+    for (std::thread &thread : team) thread.join();
+    pthread_barrier_destroy(&barrier);
+}
+
+#define LAUNCH_ROWS(rows, blocks, call) launch_rows(rows, blocks, [=] { call; })
 #define LAUNCH(blocks, call) LAUNCH_ROWS(1, blocks, call)
 
 static uint64_t word(void) {
@@ -46,10 +74,16 @@ static double number(void) {
     return x;
 }
 
-static void *room(size_t count) {
+// Memory for numbers of up to eight bytes; what is read before it is written is NaN.
+struct Room {
+    void *memory;
+    template <typename T> operator T *() const { return (T *)memory; }
+};
+
+static Room room(size_t count) {
     void *memory = malloc(8 * (count + 1));
-    memset(memory, 0xff, 8 * (count + 1)); /* what is read before it is written is NaN */
-    return memory;
+    memset(memory, 0xff, 8 * (count + 1));
+    return {memory};
 }
 
 static double *doubles(size_t count) {
@@ -139,7 +173,7 @@ static void optimizer(void) {
     put_doubles(sums, tensors * blocks);
 }
 
-/* Numbers in single precision or, narrow, as bf16. */
+// Numbers in single precision or, narrow, as bf16.
 static void *storage(size_t count, u32 narrow) {
     void *xs = room(count);
     for (size_t i = 0; i < count; i++) store(xs, i, narrow, (float)number());
@@ -170,7 +204,7 @@ static void dropout(void) {
     for (u32 i = 0; i < count + 1; i++) ones[i] = 1.0f;
     LAUNCH(blocks, keep_mask(count, threshold, key, at, keep));
     LAUNCH(blocks, dropout_apply(count, 0, threshold, key, at, 2.0f, ones, ys));
-    for (u32 i = 0; i < count + 1; i++) put(keep[i]); /* the one behind the last is not written */
+    for (u32 i = 0; i < count + 1; i++) put(keep[i]); // the one behind the last is not written
     put_floats(ys, count + 1);
 }
 
