@@ -55,7 +55,7 @@ pub fn device(text: &str) -> Outcome<Device> {
         ("cpu", _) => Ok(Device::Cpu),
         ("cuda", index) => {
             let index = index.parse().map_err(|_| format!("--device {text}: expected cuda:N"))?;
-            Ok(Device::new_cuda(index).map_err(|e| format!("--device {text}: {e}"))?)
+            Ok(monteclora::cuda_device(index).map_err(|e| format!("--device {text}: {e}"))?)
         }
         _ => Err(format!("--device: expected cpu, cuda or cuda:N, got {text}").into()),
     }

@@ -2,10 +2,11 @@
 //! a build for it that finds none fails here.
 
 use super::*;
+use crate::util::device::cuda_device;
 
 #[test]
 fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     for case in cases() {
         compare_on(&device, &case, OpPath::Composed, DType::F64, 1e-10);
         compare_on(&device, &case, OpPath::Composed, DType::F32, 2e-5);
@@ -16,7 +17,7 @@ fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Resul
 
 #[test]
 fn blocks_on_a_device_run_in_half_width() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     for case in cases() {
         compare_on(&device, &case, OpPath::Composed, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
@@ -28,7 +29,7 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
 #[test]
 fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     let ones = Tensor::ones(10_000, DType::F32, &Device::Cpu)?;
-    let (device, host) = (Device::new_cuda(0)?, Device::Cpu);
+    let (device, host) = (cuda_device(0)?, Device::Cpu);
     let on = |device: &Device, path| -> Result<Vec<f64>> {
         let ones = ones.to_device(device)?;
         Ok(flat(&dropout(&ones, 0.25, &stream(), 3, path)?))
