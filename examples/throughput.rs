@@ -6,7 +6,8 @@
 //!
 //! The methods alternate step by step in one process, so that their ratio is fair on a noisy
 //! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
-//! after. Each method's peak memory comes from a process of its own.
+//! after. They share the frozen weights, which are made on the device. Each method's peak memory comes from a process
+//! of its own.
 
 #![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
 
@@ -20,6 +21,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::output::tell;
+use common::random_weights::random_weights;
 use common::Outcome;
 use monteclora::metrics::median;
 use monteclora::train::peak_rss_bytes;
@@ -74,7 +76,8 @@ fn run() -> Outcome {
     }
     let (device, dtype) = (common::device(&args.device)?, common::dtype(&args.dtype)?);
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();
-    let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, dtype, &device);
+    let base = random_weights(dtype, &device);
+    let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, &base);
     let mut contenders = names.iter().map(new).collect::<Outcome<Vec<_>>>()?;
     // A method by itself is here for its peak memory, which the products would raise.
     let products = match contenders.len() {
@@ -97,12 +100,16 @@ fn run() -> Outcome {
     let gemm = (!products.is_empty()).then(|| median(&gemm));
     let mut rows = Vec::new();
     for contender in &contenders {
-        let peak = match (contenders.len(), args.no_memory) {
-            (_, true) => None,
-            (1, _) => peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
-            _ => Some(alone(contender.name())?),
-        };
-        rows.push(row(contender, &args.geometry, peak, gemm));
+        let mut row = row(contender, &args.geometry, gemm);
+        match (contenders.len(), args.no_memory) {
+            (_, true) => {}
+            (1, _) => row["peak_rss_mb"] = peak_rss_bytes().map(|bytes| bytes as f64 / 1e6).into(),
+            _ => {
+                let alone = alone(contender.name())?;
+                ["peak_rss_mb", "peak_device_mb"].into_iter().for_each(|key| row[key] = alone[key].clone());
+            }
+        }
+        rows.push(row);
     }
     let table = json!({
         "rows": rows,
@@ -127,7 +134,7 @@ fn time_of(products: &[(Tensor, Tensor)], device: &Device) -> Outcome<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-fn row(contender: &Contender, geometry: &Geometry, peak_rss_mb: Option<f64>, gemm: Option<f64>) -> Value {
+fn row(contender: &Contender, geometry: &Geometry, gemm: Option<f64>) -> Value {
     let [forward, backward, optimizer] = contender.seconds().clone();
     let steps = forward.iter().zip(&backward).zip(&optimizer).map(|((f, b), o)| f + b + o);
     let step = median(&steps.collect::<Vec<f64>>());
@@ -137,13 +144,14 @@ fn row(contender: &Contender, geometry: &Geometry, peak_rss_mb: Option<f64>, gem
         "optimizer_seconds_median": median(&optimizer),
         "tokens_per_second": geometry.tokens() as f64 / step,
         "over_gemm": gemm.map(|gemm| step / gemm),
-        "peak_rss_mb": peak_rss_mb, "peak_device_mb": contender.peak_device_mb(),
+        "ready_seconds": contender.ready_seconds(),
+        "peak_rss_mb": null, "peak_device_mb": contender.peak_device_mb(),
         "trainable_parameters": contender.trainable_parameters(),
     })
 }
 
-/// The peak memory (MB) of one method, measured by this program in a process of its own.
-fn alone(method: &str) -> Outcome<f64> {
+/// The row of one method, measured by this program in a process of its own.
+fn alone(method: &str) -> Outcome<Value> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("alone.json");
     let last = ["--method", method, "--steps", "1", "--output", path.to_str().ok_or("path")?];
@@ -154,7 +162,10 @@ fn alone(method: &str) -> Outcome<f64> {
     }
     let table = std::fs::read(&path).map_err(Error::io(&*path))?;
     let table: Value = serde_json::from_slice(&table)?;
-    table["rows"][0]["peak_rss_mb"].as_f64().ok_or_else(|| "peak memory is unknown on this system".into())
+    match &table["rows"][0] {
+        row if row["peak_rss_mb"].is_number() => Ok(row.clone()),
+        _ => Err("peak memory is unknown on this system".into()),
+    }
 }
 
 /// Every method's step time and memory over LoRA's.
@@ -165,7 +176,8 @@ fn ratios(rows: &[Value]) -> Value {
     let over = |row: &Value, key: &str| Some(row[key].as_f64()? / lora[key].as_f64()?);
     let entries = rows.iter().filter(|row| row["method"] != "lora").map(|row| {
         let name = format!("{}/lora", row["method"].as_str().unwrap_or_default());
-        (name, json!({ "time": over(row, "step_seconds_median"), "memory": over(row, "peak_rss_mb") }))
+        let memory = over(row, "peak_device_mb").or_else(|| over(row, "peak_rss_mb"));
+        (name, json!({ "time": over(row, "step_seconds_median"), "memory": memory }))
     });
     Value::Object(entries.collect())
 }
