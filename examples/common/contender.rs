@@ -99,7 +99,9 @@ impl Model {
     fn labels(&self, ids: &[u32], length: usize) -> Vec<i64> {
         match self {
             Self::Encoder(_) => (0..(ids.len() / length) as i64).map(|row| row % 2).collect(),
-            Self::Decoder(_) => ids.chunks(length).flat_map(|row| &row[1..]).map(|id| i64::from(*id)).collect(),
+            Self::Decoder(_) => {
+                ids.chunks(length).flat_map(|row| &row[1..]).map(|id| i64::from(*id)).collect()
+            }
         }
     }
 

@@ -56,7 +56,7 @@ pub fn device(text: &str) -> Outcome<Device> {
         ("cpu", _) => Ok(Device::Cpu),
         ("cuda", index) => {
             let index = index.parse().map_err(|_| format!("--device {text}: expected cuda:N"))?;
-            Ok(monteclora::cuda_device(index).map_err(|e| format!("--device {text}: {e}"))?)
+            Ok(monteclora::cuda_device(index)?)
         }
         _ => Err(format!("--device: expected cpu, cuda or cuda:N, got {text}").into()),
     }
