@@ -7,7 +7,7 @@
 //! The methods alternate step by step in one process, so that their ratio is fair on a noisy
 //! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
 //! after. They share the frozen weights, which are made on the device. Each method's peak memory comes from a process
-//! of its own.
+//! of its own, on a device from its own steps.
 
 #![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
 
@@ -30,7 +30,7 @@ use monteclora::Error;
 use serde_json::{json, Value};
 
 /// The price of one training step, method by method, on random weights of a model's geometry. The methods
-/// alternate step by step; each one's peak memory comes from a process of its own.
+/// alternate step by step; on the CPU each one's peak memory comes from a process of its own.
 #[derive(Parser)]
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
@@ -49,7 +49,7 @@ struct Args {
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Leave out the peak memory, which takes three more steps of each method.
+    /// Leave out the peak memory, which on the CPU takes three more steps of each method.
     #[arg(long)]
     no_memory: bool,
     /// Where to write the table as JSON.
@@ -98,29 +98,33 @@ fn run() -> Outcome {
     }
     gemm.extend(passes(args.steps / 2)?);
     let gemm = (!products.is_empty()).then(|| median(&gemm));
-    let mut rows = Vec::new();
-    for contender in &contenders {
-        let mut row = row(contender, &args.geometry, gemm);
-        match (contenders.len(), args.no_memory) {
-            (_, true) => {}
-            (1, _) => row["peak_rss_mb"] = peak_rss_bytes().map(|bytes| bytes as f64 / 1e6).into(),
-            _ => {
-                let alone = alone(contender.name())?;
-                ["peak_rss_mb", "peak_device_mb"].into_iter().for_each(|key| row[key] = alone[key].clone());
-            }
+    let mut rows: Vec<_> = contenders.iter().map(|contender| row(contender, &args.geometry, gemm)).collect();
+    let write = |rows: &[Value]| -> Outcome<Value> {
+        let table = json!({
+            "rows": rows, "ratios": ratios(rows), "gemm_seconds_median": gemm, "machine": machine(&device),
+        });
+        if let Some(path) = &args.output {
+            files::write_json(path, &table)?;
         }
-        rows.push(row);
+        Ok(table)
+    };
+    if !args.no_memory && device.is_cpu() {
+        write(&rows)?; // who has no time for the rest keeps the times
+        memory(&mut rows)?;
     }
-    let table = json!({
-        "rows": rows,
-        "ratios": ratios(&rows),
-        "gemm_seconds_median": gemm,
-        "machine": machine(&device),
-    });
-    if let Some(path) = &args.output {
-        files::write_json(path, &table)?;
+    tell!("{}", serde_json::to_string_pretty(&write(&rows)?)?);
+    Ok(())
+}
+
+/// Adds the peak memory of each method on the host: of this process where it is alone, else of one of its own.
+fn memory(rows: &mut [Value]) -> Outcome {
+    if let [row] = rows {
+        row["peak_rss_mb"] = peak_rss_bytes().map(|bytes| bytes as f64 / 1e6).into();
+        return Ok(());
     }
-    tell!("{}", serde_json::to_string_pretty(&table)?);
+    for row in rows {
+        row["peak_rss_mb"] = alone(row["method"].as_str().unwrap_or_default())?.into();
+    }
     Ok(())
 }
 
@@ -150,8 +154,8 @@ fn row(contender: &Contender, geometry: &Geometry, gemm: Option<f64>) -> Value {
     })
 }
 
-/// The row of one method, measured by this program in a process of its own.
-fn alone(method: &str) -> Outcome<Value> {
+/// The peak memory (MB) of one method, measured by this program in a process of its own.
+fn alone(method: &str) -> Outcome<f64> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("alone.json");
     let last = ["--method", method, "--steps", "1", "--output", path.to_str().ok_or("path")?];
@@ -162,10 +166,7 @@ fn alone(method: &str) -> Outcome<Value> {
     }
     let table = std::fs::read(&path).map_err(Error::io(&*path))?;
     let table: Value = serde_json::from_slice(&table)?;
-    match &table["rows"][0] {
-        row if row["peak_rss_mb"].is_number() => Ok(row.clone()),
-        _ => Err("peak memory is unknown on this system".into()),
-    }
+    table["rows"][0]["peak_rss_mb"].as_f64().ok_or_else(|| "peak memory is unknown on this system".into())
 }
 
 /// Every method's step time and memory over LoRA's.

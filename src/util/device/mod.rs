@@ -23,30 +23,37 @@ use crate::error::Result;
 /// # Errors
 /// If this build is without the feature `cuda`, there is no such device, or it fails.
 pub fn cuda_device(ordinal: usize) -> Result<Device> {
-    #[cfg(feature = "cuda")]
-    let device = cuda::device(ordinal);
-    #[cfg(not(feature = "cuda"))]
-    let device = Err(crate::Error::config("device", format!("cuda:{ordinal}: this build is without `cuda`")));
-    device
+    cuda::device(ordinal)
 }
 
 /// The most bytes of a CUDA device that tensors of this process had in use at one time since
 /// [`reset_peak_device_bytes`]: what PyTorch calls `max_memory_allocated`. None for other devices, and for those that
 /// have no memory pool.
 pub fn peak_device_bytes(device: &Device) -> Option<u64> {
-    #[cfg(feature = "cuda")]
-    let bytes = cuda::peak_bytes(device);
-    #[cfg(not(feature = "cuda"))]
-    let bytes = (|_: &Device| None)(device);
-    bytes
+    cuda::peak_bytes(device)
 }
 
 /// Forgets the peak of [`peak_device_bytes`] so far: the next one begins with what is in use now.
 pub fn reset_peak_device_bytes(device: &Device) {
-    #[cfg(feature = "cuda")]
     cuda::reset_peak_bytes(device);
-    #[cfg(not(feature = "cuda"))]
-    let _ = device;
+}
+
+/// What there is without the feature.
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use candle_core::Device;
+
+    use crate::error::{Error, Result};
+
+    pub(super) fn device(ordinal: usize) -> Result<Device> {
+        Err(Error::config("device", format!("cuda:{ordinal}: this build is without `cuda`")))
+    }
+
+    pub(super) fn peak_bytes(_: &Device) -> Option<u64> {
+        None
+    }
+
+    pub(super) fn reset_peak_bytes(_: &Device) {}
 }
 
 #[cfg(test)]
