@@ -93,7 +93,7 @@ pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous tensor of `dtype`, f32 or bf16, are. All work on them is in the order of the device's one
+/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are. All work on them is in the order of the device's one
 /// stream, so nothing else says that a launch uses them.
 ///
 /// # Errors
@@ -107,6 +107,8 @@ pub(crate) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
     let base = match (&storage.slice, dtype) {
         (CudaStorageSlice::F32(data), DType::F32) => data.device_ptr(&stream).0,
         (CudaStorageSlice::BF16(data), DType::BF16) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U8(data), DType::U8) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U32(data), DType::U32) => data.device_ptr(&stream).0,
         _ => bail!("{dtype:?} was expected, got {:?}", tensor.dtype()),
     };
     Ok(base + (start * dtype.size_in_bytes()) as u64)

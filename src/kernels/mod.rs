@@ -4,9 +4,13 @@
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod attention;
+#[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
+#[cfg(feature = "cuda")]
+mod products;
 #[cfg(feature = "cuda")]
 pub(crate) mod rows;
 #[cfg(all(test, unix))]
@@ -26,4 +30,5 @@ const SOURCE: &str = concat!(
     include_str!("gamma.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
+    include_str!("attention.cu"),
 );
