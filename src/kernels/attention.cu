@@ -83,22 +83,6 @@ DEVICE Quad dropout_factors(Attention of, ScoreRow row, u32 quad) {
     return m;
 }
 
-// The sum, or the largest, of what the threads of a row have put into `part`, in a fixed order; the whole block calls it.
-DEVICE float fold_row(float *part, u32 lanes, int sum) {
-    u32 lane = THREAD % lanes;
-    BARRIER
-    for (u32 half = lanes / 2; half > 0; half /= 2) {
-        if (lane < half) {
-            float a = part[THREAD], b = part[THREAD + half];
-            part[THREAD] = sum ? a + b : a > b ? a : b;
-        }
-        BARRIER
-    }
-    float folded = part[THREAD - lane];
-    BARRIER
-    return folded;
-}
-
 // P M, dropped softmax, (rows, keys padded), and the logarithms of the sums (rows); in single precision it may take the
 // place of the scores. A row that sees nothing becomes zero and its logarithm infinite, so that backward's
 // exp(score - logarithm) is zero again.
@@ -111,14 +95,14 @@ KERNEL attention_softmax(Attention of, const float *scores, void *weights, float
         for (u32 k = 0; k < 4; k++) top = s.x[k] > top ? s.x[k] : top;
     }
     part[THREAD] = top;
-    top = fold_row(part, of.lanes, 0);
+    top = fold_lanes(part, of.lanes, 0);
     if (top == -1.0f / 0.0f) top = 0.0f;
     for (u32 quad = row.lane; 4 * (u64)quad < row.seen; quad += of.lanes) {
         Quad s = visible_scores(of, row, scores, quad);
         for (u32 k = 0; k < 4; k++) sum += expf(s.x[k] - top);
     }
     part[THREAD] = sum;
-    sum = fold_row(part, of.lanes, 1);
+    sum = fold_lanes(part, of.lanes, 1);
     float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     if (row.quads && row.lane == 0) log_sums[row.index] = sum == 0.0f ? 1.0f / 0.0f : top + logf(sum);
     for (u32 quad = row.lane; quad < row.quads; quad += of.lanes) {
@@ -144,7 +128,7 @@ KERNEL attention_slopes(Attention of, const float *scores, const float *log_sums
         for (u32 k = 0; k < 4; k++) along += expf(s.x[k] - log_sum) * m.x[k] * g.x[k];
     }
     part[THREAD] = along;
-    along = fold_row(part, of.lanes, 1);
+    along = fold_lanes(part, of.lanes, 1);
     for (u32 quad = row.lane; quad < row.quads; quad += of.lanes) {
         Quad w = {{0.0f, 0.0f, 0.0f, 0.0f}}, d = w;
         if (4 * (u64)quad < row.seen) {

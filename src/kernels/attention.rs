@@ -80,10 +80,12 @@ impl Attention {
         let log_sums = empty(device, &(batches, heads, queries).into(), DType::F32)?;
 
         let mut table = self.table();
-        let (of_q, of_k) = (table.operand(&[&q], self.query_heads())?, table.operand(&[&k], self.key_heads())?);
+        let (of_q, of_k) =
+            (table.operand(&[&q], self.query_heads())?, table.operand(&[&k], self.key_heads())?);
         let of_scores = table.operand(&[&scores], self.score_heads())?;
         let of_weights = table.operand(&[&weights], self.score_heads())?;
-        let (of_v, of_y) = (table.operand(&[&v], self.key_heads())?, table.operand(&[&y], self.query_heads())?);
+        let (of_v, of_y) =
+            (table.operand(&[&v], self.key_heads())?, table.operand(&[&y], self.query_heads())?);
         let products = table.fill(device)?;
 
         products.multiply([queries, keys, dim], of_q, of_k.t(), of_scores)?;
@@ -134,8 +136,7 @@ impl Attention {
 
         products.multiply([queries, keys, dim], of_q_dy, of_k_v.t(), of_scores_dp)?;
         let (call, blocks) = self.call(dtype)?;
-        let [from, grad, sums] =
-            [&scores, &dp, log_sums].map(|tensor| address(tensor, DType::F32));
+        let [from, grad, sums] = [&scores, &dp, log_sums].map(|tensor| address(tensor, DType::F32));
         let (from, grad, sums) = (from?, grad?, sums?);
         let (to, slopes) = (address(&weights, dtype)?, address(&ds, dtype)?);
         launch!(device; grid(blocks); attention_slopes(&call, &from, &sums, &grad, &to, &slopes));

@@ -40,7 +40,10 @@ static double lgamma_alone(double x) {
 #include "gamma.cu"
 #include "draw.cu"
 #include "update.cu"
+#include "fold.cu"
 #include "attention.cu"
+#include "loss.cu"
+#include "gather.cu"
 
 // Calls a kernel from all threads of all blocks; none begins a block before all have left the last.
 template <typename Call> static void launch_rows(unsigned rows, unsigned blocks, Call call) {
@@ -210,6 +213,7 @@ static void dropout(void) {
 }
 
 #include "host_attention.cpp"
+#include "host_loss.cpp"
 
 int main(void) {
     switch (word()) {
@@ -221,6 +225,8 @@ int main(void) {
     case 5: dropout(); break;
     case 6: norm(); break;
     case 20: attention(); break;
+    case 21: cross_entropy(); break;
+    case 22: rows_moved(); break;
     default: return 2;
     }
     return 0;

@@ -6,7 +6,11 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
+pub(crate) mod gather;
+#[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+pub(crate) mod loss;
 #[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
 #[cfg(feature = "cuda")]
@@ -30,5 +34,8 @@ const SOURCE: &str = concat!(
     include_str!("gamma.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
+    include_str!("fold.cu"),
     include_str!("attention.cu"),
+    include_str!("loss.cu"),
+    include_str!("gather.cu"),
 );

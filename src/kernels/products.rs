@@ -204,9 +204,7 @@ fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
 /// What candle's own products of this dtype compute in.
 fn compute_type(dtype: DType) -> sys::cublasComputeType_t {
     match dtype {
-        DType::F32 if gemm_reduced_precision_f32() => {
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
-        }
+        DType::F32 if gemm_reduced_precision_f32() => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         DType::BF16 if gemm_reduced_precision_bf16() => {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF
         }

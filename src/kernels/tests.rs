@@ -13,6 +13,7 @@ use crate::ops::{add_scaled_rows, layer_norm, rms_norm, OpPath};
 use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
 
 mod attention;
+mod loss;
 
 /// A request's words: integers, and doubles by their bits.
 #[derive(Default)]

@@ -45,8 +45,7 @@ impl Case {
         let Self { batches, heads: [heads, key_heads, dim], queries, keys, .. } = *self;
         let sizes = [batches, heads, key_heads, queries, keys, dim].map(|n| n as u64);
         let padded = !self.padding.is_empty();
-        let flags =
-            [dtype == DType::BF16, self.causal, padded, self.p > 0.0].map(u64::from);
+        let flags = [dtype == DType::BF16, self.causal, padded, self.p > 0.0].map(u64::from);
         let threshold = (self.p * 2f64.powi(32)) as u64;
         let mut request = Request::of(&[&[20], &sizes[..], &[self.lanes], &flags, &[threshold]].concat());
         request.0.extend([stream.key(), 3]);
@@ -99,7 +98,11 @@ impl Case {
                 let size = want.iter().fold(0f64, |size, x| size.max(x.abs()));
                 let error = got.iter().zip(want).map(|(got, want)| (got - want).abs());
                 let error = error.fold(0f64, |m, x| if x <= m { m } else { x });
-                if error == 0.0 { 0.0 } else { error / size }
+                if error == 0.0 {
+                    0.0
+                } else {
+                    error / size
+                }
             })
             .fold(0f64, |m, x| if x <= m { m } else { x })
         });
@@ -114,19 +117,20 @@ const SCALE: f64 = 0.7;
 fn cases() -> Vec<Case> {
     let base = Case::new;
     vec![
-        Case { lanes: 32, ..base(2, [2, 2, 3], 3, 5) },
-        Case { padding: vec![1, 0, 1, 1, 0, 0, 0, 0], p: 0.25, ..base(2, [2, 2, 4], 5, 4) },
-        Case { causal: true, lanes: 1, p: 0.4, ..base(1, [4, 2, 3], 3, 7) },
-        Case { causal: true, lanes: 2, ..base(2, [6, 2, 2], 9, 5) },
-        Case { p: 0.1, lanes: 8, padding: [[1; 37], [0; 37]].concat(), ..base(2, [3, 1, 4], 4, 37) },
-        Case { p: 0.1, causal: true, lanes: 32, ..base(1, [2, 1, 2], 40, 161) },
+        Case { lanes: 32, ..base(2, [2, 2, 16], 3, 5) },
+        Case { padding: vec![1, 0, 1, 1, 0, 0, 0, 0], p: 0.25, ..base(2, [2, 2, 16], 5, 4) },
+        Case { causal: true, lanes: 1, p: 0.4, ..base(1, [4, 2, 16], 3, 7) },
+        Case { causal: true, lanes: 2, ..base(2, [6, 2, 12], 9, 5) },
+        Case { p: 0.1, lanes: 8, padding: [[1; 37], [0; 37]].concat(), ..base(2, [3, 1, 24], 4, 37) },
+        Case { p: 0.1, causal: true, lanes: 32, ..base(1, [2, 1, 24], 40, 161) },
     ]
 }
 
 #[test]
 fn an_attention_and_its_gradients_are_those_of_the_block() -> Result<()> {
     for (i, case) in cases().iter().enumerate() {
-        for (dtype, room) in [(DType::F32, 3e-6), (DType::BF16, 1.0 / 256.0)] {
+        // As bf16 the probabilities and their slopes are rounded before they are multiplied, and the products after it.
+        for (dtype, room) in [(DType::F32, 2e-5), (DType::BF16, 2.0 / 256.0)] {
             let errors = case.errors(dtype)?;
             assert!(errors.iter().all(|error| *error <= room), "case {i} in {dtype:?}: {errors:?}");
         }
