@@ -1,4 +1,5 @@
-//! Our own kernels for CUDA devices: the draw, norms, dropout, the gamma function's family, AdamW.
+//! Our own kernels for CUDA devices: the draw, norms, dropout, attention, cross-entropy, rows, the gamma
+//! function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.

@@ -18,7 +18,8 @@ use crate::util::simd::vectorized;
 ///
 /// Log-softmax, choice and mean in one node that keeps one number a row: backward makes
 /// `(softmax - onehot) / rows` in one pass. 2.8 times as fast forward and backward as the reference
-/// at 1024 x 50265, and without five tensors of that size.
+/// at 1024 x 50265, and without five tensors of that size. On a CUDA device (f32, bf16) a kernel each
+/// way reads the logits once.
 ///
 /// # Shapes
 /// - `logits`: `(n, classes)`

@@ -37,3 +37,29 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     assert!(on(&device, OpPath::Fused)? == want && on(&device, OpPath::Composed)? == want);
     Ok(())
 }
+
+#[test]
+fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let (places, total) = (vec![0, 3, 4, 11], 12);
+    let [here, there] = [&Device::Cpu, &device].map(|device| Rows::new(places.clone(), total, device));
+    let (here, there) = (here?, there?);
+    // Rows of whole words, and of an odd number of halves.
+    for dim in [6, 301] {
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let xs = normal("rows", &[total, dim]).to_dtype(dtype)?;
+            let taken = here.take(&xs, OpPath::Composed)?;
+            let put = here.put(&taken, OpPath::Composed)?;
+            let xs = xs.to_device(&device)?;
+            for path in [OpPath::Fused, OpPath::Composed] {
+                assert_eq!(flat(&there.take(&xs, path)?), flat(&taken), "{dim} {dtype:?} {path:?}");
+                assert_eq!(
+                    flat(&there.put(&there.take(&xs, path)?, path)?),
+                    flat(&put),
+                    "{dim} {dtype:?} {path:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
