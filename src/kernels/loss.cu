@@ -14,14 +14,46 @@ DEVICE Exponentials with_number(Exponentials e, float x) {
     return e;
 }
 
+// Four logits of the row that begins at `first`, a block's width apart: asked for together, a thread waits for them once.
+// What lies beyond the row is minus infinity.
+typedef struct { float x[4]; } Four;
+
+DEVICE Four load_four(const void *logits, u64 first, u64 i, u32 classes, u32 narrow) {
+    Four four;
+    for (u32 k = 0; k < 4; k++) {
+        four.x[k] = i + k * THREADS < classes ? load(logits, first + i + k * THREADS, narrow) : -1.0f / 0.0f;
+    }
+    return four;
+}
+
 // The logarithm of the sum of the exponentials of row `BLOCK`, one pass over it; the whole block calls it.
 DEVICE float log_sum_of_row(u64 first, u32 classes, u32 narrow, const void *logits, float *part) {
     Exponentials e = {-1.0f / 0.0f, 0.0f};
-    for (u32 i = THREAD; i < classes; i += THREADS) e = with_number(e, load(logits, first + i, narrow));
+    for (u64 i = THREAD; i < classes; i += 4 * THREADS) {
+        Four four = load_four(logits, first, i, classes, narrow);
+        for (u32 k = 0; k < 4; k++) e = with_number(e, four.x[k]);
+    }
     part[THREAD] = e.top;
     float top = fold_lanes(part, THREADS, 0);
     part[THREAD] = e.sum == 0.0f ? 0.0f : e.sum * expf(e.top - top);
     return top + logf(fold_lanes(part, THREADS, 1));
+}
+
+// by (softmax - onehot) of row `BLOCK`.
+DEVICE void store_slopes(u64 first, u32 classes, u32 narrow, float by, u32 label, float log_sum, const void *logits,
+                         void *slopes) {
+    for (u64 i = THREAD; i < classes; i += 4 * THREADS) {
+        Four four = load_four(logits, first, i, classes, narrow);
+        for (u32 k = 0; k < 4; k++) {
+            u64 at = i + k * THREADS;
+            float p = expf(four.x[k] - log_sum);
+            if (at < classes) store(slopes, first + at, narrow, by * (at == label ? p - 1.0f : p));
+        }
+    }
+}
+
+DEVICE void store_zeros(u64 first, u32 classes, u32 narrow, void *slopes) {
+    for (u64 i = THREAD; i < classes; i += THREADS) store(slopes, first + i, narrow, 0.0f);
 }
 
 // ln sum_j exp(x_j) - x_label of each row, (rows), 0 where the label is IGNORED; and the logarithms, (rows), or, `sloped`,
@@ -33,20 +65,14 @@ KERNEL cross_entropy(u32 classes, u32 narrow, u32 sloped, float factor, const vo
     u32 label = labels[BLOCK];
     if (label == IGNORED) {
         if (THREAD == 0) terms[BLOCK] = 0.0f;
-        for (u32 i = THREAD; sloped && i < classes; i += THREADS) store(slopes, first + i, narrow, 0.0f);
+        if (sloped) store_zeros(first, classes, narrow, slopes);
         return;
     }
     float right = THREAD == 0 ? load(logits, first + label, narrow) : 0.0f;
     float log_sum = log_sum_of_row(first, classes, narrow, logits, part);
     if (THREAD == 0) terms[BLOCK] = log_sum - right;
-    if (!sloped) {
-        if (THREAD == 0) log_sums[BLOCK] = log_sum;
-        return;
-    }
-    for (u32 i = THREAD; i < classes; i += THREADS) {
-        float p = expf(load(logits, first + i, narrow) - log_sum);
-        store(slopes, first + i, narrow, factor * (i == label ? p - 1.0f : p));
-    }
+    if (sloped) store_slopes(first, classes, narrow, factor, label, log_sum, logits, slopes);
+    else if (THREAD == 0) log_sums[BLOCK] = log_sum;
 }
 
 // The same gradient from the logarithms that were kept, `factor` times that of the loss, (1) as the logits.
@@ -54,15 +80,8 @@ KERNEL cross_entropy_slopes(u32 classes, u32 narrow, float factor, const void *l
                             const float *log_sums, const void *grad, void *slopes) {
     u64 first = (u64)BLOCK * classes;
     u32 label = labels[BLOCK];
-    float by = factor * load(grad, 0, narrow), log_sum = label == IGNORED ? 0.0f : log_sums[BLOCK];
-    for (u32 i = THREAD; i < classes; i += THREADS) {
-        float slope = 0.0f;
-        if (label != IGNORED) {
-            float p = expf(load(logits, first + i, narrow) - log_sum);
-            slope = by * (i == label ? p - 1.0f : p);
-        }
-        store(slopes, first + i, narrow, slope);
-    }
+    if (label == IGNORED) store_zeros(first, classes, narrow, slopes);
+    else store_slopes(first, classes, narrow, factor * load(grad, 0, narrow), label, log_sums[BLOCK], logits, slopes);
 }
 
 // factor times the sum of all terms, by one block.
