@@ -6,7 +6,8 @@
 //!
 //! The methods alternate step by step in one process, so that their ratio is fair on a noisy
 //! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
-//! after. Each method's peak memory comes from a process of its own.
+//! after. They share the frozen weights, which are made on the device. Each method's peak memory comes from a process
+//! of its own, on a device from its own steps.
 
 #![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
 
@@ -20,6 +21,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::output::tell;
+use common::random_weights::random_weights;
 use common::Outcome;
 use monteclora::metrics::median;
 use monteclora::train::peak_rss_bytes;
@@ -28,7 +30,7 @@ use monteclora::Error;
 use serde_json::{json, Value};
 
 /// The price of one training step, method by method, on random weights of a model's geometry. The methods
-/// alternate step by step; each one's peak memory comes from a process of its own.
+/// alternate step by step; on the CPU each one's peak memory comes from a process of its own.
 #[derive(Parser)]
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
@@ -47,7 +49,7 @@ struct Args {
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Leave out the peak memory, which takes three more steps of each method.
+    /// Leave out the peak memory, which on the CPU takes three more steps of each method.
     #[arg(long)]
     no_memory: bool,
     /// Where to write the table as JSON.
@@ -74,7 +76,8 @@ fn run() -> Outcome {
     }
     let (device, dtype) = (common::device(&args.device)?, common::dtype(&args.dtype)?);
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();
-    let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, dtype, &device);
+    let base = random_weights(dtype, &device);
+    let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, &base);
     let mut contenders = names.iter().map(new).collect::<Outcome<Vec<_>>>()?;
     // A method by itself is here for its peak memory, which the products would raise.
     let products = match contenders.len() {
@@ -95,25 +98,33 @@ fn run() -> Outcome {
     }
     gemm.extend(passes(args.steps / 2)?);
     let gemm = (!products.is_empty()).then(|| median(&gemm));
-    let mut rows = Vec::new();
-    for contender in &contenders {
-        let peak = match (contenders.len(), args.no_memory) {
-            (_, true) => None,
-            (1, _) => peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
-            _ => Some(alone(contender.name())?),
-        };
-        rows.push(row(contender, &args.geometry, peak, gemm));
+    let mut rows: Vec<_> = contenders.iter().map(|contender| row(contender, &args.geometry, gemm)).collect();
+    let write = |rows: &[Value]| -> Outcome<Value> {
+        let table = json!({
+            "rows": rows, "ratios": ratios(rows), "gemm_seconds_median": gemm, "machine": machine(&device),
+        });
+        if let Some(path) = &args.output {
+            files::write_json(path, &table)?;
+        }
+        Ok(table)
+    };
+    if !args.no_memory && device.is_cpu() {
+        write(&rows)?; // who has no time for the rest keeps the times
+        memory(&mut rows)?;
     }
-    let table = json!({
-        "rows": rows,
-        "ratios": ratios(&rows),
-        "gemm_seconds_median": gemm,
-        "machine": machine(&device),
-    });
-    if let Some(path) = &args.output {
-        files::write_json(path, &table)?;
+    tell!("{}", serde_json::to_string_pretty(&write(&rows)?)?);
+    Ok(())
+}
+
+/// Adds the peak memory of each method on the host: of this process where it is alone, else of one of its own.
+fn memory(rows: &mut [Value]) -> Outcome {
+    if let [row] = rows {
+        row["peak_rss_mb"] = peak_rss_bytes().map(|bytes| bytes as f64 / 1e6).into();
+        return Ok(());
     }
-    tell!("{}", serde_json::to_string_pretty(&table)?);
+    for row in rows {
+        row["peak_rss_mb"] = alone(row["method"].as_str().unwrap_or_default())?.into();
+    }
     Ok(())
 }
 
@@ -127,7 +138,7 @@ fn time_of(products: &[(Tensor, Tensor)], device: &Device) -> Outcome<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-fn row(contender: &Contender, geometry: &Geometry, peak_rss_mb: Option<f64>, gemm: Option<f64>) -> Value {
+fn row(contender: &Contender, geometry: &Geometry, gemm: Option<f64>) -> Value {
     let [forward, backward, optimizer] = contender.seconds().clone();
     let steps = forward.iter().zip(&backward).zip(&optimizer).map(|((f, b), o)| f + b + o);
     let step = median(&steps.collect::<Vec<f64>>());
@@ -137,7 +148,8 @@ fn row(contender: &Contender, geometry: &Geometry, peak_rss_mb: Option<f64>, gem
         "optimizer_seconds_median": median(&optimizer),
         "tokens_per_second": geometry.tokens() as f64 / step,
         "over_gemm": gemm.map(|gemm| step / gemm),
-        "peak_rss_mb": peak_rss_mb, "peak_device_mb": contender.peak_device_mb(),
+        "ready_seconds": contender.ready_seconds(),
+        "peak_rss_mb": null, "peak_device_mb": contender.peak_device_mb(),
         "trainable_parameters": contender.trainable_parameters(),
     })
 }
@@ -165,7 +177,8 @@ fn ratios(rows: &[Value]) -> Value {
     let over = |row: &Value, key: &str| Some(row[key].as_f64()? / lora[key].as_f64()?);
     let entries = rows.iter().filter(|row| row["method"] != "lora").map(|row| {
         let name = format!("{}/lora", row["method"].as_str().unwrap_or_default());
-        (name, json!({ "time": over(row, "step_seconds_median"), "memory": over(row, "peak_rss_mb") }))
+        let memory = over(row, "peak_device_mb").or_else(|| over(row, "peak_rss_mb"));
+        (name, json!({ "time": over(row, "step_seconds_median"), "memory": memory }))
     });
     Value::Object(entries.collect())
 }

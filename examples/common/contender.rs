@@ -1,4 +1,4 @@
-//! One method on its own copy of a model with random weights: what the throughput example times.
+//! One method on a model with random weights: what the throughput example times.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::path::Path;
@@ -15,9 +15,11 @@ use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassificatio
 use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::util::device::{peak_device_bytes, reset_peak_device_bytes};
 use monteclora::{Error, MonteCLoRAConfig, Regularizer};
 use serde_json::Value;
 
+use super::random_weights::random_weights;
 use super::Outcome;
 
 // Sizes of a step. No doc comment, which clap would take for the program's description.
@@ -93,44 +95,53 @@ impl Model {
         }
     }
 
-    /// The loss of full rows: their classes, or their next tokens.
-    fn loss(&self, ids: &Tensor, mask: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let (batch, length) = ids.dims2()?;
+    /// What full rows are to be: their classes, or their next tokens; i64 on the host, as of any batch.
+    fn labels(&self, ids: &[u32], length: usize) -> Vec<i64> {
+        match self {
+            Self::Encoder(_) => (0..(ids.len() / length) as i64).map(|row| row % 2).collect(),
+            Self::Decoder(_) => {
+                ids.chunks(length).flat_map(|row| &row[1..]).map(|id| i64::from(*id)).collect()
+            }
+        }
+    }
+
+    fn loss(&self, Batch { ids, mask, labels }: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         match self {
             Self::Encoder(model) => {
-                let labels: Vec<i64> = (0..batch as i64).map(|i| i % 2).collect();
-                let labels = Tensor::from_vec(labels, batch, ids.device())?;
-                ops::cross_entropy(&model.forward(ids, None, mask, cx)?, &labels, -100, cx.path)
+                ops::cross_entropy(&model.forward(ids, None, mask, cx)?, labels, -100, cx.path)
             }
             Self::Decoder(model) => {
-                let hidden = model.hidden(ids, mask, None, cx)?.narrow(1, 0, length - 1)?.flatten_to(1)?;
-                let next = ids.narrow(1, 1, length - 1)?.flatten_all()?.to_dtype(DType::I64)?;
-                model.token_loss(&hidden, &next, cx)
+                let before_last = ids.dim(1)? - 1;
+                let hidden = model.hidden(ids, mask, None, cx)?.narrow(1, 0, before_last)?.flatten_to(1)?;
+                model.token_loss(&hidden, labels, cx)
             }
         }
     }
 }
 
-/// One method on its own copy of the model.
+struct Batch {
+    ids: Tensor,    // (b, t)
+    mask: Tensor,   // (b, t)
+    labels: Tensor, // (b) or (b (t - 1)), on the host
+}
+
+/// One method on a model of its own, whose frozen weights it shares with the others.
 pub struct Contender {
     name: String,
     model: Model,
     regularizer: Option<Regularizer>,
     params: Params,
     optimizer: AdamW,
-    batch: (Tensor, Tensor), // ids and mask, (b, t)
-    seconds: [Vec<f64>; 3],  // forward, backward, optimiser
+    batch: Batch,
+    ready_seconds: f64,
+    seconds: [Vec<f64>; 3], // forward, backward, optimiser
     device_bytes: Option<u64>,
 }
 
 impl Contender {
-    pub fn new(
-        name: &str,
-        config: &Path,
-        geometry: &Geometry,
-        dtype: DType,
-        device: &Device,
-    ) -> Outcome<Self> {
+    /// A method on weights of `base`; full fine-tuning, which changes them, on its own in single precision.
+    pub fn new(name: &str, config: &Path, geometry: &Geometry, base: &VarBuilder<'static>) -> Outcome<Self> {
+        let (start, device) = (Instant::now(), base.device());
         let Geometry { batch, length, rank, num_components, .. } = *geometry;
         if batch == 0 || length < 2 {
             return Err("--batch must be at least 1 and --length at least 2".into());
@@ -141,21 +152,13 @@ impl Contender {
         if let Some(layers) = geometry.num_layers {
             json["num_hidden_layers"] = layers.into();
         }
-        let random = Params::new(Noise::new(1), device);
-        let vb = random.var_builder(None, Role::Base);
-        let mut model = Model::load(&json, vb.clone(), vb)?;
-        let mut params = random.clone();
-        if name != "full" {
-            let frozen = random
-                .all()
-                .into_iter()
-                .map(|(name, p)| Ok((name, p.var.as_detached_tensor().to_dtype(dtype)?)));
-            let frozen = frozen.collect::<candle_core::Result<_>>()?;
-            let frozen = VarBuilder::from_tensors(frozen, dtype, device);
-            params = Params::new(Noise::new(3), device);
-            let head = params.var_builder(Some(frozen.clone()), Role::Head);
-            model = Model::load(&json, frozen, head)?;
-        }
+        let params = Params::new(Noise::new(3), device);
+        let mut model = if name == "full" {
+            let trained = params.var_builder(Some(random_weights(DType::F32, device)), Role::Base);
+            Model::load(&json, trained.clone(), trained)?
+        } else {
+            Model::load(&json, base.clone(), params.var_builder(None, Role::Head))?
+        };
         let targets = Targets::parse(&geometry.targets)?;
         let mut regularizer = None;
         match name {
@@ -182,24 +185,33 @@ impl Contender {
             return Err(format!("vocab_size: expected more than 5, got {vocabulary}").into());
         }
         let ids: Vec<u32> = (0..batch * length).map(|i| (5 + i * 7919 % (vocabulary - 5)) as u32).collect();
-        let ids = Tensor::from_vec(ids, (batch, length), device)?;
-        let mask = Tensor::ones((batch, length), DType::U8, device)?;
+        let batch = Batch {
+            labels: Tensor::new(model.labels(&ids, length), &Device::Cpu)?,
+            ids: Tensor::from_vec(ids, (batch, length), device)?,
+            mask: Tensor::ones((batch, length), DType::U8, device)?,
+        };
         let optimizer = AdamW::new(&params, AdamWConfig::default())?;
-        let (name, seconds) = (name.to_string(), Default::default());
+        device.synchronize()?;
         Ok(Self {
-            name,
+            name: name.to_string(),
             model,
             regularizer,
             params,
             optimizer,
-            batch: (ids, mask),
-            seconds,
+            batch,
+            ready_seconds: start.elapsed().as_secs_f64(),
+            seconds: Default::default(),
             device_bytes: None,
         })
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Seconds until the model was ready; the first one makes the weights.
+    pub fn ready_seconds(&self) -> f64 {
+        self.ready_seconds
     }
 
     /// Seconds of forward, backward (with clipping) and optimiser, of each step.
@@ -216,29 +228,30 @@ impl Contender {
         self.params.trainable_count()
     }
 
-    /// The most memory (MB) that was in use on the device between forward and backward, where it has
-    /// its own.
+    /// The most memory (MB) that was in use on a CUDA device during its steps: with the adapters and moments of the
+    /// methods beside it.
     pub fn peak_device_mb(&self) -> Option<f64> {
         self.device_bytes.map(|bytes| bytes as f64 / 1e6)
     }
 
     /// One training step.
     pub fn step(&mut self, draw: u64) -> Outcome {
-        let (pass, (ids, mask)) = (Pass::Train { draw }, &self.batch);
+        let (pass, device) = (Pass::Train { draw }, self.batch.ids.device());
+        reset_peak_device_bytes(device);
         let start = Instant::now();
-        let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(&self.batch, &pass.into())?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
             loss = (loss + regularizer.for_model(self.model.adaptable(), pass)?.total)?;
         }
         loss.to_scalar::<f32>()?; // waits for the device
         let forward = Instant::now();
-        self.device_bytes = self.device_bytes.max(super::device_bytes_in_use(ids.device()));
         let mut grads = Gradients::new();
         grads.accumulate(&self.params, &loss.backward()?)?;
         clip_grad_norm(&mut grads, 1.0)?;
         let backward = Instant::now();
         self.optimizer.step(&grads, 1e-4)?;
-        ids.device().synchronize()?;
+        device.synchronize()?;
+        self.device_bytes = self.device_bytes.max(peak_device_bytes(device));
         let spans = [forward - start, backward - forward, backward.elapsed()];
         self.seconds.iter_mut().zip(spans).for_each(|(all, span)| all.push(span.as_secs_f64()));
         Ok(())

@@ -12,6 +12,7 @@ pub mod log;
 pub mod options;
 pub mod output;
 pub mod predict;
+pub mod random_weights;
 pub mod rows;
 pub mod tasks;
 pub mod watch;
@@ -55,7 +56,7 @@ pub fn device(text: &str) -> Outcome<Device> {
         ("cpu", _) => Ok(Device::Cpu),
         ("cuda", index) => {
             let index = index.parse().map_err(|_| format!("--device {text}: expected cuda:N"))?;
-            Ok(Device::new_cuda(index).map_err(|e| format!("--device {text}: {e}"))?)
+            Ok(monteclora::cuda_device(index)?)
         }
         _ => Err(format!("--device: expected cpu, cuda or cuda:N, got {text}").into()),
     }
@@ -76,19 +77,6 @@ pub fn dtype(text: &str) -> Outcome<DType> {
 pub fn reset_peak_memory() {
     #[cfg(target_os = "linux")]
     std::fs::write("/proc/self/clear_refs", "5").ok();
-}
-
-/// The bytes in use on a device with its own memory, by everyone; none on the CPU.
-#[cfg(feature = "cuda")]
-pub fn device_bytes_in_use(device: &Device) -> Option<u64> {
-    let (free, total) = device.as_cuda_device().ok()?.cuda_stream().context().mem_get_info().ok()?;
-    Some((total - free) as u64)
-}
-
-/// Without a device there is no memory of its own.
-#[cfg(not(feature = "cuda"))]
-pub fn device_bytes_in_use(_device: &Device) -> Option<u64> {
-    None
 }
 
 /// A progress bar on standard error.

@@ -1,6 +1,7 @@
 //! The attention core on f32 and bf16 tensors of a CUDA device: two kernels between matrix products.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Result, Tensor};
 
 use super::launch::{address, count, device_of, empty, grid, launch, THREADS};
@@ -73,25 +74,25 @@ impl Attention {
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let &Self { batches, heads, queries, keys, dim, .. } = self;
         let (device, dtype) = (device_of(q)?, q.dtype());
-        let (q, k, v) = (aligned(q)?, aligned(k)?, aligned(v)?);
+        let (q, k, v) = (aligned(device, q)?, aligned(device, k)?, aligned(device, v)?);
         let scores = empty(device, &self.scores(), DType::F32)?;
         let weights = self.beside(&scores, dtype)?;
         let y = empty(device, q.shape(), dtype)?;
         let log_sums = empty(device, &(batches, heads, queries).into(), DType::F32)?;
 
-        let mut table = self.table();
+        let mut table = self.table(device);
         let (of_q, of_k) =
             (table.operand(&[&q], self.query_heads())?, table.operand(&[&k], self.key_heads())?);
         let of_scores = table.operand(&[&scores], self.score_heads())?;
         let of_weights = table.operand(&[&weights], self.score_heads())?;
         let (of_v, of_y) =
             (table.operand(&[&v], self.key_heads())?, table.operand(&[&y], self.query_heads())?);
-        let products = table.fill(device)?;
+        let products = table.fill()?;
 
         products.multiply([queries, keys, dim], of_q, of_k.t(), of_scores)?;
-        let (call, blocks) = self.call(dtype)?;
-        let [from, to] = [address(&scores, DType::F32)?, address(&weights, dtype)?];
-        let sums = address(&log_sums, DType::F32)?;
+        let (call, blocks) = self.call(device, dtype)?;
+        let [from, to] = [address(device, &scores, DType::F32)?, address(device, &weights, dtype)?];
+        let sums = address(device, &log_sums, DType::F32)?;
         launch!(device; grid(blocks); attention_softmax(&call, &from, &to, &sums));
         products.multiply([queries, dim, keys], of_weights, of_v, of_y)?;
         Ok((y, log_sums))
@@ -113,7 +114,8 @@ impl Attention {
     ) -> Result<[Option<Tensor>; 3]> {
         let &Self { heads, key_heads, queries, keys, dim, .. } = self;
         let (device, dtype) = (device_of(q)?, q.dtype());
-        let (q, k, v, dy) = (aligned(q)?, aligned(k)?, aligned(v)?, aligned(grad)?);
+        let (q, k, v, dy) =
+            (aligned(device, q)?, aligned(device, k)?, aligned(device, v)?, aligned(device, grad)?);
         let scores = empty(device, &self.scores(), DType::F32)?;
         let dp = empty(device, &self.scores(), DType::F32)?;
         let (weights, ds) = (self.beside(&scores, dtype)?, self.beside(&dp, dtype)?);
@@ -122,7 +124,7 @@ impl Attention {
         let sums = if heads == key_heads { dtype } else { DType::F32 };
         let (dk, dv) = (empty(device, k.shape(), sums)?, empty(device, v.shape(), sums)?);
 
-        let mut table = self.table();
+        let mut table = self.table(device);
         let of_q_dy = table.operand(&[&q, &dy], self.query_heads())?;
         let of_k_v = table.operand(&[&k, &v], self.key_heads())?;
         let of_scores_dp = table.operand(&[&scores, &dp], self.score_heads())?;
@@ -132,21 +134,21 @@ impl Attention {
         let of_ds = table.operand(&[&ds], self.score_heads())?;
         let of_k = table.operand(&[&k], self.key_heads())?;
         let of_dq = table.operand(&[&dq], self.query_heads())?;
-        let products = table.fill(device)?;
+        let products = table.fill()?;
 
         products.multiply([queries, keys, dim], of_q_dy, of_k_v.t(), of_scores_dp)?;
-        let (call, blocks) = self.call(dtype)?;
-        let [from, grad, sums] = [&scores, &dp, log_sums].map(|tensor| address(tensor, DType::F32));
+        let (call, blocks) = self.call(device, dtype)?;
+        let [from, grad, sums] = [&scores, &dp, log_sums].map(|tensor| address(device, tensor, DType::F32));
         let (from, grad, sums) = (from?, grad?, sums?);
-        let (to, slopes) = (address(&weights, dtype)?, address(&ds, dtype)?);
+        let (to, slopes) = (address(device, &weights, dtype)?, address(device, &ds, dtype)?);
         launch!(device; grid(blocks); attention_slopes(&call, &from, &sums, &grad, &to, &slopes));
         products.multiply([keys, dim, queries], of_weights_ds.t(), of_dy_q, of_dv_dk)?;
         products.multiply([queries, dim, keys], of_ds, of_k, of_dq)?;
         Ok([Some(dq), Some(dk), Some(dv)])
     }
 
-    fn table(&self) -> Table {
-        Table::new(self.batches, self.key_heads, self.heads / self.key_heads)
+    fn table<'a>(&self, device: &'a CudaDevice) -> Table<'a> {
+        Table::new(device, self.batches, self.key_heads, self.heads / self.key_heads)
     }
 
     /// Elements of a row of scores: whole pairs of the kernels' quads.
@@ -183,11 +185,11 @@ impl Attention {
     }
 
     /// What the kernels are told, and their blocks: two quads for each thread of a row, and as many rows as have room.
-    fn call(&self, dtype: DType) -> Result<(Call, u32)> {
+    fn call(&self, device: &CudaDevice, dtype: DType) -> Result<(Call, u32)> {
         let rows = count(self.batches * self.heads * self.queries)?;
         let lanes = (count(self.keys)?.div_ceil(8)).next_power_of_two().min(THREADS);
         let dropout = self.dropout.unwrap_or(Dropout { key: 0, draw: 0, threshold: 0, kept: 1.0 });
-        let padding = self.padding.as_ref().map(|padding| address(padding, DType::U8)).transpose()?;
+        let padding = self.padding.as_ref().map(|padding| address(device, padding, DType::U8)).transpose()?;
         let call = Call {
             padding: padding.unwrap_or(0),
             key: dropout.key,
@@ -209,9 +211,9 @@ impl Attention {
 }
 
 /// The tensor itself where it is contiguous and begins on a multiple of 16 bytes, else a copy that does.
-fn aligned(tensor: &Tensor) -> Result<Tensor> {
+fn aligned(device: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.contiguous()?;
-    match address(&tensor, tensor.dtype())?.is_multiple_of(ALIGNMENT) {
+    match address(device, &tensor, tensor.dtype())?.is_multiple_of(ALIGNMENT) {
         true => Ok(tensor),
         false => tensor.force_contiguous(),
     }

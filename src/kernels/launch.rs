@@ -13,6 +13,10 @@ use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Stora
 /// Threads of a block: the kernels' `MOST_THREADS`.
 pub(super) const THREADS: u32 = 256;
 
+/// The most elements, rows or columns of one tensor. A thread's index in 32 bits steps past the last element by a
+/// whole grid of up to 2^16 threads before it stops, and must not begin anew there.
+pub(crate) const MOST: usize = (1 << 32) - (1 << 16);
+
 /// The program of all kernels, compiled at first need.
 ///
 /// # Errors
@@ -42,17 +46,30 @@ pub(crate) fn one_each(count: u32) -> LaunchConfig {
     grid(count.div_ceil(THREADS).max(1))
 }
 
+/// What a device can launch: a driver says no more of the rest than that a value is invalid.
+///
+/// # Errors
+/// If there is nothing to do or too much.
+pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
+    let (x, y, _) = config.grid_dim;
+    if (1..1 << 31).contains(&x) && (1..1 << 16).contains(&y) {
+        return Ok(());
+    }
+    bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty, or there is too much")
+}
+
 /// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
-/// in its own order and types.
+/// in its own order and types. Tensors among them come from [`address`], which compares their device with this one.
 macro_rules! launch {
     ($device:expr; $config:expr; $name:ident($($argument:expr),+)) => {{
         use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, WrapErr};
-        let program = $crate::kernels::program()?;
+        let (program, config) = ($crate::kernels::program()?, $config);
+        $crate::kernels::check(stringify!($name), &config)?;
         let function = $device.get_or_load_custom_func(stringify!($name), "monteclora", program)?;
         let mut launch = function.builder();
         $(launch.arg($argument);)+
         #[allow(unsafe_code)] // the arguments are those of the kernel, and its bounds those of the tensors
-        unsafe { launch.launch($config) }.w()?;
+        unsafe { launch.launch(config) }.w()?;
     }};
 }
 pub(crate) use launch;
@@ -71,19 +88,38 @@ pub(crate) fn device_of(tensor: &Tensor) -> Result<&CudaDevice> {
 /// A number of elements or a size as kernels count them.
 ///
 /// # Errors
-/// If it is 2^32 or more.
+/// If it is more than [`MOST`].
 pub(crate) fn count(n: usize) -> Result<u32> {
     match u32::try_from(n) {
-        Ok(n) => Ok(n),
-        Err(_) => bail!("the kernels count to 2^32, got {n}"),
+        Ok(n) if n as usize <= MOST => Ok(n),
+        _ => bail!("the kernels count to {MOST}, got {n}"),
     }
 }
 
+/// Refuses what lies elsewhere: an address of another GPU is none here, and on another stream of this one nothing says
+/// whether the memory is written yet.
+fn check_device(device: &CudaDevice, found: &CudaDevice, shape: &Shape) -> Result<()> {
+    if found.same_device(device) {
+        return Ok(());
+    }
+    let (here, there) = (device.location(), found.location());
+    if here == there {
+        bail!("a tensor {shape:?} belongs to another stream of {here:?}: take the device from `cuda_device`");
+    }
+    bail!("a launch on {here:?} was given a tensor {shape:?} on {there:?}")
+}
+
 /// Memory whose every element the next launch writes.
+///
+/// # Errors
+/// If that is none, of which a driver says no more than that a value is invalid, or there is no room.
 pub(crate) fn alloc_uninit<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
     device: &CudaDevice,
     len: usize,
 ) -> Result<CudaSlice<T>> {
+    if len == 0 {
+        bail!("a launch on {:?} would write nothing: a width or a count is 0", device.location());
+    }
     unsafe { device.alloc::<T>(len) }
 }
 
@@ -93,16 +129,17 @@ pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are. All work on them is in the order of the device's one
-/// stream, so nothing else says that a launch uses them.
+/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are on the device of the launch. All work
+/// on them is in the order of that device's one stream, so nothing else says that a launch uses them.
 ///
 /// # Errors
 /// If the tensor is not contiguous, of another dtype, or elsewhere.
-pub(crate) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
+pub(crate) fn address(device: &CudaDevice, tensor: &Tensor, dtype: DType) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("a contiguous tensor on a CUDA device was expected, got {layout:?} on {:?}", tensor.device());
     };
+    check_device(device, &storage.device, layout.shape())?;
     let stream = storage.device.cuda_stream();
     let base = match (&storage.slice, dtype) {
         (CudaStorageSlice::F32(data), DType::F32) => data.device_ptr(&stream).0,
@@ -114,11 +151,16 @@ pub(crate) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
     Ok(base + (start * dtype.size_in_bytes()) as u64)
 }
 
-/// The elements of a storage that is contiguous under `layout`.
+/// The elements of a storage that is contiguous under `layout`, on the device of the launch.
+///
+/// # Errors
+/// As [`address`].
 pub(crate) fn elements<'a, T: CudaDType>(
+    device: &CudaDevice,
     storage: &'a CudaStorage,
     layout: &Layout,
 ) -> Result<CudaView<'a, T>> {
+    check_device(device, &storage.device, layout.shape())?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
         None => bail!("a contiguous tensor was expected, got {layout:?}"),
@@ -137,6 +179,22 @@ pub(crate) fn tensor<T: CudaDType>(
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_much_or_nothing_is_refused_by_name() {
+        assert_eq!(count(MOST).expect("the most"), u32::MAX - 65535);
+        for n in [MOST + 1, (1 << 32) - 3, 1 << 32, usize::MAX] {
+            assert!(count(n).unwrap_err().to_string().contains(&n.to_string()));
+        }
+        let tensors = |y| LaunchConfig { grid_dim: (4, y, 1), ..grid(4) };
+        assert!(check("adamw", &tensors(65535)).is_ok() && check("adamw", &grid(1)).is_ok());
+        for config in [grid(0), grid(1 << 31), tensors(0), tensors(65536)] {
+            let error = check("adamw", &config).unwrap_err().to_string();
+            assert!(error.contains("adamw: ") && error.contains("65535"), "{error}");
+        }
+    }
+
     #[test]
     fn nvrtc_takes_the_kernels() {
         let program = super::compile().expect("a program");

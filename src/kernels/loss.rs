@@ -37,8 +37,9 @@ impl LabelledRows {
     /// # Errors
     /// Unless the kernels [`supports`] the logits, or if the device fails.
     pub fn log_sums(&self, first: usize, logits: &Tensor) -> Result<Tensor> {
-        let log_sums = empty(device_of(logits)?, &Shape::from(logits.dim(0)?), DType::F32)?;
-        self.read(first, &logits.contiguous()?, 0, address(&log_sums, DType::F32)?, 0)?;
+        let device = device_of(logits)?;
+        let log_sums = empty(device, &Shape::from(logits.dim(0)?), DType::F32)?;
+        self.read(first, &logits.contiguous()?, 0, address(device, &log_sums, DType::F32)?, 0)?;
         Ok(log_sums)
     }
 
@@ -47,7 +48,7 @@ impl LabelledRows {
     /// # Errors
     /// As [`Self::log_sums`].
     pub fn slopes_in_place(&self, first: usize, logits: &Tensor) -> Result<()> {
-        self.read(first, logits, 1, 0, address(logits, logits.dtype())?)
+        self.read(first, logits, 1, 0, address(device_of(logits)?, logits, logits.dtype())?)
     }
 
     fn read(&self, first: usize, logits: &Tensor, sloped: u32, log_sums: u64, slopes: u64) -> Result<()> {
@@ -55,8 +56,9 @@ impl LabelledRows {
         let (labels, terms) = (self.labels.narrow(0, first, rows)?, self.terms.narrow(0, first, rows)?);
         let (device, narrow) = (device_of(logits)?, narrow(logits));
         let (rows, classes, factor) = (count(rows)?, count(classes)?, 1.0 / self.counted as f32);
-        let (from, labels) = (address(logits, logits.dtype())?, address(&labels, DType::U32)?);
-        let terms = address(&terms, DType::F32)?;
+        let (from, labels) =
+            (address(device, logits, logits.dtype())?, address(device, &labels, DType::U32)?);
+        let terms = address(device, &terms, DType::F32)?;
         launch!(device; grid(rows); cross_entropy(
             &classes, &narrow, &sloped, &factor, &from, &labels, &terms, &log_sums, &slopes
         ));
@@ -73,9 +75,11 @@ impl LabelledRows {
         let slopes = empty(device, logits.shape(), logits.dtype())?;
         let (rows, classes) = logits.dims2()?;
         let (rows, classes, factor) = (count(rows)?, count(classes)?, 1.0 / self.counted as f32);
-        let (from, to) = (address(&logits, logits.dtype())?, address(&slopes, logits.dtype())?);
-        let (labels, log_sums) = (address(&self.labels, DType::U32)?, address(log_sums, DType::F32)?);
-        let grad = address(grad, logits.dtype())?;
+        let (from, to) =
+            (address(device, &logits, logits.dtype())?, address(device, &slopes, logits.dtype())?);
+        let (labels, log_sums) =
+            (address(device, &self.labels, DType::U32)?, address(device, log_sums, DType::F32)?);
+        let grad = address(device, grad, logits.dtype())?;
         launch!(device; grid(rows); cross_entropy_slopes(
             &classes, &narrow, &factor, &from, &labels, &log_sums, &grad, &to
         ));
@@ -91,7 +95,7 @@ impl LabelledRows {
         let loss = empty(device, &Shape::from(()), dtype)?;
         let (rows, narrow, factor) =
             (count(self.terms.elem_count())?, narrow(&loss), 1.0 / self.counted as f64);
-        let (terms, to) = (address(&self.terms, DType::F32)?, address(&loss, dtype)?);
+        let (terms, to) = (address(device, &self.terms, DType::F32)?, address(device, &loss, dtype)?);
         launch!(device; grid(1); mean_of_terms(&rows, &narrow, &factor, &terms, &to));
         Ok(loss)
     }

@@ -23,7 +23,7 @@ mod tests;
 
 #[cfg(feature = "cuda")]
 pub(crate) use launch::{
-    address, alloc_uninit, count, device_of, elements, grid, launch, one_each, program, tensor,
+    address, alloc_uninit, check, count, device_of, elements, grid, launch, one_each, program, tensor,
 };
 
 /// All kernels, as one program.

@@ -39,7 +39,7 @@ pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()>
         let len = count(update.value.elem_count())?;
         longest = longest.max(len);
         for tensor in [&update.value, &update.first, &update.second, &update.grad] {
-            table.push(address(tensor, DType::F32)?);
+            table.push(address(device, tensor, DType::F32)?);
         }
         let pair = |low: u32, high: f32| u64::from(low) | u64::from(high.to_bits()) << 32;
         table.extend([pair(len, update.keep), pair(update.rate.to_bits(), update.inverse)]);
@@ -65,7 +65,7 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
     let (device, mut table, mut longest) = (device_of(first)?, Vec::with_capacity(2 * tensors.len()), 0);
     for tensor in tensors {
         longest = longest.max(count(tensor.elem_count())?);
-        table.extend([address(tensor, DType::F32)?, tensor.elem_count() as u64]);
+        table.extend([address(device, tensor, DType::F32)?, tensor.elem_count() as u64]);
     }
     let (table, blocks) = (device.clone_htod(&table)?, blocks(longest));
     let mut sums = alloc_uninit::<f64>(device, tensors.len() * blocks as usize)?;

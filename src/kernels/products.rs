@@ -58,7 +58,8 @@ impl Operand {
 }
 
 /// The table before it is filled.
-pub(super) struct Table {
+pub(super) struct Table<'a> {
+    device: &'a CudaDevice,
     batches: usize,
     heads: usize,
     members: usize,
@@ -67,10 +68,10 @@ pub(super) struct Table {
     len: usize,
 }
 
-impl Table {
+impl<'a> Table<'a> {
     /// For products of `batches` times `heads` groups of `members` matrices.
-    pub fn new(batches: usize, heads: usize, members: usize) -> Self {
-        Self { batches, heads, members, lattices: Default::default(), used: 0, len: 0 }
+    pub fn new(device: &'a CudaDevice, batches: usize, heads: usize, members: usize) -> Self {
+        Self { device, batches, heads, members, lattices: Default::default(), used: 0, len: 0 }
     }
 
     /// Adds the matrices of contiguous tensors of one dtype that lie alike: products run over the matrices of all of
@@ -89,7 +90,7 @@ impl Table {
             };
             let bytes = |elements: usize| (elements * dtype.size_in_bytes()) as u64;
             *lattice = Lattice {
-                base: address(tensor, dtype)?,
+                base: address(self.device, tensor, dtype)?,
                 batch: bytes(strides.batch),
                 head: bytes(strides.head),
                 member: bytes(strides.member),
@@ -107,7 +108,8 @@ impl Table {
     ///
     /// # Errors
     /// If there are 2^32 matrices or more, or the device fails.
-    pub fn fill(self, device: &CudaDevice) -> Result<Products<'_>> {
+    pub fn fill(self) -> Result<Products<'a>> {
+        let device = self.device;
         let mut addresses = alloc_uninit::<i64>(device, self.len)?;
         let matrices = count(self.batches * self.heads * self.members)?;
         let (used, batches, heads, members) =

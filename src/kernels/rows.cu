@@ -102,7 +102,7 @@ KERNEL norm_backward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, con
 // choice: NaN stays NaN.
 KERNEL dropout_apply(u32 count, u32 narrow, u32 threshold, u64 key, u64 draw, float scale, const void *xs, void *ys) {
     u32 block = BLOCK * THREADS + THREAD;
-    if (block < (count + 3) / 4) {
+    if (block < count / 4 + (count % 4 > 0)) {
         Words words = philox(key, draw, block);
         for (u32 i = 0; i < 4 && 4 * block + i < count; i++) {
             float kept = words.w[i] >= threshold ? scale : 0.0f;
@@ -114,7 +114,7 @@ KERNEL dropout_apply(u32 count, u32 narrow, u32 threshold, u64 key, u64 draw, fl
 // The choice by itself, 1 for the elements that stay: for storage of other kinds.
 KERNEL keep_mask(u32 count, u32 threshold, u64 key, u64 draw, unsigned char *keep) {
     u32 block = BLOCK * THREADS + THREAD;
-    if (block < (count + 3) / 4) {
+    if (block < count / 4 + (count % 4 > 0)) {
         Words words = philox(key, draw, block);
         for (u32 i = 0; i < 4 && 4 * block + i < count; i++) keep[4 * block + i] = words.w[i] >= threshold;
     }

@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::launch::{address, count, device_of, empty, grid, launch, one_each};
+use super::launch::{address, count, device_of, empty, grid, launch, one_each, MOST};
 
 /// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
 pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
@@ -16,7 +16,7 @@ pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) ->
 
 /// The same of one tensor, by what it is.
 pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
-    device.is_cuda() && (1..1 << 32).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
+    device.is_cuda() && (1..=MOST).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
 }
 
 /// A norm over the rows of `xs`, or of `xs + residual`; without centring an RMS norm.
@@ -39,8 +39,8 @@ impl Norm<'_> {
     pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
         let bias = bias.map(Tensor::contiguous).transpose()?;
         self.launch(|call| {
-            let (biased, bias) = optional(bias.as_ref(), self.xs.dtype())?;
             let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
+            let (biased, bias) = optional(device, bias.as_ref(), self.xs.dtype())?;
             launch!(device; grid(*rows); norm_forward(
                 dim, narrow, centred, eps, added, &biased, xs, residual, weight, &bias, ys
             ));
@@ -55,8 +55,8 @@ impl Norm<'_> {
     pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.contiguous()?;
         self.launch(|call| {
-            let grad = address(&grad, self.xs.dtype())?;
             let Call { device, rows, dim, narrow, centred, eps, added, xs, residual, weight, ys } = call;
+            let grad = address(device, &grad, self.xs.dtype())?;
             launch!(device; grid(*rows); norm_backward(
                 dim, narrow, centred, eps, added, xs, residual, weight, &grad, ys
             ));
@@ -71,7 +71,7 @@ impl Norm<'_> {
         let residual = self.residual.map(Tensor::contiguous).transpose()?;
         let dim = weight.elem_count();
         let ys = empty(device, xs.shape(), xs.dtype())?;
-        let (added, residual) = optional(residual.as_ref(), xs.dtype())?;
+        let (added, residual) = optional(device, residual.as_ref(), xs.dtype())?;
         launch(&Call {
             device,
             rows: count(xs.elem_count() / dim)?,
@@ -80,10 +80,10 @@ impl Norm<'_> {
             centred: self.centred.into(),
             eps: self.eps as f32,
             added,
-            xs: address(&xs, xs.dtype())?,
+            xs: address(device, &xs, xs.dtype())?,
             residual,
-            weight: address(&weight, xs.dtype())?,
-            ys: address(&ys, xs.dtype())?,
+            weight: address(device, &weight, xs.dtype())?,
+            ys: address(device, &ys, xs.dtype())?,
         })?;
         Ok(ys)
     }
@@ -112,7 +112,7 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = empty(device, xs.shape(), xs.dtype())?;
     let (len, narrow, scale) = (count(xs.elem_count())?, narrow(&xs), scale as f32);
-    let (from, to) = (address(&xs, xs.dtype())?, address(&ys, xs.dtype())?);
+    let (from, to) = (address(device, &xs, xs.dtype())?, address(device, &ys, xs.dtype())?);
     launch!(device; one_each(len.div_ceil(4)); dropout_apply(
         &len, &narrow, &threshold, &key, &draw, &scale, &from, &to
     ));
@@ -125,6 +125,7 @@ pub(super) fn narrow(tensor: &Tensor) -> u32 {
 }
 
 /// Whether there is a tensor, and where.
-fn optional(tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
-    Ok((tensor.is_some().into(), tensor.map(|tensor| address(tensor, dtype)).transpose()?.unwrap_or(0)))
+fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+    let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
+    Ok((tensor.is_some().into(), place.unwrap_or(0)))
 }

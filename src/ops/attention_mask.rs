@@ -62,6 +62,13 @@ impl Shape {
                 v.dims()
             );
         }
+        // Candle's kernels count the elements of a tensor in 32 bits, and go on for ever where there are more.
+        let scores = [heads, tq, tk].iter().fold(b, |count, of| count.saturating_mul(*of));
+        if q.device().is_cuda() && scores >= 1 << 32 {
+            bail!(
+                "attention: {b} rows x {heads} heads x {tq} x {tk} scores are 2^32 or more: take fewer rows"
+            );
+        }
         Ok(Self { b, tq, tk, heads, kv_heads, dim })
     }
 

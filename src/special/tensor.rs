@@ -143,12 +143,14 @@ impl CustomOp1 for Family {
         let (derivative, len) = (*self as u32, count(n)?);
         let out = match storage.dtype() {
             DType::F32 => {
-                let (xs, mut ys) = (elements::<f32>(storage, layout)?, alloc_uninit::<f32>(&device, n)?);
+                let (xs, mut ys) =
+                    (elements::<f32>(&device, storage, layout)?, alloc_uninit::<f32>(&device, n)?);
                 launch!(&device; one_each(len); gamma_family_f32(&derivative, &len, &xs, &mut ys));
                 CudaStorage::wrap_cuda_slice(ys, device)
             }
             DType::F64 => {
-                let (xs, mut ys) = (elements::<f64>(storage, layout)?, alloc_uninit::<f64>(&device, n)?);
+                let (xs, mut ys) =
+                    (elements::<f64>(&device, storage, layout)?, alloc_uninit::<f64>(&device, n)?);
                 launch!(&device; one_each(len); gamma_family_f64(&derivative, &len, &xs, &mut ys));
                 CudaStorage::wrap_cuda_slice(ys, device)
             }

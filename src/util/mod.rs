@@ -1,6 +1,7 @@
 //! What every floor leans on, and nothing of it knows the method.
 
 pub(crate) mod check;
+pub mod device;
 pub(crate) mod dtype;
 pub mod files;
 pub(crate) mod finite;

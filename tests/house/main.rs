@@ -3,6 +3,7 @@
 //!
 //! Nothing here needs candle or the crate itself: it reads files.
 
+mod devices;
 mod documents;
 mod examples;
 mod floors;

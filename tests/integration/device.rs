@@ -13,7 +13,7 @@ use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
 };
-use monteclora::{KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass};
+use monteclora::{cuda_device, KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass};
 
 use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
@@ -57,7 +57,7 @@ fn losses(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
 
 #[test]
 fn training_on_a_device_is_training_on_the_host() -> Outcome {
-    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], Device::new_cuda(0)?);
+    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], cuda_device(0)?);
     // Of one length: the host leaves padding out, and dropout then meets other elements.
     let rows: Vec<_> = rows(80, false).into_iter().filter(|row| row.ids.len() == 8).collect();
     for files in [checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?] {
@@ -89,7 +89,7 @@ fn training_on_a_device_is_training_on_the_host() -> Outcome {
 
 #[test]
 fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
-    let (dir, device) = (tempfile::tempdir()?, Device::new_cuda(0)?);
+    let (dir, device) = (tempfile::tempdir()?, cuda_device(0)?);
     let (files, rows) = (checkpoint(dir.path())?, rows(16, false));
     let method = &methods()[0];
     let classifier = load(&files, method, DType::F32, &device)?;
@@ -106,7 +106,7 @@ fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
 
 #[test]
 fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
-    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], Device::new_cuda(0)?);
+    let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], cuda_device(0)?);
     let rows = rows(32, false);
     for files in [checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?] {
         for dtype in [DType::BF16, DType::F16] {
@@ -145,7 +145,7 @@ fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> 
                 GenerateConfig { max_new_tokens: 6, weights: Weights::Average(2), ..Default::default() };
             Ok((losses, generate(&model, &prompts, &config, &mut |_, _| true)?))
         };
-        let ((got, said), (want, wanted)) = (run(&Device::new_cuda(0)?)?, run(&Device::Cpu)?);
+        let ((got, said), (want, wanted)) = (run(&cuda_device(0)?)?, run(&Device::Cpu)?);
         for (step, (got, want)) in got.iter().zip(&want).enumerate() {
             assert!(
                 (got - want).abs() < 1e-3 * want,

@@ -48,7 +48,7 @@ pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) 
     let diagonal = u32::from(config.covariance == Covariance::Diagonal);
 
     let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
-    let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(tensor, DType::F32));
+    let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(&device, tensor, DType::F32));
     let (a_data, rho_data, c_data) = (a_data?, rho_data?, c_data?);
     let (mut tril, mut rows) = (alloc_uninit::<f32>(&device, r * r)?, alloc_uninit::<f32>(&device, r)?);
     // Without components there is nothing in them, but not every device allocates nothing.
@@ -68,13 +68,13 @@ pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) 
         if !call.needs[1] && !call.needs[2] {
             return Ok([grad_a, None, None]);
         }
-        let grad = address(&call.grad, DType::F32)?;
+        let grad = address(&device, &call.grad, DType::F32)?;
         let mut shares = alloc_uninit::<f64>(&device, tiles as usize * r)?;
         launch!(&device; grid(tiles); draw_along(
             &rank, &columns, &gaussian, &draw, &grad, &tril, &mut shares
         ));
         let rho_data = call.args[1].contiguous()?;
-        let (rho, mut along) = (address(&rho_data, DType::F32)?, alloc_uninit::<f64>(&device, r)?);
+        let (rho, mut along) = (address(&device, &rho_data, DType::F32)?, alloc_uninit::<f64>(&device, r)?);
         let (mut drho, mut dc) = (alloc_uninit::<f32>(&device, r)?, alloc_uninit::<f32>(&device, some)?);
         launch!(&device; grid(1); draw_slopes(
             &rank, &n, &tiles, &eps, &rho, &shares, &pi, &slopes, &mut along, &mut drho, &mut dc
@@ -93,6 +93,7 @@ mod tests {
     use crate::monteclora::{MonteCLoRAConfig, NoiseStreams};
     use crate::noise::{Noise, Purpose};
     use crate::ops::OpPath;
+    use crate::util::device::cuda_device;
 
     /// A + Delta of a draw, and the gradients of A, rho and c, zero where there is none.
     fn draw(device: &Device, path: OpPath, config: &MonteCLoRAConfig, width: usize) -> Result<[Vec<f32>; 4]> {
@@ -120,7 +121,7 @@ mod tests {
 
     #[test]
     fn the_kernels_draw_what_composed_operations_draw_here_and_on_the_host() -> Result<()> {
-        let (host, device) = (Device::Cpu, Device::new_cuda(0)?);
+        let (host, device) = (Device::Cpu, cuda_device(0)?);
         for (rank, num_components, mixture, covariance, width) in [
             (8, 4, Mixture::Collapsed, Covariance::Full, 70),
             (8, 4, Mixture::Collapsed, Covariance::Diagonal, 768),

@@ -2,10 +2,11 @@
 //! a build for it that finds none fails here.
 
 use super::*;
+use crate::util::device::cuda_device;
 
 #[test]
 fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     for case in cases() {
         compare_on(&device, &case, OpPath::Composed, DType::F64, 1e-10);
         compare_on(&device, &case, OpPath::Composed, DType::F32, 2e-5);
@@ -16,7 +17,7 @@ fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Resul
 
 #[test]
 fn blocks_on_a_device_run_in_half_width() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     for case in cases() {
         compare_on(&device, &case, OpPath::Composed, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
@@ -26,9 +27,57 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
 }
 
 #[test]
+fn a_norm_on_a_device_takes_tensors_of_that_device_alone() -> Result<()> {
+    let device = cuda_device(0)?;
+    let xs = Tensor::arange(0f32, 900., &Device::Cpu)?.reshape((3, 300))?.sin()?;
+    let norm = |xs: &Tensor, weight: &Tensor| rms_norm(xs, weight, 1e-5, OpPath::Fused);
+    let (there, weight) = (xs.to_device(&device)?, xs.get(1)?);
+    let (got, want) = (norm(&there, &weight.to_device(&device)?)?, norm(&xs, &weight)?);
+    for (got, want) in flat(&got).iter().zip(flat(&want)) {
+        assert!((got - want).abs() < 1e-5, "{got} {want}");
+    }
+    // Another stream of the same GPU is no better than another GPU: nothing says whether the memory is written.
+    let others = [Some(Device::new_cuda_with_stream(0)?), cuda_device(1).ok()];
+    for other in others.into_iter().flatten() {
+        let error = norm(&there, &weight.to_device(&other)?).unwrap_err().to_string();
+        let stream = error.contains("belongs to another stream") && error.contains("`cuda_device`");
+        assert!(stream || error.contains("gpu_id: 1") && error.contains("was given a tensor"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
+    let (device, other) = (cuda_device(0)?, Device::new_cuda_with_stream(0)?);
+    let there = Tensor::ones((1, 5, 8), DType::F32, &device)?;
+    let elsewhere = there.to_device(&Device::Cpu)?.to_device(&other)?;
+    let attend = |k: &Tensor, padding: Option<Tensor>| {
+        let mask = Mask { padding, causal: None };
+        attention(&there, k, &there, 1, 1, 0.3, &mask, None, OpPath::Fused)
+    };
+    let padding = Tensor::ones((1, 5), DType::U8, &other)?;
+    let rows = Rows::new(vec![1, 3], 5, &other)?;
+    let results =
+        [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("belongs to another stream"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn scores_that_nothing_can_count_are_refused() -> Result<()> {
+    let xs = Tensor::ones((1, 1 << 16, 1), DType::F32, &cuda_device(0)?)?;
+    let error = attention(&xs, &xs, &xs, 1, 1, 1.0, &Mask::default(), None, OpPath::Fused).unwrap_err();
+    assert!(error.to_string().contains("65536 x 65536 scores"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     let ones = Tensor::ones(10_000, DType::F32, &Device::Cpu)?;
-    let (device, host) = (Device::new_cuda(0)?, Device::Cpu);
+    let (device, host) = (cuda_device(0)?, Device::Cpu);
     let on = |device: &Device, path| -> Result<Vec<f64>> {
         let ones = ones.to_device(device)?;
         Ok(flat(&dropout(&ones, 0.25, &stream(), 3, path)?))
@@ -40,7 +89,7 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
 
 #[test]
 fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     let (places, total) = (vec![0, 3, 4, 11], 12);
     let [here, there] = [&Device::Cpu, &device].map(|device| Rows::new(places.clone(), total, device));
     let (here, there) = (here?, there?);

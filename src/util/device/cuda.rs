@@ -1,0 +1,127 @@
+//! The one place where a CUDA device is made.
+#![allow(unsafe_code)] // the driver's own calls, on a device and a pool that it gave; and see `new`
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::result::{device, mem_pool, DriverError};
+use candle_core::cuda_backend::cudarc::driver::sys::{CUmemPool_attribute, CUmemoryPool};
+use candle_core::cuda_backend::cudarc::driver::CudaContext;
+use candle_core::{CudaDevice, Device};
+
+use crate::error::{Error, Result};
+
+/// What a call of the driver gives.
+type Driven<T> = std::result::Result<T, DriverError>;
+
+/// The device of this number, made at first need. It is kept until the process ends: two for one GPU would be two
+/// streams, and candle takes them for one device.
+pub(super) fn device(ordinal: usize) -> Result<Device> {
+    static DEVICES: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    // Held while the device is made, so that two threads do not make two. A panic leaves the map whole.
+    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = devices.get(&ordinal) {
+        return Ok(device.clone());
+    }
+    let device = new(ordinal)?;
+    devices.insert(ordinal, device.clone());
+    Ok(device)
+}
+
+fn new(ordinal: usize) -> Result<Device> {
+    let failed = |reason: String| Error::config("device", format!("cuda:{ordinal}: {reason}"));
+    let count = CudaContext::device_count().map_err(|e| failed(format!("there is no device: {e:?}")))?;
+    if !usize::try_from(count).is_ok_and(|count| ordinal < count) {
+        return Err(failed(format!("devices here: {count}, numbered from 0")));
+    }
+    let device = Device::new_cuda_with_stream(ordinal).map_err(|e| failed(e.to_string()))?;
+    let cuda = device.as_cuda_device()?;
+    // Nothing is allocated yet, and this stream is the only one that anything allocated will see: its order is the
+    // order of the host's calls, and an event for each use of each tensor would say the same again.
+    unsafe { cuda.disable_event_tracking() };
+    if let Some(pool) = pool(cuda) {
+        let all = u64::MAX; // of what is free: none of it goes back to the driver when the host waits
+        set(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, all)
+            .map_err(|e| failed(format!("its memory pool keeps nothing: {e:?}")))?;
+    }
+    Ok(device)
+}
+
+/// The pool that a device's memory comes from, where it has one.
+fn pool(device: &CudaDevice) -> Option<CUmemoryPool> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return None;
+    }
+    unsafe { device::get_default_mem_pool(context.cu_device()) }.ok()
+}
+
+fn set(pool: CUmemoryPool, attribute: CUmemPool_attribute, mut value: u64) -> Driven<()> {
+    unsafe { mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) }
+}
+
+fn get(pool: CUmemoryPool, attribute: CUmemPool_attribute) -> Driven<u64> {
+    let mut value = 0u64;
+    unsafe { mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()) }?;
+    Ok(value)
+}
+
+/// The mark, or what is in use: a mark that was just set to 0 may stay there until something is allocated.
+pub(super) fn peak_bytes(device: &Device) -> Option<u64> {
+    let pool = pool(device.as_cuda_device().ok()?)?;
+    let high = get(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).ok()?;
+    Some(high.max(get(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT).ok()?))
+}
+
+/// Where that fails, the peak is an earlier one.
+pub(super) fn reset_peak_bytes(device: &Device) {
+    if let Some(pool) = device.as_cuda_device().ok().and_then(pool) {
+        set(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Tensor};
+
+    use super::*;
+    use crate::util::device::{cuda_device, peak_device_bytes, reset_peak_device_bytes};
+
+    #[test]
+    fn a_device_is_one_for_all_threads_and_orders_its_work_by_itself() -> Result<()> {
+        let here = cuda_device(0)?;
+        let others: Vec<_> = (0..4).map(|_| std::thread::spawn(|| cuda_device(0))).collect();
+        for other in others {
+            assert!(other.join().expect("no panic")?.same_device(&here));
+        }
+        let device = here.as_cuda_device()?;
+        assert!(!device.is_event_tracking());
+        // Not a stream that is another one in every thread, the driver's number 2, nor the one that all wait for, 0.
+        assert!(device.cuda_stream().cu_stream() as usize > 2);
+        Ok(())
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_named() {
+        for ordinal in [4711, usize::MAX] {
+            let error = cuda_device(ordinal).unwrap_err().to_string();
+            assert!(error.contains(&format!("cuda:{ordinal}: devices here: ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_peak_is_of_what_was_in_use_together() -> Result<()> {
+        let device = cuda_device(0)?;
+        reset_peak_device_bytes(&device);
+        let Some(before) = peak_device_bytes(&device) else { return Ok(()) };
+        let bytes = 64 << 20;
+        for _ in 0..3 {
+            drop(Tensor::zeros(bytes, DType::U8, &device)?);
+        }
+        let peak = peak_device_bytes(&device).expect("as before") - before;
+        // Tests beside this one use memory, too.
+        assert!((bytes as u64..2 * bytes as u64).contains(&peak), "{peak}");
+        Ok(())
+    }
+}
