@@ -129,8 +129,8 @@ pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous tensor of `dtype`, f32 or bf16, are on the device of the launch. All work on them
-/// is in the order of that device's one stream, so nothing else says that a launch uses them.
+/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are on the device of the launch. All work
+/// on them is in the order of that device's one stream, so nothing else says that a launch uses them.
 ///
 /// # Errors
 /// If the tensor is not contiguous, of another dtype, or elsewhere.
@@ -144,6 +144,8 @@ pub(crate) fn address(device: &CudaDevice, tensor: &Tensor, dtype: DType) -> Res
     let base = match (&storage.slice, dtype) {
         (CudaStorageSlice::F32(data), DType::F32) => data.device_ptr(&stream).0,
         (CudaStorageSlice::BF16(data), DType::BF16) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U8(data), DType::U8) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U32(data), DType::U32) => data.device_ptr(&stream).0,
         _ => bail!("{dtype:?} was expected, got {:?}", tensor.dtype()),
     };
     Ok(base + (start * dtype.size_in_bytes()) as u64)

@@ -1,12 +1,21 @@
-//! Our own kernels for CUDA devices: the draw, norms, dropout, the gamma function's family, AdamW.
+//! Our own kernels for CUDA devices: the draw, norms, dropout, attention, cross-entropy, rows, the gamma
+//! function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod attention;
+#[cfg(feature = "cuda")]
+pub(crate) mod gather;
+#[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
+pub(crate) mod loss;
+#[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
+#[cfg(feature = "cuda")]
+mod products;
 #[cfg(feature = "cuda")]
 pub(crate) mod rows;
 #[cfg(all(test, unix))]
@@ -26,4 +35,8 @@ const SOURCE: &str = concat!(
     include_str!("gamma.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
+    include_str!("fold.cu"),
+    include_str!("attention.cu"),
+    include_str!("loss.cu"),
+    include_str!("gather.cu"),
 );

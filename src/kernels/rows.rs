@@ -119,7 +119,8 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
     Ok(ys)
 }
 
-fn narrow(tensor: &Tensor) -> u32 {
+/// Whether it is stored as bf16, as kernels are told.
+pub(super) fn narrow(tensor: &Tensor) -> u32 {
     u32::from(tensor.dtype() == DType::BF16)
 }
 

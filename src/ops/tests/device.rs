@@ -47,6 +47,26 @@ fn a_norm_on_a_device_takes_tensors_of_that_device_alone() -> Result<()> {
 }
 
 #[test]
+fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
+    let (device, other) = (cuda_device(0)?, Device::new_cuda_with_stream(0)?);
+    let there = Tensor::ones((1, 5, 8), DType::F32, &device)?;
+    let elsewhere = there.to_device(&Device::Cpu)?.to_device(&other)?;
+    let attend = |k: &Tensor, padding: Option<Tensor>| {
+        let mask = Mask { padding, causal: None };
+        attention(&there, k, &there, 1, 1, 0.3, &mask, None, OpPath::Fused)
+    };
+    let padding = Tensor::ones((1, 5), DType::U8, &other)?;
+    let rows = Rows::new(vec![1, 3], 5, &other)?;
+    let results =
+        [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("belongs to another stream"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn scores_that_nothing_can_count_are_refused() -> Result<()> {
     let xs = Tensor::ones((1, 1 << 16, 1), DType::F32, &cuda_device(0)?)?;
     let error = attention(&xs, &xs, &xs, 1, 1, 1.0, &Mask::default(), None, OpPath::Fused).unwrap_err();
@@ -64,5 +84,31 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     };
     let want = on(&host, OpPath::Fused)?;
     assert!(on(&device, OpPath::Fused)? == want && on(&device, OpPath::Composed)? == want);
+    Ok(())
+}
+
+#[test]
+fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
+    let device = cuda_device(0)?;
+    let (places, total) = (vec![0, 3, 4, 11], 12);
+    let [here, there] = [&Device::Cpu, &device].map(|device| Rows::new(places.clone(), total, device));
+    let (here, there) = (here?, there?);
+    // Rows of whole words, and of an odd number of halves.
+    for dim in [6, 301] {
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let xs = normal("rows", &[total, dim]).to_dtype(dtype)?;
+            let taken = here.take(&xs, OpPath::Composed)?;
+            let put = here.put(&taken, OpPath::Composed)?;
+            let xs = xs.to_device(&device)?;
+            for path in [OpPath::Fused, OpPath::Composed] {
+                assert_eq!(flat(&there.take(&xs, path)?), flat(&taken), "{dim} {dtype:?} {path:?}");
+                assert_eq!(
+                    flat(&there.put(&there.take(&xs, path)?, path)?),
+                    flat(&put),
+                    "{dim} {dtype:?} {path:?}"
+                );
+            }
+        }
+    }
     Ok(())
 }
