@@ -40,6 +40,8 @@ static double lgamma_alone(double x) {
 #include "gamma.cu"
 #include "draw.cu"
 #include "update.cu"
+#include "activation.cu"
+#include "linear.cu"
 
 // Calls a kernel from all threads of all blocks; none begins a block before all have left the last.
 template <typename Call> static void launch_rows(unsigned rows, unsigned blocks, Call call) {
@@ -208,8 +210,26 @@ static void dropout(void) {
     put_floats(ys, count + 1);
 }
 
+#include "host_activation.cpp"
+#include "host_linear.cpp"
+
 int main(void) {
-    void (*const requests[])(void) = {draw, noise, quantiles, family, optimizer, dropout, norm};
-    requests[word()]();
+    switch (word()) {
+    case 0: draw(); break;
+    case 1: noise(); break;
+    case 2: quantiles(); break;
+    case 3: family(); break;
+    case 4: optimizer(); break;
+    case 5: dropout(); break;
+    case 6: norm(); break;
+    case 30: gelu(); break;
+    case 31: silu_mul(); break;
+    case 32: rotary(); break;
+    case 33: bias(); break;
+    case 34: factors(); break;
+    case 35: product(); break;
+    case 36: joined(); break;
+    default: return 2;
+    }
     return 0;
 }

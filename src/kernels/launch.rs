@@ -42,6 +42,16 @@ pub(crate) fn one_each(count: u32) -> LaunchConfig {
     grid(count.div_ceil(THREADS).max(1))
 }
 
+/// A block for each of `rows` rows, or for some where they are very many: for kernels that take rows in strides.
+pub(super) fn some_rows(rows: u32) -> LaunchConfig {
+    grid(rows.clamp(1, 1 << 20))
+}
+
+/// Some four of `count` elements a thread: for kernels that take elements in strides.
+pub(super) fn spread(count: u32) -> LaunchConfig {
+    grid(count.div_ceil(4 * THREADS).clamp(1, 1 << 20))
+}
+
 /// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
 /// in its own order and types.
 macro_rules! launch {

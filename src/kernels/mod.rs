@@ -4,7 +4,13 @@
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod activation;
+#[cfg(feature = "cuda")]
+pub(crate) mod gemm;
+#[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+pub(crate) mod linear;
 #[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
 #[cfg(feature = "cuda")]
@@ -26,4 +32,6 @@ const SOURCE: &str = concat!(
     include_str!("gamma.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
+    include_str!("activation.cu"),
+    include_str!("linear.cu"),
 );

@@ -119,11 +119,12 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
     Ok(ys)
 }
 
-fn narrow(tensor: &Tensor) -> u32 {
+/// Whether the storage is bf16.
+pub(super) fn narrow(tensor: &Tensor) -> u32 {
     u32::from(tensor.dtype() == DType::BF16)
 }
 
 /// Whether there is a tensor, and where.
-fn optional(tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+pub(super) fn optional(tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
     Ok((tensor.is_some().into(), tensor.map(|tensor| address(tensor, dtype)).transpose()?.unwrap_or(0)))
 }
