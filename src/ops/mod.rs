@@ -26,6 +26,8 @@ mod linear;
 mod linear_loss;
 mod loss;
 mod low_rank;
+#[cfg(feature = "cuda")]
+mod low_rank_cuda;
 mod norm;
 mod norm_modules;
 mod path;
