@@ -1,4 +1,5 @@
-//! Our own kernels for CUDA devices: the draw, norms, dropout, the gamma function's family, AdamW.
+//! Our own kernels for CUDA devices: the draw, norms, dropout, activations, what stands beside the products of linear
+//! layers, the gamma function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.

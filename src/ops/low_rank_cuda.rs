@@ -3,14 +3,17 @@
 //! No activation is cast. A bf16 activation meets A and B as sums of three bf16 parts, which hold all 24 bits of them
 //! (`kernels/linear.cu`), in products that are summed in f32; so A, a draw around it included, is never rounded. The
 //! products `x A^T` and `dY B` are small and stay in f32; where they meet B, A and the activations again, they are two
-//! parts of 16 bits. What is added to `x W^T` and `dY W` is so within 2^-14 of its terms, and is added in f32.
+//! parts of 16 bits, which is 2^-14 of their terms.
+//!
+//! The low-rank part of an output, with the bias, is written first, and the large product is added to it in f32: that
+//! rounds the output once, and the small part by its own size. An output that was written first and added to would be
+//! rounded twice by the size of the whole. Either way an element is written, read and written.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::linear as base;
-use super::path::OpPath;
 use crate::kernels::gemm::{add_product, product, Mat};
-use crate::kernels::linear::Parts;
+use crate::kernels::linear::{bias_rows, Parts};
 use crate::kernels::rows::supports;
 
 /// Whether this way is open: an adapter of f32, activations of f32 or bf16, nothing empty, on a device.
@@ -55,17 +58,20 @@ impl Thin {
         let small = parts.map_or(Ok(thirds.clone()), |parts| parts.product(&thirds))?;
         let facing = parts.map_or(0..rank, |parts| parts.facing());
         let (left, right) = (Mat::new(&small)?, Mat::new(&b)?.columns(facing).t());
-        let y = match frozen {
-            Some((weight, bias)) => {
-                // Among the parts the bias is a column of B, which meets a one.
-                let bias = bias.filter(|_| parts.is_none());
-                let y = base::affine(true, OpPath::Composed, xs, weight, bias)?;
+        let y = match bias.filter(|_| parts.is_none()) {
+            Some(bias) => {
+                let y = bias_rows(&bias.to_dtype(DType::F32)?, &shape.clone().into())?;
                 add_product(&y, 1.0, &left, &right)?;
                 y
             }
-            None => product(1.0, &left, &right, DType::F32)?,
+            // Among the parts the bias is a column of B, which meets a one.
+            None => product(1.0, &left, &right, if frozen.is_some() { x.dtype() } else { DType::F32 })?,
         };
         drop((left, right));
+        if let Some((weight, _)) = frozen {
+            let weight = weight.to_dtype(x.dtype())?.contiguous()?;
+            add_product(&y, 1.0, &Mat::new(&x)?, &Mat::new(&weight)?.t())?;
+        }
         Ok((y.reshape(shape)?, Self { product: small, a, b, rank, parts, scale }))
     }
 
@@ -89,15 +95,12 @@ impl Thin {
         let dx = needs[0].then(|| {
             let facing = unled.map_or(0..self.rank, |parts| parts.facing());
             let (left, right) = (Mat::new(&u)?, Mat::new(&self.a)?.rows(facing));
-            match weight {
-                Some(weight) => {
-                    let dx = base::input_gradient(OpPath::Composed, &dy, weight)?;
-                    add_product(&dx, 1.0, &left, &right)?;
-                    Ok(dx)
-                }
-                None => product(1.0, &left, &right, x.dtype()),
-            }?
-            .reshape(xs.dims())
+            let dx = product(1.0, &left, &right, x.dtype())?;
+            if let Some(weight) = weight {
+                let weight = weight.to_dtype(x.dtype())?.contiguous()?;
+                add_product(&dx, 1.0, &Mat::new(&dy)?, &Mat::new(&weight)?)?;
+            }
+            dx.reshape(xs.dims())
         });
         let da = needs[1].then(|| {
             let columns = unled.map_or(0..self.rank, |parts| parts.halves());

@@ -22,7 +22,8 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Composed, DType::F16, 0.01);
     }
-    Ok(())
+    half::compare_in_half_width(&device, OpPath::Composed)?;
+    half::compare_in_half_width(&device, OpPath::Fused)
 }
 
 #[test]
