@@ -3,6 +3,8 @@
 
 use super::*;
 
+mod budget;
+
 #[test]
 fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Result<()> {
     let device = Device::new_cuda(0)?;
