@@ -40,3 +40,27 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     assert!(on(&device, OpPath::Fused)? == want && on(&device, OpPath::Composed)? == want);
     Ok(())
 }
+
+/// `(1 + 2^-12, 1)` is `(1, 1)` in bf16, whose product with `(1, -1)` is nothing.
+#[test]
+fn adapters_beside_a_half_width_base_are_not_rounded() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let tiny = 2f32.powi(-12);
+    let half = |values: &[f32], shape: (usize, usize)| -> Result<Tensor> {
+        Tensor::from_slice(values, shape, &device)?.to_dtype(DType::BF16)
+    };
+    let (signs, close) = ([1f32, -1.0], [1.0 + tiny, 1.0]);
+    let a = Var::from_slice(&close, (1, 2), &device)?;
+    let b = Var::from_slice(&close, (2, 1), &device)?;
+    let x = Var::from_tensor(&half(&signs, (1, 2))?)?;
+    let y = adapted_linear(&x, &half(&[0.0; 4], (2, 2))?, None, &a, &b, 1.0, OpPath::Fused)?;
+    assert_eq!(flat(&y.to_device(&Device::Cpu)?), [f64::from(tiny); 2]);
+    // The gradient of the output is (1, -1), too.
+    let store = (y * half(&signs, (1, 2))?)?.sum_all()?.backward()?;
+    let gradient =
+        |var: &Var| Ok::<_, candle_core::Error>(flat(&store.get(var).unwrap().to_device(&Device::Cpu)?));
+    assert_eq!(gradient(&x)?, [f64::from(tiny); 2]);
+    assert_eq!(gradient(&a)?, [f64::from(tiny), -f64::from(tiny)]);
+    assert_eq!(gradient(&b)?, [f64::from(tiny), -f64::from(tiny)]);
+    Ok(())
+}

@@ -12,8 +12,8 @@ fn roundings(name: &str) -> Option<f64> {
     }
     let of = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
     Some(match () {
-        // The projections, what is made of them, the output.
-        () if of(&["swiglu"]) => 4.0,
+        // The projections, their product, its gradient, that of a projection, the output.
+        () if of(&["swiglu"]) => 5.0,
         // The projection, the activation, the output; a sum, its norm, whose slope the sum's rounding moves.
         () if of(&["feed forward", "add layer norm, trained"]) => 3.0,
         // A bias or a low-rank part beside the product, rows that are added up.
