@@ -173,21 +173,33 @@ fn forward(
     Ok((y, Kept::Product(xs_a)))
 }
 
-/// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
+/// The gradients of `xs`, `a` and `b`.
 fn backward(
     path: OpPath,
-    [xs, a, b]: &[Tensor; 3],
+    args: &[Tensor; 3],
     needs: [bool; 3],
     grad: &Tensor,
     weight: Option<&Tensor>,
     kept: &Kept,
     scale: f64,
 ) -> Result<[Option<Tensor>; 3]> {
-    let xs_a = match kept {
-        Kept::Product(xs_a) => xs_a,
+    match kept {
+        Kept::Product(xs_a) => backward_of_products(path, args, needs, grad, weight, xs_a, scale),
         #[cfg(feature = "cuda")]
-        Kept::Thin(thin) => return thin.backward(xs, needs, grad, weight),
-    };
+        Kept::Thin(thin) => thin.backward(&args[0], needs, grad, weight),
+    }
+}
+
+/// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
+fn backward_of_products(
+    path: OpPath,
+    [xs, a, b]: &[Tensor; 3],
+    needs: [bool; 3],
+    grad: &Tensor,
+    weight: Option<&Tensor>,
+    xs_a: &Tensor,
+    scale: f64,
+) -> Result<[Option<Tensor>; 3]> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
     if path == OpPath::Fused {
         let (xs_dense, a, b) = (dense(xs)?, dense(a)?, dense(b)?);

@@ -67,7 +67,6 @@ impl Thin {
             // Among the parts the bias is a column of B, which meets a one.
             None => product(1.0, &left, &right, if frozen.is_some() { x.dtype() } else { DType::F32 })?,
         };
-        drop((left, right));
         if let Some((weight, _)) = frozen {
             let weight = weight.to_dtype(x.dtype())?.contiguous()?;
             add_product(&y, 1.0, &Mat::new(&x)?, &Mat::new(&weight)?.t())?;

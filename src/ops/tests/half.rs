@@ -59,7 +59,7 @@ fn beyond(what: &str, got: &Tensor, want: &Tensor, room: f64) -> Vec<String> {
     let mut found = Vec::new();
     for (row, (got, want)) in got.chunks(width).zip(want.chunks(width)).enumerate() {
         let most = room * want.iter().fold(0f64, |m, x| m.max(x.abs()));
-        let wrong = got.iter().zip(want).filter(|(got, want)| !((*got - *want).abs() <= most));
+        let wrong = got.iter().zip(want).filter(|(got, want)| !(0.0..=most).contains(&(*got - *want).abs()));
         found.extend(wrong.map(|(got, want)| format!("{what}: row {row} has {got}, not {want} +- {most}")));
     }
     found
