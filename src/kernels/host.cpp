@@ -44,6 +44,8 @@ static double lgamma_alone(double x) {
 #include "attention.cu"
 #include "loss.cu"
 #include "gather.cu"
+#include "activation.cu"
+#include "linear.cu"
 
 // Calls a kernel from all threads of all blocks; none begins a block before all have left the last.
 template <typename Call> static void launch_rows(unsigned rows, unsigned blocks, Call call) {
@@ -214,6 +216,8 @@ static void dropout(void) {
 
 #include "host_attention.cpp"
 #include "host_loss.cpp"
+#include "host_activation.cpp"
+#include "host_linear.cpp"
 
 int main(void) {
     switch (word()) {
@@ -227,6 +231,13 @@ int main(void) {
     case 20: attention(); break;
     case 21: cross_entropy(); break;
     case 22: rows_moved(); break;
+    case 30: gelu(); break;
+    case 31: silu_mul(); break;
+    case 32: rotary(); break;
+    case 33: bias(); break;
+    case 34: factors(); break;
+    case 35: product(); break;
+    case 36: joined(); break;
     default: return 2;
     }
     return 0;

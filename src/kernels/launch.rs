@@ -58,6 +58,16 @@ pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
     bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty, or there is too much")
 }
 
+/// A block for each of `rows` rows, or for some where they are very many: for kernels that take rows in strides.
+pub(super) fn some_rows(rows: u32) -> LaunchConfig {
+    grid(rows.clamp(1, 1 << 20))
+}
+
+/// Some four of `count` elements a thread: for kernels that take elements in strides.
+pub(super) fn spread(count: u32) -> LaunchConfig {
+    grid(count.div_ceil(4 * THREADS).clamp(1, 1 << 20))
+}
+
 /// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
 /// in its own order and types. Tensors among them come from [`address`], which compares their device with this one.
 macro_rules! launch {

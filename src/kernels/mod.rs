@@ -1,15 +1,21 @@
-//! Our own kernels for CUDA devices: the draw, norms, dropout, attention, cross-entropy, rows, the gamma
-//! function's family, AdamW.
+//! Our own kernels for CUDA devices: the draw, norms, dropout, attention, activations, what stands beside the products of
+//! linear layers, cross-entropy, rows, the gamma function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod activation;
+#[cfg(feature = "cuda")]
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
 pub(crate) mod gather;
 #[cfg(feature = "cuda")]
+pub(crate) mod gemm;
+#[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+pub(crate) mod linear;
 #[cfg(feature = "cuda")]
 pub(crate) mod loss;
 #[cfg(feature = "cuda")]
@@ -39,4 +45,6 @@ const SOURCE: &str = concat!(
     include_str!("attention.cu"),
     include_str!("loss.cu"),
     include_str!("gather.cu"),
+    include_str!("activation.cu"),
+    include_str!("linear.cu"),
 );

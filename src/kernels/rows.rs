@@ -125,7 +125,7 @@ pub(super) fn narrow(tensor: &Tensor) -> u32 {
 }
 
 /// Whether there is a tensor, and where.
-fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+pub(super) fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
     let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
     Ok((tensor.is_some().into(), place.unwrap_or(0)))
 }

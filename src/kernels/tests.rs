@@ -12,7 +12,9 @@ use crate::noise::{Noise, Purpose, Stream};
 use crate::ops::{add_scaled_rows, layer_norm, rms_norm, OpPath};
 use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
 
+mod activation;
 mod attention;
+mod linear;
 mod loss;
 
 /// A request's words: integers, and doubles by their bits.

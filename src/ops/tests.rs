@@ -9,6 +9,7 @@ use crate::noise::{Noise, Purpose, Stream};
 mod contracts;
 #[cfg(feature = "cuda")]
 mod device;
+mod half;
 
 type Block = Box<dyn Fn(&[Tensor], OpPath) -> Result<Tensor>>;
 

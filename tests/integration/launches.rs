@@ -12,7 +12,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
-use monteclora::{ops, MonteCLoRAConfig, Noise, Regularizer};
+use monteclora::{cuda_device, ops, MonteCLoRAConfig, Noise, Regularizer};
 
 use crate::llama::{frozen_on, toy_json};
 use crate::support::{skipped, Outcome};
@@ -162,7 +162,7 @@ fn extended(layers: i64, of: impl Fn(usize) -> Outcome<Option<Counts>>) -> Outco
 
 #[test]
 fn a_step_keeps_its_budget_of_launches() -> Outcome {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     if Counts::now()?.is_none() {
         skipped("this device does not count its launches");
         return Ok(());

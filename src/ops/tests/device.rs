@@ -4,6 +4,8 @@
 use super::*;
 use crate::util::device::cuda_device;
 
+mod budget;
+
 #[test]
 fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Result<()> {
     let device = cuda_device(0)?;
@@ -23,7 +25,8 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Composed, DType::F16, 0.01);
     }
-    Ok(())
+    half::compare_in_half_width(&device, OpPath::Composed)?;
+    half::compare_in_half_width(&device, OpPath::Fused)
 }
 
 #[test]
@@ -57,8 +60,7 @@ fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
     };
     let padding = Tensor::ones((1, 5), DType::U8, &other)?;
     let rows = Rows::new(vec![1, 3], 5, &other)?;
-    let results =
-        [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
+    let results = [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
     for result in results {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("belongs to another stream"), "{error}");
@@ -110,5 +112,29 @@ fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// `(1 + 2^-12, 1)` is `(1, 1)` in bf16, whose product with `(1, -1)` is nothing.
+#[test]
+fn adapters_beside_a_half_width_base_are_not_rounded() -> Result<()> {
+    let device = cuda_device(0)?;
+    let tiny = 2f32.powi(-12);
+    let half = |values: &[f32], shape: (usize, usize)| -> Result<Tensor> {
+        Tensor::from_slice(values, shape, &device)?.to_dtype(DType::BF16)
+    };
+    let (signs, close) = ([1f32, -1.0], [1.0 + tiny, 1.0]);
+    let a = Var::from_slice(&close, (1, 2), &device)?;
+    let b = Var::from_slice(&close, (2, 1), &device)?;
+    let x = Var::from_tensor(&half(&signs, (1, 2))?)?;
+    let y = adapted_linear(&x, &half(&[0.0; 4], (2, 2))?, None, &a, &b, 1.0, OpPath::Fused)?;
+    assert_eq!(flat(&y.to_device(&Device::Cpu)?), [f64::from(tiny); 2]);
+    // The gradient of the output is (1, -1), too.
+    let store = (y * half(&signs, (1, 2))?)?.sum_all()?.backward()?;
+    let gradient =
+        |var: &Var| Ok::<_, candle_core::Error>(flat(&store.get(var).unwrap().to_device(&Device::Cpu)?));
+    assert_eq!(gradient(&x)?, [f64::from(tiny); 2]);
+    assert_eq!(gradient(&a)?, [f64::from(tiny), -f64::from(tiny)]);
+    assert_eq!(gradient(&b)?, [f64::from(tiny), -f64::from(tiny)]);
     Ok(())
 }
