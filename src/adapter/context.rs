@@ -1,5 +1,6 @@
 //! What a forward pass is told beside its input, as one value: forward reads nothing else.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,6 +8,7 @@ use candle_core::{Result, Tensor, TensorId};
 
 use super::pass::Pass;
 use super::probe::Probe;
+use super::together::Together;
 use crate::ops::OpPath;
 use crate::util::check::positive;
 
@@ -52,11 +54,14 @@ pub struct Context {
     pub draws: Option<DrawCache>,
     /// Who is told of layers' outputs; nobody where absent.
     pub(crate) probe: Option<Probe>,
+    /// What layers make for each other, within one forward pass of a model.
+    together: Option<Together>,
 }
 
 impl From<Pass> for Context {
     fn from(pass: Pass) -> Self {
-        Self { pass, path: OpPath::Fused, scaler_factors: ScalerFactors::default(), draws: None, probe: None }
+        let (path, scaler_factors) = (OpPath::Fused, ScalerFactors::default());
+        Self { pass, path, scaler_factors, draws: None, probe: None, together: None }
     }
 }
 
@@ -96,6 +101,21 @@ impl Context {
     /// The same with `probe` told of every layer's output.
     pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
+    }
+
+    /// The context of one forward pass of a model, which begins here unless it has begun: its layers may make together
+    /// what they need. Models call this where they begin, and hand it to nobody else, so that what was made from the
+    /// parameters' values is gone before they change.
+    pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
+        match self.together {
+            Some(_) => Cow::Borrowed(self),
+            None => Cow::Owned(Self { together: Some(Together::default()), ..self.clone() }),
+        }
+    }
+
+    /// What layers make for each other; none where a layer runs by itself.
+    pub(crate) fn together(&self) -> Option<&Together> {
+        self.together.as_ref()
     }
 }
 

@@ -4,6 +4,8 @@
 //! rounding included: `dialect.cu` has what makes that possible.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod draws;
+#[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
@@ -13,9 +15,7 @@ pub(crate) mod rows;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{
-    address, alloc_uninit, count, device_of, elements, grid, launch, one_each, program, tensor,
-};
+pub(crate) use launch::{alloc_uninit, count, elements, launch, one_each, program, tensor};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]
@@ -24,6 +24,7 @@ const SOURCE: &str = concat!(
     include_str!("noise.cu"),
     include_str!("rows.cu"),
     include_str!("gamma.cu"),
+    include_str!("blocks.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
 );

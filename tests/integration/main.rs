@@ -33,4 +33,5 @@ mod stories;
 mod study;
 mod support;
 mod tables;
+mod together;
 mod transformers;

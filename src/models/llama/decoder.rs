@@ -76,7 +76,7 @@ impl LlamaDecoder {
         mut cache: Option<&mut Cache>,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let (_, t) = input_ids.dims2()?;
+        let (cx, (_, t)) = (&*cx.of_one_pass(), input_ids.dims2()?);
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
         // Virtual tokens stand before a row's beginning alone.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
