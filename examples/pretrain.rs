@@ -169,7 +169,7 @@ fn run() -> Outcome {
         seen += rows.iter().map(|row| row.len()).sum::<usize>();
         let loss = loss(&model, &batch, &Pass::Train { draw: step as u64 }.into())?;
         let mut grads = Gradients::new();
-        grads.accumulate(&params, &loss.backward()?)?;
+        grads.backward(&params, &loss)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let norm = clip_grad_norm(&mut grads, 1.0)?;
         if !(value.is_finite() && norm.is_finite()) {

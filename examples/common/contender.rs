@@ -234,7 +234,7 @@ impl Contender {
         let forward = Instant::now();
         self.device_bytes = self.device_bytes.max(super::device_bytes_in_use(ids.device()));
         let mut grads = Gradients::new();
-        grads.accumulate(&self.params, &loss.backward()?)?;
+        grads.backward(&self.params, &loss)?;
         clip_grad_norm(&mut grads, 1.0)?;
         let backward = Instant::now();
         self.optimizer.step(&grads, 1e-4)?;

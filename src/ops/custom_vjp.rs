@@ -12,6 +12,8 @@ use candle_core::{
     Result, Shape, Storage, Tensor,
 };
 
+use super::backward::collect;
+
 /// What a backward closure sees: everything detached, so that its arithmetic records no graph.
 pub(crate) struct Call<const N: usize> {
     /// The arguments of the forward pass.
@@ -88,7 +90,8 @@ impl Take {
         S: BackendStorage,
         S::Device: BackendDevice<Storage = S>,
     {
-        let placeholder = storage.device().zeros_impl(&Shape::from(1), DType::U8)?;
+        #[allow(unsafe_code)] // nobody reads it, so that nobody need write it either
+        let placeholder = unsafe { storage.device().alloc_uninit(&Shape::from(1), DType::U8) }?;
         let taken = std::mem::replace(storage, placeholder);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wrap(taken));
         Ok(())
@@ -164,7 +167,7 @@ impl<const N: usize> CustomVjp<N> {
                     if gradient.dims() != arg.dims() {
                         bail!("{}: gradient {:?} of {:?}", self.name, gradient.dims(), arg.dims());
                     }
-                    Some(gradient.to_dtype(arg.dtype())?)
+                    collect(arg, gradient.to_dtype(arg.dtype())?)?
                 }
                 _ => None,
             };

@@ -86,7 +86,7 @@ impl AdamW {
     /// As [`Self::step`].
     pub fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         let mut grads = Gradients::new();
-        grads.accumulate(&self.params, &loss.backward()?)?;
+        grads.backward(&self.params, loss)?;
         self.step(&grads, self.config.lr)
     }
 
