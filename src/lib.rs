@@ -60,3 +60,4 @@ pub use monteclora::{
     SampleBuffer, SampleScaler, ScalerSchedule, Walk, MAX_BUFFER_SIZE,
 };
 pub use noise::Noise;
+pub use ops::Tape;

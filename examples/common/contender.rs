@@ -15,7 +15,7 @@ use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassificatio
 use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
-use monteclora::{Error, MonteCLoRAConfig, Regularizer};
+use monteclora::{Error, MonteCLoRAConfig, Regularizer, Tape};
 use serde_json::Value;
 
 use super::Outcome;
@@ -224,17 +224,18 @@ impl Contender {
 
     /// One training step.
     pub fn step(&mut self, draw: u64) -> Outcome {
-        let (pass, (ids, mask)) = (Pass::Train { draw }, &self.batch);
+        let (tape, (ids, mask)) = (Tape::default(), &self.batch);
+        let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
         let start = Instant::now();
-        let mut loss = self.model.loss(ids, mask, &pass.into())?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(ids, mask, &cx)?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
-            loss = (loss + regularizer.for_model(self.model.adaptable(), pass)?.total)?;
+            loss = (loss + regularizer.for_model(self.model.adaptable(), &cx)?.total)?;
         }
         loss.to_scalar::<f32>()?; // waits for the device
         let forward = Instant::now();
         self.device_bytes = self.device_bytes.max(super::device_bytes_in_use(ids.device()));
         let mut grads = Gradients::new();
-        grads.backward(&self.params, &loss)?;
+        grads.backward(&self.params, &loss, &tape)?;
         clip_grad_norm(&mut grads, 1.0)?;
         let backward = Instant::now();
         self.optimizer.step(&grads, 1e-4)?;

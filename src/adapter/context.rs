@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor, TensorId};
 use super::pass::Pass;
 use super::probe::Probe;
 use super::together::Together;
-use crate::ops::OpPath;
+use crate::ops::{OpPath, Tape};
 use crate::util::check::positive;
 
 /// A pass, and what it carries through the model: how operations run, the course of the
@@ -54,6 +54,8 @@ pub struct Context {
     pub draws: Option<DrawCache>,
     /// Who is told of layers' outputs; nobody where absent.
     pub(crate) probe: Option<Probe>,
+    /// What they leave to be differentiated together; nothing where absent.
+    tape: Option<Tape>,
     /// What layers make for each other, within one forward pass of a model.
     together: Option<Together>,
 }
@@ -61,7 +63,7 @@ pub struct Context {
 impl From<Pass> for Context {
     fn from(pass: Pass) -> Self {
         let (path, scaler_factors) = (OpPath::Fused, ScalerFactors::default());
-        Self { pass, path, scaler_factors, draws: None, probe: None, together: None }
+        Self { pass, path, scaler_factors, draws: None, probe: None, tape: None, together: None }
     }
 }
 
@@ -101,6 +103,21 @@ impl Context {
     /// The same with `probe` told of every layer's output.
     pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
+    }
+
+    /// The same for a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates with `tape`.
+    pub fn with_tape(self, tape: &Tape) -> Self {
+        Self { tape: Some(tape.clone()), ..self }
+    }
+
+    /// The same for a loss that is differentiated by candle alone, as a block is that is computed again for its gradient.
+    pub(crate) fn without_tape(self) -> Self {
+        Self { tape: None, ..self }
+    }
+
+    /// What is left to be differentiated together.
+    pub(crate) fn tape(&self) -> Option<&Tape> {
+        self.tape.as_ref()
     }
 
     /// The context of one forward pass of a model, which begins here unless it has begun: its layers may make together

@@ -17,8 +17,8 @@ pub(crate) struct Together {
     parts: Arc<Mutex<HashMap<Key, Parts>>>,
 }
 
-/// A group, by its number, and a draw.
-type Key = (usize, u64);
+/// A group, by its number, a draw, and whether there is a tape to which the parts belong.
+type Key = (usize, u64, bool);
 
 /// The parts of a group's members that are not taken yet.
 type Parts = Vec<Option<Box<dyn Any + Send>>>;
@@ -61,7 +61,7 @@ mod tests {
     fn one_makes_all_parts_and_each_is_taken_once() -> Result<()> {
         let (together, made) = (Together::default(), AtomicUsize::new(0));
         let take = |group, draw, index| {
-            together.take((group, draw), index, || {
+            together.take((group, draw, false), index, || {
                 let time = made.fetch_add(1, Ordering::Relaxed);
                 Ok(vec![Some((time, 0)), None, Some((time, 2))])
             })
@@ -73,7 +73,7 @@ mod tests {
         assert_eq!((take(1, 1, 2)?, take(2, 0, 2)?, take(1, 0, 1)?), (Some((2, 2)), Some((3, 2)), None));
         assert_eq!(take(1, 0, 7)?, None);
         assert!(together
-            .take((9, 9), 0, || -> Result<Vec<Option<u8>>> { candle_core::bail!("no") })
+            .take((9, 9, true), 0, || -> Result<Vec<Option<u8>>> { candle_core::bail!("no") })
             .is_err());
         Ok(())
     }

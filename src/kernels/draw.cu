@@ -93,17 +93,26 @@ KERNEL draw_perturb(const Draw *draws, u64 draw) {
     }
 }
 
-// The gradients of rho (r) and c (N) of layer `which` from that of A_eff: each block leaves its share of
-// sum_j G_ij (T Z)_ij, and the last to do so sums them, in a fixed order, so that a run can be repeated.
-KERNEL draw_slopes(Draw *draws, u32 which, u64 draw, const float *grad, float *drho, float *dc) {
+// What backward of a layer is given, the gradient of A_eff, and where those of rho (r) and c (N) go.
+typedef struct {
+    const float *grad;
+    float *drho, *dc;
+    u64 which;
+} Slope;
+
+// The gradients of rho and c of the layer of each row of blocks: each block leaves its share of sum_j G_ij (T Z)_ij, and
+// the last of the layer's to do so sums them, in a fixed order, so that a run can be repeated.
+KERNEL draw_slopes(Draw *draws, const Slope *slopes, u64 draw) {
     SHARED float z[TILE], along[TILE];
     SHARED double part[MOST_THREADS];
-    Draw d = draws[which];
-    u32 r = d.rank, columns = tile_columns(r), first = BLOCK * columns;
+    Slope s = slopes[BLOCK_ROW];
+    Draw d = draws[s.which];
+    u32 r = d.rank, columns = tile_columns(r), first = BLOCK * columns, tiles = (d.width + columns - 1) / columns;
+    if (BLOCK >= tiles) return; // narrower than others
     tile_normals(r, first, columns, d.width, d.gaussian, draw, z);
     for (u32 i = THREAD; i < r * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
-        along[i] = column < d.width ? grad[row * d.width + column] * tile_product(i, columns, r, d.tril, z) : 0.0f;
+        along[i] = column < d.width ? s.grad[row * d.width + column] * tile_product(i, columns, r, d.tril, z) : 0.0f;
     }
     BARRIER
     for (u32 row = THREAD; row < r; row += THREADS) {
@@ -111,19 +120,19 @@ KERNEL draw_slopes(Draw *draws, u32 which, u64 draw, const float *grad, float *d
         for (u32 i = 0; i < columns; i++) sum += along[row * columns + i];
         d.shares[BLOCK * r + row] = sum;
     }
-    if (!last_block(&draws[which].done, BLOCKS)) return;
+    if (!last_block(&draws[s.which].done, tiles)) return;
     const volatile double *shares = d.shares;
     part[THREAD] = 0.0;
     for (u32 row = THREAD; row < r; row += THREADS) {
         double sum = 0.0;
-        for (u32 i = 0; i < BLOCKS; i++) sum += shares[i * r + row];
+        for (u32 i = 0; i < tiles; i++) sum += shares[i * r + row];
         sum *= d.eps * exp((double)d.rho[row]);
-        drho[row] = (float)(sum * *d.norm);
+        s.drho[row] = (float)(sum * *d.norm);
         part[THREAD] += sum;
     }
     double total = block_total(part);
     // d norm / d pi_k = pi_k / norm, and the softmax takes off sum_k pi_k of it, which is the norm.
     for (u32 i = THREAD; i < d.components; i += THREADS) {
-        dc[i] = (float)(d.slopes[i] * d.pi[i] * total * (d.pi[i] / *d.norm - *d.norm));
+        s.dc[i] = (float)(d.slopes[i] * d.pi[i] * total * (d.pi[i] / *d.norm - *d.norm));
     }
 }

@@ -1,4 +1,4 @@
-//! The draws of several layers: two launches forward, whatever their number, and one backward for each.
+//! The draws of several layers: two launches forward and one backward, whatever their number.
 
 use std::sync::Arc;
 
@@ -126,23 +126,38 @@ fn rows(layers: usize) -> Result<u32> {
     }
 }
 
+/// The gradients of a layer's rho `(r)` and c `(N)`.
+pub(crate) type Slopes = (Tensor, Option<Tensor>);
+
 impl Draws {
-    /// The gradients of rho `(r)` and c `(N)` of layer `which` from that of its output, contiguous.
+    /// The gradients of rho and c of some layers, each by its place, from those of their outputs, contiguous.
     ///
     /// # Errors
-    /// If `grad` is not of the output's shape, dtype and device, or the device fails.
-    pub fn slopes(&self, which: usize, grad: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let Size { rank, components, width, tiles } = self.sizes[which];
-        let (device, at) = (device_of(grad)?, address(grad, DType::F32)?);
-        if grad.dims() != [rank, width] {
-            bail!("a draw's gradient {:?} of A {:?}", grad.dims(), [rank, width]);
+    /// If a gradient is not of its output's shape, dtype and device, or the device fails.
+    pub fn slopes(&self, asked: &[(usize, Tensor)]) -> Result<Vec<Slopes>> {
+        let Some((_, first)) = asked.first() else { return Ok(Vec::new()) };
+        let device = device_of(first)?;
+        let lens = asked.iter().map(|(which, _)| self.sizes[*which].rank + self.sizes[*which].components);
+        let all = empty(device, &lens.sum::<usize>().into(), DType::F32)?;
+        let (mut table, mut made) = (Vec::with_capacity(4 * asked.len()), Vec::with_capacity(asked.len()));
+        let (mut at, mut most) = (0, 0);
+        for (which, grad) in asked {
+            let Size { rank, components, width, tiles } = self.sizes[*which];
+            if grad.dims() != [rank, width] || !grad.device().same_device(first.device()) {
+                let place = grad.device().location();
+                bail!("the gradient {:?} on {place:?} of a draw of A {:?}", grad.dims(), [rank, width]);
+            }
+            let drho = all.narrow(0, at, rank)?;
+            let dc = (components > 0).then(|| all.narrow(0, at + rank, components)).transpose()?;
+            let c_at = dc.as_ref().map(|dc| address(dc, DType::F32)).transpose()?.unwrap_or(0);
+            table.extend([address(grad, DType::F32)?, address(&drho, DType::F32)?, c_at, *which as u64]);
+            made.push((drho, dc));
+            (at, most) = (at + rank + components, most.max(tiles));
         }
-        let both = empty(device, &(rank + components).into(), DType::F32)?;
-        let drho = address(&both, DType::F32)?;
-        let dc = drho + 4 * rank as u64;
-        let which = count(which)?;
-        launch!(device; grid(count(tiles)?); draw_slopes(&self.table, &which, &self.draw, &at, &drho, &dc));
-        let dc = (components > 0).then(|| both.narrow(0, rank, components)).transpose()?;
-        Ok((both.narrow(0, 0, rank)?, dc))
+        let table = device.clone_htod(&table)?;
+        let mut config = grid(count(most)?);
+        config.grid_dim.1 = rows(asked.len())?;
+        launch!(device; config; draw_slopes(&self.table, &table, &self.draw));
+        Ok(made)
     }
 }

@@ -163,6 +163,12 @@ static void optimizer(void) {
     for (u32 i = 0; i < tensors; i++) scalings[i] = (Scaling){updates[i].grad, room(updates[i].count), updates[i].count};
     LAUNCH_ROWS(tensors, blocks, scale_all(scalings, beta1));
     for (u32 i = 0; i < tensors; i++) put_floats(scalings[i].to, scalings[i].count);
+    Sum *pairs = room(4 * tensors);
+    for (u32 i = 0; i < tensors; i++) {
+        pairs[i] = (Sum){scalings[i].from, scalings[i].to, room(scalings[i].count), scalings[i].count};
+    }
+    LAUNCH_ROWS(tensors, blocks, sum_all(pairs));
+    for (u32 i = 0; i < tensors; i++) put_floats(pairs[i].to, pairs[i].count);
 }
 
 // Numbers in single precision or, narrow, as bf16.

@@ -1,4 +1,4 @@
-// The draw of some layers, forward in two launches and backward in one for each.
+// The draw of some layers: two launches forward, one backward.
 
 static void draws(void) {
     u32 layers = word();
@@ -20,16 +20,21 @@ static void draws(void) {
     }
     LAUNCH(layers, draw_scales(all, draw));
     LAUNCH_ROWS(layers, most, draw_perturb(all, draw));
+    Slope *slopes = (Slope *)calloc(layers, sizeof(Slope));
+    // The last layer first: a row of blocks need not be that of its layer.
+    for (u32 i = 0; i < layers; i++) {
+        u32 which = layers - 1 - i;
+        slopes[i] = {grads[which], room(all[which].rank), room(all[which].components), which};
+    }
+    // Twice: the counters of blocks are zero again.
+    for (int time = 0; time < 2; time++) LAUNCH_ROWS(layers, most, draw_slopes(all, slopes, draw));
     for (u32 i = 0; i < layers; i++) {
         const Draw &d = all[i];
-        u32 r = d.rank, n = d.components, tiles = (d.width + tile_columns(r) - 1) / tile_columns(r);
-        float *grad = grads[i], *drho = room(r), *dc = room(n);
-        // Twice: the counter of blocks is zero again.
-        for (int time = 0; time < 2; time++) LAUNCH(tiles, draw_slopes(all, i, draw, grad, drho, dc));
-        put_floats(d.tril, r * r);
-        put_doubles(d.pi, n);
-        put_floats(d.out, r * d.width);
-        put_floats(drho, r);
-        put_floats(dc, n);
+        const Slope &s = slopes[layers - 1 - i];
+        put_floats(d.tril, d.rank * d.rank);
+        put_doubles(d.pi, d.components);
+        put_floats(d.out, d.rank * d.width);
+        put_floats(s.drho, d.rank);
+        put_floats(s.dc, d.components);
     }
 }

@@ -104,22 +104,81 @@ pub(crate) fn scaled(tensors: &[&Tensor], factor: f64) -> Result<Option<Vec<Tens
     let mut scaled: Vec<Option<Tensor>> = vec![None; tensors.len()];
     let places: Vec<(usize, &Tensor)> = tensors.iter().copied().enumerate().collect();
     for places in launches(&places, |(_, tensor)| tensor) {
-        let device = device_of(places[0].1)?;
-        let whole: usize = places.iter().map(|(_, tensor)| tensor.elem_count()).sum();
-        let all = empty(device, &whole.into(), DType::F32)?;
-        let (mut from, mut table) = (0, Vec::with_capacity(3 * places.len()));
-        for (place, tensor) in &places {
-            let len = tensor.elem_count();
-            let own = all.narrow(0, from, len)?;
-            table.extend([address(tensor, DType::F32)?, address(&own, DType::F32)?, len as u64]);
-            scaled[*place] = Some(own.reshape(tensor.shape())?);
-            from += len;
+        let own: Vec<&Tensor> = places.iter().map(|(_, tensor)| *tensor).collect();
+        let (device, room, mut table) = (device_of(own[0])?, Room::of(&own)?, Vec::new());
+        for (tensor, to) in own.iter().zip(&room.parts) {
+            table.extend([address(tensor, DType::F32)?, address(to, DType::F32)?, to.elem_count() as u64]);
         }
-        let config = rows(places.iter().map(|(_, tensor)| *tensor))?;
-        let table = device.clone_htod(&table)?;
+        let (config, table) = (rows(own.iter().copied())?, device.clone_htod(&table)?);
         launch!(device; config; scale_all(&table, &factor));
+        places.iter().zip(room.parts).for_each(|((place, _), part)| scaled[*place] = Some(part));
     }
     Ok(Some(scaled.into_iter().flatten().collect()))
+}
+
+/// The elements of all tensors, one after the other, by one launch. None where there is none, one that the kernels do
+/// not take ([`supports`]), or one on another device.
+///
+/// # Errors
+/// If the device fails.
+pub(crate) fn joined(tensors: &[&Tensor]) -> Result<Option<Tensor>> {
+    let together = launches(tensors, |tensor| tensor).len() == 1;
+    if !together || !tensors.iter().all(|tensor| supports(tensor)) {
+        return Ok(None);
+    }
+    let (device, room, mut table) = (device_of(tensors[0])?, Room::of(tensors)?, Vec::new());
+    for (tensor, to) in tensors.iter().zip(&room.parts) {
+        table.extend([address(tensor, DType::F32)?, address(to, DType::F32)?, to.elem_count() as u64]);
+    }
+    let (config, table, one) = (rows(tensors.iter().copied())?, device.clone_htod(&table)?, 1f32);
+    launch!(device; config; scale_all(&table, &one));
+    Ok(Some(room.all))
+}
+
+/// The sums of pairs of tensors, by a launch for each device where the kernels take all of them ([`supports`]).
+///
+/// # Errors
+/// If the shapes or devices of a pair differ, or a device fails.
+pub(crate) fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
+    let fits = |(a, b): &(Tensor, Tensor)| {
+        supports(a) && supports(b) && a.dims() == b.dims() && a.device().same_device(b.device())
+    };
+    if !pairs.iter().all(fits) {
+        return pairs.iter().map(|(a, b)| a + b).collect();
+    }
+    let mut summed: Vec<Option<Tensor>> = vec![None; pairs.len()];
+    let places: Vec<_> = pairs.iter().enumerate().collect();
+    for places in launches(&places, |(_, (a, _))| a) {
+        let own: Vec<&Tensor> = places.iter().map(|(_, (a, _))| a).collect();
+        let (device, room, mut table) = (device_of(own[0])?, Room::of(&own)?, Vec::new());
+        for ((_, (a, b)), to) in places.iter().zip(&room.parts) {
+            table.extend([address(a, DType::F32)?, address(b, DType::F32)?, address(to, DType::F32)?]);
+            table.push(to.elem_count() as u64);
+        }
+        let (config, table) = (rows(own.iter().copied())?, device.clone_htod(&table)?);
+        launch!(device; config; sum_all(&table));
+        places.iter().zip(room.parts).for_each(|((place, _), part)| summed[*place] = Some(part));
+    }
+    Ok(summed.into_iter().flatten().collect())
+}
+
+/// One new tensor, and its parts of the shapes of some others.
+struct Room {
+    all: Tensor,
+    parts: Vec<Tensor>,
+}
+
+impl Room {
+    fn of(tensors: &[&Tensor]) -> Result<Self> {
+        let whole: usize = tensors.iter().map(|tensor| tensor.elem_count()).sum();
+        let all = empty(device_of(tensors[0])?, &whole.into(), DType::F32)?;
+        let (mut from, mut parts) = (0, Vec::with_capacity(tensors.len()));
+        for tensor in tensors {
+            parts.push(all.narrow(0, from, tensor.elem_count())?.reshape(tensor.shape())?);
+            from += tensor.elem_count();
+        }
+        Ok(Self { all, parts })
+    }
 }
 
 /// The items in lists whose tensors are on one device each, in order, none longer than a launch may be.

@@ -205,7 +205,8 @@ fn adamw_and_clipping_have_the_host_s_bits_and_squares_their_sum() {
     let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
     let [beta1, rest1, beta2, rest2, eps] = [0.9, 0.1, 0.98, 0.02, 1e-6f32];
     // More elements than the threads of all blocks, fewer, none.
-    let (blocks, mut want, mut squares, mut clipped) = (3, Vec::new(), 0.0, Vec::new());
+    let (blocks, mut want, mut squares) = (3, Vec::new(), 0.0);
+    let (mut clipped, mut summed) = (Vec::new(), Vec::new());
     let mut request = Request::of(&[4, 3, blocks]).and(&wide(&[beta1, rest1, beta2, rest2, eps]));
     for (i, count) in [250, 5, 0].into_iter().enumerate() {
         let (i, [keep, rate, inverse]) = (i as u64, [0.999, 3e-3, 7.0 + i as f32]);
@@ -221,11 +222,14 @@ fn adamw_and_clipping_have_the_host_s_bits_and_squares_their_sum() {
         want.extend(wide(&[w, m, v].concat()));
         squares += wide(&grad).iter().map(|g| g * g).sum::<f64>();
         clipped.extend(grad.iter().map(|g| f64::from(beta1 * g)));
+        summed.extend(grad.iter().map(|g| f64::from(g + beta1 * g)));
     }
     let got = request.answer();
     let (updated, rest) = got.split_at(want.len());
     let (total, scaled) = rest.split_at(1);
     assert_eq!(updated, want);
     assert_close(total, &[squares], 1e-14, "sum of squares");
+    let (scaled, added) = scaled.split_at(clipped.len());
     assert_eq!(scaled, clipped);
+    assert_eq!(added, summed);
 }

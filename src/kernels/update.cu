@@ -51,8 +51,20 @@ typedef struct {
     u64 count;
 } Scaling;
 
-// Every element times `factor`.
+// Every element times `factor`, in new tensors.
 KERNEL scale_all(const Scaling *scalings, float factor) {
     Scaling s = scalings[BLOCK_ROW];
     for (u64 i = BLOCK * THREADS + THREAD; i < s.count; i += BLOCKS * THREADS) s.to[i] = s.from[i] * factor;
+}
+
+typedef struct {
+    const float *one, *other;
+    float *to;
+    u64 count;
+} Sum;
+
+// Two tensors' sums, element by element.
+KERNEL sum_all(const Sum *sums) {
+    Sum s = sums[BLOCK_ROW];
+    for (u64 i = BLOCK * THREADS + THREAD; i < s.count; i += BLOCKS * THREADS) s.to[i] = s.one[i] + s.other[i];
 }

@@ -98,7 +98,7 @@ impl Seat {
             let members = self.group.lock().clone();
             make(&members)
         };
-        together.take((self.group.number, draw), self.index, make)
+        together.take((self.group.number, draw, cx.tape().is_some()), self.index, make)
     }
 }
 

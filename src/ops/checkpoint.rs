@@ -61,7 +61,7 @@ fn gradients(
     let y = f(input.as_ref().map_or(xs, Var::as_tensor))?;
     // The derivative of <y, grad> is that gradient at y.
     let leaves: Vec<Tensor> = params.iter().chain(input.as_ref().map(Var::as_tensor)).cloned().collect();
-    let mut store = backward(&mul_constant(&y, grad)?.sum_all()?, &leaves)?;
+    let mut store = backward(&mul_constant(&y, grad)?.sum_all()?, &leaves, None)?;
     let mut take = |tensor: &Tensor| match store.remove(tensor) {
         Some(grad) => Ok(grad),
         None => tensor.detach().zeros_like(),

@@ -36,6 +36,7 @@ mod rows;
 mod scaled_rows;
 mod skinny_gemm;
 mod swiglu;
+mod tape;
 #[cfg(test)]
 mod tests;
 mod update_energy;
@@ -63,4 +64,5 @@ pub use rotary::rotary;
 pub use rows::Rows;
 pub use scaled_rows::add_scaled_rows;
 pub use swiglu::swiglu;
+pub use tape::Tape;
 pub use update_energy::update_energy;

@@ -9,7 +9,7 @@ use crate::adapter::Params;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::kernels::multi_tensor;
-use crate::ops;
+use crate::ops::{self, Tape};
 use crate::util::finite::is_finite;
 
 const NO_GRADIENT: &str = "the loss gives this trainable parameter no gradient: it does not depend on it, or an \
@@ -46,14 +46,15 @@ impl Gradients {
     }
 
     /// Differentiates the loss of one micro-batch and adds its gradients, as [`Self::accumulate`] does with
-    /// `loss.backward()`; on a device with fewer launches. Returns candle's store.
+    /// `loss.backward()`; on a device with fewer launches, most of all where the loss's forward pass had `tape` in its
+    /// [`Context`](crate::Context). Returns candle's store.
     ///
     /// # Errors
     /// As [`Self::accumulate`].
-    pub fn backward(&mut self, params: &Params, loss: &Tensor) -> Result<GradStore> {
+    pub fn backward(&mut self, params: &Params, loss: &Tensor, tape: &Tape) -> Result<GradStore> {
         let variables: Vec<Tensor> =
             params.all().into_iter().map(|(_, param)| param.var.into_inner()).collect();
-        let store = ops::backward(loss, &variables)?;
+        let store = ops::backward(loss, &variables, Some(tape))?;
         self.accumulate(params, &store)?;
         Ok(store)
     }

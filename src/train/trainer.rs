@@ -12,6 +12,7 @@ use super::settings::Settings;
 use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
 use crate::metrics::median;
+use crate::ops::Tape;
 use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 use crate::util::files;
 
@@ -375,7 +376,8 @@ fn group_gradients(
     for (i, rows) in group.iter().enumerate() {
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw: first_draw + i as u64 };
-        let cx = Context::from(pass);
+        let tape = Tape::default();
+        let cx = Context::from(pass).with_tape(&tape);
         optimizer.before_loss(first_draw + i as u64)?;
         let loss = objective.loss(rows, &cx)?;
         let values = to_host(&loss)?;
@@ -400,7 +402,7 @@ fn group_gradients(
             }
         }
         let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
-        let gradients = sums.grads.backward(params, &total)?;
+        let gradients = sums.grads.backward(params, &total, &tape)?;
         optimizer.after_backward(&gradients)?;
     }
     Ok(sums)

@@ -104,7 +104,8 @@ impl LlamaDecoder {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
-                    let (block, step) = (layer.clone(), step.clone());
+                    let (block, cx) = (layer.clone(), step.cx.clone().without_tape());
+                    let step = Step { cx, ..step.clone() };
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &step, None))?
                 }
                 _ => layer.forward(&xs, &step, cached)?,

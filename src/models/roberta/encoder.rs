@@ -127,7 +127,7 @@ impl RobertaEncoder {
         for layer in layers {
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
-                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone());
+                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone().without_tape());
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
                 }
                 _ => layer.forward(&xs, batch, cx)?,

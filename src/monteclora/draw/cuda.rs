@@ -1,5 +1,5 @@
-//! Draws on a CUDA device by our own kernels: two launches forward for all layers of a group, one backward for each
-//! layer, nothing through the host.
+//! Draws on a CUDA device by our own kernels: two launches forward for all layers of a group, one backward for all with
+//! a tape and for each without, nothing through the host.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::monteclora::group::Member;
 use crate::monteclora::noise::DrawSpec;
 use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
-use crate::ops::custom_vjp;
+use crate::ops::{custom_vjp, Tape};
 
 /// Whether the kernels make this draw: the default ones, in single precision.
 pub(super) fn serves(spec: &DrawSpec) -> bool {
@@ -57,12 +57,39 @@ pub(super) fn perturbed_together(
         .collect();
     let layers = asked.iter().flatten().map(|asked| layer(asked, draw)).collect::<Result<Vec<_>>>()?;
     let (draws, outs) = draws::perturb(&layers, draw)?;
-    let mut outs = outs.into_iter().enumerate();
-    let mut own = |asked: &Option<Asked>| {
-        let Some(asked) = asked else { return Ok(None) };
-        outs.next().map(|(which, out)| tracked(asked, draws.clone(), which, out)).transpose()
+    let outs = match cx.tape() {
+        Some(tape) => cut(tape, asked.iter().flatten(), draws, outs)?,
+        None => {
+            let own = |(which, (asked, out))| tracked(asked, draws.clone(), which, out);
+            asked.iter().flatten().zip(outs).enumerate().map(own).collect::<Result<Vec<_>>>()?
+        }
     };
-    asked.iter().map(&mut own).collect()
+    let mut outs = outs.into_iter();
+    Ok(asked.iter().map(|asked| asked.as_ref().and_then(|_| outs.next())).collect())
+}
+
+/// `outs` as leaves whose gradients become those of all layers' A, rho and c at once.
+fn cut<'a>(
+    tape: &Tape,
+    asked: impl Iterator<Item = &'a Asked<'a>>,
+    draws: Arc<Draws>,
+    outs: Vec<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let parameters: Vec<[Tensor; 3]> = asked.map(|asked| parameters(asked).map(Tensor::clone)).collect();
+    tape.cut(outs, move |grads| {
+        let places = grads.into_iter().enumerate();
+        let grads = places.filter_map(|(which, grad)| Some((which, grad?.contiguous())));
+        let grads: Vec<(usize, Tensor)> =
+            grads.map(|(which, grad)| Ok((which, grad?))).collect::<Result<_>>()?;
+        let slopes = draws.slopes(&grads)?;
+        let mut all = Vec::new();
+        for ((which, grad), (drho, dc)) in grads.into_iter().zip(slopes) {
+            let [a, rho, c] = &parameters[which];
+            all.extend([(a.clone(), grad), (rho.clone(), drho)]);
+            all.extend(dc.map(|dc| (c.clone(), dc)));
+        }
+        Ok(all)
+    })
 }
 
 fn layer<'a>(asked: &Asked<'a>, draw: u64) -> Result<Layer<'a>> {
@@ -76,17 +103,20 @@ fn layer<'a>(asked: &Asked<'a>, draw: u64) -> Result<Layer<'a>> {
     Ok(Layer { mean, rho, c, keys: posterior.streams().keys(), degrees, eps, diagonal })
 }
 
+fn parameters<'a>(asked: &Asked<'a>) -> [&'a Tensor; 3] {
+    [asked.mean, asked.posterior.std_prior(), asked.posterior.expert_weights_prior()]
+}
+
 /// `out` as a function of A, rho and c of layer `which` of `draws`.
 fn tracked(asked: &Asked, draws: Arc<Draws>, which: usize, out: Tensor) -> Result<Tensor> {
-    let Asked { posterior, mean, .. } = *asked;
-    let parameters = [mean, posterior.std_prior(), posterior.expert_weights_prior()];
-    custom_vjp("draw", parameters, out, move |call| {
+    custom_vjp("draw", parameters(asked), out, move |call| {
         let grad_a = call.needs[0].then(|| call.grad.clone());
         if !call.needs[1] && !call.needs[2] {
             return Ok([grad_a, None, None]);
         }
-        let (drho, dc) = draws.slopes(which, &call.grad)?;
-        Ok([grad_a, Some(drho), dc])
+        let slopes = draws.slopes(&[(which, call.grad)])?.pop();
+        let (drho, dc) = slopes.unzip();
+        Ok([grad_a, drho, dc.flatten()])
     })
 }
 

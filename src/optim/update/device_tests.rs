@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::adapter::{Init, Params, Role};
 use crate::error::Result;
 use crate::noise::{Noise, Purpose};
+use crate::ops::Tape;
 use crate::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 
 const SIZES: [usize; 5] = [3, 257, 5_000, 70_001, 600_000];
@@ -28,7 +29,7 @@ fn gradients(params: &Params, step: u64) -> Result<Gradients> {
         loss = (loss + (param.var.as_tensor() * weights)?.sum_all()?)?;
     }
     let mut grads = Gradients::new();
-    grads.backward(params, &loss)?;
+    grads.backward(params, &loss, &Tape::default())?;
     Ok(grads)
 }
 
