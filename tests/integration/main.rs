@@ -17,6 +17,8 @@ mod inject;
 mod kill;
 mod labels;
 mod language;
+#[cfg(feature = "cuda")]
+mod launches;
 mod live_peft;
 mod llama;
 mod llama_golden;

@@ -1,0 +1,194 @@
+//! What a training step asks of a device: launches, copies and synchronisations, as the emulated device counts them
+//! (`tests/emulator`); on a real one nothing is counted and nothing is tested here.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::{self, Targets};
+use monteclora::models::causal::CausalLm;
+use monteclora::models::llama::LlamaConfig;
+use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
+use monteclora::{ops, MonteCLoRAConfig, Noise, Regularizer};
+
+use crate::llama::{frozen_on, toy_json};
+use crate::support::{skipped, Outcome};
+
+/// What this thread has asked for so far.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Counts {
+    launches: i64,
+    products: i64,
+    copies: i64,
+    memsets: i64,
+    synchronizations: i64,
+}
+
+impl Counts {
+    /// None on a device that does not count.
+    fn now() -> Outcome<Option<Self>> {
+        let Some(folder) = std::env::var_os("EMULATOR_COUNTS").map(PathBuf::from) else { return Ok(None) };
+        let thread = std::fs::read_link("/proc/thread-self")?;
+        let bytes = std::fs::read(folder.join(thread.file_name().ok_or("a thread")?))?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let [launches, products, copies, memsets, synchronizations, ..] =
+            words.iter().map(|word| i64::from_ne_bytes(*word)).collect::<Vec<_>>()[..]
+        else {
+            return Err("five counts".into());
+        };
+        Ok(Some(Self { launches, products, copies, memsets, synchronizations }))
+    }
+
+    fn combine(self, other: Self, f: impl Fn(i64, i64) -> i64) -> Self {
+        Self {
+            launches: f(self.launches, other.launches),
+            products: f(self.products, other.products),
+            copies: f(self.copies, other.copies),
+            memsets: f(self.memsets, other.memsets),
+            synchronizations: f(self.synchronizations, other.synchronizations),
+        }
+    }
+
+    /// What stands in a device's queue: kernels and products.
+    fn queued(self) -> i64 {
+        self.launches + self.products
+    }
+}
+
+/// A model with its loss on one batch.
+trait Step {
+    fn model(&mut self) -> &mut dyn AdaptableModel;
+    fn loss(&self, cx: &Context) -> candle_core::Result<Tensor>;
+}
+
+struct Encoder(RobertaForSequenceClassification, [Tensor; 2]);
+
+impl Step for Encoder {
+    fn model(&mut self) -> &mut dyn AdaptableModel {
+        &mut self.0
+    }
+
+    fn loss(&self, cx: &Context) -> candle_core::Result<Tensor> {
+        let [ids, mask] = &self.1;
+        let labels = Tensor::new(&[0i64, 1], &Device::Cpu)?;
+        ops::cross_entropy(&self.0.forward(ids, None, mask, cx)?, &labels, -100, cx.path)
+    }
+}
+
+struct Decoder<M>(M, [Tensor; 2]);
+
+impl<M: CausalLm + AdaptableModel> Step for Decoder<M> {
+    fn model(&mut self) -> &mut dyn AdaptableModel {
+        &mut self.0
+    }
+
+    fn loss(&self, cx: &Context) -> candle_core::Result<Tensor> {
+        let [ids, mask] = &self.1;
+        let hidden = self.0.hidden(ids, mask, None, cx)?.flatten_to(1)?;
+        let targets: Vec<i64> = (0..hidden.dim(0)? as i64).map(|i| 3 + i % 40).collect();
+        self.0.token_loss(&hidden, &Tensor::new(targets, &Device::Cpu)?, cx)
+    }
+}
+
+/// Two rows of eight tokens, without padding.
+fn batch(device: &Device) -> Outcome<[Tensor; 2]> {
+    let ids: Vec<u32> = (0..16).map(|i| 3 + i * 7 % 40).collect();
+    Ok([Tensor::from_vec(ids, (2, 8), device)?, Tensor::ones((2, 8), DType::U8, device)?])
+}
+
+fn encoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Encoder, Params)> {
+    let config: RobertaConfig = serde_json::from_value(serde_json::json!({
+        "model_type": "roberta", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40,
+        "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+    }))?;
+    let base = Params::new(Noise::new(5), &Device::Cpu);
+    let vb = base.var_builder(None, Role::Base);
+    RobertaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+    let frozen = base.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+    let frozen = VarBuilder::from_tensors(frozen, dtype, device);
+    let params = Params::new(Noise::new(6), device);
+    let head = params.var_builder(Some(frozen.clone()), Role::Head);
+    let model = RobertaForSequenceClassification::load(frozen, head, &config, Noise::new(0))?;
+    Ok((Encoder(model, batch(device)?), params))
+}
+
+fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<impl CausalLm + AdaptableModel>, Params)> {
+    let mut json = toy_json(true);
+    json["num_hidden_layers"] = layers.into();
+    let (model, params) = frozen_on(device, &LlamaConfig::from_value(json)?, dtype)?;
+    Ok((Decoder(model, batch(device)?), params))
+}
+
+/// The counts of one step after two others.
+fn counts(mut step: impl Step, params: &Params, targets: &str, bayes: bool) -> Outcome<Option<Counts>> {
+    let targets = Targets::parse(targets)?;
+    if bayes {
+        inject::monteclora(step.model(), &targets, &MonteCLoRAConfig::paper(), params)?;
+    } else {
+        inject::lora(step.model(), &targets, &LoraConfig::default(), params)?;
+    }
+    let regularizer = bayes.then(|| Regularizer::new(&MonteCLoRAConfig::paper()));
+    let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
+    let mut before = None;
+    for draw in 0..3 {
+        before = Counts::now()?;
+        let pass = Pass::Train { draw };
+        let mut loss = step.loss(&pass.into())?.to_dtype(DType::F32)?;
+        if let Some(regularizer) = &regularizer {
+            loss = (loss + regularizer.for_model(step.model(), pass)?.total)?;
+        }
+        let mut grads = Gradients::new();
+        grads.accumulate(params, &loss.backward()?)?;
+        clip_grad_norm(&mut grads, 1.0)?;
+        optimizer.step(&grads, 1e-4)?;
+        assert!(loss.to_scalar::<f32>()?.is_finite());
+    }
+    Ok(Counts::now()?.zip(before).map(|(after, before)| after.combine(before, |a, b| a - b)))
+}
+
+/// The counts at `layers` layers, of which two and four say what one adds.
+fn extended(
+    layers: i64,
+    of: impl Fn(usize) -> Outcome<Option<Counts>>,
+) -> Outcome<Option<Counts>> {
+    let (two, four) = (of(2)?, of(4)?);
+    Ok(two.zip(four).map(|(two, four)| two.combine(four, |two, four| two + (four - two) / 2 * (layers - 2))))
+}
+
+#[test]
+fn a_step_keeps_its_budget_of_launches() -> Outcome {
+    let device = Device::new_cuda(0)?;
+    if Counts::now()?.is_none() {
+        skipped("this device does not count its launches");
+        return Ok(());
+    }
+    for dtype in [DType::F32, DType::BF16] {
+        let roberta = |bayes| {
+            extended(12, |layers| {
+                let (step, params) = encoder(layers, dtype, &device)?;
+                counts(step, &params, "query,key,value", bayes)
+            })
+        };
+        let llama = |bayes| {
+            extended(28, |layers| {
+                let (step, params) = decoder(layers, dtype, &device)?;
+                counts(step, &params, "all-linear", bayes)
+            })
+        };
+        for (name, most, [lora, bayes]) in [
+            ("RoBERTa, 12 layers, q, k, v", 900, [roberta(false)?, roberta(true)?]),
+            ("LLaMA, 28 layers, all linear", 4000, [llama(false)?, llama(true)?]),
+        ] {
+            let (Some(lora), Some(bayes)) = (lora, bayes) else { return Err("counts".into()) };
+            println!("{name}, {dtype:?}: LoRA {lora:?}, MonteCLoRA {bayes:?}");
+            assert!(bayes.queued() <= most, "{name}, {dtype:?}: {bayes:?}");
+            let ratio = bayes.queued() as f64 / lora.queued() as f64;
+            assert!(ratio <= 1.05, "{name}, {dtype:?}: {ratio} of LoRA's");
+        }
+    }
+    Ok(())
+}
