@@ -151,8 +151,11 @@ static void optimizer(void) {
     u32 done = 0;
     LAUNCH_ROWS(tensors, blocks, adamw(updates, beta1, rest1, beta2, rest2, eps));
     u32 *counter = &done;
-    // Twice: the counter of blocks is zero again.
-    for (int time = 0; time < 2; time++) LAUNCH_ROWS(tensors, blocks, sums_of_squares(spans, sums, counter, total));
+    // Twice: the counter of blocks is zero again, or nobody writes what was wiped out in between.
+    for (int time = 0; time < 2; time++) {
+        *total = -1.0;
+        LAUNCH_ROWS(tensors, blocks, sums_of_squares(spans, sums, counter, total));
+    }
     for (u32 i = 0; i < tensors; i++) {
         put_floats(updates[i].value, updates[i].count);
         put_floats(updates[i].first, updates[i].count);

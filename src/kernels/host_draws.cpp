@@ -26,8 +26,11 @@ static void draws(void) {
         u32 which = layers - 1 - i;
         slopes[i] = {grads[which], room(all[which].rank), room(all[which].components), which};
     }
-    // Twice: the counters of blocks are zero again.
-    for (int time = 0; time < 2; time++) LAUNCH_ROWS(layers, most, draw_slopes(all, slopes, draw));
+    // Twice: the counters of blocks are zero again, or nobody writes what was wiped out in between.
+    for (int time = 0; time < 2; time++) {
+        for (u32 i = 0; i < layers; i++) memset(slopes[i].drho, 0xff, 4 * all[slopes[i].which].rank);
+        LAUNCH_ROWS(layers, most, draw_slopes(all, slopes, draw));
+    }
     for (u32 i = 0; i < layers; i++) {
         const Draw &d = all[i];
         const Slope &s = slopes[layers - 1 - i];
