@@ -79,7 +79,7 @@ struct CUstream_st {
 
 struct CUevent_st { CUstream stream = nullptr; uint64_t item = 0; };
 struct CUmod_st { std::string source; };
-struct CUfunc_st { const Kernel *kernel; };
+struct CUfunc_st { const Kernel *kernel; const char *name; };
 
 namespace {
 std::vector<CUstream> streams;
@@ -126,6 +126,7 @@ extern "C" {
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+CUresult cuGetExportTable(const void **, const CUuuid *) { return CUDA_ERROR_NOT_SUPPORTED; } // NVRTC asks, and can do without
 CUresult cuGetErrorName(CUresult, const char **text) { *text = "CUDA_ERROR"; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
     *text = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "an error of the emulated device";
@@ -148,7 +149,11 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = &contexts[device]; return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+    counts(); // there before the first launch
+    *context = &contexts[device];
+    return CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { bound = context; return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = bound; return CUDA_SUCCESS; }
@@ -307,7 +312,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
         return CUDA_ERROR_NOT_FOUND;
     }
     static std::unordered_map<const Kernel *, CUfunc_st> functions;
-    *function = &functions.emplace(&kernel->second, CUfunc_st{&kernel->second}).first->second;
+    *function = &functions.emplace(&kernel->second, CUfunc_st{&kernel->second, kernel->first.c_str()}).first->second;
     return CUDA_SUCCESS;
 }
 

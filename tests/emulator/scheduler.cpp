@@ -12,6 +12,11 @@
 
 #include "scheduler.h"
 
+std::map<std::string, Kernel> &kernels() {
+    static std::map<std::string, Kernel> kernels;
+    return kernels;
+}
+
 Index threadIdx, blockIdx, blockDim, gridDim;
 char warp_values[1024][16];
 

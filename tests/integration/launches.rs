@@ -116,7 +116,11 @@ fn encoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Encoder, Pa
     Ok((Encoder(model, batch(device)?), params))
 }
 
-fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<impl CausalLm + AdaptableModel>, Params)> {
+fn decoder(
+    layers: usize,
+    dtype: DType,
+    device: &Device,
+) -> Outcome<(Decoder<impl CausalLm + AdaptableModel>, Params)> {
     let mut json = toy_json(true);
     json["num_hidden_layers"] = layers.into();
     let (model, params) = frozen_on(device, &LlamaConfig::from_value(json)?, dtype)?;
@@ -152,10 +156,7 @@ fn counts(mut step: impl Step, params: &Params, targets: &str, bayes: bool) -> O
 }
 
 /// The counts at `layers` layers, of which two and four say what one adds.
-fn extended(
-    layers: i64,
-    of: impl Fn(usize) -> Outcome<Option<Counts>>,
-) -> Outcome<Option<Counts>> {
+fn extended(layers: i64, of: impl Fn(usize) -> Outcome<Option<Counts>>) -> Outcome<Option<Counts>> {
     let (two, four) = (of(2)?, of(4)?);
     Ok(two.zip(four).map(|(two, four)| two.combine(four, |two, four| two + (four - two) / 2 * (layers - 2))))
 }
@@ -167,6 +168,7 @@ fn a_step_keeps_its_budget_of_launches() -> Outcome {
         skipped("this device does not count its launches");
         return Ok(());
     }
+    let mut over = Vec::new();
     for dtype in [DType::F32, DType::BF16] {
         let roberta = |bayes| {
             extended(12, |layers| {
@@ -185,11 +187,15 @@ fn a_step_keeps_its_budget_of_launches() -> Outcome {
             ("LLaMA, 28 layers, all linear", 4000, [llama(false)?, llama(true)?]),
         ] {
             let (Some(lora), Some(bayes)) = (lora, bayes) else { return Err("counts".into()) };
-            println!("{name}, {dtype:?}: LoRA {lora:?}, MonteCLoRA {bayes:?}");
-            assert!(bayes.queued() <= most, "{name}, {dtype:?}: {bayes:?}");
             let ratio = bayes.queued() as f64 / lora.queued() as f64;
-            assert!(ratio <= 1.05, "{name}, {dtype:?}: {ratio} of LoRA's");
+            let found =
+                format!("{name}, {dtype:?}: LoRA {lora:?}, MonteCLoRA {bayes:?}, {ratio:.3} of LoRA's");
+            println!("{found}");
+            if bayes.queued() > most || ratio > 1.05 {
+                over.push(found);
+            }
         }
     }
+    assert!(over.is_empty(), "over the budget:\n{}", over.join("\n"));
     Ok(())
 }
