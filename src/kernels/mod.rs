@@ -9,6 +9,8 @@ pub(crate) mod activation;
 #[cfg(feature = "cuda")]
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
+pub(crate) mod draws;
+#[cfg(feature = "cuda")]
 pub(crate) mod gather;
 #[cfg(feature = "cuda")]
 pub(crate) mod gemm;
@@ -28,9 +30,7 @@ pub(crate) mod rows;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{
-    address, alloc_uninit, check, count, device_of, elements, grid, launch, one_each, program, tensor,
-};
+pub(crate) use launch::{alloc_uninit, check, count, elements, launch, one_each, program, tensor};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]
@@ -39,6 +39,7 @@ const SOURCE: &str = concat!(
     include_str!("noise.cu"),
     include_str!("rows.cu"),
     include_str!("gamma.cu"),
+    include_str!("blocks.cu"),
     include_str!("draw.cu"),
     include_str!("update.cu"),
     include_str!("fold.cu"),
