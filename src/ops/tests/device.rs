@@ -57,8 +57,7 @@ fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
     };
     let padding = Tensor::ones((1, 5), DType::U8, &other)?;
     let rows = Rows::new(vec![1, 3], 5, &other)?;
-    let results =
-        [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
+    let results = [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
     for result in results {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("belongs to another stream"), "{error}");
