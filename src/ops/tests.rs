@@ -225,8 +225,7 @@ fn cases() -> Vec<Case> {
         ("attention, many blocks", 70, 67, 2, 1, mask(67, true, true), true),
     ];
     for (name, tq, tk, heads, kv_heads, mask, drop) in attentions {
-        // On a device heads of 8 elements go through our kernels, heads of 6 through composed operations.
-        let dim = if name == "attention" { 6 } else { 8 };
+        let dim = if name == "attention" { 6 } else { 8 }; // heads of 6 are none for the kernels of a device
         let shape =
             |t: usize, n: usize| -> &'static [usize] { Box::leak(vec![2, t, n * dim].into_boxed_slice()) };
         let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
