@@ -16,3 +16,6 @@ DEVICE float fold_lanes(float *part, u32 lanes, int sum) {
     BARRIER
     return folded;
 }
+
+// The sum of what each thread of the block has put into `part`.
+DEVICE float block_sum(float *part) { return fold_lanes(part, THREADS, 1); }

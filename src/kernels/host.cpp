@@ -39,12 +39,12 @@ static double lgamma_alone(double x) {
 
 #include "dialect.cu"
 #include "noise.cu"
+#include "fold.cu"
 #include "rows.cu"
 #include "gamma.cu"
 #include "blocks.cu"
 #include "draw.cu"
 #include "update.cu"
-#include "fold.cu"
 #include "attention.cu"
 #include "loss.cu"
 #include "gather.cu"

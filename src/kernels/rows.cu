@@ -17,18 +17,6 @@ DEVICE void store(void *ys, u64 i, u32 narrow, float y) {
     else ((float *)ys)[i] = y;
 }
 
-// The sum of what each thread of the block has put into `part`, in a fixed order; the whole block calls it.
-DEVICE float block_sum(float *part) {
-    BARRIER
-    for (u32 half = THREADS / 2; half > 0; half /= 2) {
-        if (THREAD < half) part[THREAD] += part[THREAD + half];
-        BARRIER
-    }
-    float sum = part[0];
-    BARRIER
-    return sum;
-}
-
 // What a norm is of: x, or x plus the residual.
 typedef struct {
     const void *xs, *residual;
