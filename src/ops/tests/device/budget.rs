@@ -68,6 +68,27 @@ fn blocks_keep_their_budget_of_launches() -> Result<()> {
         case("rotary", &[(&[2, 3, 4, 6], true), (&[1, 3, 3], false)], |t, path| {
             rotary(&t[0], &t[1], &t[1], path)
         }),
+        case("attention", &[(&[2, 4, 16], true), (&[2, 4, 16], true), (&[2, 4, 16], true)], |t, path| {
+            let (mask, drop) = (beside(&mask(4, false, false), &t[0])?, Some((0.25, stream(), 3)));
+            attention(&t[0], &t[1], &t[2], 2, 2, 0.4, &mask, drop, path)
+        }),
+        case(
+            "attention, groups",
+            &[(&[2, 4, 32], true), (&[2, 4, 16], true), (&[2, 4, 16], true)],
+            |t, path| {
+                attention(&t[0], &t[1], &t[2], 4, 2, 0.4, &beside(&mask(4, true, false), &t[0])?, None, path)
+            },
+        ),
+        case("cross entropy", &[(&[4, 19], true)], |t, path| {
+            cross_entropy(&t[0], &Tensor::new(&[3i64, -100, 0, 18], &Device::Cpu)?, -100, path)
+        }),
+        case("linear cross entropy", &[(&[600, 5], true), (&[19, 5], false)], |t, path| {
+            let labels = Tensor::from_iter((0..600).map(|i| i % 19), &Device::Cpu)?;
+            linear_cross_entropy(&t[0], &t[1], &labels, -100, path)
+        }),
+        case("take rows", &[(&[6, 5], true)], |t, path| {
+            Rows::new(vec![1, 4], 6, t[0].device())?.take(&t[0], path)
+        }),
     ];
     // Forward and backward, f32 and bf16.
     let budgets = [
@@ -79,6 +100,11 @@ fn blocks_keep_their_budget_of_launches() -> Result<()> {
         [[1, 1], [1, 1]],
         [[1, 1], [1, 1]],
         [[1, 1], [1, 1]],
+        [[4, 5], [4, 5]],
+        [[4, 6], [4, 8]],
+        [[2, 1], [2, 1]],
+        [[4, 1], [4, 1]],
+        [[1, 2], [1, 2]], // candle adds up the gradient of the reshaped matrix too
     ];
     for (case, budget) in cases.iter().zip(budgets) {
         for (dtype, most) in [DType::F32, DType::BF16].into_iter().zip(budget) {
