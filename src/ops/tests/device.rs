@@ -24,8 +24,8 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Composed, DType::F16, 0.01);
     }
-    half::compare_in_half_width(&device, OpPath::Composed)?;
-    half::compare_in_half_width(&device, OpPath::Fused)
+    half::compare_in_half_width(&device, OpPath::Composed, &cases())?;
+    half::compare_in_half_width(&device, OpPath::Fused, &cases())
 }
 
 #[test]
@@ -38,6 +38,24 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     };
     let want = on(&host, OpPath::Fused)?;
     assert!(on(&device, OpPath::Fused)? == want && on(&device, OpPath::Composed)? == want);
+    Ok(())
+}
+
+#[test]
+fn dropout_inside_an_adapted_layer_is_dropout_before_it() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let case = case(
+        "adapted linear, dropout",
+        &[(&[4, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false), (&[7], false)],
+        |t, path| {
+            let dropout = (0.3, &stream(), 9);
+            adapted_linear_with_dropout(&t[0], &t[3], Some(&t[4]), dropout, &t[1], &t[2], 0.3, path)
+        },
+    );
+    for path in [OpPath::Fused, OpPath::Composed] {
+        compare_on(&device, &case, path, DType::F32, 2e-5);
+        half::compare_in_half_width(&device, path, std::slice::from_ref(&case))?;
+    }
     Ok(())
 }
 
