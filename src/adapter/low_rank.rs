@@ -115,18 +115,13 @@ impl LowRank {
         a: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        match self.dropped(xs, cx)? {
-            None => ops::adapted_linear(xs, base.weight(), base.bias(), a, &self.b, self.scale, cx.path),
-            Some(dropped) => ops::linear_and_low_rank(
-                xs,
-                base.weight(),
-                base.bias(),
-                &dropped,
-                a,
-                &self.b,
-                self.scale,
-                cx.path,
-            ),
+        let (weight, bias, b) = (base.weight(), base.bias(), &self.b);
+        match cx.pass.dropout_draw().filter(|_| self.dropout > 0.0) {
+            None => ops::adapted_linear(xs, weight, bias, a, b, self.scale, cx.path),
+            Some(draw) => {
+                let dropout = (self.dropout, &self.stream, draw);
+                ops::adapted_linear_with_dropout(xs, weight, bias, dropout, a, b, self.scale, cx.path)
+            }
         }
     }
 

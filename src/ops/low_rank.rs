@@ -3,12 +3,15 @@
 use candle_core::{bail, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
+#[cfg(feature = "cuda")]
+use super::dropout::DropoutPlan;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, tensor, Host};
 #[cfg(feature = "cuda")]
 use super::low_rank_cuda::{supports_low_rank, Thin};
 use super::path::OpPath;
 use super::{linear as base, reference};
+use crate::noise::Stream;
 
 /// `s (x A^T) B^T`, computed in the dtype of `a` and returned in that of `xs`.
 ///
@@ -104,6 +107,44 @@ pub fn adapted_linear(
     })
 }
 
+/// [`adapted_linear`] whose low-rank part sees x through dropout, of probability p from a stream's draw, and whose base
+/// does not. On a CUDA device with kernels one node; elsewhere [`super::dropout`] and [`linear_and_low_rank`].
+///
+/// # Errors
+/// As [`adapted_linear`], and if p is not in `[0, 1)`.
+#[allow(clippy::too_many_arguments)] // of one formula
+pub fn adapted_linear_with_dropout(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    (p, stream, draw): (f64, &Stream, u64),
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+    path: OpPath,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if path.has_kernels()
+        && supports_low_rank(xs, a, b)
+        && p > 0.0
+        && !(weight.track_op() || bias.is_some_and(Tensor::track_op))
+    {
+        super::dropout_mask::check(p)?;
+        base::check(xs, weight, bias)?;
+        check(xs, a, b)?;
+        let like = (xs.shape(), xs.dtype(), xs.device());
+        let plan = DropoutPlan::new(like, p, stream, draw, true)?;
+        let (frozen, (a_in, b_in)) = (Some((weight, bias)), (a.detach(), b.detach()));
+        let (y, thin) = Thin::forward(&xs.detach(), frozen, Some(plan), &a_in, &b_in, scale)?;
+        let weight = weight.clone();
+        return custom_vjp("adapted-linear", [xs, a, b], y, move |call| {
+            thin.backward(&call.args[0], call.needs, &call.grad, Some(&weight))
+        });
+    }
+    let dropped = super::dropout(xs, p, stream, draw, path)?;
+    linear_and_low_rank(xs, weight, bias, &dropped, a, b, scale, path)
+}
+
 fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let ((rank, in_dim), (_, b_rank)) = (a.dims2()?, b.dims2()?);
     if xs.rank() < 2 || xs.dim(D::Minus1)? != in_dim || rank != b_rank {
@@ -157,7 +198,7 @@ fn forward(
     }
     #[cfg(feature = "cuda")]
     if kernels && supports_low_rank(xs, a, b) {
-        let (y, thin) = Thin::forward(xs, frozen, a, b, scale)?;
+        let (y, thin) = Thin::forward(xs, frozen, None, a, b, scale)?;
         return Ok((y, Kept::Thin(thin)));
     }
     let xs_a = base::rows(xs)?.to_dtype(a.dtype())?.matmul(&a.t()?)?;

@@ -11,6 +11,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::dropout::DropoutPlan;
 use super::linear as base;
 use crate::kernels::gemm::{add_product, product, Mat};
 use crate::kernels::linear::{bias_rows, Parts};
@@ -30,14 +31,17 @@ pub(super) struct Thin {
     rank: usize,
     parts: Option<Parts>,
     scale: f64,
+    /// What the low-rank part sees its input through; applied anew in backward.
+    dropout: Option<DropoutPlan>,
 }
 
 impl Thin {
-    /// `y = x W^T + bias + s (x A^T) B^T` in the dtype of `xs`, or without the frozen layer `s (x A^T) B^T` in f32; of
-    /// detached tensors.
+    /// `y = x W^T + bias + s (d A^T) B^T` in the dtype of `xs`, or without the frozen layer `s (d A^T) B^T` in f32, d being
+    /// x or, where there is dropout, what it leaves; of detached tensors.
     pub fn forward(
         xs: &Tensor,
         frozen: Option<(&Tensor, Option<&Tensor>)>,
+        dropout: Option<DropoutPlan>,
         a: &Tensor,
         b: &Tensor,
         scale: f64,
@@ -54,7 +58,9 @@ impl Thin {
             None => [a, b],
         };
         let whole = parts.map_or(0..rank, |parts| parts.unled().whole());
-        let thirds = product(scale, &Mat::new(&x)?, &Mat::new(&a)?.rows(whole).t(), DType::F32)?;
+        let dropped = dropout.as_ref().map_or(Ok(x.clone()), |dropout| dropout.apply(&x))?;
+        let thirds = product(scale, &Mat::new(&dropped)?, &Mat::new(&a)?.rows(whole).t(), DType::F32)?;
+        drop(dropped);
         let small = parts.map_or(Ok(thirds.clone()), |parts| parts.product(&thirds))?;
         let facing = parts.map_or(0..rank, |parts| parts.facing());
         let (left, right) = (Mat::new(&small)?, Mat::new(&b)?.columns(facing).t());
@@ -71,10 +77,11 @@ impl Thin {
             let weight = weight.to_dtype(x.dtype())?.contiguous()?;
             add_product(&y, 1.0, &Mat::new(&x)?, &Mat::new(&weight)?.t())?;
         }
-        Ok((y.reshape(shape)?, Self { product: small, a, b, rank, parts, scale }))
+        Ok((y.reshape(shape)?, Self { product: small, a, b, rank, parts, scale, dropout }))
     }
 
-    /// With `u = s dY B`: `dX = dY W + u A`, `dA = u^T X`, `dB = dY^T (s X A^T)`; of detached tensors.
+    /// With `u = s dY B`: `dX = dY W + u A`, `dA = u^T X`, `dB = dY^T (s X A^T)`, `u A` and X through the dropout where there
+    /// is one; of detached tensors.
     pub fn backward(
         &self,
         xs: &Tensor,
@@ -94,7 +101,7 @@ impl Thin {
         let dx = needs[0].then(|| {
             let facing = unled.map_or(0..self.rank, |parts| parts.facing());
             let (left, right) = (Mat::new(&u)?, Mat::new(&self.a)?.rows(facing));
-            let dx = product(1.0, &left, &right, x.dtype())?;
+            let dx = self.dropped(product(1.0, &left, &right, x.dtype())?)?;
             if let Some(weight) = weight {
                 let weight = weight.to_dtype(x.dtype())?.contiguous()?;
                 add_product(&dx, 1.0, &Mat::new(&dy)?, &Mat::new(&weight)?)?;
@@ -103,7 +110,8 @@ impl Thin {
         });
         let da = needs[1].then(|| {
             let columns = unled.map_or(0..self.rank, |parts| parts.halves());
-            product(1.0, &Mat::new(&u)?.columns(columns).t(), &Mat::new(&x)?, DType::F32)
+            let dropped = self.dropped(x.clone())?;
+            product(1.0, &Mat::new(&u)?.columns(columns).t(), &Mat::new(&dropped)?, DType::F32)
         });
         let db = needs[2].then(|| {
             let small = Mat::new(&self.product)?.columns(halves);
@@ -115,5 +123,11 @@ impl Thin {
             None => [da, db],
         };
         Ok([dx, da, db])
+    }
+    fn dropped(&self, xs: Tensor) -> Result<Tensor> {
+        match &self.dropout {
+            Some(dropout) => dropout.apply(&xs),
+            None => Ok(xs),
+        }
     }
 }

@@ -59,7 +59,7 @@ pub(crate) use host::sum_of_squares;
 pub use linear::linear;
 pub use linear_loss::linear_cross_entropy;
 pub use loss::{cross_entropy, mean_squared_error};
-pub use low_rank::{adapted_linear, linear_and_low_rank, low_rank};
+pub use low_rank::{adapted_linear, adapted_linear_with_dropout, linear_and_low_rank, low_rank};
 pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use norm_modules::{LayerNorm, RmsNorm};
 pub use path::OpPath;

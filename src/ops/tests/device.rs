@@ -25,8 +25,8 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Composed, DType::F16, 0.01);
     }
-    half::compare_in_half_width(&device, OpPath::Composed)?;
-    half::compare_in_half_width(&device, OpPath::Fused)
+    half::compare_in_half_width(&device, OpPath::Composed, &cases())?;
+    half::compare_in_half_width(&device, OpPath::Fused, &cases())
 }
 
 #[test]
@@ -111,6 +111,24 @@ fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
                 );
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_inside_an_adapted_layer_is_dropout_before_it() -> Result<()> {
+    let device = cuda_device(0)?;
+    let case = case(
+        "adapted linear, dropout",
+        &[(&[4, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false), (&[7], false)],
+        |t, path| {
+            let dropout = (0.3, &stream(), 9);
+            adapted_linear_with_dropout(&t[0], &t[3], Some(&t[4]), dropout, &t[1], &t[2], 0.3, path)
+        },
+    );
+    for path in [OpPath::Fused, OpPath::Composed] {
+        compare_on(&device, &case, path, DType::F32, 2e-5);
+        half::compare_in_half_width(&device, path, std::slice::from_ref(&case))?;
     }
     Ok(())
 }
