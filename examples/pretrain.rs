@@ -26,7 +26,7 @@ use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::train::Schedule;
 use monteclora::util::files;
-use monteclora::Error;
+use monteclora::{Error, Tape};
 use serde_json::{json, Value};
 use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -169,7 +169,7 @@ fn run() -> Outcome {
         seen += rows.iter().map(|row| row.len()).sum::<usize>();
         let loss = loss(&model, &batch, &Pass::Train { draw: step as u64 }.into())?;
         let mut grads = Gradients::new();
-        grads.accumulate(&params, &loss.backward()?)?;
+        grads.backward(&params, &loss, &Tape::default())?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let norm = clip_grad_norm(&mut grads, 1.0)?;
         if !(value.is_finite() && norm.is_finite()) {

@@ -60,4 +60,5 @@ pub use monteclora::{
     SampleBuffer, SampleScaler, ScalerSchedule, Walk, MAX_BUFFER_SIZE,
 };
 pub use noise::Noise;
+pub use ops::Tape;
 pub use util::device::cuda_device;

@@ -16,7 +16,7 @@ use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::util::device::{peak_device_bytes, reset_peak_device_bytes};
-use monteclora::{Error, MonteCLoRAConfig, Regularizer};
+use monteclora::{Error, MonteCLoRAConfig, Regularizer, Tape};
 use serde_json::Value;
 
 use super::random_weights::random_weights;
@@ -236,17 +236,18 @@ impl Contender {
 
     /// One training step.
     pub fn step(&mut self, draw: u64) -> Outcome {
-        let (pass, device) = (Pass::Train { draw }, self.batch.ids.device());
+        let (tape, device) = (Tape::default(), self.batch.ids.device());
+        let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
         reset_peak_device_bytes(device);
         let start = Instant::now();
-        let mut loss = self.model.loss(&self.batch, &pass.into())?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(&self.batch, &cx)?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &self.regularizer {
-            loss = (loss + regularizer.for_model(self.model.adaptable(), pass)?.total)?;
+            loss = (loss + regularizer.for_model(self.model.adaptable(), &cx)?.total)?;
         }
         loss.to_scalar::<f32>()?; // waits for the device
         let forward = Instant::now();
         let mut grads = Gradients::new();
-        grads.accumulate(&self.params, &loss.backward()?)?;
+        grads.backward(&self.params, &loss, &tape)?;
         clip_grad_norm(&mut grads, 1.0)?;
         let backward = Instant::now();
         self.optimizer.step(&grads, 1e-4)?;

@@ -1,5 +1,6 @@
 //! What a forward pass is told beside its input, as one value: forward reads nothing else.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,7 +8,8 @@ use candle_core::{Result, Tensor, TensorId};
 
 use super::pass::Pass;
 use super::probe::Probe;
-use crate::ops::OpPath;
+use super::together::Together;
+use crate::ops::{OpPath, Tape};
 use crate::util::check::positive;
 
 /// A pass, and what it carries through the model: how operations run, the course of the
@@ -52,11 +54,16 @@ pub struct Context {
     pub draws: Option<DrawCache>,
     /// Who is told of layers' outputs; nobody where absent.
     pub(crate) probe: Option<Probe>,
+    /// What they leave to be differentiated together; nothing where absent.
+    tape: Option<Tape>,
+    /// What layers make for each other, within one forward pass of a model.
+    together: Option<Together>,
 }
 
 impl From<Pass> for Context {
     fn from(pass: Pass) -> Self {
-        Self { pass, path: OpPath::Fused, scaler_factors: ScalerFactors::default(), draws: None, probe: None }
+        let (path, scaler_factors) = (OpPath::Fused, ScalerFactors::default());
+        Self { pass, path, scaler_factors, draws: None, probe: None, tape: None, together: None }
     }
 }
 
@@ -96,6 +103,36 @@ impl Context {
     /// The same with `probe` told of every layer's output.
     pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
+    }
+
+    /// The same for a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates with `tape`.
+    pub fn with_tape(self, tape: &Tape) -> Self {
+        Self { tape: Some(tape.clone()), ..self }
+    }
+
+    /// The same for a loss that is differentiated by candle alone, as a block is that is computed again for its gradient.
+    pub(crate) fn without_tape(self) -> Self {
+        Self { tape: None, ..self }
+    }
+
+    /// What is left to be differentiated together.
+    pub(crate) fn tape(&self) -> Option<&Tape> {
+        self.tape.as_ref()
+    }
+
+    /// The context of one forward pass of a model, which begins here unless it has begun: its layers may make together
+    /// what they need. Models call this where they begin, and hand it to nobody else, so that what was made from the
+    /// parameters' values is gone before they change.
+    pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
+        match self.together {
+            Some(_) => Cow::Borrowed(self),
+            None => Cow::Owned(Self { together: Some(Together::default()), ..self.clone() }),
+        }
+    }
+
+    /// What layers make for each other; none where a layer runs by itself.
+    pub(crate) fn together(&self) -> Option<&Together> {
+        self.together.as_ref()
     }
 }
 

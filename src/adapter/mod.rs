@@ -15,6 +15,7 @@ mod pass;
 mod prior;
 mod probe;
 mod standalone;
+mod together;
 mod walk;
 
 pub use context::{Context, DrawCache, ScalerFactors};

@@ -1,6 +1,7 @@
 //! Puts LoRA, MonteCLoRA or any other adapters on the targets of a model: on all of them or on none.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::activate::{self, check_unmerged};
 use super::targets::{no_target, paths, Target, Targets};
@@ -121,10 +122,10 @@ pub fn monteclora_named(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    let config = with_share(model, config, resolved.len())?;
+    let (config, group) = (with_share(model, config, resolved.len())?, Arc::default());
     inject(model, name, &resolved, params, &mut |layer, target| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        Ok(Box::new(MonteCLoRA::new(params, layer.path(), name, layer.dims()?, &config)?))
+        Ok(Box::new(MonteCLoRA::in_group(&group, params, layer.path(), name, layer.dims()?, &config)?))
     })?;
     Ok(resolved)
 }

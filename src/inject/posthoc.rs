@@ -1,6 +1,7 @@
 //! Post-hoc MonteCLoRA: a LoRA adapter that was trained before gets a posterior around it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::activate;
 use super::injection::{inject, with_share};
@@ -45,10 +46,10 @@ pub fn posthoc(
     if targets.is_empty() {
         return Err(Error::config("adapter", "no layer has an active LoRA adapter"));
     }
-    let config = with_share(model, config, targets.len())?;
+    let (config, group) = (with_share(model, config, targets.len())?, Arc::default());
     inject(model, name, &targets, params, &mut |layer, target| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-        let made = MonteCLoRA::new(params, layer.path(), name, layer.dims()?, &config)?;
+        let made = MonteCLoRA::in_group(&group, params, layer.path(), name, layer.dims()?, &config)?;
         let (a, b) = &pairs[&target.path];
         params.set(&format!("{}.a", made.name()), a)?;
         params.set(&format!("{}.b", made.name()), b)?;

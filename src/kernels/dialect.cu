@@ -12,9 +12,14 @@ typedef unsigned long long u64;
 #define DEVICE static __device__ inline
 #define SHARED __shared__
 #define BARRIER __syncthreads();
+// What a thread has written before, other blocks see before what it writes after.
+#define FENCE __threadfence();
+// Adds one to a counter that blocks share; what it was before.
+#define COUNT(counter) atomicAdd(counter, 1u)
 #define THREAD threadIdx.x
 #define THREADS blockDim.x
 #define BLOCK blockIdx.x
 #define BLOCKS gridDim.x
 #define BLOCK_ROW blockIdx.y
+#define BLOCK_ROWS gridDim.y
 #endif

@@ -1,46 +1,57 @@
-// A draw of the collapsed mixture, A_eff = A + eps ||pi||_2 exp(rho) T Z, and its gradients. Z is made from its address
-// both times and never stored; nothing visits the host.
+// A draw of the collapsed mixture, A_eff = A + eps ||pi||_2 exp(rho) T Z, and its gradients, of many layers in one launch.
+// Z is made from its address both times and never stored; nothing visits the host.
 
-// The draw's small parts, by one block: T (r, r) of Bartlett's factor and the scales of the rows, (r); for backward
-// pi (N) and what moves its logarithms' gamma draws, d ln z_k / d c_k (N). Without components the scale is exp(rho) eps.
-KERNEL draw_scales(u32 rank, u32 components, double df, u32 diagonal, double eps, u64 wishart, u64 dirichlet, u64 draw,
-                   const float *rho, const float *c, float *tril, float *rows, double *pi, double *slopes) {
-    SHARED double top, norm;
-    for (u32 i = THREAD; i < components + rank; i += THREADS) {
-        if (i < components) {
-            double a = exp((double)c[i]);
-            Dual z = gamma_quantile(a, uniform(dirichlet, draw, i));
-            pi[i] = z.value;
-            slopes[i] = a * z.slope;
+// A layer's part of a draw: the host fills a table of them and gives each room for what is made.
+typedef struct {
+    const float *mean, *rho, *c;  // A (r, width), (r), (N)
+    float *out, *tril, *rows;     // A_eff, T (r, r), the scales of its rows (r)
+    double *pi, *slopes;          // (N) the weights, and d ln z_k / d c_k of the gamma draws that they are made of
+    double *norm, *shares;        // ||pi||_2; (tiles, r) of what backward sums
+    u64 wishart, dirichlet, gaussian;
+    double df, eps;
+    u32 rank, components, width, diagonal;
+    u32 done, unused;             // how many blocks of backward have left their share: zero before and after
+} Draw;
+
+// What a draw needs beside A and Z: T, the scales of the rows, and for backward pi and its slopes. A block for each layer,
+// a thread for each quantile. Without components the scale of a row is exp(rho) eps.
+KERNEL draw_scales(const Draw *draws, u64 draw) {
+    SHARED double part[MOST_THREADS];
+    Draw d = draws[BLOCK];
+    u32 n = d.components, r = d.rank;
+    for (u32 i = THREAD; i < n + r; i += THREADS) {
+        if (i < n) {
+            double a = exp((double)d.c[i]);
+            Dual z = gamma_quantile(a, uniform(d.dirichlet, draw, i));
+            d.pi[i] = z.value;
+            d.slopes[i] = a * z.slope;
         } else {
-            u32 row = i - components;
-            Dual z = gamma_quantile((diagonal ? df : df - row) / 2.0, uniform(wishart, 2 * draw, row));
-            tril[row * rank + row] = (float)exp(0.5 * (0.6931471805599453 + z.value));
+            u32 row = i - n;
+            Dual z = gamma_quantile((d.diagonal ? d.df : d.df - row) / 2.0, uniform(d.wishart, 2 * draw, row));
+            d.tril[row * r + row] = (float)exp(0.5 * (0.6931471805599453 + z.value));
         }
     }
-    for (u32 i = THREAD; i < rank * rank; i += THREADS) {
-        u32 row = i / rank, column = i % rank;
-        if (column < row && !diagonal) tril[i] = (float)normal_double(wishart, 2 * draw + 1, row * (row - 1) / 2 + column);
-        else if (column != row) tril[i] = 0.0f;
+    for (u32 i = THREAD; i < r * r; i += THREADS) {
+        u32 row = i / r, column = i % r;
+        if (column < row && !d.diagonal) d.tril[i] = (float)normal_double(d.wishart, 2 * draw + 1, row * (row - 1) / 2 + column);
+        else if (column != row) d.tril[i] = 0.0f;
     }
-    BARRIER
-    if (THREAD == 0) {
-        top = -1.0 / 0.0;
-        for (u32 i = 0; i < components; i++) top = largest(pi[i], top);
+    // pi is the softmax of ln z. Each thread goes through the components that it made.
+    part[THREAD] = -1.0 / 0.0;
+    for (u32 i = THREAD; i < n; i += THREADS) part[THREAD] = largest(d.pi[i], part[THREAD]);
+    double top = block_largest(part), sum = 0.0, squares = 0.0;
+    for (u32 i = THREAD; i < n; i += THREADS) sum += d.pi[i] = exp(d.pi[i] - top);
+    part[THREAD] = sum;
+    sum = block_total(part);
+    for (u32 i = THREAD; i < n; i += THREADS) {
+        double pi = d.pi[i] /= sum;
+        squares += pi * pi;
     }
-    BARRIER
-    for (u32 i = THREAD; i < components; i += THREADS) pi[i] = exp(pi[i] - top);
-    BARRIER
-    if (THREAD == 0) {
-        double sum = 0.0, squares = 0.0;
-        for (u32 i = 0; i < components; i++) sum += pi[i];
-        for (u32 i = 0; i < components; i++) squares += pi[i] / sum * (pi[i] / sum);
-        top = sum;
-        norm = components ? sqrt(squares) : 1.0;
-    }
-    BARRIER
-    for (u32 i = THREAD; i < components; i += THREADS) pi[i] /= top;
-    for (u32 i = THREAD; i < rank; i += THREADS) rows[i] = (float)(eps * exp((double)rho[i]) * norm);
+    part[THREAD] = squares;
+    squares = block_total(part);
+    double norm = n ? sqrt(squares) : 1.0;
+    if (THREAD == 0) *d.norm = norm;
+    for (u32 i = THREAD; i < r; i += THREADS) d.rows[i] = (float)(d.eps * exp((double)d.rho[i]) * norm);
 }
 
 // A block takes as many columns of all rows as have room.
@@ -66,56 +77,62 @@ DEVICE float tile_product(u32 i, u32 columns, u32 rank, const float *tril, const
     return sum;
 }
 
-// A_eff, (r, width): block b has the columns from b * tile_columns(r) on.
-KERNEL draw_perturb(u32 rank, u32 width, u64 gaussian, u64 draw, const float *a, const float *tril, const float *rows,
-                    float *out) {
+// A_eff of the layer of each row of blocks: block b has the columns from b * tile_columns(r) on.
+KERNEL draw_perturb(const Draw *draws, u64 draw) {
     SHARED float z[TILE];
-    u32 columns = tile_columns(rank), first = BLOCK * columns;
-    tile_normals(rank, first, columns, width, gaussian, draw, z);
-    for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+    Draw d = draws[BLOCK_ROW];
+    u32 columns = tile_columns(d.rank), first = BLOCK * columns;
+    if (first >= d.width) return; // narrower than others
+    tile_normals(d.rank, first, columns, d.width, d.gaussian, draw, z);
+    for (u32 i = THREAD; i < d.rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
-        if (column < width) out[row * width + column] = a[row * width + column] + rows[row] * tile_product(i, columns, rank, tril, z);
+        if (column < d.width) {
+            u32 at = row * d.width + column;
+            d.out[at] = d.mean[at] + d.rows[row] * tile_product(i, columns, d.rank, d.tril, z);
+        }
     }
 }
 
-// Each block's share of sum_j G_ij (T Z)_ij, (blocks, r): summed in a fixed order, so that a run can be repeated.
-KERNEL draw_along(u32 rank, u32 width, u64 gaussian, u64 draw, const float *grad, const float *tril, double *shares) {
+// What backward of a layer is given, the gradient of A_eff, and where those of rho (r) and c (N) go.
+typedef struct {
+    const float *grad;
+    float *drho, *dc;
+    u64 which;
+} Slope;
+
+// The gradients of rho and c of the layer of each row of blocks: each block leaves its share of sum_j G_ij (T Z)_ij, and
+// the last of the layer's to do so sums them, in a fixed order, so that a run can be repeated.
+KERNEL draw_slopes(Draw *draws, const Slope *slopes, u64 draw) {
     SHARED float z[TILE], along[TILE];
-    u32 columns = tile_columns(rank), first = BLOCK * columns;
-    tile_normals(rank, first, columns, width, gaussian, draw, z);
-    for (u32 i = THREAD; i < rank * columns; i += THREADS) {
+    SHARED double part[MOST_THREADS];
+    Slope s = slopes[BLOCK_ROW];
+    Draw d = draws[s.which];
+    u32 r = d.rank, columns = tile_columns(r), first = BLOCK * columns, tiles = (d.width + columns - 1) / columns;
+    if (BLOCK >= tiles) return; // narrower than others
+    tile_normals(r, first, columns, d.width, d.gaussian, draw, z);
+    for (u32 i = THREAD; i < r * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
-        along[i] = column < width ? grad[row * width + column] * tile_product(i, columns, rank, tril, z) : 0.0f;
+        along[i] = column < d.width ? s.grad[row * d.width + column] * tile_product(i, columns, r, d.tril, z) : 0.0f;
     }
     BARRIER
-    for (u32 row = THREAD; row < rank; row += THREADS) {
+    for (u32 row = THREAD; row < r; row += THREADS) {
         double sum = 0.0;
         for (u32 i = 0; i < columns; i++) sum += along[row * columns + i];
-        shares[BLOCK * rank + row] = sum;
+        d.shares[BLOCK * r + row] = sum;
     }
-}
-
-// The gradients of rho (r) and c (N), by one block, from the shares of `tiles` others.
-KERNEL draw_slopes(u32 rank, u32 components, u32 tiles, double eps, const float *rho, const double *shares,
-                   const double *pi, const double *slopes, double *along, float *drho, float *dc) {
-    SHARED double norm, total;
-    for (u32 row = THREAD; row < rank; row += THREADS) {
+    if (!last_block(&draws[s.which].done, tiles)) return;
+    const volatile double *shares = d.shares;
+    part[THREAD] = 0.0;
+    for (u32 row = THREAD; row < r; row += THREADS) {
         double sum = 0.0;
-        for (u32 i = 0; i < tiles; i++) sum += shares[i * rank + row];
-        along[row] = sum * eps * exp((double)rho[row]);
+        for (u32 i = 0; i < tiles; i++) sum += shares[i * r + row];
+        sum *= d.eps * exp((double)d.rho[row]);
+        s.drho[row] = (float)(sum * *d.norm);
+        part[THREAD] += sum;
     }
-    BARRIER
-    if (THREAD == 0) {
-        double squares = 0.0;
-        for (u32 i = 0; i < components; i++) squares += pi[i] * pi[i];
-        norm = components ? sqrt(squares) : 1.0;
-        total = 0.0;
-        for (u32 row = 0; row < rank; row++) total += along[row];
-    }
-    BARRIER
-    for (u32 row = THREAD; row < rank; row += THREADS) drho[row] = (float)(along[row] * norm);
+    double total = block_total(part);
     // d norm / d pi_k = pi_k / norm, and the softmax takes off sum_k pi_k of it, which is the norm.
-    for (u32 i = THREAD; i < components; i += THREADS) {
-        dc[i] = (float)(slopes[i] * pi[i] * total * (pi[i] / norm - norm));
+    for (u32 i = THREAD; i < d.components; i += THREADS) {
+        s.dc[i] = (float)(d.slopes[i] * d.pi[i] * total * (d.pi[i] / *d.norm - *d.norm));
     }
 }

@@ -13,7 +13,7 @@
 
 static const unsigned block_threads = 32;
 static thread_local unsigned thread_index, block_index, block_row;
-static unsigned row_blocks;
+static unsigned row_blocks, block_rows;
 static pthread_barrier_t barrier;
 
 // The library's own writes a sign that all threads share.
@@ -28,23 +28,33 @@ static double lgamma_alone(double x) {
 #define DEVICE static inline
 #define SHARED static
 #define BARRIER pthread_barrier_wait(&barrier);
+#define FENCE // blocks follow each other
+#define COUNT(counter) __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL)
 #define THREAD thread_index
 #define THREADS block_threads
 #define BLOCK block_index
 #define BLOCKS row_blocks
 #define BLOCK_ROW block_row
+#define BLOCK_ROWS block_rows
 
 #include "dialect.cu"
 #include "noise.cu"
 #include "rows.cu"
 #include "gamma.cu"
+#include "blocks.cu"
 #include "draw.cu"
 #include "update.cu"
+#include "fold.cu"
+#include "attention.cu"
+#include "loss.cu"
+#include "gather.cu"
+#include "activation.cu"
+#include "linear.cu"
 
 // Calls a kernel from all threads of all blocks; none begins a block before all have left the last.
 template <typename Call> static void launch_rows(unsigned rows, unsigned blocks, Call call) {
     std::vector<std::thread> team;
-    row_blocks = blocks;
+    row_blocks = blocks, block_rows = rows;
     pthread_barrier_init(&barrier, nullptr, THREADS);
     for (unsigned thread = 0; thread < THREADS; thread++) team.emplace_back([=] {
         thread_index = thread;
@@ -102,25 +112,6 @@ static void put(double x) { fwrite(&x, sizeof x, 1, stdout); }
 static void put_doubles(const double *xs, size_t count) { for (size_t i = 0; i < count; i++) put(xs[i]); }
 static void put_floats(const float *xs, size_t count) { for (size_t i = 0; i < count; i++) put(xs[i]); }
 
-static void draw(void) {
-    u32 rank = word(), components = word(), width = word(), diagonal = word();
-    u64 wishart = word(), dirichlet = word(), gaussian = word(), at = word();
-    double df = number(), eps = number();
-    float *rho = floats(rank), *c = floats(components), *a = floats(rank * width), *grad = floats(rank * width);
-    float *tril = room(rank * rank), *rows = room(rank), *out = room(rank * width), *drho = room(rank), *dc = room(components);
-    u32 tiles = (width + tile_columns(rank) - 1) / tile_columns(rank);
-    double *pi = room(components), *slopes = room(components), *shares = room(tiles * rank), *along = room(rank);
-    LAUNCH(1, draw_scales(rank, components, df, diagonal, eps, wishart, dirichlet, at, rho, c, tril, rows, pi, slopes));
-    LAUNCH(tiles, draw_perturb(rank, width, gaussian, at, a, tril, rows, out));
-    LAUNCH(tiles, draw_along(rank, width, gaussian, at, grad, tril, shares));
-    LAUNCH(1, draw_slopes(rank, components, tiles, eps, rho, shares, pi, slopes, along, drho, dc));
-    put_floats(tril, rank * rank);
-    put_doubles(pi, components);
-    put_floats(out, rank * width);
-    put_floats(drho, rank);
-    put_floats(dc, components);
-}
-
 static void noise(void) {
     u64 key = word(), at = word(), count = word();
     for (u64 i = 0; i < count; i++) put(uniform(key, at, i));
@@ -162,15 +153,31 @@ static void optimizer(void) {
         u->grad = floats(u->count);
         spans[i] = (Span){u->grad, u->count};
     }
-    double *sums = room(tensors * blocks);
+    double *sums = room(tensors * blocks), *total = room(1);
+    u32 done = 0;
     LAUNCH_ROWS(tensors, blocks, adamw(updates, beta1, rest1, beta2, rest2, eps));
-    LAUNCH_ROWS(tensors, blocks, sums_of_squares(spans, sums));
+    u32 *counter = &done;
+    // Twice: the counter of blocks is zero again, or nobody writes what was wiped out in between.
+    for (int time = 0; time < 2; time++) {
+        *total = -1.0;
+        LAUNCH_ROWS(tensors, blocks, sums_of_squares(spans, sums, counter, total));
+    }
     for (u32 i = 0; i < tensors; i++) {
         put_floats(updates[i].value, updates[i].count);
         put_floats(updates[i].first, updates[i].count);
         put_floats(updates[i].second, updates[i].count);
     }
-    put_doubles(sums, tensors * blocks);
+    put_doubles(total, 1);
+    Scaling *scalings = room(3 * tensors);
+    for (u32 i = 0; i < tensors; i++) scalings[i] = (Scaling){updates[i].grad, room(updates[i].count), updates[i].count};
+    LAUNCH_ROWS(tensors, blocks, scale_all(scalings, beta1));
+    for (u32 i = 0; i < tensors; i++) put_floats(scalings[i].to, scalings[i].count);
+    Sum *pairs = room(4 * tensors);
+    for (u32 i = 0; i < tensors; i++) {
+        pairs[i] = (Sum){scalings[i].from, scalings[i].to, room(scalings[i].count), scalings[i].count};
+    }
+    LAUNCH_ROWS(tensors, blocks, sum_all(pairs));
+    for (u32 i = 0; i < tensors; i++) put_floats(pairs[i].to, pairs[i].count);
 }
 
 // Numbers in single precision or, narrow, as bf16.
@@ -208,8 +215,32 @@ static void dropout(void) {
     put_floats(ys, count + 1);
 }
 
+#include "host_attention.cpp"
+#include "host_loss.cpp"
+#include "host_activation.cpp"
+#include "host_linear.cpp"
+#include "host_draws.cpp"
+
 int main(void) {
-    void (*const requests[])(void) = {draw, noise, quantiles, family, optimizer, dropout, norm};
-    requests[word()]();
+    switch (word()) {
+    case 1: noise(); break;
+    case 2: quantiles(); break;
+    case 3: family(); break;
+    case 4: optimizer(); break;
+    case 5: dropout(); break;
+    case 6: norm(); break;
+    case 20: attention(); break;
+    case 21: cross_entropy(); break;
+    case 22: rows_moved(); break;
+    case 30: gelu(); break;
+    case 31: silu_mul(); break;
+    case 32: rotary(); break;
+    case 33: bias(); break;
+    case 34: factors(); break;
+    case 35: product(); break;
+    case 36: joined(); break;
+    case 40: draws(); break;
+    default: return 3;
+    }
     return 0;
 }

@@ -58,6 +58,16 @@ pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
     bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty, or there is too much")
 }
 
+/// A block for each of `rows` rows, or for some where they are very many: for kernels that take rows in strides.
+pub(super) fn some_rows(rows: u32) -> LaunchConfig {
+    grid(rows.clamp(1, 1 << 20))
+}
+
+/// Some four of `count` elements a thread: for kernels that take elements in strides.
+pub(super) fn spread(count: u32) -> LaunchConfig {
+    grid(count.div_ceil(4 * THREADS).clamp(1, 1 << 20))
+}
+
 /// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
 /// in its own order and types. Tensors among them come from [`address`], which compares their device with this one.
 macro_rules! launch {
@@ -129,8 +139,8 @@ pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous tensor of `dtype`, f32 or bf16, are on the device of the launch. All work on them
-/// is in the order of that device's one stream, so nothing else says that a launch uses them.
+/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are on the device of the launch. All work
+/// on them is in the order of that device's one stream, so nothing else says that a launch uses them.
 ///
 /// # Errors
 /// If the tensor is not contiguous, of another dtype, or elsewhere.
@@ -144,9 +154,16 @@ pub(crate) fn address(device: &CudaDevice, tensor: &Tensor, dtype: DType) -> Res
     let base = match (&storage.slice, dtype) {
         (CudaStorageSlice::F32(data), DType::F32) => data.device_ptr(&stream).0,
         (CudaStorageSlice::BF16(data), DType::BF16) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U8(data), DType::U8) => data.device_ptr(&stream).0,
+        (CudaStorageSlice::U32(data), DType::U32) => data.device_ptr(&stream).0,
         _ => bail!("{dtype:?} was expected, got {:?}", tensor.dtype()),
     };
     Ok(base + (start * dtype.size_in_bytes()) as u64)
+}
+
+/// Where memory of a device begins, as [`address`].
+pub(super) fn slice_address<T>(slice: &CudaSlice<T>) -> u64 {
+    slice.device_ptr(slice.stream()).0
 }
 
 /// The elements of a storage that is contiguous under `layout`, on the device of the launch.
@@ -196,8 +213,7 @@ mod tests {
     #[test]
     fn nvrtc_takes_the_kernels() {
         let program = super::compile().expect("a program");
-        for name in ["draw_scales", "draw_perturb", "draw_along", "draw_slopes", "gamma_family_f32", "adamw"]
-        {
+        for name in ["draw_scales", "draw_perturb", "draw_slopes", "gamma_family_f32", "adamw"] {
             assert!(program.contains(&format!(".entry {name}(")), "{name}");
         }
     }

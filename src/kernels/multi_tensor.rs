@@ -1,11 +1,16 @@
 //! One launch over many tensors, whose addresses and sizes go to the device as a table.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{bail, DType, Result, Tensor};
 
-use super::launch::{address, alloc_uninit, count, device_of, grid, launch, THREADS};
+use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address, THREADS};
 
 /// The most blocks of a tensor.
 const BLOCKS: u32 = 128;
+
+/// The most tensors of a launch: rows of a grid.
+const ROWS: usize = 65535;
 
 /// One parameter's step of AdamW; its first three tensors are changed in place.
 pub(crate) struct Update {
@@ -26,56 +31,204 @@ pub(crate) fn supports(tensor: &Tensor) -> bool {
     tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
-/// Makes all updates, whose tensors are on one device and of one size each; `betas` are the decays of the means.
+/// Makes all updates, whose tensors are of one size and on one device each, in one launch for each device; `betas` are the
+/// decays of the means.
 ///
 /// # Errors
-/// If a tensor is not one that [`takes`] takes, or the device fails.
+/// If a tensor is not one that the kernels [`supports`], the tensors of an update are on several devices, or a device
+/// fails.
 pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()> {
-    let Some(device) = updates.first().map(|update| device_of(&update.value)).transpose()? else {
-        return Ok(());
-    };
-    let (mut table, mut longest) = (Vec::with_capacity(6 * updates.len()), 0);
-    for update in updates {
-        let len = count(update.value.elem_count())?;
-        longest = longest.max(len);
-        for tensor in [&update.value, &update.first, &update.second, &update.grad] {
-            table.push(address(device, tensor, DType::F32)?);
-        }
-        let pair = |low: u32, high: f32| u64::from(low) | u64::from(high.to_bits()) << 32;
-        table.extend([pair(len, update.keep), pair(update.rate.to_bits(), update.inverse)]);
-    }
-    let table = device.clone_htod(&table)?;
     let [beta1, beta2] = betas.map(|beta| beta as f32);
     let [rest1, rest2] = betas.map(|beta| (1.0 - beta) as f32);
-    let (eps, mut config) = (eps as f32, grid(blocks(longest)));
-    config.grid_dim.1 = count(updates.len())?;
-    launch!(device; config; adamw(&table, &beta1, &rest1, &beta2, &rest2, &eps));
+    let eps = eps as f32;
+    for updates in launches(updates, |update| &update.value) {
+        let (device, mut table) = (device_of(&updates[0].value)?, Vec::with_capacity(6 * updates.len()));
+        for update in &updates {
+            for tensor in [&update.value, &update.first, &update.second, &update.grad] {
+                if !tensor.device().same_device(update.value.device()) {
+                    let (one, other) = (update.value.device().location(), tensor.device().location());
+                    bail!("a parameter {:?} on {one:?}, its gradient or moments on {other:?}", tensor.dims());
+                }
+                table.push(address(device, tensor, DType::F32)?);
+            }
+            let pair = |low: u32, high: f32| u64::from(low) | u64::from(high.to_bits()) << 32;
+            let len = count(update.value.elem_count())?;
+            table.extend([pair(len, update.keep), pair(update.rate.to_bits(), update.inverse)]);
+        }
+        let config = rows(updates.iter().map(|update| &update.value))?;
+        let table = device.clone_htod(&table)?;
+        launch!(device; config; adamw(&table, &beta1, &rest1, &beta2, &rest2, &eps));
+    }
     Ok(())
 }
 
-/// The sum of the squares of all elements of all tensors: one copy to the host. None where there is a tensor that
-/// [`takes`] does not take.
+/// The sum of the squares of all elements of all tensors: a launch and a number to the host for each device. None
+/// where there is a tensor that the kernels do not take ([`supports`]).
+///
+/// # Errors
+/// If a device fails.
+pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
+    if tensors.is_empty() || !tensors.iter().all(|tensor| supports(tensor)) {
+        return Ok(None);
+    }
+    let mut totals = Vec::new();
+    for tensors in launches(tensors, |tensor| tensor) {
+        let (device, mut table) = (device_of(tensors[0])?, Vec::with_capacity(2 * tensors.len() + 1));
+        for tensor in &tensors {
+            table.extend([address(device, tensor, DType::F32)?, tensor.elem_count() as u64]);
+        }
+        table.push(0); // the counter of blocks
+        let config = rows(tensors.iter().copied().copied())?;
+        let shares = config.grid_dim.0 as usize * tensors.len();
+        let table = device.clone_htod(&table)?;
+        let done = slice_address(&table) + 16 * tensors.len() as u64;
+        let (mut sums, mut total) = (alloc_uninit::<f64>(device, shares)?, alloc_uninit::<f64>(device, 1)?);
+        launch!(device; config; sums_of_squares(&table, &mut sums, &done, &mut total));
+        totals.push((device, total));
+    }
+    // Every device is at work before the first is waited for.
+    let read = |(device, total): (&CudaDevice, _)| Ok(device.clone_dtoh(&total)?.into_iter().sum::<f64>());
+    totals.into_iter().map(read).sum::<Result<f64>>().map(Some)
+}
+
+/// The tensors times `factor`, as new ones: a launch for each device. None where there is a tensor that the kernels do
+/// not take ([`supports`]).
+///
+/// # Errors
+/// If a device fails.
+pub(crate) fn scaled(tensors: &[&Tensor], factor: f64) -> Result<Option<Vec<Tensor>>> {
+    if !tensors.iter().all(|tensor| supports(tensor)) {
+        return Ok(None);
+    }
+    let factor = factor as f32;
+    let mut scaled: Vec<Option<Tensor>> = vec![None; tensors.len()];
+    let places: Vec<(usize, &Tensor)> = tensors.iter().copied().enumerate().collect();
+    for places in launches(&places, |(_, tensor)| tensor) {
+        let own: Vec<&Tensor> = places.iter().map(|(_, tensor)| *tensor).collect();
+        let (device, room, mut table) = (device_of(own[0])?, Room::of(&own)?, Vec::new());
+        for (tensor, to) in own.iter().zip(&room.parts) {
+            table.extend([
+                address(device, tensor, DType::F32)?,
+                address(device, to, DType::F32)?,
+                to.elem_count() as u64,
+            ]);
+        }
+        let (config, table) = (rows(own.iter().copied())?, device.clone_htod(&table)?);
+        launch!(device; config; scale_all(&table, &factor));
+        places.iter().zip(room.parts).for_each(|((place, _), part)| scaled[*place] = Some(part));
+    }
+    Ok(Some(scaled.into_iter().flatten().collect()))
+}
+
+/// The elements of all tensors, one after the other, by one launch. None where there is none, one that the kernels do
+/// not take ([`supports`]), or one on another device.
 ///
 /// # Errors
 /// If the device fails.
-pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
-    let Some(first) = tensors.first().filter(|_| tensors.iter().all(|tensor| supports(tensor))) else {
+pub(crate) fn joined(tensors: &[&Tensor]) -> Result<Option<Tensor>> {
+    let together = launches(tensors, |tensor| tensor).len() == 1;
+    if !together || !tensors.iter().all(|tensor| supports(tensor)) {
         return Ok(None);
-    };
-    let (device, mut table, mut longest) = (device_of(first)?, Vec::with_capacity(2 * tensors.len()), 0);
-    for tensor in tensors {
-        longest = longest.max(count(tensor.elem_count())?);
-        table.extend([address(device, tensor, DType::F32)?, tensor.elem_count() as u64]);
     }
-    let (table, blocks) = (device.clone_htod(&table)?, blocks(longest));
-    let mut sums = alloc_uninit::<f64>(device, tensors.len() * blocks as usize)?;
-    let mut config = grid(blocks);
-    config.grid_dim.1 = count(tensors.len())?;
-    launch!(device; config; sums_of_squares(&table, &mut sums));
-    Ok(Some(device.clone_dtoh(&sums)?.into_iter().sum()))
+    let (device, room, mut table) = (device_of(tensors[0])?, Room::of(tensors)?, Vec::new());
+    for (tensor, to) in tensors.iter().zip(&room.parts) {
+        table.extend([
+            address(device, tensor, DType::F32)?,
+            address(device, to, DType::F32)?,
+            to.elem_count() as u64,
+        ]);
+    }
+    let (config, table, one) = (rows(tensors.iter().copied())?, device.clone_htod(&table)?, 1f32);
+    launch!(device; config; scale_all(&table, &one));
+    Ok(Some(room.all))
 }
 
-/// Some sixteen elements a thread.
-fn blocks(longest: u32) -> u32 {
-    longest.div_ceil(16 * THREADS).clamp(1, BLOCKS)
+/// The sums of pairs of tensors, by a launch for each device where the kernels take all of them ([`supports`]).
+///
+/// # Errors
+/// If the shapes or devices of a pair differ, or a device fails.
+pub(crate) fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
+    let fits = |(a, b): &(Tensor, Tensor)| {
+        supports(a) && supports(b) && a.dims() == b.dims() && a.device().same_device(b.device())
+    };
+    if !pairs.iter().all(fits) {
+        return pairs.iter().map(|(a, b)| a + b).collect();
+    }
+    let mut summed: Vec<Option<Tensor>> = vec![None; pairs.len()];
+    let places: Vec<_> = pairs.iter().enumerate().collect();
+    for places in launches(&places, |(_, (a, _))| a) {
+        let own: Vec<&Tensor> = places.iter().map(|(_, (a, _))| a).collect();
+        let (device, room, mut table) = (device_of(own[0])?, Room::of(&own)?, Vec::new());
+        for ((_, (a, b)), to) in places.iter().zip(&room.parts) {
+            table.extend([
+                address(device, a, DType::F32)?,
+                address(device, b, DType::F32)?,
+                address(device, to, DType::F32)?,
+            ]);
+            table.push(to.elem_count() as u64);
+        }
+        let (config, table) = (rows(own.iter().copied())?, device.clone_htod(&table)?);
+        launch!(device; config; sum_all(&table));
+        places.iter().zip(room.parts).for_each(|((place, _), part)| summed[*place] = Some(part));
+    }
+    Ok(summed.into_iter().flatten().collect())
+}
+
+/// One new tensor, and its parts of the shapes of some others.
+struct Room {
+    all: Tensor,
+    parts: Vec<Tensor>,
+}
+
+impl Room {
+    fn of(tensors: &[&Tensor]) -> Result<Self> {
+        let whole: usize = tensors.iter().map(|tensor| tensor.elem_count()).sum();
+        let all = empty(device_of(tensors[0])?, &whole.into(), DType::F32)?;
+        let (mut from, mut parts) = (0, Vec::with_capacity(tensors.len()));
+        for tensor in tensors {
+            parts.push(all.narrow(0, from, tensor.elem_count())?.reshape(tensor.shape())?);
+            from += tensor.elem_count();
+        }
+        Ok(Self { all, parts })
+    }
+}
+
+/// The items in lists whose tensors are on one device each, in order, none longer than a launch may be.
+fn launches<'a, T>(items: &'a [T], of: impl Fn(&'a T) -> &'a Tensor) -> Vec<Vec<&'a T>> {
+    let mut lists: Vec<Vec<&T>> = Vec::new();
+    for item in items {
+        let device = of(item).device();
+        let fits = |list: &&mut Vec<&'a T>| list.len() < ROWS && of(list[0]).device().same_device(device);
+        match lists.iter_mut().rev().find(fits) {
+            Some(list) => list.push(item),
+            None => lists.push(vec![item]),
+        }
+    }
+    lists
+}
+
+/// A row of blocks for each tensor, some sixteen elements a thread of the longest.
+fn rows<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<LaunchConfig> {
+    let rows = count(tensors.len())?;
+    let longest = tensors.map(Tensor::elem_count).max().unwrap_or(0);
+    let mut config = grid(count(longest)?.div_ceil(16 * THREADS).clamp(1, BLOCKS));
+    config.grid_dim.1 = rows;
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_launch_has_one_device_and_no_more_rows_than_a_grid() -> Result<()> {
+        let tensor = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+        let many = vec![&tensor; 2 * ROWS + 3];
+        let lists: Vec<usize> = launches(&many, |tensor| tensor).iter().map(Vec::len).collect();
+        assert_eq!(lists, [ROWS, ROWS, 3]);
+        assert!(launches(&many[..0], |tensor| tensor).is_empty());
+        Ok(())
+    }
 }

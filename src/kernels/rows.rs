@@ -119,12 +119,13 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
     Ok(ys)
 }
 
-fn narrow(tensor: &Tensor) -> u32 {
+/// Whether it is stored as bf16, as kernels are told.
+pub(super) fn narrow(tensor: &Tensor) -> u32 {
     u32::from(tensor.dtype() == DType::BF16)
 }
 
 /// Whether there is a tensor, and where.
-fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+pub(super) fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
     let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
     Ok((tensor.is_some().into(), place.unwrap_or(0)))
 }

@@ -7,10 +7,15 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use crate::dist::{wishart::fill_bartlett, Covariance, Dirichlet, Estimator};
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops::{add_scaled_rows, layer_norm, rms_norm, OpPath};
+use crate::ops::{layer_norm, rms_norm, OpPath};
 use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
+
+mod activation;
+mod attention;
+mod draws;
+mod linear;
+mod loss;
 
 /// A request's words: integers, and doubles by their bits.
 #[derive(Default)]
@@ -120,96 +125,6 @@ fn the_gamma_family_and_quantiles_are_the_host_s() {
 }
 
 #[test]
-fn a_draw_and_its_gradients_are_the_host_s() -> Result<()> {
-    let [wishart, dirichlet, gaussian] =
-        [Purpose::Wishart, Purpose::Dirichlet, Purpose::Gaussian].map(stream);
-    // One tile, some, and tiles narrower than 64; more threads than rows and fewer; a last tile that is not full.
-    let cases = [
-        (1, 1, 3, Covariance::Full),
-        (8, 4, 70, Covariance::Full),
-        (8, 4, 70, Covariance::Diagonal),
-        (40, 70, 130, Covariance::Full),
-        (100, 2, 90, Covariance::Full),
-        (3, 0, 200, Covariance::Full),
-    ];
-    for (draw, (r, n, width, covariance)) in cases.into_iter().enumerate() {
-        let (draw, df, eps) = (draw as u64, r as f64 + 0.5, 0.3);
-        let values = |which: u64, len: usize, scale: f32| {
-            let mut xs = vec![0f32; len];
-            Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
-            xs.into_iter().map(|x| scale * x).collect::<Vec<_>>()
-        };
-        let (rho, c) = (values(0, r, 0.5), values(1, n, 1.0));
-        let (a, grad) = (values(2, r * width, 1.0), values(3, r * width, 1.0));
-        let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-        let diagonal = u64::from(covariance == Covariance::Diagonal);
-        let sizes = [0, r as u64, n as u64, width as u64, diagonal];
-        let keys = [wishart.key(), dirichlet.key(), gaussian.key(), draw];
-        let answer = Request::of(&[&sizes[..], &keys].concat())
-            .and(&[df, eps])
-            .and(&[wide(&rho), wide(&c), wide(&a), wide(&grad)].concat())
-            .answer();
-        let mut rest = &answer[..];
-        let mut next = |len| {
-            let (first, others) = rest.split_at(len);
-            rest = others;
-            first
-        };
-        let (tril, pi, out) = (next(r * r), next(n), next(r * width));
-        let (drho, dc) = (next(r), next(n));
-
-        // In double precision, by the elementary operations.
-        let device = Device::Cpu;
-        let mut t = vec![0.0; r * r];
-        fill_bartlett(&wishart, draw, r, df, covariance, &mut t)?;
-        assert_close(tril, &t, 2e-7, "T");
-        let mut z = vec![0f32; r * width];
-        gaussian.fill_normal_f32(draw, &mut z);
-        let z = Tensor::from_vec(wide(&z), (r, width), &device)?;
-        let t = Tensor::from_vec(t, (r, r), &device)?;
-        let (rho, c) = (Var::new(wide(&rho), &device)?, Var::new(wide(&c), &device)?);
-        let mut scales = (rho.exp()? * eps)?;
-        if n > 0 {
-            let mut uniforms = vec![0.0; n];
-            Estimator::Exact.fill_noise(&dirichlet, draw, &mut uniforms);
-            let weights = Dirichlet::new(&c)?.rsample(Estimator::Exact, &Tensor::new(uniforms, &device)?)?;
-            assert_close(pi, &weights.to_vec1()?, 1e-10, "pi");
-            scales = scales.broadcast_mul(&weights.sqr()?.sum_all()?.sqrt()?)?;
-        }
-        let matrix = |xs: &[f32]| Tensor::from_vec(wide(xs), (r, width), &device);
-        let want = add_scaled_rows(&matrix(&a)?, &scales, &t.matmul(&z)?, OpPath::Fused)?;
-        let error = (&want - Tensor::from_slice(out, (r, width), &device)?)?.abs()?.max_all()?;
-        let size = want.abs()?.max_all()?.to_scalar::<f64>()?;
-        assert!(error.to_scalar::<f64>()? < 1e-6 * size, "{r} {n} {width}: {error} of {size}");
-        let grads = (want * matrix(&grad)?)?.sum_all()?.backward()?;
-        let compare = |got: &[f64], var: &Var, what: &str| -> Result<()> {
-            let want = match grads.get(var) {
-                Some(want) => want.to_vec1::<f64>()?,
-                None => vec![0.0; got.len()],
-            };
-            let size = want.iter().fold(0f64, |m, x| m.max(x.abs()));
-            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                assert!((got - want).abs() <= 2e-6 * size, "{what} {i} of {r} {n} {width}: {got} {want}");
-            }
-            Ok(())
-        };
-        compare(drho, &rho, "drho")?;
-        compare(dc, &c, "dc")?;
-    }
-    Ok(())
-}
-
-#[test]
-fn nan_in_a_concentration_is_nan_in_the_draw() {
-    let (sizes, keys) = ([0, 1, 3, 2, 0], [1, 2, 3, 4]);
-    for c in [[0.1, f64::NAN, 0.2], [f64::NAN, 0.1, 0.2], [0.1, 0.2, f64::INFINITY]] {
-        let request = Request::of(&sizes).0.into_iter().chain(keys).collect();
-        let answer = Request(request).and(&[1.0, 0.1, 0.0]).and(&c).and(&[1.0, 2.0, 0.5, 0.5]).answer();
-        assert!(answer[4..6].iter().all(|x| x.is_nan()), "{answer:?}");
-    }
-}
-
-#[test]
 fn dropout_keeps_what_the_host_keeps() {
     let (stream, draw, threshold) = (stream(Purpose::Dropout), 9, 1 << 30);
     for count in [1, 2, 5, 128, 131] {
@@ -285,7 +200,7 @@ fn numbers_are_rounded_to_bf16_as_the_host_rounds_them() -> Result<()> {
 }
 
 #[test]
-fn adamw_has_the_host_s_bits_and_squares_their_sum() {
+fn adamw_and_clipping_have_the_host_s_bits_and_squares_their_sum() {
     let values = |which: u64, count: usize| {
         let mut xs = vec![0f32; count];
         Noise::new(4).stream("values", Purpose::Init).fill_normal_f32(which, &mut xs);
@@ -294,7 +209,8 @@ fn adamw_has_the_host_s_bits_and_squares_their_sum() {
     let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
     let [beta1, rest1, beta2, rest2, eps] = [0.9, 0.1, 0.98, 0.02, 1e-6f32];
     // More elements than the threads of all blocks, fewer, none.
-    let (blocks, mut want, mut squares) = (3, Vec::new(), Vec::new());
+    let (blocks, mut want, mut squares) = (3, Vec::new(), 0.0);
+    let (mut clipped, mut summed) = (Vec::new(), Vec::new());
     let mut request = Request::of(&[4, 3, blocks]).and(&wide(&[beta1, rest1, beta2, rest2, eps]));
     for (i, count) in [250, 5, 0].into_iter().enumerate() {
         let (i, [keep, rate, inverse]) = (i as u64, [0.999, 3e-3, 7.0 + i as f32]);
@@ -308,11 +224,16 @@ fn adamw_has_the_host_s_bits_and_squares_their_sum() {
             w[i] = keep * w[i] - rate * m[i] / ((v[i] * inverse).sqrt() + eps);
         }
         want.extend(wide(&[w, m, v].concat()));
-        squares.push(wide(&grad).iter().map(|g| g * g).sum::<f64>());
+        squares += wide(&grad).iter().map(|g| g * g).sum::<f64>();
+        clipped.extend(grad.iter().map(|g| f64::from(beta1 * g)));
+        summed.extend(grad.iter().map(|g| f64::from(g + beta1 * g)));
     }
     let got = request.answer();
-    assert_eq!(got[..want.len()], want);
-    let sums: Vec<f64> =
-        got[want.len()..].chunks(blocks as usize).map(|shares| shares.iter().sum()).collect();
-    assert_close(&sums, &squares, 1e-14, "sum of squares");
+    let (updated, rest) = got.split_at(want.len());
+    let (total, scaled) = rest.split_at(1);
+    assert_eq!(updated, want);
+    assert_close(total, &[squares], 1e-14, "sum of squares");
+    let (scaled, added) = scaled.split_at(clipped.len());
+    assert_eq!(scaled, clipped);
+    assert_eq!(added, summed);
 }

@@ -1,5 +1,5 @@
-// One launch over all parameters: AdamW in place, as `train::update` does it on the host and with the same rounding, and
-// the gradients' squares. A row of blocks has a tensor; the host fills the tensors' table.
+// One launch over all parameters: AdamW in place, as `optim::update` does it on the host and with the same rounding, the
+// gradients' squares, and the clipped gradients. A row of blocks has a tensor; the host fills the tensors' table.
 
 typedef struct {
     float *value, *first, *second;
@@ -25,8 +25,8 @@ typedef struct {
     u64 count;
 } Span;
 
-// Each block's share of the sum of squares, (tensors, blocks), in a fixed order.
-KERNEL sums_of_squares(const Span *spans, double *sums) {
+// The sum of the squares of all elements, in a fixed order: each block's share, (tensors, blocks), which the last one sums.
+KERNEL sums_of_squares(const Span *spans, double *sums, u32 *done, double *total) {
     SHARED double shares[MOST_THREADS];
     Span span = spans[BLOCK_ROW];
     double sum = 0.0;
@@ -34,10 +34,37 @@ KERNEL sums_of_squares(const Span *spans, double *sums) {
         sum += (double)span.elements[i] * (double)span.elements[i];
     }
     shares[THREAD] = sum;
-    BARRIER
-    if (THREAD == 0) {
-        double sum = 0.0;
-        for (u32 i = 0; i < THREADS; i++) sum += shares[i];
-        sums[BLOCK_ROW * BLOCKS + BLOCK] = sum;
-    }
+    sum = block_total(shares);
+    if (THREAD == 0) sums[BLOCK_ROW * BLOCKS + BLOCK] = sum;
+    if (!last_block(done, BLOCKS * BLOCK_ROWS)) return;
+    const volatile double *all = sums;
+    sum = 0.0;
+    for (u32 i = THREAD; i < BLOCKS * BLOCK_ROWS; i += THREADS) sum += all[i];
+    shares[THREAD] = sum;
+    sum = block_total(shares);
+    if (THREAD == 0) *total = sum;
+}
+
+typedef struct {
+    const float *from;
+    float *to;
+    u64 count;
+} Scaling;
+
+// Every element times `factor`, in new tensors.
+KERNEL scale_all(const Scaling *scalings, float factor) {
+    Scaling s = scalings[BLOCK_ROW];
+    for (u64 i = BLOCK * THREADS + THREAD; i < s.count; i += BLOCKS * THREADS) s.to[i] = s.from[i] * factor;
+}
+
+typedef struct {
+    const float *one, *other;
+    float *to;
+    u64 count;
+} Sum;
+
+// Two tensors' sums, element by element.
+KERNEL sum_all(const Sum *sums) {
+    Sum s = sums[BLOCK_ROW];
+    for (u64 i = BLOCK * THREADS + THREAD; i < s.count; i += BLOCKS * THREADS) s.to[i] = s.one[i] + s.other[i];
 }

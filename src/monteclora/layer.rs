@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use candle_nn::Linear;
@@ -13,6 +14,7 @@ use candle_nn::Linear;
 use super::buffer::SampleBuffer;
 use super::config::MonteCLoRAConfig;
 use super::draw::{self, PosteriorDraw};
+use super::group::{self, DrawGroup, Member, Seat};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
 use crate::adapter::{Adapter, Context, LowRank, Params, Pass, Role};
@@ -27,6 +29,7 @@ pub struct MonteCLoRA {
     pair: LowRank,
     posterior: Posterior,
     buffer: SampleBuffer,
+    seat: Option<Seat>,
 }
 
 impl MonteCLoRA {
@@ -46,6 +49,23 @@ impl MonteCLoRA {
         config.validate()?;
         let name = format!("{path}.{adapter}");
         params.all_or_none(&format!("{name}."), || Self::create(params, &name, (in_dim, out_dim), config))
+    }
+
+    /// [`Self::new`] for a layer of a model, whose layers in `group` make their draws together.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn in_group(
+        group: &Arc<DrawGroup>,
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        dims: (usize, usize),
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
+        let alone = Self::new(params, path, adapter, dims, config)?;
+        let (name, mean, posterior) = (alone.name.clone(), alone.pair.a().clone(), alone.posterior.clone());
+        Ok(Self { seat: Some(Seat::new(group, Member { name, mean, posterior })), ..alone })
     }
 
     fn create(
@@ -74,7 +94,7 @@ impl MonteCLoRA {
         let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, spec, streams)?;
-        Ok(Self { name: name.to_string(), pair, posterior, buffer })
+        Ok(Self { name: name.to_string(), pair, posterior, buffer, seat: None })
     }
 
     /// The prefix of its parameters' names, `{path}.{adapter}`.
@@ -124,20 +144,17 @@ impl MonteCLoRA {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
         let eps = self.eps(cx);
-        let make = || draw::perturbed(&self.posterior, mean, draw, &self.buffer, eps, cx.path);
+        let asked = draw::Asked { posterior: &self.posterior, mean, eps };
+        let make = || draw::perturbed(&asked, draw, &self.buffer, self.seat.as_ref(), cx);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
             (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,
             _ => make()?,
         }))
     }
 
-    /// The scale of the perturbation: a schedule's factor counts in training alone.
+    /// The scale of the perturbation.
     pub(super) fn eps(&self, cx: &Context) -> f64 {
-        let eps = self.posterior.sample_scaler();
-        match cx.pass {
-            Pass::Train { .. } => eps * cx.scaler_factors.of(&self.name),
-            Pass::Mean | Pass::Posterior { .. } => eps,
-        }
+        group::eps(&self.posterior, &self.name, cx)
     }
 }
 

@@ -16,6 +16,7 @@ use super::posterior::Posterior;
 use crate::adapter::{Context, LowRank, Prior, PriorForm, PriorStart};
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
+use crate::ops::Tape;
 use crate::util::dtype::joined;
 
 /// A layer as the regulariser sees it.
@@ -45,6 +46,8 @@ pub(super) struct Beside<'a> {
     pub prior: Option<&'a Prior>,
     pub start: Option<&'a PriorStart>,
     pub evidence: Option<&'a EvidenceBound>,
+    /// Where what depends on all layers' parameters is differentiated.
+    pub tape: Option<&'a Tape>,
 }
 
 /// Layers that are computed in one batch.
@@ -134,7 +137,10 @@ impl Group<'_> {
     /// what depends on the draw is an expectation.
     fn sums(&self, beside: Beside) -> Result<Sums> {
         let config = &self.posteriors[0].spec().config;
-        let (log_std, c) = (self.stack(Posterior::std_prior)?, self.stack(Posterior::expert_weights_prior)?);
+        let (log_std, c) = (
+            self.stack(Posterior::std_prior, beside.tape)?,
+            self.stack(Posterior::expert_weights_prior, beside.tape)?,
+        );
         let wishart = Wishart::new(&log_std, config.degrees(), config.covariance)?;
         let dirichlet = Dirichlet::new(&c)?;
         let terms = dirichlet.kl_terms_symmetric(config.dirichlet_prior)?;
@@ -175,9 +181,12 @@ impl Group<'_> {
     }
 
     /// One vector of each layer, `(l, ..)`.
-    fn stack(&self, of: fn(&Posterior) -> &Tensor) -> candle_core::Result<Tensor> {
-        // Not `Tensor::stack`, which has a node more for each layer.
+    fn stack(&self, of: fn(&Posterior) -> &Tensor, tape: Option<&Tape>) -> candle_core::Result<Tensor> {
         let rows: Vec<_> = self.posteriors.iter().map(|posterior| of(posterior)).collect();
+        if let Some(stacked) = tape.map(|tape| tape.stack(&rows)).transpose()?.flatten() {
+            return Ok(stacked);
+        }
+        // Not `Tensor::stack`, which has a node more for each layer.
         Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
     }
 

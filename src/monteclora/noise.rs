@@ -30,7 +30,7 @@ pub struct DrawSpec {
 }
 
 /// The three streams that a layer's draws come from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoiseStreams {
     wishart: Stream,
     dirichlet: Stream,

@@ -100,6 +100,16 @@ impl Posterior {
         self.spec.config.dirichlet_prior
     }
 
+    /// Whether the other one draws the same numbers, now and after every change of rho and c.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        let tensors = |of: &Self| [of.std_prior.id(), of.expert_weights_prior.id()];
+        let (spec, others) = (&self.spec, &other.spec);
+        // Equal tensors have one dtype and device.
+        tensors(self) == tensors(other)
+            && self.streams == other.streams
+            && (&spec.config, spec.in_dim) == (&others.config, others.in_dim)
+    }
+
     /// What a draw looks like.
     pub fn spec(&self) -> &DrawSpec {
         &self.spec

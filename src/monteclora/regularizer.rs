@@ -15,7 +15,7 @@ use super::options::{Compat, KlEvaluation};
 use super::posterior::Posterior;
 use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{self, Tape};
 use crate::util::check::not_negative;
 use crate::util::dtype::joined;
 
@@ -135,7 +135,7 @@ impl Regularizer {
             layers.extend(adapter.map(|adapter| Layer::of(adapter, cx)));
             Ok(())
         })?;
-        self.at(&layers, self.draws(&layers, cx)?, rows)
+        self.at(&layers, self.draws(&layers, cx)?, rows, cx.tape())
     }
 
     /// The regulariser of these layers.
@@ -145,7 +145,7 @@ impl Regularizer {
     pub fn for_layers(&self, layers: &[&MonteCLoRA], cx: impl Into<Context>) -> Result<RegularizerTerms> {
         let cx = cx.into();
         let layers: Vec<_> = layers.iter().map(|layer| Layer::of(layer, &cx)).collect();
-        self.at(&layers, self.draws(&layers, &cx)?, self.rows)
+        self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
 
     /// The regulariser of these posteriors: all that share a shape and its options in one batch.
@@ -154,7 +154,8 @@ impl Regularizer {
     /// As [`Self::for_model`]; a prior and the evidence bound ask for layers, which have A and B.
     pub fn of(&self, posteriors: &[Posterior], cx: impl Into<Context>) -> Result<RegularizerTerms> {
         let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
-        self.at(&layers, self.draws(&layers, &cx.into())?, self.rows)
+        let cx = cx.into();
+        self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
 
     /// The regulariser at draws given from outside, one for each posterior, whatever the mode.
@@ -173,7 +174,7 @@ impl Regularizer {
         };
         let draws = posteriors.iter().zip(draws).map(latents).collect::<candle_core::Result<_>>()?;
         let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
-        self.at(&layers, Some(draws), self.rows)
+        self.at(&layers, Some(draws), self.rows, None)
     }
 
     /// The draws that the pass addresses, made again; none in expectation.
@@ -194,6 +195,7 @@ impl Regularizer {
         layers: &[Layer],
         draws: Option<Vec<LatentNoise>>,
         rows: Option<f64>,
+        tape: Option<&Tape>,
     ) -> Result<RegularizerTerms> {
         not_negative("kl_weight", self.kl_weight)?;
         not_negative("cooperative_weight", self.cooperative_weight)?;
@@ -203,7 +205,7 @@ impl Regularizer {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
         }
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
-        let beside = Beside { layers: layers.len(), prior: self.prior.as_ref(), start, evidence };
+        let beside = Beside { layers: layers.len(), prior: self.prior.as_ref(), start, evidence, tape };
         let Some(sums) = layer_sums::sums(layers, draws.as_deref(), beside)? else {
             return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
         };

@@ -6,6 +6,8 @@ use super::custom_vjp::custom_vjp;
 use super::host::{dense, map, map2, map3, tensor, Host};
 use super::path::OpPath;
 use super::{reference, vmath};
+#[cfg(feature = "cuda")]
+use crate::kernels::{activation as kernel, rows::supports_all};
 use crate::util::dtype::wide;
 
 /// The exact (erf) GELU, `x Phi(x)`.
@@ -16,12 +18,15 @@ use crate::util::dtype::wide;
 /// # Errors
 /// If candle fails.
 pub fn gelu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
+    let kernels = path.has_kernels();
     match path.on(&[xs]) {
         OpPath::Reference => reference::gelu(xs),
         OpPath::Fused => unary("gelu", xs, vmath::gelu, vmath::gelu_slope),
         OpPath::Composed => {
-            let y = gelu_of(&xs.detach())?;
-            custom_vjp("gelu", [xs], y, |call| Ok([Some(gelu_gradient(&call.args[0], &call.grad)?)]))
+            let y = gelu_of(kernels, &xs.detach(), None)?;
+            custom_vjp("gelu", [xs], y, move |call| {
+                Ok([Some(gelu_gradient(kernels, &call.args[0], None, &call.grad)?)])
+            })
         }
     }
 }
@@ -35,8 +40,11 @@ pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
         OpPath::Reference => reference::silu(xs),
         OpPath::Fused => unary("silu", xs, |x| x * vmath::sigmoid(x), vmath::silu_slope),
         OpPath::Composed => {
-            let y = xs.detach().silu()?;
-            custom_vjp("silu", [xs], y, |call| Ok([Some((silu_slope(&call.args[0])? * &call.grad)?)]))
+            let dtype = wide(xs.dtype());
+            let y = xs.detach().to_dtype(dtype)?.silu()?.to_dtype(xs.dtype())?;
+            custom_vjp("silu", [xs], y, move |call| {
+                Ok([Some((silu_slope(&call.args[0].to_dtype(dtype)?)? * call.grad.to_dtype(dtype)?)?)])
+            })
         }
     }
 }
@@ -46,6 +54,7 @@ pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ.
 pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
+    let kernels = path.has_kernels();
     match path.on(&[gate, up]) {
         OpPath::Reference => reference::silu(gate)? * up,
         OpPath::Fused if gate.dims() == up.dims() => {
@@ -63,12 +72,11 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
             })
         }
         _ => {
-            let y = (gate.detach().silu()? * up.detach())?;
-            custom_vjp("silu-mul", [gate, up], y, |call| {
+            let y = silu_mul_of(kernels, &gate.detach(), &up.detach())?;
+            custom_vjp("silu-mul", [gate, up], y, move |call| {
                 let [gate, up] = &call.args;
-                let dgate = call.needs[0].then(|| silu_slope(gate)?.mul(up)?.mul(&call.grad));
-                let dup = call.needs[1].then(|| gate.silu()?.mul(&call.grad));
-                Ok([dgate.transpose()?, dup.transpose()?])
+                let [dgate, dup] = silu_mul_gradients(kernels, gate, up, &call.grad)?;
+                Ok([Some(dgate), Some(dup)])
             })
         }
     }
@@ -93,14 +101,29 @@ fn binary(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<
     tensor(y, a.dims())
 }
 
-/// GELU of a detached tensor.
-pub(super) fn gelu_of(xs: &Tensor) -> Result<Tensor> {
-    xs.to_dtype(wide(xs.dtype()))?.gelu_erf()?.to_dtype(xs.dtype())
+/// GELU of a detached `xs (.., dim)` plus a bias `(dim)`, which is added in the wide dtype.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn gelu_of(kernels: bool, xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if kernels && supports_all([xs].into_iter().chain(bias)) {
+        return kernel::gelu(xs, bias);
+    }
+    biased(xs, bias)?.gelu_erf()?.to_dtype(xs.dtype())
 }
 
-/// `(Phi(x) + x phi(x)) dY` of detached tensors.
-pub(super) fn gelu_gradient(xs: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    let x = xs.to_dtype(wide(xs.dtype()))?;
+/// `(Phi(x) + x phi(x)) dY` of detached tensors, x being `xs` plus the bias.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn gelu_gradient(
+    kernels: bool,
+    xs: &Tensor,
+    bias: Option<&Tensor>,
+    grad: &Tensor,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if kernels && supports_all([xs, grad].into_iter().chain(bias)) {
+        return kernel::gelu_gradient(xs, bias, grad);
+    }
+    let x = biased(xs, bias)?;
     let cdf = (((&x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
     let pdf = ((x.sqr()? * -0.5)?.exp()?
         * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2))?;
@@ -108,8 +131,45 @@ pub(super) fn gelu_gradient(xs: &Tensor, grad: &Tensor) -> Result<Tensor> {
     (slope * grad.to_dtype(wide(xs.dtype()))?)?.to_dtype(xs.dtype())
 }
 
-/// The derivative of `x sigmoid(x)`: `s (1 + x (1 - s))`.
-pub(super) fn silu_slope(xs: &Tensor) -> Result<Tensor> {
+fn biased(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let x = xs.to_dtype(wide(xs.dtype()))?;
+    match bias {
+        Some(bias) => x.broadcast_add(&bias.to_dtype(x.dtype())?),
+        None => Ok(x),
+    }
+}
+
+/// `silu(gate) up` of detached tensors, computed in the wide dtype.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn silu_mul_of(kernels: bool, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if kernels && gate.dims() == up.dims() && supports_all([gate, up]) {
+        return kernel::silu_mul(gate, up);
+    }
+    let dtype = wide(gate.dtype());
+    (gate.to_dtype(dtype)?.silu()? * up.to_dtype(dtype)?)?.to_dtype(gate.dtype())
+}
+
+/// The gradients of both, of detached tensors.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn silu_mul_gradients(
+    kernels: bool,
+    gate: &Tensor,
+    up: &Tensor,
+    grad: &Tensor,
+) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if kernels && supports_all([gate, up, grad]) {
+        return kernel::silu_mul_gradients(gate, up, grad);
+    }
+    let dtype = wide(gate.dtype());
+    let (g, d) = (gate.to_dtype(dtype)?, grad.to_dtype(dtype)?);
+    let dgate = ((silu_slope(&g)? * up.to_dtype(dtype)?)? * &d)?.to_dtype(gate.dtype())?;
+    Ok([dgate, (g.silu()? * d)?.to_dtype(up.dtype())?])
+}
+
+/// The derivative of `x sigmoid(x)`: `s (1 + x (1 - s))`, in a wide dtype.
+fn silu_slope(xs: &Tensor) -> Result<Tensor> {
     let s = (xs.neg()?.exp()? + 1.0)?.recip()?;
     let inner = ((xs * (1.0 - &s)?)? + 1.0)?;
     s * inner

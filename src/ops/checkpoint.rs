@@ -3,6 +3,7 @@
 
 use candle_core::{bail, Result, Tensor, Var};
 
+use super::backward::backward;
 use super::constant::mul_constant;
 use super::custom_vjp::custom_vjp;
 
@@ -59,7 +60,8 @@ fn gradients(
     let input = of_xs.then(|| Var::from_tensor(xs)).transpose()?;
     let y = f(input.as_ref().map_or(xs, Var::as_tensor))?;
     // The derivative of <y, grad> is that gradient at y.
-    let mut store = mul_constant(&y, grad)?.sum_all()?.backward()?;
+    let leaves: Vec<Tensor> = params.iter().chain(input.as_ref().map(Var::as_tensor)).cloned().collect();
+    let mut store = backward(&mul_constant(&y, grad)?.sum_all()?, &leaves, None)?;
     let mut take = |tensor: &Tensor| match store.remove(tensor) {
         Some(grad) => Ok(grad),
         None => tensor.detach().zeros_like(),

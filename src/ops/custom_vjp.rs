@@ -7,10 +7,14 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
+#[cfg(any(test, feature = "cuda"))]
+use candle_core::op::BackpropOp;
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp1, Layout, MetalStorage,
     Result, Shape, Storage, Tensor,
 };
+
+use super::backward::collect;
 
 /// What a backward closure sees: everything detached, so that its arithmetic records no graph.
 pub(crate) struct Call<const N: usize> {
@@ -48,6 +52,13 @@ where
     let shape = result.shape().clone();
     let storage = take_storage(result, &args)?;
     args.apply(CustomVjp { name, result: Mutex::new(Some((storage, shape))), backward: Box::new(backward) })
+}
+
+/// `result`, freshly computed and held by nobody else, as a leaf of candle's graph that gets a gradient.
+#[cfg(any(test, feature = "cuda"))]
+pub(super) fn leaf(result: Tensor) -> Result<Tensor> {
+    let shape = result.shape().clone();
+    Ok(Tensor::from_storage(take_storage(result, &[])?, shape, BackpropOp::none(), true))
 }
 
 /// State that forward leaves for the first backward, which frees it; a second one recomputes.
@@ -88,7 +99,8 @@ impl Take {
         S: BackendStorage,
         S::Device: BackendDevice<Storage = S>,
     {
-        let placeholder = storage.device().zeros_impl(&Shape::from(1), DType::U8)?;
+        #[allow(unsafe_code)] // nobody reads it, so that nobody need write it either
+        let placeholder = unsafe { storage.device().alloc_uninit(&Shape::from(1), DType::U8) }?;
         let taken = std::mem::replace(storage, placeholder);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wrap(taken));
         Ok(())
@@ -164,7 +176,7 @@ impl<const N: usize> CustomVjp<N> {
                     if gradient.dims() != arg.dims() {
                         bail!("{}: gradient {:?} of {:?}", self.name, gradient.dims(), arg.dims());
                     }
-                    Some(gradient.to_dtype(arg.dtype())?)
+                    collect(arg, gradient.to_dtype(arg.dtype())?)
                 }
                 _ => None,
             };

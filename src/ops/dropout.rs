@@ -7,6 +7,7 @@ use super::dropout_mask::{check, mask_tensor, scale, DropoutMask};
 use super::path::OpPath;
 use super::reference;
 use crate::noise::Stream;
+use crate::util::dtype::wide;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
 ///
@@ -66,7 +67,10 @@ impl DropoutPlan {
     /// The detached `xs`, dropped.
     pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Mask(mask, scale) => (xs * mask.to_dtype(xs.dtype())?)? * *scale,
+            Self::Mask(mask, scale) => {
+                let x = xs.to_dtype(wide(xs.dtype()))?;
+                ((&x * mask.to_dtype(x.dtype())?)? * *scale)?.to_dtype(xs.dtype())
+            }
             #[cfg(feature = "cuda")]
             Self::Kernel(p, stream, draw) => crate::kernels::rows::dropout(
                 xs,

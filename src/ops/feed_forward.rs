@@ -5,7 +5,7 @@ use candle_core::{bail, Result, Tensor};
 use super::activation::{gelu, gelu_gradient, gelu_of};
 use super::custom_vjp::{custom_vjp, Saved};
 use super::host::{dense, for_rows, map, tensor, Host};
-use super::linear::{check, forward, input_gradient, input_product, linear, product, with_last};
+use super::linear::{affine, check, forward, input_gradient, input_product, linear, product, with_last};
 use super::path::OpPath;
 use super::vmath;
 use crate::util::simd::vectorized;
@@ -35,9 +35,10 @@ pub fn feed_forward(
     let mut tensors = vec![xs, w1, w2];
     tensors.extend(b1);
     tensors.extend(b2);
-    let path = path.on(&tensors);
+    let (wish, kernels) = (path, path.has_kernels());
+    let path = wish.on(&tensors);
     if path == OpPath::Reference || tensors[1..].iter().any(|t| t.track_op()) {
-        return linear(&gelu(&linear(xs, w1, b1, path)?, path)?, w2, b2, path);
+        return linear(&gelu(&linear(xs, w1, b1, wish)?, wish)?, w2, b2, wish);
     }
     check(xs, w1, b1)?;
     if w2.dims2()?.1 != w1.dim(0)? || b2.is_some_and(|b2| Some(b2.dims()) != w2.dims().get(..1)) {
@@ -48,7 +49,9 @@ pub fn feed_forward(
             b2.map(Tensor::dims)
         );
     }
-    let hidden = forward(path, &xs.detach(), w1, b1)?;
+    // The CPU's product begins with the bias; elsewhere it is the activation that adds it.
+    let (early, late) = if path == OpPath::Fused { (b1, None) } else { (None, b1) };
+    let hidden = forward(path, &xs.detach(), w1, early)?;
     let y = if path == OpPath::Fused {
         let (w2, b2) = (dense(w2)?, b2.map(dense).transpose()?);
         let b2 = b2.as_ref().map(Host::of).transpose()?;
@@ -57,14 +60,14 @@ pub fn feed_forward(
         let y = product(&activation, &Host::of(&w2)?, b2.as_deref(), n);
         tensor(y, with_last(xs, w2.dim(0)?))?
     } else {
-        forward(path, &gelu_of(&hidden)?, w2, b2)?
+        affine(kernels, path, &gelu_of(kernels, &hidden, late)?, w2, b2)?
     };
     let hidden = Saved::new(hidden);
-    let (w1, b1, w2) = (w1.clone(), b1.cloned(), w2.clone());
+    let (w1, w2, early, late) = (w1.clone(), w2.clone(), early.cloned(), late.cloned());
     custom_vjp("feed-forward", [xs], y, move |call| {
         let hidden = match hidden.take() {
             Some(hidden) => hidden,
-            None => forward(path, &call.args[0], &w1, b1.as_ref())?,
+            None => forward(path, &call.args[0], &w1, early.as_ref())?,
         };
         let dhidden = if path == OpPath::Fused {
             let w2 = dense(&w2)?;
@@ -82,7 +85,7 @@ pub fn feed_forward(
             });
             tensor(d, hidden.dims())?
         } else {
-            gelu_gradient(&hidden, &input_gradient(path, &call.grad, &w2)?)?
+            gelu_gradient(kernels, &hidden, late.as_ref(), &input_gradient(path, &call.grad, &w2)?)?
         };
         drop(hidden);
         Ok([Some(input_gradient(path, &dhidden, &w1)?)])

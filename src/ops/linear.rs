@@ -8,6 +8,9 @@ use super::host::{column_sums, dense, tensor, Host};
 use super::path::OpPath;
 use super::reference;
 use super::skinny_gemm::{add_product, FEW};
+#[cfg(feature = "cuda")]
+use crate::kernels as kernel;
+use crate::util::dtype::wide;
 
 /// `y = x W^T + b`.
 ///
@@ -25,6 +28,7 @@ use super::skinny_gemm::{add_product, FEW};
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath) -> Result<Tensor> {
+    let kernels = path.has_kernels();
     let path = match bias {
         Some(bias) => path.on(&[xs, weight, bias]),
         None => path.on(&[xs, weight]),
@@ -33,7 +37,7 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath)
         return reference::linear(xs, weight, bias);
     }
     check(xs, weight, bias)?;
-    let y = forward(path, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
+    let y = affine(kernels, path, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
     let bias = bias.filter(|bias| bias.track_op());
     if !weight.track_op() && bias.is_none() {
         let weight = weight.detach();
@@ -110,6 +114,26 @@ pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&
     }
 }
 
+/// [`forward`], where kernels of our own may begin with the bias, as the CPU does: the sum is rounded once.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn affine(
+    kernels: bool,
+    path: OpPath,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(bias) = bias.filter(|bias| kernels && kernel::rows::supports_all([xs, weight, bias])) {
+        use kernel::gemm::Mat;
+        let (x, weight) = (rows(xs)?, weight.contiguous()?);
+        let y = kernel::linear::bias_rows(bias, &with_last(xs, weight.dim(0)?).into())?;
+        kernel::gemm::add_product(&y, 1.0, &Mat::new(&x)?, &Mat::new(&weight)?.t())?;
+        return Ok(y);
+    }
+    forward(path, xs, weight, bias)
+}
+
 /// `x W^T + b` of `n` rows.
 pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize) -> Vec<f32> {
     let in_dim = xs.len() / n.max(1);
@@ -149,6 +173,24 @@ pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &Tensor) -> Re
     rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?)?.reshape(shape)
 }
 
+/// `dX = dY W + dZ V`, of two products with one input.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(super) fn shared_input_gradient(
+    kernels: bool,
+    path: OpPath,
+    [(dy, w), (dz, v)]: [(&Tensor, &Tensor); 2],
+) -> Result<Tensor> {
+    let dx = input_gradient(path, dy, w)?;
+    #[cfg(feature = "cuda")]
+    if kernels && kernel::rows::supports_all([&dx, dz, v]) {
+        use kernel::gemm::Mat;
+        let (dz, v) = (rows(dz)?, v.contiguous()?);
+        kernel::gemm::add_product(&dx, 1.0, &Mat::new(&dz)?, &Mat::new(&v)?)?;
+        return Ok(dx);
+    }
+    dx + input_gradient(path, dz, v)?
+}
+
 /// `dY W` of `n` rows.
 pub(super) fn input_product(grad: &[f32], weight: &[f32], n: usize, out_dim: usize) -> Vec<f32> {
     let in_dim = weight.len() / out_dim.max(1);
@@ -168,7 +210,7 @@ pub(super) fn weight_gradient(path: OpPath, grad: &Tensor, xs: &Tensor) -> Resul
         gemm(&mut dw, Into::Set, 1.0, Mat::new(&grad, n, out_dim).t(), Mat::new(&xs, n, in_dim));
         return tensor(dw, (out_dim, in_dim));
     }
-    rows(grad)?.t()?.contiguous()?.matmul(&rows(xs)?)
+    rows(grad)?.t()?.matmul(&rows(xs)?)
 }
 
 /// The sum of `dY` over all rows.
@@ -177,5 +219,5 @@ fn bias_gradient(path: OpPath, grad: &Tensor) -> Result<Tensor> {
         let width = grad.dim(D::Minus1)?;
         return tensor(column_sums(&Host::of(grad)?, width), width);
     }
-    rows(grad)?.sum(0)
+    rows(grad)?.to_dtype(wide(grad.dtype()))?.sum(0)
 }

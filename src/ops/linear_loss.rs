@@ -9,17 +9,24 @@ use super::linear::{check, forward, input_gradient, linear, product};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
 use super::path::OpPath;
 use super::vmath;
+#[cfg(feature = "cuda")]
+use crate::kernels::loss as kernels;
 use crate::util::simd::vectorized;
 
 /// Rows whose logits exist at one time.
 const CHUNK: usize = 256;
+
+/// Logits that exist at one time on a device, where few launches over many of them are what is fast: 512 MiB as bf16.
+#[cfg(feature = "cuda")]
+const MOST_LOGITS: usize = 1 << 28;
 
 /// `cross_entropy(x W^T, labels)` without the logits: some rows at a time are projected, and turned
 /// into their own gradient while they are at hand.
 ///
 /// With a vocabulary of 32000 the logits of 1024 rows are 131 MB, and candle's backward holds them four
 /// times when the activations of all layers are alive; here it is `xs` and its gradient. With a
-/// trainable weight it is the composition.
+/// trainable weight it is the composition. On a CUDA device (f32, bf16) "some" are 2^28 logits, and the
+/// loss is rounded to its dtype once.
 ///
 /// # Shapes
 /// - `xs`: `(n, dim)`
@@ -36,15 +43,19 @@ pub fn linear_cross_entropy(
     ignore: i64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let path = path.on(&[xs, weight]);
+    let (wanted, path) = (path, path.on(&[xs, weight]));
     if path == OpPath::Reference || weight.track_op() {
-        return cross_entropy(&linear(xs, weight, None, path)?, labels, ignore, path);
+        return cross_entropy(&linear(xs, weight, None, wanted)?, labels, ignore, wanted);
     }
     check(xs, weight, None)?;
     if xs.rank() != 2 {
         bail!("linear cross entropy: expected xs (n, dim), got {:?}", xs.dims());
     }
     let labels = Labels::new(labels, xs.dim(0)?, weight.dim(0)?, ignore)?;
+    #[cfg(feature = "cuda")]
+    if wanted.has_kernels() && kernels::supports(xs) {
+        return on_device(xs, weight, &labels, path);
+    }
     let (mut loss, mut gradients) = (None, Vec::new());
     for first in (0..labels.all.len()).step_by(CHUNK) {
         let chunk = labels.part(first, CHUNK);
@@ -62,13 +73,37 @@ pub fn linear_cross_entropy(
         }
     }
     let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
+    node(xs, loss, &gradients)
+}
+
+/// The loss as a function of `xs`, whose gradient is there in pieces, or not wanted.
+fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
     if gradients.is_empty() {
         return Ok(loss);
     }
-    let gradient = Tensor::cat(&gradients, 0)?;
+    let gradient = Tensor::cat(gradients, 0)?;
     custom_vjp("linear-cross-entropy", [xs], loss, move |call| {
         Ok([Some(gradient.broadcast_mul(&call.grad.to_dtype(gradient.dtype())?)?)])
     })
+}
+
+/// The loss by kernels that read the logits once and leave their gradient in their place: all rows at one time, unless
+/// their logits were more than [`MOST_LOGITS`].
+#[cfg(feature = "cuda")]
+fn on_device(xs: &Tensor, weight: &Tensor, labels: &Labels, path: OpPath) -> Result<Tensor> {
+    let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
+    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dim(0)?).max(1), Vec::new());
+    for first in (0..n).step_by(chunk) {
+        let part = xs.detach().narrow(0, first, chunk.min(n - first))?;
+        let logits = forward(path, &part, weight, None)?;
+        if xs.track_op() {
+            rows.slopes_in_place(first, &logits)?;
+            gradients.push(input_gradient(path, &logits, weight)?);
+        } else {
+            rows.log_sums(first, &logits)?;
+        }
+    }
+    node(xs, rows.mean(xs.dtype())?, &gradients)
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.

@@ -5,6 +5,8 @@ use candle_core::{bail, Result, Tensor, D};
 use super::custom_vjp::custom_vjp;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, tensor, Host};
+#[cfg(feature = "cuda")]
+use super::low_rank_cuda::{supports_low_rank, Thin};
 use super::path::OpPath;
 use super::{linear as base, reference};
 
@@ -26,14 +28,14 @@ pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -
 
 /// [`low_rank`] in the dtype of `a`.
 fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -> Result<Tensor> {
-    let path = path.on(&[xs, a, b]);
+    let (kernels, path) = (path.has_kernels(), path.on(&[xs, a, b]));
     if path == OpPath::Reference {
         return reference::low_rank(xs, a, b, scale);
     }
     check(xs, a, b)?;
-    let (y, xs_a) = forward(path, &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
+    let (y, kept) = forward((kernels, path), &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
     custom_vjp("low-rank", [xs, a, b], y, move |call| {
-        backward(path, &call.args, call.needs, &call.grad, None, &xs_a, scale)
+        backward(path, &call.args, call.needs, &call.grad, None, &kept, scale)
     })
 }
 
@@ -88,16 +90,17 @@ pub fn adapted_linear(
     if own == OpPath::Reference || weight.track_op() || bias.is_some_and(Tensor::track_op) {
         return linear_and_low_rank(xs, weight, bias, xs, a, b, scale, path);
     }
-    let path = own;
+    let (kernels, path) = (path.has_kernels(), own);
     base::check(xs, weight, bias)?;
     check(xs, a, b)?;
     if b.dim(0)? != weight.dim(0)? {
         bail!("adapted linear: b {:?} does not fit a weight (out, in) of {:?}", b.dims(), weight.dims());
     }
-    let (y, xs_a) = forward(path, &xs.detach(), Some((weight, bias)), &a.detach(), &b.detach(), scale)?;
+    let frozen = Some((weight, bias));
+    let (y, kept) = forward((kernels, path), &xs.detach(), frozen, &a.detach(), &b.detach(), scale)?;
     let weight = weight.clone();
     custom_vjp("adapted-linear", [xs, a, b], y, move |call| {
-        backward(path, &call.args, call.needs, &call.grad, Some(&weight), &xs_a, scale)
+        backward(path, &call.args, call.needs, &call.grad, Some(&weight), &kept, scale)
     })
 }
 
@@ -114,15 +117,24 @@ fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The output (in the dtype of `xs`; without the frozen layer in that of `a`) and `x A^T`, which is all that backward needs: it stays for a second one, being small.
+/// What backward needs, which stays for a second one, being small.
+enum Kept {
+    /// `x A^T`.
+    Product(Tensor),
+    #[cfg(feature = "cuda")]
+    Thin(Thin),
+}
+
+/// The output (in the dtype of `xs`; without the frozen layer in that of `a`), and what backward needs; by kernels of our
+/// own where they may.
 fn forward(
-    path: OpPath,
+    (kernels, path): (bool, OpPath),
     xs: &Tensor,
     frozen: Option<(&Tensor, Option<&Tensor>)>,
     a: &Tensor,
     b: &Tensor,
     scale: f64,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<(Tensor, Kept)> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
     let shape = base::with_last(xs, out_dim);
     if path == OpPath::Fused {
@@ -141,22 +153,45 @@ fn forward(
             None => (vec![0f32; n * out_dim], Into::Set),
         };
         gemm(&mut y, mode, scale as f32, Mat::new(&xs_a, n, rank), Mat::new(&b, out_dim, rank).t());
-        return Ok((tensor(y, shape)?, tensor(xs_a, (n, rank))?));
+        return Ok((tensor(y, shape)?, Kept::Product(tensor(xs_a, (n, rank))?)));
+    }
+    #[cfg(feature = "cuda")]
+    if kernels && supports_low_rank(xs, a, b) {
+        let (y, thin) = Thin::forward(xs, frozen, a, b, scale)?;
+        return Ok((y, Kept::Thin(thin)));
     }
     let xs_a = base::rows(xs)?.to_dtype(a.dtype())?.matmul(&a.t()?)?;
     let delta = (xs_a.matmul(&b.to_dtype(a.dtype())?.t()?)? * scale)?.reshape(shape)?;
     let y = match frozen {
         // Added in the dtype of `a`: see `linear_and_low_rank`.
         Some((weight, bias)) => {
-            (base::forward(path, xs, weight, bias)?.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
+            let y = base::affine(kernels, path, xs, weight, bias)?;
+            (y.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
         }
         None => delta,
     };
-    Ok((y, xs_a))
+    Ok((y, Kept::Product(xs_a)))
+}
+
+/// The gradients of `xs`, `a` and `b`.
+fn backward(
+    path: OpPath,
+    args: &[Tensor; 3],
+    needs: [bool; 3],
+    grad: &Tensor,
+    weight: Option<&Tensor>,
+    kept: &Kept,
+    scale: f64,
+) -> Result<[Option<Tensor>; 3]> {
+    match kept {
+        Kept::Product(xs_a) => backward_of_products(path, args, needs, grad, weight, xs_a, scale),
+        #[cfg(feature = "cuda")]
+        Kept::Thin(thin) => thin.backward(&args[0], needs, grad, weight),
+    }
 }
 
 /// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
-fn backward(
+fn backward_of_products(
     path: OpPath,
     [xs, a, b]: &[Tensor; 3],
     needs: [bool; 3],
@@ -204,7 +239,7 @@ fn backward(
             None => Ok(low),
         }
     });
-    let da = needs[1].then(|| u.t()?.contiguous()?.matmul(&base::rows(xs)?.to_dtype(a.dtype())?));
-    let db = needs[2].then(|| dy.t()?.contiguous()?.matmul(xs_a)? * scale);
+    let da = needs[1].then(|| u.t()?.matmul(&base::rows(xs)?.to_dtype(a.dtype())?));
+    let db = needs[2].then(|| dy.t()?.matmul(xs_a)? * scale);
     Ok([dx.transpose()?, da.transpose()?, db.transpose()?])
 }

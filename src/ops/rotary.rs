@@ -1,11 +1,15 @@
 //! Rotary position embedding in Hugging Face's layout (rotated halves).
 
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::{bail, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, tensor, Host};
 use super::path::OpPath;
 use super::reference;
+#[cfg(feature = "cuda")]
+use crate::kernels::rows;
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
@@ -27,17 +31,19 @@ pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, path: OpPath) -> Result<T
     if dim == 0 || !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
         bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
     }
-    let path = path.on(&[xs, cos, sin]);
+    let (kernels, path) = (path.has_kernels(), path.on(&[xs, cos, sin]));
     let (cos, sin) = (cos.detach(), sin.detach());
     if path == OpPath::Reference {
         return reference::rotary(xs, &cos, &sin);
     }
-    let y = rotate(path, &xs.detach(), &cos, &sin, 1.0)?;
-    custom_vjp("rotary", [xs], y, move |call| Ok([Some(rotate(path, &call.grad, &cos, &sin, -1.0)?)]))
+    let rotate = move |xs: &Tensor, sign| rotate(kernels, path, xs, &cos, &sin, sign);
+    let y = rotate(&xs.detach(), 1.0)?;
+    custom_vjp("rotary", [xs], y, move |call| Ok([Some(rotate(&call.grad, -1.0)?)]))
 }
 
 /// The rotation of a detached tensor, forward (`sign` 1) or back (-1).
-fn rotate(path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
     let (_, t, heads, dim) = xs.dims4()?;
     let half = dim / 2;
     if path == OpPath::Fused {
@@ -62,6 +68,10 @@ fn rotate(path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> R
             })
         });
         return tensor(y, xs.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if kernels && rows::supports_all([xs]) && cos.dtype() == DType::F32 && sin.dtype() == DType::F32 {
+        return crate::kernels::activation::rotary(xs, cos, sin, sign);
     }
     // In half-width dtypes the angles' cosines have eight bits: products in f32.
     let dtype = wide(xs.dtype());

@@ -7,6 +7,8 @@ use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
 use super::path::OpPath;
+#[cfg(feature = "cuda")]
+use crate::kernels::gather as kernels;
 
 /// Some rows of a matrix, each at most once, in their order.
 #[derive(Debug, Clone)]
@@ -65,7 +67,6 @@ impl Rows {
     /// If `xs` has another number of rows.
     pub fn take(&self, xs: &Tensor, path: OpPath) -> Result<Tensor> {
         let xs = matrix(xs, self.total)?;
-        let path = path.on(&[&xs]);
         if path == OpPath::Reference {
             return xs.index_select(&self.index, 0);
         }
@@ -83,7 +84,6 @@ impl Rows {
     /// If `xs` has another number of rows.
     pub fn put(&self, xs: &Tensor, path: OpPath) -> Result<Tensor> {
         let xs = matrix(xs, self.count())?;
-        let path = path.on(&[&xs]);
         if path == OpPath::Reference {
             let zeros = Tensor::zeros((self.total, xs.dim(1)?), xs.dtype(), xs.device())?;
             return zeros.index_add(&self.index, &xs, 0);
@@ -93,7 +93,11 @@ impl Rows {
     }
 
     fn gather(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
-        if path != OpPath::Fused {
+        #[cfg(feature = "cuda")]
+        if path.has_kernels() && kernels::supports(&self.index, xs) {
+            return kernels::take(&self.index, xs);
+        }
+        if path.on(&[xs]) != OpPath::Fused {
             return xs.contiguous()?.index_select(&self.index, 0);
         }
         let (xs, dim) = (dense(xs)?, xs.dim(1)?);
@@ -111,7 +115,11 @@ impl Rows {
 
     fn scatter(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
         let dim = xs.dim(1)?;
-        if path != OpPath::Fused {
+        #[cfg(feature = "cuda")]
+        if path.has_kernels() && kernels::supports(&self.index, xs) {
+            return kernels::put(&self.index, self.total, xs);
+        }
+        if path.on(&[xs]) != OpPath::Fused {
             let zeros = Tensor::zeros((self.total, dim), xs.dtype(), xs.device())?;
             return zeros.index_add(&self.index, &xs.contiguous()?, 0);
         }

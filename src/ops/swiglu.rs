@@ -2,11 +2,11 @@
 
 use candle_core::{bail, Result, Tensor};
 
-use super::activation::{silu_mul, silu_slope};
+use super::activation::{silu_mul, silu_mul_gradients};
 use super::custom_vjp::{custom_vjp, Saved};
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, for_rows, tensor, Host};
-use super::linear::{check, forward, input_gradient, input_product, linear};
+use super::linear::{check, forward, input_gradient, input_product, linear, shared_input_gradient};
 use super::path::OpPath;
 use super::vmath;
 use crate::util::simd::vectorized;
@@ -25,17 +25,18 @@ use crate::util::simd::vectorized;
 /// # Errors
 /// If the shapes do not fit.
 pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, path: OpPath) -> Result<Tensor> {
-    let path = path.on(&[xs, gate, up, down]);
+    let (wish, kernels) = (path, path.has_kernels());
+    let path = wish.on(&[xs, gate, up, down]);
     if path == OpPath::Reference || [gate, up, down].iter().any(|weight| weight.track_op()) {
-        let (gate, up) = (linear(xs, gate, None, path)?, linear(xs, up, None, path)?);
-        return linear(&silu_mul(&gate, &up, path)?, down, None, path);
+        let (gate, up) = (linear(xs, gate, None, wish)?, linear(xs, up, None, wish)?);
+        return linear(&silu_mul(&gate, &up, wish)?, down, None, wish);
     }
     check(xs, gate, None)?;
     if up.dims() != gate.dims() || down.dims2()?.1 != gate.dim(0)? {
         bail!("swiglu: gate {:?}, up {:?}, down {:?} do not fit", gate.dims(), up.dims(), down.dims());
     }
     let (g, u) = projections(path, &xs.detach(), gate, up)?;
-    let y = forward(path, &silu_mul(&g, &u, path)?, down, None)?;
+    let y = forward(path, &silu_mul(&g, &u, wish)?, down, None)?;
     let saved = Saved::new((g, u));
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
     custom_vjp("swiglu", [xs], y, move |call| {
@@ -45,8 +46,8 @@ pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, path: OpPa
         };
         if path != OpPath::Fused {
             let d = input_gradient(path, &call.grad, &down)?;
-            let dg = input_gradient(path, &((&d * &u)? * silu_slope(&g)?)?, &gate)?;
-            return Ok([Some((dg + input_gradient(path, &(d * g.silu()?)?, &up)?)?)]);
+            let [dg, du] = silu_mul_gradients(kernels, &g, &u, &d)?;
+            return Ok([Some(shared_input_gradient(kernels, path, [(&dg, &gate), (&du, &up)])?)]);
         }
         let (gate, up, down) = (dense(&gate)?, dense(&up)?, dense(&down)?);
         let ((hidden, dim), out_dim) = (gate.dims2()?, down.dim(0)?);

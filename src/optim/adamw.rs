@@ -9,6 +9,7 @@ use super::moments::{self, Moments};
 use super::update::{Constants, Steps};
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
+use crate::ops::Tape;
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +87,7 @@ impl AdamW {
     /// As [`Self::step`].
     pub fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         let mut grads = Gradients::new();
-        grads.accumulate(&self.params, &loss.backward()?)?;
+        grads.backward(&self.params, loss, &Tape::default())?;
         self.step(&grads, self.config.lr)
     }
 

@@ -7,7 +7,9 @@ use candle_core::{DType, Tensor};
 
 use crate::adapter::Params;
 use crate::error::{Error, Result};
-use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::kernels::multi_tensor;
+use crate::ops::{self, Tape};
 use crate::util::finite::is_finite;
 
 const NO_GRADIENT: &str = "the loss gives this trainable parameter no gradient: it does not depend on it, or an \
@@ -43,6 +45,20 @@ impl Gradients {
         Ok(())
     }
 
+    /// Differentiates the loss of one micro-batch and adds its gradients, as [`Self::accumulate`] does with
+    /// `loss.backward()`; on a device with fewer launches, most of all where the loss's forward pass had `tape` in its
+    /// [`Context`](crate::Context). Returns candle's store.
+    ///
+    /// # Errors
+    /// As [`Self::accumulate`].
+    pub fn backward(&mut self, params: &Params, loss: &Tensor, tape: &Tape) -> Result<GradStore> {
+        let variables: Vec<Tensor> =
+            params.all().into_iter().map(|(_, param)| param.var.into_inner()).collect();
+        let store = ops::backward(loss, &variables, Some(tape))?;
+        self.accumulate(params, &store)?;
+        Ok(store)
+    }
+
     /// The gradient of a parameter.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.by_name.get(name)
@@ -58,6 +74,11 @@ impl Gradients {
     /// # Errors
     /// If candle fails.
     pub fn scale(&mut self, factor: f64) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(scaled) = multi_tensor::scaled(&self.by_name.values().collect::<Vec<_>>(), factor)? {
+            self.by_name.values_mut().zip(scaled).for_each(|(grad, scaled)| *grad = scaled);
+            return Ok(());
+        }
         for grad in self.by_name.values_mut() {
             *grad = (&*grad * factor)?;
         }
@@ -74,9 +95,7 @@ impl Gradients {
             return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
         }
         #[cfg(feature = "cuda")]
-        if let Some(sum) =
-            crate::kernels::multi_tensor::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())?
-        {
+        if let Some(sum) = multi_tensor::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())? {
             return Ok(sum.sqrt());
         }
         // On a device, one copy for all of them.

@@ -163,6 +163,9 @@ fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
+#[cfg(all(test, feature = "cuda"))]
+mod device_tests;
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;

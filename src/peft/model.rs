@@ -2,6 +2,7 @@
 //! a model.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::inject::activate::{self, check_unmerged};
 use crate::inject::{self, Target};
 use crate::labels::Labels;
-use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
+use crate::monteclora::{DrawGroup, MonteCLoRA, MonteCLoRAConfig};
 
 /// What an adapter was trained for.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -215,9 +216,10 @@ impl AdapterFile {
         let before = heads.map(|(name, var)| Ok((name, var.as_detached_tensor().copy()?)));
         let before = before.collect::<Result<BTreeMap<_, _>>>()?;
         let head = self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor));
+        let group = Arc::default();
         let done = head.and_then(|()| {
             inject::inject(model, adapter, &targets, params, &mut |linear, target| {
-                self.layer(&method, linear, target, adapter, params)
+                self.layer(&method, &group, linear, target, adapter, params)
             })
         });
         done.or_else(|error| params.restore(&before).and(Err(error)))
@@ -227,6 +229,7 @@ impl AdapterFile {
     fn layer(
         &self,
         method: &AdapterMethod,
+        group: &Arc<DrawGroup>,
         linear: &AdaptableLinear,
         target: &Target,
         adapter: &str,
@@ -240,7 +243,7 @@ impl AdapterFile {
             }
             AdapterMethod::MonteCLoRA(config) => {
                 let config = MonteCLoRAConfig { rank, alpha, ..config.clone() };
-                Box::new(MonteCLoRA::new(params, path, adapter, dims, &config)?)
+                Box::new(MonteCLoRA::in_group(group, params, path, adapter, dims, &config)?)
             }
         };
         let (name, layer) = (format!("{path}.{adapter}"), &self.layers[path]);

@@ -21,7 +21,7 @@ pub fn token_log_probabilities(
     let mut sums = vec![f64::NEG_INFINITY; targets.dim(0)?];
     for cx in contexts {
         let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?;
-        let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?.detach();
+        let predicting = batch.positions.take(&hidden.detach(), cx.path)?;
         let logits = model.head(&predicting, cx)?.to_dtype(DType::F32)?; // (n, vocab)
         let chosen = logits.gather(&targets, 1)?.squeeze(1)?;
         let logs = (chosen - logits.log_sum_exp(1)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;

@@ -249,6 +249,24 @@ mod tests {
         Ok(())
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn many_elements_on_a_device_are_those_of_the_host() -> Result<()> {
+        // More than a block has threads, the last block not full.
+        let xs: Vec<f64> = (1..=1000).map(|i| 0.013 * f64::from(i)).collect();
+        let host = Tensor::new(xs, &Device::Cpu)?;
+        let device = host.to_device(&Device::new_cuda(0)?)?;
+        for of in [ln_gamma_of as fn(&Tensor) -> Result<Tensor>, digamma_of] {
+            for (dtype, room) in [(DType::F64, 1e-12), (DType::F32, 2e-7)] {
+                let wide = |xs: &Tensor| of(&xs.to_dtype(dtype)?)?.to_dtype(DType::F64)?.to_vec1::<f64>();
+                for (got, want) in wide(&device)?.into_iter().zip(wide(&host)?) {
+                    assert!((got - want).abs() <= room * want.abs().max(1.0), "{dtype:?}: {got} {want}");
+                }
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn single_precision_is_the_double_result_rounded() -> Result<()> {
         // A transposed view: the layout is not contiguous.

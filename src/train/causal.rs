@@ -22,7 +22,7 @@ use crate::predict::token_log_probabilities;
 /// If the sequence is longer than the model's, or candle fails.
 pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, cx: &Context) -> candle_core::Result<Tensor> {
     let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?;
-    let predicting = hidden.flatten_to(1)?.index_select(&batch.positions, 0)?; // (n, d)
+    let predicting = batch.positions.take(&hidden, cx.path)?; // (n, d)
     model.token_loss(&predicting, &batch.targets, cx)
 }
 

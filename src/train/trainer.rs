@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
@@ -12,6 +12,7 @@ use super::settings::Settings;
 use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
 use crate::metrics::median;
+use crate::ops::Tape;
 use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 use crate::util::files;
 
@@ -375,7 +376,8 @@ fn group_gradients(
     for (i, rows) in group.iter().enumerate() {
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw: first_draw + i as u64 };
-        let cx = Context::from(pass);
+        let tape = Tape::default();
+        let cx = Context::from(pass).with_tape(&tape);
         optimizer.before_loss(first_draw + i as u64)?;
         let loss = objective.loss(rows, &cx)?;
         let values = to_host(&loss)?;
@@ -400,23 +402,21 @@ fn group_gradients(
             }
         }
         let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
-        let gradients = total.backward()?;
-        sums.grads.accumulate(params, &gradients)?;
+        let gradients = sums.grads.backward(params, &total, &tape)?;
         optimizer.after_backward(&gradients)?;
     }
     Ok(sums)
 }
 
-/// All terms and the total in one copy from the device.
+/// All terms and the total in one copy from the device; those of one dtype are not cast there one by one.
 fn to_host(loss: &Loss) -> Result<Vec<f64>> {
-    let scalars: Vec<Tensor> = loss
-        .terms
-        .iter()
-        .map(|(_, term)| term)
-        .chain([&loss.total])
-        .map(|term| term.detach().to_dtype(DType::F64))
-        .collect::<candle_core::Result<_>>()?;
-    Ok(Tensor::stack(&scalars, 0)?.to_vec1()?)
+    let mut scalars: Vec<Tensor> =
+        loss.terms.iter().map(|(_, term)| term).chain([&loss.total]).map(Tensor::detach).collect();
+    if scalars.iter().any(|scalar| scalar.dtype() != loss.total.dtype()) {
+        scalars =
+            scalars.iter().map(|scalar| scalar.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
+    }
+    Ok(Tensor::stack(&scalars, 0)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
 }
 
 fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<usize>]) -> Result<f64> {

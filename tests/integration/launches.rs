@@ -12,7 +12,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::llama::LlamaConfig;
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
-use monteclora::{ops, MonteCLoRAConfig, Noise, Regularizer};
+use monteclora::{cuda_device, ops, MonteCLoRAConfig, Noise, Regularizer, Tape};
 
 use crate::llama::{frozen_on, toy_json};
 use crate::support::{skipped, Outcome};
@@ -80,7 +80,7 @@ impl Step for Encoder {
 
 struct Decoder<M>(M, [Tensor; 2]);
 
-impl<M: CausalLm + AdaptableModel> Step for Decoder<M> {
+impl<M: CausalLm> Step for Decoder<M> {
     fn model(&mut self) -> &mut dyn AdaptableModel {
         &mut self.0
     }
@@ -116,11 +116,7 @@ fn encoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Encoder, Pa
     Ok((Encoder(model, batch(device)?), params))
 }
 
-fn decoder(
-    layers: usize,
-    dtype: DType,
-    device: &Device,
-) -> Outcome<(Decoder<impl CausalLm + AdaptableModel>, Params)> {
+fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<impl CausalLm>, Params)> {
     let mut json = toy_json(true);
     json["num_hidden_layers"] = layers.into();
     let (model, params) = frozen_on(device, &LlamaConfig::from_value(json)?, dtype)?;
@@ -140,13 +136,14 @@ fn counts(mut step: impl Step, params: &Params, targets: &str, bayes: bool) -> O
     let mut before = None;
     for draw in 0..3 {
         before = Counts::now()?;
-        let pass = Pass::Train { draw };
-        let mut loss = step.loss(&pass.into())?.to_dtype(DType::F32)?;
+        let tape = Tape::default();
+        let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
+        let mut loss = step.loss(&cx)?.to_dtype(DType::F32)?;
         if let Some(regularizer) = &regularizer {
-            loss = (loss + regularizer.for_model(step.model(), pass)?.total)?;
+            loss = (loss + regularizer.for_model(step.model(), &cx)?.total)?;
         }
         let mut grads = Gradients::new();
-        grads.accumulate(params, &loss.backward()?)?;
+        grads.backward(params, &loss, &tape)?;
         clip_grad_norm(&mut grads, 1.0)?;
         optimizer.step(&grads, 1e-4)?;
         assert!(loss.to_scalar::<f32>()?.is_finite());
@@ -162,7 +159,7 @@ fn extended(layers: i64, of: impl Fn(usize) -> Outcome<Option<Counts>>) -> Outco
 
 #[test]
 fn a_step_keeps_its_budget_of_launches() -> Outcome {
-    let device = Device::new_cuda(0)?;
+    let device = cuda_device(0)?;
     if Counts::now()?.is_none() {
         skipped("this device does not count its launches");
         return Ok(());

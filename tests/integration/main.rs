@@ -36,4 +36,5 @@ mod stories;
 mod study;
 mod support;
 mod tables;
+mod together;
 mod transformers;

@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
+use crate::ops::Rows;
 
 /// Rows as tensors on one device: `b` rows of `t` tokens, `n` of which are to be predicted.
 #[derive(Debug, Clone)]
@@ -14,9 +15,9 @@ pub struct CausalBatch {
     pub input_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(n)` of u32: the places, in the flattened `(b * t)`, whose hidden states predict; each is
-    /// one before the token that it predicts. This is the one place that shifts.
-    pub positions: Tensor,
+    /// The `n` places, in the flattened `(b * t)`, whose hidden states predict; each is one before
+    /// the token that it predicts. This is the one place that shifts.
+    pub positions: Rows,
     /// `(n)` of i64: the tokens to predict; on the host, where losses look at them.
     pub targets: Tensor,
     /// `n` of each row, in their order.
@@ -49,7 +50,7 @@ impl CausalBatch {
             rows: rows.iter().map(|row| row.row).collect(),
             input_ids: Tensor::from_vec(ids, (b, t), device)?,
             attention_mask: Tensor::from_vec(mask, (b, t), device)?,
-            positions: Tensor::from_vec(positions, n, device)?,
+            positions: Rows::new(positions, b * t, device)?,
             targets: Tensor::from_vec(targets, n, &Device::Cpu)?,
             counts: rows.iter().map(|row| row.targets()).collect(),
         })

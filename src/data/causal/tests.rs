@@ -115,7 +115,7 @@ fn a_batch_points_at_the_places_before_its_targets() -> Result<()> {
     let batch = CausalBatch::collate(&rows.iter().collect::<Vec<_>>(), 1, &Device::Cpu)?;
     assert_eq!(batch.input_ids.to_vec2::<u32>()?, [[0, 3, 4, 5, 1, 1], [0, 6, 7, 8, 9, 1]]);
     assert_eq!(batch.attention_mask.to_vec2::<u8>()?, [[1, 1, 1, 1, 1, 0], [1; 6]]);
-    assert_eq!(batch.positions.to_vec1::<u32>()?, [2, 3, 7, 8, 9, 10]);
+    assert_eq!(batch.positions.places(), [2, 3, 7, 8, 9, 10]);
     assert_eq!(batch.targets.to_vec1::<i64>()?, [5, 1, 7, 8, 9, 1]);
     assert_eq!(batch.counts, [2, 4]);
     assert!(CausalBatch::collate(&[], 0, &Device::Cpu).is_err());

@@ -76,7 +76,7 @@ impl LlamaDecoder {
         mut cache: Option<&mut Cache>,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let (_, t) = input_ids.dims2()?;
+        let (cx, (_, t)) = (&*cx.of_one_pass(), input_ids.dims2()?);
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
         // Virtual tokens stand before a row's beginning alone.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
@@ -104,7 +104,8 @@ impl LlamaDecoder {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
-                    let (block, step) = (layer.clone(), step.clone());
+                    let (block, cx) = (layer.clone(), step.cx.clone().without_tape());
+                    let step = Step { cx, ..step.clone() };
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &step, None))?
                 }
                 _ => layer.forward(&xs, &step, cached)?,

@@ -87,6 +87,7 @@ impl RobertaForSequenceClassification {
         attention_mask: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
+        let cx = &*cx.of_one_pass();
         let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, cx)?; // (b, d)
         let project = |layer: &Linear, xs: &Tensor| {
             let weight = layer.weight();

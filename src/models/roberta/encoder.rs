@@ -66,6 +66,7 @@ impl RobertaEncoder {
         attention_mask: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
+        let cx = &*cx.of_one_pass();
         let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, cx)?; // (n, d)
         let xs = batch.pad(self.stack(&self.layers, xs, &batch, cx)?, cx.path)?;
         let (p, t) = (self.embeddings.words.virtual_tokens(), input_ids.dim(1)?);
@@ -92,6 +93,7 @@ impl RobertaEncoder {
         attention_mask: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
+        let cx = &*cx.of_one_pass();
         let (xs, batch) = self.embed(input_ids, token_type_ids, attention_mask, cx)?; // (n, d)
         let only = batch.first_tokens(xs.device())?;
         let Some((last, before)) = self.layers.split_last() else { return only.take(&xs, cx.path) };
@@ -125,7 +127,7 @@ impl RobertaEncoder {
         for layer in layers {
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
-                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone());
+                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone().without_tape());
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
                 }
                 _ => layer.forward(&xs, batch, cx)?,

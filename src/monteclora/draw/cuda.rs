@@ -1,96 +1,133 @@
-//! A draw on a CUDA device by our own kernels: two launches forward, two backward, nothing through the host.
+//! Draws on a CUDA device by our own kernels: two launches forward for all layers of a group, one backward for all with
+//! a tape and for each without, nothing through the host.
 
-use candle_core::{DType, Result, Tensor};
+use std::sync::Arc;
 
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::Asked;
+use crate::adapter::Context;
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
-use crate::kernels::{address, alloc_uninit, count, device_of, grid, launch, tensor};
+use crate::kernels::draws::{self, Draws, Layer};
+use crate::monteclora::group::Member;
 use crate::monteclora::noise::DrawSpec;
 use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
-use crate::ops::custom_vjp;
-
-/// Elements of a tile, and its most columns: those of `draw.cu`.
-const TILE: usize = 4096;
-const TILE_COLUMNS: usize = 64;
+use crate::ops::{custom_vjp, Tape};
 
 /// Whether the kernels make this draw: the default ones, in single precision.
 pub(super) fn serves(spec: &DrawSpec) -> bool {
     let config = &spec.config;
     let method = config.compat == Compat::None && config.estimator == Estimator::Exact;
-    let (mixture, rank) = (config.mixture != Mixture::Explicit, (1..=TILE).contains(&config.rank));
     let device = spec.device.is_cuda() && spec.dtype == DType::F32;
-    device && method && mixture && rank
+    device && method && config.mixture != Mixture::Explicit && draws::supports(config.rank)
 }
 
 /// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw`; of a sparse mixture without the norm.
 ///
-/// # Shapes
-/// - `a`: `(r, in_dim)`, `rho`: `(r)`, `c`: `(N)`, f32 on one CUDA device
-/// - output: that of `a`
-///
 /// # Errors
 /// If there is no such draw, a tensor is elsewhere or of another shape, or the device fails.
-pub(super) fn perturbed(posterior: &Posterior, a: &Tensor, draw: u64, eps: f64) -> Result<Tensor> {
-    let device = device_of(a)?.clone();
-    let (rho, c) = (posterior.std_prior(), posterior.expert_weights_prior());
-    let (spec, config) = (posterior.spec(), &posterior.spec().config);
-    let (r, width, df) = (config.rank, spec.in_dim, config.degrees());
-    check_draw(draw, r, df)?;
-    if a.dims() != [r, width] || rho.dims() != [r] || c.dims() != [config.num_components] {
-        candle_core::bail!("a draw ({r}, {width}): A {:?}, rho {:?}, c {:?}", a.dims(), rho.dims(), c.dims())
-    }
-    let components = if config.mixture == Mixture::Sparse { 0 } else { config.num_components };
-    let [wishart, dirichlet, gaussian] = posterior.streams().keys();
-    let (rank, n, columns) = (count(r)?, count(components)?, count(width)?);
-    count(r * width)?;
-    let tiles = count(width.div_ceil(TILE_COLUMNS.min(TILE / r)))?;
-    let diagonal = u32::from(config.covariance == Covariance::Diagonal);
+pub(super) fn perturbed(asked: &Asked, draw: u64) -> Result<Tensor> {
+    let (draws, mut outs) = draws::perturb(&[layer(asked, draw)?], draw)?;
+    tracked(asked, draws, 0, outs.remove(0))
+}
 
-    let dense = [a.contiguous()?, rho.contiguous()?, c.contiguous()?];
-    let [a_data, rho_data, c_data] = dense.each_ref().map(|tensor| address(&device, tensor, DType::F32));
-    let (a_data, rho_data, c_data) = (a_data?, rho_data?, c_data?);
-    let (mut tril, mut rows) = (alloc_uninit::<f32>(&device, r * r)?, alloc_uninit::<f32>(&device, r)?);
-    // Without components there is nothing in them, but not every device allocates nothing.
-    let some = components.max(1);
-    let (mut pi, mut slopes) = (alloc_uninit::<f64>(&device, some)?, alloc_uninit::<f64>(&device, some)?);
-    launch!(&device; grid(1); draw_scales(
-        &rank, &n, &df, &diagonal, &eps, &wishart, &dirichlet, &draw, &rho_data, &c_data, &mut tril, &mut rows,
-        &mut pi, &mut slopes
-    ));
-    let mut out = alloc_uninit::<f32>(&device, r * width)?;
-    launch!(&device; grid(tiles); draw_perturb(
-        &rank, &columns, &gaussian, &draw, &a_data, &tril, &rows, &mut out
-    ));
-    let out = tensor(out, (r, width), &device);
-    custom_vjp("draw", [a, rho, c], out, move |call| {
+/// The same of all members that the kernels serve, which are on the device of `asking`.
+///
+/// # Errors
+/// As [`perturbed`].
+pub(super) fn perturbed_together(
+    members: &[Option<Member>],
+    asking: &Posterior,
+    draw: u64,
+    cx: &Context,
+) -> Result<Vec<Option<Tensor>>> {
+    let device: &Device = &asking.spec().device;
+    let served = |member: &&Member| {
+        let spec = member.posterior.spec();
+        serves(spec) && spec.device.same_device(device)
+    };
+    let asked: Vec<Option<Asked>> = members
+        .iter()
+        .map(|member| {
+            let Member { mean, posterior, .. } = member.as_ref().filter(served)?;
+            Some(Asked { posterior, mean, eps: member.as_ref()?.eps(cx) })
+        })
+        .collect();
+    let layers = asked.iter().flatten().map(|asked| layer(asked, draw)).collect::<Result<Vec<_>>>()?;
+    let (draws, outs) = draws::perturb(&layers, draw)?;
+    let outs = match cx.tape() {
+        Some(tape) => cut(tape, asked.iter().flatten(), draws, outs)?,
+        None => {
+            let own = |(which, (asked, out))| tracked(asked, draws.clone(), which, out);
+            asked.iter().flatten().zip(outs).enumerate().map(own).collect::<Result<Vec<_>>>()?
+        }
+    };
+    let mut outs = outs.into_iter();
+    Ok(asked.iter().map(|asked| asked.as_ref().and_then(|_| outs.next())).collect())
+}
+
+/// `outs` as leaves whose gradients become those of all layers' A, rho and c at once.
+fn cut<'a>(
+    tape: &Tape,
+    asked: impl Iterator<Item = &'a Asked<'a>>,
+    draws: Arc<Draws>,
+    outs: Vec<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let parameters: Vec<[Tensor; 3]> = asked.map(|asked| parameters(asked).map(Tensor::clone)).collect();
+    tape.cut(outs, move |grads| {
+        let places = grads.into_iter().enumerate();
+        let grads = places.filter_map(|(which, grad)| Some((which, grad?.contiguous())));
+        let grads: Vec<(usize, Tensor)> =
+            grads.map(|(which, grad)| Ok((which, grad?))).collect::<Result<_>>()?;
+        let slopes = draws.slopes(&grads)?;
+        let mut all = Vec::new();
+        for ((which, grad), (drho, dc)) in grads.into_iter().zip(slopes) {
+            let [a, rho, c] = &parameters[which];
+            all.extend([(a.clone(), grad), (rho.clone(), drho)]);
+            all.extend(dc.map(|dc| (c.clone(), dc)));
+        }
+        Ok(all)
+    })
+}
+
+fn layer<'a>(asked: &Asked<'a>, draw: u64) -> Result<Layer<'a>> {
+    let Asked { posterior, mean, eps } = *asked;
+    let config = &posterior.spec().config;
+    let degrees = config.degrees();
+    check_draw(draw, config.rank, degrees)?;
+    let rho = posterior.std_prior();
+    let c = (config.mixture != Mixture::Sparse).then(|| posterior.expert_weights_prior());
+    let diagonal = config.covariance == Covariance::Diagonal;
+    Ok(Layer { mean, rho, c, keys: posterior.streams().keys(), degrees, eps, diagonal })
+}
+
+fn parameters<'a>(asked: &Asked<'a>) -> [&'a Tensor; 3] {
+    [asked.mean, asked.posterior.std_prior(), asked.posterior.expert_weights_prior()]
+}
+
+/// `out` as a function of A, rho and c of layer `which` of `draws`.
+fn tracked(asked: &Asked, draws: Arc<Draws>, which: usize, out: Tensor) -> Result<Tensor> {
+    custom_vjp("draw", parameters(asked), out, move |call| {
         let grad_a = call.needs[0].then(|| call.grad.clone());
         if !call.needs[1] && !call.needs[2] {
             return Ok([grad_a, None, None]);
         }
-        let grad = address(&device, &call.grad, DType::F32)?;
-        let mut shares = alloc_uninit::<f64>(&device, tiles as usize * r)?;
-        launch!(&device; grid(tiles); draw_along(
-            &rank, &columns, &gaussian, &draw, &grad, &tril, &mut shares
-        ));
-        let rho_data = call.args[1].contiguous()?;
-        let (rho, mut along) = (address(&device, &rho_data, DType::F32)?, alloc_uninit::<f64>(&device, r)?);
-        let (mut drho, mut dc) = (alloc_uninit::<f32>(&device, r)?, alloc_uninit::<f32>(&device, some)?);
-        launch!(&device; grid(1); draw_slopes(
-            &rank, &n, &tiles, &eps, &rho, &shares, &pi, &slopes, &mut along, &mut drho, &mut dc
-        ));
-        let dc = (components > 0).then(|| tensor(dc, components, &device));
-        Ok([grad_a, Some(tensor(drho, r, &device)), dc])
+        let slopes = draws.slopes(&[(which, call.grad)])?.pop();
+        let (drho, dc) = slopes.unzip();
+        Ok([grad_a, drho, dc.flatten()])
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
+    use crate::adapter::{Params, Pass};
     use crate::monteclora::buffer::SampleBuffer;
-    use crate::monteclora::{MonteCLoRAConfig, NoiseStreams};
+    use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig, NoiseStreams};
     use crate::noise::{Noise, Purpose};
     use crate::ops::OpPath;
     use crate::util::device::cuda_device;
@@ -109,7 +146,9 @@ mod tests {
         let streams = NoiseStreams::new(Noise::new(7), "layer.default");
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), 0, None);
         let posterior = Posterior::new(&rho, &c, spec, streams).expect("a posterior");
-        let y = crate::monteclora::draw::perturbed(&posterior, &a, 5, &buffer, config.sample_scaler, path)?;
+        let asked = Asked { posterior: &posterior, mean: &a, eps: config.sample_scaler };
+        let cx = Context::from(Pass::Train { draw: 5 }).with_path(path);
+        let y = crate::monteclora::draw::perturbed(&asked, 5, &buffer, None, &cx)?;
         let weight = values(3, r * width)?.reshape((r, width))?;
         let grads = (&y * weight)?.sum_all()?.backward()?;
         let of = |var: &Var| match grads.get(var) {
@@ -142,6 +181,53 @@ mod tests {
                     let error = got.iter().zip(want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
                     assert!(error <= 1e-5 * size, "{rank} {mixture:?}: {error} of {size}");
                 }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn layers_draw_together_what_each_draws_alone_and_see_every_change() -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        let params = Params::new(Noise::new(5), &device);
+        // Several ranks and widths, one and many tiles, and one that the kernels do not serve.
+        let layers = [(1, 3, Mixture::Collapsed), (8, 768, Mixture::Collapsed), (70, 130, Mixture::Sparse)];
+        let layers = layers.into_iter().chain([(4, 40, Mixture::Explicit), (40, 90, Mixture::Collapsed)]);
+        let group = Arc::default();
+        let layers: Vec<MonteCLoRA> = (0..)
+            .zip(layers)
+            .map(|(i, (rank, width, mixture))| {
+                let config =
+                    MonteCLoRAConfig { rank, num_components: 5, mixture, ..MonteCLoRAConfig::paper() };
+                MonteCLoRA::in_group(&group, &params, &format!("layer{i}"), "default", (width, 99), &config)
+            })
+            .collect::<crate::Result<_>>()
+            .map_err(candle_core::Error::wrap)?;
+        let cx = Context::from(Pass::Train { draw: 2 });
+        let numbers = |cx: &Context, layer: &MonteCLoRA| -> Result<Vec<f32>> {
+            let a = layer.effective_a(cx)?;
+            let weight = a.detach().sin()?;
+            let grads = (a.as_ref() * weight)?.sum_all()?.backward()?;
+            let mut numbers = a.flatten_all()?.to_vec1::<f32>()?;
+            for tensor in [layer.low_rank().a(), layer.posterior().std_prior()] {
+                numbers.extend(grads.get(tensor).expect("a gradient").flatten_all()?.to_vec1::<f32>()?);
+            }
+            if let Some(dc) = grads.get(layer.posterior().expert_weights_prior()) {
+                numbers.extend(dc.to_vec1::<f32>()?);
+            }
+            Ok(numbers)
+        };
+        let mut before: Vec<Vec<f32>> = Vec::new();
+        for _ in 0..2 {
+            let pass = cx.of_one_pass();
+            // Backwards, and the first to ask is one that the group does not serve.
+            let together =
+                layers.iter().rev().map(|layer| numbers(&pass, layer)).collect::<Result<Vec<_>>>()?;
+            let alone = layers.iter().rev().map(|layer| numbers(&cx, layer)).collect::<Result<Vec<_>>>()?;
+            assert!(together == alone && together.iter().all(|numbers| !before.contains(numbers)));
+            before.extend(together);
+            for (_, param) in params.all() {
+                param.var.set(&(param.var.as_detached_tensor() + 0.25)?)?;
             }
         }
         Ok(())

@@ -10,12 +10,73 @@ use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::peft_compat;
 use crate::monteclora::posterior::Posterior;
 use crate::ops::{add_scaled_rows, custom_vjp, OpPath};
-use crate::special::gamma_quantile;
 use crate::special::tensor::{normalised, normalised_slope};
+use crate::special::{gamma_quantile, GammaQuantile};
 use crate::util::simd::vectorized;
 
 /// Up to this rank `T Z` is a plain loop; beyond, a product in blocks is worth its price.
 const SMALL_RANK: usize = 32;
+
+/// What a draw needs beside A and rho: its noise, `T Z`, and where the fused path mixes by it, the gamma draws of the
+/// weights at the present c.
+pub(super) struct Ahead {
+    noise: DrawNoise,
+    matrices: Tensor,
+    weights: Option<GammaDraws>,
+}
+
+/// Whether layers make this in one go for all of a pass: on the CPU, and no larger than A.
+pub(super) fn is_made_ahead(posterior: &Posterior) -> bool {
+    let spec = posterior.spec();
+    spec.device.is_cpu() && spec.config.mixture != Mixture::Explicit
+}
+
+impl Ahead {
+    /// That of this noise.
+    ///
+    /// # Errors
+    /// If the noise is not of this posterior's shapes.
+    pub fn new(posterior: &Posterior, noise: DrawNoise, path: OpPath) -> Result<Self> {
+        noise.check(posterior.spec())?;
+        let config = &posterior.spec().config;
+        let exact = config.compat == Compat::None && config.estimator == Estimator::Exact;
+        let on_host = posterior.spec().device.is_cpu() && path == OpPath::Fused;
+        let c = posterior.expert_weights_prior();
+        let weights = (exact && on_host && config.mixture == Mixture::Collapsed)
+            .then(|| GammaDraws::new(c, noise.weights()))
+            .transpose()?;
+        Ok(Self { matrices: tril_product(&noise, config.compat)?, noise, weights })
+    }
+
+    /// [`perturbed`] by this noise.
+    ///
+    /// # Errors
+    /// If `a` is not of this posterior's shapes.
+    pub fn perturbed(self, posterior: &Posterior, a: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
+        let (rho, c, config) =
+            (posterior.std_prior(), posterior.expert_weights_prior(), &posterior.spec().config);
+        let Self { noise, matrices, weights: gamma } = self;
+        let rows = || match config.compat {
+            Compat::None => rho.exp()? * eps,
+            Compat::Peft => peft_compat::factor_diagonal(rho, noise.bartlett())? * eps,
+        };
+        let weights = || weights(c, config, noise.weights());
+        match config.mixture {
+            Mixture::Explicit => {
+                let (rows, matrix) = (rows()?, mix(&weights()?, &matrices)?);
+                a + matrix.broadcast_mul(&rows.unsqueeze(1)?)?
+            }
+            Mixture::Collapsed => {
+                let rows = match gamma {
+                    Some(gamma) => row_scales(rho, c, gamma, eps)?,
+                    None => rows()?.broadcast_mul(&norm(&weights()?)?)?,
+                };
+                add_scaled_rows(a, &rows, &matrices, path)
+            }
+            Mixture::Sparse => add_scaled_rows(a, &rows()?, &matrices, path),
+        }
+    }
+}
 
 /// `A + eps sum_k pi_k F Z_k` as `A + diag(row scales) T Z`, `(r, in_dim)`.
 ///
@@ -28,31 +89,7 @@ pub(super) fn perturbed(
     eps: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    noise.check(posterior.spec())?;
-    let (rho, c, config) =
-        (posterior.std_prior(), posterior.expert_weights_prior(), &posterior.spec().config);
-    let matrices = tril_product(noise, config.compat)?;
-    let rows = || match config.compat {
-        Compat::None => rho.exp()? * eps,
-        Compat::Peft => peft_compat::factor_diagonal(rho, noise.bartlett())? * eps,
-    };
-    let weights = || weights(c, config, noise.weights());
-    match config.mixture {
-        Mixture::Explicit => {
-            let (rows, matrix) = (rows()?, mix(&weights()?, &matrices)?);
-            a + matrix.broadcast_mul(&rows.unsqueeze(1)?)?
-        }
-        Mixture::Collapsed => {
-            let exact = config.compat == Compat::None && config.estimator == Estimator::Exact;
-            let rows = if exact && a.device().is_cpu() && path == OpPath::Fused {
-                row_scales(rho, c, noise.weights(), eps)?
-            } else {
-                rows()?.broadcast_mul(&norm(&weights()?)?)?
-            };
-            add_scaled_rows(a, &rows, &matrices, path)
-        }
-        Mixture::Sparse => add_scaled_rows(a, &rows()?, &matrices, path),
-    }
+    Ahead::new(posterior, noise.clone(), path)?.perturbed(posterior, a, eps, path)
 }
 
 /// `T Z`, of the shape of Z; Z itself under [`Compat::Peft`], whose clip of `V T T^T` comes between.
@@ -100,22 +137,37 @@ where
     });
 }
 
-/// `eps ||pi||_2 exp(rho)`, pi the normalised gamma draws of concentration `exp c` at `uniforms`
+/// The gamma draws that weights are made of.
+struct GammaDraws {
+    /// `exp c`.
+    shapes: Vec<f64>,
+    draws: Vec<GammaQuantile>,
+}
+
+impl GammaDraws {
+    /// Those of concentration `exp c` at `uniforms`, `(N)` both, on the CPU.
+    fn new(c: &Tensor, uniforms: &Tensor) -> Result<Self> {
+        let shapes: Vec<f64> = host(c)?.into_iter().map(f64::exp).collect();
+        let draws = shapes.iter().zip(host(uniforms)?).map(|(a, u)| gamma_quantile(*a, u)).collect();
+        Ok(Self { shapes, draws })
+    }
+}
+
+/// `eps ||pi||_2 exp(rho)`, pi the normalised gamma draws of concentration `exp c`
 /// ([`Estimator::Exact`](crate::dist::Estimator::Exact)).
 ///
 /// In double precision on the host, and what backward needs is kept: as tensor operations of a few
 /// numbers each it is thirty nodes and the quantiles twice.
 ///
 /// # Shapes
-/// - `rho`: `(r)`, `c` and `uniforms`: `(N)`, all on the CPU
+/// - `rho`: `(r)`, `c`: `(N)`, on the CPU
 /// - output: `(r)`
 ///
 /// # Errors
 /// If a tensor has not one dimension.
-fn row_scales(rho: &Tensor, c: &Tensor, uniforms: &Tensor, eps: f64) -> Result<Tensor> {
+fn row_scales(rho: &Tensor, c: &Tensor, of: GammaDraws, eps: f64) -> Result<Tensor> {
+    let GammaDraws { shapes, draws } = of;
     let scales: Vec<f64> = host(rho)?.into_iter().map(|rho| eps * rho.exp()).collect();
-    let shapes: Vec<f64> = host(c)?.into_iter().map(f64::exp).collect();
-    let draws: Vec<_> = shapes.iter().zip(host(uniforms)?).map(|(a, u)| gamma_quantile(*a, u)).collect();
     let pi = normalised(&draws);
     let norm = pi.iter().map(|pi| pi * pi).sum::<f64>().sqrt();
     let rows = scales.iter().map(|scale| scale * norm).collect();
@@ -150,7 +202,7 @@ mod tests {
             let rho = Var::new(&[0.1, -0.4], &device)?;
             let (c, us) = (Var::new(c, &device)?, Tensor::new(us, &device)?);
             let weight = Tensor::new(&[1.3, -0.7], &device)?;
-            let ours = row_scales(&rho, &c, &us, 0.02)?;
+            let ours = row_scales(&rho, &c, GammaDraws::new(&c, &us)?, 0.02)?;
             let pi = Dirichlet::new(&c)?.rsample(Estimator::Exact, &us)?;
             let reference = (rho.exp()? * 0.02)?.broadcast_mul(&pi.sqr()?.sum_all()?.sqrt()?)?;
             let grads = |ys: &Tensor| -> Result<_> { (ys * &weight)?.sum_all()?.backward() };

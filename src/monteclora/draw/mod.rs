@@ -6,37 +6,68 @@ mod fused;
 mod reference;
 
 use candle_core::{Result, Tensor};
+use rayon::prelude::*;
 
 use super::buffer::SampleBuffer;
+use super::group::{Member, Seat};
 use super::noise::DrawNoise;
 use super::posterior::Posterior;
+use crate::adapter::Context;
 use crate::ops::OpPath;
 
 pub use reference::PosteriorDraw;
 pub(super) use reference::{draw as reference, weights};
 
-/// `A + Delta` of draw number `draw` at scale `eps`, `(r, in_dim)`: what a forward pass needs. By kernels
-/// where they serve, else from the noise of `buffer`.
+/// A layer that asks for its draw: its posterior, A `(r, in_dim)` and eps.
+pub(super) struct Asked<'a> {
+    pub posterior: &'a Posterior,
+    pub mean: &'a Tensor,
+    pub eps: f64,
+}
+
+/// `A + Delta` of draw number `draw`, `(r, in_dim)`: what a forward pass needs. By kernels where they serve, else from
+/// the noise of `buffer`; in a pass of a model with what the first of its layers made for all in the group of `seat`.
 ///
 /// # Errors
-/// If there is no such draw, or `a` is not of this posterior's shapes.
+/// If there is no such draw, or A is not of this posterior's shapes.
 pub(super) fn perturbed(
-    posterior: &Posterior,
-    a: &Tensor,
+    asked: &Asked,
     draw: u64,
     buffer: &SampleBuffer,
-    eps: f64,
-    path: OpPath,
+    seat: Option<&Seat>,
+    cx: &Context,
 ) -> Result<Tensor> {
+    let Asked { posterior, mean, eps } = *asked;
+    let seat = seat.filter(|_| cx.path == OpPath::Fused);
     #[cfg(feature = "cuda")]
-    if path == OpPath::Fused && cuda::serves(posterior.spec()) {
-        return cuda::perturbed(posterior, a, draw, eps);
+    if cx.path == OpPath::Fused && cuda::serves(posterior.spec()) {
+        let together = |members: &[Option<Member>]| cuda::perturbed_together(members, posterior, draw, cx);
+        let made = seat.map(|seat| seat.take(posterior, draw, cx, together)).transpose()?;
+        return made.flatten().map_or_else(|| cuda::perturbed(asked, draw), Ok);
+    }
+    if buffer.is_empty() && fused::is_made_ahead(posterior) {
+        let made = seat.map(|seat| seat.take(posterior, draw, cx, |members| ahead(members, draw)));
+        if let Some(ahead) = made.transpose()?.flatten() {
+            return ahead.perturbed(posterior, mean, eps, cx.path);
+        }
     }
     let noise = buffer.get(draw)?;
-    match path {
-        OpPath::Reference => a + reference::draw(posterior, &noise, eps)?.delta,
-        OpPath::Fused | OpPath::Composed => fused::perturbed(posterior, a, &noise, eps, path),
+    match cx.path {
+        OpPath::Reference => mean + reference::draw(posterior, &noise, eps)?.delta,
+        OpPath::Fused | OpPath::Composed => fused::perturbed(posterior, mean, &noise, eps, cx.path),
     }
+}
+
+/// What the members' draws need beside A and rho, on all threads: at a few tokens a layer's own part, most of it gamma
+/// quantiles on one thread, would be most of what the layer does.
+fn ahead(members: &[Option<Member>], draw: u64) -> Result<Vec<Option<fused::Ahead>>> {
+    let of = |member: &Member| {
+        let posterior = &member.posterior;
+        let noise = || posterior.spec().generate(posterior.streams(), draw);
+        let served = fused::is_made_ahead(posterior);
+        served.then(|| fused::Ahead::new(posterior, noise()?, OpPath::Fused)).transpose()
+    };
+    members.par_iter().map(|member| Ok(member.as_ref().map(of).transpose()?.flatten())).collect()
 }
 
 impl Posterior {

@@ -4,6 +4,8 @@
 use super::*;
 use crate::util::device::cuda_device;
 
+mod budget;
+
 #[test]
 fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Result<()> {
     let device = cuda_device(0)?;
@@ -23,7 +25,8 @@ fn blocks_on_a_device_run_in_half_width() -> Result<()> {
         compare_on(&device, &case, OpPath::Fused, DType::BF16, 0.06);
         compare_on(&device, &case, OpPath::Composed, DType::F16, 0.01);
     }
-    Ok(())
+    half::compare_in_half_width(&device, OpPath::Composed)?;
+    half::compare_in_half_width(&device, OpPath::Fused)
 }
 
 #[test]
@@ -47,6 +50,25 @@ fn a_norm_on_a_device_takes_tensors_of_that_device_alone() -> Result<()> {
 }
 
 #[test]
+fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
+    let (device, other) = (cuda_device(0)?, Device::new_cuda_with_stream(0)?);
+    let there = Tensor::ones((1, 5, 8), DType::F32, &device)?;
+    let elsewhere = there.to_device(&Device::Cpu)?.to_device(&other)?;
+    let attend = |k: &Tensor, padding: Option<Tensor>| {
+        let mask = Mask { padding, causal: None };
+        attention(&there, k, &there, 1, 1, 0.3, &mask, None, OpPath::Fused)
+    };
+    let padding = Tensor::ones((1, 5), DType::U8, &other)?;
+    let rows = Rows::new(vec![1, 3], 5, &other)?;
+    let results = [attend(&elsewhere, None), attend(&there, Some(padding)), rows.take(&there, OpPath::Fused)];
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("belongs to another stream"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn scores_that_nothing_can_count_are_refused() -> Result<()> {
     let xs = Tensor::ones((1, 1 << 16, 1), DType::F32, &cuda_device(0)?)?;
     let error = attention(&xs, &xs, &xs, 1, 1, 1.0, &Mask::default(), None, OpPath::Fused).unwrap_err();
@@ -64,5 +86,55 @@ fn dropout_on_a_device_hides_what_it_hides_on_the_host() -> Result<()> {
     };
     let want = on(&host, OpPath::Fused)?;
     assert!(on(&device, OpPath::Fused)? == want && on(&device, OpPath::Composed)? == want);
+    Ok(())
+}
+
+#[test]
+fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
+    let device = cuda_device(0)?;
+    let (places, total) = (vec![0, 3, 4, 11], 12);
+    let [here, there] = [&Device::Cpu, &device].map(|device| Rows::new(places.clone(), total, device));
+    let (here, there) = (here?, there?);
+    // Rows of whole words, and of an odd number of halves.
+    for dim in [6, 301] {
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let xs = normal("rows", &[total, dim]).to_dtype(dtype)?;
+            let taken = here.take(&xs, OpPath::Composed)?;
+            let put = here.put(&taken, OpPath::Composed)?;
+            let xs = xs.to_device(&device)?;
+            for path in [OpPath::Fused, OpPath::Composed] {
+                assert_eq!(flat(&there.take(&xs, path)?), flat(&taken), "{dim} {dtype:?} {path:?}");
+                assert_eq!(
+                    flat(&there.put(&there.take(&xs, path)?, path)?),
+                    flat(&put),
+                    "{dim} {dtype:?} {path:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `(1 + 2^-12, 1)` is `(1, 1)` in bf16, whose product with `(1, -1)` is nothing.
+#[test]
+fn adapters_beside_a_half_width_base_are_not_rounded() -> Result<()> {
+    let device = cuda_device(0)?;
+    let tiny = 2f32.powi(-12);
+    let half = |values: &[f32], shape: (usize, usize)| -> Result<Tensor> {
+        Tensor::from_slice(values, shape, &device)?.to_dtype(DType::BF16)
+    };
+    let (signs, close) = ([1f32, -1.0], [1.0 + tiny, 1.0]);
+    let a = Var::from_slice(&close, (1, 2), &device)?;
+    let b = Var::from_slice(&close, (2, 1), &device)?;
+    let x = Var::from_tensor(&half(&signs, (1, 2))?)?;
+    let y = adapted_linear(&x, &half(&[0.0; 4], (2, 2))?, None, &a, &b, 1.0, OpPath::Fused)?;
+    assert_eq!(flat(&y.to_device(&Device::Cpu)?), [f64::from(tiny); 2]);
+    // The gradient of the output is (1, -1), too.
+    let store = (y * half(&signs, (1, 2))?)?.sum_all()?.backward()?;
+    let gradient =
+        |var: &Var| Ok::<_, candle_core::Error>(flat(&store.get(var).unwrap().to_device(&Device::Cpu)?));
+    assert_eq!(gradient(&x)?, [f64::from(tiny); 2]);
+    assert_eq!(gradient(&a)?, [f64::from(tiny), -f64::from(tiny)]);
+    assert_eq!(gradient(&b)?, [f64::from(tiny), -f64::from(tiny)]);
     Ok(())
 }

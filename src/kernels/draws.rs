@@ -1,0 +1,179 @@
+//! The draws of several layers: two launches forward and one backward, whatever their number.
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{bail, DType, Result, Tensor};
+
+use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address};
+
+/// Elements of a tile, and its most columns: those of `draw.cu`.
+const TILE: usize = 4096;
+const TILE_COLUMNS: usize = 64;
+
+/// Words of a row of the table: `Draw` of `draw.cu`.
+const WORDS: usize = 18;
+
+/// A layer that draws.
+pub(crate) struct Layer<'a> {
+    /// A, `(r, width)`.
+    pub mean: &'a Tensor,
+    /// `(r)`.
+    pub rho: &'a Tensor,
+    /// `(N)`; empty where a draw has no norm of weights.
+    pub c: Option<&'a Tensor>,
+    /// The keys of the Wishart's, the Dirichlet's and the Gaussian's stream.
+    pub keys: [u64; 3],
+    pub degrees: f64,
+    pub eps: f64,
+    pub diagonal: bool,
+}
+
+/// Whether the kernels take a layer of this rank.
+pub(crate) fn supports(rank: usize) -> bool {
+    (1..=TILE).contains(&rank)
+}
+
+/// Some layers' draw as it is on their device, for as long as a gradient may ask for it.
+pub(crate) struct Draws {
+    draw: u64,
+    table: CudaSlice<u64>,
+    /// Where the table's rows point to: what was made, and the parameters.
+    _room: CudaSlice<f64>,
+    _parameters: Vec<[Tensor; 3]>,
+    sizes: Vec<Size>,
+}
+
+#[derive(Clone, Copy)]
+struct Size {
+    rank: usize,
+    components: usize,
+    width: usize,
+    tiles: usize,
+}
+
+impl Size {
+    fn of(layer: &Layer) -> Result<Self> {
+        let (rank, width) = layer.mean.dims2()?;
+        let (rho, c) = (layer.rho.dims(), layer.c.map(Tensor::dims));
+        if rho != [rank] || c.is_some_and(|c| c.len() != 1) || !supports(rank) || width == 0 {
+            bail!("a draw of A {:?}: rho {rho:?}, c {c:?}, and a rank of 1 to {TILE}", [rank, width]);
+        }
+        count(rank * width)?;
+        let tiles = width.div_ceil(TILE_COLUMNS.min(TILE / rank));
+        Ok(Self { rank, components: c.map_or(0, |c| c[0]), width, tiles })
+    }
+
+    /// The words of the parts of what is made: the shares, pi, its slopes, the norm, then two to a word T and the scales
+    /// of its rows.
+    fn room(&self) -> [usize; 6] {
+        let Self { rank, components, tiles, .. } = *self;
+        [tiles * rank, components, components, 1, (rank * rank).div_ceil(2), rank.div_ceil(2)]
+    }
+}
+
+/// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw` of each layer, untracked, and what their gradients need.
+///
+/// # Errors
+/// If there is no layer, a tensor is not in single precision on the first one's device, shapes do not fit, or the
+/// device fails.
+pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Tensor>)> {
+    let Some(first) = layers.first() else { bail!("a draw of no layer") };
+    let device = device_of(first.mean)?;
+    let sizes = layers.iter().map(Size::of).collect::<Result<Vec<_>>>()?;
+    let words = sizes.iter().flat_map(Size::room).sum();
+    let room = alloc_uninit::<f64>(device, words)?;
+    let (mut next, mut table) = (slice_address(&room), Vec::with_capacity(WORDS * layers.len()));
+    let (mut outs, mut parameters) = (Vec::new(), Vec::new());
+    for (layer, size) in layers.iter().zip(&sizes) {
+        let dense =
+            [layer.mean.contiguous()?, layer.rho.contiguous()?, layer.c.unwrap_or(layer.rho).contiguous()?];
+        if let Some(other) = dense.iter().find(|tensor| !tensor.device().same_device(first.mean.device())) {
+            let (one, other) = (first.mean.device().location(), other.device().location());
+            bail!("layers that draw together on {one:?} and {other:?}");
+        }
+        let out = empty(device, layer.mean.shape(), DType::F32)?;
+        let [shares, pi, slopes, norm, tril, rows] = size.room().map(|words| {
+            let at = next;
+            next += 8 * words as u64;
+            at
+        });
+        let [mean, rho, c] = dense.each_ref().map(|tensor| address(device, tensor, DType::F32));
+        table.extend([
+            mean?,
+            rho?,
+            c?,
+            address(device, &out, DType::F32)?,
+            tril,
+            rows,
+            pi,
+            slopes,
+            norm,
+            shares,
+        ]);
+        table.extend(layer.keys);
+        table.extend([layer.degrees.to_bits(), layer.eps.to_bits()]);
+        let pair = |low: usize, high: usize| -> Result<u64> {
+            Ok(u64::from(count(low)?) | u64::from(count(high)?) << 32)
+        };
+        table.extend([pair(size.rank, size.components)?, pair(size.width, layer.diagonal.into())?, 0]);
+        outs.push(out);
+        parameters.push(dense);
+    }
+    let table = device.clone_htod(&table)?;
+    let (blocks, most) = (rows(layers.len())?, sizes.iter().map(|size| size.tiles).max().unwrap_or(0));
+    launch!(device; grid(blocks); draw_scales(&table, &draw));
+    let mut config = grid(count(most)?);
+    config.grid_dim.1 = blocks;
+    launch!(device; config; draw_perturb(&table, &draw));
+    Ok((Arc::new(Draws { draw, table, _room: room, _parameters: parameters, sizes }), outs))
+}
+
+/// A row of blocks for each layer.
+fn rows(layers: usize) -> Result<u32> {
+    match u32::try_from(layers) {
+        Ok(layers @ ..=65535) => Ok(layers),
+        _ => bail!("up to 65535 layers draw together, got {layers}"),
+    }
+}
+
+/// The gradients of a layer's rho `(r)` and c `(N)`.
+pub(crate) type Slopes = (Tensor, Option<Tensor>);
+
+impl Draws {
+    /// The gradients of rho and c of some layers, each by its place, from those of their outputs, contiguous.
+    ///
+    /// # Errors
+    /// If a gradient is not of its output's shape, dtype and device, or the device fails.
+    pub fn slopes(&self, asked: &[(usize, Tensor)]) -> Result<Vec<Slopes>> {
+        let Some((_, first)) = asked.first() else { return Ok(Vec::new()) };
+        let device = device_of(first)?;
+        let lens = asked.iter().map(|(which, _)| self.sizes[*which].rank + self.sizes[*which].components);
+        let all = empty(device, &lens.sum::<usize>().into(), DType::F32)?;
+        let (mut table, mut made) = (Vec::with_capacity(4 * asked.len()), Vec::with_capacity(asked.len()));
+        let (mut at, mut most) = (0, 0);
+        for (which, grad) in asked {
+            let Size { rank, components, width, tiles } = self.sizes[*which];
+            if grad.dims() != [rank, width] || !grad.device().same_device(first.device()) {
+                let place = grad.device().location();
+                bail!("the gradient {:?} on {place:?} of a draw of A {:?}", grad.dims(), [rank, width]);
+            }
+            let drho = all.narrow(0, at, rank)?;
+            let dc = (components > 0).then(|| all.narrow(0, at + rank, components)).transpose()?;
+            let c_at = dc.as_ref().map(|dc| address(device, dc, DType::F32)).transpose()?.unwrap_or(0);
+            table.extend([
+                address(device, grad, DType::F32)?,
+                address(device, &drho, DType::F32)?,
+                c_at,
+                *which as u64,
+            ]);
+            made.push((drho, dc));
+            (at, most) = (at + rank + components, most.max(tiles));
+        }
+        let table = device.clone_htod(&table)?;
+        let mut config = grid(count(most)?);
+        config.grid_dim.1 = rows(asked.len())?;
+        launch!(device; config; draw_slopes(&self.table, &table, &self.draw));
+        Ok(made)
+    }
+}

@@ -1,0 +1,215 @@
+//! Batches of matrix products on cuBLAS whose matrices lie anywhere: it reads their addresses from a table that a kernel
+//! fills, so that the heads of an attention, and groups of query heads that share a key head, need no copies.
+#![allow(unsafe_code)] // cuBLAS trusts its arguments
+
+use candle_core::cuda_backend::cudarc::cublas::sys;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::{
+    gemm_reduced_precision_bf16, gemm_reduced_precision_f32, CudaDevice, WrapErr,
+};
+use candle_core::{bail, DType, Result, Tensor};
+
+use super::launch::{address, alloc_uninit, count, launch, one_each};
+
+/// The kernel's `MOST_LATTICES`.
+const MOST_LATTICES: usize = 16;
+
+/// The kernel's `Lattice`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Lattice {
+    base: u64,
+    batch: u64,
+    head: u64,
+    member: u64,
+    first: u64,
+    step: u64,
+}
+
+unsafe impl DeviceRepr for Lattice {}
+
+/// How the matrices of a contiguous tensor lie: one for each batch, head and member of the head's group.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    /// Elements from a batch, a head and a member to the next; members that share a matrix are 0 apart.
+    pub batch: usize,
+    pub head: usize,
+    pub member: usize,
+    /// Elements from a row of a matrix to the next.
+    pub row: usize,
+}
+
+/// A factor or the result of products: its matrices' addresses in the table.
+#[derive(Clone, Copy)]
+pub(super) struct Operand {
+    first: usize,
+    tensors: usize,
+    row: usize,
+    shared: bool,
+    dtype: DType,
+    transposed: bool,
+}
+
+impl Operand {
+    /// The transposes of the matrices, as a factor.
+    pub fn t(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+}
+
+/// The table before it is filled.
+pub(super) struct Table<'a> {
+    device: &'a CudaDevice,
+    batches: usize,
+    heads: usize,
+    members: usize,
+    lattices: [Lattice; MOST_LATTICES],
+    used: usize,
+    len: usize,
+}
+
+impl<'a> Table<'a> {
+    /// For products of `batches` times `heads` groups of `members` matrices.
+    pub fn new(device: &'a CudaDevice, batches: usize, heads: usize, members: usize) -> Self {
+        Self { device, batches, heads, members, lattices: Default::default(), used: 0, len: 0 }
+    }
+
+    /// Adds the matrices of contiguous tensors of one dtype that lie alike: products run over the matrices of all of
+    /// them at once.
+    ///
+    /// # Errors
+    /// If the table is full, the tensors' dtypes differ, or one is not contiguous or elsewhere.
+    pub fn operand(&mut self, tensors: &[&Tensor], strides: Strides) -> Result<Operand> {
+        let [dtype, ..] = tensors.iter().map(|tensor| tensor.dtype()).collect::<Vec<_>>()[..] else {
+            bail!("an operand of products without a tensor");
+        };
+        let (each, first) = (self.batches * self.heads, self.len);
+        for (i, tensor) in tensors.iter().enumerate() {
+            let Some(lattice) = self.lattices.get_mut(self.used) else {
+                bail!("a table of products has room for {MOST_LATTICES} operands");
+            };
+            let bytes = |elements: usize| (elements * dtype.size_in_bytes()) as u64;
+            *lattice = Lattice {
+                base: address(self.device, tensor, dtype)?,
+                batch: bytes(strides.batch),
+                head: bytes(strides.head),
+                member: bytes(strides.member),
+                first: (first + i * each) as u64,
+                step: (tensors.len() * each) as u64,
+            };
+            self.used += 1;
+        }
+        self.len += tensors.len() * each * self.members;
+        let shared = self.members > 1 && strides.member == 0;
+        Ok(Operand { first, tensors: tensors.len(), row: strides.row, shared, dtype, transposed: false })
+    }
+
+    /// Fills the table, by one launch.
+    ///
+    /// # Errors
+    /// If there are 2^32 matrices or more, or the device fails.
+    pub fn fill(self) -> Result<Products<'a>> {
+        let device = self.device;
+        let mut addresses = alloc_uninit::<i64>(device, self.len)?;
+        let matrices = count(self.batches * self.heads * self.members)?;
+        let (used, batches, heads, members) =
+            (self.used as u32, self.batches as u32, self.heads as u32, self.members as u32);
+        launch!(device; one_each(matrices); matrix_addresses(
+            &self.lattices, &used, &batches, &heads, &members, &mut addresses
+        ));
+        Ok(Products { device, addresses, each: self.batches * self.heads, members: self.members })
+    }
+}
+
+/// Products of the matrices in a table.
+pub(super) struct Products<'a> {
+    device: &'a CudaDevice,
+    addresses: CudaSlice<i64>, // words of 64 bits
+    each: usize,
+    members: usize,
+}
+
+impl Products<'_> {
+    /// `C = A B` of matrices `(m, k)` and `(k, n)` in row-major order, sums in single precision. Where the members of a
+    /// group share C, it is the sum over them.
+    ///
+    /// # Errors
+    /// If a size or a number of matrices is 2^31 or more, or cuBLAS fails.
+    pub fn multiply(&self, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: Operand) -> Result<()> {
+        let sums = if c.shared { self.members } else { 1 };
+        let len = c.tensors * self.each * self.members / sums;
+        for sum in 0..sums {
+            let beta = if sum == 0 { 0f32 } else { 1.0 };
+            self.gemm([n, m, k], len, [b, a, c].map(|operand| (operand, operand.first + sum * len)), beta)?;
+        }
+        Ok(())
+    }
+
+    /// `len` products as cuBLAS has them, in column-major order: the transposes of ours, with the factors exchanged.
+    fn gemm(
+        &self,
+        [m, n, k]: [usize; 3],
+        len: usize,
+        [a, b, c]: [(Operand, usize); 3],
+        beta: f32,
+    ) -> Result<()> {
+        let (table, _order) = self.addresses.device_ptr(self.addresses.stream());
+        let at = |(_, first): (Operand, usize)| (table + 8 * first as u64) as *const *const std::ffi::c_void;
+        let transposed = |(operand, _): (Operand, usize)| match operand.transposed {
+            true => sys::cublasOperation_t::CUBLAS_OP_T,
+            false => sys::cublasOperation_t::CUBLAS_OP_N,
+        };
+        let (alpha, blas) = (1f32, self.device.cublas_handle());
+        let status = unsafe {
+            sys::cublasGemmBatchedEx(
+                *blas.handle(),
+                transposed(a),
+                transposed(b),
+                size(m)?,
+                size(n)?,
+                size(k)?,
+                std::ptr::from_ref(&alpha).cast(),
+                at(a),
+                data_type(a.0.dtype)?,
+                size(a.0.row)?,
+                at(b),
+                data_type(b.0.dtype)?,
+                size(b.0.row)?,
+                std::ptr::from_ref(&beta).cast(),
+                at(c).cast(),
+                data_type(c.0.dtype)?,
+                size(c.0.row)?,
+                size(len)?,
+                compute_type(a.0.dtype),
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            )
+        };
+        status.result().w()
+    }
+}
+
+fn size(n: usize) -> Result<i32> {
+    match i32::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => bail!("cuBLAS counts to 2^31, got {n}"),
+    }
+}
+
+fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
+    match dtype {
+        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
+        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
+        other => bail!("batches of products are in f32 or bf16, got {other:?}"),
+    }
+}
+
+/// What candle's own products of this dtype compute in.
+fn compute_type(dtype: DType) -> sys::cublasComputeType_t {
+    match dtype {
+        DType::F32 if gemm_reduced_precision_f32() => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        DType::BF16 if gemm_reduced_precision_bf16() => {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF
+        }
+        _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    }
+}

@@ -1,0 +1,92 @@
+//! What blocks ask of a CUDA device, counted by the emulated one (`tests/emulator`): a real one counts nothing.
+
+use super::*;
+
+/// Kernels and matrix products that this thread has launched, or None where nobody counts.
+fn launched() -> Option<i64> {
+    let folder = std::env::var_os("EMULATOR_COUNTS").map(std::path::PathBuf::from)?;
+    let thread = std::fs::read_link("/proc/thread-self").unwrap();
+    let bytes = std::fs::read(folder.join(thread.file_name().unwrap())).unwrap();
+    let words: Vec<i64> = bytes.as_chunks().0.iter().map(|word| i64::from_ne_bytes(*word)).collect();
+    Some(words[0] + words[1])
+}
+
+/// The launches of a block's forward and of its backward pass, without candle's: a gradient of ones to begin with, and an
+/// addition for each tensor that gets a gradient.
+fn count(case: &Case, device: &Device, dtype: DType, path: OpPath) -> Option<[i64; 2]> {
+    let factor =
+        |i: usize| case.name.contains("adapted") && (i == 1 || i == 2) || case.name == "rotary" && i == 1;
+    let tensors: Vec<Tensor> = (0..case.inputs.len())
+        .map(|i| {
+            let (shape, tracked) = case.inputs[i];
+            let dtype = if factor(i) { DType::F32 } else { dtype };
+            let t = normal("counted", shape).to_dtype(dtype).unwrap().to_device(device).unwrap();
+            if tracked {
+                Var::from_tensor(&t).unwrap().into_inner()
+            } else {
+                t
+            }
+        })
+        .collect();
+    let gradients = case.inputs.iter().filter(|(_, tracked)| *tracked).count() as i64;
+    let start = launched()?;
+    let y = (case.block)(&tensors, path).unwrap();
+    let middle = launched()?;
+    y.backward().unwrap();
+    Some([middle - start, launched()? - middle - 1 - gradients])
+}
+
+#[test]
+fn blocks_keep_their_budget_of_launches() -> Result<()> {
+    let device = cuda_device(0)?;
+    let cases = [
+        case(
+            "adapted linear, bias",
+            &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false), (&[7], false)],
+            |t, path| adapted_linear(&t[0], &t[3], Some(&t[4]), &t[1], &t[2], 1.7, path),
+        ),
+        case(
+            "adapted linear",
+            &[(&[2, 3, 5], true), (&[2, 5], true), (&[7, 2], true), (&[7, 5], false)],
+            |t, path| adapted_linear(&t[0], &t[3], None, &t[1], &t[2], 1.7, path),
+        ),
+        case("linear, bias", &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false)], |t, path| {
+            linear(&t[0], &t[1], Some(&t[2]), path)
+        }),
+        case(
+            "feed forward",
+            &[(&[2, 3, 5], true), (&[7, 5], false), (&[7], false), (&[5, 7], false), (&[5], false)],
+            |t, path| feed_forward(&t[0], &t[1], Some(&t[2]), &t[3], Some(&t[4]), path),
+        ),
+        case(
+            "swiglu",
+            &[(&[2, 3, 5], true), (&[7, 5], false), (&[7, 5], false), (&[5, 7], false)],
+            |t, path| swiglu(&t[0], &t[1], &t[2], &t[3], path),
+        ),
+        case("gelu", &[(&[3, 41], true)], |t, path| gelu(&t[0], path)),
+        case("silu mul", &[(&[3, 41], true), (&[3, 41], true)], |t, path| silu_mul(&t[0], &t[1], path)),
+        case("rotary", &[(&[2, 3, 4, 6], true), (&[1, 3, 3], false)], |t, path| {
+            rotary(&t[0], &t[1], &t[1], path)
+        }),
+    ];
+    // Forward and backward, f32 and bf16.
+    let budgets = [
+        [[4, 5], [5, 7]],
+        [[3, 5], [5, 7]],
+        [[2, 1], [2, 1]],
+        [[4, 3], [4, 3]],
+        [[4, 4], [4, 4]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+    ];
+    for (case, budget) in cases.iter().zip(budgets) {
+        for (dtype, most) in [DType::F32, DType::BF16].into_iter().zip(budget) {
+            let Some(ours) = count(case, &device, dtype, OpPath::Fused) else { return Ok(()) };
+            let composed = count(case, &device, dtype, OpPath::Composed);
+            println!("{} in {dtype:?}: {ours:?}, composed {composed:?}", case.name);
+            assert_eq!(ours, most, "{} in {dtype:?}", case.name);
+        }
+    }
+    Ok(())
+}

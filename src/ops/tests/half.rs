@@ -1,0 +1,94 @@
+//! Blocks in half width, at the accuracy of a computation in f32 that is rounded: against double precision on the same
+//! rounded inputs, each row to a half unit of its largest number for every rounding of a result.
+
+use super::*;
+
+/// How many results of half width follow each other on the way to an output: one wherever a block is one pass.
+/// None of blocks that only parameters meet, which are f32, and of those whose own tests say more.
+fn roundings(name: &str) -> Option<f64> {
+    let elsewhere = ["attention", "cross entropy", "mean squared", "update energy", "add scaled rows"];
+    if elsewhere.iter().any(|part| name.contains(part)) {
+        return None;
+    }
+    let of = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
+    Some(match () {
+        // The projections, their product, its gradient, that of a projection, the output.
+        () if of(&["swiglu"]) => 5.0,
+        // The projection, the activation, the output; a sum, its norm, whose slope the sum's rounding moves.
+        () if of(&["feed forward", "add layer norm, trained"]) => 3.0,
+        // A bias or a low-rank part beside the product, rows that are added up.
+        () if of(&["linear", "adapted", "embedding"]) => 2.0,
+        () => 1.0,
+    })
+}
+
+/// The output and the gradients of `case` computed in `dtype` from inputs that were rounded to `half`; adapters and tables
+/// of angles are f32.
+fn run_rounded(
+    device: &Device,
+    case: &Case,
+    path: OpPath,
+    half: DType,
+    dtype: DType,
+) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+    let adapted = case.name.contains("low rank") || case.name.contains("adapted");
+    let (mut vars, mut tensors) = (Vec::new(), Vec::new());
+    for (i, (shape, tracked)) in case.inputs.iter().enumerate() {
+        let table = case.name.contains("rotary") && i == 1;
+        let stored = if table || adapted && (i == 1 || i == 2) { DType::F32 } else { half };
+        let dtype = if dtype == half { stored } else { dtype };
+        let t = normal(&format!("{}/{i}", case.name), shape).to_dtype(stored)?.to_dtype(dtype)?;
+        let var = Var::from_tensor(&t.to_device(device)?)?;
+        tensors.push(if *tracked { var.as_tensor().clone() } else { var.as_detached_tensor() });
+        vars.push(tracked.then_some(var));
+    }
+    let y = (case.block)(&tensors, path)?;
+    assert_eq!(y.dtype(), dtype, "{}", case.name);
+    let weights = normal("weights", y.dims()).to_dtype(half)?.to_dtype(dtype)?.to_device(device)?;
+    let store = (&y * weights)?.sum_all()?.backward()?;
+    let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+    let gradients = vars.iter().map(|var| var.as_ref().and_then(|var| store.get(var)).map(host).transpose());
+    Ok((host(&y)?, gradients.collect::<Result<_>>()?))
+}
+
+/// What lies beyond `room` of its row's largest number, for the error's text.
+fn beyond(what: &str, got: &Tensor, want: &Tensor, room: f64) -> Vec<String> {
+    let width = want.dims().last().copied().unwrap_or(1);
+    let (got, want) = (flat(got), flat(want));
+    assert_eq!(got.len(), want.len(), "{what}");
+    let mut found = Vec::new();
+    for (row, (got, want)) in got.chunks(width).zip(want.chunks(width)).enumerate() {
+        let most = room * want.iter().fold(0f64, |m, x| m.max(x.abs()));
+        let wrong = got.iter().zip(want).filter(|(got, want)| !(0.0..=most).contains(&(*got - *want).abs()));
+        found.extend(wrong.map(|(got, want)| format!("{what}: row {row} has {got}, not {want} +- {most}")));
+    }
+    found
+}
+
+/// All blocks on a path of a device, in both dtypes of half width.
+pub(super) fn compare_in_half_width(device: &Device, path: OpPath) -> Result<()> {
+    let mut wrong = Vec::new();
+    // Half a unit in the last place, of numbers just above a power of two.
+    for (half, unit) in [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)] {
+        for case in cases() {
+            let Some(roundings) = roundings(case.name) else { continue };
+            let what = format!("{} on {path:?} in {half:?}", case.name);
+            let (y, gradients) = run_rounded(device, &case, path, half, half)?;
+            let (want, wanted) = run_rounded(&Device::Cpu, &case, OpPath::Reference, half, DType::F64)?;
+            wrong.extend(beyond(&what, &y, &want, roundings * unit));
+            for (i, (gradient, wanted)) in gradients.iter().zip(&wanted).enumerate() {
+                if let (Some(gradient), Some(wanted)) = (gradient, wanted) {
+                    let what = format!("{what}, gradient of input {i}");
+                    wrong.extend(beyond(&what, gradient, wanted, roundings * unit));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn half_width_is_single_precision_rounded() -> Result<()> {
+    compare_in_half_width(&Device::Cpu, OpPath::Composed)
+}
