@@ -255,7 +255,7 @@ mod tests {
         // More than a block has threads, the last block not full.
         let xs: Vec<f64> = (1..=1000).map(|i| 0.013 * f64::from(i)).collect();
         let host = Tensor::new(xs, &Device::Cpu)?;
-        let device = host.to_device(&Device::new_cuda(0)?)?;
+        let device = host.to_device(&crate::cuda_device(0)?)?;
         for of in [ln_gamma_of as fn(&Tensor) -> Result<Tensor>, digamma_of] {
             for (dtype, room) in [(DType::F64, 1e-12), (DType::F32, 2e-7)] {
                 let wide = |xs: &Tensor| of(&xs.to_dtype(dtype)?)?.to_dtype(DType::F64)?.to_vec1::<f64>();

@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn layers_draw_together_what_each_draws_alone_and_see_every_change() -> Result<()> {
-        let device = Device::new_cuda(0)?;
+        let device = crate::cuda_device(0)?;
         let params = Params::new(Noise::new(5), &device);
         // Several ranks and widths, one and many tiles, and one that the kernels do not serve.
         let layers = [(1, 3, Mixture::Collapsed), (8, 768, Mixture::Collapsed), (70, 130, Mixture::Sparse)];

@@ -35,7 +35,7 @@ fn gradients(params: &Params, step: u64) -> Result<Gradients> {
 
 #[test]
 fn steps_on_a_device_are_those_on_the_host() -> Result<()> {
-    let (host, device) = (params(&Device::Cpu)?, params(&Device::new_cuda(0)?)?);
+    let (host, device) = (params(&Device::Cpu)?, params(&crate::cuda_device(0)?)?);
     let both = [host, device];
     let [mut one, mut other] = both.each_ref().map(|params| AdamW::new(params, AdamWConfig::default()));
     for step in 0..3 {
