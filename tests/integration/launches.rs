@@ -116,11 +116,7 @@ fn encoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Encoder, Pa
     Ok((Encoder(model, batch(device)?), params))
 }
 
-fn decoder(
-    layers: usize,
-    dtype: DType,
-    device: &Device,
-) -> Outcome<(Decoder<impl CausalLm + AdaptableModel>, Params)> {
+fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<impl CausalLm>, Params)> {
     let mut json = toy_json(true);
     json["num_hidden_layers"] = layers.into();
     let (model, params) = frozen_on(device, &LlamaConfig::from_value(json)?, dtype)?;
