@@ -17,6 +17,13 @@ pub(crate) struct DrawGroup {
     members: Mutex<Vec<Option<Member>>>,
 }
 
+/// A layer that asks for its draw: its posterior, A `(r, in_dim)` and eps.
+pub(super) struct Asked<'a> {
+    pub posterior: &'a Posterior,
+    pub mean: &'a Tensor,
+    pub eps: f64,
+}
+
 /// What the draw of a layer is made of.
 #[derive(Debug, Clone)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // on the CPU A and eps come in when a layer takes its part

@@ -14,7 +14,7 @@ use candle_nn::Linear;
 use super::buffer::SampleBuffer;
 use super::config::MonteCLoRAConfig;
 use super::draw::{self, PosteriorDraw};
-use super::group::{self, DrawGroup, Member, Seat};
+use super::group::{self, Asked, DrawGroup, Member, Seat};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
 use crate::adapter::{Adapter, Context, LowRank, Params, Pass, Role};
@@ -144,7 +144,7 @@ impl MonteCLoRA {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
         let eps = self.eps(cx);
-        let asked = draw::Asked { posterior: &self.posterior, mean, eps };
+        let asked = Asked { posterior: &self.posterior, mean, eps };
         let make = || draw::perturbed(&asked, draw, &self.buffer, self.seat.as_ref(), cx);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
             (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,

@@ -1,25 +1,12 @@
 //! A backward pass that hands gradients to variables without a launch, and goes on behind candle's graph.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
 
+use super::collect::{Collecting, Parts};
 use super::tape::Tape;
-
-/// The variables whose gradients a backward pass on this thread collects for itself, and what it has collected: what is
-/// to be added up of each. It lasts for the one call of [`backward`]: candle gives an op no other way to reach who called.
-struct Collected {
-    wanted: HashSet<TensorId>,
-    grads: Parts,
-}
-
-type Parts = HashMap<TensorId, Vec<Tensor>>;
-
-thread_local! {
-    static COLLECTED: RefCell<Option<Collected>> = const { RefCell::new(None) };
-}
 
 /// `loss.backward()`, and what is on the tape behind it.
 ///
@@ -40,7 +27,7 @@ pub(crate) fn backward(loss: &Tensor, variables: &[Tensor], tape: Option<&Tape>)
 
 fn collect_all(loss: &Tensor, mut wanted: HashSet<TensorId>, tape: Option<&Tape>) -> Result<GradStore> {
     wanted.extend(tape.iter().flat_map(|tape| tape.leaves()).map(|leaf| leaf.id()));
-    let collecting = Collecting::begin(Collected { wanted, grads: HashMap::new() });
+    let collecting = Collecting::begin(wanted);
     let mut store = loss.backward()?;
     let mut parts = collecting.end();
     for cut in tape.iter().flat_map(|tape| tape.take()) {
@@ -86,36 +73,6 @@ use crate::kernels::multi_tensor::sums;
 #[cfg(not(feature = "cuda"))]
 fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
     pairs.iter().map(|(a, b)| a + b).collect()
-}
-
-/// Takes the gradient of an argument of an op, if the backward pass on this thread collects it; else gives it back.
-pub(super) fn collect(arg: &Tensor, grad: Tensor) -> Option<Tensor> {
-    COLLECTED.with_borrow_mut(|collected| match collected {
-        Some(Collected { wanted, grads }) if wanted.contains(&arg.id()) => {
-            grads.entry(arg.id()).or_default().push(grad);
-            None
-        }
-        _ => Some(grad),
-    })
-}
-
-/// What was collected around this pass comes back when it ends, however it ends.
-struct Collecting(Option<Collected>);
-
-impl Collecting {
-    fn begin(collected: Collected) -> Self {
-        Self(COLLECTED.replace(Some(collected)))
-    }
-
-    fn end(self) -> Parts {
-        COLLECTED.with_borrow_mut(Option::take).map(|collected| collected.grads).unwrap_or_default()
-    }
-}
-
-impl Drop for Collecting {
-    fn drop(&mut self) {
-        COLLECTED.set(self.0.take());
-    }
 }
 
 #[cfg(test)]
@@ -212,7 +169,7 @@ mod tests {
             ops::custom_vjp("fails", [x.as_tensor()], x.copy()?.detach(), |_| candle_core::bail!("no"))?;
         assert!(collect_all(&fails.sum_all()?, [x.id()].into(), None).is_err());
         let store = ops::gelu(&x.to_dtype(DType::F32)?, OpPath::Fused)?.sum_all()?.backward()?;
-        assert!(store.get(&x).is_some() && COLLECTED.with_borrow(Option::is_none));
+        assert!(store.get(&x).is_some());
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use candle_core::{
     Result, Shape, Storage, Tensor,
 };
 
-use super::backward::collect;
+use super::collect::collect;
 
 /// What a backward closure sees: everything detached, so that its arithmetic records no graph.
 pub(crate) struct Call<const N: usize> {

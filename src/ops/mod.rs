@@ -15,6 +15,7 @@ mod attention_fused;
 mod attention_mask;
 mod backward;
 mod checkpoint;
+mod collect;
 mod constant;
 mod custom_vjp;
 mod dropout;

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::Asked;
 use crate::adapter::Context;
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
 use crate::kernels::draws::{self, Draws, Layer};
-use crate::monteclora::group::Member;
+use crate::monteclora::group::{Asked, Member};
 use crate::monteclora::noise::DrawSpec;
 use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::SampleBuffer;
-use super::group::{Member, Seat};
+use super::group::{Asked, Member, Seat};
 use super::noise::DrawNoise;
 use super::posterior::Posterior;
 use crate::adapter::Context;
@@ -17,13 +17,6 @@ use crate::ops::OpPath;
 
 pub use reference::PosteriorDraw;
 pub(super) use reference::{draw as reference, weights};
-
-/// A layer that asks for its draw: its posterior, A `(r, in_dim)` and eps.
-pub(super) struct Asked<'a> {
-    pub posterior: &'a Posterior,
-    pub mean: &'a Tensor,
-    pub eps: f64,
-}
 
 /// `A + Delta` of draw number `draw`, `(r, in_dim)`: what a forward pass needs. By kernels where they serve, else from
 /// the noise of `buffer`; in a pass of a model with what the first of its layers made for all in the group of `seat`.
