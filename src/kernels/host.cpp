@@ -44,6 +44,7 @@ static double lgamma_alone(double x) {
 #include "gamma.cu"
 #include "blocks.cu"
 #include "draw.cu"
+#include "divergence.cu"
 #include "update.cu"
 #include "attention.cu"
 #include "loss.cu"
@@ -220,6 +221,7 @@ static void dropout(void) {
 #include "host_activation.cpp"
 #include "host_linear.cpp"
 #include "host_draws.cpp"
+#include "host_divergence.cpp"
 
 int main(void) {
     switch (word()) {
@@ -240,6 +242,7 @@ int main(void) {
     case 35: product(); break;
     case 36: joined(); break;
     case 40: draws(); break;
+    case 41: regularizer(); break;
     default: return 3;
     }
     return 0;

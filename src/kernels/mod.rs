@@ -1,5 +1,5 @@
 //! Our own kernels for CUDA devices: the draw, norms, dropout, attention, activations, what stands beside the products of
-//! linear layers, cross-entropy, rows, the gamma function's family, AdamW.
+//! linear layers, cross-entropy, rows, the regulariser, the gamma function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
@@ -8,6 +8,8 @@
 pub(crate) mod activation;
 #[cfg(feature = "cuda")]
 pub(crate) mod attention;
+#[cfg(feature = "cuda")]
+pub(crate) mod divergence;
 #[cfg(feature = "cuda")]
 pub(crate) mod draws;
 #[cfg(feature = "cuda")]
@@ -42,6 +44,7 @@ const SOURCE: &str = concat!(
     include_str!("gamma.cu"),
     include_str!("blocks.cu"),
     include_str!("draw.cu"),
+    include_str!("divergence.cu"),
     include_str!("update.cu"),
     include_str!("attention.cu"),
     include_str!("loss.cu"),

@@ -13,6 +13,7 @@ use crate::special::{digamma, gamma_quantile, ln_gamma, trigamma};
 
 mod activation;
 mod attention;
+mod divergence;
 mod draws;
 mod linear;
 mod loss;

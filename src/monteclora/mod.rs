@@ -7,6 +7,8 @@ mod evidence;
 mod group;
 mod layer;
 mod layer_sums;
+#[cfg(feature = "cuda")]
+mod layer_sums_cuda;
 mod linear;
 mod noise;
 mod options;

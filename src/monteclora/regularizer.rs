@@ -10,6 +10,8 @@ use super::config::MonteCLoRAConfig;
 use super::evidence::EvidenceBound;
 use super::layer::MonteCLoRA;
 use super::layer_sums::{self, Beside, Layer};
+#[cfg(feature = "cuda")]
+use super::layer_sums_cuda;
 use super::noise::{DrawNoise, LatentNoise};
 use super::options::{Compat, KlEvaluation};
 use super::posterior::Posterior;
@@ -50,7 +52,8 @@ pub struct Regularizer {
     start: Option<PriorStart>,
 }
 
-/// The regulariser's value and its terms, all scalar tensors on the parameters' device.
+/// The regulariser's value and its terms, all scalar tensors on the parameters' device. Of a pass with a
+/// [`Tape`] on a CUDA device the terms are values: there the total alone has a gradient.
 #[derive(Debug, Clone)]
 pub struct RegularizerTerms {
     /// `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative + tau / n prior`, or, with an evidence
@@ -203,6 +206,23 @@ impl Regularizer {
         self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
         if draws.is_none() && layers.iter().any(|l| l.posterior.spec().config.compat == Compat::Peft) {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
+        }
+        #[cfg(feature = "cuda")]
+        if let (Some(tape), None, None, None) = (tape, &draws, &self.prior, &self.evidence) {
+            let weights = [self.kl_weight, self.cooperative_weight];
+            if let Some((means, total)) = layer_sums_cuda::means_and_total(layers, weights, tape)? {
+                let [kl_gaussian, kl_wishart, kl_dirichlet, cooperative] = means;
+                let (prior, kl_mean) = (None, None);
+                return Ok(RegularizerTerms {
+                    total,
+                    kl_gaussian,
+                    kl_wishart,
+                    kl_dirichlet,
+                    cooperative,
+                    prior,
+                    kl_mean,
+                });
+            }
         }
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
         let beside = Beside { layers: layers.len(), prior: self.prior.as_ref(), start, evidence, tape };

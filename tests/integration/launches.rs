@@ -165,7 +165,8 @@ fn a_step_keeps_its_budget_of_launches() -> Outcome {
         return Ok(());
     }
     let mut over = Vec::new();
-    for dtype in [DType::F32, DType::BF16] {
+    // Beside a bf16 base adapters are made into parts of bf16: some launches more for each adapted layer.
+    for (dtype, budgets) in [(DType::F32, [900, 2900]), (DType::BF16, [980, 3750])] {
         let roberta = |bayes| {
             extended(12, |layers| {
                 let (step, params) = encoder(layers, dtype, &device)?;
@@ -178,16 +179,17 @@ fn a_step_keeps_its_budget_of_launches() -> Outcome {
                 counts(step, &params, "all-linear", bayes)
             })
         };
-        for (name, most, [lora, bayes]) in [
-            ("RoBERTa, 12 layers, q, k, v", 900, [roberta(false)?, roberta(true)?]),
-            ("LLaMA, 28 layers, all linear", 4000, [llama(false)?, llama(true)?]),
-        ] {
+        let found = [
+            ("RoBERTa, 12 layers, q, k, v", [roberta(false)?, roberta(true)?]),
+            ("LLaMA, 28 layers, all linear", [llama(false)?, llama(true)?]),
+        ];
+        for ((name, [lora, bayes]), most) in found.into_iter().zip(budgets) {
             let (Some(lora), Some(bayes)) = (lora, bayes) else { return Err("counts".into()) };
             let ratio = bayes.queued() as f64 / lora.queued() as f64;
             let found =
                 format!("{name}, {dtype:?}: LoRA {lora:?}, MonteCLoRA {bayes:?}, {ratio:.3} of LoRA's");
             println!("{found}");
-            if bayes.queued() > most || ratio > 1.05 {
+            if bayes.queued() > most || ratio > 1.02 {
                 over.push(found);
             }
         }
