@@ -111,7 +111,7 @@ impl Context {
     }
 
     /// The same for a loss that is differentiated by candle alone, as a block is that is computed again for its gradient.
-    pub(crate) fn without_tape(self) -> Self {
+    pub fn without_tape(self) -> Self {
         Self { tape: None, ..self }
     }
 
@@ -123,6 +123,7 @@ impl Context {
     /// The context of one forward pass of a model, which begins here unless it has begun: its layers may make together
     /// what they need. Models call this where they begin, and hand it to nobody else, so that what was made from the
     /// parameters' values is gone before they change.
+    #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
         match self.together {
             Some(_) => Cow::Borrowed(self),
