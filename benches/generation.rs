@@ -12,14 +12,14 @@ use criterion::{criterion_group, criterion_main, Criterion};
 use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, merge, Targets};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{generate, GenerateConfig, Weights};
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::{MonteCLoRAConfig, Noise, Params};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-fn config() -> Outcome<LlamaConfig> {
-    Ok(LlamaConfig::from_value(serde_json::json!({
+fn config() -> Outcome<DecoderConfig> {
+    Ok(DecoderConfig::from_value(serde_json::json!({
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 12,
         "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 2048,
         "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
@@ -27,12 +27,12 @@ fn config() -> Outcome<LlamaConfig> {
 }
 
 /// A model with frozen random weights: the detached values of a store.
-fn base(config: &LlamaConfig) -> Outcome<LlamaForCausalLM> {
+fn base(config: &DecoderConfig) -> Outcome<DecoderForCausalLM> {
     let all = Params::new(Noise::new(1), &Device::Cpu);
-    LlamaForCausalLM::load(all.var_builder(None, Role::Base), config, Noise::new(0))?;
+    DecoderForCausalLM::load(all.var_builder(None, Role::Base), config, Noise::new(0))?;
     let weights = all.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor()));
     let vb = candle_nn::VarBuilder::from_tensors(weights.collect(), candle_core::DType::F32, &Device::Cpu);
-    Ok(LlamaForCausalLM::load(vb, config, Noise::new(0))?)
+    Ok(DecoderForCausalLM::load(vb, config, Noise::new(0))?)
 }
 
 fn run(c: &mut Criterion) -> Outcome<()> {

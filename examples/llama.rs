@@ -32,9 +32,9 @@ use monteclora::data::instruct::{self, Format, Prompted};
 use monteclora::eval::Generator;
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
@@ -153,7 +153,7 @@ struct Setup {
     args: Args,
     model: String,
     files: ModelFiles,
-    config: LlamaConfig,
+    config: DecoderConfig,
     encoder: PromptEncoder,
     data: Data,
 }
@@ -180,7 +180,7 @@ fn run() -> Outcome {
         None => common::asset("stories260k")?,
     };
     let files = common::download::model_files(&model)?;
-    let config = LlamaConfig::from_files(&files)?;
+    let config = DecoderConfig::from_files(&files)?;
     let longest = config.decoder.max_position_embeddings;
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
@@ -283,7 +283,7 @@ impl Setup {
             "full" => params.var_builder(Some(checkpoint), Role::Base),
             _ => checkpoint,
         };
-        let mut model = LlamaForCausalLM::load(base, config, noise)?;
+        let mut model = DecoderForCausalLM::load(base, config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name, out)?;
         let hooks = start.inject(&mut model, &params)?;
@@ -371,7 +371,7 @@ impl Setup {
     /// Writes the adapter as it is.
     fn save_adapter(
         &self,
-        model: &LlamaForCausalLM,
+        model: &DecoderForCausalLM,
         params: &Params,
         adapter: &peft::AdapterMethod,
         dir: &Path,
@@ -388,20 +388,20 @@ impl Setup {
     }
 
     /// The continuation of the prompt.
-    fn speak(&self, model: &LlamaForCausalLM) -> Outcome<String> {
+    fn speak(&self, model: &DecoderForCausalLM) -> Outcome<String> {
         let generator = self.generator(model, Weights::Mean, 64)?;
         Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
     }
 
     /// The task's figures, null without one.
-    fn measure(&self, model: &LlamaForCausalLM, weights: Weights) -> Outcome<Value> {
+    fn measure(&self, model: &DecoderForCausalLM, weights: Weights) -> Outcome<Value> {
         let generator = self.generator(model, weights, self.args.task.max_new_tokens())?;
         self.args.task.measure(&generator, &self.data.held_out_texts)
     }
 
     fn generator<'a>(
         &'a self,
-        model: &'a LlamaForCausalLM,
+        model: &'a DecoderForCausalLM,
         weights: Weights,
         most: usize,
     ) -> Outcome<Generator<'a>> {

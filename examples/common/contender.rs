@@ -10,7 +10,7 @@ use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops;
@@ -58,15 +58,15 @@ impl Geometry {
 
 enum Model {
     Encoder(Box<RobertaForSequenceClassification>),
-    Decoder(Box<LlamaForCausalLM>),
+    Decoder(Box<DecoderForCausalLM>),
 }
 
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
     fn load(json: &Value, base: VarBuilder<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
         Ok(if json["model_type"] == "llama" {
-            let config = LlamaConfig::from_value(json.clone())?;
-            Self::Decoder(Box::new(LlamaForCausalLM::load(base, &config, Noise::new(2))?))
+            let config = DecoderConfig::from_value(json.clone())?;
+            Self::Decoder(Box::new(DecoderForCausalLM::load(base, &config, Noise::new(2))?))
         } else {
             let config: RobertaConfig = serde_json::from_value(json.clone())?;
             let model = RobertaForSequenceClassification::load(base, head, &config, Noise::new(2))?;

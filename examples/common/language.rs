@@ -7,9 +7,9 @@ use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
 use monteclora::data::split::{self, Draw};
 use monteclora::eval::Benchmark;
+use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::generate::{GenerateConfig, Sampling};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::LlamaConfig;
 use monteclora::study::{EvaluatedTask, LanguageTrial};
 use monteclora::{train, Noise};
 use serde_json::{json, Value};
@@ -96,7 +96,7 @@ impl LanguageData {
             }
         };
         let tasks = options.tasks(tasks, &data, limits.dev)?;
-        let config = LlamaConfig::from_files(files)?;
+        let config = DecoderConfig::from_files(files)?;
         let (longest, eos) =
             (config.decoder.max_position_embeddings, config.eos_token_ids().first().copied());
         let tokenizer = tokenizer(files, config.decoder.vocab_size)?;

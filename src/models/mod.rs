@@ -6,10 +6,10 @@
 //! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+pub mod decoder;
 pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
-pub mod llama;
 pub mod roberta;
 pub mod save;
 pub mod sequence;

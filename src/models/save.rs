@@ -112,14 +112,14 @@ pub fn check_merged(
 /// use candle_nn::VarBuilder;
 /// use candle_transformers::models::llama::{Cache, Llama};
 /// use monteclora::inject::{self, Targets};
-/// use monteclora::models::{hub::ModelFiles, llama::*, save::merged_tensors};
+/// use monteclora::models::{hub::ModelFiles, decoder::*, save::merged_tensors};
 /// use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 ///
 /// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), monteclora::Error>(()) } // not in the package
 /// let (device, noise) = (Device::Cpu, Noise::new(42));
 /// let files = ModelFiles::locate("examples/assets/stories260k", None)?;
-/// let config = LlamaConfig::from_files(&files)?;
-/// let mut model = LlamaForCausalLM::load(files.var_builder(DType::F32, &device)?, &config, noise)?;
+/// let config = DecoderConfig::from_files(&files)?;
+/// let mut model = DecoderForCausalLM::load(files.var_builder(DType::F32, &device)?, &config, noise)?;
 /// let params = Params::new(noise, &device);
 /// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?; // and training
 ///

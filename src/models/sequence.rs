@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use serde_json::{json, Value};
 
-use super::llama::{LlamaConfig, LlamaForSequenceClassification};
+use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
@@ -73,7 +73,7 @@ impl SequenceClassifier for RobertaForSequenceClassification {
     }
 }
 
-impl SequenceClassifier for LlamaForSequenceClassification {
+impl SequenceClassifier for DecoderForSequenceClassification {
     fn logits(
         &self,
         input_ids: &Tensor,
@@ -108,7 +108,7 @@ pub struct SequenceConfig {
 #[derive(Debug, Clone)]
 enum Architecture {
     Roberta(RobertaConfig),
-    Llama(LlamaConfig),
+    Llama(DecoderConfig),
 }
 
 impl SequenceConfig {
@@ -126,7 +126,9 @@ impl SequenceConfig {
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
-            Some("llama") => Architecture::Llama(LlamaConfig::parse(text, path)?.with_num_labels(num_labels)),
+            Some("llama") => {
+                Architecture::Llama(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
             Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))
             }
@@ -216,7 +218,7 @@ impl SequenceConfig {
                 Box::new(RobertaForSequenceClassification::load(vb, head, config, noise)?)
             }
             Architecture::Llama(config) => {
-                Box::new(LlamaForSequenceClassification::load(vb, head, config, noise)?)
+                Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
             }
         })
     }

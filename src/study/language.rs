@@ -17,9 +17,9 @@ use crate::data::split::{self, Draw};
 use crate::error::Result;
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::causal::CausalLm;
+use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use crate::models::generate::Weights;
 use crate::models::hub::ModelFiles;
-use crate::models::llama::{LlamaConfig, LlamaForCausalLM};
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
@@ -54,11 +54,11 @@ pub struct LanguageTrial<'a> {
 
 /// A loaded language model.
 struct LanguageModel {
-    model: LlamaForCausalLM,
+    model: DecoderForCausalLM,
     params: Params,
     /// Until the training takes them.
     hooks: Cell<MethodHooks>,
-    config: LlamaConfig,
+    config: DecoderConfig,
 }
 
 impl LanguageTrial<'_> {
@@ -123,14 +123,14 @@ impl Learner for CellTrial<'_> {
 
     fn load(&self, start: &MethodInit, noise: Noise) -> Result<LanguageModel> {
         let LanguageTrial { files, tasks, encoder, base_dtype, checkpoint_layers, device, .. } = self.trial;
-        let config = LlamaConfig::from_files(files)?;
+        let config = DecoderConfig::from_files(files)?;
         let params = Params::new(noise, device);
         let checkpoint = files.var_builder(*base_dtype, device)?;
         let base = match start.method() {
             Method::Full => params.var_builder(Some(checkpoint), Role::Base),
             _ => checkpoint,
         };
-        let mut model = LlamaForCausalLM::load(base, &config, noise)?;
+        let mut model = DecoderForCausalLM::load(base, &config, noise)?;
         model.set_checkpoint_layers(*checkpoint_layers);
         let hooks = Cell::new(start.inject(&mut model, &params)?);
         // A row that cannot be measured is told before the training, not after it.

@@ -1,6 +1,6 @@
 //! The configurations of models.
 
-use monteclora::models::llama::LlamaConfig;
+use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::roberta::RobertaConfig;
 use monteclora::models::sequence::SequenceConfig;
 use serde_json::{json, Value};
@@ -51,7 +51,7 @@ fn use_roberta(config: &RobertaConfig) {
     assert!(config.pad_id() < u32::MAX && config.head_dropout() < 1.0);
 }
 
-fn use_llama(config: &LlamaConfig) {
+fn use_llama(config: &DecoderConfig) {
     assert!(config.head_dim() >= 2 && config.head_dim().is_multiple_of(2));
     assert!((config.pad_id() as usize) < config.decoder.vocab_size);
 }
@@ -73,7 +73,7 @@ fn decoders() {
     let path = folder.path().join("config.json");
     let documents = documents(llama());
     let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
-    let read = |_: &Input| LlamaConfig::from_file(&path).map(|config| use_llama(&config));
+    let read = |_: &Input| DecoderConfig::from_file(&path).map(|config| use_llama(&config));
     for seed in llama() {
         read(&folder.put(Input::one(0, seed.to_string().into_bytes()))).unwrap();
     }

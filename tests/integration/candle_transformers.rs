@@ -10,8 +10,8 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models::{llama, xlm_roberta};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::save::{merged_tensors, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
@@ -24,9 +24,9 @@ fn bayes() -> MonteCLoRAConfig {
 }
 
 /// A decoder with adapters in general position.
-fn decoder(files: &ModelFiles, config: &LlamaConfig) -> Outcome<(LlamaForCausalLM, Params)> {
+fn decoder(files: &ModelFiles, config: &DecoderConfig) -> Outcome<(DecoderForCausalLM, Params)> {
     let vb = files.var_builder(DType::F32, &Device::Cpu)?;
-    let mut model = LlamaForCausalLM::load(vb, config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb, config, Noise::new(0))?;
     let params = Params::new(Noise::new(1), &Device::Cpu);
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
     scatter(&params)?;
@@ -34,7 +34,7 @@ fn decoder(files: &ModelFiles, config: &LlamaConfig) -> Outcome<(LlamaForCausalL
 }
 
 /// The logits after the last of some tokens, by candle-transformers.
-fn theirs(vb: VarBuilder, config: &LlamaConfig, ids: &Tensor) -> Outcome<Tensor> {
+fn theirs(vb: VarBuilder, config: &DecoderConfig, ids: &Tensor) -> Outcome<Tensor> {
     let model = llama::Llama::load(vb, &config.decoder)?;
     let mut cache = llama::Cache::new(false, DType::F32, &config.decoder, &Device::Cpu)?;
     Ok(model.forward(ids, 0, &mut cache)?) // (1, vocab)
@@ -44,7 +44,7 @@ fn theirs(vb: VarBuilder, config: &LlamaConfig, ids: &Tensor) -> Outcome<Tensor>
 fn its_llama_says_what_ours_says_at_the_mean_and_at_a_draw() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
-    let config = LlamaConfig::from_file(files.config_path())?;
+    let config = DecoderConfig::from_file(files.config_path())?;
     let (model, params) = decoder(&files, &config)?;
     let (ids, mask) = one_row(&[1, 17, 4, 33, 8, 21, 9])?;
     let ours = |pass: Pass| -> Outcome<Tensor> {
@@ -102,7 +102,7 @@ fn its_roberta_says_what_ours_says_with_the_trained_head() -> Outcome {
 #[test]
 fn its_models_give_the_weights_below_a_norm_no_gradient() -> Outcome {
     let dir = tempfile::tempdir()?;
-    let config = LlamaConfig::from_file(llama_checkpoint(dir.path())?.config_path())?;
+    let config = DecoderConfig::from_file(llama_checkpoint(dir.path())?.config_path())?;
     let (map, (ids, _)) = (VarMap::new(), one_row(&[1, 17, 4])?);
     let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
     let store = theirs(vb, &config, &ids)?.sqr()?.sum_all()?.backward()?;

@@ -7,7 +7,7 @@ use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};
 use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
@@ -38,7 +38,7 @@ pub fn methods() -> [Method; 2] {
 /// Trains the toy model from its start and returns its losses on rows it never saw.
 fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(Log, f64, f64)> {
     // Without dropout, whose masks go by micro-batch.
-    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
     let hooks = start.inject(&mut model, &params)?;
@@ -79,7 +79,7 @@ fn a_prior_weighs_by_the_tokens_that_are_learnt() -> Outcome {
 
 #[test]
 fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
-    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, DType::F32)?;
     let [lora, _] = methods();
     MethodInit::Fresh(lora.clone(), Targets::parse("all-linear")?).inject(&mut model, &params)?;
@@ -87,7 +87,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let adapter = lora.adapter().ok_or("an adapter")?;
     let file =
         AdapterFile::from_model(&model, DEFAULT_ADAPTER, &params, &adapter, &AdapterMetadata::default())?;
-    let logits = |model: &LlamaForCausalLM, cx: &Context| -> Outcome<Tensor> {
+    let logits = |model: &DecoderForCausalLM, cx: &Context| -> Outcome<Tensor> {
         let ids = Tensor::new(&[[1u32, 41, 3, 4, 5]], &Device::Cpu)?;
         Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, cx)?.detach())
     };

@@ -6,9 +6,9 @@ use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptCo
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::Targets;
+use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::generate::{generate, GenerateConfig, Weights};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::LlamaConfig;
 use monteclora::predict::posterior_probabilities;
 use monteclora::train::{
     batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
@@ -125,7 +125,7 @@ fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
 
 #[test]
 fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> Outcome {
-    let toy = LlamaConfig { attention_dropout: 0.0, ..toy_config(false)? };
+    let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (seen, unseen) = (causal::rows(30), &causal::rows(40)[30..]);
     for method in causal::methods() {
         let run = |device: &Device| -> Outcome<(Vec<f64>, Vec<Vec<u32>>)> {

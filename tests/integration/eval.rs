@@ -10,8 +10,8 @@ use monteclora::eval::sandbox::{Limits, Sandbox};
 use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, CodeAnswer, Generator, Normalize};
 use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
-use monteclora::models::llama::LlamaForCausalLM;
 use monteclora::{Error, Pass};
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -21,7 +21,7 @@ use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, skipped, Outcome};
 
 /// A model of letters.
-fn model() -> Outcome<LlamaForCausalLM> {
+fn model() -> Outcome<DecoderForCausalLM> {
     let (model, params) = frozen(&toy_config(false)?, DType::F32)?;
     scatter(&params)?;
     Ok(model)
@@ -43,7 +43,7 @@ fn question(prompt: &str, answers: &[&str], correct: usize) -> Prompted {
     }
 }
 
-fn generator<'a>(model: &'a LlamaForCausalLM, encoder: &'a PromptEncoder) -> Generator<'a> {
+fn generator<'a>(model: &'a DecoderForCausalLM, encoder: &'a PromptEncoder) -> Generator<'a> {
     let config = GenerateConfig { max_new_tokens: 6, ..GenerateConfig::default() };
     Generator { model, encoder, config, batch_size: 2 }
 }

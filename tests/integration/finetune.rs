@@ -11,8 +11,8 @@ use monteclora::data::encode::Encoded;
 use monteclora::data::task::Label;
 use monteclora::inject::Targets;
 use monteclora::metrics::softmax;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::peft::AdapterFile;
@@ -51,8 +51,8 @@ pub fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
 pub fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let json = llama::toy_json(true);
     let params = Params::new(Noise::new(5), &Device::Cpu);
-    let config = LlamaConfig::from_value(json.clone())?;
-    LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
+    let config = DecoderConfig::from_value(json.clone())?;
+    DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
     scatter(&params)?;
     let body = params.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
     candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;

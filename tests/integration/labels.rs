@@ -10,8 +10,8 @@ use monteclora::adapters::LoraConfig;
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Label, Task};
 use monteclora::inject::Targets;
+use monteclora::models::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForSequenceClassification};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::peft::{AdapterFile, OWN_FILE};
 use monteclora::predict::logits;
@@ -32,9 +32,9 @@ fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value
     if kind == "llama" {
         let json = toy_json(true);
         let params = Params::new(Noise::new(5), &Device::Cpu);
-        let config = LlamaConfig::from_value(json.clone())?.with_num_labels(labels);
+        let config = DecoderConfig::from_value(json.clone())?.with_num_labels(labels);
         let vb = params.var_builder(None, Role::Base);
-        LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+        DecoderForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
         scatter(&params)?;
         let all = params.all().into_iter();
         return Ok((all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json));

@@ -10,9 +10,9 @@ use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{read, read_from, Format, Prompted};
 use monteclora::eval::{score_choices, Benchmark, Normalize};
 use monteclora::inject::Targets;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::GenerateConfig;
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::study::{self, CellKey, CellResult, EvaluatedTask, Grid, LanguageTrial, Shard, Status};
 use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{Noise, Params, Pass};
@@ -41,7 +41,7 @@ fn questions(count: usize) -> Outcome<Vec<Prompted>> {
 /// The bundled model, with training rows of both kinds and three tasks.
 struct Home {
     files: ModelFiles,
-    config: LlamaConfig,
+    config: DecoderConfig,
     encoder: PromptEncoder,
     rows: Vec<Prompted>,
     train: Vec<Tokens>,
@@ -53,7 +53,7 @@ impl Home {
     fn new() -> Outcome<Option<Self>> {
         let (Some(dir), Some(gsm8k)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(None) };
         let files = ModelFiles::locate(&dir.display().to_string(), None)?;
-        let config = LlamaConfig::from_file(files.config_path())?;
+        let config = DecoderConfig::from_file(files.config_path())?;
         let tokenizer = monteclora::data::tokenizer::read(&dir.join("tokenizer.json"))?;
         let eos = config.eos_token_ids().first().copied();
         let encoder = PromptEncoder::new(tokenizer, 500, 512, eos, false)?;
@@ -152,11 +152,11 @@ fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
     let noise = Noise::new(3);
     let params = Params::new(noise, &Device::Cpu);
     let base = home.files.var_builder(DType::F32, &Device::Cpu)?;
-    let mut model = LlamaForCausalLM::load(base, &home.config, noise)?;
+    let mut model = DecoderForCausalLM::load(base, &home.config, noise)?;
     let method = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
     let hooks = MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
     let [cats, _, gsm8k] = &home.tasks[..] else { return Err("three tasks".into()) };
-    let score = |model: &LlamaForCausalLM| -> Outcome<_> {
+    let score = |model: &DecoderForCausalLM| -> Outcome<_> {
         Ok(score_choices(model, &home.encoder, &cats.rows, 4, Normalize::No, &[Pass::Mean])?.evaluate()?)
     };
     let before = score(&model)?;

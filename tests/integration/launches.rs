@@ -9,7 +9,7 @@ use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::LlamaConfig;
+use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::{cuda_device, ops, MonteCLoRAConfig, Noise, Regularizer, Tape};
@@ -119,7 +119,7 @@ fn encoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Encoder, Pa
 fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<impl CausalLm>, Params)> {
     let mut json = toy_json(true);
     json["num_hidden_layers"] = layers.into();
-    let (model, params) = frozen_on(device, &LlamaConfig::from_value(json)?, dtype)?;
+    let (model, params) = frozen_on(device, &DecoderConfig::from_value(json)?, dtype)?;
     Ok((Decoder(model, batch(device)?), params))
 }
 

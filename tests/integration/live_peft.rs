@@ -12,8 +12,8 @@ use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets, DEFAULT_ADAPTER};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::ops::{self, OpPath};
@@ -39,7 +39,7 @@ pub fn python() -> Result<PathBuf, String> {
 
 /// A model of either kind with its forward pass.
 enum Model {
-    Causal(Box<LlamaForCausalLM>),
+    Causal(Box<DecoderForCausalLM>),
     Sequence(Box<dyn monteclora::models::sequence::SequenceClassifier>),
 }
 
@@ -47,8 +47,8 @@ impl Model {
     fn load(files: &ModelFiles, causal: bool, params: &Params) -> Outcome<Self> {
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
         if causal {
-            let config = LlamaConfig::from_file(files.config_path())?;
-            return Ok(Self::Causal(Box::new(LlamaForCausalLM::load(vb, &config, Noise::new(0))?)));
+            let config = DecoderConfig::from_file(files.config_path())?;
+            return Ok(Self::Causal(Box::new(DecoderForCausalLM::load(vb, &config, Noise::new(0))?)));
         }
         let head = params.var_builder(Some(vb.clone()), Role::Head);
         let config = SequenceConfig::from_file(files.config_path(), 3)?;
@@ -129,8 +129,8 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
     let (weights, mut json) = if causal {
         let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
         json["attention_dropout"] = 0.0.into();
-        let config = LlamaConfig::from_value(json.clone())?;
-        LlamaForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
+        let config = DecoderConfig::from_value(json.clone())?;
+        DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
         scatter(&params)?;
         let all = params.all().into_iter();
         (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)

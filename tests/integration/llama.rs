@@ -11,8 +11,8 @@ use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
 use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Regularizer};
@@ -31,31 +31,35 @@ pub fn toy_json(llama3: bool) -> serde_json::Value {
     })
 }
 
-pub fn toy_config(llama3: bool) -> Outcome<LlamaConfig> {
-    Ok(LlamaConfig::from_value(toy_json(llama3))?)
+pub fn toy_config(llama3: bool) -> Outcome<DecoderConfig> {
+    Ok(DecoderConfig::from_value(toy_json(llama3))?)
 }
 
 /// A model in general position; with `Role::Base` all of it is trainable.
-fn toy(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+fn toy(config: &DecoderConfig, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     let params = Params::with_dtype(Noise::new(5), dtype, &Device::Cpu);
     let vb = params.var_builder(None, Role::Base);
-    let model = LlamaForCausalLM::load(vb, config, Noise::new(0))?;
+    let model = DecoderForCausalLM::load(vb, config, Noise::new(0))?;
     scatter(&params)?;
     Ok((model, params))
 }
 
 /// The same with frozen weights of another dtype, and an empty store for adapters.
-pub fn frozen(config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+pub fn frozen(config: &DecoderConfig, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     frozen_on(&Device::Cpu, config, dtype)
 }
 
 /// The same on a device.
-pub fn frozen_on(device: &Device, config: &LlamaConfig, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+pub fn frozen_on(
+    device: &Device,
+    config: &DecoderConfig,
+    dtype: DType,
+) -> Outcome<(DecoderForCausalLM, Params)> {
     let store = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let (_, all) = toy(config, store)?;
     let vb = VarBuilder::from_tensors(weights(&all), dtype, device);
     let params = Params::with_dtype(Noise::new(6), store, device);
-    Ok((LlamaForCausalLM::load(vb, config, Noise::new(0))?, params))
+    Ok((DecoderForCausalLM::load(vb, config, Noise::new(0))?, params))
 }
 
 /// Puts so many virtual tokens in general position before the rows of a model, if any.
@@ -208,12 +212,12 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
         model.hidden(&ids, &mask, Some(&mut model.cache(7)), &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("row 1 of the first piece is padding alone"), "{error}");
     let empty = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
-    let error = LlamaForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
+    let error = DecoderForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
     assert!(error.contains("model.embed_tokens.weight"), "{error}");
     Ok(())
 }
 
-fn causal_loss(model: &LlamaForCausalLM, cx: &Context) -> Outcome<Tensor> {
+fn causal_loss(model: &DecoderForCausalLM, cx: &Context) -> Outcome<Tensor> {
     let (ids, mask) = padded(true)?;
     let logits = model.logits(&ids, &mask, cx)?.narrow(1, 0, 6)?.contiguous()?.flatten_to(1)?;
     let labels = ids.narrow(1, 1, 6)?.to_dtype(DType::I64)?.flatten_all()?;
@@ -284,7 +288,7 @@ fn a_classifier_reads_the_last_real_token() -> Outcome {
     let config = toy_config(false)?.with_num_labels(3);
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let vb = params.var_builder(None, Role::Base);
-    let mut model = LlamaForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
+    let mut model = DecoderForSequenceClassification::load(vb.clone(), vb, &config, Noise::new(0))?;
     scatter(&params)?;
     for virtual_tokens in [0, 2] {
         prompted(&mut model, virtual_tokens, DType::F32)?;
@@ -321,7 +325,11 @@ fn targets_are_the_projections_and_never_the_head() -> Outcome {
     Ok(())
 }
 
-fn tokens(model: &LlamaForCausalLM, prompts: &[Vec<u32>], config: &GenerateConfig) -> Outcome<Vec<Vec<u32>>> {
+fn tokens(
+    model: &DecoderForCausalLM,
+    prompts: &[Vec<u32>],
+    config: &GenerateConfig,
+) -> Outcome<Vec<Vec<u32>>> {
     Ok(generate(model, prompts, config, &mut |_, _| true)?)
 }
 

@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::inject::merge::merge;
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::AdapterFile;
@@ -25,7 +25,7 @@ fn data() -> PathBuf {
 /// One model's part of the golden file.
 struct Golden {
     tensors: HashMap<String, Tensor>,
-    config: LlamaConfig,
+    config: DecoderConfig,
 }
 
 impl Golden {
@@ -33,7 +33,7 @@ impl Golden {
         let all = candle_core::safetensors::load(data().join("llama_golden.safetensors"), &Device::Cpu)?;
         let prefix = format!("{name}/");
         let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
-        let config = LlamaConfig::from_file(&data().join(format!("{name}_config.json")))?;
+        let config = DecoderConfig::from_file(&data().join(format!("{name}_config.json")))?;
         Ok(Self { tensors: all.into_iter().filter_map(part).collect(), config })
     }
 
@@ -41,8 +41,8 @@ impl Golden {
         VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
     }
 
-    fn model(&self, dtype: DType) -> Outcome<LlamaForCausalLM> {
-        Ok(LlamaForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
+    fn model(&self, dtype: DType) -> Outcome<DecoderForCausalLM> {
+        Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
     }
 
     /// ids and attention mask, padded on one side.
@@ -81,7 +81,7 @@ fn loss_and_gradients_are_those_of_transformers() -> Outcome {
         let golden = Golden::open(name)?;
         let params = Params::new(Noise::new(0), &Device::Cpu);
         let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
-        let model = LlamaForCausalLM::load(vb, &golden.config, Noise::new(0))?;
+        let model = DecoderForCausalLM::load(vb, &golden.config, Noise::new(0))?;
         let (ids, mask) = golden.inputs("")?;
         let t = ids.dim(1)?;
         let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
@@ -107,7 +107,7 @@ fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
         let golden = Golden::open(name)?;
         let (ids, mask) = golden.inputs("")?;
         let (vb, config) = (golden.vb(DType::F32), &golden.config);
-        let model = LlamaForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
+        let model = DecoderForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
         assert_eq!(config.num_labels, 3);
         assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &golden.tensors["cls_logits"], 1e-4)?;
     }

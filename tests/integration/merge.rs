@@ -10,11 +10,11 @@ use monteclora::data::batch::Batcher;
 use monteclora::inject::merge::{merge, unmerge};
 use monteclora::inject::{self, activate, Targets};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::LlamaForCausalLM;
+use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 
-pub fn logits(model: &LlamaForCausalLM, cx: &Context) -> Outcome<Vec<f32>> {
+pub fn logits(model: &DecoderForCausalLM, cx: &Context) -> Outcome<Vec<f32>> {
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
     let mask = Tensor::ones((1, 5), DType::U8, &Device::Cpu)?;
     Ok(model.logits(&ids, &mask, cx)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
@@ -29,7 +29,7 @@ pub fn bayes() -> MonteCLoRAConfig {
 }
 
 /// A frozen toy with MonteCLoRA on all layers, in general position.
-fn adapted(dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
+fn adapted(dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     let (mut model, params) = frozen(&toy_config(true)?, dtype)?;
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &bayes(), &params)?;
     scatter(&params)?;
@@ -37,7 +37,7 @@ fn adapted(dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
 }
 
 /// The bits of every base weight.
-fn bases(model: &LlamaForCausalLM) -> Outcome<Vec<Vec<f32>>> {
+fn bases(model: &DecoderForCausalLM) -> Outcome<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     model.visit_linears(&mut |layer| {
         all.push(layer.base().weight().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);

@@ -8,7 +8,7 @@ use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::{Lora, LoraConfig};
 use monteclora::inject::{self, activate, Target, Targets};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::LlamaForCausalLM;
+use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{Params, Pass, Regularizer};
@@ -49,7 +49,7 @@ fn the_adapter_that_is_applied_is_the_only_one_active() -> Outcome {
     Ok(())
 }
 
-fn loss(model: &LlamaForCausalLM, bayesian: bool) -> Outcome<Tensor> {
+fn loss(model: &DecoderForCausalLM, bayesian: bool) -> Outcome<Tensor> {
     let pass = Pass::Train { draw: 0 };
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
     let task = model

@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
@@ -98,8 +98,8 @@ fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
 #[test]
 fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
-    let config = LlamaConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = LlamaForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
+    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
     let (ids, mask) = (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
     let params = golden.tune(&mut model)?;
     assert_eq!(model.max_length(), 64 - 3);
@@ -204,8 +204,8 @@ fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome
 #[test]
 fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
-    let config = LlamaConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = LlamaForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
+    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
     let before = model.max_length();
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let embedding = model.embedding_mut().ok_or("no place for a prompt")?;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device};
 use candle_nn::Init;
 use monteclora::adapter::AdaptableModel;
-use monteclora::models::llama::LlamaForCausalLM;
+use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::Noise;
 
 use crate::llama::toy_config;
@@ -17,7 +17,7 @@ fn models_on_random_weights_share_them() -> Outcome {
     let base = made::random_weights(DType::BF16, &Device::Cpu);
     assert!(!base.contains_tensor("model.norm.weight"), "nothing is made before it is asked for");
     let config = toy_config(false)?;
-    let load = || LlamaForCausalLM::load(base.clone(), &config, Noise::new(0));
+    let load = || DecoderForCausalLM::load(base.clone(), &config, Noise::new(0));
     let mut weights = Vec::new();
     for model in [load()?, load()?] {
         let mut ids = Vec::new();

@@ -9,8 +9,8 @@ use monteclora::adapters::{BottleneckConfig, PromptConfig};
 use monteclora::data::batch::Batch;
 use monteclora::inject::merge::merge;
 use monteclora::inject::{self, activate, Targets};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{Method, MethodInit};
@@ -59,7 +59,7 @@ fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
 fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
-    let config = LlamaConfig::from_file(files.config_path())?;
+    let config = DecoderConfig::from_file(files.config_path())?;
     for (method, reason) in [
         (
             Method::Bottleneck(BottleneckConfig { width: 2 }),
@@ -68,7 +68,7 @@ fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
         (Method::Prompt(PromptConfig { virtual_tokens: 2 }), "virtual tokens are no weight"),
     ] {
         let base = files.var_builder(DType::F32, &Device::Cpu)?;
-        let mut model = LlamaForCausalLM::load(base, &config, Noise::new(0))?;
+        let mut model = DecoderForCausalLM::load(base, &config, Noise::new(0))?;
         let params = Params::new(Noise::new(1), &Device::Cpu);
         MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
         let error = check_merged(&model, &params, &files, &dir.path().join("out")).unwrap_err().to_string();
@@ -81,9 +81,9 @@ fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
 fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
     let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let (decoder, encoder) = (llama_checkpoint(dir.path())?, checkpoint(other.path())?);
-    let config = LlamaConfig::from_file(decoder.config_path())?;
+    let config = DecoderConfig::from_file(decoder.config_path())?;
     let mut model =
-        LlamaForCausalLM::load(decoder.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
+        DecoderForCausalLM::load(decoder.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
     let params = Params::new(Noise::new(1), &Device::Cpu);
     inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
     scatter(&params)?;
@@ -95,7 +95,7 @@ fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
         .unwrap_err()
         .to_string()
         .contains("it exists"));
-    let save = |model: &LlamaForCausalLM, files: &ModelFiles| {
+    let save = |model: &DecoderForCausalLM, files: &ModelFiles| {
         save_merged(model, &params, files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string()
     };
     let error = save(&model, &encoder);
@@ -121,10 +121,10 @@ fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
 }
 
 /// A decoder from its files, with adapters in general position.
-fn adapted(files: &ModelFiles, dtype: DType) -> Outcome<(LlamaForCausalLM, Params)> {
-    let config = LlamaConfig::from_file(files.config_path())?;
+fn adapted(files: &ModelFiles, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
+    let config = DecoderConfig::from_file(files.config_path())?;
     let vb = files.var_builder(dtype, &Device::Cpu)?;
-    let mut model = LlamaForCausalLM::load(vb, &config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb, &config, Noise::new(0))?;
     let params = Params::new(Noise::new(1), &Device::Cpu);
     inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
     scatter(&params)?;
@@ -135,15 +135,16 @@ fn adapted(files: &ModelFiles, dtype: DType) -> Outcome<(LlamaForCausalLM, Param
 fn weights_that_were_trained_themselves_are_written() -> Outcome {
     let dirs = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
     let decoder = llama_checkpoint(dirs[0].path())?;
-    let config = LlamaConfig::from_file(decoder.config_path())?;
+    let config = DecoderConfig::from_file(decoder.config_path())?;
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let vb = params.var_builder(Some(decoder.var_builder(DType::F32, &Device::Cpu)?), Role::Base);
-    let model = LlamaForCausalLM::load(vb, &config, Noise::new(0))?;
+    let model = DecoderForCausalLM::load(vb, &config, Noise::new(0))?;
     scatter(&params)?;
     let out = dirs[0].path().join("out");
     save_merged(&model, &params, &decoder, None, &out, 12_000)?;
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
-    let again = LlamaForCausalLM::load(saved.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
+    let again =
+        DecoderForCausalLM::load(saved.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
     assert_eq!(logits(&again, &Pass::Mean.into())?, logits(&model, &Pass::Mean.into())?);
 
     // A checkpoint of the bare body trains under its own names.

@@ -9,8 +9,8 @@ use monteclora::data::batch::Batch;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{generate, GenerateConfig};
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::models::sequence::SequenceClassifier;
 use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{Classifier, Method, MethodInit};
@@ -70,9 +70,9 @@ fn threads_that_share_a_classifier_say_what_one_says() -> Outcome {
 fn threads_that_share_a_language_model_write_what_one_writes() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
-    let config = LlamaConfig::from_file(files.config_path())?;
+    let config = DecoderConfig::from_file(files.config_path())?;
     let mut model =
-        LlamaForCausalLM::load(files.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
+        DecoderForCausalLM::load(files.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
     let params = Params::new(Noise::new(1), &Device::Cpu);
     inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
     scatter(&params)?;

@@ -10,9 +10,9 @@ use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format};
 use monteclora::eval::Generator;
 use monteclora::inject::{Targets, DEFAULT_ADAPTER};
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::llama::{LlamaConfig, LlamaForCausalLM};
 use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;
@@ -30,16 +30,16 @@ pub fn asset(name: &str) -> Option<PathBuf> {
     Some(dir)
 }
 
-fn load(dir: &Path) -> Outcome<(LlamaForCausalLM, LlamaConfig, Tokenizer)> {
+fn load(dir: &Path) -> Outcome<(DecoderForCausalLM, DecoderConfig, Tokenizer)> {
     let files = ModelFiles::locate(&dir.display().to_string(), None)?;
-    let config = LlamaConfig::from_file(files.config_path())?;
+    let config = DecoderConfig::from_file(files.config_path())?;
     let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|e| e.to_string())?;
     let vb = files.var_builder(DType::F32, &Device::Cpu)?;
-    Ok((LlamaForCausalLM::load(vb, &config, Noise::new(0))?, config, tokenizer))
+    Ok((DecoderForCausalLM::load(vb, &config, Noise::new(0))?, config, tokenizer))
 }
 
 /// What the model says by itself, greedily.
-fn tell(model: &LlamaForCausalLM, tokenizer: &Tokenizer) -> Outcome<String> {
+fn tell(model: &DecoderForCausalLM, tokenizer: &Tokenizer) -> Outcome<String> {
     let config = GenerateConfig { max_new_tokens: 256, ..Default::default() };
     let ids = generate(model, &[vec![1]], &config, &mut |_, _| true)?;
     Ok(tokenizer.decode(&ids[0], true).map_err(|e| e.to_string())?)
@@ -121,9 +121,9 @@ fn a_text_ends_at_the_end_tokens_of_either_file() -> Outcome {
     const PERIOD: u32 = 426;
     let continued = || -> Outcome<Vec<u32>> {
         let files = ModelFiles::locate(&dir.path().display().to_string(), None)?;
-        let config = LlamaConfig::from_files(&files)?;
+        let config = DecoderConfig::from_files(&files)?;
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
-        let model = LlamaForCausalLM::load(vb, &config, Noise::new(0))?;
+        let model = DecoderForCausalLM::load(vb, &config, Noise::new(0))?;
         let stop = config.eos_token_ids();
         let config = GenerateConfig { max_new_tokens: 64, stop, ..GenerateConfig::default() };
         Ok(generate(&model, &[vec![1]], &config, &mut |_, _| true)?.swap_remove(0))

@@ -6,11 +6,11 @@
 mod causal_lm;
 mod classification;
 mod config;
-mod decoder;
 mod end_tokens;
+mod model;
 mod rotary;
 
-pub use causal_lm::LlamaForCausalLM;
-pub use classification::LlamaForSequenceClassification;
-pub use config::LlamaConfig;
-pub use decoder::LlamaDecoder;
+pub use causal_lm::DecoderForCausalLM;
+pub use classification::DecoderForSequenceClassification;
+pub use config::DecoderConfig;
+pub use model::Decoder;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_transformers::models::llama::{Llama3RopeConfig, Llama3RopeType};
 
-use super::config::LlamaConfig;
+use super::config::DecoderConfig;
 
 /// Cosines and sines of positions `0 ..`, made as far as they were needed: a model for 131072
 /// positions would keep 64 MB that hardly any run reads.
@@ -20,7 +20,7 @@ pub(super) struct Rotary {
 
 impl Rotary {
     /// For weights of `dtype`: the angles are in f64 for f64 and in f32 for all others.
-    pub fn new(config: &LlamaConfig, dtype: DType, device: &Device) -> Self {
+    pub fn new(config: &DecoderConfig, dtype: DType, device: &Device) -> Self {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Self { frequencies: frequencies(config), dtype, device: device.clone(), tables: Mutex::new(None) }
     }
@@ -54,7 +54,7 @@ impl Rotary {
 }
 
 /// `theta^(-2 i / dim)`, slowed down for long waves where the configuration says so.
-fn frequencies(config: &LlamaConfig) -> Vec<f32> {
+fn frequencies(config: &DecoderConfig) -> Vec<f32> {
     let dim = config.head_dim();
     let theta = config.decoder.rope_theta;
     let plain = (0..dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / dim as f32));

@@ -3,8 +3,8 @@
 use candle_core::{DType, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 
-use super::config::LlamaConfig;
-use super::decoder::LlamaDecoder;
+use super::config::DecoderConfig;
+use super::model::Decoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
 use crate::noise::Noise;
@@ -12,21 +12,21 @@ use crate::ops;
 
 /// LLaMA with a linear classifier on the last real token.
 #[derive(Debug)]
-pub struct LlamaForSequenceClassification {
-    decoder: LlamaDecoder,
+pub struct DecoderForSequenceClassification {
+    decoder: Decoder,
     score: Tensor, // (labels, d)
-    config: LlamaConfig,
+    config: DecoderConfig,
 }
 
-impl LlamaForSequenceClassification {
+impl DecoderForSequenceClassification {
     /// Fetches the decoder from `vb` and the task head, `score.weight`, from `head`: under an
     /// adapter method a frozen checkpoint and
     /// [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, head: VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
-        let decoder = LlamaDecoder::load(&vb, config, noise)?;
+    pub fn load(vb: VarBuilder, head: VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+        let decoder = Decoder::load(&vb, config, noise)?;
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let shape = (config.num_labels, config.decoder.hidden_size);
         let score = head.pp("score").get_with_hints(shape, "weight", init)?;
@@ -40,7 +40,7 @@ impl LlamaForSequenceClassification {
     }
 
     /// The configuration, with the number of labels the head has.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
@@ -71,7 +71,7 @@ impl LlamaForSequenceClassification {
     }
 }
 
-impl AdaptableModel for LlamaForSequenceClassification {
+impl AdaptableModel for DecoderForSequenceClassification {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }

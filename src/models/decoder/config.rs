@@ -11,7 +11,7 @@ use crate::util::{check, json};
 
 /// `candle-transformers`' configuration and what training needs beyond it.
 #[derive(Debug, Clone)]
-pub struct LlamaConfig {
+pub struct DecoderConfig {
     /// The fields that shape the computation.
     pub decoder: Config,
     /// The id of padding, where the model has one.
@@ -51,7 +51,7 @@ struct Extra {
     partial_rotary_factor: Option<f64>,
 }
 
-impl LlamaConfig {
+impl DecoderConfig {
     /// Reads and checks a `config.json`, of old and of new versions of transformers. [`Self::from_files`] reads what
     /// else a model says of the end of a text.
     ///
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn old_and_new_files_say_the_same() -> Result<()> {
-        let old = LlamaConfig::from_value(llama3())?;
+        let old = DecoderConfig::from_value(llama3())?;
         assert_eq!((old.head_dim(), old.eos_token_ids()), (128, vec![128001, 128008]));
         assert_eq!(old.pad_id(), 128001);
         let mut new = llama3();
@@ -297,7 +297,7 @@ mod tests {
         let mut rope = fields.remove("rope_scaling").unwrap();
         rope["rope_theta"] = fields.remove("rope_theta").unwrap();
         fields.insert("rope_parameters".to_string(), rope);
-        let new = LlamaConfig::from_value(new)?;
+        let new = DecoderConfig::from_value(new)?;
         assert_eq!(format!("{old:?}"), format!("{new:?}"));
         assert_eq!(new.decoder.rope_theta, 500000.0);
         Ok(())
@@ -307,7 +307,7 @@ mod tests {
     fn plain_positions_may_be_spelt_out() -> Result<()> {
         let mut value = llama3();
         value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 10000.0});
-        let config = LlamaConfig::from_value(value)?;
+        let config = DecoderConfig::from_value(value)?;
         assert!(config.decoder.rope_scaling.is_none());
         assert_eq!(config.decoder.rope_theta, 10000.0);
         Ok(())
@@ -329,7 +329,7 @@ mod tests {
             whole[name] = value;
         }
         let read = |json: &Value| {
-            let config = LlamaConfig::from_value(json.clone());
+            let config = DecoderConfig::from_value(json.clone());
             config.map(|config| format!("{config:?}")).map_err(|error| error.to_string())
         };
         for name in whole.as_object().unwrap().keys() {
@@ -378,16 +378,16 @@ mod tests {
             if name == "num_attention_heads" {
                 value["head_dim"] = Value::Null;
             }
-            let error = LlamaConfig::from_value(value).unwrap_err().to_string();
+            let error = DecoderConfig::from_value(value).unwrap_err().to_string();
             assert!(error.starts_with(&format!("invalid {name}: ")), "{name}: {error}");
         }
         let mut value = llama3();
         value["rope_parameters"] = json!({"rope_theta": 10000.0, "partial_rotary_factor": 0.25});
-        let error = LlamaConfig::from_value(value.clone()).unwrap_err().to_string();
+        let error = DecoderConfig::from_value(value.clone()).unwrap_err().to_string();
         assert_eq!(error, "invalid partial_rotary_factor: expected 1, got 0.25");
         value["rope_parameters"]["partial_rotary_factor"] = json!(1.0);
         value["partial_rotary_factor"] = json!(1.0);
-        assert!(LlamaConfig::from_value(value).is_ok());
+        assert!(DecoderConfig::from_value(value).is_ok());
     }
 
     #[test]
@@ -395,10 +395,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, "{\n\"hidden_size\": ,}").unwrap();
-        let error = LlamaConfig::from_file(&path).unwrap_err().to_string();
+        let error = DecoderConfig::from_file(&path).unwrap_err().to_string();
         assert!(error.contains("config.json, line 2"), "{error}");
         std::fs::write(&path, r#"{"hidden_size": 3}"#).unwrap();
-        let error = LlamaConfig::from_file(&path).unwrap_err().to_string();
+        let error = DecoderConfig::from_file(&path).unwrap_err().to_string();
         assert!(error.contains("config.json") && error.contains("missing field"), "{error}");
     }
 }

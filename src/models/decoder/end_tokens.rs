@@ -3,12 +3,12 @@
 use candle_transformers::models::llama::LlamaEosToks;
 use serde::Deserialize;
 
-use super::config::LlamaConfig;
+use super::config::DecoderConfig;
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
-impl LlamaConfig {
+impl DecoderConfig {
     /// [`Self::from_file`] of a model's `config.json`, and the tokens that end a text in its
     /// `generation_config.json` as well: the one in which instruction-tuned models name those that end a turn.
     ///
@@ -61,7 +61,7 @@ mod tests {
         let none = std::collections::HashMap::<String, candle_core::Tensor>::new();
         candle_core::safetensors::save(&none, at("model.safetensors"))?;
         let files = ModelFiles::locate(dir.path().to_str().unwrap(), None)?;
-        let ends = || LlamaConfig::from_files(&files).map(|config| config.eos_token_ids());
+        let ends = || DecoderConfig::from_files(&files).map(|config| config.eos_token_ids());
         assert_eq!(ends()?, [11, 12]);
         for (generation, expected) in [
             (json!({"eos_token_id": [13, 11]}), vec![11, 12, 13]),

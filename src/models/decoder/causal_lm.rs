@@ -3,8 +3,8 @@
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use super::config::LlamaConfig;
-use super::decoder::LlamaDecoder;
+use super::config::DecoderConfig;
+use super::model::Decoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
@@ -13,20 +13,20 @@ use crate::ops;
 
 /// LLaMA as a language model.
 #[derive(Debug)]
-pub struct LlamaForCausalLM {
-    decoder: LlamaDecoder,
+pub struct DecoderForCausalLM {
+    decoder: Decoder,
     head: Tensor, // (vocab, d)
-    config: LlamaConfig,
+    config: DecoderConfig,
 }
 
-impl LlamaForCausalLM {
+impl DecoderForCausalLM {
     /// Fetches the decoder and its head, `lm_head.weight`, or under `tie_word_embeddings` the
     /// embedding itself. `noise` is what dropout is addressed in.
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
-        let decoder = LlamaDecoder::load(&vb, config, noise)?;
+    pub fn load(vb: VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+        let decoder = Decoder::load(&vb, config, noise)?;
         let head = if config.decoder.tie_word_embeddings {
             decoder.embeddings().clone()
         } else {
@@ -38,12 +38,12 @@ impl LlamaForCausalLM {
     }
 
     /// The configuration.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 }
 
-impl CausalLm for LlamaForCausalLM {
+impl CausalLm for DecoderForCausalLM {
     fn device(&self) -> &Device {
         self.decoder.device()
     }
@@ -79,7 +79,7 @@ impl CausalLm for LlamaForCausalLM {
     }
 }
 
-impl AdaptableModel for LlamaForCausalLM {
+impl AdaptableModel for DecoderForCausalLM {
     fn default_targets(&self) -> &'static [&'static str] {
         self.decoder.default_targets()
     }

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, D};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Init, VarBuilder};
 
-use super::config::LlamaConfig;
+use super::config::DecoderConfig;
 use super::rotary::Rotary;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ use crate::ops::{self, CausalMask, Mask, RmsNorm};
 
 /// The decoder without a head.
 #[derive(Debug)]
-pub struct LlamaDecoder {
+pub struct Decoder {
     embeddings: AdaptableEmbedding,
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
@@ -35,14 +35,14 @@ struct Step {
     cx: Context,
 }
 
-impl LlamaDecoder {
+impl Decoder {
     /// Fetches the decoder by name, with or without the prefix `model.`
     ///
     /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: &VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+    pub fn load(vb: &VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
         config.validate()?;
         let c = &config.decoder;
         let vb = if vb.contains_tensor("embed_tokens.weight") { vb.clone() } else { vb.pp("model") };
@@ -144,7 +144,7 @@ impl LlamaDecoder {
     }
 }
 
-impl AdaptableModel for LlamaDecoder {
+impl AdaptableModel for Decoder {
     fn default_targets(&self) -> &'static [&'static str] {
         &["q_proj", "k_proj", "v_proj"]
     }
@@ -188,7 +188,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(path: &str, vb: &VarBuilder, config: &LlamaConfig, noise: Noise) -> Result<Self> {
+    fn load(path: &str, vb: &VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
         let c = &config.decoder;
         let (d, inner, kv) = (c.hidden_size, c.intermediate_size, c.num_key_value_heads * config.head_dim());
         let linear = |name: &str, in_dim, out_dim| {
