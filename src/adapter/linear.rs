@@ -152,6 +152,9 @@ impl AdaptableLinear {
     /// # Errors
     /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is no change of a weight.
     pub fn merged_layer_at(&self, pass: &Pass) -> Result<Option<Linear>> {
+        if self.active.is_none() {
+            return Ok(None);
+        }
         let base = self.base.require_dense("merging")?;
         let weight = self.merged_weight(base.weight(), pass)?;
         Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
