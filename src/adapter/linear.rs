@@ -160,6 +160,20 @@ impl AdaptableLinear {
         Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
     }
 
+    /// [`Self::merged_layer`] with the base's weight as numbers, where it is quantised too: what it lost when it was
+    /// rounded stays lost, and nothing is rounded once more.
+    ///
+    /// # Errors
+    /// As [`Self::merged_layer`], but for the quantised.
+    pub fn merged_dequantized(&self) -> Result<Option<Linear>> {
+        if self.merged.is_some() || self.base.dense().is_some() || self.active.is_none() {
+            return self.merged_layer();
+        }
+        let base = self.base.dequantize()?;
+        let weight = self.merged_weight(base.weight(), &Pass::Mean)?;
+        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
+    }
+
     /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the active adapter in this
     /// pass, in the dtype and on the device of `weight`.
     ///

@@ -2,7 +2,7 @@
 
 use candle_nn::Linear;
 
-use crate::adapter::{AdaptableLinear, AdaptableModel, Pass};
+use crate::adapter::{AdaptableLinear, AdaptableModel};
 use crate::error::{Error, Result};
 use crate::inject::activate::check_unmerged;
 
@@ -25,11 +25,7 @@ pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
 /// # Errors
 /// As [`merge`], but for the quantised.
 pub fn merge_dequantized(model: &mut dyn AdaptableModel) -> Result<usize> {
-    merge_as(model, &|layer| {
-        let base = layer.base().dequantize()?;
-        let weight = layer.merged_weight(base.weight(), &Pass::Mean)?;
-        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
-    })
+    merge_as(model, &AdaptableLinear::merged_dequantized)
 }
 
 /// Puts what `merged` says of each layer in its place.
@@ -40,7 +36,7 @@ fn merge_as(
     check_unmerged(model)?;
     let mut merged = Vec::new();
     model.visit_linears(&mut |layer| {
-        merged.push(if layer.active().is_some() { merge(layer)? } else { None });
+        merged.push(merge(layer)?);
         Ok(())
     })?;
     let count = merged.iter().flatten().count();

@@ -98,7 +98,7 @@ pub fn check_merged(
 ) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default(), Pass::Mean)?;
-    model.visit_linears(&mut |layer| layer.merged_layer().map(drop))
+    model.visit_linears(&mut |layer| layer.merged_dequantized().map(drop))
 }
 
 /// What [`save_merged`] writes, in memory: every tensor of the checkpoint `source` under its name, with the active

@@ -14,8 +14,9 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::{Quantization, Weights};
-use monteclora::train::{Method, MethodInit};
+use monteclora::train::{Classifier, Method, MethodInit};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::json;
 
@@ -249,11 +250,11 @@ fn nf4_is_what_bitsandbytes_reads() -> Outcome {
     };
     for (part, put, says) in [
         ("plain.weight.absmax", None, "absmax"),
-        ("plain.weight.absmax", Some(zeros(15, DType::F32)?), "expected 16 numbers"),
+        ("plain.weight.absmax", Some(zeros(15, DType::F32)?), "expected 16 of F32"),
         ("plain.weight.absmax", Some((zeros(16, DType::F32)? / 0.0)?), "NaN"),
         ("plain.weight.quant_map", Some(zeros(16, DType::F64)?), "F32"),
-        ("plain.weight", Some(zeros(511, DType::U8)?), "expected 512 bytes"),
-        ("plain.weight", None, "missing"),
+        ("plain.weight", Some(zeros(511, DType::U8)?), "expected 512 of U8"),
+        ("plain.weight", None, "no tensor"),
         (state, Some(text("{")?), "cannot be read"),
         (state, Some(told(0, "nf4")?), "blocks of 0"),
         (state, Some(told(48, "nf4")?), "blocks of 48"),
@@ -271,5 +272,85 @@ fn nf4_is_what_bitsandbytes_reads() -> Outcome {
     tensors.insert("other.weight.quant_state.bitsandbytes__fp4".to_string(), text("{}")?);
     let error = of(&tensors).err().ok_or("fp4 was read")?.to_string();
     assert!(error.contains("other.weight") && error.contains("fp4"), "{error}");
+    Ok(())
+}
+
+/// A whole model whose layers are in NF4, with codes and scales of its own.
+#[test]
+fn a_model_in_nf4_loads_trains_and_is_not_merged_into_its_codes() -> Outcome {
+    let config = config(128, true)?;
+    let mut tensors = weights(&config)?;
+    let names: Vec<String> = tensors.keys().filter(|name| name.contains("_proj.weight")).cloned().collect();
+    for (i, name) in names.iter().enumerate() {
+        let shape = tensors[name].dims().to_vec();
+        let numbers: usize = shape.iter().product();
+        let codes: Vec<u8> = (0..numbers / 2).map(|at| (at * 73 + i * 31 + at / 7) as u8).collect();
+        let scales: Vec<f32> = (0..numbers / 64).map(|at| 0.02 + 0.01 * (at % 5) as f32).collect();
+        let values: Vec<f32> = (0..16).map(|code| (code as f32 - 7.0) / 8.0).collect();
+        let state =
+            json!({"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": shape}).to_string();
+        for (part, tensor) in [
+            ("", Tensor::from_vec(codes, (numbers / 2, 1), &Device::Cpu)?),
+            (".absmax", Tensor::new(scales, &Device::Cpu)?),
+            (".quant_map", Tensor::new(values, &Device::Cpu)?),
+            (".quant_state.bitsandbytes__nf4", Tensor::new(state.as_bytes(), &Device::Cpu)?),
+        ] {
+            tensors.insert(format!("{name}{part}"), tensor);
+        }
+    }
+    let dir = folder(&tensors)?;
+    let files = files(dir.path())?;
+    let load = || -> Outcome<_> {
+        Ok(DecoderForCausalLM::load(files.open_weights(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?)
+    };
+    let (mut blocks, numbers) = (load()?, dequantized(load()?, &tensors)?);
+    assert_close(&logits(&blocks, Pass::Mean)?, &logits(&numbers, Pass::Mean)?, 1e-4)?;
+    let params = Params::new(Noise::new(3), &Device::Cpu);
+    let lora = Method::Lora(LoraConfig { rank: 2, ..LoraConfig::default() });
+    MethodInit::Fresh(lora, Targets::default()).inject(&mut blocks, &params)?;
+    assert_eq!(gradients(&blocks, &params)?.len(), params.all().len() + 1);
+    scatter(&params)?;
+    let (out, json) = (dir.path().join("merged"), serde_json::Value::Null);
+    let error =
+        save_merged(&blocks, &params, &files, Some(&json), &out, MAX_SHARD_BYTES).expect_err("merged");
+    assert!(error.to_string().contains("4 bits"), "{error}");
+    assert!(!out.exists());
+    Ok(())
+}
+
+/// An encoder in blocks, whose head stays in numbers; its adapter is merged into the checkpoint's own.
+#[test]
+fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Outcome {
+    let Some(dir) = crate::stories::asset("tiny-roberta") else { return Ok(()) };
+    let whole = files(&dir)?;
+    let lora = Method::Lora(LoraConfig { rank: 2, ..LoraConfig::default() });
+    let start = MethodInit::Fresh(lora, Targets::default());
+    let load = |files: &ModelFiles, start: &MethodInit| {
+        Classifier::load(files, 2, start, Noise::new(1), DType::F32, &Device::Cpu)
+    };
+    let files = whole.clone().quantized(Some("q8_0".parse()?));
+    let (classifier, numbers) = (load(&files, &start)?, load(&whole, &start)?);
+    classifier.model.visit_linears(&mut |layer| {
+        assert_eq!(layer.base().kind(), "q8_0", "{}", layer.path());
+        Ok(())
+    })?;
+    let say = |classifier: &Classifier| -> Outcome<Tensor> {
+        let (ids, mask) = ids(2, 11)?;
+        Ok(classifier.model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?)
+    };
+    let (got, want) = (say(&classifier)?, say(&numbers)?);
+    assert_close(&got, &want, 0.05)?;
+    assert_ne!(got.to_vec2::<f32>()?, want.to_vec2::<f32>()?, "nothing was rounded");
+    scatter(&classifier.params)?;
+    let out = tempfile::tempdir()?;
+    let out = out.path().join("model");
+    check_merged(&*classifier.model, &classifier.params, &files, &out)?;
+    save_merged(&*classifier.model, &classifier.params, &files, None, &out, MAX_SHARD_BYTES)?;
+    let again = Classifier::open(&out, None, DType::F32, &Device::Cpu)?;
+    assert_close(&say(&again)?, &say(&classifier)?, 0.2)?;
+
+    let full = MethodInit::Fresh(Method::Full, Targets::default());
+    let error = load(&files, &full).expect_err("full fine-tuning").to_string();
+    assert!(error.contains("quantize") && error.contains("full fine-tuning"), "{error}");
     Ok(())
 }

@@ -18,6 +18,7 @@ use super::names::check_relative;
 #[cfg(feature = "hub")]
 use super::repo::Repo;
 use super::source::Source;
+use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
 use crate::models::quantize::Quantization;
@@ -190,7 +191,7 @@ impl ModelFiles {
     /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         let builder = self.var_builder(dtype, device)?;
-        match (FourBits::find(self.map_weights()?)?, self.quantization) {
+        match (FourBits::find(MappedWeights::of(&self.weights)?)?, self.quantization) {
             (None, None) => Ok(builder.into()),
             (None, Some(quantization)) => {
                 let source = quantization.source(&self.var_builder(DType::F32, &Device::Cpu)?);
