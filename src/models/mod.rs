@@ -13,3 +13,6 @@ pub(crate) mod layers;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
+mod weights;
+
+pub use weights::{QuantizedSource, Wanted, Weights};

@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
+use super::weights::Weights;
 use crate::adapter::{AdaptableModel, Context};
 use crate::error::{Error, Result};
 use crate::labels::Labels;
@@ -207,9 +208,9 @@ impl SequenceConfig {
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
-    pub fn load(
+    pub fn load<'a>(
         &self,
-        vb: VarBuilder,
+        vb: impl Into<Weights<'a>>,
         head: VarBuilder,
         noise: Noise,
     ) -> Result<Box<dyn SequenceClassifier>> {

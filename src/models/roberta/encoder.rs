@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::Init;
 
 use super::config::{Family, RobertaConfig};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, parameters, Dropout};
+use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::{self, LayerNorm, Mask, OpPath, Rows};
+use crate::ops::{self, LayerNorm, Mask, OpPath, Rows, Weight};
 
 /// The encoder of RoBERTa or BERT.
 #[derive(Debug)]
@@ -27,11 +28,12 @@ impl RobertaEncoder {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let vb = vb.into();
         config.validate()?;
         let prefix = config.model_type.prefix();
         let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if bare { vb.clone() } else { vb.pp(prefix) };
+        let vb = if bare { vb } else { vb.pp(prefix) };
         let layers = (0..config.num_hidden_layers).map(|i| {
             let path = format!("{prefix}.encoder.layer.{i}");
             Ok(Arc::new(Layer::load(&path, &vb.pp("encoder").pp("layer").pp(i), config, noise)?))
@@ -143,7 +145,7 @@ impl RobertaEncoder {
     }
 
     /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
-    pub fn word_embeddings(&self) -> &Tensor {
+    pub fn word_embeddings(&self) -> &Weight {
         self.embeddings.words.words()
     }
 }
@@ -230,13 +232,13 @@ struct Embeddings {
 }
 
 impl Embeddings {
-    fn load(path: &str, vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
-        let table = |name: &str, rows: usize| {
-            let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-            vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init)
-        };
+    fn load(path: &str, vb: &Weights, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
+        let table =
+            |name: &str, rows: usize| vb.pp(name).get_with_hints((rows, config.hidden_size), "weight", init);
+        let words = (config.vocab_size, config.hidden_size);
         Ok(Self {
-            words: AdaptableEmbedding::new(table("word_embeddings", config.vocab_size)?),
+            words: AdaptableEmbedding::new(vb.pp("word_embeddings").table(words, init)?),
             positions: table("position_embeddings", config.max_position_embeddings)?,
             token_types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::load(config.hidden_size, config.layer_norm_eps, &vb.pp("LayerNorm"))?,
@@ -305,7 +307,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(path: &str, vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+    fn load(path: &str, vb: &Weights, config: &RobertaConfig, noise: Noise) -> Result<Self> {
         let (d, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
         let linear = |name: &str, in_dim, out_dim| {
             let std = config.initializer_range;

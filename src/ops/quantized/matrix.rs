@@ -1,0 +1,165 @@
+//! A frozen matrix of a model that may be quantised: the table of its tokens, the head over them.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::linear as quantized;
+use super::weight::QuantizedWeight;
+use crate::ops::host::{dense, Host};
+use crate::ops::{embedding, linear, OpPath};
+
+/// A weight matrix as it lies in memory.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// Numbers, which may be trained.
+    Dense(Tensor),
+    /// Blocks of a few bits, frozen.
+    Quantized(QuantizedWeight),
+}
+
+impl Weight {
+    /// The dense tensor, unless it is quantised.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Self::Dense(tensor) => Some(tensor),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// `(rows, columns)`.
+    ///
+    /// # Errors
+    /// If it is no matrix.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(tensor) => tensor.dims2(),
+            Self::Quantized(weight) => Ok(weight.dims()),
+        }
+    }
+
+    /// The dtype of its rows, once they are dequantised.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Dense(tensor) => tensor.dtype(),
+            Self::Quantized(weight) => weight.dtype(),
+        }
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        match self {
+            Self::Dense(tensor) => tensor.device(),
+            Self::Quantized(weight) => weight.device(),
+        }
+    }
+
+    /// The whole matrix as numbers.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn dequantize(&self) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => Ok(tensor.clone()),
+            Self::Quantized(weight) => weight.dequantize(),
+        }
+    }
+
+    /// Its rows at `ids`; see [`embedding`](fn@crate::ops::embedding).
+    ///
+    /// # Shapes
+    /// - `ids`: `(..)` of u32
+    /// - output: `(.., columns)`
+    ///
+    /// # Errors
+    /// If an id is outside the matrix (on the CPU).
+    pub fn lookup(&self, ids: &Tensor, path: OpPath) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => embedding::embedding(ids, tensor, path),
+            Self::Quantized(weight) => {
+                let mut shape = ids.dims().to_vec();
+                shape.push(weight.dims().1);
+                weight.take(&ids.flatten_all()?)?.to_dtype(weight.dtype())?.reshape(shape)
+            }
+        }
+    }
+
+    /// `x W^T + b`: [`linear`](fn@crate::ops::linear) or [`quantized_linear`](super::quantized_linear).
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn linear(&self, xs: &Tensor, bias: Option<&Tensor>, path: OpPath) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::linear(xs, tensor, bias, path),
+            Self::Quantized(weight) => quantized::quantized_linear(xs, weight, bias, path),
+        }
+    }
+
+    /// The path that a computation of `xs` and this can take.
+    pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
+        match self {
+            Self::Dense(tensor) => wanted.on(&[xs, tensor]),
+            Self::Quantized(_) => wanted.on(&[xs]),
+        }
+    }
+
+    /// Whether rows `xs` fit.
+    pub(in crate::ops) fn check(&self, xs: &Tensor) -> Result<()> {
+        match self {
+            Self::Dense(tensor) => linear::check(xs, tensor, None),
+            Self::Quantized(weight) => quantized::check(xs, weight, None),
+        }
+    }
+
+    /// Whether it is trained.
+    pub(in crate::ops) fn track_op(&self) -> bool {
+        self.dense().is_some_and(Tensor::track_op)
+    }
+
+    /// `x W^T` of a detached x.
+    pub(in crate::ops) fn forward(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::forward(path, xs, tensor, None),
+            Self::Quantized(weight) => quantized::forward(path, xs, weight, None),
+        }
+    }
+
+    /// `x W^T` of a detached x of `n` rows on the CPU.
+    pub(in crate::ops) fn product(&self, xs: &Tensor, n: usize) -> Result<Vec<f32>> {
+        let xs = dense(xs)?;
+        match self {
+            Self::Dense(tensor) => Ok(linear::product(&Host::of(&xs)?, &Host::of(&dense(tensor)?)?, None, n)),
+            Self::Quantized(weight) => quantized::product(&Host::of(&xs)?, weight, None),
+        }
+    }
+
+    /// `dX = dY W`.
+    pub(in crate::ops) fn input_gradient(&self, path: OpPath, grad: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::input_gradient(path, grad, tensor),
+            Self::Quantized(weight) => quantized::input_gradient(path, grad, weight),
+        }
+    }
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(tensor)
+    }
+}
+
+impl From<&Tensor> for Weight {
+    fn from(tensor: &Tensor) -> Self {
+        Self::Dense(tensor.clone())
+    }
+}
+
+impl From<&Weight> for Weight {
+    fn from(weight: &Weight) -> Self {
+        weight.clone()
+    }
+}
+
+impl From<QuantizedWeight> for Weight {
+    fn from(weight: QuantizedWeight) -> Self {
+        Self::Quantized(weight)
+    }
+}

@@ -1,0 +1,12 @@
+//! Linear layers and tables whose weight lies in memory quantised: a few bits a number, in blocks with a scale.
+
+mod linear;
+mod matrix;
+mod nf4;
+#[cfg(test)]
+mod tests;
+mod weight;
+
+pub use linear::quantized_linear;
+pub use matrix::Weight;
+pub use weight::QuantizedWeight;
