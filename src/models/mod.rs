@@ -7,9 +7,12 @@
 
 pub mod causal;
 pub mod decoder;
+pub mod distilbert;
+pub(crate) mod encoder;
 pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
+mod sequence_classifier;
