@@ -11,8 +11,8 @@ use candle_nn::Linear;
 use criterion::{criterion_group, criterion_main, Criterion};
 use monteclora::adapter::{Adapter, Context, Init, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::ops::{self, OpPath};
-use monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::ops::OpPath;
+use monteclora::{BaseLinear, Mixture, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -25,17 +25,17 @@ fn random(name: &str, shape: (usize, usize)) -> Outcome<Tensor> {
 }
 
 /// Forward and backward of a layer, down to the gradient of its input.
-fn step(base: &Linear, adapter: Option<&dyn Adapter>, xs: &Var, cx: &Context) -> Outcome<Tensor> {
+fn step(base: &BaseLinear, adapter: Option<&dyn Adapter>, xs: &Var, cx: &Context) -> Outcome<Tensor> {
     let ys = match adapter {
         Some(adapter) => adapter.forward(xs.as_tensor(), base, cx)?,
-        None => ops::linear(xs.as_tensor(), base.weight(), base.bias(), cx.path)?,
+        None => base.forward_on(xs.as_tensor(), cx.path)?,
     };
     let grads = ys.sqr()?.sum_all()?.backward()?;
     grads.get(xs).cloned().ok_or_else(|| "the input has no gradient".into())
 }
 
 fn layers(c: &mut Criterion) -> Outcome<()> {
-    let base = Linear::new(random("w", (WIDTH, WIDTH))?, None);
+    let base = Linear::new(random("w", (WIDTH, WIDTH))?, None).into();
     let xs = Var::from_tensor(&random("x", (ROWS, WIDTH))?)?;
     let params = Params::new(Noise::new(2), &Device::Cpu);
     let dims = (WIDTH, WIDTH);

@@ -278,9 +278,9 @@ impl Setup {
         let device = common::device(&args.device)?;
         let noise = Noise::new(args.train.seed);
         let params = Params::new(noise, &device);
-        let checkpoint = self.files.var_builder(common::dtype(&args.dtype)?, &device)?;
+        let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, &device)?;
         let base = match name {
-            "full" => params.var_builder(Some(checkpoint), Role::Base),
+            "full" => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
             _ => checkpoint,
         };
         let mut model = DecoderForCausalLM::load(base, config, noise)?;

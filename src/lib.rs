@@ -49,8 +49,9 @@ pub mod study;
 pub mod train;
 
 pub use adapter::{
-    linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, Context, DrawCache,
-    Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe, Role, ScalerFactors,
+    linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, BaseLinear,
+    Context, DrawCache, Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe,
+    QuantizedLinear, Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use labels::Labels;

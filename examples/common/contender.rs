@@ -277,7 +277,7 @@ impl Contender {
         };
         self.model.adaptable().visit_linears(&mut |layer| {
             let (in_dim, out_dim) = layer.dims()?;
-            let weight = layer.base().weight().detach().to_dtype(dtype)?;
+            let weight = layer.base().dequantize()?.weight().detach().to_dtype(dtype)?;
             products.push((input(in_dim)?, weight.t()?));
             products.push((input(out_dim)?, weight));
             Ok(())

@@ -1,9 +1,9 @@
 //! The place where tokens become vectors: a model's word embedding, and the virtual tokens before it.
 
-use candle_core::{bail, DType, Tensor, D};
+use candle_core::{bail, DType, Tensor};
 
 use crate::error::{Error, Result};
-use crate::ops::{self, OpPath};
+use crate::ops::{self, OpPath, Weight};
 
 /// The word embedding of a model and, under prompt tuning, the embeddings of virtual tokens that stand
 /// before those of every row.
@@ -12,18 +12,18 @@ use crate::ops::{self, OpPath};
 /// [`Self::after_padding`] brings them together.
 #[derive(Debug)]
 pub struct AdaptableEmbedding {
-    words: Tensor,          // (vocab, d)
+    words: Weight,          // (vocab, d)
     prompt: Option<Tensor>, // (p, d)
 }
 
 impl AdaptableEmbedding {
     /// The table `words` of shape `(vocab, d)`, without virtual tokens.
-    pub fn new(words: Tensor) -> Self {
-        Self { words, prompt: None }
+    pub fn new(words: impl Into<Weight>) -> Self {
+        Self { words: words.into(), prompt: None }
     }
 
     /// The table, `(vocab, d)`.
-    pub fn words(&self) -> &Tensor {
+    pub fn words(&self) -> &Weight {
         &self.words
     }
 
@@ -38,7 +38,7 @@ impl AdaptableEmbedding {
     /// If they are not as wide as the words.
     pub fn set_prompt(&mut self, prompt: Option<Tensor>) -> Result<()> {
         if let Some(prompt) = &prompt {
-            let width = self.words.dim(D::Minus1)?;
+            let width = self.words.dims2()?.1;
             if prompt.rank() != 2 || prompt.dim(1)? != width {
                 let reason = format!("expected virtual tokens (p, {width}), got {:?}", prompt.shape());
                 return Err(Error::config("prompt", reason));
@@ -57,7 +57,7 @@ impl AdaptableEmbedding {
     /// # Errors
     /// If an id is outside the vocabulary.
     pub fn lookup(&self, ids: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        ops::embedding(ids, &self.words, path)
+        self.words.lookup(ids, path)
     }
 
     /// The embeddings of whole rows, virtual tokens first.

@@ -3,8 +3,8 @@
 use std::any::Any;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 
+use super::base::BaseLinear;
 use super::context::Context;
 use super::params::Role;
 
@@ -18,7 +18,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// If shapes or dtypes do not fit the base.
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor>;
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor>;
 
     /// The trainable tensors, by role.
     fn parameters(&self) -> Vec<(Role, Tensor)>;
@@ -29,7 +29,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// If candle fails.
-    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>>;
+    fn delta(&self, base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>>;
 
     /// The concrete method, for those that know it (the regulariser, files).
     fn as_any(&self) -> &dyn Any;

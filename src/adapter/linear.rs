@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use candle_nn::Linear;
 
+use super::base::BaseLinear;
 use super::context::Context;
 use super::interface::Adapter;
 use super::pass::Pass;
@@ -36,7 +37,7 @@ use crate::util::finite::is_finite;
 #[derive(Debug)]
 pub struct AdaptableLinear {
     path: String,
-    base: Linear,
+    base: BaseLinear,
     adapters: BTreeMap<String, Box<dyn Adapter>>,
     active: Option<String>,
     /// The active adapter's mean added to the base, which stays beside it: to unmerge is to forget.
@@ -45,8 +46,8 @@ pub struct AdaptableLinear {
 
 impl AdaptableLinear {
     /// A layer without adapters. `path` is the layer's Hugging Face name.
-    pub fn new(path: impl Into<String>, base: Linear) -> Self {
-        Self { path: path.into(), base, adapters: BTreeMap::new(), active: None, merged: None }
+    pub fn new(path: impl Into<String>, base: impl Into<BaseLinear>) -> Self {
+        Self { path: path.into(), base: base.into(), adapters: BTreeMap::new(), active: None, merged: None }
     }
 
     /// The layer's Hugging Face name, such as `roberta.encoder.layer.0.attention.self.query`.
@@ -55,7 +56,7 @@ impl AdaptableLinear {
     }
 
     /// The base layer, without any adapter, merged or not.
-    pub fn base(&self) -> &Linear {
+    pub fn base(&self) -> &BaseLinear {
         &self.base
     }
 
@@ -64,8 +65,7 @@ impl AdaptableLinear {
     /// # Errors
     /// If the base weight is not a matrix.
     pub fn dims(&self) -> Result<(usize, usize)> {
-        let (out_dim, in_dim) = self.base.weight().dims2()?;
-        Ok((in_dim, out_dim))
+        self.base.dims()
     }
 
     /// Adds an adapter and makes it the active one. From then on the base is frozen: one that is a variable is
@@ -79,7 +79,7 @@ impl AdaptableLinear {
         if self.adapters.contains_key(name) {
             return Err(Error::config("adapter", format!("{} has an adapter {name:?} already", self.path)));
         }
-        self.base = frozen(&self.base);
+        self.base = self.base.frozen();
         self.adapters.insert(name.to_string(), adapter);
         self.active = Some(name.to_string());
         Ok(())
@@ -137,7 +137,7 @@ impl AdaptableLinear {
     /// dtype; the sum is made in single precision at least. None without an active adapter.
     ///
     /// # Errors
-    /// If the method has no such layer, or a weight would not be finite.
+    /// If the method has no such layer, a weight would not be finite, or the base is quantised.
     pub fn merged_layer(&self) -> Result<Option<Linear>> {
         if let Some(merged) = &self.merged {
             return Ok(Some(merged.clone()));
@@ -152,8 +152,9 @@ impl AdaptableLinear {
     /// # Errors
     /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is no change of a weight.
     pub fn merged_layer_at(&self, pass: &Pass) -> Result<Option<Linear>> {
-        let weight = self.merged_weight(self.base.weight(), pass)?;
-        Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
+        let base = self.base.require_dense("merging")?;
+        let weight = self.merged_weight(base.weight(), pass)?;
+        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
     }
 
     /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the active adapter in this
@@ -169,7 +170,7 @@ impl AdaptableLinear {
         }
         let Some((name, adapter)) = self.active() else { return Ok(None) };
         let key = format!("{}.weight", self.path);
-        let base = Linear::new(weight.clone(), self.base.bias().cloned());
+        let base = Linear::new(weight.clone(), self.base.bias().cloned()).into();
         let Some(delta) = adapter.delta(&base, &pass.into())? else {
             let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
             return Err(Error::tensor(key, reason));
@@ -192,14 +193,15 @@ impl AdaptableLinear {
     /// The tensors that its output depends on: the base's, and those of the active adapter.
     pub fn parameters(&self) -> Vec<Tensor> {
         let adapter = self.active().map(|(_, adapter)| adapter.parameters()).unwrap_or_default();
-        let base = [Some(self.base.weight()), self.base.bias()].into_iter().flatten().cloned();
+        let weight = self.base.dense().map(Linear::weight);
+        let base = [weight, self.base.bias()].into_iter().flatten().cloned();
         base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
     }
 
     /// The linear layer that this layer is under every pass: its base, where no adapter is active.
-    /// None where a probe asks for each layer's own output.
+    /// None where a probe asks for each layer's own output, or the base is quantised.
     pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
-        (self.active.is_none() && cx.probe.is_none()).then_some(&self.base)
+        self.base.dense().filter(|_| self.active.is_none() && cx.probe.is_none())
     }
 
     /// The name and the adapter that is active.
@@ -218,26 +220,20 @@ impl AdaptableLinear {
     /// If shapes or dtypes do not fit, or the layer is merged and the pass is not the mean: a merged
     /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
     pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let plain = |layer: &Linear| ops::linear(xs, layer.weight(), layer.bias(), cx.path);
         let output = match (&self.merged, self.active()) {
             (Some(_), _) if cx.pass != Pass::Mean => {
                 let reason = format!("{} is merged and knows its mean alone: unmerge it first", self.path);
                 return Err(Error::config("pass", format!("{:?}: {reason}", cx.pass)).into());
             }
-            (Some(merged), _) => plain(merged)?,
+            (Some(merged), _) => ops::linear(xs, merged.weight(), merged.bias(), cx.path)?,
             (None, Some((_, adapter))) => adapter.forward(xs, &self.base, cx)?,
-            (None, None) => plain(&self.base)?,
+            (None, None) => self.base.forward_on(xs, cx.path)?,
         };
         if let Some(probe) = &cx.probe {
             probe.look(&self.path, &output);
         }
         Ok(output)
     }
-}
-
-/// `base` without its place in a graph: the same weights, and no gradient for them.
-pub(crate) fn frozen(base: &Linear) -> Linear {
-    Linear::new(base.weight().detach(), base.bias().map(Tensor::detach))
 }
 
 /// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a

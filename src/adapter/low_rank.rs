@@ -5,8 +5,8 @@
 //! ```
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 
+use super::base::BaseLinear;
 use super::context::Context;
 use super::params::{Init, Params, Role};
 use crate::error::{Error, Result};
@@ -111,10 +111,22 @@ impl LowRank {
     pub fn forward(
         &self,
         xs: &Tensor,
-        base: &Linear,
+        base: &BaseLinear,
         a: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
+        let BaseLinear::Dense(base) = base else {
+            let dropped = self.dropped(xs, cx)?;
+            let xs_low = dropped.as_ref().unwrap_or(xs);
+            return ops::add_low_rank(
+                &base.forward_on(xs, cx.path)?,
+                xs_low,
+                a,
+                &self.b,
+                self.scale,
+                cx.path,
+            );
+        };
         let (weight, bias, b) = (base.weight(), base.bias(), &self.b);
         match cx.pass.dropout_draw().filter(|_| self.dropout > 0.0) {
             None => ops::adapted_linear(xs, weight, bias, a, b, self.scale, cx.path),
@@ -148,15 +160,6 @@ impl LowRank {
     }
 }
 
-/// `(in_dim, out_dim)` of a linear layer.
-///
-/// # Errors
-/// If its weight is not a matrix.
-pub fn dims(base: &Linear) -> Result<(usize, usize)> {
-    let (out_dim, in_dim) = base.weight().dims2()?;
-    Ok((in_dim, out_dim))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +167,7 @@ mod tests {
     use crate::noise::Noise;
     use crate::ops::OpPath;
     use candle_core::{DType, Device};
+    use candle_nn::Linear;
 
     #[test]
     fn with_dropout_a_half_width_output_is_rounded_once() -> Result<()> {
@@ -177,7 +181,7 @@ mod tests {
         params.set("layer.b", &normal("b", (5, 3))?)?;
         let (xs, weight) = (normal("xs", (40, 6))?.to_dtype(DType::BF16)?, normal("w", (5, 6))?);
         let base = Linear::new(weight.to_dtype(DType::BF16)?, None);
-        let got = pair.forward(&xs, &base, pair.a(), &Pass::Train { draw: 3 }.into())?;
+        let got = pair.forward(&xs, &base.clone().into(), pair.a(), &Pass::Train { draw: 3 }.into())?;
         let stream = Noise::new(2).stream("layer", Purpose::Dropout);
         let dropped = ops::dropout(&xs, 0.4, &stream, 3, OpPath::Fused)?.to_dtype(DType::F32)?;
         // The path that half width runs on: the same products to the last bit.

@@ -4,6 +4,7 @@
 //!
 //! Whether a layer samples or drops is never a flag that it stores: the context says it.
 
+mod base;
 mod context;
 mod embedding;
 mod interface;
@@ -18,6 +19,7 @@ mod standalone;
 mod together;
 mod walk;
 
+pub use base::{BaseLinear, QuantizedLinear};
 pub use context::{Context, DrawCache, ScalerFactors};
 pub use embedding::AdaptableEmbedding;
 pub use interface::Adapter;

@@ -4,11 +4,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
-use candle_nn::{Linear, Module, ModuleT};
+use candle_nn::{Module, ModuleT};
 
+use super::base::BaseLinear;
 use super::context::Context;
 use super::interface::Adapter;
-use super::linear::frozen;
 use super::pass::Pass;
 
 /// A frozen linear layer with an adapter of method `A`.
@@ -17,7 +17,7 @@ use super::pass::Pass;
 /// mean, deterministic. [`Self::mean`] is the latter as a plain `Module`.
 #[derive(Debug)]
 pub struct AdaptedLinear<A> {
-    base: Linear,
+    base: BaseLinear,
     adapter: A,
     draws: AtomicU64,
 }
@@ -25,12 +25,12 @@ pub struct AdaptedLinear<A> {
 impl<A: Adapter> AdaptedLinear<A> {
     /// `base` with this adapter. A base that is a variable (of a `VarMap`) is detached: it is frozen, whatever it
     /// was, and costs no gradient.
-    pub fn from_parts(base: Linear, adapter: A) -> Self {
-        Self { base: frozen(&base), adapter, draws: AtomicU64::new(0) }
+    pub fn from_parts(base: impl Into<BaseLinear>, adapter: A) -> Self {
+        Self { base: base.into().frozen(), adapter, draws: AtomicU64::new(0) }
     }
 
     /// The frozen layer.
-    pub fn base(&self) -> &Linear {
+    pub fn base(&self) -> &BaseLinear {
         &self.base
     }
 

@@ -9,10 +9,9 @@
 use std::any::Any;
 
 use candle_core::{Tensor, D};
-use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, AdaptableModel, Adapter, Context, Init, LowRank, Params, Role};
+use crate::adapter::{low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
 use crate::error::{Error, Result};
 
 /// The options of AdaLoRA; the defaults are PEFT's.
@@ -104,7 +103,7 @@ impl AdaLora {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &Linear,
+        base: &BaseLinear,
         config: &AdaLoraConfig,
     ) -> Result<Self> {
         config.validate()?;
@@ -112,7 +111,7 @@ impl AdaLora {
         let scale = config.alpha / (rank as f64 + 1e-5);
         let normal = Init::Normal(0.02);
         params.all_or_none(&format!("{name}."), || {
-            let dims = low_rank::dims(base)?;
+            let dims = base.dims()?;
             let pair =
                 LowRank::started(params, &name, dims, rank, (&normal, &normal), scale, config.dropout)?;
             let values =
@@ -173,7 +172,7 @@ pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> 
 }
 
 impl Adapter for AdaLora {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         self.pair.forward(xs, base, &self.weighted()?, cx)
     }
 
@@ -185,7 +184,7 @@ impl Adapter for AdaLora {
         ]
     }
 
-    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         (self.pair.b().matmul(&self.weighted()?)? * self.pair.scale()).map(Some)
     }
 

@@ -16,10 +16,11 @@ use std::any::Any;
 use std::borrow::Cow;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, AdaptableModel, Adapter, Context, Init, LowRank, Params, Pass, Role};
+use crate::adapter::{
+    low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Pass, Role,
+};
 use crate::error::Result;
 use crate::noise::{Purpose, Stream};
 use crate::ops;
@@ -212,7 +213,7 @@ impl Blob {
 }
 
 impl Adapter for Blob {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         self.pair.forward(xs, base, self.effective_a(cx)?.as_ref(), cx)
     }
 
@@ -224,7 +225,7 @@ impl Adapter for Blob {
         ]
     }
 
-    fn delta(&self, _base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.pair.delta_of(self.effective_a(cx)?.as_ref()).map(Some)
     }
 

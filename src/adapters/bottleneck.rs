@@ -11,10 +11,9 @@
 use std::any::Any;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, Adapter, Context, Init, Params, Role};
+use crate::adapter::{Adapter, BaseLinear, Context, Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::ops;
 
@@ -51,10 +50,10 @@ impl Bottleneck {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &Linear,
+        base: &BaseLinear,
         config: &BottleneckConfig,
     ) -> Result<Self> {
-        let (m, (_, out_dim)) = (config.width, low_rank::dims(base)?);
+        let (m, (_, out_dim)) = (config.width, base.dims()?);
         if m == 0 {
             return Err(Error::config("width", "expected at least 1, got 0"));
         }
@@ -72,8 +71,8 @@ impl Bottleneck {
 }
 
 impl Adapter for Bottleneck {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
-        let hidden = ops::linear(xs, base.weight(), base.bias(), cx.path)?.to_dtype(self.down.dtype())?;
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
+        let hidden = base.forward_on(xs, cx.path)?.to_dtype(self.down.dtype())?;
         let inner = ops::gelu(&ops::linear(&hidden, &self.down, Some(&self.down_bias), cx.path)?, cx.path)?;
         let change = ops::linear(&inner, &self.up, Some(&self.up_bias), cx.path)?;
         (hidden + change)?.to_dtype(xs.dtype())
@@ -89,7 +88,7 @@ impl Adapter for Bottleneck {
     }
 
     /// None: it is no linear map.
-    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor, D};
 use candle_nn::Linear;
 
 use super::lora::LoraConfig;
-use crate::adapter::{low_rank, Adapter, Context, LowRank, Params, Pass, Role};
+use crate::adapter::{low_rank, Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
 use crate::error::Result;
 
 /// A DoRA adapter of one linear layer.
@@ -36,16 +36,17 @@ impl Dora {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &Linear,
+        base: &BaseLinear,
         config: &LoraConfig,
     ) -> Result<Self> {
         config.validate()?;
+        let dense = base.require_dense("DoRA")?;
         let scale = low_rank::scaling(config.rank, config.alpha, config.use_rslora);
         let name = format!("{path}.{adapter}");
-        let weight = base.weight().detach().to_device(params.device())?.to_dtype(params.dtype())?;
+        let weight = dense.weight().detach().to_device(params.device())?.to_dtype(params.dtype())?;
         let base_squares = weight.sqr()?.sum(1)?;
         params.all_or_none(&format!("{name}."), || {
-            let dims = low_rank::dims(base)?;
+            let dims = base.dims()?;
             let pair = LowRank::new(params, &name, dims, config.rank, scale, config.dropout)?;
             let norms = base_squares.sqrt()?;
             let magnitude = params.insert(&format!("{name}.magnitude"), Role::Magnitude, &norms)?;
@@ -76,11 +77,12 @@ impl Dora {
 }
 
 impl Adapter for Dora {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
+        let base = base.require_dense("DoRA")?;
         let ratio = self.ratio(base)?;
         let turned = |ys: Tensor, ratio: &Tensor| ys.to_dtype(ratio.dtype())?.broadcast_mul(ratio);
         let without_dropout = cx.clone().with_pass(Pass::Mean);
-        let bare = Linear::new(base.weight().clone(), None);
+        let bare = Linear::new(base.weight().clone(), None).into();
         let ys = match self.pair.dropped(xs, cx)? {
             None => turned(self.pair.forward(xs, &bare, self.pair.a(), &without_dropout)?, &ratio)?,
             // As in PEFT, the base itself sees no dropout, its change of magnitude does.
@@ -105,7 +107,8 @@ impl Adapter for Dora {
         ]
     }
 
-    fn delta(&self, base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+        let base = base.require_dense("DoRA")?;
         let wide = if base.weight().dtype() == DType::F64 { DType::F64 } else { self.magnitude.dtype() };
         let weight = base.weight().detach().to_dtype(wide)?;
         let moved = (&weight + self.pair.delta()?.to_dtype(wide)?)?;

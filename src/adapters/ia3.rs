@@ -8,12 +8,10 @@
 use std::any::Any;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, Adapter, Context, Init, Params, Role};
+use crate::adapter::{Adapter, BaseLinear, Context, Init, Params, Role};
 use crate::error::Result;
-use crate::ops;
 
 /// What of a layer the vector scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,8 +34,14 @@ impl Ia3 {
     ///
     /// # Errors
     /// If the name is taken.
-    pub fn new(params: &Params, path: &str, adapter: &str, base: &Linear, scaled: Scaled) -> Result<Self> {
-        let (in_dim, out_dim) = low_rank::dims(base)?;
+    pub fn new(
+        params: &Params,
+        path: &str,
+        adapter: &str,
+        base: &BaseLinear,
+        scaled: Scaled,
+    ) -> Result<Self> {
+        let (in_dim, out_dim) = base.dims()?;
         let len = if scaled == Scaled::Output { out_dim } else { in_dim };
         let name = format!("{path}.{adapter}.scaling");
         Ok(Self { scaling: params.create(&name, Role::Scaling, len, &Init::Constant(1.0))?, scaled })
@@ -50,13 +54,13 @@ impl Ia3 {
 }
 
 impl Adapter for Ia3 {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         // The product in the vector's precision, whatever the base's.
         let scale =
             |t: &Tensor| t.to_dtype(self.scaling.dtype())?.broadcast_mul(&self.scaling)?.to_dtype(xs.dtype());
         match self.scaled {
-            Scaled::Output => scale(&ops::linear(xs, base.weight(), base.bias(), cx.path)?),
-            Scaled::Input => ops::linear(&scale(xs)?, base.weight(), base.bias(), cx.path),
+            Scaled::Output => scale(&base.forward_on(xs, cx.path)?),
+            Scaled::Input => base.forward_on(&scale(xs)?, cx.path),
         }
     }
 
@@ -65,14 +69,14 @@ impl Adapter for Ia3 {
     }
 
     /// None where a bias is scaled, too: that is no change of the weight alone.
-    fn delta(&self, base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let by = (&self.scaling.detach() - 1.0)?;
         let by = match (self.scaled, base.bias()) {
             (Scaled::Output, Some(_)) => return Ok(None),
             (Scaled::Output, None) => by.unsqueeze(1)?,
             (Scaled::Input, _) => by.unsqueeze(0)?,
         };
-        base.weight().detach().to_dtype(by.dtype())?.broadcast_mul(&by).map(Some)
+        base.dequantize()?.weight().detach().to_dtype(by.dtype())?.broadcast_mul(&by).map(Some)
     }
 
     fn as_any(&self) -> &dyn Any {

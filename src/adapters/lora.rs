@@ -8,11 +8,11 @@ use std::any::Any;
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{
-    low_rank, AdaptableModel, AdaptedLinear, Adapter, Context, LowRank, Params, Prior, PriorStart, Role,
+    low_rank, AdaptableModel, AdaptedLinear, Adapter, BaseLinear, Context, LowRank, Params, Prior,
+    PriorStart, Role,
 };
 use crate::error::Result;
 use crate::util::dtype::joined;
@@ -117,7 +117,7 @@ pub fn prior_energy(
 }
 
 impl Adapter for Lora {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         self.pair.forward(xs, base, self.pair.a(), cx)
     }
 
@@ -125,7 +125,7 @@ impl Adapter for Lora {
         vec![(Role::A, self.pair.a().clone()), (Role::B, self.pair.b().clone())]
     }
 
-    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.pair.delta().map(Some)
     }
 
@@ -162,8 +162,14 @@ impl AdaptedLinear<Lora> {
     ///
     /// # Errors
     /// As [`Lora::new`].
-    pub fn new(base: Linear, params: &Params, path: &str, config: &LoraConfig) -> Result<Self> {
-        let adapter = Lora::new(params, path, "default", low_rank::dims(&base)?, config)?;
+    pub fn new(
+        base: impl Into<BaseLinear>,
+        params: &Params,
+        path: &str,
+        config: &LoraConfig,
+    ) -> Result<Self> {
+        let base = base.into();
+        let adapter = Lora::new(params, path, "default", base.dims()?, config)?;
         Ok(Self::from_parts(base, adapter))
     }
 }

@@ -12,10 +12,9 @@
 use std::any::Any;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 
 use super::lora::{Lora, LoraConfig};
-use crate::adapter::{Adapter, Context, Params, Role};
+use crate::adapter::{Adapter, BaseLinear, Context, Params, Role};
 use crate::error::Result;
 
 /// A LoRA adapter of one linear layer whose A is constant.
@@ -47,7 +46,7 @@ impl LoraFa {
 }
 
 impl Adapter for LoraFa {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         let pair = self.lora.low_rank();
         pair.forward(xs, base, &pair.a().detach(), cx)
     }
@@ -56,7 +55,7 @@ impl Adapter for LoraFa {
         vec![(Role::B, self.lora.low_rank().b().clone())]
     }
 
-    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.lora.delta(base, cx)
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{AdaptableEmbedding, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
+use crate::ops::OpPath;
 
 /// The options of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,11 +48,11 @@ pub fn prompt_tuning(
     let name = format!("prompt.{adapter}");
     let mut picks = vec![0f64; config.virtual_tokens];
     params.noise().stream(&name, Purpose::Init).fill_uniform(0, &mut picks);
-    let vocabulary = embedding.words().dim(0)?;
+    let vocabulary = embedding.words().dims2()?.0;
     // Uniform draws lie in (0, 1): the last word is the most they can pick, but for rounding.
     let ids: Vec<u32> =
         picks.iter().map(|u| ((u * vocabulary as f64) as usize).min(vocabulary - 1) as u32).collect();
     let ids = Tensor::from_vec(ids, config.virtual_tokens, embedding.words().device())?;
-    let start = embedding.words().detach().index_select(&ids, 0)?;
+    let start = embedding.lookup(&ids, OpPath::default())?.detach();
     embedding.set_prompt(Some(params.insert(&name, Role::Prompt, &start)?))
 }

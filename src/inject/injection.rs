@@ -204,8 +204,7 @@ pub fn inject(
 fn base_bytes(model: &dyn AdaptableModel) -> Result<usize> {
     let mut bytes = 0;
     model.visit_linears(&mut |layer| {
-        let weight = layer.base().weight();
-        bytes += weight.elem_count() * weight.dtype().size_in_bytes();
+        bytes += layer.base().bytes();
         Ok(())
     })?;
     Ok(bytes)

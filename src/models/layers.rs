@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
 
+use super::weights::Weights;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::noise::{Noise, Purpose, Stream};
@@ -29,9 +30,9 @@ pub fn adaptable_linear(
     in_dim: usize,
     out_dim: usize,
     init_std: f64,
-    vb: &VarBuilder,
+    vb: &Weights,
 ) -> Result<AdaptableLinear> {
-    Ok(AdaptableLinear::new(path, linear(in_dim, out_dim, init_std, vb)?))
+    Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, true)?))
 }
 
 /// A [`adaptable_linear`] without a bias, as in LLaMA.
@@ -43,10 +44,9 @@ pub fn adaptable_linear_no_bias(
     in_dim: usize,
     out_dim: usize,
     init_std: f64,
-    vb: &VarBuilder,
+    vb: &Weights,
 ) -> Result<AdaptableLinear> {
-    let init = Init::Randn { mean: 0.0, stdev: init_std };
-    Ok(AdaptableLinear::new(path, Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", init)?, None)))
+    Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, false)?))
 }
 
 /// What a layer of a task's head, which has a dtype of its own, makes of `xs` (.., in).

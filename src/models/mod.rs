@@ -16,3 +16,6 @@ pub mod roberta;
 pub mod save;
 pub mod sequence;
 mod sequence_classifier;
+mod weights;
+
+pub use weights::{QuantizedSource, Wanted, Weights};

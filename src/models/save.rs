@@ -283,7 +283,8 @@ fn plan<'a>(
     model.visit_linears(&mut |layer| {
         body = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
         if layer.active().is_some() {
-            adapted.insert(layer.path().to_string(), layer.base().weight().dims().to_vec());
+            let (in_dim, out_dim) = layer.dims()?;
+            adapted.insert(layer.path().to_string(), vec![out_dim, in_dim]);
         }
         Ok(())
     })?;

@@ -10,6 +10,7 @@ use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 pub use super::sequence_classifier::SequenceClassifier;
+use super::weights::Weights;
 use crate::adapter::Context;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
@@ -186,9 +187,9 @@ impl SequenceConfig {
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
-    pub fn load(
+    pub fn load<'a>(
         &self,
-        vb: VarBuilder,
+        vb: impl Into<Weights<'a>>,
         head: VarBuilder,
         noise: Noise,
     ) -> Result<Box<dyn SequenceClassifier>> {

@@ -9,7 +9,6 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 
 use super::buffer::SampleBuffer;
 use super::config::MonteCLoRAConfig;
@@ -17,7 +16,7 @@ use super::draw::{self, PosteriorDraw};
 use super::group::{self, Asked, DrawGroup, Member, Seat};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
-use crate::adapter::{Adapter, Context, LowRank, Params, Pass, Role};
+use crate::adapter::{Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
 use crate::error::Result;
 
 /// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.
@@ -159,7 +158,7 @@ impl MonteCLoRA {
 }
 
 impl Adapter for MonteCLoRA {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         self.pair.forward(xs, base, self.effective_a(cx)?.as_ref(), cx)
     }
 
@@ -172,7 +171,7 @@ impl Adapter for MonteCLoRA {
         ]
     }
 
-    fn delta(&self, _base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.pair.delta_of(self.effective_a(cx)?.as_ref()).map(Some)
     }
 

@@ -1,10 +1,8 @@
 //! MonteCLoRA as a layer of its own.
 
-use candle_nn::Linear;
-
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
-use crate::adapter::{low_rank, AdaptedLinear, Params};
+use crate::adapter::{AdaptedLinear, BaseLinear, Params};
 use crate::error::Result;
 
 /// A frozen linear layer with a MonteCLoRA adapter.
@@ -42,8 +40,14 @@ impl AdaptedLinear<MonteCLoRA> {
     ///
     /// # Errors
     /// As [`MonteCLoRA::new`].
-    pub fn new(base: Linear, params: &Params, path: &str, config: &MonteCLoRAConfig) -> Result<Self> {
-        let adapter = MonteCLoRA::new(params, path, "default", low_rank::dims(&base)?, config)?;
+    pub fn new(
+        base: impl Into<BaseLinear>,
+        params: &Params,
+        path: &str,
+        config: &MonteCLoRAConfig,
+    ) -> Result<Self> {
+        let base = base.into();
+        let adapter = MonteCLoRA::new(params, path, "default", base.dims()?, config)?;
         Ok(Self::from_parts(base, adapter))
     }
 }

@@ -16,14 +16,13 @@
 use std::any::Any;
 
 use candle_core::Tensor;
-use candle_nn::Linear;
 
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
 use super::posterior::Posterior;
 use super::regularizer::{Regularizer, RegularizerTerms};
 use super::schedule::ScalerSchedule;
-use crate::adapter::{AdaptableModel, Adapter, Context, Params, Role};
+use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, Params, Role};
 use crate::error::{Error, Result};
 
 impl MonteCLoRAConfig {
@@ -69,7 +68,7 @@ impl Released {
 }
 
 impl Adapter for Released {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         let pair = self.inner.low_rank();
         pair.forward(xs, base, &pair.a().detach(), cx)
     }
@@ -79,7 +78,7 @@ impl Adapter for Released {
     }
 
     /// That of A itself, whatever the pass: the walk has moved it.
-    fn delta(&self, _base: &Linear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.inner.low_rank().delta().map(Some)
     }
 

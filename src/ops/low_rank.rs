@@ -58,8 +58,23 @@ pub fn linear_and_low_rank(
     scale: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let y = base::linear(xs, weight, bias, path)?.to_dtype(a.dtype())?;
-    (y + wide(dropped, a, b, scale, path)?)?.to_dtype(xs.dtype())
+    add_low_rank(&base::linear(xs, weight, bias, path)?, dropped, a, b, scale, path)
+}
+
+/// `y + s (x A^T) B^T`, added in the dtype of `a` and returned in that of `y`, the output of a layer that is computed
+/// already.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn add_low_rank(
+    y: &Tensor,
+    xs: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+    path: OpPath,
+) -> Result<Tensor> {
+    (y.to_dtype(a.dtype())? + wide(xs, a, b, scale, path)?)?.to_dtype(y.dtype())
 }
 
 /// `y = x W^T + bias + s (x A^T) B^T`.

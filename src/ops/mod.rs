@@ -34,6 +34,7 @@ mod norm;
 mod norm_modules;
 mod path;
 mod precision;
+mod quantized;
 mod reference;
 mod rotary;
 mod rows;
@@ -60,11 +61,14 @@ pub(crate) use host::sum_of_squares;
 pub use linear::linear;
 pub use linear_loss::linear_cross_entropy;
 pub use loss::{cross_entropy, mean_squared_error};
-pub use low_rank::{adapted_linear, adapted_linear_with_dropout, linear_and_low_rank, low_rank};
+pub use low_rank::{
+    adapted_linear, adapted_linear_with_dropout, add_low_rank, linear_and_low_rank, low_rank,
+};
 pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use norm_modules::{LayerNorm, RmsNorm};
 pub use path::OpPath;
 pub use precision::{allow_tf32, tf32_allowed};
+pub use quantized::{quantized_linear, QuantizedWeight, Weight};
 pub use rotary::rotary;
 pub use rows::Rows;
 pub use scaled_rows::add_scaled_rows;

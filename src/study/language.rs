@@ -125,9 +125,9 @@ impl Learner for CellTrial<'_> {
         let LanguageTrial { files, tasks, encoder, base_dtype, checkpoint_layers, device, .. } = self.trial;
         let config = DecoderConfig::from_files(files)?;
         let params = Params::new(noise, device);
-        let checkpoint = files.var_builder(*base_dtype, device)?;
+        let checkpoint = files.open_weights(*base_dtype, device)?;
         let base = match start.method() {
-            Method::Full => params.var_builder(Some(checkpoint), Role::Base),
+            Method::Full => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
             _ => checkpoint,
         };
         let mut model = DecoderForCausalLM::load(base, &config, noise)?;

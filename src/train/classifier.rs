@@ -110,13 +110,13 @@ impl Classifier {
         new_head: bool,
     ) -> Result<Self> {
         let config = SequenceConfig::from_file(files.config_path(), wanted.len())?;
-        let checkpoint = files.var_builder(base_dtype, device)?;
+        let checkpoint = files.open_weights(base_dtype, device)?;
         let source = HeadSource::find(&config, &checkpoint, start, new_head)?;
         let params = Params::new(noise, device);
         let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
         let base = match method {
-            Method::Full => params.var_builder(Some(checkpoint), Role::Base),
+            Method::Full => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
             _ => checkpoint,
         };
         let mut model = config.load(base, head, noise)?;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::DType;
 use serde::Serialize;
 
 use crate::adapter::AdaptableModel;
@@ -37,18 +36,18 @@ pub(super) fn of_run(
     numbers: impl IntoIterator<Item = u32>,
 ) -> Settings {
     let rows = ("rows", fingerprint(numbers));
-    let dtype = base_dtype(model).map(|dtype| ("dtype", dtype.as_str().to_string()));
+    let dtype = base_kind(model).map(|kind| ("dtype", kind));
     let own = batcher.settings().into_iter().chain([rows]).chain(dtype);
     let own = own.map(|(name, value)| (name.to_string(), value));
     own.chain(method.clone()).collect()
 }
 
-/// The dtype of the first linear layer's base, where there is one.
-fn base_dtype(model: &dyn AdaptableModel) -> Option<DType> {
-    let mut dtype = None;
+/// How the first linear layer's base lies in memory, where there is one.
+fn base_kind(model: &dyn AdaptableModel) -> Option<String> {
+    let mut kind = None;
     let looked = model.visit_linears(&mut |layer| {
-        dtype = dtype.or(Some(layer.base().weight().dtype()));
+        kind = kind.take().or_else(|| Some(layer.base().kind()));
         Ok(())
     });
-    looked.ok().and(dtype)
+    looked.ok().and(kind)
 }

@@ -12,7 +12,7 @@ use monteclora::inject::{self, activate, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{BaseLinear, MonteCLoRAConfig, Noise, Params, Pass};
 
 pub fn logits(model: &DecoderForCausalLM, cx: &Context) -> Outcome<Vec<f32>> {
     let ids = Tensor::new(&[[1u32, 17, 4, 33, 8]], &Device::Cpu)?;
@@ -40,7 +40,7 @@ fn adapted(dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
 fn bases(model: &DecoderForCausalLM) -> Outcome<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     model.visit_linears(&mut |layer| {
-        all.push(layer.base().weight().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+        all.push(layer.base().dequantize()?.weight().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
         Ok(())
     })?;
     Ok(all)
@@ -101,13 +101,13 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     #[derive(Debug)]
     struct Opaque;
     impl Adapter for Opaque {
-        fn forward(&self, xs: &Tensor, _: &candle_nn::Linear, _: &Context) -> candle_core::Result<Tensor> {
+        fn forward(&self, xs: &Tensor, _: &BaseLinear, _: &Context) -> candle_core::Result<Tensor> {
             Ok(xs.clone())
         }
         fn parameters(&self) -> Vec<(Role, Tensor)> {
             Vec::new()
         }
-        fn delta(&self, _: &candle_nn::Linear, _: &Context) -> candle_core::Result<Option<Tensor>> {
+        fn delta(&self, _: &BaseLinear, _: &Context) -> candle_core::Result<Option<Tensor>> {
             Ok(None)
         }
         fn as_any(&self) -> &dyn std::any::Any {

@@ -215,7 +215,7 @@ fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
     assert!(tune(embedding, 0).is_err_and(|error| error.to_string().contains("virtual_tokens")));
     tune(embedding, 8)?;
     assert!(tune(embedding, 8).is_err_and(|error| error.to_string().contains("already")));
-    let words = embedding.words().to_vec2::<f32>()?;
+    let words = embedding.words().dequantize()?.to_vec2::<f32>()?;
     let rows = params.get(PROMPT).ok_or("no prompt")?.var.to_vec2::<f32>()?;
     let picked: Vec<_> = rows.iter().map(|row| words.iter().position(|word| word == row)).collect();
     assert!(picked.iter().all(Option::is_some), "{picked:?}");

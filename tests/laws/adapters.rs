@@ -51,7 +51,7 @@ fn the_mean_is_plain_lora_with_the_same_pair() -> Result<()> {
     assert_close("forward_t", &layer.forward_t(&xs, false)?, &want, 0.0)?;
     // And that is the base with W0 + s B A.
     let delta = layer.adapter().delta(layer.base(), &Pass::Mean.into())?.ok_or("no delta")?;
-    let merged = Linear::new((layer.base().weight() + &delta)?, layer.base().bias().cloned());
+    let merged = Linear::new((layer.base().dequantize()?.weight() + &delta)?, layer.base().bias().cloned());
     assert_close("merged", &want, &merged.forward(&xs)?, 1e-13)?;
     let pair = layer.adapter().low_rank();
     assert_close("delta", &delta, &(pair.b().matmul(pair.a())? * (5.0 / 3.0))?, 1e-14)?;

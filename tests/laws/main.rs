@@ -17,7 +17,7 @@ mod regularizer;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
-use monteclora::adapter::{AdaptableLinear, AdaptableModel, Params};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, BaseLinear, Params};
 use monteclora::noise::{Noise, Purpose};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -35,8 +35,9 @@ fn normals(name: &str, shape: &[usize]) -> Result<Tensor> {
 }
 
 /// A frozen linear layer in general position: not square, bias not zero.
-fn base(in_dim: usize, out_dim: usize) -> Result<Linear> {
-    Ok(Linear::new(normals("base.weight", &[out_dim, in_dim])?, Some(normals("base.bias", &[out_dim])?)))
+fn base(in_dim: usize, out_dim: usize) -> Result<BaseLinear> {
+    Ok(Linear::new(normals("base.weight", &[out_dim, in_dim])?, Some(normals("base.bias", &[out_dim])?))
+        .into())
 }
 
 /// Moves every parameter of the store off its start, B off zero above all.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
-use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, Params, Pass, Role};
+use monteclora::adapter::{AdaptableLinear, AdaptableModel, Adapter, BaseLinear, Params, Pass, Role};
 use monteclora::adapters::adalora::orthogonal_penalty;
 use monteclora::adapters::{
     AdaLora, AdaLoraConfig, Bottleneck, BottleneckConfig, Dora, Ia3, Lora, LoraConfig, RankAllocator, Scaled,
@@ -29,8 +29,8 @@ impl Golden {
         self.0.get(name).ok_or_else(|| format!("the golden file has no {name}").into())
     }
 
-    fn base(&self) -> Result<Linear> {
-        Ok(Linear::new(self.get("weight")?.clone(), Some(self.get("bias")?.clone())))
+    fn base(&self) -> Result<BaseLinear> {
+        Ok(Linear::new(self.get("weight")?.clone(), Some(self.get("bias")?.clone())).into())
     }
 
     /// The loss that the golden gradients are of.
@@ -57,7 +57,7 @@ impl Golden {
             assert_close(&name, got, self.get(&format!("{label}.{part}.grad"))?, 1e-12)?;
         }
         if let Some(delta) = adapter.delta(&base, &Pass::Mean.into())? {
-            let merged = Linear::new((base.weight() + delta)?, base.bias().cloned());
+            let merged = Linear::new((base.dequantize()?.weight() + delta)?, base.bias().cloned());
             assert_close("merged", &merged.forward(xs)?, want, 1e-12)?;
         }
         Ok(())
@@ -90,12 +90,13 @@ fn under_dropout_dora_changes_the_magnitude_of_what_was_dropped() -> Result<()> 
     shake(&params)?;
     // Of PEFT's formula, W x + b + (m/n - 1) W d + (m/n) s B A d.
     let (a, b) = (dora.low_rank().a(), dora.low_rank().b());
-    let moved = (base.weight() + (b.matmul(a)? * 1.5)?)?;
+    let weight = base.dequantize()?.weight().clone();
+    let moved = (&weight + (b.matmul(a)? * 1.5)?)?;
     let ratio = (dora.magnitude() / moved.sqr()?.sum(1)?.sqrt()?)?;
     let got = dora.forward(&xs, &base, &TRAIN.into())?;
     let kept = xs.apply(&base)?;
     // (got - kept) is linear in the dropped input: d -> d (diag(m/n) W' - W)^T, and each d is x or 2x or 0.
-    let map = (moved.broadcast_mul(&ratio.unsqueeze(1)?)? - base.weight())?;
+    let map = (moved.broadcast_mul(&ratio.unsqueeze(1)?)? - weight)?;
     let stream = params.noise().stream("proj.default", monteclora::noise::Purpose::Dropout);
     let dropped = monteclora::ops::dropout(&xs, 0.5, &stream, 0, OpPath::Fused)?;
     assert_close("dropout", &(got - kept)?, &dropped.matmul(&map.t()?)?, 1e-11)?;
@@ -228,7 +229,8 @@ fn a_bottleneck_is_its_formula() -> Result<()> {
 fn adapters_on_a_half_width_base_compute_in_single_precision() -> Result<()> {
     let (wide, xs) = (base(6, 4)?, normals("xs", &[5, 6])?);
     let half = |t: &Tensor| t.to_dtype(DType::BF16);
-    let narrow = Linear::new(half(wide.weight())?, wide.bias().map(half).transpose()?);
+    let weight = half(wide.dequantize()?.weight())?;
+    let narrow = Linear::new(weight, wide.bias().map(half).transpose()?).into();
     let params = Params::new(monteclora::noise::Noise::new(1), &Device::Cpu);
     let config = LoraConfig { rank: 2, ..Default::default() };
     let adapters: [Box<dyn Adapter>; 4] = [

@@ -13,10 +13,9 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Tensor, Var};
-use candle_nn::Linear;
 
 use super::record::{BatchRecord, LayerRecord, Places};
-use crate::adapter::{AdaptableModel, Adapter, Context, LowRank, Pass, Role};
+use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, LowRank, Pass, Role};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -66,7 +65,7 @@ fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
 }
 
 impl Adapter for TappedLora {
-    fn forward(&self, xs: &Tensor, base: &Linear, cx: &Context) -> candle_core::Result<Tensor> {
+    fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         if !lock(&self.tape).recording {
             return self.lora.forward(xs, base, cx);
         }
@@ -80,7 +79,7 @@ impl Adapter for TappedLora {
         let low = (ops::linear(&h, &b, None, cx.path)? * pair.scale())?;
         let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
         let low = (low + tap_y.as_tensor())?;
-        let frozen = ops::linear(xs, base.weight(), base.bias(), cx.path)?.to_dtype(low.dtype())?;
+        let frozen = base.forward_on(xs, cx.path)?.to_dtype(low.dtype())?;
         let seen = TappedPass { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
         lock(&self.tape).seen.push(seen);
         (frozen + low)?.to_dtype(xs.dtype())
@@ -90,7 +89,7 @@ impl Adapter for TappedLora {
         self.lora.parameters()
     }
 
-    fn delta(&self, base: &Linear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
+    fn delta(&self, base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.lora.delta(base, cx)
     }
 

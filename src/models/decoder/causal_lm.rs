@@ -1,21 +1,22 @@
 //! The decoder with the head that predicts the next token.
 
 use candle_core::{Device, Tensor};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::Init;
 
 use super::config::DecoderConfig;
 use super::model::Decoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
+use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops;
+use crate::ops::Weight;
 
 /// LLaMA as a language model.
 #[derive(Debug)]
 pub struct DecoderForCausalLM {
     decoder: Decoder,
-    head: Tensor, // (vocab, d)
+    head: Weight, // (vocab, d)
     config: DecoderConfig,
 }
 
@@ -25,14 +26,15 @@ impl DecoderForCausalLM {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+        let vb = vb.into();
         let decoder = Decoder::load(&vb, config, noise)?;
         let head = if config.decoder.tie_word_embeddings {
             decoder.embeddings().clone()
         } else {
             let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
             let shape = (config.decoder.vocab_size, config.decoder.hidden_size);
-            vb.pp("lm_head").get_with_hints(shape, "weight", init)?
+            vb.pp("lm_head").table(shape, init)?
         };
         Ok(Self { decoder, head, config: config.clone() })
     }
@@ -71,11 +73,11 @@ impl CausalLm for DecoderForCausalLM {
     }
 
     fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        ops::linear(hidden, &self.head, None, cx.path)
+        self.head.linear(hidden, None, cx.path)
     }
 
     fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        ops::linear_cross_entropy(hidden, &self.head, targets, -100, cx.path)
+        self.head.cross_entropy(hidden, targets, -100, cx.path)
     }
 }
 

@@ -7,6 +7,7 @@ use super::config::DecoderConfig;
 use super::model::Decoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
 
@@ -25,8 +26,13 @@ impl DecoderForSequenceClassification {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, head: VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
-        let decoder = Decoder::load(&vb, config, noise)?;
+    pub fn load<'a>(
+        vb: impl Into<Weights<'a>>,
+        head: VarBuilder,
+        config: &DecoderConfig,
+        noise: Noise,
+    ) -> Result<Self> {
+        let decoder = Decoder::load(vb, config, noise)?;
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let shape = (config.num_labels, config.decoder.hidden_size);
         let score = head.pp("score").get_with_hints(shape, "weight", init)?;

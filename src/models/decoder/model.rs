@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, D};
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Init, VarBuilder};
+use candle_nn::Init;
 
 use super::config::DecoderConfig;
 use super::rotary::Rotary;
@@ -12,8 +12,9 @@ use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableMode
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
 use crate::models::layers::{adaptable_linear_no_bias, parameters, Dropout};
+use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::{self, CausalMask, Mask, RmsNorm};
+use crate::ops::{self, CausalMask, Mask, RmsNorm, Weight};
 
 /// The decoder without a head.
 #[derive(Debug)]
@@ -42,13 +43,14 @@ impl Decoder {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: &VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+        let vb = vb.into();
         config.validate()?;
         let c = &config.decoder;
-        let vb = if vb.contains_tensor("embed_tokens.weight") { vb.clone() } else { vb.pp("model") };
+        let vb = if vb.contains_tensor("embed_tokens.weight") { vb } else { vb.pp("model") };
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let shape = (c.vocab_size, c.hidden_size);
-        let embeddings = vb.pp("embed_tokens").get_with_hints(shape, "weight", init)?;
+        let embeddings = vb.pp("embed_tokens").table(shape, init)?;
         let layers = (0..c.num_hidden_layers)
             .map(|i| Layer::load(&format!("model.layers.{i}"), &vb.pp("layers").pp(i), config, noise))
             .map(|layer| Ok(Arc::new(layer?)));
@@ -134,7 +136,7 @@ impl Decoder {
     }
 
     /// The token embedding (vocab, hidden), which a language-model head may be tied to.
-    pub fn embeddings(&self) -> &Tensor {
+    pub fn embeddings(&self) -> &Weight {
         self.embeddings.words()
     }
 
@@ -188,7 +190,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(path: &str, vb: &VarBuilder, config: &DecoderConfig, noise: Noise) -> Result<Self> {
+    fn load(path: &str, vb: &Weights, config: &DecoderConfig, noise: Noise) -> Result<Self> {
         let c = &config.decoder;
         let (d, inner, kv) = (c.hidden_size, c.intermediate_size, c.num_key_value_heads * config.head_dim());
         let linear = |name: &str, in_dim, out_dim| {

@@ -11,6 +11,7 @@ use crate::models::encoder::{
 };
 use crate::models::layers::{linear, project, Dropout};
 use crate::models::sequence_classifier::SequenceClassifier;
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::LayerNorm;
 
@@ -46,7 +47,13 @@ impl DistilBertForSequenceClassification {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, head: VarBuilder, config: &DistilBertConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(
+        vb: impl Into<Weights<'a>>,
+        head: VarBuilder,
+        config: &DistilBertConfig,
+        noise: Noise,
+    ) -> Result<Self> {
+        let vb = vb.into();
         config.validate()?;
         let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
         let vb = if bare { vb } else { vb.pp("distilbert") };

@@ -1,12 +1,13 @@
 //! Words, and where a family has them positions and token types: summed, normalised, dropped.
 
 use candle_core::{DType, Tensor, D};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::Init;
 
 use super::packed::PackedBatch;
 use crate::adapter::{AdaptableEmbedding, Context};
 use crate::error::Result;
 use crate::models::layers::Dropout;
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
 
@@ -65,16 +66,15 @@ impl Embeddings {
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
-    pub fn load(vb: &VarBuilder, shape: EmbeddingsShape, noise: Noise) -> Result<Self> {
-        let table = |name: &str, rows: usize| {
-            let init = Init::Randn { mean: 0.0, stdev: shape.init_std };
-            vb.pp(name).get_with_hints((rows, shape.width), "weight", init)
-        };
+    pub fn load(vb: &Weights, shape: EmbeddingsShape, noise: Noise) -> Result<Self> {
+        let init = Init::Randn { mean: 0.0, stdev: shape.init_std };
+        let table =
+            |name: &str, rows: usize| vb.pp(name).get_with_hints((rows, shape.width), "weight", init);
         let position =
             |(rows, ids)| candle_core::Result::Ok((table("position_embeddings", rows)?, ids));
         let types = |rows| table("token_type_embeddings", rows);
         Ok(Self {
-            words: AdaptableEmbedding::new(table(shape.words, shape.vocab)?),
+            words: AdaptableEmbedding::new(vb.pp(shape.words).table((shape.vocab, shape.width), init)?),
             positions: shape.positions.map(position).transpose()?,
             token_types: shape.token_types.map(types).transpose()?,
             dropout: Dropout::new(shape.dropout, noise, shape.path),
@@ -127,7 +127,8 @@ impl Embeddings {
     }
 
     fn forward(&self, ids: &Tensor, types: Option<&Tensor>, cx: &Context) -> candle_core::Result<Tensor> {
-        let (p, t) = (self.words.virtual_tokens(), ids.dim(1)?);
+        let (_, t) = ids.dims2()?;
+        let p = self.words.virtual_tokens();
         self.words.check_length(p + t, self.max_length)?;
         let mut sum = self.words.forward(ids, cx.path)?; // (b, p + t, d)
         if let Some((table, numbering)) = &self.positions {

@@ -2,13 +2,13 @@
 //! and layer norm.
 
 use candle_core::{Tensor, D};
-use candle_nn::VarBuilder;
 
 use super::packed::PackedBatch;
 use super::stack::Block;
 use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, parameters, Dropout};
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
 
@@ -92,7 +92,7 @@ impl PostNormLayer {
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
-    pub fn load(path: &str, vb: &VarBuilder, shape: &LayerShape, noise: Noise) -> Result<Self> {
+    pub fn load(path: &str, vb: &Weights, shape: &LayerShape, noise: Noise) -> Result<Self> {
         let (names, d, inner, eps) = (shape.names, shape.hidden, shape.inner, shape.norm_eps);
         let linear = |name: &str, in_dim, out_dim| {
             adaptable_linear(&format!("{path}.{name}"), in_dim, out_dim, shape.init_std, &vb.pp(name))

@@ -18,6 +18,7 @@ use super::repo::Repo;
 use super::source::Source;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
+use crate::models::weights::Weights;
 
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
@@ -171,6 +172,15 @@ impl ModelFiles {
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
         self.check_weights()?;
         weights::map_builder(&self.weights, dtype, device)
+    }
+
+    /// The weights for a model to be loaded of: those of [`Self::var_builder`], beside which what is quantised
+    /// stays so.
+    ///
+    /// # Errors
+    /// As [`Self::var_builder`].
+    pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
+        Ok(self.var_builder(dtype, device)?.into())
     }
 
     /// The tensors of the weights as they lie in their files, memory-mapped.

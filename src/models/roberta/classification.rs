@@ -8,6 +8,7 @@ use super::encoder::RobertaEncoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Linears};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, linear, project, Dropout};
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
 
@@ -34,7 +35,13 @@ impl RobertaForSequenceClassification {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: VarBuilder, head: VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(
+        vb: impl Into<Weights<'a>>,
+        head: VarBuilder,
+        config: &RobertaConfig,
+        noise: Noise,
+    ) -> Result<Self> {
+        let vb = vb.into();
         let encoder = RobertaEncoder::load(&vb, config, noise)?;
         let (d, labels, std) = (config.hidden_size, config.num_labels(), config.initializer_range);
         let dropout = |name: &str| Dropout::new(config.head_dropout(), noise, name);

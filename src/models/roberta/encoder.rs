@@ -1,7 +1,6 @@
 //! The encoder: embeddings and a stack of post-norm transformer layers.
 
 use candle_core::Tensor;
-use candle_nn::VarBuilder;
 
 use super::config::{Family, RobertaConfig};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
@@ -10,8 +9,9 @@ use crate::models::encoder::{
     Embeddings, EmbeddingsShape, LayerNames, LayerShape, PackedBatch, PositionIds, PostNormLayer, Stack,
 };
 use crate::models::layers::adaptable_linear;
+use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::LayerNorm;
+use crate::ops::{LayerNorm, Weight};
 
 /// The encoder of RoBERTa, BERT or ELECTRA.
 #[derive(Debug)]
@@ -29,11 +29,12 @@ impl RobertaEncoder {
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
-    pub fn load(vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let vb = vb.into();
         config.validate()?;
         let prefix = config.model_type.prefix();
         let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if bare { vb.clone() } else { vb.pp(prefix) };
+        let vb = if bare { vb } else { vb.pp(prefix) };
         let shape = LayerShape {
             names: &LayerNames::BERT,
             hidden: config.hidden_size,
@@ -128,14 +129,14 @@ impl RobertaEncoder {
     }
 
     /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
-    pub fn word_embeddings(&self) -> &Tensor {
+    pub fn word_embeddings(&self) -> &Weight {
         self.embeddings.words().words()
     }
 }
 
 /// RoBERTa numbers the real tokens of each row, virtual ones first, after the padding id and gives padding
 /// that id itself; BERT and ELECTRA number columns.
-fn load_embeddings(vb: &VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Embeddings> {
+fn load_embeddings(vb: &Weights, config: &RobertaConfig, noise: Noise) -> Result<Embeddings> {
     let numbering = match config.model_type {
         Family::Roberta => {
             PositionIds::RealTokens { pad_id: config.pad_id(), first: config.first_position() }

@@ -1,13 +1,14 @@
 //! The encoder with the head that names masked tokens: pre-training.
 
 use candle_core::{Tensor, D};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_nn::{Init, Linear};
 
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::{Error, Result};
 use crate::models::layers::linear;
+use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
 
@@ -26,7 +27,8 @@ impl RobertaForMaskedLM {
     /// # Errors
     /// If the configuration is not supported (ELECTRA's discriminator has no such head), or a tensor is missing
     /// or of another shape.
-    pub fn load(vb: VarBuilder, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+    pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
+        let vb = vb.into();
         let (d, eps) = (config.hidden_size, config.layer_norm_eps);
         let (dense, norm, bias) = match config.model_type {
             Family::Roberta => ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
@@ -76,12 +78,8 @@ impl RobertaForMaskedLM {
         let d = hidden.dim(D::Minus1)?;
         let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
         let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias(), cx.path)?, cx.path)?;
-        ops::linear(
-            &self.norm.forward_on(&xs, cx.path)?,
-            self.encoder.word_embeddings(),
-            Some(&self.bias),
-            cx.path,
-        )
+        let xs = self.norm.forward_on(&xs, cx.path)?;
+        self.encoder.word_embeddings().linear(&xs, Some(&self.bias), cx.path)
     }
 }
 

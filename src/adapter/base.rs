@@ -1,0 +1,183 @@
+//! The frozen linear layer beneath the adapters.
+
+use candle_core::{DType, Tensor};
+use candle_nn::{Linear, Module};
+
+use crate::error::{Error, Result};
+use crate::ops::{self, OpPath, QuantizedWeight};
+
+/// A frozen linear layer, `y = W0 x + b`, as its weight lies in memory.
+///
+/// # Example
+/// A weight of one's own in four bits:
+/// ```
+/// use std::sync::Arc;
+///
+/// use candle_core::quantized::{GgmlDType, QTensor};
+/// use candle_core::{DType, Device, Tensor};
+/// use monteclora::ops::QuantizedWeight;
+/// use monteclora::{AdaptableLinear, BaseLinear, Pass, QuantizedLinear};
+///
+/// let weight = Tensor::ones((6, 32), DType::F32, &Device::Cpu)?;
+/// let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q4_0)?);
+/// let base: BaseLinear = QuantizedLinear::new(QuantizedWeight::new(blocks, DType::F32)?, None).into();
+/// assert_eq!((base.kind(), base.bytes()), ("q4_0".to_string(), 6 * 18));
+///
+/// let layer = AdaptableLinear::new("block.proj", base);
+/// let ys = layer.forward(&Tensor::ones((1, 32), DType::F32, &Device::Cpu)?, &Pass::Mean.into())?;
+/// assert_eq!(ys.dims(), [1, 6]);
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub enum BaseLinear {
+    /// A weight of numbers.
+    Dense(Linear),
+    /// A weight in blocks of a few bits.
+    Quantized(QuantizedLinear),
+}
+
+/// A linear layer whose weight is quantised.
+#[derive(Debug, Clone)]
+pub struct QuantizedLinear {
+    weight: QuantizedWeight,
+    bias: Option<Tensor>, // (out)
+}
+
+impl QuantizedLinear {
+    /// The layer of `weight` `(out, in)` and `bias` `(out)`.
+    pub fn new(weight: QuantizedWeight, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// The weight.
+    pub fn weight(&self) -> &QuantizedWeight {
+        &self.weight
+    }
+
+    /// The bias.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+}
+
+impl BaseLinear {
+    /// `(in_dim, out_dim)`.
+    ///
+    /// # Errors
+    /// If the weight is not a matrix.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        let (out_dim, in_dim) = match self {
+            Self::Dense(layer) => layer.weight().dims2()?,
+            Self::Quantized(layer) => layer.weight.dims(),
+        };
+        Ok((in_dim, out_dim))
+    }
+
+    /// The bias.
+    pub fn bias(&self) -> Option<&Tensor> {
+        match self {
+            Self::Dense(layer) => layer.bias(),
+            Self::Quantized(layer) => layer.bias(),
+        }
+    }
+
+    /// The dtype of the weight; of a quantised one that of its rows once they are dequantised.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Dense(layer) => layer.weight().dtype(),
+            Self::Quantized(layer) => layer.weight.dtype(),
+        }
+    }
+
+    /// How the weight lies in memory: its dtype, such as `bf16`, or the kind of its blocks, such as `q4k`.
+    pub fn kind(&self) -> String {
+        match self {
+            Self::Dense(layer) => layer.weight().dtype().as_str().to_string(),
+            Self::Quantized(layer) => layer.weight.kind(),
+        }
+    }
+
+    /// The bytes of the weight.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(layer) => layer.weight().elem_count() * layer.weight().dtype().size_in_bytes(),
+            Self::Quantized(layer) => layer.weight.bytes(),
+        }
+    }
+
+    /// The layer as one of candle, unless its weight is quantised.
+    pub fn dense(&self) -> Option<&Linear> {
+        match self {
+            Self::Dense(layer) => Some(layer),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// [`Self::dense`] for `who` has no other way.
+    ///
+    /// # Errors
+    /// If the weight is quantised.
+    pub(crate) fn require_dense(&self, who: &str) -> Result<&Linear> {
+        self.dense().ok_or_else(|| {
+            let reason = format!(
+                "{who} needs the weight's own numbers, and this base is quantised ({}): load the model without \
+                 quantising it",
+                self.kind()
+            );
+            Error::config("quantize", reason)
+        })
+    }
+
+    /// The layer with its weight as numbers: a copy of all of it where it is quantised.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn dequantize(&self) -> candle_core::Result<Linear> {
+        match self {
+            Self::Dense(layer) => Ok(layer.clone()),
+            Self::Quantized(layer) => Ok(Linear::new(layer.weight.dequantize()?, layer.bias.clone())),
+        }
+    }
+
+    /// The layer's output: one operation, with the gradient of `xs` (and of a dense weight that is tracked).
+    ///
+    /// # Shapes
+    /// - `xs`: `(.., in_dim)`
+    /// - output: `(.., out_dim)`, the dtype of `xs`
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit.
+    pub fn forward_on(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Dense(layer) => ops::linear(xs, layer.weight(), layer.bias(), path),
+            Self::Quantized(layer) => ops::quantized_linear(xs, &layer.weight, layer.bias(), path),
+        }
+    }
+
+    /// The same weights without a place in a graph: no gradient is for them.
+    pub(crate) fn frozen(&self) -> Self {
+        let bias = self.bias().map(Tensor::detach);
+        match self {
+            Self::Dense(layer) => Self::Dense(Linear::new(layer.weight().detach(), bias)),
+            Self::Quantized(layer) => Self::Quantized(QuantizedLinear::new(layer.weight.clone(), bias)),
+        }
+    }
+}
+
+impl From<Linear> for BaseLinear {
+    fn from(layer: Linear) -> Self {
+        Self::Dense(layer)
+    }
+}
+
+impl From<QuantizedLinear> for BaseLinear {
+    fn from(layer: QuantizedLinear) -> Self {
+        Self::Quantized(layer)
+    }
+}
+
+impl Module for BaseLinear {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.forward_on(xs, OpPath::default())
+    }
+}

@@ -1,0 +1,148 @@
+//! Where a model fetches its weights: a builder of candle's, and beside it matrices that are quantised.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use candle_nn::{Init, Linear, VarBuilder};
+
+use crate::adapter::{BaseLinear, QuantizedLinear};
+use crate::error::{Error, Result};
+use crate::ops::{QuantizedWeight, Weight};
+
+/// Matrices that are quantised, or become so as they are fetched.
+pub trait QuantizedSource: Send + Sync {
+    /// The matrix that is asked for; None where it is not quantised, and the builder beside this source has it as
+    /// numbers.
+    ///
+    /// # Errors
+    /// If it is of another shape, or cannot be read.
+    fn get(&self, wanted: &Wanted) -> Result<Option<QuantizedWeight>>;
+}
+
+/// A matrix that a model asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Its whole name, such as `model.layers.0.self_attn.q_proj.weight`.
+    pub name: &'a str,
+    /// `(rows, columns)`.
+    pub shape: (usize, usize),
+    /// Whether its rows are those of a vocabulary: an embedding, or the head over it. Else a linear layer's weight.
+    pub is_table: bool,
+    /// What it begins with where new parameters start.
+    pub init: Init,
+    /// The dtype that its rows stand for.
+    pub dtype: DType,
+    /// Where it is to lie.
+    pub device: &'a Device,
+}
+
+/// A `VarBuilder` with, perhaps, a source of quantised matrices beside it, both at one place among the names.
+///
+/// It is a `VarBuilder` to whoever fetches other tensors or asks whether one is there, so that the builder knows every
+/// name; a builder alone is one without such a source (`.into()`).
+#[derive(Clone)]
+pub struct Weights<'a> {
+    builder: VarBuilder<'a>,
+    quantized: Option<Arc<dyn QuantizedSource + 'a>>,
+}
+
+impl<'a> Weights<'a> {
+    /// What `builder` has, whose matrices come from `quantized` where it gives them.
+    pub fn new(builder: VarBuilder<'a>, quantized: Arc<dyn QuantizedSource + 'a>) -> Self {
+        Self { builder, quantized: Some(quantized) }
+    }
+
+    /// The builder, for whoever trains the weights themselves.
+    ///
+    /// # Errors
+    /// If matrices are quantised.
+    pub fn into_dense(self) -> Result<VarBuilder<'a>> {
+        match self.quantized {
+            None => Ok(self.builder),
+            Some(_) => {
+                let reason =
+                    "full fine-tuning trains the base's own numbers, which a quantised one has none of: \
+                              take an adapter's method, or load the model without quantising it";
+                Err(Error::config("quantize", reason))
+            }
+        }
+    }
+
+    /// The same one step deeper among the names.
+    pub fn pp(&self, name: impl ToString) -> Self {
+        Self { builder: self.builder.pp(name), quantized: self.quantized.clone() }
+    }
+
+    /// The table `weight` of a vocabulary, `(rows, columns)`: an embedding, or the head over it.
+    ///
+    /// # Errors
+    /// If it is missing or of another shape.
+    pub fn table(&self, shape: (usize, usize), init: Init) -> Result<Weight> {
+        self.matrix(shape, true, init)
+    }
+
+    /// The linear layer of `weight` (out, in) and, where it has one, `bias` (out). Where the builder starts new
+    /// parameters, the weight is normal with standard deviation `init_std` and the bias zero.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape.
+    pub fn linear(&self, in_dim: usize, out_dim: usize, init_std: f64, has_bias: bool) -> Result<BaseLinear> {
+        let weight = self.matrix((out_dim, in_dim), false, Init::Randn { mean: 0.0, stdev: init_std })?;
+        let bias = match has_bias {
+            true => Some(self.builder.get_with_hints(out_dim, "bias", Init::Const(0.0))?),
+            false => None,
+        };
+        Ok(match weight {
+            Weight::Dense(weight) => Linear::new(weight, bias).into(),
+            Weight::Quantized(weight) => QuantizedLinear::new(weight, bias).into(),
+        })
+    }
+
+    fn matrix(&self, shape: (usize, usize), is_table: bool, init: Init) -> Result<Weight> {
+        if let Some(source) = &self.quantized {
+            let (dtype, device) = (self.builder.dtype(), self.builder.device());
+            let name = match self.builder.prefix() {
+                prefix if prefix.is_empty() => "weight".to_string(),
+                prefix => format!("{prefix}.weight"),
+            };
+            if let Some(weight) = source.get(&Wanted { name: &name, shape, is_table, init, dtype, device })? {
+                return Ok(weight.into());
+            }
+        }
+        Ok(self.builder.get_with_hints(shape, "weight", init)?.into())
+    }
+}
+
+impl fmt::Debug for Weights<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "Weights({:?}, quantized: {})", self.builder.prefix(), self.quantized.is_some())
+    }
+}
+
+impl<'a> Deref for Weights<'a> {
+    type Target = VarBuilder<'a>;
+
+    fn deref(&self) -> &VarBuilder<'a> {
+        &self.builder
+    }
+}
+
+impl<'a> From<VarBuilder<'a>> for Weights<'a> {
+    fn from(builder: VarBuilder<'a>) -> Self {
+        Self { builder, quantized: None }
+    }
+}
+
+impl<'a> From<&Weights<'a>> for Weights<'a> {
+    fn from(weights: &Weights<'a>) -> Self {
+        weights.clone()
+    }
+}
+
+impl<'a> From<&VarBuilder<'a>> for Weights<'a> {
+    fn from(builder: &VarBuilder<'a>) -> Self {
+        builder.clone().into()
+    }
+}

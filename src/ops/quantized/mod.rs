@@ -1,0 +1,11 @@
+//! Linear layers and tables whose weight lies in memory quantised: a few bits a number, in blocks with a scale.
+
+mod linear;
+mod matrix;
+#[cfg(test)]
+mod tests;
+mod weight;
+
+pub use linear::quantized_linear;
+pub use matrix::Weight;
+pub use weight::QuantizedWeight;
