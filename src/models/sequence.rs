@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use serde_json::{json, Value};
 
+use super::deberta::{DebertaConfig, DebertaForSequenceClassification};
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
@@ -79,6 +80,7 @@ pub struct SequenceConfig {
 enum Architecture {
     Roberta(RobertaConfig),
     DistilBert(DistilBertConfig),
+    Deberta(DebertaConfig),
     Llama(DecoderConfig),
 }
 
@@ -106,8 +108,11 @@ impl SequenceConfig {
             Some("distilbert") => {
                 Architecture::DistilBert(DistilBertConfig::parse(text, path)?.with_num_labels(num_labels))
             }
+            Some("deberta-v2") => {
+                Architecture::Deberta(DebertaConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
             other => {
-                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert or llama";
+                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2 or llama";
                 let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
                 return Err(Error::format(path, reason));
             }
@@ -152,7 +157,9 @@ impl SequenceConfig {
                 }
                 Family::Bert => &["classifier.weight", "classifier.bias"],
             },
-            Architecture::DistilBert(_) => &["classifier.weight", "classifier.bias"],
+            Architecture::DistilBert(_) | Architecture::Deberta(_) => {
+                &["classifier.weight", "classifier.bias"]
+            }
         }
     }
 
@@ -161,6 +168,7 @@ impl SequenceConfig {
         match &self.architecture {
             Architecture::Roberta(config) => config.vocab_size,
             Architecture::DistilBert(config) => config.vocab_size,
+            Architecture::Deberta(config) => config.vocab_size,
             Architecture::Llama(config) => config.decoder.vocab_size,
         }
     }
@@ -170,6 +178,7 @@ impl SequenceConfig {
         match &self.architecture {
             Architecture::Roberta(config) => config.max_length(),
             Architecture::DistilBert(config) => config.max_position_embeddings,
+            Architecture::Deberta(config) => config.max_position_embeddings,
             Architecture::Llama(config) => config.decoder.max_position_embeddings,
         }
     }
@@ -179,6 +188,7 @@ impl SequenceConfig {
         match &self.architecture {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
             Architecture::DistilBert(_) => "distilbert.".to_string(),
+            Architecture::Deberta(_) => "deberta.".to_string(),
             Architecture::Llama(_) => "model.".to_string(),
         }
     }
@@ -199,6 +209,9 @@ impl SequenceConfig {
             }
             Architecture::DistilBert(config) => {
                 Box::new(DistilBertForSequenceClassification::load(vb, head, config, noise)?)
+            }
+            Architecture::Deberta(config) => {
+                Box::new(DebertaForSequenceClassification::load(vb, head, config, noise)?)
             }
             Architecture::Llama(config) => {
                 Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
@@ -233,6 +246,7 @@ impl SequenceConfig {
                 (family, Some(config.pad_id()))
             }
             Architecture::DistilBert(config) => ("DistilBert", Some(config.pad_id())),
+            Architecture::Deberta(config) => ("DebertaV2", Some(config.pad_id())),
         };
         let mut json = self.json.clone();
         json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
@@ -267,7 +281,7 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert or llama";
+            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2 or llama";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -80,6 +80,7 @@ impl DistilBertForSequenceClassification {
             probs_dropout: config.attention_dropout,
             attention_dropout: 0.0,
             output_dropout: config.dropout,
+            relative: None,
         };
         let layers = (0..config.n_layers).map(|i| {
             let path = format!("distilbert.transformer.layer.{i}");

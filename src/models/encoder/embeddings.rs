@@ -68,10 +68,8 @@ impl Embeddings {
     /// If a tensor is missing or of another shape.
     pub fn load(vb: &Weights, shape: EmbeddingsShape, noise: Noise) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: shape.init_std };
-        let table =
-            |name: &str, rows: usize| vb.pp(name).get_with_hints((rows, shape.width), "weight", init);
-        let position =
-            |(rows, ids)| candle_core::Result::Ok((table("position_embeddings", rows)?, ids));
+        let table = |name: &str, rows: usize| vb.pp(name).get_with_hints((rows, shape.width), "weight", init);
+        let position = |(rows, ids)| candle_core::Result::Ok((table("position_embeddings", rows)?, ids));
         let types = |rows| table("token_type_embeddings", rows);
         Ok(Self {
             words: AdaptableEmbedding::new(vb.pp(shape.words).table((shape.vocab, shape.width), init)?),

@@ -8,7 +8,7 @@ use crate::ops::{Mask, OpPath, Rows};
 #[derive(Debug, Clone)]
 pub struct PackedBatch {
     shape: (usize, usize), // (b, t)
-    mask: Mask,
+    padding: Tensor,       // (b, t)
     real: Option<Rows>,
     /// The tokens (one a row) whose hidden states are wanted of a layer; all where absent.
     only: Option<Rows>,
@@ -20,7 +20,6 @@ impl PackedBatch {
     /// # Errors
     /// If the mask cannot be read.
     pub fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
-        let mask = Mask { padding: Some(attention_mask.clone()), ..Mask::default() };
         let mut real = None;
         // On a GPU, to read the mask would hold everything up.
         if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {
@@ -31,7 +30,7 @@ impl PackedBatch {
             let saves = (1..=rows.total() * 9 / 10).contains(&rows.count());
             real = Some(rows).filter(|_| saves && has_first_tokens);
         }
-        Ok(Self { shape, mask, real, only: None })
+        Ok(Self { shape, padding: attention_mask.clone(), real, only: None })
     }
 
     /// The same batch for a layer of which the first token of each row alone is wanted.
@@ -47,9 +46,14 @@ impl PackedBatch {
         self.shape
     }
 
+    /// The attention mask, 1 on real tokens, (b, t).
+    pub fn padding(&self) -> &Tensor {
+        &self.padding
+    }
+
     /// Which keys every query sees.
-    pub fn mask(&self) -> &Mask {
-        &self.mask
+    pub fn mask(&self) -> Mask {
+        Mask { padding: Some(self.padding.clone()), ..Mask::default() }
     }
 
     /// The tokens, one a row, whose hidden states are wanted of a layer; None: all.
@@ -80,6 +84,17 @@ impl PackedBatch {
     pub fn pack(&self, xs: Tensor, path: OpPath) -> candle_core::Result<Tensor> {
         match &self.real {
             Some(real) => real.take(&xs, path),
+            None => Ok(xs),
+        }
+    }
+
+    /// The packed (n, d) followed by `more` rows, as (b * t + more, d), zero on padding.
+    ///
+    /// # Errors
+    /// If the shape is not the batch's.
+    pub fn pad_rows(&self, xs: Tensor, more: usize, path: OpPath) -> candle_core::Result<Tensor> {
+        match &self.real {
+            Some(real) => real.followed_by(more)?.put(&xs, path),
             None => Ok(xs),
         }
     }

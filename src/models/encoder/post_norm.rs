@@ -1,9 +1,12 @@
 //! The layer of BERT and its relatives: attention and feed-forward block, each followed by dropout, residual
 //! and layer norm.
 
+use std::sync::Arc;
+
 use candle_core::{Tensor, D};
 
 use super::packed::PackedBatch;
+use super::relative::RelativePositions;
 use super::stack::Block;
 use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
@@ -68,6 +71,8 @@ pub struct LayerShape {
     pub attention_dropout: f64,
     /// Dropout of what the feed-forward block adds, in training.
     pub output_dropout: f64,
+    /// The table of relative positions; None of a family whose attention knows none.
+    pub relative: Option<Arc<RelativePositions>>,
 }
 
 /// One layer.
@@ -84,7 +89,15 @@ pub struct PostNormLayer {
     probs_dropout: Dropout,
     attention_dropout: Dropout,
     output_dropout: Dropout,
+    relative: Option<Relative>,
     heads: usize,
+}
+
+/// The relative positions of one layer's attention.
+#[derive(Debug)]
+struct Relative {
+    positions: Arc<RelativePositions>,
+    dropout: Dropout,
 }
 
 impl PostNormLayer {
@@ -110,8 +123,36 @@ impl PostNormLayer {
             probs_dropout: dropout(shape.probs_dropout, "attention.self"),
             attention_dropout: dropout(shape.attention_dropout, "attention.output"),
             output_dropout: dropout(shape.output_dropout, "output"),
+            relative: shape.relative.as_ref().map(|positions| Relative {
+                positions: positions.clone(),
+                dropout: dropout(shape.output_dropout, "attention.self.positions"),
+            }),
             heads: shape.heads,
         })
+    }
+
+    /// What disentangled attention gives for the `wanted` tokens, (b, t or 1, d). The tokens and the relative
+    /// positions pass each shared projection together: an adapter on it is called once.
+    fn attend_relatively(
+        &self,
+        relative: &Relative,
+        xs: &Tensor,
+        wanted: &Tensor,
+        batch: &PackedBatch,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        let (positions, rows) = relative.positions.rows(batch.shape().1, &relative.dropout, cx)?; // (m, d)
+        let (m, d) = positions.dims2()?;
+        let and_positions = |xs: &Tensor| Tensor::cat(&[&xs.reshape(((), d))?, &positions], 0);
+        let q = self.query.forward(&and_positions(wanted)?, cx)?;
+        let q = if batch.only().is_some() { q } else { batch.pad_rows(q, m, cx.path)? }; // (b * (t or 1) + m, d)
+        let k = batch.pad_rows(self.key.forward(&and_positions(xs)?, cx)?, m, cx.path)?; // (b * t + m, d)
+        let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?; // (b, t, d)
+                                                                  // Three terms, each of the variance that one has elsewhere.
+        let scale = (3.0 * d as f64 / self.heads as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(cx);
+        let padding = batch.padding();
+        ops::disentangled_attention(&q, &k, &v, &rows, self.heads, scale, padding, dropout, cx.path)
     }
 
     /// What attention gives for the `wanted` tokens, (b, t or 1, d).
@@ -128,7 +169,7 @@ impl PostNormLayer {
         let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?;
         let scale = (q.dim(D::Minus1)? as f64 / self.heads as f64).sqrt().recip();
         let dropout = self.probs_dropout.active(cx);
-        ops::attention(&q, &k, &v, self.heads, self.heads, scale, batch.mask(), dropout, cx.path)
+        ops::attention(&q, &k, &v, self.heads, self.heads, scale, &batch.mask(), dropout, cx.path)
     }
 
     fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
@@ -145,7 +186,10 @@ impl Block for PostNormLayer {
             Some(only) => only.take(xs, cx.path)?,
             None => xs.clone(),
         };
-        let context = self.attend(xs, &wanted, batch, cx)?;
+        let context = match &self.relative {
+            Some(relative) => self.attend_relatively(relative, xs, &wanted, batch, cx)?,
+            None => self.attend(xs, &wanted, batch, cx)?,
+        };
         let context =
             if batch.only().is_some() { context.squeeze(1)? } else { batch.pack(context, cx.path)? };
         let attended = self.attention_output.forward(&context, cx)?;
@@ -157,7 +201,8 @@ impl Block for PostNormLayer {
 
     fn parameters(&self) -> Result<Vec<Tensor>> {
         let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
-        Ok(parameters(self)?.into_iter().chain(norms).collect())
+        let positions = self.relative.iter().flat_map(|relative| relative.positions.parameters());
+        Ok(parameters(self)?.into_iter().chain(norms).chain(positions).collect())
     }
 }
 

@@ -57,12 +57,7 @@ impl<L: Block> Stack<L> {
     ///
     /// # Errors
     /// If candle fails.
-    pub fn first_token(
-        &self,
-        xs: Tensor,
-        batch: PackedBatch,
-        cx: &Context,
-    ) -> candle_core::Result<Tensor> {
+    pub fn first_token(&self, xs: Tensor, batch: PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
         let Some((last, before)) = self.layers.split_last() else {
             return batch.first_tokens(xs.device())?.take(&xs, cx.path);
         };

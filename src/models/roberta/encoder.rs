@@ -45,6 +45,7 @@ impl RobertaEncoder {
             probs_dropout: config.attention_probs_dropout_prob,
             attention_dropout: config.hidden_dropout_prob,
             output_dropout: config.hidden_dropout_prob,
+            relative: None,
         };
         let layers = (0..config.num_hidden_layers).map(|i| {
             let path = format!("{prefix}.encoder.layer.{i}");

@@ -1,0 +1,215 @@
+//! The encoders after BERT against Hugging Face transformers, on the golden values of
+//! `tests/data/make_encoders_golden.py`, and against differences.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::adapter::{Context, Params, Pass, Role};
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::{self, Targets};
+use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
+use monteclora::noise::Noise;
+use monteclora::ops::{self, OpPath};
+use monteclora::{KlEvaluation, MonteCLoRAConfig, Regularizer};
+use serde_json::{json, Value};
+
+use crate::gradients::check;
+use crate::support::{assert_close, scatter, Outcome};
+
+const FAMILIES: [&str; 3] = ["distilbert", "electra", "deberta"];
+const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
+
+/// One family's part of the golden file, and its configuration.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    config: Value,
+}
+
+impl Golden {
+    fn open(family: &str) -> Outcome<Self> {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+        let all = candle_core::safetensors::load(dir.join("encoders_golden.safetensors"), &Device::Cpu)?;
+        let prefix = format!("{family}/");
+        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
+        let config = std::fs::read(dir.join(format!("toy_{family}_config.json")))?;
+        Ok(Self {
+            tensors: all.into_iter().filter_map(part).collect(),
+            config: serde_json::from_slice(&config)?,
+        })
+    }
+
+    /// The same with other settings.
+    fn with(mut self, settings: Value) -> Self {
+        for (name, value) in settings.as_object().into_iter().flatten() {
+            self.config[name] = value.clone();
+        }
+        self
+    }
+
+    /// The same without dropout.
+    fn no_dropout(self) -> Self {
+        let rates: Vec<String> = match self.config.as_object() {
+            Some(fields) => fields.keys().filter(|name| name.contains("dropout")).cloned().collect(),
+            None => Vec::new(),
+        };
+        rates.iter().fold(self, |golden, rate| golden.with(json!({ rate.as_str(): 0.0 })))
+    }
+
+    fn config(&self) -> Outcome<SequenceConfig> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, self.config.to_string())?;
+        Ok(SequenceConfig::from_file(&path, 3)?)
+    }
+
+    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+    }
+
+    fn frozen(&self, dtype: DType) -> Outcome<Box<dyn SequenceClassifier>> {
+        Ok(self.config()?.load(self.vb(dtype), self.vb(dtype), Noise::new(0))?)
+    }
+
+    /// A model of which all is trained, or, with `Role::Head`, the head alone.
+    fn trained(&self, role: Role, dtype: DType) -> Outcome<(Box<dyn SequenceClassifier>, Params)> {
+        let params = Params::with_dtype(Noise::new(6), dtype, &Device::Cpu);
+        let head = params.var_builder(Some(self.vb(dtype)), role);
+        let body = if role == Role::Base { head.clone() } else { self.vb(dtype) };
+        Ok((self.config()?.load(body, head, Noise::new(0))?, params))
+    }
+
+    /// ids, token types, attention mask.
+    fn inputs(&self) -> Outcome<[Tensor; 3]> {
+        let ids = self.tensors["input_ids"].to_dtype(DType::U32)?;
+        let types = match self.tensors.get("token_type_ids") {
+            Some(types) => types.to_dtype(DType::U32)?,
+            None => ids.zeros_like()?,
+        };
+        Ok([ids, types, self.tensors["attention_mask"].to_dtype(DType::U8)?])
+    }
+
+    fn logits(&self, model: &dyn SequenceClassifier, cx: &Context) -> Outcome<Tensor> {
+        let [ids, types, mask] = self.inputs()?;
+        Ok(model.logits(&ids, &types, &mask, cx)?)
+    }
+
+    fn loss(&self, model: &dyn SequenceClassifier, cx: &Context) -> Outcome<Tensor> {
+        let logits = self.logits(model, cx)?;
+        Ok(ops::cross_entropy(&logits, &self.tensors["labels"], -100, cx.path)?)
+    }
+}
+
+/// The families, and settings that change which of the golden logits are theirs.
+fn variants() -> Outcome<Vec<(&'static str, Golden, &'static str)>> {
+    let all: Vec<_> = FAMILIES
+        .iter()
+        .map(|family| Ok((*family, Golden::open(family)?, "logits")))
+        .collect::<Outcome<_>>()?;
+    Ok(all)
+}
+
+#[test]
+fn every_family_gives_the_logits_of_transformers() -> Outcome {
+    for (family, golden, key) in variants()? {
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 2e-6)] {
+            let model = golden.frozen(dtype)?;
+            for path in PATHS {
+                let logits = golden.logits(model.as_ref(), &Context::from(Pass::Mean).with_path(path))?;
+                assert_close(&logits, &golden.tensors[key], tolerance)
+                    .map_err(|error| format!("{family}, {key}, {dtype:?}, {path:?}: {error}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_row_has_the_logits_that_it_has_without_padding() -> Outcome {
+    for (family, golden, key) in variants()? {
+        let model = golden.frozen(DType::F32)?;
+        let [ids, types, mask] = golden.inputs()?;
+        for (row, length) in [(0, 17), (1, 9), (2, 4)] {
+            let own = |t: &Tensor| t.narrow(0, row, 1)?.narrow(1, 0, length);
+            let logits = model.logits(&own(&ids)?, &own(&types)?, &own(&mask)?, &Pass::Mean.into())?;
+            assert_close(&logits, &golden.tensors[key].narrow(0, row, 1)?, 1e-4)
+                .map_err(|error| format!("{family}: {error}"))?;
+        }
+        // A row beyond the model's length.
+        let long = Tensor::full(5u32, (1, 41), &Device::Cpu)?;
+        let mask = long.ones_like()?.to_dtype(DType::U8)?;
+        let error = model.logits(&long, &long.zeros_like()?, &mask, &Pass::Mean.into()).unwrap_err();
+        assert!(error.to_string().contains("more than the model's 40"), "{family}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_are_those_of_transformers_kept_or_computed_again() -> Outcome {
+    for (family, golden, key) in variants()? {
+        if key != "logits" {
+            continue;
+        }
+        assert!(golden.tensors.keys().filter(|name| name.starts_with("grad.")).count() > 1);
+        let golden = golden.no_dropout();
+        let (mut model, params) = golden.trained(Role::Base, DType::F32)?;
+        for again in [false, true] {
+            model.set_checkpoint_layers(again);
+            for path in PATHS {
+                // In training, since layers are computed again in training alone.
+                let cx = Context::from(Pass::Train { draw: 0 }).with_path(path);
+                let loss = golden.loss(model.as_ref(), &cx)?;
+                assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 2e-5)?;
+                let grads = loss.backward()?;
+                for (name, expected) in golden.tensors.iter().filter(|(name, _)| name.starts_with("grad.")) {
+                    let name = &name["grad.".len()..];
+                    let param = params.get(name).ok_or_else(|| format!("{name} is no parameter"))?;
+                    let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
+                    let what = |error| format!("{family}, {name}, {path:?}, again {again}: {error}");
+                    assert_close(grad, expected, 5e-5).map_err(what)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn full_fine_tuning_differentiates_every_weight() -> Outcome {
+    for (_, golden, _) in variants()? {
+        let (model, params) = golden.trained(Role::Base, DType::F64)?;
+        check(&params, || golden.loss(model.as_ref(), &Pass::Train { draw: 4 }.into()))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_of_both_methods_are_differentiated() -> Outcome {
+    let (targets, cx) = (Targets::parse("all-linear")?, Context::from(Pass::Train { draw: 4 }));
+    for (_, golden, _) in variants()? {
+        let (mut model, params) = golden.trained(Role::Head, DType::F64)?;
+        let config = LoraConfig { rank: 3, alpha: 7.0, dropout: 0.2, ..LoraConfig::default() };
+        inject::lora(model.as_mut(), &targets, &config, &params)?;
+        scatter(&params)?;
+        check(&params, || golden.loss(model.as_ref(), &cx))?;
+
+        let (mut model, params) = golden.trained(Role::Head, DType::F64)?;
+        let config = MonteCLoRAConfig {
+            rank: 3,
+            alpha: 7.0,
+            num_components: 3,
+            sample_scaler: 0.3,
+            kl_weight: 0.1,
+            mode: KlEvaluation::Sampled,
+            ..MonteCLoRAConfig::default()
+        };
+        inject::monteclora(model.as_mut(), &Targets::default(), &config, &params)?;
+        scatter(&params)?;
+        let regularizer = Regularizer::new(&config);
+        check(&params, || {
+            Ok((golden.loss(model.as_ref(), &cx)? + regularizer.for_model(model.as_ref(), cx.pass)?.total)?)
+        })?;
+    }
+    Ok(())
+}
