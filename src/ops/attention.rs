@@ -28,7 +28,7 @@ use crate::util::dtype::wide;
 ///
 /// On a CUDA device, in f32 and bf16 and with heads on multiples of 16 bytes, two kernels of ours stand
 /// between cuBLAS's products: scores and what comes back to them are in f32, probabilities and their
-/// slopes are rounded to the dtype of `v` once. Other dtypes and heads are composed.
+/// slopes are rounded to the dtype of `v` once. Other dtypes and heads, and windows, are composed.
 ///
 /// `dropout`: (p, stream, draw) of the attention probabilities, numbered in the order of
 /// (b, heads, tq, tk).
@@ -39,7 +39,7 @@ use crate::util::dtype::wide;
 /// - output: `(b, tq, heads * dim)`
 ///
 /// # Errors
-/// If the shapes do not fit, `heads` is not a multiple of `kv_heads`, or p is not in `[0, 1)`.
+/// If the shapes do not fit, `heads` is not a multiple of `kv_heads`, a window is 0, or p is not in `[0, 1)`.
 #[allow(clippy::too_many_arguments)]
 pub fn attention(
     q: &Tensor,
@@ -62,6 +62,9 @@ pub fn attention(
             );
         }
     }
+    if mask.window.as_ref().is_some_and(|window| window.size() == 0) {
+        bail!("attention: a window of 0 keys hides a query's own place");
+    }
     if let Some((p, ..)) = dropout {
         check(p)?;
     }
@@ -82,7 +85,9 @@ pub fn attention(
             })
         }
         #[cfg(feature = "cuda")]
-        OpPath::Composed if path.has_kernels() && kernels::supports([q, k, v], shape.dim) => {
+        OpPath::Composed
+            if path.has_kernels() && mask.window.is_none() && kernels::supports([q, k, v], shape.dim) =>
+        {
             let core = on_device(&shape, scale, mask, dropout)?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {

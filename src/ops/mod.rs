@@ -51,7 +51,7 @@ mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::attention;
-pub use attention_mask::{CausalMask, Mask};
+pub use attention_mask::{CausalMask, Mask, Window};
 pub(crate) use backward::backward;
 pub use checkpoint::checkpoint;
 pub use constant::{add_constant, matmul_constant, mul_constant, scale};

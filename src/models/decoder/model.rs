@@ -94,6 +94,7 @@ impl Decoder {
             mask: Mask {
                 padding: Some(place(self.embeddings.extend_mask(attention_mask)?)?),
                 causal: Some(self.causal.clone()),
+                window: None,
             },
             angles: self.rotary.angles(seen, p + t)?,
             cx: cx.clone(),
