@@ -13,6 +13,7 @@ pub(crate) mod encoder;
 pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
+pub mod modernbert;
 pub mod roberta;
 pub mod save;
 pub mod sequence;

@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 use super::deberta::{DebertaConfig, DebertaForSequenceClassification};
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
+use super::modernbert::{ModernBertConfig, ModernBertForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 pub use super::sequence_classifier::SequenceClassifier;
 use super::weights::Weights;
@@ -81,6 +82,7 @@ enum Architecture {
     Roberta(RobertaConfig),
     DistilBert(DistilBertConfig),
     Deberta(DebertaConfig),
+    ModernBert(ModernBertConfig),
     Llama(DecoderConfig),
 }
 
@@ -111,8 +113,11 @@ impl SequenceConfig {
             Some("deberta-v2") => {
                 Architecture::Deberta(DebertaConfig::parse(text, path)?.with_num_labels(num_labels))
             }
+            Some("modernbert") => {
+                Architecture::ModernBert(ModernBertConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
             other => {
-                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2 or llama";
+                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
                 let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
                 return Err(Error::format(path, reason));
             }
@@ -157,7 +162,7 @@ impl SequenceConfig {
                 }
                 Family::Bert => &["classifier.weight", "classifier.bias"],
             },
-            Architecture::DistilBert(_) | Architecture::Deberta(_) => {
+            Architecture::DistilBert(_) | Architecture::Deberta(_) | Architecture::ModernBert(_) => {
                 &["classifier.weight", "classifier.bias"]
             }
         }
@@ -169,6 +174,7 @@ impl SequenceConfig {
             Architecture::Roberta(config) => config.vocab_size,
             Architecture::DistilBert(config) => config.vocab_size,
             Architecture::Deberta(config) => config.vocab_size,
+            Architecture::ModernBert(config) => config.vocab_size,
             Architecture::Llama(config) => config.decoder.vocab_size,
         }
     }
@@ -179,6 +185,7 @@ impl SequenceConfig {
             Architecture::Roberta(config) => config.max_length(),
             Architecture::DistilBert(config) => config.max_position_embeddings,
             Architecture::Deberta(config) => config.max_position_embeddings,
+            Architecture::ModernBert(config) => config.max_position_embeddings,
             Architecture::Llama(config) => config.decoder.max_position_embeddings,
         }
     }
@@ -189,7 +196,7 @@ impl SequenceConfig {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
             Architecture::DistilBert(_) => "distilbert.".to_string(),
             Architecture::Deberta(_) => "deberta.".to_string(),
-            Architecture::Llama(_) => "model.".to_string(),
+            Architecture::Llama(_) | Architecture::ModernBert(_) => "model.".to_string(),
         }
     }
 
@@ -212,6 +219,9 @@ impl SequenceConfig {
             }
             Architecture::Deberta(config) => {
                 Box::new(DebertaForSequenceClassification::load(vb, head, config, noise)?)
+            }
+            Architecture::ModernBert(config) => {
+                Box::new(ModernBertForSequenceClassification::load(vb, head, config, noise)?)
             }
             Architecture::Llama(config) => {
                 Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
@@ -247,6 +257,7 @@ impl SequenceConfig {
             }
             Architecture::DistilBert(config) => ("DistilBert", Some(config.pad_id())),
             Architecture::Deberta(config) => ("DebertaV2", Some(config.pad_id())),
+            Architecture::ModernBert(config) => ("ModernBert", Some(config.pad_id())),
         };
         let mut json = self.json.clone();
         json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
@@ -281,7 +292,7 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2 or llama";
+            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -18,7 +18,7 @@ use serde_json::{json, Value};
 use crate::gradients::check;
 use crate::support::{assert_close, scatter, Outcome};
 
-const FAMILIES: [&str; 3] = ["distilbert", "electra", "deberta"];
+const FAMILIES: [&str; 4] = ["distilbert", "electra", "deberta", "modernbert"];
 const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 
 /// One family's part of the golden file, and its configuration.
@@ -103,10 +103,13 @@ impl Golden {
 
 /// The families, and settings that change which of the golden logits are theirs.
 fn variants() -> Outcome<Vec<(&'static str, Golden, &'static str)>> {
-    let all: Vec<_> = FAMILIES
-        .iter()
-        .map(|family| Ok((*family, Golden::open(family)?, "logits")))
-        .collect::<Outcome<_>>()?;
+    let of = |family: &'static str| Ok((family, Golden::open(family)?, "logits"));
+    let mut all = FAMILIES.into_iter().map(of).collect::<Outcome<Vec<_>>>()?;
+    let mean = Golden::open("modernbert")?.with(json!({ "classifier_pooling": "mean" }));
+    all.push(("modernbert", mean, "logits.mean"));
+    let types = ["full_attention", "sliding_attention", "sliding_attention"];
+    let local = Golden::open("modernbert")?.with(json!({ "num_hidden_layers": 3, "layer_types": types }));
+    all.push(("modernbert", local, "logits.local"));
     Ok(all)
 }
 

@@ -12,4 +12,4 @@ pub use embeddings::{Embeddings, EmbeddingsShape, PositionIds};
 pub use packed::PackedBatch;
 pub use post_norm::{LayerNames, LayerShape, PostNormLayer};
 pub use relative::{Buckets, RelativePositions};
-pub use stack::Stack;
+pub use stack::{Block, Stack};
