@@ -21,13 +21,14 @@ use crate::util::files;
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
 /// What a folder may hold beside its configuration and its weights.
-const COMPANIONS: [&str; 12] = [
+const COMPANIONS: [&str; 13] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
     "sentencepiece.bpe.model",
+    "spm.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -173,7 +174,8 @@ pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
         }
     }
     let has = |name| copied.contains(&name);
-    if ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"].into_iter().any(has) {
+    let whole = ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"];
+    if whole.into_iter().any(has) {
         return Ok(());
     }
     if has("vocab.json") != has("merges.txt") {

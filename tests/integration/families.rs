@@ -2,13 +2,14 @@
 //! `tests/data/make_encoders_golden.py`, and against differences.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
+use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
@@ -18,17 +19,17 @@ use serde_json::{json, Value};
 use crate::gradients::check;
 use crate::support::{assert_close, scatter, Outcome};
 
-const FAMILIES: [&str; 4] = ["distilbert", "electra", "deberta", "modernbert"];
+pub const FAMILIES: [&str; 4] = ["distilbert", "electra", "deberta", "modernbert"];
 const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 
 /// One family's part of the golden file, and its configuration.
-struct Golden {
+pub struct Golden {
     tensors: HashMap<String, Tensor>,
     config: Value,
 }
 
 impl Golden {
-    fn open(family: &str) -> Outcome<Self> {
+    pub fn open(family: &str) -> Outcome<Self> {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
         let all = candle_core::safetensors::load(dir.join("encoders_golden.safetensors"), &Device::Cpu)?;
         let prefix = format!("{family}/");
@@ -49,12 +50,23 @@ impl Golden {
     }
 
     /// The same without dropout.
-    fn no_dropout(self) -> Self {
+    pub fn no_dropout(self) -> Self {
         let rates: Vec<String> = match self.config.as_object() {
             Some(fields) => fields.keys().filter(|name| name.contains("dropout")).cloned().collect(),
             None => Vec::new(),
         };
         rates.iter().fold(self, |golden, rate| golden.with(json!({ rate.as_str(): 0.0 })))
+    }
+
+    /// Writes the folder of a checkpoint.
+    pub fn write(&self, dir: &Path) -> Outcome<ModelFiles> {
+        std::fs::create_dir_all(dir)?;
+        let is_weight = |name: &str| name.ends_with(".weight") || name.ends_with(".bias");
+        let weights = self.tensors.iter().filter(|(name, _)| is_weight(name) && !name.starts_with("grad."));
+        let weights = weights.map(|(name, weight)| (name.clone(), weight.clone()));
+        monteclora::util::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
+        std::fs::write(dir.join("config.json"), self.config.to_string())?;
+        Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
     }
 
     fn config(&self) -> Outcome<SequenceConfig> {
