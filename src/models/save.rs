@@ -281,18 +281,27 @@ fn plan<'a>(
     failure: &'a Failure,
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (mut body, mut adapted) = (String::new(), BTreeMap::new());
+    // The first layers are the body's; what a family has beside it is a part of the checkpoint as well.
+    let (mut parts, mut adapted) = (Vec::new(), BTreeMap::new());
     model.visit_linears(&mut |layer| {
-        body = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
+        let part = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
+        if !parts.contains(&part) {
+            parts.push(part);
+        }
         if layer.active().is_some() {
             let (in_dim, out_dim) = layer.dims()?;
             adapted.insert(layer.path().to_string(), vec![out_dim, in_dim]);
         }
         Ok(())
     })?;
+    if parts.is_empty() {
+        parts.push(String::new());
+    }
+    let body = parts[0].clone();
+    let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
-    let whole = |name: String| if bare { format!("{body}{name}") } else { name };
+    let whole = |name: String| if bare && !of_model(&name) { format!("{body}{name}") } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
         // A bare checkpoint trains under its own names.
@@ -315,7 +324,7 @@ fn plan<'a>(
     for (name, view) in views {
         let name = whole(name);
         // A trained head replaces whatever head the checkpoint came with.
-        if has_head && !name.starts_with(&body) {
+        if has_head && !of_model(&name) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();

@@ -1,18 +1,20 @@
 //! The encoders after BERT against Hugging Face transformers, on the golden values of
 //! `tests/data/make_encoders_golden.py`, and against differences.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
+use monteclora::train::{Classifier, Method, MethodInit};
 use monteclora::{KlEvaluation, MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
 
@@ -191,6 +193,96 @@ fn gradients_are_those_of_transformers_kept_or_computed_again() -> Outcome {
 }
 
 #[test]
+fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?;
+        let prefix = golden.config()?.prefix();
+        let bare = golden.tensors.iter().map(|(name, t)| {
+            // What is no part of the body keeps its name.
+            (name.strip_prefix(&prefix).unwrap_or(name).to_string(), t.clone())
+        });
+        let bare = Golden { tensors: bare.collect(), config: golden.config.clone() };
+        assert_ne!(bare.tensors.get("embeddings.word_embeddings.weight").is_some(), family == "modernbert");
+        let logits = bare.logits(bare.frozen(DType::F32)?.as_ref(), &Pass::Mean.into())?;
+        assert_close(&logits, &golden.tensors["logits"], 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn each_dropout_acts_in_training_alone() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?.no_dropout();
+        let mean = golden.logits(golden.frozen(DType::F32)?.as_ref(), &Pass::Mean.into())?;
+        let rates: &[&str] = match family {
+            "distilbert" => &["dropout", "attention_dropout", "seq_classif_dropout"],
+            "electra" => &["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"],
+            "deberta" => {
+                &["hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"]
+            }
+            _ => &["embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"],
+        };
+        // With those of the head at 0 the rate of the body must not reach it.
+        let off: Value = rates.iter().map(|rate| (rate.to_string(), json!(0.0))).collect();
+        for rate in rates {
+            let golden = Golden::open(family)?.with(off.clone()).with(json!({ *rate: 0.3 }));
+            let model = golden.frozen(DType::F32)?;
+            let of = |pass: Pass| -> Outcome<Vec<f32>> {
+                Ok(golden.logits(model.as_ref(), &pass.into())?.flatten_all()?.to_vec1()?)
+            };
+            assert_eq!(of(Pass::Mean)?, mean.flatten_all()?.to_vec1::<f32>()?, "{family}, {rate}");
+            let one = of(Pass::Train { draw: 1 })?;
+            assert_ne!(one, of(Pass::Mean)?, "{family}, {rate}");
+            assert_eq!(one, of(Pass::Train { draw: 1 })?, "{family}, {rate}");
+            assert_ne!(one, of(Pass::Train { draw: 2 })?, "{family}, {rate}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_head_is_trained_whole_and_what_is_saved_computes_the_same() -> Outcome {
+    for (family, expected, heads) in [
+        ("distilbert", ["k_lin", "q_lin", "v_lin"].as_slice(), ["classifier", "pre_classifier"].as_slice()),
+        ("electra", &["key", "query", "value"], &["classifier.dense", "classifier.out_proj"]),
+        ("deberta", &["key_proj", "query_proj", "value_proj"], &["classifier", "pooler.dense"]),
+        ("modernbert", &["Wqkv"], &["classifier"]),
+    ] {
+        let dir = tempfile::tempdir()?;
+        let mut golden = Golden::open(family)?;
+        // As pre-training leaves it.
+        golden.tensors.retain(|name, _| !heads.iter().any(|head| name.starts_with(&format!("{head}."))));
+        let files = golden.write(&dir.path().join("base"))?;
+        let config = MonteCLoRAConfig { rank: 3, num_components: 3, ..MonteCLoRAConfig::default() };
+        let start = MethodInit::Fresh(Method::MonteCLoRA(config), Targets::default());
+        let classifier = Classifier::load(&files, 3, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+        scatter(&classifier.params)?;
+        let mut last: BTreeSet<String> = BTreeSet::new();
+        classifier.model.visit_linears(&mut |layer| {
+            let adapted =
+                layer.active().map(|_| layer.path().rsplit('.').next().unwrap_or_default().to_string());
+            last.extend(adapted);
+            Ok(())
+        })?;
+        assert!(last.iter().eq(expected), "{family}: {last:?}");
+        let trained = classifier.params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let trained: BTreeSet<String> =
+            trained.filter_map(|(name, _)| Some(name.rsplit_once('.')?.0.to_string())).collect();
+        assert!(trained.iter().eq(heads), "{family}: {trained:?}");
+
+        let logits = golden.logits(classifier.model.as_ref(), &Pass::Mean.into())?;
+        let merged = dir.path().join("merged");
+        let json = classifier.config().to_json();
+        let model = classifier.model.as_ref();
+        save_merged(model, &classifier.params, &files, Some(&json), &merged, MAX_SHARD_BYTES)?;
+        let opened = Classifier::open(&merged, None, DType::F32, &Device::Cpu)?;
+        let again = golden.logits(opened.model.as_ref(), &Pass::Mean.into())?;
+        assert_close(&again, &logits, 1e-5).map_err(|error| format!("{family}: {error}"))?;
+    }
+    Ok(())
+}
+
+#[test]
 fn full_fine_tuning_differentiates_every_weight() -> Outcome {
     for (_, golden, _) in variants()? {
         let (model, params) = golden.trained(Role::Base, DType::F64)?;
@@ -200,12 +292,18 @@ fn full_fine_tuning_differentiates_every_weight() -> Outcome {
 }
 
 #[test]
-fn adapters_of_both_methods_are_differentiated() -> Outcome {
+fn adapters_and_prompts_are_differentiated() -> Outcome {
     let (targets, cx) = (Targets::parse("all-linear")?, Context::from(Pass::Train { draw: 4 }));
     for (_, golden, _) in variants()? {
         let (mut model, params) = golden.trained(Role::Head, DType::F64)?;
         let config = LoraConfig { rank: 3, alpha: 7.0, dropout: 0.2, ..LoraConfig::default() };
         inject::lora(model.as_mut(), &targets, &config, &params)?;
+        scatter(&params)?;
+        check(&params, || golden.loss(model.as_ref(), &cx))?;
+
+        let (mut model, params) = golden.trained(Role::Head, DType::F64)?;
+        let embedding = model.embedding_mut().ok_or("an embedding")?;
+        prompt_tuning(embedding, "default", &PromptConfig { virtual_tokens: 3 }, &params)?;
         scatter(&params)?;
         check(&params, || golden.loss(model.as_ref(), &cx))?;
 

@@ -169,8 +169,9 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
 #[test]
 fn adapters_of_the_encoders_after_bert_travel_to_python_and_back() -> Outcome {
     let Some(python) = python_or_skip() else { return Ok(()) };
-    for family in FAMILIES {
-        for method in methods() {
+    for (family, count) in FAMILIES.into_iter().zip([1, 1, 2, 2]) {
+        // One method where the layers are BERT's.
+        for method in methods().into_iter().rev().take(count) {
             let dir = tempfile::tempdir()?;
             let files = Golden::open(family)?.no_dropout().write(&dir.path().join("base"))?;
             there_and_back(&python, dir.path(), &files, false, &method)
