@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::attention_fused::{heads, readable, softmax, Heads, BLOCK};
 use super::attention_mask::{padding_bytes, Shape};
-use super::disentangled::Positioned;
+use super::disentangled_shape::Positioned;
 use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{add_assign, dense, for_rows, tensor, Host};

@@ -20,6 +20,7 @@ mod constant;
 mod custom_vjp;
 mod disentangled;
 mod disentangled_fused;
+mod disentangled_shape;
 mod dropout;
 mod dropout_mask;
 mod embedding;

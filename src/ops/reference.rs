@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, D};
 
 use super::attention_mask::{visible, Mask, Shape};
-use super::disentangled::{spread, Positioned};
+use super::disentangled_shape::{spread, Positioned};
 use super::dropout_mask::DropoutMask;
 
 pub(super) fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
