@@ -127,6 +127,7 @@ fn cases() -> Outcome<Vec<Case>> {
             |t, path| ops::add_scaled_rows(&t[0], &t[1], &t[2], path),
         ),
     ];
+    let real_keys = padding.clone();
     let attentions = [
         ("attention", None, false, false),
         ("attention, padding", Some(padding.clone()), false, false),
@@ -142,6 +143,14 @@ fn cases() -> Outcome<Vec<Case>> {
             ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scale, &mask, dropout, path)
         }));
     }
+    // As in DeBERTa-v3: 256 buckets, of which rows of this length use those of single distances.
+    let relative = 2 * LENGTH - 1;
+    let rows: Vec<u32> = (0..relative as u32).collect();
+    let projected = [(&[ROWS + 2 * LENGTH - 1, WIDTH] as &[usize], true); 2];
+    all.push(case("disentangled_attention", &[projected[0], projected[1], X], move |t, path| {
+        let scale = 1.0 / (3.0 * HEAD as f64).sqrt();
+        ops::disentangled_attention(&t[0], &t[1], &t[2], &rows, HEADS, scale, &real_keys, None, path)
+    }));
     Ok(all)
 }
 

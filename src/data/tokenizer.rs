@@ -50,7 +50,7 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
             return Err(Error::format(folder, reason));
         }
     }
-    for other in ["tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"] {
+    for other in ["tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"] {
         if files.file(other)?.is_some() {
             let reason = format!(
                 "there is no tokenizer.json, and {other} is not read here: convert it once, in Python, by \
@@ -254,9 +254,15 @@ mod tests {
         std::fs::remove_file(dir.path().join("merges.txt")).unwrap();
         assert!(message().contains("beside vocab.json no merges.txt"), "{}", message());
         std::fs::remove_file(dir.path().join("vocab.json")).unwrap();
-        std::fs::write(dir.path().join("tokenizer.model"), "").unwrap();
-        assert!(message().contains("tokenizer.model is not read here: convert it once"), "{}", message());
-        std::fs::remove_file(dir.path().join("tokenizer.model")).unwrap();
+        for name in ["tokenizer.model", "spm.model"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+            assert!(
+                message().contains(&format!("{name} is not read here: convert it once")),
+                "{}",
+                message()
+            );
+            std::fs::remove_file(dir.path().join(name)).unwrap();
+        }
         assert!(message().ends_with(": there is no tokenizer.json"), "{}", message());
     }
 }

@@ -49,6 +49,15 @@ pub fn adaptable_linear_no_bias(
     Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, false)?))
 }
 
+/// What a layer of a task's head, which has a dtype of its own, makes of `xs` (.., in).
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn project(layer: &Linear, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+    let weight = layer.weight();
+    ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias(), cx.path)
+}
+
 /// The tensors that the linear layers of a model or a block depend on.
 ///
 /// # Errors

@@ -6,14 +6,19 @@
 //! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+pub mod deberta;
 pub mod decoder;
+pub mod distilbert;
+pub(crate) mod encoder;
 pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
+pub mod modernbert;
 mod quantize;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
+mod sequence_classifier;
 mod weights;
 
 pub use quantize::Quantization;

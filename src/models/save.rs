@@ -21,13 +21,14 @@ use crate::util::files;
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
 /// What a folder may hold beside its configuration and its weights.
-const COMPANIONS: [&str; 12] = [
+const COMPANIONS: [&str; 13] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
     "sentencepiece.bpe.model",
+    "spm.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -174,7 +175,8 @@ pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
         }
     }
     let has = |name| copied.contains(&name);
-    if ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt"].into_iter().any(has) {
+    let whole = ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"];
+    if whole.into_iter().any(has) {
         return Ok(());
     }
     if has("vocab.json") != has("merges.txt") {
@@ -280,9 +282,13 @@ fn plan<'a>(
     failure: &'a Failure,
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (mut body, mut adapted, mut kind) = (String::new(), BTreeMap::new(), None);
+    // The first layers are the body's; what a family has beside it is a part of the checkpoint as well.
+    let (mut parts, mut adapted, mut kind) = (Vec::new(), BTreeMap::new(), None);
     model.visit_linears(&mut |layer| {
-        body = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
+        let part = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
+        if !parts.contains(&part) {
+            parts.push(part);
+        }
         if layer.active().is_some() {
             kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
             let (in_dim, out_dim) = layer.dims()?;
@@ -296,9 +302,14 @@ fn plan<'a>(
              differ by what the base was rounded by"
         );
     }
+    if parts.is_empty() {
+        parts.push(String::new());
+    }
+    let body = parts[0].clone();
+    let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
-    let whole = |name: String| if bare { format!("{body}{name}") } else { name };
+    let whole = |name: String| if bare && !of_model(&name) { format!("{body}{name}") } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
         // A bare checkpoint trains under its own names.
@@ -321,7 +332,7 @@ fn plan<'a>(
     for (name, view) in views {
         let name = whole(name);
         // A trained head replaces whatever head the checkpoint came with.
-        if has_head && !name.starts_with(&body) {
+        if has_head && !of_model(&name) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();

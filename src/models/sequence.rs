@@ -1,52 +1,23 @@
-//! What every model that classifies a whole sequence offers, and which of them a checkpoint is.
+//! Which of the models that classify a whole sequence a checkpoint is.
 
-use std::fmt::Debug;
 use std::path::Path;
 
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use serde_json::{json, Value};
 
+use super::deberta::{DebertaConfig, DebertaForSequenceClassification};
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
+use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
+use super::modernbert::{ModernBertConfig, ModernBertForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
+pub use super::sequence_classifier::SequenceClassifier;
 use super::weights::Weights;
-use crate::adapter::{AdaptableModel, Context};
+use crate::adapter::Context;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
-
-/// A model with a head that classifies or scores a whole sequence. One of them serves any number of threads: a
-/// forward pass changes no state.
-pub trait SequenceClassifier: AdaptableModel + Debug + Send + Sync {
-    /// The logits, or the scores of a regression.
-    ///
-    /// # Shapes
-    /// - `input_ids`, `token_type_ids`: `(b, t)` of u32; token types are left aside by models
-    ///   that have none
-    /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens
-    /// - output: `(b, num_labels)`, the head's dtype
-    ///
-    /// # Errors
-    /// If shapes differ, or the sequence is longer than the model's.
-    fn logits(
-        &self,
-        input_ids: &Tensor,
-        token_type_ids: &Tensor,
-        attention_mask: &Tensor,
-        cx: &Context,
-    ) -> candle_core::Result<Tensor>;
-
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
-    fn set_checkpoint_layers(&mut self, on: bool);
-
-    /// The number of outputs.
-    fn num_labels(&self) -> usize;
-
-    /// The id that fills a batch.
-    fn pad_id(&self) -> u32;
-}
 
 impl SequenceClassifier for RobertaForSequenceClassification {
     fn logits(
@@ -109,6 +80,9 @@ pub struct SequenceConfig {
 #[derive(Debug, Clone)]
 enum Architecture {
     Roberta(RobertaConfig),
+    DistilBert(DistilBertConfig),
+    Deberta(DebertaConfig),
+    ModernBert(ModernBertConfig),
     Llama(DecoderConfig),
 }
 
@@ -130,11 +104,20 @@ impl SequenceConfig {
             Some("llama") => {
                 Architecture::Llama(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
             }
-            Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {
+            Some("roberta" | "bert" | "xlm-roberta" | "camembert" | "electra") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))
             }
+            Some("distilbert") => {
+                Architecture::DistilBert(DistilBertConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
+            Some("deberta-v2") => {
+                Architecture::Deberta(DebertaConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
+            Some("modernbert") => {
+                Architecture::ModernBert(ModernBertConfig::parse(text, path)?.with_num_labels(num_labels))
+            }
             other => {
-                let known = "roberta, bert, xlm-roberta, camembert or llama";
+                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
                 let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
                 return Err(Error::format(path, reason));
             }
@@ -174,9 +157,14 @@ impl SequenceConfig {
         match &self.architecture {
             Architecture::Llama(_) => &["score.weight"],
             Architecture::Roberta(config) => match config.model_type {
-                Family::Roberta => &["classifier.out_proj.weight", "classifier.out_proj.bias"],
+                Family::Roberta | Family::Electra => {
+                    &["classifier.out_proj.weight", "classifier.out_proj.bias"]
+                }
                 Family::Bert => &["classifier.weight", "classifier.bias"],
             },
+            Architecture::DistilBert(_) | Architecture::Deberta(_) | Architecture::ModernBert(_) => {
+                &["classifier.weight", "classifier.bias"]
+            }
         }
     }
 
@@ -184,6 +172,9 @@ impl SequenceConfig {
     pub fn vocab_size(&self) -> usize {
         match &self.architecture {
             Architecture::Roberta(config) => config.vocab_size,
+            Architecture::DistilBert(config) => config.vocab_size,
+            Architecture::Deberta(config) => config.vocab_size,
+            Architecture::ModernBert(config) => config.vocab_size,
             Architecture::Llama(config) => config.decoder.vocab_size,
         }
     }
@@ -192,6 +183,9 @@ impl SequenceConfig {
     pub fn max_length(&self) -> usize {
         match &self.architecture {
             Architecture::Roberta(config) => config.max_length(),
+            Architecture::DistilBert(config) => config.max_position_embeddings,
+            Architecture::Deberta(config) => config.max_position_embeddings,
+            Architecture::ModernBert(config) => config.max_position_embeddings,
             Architecture::Llama(config) => config.decoder.max_position_embeddings,
         }
     }
@@ -200,7 +194,9 @@ impl SequenceConfig {
     pub fn prefix(&self) -> String {
         match &self.architecture {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
-            Architecture::Llama(_) => "model.".to_string(),
+            Architecture::DistilBert(_) => "distilbert.".to_string(),
+            Architecture::Deberta(_) => "deberta.".to_string(),
+            Architecture::Llama(_) | Architecture::ModernBert(_) => "model.".to_string(),
         }
     }
 
@@ -217,6 +213,15 @@ impl SequenceConfig {
         Ok(match &self.architecture {
             Architecture::Roberta(config) => {
                 Box::new(RobertaForSequenceClassification::load(vb, head, config, noise)?)
+            }
+            Architecture::DistilBert(config) => {
+                Box::new(DistilBertForSequenceClassification::load(vb, head, config, noise)?)
+            }
+            Architecture::Deberta(config) => {
+                Box::new(DebertaForSequenceClassification::load(vb, head, config, noise)?)
+            }
+            Architecture::ModernBert(config) => {
+                Box::new(ModernBertForSequenceClassification::load(vb, head, config, noise)?)
             }
             Architecture::Llama(config) => {
                 Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
@@ -243,12 +248,16 @@ impl SequenceConfig {
             Architecture::Roberta(config) => {
                 let family = match self.json.get("model_type").and_then(Value::as_str) {
                     Some("bert") => "Bert",
+                    Some("electra") => "Electra",
                     Some("xlm-roberta") => "XLMRoberta",
                     Some("camembert") => "Camembert",
                     _ => "Roberta",
                 };
                 (family, Some(config.pad_id()))
             }
+            Architecture::DistilBert(config) => ("DistilBert", Some(config.pad_id())),
+            Architecture::Deberta(config) => ("DebertaV2", Some(config.pad_id())),
+            Architecture::ModernBert(config) => ("ModernBert", Some(config.pad_id())),
         };
         let mut json = self.json.clone();
         json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
@@ -283,7 +292,7 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert or llama";
+            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -14,7 +14,7 @@ use crate::util::simd::vectorized;
 
 /// Query rows that share one block of scores: it stays in cache, and a causal block skips the keys
 /// that all of its rows are blind to.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// A [`Mask`] on the host.
 pub(super) struct HostMask {
@@ -40,22 +40,22 @@ pub(super) struct Core {
 }
 
 /// A projected tensor (b, t, n * dim) read in place: heads are strides.
-struct Heads<'a> {
-    data: &'a [f32],
-    batch_stride: usize,
-    row_stride: usize,
-    dim: usize,
+pub(super) struct Heads<'a> {
+    pub data: &'a [f32],
+    pub batch_stride: usize,
+    pub row_stride: usize,
+    pub dim: usize,
 }
 
 impl<'a> Heads<'a> {
     /// Rows `first ..` (as many as `rows`) of one head.
-    fn rows(&self, batch: usize, head: usize, first: usize, rows: usize) -> Mat<'a> {
+    pub fn rows(&self, batch: usize, head: usize, first: usize, rows: usize) -> Mat<'a> {
         let start = batch * self.batch_stride + first * self.row_stride + head * self.dim;
         Mat::strided(self.data.get(start..).unwrap_or(&[]), rows, self.dim, self.row_stride)
     }
 
     /// One row of one head.
-    fn row(&self, batch: usize, head: usize, row: usize) -> &'a [f32] {
+    pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [f32] {
         let start = batch * self.batch_stride + row * self.row_stride + head * self.dim;
         &self.data[start..start + self.dim]
     }
@@ -63,7 +63,7 @@ impl<'a> Heads<'a> {
 
 /// Detached, with the last dimension dense; batches and rows may lie anywhere (a slice of a fused
 /// projection is read in place).
-fn readable(x: &Tensor) -> Result<Tensor> {
+pub(super) fn readable(x: &Tensor) -> Result<Tensor> {
     if x.stride().last() == Some(&1) {
         Ok(x.detach())
     } else {
@@ -71,7 +71,7 @@ fn readable(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-fn heads<'a>(host: &'a Host<'a>, x: &Tensor, dim: usize) -> Heads<'a> {
+pub(super) fn heads<'a>(host: &'a Host<'a>, x: &Tensor, dim: usize) -> Heads<'a> {
     Heads { data: host, batch_stride: x.stride()[0], row_stride: x.stride()[1], dim }
 }
 
@@ -281,7 +281,7 @@ impl Core {
 /// Softmax in place; returns the logarithm of the sum. A row that sees nothing becomes zero, and its
 /// logarithm infinite, so that `exp(score - logarithm)` is zero again in backward.
 #[inline(always)]
-fn softmax(row: &mut [f32]) -> f32 {
+pub(super) fn softmax(row: &mut [f32]) -> f32 {
     let max = vmath::max(row);
     if max == f32::NEG_INFINITY && row.iter().all(|&x| x == f32::NEG_INFINITY) {
         row.fill(0.0);

@@ -53,6 +53,17 @@ impl LayerNorm {
         })
     }
 
+    /// Fetches `weight` (dim) of a norm that has no bias.
+    ///
+    /// # Errors
+    /// If the tensor is missing or of another shape.
+    pub fn load_without_bias(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(dim, "weight", Init::Const(1.0))?;
+        // Not the builder's: a zero that nobody trains.
+        let bias = weight.detach().zeros_like()?;
+        Ok(Self { weight, bias, eps })
+    }
+
     /// Its weight and bias.
     pub fn parameters(&self) -> Vec<Tensor> {
         vec![self.weight.clone(), self.bias.clone()]

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, D};
 
 use super::attention_mask::{visible, Mask, Scores, Shape};
+use super::disentangled_shape::{spread, Positioned};
 use super::dropout_mask::DropoutMask;
 use super::vmath;
 
@@ -88,26 +89,51 @@ pub(super) fn attention(
             .contiguous()
     };
     let (q, k, v) = (split(q, tq, heads)?, split(k, tk, kv_heads)?, split(v, tk, kv_heads)?);
-    let keep = match visible(shape, mask, q.device())? {
-        Some(keep) => keep,
-        None => Tensor::ones((1, 1, 1, 1), DType::U8, q.device())?,
-    };
-    let keep = keep.broadcast_as((b, heads, tq, tk))?.to_dtype(q.dtype())?;
-    let bias = ((&keep - 1.0)? * 1e30)?;
     let mut scores = (q.matmul(&k.t()?)? * scores_of.scale)?;
     if let Some(cap) = scores_of.cap {
         scores = soft_cap(&scores, cap)?;
     }
+    probabilities(&scores, visible(shape, mask, q.device())?, dropout)?
+        .matmul(&v)?
+        .transpose(1, 2)?
+        .reshape((b, tq, heads * dim))
+}
+
+/// The softmax of scores (b, heads, tq, tk) over the visible keys, dropped.
+fn probabilities(scores: &Tensor, visible: Option<Tensor>, dropout: Option<&DropoutMask>) -> Result<Tensor> {
+    let keep = match visible {
+        Some(keep) => keep,
+        None => Tensor::ones((1, 1, 1, 1), DType::U8, scores.device())?,
+    };
+    let keep = keep.broadcast_as(scores.shape())?.to_dtype(scores.dtype())?;
+    let bias = ((&keep - 1.0)? * 1e30)?;
     let scores = (scores + bias)?;
     let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     let e = (e * keep)?; // rows without a key to attend to give zero, not NaN
     let sum = e.sum_keepdim(D::Minus1)?;
     // Their sum is 0. Its derivative divides by the square, which a small constant would leave at 0.
-    let mut p = e.broadcast_div(&(&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?)?;
-    if let Some(keep) = dropout {
-        p = self::dropout(&p, keep)?;
+    let p = e.broadcast_div(&(&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?)?;
+    match dropout {
+        Some(keep) => self::dropout(&p, keep),
+        None => Ok(p),
     }
-    p.matmul(&v)?.transpose(1, 2)?.reshape((b, tq, heads * dim))
+}
+
+pub(super) fn disentangled_attention(
+    [q, k, v]: [&Tensor; 3],
+    shape: &Positioned,
+    index: &Tensor,
+    scale: f64,
+    visible: Option<Tensor>,
+    dropout: Option<&DropoutMask>,
+) -> Result<Tensor> {
+    let Shape { b, tq, tk, heads, .. } = shape.content;
+    let ((q, pq), (k, pk)) = (shape.split(q, tq)?, shape.split(k, tk)?);
+    let by_query = q.matmul(&pk.t()?)?.gather(&spread(index, b, heads)?, 3)?;
+    let by_key = k.matmul(&pq.t()?)?.gather(&spread(&index.t()?, b, heads)?, 3)?;
+    let scores = (((q.matmul(&k.t()?)? + by_query)? + by_key.transpose(2, 3)?)? * scale)?;
+    let p = probabilities(&scores, visible, dropout)?;
+    shape.join(&p.matmul(&shape.split_values(v, tk)?)?)
 }
 
 /// `labels` (n) of i64 in range, `rows` of them not ignored.

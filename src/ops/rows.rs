@@ -42,6 +42,16 @@ impl Rows {
         Ok(Self { places: Arc::new(places), index, total })
     }
 
+    /// These rows, and `more` that follow the matrix.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn followed_by(&self, more: usize) -> Result<Self> {
+        let last = (self.total..self.total + more).map(|place| place as u32);
+        let places = self.places.iter().copied().chain(last).collect();
+        Self::new(places, self.total + more, self.index.device())
+    }
+
     /// Where these rows are in the matrix, ascending.
     pub fn places(&self) -> &[u32] {
         &self.places

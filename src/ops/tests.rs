@@ -11,6 +11,7 @@ mod caps;
 mod contracts;
 #[cfg(feature = "cuda")]
 mod device;
+mod disentangled;
 mod half;
 
 type Block = Box<dyn Fn(&[Tensor], OpPath) -> Result<Tensor>>;
@@ -210,6 +211,7 @@ fn cases() -> Vec<Case> {
     ];
     all.extend(attention::cases());
     all.extend(caps::cases());
+    all.extend(disentangled::cases());
     all
 }
 

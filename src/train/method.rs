@@ -17,10 +17,10 @@ use crate::peft::{self, AdapterFile};
 /// What a LoRA adapter is called until the posterior stands on it.
 const TRAINED: &str = "trained";
 
-/// The second layer of a feed-forward block, whose input is the inside of the block, in BERT's and in
-/// LLaMA's names.
+/// The second layer of a feed-forward block, whose input is the inside of the block, in the names of BERT,
+/// LLaMA, DistilBERT and ModernBERT.
 fn closes_feed_forward(path: &str) -> bool {
-    path.ends_with(".down_proj")
+    [".down_proj", ".ffn.lin2", ".mlp.Wo"].iter().any(|name| path.ends_with(name))
         || (path.ends_with(".output.dense") && !path.ends_with(".attention.output.dense"))
 }
 
@@ -108,13 +108,17 @@ impl Method {
         }
     }
 
-    /// The layers that it changes unless others are named, by their names in RoBERTa, BERT and LLaMA.
+    /// The layers that it changes unless others are named, by their names in the encoders and LLaMA.
     /// The model's own choice where the method's paper names none.
     fn default_select(&self) -> Select {
         let regex = |pattern: &str| Select::Regex(pattern.to_string());
         match self {
-            Self::Ia3 => regex(r".*\.(?:key|value|k_proj|v_proj|down_proj|(?<!attention\.)output\.dense)"),
-            Self::Bottleneck(_) => regex(r".*\.(?:output\.dense|o_proj|down_proj)"),
+            Self::Ia3 => regex(
+                r".*\.(?:key|value|(?:k|v|key|value)_proj|[kv]_lin|down_proj|ffn\.lin2|mlp\.Wo|(?<!attention\.)output\.dense)",
+            ),
+            Self::Bottleneck(_) => {
+                regex(r".*\.(?:output\.dense|o_proj|down_proj|attention\.out_lin|ffn\.lin2|attn\.Wo|mlp\.Wo)")
+            }
             _ => Select::ModelDefault,
         }
     }

@@ -20,6 +20,7 @@ use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
+use crate::families::{Golden, FAMILIES};
 use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
@@ -155,87 +156,117 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
 
 #[test]
 fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
-    let python = match python() {
-        Ok(python) => python,
-        Err(reason) => {
-            skipped(&format!("no Python with torch, transformers and peft >= 0.20 ({reason})"));
-            return Ok(());
+    let Some(python) = python_or_skip() else { return Ok(()) };
+    for causal in [false, true] {
+        for method in methods() {
+            let dir = tempfile::tempdir()?;
+            there_and_back(&python, dir.path(), &base(&dir.path().join("base"), causal)?, causal, &method)?;
         }
-    };
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/live_peft.py");
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_of_the_encoders_after_bert_travel_to_python_and_back() -> Outcome {
+    let Some(python) = python_or_skip() else { return Ok(()) };
+    for (family, count) in FAMILIES.into_iter().zip([1, 1, 2, 2]) {
+        // One method where the layers are BERT's.
+        for method in methods().into_iter().rev().take(count) {
+            let dir = tempfile::tempdir()?;
+            let files = Golden::open(family)?.no_dropout().write(&dir.path().join("base"))?;
+            there_and_back(&python, dir.path(), &files, false, &method)
+                .map_err(|error| format!("{family}: {error}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// [`python`], or a word that the test is skipped.
+fn python_or_skip() -> Option<PathBuf> {
+    let python = python();
+    if let Err(reason) = &python {
+        skipped(&format!("no Python with torch, transformers and peft >= 0.20 ({reason})"));
+    }
+    python.ok()
+}
+
+/// LoRA and MonteCLoRA.
+fn methods() -> [AdapterMethod; 2] {
     let lora = LoraConfig { rank: 3, alpha: 7.0, use_rslora: true, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..Default::default() };
-    let methods = [AdapterMethod::Lora(lora), AdapterMethod::MonteCLoRA(bayes)];
-    for (causal, method) in [false, true].into_iter().flat_map(|causal| methods.clone().map(|m| (causal, m)))
-    {
-        let dir = tempfile::tempdir()?;
-        let files = base(&dir.path().join("base"), causal)?;
-        let params = Params::new(Noise::new(1), &Device::Cpu);
-        let mut model = Model::load(&files, causal, &params)?;
-        let base_logits = model.logits()?.copy()?;
-        match &method {
-            AdapterMethod::Lora(config) => {
-                let targets = Targets::parse("all-linear")?;
-                inject::lora(model.adaptable(), &targets, config, &params)?
-            }
-            AdapterMethod::MonteCLoRA(config) => {
-                inject::monteclora(model.adaptable(), &Targets::default(), config, &params)?
-            }
-            _ => return Err("a method without a test".into()),
-        };
-        scatter(&params)?;
-        let task = if causal { "CAUSAL_LM" } else { "SEQ_CLS" };
-        let origin = AdapterMetadata {
-            base_model: Some("base".into()),
-            task: Some(task.into()),
-            ..Default::default()
-        };
-        let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, &method, &origin)?;
-        file.write(dir.path().join("adapter"), ExportFormat::PeftMonteCLoRA)?;
-        if causal {
-            // A server's adapter has no head; any version of PEFT reads it.
-            for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {
-                file.write(dir.path().join(name), ExportFormat::Serving { fold_rslora })?;
-            }
-        }
-        // In several shards, as large models are.
-        save_merged(model.adaptable(), &params, &files, None, &dir.path().join("merged"), 20_000)?;
-        assert!(dir.path().join("merged/model.safetensors.index.json").is_file());
-        let (ids, mask) = inputs()?;
-        let logits = model.logits()?;
-        let expected = [
-            ("input_ids", &ids),
-            ("attention_mask", &mask),
-            ("labels", &labels(causal)?),
-            ("logits", &logits),
-            ("base_logits", &base_logits),
-        ];
-        monteclora::util::files::write_safetensors(&dir.path().join("expected.safetensors"), expected)?;
+    [AdapterMethod::Lora(lora), AdapterMethod::MonteCLoRA(bayes)]
+}
 
-        let output =
-            Command::new(&python).arg(&script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{task} {method:?}: {text}");
-
-        // What PEFT trained a step further is read back, and computes what PEFT computes.
-        let params = Params::new(Noise::new(2), &Device::Cpu);
-        let mut model = Model::load(&files, causal, &params)?;
-        let file = AdapterFile::read(dir.path().join("back"))?;
-        file.apply(model.adaptable(), DEFAULT_ADAPTER, &params)?;
-        let back = candle_core::safetensors::load(dir.path().join("back.safetensors"), &Device::Cpu)?;
-        let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(moved > 1e-3, "PEFT's step moved nothing");
-        let loss = next_loss(&mut model, causal, &file.method())?;
-        let theirs = back["loss"].to_scalar::<f32>()?;
-        assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
-        let got = model.logits()?;
-        if causal {
-            // Padding columns are nobody's business.
-            assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
-            assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
-        } else {
-            assert_close(&got, &back["logits"], 1e-4)?;
+/// An adapter of `method` on the checkpoint `files`, merged and not, in PEFT, and what PEFT trains of it here again.
+fn there_and_back(
+    python: &Path,
+    dir: &Path,
+    files: &ModelFiles,
+    causal: bool,
+    method: &AdapterMethod,
+) -> Outcome {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/live_peft.py");
+    let params = Params::new(Noise::new(1), &Device::Cpu);
+    let mut model = Model::load(files, causal, &params)?;
+    let base_logits = model.logits()?.copy()?;
+    match method {
+        AdapterMethod::Lora(config) => {
+            let targets = Targets::parse("all-linear")?;
+            inject::lora(model.adaptable(), &targets, config, &params)?
         }
+        AdapterMethod::MonteCLoRA(config) => {
+            inject::monteclora(model.adaptable(), &Targets::default(), config, &params)?
+        }
+        _ => return Err("a method without a test".into()),
+    };
+    scatter(&params)?;
+    let task = if causal { "CAUSAL_LM" } else { "SEQ_CLS" };
+    let origin =
+        AdapterMetadata { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
+    let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, method, &origin)?;
+    file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)?;
+    if causal {
+        // A server's adapter has no head; any version of PEFT reads it.
+        for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {
+            file.write(dir.join(name), ExportFormat::Serving { fold_rslora })?;
+        }
+    }
+    // In several shards, as large models are.
+    save_merged(model.adaptable(), &params, files, None, &dir.join("merged"), 20_000)?;
+    assert!(dir.join("merged/model.safetensors.index.json").is_file());
+    let (ids, mask) = inputs()?;
+    let logits = model.logits()?;
+    let expected = [
+        ("input_ids", &ids),
+        ("attention_mask", &mask),
+        ("labels", &labels(causal)?),
+        ("logits", &logits),
+        ("base_logits", &base_logits),
+    ];
+    monteclora::util::files::write_safetensors(&dir.join("expected.safetensors"), expected)?;
+
+    let output = Command::new(python).arg(&script).arg(dir).env("HF_HUB_OFFLINE", "1").output()?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{task} {method:?}: {text}");
+
+    // What PEFT trained a step further is read back, and computes what PEFT computes.
+    let params = Params::new(Noise::new(2), &Device::Cpu);
+    let mut model = Model::load(files, causal, &params)?;
+    let file = AdapterFile::read(dir.join("back"))?;
+    file.apply(model.adaptable(), DEFAULT_ADAPTER, &params)?;
+    let back = candle_core::safetensors::load(dir.join("back.safetensors"), &Device::Cpu)?;
+    let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(moved > 1e-3, "PEFT's step moved nothing");
+    let loss = next_loss(&mut model, causal, &file.method())?;
+    let theirs = back["loss"].to_scalar::<f32>()?;
+    assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
+    let got = model.logits()?;
+    if causal {
+        // Padding columns are nobody's business.
+        assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
+        assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
+    } else {
+        assert_close(&got, &back["logits"], 1e-4)?;
     }
     Ok(())
 }

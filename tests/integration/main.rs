@@ -10,6 +10,7 @@ mod command;
 mod device;
 mod encoders;
 mod eval;
+mod families;
 mod finetune;
 mod gradients;
 mod inject;

@@ -21,7 +21,7 @@ pub fn skipped(why: &str) {
 pub fn toy_config(family: Family) -> RobertaConfig {
     let (pad, types) = match family {
         Family::Roberta => (1, 1),
-        Family::Bert => (0, 2),
+        Family::Bert | Family::Electra => (0, 2),
     };
     let value = serde_json::json!({
         "model_type": family.prefix(), "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2,

@@ -42,8 +42,8 @@ impl LastLayer {
         Ok(Self { path: path.to_string(), weight: weight.var, bias })
     }
 
-    /// The last layer of a sequence classifier's head, under Hugging Face's names: RoBERTa's
-    /// `classifier.out_proj`, BERT's `classifier`, LLaMA's `score`.
+    /// The last layer of a sequence classifier's head, under Hugging Face's names: `classifier.out_proj` of RoBERTa
+    /// and ELECTRA, `classifier` of the other encoders, `score` of LLaMA.
     ///
     /// # Errors
     /// If the store has none of them.

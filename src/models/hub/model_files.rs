@@ -131,8 +131,9 @@ impl ModelFiles {
             if let Some(pickle) = pickles::only_weights(&source.names(&config)?) {
                 let reason = format!(
                     "it has only pickled weights ({pickle}), and reading a pickle can run any code; \
-                     expected {WEIGHTS} or {INDEX} (convert the weights to safetensors, or use a \
-                     repository or revision that has them)"
+                     expected {WEIGHTS} or {INDEX} (convert the weights to safetensors once, in Python, by \
+                     transformers.AutoModel.from_pretrained(ID).save_pretrained(DIR), or use a repository or \
+                     revision that has them)"
                 );
                 return Err(source.unfit(reason));
             }

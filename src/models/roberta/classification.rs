@@ -7,12 +7,12 @@ use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Linears};
 use crate::error::Result;
-use crate::models::layers::{adaptable_linear, linear, Dropout};
+use crate::models::layers::{adaptable_linear, linear, project, Dropout};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
 
-/// RoBERTa or BERT with a classification head on the first token.
+/// RoBERTa, BERT or ELECTRA with a classification head on the first token.
 #[derive(Debug)]
 pub struct RobertaForSequenceClassification {
     encoder: RobertaEncoder,
@@ -20,11 +20,11 @@ pub struct RobertaForSequenceClassification {
     config: RobertaConfig,
 }
 
-/// RoBERTa: dropout, dense, tanh, dropout, projection; all of it belongs to the task.
+/// RoBERTa: dropout, dense, tanh, dropout, projection; all of it belongs to the task. ELECTRA: GELU for tanh.
 /// BERT: the pooler (dense, tanh) belongs to the encoder; dropout, projection to the task.
 #[derive(Debug)]
 enum Head {
-    Roberta { before: Dropout, dense: Linear, after: Dropout, out_proj: Linear },
+    Roberta { before: Dropout, dense: Linear, gelu: bool, after: Dropout, out_proj: Linear },
     Bert { pooler: AdaptableLinear, dropout: Dropout, classifier: Linear },
 }
 
@@ -47,9 +47,10 @@ impl RobertaForSequenceClassification {
         let dropout = |name: &str| Dropout::new(config.head_dropout(), noise, name);
         let classifier = head.pp("classifier");
         let head = match config.model_type {
-            Family::Roberta => Head::Roberta {
+            Family::Roberta | Family::Electra => Head::Roberta {
                 before: dropout("classifier.before"),
                 dense: linear(d, d, std, &classifier.pp("dense"))?,
+                gelu: config.model_type == Family::Electra,
                 after: dropout("classifier.after"),
                 out_proj: linear(d, labels, std, &classifier.pp("out_proj"))?,
             },
@@ -96,18 +97,15 @@ impl RobertaForSequenceClassification {
     ) -> candle_core::Result<Tensor> {
         let cx = &*cx.of_one_pass();
         let first = self.encoder.first_token(input_ids, token_type_ids, attention_mask, cx)?; // (b, d)
-        let project = |layer: &Linear, xs: &Tensor| {
-            let weight = layer.weight();
-            ops::linear(&xs.to_dtype(weight.dtype())?, weight, layer.bias(), cx.path)
-        };
         match &self.head {
-            Head::Roberta { before, dense, after, out_proj } => {
-                let xs = project(dense, &before.forward(&first, cx)?)?.tanh()?;
-                project(out_proj, &after.forward(&xs, cx)?)
+            Head::Roberta { before, dense, gelu, after, out_proj } => {
+                let xs = project(dense, &before.forward(&first, cx)?, cx)?;
+                let xs = if *gelu { ops::gelu(&xs, cx.path)? } else { xs.tanh()? };
+                project(out_proj, &after.forward(&xs, cx)?, cx)
             }
             Head::Bert { pooler, dropout, classifier } => {
                 let pooled = pooler.forward(&first, cx)?.tanh()?;
-                project(classifier, &dropout.forward(&pooled, cx)?)
+                project(classifier, &dropout.forward(&pooled, cx)?, cx)
             }
         }
     }

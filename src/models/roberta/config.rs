@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::labels;
+use crate::models::encoder::config::{self as shared, defaults as common};
 use crate::util::{check, json};
 
-/// Which of the two encoders a checkpoint is.
+/// Which of the encoders a checkpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
@@ -19,6 +18,9 @@ pub enum Family {
     Roberta,
     /// BERT: positions are counted from zero; the head reads a pooler.
     Bert,
+    /// ELECTRA (Clark et al. 2020), of which the discriminator is what one fine-tunes: BERT with embeddings of
+    /// a width of their own, and RoBERTa's head with GELU.
+    Electra,
 }
 
 impl Family {
@@ -27,6 +29,7 @@ impl Family {
         match self {
             Self::Roberta => "roberta",
             Self::Bert => "bert",
+            Self::Electra => "electra",
         }
     }
 }
@@ -40,6 +43,9 @@ pub struct RobertaConfig {
     pub vocab_size: usize,
     /// The width of the residual stream.
     pub hidden_size: usize,
+    /// The width of the embeddings, where it is another (ELECTRA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding_size: Option<usize>,
     /// The number of layers.
     pub num_hidden_layers: usize,
     /// The number of attention heads; divides `hidden_size`.
@@ -47,13 +53,13 @@ pub struct RobertaConfig {
     /// The inner width of the feed-forward block.
     pub intermediate_size: usize,
     /// The activation of the feed-forward block; `gelu` (the exact one) is supported.
-    #[serde(default = "defaults::hidden_act")]
+    #[serde(default = "common::gelu")]
     pub hidden_act: String,
     /// Dropout of embeddings and of each sub-layer's output, in training.
-    #[serde(default = "defaults::dropout")]
+    #[serde(default = "common::dropout")]
     pub hidden_dropout_prob: f64,
     /// Dropout of the attention probabilities, in training.
-    #[serde(default = "defaults::dropout")]
+    #[serde(default = "common::dropout")]
     pub attention_probs_dropout_prob: f64,
     /// Dropout in the classification head; `hidden_dropout_prob` where absent.
     #[serde(default)]
@@ -64,7 +70,7 @@ pub struct RobertaConfig {
     #[serde(default = "defaults::type_vocab_size")]
     pub type_vocab_size: usize,
     /// The standard deviation that new weights start with.
-    #[serde(default = "defaults::initializer_range")]
+    #[serde(default = "common::initializer_range")]
     pub initializer_range: f64,
     /// Added to the variance in every layer norm; 1e-12 where absent.
     #[serde(default = "defaults::layer_norm_eps")]
@@ -76,30 +82,11 @@ pub struct RobertaConfig {
     #[serde(default = "defaults::position_embedding_type")]
     pub position_embedding_type: String,
     /// The names of the classes; [`Self::num_labels`] counts them.
-    #[serde(default = "defaults::id2label", deserialize_with = "names")]
+    #[serde(default = "common::id2label", deserialize_with = "shared::label_texts")]
     pub id2label: BTreeMap<usize, String>,
 }
 
-/// Names of classes, which need be no texts.
-fn names<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<BTreeMap<usize, String>, D::Error> {
-    let names = BTreeMap::<usize, Value>::deserialize(deserializer)?;
-    Ok(names.iter().map(|(class, name)| (*class, labels::plain(name))).collect())
-}
-
 mod defaults {
-    use std::collections::BTreeMap;
-
-    pub fn hidden_act() -> String {
-        "gelu".to_string()
-    }
-    pub fn dropout() -> f64 {
-        0.1
-    }
-    pub fn initializer_range() -> f64 {
-        0.02
-    }
     pub fn type_vocab_size() -> usize {
         2
     }
@@ -108,9 +95,6 @@ mod defaults {
     }
     pub fn position_embedding_type() -> String {
         "absolute".to_string()
-    }
-    pub fn id2label() -> BTreeMap<usize, String> {
-        super::RobertaConfig::label_names(2)
     }
 }
 
@@ -135,43 +119,35 @@ impl RobertaConfig {
     /// # Errors
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
-        let sizes = [
+        shared::check_positive(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
+            ("embedding_size", self.embedding_width()),
             ("num_attention_heads", self.num_attention_heads),
             ("intermediate_size", self.intermediate_size),
             ("type_vocab_size", self.type_vocab_size),
-        ];
-        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(Error::config(*name, "must be positive"));
-        }
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            let reason = format!("{} heads do not divide {}", self.num_attention_heads, self.hidden_size);
-            return Err(Error::config("num_attention_heads", reason));
-        }
-        if self.hidden_act != "gelu" {
-            return Err(Error::config("hidden_act", format!("expected gelu, got {}", self.hidden_act)));
-        }
-        if self.position_embedding_type != "absolute" {
-            let reason = format!("expected absolute, got {}", self.position_embedding_type);
-            return Err(Error::config("position_embedding_type", reason));
-        }
-        if self.pad_id() as usize >= self.vocab_size {
-            let reason = format!("{} is outside a vocabulary of {}", self.pad_id(), self.vocab_size);
-            return Err(Error::config("pad_token_id", reason));
-        }
+        ])?;
+        shared::check_heads("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
+        shared::check_is("hidden_act", &self.hidden_act, "gelu")?;
+        shared::check_is("position_embedding_type", &self.position_embedding_type, "absolute")?;
+        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
         check::positive("layer_norm_eps", self.layer_norm_eps)?;
         if self.max_length() == 0 {
             return Err(Error::config("max_position_embeddings", "leaves no room for a token"));
         }
-        let rates = [
+        shared::check_rates(&[
             ("hidden_dropout_prob", self.hidden_dropout_prob),
             ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
             ("classifier_dropout", self.head_dropout()),
-        ];
-        match rates.iter().find(|(_, rate)| !(0.0..1.0).contains(rate)) {
-            Some((name, rate)) => Err(Error::config(*name, format!("expected [0, 1), got {rate}"))),
-            None => Ok(()),
+        ])
+    }
+
+    /// The width of the embeddings: RoBERTa and BERT have `hidden_size` whatever the file says, ELECTRA 128
+    /// where it says nothing.
+    pub fn embedding_width(&self) -> usize {
+        match self.model_type {
+            Family::Electra => self.embedding_size.unwrap_or(128),
+            Family::Roberta | Family::Bert => self.hidden_size,
         }
     }
 
@@ -184,15 +160,15 @@ impl RobertaConfig {
     pub fn first_position(&self) -> u32 {
         match self.model_type {
             Family::Roberta => self.pad_id().saturating_add(1),
-            Family::Bert => 0,
+            Family::Bert | Family::Electra => 0,
         }
     }
 
-    /// The id of padding: the file's, or the family's own, 1 for RoBERTa and 0 for BERT.
+    /// The id of padding: the file's, or the family's own, 1 for RoBERTa and 0 for BERT and ELECTRA.
     pub fn pad_id(&self) -> u32 {
         self.pad_token_id.unwrap_or(match self.model_type {
             Family::Roberta => 1,
-            Family::Bert => 0,
+            Family::Bert | Family::Electra => 0,
         })
     }
 
@@ -204,19 +180,13 @@ impl RobertaConfig {
     /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
     /// Face names them.
     pub fn with_num_labels(mut self, n: usize) -> Self {
-        if self.num_labels() != n {
-            self.id2label = Self::label_names(n);
-        }
+        shared::set_num_labels(&mut self.id2label, n);
         self
     }
 
     /// Dropout in the classification head.
     pub fn head_dropout(&self) -> f64 {
         self.classifier_dropout.unwrap_or(self.hidden_dropout_prob)
-    }
-
-    fn label_names(n: usize) -> BTreeMap<usize, String> {
-        (0..n).map(|i| (i, format!("LABEL_{i}"))).collect()
     }
 }
 

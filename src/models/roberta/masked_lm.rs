@@ -6,7 +6,7 @@ use candle_nn::{Init, Linear};
 use super::config::{Family, RobertaConfig};
 use super::encoder::RobertaEncoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::layers::linear;
 use crate::models::Weights;
 use crate::noise::Noise;
@@ -25,7 +25,8 @@ impl RobertaForMaskedLM {
     /// Fetches encoder and head from `vb`.
     ///
     /// # Errors
-    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    /// If the configuration is not supported (ELECTRA's discriminator has no such head), or a tensor is missing
+    /// or of another shape.
     pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
         let vb = vb.into();
         let (d, eps) = (config.hidden_size, config.layer_norm_eps);
@@ -33,6 +34,10 @@ impl RobertaForMaskedLM {
             Family::Roberta => ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
             Family::Bert => {
                 ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions")
+            }
+            Family::Electra => {
+                let reason = "ELECTRA's discriminator names no masked tokens: expected roberta or bert";
+                return Err(Error::config("model_type", reason));
             }
         };
         Ok(Self {

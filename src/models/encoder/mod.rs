@@ -1,0 +1,15 @@
+//! What the encoders share: embeddings, the packed batch between the layers, the post-norm layer with absolute or
+//! relative positions, and the layers one after the other.
+
+pub mod config;
+mod embeddings;
+mod packed;
+mod post_norm;
+mod relative;
+mod stack;
+
+pub use embeddings::{Embeddings, EmbeddingsShape, PositionIds};
+pub use packed::PackedBatch;
+pub use post_norm::{LayerNames, LayerShape, PostNormLayer};
+pub use relative::{Buckets, RelativePositions};
+pub use stack::{Block, Stack};

@@ -1,0 +1,211 @@
+//! The layer of BERT and its relatives: attention and feed-forward block, each followed by dropout, residual
+//! and layer norm.
+
+use std::sync::Arc;
+
+use candle_core::{Tensor, D};
+
+use super::packed::PackedBatch;
+use super::relative::RelativePositions;
+use super::stack::Block;
+use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
+use crate::error::Result;
+use crate::models::layers::{adaptable_linear, parameters, Dropout};
+use crate::models::Weights;
+use crate::noise::Noise;
+use crate::ops::{self, LayerNorm};
+
+/// What a family calls the parts of its layer.
+#[derive(Debug)]
+pub struct LayerNames {
+    /// The projection to queries.
+    pub query: &'static str,
+    /// The projection to keys.
+    pub key: &'static str,
+    /// The projection to values.
+    pub value: &'static str,
+    /// The projection of what attention gives.
+    pub attention_output: &'static str,
+    /// The norm after attention.
+    pub attention_norm: &'static str,
+    /// The first layer of the feed-forward block.
+    pub intermediate: &'static str,
+    /// Its second layer.
+    pub output: &'static str,
+    /// The norm after it.
+    pub output_norm: &'static str,
+}
+
+impl LayerNames {
+    /// The names in BERT, RoBERTa and ELECTRA.
+    pub const BERT: Self = Self {
+        query: "attention.self.query",
+        key: "attention.self.key",
+        value: "attention.self.value",
+        attention_output: "attention.output.dense",
+        attention_norm: "attention.output.LayerNorm",
+        intermediate: "intermediate.dense",
+        output: "output.dense",
+        output_norm: "output.LayerNorm",
+    };
+}
+
+/// Names and sizes of a [`PostNormLayer`].
+#[derive(Debug)]
+pub struct LayerShape {
+    /// What its parts are called.
+    pub names: &'static LayerNames,
+    /// The width of the residual stream.
+    pub hidden: usize,
+    /// The inner width of the feed-forward block.
+    pub inner: usize,
+    /// The number of attention heads; divides `hidden`.
+    pub heads: usize,
+    /// Added to the variance in every layer norm.
+    pub norm_eps: f64,
+    /// The standard deviation that new weights start with.
+    pub init_std: f64,
+    /// Dropout of the attention probabilities, in training.
+    pub probs_dropout: f64,
+    /// Dropout of what the attention block adds, in training.
+    pub attention_dropout: f64,
+    /// Dropout of what the feed-forward block adds, in training.
+    pub output_dropout: f64,
+    /// The table of relative positions; None of a family whose attention knows none.
+    pub relative: Option<Arc<RelativePositions>>,
+}
+
+/// One layer.
+#[derive(Debug)]
+pub struct PostNormLayer {
+    query: AdaptableLinear,
+    key: AdaptableLinear,
+    value: AdaptableLinear,
+    attention_output: AdaptableLinear,
+    attention_norm: LayerNorm,
+    intermediate: AdaptableLinear,
+    output: AdaptableLinear,
+    output_norm: LayerNorm,
+    probs_dropout: Dropout,
+    attention_dropout: Dropout,
+    output_dropout: Dropout,
+    relative: Option<Relative>,
+    heads: usize,
+}
+
+/// The relative positions of one layer's attention.
+#[derive(Debug)]
+struct Relative {
+    positions: Arc<RelativePositions>,
+    dropout: Dropout,
+}
+
+impl PostNormLayer {
+    /// Fetches the layer called `path` from `vb`, which stands there.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape.
+    pub fn load(path: &str, vb: &Weights, shape: &LayerShape, noise: Noise) -> Result<Self> {
+        let (names, d, inner, eps) = (shape.names, shape.hidden, shape.inner, shape.norm_eps);
+        let linear = |name: &str, in_dim, out_dim| {
+            adaptable_linear(&format!("{path}.{name}"), in_dim, out_dim, shape.init_std, &vb.pp(name))
+        };
+        let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
+        Ok(Self {
+            query: linear(names.query, d, d)?,
+            key: linear(names.key, d, d)?,
+            value: linear(names.value, d, d)?,
+            attention_output: linear(names.attention_output, d, d)?,
+            attention_norm: LayerNorm::load(d, eps, &vb.pp(names.attention_norm))?,
+            intermediate: linear(names.intermediate, d, inner)?,
+            output: linear(names.output, inner, d)?,
+            output_norm: LayerNorm::load(d, eps, &vb.pp(names.output_norm))?,
+            probs_dropout: dropout(shape.probs_dropout, "attention.self"),
+            attention_dropout: dropout(shape.attention_dropout, "attention.output"),
+            output_dropout: dropout(shape.output_dropout, "output"),
+            relative: shape.relative.as_ref().map(|positions| Relative {
+                positions: positions.clone(),
+                dropout: dropout(shape.output_dropout, "attention.self.positions"),
+            }),
+            heads: shape.heads,
+        })
+    }
+
+    /// What disentangled attention gives for the `wanted` tokens, (b, t or 1, d). The tokens and the relative
+    /// positions pass each shared projection together: an adapter on it is called once.
+    fn attend_relatively(
+        &self,
+        relative: &Relative,
+        xs: &Tensor,
+        wanted: &Tensor,
+        batch: &PackedBatch,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        let (positions, rows) = relative.positions.rows(batch.shape().1, &relative.dropout, cx)?; // (m, d)
+        let (m, d) = positions.dims2()?;
+        let and_positions = |xs: &Tensor| Tensor::cat(&[&xs.reshape(((), d))?, &positions], 0);
+        let q = self.query.forward(&and_positions(wanted)?, cx)?;
+        let q = if batch.only().is_some() { q } else { batch.pad_rows(q, m, cx.path)? }; // (b * (t or 1) + m, d)
+        let k = batch.pad_rows(self.key.forward(&and_positions(xs)?, cx)?, m, cx.path)?; // (b * t + m, d)
+        let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?; // (b, t, d)
+                                                                  // Three terms, each of the variance that one has elsewhere.
+        let scale = (3.0 * d as f64 / self.heads as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(cx);
+        let padding = batch.padding();
+        ops::disentangled_attention(&q, &k, &v, &rows, self.heads, scale, padding, dropout, cx.path)
+    }
+
+    /// What attention gives for the `wanted` tokens, (b, t or 1, d).
+    fn attend(
+        &self,
+        xs: &Tensor,
+        wanted: &Tensor,
+        batch: &PackedBatch,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        let q = self.query.forward(wanted, cx)?;
+        let q = if batch.only().is_some() { q.unsqueeze(1)? } else { batch.pad(q, cx.path)? }; // (b, t or 1, d)
+        let k = batch.pad(self.key.forward(xs, cx)?, cx.path)?; // (b, t, d)
+        let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?;
+        let scale = (q.dim(D::Minus1)? as f64 / self.heads as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(cx);
+        ops::attention(&q, &k, &v, self.heads, self.heads, scale, &batch.mask(), dropout, cx.path)
+    }
+
+    fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        if let (Some(up), Some(down)) = (self.intermediate.as_linear(cx), self.output.as_linear(cx)) {
+            return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias(), cx.path);
+        }
+        self.output.forward(&ops::gelu(&self.intermediate.forward(xs, cx)?, cx.path)?, cx)
+    }
+}
+
+impl Block for PostNormLayer {
+    fn forward(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        let wanted = match batch.only() {
+            Some(only) => only.take(xs, cx.path)?,
+            None => xs.clone(),
+        };
+        let context = match &self.relative {
+            Some(relative) => self.attend_relatively(relative, xs, &wanted, batch, cx)?,
+            None => self.attend(xs, &wanted, batch, cx)?,
+        };
+        let context =
+            if batch.only().is_some() { context.squeeze(1)? } else { batch.pack(context, cx.path)? };
+        let attended = self.attention_output.forward(&context, cx)?;
+        let attended = self.attention_dropout.forward(&attended, cx)?;
+        let xs = self.attention_norm.forward_add(&attended, &wanted, cx.path)?;
+        let inner = self.feed_forward(&xs, cx)?;
+        self.output_norm.forward_add(&self.output_dropout.forward(&inner, cx)?, &xs, cx.path)
+    }
+
+    fn parameters(&self) -> Result<Vec<Tensor>> {
+        let norms = [&self.attention_norm, &self.output_norm].into_iter().flat_map(LayerNorm::parameters);
+        let positions = self.relative.iter().flat_map(|relative| relative.positions.parameters());
+        Ok(parameters(self)?.into_iter().chain(norms).chain(positions).collect())
+    }
+}
+
+impl AdaptableModel for PostNormLayer {
+    linears!(query, key, value, attention_output, intermediate, output);
+}

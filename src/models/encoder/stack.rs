@@ -1,0 +1,91 @@
+//! The layers of an encoder, one after the other.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::packed::PackedBatch;
+use crate::adapter::{linears, AdaptableModel, Context, Pass};
+use crate::error::Result;
+use crate::ops;
+
+/// One layer of an encoder.
+pub trait Block: AdaptableModel + Send + Sync + 'static {
+    /// Of `xs` (n, d), or (b, t, d) where the batch is not packed, the hidden states that are wanted: in the
+    /// same shape, or (b, d) of [`PackedBatch::only`].
+    ///
+    /// # Errors
+    /// If candle fails.
+    fn forward(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor>;
+
+    /// Everything that may be trained in it.
+    ///
+    /// # Errors
+    /// None of its own.
+    fn parameters(&self) -> Result<Vec<Tensor>>;
+}
+
+/// The layers, and whether training computes each again in backward.
+#[derive(Debug)]
+pub struct Stack<L> {
+    layers: Vec<Arc<L>>,
+    checkpoint_layers: bool,
+}
+
+impl<L: Block> Stack<L> {
+    /// These layers, in their order.
+    pub fn new(layers: Vec<L>) -> Self {
+        Self { layers: layers.into_iter().map(Arc::new).collect(), checkpoint_layers: false }
+    }
+
+    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// ([`ops::checkpoint`]).
+    pub fn set_checkpoint_layers(&mut self, on: bool) {
+        self.checkpoint_layers = on;
+    }
+
+    /// The last hidden states, packed as `xs` is.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn forward(&self, xs: Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        self.run(&self.layers, xs, batch, cx)
+    }
+
+    /// The last hidden state of each row's first token, (b, d): the last layer computes the keys and values of
+    /// all tokens, but the rest for these alone.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn first_token(&self, xs: Tensor, batch: PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        let Some((last, before)) = self.layers.split_last() else {
+            return batch.first_tokens(xs.device())?.take(&xs, cx.path);
+        };
+        let xs = self.run(before, xs, &batch, cx)?; // (n, d)
+        let batch = batch.of_first_tokens(xs.device())?;
+        self.run(std::slice::from_ref(last), xs, &batch, cx) // (b, d)
+    }
+
+    fn run(
+        &self,
+        layers: &[Arc<L>],
+        mut xs: Tensor,
+        batch: &PackedBatch,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        for layer in layers {
+            xs = match (self.checkpoint_layers, cx.pass) {
+                (true, Pass::Train { .. }) => {
+                    let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone().without_tape());
+                    ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
+                }
+                _ => layer.forward(&xs, batch, cx)?,
+            };
+        }
+        Ok(xs)
+    }
+}
+
+impl<L: Block> AdaptableModel for Stack<L> {
+    linears!(layers);
+}

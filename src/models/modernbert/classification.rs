@@ -1,0 +1,151 @@
+//! ModernBERT with a head that classifies or scores a whole sequence.
+
+use candle_core::Tensor;
+use candle_nn::{Linear, VarBuilder};
+
+use super::config::{LayerType, ModernBertConfig, Pooling};
+use super::layer::{norm, Attention, Layer};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
+use crate::error::Result;
+use crate::models::encoder::{Embeddings, EmbeddingsShape, PackedBatch, Stack};
+use crate::models::layers::{linear, project, Dropout};
+use crate::models::sequence_classifier::SequenceClassifier;
+use crate::models::Weights;
+use crate::noise::Noise;
+use crate::ops::{self, LayerNorm};
+
+/// ModernBERT with a classification head on the first token or on the mean of all: dense, GELU, norm, dropout,
+/// projection. All but the projection belongs to the checkpoint, as the pooler does in BERT.
+#[derive(Debug)]
+pub struct ModernBertForSequenceClassification {
+    embeddings: Embeddings,
+    layers: Stack<Layer>,
+    final_norm: LayerNorm,
+    dense: AdaptableLinear,
+    norm: LayerNorm,
+    dropout: Dropout,
+    classifier: Linear,
+    /// Whether the last layer's attention sees all of a row.
+    ends_global: bool,
+    config: ModernBertConfig,
+}
+
+impl ModernBertForSequenceClassification {
+    /// Fetches the encoder from `vb`, with or without the prefix `model`, and with it the head's first part
+    /// (`head`); the projection to classes (`classifier`) from `head`: under an adapter method a frozen checkpoint
+    /// and [`Params::var_builder`](crate::adapter::Params::var_builder).
+    ///
+    /// # Errors
+    /// If the configuration is not supported, or a tensor is missing or of another shape.
+    pub fn load<'a>(
+        vb: impl Into<Weights<'a>>,
+        head: VarBuilder,
+        config: &ModernBertConfig,
+        noise: Noise,
+    ) -> Result<Self> {
+        config.validate()?;
+        let whole = vb.into();
+        let bare = whole.contains_tensor("embeddings.tok_embeddings.weight");
+        let vb = if bare { whole.clone() } else { whole.pp("model") };
+        let (d, std) = (config.hidden_size, config.initializer_range);
+        let embeddings = EmbeddingsShape {
+            path: "model.embeddings",
+            words: "tok_embeddings",
+            vocab: config.vocab_size,
+            width: d,
+            positions: None,
+            token_types: None,
+            norm: norm(config, &vb.pp("embeddings.norm"))?,
+            dropout: config.embedding_dropout,
+            init_std: std,
+            max_length: config.max_position_embeddings,
+        };
+        let attention = |layer_type| Attention::new(config, layer_type, &vb);
+        let (full, sliding) = (attention(LayerType::FullAttention), attention(LayerType::SlidingAttention));
+        let layers = (0..config.num_hidden_layers).map(|i| {
+            let attention = match config.layer_type(i) {
+                LayerType::FullAttention => &full,
+                LayerType::SlidingAttention => &sliding,
+            };
+            Layer::load(i, &vb.pp("layers").pp(i), config, attention.clone(), noise)
+        });
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let dense = whole.pp("head.dense").linear(d, d, std, config.classifier_bias)?;
+        Ok(Self {
+            embeddings: Embeddings::load(&vb.pp("embeddings"), embeddings, noise)?,
+            ends_global: layers.last().is_none_or(Layer::is_global),
+            layers: Stack::new(layers),
+            final_norm: norm(config, &vb.pp("final_norm"))?,
+            dense: AdaptableLinear::new("head.dense", dense),
+            norm: norm(config, &whole.pp("head.norm"))?,
+            dropout: Dropout::new(config.classifier_dropout, noise, "classifier"),
+            classifier: linear(d, config.num_labels(), std, &head.pp("classifier"))?,
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration, with the number of labels the head has.
+    pub fn config(&self) -> &ModernBertConfig {
+        &self.config
+    }
+
+    /// What the head reads of each row, (b, d).
+    fn pooled(&self, xs: Tensor, batch: PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        let normed = |xs: &Tensor| self.final_norm.forward_on(xs, cx.path);
+        match self.config.classifier_pooling {
+            // A window counts from the last query's place, which first tokens alone have not.
+            Pooling::Cls if self.ends_global => normed(&self.layers.first_token(xs, batch, cx)?),
+            Pooling::Cls => {
+                let xs = self.layers.forward(xs, &batch, cx)?;
+                normed(&batch.first_tokens(xs.device())?.take(&xs, cx.path)?)
+            }
+            // Virtual tokens count, as in PEFT.
+            Pooling::Mean => {
+                let xs = normed(&self.layers.forward(xs, &batch, cx)?)?;
+                let xs = batch.pad(xs, cx.path)?; // (b, t, d)
+                let real = batch.padding().to_dtype(xs.dtype())?.unsqueeze(2)?; // (b, t, 1)
+                xs.broadcast_mul(&real)?.sum(1)?.broadcast_div(&real.sum(1)?)
+            }
+        }
+    }
+}
+
+impl SequenceClassifier for ModernBertForSequenceClassification {
+    fn logits(
+        &self,
+        input_ids: &Tensor,
+        _token_type_ids: &Tensor,
+        attention_mask: &Tensor,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        let cx = &*cx.of_one_pass();
+        let (xs, batch) = self.embeddings.embed(input_ids, None, attention_mask, cx)?; // (n, d)
+        let pooled = self.dense.forward(&self.pooled(xs, batch, cx)?, cx)?;
+        let pooled = self.norm.forward_on(&ops::gelu(&pooled, cx.path)?, cx.path)?;
+        project(&self.classifier, &self.dropout.forward(&pooled, cx)?, cx)
+    }
+
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.layers.set_checkpoint_layers(on);
+    }
+
+    fn num_labels(&self) -> usize {
+        self.config.num_labels()
+    }
+
+    fn pad_id(&self) -> u32 {
+        self.config.pad_id()
+    }
+}
+
+impl AdaptableModel for ModernBertForSequenceClassification {
+    fn default_targets(&self) -> &'static [&'static str] {
+        &["Wqkv"]
+    }
+
+    linears!(layers, dense);
+
+    fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
+        Some(self.embeddings.words_mut())
+    }
+}

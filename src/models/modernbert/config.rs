@@ -1,0 +1,341 @@
+//! The configuration of a ModernBERT, as Hugging Face's `config.json` has it, old and new.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::models::encoder::config::{self as shared, defaults};
+use crate::util::{check, json};
+
+/// What of the last hidden states a classification head reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// That of the first token.
+    Cls,
+    /// The mean of those of the real tokens.
+    Mean,
+}
+
+/// How far the attention of a layer sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerType {
+    /// All of its row.
+    FullAttention,
+    /// `local_attention / 2` tokens each way.
+    SlidingAttention,
+}
+
+/// The rotary positions of one type of layers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rope {
+    /// How angles are scaled; `default` is supported.
+    #[serde(default = "unscaled")]
+    pub rope_type: String,
+    /// The base of the angles' frequencies; the type's own where absent.
+    #[serde(default)]
+    pub rope_theta: Option<f64>,
+}
+
+/// [`Rope`] of both types of layers, as newer files have it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RopeParameters {
+    /// Of the layers that see all of their row.
+    #[serde(default)]
+    pub full_attention: Option<Rope>,
+    /// Of those that do not.
+    #[serde(default)]
+    pub sliding_attention: Option<Rope>,
+}
+
+/// The fields of `config.json` that shape the computation; others are ignored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModernBertConfig {
+    /// `modernbert`.
+    pub model_type: String,
+    /// The number of token ids.
+    pub vocab_size: usize,
+    /// The width of the residual stream.
+    pub hidden_size: usize,
+    /// The inner width of the feed-forward block.
+    pub intermediate_size: usize,
+    /// The number of layers.
+    pub num_hidden_layers: usize,
+    /// The number of attention heads; divides `hidden_size` into heads of even width.
+    pub num_attention_heads: usize,
+    /// The activation in the feed-forward block; `gelu` (the exact one) is supported.
+    #[serde(default = "defaults::gelu")]
+    pub hidden_activation: String,
+    /// The longest sequence.
+    pub max_position_embeddings: usize,
+    /// The standard deviation that new weights start with.
+    #[serde(default = "defaults::initializer_range")]
+    pub initializer_range: f64,
+    /// Added to the variance in every layer norm; 1e-5 where absent.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Whether layer norms have a bias.
+    #[serde(default)]
+    pub norm_bias: bool,
+    /// Whether the linear layers of attention have a bias.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// Whether those of the feed-forward block have one.
+    #[serde(default)]
+    pub mlp_bias: bool,
+    /// Whether the dense layer of the head has one.
+    #[serde(default)]
+    pub classifier_bias: bool,
+    /// The activation of the head; `gelu` is supported.
+    #[serde(default = "defaults::gelu")]
+    pub classifier_activation: String,
+    /// What the head reads; the first token where absent.
+    #[serde(default = "first_token")]
+    pub classifier_pooling: Pooling,
+    /// Dropout of the embeddings, in training.
+    #[serde(default)]
+    pub embedding_dropout: f64,
+    /// Dropout of the attention probabilities and of what the attention block adds, in training.
+    #[serde(default)]
+    pub attention_dropout: f64,
+    /// Dropout inside the feed-forward block, in training.
+    #[serde(default)]
+    pub mlp_dropout: f64,
+    /// Dropout before the projection to classes, in training.
+    #[serde(default)]
+    pub classifier_dropout: f64,
+    /// The tokens that a local layer sees, half of them on each side.
+    #[serde(default = "local_attention")]
+    pub local_attention: usize,
+    /// The type of each layer, as newer files have it.
+    #[serde(default)]
+    pub layer_types: Option<Vec<LayerType>>,
+    /// Every so many layers one sees all, the first among them, as older files have it; 3 where absent.
+    #[serde(default = "every_third")]
+    pub global_attn_every_n_layers: usize,
+    /// The rotary positions, as newer files have them.
+    #[serde(default)]
+    pub rope_parameters: Option<RopeParameters>,
+    /// The base of the frequencies of layers that see all, as older files have it; 160000 where absent.
+    #[serde(default)]
+    pub global_rope_theta: Option<f64>,
+    /// That of local layers; 10000 where absent. Null is that of the others.
+    #[serde(default = "local_rope_theta")]
+    pub local_rope_theta: Option<f64>,
+    /// Scaled angles; none are supported.
+    #[serde(default)]
+    pub rope_scaling: Option<serde_json::Value>,
+    /// The id of padding; 50283 where absent.
+    #[serde(default = "pad_token_id")]
+    pub pad_token_id: Option<u32>,
+    /// The names of the classes; [`Self::num_labels`] counts them.
+    #[serde(default = "defaults::id2label", deserialize_with = "shared::label_texts")]
+    pub id2label: BTreeMap<usize, String>,
+}
+
+fn unscaled() -> String {
+    "default".to_string()
+}
+fn norm_eps() -> f64 {
+    1e-5
+}
+fn first_token() -> Pooling {
+    Pooling::Cls
+}
+fn local_attention() -> usize {
+    128
+}
+fn every_third() -> usize {
+    3
+}
+fn local_rope_theta() -> Option<f64> {
+    Some(10_000.0)
+}
+fn pad_token_id() -> Option<u32> {
+    Some(50_283)
+}
+
+impl ModernBertConfig {
+    /// Reads and checks a `config.json`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        Self::parse(json::read_config(path)?.as_bytes(), path)
+    }
+
+    /// The same from the file's bytes; `path` only names it in errors.
+    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
+        let config: Self = json::parse_config(text, path, &["rope_parameters"])?;
+        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
+        Ok(config)
+    }
+
+    /// Checks that the values fit each other and are supported.
+    ///
+    /// # Errors
+    /// Names the first option at fault.
+    pub fn validate(&self) -> Result<()> {
+        shared::check_is("model_type", &self.model_type, "modernbert")?;
+        shared::check_positive(&[
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("global_attn_every_n_layers", self.global_attn_every_n_layers),
+        ])?;
+        shared::check_heads("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
+        let head = self.hidden_size / self.num_attention_heads;
+        if !head.is_multiple_of(2) {
+            let reason = format!("heads of {head} have no halves to rotate");
+            return Err(Error::config("num_attention_heads", reason));
+        }
+        shared::check_is("hidden_activation", &self.hidden_activation, "gelu")?;
+        shared::check_is("classifier_activation", &self.classifier_activation, "gelu")?;
+        if let Some(types) = self.layer_types.as_ref().filter(|types| types.len() != self.num_hidden_layers) {
+            let reason = format!("{} types for {} layers", types.len(), self.num_hidden_layers);
+            return Err(Error::config("layer_types", reason));
+        }
+        self.check_rope()?;
+        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
+        check::positive("norm_eps", self.norm_eps)?;
+        shared::check_rates(&[
+            ("embedding_dropout", self.embedding_dropout),
+            ("attention_dropout", self.attention_dropout),
+            ("mlp_dropout", self.mlp_dropout),
+            ("classifier_dropout", self.classifier_dropout),
+        ])
+    }
+
+    fn check_rope(&self) -> Result<()> {
+        if self.rope_scaling.is_some() {
+            return Err(Error::config("rope_scaling", "scaled rotary positions are not supported here"));
+        }
+        for layer_type in [LayerType::FullAttention, LayerType::SlidingAttention] {
+            if let Some(rope) = self.rope(layer_type) {
+                shared::check_is("rope_type", &rope.rope_type, "default")?;
+            }
+            check::positive("rope_theta", self.rope_theta(layer_type))?;
+        }
+        Ok(())
+    }
+
+    fn rope(&self, layer_type: LayerType) -> Option<&Rope> {
+        let both = self.rope_parameters.as_ref()?;
+        match layer_type {
+            LayerType::FullAttention => both.full_attention.as_ref(),
+            LayerType::SlidingAttention => both.sliding_attention.as_ref(),
+        }
+    }
+
+    /// The base of the frequencies in layers of this type.
+    pub(crate) fn rope_theta(&self, layer_type: LayerType) -> f64 {
+        let global = || self.global_rope_theta.unwrap_or(160_000.0);
+        let old = || match layer_type {
+            LayerType::FullAttention => global(),
+            LayerType::SlidingAttention => self.local_rope_theta.unwrap_or_else(global),
+        };
+        self.rope(layer_type).and_then(|rope| rope.rope_theta).unwrap_or_else(old)
+    }
+
+    /// How far layer `i` sees.
+    pub(crate) fn layer_type(&self, i: usize) -> LayerType {
+        match &self.layer_types {
+            Some(types) => types[i],
+            None if i.is_multiple_of(self.global_attn_every_n_layers) => LayerType::FullAttention,
+            None => LayerType::SlidingAttention,
+        }
+    }
+
+    /// The id of padding.
+    pub fn pad_id(&self) -> u32 {
+        self.pad_token_id.unwrap_or(0)
+    }
+
+    /// The number of outputs of a classification head.
+    pub fn num_labels(&self) -> usize {
+        self.id2label.len()
+    }
+
+    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
+    /// Face names them.
+    pub fn with_num_labels(mut self, n: usize) -> Self {
+        shared::set_num_labels(&mut self.id2label, n);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{json, Value};
+
+    /// The file of answerdotai/ModernBERT-base, but for what shapes nothing.
+    fn old() -> Value {
+        json!({"model_type": "modernbert", "attention_bias": false, "attention_dropout": 0.0,
+            "classifier_activation": "gelu", "classifier_bias": false, "classifier_dropout": 0.0,
+            "classifier_pooling": "mean", "embedding_dropout": 0.0, "global_attn_every_n_layers": 3,
+            "global_rope_theta": 160000.0, "hidden_activation": "gelu", "hidden_size": 768,
+            "initializer_range": 0.02, "intermediate_size": 1152, "local_attention": 128,
+            "local_rope_theta": 10000.0, "max_position_embeddings": 8192, "mlp_bias": false,
+            "mlp_dropout": 0.0, "norm_bias": false, "norm_eps": 1e-5, "num_attention_heads": 12,
+            "num_hidden_layers": 22, "pad_token_id": 50283, "position_embedding_type": "absolute",
+            "vocab_size": 50368})
+    }
+
+    fn read(json: &Value) -> Result<ModernBertConfig> {
+        ModernBertConfig::parse(json.to_string().as_bytes(), Path::new("config.json"))
+    }
+
+    #[test]
+    fn old_and_new_files_say_the_same() {
+        let mut new = old();
+        for name in ["global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"] {
+            new.as_object_mut().unwrap().remove(name);
+        }
+        let types = (0..22).map(|i| if i % 3 == 0 { "full_attention" } else { "sliding_attention" });
+        new["layer_types"] = types.collect::<Vec<_>>().into();
+        new["rope_parameters"] = json!({"full_attention": {"rope_type": "default", "rope_theta": 160000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}});
+        let (old, new) = (read(&old()).unwrap(), read(&new).unwrap());
+        for i in 0..22 {
+            let layer_type = old.layer_type(i);
+            assert_eq!(layer_type, new.layer_type(i));
+            assert_eq!(old.rope_theta(layer_type), new.rope_theta(layer_type));
+        }
+        assert_eq!(
+            (old.layer_type(21), old.layer_type(20)),
+            (LayerType::FullAttention, LayerType::SlidingAttention)
+        );
+        assert_eq!((old.classifier_pooling, old.pad_id()), (Pooling::Mean, 50283));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for (name, value, said) in [
+            ("hidden_activation", json!("silu"), "hidden_activation: expected gelu, got silu"),
+            ("classifier_pooling", json!("max"), "unknown variant `max`"),
+            ("layer_types", json!(["full_attention"]), "layer_types: 1 types for 22 layers"),
+            ("layer_types", json!(["chunked"]), "unknown variant `chunked`"),
+            ("rope_scaling", json!({"rope_type": "yarn"}), "rope_scaling: scaled rotary positions"),
+            (
+                "rope_parameters",
+                json!({"full_attention": {"rope_type": "yarn"}}),
+                "rope_type: expected default, got yarn",
+            ),
+            ("global_rope_theta", json!(-1.0), "rope_theta"),
+            ("num_attention_heads", json!(256), "heads of 3 have no halves"),
+            ("pad_token_id", json!(50368), "pad_token_id: 50368 is outside"),
+            ("mlp_dropout", json!(1.5), "mlp_dropout: expected [0, 1)"),
+        ] {
+            let mut json = old();
+            json[name] = value;
+            let error = read(&json).unwrap_err().to_string();
+            assert!(error.contains("config.json") && error.contains(said), "{error}");
+        }
+    }
+}

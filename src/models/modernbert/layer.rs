@@ -1,0 +1,159 @@
+//! One layer: a norm before each of attention and gated feed-forward block.
+
+use std::sync::Arc;
+
+use candle_core::{Tensor, D};
+
+use super::config::{LayerType, ModernBertConfig};
+use super::rotary::Rotary;
+use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
+use crate::error::Result;
+use crate::models::encoder::{Block, PackedBatch};
+use crate::models::layers::{parameters, Dropout};
+use crate::models::Weights;
+use crate::noise::Noise;
+use crate::ops::{self, LayerNorm, Mask, Window};
+
+/// A norm of the width of the residual stream, with a bias where the configuration has them.
+///
+/// # Errors
+/// If a tensor is missing or of another shape.
+pub fn norm(config: &ModernBertConfig, vb: &Weights) -> Result<LayerNorm> {
+    let load = if config.norm_bias { LayerNorm::load } else { LayerNorm::load_without_bias };
+    load(config.hidden_size, config.norm_eps, vb)
+}
+
+/// What the layers of one type share.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    rotary: Arc<Rotary>,
+    window: Option<Window>,
+}
+
+impl Attention {
+    /// That of layers of this type, for weights like those of `vb`.
+    pub fn new(config: &ModernBertConfig, layer_type: LayerType, vb: &Weights) -> Self {
+        let dim = config.hidden_size / config.num_attention_heads;
+        let rotary = Rotary::new(config.rope_theta(layer_type), dim, vb.dtype(), vb.device());
+        let window = match layer_type {
+            LayerType::FullAttention => None,
+            LayerType::SlidingAttention => Some(Window::new(config.local_attention / 2 + 1)),
+        };
+        Self { rotary: Arc::new(rotary), window }
+    }
+}
+
+/// One layer.
+#[derive(Debug)]
+pub struct Layer {
+    attention_norm: Option<LayerNorm>,
+    projections: AdaptableLinear, // to queries, keys and values
+    attention_output: AdaptableLinear,
+    feed_forward_norm: LayerNorm,
+    inner: AdaptableLinear, // to what is activated and what it is multiplied by
+    output: AdaptableLinear,
+    probs_dropout: Dropout,
+    attention_dropout: Dropout,
+    inner_dropout: Dropout,
+    attention: Attention,
+    heads: usize,
+}
+
+impl Layer {
+    /// Fetches layer `i` from `vb`, which stands there.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape.
+    pub fn load(
+        i: usize,
+        vb: &Weights,
+        config: &ModernBertConfig,
+        attention: Attention,
+        noise: Noise,
+    ) -> Result<Self> {
+        let (d, inner) = (config.hidden_size, config.intermediate_size);
+        let path = format!("model.layers.{i}");
+        let linear = |name: &str, in_dim, out_dim, bias| {
+            let base = vb.pp(name).linear(in_dim, out_dim, config.initializer_range, bias)?;
+            Result::Ok(AdaptableLinear::new(format!("{path}.{name}"), base))
+        };
+        let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
+        Ok(Self {
+            // The first layer's input comes from a norm.
+            attention_norm: (i > 0).then(|| norm(config, &vb.pp("attn_norm"))).transpose()?,
+            projections: linear("attn.Wqkv", d, 3 * d, config.attention_bias)?,
+            attention_output: linear("attn.Wo", d, d, config.attention_bias)?,
+            feed_forward_norm: norm(config, &vb.pp("mlp_norm"))?,
+            inner: linear("mlp.Wi", d, 2 * inner, config.mlp_bias)?,
+            output: linear("mlp.Wo", inner, d, config.mlp_bias)?,
+            probs_dropout: dropout(config.attention_dropout, "attn"),
+            attention_dropout: dropout(config.attention_dropout, "attn.out_drop"),
+            inner_dropout: dropout(config.mlp_dropout, "mlp.drop"),
+            attention,
+            heads: config.num_attention_heads,
+        })
+    }
+
+    /// Whether its attention sees all of a row.
+    pub fn is_global(&self) -> bool {
+        self.attention.window.is_none()
+    }
+
+    /// What attention makes of the normalised `xs`, for the tokens that are wanted.
+    fn attend(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        let all = batch.pad(self.projections.forward(xs, cx)?, cx.path)?; // (b, t, 3 d)
+        let (b, t, width) = all.dims3()?;
+        let d = width / 3;
+        let part = |i: usize| all.narrow(D::Minus1, i * d, d);
+        let (cos, sin) = self.attention.rotary.angles(t)?;
+        let rotated = |xs: Tensor| {
+            let xs = xs.reshape((b, t, self.heads, ()))?;
+            ops::rotary(&xs, &cos, &sin, cx.path)?.reshape((b, t, d))
+        };
+        let (q, k, v) = (rotated(part(0)?)?, rotated(part(1)?)?, part(2)?);
+        // A window counts from the last query's place, so that of first tokens alone there is none.
+        let q = if batch.only().is_some() { q.narrow(1, 0, 1)? } else { q };
+        let mask = Mask { window: self.attention.window.clone(), ..batch.mask() };
+        let scale = (d as f64 / self.heads as f64).sqrt().recip();
+        let dropout = self.probs_dropout.active(cx);
+        let context = ops::attention(&q, &k, &v, self.heads, self.heads, scale, &mask, dropout, cx.path)?;
+        let context =
+            if batch.only().is_some() { context.squeeze(1)? } else { batch.pack(context, cx.path)? };
+        self.attention_dropout.forward(&self.attention_output.forward(&context, cx)?, cx)
+    }
+
+    /// `Wo (gelu(a) * b)` where `Wi` gives `a` and `b`.
+    fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
+        let both = self.inner.forward(xs, cx)?; // (.., 2 inner)
+        let inner = both.dim(D::Minus1)? / 2;
+        let part = |i: usize| both.narrow(D::Minus1, i * inner, inner);
+        let gated = (ops::gelu(&part(0)?, cx.path)? * part(1)?)?;
+        self.output.forward(&self.inner_dropout.forward(&gated, cx)?, cx)
+    }
+}
+
+impl Block for Layer {
+    fn forward(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
+        let normed = match &self.attention_norm {
+            Some(norm) => norm.forward_on(xs, cx.path)?,
+            None => xs.clone(),
+        };
+        let attended = self.attend(&normed, batch, cx)?;
+        let wanted = match batch.only() {
+            Some(only) => only.take(xs, cx.path)?,
+            None => xs.clone(),
+        };
+        let xs = (wanted + attended)?;
+        let inner = self.feed_forward(&self.feed_forward_norm.forward_on(&xs, cx.path)?, cx)?;
+        xs + inner
+    }
+
+    fn parameters(&self) -> Result<Vec<Tensor>> {
+        let norms = self.attention_norm.iter().chain([&self.feed_forward_norm]);
+        Ok(parameters(self)?.into_iter().chain(norms.flat_map(LayerNorm::parameters)).collect())
+    }
+}
+
+impl AdaptableModel for Layer {
+    linears!(projections, attention_output, inner, output);
+}

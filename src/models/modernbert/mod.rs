@@ -1,0 +1,10 @@
+//! ModernBERT (Warner et al. 2024): norms before the blocks, rotary positions, a gated feed-forward block, and
+//! attention that is local in most layers.
+
+mod classification;
+mod config;
+mod layer;
+mod rotary;
+
+pub use classification::ModernBertForSequenceClassification;
+pub use config::{ModernBertConfig, Pooling};

@@ -1,0 +1,202 @@
+//! Disentangled attention (He et al. 2021): what a query and a key say of each other's place joins their product.
+
+use candle_core::{bail, Result, Tensor, D};
+
+use super::attention_mask::{visible, Mask, Shape};
+use super::custom_vjp::custom_vjp;
+use super::disentangled_fused as fused;
+use super::disentangled_shape::{spread, Positioned};
+use super::dropout::DropoutPlan;
+use super::dropout_mask::{check, DropoutMask};
+use super::path::OpPath;
+use super::reference;
+use crate::noise::Stream;
+use crate::util::dtype::wide;
+
+/// `softmax(scale (q_i k_j + q_i pk_r + k_j pq_r) + padding) v` per head, `r` the row of relative positions that
+/// the distance `i - j` has: content to content, content to position, position to content.
+///
+/// One node of (q, k, v), where q and k bring the rows of the positions behind those of the batch, as one
+/// projection of both gives them: DeBERTa-v3 shares the projections, and what is adapted is then called once.
+/// The positions enter at the scores: no matrix of (b, heads, tq, tk) is kept, but the logarithm of each softmax
+/// row's sum, as in [`attention`](super::attention()).
+///
+/// `dropout`: (p, stream, draw) of the attention probabilities, numbered in the order of (b, heads, tq, tk).
+///
+/// # Shapes
+/// - `q`: `(b * tq + m, heads * dim)`: the queries of each row of the batch, then `pq`
+/// - `k`: `(b * tk + m, heads * dim)`: its keys, then `pk`
+/// - `v`: `(b, tk, heads * dim)`
+/// - `rows`: of each distance from `-(tk - 1)` to `tk - 1`, which of the `m` positions it has; query `i` is token
+///   `i` of its row, and `tq` is at most `tk`
+/// - `padding`: `(b, tk)` of u8, 1 where the key is a real token
+/// - output: `(b, tq, heads * dim)`
+///
+/// # Errors
+/// If the shapes do not fit, a distance has a row that there is not, or p is not in `[0, 1)`.
+#[allow(clippy::too_many_arguments)]
+pub fn disentangled_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    rows: &[u32],
+    heads: usize,
+    scale: f64,
+    padding: &Tensor,
+    dropout: Option<(f64, Stream, u64)>,
+    path: OpPath,
+) -> Result<Tensor> {
+    let shape = Positioned::new(q, k, v, rows, heads)?;
+    let Shape { b, tq, tk, .. } = shape.content;
+    if padding.dims() != [b, tk] {
+        bail!("attention: padding {:?} does not fit (batch, keys) of {:?}", padding.dims(), (b, tk));
+    }
+    if let Some((p, ..)) = dropout {
+        check(p)?;
+    }
+    let mask = Mask { padding: Some(padding.clone()), ..Mask::default() };
+    let dropout = dropout.filter(|(p, ..)| *p > 0.0);
+    let probabilities = candle_core::Shape::from((b, heads, tq, tk));
+    let keep =
+        || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
+    let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
+    match path.on(&[q, k, v]) {
+        OpPath::Reference => {
+            let visible = visible(&shape.content, &mask, q.device())?;
+            let index = shape.index(rows, q)?;
+            reference::disentangled_attention([q, k, v], &shape, &index, scale, visible, keep().as_ref())
+        }
+        OpPath::Fused => {
+            let core = fused::Core::new(shape, rows, scale as f32, padding, keep())?;
+            let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
+            custom_vjp("disentangled attention", [q, k, v], y, move |call| {
+                core.backward(call.args.each_ref(), &call.result, &call.grad, &log_sums)
+            })
+        }
+        OpPath::Composed => {
+            let kind = (&probabilities, wide(q.dtype()), q.device());
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
+            let core = Composed {
+                index: shape.index(rows, q)?,
+                visible: visible(&shape.content, &mask, q.device())?,
+                dropout: dropout.map(plan).transpose()?,
+                shape,
+                scale,
+            };
+            let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
+            custom_vjp("disentangled attention", [q, k, v], y, move |call| {
+                core.backward(call.args.each_ref(), &call.result, &call.grad, &log_sums)
+            })
+        }
+    }
+}
+
+/// The core in tensor operations.
+struct Composed {
+    shape: Positioned,
+    index: Tensor, // (tq, tk)
+    scale: f64,
+    visible: Option<Tensor>,
+    dropout: Option<DropoutPlan>,
+}
+
+/// Queries and keys as heads, and their positions.
+struct Split {
+    q: Tensor,
+    pq: Tensor,
+    k: Tensor,
+    pk: Tensor,
+}
+
+impl Composed {
+    fn split(&self, q: &Tensor, k: &Tensor) -> Result<Split> {
+        let Shape { tq, tk, .. } = self.shape.content;
+        let ((q, pq), (k, pk)) = (self.shape.split(q, tq)?, self.shape.split(k, tk)?);
+        Ok(Split { q, pq, k, pk })
+    }
+
+    /// The indices of both gathers, (b, heads, tq, tk) and (b, heads, tk, tq).
+    fn indices(&self) -> Result<[Tensor; 2]> {
+        let Shape { b, heads, .. } = self.shape.content;
+        Ok([spread(&self.index, b, heads)?, spread(&self.index.t()?, b, heads)?])
+    }
+
+    /// The scaled scores in the wide dtype, (b, heads, tq, tk), hidden ones very small.
+    fn scores(&self, split: &Split, [by_query, by_key]: &[Tensor; 2]) -> Result<Tensor> {
+        let dtype = wide(split.q.dtype());
+        let product = |a: &Tensor, b: &Tensor| a.matmul(&b.transpose(2, 3)?.contiguous()?)?.to_dtype(dtype);
+        let scores = product(&split.q, &split.k)?;
+        let scores = (scores + product(&split.q, &split.pk)?.gather(by_query, 3)?)?;
+        let scores = (scores + product(&split.k, &split.pq)?.gather(by_key, 3)?.transpose(2, 3)?)?;
+        let scores = (scores * self.scale)?;
+        let Some(visible) = &self.visible else { return Ok(scores) };
+        let hidden = Tensor::full(-1e30f32, scores.dims(), scores.device())?.to_dtype(dtype)?;
+        visible.broadcast_as(scores.dims())?.contiguous()?.where_cond(&scores, &hidden)
+    }
+
+    /// Zero where hidden: a row without a visible key would otherwise be uniform.
+    fn hide(&self, p: Tensor) -> Result<Tensor> {
+        match &self.visible {
+            Some(visible) => p.broadcast_mul(&visible.to_dtype(p.dtype())?),
+            None => Ok(p),
+        }
+    }
+
+    fn drop(&self, p: &Tensor) -> Result<Tensor> {
+        match &self.dropout {
+            Some(plan) => plan.apply(p),
+            None => Ok(p.clone()),
+        }
+    }
+
+    /// The output and the logarithm of each row's sum, (b, heads, tq, 1).
+    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let scores = self.scores(&self.split(q, k)?, &self.indices()?)?;
+        let max = scores.max_keepdim(D::Minus1)?;
+        let e = self.hide(scores.broadcast_sub(&max)?.exp()?)?;
+        let sum = e.sum_keepdim(D::Minus1)?;
+        let sum = (&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?;
+        let p = self.drop(&e.broadcast_div(&sum)?)?.to_dtype(v.dtype())?;
+        let y = p.matmul(&self.shape.split_values(v, self.shape.content.tk)?)?;
+        Ok((self.shape.join(&y)?, (sum.log()? + max)?))
+    }
+
+    /// With `P` the probabilities, `M` the dropout, `O` the output and `G_q`, `G_k` the slopes of the scores
+    /// gathered by the rows of positions (`G_q[i, r]` their sum over the keys that are `r` away from query i):
+    /// `dV = (P M)^T dO`, `dS = P (M dO V^T - rowsum(dO O))`, `dQ = s (dS K + G_q PK)`,
+    /// `dK = s (dS^T Q + G_k PQ)`, `dPK = s G_q^T Q`, `dPQ = s G_k^T K`.
+    fn backward(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        y: &Tensor,
+        grad: &Tensor,
+        log_sums: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let Shape { b, tq, tk, heads, .. } = self.shape.content;
+        let (m, dtype) = (self.shape.positions, wide(q.dtype()));
+        let (split, indices) = (self.split(q, k)?, self.indices()?);
+        let values = self.shape.split_values(v, tk)?;
+        let (y, dy) = (self.shape.split_values(y, tq)?, self.shape.split_values(grad, tq)?);
+        let along = (y.to_dtype(dtype)? * dy.to_dtype(dtype)?)?.sum_keepdim(D::Minus1)?;
+        let p = self.hide(self.scores(&split, &indices)?.broadcast_sub(log_sums)?.exp()?)?;
+        let t = |x: &Tensor| x.transpose(2, 3)?.contiguous();
+        let dv = t(&self.drop(&p)?.to_dtype(v.dtype())?)?.matmul(&dy)?;
+        let dp = dy.matmul(&t(&values)?)?.to_dtype(dtype)?;
+        let ds = ((self.drop(&dp)?.broadcast_sub(&along)? * p)? * self.scale)?;
+        let gathered = |rows: usize, index: &Tensor, ds: &Tensor| {
+            let none = Tensor::zeros((b, heads, rows, m), dtype, ds.device())?;
+            none.scatter_add(index, ds, 3)?.to_dtype(q.dtype())
+        };
+        let by_query = gathered(tq, &indices[0], &ds)?; // (b, heads, tq, m)
+        let by_key = gathered(tk, &indices[1], &t(&ds)?)?; // (b, heads, tk, m)
+        let ds = ds.to_dtype(q.dtype())?;
+        let dq = (ds.matmul(&split.k)? + by_query.matmul(&split.pk)?)?;
+        let dk = (t(&ds)?.matmul(&split.q)? + by_key.matmul(&split.pq)?)?;
+        let (dpk, dpq) = (t(&by_query)?.matmul(&split.q)?, t(&by_key)?.matmul(&split.k)?);
+        Ok([
+            Some(self.shape.unsplit(&dq, &dpq)?),
+            Some(self.shape.unsplit(&dk, &dpk)?),
+            Some(self.shape.join(&dv)?),
+        ])
+    }
+}
