@@ -8,6 +8,7 @@
 pub mod causal;
 pub mod decoder;
 pub mod generate;
+pub mod gguf;
 pub mod hub;
 pub(crate) mod layers;
 pub mod roberta;
