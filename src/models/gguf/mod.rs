@@ -4,16 +4,24 @@
 //! Everything here is under Hugging Face's names on this side: a file becomes a `config.json` ([`Gguf::config`]), a
 //! `tokenizer.json` ([`Gguf::tokenizer`]) and tensors ([`Gguf::weights`]), so that no model knows where it came from.
 
+mod adapter;
 mod architecture;
 mod config;
 mod file;
 mod header;
+mod kind;
+mod metadata;
+mod model;
 mod rope;
 mod rows;
 mod tokenizer;
 mod value;
 mod weights;
+mod write;
 
+pub use adapter::write_adapter;
 pub use file::Gguf;
-pub use tokenizer::tokenizer_metadata;
+pub use kind::GgufKind;
+pub use model::Texts;
+pub(in crate::models) use model::{write_model, Named};
 pub use value::Value;
