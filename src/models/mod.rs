@@ -11,9 +11,11 @@ pub mod generate;
 pub mod gguf;
 pub mod hub;
 pub(crate) mod layers;
+mod quantize;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
 mod weights;
 
+pub use quantize::Quantization;
 pub use weights::{QuantizedSource, Wanted, Weights};

@@ -4,10 +4,10 @@ use candle_core::{bail, Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use super::custom_vjp::custom_vjp;
-use super::host::{dense, rows_per_piece, tensor, Host};
-use super::linear::{check, forward, input_gradient, linear, product};
+use super::host::{rows_per_piece, tensor};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
 use super::path::OpPath;
+use super::quantized::Weight;
 use super::vmath;
 #[cfg(feature = "cuda")]
 use crate::kernels::loss as kernels;
@@ -30,7 +30,7 @@ const MOST_LOGITS: usize = 1 << 28;
 ///
 /// # Shapes
 /// - `xs`: `(n, dim)`
-/// - `weight`: `(classes, dim)`
+/// - `weight`: `(classes, dim)`, whose rows are dequantised in blocks where it is quantised
 /// - `labels`: `(n)` of i64, best on the host; rows labelled `ignore` are left out
 /// - output: a scalar, the dtype of `xs`
 ///
@@ -38,20 +38,21 @@ const MOST_LOGITS: usize = 1 << 28;
 /// If the shapes do not fit, and as [`cross_entropy`].
 pub fn linear_cross_entropy(
     xs: &Tensor,
-    weight: &Tensor,
+    weight: impl Into<Weight>,
     labels: &Tensor,
     ignore: i64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let (wanted, path) = (path, path.on(&[xs, weight]));
+    let weight = &weight.into();
+    let (wanted, path) = (path, weight.path(path, xs));
     if path == OpPath::Reference || weight.track_op() {
-        return cross_entropy(&linear(xs, weight, None, wanted)?, labels, ignore, wanted);
+        return cross_entropy(&weight.linear(xs, None, wanted)?, labels, ignore, wanted);
     }
-    check(xs, weight, None)?;
+    weight.check(xs)?;
     if xs.rank() != 2 {
         bail!("linear cross entropy: expected xs (n, dim), got {:?}", xs.dims());
     }
-    let labels = Labels::new(labels, xs.dim(0)?, weight.dim(0)?, ignore)?;
+    let labels = Labels::new(labels, xs.dim(0)?, weight.dims2()?.0, ignore)?;
     #[cfg(feature = "cuda")]
     if wanted.has_kernels() && kernels::supports(xs) {
         return on_device(xs, weight, &labels, path);
@@ -62,14 +63,14 @@ pub fn linear_cross_entropy(
         let rows = xs.detach().narrow(0, first, chunk.all.len())?;
         let (part, gradient) = match path {
             OpPath::Fused => fused(&rows, weight, &chunk)?,
-            _ => composed(&forward(path, &rows, weight, None)?, &chunk)?,
+            _ => composed(&weight.forward(path, &rows)?, &chunk)?,
         };
         loss = Some(match loss {
             Some(loss) => (loss + part)?,
             None => part,
         });
         if xs.track_op() {
-            gradients.push(input_gradient(path, &gradient, weight)?);
+            gradients.push(weight.input_gradient(path, &gradient)?);
         }
     }
     let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
@@ -90,15 +91,15 @@ fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
 /// The loss by kernels that read the logits once and leave their gradient in their place: all rows at one time, unless
 /// their logits were more than [`MOST_LOGITS`].
 #[cfg(feature = "cuda")]
-fn on_device(xs: &Tensor, weight: &Tensor, labels: &Labels, path: OpPath) -> Result<Tensor> {
+fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Result<Tensor> {
     let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
-    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dim(0)?).max(1), Vec::new());
+    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dims2()?.0).max(1), Vec::new());
     for first in (0..n).step_by(chunk) {
         let part = xs.detach().narrow(0, first, chunk.min(n - first))?;
-        let logits = forward(path, &part, weight, None)?;
+        let logits = weight.forward(path, &part)?;
         if xs.track_op() {
             rows.slopes_in_place(first, &logits)?;
-            gradients.push(input_gradient(path, &logits, weight)?);
+            gradients.push(weight.input_gradient(path, &logits)?);
         } else {
             rows.log_sums(first, &logits)?;
         }
@@ -107,10 +108,9 @@ fn on_device(xs: &Tensor, weight: &Tensor, labels: &Labels, path: OpPath) -> Res
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
-fn fused(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
-    let (rows, weight) = (dense(rows)?, dense(weight)?);
-    let (n, classes) = (labels.all.len(), weight.dim(0)?);
-    let mut logits = product(&Host::of(&rows)?, &Host::of(&weight)?, None, n);
+fn fused(rows: &Tensor, weight: &Weight, labels: &Labels) -> Result<(Tensor, Tensor)> {
+    let (n, classes) = (labels.all.len(), weight.dims2()?.0);
+    let mut logits = weight.product(rows, n)?;
     let (piece, factor) = (rows_per_piece(classes), 1.0 / labels.counted as f32);
     let work = |(i, logits): (usize, &mut [f32])| {
         let mut sum = 0.0;

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::Weight;
+use crate::ops::{self, Weight};
 
 /// LLaMA as a language model.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl CausalLm for DecoderForCausalLM {
     }
 
     fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        self.head.cross_entropy(hidden, targets, -100, cx.path)
+        ops::linear_cross_entropy(hidden, &self.head, targets, -100, cx.path)
     }
 }
 

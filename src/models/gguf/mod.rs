@@ -2,7 +2,7 @@
 //! written as them. What GGUF calls things lives here and nowhere else.
 //!
 //! Everything here is under Hugging Face's names on this side: a file becomes a `config.json` ([`Gguf::config`]), a
-//! `tokenizer.json` ([`Gguf::tokenizer`]) and tensors ([`Gguf::weights`]), so that no model knows where it came from.
+//! `tokenizer.json` ([`Gguf::tokenizer`]) and tensors ([`Gguf::var_builder`], [`Gguf::quantized`]), so that no model knows where it came from.
 
 mod adapter;
 mod architecture;

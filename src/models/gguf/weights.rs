@@ -13,15 +13,16 @@ use super::file::Gguf;
 use super::header::TensorInfo;
 use super::rows;
 use crate::error::Result;
-use crate::models::weights::{QuantizedSource, Wanted, Weights};
+use crate::models::weights::{QuantizedSource, Wanted};
 use crate::ops::QuantizedWeight;
 use crate::util::finite::first_non_finite;
 
 impl Gguf {
-    /// The weights under Hugging Face's names, for a model to be loaded of: quantised matrices stay so, everything
-    /// else becomes `dtype`.
-    pub fn weights(&self, dtype: DType, device: &Device) -> Weights<'static> {
-        Weights::new(self.var_builder(dtype, device), Arc::new(self.clone()))
+    /// The matrices that are quantised, as they are; None where none is. A model is loaded of these and of
+    /// [`Self::var_builder`] ([`ModelFiles::open_weights`](crate::models::hub::ModelFiles::open_weights)).
+    pub fn quantized(&self) -> Option<Arc<dyn QuantizedSource>> {
+        let mut infos = self.tensor_names().filter_map(|name| self.info(name));
+        infos.any(|info| is_quantized(info.kind)).then(|| Arc::new(self.clone()) as Arc<dyn QuantizedSource>)
     }
 
     /// The weights under Hugging Face's names as numbers of `dtype`: quantised ones are dequantised when they are asked
@@ -80,10 +81,14 @@ impl Gguf {
     }
 }
 
+fn is_quantized(kind: GgmlDType) -> bool {
+    !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16)
+}
+
 impl QuantizedSource for Gguf {
     fn get(&self, wanted: &Wanted) -> Result<Option<QuantizedWeight>> {
         let info = self.wanted(wanted.name)?;
-        if matches!(info.kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) {
+        if !is_quantized(info.kind) {
             return Ok(None);
         }
         let (rows, columns) = wanted.shape;

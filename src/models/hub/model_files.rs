@@ -2,12 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 
+use super::bitsandbytes::FourBits;
 #[cfg(feature = "hub")]
 use super::client::RepoKind;
 #[cfg(feature = "hub")]
@@ -20,7 +22,8 @@ use super::source::Source;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
 use crate::models::gguf::Gguf;
-use crate::models::weights::Weights;
+use crate::models::quantize::Quantization;
+use crate::models::weights::{QuantizedSource, Weights};
 use crate::util::json;
 
 pub(super) const CONFIG: &str = "config.json";
@@ -47,6 +50,7 @@ pub struct ModelFiles {
     weights: Vec<PathBuf>,
     /// Where it is a GGUF file that holds all of it, but for a tokenizer that lies beside it.
     gguf: Option<Gguf>,
+    quantization: Option<Quantization>,
 }
 
 impl ModelFiles {
@@ -118,7 +122,7 @@ impl ModelFiles {
     fn of_gguf(source: Source, path: PathBuf) -> Result<Self> {
         let gguf = Gguf::open(&path)?;
         let tokenizer = source.file(TOKENIZER)?;
-        Ok(Self { source, config: path.clone(), tokenizer, weights: vec![path], gguf: Some(gguf) })
+        Ok(Self { source, config: path.clone(), tokenizer, weights: vec![path], gguf: Some(gguf), quantization: None })
     }
 
     /// Like [`Self::locate_either`] for a repository alone.
@@ -159,7 +163,7 @@ impl ModelFiles {
             }
             return Err(source.missing(WEIGHTS));
         };
-        Ok(Self { source, config, tokenizer, weights, gguf: None })
+        Ok(Self { source, config, tokenizer, weights, gguf: None, quantization: None })
     }
 
     /// The path of `config.json`, or of the GGUF file that stands in for it.
@@ -219,16 +223,35 @@ impl ModelFiles {
         weights::map_builder(&self.weights, dtype, device)
     }
 
-    /// The weights for a model to be loaded of: those of [`Self::var_builder`], beside which what is quantised
-    /// stays so.
+    /// The same files, whose matrices [`Self::open_weights`] quantises (None: leaves as they are).
+    pub fn quantized(self, quantization: Option<Quantization>) -> Self {
+        Self { quantization, ..self }
+    }
+
+    /// The weights to load a model of: those of [`Self::var_builder`], beside which matrices that are quantised stay
+    /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
-    /// As [`Self::var_builder`].
+    /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
-        if let Some(gguf) = &self.gguf {
-            return Ok(gguf.weights(dtype, device));
+        let builder = self.var_builder(dtype, device)?;
+        let four_bits = || FourBits::find(self.map_weights()?);
+        let already = match &self.gguf {
+            Some(gguf) => gguf.quantized().map(|source| ("GGUF", source)),
+            None => four_bits()?.map(|bits| ("bitsandbytes' nf4", Arc::new(bits) as Arc<dyn QuantizedSource>)),
+        };
+        match (already, self.quantization) {
+            (None, None) => Ok(builder.into()),
+            (None, Some(quantization)) => {
+                let source = quantization.source(&self.var_builder(DType::F32, &Device::Cpu)?);
+                Ok(Weights::new(builder, source))
+            }
+            (Some((_, source)), None) => Ok(Weights::new(builder, source)),
+            (Some((kind, _)), Some(_)) => {
+                let reason = format!("the weights are quantised already ({kind}): leave it out");
+                Err(Error::config("quantize", reason))
+            }
         }
-        Ok(self.var_builder(dtype, device)?.into())
     }
 
     /// The tensors of the weights as they lie in their files, memory-mapped.
