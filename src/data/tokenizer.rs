@@ -39,7 +39,10 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     if let Some(gguf) = files.gguf() {
         return match gguf.tokenizer()? {
             Some(json) => parse(json.to_string().as_bytes(), gguf.path()),
-            None => Err(Error::format(gguf.path(), "it holds no tokenizer, and there is no tokenizer.json beside it")),
+            None => Err(Error::format(
+                gguf.path(),
+                "it holds no tokenizer, and there is no tokenizer.json beside it",
+            )),
         };
     }
     let folder = files.config_path().parent().unwrap_or(Path::new("."));

@@ -11,6 +11,7 @@ mod device;
 mod encoders;
 mod eval;
 mod finetune;
+mod gguf;
 mod gradients;
 mod inject;
 #[cfg(unix)]

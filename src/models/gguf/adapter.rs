@@ -69,5 +69,7 @@ fn place(base: &Described, layer: &str) -> Result<String> {
         return Err(Error::config("gguf", reason));
     }
     let name = base.architecture.to_gguf(&format!("{layer}.weight"));
-    name.ok_or_else(|| Error::config("gguf", format!("llama.cpp has no layer {layer} in {}", base.architecture.name)))
+    name.ok_or_else(|| {
+        Error::config("gguf", format!("llama.cpp has no layer {layer} in {}", base.architecture.name))
+    })
 }

@@ -196,7 +196,10 @@ mod tests {
             assert_eq!(one.to_gguf("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
             assert_eq!(one.to_hugging_face("rope_freqs.weight"), None);
         }
-        assert_eq!(ALL[2].to_gguf("model.layers.3.self_attn.q_proj.bias").as_deref(), Some("blk.3.attn_q.bias"));
+        assert_eq!(
+            ALL[2].to_gguf("model.layers.3.self_attn.q_proj.bias").as_deref(),
+            Some("blk.3.attn_q.bias")
+        );
         assert_eq!(ALL[0].interleaved_queries("model.layers.0.self_attn.k_proj"), Some(false));
         assert_eq!(ALL[3].interleaved_queries("model.layers.0.self_attn.q_proj.weight"), None);
     }

@@ -72,8 +72,9 @@ impl Gguf {
             _ => return Err(self.error("there is no tensor token_embd.weight of two axes")),
         };
         let epsilon = self.number("attention.layer_norm_rms_epsilon")?;
-        let epsilon = epsilon
-            .ok_or_else(|| self.error(format!("{} is missing", self.key("attention.layer_norm_rms_epsilon"))))?;
+        let epsilon = epsilon.ok_or_else(|| {
+            self.error(format!("{} is missing", self.key("attention.layer_norm_rms_epsilon")))
+        })?;
         let config = json!({
             "model_type": architecture.model_type,
             "vocab_size": vocabulary,
@@ -88,7 +89,8 @@ impl Gguf {
         });
         let Json::Object(mut config) = config else { return Ok(Map::new()) };
         let gelu = architecture.norm_plus_one;
-        let (key, activation) = if gelu { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+        let (key, activation) =
+            if gelu { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
         config.insert(key.into(), json!(activation));
         Ok(config)
     }
@@ -129,7 +131,9 @@ impl Gguf {
             }
             None => self.required("embedding_length")? / heads,
         };
-        if let Some(turned) = self.whole("rope.dimension_count")?.filter(|turned| *turned != width && width > 0) {
+        if let Some(turned) =
+            self.whole("rope.dimension_count")?.filter(|turned| *turned != width && width > 0)
+        {
             config.insert("partial_rotary_factor".into(), json!(turned as f64 / width as f64));
         }
         if let Some(theta) = self.number("rope.freq_base_swa")? {
@@ -153,7 +157,8 @@ impl Gguf {
             })?;
             return Ok(Some(rule.to_json()));
         }
-        let (long, short) = (self.vector("rope_factors_long.weight")?, self.vector("rope_factors_short.weight")?);
+        let (long, short) =
+            (self.vector("rope_factors_long.weight")?, self.vector("rope_factors_short.weight")?);
         if let (Some(long), Some(short)) = (long, short) {
             let mut scaling = json!({"rope_type": "longrope", "long_factor": long, "short_factor": short});
             if let Some(factor) = self.number("rope.scaling.attn_factor")? {
@@ -191,7 +196,9 @@ impl Gguf {
         if matches!(name, "llama" | "smollm3") {
             let bias = has("blk.0.attn_q.bias");
             if bias != has("blk.0.attn_output.bias") {
-                return Err(self.error("a bias on q but none on the output, or the other way round, is not supported here"));
+                return Err(self.error(
+                    "a bias on q but none on the output, or the other way round, is not supported here",
+                ));
             }
             config.insert("attention_bias".into(), json!(bias));
             config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
@@ -226,7 +233,9 @@ impl Gguf {
             };
             // A file that says more layers than it has tensors is found out before this becomes long.
             if layers > self.tensor_names().count() {
-                return Err(self.error(format!("{}: it has no tensors of {layers} blocks", self.key("block_count"))));
+                return Err(
+                    self.error(format!("{}: it has no tensors of {layers} blocks", self.key("block_count")))
+                );
             }
             config.insert("layer_types".into(), (0..layers).map(kind).collect());
             let (heads, width) = (self.heads(true)?.max(1), self.required("embedding_length")?);
@@ -242,7 +251,6 @@ impl Gguf {
         Ok(())
     }
 }
-
 
 /// The number that was meant where single precision has one close by: `1e-5` and not `9.999999747378752e-6`.
 fn short(value: f64) -> f64 {

@@ -40,7 +40,9 @@ impl Gguf {
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         pointer::refuse(&map, path)?;
         let header = Header::parse(&map).map_err(|reason| Error::format(path, reason))?;
-        if let Some(parts) = header.metadata.get("split.count").and_then(Value::as_u64).filter(|parts| *parts > 1) {
+        if let Some(parts) =
+            header.metadata.get("split.count").and_then(Value::as_u64).filter(|parts| *parts > 1)
+        {
             let reason = format!("one of {parts} parts: join them by llama-gguf-split --merge");
             return Err(Error::format(path, reason));
         }
@@ -93,7 +95,8 @@ impl Gguf {
     /// A vector in single precision that is no weight, such as factors of the rotary frequencies.
     pub(super) fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let Some(info) = self.info(name) else { return Ok(None) };
-        let tensor: Tensor = self.load(info, Cow::Borrowed(self.bytes(info)), &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        let tensor: Tensor =
+            self.load(info, Cow::Borrowed(self.bytes(info)), &Device::Cpu)?.dequantize(&Device::Cpu)?;
         Ok(Some(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
     }
 

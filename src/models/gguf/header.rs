@@ -47,7 +47,9 @@ impl Header {
         match at.u32()? {
             2 | 3 => {}
             1 => return Err("version 1 of GGUF is not supported: convert the model anew".into()),
-            swapped if swapped.swap_bytes() <= 3 => return Err("GGUF of big-endian machines is not supported".into()),
+            swapped if swapped.swap_bytes() <= 3 => {
+                return Err("GGUF of big-endian machines is not supported".into())
+            }
             other => return Err(format!("expected version 2 or 3 of GGUF, got {other}")),
         }
         // The shortest tensor's entry has an empty name and no axes, the shortest value is a byte.
@@ -77,14 +79,23 @@ impl Header {
         let alignment = match self.metadata.get("general.alignment") {
             None => ALIGNMENT,
             Some(value) => match value.as_u64() {
-                Some(value) if value.is_multiple_of(8) && value.is_power_of_two() && value <= 1 << 20 => value,
-                _ => return Err(format!("general.alignment: expected a power of two of at least 8, got {value:?}")),
+                Some(value) if value.is_multiple_of(8) && value.is_power_of_two() && value <= 1 << 20 => {
+                    value
+                }
+                _ => {
+                    return Err(format!(
+                        "general.alignment: expected a power of two of at least 8, got {value:?}"
+                    ))
+                }
             },
         };
         let start = end.next_multiple_of(alignment);
         for (name, info) in &mut self.tensors {
             if !(info.offset as u64).is_multiple_of(alignment) {
-                return Err(format!("tensor {name}: its offset {} is no multiple of {alignment}", info.offset));
+                return Err(format!(
+                    "tensor {name}: its offset {} is no multiple of {alignment}",
+                    info.offset
+                ));
             }
             let place = start.checked_add(info.offset as u64);
             match place.and_then(|from| Some((from, from.checked_add(info.size as u64)?))) {
@@ -186,8 +197,12 @@ impl<'a> Cursor<'a> {
         let count = self.count(width, "values of an array")?;
         Ok(match kind {
             8 => Value::Texts((0..count).map(|_| self.text()).collect::<Result<_, _>>()?),
-            5 => Value::Ints((0..count).map(|_| self.bytes().map(i32::from_le_bytes)).collect::<Result<_, _>>()?),
-            6 => Value::Floats((0..count).map(|_| self.bytes().map(f32::from_le_bytes)).collect::<Result<_, _>>()?),
+            5 => Value::Ints(
+                (0..count).map(|_| self.bytes().map(i32::from_le_bytes)).collect::<Result<_, _>>()?,
+            ),
+            6 => Value::Floats(
+                (0..count).map(|_| self.bytes().map(f32::from_le_bytes)).collect::<Result<_, _>>()?,
+            ),
             _ => {
                 self.take(count * width)?;
                 Value::Other(count as u64)
@@ -207,7 +222,9 @@ impl<'a> Cursor<'a> {
         let offset = self.u64()?;
         let (block, width) = (kind.block_size() as u64, shape.last().copied().unwrap_or(1));
         if !width.is_multiple_of(block) {
-            return Err(format!("{kind:?} comes in blocks of {block}, which do not divide a width of {width}"));
+            return Err(format!(
+                "{kind:?} comes in blocks of {block}, which do not divide a width of {width}"
+            ));
         }
         let blocks = shape.iter().try_fold(1u64, |all, axis| all.checked_mul(*axis)).map(|all| all / block);
         let size = blocks.and_then(|blocks| blocks.checked_mul(kind.type_size() as u64));
@@ -257,4 +274,119 @@ fn supported(number: u32) -> Result<GgmlDType, Reason> {
         other => return Err(format!("tensors of type {other} are not known here")),
     };
     Err(format!("tensors of type {name} are not supported: take a file of Q8_0, Q4_0, Q4_K or their like"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::gguf::value::write_text;
+
+    /// A file of two values and a tensor; what is told is put in their place.
+    struct Sketch {
+        values: Vec<(&'static str, Value)>,
+        /// Name, axes (the fastest first), kind and offset.
+        tensor: (&'static str, Vec<u64>, u32, u64),
+        data: usize,
+    }
+
+    fn sound() -> Sketch {
+        let values = vec![
+            ("general.architecture", "llama".into()),
+            ("tokenizer.ggml.scores", Value::Floats(vec![1.0; 5])),
+        ];
+        Sketch { values, tensor: ("a.weight", vec![32, 3], 8, 0), data: 102 }
+    }
+
+    impl Sketch {
+        fn bytes(&self) -> Vec<u8> {
+            let mut out = b"GGUF\x03\0\0\0".to_vec();
+            out.extend(1u64.to_le_bytes());
+            out.extend((self.values.len() as u64).to_le_bytes());
+            for (key, value) in &self.values {
+                write_text(&mut out, key).unwrap();
+                value.write(&mut out).unwrap();
+            }
+            let (name, axes, kind, offset) = &self.tensor;
+            write_text(&mut out, name).unwrap();
+            out.extend((axes.len() as u32).to_le_bytes());
+            out.extend(axes.iter().flat_map(|axis| axis.to_le_bytes()));
+            out.extend(kind.to_le_bytes());
+            out.extend(offset.to_le_bytes());
+            out.resize(out.len().next_multiple_of(32) + self.data, 7);
+            out
+        }
+
+        fn refused(&self) -> String {
+            Header::parse(&self.bytes()).expect_err("a bad file")
+        }
+    }
+
+    #[test]
+    fn a_sound_head_is_read() {
+        let bytes = sound().bytes();
+        let header = Header::parse(&bytes).unwrap();
+        let info = &header.tensors["a.weight"];
+        assert_eq!((info.kind, info.shape.as_slice(), info.size), (GgmlDType::Q8_0, &[3, 32][..], 102));
+        assert_eq!(info.offset + info.size, bytes.len());
+        assert_eq!(header.metadata["tokenizer.ggml.scores"], Value::Floats(vec![1.0; 5]));
+        // Wherever it is cut off, it is an error.
+        for length in 0..bytes.len() {
+            assert!(Header::parse(&bytes[..length]).is_err(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let tensor = |axes: Vec<u64>, kind: u32, offset: u64| Sketch {
+            tensor: ("a.weight", axes, kind, offset),
+            ..sound()
+        };
+        let alignment = |value: u32| {
+            let mut sketch = sound();
+            sketch.values.push(("general.alignment", value.into()));
+            sketch
+        };
+        for (sketch, reason) in [
+            (tensor(vec![32, 3], 22, 0), "a.weight: tensors of type IQ2_S are not supported"),
+            (tensor(vec![32, 3], 39, 0), "MXFP4"),
+            (tensor(vec![32, 3], 4, 0), "type 4 are not known"),
+            (tensor(vec![33, 3], 8, 0), "blocks of 32, which do not divide a width of 33"),
+            (tensor(vec![32, 4], 8, 0), "136 bytes from"),
+            (tensor(vec![32, 3], 8, 8), "its offset 8 is no multiple of 32"),
+            (tensor(vec![32, 3], 8, 64), "it is truncated"),
+            (tensor(vec![32, 3], 8, u64::MAX - 31), "it is truncated"),
+            (tensor(vec![32, u64::MAX / 2], 8, 0), "is more than the file holds"),
+            (tensor(vec![1 << 32, 1 << 32, 1 << 32], 0, 0), "is more than the file holds"),
+            (tensor(vec![1; 5], 0, 0), "expected at most 4 axes, got 5"),
+            (alignment(0), "general.alignment: expected a power of two of at least 8"),
+            (alignment(24), "general.alignment"),
+            (alignment(4), "general.alignment"),
+        ] {
+            let found = sketch.refused();
+            assert!(found.contains(reason), "{found}");
+        }
+        let mut twice = sound();
+        twice.values.push(("general.architecture", "llama".into()));
+        assert!(twice.refused().contains("general.architecture comes twice"));
+    }
+
+    #[test]
+    fn no_count_is_believed() {
+        let bytes = sound().bytes();
+        let spoilt = |at: usize, with: &[u8]| {
+            let mut bytes = bytes.clone();
+            bytes[at..at + with.len()].copy_from_slice(with);
+            Header::parse(&bytes).expect_err("a bad count")
+        };
+        let most = u64::MAX.to_le_bytes();
+        assert!(spoilt(8, &most).contains("18446744073709551615 tensors"));
+        assert!(spoilt(16, &most).contains("values, for which"));
+        assert!(spoilt(24, &most).contains("bytes of a text"));
+        let array = bytes.windows(4).position(|four| four == 9u32.to_le_bytes()).unwrap();
+        assert!(spoilt(array + 8, &(1u64 << 40).to_le_bytes()).contains("values of an array"));
+        assert!(spoilt(array + 4, &9u32.to_le_bytes()).contains("an array of arrays is not supported"));
+        assert!(spoilt(4, &1u32.to_le_bytes()).contains("version 1"));
+        assert!(spoilt(4, &3u32.to_be_bytes()).contains("big-endian"));
+        assert!(spoilt(0, b"GGML").contains("expected a GGUF file"));
+    }
 }

@@ -147,7 +147,8 @@ impl Reader<'_> {
             described.add("rope.freq_base_swa", local as f32);
         }
         let (width, _) = self.head_dim()?;
-        let share = scaling["partial_rotary_factor"].as_f64().or(self.number("partial_rotary_factor")).unwrap_or(1.0);
+        let share =
+            scaling["partial_rotary_factor"].as_f64().or(self.number("partial_rotary_factor")).unwrap_or(1.0);
         let turned = (width as f64 * share) as usize;
         described.add("rope.dimension_count", turned as u32);
         let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
@@ -155,18 +156,22 @@ impl Reader<'_> {
             "default" => Ok(()),
             "linear" => {
                 let factor = scaling["factor"].as_f64();
-                let factor = factor.ok_or_else(|| Error::config("rope_scaling", "linear scaling without a factor"))?;
+                let factor =
+                    factor.ok_or_else(|| Error::config("rope_scaling", "linear scaling without a factor"))?;
                 described.add("rope.scaling.type", "linear");
                 described.add("rope.scaling.factor", factor as f32);
                 Ok(())
             }
             "llama3" if matches!(self.architecture.name, "llama" | "smollm3") => {
                 let rule = Llama3::of(scaling);
-                let rule = rule.ok_or_else(|| Error::config("rope_scaling", "a number of llama3's is missing"))?;
+                let rule =
+                    rule.ok_or_else(|| Error::config("rope_scaling", "a number of llama3's is missing"))?;
                 described.factors.push(("rope_freqs.weight", rule.factors(theta, turned)));
                 Ok(())
             }
-            "longrope" | "su" if self.architecture.name == "phi3" => self.long_rotary(described, scaling, turned),
+            "longrope" | "su" if self.architecture.name == "phi3" => {
+                self.long_rotary(described, scaling, turned)
+            }
             other => {
                 let reason = format!("GGUF of {} has no place for {other}", self.architecture.name);
                 Err(Error::config("rope_scaling", reason))
@@ -220,9 +225,11 @@ impl Reader<'_> {
             return self.positions(layers);
         }
         let kinds = self.config["layer_types"].as_array().cloned().unwrap_or_default();
-        let usual = |(layer, kind): (usize, &Json)| (kind == "sliding_attention") == ((layer + 1) % every != 0);
+        let usual =
+            |(layer, kind): (usize, &Json)| (kind == "sliding_attention") == ((layer + 1) % every != 0);
         if !kinds.iter().enumerate().all(usual) {
-            let reason = format!("llama.cpp holds for granted that all but each {every}th layer have a window");
+            let reason =
+                format!("llama.cpp holds for granted that all but each {every}th layer have a window");
             return Err(Error::config("layer_types", reason));
         }
         if let Some(window) = window {

@@ -67,7 +67,8 @@ pub(in crate::models) fn write_model<'a>(
             return Err(Error::tensor(&tensor.name, reason));
         };
         let is_head = name == "output.weight" || model.tied && name == "token_embd.weight";
-        let kind = if name.ends_with("_norm.weight") { GgmlDType::F32 } else { kind.of(&tensor.shape, is_head) };
+        let kind =
+            if name.ends_with("_norm.weight") { GgmlDType::F32 } else { kind.of(&tensor.shape, is_head) };
         let shape = tensor.shape.clone();
         entries.push(Entry { name, shape, kind, make: converted(&model, tensor)? });
     }
@@ -86,7 +87,8 @@ type Make<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;
 fn converted<'a>(model: &Described, tensor: Named<'a>) -> Result<Make<'a>> {
     let Named { name, shape, make } = tensor;
     if let Some(queries) = model.architecture.interleaved_queries(&name) {
-        let (rows, heads) = (shape.first().copied().unwrap_or(0), if queries { model.heads.0 } else { model.heads.1 });
+        let (rows, heads) =
+            (shape.first().copied().unwrap_or(0), if queries { model.heads.0 } else { model.heads.1 });
         if !rows::fits(rows, heads) {
             return Err(Error::tensor(name, format!("{heads} heads do not divide its {rows} rows")));
         }
@@ -112,7 +114,9 @@ fn describe_texts(
     match &texts.tokenizer {
         Some(tokenizer) => metadata.extend(tokenizer_metadata(tokenizer, vocab_size)?),
         None => {
-            tracing::warn!("there is no tokenizer.json: llama.cpp will load the file, but for token ids alone");
+            tracing::warn!(
+                "there is no tokenizer.json: llama.cpp will load the file, but for token ids alone"
+            );
             metadata.insert("tokenizer.ggml.model".into(), "none".into());
         }
     }
@@ -122,7 +126,9 @@ fn describe_texts(
         _ => None,
     };
     let mut ids = Vec::new();
-    for (name, key) in [("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")] {
+    for (name, key) in
+        [("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")]
+    {
         let named = settings[key].as_str().or(settings[key]["content"].as_str()).and_then(id_of);
         let listed = &config[format!("{key}_id")];
         let listed = listed.as_u64().or(listed[0].as_u64());

@@ -35,7 +35,8 @@ mod tests {
     fn rows_are_those_of_the_converter() {
         // weights.reshape(2, 2, 2, -1).swapaxes(1, 2).reshape(8, -1) of the rows 0 to 7.
         assert_eq!(interleaved(8, 2), [0, 2, 1, 3, 4, 6, 5, 7]);
-        let bytes: Vec<u8> = interleaved(12, 2).into_iter().flat_map(|row| [row as u8, 100 + row as u8]).collect();
+        let bytes: Vec<u8> =
+            interleaved(12, 2).into_iter().flat_map(|row| [row as u8, 100 + row as u8]).collect();
         let restored = restored(&bytes, 12, 2);
         assert_eq!(restored, (0..12).flat_map(|row| [row, 100 + row]).collect::<Vec<u8>>());
         assert!(fits(12, 2) && !fits(12, 4) && !fits(12, 0));

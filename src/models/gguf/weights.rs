@@ -33,7 +33,8 @@ impl Gguf {
 
     /// Hugging Face's names of the weights, with their shapes.
     pub fn names(&self) -> Vec<(String, Vec<usize>)> {
-        let named = |name: &str| Some((self.architecture().to_hugging_face(name)?, self.info(name)?.shape.clone()));
+        let named =
+            |name: &str| Some((self.architecture().to_hugging_face(name)?, self.info(name)?.shape.clone()));
         self.tensor_names().filter_map(named).collect()
     }
 
@@ -76,7 +77,9 @@ impl Gguf {
     fn check_shape(&self, name: &str, info: &TensorInfo, shape: &[usize]) -> Result<()> {
         match info.shape == shape {
             true => Ok(()),
-            false => Err(self.error(format!("tensor {name}: expected shape {shape:?}, got {:?}", info.shape))),
+            false => {
+                Err(self.error(format!("tensor {name}: expected shape {shape:?}, got {:?}", info.shape)))
+            }
         }
     }
 }
@@ -99,7 +102,14 @@ impl QuantizedSource for Gguf {
 }
 
 impl SimpleBackend for Gguf {
-    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         self.wanted(name).and_then(|info| self.check_shape(name, info, shape.dims()))?;
         Ok(self.numbers(name, dtype, device)?)
     }

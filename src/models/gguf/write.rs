@@ -46,9 +46,12 @@ pub(super) fn write(path: &Path, metadata: &[(String, Value)], entries: &[Entry]
                 let reason = format!("expected shape {:?}, got {:?}", entry.shape, tensor.dims());
                 return Err(Error::tensor(&entry.name, reason));
             }
-            let bytes = encoded(&tensor, entry.kind).map_err(|e| Error::tensor(&entry.name, e.to_string()))?;
+            let bytes =
+                encoded(&tensor, entry.kind).map_err(|e| Error::tensor(&entry.name, e.to_string()))?;
             let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
-            out.write_all(&bytes).and_then(|()| out.write_all(&[0; ALIGNMENT][..padding])).map_err(Error::io(path))?;
+            out.write_all(&bytes)
+                .and_then(|()| out.write_all(&[0; ALIGNMENT][..padding]))
+                .map_err(Error::io(path))?;
         }
         out.flush().map_err(Error::io(path))
     })

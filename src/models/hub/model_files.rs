@@ -122,7 +122,14 @@ impl ModelFiles {
     fn of_gguf(source: Source, path: PathBuf) -> Result<Self> {
         let gguf = Gguf::open(&path)?;
         let tokenizer = source.file(TOKENIZER)?;
-        Ok(Self { source, config: path.clone(), tokenizer, weights: vec![path], gguf: Some(gguf), quantization: None })
+        Ok(Self {
+            source,
+            config: path.clone(),
+            tokenizer,
+            weights: vec![path],
+            gguf: Some(gguf),
+            quantization: None,
+        })
     }
 
     /// Like [`Self::locate_either`] for a repository alone.
@@ -133,7 +140,8 @@ impl ModelFiles {
     pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
         if let Some((id, file)) = file_in_repository(repo_id) {
             check_relative(file).map_err(|reason| Error::config("file name", reason))?;
-            let (source, path) = Source::Repo(Repo::open(hub, RepoKind::Model, id, revision)?).pinned(file)?;
+            let (source, path) =
+                Source::Repo(Repo::open(hub, RepoKind::Model, id, revision)?).pinned(file)?;
             return Self::of_gguf(source, path);
         }
         Self::collect(Source::Repo(Repo::open(hub, RepoKind::Model, repo_id, revision)?))
@@ -238,7 +246,9 @@ impl ModelFiles {
         let four_bits = || FourBits::find(self.map_weights()?);
         let already = match &self.gguf {
             Some(gguf) => gguf.quantized().map(|source| ("GGUF", source)),
-            None => four_bits()?.map(|bits| ("bitsandbytes' nf4", Arc::new(bits) as Arc<dyn QuantizedSource>)),
+            None => {
+                four_bits()?.map(|bits| ("bitsandbytes' nf4", Arc::new(bits) as Arc<dyn QuantizedSource>))
+            }
         };
         match (already, self.quantization) {
             (None, None) => Ok(builder.into()),
@@ -257,7 +267,8 @@ impl ModelFiles {
     /// The tensors of the weights as they lie in their files, memory-mapped.
     pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
         if self.gguf.is_some() {
-            let reason = "merging wants the weights as numbers, and those of a GGUF file are quantised: give the \
+            let reason =
+                "merging wants the weights as numbers, and those of a GGUF file are quantised: give the \
                           model's safetensors";
             return Err(Error::format(&self.config, reason));
         }

@@ -104,9 +104,7 @@ impl PreTokenizer {
 
     /// It as `tokenizer.json` has it.
     pub fn json(&self) -> Json {
-        let bytes = |use_regex: bool| {
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": use_regex})
-        };
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": use_regex});
         match self.cut {
             Cut::Regex(regex) => json!({"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false},
@@ -128,7 +126,8 @@ mod tests {
     #[test]
     fn every_way_is_known_again() {
         for one in &ALL {
-            let tokenizer = json!({"pre_tokenizer": one.json(), "model": {"ignore_merges": one.ignore_merges}});
+            let tokenizer =
+                json!({"pre_tokenizer": one.json(), "model": {"ignore_merges": one.ignore_merges}});
             assert_eq!(PreTokenizer::of(&tokenizer).map(|found| found.names), Some(one.names));
             assert!(one.names.iter().all(|name| PreTokenizer::named(name).is_some()));
         }

@@ -9,7 +9,7 @@ use crate::models::gguf::file::Gguf;
 use crate::models::gguf::value::Value;
 
 /// The longest piece, in bytes: real ones have some hundred, and every place to cut one is looked at.
-const MOST_OF_A_PIECE: usize = 1024;
+const MOST_OF_A_PIECE: usize = 256;
 
 /// The beginning of the keys.
 const PREFIX: &str = "tokenizer.ggml.";
@@ -82,8 +82,7 @@ impl Gguf {
             "vocab": vocabulary(pieces, kinds), "merges": pairs.collect::<Result<Vec<_>>>()?,
         });
         let normalizer = if pre.composed { json!({"type": "NFC"}) } else { Json::Null };
-        let decoder =
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+        let decoder = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
         Ok(json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added(pieces, kinds),
             "normalizer": normalizer, "pre_tokenizer": pre.json(), "decoder": decoder, "model": model,
@@ -109,8 +108,10 @@ impl Gguf {
             json!({"type": "Prepend", "prepend": SPACE}),
             json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}),
         );
-        let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
-        let normalizers: Vec<Json> = leading.then_some(prepend).into_iter().chain([replace(" ", SPACE)]).collect();
+        let replace =
+            |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+        let normalizers: Vec<Json> =
+            leading.then_some(prepend).into_iter().chain([replace(" ", SPACE)]).collect();
         let decoders = [replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
         let decoders: Vec<Json> = decoders.into_iter().chain(leading.then_some(strip)).collect();
         Ok(json!({
@@ -129,7 +130,8 @@ impl Gguf {
             }
             let id = self.said(&format!("{name}_token_id")).and_then(Value::as_u64);
             let found = id.and_then(|id| usize::try_from(id).ok()).and_then(|id| Some((id, pieces.get(id)?)));
-            let reason = || self.error(format!("{PREFIX}{name}_token_id: expected the id of a token, got {id:?}"));
+            let reason =
+                || self.error(format!("{PREFIX}{name}_token_id: expected the id of a token, got {id:?}"));
             found.map(Some).ok_or_else(reason)
         };
         let first = token("bos", self.truth("add_bos_token", begins))?;
@@ -138,7 +140,8 @@ impl Gguf {
             return Ok(Json::Null);
         }
         let around = |sequence: &str, number: usize| {
-            let special = |(_, piece): (usize, &String)| json!({"SpecialToken": {"id": piece, "type_id": number}});
+            let special =
+                |(_, piece): (usize, &String)| json!({"SpecialToken": {"id": piece, "type_id": number}});
             let middle = json!({"Sequence": {"id": sequence, "type_id": number}});
             first.map(special).into_iter().chain([middle]).chain(last.map(special)).collect::<Vec<Json>>()
         };
@@ -162,7 +165,8 @@ fn vocabulary(pieces: &[String], kinds: &[i32]) -> Map<String, Json> {
 /// The tokens that are found in a text before anything else.
 fn added(pieces: &[String], kinds: &[i32]) -> Vec<Json> {
     let is_added = |kind: &i32| matches!(*kind, UNKNOWN | CONTROL | USER_DEFINED);
-    let there = pieces.iter().enumerate().zip(kinds).filter(|((_, piece), kind)| is_added(kind) && !piece.is_empty());
+    let there =
+        pieces.iter().enumerate().zip(kinds).filter(|((_, piece), kind)| is_added(kind) && !piece.is_empty());
     let token = |((id, piece), kind): ((usize, &String), &i32)| {
         json!({
             "id": id, "content": piece, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,

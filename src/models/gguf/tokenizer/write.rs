@@ -27,7 +27,10 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
         (true, _) => ("llama", "default"),
         (false, Some(pre)) => ("gpt2", pre.names[0]),
         (false, None) => {
-            return refuse(format!("llama.cpp has no name for how it cuts words: {}", tokenizer["pre_tokenizer"]));
+            return refuse(format!(
+                "llama.cpp has no name for how it cuts words: {}",
+                tokenizer["pre_tokenizer"]
+            ));
         }
     };
     let (pieces, kinds) = pieces(tokenizer, vocab_size, sentence_piece)?;
@@ -38,7 +41,9 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
         metadata.push(("add_space_prefix", leading_space(tokenizer).into()));
     } else {
         // A space within a piece would end it.
-        let joined = |[left, right]: &[&str; 2]| format!("{} {}", left.replace(' ', "\u{120}"), right.replace(' ', "\u{120}"));
+        let joined = |[left, right]: &[&str; 2]| {
+            format!("{} {}", left.replace(' ', "\u{120}"), right.replace(' ', "\u{120}"))
+        };
         metadata.push(("merges", Value::Texts(pairs.iter().map(joined).collect())));
     }
     metadata.push(("tokens", Value::Texts(pieces)));
@@ -60,13 +65,15 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
     let mut pieces: Vec<String> = (0..vocab_size).map(|id| format!("[PAD{id}]")).collect();
     let mut kinds = vec![UNUSED; vocab_size];
     let unknown = tokenizer["model"]["unk_token"].as_str();
-    let is_byte = |piece: &str| sentence_piece && piece.len() == 6 && piece.starts_with("<0x") && piece.ends_with('>');
+    let is_byte =
+        |piece: &str| sentence_piece && piece.len() == 6 && piece.starts_with("<0x") && piece.ends_with('>');
     let mut put = |id: Option<u64>, piece: &str, kind: i32| {
         let outside = || {
             let reason = format!("token {piece:?} of id {id:?} is outside a model of {vocab_size} rows");
             Error::config("tokenizer.json", reason)
         };
-        let id = id.and_then(|id| usize::try_from(id).ok()).filter(|id| *id < vocab_size).ok_or_else(outside)?;
+        let id =
+            id.and_then(|id| usize::try_from(id).ok()).filter(|id| *id < vocab_size).ok_or_else(outside)?;
         (pieces[id], kinds[id]) = (piece.to_string(), kind);
         Ok::<(), Error>(())
     };
@@ -122,9 +129,7 @@ fn leading_space(tokenizer: &Json) -> bool {
     };
     let prepends = |step: &Json| step["type"] == "Prepend";
     let before = |step: &Json| {
-        step["type"] == "Metaspace"
-            && step["prepend_scheme"] != "never"
-            && step["add_prefix_space"] != false
+        step["type"] == "Metaspace" && step["prepend_scheme"] != "never" && step["add_prefix_space"] != false
     };
     steps(&tokenizer["normalizer"], "normalizers").iter().any(prepends)
         || steps(&tokenizer["pre_tokenizer"], "pretokenizers").iter().any(before)
