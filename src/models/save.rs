@@ -19,7 +19,7 @@ use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::util::files;
 
-pub use gguf::{save_gguf, save_merged_gguf};
+pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;

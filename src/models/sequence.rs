@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 use serde_json::{json, Value};
 
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
+use super::hub::ModelFiles;
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 use super::weights::Weights;
 use crate::adapter::{AdaptableModel, Context};
@@ -121,6 +122,17 @@ impl SequenceConfig {
     /// architecture, or asks for what is not supported.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
+    }
+
+    /// [`Self::from_file`] of a model's files, of which a GGUF file says the same under keys of its own.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub fn from_files(files: &ModelFiles, num_labels: usize) -> Result<Self> {
+        match files.gguf() {
+            Some(gguf) => Self::parse(gguf.config()?.to_string().as_bytes(), gguf.path(), num_labels),
+            None => Self::from_file(files.config_path(), num_labels),
+        }
     }
 
     /// The same from the file's bytes; `path` only names it in errors.

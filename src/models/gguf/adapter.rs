@@ -22,6 +22,22 @@ use crate::peft::AdapterFile;
 /// If the adapter has a task head, its base is of no architecture that GGUF is written of, it adapts a layer that
 /// llama.cpp has not (the head of a model whose head is its embedding), or the file cannot be written.
 pub fn write_adapter(adapter: &AdapterFile, config: &Json, path: &Path) -> Result<()> {
+    let (metadata, entries) = plan(adapter, config)?;
+    write(path, &metadata, &entries)
+}
+
+/// Checks, before anything is trained, what [`write_adapter`] would refuse afterwards.
+///
+/// # Errors
+/// As [`write_adapter`], but for a file that cannot be written.
+pub fn check_adapter(adapter: &AdapterFile, config: &Json) -> Result<()> {
+    plan(adapter, config).map(drop)
+}
+
+type Metadata = Vec<(String, Value)>;
+
+/// What is written.
+fn plan(adapter: &AdapterFile, config: &Json) -> Result<(Metadata, Vec<Entry<'static>>)> {
     adapter.check()?;
     if let Some(name) = adapter.saved_modules.keys().next() {
         let reason = format!("llama.cpp loads A and B alone, and this adapter has a task head too ({name})");
@@ -57,9 +73,7 @@ pub fn write_adapter(adapter: &AdapterFile, config: &Json, path: &Path) -> Resul
         ("adapter.lora.alpha", (alpha as f32).into()),
         ("general.file_type", 0u32.into()),
     ];
-    let metadata: Vec<(String, Value)> =
-        metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-    write(path, &metadata, &entries)
+    Ok((metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect(), entries))
 }
 
 /// GGUF's name of the weight of a layer.

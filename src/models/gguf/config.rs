@@ -152,10 +152,9 @@ impl Gguf {
     /// How the frequencies of the base `theta` are scaled.
     fn scaling(&self, theta: f64) -> Result<Option<Json>> {
         if let Some(factors) = self.vector("rope_freqs.weight")? {
-            let rule = Llama3::behind(&factors, theta).ok_or_else(|| {
-                self.error("tensor rope_freqs.weight: its factors are not those that LLaMA 3 has, and no others are known")
-            })?;
-            return Ok(Some(rule.to_json()));
+            // Of another rule only the factors are known: Phi-3's way to say them, for every length.
+            let spelt = || json!({"rope_type": "longrope", "long_factor": factors, "short_factor": factors, "attention_factor": 1.0});
+            return Ok(Some(Llama3::behind(&factors, theta).map_or_else(spelt, Llama3::to_json)));
         }
         let (long, short) =
             (self.vector("rope_factors_long.weight")?, self.vector("rope_factors_short.weight")?);

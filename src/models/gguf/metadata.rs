@@ -169,6 +169,9 @@ impl Reader<'_> {
                 described.factors.push(("rope_freqs.weight", rule.factors(theta, turned)));
                 Ok(())
             }
+            "yarn" if scaling["mscale"].is_null() && scaling["truncate"] != false => {
+                self.yarn(described, scaling)
+            }
             "longrope" | "su" if self.architecture.name == "phi3" => {
                 self.long_rotary(described, scaling, turned)
             }
@@ -177,6 +180,27 @@ impl Reader<'_> {
                 Err(Error::config("rope_scaling", reason))
             }
         }
+    }
+
+    fn yarn(&self, described: &mut Described, scaling: &Json) -> Result<()> {
+        let number = |key: &str| scaling[key].as_f64();
+        let required = |key: &str| {
+            number(key).ok_or_else(|| Error::config("rope_scaling", format!("yarn has no {key}")))
+        };
+        described.add("rope.scaling.type", "yarn");
+        described.add("rope.scaling.factor", required("factor")? as f32);
+        let original = required("original_max_position_embeddings")?;
+        described.add("rope.scaling.original_context_length", original as u32);
+        for (key, theirs) in [
+            ("yarn_beta_fast", "beta_fast"),
+            ("yarn_beta_slow", "beta_slow"),
+            ("yarn_attn_factor", "attention_factor"),
+        ] {
+            if let Some(value) = number(theirs) {
+                described.add(&format!("rope.scaling.{key}"), value as f32);
+            }
+        }
+        Ok(())
     }
 
     /// Phi-3's factors for short and for long texts.

@@ -19,9 +19,9 @@ mod value;
 mod weights;
 mod write;
 
-pub use adapter::write_adapter;
+pub use adapter::{check_adapter, write_adapter};
 pub use file::Gguf;
 pub use kind::GgufKind;
 pub use model::Texts;
-pub(in crate::models) use model::{write_model, Named};
+pub(in crate::models) use model::{check_model, write_model, Named};
 pub use value::Value;

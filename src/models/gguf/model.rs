@@ -41,13 +41,31 @@ pub(in crate::models) struct Named<'a> {
 /// # Errors
 /// If the architecture, a tensor or the tokenizer has no place in GGUF, the configuration asks for what llama.cpp
 /// computes otherwise, or the file cannot be written.
-pub(in crate::models) fn write_model<'a>(
+pub(in crate::models) fn write_model(
     path: &Path,
     config: &Json,
     texts: &Texts,
     kind: GgufKind,
-    tensors: Vec<Named<'a>>,
+    tensors: Vec<Named>,
 ) -> Result<()> {
+    let (metadata, entries) = plan_model(config, texts, kind, tensors)?;
+    write(path, &metadata, &entries)
+}
+
+type Metadata = Vec<(String, Value)>;
+
+/// Checks what [`write_model`] would refuse, but for a tensor that cannot be made and a file that cannot be written.
+pub(in crate::models) fn check_model(config: &Json, texts: &Texts, tensors: Vec<Named>) -> Result<()> {
+    plan_model(config, texts, GgufKind::F16, tensors).map(drop)
+}
+
+/// What [`write_model`] writes.
+fn plan_model<'a>(
+    config: &Json,
+    texts: &Texts,
+    kind: GgufKind,
+    tensors: Vec<Named<'a>>,
+) -> Result<(Metadata, Vec<Entry<'a>>)> {
     let model = Described::of(config)?;
     let mut metadata: BTreeMap<String, Value> = model.metadata.iter().cloned().collect();
     metadata.insert("general.file_type".into(), kind.number().into());
@@ -72,13 +90,12 @@ pub(in crate::models) fn write_model<'a>(
         let shape = tensor.shape.clone();
         entries.push(Entry { name, shape, kind, make: converted(&model, tensor)? });
     }
-    for (name, factors) in &model.factors {
-        let make = move || Ok(Tensor::new(factors.as_slice(), &Device::Cpu)?);
+    for (name, factors) in model.factors {
         let (name, shape) = (name.to_string(), vec![factors.len()]);
+        let make = move || Ok(Tensor::new(factors.as_slice(), &Device::Cpu)?);
         entries.push(Entry { name, shape, kind: GgmlDType::F32, make: Box::new(make) });
     }
-    let metadata: Vec<(String, Value)> = metadata.into_iter().collect();
-    write(path, &metadata, &entries)
+    Ok((metadata.into_iter().collect(), entries))
 }
 
 type Make<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;

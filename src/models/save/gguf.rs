@@ -1,14 +1,15 @@
 //! A checkpoint, with its adapters merged in or as it is, as one GGUF file.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use super::{plan, tensor, Entry, Failure};
+use super::{check_merged, plan, tensor, Entry, Failure};
 use crate::adapter::{AdaptableModel, Params, Pass};
 use crate::error::{Error, Result};
-use crate::models::gguf::{write_model, GgufKind, Named, Texts};
+use crate::models::gguf::{check_model, write_model, GgufKind, Named, Texts};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
@@ -27,15 +28,35 @@ pub fn save_merged_gguf(
 ) -> Result<()> {
     check_free(path)?;
     let (mapped, failure) = (source.map_weights()?, Failure::default());
+    let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
+    write_model(path, &source.config()?, &texts(source)?, kind, named(entries))
+}
+
+/// Checks, before anything is trained, what [`save_merged_gguf`] would refuse afterwards, but for a disk that is full.
+///
+/// # Errors
+/// As [`save_merged_gguf`].
+pub fn check_merged_gguf(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    source: &ModelFiles,
+    path: &Path,
+) -> Result<()> {
+    check_merged(model, params, source, path)?;
+    let (mapped, failure) = (source.map_weights()?, Failure::default());
+    let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
+    check_model(&source.config()?, &texts(source)?, named(entries))
+}
+
+/// The tensors of the merged checkpoint: what is rounded for GGUF is what it would have.
+fn named<'a>(entries: BTreeMap<String, Entry<'a>>) -> Vec<Named<'a>> {
     let named = |(name, entry)| match entry {
         Entry::Source(view) => as_it_is(name, view),
         Entry::Made { make, dtype, shape, .. } => {
-            // What the merged checkpoint would be, which this is of.
             Named { name, shape, make: Box::new(move || Ok(make()?.to_dtype(dtype)?)) }
         }
     };
-    let tensors = plan(model, params, &mapped, &failure, Pass::Mean)?.into_iter().map(named).collect();
-    write_model(path, &source.config()?, &texts(source)?, kind, tensors)
+    entries.into_iter().map(named).collect()
 }
 
 /// The checkpoint `source` as one GGUF file for llama.cpp and Ollama, as [`save_merged_gguf`] writes it: a base that
