@@ -172,7 +172,7 @@ fn tune(
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
     let files = common::download::model_files(model)?.quantized(args.quantize);
-    let config = SequenceConfig::from_file(files.config_path(), goal.labels.len())?;
+    let config = SequenceConfig::from_files(&files, goal.labels.len())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
     let length = args.method.text_length(args.max_length.unwrap_or(128), config.max_length());
     let encoder = TextEncoder::new(tokenizer, length, config.max_length())?;

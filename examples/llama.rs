@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use common::gguf::{GgufOptions, Trained};
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
 use common::output::tell;
@@ -48,7 +49,7 @@ use serde_json::{json, Value};
 #[derive(Parser, Clone)]
 #[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
-    /// A model folder, or a hub repository. Default: the bundled stories260K.
+    /// A model folder, a hub repository, or a GGUF file of either. Default: the bundled stories260K.
     #[arg(long)]
     model: Option<String>,
     /// Training rows: JSON, JSON lines or text. Default: the bundled excerpt of GSM8K.
@@ -66,6 +67,8 @@ struct Args {
     train: TrainOptions,
     #[command(flatten)]
     task: TaskOptions,
+    #[command(flatten)]
+    gguf: GgufOptions,
     /// Rows of a micro-batch, and prompts that are continued together.
     #[arg(long, default_value_t = 8, help_heading = "Training")]
     batch_size: usize,
@@ -194,6 +197,9 @@ fn run() -> Outcome {
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
     let methods = args.method.names()?;
+    if args.gguf.gguf.is_some() && methods.len() > 1 {
+        return Err("--gguf: one file is for one --method".into());
+    }
     args.method.tell_unread(&given, &methods);
     args.train.tell_unread(&given, &methods, args.output.is_some());
     args.task.tell_unread(&given);
@@ -299,12 +305,15 @@ impl Setup {
                 check_merged(&model, &params, &self.files, dir)?;
             }
         }
+        let adapter = start.method().adapter();
+        let trained =
+            Trained { model: &model, params: &params, adapter: adapter.as_ref(), files: &self.files };
+        args.gguf.check(&trained, out)?;
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
         let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
         tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
         let log = out.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
-        let adapter = start.method().adapter();
         let keep = || match (out, &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
             (Some(dir), None) if name != "full" => params.save(&dir.join("adapter")),
@@ -346,6 +355,7 @@ impl Setup {
                 (false, _) => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
             }
         }
+        args.gguf.write(&trained, out)?;
         interrupt::check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Others have no posterior to draw from.

@@ -26,8 +26,8 @@ pub fn read(path: &Path) -> Result<Tokenizer> {
     parse(&std::fs::read(path).map_err(Error::io(path))?, path)
 }
 
-/// The tokenizer of a model: its `tokenizer.json` or, where there is none, the byte-level BPE of `vocab.json` and
-/// `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa.
+/// The tokenizer of a model: its `tokenizer.json` or, where there is none, that in its GGUF file, or the byte-level BPE
+/// of `vocab.json` and `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa.
 ///
 /// # Errors
 /// If there is no tokenizer, or one that only other libraries read (the error says how to convert it), or its
@@ -35,6 +35,15 @@ pub fn read(path: &Path) -> Result<Tokenizer> {
 pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     if let Some(path) = files.tokenizer_path() {
         return read(path);
+    }
+    if let Some(gguf) = files.gguf() {
+        return match gguf.tokenizer()? {
+            Some(json) => parse(json.to_string().as_bytes(), gguf.path()),
+            None => Err(Error::format(
+                gguf.path(),
+                "it holds no tokenizer, and there is no tokenizer.json beside it",
+            )),
+        };
     }
     let folder = files.config_path().parent().unwrap_or(Path::new("."));
     match (files.file("vocab.json")?, files.file("merges.txt")?) {

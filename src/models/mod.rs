@@ -11,6 +11,7 @@ pub mod decoder;
 pub mod distilbert;
 pub(crate) mod encoder;
 pub mod generate;
+pub mod gguf;
 pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;

@@ -1,5 +1,7 @@
 //! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
 
+mod gguf;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -16,6 +18,8 @@ use super::hub::ModelFiles;
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::util::files;
+
+pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;

@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 use super::deberta::{DebertaConfig, DebertaForSequenceClassification};
 use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
 use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
+use super::hub::ModelFiles;
 use super::modernbert::{ModernBertConfig, ModernBertForSequenceClassification};
 use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
 pub use super::sequence_classifier::SequenceClassifier;
@@ -95,6 +96,17 @@ impl SequenceConfig {
     /// architecture, or asks for what is not supported.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
+    }
+
+    /// [`Self::from_file`] of a model's files, of which a GGUF file says the same under keys of its own.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub fn from_files(files: &ModelFiles, num_labels: usize) -> Result<Self> {
+        match files.gguf() {
+            Some(gguf) => Self::parse(gguf.config()?.to_string().as_bytes(), gguf.path(), num_labels),
+            None => Self::from_file(files.config_path(), num_labels),
+        }
     }
 
     /// The same from the file's bytes; `path` only names it in errors.

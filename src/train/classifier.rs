@@ -109,7 +109,7 @@ impl Classifier {
         device: &Device,
         new_head: bool,
     ) -> Result<Self> {
-        let config = SequenceConfig::from_file(files.config_path(), wanted.len())?;
+        let config = SequenceConfig::from_files(files, wanted.len())?;
         let checkpoint = files.open_weights(base_dtype, device)?;
         let source = HeadSource::find(&config, &checkpoint, start, new_head)?;
         let params = Params::new(noise, device);

@@ -108,12 +108,7 @@ impl Classifier {
 
     /// An encoder of at most `max_length` tokens by the tokenizer that lies with the model.
     fn new_encoder(&self, max_length: usize) -> Result<TextEncoder> {
-        let files = self.files();
-        let Some(path) = files.tokenizer_path() else {
-            let reason = "there is no tokenizer.json beside it";
-            return Err(Error::format(files.config_path(), reason));
-        };
-        let tokenizer = tokenizer::read(path)?;
+        let tokenizer = tokenizer::of_model(self.files())?;
         check_vocabulary(&tokenizer, self.config().vocab_size())?;
         let longest = self.config().max_length().saturating_sub(self.method().virtual_tokens());
         TextEncoder::new(tokenizer, max_length, longest)

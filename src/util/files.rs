@@ -19,6 +19,16 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
 }
 
+/// [`write`] of what `fill` puts into the file, piece by piece.
+///
+/// # Errors
+/// Those of `fill`, or if the file cannot be written; the error names it.
+pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let pending = Pending::beside(path.to_path_buf());
+    fill(&mut File::create(&pending.temporary).map_err(Error::io(path))?)?;
+    pending.sync()?.commit()
+}
+
 /// The lock of a folder, which ends when it is dropped.
 #[derive(Debug)]
 pub struct Lock(File);

@@ -20,6 +20,7 @@
 mod adapters;
 mod checkpoints;
 mod configs;
+mod gguf;
 mod json;
 mod memory;
 mod mutate;

@@ -12,6 +12,7 @@ mod encoders;
 mod eval;
 mod families;
 mod finetune;
+mod gguf;
 mod gradients;
 mod inject;
 #[cfg(unix)]

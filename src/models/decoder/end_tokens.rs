@@ -20,7 +20,9 @@ impl DecoderConfig {
             #[serde(default)]
             eos_token_id: Option<LlamaEosToks>,
         }
-        let mut config = Self::from_file(files.config_path())?;
+        let config = files.config_path();
+        let mut config =
+            Self::from_value(files.config()?).map_err(|e| Error::format(config, e.to_string()))?;
         let Some(path) = files.file("generation_config.json")? else { return Ok(config) };
         let Generation { eos_token_id } = json::parse(json::read_config(&path)?, &path)?;
         let mut ends = config.eos_token_ids();

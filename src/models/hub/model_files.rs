@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
+use serde_json::Value;
 
 use super::bitsandbytes::FourBits;
 #[cfg(feature = "hub")]
@@ -21,8 +22,10 @@ use super::source::Source;
 use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
+use crate::models::gguf::Gguf;
 use crate::models::quantize::Quantization;
-use crate::models::weights::Weights;
+use crate::models::weights::{QuantizedSource, Weights};
+use crate::util::json;
 
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
@@ -46,13 +49,16 @@ pub struct ModelFiles {
     config: PathBuf,
     tokenizer: Option<PathBuf>,
     weights: Vec<PathBuf>,
+    /// Where it is a GGUF file that holds all of it, but for a tokenizer that lies beside it.
+    gguf: Option<Gguf>,
     quantization: Option<Quantization>,
 }
 
 impl ModelFiles {
     /// Finds the files of the folder `id_or_dir`, or else of the hub repository of that name
     /// (`owner/name`), downloading what its cache does not hold. `revision` is a branch, a tag or
-    /// a commit of the repository; folders have none.
+    /// a commit of the repository; folders have none. A GGUF file is a model, too: one on this disk, or one of a
+    /// repository (`owner/name/file.gguf`).
     ///
     /// The repository is read at one commit: files of two versions never mix.
     ///
@@ -92,17 +98,39 @@ impl ModelFiles {
     /// The files of the folder `dir`, if there is one.
     fn in_folder(dir: &str, revision: Option<&str>) -> Result<Option<Self>> {
         let path = Path::new(dir);
-        if path.is_file() {
-            return Err(Error::format(path, "expected a model's folder or repository, found a file"));
+        let is_file = path.is_file();
+        if is_file && !is_gguf(dir) {
+            let reason = "expected a model's folder or repository or a GGUF file, found another file";
+            return Err(Error::format(path, reason));
         }
-        if !path.is_dir() {
+        if !is_file && !path.is_dir() {
             return Ok(None);
         }
         if let Some(revision) = revision {
-            let reason = format!("{revision:?} was given, but {dir} is a local folder and has none");
+            let what = if is_file { "file" } else { "folder" };
+            let reason = format!("{revision:?} was given, but {dir} is a local {what} and has none");
             return Err(Error::config("revision", reason));
         }
+        if is_file {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let source = Source::Folder(folder.unwrap_or(Path::new(".")).to_path_buf());
+            return Self::of_gguf(source, path.to_path_buf()).map(Some);
+        }
         Self::collect(Source::Folder(path.to_path_buf())).map(Some)
+    }
+
+    /// The one GGUF file at `path`, which `source` has, and the tokenizer beside it.
+    fn of_gguf(source: Source, path: PathBuf) -> Result<Self> {
+        let gguf = Gguf::open(&path)?;
+        let tokenizer = source.file(TOKENIZER)?;
+        Ok(Self {
+            source,
+            config: path.clone(),
+            tokenizer,
+            weights: vec![path],
+            gguf: Some(gguf),
+            quantization: None,
+        })
     }
 
     /// Like [`Self::locate_either`] for a repository alone.
@@ -111,6 +139,12 @@ impl ModelFiles {
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
     pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+        if let Some((id, file)) = file_in_repository(repo_id) {
+            check_relative(file).map_err(|reason| Error::config("file name", reason))?;
+            let (source, path) =
+                Source::Repo(Repo::open(hub, RepoKind::Model, id, revision)?).pinned(file)?;
+            return Self::of_gguf(source, path);
+        }
         Self::collect(Source::Repo(Repo::open(hub, RepoKind::Model, repo_id, revision)?))
     }
 
@@ -139,21 +173,37 @@ impl ModelFiles {
             }
             return Err(source.missing(WEIGHTS));
         };
-        Ok(Self { source, config, tokenizer, weights, quantization: None })
+        Ok(Self { source, config, tokenizer, weights, gguf: None, quantization: None })
     }
 
-    /// The path of `config.json`.
+    /// The path of `config.json`, or of the GGUF file that stands in for it.
     pub fn config_path(&self) -> &Path {
         &self.config
     }
 
-    /// The path of `tokenizer.json`, where the model has one.
+    /// The configuration: `config.json`, or what a GGUF file says under keys of its own.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is malformed; the error names it.
+    pub fn config(&self) -> Result<Value> {
+        match &self.gguf {
+            Some(gguf) => gguf.config(),
+            None => json::parse(json::read_config(&self.config)?, &self.config),
+        }
+    }
+
+    /// The path of `tokenizer.json`, where the model has one as a file.
     pub fn tokenizer_path(&self) -> Option<&Path> {
         self.tokenizer.as_deref()
     }
 
+    /// The GGUF file, where the model is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
+    }
+
     /// The weights: `model.safetensors`, or the shards of its index in the order of their names,
-    /// each once.
+    /// each once; or the one GGUF file.
     pub fn weights(&self) -> &[PathBuf] {
         &self.weights
     }
@@ -170,12 +220,15 @@ impl ModelFiles {
 
     /// A `VarBuilder` over the memory-mapped weights, which casts to `dtype` and copies to
     /// `device` as tensors are asked for. It refuses what cannot be a weight: integers, NaN and
-    /// infinity, another shape; the error names file and tensor.
+    /// infinity, another shape; the error names file and tensor. What is quantised in a GGUF file is dequantised.
     ///
     /// # Errors
     /// If a file is not a whole safetensors file, or two shards hold the same tensor; the error
     /// names the file.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+        if let Some(gguf) = &self.gguf {
+            return Ok(gguf.var_builder(dtype, device));
+        }
         self.check_weights()?;
         weights::map_builder(&self.weights, dtype, device)
     }
@@ -186,21 +239,28 @@ impl ModelFiles {
     }
 
     /// The weights to load a model of: those of [`Self::var_builder`], beside which matrices that are quantised stay
-    /// so (bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
+    /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
     /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         let builder = self.var_builder(dtype, device)?;
-        match (FourBits::find(MappedWeights::of(&self.weights)?)?, self.quantization) {
+        let four_bits = || FourBits::find(MappedWeights::of(&self.weights)?);
+        let already = match &self.gguf {
+            Some(gguf) => gguf.quantized().map(|source| ("GGUF", source)),
+            None => {
+                four_bits()?.map(|bits| ("bitsandbytes' nf4", Arc::new(bits) as Arc<dyn QuantizedSource>))
+            }
+        };
+        match (already, self.quantization) {
             (None, None) => Ok(builder.into()),
             (None, Some(quantization)) => {
                 let source = quantization.source(&self.var_builder(DType::F32, &Device::Cpu)?);
                 Ok(Weights::new(builder, source))
             }
-            (Some(four_bits), None) => Ok(Weights::new(builder, Arc::new(four_bits))),
-            (Some(_), Some(_)) => {
-                let reason = "the weights are in 4 bits already (bitsandbytes' nf4): leave it out";
+            (Some((_, source)), None) => Ok(Weights::new(builder, source)),
+            (Some((kind, _)), Some(_)) => {
+                let reason = format!("the weights are quantised already ({kind}): leave it out");
                 Err(Error::config("quantize", reason))
             }
         }
@@ -208,6 +268,12 @@ impl ModelFiles {
 
     /// The tensors of the weights as they lie in their files, memory-mapped.
     pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
+        if self.gguf.is_some() {
+            let reason =
+                "merging wants the weights as numbers, and those of a GGUF file are quantised: give the \
+                          model's safetensors";
+            return Err(Error::format(&self.config, reason));
+        }
         self.check_weights()?;
         weights::map(&self.weights)
     }
@@ -224,6 +290,18 @@ impl ModelFiles {
         }
         Ok(())
     }
+}
+
+/// Whether a name is that of a GGUF file.
+fn is_gguf(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// `owner/name` and the GGUF file in it, where `id` names one.
+#[cfg(feature = "hub")]
+fn file_in_repository(id: &str) -> Option<(&str, &str)> {
+    let (at, _) = id.match_indices('/').nth(1).filter(|_| is_gguf(id))?;
+    Some((&id[..at], &id[at + 1..]))
 }
 
 /// The error of a repository whose name may have been meant for a folder: `models/robreta` reads

@@ -1,0 +1,78 @@
+//! What of a run is written for llama.cpp and Ollama.
+
+use std::path::{Path, PathBuf};
+
+use monteclora::adapter::{AdaptableModel, Params};
+use monteclora::inject::DEFAULT_ADAPTER;
+use monteclora::models::gguf::{check_adapter, write_adapter, GgufKind};
+use monteclora::models::hub::ModelFiles;
+use monteclora::models::save::{check_merged_gguf, save_merged_gguf};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
+
+use super::output::tell;
+use super::Outcome;
+
+#[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Output")]
+pub struct GgufOptions {
+    /// Also write the adapter as this GGUF file, for llama.cpp and Ollama (lora and monteclora).
+    #[arg(long, value_name = "FILE")]
+    pub gguf: Option<PathBuf>,
+    /// Also write the whole model with the adapter merged in as `OUT/model.gguf`: f32, f16, q8_0 or q4k.
+    #[arg(long, value_name = "KIND", requires = "output")]
+    pub merged_gguf: Option<GgufKind>,
+}
+
+/// A trained model and where it is of.
+pub struct Trained<'a> {
+    pub model: &'a dyn AdaptableModel,
+    pub params: &'a Params,
+    pub adapter: Option<&'a AdapterMethod>,
+    pub files: &'a ModelFiles,
+}
+
+impl Trained<'_> {
+    fn file(&self) -> Outcome<AdapterFile> {
+        let Some(adapter) = self.adapter else {
+            return Err(
+                "--gguf: only the adapters of lora, lora-fa and monteclora have a form in GGUF".into()
+            );
+        };
+        let metadata = AdapterMetadata::default();
+        Ok(AdapterFile::from_model(self.model, DEFAULT_ADAPTER, self.params, adapter, &metadata)?)
+    }
+}
+
+impl GgufOptions {
+    /// Refuses, before anything is trained, what could not be written afterwards.
+    pub fn check(&self, trained: &Trained, out: Option<&Path>) -> Outcome {
+        if self.gguf.is_some() {
+            check_adapter(&trained.file()?, &trained.files.config()?)?;
+        }
+        if let Some((_, path)) = self.merged(out).filter(|(_, path)| !path.exists()) {
+            check_merged_gguf(trained.model, trained.params, trained.files, &path)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what was asked for.
+    pub fn write(&self, trained: &Trained, out: Option<&Path>) -> Outcome {
+        if let Some(path) = &self.gguf {
+            write_adapter(&trained.file()?, &trained.files.config()?, path)?;
+        }
+        match self.merged(out) {
+            None => {}
+            Some((_, path)) if path.exists() => {
+                tell!("{}: it is there already and stays as it is", path.display());
+            }
+            Some((kind, path)) => {
+                save_merged_gguf(trained.model, trained.params, trained.files, &path, kind)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn merged(&self, out: Option<&Path>) -> Option<(GgufKind, PathBuf)> {
+        Some((self.merged_gguf?, out?.join("model.gguf")))
+    }
+}

@@ -1,0 +1,206 @@
+//! The architectures of GGUF that this crate reads and writes: what they are called elsewhere, how their tensors are
+//! named, and what llama.cpp's converter changes in them.
+
+/// One architecture.
+#[derive(Debug)]
+pub(super) struct Architecture {
+    /// What GGUF calls it.
+    pub name: &'static str,
+    /// Hugging Face's `model_type`.
+    pub model_type: &'static str,
+    /// Whether the rows of q and k lie so that the two numbers that a rotation mixes are neighbours.
+    pub interleaved: bool,
+    /// Whether the weights of norms are one more than Hugging Face's.
+    pub norm_plus_one: bool,
+    /// The tensors of a block: GGUF's name and Hugging Face's.
+    blocks: &'static [Names],
+}
+
+/// Pairs of GGUF's name and Hugging Face's.
+type Names = &'static [(&'static str, &'static str)];
+
+const ATTENTION: Names = &[
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+];
+const HEAD_NORMS: Names = &[("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm")];
+const FEED_FORWARD: Names =
+    &[("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj")];
+const PRE_NORM: Names = &[("ffn_norm", "post_attention_layernorm")];
+const FUSED: Names = &[
+    ("attn_norm", "input_layernorm"),
+    ("attn_qkv", "self_attn.qkv_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_up", "mlp.gate_up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+const AROUND: Names = &[
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+/// The tensors outside the blocks.
+const OUTSIDE: Names =
+    &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+
+/// Mistral and SmolLM2 are `llama` here.
+const ALL: [Architecture; 7] = [
+    Architecture {
+        name: "llama",
+        model_type: "llama",
+        interleaved: true,
+        norm_plus_one: false,
+        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+    },
+    Architecture {
+        name: "smollm3",
+        model_type: "smollm3",
+        interleaved: true,
+        norm_plus_one: false,
+        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+    },
+    Architecture {
+        name: "qwen2",
+        model_type: "qwen2",
+        interleaved: false,
+        norm_plus_one: false,
+        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+    },
+    Architecture {
+        name: "qwen3",
+        model_type: "qwen3",
+        interleaved: false,
+        norm_plus_one: false,
+        blocks: &[ATTENTION, HEAD_NORMS, PRE_NORM, FEED_FORWARD],
+    },
+    Architecture {
+        name: "phi3",
+        model_type: "phi3",
+        interleaved: false,
+        norm_plus_one: false,
+        blocks: &[FUSED, PRE_NORM],
+    },
+    Architecture {
+        name: "gemma2",
+        model_type: "gemma2",
+        interleaved: false,
+        norm_plus_one: true,
+        blocks: &[ATTENTION, AROUND, FEED_FORWARD],
+    },
+    Architecture {
+        name: "gemma3",
+        model_type: "gemma3_text",
+        interleaved: false,
+        norm_plus_one: true,
+        blocks: &[ATTENTION, HEAD_NORMS, AROUND, FEED_FORWARD],
+    },
+];
+
+impl Architecture {
+    /// The architecture that GGUF calls `name`, or which there are.
+    pub fn named(name: &str) -> Result<&'static Self, String> {
+        ALL.iter().find(|one| one.name == name).ok_or_else(|| {
+            let names: Vec<&str> = ALL.iter().map(|one| one.name).collect();
+            format!("general.architecture: expected one of {}, got {name}", names.join(", "))
+        })
+    }
+
+    /// The architecture of Hugging Face's `model_type`, or which there are.
+    pub fn of_model_type(model_type: &str) -> Result<&'static Self, String> {
+        let name = match model_type {
+            "mistral" => "llama",
+            "gemma3" => "gemma3_text",
+            other => other,
+        };
+        ALL.iter().find(|one| one.model_type == name).ok_or_else(|| {
+            let types: Vec<&str> = ALL.iter().map(|one| one.model_type).collect();
+            format!("GGUF is for decoders: expected mistral or one of {}, got {model_type}", types.join(", "))
+        })
+    }
+
+    /// GGUF's name of a tensor, or of a layer, that Hugging Face calls `name`.
+    pub fn to_gguf(&self, name: &str) -> Option<String> {
+        let (module, end) = parted(name);
+        if let Some(rest) = module.strip_prefix("model.layers.") {
+            let (block, module) = rest.split_once('.')?;
+            let (name, _) = self.blocks().find(|(_, theirs)| *theirs == module)?;
+            return Some(format!("blk.{}.{name}{end}", block.parse::<u32>().ok()?));
+        }
+        OUTSIDE.iter().find(|(_, theirs)| *theirs == module).map(|(name, _)| format!("{name}{end}"))
+    }
+
+    /// Hugging Face's name of a tensor that GGUF calls `name`.
+    pub fn to_hugging_face(&self, name: &str) -> Option<String> {
+        let (module, end) = parted(name);
+        if let Some(rest) = module.strip_prefix("blk.") {
+            let (block, module) = rest.split_once('.')?;
+            let (_, theirs) = self.blocks().find(|(ours, _)| *ours == module)?;
+            return Some(format!("model.layers.{}.{theirs}{end}", block.parse::<u32>().ok()?));
+        }
+        OUTSIDE.iter().find(|(ours, _)| *ours == module).map(|(_, theirs)| format!("{theirs}{end}"))
+    }
+
+    /// Whether the rows of the layer or tensor, by Hugging Face's name, are those of q (true) or k (false) and lie
+    /// interleaved.
+    pub fn interleaved_queries(&self, name: &str) -> Option<bool> {
+        match parted(name).0.rsplit('.').next() {
+            Some("q_proj") if self.interleaved => Some(true),
+            Some("k_proj") if self.interleaved => Some(false),
+            _ => None,
+        }
+    }
+
+    /// What is added to the tensor of Hugging Face's `name` when it is written.
+    pub fn added(&self, name: &str) -> f64 {
+        if self.norm_plus_one && name.ends_with("norm.weight") {
+            1.0
+        } else {
+            0.0
+        }
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+        self.blocks.iter().flat_map(|names| names.iter())
+    }
+}
+
+/// The name of a module, and what of it the tensor is, with its point.
+fn parted(name: &str) -> (&str, &str) {
+    for end in [".weight", ".bias"] {
+        if let Some(module) = name.strip_suffix(end) {
+            return (module, end);
+        }
+    }
+    (name, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_goes_there_and_back() {
+        for one in &ALL {
+            let names = one.blocks().map(|(ours, theirs)| {
+                (format!("blk.7.{ours}.weight"), format!("model.layers.7.{theirs}.weight"))
+            });
+            let outside =
+                OUTSIDE.iter().map(|(ours, theirs)| (format!("{ours}.weight"), format!("{theirs}.weight")));
+            for (ours, theirs) in names.chain(outside) {
+                assert_eq!(one.to_gguf(&theirs).as_deref(), Some(&*ours), "{}", one.name);
+                assert_eq!(one.to_hugging_face(&ours).as_deref(), Some(&*theirs), "{}", one.name);
+            }
+            assert_eq!(one.to_gguf("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
+            assert_eq!(one.to_hugging_face("rope_freqs.weight"), None);
+        }
+        assert_eq!(
+            ALL[2].to_gguf("model.layers.3.self_attn.q_proj.bias").as_deref(),
+            Some("blk.3.attn_q.bias")
+        );
+        assert_eq!(ALL[0].interleaved_queries("model.layers.0.self_attn.k_proj"), Some(false));
+        assert_eq!(ALL[3].interleaved_queries("model.layers.0.self_attn.q_proj.weight"), None);
+    }
+}

@@ -1,0 +1,261 @@
+//! A `config.json` of what a GGUF file says of its model.
+
+use serde_json::{json, Map, Value as Json};
+
+use super::file::Gguf;
+use super::rope::Llama3;
+use super::value::Value;
+use crate::error::Result;
+
+impl Gguf {
+    /// The model's configuration as Hugging Face would have it: what the file says under its own keys, and what llama.cpp
+    /// holds for granted of an architecture.
+    ///
+    /// # Errors
+    /// If a key is missing or has no such value, or the file asks for what is not supported.
+    pub fn config(&self) -> Result<Json> {
+        let mut config = self.sizes()?;
+        self.tokens(&mut config)?;
+        self.rotary(&mut config)?;
+        self.attention(&mut config)?;
+        Ok(Json::Object(config))
+    }
+
+    /// The heads of q, or those of k and v.
+    pub(super) fn heads(&self, queries: bool) -> Result<usize> {
+        let all = self.required("attention.head_count")?;
+        Ok(match queries {
+            true => all,
+            false => self.whole("attention.head_count_kv")?.unwrap_or(all),
+        })
+    }
+
+    /// The key of the model's architecture, such as `llama.block_count`.
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture().name)
+    }
+
+    fn setting(&self, key: &str) -> Option<&Value> {
+        self.value(&self.key(key))
+    }
+
+    /// A whole number.
+    fn whole(&self, key: &str) -> Result<Option<usize>> {
+        self.setting(key).map(|value| self.expect(key, value, value.as_u64().map(|n| n as usize))).transpose()
+    }
+
+    fn required(&self, key: &str) -> Result<usize> {
+        self.whole(key)?.ok_or_else(|| self.error(format!("{} is missing", self.key(key))))
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.setting(key).map(|value| self.expect(key, value, value.as_f64())).transpose()
+    }
+
+    /// What `value` is, or the error that it is not.
+    fn expect<T>(&self, key: &str, value: &Value, is: Option<T>) -> Result<T> {
+        is.ok_or_else(|| {
+            let what = match value {
+                Value::Ints(_) | Value::Other(_) => "one value for all layers, got an array".to_string(),
+                Value::Texts(_) | Value::Floats(_) => "a number, got an array".to_string(),
+                other => format!("a number, got {other:?}"),
+            };
+            self.error(format!("{}: expected {what}", self.key(key)))
+        })
+    }
+
+    fn sizes(&self) -> Result<Map<String, Json>> {
+        let architecture = self.architecture();
+        // Not from `vocab_size`: a file may have more rows than its tokenizer has pieces.
+        let vocabulary = match self.info("token_embd.weight").map(|info| info.shape.as_slice()) {
+            Some([rows, _]) => *rows,
+            _ => return Err(self.error("there is no tensor token_embd.weight of two axes")),
+        };
+        let epsilon = self.number("attention.layer_norm_rms_epsilon")?;
+        let epsilon = epsilon.ok_or_else(|| {
+            self.error(format!("{} is missing", self.key("attention.layer_norm_rms_epsilon")))
+        })?;
+        let config = json!({
+            "model_type": architecture.model_type,
+            "vocab_size": vocabulary,
+            "hidden_size": self.required("embedding_length")?,
+            "intermediate_size": self.required("feed_forward_length")?,
+            "num_hidden_layers": self.required("block_count")?,
+            "num_attention_heads": self.heads(true)?,
+            "num_key_value_heads": self.heads(false)?,
+            "max_position_embeddings": self.required("context_length")?,
+            "rms_norm_eps": short(epsilon),
+            "tie_word_embeddings": self.info("output.weight").is_none(),
+        });
+        let Json::Object(mut config) = config else { return Ok(Map::new()) };
+        let gelu = architecture.norm_plus_one;
+        let (key, activation) =
+            if gelu { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+        config.insert(key.into(), json!(activation));
+        Ok(config)
+    }
+
+    fn tokens(&self, config: &mut Map<String, Json>) -> Result<()> {
+        let id = |name: &str| self.value(&format!("tokenizer.ggml.{name}_token_id")).and_then(Value::as_u64);
+        for (name, ours) in [("bos", "bos_token_id"), ("padding", "pad_token_id")] {
+            if let Some(id) = id(name) {
+                config.insert(ours.into(), json!(id));
+            }
+        }
+        // What ends a text, and what ends a turn.
+        let mut ends: Vec<u64> = Vec::new();
+        for id in [id("eos"), id("eot"), id("eom")].into_iter().flatten() {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        match ends.as_slice() {
+            [] => {}
+            [one] => drop(config.insert("eos_token_id".into(), json!(one))),
+            many => drop(config.insert("eos_token_id".into(), json!(many))),
+        }
+        Ok(())
+    }
+
+    fn rotary(&self, config: &mut Map<String, Json>) -> Result<()> {
+        let theta = self.number("rope.freq_base")?.unwrap_or(10000.0);
+        config.insert("rope_theta".into(), json!(short(theta)));
+        let heads = self.heads(true)?.max(1);
+        let width = match self.whole("attention.key_length")? {
+            Some(width) => {
+                if self.whole("attention.value_length")?.is_some_and(|other| other != width) {
+                    return Err(self.error("heads of v that are not as wide as those of k are not supported"));
+                }
+                config.insert("head_dim".into(), json!(width));
+                width
+            }
+            None => self.required("embedding_length")? / heads,
+        };
+        if let Some(turned) =
+            self.whole("rope.dimension_count")?.filter(|turned| *turned != width && width > 0)
+        {
+            config.insert("partial_rotary_factor".into(), json!(turned as f64 / width as f64));
+        }
+        if let Some(theta) = self.number("rope.freq_base_swa")? {
+            config.insert("rope_local_base_freq".into(), json!(short(theta)));
+        }
+        if let Some(scaling) = self.scaling(theta)? {
+            config.insert("rope_scaling".into(), scaling);
+        }
+        let original = self.whole("rope.scaling.original_context_length")?;
+        if let Some(original) = original.filter(|_| self.architecture().name == "phi3") {
+            config.insert("original_max_position_embeddings".into(), json!(original));
+        }
+        Ok(())
+    }
+
+    /// How the frequencies of the base `theta` are scaled.
+    fn scaling(&self, theta: f64) -> Result<Option<Json>> {
+        if let Some(factors) = self.vector("rope_freqs.weight")? {
+            // Of another rule only the factors are known: Phi-3's way to say them, for every length.
+            let spelt = || json!({"rope_type": "longrope", "long_factor": factors, "short_factor": factors, "attention_factor": 1.0});
+            return Ok(Some(Llama3::behind(&factors, theta).map_or_else(spelt, Llama3::to_json)));
+        }
+        let (long, short) =
+            (self.vector("rope_factors_long.weight")?, self.vector("rope_factors_short.weight")?);
+        if let (Some(long), Some(short)) = (long, short) {
+            let mut scaling = json!({"rope_type": "longrope", "long_factor": long, "short_factor": short});
+            if let Some(factor) = self.number("rope.scaling.attn_factor")? {
+                scaling["attention_factor"] = json!(factor);
+            }
+            return Ok(Some(scaling));
+        }
+        let factor = match self.number("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.number("rope.scale_linear")?,
+        };
+        // Without a kind, a factor is one of positions.
+        let kind = self.setting("rope.scaling.type").and_then(Value::as_str).unwrap_or("linear");
+        match (kind, factor) {
+            ("none", _) | ("linear" | "longrope", None) => Ok(None),
+            ("linear", Some(factor)) if factor == 1.0 || factor == 0.0 => Ok(None),
+            ("linear", Some(factor)) => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
+            ("yarn", Some(factor)) => {
+                let mut scaling = json!({"rope_type": "yarn", "factor": factor});
+                if let Some(original) = self.whole("rope.scaling.original_context_length")? {
+                    scaling["original_max_position_embeddings"] = json!(original);
+                }
+                Ok(Some(scaling))
+            }
+            (other, _) => {
+                let key = self.key("rope.scaling.type");
+                Err(self.error(format!("{key}: expected none, linear or longrope, got {other}")))
+            }
+        }
+    }
+
+    fn attention(&self, config: &mut Map<String, Json>) -> Result<()> {
+        let (name, layers) = (self.architecture().name, self.required("block_count")?);
+        let has = |tensor: &str| self.info(tensor).is_some();
+        if matches!(name, "llama" | "smollm3") {
+            let bias = has("blk.0.attn_q.bias");
+            if bias != has("blk.0.attn_output.bias") {
+                return Err(self.error(
+                    "a bias on q but none on the output, or the other way round, is not supported here",
+                ));
+            }
+            config.insert("attention_bias".into(), json!(bias));
+            config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
+        }
+        for (key, theirs) in [
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ] {
+            if let Some(cap) = self.number(key)?.filter(|cap| *cap > 0.0) {
+                config.insert(theirs.into(), json!(short(cap)));
+            }
+        }
+        let window = self.whole("attention.sliding_window")?.filter(|window| *window > 0);
+        // What llama.cpp holds for granted: every second layer of Gemma 2 has a window, five of six of Gemma 3.
+        let (default, every) = match name {
+            "gemma2" => (Some(4096), 2),
+            "gemma3" => (None, 6),
+            _ => (None, 0),
+        };
+        let window = window.or(default);
+        if let Some(window) = window {
+            config.insert("sliding_window".into(), json!(window));
+        }
+        if every > 0 {
+            if self.setting("attention.sliding_window_pattern").is_some() {
+                let reason = "another pattern of windows than the architecture's is not supported";
+                return Err(self.error(format!("{}: {reason}", self.key("attention.sliding_window_pattern"))));
+            }
+            let kind = |layer: usize| match window.is_some() && (layer + 1) % every != 0 {
+                true => "sliding_attention",
+                false => "full_attention",
+            };
+            // A file that says more layers than it has tensors is found out before this becomes long.
+            if layers > self.tensor_names().count() {
+                return Err(
+                    self.error(format!("{}: it has no tensors of {layers} blocks", self.key("block_count")))
+                );
+            }
+            config.insert("layer_types".into(), (0..layers).map(kind).collect());
+            let (heads, width) = (self.heads(true)?.max(1), self.required("embedding_length")?);
+            // The scale of the largest of each family is another.
+            let scale = match (name, layers) {
+                ("gemma2", 46) | ("gemma3", 62) => width / heads,
+                _ => self.whole("attention.key_length")?.unwrap_or(width / heads),
+            };
+            config.insert("query_pre_attn_scalar".into(), json!(scale));
+        } else if window.is_some() && name == "llama" {
+            config.insert("model_type".into(), json!("mistral"));
+        }
+        Ok(())
+    }
+}
+
+/// The number that was meant where single precision has one close by: `1e-5` and not `9.999999747378752e-6`.
+fn short(value: f64) -> f64 {
+    let single = value as f32;
+    if f64::from(single) != value {
+        return value;
+    }
+    single.to_string().parse().unwrap_or(value)
+}

@@ -1,0 +1,114 @@
+//! A GGUF file, memory-mapped, and what it holds: values by key, tensors by name.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+
+use super::architecture::Architecture;
+use super::header::{Header, TensorInfo};
+use super::value::Value;
+use crate::error::{Error, Result};
+use crate::util::pointer;
+
+/// A model in a GGUF file, as llama.cpp and Ollama read it. Its head has been read and checked; the weights lie on the
+/// disk until they are asked for. Clones share it.
+#[derive(Clone)]
+pub struct Gguf {
+    path: PathBuf,
+    map: Arc<Mmap>,
+    header: Arc<Header>,
+    architecture: &'static Architecture,
+}
+
+impl Gguf {
+    /// Opens a file and reads its head.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no GGUF file or a truncated one, is one of several parts, or holds what is not
+    /// supported: an architecture or a type of tensors, by name.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        // SAFETY: as of safetensors, the file must not be rewritten in place while the map lives; every offset was
+        // held against its length when it was opened.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        pointer::refuse(&map, path)?;
+        let header = Header::parse(&map).map_err(|reason| Error::format(path, reason))?;
+        if let Some(parts) =
+            header.metadata.get("split.count").and_then(Value::as_u64).filter(|parts| *parts > 1)
+        {
+            let reason = format!("one of {parts} parts: join them by llama-gguf-split --merge");
+            return Err(Error::format(path, reason));
+        }
+        let text = |key: &str| header.metadata.get(key).and_then(Value::as_str);
+        if let Some(kind) = text("general.type").filter(|kind| *kind != "model") {
+            let reason = format!("expected a model, and its general.type is {kind}");
+            return Err(Error::format(path, reason));
+        }
+        let Some(name) = text("general.architecture") else {
+            return Err(Error::format(path, "it does not name its general.architecture"));
+        };
+        let architecture = Architecture::named(name).map_err(|reason| Error::format(path, reason))?;
+        Ok(Self { path: path.to_path_buf(), map: Arc::new(map), header: Arc::new(header), architecture })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The value of this key in the metadata.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.header.metadata.get(key)
+    }
+
+    pub(super) fn architecture(&self) -> &'static Architecture {
+        self.architecture
+    }
+
+    /// The entry of the tensor of this name, which is GGUF's.
+    pub(super) fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.header.tensors.get(name)
+    }
+
+    /// The names of the tensors, which are GGUF's.
+    pub(super) fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.header.tensors.keys().map(String::as_str)
+    }
+
+    /// The bytes of a tensor.
+    pub(super) fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        &self.map[info.offset..info.offset + info.size]
+    }
+
+    /// The tensor `info` as it lies in the file, of these bytes.
+    pub(super) fn load(&self, info: &TensorInfo, bytes: Cow<[u8]>, device: &Device) -> Result<QTensor> {
+        Ok(QTensor::new(QStorage::from_data(bytes, device, info.kind)?, info.shape.clone())?)
+    }
+
+    /// A vector in single precision that is no weight, such as factors of the rotary frequencies.
+    pub(super) fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(info) = self.info(name) else { return Ok(None) };
+        let tensor: Tensor =
+            self.load(info, Cow::Borrowed(self.bytes(info)), &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        Ok(Some(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
+    }
+
+    /// The error of a value or a tensor of this file.
+    pub(super) fn error(&self, reason: impl Into<String>) -> Error {
+        Error::format(&self.path, reason)
+    }
+}
+
+impl fmt::Debug for Gguf {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (path, tensors) = (self.path.display(), self.header.tensors.len());
+        write!(f, "Gguf({path}, {}, {tensors} tensors)", self.architecture.name)
+    }
+}

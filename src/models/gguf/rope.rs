@@ -1,0 +1,77 @@
+//! The rotary frequencies of LLaMA 3.1 and later: GGUF has a factor for each, Hugging Face the rule that makes them.
+
+use serde_json::{json, Value as Json};
+
+/// What Hugging Face's `llama3` scaling asks for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Llama3 {
+    pub factor: f64,
+    pub low: f64,
+    pub high: f64,
+    /// The length that the model was first trained at.
+    pub original: f64,
+}
+
+impl Llama3 {
+    /// The numbers of Hugging Face's `rope_scaling`, where all are there.
+    pub fn of(scaling: &Json) -> Option<Self> {
+        let number = |key: &str| scaling.get(key).and_then(Json::as_f64);
+        Some(Self {
+            factor: number("factor")?,
+            low: number("low_freq_factor")?,
+            high: number("high_freq_factor")?,
+            original: number("original_max_position_embeddings")?,
+        })
+    }
+
+    /// Hugging Face's `rope_scaling`.
+    pub fn to_json(self) -> Json {
+        json!({
+            "rope_type": "llama3", "factor": self.factor, "low_freq_factor": self.low, "high_freq_factor": self.high,
+            "original_max_position_embeddings": self.original as u64,
+        })
+    }
+
+    /// What each of the `dim / 2` frequencies of the base `theta` is divided by; the converter's formula.
+    pub fn factors(self, theta: f64, dim: usize) -> Vec<f32> {
+        let factor = |i: usize| {
+            let wavelength = std::f64::consts::TAU * theta.powf(i as f64 / dim as f64);
+            if wavelength < self.original / self.high {
+                1.0
+            } else if wavelength > self.original / self.low {
+                self.factor
+            } else {
+                let smooth = (self.original / wavelength - self.low) / (self.high - self.low);
+                1.0 / ((1.0 - smooth) / self.factor + smooth)
+            }
+        };
+        (0..dim).step_by(2).map(|i| factor(i) as f32).collect()
+    }
+
+    /// The rule that makes these factors: Meta's, whose factor alone differs from model to model. None where it does
+    /// not make them.
+    pub fn behind(factors: &[f32], theta: f64) -> Option<Self> {
+        let factor = factors.iter().copied().fold(1.0, f32::max);
+        let rule = Self { factor: f64::from(factor), low: 1.0, high: 4.0, original: 8192.0 };
+        let made = rule.factors(theta, 2 * factors.len());
+        let close = |(a, b): (&f32, f32)| (a - b).abs() <= 1e-3 * b;
+        factors.iter().zip(made).all(close).then_some(rule)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rule_is_found_behind_its_factors_and_another_is_not() {
+        let rule = Llama3 { factor: 32.0, low: 1.0, high: 4.0, original: 8192.0 };
+        let factors = rule.factors(500000.0, 64);
+        assert_eq!((factors.len(), factors[0], factors[31]), (32, 1.0, 32.0));
+        assert!(factors.iter().any(|factor| *factor > 1.0 && *factor < 32.0));
+        assert_eq!(Llama3::behind(&factors, 500000.0), Some(rule));
+        assert_eq!(Llama3::of(&rule.to_json()), Some(rule));
+        let other = Llama3 { high: 8.0, ..rule }.factors(500000.0, 64);
+        assert_eq!(Llama3::behind(&other, 500000.0), None);
+    }
+}

@@ -1,0 +1,98 @@
+//! A checkpoint, with its adapters merged in or as it is, as one GGUF file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::tensor::TensorView;
+use serde_json::Value;
+
+use super::{check_merged, plan, tensor, Entry, Failure};
+use crate::adapter::{AdaptableModel, Params, Pass};
+use crate::error::{Error, Result};
+use crate::models::gguf::{check_model, write_model, GgufKind, Named, Texts};
+use crate::models::hub::ModelFiles;
+use crate::util::json;
+
+/// [`save_merged`](super::save_merged) as one GGUF file for llama.cpp and Ollama, with the tokenizer in it: the file
+/// `path`, whose matrices are of `kind`.
+///
+/// # Errors
+/// If `path` is taken, no adapter is active and no weight was trained, a layer cannot be merged, the tokenizer or the
+/// architecture has no place in GGUF, the model has a head that llama.cpp has not, or the file cannot be written.
+pub fn save_merged_gguf(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    source: &ModelFiles,
+    path: &Path,
+    kind: GgufKind,
+) -> Result<()> {
+    check_free(path)?;
+    let (mapped, failure) = (source.map_weights()?, Failure::default());
+    let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
+    write_model(path, &source.config()?, &texts(source)?, kind, named(entries))
+}
+
+/// Checks, before anything is trained, what [`save_merged_gguf`] would refuse afterwards, but for a disk that is full.
+///
+/// # Errors
+/// As [`save_merged_gguf`].
+pub fn check_merged_gguf(
+    model: &dyn AdaptableModel,
+    params: &Params,
+    source: &ModelFiles,
+    path: &Path,
+) -> Result<()> {
+    check_merged(model, params, source, path)?;
+    let (mapped, failure) = (source.map_weights()?, Failure::default());
+    let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
+    check_model(&source.config()?, &texts(source)?, named(entries))
+}
+
+/// The tensors of the merged checkpoint: what is rounded for GGUF is what it would have.
+fn named<'a>(entries: BTreeMap<String, Entry<'a>>) -> Vec<Named<'a>> {
+    let named = |(name, entry)| match entry {
+        Entry::Source(view) => as_it_is(name, view),
+        Entry::Made { make, dtype, shape, .. } => {
+            Named { name, shape, make: Box::new(move || Ok(make()?.to_dtype(dtype)?)) }
+        }
+    };
+    entries.into_iter().map(named).collect()
+}
+
+/// The checkpoint `source` as one GGUF file for llama.cpp and Ollama, as [`save_merged_gguf`] writes it: a base that
+/// adapters in GGUF are then loaded onto.
+///
+/// # Errors
+/// As [`save_merged_gguf`], of what has to do with the checkpoint.
+pub fn save_gguf(source: &ModelFiles, path: &Path, kind: GgufKind) -> Result<()> {
+    check_free(path)?;
+    let mapped = source.map_weights()?;
+    let tensors = mapped.tensors().into_iter().map(|(name, view)| as_it_is(name, view)).collect();
+    write_model(path, &source.config()?, &texts(source)?, kind, tensors)
+}
+
+/// A tensor of the checkpoint.
+fn as_it_is(name: String, view: TensorView<'_>) -> Named<'_> {
+    let shape = view.shape().to_vec();
+    Named { name, shape, make: Box::new(move || tensor(&view)) }
+}
+
+fn check_free(path: &Path) -> Result<()> {
+    match path.exists() {
+        true => Err(Error::format(path, "it exists; give a new file")),
+        false => Ok(()),
+    }
+}
+
+/// What the folder of `files` says of texts.
+fn texts(files: &ModelFiles) -> Result<Texts> {
+    let read = |name: &str| -> Result<Option<Value>> {
+        let Some(path) = files.file(name)? else { return Ok(None) };
+        json::parse(std::fs::read(&path).map_err(Error::io(&*path))?, &path).map(Some)
+    };
+    let template = match files.file("chat_template.jinja")? {
+        Some(path) => Some(std::fs::read_to_string(&path).map_err(Error::io(&*path))?),
+        None => None,
+    };
+    Ok(Texts { tokenizer: read("tokenizer.json")?, settings: read("tokenizer_config.json")?, template })
+}
