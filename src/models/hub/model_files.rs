@@ -17,6 +17,8 @@ use super::config::HubConfig;
 use super::index::Index;
 use super::names::check_relative;
 #[cfg(feature = "hub")]
+use super::names::is_repo_id;
+#[cfg(feature = "hub")]
 use super::repo::Repo;
 use super::source::Source;
 use super::{pickles, weights};
@@ -299,7 +301,7 @@ fn is_gguf(name: &str) -> bool {
 #[cfg(feature = "hub")]
 fn file_in_repository(id: &str) -> Option<(&str, &str)> {
     let (at, _) = id.match_indices('/').nth(1).filter(|_| is_gguf(id))?;
-    Some((&id[..at], &id[at + 1..]))
+    Some((&id[..at], &id[at + 1..])).filter(|(id, _)| is_repo_id(id))
 }
 
 /// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
