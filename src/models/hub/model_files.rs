@@ -101,7 +101,7 @@ impl ModelFiles {
         let path = Path::new(dir);
         let is_file = path.is_file();
         if is_file && !is_gguf(dir) {
-            let reason = "expected a model's folder or repository or a GGUF file, found another file";
+            let reason = "expected a model's folder or repository, found a file (and no .gguf)";
             return Err(Error::format(path, reason));
         }
         if !is_file && !path.is_dir() {
