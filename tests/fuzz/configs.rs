@@ -64,7 +64,8 @@ fn later() -> Vec<Value> {
         with(&[
             &json!({"model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 1, "rope_scaling": yarn}),
         ]),
-        with(&[&json!({"model_type": "qwen3", "rope_theta": 1e6, "layer_types": types})]),
+        with(&[&json!({"model_type": "qwen3", "rope_theta": 1e6, "layer_types": types,
+            "use_sliding_window": true})]),
         with(&[&json!({"model_type": "mistral", "rope_theta": 1e6})]),
         with(&[&json!({"model_type": "smollm3", "no_rope_layers": [1, 1, 0], "no_rope_layer_interval": 3})]),
         with(&[&json!({"model_type": "phi3", "resid_pdrop": 0.0, "original_max_position_embeddings": 32,
