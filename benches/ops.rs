@@ -135,7 +135,7 @@ fn cases() -> Outcome<Vec<Case>> {
         ("attention, padding and dropout", Some(padding), false, true),
     ];
     for (name, padding, causal, dropped) in attentions {
-        let mask = Mask { padding, causal: causal.then(CausalMask::default) };
+        let mask = Mask { padding, causal: causal.then(CausalMask::default), window: None };
         all.push(case(name, &[X, X, X], move |t, path| {
             let scale = 1.0 / (HEAD as f64).sqrt();
             let dropout = dropped.then_some((0.1, stream, 0));

@@ -110,7 +110,7 @@ pub struct SequenceConfig {
 #[derive(Debug, Clone)]
 enum Architecture {
     Roberta(RobertaConfig),
-    Llama(DecoderConfig),
+    Decoder(DecoderConfig),
 }
 
 impl SequenceConfig {
@@ -139,15 +139,19 @@ impl SequenceConfig {
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
-            Some("llama") => {
-                Architecture::Llama(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
+            Some(kind) if DecoderConfig::model_types().any(|known| known == kind) => {
+                Architecture::Decoder(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
             }
             Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))
             }
             other => {
-                let known = "roberta, bert, xlm-roberta, camembert or llama";
-                let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
+                let known: Vec<_> = ["roberta", "bert", "xlm-roberta", "camembert"]
+                    .into_iter()
+                    .chain(DecoderConfig::model_types())
+                    .collect();
+                let (known, got) = (known.join(", "), other.unwrap_or("none"));
+                let reason = format!("model_type: expected one of {known}, got {got}");
                 return Err(Error::format(path, reason));
             }
         };
@@ -184,7 +188,7 @@ impl SequenceConfig {
     /// The tensors of the head that have a row for each output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
         match &self.architecture {
-            Architecture::Llama(_) => &["score.weight"],
+            Architecture::Decoder(_) => &["score.weight"],
             Architecture::Roberta(config) => match config.model_type {
                 Family::Roberta => &["classifier.out_proj.weight", "classifier.out_proj.bias"],
                 Family::Bert => &["classifier.weight", "classifier.bias"],
@@ -196,7 +200,7 @@ impl SequenceConfig {
     pub fn vocab_size(&self) -> usize {
         match &self.architecture {
             Architecture::Roberta(config) => config.vocab_size,
-            Architecture::Llama(config) => config.decoder.vocab_size,
+            Architecture::Decoder(config) => config.vocab_size,
         }
     }
 
@@ -204,7 +208,7 @@ impl SequenceConfig {
     pub fn max_length(&self) -> usize {
         match &self.architecture {
             Architecture::Roberta(config) => config.max_length(),
-            Architecture::Llama(config) => config.decoder.max_position_embeddings,
+            Architecture::Decoder(config) => config.max_position_embeddings,
         }
     }
 
@@ -212,7 +216,7 @@ impl SequenceConfig {
     pub fn prefix(&self) -> String {
         match &self.architecture {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
-            Architecture::Llama(_) => "model.".to_string(),
+            Architecture::Decoder(_) => "model.".to_string(),
         }
     }
 
@@ -230,7 +234,7 @@ impl SequenceConfig {
             Architecture::Roberta(config) => {
                 Box::new(RobertaForSequenceClassification::load(vb, head, config, noise)?)
             }
-            Architecture::Llama(config) => {
+            Architecture::Decoder(config) => {
                 Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
             }
         })
@@ -239,7 +243,7 @@ impl SequenceConfig {
     /// The file as Hugging Face writes it for this classifier in single precision: the source's
     /// own, with the head's architecture and labels.
     ///
-    /// Difference: LLaMA's head reads the last token that the attention mask shows, that of
+    /// Difference: a decoder's head reads the last token that the attention mask shows, that of
     /// transformers the last one that is not `pad_token_id`. Where the source names no padding,
     /// `pad_token_id` is its EOS, with which batches are usually filled then, or else null, with
     /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
@@ -247,10 +251,10 @@ impl SequenceConfig {
     /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
     /// yet another token, to which `pad_token_id` is to be set then.
     pub fn to_json(&self) -> Value {
-        let (family, pad) = match &self.architecture {
-            Architecture::Llama(config) => {
+        let (class, pad) = match &self.architecture {
+            Architecture::Decoder(config) => {
                 let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
-                ("Llama", pad)
+                (config.class_name("ForSequenceClassification"), pad)
             }
             Architecture::Roberta(config) => {
                 let family = match self.json.get("model_type").and_then(Value::as_str) {
@@ -259,11 +263,11 @@ impl SequenceConfig {
                     Some("camembert") => "Camembert",
                     _ => "Roberta",
                 };
-                (family, Some(config.pad_id()))
+                (format!("{family}ForSequenceClassification"), Some(config.pad_id()))
             }
         };
         let mut json = self.json.clone();
-        json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
+        json["architectures"] = json!([class]);
         json["id2label"] = self.labels.id2label();
         json["label2id"] = self.labels.label2id();
         json["pad_token_id"] = json!(pad);
@@ -295,7 +299,7 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert or llama";
+            let expected = "model_type: expected one of roberta, bert, xlm-roberta, camembert, llama, qwen2";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -1,9 +1,11 @@
 //! The attention core on slices: one task for each (batch, key head), query rows in blocks.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::attention_mask::{padding_bytes, Mask, Shape};
+use super::attention_mask::{padding_bytes, Mask, Scores, Shape, Window};
 use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{for_rows, tensor, Host};
@@ -18,19 +20,21 @@ const BLOCK: usize = 64;
 pub(super) struct HostMask {
     padding: Option<Vec<u8>>,
     causal: bool,
+    window: Option<usize>,
 }
 
 impl HostMask {
     pub fn new(mask: &Mask) -> Result<Self> {
         let padding = mask.padding.as_ref().map(padding_bytes).transpose()?;
-        Ok(Self { padding, causal: mask.causal.is_some() })
+        let window = mask.window.as_ref().map(Window::size);
+        Ok(Self { padding, causal: mask.causal.is_some(), window })
     }
 }
 
 /// One call's constants.
 pub(super) struct Core {
     pub shape: Shape,
-    pub scale: f32,
+    pub scores: Scores,
     pub mask: HostMask,
     pub keep: Option<DropoutMask>,
 }
@@ -79,6 +83,7 @@ impl Core {
         let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
         let (qh, kh, vh) = (Host::from_first(&q)?, Host::from_first(&k)?, Host::from_first(&v)?);
         let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
+        let scale = self.scores.scale as f32;
         let mut y = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
         let mut log_sums = vec![0f32; b * n * tq];
         let task = |(i, (y, log_sums)): (usize, (&mut [f32], &mut [f32]))| {
@@ -86,20 +91,22 @@ impl Core {
             let mut scores = vec![0f32; BLOCK.min(tq) * tk];
             for (head, first, rows) in self.blocks(kv_head) {
                 let at = (head % group) * tq + first;
-                let seen = self.seen(first + rows);
+                let at_keys = self.seen(first..first + rows);
+                let (start, seen) = (at_keys.start, at_keys.len());
                 let p = &mut scores[..rows * seen];
-                let keys = k.rows(batch, kv_head, 0, seen).t();
-                gemm(p, Into::SetHere, self.scale, q.rows(batch, head, first, rows), keys);
+                let keys = k.rows(batch, kv_head, start, seen).t();
+                gemm(p, Into::SetHere, scale, q.rows(batch, head, first, rows), keys);
                 vectorized!({
+                    self.cap(p);
                     for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
-                        self.hide(p, batch, first + r);
+                        self.hide(p, batch, first + r, start);
                         log_sums[at + r] = softmax(p);
                         if let Some(keep) = &self.keep {
-                            keep.multiply(((batch * n + head) * tq + first + r) * tk, p);
+                            keep.multiply(((batch * n + head) * tq + first + r) * tk + start, p);
                         }
                     }
                 });
-                let values = v.rows(batch, kv_head, 0, seen);
+                let values = v.rows(batch, kv_head, start, seen);
                 gemm(
                     &mut y[at * dim..(at + rows) * dim],
                     Into::SetHere,
@@ -131,6 +138,7 @@ impl Core {
         let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
         let (yh, gh) = (Host::from_first(y)?, Host::from_first(grad)?);
         let (y, dy) = (heads(&yh, y, dim), heads(&gh, grad, dim));
+        let scale = self.scores.scale as f32;
         let mut dq = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
         let mut dk = vec![0f32; b * kv_heads * tk * dim]; // (b, kv_heads, tk, dim)
         let mut dv = dk.clone();
@@ -138,18 +146,28 @@ impl Core {
             let (batch, kv_head) = (i / kv_heads, i % kv_heads);
             let size = BLOCK.min(tq) * tk;
             let (mut ps, mut dropped, mut ds) = (vec![0f32; size], Vec::new(), vec![0f32; size]);
+            let mut slopes = Vec::new(); // of the cap
             for (head, first, rows) in self.blocks(kv_head) {
                 let at = (head % group) * tq + first;
-                let seen = self.seen(first + rows);
+                let at_keys = self.seen(first..first + rows);
+                let (start, seen) = (at_keys.start, at_keys.len());
                 let (p, ds) = (&mut ps[..rows * seen], &mut ds[..rows * seen]);
-                let (queries, keys) = (q.rows(batch, head, first, rows), k.rows(batch, kv_head, 0, seen));
-                let (values, dys) = (v.rows(batch, kv_head, 0, seen), dy.rows(batch, head, first, rows));
-                gemm(p, Into::SetHere, self.scale, queries, keys.t());
+                let (queries, keys) = (q.rows(batch, head, first, rows), k.rows(batch, kv_head, start, seen));
+                let (values, dys) = (v.rows(batch, kv_head, start, seen), dy.rows(batch, head, first, rows));
+                gemm(p, Into::SetHere, scale, queries, keys.t());
                 gemm(ds, Into::SetHere, 1.0, dys, values.t());
                 let row_index = |r: usize| (batch * n + head) * tq + first + r;
+                if let Some(cap) = self.scores.cap.map(|cap| cap as f32) {
+                    vectorized!({
+                        self.cap(p);
+                        slopes.clear();
+                        slopes.extend(p.iter().map(|score| 1.0 - (score / cap) * (score / cap)));
+                    });
+                }
+                let (cells, here) = (|r: usize| row_index(r) * tk + start, start * dim..(start + seen) * dim);
                 vectorized!({
                     for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
-                        self.hide(p, batch, first + r);
+                        self.hide(p, batch, first + r, start);
                         let log_sum = log_sums[row_index(r)];
                         p.iter_mut().for_each(|p| *p = vmath::exp(*p - log_sum));
                     }
@@ -160,19 +178,19 @@ impl Core {
                         dropped.extend_from_slice(p);
                         vectorized!({
                             for (r, row) in dropped.chunks_exact_mut(seen.max(1)).enumerate() {
-                                keep.multiply(row_index(r) * tk, row);
+                                keep.multiply(cells(r), row);
                             }
                         });
                         &dropped
                     }
                     None => p,
                 };
-                gemm(&mut dv[..seen * dim], Into::AddHere, 1.0, Mat::new(weights, rows, seen).t(), dys);
+                gemm(&mut dv[here.clone()], Into::AddHere, 1.0, Mat::new(weights, rows, seen).t(), dys);
                 let width = seen.max(1);
                 vectorized!({
                     for (r, (ds, p)) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)).enumerate() {
                         if let Some(keep) = &self.keep {
-                            keep.multiply(row_index(r) * tk, ds);
+                            keep.multiply(cells(r), ds);
                         }
                         let (y, dy) = (y.row(batch, head, first + r), dy.row(batch, head, first + r));
                         let along = vmath::sum2(y, dy, |y, dy| y * dy);
@@ -180,10 +198,11 @@ impl Core {
                             *ds = (*ds - along) * p;
                         }
                     }
+                    ds.iter_mut().zip(&slopes).for_each(|(ds, slope)| *ds *= slope);
                 });
                 let ds = Mat::new(ds, rows, seen);
-                gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, self.scale, ds, keys);
-                gemm(&mut dk[..seen * dim], Into::AddHere, self.scale, ds.t(), queries);
+                gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, scale, ds, keys);
+                gemm(&mut dk[here], Into::AddHere, scale, ds.t(), queries);
             }
         };
         let (q_task, k_task) = ((group * tq * dim).max(1), (tk * dim).max(1));
@@ -195,6 +214,14 @@ impl Core {
         Ok([Some(dq), Some(dk), Some(dv)])
     }
 
+    /// Caps scores in place, where there is a cap.
+    #[inline(always)]
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.scores.cap.map(|cap| cap as f32) {
+            scores.iter_mut().for_each(|score| *score = cap * vmath::tanh(*score / cap));
+        }
+    }
+
     /// (head, first row, rows) of the blocks of the query heads that share a key head.
     fn blocks(&self, kv_head: usize) -> impl Iterator<Item = (usize, usize, usize)> {
         let (tq, group) = (self.shape.tq, self.shape.group());
@@ -203,24 +230,32 @@ impl Core {
         })
     }
 
-    /// How many keys the rows before `end` see at most.
-    fn seen(&self, end: usize) -> usize {
+    /// The keys that some of these rows see, padding aside.
+    fn seen(&self, rows: Range<usize>) -> Range<usize> {
         let Shape { tq, tk, .. } = self.shape;
-        if self.mask.causal {
-            (tk + end).saturating_sub(tq).min(tk)
-        } else {
-            tk
-        }
+        // A row's own place among the keys is tk - tq + row.
+        let end = match (self.mask.causal, self.mask.window) {
+            (true, _) => (tk + rows.end).saturating_sub(tq).min(tk),
+            (false, Some(window)) => (tk + rows.end - 1).saturating_add(window).saturating_sub(tq).min(tk),
+            (false, None) => tk,
+        };
+        let start = self
+            .mask
+            .window
+            .map_or(0, |window| (tk + rows.start + 1).saturating_sub(tq.saturating_add(window)));
+        start..end
     }
 
-    /// Minus infinity where query `row` does not see a key.
+    /// Minus infinity where query `row` does not see a key; the scores begin with that of key `start`.
     #[inline(always)]
-    fn hide(&self, scores: &mut [f32], batch: usize, row: usize) {
-        let seen = self.seen(row + 1).min(scores.len());
-        scores[seen..].fill(f32::NEG_INFINITY);
+    fn hide(&self, scores: &mut [f32], batch: usize, row: usize, start: usize) {
+        let seen = self.seen(row..row + 1);
+        let (from, to) = (seen.start - start, (seen.end - start).min(scores.len()));
+        scores[..from].fill(f32::NEG_INFINITY);
+        scores[to..].fill(f32::NEG_INFINITY);
         if let Some(padding) = &self.mask.padding {
-            let padding = &padding[batch * self.shape.tk..(batch + 1) * self.shape.tk];
-            for (score, &real) in scores[..seen].iter_mut().zip(padding) {
+            let first = batch * self.shape.tk + seen.start;
+            for (score, &real) in scores[from..to].iter_mut().zip(&padding[first..]) {
                 *score = if real == 0 { f32::NEG_INFINITY } else { *score };
             }
         }

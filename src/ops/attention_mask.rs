@@ -1,4 +1,4 @@
-//! Which keys a query sees, and the sizes of an attention.
+//! Which keys a query sees, how it scores them, and the sizes of an attention.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,28 +11,93 @@ pub struct Mask {
     pub padding: Option<Tensor>,
     /// Query i (of tq, the last ones) sees keys 0 ..= tk - tq + i only. None: every key.
     pub causal: Option<CausalMask>,
+    /// Query i sees the keys near its own place, tk - tq + i, only. None: however far.
+    pub window: Option<Window>,
+}
+
+/// How far a query sees: key j from place i where `|i - j| < size`, under a causal mask back alone. The band is kept
+/// as the triangle of a [`CausalMask`] is.
+#[derive(Debug, Clone)]
+pub struct Window {
+    size: usize,
+    latest: Latest,
+}
+
+impl Window {
+    /// Queries see `size - 1` keys before their own place, and as many after it where no causal mask hides them.
+    pub fn new(size: usize) -> Self {
+        Self { size, latest: Latest::default() }
+    }
+
+    /// The first distance that is out of sight.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// 1 where key `j` is in sight of query `i` of the last `tq`, `(1, 1, tq, tk)` of u8. None: everywhere.
+    fn band(&self, tq: usize, tk: usize, device: &Device) -> Result<Option<Tensor>> {
+        if self.size >= tq.max(tk) {
+            return Ok(None);
+        }
+        // Both sides of |tk - tq + i - j| < size with tq and j brought over: none is negative.
+        let near = |i: usize, j: usize| (tk + i).abs_diff(tq + j) < self.size;
+        self.latest.get((tq, tk), device, near).map(Some)
+    }
 }
 
 /// The triangle of a causal mask, kept from layer to layer and pass to pass by the model that owns it:
 /// all layers of a forward pass ask for the same one, and a copy to a GPU holds up the queue of its work.
 #[derive(Debug, Clone, Default)]
 pub struct CausalMask {
-    latest: Arc<Mutex<Option<Tensor>>>,
+    latest: Latest,
 }
 
 impl CausalMask {
     /// 1 where key `j` is not after query `i` of the last `tq`, `(1, 1, tq, tk)` of u8.
     fn triangle(&self, tq: usize, tk: usize, device: &Device) -> Result<Tensor> {
+        self.latest.get((tq, tk), device, |i, j| j + tq <= tk + i)
+    }
+}
+
+/// The mask of u8 that was asked for last, shared by clones.
+#[derive(Debug, Clone, Default)]
+struct Latest(Arc<Mutex<Option<Tensor>>>);
+
+impl Latest {
+    /// `(1, 1, tq, tk)`, 1 where `sees(i, j)`: the same rule in every call.
+    fn get(
+        &self,
+        (tq, tk): (usize, usize),
+        device: &Device,
+        sees: impl Fn(usize, usize) -> bool,
+    ) -> Result<Tensor> {
         // A panic while the lock is held leaves a whole mask or none.
-        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |mask: &&Tensor| mask.dims() == [1, 1, tq, tk] && mask.device().same_device(device);
         if let Some(mask) = latest.as_ref().filter(fits) {
             return Ok(mask.clone());
         }
-        let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(j + tq <= tk + i))).collect();
+        let sees = &sees;
+        let rows: Vec<u8> = (0..tq).flat_map(|i| (0..tk).map(move |j| u8::from(sees(i, j)))).collect();
         let mask = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
         *latest = Some(mask.clone());
         Ok(mask)
+    }
+}
+
+/// The score of query q at key k: `scale q k`, and with a cap `cap tanh(scale q k / cap)` (Gemma 2). A number alone is
+/// a scale without a cap.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// What the product is multiplied by, mostly one over the root of the head's width.
+    pub scale: f64,
+    /// The bound that scores approach, before the softmax; positive.
+    pub cap: Option<f64>,
+}
+
+impl From<f64> for Scores {
+    fn from(scale: f64) -> Self {
+        Self { scale, cap: None }
     }
 }
 
@@ -85,14 +150,18 @@ pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Opt
         Some(padding) => Some(padding.ne(0u8)?.reshape((b, 1, 1, tk))?),
         None => None,
     };
-    let Some(causal) = mask.causal.as_ref().filter(|_| tq > 1) else {
-        return Ok(padding); // the last query sees every key
-    };
-    let causal = causal.triangle(tq, tk, device)?;
-    match padding {
-        Some(padding) => Ok(Some(padding.broadcast_mul(&causal)?)),
-        None => Ok(Some(causal)),
+    // The last query alone sees every key that is near enough.
+    let causal = mask.causal.as_ref().filter(|_| tq > 1);
+    let causal = causal.map(|causal| causal.triangle(tq, tk, device)).transpose()?;
+    let band = mask.window.as_ref().map(|window| window.band(tq, tk, device)).transpose()?.flatten();
+    let mut visible = None;
+    for part in [padding, causal, band].into_iter().flatten() {
+        visible = Some(match visible {
+            Some(visible) => part.broadcast_mul(&visible)?,
+            None => part,
+        });
     }
+    Ok(visible)
 }
 
 /// The padding mask as bytes, whatever integer dtype it came in.

@@ -8,6 +8,7 @@ use super::host::{rows_per_piece, tensor};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
 use super::path::OpPath;
 use super::quantized::Weight;
+use super::soft_cap::{check as check_cap, soft_cap};
 use super::vmath;
 #[cfg(feature = "cuda")]
 use crate::kernels::loss as kernels;
@@ -43,18 +44,41 @@ pub fn linear_cross_entropy(
     ignore: i64,
     path: OpPath,
 ) -> Result<Tensor> {
+    capped_linear_cross_entropy(xs, weight, labels, ignore, None, path)
+}
+
+/// [`linear_cross_entropy`] of logits that a soft cap bounds ([`soft_cap`]), as Gemma 2 has them, or of plain ones.
+///
+/// # Errors
+/// As [`linear_cross_entropy`] and [`soft_cap`].
+pub fn capped_linear_cross_entropy(
+    xs: &Tensor,
+    weight: impl Into<Weight>,
+    labels: &Tensor,
+    ignore: i64,
+    cap: Option<f64>,
+    path: OpPath,
+) -> Result<Tensor> {
     let weight = &weight.into();
     let (wanted, path) = (path, weight.path(path, xs));
     if path == OpPath::Reference || weight.track_op() {
-        return cross_entropy(&weight.linear(xs, None, wanted)?, labels, ignore, wanted);
+        let logits = weight.linear(xs, None, wanted)?;
+        let logits = match cap {
+            Some(cap) => soft_cap(&logits, cap, wanted)?,
+            None => logits,
+        };
+        return cross_entropy(&logits, labels, ignore, wanted);
     }
     weight.check(xs)?;
     if xs.rank() != 2 {
         bail!("linear cross entropy: expected xs (n, dim), got {:?}", xs.dims());
     }
+    if let Some(cap) = cap {
+        check_cap(cap)?;
+    }
     let labels = Labels::new(labels, xs.dim(0)?, weight.dims2()?.0, ignore)?;
     #[cfg(feature = "cuda")]
-    if wanted.has_kernels() && kernels::supports(xs) {
+    if wanted.has_kernels() && cap.is_none() && kernels::supports(xs) {
         return on_device(xs, weight, &labels, path);
     }
     let (mut loss, mut gradients) = (None, Vec::new());
@@ -62,8 +86,8 @@ pub fn linear_cross_entropy(
         let chunk = labels.part(first, CHUNK);
         let rows = xs.detach().narrow(0, first, chunk.all.len())?;
         let (part, gradient) = match path {
-            OpPath::Fused => fused(&rows, weight, &chunk)?,
-            _ => composed(&weight.forward(path, &rows)?, &chunk)?,
+            OpPath::Fused => fused(&rows, weight, &chunk, cap)?,
+            _ => composed(&weight.forward(path, &rows)?, &chunk, cap)?,
         };
         loss = Some(match loss {
             Some(loss) => (loss + part)?,
@@ -108,9 +132,10 @@ fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Res
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
-fn fused(rows: &Tensor, weight: &Weight, labels: &Labels) -> Result<(Tensor, Tensor)> {
+fn fused(rows: &Tensor, weight: &Weight, labels: &Labels, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
     let (n, classes) = (labels.all.len(), weight.dims2()?.0);
     let mut logits = weight.product(rows, n)?;
+    let cap = cap.map(|cap| cap as f32);
     let (piece, factor) = (rows_per_piece(classes), 1.0 / labels.counted as f32);
     let work = |(i, logits): (usize, &mut [f32])| {
         let mut sum = 0.0;
@@ -120,10 +145,19 @@ fn fused(rows: &Tensor, weight: &Weight, labels: &Labels) -> Result<(Tensor, Ten
                 x.fill(0.0);
                 continue;
             }
-            let log_sum = log_sum(x);
-            sum += f64::from(log_sum - x[label as usize]);
-            x.iter_mut().for_each(|x| *x = factor * vmath::exp(*x - log_sum));
-            x[label as usize] -= factor;
+            if let Some(cap) = cap {
+                x.iter_mut().for_each(|x| *x = cap * vmath::tanh(*x / cap));
+            }
+            let (log_sum, own) = (log_sum(x), x[label as usize]);
+            sum += f64::from(log_sum - own);
+            let Some(cap) = cap else {
+                x.iter_mut().for_each(|x| *x = factor * vmath::exp(*x - log_sum));
+                x[label as usize] -= factor;
+                continue;
+            };
+            let slope = |x: f32| factor * (1.0 - (x / cap) * (x / cap)); // of the cap
+            x.iter_mut().for_each(|x| *x = slope(*x) * vmath::exp(*x - log_sum));
+            x[label as usize] -= slope(own);
         });
         sum
     };
@@ -132,9 +166,13 @@ fn fused(rows: &Tensor, weight: &Weight, labels: &Labels) -> Result<(Tensor, Ten
     Ok((Tensor::new(loss as f32, &Device::Cpu)?, tensor(logits, (n, classes))?))
 }
 
-fn composed(logits: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+fn composed(logits: &Tensor, labels: &Labels, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
     let leaf = Var::from_tensor(logits)?;
-    let loss = composed_cross_entropy(leaf.as_tensor(), labels)?;
+    let capped = match cap {
+        Some(cap) => soft_cap(leaf.as_tensor(), cap, OpPath::Composed)?,
+        None => leaf.as_tensor().clone(),
+    };
+    let loss = composed_cross_entropy(&capped, labels)?;
     match loss.backward()?.remove(leaf.as_tensor()) {
         Some(gradient) => Ok((loss.detach(), gradient)),
         None => bail!("linear cross entropy: the logits have no gradient"),

@@ -6,6 +6,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use super::*;
 use crate::noise::{Noise, Purpose, Stream};
 
+mod attention;
+mod caps;
 mod contracts;
 #[cfg(feature = "cuda")]
 mod device;
@@ -46,13 +48,13 @@ fn mask(tk: usize, causal: bool, blind: bool) -> Mask {
         padding[tk..].fill(0);
     }
     let padding = Some(Tensor::from_vec(padding, (2, tk), &Device::Cpu).unwrap());
-    Mask { padding, causal: causal.then(CausalMask::default) }
+    Mask { padding, causal: causal.then(CausalMask::default), window: None }
 }
 
 /// The mask on the device of `xs`.
 fn beside(mask: &Mask, xs: &Tensor) -> Result<Mask> {
     let padding = mask.padding.as_ref().map(|padding| padding.to_device(xs.device())).transpose()?;
-    Ok(Mask { padding, causal: mask.causal.clone() })
+    Ok(Mask { padding, ..mask.clone() })
 }
 
 fn cases() -> Vec<Case> {
@@ -206,49 +208,8 @@ fn cases() -> Vec<Case> {
             mean_squared_error(&t[0], &t[1], path)
         }),
     ];
-    let none = Mask { padding: None, causal: None };
-    let attentions: [(&str, usize, usize, usize, usize, Mask, bool); 7] = [
-        ("attention", 3, 3, 2, 2, none, false),
-        ("attention, padding", 4, 4, 2, 2, mask(4, false, false), false),
-        ("attention, blind rows", 4, 4, 2, 2, mask(4, false, true), false),
-        ("attention, causal, tq < tk, groups", 3, 5, 4, 2, mask(5, true, false), false),
-        (
-            "attention, causal, tq > tk",
-            5,
-            3,
-            2,
-            1,
-            Mask { padding: None, causal: Some(CausalMask::default()) },
-            false,
-        ),
-        ("attention, dropout, groups", 3, 5, 4, 2, mask(5, false, false), true),
-        ("attention, many blocks", 70, 67, 2, 1, mask(67, true, true), true),
-    ];
-    for (name, tq, tk, heads, kv_heads, mask, drop) in attentions {
-        let dim = if name == "attention" { 6 } else { 8 }; // heads of 6 are none for the kernels of a device
-        let shape =
-            |t: usize, n: usize| -> &'static [usize] { Box::leak(vec![2, t, n * dim].into_boxed_slice()) };
-        let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
-        all.push(case(name, &inputs, move |t, path| {
-            let drop = drop.then(|| (0.25, stream(), 3));
-            attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &beside(&mask, &t[0])?, drop, path)
-        }));
-    }
-    // q, k, v as slices of one fused projection: rows 16 wide in a storage of 48.
-    all.push(case("attention, fused projection", &[(&[2, 3, 48], true)], |t, path| {
-        let part = |i: usize| t[0].narrow(2, 16 * i, 16);
-        attention(
-            &part(0)?,
-            &part(1)?,
-            &part(2)?,
-            2,
-            2,
-            0.4,
-            &beside(&mask(3, false, false), &t[0])?,
-            None,
-            path,
-        )
-    }));
+    all.extend(attention::cases());
+    all.extend(caps::cases());
     all
 }
 

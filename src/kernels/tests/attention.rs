@@ -74,7 +74,7 @@ impl Case {
         let padding = (!self.padding.is_empty())
             .then(|| Tensor::from_slice(&self.padding, (self.batches, self.keys), &Device::Cpu));
         let causal = self.causal.then(CausalMask::default);
-        let mask = Mask { padding: padding.transpose()?, causal };
+        let mask = Mask { padding: padding.transpose()?, causal, window: None };
         let dropout = (self.p > 0.0).then(|| (self.p, stream(Purpose::Dropout), 3));
         let [heads, key_heads, _] = self.heads;
         let [q, k, v] = [0, 1, 2].map(|i| vars[i].as_tensor());

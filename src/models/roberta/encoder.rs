@@ -174,7 +174,7 @@ struct PackedBatch {
 
 impl PackedBatch {
     fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
-        let mask = Mask { padding: Some(attention_mask.clone()), causal: None };
+        let mask = Mask { padding: Some(attention_mask.clone()), ..Mask::default() };
         let mut real = None;
         // On a GPU, to read the mask would hold everything up.
         if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {

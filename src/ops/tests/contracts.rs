@@ -39,7 +39,7 @@ fn an_unseeing_query_gives_zero_and_gets_zero() {
 fn scores_beyond_the_range_of_exp_do_not_overflow() {
     for path in [OpPath::Fused, OpPath::Composed] {
         let x = (normal("large", &[1, 5, 8]).to_dtype(DType::F32).unwrap() * 300.0).unwrap();
-        let open = Mask { padding: None, causal: None };
+        let open = Mask::default();
         let y = attention(&x, &x, &x, 2, 2, 1.0, &open, None, path).unwrap();
         assert!(flat(&y).iter().all(|y| y.is_finite()), "{path:?}");
         let labels = Tensor::new(&[0i64, 1, 2, 3, 4], &Device::Cpu).unwrap();
@@ -92,25 +92,6 @@ fn low_rank_products_of_a_half_width_base_run_in_the_adapters_dtype() {
 }
 
 #[test]
-fn a_kept_causal_mask_serves_its_own_sizes_alone() {
-    let kept = CausalMask::default();
-    let look = |tq: usize, tk: usize| {
-        // Of value e_j at key j, query i gets something from key j if it sees it.
-        let (q, k) = (normal("q", &[1, tq, 8]), normal("k", &[1, tk, 8]));
-        let v = Tensor::eye(8, DType::F64, &Device::Cpu).unwrap().narrow(0, 0, tk).unwrap();
-        let causal = Mask { padding: None, causal: Some(kept.clone()) };
-        let y = attention(&q, &k, &v.unsqueeze(0).unwrap(), 1, 1, 0.3, &causal, None, OpPath::Fused).unwrap();
-        y.squeeze(0).unwrap().to_vec2::<f64>().unwrap()
-    };
-    for (tq, tk) in [(4, 4), (4, 4), (2, 6), (6, 2), (1, 5), (1, 1), (4, 4), (3, 8)] {
-        for (i, row) in look(tq, tk).into_iter().enumerate() {
-            let seen = row.iter().map(|y| *y != 0.0);
-            assert!(seen.eq((0..8).map(|j| j < tk && j + tq <= tk + i)), "{tq} {tk} query {i}: {row:?}");
-        }
-    }
-}
-
-#[test]
 fn bad_input_is_an_error_that_names_it() {
     let t = |shape: &[usize]| normal("t", shape).to_dtype(DType::F32).unwrap();
     let fails = |result: Result<Tensor>, parts: &[&str]| {
@@ -154,7 +135,7 @@ fn bad_input_is_an_error_that_names_it() {
         for p in [-0.1, 1.0, f64::NAN] {
             fails(dropout(&t(&[2]), p, &stream(), 0, path), &["[0, 1)", &p.to_string()]);
         }
-        let open = Mask { padding: None, causal: None };
+        let open = Mask::default();
         let attend = |kv: usize, mask: &Mask, p: f64| {
             let x = t(&[1, 3, 12]);
             attention(&x, &x, &x, 4, kv, 1.0, mask, Some((p, stream(), 0)), path)
@@ -163,6 +144,7 @@ fn bad_input_is_an_error_that_names_it() {
         fails(attend(2, &open, 0.0), &["2 key heads"]);
         fails(attend(4, &open, 1.0), &["[0, 1)"]);
         fails(attend(4, &mask(4, false, false), 0.0), &["padding [2, 4]"]);
+        fails(attend(4, &Mask { window: Some(Window::new(0)), ..Mask::default() }, 0.0), &["window of 0"]);
         fails(rotary(&t(&[1, 2, 1, 4]), &t(&[1, 3, 2]), &t(&[1, 3, 2]), path), &["[1, 3, 2]"]);
     }
 }

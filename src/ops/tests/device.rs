@@ -55,7 +55,7 @@ fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
     let there = Tensor::ones((1, 5, 8), DType::F32, &device)?;
     let elsewhere = there.to_device(&Device::Cpu)?.to_device(&other)?;
     let attend = |k: &Tensor, padding: Option<Tensor>| {
-        let mask = Mask { padding, causal: None };
+        let mask = Mask { padding, ..Mask::default() };
         attention(&there, k, &there, 1, 1, 0.3, &mask, None, OpPath::Fused)
     };
     let padding = Tensor::ones((1, 5), DType::U8, &other)?;
