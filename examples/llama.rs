@@ -188,10 +188,10 @@ fn run() -> Outcome {
     };
     let files = common::download::model_files(&model)?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;
-    let longest = config.decoder.max_position_embeddings;
+    let longest = config.max_position_embeddings;
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
-    let tokenizer = common::tokenizer(&files, config.decoder.vocab_size)?;
+    let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());

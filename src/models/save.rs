@@ -130,10 +130,11 @@ pub fn check_merged(
 /// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?; // and training
 ///
 /// let tensors = merged_tensors(&model, &params, &files, &Pass::Posterior { draw: 3 })?;
-/// let theirs = Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &device), &config.decoder)?;
-/// let mut cache = Cache::new(true, DType::F32, &config.decoder, &device)?;
+/// let plain = config.to_candle_llama()?;
+/// let theirs = Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &device), &plain)?;
+/// let mut cache = Cache::new(true, DType::F32, &plain, &device)?;
 /// let logits = theirs.forward(&Tensor::new(&[[1u32, 40, 7]], &device)?, 0, &mut cache)?;
-/// assert_eq!(logits.dims(), [1, config.decoder.vocab_size]);
+/// assert_eq!(logits.dims(), [1, config.vocab_size]);
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 ///

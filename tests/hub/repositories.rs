@@ -62,6 +62,30 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
 }
 
 #[test]
+fn a_gguf_file_of_a_repository_is_a_model() -> Result<()> {
+    let cache = Cache::new();
+    // No tensors, and one value: general.architecture is llama.
+    let mut head = b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0".to_vec();
+    head.extend_from_slice(b"\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama");
+    head.resize(96, 0);
+    let files = [("owner/tiny/tiny-q4.gguf", head), ("owner/tiny/other.gguf", b"GGUF".to_vec())];
+    let server = Server::good(&files);
+    let hub = cache.hub(&server.endpoint());
+    let located = ModelFiles::locate_with("owner/tiny/tiny-q4.gguf", None, &hub)?;
+    let place = cache.path().join("models--owner--tiny/snapshots").join(COMMIT).join("tiny-q4.gguf");
+    assert_eq!((located.config_path(), located.weights()), (&*place, &[place.clone()][..]));
+    assert!(located.gguf().is_some() && located.tokenizer_path().is_none());
+    assert_eq!(server.downloads("other.gguf"), 0);
+    let error = located.config().unwrap_err().to_string();
+    assert!(error.contains("tiny-q4.gguf: there is no tensor token_embd.weight"), "{error}");
+    let message = hub_error(ModelFiles::locate_with("owner/tiny/none.gguf", None, &hub));
+    assert!(message.contains("owner/tiny: ") && message.contains("no file none.gguf"), "{message}");
+    let truncated = ModelFiles::locate_with("owner/tiny/other.gguf", None, &hub).unwrap_err().to_string();
+    assert!(truncated.contains("other.gguf: it ends within its head"), "{truncated}");
+    Ok(())
+}
+
+#[test]
 fn what_the_hub_refuses_is_said_without_the_token() {
     for (status, words) in [
         (401, vec!["401", "HF_TOKEN", "licence"]),

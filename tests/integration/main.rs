@@ -6,6 +6,7 @@ mod causal;
 mod checkpoint;
 #[cfg(unix)]
 mod command;
+mod decoders;
 #[cfg(feature = "cuda")]
 mod device;
 mod encoders;

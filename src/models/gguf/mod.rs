@@ -6,6 +6,7 @@
 
 mod adapter;
 mod architecture;
+mod blocks;
 mod config;
 mod file;
 mod header;

@@ -11,7 +11,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::file::Gguf;
 use super::header::TensorInfo;
-use super::rows;
+use super::{blocks, rows};
 use crate::error::Result;
 use crate::models::weights::{QuantizedSource, Wanted};
 use crate::ops::QuantizedWeight;
@@ -96,6 +96,10 @@ impl QuantizedSource for Gguf {
         }
         let (rows, columns) = wanted.shape;
         self.check_shape(wanted.name, info, &[rows, columns])?;
+        if let Some(block) = blocks::first_non_finite(self.bytes(info), info.kind) {
+            let reason = format!("tensor {}: the scale of block {block} is NaN or infinite", wanted.name);
+            return Err(self.error(reason));
+        }
         let tensor = self.stored(wanted.name, info, wanted.device)?;
         Ok(Some(QuantizedWeight::new(Arc::new(tensor), wanted.dtype)?))
     }

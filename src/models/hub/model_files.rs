@@ -17,6 +17,8 @@ use super::config::HubConfig;
 use super::index::Index;
 use super::names::check_relative;
 #[cfg(feature = "hub")]
+use super::names::is_repo_id;
+#[cfg(feature = "hub")]
 use super::repo::Repo;
 use super::source::Source;
 use super::weights::MappedWeights;
@@ -100,7 +102,7 @@ impl ModelFiles {
         let path = Path::new(dir);
         let is_file = path.is_file();
         if is_file && !is_gguf(dir) {
-            let reason = "expected a model's folder or repository or a GGUF file, found another file";
+            let reason = "expected a model's folder or repository, found a file (and no .gguf)";
             return Err(Error::format(path, reason));
         }
         if !is_file && !path.is_dir() {
@@ -301,7 +303,7 @@ fn is_gguf(name: &str) -> bool {
 #[cfg(feature = "hub")]
 fn file_in_repository(id: &str) -> Option<(&str, &str)> {
     let (at, _) = id.match_indices('/').nth(1).filter(|_| is_gguf(id))?;
-    Some((&id[..at], &id[at + 1..]))
+    Some((&id[..at], &id[at + 1..])).filter(|(id, _)| is_repo_id(id))
 }
 
 /// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
