@@ -21,7 +21,7 @@ mod step;
 mod tensorboard;
 mod trainer;
 
-pub use causal::{causal_loss, held_out_loss, CausalTuning};
+pub use causal::{causal_loss, held_out_loss, held_out_loss_in_turns, CausalTuning};
 pub use checkpoint::Checkpoints;
 pub use classifier::{Classification, Classifier};
 pub use config::{OnNonFinite, TrainConfig};

@@ -65,7 +65,7 @@ impl Launch {
             (Launcher::Srun, ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]),
         ];
         for (launcher, names) in launchers {
-            let values = names.map(|name| get(name));
+            let values = names.map(get);
             let [world, rank, local_rank] = match (launcher, &values) {
                 (_, [None, ..]) if launcher != Launcher::Torchrun => continue,
                 (_, [None, None, _]) => continue,

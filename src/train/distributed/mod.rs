@@ -14,11 +14,14 @@ mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod ranks;
+mod turns;
 
 pub use communicator::{Communicator, SingleProcess};
 pub use launch::{launched, Launch, Launcher};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+
+pub use turns::in_turns;
 
 pub(super) use ranks::Ranks;
 

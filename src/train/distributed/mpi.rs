@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::mpi::collective::{CommunicatorCollectives, Root, SystemOperation};
 use ::mpi::datatype::Equivalence;
 use ::mpi::environment::Universe;
-use ::mpi::request::{scope, LocalScope, Request};
+use ::mpi::request::{scope, Request, Scope};
 use ::mpi::topology::{Communicator as _, SimpleCommunicator};
 use ::mpi::Threading;
 use candle_core::{DType, Tensor, WithDType};
@@ -45,12 +45,13 @@ impl Mpi {
     }
 
     /// The same, which waits for the others for at most `patience`.
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Waits for a request, and ends all processes where one is missing for too long.
-    fn wait<D: ?Sized>(&self, mut request: Request<'_, D, &LocalScope<'_>>) {
+    fn wait<'a, D: ?Sized, S: Scope<'a>>(&self, mut request: Request<'a, D, S>) {
         let start = Instant::now();
         for turn in 0u32.. {
             request = match request.test() {
