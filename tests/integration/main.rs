@@ -8,6 +8,8 @@ mod checkpoint;
 mod command;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(unix)]
+mod distributed;
 mod encoders;
 mod eval;
 mod finetune;
