@@ -103,6 +103,7 @@ fn run(processes: &Processes) -> Outcome {
     interrupt::listen()?;
     let (args, given) = common::given::parse::<Args>();
     let task: Task = args.task.parse()?;
+    processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
         return Request {
             rows,

@@ -176,6 +176,7 @@ fn run(processes: &Processes) -> Outcome {
     interrupt::listen()?;
     let (mut args, given) = common::given::parse::<Args>();
     args.task.benchmark()?; // before an hour of training
+    processes.join(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,

@@ -201,6 +201,7 @@ fn run(processes: &Processes) -> Outcome {
             args.shard = Some(format!("{number}/{}", processes.world()).parse()?);
         }
         args.device = processes.device_name(&args.device);
+        processes.join(&args.device)?;
         run_cells(&args, plan)?;
         processes.communicator().barrier()?;
     }

@@ -1,10 +1,11 @@
 //! A run in one process or in several: who this one is, and what it leaves to the first.
 
+use std::cell::OnceCell;
 use std::process::ExitCode;
 
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use monteclora::train::distributed::{launched, Communicator, Launch};
+use monteclora::train::distributed::{launched, Communicator, Launch, SingleProcess};
 use monteclora::Error;
 
 use super::output::{self, tell_err};
@@ -13,12 +14,12 @@ use super::Outcome;
 /// This process and those that it was started with.
 pub struct Processes {
     launch: Option<Launch>,
-    communicator: Box<dyn Communicator>,
+    communicator: OnceCell<Box<dyn Communicator>>,
 }
 
 /// Runs an example and ends it, with all of its processes.
 pub fn run(example: impl FnOnce(&Processes) -> Outcome) -> ExitCode {
-    let outcome = Processes::join().and_then(|processes| {
+    let outcome = Processes::find().and_then(|processes| {
         let outcome = example(&processes);
         processes.leave(outcome)
     });
@@ -26,42 +27,47 @@ pub fn run(example: impl FnOnce(&Processes) -> Outcome) -> ExitCode {
 }
 
 impl Processes {
-    fn join() -> Outcome<Self> {
+    fn find() -> Outcome<Self> {
         let launch = Launch::from_env()?;
-        let communicator = launched(launch.as_ref())?;
-        if let Some(launch) = &launch {
-            tell_err!("{launch}");
-        }
-        if communicator.rank() > 0 {
+        if launch.as_ref().is_some_and(|launch| launch.rank > 0) {
             output::hush();
         }
-        Ok(Self { launch, communicator })
+        Ok(Self { launch, communicator: OnceCell::new() })
+    }
+
+    /// Joins the others, once it is known what `--device` they compute on.
+    pub fn join(&self, device: &str) -> Outcome {
+        let communicator = launched(self.launch.as_ref(), &self.device(device)?)?;
+        if let Some(launch) = self.launch.as_ref().filter(|_| self.is_first()) {
+            tell_err!("{launch}");
+        }
+        self.communicator.set(communicator).map_err(|_| "they are joined once".into())
     }
 
     /// What a process knows alone, the others would wait behind.
     fn leave(&self, outcome: Outcome) -> Outcome {
-        match outcome {
-            Err(error) if self.world() > 1 && !is_interruption(error.as_ref()) => {
-                tell_err!("rank {}: error: {error}", self.communicator.rank());
-                self.communicator.abort(1)
+        match (outcome, self.communicator.get()) {
+            (Err(error), Some(communicator)) if self.world() > 1 && !is_interruption(error.as_ref()) => {
+                tell_err!("rank {}: error: {error}", communicator.rank());
+                communicator.abort(1)
             }
-            outcome => outcome,
+            (outcome, _) => outcome,
         }
     }
 
     /// What they agree through.
     pub fn communicator(&self) -> &dyn Communicator {
-        self.communicator.as_ref()
+        self.communicator.get().map_or(&SingleProcess, AsRef::as_ref)
     }
 
     /// How many there are.
     pub fn world(&self) -> usize {
-        self.communicator.world()
+        self.launch.as_ref().map_or(1, |launch| launch.world)
     }
 
     /// Whether this one writes files.
     pub fn is_first(&self) -> bool {
-        self.communicator.rank() == 0
+        self.launch.as_ref().is_none_or(|launch| launch.rank == 0)
     }
 
     /// The device that `--device` says.

@@ -13,13 +13,19 @@ mod failure;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod ranks;
+#[cfg(any(feature = "nccl", test))]
+mod rendezvous;
 mod turns;
 
 pub use communicator::{Communicator, SingleProcess};
 pub use launch::{launched, Launch, Launcher};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 
 pub use turns::in_turns;
 

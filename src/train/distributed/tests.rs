@@ -2,10 +2,12 @@
 
 use std::path::Path;
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
+use super::rendezvous::meet;
 use super::*;
 use crate::adapter::{Context, Params};
 use crate::error::{Error, Result};
@@ -380,7 +382,40 @@ fn launchers_are_read_by_their_variables() {
         let error = read(variables).unwrap_err().to_string();
         assert!(error.starts_with(want), "{error}");
     }
-    let error = launched(launch(Launcher::Torchrun, 0, 2, 0).as_ref()).unwrap_err().to_string();
-    assert!(error.contains("process 0 of 2") && error.contains("mpirun"), "{error}");
-    assert_eq!(launched(None).unwrap().world(), 1);
+    let error = launched(launch(Launcher::Torchrun, 0, 2, 0).as_ref(), &Device::Cpu).unwrap_err().to_string();
+    assert!(
+        cfg!(feature = "nccl") || error.contains("process 0 of 2") && error.contains("mpirun"),
+        "{error}"
+    );
+    assert_eq!(launched(None, &Device::Cpu).unwrap().world(), 1);
+}
+
+#[test]
+fn processes_that_share_a_folder_meet_whatever_lies_there() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("a file");
+    let (long, short) = (Duration::from_secs(60), Duration::from_millis(200));
+    let meeting = |rank: usize, patience: Duration| {
+        let launch = Launch { launcher: Launcher::Torchrun, rank, world: 3, local_rank: rank };
+        let own = if rank == 0 { b"a\nnumber".to_vec() } else { Vec::new() };
+        meet(&launch, dir.path(), &own, patience)
+    };
+    // What runs before this one left: words without an answer, an answer, a word that has one.
+    write("process-1", "old-1");
+    write("process-2", "old-2 has it");
+    write("answer", "old-1 old-2\nstale");
+    let late = |rank: usize| {
+        std::thread::sleep(Duration::from_millis(100 * rank as u64));
+        meeting(rank, long)
+    };
+    let got: Vec<_> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..3).map(|rank| scope.spawn(move || late(rank))).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a thread")).collect::<Result<_>>()
+    })?;
+    assert_eq!(got, vec![b"a\nnumber".to_vec(); 3]);
+    let alone = meeting(0, short).unwrap_err().to_string();
+    assert!(alone.contains("of 3 processes 2 have not come"), "{alone}");
+    let alone = meeting(1, short).unwrap_err().to_string();
+    assert!(alone.contains("process 0 has not come"), "{alone}");
+    Ok(())
 }
