@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, ValidAsZeroBits};
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda_backend::cudarc::nccl::safe::{Comm, Id, NcclType, ReduceOp};
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::op::BackpropOp;
@@ -99,7 +99,7 @@ impl Nccl {
         Ok(())
     }
 
-    fn sum<T: CudaDType + NcclType + ValidAsZeroBits>(&self, flat: &Tensor) -> Result<Tensor> {
+    fn sum<T: CudaDType + DeviceRepr + NcclType + ValidAsZeroBits>(&self, flat: &Tensor) -> Result<Tensor> {
         let flat = flat.contiguous()?;
         let count = flat.elem_count();
         let mut all = self.device.alloc_zeros::<T>(count)?;
@@ -120,7 +120,11 @@ impl Nccl {
         Ok(Tensor::from_storage(storage, flat.shape().clone(), BackpropOp::none(), false))
     }
 
-    fn broadcast_slice<T: CudaDType + NcclType>(&self, mut values: Vec<T>, root: usize) -> Result<Vec<T>> {
+    fn broadcast_slice<T: DeviceRepr + NcclType + 'static>(
+        &self,
+        mut values: Vec<T>,
+        root: usize,
+    ) -> Result<Vec<T>> {
         let mut on_device = self.device.clone_htod(&values)?;
         self.comm.broadcast_in_place(&mut on_device, root as i32).map_err(|e| failed(self.rank(), &e))?;
         self.wait()?;
