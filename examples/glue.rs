@@ -22,6 +22,7 @@ use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
 use common::output::{tell, tell_err};
 use common::predict::Request;
+use common::processes::{self, Processes};
 use common::rows::{Goal, Input, TableOptions};
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
@@ -98,14 +99,15 @@ Examples:
 Everything else is in docs/GUIDE.md.";
 
 fn main() -> ExitCode {
-    common::exit(run())
+    processes::run(run)
 }
 
-fn run() -> Outcome {
+fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
     let (args, given) = common::given::parse::<Args>();
     let task: Task = args.task.parse()?;
+    processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
         return Request {
             rows,
@@ -116,7 +118,7 @@ fn run() -> Outcome {
             max_length: args.max_length,
             samples: args.posterior_samples.unwrap_or(0),
             dtype: common::dtype(&args.dtype)?,
-            device: &common::device(&args.device)?,
+            device: &processes.device(&args.device)?,
             output: args.output.as_deref(),
         }
         .run();
@@ -151,7 +153,7 @@ fn run() -> Outcome {
     for name in &methods {
         let output =
             args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(tune(&args, &goal, &model, &data, name, output.as_deref())?);
+        table.push(tune(&args, &goal, &model, &data, name, output.as_deref(), processes)?);
     }
     print_table(&table, &goal.metric);
     Ok(())
@@ -165,12 +167,14 @@ fn tune(
     data: &Splits,
     name: &str,
     out: Option<&Path>,
+    processes: &Processes,
 ) -> Outcome<Value> {
     interrupt::check(0)?;
+    let writes = out.filter(|_| processes.is_first());
     // Until all is written, not only while it trains.
-    let _lock = out.map(files::lock).transpose()?;
+    let _lock = writes.map(files::lock).transpose()?;
     common::reset_peak_memory();
-    let device = common::device(&args.device)?;
+    let device = processes.device(&args.device)?;
     let files = common::download::model_files(model)?.quantized(args.quantize);
     let config = SequenceConfig::from_files(&files, goal.labels.len())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
@@ -199,19 +203,23 @@ fn tune(
     let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
     // The bundled model is small and starts from little: it wants a higher rate.
-    let config = args.train.config(if args.model.is_none() { 2e-3 } else { 3e-4 }, &start.method())?;
-    let log = out.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
-    let bar = common::progress(0, name);
+    let config = args.train.config(
+        if args.model.is_none() { 2e-3 } else { 3e-4 },
+        &start.method(),
+        processes.world(),
+    )?;
+    let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
+    let bar = processes.progress(0, name);
     let metric = goal.metric.as_str();
-    let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step);
-    let keep = || out.map_or(Ok(()), |dir| classifier.save(model, dir));
+    let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
+    let keep = || writes.map_or(Ok(()), |dir| classifier.save(model, dir));
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
     let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     let params = &classifier.params;
     let summary = match args.train.epochs {
         0 => Summary::default(), // only measured
-        _ => watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref())?,
+        _ => watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref(), processes)?,
     };
     watch.bar.finish_and_clear();
 
@@ -226,7 +234,9 @@ fn tune(
     });
     for (i, split) in dev.iter().enumerate() {
         interrupt::check(summary.steps)?;
-        let predictions = Predictions::new(&classifier, &split.rows, &split.batches, samples)?;
+        let communicator = processes.communicator();
+        let predictions =
+            Predictions::in_turns(&classifier, &split.rows, &split.batches, samples, communicator)?;
         let wide = goal.columns.is_some() || args.tables.metric.is_some();
         let evaluation = serde_json::to_value(measured(&predictions, wide)?)?;
         let suffix = if i == 0 { String::new() } else { format!("_{}", split.name) };
@@ -236,12 +246,12 @@ fn tune(
             metrics["labels"] = json!(goal.labels.names());
             metrics["classes"] = serde_json::to_value(predictions.class_scores()?)?;
         }
-        if let Some(dir) = out {
+        if let Some(dir) = writes {
             predictions.write(&dir.join(format!("predictions{suffix}.jsonl")))?;
         }
     }
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
-    if let Some(dir) = out {
+    if let Some(dir) = writes {
         files::write_json(&dir.join("metrics.json"), &metrics)?;
         let input = Input { columns: goal.columns.clone(), max_length: length };
         files::write_json(&dir.join(Input::FILE), &input)?;
@@ -273,10 +283,12 @@ fn evaluate(
     metric: &str,
     bar: &ProgressBar,
     step: usize,
+    processes: &Processes,
 ) -> monteclora::Result<Scores> {
     let mut scores = Scores::default();
     for split in dev {
-        let predictions = Predictions::new(classifier, &split.rows, &split.batches, 0)?;
+        let communicator = processes.communicator();
+        let predictions = Predictions::in_turns(classifier, &split.rows, &split.batches, 0, communicator)?;
         // Whatever it is chosen by.
         let Evaluation { mean, .. } = measured(&predictions, true)?;
         let value = mean.get(metric);

@@ -22,6 +22,7 @@ use common::gguf::{GgufOptions, Trained};
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
 use common::output::tell;
+use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
@@ -39,9 +40,9 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
-use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
+use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Summary};
 use monteclora::util::files;
-use monteclora::{Noise, Params, Pass};
+use monteclora::{Noise, Params};
 use serde_json::{json, Value};
 
 /// Fine-tunes a LLaMA on text, instructions, GSM8K or code, and lets it speak before and after. Without arguments:
@@ -174,14 +175,15 @@ Examples:
 Everything else is in docs/GUIDE.md.";
 
 fn main() -> ExitCode {
-    common::exit(run())
+    processes::run(run)
 }
 
-fn run() -> Outcome {
+fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
     let (mut args, given) = common::given::parse::<Args>();
     args.task.benchmark()?; // before an hour of training
+    processes.join(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,
@@ -211,7 +213,7 @@ fn run() -> Outcome {
     for name in &methods {
         let output = setup.args.output.as_ref();
         let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
-        table.push(setup.tune(name, output.as_deref())?);
+        table.push(setup.tune(name, output.as_deref(), processes)?);
     }
     tell!(
         "\n{:<12} {:>10} {:>10} {:>10} {:>10} {:>8}",
@@ -279,13 +281,14 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
 
 impl Setup {
     /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
-    fn tune(&self, name: &str, out: Option<&Path>) -> Outcome<Value> {
+    fn tune(&self, name: &str, out: Option<&Path>, processes: &Processes) -> Outcome<Value> {
         interrupt::check(0)?;
+        let writes = out.filter(|_| processes.is_first());
         // Until all is written, not only while it trains.
-        let _lock = out.map(files::lock).transpose()?;
+        let _lock = writes.map(files::lock).transpose()?;
         common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
-        let device = common::device(&args.device)?;
+        let device = processes.device(&args.device)?;
         let noise = Noise::new(args.train.seed);
         let params = Params::new(noise, &device);
         let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, &device)?;
@@ -298,7 +301,7 @@ impl Setup {
         let start = args.method.start(name, out)?;
         let hooks = start.inject(&mut model, &params)?;
 
-        let whole = out.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
+        let whole = writes.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
             if !(args.train.resume && files::has_entries(dir)) {
@@ -308,20 +311,24 @@ impl Setup {
         let adapter = start.method().adapter();
         let trained =
             Trained { model: &model, params: &params, adapter: adapter.as_ref(), files: &self.files };
-        args.gguf.check(&trained, out)?;
+        args.gguf.check(&trained, writes)?;
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
-        let before = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
+        let communicator = processes.communicator();
+        let loss = |weights: Weights| {
+            held_out_loss_in_turns(&model, &data.held_out, 16, &weights.passes(), communicator)
+        };
+        let before = loss(Weights::Mean)?;
         tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
-        let log = out.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
-        let keep = || match (out, &adapter) {
+        let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
+        let keep = || match (writes, &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
             (Some(dir), None) if name != "full" => params.save(&dir.join("adapter")),
             _ => Ok(()),
         };
-        let bar = common::progress(0, name);
+        let bar = processes.progress(0, name);
         let evaluate = |bar: &ProgressBar, step| {
-            let loss = held_out_loss(&model, &data.held_out, 16, &[Pass::Mean])?;
+            let loss = loss(Weights::Mean)?;
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
             Ok(Scores { score: Some(-loss), values: vec![("held-out/loss".to_string(), loss)] })
         };
@@ -333,11 +340,14 @@ impl Setup {
                 let (rows, pad_id) = (&data.train, config.pad_id());
                 let objective = CausalTuning { model: &model, hooks, rows, batcher, pad_id };
                 // The bundled model is small and learns a foreign text: it wants a higher rate.
-                let config =
-                    args.train.config(if args.model.is_none() { 5e-3 } else { 3e-4 }, &start.method())?;
+                let config = args.train.config(
+                    if args.model.is_none() { 5e-3 } else { 3e-4 },
+                    &start.method(),
+                    processes.world(),
+                )?;
                 let held_out = data.held_out.iter().flat_map(Tokens::numbers);
                 let checkpoints = out.map(|dir| args.train.checkpoints(dir, &self.model, held_out));
-                watch::fit(&objective, &params, &config, &mut watch, checkpoints.as_ref())?
+                watch::fit(&objective, &params, &config, &mut watch, checkpoints.as_ref(), processes)?
             }
         };
         watch.bar.finish_and_clear();
@@ -355,13 +365,12 @@ impl Setup {
                 (false, _) => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
             }
         }
-        args.gguf.write(&trained, out)?;
+        args.gguf.write(&trained, writes)?;
         interrupt::check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Others have no posterior to draw from.
         let draws = if POSTERIORS.contains(&name) { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(Weights::Average(draws));
-        let loss = |weights: Weights| held_out_loss(&model, &data.held_out, 16, &weights.passes());
         let metrics = json!({
             "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
@@ -372,7 +381,7 @@ impl Setup {
             "task_posterior": posterior.map(|weights| self.measure(&model, weights)).transpose()?,
             "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
         });
-        if let Some(dir) = out {
+        if let Some(dir) = writes {
             files::write_json(&dir.join("metrics.json"), &metrics)?;
             draw_curves(dir)?;
         }

@@ -27,6 +27,7 @@ use common::given::Given;
 use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use common::options::text_length;
 use common::output::{tell, tell_err};
+use common::processes::{self, Processes};
 use common::tasks::BenchmarkOptions;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
@@ -100,7 +101,8 @@ struct Args {
     /// A small grid: two learning rates, one batch size, three methods, one epoch.
     #[arg(long)]
     quick: bool,
-    /// Run a part of the cells, i/n. Default: the whole, or this member of a SLURM job array.
+    /// Run a part of the cells, i/n. Default: the whole, or this process's share of several,
+    /// or this member of a SLURM job array.
     #[arg(long)]
     shard: Option<Shard>,
     /// Only write the report of the results there are.
@@ -182,10 +184,10 @@ Examples:
   robustness --report-only --output OUT";
 
 fn main() -> std::process::ExitCode {
-    common::exit(run())
+    processes::run(run)
 }
 
-fn run() -> Outcome {
+fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     let (mut args, given) = common::given::parse::<Args>();
     args.tell_unread(&given);
@@ -194,7 +196,17 @@ fn run() -> Outcome {
         if let Some((plan, _)) = &plan {
             args.follow(plan);
         }
+        if args.shard.is_none() && processes.world() > 1 {
+            let number = processes.communicator().rank() + 1;
+            args.shard = Some(format!("{number}/{}", processes.world()).parse()?);
+        }
+        args.device = processes.device_name(&args.device);
+        processes.join(&args.device)?;
         run_cells(&args, plan)?;
+        processes.communicator().barrier()?;
+    }
+    if !processes.is_first() {
+        return Ok(());
     }
     if args.pack {
         study::pack(&args.output)?;

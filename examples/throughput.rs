@@ -17,10 +17,11 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::output::tell;
+use common::processes::{self, Processes};
 use common::random_weights::base;
 use common::Outcome;
 use monteclora::metrics::median;
@@ -36,8 +37,8 @@ use serde_json::{json, Value};
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
     /// A `config.json` of the RoBERTa, BERT or LLaMA family.
-    #[arg(long)]
-    config: PathBuf,
+    #[arg(long, required_unless_present = "all_reduce")]
+    config: Option<PathBuf>,
     /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.
     #[arg(long, default_value = "lora,monteclora")]
     method: String,
@@ -56,6 +57,9 @@ struct Args {
     /// Leave out the peak memory, which on the CPU takes three more steps of each method.
     #[arg(long)]
     no_memory: bool,
+    /// Only time the sum of so many numbers over all processes, --steps times: what a step adds where there are several.
+    #[arg(long, value_name = "NUMBERS", conflicts_with = "config")]
+    all_reduce: Option<usize>,
     /// Where to write the table as JSON.
     #[arg(long)]
     output: Option<PathBuf>,
@@ -66,22 +70,32 @@ struct Args {
 const EXAMPLES: &str = "\
 Examples:
   throughput --config CONFIG.json --batch 8 --length 128 --method lora,monteclora --steps 12
-  throughput --config examples/assets/tiny-roberta/config.json --method full,lora --no-memory";
+  throughput --config examples/assets/tiny-roberta/config.json --method full,lora --no-memory
+  mpirun -n 4 throughput --all-reduce 12845056";
 
 fn main() -> ExitCode {
-    common::exit(run())
+    processes::run(run)
 }
 
-fn run() -> Outcome {
+fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     let (args, _) = common::given::parse::<Args>();
     if args.steps == 0 {
         return Err("--steps must be at least 1".into());
     }
-    let (device, dtype) = (common::device(&args.device)?, common::dtype(&args.dtype)?);
+    processes.join(&args.device)?;
+    let (device, dtype) = (processes.device(&args.device)?, common::dtype(&args.dtype)?);
+    let Some(config) = &args.config else {
+        return all_reduce(args.all_reduce.unwrap_or(1), args.steps, &device, processes);
+    };
+    if processes.world() > 1 {
+        return Err(
+            "--config: a step is timed in one process; of several, --all-reduce times what they add".into()
+        );
+    }
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();
     let base = base(dtype, args.quantize, &device);
-    let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, &base);
+    let new = |name: &&str| Contender::new(name, config, &args.geometry, &base);
     let mut contenders = names.iter().map(new).collect::<Outcome<Vec<_>>>()?;
     // A method by itself is here for its peak memory, which the products would raise.
     let products = match contenders.len() {
@@ -117,6 +131,28 @@ fn run() -> Outcome {
         memory(&mut rows)?;
     }
     tell!("{}", serde_json::to_string_pretty(&write(&rows)?)?);
+    Ok(())
+}
+
+/// Times the one exchange of a step.
+fn all_reduce(numbers: usize, times: usize, device: &Device, processes: &Processes) -> Outcome {
+    let communicator = processes.communicator();
+    let flat = Tensor::zeros(numbers, DType::F32, device)?;
+    let mut seconds = Vec::new();
+    for _ in 0..times + 1 {
+        communicator.barrier()?;
+        let start = Instant::now();
+        communicator.all_reduce_sum(&flat)?;
+        device.synchronize()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    let (world, bytes) = (processes.world(), numbers * 4);
+    // What a ring sends from each process: the least that any algorithm can do.
+    let sent = 2 * (world - 1) * bytes / world;
+    let table = json!({
+        "processes": world, "bytes": bytes, "sent_by_each_at_least": sent, "seconds_median": median(&seconds[1..]),
+    });
+    tell!("{}", serde_json::to_string_pretty(&table)?);
     Ok(())
 }
 

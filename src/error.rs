@@ -88,6 +88,15 @@ pub enum Error {
         step: usize,
     },
 
+    /// Another process of a run in several failed, or the engine between them.
+    #[error("rank {rank}: {reason}")]
+    Distributed {
+        /// The process at fault.
+        rank: usize,
+        /// Its error, in words.
+        reason: String,
+    },
+
     /// Candle failed: shapes, dtypes, devices.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

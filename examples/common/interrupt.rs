@@ -1,4 +1,5 @@
-//! SIGINT and SIGTERM: the first asks the run to stop after its step, the second ends it at once.
+//! SIGINT, SIGTERM and SIGUSR1 (which launchers pass on to all processes, and batch systems send before a job's time
+//! is over): the first asks the run to stop after its step, the second ends it at once.
 //! SIGHUP stays as it is, so that `nohup` works: it ends the process, and the newest checkpoint stands.
 
 use std::process::ExitCode;
@@ -13,10 +14,10 @@ static SIGNAL: AtomicUsize = AtomicUsize::new(0);
 /// Begins to listen.
 #[cfg(unix)]
 pub fn listen() -> Outcome {
-    use signal_hook::consts::{SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
     use signal_hook::iterator::Signals;
 
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
     std::thread::spawn(move || {
         for number in signals.forever() {
             if SIGNAL.swap(number as usize, Ordering::Relaxed) != 0 {
@@ -49,7 +50,7 @@ pub fn check(step: usize) -> monteclora::Result<()> {
     }
 }
 
-/// The exit status of a run that a signal stopped: 130 and 143.
+/// The exit status of a run that a signal stopped: 130, 143 and 138.
 pub fn exit_code() -> ExitCode {
     ExitCode::from(128 + SIGNAL.load(Ordering::Relaxed) as u8)
 }

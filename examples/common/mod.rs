@@ -13,6 +13,7 @@ pub mod log;
 pub mod options;
 pub mod output;
 pub mod predict;
+pub mod processes;
 pub mod random_weights;
 pub mod rows;
 pub mod tasks;

@@ -245,9 +245,12 @@ pub struct TrainOptions {
     /// Passes over the training rows.
     #[arg(long, default_value_t = 3)]
     pub epochs: usize,
-    /// Micro-batches of one step.
-    #[arg(long, default_value_t = 1)]
-    pub accumulation: usize,
+    /// Micro-batches of one step, over all processes where there are several. Default: one for each.
+    #[arg(long)]
+    pub accumulation: Option<usize>,
+    /// One posterior draw for all micro-batches of a step, as for the rows of one batch.
+    #[arg(long)]
+    pub shared_draw: bool,
     /// The highest learning rate. Default: 3e-4; on the bundled models, which start from little, 2e-3 (glue) and
     /// 5e-3 (llama).
     #[arg(long)]
@@ -334,13 +337,16 @@ impl TrainOptions {
                 "only monteclora's posterior has a rate of its own",
             );
         }
+        if !read(&POSTERIORS) {
+            given.without_effect(&["shared_draw"], "the method has no posterior to draw from");
+        }
         if !output {
             given.without_effect(&["checkpoint_every", "keep"], "without --output there are no checkpoints");
         }
     }
 
-    /// The constants of a run of `method`.
-    pub fn config(&self, default_lr: f64, method: &Method) -> Outcome<TrainConfig> {
+    /// The constants of a run of `method` in `world` processes.
+    pub fn config(&self, default_lr: f64, method: &Method, world: usize) -> Outcome<TrainConfig> {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
@@ -356,7 +362,8 @@ impl TrainOptions {
             variational_lr_ratio: self.variational_lr_ratio,
             ivon: self.ivon.then(IvonConfig::default),
             clip: (self.clip > 0.0).then_some(self.clip),
-            accumulation: self.accumulation,
+            accumulation: self.accumulation.unwrap_or(world),
+            shared_draw: self.shared_draw,
             eval_every: self.eval_every,
             keep_best: !self.keep_last,
             patience: self.patience,

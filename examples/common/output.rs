@@ -12,6 +12,19 @@ use tracing::{Event, Level, Metadata, Subscriber};
 /// Whether standard output could not be written.
 static LOST: AtomicBool = AtomicBool::new(false);
 
+/// Whether another process says it all.
+static HUSHED: AtomicBool = AtomicBool::new(false);
+
+/// Says nothing from now on but the error that ends the process.
+pub fn hush() {
+    HUSHED.store(true, Ordering::Relaxed);
+}
+
+/// Whether [`hush`] was called.
+pub fn is_hushed() -> bool {
+    HUSHED.load(Ordering::Relaxed)
+}
+
 /// Says a line on standard output, as `println!` formats it.
 macro_rules! tell {
     ($($text:tt)*) => { $crate::common::output::line(format_args!($($text)*)) };
@@ -27,7 +40,7 @@ pub(crate) use {tell, tell_err};
 /// A line on standard output. Where it cannot be written, that is told once on standard error, or not at all if
 /// the reader has gone, and the run goes on in silence.
 pub fn line(text: Arguments) {
-    if LOST.load(Ordering::Relaxed) {
+    if LOST.load(Ordering::Relaxed) || is_hushed() {
         return;
     }
     let mut out = io::stdout().lock();

@@ -6,7 +6,8 @@ use monteclora::{Error, Params, Result};
 
 use super::interrupt;
 use super::log::Log;
-use super::output::tell_err;
+use super::output::{self, tell_err};
+use super::processes::Processes;
 
 /// What an evaluation finds.
 #[derive(Default)]
@@ -80,23 +81,24 @@ impl Observer for Watch<'_> {
     }
 }
 
-/// Trains, with checkpoints where there are to be some.
+/// Trains, with checkpoints where there are to be some, in as many processes as there are.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
     config: &TrainConfig,
     watch: &mut Watch,
     checkpoints: Option<&Checkpoints>,
+    processes: &Processes,
 ) -> Result<Summary> {
-    match checkpoints {
-        Some(checkpoints) => train::fit_with_checkpoints(objective, params, config, watch, checkpoints),
-        None => train::fit(objective, params, config, watch),
-    }
+    train::fit_distributed(objective, params, config, watch, checkpoints, processes.communicator())
 }
 
 /// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
 /// the log of a long run in the background would stay empty.
 pub fn say(bar: &ProgressBar, line: &str) {
+    if output::is_hushed() {
+        return;
+    }
     if bar.is_hidden() {
         tell_err!("{line}")
     } else {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 
-use crate::adapter::Params;
+use crate::adapter::{Param, Params};
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::kernels::multi_tensor;
@@ -57,6 +57,40 @@ impl Gradients {
         let store = ops::backward(loss, &variables, Some(tape))?;
         self.accumulate(params, &store)?;
         Ok(store)
+    }
+
+    /// The gradients of all trainable parameters in the order of their names, zero where there is none, and some numbers
+    /// behind them, as one vector: in f64 where a parameter is, else in f32.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub(crate) fn flat(&self, params: &Params, numbers: &[f64]) -> Result<Tensor> {
+        let (trainable, device) = (params.trainable(), params.device());
+        let double = trainable.iter().any(|(_, param)| param.var.dtype() == DType::F64);
+        let dtype = if double { DType::F64 } else { DType::F32 };
+        let part = |(name, param): &(String, Param)| match self.by_name.get(name) {
+            Some(grad) => grad.flatten_all()?.to_dtype(dtype),
+            None => Tensor::zeros(param.var.elem_count(), dtype, device),
+        };
+        let numbers = Tensor::new(numbers, device)?.to_dtype(dtype)?;
+        let parts = trainable.iter().map(part).chain([Ok(numbers)]);
+        Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// What [`Self::flat`] put into one vector.
+    ///
+    /// # Errors
+    /// If the vector is shorter than the parameters, or candle fails.
+    pub(crate) fn of_flat(params: &Params, flat: &Tensor) -> Result<(Self, Vec<f64>)> {
+        let (mut by_name, mut at) = (BTreeMap::new(), 0);
+        for (name, param) in params.trainable() {
+            let count = param.var.elem_count();
+            let grad = flat.narrow(0, at, count)?.reshape(param.var.dims())?.to_dtype(param.var.dtype())?;
+            by_name.insert(name, grad);
+            at += count;
+        }
+        let numbers = flat.narrow(0, at, flat.dim(0)? - at)?.to_dtype(DType::F64)?.to_vec1()?;
+        Ok((Self { by_name }, numbers))
     }
 
     /// The gradient of a parameter.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::distributed::{in_turns, Communicator, SingleProcess};
 use super::hooks::MethodHooks;
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
@@ -37,6 +38,20 @@ pub fn held_out_loss(
     batch_size: usize,
     passes: &[Pass],
 ) -> Result<f64> {
+    held_out_loss_in_turns(model, rows, batch_size, passes, &SingleProcess)
+}
+
+/// [`held_out_loss`] of several processes, which compute the batches by turns and all get the same number.
+///
+/// # Errors
+/// As [`held_out_loss`], on all processes if on one.
+pub fn held_out_loss_in_turns(
+    model: &dyn CausalLm,
+    rows: &[Tokens],
+    batch_size: usize,
+    passes: &[Pass],
+    communicator: &dyn Communicator,
+) -> Result<f64> {
     if rows.is_empty() {
         let reason = "there is no row to measure: none was given, or max_length left no room for an answer";
         return Err(Error::config("held-out data", reason));
@@ -44,15 +59,19 @@ pub fn held_out_loss(
     if passes.is_empty() {
         return Err(Error::config("passes", "there is none to average"));
     }
-    let (mut sum, mut count) = (0.0, 0.0);
     let draws = DrawCache::default();
     let contexts: Vec<_> = passes.iter().map(|pass| Context::from(*pass).with_draws(&draws)).collect();
-    for chosen in in_order(rows.len(), batch_size)? {
-        let chosen: Vec<&Tokens> = chosen.iter().map(|i| &rows[*i]).collect();
+    let plan = in_order(rows.len(), batch_size)?;
+    let sums = in_turns(communicator, plan.len(), &mut |i| {
+        let chosen: Vec<&Tokens> = plan[i].iter().map(|row| &rows[*row]).collect();
         let batch = CausalBatch::collate(&chosen, 0, model.device())?;
         let logs = token_log_probabilities(model, &batch, &contexts)?;
-        sum -= logs.iter().sum::<f64>();
-        count += logs.len() as f64;
+        Ok(vec![logs.iter().sum(), logs.len() as f64])
+    })?;
+    let (mut sum, mut count) = (0.0, 0.0);
+    for of_batch in sums {
+        sum -= of_batch[0];
+        count += of_batch[1];
     }
     Ok(sum / count)
 }

@@ -64,8 +64,12 @@ pub struct TrainConfig {
     pub ivon: Option<IvonConfig>,
     /// The largest global gradient norm; no clipping where absent. IVON clips each element instead.
     pub clip: Option<f64>,
-    /// Micro-batches of one optimiser step.
+    /// Micro-batches of one optimiser step, over all processes where there are several.
     pub accumulation: usize,
+    /// Whether the micro-batches of a step share one draw of the posterior, as the rows of one larger batch do. Dropout,
+    /// which is addressed by the draw as well, then drops alike in each of them.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub shared_draw: bool,
     /// Steps between two evaluations; at the end of each epoch where absent.
     pub eval_every: Option<usize>,
     /// Keep the parameters of the best evaluation rather than the last.
@@ -94,6 +98,7 @@ impl Default for TrainConfig {
             ivon: None,
             clip: Some(1.0),
             accumulation: 1,
+            shared_draw: false,
             eval_every: None,
             keep_best: true,
             patience: None,
@@ -131,6 +136,22 @@ impl TrainConfig {
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             let reason = format!("expected a share in [0, 1], got {}", self.warmup_ratio);
             return Err(Error::config("warmup_ratio", reason));
+        }
+        Ok(())
+    }
+
+    /// Whether a run in `world` processes can keep to these constants.
+    pub(super) fn validate_for(&self, world: usize) -> Result<()> {
+        if world > 1 && self.ivon.is_some() {
+            let reason = "what IVON draws and observes is not added up over processes: train in one";
+            return Err(Error::config("ivon", reason));
+        }
+        if self.accumulation < world {
+            let reason = format!(
+                "{} micro-batches of a step for {world} processes: each takes one at least, so {world} or a multiple",
+                self.accumulation
+            );
+            return Err(Error::config("accumulation", reason));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::classifier::Classifier;
+use super::distributed::{in_turns, Communicator, SingleProcess};
 use crate::adapter::Pass;
 use crate::data::batch::{in_order, Batch};
 use crate::data::encode::Encoded;
@@ -41,6 +42,26 @@ pub struct Evaluation {
     pub posterior: Option<Metrics>,
 }
 
+/// The outputs, and where there are draws their averages, of all rows in their order: `parts[r]` has those of the
+/// batches r, r + W, .., all outputs before all averages, each of `width` numbers.
+fn merge(
+    parts: &[Vec<f64>],
+    batches: &[Batch],
+    width: usize,
+    draws: bool,
+) -> (Vec<Vec<f64>>, Option<Vec<Vec<f64>>>) {
+    let (world, kinds) = (parts.len(), if draws { 2 } else { 1 });
+    let collect = |kind: usize| {
+        let rows = parts.iter().map(|part| part[part.len() / kinds * kind..].chunks(width.max(1)));
+        let mut rows: Vec<_> = rows.collect();
+        let of_batch = |(i, batch): (usize, &Batch)| {
+            rows[i % world].by_ref().take(batch.rows.len()).map(<[f64]>::to_vec).collect::<Vec<_>>()
+        };
+        batches.iter().enumerate().flat_map(of_batch).collect()
+    };
+    (collect(0), draws.then(|| collect(1)))
+}
+
 /// Batches of a split for evaluation, in the order of its rows.
 ///
 /// # Errors
@@ -64,6 +85,20 @@ impl Predictions {
     /// If a forward pass fails, `batches` are not those of `rows`, or labels are not what the
     /// classifier predicts.
     pub fn new(classifier: &Classifier, rows: &[Encoded], batches: &[Batch], samples: usize) -> Result<Self> {
+        Self::in_turns(classifier, rows, batches, samples, &SingleProcess)
+    }
+
+    /// [`Self::new`] of several processes, which predict the batches by turns and all get all of it.
+    ///
+    /// # Errors
+    /// As [`Self::new`], on all processes if on one.
+    pub fn in_turns(
+        classifier: &Classifier,
+        rows: &[Encoded],
+        batches: &[Batch],
+        samples: usize,
+        communicator: &dyn Communicator,
+    ) -> Result<Self> {
         let batched: usize = batches.iter().map(|batch| batch.rows.len()).sum();
         if batched != rows.len() {
             let reason = format!("{} rows, but {batched} in the batches", rows.len());
@@ -75,15 +110,22 @@ impl Predictions {
             return Err(Error::config("batches", reason));
         }
         batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
-        let outputs = logits(classifier, batches, &Pass::Mean.into())?;
         let regression = classifier.is_regression();
+        let world = communicator.world();
+        // The batches of a process in one go, whose draws it makes once.
+        let parts = in_turns(communicator, world, &mut |rank| {
+            let own: Vec<Batch> = batches.iter().skip(rank).step_by(world).cloned().collect();
+            let outputs = logits(classifier, &own, &Pass::Mean.into())?;
+            let posterior = match (samples, regression) {
+                (0, _) => Vec::new(),
+                (n, true) => posterior_scores(classifier, &own, n)?,
+                (n, false) => posterior_probabilities(classifier, &own, n)?,
+            };
+            Ok([outputs, posterior].concat().concat())
+        })?;
+        let (outputs, posterior) = merge(&parts, batches, classifier.model.num_labels(), samples > 0);
         let mean =
             if regression { outputs.clone() } else { outputs.iter().map(|row| softmax(row)).collect() };
-        let posterior = match (samples, regression) {
-            (0, _) => None,
-            (n, true) => Some(posterior_scores(classifier, batches, n)?),
-            (n, false) => Some(posterior_probabilities(classifier, batches, n)?),
-        };
         let labels = rows.iter().map(|row| row.label).collect();
         Ok(Self { logits: outputs, mean, posterior, labels })
     }

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
-use super::objective::{Loss, Objective, Observer, Record, Summary};
+use super::distributed::{Communicator, Ranks, SingleProcess};
+use super::objective::{Objective, Observer, Record, Summary};
 use super::settings::Settings;
-use crate::adapter::{Context, Params, Pass, Probe};
+use super::step::{clip, group_gradients};
+use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::metrics::median;
-use crate::ops::Tape;
-use crate::optim::{clip_grad_norm, Gradients, Optimizer};
-use crate::util::files;
+use crate::optim::Optimizer;
+use crate::util::files::{self, Lock};
 
 /// Steps in a row that may be skipped.
 const MOST_SKIPPED: usize = 10;
@@ -23,7 +24,7 @@ const MOST_SKIPPED: usize = 10;
 ///
 /// # Example
 /// ```
-/// use candle_core::{DType, Device, Tensor};
+/// use candle_core::Tensor;
 /// use candle_nn::Linear;
 /// use monteclora::train::{fit, Loss, Objective, Observer, Record, TrainConfig};
 /// use monteclora::{Context, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Regularizer, Result};
@@ -79,7 +80,7 @@ pub fn fit(
     config: &TrainConfig,
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
-    run(objective, params, config, observer, None)
+    run(objective, params, config, observer, None, &SingleProcess)
 }
 
 /// [`fit`] with checkpoints: a run that was killed, or stopped, goes on from the newest of them and
@@ -96,7 +97,26 @@ pub fn fit_with_checkpoints(
     observer: &mut dyn Observer,
     checkpoints: &Checkpoints,
 ) -> Result<Summary> {
-    run(objective, params, config, observer, Some(checkpoints))
+    run(objective, params, config, observer, Some(checkpoints), &SingleProcess)
+}
+
+/// [`fit`], with checkpoints or without, in each of several processes, which compute the micro-batches of a step by
+/// turns ([`distributed`](super::distributed)). All of them are given the same objective, parameters and constants, and
+/// return alike. Every process has an observer; the scores of rank 0's count. Of the checkpoints, which rank 0 alone reads and writes, the others need the settings.
+///
+/// # Errors
+/// As [`fit_with_checkpoints`], on all processes if on one: [`Error::Distributed`] on those that it did not
+/// happen to. Besides, if a step has fewer micro-batches ([`TrainConfig::accumulation`]) than there are processes,
+/// their parameters or settings differ, or the optimiser is IVON, whose draws are not added up over processes.
+pub fn fit_distributed(
+    objective: &dyn Objective,
+    params: &Params,
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+    checkpoints: Option<&Checkpoints>,
+    communicator: &dyn Communicator,
+) -> Result<Summary> {
+    run(objective, params, config, observer, checkpoints, communicator)
 }
 
 fn run(
@@ -105,8 +125,10 @@ fn run(
     config: &TrainConfig,
     observer: &mut dyn Observer,
     checkpoints: Option<&Checkpoints>,
+    communicator: &dyn Communicator,
 ) -> Result<Summary> {
     config.validate()?;
+    config.validate_for(communicator.world())?;
     params.check_finite()?;
     let optimizer = config.optimizer(params)?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
@@ -133,18 +155,13 @@ fn run(
         at: RunState::default(),
         clock: Instant::now(),
         seconds: Vec::new(),
+        ranks: Ranks::new(communicator),
+        stops: false,
     };
-    let lock = checkpoints.map(|checkpoints| files::lock(&checkpoints.dir)).transpose()?;
-    if let Some(None) = lock {
-        observer.warned("this file system has no locks: see that no other process trains into the folder");
-    }
-    let found = checkpoints.map(|checkpoints| checkpoints.begin(&run.settings)).transpose()?.flatten();
-    if let Some(Found { state, warnings }) = found {
-        warnings.iter().for_each(|what| observer.warned(what));
-        run.resume(state)?;
-    }
-    observer.start(total, run.at.step)?;
-    let outcome = run.steps(observer);
+    let _lock = run.begin(observer)?;
+    run.ranks.check_same(&run.settings, params)?;
+    run.ranks.hold(observer.start(total, run.at.step))?;
+    let outcome = run.steps(observer).and_then(|()| run.ranks.finish(params));
     let keep_best = config.keep_best || outcome.is_err();
     let kept_step = match run.best.take().filter(|_| keep_best) {
         Some(best) => {
@@ -181,6 +198,9 @@ struct Run<'a> {
     at: RunState,
     clock: Instant,
     seconds: Vec<f64>,
+    ranks: Ranks<'a>,
+    /// Whether a process was asked to stop before this step, where there are several.
+    stops: bool,
 }
 
 struct Best {
@@ -190,6 +210,35 @@ struct Best {
 }
 
 impl Run<'_> {
+    /// Locks the folder of the checkpoints and goes on from the newest; rank 0 reads it for all.
+    fn begin(&mut self, observer: &mut dyn Observer) -> Result<Option<Lock>> {
+        let Some(checkpoints) = self.checkpoints else { return Ok(None) };
+        let mut lock = None;
+        let found = if self.ranks.is_first() {
+            let locked = files::lock(&checkpoints.dir).map(|locked| {
+                if locked.is_none() {
+                    let what =
+                        "this file system has no locks: see that no other process trains into the folder";
+                    observer.warned(what);
+                }
+                lock = locked;
+            });
+            locked.and_then(|()| checkpoints.begin(&self.settings))
+        } else {
+            Ok(None)
+        };
+        let found = found.map(|found| {
+            found.map(|Found { state, warnings }| {
+                warnings.iter().for_each(|what| observer.warned(what));
+                state
+            })
+        });
+        if let Some(state) = self.ranks.state_of_first(found)? {
+            self.resume(state)?;
+        }
+        Ok(lock)
+    }
+
     /// All steps of all epochs that are left, with their evaluations, or those until patience ends.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let (config, per_epoch) = (self.config, self.per_epoch);
@@ -214,20 +263,21 @@ impl Run<'_> {
                 if evaluates {
                     self.evaluate(observer)?;
                 }
-                let stops = observer.stop();
+                let stops = if self.ranks.are_several() { self.stops } else { observer.stop() };
                 let ends = step == self.total || self.is_out_of_patience();
                 if let Some(checkpoints) = self.checkpoints {
                     let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
-                    if due || stops || ends {
-                        if let Some(what) = checkpoints.save(&self.state()?)? {
-                            observer.warned(&what);
-                        }
+                    if (due || stops || ends) && self.ranks.is_first() {
+                        let saved = self.state().and_then(|state| checkpoints.save(&state));
+                        let told = saved.map(|warning| warning.iter().for_each(|what| observer.warned(what)));
+                        self.ranks.hold(told)?;
                     }
                 }
                 if ends {
                     return Ok(());
                 }
                 if stops {
+                    self.ranks.finish(self.params)?;
                     return Err(Error::Interrupted { step });
                 }
             }
@@ -241,11 +291,19 @@ impl Run<'_> {
         let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
         let (step, draw) = (self.at.step + 1, self.at.draw);
         let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
-        self.objective.before_step(step, total)?;
         let max_norm = config.clip.filter(|_| config.ivon.is_none());
-        let done = group_gradients(self.objective, self.params, &mut self.optimizer, group, draw, step)
-            .and_then(|mut done| Ok((clip(&mut done.grads, max_norm, step, group)?, done)));
-        (self.at.step, self.at.draw) = (step, draw + group.len() as u64);
+        let (optimizer, ranks) = (&mut self.optimizer, &mut self.ranks);
+        let own = ranks.held().and_then(|()| self.objective.before_step(step, total)).and_then(|()| {
+            let draws = (draw, config.shared_draw);
+            group_gradients(self.objective, self.params, optimizer, group, draws, step, &|i| ranks.takes(i))
+        });
+        let stop = ranks.are_several() && observer.stop();
+        let done = ranks.sum(self.params, own, stop).and_then(|(mut done, stops)| {
+            self.stops = stops;
+            Ok((clip(&mut done.grads, max_norm, step, group)?, done))
+        });
+        self.at.step = step;
+        self.at.draw = draw + if config.shared_draw { 1 } else { group.len() as u64 };
         if done.is_err() {
             self.optimizer.skip()?;
         }
@@ -253,23 +311,26 @@ impl Run<'_> {
             Err(why @ Error::NonFinite { .. }) if config.on_nonfinite == OnNonFinite::Skip => {
                 self.at.skipped += 1;
                 self.at.skipped_in_a_row += 1;
-                observer.skipped(step, &why)?;
+                self.ranks.hold(observer.skipped(step, &why))?;
                 return if self.at.skipped_in_a_row < MOST_SKIPPED { Ok(()) } else { Err(why) };
             }
             done => done?,
         };
-        self.optimizer.step(&done.grads, lr)?;
-        self.objective.after_step(self.params, &done.grads, step, total)?;
+        let stepped = self.optimizer.step(&done.grads, lr);
+        let after = stepped.and_then(|()| self.objective.after_step(self.params, &done.grads, step, total));
+        self.ranks.hold(after)?;
         self.at.skipped_in_a_row = 0;
         self.seconds.push(clock.elapsed().as_secs_f64());
         let epoch = step as f64 / self.per_epoch as f64;
-        observer.step(&Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm })
+        let record = Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm };
+        self.ranks.hold(observer.step(&record))
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let step = self.at.step;
         // NaN compares with nothing, and infinity would stay the best for ever.
-        let given = observer.evaluate(step)?;
+        let given = self.ranks.held().and_then(|()| observer.evaluate(step));
+        let given = self.ranks.of_first(given)?;
         let score = given.filter(|score| score.is_finite());
         let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
         let improved = score.filter(better);
@@ -282,7 +343,7 @@ impl Run<'_> {
             self.best = Some(Best { score, step, values: self.params.snapshot()? });
         }
         if improved.is_some() || !self.config.keep_best {
-            observer.kept(step)
+            self.ranks.hold(observer.kept(step))
         } else {
             Ok(())
         }
@@ -353,83 +414,6 @@ impl Run<'_> {
         self.at = run_state;
         Ok(())
     }
-}
-
-struct Group {
-    grads: Gradients,
-    loss: f64,
-    terms: BTreeMap<&'static str, f64>,
-}
-
-/// The gradients of one step: the mean over all that its micro-batches are means over, so that a
-/// short last micro-batch weighs no more than its rows.
-fn group_gradients(
-    objective: &dyn Objective,
-    params: &Params,
-    optimizer: &mut Optimizer,
-    group: &[Vec<usize>],
-    first_draw: u64,
-    step: usize,
-) -> Result<Group> {
-    let whole: f64 = group.iter().map(|rows| objective.weight(rows)).sum();
-    let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
-    for (i, rows) in group.iter().enumerate() {
-        let share = objective.weight(rows) / whole;
-        let pass = Pass::Train { draw: first_draw + i as u64 };
-        let tape = Tape::default();
-        let cx = Context::from(pass).with_tape(&tape);
-        optimizer.before_loss(first_draw + i as u64)?;
-        let loss = objective.loss(rows, &cx)?;
-        let values = to_host(&loss)?;
-        let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
-        for (name, &value) in names.zip(&values) {
-            if !value.is_finite() {
-                let probe = Probe::default();
-                // Whether this pass fails as well is of no interest: the error is known.
-                objective.loss(rows, &cx.with_probe(&probe)).ok();
-                let layer = probe.first_non_finite();
-                return Err(Error::NonFinite {
-                    step,
-                    term: name.to_string(),
-                    value,
-                    layer,
-                    rows: rows.clone(),
-                });
-            }
-            match name {
-                "loss" => sums.loss += share * value,
-                name => *sums.terms.entry(name).or_default() += share * value,
-            }
-        }
-        let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
-        let gradients = sums.grads.backward(params, &total, &tape)?;
-        optimizer.after_backward(&gradients)?;
-    }
-    Ok(sums)
-}
-
-/// All terms and the total in one copy from the device; those of one dtype are not cast there one by one.
-fn to_host(loss: &Loss) -> Result<Vec<f64>> {
-    let mut scalars: Vec<Tensor> =
-        loss.terms.iter().map(|(_, term)| term).chain([&loss.total]).map(Tensor::detach).collect();
-    if scalars.iter().any(|scalar| scalar.dtype() != loss.total.dtype()) {
-        scalars =
-            scalars.iter().map(|scalar| scalar.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
-    }
-    Ok(Tensor::stack(&scalars, 0)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
-}
-
-fn clip(grads: &mut Gradients, max_norm: Option<f64>, step: usize, group: &[Vec<usize>]) -> Result<f64> {
-    let norm = match max_norm {
-        Some(max_norm) => clip_grad_norm(grads, max_norm)?,
-        None => grads.norm()?,
-    };
-    if norm.is_finite() {
-        return Ok(norm);
-    }
-    let name = grads.first_non_finite()?.unwrap_or("all parameters together");
-    let (term, rows) = (format!("gradient of {name}"), group.concat());
-    Err(Error::NonFinite { step, term, value: norm, layer: None, rows })
 }
 
 #[cfg(test)]

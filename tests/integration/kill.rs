@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use monteclora::noise::{Noise, Purpose};
@@ -18,8 +19,27 @@ use crate::support::{skipped, Outcome};
 /// Kills of the harness by method, at moments that are drawn over the length of a run.
 const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
 
+/// Held while an example is built and copied: with other features the file is another.
+static BUILDING: Mutex<()> = Mutex::new(());
+
 /// The example, built as this test was.
 pub fn glue() -> Outcome<PathBuf> {
+    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    build(&["glue"], &[])?.pop().ok_or_else(|| "no example".into())
+}
+
+/// Examples built with another feature beside, in the folder `dir`.
+pub fn examples_with(feature: &str, names: &[&str], dir: &Path) -> Outcome<Vec<PathBuf>> {
+    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    let copy = |(path, name): (PathBuf, &&str)| {
+        let place = dir.join(name);
+        std::fs::copy(path, &place)?;
+        Ok(place)
+    };
+    build(names, &[feature])?.into_iter().zip(names).map(copy).collect()
+}
+
+fn build(names: &[&str], more_features: &[&str]) -> Outcome<Vec<PathBuf>> {
     let deps = std::env::current_exe()?;
     let profile = deps.parent().and_then(Path::parent).ok_or("a test below target/PROFILE/deps")?;
     let target = profile.parent().ok_or("a profile below target")?;
@@ -29,16 +49,15 @@ pub fn glue() -> Outcome<PathBuf> {
         name => name,
     };
     let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--example", "glue", "--target-dir"]).arg(target);
-    build.args(["--profile", name]);
+    build.args(["build", "--quiet", "--target-dir"]).arg(target).args(["--profile", name]);
+    build.args(names.iter().flat_map(|name| ["--example", name]));
     if !cfg!(feature = "hub") {
         build.arg("--no-default-features");
     }
-    if cfg!(feature = "plot") {
-        build.args(["--features", "plot"]);
-    }
+    let own = ["plot"].into_iter().filter(|_| cfg!(feature = "plot"));
+    build.args(own.chain(more_features.iter().copied()).flat_map(|feature| ["--features", feature]));
     if build.current_dir(env!("CARGO_MANIFEST_DIR")).status()?.success() {
-        Ok(profile.join("examples/glue"))
+        Ok(names.iter().map(|name| profile.join("examples").join(name)).collect())
     } else {
         Err("the example cannot be built".into())
     }

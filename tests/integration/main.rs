@@ -9,6 +9,8 @@ mod command;
 mod decoders;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(unix)]
+mod distributed;
 mod encoders;
 mod eval;
 mod families;

@@ -27,7 +27,7 @@ pub(in crate::train) struct RunState {
     pub version: u32,
     /// Optimiser steps done, skipped ones among them.
     pub step: usize,
-    /// Micro-batches done: the index of the next draw.
+    /// The index of the next draw: micro-batches done, or steps where one draw serves a step.
     pub draw: u64,
     /// Steps that were skipped, and how many of them at the end.
     pub skipped: usize,
@@ -124,9 +124,26 @@ impl State {
             let reason = format!("expected the state of step {step}, found that of step {}", run_state.step);
             return Err(Error::format(state, reason));
         }
-        let tensors = candle_core::safetensors::load_buffer(&tensors, &Device::Cpu)
-            .map_err(|e| Error::format(&path, format!("its tensors cannot be read: {e}")))?;
-        Self::sort(run_state, tensors, &path)
+        Self::of_tensor_bytes(run_state, &tensors, &path)
+    }
+
+    /// All tensors as the bytes of their file.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn tensor_bytes(&self) -> Result<Vec<u8>> {
+        safetensors::serialize(self.tensors(), None)
+            .map_err(|error| Error::config("checkpoint", format!("it cannot be sent: {error}")))
+    }
+
+    /// The state of these numbers and the bytes of its tensors; `path` only names them in errors.
+    ///
+    /// # Errors
+    /// If they are damaged.
+    pub fn of_tensor_bytes(run_state: RunState, tensors: &[u8], path: &Path) -> Result<Self> {
+        let tensors = candle_core::safetensors::load_buffer(tensors, &Device::Cpu)
+            .map_err(|e| Error::format(path, format!("its tensors cannot be read: {e}")))?;
+        Self::sort(run_state, tensors, path)
     }
 
     /// Tensors by their kinds.

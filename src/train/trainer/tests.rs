@@ -1,11 +1,12 @@
 //! The loop on a line fitted to ten points.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
 use super::*;
-use crate::adapter::{Init, Role};
+use crate::adapter::{Context, Init, Role};
 use crate::noise::{Noise, Purpose};
 use crate::optim::IvonConfig;
+use crate::train::Loss;
 
 /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
 struct Line {

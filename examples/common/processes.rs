@@ -1,0 +1,98 @@
+//! A run in one process or in several: who this one is, and what it leaves to the first.
+
+use std::cell::OnceCell;
+use std::process::ExitCode;
+
+use candle_core::Device;
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use monteclora::train::distributed::{launched, Communicator, Launch, SingleProcess};
+use monteclora::Error;
+
+use super::output::{self, tell_err};
+use super::Outcome;
+
+/// This process and those that it was started with.
+pub struct Processes {
+    launch: Option<Launch>,
+    communicator: OnceCell<Box<dyn Communicator>>,
+}
+
+/// Runs an example and ends it, with all of its processes.
+pub fn run(example: impl FnOnce(&Processes) -> Outcome) -> ExitCode {
+    let outcome = Processes::find().and_then(|processes| {
+        let outcome = example(&processes);
+        processes.leave(outcome)
+    });
+    super::exit(outcome)
+}
+
+impl Processes {
+    fn find() -> Outcome<Self> {
+        let launch = Launch::from_env()?;
+        if launch.as_ref().is_some_and(|launch| launch.rank > 0) {
+            output::hush();
+        }
+        Ok(Self { launch, communicator: OnceCell::new() })
+    }
+
+    /// Joins the others, once it is known what `--device` they compute on.
+    pub fn join(&self, device: &str) -> Outcome {
+        let communicator = launched(self.launch.as_ref(), &self.device(device)?)?;
+        if let Some(launch) = self.launch.as_ref().filter(|_| self.is_first()) {
+            tell_err!("{launch}");
+        }
+        self.communicator.set(communicator).map_err(|_| "they are joined once".into())
+    }
+
+    /// What a process knows alone, the others would wait behind.
+    fn leave(&self, outcome: Outcome) -> Outcome {
+        match (outcome, self.communicator.get()) {
+            (Err(error), Some(communicator)) if self.world() > 1 && !is_interruption(error.as_ref()) => {
+                tell_err!("rank {}: error: {error}", communicator.rank());
+                communicator.abort(1)
+            }
+            (outcome, _) => outcome,
+        }
+    }
+
+    /// What they agree through.
+    pub fn communicator(&self) -> &dyn Communicator {
+        self.communicator.get().map_or(&SingleProcess, AsRef::as_ref)
+    }
+
+    /// How many there are.
+    pub fn world(&self) -> usize {
+        self.launch.as_ref().map_or(1, |launch| launch.world)
+    }
+
+    /// Whether this one writes files.
+    pub fn is_first(&self) -> bool {
+        self.launch.as_ref().is_none_or(|launch| launch.rank == 0)
+    }
+
+    /// The device that `--device` says.
+    pub fn device(&self, text: &str) -> Outcome<Device> {
+        super::device(&self.device_name(text))
+    }
+
+    /// Of `cuda` the one with this process's number on its machine.
+    pub fn device_name(&self, text: &str) -> String {
+        match (&self.launch, text) {
+            (Some(launch), "cuda") => format!("cuda:{}", launch.local_rank),
+            _ => text.to_string(),
+        }
+    }
+
+    /// A progress bar, which the first process alone shows.
+    pub fn progress(&self, length: u64, name: &str) -> ProgressBar {
+        let bar = super::progress(length, name);
+        if !self.is_first() {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        bar
+    }
+}
+
+fn is_interruption(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(Error::Interrupted { .. }))
+}

@@ -1,0 +1,246 @@
+//! One run's part in several processes: what is computed here, what is summed, and what all must agree on.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::DType;
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+use super::communicator::Communicator;
+use super::failure::Failure;
+use crate::adapter::Params;
+use crate::error::{Error, Result};
+use crate::optim::Gradients;
+use crate::train::checkpoint::State;
+use crate::train::settings::{fingerprint, Settings};
+use crate::train::step::Group;
+
+/// The processes of a run, as its loop sees them.
+#[derive(Debug)]
+pub(in crate::train) struct Ranks<'a> {
+    communicator: &'a dyn Communicator,
+    /// The names of the loss's terms in the order of the sum, once rank 0 has told them.
+    terms: Option<Vec<String>>,
+    /// The names as this process has them; one without a micro-batch so far has none.
+    own_terms: Vec<&'static str>,
+    /// What went wrong here since the last sum, which tells the others.
+    pending: Option<Error>,
+}
+
+impl<'a> Ranks<'a> {
+    pub fn new(communicator: &'a dyn Communicator) -> Self {
+        Self { communicator, terms: None, own_terms: Vec::new(), pending: None }
+    }
+
+    /// Whether there are others.
+    pub fn are_several(&self) -> bool {
+        self.communicator.world() > 1
+    }
+
+    /// Whether this process writes files.
+    pub fn is_first(&self) -> bool {
+        self.communicator.rank() == 0
+    }
+
+    /// Whether micro-batch `index` of a step is computed here.
+    pub fn takes(&self, index: usize) -> bool {
+        index % self.communicator.world() == self.communicator.rank()
+    }
+
+    /// Checks that every process has the settings and the parameters of this run.
+    ///
+    /// # Errors
+    /// Names a process that has others.
+    pub fn check_same(&self, settings: &Settings, params: &Params) -> Result<()> {
+        if !self.are_several() {
+            return Ok(());
+        }
+        let mut numbers = Vec::new();
+        for (_, param) in params.all() {
+            let values =
+                param.var.as_detached_tensor().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            numbers.extend(values.into_iter().map(f32::to_bits));
+        }
+        let own = (settings.clone(), fingerprint(numbers));
+        let mut all: Vec<(Settings, String)> = Vec::new();
+        for root in 0..self.communicator.world() {
+            all.push(self.broadcast_json(&own, root)?);
+        }
+        let first = &all[0];
+        for (rank, (theirs, values)) in all.iter().enumerate() {
+            let names = first.0.keys().chain(theirs.keys());
+            if let Some(name) = names.into_iter().find(|name| theirs.get(*name) != first.0.get(*name)) {
+                let of =
+                    |settings: &Settings| settings.get(name).cloned().unwrap_or_else(|| "nothing".into());
+                let reason = format!("rank {rank} has {}, rank 0 has {}", of(theirs), of(&first.0));
+                return Err(Error::config(name, reason));
+            }
+            if *values != first.1 {
+                let reason = format!("the parameters of rank {rank} begin otherwise than those of rank 0");
+                return Err(Error::config("parameters", reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps an error of this process until the next sum, where the others learn of it: they must not wait for one
+    /// that is gone. Alone it is returned at once.
+    ///
+    /// # Errors
+    /// Of a process without others, that of `outcome`.
+    pub fn hold(&mut self, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Err(error) if self.are_several() => {
+                self.pending.get_or_insert(error);
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// What was kept by [`Self::hold`], in place of the work of the next step.
+    ///
+    /// # Errors
+    /// That.
+    pub fn held(&mut self) -> Result<()> {
+        self.pending.take().map_or(Ok(()), Err)
+    }
+
+    /// What rank 0 has, on all processes.
+    ///
+    /// # Errors
+    /// Rank 0's error, on all processes.
+    pub fn of_first<T: Serialize + DeserializeOwned>(&mut self, outcome: Result<T>) -> Result<T> {
+        if !self.are_several() {
+            return outcome;
+        }
+        let told: std::result::Result<&T, Failure> = outcome.as_ref().map_err(Failure::from);
+        let said: std::result::Result<T, Failure> = self.broadcast_json(&told, 0)?;
+        match (outcome, said) {
+            (Err(error), Err(_)) if self.is_first() => Err(error),
+            (_, Err(failure)) => Err(failure.into_error(0)),
+            (outcome, Ok(value)) => {
+                self.hold(outcome.map(drop))?;
+                Ok(value)
+            }
+        }
+    }
+
+    /// The checkpoint that rank 0 has found, on all processes.
+    ///
+    /// # Errors
+    /// Rank 0's error, on all processes.
+    pub fn state_of_first(&mut self, found: Result<Option<State>>) -> Result<Option<State>> {
+        if !self.are_several() {
+            return found;
+        }
+        let mut tensors = Vec::new();
+        let numbers = found.and_then(|found| {
+            found
+                .map(|state| {
+                    tensors = state.tensor_bytes()?;
+                    Ok(state.run_state)
+                })
+                .transpose()
+        });
+        let Some(run_state) = self.of_first(numbers)? else { return Ok(None) };
+        let tensors = self.communicator.broadcast(tensors, 0)?;
+        State::of_tensor_bytes(run_state, &tensors, Path::new("rank 0's checkpoint")).map(Some)
+    }
+
+    /// The sums of a step over all processes, in one exchange, and whether one of them was asked to stop.
+    ///
+    /// # Errors
+    /// The error of the first process that has one, on all processes.
+    pub fn sum(&mut self, params: &Params, outcome: Result<Group>, stop: bool) -> Result<(Group, bool)> {
+        if !self.are_several() {
+            return Ok((outcome?, stop));
+        }
+        let outcome = self.agree_on_terms(outcome)?;
+        let (rank, world) = (self.communicator.rank(), self.communicator.world());
+        let names = self.terms.clone().unwrap_or_default();
+        let mut scalars = vec![0f64; 1 + names.len() + 1 + world]; // loss, terms, stop, who failed
+        let (stop_at, failed_at) = (1 + names.len(), 2 + names.len());
+        scalars[stop_at] = f64::from(u8::from(stop));
+        let empty = Gradients::new();
+        let grads = match &outcome {
+            Ok(group) => {
+                scalars[0] = group.loss;
+                for (name, value) in &group.terms {
+                    if let Some(at) = names.iter().position(|known| known == name) {
+                        scalars[1 + at] = *value;
+                    }
+                }
+                &group.grads
+            }
+            Err(_) => {
+                scalars[failed_at + rank] = 1.0;
+                &empty
+            }
+        };
+        let flat = grads.flat(params, &scalars)?;
+        let sums = self.communicator.all_reduce_sum(&flat)?;
+        let (grads, scalars) = Gradients::of_flat(params, &sums)?;
+        if let Some(failed) = (0..world).find(|rank| scalars[failed_at + rank] > 0.0) {
+            let failure = outcome.as_ref().err().map(Failure::from);
+            let failure: Option<Failure> = self.broadcast_json(&failure, failed)?;
+            return Err(match (outcome, failure) {
+                (Err(error), _) if rank == failed => error,
+                (_, Some(failure)) => failure.into_error(failed),
+                (_, None) => Error::Distributed { rank: failed, reason: "it failed without a word".into() },
+            });
+        }
+        let terms = names.iter().zip(&scalars[1..stop_at]);
+        let own = |name: &String| self.own_terms.iter().copied().find(|own| own == name);
+        let terms: BTreeMap<_, _> = terms.filter_map(|(name, value)| Some((own(name)?, *value))).collect();
+        Ok((Group { grads, loss: scalars[0], terms }, scalars[stop_at] > 0.0))
+    }
+
+    /// Whether all processes have come to the end of the run without an error.
+    ///
+    /// # Errors
+    /// As [`Self::sum`].
+    pub fn finish(&mut self, params: &Params) -> Result<()> {
+        if !self.are_several() {
+            return Ok(());
+        }
+        let nothing = Group { grads: Gradients::new(), loss: 0.0, terms: BTreeMap::new() };
+        let outcome = self.held().map(|()| nothing);
+        self.sum(params, outcome, false).map(drop)
+    }
+
+    /// Rank 0, which has a micro-batch of every step, says once which terms there are.
+    fn agree_on_terms(&mut self, outcome: Result<Group>) -> Result<Result<Group>> {
+        if let Ok(group) = &outcome {
+            if self.own_terms.is_empty() {
+                self.own_terms = group.terms.keys().copied().collect();
+            }
+        }
+        if self.terms.is_none() {
+            let own = outcome.as_ref().ok().map(|group| group.terms.keys().copied().collect::<Vec<_>>());
+            self.terms = self.broadcast_json(&own, 0)?;
+        }
+        let Ok(group) = &outcome else { return Ok(outcome) };
+        let known = |name: &&str| self.terms.iter().flatten().any(|known| known == name);
+        match group.terms.keys().find(|name| !known(name)) {
+            Some(name) if self.terms.is_some() => {
+                let reason = format!("its loss has a term {name:?}, which that of rank 0 has not");
+                Ok(Err(Error::config("objective", reason)))
+            }
+            _ => Ok(outcome),
+        }
+    }
+
+    /// The value of process `root`, by JSON.
+    fn broadcast_json<T: DeserializeOwned>(&self, value: &impl Serialize, root: usize) -> Result<T> {
+        let malformed =
+            |error: serde_json::Error| Error::Distributed { rank: root, reason: error.to_string() };
+        let own = if self.communicator.rank() == root {
+            serde_json::to_vec(value).map_err(malformed)?
+        } else {
+            Vec::new()
+        };
+        serde_json::from_slice(&self.communicator.broadcast(own, root)?).map_err(malformed)
+    }
+}

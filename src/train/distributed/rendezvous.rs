@@ -1,0 +1,92 @@
+//! How processes that share nothing but a folder tell each other what an engine needs to begin.
+
+use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::launch::Launch;
+use crate::error::{Error, Result};
+use crate::util::files;
+
+/// The variable that names the folder, which all machines of a run must see.
+#[cfg(feature = "nccl")]
+pub(super) const RENDEZVOUS: &str = "MONTECLORA_RENDEZVOUS";
+
+/// How often a file is looked for.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Gives the bytes of process 0 to all processes of `launch`, through files of `folder`.
+///
+/// A run that was killed may have left its files there: each process first writes a word that nobody wrote before it,
+/// takes only an answer with this word, and says that it has it.
+///
+/// # Errors
+/// If a file cannot be written, or not all processes have come within `patience`: it says how many are missing.
+pub(super) fn meet(launch: &Launch, folder: &Path, bytes: &[u8], patience: Duration) -> Result<Vec<u8>> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let (answer, deadline) = (folder.join("answer"), Instant::now() + patience);
+    if launch.rank == 0 {
+        return give(launch.world, folder, &answer, bytes, deadline).map(|()| bytes.to_vec());
+    }
+    let (place, own) = (place(folder, launch.rank), word());
+    files::write(&place, own.as_bytes())?;
+    loop {
+        if let Some((words, bytes)) = std::fs::read(&answer).ok().as_deref().and_then(split) {
+            if words.split(' ').nth(launch.rank - 1) == Some(own.as_str()) {
+                files::write(&place, format!("{own}{HAS_IT}").as_bytes())?;
+                return Ok(bytes.to_vec());
+            }
+        }
+        wait(deadline, || format!("process 0 has not come to {}", folder.display()))?;
+    }
+}
+
+/// What a process adds to its word when it has the answer.
+const HAS_IT: &str = " has it";
+
+fn place(folder: &Path, rank: usize) -> PathBuf {
+    folder.join(format!("process-{rank}"))
+}
+
+/// Answers the words that there are until every process has the answer to its own.
+fn give(world: usize, folder: &Path, answer: &Path, bytes: &[u8], deadline: Instant) -> Result<()> {
+    let mut answered: Vec<String> = Vec::new();
+    loop {
+        // Who has an answer that was not given here is of a run before.
+        let said = |rank: usize| {
+            let said = std::fs::read_to_string(place(folder, rank)).ok()?;
+            let word = said.trim_end_matches(HAS_IT).to_string();
+            let has_it = word.len() < said.len();
+            (!has_it || answered.get(rank - 1) == Some(&word)).then_some((word, has_it))
+        };
+        let (words, have_it): (Vec<String>, Vec<bool>) = (1..world).filter_map(said).unzip();
+        let missing = world - 1 - words.len();
+        if missing == 0 && words == answered && have_it.iter().all(|has_it| *has_it) {
+            (1..world).for_each(|rank| drop(std::fs::remove_file(place(folder, rank))));
+            return Ok(());
+        }
+        if missing == 0 && words != answered {
+            files::write(answer, &[words.join(" ").as_bytes(), b"\n", bytes].concat())?;
+            answered = words;
+        }
+        wait(deadline, || format!("of {world} processes {missing} have not come, or one does not answer"))?;
+    }
+}
+
+/// What was never written before: the standard library's maps begin with random keys.
+fn word() -> String {
+    format!("{:016x}", RandomState::new().hash_one(std::process::id()))
+}
+
+fn split(answer: &[u8]) -> Option<(&str, &[u8])> {
+    let end = answer.iter().position(|byte| *byte == b'\n')?;
+    Some((std::str::from_utf8(&answer[..end]).ok()?, &answer[end + 1..]))
+}
+
+fn wait(deadline: Instant, missing: impl FnOnce() -> String) -> Result<()> {
+    if Instant::now() > deadline {
+        return Err(Error::config("distributed", format!("{}: nobody waits longer", missing())));
+    }
+    std::thread::sleep(PAUSE);
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! What one optimiser step computes: the gradients of its micro-batches, added up, checked and clipped.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::objective::{Loss, Objective};
+use crate::adapter::{Context, Params, Pass, Probe};
+use crate::error::{Error, Result};
+use crate::ops::Tape;
+use crate::optim::{clip_grad_norm, Gradients, Optimizer};
+
+/// What one step adds up over its micro-batches.
+pub(super) struct Group {
+    pub grads: Gradients,
+    pub loss: f64,
+    pub terms: BTreeMap<&'static str, f64>,
+}
+
+/// The part of the gradients of one step that the micro-batches make which this process `takes`: of the mean over all
+/// that the step's micro-batches are means over, so that a short last one weighs no more than its rows.
+///
+/// Each micro-batch has a draw of its own, or with `one_draw` all have the first.
+///
+/// # Errors
+/// [`Error::NonFinite`] where a loss is not finite; what the objective reports; a parameter without a gradient.
+pub(super) fn group_gradients(
+    objective: &dyn Objective,
+    params: &Params,
+    optimizer: &mut Optimizer,
+    group: &[Vec<usize>],
+    (first_draw, one_draw): (u64, bool),
+    step: usize,
+    takes: &dyn Fn(usize) -> bool,
+) -> Result<Group> {
+    let whole: f64 = group.iter().map(|rows| objective.weight(rows)).sum();
+    let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
+    for (i, rows) in group.iter().enumerate().filter(|(i, _)| takes(*i)) {
+        let draw = if one_draw { first_draw } else { first_draw + i as u64 };
+        let share = objective.weight(rows) / whole;
+        let pass = Pass::Train { draw };
+        let tape = Tape::default();
+        let cx = Context::from(pass).with_tape(&tape);
+        optimizer.before_loss(draw)?;
+        let loss = objective.loss(rows, &cx)?;
+        let values = to_host(&loss)?;
+        let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
+        for (name, &value) in names.zip(&values) {
+            if !value.is_finite() {
+                let probe = Probe::default();
+                // Whether this pass fails as well is of no interest: the error is known.
+                objective.loss(rows, &cx.with_probe(&probe)).ok();
+                let layer = probe.first_non_finite();
+                return Err(Error::NonFinite {
+                    step,
+                    term: name.to_string(),
+                    value,
+                    layer,
+                    rows: rows.clone(),
+                });
+            }
+            match name {
+                "loss" => sums.loss += share * value,
+                name => *sums.terms.entry(name).or_default() += share * value,
+            }
+        }
+        let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
+        let gradients = sums.grads.backward(params, &total, &tape)?;
+        optimizer.after_backward(&gradients)?;
+    }
+    Ok(sums)
+}
+
+/// All terms and the total in one copy from the device; those of one dtype are not cast there one by one.
+fn to_host(loss: &Loss) -> Result<Vec<f64>> {
+    let mut scalars: Vec<Tensor> =
+        loss.terms.iter().map(|(_, term)| term).chain([&loss.total]).map(Tensor::detach).collect();
+    if scalars.iter().any(|scalar| scalar.dtype() != loss.total.dtype()) {
+        scalars =
+            scalars.iter().map(|scalar| scalar.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
+    }
+    Ok(Tensor::stack(&scalars, 0)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
+}
+
+/// Clips the gradients of a step, unless their norm is not finite.
+///
+/// # Errors
+/// [`Error::NonFinite`] then, which names the first parameter at fault.
+pub(super) fn clip(
+    grads: &mut Gradients,
+    max_norm: Option<f64>,
+    step: usize,
+    group: &[Vec<usize>],
+) -> Result<f64> {
+    let norm = match max_norm {
+        Some(max_norm) => clip_grad_norm(grads, max_norm)?,
+        None => grads.norm()?,
+    };
+    if norm.is_finite() {
+        return Ok(norm);
+    }
+    let name = grads.first_non_finite()?.unwrap_or("all parameters together");
+    let (term, rows) = (format!("gradient of {name}"), group.concat());
+    Err(Error::NonFinite { step, term, value: norm, layer: None, rows })
+}

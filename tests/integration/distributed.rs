@@ -1,0 +1,257 @@
+//! The examples in several processes, which Open MPI's `mpirun` starts: against one process with the same
+//! accumulation, under SIGKILL, and with an error that one of them has alone. Skipped without Open MPI.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use monteclora::noise::{Noise, Purpose};
+use serde_json::Value;
+
+use crate::kill::examples_with;
+use crate::support::{skipped, Outcome};
+
+/// One run at a time has the machine: there are more processes than cores already.
+static MACHINE: Mutex<()> = Mutex::new(());
+/// How long the others may live when one was killed.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// The examples with the feature, and a folder.
+struct Home {
+    dir: tempfile::TempDir,
+    glue: PathBuf,
+    llama: PathBuf,
+}
+
+impl Home {
+    /// None where there is no Open MPI, or not what it takes to build against it.
+    fn new() -> Outcome<Option<Self>> {
+        let says = |program: &str| Command::new(program).arg("--version").stderr(Stdio::null()).output();
+        let is_open_mpi = |said: Output| String::from_utf8_lossy(&said.stdout).contains("Open MPI");
+        if !says("mpirun").is_ok_and(is_open_mpi) || !says("mpicc").is_ok_and(|said| said.status.success()) {
+            skipped("there is no Open MPI with mpirun and mpicc");
+            return Ok(None);
+        }
+        let dir = tempfile::tempdir()?;
+        let Ok(built) = examples_with("mpi", &["glue", "llama"], dir.path()) else {
+            return Err("the feature mpi does not build: beside Open MPI it needs libclang".into());
+        };
+        let [glue, llama] = <[PathBuf; 2]>::try_from(built).map_err(|_| "two examples")?;
+        Ok(Some(Self { dir, glue, llama }))
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A command in `world` processes.
+    fn command(&self, example: &Path, world: usize, options: &str, out: &Path) -> Command {
+        let mut command = Command::new(if world == 1 { example } else { Path::new("mpirun") });
+        if world > 1 {
+            command.args(["-n", &world.to_string(), "--oversubscribe"]).arg(example);
+            // Some machines of the check are containers with nobody but root.
+            command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        }
+        command.args(options.split_whitespace()).arg("--output").arg(out).env("RAYON_NUM_THREADS", "1");
+        command.stdout(Stdio::null());
+        command
+    }
+
+    fn run(&self, example: &Path, world: usize, options: &str, out: &str) -> Outcome<Run> {
+        let out = self.out(out);
+        let said = self.command(example, world, options, &out).stderr(Stdio::piped()).output()?;
+        if !said.status.success() {
+            return Err(format!("{world} processes: {}", String::from_utf8_lossy(&said.stderr)).into());
+        }
+        Run::read(&out)
+    }
+}
+
+/// What a run left.
+struct Run {
+    losses: Vec<f64>,
+    adapter: HashMap<String, Tensor>,
+    metrics: Value,
+}
+
+impl Run {
+    fn read(out: &Path) -> Outcome<Self> {
+        let read = |name: &str| {
+            let path = out.join(name);
+            fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let log = read("log.jsonl")?;
+        let loss = |line: &str| -> Outcome<f64> {
+            let record: Value = serde_json::from_str(line)?;
+            Ok(record["loss"].as_f64().ok_or("a loss")?)
+        };
+        Ok(Self {
+            losses: log.lines().map(loss).collect::<Outcome<_>>()?,
+            adapter: candle_core::safetensors::load(
+                out.join("adapter/adapter_model.safetensors"),
+                &Device::Cpu,
+            )?,
+            metrics: serde_json::from_str(&read("metrics.json")?)?,
+        })
+    }
+
+    /// The largest differences, of losses and, relative to each tensor's largest element, of the adapter.
+    fn differences(&self, other: &Self) -> Outcome<(f64, f64)> {
+        assert_eq!(self.losses.len(), other.losses.len());
+        let of_losses = self.losses.iter().zip(&other.losses).map(|(a, b)| (a - b).abs() / b.abs());
+        let mut of_adapter = 0f64;
+        assert_eq!(self.adapter.len(), other.adapter.len());
+        for (name, tensor) in &self.adapter {
+            let [a, b] = [tensor, &other.adapter[name]].map(|tensor| tensor.to_dtype(DType::F64));
+            let b = b?;
+            let largest = |tensor: &Tensor| tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
+            of_adapter = of_adapter.max(largest(&(a? - &b)?)? / largest(&b)?.max(1e-12));
+        }
+        Ok((of_losses.fold(0.0, f64::max), of_adapter))
+    }
+}
+
+#[test]
+fn several_processes_train_what_one_does() -> Outcome {
+    let _machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(home) = Home::new()? else { return Ok(()) };
+    let glue = "--epochs 1 --batch-size 4 --limit-train 800 --accumulation 4 --lr 1e-3";
+    let llama = "--epochs 1 --batch-size 1 --limit-train 200 --max-length 192 --accumulation 4 --lr 1e-3 \
+                 --max-new-tokens 4";
+    for (example, options, method, dropout, worlds) in [
+        (&home.glue, glue, "lora", "0", [2, 4]),
+        (&home.glue, glue, "monteclora", "0.1", [2, 4]),
+        (&home.llama, llama, "lora", "0.1", [2, 4]),
+        (&home.llama, llama, "monteclora", "0", [2, 4]),
+    ] {
+        let name = format!("{}-{method}", example.file_name().ok_or("a name")?.to_string_lossy());
+        let options = format!("{options} --method {method} --adapter-dropout {dropout}");
+        let one = home.run(example, 1, &options, &name)?;
+        assert_eq!(one.losses.len(), 50);
+        for world in worlds {
+            let several = home.run(example, world, &options, &format!("{name}-{world}"))?;
+            let (losses, adapter) = several.differences(&one)?;
+            println!("{name}, {world} processes: losses within {losses:.1e}, adapter within {adapter:.1e}");
+            // Single precision, of which each step's sums are in another order.
+            assert!(losses < 1e-5 && adapter < 1e-4, "{name}, {world}: {losses:e}, {adapter:e}");
+            for key in ["mean", "loss_mean"] {
+                assert_eq!(several.metrics[key].is_null(), one.metrics[key].is_null());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Kills all of a run when it goes out of scope.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+impl Guard {
+    /// The processes that it started.
+    fn children(&self) -> Vec<u32> {
+        let parent = self.0.id();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let id = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
+        let is_child = |id: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            let after_name = stat.rsplit(')').next().unwrap_or_default();
+            after_name.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()) == Some(parent)
+        };
+        processes.filter_map(id).filter(is_child).collect()
+    }
+
+    fn ends_within(&mut self, patience: Duration) -> Outcome<Option<bool>> {
+        let clock = Instant::now();
+        while clock.elapsed() < patience {
+            if let Some(status) = self.0.try_wait()? {
+                return Ok(Some(status.success()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(None)
+    }
+}
+
+#[test]
+fn a_killed_process_ends_the_others_and_the_run_goes_on() -> Outcome {
+    let _machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(home) = Home::new()? else { return Ok(()) };
+    let options =
+        "--epochs 1 --batch-size 4 --limit-train 800 --accumulation 4 --lr 1e-3 --method monteclora \
+                   --checkpoint-every 5 --adapter-dropout 0.1 --resume";
+    let one = home.run(&home.glue, 1, options, "whole")?;
+    let clock = Instant::now();
+    home.run(&home.glue, 4, options, "measured")?;
+    let length = clock.elapsed();
+    let (mut kills, mut runs, mut slowest) = (0, 0, Duration::ZERO);
+    let moments = Noise::new(20).stream("kills", Purpose::Init);
+    while kills < 20 {
+        let out = home.out(&format!("killed-{runs}"));
+        // Once 4 processes, then 2, and so on, into the same folder.
+        let world = [4, 2][kills % 2];
+        let mut uniforms = vec![0.0; 2];
+        moments.fill_uniform(kills as u64, &mut uniforms);
+        let mut run = Guard(home.command(&home.glue, world, options, &out).stderr(Stdio::null()).spawn()?);
+        let by_itself = run.ends_within(length.mul_f64(uniforms[0] * 0.8))?;
+        let children = run.children();
+        let victim = children.get((uniforms[1] * children.len() as f64) as usize);
+        if let (None, Some(victim)) = (by_itself, victim) {
+            Command::new("sh").args(["-c", &format!("kill -9 {victim}")]).stderr(Stdio::null()).status()?;
+        }
+        let clock = Instant::now();
+        // Without a victim it has not begun or has ended.
+        let patience = if victim.is_some() { GRACE } else { 10 * GRACE };
+        let ended = by_itself.map_or_else(|| run.ends_within(patience), |ended| Ok(Some(ended)))?;
+        if let (None, Some(_), Some(false)) = (by_itself, victim, ended) {
+            kills += 1;
+            slowest = slowest.max(clock.elapsed());
+            continue;
+        }
+        assert_eq!(
+            ended,
+            Some(true),
+            "{world} processes, one killed: the others still run after {patience:?}"
+        );
+        runs += 1;
+        let (losses, adapter) = Run::read(&out)?.differences(&one)?;
+        assert!(losses < 1e-5 && adapter < 1e-4, "{losses:e}, {adapter:e}");
+    }
+    // The last of them, now by one process.
+    let last = home.run(&home.glue, 1, options, &format!("killed-{runs}"))?;
+    let (losses, adapter) = last.differences(&one)?;
+    println!(
+        "{kills} kills in {} runs, the others gone within {slowest:?}; {losses:.1e}, {adapter:.1e}",
+        runs + 1
+    );
+    assert!(losses < 1e-5 && adapter < 1e-4, "{losses:e}, {adapter:e}");
+    Ok(())
+}
+
+#[test]
+fn an_error_of_one_process_ends_all_with_its_words() -> Outcome {
+    let _machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(home) = Home::new()? else { return Ok(()) };
+    let said = |options: &str, out: &str| -> Outcome<String> {
+        let mut command = home.command(&home.glue, 2, options, &home.out(out));
+        let mut run = Guard(command.stderr(Stdio::from(fs::File::create(home.out("said"))?)).spawn()?);
+        assert_eq!(run.ends_within(GRACE)?, Some(false), "{options}");
+        Ok(fs::read_to_string(home.out("said"))?)
+    };
+    let few = said("--epochs 1 --limit-train 8 --accumulation 1", "few")?;
+    assert!(few.contains("invalid accumulation: 1 micro-batches of a step for 2 processes"), "{few}");
+    // Rank 0 alone locks and writes the folder.
+    fs::write(home.out("file"), "")?;
+    let unwritable = said("--epochs 1 --limit-train 8", "file")?;
+    assert!(unwritable.contains("rank 0: error: ") && unwritable.contains("file"), "{unwritable}");
+    Ok(())
+}
