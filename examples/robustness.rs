@@ -126,25 +126,11 @@ impl Args {
     /// Says which of the options that were given change nothing.
     fn tell_unread(&self, given: &Given) {
         if self.report_only {
-            let run = [
-                "model",
-                "tasks",
-                "data",
-                "methods",
-                "lrs",
-                "batch_sizes",
-                "seeds",
-                "epochs",
-                "max_length",
-                "limit_train",
-                "limit_dev",
-                "foreign_task",
-                "draws",
-                "quick",
-                "shard",
-                "device",
-                "train",
-            ];
+            let run: Vec<&str> =
+                "model tasks data methods lrs batch_sizes seeds epochs max_length limit_train \
+                limit_dev foreign_task draws quick shard device train"
+                    .split_whitespace()
+                    .collect();
             given.without_effect(&run, "with --report-only nothing is run");
         } else if self.is_language() {
             BenchmarkOptions::tell_unread(given, &self.language.kinds(&self.tasks));
@@ -196,10 +182,7 @@ fn run(processes: &Processes) -> Outcome {
         if let Some((plan, _)) = &plan {
             args.follow(plan);
         }
-        if args.shard.is_none() && processes.world() > 1 {
-            let number = processes.communicator().rank() + 1;
-            args.shard = Some(format!("{number}/{}", processes.world()).parse()?);
-        }
+        args.shard = args.shard.or(processes.shard()?);
         args.device = processes.device_name(&args.device);
         processes.join(&args.device)?;
         run_cells(&args, plan)?;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressDrawTarget};
+use monteclora::study::Shard;
 use monteclora::train::distributed::{launched, Communicator, Launch, SingleProcess};
 use monteclora::Error;
 
@@ -81,6 +82,12 @@ impl Processes {
             (Some(launch), "cuda") => format!("cuda:{}", launch.local_rank),
             _ => text.to_string(),
         }
+    }
+
+    /// The part of a study's cells that is this process's, where there are several.
+    pub fn shard(&self) -> Outcome<Option<Shard>> {
+        let several = self.launch.as_ref();
+        Ok(several.map(|launch| format!("{}/{}", launch.rank + 1, launch.world).parse()).transpose()?)
     }
 
     /// A progress bar, which the first process alone shows.
