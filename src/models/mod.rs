@@ -10,9 +10,11 @@ pub mod decoder;
 pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
+mod quantize;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
 mod weights;
 
+pub use quantize::Quantization;
 pub use weights::{QuantizedSource, Wanted, Weights};

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
-use super::weights::{QuantizedSource, Wanted, Weights};
+use super::weights::{QuantizedSource, Wanted};
 use crate::error::{Error, Result};
 use crate::ops::QuantizedWeight;
 
@@ -47,11 +47,10 @@ impl Quantization {
         self.0
     }
 
-    /// What `builder` has, with its matrices quantised when they are fetched: at most one of them is there as numbers
-    /// at any time.
-    pub fn over(self, builder: VarBuilder<'_>) -> Weights<'_> {
-        let source = AtLoad { builder: builder.root(), kind: self.0, told: Mutex::default() };
-        Weights::new(builder, Arc::new(source))
+    /// The matrices of `builder` (best in single precision on the CPU), each quantised when it is fetched: at most one
+    /// of them is there as numbers at any time.
+    pub fn source(self, builder: &VarBuilder<'static>) -> Arc<dyn QuantizedSource> {
+        Arc::new(AtLoad { builder: builder.root(), kind: self.0, told: Mutex::default() })
     }
 }
 
@@ -84,13 +83,13 @@ fn name(kind: GgmlDType) -> String {
 }
 
 /// Quantises what a builder has.
-struct AtLoad<'a> {
-    builder: VarBuilder<'a>,
+struct AtLoad {
+    builder: VarBuilder<'static>,
     kind: GgmlDType,
     told: Mutex<BTreeSet<String>>,
 }
 
-impl QuantizedSource for AtLoad<'_> {
+impl QuantizedSource for AtLoad {
     fn get(&self, wanted: &Wanted) -> Result<Option<QuantizedWeight>> {
         let (rows, columns) = wanted.shape;
         let meant = match (wanted.is_table, self.kind) {
@@ -103,15 +102,17 @@ impl QuantizedSource for AtLoad<'_> {
         };
         if kind != meant {
             let (meant, kind) = (name(meant), name(kind));
-            self.tell(format!("matrices with rows of {columns} become {kind}: no block of {meant} divides them"));
+            self.tell(format!(
+                "matrices with rows of {columns} become {kind}: no block of {meant} divides them"
+            ));
         }
         let dense = self.builder.get_with_hints((rows, columns), wanted.name, wanted.init)?;
-        let blocks = quantize(&dense, kind, wanted.device)?;
+        let blocks = quantize(dense, kind, wanted.device)?;
         Ok(Some(QuantizedWeight::new(Arc::new(blocks), wanted.dtype)?))
     }
 }
 
-impl AtLoad<'_> {
+impl AtLoad {
     /// Says something once.
     fn tell(&self, what: String) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -135,7 +136,7 @@ fn fitting(kind: GgmlDType, columns: usize) -> Option<GgmlDType> {
 }
 
 /// A matrix in blocks of `kind` on `device`, some rows after the other on all threads of the host.
-fn quantize(dense: &Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> {
+fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> {
     let dense = dense.detach().to_device(&Device::Cpu)?;
     let (rows, columns) = dense.dims2()?;
     let piece = (PIECE / columns.max(1)).max(1);

@@ -44,6 +44,14 @@ impl Weight {
         }
     }
 
+    /// Its bytes in memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Self::Quantized(weight) => weight.bytes(),
+        }
+    }
+
     /// Where it lies.
     pub fn device(&self) -> &Device {
         match self {
