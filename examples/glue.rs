@@ -30,6 +30,7 @@ use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::models::Quantization;
 use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions, Summary};
 use monteclora::util::files;
 use monteclora::Noise;
@@ -79,6 +80,9 @@ struct Args {
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
+    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    #[arg(long, help_heading = "Model and data", conflicts_with = "predict")]
+    quantize: Option<Quantization>,
     /// Folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (under full, model/). With several
     /// methods, a folder of each in it.
     #[arg(long, help_heading = "Evaluation and output")]
@@ -167,7 +171,7 @@ fn tune(
     let _lock = out.map(files::lock).transpose()?;
     common::reset_peak_memory();
     let device = common::device(&args.device)?;
-    let files = common::download::model_files(model)?;
+    let files = common::download::model_files(model)?.quantized(args.quantize);
     let config = SequenceConfig::from_file(files.config_path(), goal.labels.len())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
     let length = args.method.text_length(args.max_length.unwrap_or(128), config.max_length());

@@ -36,6 +36,7 @@ use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{GenerateConfig, Sampling, Weights};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
+use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
 use monteclora::train::{self, held_out_loss, CausalTuning, Summary};
 use monteclora::util::files;
@@ -111,6 +112,9 @@ struct Args {
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
+    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    #[arg(long, help_heading = "Model and data")]
+    quantize: Option<Quantization>,
     /// Folder for metrics.json, log.jsonl and adapter/ (under full, model/). With several methods, a folder of each
     /// in it.
     #[arg(long, help_heading = "Output")]
@@ -179,12 +183,12 @@ fn run() -> Outcome {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,
     };
-    let files = common::download::model_files(&model)?;
+    let files = common::download::model_files(&model)?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;
-    let longest = config.decoder.max_position_embeddings;
+    let longest = config.max_position_embeddings;
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
-    let tokenizer = common::tokenizer(&files, config.decoder.vocab_size)?;
+    let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());

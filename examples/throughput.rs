@@ -21,9 +21,10 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use common::contender::{Contender, Geometry};
 use common::output::tell;
-use common::random_weights::random_weights;
+use common::random_weights::base;
 use common::Outcome;
 use monteclora::metrics::median;
+use monteclora::models::Quantization;
 use monteclora::train::peak_rss_bytes;
 use monteclora::util::files;
 use monteclora::Error;
@@ -49,6 +50,9 @@ struct Args {
     /// f32, bf16 or f16: the dtype of the frozen base.
     #[arg(long, default_value = "f32")]
     dtype: String,
+    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    #[arg(long)]
+    quantize: Option<Quantization>,
     /// Leave out the peak memory, which on the CPU takes three more steps of each method.
     #[arg(long)]
     no_memory: bool,
@@ -76,7 +80,7 @@ fn run() -> Outcome {
     }
     let (device, dtype) = (common::device(&args.device)?, common::dtype(&args.dtype)?);
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();
-    let base = random_weights(dtype, &device);
+    let base = base(dtype, args.quantize, &device);
     let new = |name: &&str| Contender::new(name, &args.config, &args.geometry, &base);
     let mut contenders = names.iter().map(new).collect::<Outcome<Vec<_>>>()?;
     // A method by itself is here for its peak memory, which the products would raise.
@@ -149,7 +153,7 @@ fn row(contender: &Contender, geometry: &Geometry, gemm: Option<f64>) -> Value {
         "tokens_per_second": geometry.tokens() as f64 / step,
         "over_gemm": gemm.map(|gemm| step / gemm),
         "ready_seconds": contender.ready_seconds(),
-        "peak_rss_mb": null, "peak_device_mb": contender.peak_device_mb(),
+        "weights_mb": contender.weights_mb(), "peak_rss_mb": null, "peak_device_mb": contender.peak_device_mb(),
         "trainable_parameters": contender.trainable_parameters(),
     })
 }

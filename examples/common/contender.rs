@@ -12,6 +12,7 @@ use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use monteclora::models::Weights;
 use monteclora::noise::Noise;
 use monteclora::ops;
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
@@ -63,7 +64,7 @@ enum Model {
 
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
-    fn load(json: &Value, base: VarBuilder<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
+    fn load(json: &Value, base: Weights<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
         Ok(if json["model_type"] == "llama" {
             let config = DecoderConfig::from_value(json.clone())?;
             Self::Decoder(Box::new(DecoderForCausalLM::load(base, &config, Noise::new(2))?))
@@ -133,6 +134,7 @@ pub struct Contender {
     params: Params,
     optimizer: AdamW,
     batch: Batch,
+    weight_bytes: usize,
     ready_seconds: f64,
     seconds: [Vec<f64>; 3], // forward, backward, optimiser
     device_bytes: Option<u64>,
@@ -140,7 +142,7 @@ pub struct Contender {
 
 impl Contender {
     /// A method on weights of `base`; full fine-tuning, which changes them, on its own in single precision.
-    pub fn new(name: &str, config: &Path, geometry: &Geometry, base: &VarBuilder<'static>) -> Outcome<Self> {
+    pub fn new(name: &str, config: &Path, geometry: &Geometry, base: &Weights<'static>) -> Outcome<Self> {
         let (start, device) = (Instant::now(), base.device());
         let Geometry { batch, length, rank, num_components, .. } = *geometry;
         if batch == 0 || length < 2 {
@@ -155,10 +157,16 @@ impl Contender {
         let params = Params::new(Noise::new(3), device);
         let mut model = if name == "full" {
             let trained = params.var_builder(Some(random_weights(DType::F32, device)), Role::Base);
-            Model::load(&json, trained.clone(), trained)?
+            Model::load(&json, trained.clone().into(), trained)?
         } else {
             Model::load(&json, base.clone(), params.var_builder(None, Role::Head))?
         };
+        let linears = model.linears_mut();
+        let mut weight_bytes = linears.embedding_mut().map_or(0, |embedding| embedding.words().bytes());
+        linears.visit_linears(&mut |layer| {
+            weight_bytes += layer.base().bytes();
+            Ok(())
+        })?;
         let targets = Targets::parse(&geometry.targets)?;
         let mut regularizer = None;
         match name {
@@ -199,6 +207,7 @@ impl Contender {
             params,
             optimizer,
             batch,
+            weight_bytes,
             ready_seconds: start.elapsed().as_secs_f64(),
             seconds: Default::default(),
             device_bytes: None,
@@ -222,6 +231,11 @@ impl Contender {
     /// Forgets the times so far.
     pub fn forget(&mut self) {
         self.seconds.iter_mut().for_each(Vec::clear);
+    }
+
+    /// The bytes (MB) of linear layers and word embedding, which a tied head shares.
+    pub fn weights_mb(&self) -> f64 {
+        self.weight_bytes as f64 / 1e6
     }
 
     pub fn trainable_parameters(&self) -> usize {

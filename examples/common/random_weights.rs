@@ -1,12 +1,23 @@
 //! A model's frozen weights without a file: random, made on the device, one set for all who ask.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
+use monteclora::models::{Quantization, QuantizedSource, Wanted, Weights as ModelWeights};
 use monteclora::noise::{Noise, Purpose};
+use monteclora::ops::QuantizedWeight;
+
+/// A model's frozen base: [`random_weights`], or the same in blocks of a few bits, each made once and shared like them.
+pub fn base(dtype: DType, quantization: Option<Quantization>, device: &Device) -> ModelWeights<'static> {
+    let dense = random_weights(dtype, device);
+    let Some(quantization) = quantization else { return dense.into() };
+    let passing = VarBuilder::from_backend(Box::new(Passing), DType::F32, Device::Cpu);
+    let blocks = Blocks { source: quantization.source(&passing), made: Mutex::default() };
+    ModelWeights::new(dense, Arc::new(blocks))
+}
 
 /// Weights that begin as their layers ask, each made when it is first asked for; clones give the same tensors. On a
 /// GPU its own generator makes them, billions in a second: their values mean nothing here, and a thread of the host
@@ -46,6 +57,41 @@ impl SimpleBackend for Weights {
 
     fn contains_tensor(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+}
+
+/// The same weights without keeping any: what is quantised needs each once.
+struct Passing;
+
+impl SimpleBackend for Passing {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        make(&shape, name, init, device)?.to_dtype(dtype)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("{name}: a new weight needs a shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        false
+    }
+}
+
+/// What a source made, by name.
+struct Blocks {
+    source: Arc<dyn QuantizedSource>,
+    made: Mutex<HashMap<String, QuantizedWeight>>,
+}
+
+impl QuantizedSource for Blocks {
+    fn get(&self, wanted: &Wanted) -> monteclora::Result<Option<QuantizedWeight>> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(weight) = made.get(wanted.name) {
+            return Ok(Some(weight.clone()));
+        }
+        let weight = self.source.get(wanted)?;
+        made.extend(weight.clone().map(|weight| (wanted.name.to_string(), weight)));
+        Ok(weight)
     }
 }
 

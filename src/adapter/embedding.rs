@@ -13,13 +13,19 @@ use crate::ops::{self, OpPath, Weight};
 #[derive(Debug)]
 pub struct AdaptableEmbedding {
     words: Weight,          // (vocab, d)
+    scale: Option<f64>,     // of words, not of virtual tokens
     prompt: Option<Tensor>, // (p, d)
 }
 
 impl AdaptableEmbedding {
     /// The table `words` of shape `(vocab, d)`, without virtual tokens.
     pub fn new(words: impl Into<Weight>) -> Self {
-        Self { words: words.into(), prompt: None }
+        Self { words: words.into(), scale: None, prompt: None }
+    }
+
+    /// The same with words' embeddings multiplied by `scale`, in their own dtype (Gemma).
+    pub fn scaled_by(self, scale: Option<f64>) -> Self {
+        Self { scale, ..self }
     }
 
     /// The table, `(vocab, d)`.
@@ -57,7 +63,11 @@ impl AdaptableEmbedding {
     /// # Errors
     /// If an id is outside the vocabulary.
     pub fn lookup(&self, ids: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        self.words.lookup(ids, path)
+        let words = self.words.lookup(ids, path)?;
+        match self.scale {
+            Some(scale) => words * scale,
+            None => Ok(words),
+        }
     }
 
     /// The embeddings of whole rows, virtual tokens first.

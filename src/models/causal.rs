@@ -10,12 +10,18 @@ use crate::ops;
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<KvCache>,
+    room: usize,
 }
 
 impl Cache {
     /// An empty cache for `layers` layers, with room for `capacity` tokens a row before it grows.
     pub fn new(layers: usize, capacity: usize) -> Self {
-        Self { layers: vec![KvCache::new(1, capacity.max(1)); layers] }
+        Self { layers: vec![KvCache::new(1, capacity.max(1)); layers], room: capacity }
+    }
+
+    /// How many tokens of each row it was begun for.
+    pub fn room(&self) -> usize {
+        self.room
     }
 
     /// The tokens of each row that are in the cache, padding and virtual tokens included.
@@ -57,8 +63,9 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     /// - output: `(b, t, hidden)`
     ///
     /// # Errors
-    /// If shapes differ, the sequence is longer than [`Self::max_length`], or virtual tokens go into
-    /// a cache before a row that is padding alone so far.
+    /// If shapes differ, the sequence is longer than [`Self::max_length`], virtual tokens go into
+    /// a cache before a row that is padding alone so far, or a cache grows beyond its room to where the model's
+    /// positions are others (LongRoPE).
     fn hidden(
         &self,
         input_ids: &Tensor,

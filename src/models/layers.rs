@@ -7,7 +7,7 @@ use super::weights::Weights;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::noise::{Noise, Purpose, Stream};
-use crate::ops;
+use crate::ops::{self, RmsNorm};
 
 /// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
 /// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
@@ -32,21 +32,33 @@ pub fn adaptable_linear(
     init_std: f64,
     vb: &Weights,
 ) -> Result<AdaptableLinear> {
-    Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, true)?))
+    adaptable_linear_of(path, in_dim, out_dim, init_std, true, vb)
 }
 
-/// A [`adaptable_linear`] without a bias, as in LLaMA.
+/// A [`adaptable_linear`] with a bias or without one.
 ///
 /// # Errors
 /// As [`linear`].
-pub fn adaptable_linear_no_bias(
+pub fn adaptable_linear_of(
     path: &str,
     in_dim: usize,
     out_dim: usize,
     init_std: f64,
+    has_bias: bool,
     vb: &Weights,
 ) -> Result<AdaptableLinear> {
-    Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, false)?))
+    Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, has_bias)?))
+}
+
+/// Fetches an RMS norm, `weight` (dim), which multiplies by itself or, with `offset`, by one more than itself.
+///
+/// # Errors
+/// As [`linear`].
+pub fn rms_norm(dim: usize, eps: f64, offset: bool, vb: &VarBuilder) -> Result<RmsNorm> {
+    match offset {
+        true => RmsNorm::load_offset(dim, eps, vb),
+        false => RmsNorm::load(dim, eps, vb),
+    }
 }
 
 /// What a layer of a task's head, which has a dtype of its own, makes of `xs` (.., in).

@@ -14,10 +14,12 @@ pub mod generate;
 pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;
+mod quantize;
 pub mod roberta;
 pub mod save;
 pub mod sequence;
 mod sequence_classifier;
 mod weights;
 
+pub use quantize::Quantization;
 pub use weights::{QuantizedSource, Wanted, Weights};

@@ -43,7 +43,8 @@ const COMPANIONS: [&str; 13] = [
 /// own where None), and the tokenizer's files.
 ///
 /// An adapter is added to the weight as the checkpoint has it, whatever dtype the model was loaded
-/// in. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
+/// in: one that was trained on a base quantised at load meets the numbers before they were rounded, which
+/// the log says. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
 /// after the other: no second copy of the model is held. Names get the prefix of the model's body
 /// where the source lacks it. Shards hold at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]) each, or one
 /// tensor. The folder appears when all of it is written.
@@ -98,7 +99,7 @@ pub fn check_merged(
 ) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default(), Pass::Mean)?;
-    model.visit_linears(&mut |layer| layer.merged_layer().map(drop))
+    model.visit_linears(&mut |layer| layer.merged_dequantized().map(drop))
 }
 
 /// What [`save_merged`] writes, in memory: every tensor of the checkpoint `source` under its name, with the active
@@ -125,10 +126,11 @@ pub fn check_merged(
 /// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?; // and training
 ///
 /// let tensors = merged_tensors(&model, &params, &files, &Pass::Posterior { draw: 3 })?;
-/// let theirs = Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &device), &config.decoder)?;
-/// let mut cache = Cache::new(true, DType::F32, &config.decoder, &device)?;
+/// let plain = config.to_candle_llama()?;
+/// let theirs = Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &device), &plain)?;
+/// let mut cache = Cache::new(true, DType::F32, &plain, &device)?;
 /// let logits = theirs.forward(&Tensor::new(&[[1u32, 40, 7]], &device)?, 0, &mut cache)?;
-/// assert_eq!(logits.dims(), [1, config.decoder.vocab_size]);
+/// assert_eq!(logits.dims(), [1, config.vocab_size]);
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 ///
@@ -282,13 +284,14 @@ fn plan<'a>(
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
     // The first layers are the body's; what a family has beside it is a part of the checkpoint as well.
-    let (mut parts, mut adapted) = (Vec::new(), BTreeMap::new());
+    let (mut parts, mut adapted, mut kind) = (Vec::new(), BTreeMap::new(), None);
     model.visit_linears(&mut |layer| {
         let part = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
         if !parts.contains(&part) {
             parts.push(part);
         }
         if layer.active().is_some() {
+            kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
             let (in_dim, out_dim) = layer.dims()?;
             adapted.insert(layer.path().to_string(), vec![out_dim, in_dim]);
         }
@@ -299,6 +302,12 @@ fn plan<'a>(
     }
     let body = parts[0].clone();
     let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
+    if let Some(kind) = &kind {
+        tracing::warn!(
+            "the adapter was trained on a base in {kind} and is merged into the checkpoint's own numbers: the two \
+             differ by what the base was rounded by"
+        );
+    }
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
     let whole = |name: String| if bare && !of_model(&name) { format!("{body}{name}") } else { name };
@@ -342,6 +351,11 @@ fn plan<'a>(
                 Entry::trained(tensor, DType::try_from(view.dtype())?, failure)
             }
             (None, None) => Entry::Source(view),
+            _ if kind.is_some() && view.dtype() == Dtype::U8 => {
+                let reason = "the checkpoint has it in 4 bits, into which nothing can be merged: write the adapter, or \
+                              merge it onto the model's full-width checkpoint";
+                return Err(Error::tensor(name, reason));
+            }
             _ => return Err(Error::tensor(name, format!("the checkpoint has shape {:?}", view.shape()))),
         };
         entries.insert(name, entry);

@@ -69,6 +69,10 @@ impl SequenceClassifier for DecoderForSequenceClassification {
     }
 }
 
+/// The encoders' `model_type`s.
+const ENCODERS: [&str; 8] =
+    ["roberta", "bert", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"];
+
 /// The configuration of a classifier of either architecture, by the `model_type` of its file.
 #[derive(Debug, Clone)]
 pub struct SequenceConfig {
@@ -83,7 +87,7 @@ enum Architecture {
     DistilBert(DistilBertConfig),
     Deberta(DebertaConfig),
     ModernBert(ModernBertConfig),
-    Llama(DecoderConfig),
+    Decoder(DecoderConfig),
 }
 
 impl SequenceConfig {
@@ -101,8 +105,8 @@ impl SequenceConfig {
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
-            Some("llama") => {
-                Architecture::Llama(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
+            Some(kind) if DecoderConfig::model_types().any(|known| known == kind) => {
+                Architecture::Decoder(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
             }
             Some("roberta" | "bert" | "xlm-roberta" | "camembert" | "electra") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))
@@ -117,8 +121,9 @@ impl SequenceConfig {
                 Architecture::ModernBert(ModernBertConfig::parse(text, path)?.with_num_labels(num_labels))
             }
             other => {
-                let known = "roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
-                let reason = format!("model_type: expected {known}, got {}", other.unwrap_or("none"));
+                let known: Vec<_> = ENCODERS.into_iter().chain(DecoderConfig::model_types()).collect();
+                let (known, got) = (known.join(", "), other.unwrap_or("none"));
+                let reason = format!("model_type: expected one of {known}, got {got}");
                 return Err(Error::format(path, reason));
             }
         };
@@ -155,7 +160,7 @@ impl SequenceConfig {
     /// The tensors of the head that have a row for each output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
         match &self.architecture {
-            Architecture::Llama(_) => &["score.weight"],
+            Architecture::Decoder(_) => &["score.weight"],
             Architecture::Roberta(config) => match config.model_type {
                 Family::Roberta | Family::Electra => {
                     &["classifier.out_proj.weight", "classifier.out_proj.bias"]
@@ -175,7 +180,7 @@ impl SequenceConfig {
             Architecture::DistilBert(config) => config.vocab_size,
             Architecture::Deberta(config) => config.vocab_size,
             Architecture::ModernBert(config) => config.vocab_size,
-            Architecture::Llama(config) => config.decoder.vocab_size,
+            Architecture::Decoder(config) => config.vocab_size,
         }
     }
 
@@ -186,7 +191,7 @@ impl SequenceConfig {
             Architecture::DistilBert(config) => config.max_position_embeddings,
             Architecture::Deberta(config) => config.max_position_embeddings,
             Architecture::ModernBert(config) => config.max_position_embeddings,
-            Architecture::Llama(config) => config.decoder.max_position_embeddings,
+            Architecture::Decoder(config) => config.max_position_embeddings,
         }
     }
 
@@ -196,7 +201,7 @@ impl SequenceConfig {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
             Architecture::DistilBert(_) => "distilbert.".to_string(),
             Architecture::Deberta(_) => "deberta.".to_string(),
-            Architecture::Llama(_) | Architecture::ModernBert(_) => "model.".to_string(),
+            Architecture::Decoder(_) | Architecture::ModernBert(_) => "model.".to_string(),
         }
     }
 
@@ -223,7 +228,7 @@ impl SequenceConfig {
             Architecture::ModernBert(config) => {
                 Box::new(ModernBertForSequenceClassification::load(vb, head, config, noise)?)
             }
-            Architecture::Llama(config) => {
+            Architecture::Decoder(config) => {
                 Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
             }
         })
@@ -232,7 +237,7 @@ impl SequenceConfig {
     /// The file as Hugging Face writes it for this classifier in single precision: the source's
     /// own, with the head's architecture and labels.
     ///
-    /// Difference: LLaMA's head reads the last token that the attention mask shows, that of
+    /// Difference: a decoder's head reads the last token that the attention mask shows, that of
     /// transformers the last one that is not `pad_token_id`. Where the source names no padding,
     /// `pad_token_id` is its EOS, with which batches are usually filled then, or else null, with
     /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
@@ -240,10 +245,10 @@ impl SequenceConfig {
     /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
     /// yet another token, to which `pad_token_id` is to be set then.
     pub fn to_json(&self) -> Value {
-        let (family, pad) = match &self.architecture {
-            Architecture::Llama(config) => {
+        let (class, pad) = match &self.architecture {
+            Architecture::Decoder(config) => {
                 let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
-                ("Llama", pad)
+                (config.class_name("ForSequenceClassification"), pad)
             }
             Architecture::Roberta(config) => {
                 let family = match self.json.get("model_type").and_then(Value::as_str) {
@@ -253,14 +258,20 @@ impl SequenceConfig {
                     Some("camembert") => "Camembert",
                     _ => "Roberta",
                 };
-                (family, Some(config.pad_id()))
+                (format!("{family}ForSequenceClassification"), Some(config.pad_id()))
             }
-            Architecture::DistilBert(config) => ("DistilBert", Some(config.pad_id())),
-            Architecture::Deberta(config) => ("DebertaV2", Some(config.pad_id())),
-            Architecture::ModernBert(config) => ("ModernBert", Some(config.pad_id())),
+            Architecture::DistilBert(config) => {
+                ("DistilBertForSequenceClassification".to_string(), Some(config.pad_id()))
+            }
+            Architecture::Deberta(config) => {
+                ("DebertaV2ForSequenceClassification".to_string(), Some(config.pad_id()))
+            }
+            Architecture::ModernBert(config) => {
+                ("ModernBertForSequenceClassification".to_string(), Some(config.pad_id()))
+            }
         };
         let mut json = self.json.clone();
-        json["architectures"] = json!([format!("{family}ForSequenceClassification")]);
+        json["architectures"] = json!([class]);
         json["id2label"] = self.labels.id2label();
         json["label2id"] = self.labels.label2id();
         json["pad_token_id"] = json!(pad);
@@ -292,7 +303,9 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert or llama";
+            let expected =
+                "model_type: expected one of roberta, bert, xlm-roberta, camembert, electra, distilbert, \
+                            deberta-v2, modernbert, llama, qwen2";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -5,7 +5,7 @@ use candle_core::DType;
 use candle_core::{bail, Result, Tensor, D};
 
 use super::attention_fused as fused;
-use super::attention_mask::{visible, Mask, Shape};
+use super::attention_mask::{visible, Mask, Scores, Shape};
 use super::custom_vjp::custom_vjp;
 use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
@@ -18,7 +18,7 @@ use crate::kernels::attention as kernels;
 use crate::noise::Stream;
 use crate::util::dtype::wide;
 
-/// `softmax(scale q k^T + mask) v` per head, laid out as projected.
+/// `softmax(scores + mask) v` per head, laid out as projected; the scores are `scale q k^T`, capped or not ([`Scores`]).
 ///
 /// One node of (q, k, v). Heads are strides, not copies; groups of query heads share their key head
 /// in place; only the logarithm of each softmax row's sum is kept, and backward recomputes the
@@ -28,7 +28,7 @@ use crate::util::dtype::wide;
 ///
 /// On a CUDA device, in f32 and bf16 and with heads on multiples of 16 bytes, two kernels of ours stand
 /// between cuBLAS's products: scores and what comes back to them are in f32, probabilities and their
-/// slopes are rounded to the dtype of `v` once. Other dtypes and heads, and windows, are composed.
+/// slopes are rounded to the dtype of `v` once. Other dtypes and heads, windows and caps are composed.
 ///
 /// `dropout`: (p, stream, draw) of the attention probabilities, numbered in the order of
 /// (b, heads, tq, tk).
@@ -39,7 +39,7 @@ use crate::util::dtype::wide;
 /// - output: `(b, tq, heads * dim)`
 ///
 /// # Errors
-/// If the shapes do not fit, `heads` is not a multiple of `kv_heads`, a window is 0, or p is not in `[0, 1)`.
+/// If the shapes do not fit, `heads` is not a multiple of `kv_heads`, a window is 0, a cap is not positive, or p is not in `[0, 1)`.
 #[allow(clippy::too_many_arguments)]
 pub fn attention(
     q: &Tensor,
@@ -47,11 +47,12 @@ pub fn attention(
     v: &Tensor,
     heads: usize,
     kv_heads: usize,
-    scale: f64,
+    scores: impl Into<Scores>,
     mask: &Mask,
     dropout: Option<(f64, Stream, u64)>,
     path: OpPath,
 ) -> Result<Tensor> {
+    let scores = scores.into();
     let shape = Shape::new(q, k, v, heads, kv_heads)?;
     if let Some(padding) = &mask.padding {
         if padding.dims() != [shape.b, shape.tk] {
@@ -65,6 +66,9 @@ pub fn attention(
     if mask.window.as_ref().is_some_and(|window| window.size() == 0) {
         bail!("attention: a window of 0 keys hides a query's own place");
     }
+    if let Some(cap) = scores.cap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
+        bail!("attention: expected a positive cap on scores, got {cap}");
+    }
     if let Some((p, ..)) = dropout {
         check(p)?;
     }
@@ -74,10 +78,9 @@ pub fn attention(
         || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match path.on(&[q, k, v]) {
-        OpPath::Reference => reference::attention(q, k, v, &shape, scale, mask, keep().as_ref()),
+        OpPath::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
         OpPath::Fused => {
-            let core =
-                fused::Core { shape, scale: scale as f32, mask: fused::HostMask::new(mask)?, keep: keep() };
+            let core = fused::Core { shape, scores, mask: fused::HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -86,9 +89,12 @@ pub fn attention(
         }
         #[cfg(feature = "cuda")]
         OpPath::Composed
-            if path.has_kernels() && mask.window.is_none() && kernels::supports([q, k, v], shape.dim) =>
+            if path.has_kernels()
+                && mask.window.is_none()
+                && scores.cap.is_none()
+                && kernels::supports([q, k, v], shape.dim) =>
         {
-            let core = on_device(&shape, scale, mask, dropout)?;
+            let core = on_device(&shape, scores.scale, mask, dropout)?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 core.backward(call.args.each_ref(), &call.grad, &log_sums)
@@ -99,7 +105,7 @@ pub fn attention(
             let visible = visible(&shape, mask, device)?;
             let kind = (&probabilities, wide(q.dtype()), device);
             let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
-            let core = Composed { shape, scale, visible, dropout: dropout.map(plan).transpose()? };
+            let core = Composed { shape, scores, visible, dropout: dropout.map(plan).transpose()? };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -141,7 +147,7 @@ fn on_device(
 /// The core in tensor operations; heads of one group are stacked into the rows of one matrix.
 struct Composed {
     shape: Shape,
-    scale: f64,
+    scores: Scores,
     visible: Option<Tensor>,
     dropout: Option<DropoutPlan>,
 }
@@ -161,11 +167,19 @@ impl Composed {
         x.reshape((b, t, kv_heads * group * dim))
     }
 
-    /// The scaled scores in the wide dtype, (b, heads, tq, tk), hidden ones very small.
+    /// The scores in the wide dtype, (b, heads, tq, tk), capped or not, of hidden keys too.
     fn scores(&self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
         let &Shape { b, tq, tk, heads, .. } = &self.shape;
         let scores = q.matmul(&k.transpose(2, 3)?.contiguous()?)?.to_dtype(wide(q.dtype()))?;
-        let scores = (scores * self.scale)?.reshape((b, heads, tq, tk))?;
+        let scores = (scores * self.scores.scale)?.reshape((b, heads, tq, tk))?;
+        match self.scores.cap {
+            Some(cap) => (scores / cap)?.tanh()? * cap,
+            None => Ok(scores),
+        }
+    }
+
+    /// The same, those of hidden keys very small.
+    fn seen(&self, scores: Tensor) -> Result<Tensor> {
         match &self.visible {
             Some(visible) => {
                 let hidden =
@@ -196,7 +210,7 @@ impl Composed {
         let Shape { tq, tk, .. } = self.shape;
         let group = self.shape.group();
         let (q, k, v) = (self.split(q, tq, group)?, self.split(k, tk, 1)?, self.split(v, tk, 1)?);
-        let scores = self.scores(&q, &k)?;
+        let scores = self.seen(self.scores(&q, &k)?)?;
         let max = scores.max_keepdim(D::Minus1)?;
         let e = self.hide(scores.broadcast_sub(&max)?.exp()?)?;
         let sum = e.sum_keepdim(D::Minus1)?;
@@ -213,7 +227,8 @@ impl Composed {
     }
 
     /// With `P` the probabilities, `M` the dropout and `O` the output:
-    /// `dV = (P M)^T dO`, `dS = P (M dO V^T - rowsum(dO O))`, `dQ = s dS K`, `dK = s dS^T Q`.
+    /// `dV = (P M)^T dO`, `dS = P (M dO V^T - rowsum(dO O))`, `dQ = s dS K`, `dK = s dS^T Q`. With a cap c on the scores
+    /// S, `dS` is multiplied by the slope of the cap, `1 - (S / c)^2`.
     fn backward(
         &self,
         q: &Tensor,
@@ -230,12 +245,18 @@ impl Composed {
         let along = along.sum(D::Minus1)?.transpose(1, 2)?.contiguous()?.unsqueeze(3)?; // (b, heads, tq, 1)
         let (q, k, v) = (self.split(q, tq, group)?, self.split(k, tk, 1)?, self.split(v, tk, 1)?);
         let dy = self.split(grad, tq, group)?;
-        let p = self.hide(self.scores(&q, &k)?.broadcast_sub(log_sums)?.exp()?)?;
+        let scores = self.scores(&q, &k)?;
+        let slope = self.scores.cap.map(|cap| (&scores / cap)?.sqr()?.affine(-1.0, 1.0)).transpose()?;
+        let p = self.hide(self.seen(scores)?.broadcast_sub(log_sums)?.exp()?)?;
         let dropped = self.stack(&self.drop(&p)?.to_dtype(v.dtype())?)?;
         let dv = dropped.transpose(2, 3)?.contiguous()?.matmul(&dy)?;
         let dp =
             dy.matmul(&v.transpose(2, 3)?.contiguous()?)?.to_dtype(dtype)?.reshape((b, heads, tq, tk))?;
-        let ds = ((self.drop(&dp)?.broadcast_sub(&along)? * p)? * self.scale)?.to_dtype(q.dtype())?;
+        let mut ds = (self.drop(&dp)?.broadcast_sub(&along)? * p)?;
+        if let Some(slope) = slope {
+            ds = (ds * slope)?;
+        }
+        let ds = (ds * self.scores.scale)?.to_dtype(q.dtype())?;
         let ds = self.stack(&ds)?;
         let dq = ds.matmul(&k)?;
         let dk = ds.transpose(2, 3)?.contiguous()?.matmul(&q)?;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::attention_mask::{padding_bytes, Mask, Shape, Window};
+use super::attention_mask::{padding_bytes, Mask, Scores, Shape, Window};
 use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{for_rows, tensor, Host};
@@ -34,7 +34,7 @@ impl HostMask {
 /// One call's constants.
 pub(super) struct Core {
     pub shape: Shape,
-    pub scale: f32,
+    pub scores: Scores,
     pub mask: HostMask,
     pub keep: Option<DropoutMask>,
 }
@@ -83,6 +83,7 @@ impl Core {
         let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
         let (qh, kh, vh) = (Host::from_first(&q)?, Host::from_first(&k)?, Host::from_first(&v)?);
         let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
+        let scale = self.scores.scale as f32;
         let mut y = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
         let mut log_sums = vec![0f32; b * n * tq];
         let task = |(i, (y, log_sums)): (usize, (&mut [f32], &mut [f32]))| {
@@ -94,8 +95,9 @@ impl Core {
                 let (start, seen) = (at_keys.start, at_keys.len());
                 let p = &mut scores[..rows * seen];
                 let keys = k.rows(batch, kv_head, start, seen).t();
-                gemm(p, Into::SetHere, self.scale, q.rows(batch, head, first, rows), keys);
+                gemm(p, Into::SetHere, scale, q.rows(batch, head, first, rows), keys);
                 vectorized!({
+                    self.cap(p);
                     for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
                         self.hide(p, batch, first + r, start);
                         log_sums[at + r] = softmax(p);
@@ -136,6 +138,7 @@ impl Core {
         let (q, k, v) = (heads(&qh, &q, dim), heads(&kh, &k, dim), heads(&vh, &v, dim));
         let (yh, gh) = (Host::from_first(y)?, Host::from_first(grad)?);
         let (y, dy) = (heads(&yh, y, dim), heads(&gh, grad, dim));
+        let scale = self.scores.scale as f32;
         let mut dq = vec![0f32; b * n * tq * dim]; // (b, heads, tq, dim)
         let mut dk = vec![0f32; b * kv_heads * tk * dim]; // (b, kv_heads, tk, dim)
         let mut dv = dk.clone();
@@ -143,6 +146,7 @@ impl Core {
             let (batch, kv_head) = (i / kv_heads, i % kv_heads);
             let size = BLOCK.min(tq) * tk;
             let (mut ps, mut dropped, mut ds) = (vec![0f32; size], Vec::new(), vec![0f32; size]);
+            let mut slopes = Vec::new(); // of the cap
             for (head, first, rows) in self.blocks(kv_head) {
                 let at = (head % group) * tq + first;
                 let at_keys = self.seen(first..first + rows);
@@ -150,9 +154,16 @@ impl Core {
                 let (p, ds) = (&mut ps[..rows * seen], &mut ds[..rows * seen]);
                 let (queries, keys) = (q.rows(batch, head, first, rows), k.rows(batch, kv_head, start, seen));
                 let (values, dys) = (v.rows(batch, kv_head, start, seen), dy.rows(batch, head, first, rows));
-                gemm(p, Into::SetHere, self.scale, queries, keys.t());
+                gemm(p, Into::SetHere, scale, queries, keys.t());
                 gemm(ds, Into::SetHere, 1.0, dys, values.t());
                 let row_index = |r: usize| (batch * n + head) * tq + first + r;
+                if let Some(cap) = self.scores.cap.map(|cap| cap as f32) {
+                    vectorized!({
+                        self.cap(p);
+                        slopes.clear();
+                        slopes.extend(p.iter().map(|score| 1.0 - (score / cap) * (score / cap)));
+                    });
+                }
                 let (cells, here) = (|r: usize| row_index(r) * tk + start, start * dim..(start + seen) * dim);
                 vectorized!({
                     for (r, p) in p.chunks_exact_mut(seen.max(1)).enumerate() {
@@ -187,10 +198,11 @@ impl Core {
                             *ds = (*ds - along) * p;
                         }
                     }
+                    ds.iter_mut().zip(&slopes).for_each(|(ds, slope)| *ds *= slope);
                 });
                 let ds = Mat::new(ds, rows, seen);
-                gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, self.scale, ds, keys);
-                gemm(&mut dk[here], Into::AddHere, self.scale, ds.t(), queries);
+                gemm(&mut dq[at * dim..(at + rows) * dim], Into::SetHere, scale, ds, keys);
+                gemm(&mut dk[here], Into::AddHere, scale, ds.t(), queries);
             }
         };
         let (q_task, k_task) = ((group * tq * dim).max(1), (tk * dim).max(1));
@@ -200,6 +212,14 @@ impl Core {
         let dk = tensor(self.join(&dk, tk, kv_heads), (b, tk, kv_heads * dim))?;
         let dv = tensor(self.join(&dv, tk, kv_heads), (b, tk, kv_heads * dim))?;
         Ok([Some(dq), Some(dk), Some(dv)])
+    }
+
+    /// Caps scores in place, where there is a cap.
+    #[inline(always)]
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.scores.cap.map(|cap| cap as f32) {
+            scores.iter_mut().for_each(|score| *score = cap * vmath::tanh(*score / cap));
+        }
     }
 
     /// (head, first row, rows) of the blocks of the query heads that share a key head.

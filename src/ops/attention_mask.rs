@@ -1,4 +1,4 @@
-//! Which keys a query sees, and the sizes of an attention.
+//! Which keys a query sees, how it scores them, and the sizes of an attention.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -82,6 +82,22 @@ impl Latest {
         let mask = Tensor::from_vec(rows, (1, 1, tq, tk), device)?;
         *latest = Some(mask.clone());
         Ok(mask)
+    }
+}
+
+/// The score of query q at key k: `scale q k`, and with a cap `cap tanh(scale q k / cap)` (Gemma 2). A number alone is
+/// a scale without a cap.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// What the product is multiplied by, mostly one over the root of the head's width.
+    pub scale: f64,
+    /// The bound that scores approach, before the softmax; positive.
+    pub cap: Option<f64>,
+}
+
+impl From<f64> for Scores {
+    fn from(scale: f64) -> Self {
+        Self { scale, cap: None }
     }
 }
 

@@ -4,10 +4,11 @@ use candle_core::{bail, Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use super::custom_vjp::custom_vjp;
-use super::host::{dense, rows_per_piece, tensor, Host};
-use super::linear::{check, forward, input_gradient, linear, product};
+use super::host::{rows_per_piece, tensor};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
 use super::path::OpPath;
+use super::quantized::Weight;
+use super::soft_cap::{check as check_cap, soft_cap};
 use super::vmath;
 #[cfg(feature = "cuda")]
 use crate::kernels::loss as kernels;
@@ -30,7 +31,7 @@ const MOST_LOGITS: usize = 1 << 28;
 ///
 /// # Shapes
 /// - `xs`: `(n, dim)`
-/// - `weight`: `(classes, dim)`
+/// - `weight`: `(classes, dim)`, whose rows are dequantised in blocks where it is quantised
 /// - `labels`: `(n)` of i64, best on the host; rows labelled `ignore` are left out
 /// - output: a scalar, the dtype of `xs`
 ///
@@ -38,22 +39,46 @@ const MOST_LOGITS: usize = 1 << 28;
 /// If the shapes do not fit, and as [`cross_entropy`].
 pub fn linear_cross_entropy(
     xs: &Tensor,
-    weight: &Tensor,
+    weight: impl Into<Weight>,
     labels: &Tensor,
     ignore: i64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let (wanted, path) = (path, path.on(&[xs, weight]));
+    capped_linear_cross_entropy(xs, weight, labels, ignore, None, path)
+}
+
+/// [`linear_cross_entropy`] of logits that a soft cap bounds ([`soft_cap`]), as Gemma 2 has them, or of plain ones.
+///
+/// # Errors
+/// As [`linear_cross_entropy`] and [`soft_cap`].
+pub fn capped_linear_cross_entropy(
+    xs: &Tensor,
+    weight: impl Into<Weight>,
+    labels: &Tensor,
+    ignore: i64,
+    cap: Option<f64>,
+    path: OpPath,
+) -> Result<Tensor> {
+    let weight = &weight.into();
+    let (wanted, path) = (path, weight.path(path, xs));
     if path == OpPath::Reference || weight.track_op() {
-        return cross_entropy(&linear(xs, weight, None, wanted)?, labels, ignore, wanted);
+        let logits = weight.linear(xs, None, wanted)?;
+        let logits = match cap {
+            Some(cap) => soft_cap(&logits, cap, wanted)?,
+            None => logits,
+        };
+        return cross_entropy(&logits, labels, ignore, wanted);
     }
-    check(xs, weight, None)?;
+    weight.check(xs)?;
     if xs.rank() != 2 {
         bail!("linear cross entropy: expected xs (n, dim), got {:?}", xs.dims());
     }
-    let labels = Labels::new(labels, xs.dim(0)?, weight.dim(0)?, ignore)?;
+    if let Some(cap) = cap {
+        check_cap(cap)?;
+    }
+    let labels = Labels::new(labels, xs.dim(0)?, weight.dims2()?.0, ignore)?;
     #[cfg(feature = "cuda")]
-    if wanted.has_kernels() && kernels::supports(xs) {
+    if wanted.has_kernels() && cap.is_none() && kernels::supports(xs) {
         return on_device(xs, weight, &labels, path);
     }
     let (mut loss, mut gradients) = (None, Vec::new());
@@ -61,15 +86,15 @@ pub fn linear_cross_entropy(
         let chunk = labels.part(first, CHUNK);
         let rows = xs.detach().narrow(0, first, chunk.all.len())?;
         let (part, gradient) = match path {
-            OpPath::Fused => fused(&rows, weight, &chunk)?,
-            _ => composed(&forward(path, &rows, weight, None)?, &chunk)?,
+            OpPath::Fused => fused(&rows, weight, &chunk, cap)?,
+            _ => composed(&weight.forward(path, &rows)?, &chunk, cap)?,
         };
         loss = Some(match loss {
             Some(loss) => (loss + part)?,
             None => part,
         });
         if xs.track_op() {
-            gradients.push(input_gradient(path, &gradient, weight)?);
+            gradients.push(weight.input_gradient(path, &gradient)?);
         }
     }
     let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
@@ -90,15 +115,15 @@ fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
 /// The loss by kernels that read the logits once and leave their gradient in their place: all rows at one time, unless
 /// their logits were more than [`MOST_LOGITS`].
 #[cfg(feature = "cuda")]
-fn on_device(xs: &Tensor, weight: &Tensor, labels: &Labels, path: OpPath) -> Result<Tensor> {
+fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Result<Tensor> {
     let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
-    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dim(0)?).max(1), Vec::new());
+    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dims2()?.0).max(1), Vec::new());
     for first in (0..n).step_by(chunk) {
         let part = xs.detach().narrow(0, first, chunk.min(n - first))?;
-        let logits = forward(path, &part, weight, None)?;
+        let logits = weight.forward(path, &part)?;
         if xs.track_op() {
             rows.slopes_in_place(first, &logits)?;
-            gradients.push(input_gradient(path, &logits, weight)?);
+            gradients.push(weight.input_gradient(path, &logits)?);
         } else {
             rows.log_sums(first, &logits)?;
         }
@@ -107,10 +132,10 @@ fn on_device(xs: &Tensor, weight: &Tensor, labels: &Labels, path: OpPath) -> Res
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
-fn fused(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
-    let (rows, weight) = (dense(rows)?, dense(weight)?);
-    let (n, classes) = (labels.all.len(), weight.dim(0)?);
-    let mut logits = product(&Host::of(&rows)?, &Host::of(&weight)?, None, n);
+fn fused(rows: &Tensor, weight: &Weight, labels: &Labels, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
+    let (n, classes) = (labels.all.len(), weight.dims2()?.0);
+    let mut logits = weight.product(rows, n)?;
+    let cap = cap.map(|cap| cap as f32);
     let (piece, factor) = (rows_per_piece(classes), 1.0 / labels.counted as f32);
     let work = |(i, logits): (usize, &mut [f32])| {
         let mut sum = 0.0;
@@ -120,10 +145,19 @@ fn fused(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Ten
                 x.fill(0.0);
                 continue;
             }
-            let log_sum = log_sum(x);
-            sum += f64::from(log_sum - x[label as usize]);
-            x.iter_mut().for_each(|x| *x = factor * vmath::exp(*x - log_sum));
-            x[label as usize] -= factor;
+            if let Some(cap) = cap {
+                x.iter_mut().for_each(|x| *x = cap * vmath::tanh(*x / cap));
+            }
+            let (log_sum, own) = (log_sum(x), x[label as usize]);
+            sum += f64::from(log_sum - own);
+            let Some(cap) = cap else {
+                x.iter_mut().for_each(|x| *x = factor * vmath::exp(*x - log_sum));
+                x[label as usize] -= factor;
+                continue;
+            };
+            let slope = |x: f32| factor * (1.0 - (x / cap) * (x / cap)); // of the cap
+            x.iter_mut().for_each(|x| *x = slope(*x) * vmath::exp(*x - log_sum));
+            x[label as usize] -= slope(own);
         });
         sum
     };
@@ -132,9 +166,13 @@ fn fused(rows: &Tensor, weight: &Tensor, labels: &Labels) -> Result<(Tensor, Ten
     Ok((Tensor::new(loss as f32, &Device::Cpu)?, tensor(logits, (n, classes))?))
 }
 
-fn composed(logits: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+fn composed(logits: &Tensor, labels: &Labels, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
     let leaf = Var::from_tensor(logits)?;
-    let loss = composed_cross_entropy(leaf.as_tensor(), labels)?;
+    let capped = match cap {
+        Some(cap) => soft_cap(leaf.as_tensor(), cap, OpPath::Composed)?,
+        None => leaf.as_tensor().clone(),
+    };
+    let loss = composed_cross_entropy(&capped, labels)?;
     match loss.backward()?.remove(leaf.as_tensor()) {
         Some(gradient) => Ok((loss.detach(), gradient)),
         None => bail!("linear cross entropy: the logits have no gradient"),

@@ -25,6 +25,7 @@ mod dropout;
 mod dropout_mask;
 mod embedding;
 mod feed_forward;
+mod gelu_tanh;
 mod gemm;
 mod host;
 mod linear;
@@ -43,6 +44,7 @@ mod rotary;
 mod rows;
 mod scaled_rows;
 mod skinny_gemm;
+mod soft_cap;
 mod swiglu;
 mod tape;
 #[cfg(test)]
@@ -52,7 +54,7 @@ mod vmath;
 
 pub use activation::{gelu, silu, silu_mul};
 pub use attention::attention;
-pub use attention_mask::{CausalMask, Mask, Window};
+pub use attention_mask::{CausalMask, Mask, Scores, Window};
 pub(crate) use backward::backward;
 pub use checkpoint::checkpoint;
 pub use constant::{add_constant, matmul_constant, mul_constant, scale};
@@ -61,9 +63,10 @@ pub use disentangled::disentangled_attention;
 pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
+pub use gelu_tanh::gelu_tanh_mul;
 pub(crate) use host::sum_of_squares;
 pub use linear::linear;
-pub use linear_loss::linear_cross_entropy;
+pub use linear_loss::{capped_linear_cross_entropy, linear_cross_entropy};
 pub use loss::{cross_entropy, mean_squared_error};
 pub use low_rank::{
     adapted_linear, adapted_linear_with_dropout, add_low_rank, linear_and_low_rank, low_rank,
@@ -76,6 +79,7 @@ pub use quantized::{quantized_linear, QuantizedWeight, Weight};
 pub use rotary::rotary;
 pub use rows::Rows;
 pub use scaled_rows::add_scaled_rows;
+pub use soft_cap::soft_cap;
 pub use swiglu::swiglu;
 pub use tape::Tape;
 pub use update_energy::update_energy;

@@ -7,6 +7,7 @@ use candle_nn::{Init, Module, VarBuilder};
 use super::norm::{add_layer_norm, layer_norm, rms_norm};
 use super::path::OpPath;
 use crate::error::Result;
+use crate::util::dtype::wide;
 
 /// Layer norm over the last dimension (Ba et al. 2016): [`layer_norm`](super::layer_norm) with its weights.
 ///
@@ -97,12 +98,14 @@ impl Module for LayerNorm {
 pub struct RmsNorm {
     weight: Tensor,
     eps: f64,
+    /// Whether the weight is counted from one, as it is trained.
+    offset: bool,
 }
 
 impl RmsNorm {
     /// A norm with this weight, (dim).
     pub fn new(weight: Tensor, eps: f64) -> Self {
-        Self { weight, eps }
+        Self { weight, eps, offset: false }
     }
 
     /// Fetches `weight` (dim).
@@ -110,7 +113,20 @@ impl RmsNorm {
     /// # Errors
     /// If the tensor is missing or of another shape.
     pub fn load(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps })
+        Ok(Self::new(vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps))
+    }
+
+    /// The same of a norm that multiplies by `1 + weight`, as Gemma's do. The sum is made in single precision at least.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_offset(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(dim, "weight", Init::Const(0.0))?;
+        // A weight that may be trained is added to in every pass, a frozen one once.
+        match weight.track_op() {
+            true => Ok(Self { weight, eps, offset: true }),
+            false => Ok(Self::new(from_one(&weight)?, eps)),
+        }
     }
 
     /// Its weight.
@@ -123,8 +139,16 @@ impl RmsNorm {
     /// # Errors
     /// If the last dimension differs.
     pub fn forward_on(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        rms_norm(xs, &self.weight, self.eps, path)
+        match self.offset {
+            true => rms_norm(xs, &from_one(&self.weight)?, self.eps, path),
+            false => rms_norm(xs, &self.weight, self.eps, path),
+        }
     }
+}
+
+/// `1 + weight`.
+fn from_one(weight: &Tensor) -> candle_core::Result<Tensor> {
+    weight.to_dtype(wide(weight.dtype()))? + 1.0
 }
 
 impl Module for RmsNorm {

@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Result, Tensor, D};
 
-use super::attention_mask::{visible, Mask, Shape};
+use super::attention_mask::{visible, Mask, Scores, Shape};
 use super::disentangled_shape::{spread, Positioned};
 use super::dropout_mask::DropoutMask;
+use super::vmath;
 
 pub(super) fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let y = xs.contiguous()?.broadcast_matmul(&weight.t()?)?;
@@ -51,12 +52,23 @@ pub(super) fn dropout(xs: &Tensor, keep: &DropoutMask) -> Result<Tensor> {
 }
 
 pub(super) fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = xs.dim(D::Minus1)? / 2;
+    let (half, dim) = (cos.dim(D::Minus1)?, xs.dim(D::Minus1)?);
     let (x1, x2) = (xs.narrow(D::Minus1, 0, half)?, xs.narrow(D::Minus1, half, half)?);
     let (cos, sin) = (cos.unsqueeze(2)?, sin.unsqueeze(2)?);
     let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
     let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[y1, y2], D::Minus1)
+    Tensor::cat(&[y1, y2, xs.narrow(D::Minus1, 2 * half, dim - 2 * half)?], D::Minus1)
+}
+
+pub(super) fn soft_cap(xs: &Tensor, cap: f64) -> Result<Tensor> {
+    (xs / cap)?.tanh()? * cap
+}
+
+/// By the exponential, which candle differentiates as it is.
+pub(super) fn gelu_tanh(xs: &Tensor) -> Result<Tensor> {
+    let inner = ((xs.sqr()? * vmath::GELU_CUBE)? + 1.0)?;
+    let twice = ((xs * inner)? * (2.0 * vmath::GELU_SLOPE))?;
+    xs * (twice.neg()?.exp()? + 1.0)?.recip()?
 }
 
 pub(super) fn attention(
@@ -64,7 +76,7 @@ pub(super) fn attention(
     k: &Tensor,
     v: &Tensor,
     shape: &Shape,
-    scale: f64,
+    scores_of: Scores,
     mask: &Mask,
     dropout: Option<&DropoutMask>,
 ) -> Result<Tensor> {
@@ -77,7 +89,10 @@ pub(super) fn attention(
             .contiguous()
     };
     let (q, k, v) = (split(q, tq, heads)?, split(k, tk, kv_heads)?, split(v, tk, kv_heads)?);
-    let scores = (q.matmul(&k.t()?)? * scale)?;
+    let mut scores = (q.matmul(&k.t()?)? * scores_of.scale)?;
+    if let Some(cap) = scores_of.cap {
+        scores = soft_cap(&scores, cap)?;
+    }
     probabilities(&scores, visible(shape, mask, q.device())?, dropout)?
         .matmul(&v)?
         .transpose(1, 2)?

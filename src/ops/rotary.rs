@@ -13,22 +13,23 @@ use crate::kernels::rows;
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
-/// Rotates each pair `(x_i, x_{i + dim / 2})` by its position's angle.
+/// Rotates each pair `(x_i, x_{i + n / 2})` of the first `n` elements of each head by its position's angle; those
+/// beyond `n` pass through (partial rotary positions, as in Phi).
 ///
 /// One node and one pass each way (backward is the rotation by the opposite angle); nothing is kept
 /// but the table of angles. 11 times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`: `(b, t, heads, dim)`
-/// - `cos`, `sin`: `(b or 1, t, dim / 2)`; they get no gradient
+/// - `cos`, `sin`: `(b or 1, t, n / 2)`, `n` at most `dim`; they get no gradient
 /// - output: as `xs`
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, path: OpPath) -> Result<Tensor> {
     let (b, t, _, dim) = xs.dims4()?;
-    let fits = |table: &Tensor| matches!(*table.dims(), [tables, steps, half] if (tables == b || tables == 1) && steps == t && 2 * half == dim);
-    if dim == 0 || !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
+    let fits = |table: &Tensor| matches!(*table.dims(), [tables, steps, half] if (tables == b || tables == 1) && steps == t && half > 0 && 2 * half <= dim);
+    if !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
         bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
     }
     let (kernels, path) = (path.has_kernels(), path.on(&[xs, cos, sin]));
@@ -45,7 +46,7 @@ pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, path: OpPath) -> Result<T
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
     let (_, t, heads, dim) = xs.dims4()?;
-    let half = dim / 2;
+    let half = cos.dim(2)?;
     if path == OpPath::Fused {
         let tables = cos.dim(0)?;
         let (x, cos, sin) = (dense(xs)?, dense(cos)?, dense(sin)?);
@@ -60,6 +61,7 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
                     let (cos, sin) = (&cos[angle..angle + half], &sin[angle..angle + half]);
                     let (x1, x2) = x[row * dim..(row + 1) * dim].split_at(half);
                     let (y1, y2) = out.split_at_mut(half);
+                    y2[half..].copy_from_slice(&x2[half..]);
                     for j in 0..half {
                         y1[j] = x1[j] * cos[j] - sign * x2[j] * sin[j];
                         y2[j] = x2[j] * cos[j] + sign * x1[j] * sin[j];
@@ -70,7 +72,12 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
         return tensor(y, xs.dims());
     }
     #[cfg(feature = "cuda")]
-    if kernels && rows::supports_all([xs]) && cos.dtype() == DType::F32 && sin.dtype() == DType::F32 {
+    if kernels
+        && 2 * half == dim
+        && rows::supports_all([xs])
+        && cos.dtype() == DType::F32
+        && sin.dtype() == DType::F32
+    {
         return crate::kernels::activation::rotary(xs, cos, sin, sign);
     }
     // In half-width dtypes the angles' cosines have eight bits: products in f32.
@@ -80,5 +87,6 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
     let (cos, sin) = (cos.to_dtype(dtype)?.unsqueeze(2)?, (sin.to_dtype(dtype)?.unsqueeze(2)? * sign)?);
     let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
     let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype())
+    let rest = x.narrow(D::Minus1, 2 * half, dim - 2 * half)?;
+    Tensor::cat(&[y1, y2, rest], D::Minus1)?.to_dtype(xs.dtype())
 }

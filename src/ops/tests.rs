@@ -7,6 +7,7 @@ use super::*;
 use crate::noise::{Noise, Purpose, Stream};
 
 mod attention;
+mod caps;
 mod contracts;
 #[cfg(feature = "cuda")]
 mod device;
@@ -210,6 +211,7 @@ fn cases() -> Vec<Case> {
     ];
     all.extend(attention::cases());
     all.extend(disentangled::cases());
+    all.extend(caps::cases());
     all
 }
 

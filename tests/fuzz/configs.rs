@@ -38,6 +38,53 @@ fn llama() -> Vec<Value> {
     vec![old, new]
 }
 
+/// One of each family after LLaMA, with the fields that it alone has.
+fn later() -> Vec<Value> {
+    let shared = json!({"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64, "rms_norm_eps": 1e-06,
+        "sliding_window": 8, "head_dim": 16, "eos_token_id": 2, "pad_token_id": 0});
+    let longrope = json!({"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1, 2, 3, 4]});
+    let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32,
+        "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.5});
+    let nested = json!({"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}});
+    let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    let gemma = json!({"query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh", "layer_types": types,
+        "final_logit_softcapping": 30.0, "attention_bias": true});
+    let with = |parts: &[&Value]| {
+        let mut all = shared.clone();
+        for (name, value) in parts.iter().flat_map(|part| part.as_object().unwrap()) {
+            all[name] = value.clone();
+        }
+        all
+    };
+    let text = with(&[&gemma, &json!({"model_type": "gemma3_text", "rope_parameters": nested})]);
+    vec![
+        with(&[
+            &json!({"model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 1, "rope_scaling": yarn}),
+        ]),
+        with(&[&json!({"model_type": "qwen3", "rope_theta": 1e6, "layer_types": types,
+            "use_sliding_window": true})]),
+        with(&[&json!({"model_type": "mistral", "rope_theta": 1e6})]),
+        with(&[&json!({"model_type": "smollm3", "no_rope_layers": [1, 1, 0], "no_rope_layer_interval": 3})]),
+        with(&[&json!({"model_type": "phi3", "resid_pdrop": 0.0, "original_max_position_embeddings": 32,
+            "rope_parameters": longrope})]),
+        with(&[&gemma, &json!({"model_type": "gemma2", "attn_logit_softcapping": 50.0})]),
+        with(&[
+            &gemma,
+            &json!({"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 2, "layer_types": null}),
+        ]),
+        json!({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}),
+        text,
+    ]
+}
+
+fn decoders_seeds() -> Vec<Value> {
+    llama().into_iter().chain(later()).collect()
+}
+
 /// The encoders after BERT, as transformers writes them.
 fn encoders_after_bert() -> Vec<Value> {
     let sizes = json!({"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -66,9 +113,34 @@ fn encoders_after_bert() -> Vec<Value> {
 }
 
 fn documents(seeds: Vec<Value>) -> Documents {
-    let values =
-        ["roberta", "llama", "bert", "camembert", "gelu", "silu", "llama3", "default"].map(Value::from);
-    let names = ["head_dim", "type", "rope_type", "rope_parameters", "id2label", "num_labels", "9", "factor"];
+    let values = [
+        "roberta",
+        "llama",
+        "bert",
+        "camembert",
+        "gelu",
+        "silu",
+        "llama3",
+        "default",
+        "phi3",
+        "gemma3",
+        "qwen2",
+        "yarn",
+    ]
+    .map(Value::from);
+    let names = [
+        "head_dim",
+        "type",
+        "rope_type",
+        "rope_parameters",
+        "id2label",
+        "num_labels",
+        "9",
+        "factor",
+        "layer_types",
+        "sliding_window",
+        "text_config",
+    ];
     Documents::new(seeds, values.to_vec(), &names)
 }
 
@@ -78,9 +150,12 @@ fn use_roberta(config: &RobertaConfig) {
     assert!(config.pad_id() < u32::MAX && config.head_dropout() < 1.0);
 }
 
-fn use_llama(config: &DecoderConfig) {
-    assert!(config.head_dim() >= 2 && config.head_dim().is_multiple_of(2));
-    assert!((config.pad_id() as usize) < config.decoder.vocab_size);
+fn use_decoder(config: &DecoderConfig) {
+    assert!(config.head_dim() >= 2 && config.head_dim().is_multiple_of(2) && config.layers.len() <= 4096);
+    assert!(
+        config.rotary.dim <= config.head_dim() && config.layers.iter().all(|layer| layer.window != Some(0))
+    );
+    assert!((config.pad_id() as usize) < config.vocab_size);
 }
 
 #[test]
@@ -98,20 +173,21 @@ fn encoders() {
 fn decoders() {
     let folder = Folder::new(&["config.json"]);
     let path = folder.path().join("config.json");
-    let documents = documents(llama());
+    let documents = documents(decoders_seeds());
     let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
-    let read = |_: &Input| DecoderConfig::from_file(&path).map(|config| use_llama(&config));
-    for seed in llama() {
+    let read = |_: &Input| DecoderConfig::from_file(&path).map(|config| use_decoder(&config));
+    for seed in decoders_seeds() {
         read(&folder.put(Input::one(0, seed.to_string().into_bytes()))).unwrap();
     }
-    reader("llama_config").run(make, read);
+    reader("decoder_config").run(make, read);
 }
 
 #[test]
 fn classifiers() {
     let folder = Folder::new(&["config.json"]);
     let (path, copy) = (folder.path().join("config.json"), folder.path().join("copy-of-config.json"));
-    let seeds: Vec<Value> = llama().into_iter().chain([roberta()]).chain(encoders_after_bert()).collect();
+    let seeds: Vec<Value> =
+        decoders_seeds().into_iter().chain([roberta()]).chain(encoders_after_bert()).collect();
     let documents = documents(seeds.clone());
     let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
     let read = |_: &Input| {

@@ -35,8 +35,8 @@ fn decoder(files: &ModelFiles, config: &DecoderConfig) -> Outcome<(DecoderForCau
 
 /// The logits after the last of some tokens, by candle-transformers.
 fn theirs(vb: VarBuilder, config: &DecoderConfig, ids: &Tensor) -> Outcome<Tensor> {
-    let model = llama::Llama::load(vb, &config.decoder)?;
-    let mut cache = llama::Cache::new(false, DType::F32, &config.decoder, &Device::Cpu)?;
+    let model = llama::Llama::load(vb, &config.to_candle_llama()?)?;
+    let mut cache = llama::Cache::new(false, DType::F32, &config.to_candle_llama()?, &Device::Cpu)?;
     Ok(model.forward(ids, 0, &mut cache)?) // (1, vocab)
 }
 

@@ -110,12 +110,12 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
         let config = toy_config(llama3)?;
         let (model, params) = toy(&config, DType::F32)?;
         let vb = VarBuilder::from_tensors(weights(&params), DType::F32, &Device::Cpu);
-        let reference = oracle::Llama::load(vb, &config.decoder)?;
+        let reference = oracle::Llama::load(vb, &config.to_candle_llama()?)?;
         // Beyond the original context of the scaled positions.
         let tokens: Vec<u32> = (0..36).map(|i| 3 + (i * 17) % 40).collect();
         for length in [1, 5, 36] {
             let (ids, mask) = one_row(&tokens[..length])?;
-            let mut cache = oracle::Cache::new(false, DType::F32, &config.decoder, &Device::Cpu)?;
+            let mut cache = oracle::Cache::new(false, DType::F32, &config.to_candle_llama()?, &Device::Cpu)?;
             let expected = reference.forward(&ids, 0, &mut cache)?; // (1, vocab): the last position
             for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
                 let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;

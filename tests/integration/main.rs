@@ -6,6 +6,7 @@ mod causal;
 mod checkpoint;
 #[cfg(unix)]
 mod command;
+mod decoders;
 #[cfg(feature = "cuda")]
 mod device;
 mod encoders;
@@ -29,6 +30,7 @@ mod other_writers;
 mod own_model;
 mod peft_adapters;
 mod prompt;
+mod quantized;
 mod random_weights;
 mod resume;
 mod save;

@@ -10,9 +10,9 @@ use crate::error::Result;
 use crate::models::causal::{Cache, CausalLm};
 use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::Weight;
+use crate::ops::{self, Weight};
 
-/// LLaMA as a language model.
+/// A decoder as a language model.
 #[derive(Debug)]
 pub struct DecoderForCausalLM {
     decoder: Decoder,
@@ -29,11 +29,11 @@ impl DecoderForCausalLM {
     pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &DecoderConfig, noise: Noise) -> Result<Self> {
         let vb = vb.into();
         let decoder = Decoder::load(&vb, config, noise)?;
-        let head = if config.decoder.tie_word_embeddings {
+        let head = if config.tie_word_embeddings {
             decoder.embeddings().clone()
         } else {
             let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-            let shape = (config.decoder.vocab_size, config.decoder.hidden_size);
+            let shape = (config.vocab_size, config.hidden_size);
             vb.pp("lm_head").table(shape, init)?
         };
         Ok(Self { decoder, head, config: config.clone() })
@@ -73,11 +73,16 @@ impl CausalLm for DecoderForCausalLM {
     }
 
     fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        self.head.linear(hidden, None, cx.path)
+        let logits = self.head.linear(hidden, None, cx.path)?;
+        match self.config.logit_cap {
+            Some(cap) => ops::soft_cap(&logits, cap, cx.path),
+            None => Ok(logits),
+        }
     }
 
     fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        self.head.cross_entropy(hidden, targets, -100, cx.path)
+        let cap = self.config.logit_cap;
+        ops::capped_linear_cross_entropy(hidden, &self.head, targets, -100, cap, cx.path)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
 
-/// LLaMA with a linear classifier on the last real token.
+/// A decoder with a linear classifier on the last real token.
 #[derive(Debug)]
 pub struct DecoderForSequenceClassification {
     decoder: Decoder,
@@ -34,7 +34,7 @@ impl DecoderForSequenceClassification {
     ) -> Result<Self> {
         let decoder = Decoder::load(vb, config, noise)?;
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-        let shape = (config.num_labels, config.decoder.hidden_size);
+        let shape = (config.num_labels, config.hidden_size);
         let score = head.pp("score").get_with_hints(shape, "weight", init)?;
         Ok(Self { decoder, score, config: config.clone() })
     }

@@ -1,19 +1,67 @@
-//! The configuration of a decoder, as Hugging Face's `config.json` has it.
+//! What a decoder is made of: sizes and switches, whatever family they came from.
 
-use std::path::Path;
-
-use candle_transformers::models::llama::{self as candle_llama, Config, LlamaEosToks};
-use serde::Deserialize;
-use serde_json::{Map, Value};
-
+use super::positions::{Positions, RotaryConfig};
 use crate::error::{Error, Result};
-use crate::util::{check, json};
+use crate::util::check;
 
-/// `candle-transformers`' configuration and what training needs beyond it.
-#[derive(Debug, Clone)]
+/// The sizes of a decoder and the switches in which the families differ. [`Self::from_file`] reads them from the
+/// `config.json` of one of [`Self::model_types`].
+#[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
-    /// The fields that shape the computation.
-    pub decoder: Config,
+    /// The family, as `config.json` names it.
+    pub model_type: &'static str,
+    /// The number of token ids.
+    pub vocab_size: usize,
+    /// The width of the residual stream.
+    pub hidden_size: usize,
+    /// The width inside a feed-forward block.
+    pub intermediate_size: usize,
+    /// The query heads.
+    pub num_attention_heads: usize,
+    /// The key heads, each of which serves as many query heads.
+    pub num_key_value_heads: usize,
+    /// The width of one head; all together need not be as wide as the residual stream.
+    pub head_dim: usize,
+    /// The longest sequence, in tokens.
+    pub max_position_embeddings: usize,
+    /// In what the layers differ, one entry a layer.
+    pub layers: Vec<LayerConfig>,
+    /// The rotary positions of the layers that say [`Positions::Global`].
+    pub rotary: RotaryConfig,
+    /// Those of the layers that say [`Positions::Local`] (Gemma 3).
+    pub local_rotary: Option<RotaryConfig>,
+    /// Whether the projections of queries, keys and values have a bias (Qwen 2).
+    pub qkv_bias: bool,
+    /// Whether the projection after attention has one.
+    pub o_bias: bool,
+    /// Whether the feed-forward block's have.
+    pub mlp_bias: bool,
+    /// Whether queries and keys of each head are RMS-normed before their rotation (Qwen 3, Gemma 3).
+    pub qk_norm: bool,
+    /// Whether queries, keys and values are one layer, `qkv_proj`, and gate and up another, `gate_up_proj` (Phi 3).
+    pub fused_projections: bool,
+    /// Whether attention and feed-forward are normed before they are added to the residual stream, too (Gemma).
+    pub post_norms: bool,
+    /// Whether norms multiply by `1 + w` rather than by `w` (Gemma).
+    pub norm_offset: bool,
+    /// What is added to the mean square in every norm.
+    pub rms_norm_eps: f64,
+    /// The gate of the feed-forward block.
+    pub activation: Activation,
+    /// What the product of a query and a key is multiplied by.
+    pub attention_scale: f64,
+    /// The soft cap on attention scores (Gemma 2).
+    pub attention_cap: Option<f64>,
+    /// The soft cap on the logits of the next token (Gemma 2).
+    pub logit_cap: Option<f64>,
+    /// What token embeddings are multiplied by (Gemma).
+    pub embedding_scale: Option<f64>,
+    /// Whether the head over the vocabulary is the embedding itself.
+    pub tie_word_embeddings: bool,
+    /// The token that begins a text, where the model has one.
+    pub bos_token_id: Option<u32>,
+    /// The tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
     /// The id of padding, where the model has one.
     pub pad_token_id: Option<u32>,
     /// The number of outputs of a classification head.
@@ -24,381 +72,103 @@ pub struct DecoderConfig {
     pub initializer_range: f64,
 }
 
-/// What `candle-transformers` does not read.
-#[derive(Deserialize)]
-struct Extra {
-    #[serde(default)]
-    pad_token_id: Option<i64>,
-    #[serde(default)]
-    id2label: Option<Map<String, Value>>,
-    #[serde(default)]
-    num_labels: Option<usize>,
-    #[serde(default)]
-    attention_dropout: Option<f64>,
-    #[serde(default)]
-    initializer_range: Option<f64>,
-    #[serde(default)]
-    hidden_act: Option<String>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    head_dim: Option<usize>,
-    #[serde(default)]
-    model_type: Option<String>,
-    #[serde(default)]
-    partial_rotary_factor: Option<f64>,
+/// What may be another in each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// A query sees this many keys, its own place included, and none before them. None: all.
+    pub window: Option<usize>,
+    /// Which rotary positions the layer has.
+    pub positions: Positions,
+}
+
+/// The gate of a feed-forward block, `activation(gate) up`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// The tanh approximation of GELU.
+    GeluTanh,
 }
 
 impl DecoderConfig {
-    /// Reads and checks a `config.json`, of old and of new versions of transformers. [`Self::from_files`] reads what
-    /// else a model says of the end of a text.
-    ///
-    /// # Errors
-    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(json::read_config(path)?.as_bytes(), path)
-    }
-
-    /// The same from the file's bytes; `path` only names it in errors.
-    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let value = json::parse(text, path)?;
-        Self::from_value(value).map_err(|e| Error::format(path, e.to_string()))
-    }
-
-    /// The same from the parsed text.
-    ///
-    /// # Errors
-    /// As [`Self::from_file`].
-    pub fn from_value(mut value: Value) -> Result<Self> {
-        let malformed = |e: serde_json::Error| Error::config("config.json", e.to_string());
-        json::drop_nulls(&mut value, &["rope_parameters", "rope_scaling"]);
-        let extra: Extra = serde_json::from_value(value.clone()).map_err(malformed)?;
-        extra.check(&value)?;
-        classic_rope(&mut value)?;
-        let decoder: candle_llama::LlamaConfig = serde_json::from_value(value).map_err(malformed)?;
-        let labels = extra.id2label.as_ref().map(Map::len).or(extra.num_labels);
-        let config = Self {
-            decoder: decoder.into_config(false),
-            pad_token_id: extra.pad_id()?,
-            num_labels: labels.unwrap_or(2),
-            attention_dropout: extra.attention_dropout.unwrap_or(0.0),
-            initializer_range: extra.initializer_range.unwrap_or(0.02),
-        };
-        config.validate()?;
-        Ok(config)
-    }
-
     /// Checks that the values fit each other.
     ///
     /// # Errors
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
-        let c = &self.decoder;
         let sizes = [
-            ("vocab_size", c.vocab_size),
-            ("hidden_size", c.hidden_size),
-            ("intermediate_size", c.intermediate_size),
-            ("num_attention_heads", c.num_attention_heads),
-            ("num_key_value_heads", c.num_key_value_heads),
-            ("max_position_embeddings", c.max_position_embeddings),
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
             ("num_labels", self.num_labels),
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(Error::config(*name, "must be positive"));
         }
-        let heads = c.num_attention_heads;
-        if !c.hidden_size.is_multiple_of(heads.saturating_mul(2)) {
-            let reason = format!("{heads} heads do not divide {} into even widths", c.hidden_size);
-            return Err(Error::config("num_attention_heads", reason));
-        }
-        if !heads.is_multiple_of(c.num_key_value_heads) {
-            let reason = format!("{} do not divide {heads} heads", c.num_key_value_heads);
+        let heads = self.num_attention_heads;
+        if !heads.is_multiple_of(self.num_key_value_heads) {
+            let reason = format!("{} do not divide {heads} heads", self.num_key_value_heads);
             return Err(Error::config("num_key_value_heads", reason));
+        }
+        let all = heads.checked_mul(3).and_then(|heads| heads.checked_mul(self.head_dim));
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) || all.is_none() {
+            let reason =
+                format!("expected an even width, not too large for {heads} heads, got {}", self.head_dim);
+            return Err(Error::config("head_dim", reason));
         }
         if !(0.0..1.0).contains(&self.attention_dropout) {
             let reason = format!("expected [0, 1), got {}", self.attention_dropout);
             return Err(Error::config("attention_dropout", reason));
         }
-        let ends = self.eos_token_ids().into_iter().map(|id| ("eos_token_id", id));
-        let mut special = self.pad_token_id.map(|id| ("pad_token_id", id)).into_iter().chain(ends);
-        if let Some((name, id)) = special.find(|(_, id)| *id as usize >= c.vocab_size) {
-            return Err(Error::config(name, format!("{id} is outside a vocabulary of {}", c.vocab_size)));
+        let named = |name: &'static str| move |id: &u32| (name, *id);
+        let special = self.pad_token_id.iter().map(named("pad_token_id"));
+        let mut special = special.chain(self.eos_token_ids.iter().map(named("eos_token_id")));
+        if let Some((name, id)) = special.find(|(_, id)| *id as usize >= self.vocab_size) {
+            return Err(Error::config(name, format!("{id} is outside a vocabulary of {}", self.vocab_size)));
         }
-        check::positive("rms_norm_eps", c.rms_norm_eps)?;
-        let positive = |value: f32| value > 0.0 && value.is_finite();
-        if !positive(c.rope_theta) {
+        check::positive("rms_norm_eps", self.rms_norm_eps)?;
+        check::positive("query_pre_attn_scalar", self.attention_scale)?;
+        for (name, cap) in [
+            ("attn_logit_softcapping", self.attention_cap),
+            ("final_logit_softcapping", self.logit_cap),
+            ("embedding_scale", self.embedding_scale),
+        ] {
+            cap.map_or(Ok(()), |cap| check::positive(name, cap))?;
+        }
+        if self.layers.iter().any(|layer| layer.window == Some(0)) {
+            return Err(Error::config("sliding_window", "a window of 0 keys hides a query's own place"));
+        }
+        let is_local = |layer: &LayerConfig| layer.positions == Positions::Local;
+        if self.local_rotary.is_none() && self.layers.iter().any(is_local) {
             return Err(Error::config(
-                "rope_theta",
-                format!("expected a positive number, got {}", c.rope_theta),
+                "rope_local_base_freq",
+                "a layer has local positions, and there are none",
             ));
         }
-        match &c.rope_scaling {
-            Some(rope) if matches!(rope.rope_type, candle_llama::Llama3RopeType::Llama3) => {
-                let (low, high) = (rope.low_freq_factor, rope.high_freq_factor);
-                let fits = positive(rope.factor) && positive(low) && high > low;
-                if fits && rope.original_max_position_embeddings > 0 {
-                    return Ok(());
-                }
-                let reason = format!(
-                    "llama3 wants a positive factor, 0 < low_freq_factor < high_freq_factor and an \
-                     original length, got {rope:?}"
-                );
-                Err(Error::config("rope_scaling", reason))
-            }
-            _ => Ok(()),
-        }
+        self.local_rotary.iter().chain([&self.rotary]).try_for_each(|rotary| rotary.validate(self.head_dim))
     }
 
     /// The width of one attention head.
     pub fn head_dim(&self) -> usize {
-        self.decoder.hidden_size / self.decoder.num_attention_heads
+        self.head_dim
     }
 
     /// The tokens that end a text.
     pub fn eos_token_ids(&self) -> Vec<u32> {
-        match &self.decoder.eos_token_id {
-            None => Vec::new(),
-            Some(LlamaEosToks::Single(id)) => vec![*id],
-            Some(LlamaEosToks::Multiple(ids)) => ids.clone(),
-        }
+        self.eos_token_ids.clone()
     }
 
     /// The id that fills a batch. It is masked, so that any id serves where the model has none.
     pub fn pad_id(&self) -> u32 {
-        self.pad_token_id.or_else(|| self.eos_token_ids().first().copied()).unwrap_or(0)
+        self.pad_token_id.or_else(|| self.eos_token_ids.first().copied()).unwrap_or(0)
     }
 
     /// The same configuration with `n` outputs of a classification head.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         self.num_labels = n;
         self
-    }
-}
-
-impl Extra {
-    fn pad_id(&self) -> Result<Option<u32>> {
-        match self.pad_token_id {
-            // Some checkpoints write -1 for "none".
-            None | Some(-1) => Ok(None),
-            Some(id) => match u32::try_from(id) {
-                Ok(id) => Ok(Some(id)),
-                Err(_) => Err(Error::config("pad_token_id", format!("{id} is no token id"))),
-            },
-        }
-    }
-
-    /// Refuses by name what would silently compute something else.
-    fn check(&self, value: &Value) -> Result<()> {
-        if let Some(other) = self.model_type.as_deref().filter(|kind| *kind != "llama") {
-            return Err(Error::config("model_type", format!("expected llama, got {other}")));
-        }
-        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(Error::config("hidden_act", format!("expected silu, got {act}")));
-        }
-        for (name, set) in [("attention_bias", self.attention_bias), ("mlp_bias", self.mlp_bias)] {
-            if set {
-                return Err(Error::config(name, "linear layers with a bias are not supported"));
-            }
-        }
-        whole_rotary(self.partial_rotary_factor)?;
-        let size = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0) as usize;
-        let (hidden, heads) = (size("hidden_size"), size("num_attention_heads"));
-        match self.head_dim {
-            Some(dim) if dim.checked_mul(heads) != Some(hidden) => {
-                let reason = format!("{heads} heads of {dim} do not make a hidden_size of {hidden}");
-                Err(Error::config("head_dim", reason))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Refuses rotary positions on a part of each head.
-fn whole_rotary(factor: Option<f64>) -> Result<()> {
-    match factor {
-        Some(factor) if factor != 1.0 => {
-            Err(Error::config("partial_rotary_factor", format!("expected 1, got {factor}")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Writes the rotary settings where `candle-transformers` looks for them: transformers 5 keeps
-/// them in `rope_parameters`, older versions in `rope_theta` and `rope_scaling`, whose kind was
-/// called `type` at first.
-fn classic_rope(value: &mut Value) -> Result<()> {
-    let Some(fields) = value.as_object_mut() else {
-        return Err(Error::config("config.json", "expected an object"));
-    };
-    match fields.remove("rope_parameters") {
-        Some(Value::Object(mut rope)) => {
-            if let Some(theta) = rope.remove("rope_theta") {
-                fields.insert("rope_theta".to_string(), theta);
-            }
-            match rope.remove("partial_rotary_factor") {
-                None | Some(Value::Null) => {}
-                Some(factor) => whole_rotary(Some(factor.as_f64().unwrap_or(f64::NAN)))?,
-            }
-            fields.insert("rope_scaling".to_string(), Value::Object(rope));
-        }
-        None | Some(Value::Null) => {}
-        Some(other) => {
-            return Err(Error::config("rope_parameters", format!("expected an object, got {other}")));
-        }
-    }
-    let Some(Value::Object(rope)) = fields.get_mut("rope_scaling") else {
-        return Ok(());
-    };
-    if let Some(kind) = rope.remove("type") {
-        rope.entry("rope_type").or_insert(kind);
-    }
-    let kind = rope.get("rope_type").and_then(Value::as_str).unwrap_or("default");
-    match kind {
-        "llama3" => Ok(()),
-        // candle-transformers wants every field of the other kind, too.
-        "default" => {
-            fields.insert("rope_scaling".to_string(), Value::Null);
-            Ok(())
-        }
-        other => {
-            let reason = format!("expected default or llama3, got {other}");
-            Err(Error::config("rope_scaling", reason))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    /// The fields of Llama-3.2-3B.
-    fn llama3() -> Value {
-        json!({
-            "model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "num_hidden_layers": 28,
-            "num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192,
-            "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": true,
-            "bos_token_id": 128000, "eos_token_id": [128001, 128008],
-            "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-        })
-    }
-
-    #[test]
-    fn old_and_new_files_say_the_same() -> Result<()> {
-        let old = DecoderConfig::from_value(llama3())?;
-        assert_eq!((old.head_dim(), old.eos_token_ids()), (128, vec![128001, 128008]));
-        assert_eq!(old.pad_id(), 128001);
-        let mut new = llama3();
-        let fields = new.as_object_mut().unwrap();
-        let mut rope = fields.remove("rope_scaling").unwrap();
-        rope["rope_theta"] = fields.remove("rope_theta").unwrap();
-        fields.insert("rope_parameters".to_string(), rope);
-        let new = DecoderConfig::from_value(new)?;
-        assert_eq!(format!("{old:?}"), format!("{new:?}"));
-        assert_eq!(new.decoder.rope_theta, 500000.0);
-        Ok(())
-    }
-
-    #[test]
-    fn plain_positions_may_be_spelt_out() -> Result<()> {
-        let mut value = llama3();
-        value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 10000.0});
-        let config = DecoderConfig::from_value(value)?;
-        assert!(config.decoder.rope_scaling.is_none());
-        assert_eq!(config.decoder.rope_theta, 10000.0);
-        Ok(())
-    }
-
-    #[test]
-    fn every_null_is_as_good_as_an_absent_field() {
-        let mut whole = llama3();
-        for (name, value) in [
-            ("attention_bias", json!(false)),
-            ("mlp_bias", json!(false)),
-            ("attention_dropout", json!(0.1)),
-            ("initializer_range", json!(0.3)),
-            ("num_labels", json!(5)),
-            ("id2label", json!({"0": "a"})),
-            ("pad_token_id", json!(4)),
-            ("partial_rotary_factor", json!(1.0)),
-        ] {
-            whole[name] = value;
-        }
-        let read = |json: &Value| {
-            let config = DecoderConfig::from_value(json.clone());
-            config.map(|config| format!("{config:?}")).map_err(|error| error.to_string())
-        };
-        for name in whole.as_object().unwrap().keys() {
-            let (mut null, mut absent) = (whole.clone(), whole.clone());
-            null[name] = Value::Null;
-            absent.as_object_mut().unwrap().remove(name);
-            assert_eq!(read(&null), read(&absent), "{name}");
-        }
-        whole["rope_parameters"] = json!({"rope_type": "default", "rope_theta": null});
-        assert!(read(&whole).is_ok_and(|config| config.contains("rope_theta: 500000")), "{:?}", read(&whole));
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        let cases = [
-            ("model_type", json!("mistral")),
-            ("hidden_act", json!("gelu")),
-            ("attention_bias", json!(true)),
-            ("mlp_bias", json!(true)),
-            ("head_dim", json!(64)),
-            ("head_dim", json!(u64::MAX)),
-            ("num_attention_heads", json!(1u64 << 63)),
-            ("num_attention_heads", json!(7)),
-            ("num_key_value_heads", json!(5)),
-            ("vocab_size", json!(0)),
-            ("attention_dropout", json!(1.0)),
-            ("rope_theta", json!(0.0)),
-            ("rms_norm_eps", json!(0.0)),
-            ("pad_token_id", json!(128256)),
-            ("pad_token_id", json!(-2)),
-            ("eos_token_id", json!(128256)),
-            ("eos_token_id", json!([128001, 128256])),
-            ("rope_parameters", json!("linear")),
-            ("rope_parameters", json!([1.0])),
-            ("partial_rotary_factor", json!(0.5)),
-            ("rope_scaling", json!({"type": "linear", "factor": 2.0})),
-            (
-                "rope_scaling",
-                json!({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8}),
-            ),
-        ];
-        for (name, bad) in cases {
-            let mut value = llama3();
-            value[name] = bad;
-            if name == "num_attention_heads" {
-                value["head_dim"] = Value::Null;
-            }
-            let error = DecoderConfig::from_value(value).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("invalid {name}: ")), "{name}: {error}");
-        }
-        let mut value = llama3();
-        value["rope_parameters"] = json!({"rope_theta": 10000.0, "partial_rotary_factor": 0.25});
-        let error = DecoderConfig::from_value(value.clone()).unwrap_err().to_string();
-        assert_eq!(error, "invalid partial_rotary_factor: expected 1, got 0.25");
-        value["rope_parameters"]["partial_rotary_factor"] = json!(1.0);
-        value["partial_rotary_factor"] = json!(1.0);
-        assert!(DecoderConfig::from_value(value).is_ok());
-    }
-
-    #[test]
-    fn a_malformed_file_is_named_with_its_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.json");
-        std::fs::write(&path, "{\n\"hidden_size\": ,}").unwrap();
-        let error = DecoderConfig::from_file(&path).unwrap_err().to_string();
-        assert!(error.contains("config.json, line 2"), "{error}");
-        std::fs::write(&path, r#"{"hidden_size": 3}"#).unwrap();
-        let error = DecoderConfig::from_file(&path).unwrap_err().to_string();
-        assert!(error.contains("config.json") && error.contains("missing field"), "{error}");
     }
 }

@@ -34,7 +34,7 @@ impl DecoderConfig {
                 ends.push(id);
             }
         }
-        config.decoder.eos_token_id = Some(LlamaEosToks::Multiple(ends));
+        config.eos_token_ids = ends;
         config.validate().map_err(|e| Error::format(&path, e.to_string()))?;
         Ok(config)
     }

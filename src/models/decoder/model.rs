@@ -2,19 +2,19 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, D};
-use candle_nn::kv_cache::KvCache;
+use candle_core::{Device, Tensor};
 use candle_nn::Init;
 
 use super::config::DecoderConfig;
-use super::rotary::Rotary;
-use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Pass};
+use super::layer::Layer;
+use super::step::{Step, Tables};
+use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
-use crate::models::layers::{adaptable_linear_no_bias, parameters, Dropout};
+use crate::models::layers::rms_norm;
 use crate::models::Weights;
 use crate::noise::Noise;
-use crate::ops::{self, CausalMask, Mask, RmsNorm, Weight};
+use crate::ops::{self, CausalMask, Mask, RmsNorm, Weight, Window};
 
 /// The decoder without a head.
 #[derive(Debug)]
@@ -23,21 +23,18 @@ pub struct Decoder {
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
     norm: RmsNorm,
-    rotary: Rotary,
+    tables: Tables,
     causal: CausalMask,
     max_length: usize,
+    targets: &'static [&'static str],
 }
 
-/// What every layer of one forward pass shares.
-#[derive(Clone)]
-struct Step {
-    mask: Mask,
-    angles: (Tensor, Tensor), // (1, t, head_dim / 2) each
-    cx: Context,
-}
+/// Where checkpoints have the decoder: alone, in a model with a head, in one that sees images too (Gemma 3, as it was
+/// saved by newer and by older versions of transformers).
+const PREFIXES: [&str; 4] = ["", "model", "model.language_model", "language_model.model"];
 
 impl Decoder {
-    /// Fetches the decoder by name, with or without the prefix `model.`
+    /// Fetches the decoder by name, with or without the prefix `model.`, or from a model that sees images too.
     ///
     /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
     ///
@@ -46,22 +43,41 @@ impl Decoder {
     pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &DecoderConfig, noise: Noise) -> Result<Self> {
         let vb = vb.into();
         config.validate()?;
-        let c = &config.decoder;
-        let vb = if vb.contains_tensor("embed_tokens.weight") { vb } else { vb.pp("model") };
+        let there = |prefix: &&&str| match **prefix {
+            "" => vb.contains_tensor("embed_tokens.weight"),
+            prefix => vb.contains_tensor(&format!("{prefix}.embed_tokens.weight")),
+        };
+        // A bare checkpoint's layers are called as in a model with a head, and so are new ones.
+        let (vb, prefix) = match PREFIXES.iter().find(there) {
+            Some(&"") => (vb, "model"),
+            Some(prefix) => (prefix.split('.').fold(vb, |vb, name| vb.pp(name)), *prefix),
+            None => (vb.pp("model"), "model"),
+        };
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-        let shape = (c.vocab_size, c.hidden_size);
-        let embeddings = vb.pp("embed_tokens").table(shape, init)?;
-        let layers = (0..c.num_hidden_layers)
-            .map(|i| Layer::load(&format!("model.layers.{i}"), &vb.pp("layers").pp(i), config, noise))
-            .map(|layer| Ok(Arc::new(layer?)));
+        let embeddings = vb.pp("embed_tokens").table((config.vocab_size, config.hidden_size), init)?;
+        let mut windows = Vec::<Window>::new();
+        let mut layers = Vec::with_capacity(config.layers.len());
+        for (i, layer) in config.layers.iter().enumerate() {
+            // Layers with windows of one size share its mask.
+            let window = layer.window.map(|size| match windows.iter().find(|window| window.size() == size) {
+                Some(window) => window.clone(),
+                None => {
+                    windows.push(Window::new(size));
+                    windows[windows.len() - 1].clone()
+                }
+            });
+            let (path, vb) = (format!("{prefix}.layers.{i}"), vb.pp("layers").pp(i));
+            layers.push(Arc::new(Layer::load(&path, &vb, config, *layer, window, noise)?));
+        }
         Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
+            layers,
             checkpoint_layers: false,
-            norm: RmsNorm::load(c.hidden_size, c.rms_norm_eps, &vb.pp("norm"))?,
-            rotary: Rotary::new(config, embeddings.dtype(), embeddings.device()),
+            norm: rms_norm(config.hidden_size, config.rms_norm_eps, config.norm_offset, &vb.pp("norm"))?,
+            tables: Tables::new(config, &embeddings),
             causal: CausalMask::default(),
-            max_length: c.max_position_embeddings,
-            embeddings: AdaptableEmbedding::new(embeddings),
+            max_length: config.max_position_embeddings,
+            embeddings: AdaptableEmbedding::new(embeddings).scaled_by(config.embedding_scale),
+            targets: if config.fused_projections { &["qkv_proj"] } else { &["q_proj", "k_proj", "v_proj"] },
         })
     }
 
@@ -96,7 +112,7 @@ impl Decoder {
                 causal: Some(self.causal.clone()),
                 window: None,
             },
-            angles: self.rotary.angles(seen, p + t)?,
+            angles: self.tables.angles(seen, p + t, cache.as_ref().map(|cache| cache.room()))?,
             cx: cx.clone(),
         };
         let mut xs = match seen {
@@ -149,7 +165,7 @@ impl Decoder {
 
 impl AdaptableModel for Decoder {
     fn default_targets(&self) -> &'static [&'static str] {
-        &["q_proj", "k_proj", "v_proj"]
+        self.targets
     }
 
     linears!(layers);
@@ -170,101 +186,4 @@ fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
         }
         None => Ok(()),
     }
-}
-
-/// Norm, self-attention, residual; norm, SwiGLU, residual.
-#[derive(Debug)]
-struct Layer {
-    attention_norm: RmsNorm,
-    q_proj: AdaptableLinear,
-    k_proj: AdaptableLinear,
-    v_proj: AdaptableLinear,
-    o_proj: AdaptableLinear,
-    mlp_norm: RmsNorm,
-    gate_proj: AdaptableLinear,
-    up_proj: AdaptableLinear,
-    down_proj: AdaptableLinear,
-    probs_dropout: Dropout,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-impl Layer {
-    fn load(path: &str, vb: &Weights, config: &DecoderConfig, noise: Noise) -> Result<Self> {
-        let c = &config.decoder;
-        let (d, inner, kv) = (c.hidden_size, c.intermediate_size, c.num_key_value_heads * config.head_dim());
-        let linear = |name: &str, in_dim, out_dim| {
-            let std = config.initializer_range;
-            adaptable_linear_no_bias(&format!("{path}.{name}"), in_dim, out_dim, std, &vb.pp(name))
-        };
-        Ok(Self {
-            attention_norm: RmsNorm::load(d, c.rms_norm_eps, &vb.pp("input_layernorm"))?,
-            q_proj: linear("self_attn.q_proj", d, d)?,
-            k_proj: linear("self_attn.k_proj", d, kv)?,
-            v_proj: linear("self_attn.v_proj", d, kv)?,
-            o_proj: linear("self_attn.o_proj", d, d)?,
-            mlp_norm: RmsNorm::load(d, c.rms_norm_eps, &vb.pp("post_attention_layernorm"))?,
-            gate_proj: linear("mlp.gate_proj", d, inner)?,
-            up_proj: linear("mlp.up_proj", d, inner)?,
-            down_proj: linear("mlp.down_proj", inner, d)?,
-            probs_dropout: Dropout::new(config.attention_dropout, noise, &format!("{path}.self_attn")),
-            heads: c.num_attention_heads,
-            kv_heads: c.num_key_value_heads,
-            head_dim: config.head_dim(),
-        })
-    }
-
-    fn forward(&self, xs: &Tensor, step: &Step, cache: Option<&mut KvCache>) -> candle_core::Result<Tensor> {
-        let attended = self.attention(&self.attention_norm.forward_on(xs, step.cx.path)?, step, cache)?;
-        // Below the first layer are frozen embeddings, which no gradient is for.
-        let xs = ops::add_constant(&attended, xs)?;
-        let normed = self.mlp_norm.forward_on(&xs, step.cx.path)?;
-        xs + self.feed_forward(&normed, &step.cx)?
-    }
-
-    fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let [gate, up, down] = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        if let (Some(gate), Some(up), Some(down)) = (gate.as_linear(cx), up.as_linear(cx), down.as_linear(cx))
-        {
-            return ops::swiglu(xs, gate.weight(), up.weight(), down.weight(), cx.path);
-        }
-        down.forward(&ops::silu_mul(&gate.forward(xs, cx)?, &up.forward(xs, cx)?, cx.path)?, cx)
-    }
-
-    fn attention(
-        &self,
-        xs: &Tensor,
-        step: &Step,
-        cache: Option<&mut KvCache>,
-    ) -> candle_core::Result<Tensor> {
-        let q = self.rotate(&self.q_proj.forward(xs, &step.cx)?, self.heads, step)?; // (b, t, d)
-        let mut k = self.rotate(&self.k_proj.forward(xs, &step.cx)?, self.kv_heads, step)?;
-        let mut v = self.v_proj.forward(xs, &step.cx)?; // (b, t, kv_heads * head_dim)
-        if let Some(cache) = cache {
-            (k, v) = cache.append(&k.detach().contiguous()?, &v.detach().contiguous()?)?;
-        }
-        let scale = (self.head_dim as f64).sqrt().recip();
-        let dropout = self.probs_dropout.active(&step.cx);
-        let (heads, kv_heads) = (self.heads, self.kv_heads);
-        let context = ops::attention(&q, &k, &v, heads, kv_heads, scale, &step.mask, dropout, step.cx.path)?;
-        self.o_proj.forward(&context, &step.cx)
-    }
-
-    fn rotate(&self, xs: &Tensor, heads: usize, step: &Step) -> candle_core::Result<Tensor> {
-        let (b, t, width) = xs.dims3()?;
-        let (cos, sin) = &step.angles;
-        let xs = xs.reshape((b, t, heads, width / heads))?;
-        ops::rotary(&xs, cos, sin, step.cx.path)?.flatten_from(D::Minus2)
-    }
-
-    /// Everything that may be trained in it.
-    fn parameters(&self) -> candle_core::Result<Vec<Tensor>> {
-        let norms = [&self.attention_norm, &self.mlp_norm].into_iter().flat_map(RmsNorm::parameters);
-        Ok(parameters(self)?.into_iter().chain(norms).collect())
-    }
-}
-
-impl AdaptableModel for Layer {
-    linears!(q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj);
 }

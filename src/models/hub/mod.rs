@@ -9,6 +9,7 @@
 //! downloads that go on where they broke off and are never taken for whole before (`parts`), and
 //! errors that say what to do and never hold the token (`failure`).
 
+mod bitsandbytes;
 #[cfg(feature = "hub")]
 mod client;
 #[cfg(feature = "hub")]

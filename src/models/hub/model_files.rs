@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 
+use super::bitsandbytes::FourBits;
 #[cfg(feature = "hub")]
 use super::client::RepoKind;
 #[cfg(feature = "hub")]
@@ -16,8 +18,10 @@ use super::names::check_relative;
 #[cfg(feature = "hub")]
 use super::repo::Repo;
 use super::source::Source;
+use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
+use crate::models::quantize::Quantization;
 use crate::models::weights::Weights;
 
 pub(super) const CONFIG: &str = "config.json";
@@ -42,6 +46,7 @@ pub struct ModelFiles {
     config: PathBuf,
     tokenizer: Option<PathBuf>,
     weights: Vec<PathBuf>,
+    quantization: Option<Quantization>,
 }
 
 impl ModelFiles {
@@ -134,7 +139,7 @@ impl ModelFiles {
             }
             return Err(source.missing(WEIGHTS));
         };
-        Ok(Self { source, config, tokenizer, weights })
+        Ok(Self { source, config, tokenizer, weights, quantization: None })
     }
 
     /// The path of `config.json`.
@@ -175,13 +180,30 @@ impl ModelFiles {
         weights::map_builder(&self.weights, dtype, device)
     }
 
-    /// The weights for a model to be loaded of: those of [`Self::var_builder`], beside which what is quantised
-    /// stays so.
+    /// The same files, whose matrices [`Self::open_weights`] quantises (None: leaves as they are).
+    pub fn quantized(self, quantization: Option<Quantization>) -> Self {
+        Self { quantization, ..self }
+    }
+
+    /// The weights to load a model of: those of [`Self::var_builder`], beside which matrices that are quantised stay
+    /// so (bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
-    /// As [`Self::var_builder`].
+    /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
-        Ok(self.var_builder(dtype, device)?.into())
+        let builder = self.var_builder(dtype, device)?;
+        match (FourBits::find(MappedWeights::of(&self.weights)?)?, self.quantization) {
+            (None, None) => Ok(builder.into()),
+            (None, Some(quantization)) => {
+                let source = quantization.source(&self.var_builder(DType::F32, &Device::Cpu)?);
+                Ok(Weights::new(builder, source))
+            }
+            (Some(four_bits), None) => Ok(Weights::new(builder, Arc::new(four_bits))),
+            (Some(_), Some(_)) => {
+                let reason = "the weights are in 4 bits already (bitsandbytes' nf4): leave it out";
+                Err(Error::config("quantize", reason))
+            }
+        }
     }
 
     /// The tensors of the weights as they lie in their files, memory-mapped.

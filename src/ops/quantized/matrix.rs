@@ -2,12 +2,10 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::linear::quantized_linear;
+use super::linear as quantized;
 use super::weight::QuantizedWeight;
-use crate::ops::linear::linear;
-use crate::ops::linear_loss::linear_cross_entropy;
-use crate::ops::loss::cross_entropy;
-use crate::ops::{embedding, OpPath};
+use crate::ops::host::{dense, Host};
+use crate::ops::{embedding, linear, OpPath};
 
 /// A weight matrix as it lies in memory.
 #[derive(Debug, Clone)]
@@ -46,6 +44,14 @@ impl Weight {
         }
     }
 
+    /// Its bytes in memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Self::Quantized(weight) => weight.bytes(),
+        }
+    }
+
     /// Where it lies.
     pub fn device(&self) -> &Device {
         match self {
@@ -65,7 +71,7 @@ impl Weight {
         }
     }
 
-    /// Its rows at `ids`; see [`embedding`](fn@embedding).
+    /// Its rows at `ids`; see [`embedding`](fn@crate::ops::embedding).
     ///
     /// # Shapes
     /// - `ids`: `(..)` of u32
@@ -75,7 +81,7 @@ impl Weight {
     /// If an id is outside the matrix (on the CPU).
     pub fn lookup(&self, ids: &Tensor, path: OpPath) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => embedding(ids, tensor, path),
+            Self::Dense(tensor) => embedding::embedding(ids, tensor, path),
             Self::Quantized(weight) => {
                 let mut shape = ids.dims().to_vec();
                 shape.push(weight.dims().1);
@@ -84,27 +90,60 @@ impl Weight {
         }
     }
 
-    /// `x W^T + b`: [`linear`](fn@linear) or [`quantized_linear`].
+    /// `x W^T + b`: [`linear`](fn@crate::ops::linear) or [`quantized_linear`](super::quantized_linear).
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn linear(&self, xs: &Tensor, bias: Option<&Tensor>, path: OpPath) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => linear(xs, tensor, bias, path),
-            Self::Quantized(weight) => quantized_linear(xs, weight, bias, path),
+            Self::Dense(tensor) => linear::linear(xs, tensor, bias, path),
+            Self::Quantized(weight) => quantized::quantized_linear(xs, weight, bias, path),
         }
     }
 
-    /// The cross-entropy of `x W^T`; see [`linear_cross_entropy`].
-    ///
-    /// # Errors
-    /// If the shapes do not fit, and as [`cross_entropy`].
-    pub fn cross_entropy(&self, xs: &Tensor, labels: &Tensor, ignore: i64, path: OpPath) -> Result<Tensor> {
+    /// The path that a computation of `xs` and this can take.
+    pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
         match self {
-            Self::Dense(tensor) => linear_cross_entropy(xs, tensor, labels, ignore, path),
-            Self::Quantized(weight) => {
-                cross_entropy(&quantized_linear(xs, weight, None, path)?, labels, ignore, path)
-            }
+            Self::Dense(tensor) => wanted.on(&[xs, tensor]),
+            Self::Quantized(_) => wanted.on(&[xs]),
+        }
+    }
+
+    /// Whether rows `xs` fit.
+    pub(in crate::ops) fn check(&self, xs: &Tensor) -> Result<()> {
+        match self {
+            Self::Dense(tensor) => linear::check(xs, tensor, None),
+            Self::Quantized(weight) => quantized::check(xs, weight, None),
+        }
+    }
+
+    /// Whether it is trained.
+    pub(in crate::ops) fn track_op(&self) -> bool {
+        self.dense().is_some_and(Tensor::track_op)
+    }
+
+    /// `x W^T` of a detached x.
+    pub(in crate::ops) fn forward(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::forward(path, xs, tensor, None),
+            Self::Quantized(weight) => quantized::forward(path, xs, weight, None),
+        }
+    }
+
+    /// `x W^T` of a detached x of `n` rows on the CPU.
+    pub(in crate::ops) fn product(&self, xs: &Tensor, n: usize) -> Result<Vec<f32>> {
+        let xs = dense(xs)?;
+        match self {
+            Self::Dense(tensor) => Ok(linear::product(&Host::of(&xs)?, &Host::of(&dense(tensor)?)?, None, n)),
+            Self::Quantized(weight) => quantized::product(&Host::of(&xs)?, weight, None),
+        }
+    }
+
+    /// `dX = dY W`.
+    pub(in crate::ops) fn input_gradient(&self, path: OpPath, grad: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::input_gradient(path, grad, tensor),
+            Self::Quantized(weight) => quantized::input_gradient(path, grad, weight),
         }
     }
 }
@@ -112,6 +151,18 @@ impl Weight {
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
         Self::Dense(tensor)
+    }
+}
+
+impl From<&Tensor> for Weight {
+    fn from(tensor: &Tensor) -> Self {
+        Self::Dense(tensor.clone())
+    }
+}
+
+impl From<&Weight> for Weight {
+    fn from(weight: &Weight) -> Self {
+        weight.clone()
     }
 }
 

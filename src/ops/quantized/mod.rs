@@ -2,6 +2,7 @@
 
 mod linear;
 mod matrix;
+mod nf4;
 #[cfg(test)]
 mod tests;
 mod weight;

@@ -24,25 +24,106 @@ fn largest(a: &Tensor, b: &Tensor) -> Result<f32> {
     (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
 }
 
+/// Output and gradient of x, of a loss with the weights `grad`.
+fn step(xs: &Tensor, grad: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<[Tensor; 2]> {
+    let xs = Var::from_tensor(xs)?;
+    let y = f(xs.as_tensor())?;
+    let gradient = (&y * grad)?.sum_all()?.backward()?.get(&xs).expect("a gradient").clone();
+    Ok([y.detach(), gradient])
+}
+
 #[test]
 fn many_rows_and_their_gradient_are_those_of_the_dequantised_layer() -> Result<()> {
     let bias = normal("b", &[40])?;
     let grad = normal("g", &[2, 50, 40])?;
     for kind in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q6K] {
         let weight = quantized((40, 256), kind)?;
+        let xs = normal("x", &[2, 50, 256])?;
+        let dense = |xs: &Tensor| ops::linear(xs, &weight.dequantize()?, Some(&bias), OpPath::Reference);
+        let want = step(&xs, &grad, dense)?;
         for path in PATHS {
-            let (xs, ys) = (
-                Var::from_tensor(&normal("x", &[2, 50, 256])?)?,
-                Var::from_tensor(&normal("x", &[2, 50, 256])?)?,
-            );
-            let got = quantized_linear(xs.as_tensor(), &weight, Some(&bias), path)?;
-            let want = ops::linear(ys.as_tensor(), &weight.dequantize()?, Some(&bias), OpPath::Reference)?;
-            assert!(largest(&got, &want)? < 1e-4, "{kind:?} {path:?}");
-            let of = |y: Tensor, x: &Var| -> Result<Tensor> {
-                Ok((y * &grad)?.sum_all()?.backward()?.get(x).expect("a gradient").clone())
-            };
-            assert!(largest(&of(got, &xs)?, &of(want, &ys)?)? < 1e-4, "{kind:?} {path:?}");
+            let got = step(&xs, &grad, |xs| quantized_linear(xs, &weight, Some(&bias), path))?;
+            for (got, want) in got.iter().zip(&want) {
+                assert!(largest(got, want)? < 1e-4, "{kind:?} {path:?}");
+            }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_weight_of_several_blocks_is_one_weight() -> Result<()> {
+    let weight = quantized((4200, 256), GgmlDType::Q4_0)?;
+    assert_eq!(weight.blocks().collect::<Vec<_>>(), [(0, 4096), (4096, 104)]);
+    let (xs, grad) = (normal("x", &[11, 256])?, normal("g", &[11, 4200])?);
+    let want = step(&xs, &grad, |xs| ops::linear(xs, &weight.dequantize()?, None, OpPath::Reference))?;
+    for path in PATHS {
+        let got = step(&xs, &grad, |xs| quantized_linear(xs, &weight, None, path))?;
+        assert!(largest(&got[0], &want[0])? < 1e-3 && largest(&got[1], &want[1])? < 1e-3, "{path:?}");
+    }
+    Ok(())
+}
+
+/// Candle's kernels round the inputs too: what that is of an output's size.
+#[test]
+fn few_rows_that_nothing_differentiates_are_near_the_dequantised_layer() -> Result<()> {
+    let (bias, size) = (normal("b", &[64])?, |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>());
+    for kind in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q6K] {
+        let weight = quantized((64, 512), kind)?;
+        for n in [1, 8] {
+            let xs = normal("x", &[1, n, 512])?;
+            let want = ops::linear(&xs, &weight.dequantize()?, Some(&bias), OpPath::Reference)?;
+            for path in [OpPath::Fused, OpPath::Composed] {
+                let got = quantized_linear(&xs, &weight, Some(&bias), path)?;
+                let error = (size(&(&got - &want)?)? / size(&want)?).sqrt();
+                assert!(error > 0.0 && error < 0.012, "{kind:?} {path:?}: {error}");
+            }
+            // What is differentiated is what its gradient is of.
+            let xs = Var::from_tensor(&xs)?;
+            let got = quantized_linear(xs.as_tensor(), &weight, Some(&bias), OpPath::Fused)?;
+            assert!(largest(&got.detach(), &want)? < 1e-4, "{kind:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_loss_over_a_quantised_head_is_that_over_the_dequantised_one() -> Result<()> {
+    let weight = quantized((70, 64), GgmlDType::Q8_0)?;
+    let (xs, labels) = (normal("x", &[300, 64])?, (0..300).map(|i| if i % 7 == 0 { -100 } else { i % 70 }));
+    let labels = Tensor::from_iter(labels.map(i64::from), &Device::Cpu)?;
+    let loss = |weight: Weight, path| {
+        let one = Tensor::ones((), DType::F32, &Device::Cpu)?;
+        step(&xs, &one, |xs| ops::linear_cross_entropy(xs, &weight, &labels, -100, path))
+    };
+    let want = loss(weight.dequantize()?.into(), OpPath::Reference)?;
+    for path in PATHS {
+        let got = loss(weight.clone().into(), path)?;
+        assert!((got[0].to_scalar::<f32>()? - want[0].to_scalar::<f32>()?).abs() < 1e-4, "{path:?}");
+        assert!(largest(&got[1], &want[1])? < 1e-6, "{path:?}");
+    }
+    Ok(())
+}
+
+/// Of 2 x 8 numbers in blocks of 4; by hand.
+#[test]
+fn nf4_is_a_code_times_the_scale_of_its_block() -> Result<()> {
+    let values: [f32; 16] = std::array::from_fn(|code| code as f32 - 7.0);
+    let packed = Tensor::new(&[[0x0fu8, 0x12, 0x77, 0x8a], [0xf0, 0x00, 0x65, 0x43]], &Device::Cpu)?;
+    let scales = Tensor::new(&[[1f32, 10.0], [2.0, 0.5]], &Device::Cpu)?;
+    let weight = QuantizedWeight::nf4(packed.clone(), scales.clone(), values, DType::F32)?;
+    let want =
+        [[-7f32, 8.0, -6.0, -5.0, 0.0, 0.0, 10.0, 30.0], [16.0, -14.0, -14.0, -14.0, -0.5, -1.0, -1.5, -2.0]];
+    assert_eq!(weight.dequantize()?.to_vec2::<f32>()?, want);
+    let rows = weight.take(&Tensor::new(&[1u32, 0, 1], &Device::Cpu)?)?;
+    assert_eq!(rows.to_vec2::<f32>()?, [want[1], want[0], want[1]]);
+    assert_eq!((weight.kind(), weight.bytes()), ("nf4".to_string(), 8 + 16 + 64));
+    let one =
+        quantized_linear(&Tensor::ones((1, 8), DType::F32, &Device::Cpu)?, &weight, None, OpPath::Fused)?;
+    assert_eq!(one.to_vec2::<f32>()?, [want.map(|row| row.iter().sum::<f32>())]);
+    // A byte of two blocks, scales of other rows.
+    for wrong in [scales.narrow(0, 0, 1)?, Tensor::ones((2, 8), DType::F32, &Device::Cpu)?] {
+        assert!(QuantizedWeight::nf4(packed.clone(), wrong, values, DType::F32).is_err());
     }
     Ok(())
 }

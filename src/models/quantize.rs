@@ -1,0 +1,152 @@
+//! Weights that are quantised as they are fetched, one matrix at a time.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use rayon::prelude::*;
+
+use super::weights::{QuantizedSource, Wanted};
+use crate::error::{Error, Result};
+use crate::ops::QuantizedWeight;
+
+/// The kinds by name, in llama.cpp's letters and candle's.
+const KINDS: [(&str, GgmlDType); 10] = [
+    ("q4_0", GgmlDType::Q4_0),
+    ("q4_1", GgmlDType::Q4_1),
+    ("q5_0", GgmlDType::Q5_0),
+    ("q5_1", GgmlDType::Q5_1),
+    ("q8_0", GgmlDType::Q8_0),
+    ("q2k", GgmlDType::Q2K),
+    ("q3k", GgmlDType::Q3K),
+    ("q4k", GgmlDType::Q4K),
+    ("q5k", GgmlDType::Q5K),
+    ("q6k", GgmlDType::Q6K),
+];
+
+/// Numbers that one task quantises.
+const PIECE: usize = 1 << 18;
+
+/// To which kind of blocks a model's matrices are quantised as it is loaded.
+///
+/// Linear layers become of this kind; embedding and head are more sensitive and become Q6K, or Q8_0 where the layers
+/// are. A matrix whose rows no block of its kind divides (256 numbers of the kinds in K) becomes of the nearest kind
+/// with blocks of 32, as llama.cpp does; one whose rows these do not divide either stays as it is. Both are said in
+/// the log. What is no matrix of a layer, an embedding or a head (norms, biases, task heads) is never quantised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quantization(GgmlDType);
+
+impl Quantization {
+    /// The kind of the layers' blocks.
+    pub fn kind(self) -> GgmlDType {
+        self.0
+    }
+
+    /// The matrices of `builder` (best in single precision on the CPU), each quantised when it is fetched: at most one
+    /// of them is there as numbers at any time.
+    pub fn source(self, builder: &VarBuilder<'static>) -> Arc<dyn QuantizedSource> {
+        Arc::new(AtLoad { builder: builder.root(), kind: self.0, told: Mutex::default() })
+    }
+}
+
+impl FromStr for Quantization {
+    type Err = Error;
+
+    /// From `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2k`, `q3k`, `q4k` (also written `q4_k`), `q5k` or `q6k`, in
+    /// any case.
+    fn from_str(name: &str) -> Result<Self> {
+        let plain = name.to_lowercase().replace("_k", "k");
+        match KINDS.iter().find(|(known, _)| *known == plain) {
+            Some((_, kind)) => Ok(Self(*kind)),
+            None => {
+                let known: Vec<_> = KINDS.iter().map(|(known, _)| *known).collect();
+                Err(Error::config("quantize", format!("expected {}, got {name:?}", known.join(", "))))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&name(self.0))
+    }
+}
+
+/// As [`QuantizedWeight::kind`] says it.
+fn name(kind: GgmlDType) -> String {
+    format!("{kind:?}").to_lowercase()
+}
+
+/// Quantises what a builder has.
+struct AtLoad {
+    builder: VarBuilder<'static>,
+    kind: GgmlDType,
+    told: Mutex<BTreeSet<String>>,
+}
+
+impl QuantizedSource for AtLoad {
+    fn get(&self, wanted: &Wanted) -> Result<Option<QuantizedWeight>> {
+        let (rows, columns) = wanted.shape;
+        let meant = match (wanted.is_table, self.kind) {
+            (true, kind) if kind != GgmlDType::Q8_0 => GgmlDType::Q6K,
+            (_, kind) => kind,
+        };
+        let Some(kind) = fitting(meant, columns) else {
+            self.tell(format!("matrices with rows of {columns} stay as they are: no block divides them"));
+            return Ok(None);
+        };
+        if kind != meant {
+            let (meant, kind) = (name(meant), name(kind));
+            self.tell(format!(
+                "matrices with rows of {columns} become {kind}: no block of {meant} divides them"
+            ));
+        }
+        let dense = self.builder.get_with_hints((rows, columns), wanted.name, wanted.init)?;
+        let blocks = quantize(dense, kind, wanted.device)?;
+        Ok(Some(QuantizedWeight::new(Arc::new(blocks), wanted.dtype)?))
+    }
+}
+
+impl AtLoad {
+    /// Says something once.
+    fn tell(&self, what: String) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if !told.contains(&what) {
+            tracing::warn!("quantize: {what}");
+            told.insert(what);
+        }
+    }
+}
+
+/// The kind, or the nearest one, whose blocks divide rows of `columns`.
+fn fitting(kind: GgmlDType, columns: usize) -> Option<GgmlDType> {
+    let nearest = match kind {
+        GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
+        GgmlDType::Q4K => GgmlDType::Q5_0,
+        GgmlDType::Q5K => GgmlDType::Q5_1,
+        GgmlDType::Q6K => GgmlDType::Q8_0,
+        other => other,
+    };
+    [kind, nearest].into_iter().find(|kind| columns > 0 && columns.is_multiple_of(kind.block_size()))
+}
+
+/// A matrix in blocks of `kind` on `device`, some rows after the other on all threads of the host.
+fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> {
+    let dense = dense.detach().to_device(&Device::Cpu)?;
+    let (rows, columns) = dense.dims2()?;
+    let piece = (PIECE / columns.max(1)).max(1);
+    let starts: Vec<usize> = (0..rows).step_by(piece).collect();
+    let work = |&first: &usize| -> candle_core::Result<Vec<u8>> {
+        let rows = dense.narrow(0, first, piece.min(rows - first))?.to_dtype(DType::F32)?;
+        Ok(QTensor::quantize(&rows, kind)?.data()?.into_owned())
+    };
+    let parts = starts.par_iter().map(work).collect::<candle_core::Result<Vec<_>>>()?;
+    drop(dense);
+    let blocks = QStorage::from_data(Cow::Owned(parts.concat()), device, kind)?;
+    Ok(QTensor::new(blocks, (rows, columns))?)
+}

@@ -1,0 +1,295 @@
+//! The decoders after LLaMA against Hugging Face transformers, on the golden values of
+//! `tests/data/make_decoders_golden.py`, and against themselves: cache, gradients, adapters.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use crate::gradients::check;
+use crate::support::{assert_close, scatter, Outcome};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
+use monteclora::adapters::LoraConfig;
+use monteclora::inject::merge::merge;
+use monteclora::inject::{self, Targets};
+use monteclora::models::causal::CausalLm;
+use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
+use monteclora::noise::Noise;
+use monteclora::ops::OpPath;
+use monteclora::{MonteCLoRAConfig, Regularizer};
+use serde_json::{json, Value};
+
+const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
+pub const FAMILIES: [&str; 7] = ["qwen2", "qwen3", "mistral", "smollm3", "phi3", "gemma2", "gemma3_text"];
+
+fn data(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/decoders").join(file)
+}
+
+/// The configuration of a toy model of this family.
+pub fn toy_json(family: &str) -> Outcome<Value> {
+    Ok(serde_json::from_str(&std::fs::read_to_string(data(&format!("{family}.json")))?)?)
+}
+
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    config: DecoderConfig,
+}
+
+impl Golden {
+    fn open(family: &str) -> Outcome<Self> {
+        let tensors = candle_core::safetensors::load(data(&format!("{family}.safetensors")), &Device::Cpu)?;
+        Ok(Self { tensors, config: DecoderConfig::from_file(&data(&format!("{family}.json")))? })
+    }
+
+    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+    }
+
+    fn model(&self, dtype: DType) -> Outcome<DecoderForCausalLM> {
+        Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
+    }
+
+    /// ids and attention mask, padded on one side.
+    fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
+        let ids = self.tensors[&format!("{side}input_ids")].to_dtype(DType::U32)?;
+        Ok((ids, self.tensors[&format!("{side}attention_mask")].to_dtype(DType::U8)?))
+    }
+
+    /// The largest difference of real tokens' logits, in columns from `first` on, to those of the file.
+    fn difference(&self, logits: &Tensor, side: &str, first: usize) -> Outcome<f64> {
+        let count = logits.dim(1)?;
+        let part = |t: &Tensor| t.narrow(1, first, count);
+        let real = part(&self.inputs(side)?.1)?.unsqueeze(2)?.to_dtype(DType::F64)?;
+        let expected = part(&self.tensors[&format!("{side}logits")])?.to_dtype(DType::F64)?;
+        let difference = (logits.to_dtype(DType::F64)? - expected)?.broadcast_mul(&real)?;
+        Ok(difference.abs()?.max_all()?.to_scalar::<f64>()?)
+    }
+}
+
+#[test]
+fn logits_are_those_of_transformers_with_padding_on_either_side() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?;
+        // In double precision, too, angles are made in single: what differs is the last digit of the frequencies.
+        for (dtype, tolerance) in [DType::F32, DType::F64].map(|dtype| (dtype, 5e-5)) {
+            let model = golden.model(dtype)?;
+            let mut worst = 0f64;
+            for (side, path) in ["", "left_"].into_iter().flat_map(|side| PATHS.map(|path| (side, path))) {
+                let (ids, mask) = golden.inputs(side)?;
+                let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
+                worst = worst.max(golden.difference(&logits, side, 0)?);
+            }
+            println!("{family} {dtype:?}: {worst:.1e}");
+            assert!(worst < tolerance, "{family} {dtype:?}: {worst}");
+            // A text within the original context, and shorter than some windows.
+            let ids = golden.inputs("")?.0.narrow(0, 0, 1)?.narrow(1, 0, 6)?;
+            let logits = model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, &Pass::Mean.into())?;
+            assert_close(&logits, &golden.tensors["short_logits"].to_dtype(dtype)?, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cache_changes_no_logit() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?;
+        let model = golden.model(DType::F32)?;
+        let token_by_token: Vec<usize> = vec![1; 24];
+        let mut worst = 0f64;
+        for (side, pieces) in ["", "left_"].into_iter().flat_map(|side| {
+            [vec![24], vec![7, 1, 9, 7], token_by_token.clone()].map(|pieces| (side, pieces))
+        }) {
+            let (ids, mask) = golden.inputs(side)?;
+            let (mut cache, mut first) = (model.cache(24), 0);
+            for count in pieces {
+                let (new, seen) = (ids.narrow(1, first, count)?, mask.narrow(1, 0, first + count)?);
+                let hidden = model.hidden(&new, &seen, Some(&mut cache), &Pass::Mean.into())?;
+                let logits = model.head(&hidden, &Pass::Mean.into())?;
+                worst = worst.max(golden.difference(&logits, side, first)?);
+                first += count;
+            }
+        }
+        println!("{family} with a cache: {worst:.1e}");
+        assert!(worst < 5e-5, "{family}: {worst}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cache_begun_for_a_short_text_does_not_become_one_of_a_long_one() -> Outcome {
+    let golden = Golden::open("phi3")?;
+    let model = golden.model(DType::F32)?;
+    let (ids, mask) = golden.inputs("")?;
+    // LongRoPE's border is at 16 tokens; there is room for growth below it.
+    let mut cache = model.cache(6);
+    let mut push = |first: usize, count: usize| {
+        let (new, seen) = (ids.narrow(1, first, count)?, mask.narrow(1, 0, first + count)?);
+        model.hidden(&new, &seen, Some(&mut cache), &Pass::Mean.into())
+    };
+    push(0, 8)?;
+    push(8, 8)?;
+    let error = push(16, 1).unwrap_err().to_string();
+    assert!(error.contains("cache") && error.contains("17 tokens") && error.contains("room"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn loss_and_gradients_are_those_of_transformers() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?;
+        let params = Params::new(Noise::new(0), &Device::Cpu);
+        let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+        let model = DecoderForCausalLM::load(vb, &golden.config, Noise::new(0))?;
+        let (ids, mask) = golden.inputs("")?;
+        let t = ids.dim(1)?;
+        let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
+        for path in PATHS {
+            let cx = Context::from(Pass::Mean).with_path(path);
+            let hidden = model.hidden(&ids, &mask, None, &cx)?;
+            let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?.flatten_to(1)?;
+            let loss = model.token_loss(&hidden, &labels, &cx)?;
+            assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 2e-5)?;
+            let (grads, mut compared) = (loss.backward()?, 0);
+            for (name, expected) in &golden.tensors {
+                let Some(name) = name.strip_prefix("grad.") else { continue };
+                let param = params.get(name).ok_or_else(|| format!("no parameter {name}"))?;
+                let grad = grads.get(&param.var).ok_or_else(|| format!("{name} has no gradient"))?;
+                let largest = expected.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+                assert_close(grad, expected, 5e-5 * f64::from(largest.max(1.0)))?;
+                compared += 1;
+            }
+            assert!(compared >= 3, "{family}: {compared} gradients");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
+    for family in FAMILIES {
+        let golden = Golden::open(family)?;
+        let (ids, mask) = golden.inputs("")?;
+        let (vb, config) = (golden.vb(DType::F32), &golden.config);
+        let model = DecoderForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
+        assert_eq!(config.num_labels, 3);
+        assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &golden.tensors["cls_logits"], 5e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
+    let golden = Golden::open("gemma3_text")?;
+    let expected = golden.model(DType::F32)?;
+    let (ids, mask) = golden.inputs("")?;
+    let expected = expected.logits(&ids, &mask, &Pass::Mean.into())?;
+    let mut text = toy_json("gemma3_text")?;
+    // What the class says itself is not in such files.
+    text["num_key_value_heads"] = Value::Null;
+    for absent in ["num_key_value_heads", "tie_word_embeddings", "id2label", "label2id"] {
+        text.as_object_mut().ok_or("an object")?.remove(absent);
+    }
+    text["num_key_value_heads"] = 2.into();
+    let labels = json!({"0": "a", "1": "b", "2": "c", "3": "d"});
+    let whole = json!({"model_type": "gemma3", "text_config": text, "vision_config": {}, "id2label": labels});
+    let config = DecoderConfig::from_value(whole)?;
+    assert_eq!((config.num_labels, config.class_name("ForCausalLM").as_str()), (4, "Gemma3ForCausalLM"));
+    for prefix in ["model.language_model", "language_model.model"] {
+        let renamed = golden.tensors.iter().filter_map(|(name, tensor)| {
+            Some((format!("{prefix}.{}", name.strip_prefix("model.")?), tensor.clone()))
+        });
+        let vb = VarBuilder::from_tensors(renamed.collect(), DType::F32, &Device::Cpu);
+        let model = DecoderForCausalLM::load(vb, &config, Noise::new(0))?;
+        assert_close(&model.logits(&ids, &mask, &Pass::Mean.into())?, &expected, 0.0)?;
+        let mut paths = Vec::new();
+        model.visit_linears(&mut |layer| {
+            paths.push(layer.path().to_string());
+            Ok(())
+        })?;
+        assert_eq!(paths[0], format!("{prefix}.layers.0.self_attn.q_proj"));
+    }
+    Ok(())
+}
+
+/// A model of random weights in general position, all of them trained or none.
+fn random(json: Value, role: Role, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
+    let config = DecoderConfig::from_value(json)?;
+    let all = Params::with_dtype(Noise::new(5), dtype, &Device::Cpu);
+    let model = DecoderForCausalLM::load(all.var_builder(None, Role::Base), &config, Noise::new(0))?;
+    scatter(&all)?;
+    if role == Role::Base {
+        return Ok((model, all));
+    }
+    let weights = all.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+    let vb = VarBuilder::from_tensors(weights, dtype, &Device::Cpu);
+    let params = Params::with_dtype(Noise::new(6), dtype, &Device::Cpu);
+    Ok((DecoderForCausalLM::load(vb, &config, Noise::new(0))?, params))
+}
+
+/// Two rows, the second padded; windows are shorter, and LongRoPE's original context is, too.
+fn rows() -> Outcome<(Tensor, Tensor, Tensor)> {
+    let ids = Tensor::from_iter((0..36u32).map(|i| 3 + (i * 7) % 31), &Device::Cpu)?.reshape((2, 18))?;
+    let mask =
+        Tensor::from_iter((0..36).map(|i| u8::from(i < 18 || i > 22)), &Device::Cpu)?.reshape((2, 18))?;
+    let next =
+        Tensor::from_iter((0..36i64).map(|i| if i % 5 == 0 { -100 } else { (i * 11) % 40 }), &Device::Cpu)?;
+    Ok((ids, mask, next))
+}
+
+fn loss(model: &DecoderForCausalLM, pass: Pass) -> Outcome<Tensor> {
+    let (ids, mask, next) = rows()?;
+    let hidden = model.hidden(&ids, &mask, None, &pass.into())?.flatten_to(1)?;
+    Ok(model.token_loss(&hidden, &next, &pass.into())?)
+}
+
+#[test]
+fn every_weight_of_every_family_is_differentiated() -> Outcome {
+    for family in FAMILIES {
+        let mut json = toy_json(family)?;
+        json["attention_dropout"] = 0.1.into();
+        let (model, params) = random(json, Role::Base, DType::F64)?;
+        check(&params, || loss(&model, Pass::Train { draw: 4 }))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_train_on_a_frozen_base_and_merge() -> Outcome {
+    for (family, layers, default) in [("qwen3", 7, 3), ("phi3", 4, 1), ("gemma2", 7, 3), ("smollm3", 7, 3)] {
+        let (mut model, params) = random(toy_json(family)?, Role::Head, DType::F64)?;
+        let config = MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..Default::default() };
+        inject::monteclora(&mut model, &Targets::parse("all-linear")?, &config, &params)?;
+        scatter(&params)?;
+        let mut adapted = 0;
+        model.visit_linears(&mut |layer| {
+            adapted += usize::from(layer.active().is_some());
+            Ok(())
+        })?;
+        assert_eq!(adapted, 3 * layers, "{family}");
+        let regularizer = Regularizer::new(&config);
+        let pass = Pass::Train { draw: 2 };
+        check(&params, || {
+            let penalty = regularizer.for_model(&model, pass)?.total;
+            Ok((loss(&model, pass)? + penalty)?)
+        })?;
+        // With layers computed again in backward, the gradients are the same.
+        let name = params.trainable()[0].0.clone();
+        let gradient = |model: &DecoderForCausalLM| -> Outcome<Tensor> {
+            let grads = loss(model, pass)?.backward()?;
+            Ok(grads.get(&params.get(&name).ok_or("a parameter")?.var).ok_or("a gradient")?.clone())
+        };
+        let whole = gradient(&model)?;
+        model.set_checkpoint_layers(true);
+        assert_close(&gradient(&model)?, &whole, 1e-12)?;
+        let apart = loss(&model, Pass::Mean)?.detach();
+        merge(&mut model)?;
+        assert_close(&loss(&model, Pass::Mean)?, &apart, 1e-9)?;
+
+        let (mut model, params) = random(toy_json(family)?, Role::Head, DType::F32)?;
+        inject::lora(&mut model, &Targets::default(), &LoraConfig::default(), &params)?;
+        assert_eq!(params.trainable().len(), 3 * 2 * default, "{family}: the default targets");
+    }
+    Ok(())
+}
