@@ -101,6 +101,14 @@ impl SequenceConfig {
         Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
     }
 
+    /// The same of a `config.json` that was read already.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub fn from_value(json: &Value, num_labels: usize) -> Result<Self> {
+        Self::parse(json.to_string().as_bytes(), Path::new("config.json"), num_labels)
+    }
+
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
