@@ -36,7 +36,7 @@ use serde_json::{json, Value};
 #[derive(Parser)]
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
-    /// A `config.json` of the RoBERTa, BERT or LLaMA family.
+    /// A `config.json` of an encoder or a decoder.
     #[arg(long, required_unless_present = "all_reduce")]
     config: Option<PathBuf>,
     /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.

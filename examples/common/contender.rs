@@ -11,7 +11,7 @@ use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassification};
+use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
 use monteclora::models::Weights;
 use monteclora::noise::Noise;
 use monteclora::ops;
@@ -58,20 +58,19 @@ impl Geometry {
 }
 
 enum Model {
-    Encoder(Box<RobertaForSequenceClassification>),
+    Encoder(Box<dyn SequenceClassifier>),
     Decoder(Box<DecoderForCausalLM>),
 }
 
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
     fn load(json: &Value, base: Weights<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
-        Ok(if json["model_type"] == "llama" {
+        let kind = json["model_type"].as_str().unwrap_or_default();
+        Ok(if DecoderConfig::model_types().any(|decoder| decoder == kind) {
             let config = DecoderConfig::from_value(json.clone())?;
             Self::Decoder(Box::new(DecoderForCausalLM::load(base, &config, Noise::new(2))?))
         } else {
-            let config: RobertaConfig = serde_json::from_value(json.clone())?;
-            let model = RobertaForSequenceClassification::load(base, head, &config, Noise::new(2))?;
-            Self::Encoder(Box::new(model))
+            Self::Encoder(SequenceConfig::from_value(json, 2)?.load(base, head, Noise::new(2))?)
         })
     }
 
@@ -109,7 +108,8 @@ impl Model {
     fn loss(&self, Batch { ids, mask, labels }: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         match self {
             Self::Encoder(model) => {
-                ops::cross_entropy(&model.forward(ids, None, mask, cx)?, labels, -100, cx.path)
+                let logits = model.logits(ids, &ids.zeros_like()?, mask, cx)?;
+                ops::cross_entropy(&logits, labels, -100, cx.path)
             }
             Self::Decoder(model) => {
                 let before_last = ids.dim(1)? - 1;

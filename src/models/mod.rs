@@ -17,6 +17,7 @@ pub(crate) mod layers;
 pub mod modernbert;
 mod quantize;
 pub mod roberta;
+mod rotary_table;
 pub mod save;
 pub mod sequence;
 mod sequence_classifier;

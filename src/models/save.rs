@@ -301,17 +301,17 @@ fn plan<'a>(
         }
         Ok(())
     })?;
+    if parts.is_empty() {
+        parts.push(String::new());
+    }
+    let body = parts[0].clone();
+    let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
     if let Some(kind) = &kind {
         tracing::warn!(
             "the adapter was trained on a base in {kind} and is merged into the checkpoint's own numbers: the two \
              differ by what the base was rounded by"
         );
     }
-    if parts.is_empty() {
-        parts.push(String::new());
-    }
-    let body = parts[0].clone();
-    let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
     let whole = |name: String| if bare && !of_model(&name) { format!("{body}{name}") } else { name };

@@ -113,6 +113,14 @@ impl SequenceConfig {
         }
     }
 
+    /// The same of a `config.json` that was read already.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub fn from_value(json: &Value, num_labels: usize) -> Result<Self> {
+        Self::parse(json.to_string().as_bytes(), Path::new("config.json"), num_labels)
+    }
+
     /// The same from the file's bytes; `path` only names it in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
@@ -315,7 +323,9 @@ mod tests {
             ("[]", "got none"),
         ] {
             let error = read(text).unwrap_err();
-            let expected = "model_type: expected one of roberta, bert, xlm-roberta, camembert, electra, distilbert, deberta-v2, modernbert, llama, qwen2";
+            let expected =
+                "model_type: expected one of roberta, bert, xlm-roberta, camembert, electra, distilbert, \
+                            deberta-v2, modernbert, llama, qwen2";
             assert!(error.contains(expected) && error.ends_with(found), "{error}");
         }
         let error = read("{\n\"model_type\": \"bert\",\n}").unwrap_err();

@@ -17,8 +17,8 @@ impl Positioned {
     pub fn new(q: &Tensor, k: &Tensor, v: &Tensor, rows: &[u32], heads: usize) -> Result<Self> {
         let (b, tk, width) = v.dims3()?;
         let ((queries, q_width), (keys, k_width)) = (q.dims2()?, k.dims2()?);
-        let positions = keys.checked_sub(b * tk).unwrap_or_default();
-        let all = queries.checked_sub(positions).unwrap_or_default();
+        let positions = keys.saturating_sub(b * tk);
+        let all = queries.saturating_sub(positions);
         if b == 0 || heads == 0 || !width.is_multiple_of(heads) || width == 0 || positions == 0 {
             bail!("attention: v {:?} and k {:?} do not fit {heads} heads and positions", v.dims(), k.dims());
         }

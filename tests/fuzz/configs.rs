@@ -38,33 +38,6 @@ fn llama() -> Vec<Value> {
     vec![old, new]
 }
 
-/// The encoders after BERT, as transformers writes them.
-fn encoders_after_bert() -> Vec<Value> {
-    let sizes = json!({"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
-        "intermediate_size": 40, "max_position_embeddings": 40, "pad_token_id": 0});
-    let with = |settings: Value| {
-        let mut all = sizes.clone();
-        for (name, value) in settings.as_object().expect("an object") {
-            all[name] = value.clone();
-        }
-        all
-    };
-    vec![
-        with(json!({"model_type": "electra", "embedding_size": 16})),
-        with(json!({"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40,
-            "activation": "gelu", "seq_classif_dropout": 0.2})),
-        with(json!({"model_type": "deberta-v2", "relative_attention": true, "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm", "share_att_key": true, "pos_att_type": "p2c|c2p",
-            "max_relative_positions": -1, "position_biased_input": false, "type_vocab_size": 0})),
-        with(json!({"model_type": "modernbert", "global_attn_every_n_layers": 3, "local_attention": 8,
-            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "classifier_pooling": "mean"})),
-        with(json!({"model_type": "modernbert", "classifier_pooling": "cls",
-            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 160000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}})),
-    ]
-}
-
 /// One of each family after LLaMA, with the fields that it alone has.
 fn later() -> Vec<Value> {
     let shared = json!({"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -110,6 +83,33 @@ fn later() -> Vec<Value> {
 
 fn decoders_seeds() -> Vec<Value> {
     llama().into_iter().chain(later()).collect()
+}
+
+/// The encoders after BERT, as transformers writes them.
+fn encoders_after_bert() -> Vec<Value> {
+    let sizes = json!({"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "intermediate_size": 40, "max_position_embeddings": 40, "pad_token_id": 0});
+    let with = |settings: Value| {
+        let mut all = sizes.clone();
+        for (name, value) in settings.as_object().expect("an object") {
+            all[name] = value.clone();
+        }
+        all
+    };
+    vec![
+        with(json!({"model_type": "electra", "embedding_size": 16})),
+        with(json!({"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40,
+            "activation": "gelu", "seq_classif_dropout": 0.2})),
+        with(json!({"model_type": "deberta-v2", "relative_attention": true, "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm", "share_att_key": true, "pos_att_type": "p2c|c2p",
+            "max_relative_positions": -1, "position_biased_input": false, "type_vocab_size": 0})),
+        with(json!({"model_type": "modernbert", "global_attn_every_n_layers": 3, "local_attention": 8,
+            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "classifier_pooling": "mean"})),
+        with(json!({"model_type": "modernbert", "classifier_pooling": "cls",
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 160000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}})),
+    ]
 }
 
 fn documents(seeds: Vec<Value>) -> Documents {

@@ -125,16 +125,19 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
 }
 
 /// A checkpoint with a head on the disk.
-fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
+fn base(dir: &Path, family: &str) -> Outcome<ModelFiles> {
     // Without dropout: losses are compared in training.
-    let (weights, mut json) = if causal {
-        let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+    let (weights, mut json, name) = if family != "roberta" {
+        let mut json = if family == "llama" { toy_json(true) } else { crate::decoders::toy_json(family)? };
+        let params = Params::new(Noise::new(5), &Device::Cpu);
         json["attention_dropout"] = 0.0.into();
+        json["vocab_size"] = 50.into(); // the inputs' ids
         let config = DecoderConfig::from_value(json.clone())?;
         DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
         scatter(&params)?;
         let all = params.all().into_iter();
-        (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)
+        let weights = all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+        (weights, json, config.class_name("ForCausalLM"))
     } else {
         let config = toy_config(monteclora::models::roberta::Family::Roberta);
         let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
@@ -144,9 +147,8 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
         let mut json = serde_json::to_value(&config)?;
         json["hidden_dropout_prob"] = 0.0.into();
         json["attention_probs_dropout_prob"] = 0.0.into();
-        (weights, json)
+        (weights, json, "RobertaForSequenceClassification".to_string())
     };
-    let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
     json["architectures"] = serde_json::json!([name]);
     std::fs::create_dir_all(dir)?;
     monteclora::util::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
@@ -157,10 +159,13 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
 #[test]
 fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
     let Some(python) = python_or_skip() else { return Ok(()) };
-    for causal in [false, true] {
+    // Of the decoders one with norms on q and k, one with fused names and one with norms on both sides.
+    for family in ["roberta", "llama", "qwen3", "phi3", "gemma2"] {
         for method in methods() {
-            let dir = tempfile::tempdir()?;
-            there_and_back(&python, dir.path(), &base(&dir.path().join("base"), causal)?, causal, &method)?;
+            let (dir, causal) = (tempfile::tempdir()?, family != "roberta");
+            let files = base(&dir.path().join("base"), family)?;
+            there_and_back(&python, dir.path(), &files, causal, &method)
+                .map_err(|error| format!("{family}: {error}"))?;
         }
     }
     Ok(())

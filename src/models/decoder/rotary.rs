@@ -1,39 +1,26 @@
 //! The tables of rotary angles, for each way of scaling them.
 
 use std::f32::consts::PI;
-use std::sync::{Mutex, PoisonError};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result};
 
 use super::positions::{RotaryConfig, RotaryScaling};
+pub(super) use crate::models::rotary_table::Angles;
+use crate::models::rotary_table::RotaryTable;
 
-/// Cosines and sines.
-pub(super) type Angles = (Tensor, Tensor);
-
-/// Cosines and sines of positions `0 ..`, made as far as they were needed: a model for 131072
-/// positions would keep 64 MB that hardly any run reads.
+/// The angles of a model's rotary positions.
 #[derive(Debug)]
 pub(super) struct Rotary {
-    short: Table,
+    short: RotaryTable,
     /// The table of texts longer than so many tokens, where it is another.
-    long: Option<(usize, Table)>,
-    dtype: DType,
-    device: Device,
-}
-
-/// One set of frequencies and what was made of it.
-#[derive(Debug)]
-struct Table {
-    frequencies: Vec<f32>, // (dim / 2)
-    magnitude: f32,
-    made: Mutex<Option<Angles>>, // (positions, dim / 2) each
+    long: Option<(usize, RotaryTable)>,
 }
 
 impl Rotary {
-    /// For weights of `dtype`: the angles are in f64 for f64 and in f32 for all others.
+    /// For weights of `dtype`.
     pub fn new(config: &RotaryConfig, dtype: DType, device: &Device) -> Self {
-        let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let plain = plain(config);
+        let table = |frequencies, magnitude| RotaryTable::new(frequencies, magnitude, dtype, device);
+        let plain = RotaryTable::plain(config.theta, config.dim);
         let (frequencies, magnitude) = match &config.scaling {
             RotaryScaling::None => (plain, 1.0),
             RotaryScaling::Linear { factor } => (plain.iter().map(|f| f / factor).collect(), 1.0),
@@ -47,12 +34,11 @@ impl Rotary {
                         (0..config.dim).step_by(2).map(|i| config.theta.powf(i as f32 / config.dim as f32));
                     powers.zip(by).map(|(power, factor)| 1.0 / (factor * power)).collect()
                 };
-                let long = Table::new(divided(long), *magnitude);
-                let short = Table::new(divided(short), *magnitude);
-                return Self { short, long: Some((*original, long)), dtype, device: device.clone() };
+                let long = table(divided(long), *magnitude);
+                return Self { short: table(divided(short), *magnitude), long: Some((*original, long)) };
             }
         };
-        Self { short: Table::new(frequencies, magnitude), long: None, dtype, device: device.clone() }
+        Self { short: table(frequencies, magnitude), long: None }
     }
 
     /// Whether a text of so many tokens has the angles of long ones.
@@ -67,42 +53,8 @@ impl Rotary {
             Some((_, long)) if self.is_long(length) => long,
             _ => &self.short,
         };
-        let end = first + count;
-        let mut made = table.made.lock().unwrap_or_else(PoisonError::into_inner);
-        let (cos, sin) = match made.take() {
-            Some(tables) if tables.0.dim(0)? >= end => tables,
-            _ => table.make(end.next_power_of_two(), self.dtype, &self.device)?,
-        };
-        let part = |table: &Tensor| table.narrow(0, first, count)?.unsqueeze(0);
-        let angles = (part(&cos)?, part(&sin)?);
-        *made = Some((cos, sin));
-        Ok(angles)
+        table.angles(first, count)
     }
-}
-
-impl Table {
-    fn new(frequencies: Vec<f32>, magnitude: f32) -> Self {
-        Self { frequencies, magnitude, made: Mutex::new(None) }
-    }
-
-    /// The angle is rounded to single precision, as in the models' own training.
-    fn make(&self, positions: usize, dtype: DType, device: &Device) -> Result<Angles> {
-        let angles: Vec<f32> = (0..positions)
-            .flat_map(|position| self.frequencies.iter().map(move |frequency| position as f32 * frequency))
-            .collect();
-        let shape = (positions, self.frequencies.len());
-        let table = |f: fn(f32) -> f32| {
-            let values = angles.iter().map(|angle| f(*angle) * self.magnitude).collect::<Vec<_>>();
-            Tensor::from_vec(values, shape, device)?.to_dtype(dtype)
-        };
-        Ok((table(f32::cos)?, table(f32::sin)?))
-    }
-}
-
-/// `theta^(-2 i / dim)`.
-fn plain(config: &RotaryConfig) -> Vec<f32> {
-    let (dim, theta) = (config.dim, config.theta);
-    (0..dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / dim as f32)).collect()
 }
 
 /// LLaMA 3.1's rule for one frequency.

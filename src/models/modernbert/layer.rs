@@ -5,11 +5,11 @@ use std::sync::Arc;
 use candle_core::{Tensor, D};
 
 use super::config::{LayerType, ModernBertConfig};
-use super::rotary::Rotary;
 use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::encoder::{Block, PackedBatch};
 use crate::models::layers::{parameters, Dropout};
+use crate::models::rotary_table::RotaryTable;
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm, Mask, Window};
@@ -26,7 +26,7 @@ pub fn norm(config: &ModernBertConfig, vb: &Weights) -> Result<LayerNorm> {
 /// What the layers of one type share.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    rotary: Arc<Rotary>,
+    rotary: Arc<RotaryTable>,
     window: Option<Window>,
 }
 
@@ -34,7 +34,8 @@ impl Attention {
     /// That of layers of this type, for weights like those of `vb`.
     pub fn new(config: &ModernBertConfig, layer_type: LayerType, vb: &Weights) -> Self {
         let dim = config.hidden_size / config.num_attention_heads;
-        let rotary = Rotary::new(config.rope_theta(layer_type), dim, vb.dtype(), vb.device());
+        let frequencies = RotaryTable::plain(config.rope_theta(layer_type) as f32, dim);
+        let rotary = RotaryTable::new(frequencies, 1.0, vb.dtype(), vb.device());
         let window = match layer_type {
             LayerType::FullAttention => None,
             LayerType::SlidingAttention => Some(Window::new(config.local_attention / 2 + 1)),
@@ -105,7 +106,7 @@ impl Layer {
         let (b, t, width) = all.dims3()?;
         let d = width / 3;
         let part = |i: usize| all.narrow(D::Minus1, i * d, d);
-        let (cos, sin) = self.attention.rotary.angles(t)?;
+        let (cos, sin) = self.attention.rotary.angles(0, t)?;
         let rotated = |xs: Tensor| {
             let xs = xs.reshape((b, t, self.heads, ()))?;
             ops::rotary(&xs, &cos, &sin, cx.path)?.reshape((b, t, d))

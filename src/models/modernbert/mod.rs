@@ -4,7 +4,6 @@
 mod classification;
 mod config;
 mod layer;
-mod rotary;
 
 pub use classification::ModernBertForSequenceClassification;
 pub use config::{ModernBertConfig, Pooling};
