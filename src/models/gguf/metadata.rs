@@ -248,8 +248,9 @@ impl Reader<'_> {
             }
             return self.positions(layers);
         }
-        let usual =
-            |(layer, kind): (usize, &Json)| (kind == "sliding_attention") == ((layer + 1) % every != 0);
+        let usual = |(layer, kind): (usize, &Json)| {
+            (kind == "sliding_attention") != (layer + 1).is_multiple_of(every)
+        };
         let (key, fits) = match self.config["layer_types"].as_array() {
             Some(kinds) => ("layer_types", kinds.iter().enumerate().all(usual)),
             None => {
@@ -273,7 +274,7 @@ impl Reader<'_> {
         if self.architecture.name != "smollm3" {
             return Ok(());
         }
-        let usual = |(layer, turned): (usize, &Json)| (turned == 1) == ((layer + 1) % 4 != 0);
+        let usual = |(layer, turned): (usize, &Json)| (turned == 1) != (layer + 1).is_multiple_of(4);
         let (key, fits) = match self.config["no_rope_layers"].as_array() {
             Some(turned) => ("no_rope_layers", turned.iter().take(layers).enumerate().all(usual)),
             None => {
