@@ -152,8 +152,25 @@ impl AdaptableLinear {
     /// # Errors
     /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is no change of a weight.
     pub fn merged_layer_at(&self, pass: &Pass) -> Result<Option<Linear>> {
+        if self.active.is_none() {
+            return Ok(None);
+        }
         let base = self.base.require_dense("merging")?;
         let weight = self.merged_weight(base.weight(), pass)?;
+        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
+    }
+
+    /// [`Self::merged_layer`] with the base's weight as numbers, where it is quantised too: what it lost when it was
+    /// rounded stays lost, and nothing is rounded once more.
+    ///
+    /// # Errors
+    /// As [`Self::merged_layer`], but for the quantised.
+    pub fn merged_dequantized(&self) -> Result<Option<Linear>> {
+        if self.merged.is_some() || self.base.dense().is_some() || self.active.is_none() {
+            return self.merged_layer();
+        }
+        let base = self.base.dequantize()?;
+        let weight = self.merged_weight(base.weight(), &Pass::Mean)?;
         Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
     }
 
@@ -227,7 +244,7 @@ impl AdaptableLinear {
             }
             (Some(merged), _) => ops::linear(xs, merged.weight(), merged.bias(), cx.path)?,
             (None, Some((_, adapter))) => adapter.forward(xs, &self.base, cx)?,
-            (None, None) => self.base.forward_on(xs, cx.path)?,
+            (None, None) => self.base.forward_in(xs, cx)?,
         };
         if let Some(probe) = &cx.probe {
             probe.look(&self.path, &output);

@@ -1,6 +1,8 @@
 //! Merging adapters into the layers they adapt, on the model in use, and taking them apart again.
 
-use crate::adapter::AdaptableModel;
+use candle_nn::Linear;
+
+use crate::adapter::{AdaptableLinear, AdaptableModel};
 use crate::error::{Error, Result};
 use crate::inject::activate::check_unmerged;
 
@@ -10,13 +12,31 @@ use crate::inject::activate::check_unmerged;
 /// Returns the number of merged layers.
 ///
 /// # Errors
-/// If no adapter is active, one is merged already, a method has no change of weights, or a merged weight would not
-/// be finite.
+/// If no adapter is active, one is merged already, a method has no change of weights, a merged weight would not be
+/// finite, or a base is quantised ([`merge_dequantized`]).
 pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
+    merge_as(model, &AdaptableLinear::merged_layer)
+}
+
+/// [`merge`] for quantised bases too: such a layer becomes one of numbers, its dequantised weight and the change, which
+/// takes four bytes a number in memory (two of a half-width base). What the base lost when it was quantised stays
+/// lost; nothing is rounded once more.
+///
+/// # Errors
+/// As [`merge`], but for the quantised.
+pub fn merge_dequantized(model: &mut dyn AdaptableModel) -> Result<usize> {
+    merge_as(model, &AdaptableLinear::merged_dequantized)
+}
+
+/// Puts what `merged` says of each layer in its place.
+fn merge_as(
+    model: &mut dyn AdaptableModel,
+    merge: &dyn Fn(&AdaptableLinear) -> Result<Option<Linear>>,
+) -> Result<usize> {
     check_unmerged(model)?;
     let mut merged = Vec::new();
     model.visit_linears(&mut |layer| {
-        merged.push(layer.merged_layer()?);
+        merged.push(merge(layer)?);
         Ok(())
     })?;
     let count = merged.iter().flatten().count();

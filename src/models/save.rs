@@ -46,7 +46,8 @@ const COMPANIONS: [&str; 12] = [
 /// own where None), and the tokenizer's files.
 ///
 /// An adapter is added to the weight as the checkpoint has it, whatever dtype the model was loaded
-/// in. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
+/// in: one that was trained on a base quantised at load meets the numbers before they were rounded, which
+/// the log says. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
 /// after the other: no second copy of the model is held. Names get the prefix of the model's body
 /// where the source lacks it. Shards hold at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]) each, or one
 /// tensor. The folder appears when all of it is written.
@@ -101,7 +102,7 @@ pub fn check_merged(
 ) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default(), Pass::Mean)?;
-    model.visit_linears(&mut |layer| layer.merged_layer().map(drop))
+    model.visit_linears(&mut |layer| layer.merged_dequantized().map(drop))
 }
 
 /// What [`save_merged`] writes, in memory: every tensor of the checkpoint `source` under its name, with the active
@@ -284,15 +285,22 @@ fn plan<'a>(
     failure: &'a Failure,
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (mut body, mut adapted) = (String::new(), BTreeMap::new());
+    let (mut body, mut adapted, mut kind) = (String::new(), BTreeMap::new(), None);
     model.visit_linears(&mut |layer| {
         body = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
         if layer.active().is_some() {
+            kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
             let (in_dim, out_dim) = layer.dims()?;
             adapted.insert(layer.path().to_string(), vec![out_dim, in_dim]);
         }
         Ok(())
     })?;
+    if let Some(kind) = &kind {
+        tracing::warn!(
+            "the adapter was trained on a base in {kind} and is merged into the checkpoint's own numbers: the two \
+             differ by what the base was rounded by"
+        );
+    }
     let views = source.tensors();
     let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
     let whole = |name: String| if bare { format!("{body}{name}") } else { name };
@@ -336,6 +344,11 @@ fn plan<'a>(
                 Entry::trained(tensor, DType::try_from(view.dtype())?, failure)
             }
             (None, None) => Entry::Source(view),
+            _ if kind.is_some() && view.dtype() == Dtype::U8 => {
+                let reason = "the checkpoint has it in 4 bits, into which nothing can be merged: write the adapter, or \
+                              merge it onto the model's full-width checkpoint";
+                return Err(Error::tensor(name, reason));
+            }
             _ => return Err(Error::tensor(name, format!("the checkpoint has shape {:?}", view.shape()))),
         };
         entries.insert(name, entry);

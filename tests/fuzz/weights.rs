@@ -104,3 +104,51 @@ fn indices_of_shards() {
     let names = folder.outside().display().to_string();
     Reader { name: "index", cost: 10, fixed: 64 << 10, times: 32, names }.run(make, read);
 }
+
+#[test]
+fn matrices_in_four_bits() {
+    let folder = Folder::new(&[CONFIG, WEIGHTS]);
+    let bytes = |of: &[u8], count: usize| {
+        let bytes: Vec<u8> = of.iter().cycle().take(count).copied().collect();
+        Tensor::from_vec(bytes, count, &Device::Cpu).unwrap()
+    };
+    let floats = |count: usize| Tensor::arange(0f32, count as f32, &Device::Cpu).unwrap();
+    let seed = |doubled: bool| {
+        let mut state = json!({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 128]});
+        if doubled {
+            state["nested_blocksize"] = json!(2);
+            state["nested_offset"] = json!(0.5);
+        }
+        let state = state.to_string().into_bytes();
+        let scales = if doubled { bytes(&[1, 2, 3, 255], 4) } else { floats(4) };
+        let mut tensors = vec![
+            ("a.weight", bytes(&[0x1f, 0xa7], 128)),
+            ("a.weight.absmax", scales),
+            ("a.weight.quant_map", floats(16)),
+            ("a.weight.quant_state.bitsandbytes__nf4", bytes(&state, state.len())),
+        ];
+        if doubled {
+            tensors.push(("a.weight.nested_absmax", floats(2)));
+            tensors.push(("a.weight.nested_quant_map", floats(256)));
+        }
+        file(&tensors)
+    };
+    let files = TensorFiles::new(
+        vec![seed(false), seed(true)],
+        &["a.weight", "nf4", "blocksize", "64", "shape", "nested_"],
+    );
+    let of = |weights: Vec<u8>| Input { kind: 0, files: vec![b"{}".to_vec(), weights] };
+    let make = |rng: &mut Rng| folder.put(of(files.bytes(rng)));
+    let dir = folder.path();
+    let read = |_: &Input| {
+        let files = ModelFiles::locate(dir.to_str().unwrap(), None)?;
+        let layer = files.open_weights(DType::F32, &Device::Cpu)?.pp("a").linear(128, 2, 0.0, false)?;
+        assert_eq!(layer.dequantize()?.weight().dims(), [2, 128]);
+        Ok(())
+    };
+    for doubled in [false, true] {
+        read(&folder.put(of(seed(doubled)))).unwrap();
+    }
+    let names = folder.outside().display().to_string();
+    Reader { name: "nf4", cost: 10, fixed: 64 << 10, times: 32, names }.run(make, read);
+}

@@ -31,6 +31,7 @@ mod other_writers;
 mod own_model;
 mod peft_adapters;
 mod prompt;
+mod quantized;
 mod random_weights;
 mod resume;
 mod save;

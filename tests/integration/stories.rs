@@ -13,6 +13,7 @@ use monteclora::inject::{Targets, DEFAULT_ADAPTER};
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::Quantization;
 use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;
@@ -30,12 +31,15 @@ pub fn asset(name: &str) -> Option<PathBuf> {
     Some(dir)
 }
 
-fn load(dir: &Path) -> Outcome<(DecoderForCausalLM, DecoderConfig, Tokenizer)> {
-    let files = ModelFiles::locate(&dir.display().to_string(), None)?;
+fn load(
+    dir: &Path,
+    quantize: Option<Quantization>,
+) -> Outcome<(DecoderForCausalLM, DecoderConfig, Tokenizer)> {
+    let files = ModelFiles::locate(&dir.display().to_string(), None)?.quantized(quantize);
     let config = DecoderConfig::from_file(files.config_path())?;
     let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|e| e.to_string())?;
-    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
-    Ok((DecoderForCausalLM::load(vb, &config, Noise::new(0))?, config, tokenizer))
+    let weights = files.open_weights(DType::F32, &Device::Cpu)?;
+    Ok((DecoderForCausalLM::load(weights, &config, Noise::new(0))?, config, tokenizer))
 }
 
 /// What the model says by itself, greedily.
@@ -47,16 +51,22 @@ fn tell(model: &DecoderForCausalLM, tokenizer: &Tokenizer) -> Outcome<String> {
 
 /// What a short fine-tune does: the held-out loss before and after, and the texts with the adapter
 /// on, and off again.
-fn tune(dir: &Path, method: Method, data: &Path) -> Outcome<(f64, f64, String, String)> {
-    let (mut model, config, tokenizer) = load(dir)?;
+fn tune(
+    dir: &Path,
+    quantize: Option<Quantization>,
+    method: Method,
+    data: &Path,
+    rows: usize,
+) -> Outcome<(f64, f64, String, String)> {
+    let (mut model, config, tokenizer) = load(dir, quantize)?;
     let encoder =
         PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids().first().copied(), false)?;
-    let rows = |name: &str, most: usize| -> Outcome<Vec<Tokens>> {
+    let read = |name: &str, most: usize| -> Outcome<Vec<Tokens>> {
         let mut rows = instruct::read(&data.join(name), Format::Gsm8k)?;
         rows.truncate(most);
         Ok(encoder.encode(&rows)?.rows)
     };
-    let (seen, unseen) = (rows("train.jsonl", 96)?, rows("test.jsonl", 16)?);
+    let (seen, unseen) = (read("train.jsonl", rows)?, read("test.jsonl", 16)?);
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let hooks = MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
     let before = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
@@ -80,14 +90,14 @@ fn tune(dir: &Path, method: Method, data: &Path) -> Outcome<(f64, f64, String, S
 fn the_story_is_that_of_its_authors_word_for_word_also_with_a_trained_adapter_switched_off() -> Outcome {
     let (Some(dir), Some(data)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(()) };
     let story = std::fs::read_to_string(dir.join("story.txt"))?;
-    let (model, _, tokenizer) = load(&dir)?;
+    let (model, _, tokenizer) = load(&dir, None)?;
     assert_eq!(tell(&model, &tokenizer)?, story.trim_end());
 
     let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
     for method in [Method::Lora(lora), Method::MonteCLoRA(bayes)] {
         let name = method.name();
-        let (before, after, adapted, off) = tune(&dir, method, &data)?;
+        let (before, after, adapted, off) = tune(&dir, None, method, &data, 96)?;
         assert!(after < before - 1.0, "{name}: held-out loss {before}, then {after}");
         assert_ne!(adapted, story.trim_end(), "{name}");
         assert_eq!(off, story.trim_end(), "{name}");
@@ -96,9 +106,21 @@ fn the_story_is_that_of_its_authors_word_for_word_also_with_a_trained_adapter_sw
 }
 
 #[test]
+fn a_fine_tune_in_8_bits_ends_where_that_in_single_precision_does() -> Outcome {
+    let (Some(dir), Some(data)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(()) };
+    let lora = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
+    let (before, after, ..) = tune(&dir, None, lora.clone(), &data, 32)?;
+    let (rounded_before, rounded_after, ..) = tune(&dir, Some("q8_0".parse()?), lora, &data, 32)?;
+    assert_ne!(before, rounded_before, "nothing was rounded");
+    let off = (rounded_after - after).abs() / after;
+    assert!(after < before && off < 0.01, "{before} and {rounded_before}, then {after} and {rounded_after}");
+    Ok(())
+}
+
+#[test]
 fn a_text_keeps_the_blanks_that_it_begins_with() -> Outcome {
     let Some(dir) = asset("stories260k") else { return Ok(()) };
-    let (model, _, tokenizer) = load(&dir)?;
+    let (model, _, tokenizer) = load(&dir, None)?;
     let encoder = PromptEncoder::new(tokenizer, 64, 512, None, false)?;
     let config = GenerateConfig { max_new_tokens: 8, ..Default::default() };
     let generator = Generator { model: &model, encoder: &encoder, config, batch_size: 1 };

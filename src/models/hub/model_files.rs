@@ -21,6 +21,7 @@ use super::names::is_repo_id;
 #[cfg(feature = "hub")]
 use super::repo::Repo;
 use super::source::Source;
+use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
 use crate::models::gguf::Gguf;
@@ -245,7 +246,7 @@ impl ModelFiles {
     /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         let builder = self.var_builder(dtype, device)?;
-        let four_bits = || FourBits::find(self.map_weights()?);
+        let four_bits = || FourBits::find(MappedWeights::of(&self.weights)?);
         let already = match &self.gguf {
             Some(gguf) => gguf.quantized().map(|source| ("GGUF", source)),
             None => {

@@ -37,7 +37,7 @@ pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
 
 /// A builder over memory-mapped files that [`tensor_names`] has checked.
 pub(super) fn map_builder(paths: &[PathBuf], dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
-    let backend = Weights { mapped: map(paths)?, paths: paths.to_vec() };
+    let backend = MappedWeights::of(paths)?;
     Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
 }
 
@@ -50,13 +50,27 @@ pub(super) fn map(paths: &[PathBuf]) -> Result<MmapedSafetensors> {
     Ok(mapped)
 }
 
-/// The mapped files behind a `VarBuilder`.
-struct Weights {
+/// The mapped files behind a `VarBuilder`, which [`tensor_names`] has checked.
+pub(super) struct MappedWeights {
     mapped: MmapedSafetensors,
     paths: Vec<PathBuf>,
 }
 
-impl Weights {
+impl MappedWeights {
+    pub fn of(paths: &[PathBuf]) -> Result<Self> {
+        Ok(Self { mapped: map(paths)?, paths: paths.to_vec() })
+    }
+
+    /// The names of the tensors.
+    pub fn names(&self) -> Vec<String> {
+        self.mapped.tensors().into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// The tensor `name` as it lies there, if there is one.
+    pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
+        self.mapped.get(name).ok()
+    }
+
     /// The tensor `name`, unless it cannot be a weight.
     fn load(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let Ok(view) = self.mapped.get(name) else { return Err(self.missing(name)) };
@@ -82,7 +96,7 @@ impl Weights {
     }
 
     /// The error of a tensor that is in no file.
-    fn missing(&self, name: &str) -> Error {
+    pub fn missing(&self, name: &str) -> Error {
         let tied =
             |name: &str| name.ends_with("embed_tokens.weight") || name.ends_with("word_embeddings.weight");
         let names = || self.mapped.tensors().into_iter().map(|(name, _)| name);
@@ -102,7 +116,8 @@ impl Weights {
         }
     }
 
-    fn unfit(&self, name: &str, reason: String) -> Error {
+    /// The error of a tensor that is not what it should be.
+    pub fn unfit(&self, name: &str, reason: String) -> Error {
         let holds = |path: &&PathBuf| tensor_names(path).is_ok_and(|names| names.iter().any(|n| n == name));
         match self.paths.iter().find(holds) {
             Some(path) => Error::format(path, format!("tensor {name}: {reason}")),
@@ -111,7 +126,7 @@ impl Weights {
     }
 }
 
-impl SimpleBackend for Weights {
+impl SimpleBackend for MappedWeights {
     fn get(
         &self,
         shape: Shape,
