@@ -35,7 +35,7 @@ use serde_json::{json, Value};
 #[derive(Parser)]
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
-    /// A `config.json` of the RoBERTa, BERT or LLaMA family.
+    /// A `config.json` of RoBERTa, BERT, LLaMA or another decoder.
     #[arg(long)]
     config: PathBuf,
     /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.

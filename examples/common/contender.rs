@@ -65,7 +65,7 @@ enum Model {
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
     fn load(json: &Value, base: Weights<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
-        Ok(if json["model_type"] == "llama" {
+        Ok(if DecoderConfig::model_types().any(|known| json["model_type"] == known) {
             let config = DecoderConfig::from_value(json.clone())?;
             Self::Decoder(Box::new(DecoderForCausalLM::load(base, &config, Noise::new(2))?))
         } else {

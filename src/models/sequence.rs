@@ -110,7 +110,7 @@ pub struct SequenceConfig {
 #[derive(Debug, Clone)]
 enum Architecture {
     Roberta(RobertaConfig),
-    Decoder(DecoderConfig),
+    Decoder(Box<DecoderConfig>),
 }
 
 impl SequenceConfig {
@@ -140,7 +140,8 @@ impl SequenceConfig {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
             Some(kind) if DecoderConfig::model_types().any(|known| known == kind) => {
-                Architecture::Decoder(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
+                let config = DecoderConfig::parse(text, path)?.with_num_labels(num_labels);
+                Architecture::Decoder(Box::new(config))
             }
             Some("roberta" | "bert" | "xlm-roberta" | "camembert") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))

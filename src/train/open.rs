@@ -13,7 +13,7 @@ use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
 
-/// The tensors with a row for each output, of RoBERTa, BERT and LLaMA.
+/// The tensors with a row for each output, of RoBERTa, BERT and decoders.
 const OUTPUTS: [&str; 3] = ["classifier.out_proj.weight", "classifier.weight", "score.weight"];
 
 /// What lies in a folder.

@@ -124,16 +124,19 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
 }
 
 /// A checkpoint with a head on the disk.
-fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
+fn base(dir: &Path, family: &str) -> Outcome<ModelFiles> {
     // Without dropout: losses are compared in training.
-    let (weights, mut json) = if causal {
-        let (mut json, params) = (toy_json(true), Params::new(Noise::new(5), &Device::Cpu));
+    let (weights, mut json, name) = if family != "roberta" {
+        let mut json = if family == "llama" { toy_json(true) } else { crate::decoders::toy_json(family)? };
+        let params = Params::new(Noise::new(5), &Device::Cpu);
         json["attention_dropout"] = 0.0.into();
+        json["vocab_size"] = 50.into(); // the inputs' ids
         let config = DecoderConfig::from_value(json.clone())?;
         DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
         scatter(&params)?;
         let all = params.all().into_iter();
-        (all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect(), json)
+        let weights = all.map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
+        (weights, json, config.class_name("ForCausalLM"))
     } else {
         let config = toy_config(monteclora::models::roberta::Family::Roberta);
         let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
@@ -143,9 +146,8 @@ fn base(dir: &Path, causal: bool) -> Outcome<ModelFiles> {
         let mut json = serde_json::to_value(&config)?;
         json["hidden_dropout_prob"] = 0.0.into();
         json["attention_probs_dropout_prob"] = 0.0.into();
-        (weights, json)
+        (weights, json, "RobertaForSequenceClassification".to_string())
     };
-    let name = if causal { "LlamaForCausalLM" } else { "RobertaForSequenceClassification" };
     json["architectures"] = serde_json::json!([name]);
     std::fs::create_dir_all(dir)?;
     monteclora::util::files::write_safetensors(&dir.join("model.safetensors"), weights)?;
@@ -166,10 +168,11 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
     let lora = LoraConfig { rank: 3, alpha: 7.0, use_rslora: true, ..LoraConfig::default() };
     let bayes = MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, ..Default::default() };
     let methods = [AdapterMethod::Lora(lora), AdapterMethod::MonteCLoRA(bayes)];
-    for (causal, method) in [false, true].into_iter().flat_map(|causal| methods.clone().map(|m| (causal, m)))
-    {
-        let dir = tempfile::tempdir()?;
-        let files = base(&dir.path().join("base"), causal)?;
+    // Of the decoders one with norms on q and k, one with fused names and one with norms on both sides.
+    let families = ["roberta", "llama", "qwen3", "phi3", "gemma2"];
+    for (family, method) in families.into_iter().flat_map(|family| methods.clone().map(|m| (family, m))) {
+        let (dir, causal) = (tempfile::tempdir()?, family != "roberta");
+        let files = base(&dir.path().join("base"), family)?;
         let params = Params::new(Noise::new(1), &Device::Cpu);
         let mut model = Model::load(&files, causal, &params)?;
         let base_logits = model.logits()?.copy()?;
@@ -215,7 +218,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         let output =
             Command::new(&python).arg(&script).arg(dir.path()).env("HF_HUB_OFFLINE", "1").output()?;
         let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{task} {method:?}: {text}");
+        assert!(output.status.success(), "{family} {method:?}: {text}");
 
         // What PEFT trained a step further is read back, and computes what PEFT computes.
         let params = Params::new(Noise::new(2), &Device::Cpu);
@@ -224,10 +227,10 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
         file.apply(model.adaptable(), DEFAULT_ADAPTER, &params)?;
         let back = candle_core::safetensors::load(dir.path().join("back.safetensors"), &Device::Cpu)?;
         let moved = (&back["logits"] - &logits)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(moved > 1e-3, "PEFT's step moved nothing");
+        assert!(moved > 1e-3, "{family}: PEFT's step moved nothing");
         let loss = next_loss(&mut model, causal, &file.method())?;
         let theirs = back["loss"].to_scalar::<f32>()?;
-        assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
+        assert!((loss - theirs).abs() < 1e-4, "{family} {method:?}: {loss}, in PEFT {theirs}");
         let got = model.logits()?;
         if causal {
             // Padding columns are nobody's business.
