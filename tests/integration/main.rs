@@ -24,6 +24,7 @@ mod labels;
 mod language;
 #[cfg(feature = "cuda")]
 mod launches;
+mod live_llama_cpp;
 mod live_peft;
 mod llama;
 mod llama_golden;

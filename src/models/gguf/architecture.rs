@@ -124,6 +124,10 @@ impl Architecture {
     /// GGUF's name of a tensor, or of a layer, that Hugging Face calls `name`.
     pub fn to_gguf(&self, name: &str) -> Option<String> {
         let (module, end) = parted(name);
+        let of_attention = ["q_proj", "k_proj", "v_proj"].iter().any(|layer| module.ends_with(layer));
+        if end == ".bias" && !of_attention && self.name != "llama" {
+            return None; // llama.cpp reads others of `llama` alone
+        }
         if let Some(rest) = module.strip_prefix("model.layers.") {
             let (block, module) = rest.split_once('.')?;
             let (name, _) = self.blocks().find(|(_, theirs)| *theirs == module)?;
@@ -199,6 +203,11 @@ mod tests {
         assert_eq!(
             ALL[2].to_gguf("model.layers.3.self_attn.q_proj.bias").as_deref(),
             Some("blk.3.attn_q.bias")
+        );
+        let bias = "model.layers.3.self_attn.o_proj.bias";
+        assert_eq!(
+            (ALL[0].to_gguf(bias).as_deref(), ALL[2].to_gguf(bias)),
+            (Some("blk.3.attn_output.bias"), None)
         );
         assert_eq!(ALL[0].interleaved_queries("model.layers.0.self_attn.k_proj"), Some(false));
         assert_eq!(ALL[3].interleaved_queries("model.layers.0.self_attn.q_proj.weight"), None);

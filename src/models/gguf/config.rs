@@ -226,7 +226,7 @@ impl Gguf {
                 let reason = "another pattern of windows than the architecture's is not supported";
                 return Err(self.error(format!("{}: {reason}", self.key("attention.sliding_window_pattern"))));
             }
-            let kind = |layer: usize| match window.is_some() && (layer + 1) % every != 0 {
+            let kind = |layer: usize| match window.is_some() && !(layer + 1).is_multiple_of(every) {
                 true => "sliding_attention",
                 false => "full_attention",
             };

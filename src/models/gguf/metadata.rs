@@ -248,13 +248,20 @@ impl Reader<'_> {
             }
             return self.positions(layers);
         }
-        let kinds = self.config["layer_types"].as_array().cloned().unwrap_or_default();
-        let usual =
-            |(layer, kind): (usize, &Json)| (kind == "sliding_attention") == ((layer + 1) % every != 0);
-        if !kinds.iter().enumerate().all(usual) {
-            let reason =
-                format!("llama.cpp holds for granted that all but each {every}th layer have a window");
-            return Err(Error::config("layer_types", reason));
+        let usual = |(layer, kind): (usize, &Json)| {
+            (kind == "sliding_attention") != (layer + 1).is_multiple_of(every)
+        };
+        let (key, fits) = match self.config["layer_types"].as_array() {
+            Some(kinds) => ("layer_types", kinds.iter().enumerate().all(usual)),
+            None => {
+                let pattern =
+                    self.whole("sliding_window_pattern")?.filter(|_| self.architecture.name == "gemma3");
+                ("sliding_window_pattern", pattern.is_none_or(|pattern| pattern == every))
+            }
+        };
+        if !fits {
+            let reason = format!("llama.cpp holds for granted that one layer in {every} has no window");
+            return Err(Error::config(key, reason));
         }
         if let Some(window) = window {
             described.add("attention.sliding_window", window as u32);
@@ -264,14 +271,21 @@ impl Reader<'_> {
 
     /// SmolLM3's layers without positions, of which llama.cpp holds for granted that they are each fourth.
     fn positions(&self, layers: usize) -> Result<()> {
-        let turned = self.config["no_rope_layers"].as_array().filter(|_| self.architecture.name == "smollm3");
-        let usual = |(layer, turned): (usize, &Json)| (turned == 1) == ((layer + 1) % 4 != 0);
-        match turned {
-            Some(turned) if !turned.iter().take(layers).enumerate().all(usual) => {
-                let reason = "llama.cpp holds for granted that each fourth layer has no positions";
-                Err(Error::config("no_rope_layers", reason))
-            }
-            _ => Ok(()),
+        if self.architecture.name != "smollm3" {
+            return Ok(());
         }
+        let usual = |(layer, turned): (usize, &Json)| (turned == 1) != (layer + 1).is_multiple_of(4);
+        let (key, fits) = match self.config["no_rope_layers"].as_array() {
+            Some(turned) => ("no_rope_layers", turned.iter().take(layers).enumerate().all(usual)),
+            None => {
+                let interval = self.whole("no_rope_layer_interval")?;
+                ("no_rope_layer_interval", interval.is_none_or(|interval| interval == 4))
+            }
+        };
+        if !fits {
+            let reason = "llama.cpp holds for granted that each fourth layer has no positions";
+            return Err(Error::config(key, reason));
+        }
+        Ok(())
     }
 }
