@@ -28,7 +28,7 @@ fn random(name: &str, shape: (usize, usize)) -> Outcome<Tensor> {
 fn step(base: &BaseLinear, adapter: Option<&dyn Adapter>, xs: &Var, cx: &Context) -> Outcome<Tensor> {
     let ys = match adapter {
         Some(adapter) => adapter.forward(xs.as_tensor(), base, cx)?,
-        None => base.forward_on(xs.as_tensor(), cx.path)?,
+        None => base.forward_in(xs.as_tensor(), cx)?,
     };
     let grads = ys.sqr()?.sum_all()?.backward()?;
     grads.get(xs).cloned().ok_or_else(|| "the input has no gradient".into())

@@ -3,8 +3,10 @@
 use candle_core::{DType, Tensor};
 use candle_nn::{Linear, Module};
 
+use super::context::Context;
+use super::pass::Pass;
 use crate::error::{Error, Result};
-use crate::ops::{self, OpPath, QuantizedWeight};
+use crate::ops::{self, QuantizedWeight};
 
 /// A frozen linear layer, `y = W0 x + b`, as its weight lies in memory.
 ///
@@ -147,10 +149,13 @@ impl BaseLinear {
     ///
     /// # Errors
     /// If shapes or dtypes do not fit.
-    pub fn forward_on(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
+    pub fn forward_in(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         match self {
-            Self::Dense(layer) => ops::linear(xs, layer.weight(), layer.bias(), path),
-            Self::Quantized(layer) => ops::quantized_linear(xs, &layer.weight, layer.bias(), path),
+            Self::Dense(layer) => ops::linear(xs, layer.weight(), layer.bias(), cx.path),
+            Self::Quantized(layer) => {
+                let xs = if cx.only_predicts { xs.detach() } else { xs.clone() };
+                ops::quantized_linear(&xs, &layer.weight, layer.bias(), cx.path)
+            }
         }
     }
 
@@ -178,6 +183,6 @@ impl From<QuantizedLinear> for BaseLinear {
 
 impl Module for BaseLinear {
     fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        self.forward_on(xs, OpPath::default())
+        self.forward_in(xs, &Pass::Mean.into())
     }
 }

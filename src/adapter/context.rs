@@ -54,6 +54,8 @@ pub struct Context {
     pub draws: Option<DrawCache>,
     /// Who is told of layers' outputs; nobody where absent.
     pub(crate) probe: Option<Probe>,
+    /// Whether nobody differentiates what comes out, of which quantised layers make use.
+    pub(crate) only_predicts: bool,
     /// What they leave to be differentiated together; nothing where absent.
     tape: Option<Tape>,
     /// What layers make for each other, within one forward pass of a model.
@@ -63,7 +65,16 @@ pub struct Context {
 impl From<Pass> for Context {
     fn from(pass: Pass) -> Self {
         let (path, scaler_factors) = (OpPath::Fused, ScalerFactors::default());
-        Self { pass, path, scaler_factors, draws: None, probe: None, tape: None, together: None }
+        Self {
+            pass,
+            path,
+            scaler_factors,
+            draws: None,
+            probe: None,
+            only_predicts: false,
+            tape: None,
+            together: None,
+        }
     }
 }
 
@@ -103,6 +114,12 @@ impl Context {
     /// The same with `probe` told of every layer's output.
     pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
+    }
+
+    /// The same where nobody differentiates what comes out, as when a text is generated: quantised layers cut the
+    /// gradient of their inputs off, and few rows take the kernels of [`ops::quantized_linear`](crate::ops::quantized_linear).
+    pub fn only_to_predict(self) -> Self {
+        Self { only_predicts: true, ..self }
     }
 
     /// The same for a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates with `tape`.

@@ -244,7 +244,7 @@ impl AdaptableLinear {
             }
             (Some(merged), _) => ops::linear(xs, merged.weight(), merged.bias(), cx.path)?,
             (None, Some((_, adapter))) => adapter.forward(xs, &self.base, cx)?,
-            (None, None) => self.base.forward_on(xs, cx.path)?,
+            (None, None) => self.base.forward_in(xs, cx)?,
         };
         if let Some(probe) = &cx.probe {
             probe.look(&self.path, &output);

@@ -118,14 +118,7 @@ impl LowRank {
         let BaseLinear::Dense(base) = base else {
             let dropped = self.dropped(xs, cx)?;
             let xs_low = dropped.as_ref().unwrap_or(xs);
-            return ops::add_low_rank(
-                &base.forward_on(xs, cx.path)?,
-                xs_low,
-                a,
-                &self.b,
-                self.scale,
-                cx.path,
-            );
+            return ops::add_low_rank(&base.forward_in(xs, cx)?, xs_low, a, &self.b, self.scale, cx.path);
         };
         let (weight, bias, b) = (base.weight(), base.bias(), &self.b);
         match cx.pass.dropout_draw().filter(|_| self.dropout > 0.0) {

@@ -72,7 +72,7 @@ impl Bottleneck {
 
 impl Adapter for Bottleneck {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
-        let hidden = base.forward_on(xs, cx.path)?.to_dtype(self.down.dtype())?;
+        let hidden = base.forward_in(xs, cx)?.to_dtype(self.down.dtype())?;
         let inner = ops::gelu(&ops::linear(&hidden, &self.down, Some(&self.down_bias), cx.path)?, cx.path)?;
         let change = ops::linear(&inner, &self.up, Some(&self.up_bias), cx.path)?;
         (hidden + change)?.to_dtype(xs.dtype())

@@ -59,8 +59,8 @@ impl Adapter for Ia3 {
         let scale =
             |t: &Tensor| t.to_dtype(self.scaling.dtype())?.broadcast_mul(&self.scaling)?.to_dtype(xs.dtype());
         match self.scaled {
-            Scaled::Output => scale(&base.forward_on(xs, cx.path)?),
-            Scaled::Input => base.forward_on(&scale(xs)?, cx.path),
+            Scaled::Output => scale(&base.forward_in(xs, cx)?),
+            Scaled::Input => base.forward_in(&scale(xs)?, cx),
         }
     }
 

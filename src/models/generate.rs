@@ -172,7 +172,8 @@ impl Continuation {
             noise.stream(&format!("row.{row}"), Purpose::Predict)
         };
         let draws = DrawCache::default();
-        let context = |pass| (Context::from(pass).with_draws(&draws), model.cache(longest + steps));
+        let context =
+            |pass| (Context::from(pass).with_draws(&draws).only_to_predict(), model.cache(longest + steps));
         Self {
             tokens: prompts.iter().map(padded).collect(),
             mask: prompts.iter().map(real).collect(),
@@ -197,7 +198,7 @@ impl Continuation {
         let mut logits = Vec::with_capacity(self.contexts.len());
         for (cx, cache) in &mut self.contexts {
             let hidden = model.hidden(&ids, &mask, Some(cache), cx)?;
-            let last = hidden.narrow(1, new - 1, 1)?.squeeze(1)?.contiguous()?; // (b, d)
+            let last = hidden.detach().narrow(1, new - 1, 1)?.squeeze(1)?.contiguous()?; // (b, d)
             logits.push(model.head(&last, cx)?.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?);
         }
         if logits.len() > 1 {

@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{safetensors, DType, Device, Tensor};
+use candle_core::{safetensors, DType, Device, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
 use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
+use monteclora::data::batch::Batcher;
 use monteclora::inject::merge::{merge, merge_dequantized, unmerge};
 use monteclora::inject::Targets;
 use monteclora::models::causal::CausalLm;
@@ -16,8 +17,8 @@ use monteclora::models::generate::{generate, GenerateConfig};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::{Quantization, Weights};
-use monteclora::train::{Classifier, Method, MethodInit};
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::train::{Classification, Classifier, Method, MethodInit, Objective};
+use monteclora::{BaseLinear, Context, MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::json;
 
 use crate::support::{assert_close, scatter, Outcome};
@@ -162,6 +163,38 @@ fn what_needs_the_numbers_themselves_says_so() -> Outcome {
     let kind: Quantization = "q8_0".parse()?;
     let error = Weights::new(builder(&tensors), kind.source(&builder(&tensors))).into_dense().err();
     assert!(error.is_some_and(|error| error.to_string().contains("full fine-tuning")));
+    Ok(())
+}
+
+/// What is differentiated is exact, however few its rows; where nobody does, candle's kernels round what comes in.
+#[test]
+fn few_rows_are_rounded_where_a_pass_only_predicts() -> Outcome {
+    let config = config(96, true)?;
+    let mut model = quantized(&weights(&config)?, &config, "q8_0")?;
+    let params = Params::new(Noise::new(3), &Device::Cpu);
+    let lora = Method::Lora(LoraConfig { rank: 2, ..LoraConfig::default() });
+    MethodInit::Fresh(lora, Targets::default()).inject(&mut model, &params)?;
+    scatter(&params)?;
+    let xs = Var::randn(0f32, 1.0, (8, 64), &Device::Cpu)?;
+    model.visit_linears(&mut |layer| {
+        if layer.dims()?.0 != 64 {
+            return Ok(());
+        }
+        let numbers: BaseLinear = layer.base().dequantize()?.into();
+        let cx = Context::from(Pass::Mean);
+        let want = match layer.active() {
+            Some((_, adapter)) => adapter.forward(xs.as_tensor(), &numbers, &cx)?,
+            None => numbers.forward_in(xs.as_tensor(), &cx)?,
+        };
+        let apart = |cx: &Context| -> monteclora::Result<f32> {
+            let error = (layer.forward(xs.as_tensor(), cx)?.detach() - want.detach())?;
+            let size = |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>();
+            Ok((size(&error)? / size(&want.detach())?).sqrt())
+        };
+        let (exact, rounded) = (apart(&cx)?, apart(&cx.clone().only_to_predict())?);
+        assert!(exact < 1e-6 && (1e-4..0.012).contains(&rounded), "{exact} and {rounded}");
+        Ok(())
+    })?;
     Ok(())
 }
 
@@ -334,6 +367,10 @@ fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Ou
         assert_eq!(layer.base().kind(), "q8_0", "{}", layer.path());
         Ok(())
     })?;
+    // A run that goes on must have the same base.
+    let batcher = Batcher::new(2, false, Noise::new(1))?;
+    let settings = Classification { classifier: &classifier, rows: &[], batcher }.settings();
+    assert_eq!(settings.get("dtype").map(String::as_str), Some("q8_0"));
     let say = |classifier: &Classifier| -> Outcome<Tensor> {
         let (ids, mask) = ids(2, 11)?;
         Ok(classifier.model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?)

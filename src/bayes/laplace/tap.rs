@@ -79,7 +79,7 @@ impl Adapter for TappedLora {
         let low = (ops::linear(&h, &b, None, cx.path)? * pair.scale())?;
         let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
         let low = (low + tap_y.as_tensor())?;
-        let frozen = base.forward_on(xs, cx.path)?.to_dtype(low.dtype())?;
+        let frozen = base.forward_in(xs, cx)?.to_dtype(low.dtype())?;
         let seen = TappedPass { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
         lock(&self.tape).seen.push(seen);
         (frozen + low)?.to_dtype(xs.dtype())
