@@ -13,7 +13,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use criterion::{criterion_group, criterion_main, Criterion};
 use monteclora::noise::{Noise, Purpose};
-use monteclora::ops::{self, CausalMask, Mask, OpPath};
+use monteclora::ops::{self, CausalMask, Mask, OpPath, Scores, Window};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 type Block = Box<dyn Fn(&[Tensor], OpPath) -> candle_core::Result<Tensor>>;
@@ -110,6 +110,8 @@ fn cases() -> Outcome<Vec<Case>> {
         case("gelu", &[WIDE], |t, path| ops::gelu(&t[0], path)),
         case("silu", &[WIDE], |t, path| ops::silu(&t[0], path)),
         case("silu_mul", &[WIDE, WIDE], |t, path| ops::silu_mul(&t[0], &t[1], path)),
+        case("gelu_tanh_mul", &[WIDE, WIDE], |t, path| ops::gelu_tanh_mul(&t[0], &t[1], path)),
+        case("soft_cap", &[WIDE], |t, path| ops::soft_cap(&t[0], 30.0, path)),
         case("rotary", &[SPLIT], move |t, path| ops::rotary(&t[0], &cos, &sin, path)),
         case("dropout", &[X], move |t, path| ops::dropout(&t[0], 0.1, &stream, 0, path)),
         case("cross_entropy", &[(&[LABELS, VOCABULARY], true)], move |t, path| {
@@ -129,18 +131,21 @@ fn cases() -> Outcome<Vec<Case>> {
     ];
     let real_keys = padding.clone();
     let attentions = [
-        ("attention", None, false, false),
-        ("attention, padding", Some(padding.clone()), false, false),
-        ("attention, causal", None, true, false),
-        ("attention, padding and causal", Some(padding.clone()), true, false),
-        ("attention, padding and dropout", Some(padding), false, true),
+        ("attention", None, false, false, None, None),
+        ("attention, padding", Some(padding.clone()), false, false, None, None),
+        ("attention, causal", None, true, false, None, None),
+        ("attention, padding and causal", Some(padding.clone()), true, false, None, None),
+        ("attention, padding and dropout", Some(padding), false, true, None, None),
+        ("attention, causal and window", None, true, false, Some(32), None),
+        ("attention, causal and capped", None, true, false, None, Some(50.0)),
     ];
-    for (name, padding, causal, dropped) in attentions {
-        let mask = Mask { padding, causal: causal.then(CausalMask::default), window: None };
+    for (name, padding, causal, dropped, window, cap) in attentions {
+        let window = window.map(Window::new);
+        let mask = Mask { padding, causal: causal.then(CausalMask::default), window };
         all.push(case(name, &[X, X, X], move |t, path| {
-            let scale = 1.0 / (HEAD as f64).sqrt();
+            let scores = Scores { scale: 1.0 / (HEAD as f64).sqrt(), cap };
             let dropout = dropped.then_some((0.1, stream, 0));
-            ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scale, &mask, dropout, path)
+            ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scores, &mask, dropout, path)
         }));
     }
     // As in DeBERTa-v3: 256 buckets, of which rows of this length use those of single distances.

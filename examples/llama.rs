@@ -1,4 +1,4 @@
-//! Fine-tunes a LLaMA on text, instructions, GSM8K or code, and lets it speak before and after.
+//! Fine-tunes a LLaMA or another decoder (Qwen, Mistral, SmolLM, Phi, Gemma) on text, instructions, GSM8K or code, and lets it speak before and after.
 //!
 //! `cargo run --release --example llama`: the bundled stories260K on a bundled excerpt of GSM8K,
 //! with LoRA and then MonteCLoRA on its attention projections, in one table.
@@ -43,7 +43,7 @@ use monteclora::util::files;
 use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
-/// Fine-tunes a LLaMA on text, instructions, GSM8K or code, and lets it speak before and after. Without arguments:
+/// Fine-tunes a LLaMA or another decoder on text, instructions, GSM8K or code, and lets it speak before and after. Without arguments:
 /// LoRA and then MonteCLoRA with the bundled model on the bundled rows, in one table.
 #[derive(Parser, Clone)]
 #[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]

@@ -65,8 +65,7 @@ enum Model {
 impl Model {
     /// Reads the configuration, and makes the model of the given tensors.
     fn load(json: &Value, base: Weights<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
-        let kind = json["model_type"].as_str().unwrap_or_default();
-        Ok(if DecoderConfig::model_types().any(|decoder| decoder == kind) {
+        Ok(if DecoderConfig::model_types().any(|known| json["model_type"] == known) {
             let config = DecoderConfig::from_value(json.clone())?;
             Self::Decoder(Box::new(DecoderForCausalLM::load(base, &config, Noise::new(2))?))
         } else {

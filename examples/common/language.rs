@@ -27,7 +27,7 @@ pub const BUNDLED: &str = "gsm8k";
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Language models")]
 pub struct LanguageOptions {
-    /// Train a language model (a LLaMA) on the rows of this file, and measure it on --tasks, each of which is
+    /// Train a language model (a LLaMA or another decoder) on the rows of this file, and measure it on --tasks, each of which is
     /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice.
     #[arg(long)]
     pub train: Option<PathBuf>,

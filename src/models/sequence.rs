@@ -87,7 +87,7 @@ enum Architecture {
     DistilBert(DistilBertConfig),
     Deberta(DebertaConfig),
     ModernBert(ModernBertConfig),
-    Decoder(DecoderConfig),
+    Decoder(Box<DecoderConfig>),
 }
 
 impl SequenceConfig {
@@ -114,7 +114,8 @@ impl SequenceConfig {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
             Some(kind) if DecoderConfig::model_types().any(|known| known == kind) => {
-                Architecture::Decoder(DecoderConfig::parse(text, path)?.with_num_labels(num_labels))
+                let config = DecoderConfig::parse(text, path)?.with_num_labels(num_labels);
+                Architecture::Decoder(Box::new(config))
             }
             Some("roberta" | "bert" | "xlm-roberta" | "camembert" | "electra") => {
                 Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))

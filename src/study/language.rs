@@ -27,7 +27,7 @@ use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
 /// What the cells of a language model's study have in common.
 #[derive(Debug)]
 pub struct LanguageTrial<'a> {
-    /// The pre-trained model, a LLaMA.
+    /// The pre-trained model, a decoder.
     pub files: &'a ModelFiles,
     /// The rows that there are to train on.
     pub rows: &'a [Prompted],

@@ -13,7 +13,7 @@ use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
 
-/// The tensors with a row for each output: RoBERTa's and ELECTRA's, the other encoders', LLaMA's.
+/// The tensors with a row for each output: RoBERTa's and ELECTRA's, the other encoders', the decoders'.
 const OUTPUTS: [&str; 3] = ["classifier.out_proj.weight", "classifier.weight", "score.weight"];
 
 /// What lies in a folder.

@@ -231,8 +231,8 @@ fn random(json: Value, role: Role, dtype: DType) -> Outcome<(DecoderForCausalLM,
 /// Two rows, the second padded; windows are shorter, and LongRoPE's original context is, too.
 fn rows() -> Outcome<(Tensor, Tensor, Tensor)> {
     let ids = Tensor::from_iter((0..36u32).map(|i| 3 + (i * 7) % 31), &Device::Cpu)?.reshape((2, 18))?;
-    let mask =
-        Tensor::from_iter((0..36).map(|i| u8::from(i < 18 || i > 22)), &Device::Cpu)?.reshape((2, 18))?;
+    let mask = Tensor::from_iter((0..36).map(|i| u8::from(!(18..23).contains(&i))), &Device::Cpu)?
+        .reshape((2, 18))?;
     let next =
         Tensor::from_iter((0..36i64).map(|i| if i % 5 == 0 { -100 } else { (i * 11) % 40 }), &Device::Cpu)?;
     Ok((ids, mask, next))
