@@ -108,8 +108,8 @@ impl Method {
         }
     }
 
-    /// The layers that it changes unless others are named, by their names in the encoders and decoders; of Phi 3, whose
-    /// queries, keys and values are one layer, IA3 scales the inside of feed-forward blocks alone.
+    /// The layers that it changes unless others are named, by their names in encoders and decoders; of Phi 3 and
+    /// ModernBERT, whose queries, keys and values are one layer, IA3 scales the inside of feed-forward blocks alone.
     /// The model's own choice where the method's paper names none.
     fn default_select(&self) -> Select {
         let regex = |pattern: &str| Select::Regex(pattern.to_string());
