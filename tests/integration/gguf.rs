@@ -206,6 +206,16 @@ fn every_family_comes_back() -> Outcome {
         let worst = (&ours - &theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
         let scale = ours.abs()?.max_all()?.to_scalar::<f32>()?;
         println!("{}: {worst:.1e} of {scale:.1}", config["model_type"]);
+        // The converter adds one to Gemma's norms, all of them.
+        let (_, tensors) = raw(&path)?;
+        let weights = candle_core::safetensors::load(folder.path().join("model.safetensors"), &Device::Cpu)?;
+        let gemma = config["model_type"].as_str().is_some_and(|family| family.starts_with("gemma"));
+        for (ours, theirs) in
+            [("model.norm", "output_norm"), ("model.layers.1.input_layernorm", "blk.1.attn_norm")]
+        {
+            let expected = (&weights[&format!("{ours}.weight")] + f64::from(u8::from(gemma)))?;
+            assert_close(&tensors[&format!("{theirs}.weight")], &expected, 0.0)?;
+        }
         assert!(worst <= 2e-5 * scale, "{config}: {worst} of {scale}");
     }
     Ok(())
