@@ -90,7 +90,7 @@ fn bert_encodes_as_candle_transformers_does() -> Outcome {
     let (ids, types, mask) = padded_batch(&config)?;
     let oracle = bert::BertModel::load(frozen(&weights), &bert_config(&config)?)?;
     let expected = oracle.forward(&ids, &types, Some(&mask))?;
-    let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
+    let model = RobertaEncoder::load(frozen(&weights), &config, Noise::new(0))?;
     let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
     // Padding columns are nobody's business: compare the real tokens.
     let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
@@ -192,7 +192,7 @@ fn padding_does_not_change_a_prediction() -> Outcome {
 fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
     let config = toy_config(Family::Roberta);
     let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
-    let model = RobertaEncoder::load(&frozen(&weights), &config, Noise::new(0))?;
+    let model = RobertaEncoder::load(frozen(&weights), &config, Noise::new(0))?;
     let (ids, types, right) = padded_batch(&config)?;
     let full = Tensor::ones((3, 7), DType::U8, &Device::Cpu)?;
     // The second row is padded on the left: its first token is none, and nothing is packed.

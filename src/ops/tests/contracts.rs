@@ -134,10 +134,10 @@ fn bad_input_is_an_error_that_names_it() {
         fails(misfit, &["w2 [3, 7], b2 Some([4])"]);
         let misfit = swiglu(&t(&[2, 5]), &t(&[7, 5]), &t(&[6, 5]), &t(&[3, 7]), path);
         fails(misfit, &["gate [7, 5], up [6, 5], down [3, 7]"]);
-        let labelled = linear_cross_entropy(&t(&[2, 5]), &t(&[3, 5]), &labels(&[0, 3]), -100, path);
+        let labelled = linear_cross_entropy(&t(&[2, 5]), t(&[3, 5]), &labels(&[0, 3]), -100, path);
         fails(labelled, &["label 3", "row 1", "3 classes"]);
         fails(
-            linear_cross_entropy(&t(&[2, 5]), &t(&[3, 4]), &labels(&[0, 1]), -100, path),
+            linear_cross_entropy(&t(&[2, 5]), t(&[3, 4]), &labels(&[0, 1]), -100, path),
             &["[2, 5]", "[3, 4]"],
         );
         fails(silu_mul(&t(&[2, 4]), &t(&[3, 4]), path), &["[2, 4]", "[3, 4]"]);
