@@ -1,7 +1,9 @@
 //! GGUF: models written and read again.
 
+use std::collections::HashMap;
 use std::path::Path;
 
+use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::LoraConfig;
@@ -11,7 +13,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::gguf::{write_adapter, GgufKind};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::save::save_gguf;
+use monteclora::models::save::{save_gguf, save_merged_gguf};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::{json, Value};
@@ -166,13 +168,31 @@ pub fn toy_folder(config: &Value, assets: &Path) -> Outcome<tempfile::TempDir> {
     scatter(&params)?;
     let all = params.all().into_iter();
     let tensors = all.map(|(name, param)| (name, param.var.as_detached_tensor()));
-    let tensors: std::collections::HashMap<String, Tensor> = tensors.collect();
+    let tensors: HashMap<String, Tensor> = tensors.collect();
     candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
     std::fs::write(folder.path().join("config.json"), config.to_string())?;
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(assets.join(name), folder.path().join(name))?;
     }
     Ok(folder)
+}
+
+#[test]
+fn a_file_of_llama_cpps_converter_is_read_as_transformers_reads_it() -> Outcome {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let golden = candle_core::safetensors::load(data.join("gguf_golden.safetensors"), &Device::Cpu)?;
+    let files = locate(&data.join("gguf_golden.gguf"))?;
+    let config = files.config()?;
+    assert_eq!(config["rope_scaling"]["rope_type"], "llama3");
+    assert_eq!(config["rope_scaling"]["factor"], 32.0);
+    assert_eq!(golden["input_ids"].to_vec1::<i64>()?, IDS.map(i64::from));
+    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
+    let dense = DecoderForCausalLM::load(vb, &DecoderConfig::from_files(&files)?, Noise::new(0))?;
+    assert_close(&logits(&dense)?, &golden["logits"], 2e-5)?;
+    // 12 rows go through blocks of dequantised rows.
+    assert_close(&logits(&load(&files)?)?, &golden["logits"], 2e-5)?;
+    assert_eq!(tokenizer::of_model(&files)?.encode("", true).map_err(|e| e.to_string())?.get_ids()[0], 1);
+    Ok(())
 }
 
 #[test]
@@ -186,7 +206,67 @@ fn every_family_comes_back() -> Outcome {
         let worst = (&ours - &theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
         let scale = ours.abs()?.max_all()?.to_scalar::<f32>()?;
         println!("{}: {worst:.1e} of {scale:.1}", config["model_type"]);
+        // The converter adds one to Gemma's norms, all of them.
+        let (_, tensors) = raw(&path)?;
+        let weights = candle_core::safetensors::load(folder.path().join("model.safetensors"), &Device::Cpu)?;
+        let gemma = config["model_type"].as_str().is_some_and(|family| family.starts_with("gemma"));
+        for (ours, theirs) in
+            [("model.norm", "output_norm"), ("model.layers.1.input_layernorm", "blk.1.attn_norm")]
+        {
+            let expected = (&weights[&format!("{ours}.weight")] + f64::from(u8::from(gemma)))?;
+            assert_close(&tensors[&format!("{theirs}.weight")], &expected, 0.0)?;
+        }
         assert!(worst <= 2e-5 * scale, "{config}: {worst} of {scale}");
+    }
+    Ok(())
+}
+
+/// The numbers of a GGUF file as candle's own reader has them, by GGUF's names.
+fn raw(path: &Path) -> Outcome<(Content, HashMap<String, Tensor>)> {
+    let mut file = std::fs::File::open(path)?;
+    let content = Content::read(&mut file)?;
+    let mut tensors = HashMap::new();
+    for name in content.tensor_infos.keys() {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        tensors.insert(name.clone(), tensor);
+    }
+    Ok((content, tensors))
+}
+
+#[test]
+fn base_and_adapter_in_a_file_each_are_the_merged_file() -> Outcome {
+    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    for (config, rslora) in families().into_iter().zip([true, false].into_iter().cycle()) {
+        let folder = toy_folder(&config, &assets)?;
+        let at = |name: &str| folder.path().join(name);
+        let source = locate(folder.path())?;
+        let mut model = load(&source)?;
+        save_gguf(&source, &at("base.gguf"), GgufKind::F32)?;
+        let (params, mut file) = adapted(&mut model, false, rslora)?;
+        save_merged_gguf(&model, &params, &source, &at("merged.gguf"), GgufKind::F32)?;
+        // An alpha of its own for some layers, which llama.cpp has no place for.
+        let paths: Vec<String> = file.layers.keys().cloned().collect();
+        let first = paths.first().ok_or("a layer")?;
+        file.config.alpha_pattern = vec![(first.clone(), 2.0 * file.config.lora_alpha)];
+        if let Some(layer) = file.layers.get_mut(first) {
+            layer.b = (&layer.b * 0.5)?;
+        }
+        write_adapter(&file, &source.config()?, &at("adapter.gguf"))?;
+        let (base, merged) = (raw(&at("base.gguf"))?.1, raw(&at("merged.gguf"))?.1);
+        let (content, adapter) = raw(&at("adapter.gguf"))?;
+        let alpha = content.metadata["adapter.lora.alpha"].to_f32()?;
+        let mut changed = 0;
+        for (name, merged) in &merged {
+            let mut expected = base[name].clone();
+            if let (Some(a), Some(b)) =
+                (adapter.get(&format!("{name}.lora_a")), adapter.get(&format!("{name}.lora_b")))
+            {
+                expected = (expected + (b.matmul(a)? * (f64::from(alpha) / a.dim(0)? as f64))?)?;
+                changed += 1;
+            }
+            assert_close(merged, &expected, 1e-5)?;
+        }
+        assert_eq!((changed, 2 * changed), (paths.len(), adapter.len()), "{config}");
     }
     Ok(())
 }
