@@ -10,6 +10,7 @@ use crate::error;
 /// N projections of one input: each a layer of its own, or all one layer whose outputs stand side by side (Phi 3), on
 /// which there is one adapter then.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // N layers are no smaller than one
 pub(super) enum Joint<const N: usize> {
     Apart([AdaptableLinear; N]),
     Fused { layer: AdaptableLinear, widths: [usize; N] },
