@@ -262,11 +262,11 @@ impl View for &Entry<'_> {
 }
 
 /// The weight of the layer at `path` as the source has it, with its adapter.
-fn merged(model: &dyn AdaptableModel, path: &str, source: &TensorView, pass: &Pass) -> Result<Tensor> {
+fn merged(model: &dyn AdaptableModel, path: &str, source: &Tensor, pass: &Pass) -> Result<Tensor> {
     let mut merged = None;
     model.visit_linears(&mut |layer| {
         if layer.path() == path {
-            merged = layer.merged_weight(&tensor(source)?, pass)?;
+            merged = layer.merged_weight(source, pass)?;
         }
         Ok(())
     })?;
@@ -345,7 +345,7 @@ fn plan<'a>(
             (Some(shape), _) if shape == view.shape() => {
                 let dtype = DType::try_from(view.dtype())?;
                 Entry::Made {
-                    make: Box::new(move || merged(model, &path, &view, &pass)),
+                    make: Box::new(move || merged(model, &path, &tensor(&view)?, &pass)),
                     dtype,
                     shape,
                     failure,

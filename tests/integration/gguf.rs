@@ -13,7 +13,7 @@ use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::gguf::{write_adapter, GgufKind};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::save::{save_gguf, save_merged_gguf};
+use monteclora::models::save::{check_merged_gguf, save_gguf, save_merged_gguf};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::{json, Value};
@@ -267,6 +267,38 @@ fn base_and_adapter_in_a_file_each_are_the_merged_file() -> Outcome {
             assert_close(merged, &expected, 1e-5)?;
         }
         assert_eq!((changed, 2 * changed), (paths.len(), adapter.len()), "{config}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_is_merged_into_a_base_in_gguf() -> Outcome {
+    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    for config in families() {
+        let folder = toy_folder(&config, &assets)?;
+        let at = |name: &str| folder.path().join(name);
+        save_gguf(&locate(folder.path())?, &at("base.gguf"), GgufKind::F16)?;
+        std::fs::remove_file(at("tokenizer.json"))?;
+        let source = locate(&at("base.gguf"))?;
+        let mut model = load(&source)?;
+        let error = save_merged_gguf(
+            &model,
+            &Params::new(Noise::new(1), &Device::Cpu),
+            &source,
+            &at("x.gguf"),
+            GgufKind::F32,
+        );
+        assert!(error.unwrap_err().to_string().contains("no layer has an active one"));
+        let (params, _) = adapted(&mut model, true, false)?;
+        check_merged_gguf(&model, &params, &source, &at("merged.gguf"))?;
+        save_merged_gguf(&model, &params, &source, &at("merged.gguf"), GgufKind::F32)?;
+        let merged = locate(&at("merged.gguf"))?;
+        assert_close(&logits(&load(&merged)?)?, &logits(&model)?, 2e-5)?;
+        let pieces = |files: &ModelFiles| -> Outcome<Vec<u32>> {
+            let tokenizer = tokenizer::of_model(files)?;
+            Ok(tokenizer.encode(TEXT, true).map_err(|e| e.to_string())?.get_ids().to_vec())
+        };
+        assert_eq!(pieces(&merged)?, pieces(&source)?);
     }
     Ok(())
 }

@@ -172,6 +172,15 @@ impl Reader<'_> {
             "yarn" if scaling["mscale"].is_null() && scaling["truncate"] != false => {
                 self.yarn(described, scaling)
             }
+            // What factors of no known rule are read as.
+            "longrope"
+                if matches!(self.architecture.name, "llama" | "smollm3")
+                    && scaling["long_factor"] == scaling["short_factor"]
+                    && scaling["attention_factor"] == 1.0 =>
+            {
+                described.factors.push(("rope_freqs.weight", factors(scaling, "long_factor", turned)?));
+                Ok(())
+            }
             "longrope" | "su" if self.architecture.name == "phi3" => {
                 self.long_rotary(described, scaling, turned)
             }
@@ -205,15 +214,8 @@ impl Reader<'_> {
 
     /// Phi-3's factors for short and for long texts.
     fn long_rotary(&self, described: &mut Described, scaling: &Json, turned: usize) -> Result<()> {
-        let factors = |key: &str| {
-            let numbers = scaling[key].as_array().into_iter().flatten().map(Json::as_f64);
-            let numbers: Option<Vec<f32>> = numbers.map(|number| Some(number? as f32)).collect();
-            numbers.filter(|numbers| numbers.len() == turned / 2).ok_or_else(|| {
-                Error::config("rope_scaling", format!("{key}: expected {} numbers", turned / 2))
-            })
-        };
-        described.factors.push(("rope_factors_long.weight", factors("long_factor")?));
-        described.factors.push(("rope_factors_short.weight", factors("short_factor")?));
+        described.factors.push(("rope_factors_long.weight", factors(scaling, "long_factor", turned)?));
+        described.factors.push(("rope_factors_short.weight", factors(scaling, "short_factor", turned)?));
         let longest = self.required("max_position_embeddings")?;
         let original = scaling["original_max_position_embeddings"].as_u64().map(|original| original as usize);
         let original = original.or(self.whole("original_max_position_embeddings")?).unwrap_or(longest);
@@ -288,4 +290,12 @@ impl Reader<'_> {
         }
         Ok(())
     }
+}
+
+/// The factors under `key`, one for each of the frequencies of `turned` numbers.
+fn factors(scaling: &Json, key: &str, turned: usize) -> Result<Vec<f32>> {
+    let numbers = scaling[key].as_array().into_iter().flatten().map(Json::as_f64);
+    let numbers: Option<Vec<f32>> = numbers.map(|number| Some(number? as f32)).collect();
+    let fits = numbers.filter(|numbers| numbers.len() == turned / 2);
+    fits.ok_or_else(|| Error::config("rope_scaling", format!("{key}: expected {} numbers", turned / 2)))
 }

@@ -52,7 +52,7 @@ impl Gguf {
     }
 
     /// The same as numbers, with Hugging Face's weights of norms.
-    pub(super) fn numbers(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+    pub(in crate::models) fn numbers(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let info = self.wanted(name)?;
         let tensor = self.stored(name, info, device)?.dequantize(device)?;
         let tensor = match self.architecture().added(name) {

@@ -1,20 +1,22 @@
 //! A checkpoint, with its adapters merged in or as it is, as one GGUF file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use super::{check_merged, plan, tensor, Entry, Failure};
-use crate::adapter::{AdaptableModel, Params, Pass};
+use super::{check_merged, merged, plan, tensor, Entry, Failure};
+use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
-use crate::models::gguf::{check_model, write_model, GgufKind, Named, Texts};
+use crate::models::gguf::{check_model, write_model, Gguf, GgufKind, Named, Texts};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
 /// [`save_merged`](super::save_merged) as one GGUF file for llama.cpp and Ollama, with the tokenizer in it: the file
-/// `path`, whose matrices are of `kind`.
+/// `path`, whose matrices are of `kind`. A base that is itself in GGUF is merged into what is left of its numbers, all of
+/// which are rounded once more; the log says so.
 ///
 /// # Errors
 /// If `path` is taken, no adapter is active and no weight was trained, a layer cannot be merged, the tokenizer or the
@@ -27,6 +29,10 @@ pub fn save_merged_gguf(
     kind: GgufKind,
 ) -> Result<()> {
     check_free(path)?;
+    if let Some(base) = source.gguf() {
+        let tensors = dequantized(model, params, base)?;
+        return write_model(path, &source.config()?, &texts(source)?, kind, tensors);
+    }
     let (mapped, failure) = (source.map_weights()?, Failure::default());
     let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
     write_model(path, &source.config()?, &texts(source)?, kind, named(entries))
@@ -42,6 +48,10 @@ pub fn check_merged_gguf(
     source: &ModelFiles,
     path: &Path,
 ) -> Result<()> {
+    if let Some(base) = source.gguf() {
+        check_free(path)?;
+        return check_model(&source.config()?, &texts(source)?, dequantized(model, params, base)?);
+    }
     check_merged(model, params, source, path)?;
     let (mapped, failure) = (source.map_weights()?, Failure::default());
     let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
@@ -57,6 +67,40 @@ fn named<'a>(entries: BTreeMap<String, Entry<'a>>) -> Vec<Named<'a>> {
         }
     };
     entries.into_iter().map(named).collect()
+}
+
+/// The tensors of a base in GGUF as numbers, with the adapters merged in.
+fn dequantized<'a>(model: &'a dyn AdaptableModel, params: &Params, base: &'a Gguf) -> Result<Vec<Named<'a>>> {
+    let trained = |role| matches!(role, Role::Base | Role::Head | Role::Prompt);
+    if let Some((name, _)) = params.all().into_iter().find(|(_, param)| trained(param.role)) {
+        return Err(Error::tensor(
+            name,
+            "it was trained itself: into a base in GGUF only adapters are merged",
+        ));
+    }
+    let mut adapted = BTreeSet::new();
+    model.visit_linears(&mut |layer| {
+        adapted.extend(layer.active().map(|_| layer.path().to_string()));
+        Ok(())
+    })?;
+    if adapted.is_empty() {
+        return Err(Error::config("adapter", "no layer has an active one: this would copy the file"));
+    }
+    let path = base.path().display();
+    tracing::warn!(
+        "{path}: the adapter is merged into what is left of the weights, which are rounded once more"
+    );
+    let numbers = |name: &str| base.numbers(name, DType::F32, &Device::Cpu);
+    let named = |(name, shape): (String, Vec<usize>)| {
+        let layer = name.strip_suffix(".weight").filter(|layer| adapted.contains(*layer)).map(str::to_string);
+        let tensor = name.clone();
+        let make: Box<dyn Fn() -> Result<Tensor>> = match layer {
+            Some(layer) => Box::new(move || merged(model, &layer, &numbers(&tensor)?, &Pass::Mean)),
+            None => Box::new(move || numbers(&tensor)),
+        };
+        Named { name, shape, make }
+    };
+    Ok(base.names().into_iter().map(named).collect())
 }
 
 /// The checkpoint `source` as one GGUF file for llama.cpp and Ollama, as [`save_merged_gguf`] writes it: a base that
@@ -94,5 +138,11 @@ fn texts(files: &ModelFiles) -> Result<Texts> {
         Some(path) => Some(std::fs::read_to_string(&path).map_err(Error::io(&*path))?),
         None => None,
     };
-    Ok(Texts { tokenizer: read("tokenizer.json")?, settings: read("tokenizer_config.json")?, template })
+    let tokenizer = read("tokenizer.json")?;
+    if let (None, Some(gguf)) = (&tokenizer, files.gguf()) {
+        let template =
+            gguf.value("tokenizer.chat_template").and_then(|text| text.as_str()).map(str::to_string);
+        return Ok(Texts { tokenizer: gguf.tokenizer()?, settings: None, template });
+    }
+    Ok(Texts { tokenizer, settings: read("tokenizer_config.json")?, template })
 }
