@@ -9,7 +9,7 @@ float32 at the end.
     qwen2     biases on q, k, v; a window in the last layer; YaRN
     qwen3     norms on q and k; heads wider than the hidden size's share; tied
     mistral   a window in each layer; heads of a width of their own; linear scaling
-    smollm3   every second layer without positions; tied
+    smollm3   every second layer without positions; biases everywhere; tied
     phi3      fused projections; positions on half of each head; LongRoPE, whose border is within the rows; a window
     gemma2    caps on scores and logits, norms on both sides, a window in every other layer, heads of their own, biases
     gemma3_text norms on q and k, a window with positions of their own in two of three layers; linear scaling of the others
@@ -56,7 +56,10 @@ MODELS = {
         "head_dim": 10, "sliding_window": 5,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5},
     },
-    "smollm3": {"no_rope_layer_interval": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "smollm3": {
+        "no_rope_layer_interval": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "attention_bias": True, "mlp_bias": True,
+    },
     "phi3": {
         "hidden_size": 32, "sliding_window": 9, "original_max_position_embeddings": 16,
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.5,
@@ -77,7 +80,8 @@ MODELS = {
 GRADIENTS = (
     "embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_norm.weight",
     "layers.1.self_attn.k_proj.weight", "layers.0.self_attn.qkv_proj.weight", "layers.1.mlp.gate_proj.weight",
-    "layers.1.mlp.gate_up_proj.weight", "layers.0.post_attention_layernorm.weight",
+    "layers.1.mlp.gate_up_proj.weight", "layers.1.mlp.down_proj.bias",
+    "layers.0.post_attention_layernorm.weight",
     "layers.2.post_feedforward_layernorm.weight",
 )
 

@@ -13,7 +13,9 @@ use monteclora::adapters::LoraConfig;
 use monteclora::inject::merge::merge;
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
-use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
+use monteclora::models::decoder::{
+    Activation, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, Positions, RotaryScaling,
+};
 use monteclora::noise::Noise;
 use monteclora::ops::OpPath;
 use monteclora::{MonteCLoRAConfig, Regularizer};
@@ -86,6 +88,52 @@ fn logits_are_those_of_transformers_with_padding_on_either_side() -> Outcome {
             let ids = golden.inputs("")?.0.narrow(0, 0, 1)?.narrow(1, 0, 6)?;
             let logits = model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, &Pass::Mean.into())?;
             assert_close(&logits, &golden.tensors["short_logits"].to_dtype(dtype)?, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+type Switch = fn(&mut DecoderConfig);
+
+#[test]
+fn no_switch_can_be_turned_unseen() -> Outcome {
+    let wider: Switch =
+        |c| c.layers.iter_mut().for_each(|layer| layer.window = layer.window.map(|size| size + 1));
+    let unscaled: Switch = |c| c.rotary.scaling = RotaryScaling::None;
+    let no_qk_norm: Switch = |c| c.qk_norm = false;
+    let no_qkv_bias: Switch = |c| c.qkv_bias = false;
+    let everywhere: Switch = |c| c.layers.iter_mut().for_each(|layer| layer.positions = Positions::Global);
+    let plain_scale: Switch = |c| c.attention_scale = 8f64.sqrt().recip();
+    let faults: [(&str, &[Switch]); 7] = [
+        ("qwen2", &[wider, unscaled, no_qkv_bias]),
+        ("qwen3", &[no_qk_norm, |c| c.rotary.theta = 1e4]),
+        ("mistral", &[wider, unscaled]),
+        ("smollm3", &[everywhere, no_qkv_bias, |c| c.o_bias = false, |c| c.mlp_bias = false]),
+        ("phi3", &[wider, unscaled]),
+        (
+            "gemma2",
+            &[
+                wider,
+                plain_scale,
+                |c| c.o_bias = false,
+                |c| c.attention_cap = None,
+                |c| c.logit_cap = None,
+                |c| c.norm_offset = false,
+                |c| c.embedding_scale = None,
+                |c| c.activation = Activation::Silu,
+            ],
+        ),
+        ("gemma3_text", &[wider, plain_scale, everywhere, unscaled, no_qk_norm]),
+    ];
+    for (family, faults) in faults {
+        let golden = Golden::open(family)?;
+        let (ids, mask) = golden.inputs("")?;
+        for (i, fault) in faults.iter().enumerate() {
+            let mut config = golden.config.clone();
+            fault(&mut config);
+            let model = DecoderForCausalLM::load(golden.vb(DType::F32), &config, Noise::new(0))?;
+            let moved = golden.difference(&model.logits(&ids, &mask, &Pass::Mean.into())?, "", 0)?;
+            assert!(moved > 1e-2, "{family}, fault {i}: {moved}");
         }
     }
     Ok(())
