@@ -148,7 +148,8 @@ impl PostNormLayer {
         let q = if batch.only().is_some() { q } else { batch.pad_rows(q, m, cx.path)? }; // (b * (t or 1) + m, d)
         let k = batch.pad_rows(self.key.forward(&and_positions(xs)?, cx)?, m, cx.path)?; // (b * t + m, d)
         let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?; // (b, t, d)
-                                                                  // Three terms, each of the variance that one has elsewhere.
+
+        // Three terms, each of the variance that one has elsewhere.
         let scale = (3.0 * d as f64 / self.heads as f64).sqrt().recip();
         let dropout = self.probs_dropout.active(cx);
         let padding = batch.padding();

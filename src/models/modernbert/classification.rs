@@ -8,7 +8,7 @@ use super::layer::{norm, Attention, Layer};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::encoder::{Embeddings, EmbeddingsShape, PackedBatch, Stack};
-use crate::models::layers::{linear, project, Dropout};
+use crate::models::layers::{adaptable_linear_of, linear, project, Dropout};
 use crate::models::sequence_classifier::SequenceClassifier;
 use crate::models::Weights;
 use crate::noise::Noise;
@@ -70,13 +70,19 @@ impl ModernBertForSequenceClassification {
             Layer::load(i, &vb.pp("layers").pp(i), config, attention.clone(), noise)
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let dense = whole.pp("head.dense").linear(d, d, std, config.classifier_bias)?;
         Ok(Self {
             embeddings: Embeddings::load(&vb.pp("embeddings"), embeddings, noise)?,
             ends_global: layers.last().is_none_or(Layer::is_global),
             layers: Stack::new(layers),
             final_norm: norm(config, &vb.pp("final_norm"))?,
-            dense: AdaptableLinear::new("head.dense", dense),
+            dense: adaptable_linear_of(
+                "head.dense",
+                d,
+                d,
+                std,
+                config.classifier_bias,
+                &whole.pp("head.dense"),
+            )?,
             norm: norm(config, &whole.pp("head.norm"))?,
             dropout: Dropout::new(config.classifier_dropout, noise, "classifier"),
             classifier: linear(d, config.num_labels(), std, &head.pp("classifier"))?,

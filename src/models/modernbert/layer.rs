@@ -8,7 +8,7 @@ use super::config::{LayerType, ModernBertConfig};
 use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::encoder::{Block, PackedBatch};
-use crate::models::layers::{parameters, Dropout};
+use crate::models::layers::{adaptable_linear_of, parameters, Dropout};
 use crate::models::rotary_table::RotaryTable;
 use crate::models::Weights;
 use crate::noise::Noise;
@@ -75,8 +75,8 @@ impl Layer {
         let (d, inner) = (config.hidden_size, config.intermediate_size);
         let path = format!("model.layers.{i}");
         let linear = |name: &str, in_dim, out_dim, bias| {
-            let base = vb.pp(name).linear(in_dim, out_dim, config.initializer_range, bias)?;
-            Result::Ok(AdaptableLinear::new(format!("{path}.{name}"), base))
+            let std = config.initializer_range;
+            adaptable_linear_of(&format!("{path}.{name}"), in_dim, out_dim, std, bias, &vb.pp(name))
         };
         let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
         Ok(Self {
