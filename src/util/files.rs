@@ -19,7 +19,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
 }
 
-/// [`write`] of what `fill` puts into the file, piece by piece.
+/// [`write()`] of what `fill` puts into the file, piece by piece.
 ///
 /// # Errors
 /// Those of `fill`, or if the file cannot be written; the error names it.

@@ -271,9 +271,8 @@ impl ModelFiles {
     /// The tensors of the weights as they lie in their files, memory-mapped.
     pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
         if self.gguf.is_some() {
-            let reason =
-                "merging wants the weights as numbers, and those of a GGUF file are quantised: give the \
-                          model's safetensors";
+            let reason = "a folder of safetensors is made of safetensors, and this is GGUF: merge into GGUF \
+                          (`save_merged_gguf`, `--merged-gguf`), or give the model's safetensors";
             return Err(Error::format(&self.config, reason));
         }
         self.check_weights()?;
