@@ -1,4 +1,4 @@
-//! Fine-tunes RoBERTa, BERT, LLaMA or another decoder on a GLUE or SuperGLUE task.
+//! Fine-tunes an encoder or a decoder on a GLUE or SuperGLUE task.
 //!
 //! `cargo run --release --example glue`: the bundled model on the bundled SST-2 excerpt, with LoRA
 //! and then MonteCLoRA, in one table.
@@ -37,7 +37,7 @@ use monteclora::util::files;
 use monteclora::Noise;
 use serde_json::{json, Value};
 
-/// Fine-tunes RoBERTa, BERT, LLaMA or another decoder on a GLUE or SuperGLUE task. Without arguments: LoRA and then MonteCLoRA
+/// Fine-tunes an encoder or a decoder on a GLUE or SuperGLUE task. Without arguments: LoRA and then MonteCLoRA
 /// with the bundled model on the bundled rows, in one table.
 #[derive(Parser, Clone)]
 #[command(name = "glue", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
