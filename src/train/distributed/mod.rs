@@ -9,6 +9,7 @@
 //! checkpoints; an error of one rank ends all of them with its reason.
 
 mod communicator;
+mod engine;
 mod failure;
 mod launch;
 #[cfg(feature = "mpi")]
@@ -21,7 +22,8 @@ mod rendezvous;
 mod turns;
 
 pub use communicator::{Communicator, SingleProcess};
-pub use launch::{launched, Launch, Launcher};
+pub use engine::launched;
+pub use launch::{Launch, Launcher};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 #[cfg(feature = "nccl")]
