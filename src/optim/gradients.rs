@@ -60,11 +60,14 @@ impl Gradients {
     }
 
     /// The gradients of all trainable parameters in the order of their names, zero where there is none, and some numbers
-    /// behind them, as one vector: in f64 where a parameter is, else in f32.
+    /// behind them, as one vector: in f64 where a parameter is, else in f32. It is what several processes add up.
+    ///
+    /// # Shapes
+    /// - output: `(trainable scalars + numbers)`, on the device of `params`
     ///
     /// # Errors
     /// If candle fails.
-    pub(crate) fn flat(&self, params: &Params, numbers: &[f64]) -> Result<Tensor> {
+    pub fn flat(&self, params: &Params, numbers: &[f64]) -> Result<Tensor> {
         let (trainable, device) = (params.trainable(), params.device());
         let double = trainable.iter().any(|(_, param)| param.var.dtype() == DType::F64);
         let dtype = if double { DType::F64 } else { DType::F32 };
@@ -81,7 +84,7 @@ impl Gradients {
     ///
     /// # Errors
     /// If the vector is shorter than the parameters, or candle fails.
-    pub(crate) fn of_flat(params: &Params, flat: &Tensor) -> Result<(Self, Vec<f64>)> {
+    pub fn of_flat(params: &Params, flat: &Tensor) -> Result<(Self, Vec<f64>)> {
         let (mut by_name, mut at) = (BTreeMap::new(), 0);
         for (name, param) in params.trainable() {
             let count = param.var.elem_count();
