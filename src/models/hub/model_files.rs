@@ -240,12 +240,34 @@ impl ModelFiles {
         Self { quantization, ..self }
     }
 
+    /// Refuses, before anything is read, what quantises weights in a way that is not read here.
+    fn check_quantization(&self) -> Result<()> {
+        let config = self.config()?;
+        let quantization = &config["quantization_config"];
+        let method = quantization["quant_method"].as_str();
+        let in_eight = quantization["load_in_8bit"].as_bool() == Some(true);
+        if quantization.is_null() || (matches!(method, None | Some("bitsandbytes")) && !in_eight) {
+            return Ok(());
+        }
+        let found = match method {
+            Some(method) if !in_eight => method,
+            _ => "bitsandbytes in 8 bits",
+        };
+        let reason = format!(
+            "{}: weights quantised by {found} are not read; take the model unquantised, in bitsandbytes' 4 bits, or as \
+             GGUF",
+            self.config.display()
+        );
+        Err(Error::config("quantization_config", reason))
+    }
+
     /// The weights to load a model of: those of [`Self::var_builder`], beside which matrices that are quantised stay
     /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
     /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
+        self.check_quantization()?;
         let builder = self.var_builder(dtype, device)?;
         let four_bits = || FourBits::find(MappedWeights::of(&self.weights)?);
         let already = match &self.gguf {

@@ -56,6 +56,30 @@ fn a_folder_with_one_file_of_weights_is_read() -> Result<()> {
 }
 
 #[test]
+fn weights_that_are_quantised_in_another_way_are_refused_by_its_name() {
+    let open = |config: &str| {
+        let dir = folder(&[(CONFIG, config.into()), (WEIGHTS, tensors(&[("a", 1.5)]))]);
+        locate(&dir)?.open_weights(DType::F32, &Device::Cpu).map(drop)
+    };
+    for (method, named) in [
+        (r#"{"quant_method": "awq", "bits": 4}"#, "awq"),
+        (r#"{"quant_method": "gptq"}"#, "gptq"),
+        (r#"{"quant_method": "fp8"}"#, "fp8"),
+        (r#"{"quant_method": "bitsandbytes", "load_in_8bit": true}"#, "bitsandbytes in 8 bits"),
+    ] {
+        let error = open(&format!(r#"{{"quantization_config": {method}}}"#)).unwrap_err().to_string();
+        assert!(error.starts_with("invalid quantization_config: ") && error.contains(named), "{error}");
+    }
+    for fine in [
+        "{}",
+        r#"{"quantization_config": null}"#,
+        r#"{"quantization_config": {"quant_method": "bitsandbytes"}}"#,
+    ] {
+        assert!(open(fine).is_ok(), "{fine}");
+    }
+}
+
+#[test]
 fn shards_are_listed_once_each_and_read_as_one() -> Result<()> {
     let dir = folder(&[
         (INDEX, index(&[("b", "w-2.safetensors"), ("a", "w-1.safetensors"), ("c", "w-1.safetensors")])),

@@ -13,6 +13,7 @@ use crate::models::sequence_classifier::SequenceClassifier;
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
+use crate::util::dtype::wide;
 
 /// ModernBERT with a classification head on the first token or on the mean of all: dense, GELU, norm, dropout,
 /// projection. All but the projection belongs to the checkpoint, as the pooler does in BERT.
@@ -109,8 +110,10 @@ impl ModernBertForSequenceClassification {
             Pooling::Mean => {
                 let xs = normed(&self.layers.forward(xs, &batch, cx)?)?;
                 let xs = batch.pad(xs, cx.path)?; // (b, t, d)
-                let real = batch.padding().to_dtype(xs.dtype())?.unsqueeze(2)?; // (b, t, 1)
-                xs.broadcast_mul(&real)?.sum(1)?.broadcast_div(&real.sum(1)?)
+                let dtype = wide(xs.dtype()); // in bf16 a count ends at 256
+                let real = batch.padding().to_dtype(dtype)?.unsqueeze(2)?; // (b, t, 1)
+                let sum = xs.to_dtype(dtype)?.broadcast_mul(&real)?.sum(1)?;
+                sum.broadcast_div(&real.sum(1)?)?.to_dtype(xs.dtype())
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::ops::host::{dense, tensor, Host};
 use crate::ops::linear::{product as dense_product, rows, with_last};
 use crate::ops::path::OpPath;
 use crate::ops::reference;
+use crate::util::dtype::wide;
 
 /// Up to so many rows are few, where candle's kernels are as fast as the blocks or faster, whatever the kind: at 2048
 /// to 8192 on two cores 8 rows take 0.5 ms of Q4K and 8 ms of Q4_0, which has the slowest kernel, against 10 ms.
@@ -38,6 +39,30 @@ pub fn quantized_linear(
     bias: Option<&Tensor>,
     path: OpPath,
 ) -> Result<Tensor> {
+    linear(xs, weight, bias, path, true)
+}
+
+/// [`quantized_linear`], of which few rows as well go through blocks: what a training step computes must not depend on
+/// whether something is differentiated through x.
+///
+/// # Errors
+/// As [`quantized_linear`].
+pub(crate) fn quantized_linear_by_blocks(
+    xs: &Tensor,
+    weight: &QuantizedWeight,
+    bias: Option<&Tensor>,
+    path: OpPath,
+) -> Result<Tensor> {
+    linear(xs, weight, bias, path, false)
+}
+
+fn linear(
+    xs: &Tensor,
+    weight: &QuantizedWeight,
+    bias: Option<&Tensor>,
+    path: OpPath,
+    few_are_rounded: bool,
+) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims();
     check(xs, weight, bias)?;
     let bias = bias.map(Tensor::detach);
@@ -45,7 +70,7 @@ pub fn quantized_linear(
     if path == OpPath::Reference {
         return reference::linear(xs, &weight.dequantize()?.to_dtype(xs.dtype())?, bias.as_ref());
     }
-    if !xs.track_op() && xs.elem_count() <= FEW * in_dim {
+    if few_are_rounded && !xs.track_op() && xs.elem_count() <= FEW * in_dim {
         if let Some(y) = weight.product_of_few(&rows(xs)?)? {
             let y = match bias {
                 Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
@@ -130,10 +155,12 @@ pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &QuantizedWeig
         return tensor(dx, shape);
     }
     let grad = rows(grad)?;
-    let mut dx = Tensor::zeros((grad.dim(0)?, in_dim), grad.dtype(), grad.device())?;
+    // A sum of many blocks, which half width would round each time.
+    let dtype = wide(grad.dtype());
+    let mut dx = Tensor::zeros((grad.dim(0)?, in_dim), dtype, grad.device())?;
     for (first, count) in weight.blocks() {
         let block = weight.rows(first, count)?.to_dtype(grad.dtype())?;
-        dx = (dx + grad.narrow(1, first, count)?.contiguous()?.matmul(&block)?)?;
+        dx = (dx + grad.narrow(1, first, count)?.contiguous()?.matmul(&block)?.to_dtype(dtype)?)?;
     }
-    dx.reshape(shape)
+    dx.to_dtype(grad.dtype())?.reshape(shape)
 }

@@ -8,5 +8,6 @@ mod tests;
 mod weight;
 
 pub use linear::quantized_linear;
+pub(crate) use linear::quantized_linear_by_blocks;
 pub use matrix::Weight;
 pub use weight::QuantizedWeight;

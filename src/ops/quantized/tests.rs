@@ -3,7 +3,7 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use super::{quantized_linear, QuantizedWeight, Weight};
+use super::{quantized_linear, quantized_linear_by_blocks, QuantizedWeight, Weight};
 use crate::noise::{Noise, Purpose};
 use crate::ops::{self, OpPath};
 
@@ -82,8 +82,30 @@ fn few_rows_that_nothing_differentiates_are_near_the_dequantised_layer() -> Resu
             let xs = Var::from_tensor(&xs)?;
             let got = quantized_linear(xs.as_tensor(), &weight, Some(&bias), OpPath::Fused)?;
             assert!(largest(&got.detach(), &want)? < 1e-4, "{kind:?}");
+            // And so is what a training step computes.
+            let got =
+                quantized_linear_by_blocks(&xs.as_detached_tensor(), &weight, Some(&bias), OpPath::Fused)?;
+            assert!(largest(&got, &want)? < 1e-4, "{kind:?}");
         }
     }
+    Ok(())
+}
+
+/// Of half-width activations, over a weight of many blocks.
+#[test]
+fn a_half_width_gradient_is_rounded_once() -> Result<()> {
+    let weight = quantized((32768, 256), GgmlDType::Q8_0)?;
+    assert!(weight.blocks().count() >= 8);
+    let grad = normal("g", &[3, 32768])?.to_dtype(DType::BF16)?;
+    let want = grad
+        .to_dtype(DType::F64)?
+        .matmul(&weight.dequantize()?.to_dtype(DType::BF16)?.to_dtype(DType::F64)?)?;
+    let xs = Var::from_tensor(&normal("x", &[3, 256])?.to_dtype(DType::BF16)?)?;
+    let y = quantized_linear(xs.as_tensor(), &weight, None, OpPath::Fused)?;
+    let got = (y * &grad)?.sum_all()?.backward()?.get(&xs).expect("a gradient").to_dtype(DType::F64)?;
+    let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
+    let error = largest(&(got - &want)?)? / largest(&want)?;
+    assert!(error < 2f64.powi(-8), "{error}");
     Ok(())
 }
 
