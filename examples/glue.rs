@@ -109,6 +109,9 @@ fn run(processes: &Processes) -> Outcome {
     let task: Task = args.task.parse()?;
     processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
+        if !processes.is_first() {
+            return Ok(()); // one is enough
+        }
         return Request {
             rows,
             options: &args.tables,
@@ -169,7 +172,7 @@ fn tune(
     out: Option<&Path>,
     processes: &Processes,
 ) -> Outcome<Value> {
-    interrupt::check(0)?;
+    processes.check(0)?;
     let writes = out.filter(|_| processes.is_first());
     // Until all is written, not only while it trains.
     let _lock = writes.map(files::lock).transpose()?;
@@ -213,7 +216,7 @@ fn tune(
     let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
     let keep = || writes.map_or(Ok(()), |dir| classifier.save(model, dir));
-    let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
+    let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone: processes.world() == 1 };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
     let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     let params = &classifier.params;
@@ -233,7 +236,7 @@ fn tune(
         "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
     });
     for (i, split) in dev.iter().enumerate() {
-        interrupt::check(summary.steps)?;
+        processes.check(summary.steps)?;
         let communicator = processes.communicator();
         let predictions =
             Predictions::in_turns(&classifier, &split.rows, &split.batches, samples, communicator)?;

@@ -282,7 +282,7 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
 impl Setup {
     /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
     fn tune(&self, name: &str, out: Option<&Path>, processes: &Processes) -> Outcome<Value> {
-        interrupt::check(0)?;
+        processes.check(0)?;
         let writes = out.filter(|_| processes.is_first());
         // Until all is written, not only while it trains.
         let _lock = writes.map(files::lock).transpose()?;
@@ -332,7 +332,8 @@ impl Setup {
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
             Ok(Scores { score: Some(-loss), values: vec![("held-out/loss".to_string(), loss)] })
         };
-        let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep };
+        let mut watch =
+            Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone: processes.world() == 1 };
         let summary = match args.train.epochs {
             0 => Summary::default(),
             _ => {
@@ -365,8 +366,10 @@ impl Setup {
                 (false, _) => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
             }
         }
-        args.gguf.write(&trained, writes)?;
-        interrupt::check(summary.steps)?;
+        if processes.is_first() {
+            args.gguf.write(&trained, writes)?;
+        }
+        processes.check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Others have no posterior to draw from.
         let draws = if POSTERIORS.contains(&name) { args.posterior_samples } else { 0 };

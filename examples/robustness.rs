@@ -182,15 +182,12 @@ fn run(processes: &Processes) -> Outcome {
         if let Some((plan, _)) = &plan {
             args.follow(plan);
         }
-        args.shard = args.shard.or(processes.shard()?);
+        args.shard = Some(processes.share(args.shard()?));
         args.device = processes.device_name(&args.device);
         processes.join(&args.device)?;
         run_cells(&args, plan)?;
-        processes.communicator().barrier()?;
     }
-    if !processes.is_first() {
-        return Ok(());
-    }
+    // The last of several processes writes the report of all.
     if args.pack {
         study::pack(&args.output)?;
     }

@@ -45,7 +45,7 @@ pub fn exit(outcome: Outcome) -> ExitCode {
                 interrupt::exit_code()
             }
             _ => {
-                tell_err!("error: {error}");
+                output::last_line(format_args!("error: {error}"));
                 ExitCode::FAILURE
             }
         },

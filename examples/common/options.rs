@@ -337,7 +337,7 @@ impl TrainOptions {
                 "only monteclora's posterior has a rate of its own",
             );
         }
-        if !read(&POSTERIORS) {
+        if !(read(&POSTERIORS) || self.ivon) {
             given.without_effect(&["shared_draw"], "the method has no posterior to draw from");
         }
         if !output {

@@ -54,6 +54,13 @@ pub fn line(text: Arguments) {
 
 /// A line on standard error, where that can be written.
 pub fn error_line(text: Arguments) {
+    if !is_hushed() {
+        last_line(text);
+    }
+}
+
+/// The error that ends the process.
+pub fn last_line(text: Arguments) {
     writeln!(io::stderr(), "{text}").ok();
 }
 

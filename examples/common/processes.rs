@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use monteclora::study::Shard;
-use monteclora::train::distributed::{launched, Communicator, Launch, SingleProcess};
+use monteclora::train::distributed::{in_turns, launched, Communicator, Launch, SingleProcess};
 use monteclora::Error;
 
 use super::output::{self, tell_err};
-use super::Outcome;
+use super::{interrupt, Outcome};
 
 /// This process and those that it was started with.
 pub struct Processes {
@@ -49,7 +49,7 @@ impl Processes {
     fn leave(&self, outcome: Outcome) -> Outcome {
         match (outcome, self.communicator.get()) {
             (Err(error), Some(communicator)) if self.world() > 1 && !is_interruption(error.as_ref()) => {
-                tell_err!("rank {}: error: {error}", communicator.rank());
+                output::last_line(format_args!("rank {}: error: {error}", communicator.rank()));
                 communicator.abort(1)
             }
             (outcome, _) => outcome,
@@ -84,10 +84,19 @@ impl Processes {
         }
     }
 
-    /// The part of a study's cells that is this process's, where there are several.
-    pub fn shard(&self) -> Outcome<Option<Shard>> {
-        let several = self.launch.as_ref();
-        Ok(several.map(|launch| format!("{}/{}", launch.rank + 1, launch.world).parse()).transpose()?)
+    /// This process's part of a part of a study's cells.
+    pub fn share(&self, of: Shard) -> Shard {
+        self.launch.as_ref().map_or(of, |launch| of.share(launch.rank, launch.world))
+    }
+
+    /// Stops all of them between two parts of a run that have nothing to save, where one was asked to.
+    pub fn check(&self, step: usize) -> Outcome {
+        let own = |_| Ok(vec![f64::from(u8::from(interrupt::requested()))]);
+        let asked = in_turns(self.communicator(), self.world(), &mut { own })?;
+        match asked.concat().iter().any(|asked| *asked > 0.0) {
+            true => Err(Error::Interrupted { step }.into()),
+            false => Ok(()),
+        }
     }
 
     /// A progress bar, which the first process alone shows.

@@ -26,6 +26,8 @@ pub struct Watch<'a> {
     pub log: Option<Log>,
     /// What the present parameters score.
     pub evaluate: &'a dyn Fn(&ProgressBar, usize) -> Result<Scores>,
+    /// Whether there is no other process, which would have to stop as well.
+    pub is_alone: bool,
     /// Writes the present parameters.
     pub keep: &'a dyn Fn() -> Result<()>,
 }
@@ -38,7 +40,9 @@ impl Watch<'_> {
 
 impl Observer for Watch<'_> {
     fn start(&mut self, total_steps: usize, done: usize) -> Result<()> {
-        interrupt::check(done)?;
+        if self.is_alone {
+            interrupt::check(done)?;
+        }
         self.bar.set_length(total_steps as u64);
         self.bar.set_position(done as u64);
         if done > 0 {
@@ -90,6 +94,9 @@ pub fn fit(
     checkpoints: Option<&Checkpoints>,
     processes: &Processes,
 ) -> Result<Summary> {
+    if !watch.is_alone {
+        processes.check(0).map_err(|_| Error::Interrupted { step: 0 })?;
+    }
     train::fit_distributed(objective, params, config, watch, checkpoints, processes.communicator())
 }
 

@@ -83,6 +83,11 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// The part of this part that is process `rank`'s of `world`.
+    pub fn share(self, rank: usize, world: usize) -> Self {
+        Self { index: self.index * world + rank, count: self.count * world }
+    }
+
     /// All of it.
     pub const WHOLE: Self = Self { index: 0, count: 1 };
 

@@ -24,7 +24,7 @@ const MOST_SKIPPED: usize = 10;
 ///
 /// # Example
 /// ```
-/// use candle_core::Tensor;
+/// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::Linear;
 /// use monteclora::train::{fit, Loss, Objective, Observer, Record, TrainConfig};
 /// use monteclora::{Context, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Regularizer, Result};
@@ -105,8 +105,9 @@ pub fn fit_with_checkpoints(
 /// return alike. Every process has an observer; the scores of rank 0's count. Of the checkpoints, which rank 0 alone reads and writes, the others need the settings.
 ///
 /// # Errors
-/// As [`fit_with_checkpoints`], on all processes if on one: [`Error::Distributed`] on those that it did not
-/// happen to. Besides, if a step has fewer micro-batches ([`TrainConfig::accumulation`]) than there are processes,
+/// As [`fit_with_checkpoints`], of a step, an evaluation or a checkpoint on all processes if on one:
+/// [`Error::Distributed`] on those that it did not happen to. What one of them alone is refused before its first step
+/// or after its last it alone returns, and ends the others by [`Communicator::abort`]. Besides, if a step has fewer micro-batches ([`TrainConfig::accumulation`]) than there are processes,
 /// their parameters or settings differ, or the optimiser is IVON, whose draws are not added up over processes.
 pub fn fit_distributed(
     objective: &dyn Objective,
@@ -267,7 +268,8 @@ impl Run<'_> {
                 let ends = step == self.total || self.is_out_of_patience();
                 if let Some(checkpoints) = self.checkpoints {
                     let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
-                    if (due || stops || ends) && self.ranks.is_first() {
+                    // Of a step that failed here there is none to go on from.
+                    if (due || stops || ends) && self.ranks.is_first() && self.ranks.is_well() {
                         let saved = self.state().and_then(|state| checkpoints.save(&state));
                         let told = saved.map(|warning| warning.iter().for_each(|what| observer.warned(what)));
                         self.ranks.hold(told)?;
@@ -291,9 +293,10 @@ impl Run<'_> {
         let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
         let (step, draw) = (self.at.step + 1, self.at.draw);
         let lr = config.lr * config.schedule.factor(step - 1, warmup, total);
+        self.ranks.hold(self.objective.before_step(step, total))?;
         let max_norm = config.clip.filter(|_| config.ivon.is_none());
         let (optimizer, ranks) = (&mut self.optimizer, &mut self.ranks);
-        let own = ranks.held().and_then(|()| self.objective.before_step(step, total)).and_then(|()| {
+        let own = ranks.held().and_then(|()| {
             let draws = (draw, config.shared_draw);
             group_gradients(self.objective, self.params, optimizer, group, draws, step, &|i| ranks.takes(i))
         });
@@ -318,19 +321,25 @@ impl Run<'_> {
         };
         let stepped = self.optimizer.step(&done.grads, lr);
         let after = stepped.and_then(|()| self.objective.after_step(self.params, &done.grads, step, total));
+        let done_well = after.is_ok();
         self.ranks.hold(after)?;
         self.at.skipped_in_a_row = 0;
         self.seconds.push(clock.elapsed().as_secs_f64());
         let epoch = step as f64 / self.per_epoch as f64;
         let record = Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm };
-        self.ranks.hold(observer.step(&record))
+        match done_well {
+            true => self.ranks.hold(observer.step(&record)),
+            false => Ok(()), // the others are to learn of it first
+        }
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let step = self.at.step;
         // NaN compares with nothing, and infinity would stay the best for ever.
-        let given = self.ranks.held().and_then(|()| observer.evaluate(step));
-        let given = self.ranks.of_first(given)?;
+        // Also where an error waits to be told: the others may compute a part of it.
+        let given = observer.evaluate(step);
+        let given = self.ranks.held().and(given).map(|given| given.map(f64::to_bits));
+        let given = self.ranks.of_first(given)?.map(f64::from_bits);
         let score = given.filter(|score| score.is_finite());
         let better = |score: &f64| self.best.as_ref().is_none_or(|best| *score > best.score);
         let improved = score.filter(better);

@@ -49,8 +49,10 @@ impl Nccl {
     /// # Errors
     /// If the device is no CUDA device, not all processes come, a file cannot be written, or NCCL fails.
     pub fn by_files(launch: &Launch, device: &Device) -> Result<Self> {
-        let port = std::env::var("MASTER_PORT").unwrap_or_default();
-        let default = || std::env::temp_dir().join(format!("monteclora-{port}"));
+        // Apart from other people's runs, and from others of one's own.
+        let names = ["USER", "SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_PORT"];
+        let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
+        let default = || std::env::temp_dir().join(format!("monteclora-{}", parts.join("-")));
         let folder = std::env::var_os(RENDEZVOUS).map_or_else(default, PathBuf::from);
         let id = meet(launch, &folder, &own_id(launch.rank)?, Duration::from_secs(300))?;
         Self::begin(launch.rank, launch.world, &id, device, None)

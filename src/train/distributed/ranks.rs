@@ -99,6 +99,11 @@ impl<'a> Ranks<'a> {
         }
     }
 
+    /// Whether nothing is kept by [`Self::hold`].
+    pub fn is_well(&self) -> bool {
+        self.pending.is_none()
+    }
+
     /// What was kept by [`Self::hold`], in place of the work of the next step.
     ///
     /// # Errors
@@ -174,15 +179,17 @@ impl<'a> Ranks<'a> {
                 }
                 &group.grads
             }
-            Err(_) => {
-                scalars[failed_at + rank] = 1.0;
+            // A step that may be left out waits for what ends the run.
+            Err(error) => {
+                scalars[failed_at + rank] = if matches!(error, Error::NonFinite { .. }) { 1.0 } else { 2.0 };
                 &empty
             }
         };
         let flat = grads.flat(params, &scalars)?;
         let sums = self.communicator.all_reduce_sum(&flat)?;
         let (grads, scalars) = Gradients::of_flat(params, &sums)?;
-        if let Some(failed) = (0..world).find(|rank| scalars[failed_at + rank] > 0.0) {
+        let worst = scalars[failed_at..].iter().copied().fold(0.0, f64::max);
+        if let Some(failed) = (0..world).find(|rank| worst > 0.0 && scalars[failed_at + rank] == worst) {
             let failure = outcome.as_ref().err().map(Failure::from);
             let failure: Option<Failure> = self.broadcast_json(&failure, failed)?;
             return Err(match (outcome, failure) {

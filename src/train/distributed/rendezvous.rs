@@ -85,7 +85,8 @@ fn split(answer: &[u8]) -> Option<(&str, &[u8])> {
 
 fn wait(deadline: Instant, missing: impl FnOnce() -> String) -> Result<()> {
     if Instant::now() > deadline {
-        return Err(Error::config("distributed", format!("{}: nobody waits longer", missing())));
+        let where_else = "on several machines MONTECLORA_RENDEZVOUS names a folder that all of them see";
+        return Err(Error::config("distributed", format!("{}: {where_else}", missing())));
     }
     std::thread::sleep(PAUSE);
     Ok(())
