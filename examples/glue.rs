@@ -82,7 +82,7 @@ struct Args {
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
     /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
-    #[arg(long, help_heading = "Model and data", conflicts_with = "predict")]
+    #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
     /// Folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (under full, model/). With several
     /// methods, a folder of each in it.
@@ -121,6 +121,7 @@ fn run(processes: &Processes) -> Outcome {
             max_length: args.max_length,
             samples: args.posterior_samples.unwrap_or(0),
             dtype: common::dtype(&args.dtype)?,
+            quantize: args.quantize,
             device: &processes.device(&args.device)?,
             output: args.output.as_deref(),
         }

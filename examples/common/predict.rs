@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use monteclora::data::table::{self, Columns, Target};
 use monteclora::data::task::{Example, Task};
+use monteclora::models::Quantization;
 use monteclora::predict::{Prediction, Submission};
 use monteclora::train::Classifier;
 use monteclora::util::files;
@@ -28,6 +29,8 @@ pub struct Request<'a> {
     /// Posterior draws to average, 0 for the mean.
     pub samples: usize,
     pub dtype: DType,
+    /// The kind of the base that the adapter was trained on, where it is in blocks of a few bits.
+    pub quantize: Option<Quantization>,
     pub device: &'a Device,
     /// Where the files go; a table without it goes to standard output.
     pub output: Option<&'a Path>,
@@ -36,7 +39,11 @@ pub struct Request<'a> {
 impl Request<'_> {
     /// Opens, predicts and writes.
     pub fn run(&self) -> Outcome {
+        if self.quantize.is_some() && self.model.is_none() {
+            return Err("--quantize: give the --model that it quantises".into());
+        }
         let base = self.model.map(download::model_files).transpose()?;
+        let base = base.map(|files| files.quantized(self.quantize));
         let mut classifier = match (self.trained, &base) {
             (Some(dir), base) => Classifier::open(dir, base.as_ref(), self.dtype, self.device)?,
             (None, Some(files)) => Classifier::of_checkpoint(files, self.dtype, self.device)?,

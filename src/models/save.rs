@@ -279,6 +279,28 @@ fn tensor(view: &TensorView) -> Result<Tensor> {
     Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?)
 }
 
+/// How the names of heads begin, those of pretraining and of tasks, as the families' classes in transformers have
+/// them.
+const HEADS: [&str; 17] = [
+    "lm_head.",
+    "score.",
+    "classifier.",
+    "pre_classifier.",
+    "cls.",
+    "head.",
+    "decoder.",
+    "pooler.",
+    "qa_outputs.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+    "discriminator_predictions.",
+    "generator_predictions.",
+    "generator_lm_head.",
+    "lm_predictions.",
+    "mask_predictions.",
+];
+
 /// What is written under which name.
 fn plan<'a>(
     model: &'a dyn AdaptableModel,
@@ -336,8 +358,10 @@ fn plan<'a>(
     let mut entries = BTreeMap::new();
     for (name, view) in views {
         let name = whole(name);
-        // A trained head replaces whatever head the checkpoint came with.
-        if has_head && !of_model(&name) {
+        // A trained head replaces whatever head the checkpoint came with. What else stands beside the body, such as
+        // a tower for images, is kept.
+        let is_head = trained.contains_key(&name) || HEADS.iter().any(|head| name.starts_with(head));
+        if has_head && is_head && !of_model(&name) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();

@@ -1,10 +1,10 @@
 //! What two parts of one run must agree on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use crate::adapter::AdaptableModel;
+use crate::adapter::{AdaptableModel, BaseLinear};
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
 
@@ -42,12 +42,73 @@ pub(super) fn of_run(
     own.chain(method.clone()).collect()
 }
 
-/// How the first linear layer's base lies in memory, where there is one.
+/// How the linear layers' bases lie in memory, where there are any. A dense model says the dtype of the first, as
+/// checkpoints have it that were written before there were others; beside a quantised layer every kind counts, each
+/// with the dtype that its rows are dequantised to.
 fn base_kind(model: &dyn AdaptableModel) -> Option<String> {
-    let mut kind = None;
+    let (mut first, mut all, mut quantized) = (None, BTreeSet::new(), false);
     let looked = model.visit_linears(&mut |layer| {
-        kind = kind.take().or_else(|| Some(layer.base().kind()));
+        let base = layer.base();
+        first.get_or_insert_with(|| base.kind());
+        all.insert(match base {
+            BaseLinear::Dense(_) => base.kind(),
+            BaseLinear::Quantized(_) => format!("{}/{}", base.kind(), base.dtype().as_str()),
+        });
+        quantized |= base.dense().is_none();
         Ok(())
     });
+    let kind = if quantized { Some(all.into_iter().collect::<Vec<_>>().join(", ")) } else { first };
     looked.ok().and(kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{DType, Device, Tensor};
+    use candle_nn::Linear;
+
+    use super::*;
+    use crate::adapter::{AdaptableLinear, QuantizedLinear};
+    use crate::ops::QuantizedWeight;
+
+    struct Layers(Vec<AdaptableLinear>);
+
+    impl AdaptableModel for Layers {
+        fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
+            self.0.iter().try_for_each(f)
+        }
+
+        fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
+            self.0.iter_mut().try_for_each(f)
+        }
+    }
+
+    fn dense(dtype: DType) -> BaseLinear {
+        Linear::new(Tensor::ones((2, 32), dtype, &Device::Cpu).unwrap(), None).into()
+    }
+
+    fn blocks(kind: GgmlDType, dtype: DType) -> BaseLinear {
+        let weight = Tensor::ones((2, 32), DType::F32, &Device::Cpu).unwrap();
+        let weight = Arc::new(QTensor::quantize(&weight, kind).unwrap());
+        QuantizedLinear::new(QuantizedWeight::new(weight, dtype).unwrap(), None).into()
+    }
+
+    #[test]
+    fn another_base_is_another_setting_and_a_dense_one_says_what_it_said() {
+        use DType::{BF16, F32};
+        use GgmlDType::{Q4_0, Q8_0};
+        for (bases, expected) in [
+            (vec![], None),
+            (vec![dense(BF16)], Some("bf16")),
+            (vec![dense(F32), dense(BF16)], Some("f32")),
+            (vec![blocks(Q8_0, F32), blocks(Q8_0, F32)], Some("q8_0/f32")),
+            (vec![blocks(Q8_0, BF16)], Some("q8_0/bf16")),
+            (vec![dense(F32), blocks(Q8_0, F32), blocks(Q4_0, F32)], Some("f32, q4_0/f32, q8_0/f32")),
+        ] {
+            let layers = bases.into_iter().map(|base| AdaptableLinear::new("layer", base)).collect();
+            assert_eq!(base_kind(&Layers(layers)).as_deref(), expected);
+        }
+    }
 }

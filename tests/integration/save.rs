@@ -3,7 +3,7 @@
 use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::Role;
 use monteclora::adapters::{BottleneckConfig, PromptConfig};
 use monteclora::data::batch::Batch;
@@ -15,6 +15,7 @@ use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{Method, MethodInit};
 use monteclora::{Noise, Params, Pass};
+use std::collections::HashMap;
 
 #[test]
 fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
@@ -163,6 +164,38 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
     let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
     let expected = model.logits(ids, types, mask, &Pass::Mean.into())?.to_vec2::<f32>()?;
     assert_eq!(logits_of(&saved, None, &rows)?, expected);
+    Ok(())
+}
+
+#[test]
+fn a_trained_head_replaces_heads_and_nothing_else() -> Outcome {
+    let dirs = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let text = llama_checkpoint(dirs[0].path())?;
+    let at = |name: &str| dirs[1].path().join(name);
+    // As Gemma 3 lies in its older files, with heads of a task and of pretraining beside it.
+    let weights = candle_core::safetensors::load(&text.weights()[0], &Device::Cpu)?;
+    let mut weights: HashMap<String, Tensor> =
+        weights.into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)).collect();
+    let kept = ["vision_tower.layer.weight", "multi_modal_projector.soft.weight"];
+    for name in kept.into_iter().chain(["score.weight", "lm_head.weight"]) {
+        weights.insert(name.to_string(), Tensor::ones((5, 3), DType::F32, &Device::Cpu)?);
+    }
+    candle_core::safetensors::save(&weights, at("model.safetensors"))?;
+    std::fs::copy(text.config_path(), at("config.json"))?;
+    let files = ModelFiles::locate(dirs[1].path().to_str().ok_or("a path")?, None)?;
+
+    let config = SequenceConfig::from_file(files.config_path(), 2)?;
+    let params = Params::new(Noise::new(9), &Device::Cpu);
+    let head = params.var_builder(None, Role::Head);
+    let mut model = config.load(files.var_builder(DType::F32, &Device::Cpu)?, head, Noise::new(9))?;
+    inject::monteclora(model.as_mut(), &Targets::default(), &bayes(), &params)?;
+    save_merged(model.as_ref(), &params, &files, None, &at("out"), MAX_SHARD_BYTES)?;
+    let saved = candle_core::safetensors::load(at("out").join("model.safetensors"), &Device::Cpu)?;
+    for name in kept {
+        assert_eq!(saved[name].to_vec2::<f32>()?, weights[name].to_vec2::<f32>()?);
+    }
+    assert_eq!(saved["score.weight"].dims()[0], 2);
+    assert!(!saved.contains_key("lm_head.weight"));
     Ok(())
 }
 

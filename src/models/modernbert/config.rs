@@ -31,6 +31,7 @@ pub enum LayerType {
 
 /// The rotary positions of one type of layers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rope {
     /// How angles are scaled; `default` is supported.
     #[serde(default = "unscaled")]
@@ -38,10 +39,15 @@ pub struct Rope {
     /// The base of the angles' frequencies; the type's own where absent.
     #[serde(default)]
     pub rope_theta: Option<f64>,
+    /// The share of a head that is rotated; 1, or absent, is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial_rotary_factor: Option<f64>,
 }
 
-/// [`Rope`] of both types of layers, as newer files have it.
+/// [`Rope`] of both types of layers, as newer files have it. A flat one is that of each type that has none of its
+/// own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "RopeFile")]
 pub struct RopeParameters {
     /// Of the layers that see all of their row.
     #[serde(default)]
@@ -49,6 +55,34 @@ pub struct RopeParameters {
     /// Of those that do not.
     #[serde(default)]
     pub sliding_attention: Option<Rope>,
+}
+
+/// `rope_parameters` as files have them, nested or flat. What is not known is refused: it would turn other angles.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RopeFile {
+    full_attention: Option<Rope>,
+    sliding_attention: Option<Rope>,
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+}
+
+impl From<RopeFile> for RopeParameters {
+    fn from(file: RopeFile) -> Self {
+        let RopeFile { full_attention, sliding_attention, rope_type, rope_theta, partial_rotary_factor } =
+            file;
+        let is_flat = rope_type.is_some() || rope_theta.is_some() || partial_rotary_factor.is_some();
+        let flat = is_flat.then(|| Rope {
+            rope_type: rope_type.unwrap_or_else(unscaled),
+            rope_theta,
+            partial_rotary_factor,
+        });
+        Self {
+            full_attention: full_attention.or_else(|| flat.clone()),
+            sliding_attention: sliding_attention.or(flat),
+        }
+    }
 }
 
 /// The fields of `config.json` that shape the computation; others are ignored.
@@ -218,6 +252,10 @@ impl ModernBertConfig {
         for layer_type in [LayerType::FullAttention, LayerType::SlidingAttention] {
             if let Some(rope) = self.rope(layer_type) {
                 shared::check_is("rope_type", &rope.rope_type, "default")?;
+                if let Some(share) = rope.partial_rotary_factor.filter(|share| *share != 1.0) {
+                    let reason = format!("whole heads are rotated here, got {share}");
+                    return Err(Error::config("partial_rotary_factor", reason));
+                }
             }
             check::positive("rope_theta", self.rope_theta(layer_type))?;
         }
@@ -315,6 +353,17 @@ mod tests {
     }
 
     #[test]
+    fn flat_rotary_positions_are_those_of_both_types() {
+        let mut flat = old();
+        flat["rope_parameters"] =
+            json!({"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 1.0});
+        let read = read(&flat).unwrap();
+        for layer_type in [LayerType::FullAttention, LayerType::SlidingAttention] {
+            assert_eq!(read.rope_theta(layer_type), 50_000.0);
+        }
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (name, value, said) in [
             ("hidden_activation", json!("silu"), "hidden_activation: expected gelu, got silu"),
@@ -326,6 +375,19 @@ mod tests {
                 "rope_parameters",
                 json!({"full_attention": {"rope_type": "yarn"}}),
                 "rope_type: expected default, got yarn",
+            ),
+            ("rope_parameters", json!({"rope_type": "linear"}), "rope_type: expected default, got linear"),
+            (
+                "rope_parameters",
+                json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0}),
+                "unknown field `factor`",
+            ),
+            ("rope_parameters", json!({"sliding": {"rope_theta": 1e4}}), "unknown field `sliding`"),
+            ("rope_parameters", json!({"full_attention": {"factor": 4.0}}), "unknown field `factor`"),
+            (
+                "rope_parameters",
+                json!({"sliding_attention": {"partial_rotary_factor": 0.5}}),
+                "partial_rotary_factor: whole heads are rotated here, got 0.5",
             ),
             ("global_rope_theta", json!(-1.0), "rope_theta"),
             ("num_attention_heads", json!(256), "heads of 3 have no halves"),
