@@ -197,14 +197,17 @@ impl Reader<'_> {
             number(key).ok_or_else(|| Error::config("rope_scaling", format!("yarn has no {key}")))
         };
         described.add("rope.scaling.type", "yarn");
-        described.add("rope.scaling.factor", required("factor")? as f32);
+        let factor = required("factor")?;
+        // llama.cpp computes YaRN's own, and multiplies what the file says with it.
+        let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+        if let Some(given) = number("attention_factor").filter(|given| (given - usual).abs() > 1e-4) {
+            let reason = format!("attention_factor: llama.cpp holds {usual} for granted, got {given}");
+            return Err(Error::config("rope_scaling", reason));
+        }
+        described.add("rope.scaling.factor", factor as f32);
         let original = required("original_max_position_embeddings")?;
         described.add("rope.scaling.original_context_length", original as u32);
-        for (key, theirs) in [
-            ("yarn_beta_fast", "beta_fast"),
-            ("yarn_beta_slow", "beta_slow"),
-            ("yarn_attn_factor", "attention_factor"),
-        ] {
+        for (key, theirs) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
             if let Some(value) = number(theirs) {
                 described.add(&format!("rope.scaling.{key}"), value as f32);
             }
