@@ -311,6 +311,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
     let gemma2 = families.pop().ok_or("gemma 2")?;
     for (mut config, key, value) in [
         (gemma2.clone(), "query_pre_attn_scalar", json!(5)),
+        (gemma2.clone(), "attn_logit_softcapping", Value::Null),
         (gemma2, "layer_types", json!(["full_attention", "sliding_attention"])),
         (gemma3, "sliding_window_pattern", json!(2)),
         (families[2].clone(), "no_rope_layers", json!([1, 1, 0, 1, 1])),
@@ -334,6 +335,46 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
         let error = save_gguf(&locate(folder.path())?, &path, GgufKind::F32).unwrap_err().to_string();
         assert!(error.starts_with(&format!("invalid {key}: ")) && !path.exists(), "{key}: {error}");
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_config_leaves_out_is_written_as_the_model_has_it() -> Outcome {
+    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let families = families();
+    let of = |model_type: &str| {
+        let family = families.iter().find(|config| config["model_type"] == model_type);
+        family.cloned().ok_or_else(|| format!("no {model_type}"))
+    };
+    let without = |mut config: Value, names: &[&str]| {
+        for name in names {
+            config.as_object_mut().and_then(|fields| fields.remove(*name));
+        }
+        config
+    };
+    let mut open = of("gemma2")?;
+    open["sliding_window"] = Value::Null;
+    open["layer_types"] = json!(["full_attention", "full_attention"]);
+    for config in [
+        without(of("smollm3")?, &["rope_theta", "tie_word_embeddings"]),
+        without(of("gemma3_text")?, &["sliding_window", "rope_theta"]),
+        without(of("gemma2")?, &["tie_word_embeddings", "final_logit_softcapping"]),
+    ] {
+        let folder = toy_folder(&config, &assets)?;
+        let path = folder.path().join("model.gguf");
+        save_gguf(&locate(folder.path())?, &path, GgufKind::F32)?;
+        let (ours, theirs) = (
+            DecoderConfig::from_files(&locate(folder.path())?)?,
+            DecoderConfig::from_files(&locate(&path)?)?,
+        );
+        assert_eq!((&ours.rotary, &ours.local_rotary), (&theirs.rotary, &theirs.local_rotary));
+        assert_eq!((&ours.layers, ours.logit_cap), (&theirs.layers, theirs.logit_cap));
+        assert_eq!(ours.tie_word_embeddings, theirs.tie_word_embeddings);
+    }
+    let folder = toy_folder(&open, &assets)?;
+    let path = folder.path().join("model.gguf");
+    save_gguf(&locate(folder.path())?, &path, GgufKind::F32)?;
+    assert_eq!(locate(&path)?.config()?["sliding_window"], 128, "as long as the longest text");
     Ok(())
 }
 
@@ -413,7 +454,13 @@ fn what_llama_cpp_cannot_load_is_refused_by_name() -> Outcome {
     file.config.target_modules = None;
     let names = file.layers.keys().cloned().collect();
     file.config.target_modules = Some(monteclora::peft::TargetModules::Names(names));
-    assert!(write(&file, &config).contains("leave lm_head out of the targets"), "{}", write(&file, &config));
+    let mut unsaid = config.clone();
+    unsaid["model_type"] = json!("smollm3");
+    unsaid.as_object_mut().and_then(|fields| fields.remove("tie_word_embeddings"));
+    for config in [config, unsaid] {
+        let error = write(&file, &config);
+        assert!(error.contains("leave lm_head out of the targets"), "{error}");
+    }
     assert!(!path.exists());
     Ok(())
 }
