@@ -449,6 +449,12 @@ fn what_llama_cpp_cannot_load_is_refused_by_name() -> Outcome {
         |file: &AdapterFile, config: &Value| write_adapter(file, config, &path).unwrap_err().to_string();
     let other = json!({"model_type": "roberta"});
     assert!(write(&file, &other).contains("expected mistral or one of llama"), "{}", write(&file, &other));
+    let images = json!({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}});
+    assert!(
+        write(&file, &images).contains("text-only checkpoints (gemma3_text)"),
+        "{}",
+        write(&file, &images)
+    );
     let layer = file.layers.values().next().cloned().ok_or("a layer")?;
     file.layers.insert("lm_head".into(), layer);
     file.config.target_modules = None;
