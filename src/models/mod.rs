@@ -10,6 +10,7 @@ pub mod deberta;
 pub mod decoder;
 pub mod distilbert;
 pub(crate) mod encoder;
+mod end_tokens;
 pub mod generate;
 pub mod gguf;
 pub mod hub;

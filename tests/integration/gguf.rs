@@ -130,8 +130,8 @@ pub fn families() -> Vec<Value> {
         ),
         toy(
             "qwen2",
-            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
-            "original_max_position_embeddings": 32}}),
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0, "beta_slow": 2.0,
+            "attention_factor": 1.138_629_4, "original_max_position_embeddings": 32}}),
         ),
         toy("qwen3", json!({"head_dim": 16})),
         toy(
@@ -311,6 +311,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
     let gemma2 = families.pop().ok_or("gemma 2")?;
     for (mut config, key, value) in [
         (gemma2.clone(), "query_pre_attn_scalar", json!(5)),
+        (gemma2.clone(), "attn_logit_softcapping", Value::Null),
         (gemma2, "layer_types", json!(["full_attention", "sliding_attention"])),
         (gemma3, "sliding_window_pattern", json!(2)),
         (families[2].clone(), "no_rope_layers", json!([1, 1, 0, 1, 1])),
@@ -321,6 +322,12 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
             json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}),
         ),
+        (
+            families[3].clone(),
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0,
+            "original_max_position_embeddings": 32}),
+        ),
     ] {
         config[key] = value;
         let folder = toy_folder(&config, &assets)?;
@@ -328,6 +335,46 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
         let error = save_gguf(&locate(folder.path())?, &path, GgufKind::F32).unwrap_err().to_string();
         assert!(error.starts_with(&format!("invalid {key}: ")) && !path.exists(), "{key}: {error}");
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_config_leaves_out_is_written_as_the_model_has_it() -> Outcome {
+    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let families = families();
+    let of = |model_type: &str| {
+        let family = families.iter().find(|config| config["model_type"] == model_type);
+        family.cloned().ok_or_else(|| format!("no {model_type}"))
+    };
+    let without = |mut config: Value, names: &[&str]| {
+        for name in names {
+            config.as_object_mut().and_then(|fields| fields.remove(*name));
+        }
+        config
+    };
+    let mut open = of("gemma2")?;
+    open["sliding_window"] = Value::Null;
+    open["layer_types"] = json!(["full_attention", "full_attention"]);
+    for config in [
+        without(of("smollm3")?, &["rope_theta", "tie_word_embeddings"]),
+        without(of("gemma3_text")?, &["sliding_window", "rope_theta"]),
+        without(of("gemma2")?, &["tie_word_embeddings", "final_logit_softcapping"]),
+    ] {
+        let folder = toy_folder(&config, &assets)?;
+        let path = folder.path().join("model.gguf");
+        save_gguf(&locate(folder.path())?, &path, GgufKind::F32)?;
+        let (ours, theirs) = (
+            DecoderConfig::from_files(&locate(folder.path())?)?,
+            DecoderConfig::from_files(&locate(&path)?)?,
+        );
+        assert_eq!((&ours.rotary, &ours.local_rotary), (&theirs.rotary, &theirs.local_rotary));
+        assert_eq!((&ours.layers, ours.logit_cap), (&theirs.layers, theirs.logit_cap));
+        assert_eq!(ours.tie_word_embeddings, theirs.tie_word_embeddings);
+    }
+    let folder = toy_folder(&open, &assets)?;
+    let path = folder.path().join("model.gguf");
+    save_gguf(&locate(folder.path())?, &path, GgufKind::F32)?;
+    assert_eq!(locate(&path)?.config()?["sliding_window"], 128, "as long as the longest text");
     Ok(())
 }
 
@@ -368,12 +415,24 @@ fn what_llama_cpp_cannot_load_is_refused_by_name() -> Outcome {
         |file: &AdapterFile, config: &Value| write_adapter(file, config, &path).unwrap_err().to_string();
     let other = json!({"model_type": "roberta"});
     assert!(write(&file, &other).contains("expected mistral or one of llama"), "{}", write(&file, &other));
+    let images = json!({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}});
+    assert!(
+        write(&file, &images).contains("text-only checkpoints (gemma3_text)"),
+        "{}",
+        write(&file, &images)
+    );
     let layer = file.layers.values().next().cloned().ok_or("a layer")?;
     file.layers.insert("lm_head".into(), layer);
     file.config.target_modules = None;
     let names = file.layers.keys().cloned().collect();
     file.config.target_modules = Some(monteclora::peft::TargetModules::Names(names));
-    assert!(write(&file, &config).contains("leave lm_head out of the targets"), "{}", write(&file, &config));
+    let mut unsaid = config.clone();
+    unsaid["model_type"] = json!("smollm3");
+    unsaid.as_object_mut().and_then(|fields| fields.remove("tie_word_embeddings"));
+    for config in [config, unsaid] {
+        let error = write(&file, &config);
+        assert!(error.contains("leave lm_head out of the targets"), "{error}");
+    }
     assert!(!path.exists());
     Ok(())
 }

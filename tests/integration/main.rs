@@ -16,6 +16,7 @@ mod eval;
 mod families;
 mod finetune;
 mod gguf;
+mod gguf_settings;
 mod gradients;
 mod inject;
 #[cfg(unix)]

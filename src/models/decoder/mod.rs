@@ -9,7 +9,6 @@ mod candle;
 mod causal_lm;
 mod classification;
 mod config;
-mod end_tokens;
 mod families;
 mod feed_forward;
 mod joint;

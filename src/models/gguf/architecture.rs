@@ -110,11 +110,13 @@ impl Architecture {
 
     /// The architecture of Hugging Face's `model_type`, or which there are.
     pub fn of_model_type(model_type: &str) -> Result<&'static Self, String> {
-        let name = match model_type {
-            "mistral" => "llama",
-            "gemma3" => "gemma3_text",
-            other => other,
-        };
+        // Its tensors have other names, and its encoder of images no place.
+        if model_type == "gemma3" {
+            return Err(
+                "GGUF is for text-only checkpoints (gemma3_text), got gemma3, which sees images".into()
+            );
+        }
+        let name = if model_type == "mistral" { "llama" } else { model_type };
         ALL.iter().find(|one| one.model_type == name).ok_or_else(|| {
             let types: Vec<&str> = ALL.iter().map(|one| one.model_type).collect();
             format!("GGUF is for decoders: expected mistral or one of {}, got {model_type}", types.join(", "))

@@ -151,14 +151,17 @@ impl Gguf {
 
     /// How the frequencies of the base `theta` are scaled.
     fn scaling(&self, theta: f64) -> Result<Option<Json>> {
+        // Without a kind, a factor is one of positions.
+        let kind = self.setting("rope.scaling.type").and_then(Value::as_str).unwrap_or("linear");
+        self.only_usual(kind)?;
         if let Some(factors) = self.vector("rope_freqs.weight")? {
             // Of another rule only the factors are known: Phi-3's way to say them, for every length.
             let spelt = || json!({"rope_type": "longrope", "long_factor": factors, "short_factor": factors, "attention_factor": 1.0});
             return Ok(Some(Llama3::behind(&factors, theta).map_or_else(spelt, Llama3::to_json)));
         }
-        let (long, short) =
+        let (long, near) =
             (self.vector("rope_factors_long.weight")?, self.vector("rope_factors_short.weight")?);
-        if let (Some(long), Some(short)) = (long, short) {
+        if let (Some(long), Some(short)) = (long, near) {
             let mut scaling = json!({"rope_type": "longrope", "long_factor": long, "short_factor": short});
             if let Some(factor) = self.number("rope.scaling.attn_factor")? {
                 scaling["attention_factor"] = json!(factor);
@@ -169,8 +172,6 @@ impl Gguf {
             Some(factor) => Some(factor),
             None => self.number("rope.scale_linear")?,
         };
-        // Without a kind, a factor is one of positions.
-        let kind = self.setting("rope.scaling.type").and_then(Value::as_str).unwrap_or("linear");
         match (kind, factor) {
             ("none", _) | ("linear" | "longrope", None) => Ok(None),
             ("linear", Some(factor)) if factor == 1.0 || factor == 0.0 => Ok(None),
@@ -180,18 +181,46 @@ impl Gguf {
                 if let Some(original) = self.whole("rope.scaling.original_context_length")? {
                     scaling["original_max_position_embeddings"] = json!(original);
                 }
+                for (key, theirs) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
+                    if let Some(turns) = self.number(&format!("rope.scaling.{key}"))? {
+                        scaling[theirs] = json!(short(turns));
+                    }
+                }
                 Ok(Some(scaling))
             }
             (other, _) => {
                 let key = self.key("rope.scaling.type");
-                Err(self.error(format!("{key}: expected none, linear or longrope, got {other}")))
+                Err(self.error(format!("{key}: expected none, linear, yarn or longrope, got {other}")))
             }
         }
+    }
+
+    /// Refuses factors that llama.cpp multiplies with what a kind of scaling computes by itself.
+    fn only_usual(&self, kind: &str) -> Result<()> {
+        let by_factors = self.info("rope_factors_long.weight").is_some();
+        // A negative one stands for the kind's own.
+        let mixed = f64::from(u8::from(kind == "yarn"));
+        for (key, usual) in
+            [("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0), ("yarn_ext_factor", mixed)]
+                .into_iter()
+                .chain((!by_factors).then_some(("attn_factor", 1.0)))
+        {
+            let key = format!("rope.scaling.{key}");
+            let given = self.number(&key)?.filter(|given| *given != usual);
+            if let Some(given) = given.filter(|given| !(key.ends_with("ext_factor") && *given < 0.0)) {
+                return Err(self.error(format!("{}: expected {usual}, got {given}", self.key(&key))));
+            }
+        }
+        Ok(())
     }
 
     fn attention(&self, config: &mut Map<String, Json>) -> Result<()> {
         let (name, layers) = (self.architecture().name, self.required("block_count")?);
         let has = |tensor: &str| self.info(tensor).is_some();
+        if self.setting("attention.causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
+            let key = self.key("attention.causal");
+            return Err(self.error(format!("{key}: an encoder's attention is not supported: expected true")));
+        }
         if matches!(name, "llama" | "smollm3") {
             let bias = has("blk.0.attn_q.bias");
             if bias != has("blk.0.attn_output.bias") {

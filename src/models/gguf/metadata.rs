@@ -6,6 +6,7 @@ use super::architecture::Architecture;
 use super::rope::Llama3;
 use super::value::Value;
 use crate::error::{Error, Result};
+use crate::models::decoder::{DecoderConfig, LayerConfig, Positions, RotaryScaling};
 
 /// A model as GGUF describes it.
 pub(super) struct Described {
@@ -19,9 +20,11 @@ pub(super) struct Described {
     pub tied: bool,
 }
 
-/// A `config.json` and the architecture that it is of.
+/// A model's configuration, with what its `config.json` leaves out, and the architecture that it is of.
 struct Reader<'a> {
-    config: &'a Json,
+    /// The file itself: only to name a field of it in errors.
+    file: &'a Json,
+    config: DecoderConfig,
     architecture: &'static Architecture,
 }
 
@@ -30,14 +33,11 @@ impl Described {
     ///
     /// # Errors
     /// If a field is missing, or asks for what GGUF has no place for and llama.cpp would compute otherwise.
-    pub fn of(config: &Json) -> Result<Self> {
-        let config = if config["text_config"].is_object() { &config["text_config"] } else { config };
-        let model_type = config["model_type"].as_str().unwrap_or("llama");
+    pub fn of(file: &Json) -> Result<Self> {
+        let model_type = file["model_type"].as_str().unwrap_or("llama");
         let architecture =
             Architecture::of_model_type(model_type).map_err(|reason| Error::config("model_type", reason))?;
-        let read = Reader { config, architecture };
-        let heads = read.heads()?;
-        let gemma = architecture.norm_plus_one;
+        let config = DecoderConfig::from_value(file.clone())?;
         let mut described = Self {
             architecture,
             metadata: vec![
@@ -45,10 +45,12 @@ impl Described {
                 ("general.type".into(), "model".into()),
             ],
             factors: Vec::new(),
-            heads,
-            tied: config["tie_word_embeddings"].as_bool().unwrap_or(gemma),
+            heads: (config.num_attention_heads, config.num_key_value_heads),
+            tied: config.tie_word_embeddings,
         };
+        let read = Reader { file, config, architecture };
         read.sizes(&mut described)?;
+        read.caps(&mut described)?;
         read.rotary(&mut described)?;
         read.windows(&mut described)?;
         Ok(described)
@@ -57,245 +59,186 @@ impl Described {
     fn add(&mut self, key: &str, value: impl Into<Value>) {
         self.metadata.push((format!("{}.{key}", self.architecture.name), value.into()));
     }
+
+    /// Adds what is a number of 32 bits there; `theirs` is the field of `config.json`.
+    fn count(&mut self, key: &str, theirs: &str, count: usize) -> Result<()> {
+        let fits = u32::try_from(count);
+        self.add(key, fits.map_err(|_| Error::config(theirs, format!("{count} is more than GGUF holds")))?);
+        Ok(())
+    }
 }
 
 impl Reader<'_> {
-    fn whole(&self, key: &str) -> Result<Option<usize>> {
-        match &self.config[key] {
-            Json::Null => Ok(None),
-            value => match value.as_u64().filter(|value| u32::try_from(*value).is_ok()) {
-                Some(value) => Ok(Some(value as usize)),
-                None => Err(Error::config(key, format!("expected a whole number, got {value}"))),
-            },
-        }
-    }
-
-    fn required(&self, key: &str) -> Result<usize> {
-        self.whole(key)?.ok_or_else(|| Error::config(key, "config.json has none"))
-    }
-
-    fn number(&self, key: &str) -> Option<f64> {
-        self.config[key].as_f64()
-    }
-
-    fn heads(&self) -> Result<(usize, usize)> {
-        let heads = self.required("num_attention_heads")?;
-        Ok((heads, self.whole("num_key_value_heads")?.unwrap_or(heads)))
-    }
-
-    /// The width of a head, and whether it is one of its own.
-    fn head_dim(&self) -> Result<(usize, bool)> {
-        let usual = self.required("hidden_size")? / self.heads()?.0.max(1);
-        let default = match self.architecture.name {
-            "qwen3" => 128,
-            "gemma2" | "gemma3" => 256,
-            _ => usual,
-        };
-        let width = self.whole("head_dim")?.unwrap_or(default);
-        Ok((width, width != usual))
-    }
-
     fn sizes(&self, described: &mut Described) -> Result<()> {
-        for (key, theirs) in [
-            ("vocab_size", "vocab_size"),
-            ("context_length", "max_position_embeddings"),
-            ("embedding_length", "hidden_size"),
-            ("block_count", "num_hidden_layers"),
-            ("feed_forward_length", "intermediate_size"),
+        let config = &self.config;
+        for (key, theirs, count) in [
+            ("vocab_size", "vocab_size", config.vocab_size),
+            ("context_length", "max_position_embeddings", config.max_position_embeddings),
+            ("embedding_length", "hidden_size", config.hidden_size),
+            ("block_count", "num_hidden_layers", config.layers.len()),
+            ("feed_forward_length", "intermediate_size", config.intermediate_size),
+            ("attention.head_count", "num_attention_heads", config.num_attention_heads),
+            ("attention.head_count_kv", "num_key_value_heads", config.num_key_value_heads),
         ] {
-            described.add(key, self.required(theirs)? as u32);
+            described.count(key, theirs, count)?;
         }
-        let (heads, shared) = described.heads;
-        described.add("attention.head_count", heads as u32);
-        described.add("attention.head_count_kv", shared as u32);
-        let epsilon = self.number("rms_norm_eps").unwrap_or(1e-6);
-        described.add("attention.layer_norm_rms_epsilon", epsilon as f32);
-        let (width, own) = self.head_dim()?;
-        if own {
-            described.add("attention.key_length", width as u32);
-            described.add("attention.value_length", width as u32);
-        }
-        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
-            if let Some(cap) = self.number(key) {
-                described.add(key, cap as f32);
-            }
-        }
-        let layers = self.required("num_hidden_layers")?;
-        let usual = match (self.architecture.name, layers) {
-            ("gemma2", 46) | ("gemma3", 62) => self.required("hidden_size")? / heads.max(1),
-            _ => width,
-        };
-        match self.number("query_pre_attn_scalar").filter(|_| self.architecture.norm_plus_one) {
-            Some(scale) if scale != usual as f64 => {
-                let reason = format!("llama.cpp holds {usual} for granted, got {scale}");
-                Err(Error::config("query_pre_attn_scalar", reason))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn rotary(&self, described: &mut Described) -> Result<()> {
-        // Old files have the settings side by side, new ones in one object, or in one for each kind of layers.
-        let new = &self.config["rope_parameters"];
-        let own = if new["full_attention"].is_object() { &new["full_attention"] } else { new };
-        let scaling = if own.is_object() { own } else { &self.config["rope_scaling"] };
-        let default = if self.architecture.name == "gemma3" { 1e6 } else { 1e4 };
-        let theta = scaling["rope_theta"].as_f64().or(self.number("rope_theta")).unwrap_or(default);
-        described.add("rope.freq_base", theta as f32);
-        let local = new["sliding_attention"]["rope_theta"].as_f64().or(self.number("rope_local_base_freq"));
-        if let Some(local) = local.filter(|_| self.architecture.name == "gemma3") {
-            described.add("rope.freq_base_swa", local as f32);
-        }
-        let (width, _) = self.head_dim()?;
-        let share =
-            scaling["partial_rotary_factor"].as_f64().or(self.number("partial_rotary_factor")).unwrap_or(1.0);
-        let turned = (width as f64 * share) as usize;
-        described.add("rope.dimension_count", turned as u32);
-        let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
-        match kind {
-            "default" => Ok(()),
-            "linear" => {
-                let factor = scaling["factor"].as_f64();
-                let factor =
-                    factor.ok_or_else(|| Error::config("rope_scaling", "linear scaling without a factor"))?;
-                described.add("rope.scaling.type", "linear");
-                described.add("rope.scaling.factor", factor as f32);
-                Ok(())
-            }
-            "llama3" if matches!(self.architecture.name, "llama" | "smollm3") => {
-                let rule = Llama3::of(scaling);
-                let rule =
-                    rule.ok_or_else(|| Error::config("rope_scaling", "a number of llama3's is missing"))?;
-                described.factors.push(("rope_freqs.weight", rule.factors(theta, turned)));
-                Ok(())
-            }
-            "yarn" if scaling["mscale"].is_null() && scaling["truncate"] != false => {
-                self.yarn(described, scaling)
-            }
-            // What factors of no known rule are read as.
-            "longrope"
-                if matches!(self.architecture.name, "llama" | "smollm3")
-                    && scaling["long_factor"] == scaling["short_factor"]
-                    && scaling["attention_factor"] == 1.0 =>
-            {
-                described.factors.push(("rope_freqs.weight", factors(scaling, "long_factor", turned)?));
-                Ok(())
-            }
-            "longrope" | "su" if self.architecture.name == "phi3" => {
-                self.long_rotary(described, scaling, turned)
-            }
-            other => {
-                let reason = format!("GGUF of {} has no place for {other}", self.architecture.name);
-                Err(Error::config("rope_scaling", reason))
-            }
-        }
-    }
-
-    fn yarn(&self, described: &mut Described, scaling: &Json) -> Result<()> {
-        let number = |key: &str| scaling[key].as_f64();
-        let required = |key: &str| {
-            number(key).ok_or_else(|| Error::config("rope_scaling", format!("yarn has no {key}")))
-        };
-        described.add("rope.scaling.type", "yarn");
-        described.add("rope.scaling.factor", required("factor")? as f32);
-        let original = required("original_max_position_embeddings")?;
-        described.add("rope.scaling.original_context_length", original as u32);
-        for (key, theirs) in [
-            ("yarn_beta_fast", "beta_fast"),
-            ("yarn_beta_slow", "beta_slow"),
-            ("yarn_attn_factor", "attention_factor"),
-        ] {
-            if let Some(value) = number(theirs) {
-                described.add(&format!("rope.scaling.{key}"), value as f32);
-            }
+        described.add("attention.layer_norm_rms_epsilon", config.rms_norm_eps as f32);
+        if config.head_dim != self.usual_width() {
+            described.count("attention.key_length", "head_dim", config.head_dim)?;
+            described.count("attention.value_length", "head_dim", config.head_dim)?;
         }
         Ok(())
     }
 
-    /// Phi-3's factors for short and for long texts.
-    fn long_rotary(&self, described: &mut Described, scaling: &Json, turned: usize) -> Result<()> {
-        described.factors.push(("rope_factors_long.weight", factors(scaling, "long_factor", turned)?));
-        described.factors.push(("rope_factors_short.weight", factors(scaling, "short_factor", turned)?));
-        let longest = self.required("max_position_embeddings")?;
-        let original = scaling["original_max_position_embeddings"].as_u64().map(|original| original as usize);
-        let original = original.or(self.whole("original_max_position_embeddings")?).unwrap_or(longest);
-        let ratio = longest as f64 / original.max(1) as f64;
-        let usual = if ratio > 1.0 { (1.0 + ratio.ln() / (original as f64).ln()).sqrt() } else { 1.0 };
-        let factor = scaling["attention_factor"].as_f64().unwrap_or(usual);
-        described.add("rope.scaling.original_context_length", original as u32);
-        described.add("rope.scaling.attn_factor", factor as f32);
+    /// The width of a head where it is none of its own.
+    fn usual_width(&self) -> usize {
+        self.config.hidden_size / self.config.num_attention_heads.max(1)
+    }
+
+    /// Caps, and the scale of attention, which GGUF has no place for.
+    fn caps(&self, described: &mut Described) -> Result<()> {
+        let config = &self.config;
+        for (key, cap) in
+            [("attn_logit_softcapping", config.attention_cap), ("final_logit_softcapping", config.logit_cap)]
+        {
+            match cap {
+                Some(cap) => described.add(key, cap as f32),
+                // Of a cap of 0 it makes a division by 0.
+                None if self.architecture.name == "gemma2" => {
+                    return Err(Error::config(key, "llama.cpp has no Gemma 2 without a cap"));
+                }
+                None => {}
+            }
+        }
+        let usual = match (self.architecture.name, config.layers.len()) {
+            ("gemma2", 46) | ("gemma3", 62) => self.usual_width(),
+            _ => config.head_dim,
+        } as f64;
+        let scale = config.attention_scale.powi(-2);
+        if (scale - usual).abs() > 1e-6 * usual {
+            let reason = format!("llama.cpp holds {usual} for granted, got {scale:.3}");
+            return Err(Error::config("query_pre_attn_scalar", reason));
+        }
+        Ok(())
+    }
+
+    fn rotary(&self, described: &mut Described) -> Result<()> {
+        let rotary = &self.config.rotary;
+        described.add("rope.freq_base", rotary.theta);
+        if let Some(local) = &self.config.local_rotary {
+            described.add("rope.freq_base_swa", local.theta);
+        }
+        described.count("rope.dimension_count", "partial_rotary_factor", rotary.dim)?;
+        let by_factors = matches!(self.architecture.name, "llama" | "smollm3");
+        match &rotary.scaling {
+            RotaryScaling::None => {}
+            RotaryScaling::Linear { factor } => {
+                described.add("rope.scaling.type", "linear");
+                described.add("rope.scaling.factor", *factor);
+            }
+            &RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } if by_factors => {
+                let rule = Llama3 {
+                    factor: factor.into(),
+                    low: low_freq_factor.into(),
+                    high: high_freq_factor.into(),
+                    original: original as f64,
+                };
+                let factors = rule.factors(rotary.theta.into(), rotary.dim);
+                described.factors.push(("rope_freqs.weight", factors));
+            }
+            &RotaryScaling::Yarn { factor, beta_fast, beta_slow, original, truncate: true, magnitude } => {
+                // llama.cpp computes YaRN's own, and multiplies what the file says with it.
+                let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                if (magnitude - usual).abs() > 1e-4 {
+                    let reason =
+                        format!("attention_factor: llama.cpp holds {usual} for granted, got {magnitude}");
+                    return Err(Error::config("rope_scaling", reason));
+                }
+                described.add("rope.scaling.type", "yarn");
+                described.add("rope.scaling.factor", factor);
+                let theirs = "original_max_position_embeddings";
+                described.count("rope.scaling.original_context_length", theirs, original)?;
+                described.add("rope.scaling.yarn_beta_fast", beta_fast);
+                described.add("rope.scaling.yarn_beta_slow", beta_slow);
+            }
+            // What factors of no known rule are read as.
+            RotaryScaling::LongRope { short, long, magnitude, .. }
+                if by_factors && long == short && *magnitude == 1.0 =>
+            {
+                described.factors.push(("rope_freqs.weight", long.clone()));
+            }
+            RotaryScaling::LongRope { short, long, original, magnitude }
+                if self.architecture.name == "phi3" =>
+            {
+                described.factors.push(("rope_factors_long.weight", long.clone()));
+                described.factors.push(("rope_factors_short.weight", short.clone()));
+                let theirs = "original_max_position_embeddings";
+                described.count("rope.scaling.original_context_length", theirs, *original)?;
+                described.add("rope.scaling.attn_factor", *magnitude);
+            }
+            other => {
+                let reason = format!("GGUF of {} has no place for {other:?}", self.architecture.name);
+                return Err(Error::config("rope_scaling", reason));
+            }
+        }
         Ok(())
     }
 
     /// Windows, where llama.cpp has them: those that it holds for granted, or none.
     fn windows(&self, described: &mut Described) -> Result<()> {
-        let (layers, window) = (self.required("num_hidden_layers")?, self.whole("sliding_window")?);
-        let every = match self.architecture.name {
+        let (name, longest) = (self.architecture.name, self.config.max_position_embeddings);
+        let window = self.config.layers.iter().find_map(|layer| layer.window);
+        let every = match name {
             "gemma2" => 2,
             "gemma3" => 6,
-            "phi3" => {
-                described.add("attention.sliding_window", window.unwrap_or(0) as u32);
-                0
-            }
             _ => 0,
         };
         if every == 0 {
-            let used = self.config["use_sliding_window"] != false;
-            let longest = self.required("max_position_embeddings")?;
-            if let Some(window) = window.filter(|window| used && *window < longest) {
+            if name == "phi3" {
+                described.count("attention.sliding_window", "sliding_window", window.unwrap_or(0))?;
+            }
+            if let Some(window) = window.filter(|window| *window < longest) {
                 tracing::warn!(
-                    "sliding_window: llama.cpp knows none of {}; texts of more than {window} tokens will differ",
-                    self.architecture.name
+                    "sliding_window: llama.cpp knows none of {name}; texts of more than {window} tokens will differ"
                 );
             }
-            return self.positions(layers);
+            return self.positions();
         }
-        let usual = |(layer, kind): (usize, &Json)| {
-            (kind == "sliding_attention") != (layer + 1).is_multiple_of(every)
+        let usual = |(at, layer): (usize, &LayerConfig)| {
+            window.is_none() || layer.window.is_some() != (at + 1).is_multiple_of(every)
         };
-        let (key, fits) = match self.config["layer_types"].as_array() {
-            Some(kinds) => ("layer_types", kinds.iter().enumerate().all(usual)),
-            None => {
-                let pattern =
-                    self.whole("sliding_window_pattern")?.filter(|_| self.architecture.name == "gemma3");
-                ("sliding_window_pattern", pattern.is_none_or(|pattern| pattern == every))
-            }
-        };
-        if !fits {
+        if !self.config.layers.iter().enumerate().all(usual) {
             let reason = format!("llama.cpp holds for granted that one layer in {every} has no window");
-            return Err(Error::config(key, reason));
+            return Err(Error::config(self.given("layer_types", "sliding_window_pattern"), reason));
         }
-        if let Some(window) = window {
-            described.add("attention.sliding_window", window as u32);
+        match window {
+            Some(window) => described.count("attention.sliding_window", "sliding_window", window),
+            // llama.cpp gives Gemma 2 one in any case: this one leaves nothing out.
+            None if name == "gemma2" => {
+                described.count("attention.sliding_window", "sliding_window", longest)
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// SmolLM3's layers without positions, of which llama.cpp holds for granted that they are each fourth.
-    fn positions(&self, layers: usize) -> Result<()> {
-        if self.architecture.name != "smollm3" {
-            return Ok(());
-        }
-        let usual = |(layer, turned): (usize, &Json)| (turned == 1) != (layer + 1).is_multiple_of(4);
-        let (key, fits) = match self.config["no_rope_layers"].as_array() {
-            Some(turned) => ("no_rope_layers", turned.iter().take(layers).enumerate().all(usual)),
-            None => {
-                let interval = self.whole("no_rope_layer_interval")?;
-                ("no_rope_layer_interval", interval.is_none_or(|interval| interval == 4))
-            }
+    fn positions(&self) -> Result<()> {
+        let usual = |(at, layer): (usize, &LayerConfig)| {
+            (layer.positions == Positions::None) == (at + 1).is_multiple_of(4)
         };
-        if !fits {
+        if self.architecture.name == "smollm3" && !self.config.layers.iter().enumerate().all(usual) {
             let reason = "llama.cpp holds for granted that each fourth layer has no positions";
-            return Err(Error::config(key, reason));
+            return Err(Error::config(self.given("no_rope_layers", "no_rope_layer_interval"), reason));
         }
         Ok(())
     }
-}
 
-/// The factors under `key`, one for each of the frequencies of `turned` numbers.
-fn factors(scaling: &Json, key: &str, turned: usize) -> Result<Vec<f32>> {
-    let numbers = scaling[key].as_array().into_iter().flatten().map(Json::as_f64);
-    let numbers: Option<Vec<f32>> = numbers.map(|number| Some(number? as f32)).collect();
-    let fits = numbers.filter(|numbers| numbers.len() == turned / 2);
-    fits.ok_or_else(|| Error::config("rope_scaling", format!("{key}: expected {} numbers", turned / 2)))
+    /// Which of two fields says it.
+    fn given(&self, list: &'static str, other: &'static str) -> &'static str {
+        if self.file[list].is_array() {
+            list
+        } else {
+            other
+        }
+    }
 }

@@ -13,17 +13,6 @@ pub(super) struct Llama3 {
 }
 
 impl Llama3 {
-    /// The numbers of Hugging Face's `rope_scaling`, where all are there.
-    pub fn of(scaling: &Json) -> Option<Self> {
-        let number = |key: &str| scaling.get(key).and_then(Json::as_f64);
-        Some(Self {
-            factor: number("factor")?,
-            low: number("low_freq_factor")?,
-            high: number("high_freq_factor")?,
-            original: number("original_max_position_embeddings")?,
-        })
-    }
-
     /// Hugging Face's `rope_scaling`.
     pub fn to_json(self) -> Json {
         json!({
@@ -70,7 +59,6 @@ mod tests {
         assert_eq!((factors.len(), factors[0], factors[31]), (32, 1.0, 32.0));
         assert!(factors.iter().any(|factor| *factor > 1.0 && *factor < 32.0));
         assert_eq!(Llama3::behind(&factors, 500000.0), Some(rule));
-        assert_eq!(Llama3::of(&rule.to_json()), Some(rule));
         let other = Llama3 { high: 8.0, ..rule }.factors(500000.0, 64);
         assert_eq!(Llama3::behind(&other, 500000.0), None);
     }

@@ -3,8 +3,8 @@
 use candle_transformers::models::llama::LlamaEosToks;
 use serde::Deserialize;
 
-use super::config::DecoderConfig;
 use crate::error::{Error, Result};
+use crate::models::decoder::DecoderConfig;
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
