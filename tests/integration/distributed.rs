@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::kill::examples_with;
 use crate::support::{skipped, Outcome};
 
-/// Kills of the harness. 20 of a run by hand ended alike.
+/// Kills of the harness: the runs are long enough for some to fall into each part of a step.
 const KILLS: usize = 8;
 /// How long the others may live when one was killed.
 const GRACE: Duration = Duration::from_secs(30);
