@@ -370,7 +370,7 @@ fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Ou
     // A run that goes on must have the same base.
     let batcher = Batcher::new(2, false, Noise::new(1))?;
     let settings = Classification { classifier: &classifier, rows: &[], batcher }.settings();
-    assert_eq!(settings.get("dtype").map(String::as_str), Some("q8_0"));
+    assert_eq!(settings.get("dtype").map(String::as_str), Some("q8_0/f32"));
     let say = |classifier: &Classifier| -> Outcome<Tensor> {
         let (ids, mask) = ids(2, 11)?;
         Ok(classifier.model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?)
