@@ -199,14 +199,18 @@ fn a_killed_process_ends_the_others_and_the_run_goes_on(home: &Home) -> Outcome 
     let length = clock.elapsed();
     let (mut kills, mut runs, mut slowest) = (0, 0, Duration::ZERO);
     let moments = Noise::new(20).stream("kills", Purpose::Init);
-    while kills < KILLS {
+    for attempt in 0.. {
+        assert!(attempt < 10 * KILLS, "{kills} kills in {attempt} attempts");
+        if kills == KILLS {
+            break;
+        }
         let out = home.out(&format!("killed-{runs}"));
         // Once 4 processes, then 2, and so on, into the same folder.
         let world = [4, 2][kills % 2];
         let mut uniforms = vec![0.0; 2];
-        moments.fill_uniform(kills as u64, &mut uniforms);
+        moments.fill_uniform(attempt as u64, &mut uniforms);
         let mut run = Guard(home.command(&home.glue, world, options, &out).stderr(Stdio::null()).spawn()?);
-        let by_itself = run.ends_within(length.mul_f64(uniforms[0] * 0.8))?;
+        let by_itself = run.ends_within(length.mul_f64(0.1 + uniforms[0] * 0.7))?;
         let children = run.children();
         let victim = children.get((uniforms[1] * children.len() as f64) as usize);
         if let (None, Some(victim)) = (by_itself, victim) {
