@@ -21,7 +21,7 @@ pub fn hush() {
 }
 
 /// Whether [`hush`] was called.
-pub fn is_hushed() -> bool {
+fn is_hushed() -> bool {
     HUSHED.load(Ordering::Relaxed)
 }
 

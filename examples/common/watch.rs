@@ -6,7 +6,7 @@ use monteclora::{Error, Params, Result};
 
 use super::interrupt;
 use super::log::Log;
-use super::output::{self, tell_err};
+use super::output::tell_err;
 use super::processes::Processes;
 
 /// What an evaluation finds.
@@ -103,9 +103,6 @@ pub fn fit(
 /// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
 /// the log of a long run in the background would stay empty.
 pub fn say(bar: &ProgressBar, line: &str) {
-    if output::is_hushed() {
-        return;
-    }
     if bar.is_hidden() {
         tell_err!("{line}")
     } else {
