@@ -4,14 +4,25 @@
 
 FOLDER holds expected.json: `text` and `pieces`, the ids that the crate's tokenizer cuts it into (the beginning's token
 first), `ids`, and `files`, a list of {"model", "lora" (or null), "tolerance", "logits"}, where model and lora are GGUF
-files in FOLDER and logits [t, vocab] those of `ids`. Exits with 0 where llama.cpp loads every file, cuts the text alike and
-has all logits within the tolerance; prints the largest difference of each.
+files in FOLDER and logits [t, vocab] those of `ids`; with `numbers`, .npy files of what the crate reads in some of the
+model's tensors, by name. Exits with 0 where llama.cpp loads every file, cuts the text alike and has all logits within the
+tolerance, and its own reader (gguf) the same numbers to the bit; prints the largest difference of each.
 """
 import json
 import sys
 
 import numpy as np
+from gguf import GGUFReader, dequantize
 from llama_cpp import Llama
+
+
+def differing(folder, case):
+    """The tensors of a case whose numbers are not those of llama.cpp's reader."""
+    theirs = {tensor.name: tensor for tensor in GGUFReader(f"{folder}/{case['model']}").tensors}
+    for name, file in case.get("numbers", {}).items():
+        expected = dequantize(theirs[name].data, theirs[name].tensor_type)
+        if not np.array_equal(np.load(f"{folder}/{file}"), expected):
+            yield name
 
 
 def main(folder):
@@ -22,6 +33,8 @@ def main(folder):
         lora = case["lora"] and f"{folder}/{case['lora']}"
         # Keys and values in single precision: in half, its default, they alone would differ by 1e-2.
         options = {"type_k": 0, "type_v": 0, "n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False}
+        # The file's own: the binding would set YaRN's usual numbers over them.
+        options |= {"yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0, "yarn_attn_factor": -1.0}
         model = Llama(f"{folder}/{case['model']}", lora_path=lora, **options)
         pieces = model.tokenize(expected["text"].encode(), add_bos=True, special=False)
         if pieces != expected["pieces"]:
@@ -32,6 +45,9 @@ def main(folder):
         difference = np.abs(got - np.array(case["logits"], dtype=np.float32)).max()
         print(f"{case['model']} + {case['lora']}: largest difference {difference:.2e}, logits to {np.abs(got).max():.1f}")
         failed |= not difference <= case["tolerance"]
+        for name in differing(folder, case):
+            print(f"{case['model']}: other numbers in {name}")
+            failed = True
     return int(failed)
 
 

@@ -37,7 +37,12 @@ pub fn load(files: &ModelFiles) -> Outcome<DecoderForCausalLM> {
 
 /// The logits of all places of [`IDS`], `(t, vocab)`.
 pub fn logits(model: &DecoderForCausalLM) -> Outcome<Tensor> {
-    let ids = Tensor::new(&[IDS], &Device::Cpu)?;
+    logits_of(model, &IDS)
+}
+
+/// The logits of all places of `ids`, `(t, vocab)`.
+pub fn logits_of(model: &DecoderForCausalLM, ids: &[u32]) -> Outcome<Tensor> {
+    let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
     Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, &Pass::Mean.into())?.squeeze(0)?)
 }
 
@@ -130,7 +135,7 @@ pub fn families() -> Vec<Value> {
         ),
         toy(
             "qwen2",
-            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0, "beta_slow": 2.0,
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
             "attention_factor": 1.138_629_4, "original_max_position_embeddings": 32}}),
         ),
         toy("qwen3", json!({"head_dim": 16})),
@@ -222,7 +227,7 @@ fn every_family_comes_back() -> Outcome {
 }
 
 /// The numbers of a GGUF file as candle's own reader has them, by GGUF's names.
-fn raw(path: &Path) -> Outcome<(Content, HashMap<String, Tensor>)> {
+pub fn raw(path: &Path) -> Outcome<(Content, HashMap<String, Tensor>)> {
     let mut file = std::fs::File::open(path)?;
     let content = Content::read(&mut file)?;
     let mut tensors = HashMap::new();
@@ -326,6 +331,12 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
             families[3].clone(),
             "rope_scaling",
             json!({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0,
+            "original_max_position_embeddings": 32}),
+        ),
+        (
+            families[3].clone(),
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0,
             "original_max_position_embeddings": 32}),
         ),
     ] {

@@ -1,25 +1,26 @@
 //! What llama.cpp makes of the GGUF files that this crate writes, where Python has it.
 //!
-//! `MONTECLORA_PYTHON` names an interpreter with `llama-cpp-python`; else `python3` is tried.
+//! `MONTECLORA_PYTHON` names an interpreter with `llama-cpp-python` and `gguf`; else `python3` is tried.
 //! `tests/data/live_llama_cpp.py` is what runs there.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::Tensor;
 use monteclora::data::tokenizer;
 use monteclora::models::gguf::{write_adapter, GgufKind};
 use monteclora::models::save::{save_gguf, save_merged_gguf};
 use serde_json::{json, Value};
 
-use crate::gguf::{adapted, families, load, locate, logits, toy_folder, IDS, TEXT};
+use crate::gguf::{adapted, families, load, locate, logits, logits_of, raw, toy_folder, IDS, TEXT};
 use crate::stories::asset;
 use crate::support::{skipped, Outcome};
 
 /// An interpreter that has llama.cpp; why there is none is told.
 fn python() -> Option<PathBuf> {
     let python = std::env::var_os("MONTECLORA_PYTHON").map_or("python3".into(), PathBuf::from);
-    let why = match Command::new(&python).args(["-c", "import llama_cpp, numpy"]).output() {
+    let why = match Command::new(&python).args(["-c", "import llama_cpp, gguf, numpy"]).output() {
         Ok(output) if output.status.success() => return Some(python),
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -27,7 +28,7 @@ fn python() -> Option<PathBuf> {
         }
         Err(error) => error.to_string(),
     };
-    skipped(&format!("no Python with llama-cpp-python: {why}"));
+    skipped(&format!("no Python with llama-cpp-python and gguf: {why}"));
     None
 }
 
@@ -107,5 +108,43 @@ fn every_family_gives_our_logits() -> Outcome {
         let tokenizer = tokenizer::of_model(&source)?;
         pieces = tokenizer.encode(TEXT, true).map_err(|e| e.to_string())?.get_ids().to_vec();
     }
+    check(&python, folder.path(), &pieces, &cases)
+}
+
+#[test]
+fn blocks_are_those_of_llama_cpp() -> Outcome {
+    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let Some(python) = python() else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    // Wide enough for blocks of 256.
+    let mut config = families().swap_remove(0);
+    (config["hidden_size"], config["intermediate_size"]) = (json!(256), json!(512));
+    let source = toy_folder(&config, &assets)?;
+    let source = locate(source.path())?;
+    let mut cases = Vec::new();
+    for (name, kind, kinds) in [
+        ("q4.gguf", GgufKind::Q4K, [GgmlDType::Q6K, GgmlDType::Q4K]),
+        ("q8.gguf", GgufKind::Q8_0, [GgmlDType::Q8_0; 2]),
+    ] {
+        save_gguf(&source, &at(name), kind)?;
+        let model = load(&locate(&at(name))?)?;
+        let ours = logits(&model)?;
+        // llama.cpp rounds what comes into a matrix to eight bits, as candle's kernels for few rows do.
+        let few = logits_of(&model, &IDS[..3])?;
+        let rounding = (few - ours.narrow(0, 0, 3)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        let mut case = case(name, None, 2.0 * f64::from(rounding), &ours)?;
+        let (content, tensors) = raw(&at(name))?;
+        let names = ["token_embd.weight", "blk.1.ffn_down.weight"];
+        for (tensor, kind) in names.into_iter().zip(kinds) {
+            assert_eq!(content.tensor_infos[tensor].ggml_dtype, kind);
+            let numbers = format!("{name}.{tensor}.npy");
+            tensors[tensor].write_npy(at(&numbers))?;
+            case["numbers"][tensor] = json!(numbers);
+        }
+        cases.push(case);
+    }
+    let tokenizer = tokenizer::of_model(&source)?;
+    let pieces = tokenizer.encode(TEXT, true).map_err(|e| e.to_string())?.get_ids().to_vec();
     check(&python, folder.path(), &pieces, &cases)
 }

@@ -154,6 +154,11 @@ impl Reader<'_> {
                         format!("attention_factor: llama.cpp holds {usual} for granted, got {magnitude}");
                     return Err(Error::config("rope_scaling", reason));
                 }
+                // It reads these two for other architectures alone.
+                if (beta_fast, beta_slow) != (32.0, 1.0) {
+                    let reason = format!("beta_fast, beta_slow: llama.cpp holds 32, 1 for granted, got {beta_fast}, {beta_slow}");
+                    return Err(Error::config("rope_scaling", reason));
+                }
                 described.add("rope.scaling.type", "yarn");
                 described.add("rope.scaling.factor", factor);
                 let theirs = "original_max_position_embeddings";

@@ -109,14 +109,18 @@ impl ModernBertForSequenceClassification {
             // Virtual tokens count, as in PEFT.
             Pooling::Mean => {
                 let xs = normed(&self.layers.forward(xs, &batch, cx)?)?;
-                let xs = batch.pad(xs, cx.path)?; // (b, t, d)
-                let dtype = wide(xs.dtype()); // in bf16 a count ends at 256
-                let real = batch.padding().to_dtype(dtype)?.unsqueeze(2)?; // (b, t, 1)
-                let sum = xs.to_dtype(dtype)?.broadcast_mul(&real)?.sum(1)?;
-                sum.broadcast_div(&real.sum(1)?)?.to_dtype(xs.dtype())
+                mean(&batch.pad(xs, cx.path)?, batch.padding())
             }
         }
     }
+}
+
+/// The mean over those of the tokens (b, t, d) that the mask (b, t) marks, (b, d).
+fn mean(xs: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
+    let dtype = wide(xs.dtype()); // in bf16 a count ends at 256
+    let real = mask.to_dtype(dtype)?.unsqueeze(2)?; // (b, t, 1)
+    let sum = xs.to_dtype(dtype)?.broadcast_mul(&real)?.sum(1)?;
+    sum.broadcast_div(&real.sum(1)?)?.to_dtype(xs.dtype())
 }
 
 impl SequenceClassifier for ModernBertForSequenceClassification {
@@ -156,5 +160,20 @@ impl AdaptableModel for ModernBertForSequenceClassification {
 
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         Some(self.embeddings.words_mut())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn a_mean_in_half_width_is_one_of_all_tokens() -> candle_core::Result<()> {
+        let (ones, device) = (Tensor::ones((1, 300, 1), DType::BF16, &Device::Cpu)?, Device::Cpu);
+        let xs = Tensor::cat(&[&ones, &ones.affine(2.0, 0.0)?, &ones.affine(9.0, 0.0)?], 1)?;
+        let mask = Tensor::arange(0u32, 900, &device)?.lt(600u32)?.unsqueeze(0)?;
+        assert_eq!(mean(&xs, &mask)?.to_dtype(DType::F32)?.to_vec2::<f32>()?, [[1.5]]);
+        Ok(())
     }
 }
