@@ -142,11 +142,51 @@ fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> 
     let piece = (PIECE / columns.max(1)).max(1);
     let starts: Vec<usize> = (0..rows).step_by(piece).collect();
     let work = |&first: &usize| -> candle_core::Result<Vec<u8>> {
-        let rows = dense.narrow(0, first, piece.min(rows - first))?.to_dtype(DType::F32)?;
-        Ok(QTensor::quantize(&rows, kind)?.data()?.into_owned())
+        bytes(&dense.narrow(0, first, piece.min(rows - first))?, kind)
     };
     let parts = starts.par_iter().map(work).collect::<candle_core::Result<Vec<_>>>()?;
     drop(dense);
     let blocks = QStorage::from_data(Cow::Owned(parts.concat()), device, kind)?;
     Ok(QTensor::new(blocks, (rows, columns))?)
+}
+
+/// The numbers of `dense` on the host in blocks of `kind`.
+pub(super) fn bytes(dense: &Tensor, kind: GgmlDType) -> candle_core::Result<Vec<u8>> {
+    // Candle quantises from the beginning of a tensor's memory, wherever the tensor itself begins.
+    let own = dense.to_dtype(DType::F32)?.force_contiguous()?;
+    Ok(QTensor::quantize(&own, kind)?.data()?.into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_a_large_matrix_is_quantised() -> Result<()> {
+        let (rows, columns) = (3 * PIECE / 96 + 5, 96);
+        let numbers = Tensor::arange(0f32, (rows * columns) as f32, &Device::Cpu)?;
+        let dense = (numbers / (rows * columns) as f64)?.reshape((rows, columns))?;
+        let builder = VarBuilder::from_tensors(
+            [("w".to_string(), dense.clone())].into_iter().collect(),
+            DType::F32,
+            &Device::Cpu,
+        );
+        let source = "q8_0".parse::<Quantization>()?.source(&builder);
+        let (init, device) = (candle_nn::Init::Const(0.0), &Device::Cpu);
+        let wanted =
+            Wanted { name: "w", shape: (rows, columns), is_table: false, init, dtype: DType::F32, device };
+        let blocks = source.get(&wanted)?.unwrap().dequantize()?;
+        let worst = (blocks - dense)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 0.005, "{worst}"); // half of a step of 1 / 127
+        Ok(())
+    }
+
+    #[test]
+    fn a_part_of_a_tensor_is_quantised_as_it_stands_alone() -> Result<()> {
+        let all = Tensor::arange(0f32, 128f32, &Device::Cpu)?.reshape((4, 32))?;
+        let (part, alone) = (all.narrow(0, 2, 2)?, all.narrow(0, 2, 2)?.force_contiguous()?);
+        assert_eq!(bytes(&part, GgmlDType::Q8_0)?, bytes(&alone, GgmlDType::Q8_0)?);
+        assert_ne!(bytes(&part, GgmlDType::Q8_0)?, bytes(&all.narrow(0, 0, 2)?, GgmlDType::Q8_0)?);
+        Ok(())
+    }
 }

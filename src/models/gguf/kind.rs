@@ -2,10 +2,11 @@
 
 use std::str::FromStr;
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::models::quantize::bytes;
 use crate::util::finite::first_non_finite;
 
 /// As what the matrices of a written model lie in its file; vectors stay in single precision.
@@ -64,14 +65,14 @@ impl GgufKind {
 
 /// The bytes of a tensor in this kind.
 pub(super) fn encoded(tensor: &Tensor, kind: GgmlDType) -> Result<Vec<u8>> {
-    let tensor = tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let tensor = tensor.detach().to_device(&Device::Cpu)?;
     if kind == GgmlDType::F16 && first_non_finite(&tensor.to_dtype(DType::F16)?)?.is_some() {
         return Err(Error::config(
             "gguf",
             "it has a value that is more than half precision can hold: take f32",
         ));
     }
-    Ok(QTensor::quantize(&tensor, kind)?.data()?.into_owned())
+    Ok(bytes(&tensor, kind)?)
 }
 
 #[cfg(test)]
