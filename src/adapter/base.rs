@@ -1,6 +1,6 @@
 //! The frozen linear layer beneath the adapters.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 
 use super::context::Context;
@@ -88,6 +88,14 @@ impl BaseLinear {
         match self {
             Self::Dense(layer) => layer.weight().dtype(),
             Self::Quantized(layer) => layer.weight.dtype(),
+        }
+    }
+
+    /// Where the weight lies.
+    pub fn device(&self) -> &Device {
+        match self {
+            Self::Dense(layer) => layer.weight().device(),
+            Self::Quantized(layer) => layer.weight.device(),
         }
     }
 

@@ -16,6 +16,7 @@ use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
+use crate::ops;
 use crate::util::dtype::to_dtype_device;
 use crate::util::files;
 use crate::util::finite::{is_finite, zero_if_finite};
@@ -119,9 +120,14 @@ impl Params {
         self.dtype
     }
 
-    /// The device of every parameter.
+    /// The device of new parameters, which those of [`Self::on`]'s handles may not share.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The same store, whose new parameters through this handle are on another device: those of layers that lie there.
+    pub fn on(&self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self.clone() }
     }
 
     // A panic while the lock is held leaves the map whole: each change is a single insertion.
@@ -165,7 +171,7 @@ impl Params {
     /// If the name is taken, or a value is not finite in that dtype.
     pub fn insert(&self, name: &str, role: Role, values: &Tensor) -> Result<Tensor> {
         // Detached: of a variable, `Var::from_tensor` would be that variable and no copy.
-        let var = Var::from_tensor(&self.finite(name, values)?.detach())?;
+        let var = Var::from_tensor(&self.finite(name, values, &self.device)?.detach())?;
         let tensor = var.as_tensor().clone();
         let mut entries = self.lock();
         if entries.contains_key(name) {
@@ -175,9 +181,9 @@ impl Params {
         Ok(tensor)
     }
 
-    /// `values` in the store's dtype and on its device, where every one of them is finite.
-    fn finite(&self, name: &str, values: &Tensor) -> Result<Tensor> {
-        let values = to_dtype_device(values, self.dtype, &self.device)?;
+    /// `values` in the store's dtype and on `device`, where every one of them is finite.
+    fn finite(&self, name: &str, values: &Tensor, device: &Device) -> Result<Tensor> {
+        let values = to_dtype_device(values, self.dtype, device)?;
         if is_finite(&values)? {
             Ok(values)
         } else {
@@ -196,7 +202,7 @@ impl Params {
             return Ok(());
         }
         let zeros = zeros.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
-        let zeros = Tensor::stack(&zeros, 0)?.to_vec1::<f32>()?;
+        let zeros = ops::stacked(&zeros)?.to_vec1::<f32>()?;
         match names.into_iter().zip(zeros).find(|(_, zero)| *zero != 0.0) {
             Some((name, _)) => Err(Error::tensor(name, NOT_FINITE)),
             None => Ok(()),
@@ -275,7 +281,8 @@ impl Params {
                 format!("expected shape {:?}, got {:?}", param.var.shape(), values.shape()),
             ));
         }
-        Ok((param.var, self.finite(name, values)?))
+        let values = self.finite(name, values, param.var.device())?;
+        Ok((param.var, values))
     }
 
     /// A copy of every parameter's present values, for [`Self::restore`].
@@ -362,7 +369,7 @@ impl SimpleBackend for Trainable {
         name: &str,
         hint: candle_nn::Init,
         _dtype: DType,
-        _device: &Device,
+        device: &Device,
     ) -> candle_core::Result<Tensor> {
         if let Some(param) = self.params.get(name) {
             if param.var.shape() != &shape {
@@ -377,7 +384,7 @@ impl SimpleBackend for Trainable {
         let given = |source: &&VarBuilder| self.role == Role::Base || source.contains_tensor(name);
         if let Some(source) = self.source.as_ref().filter(given) {
             let values = source.get_with_hints_dtype(shape, name, hint, self.params.dtype)?;
-            return Ok(self.params.insert(name, self.role, &values)?);
+            return Ok(self.params.on(device).insert(name, self.role, &values)?);
         }
         let init = match hint {
             candle_nn::Init::Const(value) => Init::Constant(value),
@@ -396,7 +403,7 @@ impl SimpleBackend for Trainable {
                 }
             }
         };
-        Ok(self.params.create(name, self.role, shape, &init)?)
+        Ok(self.params.on(device).create(name, self.role, shape, &init)?)
     }
 
     fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> candle_core::Result<Tensor> {

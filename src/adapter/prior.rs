@@ -9,9 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::low_rank::LowRank;
 use super::params::{Params, Role};
 use crate::error::{Error, Result};
-use crate::ops::{self, OpPath};
+use crate::ops::{self, joined, OpPath};
 use crate::util::check::positive;
-use crate::util::dtype::joined;
 
 /// What the prior of a layer is put on. Each `std` is that of one element.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

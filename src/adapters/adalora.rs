@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
 use crate::error::{Error, Result};
+use crate::ops;
 
 /// The options of AdaLoRA; the defaults are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -167,7 +168,7 @@ pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> 
     if terms.is_empty() {
         Ok(None)
     } else {
-        Ok(Some((Tensor::stack(&terms, 0)?.sum(D::Minus1)? / (2 * terms.len()) as f64)?))
+        Ok(Some((ops::stacked(&terms)?.sum(D::Minus1)? / (2 * terms.len()) as f64)?))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::adapter::{
     PriorStart, Role,
 };
 use crate::error::Result;
-use crate::util::dtype::joined;
+use crate::ops::joined;
 
 /// The options of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

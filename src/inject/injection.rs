@@ -44,7 +44,7 @@ pub fn lora_named(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    inject(model, name, &resolved, params, &mut |layer, target| {
+    inject(model, name, &resolved, params, &mut |layer, target, params| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(Lora::new(params, layer.path(), name, layer.dims()?, &config)?))
     })?;
@@ -62,7 +62,7 @@ pub fn lora_fa(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target| {
+    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target, params| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(LoraFa::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
     })?;
@@ -82,7 +82,7 @@ pub fn monteclora_released(
     params: &Params,
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
-    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target| {
+    inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target, params| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(Released::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
     })?;
@@ -123,7 +123,7 @@ pub fn monteclora_named(
 ) -> Result<Vec<Target>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     let (config, group) = (with_share(model, config, resolved.len())?, Arc::default());
-    inject(model, name, &resolved, params, &mut |layer, target| {
+    inject(model, name, &resolved, params, &mut |layer, target, params| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(MonteCLoRA::in_group(&group, params, layer.path(), name, layer.dims()?, &config)?))
     })?;
@@ -140,8 +140,8 @@ pub(crate) fn with_share(
     Ok(MonteCLoRAConfig { buffer_bytes: config.buffer_bytes.or(Some(share as usize)), ..config.clone() })
 }
 
-/// Makes an adapter for one layer.
-pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target) -> Result<Box<dyn Adapter>> + 'a;
+/// Makes an adapter for one layer, with parameters in a store that puts them on the layer's device.
+pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target, &Params) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target: all of them or, on an error, none, and the
 /// parameters that were started are taken back. Other layers let go of an adapter of another name,
@@ -173,7 +173,7 @@ pub fn inject(
             let reason = format!("{} has an adapter {name:?} already", layer.path());
             return Err(Error::config("adapter", reason));
         }
-        adapters.insert(target.path.clone(), make(layer, target)?);
+        adapters.insert(target.path.clone(), make(layer, target, &params.on(layer.base().device()))?);
         Ok(())
     });
     let made = made.and_then(|()| match wanted.first_key_value() {

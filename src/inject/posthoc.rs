@@ -47,7 +47,7 @@ pub fn posthoc(
         return Err(Error::config("adapter", "no layer has an active LoRA adapter"));
     }
     let (config, group) = (with_share(model, config, targets.len())?, Arc::default());
-    inject(model, name, &targets, params, &mut |layer, target| {
+    inject(model, name, &targets, params, &mut |layer, target, params| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         let made = MonteCLoRA::in_group(&group, params, layer.path(), name, layer.dims()?, &config)?;
         let (a, b) = &pairs[&target.path];

@@ -16,6 +16,7 @@ pub mod gguf;
 pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;
+mod placement;
 mod quantize;
 pub mod roberta;
 mod rotary_table;
@@ -24,5 +25,6 @@ pub mod sequence;
 mod sequence_classifier;
 mod weights;
 
+pub use placement::{Crossing, Placement, Transfer};
 pub use quantize::Quantization;
 pub use weights::{QuantizedSource, Wanted, Weights};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use candle_nn::{Init, Linear, VarBuilder};
 
+use super::placement::Placement;
 use crate::adapter::{BaseLinear, QuantizedLinear};
 use crate::error::{Error, Result};
 use crate::ops::{QuantizedWeight, Weight};
@@ -46,12 +47,44 @@ pub struct Wanted<'a> {
 pub struct Weights<'a> {
     builder: VarBuilder<'a>,
     quantized: Option<Arc<dyn QuantizedSource + 'a>>,
+    placement: Option<Placement>,
 }
 
 impl<'a> Weights<'a> {
     /// What `builder` has, whose matrices come from `quantized` where it gives them.
     pub fn new(builder: VarBuilder<'a>, quantized: Arc<dyn QuantizedSource + 'a>) -> Self {
-        Self { builder, quantized: Some(quantized) }
+        Self { builder, quantized: Some(quantized), placement: None }
+    }
+
+    /// The same for a model whose layers lie on several devices; a decoder alone asks for it. Whatever is no layer lies
+    /// where the builder puts it, which is to be on the placement's first device.
+    pub fn placed(self, placement: &Placement) -> Self {
+        Self { placement: Some(placement.clone()), ..self }
+    }
+
+    /// Where the layers of a model of `layers` layers lie: all with the builder, unless it was told.
+    ///
+    /// # Errors
+    /// If it was told for another number of layers, or the builder is on another device than the first.
+    pub(super) fn placement(&self, layers: usize) -> Result<Placement> {
+        let Some(placement) = &self.placement else {
+            return Placement::new(&[(self.builder.device().clone(), layers)]);
+        };
+        if placement.len() != layers {
+            let reason = format!("{} layers are placed, the model has {layers}", placement.len());
+            return Err(Error::config("placement", reason));
+        }
+        if !placement.first().same_device(self.builder.device()) {
+            let (first, own) = (placement.first().location(), self.builder.device().location());
+            let reason = format!("it begins on {first:?}, the weights are for {own:?}");
+            return Err(Error::config("placement", reason));
+        }
+        Ok(placement.clone())
+    }
+
+    /// The same, whose tensors come to another device.
+    pub(super) fn on(&self, device: &Device) -> Self {
+        Self { builder: self.builder.clone().set_device(device.clone()), ..self.clone() }
     }
 
     /// The builder, for whoever trains the weights themselves.
@@ -72,7 +105,7 @@ impl<'a> Weights<'a> {
 
     /// The same one step deeper among the names.
     pub fn pp(&self, name: impl ToString) -> Self {
-        Self { builder: self.builder.pp(name), quantized: self.quantized.clone() }
+        Self { builder: self.builder.pp(name), ..self.clone() }
     }
 
     /// The table `weight` of a vocabulary, `(rows, columns)`: an embedding, or the head over it.
@@ -131,7 +164,7 @@ impl<'a> Deref for Weights<'a> {
 
 impl<'a> From<VarBuilder<'a>> for Weights<'a> {
     fn from(builder: VarBuilder<'a>) -> Self {
-        Self { builder, quantized: None }
+        Self { builder, quantized: None, placement: None }
     }
 }
 

@@ -16,8 +16,7 @@ use super::posterior::Posterior;
 use crate::adapter::{Context, LowRank, Prior, PriorForm, PriorStart};
 use crate::dist::{Dirichlet, Gaussian, Wishart};
 use crate::error::{Error, Result};
-use crate::ops::Tape;
-use crate::util::dtype::joined;
+use crate::ops::{carry, Tape};
 
 /// A layer as the regulariser sees it.
 pub(super) struct Layer {
@@ -84,7 +83,7 @@ pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Besi
     }
     let mut total: Option<Sums> = None;
     for group in groups.values() {
-        let sums = group.sums(beside)?;
+        let sums = group.sums(beside)?.on(&layers[0].posterior.spec().device)?;
         total = Some(match total {
             None => sums,
             Some(total) => total.add(sums)?,
@@ -94,8 +93,19 @@ pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Besi
 }
 
 impl Sums {
+    /// The same on a device.
+    fn on(self, device: &Device) -> Result<Self> {
+        let there = |sum: &Tensor| carry(sum, device);
+        let [a, b, c, d] = &self.terms;
+        Ok(Self {
+            terms: [there(a)?, there(b)?, there(c)?, there(d)?],
+            prior: self.prior.as_ref().map(there).transpose()?,
+            kl_mean: self.kl_mean.as_ref().map(there).transpose()?,
+        })
+    }
+
     fn add(self, other: Self) -> Result<Self> {
-        let add = |a: &Tensor, b: &Tensor| joined(Some(a.clone()), b.clone());
+        let add = |a: &Tensor, b: &Tensor| a + b;
         let both = |a: Option<Tensor>, b: Option<Tensor>| a.zip(b).map(|(a, b)| add(&a, &b)).transpose();
         let of = |i: usize| add(&self.terms[i], &other.terms[i]);
         Ok(Self {

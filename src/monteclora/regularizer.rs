@@ -17,9 +17,8 @@ use super::options::{Compat, KlEvaluation};
 use super::posterior::Posterior;
 use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
-use crate::ops::{self, Tape};
+use crate::ops::{self, joined, Tape};
 use crate::util::check::not_negative;
-use crate::util::dtype::joined;
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///

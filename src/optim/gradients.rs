@@ -72,7 +72,7 @@ impl Gradients {
         let double = trainable.iter().any(|(_, param)| param.var.dtype() == DType::F64);
         let dtype = if double { DType::F64 } else { DType::F32 };
         let part = |(name, param): &(String, Param)| match self.by_name.get(name) {
-            Some(grad) => grad.flatten_all()?.to_dtype(dtype),
+            Some(grad) => ops::carry(&grad.flatten_all()?.to_dtype(dtype)?, device),
             None => Tensor::zeros(param.var.elem_count(), dtype, device),
         };
         let numbers = Tensor::new(numbers, device)?.to_dtype(dtype)?;
@@ -89,7 +89,7 @@ impl Gradients {
         for (name, param) in params.trainable() {
             let count = param.var.elem_count();
             let grad = flat.narrow(0, at, count)?.reshape(param.var.dims())?.to_dtype(param.var.dtype())?;
-            by_name.insert(name, grad);
+            by_name.insert(name, ops::carry(&grad, param.var.device())?);
             at += count;
         }
         let numbers = flat.narrow(0, at, flat.dim(0)? - at)?.to_dtype(DType::F64)?.to_vec1()?;
@@ -138,7 +138,7 @@ impl Gradients {
         // On a device, one copy for all of them.
         let squares = self.by_name.values().map(|grad| grad.to_dtype(DType::F64)?.sqr()?.sum_all());
         let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+        Ok(ops::stacked(&squares)?.sum_all()?.to_scalar::<f64>()?.sqrt())
     }
 
     /// The name of the first gradient that holds NaN or infinity.

@@ -218,7 +218,7 @@ impl AdapterFile {
         let head = self.saved_modules.iter().try_for_each(|(name, tensor)| params.set(name, tensor));
         let group = Arc::default();
         let done = head.and_then(|()| {
-            inject::inject(model, adapter, &targets, params, &mut |linear, target| {
+            inject::inject(model, adapter, &targets, params, &mut |linear, target, params| {
                 self.layer(&method, &group, linear, target, adapter, params)
             })
         });

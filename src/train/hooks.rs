@@ -14,7 +14,7 @@ use crate::adapters::lora::prior_energy;
 use crate::adapters::{blob, AdaLoraConfig, BlobConfig, RankAllocator};
 use crate::error::{Error, Result};
 use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
-use crate::ops;
+use crate::ops::{self, joined};
 use crate::optim::Gradients;
 
 /// A method's part of training; the default is that of a method which has none.
@@ -135,7 +135,7 @@ impl MethodHooks {
             Kind::None => Ok(Loss { total: task.clone(), terms: vec![("task", task)] }),
             Kind::Posterior { regularizer, .. } => {
                 let penalty = regularizer.for_model_on(model, cx, rows)?;
-                let total = (&task + &penalty.total)?;
+                let total = joined(Some(task.clone()), penalty.total)?;
                 let mut terms = vec![
                     ("task", task),
                     ("kl_gaussian", penalty.kl_gaussian),
@@ -149,13 +149,13 @@ impl MethodHooks {
             }
             Kind::Walk(walk) => {
                 let penalty = walk.penalty(cx)?;
-                let total = (&task + &penalty.total)?;
+                let total = joined(Some(task.clone()), penalty.total.clone())?;
                 Ok(Loss { total, terms: vec![("task", task), ("regularizer", penalty.total)] })
             }
             Kind::Divergence { .. } => {
                 let mut kl = Tensor::zeros((), task.dtype(), task.device())?;
                 blob::visit(model, &mut |layer| {
-                    kl = (&kl + layer.kl()?.detach().to_device(task.device())?.to_dtype(task.dtype())?)?;
+                    kl = (&kl + ops::carry(&layer.kl()?.detach(), task.device())?.to_dtype(task.dtype())?)?;
                     Ok(())
                 })?;
                 Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
@@ -164,13 +164,13 @@ impl MethodHooks {
                 let energy = prior_energy(model, prior, start.as_ref())?
                     .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
                 let weight = prior.temperature / training_rows(rows)?;
-                let total = (&task + (&energy * weight)?)?;
+                let total = joined(Some(task.clone()), (&energy * weight)?)?;
                 Ok(Loss { total, terms: vec![("task", task), ("prior", energy)] })
             }
             Kind::Budget { weight, .. } => {
                 let penalty = orthogonal_penalty(model)?
                     .ok_or_else(|| Error::config("adapter", "no layer has an active AdaLoRA adapter"))?;
-                let total = (&task + (&penalty * *weight)?)?;
+                let total = joined(Some(task.clone()), (&penalty * *weight)?)?;
                 Ok(Loss { total, terms: vec![("task", task), ("orthogonal", penalty)] })
             }
         }

@@ -288,7 +288,7 @@ impl Method {
             Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),
         };
         let resolved = targets.resolve(model, rank, alpha)?;
-        inject::inject(model, name, &resolved, params, &mut |layer, target| {
+        inject::inject(model, name, &resolved, params, &mut |layer, target, params| {
             let (path, base) = (layer.path(), layer.base());
             Ok(match self {
                 Self::Dora(config) => {

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use super::objective::{Loss, Objective};
 use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
-use crate::ops::Tape;
+use crate::ops::{self, Tape};
 use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 
 /// What one step adds up over its micro-batches.
@@ -79,7 +79,7 @@ fn to_host(loss: &Loss) -> Result<Vec<f64>> {
         scalars =
             scalars.iter().map(|scalar| scalar.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
     }
-    Ok(Tensor::stack(&scalars, 0)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
+    Ok(ops::stacked(&scalars)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
 }
 
 /// Clips the gradients of a step, unless their norm is not finite.

@@ -12,14 +12,6 @@ pub(crate) fn to_dtype_device(xs: &Tensor, dtype: DType, device: &Device) -> Res
     }
 }
 
-/// The sum of a term and of what was added up before it, where there is something: on the device of the first.
-pub(crate) fn joined(total: Option<Tensor>, term: Tensor) -> Result<Tensor> {
-    match total {
-        Some(total) => &total + term.to_device(total.device())?,
-        None => Ok(term),
-    }
-}
-
 /// The dtype that transcendental functions and sums run in: f32 for the half-width ones.
 pub(crate) fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 {

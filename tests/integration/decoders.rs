@@ -33,18 +33,18 @@ pub fn toy_json(family: &str) -> Outcome<Value> {
     Ok(serde_json::from_str(&std::fs::read_to_string(data(&format!("{family}.json")))?)?)
 }
 
-struct Golden {
+pub struct Golden {
     tensors: HashMap<String, Tensor>,
-    config: DecoderConfig,
+    pub config: DecoderConfig,
 }
 
 impl Golden {
-    fn open(family: &str) -> Outcome<Self> {
+    pub fn open(family: &str) -> Outcome<Self> {
         let tensors = candle_core::safetensors::load(data(&format!("{family}.safetensors")), &Device::Cpu)?;
         Ok(Self { tensors, config: DecoderConfig::from_file(&data(&format!("{family}.json")))? })
     }
 
-    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
+    pub fn vb(&self, dtype: DType) -> VarBuilder<'static> {
         VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
     }
 
@@ -53,7 +53,7 @@ impl Golden {
     }
 
     /// ids and attention mask, padded on one side.
-    fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
+    pub fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
         let ids = self.tensors[&format!("{side}input_ids")].to_dtype(DType::U32)?;
         Ok((ids, self.tensors[&format!("{side}attention_mask")].to_dtype(DType::U8)?))
     }

@@ -13,6 +13,7 @@ use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
 use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::models::{self, Placement};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Regularizer};
@@ -55,11 +56,21 @@ pub fn frozen_on(
     config: &DecoderConfig,
     dtype: DType,
 ) -> Outcome<(DecoderForCausalLM, Params)> {
+    frozen_at(&Placement::new(&[(device.clone(), config.layers.len())])?, config, dtype)
+}
+
+/// The same with its layers in these places.
+pub fn frozen_at(
+    placement: &Placement,
+    config: &DecoderConfig,
+    dtype: DType,
+) -> Outcome<(DecoderForCausalLM, Params)> {
     let store = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let (_, all) = toy(config, store)?;
-    let vb = VarBuilder::from_tensors(weights(&all), dtype, device);
-    let params = Params::with_dtype(Noise::new(6), store, device);
-    Ok((DecoderForCausalLM::load(vb, config, Noise::new(0))?, params))
+    let vb = VarBuilder::from_tensors(weights(&all), dtype, placement.first());
+    let params = Params::with_dtype(Noise::new(6), store, placement.first());
+    let placed = models::Weights::from(vb).placed(placement);
+    Ok((DecoderForCausalLM::load(placed, config, Noise::new(0))?, params))
 }
 
 /// Puts so many virtual tokens in general position before the rows of a model, if any.

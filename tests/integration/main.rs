@@ -34,6 +34,7 @@ mod named;
 mod other_writers;
 mod own_model;
 mod peft_adapters;
+mod placement;
 mod prompt;
 mod quantized;
 mod random_weights;

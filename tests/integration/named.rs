@@ -171,8 +171,8 @@ fn targets_that_are_no_layers_or_come_twice_are_refused_by_path() -> Outcome {
         ([q, absent], format!("no layer matches {absent}; the model has: ")),
         ([q, q], format!("{q} comes twice")),
     ] {
-        let made = inject::inject(&mut model, "a", &paths.map(target), &params, &mut |layer, _| {
-            Ok(Box::new(Lora::new(&params, layer.path(), "a", layer.dims()?, &lora())?))
+        let made = inject::inject(&mut model, "a", &paths.map(target), &params, &mut |layer, _, params| {
+            Ok(Box::new(Lora::new(params, layer.path(), "a", layer.dims()?, &lora())?))
         });
         let error = made.unwrap_err().to_string();
         assert!(error.contains(&words), "{error}");

@@ -22,8 +22,8 @@ fn model(config: &MonteCLoRAConfig, together: bool) -> Outcome<(Model, Params)> 
         inject::monteclora(&mut model, &targets, config, &params)?;
     } else {
         let targets = targets.resolve(&model, config.rank, config.alpha)?;
-        inject::inject(&mut model, "default", &targets, &params, &mut |layer, _| {
-            Ok(Box::new(MonteCLoRA::new(&params, layer.path(), "default", layer.dims()?, config)?))
+        inject::inject(&mut model, "default", &targets, &params, &mut |layer, _, params| {
+            Ok(Box::new(MonteCLoRA::new(params, layer.path(), "default", layer.dims()?, config)?))
         })?;
     }
     shift(&params, 0.1)?;

@@ -1,8 +1,12 @@
 //! What a decoder is made of: sizes and switches, whatever family they came from.
 
+use candle_core::Device;
+
 use super::positions::{Positions, RotaryConfig};
 use crate::error::{Error, Result};
+use crate::models::Placement;
 use crate::util::check;
+use crate::util::device::free_device_bytes;
 
 /// The sizes of a decoder and the switches in which the families differ. [`Self::from_file`] reads them from the
 /// `config.json` of one of [`Self::model_types`].
@@ -170,5 +174,20 @@ impl DecoderConfig {
     pub fn with_num_labels(mut self, n: usize) -> Self {
         self.num_labels = n;
         self
+    }
+
+    /// The layers split over several devices by the memory that is free there now, embedding and head on the first;
+    /// where that is not known, as on the CPU, in equal shares.
+    ///
+    /// # Errors
+    /// As [`Placement::new`].
+    pub fn place(&self, devices: &[Device]) -> Result<Placement> {
+        let known: Option<Vec<u64>> = devices.iter().map(free_device_bytes).collect();
+        let shares = known.unwrap_or_else(|| vec![1; devices.len()]);
+        let devices: Vec<_> = devices.iter().cloned().zip(shares).collect();
+        let (d, heads) = (self.hidden_size, self.num_attention_heads + self.num_key_value_heads);
+        let layer = 2 * d * heads * self.head_dim + 3 * d * self.intermediate_size;
+        let tables = if self.tie_word_embeddings { 1 } else { 2 } * self.vocab_size * d;
+        Placement::by_memory(&devices, self.layers.len(), tables as f64 / layer.max(1) as f64)
     }
 }

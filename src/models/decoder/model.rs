@@ -12,7 +12,7 @@ use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context, Pass}
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
 use crate::models::layers::rms_norm;
-use crate::models::Weights;
+use crate::models::{Placement, Weights};
 use crate::noise::Noise;
 use crate::ops::{self, CausalMask, Mask, RmsNorm, Weight, Window};
 
@@ -23,8 +23,9 @@ pub struct Decoder {
     layers: Vec<Arc<Layer>>,
     checkpoint_layers: bool,
     norm: RmsNorm,
-    tables: Tables,
-    causal: CausalMask,
+    placement: Placement,
+    /// What the layers of each place share from pass to pass.
+    shared: Vec<(Tables, CausalMask)>,
     max_length: usize,
     targets: &'static [&'static str],
 }
@@ -55,26 +56,35 @@ impl Decoder {
         };
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let embeddings = vb.pp("embed_tokens").table((config.vocab_size, config.hidden_size), init)?;
-        let mut windows = Vec::<Window>::new();
+        let placement = vb.placement(config.layers.len())?;
+        let mut windows = Vec::<(usize, Window)>::new();
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, layer) in config.layers.iter().enumerate() {
-            // Layers with windows of one size share its mask.
-            let window = layer.window.map(|size| match windows.iter().find(|window| window.size() == size) {
-                Some(window) => window.clone(),
-                None => {
-                    windows.push(Window::new(size));
-                    windows[windows.len() - 1].clone()
-                }
+            let place = placement.place_of(i);
+            // Layers with windows of one size, in one place, share its mask.
+            let window = layer.window.map(|size| {
+                let same = |(at, window): &&(usize, Window)| (*at, window.size()) == (place, size);
+                let known = windows.iter().find(same).map(|(_, window)| window.clone());
+                known.unwrap_or_else(|| {
+                    windows.push((place, Window::new(size)));
+                    windows[windows.len() - 1].1.clone()
+                })
             });
-            let (path, vb) = (format!("{prefix}.layers.{i}"), vb.pp("layers").pp(i));
+            let vb = vb.pp("layers").pp(i).on(placement.device(place));
+            let path = format!("{prefix}.layers.{i}");
             layers.push(Arc::new(Layer::load(&path, &vb, config, *layer, window, noise)?));
         }
         Ok(Self {
             layers,
             checkpoint_layers: false,
             norm: rms_norm(config.hidden_size, config.rms_norm_eps, config.norm_offset, &vb.pp("norm"))?,
-            tables: Tables::new(config, &embeddings),
-            causal: CausalMask::default(),
+            shared: (0..placement.places())
+                .map(|place| {
+                    let tables = Tables::new(config, embeddings.dtype(), placement.device(place));
+                    (tables, CausalMask::default())
+                })
+                .collect(),
+            placement,
             max_length: config.max_position_embeddings,
             embeddings: AdaptableEmbedding::new(embeddings).scaled_by(config.embedding_scale),
             targets: if config.fused_projections { &["qkv_proj"] } else { &["q_proj", "k_proj", "v_proj"] },
@@ -106,21 +116,26 @@ impl Decoder {
             check_first_tokens(attention_mask)?;
         }
         let place = |rows| self.embeddings.after_padding(rows, attention_mask);
-        let step = Step {
-            mask: Mask {
-                padding: Some(place(self.embeddings.extend_mask(attention_mask)?)?),
-                causal: Some(self.causal.clone()),
-                window: None,
-            },
-            angles: self.tables.angles(seen, p + t, cache.as_ref().map(|cache| cache.room()))?,
-            cx: cx.clone(),
+        let padding = place(self.embeddings.extend_mask(attention_mask)?)?;
+        let room = cache.as_ref().map(|cache| cache.room());
+        let step_at = |place: usize| -> candle_core::Result<Step> {
+            let (tables, causal) = &self.shared[place];
+            let padding = ops::carry(&padding, self.placement.device(place))?;
+            let mask = Mask { padding: Some(padding), causal: Some(causal.clone()), window: None };
+            Ok(Step { mask, angles: tables.angles(seen, p + t, room)?, cx: cx.clone() })
         };
+        let (mut at, mut step) = (0, step_at(0)?);
         let mut xs = match seen {
             0 => place(self.embeddings.forward(input_ids, cx.path)?)?, // (b, p + t, d)
             _ => self.embeddings.lookup(input_ids, cx.path)?,          // (b, t, d)
         };
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
+            let own = self.placement.place_of(i);
+            if own != at {
+                xs = self.placement.carry(&xs, at, own)?;
+                (at, step) = (own, step_at(own)?);
+            }
             xs = match (self.checkpoint_layers, cx.pass) {
                 (true, Pass::Train { .. }) => {
                     let (block, cx) = (layer.clone(), step.cx.clone().without_tape());
@@ -132,6 +147,7 @@ impl Decoder {
         }
         // Real tokens stand in these columns, wherever the virtual ones are among the padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
+        let xs = self.placement.carry(&xs, at, 0)?;
         self.norm.forward_on(&xs, cx.path)
     }
 
@@ -157,7 +173,7 @@ impl Decoder {
         self.embeddings.words()
     }
 
-    /// Where its tensors are.
+    /// Where a batch comes in: the device of the embedding.
     pub fn device(&self) -> &Device {
         self.embeddings().device()
     }

@@ -1,11 +1,13 @@
 //! What every layer of one forward pass shares.
 
+use candle_core::{DType, Device};
+
 use super::config::DecoderConfig;
 use super::positions::Positions;
 use super::rotary::{Angles, Rotary};
 use crate::adapter::Context;
 use crate::error::Error;
-use crate::ops::{Mask, Weight};
+use crate::ops::Mask;
 
 /// What every layer of one forward pass shares.
 #[derive(Clone)]
@@ -31,9 +33,9 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// For weights like the embedding.
-    pub fn new(config: &DecoderConfig, embedding: &Weight) -> Self {
-        let rotary = |config| Rotary::new(config, embedding.dtype(), embedding.device());
+    /// For weights of `dtype` on `device`.
+    pub fn new(config: &DecoderConfig, dtype: DType, device: &Device) -> Self {
+        let rotary = |config| Rotary::new(config, dtype, device);
         Self { global: rotary(&config.rotary), local: config.local_rotary.as_ref().map(rotary) }
     }
 

@@ -74,6 +74,12 @@ pub(super) fn peak_bytes(device: &Device) -> Option<u64> {
     Some(high.max(get(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT).ok()?))
 }
 
+pub(super) fn free_bytes(device: &Device) -> Option<u64> {
+    let stream = device.as_cuda_device().ok()?.cuda_stream();
+    let (free, _) = stream.context().mem_get_info().ok()?;
+    u64::try_from(free).ok()
+}
+
 /// Where that fails, the peak is an earlier one.
 pub(super) fn reset_peak_bytes(device: &Device) {
     if let Some(pool) = device.as_cuda_device().ok().and_then(pool) {

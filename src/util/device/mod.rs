@@ -33,6 +33,11 @@ pub fn peak_device_bytes(device: &Device) -> Option<u64> {
     cuda::peak_bytes(device)
 }
 
+/// The bytes of a CUDA device that nothing has in use now, of this process or another. None for other devices.
+pub fn free_device_bytes(device: &Device) -> Option<u64> {
+    cuda::free_bytes(device)
+}
+
 /// Forgets the peak of [`peak_device_bytes`] so far: the next one begins with what is in use now.
 pub fn reset_peak_device_bytes(device: &Device) {
     cuda::reset_peak_bytes(device);
@@ -50,6 +55,10 @@ mod cuda {
     }
 
     pub(super) fn peak_bytes(_: &Device) -> Option<u64> {
+        None
+    }
+
+    pub(super) fn free_bytes(_: &Device) -> Option<u64> {
         None
     }
 

@@ -1,0 +1,175 @@
+//! On which devices the layers of a model lie, and how activations get from one to the next.
+//!
+//! A base that is larger than one device lies on several, some layers on each, in order. Embedding and head lie on the
+//! first, where a batch comes in and its loss is computed; what is between goes once along all of them and back. Each
+//! device works while the others wait: this buys memory, not time.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// On which device each layer of a model lies.
+///
+/// # Example
+/// ```
+/// use candle_core::Device;
+/// use monteclora::models::Placement;
+///
+/// // Twelve layers and an embedding that is as large as four: the first place has fewer layers.
+/// let devices = [(Device::Cpu, 24 << 30), (Device::Cpu, 24 << 30)];
+/// let placement = Placement::by_memory(&devices, 12, 4.0)?;
+/// assert_eq!((placement.layers(0), placement.layers(1)), (0..4, 4..12));
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Placement {
+    places: Vec<Place>,
+    transfer: Arc<dyn Transfer>,
+}
+
+/// A device, and the layer after its last one.
+#[derive(Debug, Clone)]
+struct Place {
+    device: Device,
+    end: usize,
+}
+
+/// How activations, and their gradients, get from one place to another.
+pub trait Transfer: fmt::Debug + Send + Sync {
+    /// `xs` at the place that `crossing` leads to: complete there when this returns, and free to be dropped where it
+    /// was.
+    ///
+    /// # Errors
+    /// If a device fails.
+    fn carry(&self, xs: &Tensor, crossing: &Crossing) -> candle_core::Result<Tensor>;
+}
+
+/// One way between two places.
+#[derive(Debug, Clone)]
+pub struct Crossing {
+    /// The number of the place where the tensor is.
+    pub from: usize,
+    /// The number of the one where it is to be.
+    pub to: usize,
+    /// The device of that.
+    pub device: Device,
+    /// Whether the tensor is a gradient on its way back.
+    pub is_gradient: bool,
+}
+
+/// Copies from device to device, and waits for both.
+#[derive(Debug)]
+struct Copies;
+
+impl Transfer for Copies {
+    fn carry(&self, xs: &Tensor, crossing: &Crossing) -> candle_core::Result<Tensor> {
+        ops::copied(xs, &crossing.device)
+    }
+}
+
+impl Placement {
+    /// Some layers on each device, in order.
+    ///
+    /// # Errors
+    /// If there is no device, or some are CUDA devices and some are not.
+    pub fn new(devices: &[(Device, usize)]) -> Result<Self> {
+        let Some((first, _)) = devices.first() else {
+            return Err(Error::config("device", "a placement has at least one device"));
+        };
+        if devices.iter().any(|(device, _)| device.is_cuda() != first.is_cuda()) {
+            let reason = "layers lie on CUDA devices or on the CPU, not some on each";
+            return Err(Error::config("device", reason));
+        }
+        let mut end = 0;
+        let places = devices.iter().map(|(device, layers)| {
+            end += layers;
+            Place { device: device.clone(), end }
+        });
+        Ok(Self { places: places.collect(), transfer: Arc::new(Copies) })
+    }
+
+    /// `layers` layers of one size on devices with so many free bytes each, in proportion. `ends` is how many layers
+    /// what lies on the first device beside them, embedding and head, is as large as.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; if no device has any memory, or `ends` is negative or not finite.
+    pub fn by_memory(devices: &[(Device, u64)], layers: usize, ends: f64) -> Result<Self> {
+        let total: f64 = devices.iter().map(|(_, free)| *free as f64).sum();
+        if !devices.is_empty() && total <= 0.0 {
+            return Err(Error::config("device", "none of the devices has free memory"));
+        }
+        if !(ends >= 0.0 && ends.is_finite()) {
+            return Err(Error::config("ends", format!("expected a number of layers, got {ends}")));
+        }
+        // Where each device's share ends, counted in layers, of which the first ones are not layers.
+        let (mut free, mut first) = (0.0, 0);
+        let counted = devices.iter().map(|(device, own)| {
+            free += *own as f64;
+            let share = free / total * (layers as f64 + ends) - ends;
+            let end = (share.round().max(0.0) as usize).clamp(first, layers);
+            let count = end - first;
+            first = end;
+            (device.clone(), count)
+        });
+        Self::new(&counted.collect::<Vec<_>>())
+    }
+
+    /// The same with another way between its places: a test's, which counts, or one over a link of one's own.
+    pub fn with_transfer(self, transfer: Arc<dyn Transfer>) -> Self {
+        Self { transfer, ..self }
+    }
+
+    /// How many layers it places.
+    pub fn len(&self) -> usize {
+        self.places.last().map_or(0, |place| place.end)
+    }
+
+    /// Whether it places no layer.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many devices there are, those without a layer too.
+    pub fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// The layers of a place.
+    pub fn layers(&self, place: usize) -> std::ops::Range<usize> {
+        let end = |place: &Place| place.end;
+        let start = place.checked_sub(1).and_then(|before| self.places.get(before)).map_or(0, end);
+        start..self.places.get(place).map_or(start, end)
+    }
+
+    /// The device of embedding and head, where batches come in.
+    pub fn first(&self) -> &Device {
+        &self.places[0].device
+    }
+
+    /// The device of a place.
+    pub fn device(&self, place: usize) -> &Device {
+        &self.places[place].device
+    }
+
+    /// The place of a layer.
+    pub fn place_of(&self, layer: usize) -> usize {
+        self.places.iter().position(|place| layer < place.end).unwrap_or(self.places.len() - 1)
+    }
+
+    /// `xs` of place `from` at place `to`, differentiable; itself where the two are one.
+    ///
+    /// # Errors
+    /// As the transfer.
+    pub(super) fn carry(&self, xs: &Tensor, from: usize, to: usize) -> candle_core::Result<Tensor> {
+        if from == to {
+            return Ok(xs.clone());
+        }
+        let way = |from, to, is_gradient| Crossing { from, to, device: self.device(to).clone(), is_gradient };
+        let (there, back, transfer) = (way(from, to, false), way(to, from, true), self.transfer.clone());
+        ops::carried(xs, |xs| self.transfer.carry(xs, &there), move |grad| transfer.carry(grad, &back))
+    }
+}
