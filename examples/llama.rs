@@ -21,7 +21,7 @@ use clap::Parser;
 use common::gguf::{GgufOptions, Trained};
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
-use common::output::tell;
+use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
 use common::watch::{self, say, Scores, Watch};
@@ -40,6 +40,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
+use monteclora::train::distributed::Communicator;
 use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params};
@@ -110,7 +111,7 @@ struct Args {
     /// Also write the whole model with the adapter merged in, as `OUT/model`.
     #[arg(long, requires = "output", help_heading = "Output")]
     merged: bool,
-    /// cpu, cuda or cuda:N.
+    /// cpu, cuda or cuda:N; several, separated by commas, for a base larger than one (cuda:0,cuda:1).
     #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
     /// f32, bf16 or f16: the dtype of the frozen base.
@@ -288,15 +289,18 @@ impl Setup {
         let _lock = writes.map(files::lock).transpose()?;
         common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
-        let device = processes.device(&args.device)?;
-        let noise = Noise::new(args.train.seed);
-        let params = Params::new(noise, &device);
-        let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, &device)?;
+        let placement = config.place(&processes.devices(&args.device)?)?;
+        if placement.places() > 1 {
+            tell_err!("{placement}");
+        }
+        let (noise, device) = (Noise::new(args.train.seed), placement.first());
+        let params = Params::new(noise, device);
+        let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, device)?;
         let base = match name {
             "full" => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
             _ => checkpoint,
         };
-        let mut model = DecoderForCausalLM::load(base, config, noise)?;
+        let mut model = DecoderForCausalLM::load(base.placed(&placement), config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name, out)?;
         let hooks = start.inject(&mut model, &params)?;
@@ -380,8 +384,8 @@ impl Setup {
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
             "trainable_parameters": params.trainable_count(), "loss_before": before,
             "loss_mean": loss(Weights::Mean)?, "loss_posterior": posterior.map(loss).transpose()?,
-            "task": args.task.task, "task_mean": self.measure(&model, Weights::Mean)?,
-            "task_posterior": posterior.map(|weights| self.measure(&model, weights)).transpose()?,
+            "task": args.task.task, "task_mean": self.measure(&model, Weights::Mean, communicator)?,
+            "task_posterior": posterior.map(|weights| self.measure(&model, weights, communicator)).transpose()?,
             "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
         });
         if let Some(dir) = writes {
@@ -420,9 +424,14 @@ impl Setup {
     }
 
     /// The task's figures, null without one.
-    fn measure(&self, model: &DecoderForCausalLM, weights: Weights) -> Outcome<Value> {
+    fn measure(
+        &self,
+        model: &DecoderForCausalLM,
+        weights: Weights,
+        communicator: &dyn Communicator,
+    ) -> Outcome<Value> {
         let generator = self.generator(model, weights, self.args.task.max_new_tokens())?;
-        self.args.task.measure(&generator, &self.data.held_out_texts)
+        self.args.task.measure(&generator, &self.data.held_out_texts, communicator)
     }
 
     fn generator<'a>(

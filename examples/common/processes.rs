@@ -38,7 +38,7 @@ impl Processes {
 
     /// Joins the others, once it is known what `--device` they compute on.
     pub fn join(&self, device: &str) -> Outcome {
-        let communicator = launched(self.launch.as_ref(), &self.device(device)?)?;
+        let communicator = launched(self.launch.as_ref(), &self.devices(device)?[0])?;
         if let Some(launch) = self.launch.as_ref().filter(|_| self.is_first()) {
             tell_err!("{launch}");
         }
@@ -74,6 +74,18 @@ impl Processes {
     /// The device that `--device` says.
     pub fn device(&self, text: &str) -> Outcome<Device> {
         super::device(&self.device_name(text))
+    }
+
+    /// The devices that `--device` says, separated by commas: of one process, which has them for itself.
+    pub fn devices(&self, text: &str) -> Outcome<Vec<Device>> {
+        if text.contains(',') && self.world() > 1 {
+            return Err(format!(
+                "--device {text}: several devices are for one process, not for {}",
+                self.world()
+            )
+            .into());
+        }
+        text.split(',').map(|text| self.device(text)).collect()
     }
 
     /// Of `cuda` the one with this process's number on its machine.

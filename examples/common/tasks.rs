@@ -2,7 +2,8 @@
 
 use monteclora::data::instruct::Prompted;
 use monteclora::eval::sandbox::{Limits, Sandbox};
-use monteclora::eval::{Benchmark, CodeAnswer, Generator, Normalize};
+use monteclora::eval::{Benchmark, CodeAnswer, Generator, Normalize, Share};
+use monteclora::train::distributed::{in_turns, Communicator};
 use serde_json::{json, Value};
 
 use super::given::Given;
@@ -85,10 +86,16 @@ impl TaskOptions {
         &rows[..self.limit_task.unwrap_or(usize::MAX).min(rows.len())]
     }
 
-    /// Its figures over the rows, as `metrics.json` has them; null where none is asked for.
-    pub fn measure(&self, generator: &Generator, rows: &[Prompted]) -> Outcome<Value> {
+    /// Its figures over the rows, as `metrics.json` has them; null where none is asked for. The processes measure by turns.
+    pub fn measure(
+        &self,
+        generator: &Generator,
+        rows: &[Prompted],
+        communicator: &dyn Communicator,
+    ) -> Outcome<Value> {
         let Some(benchmark) = self.benchmark()? else { return Ok(Value::Null) };
-        Ok(json!(benchmark.run(generator, self.limited(rows))?))
+        let share: &mut Share = &mut |count, compute| in_turns(communicator, count, compute);
+        Ok(json!(benchmark.run_by(generator, self.limited(rows), share)?))
     }
 }
 

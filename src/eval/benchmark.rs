@@ -1,12 +1,14 @@
 //! A benchmark over the rows of a data set, by one call.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use super::choice::{self, chosen_by_name, score_choices, Normalize};
+use super::choice::{self, chosen_by_name, ChoiceScores, Normalize};
 use super::extract::CodeAnswer;
 use super::generated::Generator;
 use super::sandbox::Sandbox;
 use super::{code, gsm8k};
+use crate::adapter::DrawCache;
 use crate::data::instruct::Prompted;
 use crate::error::{Error, Result};
 use crate::models::generate::{GenerateConfig, Sampling};
@@ -37,6 +39,11 @@ pub enum Benchmark {
     },
 }
 
+/// Computes the items `0 .. count`, each some numbers, and gives all of them in order: alone, or by turns with other
+/// processes.
+pub type Share<'a> =
+    dyn FnMut(usize, &mut dyn FnMut(usize) -> Result<Vec<f64>>) -> Result<Vec<Vec<f64>>> + 'a;
+
 impl Benchmark {
     /// The figures over all rows, by name. Likelihoods are those of the generator's weights.
     ///
@@ -44,50 +51,131 @@ impl Benchmark {
     /// If there is no row, a row lacks what the benchmark asks for (the error counts from 1), or
     /// generation fails.
     pub fn run(&self, generator: &Generator, rows: &[Prompted]) -> Result<BTreeMap<String, f64>> {
+        self.run_by(generator, rows, &mut |count, compute| (0..count).map(compute).collect())
+    }
+
+    /// [`Self::run`] where `share` says who measures what: a part of as many rows as the generator continues together
+    /// is an item.
+    ///
+    /// # Errors
+    /// As [`Self::run`] and as `share`.
+    pub fn run_by(
+        &self,
+        generator: &Generator,
+        rows: &[Prompted],
+        share: &mut Share,
+    ) -> Result<BTreeMap<String, f64>> {
         self.check(generator, rows)?;
+        let (size, draws) = (generator.batch_size.max(1), DrawCache::default());
+        let parts = share(rows.len().div_ceil(size), &mut |part| {
+            let start = part * size;
+            let measured = self.measured(generator, rows, start..rows.len().min(start + size), &draws)?;
+            Ok(measured.into_iter().flat_map(|row| [vec![row.len() as f64], row].concat()).collect())
+        })?;
+        let mut measured = Vec::with_capacity(rows.len());
+        for part in &parts {
+            let mut rest = part.as_slice();
+            while let [length, others @ ..] = rest {
+                let (row, others) = others.split_at((*length as usize).min(others.len()));
+                measured.push(row);
+                rest = others;
+            }
+        }
+        self.figures(&measured)
+    }
+
+    /// What each row of a part was measured to be: what [`Self::figures`] are made of.
+    fn measured(
+        &self,
+        generator: &Generator,
+        rows: &[Prompted],
+        part: Range<usize>,
+        draws: &DrawCache,
+    ) -> Result<Vec<Vec<f64>>> {
+        let (start, total, rows) = (part.start, rows.len(), &rows[part]);
         let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
-        let figures = match self {
+        let flag = |is: bool| f64::from(u8::from(is));
+        match self {
+            // The right choice, then the probability of each.
             Self::Choice(normalize) => {
                 let Generator { model, encoder, config, batch_size } = generator;
                 let passes = config.weights.passes();
-                let scores = score_choices(*model, encoder, rows, *batch_size, *normalize, &passes)?;
-                let metrics = scores.evaluate()?;
-                let named = ["accuracy", "nll", "ece", "brier"].map(|name| (name, metrics.get(name)));
-                named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect()
+                let scores =
+                    choice::scores_with(*model, encoder, rows, *batch_size, *normalize, &passes, draws)?;
+                let all = scores.correct.into_iter().zip(scores.probabilities);
+                Ok(all.map(|(correct, row)| [vec![f64::from(correct)], row].concat()).collect())
             }
+            // Whether the text says a choice, and whether the right one.
             Self::ChoiceByName => {
-                let texts = generator.texts(&prompts, &[])?;
-                let named = |(text, row): (&String, &Prompted)| {
+                let texts = generator.texts_from(start, &prompts, &[])?;
+                let said = |(text, row): (&String, &Prompted)| {
                     let choices = row.choices.as_ref()?;
-                    chosen_by_name(text, &choices.names).map(|chosen| chosen == choices.correct)
+                    Some((chosen_by_name(text, &choices.names)?, choices.correct))
                 };
-                let verdicts: Vec<bool> = texts.iter().zip(rows).filter_map(named).collect();
-                let right = verdicts.iter().filter(|right| **right).count();
-                shares([("accuracy", right), ("answered", verdicts.len())], rows.len())
+                let said = texts.iter().zip(rows).map(said);
+                Ok(said
+                    .map(|said| vec![flag(said.is_some_and(|(a, b)| a == b)), flag(said.is_some())])
+                    .collect())
             }
             Self::Gsm8k => {
-                let texts = generator.texts(&prompts, &gsm8k::STOP)?;
-                let pairs = texts.iter().zip(rows).map(|(text, row)| (text.as_str(), row.answer.as_str()));
-                let (strict, flexible) = gsm8k::accuracy(pairs).unwrap_or_default();
-                [("strict_match", strict), ("flexible_extract", flexible)]
-                    .map(|(name, value)| (name.to_string(), value))
-                    .into()
+                let texts = generator.texts_from(start, &prompts, &gsm8k::STOP)?;
+                let rights = texts.iter().zip(rows).map(|(text, row)| gsm8k::rights(text, &row.answer));
+                Ok(rights.map(|rights| rights.map(flag).to_vec()).collect())
             }
-            Self::Code { samples, ks, answer, sandbox } => {
+            // How many programs pass.
+            Self::Code { samples, answer, sandbox, .. } => {
                 let mut programs = vec![Vec::with_capacity(*samples); rows.len()];
                 for sample in 0..*samples {
-                    let first_row = generator.config.first_row.wrapping_add((sample * rows.len()) as u64);
+                    let first_row = generator.config.first_row.wrapping_add((sample * total) as u64);
                     let config = GenerateConfig { first_row, ..generator.config.clone() };
-                    let texts = Generator { config, ..*generator }.texts(&prompts, answer.stop())?;
+                    let texts =
+                        Generator { config, ..*generator }.texts_from(start, &prompts, answer.stop())?;
                     for (i, ((group, text), row)) in programs.iter_mut().zip(texts).zip(rows).enumerate() {
-                        group.push(answer.program(&row.prompt, &text, &row.tests(i)?.entry_point));
+                        group.push(answer.program(&row.prompt, &text, &row.tests(start + i)?.entry_point));
                     }
                 }
-                let rates = code::program_pass_rates(rows, &programs, ks, sandbox)?;
-                ks.iter().zip(rates).map(|(k, rate)| (format!("pass@{k}"), rate)).collect()
+                let passing = |(i, (row, programs)): (usize, (&Prompted, &Vec<String>))| {
+                    Ok(vec![code::passing(row.tests(start + i)?, programs, sandbox)? as f64])
+                };
+                rows.iter().zip(&programs).enumerate().map(passing).collect()
             }
+        }
+    }
+
+    /// The figures over rows that were measured.
+    fn figures(&self, rows: &[&[f64]]) -> Result<BTreeMap<String, f64>> {
+        let mean = |of: &dyn Fn(&[f64]) -> Result<f64>| -> Result<f64> {
+            Ok(rows.iter().map(|row| of(row)).sum::<Result<f64>>()? / rows.len() as f64)
         };
-        Ok(figures)
+        let of_column = |column: usize| mean(&|row| Ok(row[column]));
+        let of_columns = |names: [&str; 2]| -> Result<BTreeMap<String, f64>> {
+            Ok([(names[0].to_string(), of_column(0)?), (names[1].to_string(), of_column(1)?)].into())
+        };
+        match self {
+            Self::Choice(_) => {
+                let width = rows.iter().map(|row| row.len() - 1).max().unwrap_or(0);
+                // As many for every question: those that it lacks are 0.
+                let wide = |row: &&[f64]| {
+                    let mut probabilities = row[1..].to_vec();
+                    probabilities.resize(width, 0.0);
+                    probabilities
+                };
+                let correct = rows.iter().map(|row| row[0] as u32).collect();
+                let scores = ChoiceScores { probabilities: rows.iter().map(wide).collect(), correct };
+                let metrics = scores.evaluate()?;
+                let named = ["accuracy", "nll", "ece", "brier"].map(|name| (name, metrics.get(name)));
+                Ok(named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect())
+            }
+            Self::ChoiceByName => of_columns(["accuracy", "answered"]),
+            Self::Gsm8k => of_columns(["strict_match", "flexible_extract"]),
+            Self::Code { samples, ks, .. } => {
+                let rate = |k: &usize| {
+                    let rate = mean(&|row| code::pass_at_k(*samples, row[0] as usize, *k))?;
+                    Ok((format!("pass@{k}"), rate))
+                };
+                ks.iter().map(rate).collect()
+            }
+        }
     }
 
     /// Whether every row has what it is measured by: worth a call before an hour of training.
@@ -120,9 +208,4 @@ impl Benchmark {
         }
         Ok(())
     }
-}
-
-/// Counts as shares of a total.
-fn shares<const N: usize>(counts: [(&str, usize); N], total: usize) -> BTreeMap<String, f64> {
-    counts.map(|(name, count)| (name.to_string(), count as f64 / total as f64)).into()
 }

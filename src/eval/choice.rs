@@ -69,6 +69,19 @@ pub fn score_choices(
     normalize: Normalize,
     passes: &[Pass],
 ) -> Result<ChoiceScores> {
+    scores_with(model, encoder, rows, batch_size, normalize, passes, &DrawCache::default())
+}
+
+/// [`score_choices`] with draws that were made before.
+pub(super) fn scores_with(
+    model: &dyn CausalLm,
+    encoder: &PromptEncoder,
+    rows: &[Prompted],
+    batch_size: usize,
+    normalize: Normalize,
+    passes: &[Pass],
+    draws: &DrawCache,
+) -> Result<ChoiceScores> {
     if passes.is_empty() {
         return Err(Error::config("passes", "there is none to average"));
     }
@@ -76,7 +89,7 @@ pub fn score_choices(
     let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];
     for pass in passes {
-        let cx = Context::from(*pass).with_draws(&DrawCache::default());
+        let cx = Context::from(*pass).with_draws(draws);
         let scores = likelihoods(model, &encoded.rows, batch_size, &cx)?;
         let mut at = 0;
         for (sums, choices) in probabilities.iter_mut().zip(&questions) {

@@ -75,17 +75,22 @@ pub fn program_pass_rates(
     }
     let mut sums = vec![0.0; ks.len()];
     for (i, (row, programs)) in rows.iter().zip(programs).enumerate() {
-        let tests = row.tests(i)?;
-        let mut correct = 0;
-        for source in programs {
-            let outcome = sandbox.run(&program("", source, tests))?;
-            correct += usize::from(outcome == Outcome::Passed);
-        }
+        let correct = passing(row.tests(i)?, programs, sandbox)?;
         for (sum, k) in sums.iter_mut().zip(ks) {
             *sum += pass_at_k(programs.len(), correct, *k)?;
         }
     }
     Ok(sums.into_iter().map(|sum| sum / rows.len() as f64).collect())
+}
+
+/// How many of some whole programs pass.
+pub(super) fn passing(tests: &ProgramTests, programs: &[String], sandbox: &Sandbox) -> Result<usize> {
+    let mut correct = 0;
+    for source in programs {
+        let outcome = sandbox.run(&program("", source, tests))?;
+        correct += usize::from(outcome == Outcome::Passed);
+    }
+    Ok(correct)
 }
 
 #[cfg(test)]

@@ -36,10 +36,13 @@ impl Generator<'_> {
     /// If a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
     /// as [`generate`].
     pub fn texts(&self, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
-        let mut texts = Vec::with_capacity(prompts.len());
-        for (chunk, first) in
-            prompts.chunks(self.batch_size.max(1)).zip((0..).step_by(self.batch_size.max(1)))
-        {
+        self.texts_from(0, prompts, stop)
+    }
+
+    /// [`Self::texts`] of the prompts from row `start` on.
+    pub(super) fn texts_from(&self, start: usize, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
+        let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size.max(1));
+        for (chunk, first) in prompts.chunks(size).zip((start..).step_by(size)) {
             let mut ids = Vec::with_capacity(chunk.len());
             for (prompt, row) in chunk.iter().zip(first + 1..) {
                 let tokens = self.encoder.prompt(prompt)?;

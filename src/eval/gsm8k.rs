@@ -57,12 +57,18 @@ pub fn truncated(text: &str) -> &str {
 pub fn accuracy<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<(f64, f64)> {
     let (mut strict, mut flexible, mut count) = (0.0, 0.0, 0.0);
     for (text, reference) in pairs {
-        let text = truncated(text);
-        strict += f64::from(u8::from(exact_match(&strict_match(text), reference)));
-        flexible += f64::from(u8::from(exact_match(&flexible_extract(text), reference)));
+        let right = rights(text, reference);
+        strict += f64::from(u8::from(right[0]));
+        flexible += f64::from(u8::from(right[1]));
         count += 1.0;
     }
     (count > 0.0).then(|| (strict / count, flexible / count))
+}
+
+/// Whether the strictly and whether the flexibly extracted answer of a text is right.
+pub(super) fn rights(text: &str, reference: &str) -> [bool; 2] {
+    let text = truncated(text);
+    [strict_match(text), flexible_extract(text)].map(|answer| exact_match(&answer, reference))
 }
 
 #[cfg(test)]

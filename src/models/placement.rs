@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, DeviceLocation, Tensor};
 
 use crate::error::{Error, Result};
 use crate::ops;
@@ -15,6 +15,25 @@ use crate::ops;
 /// On which device each layer of a model lies.
 ///
 /// # Example
+/// A model on two GPUs, and adapters that lie with their layers:
+/// ```no_run
+/// use candle_core::DType;
+/// use monteclora::inject::{self, Targets};
+/// use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
+/// use monteclora::models::hub::ModelFiles;
+/// use monteclora::{cuda_device, MonteCLoRAConfig, Noise, Params};
+///
+/// let (files, noise) = (ModelFiles::locate("DIR", None)?, Noise::new(0));
+/// let config = DecoderConfig::from_files(&files)?;
+/// let placement = config.place(&[cuda_device(0)?, cuda_device(1)?])?;
+/// let weights = files.open_weights(DType::BF16, placement.first())?.placed(&placement);
+/// let mut model = DecoderForCausalLM::load(weights, &config, noise)?;
+/// let params = Params::new(noise, placement.first());
+/// inject::monteclora(&mut model, &Targets::default(), &MonteCLoRAConfig::default(), &params)?;
+/// # Ok::<(), monteclora::Error>(())
+/// ```
+///
+/// How layers are shared out:
 /// ```
 /// use candle_core::Device;
 /// use monteclora::models::Placement;
@@ -68,6 +87,27 @@ struct Copies;
 impl Transfer for Copies {
     fn carry(&self, xs: &Tensor, crossing: &Crossing) -> candle_core::Result<Tensor> {
         ops::copied(xs, &crossing.device)
+    }
+}
+
+impl fmt::Display for Placement {
+    /// Which layers lie on which device.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for (i, place) in self.places.iter().enumerate() {
+            let (layers, before) = (self.layers(i), if i == 0 { "" } else { ", " });
+            match place.device.location() {
+                DeviceLocation::Cuda { gpu_id } => write!(f, "{before}cuda:{gpu_id}: ")?,
+                DeviceLocation::Metal { gpu_id } => write!(f, "{before}metal:{gpu_id}: ")?,
+                DeviceLocation::Cpu => write!(f, "{before}cpu: ")?,
+            }
+            match layers.len() {
+                0 => write!(f, "no layer")?,
+                1 => write!(f, "layer {}", layers.start)?,
+                _ => write!(f, "layers {} to {}", layers.start, layers.end - 1)?,
+            }
+            f.write_str(if i == 0 { ", embedding and head" } else { "" })?;
+        }
+        Ok(())
     }
 }
 

@@ -31,16 +31,13 @@ pub(crate) fn carried(
     custom_vjp("carry", [xs], there(&xs.detach())?, move |call| Ok([Some(back(&call.grad)?)]))
 }
 
-/// A copy of a tensor on another device. Each device orders its own work alone, so that both are waited for: the one
-/// until it has written what is read, the other until it has read what may be freed or written again. (Candle's
-/// `to_device` between CUDA devices waits for neither.)
+/// A copy of a tensor on another device, complete when this returns. Each device orders its own work alone: the copy waits
+/// for what writes its source, but nothing keeps the source's memory from its next use before it is read.
 ///
 /// # Errors
 /// As [`carry`].
 pub(crate) fn copied(xs: &Tensor, device: &Device) -> Result<Tensor> {
-    let xs = xs.contiguous()?;
-    xs.device().synchronize()?;
-    let there = xs.to_device(device)?;
+    let there = xs.contiguous()?.to_device(device)?;
     device.synchronize()?;
     Ok(there)
 }

@@ -128,7 +128,7 @@ fn several_processes() -> Outcome {
 fn several_processes_train_what_one_does(home: &Home) -> Outcome {
     let glue = "--epochs 1 --batch-size 4 --limit-train 800 --accumulation 4 --lr 1e-3";
     let llama = "--epochs 1 --batch-size 1 --limit-train 200 --max-length 192 --accumulation 4 --lr 1e-3 \
-                 --max-new-tokens 4";
+                 --max-new-tokens 4 --task gsm8k --limit-task 6";
     for (example, options, method, dropout, worlds) in [
         (&home.glue, glue, "lora", "0", &[2][..]),
         (&home.glue, glue, "monteclora", "0.1", &[2, 4]),
@@ -148,6 +148,7 @@ fn several_processes_train_what_one_does(home: &Home) -> Outcome {
             for key in ["mean", "loss_mean"] {
                 assert_eq!(several.metrics[key].is_null(), one.metrics[key].is_null());
             }
+            assert_eq!(several.metrics["task_mean"], one.metrics["task_mean"]);
         }
     }
     Ok(())

@@ -174,6 +174,21 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     let again = Benchmark::Choice(Normalize::Bytes).run(&averaged, &rows)?;
     assert!((again["nll"] - scores["nll"]).abs() < 1e-12);
 
+    // Parts that come in another order, as from several processes, make the same figures.
+    let sampled = GenerateConfig { sampling: Sampling::All { temperature: 1.0 }, ..generator.config.clone() };
+    let alone = Generator { batch_size: 1, config: sampled, ..generator };
+    let many: Vec<Prompted> =
+        ["abc", "xy", "b", "abc"].map(|prompt| question(prompt, &["de", "f"], 1)).into();
+    for benchmark in [Benchmark::Choice(Normalize::Bytes), Benchmark::ChoiceByName] {
+        let backwards = benchmark.run_by(&alone, &many, &mut |count, compute| {
+            assert_eq!(count, 4);
+            let mut parts = (0..count).rev().map(compute).collect::<monteclora::Result<Vec<_>>>()?;
+            parts.reverse();
+            Ok(parts)
+        })?;
+        assert_eq!(backwards, benchmark.run(&alone, &many)?);
+    }
+
     let answered = Prompted { prompt: "abc".into(), answer: "#### 5".into(), ..Prompted::default() };
     let figures = Benchmark::Gsm8k.run(&generator, std::slice::from_ref(&answered))?;
     assert_eq!((figures["strict_match"], figures["flexible_extract"]), (0.0, 0.0));

@@ -175,6 +175,7 @@ fn layers_lie_by_the_memory_that_is_free() -> Outcome {
     let config = toy(8)?;
     let placement = config.place(&[Device::Cpu, Device::Cpu])?;
     assert_eq!((placement.layers(0), placement.layers(1)), (0..4, 4..8));
+    assert_eq!(placement.to_string(), "cpu: layers 0 to 3, embedding and head, cpu: layers 4 to 7");
     Ok(())
 }
 
