@@ -6,19 +6,16 @@ use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptCo
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::Targets;
-use monteclora::models::decoder::DecoderConfig;
-use monteclora::models::generate::{generate, GenerateConfig, Weights};
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::Placement;
 use monteclora::predict::posterior_probabilities;
-use monteclora::train::{
-    batches, fit, held_out_loss, CausalTuning, Classification, Classifier, Method, MethodInit, TrainConfig,
-};
+use monteclora::train::{batches, fit, Classification, Classifier, Method, MethodInit, TrainConfig};
 use monteclora::{cuda_device, KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass};
 
 use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
-use crate::llama::{frozen_on, toy_config};
-use crate::support::Outcome;
+use crate::placement::run;
+use crate::support::{skipped, Outcome};
 
 fn methods() -> Vec<Method> {
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
@@ -123,37 +120,25 @@ fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
     Ok(())
 }
 
+/// On one device, and with its layers on two, whose memory neither may touch in the other's place.
 #[test]
-fn a_language_model_learns_and_writes_on_a_device_what_it_does_on_the_host() -> Outcome {
-    let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
-    let (seen, unseen) = (causal::rows(30), &causal::rows(40)[30..]);
-    for method in causal::methods() {
-        let run = |device: &Device| -> Outcome<(Vec<f64>, Vec<Vec<u32>>)> {
-            let (mut model, params) = frozen_on(device, &toy, DType::F32)?;
-            let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
-            let hooks = start.inject(&mut model, &params)?;
-            let batcher = Batcher::new(6, false, Noise::new(3))?;
-            let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
-            let config = TrainConfig { epochs: 2, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
-            let mut log = Log::default();
-            fit(&objective, &params, &config, &mut log)?;
-            let mut losses: Vec<f64> = log.0.iter().map(|record| record.loss).collect();
-            losses.push(held_out_loss(&model, unseen, 4, &[Pass::Mean, Pass::Posterior { draw: 1 }])?);
-            // Of two lengths: padded on the left, with caches.
-            let prompts = [vec![1, 41, 5, 6], vec![1, 42, 7]];
-            let config =
-                GenerateConfig { max_new_tokens: 6, weights: Weights::Average(2), ..Default::default() };
-            Ok((losses, generate(&model, &prompts, &config, &mut |_, _| true)?))
-        };
-        let ((got, said), (want, wanted)) = (run(&cuda_device(0)?)?, run(&Device::Cpu)?);
-        for (step, (got, want)) in got.iter().zip(&want).enumerate() {
-            assert!(
-                (got - want).abs() < 1e-3 * want,
-                "{} step {step}: {got}, on the host {want}",
-                method.name()
-            );
+fn a_language_model_learns_and_writes_on_devices_what_it_does_on_the_host() -> Outcome {
+    let mut placements = vec![Placement::new(&[(cuda_device(0)?, 3)])?];
+    match cuda_device(1) {
+        Ok(second) => placements.push(Placement::new(&[(cuda_device(0)?, 1), (second, 2)])?),
+        Err(error) => skipped(&format!("two devices: {error}")),
+    }
+    let (host, all) = (Placement::new(&[(Device::Cpu, 3)])?, Targets::parse("all-linear")?);
+    for (method, checkpoint) in causal::methods().iter().flat_map(|m| [(m, false), (m, true)]) {
+        let want = run(&host, method, &all, checkpoint)?;
+        for placement in &placements {
+            let got = run(placement, method, &all, checkpoint)?;
+            for (step, (got, want)) in got.losses.iter().zip(&want.losses).enumerate() {
+                let what = format!("{} step {step}, {placement}", method.name());
+                assert!((got - want).abs() < 1e-3 * want, "{what}: {got}, on the host {want}");
+            }
+            assert_eq!(got.said, want.said, "{}, {placement}", method.name());
         }
-        assert_eq!(said, wanted, "{}", method.name());
     }
     Ok(())
 }
