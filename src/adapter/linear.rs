@@ -187,7 +187,9 @@ impl AdaptableLinear {
         }
         let Some((name, adapter)) = self.active() else { return Ok(None) };
         let key = format!("{}.weight", self.path);
-        let base = Linear::new(weight.clone(), self.base.bias().cloned()).into();
+        // A checkpoint's weight is read to the host, wherever the adapter is.
+        let there = weight.to_device(self.base.device())?;
+        let base = Linear::new(there, self.base.bias().cloned()).into();
         let Some(delta) = adapter.delta(&base, &pass.into())? else {
             let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
             return Err(Error::tensor(key, reason));

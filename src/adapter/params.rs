@@ -165,7 +165,7 @@ impl Params {
         self.insert(name, role, &Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// A new parameter with given values, copied and cast to the store's dtype and device.
+    /// A new parameter with given values, copied and cast to the store's dtype and this handle's device.
     ///
     /// # Errors
     /// If the name is taken, or a value is not finite in that dtype.

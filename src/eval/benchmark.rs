@@ -81,6 +81,12 @@ impl Benchmark {
                 rest = others;
             }
         }
+        let least = if matches!(self, Self::Code { .. }) { 1 } else { 2 };
+        if measured.len() != rows.len() || measured.iter().any(|row| row.len() < least) {
+            let reason =
+                format!("expected what was measured of {} rows, got it of {}", rows.len(), measured.len());
+            return Err(Error::config("share", reason));
+        }
         self.figures(&measured)
     }
 

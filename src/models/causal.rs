@@ -37,7 +37,7 @@ impl Cache {
 
 /// A decoder with a language-model head. One of them serves any number of threads, each with a cache of its own.
 pub trait CausalLm: AdaptableModel + Send + Sync {
-    /// Where its tensors are.
+    /// Where a batch comes in.
     fn device(&self) -> &Device;
 
     /// Whether training keeps each layer's input alone and computes the layer again in backward

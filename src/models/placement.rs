@@ -59,8 +59,8 @@ struct Place {
 
 /// How activations, and their gradients, get from one place to another.
 pub trait Transfer: fmt::Debug + Send + Sync {
-    /// `xs` at the place that `crossing` leads to: complete there when this returns, and free to be dropped where it
-    /// was.
+    /// `xs` at the place that `crossing` leads to, in memory that nobody else holds: complete there when this returns, and
+    /// free to be dropped where it was.
     ///
     /// # Errors
     /// If a device fails.
@@ -120,8 +120,12 @@ impl Placement {
         let Some((first, _)) = devices.first() else {
             return Err(Error::config("device", "a placement has at least one device"));
         };
-        if devices.iter().any(|(device, _)| device.is_cuda() != first.is_cuda()) {
-            let reason = "layers lie on CUDA devices or on the CPU, not some on each";
+        let fits = |device: &Device| match first {
+            Device::Cuda(_) => device.is_cuda(),
+            one => device.same_device(one),
+        };
+        if !devices.iter().all(|(device, _)| fits(device)) {
+            let reason = "layers lie on CUDA devices, or all on the CPU or on one other device";
             return Err(Error::config("device", reason));
         }
         let mut end = 0;
@@ -146,11 +150,12 @@ impl Placement {
             return Err(Error::config("ends", format!("expected a number of layers, got {ends}")));
         }
         // Where each device's share ends, counted in layers, of which the first ones are not layers.
-        let (mut free, mut first) = (0.0, 0);
-        let counted = devices.iter().map(|(device, own)| {
+        let (mut free, mut first, last) = (0.0, 0, devices.len());
+        let counted = (1..).zip(devices).map(|(number, (device, own))| {
             free += *own as f64;
             let share = free / total * (layers as f64 + ends) - ends;
-            let end = (share.round().max(0.0) as usize).clamp(first, layers);
+            let end =
+                if number == last { layers } else { (share.round().max(0.0) as usize).clamp(first, layers) };
             let count = end - first;
             first = end;
             (device.clone(), count)

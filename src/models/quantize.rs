@@ -135,26 +135,30 @@ fn fitting(kind: GgmlDType, columns: usize) -> Option<GgmlDType> {
     [kind, nearest].into_iter().find(|kind| columns > 0 && columns.is_multiple_of(kind.block_size()))
 }
 
-/// A matrix in blocks of `kind` on `device`, some rows after the other on all threads of the host.
+/// A matrix in blocks of `kind` on `device`.
 fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> {
     let dense = dense.detach().to_device(&Device::Cpu)?;
-    let (rows, columns) = dense.dims2()?;
-    let piece = (PIECE / columns.max(1)).max(1);
-    let starts: Vec<usize> = (0..rows).step_by(piece).collect();
-    let work = |&first: &usize| -> candle_core::Result<Vec<u8>> {
-        bytes(&dense.narrow(0, first, piece.min(rows - first))?, kind)
-    };
-    let parts = starts.par_iter().map(work).collect::<candle_core::Result<Vec<_>>>()?;
+    let (shape, bytes) = (dense.dims2()?, bytes(&dense, kind)?);
     drop(dense);
-    let blocks = QStorage::from_data(Cow::Owned(parts.concat()), device, kind)?;
-    Ok(QTensor::new(blocks, (rows, columns))?)
+    Ok(QTensor::new(QStorage::from_data(Cow::Owned(bytes), device, kind)?, shape)?)
 }
 
-/// The numbers of `dense` on the host in blocks of `kind`.
+/// The numbers of a tensor on the host in blocks of `kind`, some rows after the other on all threads.
+///
+/// # Errors
+/// If the blocks do not divide a row.
 pub(super) fn bytes(dense: &Tensor, kind: GgmlDType) -> candle_core::Result<Vec<u8>> {
-    // Candle quantises from the beginning of a tensor's memory, wherever the tensor itself begins.
-    let own = dense.to_dtype(DType::F32)?.force_contiguous()?;
-    Ok(QTensor::quantize(&own, kind)?.data()?.into_owned())
+    let rows = if dense.rank() == 2 { dense.clone() } else { dense.flatten_all()?.unsqueeze(0)? };
+    let (count, columns) = rows.dims2()?;
+    let piece = (PIECE / columns.max(1)).max(1);
+    let starts: Vec<usize> = (0..count).step_by(piece).collect();
+    let work = |&first: &usize| -> candle_core::Result<Vec<u8>> {
+        let rows = rows.narrow(0, first, piece.min(count - first))?.to_dtype(DType::F32)?;
+        // Candle quantises from the beginning of a tensor's memory, wherever the tensor itself begins.
+        Ok(QTensor::quantize(&rows.force_contiguous()?, kind)?.data()?.into_owned())
+    };
+    let parts = starts.par_iter().map(work).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(parts.concat())
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ pub struct Regularizer {
     start: Option<PriorStart>,
 }
 
-/// The regulariser's value and its terms, all scalar tensors on the parameters' device. Of a pass with a
+/// The regulariser's value and its terms, all scalar tensors on the first layer's device. Of a pass with a
 /// [`Tape`] on a CUDA device the terms are values: there the total alone has a gradient.
 #[derive(Debug, Clone)]
 pub struct RegularizerTerms {

@@ -32,13 +32,15 @@ pub(crate) fn carried(
 }
 
 /// A copy of a tensor on another device, complete when this returns. Each device orders its own work alone: the copy waits
-/// for what writes its source, but nothing keeps the source's memory from its next use before it is read.
+/// for what writes its source, but nothing else keeps the source's memory from its next use before it is read.
 ///
 /// # Errors
 /// As [`carry`].
 pub(crate) fn copied(xs: &Tensor, device: &Device) -> Result<Tensor> {
-    let there = xs.contiguous()?.to_device(device)?;
+    let own = xs.force_contiguous()?; // of a view, all of the memory would go, and stay
+    let there = own.to_device(device)?;
     device.synchronize()?;
+    drop(own);
     Ok(there)
 }
 

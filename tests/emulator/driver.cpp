@@ -58,7 +58,7 @@ CUctx_st contexts[devices] = {{0}, {1}};
 thread_local CUcontext bound;
 struct Span { size_t bytes; int device; };
 std::map<uint64_t, Span> spans; // what is allocated, by its first address
-uint64_t used[devices], high[devices], threshold[devices];
+uint64_t used[devices], high[devices], reserved[devices], threshold[devices];
 } // namespace
 
 struct CUstream_st {
@@ -216,8 +216,10 @@ CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
     std::vector<void *> &free = owner->free[bytes];
     void *memory = free.empty() ? aligned_alloc(256, bytes) : free.back();
     if (!memory) return CUDA_ERROR_OUT_OF_MEMORY;
-    if (free.empty()) poison(memory, bytes);
-    else free.pop_back();
+    if (free.empty()) {
+        poison(memory, bytes);
+        reserved[owner->device] += bytes;
+    } else free.pop_back();
     *address = (CUdeviceptr)memory;
     spans[*address] = {bytes, owner->device};
     used[owner->device] += bytes;
@@ -242,7 +244,7 @@ CUresult cuMemFree(CUdeviceptr address) { return cuMemFreeAsync(address, nullptr
 CUresult cuMemGetInfo(size_t *free, size_t *total) {
     LOCKED;
     *total = (size_t)64 << 30;
-    *free = *total - used[device()];
+    *free = *total - reserved[device()]; // what was freed stays in the pool
     return CUDA_SUCCESS;
 }
 
@@ -296,6 +298,7 @@ CUresult cuMemPoolGetAttribute(CUmemoryPool pool, CUmemPool_attribute attribute,
     case CU_MEMPOOL_ATTR_RELEASE_THRESHOLD: *number = threshold[device]; break;
     case CU_MEMPOOL_ATTR_USED_MEM_HIGH:
     case CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH: *number = high[device]; break;
+    case CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT: *number = reserved[device]; break;
     default: *number = used[device];
     }
     return CUDA_SUCCESS;

@@ -1,21 +1,24 @@
 //! Whole models on a CUDA device against the same on the host. These tests need the device: a build for it that finds
 //! none fails here.
 
-use candle_core::{DType, Device};
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::{AdaLoraConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::Targets;
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::save::merged_tensors;
 use monteclora::models::Placement;
 use monteclora::predict::posterior_probabilities;
 use monteclora::train::{batches, fit, Classification, Classifier, Method, MethodInit, TrainConfig};
-use monteclora::{cuda_device, KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass};
+use monteclora::{cuda_device, KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass, Prior};
 
 use crate::causal;
 use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
 use crate::placement::run;
-use crate::support::{skipped, Outcome};
+use crate::support::{assert_close, scatter, skipped, Outcome};
 
 fn methods() -> Vec<Method> {
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.1, ..MonteCLoRAConfig::default() };
@@ -102,6 +105,26 @@ fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
 }
 
 #[test]
+fn a_checkpoint_takes_from_a_device_what_it_takes_from_the_host() -> Outcome {
+    let (dir, device) = (tempfile::tempdir()?, cuda_device(0)?);
+    let files = checkpoint(dir.path())?;
+    let none = |method: &Method| matches!(method, Method::Bottleneck(_) | Method::Prompt(_) | Method::Full);
+    for method in methods().iter().filter(|method| !none(method)) {
+        let merged = |device: &Device| -> Outcome<HashMap<String, Tensor>> {
+            let classifier = load(&files, method, DType::F32, device)?;
+            scatter(&classifier.params)?;
+            Ok(merged_tensors(&*classifier.model, &classifier.params, &files, &Pass::Mean)?)
+        };
+        let (there, here) = (merged(&device)?, merged(&Device::Cpu)?);
+        assert_eq!(there.len(), here.len());
+        for (name, want) in here {
+            assert_close(&there[&name].to_device(&Device::Cpu)?, &want, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
     let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], cuda_device(0)?);
     let rows = rows(32, false);
@@ -129,7 +152,20 @@ fn a_language_model_learns_and_writes_on_devices_what_it_does_on_the_host() -> O
         Err(error) => skipped(&format!("two devices: {error}")),
     }
     let (host, all) = (Placement::new(&[(Device::Cpu, 3)])?, Targets::parse("all-linear")?);
-    for (method, checkpoint) in causal::methods().iter().flat_map(|m| [(m, false), (m, true)]) {
+    // What else is summed over layers.
+    let map = LoraConfig { rank: 4, prior: Some(Prior::map()), ..LoraConfig::default() };
+    let calibrated = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::calibrated() };
+    let sampled = MonteCLoRAConfig { rank: 4, mode: KlEvaluation::Sampled, ..MonteCLoRAConfig::default() };
+    let sums = [
+        Method::AdaLora(AdaLoraConfig::towards(2)),
+        Method::Lora(map),
+        Method::MonteCLoRA(calibrated),
+        Method::MonteCLoRA(sampled),
+        Method::Prompt(PromptConfig { virtual_tokens: 2 }),
+    ];
+    let both = causal::methods();
+    let runs = both.iter().flat_map(|method| [(method, false), (method, true)]);
+    for (method, checkpoint) in runs.chain(sums.iter().map(|method| (method, false))) {
         let want = run(&host, method, &all, checkpoint)?;
         for placement in &placements {
             let got = run(placement, method, &all, checkpoint)?;

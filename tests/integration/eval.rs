@@ -1,5 +1,6 @@
 //! Benchmarks of language models: by likelihood, by generated text, by running what was generated.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
@@ -174,21 +175,6 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     let again = Benchmark::Choice(Normalize::Bytes).run(&averaged, &rows)?;
     assert!((again["nll"] - scores["nll"]).abs() < 1e-12);
 
-    // Parts that come in another order, as from several processes, make the same figures.
-    let sampled = GenerateConfig { sampling: Sampling::All { temperature: 1.0 }, ..generator.config.clone() };
-    let alone = Generator { batch_size: 1, config: sampled, ..generator };
-    let many: Vec<Prompted> =
-        ["abc", "xy", "b", "abc"].map(|prompt| question(prompt, &["de", "f"], 1)).into();
-    for benchmark in [Benchmark::Choice(Normalize::Bytes), Benchmark::ChoiceByName] {
-        let backwards = benchmark.run_by(&alone, &many, &mut |count, compute| {
-            assert_eq!(count, 4);
-            let mut parts = (0..count).rev().map(compute).collect::<monteclora::Result<Vec<_>>>()?;
-            parts.reverse();
-            Ok(parts)
-        })?;
-        assert_eq!(backwards, benchmark.run(&alone, &many)?);
-    }
-
     let answered = Prompted { prompt: "abc".into(), answer: "#### 5".into(), ..Prompted::default() };
     let figures = Benchmark::Gsm8k.run(&generator, std::slice::from_ref(&answered))?;
     assert_eq!((figures["strict_match"], figures["flexible_extract"]), (0.0, 0.0));
@@ -199,6 +185,58 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     assert!(fails(&Benchmark::Gsm8k, unmarked).contains("the answer of row 2 has no \"#### \""));
     assert!(fails(&Benchmark::ChoiceByName, answered.clone()).contains("row 1 has no choices"));
     assert!(Benchmark::Gsm8k.run(&generator, &[]).expect_err("no row").to_string().contains("no row"));
+    Ok(())
+}
+
+/// Measures in parts of `size` rows, the last part first, as if others had measured some of them.
+fn backwards(
+    benchmark: &Benchmark,
+    generator: &Generator,
+    rows: &[Prompted],
+    size: usize,
+) -> monteclora::Result<BTreeMap<String, f64>> {
+    let config = generator.config.clone();
+    let generator = Generator { batch_size: size, config, ..*generator };
+    benchmark.run_by(&generator, rows, &mut |count, compute| {
+        assert_eq!(count, rows.len().div_ceil(size));
+        let mut parts = (0..count).rev().map(compute).collect::<monteclora::Result<Vec<_>>>()?;
+        parts.reverse();
+        Ok(parts)
+    })
+}
+
+#[test]
+fn figures_are_those_of_all_rows_whoever_measures_which() -> Outcome {
+    let (model, encoder) = (model()?, encoder(20)?);
+    let mut generator = generator(&model, &encoder);
+    generator.config.sampling = Sampling::All { temperature: 1.0 };
+    generator.batch_size = 5;
+    let names: &[&str] = &["c", "h", "m", "r", "w"];
+    let rows = [("abc", 0), ("xy", 1), ("b", 2), ("abc", 3), ("zzz", 4)];
+    let rows = rows.map(|(prompt, correct)| question(prompt, names, correct));
+    for benchmark in [Benchmark::Choice(Normalize::Bytes), Benchmark::ChoiceByName] {
+        let whole = benchmark.run(&generator, &rows)?;
+        assert!(
+            (0.0..1.0).contains(&whole["accuracy"]) && whole.values().any(|figure| *figure > 0.0),
+            "{whole:?}"
+        );
+        for size in [1, 2, 3] {
+            for (name, got) in backwards(&benchmark, &generator, &rows, size)? {
+                assert!((got - whole[&name]).abs() < 1e-6, "{size}: {name} {got}, not {}", whole[&name]);
+            }
+        }
+    }
+    let gsm8k = rows.map(|row| Prompted { answer: "#### 5".into(), ..row });
+    assert_eq!(
+        backwards(&Benchmark::Gsm8k, &generator, &gsm8k, 2)?,
+        Benchmark::Gsm8k.run(&generator, &gsm8k)?
+    );
+    // Who measures gives what it measured of every row.
+    let choice = Benchmark::Choice(Normalize::No);
+    for wrong in [vec![], vec![vec![2.0, 0.0, 1.0]], vec![vec![0.0; 5]]] {
+        let error = choice.run_by(&generator, &gsm8k, &mut |_, _| Ok(wrong.clone())).expect_err("a fault");
+        assert!(error.to_string().contains("invalid share"), "{error}");
+    }
     Ok(())
 }
 
@@ -233,6 +271,7 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     generator.config.sampling = Sampling::All { temperature: 1.0 };
     let figures = code(3, &[1, 3]).run(&generator, &rows)?;
     assert_eq!((figures["pass@1"], figures["pass@3"]), (0.5, 0.5));
+    assert_eq!(backwards(&code(3, &[1, 3]), &generator, &rows, 1)?, figures);
     let error = code(1, &[1]).run(&generator, &[Prompted { tests: None, ..row("#") }]).expect_err("no tests");
     assert!(error.to_string().contains("row 1 has no tests"), "{error}");
     Ok(())

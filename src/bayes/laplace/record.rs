@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
+use crate::ops;
 
 /// A batch under taps.
 #[derive(Debug)]
@@ -93,7 +94,7 @@ impl LayerRecord {
         if t != places.length {
             return Ok(Self { inputs, gradients: Vec::new(), tokens: (b * t) as f64 });
         }
-        let mask = places.mask.to_dtype(inputs.dtype())?.unsqueeze(2)?;
+        let mask = ops::carry(&places.mask, inputs.device())?.to_dtype(inputs.dtype())?.unsqueeze(2)?;
         let inputs = inputs.broadcast_mul(&mask)?;
         Ok(Self { inputs, gradients: Vec::new(), tokens: places.real as f64 })
     }
@@ -196,7 +197,8 @@ impl Places {
             [rows, d] if rows == b * t => Ok(xs.contiguous()?.reshape((b, t, d))?),
             [rows, d] if rows == self.real => {
                 let zero = Tensor::zeros((1, d), xs.dtype(), xs.device())?;
-                let padded = Tensor::cat(&[xs, &zero], 0)?.index_select(&self.packed, 0)?;
+                let packed = ops::carry(&self.packed, xs.device())?;
+                let padded = Tensor::cat(&[xs, &zero], 0)?.index_select(&packed, 0)?;
                 Ok(padded.reshape((b, t, d))?)
             }
             _ => {

@@ -77,7 +77,13 @@ pub(super) fn peak_bytes(device: &Device) -> Option<u64> {
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     let stream = device.as_cuda_device().ok()?.cuda_stream();
     let (free, _) = stream.context().mem_get_info().ok()?;
-    u64::try_from(free).ok()
+    // What the pool keeps for this process, and nothing uses.
+    let kept = pool(device.as_cuda_device().ok()?).map_or(0, |pool| {
+        let of = |attribute| get(pool, attribute).unwrap_or(0);
+        of(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
+            .saturating_sub(of(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT))
+    });
+    Some(u64::try_from(free).ok()? + kept)
 }
 
 /// Where that fails, the peak is an earlier one.
@@ -92,7 +98,7 @@ mod tests {
     use candle_core::{DType, Tensor};
 
     use super::*;
-    use crate::util::device::{cuda_device, peak_device_bytes, reset_peak_device_bytes};
+    use crate::util::device::{cuda_device, free_device_bytes, peak_device_bytes, reset_peak_device_bytes};
 
     #[test]
     fn a_device_is_one_for_all_threads_and_orders_its_work_by_itself() -> Result<()> {
@@ -128,6 +134,21 @@ mod tests {
         let peak = peak_device_bytes(&device).expect("as before").saturating_sub(before);
         // Tests beside this one take memory and give back what they had before: once the size, not nothing or thrice.
         assert!((bytes as u64 / 2..2 * bytes as u64).contains(&peak), "{peak}");
+        Ok(())
+    }
+
+    #[test]
+    fn memory_that_is_given_back_is_free_again() -> Result<()> {
+        let device = cuda_device(0)?;
+        let free = || free_device_bytes(&device).expect("a device says what it has");
+        let (before, bytes) = (free(), 256 << 20);
+        let held = Tensor::zeros(bytes, DType::U8, &device)?;
+        let during = free();
+        drop(held);
+        device.synchronize()?;
+        // Tests beside this one take much less.
+        let room = bytes as u64 / 2;
+        assert!(during + room < before && before < free() + room, "{before}, {during}, {}", free());
         Ok(())
     }
 }
