@@ -58,7 +58,9 @@ pub use attention::attention;
 pub use attention_mask::{CausalMask, Mask, Scores, Window};
 pub(crate) use backward::backward;
 pub use carry::carry;
-pub(crate) use carry::{carried, copied, joined, stacked};
+#[cfg(feature = "models")]
+pub(crate) use carry::{carried, copied};
+pub(crate) use carry::{joined, stacked};
 pub use checkpoint::checkpoint;
 pub use constant::{add_constant, matmul_constant, mul_constant, scale};
 pub(crate) use custom_vjp::custom_vjp;

@@ -19,9 +19,12 @@ use crate::finetune::Log;
 use crate::llama::{frozen_at, toy_json};
 use crate::support::Outcome;
 
-/// Copies, and remembers each way and the width of what went.
+/// From which place to which, whether a gradient, and the shape of what went.
+type Way = (usize, usize, bool, Vec<usize>);
+
+/// Copies, and remembers each way.
 #[derive(Debug, Default)]
-struct Recorder(Mutex<Vec<(usize, usize, bool, Vec<usize>)>>);
+struct Recorder(Mutex<Vec<Way>>);
 
 impl Transfer for Recorder {
     fn carry(&self, xs: &Tensor, crossing: &Crossing) -> candle_core::Result<Tensor> {
@@ -33,7 +36,7 @@ impl Transfer for Recorder {
 
 impl Recorder {
     /// What was carried since the last call.
-    fn take(&self) -> Vec<(usize, usize, bool, Vec<usize>)> {
+    fn take(&self) -> Vec<Way> {
         std::mem::take(&mut *self.0.lock().expect("no panic"))
     }
 }
