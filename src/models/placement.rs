@@ -80,7 +80,7 @@ pub struct Crossing {
     pub is_gradient: bool,
 }
 
-/// Copies from device to device, and waits for both.
+/// Copies from device to device, and waits until the copy is made.
 #[derive(Debug)]
 struct Copies;
 
@@ -115,7 +115,7 @@ impl Placement {
     /// Some layers on each device, in order.
     ///
     /// # Errors
-    /// If there is no device, or some are CUDA devices and some are not.
+    /// If there is no device, or they are neither all CUDA devices nor all one other.
     pub fn new(devices: &[(Device, usize)]) -> Result<Self> {
         let Some((first, _)) = devices.first() else {
             return Err(Error::config("device", "a placement has at least one device"));
