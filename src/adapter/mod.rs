@@ -14,6 +14,8 @@ mod model;
 mod params;
 mod pass;
 mod prior;
+#[cfg(feature = "cuda")]
+mod prior_cuda;
 mod probe;
 mod standalone;
 mod together;

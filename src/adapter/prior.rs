@@ -184,7 +184,7 @@ fn update(pairs: &[&LowRank], variances: Option<&Tensor>, std: f64) -> Result<Te
     Ok(ops::update_energy(&a, &b, variances.unwrap_or(&none), &weights, OpPath::Fused)?)
 }
 
-fn started(start: Option<&PriorStart>) -> Result<&PriorStart> {
+pub(super) fn started(start: Option<&PriorStart>) -> Result<&PriorStart> {
     start.ok_or_else(|| Error::config("prior", "it is about the start of training, which was not told"))
 }
 
@@ -216,7 +216,13 @@ impl PriorStart {
         Ok(start)
     }
 
-    fn of(&self, pair: &LowRank) -> Result<&Tensor> {
+    /// The task head's matrices, each with its start.
+    #[cfg(feature = "cuda")]
+    pub(super) fn head(&self) -> &[(Tensor, Tensor)] {
+        &self.head
+    }
+
+    pub(super) fn of(&self, pair: &LowRank) -> Result<&Tensor> {
         let start = self.a.get(&pair.a().id());
         start.ok_or_else(|| Error::config("prior", "the start of a layer's A was not told"))
     }

@@ -15,7 +15,7 @@ use crate::adapter::{
     PriorStart, Role,
 };
 use crate::error::Result;
-use crate::ops::joined;
+use crate::ops::{joined, Tape};
 
 /// The options of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,6 +94,17 @@ pub fn prior_energy(
     prior: &Prior,
     start: Option<&PriorStart>,
 ) -> Result<Option<Tensor>> {
+    prior_energy_on(model, prior, start, None)
+}
+
+/// [`prior_energy`], which on a CUDA device `tape` differentiates.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub(crate) fn prior_energy_on(
+    model: &dyn AdaptableModel,
+    prior: &Prior,
+    start: Option<&PriorStart>,
+    tape: Option<&Tape>,
+) -> Result<Option<Tensor>> {
     // By what layers must share to be computed in one batch.
     let mut groups: BTreeMap<String, Vec<LowRank>> = BTreeMap::new();
     model.visit_linears(&mut |layer| {
@@ -104,6 +115,13 @@ pub fn prior_energy(
         }
         Ok(())
     })?;
+    #[cfg(feature = "cuda")]
+    if let Some(tape) = tape.filter(|_| !groups.is_empty()) {
+        let layers = groups.values().flatten().map(|pair| (pair, None)).collect();
+        if let Some(energy) = prior.energy_on_device(layers, start, tape)? {
+            return Ok(Some(energy));
+        }
+    }
     let layers = groups.values().map(Vec::len).sum();
     let mut total = None;
     for group in groups.values() {

@@ -7,7 +7,7 @@ pub mod activate;
 mod injection;
 pub mod merge;
 pub(crate) mod patterns;
-mod posthoc;
+pub(crate) mod posthoc;
 mod targets;
 
 pub(crate) use injection::with_share;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::activate;
 use super::injection::{inject, with_share};
 use super::targets::Target;
-use crate::adapter::{low_rank, AdaptableModel, Params, Role};
+use crate::adapter::{low_rank, AdaptableModel, Params, Prior, PriorForm, Role};
 use crate::adapters::Lora;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
@@ -21,14 +21,15 @@ use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 /// [`activate::activate`] releases A and B again: call it before, not after.
 ///
 /// # Errors
-/// If no layer has an active adapter, one is not LoRA, `config` does not fit, or a layer has an
-/// adapter of this name or is merged. On an error nothing has changed.
+/// If no layer has an active adapter, one is not LoRA, `config` does not fit (a prior that none of what is trained
+/// can move included), or a layer has an adapter of this name or is merged. On an error nothing has changed.
 pub fn posthoc(
     model: &mut dyn AdaptableModel,
     name: &str,
     config: &MonteCLoRAConfig,
     params: &Params,
 ) -> Result<Vec<Target>> {
+    check(config)?;
     let (mut targets, mut pairs) = (Vec::new(), BTreeMap::new());
     model.visit_linears(&mut |layer| {
         let (path, Some((active, adapter))) = (layer.path(), layer.active()) else { return Ok(()) };
@@ -61,6 +62,16 @@ pub fn posthoc(
         params.set_trainable(role, false);
     }
     Ok(targets)
+}
+
+/// Refuses a prior that nothing of what is trained post hoc can move.
+pub(crate) fn check(config: &MonteCLoRAConfig) -> Result<()> {
+    let moves = |prior: Prior| matches!(prior.form, PriorForm::ExpectedUpdate { .. });
+    if config.prior.is_some_and(|prior| !moves(prior)) {
+        let reason = "post hoc A, B and the head stay: of the priors only expected_update reaches rho";
+        return Err(Error::config("prior", reason));
+    }
+    Ok(())
 }
 
 /// The alpha whose scale is `scale` to the last bit: a quotient times its divisor may be a bit off.

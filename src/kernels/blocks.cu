@@ -1,7 +1,26 @@
 // What the threads of a block, and the blocks of a launch, find out together.
 
-// The sum and the largest of what each thread of the block has put into `part`, in a fixed order; the whole block calls
-// them.
+// The sum, or the largest, of what each group of `lanes` neighbouring threads, a power of two, has put into `part`, in a
+// fixed order; the whole block calls it.
+DEVICE float fold_lanes(float *part, u32 lanes, int sum) {
+    u32 lane = THREAD % lanes;
+    BARRIER
+    for (u32 half = lanes / 2; half > 0; half /= 2) {
+        if (lane < half) {
+            float a = part[THREAD], b = part[THREAD + half];
+            part[THREAD] = sum ? a + b : a > b ? a : b;
+        }
+        BARRIER
+    }
+    float folded = part[THREAD - lane];
+    BARRIER
+    return folded;
+}
+
+// The sum of what each thread of the block has put into `part`.
+DEVICE float block_sum(float *part) { return fold_lanes(part, THREADS, 1); }
+
+// The sum in double precision.
 DEVICE double block_total(double *part) {
     BARRIER
     for (u32 half = THREADS / 2; half > 0; half /= 2) {
@@ -13,6 +32,13 @@ DEVICE double block_total(double *part) {
     return total;
 }
 
+// The sum of what each thread has.
+DEVICE double thread_total(double *part, double own) {
+    part[THREAD] = own;
+    return block_total(part);
+}
+
+// The largest in double precision.
 DEVICE double block_largest(double *part) {
     BARRIER
     for (u32 half = THREADS / 2; half > 0; half /= 2) {

@@ -9,11 +9,6 @@ typedef struct {
     u32 rank, components, diagonal, unused;
 } Divergence;
 
-DEVICE double thread_total(double *part, double own) {
-    part[THREAD] = own;
-    return block_total(part);
-}
-
 // Of each layer (KL_N, KL_W, KL_D, L_C) into `terms` (layers, 4); the last block leaves their means over layers, and
 // `total` = kl (KL_N + KL_W + KL_D) + cooperative L_C of these.
 KERNEL divergences(const Divergence *layers, double kl, double cooperative, double *terms, u32 *done, float *means,

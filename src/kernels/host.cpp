@@ -39,12 +39,12 @@ static double lgamma_alone(double x) {
 
 #include "dialect.cu"
 #include "noise.cu"
-#include "fold.cu"
-#include "rows.cu"
 #include "gamma.cu"
 #include "blocks.cu"
+#include "rows.cu"
 #include "draw.cu"
 #include "divergence.cu"
+#include "energy.cu"
 #include "update.cu"
 #include "attention.cu"
 #include "loss.cu"
@@ -143,7 +143,7 @@ static void family(void) {
 
 static void optimizer(void) {
     u32 tensors = word(), blocks = word();
-    float beta1 = number(), rest1 = number(), beta2 = number(), rest2 = number(), eps = number();
+    float factor = number(), beta1 = number(), rest1 = number(), beta2 = number(), rest2 = number(), eps = number();
     Update *updates = room(6 * tensors);
     Span *spans = room(2 * tensors);
     for (u32 i = 0; i < tensors; i++) {
@@ -156,7 +156,7 @@ static void optimizer(void) {
     }
     double *sums = room(tensors * blocks), *total = room(1);
     u32 done = 0;
-    LAUNCH_ROWS(tensors, blocks, adamw(updates, beta1, rest1, beta2, rest2, eps));
+    LAUNCH_ROWS(tensors, blocks, adamw(updates, factor, beta1, rest1, beta2, rest2, eps));
     u32 *counter = &done;
     // Twice: the counter of blocks is zero again, or nobody writes what was wiped out in between.
     for (int time = 0; time < 2; time++) {
@@ -222,6 +222,7 @@ static void dropout(void) {
 #include "host_linear.cpp"
 #include "host_draws.cpp"
 #include "host_divergence.cpp"
+#include "host_energy.cpp"
 
 int main(void) {
     switch (word()) {
@@ -243,6 +244,7 @@ int main(void) {
     case 36: joined(); break;
     case 40: draws(); break;
     case 41: regularizer(); break;
+    case 42: energies(); break;
     default: return 3;
     }
     return 0;

@@ -1,5 +1,5 @@
 //! Our own kernels for CUDA devices: the draw, norms, dropout, attention, activations, what stands beside the products of
-//! linear layers, cross-entropy, rows, the regulariser, the gamma function's family, AdamW.
+//! linear layers, cross-entropy, rows, the regulariser and priors, the gamma function's family, AdamW.
 //!
 //! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
 //! rounding included: `dialect.cu` has what makes that possible.
@@ -12,6 +12,8 @@ pub(crate) mod attention;
 pub(crate) mod divergence;
 #[cfg(feature = "cuda")]
 pub(crate) mod draws;
+#[cfg(feature = "cuda")]
+pub(crate) mod energy;
 #[cfg(feature = "cuda")]
 pub(crate) mod gather;
 #[cfg(feature = "cuda")]
@@ -39,12 +41,12 @@ pub(crate) use launch::{alloc_uninit, check, count, elements, launch, one_each, 
 const SOURCE: &str = concat!(
     include_str!("dialect.cu"),
     include_str!("noise.cu"),
-    include_str!("fold.cu"),
-    include_str!("rows.cu"),
     include_str!("gamma.cu"),
     include_str!("blocks.cu"),
+    include_str!("rows.cu"),
     include_str!("draw.cu"),
     include_str!("divergence.cu"),
+    include_str!("energy.cu"),
     include_str!("update.cu"),
     include_str!("attention.cu"),
     include_str!("loss.cu"),

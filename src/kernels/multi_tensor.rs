@@ -31,16 +31,16 @@ pub(crate) fn supports(tensor: &Tensor) -> bool {
     tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
-/// Makes all updates, whose tensors are of one size and on one device each, in one launch for each device; `betas` are the
-/// decays of the means.
+/// Makes all updates, whose tensors are of one size and on one device each, in one launch for each device; every
+/// gradient is multiplied by `factor` first, `betas` are the decays of the means.
 ///
 /// # Errors
 /// If a tensor is not one that the kernels [`supports`], the tensors of an update are on several devices, or a device
 /// fails.
-pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()> {
+pub(crate) fn adamw(updates: &[Update], factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
     let [beta1, beta2] = betas.map(|beta| beta as f32);
     let [rest1, rest2] = betas.map(|beta| (1.0 - beta) as f32);
-    let eps = eps as f32;
+    let (factor, eps) = (factor as f32, eps as f32);
     for updates in launches(updates, |update| &update.value) {
         let (device, mut table) = (device_of(&updates[0].value)?, Vec::with_capacity(6 * updates.len()));
         for update in &updates {
@@ -57,7 +57,7 @@ pub(crate) fn adamw(updates: &[Update], betas: [f64; 2], eps: f64) -> Result<()>
         }
         let config = rows(updates.iter().map(|update| &update.value))?;
         let table = device.clone_htod(&table)?;
-        launch!(device; config; adamw(&table, &beta1, &rest1, &beta2, &rest2, &eps));
+        launch!(device; config; adamw(&table, &factor, &beta1, &rest1, &beta2, &rest2, &eps));
     }
     Ok(())
 }
@@ -208,7 +208,7 @@ fn launches<'a, T>(items: &'a [T], of: impl Fn(&'a T) -> &'a Tensor) -> Vec<Vec<
 }
 
 /// A row of blocks for each tensor, some sixteen elements a thread of the longest.
-fn rows<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<LaunchConfig> {
+pub(super) fn rows<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<LaunchConfig> {
     let rows = count(tensors.len())?;
     let longest = tensors.map(Tensor::elem_count).max().unwrap_or(0);
     let mut config = grid(count(longest)?.div_ceil(16 * THREADS).clamp(1, BLOCKS));

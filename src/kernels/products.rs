@@ -2,6 +2,8 @@
 //! fills, so that the heads of an attention, and groups of query heads that share a key head, need no copies.
 #![allow(unsafe_code)] // cuBLAS trusts its arguments
 
+use std::borrow::Borrow;
+
 use candle_core::cuda_backend::cudarc::cublas::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{
@@ -118,6 +120,47 @@ impl<'a> Table<'a> {
             &self.lattices, &used, &batches, &heads, &members, &mut addresses
         ));
         Ok(Products { device, addresses, each: self.batches * self.heads, members: self.members })
+    }
+}
+
+/// The table of matrices that are a tensor each.
+pub(super) struct List<'a> {
+    device: &'a CudaDevice,
+    addresses: Vec<i64>,
+}
+
+impl<'a> List<'a> {
+    /// Without a matrix yet.
+    pub fn new(device: &'a CudaDevice) -> Self {
+        Self { device, addresses: Vec::new() }
+    }
+
+    /// Adds contiguous matrices of f32 of one shape, each a product's.
+    ///
+    /// # Errors
+    /// If there is none, their shapes differ, or one is not contiguous, of another dtype or elsewhere.
+    pub fn operand(&mut self, matrices: &[impl Borrow<Tensor>]) -> Result<Operand> {
+        let Some(shape) = matrices.first().map(|matrix| matrix.borrow().dims2()).transpose()? else {
+            bail!("an operand of products without a tensor")
+        };
+        let first = self.addresses.len();
+        for matrix in matrices.iter().map(Borrow::borrow) {
+            if matrix.dims2()? != shape {
+                bail!("products of matrices {shape:?} and {:?} at once", matrix.dims());
+            }
+            self.addresses.push(address(self.device, matrix, DType::F32)?.cast_signed());
+        }
+        let (tensors, row) = (matrices.len(), shape.1);
+        Ok(Operand { first, tensors, row, shared: false, dtype: DType::F32, transposed: false })
+    }
+
+    /// The table on the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn fill(self) -> Result<Products<'a>> {
+        let addresses = self.device.clone_htod(&self.addresses)?;
+        Ok(Products { device: self.device, addresses, each: 1, members: 1 })
     }
 }
 

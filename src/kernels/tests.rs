@@ -15,6 +15,7 @@ mod activation;
 mod attention;
 mod divergence;
 mod draws;
+mod energy;
 mod linear;
 mod loss;
 
@@ -208,11 +209,11 @@ fn adamw_and_clipping_have_the_host_s_bits_and_squares_their_sum() {
         xs
     };
     let wide = |xs: &[f32]| xs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-    let [beta1, rest1, beta2, rest2, eps] = [0.9, 0.1, 0.98, 0.02, 1e-6f32];
+    let [factor, beta1, rest1, beta2, rest2, eps] = [0.3, 0.9, 0.1, 0.98, 0.02, 1e-6f32];
     // More elements than the threads of all blocks, fewer, none.
     let (blocks, mut want, mut squares) = (3, Vec::new(), 0.0);
     let (mut clipped, mut summed) = (Vec::new(), Vec::new());
-    let mut request = Request::of(&[4, 3, blocks]).and(&wide(&[beta1, rest1, beta2, rest2, eps]));
+    let mut request = Request::of(&[4, 3, blocks]).and(&wide(&[factor, beta1, rest1, beta2, rest2, eps]));
     for (i, count) in [250, 5, 0].into_iter().enumerate() {
         let (i, [keep, rate, inverse]) = (i as u64, [0.999, 3e-3, 7.0 + i as f32]);
         let (mut w, mut m, grad) = (values(4 * i, count), values(4 * i + 1, count), values(4 * i + 3, count));
@@ -220,8 +221,9 @@ fn adamw_and_clipping_have_the_host_s_bits_and_squares_their_sum() {
         request.0.push(count as u64);
         request = request.and(&wide(&[keep, rate, inverse])).and(&wide(&[&w[..], &m, &v, &grad].concat()));
         for i in 0..count {
-            m[i] = beta1 * m[i] + rest1 * grad[i];
-            v[i] = beta2 * v[i] + rest2 * (grad[i] * grad[i]);
+            let g = factor * grad[i];
+            m[i] = beta1 * m[i] + rest1 * g;
+            v[i] = beta2 * v[i] + rest2 * (g * g);
             w[i] = keep * w[i] - rate * m[i] / ((v[i] * inverse).sqrt() + eps);
         }
         want.extend(wide(&[w, m, v].concat()));

@@ -1,5 +1,5 @@
 // One launch over all parameters: AdamW in place, as `optim::update` does it on the host and with the same rounding, the
-// gradients' squares, and the clipped gradients. A row of blocks has a tensor; the host fills the tensors' table.
+// gradients' squares, gradients times a factor, sums. A row of blocks has a tensor; the host fills the tensors' table.
 
 typedef struct {
     float *value, *first, *second;
@@ -8,11 +8,11 @@ typedef struct {
     float keep, rate, inverse;
 } Update;
 
-// m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- keep w - rate m / (sqrt(v inverse) + eps).
-KERNEL adamw(const Update *updates, float beta1, float rest1, float beta2, float rest2, float eps) {
+// g <- factor g,  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- keep w - rate m / (sqrt(v inverse) + eps).
+KERNEL adamw(const Update *updates, float factor, float beta1, float rest1, float beta2, float rest2, float eps) {
     Update u = updates[BLOCK_ROW];
     for (u64 i = BLOCK * THREADS + THREAD; i < u.count; i += BLOCKS * THREADS) {
-        float g = u.grad[i];
+        float g = u.grad[i] * factor;
         float m = beta1 * u.first[i] + rest1 * g, v = beta2 * u.second[i] + rest2 * (g * g);
         u.first[i] = m;
         u.second[i] = v;

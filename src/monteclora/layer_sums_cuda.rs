@@ -3,10 +3,12 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::layer_sums::Layer;
-use super::options::Compat;
+use super::options::{Compat, Mixture};
 use super::posterior::Posterior;
+use crate::adapter::LowRank;
 use crate::dist::Covariance;
 use crate::kernels::divergence::{divergences, Divergences, Layer as Parameters};
+use crate::kernels::energy::Spread;
 use crate::ops::Tape;
 
 /// The means over layers of KL_N, KL_W, KL_D and L_C, which are values, and the total under the weights of the
@@ -43,6 +45,18 @@ pub(super) fn means_and_total(
     Ok(leaves.into_iter().next().map(|total| (means, total)))
 }
 
+/// A and B of each layer, with what a prior in expectation sees of its draws; none without A and B.
+pub(super) fn pairs<'a>(layers: &'a [Layer]) -> Option<Vec<(&'a LowRank, Option<Spread>)>> {
+    let of = |layer: &'a Layer| {
+        let ((pair, eps), spec) = (layer.pair.as_ref()?, layer.posterior.spec());
+        let factor = spec.in_dim as f64 * eps * eps * spec.config.degrees();
+        let weighted = spec.config.mixture != Mixture::Sparse;
+        let c = weighted.then(|| layer.posterior.expert_weights_prior().clone());
+        Some((pair, Some(Spread { rho: layer.posterior.std_prior().clone(), c, factor })))
+    };
+    layers.iter().map(of).collect()
+}
+
 fn serves(posterior: &Posterior, first: &Posterior) -> bool {
     let (spec, device) = (posterior.spec(), &first.spec().device);
     let vectors = [posterior.std_prior(), posterior.expert_weights_prior()];
@@ -63,8 +77,8 @@ fn parameters(posterior: &Posterior) -> Parameters<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::adapter::{Context, Params, Pass};
-    use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig, Regularizer};
+    use crate::adapter::{Context, Init, Params, Pass, Prior, PriorForm, Role};
+    use crate::monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig, Regularizer};
     use crate::noise::{Noise, Purpose};
     use crate::ops::{self, Tape};
     use crate::util::device::cuda_device;
@@ -72,13 +86,15 @@ mod tests {
 
     type Numbers = Vec<f32>;
 
-    /// The total, the terms and the gradients of a quarter of the total, of three layers in two shapes.
-    fn numbers(device: &Device, with_tape: bool) -> crate::Result<(Numbers, Numbers)> {
+    /// The total, the terms and the gradients of a quarter of the total, of three layers in two shapes and a head.
+    fn numbers(of: &MonteCLoRAConfig, device: &Device, with_tape: bool) -> crate::Result<(Numbers, Numbers)> {
         let params = Params::new(Noise::new(3), device);
-        let config = |rank| MonteCLoRAConfig { rank, num_components: 3, ..MonteCLoRAConfig::paper() };
+        let config = |rank| MonteCLoRAConfig { rank, num_components: 3, ..of.clone() };
         let layers = [("a", 4), ("b", 2), ("c", 4)]
             .map(|(path, rank)| MonteCLoRA::new(&params, path, "default", (9, 7), &config(rank)));
         let layers = layers.into_iter().collect::<crate::Result<Vec<_>>>()?;
+        params.create("head", Role::Head, (3, 7), &Init::Normal(1.0))?;
+        let regularizer = Regularizer::new(&config(2)).for_training(&params, 5)?;
         let (mut variables, tape) = (Vec::new(), Tape::default());
         for (name, param) in params.all() {
             let mut values = vec![0f32; param.var.elem_count()];
@@ -88,30 +104,46 @@ mod tests {
         }
         let cx = Context::from(Pass::Train { draw: 0 });
         let cx = if with_tape { cx.with_tape(&tape) } else { cx };
-        let regularizer = Regularizer::new(&config(2));
         let terms = regularizer.for_layers(&layers.iter().collect::<Vec<_>>(), &cx)?;
         let store = ops::backward(&(&terms.total * 0.25)?, &variables, Some(&tape))?;
         let gradients = variables.iter().filter_map(|variable| store.get(variable));
         let gradients: Vec<Vec<f32>> = gradients
             .map(|gradient| gradient.flatten_all()?.to_vec1())
             .collect::<candle_core::Result<_>>()?;
-        let terms = [terms.total, terms.kl_gaussian, terms.kl_wishart, terms.kl_dirichlet, terms.cooperative];
-        let terms = terms.iter().map(Tensor::to_scalar).collect::<candle_core::Result<_>>()?;
-        Ok((terms, gradients.concat()))
+        let paper = [terms.total, terms.kl_gaussian, terms.kl_wishart, terms.kl_dirichlet, terms.cooperative];
+        let terms = paper.iter().chain(&terms.prior).map(Tensor::to_scalar);
+        Ok((terms.collect::<candle_core::Result<_>>()?, gradients.concat()))
     }
 
     #[test]
-    fn one_launch_says_what_the_operations_say_here_and_on_the_host() -> crate::Result<()> {
+    fn few_launches_say_what_the_operations_say_here_and_on_the_host() -> crate::Result<()> {
         let device = cuda_device(0)?;
-        let (terms, gradients) = numbers(&device, true)?;
-        for (want_terms, want) in [numbers(&device, false)?, numbers(&Device::Cpu, true)?] {
-            assert_eq!((terms.len(), gradients.len()), (want_terms.len(), want.len()));
-            for (got, want) in terms.iter().zip(&want_terms) {
-                assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{got} {want}");
-            }
-            let size = want.iter().fold(0f32, |size, x| size.max(x.abs()));
-            for (got, want) in gradients.iter().zip(&want) {
-                assert!((got - want).abs() <= 1e-5 * size, "{got} {want} of {size}");
+        let std = 0.6;
+        let forms = [
+            PriorForm::Mean { std },
+            PriorForm::Start { std },
+            PriorForm::Factors { std_a: std, std_b: 0.9 },
+            PriorForm::Update { std },
+            PriorForm::ExpectedUpdate { std },
+        ];
+        let with = |form| Prior { form, ..Prior::calibrated() };
+        let mut priors: Vec<Option<Prior>> = forms.into_iter().map(|form| Some(with(form))).collect();
+        priors.extend([None, Some(Prior { head_std: None, ..Prior::calibrated() })]);
+        for (prior, mixture) in priors.iter().flat_map(|p| [(p, Mixture::Collapsed), (p, Mixture::Sparse)]) {
+            let config =
+                MonteCLoRAConfig { prior: *prior, mixture, sample_scaler: 0.2, ..MonteCLoRAConfig::paper() };
+            let (terms, gradients) = numbers(&config, &device, true)?;
+            for (want_terms, want) in
+                [numbers(&config, &device, false)?, numbers(&config, &Device::Cpu, true)?]
+            {
+                assert_eq!((terms.len(), gradients.len()), (want_terms.len(), want.len()), "{config:?}");
+                for (got, want) in terms.iter().zip(&want_terms) {
+                    assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{prior:?}: {got} {want}");
+                }
+                let size = want.iter().fold(0f32, |size, x| size.max(x.abs()));
+                for (got, want) in gradients.iter().zip(&want) {
+                    assert!((got - want).abs() <= 1e-5 * size, "{prior:?}: {got} {want} of {size}");
+                }
             }
         }
         Ok(())

@@ -207,20 +207,9 @@ impl Regularizer {
             return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
         }
         #[cfg(feature = "cuda")]
-        if let (Some(tape), None, None, None) = (tape, &draws, &self.prior, &self.evidence) {
-            let weights = [self.kl_weight, self.cooperative_weight];
-            if let Some((means, total)) = layer_sums_cuda::means_and_total(layers, weights, tape)? {
-                let [kl_gaussian, kl_wishart, kl_dirichlet, cooperative] = means;
-                let (prior, kl_mean) = (None, None);
-                return Ok(RegularizerTerms {
-                    total,
-                    kl_gaussian,
-                    kl_wishart,
-                    kl_dirichlet,
-                    cooperative,
-                    prior,
-                    kl_mean,
-                });
+        if let (Some(tape), None, None) = (tape, &draws, &self.evidence) {
+            if let Some(terms) = self.on_device(layers, rows, tape)? {
+                return Ok(terms);
             }
         }
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
@@ -256,6 +245,44 @@ impl Regularizer {
         };
         let kl_mean = sums.kl_mean;
         Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative, prior, kl_mean })
+    }
+
+    /// The regulariser in expectation by our own kernels; none where they do not serve.
+    #[cfg(feature = "cuda")]
+    fn on_device(
+        &self,
+        layers: &[Layer],
+        rows: Option<f64>,
+        tape: &Tape,
+    ) -> Result<Option<RegularizerTerms>> {
+        let prior = match &self.prior {
+            Some(prior) => {
+                let Some(layers) = layer_sums_cuda::pairs(layers) else { return Ok(None) };
+                let energy = prior.energy_on_device(layers, self.start.as_ref(), tape)?;
+                let Some(energy) = energy else { return Ok(None) };
+                Some((energy, prior.temperature / training_rows(rows)?))
+            }
+            None => None,
+        };
+        let weights = [self.kl_weight, self.cooperative_weight];
+        let Some((means, total)) = layer_sums_cuda::means_and_total(layers, weights, tape)? else {
+            return Ok(None);
+        };
+        let [kl_gaussian, kl_wishart, kl_dirichlet, cooperative] = means;
+        let total = match &prior {
+            Some((energy, weight)) => (total + (energy * *weight)?)?,
+            None => total,
+        };
+        let prior = prior.map(|(energy, _)| energy);
+        Ok(Some(RegularizerTerms {
+            total,
+            kl_gaussian,
+            kl_wishart,
+            kl_dirichlet,
+            cooperative,
+            prior,
+            kl_mean: None,
+        }))
     }
 }
 

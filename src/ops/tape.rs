@@ -34,7 +34,7 @@ use super::custom_vjp::leaf;
 /// let loss = layer.forward_with(&Tensor::ones((1, 4), DType::F32, &device)?, &cx)?.sum_all()?;
 /// let mut grads = Gradients::new();
 /// grads.backward(&params, &loss, &tape)?;
-/// assert_eq!(grads.iter().count(), 2); // of A and B
+/// assert_eq!(grads.tensors()?.len(), 2); // of A and B
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 #[derive(Clone, Default)]

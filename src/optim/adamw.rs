@@ -107,7 +107,7 @@ impl AdamW {
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
         let mut pairs = Vec::new();
         for (name, param) in self.params.trainable() {
-            let Some(grad) = grads.get(&name) else {
+            let Some(grad) = grads.unscaled(&name) else {
                 return Err(Error::tensor(name, "this trainable parameter has no gradient"));
             };
             if grad.shape() != param.var.shape() {
@@ -132,11 +132,12 @@ impl AdamW {
                 moments.steps += 1;
                 let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // both powers are 0 by then
                 let (rate, correction2) = (lr / (1.0 - beta1.powi(t)), 1.0 - beta2.powi(t));
-                let constants = Constants { beta1, beta2, eps, keep, rate, correction2 };
+                let factor = grads.factor();
+                let constants = Constants { factor, beta1, beta2, eps, keep, rate, correction2 };
                 steps.take(&param.var, moments, grad, &constants)?;
             }
         }
-        Ok(steps.finish([beta1, beta2], eps)?)
+        Ok(steps.finish(grads.factor(), [beta1, beta2], eps)?)
     }
 
     /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,

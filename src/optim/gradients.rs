@@ -1,5 +1,6 @@
 //! Gradients by parameter name: accumulated over micro-batches, checked, clipped.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
@@ -17,9 +18,18 @@ const NO_GRADIENT: &str = "the loss gives this trainable parameter no gradient: 
     none; take monteclora::ops::{LayerNorm, RmsNorm, rotary}, candle_nn::ops::softmax, rotary_emb::rope_slow";
 
 /// The gradients of the trainable parameters of one optimiser step.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Gradients {
     by_name: BTreeMap<String, Tensor>,
+    /// What each of them is still to be multiplied by: clipping costs no pass of its own, the optimiser applies it to
+    /// what it reads anyway.
+    factor: f64,
+}
+
+impl Default for Gradients {
+    fn default() -> Self {
+        Self { by_name: BTreeMap::new(), factor: 1.0 }
+    }
 }
 
 impl Gradients {
@@ -34,6 +44,7 @@ impl Gradients {
     /// If a trainable parameter has no gradient: the loss does not depend on it, or an operation
     /// on the way cuts gradients.
     pub fn accumulate(&mut self, params: &Params, store: &GradStore) -> Result<()> {
+        *self = Self { by_name: self.tensors()?.into_owned(), factor: 1.0 };
         for (name, param) in params.trainable() {
             let Some(grad) = store.get(&param.var) else { return Err(Error::tensor(name, NO_GRADIENT)) };
             let sum = match self.by_name.get(&name) {
@@ -68,10 +79,10 @@ impl Gradients {
     /// # Errors
     /// If candle fails.
     pub fn flat(&self, params: &Params, numbers: &[f64]) -> Result<Tensor> {
-        let (trainable, device) = (params.trainable(), params.device());
+        let (trainable, device, tensors) = (params.trainable(), params.device(), self.tensors()?);
         let double = trainable.iter().any(|(_, param)| param.var.dtype() == DType::F64);
         let dtype = if double { DType::F64 } else { DType::F32 };
-        let part = |(name, param): &(String, Param)| match self.by_name.get(name) {
+        let part = |(name, param): &(String, Param)| match tensors.get(name) {
             Some(grad) => ops::carry(&grad.flatten_all()?.to_dtype(dtype)?, device),
             None => Tensor::zeros(param.var.elem_count(), dtype, device),
         };
@@ -93,33 +104,46 @@ impl Gradients {
             at += count;
         }
         let numbers = flat.narrow(0, at, flat.dim(0)? - at)?.to_dtype(DType::F64)?.to_vec1()?;
-        Ok((Self { by_name }, numbers))
+        Ok((Self { by_name, factor: 1.0 }, numbers))
     }
 
     /// The gradient of a parameter.
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.by_name.get(name)
-    }
-
-    /// All gradients, in the order of the parameters' names.
-    pub fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
-        self.by_name.iter()
-    }
-
-    /// Multiplies every gradient by `factor`.
     ///
     /// # Errors
     /// If candle fails.
-    pub fn scale(&mut self, factor: f64) -> Result<()> {
+    pub fn get(&self, name: &str) -> Result<Option<Tensor>> {
+        Ok(self.by_name.get(name).map(|grad| times(grad, self.factor)).transpose()?)
+    }
+
+    /// All gradients by name; on a device in one launch where they were scaled.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn tensors(&self) -> Result<Cow<'_, BTreeMap<String, Tensor>>> {
+        if self.factor == 1.0 {
+            return Ok(Cow::Borrowed(&self.by_name));
+        }
         #[cfg(feature = "cuda")]
-        if let Some(scaled) = multi_tensor::scaled(&self.by_name.values().collect::<Vec<_>>(), factor)? {
-            self.by_name.values_mut().zip(scaled).for_each(|(grad, scaled)| *grad = scaled);
-            return Ok(());
+        if let Some(scaled) = multi_tensor::scaled(&self.by_name.values().collect::<Vec<_>>(), self.factor)? {
+            return Ok(Cow::Owned(self.by_name.keys().cloned().zip(scaled).collect()));
         }
-        for grad in self.by_name.values_mut() {
-            *grad = (&*grad * factor)?;
-        }
-        Ok(())
+        let scaled = self.by_name.iter().map(|(name, grad)| Ok((name.clone(), (grad * self.factor)?)));
+        Ok(Cow::Owned(scaled.collect::<Result<_>>()?))
+    }
+
+    /// The gradient of a parameter before it is multiplied by [`Self::factor`].
+    pub(super) fn unscaled(&self, name: &str) -> Option<&Tensor> {
+        self.by_name.get(name)
+    }
+
+    /// What each gradient is still to be multiplied by.
+    pub(super) fn factor(&self) -> f64 {
+        self.factor
+    }
+
+    /// Multiplies every gradient by `factor`. Nothing is computed before they are read: AdamW does it in its own pass.
+    pub fn scale(&mut self, factor: f64) {
+        self.factor *= factor;
     }
 
     /// The Euclidean norm over all gradients together. It is NaN or infinite when one of them is.
@@ -127,6 +151,10 @@ impl Gradients {
     /// # Errors
     /// If candle fails.
     pub fn norm(&self) -> Result<f64> {
+        Ok(self.unscaled_norm()? * self.factor.abs())
+    }
+
+    fn unscaled_norm(&self) -> Result<f64> {
         if self.by_name.values().all(|grad| grad.device().is_cpu()) {
             let squares = self.by_name.values().map(ops::sum_of_squares);
             return Ok(squares.sum::<candle_core::Result<f64>>()?.sqrt());
@@ -146,13 +174,23 @@ impl Gradients {
     /// # Errors
     /// If candle fails.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
-        for (name, grad) in &self.by_name {
-            if !is_finite(grad)? {
-                return Ok(Some(name));
+        for name in self.by_name.keys() {
+            if let Some(grad) = self.get(name)? {
+                if !is_finite(&grad)? {
+                    return Ok(Some(name));
+                }
             }
         }
         Ok(None)
     }
+}
+
+/// A gradient times a factor: itself where that is 1.
+pub(super) fn times(grad: &Tensor, factor: f64) -> candle_core::Result<Tensor> {
+    if factor == 1.0 {
+        return Ok(grad.clone());
+    }
+    grad * factor
 }
 
 /// Scales the gradients so that their global norm is at most `max_norm`, as PyTorch's
@@ -167,7 +205,7 @@ pub fn clip_grad_norm(grads: &mut Gradients, max_norm: f64) -> Result<f64> {
     let norm = grads.norm()?;
     let factor = max_norm / (norm + 1e-6);
     if factor < 1.0 {
-        grads.scale(factor)?;
+        grads.scale(factor);
     }
     Ok(norm)
 }
@@ -261,7 +299,7 @@ mod tests {
         let (params, a, b) = store()?;
         let mut grads = grads(&params, &a, &b)?;
         assert!((clip_grad_norm(&mut grads, 2.0)? - 13.009611831257688).abs() < 1e-12);
-        let got = grads.get("b").unwrap().to_vec1::<f64>()?;
+        let got = grads.get("b")?.unwrap().to_vec1::<f64>()?;
         assert!((got[0] - 1.844789719055754).abs() < 1e-12 && (got[1] - 0.07686623829398975).abs() < 1e-12);
         // Below the norm nothing changes.
         let norm = grads.norm()?;

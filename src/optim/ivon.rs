@@ -182,7 +182,7 @@ impl Ivon {
         let IvonConfig { weight_decay: delta, beta1, beta2, clip_radius, .. } = self.config;
         let (mut steps, curvature) = (Vec::new(), std::mem::take(&mut self.curvature));
         for (name, param) in self.params.trainable() {
-            let Some(grad) = grads.get(&name) else {
+            let Some(grad) = grads.get(&name)? else {
                 return Err(Error::tensor(name, "this trainable parameter has no gradient"));
             };
             let (Some(found), Some(moments)) = (curvature.get(&name), self.moments.get(&name)) else {

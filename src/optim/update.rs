@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 use rayon::prelude::*;
 
+use super::gradients::times;
 use super::moments::Moments;
 #[cfg(feature = "cuda")]
 use crate::kernels::multi_tensor;
@@ -17,6 +18,8 @@ const PIECE: usize = 8192;
 /// The scalars of one step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Constants {
+    /// What the gradient is multiplied by before anything else.
+    pub factor: f64,
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
@@ -56,9 +59,9 @@ impl Steps {
 
     /// Takes those that wait.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unused_self))]
-    pub fn finish(self, betas: [f64; 2], eps: f64) -> Result<()> {
+    pub fn finish(self, factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
         #[cfg(feature = "cuda")]
-        multi_tensor::adamw(&self.waiting, betas, eps)?;
+        multi_tensor::adamw(&self.waiting, factor, betas, eps)?;
         Ok(())
     }
 }
@@ -75,13 +78,15 @@ fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants
 
 /// No allocation: for full fine-tuning the temporaries would outweigh the model.
 fn in_place(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
-    moments.first.inplace_op2(grad, &Mean { beta: constants.beta1, of_squares: false })?;
-    moments.second.inplace_op2(grad, &Mean { beta: constants.beta2, of_squares: true })?;
+    let factor = constants.factor;
+    moments.first.inplace_op2(grad, &Mean { factor, beta: constants.beta1, of_squares: false })?;
+    moments.second.inplace_op2(grad, &Mean { factor, beta: constants.beta2, of_squares: true })?;
     var.inplace_op3(&moments.first, &moments.second, &Step(*constants))
 }
 
 fn by_tensors(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
-    let Constants { beta1, beta2, eps, keep, rate, correction2 } = *constants;
+    let Constants { factor, beta1, beta2, eps, keep, rate, correction2 } = *constants;
+    let grad = &times(grad, factor)?;
     moments.first = ((&moments.first * beta1)? + (grad * (1.0 - beta1))?)?;
     moments.second = ((&moments.second * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
     let denominator = ((&moments.second / correction2)?.sqrt()? + eps)?;
@@ -89,8 +94,9 @@ fn by_tensors(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Const
     var.set(&((var.as_detached_tensor() * keep)? - update)?)
 }
 
-/// `mean <- beta mean + (1 - beta) g`, or of g squared.
+/// `mean <- beta mean + (1 - beta) g`, or of g squared, where g is the gradient times `factor`.
 struct Mean {
+    factor: f64,
     beta: f64,
     of_squares: bool,
 }
@@ -102,9 +108,9 @@ impl InplaceOp2 for Mean {
 
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
         let (mean, grad) = (elements_mut(s1, l1)?, elements(s2, l2)?);
-        let (beta, rest) = (self.beta as f32, (1.0 - self.beta) as f32);
+        let (factor, beta, rest) = (self.factor as f32, self.beta as f32, (1.0 - self.beta) as f32);
         mean.par_chunks_mut(PIECE).zip(grad.par_chunks(PIECE)).for_each(|(mean, grad)| {
-            let pairs = mean.iter_mut().zip(grad);
+            let pairs = mean.iter_mut().zip(grad).map(|(m, g)| (m, g * factor));
             vectorized!(if self.of_squares {
                 pairs.for_each(|(m, g)| *m = beta * *m + rest * (g * g))
             } else {
@@ -195,6 +201,7 @@ mod tests {
             // The gradient arrives transposed, as a matrix product's backward may leave it.
             let grad = random("g", t as u64)?.t()?.contiguous()?.t()?;
             let constants = Constants {
+                factor: 0.25,
                 beta1: 0.9,
                 beta2: 0.98,
                 eps: 1e-6,

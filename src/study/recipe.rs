@@ -206,7 +206,7 @@ mod tests {
         let ivon: Recipe = "ivon:ess=400:h0=0.1".parse()?;
         assert!(!ivon.is_lora() && ivon.method == Method::Lora(LoraConfig::default()));
         assert_eq!(ivon.ivon.map(|c| (c.ess, c.initial_hessian)), Some((400.0, 0.1)));
-        let map: Recipe = "map:form=update:width=0.2:tau=1:head=none:head-ratio=4".parse()?;
+        let map: Recipe = "map:width=0.2:form=update:tau=1:head=none:head-ratio=4".parse()?;
         let form = PriorForm::Update { std: 0.2 };
         let prior = Prior { form, temperature: 1.0, shared: true, head_std: None };
         assert_eq!(map.method, Method::Lora(LoraConfig { prior: Some(prior), ..Default::default() }));

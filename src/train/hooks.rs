@@ -10,7 +10,7 @@ use super::schedule::Schedule;
 use super::settings::Settings;
 use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::adapters::adalora::orthogonal_penalty;
-use crate::adapters::lora::prior_energy;
+use crate::adapters::lora::prior_energy_on;
 use crate::adapters::{blob, AdaLoraConfig, BlobConfig, RankAllocator};
 use crate::error::{Error, Result};
 use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
@@ -161,7 +161,7 @@ impl MethodHooks {
                 Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
             }
             Kind::Prior { prior, start } => {
-                let energy = prior_energy(model, prior, start.as_ref())?
+                let energy = prior_energy_on(model, prior, start.as_ref(), cx.tape())?
                     .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
                 let weight = prior.temperature / training_rows(rows)?;
                 let total = joined(Some(task.clone()), (&energy * weight)?)?;
@@ -239,9 +239,10 @@ impl MethodHooks {
             }
             Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
                 // Frozen (post-hoc), A has no gradient, and nothing that could fade.
-                gradients.get(name).map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(gradient)?))
+                gradients.get(name)?.map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(&gradient)?))
             }),
             Kind::Budget { allocator, .. } => {
+                let gradients = gradients.tensors()?;
                 locked(allocator)?.after_step(params, &|name| gradients.get(name).cloned(), step, total)
             }
         }

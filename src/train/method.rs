@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
-use crate::adapter::{AdaptableModel, Adapter, Params, Prior, PriorForm};
+use crate::adapter::{AdaptableModel, Adapter, Params};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
     LoraConfig, PromptConfig, Scaled,
@@ -209,12 +209,7 @@ impl MethodInit {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
             Self::PostHoc(file, config) => {
-                let reaches = |prior: Prior| matches!(prior.form, PriorForm::ExpectedUpdate { .. });
-                if config.prior.is_some_and(|prior| !reaches(prior)) {
-                    let reason =
-                        "post hoc A, B and the head stay: of the priors only expected_update reaches rho";
-                    return Err(Error::config("prior", reason));
-                }
+                inject::posthoc::check(config)?;
                 if matches!(file.method(), peft::AdapterMethod::MonteCLoRA(_)) {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }

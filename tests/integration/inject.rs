@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::{AdaptableModel, Context, Params, Role};
+use monteclora::adapter::{AdaptableModel, Context, Params, Prior, PriorForm, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Select, Targets};
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
@@ -219,6 +219,10 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
         }
         let before = logits(&model, &Pass::Mean.into())?;
         let config = MonteCLoRAConfig { sample_scaler: 0.3, ..config };
+        let prior = Prior { form: PriorForm::Mean { std: 1.0 }, ..Prior::calibrated() };
+        let still = MonteCLoRAConfig { prior: Some(prior), ..config.clone() };
+        let error = inject::posthoc(&mut model, "around", &still, &params).unwrap_err().to_string();
+        assert!(error.contains("only expected_update"), "{error}");
         let layers = inject::posthoc(&mut model, "around", &config, &params)?;
         assert_eq!((layers.len(), layers[1].rank, layers[2].rank), (6, 5, 3));
         assert_eq!(logits(&model, &Pass::Mean.into())?.to_vec2::<f32>()?, before.to_vec2::<f32>()?);

@@ -55,7 +55,7 @@ fn numbers(model: &Model, params: &Params, cx: &Context) -> Outcome<Vec<f32>> {
     let loss = c.into_iter().try_fold(loss, sum)?;
     grads.accumulate(params, &loss.backward()?)?;
     let mut numbers = ys.flatten_all()?.to_vec1::<f32>()?;
-    for (_, grad) in grads.iter() {
+    for grad in grads.tensors()?.values() {
         numbers.extend(grad.flatten_all()?.to_vec1::<f32>()?);
     }
     Ok(numbers)

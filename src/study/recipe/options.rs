@@ -71,6 +71,8 @@ pub(super) struct Options {
     pub head_ratio: Option<f64>,
     pub variational_ratio: Option<f64>,
     pub prior: Prior,
+    /// The width of the prior's form, where one was given: it holds for a form that comes after it.
+    width: Option<f64>,
     /// The width of the evidence bound's prior, where it is the objective.
     pub evidence: Option<f64>,
     pub prompt: PromptConfig,
@@ -97,6 +99,7 @@ impl Options {
             head_ratio: None,
             variational_ratio: None,
             prior: if name == "map" { Prior::map() } else { Prior::calibrated() },
+            width: None,
             evidence: None,
             prompt: PromptConfig::default(),
             blob: BlobConfig::default(),
@@ -134,8 +137,14 @@ impl Options {
             "ratio" => self.ratio = Some(number()?),
             "head-ratio" => self.head_ratio = Some(number()?),
             "variational-ratio" => self.variational_ratio = Some(number()?),
-            "form" => self.prior.form = prior_form(value)?,
-            "width" => self.prior.form = self.prior.form.with_std(number()?),
+            "form" => {
+                let form = prior_form(value)?;
+                self.prior.form = self.width.map_or(form, |std| form.with_std(std));
+            }
+            "width" => {
+                let std = number()?;
+                (self.width, self.prior.form) = (Some(std), self.prior.form.with_std(std));
+            }
             "tau" => self.prior.temperature = number()?,
             "shared" => {
                 self.prior.shared = value.parse().map_err(|_| "expected true or false".to_string())?
@@ -196,7 +205,7 @@ impl Options {
     }
 }
 
-/// What a prior is put on, by name, at a width that suits the form; `width` comes after it.
+/// What a prior is put on, by name, at a width that suits the form.
 fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
     match name {
         "mean" => Ok(PriorForm::Mean { std: 0.1 }),

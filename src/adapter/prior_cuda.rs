@@ -1,0 +1,76 @@
+//! The energy of a prior on a CUDA device: a few launches for all layers, differentiated behind a tape.
+
+use candle_core::{DType, Tensor};
+
+use super::low_rank::LowRank;
+use super::prior::{started, Prior, PriorForm, PriorStart};
+use crate::error::Result;
+use crate::kernels::energy::{energy, Distance, Spread, Update};
+use crate::ops::Tape;
+
+impl Prior {
+    /// The energy of all adapted layers, with the perturbations of those that have one, and of the task head: a scalar, of
+    /// which `tape` has the gradient. None where the kernels do not serve: they take single precision on one device.
+    ///
+    /// # Errors
+    /// If a start is needed and not there, or the device fails.
+    pub(crate) fn energy_on_device(
+        &self,
+        layers: Vec<(&LowRank, Option<Spread>)>,
+        start: Option<&PriorStart>,
+        tape: &Tape,
+    ) -> Result<Option<Tensor>> {
+        let share = if self.shared { (layers.len() as f64).sqrt().recip() } else { 1.0 };
+        let precision = |std: f64| (std * share).powi(-2);
+        let (mut distances, mut updates) = (Vec::new(), Vec::new());
+        for (pair, spread) in layers {
+            let mut distance = |of: &Tensor, from: Option<&Tensor>, std: f64| {
+                distances.push(Distance { at: of.clone(), from: from.cloned(), weight: precision(std) });
+            };
+            match self.form {
+                PriorForm::Mean { std } => distance(pair.a(), None, std),
+                PriorForm::Start { std } => distance(pair.a(), Some(started(start)?.of(pair)?), std),
+                PriorForm::Factors { std_a, std_b } => {
+                    distance(pair.a(), Some(started(start)?.of(pair)?), std_a);
+                    distance(pair.b(), None, std_b);
+                }
+                PriorForm::Update { std } | PriorForm::ExpectedUpdate { std } => {
+                    let spread = spread.filter(|_| matches!(self.form, PriorForm::ExpectedUpdate { .. }));
+                    let weight = pair.scale().powi(2) * precision(std);
+                    updates.push(Update { a: pair.a().clone(), b: pair.b().clone(), weight, spread });
+                }
+            }
+        }
+        if let Some(std) = self.head_std {
+            for (weight, from) in started(start)?.head() {
+                let precision = weight.dims2()?.1 as f64 / (std * std);
+                distances.push(Distance { at: weight.clone(), from: Some(from.clone()), weight: precision });
+            }
+        }
+        if !serve(&distances, &updates) {
+            return Ok(None);
+        }
+        let (total, energy) = energy(distances, updates)?;
+        let leaves = tape.cut(vec![total], move |grads| match grads.into_iter().next() {
+            Some(Some(grad)) => energy.gradients(&grad),
+            _ => Ok(Vec::new()),
+        })?;
+        Ok(leaves.into_iter().next())
+    }
+}
+
+fn serve(distances: &[Distance], updates: &[Update]) -> bool {
+    let of_distance = |distance: &Distance| [Some(distance.at.clone()), distance.from.clone()];
+    let of_update = |update: &Update| {
+        let spread = update.spread.as_ref();
+        let (rho, c) = (spread.map(|s| s.rho.clone()), spread.and_then(|s| s.c.clone()));
+        [Some(update.a.clone()), Some(update.b.clone()), rho, c]
+    };
+    let all: Vec<Tensor> =
+        distances.iter().flat_map(of_distance).chain(updates.iter().flat_map(of_update)).flatten().collect();
+    let Some(first) = all.first() else { return false };
+    let fits = |tensor: &Tensor| {
+        tensor.device().same_device(first.device()) && tensor.dtype() == DType::F32 && tensor.is_contiguous()
+    };
+    first.device().is_cuda() && all.iter().all(fits)
+}

@@ -1,0 +1,257 @@
+//! Priors on many tensors in some launches, and their gradients.
+
+use std::collections::BTreeMap;
+
+use candle_core::cuda_backend::{cudarc::driver::CudaSlice, CudaDevice};
+use candle_core::{bail, DType, Result, Tensor};
+
+use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address};
+use super::multi_tensor::rows;
+use super::products::List;
+
+/// `weight / 2 ||at - from||^2`, from zero where there is nothing else.
+pub(crate) struct Distance {
+    pub at: Tensor,
+    pub from: Option<Tensor>,
+    pub weight: f64,
+}
+
+/// `weight / 2 E||B (A + D)||^2`.
+pub(crate) struct Update {
+    /// `(r, in_dim)`.
+    pub a: Tensor,
+    /// `(out_dim, r)`.
+    pub b: Tensor,
+    pub weight: f64,
+    /// Of the perturbation D, where there is one.
+    pub spread: Option<Spread>,
+}
+
+/// Expected squared norms of the rows of a perturbation, `factor exp(2 rho_i) E||pi||^2`.
+pub(crate) struct Spread {
+    /// `(r)`.
+    pub rho: Tensor,
+    /// The logarithms of the concentration of pi, `(N)`; without, pi is 1.
+    pub c: Option<Tensor>,
+    pub factor: f64,
+}
+
+/// What the gradients of a sum of energies need.
+pub(crate) struct Energy {
+    distances: Vec<Distance>,
+    updates: Vec<Update>,
+    /// The slopes of each distance, of rho and c of each update, and then both Gram matrices of each update.
+    kept: Tensor,
+}
+
+/// The sum of the energies of what lies on one device, of which there is something, a scalar; and what its gradients need.
+///
+/// # Errors
+/// If a tensor is not contiguous, not of f32 or elsewhere, shapes do not fit, or the device fails.
+pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(Tensor, Energy)> {
+    let of_updates = updates.iter().map(|update| &update.a);
+    let Some(first) = distances.iter().map(|distance| &distance.at).chain(of_updates).next() else {
+        bail!("the energy of nothing")
+    };
+    let device = device_of(first)?.clone();
+    let len = distances.iter().map(|distance| distance.at.elem_count()).sum::<usize>()
+        + updates.iter().map(|update| update.vectors() + 2 * update.square()).sum::<usize>();
+    let kept = empty(&device, &len.into(), DType::F32)?;
+    let total = empty(&device, &().into(), DType::F32)?;
+    let energy = Energy { distances, updates, kept };
+    let parts = energy.parts(&energy.kept)?;
+    let before = energy.measure_distances(&device, &parts, &total)?;
+    if !energy.updates.is_empty() {
+        energy.measure_updates(&device, &parts, before.as_ref(), &total)?;
+    }
+    Ok((total, energy))
+}
+
+impl Update {
+    fn rank(&self) -> usize {
+        self.a.dims()[0]
+    }
+
+    /// The elements of a Gram matrix.
+    fn square(&self) -> usize {
+        self.rank().pow(2)
+    }
+
+    /// The numbers of rho and c.
+    fn vectors(&self) -> usize {
+        self.spread.as_ref().map_or(0, |spread| spread.rho.elem_count() + spread.components())
+    }
+}
+
+impl Spread {
+    fn components(&self) -> usize {
+        self.c.as_ref().map_or(0, Tensor::elem_count)
+    }
+}
+
+/// The parts of what an [`Energy`] keeps.
+struct Parts {
+    /// Of each distance, as the tensor.
+    distances: Vec<Tensor>,
+    /// Of each update, rho's and then c's; nothing without a perturbation.
+    vectors: Vec<Option<Tensor>>,
+    /// Of each update, `A A^T` and `B^T B`; then what B and A are multiplied by.
+    grams: Vec<[Tensor; 2]>,
+}
+
+impl Energy {
+    fn parts(&self, all: &Tensor) -> Result<Parts> {
+        let mut at = 0;
+        let mut next = |len: usize| {
+            at += len;
+            all.narrow(0, at - len, len)
+        };
+        let distances = self
+            .distances
+            .iter()
+            .map(|distance| next(distance.at.elem_count())?.reshape(distance.at.shape()));
+        let distances = distances.collect::<Result<_>>()?;
+        let vectors = self.updates.iter().map(|update| match update.vectors() {
+            0 => Ok(None),
+            len => next(len).map(Some),
+        });
+        let vectors = vectors.collect::<Result<_>>()?;
+        let mut gram = |update: &Update| next(update.square())?.reshape((update.rank(), ()));
+        let grams = self.updates.iter().map(|update| Ok([gram(update)?, gram(update)?]));
+        let grams = grams.collect::<Result<_>>()?;
+        Ok(Parts { distances, vectors, grams })
+    }
+
+    /// Leaves the slopes of the distances, and their sum on the device; none where there is no distance.
+    fn measure_distances(
+        &self,
+        device: &CudaDevice,
+        parts: &Parts,
+        total: &Tensor,
+    ) -> Result<Option<CudaSlice<f64>>> {
+        if self.distances.is_empty() {
+            return Ok(None);
+        }
+        let mut table = Vec::with_capacity(5 * self.distances.len() + 1);
+        for (distance, slopes) in self.distances.iter().zip(&parts.distances) {
+            let Distance { at, from, weight } = distance;
+            if from.as_ref().is_some_and(|from| from.dims() != at.dims()) {
+                bail!("the distance of {:?} from {:?}", at.dims(), from.as_ref().map(Tensor::dims));
+            }
+            let from = from.as_ref().map_or(Ok(0), |from| address(device, from, DType::F32))?;
+            let len = count(at.elem_count())?.into();
+            table.extend([address(device, at, DType::F32)?, from, address(device, slopes, DType::F32)?]);
+            table.extend([len, weight.to_bits()]);
+        }
+        table.push(0); // the counter of blocks
+        let config = rows(self.distances.iter().map(|distance| &distance.at))?;
+        let table = device.clone_htod(&table)?;
+        let done = slice_address(&table) + 40 * self.distances.len() as u64;
+        let mut sums = alloc_uninit::<f64>(device, config.grid_dim.0 as usize * self.distances.len())?;
+        let (mut sum, total) = (alloc_uninit::<f64>(device, 1)?, address(device, total, DType::F32)?);
+        launch!(device; config; squared_distances(&table, &mut sums, &done, &mut sum, &total));
+        Ok(Some(sum))
+    }
+
+    /// Makes the Gram matrices and leaves in their places what a backward pass multiplies by, the slopes of rho and c, and
+    /// the whole sum.
+    fn measure_updates(
+        &self,
+        device: &CudaDevice,
+        parts: &Parts,
+        before: Option<&CudaSlice<f64>>,
+        total: &Tensor,
+    ) -> Result<()> {
+        for (rank, group) in self.groups() {
+            let of = |matrix: fn(&Update) -> &Tensor| -> Vec<&Tensor> {
+                group.iter().map(|which| matrix(&self.updates[*which])).collect()
+            };
+            let gram = |side: usize| group.iter().map(|which| &parts.grams[*which][side]).collect::<Vec<_>>();
+            let ((_, in_dim), (out_dim, _)) =
+                (of(|update| &update.a)[0].dims2()?, of(|update| &update.b)[0].dims2()?);
+            let mut list = List::new(device);
+            let (a, b) = (list.operand(&of(|update| &update.a))?, list.operand(&of(|update| &update.b))?);
+            let (inner, outer) = (list.operand(&gram(0))?, list.operand(&gram(1))?);
+            let products = list.fill()?;
+            products.multiply([rank, rank, in_dim], a, a.t(), inner)?;
+            products.multiply([rank, rank, out_dim], b.t(), b, outer)?;
+        }
+        let mut table = Vec::with_capacity(8 * self.updates.len() + 1);
+        for ((update, vectors), [inner, outer]) in self.updates.iter().zip(&parts.vectors).zip(&parts.grams) {
+            let of = |tensor: Option<&Tensor>| tensor.map_or(Ok(0), |t| address(device, t, DType::F32));
+            let spread = update.spread.as_ref();
+            let (rho, c) = (spread.map(|spread| &spread.rho), spread.and_then(|spread| spread.c.as_ref()));
+            if rho.is_some_and(|rho| rho.dims() != [update.rank()]) {
+                bail!("a perturbation of {:?} for a rank of {}", rho.map(Tensor::dims), update.rank());
+            }
+            let components = count(spread.map_or(0, Spread::components))?;
+            table.extend([of(Some(inner))?, of(Some(outer))?, of(rho)?, of(c)?, of(vectors.as_ref())?]);
+            table.extend([update.weight.to_bits(), spread.map_or(0.0, |spread| spread.factor).to_bits()]);
+            table.push(u64::from(count(update.rank())?) | u64::from(components) << 32);
+        }
+        table.push(0); // the counter of blocks
+        let table = device.clone_htod(&table)?;
+        let done = slice_address(&table) + 64 * self.updates.len() as u64;
+        let mut terms = alloc_uninit::<f64>(device, self.updates.len())?;
+        let (before, total) = (before.map_or(0, slice_address), address(device, total, DType::F32)?);
+        let blocks = grid(count(self.updates.len())?);
+        launch!(device; blocks; update_energies(&table, &mut terms, &done, &before, &total));
+        Ok(())
+    }
+
+    /// Ranks, and which updates have their shapes in common.
+    fn groups(&self) -> impl Iterator<Item = (usize, Vec<usize>)> {
+        let mut groups: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+        for (which, update) in self.updates.iter().enumerate() {
+            groups.entry((update.a.dims(), update.b.dims())).or_default().push(which);
+        }
+        groups.into_iter().map(|((a, _), group)| (a[0], group)).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Each tensor that the energy depends on, and its gradient where that of the total is `grad`, a scalar.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn gradients(self, grad: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
+        let parts = self.parts(&self.kept.broadcast_mul(grad)?)?;
+        let mut all: Vec<(Tensor, Tensor)> = Vec::new();
+        for (update, vectors) in self.updates.iter().zip(&parts.vectors) {
+            if let (Some(Spread { rho, c, .. }), Some(vectors)) = (&update.spread, vectors) {
+                all.push((rho.clone(), vectors.narrow(0, 0, update.rank())?));
+                let components = vectors.dim(0)? - update.rank();
+                if let Some(c) = c {
+                    all.push((c.clone(), vectors.narrow(0, update.rank(), components)?));
+                }
+            }
+        }
+        for (rank, group) in self.groups() {
+            all.extend(self.gradients_of(&group, rank, &parts)?);
+        }
+        all.extend(self.distances.into_iter().map(|distance| distance.at).zip(parts.distances));
+        Ok(all)
+    }
+
+    /// Those of A and B of updates of one shape: `dA = (w B^T B) A`, `dB = B (w (A A^T + diag v))`.
+    fn gradients_of(&self, group: &[usize], rank: usize, parts: &Parts) -> Result<Vec<(Tensor, Tensor)>> {
+        let of = |matrix: fn(&Update) -> &Tensor| -> Vec<&Tensor> {
+            group.iter().map(|which| matrix(&self.updates[*which])).collect()
+        };
+        let factors = |side: usize| group.iter().map(|which| &parts.grams[*which][side]).collect::<Vec<_>>();
+        let (a, b) = (of(|update| &update.a), of(|update| &update.b));
+        let device = device_of(a[0])?;
+        let ((_, in_dim), (out_dim, _)) = (a[0].dims2()?, b[0].dims2()?);
+        let das = empty(device, &(group.len(), rank, in_dim).into(), DType::F32)?;
+        let dbs = empty(device, &(group.len(), out_dim, rank).into(), DType::F32)?;
+        let each = |all: &Tensor| (0..group.len()).map(|i| all.get(i)).collect::<Result<Vec<_>>>();
+        let (das, dbs) = (each(&das)?, each(&dbs)?);
+        let mut list = List::new(device);
+        let (left, inner, outer) =
+            (list.operand(&a)?, list.operand(&factors(0))?, list.operand(&factors(1))?);
+        let (right, da, db) = (list.operand(&b)?, list.operand(&das)?, list.operand(&dbs)?);
+        let products = list.fill()?;
+        products.multiply([rank, in_dim, rank], outer, left, da)?;
+        products.multiply([out_dim, rank, rank], right, inner, db)?;
+        let pairs = a.into_iter().cloned().zip(das).chain(b.into_iter().cloned().zip(dbs));
+        Ok(pairs.collect())
+    }
+}
