@@ -17,7 +17,8 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use common::given::Given;
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
 use common::output::{tell, tell_err};
@@ -90,6 +91,19 @@ struct Args {
     output: Option<PathBuf>,
 }
 
+impl Args {
+    /// Says which of the options that were given a prediction does not read.
+    fn tell_unread_by_predict(&self, given: &Given) {
+        let all = Self::command();
+        let read = "model task adapter predict text_column text_pair_column label_column max_length posterior_samples \
+                    device dtype quantize output";
+        let read: Vec<&str> = read.split_whitespace().collect();
+        let options = all.get_arguments().map(|option| option.get_id().as_str());
+        let unread: Vec<&str> = options.filter(|option| !read.contains(option)).collect();
+        given.without_effect(&unread, "with --predict nothing is trained");
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   glue --task mrpc --model FacebookAI/roberta-base --method monteclora --posterior-samples 10 --output OUT
@@ -109,6 +123,7 @@ fn run(processes: &Processes) -> Outcome {
     let task: Task = args.task.parse()?;
     processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
+        args.tell_unread_by_predict(&given);
         if !processes.is_first() {
             return Ok(()); // one is enough
         }
@@ -150,6 +165,10 @@ fn run(processes: &Processes) -> Outcome {
     let methods = args.method.names()?;
     args.method.tell_unread(&given, &methods);
     args.train.tell_unread(&given, &methods, args.output.is_some());
+    if args.tables.train.is_none() {
+        let of_tables = ["dev_share", "text_column", "text_pair_column", "label_column", "problem_type"];
+        given.without_effect(&of_tables, "it is of a table of one's own (--train)");
+    }
     if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
@@ -219,7 +238,11 @@ fn tune(
     let keep = || writes.map_or(Ok(()), |dir| classifier.save(model, dir));
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone: processes.world() == 1 };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
-    let checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
+    let mut checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
+    // Its default follows from what is compared already.
+    if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
+        checkpoints.settings.insert("metric".to_string(), metric.clone());
+    }
     let params = &classifier.params;
     let summary = match args.train.epochs {
         0 => Summary::default(), // only measured

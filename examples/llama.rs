@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::gguf::{GgufOptions, Trained};
+use common::gguf::{stays, GgufOptions, Trained};
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
 use common::output::{tell, tell_err};
@@ -191,7 +191,7 @@ fn run(processes: &Processes) -> Outcome {
     };
     let files = common::download::model_files(&model)?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;
-    let longest = config.max_position_embeddings;
+    let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
@@ -205,6 +205,7 @@ fn run(processes: &Processes) -> Outcome {
     }
     args.method.tell_unread(&given, &methods);
     args.train.tell_unread(&given, &methods, args.output.is_some());
+    given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
     args.task.tell_unread(&given);
     if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
@@ -315,7 +316,7 @@ impl Setup {
         let adapter = start.method().adapter();
         let trained =
             Trained { model: &model, params: &params, adapter: adapter.as_ref(), files: &self.files };
-        args.gguf.check(&trained, writes)?;
+        args.gguf.check(&trained, writes, args.train.resume)?;
         args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
 
         let communicator = processes.communicator();
@@ -359,19 +360,14 @@ impl Setup {
 
         // Before anything else can fail.
         keep()?;
+        let stepped = summary.step_seconds_median.is_some();
         if let Some(dir) = &whole {
-            // It appears whole or not at all, and it may be somebody else's: never removed here.
-            match (args.train.resume && files::has_entries(dir), summary.step_seconds_median) {
-                (true, None) => tell!("{}: it is there already and stays as it is", dir.display()),
-                (true, Some(_)) => {
-                    let what = "it is of before the last steps: move it away and --resume once more";
-                    return Err(format!("{}: {what}", dir.display()).into());
-                }
-                (false, _) => save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?,
+            if !stays(dir, args.train.resume && files::has_entries(dir), stepped)? {
+                save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?;
             }
         }
         if processes.is_first() {
-            args.gguf.write(&trained, writes)?;
+            args.gguf.write(&trained, writes, args.train.resume, stepped)?;
         }
         processes.check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);

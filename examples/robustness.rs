@@ -134,7 +134,7 @@ impl Args {
             given.without_effect(&run, "with --report-only nothing is run");
         } else if self.is_language() {
             BenchmarkOptions::tell_unread(given, &self.language.kinds(&self.tasks));
-        } else if self.plan.is_none() {
+        } else {
             let own =
                 ["train_format", "by_name", "max_new_tokens", "temperature", "dtype", "checkpoint_layers"];
             given.without_effect(&own, "it is of a language model's study (--train)");
@@ -182,7 +182,15 @@ fn run(processes: &Processes) -> Outcome {
         if let Some((plan, _)) = &plan {
             args.follow(plan);
         }
-        args.shard = Some(processes.share(args.shard()?));
+        if !args.is_language() {
+            // However they are spelt; of a plan they are known to be some.
+            args.tasks = args.glue_tasks()?.iter().map(|task| task.name().to_string()).collect();
+        }
+        let shard = processes.share(args.shard()?);
+        if args.pack && !shard.is_whole() {
+            return Err("--pack: others may run the study: pack it with --report-only afterwards".into());
+        }
+        args.shard = Some(shard);
         args.device = processes.device_name(&args.device);
         processes.join(&args.device)?;
         run_cells(&args, plan)?;
@@ -234,6 +242,9 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     }
     if args.is_language() {
         return run_language(args, &cells, &files, settings, virtual_tokens);
+    }
+    if args.draws == 0 {
+        return Err("--draws: expected at least 1, got 0".into());
     }
     let data = Data { args, files: &files, virtual_tokens };
     let mut tasks = BTreeMap::new();
@@ -414,7 +425,7 @@ impl Data<'_> {
     fn load(&self, task: Task) -> Outcome<Rows> {
         let args = self.args;
         let splits = self.splits(task)?;
-        let config = SequenceConfig::from_file(self.files.config_path(), task.num_labels())?;
+        let config = SequenceConfig::from_files(self.files, task.num_labels())?;
         let tokenizer = common::tokenizer(self.files, config.vocab_size())?;
         // All methods of a grid see the same rows, whatever room one of them wants.
         let longest = config.max_length();

@@ -43,29 +43,41 @@ impl Trained<'_> {
     }
 }
 
+/// Whether a whole model that is `there` stays as it is: where a run that was at its end is asked again. It appears whole
+/// or not at all, and it may be somebody else's, so that nothing is written over it.
+///
+/// # Errors
+/// If it is there and the run has `stepped` since.
+pub fn stays(path: &Path, there: bool, stepped: bool) -> Outcome<bool> {
+    if there && stepped {
+        let what = "it is of before the last steps: move it away and --resume once more";
+        return Err(format!("{}: {what}", path.display()).into());
+    }
+    if there {
+        tell!("{}: it is there already and stays as it is", path.display());
+    }
+    Ok(there)
+}
+
 impl GgufOptions {
-    /// Refuses, before anything is trained, what could not be written afterwards.
-    pub fn check(&self, trained: &Trained, out: Option<&Path>) -> Outcome {
+    /// Refuses, before anything is trained, what could not be written afterwards; `resumes`: whether the run goes on.
+    pub fn check(&self, trained: &Trained, out: Option<&Path>, resumes: bool) -> Outcome {
         if self.gguf.is_some() {
             check_adapter(&trained.file()?, &trained.files.config()?)?;
         }
-        if let Some((_, path)) = self.merged(out).filter(|(_, path)| !path.exists()) {
+        if let Some((_, path)) = self.merged(out).filter(|(_, path)| !(resumes && path.exists())) {
             check_merged_gguf(trained.model, trained.params, trained.files, &path)?;
         }
         Ok(())
     }
 
-    /// Writes what was asked for.
-    pub fn write(&self, trained: &Trained, out: Option<&Path>) -> Outcome {
+    /// Writes what was asked for, after a run that `resumes` and has `stepped`, or not.
+    pub fn write(&self, trained: &Trained, out: Option<&Path>, resumes: bool, stepped: bool) -> Outcome {
         if let Some(path) = &self.gguf {
             write_adapter(&trained.file()?, &trained.files.config()?, path)?;
         }
-        match self.merged(out) {
-            None => {}
-            Some((_, path)) if path.exists() => {
-                tell!("{}: it is there already and stays as it is", path.display());
-            }
-            Some((kind, path)) => {
+        if let Some((kind, path)) = self.merged(out) {
+            if !stays(&path, resumes && path.exists(), stepped)? {
                 save_merged_gguf(trained.model, trained.params, trained.files, &path, kind)?;
             }
         }

@@ -97,7 +97,7 @@ impl LanguageData {
         };
         let tasks = options.tasks(tasks, &data, limits.dev)?;
         let config = DecoderConfig::from_files(files)?;
-        let (longest, eos) = (config.max_position_embeddings, config.eos_token_ids().first().copied());
+        let (longest, eos) = (config.max_length(), config.eos_token_ids().first().copied());
         let tokenizer = tokenizer(files, config.vocab_size)?;
         let length = text_length(limits.max_length, longest, limits.virtual_tokens);
         let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, eos, false)?;
@@ -128,6 +128,14 @@ impl LanguageData {
         // Older studies know no other way.
         if options.benchmark.extract_code {
             settings["extract_code"] = json!(true);
+        }
+        for task in &tasks {
+            // One greedy completion, whose name says all, is what they know.
+            match &task.benchmark {
+                Benchmark::Code { samples: 1, .. } => {}
+                Benchmark::Code { samples, ks, .. } => settings["completions"] = json!([samples, ks]),
+                _ => {}
+            }
         }
         let (options, encoder) = (options.clone(), whole);
         let (train, limit_train) = (encoded.rows, limits.train);

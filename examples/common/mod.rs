@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
-use monteclora::data::encode::check_vocabulary;
+use monteclora::data::encode::fit_vocabulary;
 use monteclora::data::tokenizer;
 use monteclora::models::hub::ModelFiles;
 use output::tell_err;
@@ -107,7 +107,5 @@ pub fn asset(name: &str) -> Outcome<String> {
 
 /// The tokenizer of a model with a vocabulary of this size.
 pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
-    let tokenizer = tokenizer::of_model(files)?;
-    check_vocabulary(&tokenizer, vocab_size)?;
-    Ok(tokenizer)
+    Ok(fit_vocabulary(tokenizer::of_model(files)?, vocab_size)?)
 }

@@ -7,7 +7,7 @@ use monteclora::inject::{Select, Targets};
 use monteclora::optim::IvonConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
-    fingerprint, Checkpoints, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
+    fingerprint, Checkpoints, LrRatios, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
 use monteclora::{MonteCLoRAConfig, Prior};
 
@@ -97,7 +97,10 @@ impl MethodOptions {
     pub fn names(&self) -> Outcome<Vec<String>> {
         let of_file = match &self.adapter {
             Some(_) if self.post_hoc => Some("monteclora"),
-            Some(dir) => Some(Method::from(AdapterFile::read(dir)?.method()).name()),
+            Some(dir) => Some(match Method::from(AdapterFile::read(dir)?.method()) {
+                Method::Lora(LoraConfig { prior: Some(_), .. }) => "map",
+                method => method.name(),
+            }),
             None => None,
         };
         Ok(match (&self.method, of_file) {
@@ -128,6 +131,9 @@ impl MethodOptions {
 
     /// Says which of the options that were given none of the methods of these names reads.
     pub fn tell_unread(&self, given: &Given, names: &[String]) {
+        if self.post_hoc {
+            given.without_effect(&["loraplus_ratio", "head_lr_ratio"], "post hoc B and the head stay");
+        }
         let of_file = self.adapter.as_ref().map(|dir| format!("it is that of --adapter {}", dir.display()));
         for (option, methods) in READ_BY {
             let methods = methods.concat();
@@ -248,7 +254,7 @@ pub struct TrainOptions {
     /// Micro-batches of one step, over all processes where there are several. Default: one for each.
     #[arg(long)]
     pub accumulation: Option<usize>,
-    /// One posterior draw for all micro-batches of a step, as for the rows of one batch.
+    /// One draw of posterior and dropout for all micro-batches of a step, as for the rows of one batch.
     #[arg(long)]
     pub shared_draw: bool,
     /// The highest learning rate. Default: 3e-4; on the bundled models, which start from little, 2e-3 (glue) and
@@ -337,9 +343,6 @@ impl TrainOptions {
                 "only monteclora's posterior has a rate of its own",
             );
         }
-        if !(read(&POSTERIORS) || self.ivon) {
-            given.without_effect(&["shared_draw"], "the method has no posterior to draw from");
-        }
         if !output {
             given.without_effect(&["checkpoint_every", "keep"], "without --output there are no checkpoints");
         }
@@ -350,7 +353,8 @@ impl TrainOptions {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
-        let ratios = method.lr_ratios();
+        // IVON has one rate for all.
+        let ratios = if self.ivon { LrRatios { b: 1.0, head: 1.0 } } else { method.lr_ratios() };
         Ok(TrainConfig {
             epochs: self.epochs,
             lr: self.lr.unwrap_or(default_lr),

@@ -2,8 +2,8 @@
 
     python measure.py --requests 10000 --clients 1,2,4 [--draws 0] [--transformers MODEL_DIR]
 
-With --transformers the same texts are answered by Hugging Face transformers in this process, one after the other, for
-comparison: a merged folder (`--merge` of the library's examples, or `save_merged`).
+With --pid the memory is told of the process of that number. With --transformers the same texts are answered by Hugging Face
+transformers in this process, one after the other, for comparison: a merged folder (the library's `models::save::save_merged`).
 """
 
 import argparse

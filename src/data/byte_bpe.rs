@@ -29,6 +29,20 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     let mut settings: Map<String, Value> = optional(files, "special_tokens_map.json")?;
     settings.extend(optional::<Map<String, Value>>(files, "tokenizer_config.json")?);
 
+    let class = settings.get("tokenizer_class").and_then(Value::as_str);
+    let kind = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let gpt2 = class.map_or(!kind.starts_with("qwen"), |class| {
+        let class = class.trim_end_matches("Fast");
+        ["GPT2Tokenizer", "RobertaTokenizer", "PreTrainedTokenizer"].contains(&class)
+    });
+    if !gpt2 {
+        let whose = class.map_or_else(|| format!("a {kind} model"), str::to_string);
+        let reason = format!(
+            "{whose} cuts a text otherwise than GPT-2, and the files do not say how: convert it once, in Python, by \
+             transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        );
+        return Err(Error::format(vocab, reason));
+    }
     let default = |role: &str| {
         let name = match role {
             "bos_token" | "cls_token" if roberta => "<s>",

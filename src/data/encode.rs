@@ -36,21 +36,36 @@ impl Encoded {
     }
 }
 
-/// Checks that a model has an embedding for every id of a tokenizer: one of another model makes
-/// ids that only some texts hold, and that a GPU looks up without a check.
+/// The tokenizer for a model of `vocab_size` rows: one of another model makes ids that only some texts hold, and that a
+/// GPU looks up without a check.
+///
+/// Tokens that were added to the tokenizer and not to the model, as Gemma 3's for an image, are taken away, with a warning
+/// (`tracing`): what they were found in is cut like any text.
 ///
 /// # Errors
-/// If the largest id is outside a vocabulary of `vocab_size`.
-pub fn check_vocabulary(tokenizer: &Tokenizer, vocab_size: usize) -> Result<()> {
-    let vocabulary = tokenizer.get_vocab(true);
-    match vocabulary.into_iter().max_by_key(|(_, id)| *id) {
-        Some((token, id)) if id as usize >= vocab_size => {
-            let reason =
-                format!("its largest id is {id} ({token:?}), the model's vocabulary has {vocab_size}");
-            Err(Error::config("tokenizer", reason))
-        }
-        _ => Ok(()),
+/// If the vocabulary that it was trained with has an id outside, or it cannot be written without its tokens.
+pub fn fit_vocabulary(tokenizer: Tokenizer, vocab_size: usize) -> Result<Tokenizer> {
+    let outside = |id: u32| id as usize >= vocab_size;
+    let largest = tokenizer.get_vocab(false).into_iter().max_by_key(|(_, id)| *id);
+    if let Some((token, id)) = largest.filter(|(_, id)| outside(*id)) {
+        let reason = format!("its largest id is {id} ({token:?}), the model's vocabulary has {vocab_size}");
+        return Err(Error::config("tokenizer", reason));
     }
+    let added = tokenizer.get_added_tokens_decoder();
+    let names: Vec<&str> =
+        added.iter().filter(|(id, _)| outside(**id)).map(|(_, token)| token.content.as_str()).collect();
+    if names.is_empty() {
+        return Ok(tokenizer);
+    }
+    tracing::warn!("the tokenizer's {} are no tokens of the model and are left out", names.join(", "));
+    let damaged = |error: String| Error::config("tokenizer", error);
+    let text = tokenizer.to_string(false).map_err(|error| damaged(error.to_string()))?;
+    let mut json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
+    if let Some(tokens) = json["added_tokens"].as_array_mut() {
+        tokens.retain(|token| token["id"].as_u64().is_some_and(|id| id < vocab_size as u64));
+    }
+    json.to_string().parse().map_err(|error: tokenizers::Error| damaged(error.to_string()))
 }
 
 /// A tokenizer with a fixed rule of truncation.
@@ -206,15 +221,23 @@ mod tests {
 
     #[test]
     fn a_tokenizer_larger_than_the_model_is_refused_by_both_numbers() {
-        assert!(check_vocabulary(&tiny(), 14).is_ok() && check_vocabulary(&tiny(), 50).is_ok());
-        let error = check_vocabulary(&tiny(), 13).unwrap_err().to_string();
+        assert!(fit_vocabulary(tiny(), 14).is_ok() && fit_vocabulary(tiny(), 50).is_ok());
+        let error = fit_vocabulary(tiny(), 13).unwrap_err().to_string();
         let expected = "invalid tokenizer: its largest id is 13 (\"j\"), the model's vocabulary has 13";
         assert_eq!(error, expected);
-        // Tokens that were added to the tokenizer count, too.
+        // Tokens that were added to the tokenizer alone are left out, those that the model has stay.
         let mut added = tiny();
-        added.add_special_tokens([tokenizers::AddedToken::from("<new>", true)]).unwrap();
-        let error = check_vocabulary(&added, 14).unwrap_err().to_string();
-        assert!(error.contains("14 (\"<new>\")"), "{error}");
+        added
+            .add_special_tokens(["<new>", "<newer>"].map(|name| tokenizers::AddedToken::from(name, true)))
+            .unwrap();
+        let ids =
+            |tokenizer: &Tokenizer| tokenizer.encode("a <newer> <new>", true).unwrap().get_ids().to_vec();
+        let (whole, plain) = (ids(&added), ids(&tiny()));
+        assert!(whole.contains(&14) && whole.contains(&15));
+        assert_eq!(ids(&fit_vocabulary(added.clone(), 16).unwrap()), whole);
+        let some = ids(&fit_vocabulary(added.clone(), 15).unwrap());
+        assert!(some.contains(&14) && !some.contains(&15), "{some:?}");
+        assert_eq!(ids(&fit_vocabulary(added, 14).unwrap()), plain);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Each of these changes the whole model or, on an error, nothing of it. Adapters share one store of
 //! parameters; those of the active one are trained, those of the others are frozen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use crate::adapter::{AdaptableModel, Params};
 use crate::error::{Error, Result};
@@ -22,8 +22,8 @@ pub fn names(model: &dyn AdaptableModel) -> Result<Vec<String>> {
 }
 
 /// Makes the adapter `name` the active one of every layer that has it, and none of the others; or,
-/// with None, switches all of them off. As under PEFT's `set_adapter`, all parameters of the active
-/// adapter are released for training and those of the others are frozen.
+/// with None, switches all of them off. As under PEFT's `set_adapter`, all that the active adapter trains
+/// ([`Adapter::parameters`](crate::adapter::Adapter::parameters)) is released and the parameters of the others are frozen.
 ///
 /// To train less of it (A and B frozen, say), freeze roles after this call: it releases them all.
 /// Releasing a role ([`Params::set_trainable`]) releases it in every adapter; one adapter's alone
@@ -45,19 +45,27 @@ pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Par
     set_trainable(model, params, true, |own| Some(own) == name)
 }
 
-/// Freezes or releases every parameter of the adapters whose names are `chosen`.
+/// Freezes every parameter of the adapters whose names are `chosen`, or releases those that they train: a method may keep
+/// a pair of which A stays as it started.
 pub(crate) fn set_trainable(
     model: &dyn AdaptableModel,
     params: &Params,
     trainable: bool,
     chosen: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    let mut prefixes = Vec::new();
+    let (mut prefixes, mut trained) = (Vec::new(), HashSet::new());
     model.visit_linears(&mut |layer| {
-        prefixes.extend(layer.names().filter(|name| chosen(name)).map(|name| prefix(layer.path(), name)));
+        for name in layer.names().filter(|name| chosen(name)) {
+            prefixes.push(prefix(layer.path(), name));
+            let adapter = layer.adapter(name);
+            trained.extend(adapter.into_iter().flat_map(|a| a.parameters()).map(|(_, tensor)| tensor.id()));
+        }
         Ok(())
     })?;
-    params.set_trainable_where(trainable, |param, _| prefixes.iter().any(|prefix| param.starts_with(prefix)));
+    params.set_trainable_where(trainable, |name, param| {
+        let own = prefixes.iter().any(|prefix| name.starts_with(prefix));
+        own && (!trainable || trained.contains(&param.var.id()))
+    });
     Ok(())
 }
 

@@ -40,7 +40,8 @@ pub(crate) struct Spread {
 pub(crate) struct Energy {
     distances: Vec<Distance>,
     updates: Vec<Update>,
-    /// The slopes of each distance, of rho and c of each update, and then both Gram matrices of each update.
+    /// Both Gram matrices of each update, where of a rank that eight divides each begins at 16 bytes, as cuBLAS wants
+    /// what it may take in TF32; then the slopes of each distance, of rho and c of each update.
     kept: Tensor,
 }
 
@@ -106,6 +107,9 @@ impl Energy {
             at += len;
             all.narrow(0, at - len, len)
         };
+        let mut gram = |update: &Update| next(update.square())?.reshape((update.rank(), ()));
+        let grams = self.updates.iter().map(|update| Ok([gram(update)?, gram(update)?]));
+        let grams = grams.collect::<Result<_>>()?;
         let distances = self
             .distances
             .iter()
@@ -116,9 +120,6 @@ impl Energy {
             len => next(len).map(Some),
         });
         let vectors = vectors.collect::<Result<_>>()?;
-        let mut gram = |update: &Update| next(update.square())?.reshape((update.rank(), ()));
-        let grams = self.updates.iter().map(|update| Ok([gram(update)?, gram(update)?]));
-        let grams = grams.collect::<Result<_>>()?;
         Ok(Parts { distances, vectors, grams })
     }
 

@@ -7,7 +7,9 @@ use crate::adapter::{AdaptableModel, Context};
 use crate::ops;
 
 /// The keys and values of every layer for the tokens seen so far, of one batch.
-#[derive(Debug, Clone)]
+///
+/// It is no `Clone`: one would write into the memory of the other. [`Self::fork`] makes one of its own.
+#[derive(Debug)]
 pub struct Cache {
     layers: Vec<KvCache>,
     room: usize,
@@ -16,7 +18,21 @@ pub struct Cache {
 impl Cache {
     /// An empty cache for `layers` layers, with room for `capacity` tokens a row before it grows.
     pub fn new(layers: usize, capacity: usize) -> Self {
-        Self { layers: vec![KvCache::new(1, capacity.max(1)); layers], room: capacity }
+        Self { layers: (0..layers).map(|_| KvCache::new(1, capacity.max(1))).collect(), room: capacity }
+    }
+
+    /// A cache with the same tokens and memory of its own: several continuations of one prompt.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn fork(&self) -> candle_core::Result<Self> {
+        let mut fork = Self::new(self.layers.len(), self.room.max(self.length()));
+        for (own, layer) in fork.layers.iter_mut().zip(&self.layers) {
+            if let (Some(k), Some(v)) = (layer.k()?, layer.v()?) {
+                own.append(&k.contiguous()?, &v.contiguous()?)?;
+            }
+        }
+        Ok(Self { room: self.room, ..fork })
     }
 
     /// How many tokens of each row it was begun for.
@@ -108,5 +124,32 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
         self.head(&self.hidden(input_ids, attention_mask, None, cx)?, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fork_does_not_see_what_the_other_goes_on_with() -> candle_core::Result<()> {
+        let tokens = |value: f64, n: usize| -> candle_core::Result<Tensor> {
+            Tensor::ones((1, n, 2), candle_core::DType::F32, &Device::Cpu)? * value
+        };
+        let mut cache = Cache::new(1, 8);
+        let add = |cache: &mut Cache, value, n| -> candle_core::Result<Vec<f32>> {
+            let layer = cache.layer(0).expect("a layer");
+            let (k, v) = layer.append(&tokens(value, n)?, &tokens(-value, n)?)?;
+            assert_eq!((k.neg()? - v)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+            k.mean(2)?.flatten_all()?.to_vec1()
+        };
+        add(&mut cache, 1.0, 3)?;
+        let mut fork = cache.fork()?;
+        assert_eq!((fork.length(), fork.room()), (3, 8));
+        assert_eq!(add(&mut fork, 2.0, 1)?, [1.0, 1.0, 1.0, 2.0]);
+        assert_eq!(add(&mut cache, 3.0, 2)?, [1.0, 1.0, 1.0, 3.0, 3.0]);
+        assert_eq!(add(&mut fork, 4.0, 1)?, [1.0, 1.0, 1.0, 2.0, 4.0]);
+        assert!(Cache::new(2, 4).fork()?.length() == 0);
+        Ok(())
     }
 }

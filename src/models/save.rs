@@ -1,6 +1,7 @@
 //! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
 
 mod gguf;
+mod parts;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -20,12 +21,13 @@ use crate::error::{Error, Result};
 use crate::util::files;
 
 pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
+pub(crate) use parts::Parts;
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
 /// What a folder may hold beside its configuration and its weights.
-const COMPANIONS: [&str; 13] = [
+const COMPANIONS: [&str; 15] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -37,6 +39,8 @@ const COMPANIONS: [&str; 13] = [
     "merges.txt",
     "vocab.txt",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
 ];
@@ -309,13 +313,8 @@ fn plan<'a>(
     failure: &'a Failure,
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    // The first layers are the body's; what a family has beside it is a part of the checkpoint as well.
-    let (mut parts, mut adapted, mut kind) = (Vec::new(), BTreeMap::new(), None);
+    let (parts, mut adapted, mut kind) = (Parts::of(model)?, BTreeMap::new(), None);
     model.visit_linears(&mut |layer| {
-        let part = layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
-        if !parts.contains(&part) {
-            parts.push(part);
-        }
         if layer.active().is_some() {
             kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
             let (in_dim, out_dim) = layer.dims()?;
@@ -323,11 +322,6 @@ fn plan<'a>(
         }
         Ok(())
     })?;
-    if parts.is_empty() {
-        parts.push(String::new());
-    }
-    let body = parts[0].clone();
-    let of_model = |name: &str| parts.iter().any(|part| name.starts_with(part));
     if let Some(kind) = &kind {
         tracing::warn!(
             "the adapter was trained on a base in {kind} and is merged into the checkpoint's own numbers: the two \
@@ -335,8 +329,8 @@ fn plan<'a>(
         );
     }
     let views = source.tensors();
-    let bare = !views.iter().any(|(name, _)| name.starts_with(&body));
-    let whole = |name: String| if bare && !of_model(&name) { format!("{body}{name}") } else { name };
+    let bare = parts.are_bare(views.iter().map(|(name, _)| name.as_str()));
+    let whole = |name: String| if bare { parts.whole(&name) } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
         // A bare checkpoint trains under its own names.
@@ -361,7 +355,7 @@ fn plan<'a>(
         // A trained head replaces whatever head the checkpoint came with. What else stands beside the body, such as
         // a tower for images, is kept.
         let is_head = trained.contains_key(&name) || HEADS.iter().any(|head| name.starts_with(head));
-        if has_head && is_head && !of_model(&name) {
+        if has_head && is_head && !parts.have(&name) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();

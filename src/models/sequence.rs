@@ -178,6 +178,11 @@ impl SequenceConfig {
         Labels::of_config(&self.json)
     }
 
+    /// Whether the file's head says of each class by itself whether a text is of it: none of ours does.
+    pub(crate) fn is_multi_label(&self) -> bool {
+        self.json.get("problem_type").and_then(Value::as_str) == Some("multi_label_classification")
+    }
+
     /// The tensors of the head that have a row for each output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
         match &self.architecture {
@@ -212,7 +217,7 @@ impl SequenceConfig {
             Architecture::DistilBert(config) => config.max_position_embeddings,
             Architecture::Deberta(config) => config.max_position_embeddings,
             Architecture::ModernBert(config) => config.max_position_embeddings,
-            Architecture::Decoder(config) => config.max_position_embeddings,
+            Architecture::Decoder(config) => config.max_length(),
         }
     }
 
@@ -296,6 +301,9 @@ impl SequenceConfig {
         json["id2label"] = self.labels.id2label();
         json["label2id"] = self.labels.label2id();
         json["pad_token_id"] = json!(pad);
+        // Without, transformers' pipelines take the scores of a regression for those of a class.
+        let kind = if self.labels.len() == 1 { "regression" } else { "single_label_classification" };
+        json["problem_type"] = json!(kind);
         for dtype in ["torch_dtype", "dtype"] {
             if let Some(named) = json.get_mut(dtype) {
                 *named = json!("float32");

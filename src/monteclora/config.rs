@@ -51,7 +51,8 @@ pub struct MonteCLoRAConfig {
     /// uses it where it trains on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relative_scaler: Option<f64>,
-    /// Its course over training.
+    /// Its course over training, which `train::fit` follows. A loop of one's own gives each pass the factors of a
+    /// [`SampleScaler`](crate::SampleScaler); without, eps is the same throughout.
     pub scaler_schedule: ScalerSchedule,
     /// eta, the weight of the three KL terms.
     pub kl_weight: f64,
@@ -133,7 +134,9 @@ impl MonteCLoRAConfig {
     /// few rows and many epochs, where LoRA grows too sure; examples/results/README.md has what was measured.
     ///
     /// The perturbation is as large in layers of every width; `sample_scaler` is that of 768, for PEFT. B and the head
-    /// want higher rates than A: [`Method::lr_ratios`](crate::train::Method::lr_ratios).
+    /// want higher rates than A, 4 and 10 times as high (`train::Method::lr_ratios`; in a loop of one's own
+    /// [`AdamWConfig::lr_ratios`](crate::optim::AdamWConfig::lr_ratios)). There the course of eps is the loop's own as well:
+    /// a [`SampleScaler`](crate::SampleScaler) has the factors of a step, which a forward pass is given in its context.
     pub const fn calibrated() -> Self {
         Self {
             sample_scaler: 0.06,

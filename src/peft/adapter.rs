@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::PeftConfig;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
+use crate::adapter::Prior;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 use crate::monteclora::MonteCLoRAConfig;
@@ -32,6 +33,8 @@ pub struct AdapterFile {
     /// What this crate knows of a MonteCLoRA adapter beyond PEFT's six fields; it lies in
     /// `monteclora.json`. Where the two disagree, PEFT's file counts.
     pub monteclora: Option<MonteCLoRAConfig>,
+    /// The prior that a LoRA adapter was trained with; it lies in `monteclora.json`, too.
+    pub prior: Option<Prior>,
     /// The names of the classes that the saved head tells apart, in the order of its rows, where they are known
     /// (PEFT keeps none); they lie in `monteclora.json`, too.
     pub labels: Option<Labels>,
@@ -161,7 +164,7 @@ impl AdapterFile {
     ///
     /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
     pub fn method(&self) -> AdapterMethod {
-        AdapterMethod::from_peft(&self.config, self.monteclora.as_ref())
+        AdapterMethod::from_peft(&self.config, self.monteclora.as_ref(), self.prior)
     }
 
     fn check_layer(&self, path: &str, layer: &LayerTensors, rank: usize) -> Result<()> {

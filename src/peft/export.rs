@@ -66,7 +66,14 @@ impl AdapterFile {
             .zip(scales)
             .map(|((path, layer), (old, new))| Ok((path.clone(), widened(layer, rank, old / new)?)));
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { config, layers, saved_modules: BTreeMap::new(), monteclora: None, labels: None })
+        Ok(Self {
+            config,
+            layers,
+            saved_modules: BTreeMap::new(),
+            monteclora: None,
+            prior: None,
+            labels: None,
+        })
     }
 }
 

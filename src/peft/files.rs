@@ -45,12 +45,12 @@ impl AdapterFile {
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
         pointer::refuse(&bytes, &weights)?;
         let own = dir.join(OWN_FILE);
-        let (monteclora, labels) = match own.exists() {
+        let (monteclora, prior, labels) = match own.exists() {
             true => own::parse(&json::read_config(&own)?, &own, config.monteclora_config.is_some())?,
-            false => (None, None),
+            false => (None, None, None),
         };
         let file = Self::assemble(config, &weights, &bytes).and_then(|mut file| {
-            (file.monteclora, file.labels) = (monteclora, labels);
+            (file.monteclora, file.prior, file.labels) = (monteclora, prior, labels);
             file.check()?;
             Ok(file)
         });
@@ -113,7 +113,7 @@ impl AdapterFile {
             Ok((path, LayerTensors { a, b, sampler }))
         });
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { config, layers, saved_modules, monteclora: None, labels: None })
+        Ok(Self { config, layers, saved_modules, monteclora: None, prior: None, labels: None })
     }
 
     /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give

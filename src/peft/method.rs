@@ -1,6 +1,7 @@
 //! Which of this crate's adapters an adapter file means, and which file one of them makes.
 
 use super::config::{MonteCLoRAFields, PeftConfig};
+use crate::adapter::Prior;
 use crate::adapters::LoraConfig;
 use crate::monteclora::MonteCLoRAConfig;
 
@@ -16,11 +17,15 @@ pub enum AdapterMethod {
 
 impl AdapterMethod {
     /// What a configuration means together with this crate's own settings.
-    pub(super) fn from_peft(config: &PeftConfig, own: Option<&MonteCLoRAConfig>) -> Self {
+    pub(super) fn from_peft(
+        config: &PeftConfig,
+        own: Option<&MonteCLoRAConfig>,
+        prior: Option<Prior>,
+    ) -> Self {
         let (rank, alpha, dropout, use_rslora) =
             (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora);
         let Some(fields) = &config.monteclora_config else {
-            return Self::Lora(LoraConfig { rank, alpha, dropout, use_rslora, prior: None });
+            return Self::Lora(LoraConfig { rank, alpha, dropout, use_rslora, prior });
         };
         let own = own.cloned().unwrap_or_else(MonteCLoRAConfig::peft);
         let cooperative_weight = match (fields.use_entropy, own.cooperative_weight > 0.0) {
@@ -44,6 +49,8 @@ impl AdapterMethod {
             } else {
                 fields.buffer_size
             },
+            // It works eps out anew: of an eps that is another one by now nothing would be left.
+            relative_scaler: own.relative_scaler.filter(|_| fields.sample_scaler == own.sample_scaler),
             ..own
         })
     }

@@ -12,6 +12,7 @@ mod keys;
 mod method;
 mod model;
 mod own;
+mod renamed;
 mod targets;
 
 pub use adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};

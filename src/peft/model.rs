@@ -138,12 +138,12 @@ impl AdapterFile {
                 config.alpha_pattern.push((path.clone(), alpha));
             }
         }
-        let monteclora = match method {
-            AdapterMethod::Lora(_) => None,
-            AdapterMethod::MonteCLoRA(config) => Some(config.clone()),
+        let (monteclora, prior) = match method {
+            AdapterMethod::Lora(config) => (None, config.prior),
+            AdapterMethod::MonteCLoRA(config) => (Some(config.clone()), None),
         };
         let labels = metadata.labels.clone();
-        let file = Self { config, layers, saved_modules, monteclora, labels };
+        let file = Self { config, layers, saved_modules, monteclora, prior, labels };
         file.check()?;
         Ok(file)
     }
@@ -186,6 +186,9 @@ impl AdapterFile {
     /// its saved modules over the head's parameters of the same names. It becomes the active one:
     /// other layers let go of an adapter of another name, whose parameters are frozen.
     ///
+    /// The decoder of a model that sees images too may be called as before transformers 4.52 in one and as since in the
+    /// other.
+    ///
     /// All adapters of a model share its task head. A file whose head differs from the one in use is
     /// refused where the model has another adapter, which would answer through a strange head.
     /// (Difference: PEFT keeps a head for each adapter.)
@@ -198,6 +201,14 @@ impl AdapterFile {
     pub fn apply(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         check_unmerged(model)?;
         self.check()?;
+        match self.renamed_for(model)? {
+            Some(renamed) => renamed.apply_named(model, adapter, params),
+            None => self.apply_named(model, adapter, params),
+        }
+    }
+
+    /// [`Self::apply`], where layers are called as in the model.
+    fn apply_named(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         self.check_model(model, adapter, params)?;
         #[cfg(feature = "models")] // which brings the crate that tells them
         self.warnings()?.iter().for_each(|what| tracing::warn!("adapter_config.json: {what}"));

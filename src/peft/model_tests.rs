@@ -171,6 +171,21 @@ fn an_adapter_of_peft_s_own_keeps_the_law_it_was_trained_under() -> Result<()> {
 }
 
 #[test]
+fn an_eps_that_the_other_file_has_by_now_is_not_worked_out_anew() -> Result<()> {
+    let config = MonteCLoRAConfig { rank: 3, ..MonteCLoRAConfig::calibrated() };
+    let toy = Toy::adapted([3, 3, 0], &config)?;
+    let mut file = file(&toy, &config)?;
+    let read = |file: &AdapterFile| match file.method() {
+        AdapterMethod::MonteCLoRA(config) => (config.sample_scaler, config.relative_scaler),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(read(&file), (config.sample_scaler, config.relative_scaler));
+    file.config.monteclora_config.as_mut().unwrap().sample_scaler = 0.01;
+    assert_eq!(read(&file), (0.01, None));
+    Ok(())
+}
+
+#[test]
 fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
     let toy = Toy::adapted([3, 3, 0], &paper())?;
     let dir = tempfile::tempdir().unwrap();
@@ -193,9 +208,17 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
     let path = PATHS[0];
     toy.layers[0].add("mine", Box::new(Lora::new(&toy.params, path, "mine", (6, 5), &config)?))?;
     toy.params.set(&format!("{path}.mine.b"), &Tensor::ones((5, 2), DType::F32, &Device::Cpu)?)?;
-    let method = AdapterMethod::Lora(config);
+    let method = AdapterMethod::Lora(config.clone());
     let file = AdapterFile::from_model(&toy, "mine", &toy.params, &method, &AdapterMetadata::default())?;
     assert_eq!(file.method(), method);
+    // With a prior, which PEFT's format has no place for.
+    let with_prior = AdapterMethod::Lora(LoraConfig { prior: Some(Prior::map()), ..config });
+    let dir = tempfile::tempdir().unwrap();
+    AdapterFile::from_model(&toy, "mine", &toy.params, &with_prior, &AdapterMetadata::default())?
+        .write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    assert_eq!(AdapterFile::read(dir.path())?.method(), with_prior);
+    std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
+    assert_eq!(AdapterFile::read(dir.path())?.method(), method);
     let mut other = Toy::new(2)?;
     load(&file, &mut other, "theirs")?;
     assert_eq!(toy.outputs(Pass::Mean)?, other.outputs(Pass::Mean)?);

@@ -75,7 +75,7 @@ impl PeftConfig {
         // PEFT lists both names that a classifier can have, and a model has one of them.
         let listed = self.modules_to_save.iter().flatten();
         for pattern in listed.filter(|name| !["classifier", "score"].contains(&name.as_str())) {
-            if !matching(Pattern::Within(pattern), modules, "modules_to_save")?.contains(&true) {
+            if !saves(pattern, modules)?.contains(&true) {
                 told.push(format!("modules_to_save: the adapter has no tensor of {pattern:?}"));
             }
         }
@@ -86,7 +86,7 @@ impl PeftConfig {
     pub(super) fn are_saved(&self, modules: &[&str]) -> Result<Vec<bool>> {
         let mut saved = vec![false; modules.len()];
         for pattern in self.modules_to_save.iter().flatten() {
-            let found = matching(Pattern::Within(pattern), modules, "modules_to_save")?;
+            let found = saves(pattern, modules)?;
             saved.iter_mut().zip(found).for_each(|(saved, found)| *saved |= found);
         }
         Ok(saved)
@@ -102,6 +102,18 @@ impl PeftConfig {
         }
         block_numbers(&expressions, paths, "layers_pattern")
     }
+}
+
+/// Which modules an entry of `modules_to_save` saves. PEFT takes each whose name ends in its text, wherever a word
+/// begins: `classifier` is DistilBERT's `pre_classifier`, too. What lies in such a module is saved with it.
+fn saves(entry: &str, modules: &[&str]) -> Result<Vec<bool>> {
+    let within = matching(Pattern::Within(entry), modules, "modules_to_save")?;
+    let holders = |module: &str| {
+        let mut holders = vec![module.len()];
+        holders.extend(module.match_indices('.').map(|(dot, _)| dot));
+        holders.into_iter().any(|end| module[..end].ends_with(entry))
+    };
+    Ok(modules.iter().zip(within).map(|(module, within)| within || holders(module)).collect())
 }
 
 /// Which of the layers at `paths` the `targets` name.
@@ -157,6 +169,16 @@ mod tests {
         ));
         let error = config(json!({"target_modules": "("})).are_targets(&[QUERY]).unwrap_err().to_string();
         assert!(error.contains("target_modules") && error.contains("no regular expression"), "{error}");
+    }
+
+    #[test]
+    fn modules_are_saved_whose_names_end_in_an_entry() -> Result<()> {
+        let modules =
+            ["pre_classifier", "classifier.dense", "classifier", "model.score", "classifiers", "pooler"];
+        let default = config(serde_json::json!({"modules_to_save": ["classifier", "score"]}));
+        // What PEFT saves of a DistilBERT, a RoBERTa, a BERT and a decoder.
+        assert_eq!(default.are_saved(&modules)?, [true, true, true, true, false, false]);
+        Ok(())
     }
 
     #[test]

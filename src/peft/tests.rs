@@ -49,6 +49,7 @@ pub(super) fn adapter() -> AdapterFile {
         layers: [(Q.into(), layer(3, 1.0)), (V.into(), layer(2, 2.0))].into(),
         saved_modules,
         monteclora: None,
+        prior: None,
         labels: None,
     }
 }

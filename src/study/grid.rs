@@ -83,9 +83,14 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// The part of this part that is process `rank`'s of `world`.
+    /// The part of this part that is process `rank`'s of `world`: every world-th of its cells.
     pub fn share(self, rank: usize, world: usize) -> Self {
-        Self { index: self.index * world + rank, count: self.count * world }
+        Self { index: self.index + self.count * rank, count: self.count * world }
+    }
+
+    /// Whether it is all of a grid.
+    pub fn is_whole(self) -> bool {
+        self.count == 1
     }
 
     /// All of it.
@@ -154,6 +159,15 @@ mod tests {
         for place in 0..cells.len() {
             assert_eq!(shards.iter().filter(|shard| shard.owns(place)).count(), 1);
         }
+        // Machines of two and of three processes.
+        let of_processes = |shard: Shard, world| (0..world).map(move |rank| shard.share(rank, world));
+        for (shard, world) in shards.iter().zip([2, 3, 1, 2, 4]) {
+            for place in 0..cells.len() {
+                let owners = of_processes(*shard, world).filter(|part| part.owns(place)).count();
+                assert_eq!(owners, usize::from(shard.owns(place)), "{place} of {shard:?}");
+            }
+        }
+        assert!(Shard::WHOLE.is_whole() && !Shard::WHOLE.share(0, 2).is_whole());
         for text in ["0/3", "4/3", "1", "a/b", "1/0"] {
             assert!(text.parse::<Shard>().is_err(), "{text}");
         }

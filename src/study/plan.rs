@@ -208,7 +208,9 @@ impl Plan {
             );
             lrs.extend(group.lrs.iter().filter(|lr| !lrs.contains(lr)).copied().collect::<Vec<_>>());
         }
-        let Self { tasks, batch_sizes, seeds, .. } = self.clone();
+        let Self { batch_sizes, seeds, .. } = self.clone();
+        // However they are spelt.
+        let tasks = self.tasks()?.into_iter().map(|task| task.name().to_string()).collect();
         let mut cells = Grid { tasks, methods, lrs, batch_sizes, seeds }.cells()?;
         cells.retain(|key| self.runs(&key.method, key.lr) > 0);
         Ok(cells)
@@ -223,7 +225,13 @@ impl Plan {
 
     fn check(&self) -> Result<()> {
         let wrong = |reason: String| Err(Error::config("plan", reason));
+        if self.draws == 0 {
+            return wrong("draws: expected at least 1, got 0".to_string());
+        }
         for task in self.tasks()? {
+            if task.is_regression() {
+                return wrong(format!("tasks: {task} has no classes, whose probabilities are compared"));
+            }
             if self.epochs.get(task).is_none_or(|epochs| *epochs == 0) {
                 return wrong(format!("epochs: there is no number for {task}"));
             }
@@ -272,12 +280,24 @@ impl Plan {
                 Criterion::Sensitivity { arm, against, .. } => {
                     [arm, against].into_iter().try_for_each(known)?;
                     self.check_shared("success", arm, against)?;
+                    // Of each task, seed and batch size a mean is taken away, and one more for the two arms.
+                    let rates = self.shared(arm, against)?.len();
+                    let groups = cells.iter().map(|key| (&key.task, key.seed, key.batch_size));
+                    let groups = groups.collect::<BTreeSet<_>>().len();
+                    if rates < 2 || groups * (rates - 1) < 2 {
+                        let too_few =
+                            format!("{rates} rates in common, {groups} tasks, seeds and batch sizes");
+                        return wrong(format!(
+                            "success: {arm} and {against}: too little to compare: {too_few}"
+                        ));
+                    }
                 }
                 Criterion::NotWorse { arm, against, lr, .. } => {
                     [arm, against].into_iter().try_for_each(known)?;
                     self.check_shared("success", arm, against)?;
-                    if lr.is_some_and(|lr| !cells.iter().any(|key| key.lr == lr)) {
-                        return wrong(format!("success: no method runs at {lr:?}"));
+                    let shared = self.shared(arm, against)?;
+                    if lr.is_some_and(|lr| !shared.contains(&lr)) {
+                        return wrong(format!("success: {arm} and {against} do not both run at {lr:?}"));
                     }
                 }
             }
@@ -287,13 +307,23 @@ impl Plan {
 
     /// Checks that the methods of two arms run at a rate in common: there is no other pair of cells.
     fn check_shared(&self, place: &str, own: &str, other: &str) -> Result<()> {
-        let (first, second) = (arm(own)?.0, arm(other)?.0);
-        let mut lrs = self.methods.iter().flat_map(|group| &group.lrs);
-        if lrs.any(|lr| self.runs(&first, *lr) > 0 && self.runs(&second, *lr) > 0) {
+        if !self.shared(own, other)?.is_empty() {
             return Ok(());
         }
         let reason = format!("{place}: {own} and {other} run at no learning rate in common");
         Err(Error::config("plan", reason))
+    }
+
+    /// The learning rates at which the methods of two arms both run, each once.
+    fn shared(&self, own: &str, other: &str) -> Result<Vec<f64>> {
+        let (first, second) = (arm(own)?.0, arm(other)?.0);
+        let mut shared: Vec<f64> = Vec::new();
+        for lr in self.methods.iter().flat_map(|group| &group.lrs) {
+            if !shared.contains(lr) && self.runs(&first, *lr) > 0 && self.runs(&second, *lr) > 0 {
+                shared.push(*lr);
+            }
+        }
+        Ok(shared)
     }
 
     /// The arm that it is about: of the first comparison of the first family that has to be better; None

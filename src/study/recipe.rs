@@ -143,6 +143,13 @@ impl FromStr for Recipe {
                 return Err(wrong(text, &format!("{other} is an option of {whose}")));
             }
         }
+        if let Some((other, _)) = options.given.iter().find(|(key, _)| !reads(name, key)) {
+            return Err(wrong(text, &format!("{name} has no {other}")));
+        }
+        let of_prior = options.given.iter().find(|(key, owner)| *owner == Owner::Prior && *key != "tau");
+        if let Some((other, _)) = of_prior.filter(|_| options.evidence.is_some()) {
+            return Err(wrong(text, &format!("with evidence, {other} has no effect: its prior is its own")));
+        }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
                 return Err(wrong(text, "adapter is an option of monteclora-posthoc"));
@@ -165,6 +172,20 @@ impl FromStr for Recipe {
             adapter: options.adapter,
             held_out: options.held_out,
         })
+    }
+}
+
+/// Whether a method has this option, of those that are no owner's.
+fn reads(name: &str, key: &str) -> bool {
+    match key {
+        "rank" => !["full", "ia3", "prompt"].contains(&name),
+        "alpha" | "dropout" => !["full", "ia3", "prompt", "bottleneck"].contains(&name),
+        "ratio" => !["full", "ia3", "prompt", "ivon"].contains(&name),
+        "head-ratio" => name != "ivon",
+        "targets" => !["full", "prompt"].contains(&name),
+        "variational-ratio" => name.starts_with("monteclora"),
+        "tokens" => name == "prompt",
+        _ => true,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::inject;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
-use crate::models::save::copy_companions;
+use crate::models::save::{copy_companions, Parts};
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
@@ -121,8 +121,10 @@ impl Classifier {
         };
         let mut model = config.load(base, head, noise)?;
         source.check(start, &params)?;
-        let hooks = start.inject(model.as_mut(), &params)?;
+        start.adapt(model.as_mut(), &params)?;
         let (labels, note) = source.settle(wanted, &params)?;
+        // After that: a prior on the head is about where its rows lie now.
+        let hooks = start.hooks(model.as_ref(), &params)?;
         if let Some(note) = &note {
             tracing::warn!("{}: {note}", files.config_path().display());
         }
@@ -215,11 +217,13 @@ impl Classifier {
 
     fn save_model(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let (weights, parts) = (self.params.all(), Parts::of(self.model.as_ref())?);
+        let base = weights.iter().filter(|(_, param)| param.role == Role::Base);
         // A checkpoint of the bare body trains under its own names; with a head, Hugging Face
         // expects the body's prefix.
-        let prefix = self.config.prefix();
+        let bare = parts.are_bare(base.map(|(name, _)| name.as_str()));
         let name = |(name, param): &(String, Param)| match param.role {
-            Role::Base if !name.starts_with(&prefix) => format!("{prefix}{name}"),
+            Role::Base if bare => parts.whole(name),
             _ => name.clone(),
         };
         // The weights come last: a folder that has them is whole.
@@ -228,7 +232,6 @@ impl Classifier {
             &dir.join("config.json"),
             &self.config.clone().with_labels(self.labels.clone())?.to_json(),
         )?;
-        let weights = self.params.all();
         let named = weights.iter().map(|param| (name(param), param.1.var.as_tensor()));
         files::write_safetensors(&dir.join("model.safetensors"), named)
     }

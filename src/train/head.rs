@@ -59,6 +59,12 @@ impl<'a> HeadSource<'a> {
                 );
                 return Err(Error::tensor(*name, reason));
             }
+            (Some(name), _) if config.is_multi_label() && adapter.is_none() => {
+                let reason = "the checkpoint's head is for several classes at once (multi_label_classification), which is \
+                              not supported: start a new head (--new-head; in the library \
+                              Classifier::load_with_new_head)";
+                return Err(Error::tensor(*name, reason));
+            }
             _ => source.checkpoint = Some(checkpoint.clone()),
         }
         Ok(source)

@@ -205,6 +205,12 @@ impl MethodInit {
     /// # Errors
     /// If the targets, the method's configuration or the adapter do not fit the model.
     pub fn inject(&self, model: &mut dyn AdaptableModel, params: &Params) -> Result<MethodHooks> {
+        self.adapt(model, params)?;
+        self.hooks(model, params)
+    }
+
+    /// The first half of [`Self::inject`]: the adapters alone.
+    pub(super) fn adapt(&self, model: &mut dyn AdaptableModel, params: &Params) -> Result<()> {
         match self {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
             Self::Adapter(file) => file.apply(model, inject::DEFAULT_ADAPTER, params)?,
@@ -214,11 +220,16 @@ impl MethodInit {
                     return Err(Error::config("adapter", "it has a posterior already: go on from it"));
                 }
                 file.apply(model, TRAINED, params)?;
-                let Method::MonteCLoRA(config) = self.method() else { return Ok(MethodHooks::default()) };
+                let Method::MonteCLoRA(config) = self.method() else { return Ok(()) };
                 inject::posthoc(model, inject::DEFAULT_ADAPTER, &config, params)?;
                 activate::remove(model, TRAINED, params)?;
             }
         }
+        Ok(())
+    }
+
+    /// The second half: what is asked of training, which begins at the present values of the parameters.
+    pub(super) fn hooks(&self, model: &dyn AdaptableModel, params: &Params) -> Result<MethodHooks> {
         let hooks = match self.method() {
             Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
             Method::Released(config) => MethodHooks::of_walk(model, &config, params)?,

@@ -7,7 +7,7 @@ use super::evaluate::{batches, Predictions};
 use super::method::Method;
 use crate::adapter::Pass;
 use crate::data::batch::Batch;
-use crate::data::encode::{check_vocabulary, Encoded, TextEncoder};
+use crate::data::encode::{fit_vocabulary, Encoded, TextEncoder};
 use crate::data::task::Example;
 use crate::data::tokenizer;
 use crate::error::{Error, Result};
@@ -108,8 +108,7 @@ impl Classifier {
 
     /// An encoder of at most `max_length` tokens by the tokenizer that lies with the model.
     fn new_encoder(&self, max_length: usize) -> Result<TextEncoder> {
-        let tokenizer = tokenizer::of_model(self.files())?;
-        check_vocabulary(&tokenizer, self.config().vocab_size())?;
+        let tokenizer = fit_vocabulary(tokenizer::of_model(self.files())?, self.config().vocab_size())?;
         let longest = self.config().max_length().saturating_sub(self.method().virtual_tokens());
         TextEncoder::new(tokenizer, max_length, longest)
     }

@@ -102,13 +102,16 @@ pub fn fit_with_checkpoints(
 
 /// [`fit`], with checkpoints or without, in each of several processes, which compute the micro-batches of a step by
 /// turns ([`distributed`](super::distributed)). All of them are given the same objective, parameters and constants, and
-/// return alike. Every process has an observer; the scores of rank 0's count. Of the checkpoints, which rank 0 alone reads and writes, the others need the settings.
+/// return alike. Every process has an observer; the scores of rank 0's count. Of the checkpoints, which rank 0 alone reads
+/// and writes, the others need the settings.
 ///
 /// # Errors
 /// As [`fit_with_checkpoints`], of a step, an evaluation or a checkpoint on all processes if on one:
-/// [`Error::Distributed`] on those that it did not happen to. What one of them alone is refused before its first step
-/// or after its last it alone returns, and ends the others by [`Communicator::abort`]. Besides, if a step has fewer micro-batches ([`TrainConfig::accumulation`]) than there are processes,
-/// their parameters or settings differ, or the optimiser is IVON, whose draws are not added up over processes.
+/// [`Error::Distributed`] on those that it did not happen to. What one of them alone is refused before its first step, at
+/// the order of an epoch or after its last step it alone returns: its caller then has to call [`Communicator::abort`],
+/// or the others wait for it until their patience ends. Besides, if a step has fewer micro-batches
+/// ([`TrainConfig::accumulation`]) than there are processes, their parameters or settings differ, or the optimiser is IVON,
+/// whose draws are not added up over processes.
 pub fn fit_distributed(
     objective: &dyn Objective,
     params: &Params,

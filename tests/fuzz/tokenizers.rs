@@ -2,7 +2,7 @@
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-use monteclora::data::encode::{check_vocabulary, TextEncoder};
+use monteclora::data::encode::{fit_vocabulary, TextEncoder};
 use monteclora::data::task::{Example, Label};
 use monteclora::data::tokenizer;
 use monteclora::{Error, Result};
@@ -124,7 +124,7 @@ fn tokenizer_files() {
     let rows = [example("ab a  b 1234 \u{e9}\u{1f600} c", None), example("a", Some("<s> ab ab ab ab ab ab"))];
     let read = |_: &Input| -> Result<()> {
         let read = tokenizer::read(&path)?;
-        check_vocabulary(&read, 50).ok();
+        fit_vocabulary(read.clone(), 50).ok();
         // That a text cannot be encoded is told of the text.
         let of_file = |error: Error| Error::format(&path, error.to_string());
         let encoder = TextEncoder::new(read, 12, 512).map_err(of_file)?;

@@ -16,7 +16,8 @@ const DOCUMENTS: [&str; 7] = [
 ];
 
 /// What is in the repository and not in the published package, where nobody can look for it.
-const NOT_PUBLISHED: [&str; 4] = [".ci", "examples/assets", "examples/results", "tests/integration"];
+const NOT_PUBLISHED: [&str; 5] =
+    [".ci", "examples/assets", "examples/results", "examples/serve", "tests/integration"];
 
 #[test]
 fn every_file_that_a_document_names_exists() {

@@ -18,6 +18,7 @@ use monteclora::models::decoder::{
 };
 use monteclora::noise::Noise;
 use monteclora::ops::OpPath;
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
 
@@ -244,6 +245,7 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
     let whole = json!({"model_type": "gemma3", "text_config": text, "vision_config": {}, "id2label": labels});
     let config = DecoderConfig::from_value(whole)?;
     assert_eq!((config.num_labels, config.class_name("ForCausalLM").as_str()), (4, "Gemma3ForCausalLM"));
+    let (mut models, mut logits) = (Vec::new(), Vec::new());
     for prefix in ["model.language_model", "language_model.model"] {
         let renamed = golden.tensors.iter().filter_map(|(name, tensor)| {
             Some((format!("{prefix}.{}", name.strip_prefix("model.")?), tensor.clone()))
@@ -257,6 +259,23 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
             Ok(())
         })?;
         assert_eq!(paths[0], format!("{prefix}.layers.0.self_attn.q_proj"));
+        models.push(model);
+    }
+    // An adapter of the one is one of the other.
+    let (lora, mut files) = (LoraConfig { rank: 2, ..LoraConfig::default() }, Vec::new());
+    let method = AdapterMethod::Lora(lora.clone());
+    for model in &mut models {
+        let params = Params::new(Noise::new(3), &Device::Cpu);
+        inject::lora(model, &Targets::parse(r".*layers\.0\.self_attn\.[qv]_proj")?, &lora, &params)?;
+        scatter(&params)?;
+        files.push(AdapterFile::from_model(model, "default", &params, &method, &AdapterMetadata::default())?);
+        logits.push(model.logits(&ids, &mask, &Pass::Mean.into())?);
+        inject::activate::remove(model, "default", &params)?;
+    }
+    for (model, (file, expected)) in models.iter_mut().rev().zip(files.iter().zip(&logits)) {
+        let params = Params::new(Noise::new(3), &Device::Cpu);
+        file.apply(model, "default", &params)?;
+        assert_close(&model.logits(&ids, &mask, &Pass::Mean.into())?, expected, 1e-6)?;
     }
     Ok(())
 }

@@ -210,6 +210,37 @@ fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
 }
 
 #[test]
+fn a_model_that_was_trained_whole_is_saved_under_the_checkpoint_s_names() -> Outcome {
+    for family in FAMILIES {
+        let dir = tempfile::tempdir()?;
+        let golden = Golden::open(family)?;
+        let prefix = golden.config()?.prefix();
+        let names = |path: &Path| -> Outcome<BTreeSet<String>> {
+            Ok(candle_core::safetensors::load(path, &Device::Cpu)?.into_keys().collect())
+        };
+        let whole = golden.write(&dir.path().join("whole"))?;
+        let expected = names(&dir.path().join("whole/model.safetensors"))?;
+        let body = golden
+            .tensors
+            .iter()
+            .map(|(name, tensor)| (name.strip_prefix(&prefix).unwrap_or(name).to_string(), tensor.clone()));
+        let bare = Golden { tensors: body.collect(), config: golden.config.clone() };
+        let bare = bare.write(&dir.path().join("bare"))?;
+        for (which, files) in [("whole", whole), ("bare", bare)] {
+            let start = MethodInit::Fresh(Method::Full, Targets::default());
+            let classifier = Classifier::load(&files, 3, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+            let out = dir.path().join(format!("{which} trained"));
+            classifier.save("base", &out)?;
+            assert_eq!(names(&out.join("model/model.safetensors"))?, expected, "{family}, {which}");
+            let opened = Classifier::open(&out, None, DType::F32, &Device::Cpu)?;
+            let logits = golden.logits(opened.model.as_ref(), &Pass::Mean.into())?;
+            assert_close(&logits, &golden.tensors["logits"], 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn each_dropout_acts_in_training_alone() -> Outcome {
     for family in FAMILIES {
         let golden = Golden::open(family)?.no_dropout();

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use monteclora::adapter::{Params, Role};
+use monteclora::adapter::{Params, Prior, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Label, Task};
@@ -101,6 +101,27 @@ fn assert_same(got: &[Vec<f64>], want: &[Vec<f64>], what: &str) {
 }
 
 const ORDERS: [[u32; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+
+#[test]
+fn a_prior_on_the_head_is_about_its_rows_where_they_lie() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let with_prior = Method::Lora(LoraConfig { rank: 2, prior: Some(Prior::map()), ..LoraConfig::default() });
+    let bayes = Method::MonteCLoRA(MonteCLoRAConfig { rank: 2, ..MonteCLoRAConfig::calibrated() });
+    for kind in KINDS {
+        for (i, order) in ORDERS.iter().enumerate() {
+            let files = checkpoint(&dir.path().join(format!("{kind}{i}")), kind, order, Some(&nli(order)))?;
+            for method in [&with_prior, &bayes] {
+                let classifier = load(&files, Task::Mnli, &fresh(method.clone()))?;
+                let batch = &batches(&classifier, &rows(6, false), 6)?[0];
+                let loss = classifier.loss(batch, &Pass::Mean.into(), Some(6))?;
+                let prior = loss.terms.iter().find(|(name, _)| *name == "prior").ok_or("a prior")?;
+                // B is zero, and the head is where it starts.
+                assert_eq!(prior.1.to_scalar::<f32>()?, 0.0, "{kind} {order:?}");
+            }
+        }
+    }
+    Ok(())
+}
 
 #[test]
 fn the_rows_of_a_head_go_where_their_names_say() -> Outcome {

@@ -80,6 +80,15 @@ fn lora_fa_is_lora_whose_a_gets_no_gradient() -> Result<()> {
 fn on_a_model_lora_fa_trains_b_alone_and_is_a_lora_to_others() -> Result<()> {
     let (mut model, params, xs) = (model()?, store(1), normals("xs", &[5, 6])?);
     inject::lora_fa(&mut model, &Targets::parse("all-linear")?, &lora_config(), &params)?;
+    let frozen = |params: &Params| {
+        let all = params.all().into_iter();
+        all.filter(|(_, param)| param.role == Role::A).all(|(_, param)| !param.trainable)
+    };
+    assert!(frozen(&params));
+    // Switched off and on again, what it does not train stays as it was.
+    inject::activate::activate(&mut model, None, &params)?;
+    inject::activate::activate(&mut model, Some("default"), &params)?;
+    assert!(frozen(&params) && params.trainable_count() > 0);
     assert_eq!(params.trainable_count(), 2 * 4 * 3);
     shake(&params)?;
     assert!(check_gradients(&params, &loss(&model, &xs, &PASSES[1].into())?)?.is_exact());

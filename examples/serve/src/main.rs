@@ -86,7 +86,7 @@ struct Shared {
     classifier: Classifier,
     limit: usize,
     /// One permit a request that is computed.
-    places: Semaphore,
+    places: Arc<Semaphore>,
 }
 
 fn main() -> ExitCode {
@@ -110,7 +110,7 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let shared = Arc::new(Shared {
         classifier,
         limit: args.limit,
-        places: Semaphore::new(args.threads.unwrap_or(cores)),
+        places: Arc::new(Semaphore::new(args.threads.unwrap_or(cores))),
     });
     let routes = Router::new()
         .route("/predict", post(predict))
@@ -135,12 +135,16 @@ async fn predict(
         return Err((StatusCode::BAD_REQUEST, reason));
     }
     let internal = |error: String| (StatusCode::INTERNAL_SERVER_ERROR, error);
-    let place = shared.places.acquire().await.map_err(|error| internal(error.to_string()))?;
-    // Arithmetic blocks: it has threads of its own, and the server's goes on listening.
+    let place = shared.places.clone().acquire_owned().await;
+    let place = place.map_err(|error| internal(error.to_string()))?;
+    // Arithmetic blocks: it has threads of its own, and the server's goes on listening. The place is kept until it ends,
+    // though the client may have hung up before.
     let worker = shared.clone();
-    let answers = tokio::task::spawn_blocking(move || worker.answer(&request));
+    let answers = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        worker.answer(&request)
+    });
     let answers = answers.await.map_err(|error| internal(error.to_string()))?;
-    drop(place);
     let predictions = answers.map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
     Ok(Json(Response { predictions }))
 }

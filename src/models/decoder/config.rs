@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use super::positions::{Positions, RotaryConfig};
+use super::positions::{Positions, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use crate::models::Placement;
 use crate::util::check;
@@ -95,6 +95,17 @@ pub enum Activation {
 }
 
 impl DecoderConfig {
+    /// The longest sequence, in tokens: `max_position_embeddings`, or what YaRN stretches the original context to, whose
+    /// files may leave the former as it was.
+    pub fn max_length(&self) -> usize {
+        match &self.rotary.scaling {
+            RotaryScaling::Yarn { factor, original, .. } => {
+                self.max_position_embeddings.max((f64::from(*factor) * *original as f64) as usize)
+            }
+            _ => self.max_position_embeddings,
+        }
+    }
+
     /// Checks that the values fit each other.
     ///
     /// # Errors

@@ -85,7 +85,7 @@ impl Decoder {
                 })
                 .collect(),
             placement,
-            max_length: config.max_position_embeddings,
+            max_length: config.max_length(),
             embeddings: AdaptableEmbedding::new(embeddings).scaled_by(config.embedding_scale),
             targets: if config.fused_projections { &["qkv_proj"] } else { &["q_proj", "k_proj", "v_proj"] },
         })

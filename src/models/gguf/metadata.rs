@@ -48,6 +48,11 @@ impl Described {
             heads: (config.num_attention_heads, config.num_key_value_heads),
             tied: config.tie_word_embeddings,
         };
+        if model_type == "phi3" && config.vocab_size < 100_000 {
+            // By this name llama.cpp knows that its special tokens take the blanks behind them; Phi 4's, which is of the
+            // same type with a larger vocabulary, do not.
+            described.metadata.push(("general.name".into(), "phi-3".into()));
+        }
         let read = Reader { file, config, architecture };
         read.sizes(&mut described)?;
         read.caps(&mut described)?;

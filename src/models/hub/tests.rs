@@ -271,6 +271,9 @@ fn a_missing_tensor_is_told_with_its_file_and_an_output_with_what_shares_it() ->
     assert!(message.contains("such as model.embed_tokens.weight"), "{message}");
     let message = missing("lm_head.weight");
     assert!(message.contains(r#""tie_word_embeddings": true"#), "{message}");
+    for layer in ["bert.pooler.dense.weight", "head.dense.weight"] {
+        assert!(missing(layer).contains("AutoModelForSequenceClassification"), "{layer}");
+    }
     // Full fine-tuning reads through the store of what is trained.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let message =

@@ -103,6 +103,11 @@ impl MappedWeights {
         let hint = if name.ends_with("lm_head.weight") && names().any(|name| tied(&name)) {
             ": a model whose output shares its embedding says \"tie_word_embeddings\": true in config.json"
                 .to_string()
+        } else if ["pooler.dense.weight", "head.dense.weight"].iter().any(|layer| name.ends_with(layer)) {
+            // Of a BERT for masked words the one, of a bare ModernBERT the other: transformers starts it anew.
+            ": the checkpoint was saved without this layer before the classifier; start one, once, in Python, by \
+             AutoModelForSequenceClassification.from_pretrained(DIR).save_pretrained(DIR), and take --new-head"
+                .to_string()
         } else {
             names().min().map(|first| format!(" (it has others, such as {first})")).unwrap_or_default()
         };

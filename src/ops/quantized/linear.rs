@@ -21,8 +21,8 @@ const FEW: usize = 8;
 /// other: the output is that of the dequantised weight, and so is the gradient `dY W`. At 256 rows of 2048 to 8192
 /// that costs a tenth of the product itself.
 ///
-/// Up to 8 rows of an x that nothing differentiates, as when a text is generated, go through candle's kernels for
-/// weights of GGUF's kinds: 20 times as fast for one row. They round x to 8 bits, which is about 0.7 % of an output's
+/// On the CPU up to 8 rows of an x that nothing differentiates, as when a text is generated, go through candle's kernels
+/// for weights of GGUF's kinds: 20 times as fast for one row. They round x to 8 bits, which is about 0.7 % of an output's
 /// size (0.5 % for Q4_0), and keep a copy of the weight in their own order from the first such call on.
 ///
 /// # Shapes

@@ -116,9 +116,13 @@ impl QuantizedWeight {
     }
 
     /// `x W^T` of `(n, in)` by candle's kernels, which round x as well: to 8 bits in blocks. None of a kind that they
-    /// do not know.
+    /// do not know, and on CUDA devices: there candle links machine code of the one architecture that it was built for,
+    /// and on another the launch fails without a word and leaves the result unwritten.
     pub(super) fn product_of_few(&self, xs: &Tensor) -> Result<Option<Tensor>> {
         let Blocks::Ggml(tensor) = &self.blocks else { return Ok(None) };
+        if self.device.is_cuda() {
+            return Ok(None);
+        }
         let kernel = QMatMul::QTensor(tensor.clone());
         let y = kernel.forward(&xs.to_dtype(DType::F32)?.contiguous()?)?;
         y.to_dtype(xs.dtype()).map(Some)

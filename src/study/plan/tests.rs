@@ -43,6 +43,9 @@ fn a_plan_says_its_cells_and_settings_say_the_plan_again() -> Result<()> {
     assert_eq!(cells.len(), 2 * (3 * 2 + 1));
     let dora: Vec<f64> = cells.iter().filter(|key| key.method == "dora").map(|key| key.lr).collect();
     assert_eq!(dora, [2e-3, 2e-3]);
+    let mut spelt = bundled();
+    spelt["tasks"][0] = json!("SST-2");
+    assert_eq!(read(&spelt)?.0.cells()?, cells);
     assert_eq!(plan.epochs.get(Task::Sst2), Some(&20));
     assert_eq!((plan.epochs.get(Task::Mrpc), plan.limit_train.get(Task::Sst2)), (Some(&15), Some(&400)));
     // python3 -c 'import zlib, sys; print("%08x" % zlib.crc32(open(sys.argv[1], "rb").read()))' plan.json
@@ -74,8 +77,11 @@ fn what_does_not_fit_together_is_named_before_anything_runs() -> Result<()> {
         (changed("/families/primary/0/scores/0", json!("f1")), "unknown variant"),
         (changed("/success/0/better/family", json!("second")), "no family \"second\""),
         (changed("/success/1/sensitivity/arm", json!("map (mean)")), "none of its arms"),
-        (changed("/success/2/not_worse/lr", json!(1e-9)), "no method runs at"),
+        (changed("/success/2/not_worse/lr", json!(1e-9)), "do not both run at"),
         (changed("/seeds", json!([])), "a list is empty"),
+        (changed("/seeds", json!([1])), "2 rates in common, 1 tasks, seeds and batch sizes"),
+        (changed("/draws", json!(0)), "draws: expected at least 1"),
+        (changed("/tasks/0", json!("stsb")), "has no classes"),
         (changed("/families/primary", json!([])), "primary has no comparison"),
         (changed("/success/0/better/p", json!(1.0)), "expected a p between 0 and 1"),
         (changed("/success/1/sensitivity/most", json!(0.0)), "expected a positive ratio"),

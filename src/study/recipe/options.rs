@@ -80,7 +80,8 @@ pub(super) struct Options {
     pub ivon: IvonConfig,
     pub adapter: Option<PathBuf>,
     pub held_out: f64,
-    given: Vec<(&'static str, Owner)>,
+    /// What was given, in its order.
+    pub given: Vec<(&'static str, Owner)>,
 }
 
 impl Options {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::super::cell::CellResult;
-use super::arm::{arms, name, number, Arm, BASELINE};
+use super::arm::{arms, name, number, Arm, BASELINE, MEAN};
 use super::pairs::{differences, verdict, Pairs, ECE, NLL};
 use crate::metrics::median;
 
@@ -27,8 +27,10 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
     };
     let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
     others.splice(1..1, of_others);
+    // What is tested may be the draws themselves.
+    let mean = (tested.0.clone(), MEAN.to_string());
     let pairs: Vec<(&Arm, Pairs)> =
-        std::iter::once(tested).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();
+        std::iter::once(&mean).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();
     let own = name(&draws);
     let mut text = format!(
         "\n## Calibration: {own} against the mean and the treatments of {}\n\nMedians over the settings that \

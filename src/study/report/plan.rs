@@ -1,6 +1,6 @@
 //! What became of a plan: its families of tests, and whether what it counts as success was found.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use super::super::cell::{CellKey, CellResult, Status};
@@ -81,7 +81,7 @@ pub(super) fn section(
                         (text, decided(worse <= *by, "it is worse by more"))
                     }
                 };
-                (found, ended.or(&planned, &arms, verdict))
+                (found, ended.or(&planned, &[arms], verdict))
             }
         };
         writeln!(text, "| {} | {found} | {} |", words(criterion), verdict.text()).ok();
@@ -124,7 +124,7 @@ struct Ended<'a> {
 
 impl<'a> Ended<'a> {
     fn new(planned: &[CellKey], cells: &[CellResult], rows: &'a BTreeMap<String, CellRows>) -> Self {
-        let names: std::collections::BTreeSet<String> = planned.iter().map(CellKey::folder_name).collect();
+        let names: BTreeSet<String> = planned.iter().map(CellKey::folder_name).collect();
         let ended = cells.iter().map(|cell| (cell.key.folder_name(), cell.status));
         Self { status: ended.filter(|(name, _)| names.contains(name)).collect(), rows }
     }
@@ -143,19 +143,20 @@ impl<'a> Ended<'a> {
         keys.iter().filter(lacks).count()
     }
 
-    /// The verdict, if the cells that it stands on ended and kept their rows: missing and failed ones leave it
-    /// open, and an arm whose cells diverged has met nothing, since the worst of them have no score.
-    fn or(&self, planned: &[CellKey], [own, other]: &[Arm; 2], verdict: Verdict) -> Verdict {
-        let of = |arm: &Arm| -> Vec<CellKey> {
-            planned.iter().filter(|key| key.method == arm.0).cloned().collect()
+    /// The verdict on pairs of an arm and another, if the cells that they stand on ended and kept their rows: missing
+    /// and failed ones leave it open, and an arm whose cells diverged has met nothing, since the worst of them have no
+    /// score.
+    fn or(&self, planned: &[CellKey], pairs: &[[Arm; 2]], verdict: Verdict) -> Verdict {
+        // Several arms of one method stand on the same cells.
+        let of = |methods: &BTreeSet<&String>| -> Vec<CellKey> {
+            planned.iter().filter(|key| methods.contains(&key.method)).cloned().collect()
         };
-        let names = [&own.1, &other.1];
-        let (own, other) = (of(own), of(other));
-        let lost = self.without_rows(&own, names[0]) + self.without_rows(&other, names[1]);
-        let open = |keys: &[CellKey]| self.count(keys, None) + self.count(keys, Some(Status::Failed));
-        // Two ways to predict with one method stand on the same cells.
-        let of_other = if own == other { 0 } else { open(&other) };
-        match (self.count(&own, Some(Status::Diverged)), open(&own) + of_other) {
+        let arms: BTreeSet<&Arm> = pairs.iter().flatten().collect();
+        let lost = arms.iter().map(|arm| self.without_rows(&of(&[&arm.0].into()), &arm.1)).sum::<usize>();
+        let own = of(&pairs.iter().map(|[own, _]| &own.0).collect());
+        let all = of(&arms.iter().map(|arm| &arm.0).collect());
+        let open = self.count(&all, None) + self.count(&all, Some(Status::Failed));
+        match (self.count(&own, Some(Status::Diverged)), open) {
             (0, 0) if lost > 0 => Verdict::Undecided(format!("{lost} of its cells lack their rows")),
             (0, 0) => verdict,
             (0, open) => Verdict::Undecided(format!("{open} of its cells have not run, or failed")),
@@ -166,10 +167,9 @@ impl<'a> Ended<'a> {
 
 fn better(tests: &[Test], p: f64, planned: &[CellKey], ended: &Ended) -> Result<(String, Verdict)> {
     let found = tests.iter().filter(|test| test.better(p)).count();
-    let mut verdict = decided(found == tests.len(), "not every test finds it better");
-    for test in tests {
-        verdict = ended.or(planned, &[arm(&test.arm)?, arm(&test.against)?], verdict);
-    }
+    let verdict = decided(found == tests.len(), "not every test finds it better");
+    let pairs = tests.iter().map(|test| Ok([arm(&test.arm)?, arm(&test.against)?]));
+    let verdict = ended.or(planned, &pairs.collect::<Result<Vec<_>>>()?, verdict);
     let largest = tests.iter().map(|test| test.corrected).fold(0.0, f64::max);
     Ok((format!("{found} of {}, largest p {}", tests.len(), chance(largest)), verdict))
 }
@@ -194,7 +194,7 @@ fn sensitive(
             )
         }
     };
-    Ok((found, ended.or(planned, &arms, verdict)))
+    Ok((found, ended.or(planned, &[arms], verdict)))
 }
 
 /// A condition in words.

@@ -6,7 +6,8 @@
 //! same dropout, the same draws, the regulariser counted once. A run may go on with another number of processes.
 //!
 //! What is decided, is decided by all alike: clipping, steps that are left out, evaluations, the end. Rank 0 writes the
-//! checkpoints; an error of one rank ends all of them with its reason.
+//! checkpoints; an error of one rank in a step, an evaluation or a checkpoint ends all of them with its reason, and one
+//! that is nobody else's ends the others where its caller calls [`Communicator::abort`].
 
 mod communicator;
 mod engine;

@@ -37,6 +37,12 @@ impl Gguf {
         self.error(format!("{reason}; put the model's tokenizer.json beside the file"))
     }
 
+    /// Whether the blanks behind a special token are its own, as llama.cpp has it of every model that is called so.
+    fn is_phi3(&self) -> bool {
+        let name = self.value("general.name").and_then(Value::as_str).unwrap_or_default().to_lowercase();
+        name.contains("phi-3") || name.contains("phi3")
+    }
+
     fn truth(&self, key: &str, default: bool) -> bool {
         self.said(key).and_then(Value::as_bool).unwrap_or(default)
     }
@@ -84,7 +90,7 @@ impl Gguf {
         let normalizer = if pre.composed { json!({"type": "NFC"}) } else { Json::Null };
         let decoder = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
         Ok(json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added(pieces, kinds),
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added(pieces, kinds, false),
             "normalizer": normalizer, "pre_tokenizer": pre.json(), "decoder": decoder, "model": model,
             "post_processor": self.template(pieces, pre.begins)?,
         }))
@@ -115,7 +121,7 @@ impl Gguf {
         let decoders = [replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
         let decoders: Vec<Json> = decoders.into_iter().chain(leading.then_some(strip)).collect();
         Ok(json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added(pieces, kinds),
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added(pieces, kinds, self.is_phi3()),
             "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": null,
             "decoder": {"type": "Sequence", "decoders": decoders}, "model": model,
             "post_processor": self.template(pieces, true)?,
@@ -162,14 +168,17 @@ fn vocabulary(pieces: &[String], kinds: &[i32]) -> Map<String, Json> {
     there.map(|(id, piece)| (piece.clone(), json!(id))).collect()
 }
 
-/// The tokens that are found in a text before anything else.
-fn added(pieces: &[String], kinds: &[i32]) -> Vec<Json> {
+/// The tokens that are found in a text before anything else; of `phi3` the special ones, but for those that begin or end a
+/// text, take the blanks behind them along.
+fn added(pieces: &[String], kinds: &[i32], phi3: bool) -> Vec<Json> {
     let is_added = |kind: &i32| matches!(*kind, UNKNOWN | CONTROL | USER_DEFINED);
     let there =
         pieces.iter().enumerate().zip(kinds).filter(|((_, piece), kind)| is_added(kind) && !piece.is_empty());
     let token = |((id, piece), kind): ((usize, &String), &i32)| {
+        let around_texts = ["<unk>", "<s>", "<|endoftext|>"].contains(&piece.as_str());
+        let rstrip = phi3 && !around_texts;
         json!({
-            "id": id, "content": piece, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "id": id, "content": piece, "single_word": false, "lstrip": false, "rstrip": rstrip, "normalized": false,
             "special": *kind != USER_DEFINED,
         })
     };

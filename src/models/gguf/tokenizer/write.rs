@@ -87,6 +87,10 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
     }
     for token in tokenizer["added_tokens"].as_array().into_iter().flatten() {
         let Some(content) = token["content"].as_str() else { continue };
+        if token["id"].as_u64().is_some_and(|id| id >= vocab_size as u64) {
+            tracing::warn!("{content:?} is a token of the tokenizer and none of the model: it is left out");
+            continue;
+        }
         match (Some(content) == unknown, token["special"] == true) {
             (true, _) => put(token["id"].as_u64(), content, UNKNOWN)?,
             (_, true) => put(token["id"].as_u64(), content, CONTROL)?,
