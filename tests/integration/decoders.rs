@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::merge::merge;
-use monteclora::inject::{self, Targets};
+use monteclora::inject::{self, Select, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{
     Activation, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, Positions, RotaryScaling,
@@ -263,10 +263,12 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
     }
     // An adapter of the one is one of the other.
     let (lora, mut files) = (LoraConfig { rank: 2, ..LoraConfig::default() }, Vec::new());
+    let select = Select::Regex(r".*layers\.0\.self_attn\.[qv]_proj".to_string());
+    let targets = Targets { select, ..Targets::default() };
     let method = AdapterMethod::Lora(lora.clone());
     for model in &mut models {
         let params = Params::new(Noise::new(3), &Device::Cpu);
-        inject::lora(model, &Targets::parse(r".*layers\.0\.self_attn\.[qv]_proj")?, &lora, &params)?;
+        inject::lora(model, &targets, &lora, &params)?;
         scatter(&params)?;
         files.push(AdapterFile::from_model(model, "default", &params, &method, &AdapterMetadata::default())?);
         logits.push(model.logits(&ids, &mask, &Pass::Mean.into())?);

@@ -20,7 +20,7 @@ use serde_json::{json, Value};
 
 use crate::finetune::Log;
 use crate::stories::asset;
-use crate::support::Outcome;
+use crate::support::{small, Outcome};
 
 /// Questions with a choice of numbers, two or three, as instruction data have them.
 fn questions(count: usize) -> Outcome<Vec<Prompted>> {
@@ -107,7 +107,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
     let Some(home) = Home::new()? else { return Ok(()) };
     let trial = LanguageTrial { epochs: 1, limit_train: Some(16), ..home.trial() };
     for name in study::recipe::NAMES {
-        let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
+        let method = small(name);
         let (result, cost, rows) = trial.run(&key(&method, 2e-3));
         assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
         assert!(result.tasks.keys().eq(TASKS) && result.arms.is_empty(), "{name}: {:?}", result.tasks);

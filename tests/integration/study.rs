@@ -19,7 +19,7 @@ use monteclora::train::{self, Classification, Classifier, Method, MethodInit, Tr
 use serde_json::json;
 
 use crate::finetune::{checkpoint, rows, Log};
-use crate::support::Outcome;
+use crate::support::{small, Outcome};
 
 fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {
     let all = rows(120, false);
@@ -46,7 +46,7 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
     let files = checkpoint(dir.path())?;
     trial(&files, |trial| {
         for name in study::recipe::NAMES {
-            let method = if name == "full" { name.to_string() } else { format!("{name}:rank=4:alpha=8") };
+            let method = small(name);
             let (result, cost, kept) = trial.run(&key(&method, 5e-3));
             assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
             let mean = &result.arms["mean"];
