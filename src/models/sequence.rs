@@ -179,7 +179,7 @@ impl SequenceConfig {
     }
 
     /// Whether the file's head says of each class by itself whether a text is of it: none of ours does.
-    pub(crate) fn is_multi_label(&self) -> bool {
+    pub fn is_multi_label(&self) -> bool {
         self.json.get("problem_type").and_then(Value::as_str) == Some("multi_label_classification")
     }
 
