@@ -104,8 +104,8 @@ impl PeftConfig {
     }
 }
 
-/// Which modules an entry of `modules_to_save` saves. PEFT takes each whose name ends in its text, wherever a word
-/// begins: `classifier` is DistilBERT's `pre_classifier`, too. What lies in such a module is saved with it.
+/// Which modules an entry of `modules_to_save` saves. PEFT takes each whose name ends in its text, though a word be cut:
+/// `classifier` is DistilBERT's `pre_classifier`, too. What lies in such a module is saved with it.
 fn saves(entry: &str, modules: &[&str]) -> Result<Vec<bool>> {
     let within = matching(Pattern::Within(entry), modules, "modules_to_save")?;
     let holders = |module: &str| {
