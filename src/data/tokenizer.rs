@@ -253,6 +253,20 @@ mod tests {
     fn a_tokenizer_that_is_not_read_is_told_with_what_to_do() {
         let Some((dir, _)) = taken_apart() else { return };
         let message = || of(&dir).unwrap_err().to_string();
+        // Two files do not say how a text is cut before they are asked.
+        for (model, class, refused) in [
+            ("qwen2", None, true),
+            ("qwen2", Some("Qwen2Tokenizer"), true),
+            ("llama", Some("LlamaTokenizerFast"), true),
+            ("llama", Some("GPT2TokenizerFast"), false),
+            ("roberta", Some("RobertaTokenizer"), false),
+        ] {
+            std::fs::write(dir.path().join("config.json"), json!({"model_type": model}).to_string()).unwrap();
+            let settings = json!({"tokenizer_class": class}).to_string();
+            std::fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
+            assert_eq!(of(&dir).is_err(), refused, "{model} {class:?}");
+            assert!(!refused || message().contains("otherwise than GPT-2"), "{}", message());
+        }
         std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nabc\n").unwrap();
         assert!(message().contains("merges.txt, line 3: expected two pieces"), "{}", message());
         std::fs::write(dir.path().join("merges.txt"), "nosuch piece\n").unwrap();

@@ -124,6 +124,27 @@ fn a_prior_on_the_head_is_about_its_rows_where_they_lie() -> Outcome {
 }
 
 #[test]
+fn a_head_for_several_classes_at_once_is_refused_and_a_new_one_says_what_it_is() -> Outcome {
+    for kind in KINDS {
+        let dir = tempfile::tempdir()?;
+        let files = checkpoint(dir.path(), kind, &[0, 1, 2], Some(&nli(&[0, 1, 2])))?;
+        let path = dir.path().join("config.json");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        json["problem_type"] = "multi_label_classification".into();
+        std::fs::write(&path, json.to_string())?;
+        let error = load(&files, Task::Mnli, &fresh(lora())).expect_err("several classes").to_string();
+        assert!(error.contains("several classes at once") && error.contains("--new-head"), "{error}");
+        for (outputs, said) in [(3, "single_label_classification"), (1, "regression")] {
+            let (noise, device) = (Noise::new(4), Device::Cpu);
+            let new =
+                Classifier::load_with_new_head(&files, outputs, &fresh(lora()), noise, DType::F32, &device)?;
+            assert_eq!(new.config().to_json()["problem_type"], said);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_rows_of_a_head_go_where_their_names_say() -> Outcome {
     for kind in KINDS {
         let dir = tempfile::tempdir()?;

@@ -184,3 +184,19 @@ fn added(pieces: &[String], kinds: &[i32], phi3: bool) -> Vec<Json> {
     };
     there.map(token).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn special_tokens_of_phi_3_take_the_blanks_behind_them() {
+        let pieces = ["<unk>", "<s>", "a", "<|user|>", "<|endoftext|>"].map(String::from);
+        let kinds = [UNKNOWN, CONTROL, NORMAL, CONTROL, CONTROL];
+        let stripped = |phi3: bool| -> Vec<String> {
+            let tokens = added(&pieces, &kinds, phi3).into_iter().filter(|token| token["rstrip"] == true);
+            tokens.filter_map(|token| Some(token["content"].as_str()?.to_string())).collect()
+        };
+        assert_eq!((stripped(true), stripped(false)), (vec!["<|user|>".to_string()], Vec::new()));
+    }
+}
