@@ -253,7 +253,7 @@ impl Contender {
         let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
         reset_peak_device_bytes(device);
         let start = Instant::now();
-        let mut loss = self.model.loss(&self.batch, &cx)?.to_dtype(DType::F32)?;
+        let mut loss = self.model.loss(&self.batch, &cx)?;
         if let Some(regularizer) = &self.regularizer {
             loss = (loss + regularizer.for_model(self.model.adaptable(), &cx)?.total)?;
         }

@@ -75,17 +75,17 @@ KERNEL cross_entropy(u32 classes, u32 narrow, u32 sloped, float factor, const vo
     else if (THREAD == 0) log_sums[BLOCK] = log_sum;
 }
 
-// The same gradient from the logarithms that were kept, `factor` times that of the loss, (1) as the logits.
+// The same gradient from the logarithms that were kept, `factor` times that of the loss, (1).
 KERNEL cross_entropy_slopes(u32 classes, u32 narrow, float factor, const void *logits, const u32 *labels,
-                            const float *log_sums, const void *grad, void *slopes) {
+                            const float *log_sums, const float *grad, void *slopes) {
     u64 first = (u64)BLOCK * classes;
     u32 label = labels[BLOCK];
     if (label == IGNORED) store_zeros(first, classes, narrow, slopes);
-    else store_slopes(first, classes, narrow, factor * load(grad, 0, narrow), label, log_sums[BLOCK], logits, slopes);
+    else store_slopes(first, classes, narrow, factor * *grad, label, log_sums[BLOCK], logits, slopes);
 }
 
 // factor times the sum of all terms, by one block.
-KERNEL mean_of_terms(u32 count, u32 narrow, double factor, const float *terms, void *loss) {
+KERNEL mean_of_terms(u32 count, double factor, const float *terms, float *loss) {
     SHARED double part[MOST_THREADS];
     double sum = 0.0;
     for (u32 i = THREAD; i < count; i += THREADS) sum += terms[i];
@@ -94,6 +94,6 @@ KERNEL mean_of_terms(u32 count, u32 narrow, double factor, const float *terms, v
     if (THREAD == 0) {
         double total = 0.0;
         for (u32 i = 0; i < THREADS; i++) total += part[i];
-        store(loss, 0, narrow, (float)(total * factor));
+        *loss = (float)(total * factor);
     }
 }

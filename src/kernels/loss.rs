@@ -66,7 +66,7 @@ impl LabelledRows {
     }
 
     /// `grad (softmax - onehot) / counted` of all rows, as their logits, from what [`Self::log_sums`] returned and the
-    /// gradient of the loss, a scalar of the logits' dtype.
+    /// gradient of the loss, a scalar of f32.
     ///
     /// # Errors
     /// As [`Self::log_sums`].
@@ -79,24 +79,23 @@ impl LabelledRows {
             (address(device, &logits, logits.dtype())?, address(device, &slopes, logits.dtype())?);
         let (labels, log_sums) =
             (address(device, &self.labels, DType::U32)?, address(device, log_sums, DType::F32)?);
-        let grad = address(device, grad, logits.dtype())?;
+        let grad = address(device, grad, DType::F32)?;
         launch!(device; grid(rows); cross_entropy_slopes(
             &classes, &narrow, &factor, &from, &labels, &log_sums, &grad, &to
         ));
         Ok(slopes)
     }
 
-    /// The mean over the counted rows: a scalar of `dtype`, f32 or bf16.
+    /// The mean over the counted rows: a scalar of f32.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn mean(&self, dtype: DType) -> Result<Tensor> {
+    pub fn mean(&self) -> Result<Tensor> {
         let device = device_of(&self.terms)?;
-        let loss = empty(device, &Shape::from(()), dtype)?;
-        let (rows, narrow, factor) =
-            (count(self.terms.elem_count())?, narrow(&loss), 1.0 / self.counted as f64);
-        let (terms, to) = (address(device, &self.terms, DType::F32)?, address(device, &loss, dtype)?);
-        launch!(device; grid(1); mean_of_terms(&rows, &narrow, &factor, &terms, &to));
+        let loss = empty(device, &Shape::from(()), DType::F32)?;
+        let (rows, factor) = (count(self.terms.elem_count())?, 1.0 / self.counted as f64);
+        let (terms, to) = (address(device, &self.terms, DType::F32)?, address(device, &loss, DType::F32)?);
+        launch!(device; grid(1); mean_of_terms(&rows, &factor, &terms, &to));
         Ok(loss)
     }
 }

@@ -105,7 +105,7 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     /// # Shapes
     /// - `hidden`: `(n, hidden)`
     /// - `targets`: `(n)` of i64; -100 is left out
-    /// - output: a scalar
+    /// - output: a scalar, of a base of half width in f32
     ///
     /// # Errors
     /// As [`Self::head`] and [`ops::cross_entropy`].

@@ -26,14 +26,13 @@ const MOST_LOGITS: usize = 1 << 28;
 ///
 /// With a vocabulary of 32000 the logits of 1024 rows are 131 MB, and candle's backward holds them four
 /// times when the activations of all layers are alive; here it is `xs` and its gradient. With a
-/// trainable weight it is the composition. On a CUDA device (f32, bf16) "some" are 2^28 logits, and the
-/// loss is rounded to its dtype once.
+/// trainable weight it is the composition. On a CUDA device (f32, bf16) "some" are 2^28 logits.
 ///
 /// # Shapes
 /// - `xs`: `(n, dim)`
 /// - `weight`: `(classes, dim)`, whose rows are dequantised in blocks where it is quantised
 /// - `labels`: `(n)` of i64, best on the host; rows labelled `ignore` are left out
-/// - output: a scalar, the dtype of `xs`
+/// - output: a scalar, of half-width `xs` in f32
 ///
 /// # Errors
 /// If the shapes do not fit, and as [`cross_entropy`].
@@ -128,7 +127,7 @@ fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Res
             rows.log_sums(first, &logits)?;
         }
     }
-    node(xs, rows.mean(xs.dtype())?, &gradients)
+    node(xs, rows.mean()?, &gradients)
 }
 
 /// The part of the loss that some rows make, and its gradient in their logits, which takes their place.

@@ -24,7 +24,7 @@ use crate::util::simd::vectorized;
 /// # Shapes
 /// - `logits`: `(n, classes)`
 /// - `labels`: `(n)` of i64, best on the host: they are looked at there, and a device would have to wait
-/// - output: a scalar, the dtype of `logits`
+/// - output: a scalar, of half-width logits in f32: to such a loss others are added, and eight bits show no progress
 ///
 /// # Errors
 /// If every row is ignored, or a label is neither `ignore` nor a class: the message names the row,
@@ -35,7 +35,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, path: OpPath
     match path.on(&[logits]) {
         OpPath::Reference => {
             let labels = labels.detach().to_dtype(DType::I64)?.to_device(logits.device())?;
-            reference::cross_entropy(logits, &labels, ignore, checked.counted)
+            reference::cross_entropy(
+                &logits.to_dtype(wide(logits.dtype()))?,
+                &labels,
+                ignore,
+                checked.counted,
+            )
         }
         OpPath::Fused => {
             let labels = checked.all.iter().map(|&label| (label != ignore).then_some(label as usize));
@@ -45,7 +50,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, path: OpPath
         OpPath::Composed if path.has_kernels() && kernels::supports(logits) => {
             let rows = checked.on_device(logits.device())?;
             let log_sums = rows.log_sums(0, &logits.detach())?;
-            custom_vjp("cross-entropy", [logits], rows.mean(logits.dtype())?, move |call| {
+            custom_vjp("cross-entropy", [logits], rows.mean()?, move |call| {
                 Ok([Some(rows.slopes(&call.args[0], &log_sums, &call.grad)?)])
             })
         }
@@ -157,10 +162,10 @@ pub(super) fn composed_cross_entropy(logits: &Tensor, labels: &Labels) -> Result
     let terms = (&log_sum - x.gather(&safe, 1)?)?;
     // Chosen, not multiplied: an ignored row may hold anything.
     let terms = keep.where_cond(&terms, &terms.zeros_like()?)?;
-    let loss = (terms.sum_all()? / rows as f64)?.to_dtype(logits.dtype())?;
+    let loss = (terms.sum_all()? / rows as f64)?;
     custom_vjp("cross-entropy", [logits], loss, move |call| {
         let p = call.args[0].to_dtype(dtype)?.broadcast_sub(&log_sum)?.exp()?.contiguous()?;
-        let factor = (call.grad.to_dtype(dtype)? / rows as f64)?;
+        let factor = (&call.grad / rows as f64)?;
         let minus_one = log_sum.zeros_like()?.affine(1.0, -1.0)?;
         let dx = p.scatter_add(&safe, &minus_one, 1)?.broadcast_mul(&factor)?;
         let keep = keep.broadcast_as(dx.dims())?.contiguous()?;
@@ -172,7 +177,7 @@ pub(super) fn composed_cross_entropy(logits: &Tensor, labels: &Labels) -> Result
 ///
 /// # Shapes
 /// - `predictions`, `targets`: the same
-/// - output: a scalar
+/// - output: a scalar, of half-width predictions in f32
 ///
 /// # Errors
 /// If the shapes differ, or there is nothing to average.
@@ -180,26 +185,21 @@ pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor, path: OpPath) 
     if predictions.dims() != targets.dims() || predictions.elem_count() == 0 {
         bail!("mean squared error: predictions {:?}, targets {:?}", predictions.dims(), targets.dims());
     }
+    let dtype = wide(predictions.dtype());
     if path.on(&[predictions, targets]) == OpPath::Reference {
-        return reference::mean_squared_error(predictions, targets);
+        return reference::mean_squared_error(&predictions.to_dtype(dtype)?, &targets.to_dtype(dtype)?);
     }
     // A few numbers a batch: slices would gain nothing over tensor operations.
-    let dtype = wide(predictions.dtype());
     let difference = move |predictions: &Tensor, targets: &Tensor| {
         predictions.to_dtype(dtype)? - targets.to_dtype(dtype)?
     };
     let loss = difference(&predictions.detach(), &targets.detach())?.sqr()?.mean_all()?;
-    custom_vjp(
-        "mean-squared-error",
-        [predictions, targets],
-        loss.to_dtype(predictions.dtype())?,
-        move |call| {
-            let [predictions, targets] = &call.args;
-            let n = predictions.elem_count() as f64;
-            let factor = (call.grad.to_dtype(dtype)? * (2.0 / n))?;
-            let dp = difference(predictions, targets)?.broadcast_mul(&factor)?;
-            let dt = call.needs[1].then(|| dp.neg()).transpose()?;
-            Ok([Some(dp), dt])
-        },
-    )
+    custom_vjp("mean-squared-error", [predictions, targets], loss, move |call| {
+        let [predictions, targets] = &call.args;
+        let n = predictions.elem_count() as f64;
+        let factor = (&call.grad * (2.0 / n))?;
+        let dp = difference(predictions, targets)?.broadcast_mul(&factor)?;
+        let dt = call.needs[1].then(|| dp.neg()).transpose()?;
+        Ok([Some(dp), dt])
+    })
 }

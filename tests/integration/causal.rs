@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Context, Role};
-use monteclora::adapters::LoraConfig;
+use monteclora::adapters::{AdaLoraConfig, BlobConfig, LoraConfig};
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{CausalBatch, Tokens};
 use monteclora::inject::{Targets, DEFAULT_ADAPTER};
@@ -11,7 +11,7 @@ use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
+use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
 use crate::finetune::Log;
 use crate::llama::{frozen, toy_config};
@@ -37,9 +37,19 @@ pub fn methods() -> [Method; 2] {
 
 /// Trains the toy model from its start and returns its losses on rows it never saw.
 fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(Log, f64, f64)> {
+    train_beside(DType::F32, method, batch_size, config)
+}
+
+/// The same beside a base of this dtype.
+fn train_beside(
+    dtype: DType,
+    method: &Method,
+    batch_size: usize,
+    config: &TrainConfig,
+) -> Outcome<(Log, f64, f64)> {
     // Without dropout, whose masks go by micro-batch.
     let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
-    let (mut model, params) = frozen(&toy, DType::F32)?;
+    let (mut model, params) = frozen(&toy, dtype)?;
     let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
     let hooks = start.inject(&mut model, &params)?;
     let (seen, unseen) = (rows(60), &rows(90)[60..]);
@@ -59,6 +69,45 @@ fn both_methods_lower_the_loss_of_text_they_never_saw() -> Outcome {
         assert!(after < 0.7 * before, "{}: {before} -> {after}", method.name());
         let (again, _, same) = train(&method, 10, &config)?;
         assert_eq!((log.0, after), (again.0, same), "{}", method.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_method_adds_to_the_loss_is_added_beside_a_base_of_half_width() -> Outcome {
+    let config = TrainConfig { epochs: 1, lr: 1e-3, ..TrainConfig::default() };
+    let calibrated = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::calibrated() };
+    let evidence = Some(EvidenceBound { std: 0.1, temperature: 1.0, latents: true });
+    let bound = MonteCLoRAConfig { rank: 4, evidence, ..MonteCLoRAConfig::default() };
+    let released = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::released() };
+    let map = LoraConfig { rank: 4, prior: Some(Prior::map()), ..LoraConfig::default() };
+    let [lora, paper] = methods();
+    let with_a_term = [
+        (paper, "kl_gaussian"),
+        (Method::MonteCLoRA(calibrated), "prior"),
+        (Method::MonteCLoRA(bound), "kl_mean"),
+        (Method::Released(released), "regularizer"),
+        (Method::Lora(map), "prior"),
+        (Method::AdaLora(AdaLoraConfig::default()), "orthogonal"),
+        (Method::Blob(BlobConfig::default()), "kl"),
+    ];
+    for (method, term) in with_a_term.into_iter().chain([(lora, "task")]) {
+        for half in [DType::BF16, DType::F16] {
+            let (single, ..) = train(&method, 10, &config)?;
+            let (log, ..) = train_beside(half, &method, 10, &config)?;
+            let (first, same) = (&log.0[0], &single.0[0]);
+            let close = (first.loss - same.loss).abs() < 0.02 * same.loss;
+            assert!(
+                close && first.terms.contains_key(term),
+                "{} {half:?}: {first:?} {same:?}",
+                method.name()
+            );
+            // Of eight bits the loss itself would have few values.
+            let tasks: Vec<f64> = log.0.iter().map(|step| step.terms["task"]).collect();
+            let tasks = Tensor::new(tasks, &Device::Cpu)?;
+            let rounded = tasks.to_dtype(half)?.to_dtype(DType::F64)?;
+            assert!((tasks - rounded)?.abs()?.max_all()?.to_scalar::<f64>()? > 0.0);
+        }
     }
     Ok(())
 }

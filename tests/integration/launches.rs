@@ -142,7 +142,7 @@ fn counts(
         before = Counts::now()?;
         let tape = Tape::default();
         let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
-        let mut loss = step.loss(&cx)?.to_dtype(DType::F32)?;
+        let mut loss = step.loss(&cx)?;
         if let Some(regularizer) = &regularizer {
             loss = (loss + regularizer.for_model(step.model(), &cx)?.total)?;
         }

@@ -45,8 +45,8 @@ fn run_rounded(
         vars.push(tracked.then_some(var));
     }
     let y = (case.block)(&tensors, path)?;
-    assert_eq!(y.dtype(), dtype, "{}", case.name);
-    let weights = normal("weights", y.dims()).to_dtype(half)?.to_dtype(dtype)?.to_device(device)?;
+    assert_eq!(y.dtype(), output_dtype(case, dtype), "{}", case.name);
+    let weights = normal("weights", y.dims()).to_dtype(half)?.to_dtype(y.dtype())?.to_device(device)?;
     let store = (&y * weights)?.sum_all()?.backward()?;
     let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let gradients = vars.iter().map(|var| var.as_ref().and_then(|var| store.get(var)).map(host).transpose());
