@@ -73,9 +73,9 @@ impl LowRank {
         scale: f64,
         dropout: f64,
     ) -> Result<Self> {
-        if rank == 0 || rank > in_dim.min(out_dim) {
-            let most = in_dim.min(out_dim);
-            return Err(Error::config("rank", format!("{name}: expected 1 to {most}, got {rank}")));
+        // Above the layer's dimensions a rank adds nothing to what the update can be, but PEFT has such adapters.
+        if rank == 0 {
+            return Err(Error::config("rank", format!("{name}: expected at least 1, got 0")));
         }
         let (a, b) = params.all_or_none(&format!("{name}."), || {
             let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), starts.0)?;

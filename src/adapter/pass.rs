@@ -10,7 +10,8 @@ pub enum Pass {
         /// The index of the draw; the same index is the same noise.
         draw: u64,
     },
-    /// Draw number `draw` of the posterior, no dropout: the same weights for every batch.
+    /// Draw number `draw` of the posterior, no dropout: the same weights for every batch. Draws 2 k and 2 k + 1 are a
+    /// pair of opposite perturbations ([`Self::sign`]).
     Posterior {
         /// The index of the draw.
         draw: u64,
@@ -26,7 +27,17 @@ impl Pass {
         }
     }
 
-    /// The draw that posterior sampling uses. Bit 62 marks predictive ones, so that they never share
+    /// The sign of the perturbation. Predictive draws come in pairs, 0 and 1, 2 and 3, that are alike but for it: each
+    /// by itself is distributed as the posterior, a Gaussian around its mean, and what is linear in the perturbation
+    /// is gone from the average of a pair (antithetic variates: Hammersley and Morton 1956).
+    pub fn sign(&self) -> f64 {
+        match self {
+            Self::Posterior { draw } if draw % 2 == 1 => -1.0,
+            _ => 1.0,
+        }
+    }
+
+    /// The draw that posterior sampling uses, of a predictive pair the even one. Bit 62 marks predictive ones, so that they never share
     /// noise with training, whose draws stay consecutive (a buffer fills blocks of them). The bit
     /// above it stays free: [`fill_bartlett`](crate::dist::wishart::fill_bartlett) doubles its draw.
     ///
@@ -37,7 +48,7 @@ impl Pass {
         let (draw, mark) = match *self {
             Self::Mean => return Ok(None),
             Self::Train { draw } => (draw, 0),
-            Self::Posterior { draw } => (draw, PREDICTIVE),
+            Self::Posterior { draw } => (draw & !1, PREDICTIVE),
         };
         if draw >= PREDICTIVE {
             candle_core::bail!("expected a draw below 2^62, got {draw}")

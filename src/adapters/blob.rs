@@ -99,8 +99,8 @@ pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
 pub fn kl_share(step: usize, m: usize) -> f64 {
     let m = m.max(1);
     let left = (m - 1 - step.saturating_sub(1) % m) as f64; // m - i
-    let whole = (m + 1) as f64;
-    // Both sides over 2^(m + 1), which is past the largest number soon.
+    let whole = m as f64 + 1.0; // of a small gamma m is the largest number there is
+                                // Both sides over 2^(m + 1), which is past the largest number soon.
     (-1.0 - left).exp2() / (1.0 - (-whole).exp2())
 }
 
@@ -158,9 +158,10 @@ impl Blob {
     pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
-        let make = || mean + ops::mul_constant(&self.root.sqr()?, &self.noise(draw)?)?;
+        let sign = cx.pass.sign();
+        let make = || mean + ops::mul_constant(&self.root.sqr()?, &(self.noise(draw)? * sign)?)?;
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
-            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, 1.0, cx.path), make)?,
+            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, sign, cx.path), make)?,
             _ => make()?,
         }))
     }
@@ -257,6 +258,8 @@ mod tests {
         }
         let whole: f64 = (1..=2000).map(|step| kl_share(step, 2000)).sum();
         assert!((whole - 1.0).abs() < 1e-12 && (kl_share(2000, 2000) - 0.5).abs() < 1e-12);
+        // Of a small gamma a cycle is longer than there are numbers, and no step has a weight.
+        assert_eq!((cycle(67349, 32, 0.5), kl_share(7, usize::MAX)), (usize::MAX, 0.0));
         // int(100 * 400 ** (math.pi / 8) / 32), of 2490 rows in batches of 8, of 3 in one of 1000
         assert_eq!([cycle(400, 32, 8.0), cycle(2490, 8, 8.0), cycle(3, 1000, 8.0)], [32, 269, 1]);
     }

@@ -80,7 +80,8 @@ impl Tfb {
     /// The family around the present A and B of every active LoRA adapter; `noise` is where draws come from.
     ///
     /// # Errors
-    /// If the model has no active LoRA adapter, an active adapter is of another method, or B is not finite.
+    /// If the model has no active LoRA adapter, an active adapter is of another method, a layer is merged, or B is not
+    /// finite.
     pub fn new(model: &dyn AdaptableModel, noise: Noise) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -89,6 +90,9 @@ impl Tfb {
             let Some(lora) = active.as_any().downcast_ref::<Lora>() else {
                 return Err(Error::config("adapter", format!("{name} is no LoRA adapter")));
             };
+            if layer.is_merged() {
+                return Err(Error::config("adapter", format!("{name} is merged: unmerge it first")));
+            }
             let host = |t: &Tensor| to_dtype_device(&t.detach(), DType::F64, &Device::Cpu);
             let (mean, b) = (host(lora.low_rank().a())?, host(lora.low_rank().b())?);
             layers.push(Layer {
@@ -105,13 +109,15 @@ impl Tfb {
         Ok(Self { layers })
     }
 
-    /// Draw number `draw` at this sigma: the A of every layer by its parameter's name, for [`Params::restore`].
+    /// Draw number `draw` at this sigma: the A of every layer by its parameter's name, for [`Params::restore`]; it is
+    /// opposite to the other of its pair ([`Pass::sign`]).
     ///
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, sigma: f64, draw: u64) -> Result<BTreeMap<String, Tensor>> {
         // The address of a predictive draw: training with dropout has used others.
-        let address = Pass::Posterior { draw }.posterior_draw()?.unwrap_or(draw);
+        let pass = Pass::Posterior { draw };
+        let address = pass.posterior_draw()?.unwrap_or(draw);
         let of = |layer: &Layer| -> Result<(String, Tensor)> {
             let (k, in_dim) = (layer.directions.dim(1)?, layer.mean.dim(1)?);
             if k == 0 {
@@ -120,7 +126,7 @@ impl Tfb {
             let mut z = vec![0.0; k * in_dim];
             layer.stream.fill_normal(address, &mut z);
             let z = Tensor::from_vec(z, (k, in_dim), &Device::Cpu)?;
-            let a = (&layer.mean + (layer.directions.matmul(&z)? * sigma)?)?;
+            let a = (&layer.mean + (layer.directions.matmul(&z)? * (sigma * pass.sign()))?)?;
             Ok((layer.name.clone(), a))
         };
         self.layers.iter().map(of).collect()

@@ -132,7 +132,7 @@ impl MonteCLoRA {
     /// If candle fails.
     pub fn draw(&self, cx: &Context) -> candle_core::Result<Option<PosteriorDraw>> {
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(None) };
-        draw::reference(&self.posterior, &self.buffer.get(draw)?, self.eps(cx)).map(Some)
+        draw::reference(&self.posterior, &self.buffer.get(draw)?, self.eps(cx) * cx.pass.sign()).map(Some)
     }
 
     /// The A of a pass, `(r, in_dim)`: the mean, or the mean and the draw's perturbation.
@@ -142,7 +142,7 @@ impl MonteCLoRA {
     pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
-        let eps = self.eps(cx);
+        let eps = self.eps(cx) * cx.pass.sign();
         let asked = Asked { posterior: &self.posterior, mean, eps };
         let make = || draw::perturbed(&asked, draw, &self.buffer, self.seat.as_ref(), cx);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {

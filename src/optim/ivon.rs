@@ -246,14 +246,17 @@ impl IvonPosterior {
         Ok(Self { layers: moments.iter().map(of).collect::<Result<_>>()?, noise: params.noise() })
     }
 
-    /// Draw number `draw` of the parameters, for [`Params::restore`]; it shares no noise with training.
+    /// Draw number `draw` of the parameters, for [`Params::restore`]; it shares no noise with training, and is opposite to
+    /// the other of its pair ([`Pass::sign`]).
     ///
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        let address = Pass::Posterior { draw }.posterior_draw()?.unwrap_or(draw);
+        let pass = Pass::Posterior { draw };
+        let address = pass.posterior_draw()?.unwrap_or(draw);
         let of = |(name, (mean, std)): (&String, &(Tensor, Tensor))| {
-            Ok((name.clone(), (mean + (std * normal(self.noise, name, address, mean)?)?)?))
+            let z = (normal(self.noise, name, address, mean)? * pass.sign())?;
+            Ok((name.clone(), (mean + (std * z)?)?))
         };
         self.layers.iter().map(of).collect()
     }

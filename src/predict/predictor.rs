@@ -29,7 +29,8 @@ pub fn logits(model: &dyn Predictor, batches: &[Batch], cx: &Context) -> Result<
 }
 
 /// Class probabilities averaged over `samples` posterior draws, after the softmax of each. Draw s
-/// is the same weights for every batch.
+/// is the same weights for every batch; an even number is of whole pairs ([`Pass::sign`]), whose averages are closer to
+/// that of many.
 ///
 /// # Errors
 /// If `samples` is 0, or the forward pass fails.

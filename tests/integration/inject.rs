@@ -118,19 +118,17 @@ fn rank_and_alpha_patterns_change_single_layers() -> Outcome {
 }
 
 #[test]
-fn a_rank_that_does_not_fit_changes_nothing() -> Outcome {
+fn a_rank_of_zero_changes_nothing() -> Outcome {
     let (mut model, params) = frozen(Family::Roberta)?;
     let before = params.all().len();
-    for rank in [0, 33] {
-        let config = LoraConfig { rank, ..lora() };
-        let text = inject::lora(&mut model, &Targets::default(), &config, &params).unwrap_err().to_string();
-        assert!(text.contains("rank"), "{text}");
-        assert_eq!(params.all().len(), before);
-        model.visit_linears(&mut |layer| {
-            assert!(layer.active().is_none());
-            Ok(())
-        })?;
-    }
+    let config = LoraConfig { rank: 0, ..lora() };
+    let text = inject::lora(&mut model, &Targets::default(), &config, &params).unwrap_err().to_string();
+    assert!(text.contains("rank"), "{text}");
+    assert_eq!(params.all().len(), before);
+    model.visit_linears(&mut |layer| {
+        assert!(layer.active().is_none());
+        Ok(())
+    })?;
     Ok(())
 }
 

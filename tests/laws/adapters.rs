@@ -167,12 +167,44 @@ fn the_average_over_draws_tends_to_the_mean() -> Result<()> {
     let layer = linear(&params, &config())?;
     shake(&params)?;
     let mean = layer.mean().forward(&xs)?.flatten_all()?.to_vec1::<f64>()?;
-    let draw =
-        |draw| layer.forward_with(&xs, &Pass::Posterior { draw }.into())?.flatten_all()?.to_vec1::<f64>();
+    // One of each pair: whole ones have the mean exactly.
+    let draw = |pair: u64| {
+        layer.forward_with(&xs, &Pass::Posterior { draw: 2 * pair }.into())?.flatten_all()?.to_vec1::<f64>()
+    };
     let draws = (0..100_000).into_par_iter().map(draw).collect::<candle_core::Result<Vec<_>>>()?;
     for (i, mean) in mean.iter().enumerate() {
         assert_mean(&format!("output {i}"), *mean, draws.iter().map(|y| y[i]));
     }
+    Ok(())
+}
+
+#[test]
+fn predictive_draws_come_in_pairs_around_the_mean() -> Result<()> {
+    let xs = normals("xs", &[3, 6])?;
+    for mixture in [Mixture::Collapsed, Mixture::Explicit, Mixture::Sparse] {
+        let params = store(1);
+        let layer = linear(&params, &MonteCLoRAConfig { mixture, ..config() })?;
+        shake(&params)?;
+        let at = |pass: Pass| layer.forward_with(&xs, &pass.into());
+        let drawn = |draw: u64| {
+            Ok::<_, candle_core::Error>((Pass::Posterior { draw }, at(Pass::Posterior { draw })?))
+        };
+        for pair in [0, 5] {
+            let ((one, y), (other, opposite)) = (drawn(2 * pair)?, drawn(2 * pair + 1)?);
+            assert_eq!((one.sign(), other.sign()), (1.0, -1.0));
+            assert_close("the pair's average", &((&y + &opposite)? * 0.5)?, &at(Pass::Mean)?, 1e-14)?;
+            assert!((y - opposite)?.abs()?.max_all()?.to_scalar::<f64>()? > 1e-3, "{mixture:?}");
+            let draws = [one, other].map(|pass| layer.adapter().draw(&pass.into()).unwrap().unwrap());
+            assert_close("T", &draws[0].scale_tril, &draws[1].scale_tril, 0.0)?;
+            assert_close("pi", &draws[0].weights, &draws[1].weights, 0.0)?;
+            assert_close("Delta", &draws[0].delta, &draws[1].delta.neg()?, 0.0)?;
+        }
+        assert!(((drawn(0)?.1 - drawn(2)?.1)?.abs()?.max_all()?.to_scalar::<f64>()?) > 1e-3, "{mixture:?}");
+    }
+    // Training's draws are no pairs.
+    let layer = linear(&store(1), &config())?;
+    let [one, next] = [6, 7].map(|draw| layer.adapter().draw(&Pass::Train { draw }.into()).unwrap().unwrap());
+    assert!((one.delta + next.delta)?.abs()?.max_all()?.to_scalar::<f64>()? > 1e-3);
     Ok(())
 }
 
@@ -324,14 +356,22 @@ impl PeftLike for MonteCLoRAConfig {
 }
 
 #[test]
-fn a_rank_that_does_not_fit_is_an_error_naming_option_and_path() -> Result<()> {
-    for rank in [0, 5] {
-        let error = linear(&store(1), &MonteCLoRAConfig { rank, ..config() }).unwrap_err().to_string();
-        assert!(error.contains("invalid rank"), "{error}");
-        let lora = LoraConfig { rank, ..Default::default() };
-        let error = Lora::new(&store(1), "layer.proj", "default", (6, 4), &lora).unwrap_err().to_string();
-        assert!(error.contains("invalid rank") && (rank == 0 || error.contains("layer.proj")), "{error}");
-    }
+fn a_rank_of_zero_is_an_error_and_one_above_the_width_is_not() -> Result<()> {
+    let error = linear(&store(1), &MonteCLoRAConfig { rank: 0, ..config() }).unwrap_err().to_string();
+    assert!(error.contains("invalid rank"), "{error}");
+    let lora = |rank| {
+        let config = LoraConfig { rank, ..Default::default() };
+        Lora::new(&store(1), "layer.proj", "default", (6, 4), &config)
+    };
+    assert!(lora(0).unwrap_err().to_string().contains("invalid rank"));
+    assert_eq!(lora(9)?.low_rank().b().dims(), [4, 9]);
+    // As PEFT has it, in draws too.
+    let params = store(1);
+    let wide = linear(&params, &MonteCLoRAConfig { rank: 9, ..config() })?;
+    shake(&params)?;
+    let xs = normals("xs", &[3, 6])?;
+    let change = (wide.forward_with(&xs, &TRAIN.into())? - wide.forward_with(&xs, &Pass::Mean.into())?)?;
+    assert!(change.abs()?.min_all()?.to_scalar::<f64>()? > 1e-6);
     Ok(())
 }
 

@@ -122,7 +122,7 @@ fn a_draw_of_blob_has_its_mean_and_the_squares_of_g_as_deviations() -> Result<()
     shake(&params)?;
     let flat = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.flatten_all()?.to_vec1()?) };
     let (mean, root) = (flat(blob.low_rank().a())?, flat(blob.root())?);
-    for pass in [|draw| Pass::Train { draw }, |draw| Pass::Posterior { draw }] {
+    for pass in [|draw| Pass::Train { draw }, |draw| Pass::Posterior { draw: 2 * draw }] {
         let draws = (0..100_000).map(|draw| flat(blob.effective_a(&pass(draw).into())?.as_ref()));
         let draws = draws.collect::<Result<Vec<_>>>()?;
         for i in 0..mean.len() {

@@ -48,7 +48,7 @@ fn updates(model: &Toy, params: &Params, sigma: f64, draws: u64) -> Result<Vec<V
         let a = tfb.draw(sigma, draw)?.remove("proj.default.a").expect("A");
         Ok((b.matmul(&a)? * 1.5)?.flatten_all()?.to_vec1::<f64>()?)
     };
-    (0..draws).map(update).collect()
+    (0..draws).map(|pair| update(2 * pair)).collect() // one of each pair
 }
 
 fn assert_mean(what: &str, want: f64, draws: impl Iterator<Item = f64>) {
@@ -103,6 +103,15 @@ fn a_direction_that_b_has_not_gets_no_noise() -> Result<()> {
     let (model, params) = toy(&[[0.0; 2]; 2])?;
     let a = params.snapshot()?["proj.default.a"].to_vec2::<f64>()?;
     assert_eq!(Tfb::new(&model, params.noise())?.draw(1.0, 5)?["proj.default.a"].to_vec2::<f64>()?, a);
+    Ok(())
+}
+
+#[test]
+fn a_merged_layer_has_no_draws() -> Result<()> {
+    let (mut model, params) = toy(&[[1.0, 0.0], [0.0, 0.5]])?;
+    crate::inject::merge::merge(&mut model)?;
+    let error = Tfb::new(&model, params.noise()).unwrap_err().to_string();
+    assert!(error.contains("proj.default is merged: unmerge it first"), "{error}");
     Ok(())
 }
 

@@ -51,7 +51,7 @@ pub(super) fn perturbed_together(
         .iter()
         .map(|member| {
             let Member { mean, posterior, .. } = member.as_ref().filter(served)?;
-            Some(Asked { posterior, mean, eps: member.as_ref()?.eps(cx) })
+            Some(Asked { posterior, mean, eps: member.as_ref()?.eps(cx) * cx.pass.sign() })
         })
         .collect();
     let layers = asked.iter().flatten().map(|asked| layer(asked, draw)).collect::<Result<Vec<_>>>()?;

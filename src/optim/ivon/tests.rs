@@ -104,7 +104,7 @@ fn draws_have_sigma_and_the_curvature_seen_along_them_is_the_hessians_diagonal()
     }
     // Predictive draws have the same law, and other noise.
     let posterior = IvonPosterior::new(&params, ivon.remembered(), &config)?;
-    let draws = (0..40_000).map(|draw| Ok(posterior.draw(draw)?["w"].to_vec1::<f64>()?));
+    let draws = (0..40_000).map(|draw| Ok(posterior.draw(2 * draw)?["w"].to_vec1::<f64>()?));
     let draws = draws.collect::<Result<Vec<_>>>()?;
     let off: Vec<f64> = draws.iter().map(|draw| draw[0] - mean[0]).collect();
     assert_mean("mean", 0.0, &off);
