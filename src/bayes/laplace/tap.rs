@@ -1,4 +1,4 @@
-//! Taps on LoRA adapters: what each sees and the gradient at its outputs, token by token.
+//! Taps on the low-rank pairs of LoRA and MonteCLoRA: what each sees and the gradient at its outputs, token by token.
 //!
 //! While taps record, an adapter computes
 //!
@@ -19,10 +19,11 @@ use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, LowRank, Pass
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::monteclora::MonteCLoRA;
 use crate::ops;
 use crate::predict::Predictor;
 
-/// The taps on the active LoRA adapters of a model, until [`Self::remove`].
+/// The taps on the active adapters of a model, LoRA's or MonteCLoRA's around its mean, until [`Self::remove`].
 /// Clones are the same taps.
 #[derive(Debug, Clone)]
 pub struct Taps {
@@ -42,6 +43,8 @@ struct Tapped {
 struct Tape {
     recording: bool,
     seen: Vec<TappedPass>,
+    /// The adapter, after its tap was taken off.
+    freed: Option<Box<dyn Adapter>>,
 }
 
 #[derive(Debug)]
@@ -52,11 +55,25 @@ struct TappedPass {
     tap_y: Var,
 }
 
-/// A LoRA adapter with taps: it is that adapter to whoever asks, and computes the same.
+/// An adapter with a tap: it is that adapter to whoever asks, and computes the same.
 #[derive(Debug)]
-struct TappedLora {
-    lora: Lora,
+struct TappedAdapter {
+    /// There until it is dropped.
+    adapter: Option<Box<dyn Adapter>>,
+    pair: LowRank,
     tape: Arc<Mutex<Tape>>,
+}
+
+impl TappedAdapter {
+    fn adapter(&self) -> &dyn Adapter {
+        self.adapter.as_deref().expect("an adapter is in its tap until that is dropped")
+    }
+}
+
+impl Drop for TappedAdapter {
+    fn drop(&mut self) {
+        lock(&self.tape).freed = self.adapter.take();
+    }
 }
 
 fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
@@ -64,12 +81,12 @@ fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
     tape.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Adapter for TappedLora {
+impl Adapter for TappedAdapter {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
         if !lock(&self.tape).recording {
-            return self.lora.forward(xs, base, cx);
+            return self.adapter().forward(xs, base, cx);
         }
-        let pair = self.lora.low_rank();
+        let pair = &self.pair;
         // Detached: the gradients of A and B themselves are sums over examples, of no use here.
         let (a, b) = (pair.a().detach(), pair.b().detach());
         let wide = xs.to_dtype(a.dtype())?;
@@ -86,31 +103,37 @@ impl Adapter for TappedLora {
     }
 
     fn parameters(&self) -> Vec<(Role, Tensor)> {
-        self.lora.parameters()
+        self.adapter().parameters()
     }
 
     fn delta(&self, base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>> {
-        self.lora.delta(base, cx)
+        self.adapter().delta(base, cx)
     }
 
     fn as_any(&self) -> &dyn Any {
-        &self.lora
+        self.adapter().as_any()
     }
 }
 
 impl Taps {
-    /// Puts taps on every active LoRA adapter. The model predicts as before.
+    /// Puts taps on every active adapter. The model predicts as before.
     ///
     /// # Errors
-    /// If the model has no active LoRA adapter, an active adapter is of another method, or a layer
-    /// is merged; the model is then as it was.
+    /// If the model has no active adapter of LoRA or MonteCLoRA, one is of another method, of which LoRA-FA is one since
+    /// its A is no parameter, or a layer is merged; the model is then as it was.
     pub fn install(model: &mut dyn AdaptableModel) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
             let Some((name, adapter)) = layer.active() else { return Ok(()) };
             let at = || format!("{}: adapter {name:?}", layer.path());
-            let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
-                return Err(Error::config("adapter", format!("{} is no LoRA adapter", at())));
+            let any = adapter.as_any();
+            let pair = any.downcast_ref().map(Lora::low_rank);
+            let pair = pair.or_else(|| any.downcast_ref().map(MonteCLoRA::low_rank));
+            // LoRA-FA is a LoRA to whoever asks.
+            let is_whole = adapter.parameters().iter().any(|(role, _)| *role == Role::A);
+            let Some(pair) = pair.filter(|_| is_whole) else {
+                let reason = format!("{} is no adapter of LoRA or MonteCLoRA", at());
+                return Err(Error::config("adapter", reason));
             };
             if layer.is_merged() {
                 return Err(Error::config("adapter", format!("{} is merged: unmerge it first", at())));
@@ -118,13 +141,13 @@ impl Taps {
             layers.push(Tapped {
                 path: layer.path().to_string(),
                 adapter: name.to_string(),
-                pair: lora.low_rank().clone(),
+                pair: pair.clone(),
                 tape: Arc::default(),
             });
             Ok(())
         })?;
         if layers.is_empty() {
-            return Err(Error::config("adapter", "the model has no active LoRA adapter"));
+            return Err(Error::config("adapter", "the model has no active adapter of LoRA or MonteCLoRA"));
         }
         let taps = Self { layers };
         taps.exchange(model, true)?;
@@ -143,16 +166,24 @@ impl Taps {
     fn exchange(&self, model: &mut dyn AdaptableModel, tapped: bool) -> Result<()> {
         model.visit_linears_mut(&mut |layer| {
             let here = self.layers.iter().find(|tapped| tapped.path == layer.path());
-            let Some(Tapped { adapter: name, tape, .. }) = here else { return Ok(()) };
+            let Some(Tapped { adapter: name, pair, tape, .. }) = here else { return Ok(()) };
             let active = layer.active().map(|(name, _)| name.to_string());
-            let lora = layer.adapter(name).and_then(|a| a.as_any().downcast_ref::<Lora>()).cloned();
-            let Some(lora) = lora else {
-                let reason = format!("{} has no LoRA adapter {name:?} any more", layer.path());
+            let there = layer.remove(name)?;
+            let adapter = if tapped {
+                let of = |adapter| TappedAdapter {
+                    adapter: Some(adapter),
+                    pair: pair.clone(),
+                    tape: tape.clone(),
+                };
+                there.map(|adapter| Box::new(of(adapter)) as Box<dyn Adapter>)
+            } else {
+                drop(there);
+                lock(tape).freed.take()
+            };
+            let Some(adapter) = adapter else {
+                let reason = format!("{} has no tapped adapter {name:?} any more", layer.path());
                 return Err(Error::config("adapter", reason));
             };
-            layer.remove(name)?;
-            let adapter: Box<dyn Adapter> =
-                if tapped { Box::new(TappedLora { lora, tape: tape.clone() }) } else { Box::new(lora) };
             layer.add(name, adapter)?;
             layer.activate(active.as_deref())
         })

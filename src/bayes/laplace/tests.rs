@@ -5,12 +5,13 @@ use candle_nn::Linear;
 
 use super::*;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Init, Params, Pass, Role};
-use crate::adapters::{Lora, LoraConfig};
+use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::inject::{Select, Targets};
 use crate::metrics::softmax;
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
+use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 use crate::noise::{Noise, Purpose};
 use crate::ops;
 use crate::predict::logits;
@@ -346,6 +347,50 @@ fn padding_and_the_cut_into_batches_change_nothing() -> Result<()> {
 }
 
 #[test]
+fn around_the_mean_of_a_posterior_it_is_that_of_the_pair_and_the_posterior_stays() -> Result<()> {
+    let mut toy = Toy::new()?;
+    let rows: [(&[u32], u32); 3] = [(&[1, 2, 3], 0), (&[4], 1), (&[5, 6], 2)];
+    let (seen, new) = ([batch(&rows)?], [batch(&[(&[2, 6], 0)])?]);
+    let approximation = |toy: &mut Toy| -> Result<(f64, Vec<Vec<f64>>)> {
+        let taps = Taps::install(toy)?;
+        let laplace = Laplace::fit(toy, Scope::Adapters(taps.clone()), &seen, None)?;
+        let found = (laplace.log_marginal_likelihood(0.3)?, laplace.predict(toy, &new)?.covariances);
+        taps.remove(toy)?;
+        Ok(found)
+    };
+    let of_pair = approximation(&mut toy)?;
+
+    let [a, b] = ["a", "b"].map(|role| toy.params.get(&format!("layer.default.{role}")).unwrap().var);
+    let config = MonteCLoRAConfig { rank: 2, alpha: 3.4, sample_scaler: 0.2, ..Default::default() };
+    let posterior = MonteCLoRA::new(&toy.params, "layer", "drawn", (5, 4), &config)?;
+    toy.params.set("layer.drawn.a", &a)?;
+    toy.params.set("layer.drawn.b", &b)?;
+    toy.layer.remove("default")?;
+    toy.layer.add("drawn", Box::new(posterior))?;
+    let draws = |toy: &Toy| logits(toy, &new, &Pass::Posterior { draw: 1 }.into());
+    let before = draws(&toy)?;
+    let (evidence, covariances) = approximation(&mut toy)?;
+    near(evidence, of_pair.0);
+    covariances.iter().flatten().zip(of_pair.1.iter().flatten()).for_each(|(a, b)| near(*a, *b));
+    assert_eq!(draws(&toy)?, before);
+    assert!(before != logits(&toy, &new, &Pass::Mean.into())?);
+    Ok(())
+}
+
+#[test]
+fn an_adapter_without_the_whole_pair_is_refused_and_stays() -> Result<()> {
+    let mut toy = Toy::new()?;
+    toy.layer.remove("default")?;
+    let config = LoraConfig { rank: 2, ..Default::default() };
+    toy.layer.add("fixed", Box::new(LoraFa::new(&toy.params, "layer", "fixed", (5, 4), &config)?))?;
+    let error = Taps::install(&mut toy).unwrap_err().to_string();
+    assert!(error.contains("\"fixed\" is no adapter of LoRA or MonteCLoRA"), "{error}");
+    let (_, adapter) = toy.layer.active().unwrap();
+    assert!(adapter.parameters().iter().all(|(role, _)| *role != Role::A));
+    Ok(())
+}
+
+#[test]
 fn some_rows_stand_for_all() -> Result<()> {
     let toy = Toy::new()?;
     let scope = || Ok::<_, Error>(Scope::LastLayer(LastLayer::new(&toy.params, "head")?));
@@ -383,6 +428,6 @@ fn what_has_no_approximation_is_named() -> Result<()> {
     let other = Scope::LastLayer(LastLayer::new(&toy.params, "other")?);
     refused(Laplace::fit(&toy, other, &rows, None), "other.weight");
     toy.layer.activate(None)?;
-    assert!(Taps::install(&mut toy).unwrap_err().to_string().contains("no active LoRA"));
+    assert!(Taps::install(&mut toy).unwrap_err().to_string().contains("no active adapter"));
     Ok(())
 }
