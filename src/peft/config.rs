@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::inject::patterns::is_plain;
 use crate::util::json;
 
-/// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults.
+/// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults. Outside of this crate it is made from
+/// `PeftConfig::default()`, field by field.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]

@@ -150,6 +150,16 @@ impl AdapterFile {
         config.commit()
     }
 
+    /// Takes an adapter's files out of the folder `dir`, where there are some: what is written there in another form would
+    /// be taken for them.
+    ///
+    /// # Errors
+    /// If one cannot be removed.
+    pub fn remove(dir: impl AsRef<Path>) -> Result<()> {
+        // The configuration first: without it the others are no adapter.
+        [CONFIG_FILE, WEIGHTS_FILE, OWN_FILE].iter().try_for_each(|name| remove(&dir.as_ref().join(name)))
+    }
+
     fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut named: BTreeMap<String, &Tensor> = BTreeMap::new();
         for (path, layer) in &self.layers {

@@ -10,6 +10,7 @@ use super::adapter::{AdapterFile, LayerTensors, SamplerTensors};
 use super::config::TargetModules;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
+use super::renamed;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter, LowRank, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
@@ -61,7 +62,8 @@ impl AdapterFile {
         if layers.is_empty() {
             return Err(Error::config("adapter", format!("no layer has an adapter {adapter:?}")));
         }
-        let names = targets(layers.keys(), &others);
+        let paths: Vec<&str> = layers.keys().map(String::as_str).collect();
+        let names = renamed::targets(targets(layers.keys(), &others), &paths);
         Self::assembled(layers, scales, names, params, method, metadata)
     }
 
@@ -105,7 +107,7 @@ impl AdapterFile {
                 return Err(Error::config("layers", format!("{path} comes twice")));
             }
         }
-        let names = all.keys().cloned().collect();
+        let names = TargetModules::Names(all.keys().cloned().collect());
         Self::assembled(all, scales, names, params, method, metadata)
     }
 
@@ -113,7 +115,7 @@ impl AdapterFile {
     fn assembled(
         layers: BTreeMap<String, LayerTensors>,
         scales: BTreeMap<String, f64>,
-        names: Vec<String>,
+        targets: TargetModules,
         params: &Params,
         method: &AdapterMethod,
         metadata: &AdapterMetadata,
@@ -123,19 +125,19 @@ impl AdapterFile {
         let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
 
         let mut config = method.to_peft();
-        config.target_modules = Some(TargetModules::Names(names));
+        config.target_modules = Some(targets);
         config.modules_to_save = modules(saved_modules.keys(), metadata.task.as_deref());
         config.base_model_name_or_path = metadata.base_model.clone();
         (config.revision, config.task_type) = (metadata.revision.clone(), metadata.task.clone());
         for (path, layer) in &layers {
             let rank = layer.a.dim(0)?;
             if rank != config.r {
-                config.rank_pattern.push((path.clone(), rank));
+                config.rank_pattern.push((renamed::pattern(path).to_string(), rank));
             }
             let root = if config.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
             let alpha = scales[path] * root;
             if (alpha - config.lora_alpha).abs() > 1e-9 * alpha.abs() {
-                config.alpha_pattern.push((path.clone(), alpha));
+                config.alpha_pattern.push((renamed::pattern(path).to_string(), alpha));
             }
         }
         let (monteclora, prior) = match method {
@@ -187,7 +189,7 @@ impl AdapterFile {
     /// other layers let go of an adapter of another name, whose parameters are frozen.
     ///
     /// The decoder of a model that sees images too may be called as before transformers 4.52 in one and as since in the
-    /// other.
+    /// other; layers of the part that sees are left out, with a warning, since of such models only the decoder is here.
     ///
     /// All adapters of a model share its task head. A file whose head differs from the one in use is
     /// refused where the model has another adapter, which would answer through a strange head.
@@ -201,8 +203,8 @@ impl AdapterFile {
     pub fn apply(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         check_unmerged(model)?;
         self.check()?;
-        match self.renamed_for(model)? {
-            Some(renamed) => renamed.apply_named(model, adapter, params),
+        match self.fitted_to(model)? {
+            Some(fitted) => fitted.apply_named(model, adapter, params),
             None => self.apply_named(model, adapter, params),
         }
     }
@@ -315,8 +317,9 @@ impl AdapterFile {
                 return Err(Error::tensor(name, reason));
             }
         }
-        // A head that is half in the file would keep its random start in the other half.
-        let whole_head = self.config.task_type.as_deref() == Some("SEQ_CLS");
+        // A head that is half in the file would keep its random start in the other half. What PEFT does not save, such as
+        // DeBERTa's pooler, is the base's.
+        let whole_head = self.saved_modules.is_empty() && self.config.task_type.as_deref() == Some("SEQ_CLS");
         let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
         let heads: Vec<String> = heads.map(|(name, _)| name).collect();
         let modules: Vec<&str> = heads.iter().map(|name| keys::module(name)).collect();
@@ -347,9 +350,8 @@ impl AdapterFile {
                 return Err(Error::tensor(kind.key(path), reason));
             }
         }
-        if rank > in_dim.min(out_dim) {
-            let reason = format!("rank {rank} is above min(in_dim, out_dim) = {}", in_dim.min(out_dim));
-            return Err(Error::tensor(TensorKind::A.key(path), reason));
+        if rank == 0 {
+            return Err(Error::tensor(TensorKind::A.key(path), "a rank of 0"));
         }
         let name = format!("{path}.{adapter}.a");
         if linear.adapter(adapter).is_some() || params.get(&name).is_some() {

@@ -1,4 +1,5 @@
-//! Layers that two versions of transformers call differently.
+//! Models that see images too, of which only the decoder is here: two versions of transformers call its layers differently,
+//! and PEFT finds a layer's name in the other part as well.
 
 use super::adapter::AdapterFile;
 use super::config::TargetModules;
@@ -10,21 +11,34 @@ use crate::error::Result;
 const DECODERS: [&str; 2] = ["language_model.model", "model.language_model"];
 
 impl AdapterFile {
-    /// The same adapter for a model whose decoder is called as the other version has it; none where there is nothing to
-    /// rename.
+    /// The same adapter for a model that has the decoder alone, perhaps called as the other version has it; none where
+    /// there is nothing to change.
     ///
     /// # Errors
     /// If the walk fails.
-    pub(super) fn renamed_for(&self, model: &dyn AdaptableModel) -> Result<Option<Self>> {
+    pub(super) fn fitted_to(&self, model: &dyn AdaptableModel) -> Result<Option<Self>> {
         let mut found = None;
         model.visit_linears(&mut |layer| {
             found = found.or(decoder_of(layer.path()));
             Ok(())
         })?;
+        let Some(to) = found else { return Ok(None) };
+        let seeing = self.layers.keys().filter(|path| sees(path)).count();
+        let decoder = (seeing > 0 && seeing < self.layers.len()).then(|| {
+            #[cfg(feature = "models")] // which brings the crate that tells it
+            tracing::warn!(
+                "{seeing} adapted layers are of the part that sees images, which is not here: left out"
+            );
+            let mut decoder = self.clone();
+            decoder.layers.retain(|path, _| !sees(path));
+            decoder
+        });
         let own = self.layers.keys().find_map(|path| decoder_of(path));
-        Ok(match (own, found) {
-            (Some(from), Some(to)) if from != to => Some(self.renamed(DECODERS[from], DECODERS[to])),
-            _ => None,
+        Ok(match own {
+            Some(from) if from != to => {
+                Some(decoder.as_ref().unwrap_or(self).renamed(DECODERS[from], DECODERS[to]))
+            }
+            _ => decoder,
         })
     }
 
@@ -51,6 +65,26 @@ impl AdapterFile {
         config.alpha_pattern.iter_mut().for_each(|(pattern, _)| *pattern = expression(pattern));
         file
     }
+}
+
+/// Targets that PEFT finds in the decoder alone, by either version's names, where these are of such a model.
+pub(super) fn targets(names: Vec<String>, paths: &[&str]) -> TargetModules {
+    if !paths.iter().any(|path| decoder_of(path).is_some()) {
+        return TargetModules::Names(names);
+    }
+    let names: Vec<String> = names.iter().map(|name| pattern(name).replace('.', r"\.")).collect();
+    TargetModules::Pattern(format!(r"(?:.*\.)?language_model\.(?:.*\.)?(?:{})", names.join("|")))
+}
+
+/// The end of a layer's path by which patterns find it: that of a decoder within such a model begins after its name.
+pub(super) fn pattern(path: &str) -> &str {
+    decoder_of(path).map_or(path, |which| &path[DECODERS[which].len() + 1..])
+}
+
+/// Whether a layer is of the part that sees.
+fn sees(path: &str) -> bool {
+    let path = path.strip_prefix("model.").unwrap_or(path);
+    ["vision_tower.", "multi_modal_projector."].iter().any(|part| path.starts_with(part))
 }
 
 /// Which of the names a layer's path begins with.

@@ -74,7 +74,7 @@ impl PeftConfig {
         }
         // PEFT lists both names that a classifier can have, and a model has one of them.
         let listed = self.modules_to_save.iter().flatten();
-        for pattern in listed.filter(|name| !["classifier", "score"].contains(&name.as_str())) {
+        for pattern in listed.filter(|name| !HEADS.contains(&name.as_str())) {
             if !saves(pattern, modules)?.contains(&true) {
                 told.push(format!("modules_to_save: the adapter has no tensor of {pattern:?}"));
             }
@@ -82,10 +82,13 @@ impl PeftConfig {
         Ok(told)
     }
 
-    /// Whether the modules of these names, or ones that hold them, are saved whole.
+    /// Whether the modules of these names, or ones that hold them, are saved whole. A classifier's head is, listed or not:
+    /// before PEFT 0.11 (peft#1615) a configuration did not say so.
     pub(super) fn are_saved(&self, modules: &[&str]) -> Result<Vec<bool>> {
         let mut saved = vec![false; modules.len()];
-        for pattern in self.modules_to_save.iter().flatten() {
+        let is_classifier = self.task_type.as_deref() == Some("SEQ_CLS");
+        let heads = HEADS.iter().copied().filter(|_| is_classifier);
+        for pattern in self.modules_to_save.iter().flatten().map(String::as_str).chain(heads) {
             let found = saves(pattern, modules)?;
             saved.iter_mut().zip(found).for_each(|(saved, found)| *saved |= found);
         }
@@ -103,6 +106,9 @@ impl PeftConfig {
         block_numbers(&expressions, paths, "layers_pattern")
     }
 }
+
+/// The names that PEFT saves of a classifier.
+const HEADS: [&str; 2] = ["classifier", "score"];
 
 /// Which modules an entry of `modules_to_save` saves. PEFT takes each whose name ends in its text, though a word be cut:
 /// `classifier` is DistilBERT's `pre_classifier`, too. What lies in such a module is saved with it.

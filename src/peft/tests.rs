@@ -248,7 +248,6 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ("rank_pattern", json!([1]), "object of patterns"),
         ("target_modules", json!("("), "target_modules"),
         ("target_modules", json!(["key"]), "query.lora_A.weight: target_modules does not name"),
-        ("modules_to_save", json!(null), "classifier.dense.weight"),
         ("monteclora_config", json!(null), "has no monteclora_config"),
         ("monteclora_config", json!({"num_samples": 0}), "num_samples"),
         ("monteclora_config", json!({"num_samples": 4, "sparse": true}), "unknown field `sparse`"),
@@ -269,6 +268,16 @@ fn settings_outside_their_domain_are_refused_by_name() {
         let message = files.read().unwrap_err().to_string();
         assert!(message.contains(word), "{key} {value}: {message}");
     }
+}
+
+#[test]
+fn a_classifiers_head_is_its_own_though_old_configurations_do_not_list_it() -> Result<()> {
+    let mut old = Files::new();
+    (old.config["modules_to_save"], old.config["task_type"]) = (Value::Null, json!("SEQ_CLS"));
+    assert_eq!(old.read()?.saved_modules.len(), adapter().saved_modules.len());
+    old.config["task_type"] = json!("CAUSAL_LM");
+    assert!(old.refusal(WEIGHTS_FILE).contains("classifier.dense.weight"));
+    Ok(())
 }
 
 #[test]

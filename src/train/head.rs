@@ -71,8 +71,9 @@ impl<'a> HeadSource<'a> {
     }
 
     /// Checks, once the model has its parameters, that the head comes from one place: of one that is there in
-    /// part, the rest would train from random weights without a word. Post hoc nothing but the posterior is
-    /// trained, so that the head must come from somewhere.
+    /// part, the rest would train from random weights without a word. PEFT saves a part of some heads (of DeBERTa's not the
+    /// pooler), whose rest must be the checkpoint's. Post hoc nothing but the posterior is trained, so that the head must
+    /// come from somewhere.
     ///
     /// # Errors
     /// Names the tensor that is missing.
@@ -85,10 +86,15 @@ impl<'a> HeadSource<'a> {
             let reason = format!("the checkpoint has {held}, but not this part of the head");
             return Err(Error::tensor(lacking, reason));
         }
-        let MethodInit::PostHoc(file, _) = start else { return Ok(()) };
+        let file = match start {
+            MethodInit::PostHoc(file, _) => file,
+            MethodInit::Adapter(file) if self.adapter.is_some() => file,
+            MethodInit::Adapter(_) | MethodInit::Fresh(..) => return Ok(()),
+        };
         match lacking.iter().find(|name| !file.saved_modules.contains_key(*name)) {
             Some(name) => {
-                Err(Error::tensor(name, "neither the checkpoint nor the adapter has a trained head"))
+                let reason = "neither the checkpoint nor the adapter has this part of a trained head";
+                Err(Error::tensor(name, reason))
             }
             None => Ok(()),
         }

@@ -14,6 +14,7 @@ use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
+use monteclora::peft::{AdapterFile, ExportFormat};
 use monteclora::train::{Classifier, Method, MethodInit};
 use monteclora::{KlEvaluation, MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
@@ -310,6 +311,41 @@ fn a_new_head_is_trained_whole_and_what_is_saved_computes_the_same() -> Outcome 
         let again = golden.logits(opened.model.as_ref(), &Pass::Mean.into())?;
         assert_close(&again, &logits, 1e-5).map_err(|error| format!("{family}: {error}"))?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_head_that_peft_saved_in_part_is_completed_by_the_checkpoint_alone() -> Outcome {
+    let golden = Golden::open("deberta")?;
+    let dir = tempfile::tempdir()?;
+    let files = golden.write(&dir.path().join("base"))?;
+    let start = MethodInit::Fresh(Method::Lora(LoraConfig::default()), Targets::default());
+    let classifier = Classifier::load(&files, 3, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+    let pooler: Vec<(String, Tensor)> =
+        classifier.params.snapshot()?.into_iter().filter(|(name, _)| name.starts_with("pooler.")).collect();
+    scatter(&classifier.params)?;
+    pooler.iter().try_for_each(|(name, value)| classifier.params.set(name, value))?;
+    let logits = golden.logits(classifier.model.as_ref(), &Pass::Mean.into())?;
+    classifier.save("base", dir.path())?;
+    // Of a DeBERTa PEFT saves the classifier.
+    let mut file = AdapterFile::read(dir.path().join("adapter"))?;
+    file.saved_modules.retain(|name, _| !name.starts_with("pooler."));
+    file.config.modules_to_save = Some(vec!["classifier".into(), "score".into()]);
+    file.write(dir.path().join("part"), ExportFormat::PeftMonteCLoRA)?;
+    let open = |files: &ModelFiles| {
+        Classifier::open(&dir.path().join("part"), Some(files), DType::F32, &Device::Cpu)
+    };
+    let again = golden.logits(open(&files)?.model.as_ref(), &Pass::Mean.into())?;
+    assert_close(&again, &logits, 1e-6)?;
+
+    let mut bare = Golden::open("deberta")?;
+    bare.tensors.retain(|name, _| !name.starts_with("pooler.") && !name.starts_with("classifier."));
+    let error =
+        open(&bare.write(&dir.path().join("bare"))?).err().ok_or("a pooler from nowhere")?.to_string();
+    assert!(
+        error.contains("pooler.dense") && error.contains("neither the checkpoint nor the adapter"),
+        "{error}"
+    );
     Ok(())
 }
 
