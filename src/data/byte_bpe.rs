@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
+/// How a `tokenizer.json` is made of files that are not read here.
+pub(super) const CONVERT: &str = "convert it once, in Python, by \
+     transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)";
+
 /// The roles of special tokens in the configuration of a tokenizer.
 const ROLES: [&str; 7] =
     ["bos_token", "eos_token", "sep_token", "cls_token", "unk_token", "pad_token", "mask_token"];
@@ -37,10 +41,8 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     });
     if !gpt2 {
         let whose = class.map_or_else(|| format!("a {kind} model"), str::to_string);
-        let reason = format!(
-            "{whose} cuts a text otherwise than GPT-2, and the files do not say how: convert it once, in Python, by \
-             transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        );
+        let reason =
+            format!("{whose} cuts a text otherwise than GPT-2, and the files do not say how: {CONVERT}");
         return Err(Error::format(vocab, reason));
     }
     let default = |role: &str| {
@@ -130,7 +132,7 @@ fn token(id: u32, content: &str, lstrip: bool, special: bool) -> Value {
 }
 
 /// A token's text, which stands alone or in an object.
-fn content(value: &Value) -> Option<String> {
+pub(super) fn content(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
@@ -139,7 +141,10 @@ fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
 }
 
 /// The value of a file that may be missing.
-fn optional<T: serde::de::DeserializeOwned + Default>(files: &ModelFiles, name: &str) -> Result<T> {
+pub(super) fn optional<T: serde::de::DeserializeOwned + Default>(
+    files: &ModelFiles,
+    name: &str,
+) -> Result<T> {
     let path: Option<PathBuf> = files.file(name)?;
     path.map_or_else(|| Ok(T::default()), |path| read(&path))
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
-use tokenizers::Tokenizer;
+use serde_json::{json, Map, Value};
+use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 use super::byte_bpe;
 use crate::error::{Error, Result};
@@ -34,7 +35,7 @@ pub fn read(path: &Path) -> Result<Tokenizer> {
 /// files are malformed.
 pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     if let Some(path) = files.tokenizer_path() {
-        return read(path);
+        return with_ends(read(path)?, files, path);
     }
     if let Some(gguf) = files.gguf() {
         return match gguf.tokenizer()? {
@@ -61,14 +62,58 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     }
     for other in ["tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"] {
         if files.file(other)?.is_some() {
-            let reason = format!(
-                "there is no tokenizer.json, and {other} is not read here: convert it once, in Python, by \
-                 transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-            );
+            let convert = byte_bpe::CONVERT;
+            let reason = format!("there is no tokenizer.json, and {other} is not read here: {convert}");
             return Err(Error::format(folder, reason));
         }
     }
     Err(Error::format(folder, "there is no tokenizer.json"))
+}
+
+/// With the tokens before and after a text that `tokenizer_config.json` asks for where `tokenizer.json` names none: what
+/// transformers does for the classes of LLaMA's and Gemma's tokenizers (DeepSeek's distilled models are such).
+fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Result<Tokenizer> {
+    let has_none = |processor: &PostProcessorWrapper| matches!(processor, PostProcessorWrapper::ByteLevel(_));
+    if !tokenizer.get_post_processor().is_none_or(has_none) {
+        return Ok(tokenizer);
+    }
+    let settings: Map<String, Value> = byte_bpe::optional(files, "tokenizer_config.json")?;
+    let class = settings.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
+    if !["LlamaTokenizer", "GemmaTokenizer"].contains(&class.trim_end_matches("Fast")) {
+        return Ok(tokenizer);
+    }
+    let end = |asked: &str, role: &str| -> Result<Option<(String, u32)>> {
+        if settings.get(asked) != Some(&json!(true)) {
+            return Ok(None);
+        }
+        let Some(name) = settings.get(role).and_then(byte_bpe::content) else { return Ok(None) };
+        match tokenizer.token_to_id(&name) {
+            Some(id) => Ok(Some((name, id))),
+            None => Err(Error::format(path, format!("{role} {name:?} is not in the vocabulary"))),
+        }
+    };
+    let ends = [end("add_bos_token", "bos_token")?, end("add_eos_token", "eos_token")?];
+    if ends.iter().all(Option::is_none) {
+        return Ok(tokenizer);
+    }
+    let around = |text: &str, kind: u32| {
+        let special = |end: &Option<(String, u32)>| {
+            end.as_ref().map(|(name, _)| json!({ "SpecialToken": { "id": name, "type_id": kind } }))
+        };
+        let text = json!({ "Sequence": { "id": text, "type_id": kind } });
+        [special(&ends[0]), Some(text), special(&ends[1])].into_iter().flatten().collect::<Vec<_>>()
+    };
+    let tokens: Map<String, Value> = ends
+        .iter()
+        .flatten()
+        .map(|(name, id)| (name.clone(), json!({ "id": name, "ids": [id], "tokens": [name] })))
+        .collect();
+    let pair = [around("A", 0), around("B", 1)].concat();
+    let template = json!({ "type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": tokens });
+    let processor: PostProcessorWrapper =
+        serde_json::from_value(template).map_err(|e| Error::format(path, e.to_string()))?;
+    tokenizer.with_post_processor(Some(processor));
+    Ok(tokenizer)
 }
 
 /// The tokenizer of the bytes of the file `path`.
@@ -246,6 +291,67 @@ mod tests {
             json!({"add_prefix_space": true, "add_bos_token": true, "bos_token": {"content": "<s>"}});
         std::fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
         assert_eq!(ids(&of(&dir)?, "witty", None), [&[0], plain.as_slice()].concat());
+        Ok(())
+    }
+
+    #[test]
+    fn the_ends_that_llamas_settings_ask_for_are_put_around_a_text_without_any() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: Value| std::fs::write(dir.path().join(name), text.to_string()).unwrap();
+        std::fs::write(
+            dir.path().join("model.safetensors"),
+            [8, 0, 0, 0, 0, 0, 0, 0, b'{', b'}', b' ', b' ', b' ', b' ', b' ', b' '],
+        )
+        .unwrap();
+        write("config.json", json!({"model_type": "qwen2"}));
+        let tokenizer = |processor: Value| {
+            let added = |id: u32, content: &str| {
+                json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                    "normalized": false, "special": true})
+            };
+            json!({"version": "1.0", "added_tokens": [added(0, "<b>"), added(1, "<e>")], "normalizer": null,
+                "pre_tokenizer": {"type": "Whitespace"}, "post_processor": processor, "decoder": null,
+                "model": {"type": "WordLevel", "unk_token": "<e>", "vocab": {"<b>": 0, "<e>": 1, "who": 2, "you": 3}}})
+        };
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+        let ids = |pair: bool| -> Result<Vec<u32>> {
+            let tokenizer = of(&dir)?;
+            let encoded =
+                if pair { tokenizer.encode(("who", "you"), true) } else { tokenizer.encode("who", true) };
+            Ok(encoded.unwrap().get_ids().to_vec())
+        };
+        let settings = |class: &str, bos: bool, eos: bool| {
+            json!({"tokenizer_class": class, "add_bos_token": bos, "add_eos_token": eos, "bos_token": "<b>",
+                "eos_token": {"content": "<e>"}})
+        };
+        for processor in [Value::Null, byte_level] {
+            write("tokenizer.json", tokenizer(processor));
+            for (class, bos, eos, one, two) in [
+                ("LlamaTokenizerFast", true, false, vec![0, 2], vec![0, 2, 0, 3]),
+                ("LlamaTokenizer", true, true, vec![0, 2, 1], vec![0, 2, 1, 0, 3, 1]),
+                ("GemmaTokenizerFast", false, true, vec![2, 1], vec![2, 1, 3, 1]),
+                ("LlamaTokenizerFast", false, false, vec![2], vec![2, 3]),
+                ("Qwen2Tokenizer", true, true, vec![2], vec![2, 3]),
+            ] {
+                write("tokenizer_config.json", settings(class, bos, eos));
+                assert_eq!((ids(false)?, ids(true)?), (one, two), "{class}");
+            }
+        }
+        // What the file says itself stays.
+        let own = json!({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {}});
+        write("tokenizer.json", tokenizer(own));
+        write("tokenizer_config.json", settings("LlamaTokenizerFast", true, true));
+        assert_eq!(ids(false)?, [2]);
+        let mut unknown = settings("LlamaTokenizerFast", true, true);
+        unknown["bos_token"] = json!("<unknown>");
+        write("tokenizer.json", tokenizer(Value::Null));
+        write("tokenizer_config.json", unknown);
+        let error = of(&dir).unwrap_err().to_string();
+        assert!(error.contains("bos_token \"<unknown>\" is not in the vocabulary"), "{error}");
         Ok(())
     }
 

@@ -67,8 +67,8 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     )
 }
 
-/// What a row of this format asks and answers.
-pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Prompted, String> {
+/// What a row of this format asks and answers; none where an instruction has no answer, as some of Alpaca's.
+pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
             let given = row.get("input").is_some_and(|input| *input != Cell::Null);
@@ -83,7 +83,10 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Prompte
         Format::Text => (String::new(), text(row, "text")?.to_string()),
     };
     if answer.trim().is_empty() {
-        return Err("the answer is empty".to_string());
+        return match format {
+            Format::Instruct => Ok(None),
+            _ => Err("the answer is empty".to_string()),
+        };
     }
     let choices = match format {
         Format::Instruct if row.contains_key("answer") => choices(row, &answer)?,
@@ -93,7 +96,7 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Prompte
         Format::Code if row.contains_key("test") => Some(tests(row)?),
         _ => None,
     };
-    Ok(Prompted { prompt, answer, choices, tests })
+    Ok(Some(Prompted { prompt, answer, choices, tests }))
 }
 
 /// The tests of a program.

@@ -12,10 +12,11 @@ use crate::data::lines::each_line;
 use crate::data::row::{self, Row};
 use crate::error::{Error, Result};
 
-/// Reads a file of JSON lines, or of one JSON array, or for [`Format::Text`] of plain lines.
+/// Reads a file of JSON lines, or of one JSON array, or for [`Format::Text`] of plain lines. Instructions with an empty
+/// output, of which Alpaca's file has some, are left out with a warning.
 ///
 /// # Errors
-/// If the file cannot be read, is not UTF-8, holds no row, or a row is not an object with the
+/// If the file cannot be read, is not UTF-8, holds no row with an answer, or a row is not an object with the
 /// format's fields; the error names the line, or the record of an array.
 pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
     let file = File::open(path).map_err(Error::io(path))?;
@@ -47,7 +48,7 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
                 return Ok(());
             }
             let row = if format == Format::Text && first != Some(&b'{') {
-                Ok(Prompted { answer: line.to_string(), ..Prompted::default() })
+                Ok(Some(Prompted { answer: line.to_string(), ..Prompted::default() }))
             } else {
                 row::parse(line).and_then(|record| prompted(&record, format))
             };
@@ -55,8 +56,15 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
             Ok(())
         })?,
     }
-    if rows.is_empty() {
-        return Err(Error::format(path, "no examples"));
+    let all = rows.len();
+    let rows: Vec<Prompted> = rows.into_iter().flatten().collect();
+    match (rows.len(), all - rows.len()) {
+        (0, 0) => return Err(Error::format(path, "no examples")),
+        (0, _) => return Err(Error::format(path, "every answer is empty")),
+        (_, 0) => {}
+        (_, left_out) => {
+            tracing::warn!("{}: {left_out} rows have no answer and are left out", path.display())
+        }
     }
     Ok(rows)
 }
@@ -66,7 +74,7 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
 struct Records(Format);
 
 impl<'de> DeserializeSeed<'de> for Records {
-    type Value = std::result::Result<Vec<Prompted>, String>;
+    type Value = std::result::Result<Vec<Option<Prompted>>, String>;
 
     fn deserialize<D: Deserializer<'de>>(
         self,
@@ -77,7 +85,7 @@ impl<'de> DeserializeSeed<'de> for Records {
 }
 
 impl<'de> Visitor<'de> for Records {
-    type Value = std::result::Result<Vec<Prompted>, String>;
+    type Value = std::result::Result<Vec<Option<Prompted>>, String>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("an array of objects")

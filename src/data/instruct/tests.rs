@@ -60,6 +60,20 @@ fn every_format_has_its_template() -> Result<()> {
 }
 
 #[test]
+fn an_instruction_without_an_answer_is_left_out_unless_all_are() {
+    let row = |output: &str| format!(r#"{{"instruction": "do", "input": "", "output": "{output}"}}"#);
+    for text in [
+        format!("{}\n{}\n{}", row("a"), row(" "), row("b")),
+        format!("[{}, {}, {}]", row("a"), row(""), row("b")),
+    ] {
+        let answers: Vec<String> =
+            one(Format::Instruct, &text).unwrap().into_iter().map(|row| row.answer).collect();
+        assert_eq!(answers, ["a", "b"]);
+    }
+    assert!(one(Format::Instruct, &row("")).unwrap_err().to_string().contains("every answer is empty"));
+}
+
+#[test]
 fn errors_name_the_line_or_the_record() {
     let fails = |format, text: &str| one(format, text).unwrap_err().to_string();
     let good = r#"{"question": "q", "answer": "a"}"#;
