@@ -21,7 +21,6 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
 use clap::Parser;
 use common::given::Given;
 use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
@@ -36,10 +35,9 @@ use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::noise::Noise;
-use monteclora::peft::AdapterFile;
 use monteclora::study::recipe::Recipe;
 use monteclora::study::{self, CellKey, Grid, PerTask, Plan, Progress, Shard, Trial};
-use monteclora::{train, Error};
+use monteclora::Error;
 use serde_json::{json, Value};
 
 /// How much do results depend on hyperparameters? A grid of methods, learning rates, batch sizes and seeds, cell by
@@ -229,17 +227,13 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     for recipe in &recipes {
         recipe.notes().iter().for_each(|note| tell_err!("{}: {note}", recipe.text));
     }
-    let adapters = adapters(&recipes)?;
-    if !adapters.is_empty() && args.tasks.len() > 1 && !args.is_language() {
+    let elsewhere = recipes.iter().any(|recipe| recipe.adapter.is_some());
+    if elsewhere && args.tasks.len() > 1 && !args.is_language() {
         return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
-    let mut settings = settings(args, &model, &adapters, plan.as_ref())?;
-    if let (Some(settings), Value::Object(own)) =
-        (settings.as_object_mut(), study::constants(&recipes, &files)?)
-    {
-        settings.extend(own);
-    }
+    let mut settings = settings(args, &model, plan.as_ref())?;
+    extend(&mut settings, study::constants(&recipes, &files)?);
     if args.is_language() {
         return run_language(args, &cells, &files, settings, virtual_tokens);
     }
@@ -275,6 +269,10 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
+    extend(
+        &mut settings,
+        study::data(tasks.iter().map(|(name, rows)| (*name, [&rows.train[..], &rows.dev]))),
+    );
     study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())
 }
@@ -325,34 +323,13 @@ fn short_name(model: &str) -> String {
     Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy()).into_owned()
 }
 
-/// The adapters made elsewhere that recipes start from, by their folders, with a checksum of their
-/// tensors: read before any cell is run, and cells of others are no part of the same study.
-fn adapters(recipes: &[Recipe]) -> Outcome<BTreeMap<String, String>> {
-    let mut found = BTreeMap::new();
-    for dir in recipes.iter().filter_map(|recipe| recipe.adapter.as_ref()) {
-        let file = AdapterFile::read(dir)?;
-        let mut numbers = Vec::new();
-        for tensor in
-            file.layers.values().flat_map(|layer| [&layer.a, &layer.b]).chain(file.saved_modules.values())
-        {
-            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            numbers.extend(values.into_iter().map(f32::to_bits));
-        }
-        found.insert(dir.display().to_string(), train::fingerprint(numbers));
-    }
-    Ok(found)
-}
-
 /// What all cells depend on beside their own keys.
-fn settings(
-    args: &Args,
-    model: &str,
-    adapters: &BTreeMap<String, String>,
-    plan: Option<&(Plan, String)>,
-) -> Outcome<Value> {
-    // Older versions trained on the first rows and held out the last: their cells are of another study.
+fn settings(args: &Args, model: &str, plan: Option<&(Plan, String)>) -> Outcome<Value> {
+    // Older versions trained on the first rows and held out the last, and drew from a posterior without pairs: their cells
+    // are of another study.
     let mut settings = json!({
         "model": short_name(model), "version": env!("CARGO_PKG_VERSION"), "rows": "stratified, by seed",
+        "posterior_draws": "in pairs",
     });
     let own = match plan {
         Some((plan, crc)) => plan.settings(crc)?,
@@ -361,13 +338,14 @@ fn settings(
             "limit_dev": args.limit_dev, "draws": args.draws, "foreign_task": args.foreign_task,
         }),
     };
-    if let (Some(settings), Value::Object(own)) = (settings.as_object_mut(), own) {
-        settings.extend(own);
-    }
-    if !adapters.is_empty() {
-        settings["adapters"] = json!(adapters);
-    }
+    extend(&mut settings, own);
     Ok(settings)
+}
+
+fn extend(settings: &mut Value, more: Value) {
+    if let (Some(settings), Value::Object(more)) = (settings.as_object_mut(), more) {
+        settings.extend(more);
+    }
 }
 
 fn grid(args: &Args) -> Grid {

@@ -5,43 +5,55 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 
+use candle_core::DType;
 use serde_json::{json, Map, Value};
 
 use super::recipe::Recipe;
+use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
+use crate::peft::AdapterFile;
+use crate::train::fingerprint;
 
 const CONSTANTS: &str = "constants";
 const WEIGHTS: &str = "weights";
+const ADAPTERS: &str = "adapters";
+/// The checksums of the tasks' rows, by task.
+const DATA: &str = "data";
+/// What has an entry for each method, or each task, and may get more of them.
+const GROWING: [&str; 2] = [CONSTANTS, DATA];
 
 /// Whether a setting of a study and that of a run in its folder go together although they are not the same: a
 /// study of a version that did not write these down goes on without, and one may get methods that it did not have.
 pub(super) fn agree(name: &str, found: Option<&Value>, now: Option<&Value>) -> bool {
-    match (name, found, now) {
-        (CONSTANTS | WEIGHTS, None, _) => true,
-        (CONSTANTS, Some(Value::Object(found)), Some(Value::Object(now))) => {
-            now.iter().all(|(method, own)| found.get(method).is_none_or(|found| found == own))
+    match (found, now) {
+        (None, _) => name == WEIGHTS || GROWING.contains(&name),
+        (Some(Value::Object(found)), Some(Value::Object(now))) if GROWING.contains(&name) => {
+            now.iter().all(|(of, own)| found.get(of).is_none_or(|found| found == own))
         }
         _ => false,
     }
 }
 
-/// The settings that were found with the constants of the methods that a run adds; None if it adds none.
+/// The settings that were found with those of the methods and tasks that a run adds; None if it adds none.
 pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
-    let (old, own) = (found.get(CONSTANTS)?.as_object()?, now.get(CONSTANTS)?.as_object()?);
-    if own.keys().all(|method| old.contains_key(method)) {
-        return None;
-    }
-    let all: Map<String, Value> = own.iter().chain(old).map(|(k, v)| (k.clone(), v.clone())).collect();
     let mut joined = found.clone();
-    joined[CONSTANTS] = Value::Object(all);
-    Some(joined)
+    for name in GROWING {
+        if let (Some(old), Some(own)) = (found.get(name), now.get(name)) {
+            let (old, own) = (old.as_object()?, own.as_object()?);
+            let all: Map<String, Value> =
+                own.iter().chain(old).map(|(k, v)| (k.clone(), v.clone())).collect();
+            joined[name] = Value::Object(all);
+        }
+    }
+    (joined != *found).then_some(joined)
 }
 
-/// Settings of a study: a CRC-32 of all constants of each recipe, and of the model's weights.
+/// Settings of a study: a CRC-32 of all constants of each recipe and of the model's weights and, where recipes start from
+/// adapters that were made elsewhere, of their tensors, by their folders.
 ///
 /// # Errors
-/// If a file of weights cannot be read.
+/// If a file of weights or an adapter cannot be read.
 pub fn constants(recipes: &[Recipe], files: &ModelFiles) -> Result<Value> {
     let mut methods = BTreeMap::new();
     for recipe in recipes {
@@ -58,5 +70,31 @@ pub fn constants(recipes: &[Recipe], files: &ModelFiles) -> Result<Value> {
             }
         }
     }
-    Ok(json!({ CONSTANTS: methods, WEIGHTS: format!("{:08x}", hasher.finalize()) }))
+    let mut settings = json!({ CONSTANTS: methods, WEIGHTS: format!("{:08x}", hasher.finalize()) });
+    let mut adapters = BTreeMap::new();
+    for dir in recipes.iter().filter_map(|recipe| recipe.adapter.as_ref()) {
+        adapters.insert(dir.display().to_string(), checksum(&AdapterFile::read(dir)?)?);
+    }
+    if !adapters.is_empty() {
+        settings[ADAPTERS] = json!(adapters);
+    }
+    Ok(settings)
+}
+
+fn checksum(adapter: &AdapterFile) -> Result<String> {
+    let pairs = adapter.layers.values().flat_map(|layer| [&layer.a, &layer.b]);
+    let mut numbers = Vec::new();
+    for tensor in pairs.chain(adapter.saved_modules.values()) {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        numbers.extend(values.into_iter().map(f32::to_bits));
+    }
+    Ok(fingerprint(numbers))
+}
+
+/// Settings of a study of encoders: a CRC-32 of each task's tokens and labels, of which `tasks` has training rows and
+/// measured ones.
+pub fn data<'a>(tasks: impl Iterator<Item = (&'a str, [&'a [Encoded]; 2])>) -> Value {
+    let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.concat().iter().flat_map(Encoded::numbers));
+    let tasks: BTreeMap<&str, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();
+    json!({ DATA: tasks })
 }

@@ -22,7 +22,7 @@ mod treatments;
 mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
-pub use constants::constants;
+pub use constants::{constants, data};
 pub use evaluated::EvaluatedTask;
 pub use grid::{Grid, Shard};
 pub use language::LanguageTrial;

@@ -20,8 +20,8 @@ use crate::util::json;
 /// A method and a way to predict with it; in a plan `lora (mean)`, as tables call it.
 pub(super) type Arm = (String, String);
 
-/// A study as a JSON file says it. What it leaves out has the defaults of the example; a field that is none
-/// is an error.
+/// A study as a JSON file says it. It may leave out `limit_train` and `limit_dev` (all rows), `max_length` (128),
+/// `foreign_task`, `families` and `success` (none); every other field is required, and an unknown one is an error.
 ///
 /// ```json
 /// {

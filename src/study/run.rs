@@ -78,8 +78,8 @@ fn count(progress: &mut Progress, result: &CellResult) {
     progress.failed += usize::from(result.status != Status::Done);
 }
 
-/// Makes the folder the study's own, or checks that it is. A grid may grow by methods: the settings then have the
-/// constants of all of them.
+/// Makes the folder the study's own, or checks that it is. A grid may grow by methods and tasks: the settings then have
+/// what all of them depend on.
 fn claim(dir: &Path, settings: &Value) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = settings_path(dir);
