@@ -14,7 +14,7 @@ use crate::data::batch::Batcher;
 use crate::data::causal::{PromptEncoder, Tokens};
 use crate::data::instruct::Prompted;
 use crate::data::split::{self, Draw};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::causal::CausalLm;
 use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
@@ -63,7 +63,7 @@ struct LanguageModel {
 
 impl LanguageTrial<'_> {
     /// Trains one cell and measures it on every task: the posterior mean, averaged draws where there is a
-    /// posterior and, of LoRA where rows are held out, a temperature on the likelihoods of choices. What
+    /// posterior and, where rows are held out, the mean at a temperature on the likelihoods of choices. What
     /// goes wrong in it is its result, too: a loss, gradient or prediction that is not finite is
     /// [`Status::Diverged`](super::Status::Diverged), anything else
     /// [`Status::Failed`](super::Status::Failed).
@@ -95,7 +95,11 @@ impl LanguageTrial<'_> {
             split::at(self.train, &split::stratified(&strata(self.train), count, noise, Draw::Training));
         let (stay, held) = split::hold_out(&strata(&own), recipe.held_out, noise)?;
         let held = split::at(&own, &held).into_iter().filter(|row| choices(row).is_some());
-        let held = held.map(|row| self.rows[row.row].clone()).collect();
+        let held: Vec<Prompted> = held.map(|row| self.rows[row.row].clone()).collect();
+        if recipe.held_out > 0.0 && held.is_empty() {
+            let reason = "no row that is held out has choices, on whose likelihoods a temperature is fitted";
+            return Err(Error::config("held-out", reason));
+        }
         Ok((split::at(&own, &stay), held))
     }
 
@@ -105,7 +109,7 @@ impl LanguageTrial<'_> {
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
             arms.add(&format!("{} draws", self.draws), self.tasks, Weights::Average(self.draws))?;
         }
-        if recipe.is_lora() && !held_out.is_empty() {
+        if !held_out.is_empty() {
             arms.add_temperature("temperature", self.tasks, held_out)?;
         }
         Ok(())

@@ -140,8 +140,9 @@ impl<L: Learner> Run<'_, L> {
                 drop(lora);
                 let start = MethodInit::PostHoc(Box::new(file), config.clone());
                 let (trained, second) = self.phase(&start, Some(half..steps), members, result)?;
+                // A step is that of the posterior's phase; the other's is LoRA's.
                 let steps = first.steps + second.steps;
-                (trained, Summary { steps, seconds: first.seconds + second.seconds, ..first })
+                (trained, Summary { steps, seconds: first.seconds + second.seconds, ..second })
             }
         };
         result.steps = summary.steps;
@@ -164,9 +165,8 @@ impl<L: Learner> Run<'_, L> {
         let whole = self.learner.objective(&model, self.batcher);
         let all = self.batcher.batches(self.learner.rows()) * self.learner.epochs();
         let (steps, first) = part.as_ref().map_or((all, 0), |part| (part.len(), part.start));
-        if first == 0 {
-            result.trainable_parameters = params.trainable_count();
-        }
+        // In phases more and others are trained: all together.
+        result.trainable_parameters += params.trainable_count();
         let config = TrainConfig {
             epochs: if part.is_some() { 1 } else { self.learner.epochs() },
             lr: self.key.lr,

@@ -192,6 +192,9 @@ fn a_temperature_is_fitted_on_rows_that_the_recipe_holds_out() -> Outcome {
     assert!(warm.accuracy == mean.accuracy && warm.nll != mean.nll, "{warm:?}, {mean:?}");
     let other = CellKey { seed: 4, ..result.key.clone() };
     assert_ne!(trial.run(&other).0.losses, result.losses);
+    // Of any method, as the classifiers'.
+    let (dora, ..) = trial.run(&key("dora:rank=4:alpha=8:held-out=0.25", 5e-3));
+    assert!(dora.tasks["cats"].arms.keys().eq(["mean", "temperature"]), "{:?}", dora.reason);
     Ok(())
 }
 

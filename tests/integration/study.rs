@@ -113,6 +113,8 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
         // Its own training alone, of rho and c of six layers alone.
         assert_eq!((elsewhere.steps, here.steps, trial.epochs), (16, 16, 2));
         assert_eq!(elsewhere.trainable_parameters, 6 * (4 + 4));
+        let both = classifier.params.trainable_count() + elsewhere.trainable_parameters;
+        assert_eq!(here.trainable_parameters, both);
 
         let absent = format!("monteclora-posthoc:adapter={}", dir.path().join("absent").display());
         let (failed, ..) = trial.run(&key(&absent, 5e-3));
@@ -176,9 +178,9 @@ fn a_cell_that_goes_wrong_is_a_result() -> Outcome {
         assert!(rows.is_empty());
         assert_eq!(diverged.status, Status::Diverged, "{:?}", diverged.reason);
         assert!(!diverged.losses.is_empty() && diverged.arms.is_empty());
-        let (failed, ..) = trial.run(&key("lora:rank=4000", 1e-3));
+        let (failed, ..) = trial.run(&key("lora:targets=absent", 1e-3));
         assert_eq!(failed.status, Status::Failed);
-        assert!(failed.reason.is_some_and(|reason| reason.contains("rank")));
+        assert!(failed.reason.is_some_and(|reason| reason.contains("absent")));
         Ok(())
     })
 }
@@ -305,6 +307,18 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     for (constants, same) in [(json!({"lora": "1", "dora": "3"}), true), (json!({"dora": "4"}), false)] {
         let settings = json!({"epochs": 2, "constants": constants});
         let run = study::run(&later, &settings, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
+        assert_eq!(run.is_ok(), same, "{settings}");
+    }
+    // So it is with the rows of a task, which a study of before did not write down.
+    let tasks = shared.path().join("tasks");
+    for (data, same) in [
+        (json!({"sst2": "1"}), true),
+        (json!({"cola": "2"}), true),
+        (json!({"sst2": "1", "cola": "2"}), true),
+        (json!({"sst2": "1", "cola": "3"}), false),
+    ] {
+        let settings = json!({"epochs": 2, "data": data});
+        let run = study::run(&tasks, &settings, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
         assert_eq!(run.is_ok(), same, "{settings}");
     }
     let other = study::run(&study, &json!({"epochs": 3}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ());

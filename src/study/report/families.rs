@@ -74,7 +74,7 @@ pub(super) fn table(tests: &[Test]) -> String {
     for test in tests {
         let Test { arm, against, score, settings, seeds, found, corrected, .. } = test;
         let figures = match found {
-            None => "no pair | - | - | -".to_string(),
+            None => format!("{} | - | - | -", if *settings > 0 { "not finite" } else { "no pair" }),
             Some(TwoLevel { estimate, low, high, p, .. }) => {
                 format!("{estimate:+.4} | {low:+.4} to {high:+.4} | {} | {}", chance(*p), chance(*corrected))
             }

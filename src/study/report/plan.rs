@@ -71,6 +71,10 @@ pub(super) fn section(
                 let pairs = PairedRows::new(cells, rows, [&arms[0], &arms[1]], wanted)?;
                 let planned: Vec<CellKey> = planned.iter().filter(|key| wanted(key)).cloned().collect();
                 let (found, verdict) = match pairs.difference(*score) {
+                    None if pairs.settings() > 0 => {
+                        let why = "a difference is not finite".to_string();
+                        ("not finite".to_string(), Verdict::Undecided(why))
+                    }
                     None => {
                         ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string()))
                     }
@@ -170,8 +174,9 @@ fn better(tests: &[Test], p: f64, planned: &[CellKey], ended: &Ended) -> Result<
     let verdict = decided(found == tests.len(), "not every test finds it better");
     let pairs = tests.iter().map(|test| Ok([arm(&test.arm)?, arm(&test.against)?]));
     let verdict = ended.or(planned, &pairs.collect::<Result<Vec<_>>>()?, verdict);
-    let largest = tests.iter().map(|test| test.corrected).fold(0.0, f64::max);
-    Ok((format!("{found} of {}, largest p {}", tests.len(), chance(largest)), verdict))
+    let largest = tests.iter().map(|test| test.corrected).fold(f64::NAN, f64::max);
+    let largest = if largest.is_nan() { "-".to_string() } else { chance(largest) };
+    Ok((format!("{found} of {}, largest p {largest}", tests.len()), verdict))
 }
 
 fn sensitive(
