@@ -169,6 +169,9 @@ fn run(processes: &Processes) -> Outcome {
         let of_tables = ["dev_share", "text_column", "text_pair_column", "label_column", "problem_type"];
         given.without_effect(&of_tables, "it is of a table of one's own (--train)");
     }
+    if args.tables.dev.is_some() {
+        given.without_effect(&["dev_share"], "--dev has the rows that are measured");
+    }
     if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
@@ -236,7 +239,8 @@ fn tune(
     let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
     let keep = || writes.map_or(Ok(()), |dir| classifier.save(model, dir));
-    let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone: processes.world() == 1 };
+    let is_alone = processes.world() == 1;
+    let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end: Vec::new() };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
     let mut checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     // Its default follows from what is compared already.

@@ -328,8 +328,15 @@ impl Setup {
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes, &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
-            (Some(dir), None) if name != "full" => params.save(&dir.join("adapter")),
-            _ => Ok(()),
+            (Some(dir), None) => {
+                AdapterFile::remove(dir.join("adapter"))?; // of another run
+                if name == "full" {
+                    Ok(())
+                } else {
+                    params.save(&dir.join("adapter"))
+                }
+            }
+            (None, _) => Ok(()),
         };
         let bar = processes.progress(0, name);
         let evaluate = |bar: &ProgressBar, step| {
@@ -337,8 +344,9 @@ impl Setup {
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
             Ok(Scores { score: Some(-loss), values: vec![("held-out/loss".to_string(), loss)] })
         };
-        let mut watch =
-            Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone: processes.world() == 1 };
+        let at_end = whole.iter().cloned().chain(args.gguf.merged(writes).map(|(_, path)| path)).collect();
+        let is_alone = processes.world() == 1;
+        let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end };
         let summary = match args.train.epochs {
             0 => Summary::default(),
             _ => {
@@ -360,14 +368,13 @@ impl Setup {
 
         // Before anything else can fail.
         keep()?;
-        let stepped = summary.step_seconds_median.is_some();
         if let Some(dir) = &whole {
-            if !stays(dir, args.train.resume && files::has_entries(dir), stepped)? {
+            if !stays(dir, args.train.resume && files::has_entries(dir)) {
                 save_merged(&model, &params, &self.files, None, dir, MAX_SHARD_BYTES)?;
             }
         }
         if processes.is_first() {
-            args.gguf.write(&trained, writes, args.train.resume, stepped)?;
+            args.gguf.write(&trained, writes, args.train.resume)?;
         }
         processes.check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);

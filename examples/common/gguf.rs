@@ -45,18 +45,11 @@ impl Trained<'_> {
 
 /// Whether a whole model that is `there` stays as it is: where a run that was at its end is asked again. It appears whole
 /// or not at all, and it may be somebody else's, so that nothing is written over it.
-///
-/// # Errors
-/// If it is there and the run has `stepped` since.
-pub fn stays(path: &Path, there: bool, stepped: bool) -> Outcome<bool> {
-    if there && stepped {
-        let what = "it is of before the last steps: move it away and --resume once more";
-        return Err(format!("{}: {what}", path.display()).into());
-    }
+pub fn stays(path: &Path, there: bool) -> bool {
     if there {
         tell!("{}: it is there already and stays as it is", path.display());
     }
-    Ok(there)
+    there
 }
 
 impl GgufOptions {
@@ -71,20 +64,21 @@ impl GgufOptions {
         Ok(())
     }
 
-    /// Writes what was asked for, after a run that `resumes` and has `stepped`, or not.
-    pub fn write(&self, trained: &Trained, out: Option<&Path>, resumes: bool, stepped: bool) -> Outcome {
+    /// Writes what was asked for, after a run that `resumes`, or not.
+    pub fn write(&self, trained: &Trained, out: Option<&Path>, resumes: bool) -> Outcome {
         if let Some(path) = &self.gguf {
             write_adapter(&trained.file()?, &trained.files.config()?, path)?;
         }
         if let Some((kind, path)) = self.merged(out) {
-            if !stays(&path, resumes && path.exists(), stepped)? {
+            if !stays(&path, resumes && path.exists()) {
                 save_merged_gguf(trained.model, trained.params, trained.files, &path, kind)?;
             }
         }
         Ok(())
     }
 
-    fn merged(&self, out: Option<&Path>) -> Option<(GgufKind, PathBuf)> {
+    /// The kind and the place of the whole model, where there is to be one.
+    pub fn merged(&self, out: Option<&Path>) -> Option<(GgufKind, PathBuf)> {
         Some((self.merged_gguf?, out?.join("model.gguf")))
     }
 }

@@ -33,7 +33,7 @@ impl Log {
     /// Removes what a run before this one, killed, left half-written in the folder.
     pub fn sweep(&self) -> Result<()> {
         let out = &self.dir;
-        [out, &out.join("adapter"), &out.join("model")]
+        [out, &out.join("adapter"), &out.join("model"), &out.join("plots")]
             .into_iter()
             .try_for_each(|dir| files::remove_stale(dir))
     }

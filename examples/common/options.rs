@@ -291,7 +291,7 @@ pub struct TrainOptions {
     /// The seed of new weights, of the order of rows, of dropout and of draws: the same gives the same run.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Train on the first rows only.
+    /// Train on so many rows: the first, or of a table of one's own a draw by the seed, stratified by label.
     #[arg(long)]
     pub limit_train: Option<usize>,
     /// Steps between evaluations. Default: one an epoch.

@@ -1,5 +1,7 @@
 //! What watches a run of the examples: progress bar, log, signals.
 
+use std::path::PathBuf;
+
 use indicatif::ProgressBar;
 use monteclora::train::{self, Checkpoints, Objective, Observer, Record, Summary, TrainConfig};
 use monteclora::{Error, Params, Result};
@@ -30,6 +32,8 @@ pub struct Watch<'a> {
     pub is_alone: bool,
     /// Writes the present parameters.
     pub keep: &'a dyn Fn() -> Result<()>,
+    /// Whole models that the run writes at its end, over nothing: one that is there is of an earlier end.
+    pub at_end: Vec<PathBuf>,
 }
 
 impl Watch<'_> {
@@ -42,6 +46,10 @@ impl Observer for Watch<'_> {
     fn start(&mut self, total_steps: usize, done: usize) -> Result<()> {
         if self.is_alone {
             interrupt::check(done)?;
+        }
+        if let Some(path) = self.at_end.iter().find(|path| done < total_steps && path.exists()) {
+            let reason = format!("it is of before {} more steps: move it away", total_steps - done);
+            return Err(Error::format(path, reason));
         }
         self.bar.set_length(total_steps as u64);
         self.bar.set_position(done as u64);

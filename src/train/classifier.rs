@@ -14,6 +14,7 @@ use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
 use crate::data::batch::{Batch, Batcher, IGNORED};
 use crate::data::encode::{Encoded, TextEncoder};
+use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::inject;
 use crate::labels::Labels;
@@ -171,13 +172,17 @@ impl Classifier {
     /// # Errors
     /// If a file cannot be written.
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
-        let method = match (self.method.adapter(), &self.method) {
-            (Some(method), _) => method,
-            (None, Method::Full) => return self.save_model(&dir.join("model")),
-            (None, _) => return self.params.save(&dir.join("adapter")),
+        let adapter = dir.join("adapter");
+        let Some(method) = self.method.adapter() else {
+            // One of another run is what `open` would find first.
+            AdapterFile::remove(&adapter)?;
+            return match self.method {
+                Method::Full => self.save_model(&dir.join("model")),
+                _ => self.params.save(&adapter),
+            };
         };
         let file = self.adapter_file(&method, Some(base_model.to_string()))?;
-        file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)
+        file.write(adapter, ExportFormat::PeftMonteCLoRA)
     }
 
     /// The adapter with the head. Where the checkpoint names the same classes in another order, the rows of the
@@ -342,6 +347,11 @@ impl Objective for Classification<'_> {
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
         self.classifier.loss(&self.batch(rows)?, cx, Some(self.rows.len()))
+    }
+
+    fn weight(&self, rows: &[usize]) -> f64 {
+        let labelled = |row: &&Encoded| row.label != Label::Unknown;
+        rows.iter().filter_map(|row| self.rows.get(*row)).filter(labelled).count() as f64
     }
 
     fn settings(&self) -> Settings {

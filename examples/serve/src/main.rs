@@ -101,6 +101,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
+    if args.threads == Some(0) {
+        return Err("--threads: expected at least 1, got 0".into());
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let base = args.model.map(|model| ModelFiles::locate(&model, None)).transpose()?;
     let mut classifier = Classifier::open(&args.folder, base.as_ref(), DType::F32, &Device::Cpu)?;
