@@ -146,7 +146,8 @@ impl AdaLora {
         let (a, b) = (self.pair.a(), self.pair.b());
         let from_identity = |gram: Tensor| -> candle_core::Result<Tensor> {
             let identity = Tensor::eye(gram.dim(0)?, gram.dtype(), gram.device())?;
-            (gram - identity)?.sqr()?.sum_all()?.sqrt()
+            // Of an orthonormal factor the slope is 0, not that of a root at 0.
+            ((gram - identity)?.sqr()?.sum_all()? + f64::from(f32::MIN_POSITIVE))?.sqrt()
         };
         from_identity(a.matmul(&a.t()?)?)? + from_identity(b.t()?.matmul(b)?)?
     }

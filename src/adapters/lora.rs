@@ -30,7 +30,7 @@ pub struct LoraConfig {
     /// Scale by `alpha / sqrt(rank)` instead (rsLoRA).
     pub use_rslora: bool,
     /// A prior on the update: LoRA is then trained to the maximum of a posterior (MAP) rather than of the
-    /// likelihood. The trainer adds it to the loss; an adapter file has no place for it.
+    /// likelihood. The trainer adds it to the loss; PEFT's file has no place for it, `monteclora.json` beside it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior: Option<Prior>,
 }

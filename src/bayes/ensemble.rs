@@ -77,8 +77,8 @@ impl Ensemble {
     }
 
     /// Class probabilities, one row an example, averaged over members after the softmax of each.
-    /// `params` are the parameters of `model`; they are as before when this returns, with an error
-    /// or without.
+    /// `params` are the parameters of `model`, of which no layer may be merged, since a merged one reads none; they are
+    /// as before when this returns, with an error or without.
     ///
     /// # Errors
     /// If there is no member, one does not fit the parameters, or the forward pass fails.
@@ -122,6 +122,7 @@ impl Ensemble {
         }
         let before = params.snapshot()?;
         let done = self.members.iter().try_for_each(|member| {
+            params.restore(&before)?; // what a member does not say is not the one's before it
             params.restore(member)?;
             take(logits(model, batches, &Pass::Mean.into())?);
             Ok(())
@@ -208,6 +209,19 @@ mod tests {
             assert_eq!(row[0], (draws[0][i][0] + draws[1][i][0] + draws[2][i][0]) / 3.0);
         }
         assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 14.0);
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_member_does_not_say_is_the_models_own() -> Result<()> {
+        let (model, params, batches) = toy()?;
+        let mut ensemble = Ensemble::new();
+        set(&params, 2.0)?;
+        ensemble.push(&params)?;
+        ensemble.push_snapshot(BTreeMap::new());
+        set(&params, 0.25)?;
+        let draws = ensemble.draws(&model, &params, &batches)?;
+        assert_eq!(draws[1][0], softmax(&[0.5, -1.0]));
         Ok(())
     }
 

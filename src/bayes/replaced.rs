@@ -25,7 +25,8 @@ impl std::fmt::Debug for Replaced<'_> {
 }
 
 impl<'a> Replaced<'a> {
-    /// `model`, whose parameters are `params`, with these draws of some or all of them.
+    /// `model`, whose parameters are `params`, with these draws of some or all of them. A merged layer reads none of its
+    /// adapter's: unmerge it first.
     pub fn new(model: &'a dyn Predictor, params: &'a Params, draws: Vec<BTreeMap<String, Tensor>>) -> Self {
         Self { model, params, draws }
     }

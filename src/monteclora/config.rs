@@ -134,8 +134,9 @@ impl MonteCLoRAConfig {
     /// few rows and many epochs, where LoRA grows too sure; examples/results/README.md has what was measured.
     ///
     /// The perturbation is as large in layers of every width; `sample_scaler` is that of 768, for PEFT. B and the head
-    /// want higher rates than A, 4 and 10 times as high (`train::Method::lr_ratios`; in a loop of one's own
-    /// [`AdamWConfig::lr_ratios`](crate::optim::AdamWConfig::lr_ratios)). There the course of eps is the loop's own as well:
+    /// want higher rates than A, 4 and 10 times as high: `train::Method::train_config` has them for `train::fit`, whose own
+    /// defaults have not; in a loop of one's own they are
+    /// [`AdamWConfig::lr_ratios`](crate::optim::AdamWConfig::lr_ratios), and the course of eps is the loop's as well:
     /// a [`SampleScaler`](crate::SampleScaler) has the factors of a step, which a forward pass is given in its context.
     pub const fn calibrated() -> Self {
         Self {

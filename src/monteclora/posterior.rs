@@ -46,6 +46,10 @@ impl Posterior {
         streams: NoiseStreams,
     ) -> Result<Self> {
         spec.config.validate()?;
+        if spec.dtype.size_in_bytes() < 4 {
+            let reason = format!("its parameters are in single or double precision, got {:?}", spec.dtype);
+            return Err(Error::tensor("std_prior", reason));
+        }
         for (name, tensor, len) in [
             ("std_prior", std_prior, spec.config.rank),
             ("expert_weights_prior", expert_weights_prior, spec.config.num_components),

@@ -52,8 +52,9 @@ impl ScalerSchedule {
         }
     }
 
-    /// The factor at a step (1-based) of `total`; None where gradients decide.
+    /// The factor at a step (1-based; 0 is as 1) of `total`; None where gradients decide.
     pub(super) fn factor(&self, step: usize, total: usize) -> Option<f64> {
+        let step = step.max(1);
         let done = (step - 1) as f64 / total.max(1) as f64;
         let factor = match self {
             Self::Constant => 1.0,
@@ -97,6 +98,7 @@ mod tests {
     fn courses_begin_and_end_where_they_say() -> Result<()> {
         let course = |text: &str| -> Result<Vec<f64>> {
             let schedule: ScalerSchedule = text.parse()?;
+            assert_eq!(schedule.factor(0, 4), schedule.factor(1, 4), "{text}: a loop that counts from 0");
             Ok((1..=4).filter_map(|step| schedule.factor(step, 4)).collect())
         };
         assert_eq!(course("constant")?, [1.0; 4]);

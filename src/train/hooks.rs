@@ -233,7 +233,7 @@ impl MethodHooks {
                 let m = (*locked(cycle)?).ok_or_else(|| Error::config("rows", reason))?;
                 // Linear with a warm-up of 6 %, as in the authors' scripts.
                 let warmup = (0.06 * total as f64).ceil() as usize;
-                let lr = config.kl_lr * Schedule::Linear.factor(step - 1, warmup, total);
+                let lr = config.kl_lr * Schedule::Linear.factor(step.saturating_sub(1), warmup, total);
                 let rate = lr * blob::kl_share(step, m);
                 blob::visit(model, &mut |layer| layer.descend(params, rate))
             }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::config::TrainConfig;
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
 use crate::adapter::{AdaptableModel, Adapter, Params};
@@ -98,6 +99,23 @@ impl Method {
         };
         let head = prior.is_some_and(|prior| prior.head_std.is_some());
         LrRatios { b: if prior.is_some() { 4.0 } else { 1.0 }, head: if head { 10.0 } else { 1.0 } }
+    }
+
+    /// The defaults of a training run with [`Self::lr_ratios`].
+    ///
+    /// # Example
+    /// ```
+    /// use monteclora::train::{Method, TrainConfig};
+    /// use monteclora::MonteCLoRAConfig;
+    ///
+    /// let calibrated = Method::MonteCLoRA(MonteCLoRAConfig::calibrated());
+    /// let config = TrainConfig { epochs: 20, lr: 1e-3, ..calibrated.train_config() };
+    /// assert_eq!((config.loraplus_ratio, config.head_lr_ratio), (4.0, 10.0));
+    /// assert_eq!(Method::MonteCLoRA(MonteCLoRAConfig::paper()).train_config(), TrainConfig::default());
+    /// ```
+    pub fn train_config(&self) -> TrainConfig {
+        let LrRatios { b, head } = self.lr_ratios();
+        TrainConfig { loraplus_ratio: b, head_lr_ratio: head, ..TrainConfig::default() }
     }
 
     /// The places before each row that it takes: the virtual tokens of prompt tuning, else none.

@@ -145,7 +145,8 @@ pub trait Observer {
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
 
     /// Is told what the optimiser remembers of each parameter at the end of a run: of IVON the posterior
-    /// ([`IvonPosterior`](crate::optim::IvonPosterior)), around the last step's parameters.
+    /// ([`IvonPosterior`](crate::optim::IvonPosterior)), around the last step's parameters, which are the present ones: a
+    /// better evaluation's are put back after this.
     ///
     /// # Errors
     /// The run is done; its caller gets the error.

@@ -166,6 +166,8 @@ fn run(
     run.ranks.check_same(&run.settings, params)?;
     run.ranks.hold(observer.start(total, run.at.step))?;
     let outcome = run.steps(observer).and_then(|()| run.ranks.finish(params));
+    // While the parameters are those that it goes with.
+    let outcome = outcome.and_then(|()| observer.trained(run.optimizer.remembered()));
     let keep_best = config.keep_best || outcome.is_err();
     let kept_step = match run.best.take().filter(|_| keep_best) {
         Some(best) => {
@@ -175,7 +177,6 @@ fn run(
         None => run.at.step,
     };
     outcome?;
-    observer.trained(run.optimizer.remembered())?;
     Ok(Summary {
         steps: run.at.step,
         seconds: run.seconds_so_far(),

@@ -1,6 +1,6 @@
 //! Fine-tuning end to end on a toy checkpoint on disk: every method through the one loop.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -15,10 +15,12 @@ use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::optim::{IvonConfig, Moments};
 use monteclora::peft::AdapterFile;
 use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
-    batches, fit, Classification, Classifier, Method, MethodInit, Observer, Predictions, Record, TrainConfig,
+    batches, fit, Classification, Classifier, Method, MethodInit, Objective, Observer, Predictions, Record,
+    TrainConfig,
 };
 use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
@@ -394,6 +396,64 @@ fn batches_of_other_rows_are_refused() -> Outcome {
 }
 
 #[test]
+fn what_an_optimiser_remembers_is_told_beside_the_parameters_that_it_goes_with() -> Outcome {
+    /// Scores that fall, so that the first evaluation is the best.
+    struct Falling<'a>(&'a Params, Vec<BTreeMap<String, Tensor>>);
+
+    impl Observer for Falling<'_> {
+        fn step(&mut self, _: &Record) -> monteclora::Result<()> {
+            Ok(())
+        }
+
+        fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {
+            self.1.push(self.0.snapshot()?);
+            Ok(Some(-(step as f64)))
+        }
+
+        fn trained(&mut self, moments: &BTreeMap<String, Moments>) -> monteclora::Result<()> {
+            assert_eq!(moments.len(), self.0.trainable().len());
+            self.1.push(self.0.snapshot()?);
+            Ok(())
+        }
+    }
+
+    let dir = tempfile::tempdir()?;
+    let (classifier, rows) = (load(&checkpoint(dir.path())?, &methods()[0], 2)?, rows(16, false));
+    let batcher = Batcher::new(8, true, Noise::new(4))?;
+    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let config = TrainConfig {
+        epochs: 2,
+        lr: 5e-3,
+        ivon: Some(IvonConfig::default()),
+        clip: None,
+        ..TrainConfig::default()
+    };
+    let mut seen = Falling(&classifier.params, Vec::new());
+    let summary = fit(&objective, &classifier.params, &config, &mut seen)?;
+    let same = |one: &BTreeMap<String, Tensor>, other: &BTreeMap<String, Tensor>| -> Outcome<bool> {
+        let of = |of: &BTreeMap<String, Tensor>| -> Outcome<Vec<Vec<f32>>> {
+            of.values().map(|t| Ok(t.flatten_all()?.to_vec1()?)).collect()
+        };
+        Ok(of(one)? == of(other)?)
+    };
+    let [first, last, told] = &seen.1[..] else { return Err("two evaluations and an end".into()) };
+    assert!(summary.kept_step == 2 && same(&classifier.params.snapshot()?, first)?);
+    assert!(same(told, last)? && !same(told, first)?);
+    Ok(())
+}
+
+#[test]
+fn rows_without_a_label_have_no_weight() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let (classifier, mut rows) = (load(&checkpoint(dir.path())?, &methods()[0], 2)?, rows(4, false));
+    rows[1].label = Label::Unknown;
+    let batcher = Batcher::new(2, false, Noise::new(4))?;
+    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    assert_eq!([objective.weight(&[0, 1]), objective.weight(&[2, 3])], [1.0, 2.0]);
+    Ok(())
+}
+
+#[test]
 fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -> Outcome {
     let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let (encoder, decoder) = (checkpoint(dir.path())?, llama_checkpoint(other.path())?);
@@ -418,7 +478,10 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
         assert_eq!(adapted, places, "{}", method.name());
 
         let out = tempfile::tempdir()?;
+        // Of another run, whose adapter is not to be found in place of this one.
+        load(files, &methods()[0], 2)?.save("base", out.path())?;
         classifier.save("base", out.path())?;
+        assert!(!out.path().join("adapter/adapter_config.json").exists());
         let path = out.path().join("adapter/parameters.safetensors");
         let saved = candle_core::safetensors::load(path, &Device::Cpu)?;
         assert_eq!(saved.len(), classifier.params.all().len());

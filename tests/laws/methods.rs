@@ -197,6 +197,17 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
         [2, 3, 6, 7, 8].map(|step| allocator.budget(step, total)),
         [(8, false), (6, true), (4, true), (4, true), (4, true)]
     );
+    // Where a factor is orthonormal the penalty of it is flat, as torch.linalg.norm has it.
+    for (name, param) in trained.iter().filter(|(_, param)| matches!(param.role, Role::A | Role::B)) {
+        let (rows, columns) = param.var.dims2()?;
+        let ones = (0..rows * columns).map(|at| f64::from(u8::from(at / columns == at % columns)));
+        params.set(name, &Tensor::from_iter(ones, &Device::Cpu)?.reshape((rows, columns))?)?;
+    }
+    let grads = orthogonal_penalty(&model)?.ok_or("no AdaLoRA layer")?.backward()?;
+    for (name, param) in trained.iter().filter(|(_, param)| matches!(param.role, Role::A | Role::B)) {
+        let largest = grads.get(&param.var).ok_or("no gradient")?.abs()?.max_all()?.to_scalar::<f64>()?;
+        assert_eq!(largest, 0.0, "{name}");
+    }
     Ok(())
 }
 
