@@ -1,11 +1,12 @@
 //! The energy of a prior on a CUDA device: a few launches for all layers, differentiated behind a tape.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::low_rank::LowRank;
 use super::prior::{started, Prior, PriorForm, PriorStart};
 use crate::error::Result;
 use crate::kernels::energy::{energy, Distance, Spread, Update};
+use crate::kernels::multi_tensor::supports;
 use crate::ops::Tape;
 
 impl Prior {
@@ -59,18 +60,14 @@ impl Prior {
     }
 }
 
+/// Whether the kernels take all of their tensors, which are on one device.
 fn serve(distances: &[Distance], updates: &[Update]) -> bool {
-    let of_distance = |distance: &Distance| [Some(distance.at.clone()), distance.from.clone()];
-    let of_update = |update: &Update| {
-        let spread = update.spread.as_ref();
-        let (rho, c) = (spread.map(|s| s.rho.clone()), spread.and_then(|s| s.c.clone()));
-        [Some(update.a.clone()), Some(update.b.clone()), rho, c]
-    };
-    let all: Vec<Tensor> =
-        distances.iter().flat_map(of_distance).chain(updates.iter().flat_map(of_update)).flatten().collect();
-    let Some(first) = all.first() else { return false };
-    let fits = |tensor: &Tensor| {
-        tensor.device().same_device(first.device()) && tensor.dtype() == DType::F32 && tensor.is_contiguous()
-    };
-    first.device().is_cuda() && all.iter().all(fits)
+    let distances = distances.iter().flat_map(|Distance { at, from, .. }| [Some(at), from.as_ref()]);
+    let updates = updates.iter().flat_map(|Update { a, b, spread, .. }| {
+        let c = spread.as_ref().and_then(|spread| spread.c.as_ref());
+        [Some(a), Some(b), spread.as_ref().map(|spread| &spread.rho), c]
+    });
+    let mut all = distances.chain(updates).flatten().peekable();
+    let Some(first) = all.peek().copied() else { return false };
+    all.all(|tensor| supports(tensor) && tensor.device().same_device(first.device()))
 }

@@ -100,6 +100,17 @@ struct Parts {
     grams: Vec<[Tensor; 2]>,
 }
 
+/// Updates of one shape, in their order, with their Gram matrices or what came in their places.
+#[derive(Default)]
+struct Group<'a> {
+    /// r, in_dim, out_dim.
+    dims: [usize; 3],
+    a: Vec<&'a Tensor>,
+    b: Vec<&'a Tensor>,
+    inner: Vec<&'a Tensor>,
+    outer: Vec<&'a Tensor>,
+}
+
 impl Energy {
     fn parts(&self, all: &Tensor) -> Result<Parts> {
         let mut at = 0;
@@ -163,16 +174,10 @@ impl Energy {
         before: Option<&CudaSlice<f64>>,
         total: &Tensor,
     ) -> Result<()> {
-        for (rank, group) in self.groups() {
-            let of = |matrix: fn(&Update) -> &Tensor| -> Vec<&Tensor> {
-                group.iter().map(|which| matrix(&self.updates[*which])).collect()
-            };
-            let gram = |side: usize| group.iter().map(|which| &parts.grams[*which][side]).collect::<Vec<_>>();
-            let ((_, in_dim), (out_dim, _)) =
-                (of(|update| &update.a)[0].dims2()?, of(|update| &update.b)[0].dims2()?);
+        for Group { dims: [rank, in_dim, out_dim], a, b, inner, outer } in self.groups(parts) {
             let mut list = List::new(device);
-            let (a, b) = (list.operand(&of(|update| &update.a))?, list.operand(&of(|update| &update.b))?);
-            let (inner, outer) = (list.operand(&gram(0))?, list.operand(&gram(1))?);
+            let (a, b) = (list.operand(&a)?, list.operand(&b)?);
+            let (inner, outer) = (list.operand(&inner)?, list.operand(&outer)?);
             let products = list.fill()?;
             products.multiply([rank, rank, in_dim], a, a.t(), inner)?;
             products.multiply([rank, rank, out_dim], b.t(), b, outer)?;
@@ -200,13 +205,18 @@ impl Energy {
         Ok(())
     }
 
-    /// Ranks, and which updates have their shapes in common.
-    fn groups(&self) -> impl Iterator<Item = (usize, Vec<usize>)> {
-        let mut groups: BTreeMap<_, Vec<usize>> = BTreeMap::new();
-        for (which, update) in self.updates.iter().enumerate() {
-            groups.entry((update.a.dims(), update.b.dims())).or_default().push(which);
+    /// The updates, those of a shape together.
+    fn groups<'a>(&'a self, parts: &'a Parts) -> impl Iterator<Item = Group<'a>> {
+        let mut groups: BTreeMap<[usize; 3], Group> = BTreeMap::new();
+        for (update, [inner, outer]) in self.updates.iter().zip(&parts.grams) {
+            let dims = [update.rank(), update.a.dims()[1], update.b.dims()[0]];
+            let group = groups.entry(dims).or_insert_with(|| Group { dims, ..Group::default() });
+            group.a.push(&update.a);
+            group.b.push(&update.b);
+            group.inner.push(inner);
+            group.outer.push(outer);
         }
-        groups.into_iter().map(|((a, _), group)| (a[0], group)).collect::<Vec<_>>().into_iter()
+        groups.into_values()
     }
 
     /// Each tensor that the energy depends on, and its gradient where that of the total is `grad`, a scalar.
@@ -225,30 +235,28 @@ impl Energy {
                 }
             }
         }
-        for (rank, group) in self.groups() {
-            all.extend(self.gradients_of(&group, rank, &parts)?);
+        for group in self.groups(&parts) {
+            all.extend(group.gradients()?);
         }
         all.extend(self.distances.into_iter().map(|distance| distance.at).zip(parts.distances));
         Ok(all)
     }
+}
 
-    /// Those of A and B of updates of one shape: `dA = (w B^T B) A`, `dB = B (w (A A^T + diag v))`.
-    fn gradients_of(&self, group: &[usize], rank: usize, parts: &Parts) -> Result<Vec<(Tensor, Tensor)>> {
-        let of = |matrix: fn(&Update) -> &Tensor| -> Vec<&Tensor> {
-            group.iter().map(|which| matrix(&self.updates[*which])).collect()
-        };
-        let factors = |side: usize| group.iter().map(|which| &parts.grams[*which][side]).collect::<Vec<_>>();
-        let (a, b) = (of(|update| &update.a), of(|update| &update.b));
+impl Group<'_> {
+    /// The gradients of A and B: `dA = (w B^T B) A`, `dB = B (w (A A^T + diag v))`.
+    fn gradients(self) -> Result<Vec<(Tensor, Tensor)>> {
+        let Self { dims: [rank, in_dim, out_dim], a, b, inner, outer } = self;
         let device = device_of(a[0])?;
-        let ((_, in_dim), (out_dim, _)) = (a[0].dims2()?, b[0].dims2()?);
-        let das = empty(device, &(group.len(), rank, in_dim).into(), DType::F32)?;
-        let dbs = empty(device, &(group.len(), out_dim, rank).into(), DType::F32)?;
-        let each = |all: &Tensor| (0..group.len()).map(|i| all.get(i)).collect::<Result<Vec<_>>>();
-        let (das, dbs) = (each(&das)?, each(&dbs)?);
+        let each = |rows: usize, columns: usize| -> Result<Vec<Tensor>> {
+            let all = empty(device, &(a.len(), rows, columns).into(), DType::F32)?;
+            (0..a.len()).map(|i| all.get(i)).collect()
+        };
+        let (das, dbs) = (each(rank, in_dim)?, each(out_dim, rank)?);
         let mut list = List::new(device);
-        let (left, inner, outer) =
-            (list.operand(&a)?, list.operand(&factors(0))?, list.operand(&factors(1))?);
-        let (right, da, db) = (list.operand(&b)?, list.operand(&das)?, list.operand(&dbs)?);
+        let (left, right) = (list.operand(&a)?, list.operand(&b)?);
+        let (inner, outer) = (list.operand(&inner)?, list.operand(&outer)?);
+        let (da, db) = (list.operand(&das)?, list.operand(&dbs)?);
         let products = list.fill()?;
         products.multiply([rank, in_dim, rank], outer, left, da)?;
         products.multiply([out_dim, rank, rank], right, inner, db)?;
