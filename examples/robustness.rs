@@ -269,10 +269,9 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
-    extend(
-        &mut settings,
-        study::data(tasks.iter().map(|(name, rows)| (*name, [&rows.train[..], &rows.dev]))),
-    );
+    let strangers = foreign.iter().map(|(name, rows)| (*name, [&[][..], &rows[..]]));
+    let own = tasks.iter().map(|(name, rows)| (*name, [&rows.train[..], &rows.dev]));
+    extend(&mut settings, study::data(strangers.chain(own)));
     study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())
 }

@@ -1,9 +1,10 @@
 //! What watches a run of the examples: progress bar, log, signals.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use indicatif::ProgressBar;
 use monteclora::train::{self, Checkpoints, Objective, Observer, Record, Summary, TrainConfig};
+use monteclora::util::files;
 use monteclora::{Error, Params, Result};
 
 use super::interrupt;
@@ -47,7 +48,7 @@ impl Observer for Watch<'_> {
         if self.is_alone {
             interrupt::check(done)?;
         }
-        if let Some(path) = self.at_end.iter().find(|path| done < total_steps && path.exists()) {
+        if let Some(path) = self.at_end.iter().find(|path| done < total_steps && is_there(path)) {
             let reason = format!("it is of before {} more steps: move it away", total_steps - done);
             return Err(Error::format(path, reason));
         }
@@ -106,6 +107,11 @@ pub fn fit(
         processes.check(0).map_err(|_| Error::Interrupted { step: 0 })?;
     }
     train::fit_distributed(objective, params, config, watch, checkpoints, processes.communicator())
+}
+
+/// Whether there is a file, or a folder with something in it.
+fn is_there(path: &Path) -> bool {
+    path.is_file() || files::has_entries(path)
 }
 
 /// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and

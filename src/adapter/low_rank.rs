@@ -49,7 +49,7 @@ impl LowRank {
     /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
     ///
     /// # Errors
-    /// If the rank is 0 or above min(in_dim, out_dim), or a name is taken; the store is then as it was.
+    /// If the rank is 0, or a name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         name: &str,

@@ -99,7 +99,7 @@ impl AdaLora {
     /// Creates `{path}.{adapter}.a` and `.b` (normal, standard deviation 0.02) and `.values` (zero).
     ///
     /// # Errors
-    /// If an option is outside its domain (the rank above min(in_dim, out_dim)), or a name is taken.
+    /// If an option is outside its domain, or a name is taken.
     pub fn new(
         params: &Params,
         path: &str,

@@ -99,8 +99,9 @@ pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
 pub fn kl_share(step: usize, m: usize) -> f64 {
     let m = m.max(1);
     let left = (m - 1 - step.saturating_sub(1) % m) as f64; // m - i
-    let whole = m as f64 + 1.0; // of a small gamma m is the largest number there is
-                                // Both sides over 2^(m + 1), which is past the largest number soon.
+                                                            // Of a small gamma m is the largest number that there is: no sum of integers.
+    let whole = m as f64 + 1.0;
+    // Both sides over 2^(m + 1), which is past the largest number soon.
     (-1.0 - left).exp2() / (1.0 - (-whole).exp2())
 }
 
@@ -118,8 +119,7 @@ impl Blob {
     /// Creates the adapter's parameters `{path}.{adapter}.a` (the mean M), `.b` and `.g` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a name is taken;
-    /// the store is then as it was.
+    /// If an option is outside its domain (rank 0 included), or a name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         path: &str,

@@ -63,7 +63,7 @@ impl Lora {
     /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim)), or a name is taken.
+    /// If an option is outside its domain (rank 0), or a name is taken.
     pub fn new(
         params: &Params,
         path: &str,

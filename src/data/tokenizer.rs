@@ -28,7 +28,8 @@ pub fn read(path: &Path) -> Result<Tokenizer> {
 }
 
 /// The tokenizer of a model: its `tokenizer.json` or, where there is none, that in its GGUF file, or the byte-level BPE
-/// of `vocab.json` and `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa.
+/// of `vocab.json` and `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa. What
+/// `tokenizer_config.json` asks for around a text counts where transformers lets it.
 ///
 /// # Errors
 /// If there is no tokenizer, or one that only other libraries read (the error says how to convert it), or its
@@ -83,7 +84,8 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
         return Ok(tokenizer);
     }
     let end = |asked: &str, role: &str| -> Result<Option<(String, u32)>> {
-        if settings.get(asked) != Some(&json!(true)) {
+        // Without a word: one before the text, none after it.
+        if !settings.get(asked).and_then(Value::as_bool).unwrap_or(role == "bos_token") {
             return Ok(None);
         }
         let Some(name) = settings.get(role).and_then(byte_bpe::content) else { return Ok(None) };
@@ -339,6 +341,8 @@ mod tests {
                 assert_eq!((ids(false)?, ids(true)?), (one, two), "{class}");
             }
         }
+        write("tokenizer_config.json", json!({"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<b>"}));
+        assert_eq!(ids(false)?, [0, 2], "the class's own default");
         // What the file says itself stays.
         let own = json!({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],

@@ -36,8 +36,7 @@ impl MonteCLoRA {
     /// `.expert_weights_prior` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0 or above min(in_dim, out_dim) included), or a
-    /// name is taken; the store is then as it was.
+    /// If an option is outside its domain (rank 0 included), or a name is taken; the store is then as it was.
     pub fn new(
         params: &Params,
         path: &str,

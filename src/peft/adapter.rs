@@ -8,6 +8,8 @@ use super::config::PeftConfig;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
 use crate::adapter::Prior;
+#[cfg(feature = "models")]
+use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 use crate::monteclora::MonteCLoRAConfig;
@@ -144,6 +146,18 @@ impl AdapterFile {
                 Err(Error::config("modules_to_save", reason))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// What of a head, of which the file has a part, is not in it.
+    #[cfg(feature = "models")]
+    pub(super) fn of_the_base(&self, params: &Params) -> Vec<String> {
+        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let heads = heads.map(|(name, _)| name).filter(|name| !self.saved_modules.contains_key(name));
+        if self.saved_modules.is_empty() {
+            Vec::new()
+        } else {
+            heads.collect()
         }
     }
 

@@ -140,12 +140,12 @@ impl AdapterFile {
         let own = beyond.map(|text| Pending::write(dir.join(OWN_FILE), text.as_bytes()));
         let (own, weights) = (own.transpose()?, Pending::write(dir.join(WEIGHTS_FILE), &bytes)?);
         let config = Pending::write(dir.join(CONFIG_FILE), config.as_bytes())?;
-        remove(&dir.join(CONFIG_FILE))?;
+        files::remove(&dir.join(CONFIG_FILE))?;
         weights.commit()?;
         match own {
             Some(own) => own.commit()?,
             // One of another adapter that lay here before.
-            None => remove(&dir.join(OWN_FILE))?,
+            None => files::remove(&dir.join(OWN_FILE))?,
         }
         config.commit()
     }
@@ -157,7 +157,9 @@ impl AdapterFile {
     /// If one cannot be removed.
     pub fn remove(dir: impl AsRef<Path>) -> Result<()> {
         // The configuration first: without it the others are no adapter.
-        [CONFIG_FILE, WEIGHTS_FILE, OWN_FILE].iter().try_for_each(|name| remove(&dir.as_ref().join(name)))
+        [CONFIG_FILE, WEIGHTS_FILE, OWN_FILE]
+            .iter()
+            .try_for_each(|name| files::remove(&dir.as_ref().join(name)))
     }
 
     fn to_bytes(&self) -> Result<Vec<u8>> {
@@ -174,14 +176,6 @@ impl AdapterFile {
         let named = named.into_iter().map(single).collect::<Result<BTreeMap<_, _>>>()?;
         safetensors::serialize(named, Some(files::metadata()))
             .map_err(|e| Error::config("weights", e.to_string()))
-    }
-}
-
-/// Removes a file, if it is there.
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
-        _ => Ok(()),
     }
 }
 

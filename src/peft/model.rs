@@ -62,8 +62,7 @@ impl AdapterFile {
         if layers.is_empty() {
             return Err(Error::config("adapter", format!("no layer has an adapter {adapter:?}")));
         }
-        let paths: Vec<&str> = layers.keys().map(String::as_str).collect();
-        let names = renamed::targets(targets(layers.keys(), &others), &paths);
+        let names = renamed::targets(layers.keys(), &others);
         Self::assembled(layers, scales, names, params, method, metadata)
     }
 
@@ -198,8 +197,9 @@ impl AdapterFile {
     /// # Errors
     /// If a layer of the file is not in the model or does not fit it, a layer that the
     /// configuration names has no tensors, the name is taken, a layer is merged, a saved module has
-    /// no parameter of its name and shape, a parameter of the task head is not in the file, or it is
-    /// another head than that of the model's other adapters. On an error nothing has changed.
+    /// no parameter of its name and shape, a parameter of the task head that the configuration has saved is not in the
+    /// file, or it is another head than that of the model's other adapters. On an error nothing has changed. Parameters
+    /// of the head that it has not saved keep their values, with a warning.
     pub fn apply(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         check_unmerged(model)?;
         self.check()?;
@@ -214,6 +214,10 @@ impl AdapterFile {
         self.check_model(model, adapter, params)?;
         #[cfg(feature = "models")] // which brings the crate that tells them
         self.warnings()?.iter().for_each(|what| tracing::warn!("adapter_config.json: {what}"));
+        #[cfg(feature = "models")]
+        self.of_the_base(params)
+            .iter()
+            .for_each(|name| tracing::warn!("{name}: not in the adapter, it stays"));
         let method = match self.method() {
             AdapterMethod::MonteCLoRA(config) => {
                 AdapterMethod::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
@@ -419,17 +423,6 @@ fn same(held: &Tensor, file: &Tensor) -> bool {
 /// A copy in single precision on the host.
 fn single(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.copy()?)
-}
-
-/// The shortest honest list of targets: a layer's last name where all layers of that name are
-/// adapted, else its whole path. `dense` never stands alone: a Hugging Face model can have such
-/// layers (a pooler's) that cannot be adapted here.
-fn targets<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) -> Vec<String> {
-    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
-    let left: BTreeSet<String> = others.iter().map(|path| last(path)).chain(["dense".to_string()]).collect();
-    let name =
-        |path: &String| Some(last(path)).filter(|name| !left.contains(name)).unwrap_or_else(|| path.clone());
-    adapted.map(name).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// The modules that the head's parameters belong to; PEFT lists both names that a classifier

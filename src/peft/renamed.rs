@@ -1,6 +1,8 @@
 //! Models that see images too, of which only the decoder is here: two versions of transformers call its layers differently,
 //! and PEFT finds a layer's name in the other part as well.
 
+use std::collections::BTreeSet;
+
 use super::adapter::AdapterFile;
 use super::config::TargetModules;
 use crate::adapter::AdaptableModel;
@@ -67,13 +69,29 @@ impl AdapterFile {
     }
 }
 
-/// Targets that PEFT finds in the decoder alone, by either version's names, where these are of such a model.
-pub(super) fn targets(names: Vec<String>, paths: &[&str]) -> TargetModules {
-    if !paths.iter().any(|path| decoder_of(path).is_some()) {
+/// The targets of these adapted layers, where `others` are not adapted. Of a model that sees images, an expression that finds
+/// them in the decoder alone, by either version's names.
+pub(super) fn targets<'a>(
+    adapted: impl Iterator<Item = &'a String> + Clone,
+    others: &[String],
+) -> TargetModules {
+    let names = shortest(adapted.clone(), others);
+    if !adapted.into_iter().any(|path| decoder_of(path).is_some()) {
         return TargetModules::Names(names);
     }
     let names: Vec<String> = names.iter().map(|name| pattern(name).replace('.', r"\.")).collect();
     TargetModules::Pattern(format!(r"(?:.*\.)?language_model\.(?:.*\.)?(?:{})", names.join("|")))
+}
+
+/// The shortest honest list of targets: a layer's last name where all layers of that name are
+/// adapted, else its whole path. `dense` never stands alone: a Hugging Face model can have such
+/// layers (a pooler's) that cannot be adapted here.
+fn shortest<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) -> Vec<String> {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
+    let left: BTreeSet<String> = others.iter().map(|path| last(path)).chain(["dense".to_string()]).collect();
+    let name =
+        |path: &String| Some(last(path)).filter(|name| !left.contains(name)).unwrap_or_else(|| path.clone());
+    adapted.map(name).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// The end of a layer's path by which patterns find it: that of a decoder within such a model begins after its name.

@@ -165,7 +165,7 @@ impl<L: Learner> Run<'_, L> {
         let whole = self.learner.objective(&model, self.batcher);
         let all = self.batcher.batches(self.learner.rows()) * self.learner.epochs();
         let (steps, first) = part.as_ref().map_or((all, 0), |part| (part.len(), part.start));
-        // In phases more and others are trained: all together.
+        // Summed over phases: each trains parameters of its own.
         result.trainable_parameters += params.trainable_count();
         let config = TrainConfig {
             epochs: if part.is_some() { 1 } else { self.learner.epochs() },

@@ -166,8 +166,8 @@ impl Classifier {
 
     /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; under full
     /// fine-tuning `model/` with configuration and weights; of a method that is here for comparison
-    /// alone `adapter/parameters.safetensors`, by the names of the store. `base_model` is what the
-    /// checkpoint was loaded from.
+    /// alone `adapter/parameters.safetensors`, by the names of the store; what `adapter/` has of another run is
+    /// removed. `base_model` is what the checkpoint was loaded from.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -176,10 +176,11 @@ impl Classifier {
         let Some(method) = self.method.adapter() else {
             // One of another run is what `open` would find first.
             AdapterFile::remove(&adapter)?;
-            return match self.method {
-                Method::Full => self.save_model(&dir.join("model")),
-                _ => self.params.save(&adapter),
-            };
+            if self.method != Method::Full {
+                return self.params.save(&adapter);
+            }
+            files::remove(&adapter.join("parameters.safetensors"))?;
+            return self.save_model(&dir.join("model"));
         };
         let file = self.adapter_file(&method, Some(base_model.to_string()))?;
         file.write(adapter, ExportFormat::PeftMonteCLoRA)

@@ -48,8 +48,15 @@ impl<'a> HeadSource<'a> {
         let found = outputs.iter().find(|name| checkpoint.contains_tensor(name));
         let rows = found.map(|name| checkpoint.get_unchecked_dtype(name, DType::F32)?.dim(0)).transpose()?;
         match (found, rows) {
-            // That of the adapter takes its place.
-            (Some(_), Some(rows)) if rows != wanted && adapter.is_some() => {}
+            // That of the adapter takes its place; what PEFT does not save of one, such as DeBERTa's pooler, is of any number
+            // of classes.
+            (Some(_), Some(rows)) if rows != wanted && adapter.is_some() => {
+                let hidden = move |name: &str| match outputs.contains(&name) {
+                    true => format!("{name} of {rows} classes"),
+                    false => name.to_string(),
+                };
+                source.checkpoint = Some(checkpoint.clone().rename_f(hidden));
+            }
             (Some(name), Some(rows)) if rows != wanted => {
                 let names = config.named().ok().flatten().filter(|named| !named.are_numbers());
                 let names = names.map(|named| format!(" ({})", named.names().join(", "))).unwrap_or_default();
@@ -82,21 +89,20 @@ impl<'a> HeadSource<'a> {
         let in_checkpoint =
             |name: &String| self.checkpoint.as_ref().is_some_and(|vb| vb.contains_tensor(name));
         let (held, lacking): (Vec<_>, Vec<_>) = head.map(|(name, _)| name).partition(in_checkpoint);
-        if let (Some(held), Some(lacking)) = (held.first(), lacking.first()) {
-            let reason = format!("the checkpoint has {held}, but not this part of the head");
-            return Err(Error::tensor(lacking, reason));
-        }
-        let file = match start {
-            MethodInit::PostHoc(file, _) => file,
-            MethodInit::Adapter(file) if self.adapter.is_some() => file,
-            MethodInit::Adapter(_) | MethodInit::Fresh(..) => return Ok(()),
-        };
-        match lacking.iter().find(|name| !file.saved_modules.contains_key(*name)) {
-            Some(name) => {
-                let reason = "neither the checkpoint nor the adapter has this part of a trained head";
-                Err(Error::tensor(name, reason))
+        let in_adapter =
+            |name: &String| self.adapter.is_some_and(|file| file.saved_modules.contains_key(name));
+        let Some(lacking) = lacking.iter().find(|name| !in_adapter(name)) else { return Ok(()) };
+        let trained = self.adapter.is_some() || matches!(start, MethodInit::PostHoc(..));
+        match held.first() {
+            Some(held) => {
+                let reason = format!("the checkpoint has {held}, but not this part of the head");
+                Err(Error::tensor(lacking, reason))
             }
-            None => Ok(()),
+            None if trained => {
+                let reason = "neither the checkpoint nor the adapter has this part of a trained head";
+                Err(Error::tensor(lacking, reason))
+            }
+            None => Ok(()), // a new head
         }
     }
 

@@ -164,7 +164,9 @@ fn run(
     };
     let _lock = run.begin(observer)?;
     run.ranks.check_same(&run.settings, params)?;
-    run.ranks.hold(observer.start(total, run.at.step))?;
+    // A run that ended early has no more steps, whatever its schedule was of.
+    let total_left = if run.is_out_of_patience() { run.at.step } else { total };
+    run.ranks.hold(observer.start(total_left, run.at.step))?;
     let outcome = run.steps(observer).and_then(|()| run.ranks.finish(params));
     // While the parameters are those that it goes with.
     let outcome = outcome.and_then(|()| observer.trained(run.optimizer.remembered()));

@@ -103,6 +103,17 @@ pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
     dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))
 }
 
+/// Removes the file `path`, if it is there.
+///
+/// # Errors
+/// If it cannot be removed; the error names it.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Writes a value as the JSON file `path`, indented, whole or not at all.
 ///
 /// # Errors

@@ -3,7 +3,6 @@
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Init, Params, Pass, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-
 use monteclora::dist::{Dirichlet, Estimator};
 use monteclora::noise::Noise;
 use monteclora::{

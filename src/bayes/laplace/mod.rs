@@ -19,8 +19,8 @@
 //! and not sampled. The product is exact where there is one token in all, and where the inputs of
 //! all tokens, one an example, are the same.
 //!
-//! - [`Taps`]: over A and B of every adapter, LoRA's or MonteCLoRA's around its mean (Yang et al. 2024, "Bayesian low-rank adaptation
-//!   for large language models"). Difference: the larger factors are kept whole, where the paper
+//! - [`Taps`]: over A and B of every adapter, LoRA's or MonteCLoRA's around its mean (Yang et al. 2024, "Bayesian
+//!   low-rank adaptation for large language models"). Difference: the larger factors are kept whole, where the paper
 //!   keeps their largest eigenvectors; memory and time are those of matrices of the layers' widths.
 //! - [`LastLayer`]: over the last layer of the head alone (Kristiadi et al. 2020, "Being Bayesian,
 //!   even just a bit, fixes overconfidence in ReLU networks").

@@ -43,7 +43,9 @@ struct Tapped {
 struct Tape {
     recording: bool,
     seen: Vec<TappedPass>,
-    /// The adapter, after its tap was taken off.
+    /// Whether the adapter is in its tap.
+    holds: bool,
+    /// The adapter, between the end of its tap and its place in the layer.
     freed: Option<Box<dyn Adapter>>,
 }
 
@@ -72,7 +74,8 @@ impl TappedAdapter {
 
 impl Drop for TappedAdapter {
     fn drop(&mut self) {
-        lock(&self.tape).freed = self.adapter.take();
+        let mut tape = lock(&self.tape);
+        (tape.holds, tape.freed) = (false, self.adapter.take());
     }
 }
 
@@ -167,24 +170,22 @@ impl Taps {
         model.visit_linears_mut(&mut |layer| {
             let here = self.layers.iter().find(|tapped| tapped.path == layer.path());
             let Some(Tapped { adapter: name, pair, tape, .. }) = here else { return Ok(()) };
+            let reason = format!("{} has no tap on {name:?} any more", layer.path());
+            let gone = || Error::config("adapter", reason.clone());
+            // What came in its place since is somebody else's.
+            if lock(tape).holds == tapped {
+                return Err(gone());
+            }
             let active = layer.active().map(|(name, _)| name.to_string());
             let there = layer.remove(name)?;
-            let adapter = if tapped {
-                let of = |adapter| TappedAdapter {
-                    adapter: Some(adapter),
-                    pair: pair.clone(),
-                    tape: tape.clone(),
-                };
-                there.map(|adapter| Box::new(of(adapter)) as Box<dyn Adapter>)
+            let adapter: Option<Box<dyn Adapter>> = if tapped {
+                lock(tape).holds = true;
+                Some(Box::new(TappedAdapter { adapter: there, pair: pair.clone(), tape: tape.clone() }))
             } else {
                 drop(there);
                 lock(tape).freed.take()
             };
-            let Some(adapter) = adapter else {
-                let reason = format!("{} has no tapped adapter {name:?} any more", layer.path());
-                return Err(Error::config("adapter", reason));
-            };
-            layer.add(name, adapter)?;
+            layer.add(name, adapter.ok_or_else(gone)?)?;
             layer.activate(active.as_deref())
         })
     }

@@ -369,11 +369,22 @@ fn around_the_mean_of_a_posterior_it_is_that_of_the_pair_and_the_posterior_stays
     toy.layer.add("drawn", Box::new(posterior))?;
     let draws = |toy: &Toy| logits(toy, &new, &Pass::Posterior { draw: 1 }.into());
     let before = draws(&toy)?;
+    assert!(before != logits(&toy, &new, &Pass::Mean.into())?);
     let (evidence, covariances) = approximation(&mut toy)?;
     near(evidence, of_pair.0);
     covariances.iter().flatten().zip(of_pair.1.iter().flatten()).for_each(|(a, b)| near(*a, *b));
     assert_eq!(draws(&toy)?, before);
-    assert!(before != logits(&toy, &new, &Pass::Mean.into())?);
+    // Taps that were taken off take nothing with them, nor do those of an adapter that was replaced.
+    let taps = Taps::install(&mut toy)?;
+    taps.clone().remove(&mut toy)?;
+    assert!(taps.remove(&mut toy).is_err() && draws(&toy)? == before);
+    let taps = Taps::install(&mut toy)?;
+    toy.layer.remove("drawn")?;
+    let other =
+        Lora::new(&toy.params, "layer", "other", (5, 4), &LoraConfig { rank: 2, ..Default::default() })?;
+    toy.layer.add("drawn", Box::new(other))?;
+    assert!(taps.remove(&mut toy).unwrap_err().to_string().contains("no tap on \"drawn\" any more"));
+    assert!(toy.layer.active().is_some_and(|(_, adapter)| adapter.as_any().is::<Lora>()));
     Ok(())
 }
 
