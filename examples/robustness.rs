@@ -269,8 +269,9 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
-    let strangers = foreign.iter().map(|(name, rows)| (*name, [&[][..], &rows[..]]));
-    let own = tasks.iter().map(|(name, rows)| (*name, [&rows.train[..], &rows.dev]));
+    // A task that is foreign to another may come to be trained on, too.
+    let strangers = foreign.iter().map(|(name, rows)| (format!("{name}, foreign"), [&[][..], &rows[..]]));
+    let own = tasks.iter().map(|(name, rows)| (name.to_string(), [&rows.train[..], &rows.dev]));
     extend(&mut settings, study::data(strangers.chain(own)));
     study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())

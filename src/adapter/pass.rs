@@ -38,7 +38,8 @@ impl Pass {
     }
 
     /// The draw that posterior sampling uses, of a predictive pair the even one. Bit 62 marks predictive ones, so that they
-    /// never share noise with training, whose draws stay consecutive (a buffer fills blocks of them). The bit above it stays free: [`fill_bartlett`](crate::dist::wishart::fill_bartlett) doubles its draw.
+    /// never share noise with training, whose draws stay consecutive (a buffer fills blocks of them). The bit above it stays
+    /// free: [`fill_bartlett`](crate::dist::wishart::fill_bartlett) doubles its draw.
     ///
     /// # Errors
     /// If the pass's own index is 2^62 or more: it would be the address of another pass.

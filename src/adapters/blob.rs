@@ -99,8 +99,8 @@ pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
 pub fn kl_share(step: usize, m: usize) -> f64 {
     let m = m.max(1);
     let left = (m - 1 - step.saturating_sub(1) % m) as f64; // m - i
-                                                            // Of a small gamma m is the largest number that there is: no sum of integers.
-    let whole = m as f64 + 1.0;
+    let whole = m as f64 + 1.0; // m may be the largest integer: no sum of them
+
     // Both sides over 2^(m + 1), which is past the largest number soon.
     (-1.0 - left).exp2() / (1.0 - (-whole).exp2())
 }
@@ -159,7 +159,14 @@ impl Blob {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
         let sign = cx.pass.sign();
-        let make = || mean + ops::mul_constant(&self.root.sqr()?, &(self.noise(draw)? * sign)?)?;
+        let make = || {
+            let step = ops::mul_constant(&self.root.sqr()?, &self.noise(draw)?)?;
+            if sign > 0.0 {
+                mean + step
+            } else {
+                mean - step
+            }
+        };
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
             (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, sign, cx.path), make)?,
             _ => make()?,

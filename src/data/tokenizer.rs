@@ -6,11 +6,12 @@ use std::path::Path;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value};
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 use super::byte_bpe;
 use crate::error::{Error, Result};
+use crate::models::gguf::template;
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
@@ -83,14 +84,14 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
     if !["LlamaTokenizer", "GemmaTokenizer"].contains(&class.trim_end_matches("Fast")) {
         return Ok(tokenizer);
     }
-    let end = |asked: &str, role: &str| -> Result<Option<(String, u32)>> {
+    let end = |asked: &str, role: &str| -> Result<Option<(String, usize)>> {
         // Without a word: one before the text, none after it.
         if !settings.get(asked).and_then(Value::as_bool).unwrap_or(role == "bos_token") {
             return Ok(None);
         }
         let Some(name) = settings.get(role).and_then(byte_bpe::content) else { return Ok(None) };
         match tokenizer.token_to_id(&name) {
-            Some(id) => Ok(Some((name, id))),
+            Some(id) => Ok(Some((name, id as usize))),
             None => Err(Error::format(path, format!("{role} {name:?} is not in the vocabulary"))),
         }
     };
@@ -98,22 +99,9 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
     if ends.iter().all(Option::is_none) {
         return Ok(tokenizer);
     }
-    let around = |text: &str, kind: u32| {
-        let special = |end: &Option<(String, u32)>| {
-            end.as_ref().map(|(name, _)| json!({ "SpecialToken": { "id": name, "type_id": kind } }))
-        };
-        let text = json!({ "Sequence": { "id": text, "type_id": kind } });
-        [special(&ends[0]), Some(text), special(&ends[1])].into_iter().flatten().collect::<Vec<_>>()
-    };
-    let tokens: Map<String, Value> = ends
-        .iter()
-        .flatten()
-        .map(|(name, id)| (name.clone(), json!({ "id": name, "ids": [id], "tokens": [name] })))
-        .collect();
-    let pair = [around("A", 0), around("B", 1)].concat();
-    let template = json!({ "type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": tokens });
+    let [before, after] = ends;
     let processor: PostProcessorWrapper =
-        serde_json::from_value(template).map_err(|e| Error::format(path, e.to_string()))?;
+        serde_json::from_value(template(before, after)).map_err(|e| Error::format(path, e.to_string()))?;
     tokenizer.with_post_processor(Some(processor));
     Ok(tokenizer)
 }

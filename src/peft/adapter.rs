@@ -154,11 +154,7 @@ impl AdapterFile {
     pub(super) fn of_the_base(&self, params: &Params) -> Vec<String> {
         let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
         let heads = heads.map(|(name, _)| name).filter(|name| !self.saved_modules.contains_key(name));
-        if self.saved_modules.is_empty() {
-            Vec::new()
-        } else {
-            heads.collect()
-        }
+        heads.filter(|_| !self.saved_modules.is_empty()).collect()
     }
 
     /// What its configuration names and its tensors do not have, a sentence each: patterns of ranks and alphas

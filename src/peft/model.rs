@@ -354,9 +354,6 @@ impl AdapterFile {
                 return Err(Error::tensor(kind.key(path), reason));
             }
         }
-        if rank == 0 {
-            return Err(Error::tensor(TensorKind::A.key(path), "a rank of 0"));
-        }
         let name = format!("{path}.{adapter}.a");
         if linear.adapter(adapter).is_some() || params.get(&name).is_some() {
             return Err(Error::config("adapter", format!("{path} has an adapter {adapter:?} already")));

@@ -87,3 +87,13 @@ fn the_names_of_a_head_are_kept_beside_it() -> Result<()> {
     assert!(!own.exists());
     Ok(())
 }
+
+#[test]
+fn a_classifiers_head_is_its_own_though_old_configurations_do_not_list_it() -> Result<()> {
+    let mut old = Files::new();
+    (old.config["modules_to_save"], old.config["task_type"]) = (Value::Null, json!("SEQ_CLS"));
+    assert_eq!(old.read()?.saved_modules.len(), adapter().saved_modules.len());
+    old.config["task_type"] = json!("CAUSAL_LM");
+    assert!(old.refusal(WEIGHTS_FILE).contains("classifier.dense.weight"));
+    Ok(())
+}

@@ -92,7 +92,7 @@ impl Files {
         self.refusal(WEIGHTS_FILE)
     }
 
-    fn refusal(&self, file: &str) -> String {
+    pub fn refusal(&self, file: &str) -> String {
         let message = self.read().unwrap_err().to_string();
         assert!(message.contains(file), "{message}");
         message
@@ -268,16 +268,6 @@ fn settings_outside_their_domain_are_refused_by_name() {
         let message = files.read().unwrap_err().to_string();
         assert!(message.contains(word), "{key} {value}: {message}");
     }
-}
-
-#[test]
-fn a_classifiers_head_is_its_own_though_old_configurations_do_not_list_it() -> Result<()> {
-    let mut old = Files::new();
-    (old.config["modules_to_save"], old.config["task_type"]) = (Value::Null, json!("SEQ_CLS"));
-    assert_eq!(old.read()?.saved_modules.len(), adapter().saved_modules.len());
-    old.config["task_type"] = json!("CAUSAL_LM");
-    assert!(old.refusal(WEIGHTS_FILE).contains("classifier.dense.weight"));
-    Ok(())
 }
 
 #[test]

@@ -93,8 +93,8 @@ fn checksum(adapter: &AdapterFile) -> Result<String> {
 
 /// Settings of a study of encoders: a CRC-32 of each task's tokens and labels, of which `tasks` has training rows and
 /// measured ones.
-pub fn data<'a>(tasks: impl Iterator<Item = (&'a str, [&'a [Encoded]; 2])>) -> Value {
-    let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.concat().iter().flat_map(Encoded::numbers));
-    let tasks: BTreeMap<&str, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();
+pub fn data<'a>(tasks: impl Iterator<Item = (String, [&'a [Encoded]; 2])>) -> Value {
+    let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.into_iter().flatten().flat_map(Encoded::numbers));
+    let tasks: BTreeMap<String, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();
     json!({ DATA: tasks })
 }

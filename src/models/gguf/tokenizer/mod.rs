@@ -5,4 +5,5 @@ mod pre;
 mod read;
 mod write;
 
+pub(crate) use parts::template;
 pub use write::tokenizer_metadata;

@@ -2,7 +2,7 @@
 
 use serde_json::{json, Map, Value as Json};
 
-use super::parts::{merges, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED};
+use super::parts::{merges, template, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED};
 use super::pre::PreTokenizer;
 use crate::error::Result;
 use crate::models::gguf::file::Gguf;
@@ -145,19 +145,8 @@ impl Gguf {
         if first.is_none() && last.is_none() {
             return Ok(Json::Null);
         }
-        let around = |sequence: &str, number: usize| {
-            let special =
-                |(_, piece): (usize, &String)| json!({"SpecialToken": {"id": piece, "type_id": number}});
-            let middle = json!({"Sequence": {"id": sequence, "type_id": number}});
-            first.map(special).into_iter().chain([middle]).chain(last.map(special)).collect::<Vec<Json>>()
-        };
-        let described = |(id, piece): (usize, &String)| {
-            (piece.clone(), json!({"id": piece, "ids": [id], "tokens": [piece]}))
-        };
-        let specials: Map<String, Json> = first.into_iter().chain(last).map(described).collect();
-        let pair: Vec<Json> = around("A", 0).into_iter().chain(around("B", 1)).collect();
-        let single = around("A", 0);
-        Ok(json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": specials}))
+        let named = |end: Option<(usize, &String)>| end.map(|(id, piece)| (piece.clone(), id));
+        Ok(template(named(first), named(last)))
     }
 }
 
