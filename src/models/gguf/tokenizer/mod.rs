@@ -5,5 +5,6 @@ mod pre;
 mod read;
 mod write;
 
+#[cfg(feature = "train")]
 pub(crate) use parts::template;
 pub use write::tokenizer_metadata;
