@@ -160,12 +160,11 @@ impl BaseLinear {
     pub fn forward_in(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         match self {
             Self::Dense(layer) => ops::linear(xs, layer.weight(), layer.bias(), cx.path),
-            Self::Quantized(layer) if matches!(cx.pass, Pass::Train { .. }) => {
-                ops::quantized_linear_by_blocks(xs, &layer.weight, layer.bias(), cx.path)
+            Self::Quantized(layer) if cx.only_predicts && !matches!(cx.pass, Pass::Train { .. }) => {
+                ops::quantized_linear(&xs.detach(), &layer.weight, layer.bias(), cx.path)
             }
             Self::Quantized(layer) => {
-                let xs = if cx.only_predicts { xs.detach() } else { xs.clone() };
-                ops::quantized_linear(&xs, &layer.weight, layer.bias(), cx.path)
+                ops::quantized_linear_by_blocks(xs, &layer.weight, layer.bias(), cx.path)
             }
         }
     }

@@ -54,8 +54,10 @@ pub struct Context {
     pub draws: Option<DrawCache>,
     /// Who is told of layers' outputs; nobody where absent.
     pub(crate) probe: Option<Probe>,
-    /// Whether nobody differentiates what comes out, of which quantised layers make use.
+    /// Whether quantised layers may take kernels for few rows, which nothing differentiates.
     pub(crate) only_predicts: bool,
+    /// Whether nobody differentiates what comes out, so that a model's layers hand on values alone.
+    values_only: bool,
     /// What they leave to be differentiated together; nothing where absent.
     tape: Option<Tape>,
     /// What layers make for each other, within one forward pass of a model.
@@ -72,6 +74,7 @@ impl From<Pass> for Context {
             draws: None,
             probe: None,
             only_predicts: false,
+            values_only: false,
             tape: None,
             together: None,
         }
@@ -116,10 +119,26 @@ impl Context {
         Self { probe: Some(probe.clone()), ..self }
     }
 
-    /// The same where nobody differentiates what comes out, as when a text is generated: quantised layers cut the
-    /// gradient of their inputs off, and few rows take the kernels of [`ops::quantized_linear`](crate::ops::quantized_linear).
+    /// The same where nobody differentiates what comes out: each layer of a model hands on values without what they were
+    /// computed from, so that a pass keeps the activations of one layer in memory and not those of all, as training must.
+    /// The values are the same.
+    pub fn without_gradient(self) -> Self {
+        Self { values_only: true, ..self }
+    }
+
+    /// [`Self::without_gradient`] for a text that is generated: few rows of a quantised layer take the kernels of
+    /// [`ops::quantized_linear`](crate::ops::quantized_linear), which round them.
     pub fn only_to_predict(self) -> Self {
-        Self { only_predicts: true, ..self }
+        Self { only_predicts: true, ..self.without_gradient() }
+    }
+
+    /// What a layer of a model hands on to the next.
+    #[cfg_attr(not(feature = "models"), allow(dead_code))]
+    pub(crate) fn handed_on(&self, xs: Tensor) -> Tensor {
+        match self.values_only {
+            true => xs.detach(),
+            false => xs,
+        }
     }
 
     /// The same for a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates with `tape`.

@@ -16,14 +16,16 @@ pub trait Predictor {
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor>;
 }
 
-/// The outputs for every row of some batches, one vector a row, in the batches' order.
+/// The outputs for every row of some batches, one vector a row, in the batches' order. Nothing is kept to differentiate
+/// them ([`Context::without_gradient`]).
 ///
 /// # Errors
 /// If the forward pass fails.
 pub fn logits(model: &dyn Predictor, batches: &[Batch], cx: &Context) -> Result<Vec<Vec<f64>>> {
+    let cx = cx.clone().without_gradient();
     let mut rows = Vec::new();
     for batch in batches {
-        rows.extend(model.predict(batch, cx)?.to_dtype(DType::F64)?.to_vec2::<f64>()?);
+        rows.extend(model.predict(batch, &cx)?.to_dtype(DType::F64)?.to_vec2::<f64>()?);
     }
     Ok(rows)
 }

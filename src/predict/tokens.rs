@@ -7,8 +7,11 @@ use crate::data::causal::CausalBatch;
 use crate::error::Result;
 use crate::models::causal::CausalLm;
 
+/// Tokens whose logits exist at one time, as in training: 131 MB of f32 with a vocabulary of 128 000.
+const CHUNK: usize = 256;
+
 /// The logarithm of the probability of each token that a batch predicts, averaged over contexts as
-/// probabilities.
+/// probabilities. Nothing is kept to differentiate them ([`Context::without_gradient`]).
 ///
 /// # Errors
 /// If a forward pass fails.
@@ -18,14 +21,22 @@ pub fn token_log_probabilities(
     contexts: &[Context],
 ) -> Result<Vec<f64>> {
     let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
-    let mut sums = vec![f64::NEG_INFINITY; targets.dim(0)?];
+    let n = targets.dim(0)?;
+    let mut sums = vec![f64::NEG_INFINITY; n];
     for cx in contexts {
-        let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?;
-        let predicting = batch.positions.take(&hidden.detach(), cx.path)?;
-        let logits = model.head(&predicting, cx)?.to_dtype(DType::F32)?; // (n, vocab)
-        let chosen = logits.gather(&targets, 1)?.squeeze(1)?;
-        let logs = (chosen - logits.log_sum_exp(1)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-        for (sum, log) in sums.iter_mut().zip(logs.to_vec1::<f64>()?) {
+        let cx = &cx.clone().without_gradient();
+        let hidden = model.hidden(&batch.input_ids, &batch.attention_mask, None, cx)?.detach();
+        let predicting = batch.positions.take(&hidden, cx.path)?; // (n, d)
+        drop(hidden);
+        let mut logs = Vec::with_capacity(n);
+        for at in (0..n).step_by(CHUNK) {
+            let rows = CHUNK.min(n - at);
+            let logits = model.head(&predicting.narrow(0, at, rows)?, cx)?.to_dtype(DType::F32)?; // (rows, vocab)
+            let chosen = logits.gather(&targets.narrow(0, at, rows)?, 1)?.squeeze(1)?;
+            let chosen = (chosen - logits.log_sum_exp(1)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+            logs.extend(chosen.to_vec1::<f64>()?);
+        }
+        for (sum, log) in sums.iter_mut().zip(logs) {
             let (high, low) = if *sum > log { (*sum, log) } else { (log, *sum) };
             *sum = if low == f64::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() };
         }

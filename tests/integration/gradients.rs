@@ -1,13 +1,15 @@
 //! Whole models against central differences, in double precision with the noise fixed.
 
+use crate::llama;
 use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, Targets};
+use monteclora::models::causal::CausalLm;
 use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
-use monteclora::{KlEvaluation, MonteCLoRAConfig, Pass, Regularizer};
+use monteclora::{Context, KlEvaluation, MonteCLoRAConfig, Pass, Regularizer};
 
 /// Compares the gradient of `loss` with central differences at a few elements of each parameter.
 pub fn check(params: &Params, loss: impl Fn() -> Outcome<Tensor>) -> Outcome {
@@ -96,4 +98,36 @@ fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outc
         })?;
     }
     Ok(())
+}
+
+/// Checks that outputs are the same in a pass without gradient, which leads to no parameter of a layer.
+fn check_untracked(params: &Params, outputs: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
+    let of_layers = |cx: Context| -> Outcome<(Vec<f64>, usize)> {
+        let ys = outputs(&cx)?;
+        let grads = ys.sum_all()?.backward()?;
+        let tracked = params.trainable().into_iter().filter(|(name, param)| {
+            (name.contains(".layer.") || name.contains(".layers.")) && grads.get(&param.var).is_some()
+        });
+        Ok((ys.flatten_all()?.to_vec1()?, tracked.count()))
+    };
+    let (values, tracked) = of_layers(Pass::Mean.into())?;
+    assert!(tracked > 0);
+    assert_eq!(of_layers(Context::from(Pass::Mean).without_gradient())?, (values, 0));
+    Ok(())
+}
+
+#[test]
+fn a_pass_without_gradient_keeps_no_layer_and_says_the_same() -> Outcome {
+    let (targets, config) = (Targets::parse("all-linear")?, LoraConfig::default());
+    let (mut encoder, params) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F64)?;
+    inject::lora(&mut encoder, &targets, &config, &params)?;
+    scatter(&params)?;
+    let (ids, types, mask) = padded_batch(encoder.config())?;
+    check_untracked(&params, |cx| Ok(encoder.forward(&ids, Some(&types), &mask, cx)?))?;
+
+    let (mut decoder, params) = llama::frozen(&llama::toy_config(false)?, DType::F64)?;
+    inject::lora(&mut decoder, &targets, &config, &params)?;
+    scatter(&params)?;
+    let (ids, mask) = llama::padded(true)?;
+    check_untracked(&params, |cx| Ok(decoder.logits(&ids, &mask, cx)?))
 }

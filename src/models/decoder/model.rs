@@ -142,7 +142,7 @@ impl Decoder {
                     let step = Step { cx, ..step.clone() };
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &step, None))?
                 }
-                _ => layer.forward(&xs, &step, cached)?,
+                _ => cx.handed_on(layer.forward(&xs, &step, cached)?),
             };
         }
         // Real tokens stand in these columns, wherever the virtual ones are among the padding.

@@ -79,7 +79,7 @@ impl<L: Block> Stack<L> {
                     let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone().without_tape());
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
                 }
-                _ => layer.forward(&xs, batch, cx)?,
+                _ => cx.handed_on(layer.forward(&xs, batch, cx)?),
             };
         }
         Ok(xs)
