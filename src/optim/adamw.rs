@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::gradients::Gradients;
-use super::moments::{self, Moments};
+use super::moments::{self, Moments, Owners};
 use super::update::{Constants, Steps};
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
@@ -57,6 +57,7 @@ pub struct AdamW {
     params: Params,
     config: AdamWConfig,
     moments: BTreeMap<String, Moments>,
+    owners: Owners,
 }
 
 impl AdamW {
@@ -77,7 +78,12 @@ impl AdamW {
         }
         match domain.iter().find(|(_, value, valid)| !valid || !value.is_finite()) {
             Some((name, value, _)) => Err(Error::config(*name, format!("{value} is outside its domain"))),
-            None => Ok(Self { params: params.clone(), config, moments: BTreeMap::new() }),
+            None => Ok(Self {
+                params: params.clone(),
+                config,
+                moments: BTreeMap::new(),
+                owners: Owners::default(),
+            }),
         }
     }
 
@@ -100,7 +106,7 @@ impl AdamW {
     /// ```
     ///
     /// where t counts the steps of each parameter, so that one that is created or released later
-    /// begins as the first ones did.
+    /// begins as the first ones did, and so does one that takes the name of another that was removed.
     ///
     /// # Errors
     /// If a trainable parameter has no gradient, or one of another shape: then nothing is changed.
@@ -116,6 +122,7 @@ impl AdamW {
             }
             pairs.push((name, param, grad));
         }
+        self.owners.forget_others(&self.params, &mut self.moments);
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let mut steps = Steps::default();
         for (name, param, grad) in pairs {
@@ -164,6 +171,7 @@ impl AdamW {
     /// moments hold NaN, infinity or a negative square: then nothing is changed.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
         self.moments = moments::restored(&self.params, moments, 0.0)?;
+        self.owners = Owners::of(&self.params);
         Ok(())
     }
 }

@@ -20,7 +20,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::gradients::Gradients;
-use super::moments::{self, Moments};
+use super::moments::{self, Moments, Owners};
 use crate::adapter::{Params, Pass};
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
@@ -91,6 +91,7 @@ pub struct Ivon {
     params: Params,
     config: IvonConfig,
     moments: BTreeMap<String, Moments>,
+    owners: Owners,
     /// The means, while the store holds a draw, and how far the draw is from them.
     drawn: BTreeMap<String, (Tensor, Tensor)>,
     /// h_hat of the micro-batches of this step so far.
@@ -104,8 +105,8 @@ impl Ivon {
     /// If a constant is outside its domain.
     pub fn new(params: &Params, config: IvonConfig) -> Result<Self> {
         config.validate()?;
-        let (drawn, curvature) = Default::default();
-        Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), drawn, curvature })
+        let (owners, drawn, curvature) = Default::default();
+        Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), owners, drawn, curvature })
     }
 
     /// Puts draw number `draw` of the posterior in the place of the trainable parameters, for one micro-batch.
@@ -120,6 +121,7 @@ impl Ivon {
     /// [`Self::perturb`] by given standard normal numbers.
     fn perturb_by(&mut self, z: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> Result<()> {
         self.settle()?;
+        self.owners.forget_others(&self.params, &mut self.moments);
         for (name, param) in self.params.trainable() {
             let mean = param.var.as_detached_tensor().copy()?;
             if !self.moments.contains_key(&name) {
@@ -218,6 +220,7 @@ impl Ivon {
     /// As [`super::AdamW::restore`]; h may be negative, h + delta may not.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
         self.moments = moments::restored(&self.params, moments, -self.config.weight_decay)?;
+        self.owners = Owners::of(&self.params);
         Ok(())
     }
 }

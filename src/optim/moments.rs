@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, TensorId};
 
 use crate::adapter::Params;
 use crate::error::{Error, Result};
@@ -18,6 +18,26 @@ pub struct Moments {
     /// The steps it has taken: the correction of a mean that began at zero depends on its own
     /// number, not on that of parameters which began earlier.
     pub steps: usize,
+}
+
+/// Which parameters the moments of an optimiser are of. A name alone does not say it: an adapter that is taken off, and
+/// another put in its place, have the same names.
+#[derive(Debug, Default)]
+pub(super) struct Owners(BTreeMap<String, TensorId>);
+
+impl Owners {
+    /// The parameters of `params` as they are now.
+    pub fn of(params: &Params) -> Self {
+        Self(params.all().into_iter().map(|(name, param)| (name, param.var.id())).collect())
+    }
+
+    /// Forgets the moments of parameters that are gone from the store, or that others of their name replaced.
+    pub fn forget_others(&mut self, params: &Params, moments: &mut BTreeMap<String, Moments>) {
+        let now = Self::of(params);
+        let is_same = |name: &String, id| self.0.get(name).is_none_or(|known| known == id);
+        moments.retain(|name, _| now.0.get(name).is_some_and(|id| is_same(name, id)));
+        *self = now;
+    }
 }
 
 /// A copy of these moments in the dtype and the place of the parameters of `params`.

@@ -54,6 +54,30 @@ fn the_posterior_is_not_decayed() -> Result<()> {
 }
 
 #[test]
+fn a_parameter_that_takes_the_name_of_another_begins_anew() -> Result<()> {
+    let (params, w) = store(Role::A)?;
+    let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
+    step(&mut optimizer, &params, &w, [0.3, -0.2, 1.0], 0.1)?;
+    params.remove("w");
+    let longer = params.create("w", Role::A, 5, &Init::Constant(0.0))?;
+    let grad = Tensor::new(&[1.0, 1.0, 1.0, -1.0, -1.0], &Device::Cpu)?;
+    optimizer.backward_step(&(&longer * grad)?.sum_all()?)?;
+    // The first step of each number is the rate, whatever its gradient's size: all five have moved by it.
+    let rate = AdamWConfig::default().lr;
+    for (got, sign) in longer.to_vec1::<f64>()?.into_iter().zip([-1.0, -1.0, -1.0, 1.0, 1.0]) {
+        assert!((got - sign * rate).abs() < 1e-6 * rate, "{got}");
+    }
+    assert_eq!(optimizer.moments("w")?.map(|moments| moments.steps), Some(1));
+    // What is gone from the store is forgotten, and what is remembered can be restored.
+    params.remove("w");
+    let other = params.create("v", Role::A, 2, &Init::Constant(0.0))?;
+    optimizer.backward_step(&other.sum_all()?)?;
+    assert_eq!(optimizer.remembered().keys().collect::<Vec<_>>(), ["v"]);
+    let remembered = optimizer.remembered().clone();
+    optimizer.restore(&remembered)
+}
+
+#[test]
 fn missing_gradients_and_bad_constants_are_named() -> Result<()> {
     let (params, _) = store(Role::A)?;
     let mut optimizer = AdamW::new(&params, AdamWConfig::default())?;
