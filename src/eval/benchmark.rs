@@ -184,10 +184,10 @@ impl Benchmark {
         }
     }
 
-    /// Whether every row has what it is measured by: worth a call before an hour of training.
+    /// Whether every row has what it is measured by, and room for it: worth a call before an hour of training.
     ///
     /// # Errors
-    /// As [`Self::run`], save what generation meets.
+    /// As [`Self::run`], save what the forward passes and the programs meet.
     pub fn check(&self, generator: &Generator, rows: &[Prompted]) -> Result<()> {
         if rows.is_empty() {
             return Err(Error::config("data", "there is no row to measure by"));
@@ -196,6 +196,9 @@ impl Benchmark {
             choice::check(generator.encoder, rows)?;
         }
         for (i, row) in rows.iter().enumerate() {
+            if !matches!(self, Self::Choice(_)) {
+                generator.prompt_ids(i, &row.prompt)?;
+            }
             match self {
                 Self::Choice(_) | Self::ChoiceByName => row.choices(i).map(|_| ())?,
                 Self::Gsm8k if !row.answer.contains(gsm8k::MARK) => {

@@ -128,7 +128,7 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
         }));
         questions.push(choices);
     }
-    let encoded = encoder.without_eos().encode(&candidates)?;
+    let encoded = encoder.of_answers().encode(&candidates)?;
     if encoded.cut > 0 || encoded.rows.len() != candidates.len() {
         let counts: Vec<usize> = questions.iter().map(|choices| choices.answers.len()).collect();
         return Err(unfit(encoder, &candidates, &counts)?);
@@ -138,7 +138,7 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
 
 /// What to say of the first answer that does not fit.
 fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> Result<Error> {
-    let (encoder, mut rest) = (encoder.without_eos(), candidates);
+    let (encoder, mut rest) = (encoder.of_answers(), candidates);
     for (question, count) in counts.iter().enumerate() {
         let (own, others) = rest.split_at(*count);
         rest = others;

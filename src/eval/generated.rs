@@ -44,18 +44,23 @@ impl Generator<'_> {
         let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size.max(1));
         for (chunk, first) in prompts.chunks(size).zip((start..).step_by(size)) {
             let mut ids = Vec::with_capacity(chunk.len());
-            for (prompt, row) in chunk.iter().zip(first + 1..) {
-                let tokens = self.encoder.prompt(prompt)?;
-                if !(1..self.model.max_length()).contains(&tokens.len()) {
-                    let (length, most) = (tokens.len(), self.model.max_length());
-                    let reason = format!("that of row {row} has {length} tokens, expected 1 to {}", most - 1);
-                    return Err(Error::config("prompt", reason));
-                }
-                ids.push(tokens);
+            for (prompt, row) in chunk.iter().zip(first..) {
+                ids.push(self.prompt_ids(row, prompt)?);
             }
             texts.extend(self.continued(&ids, first as u64, stop)?);
         }
         Ok(texts)
+    }
+
+    /// The tokens of the prompt of row `row`, if it has some and leaves room for one more.
+    pub(super) fn prompt_ids(&self, row: usize, prompt: &str) -> Result<Vec<u32>> {
+        let tokens = self.encoder.prompt(prompt)?;
+        let most = self.model.max_length().saturating_sub(1);
+        if (1..=most).contains(&tokens.len()) {
+            return Ok(tokens);
+        }
+        let reason = format!("that of row {} has {} tokens, expected 1 to {most}", row + 1, tokens.len());
+        Err(Error::config("prompt", reason))
     }
 
     /// One batch.

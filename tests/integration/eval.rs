@@ -66,7 +66,8 @@ fn letters() -> Outcome<Tokenizer> {
 fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
     let model = model()?;
     let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
-    let encoder = encoder(20)?;
+    // Whether training learns the prompts changes nothing about what an answer scores.
+    let encoders = [encoder(20)?, PromptEncoder::new(letters()?, 20, 40, Some(2), true)?];
     // The log-probability of each next letter, by hand.
     let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
         let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
@@ -83,8 +84,10 @@ fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
         [(Normalize::No, 1), (Normalize::Tokens, 2), (Normalize::Characters, 3), (Normalize::Bytes, 64)]
     {
         let passes = [Pass::Mean, Pass::Mean];
-        let scores = score_choices(&model, &encoder, &rows, batch_size, normalize, &passes)?;
+        let scores = score_choices(&model, &encoders[0], &rows, batch_size, normalize, &passes)?;
         assert_eq!(scores.correct, [2, 0]);
+        let learnt = score_choices(&model, &encoders[1], &rows, batch_size, normalize, &passes)?;
+        assert_eq!(learnt.probabilities, scores.probabilities);
         for (row, got) in rows.iter().zip(&scores.probabilities) {
             let answers = &row.choices.as_ref().ok_or("choices")?.answers;
             let by_hand = answers.iter().map(|answer| {
@@ -148,6 +151,12 @@ fn a_text_goes_on_to_its_stop_whatever_the_batches() -> Outcome {
     let long = "a".repeat(40);
     let error = generator.texts(&["a", "b", &long], &[]).expect_err("no room").to_string();
     assert!(error.contains("that of row 3 has 40 tokens"), "{error}");
+    // A benchmark says so before anything is trained.
+    let row =
+        |prompt: &str| Prompted { prompt: prompt.into(), answer: "#### 1".into(), ..Prompted::default() };
+    let error = Benchmark::Gsm8k.check(&generator, &[row("a"), row(&long)]).expect_err("no room").to_string();
+    assert!(error.contains("that of row 2 has 40 tokens"), "{error}");
+    Benchmark::Gsm8k.check(&generator, &[row("a")])?;
     Ok(())
 }
 

@@ -88,9 +88,10 @@ impl PromptEncoder {
         Ok(ids[..end].to_vec())
     }
 
-    /// The same without the token that ends an answer: what is scored is the answer alone.
-    pub fn without_eos(&self) -> Self {
-        Self { eos: None, ..self.clone() }
+    /// The same for answers that are scored: without the token that ends one, and without their prompt even where
+    /// training learns it.
+    pub fn of_answers(&self) -> Self {
+        Self { eos: None, learn_prompt: false, ..self.clone() }
     }
 
     /// Encodes every row, in order and in parallel. Prompt and answer are one text to the
