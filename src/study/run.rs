@@ -30,7 +30,8 @@ pub struct Progress {
 
 /// Runs the cells of `shard` that have no result below `dir` yet, packed or not, in their order. `settings` is what
 /// they all depend on; it is kept in `settings.json`. A cell's result appears whole or not at all, so
-/// that a run may be killed at any moment and begun again. Several shards may share the folder.
+/// that a run may be killed at any moment and begun again. Several shards may share the folder. A cell that failed
+/// (a full disk, a device that was lost) is tried again by the next run; one that diverged would diverge again.
 ///
 /// `progress` is told of every cell before it runs, and once at the end.
 ///
@@ -53,8 +54,8 @@ pub fn run(
     for key in own {
         now.total += 1;
         match store.get(key)? {
-            Some(found) => count(&mut now, &found.result),
-            None => waiting.push(key),
+            Some(found) if found.result.status != Status::Failed => count(&mut now, &found.result),
+            _ => waiting.push(key),
         }
     }
     let clock = Instant::now();

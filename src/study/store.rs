@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::cell::{CellCost, CellKey, CellResult};
+use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::rows::CellRows;
 use crate::error::{Error, Result};
 use crate::util::{files, json};
@@ -39,7 +39,7 @@ pub struct StoredCell {
 ///
 /// # Errors
 /// If the folder or a file of a cell cannot be read, a line of `cells.jsonl` is damaged (the error names
-/// it), or a cell is packed with another result than its folder holds.
+/// it), a cell is packed with another result than its folder holds, or a folder has not the name of its cell.
 pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
     Ok(Store::open(dir)?.all()?.into_values().collect())
 }
@@ -81,8 +81,7 @@ pub fn read_rows(dir: &Path) -> Result<BTreeMap<String, CellRows>> {
 /// is for a study that no process runs at the time.
 ///
 /// # Errors
-/// As [`read_cells`]; besides, if there is no cell, a folder has not the name of its cell, another process
-/// packs, or a file cannot be written.
+/// As [`read_cells`]; besides, if there is no cell, another process packs, or a file cannot be written.
 pub fn pack(dir: &Path) -> Result<usize> {
     fs::metadata(dir).map_err(Error::io(dir))?;
     let _lock = files::lock(dir)?;
@@ -92,11 +91,7 @@ pub fn pack(dir: &Path) -> Result<usize> {
         return Err(Error::format(dir, "there is no finished cell to pack"));
     }
     let mut lines = String::new();
-    for (name, cell) in &cells {
-        let own = cell.result.key.folder_name();
-        if own != *name {
-            return Err(Error::format(dir.join(name), format!("it holds the result of {own}")));
-        }
+    for cell in cells.values() {
         lines.push_str(&line(&dir.join(PACKED), cell)?);
     }
     pack_rows(dir, cells.keys())?;
@@ -173,22 +168,34 @@ impl Store {
         write(folder.join(RESULT), line(&folder, result))
     }
 
-    /// All that are finished, by their folders' names.
+    /// All that are finished, by their folders' names. A copy of a cell under another name would count twice.
     fn all(&self) -> Result<BTreeMap<String, StoredCell>> {
         let mut names: BTreeSet<String> = self.packed.keys().cloned().collect();
         for entry in fs::read_dir(&self.dir).map_err(Error::io(&*self.dir))? {
             // The name of a cell's folder is plain; a stranger's may be anything.
             names.extend(entry.map_err(Error::io(&*self.dir))?.file_name().into_string());
         }
-        let cell = |name: String| Some((self.named(&name).transpose()?, name));
-        names.into_iter().filter_map(cell).map(|(cell, name)| Ok((name, cell?))).collect()
+        let mut cells = BTreeMap::new();
+        for name in names {
+            let Some(cell) = self.named(&name)? else { continue };
+            let own = cell.result.key.folder_name();
+            if own != name {
+                let reason = format!("it holds the result of {own}: move it out of the study's folder");
+                return Err(Error::format(self.dir.join(name), reason));
+            }
+            cells.insert(name, cell);
+        }
+        Ok(cells)
     }
 
-    /// The cell in the folder of this name, or packed from it.
+    /// The cell in the folder of this name, or packed from it. What failed is run again, so that a folder's result
+    /// replaces a failure that was packed.
     fn named(&self, name: &str) -> Result<Option<StoredCell>> {
         let folder = self.dir.join(name);
         let (path, packed) = (folder.join(RESULT), self.packed.get(name));
-        match (packed, read::<CellResult>(&path)?) {
+        let found = read::<CellResult>(&path)?;
+        let packed = packed.filter(|cell| found.is_none() || cell.result.status != Status::Failed);
+        match (packed, found) {
             (Some(packed), Some(result)) if packed.result != result => {
                 Err(Error::format(path, format!("it is not the result that {PACKED} has of this cell")))
             }

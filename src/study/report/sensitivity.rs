@@ -131,8 +131,8 @@ pub(super) fn seeds(
     let [own, other] = [tested, baseline].map(name);
     Ok(format!(
         "\n## Chance: {other} against itself\n\nDistances of two seeds of {other} in the same setting, and how many cells \
-         of {own} are further from {other} with the same seed than 95 % of these are: one in twenty where the two \
-         differ by chance alone.\n\n| task | score | pairs of seeds | median distance | 95 % of distances | {own} beyond \
+         of {own} are further from {other} with the same seed than 95 % of these are: where the two differ by \
+         chance alone one in twenty or fewer, since the same seed has the same rows and the same start.\n\n| task | score | pairs of seeds | median distance | 95 % of distances | {own} beyond \
          |\n|---|---|---|---|---|---|\n{table}"
     ))
 }

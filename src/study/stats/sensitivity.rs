@@ -33,17 +33,22 @@ pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
     let groups: Vec<&Vec<[f64; 2]>> = groups.iter().filter(|group| group.len() > 1).collect();
     let n: usize = groups.iter().map(|group| group.len()).sum();
     let df = n.checked_sub(groups.len() + 1).filter(|df| *df > 0)?;
-    let (mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0);
+    // corr(x + y, x - y), whose sums of products are xx - yy, and xx + yy +- 2 xy where nothing cancels.
+    let (mut xx, mut yy, mut sums, mut differences, mut products) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    let mut rounding: f64 = 0.0; // of one difference
     for group in &groups {
         let mean = [0, 1].map(|k| group.iter().map(|pair| pair[k]).sum::<f64>() / group.len() as f64);
         for pair in *group {
             let (x, y) = (pair[0] - mean[0], pair[1] - mean[1]);
-            (xx, yy, xy) = (xx + x * x, yy + y * y, xy + x * y);
+            (xx, yy) = (xx + x * x, yy + y * y);
+            let (s, d) = (x + y, x - y);
+            (sums, differences, products) = (sums + s * s, differences + d * d, products + s * d);
+            rounding = pair.iter().fold(rounding, |most, v| most.max(4.0 * f64::EPSILON * v.abs()));
         }
     }
-    // corr(x + y, x - y): the sums of products of the two are xx - yy, and xx + yy +- 2 xy.
-    let scale = ((xx + yy + 2.0 * xy) * (xx + yy - 2.0 * xy)).sqrt();
-    let correlation = if scale == 0.0 && xx + yy > 0.0 { 0.0 } else { (xx - yy) / scale };
+    // Scores that are equal, or a constant apart, vary alike.
+    let alike = differences.min(sums) <= n as f64 * rounding * rounding && xx + yy > 0.0;
+    let correlation = if alike { 0.0 } else { products / (sums * differences).sqrt() };
     if !correlation.is_finite() {
         return None;
     }
@@ -135,6 +140,15 @@ mod tests {
         assert_eq!((alike.correlation, alike.p), (0.0, 1.0));
         let one = pitman_morgan(&[vec![[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]]]).ok_or("a test")?;
         assert_eq!((one.correlation, one.p), (1.0, 0.0));
+        // A constant apart they vary alike, and where they differ by little it is the little that counts.
+        let scores = [0.51, 0.43, 0.62, 0.55, 0.38];
+        let shifted = pitman_morgan(&[scores.map(|x| [x, x + 0.3]).to_vec()]).ok_or("a test")?;
+        assert_eq!((shifted.correlation, shifted.p), (0.0, 1.0));
+        let near = |step: f64| {
+            let z = [0.3, -1.2, 0.8, 0.1, -0.4];
+            pitman_morgan(&[scores.iter().zip(z).map(|(x, z)| [*x, x + step * z]).collect()]).ok_or("a test")
+        };
+        assert!((near(1e-9)?.correlation - near(1e-5)?.correlation).abs() < 1e-3);
         Ok(())
     }
 

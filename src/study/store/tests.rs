@@ -155,12 +155,44 @@ fn what_is_damaged_or_not_the_same_is_named() -> Result<()> {
 }
 
 #[test]
-fn a_folder_of_another_name_is_read_but_not_packed() -> Result<()> {
+fn a_copy_under_another_name_is_refused() -> Result<()> {
     let (home, keys) = (tempfile::tempdir().unwrap(), keys());
-    run_cells(home.path(), &keys[..1])?;
-    fs::rename(home.path().join(keys[0].folder_name()), home.path().join("copy")).unwrap();
-    assert_eq!(read_cells(home.path())?.len(), 1);
-    let error = pack(home.path()).unwrap_err().to_string();
-    assert!(error.contains("copy: it holds the result of rte-lora-lr0.001-bs8-s1"), "{error}");
+    let (dir, name) = (home.path(), keys[0].folder_name());
+    run_cells(dir, &keys[..1])?;
+    fs::rename(dir.join(&name), dir.join("copy")).unwrap();
+    // It is run again, and the other would count beside it.
+    assert_eq!(run_cells(dir, &keys[..1])?, (1, 1));
+    for said in [read_cells(dir).map(|_| ()), pack(dir).map(|_| ())] {
+        let error = said.unwrap_err().to_string();
+        assert!(error.contains(&format!("copy: it holds the result of {name}")), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cell_that_failed_is_run_again_packed_or_not() -> Result<()> {
+    let (home, keys) = (tempfile::tempdir().unwrap(), keys());
+    let dir = home.path();
+    let mut fails = |key: &CellKey| {
+        let (result, cost, _) = cell(key);
+        let reason = Some("no space left on device".to_string());
+        (CellResult { status: Status::Failed, reason, ..result }, cost, CellRows::default())
+    };
+    let mut run_to_fail =
+        || run(dir, &json!({"epochs": 1}), &keys[..2], Shard::WHOLE, &mut fails, &mut |_, _| ());
+    assert_eq!(run_to_fail()?.failed, 2);
+    assert_eq!(run_cells(dir, &keys[..1])?, (1, 1));
+    assert_eq!(pack(dir)?, 2);
+    let statuses = || -> Result<Vec<Status>> {
+        Ok(read_cells(dir)?.into_iter().map(|cell| cell.result.status).collect())
+    };
+    assert_eq!(statuses()?, [Status::Done, Status::Failed]);
+    // Of the two the packed failure alone is run; its new result replaces it, and is packed in its turn.
+    assert_eq!(run_cells(dir, &keys[..2])?, (1, 2));
+    assert_eq!(statuses()?, [Status::Done, Status::Done]);
+    assert_eq!((pack(dir)?, statuses()?), (2, vec![Status::Done, Status::Done]));
+    let whole = tempfile::tempdir().unwrap();
+    run_cells(whole.path(), &keys[..2])?;
+    assert_eq!(report(dir)?, report(whole.path())?);
     Ok(())
 }
