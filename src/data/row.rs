@@ -57,6 +57,16 @@ pub(super) fn text<'a>(row: &'a Row, name: &str) -> Result<&'a str, String> {
     }
 }
 
+/// Whether the row has something in the field `name`.
+pub(super) fn says(row: &Row, name: &str) -> bool {
+    match row.get(name) {
+        None | Some(Cell::Null) => false,
+        Some(Cell::Text(text)) => !text.trim().is_empty(),
+        Some(Cell::Other(kind)) => kind != "an empty array",
+        Some(_) => true,
+    }
+}
+
 impl<'de> Deserialize<'de> for Cell {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(Cells)
@@ -97,8 +107,11 @@ impl<'de> Visitor<'de> for Cells {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Cell, A::Error> {
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Cell::Other("an array".to_owned()))
+        let mut name = "an empty array";
+        while items.next_element::<IgnoredAny>()?.is_some() {
+            name = "an array";
+        }
+        Ok(Cell::Other(name.to_owned()))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Cell, A::Error> {

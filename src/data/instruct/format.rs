@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::prompted::{Choices, ProgramTests, Prompted};
-use crate::data::row::{text, Cell, Row};
+use crate::data::row::{says, text, Cell, Row};
 use crate::error::{Error, Result};
 
 /// The most answers to choose from. Each has a copy of the output: with any number of them, a row
@@ -67,10 +67,19 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     )
 }
 
+/// What other formats call the earlier turns and the system prompt of a conversation.
+const OF_CONVERSATIONS: [&str; 4] = ["system", "history", "messages", "conversations"];
+
 /// What a row of this format asks and answers; none where an instruction has no answer, as some of Alpaca's.
 pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
+            if let Some(name) = OF_CONVERSATIONS.into_iter().find(|name| says(row, name)) {
+                return Err(format!(
+                    "field {name:?} has no place in an instruction and its output, and would be lost: put it into \
+                     the instruction, or leave it out"
+                ));
+            }
             let given = row.get("input").is_some_and(|input| *input != Cell::Null);
             let input = if given { text(row, "input")? } else { "" };
             let instruction = text(row, "instruction")?;

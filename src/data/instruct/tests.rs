@@ -114,6 +114,19 @@ fn errors_name_the_line_or_the_record() {
 }
 
 #[test]
+fn a_conversation_does_not_lose_its_earlier_turns() -> Result<()> {
+    let row = |more: &str| format!(r#"{{"instruction": "And then?", "input": "", "output": "la"{more}}}"#);
+    for empty in ["", r#", "system": "", "history": []"#, r#", "history": null"#] {
+        assert_eq!(one(Format::Instruct, &row(empty))?.len(), 1);
+    }
+    for (name, value) in [("history", r#"[["Sing.", "do"]]"#), ("system", r#""You sing.""#)] {
+        let error = one(Format::Instruct, &row(&format!(r#", "{name}": {value}"#))).unwrap_err().to_string();
+        assert!(error.contains(&format!("line 1: field \"{name}\" has no place")), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_authors_files_are_read() {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let Some(dir) = here.ancestors().skip(1).map(|up| up.join("shared/data")).find(|p| p.is_dir()) else {

@@ -7,7 +7,7 @@ use super::read::read;
 use super::target::{ProblemType, Target};
 use crate::data::split::{at, hold_out, stratum};
 use crate::data::task::{Example, Label};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::noise::Noise;
 
 /// A data set of tables.
@@ -67,10 +67,13 @@ impl DataSet {
     /// With the rows of a file to measure.
     ///
     /// # Errors
-    /// As [`super::read()`] and [`Target::examples`].
+    /// As [`super::read()`] and [`Target::examples`]; if no row has a label.
     pub fn with_dev(self, dev: impl AsRef<Path>) -> Result<Self> {
         let table = read(dev, &self.columns)?;
         let dev = self.target.examples(&table)?;
+        if dev.iter().all(|row| row.label == Label::Unknown) {
+            return Err(Error::format(&table.path, "no row has a label to measure by"));
+        }
         Ok(Self { dev, ..self })
     }
 
@@ -127,6 +130,10 @@ mod tests {
             strange.ends_with("dev.jsonl, line 1: unknown label \"z\", expected one of x, y"),
             "{strange}"
         );
+        write(path("dev.jsonl"), "{\"text\": \"d\", \"label\": null}\n").unwrap();
+        let data = DataSet::read(path("train.csv"), &Columns::default(), None)?;
+        let bare = data.with_dev(path("dev.jsonl")).unwrap_err().to_string();
+        assert!(bare.ends_with("dev.jsonl: no row has a label to measure by"), "{bare}");
         Ok(())
     }
 
