@@ -207,9 +207,11 @@ fn tune(
     let length = args.method.text_length(args.max_length.unwrap_or(128), config.max_length());
     let encoder = TextEncoder::new(tokenizer, length, config.max_length())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
+    tell_cut("training", &rows, length);
 
     let noise = Noise::new(args.train.seed);
     let (start, dtype) = (args.method.start(name, out)?, common::dtype(&args.dtype)?);
+    let saves = args.train.writes(&start, out)?;
     if let (Method::Full, Some(out)) = (start.method(), out) {
         check_apart("--model", Path::new(model), &out.join("model"))?;
     }
@@ -222,6 +224,7 @@ fn tune(
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
         let rows = encoder.encode(examples)?;
+        tell_cut(split, &rows, length);
         let batches = train::batches(&classifier, &rows, 64)?;
         dev.push(Split { name: split.clone(), rows, batches });
     }
@@ -246,6 +249,11 @@ fn tune(
     // Its default follows from what is compared already.
     if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
         checkpoints.settings.insert("metric".to_string(), metric.clone());
+    }
+    // Before an adapter that is predicted with where the run is stopped.
+    if let Some(dir) = writes {
+        let input = Input { columns: goal.columns.clone(), max_length: length };
+        files::write_json(&dir.join(Input::FILE), &input)?;
     }
     let params = &classifier.params;
     let summary = match args.train.epochs {
@@ -284,12 +292,21 @@ fn tune(
     metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
     if let Some(dir) = writes {
         files::write_json(&dir.join("metrics.json"), &metrics)?;
-        let input = Input { columns: goal.columns.clone(), max_length: length };
-        files::write_json(&dir.join(Input::FILE), &input)?;
-        classifier.save(model, dir)?;
+        if saves {
+            classifier.save(model, dir)?;
+        }
         draw_curves(dir)?;
     }
     Ok(metrics)
+}
+
+/// Says of how many rows the end may be lost.
+fn tell_cut(name: &str, rows: &[Encoded], length: usize) {
+    let full = rows.iter().filter(|row| row.ids.len() >= length).count();
+    if full > 0 {
+        let total = rows.len();
+        tell_err!("--max-length {length}: {full} of {total} {name} rows fill it, and what is longer was cut");
+    }
 }
 
 struct Split {

@@ -261,11 +261,9 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
         }
     };
     rows.truncate(args.train.limit(&rows).len());
-    let prompt = match (&args.prompt, held_out.first()) {
-        (Some(prompt), _) => prompt.clone(),
-        (None, Some(row)) => row.prompt.clone(),
-        (None, None) => return Err("--data: too few rows to hold some out; give --held-out".into()),
-    };
+    if held_out.is_empty() {
+        return Err("--data: too few rows to hold some out; give --held-out".into());
+    }
     let (train, encoded) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
     for (name, rows) in [("training", &train), ("held-out", &encoded)] {
         if rows.rows.is_empty() && rows.dropped > 0 {
@@ -277,6 +275,8 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
             tell!("--max-length {}: {lost}", args.max_length);
         }
     }
+    let fits = || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].prompt.clone());
+    let prompt = args.prompt.clone().unwrap_or_else(fits);
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
     Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
 }
@@ -304,7 +304,7 @@ impl Setup {
         let mut model = DecoderForCausalLM::load(base.placed(&placement), config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name, out)?;
-        let hooks = start.inject(&mut model, &params)?;
+        let (hooks, saves) = (start.inject(&mut model, &params)?, args.train.writes(&start, out)?);
 
         let whole = writes.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
@@ -321,19 +321,19 @@ impl Setup {
 
         let communicator = processes.communicator();
         let loss = |weights: Weights| {
-            held_out_loss_in_turns(&model, &data.held_out, 16, &weights.passes(), communicator)
+            let (rows, most) = (&data.held_out, args.batch_size.min(16));
+            held_out_loss_in_turns(&model, rows, most, &weights.passes(), communicator)
         };
         let before = loss(Weights::Mean)?;
         tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
-        let keep = || match (writes, &adapter) {
+        let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
             (Some(dir), None) => {
                 AdapterFile::remove(dir.join("adapter"))?; // of another run
-                if name == "full" {
-                    Ok(())
-                } else {
-                    params.save(&dir.join("adapter"))
+                match name {
+                    "full" => Ok(()),
+                    _ => params.save(&dir.join("adapter")),
                 }
             }
             (None, _) => Ok(()),
@@ -409,8 +409,9 @@ impl Setup {
         adapter: &peft::AdapterMethod,
         dir: &Path,
     ) -> monteclora::Result<()> {
-        let (base, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
-        let metadata = AdapterMetadata { base_model: base, task, ..AdapterMetadata::default() };
+        let (base_model, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+        let revision = self.files.revision().map(str::to_string);
+        let metadata = AdapterMetadata { base_model, revision, task, labels: None };
         let format = if self.args.serving {
             ExportFormat::Serving { fold_rslora: self.args.fold_rslora }
         } else {

@@ -9,6 +9,7 @@ use monteclora::peft::AdapterFile;
 use monteclora::train::{
     fingerprint, Checkpoints, LrRatios, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
 };
+use monteclora::util::files;
 use monteclora::{MonteCLoRAConfig, Prior};
 
 use super::given::Given;
@@ -374,6 +375,19 @@ impl TrainOptions {
             on_nonfinite: self.on_nonfinite.parse::<OnNonFinite>()?,
             ..TrainConfig::default()
         })
+    }
+
+    /// Whether what is at hand is to be written: `--epochs 0` only measures, and writes an adapter that it was given,
+    /// in another format say, but not one that nobody trained. Refuses to measure into the folder of a trained run,
+    /// whose results that would replace.
+    pub fn writes(&self, start: &MethodInit, out: Option<&Path>) -> Outcome<bool> {
+        match out.map(|dir| dir.join("checkpoints")).filter(|dir| files::has_entries(dir)) {
+            Some(checkpoints) if self.epochs == 0 => {
+                let reason = "only measures, and this run was trained: give another --output";
+                Err(format!("--epochs 0 {reason} ({})", checkpoints.display()).into())
+            }
+            _ => Ok(self.epochs > 0 || !matches!(start, MethodInit::Fresh(..))),
+        }
     }
 
     /// Where a run below `out` keeps its checkpoints. It goes on if, beside what the library compares, the

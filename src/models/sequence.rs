@@ -178,9 +178,15 @@ impl SequenceConfig {
         Labels::of_config(&self.json)
     }
 
-    /// Whether the file's head says of each class by itself whether a text is of it: none of ours does.
-    pub fn is_multi_label(&self) -> bool {
-        self.json.get("problem_type").and_then(Value::as_str) == Some("multi_label_classification")
+    /// What the file's head is for, where it is none of ours: each class by itself, or several scores at once.
+    pub fn foreign_problem(&self) -> Option<&'static str> {
+        match self.json.get("problem_type").and_then(Value::as_str) {
+            Some("multi_label_classification") => {
+                Some("several classes at once (multi_label_classification)")
+            }
+            Some("regression") if self.labels.len() > 1 => Some("several scores at once (regression)"),
+            _ => None,
+        }
     }
 
     /// The tensors of the head that have a row for each output.

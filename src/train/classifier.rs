@@ -202,13 +202,16 @@ impl Classifier {
         let labels = match (&places, &of_checkpoint) {
             (Some(_), _) => of_checkpoint,
             (None, Some(_)) => Some(self.labels.clone()),
-            // Classes that are called 0 and 1 are not called LABEL_0 and LABEL_1.
+            // Classes that are called 0 and 1 are not called LABEL_0 and LABEL_1; and a new head that is for something
+            // else than the checkpoint's says so by its names.
             (None, None) => {
-                Some(self.labels.clone()).filter(|labels| *labels != Labels::numbered(labels.len()))
+                let of_files = SequenceConfig::from_files(&self.files, self.labels.len())?;
+                let is_numbered = self.labels == Labels::numbered(self.labels.len());
+                Some(self.labels.clone()).filter(|_| !is_numbered || of_files.foreign_problem().is_some())
             }
         };
-        let metadata =
-            AdapterMetadata { base_model, task: Some("SEQ_CLS".to_string()), labels, ..Default::default() };
+        let (task, revision) = (Some("SEQ_CLS".to_string()), self.files.revision().map(str::to_string));
+        let metadata = AdapterMetadata { base_model, revision, task, labels };
         let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);
         let mut file = AdapterFile::from_model(model, name, &self.params, method, &metadata)?;
         if let Some(places) = places {
@@ -340,6 +343,11 @@ impl Classification<'_> {
     }
 }
 
+/// How many rows have a label: those that a loss is a mean over, and a prior is weighed against.
+fn labelled<'a>(rows: impl IntoIterator<Item = &'a Encoded>) -> usize {
+    rows.into_iter().filter(|row| row.label != Label::Unknown).count()
+}
+
 impl Objective for Classification<'_> {
     fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>> {
         let lengths: Vec<usize> = self.rows.iter().map(|row| row.ids.len()).collect();
@@ -347,12 +355,11 @@ impl Objective for Classification<'_> {
     }
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
-        self.classifier.loss(&self.batch(rows)?, cx, Some(self.rows.len()))
+        self.classifier.loss(&self.batch(rows)?, cx, Some(labelled(self.rows)))
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
-        let labelled = |row: &&Encoded| row.label != Label::Unknown;
-        rows.iter().filter_map(|row| self.rows.get(*row)).filter(labelled).count() as f64
+        labelled(rows.iter().filter_map(|row| self.rows.get(*row))) as f64
     }
 
     fn settings(&self) -> Settings {
@@ -370,7 +377,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.hooks.tell_rows(self.rows.len(), self.batcher.batch_size())?;
+        self.classifier.hooks.tell_rows(labelled(self.rows), self.batcher.batch_size())?;
         self.classifier.hooks.before_step(step, total)
     }
 

@@ -66,11 +66,17 @@ impl<'a> HeadSource<'a> {
                 );
                 return Err(Error::tensor(*name, reason));
             }
-            (Some(name), _) if config.is_multi_label() && adapter.is_none() => {
-                let reason = "the checkpoint's head is for several classes at once (multi_label_classification), which is \
-                              not supported: start a new head (--new-head; in the library \
-                              Classifier::load_with_new_head)";
-                return Err(Error::tensor(*name, reason));
+            // An adapter of this crate's names its classes, of which its head says one; PEFT's head is for what the
+            // checkpoint's is for.
+            (Some(name), _) if adapter.is_none_or(|file| file.labels.is_none()) => {
+                if let Some(problem) = config.foreign_problem() {
+                    let reason = format!(
+                        "the checkpoint's head is for {problem}, which is not supported: start a new head \
+                         (--new-head; in the library Classifier::load_with_new_head)"
+                    );
+                    return Err(Error::tensor(*name, reason));
+                }
+                source.checkpoint = Some(checkpoint.clone());
             }
             _ => source.checkpoint = Some(checkpoint.clone()),
         }

@@ -139,6 +139,28 @@ fn options_and_patterns_that_change_nothing_are_told() -> Outcome {
 }
 
 #[test]
+fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
+    let home = Home::new()?;
+    let text = home.run("run", "--method lora --rank 2 --max-length 8")?;
+    let told = text.lines().find(|line| line.starts_with("--max-length 8: ")).ok_or(text.clone())?;
+    assert!(told.ends_with("training rows fill it, and what is longer was cut"), "{text}");
+    let adapter = home.out("run").join("adapter");
+    let trained = fs::read(adapter.join("adapter_model.safetensors"))?;
+    for options in ["--method lora --rank 2 --epochs 0", "--method lora --rank 2 --epochs 0 --resume"] {
+        let error = home.run("run", options).unwrap_err().to_string();
+        assert!(error.contains("--epochs 0 only measures, and this run was trained"), "{error}");
+    }
+    assert_eq!(fs::read(adapter.join("adapter_model.safetensors"))?, trained);
+
+    home.run("fresh", "--method lora --rank 2 --epochs 0")?;
+    assert!(home.out("fresh").join("metrics.json").exists() && !home.out("fresh").join("adapter").exists());
+    // One that it was given is written.
+    home.run("given", &format!("--epochs 0 --adapter {}", adapter.display()))?;
+    assert!(home.out("given").join("adapter/adapter_model.safetensors").exists());
+    Ok(())
+}
+
+#[test]
 fn a_run_logs_steps_evaluations_and_events_and_a_resumed_one_goes_on() -> Outcome {
     let home = Home::new()?;
     let options = "--method lora --rank 2 --eval-every 1 --tensorboard";

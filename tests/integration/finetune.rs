@@ -445,11 +445,21 @@ fn what_an_optimiser_remembers_is_told_beside_the_parameters_that_it_goes_with()
 #[test]
 fn rows_without_a_label_have_no_weight() -> Outcome {
     let dir = tempfile::tempdir()?;
-    let (classifier, mut rows) = (load(&checkpoint(dir.path())?, &methods()[0], 2)?, rows(4, false));
+    let prior = Prior { form: PriorForm::Mean { std: 0.01 }, head_std: None, ..Prior::map() };
+    let method = Method::Lora(LoraConfig { prior: Some(prior), ..LoraConfig::default() });
+    let (classifier, mut rows) = (load(&checkpoint(dir.path())?, &method, 2)?, rows(4, false));
     rows[1].label = Label::Unknown;
     let batcher = Batcher::new(2, false, Noise::new(4))?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
     assert_eq!([objective.weight(&[0, 1]), objective.weight(&[2, 3])], [1.0, 2.0]);
+    // A prior is weighed against the three rows that have one.
+    let batch = Batch::collate(&[&rows[2], &rows[3]], 0, &Device::Cpu)?;
+    let with = |n| -> Outcome<f32> {
+        Ok(classifier.loss(&batch, &Pass::Mean.into(), Some(n))?.total.to_scalar::<f32>()?)
+    };
+    let got = objective.loss(&[2, 3], &Pass::Mean.into())?.total.to_scalar::<f32>()?;
+    assert_eq!(got, with(3)?);
+    assert!((with(3)? - with(4)?).abs() > 1e-3, "{} {}", with(3)?, with(4)?);
     Ok(())
 }
 

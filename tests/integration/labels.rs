@@ -130,10 +130,15 @@ fn a_head_for_several_classes_at_once_is_refused_and_a_new_one_says_what_it_is()
         let files = checkpoint(dir.path(), kind, &[0, 1, 2], Some(&nli(&[0, 1, 2])))?;
         let path = dir.path().join("config.json");
         let mut json: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        json["problem_type"] = "multi_label_classification".into();
-        std::fs::write(&path, json.to_string())?;
-        let error = load(&files, Task::Mnli, &fresh(lora())).expect_err("several classes").to_string();
-        assert!(error.contains("several classes at once") && error.contains("--new-head"), "{error}");
+        for (problem, said) in [
+            ("regression", "several scores at once"),
+            ("multi_label_classification", "several classes at once"),
+        ] {
+            json["problem_type"] = problem.into();
+            std::fs::write(&path, json.to_string())?;
+            let error = load(&files, Task::Mnli, &fresh(lora())).expect_err(problem).to_string();
+            assert!(error.contains(said) && error.contains("--new-head"), "{error}");
+        }
         for (outputs, said) in [(3, "single_label_classification"), (1, "regression")] {
             let (noise, device) = (Noise::new(4), Device::Cpu);
             let new =
@@ -141,6 +146,26 @@ fn a_head_for_several_classes_at_once_is_refused_and_a_new_one_says_what_it_is()
             assert_eq!(new.config().to_json()["problem_type"], said);
         }
     }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_peft_keeps_what_its_checkpoints_head_is_for() -> Outcome {
+    let (dir, out) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let files = checkpoint(dir.path(), KINDS[0], &[0, 1, 2], None)?;
+    let path = dir.path().join("config.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    json["problem_type"] = "multi_label_classification".into();
+    std::fs::write(&path, json.to_string())?;
+    let (noise, device) = (Noise::new(4), Device::Cpu);
+    let own = Classifier::load_with_new_head(&files, 3, &fresh(lora()), noise, DType::F32, &device)?;
+    own.save(dir.path().to_str().ok_or("a path")?, out.path())?;
+    // Ours is a new head, of one class, and says which.
+    assert_eq!(Classifier::open(out.path(), None, DType::F32, &device)?.labels, own.labels);
+    // PEFT, which writes no such file, trains the head that the checkpoint's settings speak of.
+    std::fs::remove_file(out.path().join("adapter/monteclora.json"))?;
+    let error = Classifier::open(out.path(), None, DType::F32, &device).expect_err("PEFT's").to_string();
+    assert!(error.contains("several classes at once"), "{error}");
     Ok(())
 }
 

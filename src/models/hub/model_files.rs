@@ -54,6 +54,8 @@ pub struct ModelFiles {
     /// Where it is a GGUF file that holds all of it, but for a tokenizer that lies beside it.
     gguf: Option<Gguf>,
     quantization: Option<Quantization>,
+    /// The branch, tag or commit that was asked for.
+    revision: Option<String>,
 }
 
 impl ModelFiles {
@@ -132,6 +134,7 @@ impl ModelFiles {
             weights: vec![path],
             gguf: Some(gguf),
             quantization: None,
+            revision: None,
         })
     }
 
@@ -141,13 +144,16 @@ impl ModelFiles {
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
     pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
-        if let Some((id, file)) = file_in_repository(repo_id) {
-            check_relative(file).map_err(|reason| Error::config("file name", reason))?;
-            let (source, path) =
-                Source::Repo(Repo::open(hub, RepoKind::Model, id, revision)?).pinned(file)?;
-            return Self::of_gguf(source, path);
-        }
-        Self::collect(Source::Repo(Repo::open(hub, RepoKind::Model, repo_id, revision)?))
+        let repo = |id: &str| Repo::open(hub, RepoKind::Model, id, revision).map(Source::Repo);
+        let found = match file_in_repository(repo_id) {
+            Some((id, file)) => {
+                check_relative(file).map_err(|reason| Error::config("file name", reason))?;
+                let (source, path) = repo(id)?.pinned(file)?;
+                Self::of_gguf(source, path)?
+            }
+            None => Self::collect(repo(repo_id)?)?,
+        };
+        Ok(Self { revision: revision.map(str::to_string), ..found })
     }
 
     /// The one path behind folders and repositories.
@@ -175,7 +181,12 @@ impl ModelFiles {
             }
             return Err(source.missing(WEIGHTS));
         };
-        Ok(Self { source, config, tokenizer, weights, gguf: None, quantization: None })
+        Ok(Self { source, config, tokenizer, weights, gguf: None, quantization: None, revision: None })
+    }
+
+    /// The branch, tag or commit that was asked for: what an adapter of this model names beside it.
+    pub fn revision(&self) -> Option<&str> {
+        self.revision.as_deref()
     }
 
     /// The path of `config.json`, or of the GGUF file that stands in for it.
