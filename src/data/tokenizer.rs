@@ -73,7 +73,8 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
 }
 
 /// With the tokens before and after a text that `tokenizer_config.json` asks for where `tokenizer.json` names none: what
-/// transformers does for the classes of LLaMA's and Gemma's tokenizers (DeepSeek's distilled models are such).
+/// transformers did up to version 4 for the classes of LLaMA's and Gemma's tokenizers, and what models were trained with
+/// that need it (DeepSeek's distilled ones). Version 5 no longer reads these settings beside a `tokenizer.json`.
 fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Result<Tokenizer> {
     let has_none = |processor: &PostProcessorWrapper| matches!(processor, PostProcessorWrapper::ByteLevel(_));
     if !tokenizer.get_post_processor().is_none_or(has_none) {

@@ -198,7 +198,8 @@ pub fn fill_bartlett(
         };
         // chi2(k) = 2 Gamma(k / 2); its root taken in logarithms.
         let log_chi2 = std::f64::consts::LN_2 + gamma_quantile(degrees / 2.0, *u).log_z;
-        out[i * r + i] = (0.5 * log_chi2).exp();
+        // Below the least f64 where few degrees of freedom are left: a divergence takes its logarithm.
+        out[i * r + i] = (0.5 * log_chi2).exp().max(f64::MIN_POSITIVE);
     }
     if covariance == Covariance::Full {
         let mut normals = vec![0.0; r * (r - r.min(1)) / 2];

@@ -152,10 +152,9 @@ const MOST_EXPRESSIONS: usize = 1000;
 const INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
 
 /// Settings that must be absent, null, false or empty, and what each of them is.
-const REFUSED: [(&str, &str); 13] = [
+const REFUSED: [(&str, &str); 12] = [
     ("use_dora", "DoRA"),
     ("lora_bias", "a bias of B"),
-    ("fan_in_fan_out", "a transposed base weight"),
     ("alora_invocation_tokens", "aLoRA"),
     ("layer_replication", "replicated layers"),
     ("target_parameters", "adapters of bare parameters"),

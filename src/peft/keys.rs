@@ -62,6 +62,9 @@ pub(super) enum Key {
     Saved(String),
 }
 
+/// What PEFT saves of a model whose vocabulary was resized, without a word in the configuration.
+const OF_VOCABULARIES: [&str; 3] = ["embed_tokens.weight", "lm_head.weight", "word_embeddings.weight"];
+
 /// Takes the keys of a file apart, or says of each why it does not belong there.
 pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::result::Result<Key, String>>> {
     let mut parsed: Vec<_> = keys.iter().map(|key| of_shape(key)).collect();
@@ -76,8 +79,12 @@ pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::resul
     let saved = config.are_saved(&modules)?;
     for ((name, key), saved) in names.iter_mut().zip(saved) {
         if module(name).is_empty() || !saved {
-            let reason = "the configuration speaks of no such tensor (it is no adapter, and modules_to_save \
-                          does not name it)";
+            let reason = if OF_VOCABULARIES.iter().any(|part| name.ends_with(part)) {
+                "it is of a vocabulary that was resized, which an adapter cannot carry here: merge it into its base in \
+                 Python (merge_and_unload) and load the model that this gives"
+            } else {
+                "the configuration speaks of no such tensor (it is no adapter, and modules_to_save does not name it)"
+            };
             **key = Err(reason.into());
         }
     }

@@ -98,8 +98,9 @@ impl PeftConfig {
     /// The numbers of the blocks that the paths lie in.
     fn block_indices(&self, paths: &[&str]) -> Result<Vec<Option<usize>>> {
         let lists = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        let lists = lists.iter().filter(|list| !list.is_empty()); // an empty name is any, as none is
         let mut expressions: Vec<String> =
-            lists.iter().map(|list| format!(r"^(?:(?:^|.*?\.){list}\.(?<idx>\d+)\.)")).collect();
+            lists.map(|list| format!(r"^(?:(?:^|.*?\.){list}\.(?<idx>\d+)\.)")).collect();
         if expressions.is_empty() {
             expressions.push(r"^(?:.*?\.[^.]*\.(?<idx>\d+)\.)".to_string());
         }
@@ -193,6 +194,8 @@ mod tests {
         for (layers, pattern, chosen) in [
             (json!(3), json!(null), true),
             (json!([1, 3]), json!([]), true),
+            (json!([3]), json!(""), true),
+            (json!([1]), json!([""]), false),
             (json!([1, 2]), json!(null), false),
             (json!([3]), json!("layer"), true),
             (json!([3]), json!(["h", "layers"]), false),

@@ -210,7 +210,6 @@ fn settings_that_change_the_algebra_are_refused_by_name() {
         ("lora_bias", json!(true)),
         ("bias", json!("lora_only")),
         ("bias", json!("all")),
-        ("fan_in_fan_out", json!(true)),
         ("alora_invocation_tokens", json!([1, 2])),
         ("layer_replication", json!([[0, 4], [2, 5]])),
         ("target_parameters", json!(["experts.gate_up_proj"])),

@@ -90,9 +90,15 @@ mod tests {
     fn plain_positions_may_be_spelt_out() -> Result<()> {
         let mut value = llama3();
         value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 10000.0});
-        let config = DecoderConfig::from_value(value)?;
-        assert!(config.rotary.scaling == RotaryScaling::None);
-        assert_eq!(config.rotary.theta, 10000.0);
+        // What older versions call them says something else.
+        let error = DecoderConfig::from_value(value.clone()).unwrap_err().to_string();
+        assert!(error.starts_with("invalid rope_scaling: there are rope_parameters as well"), "{error}");
+        for same in [json!(null), json!({}), json!({"rope_type": "default"})] {
+            value["rope_scaling"] = same;
+            let config = DecoderConfig::from_value(value.clone())?;
+            assert!(config.rotary.scaling == RotaryScaling::None);
+            assert_eq!(config.rotary.theta, 10000.0);
+        }
         Ok(())
     }
 
@@ -121,6 +127,7 @@ mod tests {
             absent.as_object_mut().unwrap().remove(name);
             assert_eq!(read(&null), read(&absent), "{name}");
         }
+        whole["rope_scaling"] = Value::Null;
         whole["rope_parameters"] = json!({"rope_type": "default", "rope_theta": null});
         assert!(read(&whole).is_ok_and(|config| config.contains("theta: 500000")), "{:?}", read(&whole));
     }
@@ -169,6 +176,7 @@ mod tests {
             assert!(error.starts_with(&format!("invalid {name}: ")), "{name}: {error}");
         }
         let mut value = llama3();
+        value["rope_scaling"] = Value::Null;
         value["rope_parameters"] = json!({"rope_theta": 10000.0, "partial_rotary_factor": 0.25});
         let error = DecoderConfig::from_value(value.clone()).unwrap_err().to_string();
         assert_eq!(error, "invalid partial_rotary_factor: expected 1, got 0.25");

@@ -1,5 +1,6 @@
 //! Rotary settings as `config.json` has them. transformers 5 keeps them in `rope_parameters`, perhaps for each type of
-//! layer, older versions in `rope_theta` and `rope_scaling`, whose kind was called `type` at first.
+//! layer, older versions in `rope_theta` and `rope_scaling`, whose kind was called `type` at first. Both at once contradict
+//! each other: transformers takes the old one, and loses the base that the new one has.
 
 use super::fields::Fields;
 use crate::error::{Error, Result};
@@ -10,10 +11,9 @@ const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
 /// The settings of heads so wide that all layers share.
 pub(super) fn rotary(fields: &Fields, head_dim: usize) -> Result<RotaryConfig> {
-    let old = || fields.object("rope_scaling");
-    let scaling = match fields.object("rope_parameters")? {
+    let scaling = match parameters(fields)? {
         Some(new) => Some(new),
-        None => old()?,
+        None => fields.object("rope_scaling")?,
     };
     let theta = fields.or("rope_theta", 10_000.0)?;
     read(fields, scaling, theta, head_dim)
@@ -27,12 +27,25 @@ pub(super) fn rotary_by_type(
     head_dim: usize,
 ) -> Result<RotaryConfig> {
     let theta = fields.required(old_base)?;
-    let scaling = match fields.object("rope_parameters")? {
+    let scaling = match parameters(fields)? {
         Some(new) if LAYER_TYPES.iter().any(|name| new.given(name).is_some()) => new.object(layer_type)?,
         Some(flat) => Some(flat).filter(|_| layer_type == LAYER_TYPES[0]),
         None => fields.object("rope_scaling")?.filter(|_| layer_type == LAYER_TYPES[0]),
     };
     read(fields, scaling, theta, head_dim)
+}
+
+/// `rope_parameters`, beside which `rope_scaling` may say nothing else.
+fn parameters(fields: &Fields) -> Result<Option<Fields>> {
+    let Some(new) = fields.object("rope_parameters")? else { return Ok(None) };
+    if let Some(old) = fields.object("rope_scaling")? {
+        if !new.has_all_of(&old) {
+            let reason =
+                "there are rope_parameters as well: put these settings into them, and leave this out";
+            return Err(Error::config("rope_scaling", reason));
+        }
+    }
+    Ok(Some(new))
 }
 
 fn read(fields: &Fields, scaling: Option<Fields>, theta: f32, head_dim: usize) -> Result<RotaryConfig> {
