@@ -55,7 +55,8 @@ pub fn ece_debiased(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     Ok(bins.debiased())
 }
 
-/// The bin of a top probability: (low, high], of equal width.
+/// The bin of a top probability: (low, high], of equal width. Bounds are compared and not multiplied with, so that
+/// rounding moves no row over one.
 pub(crate) fn confidence_bin(top: f64) -> usize {
     (1..ECE_BINS).filter(|k| top > *k as f64 / ECE_BINS as f64).count()
 }
