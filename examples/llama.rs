@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::gguf::{stays, GgufOptions, Trained};
 use common::log::{draw_curves, Log};
-use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
+use common::options::{check_apart, MethodOptions, TrainOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
@@ -207,7 +207,9 @@ fn run(processes: &Processes) -> Outcome {
     args.train.tell_unread(&given, &methods, args.output.is_some());
     given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
     args.task.tell_unread(&given);
-    if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
+    let posteriors =
+        methods.iter().map(|name| args.method.has_posterior(name)).collect::<Outcome<Vec<_>>>()?;
+    if !posteriors.contains(&true) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let setup = Setup { args, model, files, config, encoder, data };
@@ -379,7 +381,7 @@ impl Setup {
         processes.check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
         // Others have no posterior to draw from.
-        let draws = if POSTERIORS.contains(&name) { args.posterior_samples } else { 0 };
+        let draws = if start.method().has_posterior() { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(Weights::Average(draws));
         let metrics = json!({
             "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,

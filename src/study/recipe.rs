@@ -74,9 +74,7 @@ pub struct Recipe {
 impl Recipe {
     /// Whether it ends in a posterior that can be drawn from.
     pub fn has_posterior(&self) -> bool {
-        self.post_hoc.is_some()
-            || self.ivon.is_some()
-            || matches!(self.method, Method::MonteCLoRA(_) | Method::Blob(_))
+        self.post_hoc.is_some() || self.ivon.is_some() || self.method.has_posterior()
     }
 
     /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).

@@ -126,6 +126,12 @@ impl Method {
         }
     }
 
+    /// Whether it ends in a posterior whose draws a prediction can average. The authors' released code has none:
+    /// its walk moves A itself, and every pass takes A as it is.
+    pub fn has_posterior(&self) -> bool {
+        matches!(self, Self::MonteCLoRA(_) | Self::Blob(_))
+    }
+
     /// The layers that it changes unless others are named, by their names in encoders and decoders; of Phi 3 and
     /// ModernBERT, whose queries, keys and values are one layer, IA3 scales the inside of feed-forward blocks alone.
     /// The model's own choice where the method's paper names none.
