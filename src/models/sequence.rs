@@ -20,6 +20,10 @@ use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
 
+/// The layers whose weight has a row for each output ([`SequenceConfig::output_tensors`]): RoBERTa's and ELECTRA's, the
+/// other encoders', the decoders'.
+pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
+
 impl SequenceClassifier for RobertaForSequenceClassification {
     fn logits(
         &self,

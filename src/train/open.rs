@@ -10,11 +10,9 @@ use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
+use crate::models::sequence::OUTPUT_LAYERS;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
-
-/// The tensors with a row for each output: RoBERTa's and ELECTRA's, the other encoders', the decoders'.
-const OUTPUTS: [&str; 3] = ["classifier.out_proj.weight", "classifier.weight", "score.weight"];
 
 /// What lies in a folder.
 enum Found {
@@ -45,7 +43,8 @@ impl Classifier {
                     ModelFiles::locate(name, file.config.revision.as_deref())
                 };
                 let files = base.map_or_else(own, |base| Ok(base.clone()))?;
-                let outputs = OUTPUTS.iter().find_map(|name| file.saved_modules.get(*name));
+                let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
+                let outputs = weights.iter().find_map(|name| file.saved_modules.get(name));
                 let outputs = outputs.map(|head| head.dim(0)).transpose()?;
                 let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
                 let names = file.labels.clone();
@@ -102,7 +101,8 @@ fn find(dir: &Path) -> Result<Found> {
 /// How many outputs the head of a checkpoint has.
 fn outputs_of(files: &ModelFiles) -> Result<usize> {
     let tensors = files.var_builder(DType::F32, &Device::Cpu)?;
-    let Some(name) = OUTPUTS.iter().find(|name| tensors.contains_tensor(name)) else {
+    let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
+    let Some(name) = weights.iter().find(|name| tensors.contains_tensor(name)) else {
         let reason = "there is no trained head in it, nor in an adapter: train one first";
         return Err(Error::format(files.config_path(), reason));
     };
