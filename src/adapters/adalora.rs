@@ -161,7 +161,7 @@ impl AdaLora {
 pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
     model.visit_linears(&mut |layer| {
-        if let Some(adapter) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+        if let Some(adapter) = layer.active_as::<AdaLora>() {
             terms.push(adapter.departure()?);
         }
         Ok(())

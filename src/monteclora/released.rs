@@ -103,7 +103,7 @@ impl Walk {
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
-            let adapter = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<Released>());
+            let adapter = layer.active_as::<Released>();
             layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
             Ok(())
         })?;
