@@ -13,6 +13,7 @@ mod activation;
 mod attention;
 mod attention_fused;
 mod attention_mask;
+mod attention_softmax;
 mod backward;
 mod carry;
 mod checkpoint;
