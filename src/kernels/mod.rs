@@ -9,6 +9,8 @@ pub(crate) mod activation;
 #[cfg(feature = "cuda")]
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
 pub(crate) mod divergence;
 #[cfg(feature = "cuda")]
 pub(crate) mod draws;
