@@ -7,7 +7,7 @@ use super::host::{dense, map, map2, map3, tensor, Host};
 use super::path::OpPath;
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
-use crate::kernels::{activation as kernel, rows::supports_all};
+use crate::kernels::{activation as kernel, supports_all};
 use crate::util::dtype::wide;
 
 /// The exact (erf) GELU, `x Phi(x)`.
