@@ -324,7 +324,7 @@ impl Data {
 
 fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, cx: &Context) -> Outcome<Tensor> {
     let logits = model.forward(&batch.input_ids, None, &batch.attention_mask, &batch.positions, cx)?;
-    Ok(ops::cross_entropy(&logits, &batch.labels, -100, cx.path)?)
+    Ok(ops::cross_entropy(&logits, &batch.labels, ops::IGNORED_LABEL, cx.path)?)
 }
 
 /// Writes `tokenizer.json` and `tokenizer_config.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.

@@ -73,7 +73,7 @@ pub use gelu_tanh::gelu_tanh_mul;
 pub(crate) use host::sum_of_squares;
 pub use linear::linear;
 pub use linear_loss::{capped_linear_cross_entropy, linear_cross_entropy};
-pub use loss::{cross_entropy, mean_squared_error};
+pub use loss::{cross_entropy, mean_squared_error, IGNORED_LABEL};
 pub use low_rank::{
     adapted_linear, adapted_linear_with_dropout, add_low_rank, linear_and_low_rank, low_rank,
 };

@@ -12,7 +12,7 @@ use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
-use crate::data::batch::{Batch, Batcher, IGNORED};
+use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::{Encoded, TextEncoder};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
@@ -268,7 +268,7 @@ impl Classifier {
             let scores = batch.labels.to_device(outputs.device())?;
             ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
         } else {
-            ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?
+            ops::cross_entropy(&outputs, &batch.labels, ops::IGNORED_LABEL, cx.path)?
         };
         self.hooks.loss(task, self.model.as_ref(), &cx, rows)
     }
@@ -293,7 +293,7 @@ impl Classifier {
             return Ok(());
         }
         let labels = batch.labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let valid = |label: i64| label == IGNORED || (0..outputs as i64).contains(&label);
+        let valid = |label: i64| label == ops::IGNORED_LABEL || (0..outputs as i64).contains(&label);
         match batch.rows.iter().zip(labels).find(|(_, label)| !valid(*label)) {
             Some((row, label)) => {
                 let reason = format!("row {row} has class {label}, the model has {outputs} outputs");
@@ -307,7 +307,7 @@ impl Classifier {
 /// Whether no row of a batch has a label.
 fn unknown(batch: &Batch) -> Result<bool> {
     let classes = batch.labels.dtype() == DType::I64;
-    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == IGNORED))
+    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == ops::IGNORED_LABEL))
 }
 
 impl Predictor for Classifier {
