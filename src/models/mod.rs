@@ -6,6 +6,7 @@
 //! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+mod checks;
 pub mod deberta;
 pub mod decoder;
 pub mod distilbert;
