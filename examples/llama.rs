@@ -193,7 +193,7 @@ fn run(processes: &Processes) -> Outcome {
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
-    let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
+    let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
@@ -445,7 +445,7 @@ impl Setup {
         weights: Weights,
         most: usize,
     ) -> Outcome<Generator<'a>> {
-        let config = self.args.generation(self.config.eos_token_ids(), weights, most)?;
+        let config = self.args.generation(self.config.eos_token_ids.clone(), weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
     }
 }

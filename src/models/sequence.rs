@@ -277,7 +277,7 @@ impl SequenceConfig {
     pub fn to_json(&self) -> Value {
         let (class, pad) = match &self.architecture {
             Architecture::Decoder(config) => {
-                let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
+                let pad = config.pad_token_id.or_else(|| config.eos_token_ids.first().copied());
                 (config.class_name("ForSequenceClassification"), pad)
             }
             Architecture::Roberta(config) => {

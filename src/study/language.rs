@@ -5,7 +5,7 @@ use std::cell::Cell;
 use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult};
-use super::evaluated::{Arms, EvaluatedTask};
+use super::evaluated::{EvaluatedTask, Arms};
 use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
@@ -76,7 +76,7 @@ impl LanguageTrial<'_> {
             let cell = CellTrial { trial: self, train: &train };
             let Trained { model, .. } = training::train(&cell, &recipe, key, 0, result, cost)?;
             let LanguageModel { model, config, .. } = &model;
-            let (encoder, stop, found) = (self.encoder, config.eos_token_ids(), &mut result.tasks);
+            let (encoder, stop, found) = (self.encoder, config.eos_token_ids.clone(), &mut result.tasks);
             let arms = Arms { model, encoder, stop, seed: key.seed, found, rows };
             self.measure(arms, &recipe, &held_out)
         })

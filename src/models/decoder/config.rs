@@ -160,16 +160,6 @@ impl DecoderConfig {
         self.local_rotary.iter().chain([&self.rotary]).try_for_each(|rotary| rotary.validate(self.head_dim))
     }
 
-    /// The width of one attention head.
-    pub fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
-    /// The tokens that end a text.
-    pub fn eos_token_ids(&self) -> Vec<u32> {
-        self.eos_token_ids.clone()
-    }
-
     /// The id that fills a batch. It is masked, so that any id serves where the model has none.
     pub fn pad_id(&self) -> u32 {
         self.pad_token_id.or_else(|| self.eos_token_ids.first().copied()).unwrap_or(0)
