@@ -5,7 +5,7 @@ use std::cell::Cell;
 use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult};
-use super::evaluated::{EvaluatedTask, Arms};
+use super::evaluated::{Arms, EvaluatedTask};
 use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::causal::CausalLm;
 use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use crate::models::generate::Weights;
+use crate::models::generate::PosteriorWeights;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
@@ -104,10 +104,10 @@ impl LanguageTrial<'_> {
     }
 
     fn measure(&self, mut arms: Arms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
-        arms.add("mean", self.tasks, Weights::Mean)?;
+        arms.add("mean", self.tasks, PosteriorWeights::Mean)?;
         // IVON's draws are of parameters, which nothing puts in place here.
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
-            arms.add(&format!("{} draws", self.draws), self.tasks, Weights::Average(self.draws))?;
+            arms.add(&format!("{} draws", self.draws), self.tasks, PosteriorWeights::Average(self.draws))?;
         }
         if !held_out.is_empty() {
             arms.add_temperature("temperature", self.tasks, held_out)?;

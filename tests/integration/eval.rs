@@ -12,7 +12,7 @@ use monteclora::eval::{chosen_by_name, code, score_choices, Benchmark, CodeAnswe
 use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::DecoderForCausalLM;
-use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::models::generate::{generate, GenerateConfig, PosteriorWeights, Sampling};
 use monteclora::{Error, Pass};
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -169,7 +169,7 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     let expected = score_choices(&model, &encoder, &rows, 2, Normalize::Bytes, &[Pass::Mean])?.evaluate()?;
     let scores = Benchmark::Choice(Normalize::Bytes).run(&generator, &rows)?;
     assert_eq!((Some(scores["accuracy"]), Some(scores["nll"])), (expected.accuracy, expected.nll));
-    let averaged = GenerateConfig { weights: Weights::Average(2), ..generator.config.clone() };
+    let averaged = GenerateConfig { weights: PosteriorWeights::Average(2), ..generator.config.clone() };
     let averaged = Generator { config: averaged, ..generator };
     // Without an adapter every draw is the mean.
     let again = Benchmark::Choice(Normalize::Bytes).run(&averaged, &rows)?;
