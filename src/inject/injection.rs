@@ -71,7 +71,7 @@ pub fn lora_fa(
 }
 
 /// Puts the adapter of the authors' released code, named [`DEFAULT_ADAPTER`], on every target; its A is frozen:
-/// [`Walk`](crate::Walk) moves it. Returns the targets.
+/// [`ReleasedWalk`](crate::ReleasedWalk) moves it. Returns the targets.
 ///
 /// # Errors
 /// As [`lora`].
