@@ -86,7 +86,7 @@ pub trait Objective {
 
 /// One optimiser step, as it is logged.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Record {
+pub struct StepRecord {
     /// The number of this step (1-based).
     pub step: usize,
     /// The epochs done, with the fraction of the present one.
@@ -135,7 +135,7 @@ pub trait Observer {
     ///
     /// # Errors
     /// Ends the run.
-    fn step(&mut self, record: &Record) -> Result<()>;
+    fn step(&mut self, record: &StepRecord) -> Result<()>;
 
     /// Evaluates the present parameters; a higher score is better. None, or what is not
     /// finite: nothing to compare.
@@ -167,7 +167,7 @@ pub trait Observer {
 
 /// Watches nothing: a run that keeps its last parameters.
 impl Observer for () {
-    fn step(&mut self, _: &Record) -> Result<()> {
+    fn step(&mut self, _: &StepRecord) -> Result<()> {
         Ok(())
     }
 
