@@ -74,7 +74,7 @@ impl ModelFiles {
     pub fn locate(id_or_dir: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
         {
-            Self::locate_either(id_or_dir, revision, &HubConfig::from_env())
+            Self::locate_with(id_or_dir, revision, &HubConfig::from_env())
         }
         #[cfg(not(feature = "hub"))]
         {
@@ -90,10 +90,10 @@ impl ModelFiles {
     /// # Errors
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
-    pub fn locate_either(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+    pub fn locate_with(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
         match Self::in_folder(id_or_dir, revision)? {
             Some(files) => Ok(files),
-            None => Self::locate_with(id_or_dir, revision, hub).map_err(no_folder_either),
+            None => Self::locate_repo(id_or_dir, revision, hub).map_err(no_folder_either),
         }
     }
 
@@ -135,12 +135,12 @@ impl ModelFiles {
         })
     }
 
-    /// Like [`Self::locate_either`] for a repository alone.
+    /// Like [`Self::locate_with`] for a repository alone.
     ///
     /// # Errors
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
-    pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+    pub fn locate_repo(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
         if let Some((id, file)) = file_in_repository(repo_id) {
             check_relative(file).map_err(|reason| Error::config("file name", reason))?;
             let (source, path) =
