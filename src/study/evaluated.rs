@@ -68,7 +68,7 @@ impl EvaluatedTask {
 }
 
 /// Where the ways to predict with a trained model are written down, task by task.
-pub(super) struct Arms<'a> {
+pub(super) struct TaskArms<'a> {
     pub model: &'a dyn CausalLm,
     pub encoder: &'a PromptEncoder,
     /// The tokens that end a text.
@@ -79,7 +79,7 @@ pub(super) struct Arms<'a> {
     pub rows: &'a mut CellRows,
 }
 
-impl Arms<'_> {
+impl TaskArms<'_> {
     /// Measures the model with these weights. Of multiple choice by likelihood there are accuracy, NLL,
     /// calibration and Brier score over the choices; of generated texts the accuracy and, of GSM8K and
     /// programs, the mean NLL of a token of the reference answers, with the benchmark's first figure.

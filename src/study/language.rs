@@ -5,7 +5,7 @@ use std::cell::Cell;
 use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult};
-use super::evaluated::{Arms, EvaluatedTask};
+use super::evaluated::{EvaluatedTask, TaskArms};
 use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
@@ -77,7 +77,7 @@ impl LanguageTrial<'_> {
             let Trained { model, .. } = training::train(&cell, &recipe, key, 0, result, cost)?;
             let LanguageModel { model, config, .. } = &model;
             let (encoder, stop, found) = (self.encoder, config.eos_token_ids.clone(), &mut result.tasks);
-            let arms = Arms { model, encoder, stop, seed: key.seed, found, rows };
+            let arms = TaskArms { model, encoder, stop, seed: key.seed, found, rows };
             self.measure(arms, &recipe, &held_out)
         })
     }
@@ -103,7 +103,7 @@ impl LanguageTrial<'_> {
         Ok((split::at(&own, &stay), held))
     }
 
-    fn measure(&self, mut arms: Arms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
+    fn measure(&self, mut arms: TaskArms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
         arms.add("mean", self.tasks, PosteriorWeights::Mean)?;
         // IVON's draws are of parameters, which nothing puts in place here.
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::cell::CellKey;
+use super::cell::{Arm, CellKey};
 use super::grid::Grid;
 use super::paired::RowScore;
 use super::per_task::PerTask;
@@ -16,9 +16,6 @@ use super::treatments;
 use crate::data::task::Task;
 use crate::error::{Error, Result};
 use crate::util::json;
-
-/// A method and a way to predict with it; in a plan `lora (mean)`, as tables call it.
-pub(super) type Arm = (String, String);
 
 /// A study as a JSON file says it. It may leave out `limit_train` and `limit_dev` (all rows), `max_length` (128),
 /// `foreign_task`, `families` and `success` (none); every other field is required, and an unknown one is an error.

@@ -95,7 +95,7 @@ pub(super) fn measure(
         [] => Vec::new(),
         rows => batches(classifier, rows, BATCH)?,
     };
-    let mut arms = Arms { labels: &labels, result, rows };
+    let mut arms = ClassifierArms { labels: &labels, result, rows };
     arms.add("mean", &mean.mean)?;
     let others = logits(classifier, &foreign, &Pass::Mean.into())?;
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
@@ -141,7 +141,7 @@ fn of_trained_lora(
     (held_out, labels): (&[Batch], &[u32]),
     dev: &[Batch],
     foreign: &[Batch],
-    arms: &mut Arms,
+    arms: &mut ClassifierArms,
 ) -> Result<()> {
     let classifier = &trained.classifier;
     if !held_out.is_empty() {
@@ -193,13 +193,13 @@ fn laplace(
 }
 
 /// Where the ways to predict are written down.
-struct Arms<'a> {
+struct ClassifierArms<'a> {
     labels: &'a [u32],
     result: &'a mut CellResult,
     rows: &'a mut CellRows,
 }
 
-impl Arms<'_> {
+impl ClassifierArms<'_> {
     fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) -> Result<()> {
         let metrics = Metrics::classification(probabilities, self.labels).map_err(not_finite)?;
         self.result.arms.insert(arm.to_string(), metrics);
