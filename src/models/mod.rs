@@ -18,6 +18,7 @@ pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;
 mod placement;
+pub(crate) mod post_processor;
 mod quantize;
 pub mod roberta;
 mod rotary_table;
