@@ -18,6 +18,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use common::output::tell;
+use common::Outcome;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
@@ -33,8 +34,6 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper};
 use tokenizers::{PreTokenizerWrapper, Tokenizer, TokenizerBuilder};
-
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// RoBERTa's special tokens, in the order of their ids.
 const SPECIAL: [&str; 5] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"];

@@ -31,7 +31,7 @@ impl Log {
     }
 
     /// Removes what a run before this one, killed, left half-written in the folder.
-    pub fn sweep(&self) -> Result<()> {
+    pub fn remove_stale(&self) -> Result<()> {
         let out = &self.dir;
         [out, &out.join("adapter"), &out.join("model"), &out.join("plots")]
             .into_iter()

@@ -58,7 +58,7 @@ impl Observer for Watch<'_> {
             say(&self.bar, &format!("{}: goes on after step {done}", self.bar.prefix()));
         }
         self.log(|log| {
-            log.sweep()?;
+            log.remove_stale()?;
             log.start(done)
         })
     }
