@@ -1,11 +1,11 @@
 //! The code in what an instruction-tuned model answers to a prompt of HumanEval: in a fence of Markdown, or with
-//! the function's header said once more, where the benchmark expects the body alone.
+//! the function's header repeated, where the benchmark expects the body alone.
 
 use std::borrow::Cow;
 
 use super::code::STOP;
 
-/// What of a text that was generated after a prompt of HumanEval is the program.
+/// Which part of a text that was generated after a prompt of HumanEval is the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CodeAnswer {
     /// All of it, up to the first of [`STOP`]: it continues the prompt, as the LM evaluation harness has it.

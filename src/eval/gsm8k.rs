@@ -17,9 +17,9 @@ static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
 static BEFORE_THE_NUMBER: LazyLock<Regex> = LazyLock::new(|| constant(r"(?s).*#### "));
 
-/// An expression of this page.
+/// One of this file's patterns.
 fn constant(pattern: &str) -> Regex {
-    Regex::new(pattern).expect("a test compiles every expression of this page")
+    Regex::new(pattern).expect("a test compiles every pattern of this file")
 }
 
 /// The number after the first `#### `, or `[invalid]`.

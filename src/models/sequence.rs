@@ -182,7 +182,7 @@ impl SequenceConfig {
         Labels::of_config(&self.json)
     }
 
-    /// Whether the file's head says of each class by itself whether a text is of it: none of ours does.
+    /// Whether the file is of a multi-label head, which decides on each class alone; no head of this crate does.
     pub fn is_multi_label(&self) -> bool {
         self.json.get("problem_type").and_then(Value::as_str) == Some("multi_label_classification")
     }
@@ -273,7 +273,7 @@ impl SequenceConfig {
     /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
     /// the same token, unless a text itself ends in the padding (where the tokenizer appends EOS and
     /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
-    /// yet another token, to which `pad_token_id` is to be set then.
+    /// yet another token, to which `pad_token_id` must be set then.
     pub fn to_json(&self) -> Value {
         let (class, pad) = match &self.architecture {
             Architecture::Decoder(config) => {

@@ -53,10 +53,10 @@ pub struct Plan {
     pub batch_sizes: Vec<usize>,
     /// Seeds.
     pub seeds: Vec<u64>,
-    /// Training rows of a seed; all where it says nothing.
+    /// Training rows of a seed; all where it is absent.
     #[serde(default)]
     pub limit_train: PerTask<usize>,
-    /// Measured rows; all where it says nothing.
+    /// Measured rows; all where it is absent.
     #[serde(default)]
     pub limit_dev: Option<usize>,
     /// Passes over the training rows; every task needs a number.
@@ -66,7 +66,7 @@ pub struct Plan {
     pub max_length: usize,
     /// Posterior draws, and passes of MC dropout.
     pub draws: usize,
-    /// Tasks whose rows are to be told from those of others.
+    /// For a task another one, whose rows the uncertainty of its predictions should recognise as foreign.
     #[serde(default)]
     pub foreign_task: PerTask<Task>,
     /// Families of tests by name: each is corrected by Holm's procedure for itself.
@@ -95,7 +95,7 @@ pub struct Methods {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Comparison {
-    /// The arm that is to be better, as `lora (mean)`.
+    /// The arm that should be better, as `lora (mean)`.
     pub arm: String,
     /// The arm that it is compared with.
     pub against: String,

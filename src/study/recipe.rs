@@ -49,7 +49,7 @@ pub const NAMES: [&str; 18] = [
 pub struct Recipe {
     /// As it was written.
     pub text: String,
-    /// The method; under post-hoc the one that comes first.
+    /// The method that is trained first; where `post_hoc` is set, the one that the posterior is put on.
     pub method: Method,
     /// The layers it changes.
     pub targets: Targets,
@@ -77,7 +77,7 @@ impl Recipe {
         self.post_hoc.is_some() || self.ivon.is_some() || self.method.has_posterior()
     }
 
-    /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
+    /// Remarks on its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
     pub fn notes(&self) -> Vec<&'static str> {
         match &self.post_hoc {
             Some(config) => Method::MonteCLoRA(config.clone()).notes(true),

@@ -144,7 +144,8 @@ impl Classifier {
         })
     }
 
-    /// What there is to know about the classes of the head: that their names are not those of the task.
+    /// A remark on the classes of the head, for the user: that their names are not those of the task. None where there is
+    /// nothing to remark.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
@@ -274,7 +275,7 @@ impl Classifier {
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
-    /// regress class numbers without a word.
+    /// regress class numbers without an error.
     pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
         if unknown(batch)? {
             return Ok(()); // rows to predict

@@ -104,8 +104,8 @@ pub struct StepRecord {
 
 /// What watches a run: logs, progress bars, evaluation.
 pub trait Observer {
-    /// Is told of the number of all steps and of those that are done already: more than none where a
-    /// run goes on from a checkpoint. What was noted of later ones is to be forgotten.
+    /// Called before the first step with the number of all steps and of those that are done already: more than
+    /// none where a run goes on from a checkpoint. Records of later steps should be dropped: they come again.
     ///
     /// # Errors
     /// Ends the run.
@@ -113,16 +113,16 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Is told of what went wrong without ending the run: a damaged checkpoint, before an older one is
+    /// Called for a fault that does not end the run: a damaged checkpoint, before an older one is
     /// taken, or an old one that cannot be removed.
     fn warned(&mut self, _what: &str) {}
 
-    /// Whether the run is to stop, which is asked after every step.
+    /// Whether the run should stop; asked after every step.
     fn stop(&self) -> bool {
         false
     }
 
-    /// Is told that a step was left out because its loss or gradient was not finite
+    /// Called where a step was left out because its loss or gradient was not finite
     /// ([`OnNonFinite::Skip`](super::OnNonFinite::Skip)).
     ///
     /// # Errors
@@ -131,7 +131,7 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Is told of every step that was taken.
+    /// Called after every step that was taken.
     ///
     /// # Errors
     /// Ends the run.

@@ -23,8 +23,8 @@ enum Found {
 impl Classifier {
     /// Opens a trained classifier to predict with, or to train on: the folder of an adapter (this crate's or PEFT's),
     /// of a model with a head, or of a run that has either (`adapter/`, `model/`). The classes and their order are
-    /// what the folder says. An adapter stands on `base`, or else on the model that it names itself. To how many tokens
-    /// training cut its texts is not read: [`Self::set_max_length`].
+    /// what the folder says. The base of an adapter is `base`, or else the model that its file names. The length that
+    /// training cut its texts to is not read: set it with [`Self::set_max_length`].
     ///
     /// # Errors
     /// If the folder has neither, the base is not found, there is no trained head, or a file is damaged.

@@ -265,7 +265,8 @@ impl ModelFiles {
     /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
-    /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
+    /// As [`Self::var_builder`]; if matrices are quantised in another way, or quantisation at load was asked for and they
+    /// are quantised already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         self.check_quantization()?;
         let builder = self.var_builder(dtype, device)?;
