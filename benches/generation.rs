@@ -13,7 +13,7 @@ use monteclora::adapter::Role;
 use monteclora::adapters::LoraConfig;
 use monteclora::inject::{self, merge, Targets};
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use monteclora::models::generate::{generate, GenerateConfig, Weights};
+use monteclora::models::generate::{generate, GenerateConfig, PosteriorWeights};
 use monteclora::{MonteCLoRAConfig, Noise, Params};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -49,12 +49,12 @@ fn run(c: &mut Criterion) -> Outcome<()> {
     merge::merge(&mut merged)?;
 
     let contenders = [
-        ("base", &plain, Weights::Mean),
-        ("lora", &lora, Weights::Mean),
-        ("monteclora mean", &bayes, Weights::Mean),
-        ("monteclora merged", &merged, Weights::Mean),
-        ("monteclora draw", &bayes, Weights::Draw(0)),
-        ("monteclora average of 4", &bayes, Weights::Average(4)),
+        ("base", &plain, PosteriorWeights::Mean),
+        ("lora", &lora, PosteriorWeights::Mean),
+        ("monteclora mean", &bayes, PosteriorWeights::Mean),
+        ("monteclora merged", &merged, PosteriorWeights::Mean),
+        ("monteclora draw", &bayes, PosteriorWeights::Draw(0)),
+        ("monteclora average of 4", &bayes, PosteriorWeights::Average(4)),
     ];
     let prompt = vec![(0..16u32).map(|i| 3 + i * 97).collect::<Vec<_>>()];
     let mut group = c.benchmark_group("cpu/generate 32 tokens");

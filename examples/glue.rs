@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use common::given::Given;
 use common::log::{draw_curves, Log};
-use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
+use common::options::{check_apart, MethodOptions, TrainOptions};
 use common::output::{tell, tell_err};
 use common::predict::Request;
 use common::processes::{self, Processes};
@@ -172,7 +172,9 @@ fn run(processes: &Processes) -> Outcome {
     if args.tables.dev.is_some() {
         given.without_effect(&["dev_share"], "--dev has the rows that are measured");
     }
-    if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
+    let posteriors =
+        methods.iter().map(|name| args.method.has_posterior(name)).collect::<Outcome<Vec<_>>>()?;
+    if !posteriors.contains(&true) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let mut table = Vec::new();
@@ -264,7 +266,7 @@ fn tune(
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
     // Others have no posterior to draw from.
-    let samples = if POSTERIORS.contains(&name) { samples } else { 0 };
+    let samples = if start.method().has_posterior() { samples } else { 0 };
     let mut metrics = json!({
         "task": goal.name, "method": name, "seed": args.train.seed, "model": model,
         "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,

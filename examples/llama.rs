@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::gguf::{stays, GgufOptions, Trained};
 use common::log::{draw_curves, Log};
-use common::options::{check_apart, MethodOptions, TrainOptions, POSTERIORS};
+use common::options::{check_apart, MethodOptions, TrainOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
@@ -35,7 +35,7 @@ use monteclora::eval::Generator;
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use monteclora::models::generate::{GenerateConfig, Sampling, Weights};
+use monteclora::models::generate::{GenerateConfig, PosteriorWeights, Sampling};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
@@ -128,7 +128,7 @@ struct Args {
 
 impl Args {
     /// How a text goes on.
-    fn generation(&self, stop: Vec<u32>, weights: Weights, most: usize) -> Outcome<GenerateConfig> {
+    fn generation(&self, stop: Vec<u32>, weights: PosteriorWeights, most: usize) -> Outcome<GenerateConfig> {
         let temperature = self.temperature;
         let sampling = match (temperature == 0.0, self.top_k, self.top_p) {
             (true, None, None) => Sampling::ArgMax,
@@ -193,7 +193,7 @@ fn run(processes: &Processes) -> Outcome {
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
-    let (length, eos) = (args.max_length, config.eos_token_ids().first().copied());
+    let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
@@ -207,7 +207,9 @@ fn run(processes: &Processes) -> Outcome {
     args.train.tell_unread(&given, &methods, args.output.is_some());
     given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
     args.task.tell_unread(&given);
-    if !methods.iter().any(|name| POSTERIORS.contains(&name.as_str())) {
+    let posteriors =
+        methods.iter().map(|name| args.method.has_posterior(name)).collect::<Outcome<Vec<_>>>()?;
+    if !posteriors.contains(&true) {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let setup = Setup { args, model, files, config, encoder, data };
@@ -317,14 +319,13 @@ impl Setup {
         let trained =
             Trained { model: &model, params: &params, adapter: adapter.as_ref(), files: &self.files };
         args.gguf.check(&trained, writes, args.train.resume)?;
-        args.task.check(&self.generator(&model, Weights::Mean, 1)?, &data.held_out_texts)?;
+        args.task.check(&self.generator(&model, PosteriorWeights::Mean, 1)?, &data.held_out_texts)?;
 
         let communicator = processes.communicator();
-        let loss = |weights: Weights| {
-            let (rows, most) = (&data.held_out, args.batch_size.min(16));
-            held_out_loss_in_turns(&model, rows, most, &weights.passes(), communicator)
-        };
-        let before = loss(Weights::Mean)?;
+        let (rows, most) = (&data.held_out, args.batch_size.min(16));
+        let loss =
+            |w: PosteriorWeights| held_out_loss_in_turns(&model, rows, most, &w.passes(), communicator);
+        let before = loss(PosteriorWeights::Mean)?;
         tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes.filter(|_| saves), &adapter) {
@@ -340,7 +341,7 @@ impl Setup {
         };
         let bar = processes.progress(0, name);
         let evaluate = |bar: &ProgressBar, step| {
-            let loss = loss(Weights::Mean)?;
+            let loss = loss(PosteriorWeights::Mean)?;
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
             Ok(Scores { score: Some(-loss), values: vec![("held-out/loss".to_string(), loss)] })
         };
@@ -378,16 +379,15 @@ impl Setup {
         }
         processes.check(summary.steps)?;
         tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
-        // Others have no posterior to draw from.
-        let draws = if POSTERIORS.contains(&name) { args.posterior_samples } else { 0 };
-        let posterior = (draws > 0).then_some(Weights::Average(draws));
+        let draws = if start.method().has_posterior() { args.posterior_samples } else { 0 };
+        let posterior = (draws > 0).then_some(PosteriorWeights::Average(draws));
         let metrics = json!({
             "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
             "trainable_parameters": params.trainable_count(), "loss_before": before,
-            "loss_mean": loss(Weights::Mean)?, "loss_posterior": posterior.map(loss).transpose()?,
-            "task": args.task.task, "task_mean": self.measure(&model, Weights::Mean, communicator)?,
+            "loss_mean": loss(PosteriorWeights::Mean)?, "loss_posterior": posterior.map(loss).transpose()?,
+            "task": args.task.task, "task_mean": self.measure(&model, PosteriorWeights::Mean, communicator)?,
             "task_posterior": posterior.map(|weights| self.measure(&model, weights, communicator)).transpose()?,
             "peak_rss_mb": train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6),
         });
@@ -423,7 +423,7 @@ impl Setup {
 
     /// The continuation of the prompt.
     fn speak(&self, model: &DecoderForCausalLM) -> Outcome<String> {
-        let generator = self.generator(model, Weights::Mean, 64)?;
+        let generator = self.generator(model, PosteriorWeights::Mean, 64)?;
         Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
     }
 
@@ -431,7 +431,7 @@ impl Setup {
     fn measure(
         &self,
         model: &DecoderForCausalLM,
-        weights: Weights,
+        weights: PosteriorWeights,
         communicator: &dyn Communicator,
     ) -> Outcome<Value> {
         let generator = self.generator(model, weights, self.args.task.max_new_tokens())?;
@@ -441,10 +441,10 @@ impl Setup {
     fn generator<'a>(
         &'a self,
         model: &'a DecoderForCausalLM,
-        weights: Weights,
+        weights: PosteriorWeights,
         most: usize,
     ) -> Outcome<Generator<'a>> {
-        let config = self.args.generation(self.config.eos_token_ids(), weights, most)?;
+        let config = self.args.generation(self.config.eos_token_ids.clone(), weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
     }
 }

@@ -18,6 +18,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use common::output::tell;
+use common::Outcome;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::data::masked::{MaskedBatch, Masking};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM};
@@ -33,8 +34,6 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper};
 use tokenizers::{PreTokenizerWrapper, Tokenizer, TokenizerBuilder};
-
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// RoBERTa's special tokens, in the order of their ids.
 const SPECIAL: [&str; 5] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"];
@@ -324,7 +323,7 @@ impl Data {
 
 fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, cx: &Context) -> Outcome<Tensor> {
     let logits = model.forward(&batch.input_ids, None, &batch.attention_mask, &batch.positions, cx)?;
-    Ok(ops::cross_entropy(&logits, &batch.labels, -100, cx.path)?)
+    Ok(ops::cross_entropy(&logits, &batch.labels, ops::IGNORED_LABEL, cx.path)?)
 }
 
 /// Writes `tokenizer.json` and `tokenizer_config.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.

@@ -233,7 +233,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
     let mut settings = settings(args, &model, plan.as_ref())?;
-    extend(&mut settings, study::constants(&recipes, &files)?);
+    extend(&mut settings, study::checksums_of_recipes(&recipes, &files)?);
     if args.is_language() {
         return run_language(args, &cells, &files, settings, virtual_tokens);
     }
@@ -272,7 +272,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     // A task that is foreign to another may come to be trained on, too.
     let strangers = foreign.iter().map(|(name, rows)| (format!("{name}, foreign"), [&[][..], &rows[..]]));
     let own = tasks.iter().map(|(name, rows)| (name.to_string(), [&rows.train[..], &rows.dev]));
-    extend(&mut settings, study::data(strangers.chain(own)));
+    extend(&mut settings, study::checksums_of_data(strangers.chain(own)));
     study::run(&args.output, &settings, &cells, args.shard()?, &mut cell, &mut say)?;
     Ok(())
 }

@@ -88,7 +88,7 @@ pub enum Error {
         step: usize,
     },
 
-    /// Another process of a run in several failed, or the engine between them.
+    /// Another process of a distributed run failed, or the communication between the processes did.
     #[error("rank {rank}: {reason}")]
     Distributed {
         /// The process at fault.

@@ -58,7 +58,7 @@ pub use labels::Labels;
 pub use monteclora::{
     Compat, DrawNoise, DrawSpec, EvidenceBound, Initial, KlEvaluation, Mixture, MonteCLoRA, MonteCLoRAConfig,
     MonteCLoRALinear, NoiseStreams, Posterior, PosteriorDraw, Regularizer, RegularizerTerms, Released,
-    SampleBuffer, SampleScaler, ScalerSchedule, Walk, MAX_BUFFER_SIZE,
+    ReleasedWalk, SampleBuffer, SampleScaler, ScalerSchedule, MAX_BUFFER_SIZE,
 };
 pub use noise::Noise;
 pub use ops::Tape;

@@ -232,8 +232,7 @@ pub fn ece(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     let mut gaps = [0.0; ECE_BINS];
     for (p, l) in probabilities.iter().zip(labels) {
         let class = argmax(p);
-        let bin = (1..ECE_BINS).filter(|k| p[class] > *k as f64 / ECE_BINS as f64).count();
-        gaps[bin] += f64::from(u8::from(class == *l as usize)) - p[class];
+        gaps[confidence_bin(p[class])] += f64::from(u8::from(class == *l as usize)) - p[class];
     }
     Ok(gaps.iter().map(|gap: &f64| gap.abs()).sum::<f64>() / labels.len() as f64)
 }
@@ -261,7 +260,7 @@ pub fn mse(predictions: &[f64], targets: &[f64]) -> Result<f64> {
     Ok(sum / targets.len() as f64)
 }
 
-/// The first of the largest entries.
+/// The place of the first of the largest entries; what is not a number is never larger.
 pub(crate) fn argmax(row: &[f64]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }

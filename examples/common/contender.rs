@@ -108,7 +108,7 @@ impl Model {
         match self {
             Self::Encoder(model) => {
                 let logits = model.logits(ids, &ids.zeros_like()?, mask, cx)?;
-                ops::cross_entropy(&logits, labels, -100, cx.path)
+                ops::cross_entropy(&logits, labels, ops::IGNORED_LABEL, cx.path)
             }
             Self::Decoder(model) => {
                 let before_last = ids.dim(1)? - 1;

@@ -9,7 +9,7 @@ use super::Outcome;
 pub fn model_files(model: &str) -> Outcome<ModelFiles> {
     #[cfg(feature = "hub")]
     {
-        Ok(ModelFiles::locate_either(model, None, &with_bars())?)
+        Ok(ModelFiles::locate_with(model, None, &with_bars())?)
     }
     #[cfg(not(feature = "hub"))]
     {

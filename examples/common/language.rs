@@ -97,7 +97,7 @@ impl LanguageData {
         };
         let tasks = options.tasks(tasks, &data, limits.dev)?;
         let config = DecoderConfig::from_files(files)?;
-        let (longest, eos) = (config.max_length(), config.eos_token_ids().first().copied());
+        let (longest, eos) = (config.max_length(), config.eos_token_ids.first().copied());
         let tokenizer = tokenizer(files, config.vocab_size)?;
         let length = text_length(limits.max_length, longest, limits.virtual_tokens);
         let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, eos, false)?;

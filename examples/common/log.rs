@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use monteclora::train::{Record, TensorBoard};
+use monteclora::train::{StepRecord, TensorBoard};
 use monteclora::util::files;
 use monteclora::{Error, Result};
 use serde::Serialize;
@@ -31,7 +31,7 @@ impl Log {
     }
 
     /// Removes what a run before this one, killed, left half-written in the folder.
-    pub fn sweep(&self) -> Result<()> {
+    pub fn remove_stale(&self) -> Result<()> {
         let out = &self.dir;
         [out, &out.join("adapter"), &out.join("model"), &out.join("plots")]
             .into_iter()
@@ -49,7 +49,7 @@ impl Log {
     }
 
     /// A step.
-    pub fn write(&mut self, record: &Record) -> Result<()> {
+    pub fn write(&mut self, record: &StepRecord) -> Result<()> {
         self.board.as_mut().map_or(Ok(()), |board| board.record(record))?;
         self.steps.write(record)
     }

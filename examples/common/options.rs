@@ -90,8 +90,6 @@ const READ_BY: &[(&str, &[&[&str]])] = &[
     ("sample_scaler", &[&["monteclora", "monteclora-released"]]),
     ("kl_weight", &[&["monteclora", "monteclora-released"]]),
 ];
-/// Methods whose draws a prediction can average.
-pub const POSTERIORS: [&str; 2] = ["monteclora", "blob"];
 
 impl MethodOptions {
     /// The names of the methods to run, one after the other.
@@ -112,6 +110,11 @@ impl MethodOptions {
             (Some(method), None) => vec![method.clone()],
             (None, None) => vec!["lora".to_string(), "monteclora".to_string()],
         })
+    }
+
+    /// Whether the method of this name has a posterior, whose draws a prediction can average.
+    pub fn has_posterior(&self, name: &str) -> Outcome<bool> {
+        Ok(self.method(name)?.has_posterior())
     }
 
     /// What the method of this name starts from, in a run that writes below `out`.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use indicatif::ProgressBar;
-use monteclora::train::{self, Checkpoints, Objective, Observer, Record, Summary, TrainConfig};
+use monteclora::train::{self, Checkpoints, Objective, Observer, StepRecord, Summary, TrainConfig};
 use monteclora::util::files;
 use monteclora::{Error, Params, Result};
 
@@ -58,7 +58,7 @@ impl Observer for Watch<'_> {
             say(&self.bar, &format!("{}: goes on after step {done}", self.bar.prefix()));
         }
         self.log(|log| {
-            log.sweep()?;
+            log.remove_stale()?;
             log.start(done)
         })
     }
@@ -67,7 +67,7 @@ impl Observer for Watch<'_> {
         say(&self.bar, &format!("warning: {what}"));
     }
 
-    fn step(&mut self, record: &Record) -> Result<()> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.bar.inc(1);
         self.bar.set_message(format!("loss {:.3}", record.loss));
         self.log(|log| log.write(record))

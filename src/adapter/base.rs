@@ -123,7 +123,7 @@ impl BaseLinear {
         }
     }
 
-    /// [`Self::dense`] for `who` has no other way.
+    /// The dense weight, for a caller (`who`, named in the error) that cannot work on a quantised one.
     ///
     /// # Errors
     /// If the weight is quantised.

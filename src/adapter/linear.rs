@@ -229,6 +229,11 @@ impl AdaptableLinear {
         Some((name, self.adapter(name)?))
     }
 
+    /// The active adapter, if it is of the method `T`, such as [`Lora`](crate::adapters::Lora).
+    pub fn active_as<T: Adapter + 'static>(&self) -> Option<&T> {
+        self.active()?.1.as_any().downcast_ref()
+    }
+
     /// The layer's output: the active adapter's, or the base's.
     ///
     /// # Shapes

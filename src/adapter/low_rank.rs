@@ -12,7 +12,7 @@ use super::params::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::{Purpose, Stream};
 use crate::ops;
-use crate::util::check::positive;
+use crate::util::check::{positive, share};
 
 /// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
 #[derive(Debug, Clone)]
@@ -39,10 +39,7 @@ pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
         return Err(Error::config("rank", "expected at least 1, got 0"));
     }
     positive("alpha", alpha)?;
-    if !(0.0..1.0).contains(&dropout) {
-        return Err(Error::config("dropout", format!("expected a number in [0, 1), got {dropout}")));
-    }
-    Ok(())
+    share("dropout", dropout)
 }
 
 impl LowRank {

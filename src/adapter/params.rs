@@ -341,8 +341,8 @@ impl Params {
     /// role: full fine-tuning, pre-training and task heads.
     ///
     /// Values come from `source` where it has the tensor, else from the initialisation that the
-    /// layer asks for; under [`Role::Base`] a source has to have them all, since a checkpoint with
-    /// a hole would train from random weights without a word. A name asked for twice is the same
+    /// layer asks for; under [`Role::Base`] a source has to have them all, since where a
+    /// checkpoint lacks one it would silently train from random values. A name asked for twice is the same
     /// parameter (tied weights).
     pub fn var_builder(&self, source: Option<VarBuilder<'static>>, role: Role) -> VarBuilder<'static> {
         let backend = Trainable { params: self.clone(), source, role };

@@ -28,7 +28,7 @@ impl Pass {
     }
 
     /// The sign of the perturbation. Predictive draws come in pairs, 0 and 1, 2 and 3, that are alike but for it: each
-    /// by itself is distributed as the posterior, a Gaussian around its mean, and what is linear in the perturbation
+    /// alone is distributed as the posterior, a Gaussian around its mean, and what is linear in the perturbation
     /// is gone from the average of a pair (antithetic variates: Hammersley and Morton 1956).
     pub fn sign(&self) -> f64 {
         match self {

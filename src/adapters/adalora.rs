@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::util::check::{not_negative, share};
 
 /// The options of AdaLoRA; the defaults are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,20 +71,24 @@ impl AdaLoraConfig {
     /// If one is outside its domain; the error names it.
     pub fn validate(&self) -> Result<()> {
         low_rank::validate(self.init_rank, self.alpha, self.dropout)?;
-        let share = |value: f64| (0.0..1.0).contains(&value);
-        let checks = [
-            ("target_rank", (1..=self.init_rank).contains(&self.target_rank)),
-            ("warmup_share", share(self.warmup_share)),
-            ("final_share", share(self.final_share) && self.warmup_share + self.final_share < 1.0),
-            ("interval", self.interval > 0),
-            ("beta1", share(self.beta1)),
-            ("beta2", share(self.beta2)),
-            ("orthogonal_weight", self.orthogonal_weight >= 0.0 && self.orthogonal_weight.is_finite()),
-        ];
-        match checks.iter().find(|(_, valid)| !valid) {
-            Some((name, _)) => Err(Error::config(*name, format!("outside its domain in {self:?}"))),
-            None => Ok(()),
+        if !(1..=self.init_rank).contains(&self.target_rank) {
+            let reason =
+                format!("expected 1 to init_rank, which is {}, got {}", self.init_rank, self.target_rank);
+            return Err(Error::config("target_rank", reason));
         }
+        share("warmup_share", self.warmup_share)?;
+        share("final_share", self.final_share)?;
+        let still = self.warmup_share + self.final_share;
+        if still >= 1.0 {
+            let reason = format!("expected less than 1 together with warmup_share, got {still}");
+            return Err(Error::config("final_share", reason));
+        }
+        if self.interval == 0 {
+            return Err(Error::config("interval", "expected at least 1, got 0"));
+        }
+        share("beta1", self.beta1)?;
+        share("beta2", self.beta2)?;
+        not_negative("orthogonal_weight", self.orthogonal_weight)
     }
 }
 
@@ -161,7 +166,7 @@ impl AdaLora {
 pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
     model.visit_linears(&mut |layer| {
-        if let Some(adapter) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+        if let Some(adapter) = layer.active_as::<AdaLora>() {
             terms.push(adapter.departure()?);
         }
         Ok(())

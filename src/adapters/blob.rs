@@ -247,10 +247,7 @@ impl Adapter for Blob {
 /// # Errors
 /// The first error of `f`.
 pub fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&Blob) -> Result<()>) -> Result<()> {
-    model.visit_linears(&mut |layer| match layer.active() {
-        Some((_, adapter)) => adapter.as_any().downcast_ref::<Blob>().map_or(Ok(()), &mut *f),
-        None => Ok(()),
-    })
+    model.visit_linears(&mut |layer| layer.active_as::<Blob>().map_or(Ok(()), &mut *f))
 }
 
 #[cfg(test)]

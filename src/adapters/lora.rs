@@ -108,7 +108,7 @@ pub(crate) fn prior_energy_on(
     // By what layers must share to be computed in one batch.
     let mut groups: BTreeMap<String, Vec<LowRank>> = BTreeMap::new();
     model.visit_linears(&mut |layer| {
-        if let Some(lora) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<Lora>()) {
+        if let Some(lora) = layer.active_as::<Lora>() {
             let (a, b) = (lora.pair.a(), lora.pair.b());
             let key = format!("{:?} {:?} {:?}", a.dims(), b.dims(), a.device().location());
             groups.entry(key).or_default().push(lora.pair.clone());

@@ -32,7 +32,7 @@ impl Default for PromptConfig {
 /// same. Encoders keep them in the first columns, the place that a classifier reads.
 ///
 /// # Errors
-/// If there is to be none, the model has some already, or the name is taken.
+/// If the number of virtual tokens is 0, the model has some already, or the name is taken.
 pub fn prompt_tuning(
     embedding: &mut AdaptableEmbedding,
     adapter: &str,

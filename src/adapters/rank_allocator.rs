@@ -43,7 +43,7 @@ impl RankAllocator {
         config.validate()?;
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
-            if let Some(adapter) = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<AdaLora>()) {
+            if let Some(adapter) = layer.active_as::<AdaLora>() {
                 layers.push((adapter.name().to_string(), adapter.values().elem_count()));
             }
             Ok(())

@@ -27,7 +27,7 @@ use crate::adapter::{AdaptableModel, Params, Pass};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use crate::metrics::nll;
+use crate::metrics::{argmax, nll};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::predict::{posterior_probabilities, Predictor};
 use crate::util::check::positive;
@@ -225,13 +225,9 @@ impl Search {
     }
 }
 
-/// The likeliest class of every row.
+/// The likeliest class of every row, the first of equal ones.
 pub fn predicted(probabilities: &[Vec<f64>]) -> Vec<u32> {
-    let best = |row: &Vec<f64>| {
-        let better = |top: (usize, f64), (i, p): (usize, &f64)| if *p > top.1 { (i, *p) } else { top };
-        row.iter().enumerate().fold((0, f64::MIN), better).0 as u32
-    };
-    probabilities.iter().map(best).collect()
+    probabilities.iter().map(|row| argmax(row) as u32).collect()
 }
 
 /// `V diag(1 / d)` of `b` `(out, r)`, for the directions that it has: the eigenvectors of `B^T B`, whose

@@ -8,12 +8,10 @@ use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
+use crate::ops::IGNORED_LABEL;
 
 /// Batches that are sorted by length together, when grouping by length.
 const GROUP: usize = 50;
-
-/// The class of a row that is left out of the loss, as PyTorch has it.
-pub(crate) const IGNORED: i64 = -100;
 
 /// Encoded rows as tensors on one device: `b` rows of `t` tokens.
 #[derive(Debug, Clone)]
@@ -26,7 +24,7 @@ pub struct Batch {
     pub token_type_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(b)`: i64 for classes (-100 where none is known), f32 for scores; on the host, where losses look at
+    /// `(b)`: i64 for classes ([`IGNORED_LABEL`] where none is known), f32 for scores; on the host, where losses look at
     /// them.
     pub labels: Tensor,
 }
@@ -51,7 +49,7 @@ impl Batch {
             match row.label {
                 Label::Class(class) => classes.push(i64::from(class)),
                 Label::Score(score) => scores.push(score),
-                Label::Unknown => classes.push(IGNORED),
+                Label::Unknown => classes.push(IGNORED_LABEL),
             }
         }
         let labels = match (classes.len(), scores.len()) {

@@ -110,7 +110,7 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
 /// The pairs of `merges.txt`, in their order.
 fn pairs(path: &Path) -> Result<Vec<[String; 2]>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    crate::util::pointer::refuse(&bytes, path)?;
+    crate::util::lfs_pointer::refuse(&bytes, path)?;
     let text = String::from_utf8(bytes).map_err(|e| Error::format(path, format!("not UTF-8: {e}")))?;
     let lines = text
         .lines()

@@ -18,7 +18,7 @@ pub struct Encoded {
     pub ids: Vec<u32>,
     /// The segment of each token, as long as `ids`: 0, or 1 in the second text of a BERT pair.
     pub type_ids: Vec<u32>,
-    /// What is to be predicted.
+    /// The label: a class, a score, or none.
     pub label: Label,
     /// Which of the encoded examples this is, counted from 0.
     pub row: usize,

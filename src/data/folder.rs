@@ -10,7 +10,7 @@ impl Task {
     /// Reads the task from `dir`, or from the folder of the task's name in `dir`.
     ///
     /// TSV (GLUE), JSON lines (SuperGLUE and BoolQ's own), WiC's own text files and parquet (the hub's layout, in
-    /// one or more shards) are told apart by which training file is there, in this order.
+    /// one or more shards) are recognised by the training file that is there, tried in this order.
     ///
     /// # Errors
     /// There is no training file (the error names the paths tried), a file cannot be read or does not

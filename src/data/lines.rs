@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::util::pointer;
+use crate::util::lfs_pointer;
 
 /// The longest line in bytes, its end included; the texts of these tasks are far below.
 pub(super) const MAX_LINE: usize = 16 << 20;
@@ -38,7 +38,7 @@ pub(super) fn each_line(
         let mut line = buffer.strip_suffix(b"\n").unwrap_or(&buffer);
         line = line.strip_suffix(b"\r").unwrap_or(line);
         if number == 1 {
-            pointer::refuse(line, path)?;
+            lfs_pointer::refuse(line, path)?;
             line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
         }
         let line = std::str::from_utf8(line)

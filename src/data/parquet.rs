@@ -20,7 +20,7 @@ use super::row::Cell;
 use super::superglue::wic_text;
 use super::task::{non_empty, Example, Label, Splits, Task};
 use crate::error::{Error, Result};
-use crate::util::pointer;
+use crate::util::lfs_pointer;
 
 /// The columns of a task's texts in the hub's data sets. WiC has its word before the two sentences.
 const fn text_columns(task: Task) -> &'static [&'static str] {
@@ -76,7 +76,7 @@ pub(super) fn each_row(path: &Path, columns: &[&str], take: &mut Take) -> Result
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut beginning = Vec::new();
     file.by_ref().take(256).read_to_end(&mut beginning).map_err(Error::io(path))?;
-    pointer::refuse(&beginning, path)?;
+    lfs_pointer::refuse(&beginning, path)?;
     // The decoder is written for files that are sound: should a damaged one make it panic, that is an
     // error of the file.
     catch_unwind(AssertUnwindSafe(|| read_file(columns, file, path, take)))

@@ -11,8 +11,8 @@ use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 use super::byte_bpe;
 use crate::error::{Error, Result};
-use crate::models::gguf::template;
 use crate::models::hub::ModelFiles;
+use crate::models::post_processor::template;
 use crate::util::json;
 
 /// The longest piece of a vocabulary. The crate's Unigram model keeps a node for each byte, one inside

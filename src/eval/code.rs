@@ -3,7 +3,7 @@
 //! Chen et al., "Evaluating Large Language Models Trained on Code" (2021).
 
 use super::sandbox::{Outcome, Sandbox};
-use crate::data::instruct::{ProgramTests, Prompted};
+use crate::data::instruct::ProgramTests;
 use crate::error::{Error, Result};
 
 /// What ends a completion (section 3.1).
@@ -30,59 +30,6 @@ pub fn pass_at_k(n: usize, correct: usize, k: usize) -> Result<f64> {
     Ok(1.0 - (n - correct + 1..=n).map(|i| 1.0 - k as f64 / i as f64).product::<f64>())
 }
 
-/// The mean over rows of pass@k, for each of `ks`: runs every completion in the sandbox, `completions`
-/// holding those of each row.
-///
-/// # Errors
-/// If there is no row, not as many groups of completions as rows, a row has no tests, there are too
-/// few completions for a `k`, or a process cannot be started.
-pub fn pass_rates(
-    rows: &[Prompted],
-    completions: &[Vec<String>],
-    ks: &[usize],
-    sandbox: &Sandbox,
-) -> Result<Vec<f64>> {
-    let whole = |(row, group): (&Prompted, &Vec<String>)| {
-        group.iter().map(|completion| format!("{}{completion}", row.prompt)).collect()
-    };
-    check_groups(rows, completions)?;
-    let programs: Vec<Vec<String>> = rows.iter().zip(completions).map(whole).collect();
-    program_pass_rates(rows, &programs, ks, sandbox)
-}
-
-fn check_groups(rows: &[Prompted], groups: &[Vec<String>]) -> Result<()> {
-    if rows.is_empty() || rows.len() != groups.len() {
-        let reason = format!("{} rows, {} groups of completions", rows.len(), groups.len());
-        return Err(Error::config("completions", reason));
-    }
-    Ok(())
-}
-
-/// [`pass_rates`] of whole programs, their prompts in them, without their tests.
-///
-/// # Errors
-/// As [`pass_rates`].
-pub fn program_pass_rates(
-    rows: &[Prompted],
-    programs: &[Vec<String>],
-    ks: &[usize],
-    sandbox: &Sandbox,
-) -> Result<Vec<f64>> {
-    check_groups(rows, programs)?;
-    // Before anything is run.
-    for (programs, k) in programs.iter().flat_map(|group| ks.iter().map(move |k| (group, k))) {
-        pass_at_k(programs.len(), 0, *k)?;
-    }
-    let mut sums = vec![0.0; ks.len()];
-    for (i, (row, programs)) in rows.iter().zip(programs).enumerate() {
-        let correct = passing(row.tests(i)?, programs, sandbox)?;
-        for (sum, k) in sums.iter_mut().zip(ks) {
-            *sum += pass_at_k(programs.len(), correct, *k)?;
-        }
-    }
-    Ok(sums.into_iter().map(|sum| sum / rows.len() as f64).collect())
-}
-
 /// How many of some whole programs pass.
 pub(super) fn passing(tests: &ProgramTests, programs: &[String], sandbox: &Sandbox) -> Result<usize> {
     let mut correct = 0;
@@ -97,12 +44,6 @@ pub(super) fn passing(tests: &ProgramTests, programs: &[String], sandbox: &Sandb
 mod tests {
     use super::super::sandbox::Limits;
     use super::*;
-
-    fn add() -> Prompted {
-        let test = "def check(candidate):\n    assert candidate(1, 2) == 3\n".to_string();
-        let tests = Some(ProgramTests { entry_point: "add".to_string(), test });
-        Prompted { prompt: "def add(a, b):\n".to_string(), tests, ..Prompted::default() }
-    }
 
     #[test]
     fn pass_at_k_is_the_share_of_subsets_with_a_right_one() {
@@ -126,15 +67,18 @@ mod tests {
             crate::testing::skipped("programs cannot be limited here");
             return;
         };
-        let completions = ["    return a + b\n", "    return a - b\n", "    return a +", "    exit(0)\n"];
-        let completions = vec![completions.map(String::from).to_vec()];
-        let rates = pass_rates(&[add()], &completions, &[1, 2], &sandbox).unwrap();
-        assert_eq!(rates, [0.25, 0.5]);
-        let fails = |rows: &[Prompted], ks: &[usize]| {
-            pass_rates(rows, &completions, ks, &sandbox).unwrap_err().to_string()
-        };
-        assert!(fails(&[add()], &[5]).contains("expected k in 1 to 4, got 5"));
-        assert!(fails(&[add(), add()], &[1]).contains("2 rows, 1 groups"));
-        assert!(fails(&[Prompted { tests: None, ..add() }], &[1]).contains("row 1 has no tests"));
+        let test = "def check(candidate):\n    assert candidate(1, 2) == 3\n".to_string();
+        let tests = ProgramTests { entry_point: "add".to_string(), test };
+        let completed = |completion: &str| format!("def add(a, b):\n{completion}");
+        for (completion, passed) in [
+            ("    return a + b\n", 1),
+            ("    return a - b\n", 0),
+            ("    return a +", 0),
+            ("    exit(0)\n", 0),
+        ] {
+            assert_eq!(passing(&tests, &[completed(completion)], &sandbox).unwrap(), passed, "{completion}");
+        }
+        let all = ["    return a + b\n", "    return a - b\n"].map(completed);
+        assert_eq!(passing(&tests, &all, &sandbox).unwrap(), 1);
     }
 }

@@ -1,11 +1,11 @@
 //! The code in what an instruction-tuned model answers to a prompt of HumanEval: in a fence of Markdown, or with
-//! the function's header said once more, where the benchmark expects the body alone.
+//! the function's header repeated, where the benchmark expects the body alone.
 
 use std::borrow::Cow;
 
 use super::code::STOP;
 
-/// What of a text that was generated after a prompt of HumanEval is the program.
+/// Which part of a text that was generated after a prompt of HumanEval is the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CodeAnswer {
     /// All of it, up to the first of [`STOP`]: it continues the prompt, as the LM evaluation harness has it.
@@ -140,10 +140,10 @@ fn end_of_code(code: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::code::program_pass_rates;
+    use super::super::code::passing;
     use super::super::sandbox::{Limits, Sandbox};
     use super::*;
-    use crate::data::instruct::{ProgramTests, Prompted};
+    use crate::data::instruct::ProgramTests;
 
     const PROMPT: &str =
         "import math\n\ndef helper(x):\n    return x\n\ndef add(a, b):\n    \"\"\"Sum.\"\"\"\n";
@@ -216,17 +216,16 @@ mod tests {
             return;
         };
         let test = "def check(candidate):\n    assert candidate(1, 2) == 3\n".to_string();
-        let tests = Some(ProgramTests { entry_point: "add".to_string(), test });
-        let row = Prompted { prompt: PROMPT.to_string(), tests, ..Prompted::default() };
+        let tests = ProgramTests { entry_point: "add".to_string(), test };
         let answers = [
             format!("Sure:\n```python\n{WHOLE}```\nIt adds."),
             format!(" {WHOLE}\nprint(add(2, 3))\n"),
             format!("{BODY}```\n"),
         ];
-        let rate = |answer: CodeAnswer| {
-            let programs = answers.iter().map(|text| answer.program(PROMPT, text, "add")).collect();
-            program_pass_rates(std::slice::from_ref(&row), &[programs], &[1], &sandbox).unwrap()
+        let passed = |answer: CodeAnswer| {
+            let programs = answers.each_ref().map(|text| answer.program(PROMPT, text, "add"));
+            passing(&tests, &programs, &sandbox).unwrap()
         };
-        assert_eq!((rate(CodeAnswer::Extracted), rate(CodeAnswer::Continuation)), (vec![1.0], vec![0.0]));
+        assert_eq!((passed(CodeAnswer::Extracted), passed(CodeAnswer::Continuation)), (3, 0));
     }
 }

@@ -17,9 +17,9 @@ static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
 static BEFORE_THE_NUMBER: LazyLock<Regex> = LazyLock::new(|| constant(r"(?s).*#### "));
 
-/// An expression of this page.
+/// One of this file's patterns.
 fn constant(pattern: &str) -> Regex {
-    Regex::new(pattern).expect("a test compiles every expression of this page")
+    Regex::new(pattern).expect("a test compiles every pattern of this file")
 }
 
 /// The number after the first `#### `, or `[invalid]`.
@@ -51,18 +51,6 @@ fn normal(text: &str) -> String {
 pub fn truncated(text: &str) -> &str {
     let end = STOP.iter().filter_map(|stop| text.find(stop)).min();
     &text[..end.unwrap_or(text.len())]
-}
-
-/// The share of texts whose strictly and whose flexibly extracted answer is right.
-pub fn accuracy<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<(f64, f64)> {
-    let (mut strict, mut flexible, mut count) = (0.0, 0.0, 0.0);
-    for (text, reference) in pairs {
-        let right = rights(text, reference);
-        strict += f64::from(u8::from(right[0]));
-        flexible += f64::from(u8::from(right[1]));
-        count += 1.0;
-    }
-    (count > 0.0).then(|| (strict / count, flexible / count))
 }
 
 /// Whether the strictly and whether the flexibly extracted answer of a text is right.
@@ -114,9 +102,12 @@ mod tests {
 
     #[test]
     fn texts_end_where_the_next_question_begins() {
-        let pairs =
-            [("it is 5\n#### 5\nQuestion: 1+1? #### 2", "#### 5"), ("maybe 7", "#### 7"), ("no", "#### 1")];
-        assert_eq!(accuracy(pairs), Some((1.0 / 3.0, 2.0 / 3.0)));
-        assert_eq!(accuracy([]), None);
+        for (text, reference, right) in [
+            ("it is 5\n#### 5\nQuestion: 1+1? #### 2", "#### 5", [true, true]),
+            ("maybe 7", "#### 7", [false, true]),
+            ("no", "#### 1", [false, false]),
+        ] {
+            assert_eq!(rights(text, reference), right, "{text}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::activate::{self, check_unmerged};
-use super::targets::{no_target, paths, Target, Targets};
+use super::targets::{no_target, paths, TargetLayer, Targets};
 use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params, Role};
 use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ pub fn lora(
     targets: &Targets,
     config: &LoraConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     lora_named(model, DEFAULT_ADAPTER, targets, config, params)
 }
 
@@ -42,7 +42,7 @@ pub fn lora_named(
     targets: &Targets,
     config: &LoraConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     inject(model, name, &resolved, params, &mut |layer, target, params| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
@@ -60,7 +60,7 @@ pub fn lora_fa(
     targets: &Targets,
     config: &LoraConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target, params| {
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
@@ -71,7 +71,7 @@ pub fn lora_fa(
 }
 
 /// Puts the adapter of the authors' released code, named [`DEFAULT_ADAPTER`], on every target; its A is frozen:
-/// [`Walk`](crate::Walk) moves it. Returns the targets.
+/// [`ReleasedWalk`](crate::ReleasedWalk) moves it. Returns the targets.
 ///
 /// # Errors
 /// As [`lora`].
@@ -80,7 +80,7 @@ pub fn monteclora_released(
     targets: &Targets,
     config: &MonteCLoRAConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     inject(model, DEFAULT_ADAPTER, &resolved, params, &mut |layer, target, params| {
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
@@ -91,7 +91,7 @@ pub fn monteclora_released(
 }
 
 /// Freezes the A of the adapter named [`DEFAULT_ADAPTER`] on these layers.
-fn freeze_a(targets: &[Target], params: &Params) {
+fn freeze_a(targets: &[TargetLayer], params: &Params) {
     let names: BTreeSet<String> =
         targets.iter().map(|target| format!("{}.{DEFAULT_ADAPTER}.a", target.path)).collect();
     params.set_trainable_where(false, |name, param| param.role == Role::A && names.contains(name));
@@ -106,7 +106,7 @@ pub fn monteclora(
     targets: &Targets,
     config: &MonteCLoRAConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     monteclora_named(model, DEFAULT_ADAPTER, targets, config, params)
 }
 
@@ -120,7 +120,7 @@ pub fn monteclora_named(
     targets: &Targets,
     config: &MonteCLoRAConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     let resolved = targets.resolve(model, config.rank, config.alpha)?;
     let (config, group) = (with_share(model, config, resolved.len())?, Arc::default());
     inject(model, name, &resolved, params, &mut |layer, target, params| {
@@ -141,7 +141,7 @@ pub(crate) fn with_share(
 }
 
 /// Makes an adapter for one layer, with parameters in a store that puts them on the layer's device.
-pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target, &Params) -> Result<Box<dyn Adapter>> + 'a;
+pub type Make<'a> = dyn FnMut(&AdaptableLinear, &TargetLayer, &Params) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target: all of them or, on an error, none, and the
 /// parameters that were started are taken back. Other layers let go of an adapter of another name,
@@ -153,13 +153,13 @@ pub type Make<'a> = dyn FnMut(&AdaptableLinear, &Target, &Params) -> Result<Box<
 pub fn inject(
     model: &mut dyn AdaptableModel,
     name: &str,
-    targets: &[Target],
+    targets: &[TargetLayer],
     params: &Params,
     make: &mut Make,
 ) -> Result<()> {
     check_adapter_name(name)?;
     check_unmerged(model)?;
-    let mut wanted: BTreeMap<&str, &Target> = BTreeMap::new();
+    let mut wanted: BTreeMap<&str, &TargetLayer> = BTreeMap::new();
     for target in targets {
         if wanted.insert(&target.path, target).is_some() {
             return Err(Error::config("targets", format!("{} comes twice", target.path)));

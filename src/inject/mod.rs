@@ -16,4 +16,4 @@ pub use injection::{
     DEFAULT_ADAPTER,
 };
 pub use posthoc::posthoc;
-pub use targets::{paths, Select, Target, Targets};
+pub use targets::{paths, Select, TargetLayer, Targets};

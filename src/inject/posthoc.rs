@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::activate;
 use super::injection::{inject, with_share};
-use super::targets::Target;
+use super::targets::TargetLayer;
 use crate::adapter::{low_rank, AdaptableModel, Params, Prior, PriorForm, Role};
 use crate::adapters::Lora;
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ pub fn posthoc(
     name: &str,
     config: &MonteCLoRAConfig,
     params: &Params,
-) -> Result<Vec<Target>> {
+) -> Result<Vec<TargetLayer>> {
     check(config)?;
     let (mut targets, mut pairs) = (Vec::new(), BTreeMap::new());
     model.visit_linears(&mut |layer| {
@@ -40,7 +40,7 @@ pub fn posthoc(
         let pair = lora.low_rank();
         let rank = pair.a().dim(0)?;
         let alpha = alpha(pair.scale(), rank, config.use_rslora);
-        targets.push(Target { path: path.to_string(), rank, alpha });
+        targets.push(TargetLayer { path: path.to_string(), rank, alpha });
         pairs.insert(path.to_string(), (pair.a().detach(), pair.b().detach()));
         Ok(())
     })?;

@@ -179,7 +179,7 @@ impl Targets {
     /// [`Error::NoTarget`] where a name, expression or layer index matches nothing;
     /// [`Error::Config`] for a malformed expression, or a rank or alpha pattern that matches none of
     /// the targets.
-    pub fn resolve(&self, model: &dyn AdaptableModel, rank: usize, alpha: f64) -> Result<Vec<Target>> {
+    pub fn resolve(&self, model: &dyn AdaptableModel, rank: usize, alpha: f64) -> Result<Vec<TargetLayer>> {
         let paths = paths(model)?;
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
         let mut chosen = self.select.matches(&paths, model.default_targets())?;
@@ -214,7 +214,7 @@ impl Targets {
         let chosen: Vec<&str> = chosen.into_iter().map(|i| paths[i]).collect();
         let ranks = overrides("rank_pattern", &self.rank_pattern, &chosen)?;
         let alphas = overrides("alpha_pattern", &self.alpha_pattern, &chosen)?;
-        let targets = chosen.into_iter().zip(ranks).zip(alphas).map(|((path, r), a)| Target {
+        let targets = chosen.into_iter().zip(ranks).zip(alphas).map(|((path, r), a)| TargetLayer {
             path: path.to_string(),
             rank: r.unwrap_or(rank),
             alpha: a.unwrap_or(alpha),
@@ -225,7 +225,7 @@ impl Targets {
 
 /// One layer that gets an adapter.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Target {
+pub struct TargetLayer {
     /// The layer's path.
     pub path: String,
     /// The adapter's rank.

@@ -2,13 +2,12 @@
 
 use candle_core::{DType, Result, Tensor, D};
 
-use super::launch::{address, count, device_of, empty, launch, some_rows, spread};
-use super::rows::{narrow, optional};
+use super::launch::{address, count, device_of, empty, launch, narrow, optional, some_rows, spread};
 
 /// GELU of `xs (.., dim)` plus a bias `(dim)`.
 ///
 /// # Errors
-/// Unless the row kernels take the tensors ([`super::rows::supports_all`]).
+/// Unless the kernels take the tensors ([`super::supports_all`]).
 pub(crate) fn gelu(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (device, xs, bias) = (device_of(xs)?, xs.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
     let (rows, dim) = rows_of(&xs)?;

@@ -4,9 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{address, count, device_of, empty, grid, launch, THREADS};
+use super::launch::{address, count, device_of, empty, grid, launch, supports_all, THREADS};
 use super::products::{Strides, Table};
-use super::rows::supports_all;
 
 /// Dropout of the probabilities: what is kept is a function of (key, draw, element).
 #[derive(Clone, Copy)]

@@ -2,7 +2,7 @@
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address};
+use super::launch::{address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed};
 
 /// A layer: its parameters, and the constants of its divergences.
 pub(crate) struct Layer<'a> {
@@ -39,9 +39,7 @@ pub(crate) fn divergences(layers: &[Layer], kl: f64, cooperative: f64) -> Result
     let (mut at, mut table) =
         (address(device, &slopes, DType::F32)?, Vec::with_capacity(7 * layers.len() + 1));
     for (layer, &(r, n)) in layers.iter().zip(&sizes) {
-        let pair = |low: usize, high: usize| -> Result<u64> {
-            Ok(u64::from(count(low)?) | u64::from(count(high)?) << 32)
-        };
+        let pair = |low: usize, high: usize| -> Result<u64> { Ok(packed(count(low)?, count(high)?)) };
         table.extend([address(device, layer.rho, DType::F32)?, address(device, layer.c, DType::F32)?, at]);
         table.extend([layer.degrees.to_bits(), layer.prior.to_bits()]);
         table.extend([pair(r, n)?, layer.diagonal.into()]);
@@ -49,7 +47,7 @@ pub(crate) fn divergences(layers: &[Layer], kl: f64, cooperative: f64) -> Result
     }
     table.push(0); // the counter of blocks
     let table = device.clone_htod(&table)?;
-    let done = slice_address(&table) + 56 * layers.len() as u64;
+    let done = last_word(&table);
     let (means, total) = (empty(device, &4.into(), DType::F32)?, empty(device, &().into(), DType::F32)?);
     let mut terms = alloc_uninit::<f64>(device, 4 * layers.len())?;
     let (to_means, to_total) = (address(device, &means, DType::F32)?, address(device, &total, DType::F32)?);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address};
+use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, packed, slice_address};
 
 /// Elements of a tile, and its most columns: those of `draw.cu`.
 const TILE: usize = 4096;
@@ -113,9 +113,7 @@ pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Te
         ]);
         table.extend(layer.keys);
         table.extend([layer.degrees.to_bits(), layer.eps.to_bits()]);
-        let pair = |low: usize, high: usize| -> Result<u64> {
-            Ok(u64::from(count(low)?) | u64::from(count(high)?) << 32)
-        };
+        let pair = |low: usize, high: usize| -> Result<u64> { Ok(packed(count(low)?, count(high)?)) };
         table.extend([pair(size.rank, size.components)?, pair(size.width, layer.diagonal.into())?, 0]);
         outs.push(out);
         parameters.push(dense);

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::cuda_backend::{cudarc::driver::CudaSlice, CudaDevice};
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address};
+use super::launch::{
+    address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed, slice_address,
+};
 use super::multi_tensor::rows;
 use super::products::List;
 
@@ -158,7 +160,7 @@ impl Energy {
         table.push(0); // the counter of blocks
         let config = rows(self.distances.iter().map(|distance| &distance.at))?;
         let table = device.clone_htod(&table)?;
-        let done = slice_address(&table) + 40 * self.distances.len() as u64;
+        let done = last_word(&table);
         let mut sums = alloc_uninit::<f64>(device, config.grid_dim.0 as usize * self.distances.len())?;
         let (mut sum, total) = (alloc_uninit::<f64>(device, 1)?, address(device, total, DType::F32)?);
         launch!(device; config; squared_distances(&table, &mut sums, &done, &mut sum, &total));
@@ -193,11 +195,11 @@ impl Energy {
             let components = count(spread.map_or(0, Spread::components))?;
             table.extend([of(Some(inner))?, of(Some(outer))?, of(rho)?, of(c)?, of(vectors.as_ref())?]);
             table.extend([update.weight.to_bits(), spread.map_or(0.0, |spread| spread.factor).to_bits()]);
-            table.push(u64::from(count(update.rank())?) | u64::from(components) << 32);
+            table.push(packed(count(update.rank())?, components));
         }
         table.push(0); // the counter of blocks
         let table = device.clone_htod(&table)?;
-        let done = slice_address(&table) + 64 * self.updates.len() as u64;
+        let done = last_word(&table);
         let mut terms = alloc_uninit::<f64>(device, self.updates.len())?;
         let (before, total) = (before.map_or(0, slice_address), address(device, total, DType::F32)?);
         let blocks = grid(count(self.updates.len())?);

@@ -3,8 +3,7 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Result, Shape, Tensor};
 
-use super::launch::{address, count, device_of, empty, grid, launch};
-use super::rows::supports_all;
+use super::launch::{address, count, device_of, empty, grid, launch, supports_all};
 
 /// Whether these kernels take rows of `xs` at some places: f32 or bf16, on a CUDA device, neither empty.
 pub(crate) fn supports(places: &Tensor, xs: &Tensor) -> bool {

@@ -4,9 +4,10 @@
 use std::ops::Range;
 
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::cuda_backend::{gemm_reduced_precision_f32, CudaDevice, WrapErr};
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{bail, DType, Result, Shape, Tensor};
 
+use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, device_of, empty};
 
 /// A matrix to read: some rows and columns of a contiguous tensor, or their transpose.
@@ -47,13 +48,6 @@ impl<'a> Mat<'a> {
         match self.transposed {
             false => (self.rows.len(), self.columns.len()),
             true => (self.columns.len(), self.rows.len()),
-        }
-    }
-
-    fn operation(&self) -> sys::cublasOperation_t {
-        match self.transposed {
-            false => sys::cublasOperation_t::CUBLAS_OP_N,
-            true => sys::cublasOperation_t::CUBLAS_OP_T,
         }
     }
 
@@ -101,15 +95,11 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
         let (lhs, rhs) = (lhs.dims(), rhs.dims());
         bail!("gemm: {lhs:?} by {rhs:?} of {dtype:?} into {:?} of {out:?}", ys.dims());
     }
-    let (inputs, output) = (kind(dtype)?, kind(out)?);
+    let (inputs, output) = (data_type(dtype)?, data_type(out)?);
     let device = device_of(ys)?;
     let ((l, l_width), (r, r_width)) = (lhs.place(device)?, rhs.place(device)?);
     let (to, alpha) = (address(device, ys, out)?, alpha as f32);
     let (m, n, k) = (size(m)?, size(n)?, size(k)?);
-    let compute = match gemm_reduced_precision_f32() && dtype == DType::F32 {
-        true => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
-        false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-    };
     let blas = device.cublas_handle();
     device.cuda_stream().context().bind_to_thread().w()?;
     // SAFETY: `place` has checked that rows and columns lie in their tensors, and `fits` that they are what the product
@@ -118,8 +108,8 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
     unsafe {
         result::gemm_ex(
             *blas.handle(),
-            rhs.operation(),
-            lhs.operation(),
+            operation(rhs.transposed),
+            operation(lhs.transposed),
             n,
             m,
             k,
@@ -134,25 +124,11 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
             to as *mut _,
             output,
             n,
-            compute,
+            // Of bf16 always in single precision, as `product` says: candle has no such products, so that its switch
+            // for those of bf16, which `products` follows, does not ask about these.
+            compute_type(dtype),
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     }
     .w()
-}
-
-fn kind(dtype: DType) -> Result<sys::cudaDataType_t> {
-    match dtype {
-        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
-        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
-        other => bail!("gemm: expected f32 or bf16, got {other:?}"),
-    }
-}
-
-/// A size as cuBLAS counts it.
-fn size(n: usize) -> Result<i32> {
-    match i32::try_from(n) {
-        Ok(n) => Ok(n),
-        Err(_) => bail!("matrix products count to 2^31, got {n}"),
-    }
 }

@@ -41,7 +41,7 @@ static double lgamma_alone(double x) {
 #include "noise.cu"
 #include "gamma.cu"
 #include "blocks.cu"
-#include "rows.cu"
+#include "norm.cu"
 #include "draw.cu"
 #include "divergence.cu"
 #include "energy.cu"

@@ -166,6 +166,41 @@ pub(super) fn slice_address<T>(slice: &CudaSlice<T>) -> u64 {
     slice.device_ptr(slice.stream()).0
 }
 
+/// Two words of 32 bits as one of a table, as kernels take them apart.
+pub(super) fn packed(low: u32, high: u32) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// Where the last word of a table is, such as its counter of blocks, as [`address`].
+pub(super) fn last_word(table: &CudaSlice<u64>) -> u64 {
+    slice_address(table) + (size_of::<u64>() * (table.len() - 1)) as u64
+}
+
+/// Whether most kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
+pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    let mut tensors = tensors.into_iter().peekable();
+    let dtype = tensors.peek().map(|first| first.dtype());
+    tensors.all(|tensor| {
+        Some(tensor.dtype()) == dtype && supports(tensor.elem_count(), tensor.dtype(), tensor.device())
+    })
+}
+
+/// The same of one tensor, by what it is.
+pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
+    device.is_cuda() && (1..=MOST).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
+}
+
+/// Whether it is stored as bf16, as kernels are told.
+pub(super) fn narrow(tensor: &Tensor) -> u32 {
+    u32::from(tensor.dtype() == DType::BF16)
+}
+
+/// Whether there is a tensor, and where.
+pub(super) fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
+    let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
+    Ok((tensor.is_some().into(), place.unwrap_or(0)))
+}
+
 /// The elements of a storage that is contiguous under `layout`, on the device of the launch.
 ///
 /// # Errors

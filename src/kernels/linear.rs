@@ -4,13 +4,12 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Shape, Tensor};
 
-use super::launch::{address, count, device_of, empty, launch, some_rows, spread};
-use super::rows::narrow;
+use super::launch::{address, count, device_of, empty, launch, narrow, some_rows, spread};
 
 /// A tensor of `shape (.., dim)` whose every row is the bias `(dim)`.
 ///
 /// # Errors
-/// Unless the row kernels take the bias ([`super::rows::supports_all`]).
+/// Unless the kernels take the bias ([`super::supports_all`]).
 pub(crate) fn bias_rows(bias: &Tensor, shape: &Shape) -> Result<Tensor> {
     let (device, bias) = (device_of(bias)?, bias.contiguous()?);
     let ys = empty(device, shape, bias.dtype())?;

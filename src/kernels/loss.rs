@@ -2,8 +2,7 @@
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
-use super::launch::{address, count, device_of, empty, grid, launch};
-use super::rows::{narrow, supports_all};
+use super::launch::{address, count, device_of, empty, grid, launch, narrow, supports_all};
 
 /// The label of a row that is left out.
 pub(crate) const IGNORED: u32 = u32::MAX;

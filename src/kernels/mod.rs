@@ -9,6 +9,8 @@ pub(crate) mod activation;
 #[cfg(feature = "cuda")]
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
 pub(crate) mod divergence;
 #[cfg(feature = "cuda")]
 pub(crate) mod draws;
@@ -27,14 +29,16 @@ pub(crate) mod loss;
 #[cfg(feature = "cuda")]
 pub(crate) mod multi_tensor;
 #[cfg(feature = "cuda")]
-mod products;
+pub(crate) mod norm;
 #[cfg(feature = "cuda")]
-pub(crate) mod rows;
+mod products;
 #[cfg(all(test, unix))]
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{alloc_uninit, check, count, elements, launch, one_each, program, tensor};
+pub(crate) use launch::{
+    alloc_uninit, check, count, elements, launch, one_each, program, supports, supports_all, tensor,
+};
 
 /// All kernels, as one program.
 #[cfg(feature = "cuda")]
@@ -43,7 +47,7 @@ const SOURCE: &str = concat!(
     include_str!("noise.cu"),
     include_str!("gamma.cu"),
     include_str!("blocks.cu"),
-    include_str!("rows.cu"),
+    include_str!("norm.cu"),
     include_str!("draw.cu"),
     include_str!("divergence.cu"),
     include_str!("energy.cu"),

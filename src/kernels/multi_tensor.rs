@@ -4,7 +4,9 @@ use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, slice_address, THREADS};
+use super::launch::{
+    address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed, THREADS,
+};
 
 /// The most blocks of a tensor.
 const BLOCKS: u32 = 128;
@@ -51,9 +53,9 @@ pub(crate) fn adamw(updates: &[Update], factor: f64, betas: [f64; 2], eps: f64) 
                 }
                 table.push(address(device, tensor, DType::F32)?);
             }
-            let pair = |low: u32, high: f32| u64::from(low) | u64::from(high.to_bits()) << 32;
             let len = count(update.value.elem_count())?;
-            table.extend([pair(len, update.keep), pair(update.rate.to_bits(), update.inverse)]);
+            table.push(packed(len, update.keep.to_bits()));
+            table.push(packed(update.rate.to_bits(), update.inverse.to_bits()));
         }
         let config = rows(updates.iter().map(|update| &update.value))?;
         let table = device.clone_htod(&table)?;
@@ -81,7 +83,7 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
         let config = rows(tensors.iter().copied().copied())?;
         let shares = config.grid_dim.0 as usize * tensors.len();
         let table = device.clone_htod(&table)?;
-        let done = slice_address(&table) + 16 * tensors.len() as u64;
+        let done = last_word(&table);
         let (mut sums, mut total) = (alloc_uninit::<f64>(device, shares)?, alloc_uninit::<f64>(device, 1)?);
         launch!(device; config; sums_of_squares(&table, &mut sums, &done, &mut total));
         totals.push((device, total));

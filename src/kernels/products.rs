@@ -6,11 +6,10 @@ use std::borrow::Borrow;
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
-use candle_core::cuda_backend::{
-    gemm_reduced_precision_bf16, gemm_reduced_precision_f32, CudaDevice, WrapErr,
-};
+use candle_core::cuda_backend::{gemm_reduced_precision_bf16, CudaDevice, WrapErr};
 use candle_core::{bail, DType, Result, Tensor};
 
+use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, alloc_uninit, count, launch, one_each};
 
 /// The kernel's `MOST_LATTICES`.
@@ -198,16 +197,12 @@ impl Products<'_> {
     ) -> Result<()> {
         let (table, _order) = self.addresses.device_ptr(self.addresses.stream());
         let at = |(_, first): (Operand, usize)| (table + 8 * first as u64) as *const *const std::ffi::c_void;
-        let transposed = |(operand, _): (Operand, usize)| match operand.transposed {
-            true => sys::cublasOperation_t::CUBLAS_OP_T,
-            false => sys::cublasOperation_t::CUBLAS_OP_N,
-        };
         let (alpha, blas) = (1f32, self.device.cublas_handle());
         let status = unsafe {
             sys::cublasGemmBatchedEx(
                 *blas.handle(),
-                transposed(a),
-                transposed(b),
+                operation(a.0.transposed),
+                operation(b.0.transposed),
                 size(m)?,
                 size(n)?,
                 size(k)?,
@@ -223,7 +218,7 @@ impl Products<'_> {
                 data_type(c.0.dtype)?,
                 size(c.0.row)?,
                 size(len)?,
-                compute_type(a.0.dtype),
+                candles_compute_type(a.0.dtype),
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
             )
         };
@@ -231,28 +226,13 @@ impl Products<'_> {
     }
 }
 
-fn size(n: usize) -> Result<i32> {
-    match i32::try_from(n) {
-        Ok(n) => Ok(n),
-        Err(_) => bail!("cuBLAS counts to 2^31, got {n}"),
-    }
-}
-
-fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
+/// What candle's own products of this dtype are computed in: these stand in their place, and follow candle's switch for
+/// bf16 as well. `gemm` has products that candle lacks, and does not.
+fn candles_compute_type(dtype: DType) -> sys::cublasComputeType_t {
     match dtype {
-        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
-        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
-        other => bail!("batches of products are in f32 or bf16, got {other:?}"),
-    }
-}
-
-/// What candle's own products of this dtype compute in.
-fn compute_type(dtype: DType) -> sys::cublasComputeType_t {
-    match dtype {
-        DType::F32 if gemm_reduced_precision_f32() => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         DType::BF16 if gemm_reduced_precision_bf16() => {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF
         }
-        _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        other => compute_type(other),
     }
 }

@@ -9,8 +9,8 @@ use crate::error::Result;
 /// The most rows of a bin whose number of right ones has its law counted out; beyond, it is normal.
 const EXACT: usize = 1024;
 
-/// The ECE (as [`super::ece`]) that is to be expected of these predictions if they are calibrated: if every
-/// row is right with its top probability, independently of the others.
+/// The ECE (as [`super::ece`]) to expect of these predictions if they are calibrated: if every row is right with its
+/// top probability, independently of the others.
 ///
 /// ```text
 /// floor = sum_b E|K_b - sum_(n in b) p_n| / N,   K_b the sum of Bernoulli(p_n)
@@ -39,8 +39,8 @@ pub fn ece_floor(probabilities: &[Vec<f64>]) -> Result<f64> {
 /// ```
 ///
 /// a is a bin's accuracy, c its mean top probability; the bins are those of [`super::ece`]. The expectation is
-/// in closed form, where the authors' code draws. It may be negative, as what has little bias must be where
-/// the truth is 0. Of a bin whose gap has the standard error s, the bias is 0.47 s where there is no gap (0.80 s
+/// in closed form, where the authors' code draws. It may be negative, as an estimate with little bias must be
+/// where the truth is 0. Of a bin whose gap has the standard error s, the bias is 0.47 s where there is no gap (0.80 s
 /// without the correction), goes too far by 0.09 s at a gap of 1.4 s, and is nothing from 3 s on.
 ///
 /// # Errors
@@ -55,7 +55,8 @@ pub fn ece_debiased(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     Ok(bins.debiased())
 }
 
-/// The bin of a top probability: (low, high], of equal width.
+/// The bin of a top probability: (low, high], of equal width. Bounds are compared and not multiplied with, so that
+/// rounding moves no row over one.
 pub(crate) fn confidence_bin(top: f64) -> usize {
     (1..ECE_BINS).filter(|k| top > *k as f64 / ECE_BINS as f64).count()
 }

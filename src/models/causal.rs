@@ -104,13 +104,13 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     ///
     /// # Shapes
     /// - `hidden`: `(n, hidden)`
-    /// - `targets`: `(n)` of i64; -100 is left out
+    /// - `targets`: `(n)` of i64; [`ops::IGNORED_LABEL`] is left out
     /// - output: a scalar, of a base of half width in f32
     ///
     /// # Errors
     /// As [`Self::head`] and [`ops::cross_entropy`].
     fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        ops::cross_entropy(&self.head(hidden, cx)?, targets, -100, cx.path)
+        ops::cross_entropy(&self.head(hidden, cx)?, targets, ops::IGNORED_LABEL, cx.path)
     }
 
     /// The logits at every position, `(b, t, vocab)`: [`Self::hidden`] and [`Self::head`].

@@ -25,7 +25,7 @@ impl DecoderConfig {
             Self::from_value(files.config()?).map_err(|e| Error::format(config, e.to_string()))?;
         let Some(path) = files.file("generation_config.json")? else { return Ok(config) };
         let Generation { eos_token_id } = json::parse(json::read_config(&path)?, &path)?;
-        let mut ends = config.eos_token_ids();
+        let mut ends = config.eos_token_ids.clone();
         let more = match eos_token_id {
             None => return Ok(config),
             Some(LlamaEosToks::Single(id)) => vec![id],
@@ -63,7 +63,7 @@ mod tests {
         let none = std::collections::HashMap::<String, candle_core::Tensor>::new();
         candle_core::safetensors::save(&none, at("model.safetensors"))?;
         let files = ModelFiles::locate(dir.path().to_str().unwrap(), None)?;
-        let ends = || DecoderConfig::from_files(&files).map(|config| config.eos_token_ids());
+        let ends = || DecoderConfig::from_files(&files).map(|config| config.eos_token_ids);
         assert_eq!(ends()?, [11, 12]);
         for (generation, expected) in [
             (json!({"eos_token_id": [13, 11]}), vec![11, 12, 13]),

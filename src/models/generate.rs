@@ -14,7 +14,7 @@ pub use sampling::Sampling;
 
 /// Which of the posterior's weights predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Weights {
+pub enum PosteriorWeights {
     /// The posterior mean.
     Mean,
     /// Posterior draw number `.0`: the same weights for the whole text.
@@ -23,7 +23,7 @@ pub enum Weights {
     Average(usize),
 }
 
-impl Weights {
+impl PosteriorWeights {
     /// The passes whose probabilities are averaged.
     pub fn passes(&self) -> Vec<Pass> {
         match *self {
@@ -49,7 +49,7 @@ pub struct GenerateConfig {
     /// The tokens that end a text; they are not part of it.
     pub stop: Vec<u32>,
     /// Which weights predict.
-    pub weights: Weights,
+    pub weights: PosteriorWeights,
 }
 
 impl Default for GenerateConfig {
@@ -60,14 +60,14 @@ impl Default for GenerateConfig {
             seed: 0,
             first_row: 0,
             stop: Vec::new(),
-            weights: Weights::Mean,
+            weights: PosteriorWeights::Mean,
         }
     }
 }
 
 impl GenerateConfig {
     fn validate(&self) -> Result<()> {
-        if self.weights == Weights::Average(0) {
+        if self.weights == PosteriorWeights::Average(0) {
             return Err(Error::config("weights", "an average wants at least one draw"));
         }
         self.sampling.validate()

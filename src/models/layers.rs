@@ -50,7 +50,7 @@ pub fn adaptable_linear_of(
     Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, has_bias)?))
 }
 
-/// Fetches an RMS norm, `weight` (dim), which multiplies by itself or, with `offset`, by one more than itself.
+/// Fetches an RMS norm, `weight` (dim), by which rows are multiplied or, with `offset`, by one plus it.
 ///
 /// # Errors
 /// As [`linear`].

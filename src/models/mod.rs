@@ -6,6 +6,7 @@
 //! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+mod checks;
 pub mod deberta;
 pub mod decoder;
 pub mod distilbert;
@@ -17,6 +18,7 @@ pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;
 mod placement;
+pub(crate) mod post_processor;
 mod quantize;
 pub mod roberta;
 mod rotary_table;

@@ -72,9 +72,9 @@ pub trait Transfer: fmt::Debug + Send + Sync {
 pub struct Crossing {
     /// The number of the place where the tensor is.
     pub from: usize,
-    /// The number of the one where it is to be.
+    /// The number of the place that it is copied to.
     pub to: usize,
-    /// The device of that.
+    /// The device of the place [`Self::to`].
     pub device: Device,
     /// Whether the tensor is a gradient on its way back.
     pub is_gradient: bool,

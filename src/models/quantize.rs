@@ -34,10 +34,10 @@ const PIECE: usize = 1 << 18;
 
 /// To which kind of blocks a model's matrices are quantised as it is loaded.
 ///
-/// Linear layers become of this kind; embedding and head are more sensitive and become Q6K, or Q8_0 where the layers
-/// are. A matrix whose rows no block of its kind divides (256 numbers of the kinds in K) becomes of the nearest kind
-/// with blocks of 32, as llama.cpp does; one whose rows these do not divide either stays as it is. Both are said in
-/// the log. What is no matrix of a layer, an embedding or a head (norms, biases, task heads) is never quantised.
+/// Linear layers are stored as this kind; embedding and head are more sensitive and are stored as Q6K, or as Q8_0 where
+/// the layers are. A matrix whose rows no block of its kind divides (256 numbers of the kinds in K) is stored as the
+/// nearest kind with blocks of 32, as llama.cpp does; one whose rows these do not divide either stays as it is. The log
+/// names both. What is no matrix of a layer, an embedding or a head (norms, biases, task heads) is never quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quantization(GgmlDType);
 

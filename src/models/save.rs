@@ -1,49 +1,32 @@
 //! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
 
+mod companions;
 mod gguf;
 mod parts;
+mod shards;
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
-use safetensors::View;
-use serde_json::{json, Value};
+use serde_json::Value;
 
 use super::hub::ModelFiles;
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::util::files;
 
+use companions::copy;
+pub(crate) use companions::copy_companions;
 pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
 pub(crate) use parts::Parts;
+use shards::{write_shards, Entry, Failure};
 
 /// The largest shard that Hugging Face writes by default.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
-
-/// What a folder may hold beside its configuration and its weights.
-const COMPANIONS: [&str; 15] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 
 /// Writes the folder `dir`: the checkpoint `source` with each adapted layer replaced by what its
 /// weight and its active adapter's mean amount to, the weights of `params` that were trained
@@ -167,101 +150,12 @@ fn check_free(dir: &Path) -> Result<()> {
     }
 }
 
-/// Copies the files that make a checkpoint's folder usable beside its configuration and weights (the
-/// tokenizer's, the generation settings) into the folder `dir`, those that `files` has. Where there
-/// is no tokenizer among them, a warning says so: a local folder may have been made without one, and
-/// offline a hub's cache may lack it.
-///
-/// # Errors
-/// If the hub fails to give one, half of a byte-pair tokenizer is missing, or a file cannot be read
-/// or written; the error names it.
-pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
-    let mut copied = Vec::new();
-    for name in COMPANIONS {
-        if let Some(file) = files.file(name)? {
-            copy(&file, &dir.join(name))?;
-            copied.push(name);
-        }
-    }
-    let has = |name| copied.contains(&name);
-    let whole = ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"];
-    if whole.into_iter().any(has) {
-        return Ok(());
-    }
-    if has("vocab.json") != has("merges.txt") {
-        let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
-        let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
-        return Err(Error::format(files.config_path().with_file_name(lacking), reason));
-    }
-    if !has("vocab.json") {
-        tracing::warn!("{}: there is no tokenizer.json beside it", files.config_path().display());
-    }
-    Ok(())
-}
-
 /// Takes an unfinished folder away.
 struct Remove(PathBuf);
 
 impl Drop for Remove {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).ok();
-    }
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let bytes = fs::read(from).map_err(Error::io(from))?;
-    files::write(to, &bytes)
-}
-
-/// One tensor of the folder: as it is in the source, or made when it is written.
-enum Entry<'a> {
-    Source(TensorView<'a>),
-    Made { make: Box<dyn Fn() -> Result<Tensor> + 'a>, dtype: DType, shape: Vec<usize>, failure: &'a Failure },
-}
-
-impl<'a> Entry<'a> {
-    fn trained(tensor: Tensor, dtype: DType, failure: &'a Failure) -> Self {
-        let shape = tensor.dims().to_vec();
-        Self::Made { make: Box::new(move || Ok(tensor.clone())), dtype, shape, failure }
-    }
-}
-
-/// The first error of a tensor that is made while it is written: a view cannot return one.
-type Failure = Mutex<Option<Error>>;
-
-impl View for &Entry<'_> {
-    fn dtype(&self) -> Dtype {
-        match self {
-            Entry::Source(view) => view.dtype(),
-            Entry::Made { dtype, .. } => (*dtype).into(),
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        match self {
-            Entry::Source(view) => view.shape(),
-            Entry::Made { shape, .. } => shape,
-        }
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        match self {
-            Entry::Source(view) => Cow::Borrowed(view.data()),
-            Entry::Made { make, dtype, failure, .. } => match make().and_then(|t| Ok(t.to_dtype(*dtype)?)) {
-                Ok(tensor) => Cow::Owned(View::data(&tensor).into_owned()),
-                Err(error) => {
-                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    Cow::Owned(vec![0; self.data_len()])
-                }
-            },
-        }
-    }
-
-    fn data_len(&self) -> usize {
-        match self {
-            Entry::Source(view) => view.data().len(),
-            Entry::Made { dtype, shape, .. } => shape.iter().product::<usize>() * dtype.size_in_bytes(),
-        }
     }
 }
 
@@ -390,45 +284,4 @@ fn plan<'a>(
         (name, Entry::trained(tensor, dtype, failure))
     }));
     Ok(entries)
-}
-
-/// `model.safetensors`, or shards with their index.
-fn write_shards(
-    entries: &BTreeMap<String, Entry>,
-    dir: &Path,
-    max_bytes: usize,
-    failure: &Failure,
-) -> Result<()> {
-    let (mut shards, mut room, mut total) = (Vec::<Vec<(&String, &Entry)>>::new(), 0, 0);
-    for (name, entry) in entries {
-        let bytes = entry.data_len();
-        total += bytes;
-        match shards.last_mut() {
-            Some(shard) if bytes <= room => {
-                shard.push((name, entry));
-                room -= bytes;
-            }
-            _ => {
-                shards.push(vec![(name, entry)]);
-                room = max_bytes.saturating_sub(bytes);
-            }
-        }
-    }
-    let (count, mut places) = (shards.len(), BTreeMap::new());
-    for (i, shard) in shards.into_iter().enumerate() {
-        let file = match count {
-            1 => "model.safetensors".to_string(),
-            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-        };
-        places.extend(shard.iter().map(|(name, _)| (name.to_string(), file.clone())));
-        files::write_safetensors(&dir.join(&file), shard)?;
-        if let Some(error) = failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            return Err(error);
-        }
-    }
-    if count > 1 {
-        let index = json!({ "metadata": { "total_size": total }, "weight_map": places });
-        files::write_json(&dir.join("model.safetensors.index.json"), &index)?;
-    }
-    Ok(())
 }

@@ -20,6 +20,10 @@ use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
 
+/// The layers whose weight has a row for each output ([`SequenceConfig::output_tensors`]): RoBERTa's and ELECTRA's, the
+/// other encoders', the decoders'.
+pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
+
 impl SequenceClassifier for RobertaForSequenceClassification {
     fn logits(
         &self,
@@ -275,11 +279,11 @@ impl SequenceConfig {
     /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
     /// the same token, unless a text itself ends in the padding (where the tokenizer appends EOS and
     /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
-    /// yet another token, to which `pad_token_id` is to be set then.
+    /// yet another token, to which `pad_token_id` must be set then.
     pub fn to_json(&self) -> Value {
         let (class, pad) = match &self.architecture {
             Architecture::Decoder(config) => {
-                let pad = config.pad_token_id.or_else(|| config.eos_token_ids().first().copied());
+                let pad = config.pad_token_id.or_else(|| config.eos_token_ids.first().copied());
                 (config.class_name("ForSequenceClassification"), pad)
             }
             Architecture::Roberta(config) => {

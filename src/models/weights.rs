@@ -35,14 +35,14 @@ pub struct Wanted<'a> {
     pub init: Init,
     /// The dtype that its rows stand for.
     pub dtype: DType,
-    /// Where it is to lie.
+    /// The device to put it on.
     pub device: &'a Device,
 }
 
 /// A `VarBuilder` with, perhaps, a source of quantised matrices beside it, both at one place among the names.
 ///
-/// It is a `VarBuilder` to whoever fetches other tensors or asks whether one is there, so that the builder knows every
-/// name; a builder alone is one without such a source (`.into()`).
+/// It dereferences to the `VarBuilder`, which must know every name, to fetch other tensors and to ask whether one is
+/// there; a builder alone is one without such a source (`.into()`).
 #[derive(Clone)]
 pub struct Weights<'a> {
     builder: VarBuilder<'a>,
@@ -56,8 +56,8 @@ impl<'a> Weights<'a> {
         Self { builder, quantized: Some(quantized), placement: None }
     }
 
-    /// The same for a model whose layers lie on several devices; a decoder alone asks for it. Whatever is no layer lies
-    /// where the builder puts it, which is to be on the placement's first device.
+    /// The same for a model whose layers lie on several devices; a decoder alone asks for it. What is no layer lies where
+    /// the builder puts it, which must be the placement's first device.
     pub fn placed(self, placement: &Placement) -> Self {
         Self { placement: Some(placement.clone()), ..self }
     }
@@ -87,7 +87,7 @@ impl<'a> Weights<'a> {
         Self { builder: self.builder.clone().set_device(device.clone()), ..self.clone() }
     }
 
-    /// The builder, for whoever trains the weights themselves.
+    /// The builder alone, to train the weights themselves.
     ///
     /// # Errors
     /// If matrices are quantised.

@@ -15,7 +15,7 @@ use crate::dist::wishart;
 /// The noise of one layer's draws, a block of `len` consecutive indices at a time.
 ///
 /// It is for devices to which noise comes from the host: one round of copies for `len` draws. CUDA
-/// devices make the default draws' noise by themselves and never ask it. On the CPU a draw from its
+/// devices make the default draws' noise themselves and never use it. On the CPU a draw from its
 /// address is as fast or faster (8 x 768, N = 4: collapsed 18 us, with a buffer of 15 21 us; explicit 39
 /// and 52 us, at N = 64 0.49 and 1.4 ms) and keeps nothing, so layers there start without one;
 /// [`Self::resize`] gives them one all the same. A thread that prepares blocks ahead
@@ -50,7 +50,7 @@ impl SampleBuffer {
         Self { spec, streams, size, byte_cap, block: Mutex::new(None) }
     }
 
-    /// What its noise looks like.
+    /// The specification of its noise.
     pub fn spec(&self) -> &DrawSpec {
         &self.spec
     }

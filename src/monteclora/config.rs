@@ -75,7 +75,7 @@ pub struct MonteCLoRAConfig {
     /// ([`SampleBuffer`](super::buffer::SampleBuffer)).
     pub buffer_size: usize,
     /// The most bytes of noise a layer keeps, whatever `buffer_size` says. `None`: no limit for a
-    /// layer by itself; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the
+    /// standalone layer; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the
     /// base's bytes, all of them together.
     pub buffer_bytes: Option<usize>,
     /// How the concentration a starts.

@@ -32,6 +32,6 @@ pub use posterior::Posterior;
 #[cfg(feature = "train")]
 pub(crate) use regularizer::training_rows;
 pub use regularizer::{Regularizer, RegularizerTerms};
-pub use released::{Released, Walk};
+pub use released::{Released, ReleasedWalk};
 pub use scaler::SampleScaler;
 pub use schedule::ScalerSchedule;

@@ -15,7 +15,7 @@ use crate::dist::wishart::fill_bartlett;
 use crate::noise::{Noise, Purpose, Stream};
 use crate::util::dtype::to_dtype_device;
 
-/// What a layer's draws look like: the configuration, and where and how wide the layer is.
+/// What describes a layer's draws: the configuration, and the layer's device and width.
 #[derive(Debug, Clone)]
 pub struct DrawSpec {
     /// The options; its rank, components, degrees of freedom, covariance, estimator and mixture shape the

@@ -1,7 +1,7 @@
 //! PEFT 0.20/0.21's numbers where they differ from the mathematics: all of [`Compat::Peft`](super::Compat::Peft).
 //!
 //! PEFT clips drawn variances and the variances of the weights' logits, adds the second term of eq. 12
-//! where it is to be subtracted, and multiplies eq. 10 by N. These are its numbers on purpose, to
+//! where it should be subtracted, and multiplies eq. 10 by N. These are its numbers on purpose, to
 //! continue a run that it began and to be compared with it.
 
 use candle_core::{Result, Tensor, D};

@@ -114,7 +114,7 @@ impl Posterior {
             && (&spec.config, spec.in_dim) == (&others.config, others.in_dim)
     }
 
-    /// What a draw looks like.
+    /// The shape and the options of its draws.
     pub fn spec(&self) -> &DrawSpec {
         &self.spec
     }

@@ -132,9 +132,7 @@ impl Regularizer {
     ) -> Result<RegularizerTerms> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
-            let adapter =
-                layer.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
-            layers.extend(adapter.map(|adapter| Layer::of(adapter, cx)));
+            layers.extend(layer.active_as::<MonteCLoRA>().map(|adapter| Layer::of(adapter, cx)));
             Ok(())
         })?;
         self.at(&layers, self.draws(&layers, cx)?, rows, cx.tape())

@@ -9,7 +9,7 @@
 //! There, each training forward puts a new parameter `A + eps sum_k pi_k (eps F Z_k)` in A's place. So the
 //! optimiser, which holds the old one, never moves A: what it walks is `mu <- W`, the last line of algorithm 1;
 //! the scaler counts twice; and no gradient of the task reaches rho and c, which learn from the regulariser
-//! alone. A forward pass changes no state here: [`Walk`] takes the steps between two forward passes, once for each
+//! alone. A forward pass changes no state here: [`ReleasedWalk`] takes the steps between two forward passes, once for each
 //! step of the optimiser (there for each micro-batch), and the draw is that of the step's number less one. A
 //! checkpoint holds the walk, which is the present A.
 
@@ -89,13 +89,13 @@ impl Adapter for Released {
 
 /// The random walk of a model's [`Released`] layers, and their regulariser.
 #[derive(Debug)]
-pub struct Walk {
+pub struct ReleasedWalk {
     layers: Vec<(String, Posterior)>,
     regularizer: Regularizer,
     params: Params,
 }
 
-impl Walk {
+impl ReleasedWalk {
     /// That of the active layers of `model`, whose parameters are in `params`.
     ///
     /// # Errors
@@ -103,7 +103,7 @@ impl Walk {
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
-            let adapter = layer.active().and_then(|(_, a)| a.as_any().downcast_ref::<Released>());
+            let adapter = layer.active_as::<Released>();
             layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
             Ok(())
         })?;

@@ -136,10 +136,7 @@ impl SampleScaler {
 
 /// Calls `f` on every active MonteCLoRA layer.
 fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&MonteCLoRA) -> Result<()>) -> Result<()> {
-    model.visit_linears(&mut |layer| match layer.active() {
-        Some((_, adapter)) => adapter.as_any().downcast_ref::<MonteCLoRA>().map_or(Ok(()), &mut *f),
-        None => Ok(()),
-    })
+    model.visit_linears(&mut |layer| layer.active_as::<MonteCLoRA>().map_or(Ok(()), &mut *f))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::host::{dense, map, map2, map3, tensor, Host};
 use super::path::OpPath;
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
-use crate::kernels::{activation as kernel, rows::supports_all};
+use crate::kernels::{activation as kernel, supports_all};
 use crate::util::dtype::wide;
 
 /// The exact (erf) GELU, `x Phi(x)`.
@@ -77,6 +77,39 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
                 let [gate, up] = &call.args;
                 let [dgate, dup] = silu_mul_gradients(kernels, gate, up, &call.grad)?;
                 Ok([Some(dgate), Some(dup)])
+            })
+        }
+    }
+}
+
+/// `gelu(gate) * up` with the tanh approximation of GELU, as in Gemma's feed-forward block: one node, one pass each way,
+/// nothing kept but its two arguments.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gelu_tanh_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
+    match path.on(&[gate, up]) {
+        OpPath::Reference => reference::gelu_tanh(gate)? * up,
+        OpPath::Fused if gate.dims() == up.dims() => {
+            let (g, u) = (dense(gate)?, dense(up)?);
+            let y = tensor(map2(&Host::of(&g)?, &Host::of(&u)?, |g, u| vmath::gelu_tanh(g).0 * u), g.dims())?;
+            custom_vjp("gelu-tanh-mul", [gate, up], y, |call| {
+                let [gate, up] = &call.args;
+                let (g, u, d) = (dense(gate)?, dense(up)?, dense(&call.grad)?);
+                let (g, u, d) = (Host::of(&g)?, Host::of(&u)?, Host::of(&d)?);
+                let dgate = || tensor(map3(&g, &u, &d, |g, u, d| vmath::gelu_tanh(g).1 * u * d), gate.dims());
+                let dup = || tensor(map2(&g, &d, |g, d| vmath::gelu_tanh(g).0 * d), up.dims());
+                Ok([call.needs[0].then(dgate).transpose()?, call.needs[1].then(dup).transpose()?])
+            })
+        }
+        _ => {
+            let dtype = wide(gate.dtype());
+            let y = (gelu_tanh_value(&gate.detach().to_dtype(dtype)?)? * up.detach().to_dtype(dtype)?)?;
+            custom_vjp("gelu-tanh-mul", [gate, up], y.to_dtype(gate.dtype())?, move |call| {
+                let [gate, up] = &call.args;
+                let (g, d) = (gate.to_dtype(dtype)?, call.grad.to_dtype(dtype)?);
+                let dgate = ((gelu_tanh_slope(&g)? * up.to_dtype(dtype)?)? * &d)?.to_dtype(gate.dtype())?;
+                Ok([Some(dgate), Some((gelu_tanh_value(&g)? * d)?.to_dtype(up.dtype())?)])
             })
         }
     }
@@ -173,4 +206,26 @@ fn silu_slope(xs: &Tensor) -> Result<Tensor> {
     let s = (xs.neg()?.exp()? + 1.0)?.recip()?;
     let inner = ((xs * (1.0 - &s)?)? + 1.0)?;
     s * inner
+}
+
+/// The tanh GELU in a wide dtype.
+fn gelu_tanh_value(x: &Tensor) -> Result<Tensor> {
+    x * gelu_tanh_share(x)?
+}
+
+/// The share of x that the tanh GELU lets through: the logistic function of twice the tangent's argument.
+fn gelu_tanh_share(x: &Tensor) -> Result<Tensor> {
+    let twice = (x
+        * (x.sqr()? * (2.0 * vmath::GELU_SLOPE * vmath::GELU_CUBE))?
+            .affine(1.0, 2.0 * vmath::GELU_SLOPE)?)?;
+    (twice.neg()?.exp()? + 1.0)?.recip()
+}
+
+/// The derivative of the tanh GELU, `s + x s (1 - s) u'` with s the share and u the argument of the logistic function.
+fn gelu_tanh_slope(x: &Tensor) -> Result<Tensor> {
+    let s = gelu_tanh_share(x)?;
+    let inner =
+        (x.sqr()? * (6.0 * vmath::GELU_SLOPE * vmath::GELU_CUBE))?.affine(1.0, 2.0 * vmath::GELU_SLOPE)?;
+    let steep = ((x * &s)? * s.affine(-1.0, 1.0)?)?;
+    s + (steep * inner)?
 }

@@ -6,6 +6,7 @@ use candle_core::{bail, Result, Tensor, D};
 
 use super::attention_fused as fused;
 use super::attention_mask::{visible, Mask, Scores, Shape};
+use super::attention_softmax::Softmax;
 use super::custom_vjp::custom_vjp;
 use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
@@ -105,7 +106,8 @@ pub fn attention(
             let visible = visible(&shape, mask, device)?;
             let kind = (&probabilities, wide(q.dtype()), device);
             let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
-            let core = Composed { shape, scores, visible, dropout: dropout.map(plan).transpose()? };
+            let softmax = Softmax { visible, dropout: dropout.map(plan).transpose()? };
+            let core = Composed { shape, scores, softmax };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -148,8 +150,7 @@ fn on_device(
 struct Composed {
     shape: Shape,
     scores: Scores,
-    visible: Option<Tensor>,
-    dropout: Option<DropoutPlan>,
+    softmax: Softmax,
 }
 
 impl Composed {
@@ -178,46 +179,15 @@ impl Composed {
         }
     }
 
-    /// The same, those of hidden keys very small.
-    fn seen(&self, scores: Tensor) -> Result<Tensor> {
-        match &self.visible {
-            Some(visible) => {
-                let hidden =
-                    Tensor::full(-1e30f32, scores.dims(), scores.device())?.to_dtype(scores.dtype())?;
-                visible.broadcast_as(scores.dims())?.contiguous()?.where_cond(&scores, &hidden)
-            }
-            None => Ok(scores),
-        }
-    }
-
-    /// Zero where hidden: a row without a visible key would otherwise be uniform.
-    fn hide(&self, p: Tensor) -> Result<Tensor> {
-        match &self.visible {
-            Some(visible) => p.broadcast_mul(&visible.to_dtype(p.dtype())?),
-            None => Ok(p),
-        }
-    }
-
-    fn drop(&self, p: &Tensor) -> Result<Tensor> {
-        match &self.dropout {
-            Some(plan) => plan.apply(p),
-            None => Ok(p.clone()),
-        }
-    }
-
     /// The output and the logarithm of each row's sum, (b, heads, tq, 1).
     fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Shape { tq, tk, .. } = self.shape;
         let group = self.shape.group();
         let (q, k, v) = (self.split(q, tq, group)?, self.split(k, tk, 1)?, self.split(v, tk, 1)?);
-        let scores = self.seen(self.scores(&q, &k)?)?;
-        let max = scores.max_keepdim(D::Minus1)?;
-        let e = self.hide(scores.broadcast_sub(&max)?.exp()?)?;
-        let sum = e.sum_keepdim(D::Minus1)?;
-        let sum = (&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?;
-        let p = self.drop(&e.broadcast_div(&sum)?)?.to_dtype(v.dtype())?;
+        let (p, log_sums) = self.softmax.of(self.scores(&q, &k)?)?;
+        let p = self.softmax.drop(&p)?.to_dtype(v.dtype())?;
         let y = self.stack(&p)?.matmul(&v)?;
-        Ok((self.join(&y, tq, group)?, (sum.log()? + max)?))
+        Ok((self.join(&y, tq, group)?, log_sums))
     }
 
     /// (b, heads, tq, tk) as (b, kv_heads, group * tq, tk).
@@ -247,12 +217,12 @@ impl Composed {
         let dy = self.split(grad, tq, group)?;
         let scores = self.scores(&q, &k)?;
         let slope = self.scores.cap.map(|cap| (&scores / cap)?.sqr()?.affine(-1.0, 1.0)).transpose()?;
-        let p = self.hide(self.seen(scores)?.broadcast_sub(log_sums)?.exp()?)?;
-        let dropped = self.stack(&self.drop(&p)?.to_dtype(v.dtype())?)?;
+        let p = self.softmax.again(scores, log_sums)?;
+        let dropped = self.stack(&self.softmax.drop(&p)?.to_dtype(v.dtype())?)?;
         let dv = dropped.transpose(2, 3)?.contiguous()?.matmul(&dy)?;
         let dp =
             dy.matmul(&v.transpose(2, 3)?.contiguous()?)?.to_dtype(dtype)?.reshape((b, heads, tq, tk))?;
-        let mut ds = (self.drop(&dp)?.broadcast_sub(&along)? * p)?;
+        let mut ds = (self.softmax.drop(&dp)?.broadcast_sub(&along)? * p)?;
         if let Some(slope) = slope {
             ds = (ds * slope)?;
         }

@@ -118,7 +118,7 @@ impl Core {
         };
         let (y_task, sums_task) = ((group * tq * dim).max(1), (group * tq).max(1));
         y.par_chunks_mut(y_task).zip(log_sums.par_chunks_mut(sums_task)).enumerate().for_each(task);
-        Ok((tensor(self.join(&y, tq, n), (b, tq, n * dim))?, log_sums))
+        Ok((tensor(join(&y, tq, n, dim), (b, tq, n * dim))?, log_sums))
     }
 
     /// The gradients of q, k and v; see the composed core for the formulae.
@@ -208,9 +208,9 @@ impl Core {
         let (q_task, k_task) = ((group * tq * dim).max(1), (tk * dim).max(1));
         let pieces = dq.par_chunks_mut(q_task).zip(dk.par_chunks_mut(k_task)).zip(dv.par_chunks_mut(k_task));
         pieces.enumerate().for_each(|(i, ((dq, dk), dv))| task(i, dq, dk, dv));
-        let dq = tensor(self.join(&dq, tq, n), (b, tq, n * dim))?;
-        let dk = tensor(self.join(&dk, tk, kv_heads), (b, tk, kv_heads * dim))?;
-        let dv = tensor(self.join(&dv, tk, kv_heads), (b, tk, kv_heads * dim))?;
+        let dq = tensor(join(&dq, tq, n, dim), (b, tq, n * dim))?;
+        let dk = tensor(join(&dk, tk, kv_heads, dim), (b, tk, kv_heads * dim))?;
+        let dv = tensor(join(&dv, tk, kv_heads, dim), (b, tk, kv_heads * dim))?;
         Ok([Some(dq), Some(dk), Some(dv)])
     }
 
@@ -260,22 +260,21 @@ impl Core {
             }
         }
     }
+}
 
-    /// (b, n, t, dim) as (b, t, n * dim).
-    fn join(&self, x: &[f32], t: usize, n: usize) -> Vec<f32> {
-        let dim = self.shape.dim;
-        let mut out = vec![0f32; x.len()];
-        for_rows(&mut out, n * dim, |first, out| {
-            for (i, out) in out.chunks_exact_mut(n * dim).enumerate() {
-                let (batch, row) = ((first + i) / t, (first + i) % t);
-                for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                    let start = ((batch * n + head) * t + row) * dim;
-                    out.copy_from_slice(&x[start..start + dim]);
-                }
+/// (.., n, t, dim) as (.., t, n * dim).
+pub(super) fn join(x: &[f32], t: usize, n: usize, dim: usize) -> Vec<f32> {
+    let mut out = vec![0f32; x.len()];
+    for_rows(&mut out, n * dim, |first, out| {
+        for (i, out) in out.chunks_exact_mut(n * dim).enumerate() {
+            let (batch, row) = ((first + i) / t, (first + i) % t);
+            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                let start = ((batch * n + head) * t + row) * dim;
+                out.copy_from_slice(&x[start..start + dim]);
             }
-        });
-        out
-    }
+        }
+    });
+    out
 }
 
 /// Softmax in place; returns the logarithm of the sum. A row that sees nothing becomes zero, and its

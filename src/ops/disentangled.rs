@@ -3,6 +3,7 @@
 use candle_core::{bail, Result, Tensor, D};
 
 use super::attention_mask::{visible, Mask, Shape};
+use super::attention_softmax::Softmax;
 use super::custom_vjp::custom_vjp;
 use super::disentangled_fused as fused;
 use super::disentangled_shape::{spread, Positioned};
@@ -78,8 +79,10 @@ pub fn disentangled_attention(
             let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
             let core = Composed {
                 index: shape.index(rows, q)?,
-                visible: visible(&shape.content, &mask, q.device())?,
-                dropout: dropout.map(plan).transpose()?,
+                softmax: Softmax {
+                    visible: visible(&shape.content, &mask, q.device())?,
+                    dropout: dropout.map(plan).transpose()?,
+                },
                 shape,
                 scale,
             };
@@ -96,8 +99,7 @@ struct Composed {
     shape: Positioned,
     index: Tensor, // (tq, tk)
     scale: f64,
-    visible: Option<Tensor>,
-    dropout: Option<DropoutPlan>,
+    softmax: Softmax,
 }
 
 /// Queries and keys as heads, and their positions.
@@ -121,44 +123,22 @@ impl Composed {
         Ok([spread(&self.index, b, heads)?, spread(&self.index.t()?, b, heads)?])
     }
 
-    /// The scaled scores in the wide dtype, (b, heads, tq, tk), hidden ones very small.
+    /// The scaled scores in the wide dtype, (b, heads, tq, tk), of hidden keys too.
     fn scores(&self, split: &Split, [by_query, by_key]: &[Tensor; 2]) -> Result<Tensor> {
         let dtype = wide(split.q.dtype());
         let product = |a: &Tensor, b: &Tensor| a.matmul(&b.transpose(2, 3)?.contiguous()?)?.to_dtype(dtype);
         let scores = product(&split.q, &split.k)?;
         let scores = (scores + product(&split.q, &split.pk)?.gather(by_query, 3)?)?;
         let scores = (scores + product(&split.k, &split.pq)?.gather(by_key, 3)?.transpose(2, 3)?)?;
-        let scores = (scores * self.scale)?;
-        let Some(visible) = &self.visible else { return Ok(scores) };
-        let hidden = Tensor::full(-1e30f32, scores.dims(), scores.device())?.to_dtype(dtype)?;
-        visible.broadcast_as(scores.dims())?.contiguous()?.where_cond(&scores, &hidden)
-    }
-
-    /// Zero where hidden: a row without a visible key would otherwise be uniform.
-    fn hide(&self, p: Tensor) -> Result<Tensor> {
-        match &self.visible {
-            Some(visible) => p.broadcast_mul(&visible.to_dtype(p.dtype())?),
-            None => Ok(p),
-        }
-    }
-
-    fn drop(&self, p: &Tensor) -> Result<Tensor> {
-        match &self.dropout {
-            Some(plan) => plan.apply(p),
-            None => Ok(p.clone()),
-        }
+        scores * self.scale
     }
 
     /// The output and the logarithm of each row's sum, (b, heads, tq, 1).
     fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let scores = self.scores(&self.split(q, k)?, &self.indices()?)?;
-        let max = scores.max_keepdim(D::Minus1)?;
-        let e = self.hide(scores.broadcast_sub(&max)?.exp()?)?;
-        let sum = e.sum_keepdim(D::Minus1)?;
-        let sum = (&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?;
-        let p = self.drop(&e.broadcast_div(&sum)?)?.to_dtype(v.dtype())?;
+        let (p, log_sums) = self.softmax.of(self.scores(&self.split(q, k)?, &self.indices()?)?)?;
+        let p = self.softmax.drop(&p)?.to_dtype(v.dtype())?;
         let y = p.matmul(&self.shape.split_values(v, self.shape.content.tk)?)?;
-        Ok((self.shape.join(&y)?, (sum.log()? + max)?))
+        Ok((self.shape.join(&y)?, log_sums))
     }
 
     /// With `P` the probabilities, `M` the dropout, `O` the output and `G_q`, `G_k` the slopes of the scores
@@ -178,11 +158,11 @@ impl Composed {
         let values = self.shape.split_values(v, tk)?;
         let (y, dy) = (self.shape.split_values(y, tq)?, self.shape.split_values(grad, tq)?);
         let along = (y.to_dtype(dtype)? * dy.to_dtype(dtype)?)?.sum_keepdim(D::Minus1)?;
-        let p = self.hide(self.scores(&split, &indices)?.broadcast_sub(log_sums)?.exp()?)?;
+        let p = self.softmax.again(self.scores(&split, &indices)?, log_sums)?;
         let t = |x: &Tensor| x.transpose(2, 3)?.contiguous();
-        let dv = t(&self.drop(&p)?.to_dtype(v.dtype())?)?.matmul(&dy)?;
+        let dv = t(&self.softmax.drop(&p)?.to_dtype(v.dtype())?)?.matmul(&dy)?;
         let dp = dy.matmul(&t(&values)?)?.to_dtype(dtype)?;
-        let ds = ((self.drop(&dp)?.broadcast_sub(&along)? * p)? * self.scale)?;
+        let ds = ((self.softmax.drop(&dp)?.broadcast_sub(&along)? * p)? * self.scale)?;
         let gathered = |rows: usize, index: &Tensor, ds: &Tensor| {
             let none = Tensor::zeros((b, heads, rows, m), dtype, ds.device())?;
             none.scatter_add(index, ds, 3)?.to_dtype(q.dtype())

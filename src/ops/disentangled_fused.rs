@@ -3,12 +3,12 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::attention_fused::{heads, readable, softmax, Heads, BLOCK};
+use super::attention_fused::{heads, join, readable, softmax, Heads, BLOCK};
 use super::attention_mask::{padding_bytes, Shape};
 use super::disentangled_shape::Positioned;
 use super::dropout_mask::DropoutMask;
 use super::gemm::{gemm, Into, Mat};
-use super::host::{add_assign, dense, for_rows, tensor, Host};
+use super::host::{add_assign, dense, tensor, Host};
 use super::vmath;
 use crate::util::simd::vectorized;
 
@@ -81,7 +81,7 @@ impl Core {
         };
         let pieces = y.par_chunks_mut((tq * dim).max(1)).zip(log_sums.par_chunks_mut(tq.max(1)));
         pieces.enumerate().for_each(|(i, (y, log_sums))| task(i, y, log_sums));
-        Ok((tensor(self.join(&y, tq), (b, tq, n * dim))?, log_sums))
+        Ok((tensor(join(&y, tq, n, dim), (b, tq, n * dim))?, log_sums))
     }
 
     /// The gradients of q, k and v; see the composed core for the formulae.
@@ -181,11 +181,11 @@ impl Core {
         pieces.enumerate().for_each(|(i, ((((dq, dk), dv), dpq), dpk))| task(i, [dq, dk, dv, dpq, dpk]));
         let width = n * dim;
         let whole = |content: &[f32], t: usize, positions: &[f32]| {
-            let mut rows = self.join(content, t);
-            rows.extend(self.join(&self.over_batch(positions), m));
+            let mut rows = join(content, t, n, dim);
+            rows.extend(join(&self.over_batch(positions), m, n, dim));
             tensor(rows, (b * t + m, width))
         };
-        let dv = tensor(self.join(&dv, tk), (b, tk, width))?;
+        let dv = tensor(join(&dv, tk, n, dim), (b, tk, width))?;
         Ok([Some(whole(&dq, tq, &dpq)?), Some(whole(&dk, tk, &dpk)?), Some(dv)])
     }
 
@@ -245,21 +245,5 @@ impl Core {
         let mut sum = first.to_vec();
         rest.chunks_exact(size.max(1)).for_each(|part| add_assign(&mut sum, part));
         sum
-    }
-
-    /// (.., heads, t, dim) as (.., t, heads * dim).
-    fn join(&self, x: &[f32], t: usize) -> Vec<f32> {
-        let Shape { heads: n, dim, .. } = self.shape.content;
-        let mut out = vec![0f32; x.len()];
-        for_rows(&mut out, n * dim, |first, out| {
-            for (i, out) in out.chunks_exact_mut(n * dim).enumerate() {
-                let (batch, row) = ((first + i) / t, (first + i) % t);
-                for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                    let start = ((batch * n + head) * t + row) * dim;
-                    out.copy_from_slice(&x[start..start + dim]);
-                }
-            }
-        });
-        out
     }
 }

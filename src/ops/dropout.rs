@@ -58,7 +58,7 @@ impl DropoutPlan {
         kernels: bool,
     ) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if kernels && crate::kernels::rows::supports(shape.elem_count(), dtype, device) {
+        if kernels && crate::kernels::supports(shape.elem_count(), dtype, device) {
             return Ok(Self::Kernel(p, *stream, draw));
         }
         Ok(Self::Mask(mask_tensor(shape, device, p, stream, draw)?, scale(p)))
@@ -72,7 +72,7 @@ impl DropoutPlan {
                 ((&x * mask.to_dtype(x.dtype())?)? * *scale)?.to_dtype(xs.dtype())
             }
             #[cfg(feature = "cuda")]
-            Self::Kernel(p, stream, draw) => crate::kernels::rows::dropout(
+            Self::Kernel(p, stream, draw) => crate::kernels::norm::dropout(
                 xs,
                 super::dropout_mask::threshold(*p),
                 scale(*p),

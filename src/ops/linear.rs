@@ -124,7 +124,7 @@ pub(super) fn affine(
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if let Some(bias) = bias.filter(|bias| kernels && kernel::rows::supports_all([xs, weight, bias])) {
+    if let Some(bias) = bias.filter(|bias| kernels && kernel::supports_all([xs, weight, bias])) {
         use kernel::gemm::Mat;
         let (x, weight) = (rows(xs)?, weight.contiguous()?);
         let y = kernel::linear::bias_rows(bias, &with_last(xs, weight.dim(0)?).into())?;
@@ -182,7 +182,7 @@ pub(super) fn shared_input_gradient(
 ) -> Result<Tensor> {
     let dx = input_gradient(path, dy, w)?;
     #[cfg(feature = "cuda")]
-    if kernels && kernel::rows::supports_all([&dx, dz, v]) {
+    if kernels && kernel::supports_all([&dx, dz, v]) {
         use kernel::gemm::Mat;
         let (dz, v) = (rows(dz)?, v.contiguous()?);
         kernel::gemm::add_product(&dx, 1.0, &Mat::new(&dz)?, &Mat::new(&v)?)?;

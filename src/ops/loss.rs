@@ -14,6 +14,9 @@ use crate::kernels::loss as kernels;
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
+/// The label of a row that is left out of a loss, as PyTorch and Hugging Face have it.
+pub const IGNORED_LABEL: i64 = -100;
+
 /// Mean cross-entropy, rows labelled `ignore` left out.
 ///
 /// Log-softmax, choice and mean in one node that keeps one number a row: backward makes

@@ -15,7 +15,7 @@ use super::dropout::DropoutPlan;
 use super::linear as base;
 use crate::kernels::gemm::{add_product, product, Mat};
 use crate::kernels::linear::{bias_rows, Parts};
-use crate::kernels::rows::supports;
+use crate::kernels::supports;
 
 /// Whether this way is open: an adapter of f32, activations of f32 or bf16, nothing empty, on a device.
 pub(super) fn supports_low_rank(xs: &Tensor, a: &Tensor, b: &Tensor) -> bool {

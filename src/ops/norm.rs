@@ -16,7 +16,7 @@ use super::host::{dense, rows_per_piece, tensor, total, Host};
 use super::path::OpPath;
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
-use crate::kernels::rows;
+use crate::kernels::{norm as kernels, supports_all};
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
@@ -168,7 +168,7 @@ impl Norm {
         }
         #[cfg(feature = "cuda")]
         if let Some(kernel) =
-            self.kernel(xs, residual, weight).filter(|_| rows::supports_all([xs].into_iter().chain(bias)))
+            self.kernel(xs, residual, weight).filter(|_| supports_all([xs].into_iter().chain(bias)))
         {
             return kernel.forward(bias);
         }
@@ -188,9 +188,9 @@ impl Norm {
         xs: &'a Tensor,
         residual: Option<&'a Tensor>,
         weight: &'a Tensor,
-    ) -> Option<rows::Norm<'a>> {
-        let takes = self.kernels && rows::supports_all([xs, weight].into_iter().chain(residual));
-        takes.then_some(rows::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
+    ) -> Option<kernels::Norm<'a>> {
+        let takes = self.kernels && supports_all([xs, weight].into_iter().chain(residual));
+        takes.then_some(kernels::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
     }
 
     /// `z` and `1 / sqrt(v + eps)`, in the wide dtype.
@@ -232,7 +232,7 @@ impl Norm {
         }
         #[cfg(feature = "cuda")]
         if let Some(kernel) =
-            self.kernel(xs, residual, weight).filter(|_| !trainable && rows::supports_all([xs, grad]))
+            self.kernel(xs, residual, weight).filter(|_| !trainable && supports_all([xs, grad]))
         {
             return Ok((kernel.backward(grad)?, None, None));
         }

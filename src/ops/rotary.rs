@@ -9,7 +9,7 @@ use super::host::{dense, fill_rows, tensor, Host};
 use super::path::OpPath;
 use super::reference;
 #[cfg(feature = "cuda")]
-use crate::kernels::rows;
+use crate::kernels::supports_all;
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
@@ -74,7 +74,7 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
     #[cfg(feature = "cuda")]
     if kernels
         && 2 * half == dim
-        && rows::supports_all([xs])
+        && supports_all([xs])
         && cos.dtype() == DType::F32
         && sin.dtype() == DType::F32
     {

@@ -10,6 +10,7 @@ use super::update::{Constants, Steps};
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
 use crate::ops::Tape;
+use crate::util::check::{not_negative, positive, share};
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
@@ -66,25 +67,15 @@ impl AdamW {
     /// # Errors
     /// If a constant is outside its domain.
     pub fn new(params: &Params, config: AdamWConfig) -> Result<Self> {
-        let domain = [
-            ("lr", config.lr, config.lr >= 0.0),
-            ("beta1", config.beta1, (0.0..1.0).contains(&config.beta1)),
-            ("beta2", config.beta2, (0.0..1.0).contains(&config.beta2)),
-            ("eps", config.eps, config.eps > 0.0),
-            ("weight_decay", config.weight_decay, config.weight_decay >= 0.0),
-        ];
-        if let Some((role, ratio)) = config.lr_ratios.iter().find(|(_, r)| !(*r > 0.0 && r.is_finite())) {
-            return Err(Error::config("lr_ratios", format!("{ratio} of {role:?} is outside its domain")));
+        for (role, ratio) in &config.lr_ratios {
+            positive(&format!("lr_ratios of {role:?}"), *ratio)?;
         }
-        match domain.iter().find(|(_, value, valid)| !valid || !value.is_finite()) {
-            Some((name, value, _)) => Err(Error::config(*name, format!("{value} is outside its domain"))),
-            None => Ok(Self {
-                params: params.clone(),
-                config,
-                moments: BTreeMap::new(),
-                owners: Owners::default(),
-            }),
-        }
+        not_negative("lr", config.lr)?;
+        share("beta1", config.beta1)?;
+        share("beta2", config.beta2)?;
+        positive("eps", config.eps)?;
+        not_negative("weight_decay", config.weight_decay)?;
+        Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), owners: Owners::default() })
     }
 
     /// Differentiates `loss` and takes one step at the configured learning rate.

@@ -136,7 +136,7 @@ impl Gradients {
         self.by_name.get(name)
     }
 
-    /// What each gradient is still to be multiplied by.
+    /// The factor that each gradient must still be multiplied by.
     pub(super) fn factor(&self) -> f64 {
         self.factor
     }

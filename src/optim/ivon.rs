@@ -24,7 +24,7 @@ use super::moments::{self, Moments, Owners};
 use crate::adapter::{Params, Pass};
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
-use crate::util::check::{not_negative, positive};
+use crate::util::check::{not_negative, positive, share};
 use crate::util::dtype::to_dtype_device;
 
 /// The constants of [`Ivon`].
@@ -71,12 +71,8 @@ impl IvonConfig {
         positive("initial_hessian", self.initial_hessian)?;
         not_negative("weight_decay", self.weight_decay)?;
         positive("clip_radius", self.clip_radius)?;
-        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::config(name, format!("expected a number in [0, 1), got {beta}")));
-            }
-        }
-        Ok(())
+        share("beta1", self.beta1)?;
+        share("beta2", self.beta2)
     }
 
     /// sigma of a Hessian's diagonal.

@@ -23,15 +23,15 @@ const HALVINGS: usize = 10;
 /// Along one alone what is wrong would pass now and then.
 const DIRECTIONS: u64 = 3;
 
-/// What [`check_gradients_numerically`] found. Slopes are those of the loss along a direction of random signs, of the
-/// three that were tried the one that they are furthest apart along.
+/// What [`check_gradients_numerically`] found. Slopes are those of the loss along a direction of random signs: of the
+/// three directions that were tried, the one in which the two slopes differ most.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NumericalReport {
     /// The slope that the gradients give.
     pub analytic: f64,
     /// The slope that differences of the loss give.
     pub numeric: f64,
-    /// How far the differences themselves are to be trusted.
+    /// The error that the differences themselves may have, from rounding and from the size of the step.
     pub uncertainty: f64,
     /// The Euclidean norm of all gradients: the size that a slope along random signs has.
     pub grad_norm: f64,
@@ -41,7 +41,7 @@ pub struct NumericalReport {
 }
 
 impl NumericalReport {
-    /// The two slopes agree: within half a percent of the gradients' norm and what the differences leave open.
+    /// Whether the two slopes agree: within half a percent of the gradients' norm and [`Self::uncertainty`].
     pub fn is_clean(&self) -> bool {
         self.excess() <= 0.0
     }
@@ -54,7 +54,7 @@ impl NumericalReport {
 }
 
 /// Compares the gradients of all trainable parameters with differences of `loss` along three directions, some twenty
-/// forward passes; where they disagree, each parameter by itself, as many for each. On a small batch it costs seconds,
+/// forward passes; where they disagree, the same for each parameter alone. On a small batch it costs seconds,
 /// once, before a long run. The parameters are as before afterwards.
 ///
 /// `loss` is called again and again and has to be the same function each time: a fixed draw

@@ -37,7 +37,7 @@ pub struct AdapterFile {
     pub monteclora: Option<MonteCLoRAConfig>,
     /// The prior that a LoRA adapter was trained with; it lies in `monteclora.json`, too.
     pub prior: Option<Prior>,
-    /// The names of the classes that the saved head tells apart, in the order of its rows, where they are known
+    /// The names of the saved head's classes, in the order of its rows, where they are known
     /// (PEFT keeps none); they lie in `monteclora.json`, too.
     pub labels: Option<Labels>,
 }
@@ -169,7 +169,7 @@ impl AdapterFile {
         self.config.without_effect(&paths, &modules)
     }
 
-    /// What the file's layers are to be made with: PEFT's settings and, where this crate wrote
+    /// The method and its settings to make the file's layers with: PEFT's and, where this crate wrote
     /// the file, its own.
     ///
     /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.

@@ -200,7 +200,7 @@ impl PeftConfig {
             positive(&format!("alpha_pattern: {pattern:?}"), *alpha)?;
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(format!("lora_dropout: expected 0 <= p < 1, got {}", self.lora_dropout));
+            return Err(format!("lora_dropout: expected a number in [0, 1), got {}", self.lora_dropout));
         }
         if let Some(fields) = &self.monteclora_config {
             if fields.num_samples == 0 {

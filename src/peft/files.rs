@@ -15,7 +15,7 @@ use super::keys::{self, Key, TensorKind};
 use super::own;
 use crate::error::{Error, Result};
 use crate::util::files::{self, Pending};
-use crate::util::{json, pointer};
+use crate::util::{json, lfs_pointer};
 
 /// The tensors' file as older versions of PEFT pickled it.
 const PICKLE: &str = "adapter_model.bin";
@@ -43,7 +43,7 @@ impl AdapterFile {
             return Err(Error::format(dir.join(PICKLE), reason));
         }
         let bytes = fs::read(&weights).map_err(Error::io(&weights))?;
-        pointer::refuse(&bytes, &weights)?;
+        lfs_pointer::refuse(&bytes, &weights)?;
         let own = dir.join(OWN_FILE);
         let (monteclora, prior, labels) = match own.exists() {
             true => own::parse(&json::read_config(&own)?, &own, config.monteclora_config.is_some())?,

@@ -15,7 +15,7 @@ use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter, LowRank, Params, 
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::inject::activate::{self, check_unmerged};
-use crate::inject::{self, Target};
+use crate::inject::{self, TargetLayer};
 use crate::labels::Labels;
 use crate::monteclora::{DrawGroup, MonteCLoRA, MonteCLoRAConfig};
 
@@ -227,8 +227,9 @@ impl AdapterFile {
         let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
         let (ranks, alphas) = (self.config.ranks_of(&paths)?, self.config.alphas_of(&paths)?);
         let targets = paths.iter().zip(ranks).zip(alphas);
-        let targets: Vec<Target> =
-            targets.map(|((path, rank), alpha)| Target { path: path.to_string(), rank, alpha }).collect();
+        let targets: Vec<TargetLayer> = targets
+            .map(|((path, rank), alpha)| TargetLayer { path: path.to_string(), rank, alpha })
+            .collect();
         let heads = self.saved_modules.keys().filter_map(|name| Some((name.clone(), params.get(name)?.var)));
         let before = heads.map(|(name, var)| Ok((name, var.as_detached_tensor().copy()?)));
         let before = before.collect::<Result<BTreeMap<_, _>>>()?;
@@ -248,7 +249,7 @@ impl AdapterFile {
         method: &AdapterMethod,
         group: &Arc<DrawGroup>,
         linear: &AdaptableLinear,
-        target: &Target,
+        target: &TargetLayer,
         adapter: &str,
         params: &Params,
     ) -> Result<Box<dyn Adapter>> {

@@ -1,5 +1,5 @@
 //! `monteclora.json`: what PEFT's format has no place for, this crate's settings of MonteCLoRA, a LoRA's prior, and the
-//! names of the classes that a saved head tells apart.
+//! names of a saved head's classes.
 
 use std::path::Path;
 

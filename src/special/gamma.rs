@@ -83,7 +83,7 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
 
 /// Newton's method needs about ten; a NaN must end the loop too.
 const MAX_STEPS: usize = 200;
-/// The largest shape of [`gamma_quantile`]: beyond, the series would be cut short without a word.
+/// The largest shape of [`gamma_quantile`]: beyond, the series would silently be cut short.
 pub const MAX_SHAPE: f64 = 1e9;
 /// The series need about ten times the root of the shape.
 const MAX_TERMS: usize = 1_000_000;

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::metrics::Metrics;
 
+/// A method and a way to predict with it; in a plan `lora (mean)`, as tables call it.
+pub(super) type Arm = (String, String);
+
 /// What a cell runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellKey {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::eval::{score_choices, Benchmark, ChoiceScores, Generator, Normalize};
 use crate::metrics::Metrics;
 use crate::models::causal::CausalLm;
-use crate::models::generate::{GenerateConfig, Weights};
+use crate::models::generate::{GenerateConfig, PosteriorWeights};
 use crate::train::held_out_loss;
 
 /// Rows that are scored, or prompts that are continued, together.
@@ -68,7 +68,7 @@ impl EvaluatedTask {
 }
 
 /// Where the ways to predict with a trained model are written down, task by task.
-pub(super) struct Arms<'a> {
+pub(super) struct TaskArms<'a> {
     pub model: &'a dyn CausalLm,
     pub encoder: &'a PromptEncoder,
     /// The tokens that end a text.
@@ -79,14 +79,14 @@ pub(super) struct Arms<'a> {
     pub rows: &'a mut CellRows,
 }
 
-impl Arms<'_> {
+impl TaskArms<'_> {
     /// Measures the model with these weights. Of multiple choice by likelihood there are accuracy, NLL,
     /// calibration and Brier score over the choices; of generated texts the accuracy and, of GSM8K and
     /// programs, the mean NLL of a token of the reference answers, with the benchmark's first figure.
     ///
     /// # Errors
     /// If a forward pass fails, or what the model says is not finite.
-    pub fn add(&mut self, arm: &str, tasks: &[EvaluatedTask], weights: Weights) -> Result<()> {
+    pub fn add(&mut self, arm: &str, tasks: &[EvaluatedTask], weights: PosteriorWeights) -> Result<()> {
         for task in tasks {
             if let Benchmark::Choice(normalize) = &task.benchmark {
                 let scores = self.scores(&task.rows, *normalize, weights)?;
@@ -128,13 +128,13 @@ impl Arms<'_> {
             let temperature = match fitted {
                 Some((same, temperature)) if same == *normalize => temperature,
                 _ => {
-                    let scores = self.scores(held_out, *normalize, Weights::Mean)?;
+                    let scores = self.scores(held_out, *normalize, PosteriorWeights::Mean)?;
                     let logits = logits(&scores, held_out);
                     Temperature::fit(&logits, &scores.correct).map_err(not_finite)?
                 }
             };
             fitted = Some((*normalize, temperature));
-            let scores = self.scores(&task.rows, *normalize, Weights::Mean)?;
+            let scores = self.scores(&task.rows, *normalize, PosteriorWeights::Mean)?;
             let probabilities = temperature.probabilities(&logits(&scores, &task.rows));
             self.add_choices(arm, task, &probabilities, &scores.correct)?;
         }
@@ -142,7 +142,7 @@ impl Arms<'_> {
     }
 
     /// The mean NLL of the tokens of reference answers.
-    fn answer_loss(&self, rows: &[Prompted], weights: Weights) -> Result<f64> {
+    fn answer_loss(&self, rows: &[Prompted], weights: PosteriorWeights) -> Result<f64> {
         let answers = self.encoder.encode(rows)?.rows;
         let loss = held_out_loss(self.model, &answers, BATCH, &weights.passes())?;
         if loss.is_nan() {
@@ -151,7 +151,12 @@ impl Arms<'_> {
         Ok(loss)
     }
 
-    fn scores(&self, rows: &[Prompted], normalize: Normalize, weights: Weights) -> Result<ChoiceScores> {
+    fn scores(
+        &self,
+        rows: &[Prompted],
+        normalize: Normalize,
+        weights: PosteriorWeights,
+    ) -> Result<ChoiceScores> {
         score_choices(self.model, self.encoder, rows, BATCH, normalize, &weights.passes())
     }
 

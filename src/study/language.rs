@@ -5,7 +5,7 @@ use std::cell::Cell;
 use candle_core::{DType, Device};
 
 use super::cell::{CellCost, CellKey, CellResult};
-use super::evaluated::{Arms, EvaluatedTask};
+use super::evaluated::{EvaluatedTask, TaskArms};
 use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::causal::CausalLm;
 use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use crate::models::generate::Weights;
+use crate::models::generate::PosteriorWeights;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
@@ -76,8 +76,8 @@ impl LanguageTrial<'_> {
             let cell = CellTrial { trial: self, train: &train };
             let Trained { model, .. } = training::train(&cell, &recipe, key, 0, result, cost)?;
             let LanguageModel { model, config, .. } = &model;
-            let (encoder, stop, found) = (self.encoder, config.eos_token_ids(), &mut result.tasks);
-            let arms = Arms { model, encoder, stop, seed: key.seed, found, rows };
+            let (encoder, stop, found) = (self.encoder, config.eos_token_ids.clone(), &mut result.tasks);
+            let arms = TaskArms { model, encoder, stop, seed: key.seed, found, rows };
             self.measure(arms, &recipe, &held_out)
         })
     }
@@ -103,11 +103,11 @@ impl LanguageTrial<'_> {
         Ok((split::at(&own, &stay), held))
     }
 
-    fn measure(&self, mut arms: Arms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
-        arms.add("mean", self.tasks, Weights::Mean)?;
+    fn measure(&self, mut arms: TaskArms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
+        arms.add("mean", self.tasks, PosteriorWeights::Mean)?;
         // IVON's draws are of parameters, which nothing puts in place here.
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
-            arms.add(&format!("{} draws", self.draws), self.tasks, Weights::Average(self.draws))?;
+            arms.add(&format!("{} draws", self.draws), self.tasks, PosteriorWeights::Average(self.draws))?;
         }
         if !held_out.is_empty() {
             arms.add_temperature("temperature", self.tasks, held_out)?;

@@ -1,7 +1,7 @@
 //! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
 
 mod cell;
-mod constants;
+mod checksums;
 mod evaluated;
 mod grid;
 mod language;
@@ -22,7 +22,7 @@ mod treatments;
 mod trial;
 
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
-pub use constants::{constants, data};
+pub use checksums::{checksums_of_data, checksums_of_recipes};
 pub use evaluated::EvaluatedTask;
 pub use grid::{Grid, Shard};
 pub use language::LanguageTrial;

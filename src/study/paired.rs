@@ -10,7 +10,7 @@ use super::cell::{CellKey, CellResult, Status};
 use super::rows::CellRows;
 use super::stats::{two_level, PairedTask, TwoLevel};
 use crate::error::{Error, Result};
-use crate::metrics::{confidence_bin, ConfidenceBins};
+use crate::metrics::{argmax, confidence_bin, ConfidenceBins};
 use crate::noise::Noise;
 
 /// Resamples of a bootstrap: the standard error is known to 1.6 %.
@@ -74,7 +74,7 @@ impl RowScores {
         let logs = rows.arms.get(arm)?;
         for ((p, log), label) in probabilities.chunks(classes).zip(logs.chunks(classes)).zip(&rows.label) {
             let label = *label as usize;
-            let top = (0..classes).fold(0, |best, i| if p[i] > p[best] { i } else { best });
+            let top = argmax(p);
             let hit = |class: usize| f64::from(u8::from(class == label));
             scores.nll.push(-f64::from(log[label]));
             scores.brier.push(p.iter().enumerate().map(|(class, p)| (p - hit(class)).powi(2)).sum());

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::cell::CellKey;
+use super::cell::{Arm, CellKey};
 use super::grid::Grid;
 use super::paired::RowScore;
 use super::per_task::PerTask;
@@ -16,9 +16,6 @@ use super::treatments;
 use crate::data::task::Task;
 use crate::error::{Error, Result};
 use crate::util::json;
-
-/// A method and a way to predict with it; in a plan `lora (mean)`, as tables call it.
-pub(super) type Arm = (String, String);
 
 /// A study as a JSON file says it. It may leave out `limit_train` and `limit_dev` (all rows), `max_length` (128),
 /// `foreign_task`, `families` and `success` (none); every other field is required, and an unknown one is an error.
@@ -56,10 +53,10 @@ pub struct Plan {
     pub batch_sizes: Vec<usize>,
     /// Seeds.
     pub seeds: Vec<u64>,
-    /// Training rows of a seed; all where it says nothing.
+    /// Training rows of a seed; all where it is absent.
     #[serde(default)]
     pub limit_train: PerTask<usize>,
-    /// Measured rows; all where it says nothing.
+    /// Measured rows; all where it is absent.
     #[serde(default)]
     pub limit_dev: Option<usize>,
     /// Passes over the training rows; every task needs a number.
@@ -69,7 +66,7 @@ pub struct Plan {
     pub max_length: usize,
     /// Posterior draws, and passes of MC dropout.
     pub draws: usize,
-    /// Tasks whose rows are to be told from those of others.
+    /// For a task another one, whose rows the uncertainty of its predictions should recognise as foreign.
     #[serde(default)]
     pub foreign_task: PerTask<Task>,
     /// Families of tests by name: each is corrected by Holm's procedure for itself.
@@ -98,7 +95,7 @@ pub struct Methods {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Comparison {
-    /// The arm that is to be better, as `lora (mean)`.
+    /// The arm that should be better, as `lora (mean)`.
     pub arm: String,
     /// The arm that it is compared with.
     pub against: String,

@@ -23,7 +23,7 @@ type Score<'a> = dyn Fn(&Metrics) -> Option<f64> + 'a;
 const POINTS: usize = 50;
 
 /// Writes the plots of some cells into the folder `out`, each as SVG and as PNG: for each task
-/// `{task}-metric`, `{task}-nll`, `{task}-loss` and `{task}-reliability`, of what there is.
+/// `{task}-metric`, `{task}-nll`, `{task}-loss` and `{task}-reliability`, where the cells have data for it.
 ///
 /// # Errors
 /// If a file cannot be written.

@@ -49,7 +49,7 @@ pub const NAMES: [&str; 18] = [
 pub struct Recipe {
     /// As it was written.
     pub text: String,
-    /// The method; under post-hoc the one that comes first.
+    /// The method that is trained first; where `post_hoc` is set, the one that the posterior is put on.
     pub method: Method,
     /// The layers it changes.
     pub targets: Targets,
@@ -74,12 +74,10 @@ pub struct Recipe {
 impl Recipe {
     /// Whether it ends in a posterior that can be drawn from.
     pub fn has_posterior(&self) -> bool {
-        self.post_hoc.is_some()
-            || self.ivon.is_some()
-            || matches!(self.method, Method::MonteCLoRA(_) | Method::Blob(_))
+        self.post_hoc.is_some() || self.ivon.is_some() || self.method.has_posterior()
     }
 
-    /// What there is to know of its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
+    /// Remarks on its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
     pub fn notes(&self) -> Vec<&'static str> {
         match &self.post_hoc {
             Some(config) => Method::MonteCLoRA(config.clone()).notes(true),

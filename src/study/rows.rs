@@ -116,7 +116,9 @@ impl CellRows {
             let classes = match *view.shape() {
                 [rows, classes] if rows == n && classes > 1 && view.dtype() == Dtype::F32 => classes,
                 _ => {
-                    return Err(wrong(&name, "expected a row of f32 for each row, with at least two classes"))
+                    let expected = format!("expected f32 of shape ({n}, classes), classes >= 2");
+                    let got = format!("got {:?} {:?}", view.dtype(), view.shape());
+                    return Err(wrong(&name, &format!("{expected}, {got}")));
                 }
             };
             let bytes = view.data().chunks_exact(4);

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::cell::{CellCost, CellKey, CellResult, Status};
-use super::constants;
+use super::checksums;
 use super::grid::Shard;
 use super::rows::CellRows;
 use super::store::{settings_path, Store};
@@ -98,7 +98,7 @@ fn claim(dir: &Path, settings: &Value) -> Result<()> {
             format!("it is of a study with other settings{names}: give another folder, or these settings");
         return Err(Error::format(path, reason));
     }
-    match constants::joined(&found, settings) {
+    match checksums::joined(&found, settings) {
         Some(joined) => write(&joined),
         None => Ok(()),
     }
@@ -111,7 +111,7 @@ fn differing(found: &Value, settings: &Value) -> Vec<String> {
     let names: BTreeSet<&String> = found.keys().chain(now.keys()).collect();
     let differ = names.into_iter().filter(|name| {
         let (found, now) = (found.get(*name), now.get(*name));
-        found != now && !constants::agree(name, found, now)
+        found != now && !checksums::agree(name, found, now)
     });
     differ.cloned().collect()
 }

@@ -8,7 +8,7 @@ use crate::predict::{logits, Predictor};
 use crate::train::Classifier;
 
 /// The name of an arm, and its probabilities, one row an example.
-type Arm = (&'static str, Vec<Vec<f64>>);
+type NamedProbabilities = (&'static str, Vec<Vec<f64>>);
 
 /// Probabilities of `dev` by arm: the widest noise that changes little of what the model itself says of the
 /// held-out rows (as its authors choose it), and the noise whose loss on their labels is least.
@@ -17,7 +17,7 @@ pub(super) fn arms(
     held_out: (&[Batch], &[u32]),
     dev: &[Batch],
     draws: usize,
-) -> Result<[Arm; 2]> {
+) -> Result<[NamedProbabilities; 2]> {
     let (model, params) = (classifier as &dyn Predictor, &classifier.params);
     let family = Tfb::new(classifier.model.as_ref(), params.noise())?;
     let search = Search { draws, ..Search::default() };

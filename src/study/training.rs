@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::optim::{Gradients, Moments};
 use crate::peft::{AdapterFile, AdapterMethod};
-use crate::train::{self, Loss, MethodInit, Objective, Observer, Record, Settings, Summary, TrainConfig};
+use crate::train::{self, Loss, MethodInit, Objective, Observer, Settings, StepRecord, Summary, TrainConfig};
 
 /// The most points of a loss curve that a result keeps.
 const LOSS_POINTS: usize = 200;
@@ -266,7 +266,7 @@ struct History<'a> {
 }
 
 impl Observer for History<'_> {
-    fn step(&mut self, record: &Record) -> Result<()> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
         let loss = record.terms.get("task").copied().unwrap_or(record.loss);
         self.losses.push((record.step, loss));
         Ok(())

@@ -17,7 +17,7 @@ use crate::data::split::{self, Draw};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::inject::merge;
-use crate::metrics::{softmax, Metrics, ECE_BINS};
+use crate::metrics::{argmax, confidence_bin, softmax, Metrics, ECE_BINS};
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
 use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
@@ -95,7 +95,7 @@ pub(super) fn measure(
         [] => Vec::new(),
         rows => batches(classifier, rows, BATCH)?,
     };
-    let mut arms = Arms { labels: &labels, result, rows };
+    let mut arms = ClassifierArms { labels: &labels, result, rows };
     arms.add("mean", &mean.mean)?;
     let others = logits(classifier, &foreign, &Pass::Mean.into())?;
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
@@ -141,7 +141,7 @@ fn of_trained_lora(
     (held_out, labels): (&[Batch], &[u32]),
     dev: &[Batch],
     foreign: &[Batch],
-    arms: &mut Arms,
+    arms: &mut ClassifierArms,
 ) -> Result<()> {
     let classifier = &trained.classifier;
     if !held_out.is_empty() {
@@ -193,13 +193,13 @@ fn laplace(
 }
 
 /// Where the ways to predict are written down.
-struct Arms<'a> {
+struct ClassifierArms<'a> {
     labels: &'a [u32],
     result: &'a mut CellResult,
     rows: &'a mut CellRows,
 }
 
-impl Arms<'_> {
+impl ClassifierArms<'_> {
     fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) -> Result<()> {
         let metrics = Metrics::classification(probabilities, self.labels).map_err(not_finite)?;
         self.result.arms.insert(arm.to_string(), metrics);
@@ -277,12 +277,11 @@ pub(super) fn not_finite(error: Error) -> Error {
 pub(super) fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin> {
     let mut bins = vec![Bin::default(); ECE_BINS];
     for (row, label) in probabilities.iter().zip(labels) {
-        let (best, highest) =
-            row.iter().enumerate().fold((0, f64::MIN), |top, (i, p)| if *p > top.1 { (i, *p) } else { top });
-        let bin = &mut bins[((highest * ECE_BINS as f64).ceil() as usize).clamp(1, ECE_BINS) - 1];
+        let class = argmax(row);
+        let bin = &mut bins[confidence_bin(row[class])];
         bin.count += 1;
-        bin.confidence += highest;
-        bin.accuracy += f64::from(u8::from(best == *label as usize));
+        bin.confidence += row[class];
+        bin.accuracy += f64::from(u8::from(class == *label as usize));
     }
     for bin in bins.iter_mut().filter(|bin| bin.count > 0) {
         bin.confidence /= bin.count as f64;

@@ -80,13 +80,13 @@ pub fn held_out_loss_in_turns(
 pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
-    /// What its method asks beside the loss.
+    /// The method's part in training beside the task's loss.
     pub hooks: MethodHooks,
     /// The training rows.
     pub rows: &'a [Tokens],
     /// How they become batches.
     pub batcher: Batcher,
-    /// What fills a batch.
+    /// The token id that pads a batch.
     pub pad_id: u32,
 }
 

@@ -12,7 +12,7 @@ use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
-use crate::data::batch::{Batch, Batcher, IGNORED};
+use crate::data::batch::{Batch, Batcher};
 use crate::data::encode::{Encoded, TextEncoder};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
@@ -144,7 +144,8 @@ impl Classifier {
         })
     }
 
-    /// What there is to know about the classes of the head: that their names are not those of the task.
+    /// A remark on the classes of the head, for the user: that their names are not those of the task. None where there is
+    /// nothing to remark.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
@@ -271,13 +272,13 @@ impl Classifier {
             let scores = batch.labels.to_device(outputs.device())?;
             ops::mean_squared_error(&outputs.squeeze(1)?, &scores, cx.path)?
         } else {
-            ops::cross_entropy(&outputs, &batch.labels, IGNORED, cx.path)?
+            ops::cross_entropy(&outputs, &batch.labels, ops::IGNORED_LABEL, cx.path)?
         };
         self.hooks.loss(task, self.model.as_ref(), &cx, rows)
     }
 
     /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
-    /// regress class numbers without a word.
+    /// regress class numbers without an error.
     pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
         if unknown(batch)? {
             return Ok(()); // rows to predict
@@ -296,7 +297,7 @@ impl Classifier {
             return Ok(());
         }
         let labels = batch.labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let valid = |label: i64| label == IGNORED || (0..outputs as i64).contains(&label);
+        let valid = |label: i64| label == ops::IGNORED_LABEL || (0..outputs as i64).contains(&label);
         match batch.rows.iter().zip(labels).find(|(_, label)| !valid(*label)) {
             Some((row, label)) => {
                 let reason = format!("row {row} has class {label}, the model has {outputs} outputs");
@@ -310,7 +311,7 @@ impl Classifier {
 /// Whether no row of a batch has a label.
 fn unknown(batch: &Batch) -> Result<bool> {
     let classes = batch.labels.dtype() == DType::I64;
-    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == IGNORED))
+    Ok(classes && batch.labels.to_vec1::<i64>()?.iter().all(|label| *label == ops::IGNORED_LABEL))
 }
 
 impl Predictor for Classifier {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::classifier::Classifier;
 use super::evaluate::{batches, Evaluation, Predictions};
-use super::objective::{Observer, Record};
+use super::objective::{Observer, StepRecord};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub struct Evaluator<'a> {
     rows: &'a [Encoded],
     batches: Vec<Batch>,
     score: Score<'a>,
-    records: Vec<Record>,
+    records: Vec<StepRecord>,
     evaluations: Vec<(usize, Evaluation)>,
 }
 
@@ -93,7 +93,7 @@ impl<'a> Evaluator<'a> {
     }
 
     /// Every step that was taken.
-    pub fn records(&self) -> &[Record] {
+    pub fn records(&self) -> &[StepRecord] {
         &self.records
     }
 
@@ -125,7 +125,7 @@ impl fmt::Debug for Evaluator<'_> {
 }
 
 impl Observer for Evaluator<'_> {
-    fn step(&mut self, record: &Record) -> Result<()> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.records.push(record.clone());
         Ok(())
     }

@@ -13,7 +13,7 @@ use crate::adapters::adalora::orthogonal_penalty;
 use crate::adapters::lora::prior_energy_on;
 use crate::adapters::{blob, AdaLoraConfig, BlobConfig, RankAllocator};
 use crate::error::{Error, Result};
-use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, SampleScaler, Walk};
+use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, ReleasedWalk, SampleScaler};
 use crate::ops::{self, joined};
 use crate::optim::Gradients;
 
@@ -33,7 +33,7 @@ enum Kind {
         // As below.
         scaler: Mutex<SampleScaler>,
     },
-    Walk(Walk),
+    Walk(ReleasedWalk),
     Divergence {
         config: BlobConfig,
         // The steps of a cycle of weights, once it is told.
@@ -79,9 +79,9 @@ impl MethodHooks {
     /// That of the authors' released code, whose adapters are on `model`: a random walk of A, and a regulariser.
     ///
     /// # Errors
-    /// As [`Walk::new`].
+    /// As [`ReleasedWalk::new`].
     pub fn of_walk(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
-        Ok(Kind::Walk(Walk::new(model, config, params)?).into())
+        Ok(Kind::Walk(ReleasedWalk::new(model, config, params)?).into())
     }
 
     /// That of BLoB: the descent of its divergence, by turns with the optimiser.
@@ -204,7 +204,7 @@ impl MethodHooks {
     /// Before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// As [`SampleScaler::before_step`] and [`Walk::before_step`].
+    /// As [`SampleScaler::before_step`] and [`ReleasedWalk::before_step`].
     pub fn before_step(&self, step: usize, total: usize) -> Result<()> {
         match &self.kind {
             Kind::Posterior { scaler, .. } => locked(scaler)?.before_step(step, total),

@@ -15,7 +15,7 @@ use crate::inject::{self, activate, Select, Targets};
 use crate::monteclora::MonteCLoRAConfig;
 use crate::peft::{self, AdapterFile};
 
-/// What a LoRA adapter is called until the posterior stands on it.
+/// The name of a LoRA adapter until a posterior is put on it.
 const TRAINED: &str = "trained";
 
 /// The second layer of a feed-forward block, whose input is the inside of the block, in the names of BERT,
@@ -126,6 +126,12 @@ impl Method {
         }
     }
 
+    /// Whether it ends in a posterior whose draws a prediction can average. The authors' released code has none:
+    /// its walk moves A itself, and every pass takes A as it is.
+    pub fn has_posterior(&self) -> bool {
+        matches!(self, Self::MonteCLoRA(_) | Self::Blob(_))
+    }
+
     /// The layers that it changes unless others are named, by their names in encoders and decoders; of Phi 3 and
     /// ModernBERT, whose queries, keys and values are one layer, IA3 scales the inside of feed-forward blocks alone.
     /// The model's own choice where the method's paper names none.
@@ -142,8 +148,8 @@ impl Method {
         }
     }
 
-    /// What there is to know of its predictions before it is trained, a sentence each; `post_hoc` if it is
-    /// a posterior around a LoRA that stays as it is.
+    /// Remarks on its predictions to make before it is trained, a sentence each; `post_hoc` if it is a posterior around a
+    /// LoRA that stays as it is.
     pub(crate) fn notes(&self, post_hoc: bool) -> Vec<&'static str> {
         let mut notes = Vec::new();
         if post_hoc {
@@ -211,8 +217,8 @@ impl MethodInit {
         }
     }
 
-    /// What there is to know of the predictions before the training, a sentence each: that post hoc the
-    /// mean is the LoRA's, that a schedule which anneals eps away trains other draws than a prediction takes.
+    /// Remarks on the predictions to make before the training, a sentence each: that post hoc the mean is the LoRA's,
+    /// that a schedule which anneals eps away trains other draws than a prediction takes.
     pub fn notes(&self) -> Vec<&'static str> {
         self.method().notes(matches!(self, Self::PostHoc(..)))
     }

@@ -30,7 +30,7 @@ pub use evaluator::Evaluator;
 pub use hooks::MethodHooks;
 pub use memory::peak_rss_bytes;
 pub use method::{LrRatios, Method, MethodInit};
-pub use objective::{Loss, Objective, Observer, Record, Summary};
+pub use objective::{Loss, Objective, Observer, StepRecord, Summary};
 pub use schedule::Schedule;
 pub use settings::{fingerprint, Settings};
 pub use tensorboard::TensorBoard;

@@ -86,7 +86,7 @@ pub trait Objective {
 
 /// One optimiser step, as it is logged.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Record {
+pub struct StepRecord {
     /// The number of this step (1-based).
     pub step: usize,
     /// The epochs done, with the fraction of the present one.
@@ -104,8 +104,8 @@ pub struct Record {
 
 /// What watches a run: logs, progress bars, evaluation.
 pub trait Observer {
-    /// Is told of the number of all steps and of those that are done already: more than none where a
-    /// run goes on from a checkpoint. What was noted of later ones is to be forgotten.
+    /// Called before the first step with the number of all steps and of those that are done already: more than
+    /// none where a run goes on from a checkpoint. Records of later steps should be dropped: they come again.
     ///
     /// # Errors
     /// Ends the run.
@@ -113,16 +113,16 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Is told of what went wrong without ending the run: a damaged checkpoint, before an older one is
+    /// Called for a fault that does not end the run: a damaged checkpoint, before an older one is
     /// taken, or an old one that cannot be removed.
     fn warned(&mut self, _what: &str) {}
 
-    /// Whether the run is to stop, which is asked after every step.
+    /// Whether the run should stop; asked after every step.
     fn stop(&self) -> bool {
         false
     }
 
-    /// Is told that a step was left out because its loss or gradient was not finite
+    /// Called where a step was left out because its loss or gradient was not finite
     /// ([`OnNonFinite::Skip`](super::OnNonFinite::Skip)).
     ///
     /// # Errors
@@ -131,11 +131,11 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Is told of every step that was taken.
+    /// Called after every step that was taken.
     ///
     /// # Errors
     /// Ends the run.
-    fn step(&mut self, record: &Record) -> Result<()>;
+    fn step(&mut self, record: &StepRecord) -> Result<()>;
 
     /// Evaluates the present parameters; a higher score is better. None, or what is not
     /// finite: nothing to compare.
@@ -167,7 +167,7 @@ pub trait Observer {
 
 /// Watches nothing: a run that keeps its last parameters.
 impl Observer for () {
-    fn step(&mut self, _: &Record) -> Result<()> {
+    fn step(&mut self, _: &StepRecord) -> Result<()> {
         Ok(())
     }
 

@@ -10,11 +10,9 @@ use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
+use crate::models::sequence::OUTPUT_LAYERS;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
-
-/// The tensors with a row for each output: RoBERTa's and ELECTRA's, the other encoders', the decoders'.
-const OUTPUTS: [&str; 3] = ["classifier.out_proj.weight", "classifier.weight", "score.weight"];
 
 /// What lies in a folder.
 enum Found {
@@ -25,8 +23,8 @@ enum Found {
 impl Classifier {
     /// Opens a trained classifier to predict with, or to train on: the folder of an adapter (this crate's or PEFT's),
     /// of a model with a head, or of a run that has either (`adapter/`, `model/`). The classes and their order are
-    /// what the folder says. An adapter stands on `base`, or else on the model that it names itself. To how many tokens
-    /// training cut its texts is not read: [`Self::set_max_length`].
+    /// what the folder says. The base of an adapter is `base`, or else the model that its file names. The length that
+    /// training cut its texts to is not read: set it with [`Self::set_max_length`].
     ///
     /// # Errors
     /// If the folder has neither, the base is not found, there is no trained head, or a file is damaged.
@@ -45,7 +43,8 @@ impl Classifier {
                     ModelFiles::locate(name, file.config.revision.as_deref())
                 };
                 let files = base.map_or_else(own, |base| Ok(base.clone()))?;
-                let outputs = OUTPUTS.iter().find_map(|name| file.saved_modules.get(*name));
+                let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
+                let outputs = weights.iter().find_map(|name| file.saved_modules.get(name));
                 let outputs = outputs.map(|head| head.dim(0)).transpose()?;
                 let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
                 let names = file.labels.clone();
@@ -102,7 +101,8 @@ fn find(dir: &Path) -> Result<Found> {
 /// How many outputs the head of a checkpoint has.
 fn outputs_of(files: &ModelFiles) -> Result<usize> {
     let tensors = files.var_builder(DType::F32, &Device::Cpu)?;
-    let Some(name) = OUTPUTS.iter().find(|name| tensors.contains_tensor(name)) else {
+    let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
+    let Some(name) = weights.iter().find(|name| tensors.contains_tensor(name)) else {
         let reason = "there is no trained head in it, nor in an adapter: train one first";
         return Err(Error::format(files.config_path(), reason));
     };

@@ -4,7 +4,6 @@ use std::sync::OnceLock;
 
 use super::classifier::Classifier;
 use super::evaluate::{batches, Predictions};
-use super::method::Method;
 use crate::adapter::Pass;
 use crate::data::batch::Batch;
 use crate::data::encode::{fit_vocabulary, Encoded, TextEncoder};
@@ -78,7 +77,7 @@ impl Classifier {
         texts: &[T],
         samples: usize,
     ) -> Result<Vec<Prediction>> {
-        if !matches!(self.method(), Method::MonteCLoRA(_) | Method::Blob(_)) {
+        if !self.method().has_posterior() {
             let reason =
                 format!("{} has no posterior: its draws would all be its mean", self.method().name());
             return Err(Error::config("posterior_samples", reason));

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::objective::Record;
+use super::objective::StepRecord;
 use crate::error::{Error, Result};
 
 /// An event file that grows.
@@ -70,8 +70,8 @@ impl TensorBoard {
     ///
     /// # Errors
     /// As [`Self::scalar`].
-    pub fn record(&mut self, record: &Record) -> Result<()> {
-        let Record { step, epoch, lr, loss, terms, grad_norm } = record;
+    pub fn record(&mut self, record: &StepRecord) -> Result<()> {
+        let StepRecord { step, epoch, lr, loss, terms, grad_norm } = record;
         let terms: Vec<(String, f64)> =
             terms.iter().map(|(name, value)| (format!("train/{name}"), *value)).collect();
         let own = [
@@ -210,7 +210,7 @@ mod tests {
             let after = board.file.metadata().map_err(Error::io("events"))?.len();
             assert_eq!(before, after);
             let terms = [("task", 0.5), ("kl", f64::INFINITY)].into();
-            board.record(&Record { step: 8, epoch: 0.5, lr: 1e-3, loss: 0.5, terms, grad_norm: 1.0 })?;
+            board.record(&StepRecord { step: 8, epoch: 0.5, lr: 1e-3, loss: 0.5, terms, grad_norm: 1.0 })?;
             let bytes = std::fs::read(&board.path).map_err(Error::io(&*board.path))?;
             let has = |tag: &str| bytes.windows(tag.len()).any(|window| window == tag.as_bytes());
             assert!(has("train/task") && has("train/lr") && !has("train/kl"));

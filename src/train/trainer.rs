@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::checkpoint::{Checkpoints, Found, RunState, State};
 use super::config::{OnNonFinite, TrainConfig};
 use super::distributed::{Communicator, Ranks, SingleProcess};
-use super::objective::{Objective, Observer, Record, Summary};
+use super::objective::{Objective, Observer, StepRecord, Summary};
 use super::settings::Settings;
 use super::step::{clip, group_gradients};
 use crate::adapter::Params;
@@ -26,7 +26,7 @@ const MOST_SKIPPED: usize = 10;
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::Linear;
-/// use monteclora::train::{fit, Loss, Objective, Observer, Record, TrainConfig};
+/// use monteclora::train::{fit, Loss, Objective, Observer, StepRecord, TrainConfig};
 /// use monteclora::{Context, MonteCLoRAConfig, MonteCLoRALinear, Noise, Params, Regularizer, Result};
 ///
 /// /// A layer that learns to give one, on eight rows in batches of four.
@@ -48,7 +48,7 @@ const MOST_SKIPPED: usize = 10;
 /// struct Losses(Vec<f64>);
 ///
 /// impl Observer for Losses {
-///     fn step(&mut self, record: &Record) -> Result<()> {
+///     fn step(&mut self, record: &StepRecord) -> Result<()> {
 ///         self.0.push(record.terms["task"]);
 ///         Ok(())
 ///     }
@@ -332,7 +332,7 @@ impl Run<'_> {
         self.at.skipped_in_a_row = 0;
         self.seconds.push(clock.elapsed().as_secs_f64());
         let epoch = step as f64 / self.per_epoch as f64;
-        let record = Record { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm };
+        let record = StepRecord { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm };
         match done_well {
             true => self.ranks.hold(observer.step(&record)),
             false => Ok(()), // the others are to learn of it first

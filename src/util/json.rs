@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::pointer;
+use super::lfs_pointer;
 use crate::error::{Error, Result};
 
 /// The most bytes of a configuration. Read as a tree, JSON can take some hundred times its size.
@@ -20,7 +20,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 pub(crate) fn parse<T: DeserializeOwned>(text: impl AsRef<[u8]>, path: &Path) -> Result<T> {
     let text = text.as_ref();
     serde_json::from_slice(text).or_else(|e| {
-        pointer::refuse(text, path)?;
+        lfs_pointer::refuse(text, path)?;
         Err(Error::format_at(path, e.line(), format!("malformed: {e}")))
     })
 }

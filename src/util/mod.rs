@@ -6,5 +6,5 @@ pub(crate) mod dtype;
 pub mod files;
 pub(crate) mod finite;
 pub(crate) mod json;
-pub(crate) mod pointer;
+pub(crate) mod lfs_pointer;
 pub(crate) mod simd;

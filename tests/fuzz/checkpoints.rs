@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use monteclora::train::{fit_with_checkpoints, Checkpoints, Loss, Objective, Observer, Record, TrainConfig};
+use monteclora::train::{
+    fit_with_checkpoints, Checkpoints, Loss, Objective, Observer, StepRecord, TrainConfig,
+};
 use monteclora::{Context, Error, Init, Noise, Params, Result, Role};
 use serde_json::{json, Value};
 
@@ -63,7 +65,7 @@ impl Objective for Square {
 struct Third;
 
 impl Observer for Third {
-    fn step(&mut self, _: &Record) -> Result<()> {
+    fn step(&mut self, _: &StepRecord) -> Result<()> {
         Ok(())
     }
 

@@ -151,9 +151,9 @@ fn use_roberta(config: &RobertaConfig) {
 }
 
 fn use_decoder(config: &DecoderConfig) {
-    assert!(config.head_dim() >= 2 && config.head_dim().is_multiple_of(2) && config.layers.len() <= 4096);
+    assert!(config.head_dim >= 2 && config.head_dim.is_multiple_of(2) && config.layers.len() <= 4096);
     assert!(
-        config.rotary.dim <= config.head_dim() && config.layers.iter().all(|layer| layer.window != Some(0))
+        config.rotary.dim <= config.head_dim && config.layers.iter().all(|layer| layer.window != Some(0))
     );
     assert!((config.pad_id() as usize) < config.vocab_size);
 }

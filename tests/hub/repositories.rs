@@ -14,7 +14,7 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
     let cache = Cache::new();
     let server = Server::good(&model());
     let hub = cache.hub(&server.endpoint());
-    let first = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    let first = ModelFiles::locate_repo("owner/tiny", None, &hub)?;
     let snapshot = cache.path().join("models--owner--tiny/snapshots").join(COMMIT);
     assert_eq!(first.weights(), [snapshot.join(WEIGHTS)]);
     assert_eq!(first.config_path(), snapshot.join(CONFIG));
@@ -24,14 +24,14 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
     // All but the first file are asked for at the commit that the first one was of.
     assert!(server.requests().iter().any(|r| r.path.ends_with(&format!("resolve/{COMMIT}/{WEIGHTS}"))));
 
-    let again = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    let again = ModelFiles::locate_repo("owner/tiny", None, &hub)?;
     assert_eq!(again.weights(), first.weights());
     assert_eq!(server.downloads(WEIGHTS), 1);
     server.leave();
-    assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), first.weights());
+    assert_eq!(ModelFiles::locate_repo("owner/tiny", None, &hub)?.weights(), first.weights());
     let hub = offline(hub);
     for revision in [None, Some(COMMIT)] {
-        assert_eq!(ModelFiles::locate_with("owner/tiny", revision, &hub)?.weights(), first.weights());
+        assert_eq!(ModelFiles::locate_repo("owner/tiny", revision, &hub)?.weights(), first.weights());
     }
     Ok(())
 }
@@ -50,13 +50,13 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
     ]);
     let server = Server::good(&files);
     let hub = cache.hub(&server.endpoint());
-    let located = ModelFiles::locate_with("owner/tiny", None, &hub)?;
+    let located = ModelFiles::locate_repo("owner/tiny", None, &hub)?;
     assert_eq!(located.weights().len(), 2);
     let rows = repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?;
     assert_eq!(std::fs::read(&rows).unwrap(), b"PAR1");
     server.leave();
     // That there is no single file of weights was remembered too.
-    assert_eq!(ModelFiles::locate_with("owner/tiny", None, &hub)?.weights(), located.weights());
+    assert_eq!(ModelFiles::locate_repo("owner/tiny", None, &hub)?.weights(), located.weights());
     assert_eq!(repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?, rows);
     Ok(())
 }
@@ -71,16 +71,16 @@ fn a_gguf_file_of_a_repository_is_a_model() -> Result<()> {
     let files = [("owner/tiny/tiny-q4.gguf", head), ("owner/tiny/other.gguf", b"GGUF".to_vec())];
     let server = Server::good(&files);
     let hub = cache.hub(&server.endpoint());
-    let located = ModelFiles::locate_with("owner/tiny/tiny-q4.gguf", None, &hub)?;
+    let located = ModelFiles::locate_repo("owner/tiny/tiny-q4.gguf", None, &hub)?;
     let place = cache.path().join("models--owner--tiny/snapshots").join(COMMIT).join("tiny-q4.gguf");
     assert_eq!((located.config_path(), located.weights()), (&*place, &[place.clone()][..]));
     assert!(located.gguf().is_some() && located.tokenizer_path().is_none());
     assert_eq!(server.downloads("other.gguf"), 0);
     let error = located.config().unwrap_err().to_string();
     assert!(error.contains("tiny-q4.gguf: there is no tensor token_embd.weight"), "{error}");
-    let message = hub_error(ModelFiles::locate_with("owner/tiny/none.gguf", None, &hub));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny/none.gguf", None, &hub));
     assert!(message.contains("owner/tiny: ") && message.contains("no file none.gguf"), "{message}");
-    let truncated = ModelFiles::locate_with("owner/tiny/other.gguf", None, &hub).unwrap_err().to_string();
+    let truncated = ModelFiles::locate_repo("owner/tiny/other.gguf", None, &hub).unwrap_err().to_string();
     assert!(truncated.contains("other.gguf: it ends within its head"), "{truncated}");
     Ok(())
 }
@@ -98,7 +98,7 @@ fn what_the_hub_refuses_is_said_without_the_token() {
             429 => Some(Fault::RetryAfter("7")),
             _ => Some(Fault::Status(status)),
         });
-        let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
+        let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint())));
         assert!(words.iter().all(|word| message.contains(word)), "{status}: {message}");
         assert!(message.contains("owner/tiny"), "{message}");
     }
@@ -109,9 +109,9 @@ fn a_404_says_what_is_missing() {
     let cache = Cache::new();
     let server = Server::good(&model());
     let hub = cache.hub(&server.endpoint());
-    let message = hub_error(ModelFiles::locate_with("owner/absent", None, &hub));
+    let message = hub_error(ModelFiles::locate_repo("owner/absent", None, &hub));
     assert!(message.contains("owner/absent: the hub has no such repository"), "{message}");
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", Some("v9"), &hub));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", Some("v9"), &hub));
     assert!(message.contains("no revision v9"), "{message}");
     let message =
         hub_error(repo_file_with("owner/rows", RepoKind::Dataset, "sub/test-0.parquet", None, &hub));
@@ -129,7 +129,7 @@ fn a_repository_of_pickles_is_refused() {
         files.push((&path, b"\x80\x02".to_vec()));
         let server = Server::good(&files);
         let hub = cache.hub(&server.endpoint());
-        let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+        let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &hub));
         assert!(message.contains(pickle) && message.contains("run any code"), "{message}");
         assert!(message.contains("safetensors"), "{message}");
         assert_eq!(server.downloads(pickle), 0);
@@ -138,7 +138,7 @@ fn a_repository_of_pickles_is_refused() {
     let cache = Cache::new();
     let server =
         Server::start(&files, |request, _| request.path.contains("/tree/").then_some(Fault::Status(404)));
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint())));
     assert!(message.contains("no file model.safetensors"), "{message}");
 
     // Beside safetensors a pickle is not even asked for.
@@ -146,7 +146,7 @@ fn a_repository_of_pickles_is_refused() {
     files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
     files.push(("owner/tiny/model.safetensors", tensors("a", 1.5)));
     let server = Server::good(&files);
-    ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())).unwrap();
+    ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint())).unwrap();
     assert!(server.requests().iter().all(|request| !request.path.ends_with(".bin")));
 }
 
@@ -154,13 +154,13 @@ fn a_repository_of_pickles_is_refused() {
 fn without_a_network_or_a_cache_the_error_says_what_to_do() {
     let cache = Cache::new();
     // Nothing listens at port 1.
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub("http://127.0.0.1:1")));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &cache.hub("http://127.0.0.1:1")));
     assert!(message.contains("cannot be reached") && message.contains("local folder"), "{message}");
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 
     let server = Server::good(&model());
     let hub = offline(cache.hub(&server.endpoint()));
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &hub));
     assert!(message.contains("not in the cache") && message.contains("HF_HUB_OFFLINE"), "{message}");
     assert!(server.requests().is_empty());
 }
@@ -170,7 +170,7 @@ fn a_silent_server_is_given_up() {
     let cache = Cache::new();
     let server = Server::start(&[], |_, _| Some(Fault::Silent));
     let hub = with(cache.hub(&server.endpoint()), |hub| hub.patience = Duration::from_millis(200));
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &hub));
     assert!(message.contains("no answer for 0.2 seconds"), "{message}");
 }
 
@@ -178,11 +178,11 @@ fn a_silent_server_is_given_up() {
 fn the_text_of_an_error_is_never_cached_as_the_file() -> Result<()> {
     let cache = Cache::new();
     let server = Server::start(&model(), |request, _| request.is_get().then_some(Fault::Status(503)));
-    let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint())));
+    let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint())));
     assert!(message.contains("503"), "{message}");
     drop(server);
     let server = Server::good(&model());
-    let files = ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint()))?;
+    let files = ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint()))?;
     assert_eq!(std::fs::read_to_string(files.config_path()).unwrap(), r#"{"hidden_size": 4}"#);
     Ok(())
 }
@@ -195,11 +195,11 @@ fn names_that_are_no_repositories_are_never_asked_for() {
     for name in
         ["", "/", "./models/x", "../x", "a/b/c", "owner/..", "owner/", "~/x", "a b", "owner/a?b", "a--b"]
     {
-        let message = hub_error(ModelFiles::locate_with(name, None, &hub));
+        let message = hub_error(ModelFiles::locate_repo(name, None, &hub));
         assert!(message.contains("no such local folder"), "{name:?}: {message}");
     }
     for revision in ["../x", "/x", ""] {
-        let message = hub_error(ModelFiles::locate_with("owner/tiny", Some(revision), &hub));
+        let message = hub_error(ModelFiles::locate_repo("owner/tiny", Some(revision), &hub));
         assert!(message.contains("revision"), "{revision:?}: {message}");
     }
     let message = hub_error(repo_file_with("owner/rows", RepoKind::Dataset, "../x.parquet", None, &hub));
@@ -211,9 +211,9 @@ fn names_that_are_no_repositories_are_never_asked_for() {
 fn a_name_that_may_be_a_folder_s_says_that_there_is_none() {
     let cache = Cache::new();
     let hub = offline(cache.hub("http://127.0.0.1:9"));
-    let message = hub_error(ModelFiles::locate_either("models/robreta", None, &hub));
+    let message = hub_error(ModelFiles::locate_with("models/robreta", None, &hub));
     assert!(message.contains("models/robreta") && message.contains("not in the cache"), "{message}");
     assert!(message.ends_with("(and there is no such local folder)"), "{message}");
-    let message = hub_error(ModelFiles::locate_either("models/roberta/large", None, &hub));
+    let message = hub_error(ModelFiles::locate_with("models/roberta/large", None, &hub));
     assert_eq!(message.matches("no such local folder").count(), 1);
 }

@@ -14,7 +14,7 @@ fn the_checks_of_events_and_files_see_what_they_look_for() -> Result<()> {
     let cache = Cache::new();
     let server = Server::good(&model());
     let before = Cache::events();
-    let files = ModelFiles::locate_with("owner/tiny", None, &cache.hub(&server.endpoint()))?;
+    let files = ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint()))?;
     assert!(Cache::events() > before);
     let shown = format!("{files:?} {files:#?}");
     assert!(shown.contains("owner/tiny") && shown.contains("<token>") && !shown.contains(TOKEN), "{shown}");
@@ -35,7 +35,7 @@ fn a_token_that_cannot_be_sent_is_refused_without_showing_it() {
     let server = Server::good(&model());
     for token in [format!("{TOKEN}\nsecond"), format!("{TOKEN} "), format!("{TOKEN}é")] {
         let hub = with(cache.hub(&server.endpoint()), |hub| hub.token = Some(token));
-        let message = hub_error(ModelFiles::locate_with("owner/tiny", None, &hub));
+        let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &hub));
         assert!(message.contains("HF_TOKEN"), "{message}");
     }
     assert!(server.requests().is_empty());
@@ -59,7 +59,7 @@ fn sends_no_token() {
     let cache = Cache::new();
     let server = Server::good(&model());
     let hub = with(cache.hub(&server.endpoint()), |hub| hub.token = None);
-    ModelFiles::locate_with("owner/tiny", None, &hub).unwrap();
+    ModelFiles::locate_repo("owner/tiny", None, &hub).unwrap();
     assert!(!server.requests().is_empty());
     assert!(server.requests().iter().all(|request| request.authorization.is_none()));
 }

@@ -333,7 +333,7 @@ fn a_revision_is_held_to_for_all_files_and_a_commit_needs_no_network() -> Result
         (Some(OLD_COMMIT), OLD_COMMIT, "old", 1.0),
     ] {
         let before = server.requests().len();
-        let files = ModelFiles::locate_with("owner/tiny", revision, &hub)?;
+        let files = ModelFiles::locate_repo("owner/tiny", revision, &hub)?;
         let snapshot = cache.path().join("models--owner--tiny/snapshots").join(commit);
         assert_eq!(files.config_path(), snapshot.join(CONFIG));
         assert_eq!(std::fs::read_to_string(files.config_path()).unwrap(), config);

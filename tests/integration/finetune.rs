@@ -19,8 +19,8 @@ use monteclora::optim::{IvonConfig, Moments};
 use monteclora::peft::AdapterFile;
 use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
-    batches, fit, Classification, Classifier, Method, MethodInit, Objective, Observer, Predictions, Record,
-    TrainConfig,
+    batches, fit, Classification, Classifier, Method, MethodInit, Objective, Observer, Predictions,
+    StepRecord, TrainConfig,
 };
 use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
@@ -77,10 +77,10 @@ pub fn rows(count: usize, regression: bool) -> Vec<Encoded> {
 }
 
 #[derive(Default)]
-pub struct Log(pub Vec<Record>);
+pub struct Log(pub Vec<StepRecord>);
 
 impl Observer for Log {
-    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
+    fn step(&mut self, record: &StepRecord) -> monteclora::Result<()> {
         self.0.push(record.clone());
         Ok(())
     }
@@ -101,7 +101,7 @@ fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifie
     Ok(Classifier::load(files, labels, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
 }
 
-fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<Record>> {
+fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<StepRecord>> {
     let batcher = Batcher::new(8, true, Noise::new(4))?;
     let objective = Classification { classifier, rows, batcher };
     let config = TrainConfig { epochs, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
@@ -117,7 +117,7 @@ fn every_method_learns_through_the_one_loop_and_repeats_itself() -> Outcome {
     for (files, regression) in [(&encoder, false), (&encoder, true), (&decoder, false), (&decoder, true)] {
         let rows = rows(64, regression);
         for method in methods() {
-            let run = || -> Outcome<(Vec<Record>, Predictions)> {
+            let run = || -> Outcome<(Vec<StepRecord>, Predictions)> {
                 let classifier = load(files, &method, if regression { 1 } else { 2 })?;
                 let log = train(&classifier, &rows, 6)?;
                 let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 16)?, 0)?;
@@ -125,7 +125,7 @@ fn every_method_learns_through_the_one_loop_and_repeats_itself() -> Outcome {
             };
             let (log, predictions) = run()?;
             assert_eq!((log.clone(), predictions.clone()), run()?, "{}", method.name());
-            let mean = |records: &[Record]| {
+            let mean = |records: &[StepRecord]| {
                 records.iter().map(|r| r.terms["task"]).sum::<f64>() / records.len() as f64
             };
             let (first, last) = (mean(&log[..8]), mean(&log[log.len() - 8..]));
@@ -170,7 +170,7 @@ fn the_trainer_tells_a_prior_how_many_rows_there_are() -> Outcome {
     for method in [map, Method::MonteCLoRA(calibrated), Method::MonteCLoRA(evidence)] {
         let classifier = load(&files, &method, 2)?;
         let log = train(&classifier, &rows, 1)?;
-        let pull = |record: &Record| record.terms.get("prior").or(record.terms.get("kl_mean")).copied();
+        let pull = |record: &StepRecord| record.terms.get("prior").or(record.terms.get("kl_mean")).copied();
         assert!(log.last().and_then(pull).is_some_and(|pull| pull > 0.0), "{method:?}");
         for record in log {
             let term = |name: &str| record.terms.get(name).copied().unwrap_or_default();
@@ -401,7 +401,7 @@ fn what_an_optimiser_remembers_is_told_beside_the_parameters_that_it_goes_with()
     struct Falling<'a>(&'a Params, Vec<BTreeMap<String, Tensor>>);
 
     impl Observer for Falling<'_> {
-        fn step(&mut self, _: &Record) -> monteclora::Result<()> {
+        fn step(&mut self, _: &StepRecord) -> monteclora::Result<()> {
             Ok(())
         }
 

@@ -55,7 +55,7 @@ impl Home {
         let files = ModelFiles::locate(&dir.display().to_string(), None)?;
         let config = DecoderConfig::from_file(files.config_path())?;
         let tokenizer = monteclora::data::tokenizer::read(&dir.join("tokenizer.json"))?;
-        let eos = config.eos_token_ids().first().copied();
+        let eos = config.eos_token_ids.first().copied();
         let encoder = PromptEncoder::new(tokenizer, 500, 512, eos, false)?;
         let mut rows = questions(32)?;
         let measured = rows.split_off(24);

@@ -105,7 +105,7 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
     let AdapterMethod::MonteCLoRA(config) = method else { return Ok(task) };
     let mut posteriors = Vec::new();
     model.adaptable().visit_linears(&mut |layer| {
-        let active = layer.active().and_then(|(_, adapter)| adapter.as_any().downcast_ref::<MonteCLoRA>());
+        let active = layer.active_as::<MonteCLoRA>();
         posteriors.extend(active.map(|adapter| adapter.posterior().clone()));
         Ok(())
     })?;

@@ -12,7 +12,7 @@ use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification};
-use monteclora::models::generate::{generate, GenerateConfig, Sampling, Weights};
+use monteclora::models::generate::{generate, GenerateConfig, PosteriorWeights, Sampling};
 use monteclora::models::{self, Placement};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
@@ -398,28 +398,28 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     inject::monteclora(&mut model, &Targets::default(), &bayes(), &params)?;
     scatter(&params)?;
     let prompts = vec![vec![1, 17, 4]; 2];
-    let run = |sampling: Sampling, seed: u64, weights: Weights| {
+    let run = |sampling: Sampling, seed: u64, weights: PosteriorWeights| {
         let config = GenerateConfig { max_new_tokens: 16, sampling, seed, weights, ..Default::default() };
         tokens(&model, &prompts, &config)
     };
     let all = || Sampling::All { temperature: 1.0 };
-    let first = run(all(), 7, Weights::Mean)?;
-    assert_eq!(first, run(all(), 7, Weights::Mean)?);
-    assert_ne!(first, run(all(), 8, Weights::Mean)?);
+    let first = run(all(), 7, PosteriorWeights::Mean)?;
+    assert_eq!(first, run(all(), 7, PosteriorWeights::Mean)?);
+    assert_ne!(first, run(all(), 8, PosteriorWeights::Mean)?);
     assert_ne!(first[0], first[1], "rows have generators of their own");
-    assert_ne!(first[1], run(all(), 8, Weights::Mean)?[0], "and so have the rows of every seed");
-    let greedy = run(Sampling::ArgMax, 0, Weights::Mean)?;
+    assert_ne!(first[1], run(all(), 8, PosteriorWeights::Mean)?[0], "and so have the rows of every seed");
+    let greedy = run(Sampling::ArgMax, 0, PosteriorWeights::Mean)?;
     for narrow in [
         Sampling::TopK { k: 1, temperature: 1.0 },
         Sampling::TopP { p: 1e-6, temperature: 1.0 },
         Sampling::TopKThenTopP { k: 4, p: 1e-6, temperature: 1.0 },
         Sampling::All { temperature: 1e-4 },
     ] {
-        assert_eq!(greedy, run(narrow, 3, Weights::Mean)?);
+        assert_eq!(greedy, run(narrow, 3, PosteriorWeights::Mean)?);
     }
-    let drawn = run(all(), 7, Weights::Draw(0))?;
+    let drawn = run(all(), 7, PosteriorWeights::Draw(0))?;
     assert_ne!(first, drawn);
-    assert_eq!(drawn, run(all(), 7, Weights::Average(1))?);
+    assert_eq!(drawn, run(all(), 7, PosteriorWeights::Average(1))?);
     // Over two draws the first token is that of the averaged probabilities.
     let (ids, mask) = one_row(&prompts[0])?;
     let probabilities = |draw| -> Outcome<Vec<f32>> {
@@ -428,7 +428,7 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     };
     let sum: Vec<f32> = probabilities(0)?.iter().zip(probabilities(1)?).map(|(a, b)| a + b).collect();
     let best = (0..sum.len()).max_by(|a, b| sum[*a].total_cmp(&sum[*b])).map(|i| i as u32);
-    assert_eq!(Some(run(Sampling::ArgMax, 0, Weights::Average(2))?[0][0]), best);
+    assert_eq!(Some(run(Sampling::ArgMax, 0, PosteriorWeights::Average(2))?[0][0]), best);
     Ok(())
 }
 
@@ -446,7 +446,7 @@ fn generation_refuses_what_it_cannot_do() -> Outcome {
         (vec![3], sampling(Sampling::All { temperature: 0.0 }), "temperature"),
         (vec![3], sampling(Sampling::TopK { k: 0, temperature: 1.0 }), "top_k"),
         (vec![3], sampling(Sampling::TopP { p: 1.5, temperature: 1.0 }), "top_p"),
-        (vec![3], GenerateConfig { weights: Weights::Average(0), ..config.clone() }, "weights"),
+        (vec![3], GenerateConfig { weights: PosteriorWeights::Average(0), ..config.clone() }, "weights"),
     ];
     for (prompt, config, expected) in cases {
         let error = fails(prompt, config);

@@ -6,7 +6,7 @@ use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableModel, Role};
 use monteclora::adapters::{Lora, LoraConfig};
-use monteclora::inject::{self, activate, Target, Targets};
+use monteclora::inject::{self, activate, TargetLayer, Targets};
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::optim::{check_gradients, AdamW, AdamWConfig};
@@ -165,7 +165,7 @@ fn a_name_comes_once_and_goes_if_it_is_there() -> Outcome {
 #[test]
 fn targets_that_are_no_layers_or_come_twice_are_refused_by_path() -> Outcome {
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
-    let target = |path: &str| Target { path: path.to_string(), rank: 2, alpha: 5.0 };
+    let target = |path: &str| TargetLayer { path: path.to_string(), rank: 2, alpha: 5.0 };
     let (q, absent) = ("model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj");
     for (paths, words) in [
         ([q, absent], format!("no layer matches {absent}; the model has: ")),

@@ -46,7 +46,7 @@ fn end_tokens_beside_the_bundled_model_are_read() -> Outcome {
         std::fs::copy(from.join(name), copy.path().join(name))?;
     }
     let files = ModelFiles::locate(copy.path().to_str().ok_or("a path")?, None)?;
-    let mut ends = DecoderConfig::from_files(&files)?.eos_token_ids();
+    let mut ends = DecoderConfig::from_files(&files)?.eos_token_ids;
     ends.sort_unstable();
     assert_eq!(ends, [2, 426]);
     Ok(())

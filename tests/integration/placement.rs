@@ -8,7 +8,7 @@ use monteclora::data::batch::Batcher;
 use monteclora::inject::Targets;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use monteclora::models::generate::{generate, GenerateConfig, Weights as Drawn};
+use monteclora::models::generate::{generate, GenerateConfig, PosteriorWeights};
 use monteclora::models::{Crossing, Placement, Transfer, Weights};
 use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{Noise, Params};
@@ -107,7 +107,8 @@ pub fn run(placement: &Placement, method: &Method, targets: &Targets, checkpoint
     losses.push(held_out_loss(&model, unseen, 4, &[Pass::Mean, Pass::Posterior { draw: 1 }])?);
     // Of two lengths: padded on the left, with caches.
     let prompts = [vec![1, 41, 5, 6], vec![1, 42, 7]];
-    let config = GenerateConfig { max_new_tokens: 6, weights: Drawn::Average(2), ..Default::default() };
+    let config =
+        GenerateConfig { max_new_tokens: 6, weights: PosteriorWeights::Average(2), ..Default::default() };
     Ok(Run { losses, params, said: generate(&model, &prompts, &config, &mut |_, _| true)? })
 }
 

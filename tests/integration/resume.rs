@@ -12,7 +12,7 @@ use monteclora::optim::IvonConfig;
 use monteclora::peft::AdapterFile;
 use monteclora::train::{
     batches, fit_with_checkpoints, Checkpoints, Classification, Classifier, Method, MethodInit, Observer,
-    Predictions, Record, Summary, TrainConfig,
+    Predictions, StepRecord, Summary, TrainConfig,
 };
 use monteclora::{Error, MonteCLoRAConfig, Noise, Prior, PriorForm, ScalerSchedule};
 
@@ -22,7 +22,7 @@ use crate::support::Outcome;
 /// Keeps a log as the examples do, scores the present parameters, and stops after a step.
 #[derive(Default)]
 struct Watch {
-    log: Vec<Record>,
+    log: Vec<StepRecord>,
     stop_after: Option<usize>,
     done: usize,
     warnings: Vec<String>,
@@ -30,7 +30,7 @@ struct Watch {
 }
 
 impl Observer for Watch {
-    fn step(&mut self, record: &Record) -> monteclora::Result<()> {
+    fn step(&mut self, record: &StepRecord) -> monteclora::Result<()> {
         self.log.push(record.clone());
         Ok(())
     }
@@ -71,7 +71,7 @@ struct End {
     params: Vec<(String, Vec<u32>)>,
     /// Parameters, moments, best parameters and the method's state after the last step.
     last_checkpoint: Vec<u8>,
-    log: Vec<Record>,
+    log: Vec<StepRecord>,
     predictions: Predictions,
     kept_step: usize,
 }

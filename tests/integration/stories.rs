@@ -60,7 +60,7 @@ fn tune(
 ) -> Outcome<(f64, f64, String, String)> {
     let (mut model, config, tokenizer) = load(dir, quantize)?;
     let encoder =
-        PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids().first().copied(), false)?;
+        PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids.first().copied(), false)?;
     let read = |name: &str, most: usize| -> Outcome<Vec<Tokens>> {
         let mut rows = instruct::read(&data.join(name), Format::Gsm8k)?;
         rows.truncate(most);
@@ -146,7 +146,7 @@ fn a_text_ends_at_the_end_tokens_of_either_file() -> Outcome {
         let config = DecoderConfig::from_files(&files)?;
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
         let model = DecoderForCausalLM::load(vb, &config, Noise::new(0))?;
-        let stop = config.eos_token_ids();
+        let stop = config.eos_token_ids.clone();
         let config = GenerateConfig { max_new_tokens: 64, stop, ..GenerateConfig::default() };
         Ok(generate(&model, &[vec![1]], &config, &mut |_, _| true)?.swap_remove(0))
     };

@@ -7,7 +7,7 @@ use monteclora::adapters::{Blob, BlobConfig, Lora, LoraConfig, LoraFa};
 use monteclora::inject::{self, Targets};
 use monteclora::ops;
 use monteclora::optim::check_gradients;
-use monteclora::{MonteCLoRAConfig, Walk};
+use monteclora::{MonteCLoRAConfig, ReleasedWalk};
 
 use crate::{assert_close, assert_gradients, assert_mean, base, normals, shake, store, Model, Result};
 
@@ -176,12 +176,12 @@ fn a_step_of_the_divergence_is_one_down_its_gradient() -> Result<()> {
 }
 
 /// One layer under the released code, with one component and V = 1, and what moves it.
-fn walking(params: &Params) -> Result<(Model, Walk)> {
+fn walking(params: &Params) -> Result<(Model, ReleasedWalk)> {
     let mut model = Model(vec![AdaptableLinear::new("first", base(6, 4)?)]);
     let config = MonteCLoRAConfig { num_components: 1, ..released_config() };
     inject::monteclora_released(&mut model, &Targets::parse("all-linear")?, &config, params)?;
     params.set("first.default.std_prior", &normals("rho", &[3])?.zeros_like()?)?;
-    let walk = Walk::new(&model, &config, params)?;
+    let walk = ReleasedWalk::new(&model, &config, params)?;
     Ok((model, walk))
 }
 

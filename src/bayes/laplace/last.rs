@@ -13,6 +13,7 @@ use super::record::{BatchRecord, LayerRecord};
 use crate::adapter::{Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::models::sequence::OUTPUT_LAYERS;
 use crate::predict::Predictor;
 
 /// The last linear layer of a model's head, by its parameters in the store.
@@ -48,12 +49,11 @@ impl LastLayer {
     /// # Errors
     /// If the store has none of them.
     pub fn of_head(params: &Params) -> Result<Self> {
-        const NAMES: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
         let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
-        match NAMES.into_iter().find(held) {
+        match OUTPUT_LAYERS.into_iter().find(held) {
             Some(path) => Self::new(params, path),
             None => {
-                let reason = format!("expected the weight of one of {}", NAMES.join(", "));
+                let reason = format!("expected the weight of one of {}", OUTPUT_LAYERS.join(", "));
                 Err(Error::config("laplace", format!("the store has no head: {reason}")))
             }
         }

@@ -156,11 +156,6 @@ impl Laplace {
         Ok(())
     }
 
-    /// The scope back, to take taps off.
-    pub fn into_scope(self) -> Scope {
-        self.scope
-    }
-
     /// The Laplace approximation of `ln p(D)` under a prior precision:
     ///
     /// ```text

@@ -35,13 +35,13 @@ struct Tapped {
     path: String,
     adapter: String,
     pair: LowRank,
-    tape: Arc<Mutex<Tape>>,
+    recording: Arc<Mutex<Recording>>,
 }
 
 /// What a recording adapter leaves behind.
 #[derive(Debug, Default)]
-struct Tape {
-    recording: bool,
+struct Recording {
+    on: bool,
     seen: Vec<TappedPass>,
     /// Whether the adapter is in its tap.
     holds: bool,
@@ -63,7 +63,7 @@ struct TappedAdapter {
     /// There until it is dropped.
     adapter: Option<Box<dyn Adapter>>,
     pair: LowRank,
-    tape: Arc<Mutex<Tape>>,
+    recording: Arc<Mutex<Recording>>,
 }
 
 impl TappedAdapter {
@@ -74,19 +74,19 @@ impl TappedAdapter {
 
 impl Drop for TappedAdapter {
     fn drop(&mut self) {
-        let mut tape = lock(&self.tape);
-        (tape.holds, tape.freed) = (false, self.adapter.take());
+        let mut recording = lock(&self.recording);
+        (recording.holds, recording.freed) = (false, self.adapter.take());
     }
 }
 
-fn lock(tape: &Mutex<Tape>) -> MutexGuard<'_, Tape> {
-    // A panic while it is held leaves a tape that the next recording clears.
-    tape.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(recording: &Mutex<Recording>) -> MutexGuard<'_, Recording> {
+    // A panic while it is held leaves a recording that the next one clears.
+    recording.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Adapter for TappedAdapter {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
-        if !lock(&self.tape).recording {
+        if !lock(&self.recording).on {
             return self.adapter().forward(xs, base, cx);
         }
         let pair = &self.pair;
@@ -101,7 +101,7 @@ impl Adapter for TappedAdapter {
         let low = (low + tap_y.as_tensor())?;
         let frozen = base.forward_in(xs, cx)?.to_dtype(low.dtype())?;
         let seen = TappedPass { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
-        lock(&self.tape).seen.push(seen);
+        lock(&self.recording).seen.push(seen);
         (frozen + low)?.to_dtype(xs.dtype())
     }
 
@@ -145,7 +145,7 @@ impl Taps {
                 path: layer.path().to_string(),
                 adapter: name.to_string(),
                 pair: pair.clone(),
-                tape: Arc::default(),
+                recording: Arc::default(),
             });
             Ok(())
         })?;
@@ -169,21 +169,25 @@ impl Taps {
     fn exchange(&self, model: &mut dyn AdaptableModel, tapped: bool) -> Result<()> {
         model.visit_linears_mut(&mut |layer| {
             let here = self.layers.iter().find(|tapped| tapped.path == layer.path());
-            let Some(Tapped { adapter: name, pair, tape, .. }) = here else { return Ok(()) };
+            let Some(Tapped { adapter: name, pair, recording, .. }) = here else { return Ok(()) };
             let reason = format!("{} has no tap on {name:?} any more", layer.path());
             let gone = || Error::config("adapter", reason.clone());
             // What came in its place since is somebody else's.
-            if lock(tape).holds == tapped {
+            if lock(recording).holds == tapped {
                 return Err(gone());
             }
             let active = layer.active().map(|(name, _)| name.to_string());
             let there = layer.remove(name)?;
             let adapter: Option<Box<dyn Adapter>> = if tapped {
-                lock(tape).holds = true;
-                Some(Box::new(TappedAdapter { adapter: there, pair: pair.clone(), tape: tape.clone() }))
+                lock(recording).holds = true;
+                Some(Box::new(TappedAdapter {
+                    adapter: there,
+                    pair: pair.clone(),
+                    recording: recording.clone(),
+                }))
             } else {
                 drop(there);
-                lock(tape).freed.take()
+                lock(recording).freed.take()
             };
             layer.add(name, adapter.ok_or_else(gone)?)?;
             layer.activate(active.as_deref())
@@ -237,11 +241,11 @@ impl Taps {
     }
 
     /// Starts or ends recording; what was recorded is taken out.
-    fn switch(&self, recording: bool) -> Vec<Vec<TappedPass>> {
+    fn switch(&self, on: bool) -> Vec<Vec<TappedPass>> {
         let change = |layer: &Tapped| {
-            let mut tape = lock(&layer.tape);
-            tape.recording = recording;
-            std::mem::take(&mut tape.seen)
+            let mut recording = lock(&layer.recording);
+            recording.on = on;
+            std::mem::take(&mut recording.seen)
         };
         self.layers.iter().map(change).collect()
     }

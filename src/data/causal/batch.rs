@@ -6,7 +6,7 @@ use super::tokens::Tokens;
 use crate::error::{Error, Result};
 use crate::ops::Rows;
 
-/// Rows as tensors on one device: `b` rows of `t` tokens, `n` of which are to be predicted.
+/// Rows as tensors on one device: `b` rows of `t` tokens, `n` of which are targets of the loss.
 #[derive(Debug, Clone)]
 pub struct CausalBatch {
     /// [`Tokens::row`] of each row.

@@ -1,11 +1,11 @@
 //! A text as token ids: in pieces, or several in one sequence.
 
-/// A text as token ids, with what of it is to be learnt.
+/// A text as token ids, and which of them count in the loss.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokens {
     /// The ids, the first of a text included; never empty.
     pub ids: Vec<u32>,
-    /// Whether each id is to be predicted from those before it, as long as `ids`.
+    /// Whether the loss counts the prediction of each id from those before it; as long as `ids`.
     pub learnt: Vec<bool>,
     /// Which row this is, counted from 0; of packed rows the first.
     pub row: usize,

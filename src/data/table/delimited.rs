@@ -33,7 +33,9 @@ pub(super) fn each_row(
     let mut found = Err(Error::format(path, "no header"));
     for delimiter in delimiters {
         let header = builder(*delimiter).from_reader(text.as_bytes()).headers().cloned();
-        match header.map_err(|error| told(text, path, &error)).and_then(|header| places(&header, names, path))
+        match header
+            .map_err(|error| csv_error(text, path, &error))
+            .and_then(|header| places(&header, names, path))
         {
             Ok(places) => {
                 found = Ok((*delimiter, places));
@@ -49,7 +51,7 @@ pub(super) fn each_row(
         check_quotes(text, delimiter).map_err(|(line, reason)| Error::format_at(path, line, reason))?;
     }
     for record in builder(delimiter).from_reader(text.as_bytes()).into_records() {
-        let record = record.map_err(|error| told(text, path, &error))?;
+        let record = record.map_err(|error| csv_error(text, path, &error))?;
         let line = line_of(text, record.position());
         let cell = |place: &usize| Cell::Text(record.get(*place).unwrap_or_default().to_owned());
         take(line, Ok(places.iter().map(cell).collect()))?;
@@ -81,7 +83,7 @@ fn line_of(text: &str, position: Option<&Position>) -> usize {
     position.line() as usize + empty.filter(|byte| **byte == b'\n').count()
 }
 
-fn told(text: &str, path: &Path, error: &csv::Error) -> Error {
+fn csv_error(text: &str, path: &Path, error: &csv::Error) -> Error {
     match error.kind() {
         ErrorKind::UnequalLengths { pos, expected_len, len } => Error::format_at(
             path,

@@ -134,7 +134,7 @@ fn cells(row: &Row, names: &[&str]) -> std::result::Result<Vec<Cell>, String> {
 struct Rows<'a>(&'a mut dyn FnMut(usize, Row) -> Result<()>);
 
 impl<'de> DeserializeSeed<'de> for Rows<'_> {
-    /// What became of them; an error of the first that is refused.
+    /// Whether the callback took all rows, or else its first error.
     type Value = Result<()>;
 
     fn deserialize<D: Deserializer<'de>>(

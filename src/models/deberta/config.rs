@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
 use crate::models::encoder::Buckets;
 use crate::util::{check, json};
@@ -129,7 +130,7 @@ impl DebertaConfig {
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "deberta-v2")?;
-        shared::check_positive(&[
+        checks::sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("num_attention_heads", self.num_attention_heads),
@@ -141,9 +142,9 @@ impl DebertaConfig {
         shared::check_is("pooler_hidden_act", &self.pooler_hidden_act, "gelu")?;
         self.check_version()?;
         self.check_positions()?;
-        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
+        checks::token_id("pad_token_id", self.pad_id(), self.vocab_size)?;
         check::positive("layer_norm_eps", self.layer_norm_eps)?;
-        shared::check_rates(&[
+        checks::rates(&[
             ("hidden_dropout_prob", self.hidden_dropout_prob),
             ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
             ("pooler_dropout", self.pooler_dropout),

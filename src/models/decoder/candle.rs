@@ -7,7 +7,7 @@ use super::positions::{Positions, RotaryScaling};
 use crate::error::{Error, Result};
 
 impl DecoderConfig {
-    /// The configuration of candle-transformers' `Llama` that computes what this decoder does: for whoever runs merged
+    /// The configuration of candle-transformers' `Llama` that computes what this decoder does, to run merged
     /// weights there.
     ///
     /// # Errors

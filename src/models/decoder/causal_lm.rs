@@ -82,7 +82,7 @@ impl CausalLm for DecoderForCausalLM {
 
     fn token_loss(&self, hidden: &Tensor, targets: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let cap = self.config.logit_cap;
-        ops::capped_linear_cross_entropy(hidden, &self.head, targets, -100, cap, cx.path)
+        ops::capped_linear_cross_entropy(hidden, &self.head, targets, ops::IGNORED_LABEL, cap, cx.path)
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::Device;
 
 use super::positions::{Positions, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
-use crate::models::Placement;
+use crate::models::{checks, Placement};
 use crate::util::check;
 use crate::util::device::free_device_bytes;
 
@@ -111,7 +111,7 @@ impl DecoderConfig {
     /// # Errors
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
-        let sizes = [
+        checks::sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -119,10 +119,7 @@ impl DecoderConfig {
             ("num_key_value_heads", self.num_key_value_heads),
             ("max_position_embeddings", self.max_position_embeddings),
             ("num_labels", self.num_labels),
-        ];
-        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(Error::config(*name, "must be positive"));
-        }
+        ])?;
         let heads = self.num_attention_heads;
         if !heads.is_multiple_of(self.num_key_value_heads) {
             let reason = format!("{} do not divide {heads} heads", self.num_key_value_heads);
@@ -134,15 +131,12 @@ impl DecoderConfig {
                 format!("expected an even width, not too large for {heads} heads, got {}", self.head_dim);
             return Err(Error::config("head_dim", reason));
         }
-        if !(0.0..1.0).contains(&self.attention_dropout) {
-            let reason = format!("expected [0, 1), got {}", self.attention_dropout);
-            return Err(Error::config("attention_dropout", reason));
+        checks::rates(&[("attention_dropout", self.attention_dropout)])?;
+        if let Some(id) = self.pad_token_id {
+            checks::token_id("pad_token_id", id, self.vocab_size)?;
         }
-        let named = |name: &'static str| move |id: &u32| (name, *id);
-        let special = self.pad_token_id.iter().map(named("pad_token_id"));
-        let mut special = special.chain(self.eos_token_ids.iter().map(named("eos_token_id")));
-        if let Some((name, id)) = special.find(|(_, id)| *id as usize >= self.vocab_size) {
-            return Err(Error::config(name, format!("{id} is outside a vocabulary of {}", self.vocab_size)));
+        for id in &self.eos_token_ids {
+            checks::token_id("eos_token_id", *id, self.vocab_size)?;
         }
         check::positive("rms_norm_eps", self.rms_norm_eps)?;
         check::positive("query_pre_attn_scalar", self.attention_scale)?;
@@ -164,16 +158,6 @@ impl DecoderConfig {
             ));
         }
         self.local_rotary.iter().chain([&self.rotary]).try_for_each(|rotary| rotary.validate(self.head_dim))
-    }
-
-    /// The width of one attention head.
-    pub fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
-    /// The tokens that end a text.
-    pub fn eos_token_ids(&self) -> Vec<u32> {
-        self.eos_token_ids.clone()
     }
 
     /// The id that fills a batch. It is masked, so that any id serves where the model has none.

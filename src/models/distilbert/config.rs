@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
 use crate::util::json;
 
@@ -75,7 +76,7 @@ impl DistilBertConfig {
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "distilbert")?;
-        shared::check_positive(&[
+        checks::sizes(&[
             ("vocab_size", self.vocab_size),
             ("dim", self.dim),
             ("n_heads", self.n_heads),
@@ -84,8 +85,8 @@ impl DistilBertConfig {
         ])?;
         shared::check_heads("n_heads", self.n_heads, self.dim)?;
         shared::check_is("activation", &self.activation, "gelu")?;
-        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
-        shared::check_rates(&[
+        checks::token_id("pad_token_id", self.pad_id(), self.vocab_size)?;
+        checks::rates(&[
             ("dropout", self.dropout),
             ("attention_dropout", self.attention_dropout),
             ("seq_classif_dropout", self.seq_classif_dropout),
@@ -139,7 +140,7 @@ mod tests {
             ("dim", json!(0), "dim: must be positive"),
             ("model_type", json!("bert"), "model_type: expected distilbert, got bert"),
             ("pad_token_id", json!(30522), "pad_token_id: 30522 is outside a vocabulary of 30522"),
-            ("seq_classif_dropout", json!(1.0), "seq_classif_dropout: expected [0, 1), got 1"),
+            ("seq_classif_dropout", json!(1.0), "seq_classif_dropout: expected a number in [0, 1), got 1"),
         ] {
             let error = read(&|json| json[name] = value.clone()).unwrap_err().to_string();
             assert!(error.contains("config.json") && error.contains(said), "{error}");

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::labels;
+use crate::labels::{self, Labels};
 
 /// What transformers takes where a file says nothing.
 pub mod defaults {
@@ -46,22 +46,13 @@ pub fn label_texts<'de, D: Deserializer<'de>>(
 
 /// Classes as Hugging Face names them where nobody does.
 pub fn label_names(n: usize) -> BTreeMap<usize, String> {
-    (0..n).map(|i| (i, format!("LABEL_{i}"))).collect()
+    Labels::numbered(n).names().iter().cloned().enumerate().collect()
 }
 
 /// Makes it `n` classes; the names stay where there are as many.
 pub fn set_num_labels(names: &mut BTreeMap<usize, String>, n: usize) {
     if names.len() != n {
         *names = label_names(n);
-    }
-}
-
-/// # Errors
-/// Names the first size that is 0.
-pub fn check_positive(sizes: &[(&str, usize)]) -> Result<()> {
-    match sizes.iter().find(|(_, size)| *size == 0) {
-        Some((name, _)) => Err(Error::config(*name, "must be positive")),
-        None => Ok(()),
     }
 }
 
@@ -81,22 +72,4 @@ pub fn check_is(option: &str, value: &str, expected: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::config(option, format!("expected {expected}, got {value}")))
-}
-
-/// # Errors
-/// If padding has an id that no word has.
-pub fn check_pad_id(pad_id: u32, vocab_size: usize) -> Result<()> {
-    if (pad_id as usize) < vocab_size {
-        return Ok(());
-    }
-    Err(Error::config("pad_token_id", format!("{pad_id} is outside a vocabulary of {vocab_size}")))
-}
-
-/// # Errors
-/// Names the first rate that is not in [0, 1).
-pub fn check_rates(rates: &[(&str, f64)]) -> Result<()> {
-    match rates.iter().find(|(_, rate)| !(0.0..1.0).contains(rate)) {
-        Some((name, rate)) => Err(Error::config(*name, format!("expected [0, 1), got {rate}"))),
-        None => Ok(()),
-    }
 }

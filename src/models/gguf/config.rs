@@ -9,7 +9,7 @@ use crate::error::Result;
 
 impl Gguf {
     /// The model's configuration as Hugging Face would have it: what the file says under its own keys, and what llama.cpp
-    /// holds for granted of an architecture.
+    /// assumes of an architecture.
     ///
     /// # Errors
     /// If a key is missing or has no such value, or the file asks for what is not supported.
@@ -240,7 +240,7 @@ impl Gguf {
             }
         }
         let window = self.whole("attention.sliding_window")?.filter(|window| *window > 0);
-        // What llama.cpp holds for granted: every second layer of Gemma 2 has a window, five of six of Gemma 3.
+        // What llama.cpp assumes: every second layer of Gemma 2 has a window, five of six of Gemma 3.
         let (default, every) = match name {
             "gemma2" => (Some(4096), 2),
             "gemma3" => (None, 6),

@@ -14,7 +14,7 @@ use super::architecture::Architecture;
 use super::header::{Header, TensorInfo};
 use super::value::Value;
 use crate::error::{Error, Result};
-use crate::util::pointer;
+use crate::util::lfs_pointer;
 
 /// A model in a GGUF file, as llama.cpp and Ollama read it. Its head has been read and checked; the weights lie on the
 /// disk until they are asked for. Clones share it.
@@ -38,7 +38,7 @@ impl Gguf {
         // held against its length when it was opened.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        pointer::refuse(&map, path)?;
+        lfs_pointer::refuse(&map, path)?;
         let header = Header::parse(&map).map_err(|reason| Error::format(path, reason))?;
         if let Some(parts) =
             header.metadata.get("split.count").and_then(Value::as_u64).filter(|parts| *parts > 1)

@@ -1,4 +1,4 @@
-//! As what the matrices of a written model lie in its file.
+//! How the matrices of a written GGUF file are stored.
 
 use std::str::FromStr;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::models::quantize::bytes;
 use crate::util::finite::first_non_finite;
 
-/// As what the matrices of a written model lie in its file; vectors stay in single precision.
+/// How the matrices of a written GGUF file are stored; vectors stay f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GgufKind {

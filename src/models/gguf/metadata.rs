@@ -121,7 +121,7 @@ impl Reader<'_> {
         } as f64;
         let scale = config.attention_scale.powi(-2);
         if (scale - usual).abs() > 1e-6 * usual {
-            let reason = format!("llama.cpp holds {usual} for granted, got {scale:.3}");
+            let reason = format!("llama.cpp assumes {usual}, got {scale:.3}");
             return Err(Error::config("query_pre_attn_scalar", reason));
         }
         Ok(())
@@ -155,13 +155,14 @@ impl Reader<'_> {
                 // llama.cpp computes YaRN's own, and multiplies what the file says with it.
                 let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
                 if (magnitude - usual).abs() > 1e-4 {
-                    let reason =
-                        format!("attention_factor: llama.cpp holds {usual} for granted, got {magnitude}");
+                    let reason = format!("attention_factor: llama.cpp assumes {usual}, got {magnitude}");
                     return Err(Error::config("rope_scaling", reason));
                 }
                 // It reads these two for other architectures alone.
                 if (beta_fast, beta_slow) != (32.0, 1.0) {
-                    let reason = format!("beta_fast, beta_slow: llama.cpp holds 32, 1 for granted, got {beta_fast}, {beta_slow}");
+                    let reason = format!(
+                        "beta_fast, beta_slow: llama.cpp assumes 32, 1, got {beta_fast}, {beta_slow}"
+                    );
                     return Err(Error::config("rope_scaling", reason));
                 }
                 described.add("rope.scaling.type", "yarn");
@@ -194,7 +195,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Windows, where llama.cpp has them: those that it holds for granted, or none.
+    /// Windows, where llama.cpp has them: in the layers where it assumes them, or none.
     fn windows(&self, described: &mut Described) -> Result<()> {
         let (name, longest) = (self.architecture.name, self.config.max_position_embeddings);
         let window = self.config.layers.iter().find_map(|layer| layer.window);
@@ -218,7 +219,7 @@ impl Reader<'_> {
             window.is_none() || layer.window.is_some() != (at + 1).is_multiple_of(every)
         };
         if !self.config.layers.iter().enumerate().all(usual) {
-            let reason = format!("llama.cpp holds for granted that one layer in {every} has no window");
+            let reason = format!("llama.cpp assumes that one layer in {every} has no window");
             return Err(Error::config(self.given("layer_types", "sliding_window_pattern"), reason));
         }
         match window {
@@ -231,13 +232,13 @@ impl Reader<'_> {
         }
     }
 
-    /// SmolLM3's layers without positions, of which llama.cpp holds for granted that they are each fourth.
+    /// SmolLM3's layers without positions, which llama.cpp assumes to be every fourth.
     fn positions(&self) -> Result<()> {
         let usual = |(at, layer): (usize, &LayerConfig)| {
             (layer.positions == Positions::None) == (at + 1).is_multiple_of(4)
         };
         if self.architecture.name == "smollm3" && !self.config.layers.iter().enumerate().all(usual) {
-            let reason = "llama.cpp holds for granted that each fourth layer has no positions";
+            let reason = "llama.cpp assumes that each fourth layer has no positions";
             return Err(Error::config(self.given("no_rope_layers", "no_rope_layer_interval"), reason));
         }
         Ok(())

@@ -25,6 +25,4 @@ pub use file::Gguf;
 pub use kind::GgufKind;
 pub use model::Texts;
 pub(in crate::models) use model::{check_model, write_model, Named};
-#[cfg(feature = "train")]
-pub(crate) use tokenizer::template;
 pub use value::Value;

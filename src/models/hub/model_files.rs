@@ -76,7 +76,7 @@ impl ModelFiles {
     pub fn locate(id_or_dir: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
         {
-            Self::locate_either(id_or_dir, revision, &HubConfig::from_env())
+            Self::locate_with(id_or_dir, revision, &HubConfig::from_env())
         }
         #[cfg(not(feature = "hub"))]
         {
@@ -92,10 +92,10 @@ impl ModelFiles {
     /// # Errors
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
-    pub fn locate_either(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+    pub fn locate_with(id_or_dir: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
         match Self::in_folder(id_or_dir, revision)? {
             Some(files) => Ok(files),
-            None => Self::locate_with(id_or_dir, revision, hub).map_err(no_folder_either),
+            None => Self::locate_repo(id_or_dir, revision, hub).map_err(no_folder_either),
         }
     }
 
@@ -138,12 +138,12 @@ impl ModelFiles {
         })
     }
 
-    /// Like [`Self::locate_either`] for a repository alone.
+    /// Like [`Self::locate_with`] for a repository alone.
     ///
     /// # Errors
     /// Those of [`Self::locate`].
     #[cfg(feature = "hub")]
-    pub fn locate_with(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
+    pub fn locate_repo(repo_id: &str, revision: Option<&str>, hub: &HubConfig) -> Result<Self> {
         let repo = |id: &str| Repo::open(hub, RepoKind::Model, id, revision).map(Source::Repo);
         let found = match file_in_repository(repo_id) {
             Some((id, file)) => {
@@ -276,7 +276,8 @@ impl ModelFiles {
     /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
     ///
     /// # Errors
-    /// As [`Self::var_builder`]; if matrices are quantised in another way, or are to be quantised and are so already.
+    /// As [`Self::var_builder`]; if matrices are quantised in another way, or quantisation at load was asked for and they
+    /// are quantised already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         self.check_quantization()?;
         let builder = self.var_builder(dtype, device)?;

@@ -16,7 +16,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
 
 use crate::error::{Error, Result};
-use crate::util::pointer;
+use crate::util::lfs_pointer;
 
 /// The names of the tensors in a safetensors file, sorted, once its header, the bounds of each
 /// tensor and the file's length have been found to agree.
@@ -27,7 +27,7 @@ pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
     // use must not be rewritten in place (the hub's cache and safetensors rename whole files).
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-    pointer::refuse(&map, path)?;
+    lfs_pointer::refuse(&map, path)?;
     let (_, metadata) = SafeTensors::read_metadata(&map)
         .map_err(|e| Error::format(path, format!("not a whole safetensors file: {e}")))?;
     let mut names: Vec<String> = metadata.tensors().into_keys().collect();

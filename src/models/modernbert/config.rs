@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
 use crate::util::{check, json};
 
@@ -214,7 +215,7 @@ impl ModernBertConfig {
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "modernbert")?;
-        shared::check_positive(&[
+        checks::sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -235,9 +236,9 @@ impl ModernBertConfig {
             return Err(Error::config("layer_types", reason));
         }
         self.check_rope()?;
-        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
+        checks::token_id("pad_token_id", self.pad_id(), self.vocab_size)?;
         check::positive("norm_eps", self.norm_eps)?;
-        shared::check_rates(&[
+        checks::rates(&[
             ("embedding_dropout", self.embedding_dropout),
             ("attention_dropout", self.attention_dropout),
             ("mlp_dropout", self.mlp_dropout),
@@ -392,7 +393,7 @@ mod tests {
             ("global_rope_theta", json!(-1.0), "rope_theta"),
             ("num_attention_heads", json!(256), "heads of 3 have no halves"),
             ("pad_token_id", json!(50368), "pad_token_id: 50368 is outside"),
-            ("mlp_dropout", json!(1.5), "mlp_dropout: expected [0, 1)"),
+            ("mlp_dropout", json!(1.5), "mlp_dropout: expected a number in [0, 1)"),
         ] {
             let mut json = old();
             json[name] = value;

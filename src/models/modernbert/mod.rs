@@ -6,4 +6,4 @@ mod config;
 mod layer;
 
 pub use classification::ModernBertForSequenceClassification;
-pub use config::{ModernBertConfig, Pooling};
+pub use config::{LayerType, ModernBertConfig, Pooling, Rope, RopeParameters};

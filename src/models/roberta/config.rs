@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults as common};
 use crate::util::{check, json};
 
@@ -119,7 +120,7 @@ impl RobertaConfig {
     /// # Errors
     /// Names the first option at fault.
     pub fn validate(&self) -> Result<()> {
-        shared::check_positive(&[
+        checks::sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("embedding_size", self.embedding_width()),
@@ -130,12 +131,12 @@ impl RobertaConfig {
         shared::check_heads("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
         shared::check_is("hidden_act", &self.hidden_act, "gelu")?;
         shared::check_is("position_embedding_type", &self.position_embedding_type, "absolute")?;
-        shared::check_pad_id(self.pad_id(), self.vocab_size)?;
+        checks::token_id("pad_token_id", self.pad_id(), self.vocab_size)?;
         check::positive("layer_norm_eps", self.layer_norm_eps)?;
         if self.max_length() == 0 {
             return Err(Error::config("max_position_embeddings", "leaves no room for a token"));
         }
-        shared::check_rates(&[
+        checks::rates(&[
             ("hidden_dropout_prob", self.hidden_dropout_prob),
             ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
             ("classifier_dropout", self.head_dropout()),

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use super::{check_merged, merged, plan, tensor, Entry, Failure};
+use super::shards::{Entry, Failure};
+use super::{check_merged, merged, plan, tensor};
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::models::gguf::{check_model, write_model, Gguf, GgufKind, Named, Texts};

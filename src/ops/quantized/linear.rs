@@ -2,7 +2,7 @@
 
 use candle_core::{bail, Result, Tensor, D};
 
-use super::weight::QuantizedWeight;
+use super::quantized_weight::QuantizedWeight;
 use crate::ops::custom_vjp::custom_vjp;
 use crate::ops::gemm::{gemm, Into, Mat};
 use crate::ops::host::{dense, tensor, Host};
@@ -42,8 +42,8 @@ pub fn quantized_linear(
     linear(xs, weight, bias, path, true)
 }
 
-/// [`quantized_linear`], of which few rows as well go through blocks: what a training step computes must not depend on
-/// whether something is differentiated through x.
+/// [`quantized_linear`] by blocks however few rows there are, never by candle's kernels, which round x: what a training
+/// step computes must not depend on whether something is differentiated through x.
 ///
 /// # Errors
 /// As [`quantized_linear`].

@@ -1,13 +1,13 @@
 //! Linear layers and tables whose weight lies in memory quantised: a few bits a number, in blocks with a scale.
 
 mod linear;
-mod matrix;
 mod nf4;
+mod quantized_weight;
 #[cfg(test)]
 mod tests;
 mod weight;
 
 pub use linear::quantized_linear;
 pub(crate) use linear::quantized_linear_by_blocks;
-pub use matrix::Weight;
-pub use weight::QuantizedWeight;
+pub use quantized_weight::QuantizedWeight;
+pub use weight::Weight;

@@ -16,7 +16,7 @@ const POINTS: usize = 400;
 type Curves = BTreeMap<String, Vec<(f64, f64)>>;
 
 /// Writes the curves of the run in the folder `run` into the folder `out`, each as SVG and as PNG: `loss` (and its
-/// parts), `learning-rate` from `log.jsonl`, `metric` from `evaluations.jsonl`; of what there is.
+/// parts), `learning-rate` from `log.jsonl`, `metric` from `evaluations.jsonl`, where the run has them.
 ///
 /// # Errors
 /// If a file cannot be read or written, or a line of a log is malformed; the error names the file.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+pub(super) use super::super::cell::Arm;
 use super::super::cell::{CellKey, CellResult};
 
 /// The method whose mean prediction the others are tested against: by this name or, where a grid has
@@ -13,9 +14,6 @@ pub(super) const BASELINE: &str = "lora";
 
 /// The prediction that every method has: of the parameters, or of the posterior's mean.
 pub(super) const MEAN: &str = "mean";
-
-/// A method and a way to predict with it.
-pub(super) type Arm = (String, String);
 
 /// The arms of each task. That of a method that has no done cell on a task is its mean.
 pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::super::cell::CellResult;
 use super::arm::{arms, name, number, Arm, BASELINE, MEAN};
-use super::pairs::{differences, verdict, Pairs, ECE, NLL};
+use super::pairs::{differences, signed_rank_test, Pairs, ECE, NLL};
 use crate::metrics::median;
 
 /// The ways to predict with the baseline, in the order of the table.
@@ -50,7 +50,7 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
             }
             let columns = columns.map(|scores| {
                 let [own, other] = scores.each_ref().map(|scores| number(median(scores)));
-                format!("{own} | {other} | {}", verdict(&differences(&scores)))
+                format!("{own} | {other} | {}", signed_rank_test(&differences(&scores)))
             });
             writeln!(text, "| {task} | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
         }
@@ -62,7 +62,7 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
             if settings == 0 {
                 continue;
             }
-            let columns = columns.map(|differences| format!("- | - | {}", verdict(&differences)));
+            let columns = columns.map(|differences| format!("- | - | {}", signed_rank_test(&differences)));
             writeln!(text, "| all | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
         }
     }

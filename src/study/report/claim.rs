@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
 use super::arm::{name, number, settings_of, Arm};
-use super::pairs::{difference, spread, verdict, Pairs, METRIC, NLL};
+use super::pairs::{difference, signed_rank_test, spread, Pairs, METRIC, NLL};
 use crate::metrics::median;
 
 /// The section about the claim; empty where no task has cells of both arms.
@@ -52,7 +52,7 @@ pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> Strin
     )
     .ok();
     for (what, metric, nll) in tests {
-        writeln!(text, "| {what} | {} | {} |", verdict(&metric), verdict(&nll)).ok();
+        writeln!(text, "| {what} | {} | {} |", signed_rank_test(&metric), signed_rank_test(&nll)).ok();
     }
     text
 }

@@ -89,7 +89,7 @@ pub(super) fn spread(scores: &[f64]) -> f64 {
 
 /// The test of those differences that are numbers: of a cell without a score, and of two infinite NLLs,
 /// there is none.
-pub(super) fn verdict(differences: &[f64]) -> String {
+pub(super) fn signed_rank_test(differences: &[f64]) -> String {
     let pairs: Vec<f64> = differences.iter().copied().filter(|difference| !difference.is_nan()).collect();
     let p = |p: f64| if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") };
     match wilcoxon(&pairs) {
@@ -121,7 +121,7 @@ pub(super) fn signed_ranks(cells: &[CellResult], tested: &Arm) -> String {
             pairs.over_cells(METRIC),
             pairs.over_cells(NLL),
         ];
-        let columns = columns.map(|differences| verdict(&differences)).join(" | ");
+        let columns = columns.map(|differences| signed_rank_test(&differences)).join(" | ");
         writeln!(text, "| {} | {columns} |", name(&other)).ok();
     }
     text

@@ -1,4 +1,4 @@
-//! What became of a plan: its families of tests, and whether what it counts as success was found.
+//! The outcome of a plan: its families of tests, and whether what it counts as success was found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -12,7 +12,7 @@ use super::families::{self, chance, Test, EXPLAINED};
 use super::sensitivity;
 use crate::error::Result;
 
-/// What became of a condition.
+/// The outcome of a condition for success.
 #[derive(Debug, Clone, PartialEq)]
 enum Verdict {
     Met,

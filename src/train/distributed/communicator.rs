@@ -44,7 +44,7 @@ pub trait Communicator: Debug {
     }
 }
 
-/// One process by itself.
+/// A process that runs alone: it exchanges nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SingleProcess;
 

@@ -6,7 +6,7 @@ use super::communicator::{Communicator, SingleProcess};
 use super::launch::{Launch, Launcher};
 use crate::error::{Error, Result};
 
-/// The engine for the processes that were started together: of one that was started by itself [`SingleProcess`];
+/// The engine for the processes that were started together: for a process that was started alone [`SingleProcess`];
 /// between CUDA devices NCCL, else MPI.
 ///
 /// # Errors

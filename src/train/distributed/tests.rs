@@ -15,7 +15,7 @@ use crate::monteclora::{MonteCLoRAConfig, MonteCLoRALinear, Regularizer};
 use crate::noise::{Noise, Purpose};
 use crate::optim::IvonConfig;
 use crate::train::{
-    fit_distributed, Checkpoints, Loss, Objective, Observer, OnNonFinite, Record, Summary, TrainConfig,
+    fit_distributed, Checkpoints, Loss, Objective, Observer, OnNonFinite, StepRecord, Summary, TrainConfig,
 };
 
 /// One of several threads that stand for processes.
@@ -159,7 +159,7 @@ struct Log {
 }
 
 impl Observer for Log {
-    fn step(&mut self, record: &Record) -> Result<()> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.losses.push(record.loss);
         assert!(record.terms.contains_key("task"));
         match self.fails_at {

@@ -57,14 +57,14 @@ impl Objective for Line {
 
 #[derive(Default)]
 struct Log {
-    records: Vec<Record>,
+    records: Vec<StepRecord>,
     scores: Vec<f64>,
     evaluated: Vec<usize>,
     kept: Vec<usize>,
 }
 
 impl Observer for Log {
-    fn step(&mut self, record: &Record) -> Result<()> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.records.push(record.clone());
         Ok(())
     }
@@ -128,7 +128,7 @@ fn the_parameters_that_are_kept_are_the_present_ones_and_a_full_disk_ends_the_ru
     /// Notes the value at each new best, and cannot save the second.
     struct Saves<'a>(&'a Line, Vec<f64>);
     impl Observer for Saves<'_> {
-        fn step(&mut self, _: &Record) -> Result<()> {
+        fn step(&mut self, _: &StepRecord) -> Result<()> {
             Ok(())
         }
         fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
@@ -267,7 +267,7 @@ fn whatever_ends_a_run_the_best_parameters_are_put_back() -> Result<()> {
     /// Is content with the first evaluation and fails at the third.
     struct Fails(Vec<f64>, Params);
     impl Observer for Fails {
-        fn step(&mut self, _: &Record) -> Result<()> {
+        fn step(&mut self, _: &StepRecord) -> Result<()> {
             Ok(())
         }
         fn evaluate(&mut self, _: usize) -> Result<Option<f64>> {
@@ -310,7 +310,7 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
     #[derive(Default)]
     struct Skips(Log, Vec<(usize, String)>);
     impl Observer for Skips {
-        fn step(&mut self, record: &Record) -> Result<()> {
+        fn step(&mut self, record: &StepRecord) -> Result<()> {
             self.0.step(record)
         }
         fn evaluate(&mut self, _: usize) -> Result<Option<f64>> {
@@ -390,7 +390,7 @@ fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> 
     // What was waited for already counts after an interruption.
     struct Stops(Log, usize);
     impl Observer for Stops {
-        fn step(&mut self, record: &Record) -> Result<()> {
+        fn step(&mut self, record: &StepRecord) -> Result<()> {
             self.0.step(record)
         }
         fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {

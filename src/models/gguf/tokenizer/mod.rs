@@ -5,6 +5,4 @@ mod pre;
 mod read;
 mod write;
 
-#[cfg(feature = "train")]
-pub(crate) use parts::template;
 pub use write::tokenizer_metadata;

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use serde_json::{json, Map, Value};
-
 /// The kinds of pieces, by GGUF's numbers.
 pub(super) const NORMAL: i32 = 1;
 pub(super) const UNKNOWN: i32 = 2;
@@ -37,22 +35,6 @@ pub(super) fn merges(pieces: &[String], kinds: &[i32], scores: &[f32]) -> Vec<[S
     let key = |merge: &(f32, usize, usize)| (length(merge.1), length(merge.2));
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| key(b).cmp(&key(a))));
     merges.into_iter().map(|(_, left, right)| [pieces[left].clone(), pieces[right].clone()]).collect()
-}
-
-/// The post-processor that puts a token before each text and one after it, by their names and ids.
-pub(crate) fn template(before: Option<(String, usize)>, after: Option<(String, usize)>) -> Value {
-    let special = |end: &Option<(String, usize)>, number: usize| {
-        end.as_ref().map(|(name, _)| json!({"SpecialToken": {"id": name, "type_id": number}}))
-    };
-    let around = |text: &str, number: usize| -> Vec<Value> {
-        let text = json!({"Sequence": {"id": text, "type_id": number}});
-        [special(&before, number), Some(text), special(&after, number)].into_iter().flatten().collect()
-    };
-    let described =
-        |(name, id): &(String, usize)| (name.clone(), json!({"id": name, "ids": [id], "tokens": [name]}));
-    let specials: Map<String, Value> = before.iter().chain(&after).map(described).collect();
-    let pair = [around("A", 0), around("B", 1)].concat();
-    json!({"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": specials})
 }
 
 #[cfg(test)]

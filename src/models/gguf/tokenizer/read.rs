@@ -2,11 +2,12 @@
 
 use serde_json::{json, Map, Value as Json};
 
-use super::parts::{merges, template, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED};
+use super::parts::{merges, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED};
 use super::pre::PreTokenizer;
 use crate::error::Result;
 use crate::models::gguf::file::Gguf;
 use crate::models::gguf::value::Value;
+use crate::models::post_processor::template;
 
 /// The longest piece, in bytes: real ones have some hundred, and every place to cut one is looked at.
 const MOST_OF_A_PIECE: usize = 256;

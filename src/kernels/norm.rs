@@ -1,23 +1,9 @@
 //! Norms and dropout on f32 and bf16 tensors of a CUDA device.
 
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::launch::{address, count, device_of, empty, grid, launch, one_each, MOST};
-
-/// Whether these kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
-pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
-    let mut tensors = tensors.into_iter().peekable();
-    let dtype = tensors.peek().map(|first| first.dtype());
-    tensors.all(|tensor| {
-        Some(tensor.dtype()) == dtype && supports(tensor.elem_count(), tensor.dtype(), tensor.device())
-    })
-}
-
-/// The same of one tensor, by what it is.
-pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
-    device.is_cuda() && (1..=MOST).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
-}
+use super::launch::{address, count, device_of, empty, grid, launch, narrow, one_each, optional};
 
 /// A norm over the rows of `xs`, or of `xs + residual`; without centring an RMS norm.
 pub(crate) struct Norm<'a> {
@@ -35,7 +21,7 @@ impl Norm<'_> {
     /// The norm with an optional bias `(dim)`, as `xs`.
     ///
     /// # Errors
-    /// Unless the kernels [`supports_all`] the tensors.
+    /// Unless the kernels [`supports_all`](super::supports_all) the tensors.
     pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
         let bias = bias.map(Tensor::contiguous).transpose()?;
         self.launch(|call| {
@@ -51,7 +37,7 @@ impl Norm<'_> {
     /// The gradient of `xs`, and of the residual, from that of the output.
     ///
     /// # Errors
-    /// Unless the kernels [`supports_all`] the tensors.
+    /// Unless the kernels [`supports_all`](super::supports_all) the tensors.
     pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.contiguous()?;
         self.launch(|call| {
@@ -107,7 +93,7 @@ struct Call<'a> {
 /// Zeroes the elements whose word of noise is below `threshold`, and multiplies the others.
 ///
 /// # Errors
-/// Unless the kernels [`supports_all`] `xs`.
+/// Unless the kernels [`supports_all`](super::supports_all) `xs`.
 pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = empty(device, xs.shape(), xs.dtype())?;
@@ -117,15 +103,4 @@ pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u
         &len, &narrow, &threshold, &key, &draw, &scale, &from, &to
     ));
     Ok(ys)
-}
-
-/// Whether it is stored as bf16, as kernels are told.
-pub(super) fn narrow(tensor: &Tensor) -> u32 {
-    u32::from(tensor.dtype() == DType::BF16)
-}
-
-/// Whether there is a tensor, and where.
-pub(super) fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
-    let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
-    Ok((tensor.is_some().into(), place.unwrap_or(0)))
 }

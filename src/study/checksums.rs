@@ -54,7 +54,7 @@ pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
 ///
 /// # Errors
 /// If a file of weights or an adapter cannot be read.
-pub fn constants(recipes: &[Recipe], files: &ModelFiles) -> Result<Value> {
+pub fn checksums_of_recipes(recipes: &[Recipe], files: &ModelFiles) -> Result<Value> {
     let mut methods = BTreeMap::new();
     for recipe in recipes {
         let text = serde_json::to_vec(recipe).map_err(|e| Error::config("method", e.to_string()))?;
@@ -93,7 +93,7 @@ fn checksum(adapter: &AdapterFile) -> Result<String> {
 
 /// Settings of a study of encoders: a CRC-32 of each task's tokens and labels, of which `tasks` has training rows and
 /// measured ones.
-pub fn data<'a>(tasks: impl Iterator<Item = (String, [&'a [Encoded]; 2])>) -> Value {
+pub fn checksums_of_data<'a>(tasks: impl Iterator<Item = (String, [&'a [Encoded]; 2])>) -> Value {
     let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.into_iter().flatten().flat_map(Encoded::numbers));
     let tasks: BTreeMap<String, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();
     json!({ DATA: tasks })

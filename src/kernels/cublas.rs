@@ -1,0 +1,45 @@
+//! Arguments of cuBLAS's calls: sizes, dtypes, transposes, and what is computed in.
+
+use candle_core::cuda_backend::cudarc::cublas::sys;
+use candle_core::cuda_backend::gemm_reduced_precision_f32;
+use candle_core::{bail, DType, Result};
+
+/// A size as cuBLAS counts it.
+///
+/// # Errors
+/// If it is 2^31 or more.
+pub(super) fn size(n: usize) -> Result<i32> {
+    match i32::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => bail!("cuBLAS counts to 2^31, got {n}"),
+    }
+}
+
+/// How the elements of a matrix are stored.
+///
+/// # Errors
+/// If they are neither f32 nor bf16.
+pub(super) fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
+    match dtype {
+        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
+        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
+        other => bail!("matrix products on a device: expected f32 or bf16, got {other:?}"),
+    }
+}
+
+/// Whether a factor is transposed.
+pub(super) fn operation(transposed: bool) -> sys::cublasOperation_t {
+    match transposed {
+        false => sys::cublasOperation_t::CUBLAS_OP_N,
+        true => sys::cublasOperation_t::CUBLAS_OP_T,
+    }
+}
+
+/// What products of factors of `dtype` are computed in: single precision, of f32 in TF32 where that is allowed
+/// ([`crate::ops::allow_tf32`]).
+pub(super) fn compute_type(dtype: DType) -> sys::cublasComputeType_t {
+    match dtype {
+        DType::F32 if gemm_reduced_precision_f32() => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    }
+}

@@ -1,0 +1,65 @@
+//! The files beside a model's configuration and weights: its tokenizer's, and settings of generation.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::models::hub::ModelFiles;
+use crate::util::files;
+
+/// What a folder may hold beside its configuration and its weights.
+const COMPANIONS: [&str; 15] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Copies the files that make a checkpoint's folder usable beside its configuration and weights (the
+/// tokenizer's, the generation settings) into the folder `dir`, those that `files` has. Where there
+/// is no tokenizer among them, a warning says so: a local folder may have been made without one, and
+/// offline a hub's cache may lack it.
+///
+/// # Errors
+/// If the hub fails to give one, half of a byte-pair tokenizer is missing, or a file cannot be read
+/// or written; the error names it.
+pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
+    let mut copied = Vec::new();
+    for name in COMPANIONS {
+        if let Some(file) = files.file(name)? {
+            copy(&file, &dir.join(name))?;
+            copied.push(name);
+        }
+    }
+    let has = |name| copied.contains(&name);
+    let whole = ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"];
+    if whole.into_iter().any(has) {
+        return Ok(());
+    }
+    if has("vocab.json") != has("merges.txt") {
+        let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
+        let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
+        return Err(Error::format(files.config_path().with_file_name(lacking), reason));
+    }
+    if !has("vocab.json") {
+        tracing::warn!("{}: there is no tokenizer.json beside it", files.config_path().display());
+    }
+    Ok(())
+}
+
+/// Copies one file whole.
+pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
+    let bytes = fs::read(from).map_err(Error::io(from))?;
+    files::write(to, &bytes)
+}
