@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3}
+MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 LAST = "adamw"  # the kernel that ends a step, one launch for all parameters
 
 
