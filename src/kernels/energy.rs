@@ -42,8 +42,7 @@ pub(crate) struct Spread {
 pub(crate) struct Energy {
     distances: Vec<Distance>,
     updates: Vec<Update>,
-    /// Both Gram matrices of each update, where of a rank that eight divides each begins at 16 bytes, as cuBLAS wants
-    /// what it may take in TF32; then the slopes of each distance, of rho and c of each update.
+    /// Both Gram matrices of each update, each [`aligned`]; then the slopes of each distance, of rho and c of each update.
     kept: Tensor,
 }
 
@@ -58,7 +57,7 @@ pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(
     };
     let device = device_of(first)?.clone();
     let len = distances.iter().map(|distance| distance.at.elem_count()).sum::<usize>()
-        + updates.iter().map(|update| update.vectors() + 2 * update.square()).sum::<usize>();
+        + updates.iter().map(|update| update.vectors() + 2 * aligned(update.square())).sum::<usize>();
     let kept = empty(&device, &len.into(), DType::F32)?;
     let total = empty(&device, &().into(), DType::F32)?;
     let energy = Energy { distances, updates, kept };
@@ -68,6 +67,11 @@ pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(
         energy.measure_updates(&device, &parts, before.as_ref(), &total)?;
     }
     Ok((total, energy))
+}
+
+/// Elements of f32 to the next matrix behind one of `len` that begins at 16 bytes, as cuBLAS wants what it may take in TF32.
+fn aligned(len: usize) -> usize {
+    len.next_multiple_of(4)
 }
 
 impl Update {
@@ -120,7 +124,10 @@ impl Energy {
             at += len;
             all.narrow(0, at - len, len)
         };
-        let mut gram = |update: &Update| next(update.square())?.reshape((update.rank(), ()));
+        let mut gram = |update: &Update| {
+            let len = update.square();
+            next(aligned(len))?.narrow(0, 0, len)?.reshape((update.rank(), ()))
+        };
         let grams = self.updates.iter().map(|update| Ok([gram(update)?, gram(update)?]));
         let grams = grams.collect::<Result<_>>()?;
         let distances = self
@@ -251,8 +258,9 @@ impl Group<'_> {
         let Self { dims: [rank, in_dim, out_dim], a, b, inner, outer } = self;
         let device = device_of(a[0])?;
         let each = |rows: usize, columns: usize| -> Result<Vec<Tensor>> {
-            let all = empty(device, &(a.len(), rows, columns).into(), DType::F32)?;
-            (0..a.len()).map(|i| all.get(i)).collect()
+            let (len, apart) = (rows * columns, aligned(rows * columns));
+            let all = empty(device, &(a.len() * apart).into(), DType::F32)?;
+            (0..a.len()).map(|i| all.narrow(0, i * apart, len)?.reshape((rows, columns))).collect()
         };
         let (das, dbs) = (each(rank, in_dim)?, each(out_dim, rank)?);
         let mut list = List::new(device);

@@ -10,6 +10,10 @@ use candle_core::{bail, DType, Result, Shape, Tensor};
 use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, device_of, empty};
 
+/// Parts of a sum that lie on several processors meet in f32, too, where the result is bf16: by default they may be rounded
+/// before.
+const SUMS_IN_F32: sys::cublasMath_t = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+
 /// A matrix to read: some rows and columns of a contiguous tensor, or their transpose.
 #[derive(Clone)]
 pub(crate) struct Mat<'a> {
@@ -101,13 +105,16 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
     let (to, alpha) = (address(device, ys, out)?, alpha as f32);
     let (m, n, k) = (size(m)?, size(n)?, size(k)?);
     let blas = device.cublas_handle();
+    let blas = *blas.handle();
     device.cuda_stream().context().bind_to_thread().w()?;
     // SAFETY: `place` has checked that rows and columns lie in their tensors, and `fits` that they are what the product
     // needs; alpha and beta outlive the call. To cuBLAS, which counts by columns, a matrix by rows is its transpose, so
-    // that the product is that of the right matrix with the left.
+    // that the product is that of the right matrix with the left. The mode left behind is the one that candle, which sets
+    // none, has found.
     unsafe {
-        result::gemm_ex(
-            *blas.handle(),
+        sys::cublasSetMathMode(blas, SUMS_IN_F32).result().w()?;
+        let done = result::gemm_ex(
+            blas,
             operation(rhs.transposed),
             operation(lhs.transposed),
             n,
@@ -128,7 +135,8 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
             // for those of bf16, which `products` follows, does not ask about these.
             compute_type(dtype),
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
+        );
+        sys::cublasSetMathMode(blas, sys::cublasMath_t::CUBLAS_DEFAULT_MATH).result().w()?;
+        done.w()
     }
-    .w()
 }

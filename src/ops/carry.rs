@@ -31,13 +31,17 @@ pub(crate) fn carried(
     custom_vjp("carry", [xs], there(&xs.detach())?, move |call| Ok([Some(back(&call.grad)?)]))
 }
 
-/// A copy of a tensor on another device, complete when this returns. Each device orders its own work alone: the copy waits
-/// for what writes its source, but nothing else keeps the source's memory from its next use before it is read.
+/// A copy of a tensor on another device, complete when this returns. Each device orders its own work alone: between GPUs
+/// the copy waits for what writes its source, between two streams of one it does not, and nothing else keeps the source's
+/// memory from its next use before it is read.
 ///
 /// # Errors
 /// As [`carry`].
 pub(crate) fn copied(xs: &Tensor, device: &Device) -> Result<Tensor> {
     let own = xs.force_contiguous()?; // of a view, all of the memory would go, and stay
+    if own.device().location() == device.location() {
+        own.device().synchronize()?;
+    }
     let there = own.to_device(device)?;
     device.synchronize()?;
     drop(own);

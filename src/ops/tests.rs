@@ -243,7 +243,7 @@ fn output_dtype(case: &Case, dtype: DType) -> DType {
 /// A scalar of the output in which every element counts differently.
 fn scalar(y: &Tensor) -> Result<Tensor> {
     let weights = normal("weights", y.dims()).to_dtype(y.dtype())?.to_device(y.device())?;
-    (y * weights)?.sum_all()
+    (y * weights)?.flatten_all()?.sum_all() // of a scalar, too: see `finite`
 }
 
 fn flat(t: &Tensor) -> Vec<f64> {

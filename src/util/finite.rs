@@ -5,8 +5,9 @@ use candle_core::{DType, Result, Tensor};
 /// A single-precision scalar on the tensor's device: zero, unless an element is infinite or no
 /// number. Many of them can be asked in one copy from the device.
 pub(crate) fn zero_if_finite(tensor: &Tensor) -> Result<Tensor> {
-    // NaN and infinity times zero are NaN.
-    (tensor.detach() * 0.0)?.sum_all()?.to_dtype(DType::F32)
+    // NaN and infinity times zero are NaN. A scalar is a row of one: candle's sum over no dimension asks the device for
+    // memory for none of them, which one without a memory pool refuses.
+    (tensor.detach() * 0.0)?.flatten_all()?.sum_all()?.to_dtype(DType::F32)
 }
 
 /// Whether every element is a finite number.

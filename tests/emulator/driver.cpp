@@ -110,7 +110,14 @@ bool astray(const void *argument, size_t size, int device) {
     auto span = *--after;
     return address < span.first + span.second.bytes && span.second.device != device;
 }
+CUresult failed = CUDA_SUCCESS; // for good
 } // namespace
+
+void fail(CUresult error, const char *what) {
+    LOCKED;
+    fprintf(stderr, "emulated device: %s\n", what);
+    if (failed == CUDA_SUCCESS) failed = error;
+}
 
 void enqueue(CUstream stream, std::function<void()> work) {
     LOCKED;
@@ -129,7 +136,12 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCES
 CUresult cuGetExportTable(const void **, const CUuuid *) { return CUDA_ERROR_NOT_SUPPORTED; } // NVRTC asks, and can do without
 CUresult cuGetErrorName(CUresult, const char **text) { *text = "CUDA_ERROR"; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
-    *text = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "an error of the emulated device";
+    switch (error) {
+    case CUDA_ERROR_ILLEGAL_ADDRESS: *text = "an illegal memory access was encountered"; break;
+    case CUDA_ERROR_MISALIGNED_ADDRESS: *text = "misaligned address"; break;
+    case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
+    default: *text = "an error of the emulated device";
+    }
     return CUDA_SUCCESS;
 }
 CUresult cuDeviceGetCount(int *count) { *count = devices; return CUDA_SUCCESS; }
@@ -161,7 +173,7 @@ CUresult cuCtxSynchronize() {
     LOCKED;
     counts()->synchronizations++;
     of(nullptr);
-    return CUDA_SUCCESS;
+    return failed;
 }
 
 CUresult cuStreamCreate(CUstream *stream, unsigned) {
@@ -179,7 +191,7 @@ CUresult cuStreamSynchronize(CUstream stream) {
     LOCKED;
     counts()->synchronizations++;
     wait_for(of(stream));
-    return CUDA_SUCCESS;
+    return failed;
 }
 CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
@@ -200,7 +212,7 @@ CUresult cuEventSynchronize(CUevent event) {
     LOCKED;
     counts()->synchronizations++;
     if (event->stream) event->stream->run_to(event->item);
-    return CUDA_SUCCESS;
+    return failed;
 }
 CUresult cuEventQuery(CUevent event) {
     LOCKED;
@@ -212,7 +224,9 @@ CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
     LOCKED;
     CUstream owner = of(stream);
     counts()->allocations++;
-    bytes = (std::max<size_t>(bytes, 1) + 255) / 256 * 256;
+    if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    if (failed != CUDA_SUCCESS) return failed;
+    bytes = (bytes + 255) / 256 * 256;
     std::vector<void *> &free = owner->free[bytes];
     void *memory = free.empty() ? aligned_alloc(256, bytes) : free.back();
     if (!memory) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -269,7 +283,7 @@ CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t bytes, CUstream st
     wait_for(of(stream));
     if (idle()) memset(to, 0, bytes);
     else memcpy(to, (void *)from, bytes);
-    return CUDA_SUCCESS;
+    return failed;
 }
 CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
     LOCKED;
@@ -326,6 +340,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
                         unsigned, CUstream stream, void **arguments, void **) {
     LOCKED;
     counts()->launches++;
+    if (failed != CUDA_SUCCESS) return failed;
     if (!gx || !gy || !gz || !bx || !by || !bz || gy > 65535 || gz > 65535 || bx * by * bz > 1024) return CUDA_ERROR_INVALID_VALUE;
     const Kernel *kernel = function->kernel;
     int device = of(stream)->device;

@@ -9,3 +9,6 @@
 void enqueue(CUstream stream, std::function<void()> work);
 
 void count_product();
+
+// What is found wrong while work runs: as on a device, whoever waits is told, and nothing runs any more.
+void fail(CUresult error, const char *what);

@@ -49,6 +49,11 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {
     return value;
 }
 
+inline int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (int8_t)(a >> i) * (int8_t)(b >> i);
+    return sum;
+}
+
 // One thread runs at a time, so that every read and write is atomic.
 template <typename T, typename U> T atomicAdd(T *at, U value) { T old = *at; *at = old + (T)value; return old; }
 template <typename T, typename U> T atomicMax(T *at, U value) { T old = *at; if ((T)value > old) *at = (T)value; return old; }

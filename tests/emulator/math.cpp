@@ -88,6 +88,24 @@ bool fits(cublasOperation_t op, int rows, int columns, int leading) {
     return leading >= std::max(1, op == CUBLAS_OP_N ? rows : columns);
 }
 
+// The pairs of `cublasGemmEx` that this crate or candle could ask for.
+bool together(cudaDataType_t in, cudaDataType_t out, cublasComputeType_t compute) {
+    bool half = in == CUDA_R_16F || in == CUDA_R_16BF;
+    switch (compute) {
+    case CUBLAS_COMPUTE_16F: return in == CUDA_R_16F && out == CUDA_R_16F;
+    case CUBLAS_COMPUTE_32F: return half ? out == in || out == CUDA_R_32F : in == CUDA_R_32F && out == CUDA_R_32F;
+    case CUBLAS_COMPUTE_32F_FAST_16F:
+    case CUBLAS_COMPUTE_32F_FAST_16BF:
+    case CUBLAS_COMPUTE_32F_FAST_TF32: return in == CUDA_R_32F && out == CUDA_R_32F;
+    case CUBLAS_COMPUTE_64F: return in == CUDA_R_64F && out == CUDA_R_64F;
+    default: return false;
+    }
+}
+
+// Of matrices at addresses that it cannot see, the library takes for granted that each begins at 16 bytes; in
+// single precision it may round them to TF32, whoever allows that and whenever.
+bool aligned(const void *matrix, cudaDataType_t type) { return type != CUDA_R_32F || (uintptr_t)matrix % 16 == 0; }
+
 } // namespace
 
 extern "C" {
@@ -104,6 +122,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           const void *b, cudaDataType_t bt, int ldb, long long sb, const void *beta, void *c,
                                           cudaDataType_t ct, int ldc, long long sc, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
     if (!fits(ta, m, k, lda) || !fits(tb, k, n, ldb) || ldc < std::max(1, m) || at != bt) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!together(at, ct, compute)) return CUBLAS_STATUS_NOT_SUPPORTED;
     double al = scalar(alpha, compute), be = scalar(beta, compute);
     count_product();
     enqueue(handle->stream, [=] {
@@ -125,9 +144,13 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t handle, cublasOperation_t ta, 
                                    const void *beta, void *const *c, cudaDataType_t ct, int ldc, int batch, cublasComputeType_t compute,
                                    cublasGemmAlgo_t) {
     if (!fits(ta, m, k, lda) || !fits(tb, k, n, ldb) || ldc < std::max(1, m) || at != bt) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!together(at, ct, compute)) return CUBLAS_STATUS_NOT_SUPPORTED;
     double al = scalar(alpha, compute), be = scalar(beta, compute);
     count_product();
     enqueue(handle->stream, [=] {
+        for (int i = 0; i < batch; i++)
+            if (!aligned(a[i], at) || !aligned(b[i], bt) || !aligned(c[i], ct))
+                return fail(CUDA_ERROR_MISALIGNED_ADDRESS, "a batch of products has a matrix that does not begin at 16 bytes");
         for (int i = 0; i < batch; i++)
             any_product(m, n, k, al, {a[i], at, lda, ta}, {b[i], bt, ldb, tb}, be, c[i], ct, ldc);
     });

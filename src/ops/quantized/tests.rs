@@ -51,6 +51,35 @@ fn many_rows_and_their_gradient_are_those_of_the_dequantised_layer() -> Result<(
     Ok(())
 }
 
+#[cfg(feature = "cuda")]
+#[test]
+fn blocks_on_a_device_are_those_on_the_host() -> Result<()> {
+    use candle_core::quantized::QStorage;
+    use GgmlDType::*;
+
+    let (device, cpu) = (crate::util::device::cuda_device(0)?, Device::Cpu);
+    let (bias, xs, grad) = (normal("b", &[40])?, normal("x", &[2, 50, 256])?, normal("g", &[2, 50, 40])?);
+    let ids = Tensor::new(&[39u32, 0, 7, 7], &cpu)?;
+    for kind in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+        let here = QTensor::quantize(&normal("w", &[40, 256])?, kind)?;
+        let there = QTensor::new(QStorage::from_data(here.data()?, &device, kind)?, (40, 256))?;
+        let here = QuantizedWeight::new(Arc::new(here), DType::F32)?;
+        let there = QuantizedWeight::new(Arc::new(there), DType::F32)?;
+        let rows = there.take(&ids.to_device(&device)?)?.to_device(&cpu)?;
+        assert!(largest(&rows, &here.take(&ids)?)? < 1e-5, "{kind:?}");
+        let layer = |xs: &Tensor| quantized_linear(xs, &here, Some(&bias), OpPath::Composed);
+        let want = step(&xs, &grad, layer)?;
+        let (xs, grad, bias) = (xs.to_device(&device)?, grad.to_device(&device)?, bias.to_device(&device)?);
+        for path in [OpPath::Fused, OpPath::Composed] {
+            let got = step(&xs, &grad, |xs| quantized_linear(xs, &there, Some(&bias), path))?;
+            for (got, want) in got.iter().zip(&want) {
+                assert!(largest(&got.to_device(&cpu)?, want)? < 1e-4, "{kind:?} {path:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_weight_of_several_blocks_is_one_weight() -> Result<()> {
     let weight = quantized((4200, 256), GgmlDType::Q4_0)?;

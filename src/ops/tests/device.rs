@@ -69,6 +69,21 @@ fn kernels_over_several_tensors_take_those_of_one_device_alone() -> Result<()> {
 }
 
 #[test]
+fn what_goes_to_another_stream_of_a_device_is_written_before_and_its_gradient_comes_back() -> Result<()> {
+    let (device, other) = (cuda_device(0)?, Device::new_cuda_with_stream(0)?);
+    let xs = Var::from_tensor(&Tensor::arange(0f32, 5000., &device)?)?;
+    let there = carry(&(xs.as_tensor() * 2.0)?, &other)?;
+    assert!(there.device().same_device(&other));
+    let want: Vec<f64> = (0..5000).map(|i| 2.0 * f64::from(i)).collect();
+    assert_eq!(flat(&there.to_device(&Device::Cpu)?), want);
+    let grads = there.sqr()?.sum_all()?.backward()?;
+    let grad = grads.get(&xs).expect("a gradient");
+    assert!(grad.device().same_device(&device));
+    assert_eq!(flat(&grad.to_device(&Device::Cpu)?), want.iter().map(|x| 4.0 * x).collect::<Vec<f64>>());
+    Ok(())
+}
+
+#[test]
 fn scores_that_nothing_can_count_are_refused() -> Result<()> {
     let xs = Tensor::ones((1, 1 << 16, 1), DType::F32, &cuda_device(0)?)?;
     let error = attention(&xs, &xs, &xs, 1, 1, 1.0, &Mask::default(), None, OpPath::Fused).unwrap_err();
