@@ -172,9 +172,7 @@ fn run(processes: &Processes) -> Outcome {
     if args.tables.dev.is_some() {
         given.without_effect(&["dev_share"], "--dev has the rows that are measured");
     }
-    let posteriors =
-        methods.iter().map(|name| args.method.has_posterior(name)).collect::<Outcome<Vec<_>>>()?;
-    if !posteriors.contains(&true) {
+    if !args.method.has_posterior(&methods)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let mut table = Vec::new();

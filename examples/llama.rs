@@ -207,9 +207,7 @@ fn run(processes: &Processes) -> Outcome {
     args.train.tell_unread(&given, &methods, args.output.is_some());
     given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
     args.task.tell_unread(&given);
-    let posteriors =
-        methods.iter().map(|name| args.method.has_posterior(name)).collect::<Outcome<Vec<_>>>()?;
-    if !posteriors.contains(&true) {
+    if !args.method.has_posterior(&methods)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let setup = Setup { args, model, files, config, encoder, data };

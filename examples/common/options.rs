@@ -112,9 +112,14 @@ impl MethodOptions {
         })
     }
 
-    /// Whether the method of this name has a posterior, whose draws a prediction can average.
-    pub fn has_posterior(&self, name: &str) -> Outcome<bool> {
-        Ok(self.method(name)?.has_posterior())
+    /// Whether one of the methods of these names has a posterior, whose draws a prediction can average.
+    pub fn has_posterior(&self, names: &[String]) -> Outcome<bool> {
+        for name in names {
+            if self.method(name)?.has_posterior() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What the method of this name starts from, in a run that writes below `out`.
