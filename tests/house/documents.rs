@@ -26,7 +26,11 @@ fn every_file_that_a_document_names_exists() {
         let text = std::fs::read_to_string(root().join(document)).expect(document);
         let here = Path::new(document).parent().expect("a folder");
         for target in links(&text).filter(|target| !target.contains(':')) {
-            if !root().join(here).join(target).exists() {
+            let is_there = match target.strip_prefix('#') {
+                Some(heading) => headings(&text).any(|own| own == heading),
+                None => root().join(here).join(target).exists(),
+            };
+            if !is_there {
                 missing.insert(format!("{document} links to {target}"));
             }
         }
@@ -50,6 +54,12 @@ fn the_readme_is_one_screen() {
 /// The targets of `[text](target)`.
 fn links(text: &str) -> impl Iterator<Item = &str> {
     text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
+}
+
+/// The headings of a document, as links call them.
+fn headings(text: &str) -> impl Iterator<Item = String> + '_ {
+    let name = |line: &str| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+    text.lines().filter(|line| line.starts_with('#')).map(name)
 }
 
 /// Whether a piece of code is a path from the root of the repository.
