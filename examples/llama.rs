@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use common::generation::GenerationOptions;
 use common::gguf::{stays, GgufOptions, Trained};
 use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions, TrainOptions};
@@ -35,7 +36,7 @@ use monteclora::eval::Generator;
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
-use monteclora::models::generate::{GenerateConfig, PosteriorWeights, Sampling};
+use monteclora::models::generate::PosteriorWeights;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
@@ -86,18 +87,8 @@ struct Args {
     /// What is continued before and after. Default: the first held-out prompt.
     #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
-    /// The most tokens that are generated. Default: 64 for the sample, 256 for the task (512 for programs).
-    #[arg(long, help_heading = "Generation")]
-    max_new_tokens: Option<usize>,
-    /// How freely tokens are chosen. 0: always the most probable.
-    #[arg(long, default_value_t = 0.0, help_heading = "Generation")]
-    temperature: f64,
-    /// Choose among the k most probable tokens only; wants a temperature.
-    #[arg(long, help_heading = "Generation")]
-    top_k: Option<usize>,
-    /// Choose among the most probable tokens up to this share only; wants a temperature.
-    #[arg(long, help_heading = "Generation")]
-    top_p: Option<f64>,
+    #[command(flatten)]
+    generation: GenerationOptions,
     /// Posterior draws whose probabilities are averaged beside the mean, for the held-out loss and
     /// the task, of monteclora and blob.
     #[arg(long, default_value_t = 4, help_heading = "Evaluation")]
@@ -124,29 +115,6 @@ struct Args {
     /// in it.
     #[arg(long, help_heading = "Output")]
     output: Option<PathBuf>,
-}
-
-impl Args {
-    /// How a text goes on.
-    fn generation(&self, stop: Vec<u32>, weights: PosteriorWeights, most: usize) -> Outcome<GenerateConfig> {
-        let temperature = self.temperature;
-        let sampling = match (temperature == 0.0, self.top_k, self.top_p) {
-            (true, None, None) => Sampling::ArgMax,
-            (true, _, _) => return Err("--top-k and --top-p: want a --temperature above 0".into()),
-            (false, None, None) => Sampling::All { temperature },
-            (false, Some(k), None) => Sampling::TopK { k, temperature },
-            (false, None, Some(p)) => Sampling::TopP { p, temperature },
-            (false, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
-        };
-        Ok(GenerateConfig {
-            max_new_tokens: self.max_new_tokens.unwrap_or(most),
-            sampling,
-            seed: self.train.seed,
-            stop,
-            weights,
-            ..GenerateConfig::default()
-        })
-    }
 }
 
 /// The rows of a run, and the held-out ones as texts, too.
@@ -207,6 +175,7 @@ fn run(processes: &Processes) -> Outcome {
     args.train.tell_unread(&given, &methods, args.output.is_some());
     given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
     args.task.tell_unread(&given);
+    args.generation.tell_asked(&files)?;
     if !args.method.has_posterior(&methods)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
@@ -442,7 +411,8 @@ impl Setup {
         weights: PosteriorWeights,
         most: usize,
     ) -> Outcome<Generator<'a>> {
-        let config = self.args.generation(self.config.eos_token_ids.clone(), weights, most)?;
+        let (seed, ends) = (self.args.train.seed, self.config.eos_token_ids.clone());
+        let config = self.args.generation.config(seed, ends, weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
     }
 }

@@ -5,6 +5,7 @@
 pub mod allocator;
 pub mod contender;
 pub mod download;
+pub mod generation;
 pub mod gguf;
 pub mod given;
 pub mod interrupt;

@@ -3,6 +3,8 @@
 
 mod sampling;
 
+use std::collections::BTreeSet;
+
 use candle_core::{DType, Tensor};
 
 use crate::adapter::{Context, DrawCache, Pass};
@@ -10,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::models::causal::{Cache, CausalLm};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::special::softmax;
+use crate::util::check::positive;
 pub use sampling::Sampling;
 
 /// Which of the posterior's weights predict.
@@ -41,6 +44,9 @@ pub struct GenerateConfig {
     pub max_new_tokens: usize,
     /// How a token is chosen: `ArgMax` is greedy.
     pub sampling: Sampling,
+    /// Makes tokens that are in the prompt or the text already less likely: their logits are divided by it where they are
+    /// positive, and multiplied where negative (Keskar et al. 2019, as transformers does). 1 changes nothing.
+    pub repetition_penalty: f64,
     /// The seed of the choices: each is a function of the seed, the row and the number of the token.
     pub seed: u64,
     /// The row that the first prompt is, for prompts that are some rows of many: then a row's text is
@@ -57,6 +63,7 @@ impl Default for GenerateConfig {
         Self {
             max_new_tokens: 128,
             sampling: Sampling::ArgMax,
+            repetition_penalty: 1.0,
             seed: 0,
             first_row: 0,
             stop: Vec::new(),
@@ -70,7 +77,21 @@ impl GenerateConfig {
         if self.weights == PosteriorWeights::Average(0) {
             return Err(Error::config("weights", "an average wants at least one draw"));
         }
+        positive("repetition_penalty", self.repetition_penalty)?;
         self.sampling.validate()
+    }
+
+    /// The logits of a row whose tokens so far are `seen`.
+    fn penalized(&self, mut logits: Vec<f32>, seen: impl Iterator<Item = u32>) -> Vec<f32> {
+        if self.repetition_penalty != 1.0 {
+            let penalty = self.repetition_penalty as f32;
+            for token in seen.collect::<BTreeSet<_>>() {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        logits
     }
 }
 
@@ -119,7 +140,7 @@ fn run(
     for step in 0..steps {
         let logits = batch.advance(model)?;
         let mut next = vec![0u32; prompts.len()];
-        for (row, logits) in logits.iter().enumerate() {
+        for (row, logits) in logits.into_iter().enumerate() {
             if done[row] {
                 continue;
             }
@@ -127,8 +148,9 @@ fn run(
                 let reason = format!("token {} of row {row}: a logit is {bad}", step + 1);
                 return Err(Error::tensor("logits", reason));
             }
+            let logits = config.penalized(logits, prompts[row].iter().chain(&texts[row]).copied());
             let mut rng = batch.choices[row].rng(step as u64);
-            let token = config.sampling.choose(logits, &mut rng).ok_or_else(|| {
+            let token = config.sampling.choose(&logits, &mut rng).ok_or_else(|| {
                 let reason = format!("token {} of row {row}: no token has a probability", step + 1);
                 Error::tensor("logits", reason)
             })?;
@@ -220,4 +242,18 @@ fn average<'a>(draws: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
         count += 1.0;
     }
     sum.into_iter().map(|sum: f64| (sum / count).ln() as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_penalty_is_that_of_transformers() {
+        // RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 1, 1, 4]]), torch.tensor([[2., -1., .5, -3., 0.]]))
+        let config = GenerateConfig { repetition_penalty: 2.0, ..GenerateConfig::default() };
+        let logits = vec![2.0, -1.0, 0.5, -3.0, 0.0];
+        assert_eq!(config.penalized(logits.clone(), [0, 1, 1, 4].into_iter()), [1.0, -2.0, 0.5, -3.0, 0.0]);
+        assert_eq!(GenerateConfig::default().penalized(logits.clone(), [0, 1].into_iter()), logits);
+    }
 }

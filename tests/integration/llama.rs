@@ -1,6 +1,6 @@
 //! LLaMA against candle-transformers and against itself: cache, padding, dtypes, gradients.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use crate::gradients::check;
 use crate::support::{assert_close, scatter, Outcome};
@@ -409,6 +409,18 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     assert_ne!(first[0], first[1], "rows have generators of their own");
     assert_ne!(first[1], run(all(), 8, PosteriorWeights::Mean)?[0], "and so have the rows of every seed");
     let greedy = run(Sampling::ArgMax, 0, PosteriorWeights::Mean)?;
+    // The greedy text repeats itself; under a penalty no token comes twice, nor one of the prompt.
+    let distinct = |text: &[u32]| [&prompts[0], text].concat().into_iter().collect::<BTreeSet<_>>().len();
+    let penalized = |repetition_penalty| {
+        tokens(
+            &model,
+            &prompts,
+            &GenerateConfig { max_new_tokens: 16, repetition_penalty, ..Default::default() },
+        )
+    };
+    assert!(distinct(&greedy[0]) < 3 + 16);
+    assert_eq!(distinct(&penalized(1e6)?[0]), 3 + 16);
+    assert_eq!(penalized(1.0)?, greedy);
     for narrow in [
         Sampling::TopK { k: 1, temperature: 1.0 },
         Sampling::TopP { p: 1e-6, temperature: 1.0 },
@@ -447,6 +459,7 @@ fn generation_refuses_what_it_cannot_do() -> Outcome {
         (vec![3], sampling(Sampling::TopK { k: 0, temperature: 1.0 }), "top_k"),
         (vec![3], sampling(Sampling::TopP { p: 1.5, temperature: 1.0 }), "top_p"),
         (vec![3], GenerateConfig { weights: PosteriorWeights::Average(0), ..config.clone() }, "weights"),
+        (vec![3], GenerateConfig { repetition_penalty: 0.0, ..config.clone() }, "repetition_penalty"),
     ];
     for (prompt, config, expected) in cases {
         let error = fails(prompt, config);

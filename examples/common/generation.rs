@@ -1,0 +1,67 @@
+//! How texts are continued: options, and what a model's own file asks for.
+
+use monteclora::models::generate::{GenerateConfig, PosteriorWeights, Sampling};
+use monteclora::models::hub::ModelFiles;
+use serde_json::Value;
+
+use super::output::tell_err;
+use super::Outcome;
+
+// No doc comment, which clap would take for the program's description.
+#[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Generation")]
+pub struct GenerationOptions {
+    /// The most tokens that are generated. Default: 64 for the sample, 256 for the task (512 for programs).
+    #[arg(long)]
+    pub max_new_tokens: Option<usize>,
+    /// How freely tokens are chosen. 0: always the most probable.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Choose among the k most probable tokens only; wants a temperature.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Choose among the most probable tokens up to this share only; wants a temperature.
+    #[arg(long)]
+    pub top_p: Option<f64>,
+    /// Make tokens that are in the text already less likely: above 1.
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+}
+
+impl GenerationOptions {
+    /// The configuration of a text that ends at `stop`, of at most `most` tokens unless an option says otherwise.
+    pub fn config(
+        &self,
+        seed: u64,
+        stop: Vec<u32>,
+        weights: PosteriorWeights,
+        most: usize,
+    ) -> Outcome<GenerateConfig> {
+        let temperature = self.temperature;
+        let sampling = match (temperature == 0.0, self.top_k, self.top_p) {
+            (true, None, None) => Sampling::ArgMax,
+            (true, _, _) => return Err("--top-k and --top-p: want a --temperature above 0".into()),
+            (false, None, None) => Sampling::All { temperature },
+            (false, Some(k), None) => Sampling::TopK { k, temperature },
+            (false, None, Some(p)) => Sampling::TopP { p, temperature },
+            (false, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        };
+        let (max_new_tokens, repetition_penalty) =
+            (self.max_new_tokens.unwrap_or(most), self.repetition_penalty);
+        let defaults = GenerateConfig::default();
+        Ok(GenerateConfig { max_new_tokens, sampling, repetition_penalty, seed, stop, weights, ..defaults })
+    }
+
+    /// Says where the model's `generation_config.json` asks for another penalty than is applied: transformers would
+    /// take it without being asked.
+    pub fn tell_asked(&self, files: &ModelFiles) -> Outcome {
+        let Some(path) = files.file("generation_config.json")? else { return Ok(()) };
+        let settings: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        let asked = settings["repetition_penalty"].as_f64();
+        if let Some(asked) = asked.filter(|asked| *asked != self.repetition_penalty) {
+            let (name, applied) = (path.display(), self.repetition_penalty);
+            tell_err!("{name} asks for --repetition-penalty {asked}, which is {applied} here");
+        }
+        Ok(())
+    }
+}
