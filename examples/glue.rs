@@ -241,7 +241,13 @@ fn tune(
     let bar = processes.progress(0, name);
     let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
-    let keep = || writes.map_or(Ok(()), |dir| classifier.save(model, dir));
+    // What a prediction reads comes first.
+    let save = |dir: &Path| {
+        let input = Input { columns: goal.columns.clone(), max_length: length };
+        files::write_json(&dir.join(Input::FILE), &input)?;
+        classifier.save(model, dir)
+    };
+    let keep = || writes.map_or(Ok(()), save);
     let is_alone = processes.world() == 1;
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end: Vec::new() };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
@@ -249,11 +255,6 @@ fn tune(
     // Its default follows from what is compared already.
     if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
         checkpoints.settings.insert("metric".to_string(), metric.clone());
-    }
-    // Before an adapter that is predicted with where the run is stopped.
-    if let Some(dir) = writes {
-        let input = Input { columns: goal.columns.clone(), max_length: length };
-        files::write_json(&dir.join(Input::FILE), &input)?;
     }
     let params = &classifier.params;
     let summary = match args.train.epochs {
@@ -293,7 +294,7 @@ fn tune(
     if let Some(dir) = writes {
         files::write_json(&dir.join("metrics.json"), &metrics)?;
         if saves {
-            classifier.save(model, dir)?;
+            save(dir)?;
         }
         draw_curves(dir)?;
     }

@@ -274,8 +274,11 @@ impl Setup {
         model.set_checkpoint_layers(args.train.checkpoint_layers);
         let start = args.method.start(name, out)?;
         let (hooks, saves) = (start.inject(&mut model, &params)?, args.train.writes(&start, out)?);
+        if !saves && (args.merged || args.serving || args.gguf.is_asked()) {
+            return Err("--epochs 0: nothing was trained that could be written: give an --adapter".into());
+        }
 
-        let whole = writes.filter(|_| args.merged || name == "full").map(|dir| dir.join("model"));
+        let whole = writes.filter(|_| saves && (args.merged || name == "full")).map(|dir| dir.join("model"));
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
             if !(args.train.resume && files::has_entries(dir)) {

@@ -260,7 +260,8 @@ pub fn mse(predictions: &[f64], targets: &[f64]) -> Result<f64> {
     Ok(sum / targets.len() as f64)
 }
 
-/// The place of the first of the largest entries; what is not a number is never larger.
+/// The place of the first of the largest entries. A NaN is never larger, and nothing is larger than one: a row that begins
+/// with it gives 0.
 pub(crate) fn argmax(row: &[f64]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }

@@ -53,6 +53,11 @@ pub fn stays(path: &Path, there: bool) -> bool {
 }
 
 impl GgufOptions {
+    /// Whether a file is to be written.
+    pub fn is_asked(&self) -> bool {
+        self.gguf.is_some() || self.merged_gguf.is_some()
+    }
+
     /// Refuses, before anything is trained, what could not be written afterwards; `resumes`: whether the run goes on.
     pub fn check(&self, trained: &Trained, out: Option<&Path>, resumes: bool) -> Outcome {
         if self.gguf.is_some() {

@@ -132,6 +132,12 @@ impl Context {
         Self { only_predicts: true, ..self.without_gradient() }
     }
 
+    /// Whether what comes out may be differentiated.
+    #[cfg_attr(not(feature = "models"), allow(dead_code))]
+    pub(crate) fn is_differentiated(&self) -> bool {
+        !self.values_only
+    }
+
     /// What a layer of a model hands on to the next.
     #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn handed_on(&self, xs: Tensor) -> Tensor {

@@ -81,17 +81,17 @@ impl GenerateConfig {
         self.sampling.validate()
     }
 
-    /// The logits of a row whose tokens so far are `seen`.
-    fn penalized(&self, mut logits: Vec<f32>, seen: impl Iterator<Item = u32>) -> Vec<f32> {
-        if self.repetition_penalty != 1.0 {
-            let penalty = self.repetition_penalty as f32;
-            for token in seen.collect::<BTreeSet<_>>() {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-                }
+    /// Penalises the logits of a row whose tokens so far are `seen`.
+    fn penalize(&self, logits: &mut [f32], seen: impl Iterator<Item = u32>) {
+        if self.repetition_penalty == 1.0 {
+            return;
+        }
+        for token in seen.collect::<BTreeSet<_>>() {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                let (value, penalty) = (f64::from(*logit), self.repetition_penalty);
+                *logit = if value > 0.0 { value / penalty } else { value * penalty } as f32;
             }
         }
-        logits
     }
 }
 
@@ -138,17 +138,24 @@ fn run(
     let mut done = vec![false; prompts.len()];
     let mut texts = vec![Vec::new(); prompts.len()];
     for step in 0..steps {
-        let logits = batch.advance(model)?;
+        let mut passes = batch.advance(model)?;
         let mut next = vec![0u32; prompts.len()];
-        for (row, logits) in logits.into_iter().enumerate() {
+        for row in 0..prompts.len() {
             if done[row] {
                 continue;
             }
+            for logits in &mut passes {
+                config.penalize(&mut logits[row], prompts[row].iter().chain(&texts[row]).copied());
+            }
+            // Of several passes the logarithms of the averaged probabilities.
+            let logits = match passes.as_mut_slice() {
+                [one] => std::mem::take(&mut one[row]),
+                several => average(several.iter().map(|draw| &draw[row])),
+            };
             if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
                 let reason = format!("token {} of row {row}: a logit is {bad}", step + 1);
                 return Err(Error::tensor("logits", reason));
             }
-            let logits = config.penalized(logits, prompts[row].iter().chain(&texts[row]).copied());
             let mut rng = batch.choices[row].rng(step as u64);
             let token = config.sampling.choose(&logits, &mut rng).ok_or_else(|| {
                 let reason = format!("token {} of row {row}: no token has a probability", step + 1);
@@ -210,9 +217,8 @@ impl Continuation {
         self.mask.iter_mut().for_each(|row| row.push(1));
     }
 
-    /// Runs the waiting tokens and returns each row's logits of the next one: with several passes
-    /// the logarithms of the averaged probabilities.
-    fn advance(&mut self, model: &dyn CausalLm) -> Result<Vec<Vec<f32>>> {
+    /// Runs the waiting tokens and returns each row's logits of the next one in every pass.
+    fn advance(&mut self, model: &dyn CausalLm) -> Result<Vec<Vec<Vec<f32>>>> {
         let rows = self.tokens.len();
         let new = self.tokens[0].len();
         let ids = Tensor::from_vec(self.tokens.concat(), (rows, new), model.device())?;
@@ -223,10 +229,7 @@ impl Continuation {
             let last = hidden.detach().narrow(1, new - 1, 1)?.squeeze(1)?.contiguous()?; // (b, d)
             logits.push(model.head(&last, cx)?.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?);
         }
-        if logits.len() > 1 {
-            return Ok((0..rows).map(|row| average(logits.iter().map(|draw| &draw[row]))).collect());
-        }
-        Ok(logits.swap_remove(0))
+        Ok(logits)
     }
 }
 
@@ -252,8 +255,10 @@ mod tests {
     fn a_penalty_is_that_of_transformers() {
         // RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 1, 1, 4]]), torch.tensor([[2., -1., .5, -3., 0.]]))
         let config = GenerateConfig { repetition_penalty: 2.0, ..GenerateConfig::default() };
-        let logits = vec![2.0, -1.0, 0.5, -3.0, 0.0];
-        assert_eq!(config.penalized(logits.clone(), [0, 1, 1, 4].into_iter()), [1.0, -2.0, 0.5, -3.0, 0.0]);
-        assert_eq!(GenerateConfig::default().penalized(logits.clone(), [0, 1].into_iter()), logits);
+        let mut logits = [2.0, -1.0, 0.5, -3.0, 0.0];
+        GenerateConfig::default().penalize(&mut logits, [0, 1].into_iter());
+        assert_eq!(logits, [2.0, -1.0, 0.5, -3.0, 0.0]);
+        config.penalize(&mut logits, [0, 1, 1, 4].into_iter());
+        assert_eq!(logits, [1.0, -2.0, 0.5, -3.0, 0.0]);
     }
 }

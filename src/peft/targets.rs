@@ -97,10 +97,12 @@ impl PeftConfig {
 
     /// The numbers of the blocks that the paths lie in.
     fn block_indices(&self, paths: &[&str]) -> Result<Vec<Option<usize>>> {
-        let lists = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        let lists = lists.iter().filter(|list| !list.is_empty()); // an empty name is any, as none is
+        let lists = match &self.layers_pattern {
+            Some(OneOrMany::One(list)) if list.is_empty() => &[][..], // any, as PEFT has it
+            lists => lists.as_ref().map_or(&[][..], OneOrMany::as_slice),
+        };
         let mut expressions: Vec<String> =
-            lists.map(|list| format!(r"^(?:(?:^|.*?\.){list}\.(?<idx>\d+)\.)")).collect();
+            lists.iter().map(|list| format!(r"^(?:(?:^|.*?\.){list}\.(?<idx>\d+)\.)")).collect();
         if expressions.is_empty() {
             expressions.push(r"^(?:.*?\.[^.]*\.(?<idx>\d+)\.)".to_string());
         }
@@ -195,7 +197,7 @@ mod tests {
             (json!(3), json!(null), true),
             (json!([1, 3]), json!([]), true),
             (json!([3]), json!(""), true),
-            (json!([1]), json!([""]), false),
+            (json!([3]), json!([""]), false),
             (json!([1, 2]), json!(null), false),
             (json!([3]), json!("layer"), true),
             (json!([3]), json!(["h", "layers"]), false),

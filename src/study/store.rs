@@ -158,6 +158,8 @@ impl Store {
     pub fn add(&self, result: &CellResult, cost: &CellCost, rows: &CellRows) -> Result<()> {
         let folder = self.dir.join(result.key.folder_name());
         fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
+        // Of a cell that failed before, whose result would stand beside these rows.
+        present(&folder.join(RESULT), fs::remove_file(folder.join(RESULT)))?;
         let write = |path: PathBuf, text: Result<String>| files::write(&path, text?.as_bytes());
         if rows.is_empty() {
             present(&folder.join(ROWS), fs::remove_file(folder.join(ROWS)))?;

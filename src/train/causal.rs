@@ -140,7 +140,7 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.hooks.tell_rows(self.rows.len(), self.batcher.batch_size())?;
+        self.hooks.tell_rows(|| self.rows.len(), self.batcher.batch_size())?;
         self.hooks.before_step(step, total)
     }
 

@@ -356,7 +356,8 @@ impl Objective for Classification<'_> {
     }
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
-        self.classifier.loss(&self.batch(rows)?, cx, Some(labelled(self.rows)))
+        let count = self.classifier.hooks.needs_rows().then(|| labelled(self.rows));
+        self.classifier.loss(&self.batch(rows)?, cx, count)
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
@@ -378,7 +379,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.hooks.tell_rows(labelled(self.rows), self.batcher.batch_size())?;
+        self.classifier.hooks.tell_rows(|| labelled(self.rows), self.batcher.batch_size())?;
         self.classifier.hooks.before_step(step, total)
     }
 

@@ -47,6 +47,16 @@ impl<'a> HeadSource<'a> {
         let wanted = config.labels().len();
         let found = outputs.iter().find(|name| checkpoint.contains_tensor(name));
         let rows = found.map(|name| checkpoint.get_unchecked_dtype(name, DType::F32)?.dim(0)).transpose()?;
+        // An adapter of this crate names its classes, of which its head says one; PEFT's head is for what the
+        // checkpoint's is for.
+        let follows = adapter.map_or(found.is_some(), |file| file.labels.is_none());
+        if let Some(problem) = config.foreign_problem().filter(|_| follows) {
+            let reason = format!(
+                "the checkpoint's head, and with it that of an adapter that names no classes, is for {problem}, which \
+                 is not supported: start a new head (--new-head; in the library Classifier::load_with_new_head)"
+            );
+            return Err(Error::tensor(*found.unwrap_or(&outputs[0]), reason));
+        }
         match (found, rows) {
             // That of the adapter takes its place; what PEFT does not save of one, such as DeBERTa's pooler, is of any number
             // of classes.
@@ -65,18 +75,6 @@ impl<'a> HeadSource<'a> {
                      (--new-head; in the library Classifier::load_with_new_head)"
                 );
                 return Err(Error::tensor(*name, reason));
-            }
-            // An adapter of this crate's names its classes, of which its head says one; PEFT's head is for what the
-            // checkpoint's is for.
-            (Some(name), _) if adapter.is_none_or(|file| file.labels.is_none()) => {
-                if let Some(problem) = config.foreign_problem() {
-                    let reason = format!(
-                        "the checkpoint's head is for {problem}, which is not supported: start a new head \
-                         (--new-head; in the library Classifier::load_with_new_head)"
-                    );
-                    return Err(Error::tensor(*name, reason));
-                }
-                source.checkpoint = Some(checkpoint.clone());
             }
             _ => source.checkpoint = Some(checkpoint.clone()),
         }

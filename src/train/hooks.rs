@@ -194,9 +194,9 @@ impl MethodHooks {
     ///
     /// # Errors
     /// If an earlier step panicked.
-    pub fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
+    pub fn tell_rows(&self, rows: impl FnOnce() -> usize, batch_size: usize) -> Result<()> {
         if let Kind::Divergence { config, cycle } = &self.kind {
-            *locked(cycle)? = Some(blob::cycle(rows, batch_size, config.gamma));
+            *locked(cycle)? = Some(blob::cycle(rows(), batch_size, config.gamma));
         }
         Ok(())
     }

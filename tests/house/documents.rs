@@ -58,7 +58,10 @@ fn links(text: &str) -> impl Iterator<Item = &str> {
 
 /// The headings of a document, as links call them.
 fn headings(text: &str) -> impl Iterator<Item = String> + '_ {
-    let name = |line: &str| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+    let is_kept = |letter: &char| letter.is_alphanumeric() || [' ', '-', '_'].contains(letter);
+    let plain =
+        move |line: &str| line.trim_start_matches('#').trim().chars().filter(is_kept).collect::<String>();
+    let name = move |line| plain(line).to_lowercase().replace(' ', "-");
     text.lines().filter(|line| line.starts_with('#')).map(name)
 }
 

@@ -146,6 +146,11 @@ fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
     assert!(told.ends_with("training rows fill it, and what is longer was cut"), "{text}");
     let adapter = home.out("run").join("adapter");
     let trained = fs::read(adapter.join("adapter_model.safetensors"))?;
+    // A run that is refused leaves what the other's predictions read.
+    let input = || fs::read_to_string(home.out("run").join("input.json"));
+    let before = input()?;
+    assert!(home.run("run", "--method lora --rank 2 --max-length 16").is_err());
+    assert_eq!(input()?, before);
     for options in ["--method lora --rank 2 --epochs 0", "--method lora --rank 2 --epochs 0 --resume"] {
         let error = home.run("run", options).unwrap_err().to_string();
         assert!(error.contains("--epochs 0 only measures, and this run was trained"), "{error}");

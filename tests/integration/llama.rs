@@ -421,6 +421,14 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     assert!(distinct(&greedy[0]) < 3 + 16);
     assert_eq!(distinct(&penalized(1e6)?[0]), 3 + 16);
     assert_eq!(penalized(1.0)?, greedy);
+    // Each draw's logits are penalised, not their average's logarithms: draws that are the mean say what it says.
+    let (alone, _) = frozen(&toy_config(false)?, DType::F32)?;
+    let says = |weights| {
+        let config =
+            GenerateConfig { max_new_tokens: 16, repetition_penalty: 1.3, weights, ..Default::default() };
+        tokens(&alone, &prompts, &config)
+    };
+    assert_eq!(says(PosteriorWeights::Average(2))?, says(PosteriorWeights::Mean)?);
     for narrow in [
         Sampling::TopK { k: 1, temperature: 1.0 },
         Sampling::TopP { p: 1e-6, temperature: 1.0 },

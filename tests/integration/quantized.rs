@@ -195,6 +195,12 @@ fn few_rows_are_rounded_where_a_pass_only_predicts() -> Outcome {
         assert!(exact < 1e-6 && (1e-4..0.012).contains(&rounded), "{exact} and {rounded}");
         Ok(())
     })?;
+    // So is the head: what a token scores does not depend on how many are scored with it.
+    let (few, cx) = (xs.as_detached_tensor(), Context::from(Pass::Mean));
+    let many = model.head(&Tensor::cat(&[&few, &few], 0)?, &cx)?.narrow(0, 0, 8)?;
+    assert_close(&model.head(&few, &cx.clone().without_gradient())?, &many, 1e-6)?;
+    let rounded = (model.head(&few, &cx.only_to_predict())? - many)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(rounded > 1e-4, "{rounded}");
     Ok(())
 }
 

@@ -73,7 +73,10 @@ impl CausalLm for DecoderForCausalLM {
     }
 
     fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let logits = self.head.linear(hidden, None, cx.path)?;
+        let logits = match cx.only_predicts {
+            true => self.head.linear(hidden, None, cx.path)?,
+            false => self.head.linear_by_blocks(hidden, None, cx.path)?,
+        };
         match self.config.logit_cap {
             Some(cap) => ops::soft_cap(&logits, cap, cx.path),
             None => Ok(logits),

@@ -137,7 +137,7 @@ impl Decoder {
                 (at, step) = (own, step_at(own)?);
             }
             xs = match (self.checkpoint_layers, cx.pass) {
-                (true, Pass::Train { .. }) => {
+                (true, Pass::Train { .. }) if cx.is_differentiated() => {
                     let (block, cx) = (layer.clone(), step.cx.clone().without_tape());
                     let step = Step { cx, ..step.clone() };
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &step, None))?

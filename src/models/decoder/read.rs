@@ -99,6 +99,12 @@ mod tests {
             assert!(config.rotary.scaling == RotaryScaling::None);
             assert_eq!(config.rotary.theta, 10000.0);
         }
+        // However it is spelt.
+        value["rope_parameters"] = json!({"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0});
+        value["rope_scaling"] = json!({"type": "linear", "factor": 8});
+        assert!(DecoderConfig::from_value(value.clone()).is_ok());
+        value["rope_scaling"]["factor"] = json!(4);
+        assert!(DecoderConfig::from_value(value).is_err());
         Ok(())
     }
 

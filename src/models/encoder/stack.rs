@@ -75,7 +75,7 @@ impl<L: Block> Stack<L> {
     ) -> candle_core::Result<Tensor> {
         for layer in layers {
             xs = match (self.checkpoint_layers, cx.pass) {
-                (true, Pass::Train { .. }) => {
+                (true, Pass::Train { .. }) if cx.is_differentiated() => {
                     let (block, batch, cx) = (layer.clone(), batch.clone(), cx.clone().without_tape());
                     ops::checkpoint(&xs, &layer.parameters()?, move |xs| block.forward(xs, &batch, &cx))?
                 }

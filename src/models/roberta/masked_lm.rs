@@ -79,7 +79,7 @@ impl RobertaForMaskedLM {
         let picked = hidden.reshape(((), d))?.index_select(positions, 0)?; // (n, d)
         let xs = ops::gelu(&ops::linear(&picked, self.dense.weight(), self.dense.bias(), cx.path)?, cx.path)?;
         let xs = self.norm.forward_on(&xs, cx.path)?;
-        self.encoder.word_embeddings().linear(&xs, Some(&self.bias), cx.path)
+        self.encoder.word_embeddings().linear_by_blocks(&xs, Some(&self.bias), cx.path)
     }
 }
 

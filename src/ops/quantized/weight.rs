@@ -101,6 +101,23 @@ impl Weight {
         }
     }
 
+    /// [`Self::linear`] that rounds no row, however few they are.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    #[cfg_attr(not(feature = "models"), allow(dead_code))]
+    pub(crate) fn linear_by_blocks(
+        &self,
+        xs: &Tensor,
+        bias: Option<&Tensor>,
+        path: OpPath,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => linear::linear(xs, tensor, bias, path),
+            Self::Quantized(weight) => quantized::quantized_linear_by_blocks(xs, weight, bias, path),
+        }
+    }
+
     /// The path that a computation of `xs` and this can take.
     pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
         match self {

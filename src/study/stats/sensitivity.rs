@@ -46,8 +46,12 @@ pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
             rounding = pair.iter().fold(rounding, |most, v| most.max(4.0 * f64::EPSILON * v.abs()));
         }
     }
+    let nothing = n as f64 * rounding * rounding;
+    if xx + yy <= nothing {
+        return None;
+    }
     // Scores that are equal, or a constant apart, vary alike.
-    let alike = differences.min(sums) <= n as f64 * rounding * rounding && xx + yy > 0.0;
+    let alike = differences.min(sums) <= nothing;
     let correlation = if alike { 0.0 } else { products / (sums * differences).sqrt() };
     if !correlation.is_finite() {
         return None;
@@ -132,6 +136,7 @@ mod tests {
     #[test]
     fn what_does_not_vary_or_is_not_finite_is_not_tested() -> Result<(), &'static str> {
         assert_eq!(pitman_morgan(&[vec![[1.0, 2.0]; 5]]), None);
+        assert_eq!(pitman_morgan(&[vec![[0.1, 0.3]; 3]]), None); // whose means are rounded
         assert_eq!(pitman_morgan(&[pairs(0..2)]), None);
         assert!(within_variance(&[vec![1.0], vec![]]).is_nan());
         assert_eq!(pitman_morgan(&[vec![[1.0, f64::INFINITY], [2.0, 1.0], [1.0, 1.0]]]), None);

@@ -44,11 +44,6 @@ impl Fields {
         }
     }
 
-    /// Whether every field of the other is here with the same value.
-    pub fn has_all_of(&self, other: &Self) -> bool {
-        other.0.iter().all(|(name, value)| self.0.get(name) == Some(value))
-    }
-
     /// The field as it is, unless it is null.
     pub fn given(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())

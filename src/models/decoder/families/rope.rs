@@ -35,17 +35,18 @@ pub(super) fn rotary_by_type(
     read(fields, scaling, theta, head_dim)
 }
 
-/// `rope_parameters`, beside which `rope_scaling` may say nothing else.
+/// `rope_parameters`, beside which `rope_scaling` may say nothing else: of layers with full attention, where these differ.
 fn parameters(fields: &Fields) -> Result<Option<Fields>> {
     let Some(new) = fields.object("rope_parameters")? else { return Ok(None) };
-    if let Some(old) = fields.object("rope_scaling")? {
-        if !new.has_all_of(&old) {
-            let reason =
-                "there are rope_parameters as well: put these settings into them, and leave this out";
-            return Err(Error::config("rope_scaling", reason));
-        }
+    let Some(old) = fields.object("rope_scaling")? else { return Ok(Some(new)) };
+    let full = new.object(LAYER_TYPES[0])?.unwrap_or_else(|| new.clone());
+    let theta: Option<f32> = old.optional("rope_theta")?;
+    let same_theta = theta.is_none() || theta == full.optional("rope_theta")?;
+    if same_theta && scaled(fields, &old)? == scaled(fields, &full)? {
+        return Ok(Some(new));
     }
-    Ok(Some(new))
+    let reason = "there are rope_parameters as well: put these settings into them, and leave this out";
+    Err(Error::config("rope_scaling", reason))
 }
 
 fn read(fields: &Fields, scaling: Option<Fields>, theta: f32, head_dim: usize) -> Result<RotaryConfig> {
