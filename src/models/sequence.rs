@@ -22,6 +22,7 @@ use crate::util::json;
 
 /// The layers whose weight has a row for each output ([`SequenceConfig::output_tensors`]): RoBERTa's and ELECTRA's, the
 /// other encoders', the decoders'.
+#[cfg(feature = "train")]
 pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
 
 impl SequenceClassifier for RobertaForSequenceClassification {
