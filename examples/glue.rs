@@ -46,6 +46,9 @@ struct Args {
     /// A model folder, or a hub repository. Default: the bundled model.
     #[arg(long)]
     model: Option<String>,
+    /// The branch, tag or commit of the --model's repository.
+    #[arg(long, requires = "model")]
+    revision: Option<String>,
     /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb.
     #[arg(long, default_value = "sst2")]
     task: String,
@@ -95,7 +98,7 @@ impl Args {
     /// Says which of the options that were given a prediction does not read.
     fn tell_unread_by_predict(&self, given: &Given) {
         let all = Self::command();
-        let read = "model task adapter predict text_column text_pair_column label_column max_length posterior_samples \
+        let read = "model revision task adapter predict text_column text_pair_column label_column max_length posterior_samples \
                     device dtype quantize output";
         let read: Vec<&str> = read.split_whitespace().collect();
         let options = all.get_arguments().map(|option| option.get_id().as_str());
@@ -119,7 +122,8 @@ fn main() -> ExitCode {
 fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
-    let (args, given) = common::given::parse::<Args>();
+    let (mut args, given) = common::given::parse::<Args>();
+    args.method.find_adapter()?;
     let task: Task = args.task.parse()?;
     processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
@@ -132,6 +136,7 @@ fn run(processes: &Processes) -> Outcome {
             options: &args.tables,
             task,
             model: args.model.as_deref(),
+            revision: args.revision.as_deref(),
             trained: args.method.adapter.as_deref(),
             max_length: args.max_length,
             samples: args.posterior_samples.unwrap_or(0),
@@ -201,11 +206,11 @@ fn tune(
     let _lock = writes.map(files::lock).transpose()?;
     common::reset_peak_memory();
     let device = processes.device(&args.device)?;
-    let files = common::download::model_files(model)?.quantized(args.quantize);
+    let files = common::download::model_files(model, args.revision.as_deref())?.quantized(args.quantize);
     let config = SequenceConfig::from_files(&files, goal.labels.len())?;
     let tokenizer = common::tokenizer(&files, config.vocab_size())?;
-    let length = args.method.text_length(args.max_length.unwrap_or(128), config.max_length());
-    let encoder = TextEncoder::new(tokenizer, length, config.max_length())?;
+    let length = args.method.text_length(args.max_length.unwrap_or(128), config.longest());
+    let encoder = TextEncoder::new(tokenizer, length, config.longest())?;
     let rows = encoder.encode(args.train.limit(&data.train))?;
     tell_cut("training", &rows, length);
 
@@ -235,6 +240,7 @@ fn tune(
     let config = args.train.config(
         if args.model.is_none() { 2e-3 } else { 3e-4 },
         &start.method(),
+        dtype,
         processes.world(),
     )?;
     let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
@@ -341,7 +347,7 @@ fn evaluate(
         // Whatever it is chosen by.
         let Evaluation { mean, .. } = measured(&predictions, true)?;
         let value = mean.get(metric);
-        scores.score = scores.score.or(value);
+        scores.score = scores.score.or(mean.score(metric));
         let named = [(metric, value), ("nll", mean.nll)].map(|(name, value)| Some((name, value?)));
         let named = named.into_iter().flatten();
         scores.values.extend(named.map(|(name, value)| (format!("{}/{name}", split.name), value)));

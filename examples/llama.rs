@@ -55,6 +55,9 @@ struct Args {
     /// A model folder, a hub repository, or a GGUF file of either. Default: the bundled stories260K.
     #[arg(long)]
     model: Option<String>,
+    /// The branch, tag or commit of the --model's repository.
+    #[arg(long, requires = "model")]
+    revision: Option<String>,
     /// Training rows: JSON, JSON lines or text. Default: the bundled excerpt of GSM8K.
     #[arg(long)]
     data: Option<PathBuf>,
@@ -151,17 +154,21 @@ fn run(processes: &Processes) -> Outcome {
     common::tune_allocator();
     interrupt::listen()?;
     let (mut args, given) = common::given::parse::<Args>();
+    args.method.find_adapter()?;
     args.task.benchmark()?; // before an hour of training
     processes.join(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
         None => common::asset("stories260k")?,
     };
-    let files = common::download::model_files(&model)?.quantized(args.quantize);
+    let files = common::download::model_files(&model, args.revision.as_deref())?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
+    if eos.is_none() {
+        tell_err!("{model}: it names no end token: answers are learnt without an end");
+    }
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
@@ -328,6 +335,7 @@ impl Setup {
                 let config = args.train.config(
                     if args.model.is_none() { 5e-3 } else { 3e-4 },
                     &start.method(),
+                    common::dtype(&args.dtype)?,
                     processes.world(),
                 )?;
                 let held_out = data.held_out.iter().flat_map(Tokens::numbers);

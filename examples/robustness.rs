@@ -220,7 +220,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         Some((plan, _)) => plan.cells()?,
         None => grid(args).cells()?,
     };
-    let files = common::download::model_files(&model)?;
+    let files = common::download::model_files(&model, None)?;
     let methods: BTreeSet<&String> = cells.iter().map(|key| &key.method).collect();
     let recipes = methods.into_iter().map(|text| text.parse::<Recipe>());
     let recipes: Vec<Recipe> = recipes.collect::<monteclora::Result<_>>()?;

@@ -114,7 +114,22 @@ impl Metrics {
         })
     }
 
-    /// The score called `name`, as its field; `None` for an absent or unknown one.
+    /// The names of the metrics that a model of so many outputs has (1: a regression), as [`Self::get`] takes them.
+    pub fn names(outputs: usize) -> &'static [&'static str] {
+        match outputs {
+            1 => &["pearson", "spearman", "mse"],
+            2 => &["accuracy", "f1", "macro_f1", "weighted_f1", "matthews", "nll", "ece", "brier"],
+            _ => &["accuracy", "macro_f1", "weighted_f1", "matthews", "nll", "ece", "brier"],
+        }
+    }
+
+    /// [`Self::get`] as a score, of which more is better: the negative of an error or a loss.
+    pub fn score(&self, name: &str) -> Option<f64> {
+        let sign = if ["nll", "ece", "brier", "mse"].contains(&name) { -1.0 } else { 1.0 };
+        self.get(name).map(|value| sign * value)
+    }
+
+    /// The metric called `name`, as its field; `None` for an absent or unknown one.
     pub fn get(&self, name: &str) -> Option<f64> {
         match name {
             "accuracy" => self.accuracy,

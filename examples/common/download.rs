@@ -1,19 +1,34 @@
 //! What the examples take from the hub, with a bar for each file that is downloaded.
 
+use std::path::{Path, PathBuf};
+
 use monteclora::data::task::{Splits, Task};
-use monteclora::models::hub::ModelFiles;
+use monteclora::models::hub::{self, ModelFiles};
 
 use super::Outcome;
 
-/// A model's files, of a folder or a hub repository.
-pub fn model_files(model: &str) -> Outcome<ModelFiles> {
+/// A model's files, of a folder or a revision of a hub repository.
+pub fn model_files(model: &str, revision: Option<&str>) -> Outcome<ModelFiles> {
     #[cfg(feature = "hub")]
     {
-        Ok(ModelFiles::locate_with(model, None, &with_bars())?)
+        Ok(ModelFiles::locate_with(model, revision, &with_bars())?)
     }
     #[cfg(not(feature = "hub"))]
     {
-        Ok(ModelFiles::locate(model, None)?)
+        Ok(ModelFiles::locate(model, revision)?)
+    }
+}
+
+/// The folder of an adapter: a local one, or that of a hub repository.
+pub fn adapter(id_or_dir: &Path) -> Outcome<PathBuf> {
+    let id_or_dir = id_or_dir.to_string_lossy();
+    #[cfg(feature = "hub")]
+    {
+        Ok(hub::locate_adapter_with(&id_or_dir, None, &with_bars())?)
+    }
+    #[cfg(not(feature = "hub"))]
+    {
+        Ok(hub::locate_adapter(&id_or_dir, None)?)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::optim::IvonConfig;
@@ -12,6 +13,7 @@ use monteclora::train::{
 use monteclora::util::files;
 use monteclora::{MonteCLoRAConfig, Prior};
 
+use super::download;
 use super::given::Given;
 use super::output::{tell, tell_err};
 use super::Outcome;
@@ -61,8 +63,8 @@ pub struct MethodOptions {
     /// Weight of the KL terms, eta.
     #[arg(long)]
     pub kl_weight: Option<f64>,
-    /// The folder of an adapter to go on from, of this crate or of PEFT: its targets and constants
-    /// count, not those above.
+    /// An adapter to go on from, of this crate or of PEFT, a folder or a hub repository: its targets and constants count,
+    /// not those above.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
     /// Put a posterior on the LoRA of --adapter: A and B stay, only the posterior is trained.
@@ -92,6 +94,12 @@ const READ_BY: &[(&str, &[&[&str]])] = &[
 ];
 
 impl MethodOptions {
+    /// Finds --adapter: where it is a hub repository, its files are downloaded.
+    pub fn find_adapter(&mut self) -> Outcome {
+        self.adapter = self.adapter.as_deref().map(download::adapter).transpose()?;
+        Ok(())
+    }
+
     /// The names of the methods to run, one after the other.
     pub fn names(&self) -> Outcome<Vec<String>> {
         let of_file = match &self.adapter {
@@ -245,7 +253,7 @@ pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
 /// which is told. More than the model has without them stays as it is, for the encoder to refuse.
 pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> usize {
     let room = longest.saturating_sub(virtual_tokens);
-    if !(room + 1..=longest).contains(&max_length) {
+    if max_length <= room || max_length > longest {
         return max_length;
     }
     let beside = format!("beside {virtual_tokens} virtual tokens of the model's {longest}");
@@ -358,7 +366,13 @@ impl TrainOptions {
     }
 
     /// The constants of a run of `method` in `world` processes.
-    pub fn config(&self, default_lr: f64, method: &Method, world: usize) -> Outcome<TrainConfig> {
+    pub fn config(
+        &self,
+        default_lr: f64,
+        method: &Method,
+        base: DType,
+        world: usize,
+    ) -> Outcome<TrainConfig> {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
@@ -380,6 +394,8 @@ impl TrainOptions {
             eval_every: self.eval_every,
             keep_best: !self.keep_last,
             patience: self.patience,
+            // Small gradients are lost in f16.
+            loss_scale: if base == DType::F16 && !self.ivon { 1024.0 } else { 1.0 },
             on_nonfinite: self.on_nonfinite.parse::<OnNonFinite>()?,
             ..TrainConfig::default()
         })

@@ -23,6 +23,8 @@ pub struct Request<'a> {
     pub task: Task,
     /// The base model, or without `trained` a model with a head.
     pub model: Option<&'a str>,
+    /// The revision of its repository.
+    pub revision: Option<&'a str>,
     /// The folder of an adapter, a model or a run.
     pub trained: Option<&'a Path>,
     pub max_length: Option<usize>,
@@ -42,7 +44,7 @@ impl Request<'_> {
         if self.quantize.is_some() && self.model.is_none() {
             return Err("--quantize: give the --model that it quantises".into());
         }
-        let base = self.model.map(download::model_files).transpose()?;
+        let base = self.model.map(|model| download::model_files(model, self.revision)).transpose()?;
         let base = base.map(|files| files.quantized(self.quantize));
         let mut classifier = match (self.trained, &base) {
             (Some(dir), base) => Classifier::open(dir, base.as_ref(), self.dtype, self.device)?,
@@ -52,8 +54,8 @@ impl Request<'_> {
             }
         };
         let input = self.trained.map(Input::find).transpose()?.flatten();
-        let max_length = self.max_length.or(input.as_ref().map(|input| input.max_length)).unwrap_or(128);
-        classifier.set_max_length(max_length.min(classifier.max_length()))?;
+        let of_run = input.as_ref().map_or(128, |input| input.max_length);
+        classifier.set_max_length(self.max_length.unwrap_or(of_run.min(classifier.max_length())))?;
         if self.rows.is_dir() {
             return self.submit(classifier);
         }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use monteclora::data::split::{at, stratified, Draw};
 use monteclora::data::table::{Columns, DataSet, ProblemType, Target};
 use monteclora::data::task::{Label, Splits, Task};
+use monteclora::metrics::Metrics;
 use monteclora::{Labels, Noise};
 use serde::{Deserialize, Serialize};
 
@@ -35,8 +36,8 @@ pub struct TableOptions {
     /// classification or regression. Default: numbers with fractions are scores, all else is classes.
     #[arg(long)]
     pub problem_type: Option<String>,
-    /// What the best step is chosen by: accuracy, f1, macro_f1, weighted_f1, matthews, pearson or spearman. Default:
-    /// accuracy, of a regression pearson, of GLUE the task's own.
+    /// What the best step is chosen by: accuracy, f1, macro_f1, weighted_f1, matthews, nll, ece or brier; of a regression
+    /// pearson, spearman or mse. Default: accuracy, of a regression pearson, of GLUE the task's own.
     #[arg(long)]
     pub metric: Option<String>,
 }
@@ -136,11 +137,7 @@ impl Goal {
 /// `--metric` or the default, if such a task has it.
 fn metric(options: &TableOptions, default: &str, outputs: usize) -> Outcome<String> {
     let Some(metric) = &options.metric else { return Ok(default.to_string()) };
-    let known: &[&str] = match outputs {
-        1 => &["pearson", "spearman"],
-        2 => &["accuracy", "f1", "macro_f1", "weighted_f1", "matthews"],
-        _ => &["accuracy", "macro_f1", "weighted_f1", "matthews"],
-    };
+    let known = Metrics::names(outputs);
     match known.contains(&metric.as_str()) {
         true => Ok(metric.clone()),
         false => Err(format!("--metric: expected one of {}, got {metric}", known.join(", ")).into()),

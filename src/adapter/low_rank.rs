@@ -46,7 +46,8 @@ impl LowRank {
     /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
     ///
     /// # Errors
-    /// If the rank is 0, or a name is taken; the store is then as it was.
+    /// If the rank is 0, the scale not finite, `dropout` not in [0, 1), or a name is taken; the store is then as it
+    /// was.
     pub fn new(
         params: &Params,
         name: &str,
@@ -74,6 +75,10 @@ impl LowRank {
         if rank == 0 {
             return Err(Error::config("rank", format!("{name}: expected at least 1, got 0")));
         }
+        if !scale.is_finite() {
+            return Err(Error::config("scale", format!("{name}: expected a finite number, got {scale}")));
+        }
+        share("dropout", dropout)?;
         let (a, b) = params.all_or_none(&format!("{name}."), || {
             let a = params.create(&format!("{name}.a"), Role::A, (rank, in_dim), starts.0)?;
             Ok((a, params.create(&format!("{name}.b"), Role::B, (out_dim, rank), starts.1)?))

@@ -159,7 +159,7 @@ impl Tfb {
     /// The authors take the model's own predictions for labels ([`predicted`]), so that anchor rows need none.
     ///
     /// # Errors
-    /// As [`Self::probabilities`]; if a bound is not positive, or rows and labels do not fit.
+    /// As [`Self::probabilities`]; if a bound is not positive, there is no step, or rows and labels do not fit.
     pub fn tolerated(
         &self,
         model: &dyn Predictor,
@@ -220,6 +220,9 @@ impl Search {
         positive("high", self.high)?;
         if self.low >= self.high {
             return Err(Error::config("low", format!("expected less than {}, got {}", self.high, self.low)));
+        }
+        if self.steps == 0 {
+            return Err(Error::config("steps", "expected at least 1, got 0"));
         }
         Ok((self.low.ln(), self.high.ln()))
     }

@@ -98,6 +98,9 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
 }
 
 /// The rows at these places.
+///
+/// # Panics
+/// If there is no row at one of them.
 pub fn at<T: Clone>(rows: &[T], places: &[usize]) -> Vec<T> {
     places.iter().map(|place| rows[*place].clone()).collect()
 }
@@ -134,7 +137,9 @@ mod tests {
         let of = |seed, draw| stratified(&strata, 20, Noise::new(seed), draw);
         assert_eq!(of(3, Draw::Training), of(3, Draw::Training));
         assert_ne!(of(3, Draw::Training), of(4, Draw::Training));
-        assert_ne!(of(3, Draw::Training), of(3, Draw::Measured));
+        let ends = [Draw::Training, Draw::HeldOut, Draw::Measured, Draw::Curvature];
+        let draws: std::collections::BTreeSet<_> = ends.into_iter().map(|end| of(3, end)).collect();
+        assert_eq!(draws.len(), ends.len());
         // Each row of a stratum is in one draw of five: a binomial of 2000, sd 18.
         let mut times = [0u32; 100];
         (0..2000).for_each(|seed| of(seed, Draw::Training).iter().for_each(|place| times[*place] += 1));

@@ -36,7 +36,7 @@ impl Wishart {
     /// The distribution with `log_std` rho `(.., r)` and `df` degrees of freedom.
     ///
     /// # Errors
-    /// Unless `df > r - 1` and finite.
+    /// Unless `r >= 1` and `df > r - 1`, and `df` is finite.
     pub fn new(log_std: &Tensor, df: f64, covariance: Covariance) -> Result<Self> {
         check_df(log_std.dim(D::Minus1)?, df)?;
         Ok(Self { log_std: log_std.clone(), df, covariance })
@@ -136,6 +136,10 @@ impl Wishart {
         if self.df != prior.df {
             candle_core::bail!("eq. 11 needs equal df, got {} and {}", self.df, prior.df)
         }
+        let (own, other) = (self.dim()?, prior.dim()?);
+        if own != other {
+            candle_core::bail!("two Wisharts of dimensions {own} and {other} have no divergence")
+        }
         self.kl_of(&self.log_std.broadcast_sub(&prior.log_std)?)
     }
 
@@ -157,6 +161,9 @@ impl Wishart {
 }
 
 fn check_df(r: usize, df: f64) -> Result<()> {
+    if r == 0 {
+        candle_core::bail!("a Wishart has a dimension of at least 1, got 0")
+    }
     let least = r as f64 - 1.0;
     if !(df > least && df.is_finite()) {
         candle_core::bail!("a Wishart of dimension {r} needs df > {least} and finite, got {df}")
@@ -202,7 +209,7 @@ pub fn fill_bartlett(
         out[i * r + i] = (0.5 * log_chi2).exp().max(f64::MIN_POSITIVE);
     }
     if covariance == Covariance::Full {
-        let mut normals = vec![0.0; r * (r - r.min(1)) / 2];
+        let mut normals = vec![0.0; r * (r - 1) / 2];
         stream.fill_normal(2 * draw + 1, &mut normals);
         let mut below = normals.into_iter();
         for i in 1..r {
@@ -237,6 +244,18 @@ mod tests {
         let rho = Tensor::new(&[0.3, -0.5, 0.1], &Device::Cpu)?;
         let kl = Wishart::new(&rho, 4.5, Covariance::Full)?.kl_standard()?.to_scalar::<f64>()?;
         assert!((kl - KL).abs() < 1e-13, "{kl}");
+        Ok(())
+    }
+
+    #[test]
+    fn distributions_of_several_dimensions_have_no_divergence() -> Result<()> {
+        let of = |r: usize| {
+            let rho = Tensor::zeros(r, candle_core::DType::F64, &Device::Cpu)?;
+            Wishart::new(&rho, 9.0, Covariance::Full)
+        };
+        let error = of(1)?.kl_divergence(&of(8)?).unwrap_err().to_string();
+        assert!(error.contains("1 and 8"), "{error}");
+        assert!(of(0).unwrap_err().to_string().contains("at least 1"));
         Ok(())
     }
 

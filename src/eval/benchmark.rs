@@ -66,7 +66,7 @@ impl Benchmark {
         share: &mut Share,
     ) -> Result<BTreeMap<String, f64>> {
         self.check(generator, rows)?;
-        let (size, draws) = (generator.batch_size.max(1), DrawCache::default());
+        let (size, draws) = (generator.batch_size, DrawCache::default());
         let parts = share(rows.len().div_ceil(size), &mut |part| {
             let start = part * size;
             let measured = self.measured(generator, rows, start..rows.len().min(start + size), &draws)?;
@@ -192,6 +192,7 @@ impl Benchmark {
         if rows.is_empty() {
             return Err(Error::config("data", "there is no row to measure by"));
         }
+        generator.check()?;
         if let Self::Choice(_) = self {
             choice::check(generator.encoder, rows)?;
         }

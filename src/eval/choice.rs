@@ -59,7 +59,7 @@ impl ChoiceScores {
 /// The answers alone are scored, without the token that ends a text.
 ///
 /// # Errors
-/// If there is no pass, a row has no choices or is longer than the encoder's `max_length`, or a
+/// If there is no pass, `batch_size` is 0, a row has no choices, other names than answers or none that is right, or is longer than the encoder's `max_length`, or a
 /// forward pass fails.
 pub fn score_choices(
     model: &dyn CausalLm,
@@ -85,15 +85,18 @@ pub(super) fn scores_with(
     if passes.is_empty() {
         return Err(Error::config("passes", "there is none to average"));
     }
+    if batch_size == 0 {
+        return Err(Error::config("batch_size", "must be at least 1"));
+    }
     let Candidates { questions, texts: candidates, encoded } = candidates(encoder, rows)?;
-    let width = questions.iter().map(|choices| choices.names.len()).max().unwrap_or(0);
+    let width = questions.iter().map(|choices| choices.answers.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];
     for pass in passes {
         let cx = Context::from(*pass).with_draws(draws);
         let scores = likelihoods(model, &encoded.rows, batch_size, &cx)?;
         let mut at = 0;
         for (sums, choices) in probabilities.iter_mut().zip(&questions) {
-            let own: Vec<f64> = (at..at + choices.names.len())
+            let own: Vec<f64> = (at..at + choices.answers.len())
                 .map(|i| scores[i] / normalize.length(&candidates[i].answer, encoded.rows[i].targets()))
                 .collect();
             at += own.len();
@@ -120,6 +123,15 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
     let mut candidates = Vec::new();
     for (i, row) in rows.iter().enumerate() {
         let choices = row.choices(i)?;
+        let (names, answers) = (choices.names.len(), choices.answers.len());
+        if names != answers || choices.correct >= names {
+            let reason = format!(
+                "row {}: {names} names, {answers} answers, of which number {} (from 0) is right",
+                i + 1,
+                choices.correct
+            );
+            return Err(Error::config("choices", reason));
+        }
         let prompt = || row.prompt.clone();
         candidates.extend(choices.answers.iter().map(|answer| Prompted {
             prompt: prompt(),
@@ -162,7 +174,7 @@ fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> 
 /// The log-likelihood of the learnt tokens of each row.
 fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, cx: &Context) -> Result<Vec<f64>> {
     let mut sums = Vec::with_capacity(rows.len());
-    for chunk in rows.chunks(batch_size.max(1)) {
+    for chunk in rows.chunks(batch_size) {
         let batch = CausalBatch::collate(&chunk.iter().collect::<Vec<_>>(), 0, model.device())?;
         let logs = token_log_probabilities(model, &batch, std::slice::from_ref(cx))?;
         let mut rest = logs.as_slice();

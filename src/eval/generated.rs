@@ -33,7 +33,7 @@ impl Generator<'_> {
     /// Row `i` chooses its tokens as row `config.first_row + i`, whatever the batches.
     ///
     /// # Errors
-    /// If a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
+    /// If `batch_size` is 0, a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
     /// as [`generate`].
     pub fn texts(&self, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
         self.texts_from(0, prompts, stop)
@@ -41,7 +41,8 @@ impl Generator<'_> {
 
     /// [`Self::texts`] of the prompts from row `start` on.
     pub(super) fn texts_from(&self, start: usize, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
-        let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size.max(1));
+        self.check()?;
+        let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size);
         for (chunk, first) in prompts.chunks(size).zip((start..).step_by(size)) {
             let mut ids = Vec::with_capacity(chunk.len());
             for (prompt, row) in chunk.iter().zip(first..) {
@@ -50,6 +51,14 @@ impl Generator<'_> {
             texts.extend(self.continued(&ids, first as u64, stop)?);
         }
         Ok(texts)
+    }
+
+    /// Checks the options.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.batch_size {
+            0 => Err(Error::config("batch_size", "must be at least 1")),
+            _ => Ok(()),
+        }
     }
 
     /// The tokens of the prompt of row `row`, if it has some and leaves room for one more.

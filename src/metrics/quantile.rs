@@ -1,8 +1,11 @@
 //! Order statistics, as NumPy has them.
 
-/// The value below which the share `q` of `values` lies, by linear interpolation as in NumPy; NaN of
-/// none.
+/// The value below which the share `q` of `values` lies, by linear interpolation as in NumPy. NaN of
+/// none, and where `q` or a value is NaN.
 pub fn quantile(values: &[f64], q: f64) -> f64 {
+    if q.is_nan() || values.iter().any(|value| value.is_nan()) {
+        return f64::NAN;
+    }
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
@@ -31,6 +34,7 @@ mod tests {
         assert_eq!([0.0, 0.1, 1.0].map(|q| quantile(&values, q)), [1.0, 1.2, 9.0]);
         assert_eq!(median(&[1.0, f64::INFINITY]), f64::INFINITY);
         assert_eq!(median(&[f64::INFINITY, f64::INFINITY]), f64::INFINITY);
-        assert!(median(&[]).is_nan());
+        assert!(median(&[]).is_nan() && median(&[1.0, 2.0, f64::NAN]).is_nan());
+        assert!(quantile(&values, f64::NAN).is_nan());
     }
 }

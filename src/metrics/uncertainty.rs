@@ -53,9 +53,9 @@ pub fn uncertainty(draws: &[Vec<Vec<f64>>]) -> Result<Vec<Uncertainty>> {
     Ok((0..first.len()).map(row).collect())
 }
 
-/// The entropy of one row of probabilities, in nats; `0 ln 0` is 0.
+/// The entropy of one row of probabilities, in nats; `0 ln 0` is 0. NaN where one is.
 pub fn entropy(probabilities: &[f64]) -> f64 {
-    0.0 - probabilities.iter().filter(|p| **p > 0.0).map(|p| p * p.ln()).sum::<f64>()
+    0.0 - probabilities.iter().filter(|p| **p != 0.0).map(|p| p * p.ln()).sum::<f64>()
 }
 
 /// The area under the receiver operating characteristic: the probability that a row of

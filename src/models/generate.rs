@@ -153,7 +153,10 @@ fn run(
                 several => average(several.iter().map(|draw| &draw[row])),
             };
             if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
-                let reason = format!("token {} of row {row}: a logit is {bad}", step + 1);
+                let reason = format!(
+                    "token {} of row {row}: a logit is {bad} (a base in f16 may overflow: load it as bf16 or f32)",
+                    step + 1
+                );
                 return Err(Error::tensor("logits", reason));
             }
             let mut rng = batch.choices[row].rng(step as u64);

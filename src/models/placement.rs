@@ -196,6 +196,9 @@ impl Placement {
     }
 
     /// The device of a place.
+    ///
+    /// # Panics
+    /// If there is no such place.
     pub fn device(&self, place: usize) -> &Device {
         &self.places[place].device
     }

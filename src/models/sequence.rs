@@ -221,7 +221,15 @@ impl SequenceConfig {
         }
     }
 
-    /// The longest sequence, in tokens.
+    /// The most tokens that the model takes: of DeBERTa, whose positions are relative, any number.
+    pub fn longest(&self) -> usize {
+        match &self.architecture {
+            Architecture::Deberta(_) => usize::MAX,
+            _ => self.max_length(),
+        }
+    }
+
+    /// The longest sequence that the model was trained on, in tokens.
     pub fn max_length(&self) -> usize {
         match &self.architecture {
             Architecture::Roberta(config) => config.max_length(),

@@ -103,6 +103,11 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Whether any of its matrices is quantised, or becomes so as it is fetched.
+    pub fn is_quantized(&self) -> bool {
+        self.quantized.is_some()
+    }
+
     /// The same one step deeper among the names.
     pub fn pp(&self, name: impl ToString) -> Self {
         Self { builder: self.builder.pp(name), ..self.clone() }
@@ -150,7 +155,7 @@ impl<'a> Weights<'a> {
 
 impl fmt::Debug for Weights<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "Weights({:?}, quantized: {})", self.builder.prefix(), self.quantized.is_some())
+        write!(f, "Weights({:?}, quantized: {})", self.builder.prefix(), self.is_quantized())
     }
 }
 

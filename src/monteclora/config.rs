@@ -230,8 +230,9 @@ impl MonteCLoRAConfig {
             let reason = format!("expected at most {MAX_BUFFER_SIZE}, got {}", self.buffer_size);
             return Err(Error::config("buffer_size", reason));
         }
-        self.initial_concentration.validate("initial_concentration")?;
-        self.initial_std.validate("initial_std")?;
+        // A draw of the weights asks for gamma quantiles of these shapes.
+        self.initial_concentration.validate("initial_concentration", MAX_SHAPE)?;
+        self.initial_std.validate("initial_std", f64::from(f32::MAX))?;
         self.prior.map_or(Ok(()), |prior| prior.validate())?;
         self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
         // Their expectations are those of Dir(a), which the other estimators do not draw from.
@@ -262,6 +263,7 @@ impl MonteCLoRAConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::PriorForm;
 
     #[test]
     fn every_preset_is_valid_and_survives_json() {
@@ -281,12 +283,30 @@ mod tests {
     }
 
     #[test]
+    fn the_calibrated_preset_and_its_prior_are_what_was_measured() {
+        let calibrated = MonteCLoRAConfig::calibrated();
+        assert_eq!((calibrated.sample_scaler, calibrated.relative_scaler), (0.06, Some(3.0)));
+        assert_eq!(calibrated.scaler_schedule, ScalerSchedule::Warmup(0.5));
+        let prior = Prior {
+            form: PriorForm::ExpectedUpdate { std: 3.0 },
+            temperature: 0.1,
+            shared: true,
+            head_std: Some(0.5),
+        };
+        assert_eq!(calibrated.prior, Some(prior));
+        assert_eq!(Prior::map(), Prior { form: PriorForm::Update { std: 0.35 }, ..prior });
+        // What PEFT reads is eps of the width of BERT's base models.
+        let at_width = calibrated.at_width(768).sample_scaler;
+        assert!((at_width / calibrated.sample_scaler - 1.0).abs() < 0.05, "{at_width}");
+    }
+
+    #[test]
     fn an_option_outside_its_domain_is_an_error_that_names_it() {
         type Spoil = fn(&mut MonteCLoRAConfig);
         fn bound(config: &mut MonteCLoRAConfig, std: f64, latents: bool) {
             config.evidence = Some(EvidenceBound { std, temperature: 1.0, latents });
         }
-        let cases: [(&str, Spoil); 27] = [
+        let cases: [(&str, Spoil); 29] = [
             ("rank", |c| c.rank = 0),
             ("alpha", |c| c.alpha = 0.0),
             ("alpha", |c| c.alpha = f64::NAN),
@@ -305,6 +325,9 @@ mod tests {
             ("df", |c| c.df = Some(1e10)),
             ("buffer_size", |c| c.buffer_size = MAX_BUFFER_SIZE + 1),
             ("initial_concentration", |c| c.initial_concentration = Initial::Constant(0.0)),
+            // No gamma quantile is that of so large a shape.
+            ("initial_concentration", |c| c.initial_concentration = Initial::Constant(2e9)),
+            ("initial_concentration", |c| c.initial_concentration = Initial::ExpUniform(21.0, 22.0)),
             ("initial_std", |c| c.initial_std = Initial::Uniform(1.0, 0.0)),
             ("compat", |c| c.compat = Compat::Peft),
             ("compat", |c| {

@@ -71,15 +71,17 @@ impl Initial {
         }
     }
 
-    pub(super) fn validate(&self, option: &str) -> Result<()> {
+    /// Checks that all of its values are positive and at most `most`.
+    pub(super) fn validate(&self, option: &str, most: f64) -> Result<()> {
         let good = match *self {
-            Self::Constant(value) => value > 0.0 && value.is_finite(),
-            Self::Uniform(low, high) => low >= 0.0 && low < high && high.is_finite(),
-            Self::ExpUniform(low, high) => low <= high && low.is_finite() && high.is_finite(),
+            Self::Constant(value) => value > 0.0 && value <= most,
+            Self::Uniform(low, high) => low >= 0.0 && low < high && high <= most,
+            Self::ExpUniform(low, high) => low <= high && low.is_finite() && high.exp() <= most,
         };
         if good {
             return Ok(());
         }
-        Err(Error::config(option, format!("expected positive, finite, ordered values, got {self:?}")))
+        let reason = format!("expected positive, ordered values of at most {most:e}, got {self:?}");
+        Err(Error::config(option, reason))
     }
 }

@@ -105,25 +105,32 @@ impl SampleScaler {
     /// Puts back what [`Self::state`] gave, and with it the factors.
     ///
     /// # Errors
-    /// If a layer's part is missing or of another shape.
+    /// If a layer's part is missing, of another shape or not finite: it then keeps what it had.
     pub fn restore(&mut self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.seen.clear();
+        let mut read = BTreeMap::new();
         for (name, seen) in state {
             match seen.to_vec1::<f64>()?[..] {
-                [mean, weight, peak] => drop(self.seen.insert(name.clone(), Seen { mean, weight, peak })),
+                [mean, weight, peak] if [mean, weight, peak].iter().all(|value| value.is_finite()) => {
+                    read.insert(name.clone(), Seen { mean, weight, peak });
+                }
+                [_, _, _] => return Err(Error::tensor(name, "the state of the sample scaler is not finite")),
                 _ => return Err(Error::tensor(name, format!("expected shape [3], got {:?}", seen.shape()))),
             }
         }
-        if self.schedule != ScalerSchedule::Adaptive || self.seen.is_empty() {
-            return Ok(());
+        let follows = self.schedule == ScalerSchedule::Adaptive && !read.is_empty();
+        if follows {
+            visit(model, &mut |layer| {
+                if read.contains_key(layer.name()) {
+                    return Ok(());
+                }
+                Err(Error::tensor(layer.name(), "the state of the sample scaler lacks this layer"))
+            })?;
         }
-        visit(model, &mut |layer| {
-            if self.seen.contains_key(layer.name()) {
-                return Ok(());
-            }
-            Err(Error::tensor(layer.name(), "the state of the sample scaler lacks this layer"))
-        })?;
-        self.follow()
+        self.seen = read;
+        if follows {
+            self.follow()?;
+        }
+        Ok(())
     }
 
     /// Takes the factors from what was seen.

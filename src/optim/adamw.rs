@@ -100,8 +100,10 @@ impl AdamW {
     /// begins as the first ones did, and so does one that takes the name of another that was removed.
     ///
     /// # Errors
-    /// If a trainable parameter has no gradient, or one of another shape: then nothing is changed.
+    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, or one of another shape: then
+    /// nothing is changed.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
+        not_negative("lr", lr)?;
         let mut pairs = Vec::new();
         for (name, param) in self.params.trainable() {
             let Some(grad) = grads.unscaled(&name) else {

@@ -174,9 +174,10 @@ impl Ivon {
     /// One step at learning rate `lr`, with the gradients of the micro-batches that were observed.
     ///
     /// # Errors
-    /// If a trainable parameter has no gradient, one of another shape, or was not drawn since the last step: then
-    /// nothing is changed.
+    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, one of another shape, or was not
+    /// drawn since the last step: then nothing is changed.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
+        not_negative("lr", lr)?;
         let IvonConfig { weight_decay: delta, beta1, beta2, clip_radius, .. } = self.config;
         let (mut steps, curvature) = (Vec::new(), std::mem::take(&mut self.curvature));
         for (name, param) in self.params.trainable() {

@@ -152,7 +152,7 @@ const MOST_EXPRESSIONS: usize = 1000;
 const INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
 
 /// Settings that must be absent, null, false or empty, and what each of them is.
-const REFUSED: [(&str, &str); 12] = [
+pub(super) const REFUSED: [(&str, &str); 12] = [
     ("use_dora", "DoRA"),
     ("lora_bias", "a bias of B"),
     ("alora_invocation_tokens", "aLoRA"),

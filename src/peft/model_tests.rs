@@ -142,6 +142,28 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
 }
 
 #[test]
+fn layers_of_several_alphas_are_written_with_theirs() -> Result<()> {
+    for use_rslora in [false, true] {
+        let config = MonteCLoRAConfig { use_rslora, ..paper() };
+        let toy = Toy::new(1)?.with(&[3, 0, 0], &config)?;
+        let wide = MonteCLoRAConfig { alpha: 11.0, ..config.clone() };
+        let mut toy = toy;
+        let adapter = MonteCLoRA::new(&toy.params, PATHS[1], "default", (6, 5), &wide)?;
+        toy.layers[1].add("default", Box::new(adapter))?;
+        let toy = toy.with(&[], &config)?;
+        let dir = tempfile::tempdir().unwrap();
+        file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        let read = AdapterFile::read(dir.path())?;
+        let [(path, alpha)] = &read.config.alpha_pattern[..] else { panic!("{:?}", read.config) };
+        assert!(path == PATHS[1] && (alpha - 11.0).abs() < 1e-12, "{path} {alpha}");
+        let mut other = Toy::new(1)?;
+        load(&read, &mut other, "default")?;
+        assert_eq!(toy.outputs(Pass::Mean)?, other.outputs(Pass::Mean)?);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_rank_above_a_layers_dimensions_is_taken_as_peft_takes_it() -> Result<()> {
     let config = MonteCLoRAConfig { rank: 8, ..paper() };
     let toy = Toy::adapted([8, 7, 0], &config)?;

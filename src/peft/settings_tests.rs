@@ -97,3 +97,20 @@ fn a_classifiers_head_is_its_own_though_old_configurations_do_not_list_it() -> R
     assert!(old.refusal(WEIGHTS_FILE).contains("classifier.dense.weight"));
     Ok(())
 }
+
+#[test]
+fn what_is_not_supported_is_refused_where_it_is_switched_on() -> Result<()> {
+    for (key, what) in super::config::REFUSED {
+        let mut files = Files::new();
+        for off in [json!(null), json!(false), json!([]), json!({})] {
+            files.config[key] = off;
+            files.read()?;
+        }
+        for on in [json!(true), json!({"x": 1}), json!([1])] {
+            files.config[key] = on;
+            let error = files.read().err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.contains(&format!("{key}: {what} is not supported")), "{key}: {error}");
+        }
+    }
+    Ok(())
+}

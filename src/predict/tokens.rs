@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 
 use crate::adapter::Context;
 use crate::data::causal::CausalBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 
 /// Tokens whose logits exist at one time, as in training: 131 MB of f32 with a vocabulary of 128 000.
@@ -14,12 +14,15 @@ const CHUNK: usize = 256;
 /// probabilities. Nothing is kept to differentiate them ([`Context::without_gradient`]).
 ///
 /// # Errors
-/// If a forward pass fails.
+/// If there is no context, or a forward pass fails.
 pub fn token_log_probabilities(
     model: &dyn CausalLm,
     batch: &CausalBatch,
     contexts: &[Context],
 ) -> Result<Vec<f64>> {
+    if contexts.is_empty() {
+        return Err(Error::config("contexts", "there is none to average"));
+    }
     let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
     let n = targets.dim(0)?;
     let mut sums = vec![f64::NEG_INFINITY; n];

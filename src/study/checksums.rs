@@ -21,13 +21,14 @@ const ADAPTERS: &str = "adapters";
 /// The checksums of the tasks' rows, by task.
 const DATA: &str = "data";
 /// What has an entry for each method, or each task, and may get more of them.
-const GROWING: [&str; 2] = [CONSTANTS, DATA];
+const GROWING: [&str; 3] = [CONSTANTS, ADAPTERS, DATA];
 
 /// Whether a setting of a study and that of a run in its folder go together although they are not the same: a
 /// study of a version that did not write these down goes on without, and one may get methods that it did not have.
 pub(super) fn agree(name: &str, found: Option<&Value>, now: Option<&Value>) -> bool {
     match (found, now) {
         (None, _) => name == WEIGHTS || GROWING.contains(&name),
+        (Some(_), None) => name == ADAPTERS, // of recipes that this run leaves out
         (Some(Value::Object(found)), Some(Value::Object(now))) if GROWING.contains(&name) => {
             now.iter().all(|(of, own)| found.get(of).is_none_or(|found| found == own))
         }
@@ -44,6 +45,9 @@ pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
             let all: Map<String, Value> =
                 own.iter().chain(old).map(|(k, v)| (k.clone(), v.clone())).collect();
             joined[name] = Value::Object(all);
+        }
+        if let (ADAPTERS, None, Some(own)) = (name, found.get(name), now.get(name)) {
+            joined[name] = own.clone();
         }
     }
     (joined != *found).then_some(joined)
@@ -97,4 +101,30 @@ pub fn checksums_of_data<'a>(tasks: impl Iterator<Item = (String, [&'a [Encoded]
     let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.into_iter().flatten().flat_map(Encoded::numbers));
     let tasks: BTreeMap<String, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();
     json!({ DATA: tasks })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_study_may_get_recipes_and_the_adapters_they_start_from_and_no_others_for_those_it_has() {
+        let of = |adapters: Value| json!({"constants": {"lora": 1}, "adapters": adapters});
+        let (none, one) = (json!({"constants": {"lora": 1}}), of(json!({"a": 1})));
+        let (other, both) = (of(json!({"a": 2})), of(json!({"a": 1, "b": 3})));
+        let agrees = |found: &Value, now: &Value| {
+            let names = [CONSTANTS, ADAPTERS];
+            names
+                .iter()
+                .all(|name| found.get(name) == now.get(name) || agree(name, found.get(name), now.get(name)))
+        };
+        for (found, now, fits) in
+            [(&none, &one, true), (&one, &both, true), (&one, &none, true), (&one, &other, false)]
+        {
+            assert_eq!(agrees(found, now), fits, "{found} {now}");
+        }
+        assert_eq!((joined(&none, &one), joined(&one, &both)), (Some(one.clone()), Some(both.clone())));
+        assert_eq!((joined(&both, &one), joined(&one, &none)), (None, None));
+        assert_eq!(joined(&one, &of(json!({"b": 3}))), Some(both));
+    }
 }

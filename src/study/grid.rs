@@ -84,7 +84,11 @@ pub struct Shard {
 
 impl Shard {
     /// The part of this part that is process `rank`'s of `world`: every world-th of its cells.
+    ///
+    /// # Panics
+    /// Unless `rank` is below `world`.
     pub fn share(self, rank: usize, world: usize) -> Self {
+        assert!(rank < world, "process {rank} of {world}");
         Self { index: self.index + self.count * rank, count: self.count * world }
     }
 

@@ -290,7 +290,10 @@ impl Observer for History<'_> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+    use crate::adapter::{Init, Role};
 
     /// Three batches an epoch, told apart by epoch and place.
     struct Counted;
@@ -314,6 +317,21 @@ mod tests {
             assert_eq!(seen, (0..all).collect::<Vec<_>>());
             assert_eq!(of(0..half)?.len(), half);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn the_last_checkpoints_are_kept() -> Result<()> {
+        let params = Params::new(Noise::new(1), &Device::Cpu);
+        params.create("w", Role::A, 1, &Init::Constant(0.0))?;
+        let mut history =
+            History { params: &params, keep: 3, losses: vec![], members: vec![], moments: BTreeMap::new() };
+        for step in 1..=5 {
+            params.set("w", &Tensor::new(&[step as f32], &Device::Cpu)?)?;
+            history.evaluate(step)?;
+        }
+        let values = history.members.iter().map(|member| Ok(member["w"].to_vec1::<f32>()?[0]));
+        assert_eq!(values.collect::<Result<Vec<_>>>()?, [3.0, 4.0, 5.0]);
         Ok(())
     }
 

@@ -289,3 +289,56 @@ pub(super) fn reliability(probabilities: &[Vec<f64>], labels: &[u32]) -> Vec<Bin
     }
     bins
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::study::CellKey;
+
+    /// The arms of two rows of classes 0 and 1, from these draws of theirs and of a foreign row.
+    fn arms_of(own: &[[[f64; 2]; 2]], foreign: &[[f64; 2]]) -> Result<CellResult> {
+        let key = CellKey { task: "sst2".into(), method: "x".into(), lr: 1.0, batch_size: 1, seed: 1 };
+        let (mut result, mut rows) = (CellResult::begun(&key, "accuracy"), CellRows::default());
+        let mut arms = ClassifierArms { labels: &[0, 1], result: &mut result, rows: &mut rows };
+        let own = own.iter().map(|draw| draw.iter().map(|row| row.to_vec()).collect()).collect();
+        let foreign = foreign.iter().map(|row| vec![row.to_vec()]).collect();
+        let average = arms.add_draws("2 draws", own, foreign)?;
+        assert_eq!(average, [[0.75, 0.25], [0.5, 0.5]]);
+        Ok(result)
+    }
+
+    #[test]
+    fn foreign_rows_are_told_by_the_entropy_of_the_average_and_by_what_draws_disagree_on() -> Result<()> {
+        // Entropies of the averages .56 and .69; the second row's draws disagree more.
+        let own = [[[0.8, 0.2], [0.9, 0.1]], [[0.7, 0.3], [0.1, 0.9]]];
+        let of = |foreign: &[[f64; 2]]| -> Result<[f64; 2]> {
+            let ood = arms_of(&own, foreign)?.ood;
+            Ok([ood["2 draws: entropy"], ood["2 draws: mutual information"]])
+        };
+        assert_eq!(of(&[[1.0, 0.0], [0.0, 1.0]])?, [0.75, 1.0]); // as unsure as the second, all of it disagreement
+        assert_eq!(of(&[[0.5, 0.5], [0.5, 0.5]])?, [0.75, 0.0]); // the same, none of it
+        assert_eq!(of(&[[1.0, 0.0], [1.0, 0.0]])?, [0.0, 0.0]); // sure
+        Ok(())
+    }
+
+    #[test]
+    fn a_bin_has_the_mean_confidence_and_the_share_that_is_right() {
+        let bins = reliability(&[vec![0.92, 0.08], vec![0.94, 0.06]], &[0, 1]);
+        let filled: Vec<&Bin> = bins.iter().filter(|bin| bin.count > 0).collect();
+        assert_eq!((filled.len(), filled[0].count, filled[0].accuracy), (1, 2, 0.5));
+        assert!((filled[0].confidence - 0.93).abs() < 1e-15);
+    }
+
+    #[test]
+    fn a_curvature_is_of_rows_of_every_class_and_none_comes_twice() {
+        let label = |row| Label::Class(u32::from(row >= 300));
+        let row = |row| Encoded { ids: vec![1], type_ids: vec![0], label: label(row), row };
+        let rows: Vec<Encoded> = (0..600).map(row).collect();
+        let first = curvature_first(&rows, Noise::new(1));
+        let ones = first[..LAPLACE_ROWS].iter().filter(|row| row.label == Label::Class(1)).count();
+        assert_eq!(ones, LAPLACE_ROWS / 2);
+        let mut places: Vec<usize> = first.iter().map(|row| row.row).collect();
+        places.sort_unstable();
+        assert_eq!(places, (0..600).collect::<Vec<_>>());
+    }
+}

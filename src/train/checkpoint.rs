@@ -29,9 +29,9 @@ const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows"
 pub struct Checkpoints {
     /// Their folder.
     pub dir: PathBuf,
-    /// How many of the newest stay; one at least.
+    /// How many of the newest stay, at least 1.
     pub keep: usize,
-    /// Steps between two of them; at each evaluation where absent. A run that is asked to stop or ends
+    /// Steps between two of them, at least 1; at each evaluation where absent. A run that is asked to stop or ends
     /// writes one, too.
     pub every: Option<usize>,
     /// Whether a run goes on from the newest valid one, where there is one.
@@ -61,10 +61,14 @@ impl Checkpoints {
     /// where there is none. Newer ones that are damaged are put aside.
     ///
     /// # Errors
-    /// If there are checkpoints and the run is not to go on from them, all of them are damaged, the
+    /// If a count is 0, there are checkpoints and the run is not to go on from them, all of them are damaged, the
     /// system cannot read one, another version wrote it, or `settings` differ in what
     /// [`Self::changes`] does not name.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
+        let counts = [("keep", self.keep), ("every", self.every.unwrap_or(1))];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            return Err(Error::config(format!("checkpoints.{name}"), "must be at least 1"));
+        }
         let mut steps = self.steps()?;
         let Some(last) = steps.pop() else { return files::remove_stale(&self.dir).map(|()| None) };
         if !self.resume {
@@ -149,7 +153,7 @@ impl Checkpoints {
 
     fn remove_old(&self) -> Result<()> {
         let steps = self.steps()?;
-        for old in &steps[..steps.len().saturating_sub(self.keep.max(1))] {
+        for old in &steps[..steps.len().saturating_sub(self.keep)] {
             // Out of sight first: half removed, it would look damaged.
             let place = self.place(*old);
             fs::rename(&place, files::partial_folder(&place)).map_err(Error::io(&*place))?;

@@ -64,9 +64,21 @@ pub struct Classifier {
     pub(super) encoder: OnceLock<TextEncoder>,
 }
 
+/// What a classifier is loaded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To train, from the head that is there.
+    Train,
+    /// To train, from a new head.
+    TrainNewHead,
+    /// To predict, or to train where its weights can be: dense ones in f32.
+    Open,
+}
+
 impl Classifier {
     /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and
-    /// what is trained on it. The base has the dtype `base_dtype`; what is trained is in single precision.
+    /// what is trained on it. The base has the dtype `base_dtype`; what is trained is in single precision, under
+    /// [`Method::Full`] the base as well.
     ///
     /// A head that the checkpoint or the adapter has is put into the order of `labels` by the names of its classes
     /// ([`Labels::places_of`]). Where these are not the same, it is taken in that order as it is, which
@@ -74,7 +86,8 @@ impl Classifier {
     ///
     /// # Errors
     /// If the files do not hold such a model, hold a part of its head alone or one with another number of outputs
-    /// (none at all is fine: it starts anew), or the start does not fit it.
+    /// (none at all is fine: it starts anew), or the start does not fit it; under [`Method::Full`] if the base is
+    /// quantised or `base_dtype` is not f32.
     pub fn load(
         files: &ModelFiles,
         labels: impl Into<Labels>,
@@ -83,7 +96,7 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::with_head(files, labels.into(), start, noise, base_dtype, device, false)
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, Purpose::Train)
     }
 
     /// [`Self::load`] with a head that starts anew, whatever the checkpoint has (an adapter's own counts).
@@ -98,30 +111,42 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::with_head(files, labels.into(), start, noise, base_dtype, device, true)
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, Purpose::TrainNewHead)
     }
 
-    fn with_head(
+    pub(super) fn with_head(
         files: &ModelFiles,
         wanted: Labels,
         start: &MethodInit,
         noise: Noise,
         base_dtype: DType,
         device: &Device,
-        new_head: bool,
+        purpose: Purpose,
     ) -> Result<Self> {
         let config = SequenceConfig::from_files(files, wanted.len())?;
         let checkpoint = files.open_weights(base_dtype, device)?;
-        let source = HeadSource::find(&config, &checkpoint, start, new_head)?;
+        let source = HeadSource::find(&config, &checkpoint, start, purpose == Purpose::TrainNewHead)?;
         let params = Params::new(noise, device);
         let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
+        let trainable = base_dtype == DType::F32 && !checkpoint.is_quantized();
         let base = match method {
-            Method::Full => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
+            Method::Full if purpose == Purpose::Open && !trainable => checkpoint,
+            Method::Full => {
+                let dense = checkpoint.into_dense()?;
+                if base_dtype != DType::F32 {
+                    let reason = format!("full fine-tuning trains the base in f32, got {base_dtype:?}");
+                    return Err(Error::config("dtype", reason));
+                }
+                params.var_builder(Some(dense), Role::Base).into()
+            }
             _ => checkpoint,
         };
         let mut model = config.load(base, head, noise)?;
         source.check(start, &params)?;
+        if method == Method::Full && !trainable {
+            params.set_trainable(Role::Head, false);
+        }
         start.adapt(model.as_mut(), &params)?;
         let (labels, note) = source.settle(wanted, &params)?;
         // After that: a prior on the head is about where its rows lie now.
@@ -171,7 +196,7 @@ impl Classifier {
     /// removed. `base_model` is what the checkpoint was loaded from.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If a file cannot be written, or the model is frozen as a whole ([`Self::of_checkpoint`]): there is nothing new.
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
         let adapter = dir.join("adapter");
         let Some(method) = self.method.adapter() else {
@@ -180,9 +205,15 @@ impl Classifier {
             if self.method != Method::Full {
                 return self.params.save(&adapter);
             }
+            if self.params.trainable().is_empty() {
+                let reason = "the model was opened to predict, and nothing of it is trained";
+                return Err(Error::config("classifier", reason));
+            }
             files::remove(&adapter.join("parameters.safetensors"))?;
             return self.save_model(&dir.join("model"));
         };
+        // Of a method that is here for comparison.
+        files::remove(&adapter.join("parameters.safetensors"))?;
         let file = self.adapter_file(&method, Some(base_model.to_string()))?;
         file.write(adapter, ExportFormat::PeftMonteCLoRA)
     }

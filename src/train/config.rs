@@ -9,6 +9,7 @@ use super::settings::Settings;
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, AdamWConfig, Ivon, IvonConfig, Optimizer};
+use crate::util::check::{not_negative, positive};
 
 /// What is done with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -79,6 +80,10 @@ pub struct TrainConfig {
     /// learning rate is that of all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patience: Option<usize>,
+    /// What the loss is multiplied by before it is differentiated, and the gradients divided by after: a power of two
+    /// such as 1024 beside a base in f16, where small gradients would be lost, else 1.
+    #[serde(skip_serializing_if = "is_one")]
+    pub loss_scale: f64,
     /// What is done with a step whose loss or gradient is not finite.
     pub on_nonfinite: OnNonFinite,
 }
@@ -102,6 +107,7 @@ impl Default for TrainConfig {
             eval_every: None,
             keep_best: true,
             patience: None,
+            loss_scale: 1.0,
             on_nonfinite: OnNonFinite::Stop,
         }
     }
@@ -115,13 +121,13 @@ fn is_one(ratio: &f64) -> bool {
 
 impl TrainConfig {
     pub(super) fn validate(&self) -> Result<()> {
-        let positive = [
+        let counts = [
             ("epochs", self.epochs),
             ("accumulation", self.accumulation),
             ("eval_every", self.eval_every.unwrap_or(1)),
             ("patience", self.patience.unwrap_or(1)),
         ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+        if let Some((name, _)) = counts.iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(*name, "must be at least 1"));
         }
         let ratios = [
@@ -133,6 +139,13 @@ impl TrainConfig {
             let reason = format!("IVON has one learning rate for all parameters, got a ratio of {ratio}");
             return Err(Error::config(*name, reason));
         }
+        if self.ivon.is_some() && self.loss_scale != 1.0 {
+            return Err(Error::config("loss_scale", "IVON takes the curvature from gradients as they are"));
+        }
+        positive("loss_scale", self.loss_scale)?;
+        not_negative("lr", self.lr)?;
+        // Infinite: as without clipping.
+        self.clip.filter(|clip| *clip != f64::INFINITY).map_or(Ok(()), |clip| positive("clip", clip))?;
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             let reason = format!("expected a share in [0, 1], got {}", self.warmup_ratio);
             return Err(Error::config("warmup_ratio", reason));

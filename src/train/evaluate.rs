@@ -110,6 +110,9 @@ impl Predictions {
             return Err(Error::config("batches", reason));
         }
         batches.iter().try_for_each(|batch| classifier.check_labels(batch))?;
+        if samples > 0 {
+            classifier.check_has_posterior()?;
+        }
         let regression = classifier.is_regression();
         let world = communicator.world();
         // The batches of a process in one go, whose draws it makes once.
@@ -214,5 +217,40 @@ impl Predictions {
             text.push('\n');
         }
         files::write(path, text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn what_processes_predicted_by_turns_is_put_into_the_order_of_the_rows() -> Result<()> {
+        // Five batches of 3, 1, 2, 3 and 2 rows, of two numbers each: the row and its tenth.
+        let row = |row| Encoded { ids: vec![1], type_ids: vec![0], label: Label::Class(0), row };
+        let (mut batches, mut next) = (Vec::new(), 0);
+        for count in [3, 1, 2, 3, 2] {
+            let rows: Vec<Encoded> = (next..next + count).map(row).collect();
+            next += count;
+            batches.push(Batch::collate(&rows.iter().collect::<Vec<_>>(), 0, &Device::Cpu)?);
+        }
+        let numbers =
+            |of: f64| (0..next).map(|row| vec![row as f64 + of, 0.1 * row as f64]).collect::<Vec<_>>();
+        let (outputs, averages) = (numbers(0.0), numbers(100.0));
+        for (world, draws) in [(1, true), (2, true), (3, true), (5, true), (3, false)] {
+            let part = |rank| -> Vec<f64> {
+                let own = |of: &[Vec<f64>]| {
+                    let rows = batches.iter().skip(rank).step_by(world).flat_map(|batch| &batch.rows);
+                    rows.flat_map(|row| of[*row].clone()).collect::<Vec<f64>>()
+                };
+                [own(&outputs), if draws { own(&averages) } else { Vec::new() }].concat()
+            };
+            let parts: Vec<Vec<f64>> = (0..world).map(part).collect();
+            let expected = (outputs.clone(), draws.then(|| averages.clone()));
+            assert_eq!(merge(&parts, &batches, 2, draws), expected, "{world} processes");
+        }
+        Ok(())
     }
 }

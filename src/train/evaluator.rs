@@ -8,9 +8,7 @@ use super::objective::{Observer, StepRecord};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
-
-/// Metrics of which less is better.
-const LESS_IS_BETTER: [&str; 4] = ["nll", "ece", "brier", "mse"];
+use crate::metrics::Metrics;
 
 type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 
@@ -55,7 +53,7 @@ type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 /// assert_eq!(summary.steps, evaluator.records().len());
 /// assert_eq!(evaluator.evaluations().last().map(|(step, _)| *step), Some(summary.steps));
 ///
-/// let mut by_name = Evaluator::new(&classifier, &held_out, 8)?.with_metric("macro_f1");
+/// let mut by_name = Evaluator::new(&classifier, &held_out, 8)?.with_metric("macro_f1")?;
 /// let score = by_name.evaluate(0)?;
 /// assert!(score.is_some() && score == by_name.evaluations()[0].1.mean.macro_f1);
 /// # Ok::<(), Error>(())
@@ -81,10 +79,17 @@ impl<'a> Evaluator<'a> {
         Ok(Self { classifier, rows, batches, score, records: Vec::new(), evaluations: Vec::new() })
     }
 
-    /// The same by the metric of this name ([`Metrics::get`](crate::metrics::Metrics::get)); the negative of one of
-    /// which less is better.
-    pub fn with_metric(self, metric: &'a str) -> Self {
-        Self { score: by_metric(metric), ..self }
+    /// The same by the metric of this name ([`Metrics::names`]); the negative of one of which less is better.
+    ///
+    /// # Errors
+    /// If predictions of the classifier have no such metric.
+    pub fn with_metric(self, metric: &'a str) -> Result<Self> {
+        let known = Metrics::names(self.classifier.model.num_labels());
+        if !known.contains(&metric) {
+            let reason = format!("expected one of {}, got {metric}", known.join(", "));
+            return Err(Error::config("metric", reason));
+        }
+        Ok(Self { score: by_metric(metric), ..self })
     }
 
     /// The same by a score of one's own, of which more is better.
@@ -104,11 +109,10 @@ impl<'a> Evaluator<'a> {
 }
 
 fn by_metric(metric: &str) -> Score<'_> {
-    let sign = if LESS_IS_BETTER.contains(&metric) { -1.0 } else { 1.0 };
     Box::new(move |predictions| {
-        let value = predictions.evaluate_own_data()?.mean.get(metric);
+        let score = predictions.evaluate_own_data()?.mean.score(metric);
         let reason = || format!("there is no {metric:?} of these predictions");
-        value.map(|value| sign * value).ok_or_else(|| Error::config("metric", reason()))
+        score.ok_or_else(|| Error::config("metric", reason()))
     })
 }
 

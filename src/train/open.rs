@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::classifier::Classifier;
+use super::classifier::{Classifier, Purpose};
 use super::method::{Method, MethodInit};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
@@ -40,7 +40,11 @@ impl Classifier {
                         let reason = "it does not say which model it stands on: name the model";
                         return Err(Error::format(dir.join(CONFIG_FILE), reason));
                     };
-                    ModelFiles::locate(name, file.config.revision.as_deref())
+                    ModelFiles::locate(name, file.config.revision.as_deref()).map_err(|error| {
+                        let reason =
+                            format!("the model that it names is not found ({error}): give it yourself");
+                        Error::format(dir.join(CONFIG_FILE), reason)
+                    })
                 };
                 let files = base.map_or_else(own, |base| Ok(base.clone()))?;
                 let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
@@ -55,13 +59,15 @@ impl Classifier {
         }
     }
 
-    /// The classifier of a checkpoint with a trained head, such as a hub repository's.
+    /// The classifier of a checkpoint with a trained head, such as a hub repository's. Dense weights in f32 can be
+    /// trained on; quantised ones and those in another dtype are frozen, with the head.
     ///
     /// # Errors
     /// As [`Self::load`]; if it has no head.
     pub fn of_checkpoint(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
         let start = MethodInit::Fresh(Method::Full, Targets::default());
-        let opened = Self::load(files, outputs_of(files)?, &start, Noise::new(0), dtype, device)?;
+        let labels = Labels::from(outputs_of(files)?);
+        let opened = Self::with_head(files, labels, &start, Noise::new(0), dtype, device, Purpose::Open)?;
         let names = opened.config().named()?;
         Ok(opened.with_numbers_of(names))
     }

@@ -77,11 +77,7 @@ impl Classifier {
         texts: &[T],
         samples: usize,
     ) -> Result<Vec<Prediction>> {
-        if !self.method().has_posterior() {
-            let reason =
-                format!("{} has no posterior: its draws would all be its mean", self.method().name());
-            return Err(Error::config("posterior_samples", reason));
-        }
+        self.check_has_posterior()?;
         let Some(batches) = self.text_batches(texts)? else { return Ok(Vec::new()) };
         if self.is_regression() {
             let rows = posterior_scores(self, &batches, samples)?;
@@ -97,6 +93,15 @@ impl Classifier {
         Ok(uncertain.into_iter().enumerate().map(row).collect())
     }
 
+    /// Checks that there is a posterior to draw from.
+    pub(super) fn check_has_posterior(&self) -> Result<()> {
+        if self.method().has_posterior() {
+            return Ok(());
+        }
+        let reason = format!("{} has no posterior: its draws would all be its mean", self.method().name());
+        Err(Error::config("posterior_samples", reason))
+    }
+
     fn text_batches<T: Clone + Into<Example>>(&self, texts: &[T]) -> Result<Option<Vec<Batch>>> {
         if texts.is_empty() {
             return Ok(None);
@@ -108,7 +113,7 @@ impl Classifier {
     /// An encoder of at most `max_length` tokens by the tokenizer that lies with the model.
     fn new_encoder(&self, max_length: usize) -> Result<TextEncoder> {
         let tokenizer = fit_vocabulary(tokenizer::of_model(self.files())?, self.config().vocab_size())?;
-        let longest = self.config().max_length().saturating_sub(self.method().virtual_tokens());
+        let longest = self.config().longest().saturating_sub(self.method().virtual_tokens());
         TextEncoder::new(tokenizer, max_length, longest)
     }
 

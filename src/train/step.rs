@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::config::TrainConfig;
 use super::objective::{Loss, Objective};
 use crate::adapter::{Context, Params, Pass, Probe};
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ pub(super) struct Group {
 /// The part of the gradients of one step that the micro-batches make which this process `takes`: of the mean over all
 /// that the step's micro-batches are means over, so that a short last one weighs no more than its rows.
 ///
-/// Each micro-batch has a draw of its own, or with `one_draw` all have the first.
+/// Each micro-batch has a draw of its own, or with [`TrainConfig::shared_draw`] all have the first.
 ///
 /// # Errors
 /// [`Error::NonFinite`] where a loss is not finite; what the objective reports; a parameter without a gradient.
@@ -28,15 +29,15 @@ pub(super) fn group_gradients(
     objective: &dyn Objective,
     params: &Params,
     optimizer: &mut Optimizer,
+    config: &TrainConfig,
     group: &[Vec<usize>],
-    (first_draw, one_draw): (u64, bool),
-    step: usize,
+    (step, first_draw): (usize, u64),
     takes: &dyn Fn(usize) -> bool,
 ) -> Result<Group> {
     let whole: f64 = group.iter().map(|rows| objective.weight(rows)).sum();
     let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
     for (i, rows) in group.iter().enumerate().filter(|(i, _)| takes(*i)) {
-        let draw = if one_draw { first_draw } else { first_draw + i as u64 };
+        let draw = if config.shared_draw { first_draw } else { first_draw + i as u64 };
         let share = objective.weight(rows) / whole;
         let pass = Pass::Train { draw };
         let tape = Tape::default();
@@ -64,10 +65,12 @@ pub(super) fn group_gradients(
                 name => *sums.terms.entry(name).or_default() += share * value,
             }
         }
-        let total = if group.len() == 1 { loss.total } else { (loss.total * share)? };
+        let factor = if group.len() == 1 { config.loss_scale } else { share * config.loss_scale };
+        let total = if factor == 1.0 { loss.total } else { (loss.total * factor)? };
         let gradients = sums.grads.backward(params, &total, &tape)?;
         optimizer.after_backward(&gradients)?;
     }
+    sums.grads.scale(1.0 / config.loss_scale);
     Ok(sums)
 }
 

@@ -134,6 +134,9 @@ fn run(
     config.validate()?;
     config.validate_for(communicator.world())?;
     params.check_finite()?;
+    if params.trainable().is_empty() {
+        return Err(Error::config("params", "no parameter is trainable"));
+    }
     let optimizer = config.optimizer(params)?;
     let per_epoch = objective.epoch(0)?.len().div_ceil(config.accumulation);
     if per_epoch == 0 {
@@ -273,7 +276,7 @@ impl Run<'_> {
                 let stops = if self.ranks.are_several() { self.stops } else { observer.stop() };
                 let ends = step == self.total || self.is_out_of_patience();
                 if let Some(checkpoints) = self.checkpoints {
-                    let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every.max(1)));
+                    let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every));
                     // Of a step that failed here there is none to go on from.
                     if (due || stops || ends) && self.ranks.is_first() && self.ranks.is_well() {
                         let saved = self.state().and_then(|state| checkpoints.save(&state));
@@ -303,8 +306,8 @@ impl Run<'_> {
         let max_norm = config.clip.filter(|_| config.ivon.is_none());
         let (optimizer, ranks) = (&mut self.optimizer, &mut self.ranks);
         let own = ranks.held().and_then(|()| {
-            let draws = (draw, config.shared_draw);
-            group_gradients(self.objective, self.params, optimizer, group, draws, step, &|i| ranks.takes(i))
+            let takes = |i| ranks.takes(i);
+            group_gradients(self.objective, self.params, optimizer, config, group, (step, draw), &takes)
         });
         let stop = ranks.are_several() && observer.stop();
         let done = ranks.sum(self.params, own, stop).and_then(|(mut done, stops)| {
@@ -431,5 +434,7 @@ impl Run<'_> {
     }
 }
 
+#[cfg(test)]
+mod option_tests;
 #[cfg(test)]
 mod tests;

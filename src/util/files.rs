@@ -184,7 +184,9 @@ impl Pending {
     }
 
     fn sync(self) -> Result<Self> {
-        let synced = File::open(&self.temporary).and_then(|file| file.sync_all());
+        // Opened to write: Windows flushes no other.
+        let opened = File::options().write(true).open(&self.temporary);
+        let synced = opened.and_then(|file| file.sync_all());
         synced.map_err(Error::io(&self.place))?;
         Ok(self)
     }

@@ -21,6 +21,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use candle_core::{DType, Device};
 use clap::Parser;
+use monteclora::data::task::Example;
 use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
 use monteclora::predict::Prediction;
@@ -30,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-/// Serves a fine-tuned classifier: POST /predict with {"texts": [..], "draws": 0}, GET /health.
+/// Serves a fine-tuned classifier: POST /predict with {"texts": ["a text", ["a", "pair"]], "draws": 0}, GET /health.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -55,10 +56,27 @@ struct Args {
 
 #[derive(Deserialize)]
 struct Request {
-    texts: Vec<String>,
+    texts: Vec<Text>,
     /// Posterior draws to average over; the mean answers where there are none.
     #[serde(default)]
     draws: usize,
+}
+
+/// `"a text"`, or `["one", "other"]`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Text {
+    Single(String),
+    Pair(String, String),
+}
+
+impl Text {
+    fn example(&self) -> Example {
+        match self {
+            Self::Single(text) => text.as_str().into(),
+            Self::Pair(one, other) => (one.as_str(), other.as_str()).into(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -155,7 +173,7 @@ async fn predict(
 impl Shared {
     /// One answer a text, by the mean or, where draws are asked for, by their average.
     fn answer(&self, request: &Request) -> monteclora::Result<Vec<Answer>> {
-        let texts: Vec<&str> = request.texts.iter().map(String::as_str).collect();
+        let texts: Vec<Example> = request.texts.iter().map(Text::example).collect();
         let predictions = match request.draws {
             0 => self.classifier.predict(&texts, &Pass::Mean)?,
             draws => self.classifier.predict_averaged(&texts, draws)?,

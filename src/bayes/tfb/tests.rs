@@ -61,6 +61,23 @@ fn assert_mean(what: &str, want: f64, draws: impl Iterator<Item = f64>) {
 }
 
 #[test]
+fn draws_come_in_pairs_around_the_mean() -> Result<()> {
+    let (model, params) = toy(&[[3.0, -1.0], [0.2, 0.5]])?;
+    let tfb = Tfb::new(&model, params.noise())?;
+    let at = |sigma, draw| -> Result<Vec<f64>> {
+        Ok(tfb.draw(sigma, draw)?["proj.default.a"].flatten_all()?.to_vec1()?)
+    };
+    let mean = at(0.0, 0)?;
+    for pair in [0, 4] {
+        let (one, opposite) = (at(0.4, 2 * pair)?, at(0.4, 2 * pair + 1)?);
+        for ((x, y), mean) in one.iter().zip(&opposite).zip(&mean) {
+            assert!((0.5 * (x + y) - mean).abs() < 1e-14 && (x - y).abs() > 1e-6, "{x} {y} {mean}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_update_is_perturbed_alike_in_every_direction_that_b_has() -> Result<()> {
     // The singular values of B are far apart: noise on A itself would follow them.
     let b = [[3.0, -1.0], [0.2, 0.5], [-2.0, 0.1], [1.0, 0.3]];

@@ -85,7 +85,7 @@ impl PromptEncoder {
         let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
         // Of an empty text the special tokens are all there is.
         let end = special.iter().rposition(|special| *special == 0).map_or(ids.len(), |last| last + 1);
-        Ok(ids[..end].to_vec())
+        Ok(ids[doubled_start(&encoding)..end].to_vec())
     }
 
     /// The same for answers that are scored: without the token that ends one, and without their prompt even where
@@ -97,7 +97,8 @@ impl PromptEncoder {
     /// Encodes every row, in order and in parallel. Prompt and answer are one text to the
     /// tokenizer; a token that reaches into the answer belongs to it. Rows longer than `max_length`
     /// lose their end; those without a prompt, which are mere text, become several, each beginning
-    /// with the last token of the one before, so that every token is learnt once.
+    /// with the last token of the one before, so that every token is learnt once. A text that begins with the
+    /// tokenizer's own first special token (rendered by a chat template, say) gets no second one.
     ///
     /// # Errors
     /// If the tokenizer refuses a text.
@@ -131,8 +132,9 @@ impl PromptEncoder {
 
     /// A row of any length, whose prompt has `prompt` bytes.
     fn tokens(&self, encoding: &Encoding, prompt: usize, row: usize) -> Tokens {
-        let mut ids = encoding.get_ids().to_vec();
-        let own = encoding.get_offsets().iter().zip(encoding.get_special_tokens_mask());
+        let start = doubled_start(encoding);
+        let mut ids = encoding.get_ids()[start..].to_vec();
+        let own = encoding.get_offsets().iter().zip(encoding.get_special_tokens_mask()).skip(start);
         let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompt;
         let mut learnt: Vec<bool> =
             own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
@@ -146,5 +148,14 @@ impl PromptEncoder {
             (None, _) => {}
         }
         Tokens { ids, learnt, row }
+    }
+}
+
+/// The number of tokens to drop at the start: 1 where the tokenizer adds the token that the text begins with
+/// already, as texts do that a chat template rendered. A model has never seen two.
+fn doubled_start(encoding: &Encoding) -> usize {
+    match (encoding.get_ids(), encoding.get_special_tokens_mask()) {
+        ([added, written, ..], [1, 0, ..]) if added == written => 1,
+        _ => 0,
     }
 }

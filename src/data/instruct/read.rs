@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
 
 use super::format::{prompted, Format};
 use super::prompted::Prompted;
-use crate::data::lines::each_line;
+use crate::data::lines::{each_line, no_text};
 use crate::data::row::{self, Row};
 use crate::error::{Error, Result};
 
@@ -30,8 +30,8 @@ pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
 pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<Vec<Prompted>> {
     let mut bytes = Vec::new();
     source.read_to_end(&mut bytes).map_err(Error::io(path))?;
-    if bytes.starts_with(&[0x1f, 0x8b]) {
-        return Err(Error::format(path, "it is compressed by gzip: give the file that gunzip makes of it"));
+    if let Some(reason) = no_text(&bytes) {
+        return Err(Error::format(path, reason));
     }
     let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace() && !matches!(byte, 0xEF | 0xBB | 0xBF));
     let mut rows = Vec::new();

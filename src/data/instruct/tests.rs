@@ -107,6 +107,7 @@ fn errors_name_the_line_or_the_record() {
     }
     let bytes = |bytes: &[u8]| read_from(bytes, Path::new("x.json"), Format::Code).unwrap_err().to_string();
     assert!(bytes(&[0x1f, 0x8b, 8, 0]).contains("x.json: it is compressed by gzip"));
+    assert!(bytes(b"PAR1\x15\x04").contains("x.json: it is parquet"));
     assert!(bytes(b"{\"prompt\": \"\xff\"}").contains("x.json, line 1: not UTF-8"));
     assert!(bytes(b"[{\"prompt\": \"\xff\"}]").contains("x.json, line 1: not a JSON array"));
     assert!("chat".parse::<Format>().unwrap_err().to_string().contains("invalid format"));

@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 
 use super::columns::Columns;
 use super::delimited;
-use crate::data::lines::each_line;
+use crate::data::lines::{each_line, no_text};
 use crate::data::row::{self, Cell, Row};
 use crate::error::{Error, Result};
 
@@ -166,16 +166,8 @@ impl<'de> Visitor<'de> for Rows<'_> {
 
 /// The text of a file, without a byte order mark.
 fn text_of<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
-    let refused = |reason: &str| Err(Error::format(path, reason));
-    match bytes {
-        [0x1f, 0x8b, ..] => {
-            return refused("it is compressed by gzip: give the file that gunzip makes of it")
-        }
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => return refused("it is UTF-16: save it as UTF-8"),
-        [b'P', b'K', 3, 4, ..] => {
-            return refused("it is a zip or a spreadsheet: save the table as CSV in UTF-8")
-        }
-        _ => {}
+    if let Some(reason) = no_text(bytes) {
+        return Err(Error::format(path, reason));
     }
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     std::str::from_utf8(bytes).map_err(|error| {
@@ -209,8 +201,11 @@ fn parquet(path: &Path, columns: &Columns) -> Result<Table> {
                         })?
                         .clone(),
                 ),
-                // -1 is how such files spell that there is no label.
-                Err(_) => Cell::Null,
+                // So such files spell that there is no label.
+                Err(_) if number == "-1" => Cell::Null,
+                Err(_) => {
+                    return Err(format!("class {number}: expected a number from 0, or -1 for no label"))
+                }
             };
             if let Some(last) = cells.last_mut() {
                 *last = named;

@@ -67,7 +67,7 @@ impl DebertaForSequenceClassification {
             norm: LayerNorm::load(d, eps, &vb.pp("embeddings.LayerNorm"))?,
             dropout: config.hidden_dropout_prob,
             init_std: std,
-            max_length: config.max_position_embeddings,
+            max_length: usize::MAX, // positions are relative
         };
         let encoder = vb.pp("encoder");
         let shape = LayerShape {

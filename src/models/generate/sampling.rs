@@ -71,7 +71,7 @@ impl Sampling {
     /// The token that the next number of `rng` chooses; None where no token has a probability.
     pub(super) fn choose(self, logits: &[f32], rng: &mut impl Rng) -> Option<u32> {
         let larger = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
-        let best = (0..logits.len()).reduce(larger)?;
+        let best = (0..logits.len()).reduce(larger).filter(|best| logits[*best] > f32::NEG_INFINITY)?;
         let Some((temperature, k, p)) = self.parts() else { return Some(best as u32) };
         let top = f64::from(logits[best]);
         // Less the largest before all else: nothing overflows, whatever the temperature.

@@ -59,13 +59,20 @@ impl HubConfig {
     /// What the variables `var` say. An empty one counts as unset.
     pub(super) fn from_vars(var: &dyn Fn(&str) -> Option<String>) -> Self {
         let var = |name: &str| var(name).map(|v| v.trim().to_string()).filter(|v| !v.is_empty());
-        let path = |name: &str| var(name).map(PathBuf::from);
+        let user = || var("HOME").or_else(|| var("USERPROFILE")).map(PathBuf::from); // the second on Windows
+        let path = |name: &str| {
+            let path = PathBuf::from(var(name)?);
+            match (path.strip_prefix("~"), user()) {
+                (Ok(below), Some(user)) => Some(user.join(below)),
+                _ => Some(path),
+            }
+        };
         let is_true = |name: &str| {
             var(name).is_some_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
         };
         let home = path("HF_HOME").unwrap_or_else(|| {
-            let user = || path("HOME").unwrap_or_else(std::env::temp_dir).join(".cache");
-            path("XDG_CACHE_HOME").unwrap_or_else(user).join("huggingface")
+            let caches = || user().unwrap_or_else(std::env::temp_dir).join(".cache");
+            path("XDG_CACHE_HOME").unwrap_or_else(caches).join("huggingface")
         });
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_string());
         let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));

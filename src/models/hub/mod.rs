@@ -9,6 +9,7 @@
 //! downloads that go on where they broke off and are never taken for whole before (`parts`), and
 //! errors that say what to do and never hold the token (`failure`).
 
+mod adapter;
 mod bitsandbytes;
 #[cfg(feature = "hub")]
 mod client;
@@ -33,6 +34,9 @@ mod source;
 mod tests;
 mod weights;
 
+pub use adapter::locate_adapter;
+#[cfg(feature = "hub")]
+pub use adapter::locate_adapter_with;
 #[cfg(feature = "hub")]
 pub use client::RepoKind;
 #[cfg(feature = "hub")]

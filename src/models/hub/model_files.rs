@@ -19,8 +19,8 @@ use super::names::check_relative;
 #[cfg(feature = "hub")]
 use super::names::is_repo_id;
 #[cfg(feature = "hub")]
-use super::repo::Repo;
-use super::source::Source;
+use super::repo::{no_folder_either, Repo};
+use super::source::{Source, CONFIG};
 use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
@@ -29,7 +29,6 @@ use crate::models::quantize::Quantization;
 use crate::models::weights::{QuantizedSource, Weights};
 use crate::util::json;
 
-pub(super) const CONFIG: &str = "config.json";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -337,16 +336,4 @@ fn is_gguf(name: &str) -> bool {
 fn file_in_repository(id: &str) -> Option<(&str, &str)> {
     let (at, _) = id.match_indices('/').nth(1).filter(|_| is_gguf(id))?;
     Some((&id[..at], &id[at + 1..])).filter(|(id, _)| is_repo_id(id))
-}
-
-/// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
-/// as `owner/name`.
-#[cfg(feature = "hub")]
-fn no_folder_either(error: Error) -> Error {
-    match error {
-        Error::Hub { repo, reason } if !reason.contains("no such local folder") => {
-            Error::Hub { reason: format!("{reason} (and there is no such local folder)"), repo }
-        }
-        other => other,
-    }
 }

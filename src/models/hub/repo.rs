@@ -71,3 +71,14 @@ impl std::fmt::Debug for Repo {
             .finish_non_exhaustive()
     }
 }
+
+/// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
+/// as `owner/name`.
+pub(super) fn no_folder_either(error: Error) -> Error {
+    match error {
+        Error::Hub { repo, reason } if !reason.contains("no such local folder") => {
+            Error::Hub { reason: format!("{reason} (and there is no such local folder)"), repo }
+        }
+        other => other,
+    }
+}

@@ -6,6 +6,14 @@ use std::path::{Path, PathBuf};
 use super::repo::Repo;
 use crate::error::{Error, Result};
 
+/// The configuration of a model, and that of an adapter.
+pub(super) const CONFIG: &str = "config.json";
+const ADAPTER: &str = crate::peft::CONFIG_FILE;
+
+const IS_ADAPTER: &str =
+    "it is an adapter and no model: give the model that its adapter_config.json names, and this as \
+                          the adapter on it";
+
 /// What the files come from.
 #[derive(Debug, Clone)]
 pub(super) enum Source {
@@ -53,7 +61,16 @@ impl Source {
             Self::Folder(dir) if dir.join(name).is_symlink() => {
                 Error::format(dir.join(name), "a link to a file that is not there: copy what it leads to")
             }
+            Self::Folder(dir) if name == CONFIG && dir.join(ADAPTER).is_file() => {
+                Error::format(dir, IS_ADAPTER)
+            }
             Self::Folder(dir) => Error::format(dir, format!("the folder has no {name}")),
+            #[cfg(feature = "hub")]
+            Self::Repo(repo)
+                if name == CONFIG && repo.names().is_some_and(|names| names.contains(&ADAPTER.into())) =>
+            {
+                repo.error(IS_ADAPTER.into())
+            }
             #[cfg(feature = "hub")]
             Self::Repo(repo) => repo.missing(name),
         }

@@ -1,6 +1,7 @@
 //! Local folders: what is found, and what is refused by name.
 
-use super::model_files::{CONFIG, INDEX, TOKENIZER, WEIGHTS};
+use super::model_files::{INDEX, TOKENIZER, WEIGHTS};
+use super::source::CONFIG;
 use super::ModelFiles;
 use crate::adapter::{Params, Role};
 use crate::error::Result;

@@ -23,7 +23,7 @@ impl Nf4 {
         let ((out_dim, bytes), (rows, blocks)) = (packed.dims2()?, scales.dims2()?);
         let in_dim = 2 * bytes;
         // No byte is of two blocks.
-        let fits = rows == out_dim && blocks > 0 && bytes.is_multiple_of(blocks);
+        let fits = rows == out_dim && blocks > 0 && bytes > 0 && bytes.is_multiple_of(blocks);
         if !fits || packed.dtype() != DType::U8 || scales.dtype() != DType::F32 {
             bail!(
                 "nf4: codes {:?} of {} and scales {:?} of {} do not fit",

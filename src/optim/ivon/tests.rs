@@ -102,8 +102,13 @@ fn draws_have_sigma_and_the_curvature_seen_along_them_is_the_hessians_diagonal()
         assert_mean("sigma^2", 1.0 / (20.0 * 0.6), &squares[i]);
         assert_mean("h_hat", want, &curvatures[i]);
     }
-    // Predictive draws have the same law, and other noise.
+    // Predictive draws have the same law, and other noise; they come in pairs around the means.
     let posterior = IvonPosterior::new(&params, ivon.remembered(), &config)?;
+    let pair = [6, 7].map(|draw| posterior.draw(draw)?["w"].to_vec1::<f64>().map_err(Error::from));
+    let [one, opposite] = pair;
+    for ((x, y), mean) in one?.into_iter().zip(opposite?).zip(&mean) {
+        assert!((0.5 * (x + y) - mean).abs() < 1e-14 && (x - y).abs() > 1e-6, "{x} {y} {mean}");
+    }
     let draws = (0..40_000).map(|draw| Ok(posterior.draw(2 * draw)?["w"].to_vec1::<f64>()?));
     let draws = draws.collect::<Result<Vec<_>>>()?;
     let off: Vec<f64> = draws.iter().map(|draw| draw[0] - mean[0]).collect();

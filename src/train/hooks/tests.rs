@@ -2,8 +2,9 @@ use candle_core::{DType, Device};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::AdaptableLinear;
+use crate::adapter::{AdaptableLinear, Pass, ScalerFactors};
 use crate::adapters::Blob;
+use crate::monteclora::ScalerSchedule;
 use crate::noise::Noise;
 
 struct One(AdaptableLinear);
@@ -49,6 +50,20 @@ fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> 
             let off = got.iter().zip(values.flatten_all()?.to_vec1::<f64>()?).map(|(x, y)| (x - y).abs());
             assert!(off.fold(0.0, f64::max) < 1e-14, "{name} after step {at}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_schedule_of_eps_is_followed_step_by_step() -> Result<()> {
+    let config =
+        MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Warmup(0.5), ..MonteCLoRAConfig::paper() };
+    let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
+    let hooks = MethodHooks::of_posterior(&config, &params)?;
+    for (step, factor) in [(1, 0.5), (2, 1.0), (3, 1.0), (4, 1.0)] {
+        hooks.before_step(step, 4)?;
+        let cx = hooks.context(&Pass::Train { draw: 0 }.into())?;
+        assert_eq!(cx.scaler_factors, ScalerFactors::new(factor, BTreeMap::new())?, "step {step}");
     }
     Ok(())
 }

@@ -9,8 +9,8 @@ use crate::optim::IvonConfig;
 use crate::train::Loss;
 
 /// Fits w to rows x, y with y = 2 x + noise; row `poison` has an infinite target.
-struct Line {
-    params: Params,
+pub(super) struct Line {
+    pub params: Params,
     w: Tensor,
     batch: usize,
     poison: Option<usize>,
@@ -19,18 +19,18 @@ struct Line {
 const ROWS: usize = 10;
 
 impl Line {
-    fn new(batch: usize) -> Result<Self> {
+    pub fn new(batch: usize) -> Result<Self> {
         let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
         let w = params.create("w", Role::Base, 1, &Init::Constant(0.0))?;
         Ok(Self { params, w, batch, poison: None })
     }
 
-    fn fit(&self, config: &TrainConfig) -> Result<(Summary, Log)> {
+    pub fn fit(&self, config: &TrainConfig) -> Result<(Summary, Log)> {
         let mut log = Log::default();
         Ok((fit(self, &self.params, config, &mut log)?, log))
     }
 
-    fn value(&self) -> Result<f64> {
+    pub fn value(&self) -> Result<f64> {
         Ok(self.w.to_vec1::<f64>()?[0])
     }
 }
@@ -56,11 +56,11 @@ impl Objective for Line {
 }
 
 #[derive(Default)]
-struct Log {
-    records: Vec<StepRecord>,
-    scores: Vec<f64>,
-    evaluated: Vec<usize>,
-    kept: Vec<usize>,
+pub(super) struct Log {
+    pub records: Vec<StepRecord>,
+    pub scores: Vec<f64>,
+    pub evaluated: Vec<usize>,
+    pub kept: Vec<usize>,
 }
 
 impl Observer for Log {
@@ -80,7 +80,7 @@ impl Observer for Log {
     }
 }
 
-fn config() -> TrainConfig {
+pub(super) fn config() -> TrainConfig {
     TrainConfig { epochs: 4, lr: 0.1, weight_decay: 0.0, clip: None, ..Default::default() }
 }
 
