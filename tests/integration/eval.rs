@@ -28,12 +28,12 @@ fn model() -> Outcome<DecoderForCausalLM> {
     Ok(model)
 }
 
-fn encoder(max_length: usize) -> Outcome<PromptEncoder> {
+pub fn encoder(max_length: usize) -> Outcome<PromptEncoder> {
     // The end of a text is no part of what is scored.
     Ok(PromptEncoder::new(letters()?, max_length, 40, Some(2), false)?)
 }
 
-fn question(prompt: &str, answers: &[&str], correct: usize) -> Prompted {
+pub fn question(prompt: &str, answers: &[&str], correct: usize) -> Prompted {
     let answers: Vec<String> = answers.iter().map(ToString::to_string).collect();
     let (answer, names) = (answers[correct].clone(), answers.clone());
     Prompted {

@@ -246,12 +246,19 @@ fn predictions_and_what_was_trained_are_written() -> Outcome {
         scatter(&classifier.params)?;
         let out = dirs[0].path().join(format!("{i}"));
         classifier.save("toy", &out)?;
-        let predictions = Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 10)?, 2)?;
+        let batches = batches(&classifier, &rows, 10)?;
+        let draws = if method.has_posterior() { 2 } else { 0 };
+        let predictions = Predictions::new(&classifier, &rows, &batches, draws)?;
+        if draws == 0 {
+            let error = Predictions::new(&classifier, &rows, &batches, 2).err().ok_or("drew")?.to_string();
+            assert!(error.contains("has no posterior"), "{error}");
+        }
         predictions.write(&out.join("predictions.jsonl"))?;
         let text = std::fs::read_to_string(out.join("predictions.jsonl"))?;
         let last: serde_json::Value = serde_json::from_str(text.lines().last().ok_or("no line")?)?;
         assert_eq!((text.lines().count(), &last["index"]), (10, &serde_json::json!(9)));
-        assert!(last["posterior"].is_array() && last["mean"].is_array() && last["label"].is_u64());
+        assert!(last["posterior"].is_array() == (draws > 0));
+        assert!(last["mean"].is_array() && last["label"].is_u64());
         let again = match method {
             Method::Full => {
                 let saved = ModelFiles::locate(out.join("model").to_str().ok_or("a path")?, None)?;

@@ -1,6 +1,8 @@
 //! Whole models: encoders, adapters and files against independent implementations. One binary,
 //! since each links all of candle.
 
+mod averages;
+mod between_steps;
 mod candle_transformers;
 mod causal;
 mod checkpoint;

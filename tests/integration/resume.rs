@@ -92,6 +92,7 @@ impl Run<'_> {
         let (classifier, summary) = self.go(watch)?;
         let summary = summary?;
         let rows = rows(12, false);
+        let draws = if classifier.method().has_posterior() { 2 } else { 0 };
         let last = self.checkpoints.dir.join(format!("step-{:08}/tensors.safetensors", summary.steps));
         let bits = |(name, param): (String, monteclora::adapter::Param)| -> Outcome<(String, Vec<u32>)> {
             let values = param.var.flatten_all()?.to_vec1::<f32>()?;
@@ -101,7 +102,7 @@ impl Run<'_> {
             params: classifier.params.all().into_iter().map(bits).collect::<Outcome<_>>()?,
             last_checkpoint: std::fs::read(last)?,
             log: watch.log.clone(),
-            predictions: Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 5)?, 2)?,
+            predictions: Predictions::new(&classifier, &rows, &batches(&classifier, &rows, 5)?, draws)?,
             kept_step: summary.kept_step,
         })
     }

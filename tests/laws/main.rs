@@ -14,6 +14,7 @@ mod oracle;
 mod peft;
 mod prior;
 mod regularizer;
+mod several_layers;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use candle_nn::Module;
-use monteclora::adapter::{AdaptableLinear, Adapter, Context, Params, Pass, Role};
+use monteclora::adapter::{AdaptableLinear, Adapter, Context, DrawCache, Params, Pass, Role};
 use monteclora::adapters::{Blob, BlobConfig, Lora, LoraConfig, LoraFa};
 use monteclora::inject::{self, Targets};
 use monteclora::ops;
@@ -225,6 +225,28 @@ fn under_the_released_code_the_task_trains_b_and_the_regulariser_the_rest() -> R
             _ => (false, true),
         };
         assert_eq!((reached, param.trainable), (wanted, param.role != Role::A), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn predictive_draws_of_blob_come_in_pairs_around_the_mean_with_a_cache_and_without() -> Result<()> {
+    let params = store(1);
+    let blob = Blob::new(&params, "layer", "default", (6, 4), &blob_config())?;
+    shake(&params)?;
+    let kept = DrawCache::default();
+    for cache in [None, Some(&kept)] {
+        let at = |draw| -> Result<Tensor> {
+            let cx = Context::from(Pass::Posterior { draw });
+            let cx = if let Some(kept) = cache { cx.with_draws(kept) } else { cx };
+            Ok(blob.effective_a(&cx)?.into_owned())
+        };
+        for pair in [0, 3] {
+            let (one, opposite) = (at(2 * pair)?, at(2 * pair + 1)?);
+            assert_close("the pair's average", &((&one + &opposite)? * 0.5)?, blob.low_rank().a(), 1e-14)?;
+            assert!((one - opposite)?.abs()?.max_all()?.to_scalar::<f64>()? > 1e-3);
+        }
+        assert!((at(0)? - at(2)?)?.abs()?.max_all()?.to_scalar::<f64>()? > 1e-3);
     }
     Ok(())
 }

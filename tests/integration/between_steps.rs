@@ -1,0 +1,137 @@
+//! What a method does between the steps of a run: the objectives of classifiers and of language models ask for it.
+
+use candle_core::{DType, Device};
+use monteclora::adapters::BlobConfig;
+use monteclora::data::batch::Batcher;
+use monteclora::data::encode::Encoded;
+use monteclora::data::task::Label;
+use monteclora::inject::Targets;
+use monteclora::optim::Gradients;
+use monteclora::train::{
+    fit, CausalTuning, Classification, Classifier, Method, MethodHooks, MethodInit, Objective, TrainConfig,
+};
+use monteclora::{MonteCLoRAConfig, Noise, Params, Pass, ReleasedWalk, ScalerSchedule};
+
+use crate::causal;
+use crate::finetune::{checkpoint, rows, Log};
+use crate::llama::{frozen, toy_config};
+use crate::support::{scatter, Outcome};
+
+/// At this rate the optimiser changes nothing: what changes, the method did.
+fn still() -> TrainConfig {
+    TrainConfig { epochs: 1, lr: 0.0, weight_decay: 0.0, keep_best: false, ..TrainConfig::default() }
+}
+
+fn classifier(method: &Method) -> Outcome<Classifier> {
+    let dir = tempfile::tempdir()?;
+    let start = MethodInit::Fresh(method.clone(), Targets::default());
+    let files = checkpoint(dir.path())?;
+    Ok(Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
+}
+
+/// One epoch on `rows` in batches of four.
+fn run(classifier: &Classifier, rows: &[Encoded], config: &TrainConfig) -> Outcome<Log> {
+    let objective = Classification { classifier, rows, batcher: Batcher::new(4, false, Noise::new(4))? };
+    let mut log = Log::default();
+    fit(&objective, &classifier.params, config, &mut log)?;
+    Ok(log)
+}
+
+fn bits(params: &Params) -> Outcome<Vec<(String, Vec<u32>)>> {
+    let bits = |(name, param): (String, monteclora::adapter::Param)| -> Outcome<(String, Vec<u32>)> {
+        let values = param.var.flatten_all()?.to_vec1::<f32>()?;
+        Ok((name, values.into_iter().map(f32::to_bits).collect()))
+    };
+    params.all().into_iter().map(bits).collect()
+}
+
+#[test]
+fn the_released_code_s_walk_takes_its_step_before_the_optimiser() -> Outcome {
+    let config = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::released() };
+    let method = Method::Released(config.clone());
+    let (ran, by_hand) = (classifier(&method)?, classifier(&method)?);
+    let start = bits(&ran.params)?;
+    let walk = ReleasedWalk::new(by_hand.model.as_ref(), &config, &by_hand.params)?;
+    run(&ran, &rows(4, false), &still())?;
+    walk.before_step(1)?;
+    assert_eq!(bits(&ran.params)?, bits(&by_hand.params)?);
+    let moved = bits(&ran.params)?.into_iter().zip(start).filter(|(now, then)| now != then);
+    assert!(moved.map(|((name, _), _)| name).all(|name| name.ends_with(".a")));
+    assert_ne!(bits(&ran.params)?, bits(&classifier(&method)?.params)?);
+    Ok(())
+}
+
+#[test]
+fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
+    // A large rate, whose every factor shows.
+    let config = BlobConfig { rank: 4, kl_lr: 0.5, ..BlobConfig::default() };
+    let method = Method::Blob(config.clone());
+    let (ran, by_hand) = (classifier(&method)?, classifier(&method)?);
+    let mut rows = rows(10, false);
+    rows[3].label = Label::Unknown;
+    run(&ran, &rows, &still())?;
+    let hooks = MethodHooks::of_divergence(&config);
+    hooks.tell_rows(|| 9, 4)?;
+    for step in 1..=3 {
+        hooks.after_step(by_hand.model.as_ref(), &by_hand.params, &Gradients::new(), step, 3)?;
+    }
+    assert_eq!(bits(&ran.params)?, bits(&by_hand.params)?);
+    assert_ne!(bits(&ran.params)?, bits(&classifier(&method)?.params)?);
+    Ok(())
+}
+
+#[test]
+fn training_draws_are_as_wide_as_the_schedule_says() -> Outcome {
+    let first_loss = |sample_scaler: f64, scaler_schedule| -> Outcome<f64> {
+        let config =
+            MonteCLoRAConfig { rank: 4, sample_scaler, scaler_schedule, ..MonteCLoRAConfig::default() };
+        let classifier = classifier(&Method::MonteCLoRA(config))?;
+        scatter(&classifier.params)?; // with B at zero no draw shows
+        Ok(run(&classifier, &rows(16, false), &still())?.0[0].terms["task"])
+    };
+    // Four steps: half of the width at the first.
+    let warm = first_loss(0.3, ScalerSchedule::Warmup(0.5))?;
+    let (half, whole) =
+        (first_loss(0.15, ScalerSchedule::Constant)?, first_loss(0.3, ScalerSchedule::Constant)?);
+    assert!((warm - half).abs() < 1e-6 && (warm - whole).abs() > 1e-4, "{warm} {half} {whole}");
+    Ok(())
+}
+
+#[test]
+fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
+    let (seen, batcher) = (causal::rows(10), || Batcher::new(4, false, Noise::new(4)));
+    let blob = BlobConfig { rank: 4, kl_lr: 0.5, ..BlobConfig::default() };
+    let load = |method: &Method| -> Outcome<_> {
+        let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
+        let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
+        let hooks = start.inject(&mut model, &params)?;
+        Ok((model, params, hooks))
+    };
+    let method = Method::Blob(blob.clone());
+    let ((ran, params, hooks), (by_hand, expected, _)) = (load(&method)?, load(&method)?);
+    let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
+    fit(&objective, &params, &still(), &mut Log::default())?;
+    let hooks = MethodHooks::of_divergence(&blob);
+    hooks.tell_rows(|| 10, 4)?;
+    for step in 1..=3 {
+        hooks.after_step(&by_hand, &expected, &Gradients::new(), step, 3)?;
+    }
+    assert_eq!(bits(&params)?, bits(&expected)?);
+
+    // What it remembers is what a checkpoint keeps.
+    let adaptive =
+        MonteCLoRAConfig { rank: 4, scaler_schedule: ScalerSchedule::Adaptive, ..Default::default() };
+    let method = Method::MonteCLoRA(adaptive);
+    let ((ran, params, hooks), (fresh, _, other)) = (load(&method)?, load(&method)?);
+    let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
+    let moving = TrainConfig { epochs: 3, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
+    fit(&objective, &params, &moving, &mut Log::default())?;
+    let resumed = CausalTuning { model: &fresh, hooks: other, rows: &seen, batcher: batcher()?, pad_id: 0 };
+    let factors = |objective: &CausalTuning| -> Outcome<_> {
+        Ok(objective.hooks.context(&Pass::Train { draw: 0 }.into())?.scaler_factors)
+    };
+    assert_ne!(factors(&objective)?, factors(&resumed)?);
+    resumed.restore(&objective.state()?)?;
+    assert_eq!(factors(&objective)?, factors(&resumed)?);
+    Ok(())
+}
