@@ -1,7 +1,6 @@
-//! Order statistics, as NumPy has them.
+//! Quantiles as in NumPy.
 
-/// The value below which the share `q` of `values` lies, by linear interpolation as in NumPy; NaN of
-/// none.
+/// Returns the `q`-quantile of `values` by linear interpolation, as NumPy does; NaN if there is no value.
 pub fn quantile(values: &[f64], q: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -15,7 +14,7 @@ pub fn quantile(values: &[f64], q: f64) -> f64 {
     }
 }
 
-/// The median; NaN of nothing.
+/// Returns the median; NaN if there is no value.
 pub fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }

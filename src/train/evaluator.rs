@@ -1,4 +1,4 @@
-//! An observer that is ready to use: it evaluates a classifier on held-out rows and keeps what the run said.
+//! An [`Observer`] that evaluates a classifier on held-out rows and records the run.
 
 use std::fmt;
 
@@ -9,15 +9,15 @@ use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 
-/// Metrics of which less is better.
+/// Metrics for which lower is better.
 const LESS_IS_BETTER: [&str; 4] = ["nll", "ece", "brier", "mse"];
 
 type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 
-/// Evaluates a [`Classifier`] on held-out rows whenever [`fit`](super::fit) asks, by the mean.
+/// Evaluates a [`Classifier`] on held-out rows whenever [`fit`](super::fit) asks, at the posterior mean.
 ///
 /// # Example
-/// Early stopping by a metric of one's own:
+/// Early stopping by a custom metric:
 /// ```
 /// use candle_core::{DType, Device};
 /// use monteclora::adapters::LoraConfig;
@@ -70,7 +70,8 @@ pub struct Evaluator<'a> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// One on these rows, which scores by accuracy, or of a regression by minus the mean squared error.
+    /// Creates an evaluator on these rows. The score is the accuracy, or for a regression the negative mean
+    /// squared error.
     ///
     /// # Errors
     /// If there are no rows, or candle fails.
@@ -81,23 +82,23 @@ impl<'a> Evaluator<'a> {
         Ok(Self { classifier, rows, batches, score, records: Vec::new(), evaluations: Vec::new() })
     }
 
-    /// The same by the metric of this name ([`Metrics::get`](crate::metrics::Metrics::get)); the negative of one of
-    /// which less is better.
+    /// Scores by the metric with this name ([`Metrics::get`](crate::metrics::Metrics::get)), negated if lower
+    /// is better.
     pub fn with_metric(self, metric: &'a str) -> Self {
         Self { score: by_metric(metric), ..self }
     }
 
-    /// The same by a score of one's own, of which more is better.
+    /// Scores by a function; higher is better.
     pub fn with_score(self, score: impl Fn(&Predictions) -> Result<f64> + 'a) -> Self {
         Self { score: Box::new(score), ..self }
     }
 
-    /// Every step that was taken.
+    /// Returns every step so far.
     pub fn records(&self) -> &[StepRecord] {
         &self.records
     }
 
-    /// Every evaluation, with the step that it came after.
+    /// Returns every evaluation with the step after which it took place.
     pub fn evaluations(&self) -> &[(usize, Evaluation)] {
         &self.evaluations
     }

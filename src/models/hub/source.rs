@@ -1,4 +1,4 @@
-//! Where a model's files come from: a folder or a repository, with one way to ask for them.
+//! The source of a model's files: a folder or a repository, behind one interface.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::repo::Repo;
 use crate::error::{Error, Result};
 
-/// What the files come from.
+/// The source of the files.
 #[derive(Debug, Clone)]
 pub(super) enum Source {
     Folder(PathBuf),
@@ -15,7 +15,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// The required file `name`, and this source held at the version that file is of.
+    /// The required file `name`, and this source pinned to that file's version.
     pub(super) fn pinned(self, name: &str) -> Result<(Self, PathBuf)> {
         let path = self.file(name)?.ok_or_else(|| self.missing(name))?;
         let source = match self {
@@ -40,16 +40,16 @@ impl Source {
         let dir = config.parent().unwrap_or(Path::new("."));
         match self {
             Self::Folder(_) => names_in(dir),
-            // Offline, what a repository has is what its cache holds.
+            // Offline, the names are those in the cache.
             #[cfg(feature = "hub")]
             Self::Repo(repo) => repo.names().map_or_else(|| names_in(dir), Ok),
         }
     }
 
-    /// The error for a required file that is not there.
+    /// The error for a missing required file.
     pub(super) fn missing(&self, name: &str) -> Error {
         match self {
-            // As in a hub's cache that was copied without what its links lead to.
+            // Happens if a hub's cache was copied without the targets of its links.
             Self::Folder(dir) if dir.join(name).is_symlink() => {
                 Error::format(dir.join(name), "a link to a file that is not there: copy what it leads to")
             }
@@ -59,7 +59,7 @@ impl Source {
         }
     }
 
-    /// The error for a source whose files cannot serve.
+    /// The error for a source whose files cannot be used.
     pub(super) fn unfit(&self, reason: String) -> Error {
         match self {
             Self::Folder(dir) => Error::format(dir, reason),

@@ -48,7 +48,7 @@ fn its_steps_are_those_of_algorithm_1_in_numpy() -> Result<()> {
     };
     let mut ivon = Ivon::new(&params, config.clone())?;
     for (step, after) in rows(&golden["after"]).iter().enumerate() {
-        // Half way another one goes on.
+        // Halfway, another optimiser continues from the state.
         if step == 2 {
             let remembered = ivon.remembered().clone();
             ivon = Ivon::new(&params, config.clone())?;
@@ -102,7 +102,7 @@ fn draws_have_sigma_and_the_curvature_seen_along_them_is_the_hessians_diagonal()
         assert_mean("sigma^2", 1.0 / (20.0 * 0.6), &squares[i]);
         assert_mean("h_hat", want, &curvatures[i]);
     }
-    // Predictive draws have the same law, and other noise.
+    // Predictive draws have the same distribution and other noise.
     let posterior = IvonPosterior::new(&params, ivon.remembered(), &config)?;
     let draws = (0..40_000).map(|draw| Ok(posterior.draw(2 * draw)?["w"].to_vec1::<f64>()?));
     let draws = draws.collect::<Result<Vec<_>>>()?;
