@@ -1,6 +1,6 @@
-//! Greedy generation on the CPU, one row, 32 tokens after a prompt of 16: the base model beside
-//! the same with adapters on all of its linear layers, unmerged and merged. A LLaMA of
-//! RoBERTa-base's width (12 layers x 768) with random weights.
+//! Greedy generation on the CPU, one row, 32 tokens after a prompt of 16: the base model, and the same model
+//! with adapters on all of its linear layers, unmerged and merged. The model is a LLaMA of RoBERTa-base's
+//! width (12 layers x 768) with random weights.
 //!
 //! `cargo bench --bench generation`.
 
@@ -26,7 +26,7 @@ fn config() -> Outcome<DecoderConfig> {
     }))?)
 }
 
-/// A model with frozen random weights: the detached values of a store.
+/// Creates a model with frozen random weights: the detached values of a store.
 fn base(config: &DecoderConfig) -> Outcome<DecoderForCausalLM> {
     let all = Params::new(Noise::new(1), &Device::Cpu);
     DecoderForCausalLM::load(all.var_builder(None, Role::Base), config, Noise::new(0))?;

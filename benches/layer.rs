@@ -1,5 +1,5 @@
-//! One adapted layer, forward and backward, beside the frozen one and plain LoRA; and the draw of
-//! the posterior, with and without its buffer, in each form of the mixture.
+//! One adapted layer, forward and backward, compared with the frozen layer and plain LoRA; and the posterior
+//! draw, with and without its buffer, for each form of the mixture.
 //!
 //! `cargo bench`; `cargo bench -- --test` runs everything once.
 
@@ -24,7 +24,7 @@ fn random(name: &str, shape: (usize, usize)) -> Outcome<Tensor> {
     Ok(params.create(name, Role::Base, shape, &Init::Normal(0.02))?.detach())
 }
 
-/// Forward and backward of a layer, down to the gradient of its input.
+/// Runs forward and backward of a layer, up to the gradient of its input.
 fn step(base: &BaseLinear, adapter: Option<&dyn Adapter>, xs: &Var, cx: &Context) -> Outcome<Tensor> {
     let ys = match adapter {
         Some(adapter) => adapter.forward(xs.as_tensor(), base, cx)?,

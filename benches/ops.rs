@@ -1,10 +1,10 @@
-//! Every differentiable block of `monteclora::ops`, forward and backward, on the fused path and on
-//! the reference: RoBERTa-base's sizes (8 x 128 rows of 768), f32 on the CPU.
+//! Every differentiable block of `monteclora::ops`, forward and backward, on the fused path and on the
+//! reference path: RoBERTa-base's sizes (8 x 128 rows of 768), f32 on the CPU.
 //!
-//! Every step ends in candle's sum and its gradient, whichever the path: `sum alone` is that share.
+//! Every step includes candle's sum and its gradient, on either path: `sum alone` measures that share.
 //!
-//! `cargo bench --bench ops`; with `-- gelu` only the names that contain it, with `-- --test`
-//! everything once.
+//! `cargo bench --bench ops`; with `-- gelu` only the names that contain it, with `-- --test` every case
+//! once.
 
 #[path = "../examples/common/allocator.rs"]
 mod allocator;
@@ -59,7 +59,7 @@ fn case(
     Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
 }
 
-/// Normal numbers: activations (of rank 3 and more) of size 1, matrices and vectors as small as weights.
+/// Normal numbers: activations (rank 3 and more) of size 1, matrices and vectors of the size of weights.
 fn random(name: &str, shape: &[usize]) -> Outcome<Tensor> {
     let mut values = vec![0f32; shape.iter().product()];
     Noise::new(1).stream(name, Purpose::Init).fill_normal_f32(0, &mut values);
@@ -69,7 +69,7 @@ fn random(name: &str, shape: &[usize]) -> Outcome<Tensor> {
 
 fn cases() -> Outcome<Vec<Case>> {
     let stream = Noise::new(2).stream("drop", Purpose::Dropout);
-    // Rows of the batch end in 0, 8, 16, .. padded tokens.
+    // The rows of the batch end in 0, 8, 16, .. padding tokens.
     let real = |row: usize| (0..LENGTH).map(move |i| u8::from(i < LENGTH - 8 * row));
     let padding = Tensor::from_vec((0..BATCH).flat_map(real).collect(), (BATCH, LENGTH), &Device::Cpu)?;
     let angles = random("angles", &[1, LENGTH, HEAD / 2])?;
@@ -148,7 +148,7 @@ fn cases() -> Outcome<Vec<Case>> {
             ops::attention(&t[0], &t[1], &t[2], HEADS, HEADS, scores, &mask, dropout, path)
         }));
     }
-    // As in DeBERTa-v3: 256 buckets, of which rows of this length use those of single distances.
+    // As in DeBERTa-v3: 256 buckets, of which rows of this length use only those of single distances.
     let relative = 2 * LENGTH - 1;
     let rows: Vec<u32> = (0..relative as u32).collect();
     let projected = [(&[ROWS + 2 * LENGTH - 1, WIDTH] as &[usize], true); 2];
@@ -159,7 +159,7 @@ fn cases() -> Outcome<Vec<Case>> {
     Ok(all)
 }
 
-/// The inputs of a case, tracked ones as variables.
+/// Creates the inputs of a case; tracked ones are variables.
 fn inputs(case: &Case) -> Outcome<Vec<Tensor>> {
     let mut tensors = Vec::new();
     for (i, &(shape, tracked)) in case.inputs.iter().enumerate() {
@@ -169,7 +169,7 @@ fn inputs(case: &Case) -> Outcome<Vec<Tensor>> {
     Ok(tensors)
 }
 
-/// Forward and backward of a block, down to the gradient of every tracked input.
+/// Runs forward and backward of a block, up to the gradient of every tracked input.
 fn step(case: &Case, inputs: &[Tensor], path: OpPath) -> Outcome<GradStore> {
     let grads = (case.block)(inputs, path)?.sum_all()?.backward()?;
     if inputs.iter().any(|input| input.is_variable() && grads.get(input).is_none()) {

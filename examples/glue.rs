@@ -1,16 +1,16 @@
 //! Fine-tunes an encoder or a decoder on a GLUE or SuperGLUE task.
 //!
-//! `cargo run --release --example glue`: the bundled model on the bundled SST-2 excerpt, with LoRA
-//! and then MonteCLoRA, in one table.
+//! `cargo run --release --example glue`: the bundled model on the bundled SST-2 excerpt, with LoRA and then
+//! MonteCLoRA, in one table.
 //!
 //! `cargo run --release --example glue -- --model DIR_OR_HUB_ID --task mrpc --data DIR
 //! --method monteclora --targets query,key,value --rank 8 --alpha 16 --epochs 3 --batch-size 32
 //! --lr 3e-4 --max-length 128 --seed 1 --posterior-samples 10 --output OUT`: any model, any task.
 //!
-//! `cargo run --release --example glue -- --train MINE.csv --method lora --output OUT`: rows of your own, with a text
-//! and a label column; then `--predict MORE.csv --adapter OUT` says the labels of others.
+//! `cargo run --release --example glue -- --train MINE.csv --method lora --output OUT`: your own rows, with a
+//! text and a label column; then `--predict MORE.csv --adapter OUT` predicts the labels of others.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
 mod common;
 
@@ -38,64 +38,64 @@ use monteclora::util::files;
 use monteclora::Noise;
 use serde_json::{json, Value};
 
-/// Fine-tunes an encoder or a decoder on a GLUE or SuperGLUE task. Without arguments: LoRA and then MonteCLoRA
-/// with the bundled model on the bundled rows, in one table.
+/// Fine-tunes an encoder or a decoder on a GLUE or SuperGLUE task. Without arguments: LoRA and then
+/// MonteCLoRA with the bundled model on the bundled rows, in one table.
 #[derive(Parser, Clone)]
 #[command(name = "glue", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
-    /// A model folder, or a hub repository. Default: the bundled model.
+    /// A model folder or a hub repository. Default: the bundled model.
     #[arg(long)]
     model: Option<String>,
-    /// The branch, tag or commit of the --model's repository.
+    /// The branch, tag or commit of the repository of --model.
     #[arg(long, requires = "model")]
     revision: Option<String>,
-    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb.
+    /// The task: mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb.
     #[arg(long, default_value = "sst2")]
     task: String,
-    /// A folder in the GLUE or SuperGLUE download layout. Default: the hub's files of the task.
+    /// A folder in the GLUE or SuperGLUE download layout. Default: the task's files on the hub.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Start the head anew, whatever the model has.
+    /// Use a newly initialised head, even if the model has a trained one.
     #[arg(long)]
     new_head: bool,
     #[command(flatten)]
     tables: TableOptions,
-    /// Do not train: predict the rows of this table by what was trained, the --adapter (a folder of an adapter, a
-    /// model or a run) or a --model with a head, into a CSV table in --output or on standard output. Of a folder
-    /// the test sets of --task, as the benchmark's server takes them.
+    /// Predict the rows of this table instead of training, with the --adapter (a folder of an adapter, a
+    /// model or a run) or a --model with a head, and write CSV to --output or standard output. For a folder:
+    /// the test sets of --task, in the format of the benchmark's server.
     #[arg(long, value_name = "FILE|DIR", conflicts_with = "train")]
     predict: Option<PathBuf>,
     #[command(flatten)]
     method: MethodOptions,
     #[command(flatten)]
     train: TrainOptions,
-    /// Rows of a micro-batch.
+    /// Rows per micro-batch.
     #[arg(long, default_value_t = 32, help_heading = "Training")]
     batch_size: usize,
-    /// The most tokens of a row, special ones included; a pair loses those of its longer text first. Default: 128;
-    /// with --predict that of the run.
+    /// The maximum number of tokens in a row, special ones included; a pair is cut at its longer text first.
+    /// Default: 128; with --predict that of the run.
     #[arg(long, help_heading = "Model and data")]
     max_length: Option<usize>,
-    /// Posterior draws to average beside the mean, of monteclora and blob. Default: 10 in the table, else 0.
+    /// Posterior draws to average besides the mean (monteclora and blob). Default: 10 in the table, else 0.
     #[arg(long, help_heading = "Evaluation and output")]
     posterior_samples: Option<usize>,
-    /// cpu, cuda or cuda:N.
+    /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
-    /// f32, bf16 or f16: the dtype of the frozen base.
+    /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
-    /// Folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (under full, model/). With several
-    /// methods, a folder of each in it.
+    /// The folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (with full, model/). With
+    /// several methods, each has a subfolder.
     #[arg(long, help_heading = "Evaluation and output")]
     output: Option<PathBuf>,
 }
 
 impl Args {
-    /// Says which of the options that were given a prediction does not read.
+    /// Warns about given options that a prediction does not read.
     fn tell_unread_by_predict(&self, given: &Given) {
         let all = Self::command();
         let read = "model revision task adapter predict text_column text_pair_column label_column max_length posterior_samples \
@@ -129,7 +129,7 @@ fn run(processes: &Processes) -> Outcome {
     if let Some(rows) = &args.predict {
         args.tell_unread_by_predict(&given);
         if !processes.is_first() {
-            return Ok(()); // one is enough
+            return Ok(()); // one process is enough
         }
         return Request {
             rows,
@@ -190,7 +190,7 @@ fn run(processes: &Processes) -> Outcome {
     Ok(())
 }
 
-/// One method: load, train, evaluate, write. Returns what `metrics.json` holds.
+/// Runs one method: load, train, evaluate, write. Returns the contents of `metrics.json`.
 fn tune(
     args: &Args,
     goal: &Goal,
@@ -202,7 +202,7 @@ fn tune(
 ) -> Outcome<Value> {
     processes.check(0)?;
     let writes = out.filter(|_| processes.is_first());
-    // Until all is written, not only while it trains.
+    // Held until everything is written, not only during training.
     let _lock = writes.map(files::lock).transpose()?;
     common::reset_peak_memory();
     let device = processes.device(&args.device)?;
@@ -236,7 +236,7 @@ fn tune(
 
     let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
-    // The bundled model is small and starts from little: it wants a higher rate.
+    // The bundled model is small and only briefly pre-trained: it needs a higher learning rate.
     let config = args.train.config(
         if args.model.is_none() { 2e-3 } else { 3e-4 },
         &start.method(),
@@ -247,7 +247,7 @@ fn tune(
     let bar = processes.progress(0, name);
     let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
-    // What a prediction reads comes first.
+    // The settings that a prediction reads are written first.
     let save = |dir: &Path| {
         let input = Input { columns: goal.columns.clone(), max_length: length };
         files::write_json(&dir.join(Input::FILE), &input)?;
@@ -258,19 +258,19 @@ fn tune(
     let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end: Vec::new() };
     let held_out = dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
     let mut checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
-    // Its default follows from what is compared already.
+    // Only if given: the default metric follows from settings that are compared already.
     if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
         checkpoints.settings.insert("metric".to_string(), metric.clone());
     }
     let params = &classifier.params;
     let summary = match args.train.epochs {
-        0 => Summary::default(), // only measured
+        0 => Summary::default(), // evaluation only
         _ => watch::fit(&objective, params, &config, &mut watch, checkpoints.as_ref(), processes)?,
     };
     watch.bar.finish_and_clear();
 
     let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
-    // Others have no posterior to draw from.
+    // Other methods have no posterior to draw from.
     let samples = if start.method().has_posterior() { samples } else { 0 };
     let mut metrics = json!({
         "task": goal.name, "method": name, "seed": args.train.seed, "model": model,
@@ -307,7 +307,7 @@ fn tune(
     Ok(metrics)
 }
 
-/// Says of how many rows the end may be lost.
+/// Reports how many rows may have been cut.
 fn tell_cut(name: &str, rows: &[Encoded], length: usize) {
     let full = rows.iter().filter(|row| row.ids.len() >= length).count();
     if full > 0 {
@@ -322,7 +322,7 @@ struct Split {
     batches: Vec<Batch>,
 }
 
-/// The metrics of a benchmark, or all that own data have.
+/// The metrics of the benchmark or, for own data, of the larger set.
 fn measured(predictions: &Predictions, own: bool) -> monteclora::Result<Evaluation> {
     if own {
         predictions.evaluate_own_data()
@@ -331,7 +331,7 @@ fn measured(predictions: &Predictions, own: bool) -> monteclora::Result<Evaluati
     }
 }
 
-/// The score of the first split; all of them are told.
+/// Evaluates and reports all splits; the score is that of the first one.
 fn evaluate(
     classifier: &Classifier,
     dev: &[Split],
@@ -344,7 +344,7 @@ fn evaluate(
     for split in dev {
         let communicator = processes.communicator();
         let predictions = Predictions::in_turns(classifier, &split.rows, &split.batches, 0, communicator)?;
-        // Whatever it is chosen by.
+        // With the larger set of metrics, since --metric may name any of them.
         let Evaluation { mean, .. } = measured(&predictions, true)?;
         let value = mean.get(metric);
         scores.score = scores.score.or(mean.score(metric));
@@ -358,7 +358,7 @@ fn evaluate(
     Ok(scores)
 }
 
-/// The runs side by side: the mean, and where there is a posterior, its average.
+/// Prints the runs side by side: the mean and, for methods with a posterior, the average of its draws.
 fn print_table(runs: &[Value], metric: &str) {
     tell!(
         "{:<24} {:>9} {:>8} {:>8} {:>10} {:>8} {:>9}",

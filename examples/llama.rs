@@ -1,16 +1,17 @@
-//! Fine-tunes a LLaMA or another decoder (Qwen, Mistral, SmolLM, Phi, Gemma) on text, instructions, GSM8K or code, and lets it speak before and after.
+//! Fine-tunes a LLaMA or another decoder (Qwen, Mistral, SmolLM, Phi, Gemma) on text, instructions, GSM8K or
+//! code, and generates a sample before and after.
 //!
-//! `cargo run --release --example llama`: the bundled stories260K on a bundled excerpt of GSM8K,
-//! with LoRA and then MonteCLoRA on its attention projections, in one table.
+//! `cargo run --release --example llama`: the bundled stories260K on a bundled excerpt of GSM8K, with LoRA
+//! and then MonteCLoRA on its attention projections, in one table.
 //!
 //! `cargo run --release --example llama -- --model DIR_OR_HUB_ID --data TRAIN.jsonl
 //! --held-out TEST.jsonl --format instruct --method monteclora --rank 32 --alpha 64 --lr 3e-4
 //! --sample-scaler 2.5e-5 --dtype bf16 --device cuda --output OUT`: any model, any data. The
-//! templates are those of `monteclora::data::instruct`. `--adapter DIR` goes on from an adapter of
+//! templates are those of `monteclora::data::instruct`. `--adapter DIR` continues from an adapter of
 //! this crate or of PEFT, `--task` measures the held-out rows by a benchmark, and `--epochs 0`
 //! measures without training.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
 mod common;
 
@@ -47,8 +48,9 @@ use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
 
-/// Fine-tunes a LLaMA or another decoder on text, instructions, GSM8K or code, and lets it speak before and after. Without arguments:
-/// LoRA and then MonteCLoRA with the bundled model on the bundled rows, in one table.
+/// Fine-tunes a LLaMA or another decoder on text, instructions, GSM8K or code, and generates a sample before
+/// and after. Without arguments: LoRA and then MonteCLoRA with the bundled model on the bundled rows, in one
+/// table.
 #[derive(Parser, Clone)]
 #[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
@@ -61,10 +63,10 @@ struct Args {
     /// Training rows: JSON, JSON lines or text. Default: the bundled excerpt of GSM8K.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Rows for the held-out loss, of the same format. Default: every twentieth row of the data.
+    /// Rows for the held-out loss, in the same format. Default: every twentieth row of the data.
     #[arg(long)]
     held_out: Option<PathBuf>,
-    /// instruct, gsm8k, text or code.
+    /// The format of the rows: instruct, gsm8k, text or code.
     #[arg(long, default_value = "gsm8k")]
     format: String,
     #[command(flatten)]
@@ -75,52 +77,51 @@ struct Args {
     task: TaskOptions,
     #[command(flatten)]
     gguf: GgufOptions,
-    /// Rows of a micro-batch, and prompts that are continued together.
+    /// Rows per micro-batch, and prompts that are continued together.
     #[arg(long, default_value_t = 8, help_heading = "Training")]
     batch_size: usize,
-    /// The most tokens of a row, prompt and answer together; what is longer loses its end.
+    /// The maximum number of tokens in a row, prompt and answer together; longer rows lose their end.
     #[arg(long, default_value_t = 256, help_heading = "Model and data")]
     max_length: usize,
-    /// Learn the prompts as well as the answers.
+    /// Train on the prompts as well as the answers.
     #[arg(long, help_heading = "Training")]
     learn_prompt: bool,
-    /// Put several rows into one sequence.
+    /// Pack several rows into one sequence.
     #[arg(long, help_heading = "Training")]
     packing: bool,
-    /// What is continued before and after. Default: the first held-out prompt.
+    /// The prompt to continue before and after training. Default: the first held-out prompt.
     #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
     #[command(flatten)]
     generation: GenerationOptions,
-    /// Posterior draws whose probabilities are averaged beside the mean, for the held-out loss and
-    /// the task, of monteclora and blob.
+    /// Posterior draws to average besides the mean, for the held-out loss and the task (monteclora and blob).
     #[arg(long, default_value_t = 4, help_heading = "Evaluation")]
     posterior_samples: usize,
-    /// Write A and B alone, for servers, rather than what PEFT trains on with.
+    /// Write only A and B, for servers, instead of everything that PEFT needs to continue training.
     #[arg(long, requires = "output", help_heading = "Output")]
     serving: bool,
-    /// With --serving: put rsLoRA's scale into B, for servers that know none (llama.cpp).
+    /// With --serving: fold rsLoRA's scale into B, for servers without rsLoRA (llama.cpp).
     #[arg(long, requires = "serving", help_heading = "Output")]
     fold_rslora: bool,
-    /// Also write the whole model with the adapter merged in, as `OUT/model`.
+    /// Also write the whole model with the adapter merged in, to `OUT/model`.
     #[arg(long, requires = "output", help_heading = "Output")]
     merged: bool,
-    /// cpu, cuda or cuda:N; several, separated by commas, for a base larger than one (cuda:0,cuda:1).
+    /// The device: cpu, cuda or cuda:N; several, separated by commas, split a large base (cuda:0,cuda:1).
     #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
-    /// f32, bf16 or f16: the dtype of the frozen base.
+    /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
-    /// Folder for metrics.json, log.jsonl and adapter/ (under full, model/). With several methods, a folder of each
-    /// in it.
+    /// The folder for metrics.json, log.jsonl and adapter/ (with full, model/). With several methods, each
+    /// has a subfolder.
     #[arg(long, help_heading = "Output")]
     output: Option<PathBuf>,
 }
 
-/// The rows of a run, and the held-out ones as texts, too.
+/// The rows of a run; the held-out ones also as texts.
 struct Data {
     train: Vec<Tokens>,
     held_out: Vec<Tokens>,
@@ -128,7 +129,7 @@ struct Data {
     prompt: String,
 }
 
-/// What all methods share.
+/// The data that all methods share.
 struct Setup {
     args: Args,
     model: String,
@@ -155,7 +156,7 @@ fn run(processes: &Processes) -> Outcome {
     interrupt::listen()?;
     let (mut args, given) = common::given::parse::<Args>();
     args.method.find_adapter()?;
-    args.task.benchmark()?; // before an hour of training
+    args.task.benchmark()?; // fails here, not after an hour of training
     processes.join(&args.device)?;
     let model = match &args.model {
         Some(model) => model.clone(),
@@ -258,11 +259,12 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
 }
 
 impl Setup {
-    /// One method: load, speak, train, evaluate, speak, write. Returns what `metrics.json` holds.
+    /// Runs one method: load, generate, train, evaluate, generate, write. Returns the contents of
+    /// `metrics.json`.
     fn tune(&self, name: &str, out: Option<&Path>, processes: &Processes) -> Outcome<Value> {
         processes.check(0)?;
         let writes = out.filter(|_| processes.is_first());
-        // Until all is written, not only while it trains.
+        // Held until everything is written, not only during training.
         let _lock = writes.map(files::lock).transpose()?;
         common::reset_peak_memory();
         let Self { args, config, data, .. } = self;
@@ -308,7 +310,7 @@ impl Setup {
         let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
             (Some(dir), None) => {
-                AdapterFile::remove(dir.join("adapter"))?; // of another run
+                AdapterFile::remove(dir.join("adapter"))?; // left by another run
                 match name {
                     "full" => Ok(()),
                     _ => params.save(&dir.join("adapter")),
@@ -331,7 +333,7 @@ impl Setup {
                 let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
                 let (rows, pad_id) = (&data.train, config.pad_id());
                 let objective = CausalTuning { model: &model, hooks, rows, batcher, pad_id };
-                // The bundled model is small and learns a foreign text: it wants a higher rate.
+                // The bundled model is small and trained on other text: it needs a higher learning rate.
                 let config = args.train.config(
                     if args.model.is_none() { 5e-3 } else { 3e-4 },
                     &start.method(),
@@ -345,7 +347,7 @@ impl Setup {
         };
         watch.bar.finish_and_clear();
 
-        // Before anything else can fail.
+        // Written first, before anything else can fail.
         keep()?;
         if let Some(dir) = &whole {
             if !stays(dir, args.train.resume && files::has_entries(dir)) {
@@ -379,7 +381,7 @@ impl Setup {
         Ok(metrics)
     }
 
-    /// Writes the adapter as it is.
+    /// Writes the adapter in its current state.
     fn save_adapter(
         &self,
         model: &DecoderForCausalLM,
@@ -399,13 +401,13 @@ impl Setup {
             .write(dir.join("adapter"), format)
     }
 
-    /// The continuation of the prompt.
+    /// Generates the continuation of the prompt.
     fn speak(&self, model: &DecoderForCausalLM) -> Outcome<String> {
         let generator = self.generator(model, PosteriorWeights::Mean, 64)?;
         Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
     }
 
-    /// The task's figures, null without one.
+    /// The results of the task; null without one.
     fn measure(
         &self,
         model: &DecoderForCausalLM,

@@ -1,12 +1,12 @@
-//! Pre-trains a small RoBERTa by masked language modelling on plain text, from nothing: its
-//! byte-level BPE tokenizer, its weights, its model folder.
+//! Pre-trains a small RoBERTa from scratch by masked language modelling on plain text: its byte-level BPE
+//! tokenizer, its weights, its model folder.
 //!
 //! `cargo run --release --example pretrain -- --text SENTENCES.txt --text sst2/train.tsv --output DIR`
 //!
-//! Text files hold one sequence a line; of `.tsv` files (a header line, tabs) the first column is
-//! read, of `.jsonl` files the field `question`.
+//! Text files hold one sequence per line. Of `.tsv` files (with a header line), the first column is read; of
+//! `.jsonl` files, the field `question`.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
 mod common;
 
@@ -40,55 +40,55 @@ const SPECIAL: [&str; 5] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"];
 const PAD: u32 = 1;
 const MASK: u32 = 4;
 
-/// Pre-trains a small RoBERTa by masked language modelling on plain text, from nothing: its byte-level BPE
+/// Pre-trains a small RoBERTa from scratch by masked language modelling on plain text: its byte-level BPE
 /// tokenizer, its weights, its model folder.
 #[derive(Parser)]
 #[command(name = "pretrain", version, after_help = EXAMPLES)]
 struct Args {
-    /// A file of text, a sequence a line (of .tsv the first column, of .jsonl the field `question`); repeat for
-    /// more.
+    /// A text file with a sequence per line (of .tsv the first column, of .jsonl the field `question`);
+    /// repeat for more.
     #[arg(long, required = true)]
     text: Vec<PathBuf>,
     /// The model folder to write.
     #[arg(long)]
     output: PathBuf,
-    /// Pieces of the tokenizer, special ones included.
+    /// The vocabulary size of the tokenizer, special tokens included.
     #[arg(long, default_value_t = 8000, help_heading = "Model")]
     vocab_size: usize,
     /// The width of a hidden state.
     #[arg(long, default_value_t = 192, help_heading = "Model")]
     hidden: usize,
-    /// Layers.
+    /// The number of layers.
     #[arg(long, default_value_t = 4, help_heading = "Model")]
     layers: usize,
-    /// Attention heads of a layer; they divide the width.
+    /// The number of attention heads per layer, a divisor of the width.
     #[arg(long, default_value_t = 4, help_heading = "Model")]
     heads: usize,
-    /// The width inside a feed-forward block.
+    /// The inner width of a feed-forward block.
     #[arg(long, default_value_t = 768, help_heading = "Model")]
     intermediate: usize,
-    /// The longest sequence, in tokens.
+    /// The maximum sequence length, in tokens.
     #[arg(long, default_value_t = 128, help_heading = "Model")]
     max_length: usize,
-    /// 0: the random weights that training would start from.
+    /// Training steps; 0 writes the random weights that training would start from.
     #[arg(long, default_value_t = 4000, help_heading = "Training")]
     steps: usize,
-    /// Steps between two evaluations on held-out text, each of which saves the model.
+    /// Steps between evaluations on held-out text, each of which saves the model.
     #[arg(long, default_value_t = 500, help_heading = "Training")]
     save_every: usize,
-    /// Tokens of one step, padding counted.
+    /// Tokens per step, padding included.
     #[arg(long, default_value_t = 4096, help_heading = "Training")]
     batch_tokens: usize,
-    /// The highest learning rate, after a twentieth of the steps; it falls to zero in a straight line.
+    /// The peak learning rate, after a twentieth of the steps; it then falls linearly to zero.
     #[arg(long, default_value_t = 1e-3, help_heading = "Training")]
     lr: f64,
-    /// Dropout of hidden states and of attention.
+    /// Dropout probability of hidden states and attention.
     #[arg(long, default_value_t = 0.1, help_heading = "Training")]
     dropout: f64,
-    /// The seed of weights, of the order of rows and of what is masked.
+    /// The seed of weights, row order and masking.
     #[arg(long, default_value_t = 1, help_heading = "Training")]
     seed: u64,
-    /// cpu, cuda or cuda:N.
+    /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
 }
@@ -122,7 +122,7 @@ fn run() -> Outcome {
     let tokenizer = train_tokenizer(&lines, args.vocab_size)?;
     std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output))?;
     let rows = encode(&tokenizer, &lines, args.max_length)?;
-    // Every fiftieth sequence is held out; equal texts stay on one side.
+    // About one in fifty sequences is held out; equal texts are on the same side.
     let (held_out, train): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| held_out(row));
     if train.is_empty() || held_out.is_empty() {
         return Err("--text: too little to train on and to hold out".into());
@@ -194,7 +194,7 @@ fn run() -> Outcome {
     Ok(())
 }
 
-/// Appends the sequences of a file.
+/// Appends the sequences of a file to `lines`.
 fn read_lines(path: &Path, lines: &mut Vec<String>) -> Outcome {
     let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("txt");
@@ -215,7 +215,7 @@ fn read_lines(path: &Path, lines: &mut Vec<String>) -> Outcome {
     Ok(())
 }
 
-/// Byte-level BPE with RoBERTa's special tokens and templates.
+/// Trains a byte-level BPE tokenizer with RoBERTa's special tokens and templates.
 fn train_tokenizer(lines: &[String], vocab_size: usize) -> Outcome<Tokenizer> {
     let special: Vec<AddedToken> = SPECIAL.iter().map(|token| AddedToken::from(*token, true)).collect();
     let mut trainer = BpeTrainer::builder()
@@ -240,7 +240,7 @@ fn train_tokenizer(lines: &[String], vocab_size: usize) -> Outcome<Tokenizer> {
     .with_decoder(Some(ByteLevel::default().into()))
     .build()?;
     tokenizer.train(&mut trainer, lines.iter())?;
-    // Through its file format, so that training and use see the same tokenizer.
+    // Read back from its file format, so that training and later use have the same tokenizer.
     Tokenizer::from_bytes(tokenizer.to_string(false)?.as_bytes())
 }
 
@@ -257,7 +257,7 @@ fn encode(tokenizer: &Tokenizer, lines: &[String], max_length: usize) -> Outcome
     Ok(rows.filter(|ids| ids.len() > 4).collect())
 }
 
-/// Decided by content, so that equal sequences are never on both sides.
+/// Whether a row is held out; decided by its content, so that equal sequences are on the same side.
 fn held_out(row: &[u32]) -> bool {
     let hash = row.iter().fold(17u64, |hash, id| (hash ^ u64::from(*id)).wrapping_mul(0x0000_0100_0000_01b3));
     (hash >> 20) % 50 == 0
@@ -273,7 +273,7 @@ fn model_config(args: &Args, vocab_size: usize) -> Outcome<RobertaConfig> {
     }))?)
 }
 
-/// How sequences become batches.
+/// The settings for making batches of sequences.
 struct Data {
     masking: Masking,
     noise: Noise,
@@ -282,7 +282,8 @@ struct Data {
 }
 
 impl Data {
-    /// The batches of an epoch, each of about `batch_tokens` tokens of similar lengths, shuffled.
+    /// Plans the batches of an epoch, each of about `batch_tokens` tokens in rows of similar lengths,
+    /// shuffled.
     fn plan(&self, rows: &[Vec<u32>], epoch: u64) -> Vec<Vec<usize>> {
         let stream = self.noise.stream("pretrain", Purpose::Shuffle);
         let mut order = stream.permutation(epoch << 1, rows.len());
@@ -307,7 +308,7 @@ impl Data {
         Ok(self.masking.batch(rows, PAD, &stream, draw, &self.device)?)
     }
 
-    /// The loss over all hidden tokens of a set, with the same tokens hidden every time.
+    /// Computes the loss over all masked tokens of a set; the same tokens are masked every time.
     fn evaluate(&self, model: &RobertaForMaskedLM, rows: &[Vec<u32>]) -> Outcome<f64> {
         let (mut sum, mut count) = (0.0, 0.0);
         for (i, chunk) in rows.chunks(32).enumerate() {
@@ -326,7 +327,8 @@ fn loss(model: &RobertaForMaskedLM, batch: &MaskedBatch, cx: &Context) -> Outcom
     Ok(ops::cross_entropy(&logits, &batch.labels, ops::IGNORED_LABEL, cx.path)?)
 }
 
-/// Writes `tokenizer.json` and `tokenizer_config.json`, `config.json`, `model.safetensors` in half precision, and `pretraining.json`.
+/// Writes `tokenizer.json`, `tokenizer_config.json`, `config.json`, `model.safetensors` in half precision,
+/// and `pretraining.json`.
 fn save(
     dir: &Path,
     tokenizer: &Tokenizer,
@@ -344,11 +346,11 @@ fn save(
         Ok((name, param.var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F16)?))
     });
     let halves = halves.collect::<candle_core::Result<BTreeMap<String, Tensor>>>()?;
-    // A run that is stopped while it writes leaves the model of its last evaluation.
+    // Written atomically: a run that is stopped here keeps the model of its last evaluation.
     let halves = halves.iter().map(|(name, tensor)| (name.clone(), tensor));
     files::write_safetensors(&dir.join("model.safetensors"), halves)?;
     files::write(&dir.join("tokenizer.json"), tokenizer.to_string(false)?.as_bytes())?;
-    // Without it transformers takes RoBERTa's own tokenizer, which treats the first word otherwise.
+    // Without this file, transformers uses RoBERTa's own tokenizer, which treats the first word differently.
     let tokenizer_config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_length(),
         "bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",

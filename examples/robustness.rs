@@ -1,20 +1,21 @@
-//! How much do results depend on hyperparameters? The paper's grid, method by method, and its report.
+//! How much do results depend on hyperparameters? Runs the paper's grid, method by method, and writes a
+//! report.
 //!
-//! `cargo run --release --example robustness -- --quick`: the bundled model on the bundled SST-2
-//! excerpt, a small grid. Without `--quick` the paper's nine settings.
+//! `cargo run --release --example robustness -- --quick`: the bundled model on the bundled SST-2 excerpt, a
+//! small grid. Without `--quick` the paper's nine settings.
 //!
 //! `cargo run --release --example robustness -- --model DIR_OR_HUB_ID --tasks mrpc,rte --data DIR
 //! --methods lora,monteclora,monteclora:n=64 --lrs 3e-4,5e-5,1e-5 --batch-sizes 8,32,64 --epochs 3
-//! --seeds 1,2,3 --output OUT`: any model, any task. A run that is killed goes on where it stopped;
-//! `--shard 2/4`, or a SLURM job array, takes a part of the cells.
+//! --seeds 1,2,3 --output OUT`: any model, any task. A killed run resumes where it stopped;
+//! `--shard 2/4`, or a SLURM job array, runs a part of the cells.
 //!
-//! `cargo run --release --example robustness -- --plan FILE --model DIR --data DIR --output OUT`: the
-//! study that the file says, and whether what it counts as success was found.
+//! `cargo run --release --example robustness -- --plan FILE --model DIR --data DIR --output OUT`: the study
+//! that the file describes, and whether its criterion of success was met.
 //!
-//! `--train TRAIN.json --data DIR --tasks piqa,winogrande`: a language model, trained once a cell and measured
-//! on every task; `--tasks gsm8k` without a model: the bundled one and rows.
+//! `--train TRAIN.json --data DIR --tasks piqa,winogrande`: a language model, trained once per cell and
+//! measured on every task; `--tasks gsm8k` without a model: the bundled model and rows.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
 mod common;
 
@@ -40,80 +41,81 @@ use monteclora::study::{self, CellKey, Grid, PerTask, Plan, Progress, Shard, Tri
 use monteclora::Error;
 use serde_json::{json, Value};
 
-/// How much do results depend on hyperparameters? A grid of methods, learning rates, batch sizes and seeds, cell by
-/// cell, and its report. A run that is killed goes on where it stopped.
+/// How much do results depend on hyperparameters? Runs a grid of methods, learning rates, batch sizes and
+/// seeds, cell by cell, and writes a report. A killed run resumes where it stopped.
 #[derive(Parser)]
 #[command(name = "robustness", version, after_help = EXAMPLES)]
 struct Args {
-    /// A study as a JSON file says it (`study::Plan`): its tasks, methods, rates, seeds, rows and tests. A folder
-    /// that it was run into knows it: --report-only needs no file.
+    /// A JSON file that describes the study (`study::Plan`): its tasks, methods, rates, seeds, rows and
+    /// tests. A folder with results of a plan contains it: --report-only needs no file.
     #[arg(long, conflicts_with_all = ["tasks", "methods", "lrs", "batch_sizes", "seeds", "epochs", "max_length",
         "limit_train", "limit_dev", "foreign_task", "draws", "quick", "train", "report_only"])]
     plan: Option<PathBuf>,
-    /// A model folder, or a hub repository. Default: the bundled model.
+    /// A model folder or a hub repository. Default: the bundled model.
     #[arg(long)]
     model: Option<String>,
-    /// mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb, separated by commas; of a language model
-    /// folders of --data.
+    /// Tasks separated by commas: mrpc, cola, rte, wic, boolq, sst2, qnli, qqp, mnli or stsb; for a language
+    /// model, folders of --data.
     #[arg(long, value_delimiter = ',', default_value = "sst2")]
     tasks: Vec<String>,
-    /// A folder with the tasks in the GLUE or SuperGLUE download layout; of a language model with a folder
-    /// for each. Default: the hub's files.
+    /// A folder with the tasks in the GLUE or SuperGLUE download layout; for a language model, with a folder
+    /// per task. Default: the hub's files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Recipes separated by commas: a name (full, lora, map, rslora, loraplus, lora-fa, ivon, dora, adalora, ia3,
-    /// bottleneck, prompt, blob, monteclora, monteclora-calibrated, monteclora-sparse, monteclora-posthoc,
-    /// monteclora-released) and options, as in monteclora:n=64:eps=1e-2; lora:held-out=0.15 keeps 15 % of its
-    /// rows to fit a temperature on. monteclora-posthoc:adapter=DIR starts from a LoRA adapter of
-    /// the task that was made elsewhere; no colon or comma in DIR.
+    /// Recipes separated by commas: a name (full, lora, map, rslora, loraplus, lora-fa, ivon, dora, adalora,
+    /// ia3, bottleneck, prompt, blob, monteclora, monteclora-calibrated, monteclora-sparse,
+    /// monteclora-posthoc, monteclora-released) and options, as in monteclora:n=64:eps=1e-2;
+    /// lora:held-out=0.15 holds out 15 % of its rows to fit a temperature; monteclora-posthoc:adapter=DIR
+    /// starts from an existing LoRA adapter of the task (no colon or comma in DIR).
     #[arg(long, value_delimiter = ',')]
     methods: Option<Vec<String>>,
-    /// Learning rates. Default: the paper's, or for the bundled model 2e-3,5e-4,1e-4.
+    /// Learning rates. Default: the paper's; for the bundled model 2e-3,5e-4,1e-4.
     #[arg(long, value_delimiter = ',')]
     lrs: Option<Vec<f64>>,
     /// Batch sizes. Default: the paper's.
     #[arg(long, value_delimiter = ',')]
     batch_sizes: Option<Vec<usize>>,
-    /// Seeds, each with rows of its own.
+    /// Seeds; each draws its own rows.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     seeds: Vec<u64>,
-    /// Passes over the training rows: a number, or one for each of some tasks, or both, as in 20,mrpc=15.
+    /// Passes over the training rows: a number, a number for some tasks, or both, as in 20,mrpc=15.
     #[arg(long, default_value = "1")]
     epochs: PerTask<usize>,
-    /// The most tokens of a row.
+    /// The maximum number of tokens in a row.
     #[arg(long, default_value_t = 128)]
     max_length: usize,
-    /// Train on so many rows: a number, or one for each of some tasks, or both, as in 1000,sst2=4000. Each
-    /// seed has its own, stratified by label.
+    /// Train on this many rows, stratified by label and drawn by the seed: a number, a number for some tasks,
+    /// or both, as in 1000,sst2=4000.
     #[arg(long, default_value = "", hide_default_value = true)]
     limit_train: PerTask<usize>,
-    /// Measure on so many rows, stratified by label, the same in every cell. Default: all.
+    /// Measure on this many rows, stratified by label, the same in every cell. Default: all.
     #[arg(long)]
     limit_dev: Option<usize>,
-    /// Rows of this task are to be told from those of the others, or of some tasks alone, as in sst2=cola.
+    /// A task whose rows are to be told apart from those of the others, or of some tasks only, as in
+    /// sst2=cola.
     #[arg(long, default_value = "", hide_default_value = true)]
     foreign_task: PerTask<Task>,
-    /// Posterior draws, and passes of MC dropout.
+    /// The number of posterior draws, and of passes of MC dropout.
     #[arg(long, default_value_t = 10)]
     draws: usize,
     /// A small grid: two learning rates, one batch size, three methods, one epoch.
     #[arg(long)]
     quick: bool,
-    /// Run a part of the cells, i/n. Default: the whole, or this process's share of several,
-    /// or this member of a SLURM job array.
+    /// Run a part of the cells, i/n. Default: all, or this process's share among several, or this member's
+    /// share of a SLURM job array.
     #[arg(long)]
     shard: Option<Shard>,
-    /// Only write the report of the results there are.
+    /// Only write the report of the existing results.
     #[arg(long)]
     report_only: bool,
-    /// Keep the finished cells as lines of one file, cells.jsonl, in place of a folder each; with
-    /// --report-only those that there are. A packed study goes on as any other.
+    /// Keep finished cells as lines of one file, cells.jsonl, instead of a folder each; with --report-only,
+    /// pack the existing ones. A packed study can be resumed.
     #[arg(long)]
     pack: bool,
-    /// cpu, cuda or cuda:N.
+    /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// The folder of the results and the report.
+    /// The folder for the results and the report.
     #[arg(long, default_value = "target/robustness")]
     output: PathBuf,
     #[command(flatten)]
@@ -121,7 +123,7 @@ struct Args {
 }
 
 impl Args {
-    /// Says which of the options that were given change nothing.
+    /// Warns about given options that have no effect.
     fn tell_unread(&self, given: &Given) {
         if self.report_only {
             let run: Vec<&str> =
@@ -181,7 +183,7 @@ fn run(processes: &Processes) -> Outcome {
             args.follow(plan);
         }
         if !args.is_language() {
-            // However they are spelt; of a plan they are known to be some.
+            // The tasks' canonical names, however they are spelt; those of a plan are known to be valid.
             args.tasks = args.glue_tasks()?.iter().map(|task| task.name().to_string()).collect();
         }
         let shard = processes.share(args.shard()?);
@@ -193,7 +195,7 @@ fn run(processes: &Processes) -> Outcome {
         processes.join(&args.device)?;
         run_cells(&args, plan)?;
     }
-    // The last of several processes writes the report of all.
+    // The last of several processes to finish writes the report of all cells.
     if args.pack {
         study::pack(&args.output)?;
     }
@@ -269,7 +271,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
         common::reset_peak_memory();
         trial.run(key)
     };
-    // A task that is foreign to another may come to be trained on, too.
+    // A foreign task may also be one of the trained tasks: its name is marked.
     let strangers = foreign.iter().map(|(name, rows)| (format!("{name}, foreign"), [&[][..], &rows[..]]));
     let own = tasks.iter().map(|(name, rows)| (name.to_string(), [&rows.train[..], &rows.dev]));
     extend(&mut settings, study::checksums_of_data(strangers.chain(own)));
@@ -277,7 +279,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     Ok(())
 }
 
-/// The cells of a language model: one training, all tasks.
+/// Runs the cells of a language model: one training per cell, measured on all tasks.
 fn run_language(
     args: &Args,
     cells: &[CellKey],
@@ -285,7 +287,7 @@ fn run_language(
     mut settings: Value,
     virtual_tokens: usize,
 ) -> Outcome {
-    // One training serves all tasks.
+    // One training serves all tasks, so that options by task are not possible.
     let own = [&args.epochs, &args.limit_train].map(|of| of.entries().iter().any(|(task, _)| task.is_some()));
     if own.contains(&true) || args.foreign_task != PerTask::default() {
         return Err("--epochs TASK=N, --limit-train TASK=N, --foreign-task: not with a language model".into());
@@ -306,7 +308,7 @@ fn run_language(
 }
 
 impl Args {
-    /// Takes what a plan says.
+    /// Takes the settings of a plan.
     fn follow(&mut self, plan: &Plan) {
         self.tasks.clone_from(&plan.tasks);
         self.epochs.clone_from(&plan.epochs);
@@ -318,15 +320,15 @@ impl Args {
     }
 }
 
-/// The last part of a model's folder or repository.
+/// The last component of a model's folder or repository.
 fn short_name(model: &str) -> String {
     Path::new(model).file_name().map_or(model.into(), |name| name.to_string_lossy()).into_owned()
 }
 
-/// What all cells depend on beside their own keys.
+/// The settings that all cells depend on, besides their own keys.
 fn settings(args: &Args, model: &str, plan: Option<&(Plan, String)>) -> Outcome<Value> {
-    // Older versions trained on the first rows and held out the last, and drew from a posterior without pairs: their cells
-    // are of another study.
+    // Older versions trained on the first rows and held out the last ones, and their posterior draws were not
+    // in pairs: with these settings, their cells belong to another study.
     let mut settings = json!({
         "model": short_name(model), "version": env!("CARGO_PKG_VERSION"), "rows": "stratified, by seed",
         "posterior_draws": "in pairs",
@@ -352,7 +354,7 @@ fn grid(args: &Args) -> Grid {
     let methods = match (&args.methods, args.quick) {
         (Some(methods), _) => methods.clone(),
         (None, true) => ["lora", "full", "monteclora"].map(String::from).to_vec(),
-        // Temperatures are fitted on what a LoRA was not trained on.
+        // The temperatures are fitted on rows that the LoRA was not trained on.
         (None, false) => {
             study::recipe::NAMES.iter().chain(&["lora:held-out=0.15"]).map(ToString::to_string).collect()
         }
@@ -364,7 +366,7 @@ fn grid(args: &Args) -> Grid {
     };
     grid.seeds.clone_from(&args.seeds);
     if args.model.is_none() {
-        // The bundled model is small and starts from little: it wants higher rates.
+        // The bundled model is small and only briefly pre-trained: it needs higher learning rates.
         grid.lrs = vec![2e-3, 5e-4, 1e-4];
     }
     if args.quick {
@@ -389,7 +391,7 @@ fn say(progress: &Progress, next: Option<&CellKey>) {
 struct Data<'a> {
     args: &'a Args,
     files: &'a ModelFiles,
-    /// The most that a method of the grid puts before a row.
+    /// The largest number of virtual tokens that a method of the grid puts before a row.
     virtual_tokens: usize,
 }
 
@@ -405,12 +407,13 @@ impl Data<'_> {
         let splits = self.splits(task)?;
         let config = SequenceConfig::from_files(self.files, task.num_labels())?;
         let tokenizer = common::tokenizer(self.files, config.vocab_size())?;
-        // All methods of a grid see the same rows, whatever room one of them wants.
+        // All methods of a grid see the same rows: the length leaves room for the most virtual tokens of any
+        // method.
         let longest = config.max_length();
         let length = text_length(args.max_length, longest, self.virtual_tokens);
         let encoder = TextEncoder::new(tokenizer, length, longest)?;
         let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
-        // Of the training rows each seed has its own; all cells are measured on the same.
+        // Each seed draws its own training rows; the measured rows are the same in all cells.
         let train = encoder.encode(&splits.train)?;
         let dev = encoder.encode(dev)?;
         let limit = args.limit_dev.unwrap_or(dev.len());

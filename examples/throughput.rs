@@ -1,15 +1,15 @@
-//! The price of one training step, method by method, on random weights of a model's geometry: the
-//! paper's table 12 by one command.
+//! The cost of one training step, method by method, on random weights of a model's geometry: the paper's
+//! table 12 in one command.
 //!
 //! `cargo run --release --example throughput -- --config CONFIG.json --batch 8 --length 128
 //! --rank 8 --targets query,key,value --method lora,monteclora --steps 12`
 //!
-//! The methods alternate step by step in one process, so that their ratio is fair on a noisy
-//! machine; the matrix products of every linear layer on all tokens ("gemm") are timed before and
-//! after. They share the frozen weights, which are made on the device. Each method's peak memory comes from a process
-//! of its own, on a device from its own steps.
+//! The methods alternate step by step in one process, so that their ratio is fair on a noisy machine. The
+//! matrix products of every linear layer on all tokens ("gemm") are timed before and after. The methods share
+//! the frozen weights, which are made on the device. On the host, each method's peak memory comes from a
+//! process of its own; on a device, from its own steps.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // a closed pipe is no bug: `tell`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
 mod common;
 
@@ -31,36 +31,37 @@ use monteclora::util::files;
 use monteclora::Error;
 use serde_json::{json, Value};
 
-/// The price of one training step, method by method, on random weights of a model's geometry. The methods
+/// The cost of one training step, method by method, on random weights of a model's geometry. The methods
 /// alternate step by step; on the CPU each one's peak memory comes from a process of its own.
 #[derive(Parser)]
 #[command(name = "throughput", version, args_override_self = true, after_help = EXAMPLES)]
 struct Args {
-    /// A `config.json` of an encoder or a decoder.
+    /// The `config.json` of an encoder or a decoder.
     #[arg(long, required_unless_present = "all_reduce")]
     config: Option<PathBuf>,
-    /// Any of lora, monteclora, monteclora-calibrated and full, separated by commas.
+    /// Methods separated by commas: lora, monteclora, monteclora-calibrated or full.
     #[arg(long, default_value = "lora,monteclora")]
     method: String,
-    /// Counted steps of each method; two more warm up.
+    /// Measured steps of each method, after two warm-up steps.
     #[arg(long, default_value_t = 12)]
     steps: usize,
-    /// cpu, cuda or cuda:N.
+    /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// f32, bf16 or f16: the dtype of the frozen base.
+    /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Keep the frozen base in blocks of a few bits: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long)]
     quantize: Option<Quantization>,
-    /// Leave out the peak memory, which on the CPU takes three more steps of each method.
+    /// Skip the peak memory, which on the CPU takes three more steps of each method.
     #[arg(long)]
     no_memory: bool,
-    /// Only time the sum of so many numbers over all processes, --steps times: what a step adds where there are several.
+    /// Only time an all-reduce of this many numbers over all processes, --steps times: what a step of several
+    /// processes adds.
     #[arg(long, value_name = "NUMBERS", conflicts_with = "config")]
     all_reduce: Option<usize>,
-    /// Where to write the table as JSON.
+    /// The file to write the table to, as JSON.
     #[arg(long)]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -97,12 +98,12 @@ fn run(processes: &Processes) -> Outcome {
     let base = base(dtype, args.quantize, &device);
     let new = |name: &&str| Contender::new(name, config, &args.geometry, &base);
     let mut contenders = names.iter().map(new).collect::<Outcome<Vec<_>>>()?;
-    // A method by itself is here for its peak memory, which the products would raise.
+    // A single method is run for its peak memory, which the products would raise.
     let products = match contenders.len() {
         1 => Vec::new(),
         _ => contenders[0].products(&args.geometry, dtype, &device)?,
     };
-    // Before and after, not in between: a step that follows them is slower than one that follows a step.
+    // Timed before and after, not in between: a step is slower after the products than after another step.
     let passes = |count: usize| (0..count).map(|_| time_of(&products, &device)).collect::<Outcome<Vec<_>>>();
     passes(1)?;
     let mut gemm = passes(args.steps.div_ceil(2))?;
@@ -127,14 +128,14 @@ fn run(processes: &Processes) -> Outcome {
         Ok(table)
     };
     if !args.no_memory && device.is_cpu() {
-        write(&rows)?; // who has no time for the rest keeps the times
+        write(&rows)?; // keeps the times if the rest is interrupted
         memory(&mut rows)?;
     }
     tell!("{}", serde_json::to_string_pretty(&write(&rows)?)?);
     Ok(())
 }
 
-/// Times the one exchange of a step.
+/// Times the all-reduce of a training step.
 fn all_reduce(numbers: usize, times: usize, device: &Device, processes: &Processes) -> Outcome {
     let communicator = processes.communicator();
     let flat = Tensor::zeros(numbers, DType::F32, device)?;
@@ -147,7 +148,7 @@ fn all_reduce(numbers: usize, times: usize, device: &Device, processes: &Process
         seconds.push(start.elapsed().as_secs_f64());
     }
     let (world, bytes) = (processes.world(), numbers * 4);
-    // What a ring sends from each process: the least that any algorithm can do.
+    // The bytes that each process sends in a ring, the minimum for any algorithm.
     let sent = 2 * (world - 1) * bytes / world;
     let table = json!({
         "processes": world, "bytes": bytes, "sent_by_each_at_least": sent, "seconds_median": median(&seconds[1..]),
@@ -156,7 +157,8 @@ fn all_reduce(numbers: usize, times: usize, device: &Device, processes: &Process
     Ok(())
 }
 
-/// Adds the peak memory of each method on the host: of this process where it is alone, else of one of its own.
+/// Adds each method's peak memory on the host: of this process if it is the only method, else of a process of
+/// its own.
 fn memory(rows: &mut [Value]) -> Outcome {
     if let [row] = rows {
         row["peak_rss_mb"] = peak_rss_bytes().map(|bytes| bytes as f64 / 1e6).into();
@@ -168,7 +170,7 @@ fn memory(rows: &mut [Value]) -> Outcome {
     Ok(())
 }
 
-/// The time of some matrix products, one after the other.
+/// Returns the time of the given matrix products, computed one after the other.
 fn time_of(products: &[(Tensor, Tensor)], device: &Device) -> Outcome<f64> {
     let start = Instant::now();
     for (lhs, rhs) in products {
@@ -194,12 +196,12 @@ fn row(contender: &Contender, geometry: &Geometry, gemm: Option<f64>) -> Value {
     })
 }
 
-/// The peak memory (MB) of one method, measured by this program in a process of its own.
+/// Returns the peak memory (MB) of one method, measured by this program in a new process.
 fn alone(method: &str) -> Outcome<f64> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("alone.json");
     let last = ["--method", method, "--steps", "1", "--output", path.to_str().ok_or("path")?];
-    let arguments = std::env::args().skip(1).chain(last.map(str::to_string)); // the last one counts
+    let arguments = std::env::args().skip(1).chain(last.map(str::to_string)); // later options override
     let output = Command::new(std::env::current_exe()?).args(arguments).output()?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
@@ -209,7 +211,7 @@ fn alone(method: &str) -> Outcome<f64> {
     table["rows"][0]["peak_rss_mb"].as_f64().ok_or_else(|| "peak memory is unknown on this system".into())
 }
 
-/// Every method's step time and memory over LoRA's.
+/// The ratios of every method's step time and memory to LoRA's.
 fn ratios(rows: &[Value]) -> Value {
     let Some(lora) = rows.iter().find(|row| row["method"] == "lora") else {
         return json!({});

@@ -1,12 +1,12 @@
-//! The crate's one error type.
+//! The crate's error type.
 //!
-//! Constructors, injection and everything that reads or writes files return [`Result`]. The
-//! arithmetic (`forward`, `rsample`, `kl_divergence`) returns candle's own result, because
-//! candle's `Module` trait asks for it; `?` converts both ways where it is needed.
+//! Constructors, injection and everything that reads or writes files return [`Result`]. The arithmetic
+//! (`forward`, `rsample`, `kl_divergence`) returns candle's own result, because candle's `Module` trait
+//! requires it; `?` converts both ways where needed.
 
 use std::path::PathBuf;
 
-/// What can go wrong, each variant named after its condition.
+/// The errors of this crate, each variant named after its condition.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -37,7 +37,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file does not hold what its format promises.
+    /// A file does not match its format.
     #[error("{}{}: {reason}", path.display(), line.map(|l| format!(", line {l}")).unwrap_or_default())]
     Format {
         /// The file at fault.
@@ -48,16 +48,16 @@ pub enum Error {
         reason: String,
     },
 
-    /// The operating system refused to read or write a file.
+    /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder at fault.
         path: PathBuf,
-        /// The system's own error.
+        /// The underlying error.
         source: std::io::Error,
     },
 
-    /// A model hub did not give what was asked of it.
+    /// A request to a model hub failed.
     #[error("hub repository {repo}: {reason}")]
     Hub {
         /// The repository (`owner/name`).
@@ -66,67 +66,67 @@ pub enum Error {
         reason: String,
     },
 
-    /// Training met a loss or gradient that is not finite, and stopped.
+    /// Training stopped because a loss or gradient was not finite.
     #[error("step {step}: {term} is {value}{}; batch rows {rows:?}", layer.as_ref().map(|l| format!(", first in {l}")).unwrap_or_default())]
     NonFinite {
         /// The optimiser step at which it appeared (1-based).
         step: usize,
-        /// The term of the loss, or the parameter whose gradient it was.
+        /// The loss term, or the parameter whose gradient was not finite.
         term: String,
         /// The offending value.
         value: f64,
-        /// The first layer whose output was not finite, where there is one.
+        /// The first layer whose output was not finite, if any.
         layer: Option<String>,
         /// The data rows of the batch.
         rows: Vec<usize>,
     },
 
-    /// Training was asked to stop and did, after a whole step.
+    /// Training stopped on request, after a completed step.
     #[error("stopped after step {step}")]
     Interrupted {
-        /// The last optimiser step that was taken (1-based).
+        /// The last completed optimiser step (1-based).
         step: usize,
     },
 
     /// Another process of a distributed run failed, or the communication between the processes did.
     #[error("rank {rank}: {reason}")]
     Distributed {
-        /// The process at fault.
+        /// The rank of the process at fault.
         rank: usize,
-        /// Its error, in words.
+        /// The description of its error.
         reason: String,
     },
 
-    /// Candle failed: shapes, dtypes, devices.
+    /// An error of candle, such as mismatched shapes, dtypes or devices.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }
 
-/// The crate's result.
+/// The crate's result type.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// A [`Error::Config`] for `option`.
+    /// Creates an [`Error::Config`] for `option`.
     pub fn config(option: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Config { option: option.into(), reason: reason.into() }
     }
 
-    /// A [`Error::Tensor`] for the tensor `name`.
+    /// Creates an [`Error::Tensor`] for the tensor `name`.
     pub fn tensor(name: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Tensor { name: name.into(), reason: reason.into() }
     }
 
-    /// A [`Error::Format`] for a file without lines.
+    /// Creates an [`Error::Format`] without a line.
     pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Self::Format { path: path.into(), line: None, reason: reason.into() }
     }
 
-    /// A [`Error::Format`] for line `line` (1-based) of a file.
+    /// Creates an [`Error::Format`] for line `line` (1-based) of a file.
     pub fn format_at(path: impl Into<PathBuf>, line: usize, reason: impl Into<String>) -> Self {
         Self::Format { path: path.into(), line: Some(line), reason: reason.into() }
     }
 
-    /// Turns an I/O error at `path` into [`Error::Io`]; made for `map_err`.
+    /// Turns an I/O error at `path` into [`Error::Io`]; for use with `map_err`.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }

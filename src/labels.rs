@@ -1,7 +1,7 @@
 //! The names of the classes, in the order of a model's outputs.
 //!
-//! A class is a name to its task and a row of the head to a checkpoint, and every checkpoint has an order of its
-//! own. What joins the two is the name, which a configuration keeps in `id2label`.
+//! A task identifies classes by name, a checkpoint by the row of its head, and the order of the rows differs
+//! between checkpoints. The names in a configuration's `id2label` map one to the other.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// The names of the classes by their numbers; a regression's one output has a name, too.
+/// The class names in the order of their indices. The single output of a regression has a name, too.
 ///
 /// # Example
 /// ```
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 /// let task = Labels::new(["entailment", "neutral", "contradiction"])?;
 /// let checkpoint = Labels::new(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"])?;
 /// assert_eq!(task.index_of("Neutral"), Some(1));
-/// assert_eq!(checkpoint.places_of(&task), Some(vec![2, 1, 0])); // the row of the head for each class of the task
+/// assert_eq!(checkpoint.places_of(&task), Some(vec![2, 1, 0])); // the row of the head for each class
 /// assert!(Labels::numbered(3).are_numbers() && !task.are_numbers());
 /// # Ok::<(), monteclora::Error>(())
 /// ```
@@ -28,10 +28,10 @@ pub struct Labels {
 }
 
 impl Labels {
-    /// These names, that of class 0 first.
+    /// Creates labels from the class names, class 0 first.
     ///
     /// # Errors
-    /// If there is none, or two are the same.
+    /// If there is no name, or two are the same.
     pub fn new<N: Into<String>>(names: impl IntoIterator<Item = N>) -> Result<Self> {
         let names: Vec<String> = names.into_iter().map(Into::into).collect();
         if names.is_empty() {
@@ -49,13 +49,13 @@ impl Labels {
         Ok(Self { names })
     }
 
-    /// `LABEL_0`, `LABEL_1` ...: the names that Hugging Face gives where there are none.
+    /// `LABEL_0`, `LABEL_1` ...: the default names of Hugging Face.
     pub fn numbered(count: usize) -> Self {
         Self { names: (0..count).map(|class| format!("LABEL_{class}")).collect() }
     }
 
-    /// The names in a `config.json`: its `id2label`, or its `label2id` where it has that alone. None where it
-    /// has neither (null counts as absent).
+    /// Reads the names in a `config.json` from `id2label` or, if that is absent, from `label2id`. Returns
+    /// `None` if it has neither (null and empty count as absent).
     ///
     /// # Errors
     /// If the numbers are not 0, 1, 2 ..., or two names are the same.
@@ -96,25 +96,25 @@ impl Labels {
         Value::Object(pairs.collect::<Map<_, _>>())
     }
 
-    /// How many there are.
-    // Never none, where they come from `new`.
+    /// The number of classes.
+    // Never empty if created by `new`.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.names.len()
     }
 
-    /// The names, that of class 0 first.
+    /// The names, class 0 first.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The name of a class, if there is one of this number.
+    /// The name of class number `class`, if there is one.
     pub fn name(&self, class: usize) -> Option<&str> {
         self.names.get(class).map(String::as_str)
     }
 
-    /// The number of the class `name`: of the same name, else of the only one that differs from it in case and
-    /// in `_`, `-` and space alone.
+    /// The index of the class `name`: an exact match, else the only name that matches if case and the
+    /// difference between `_`, `-` and space are ignored.
     pub fn index_of(&self, name: &str) -> Option<usize> {
         if let Some(class) = self.names.iter().position(|own| own == name) {
             return Some(class);
@@ -127,7 +127,7 @@ impl Labels {
         }
     }
 
-    /// Whether they say no more than the numbers do: each is `LABEL_i` or `i`.
+    /// Whether the names say no more than the indices: each is `LABEL_i` or `i`.
     pub fn are_numbers(&self) -> bool {
         let is_number = |(class, name): (usize, &String)| {
             let name = folded(name);
@@ -136,8 +136,8 @@ impl Labels {
         self.names.iter().enumerate().all(is_number)
     }
 
-    /// For each of `wanted`, in their order, its number here: the rows to take from a head of this order. None
-    /// where the two are not the same classes.
+    /// For each class of `wanted`, in order, its index in `self`: the rows to take from a head with this
+    /// order. Returns `None` if the two do not have the same classes.
     pub fn places_of(&self, wanted: &Labels) -> Option<Vec<usize>> {
         let places: Vec<usize> =
             wanted.names.iter().map(|name| self.index_of(name)).collect::<Option<_>>()?;
@@ -154,12 +154,12 @@ impl From<usize> for Labels {
     }
 }
 
-/// The text of a name, which some files write as a number.
+/// The text of a name; some files have a number instead of a string.
 pub(crate) fn plain(name: &Value) -> String {
     name.as_str().map_or_else(|| name.to_string(), str::to_string)
 }
 
-/// A name without what spellings differ in.
+/// Normalises the spelling of a name: case, `_` and `-`, surrounding white space.
 fn folded(name: &str) -> String {
     name.trim().to_lowercase().replace(['_', '-'], " ")
 }
@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(task.index_of("neutral"), None);
         let cased = labels(&["Us", "us", "other"]);
         assert_eq!((cased.index_of("us"), cased.index_of("US")), (Some(1), None));
-        // which of the two?
+        // "US" is ambiguous
     }
 
     #[test]

@@ -6,7 +6,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_debug_implementations)]
 
-// Floor 0, the ground: knows nothing of the method.
+// Layer 0: independent of the method.
 pub mod error;
 mod kernels;
 pub mod labels;
@@ -17,22 +17,22 @@ pub mod special;
 mod testing;
 pub mod util;
 
-// Floor 1: probability.
+// Layer 1: probability distributions.
 pub mod dist;
 
-// Floor 2: the seam and the methods.
+// Layer 2: the adapter interface and the methods.
 pub mod adapter;
 pub mod adapters;
 mod monteclora;
 pub mod optim;
 
-// Floor 3: into models and onto disk.
+// Layer 3: adapters in models and on disk.
 pub mod inject;
 #[cfg(feature = "models")]
 pub mod models;
 pub mod peft;
 
-// Floor 4: experiments.
+// Layer 4: data, training and evaluation.
 #[cfg(feature = "train")]
 pub mod bayes;
 #[cfg(feature = "train")]

@@ -1,4 +1,4 @@
-//! How good predictions are: the scores of GLUE, and the calibration of probabilities.
+//! Metrics of predictions: the scores of GLUE, and the calibration of probabilities.
 //!
 //! Everything is in double precision; definitions follow scikit-learn and SciPy.
 
@@ -21,7 +21,7 @@ pub use uncertainty::{auroc, entropy, uncertainty, Uncertainty};
 /// The number of bins of the expected calibration error.
 pub const ECE_BINS: usize = 15;
 
-/// The scores of one evaluation; those that do not apply are absent.
+/// The scores of one evaluation; scores that do not apply are `None`.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(default)]
 pub struct Metrics {
@@ -31,22 +31,22 @@ pub struct Metrics {
     /// F1 of class 1; only for two classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub f1: Option<f64>,
-    /// The mean of the classes' F1; of [`Self::of_own_data`] alone.
+    /// The mean of the classes' F1; only set by [`Self::of_own_data`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub macro_f1: Option<f64>,
-    /// The same with each class weighted by its rows; of [`Self::of_own_data`] alone.
+    /// The mean of the classes' F1 weighted by their rows; only set by [`Self::of_own_data`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weighted_f1: Option<f64>,
-    /// Matthews' correlation coefficient.
+    /// Matthews correlation coefficient.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub matthews: Option<f64>,
-    /// Pearson's correlation; absent where predictions or targets are constant.
+    /// Pearson correlation; `None` if the predictions or the targets are constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pearson: Option<f64>,
-    /// Spearman's rank correlation; absent where predictions or targets are constant.
+    /// Spearman rank correlation; `None` if the predictions or the targets are constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spearman: Option<f64>,
-    /// Mean `-ln p` of the labels, in nats; infinite (`null` in JSON) if one had probability 0.
+    /// Mean `-ln p` of the labels, in nats; infinite (`null` in JSON) if a label has probability 0.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "null_is_infinite")]
     pub nll: Option<f64>,
     /// Expected calibration error, as a fraction.
@@ -60,7 +60,7 @@ pub struct Metrics {
     pub mse: Option<f64>,
 }
 
-/// JSON has no infinity: what is written as null.
+/// Reads `null` as infinity: JSON has no infinity, which is written as `null`.
 fn null_is_infinite<'de, D: Deserializer<'de>>(value: D) -> std::result::Result<Option<f64>, D::Error> {
     Ok(Some(Option::<f64>::deserialize(value)?.unwrap_or(f64::INFINITY)))
 }
@@ -69,9 +69,8 @@ impl Metrics {
     /// Scores of class probabilities: one row per example, one column per class.
     ///
     /// # Errors
-    /// If there is no row, if rows and labels differ in number, if rows differ in length or have
-    /// fewer than two classes, if a value is no probability (NaN included), or if a label is out
-    /// of range.
+    /// If there is no row, if rows and labels differ in number, if rows differ in length or have fewer than
+    /// two classes, if a value is not a probability (NaN included), or if a label is out of range.
     pub fn classification(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<Self> {
         let classes = check_probabilities(probabilities, labels)?;
         let predicted: Vec<u32> = probabilities.iter().map(|p| argmax(p) as u32).collect();
@@ -86,7 +85,7 @@ impl Metrics {
         })
     }
 
-    /// [`Self::classification`] with the averages of F1 over classes, which no benchmark here asks for.
+    /// [`Self::classification`] with macro and weighted F1, which none of the benchmarks here report.
     ///
     /// # Errors
     /// As [`Self::classification`].
@@ -94,7 +93,7 @@ impl Metrics {
         let metrics = Self::classification(probabilities, labels)?;
         let predicted: Vec<u32> = probabilities.iter().map(|p| argmax(p) as u32).collect();
         let scores = class_scores(&predicted, labels)?;
-        // As scikit-learn: over the classes that are predicted or a label.
+        // As in scikit-learn: over the classes that occur as a prediction or a label.
         let macro_f1 = scores.iter().map(|class| class.f1).sum::<f64>() / scores.len() as f64;
         let weighted = scores.iter().map(|class| class.f1 * class.rows as f64).sum::<f64>();
         let weighted_f1 = weighted / labels.len() as f64;
@@ -104,7 +103,7 @@ impl Metrics {
     /// Scores of predicted numbers.
     ///
     /// # Errors
-    /// If there is no row, if the two differ in length, or if a value is not finite.
+    /// If there is no row, if both slices differ in length, or if a value is not finite.
     pub fn regression(predictions: &[f64], targets: &[f64]) -> Result<Self> {
         Ok(Self {
             pearson: pearson(predictions, targets)?,
@@ -114,7 +113,8 @@ impl Metrics {
         })
     }
 
-    /// The names of the metrics that a model of so many outputs has (1: a regression), as [`Self::get`] takes them.
+    /// Returns the names of the metrics of a model with `outputs` outputs (1: a regression), as [`Self::get`]
+    /// takes them.
     pub fn names(outputs: usize) -> &'static [&'static str] {
         match outputs {
             1 => &["pearson", "spearman", "mse"],
@@ -123,13 +123,13 @@ impl Metrics {
         }
     }
 
-    /// [`Self::get`] as a score, of which more is better: the negative of an error or a loss.
+    /// Returns the metric `name` as a score of which more is better: losses and errors are negated.
     pub fn score(&self, name: &str) -> Option<f64> {
         let sign = if ["nll", "ece", "brier", "mse"].contains(&name) { -1.0 } else { 1.0 };
         self.get(name).map(|value| sign * value)
     }
 
-    /// The metric called `name`, as its field; `None` for an absent or unknown one.
+    /// Returns the value of the field `name`; `None` if it is absent or the name is unknown.
     pub fn get(&self, name: &str) -> Option<f64> {
         match name {
             "accuracy" => self.accuracy,
@@ -148,24 +148,24 @@ impl Metrics {
     }
 }
 
-/// Probabilities of one row of logits.
+/// Returns the probabilities of one row of logits.
 pub fn softmax(logits: &[f64]) -> Vec<f64> {
     let mut row = logits.to_vec();
     special::softmax(&mut row);
     row
 }
 
-/// The share of equal entries.
+/// The share of predictions that equal their label.
 ///
 /// # Errors
-/// If there is no row, or if the two differ in length; so for every function below.
+/// If there is no row, or if both slices differ in length.
 pub fn accuracy(predicted: &[u32], labels: &[u32]) -> Result<f64> {
     same_length(predicted.len(), labels.len())?;
     let right = predicted.iter().zip(labels).filter(|(p, l)| p == l).count();
     Ok(right as f64 / labels.len() as f64)
 }
 
-/// F1 of class 1; 0 where class 1 is neither predicted nor a label.
+/// F1 of class 1; 0 if class 1 is neither predicted nor a label.
 ///
 /// # Errors
 /// As [`accuracy`].
@@ -177,8 +177,8 @@ pub fn f1(predicted: &[u32], labels: &[u32]) -> Result<f64> {
     Ok(if total == 0.0 { 0.0 } else { 2.0 * both / total })
 }
 
-/// Matthews' correlation coefficient in its form for any number of classes (Gorodkin 2004); 0
-/// where predictions or labels are all of one class.
+/// Matthews correlation coefficient for any number of classes (Gorodkin 2004); 0 if all predictions or all
+/// labels are of one class.
 ///
 /// # Errors
 /// As [`accuracy`].
@@ -196,10 +196,10 @@ pub fn matthews(predicted: &[u32], labels: &[u32]) -> Result<f64> {
     Ok(if scale == 0.0 { 0.0 } else { (right * n - sum(|c| c.0 * c.1)) / scale })
 }
 
-/// Pearson's correlation; `None`, being undefined, where either side is constant.
+/// Pearson correlation; `None` if either side is constant, where the correlation is undefined.
 ///
 /// # Errors
-/// As [`accuracy`]; if a value is not finite.
+/// As [`accuracy`], and if a value is not finite.
 pub fn pearson(a: &[f64], b: &[f64]) -> Result<Option<f64>> {
     check_numbers(a, b)?;
     let constant = |v: &[f64]| v.iter().all(|x| *x == v[0]);
@@ -217,7 +217,7 @@ pub fn pearson(a: &[f64], b: &[f64]) -> Result<Option<f64>> {
     Ok(r.is_finite().then(|| r.clamp(-1.0, 1.0)))
 }
 
-/// Spearman's correlation: Pearson's of the ranks, ties sharing the mean of theirs.
+/// Spearman correlation: the Pearson correlation of the ranks, where ties share their mean rank.
 ///
 /// # Errors
 /// As [`pearson`].
@@ -226,8 +226,8 @@ pub fn spearman(a: &[f64], b: &[f64]) -> Result<Option<f64>> {
     pearson(&ranks(a), &ranks(b))
 }
 
-/// Mean of `-ln p` of the labels, in nats. Nothing is clamped: a label of probability 0 makes it
-/// infinite, and is reported so.
+/// Mean of `-ln p` of the labels, in nats. Probabilities are not clamped: a label of probability 0 makes the
+/// result infinite.
 ///
 /// # Errors
 /// As [`Metrics::classification`].
@@ -237,8 +237,8 @@ pub fn nll(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     Ok(0.0 - sum / labels.len() as f64)
 }
 
-/// Expected calibration error (Guo et al. 2017), as a fraction: the gap between accuracy and mean
-/// top probability in each of [`ECE_BINS`] bins `(lo, hi]` of equal width, weighted by its rows.
+/// Expected calibration error (Guo et al. 2017), as a fraction: the gap between accuracy and mean top
+/// probability in each of [`ECE_BINS`] bins `(lo, hi]` of equal width, weighted by the bin's rows.
 ///
 /// # Errors
 /// As [`Metrics::classification`].
@@ -252,8 +252,8 @@ pub fn ece(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     Ok(gaps.iter().map(|gap: &f64| gap.abs()).sum::<f64>() / labels.len() as f64)
 }
 
-/// Brier's score: squared distance between probabilities and the label's indicator, summed over
-/// classes, mean over rows.
+/// Brier score: squared distance between the probabilities and the one-hot label, summed over classes,
+/// averaged over rows.
 ///
 /// # Errors
 /// As [`Metrics::classification`].
@@ -275,13 +275,13 @@ pub fn mse(predictions: &[f64], targets: &[f64]) -> Result<f64> {
     Ok(sum / targets.len() as f64)
 }
 
-/// The place of the first of the largest entries. A NaN is never larger, and nothing is larger than one: a row that begins
-/// with it gives 0.
+/// Returns the index of the first of the largest entries. Comparisons with NaN are false: a NaN is never
+/// chosen, except that a row that begins with NaN gives 0.
 pub(crate) fn argmax(row: &[f64]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
-/// Ranks from 1; equal values share the mean of theirs.
+/// Returns ranks from 1; equal values share their mean rank.
 fn ranks(values: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|i, j| values[*i].total_cmp(&values[*j]));
@@ -312,7 +312,7 @@ fn check_numbers(a: &[f64], b: &[f64]) -> Result<()> {
     }
 }
 
-/// The number of classes.
+/// Checks the rows and labels and returns the number of classes.
 fn check_probabilities(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<usize> {
     same_length(probabilities.len(), labels.len())?;
     let classes = probabilities[0].len();

@@ -1,8 +1,8 @@
-//! What unit tests share.
+//! Helpers shared by unit tests.
 
 use std::io::Write;
 
-/// Says that a test did nothing, where the test runner does not hide it.
+/// Reports a skipped test directly on stderr, which the test runner does not capture.
 pub(crate) fn skipped(why: &str) {
     writeln!(std::io::stderr(), "skipped: {why}").ok();
 }

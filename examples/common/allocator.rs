@@ -1,7 +1,7 @@
-//! The allocator of a program that trains; benches use this file, too.
+//! The allocator settings of a training program; the benches use this file too.
 
-/// Keeps freed memory in the process. Candle allocates every intermediate anew, and by default
-/// glibc returns large blocks to the system each time: a million page faults a training step.
+/// Keeps freed memory in the process. Candle allocates every intermediate result anew, and by default glibc
+/// returns large blocks to the system each time: a million page faults per training step.
 #[allow(unsafe_code)] // mallopt only sets allocator options
 pub fn tune_allocator() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -1,4 +1,4 @@
-//! One method on a model with random weights: what the throughput example times.
+//! A method on a model with random weights, as timed by the throughput example.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::path::Path;
@@ -23,14 +23,14 @@ use serde_json::Value;
 use super::random_weights::random_weights;
 use super::Outcome;
 
-// Sizes of a step. No doc comment, which clap would take for the program's description.
+// Sizes of a step. Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Geometry")]
 pub struct Geometry {
-    /// Rows of a step.
+    /// Rows per step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    /// Tokens of a row.
+    /// Tokens per row.
     #[arg(long, default_value_t = 128)]
     length: usize,
     /// Rank of the update.
@@ -42,16 +42,16 @@ pub struct Geometry {
     /// Mixture components N of MonteCLoRA.
     #[arg(long, default_value_t = 4)]
     num_components: usize,
-    /// Layers of the model. Default: as in the configuration.
+    /// The number of the model's layers. Default: as in the configuration.
     #[arg(long)]
     num_layers: Option<usize>,
-    /// Keep each layer's input alone and compute the layer again in backward.
+    /// Keep only each layer's input and recompute the layer in the backward pass.
     #[arg(long)]
     checkpoint_layers: bool,
 }
 
 impl Geometry {
-    /// The tokens of a step.
+    /// The number of tokens per step.
     pub fn tokens(&self) -> usize {
         self.batch * self.length
     }
@@ -63,7 +63,7 @@ enum Model {
 }
 
 impl Model {
-    /// Reads the configuration, and makes the model of the given tensors.
+    /// Creates the model of a configuration with the given tensors.
     fn load(json: &Value, base: Weights<'static>, head: VarBuilder<'static>) -> Outcome<Self> {
         Ok(if DecoderConfig::model_types().any(|known| json["model_type"] == known) {
             let config = DecoderConfig::from_value(json.clone())?;
@@ -94,7 +94,7 @@ impl Model {
         }
     }
 
-    /// What full rows are to be: their classes, or their next tokens; i64 on the host, as of any batch.
+    /// The labels of full rows: their classes, or their next tokens; i64 on the host, as in any batch.
     fn labels(&self, ids: &[u32], length: usize) -> Vec<i64> {
         match self {
             Self::Encoder(_) => (0..(ids.len() / length) as i64).map(|row| row % 2).collect(),
@@ -125,7 +125,7 @@ struct Batch {
     labels: Tensor, // (b) or (b (t - 1)), on the host
 }
 
-/// One method on a model of its own, whose frozen weights it shares with the others.
+/// One method on a model of its own, which shares its frozen weights with the others.
 pub struct Contender {
     name: String,
     model: Model,
@@ -140,7 +140,7 @@ pub struct Contender {
 }
 
 impl Contender {
-    /// A method on weights of `base`; full fine-tuning, which changes them, on its own in single precision.
+    /// Creates a method on the weights of `base`; full fine-tuning gets its own weights, in single precision.
     pub fn new(name: &str, config: &Path, geometry: &Geometry, base: &Weights<'static>) -> Outcome<Self> {
         let (start, device) = (Instant::now(), base.device());
         let Geometry { batch, length, rank, num_components, .. } = *geometry;
@@ -217,22 +217,22 @@ impl Contender {
         &self.name
     }
 
-    /// Seconds until the model was ready; the first one makes the weights.
+    /// The seconds until the model was ready; for the first contender, with the time to make the weights.
     pub fn ready_seconds(&self) -> f64 {
         self.ready_seconds
     }
 
-    /// Seconds of forward, backward (with clipping) and optimiser, of each step.
+    /// The seconds of forward, backward (with clipping) and optimiser, for each step.
     pub fn seconds(&self) -> &[Vec<f64>; 3] {
         &self.seconds
     }
 
-    /// Forgets the times so far.
+    /// Clears the times so far.
     pub fn forget(&mut self) {
         self.seconds.iter_mut().for_each(Vec::clear);
     }
 
-    /// The bytes (MB) of linear layers and word embedding, which a tied head shares.
+    /// The size (MB) of the linear layers and the word embedding, which a tied head shares.
     pub fn weights_mb(&self) -> f64 {
         self.weight_bytes as f64 / 1e6
     }
@@ -241,13 +241,13 @@ impl Contender {
         self.params.trainable_count()
     }
 
-    /// The most memory (MB) that was in use on a CUDA device during its steps: with the adapters and moments of the
-    /// methods beside it.
+    /// The peak memory (MB) in use on a CUDA device during this method's steps, including the adapters and
+    /// optimiser states of the other methods.
     pub fn peak_device_mb(&self) -> Option<f64> {
         self.device_bytes.map(|bytes| bytes as f64 / 1e6)
     }
 
-    /// One training step.
+    /// Takes one training step.
     pub fn step(&mut self, draw: u64) -> Outcome {
         let (tape, device) = (Tape::default(), self.batch.ids.device());
         let cx = Context::from(Pass::Train { draw }).with_tape(&tape);
@@ -271,8 +271,9 @@ impl Contender {
         Ok(())
     }
 
-    /// The matrix products of a step with frozen weights and without adapters: of every linear layer
-    /// `x W^T` forward and `dY W` backward. Attention's own products and a vocabulary's are left out.
+    /// The operands of a step's matrix products with frozen weights and without adapters: `x W^T` forward and
+    /// `dY W` backward for every linear layer. The products within attention and with the vocabulary are left
+    /// out.
     pub fn products(
         &self,
         geometry: &Geometry,

@@ -1,4 +1,4 @@
-//! What the examples take from the hub, with a bar for each file that is downloaded.
+//! Downloads from the hub, with a progress bar for each file.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use monteclora::models::hub::{self, ModelFiles};
 
 use super::Outcome;
 
-/// A model's files, of a folder or a revision of a hub repository.
+/// The files of a model, from a folder or a revision of a hub repository.
 pub fn model_files(model: &str, revision: Option<&str>) -> Outcome<ModelFiles> {
     #[cfg(feature = "hub")]
     {
@@ -32,7 +32,7 @@ pub fn adapter(id_or_dir: &Path) -> Outcome<PathBuf> {
     }
 }
 
-/// A task's rows from the hub.
+/// Downloads a task's rows from the hub.
 #[cfg(all(feature = "hub", feature = "parquet"))]
 pub fn hub_splits(task: Task) -> Outcome<Splits> {
     use monteclora::data::parquet::load_parquet;
@@ -47,13 +47,13 @@ pub fn hub_splits(task: Task) -> Outcome<Splits> {
     Ok(load_parquet(task, &files)?)
 }
 
-/// Without the features `hub` and `parquet`, data come from a folder.
+/// Without the features `hub` and `parquet`, data must come from a folder.
 #[cfg(not(all(feature = "hub", feature = "parquet")))]
 pub fn hub_splits(task: Task) -> Outcome<Splits> {
     Err(format!("{}: give --data DIR, or build with the features hub and parquet", task.name()).into())
 }
 
-/// The hub that the environment names.
+/// The hub configuration from the environment, with progress bars.
 #[cfg(feature = "hub")]
 fn with_bars() -> monteclora::models::hub::HubConfig {
     use std::sync::{Mutex, PoisonError};

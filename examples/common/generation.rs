@@ -1,4 +1,4 @@
-//! How texts are continued: options, and what a model's own file asks for.
+//! The options of text generation, compared with the model's own generation settings.
 
 use monteclora::models::generate::{GenerateConfig, PosteriorWeights, Sampling};
 use monteclora::models::hub::ModelFiles;
@@ -7,29 +7,31 @@ use serde_json::Value;
 use super::output::tell_err;
 use super::Outcome;
 
-// No doc comment, which clap would take for the program's description.
+// Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Generation")]
 pub struct GenerationOptions {
-    /// The most tokens that are generated. Default: 64 for the sample, 256 for the task (512 for programs).
+    /// The maximum number of generated tokens. Default: 64 for the sample, 256 for the task (512 for
+    /// programs).
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
-    /// How freely tokens are chosen. 0: always the most probable.
+    /// The sampling temperature; 0 always takes the most probable token.
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f64,
-    /// Choose among the k most probable tokens only; wants a temperature.
+    /// Sample among the k most probable tokens only; needs a temperature.
     #[arg(long)]
     pub top_k: Option<usize>,
-    /// Choose among the most probable tokens up to this share only; wants a temperature.
+    /// Sample among the most probable tokens up to this total probability only; needs a temperature.
     #[arg(long)]
     pub top_p: Option<f64>,
-    /// Make tokens that are in the text already less likely: above 1.
+    /// Penalty on tokens that are already in the text; above 1 makes them less likely.
     #[arg(long, default_value_t = 1.0)]
     pub repetition_penalty: f64,
 }
 
 impl GenerationOptions {
-    /// The configuration of a text that ends at `stop`, of at most `most` tokens unless an option says otherwise.
+    /// The generation settings, with `stop` as end tokens and at most `most` new tokens unless an option sets
+    /// the number.
     pub fn config(
         &self,
         seed: u64,
@@ -52,8 +54,8 @@ impl GenerationOptions {
         Ok(GenerateConfig { max_new_tokens, sampling, repetition_penalty, seed, stop, weights, ..defaults })
     }
 
-    /// Says where the model's `generation_config.json` asks for another penalty than is applied: transformers would
-    /// take it without being asked.
+    /// Reports if the model's `generation_config.json` has another repetition penalty than the one in use,
+    /// because transformers would apply the file's penalty by default.
     pub fn tell_asked(&self, files: &ModelFiles) -> Outcome {
         let Some(path) = files.file("generation_config.json")? else { return Ok(()) };
         let settings: Value = serde_json::from_slice(&std::fs::read(&path)?)?;

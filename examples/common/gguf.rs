@@ -1,4 +1,4 @@
-//! What of a run is written for llama.cpp and Ollama.
+//! The GGUF files that a run writes for llama.cpp and Ollama.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ pub struct GgufOptions {
     pub merged_gguf: Option<GgufKind>,
 }
 
-/// A trained model and where it is of.
+/// A trained model and the files that it was loaded from.
 pub struct Trained<'a> {
     pub model: &'a dyn AdaptableModel,
     pub params: &'a Params,
@@ -43,8 +43,8 @@ impl Trained<'_> {
     }
 }
 
-/// Whether a whole model that is `there` stays as it is: where a run that was at its end is asked again. It appears whole
-/// or not at all, and it may be somebody else's, so that nothing is written over it.
+/// Whether an existing model (`there`) is kept, as when a finished run is started again. A model is written
+/// completely or not at all, and it may belong to somebody else, so it is never overwritten.
 pub fn stays(path: &Path, there: bool) -> bool {
     if there {
         tell!("{}: it is there already and stays as it is", path.display());
@@ -53,12 +53,13 @@ pub fn stays(path: &Path, there: bool) -> bool {
 }
 
 impl GgufOptions {
-    /// Whether a file is to be written.
+    /// Whether a GGUF file is to be written.
     pub fn is_asked(&self) -> bool {
         self.gguf.is_some() || self.merged_gguf.is_some()
     }
 
-    /// Refuses, before anything is trained, what could not be written afterwards; `resumes`: whether the run goes on.
+    /// Checks before training that all files can be written afterwards; `resumes`: whether the run is
+    /// resumed.
     pub fn check(&self, trained: &Trained, out: Option<&Path>, resumes: bool) -> Outcome {
         if self.gguf.is_some() {
             check_adapter(&trained.file()?, &trained.files.config()?)?;
@@ -69,7 +70,7 @@ impl GgufOptions {
         Ok(())
     }
 
-    /// Writes what was asked for, after a run that `resumes`, or not.
+    /// Writes the requested files; `resumes`: whether the run was resumed.
     pub fn write(&self, trained: &Trained, out: Option<&Path>, resumes: bool) -> Outcome {
         if let Some(path) = &self.gguf {
             write_adapter(&trained.file()?, &trained.files.config()?, path)?;
@@ -82,7 +83,7 @@ impl GgufOptions {
         Ok(())
     }
 
-    /// The kind and the place of the whole model, where there is to be one.
+    /// The kind and path of the whole model, if it is to be written.
     pub fn merged(&self, out: Option<&Path>) -> Option<(GgufKind, PathBuf)> {
         Some((self.merged_gguf?, out?.join("model.gguf")))
     }

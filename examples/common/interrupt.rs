@@ -1,6 +1,7 @@
-//! SIGINT, SIGTERM and SIGUSR1 (which launchers pass on to all processes, and batch systems send before a job's time
-//! is over): the first asks the run to stop after its step, the second ends it at once.
-//! SIGHUP stays as it is, so that `nohup` works: it ends the process, and the newest checkpoint stands.
+//! Handling of SIGINT, SIGTERM and SIGUSR1 (which launchers pass on to all processes, and batch systems send
+//! before a job's time is over): the first signal asks the run to stop after its step, the second ends it at
+//! once. SIGHUP is not handled, so that `nohup` works: it ends the process, and the newest checkpoint
+//! remains.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,10 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::output::tell_err;
 use super::Outcome;
 
-/// The signal that came, 0 before.
+/// The signal that was received; 0 if none.
 static SIGNAL: AtomicUsize = AtomicUsize::new(0);
 
-/// Begins to listen.
+/// Installs the signal handlers.
 #[cfg(unix)]
 pub fn listen() -> Outcome {
     use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
@@ -21,7 +22,7 @@ pub fn listen() -> Outcome {
     std::thread::spawn(move || {
         for number in signals.forever() {
             if SIGNAL.swap(number as usize, Ordering::Relaxed) != 0 {
-                // Without destructors, which another thread may still need.
+                // Without running destructors, whose data another thread may still use.
                 signal_hook::low_level::exit(128 + number);
             }
             tell_err!("stopping as soon as nothing is lost by it; once more to stop at once");
@@ -30,18 +31,18 @@ pub fn listen() -> Outcome {
     Ok(())
 }
 
-/// Elsewhere a signal ends the process, and the newest checkpoint stands.
+/// On other systems a signal ends the process, and the newest checkpoint remains.
 #[cfg(not(unix))]
 pub fn listen() -> Outcome {
     Ok(())
 }
 
-/// Whether the run is to stop.
+/// Whether the run was asked to stop.
 pub fn requested() -> bool {
     SIGNAL.load(Ordering::Relaxed) != 0
 }
 
-/// Stops between two parts of a run that have nothing to save.
+/// Stops a run at a point where there is nothing to save, if it was asked to stop.
 pub fn check(step: usize) -> monteclora::Result<()> {
     if requested() {
         Err(monteclora::Error::Interrupted { step })
@@ -50,7 +51,7 @@ pub fn check(step: usize) -> monteclora::Result<()> {
     }
 }
 
-/// The exit status of a run that a signal stopped: 130, 143 and 138.
+/// The exit status of a run that was stopped by a signal: 130 (SIGINT), 143 (SIGTERM) or 138 (SIGUSR1).
 pub fn exit_code() -> ExitCode {
     ExitCode::from(128 + SIGNAL.load(Ordering::Relaxed) as u8)
 }

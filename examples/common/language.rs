@@ -1,4 +1,4 @@
-//! A language model's study: its options, its rows, its tasks.
+//! The study of a language model: its options, rows and tasks.
 
 use std::path::{Path, PathBuf};
 
@@ -19,56 +19,59 @@ use super::output::tell;
 use super::tasks::BenchmarkOptions;
 use super::{asset, dtype, tokenizer, Outcome};
 
-/// The one task that is bundled.
+/// The bundled task.
 pub const BUNDLED: &str = "gsm8k";
 
-// What a language model's study has beside one of classifiers. No doc comment, which clap would take for the
+// Options that only studies of language models have. Not a doc comment, which clap would take for the
 // program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Language models")]
 pub struct LanguageOptions {
-    /// Train a language model (a LLaMA or another decoder) on the rows of this file, and measure it on --tasks, each of which is
-    /// DATA/TASK/test.json or test.jsonl: gsm8k and humaneval as such, any other as multiple choice.
+    /// Train a language model (a LLaMA or another decoder) on this file's rows and measure it on --tasks,
+    /// each in DATA/TASK/test.json or test.jsonl: gsm8k and humaneval by their own rules, all others as
+    /// multiple choice.
     #[arg(long)]
     pub train: Option<PathBuf>,
-    /// Of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else instruct.
+    /// The format of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else
+    /// instruct.
     #[arg(long)]
     pub train_format: Option<Format>,
-    /// Measure multiple choice also by the name that a generated text says first, as the paper's authors do.
+    /// Also measure multiple choice by the first choice named in a generated text, as the paper's authors do.
     #[arg(long)]
     pub by_name: bool,
-    /// The most tokens that are generated. Default: 32 for the name of a choice, 256 for GSM8K, 512 for programs.
+    /// The maximum number of generated tokens. Default: 32 for a choice's name, 256 for GSM8K, 512 for
+    /// programs.
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
-    /// The temperature of several completions of a program.
+    /// The sampling temperature for several completions of a program.
     #[arg(long, default_value_t = 0.2)]
     pub temperature: f64,
-    /// f32, bf16 or f16: the dtype of a language model's frozen base.
+    /// The dtype of a language model's frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
-    /// Keep each layer's input alone and compute the layer again in backward: less memory, more time.
+    /// Keep only each layer's input and recompute the layer in the backward pass: less memory, more time.
     #[arg(long)]
     pub checkpoint_layers: bool,
     #[command(flatten)]
     pub benchmark: BenchmarkOptions,
 }
 
-/// What is common to a study's encoding of rows.
+/// The limits on rows, common to all cells of a study.
 #[derive(Clone, Copy)]
 pub struct Limits {
-    /// Tokens of a training row.
+    /// The maximum number of tokens in a training row.
     pub max_length: usize,
-    /// The most that a method of the grid puts before a row.
+    /// The largest number of virtual tokens that a method of the grid puts before a row.
     pub virtual_tokens: usize,
-    /// Rows of the training data that a cell has, of each seed its own.
+    /// The number of training rows in a cell; each seed has its own.
     pub train: Option<usize>,
-    /// Rows of each task that are measured.
+    /// The number of rows of each task to measure on.
     pub dev: Option<usize>,
 }
 
-/// A study's rows, encoded.
+/// The encoded rows of a study.
 pub struct LanguageData {
-    /// What all cells depend on.
+    /// The settings that all cells depend on.
     pub settings: Value,
     options: LanguageOptions,
     rows: Vec<Prompted>,
@@ -79,7 +82,8 @@ pub struct LanguageData {
 }
 
 impl LanguageData {
-    /// Reads the training rows and the tasks of these names below `data`; without --train the bundled.
+    /// Reads the training rows and the tasks with these names below `data`; without --train, the bundled
+    /// ones.
     pub fn load(
         options: &LanguageOptions,
         files: &ModelFiles,
@@ -101,7 +105,7 @@ impl LanguageData {
         let tokenizer = tokenizer(files, config.vocab_size)?;
         let length = text_length(limits.max_length, longest, limits.virtual_tokens);
         let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, eos, false)?;
-        // What is measured has all the room that there is.
+        // Measured rows are not cut to --max-length: they may use all positions of the model.
         let room = longest.saturating_sub(limits.virtual_tokens);
         let whole = PromptEncoder::new(tokenizer, room, longest, eos, false)?;
 
@@ -125,12 +129,12 @@ impl LanguageData {
             "tasks": measured, "normalize": options.benchmark.normalize,
             "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "dtype": options.dtype,
         });
-        // Older studies know no other way.
+        // Only set if used, so that older studies, which lack this setting, still match.
         if options.benchmark.extract_code {
             settings["extract_code"] = json!(true);
         }
         for task in &tasks {
-            // One greedy completion, whose name says all, is what they know.
+            // The same for several completions; a task's name alone stands for one greedy completion.
             match &task.benchmark {
                 Benchmark::Code { samples: 1, .. } => {}
                 Benchmark::Code { samples, ks, .. } => settings["completions"] = json!([samples, ks]),
@@ -142,7 +146,7 @@ impl LanguageData {
         Ok(Self { settings, options, rows, train, limit_train, tasks, encoder })
     }
 
-    /// The trial of every cell.
+    /// Creates the trial that runs every cell.
     pub fn trial<'a>(
         &'a self,
         files: &'a ModelFiles,
@@ -169,7 +173,8 @@ impl LanguageData {
 }
 
 impl LanguageOptions {
-    /// What cells call the training data: the name of their file or, where that says nothing, of its folder.
+    /// The name of the training data in the cells: that of their file, or of their folder if the file is
+    /// `train`.
     pub fn name(&self) -> String {
         let Some(path) = &self.train else { return BUNDLED.to_string() };
         let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
@@ -179,12 +184,12 @@ impl LanguageOptions {
         }
     }
 
-    /// What the tasks of these names are measured by.
+    /// The benchmarks of the tasks with these names.
     pub fn kinds(&self, names: &[String]) -> Vec<&'static str> {
         names.iter().map(|name| kind(name)).collect()
     }
 
-    /// The tasks of these names, with their rows.
+    /// Reads the tasks with these names.
     fn tasks(&self, names: &[String], data: &Path, limit: Option<usize>) -> Outcome<Vec<EvaluatedTask>> {
         let mut tasks: Vec<EvaluatedTask> = Vec::new();
         for name in names {
@@ -201,7 +206,7 @@ impl LanguageOptions {
                 _ => ("choice", Format::Instruct, 32),
             };
             let rows = instruct::read(&path, format)?;
-            // All cells are measured on the same.
+            // All cells are measured on the same rows.
             let right = |row: &Prompted| row.choices.as_ref().map_or(0, |choices| choices.correct as u32);
             let strata: Vec<u32> = rows.iter().map(right).collect();
             let count = limit.unwrap_or(rows.len());
@@ -233,7 +238,7 @@ impl LanguageOptions {
     }
 }
 
-/// What a task of this name is measured by.
+/// The benchmark of the task with this name.
 fn kind(name: &str) -> &'static str {
     match name.to_ascii_lowercase().as_str() {
         "gsm8k" => "gsm8k",

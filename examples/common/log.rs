@@ -1,4 +1,4 @@
-//! The logs of a run of the examples: a line for each step, a line for each evaluation, and what TensorBoard reads.
+//! The logs of an example's run: a line per step, a line per evaluation, and TensorBoard's event files.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -12,7 +12,7 @@ use serde_json::{json, Map, Value};
 
 use super::Outcome;
 
-/// `log.jsonl`, `evaluations.jsonl` and, where it is asked for, `tensorboard/` in the folder of a run.
+/// The files `log.jsonl`, `evaluations.jsonl` and, if requested, `tensorboard/` in the folder of a run.
 pub struct Log {
     dir: PathBuf,
     steps: Lines,
@@ -22,7 +22,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// The logs in the folder `dir`, which is made where it is missing.
+    /// Creates the logs in the folder `dir`, which is created if it is missing.
     pub fn create(dir: &Path, tensorboard: bool) -> Outcome<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let lines = |name: &str| Lines { path: dir.join(name), file: None };
@@ -30,7 +30,7 @@ impl Log {
         Ok(Self { dir: dir.to_path_buf(), steps, evaluations, tensorboard, board: None })
     }
 
-    /// Removes what a run before this one, killed, left half-written in the folder.
+    /// Removes half-written files that a killed run left in the folder.
     pub fn remove_stale(&self) -> Result<()> {
         let out = &self.dir;
         [out, &out.join("adapter"), &out.join("model"), &out.join("plots")]
@@ -38,7 +38,7 @@ impl Log {
             .try_for_each(|dir| files::remove_stale(dir))
     }
 
-    /// Keeps what is of the first `done` steps, and is ready for those after them.
+    /// Keeps the lines of the first `done` steps and opens the logs for the following steps.
     pub fn start(&mut self, done: usize) -> Result<()> {
         self.steps.start(done)?;
         self.evaluations.start(done)?;
@@ -48,18 +48,18 @@ impl Log {
         Ok(())
     }
 
-    /// A step.
+    /// Writes the line of a step.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
         self.board.as_mut().map_or(Ok(()), |board| board.record(record))?;
         self.steps.write(record)
     }
 
-    /// The line of a step that was left out.
+    /// Writes the line of a skipped step.
     pub fn skipped(&mut self, step: usize, why: &Error) -> Result<()> {
         self.steps.write(&json!({ "step": step, "skipped": why.to_string() }))
     }
 
-    /// What an evaluation found.
+    /// Writes the results of an evaluation.
     pub fn evaluated(&mut self, step: usize, values: &[(String, f64)]) -> Result<()> {
         let mut line = Map::from_iter([("step".to_string(), json!(step))]);
         line.extend(values.iter().map(|(name, value)| (name.clone(), json!(value))));
@@ -70,7 +70,7 @@ impl Log {
     }
 }
 
-/// Draws the curves of a run that is done, where this program can (cargo feature `plot`).
+/// Draws the curves of a finished run, if this program can (cargo feature `plot`).
 pub fn draw_curves(dir: &Path) -> Result<()> {
     #[cfg(feature = "plot")]
     monteclora::study::plot::write_run(dir, &dir.join("plots"))?;
@@ -79,20 +79,20 @@ pub fn draw_curves(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A file of JSON lines, each of a step.
+/// A file of JSON lines, each with its step.
 struct Lines {
     path: PathBuf,
     file: Option<File>,
 }
 
 impl Lines {
-    /// Keeps the lines of the first `done` steps and opens the file for those after them.
+    /// Keeps the lines of the first `done` steps and opens the file for the following steps.
     fn start(&mut self, done: usize) -> Result<()> {
         let log = match std::fs::read(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
             log => log.map_err(Error::io(&*self.path))?,
         };
-        // A line that a kill cut, or a disk damaged, is the one that is lost.
+        // An incomplete line (after a kill or a disk error) is dropped; all others are kept.
         let step = |line: &[u8]| serde_json::from_slice::<Value>(line).ok()?["step"].as_u64();
         let lines = log.split(|byte| *byte == b'\n');
         let kept = lines.filter(|line| step(line).is_some_and(|step| step <= done as u64));
@@ -105,7 +105,7 @@ impl Lines {
 
     fn write(&mut self, record: &impl Serialize) -> Result<()> {
         let line = serde_json::to_string(record).map_err(std::io::Error::from);
-        // Each line at once: a run that is killed leaves its log.
+        // Each line is written at once, so that a killed run leaves its log.
         let written = line.and_then(|line| match &mut self.file {
             Some(file) => file.write_all(format!("{line}\n").as_bytes()),
             None => Ok(()),

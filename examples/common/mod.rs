@@ -1,6 +1,6 @@
-//! What the examples share: devices, the allocator, progress, bundled files, adapters on disk.
+//! The code that the examples share: devices, the allocator, progress bars, bundled files, adapters on disk.
 
-#![allow(dead_code)] // each example uses its own part
+#![allow(dead_code)] // each example uses only a part
 
 pub mod allocator;
 pub mod contender;
@@ -33,10 +33,10 @@ use monteclora::models::hub::ModelFiles;
 use output::tell_err;
 use tokenizers::Tokenizer;
 
-/// An example's result.
+/// The result type of the examples.
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// The end of an example: an error is told in words.
+/// Turns an example's result into an exit code, and prints the error.
 pub fn exit(outcome: Outcome) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,7 +53,7 @@ pub fn exit(outcome: Outcome) -> ExitCode {
     }
 }
 
-/// Reads `cpu`, `cuda` or `cuda:N`.
+/// Parses `cpu`, `cuda` or `cuda:N`.
 pub fn device(text: &str) -> Outcome<Device> {
     match text.split_once(':').unwrap_or((text, "0")) {
         ("cpu", _) => Ok(Device::Cpu),
@@ -65,7 +65,7 @@ pub fn device(text: &str) -> Outcome<Device> {
     }
 }
 
-/// Reads `f32`, `bf16` or `f16`.
+/// Parses `f32`, `bf16` or `f16`.
 pub fn dtype(text: &str) -> Outcome<DType> {
     match text {
         "f32" => Ok(DType::F32),
@@ -75,14 +75,14 @@ pub fn dtype(text: &str) -> Outcome<DType> {
     }
 }
 
-/// Forgets the peak of the process's memory so far, so that of several methods each has its own. Where
-/// the system cannot, a later method's peak includes those before it.
+/// Resets the peak memory of the process, so that each of several methods gets its own. If the system does
+/// not support this, a later method's peak includes those of the methods before it.
 pub fn reset_peak_memory() {
     #[cfg(target_os = "linux")]
     std::fs::write("/proc/self/clear_refs", "5").ok();
 }
 
-/// A progress bar on standard error.
+/// Creates a progress bar on standard error.
 pub fn progress(length: u64, name: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {elapsed}<{eta} {msg}");
     let bar = ProgressBar::new(length).with_prefix(name.to_string());
@@ -92,7 +92,7 @@ pub fn progress(length: u64, name: &str) -> ProgressBar {
     }
 }
 
-/// A bundled folder. The published package leaves them out.
+/// The path of a bundled folder. The published package does not contain them.
 pub fn asset(name: &str) -> Outcome<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
     if path.is_dir() {
@@ -106,7 +106,7 @@ pub fn asset(name: &str) -> Outcome<String> {
     }
 }
 
-/// The tokenizer of a model with a vocabulary of this size.
+/// Loads the tokenizer of a model with a vocabulary of this size.
 pub fn tokenizer(files: &ModelFiles, vocab_size: usize) -> Outcome<Tokenizer> {
     Ok(fit_vocabulary(tokenizer::of_model(files)?, vocab_size)?)
 }

@@ -18,66 +18,66 @@ use super::given::Given;
 use super::output::{tell, tell_err};
 use super::Outcome;
 
-// What is trained, and where. No doc comment, which clap would take for the program's description.
+// What to train and where. Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Method")]
 pub struct MethodOptions {
-    /// monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora, blob, ia3, bottleneck,
-    /// prompt or full. Default: lora, then monteclora.
+    /// The method: monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora,
+    /// blob, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
     #[arg(long)]
     pub method: Option<String>,
-    /// Layers to adapt: names separated by commas, `all-linear` or `default` (the
-    /// projections to queries, keys and values).
+    /// Layers to adapt: names separated by commas, `all-linear` or `default` (the query, key and value
+    /// projections).
     #[arg(long, default_value = "default")]
     pub targets: String,
-    /// Layers to leave out again, as in --targets.
+    /// Layers to exclude from --targets, in the same form.
     #[arg(long)]
     pub exclude: Option<String>,
     /// Only the layers of the stack with these indices, separated by commas.
     #[arg(long, value_delimiter = ',')]
     pub layers: Option<Vec<usize>>,
-    /// Rank r of the update; the width of a bottleneck.
+    /// Rank r of the update; with bottleneck, its width.
     #[arg(long, default_value_t = 8)]
     pub rank: usize,
-    /// The update's scale is alpha / rank.
+    /// The update is scaled by alpha / rank.
     #[arg(long, default_value_t = 16.0)]
     pub alpha: f64,
-    /// Scale by alpha / sqrt(rank) rather than alpha / rank.
+    /// Scale by alpha / sqrt(rank) instead (rsLoRA).
     #[arg(long)]
     pub rslora: bool,
-    /// Dropout in the adapters.
+    /// Dropout probability in the adapters.
     #[arg(long, default_value_t = 0.0)]
     pub adapter_dropout: f64,
-    /// Virtual tokens of prompt tuning.
+    /// The number of virtual tokens in prompt tuning.
     #[arg(long, default_value_t = 20)]
     pub virtual_tokens: usize,
-    /// Constants of MonteCLoRA: paper, calibrated, paper-literal or peft.
+    /// The preset of MonteCLoRA's constants: paper, calibrated, paper-literal or peft.
     #[arg(long, default_value = "paper")]
     pub preset: String,
-    /// Mixture components N.
+    /// The number N of mixture components.
     #[arg(long)]
     pub num_components: Option<usize>,
-    /// Scale of the perturbation, epsilon.
+    /// The scale epsilon of the perturbation.
     #[arg(long)]
     pub sample_scaler: Option<f64>,
-    /// Weight of the KL terms, eta.
+    /// The weight eta of the KL terms.
     #[arg(long)]
     pub kl_weight: Option<f64>,
-    /// An adapter to go on from, of this crate or of PEFT, a folder or a hub repository: its targets and constants count,
-    /// not those above.
+    /// An adapter to continue from, of this crate or of PEFT: a folder or a hub repository. Its targets and
+    /// constants replace the options above.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
-    /// Put a posterior on the LoRA of --adapter: A and B stay, only the posterior is trained.
+    /// Put a posterior on the LoRA of --adapter: A and B stay fixed, only the posterior is trained.
     #[arg(long, requires = "adapter")]
     pub post_hoc: bool,
 }
 
-/// Methods with a pair B A.
+/// The methods with a pair B A.
 const LOW_RANK: &[&str] =
     &["lora", "map", "lora-fa", "dora", "adalora", "blob", "monteclora", "monteclora-released"];
-/// Methods on layers without one.
+/// The methods that adapt layers without such a pair.
 const ON_LAYERS: &[&str] = &["ia3", "bottleneck"];
-/// Which methods read an option.
+/// The methods that read each option.
 const READ_BY: &[(&str, &[&[&str]])] = &[
     ("targets", &[LOW_RANK, ON_LAYERS]),
     ("exclude", &[LOW_RANK, ON_LAYERS]),
@@ -120,7 +120,7 @@ impl MethodOptions {
         })
     }
 
-    /// Whether one of the methods of these names has a posterior, whose draws a prediction can average.
+    /// Whether one of the methods with these names has a posterior whose draws a prediction can average.
     pub fn has_posterior(&self, names: &[String]) -> Outcome<bool> {
         for name in names {
             if self.method(name)?.has_posterior() {
@@ -130,7 +130,7 @@ impl MethodOptions {
         Ok(false)
     }
 
-    /// What the method of this name starts from, in a run that writes below `out`.
+    /// How the method with this name starts, in a run that writes below `out`.
     pub fn start(&self, name: &str, out: Option<&Path>) -> Outcome<MethodInit> {
         if let (Some(dir), Some(out)) = (&self.adapter, out) {
             check_apart("--adapter", dir, &out.join("adapter"))?;
@@ -146,7 +146,7 @@ impl MethodOptions {
         Ok(start)
     }
 
-    /// Says which of the options that were given none of the methods of these names reads.
+    /// Warns about given options that none of the methods with these names reads.
     pub fn tell_unread(&self, given: &Given, names: &[String]) {
         if self.post_hoc {
             given.without_effect(&["loraplus_ratio", "head_lr_ratio"], "post hoc B and the head stay");
@@ -154,7 +154,7 @@ impl MethodOptions {
         let of_file = self.adapter.as_ref().map(|dir| format!("it is that of --adapter {}", dir.display()));
         for (option, methods) in READ_BY {
             let methods = methods.concat();
-            // Post hoc the posterior's own constants are new, and nothing else.
+            // With --post-hoc, only the posterior's own options are read; the rest comes from the adapter.
             let posterior = ["preset", "num_components", "sample_scaler", "kl_weight"].contains(option);
             match &of_file {
                 Some(why) if !(self.post_hoc && posterior) => given.without_effect(&[option], why),
@@ -166,7 +166,8 @@ impl MethodOptions {
         }
     }
 
-    /// What `--max-length` leaves of a model of `longest` positions.
+    /// The text length for `--max-length` on a model of `longest` positions, given the method's virtual
+    /// tokens.
     pub fn text_length(&self, max_length: usize, longest: usize) -> usize {
         let virtual_tokens = if self.method.as_deref() == Some("prompt") { self.virtual_tokens } else { 0 };
         text_length(max_length, longest, virtual_tokens)
@@ -178,7 +179,7 @@ impl MethodOptions {
         Ok(Targets { exclude, layers_to_transform, ..Targets::parse(&self.targets)? })
     }
 
-    /// The method of this name with the options that belong to it.
+    /// Creates the method with this name from the options that it reads.
     fn method(&self, name: &str) -> Outcome<Method> {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
@@ -208,7 +209,7 @@ impl MethodOptions {
         }
     }
 
-    /// MonteCLoRA's constants.
+    /// The configuration of MonteCLoRA from its preset and options.
     fn monteclora(&self) -> Outcome<MonteCLoRAConfig> {
         let preset = match self.preset.as_str() {
             "paper" => MonteCLoRAConfig::paper(),
@@ -238,7 +239,7 @@ impl MethodOptions {
     }
 }
 
-/// Refuses a run that would write over the folder that it starts from.
+/// Refuses a run that would overwrite the folder that it starts from.
 pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
     match (source.canonicalize(), target.canonicalize()) {
         (Ok(source), Ok(target)) if source == target => {
@@ -249,8 +250,8 @@ pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
     }
 }
 
-/// `--max-length` for a model of `longest` positions: virtual tokens take theirs from the text,
-/// which is told. More than the model has without them stays as it is, for the encoder to refuse.
+/// Limits `--max-length` on a model of `longest` positions to the room that virtual tokens leave for the
+/// text, with a message. A value above `longest` is returned unchanged, and the encoder refuses it.
 pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> usize {
     let room = longest.saturating_sub(virtual_tokens);
     if max_length <= room || max_length > longest {
@@ -261,36 +262,35 @@ pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> 
     room
 }
 
-// How it is trained.
+// How to train.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Training")]
 pub struct TrainOptions {
     /// Passes over the training rows.
     #[arg(long, default_value_t = 3)]
     pub epochs: usize,
-    /// Micro-batches of one step, over all processes where there are several. Default: one for each.
+    /// Micro-batches per step, over all processes. Default: one per process.
     #[arg(long)]
     pub accumulation: Option<usize>,
-    /// One draw of posterior and dropout for all micro-batches of a step, as for the rows of one batch.
+    /// Use one draw of posterior and dropout for all micro-batches of a step, as for the rows of one batch.
     #[arg(long)]
     pub shared_draw: bool,
-    /// The highest learning rate. Default: 3e-4; on the bundled models, which start from little, 2e-3 (glue) and
-    /// 5e-3 (llama).
+    /// The peak learning rate. Default: 3e-4; for the small bundled models 2e-3 (glue) and 5e-3 (llama).
     #[arg(long)]
     pub lr: Option<f64>,
-    /// The learning rate of B as a multiple of that of A (LoRA+). Default: 4 under a prior on the head, else 1.
+    /// B's learning rate as a multiple of A's (LoRA+). Default: 4 with a prior on the head, else 1.
     #[arg(long)]
     pub loraplus_ratio: Option<f64>,
-    /// IVON in place of AdamW, with the constants that IVON has by default.
+    /// Use IVON with its default constants instead of AdamW.
     #[arg(long)]
     pub ivon: bool,
-    /// The learning rate of the task's head as a multiple of that of A. Default: 10 under a prior on it, else 1.
+    /// The task head's learning rate as a multiple of A's. Default: 10 with a prior on the head, else 1.
     #[arg(long)]
     pub head_lr_ratio: Option<f64>,
-    /// The learning rate of the posterior's own parameters as a multiple of that of A.
+    /// The learning rate of the posterior's own parameters as a multiple of A's.
     #[arg(long, default_value_t = 1.0)]
     pub variational_lr_ratio: f64,
-    /// The course of the learning rate after its warm-up: constant, linear (to zero) or cosine (to zero).
+    /// The learning-rate schedule after the warm-up: constant, linear (to zero) or cosine (to zero).
     #[arg(long, default_value = "linear")]
     pub schedule: String,
     /// The share of all steps in which the learning rate rises from zero.
@@ -299,53 +299,53 @@ pub struct TrainOptions {
     /// Decoupled weight decay of AdamW.
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
-    /// Largest global gradient norm; 0 for no clipping.
+    /// The maximum global gradient norm; 0 disables clipping.
     #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
     /// Batch rows of similar lengths together.
     #[arg(long)]
     pub length_grouped: bool,
-    /// The seed of new weights, of the order of rows, of dropout and of draws: the same gives the same run.
+    /// The seed of new weights, row order, dropout and draws: the same seed gives the same run.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Train on so many rows: the first, or of a table of one's own a draw by the seed, stratified by label.
+    /// Train on this many rows: the first ones, or of your own table a draw by the seed, stratified by label.
     #[arg(long)]
     pub limit_train: Option<usize>,
-    /// Steps between evaluations. Default: one an epoch.
+    /// Steps between evaluations. Default: one evaluation per epoch.
     #[arg(long)]
     pub eval_every: Option<usize>,
-    /// End the run after this many evaluations in a row that are no better than the best.
+    /// Stop after this many consecutive evaluations that do not improve on the best.
     #[arg(long)]
     pub patience: Option<usize>,
-    /// Keep the last parameters rather than those of the best evaluation.
+    /// Keep the last parameters instead of those of the best evaluation.
     #[arg(long)]
     pub keep_last: bool,
-    /// Keep each layer's input alone and compute the layer again in backward: less memory for about a
+    /// Keep only each layer's input and recompute the layer in the backward pass: less memory for about a
     /// third more time.
     #[arg(long)]
     pub checkpoint_layers: bool,
-    /// What is done with a step whose loss or gradient is not finite: stop, or skip it.
+    /// What to do with a step whose loss or gradient is not finite: stop or skip.
     #[arg(long, default_value = "stop")]
     pub on_nonfinite: String,
-    /// Also write event files for TensorBoard, into OUT/tensorboard.
+    /// Also write TensorBoard event files to OUT/tensorboard.
     #[arg(long, requires = "output", help_heading = "Checkpoints and logs")]
     pub tensorboard: bool,
     /// With --output: steps between checkpoints. Default: one at each evaluation.
     #[arg(long, help_heading = "Checkpoints and logs")]
     pub checkpoint_every: Option<usize>,
-    /// The newest checkpoints that stay.
+    /// The number of newest checkpoints to keep.
     #[arg(long, default_value_t = 2, help_heading = "Checkpoints and logs")]
     pub keep: usize,
-    /// Go on from the checkpoints below --output, where there are any.
+    /// Resume from the checkpoints below --output, if there are any.
     #[arg(long, requires = "output", help_heading = "Checkpoints and logs")]
     pub resume: bool,
-    /// Settings, separated by commas, that may differ from those of the checkpoint.
+    /// Settings, separated by commas, that may differ from the checkpoint's.
     #[arg(long, value_delimiter = ',', requires = "resume", help_heading = "Checkpoints and logs")]
     pub allow_change: Vec<String>,
 }
 
 impl TrainOptions {
-    /// Says which of the options that were given change nothing in a run of the methods of these names.
+    /// Warns about given options that the methods with these names do not read.
     pub fn tell_unread(&self, given: &Given, names: &[String], output: bool) {
         let read = |methods: &[&str]| names.iter().any(|name| methods.contains(&name.as_str()));
         if self.ivon {
@@ -365,7 +365,7 @@ impl TrainOptions {
         }
     }
 
-    /// The constants of a run of `method` in `world` processes.
+    /// The training configuration of a run of `method` on a base of dtype `base` in `world` processes.
     pub fn config(
         &self,
         default_lr: f64,
@@ -376,7 +376,7 @@ impl TrainOptions {
         if self.clip.is_nan() || self.clip < 0.0 {
             return Err(format!("--clip: expected a norm, or 0 for no clipping, got {}", self.clip).into());
         }
-        // IVON has one rate for all.
+        // IVON has a single learning rate for all parameters.
         let ratios = if self.ivon { LrRatios { b: 1.0, head: 1.0 } } else { method.lr_ratios() };
         Ok(TrainConfig {
             epochs: self.epochs,
@@ -401,9 +401,9 @@ impl TrainOptions {
         })
     }
 
-    /// Whether what is at hand is to be written: `--epochs 0` only measures, and writes an adapter that it was given,
-    /// in another format say, but not one that nobody trained. Refuses to measure into the folder of a trained run,
-    /// whose results that would replace.
+    /// Whether the run writes its adapter or model. `--epochs 0` only measures: it writes an adapter that it
+    /// was given, for example in another format, but not an untrained one. It is an error to measure into the
+    /// folder of a trained run, whose results would be replaced.
     pub fn writes(&self, start: &MethodInit, out: Option<&Path>) -> Outcome<bool> {
         match out.map(|dir| dir.join("checkpoints")).filter(|dir| files::has_entries(dir)) {
             Some(checkpoints) if self.epochs == 0 => {
@@ -414,8 +414,8 @@ impl TrainOptions {
         }
     }
 
-    /// Where a run below `out` keeps its checkpoints. It goes on if, beside what the library compares, the
-    /// model and the rows that it is evaluated on are the same.
+    /// The checkpoints of a run below `out`. To be resumed, it must have the same model and held-out rows, in
+    /// addition to what the library compares.
     pub fn checkpoints(
         &self,
         out: &Path,
@@ -434,7 +434,7 @@ impl TrainOptions {
         }
     }
 
-    /// The first rows, as many as are to be trained on.
+    /// The first rows, up to the limit of `--limit-train`.
     pub fn limit<'a, T>(&self, rows: &'a [T]) -> &'a [T] {
         &rows[..self.limit_train.unwrap_or(usize::MAX).min(rows.len())]
     }

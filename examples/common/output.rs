@@ -1,5 +1,5 @@
-//! What an example says. Nobody may be there to hear it: a pager that was quit, `| head`, a full disk behind
-//! standard output. That ends no run, and `println!` would panic.
+//! The output of the examples. Writing may fail: a pager was quit, `| head` has ended, the disk behind
+//! standard output is full. A run continues nevertheless, whereas `println!` would panic.
 
 use std::fmt::{Arguments, Debug, Write as _};
 use std::io::{self, ErrorKind, Write};
@@ -9,13 +9,13 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// Whether standard output could not be written.
+/// Whether writing to standard output has failed.
 static LOST: AtomicBool = AtomicBool::new(false);
 
-/// Whether another process says it all.
+/// Whether this process prints nothing because another one does.
 static HUSHED: AtomicBool = AtomicBool::new(false);
 
-/// Says nothing from now on but the error that ends the process.
+/// Suppresses all further output, except for the error that ends the process.
 pub fn hush() {
     HUSHED.store(true, Ordering::Relaxed);
 }
@@ -25,20 +25,20 @@ fn is_hushed() -> bool {
     HUSHED.load(Ordering::Relaxed)
 }
 
-/// Says a line on standard output, as `println!` formats it.
+/// Prints a line to standard output, formatted as by `println!`.
 macro_rules! tell {
     ($($text:tt)*) => { $crate::common::output::line(format_args!($($text)*)) };
 }
 
-/// Says a line on standard error.
+/// Prints a line to standard error.
 macro_rules! tell_err {
     ($($text:tt)*) => { $crate::common::output::error_line(format_args!($($text)*)) };
 }
 
 pub(crate) use {tell, tell_err};
 
-/// A line on standard output. Where it cannot be written, that is told once on standard error, or not at all if
-/// the reader has gone, and the run goes on in silence.
+/// Prints a line to standard output. If that fails, the run continues without output; the failure is reported
+/// once on standard error, unless the reader has closed the pipe.
 pub fn line(text: Arguments) {
     if LOST.load(Ordering::Relaxed) || is_hushed() {
         return;
@@ -52,25 +52,25 @@ pub fn line(text: Arguments) {
     }
 }
 
-/// A line on standard error, where that can be written.
+/// Prints a line to standard error, if possible.
 pub fn error_line(text: Arguments) {
     if !is_hushed() {
         last_line(text);
     }
 }
 
-/// The error that ends the process.
+/// Prints the error that ends the process.
 pub fn last_line(text: Arguments) {
     writeln!(io::stderr(), "{text}").ok();
 }
 
-/// Has the library's warnings said on standard error.
+/// Prints the library's warnings to standard error.
 pub fn hear_warnings() {
-    // Refused where somebody listens already.
+    // Fails if another subscriber is set.
     tracing::subscriber::set_global_default(Warnings).ok();
 }
 
-/// Says the warnings of this crate, and nothing of those below it.
+/// Prints the warnings of this crate, but not of its dependencies.
 struct Warnings;
 
 impl Subscriber for Warnings {

@@ -1,4 +1,4 @@
-//! Predictions of a classifier that was trained before: of a table, or of a task's test sets.
+//! Predictions of a trained classifier, for a table or for a task's test sets.
 
 use std::path::Path;
 
@@ -15,31 +15,31 @@ use super::output::{tell, tell_err};
 use super::rows::{Input, TableOptions};
 use super::{download, Outcome};
 
-/// What is predicted, by what.
+/// A prediction to make.
 pub struct Request<'a> {
-    /// A table, or a folder in the download layout of `task`, of which the test sets are predicted.
+    /// A table, or a folder in the download layout of `task`, whose test sets are predicted.
     pub rows: &'a Path,
     pub options: &'a TableOptions,
     pub task: Task,
-    /// The base model, or without `trained` a model with a head.
+    /// The base model; without `trained`, a model with a head.
     pub model: Option<&'a str>,
     /// The revision of its repository.
     pub revision: Option<&'a str>,
     /// The folder of an adapter, a model or a run.
     pub trained: Option<&'a Path>,
     pub max_length: Option<usize>,
-    /// Posterior draws to average, 0 for the mean.
+    /// The number of posterior draws to average; 0 for the mean.
     pub samples: usize,
     pub dtype: DType,
-    /// The kind of the base that the adapter was trained on, where it is in blocks of a few bits.
+    /// The quantisation of the base that the adapter was trained on, if any.
     pub quantize: Option<Quantization>,
     pub device: &'a Device,
-    /// Where the files go; a table without it goes to standard output.
+    /// The output folder; without it, the predictions of a table go to standard output.
     pub output: Option<&'a Path>,
 }
 
 impl Request<'_> {
-    /// Opens, predicts and writes.
+    /// Opens the classifier, predicts the rows and writes the predictions.
     pub fn run(&self) -> Outcome {
         if self.quantize.is_some() && self.model.is_none() {
             return Err("--quantize: give the --model that it quantises".into());
@@ -83,7 +83,7 @@ impl Request<'_> {
         Ok(())
     }
 
-    /// The columns named, else those of the run; labels only where they are named.
+    /// The given column names, else those of the run; labels only if they are given.
     fn columns(&self, of_run: Option<Columns>) -> Columns {
         let given = self.options;
         let of_run = of_run.unwrap_or_default();
@@ -101,9 +101,9 @@ impl Request<'_> {
         })
     }
 
-    /// The files that the benchmark's server takes.
+    /// Writes the files that the benchmark's server accepts.
     fn submit(&self, mut classifier: Classifier) -> Outcome {
-        // Without names it has the task's order.
+        // A classifier without class names uses the order of the task.
         let labels = Labels::from(self.task);
         if classifier.labels.are_numbers() && classifier.labels.len() == labels.len() {
             classifier.labels = labels;

@@ -1,4 +1,4 @@
-//! A run in one process or in several: who this one is, and what it leaves to the first.
+//! Runs in one process or in several: this process's role, and the work that only the first one does.
 
 use std::cell::OnceCell;
 use std::process::ExitCode;
@@ -18,7 +18,7 @@ pub struct Processes {
     communicator: OnceCell<Box<dyn Communicator>>,
 }
 
-/// Runs an example and ends it, with all of its processes.
+/// Runs an example and ends it, in all of its processes.
 pub fn run(example: impl FnOnce(&Processes) -> Outcome) -> ExitCode {
     let outcome = Processes::find().and_then(|processes| {
         let outcome = example(&processes);
@@ -36,7 +36,7 @@ impl Processes {
         Ok(Self { launch, communicator: OnceCell::new() })
     }
 
-    /// Joins the others, once it is known what `--device` they compute on.
+    /// Connects to the other processes, once their `--device` is known.
     pub fn join(&self, device: &str) -> Outcome {
         let communicator = launched(self.launch.as_ref(), &self.devices(device)?[0])?;
         if let Some(launch) = self.launch.as_ref().filter(|_| self.is_first()) {
@@ -45,7 +45,8 @@ impl Processes {
         self.communicator.set(communicator).map_err(|_| "they are joined once".into())
     }
 
-    /// What a process knows alone, the others would wait behind.
+    /// Ends this process. After an error that only this process knows of, aborts all, since the others would
+    /// wait for it.
     fn leave(&self, outcome: Outcome) -> Outcome {
         match (outcome, self.communicator.get()) {
             (Err(error), Some(communicator)) if self.world() > 1 && !is_interruption(error.as_ref()) => {
@@ -56,27 +57,27 @@ impl Processes {
         }
     }
 
-    /// What they agree through.
+    /// The communicator between the processes.
     pub fn communicator(&self) -> &dyn Communicator {
         self.communicator.get().map_or(&SingleProcess, AsRef::as_ref)
     }
 
-    /// How many there are.
+    /// The number of processes.
     pub fn world(&self) -> usize {
         self.launch.as_ref().map_or(1, |launch| launch.world)
     }
 
-    /// Whether this one writes files.
+    /// Whether this process is the first, which writes the files.
     pub fn is_first(&self) -> bool {
         self.launch.as_ref().is_none_or(|launch| launch.rank == 0)
     }
 
-    /// The device that `--device` says.
+    /// The device that `--device` names.
     pub fn device(&self, text: &str) -> Outcome<Device> {
         super::device(&self.device_name(text))
     }
 
-    /// The devices that `--device` says, separated by commas: of one process, which has them for itself.
+    /// The devices that `--device` names, separated by commas; more than one only for a single process.
     pub fn devices(&self, text: &str) -> Outcome<Vec<Device>> {
         if text.contains(',') && self.world() > 1 {
             return Err(format!(
@@ -88,7 +89,7 @@ impl Processes {
         text.split(',').map(|text| self.device(text)).collect()
     }
 
-    /// Of `cuda` the one with this process's number on its machine.
+    /// For `cuda`, the device with this process's local rank.
     pub fn device_name(&self, text: &str) -> String {
         match (&self.launch, text) {
             (Some(launch), "cuda") => format!("cuda:{}", launch.local_rank),
@@ -96,12 +97,12 @@ impl Processes {
         }
     }
 
-    /// This process's part of a part of a study's cells.
+    /// This process's share of a shard of a study's cells.
     pub fn share(&self, of: Shard) -> Shard {
         self.launch.as_ref().map_or(of, |launch| of.share(launch.rank, launch.world))
     }
 
-    /// Stops all of them between two parts of a run that have nothing to save, where one was asked to.
+    /// Stops all processes at a point where there is nothing to save, if one was asked to stop.
     pub fn check(&self, step: usize) -> Outcome {
         let own = |_| Ok(vec![f64::from(u8::from(interrupt::requested()))]);
         let asked = in_turns(self.communicator(), self.world(), &mut { own })?;
@@ -111,7 +112,7 @@ impl Processes {
         }
     }
 
-    /// A progress bar, which the first process alone shows.
+    /// Creates a progress bar that only the first process shows.
     pub fn progress(&self, length: u64, name: &str) -> ProgressBar {
         let bar = super::progress(length, name);
         if !self.is_first() {

@@ -1,4 +1,4 @@
-//! A model's frozen weights without a file: random, made on the device, one set for all who ask.
+//! A model's frozen weights without a file: random, made on the device, and shared by all models.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,8 @@ use monteclora::models::{Quantization, QuantizedSource, Wanted, Weights as Model
 use monteclora::noise::{Noise, Purpose};
 use monteclora::ops::QuantizedWeight;
 
-/// A model's frozen base: [`random_weights`], or the same in blocks of a few bits, each made once and shared like them.
+/// A model's frozen base: [`random_weights`], or a quantised version of them, each made once and shared as
+/// well.
 pub fn base(dtype: DType, quantization: Option<Quantization>, device: &Device) -> ModelWeights<'static> {
     let dense = random_weights(dtype, device);
     let Some(quantization) = quantization else { return dense.into() };
@@ -19,14 +20,14 @@ pub fn base(dtype: DType, quantization: Option<Quantization>, device: &Device) -
     ModelWeights::new(dense, Arc::new(blocks))
 }
 
-/// Weights that begin as their layers ask, each made when it is first asked for; clones give the same tensors. On a
-/// GPU its own generator makes them, billions in a second: their values mean nothing here, and a thread of the host
-/// would take minutes.
+/// Weights with the initialisation that their layers ask for, each made at its first use; clones give the
+/// same tensors. On a GPU the device's own generator makes them, billions per second: their values do not
+/// matter, and one host thread would take minutes.
 pub fn random_weights(dtype: DType, device: &Device) -> VarBuilder<'static> {
     VarBuilder::from_backend(Box::new(Weights(Mutex::default())), dtype, device.clone())
 }
 
-/// By name.
+/// Weights by name.
 struct Weights(Mutex<HashMap<String, Tensor>>);
 
 impl Weights {
@@ -60,7 +61,7 @@ impl SimpleBackend for Weights {
     }
 }
 
-/// The same weights without keeping any: what is quantised needs each once.
+/// The same weights without storing them: quantisation needs each only once.
 struct Passing;
 
 impl SimpleBackend for Passing {
@@ -77,7 +78,7 @@ impl SimpleBackend for Passing {
     }
 }
 
-/// What a source made, by name.
+/// Quantised weights by name, as a source made them.
 struct Blocks {
     source: Arc<dyn QuantizedSource>,
     made: Mutex<HashMap<String, QuantizedWeight>>,

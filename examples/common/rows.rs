@@ -1,4 +1,4 @@
-//! The rows of a classifier: a task of GLUE or SuperGLUE, or tables of one's own.
+//! The rows of a classifier: a GLUE or SuperGLUE task, or your own tables.
 
 use std::path::{Path, PathBuf};
 
@@ -11,51 +11,50 @@ use serde::{Deserialize, Serialize};
 
 use super::Outcome;
 
-// Tables of one's own: CSV, TSV, JSON lines or parquet.
+// Your own tables: CSV, TSV, JSON lines or parquet.
 #[derive(clap::Args, Clone)]
 pub struct TableOptions {
-    /// A table to train on: .csv, .tsv, .jsonl, .json or .parquet, with a header or names.
+    /// A table to train on: .csv, .tsv, .jsonl, .json or .parquet, with a header or field names.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "data"])]
     pub train: Option<PathBuf>,
     /// A table to measure on. Default: a part of the rows of --train.
     #[arg(long, value_name = "FILE", requires = "train")]
     pub dev: Option<PathBuf>,
-    /// The share of --train that is measured on where there is no --dev, drawn by the seed, classes in their
-    /// proportions.
+    /// The share of --train to measure on without --dev, drawn by the seed and stratified by class.
     #[arg(long, default_value_t = 0.2)]
     pub dev_share: f64,
-    /// The column of the text. Default: text.
+    /// The text column. Default: text.
     #[arg(long)]
     pub text_column: Option<String>,
-    /// The column of the second text, where rows are pairs.
+    /// The column of the second text, if rows are pairs.
     #[arg(long)]
     pub text_pair_column: Option<String>,
-    /// The column of the label. Default: label; with --predict none, and if given its labels are compared.
+    /// The label column. Default: label; with --predict none, and if given, predictions are compared with it.
     #[arg(long)]
     pub label_column: Option<String>,
-    /// classification or regression. Default: numbers with fractions are scores, all else is classes.
+    /// classification or regression. Default: regression if labels have fractions, else classification.
     #[arg(long)]
     pub problem_type: Option<String>,
-    /// What the best step is chosen by: accuracy, f1, macro_f1, weighted_f1, matthews, nll, ece or brier; of a regression
-    /// pearson, spearman or mse. Default: accuracy, of a regression pearson, of GLUE the task's own.
+    /// The metric that picks the best step: accuracy, f1, macro_f1, weighted_f1, matthews, nll, ece or brier; for
+    /// regression pearson, spearman or mse. Default: accuracy; for regression pearson; for GLUE the task's own.
     #[arg(long)]
     pub metric: Option<String>,
 }
 
-/// How the rows of a run were read: what a prediction needs to read others alike.
+/// How the rows of a run were read, so that a prediction reads its rows in the same way.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Input {
-    /// The columns of the run's tables; those of GLUE are its own.
+    /// The columns of the run's tables; `None` for a benchmark's task.
     pub columns: Option<Columns>,
-    /// The most tokens of a text.
+    /// The maximum number of tokens in a text.
     pub max_length: usize,
 }
 
 impl Input {
-    /// The file in a run's folder.
+    /// The file name in a run's folder.
     pub const FILE: &str = "input.json";
 
-    /// Of the run that the folder `trained` belongs to: itself, or its `adapter/` or `model/`.
+    /// Finds the file of the run that `trained` belongs to: the run's folder, or its `adapter/` or `model/`.
     pub fn find(trained: &Path) -> Outcome<Option<Self>> {
         let whole = trained.canonicalize().unwrap_or_else(|_| trained.to_owned());
         for folder in [Some(&*whole), whole.parent()].into_iter().flatten() {
@@ -83,26 +82,26 @@ impl TableOptions {
     }
 }
 
-/// What is trained for.
+/// The training goal.
 pub struct Goal {
-    /// What it is called in `metrics.json`.
+    /// The name in `metrics.json`.
     pub name: String,
-    /// The classes, or the one output of a regression.
+    /// The classes, or the single output of a regression.
     pub labels: Labels,
     /// The metric that picks the best step.
     pub metric: String,
-    /// The columns of tables of one's own.
+    /// The columns, if the rows are from your own tables.
     pub columns: Option<Columns>,
 }
 
 impl Goal {
-    /// A task of a benchmark.
+    /// The goal of a benchmark's task.
     pub fn of_task(task: Task, options: &TableOptions) -> Outcome<Self> {
         let metric = metric(options, task.primary_metric(), task.num_labels())?;
         Ok(Self { name: task.name().into(), labels: task.into(), metric, columns: None })
     }
 
-    /// The rows of the table `train`, and how many labels of each class there are, a line each.
+    /// Reads the table `train`; returns its goal, its rows, and a line with the row counts for each class.
     pub fn of_tables(
         options: &TableOptions,
         train: &Path,
@@ -116,7 +115,7 @@ impl Goal {
             None => data.hold_out(options.dev_share, noise)?,
         };
         if let Some(limit) = limit {
-            // The first rows of a sorted file are of one class.
+            // Stratified, because the first rows of a sorted file have one class.
             let strata =
                 data.train.iter().map(|row| if let Label::Class(class) = row.label { class } else { 0 });
             let kept = stratified(&strata.collect::<Vec<_>>(), limit, noise, Draw::Training);
@@ -134,7 +133,7 @@ impl Goal {
     }
 }
 
-/// `--metric` or the default, if such a task has it.
+/// Returns `--metric`, checked against the number of outputs, or the default.
 fn metric(options: &TableOptions, default: &str, outputs: usize) -> Outcome<String> {
     let Some(metric) = &options.metric else { return Ok(default.to_string()) };
     let known = Metrics::names(outputs);

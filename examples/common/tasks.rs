@@ -1,4 +1,4 @@
-//! Command-line options of the benchmarks that a language model is measured by.
+//! Command-line options of the benchmarks for language models.
 
 use monteclora::data::instruct::Prompted;
 use monteclora::eval::sandbox::{Limits, Sandbox};
@@ -9,50 +9,50 @@ use serde_json::{json, Value};
 use super::given::Given;
 use super::Outcome;
 
-// What the held-out rows are measured by beside their loss. No doc comment, which clap would take for the
+// How to measure the held-out rows besides their loss. Not a doc comment, which clap would take for the
 // program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Evaluation")]
 pub struct TaskOptions {
-    /// choice (by likelihood), choice-by-name (by generation), gsm8k or humaneval.
+    /// The benchmark: choice (by likelihood), choice-by-name (by generation), gsm8k or humaneval.
     #[arg(long)]
     pub task: Option<String>,
-    /// Measure by the first held-out rows only.
+    /// Measure only the first held-out rows, this many.
     #[arg(long)]
     pub limit_task: Option<usize>,
     #[command(flatten)]
     pub benchmark: BenchmarkOptions,
 }
 
-// How benchmarks measure.
+// How to run the benchmarks.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Evaluation")]
 pub struct BenchmarkOptions {
-    /// What the likelihood of a choice is divided by: nothing, tokens, characters (`acc_norm` of the LM
-    /// evaluation harness) or bytes.
+    /// What to divide a choice's likelihood by: nothing, tokens, characters (`acc_norm` of the LM evaluation
+    /// harness) or bytes.
     #[arg(long, default_value = "nothing")]
     pub normalize: String,
-    /// The k's of pass@k.
+    /// The values of k for pass@k.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub pass_at: Vec<usize>,
-    /// Completions of each program; at least the largest k.
+    /// Completions per program; at least the largest k.
     #[arg(long)]
     pub samples: Option<usize>,
-    /// Run the programs that the model writes: in processes of their own, within limits, or not at
-    /// all where limits cannot be set.
+    /// Run the programs that the model writes, in separate processes with limits, or not at all if limits
+    /// cannot be set.
     #[arg(long)]
     pub run_generated_programs: bool,
-    /// Take the program out of a text that puts it in a fence of Markdown or says the function's header once more,
-    /// as instruction-tuned models do. By default the text continues the prompt, as for the LM evaluation harness.
+    /// Extract the program from a text that has it in a Markdown fence or repeats the function's header, as
+    /// instruction-tuned models do. Default: the text continues the prompt, as in the LM evaluation harness.
     #[arg(long)]
     pub extract_code: bool,
-    /// The interpreter of those programs.
+    /// The interpreter for these programs.
     #[arg(long, default_value = "python3")]
     pub python: String,
 }
 
 impl TaskOptions {
-    /// Says which of the options that were given the task does not read.
+    /// Warns about given options that the task does not read.
     pub fn tell_unread(&self, given: &Given) {
         let task = self.task.as_deref();
         if task.is_none() {
@@ -61,13 +61,13 @@ impl TaskOptions {
         BenchmarkOptions::tell_unread(given, &[task.unwrap_or_default()]);
     }
 
-    /// The benchmark, if one is asked for.
+    /// The benchmark, if one is requested.
     pub fn benchmark(&self) -> Outcome<Option<Benchmark>> {
         self.task.as_deref().map(|task| self.benchmark.named(task)).transpose()
     }
 
-    /// The longest text that the task generates, unless another is given: what the LM evaluation harness
-    /// allows for GSM8K, and more for a program.
+    /// The default maximum number of generated tokens: as in the LM evaluation harness for GSM8K, more for
+    /// programs.
     pub fn max_new_tokens(&self) -> usize {
         if self.task.as_deref() == Some("humaneval") {
             512
@@ -76,7 +76,7 @@ impl TaskOptions {
         }
     }
 
-    /// Whether the rows have what the task asks for.
+    /// Checks that the rows have what the task needs.
     pub fn check(&self, generator: &Generator, rows: &[Prompted]) -> Outcome {
         let Some(benchmark) = self.benchmark()? else { return Ok(()) };
         Ok(benchmark.check(generator, self.limited(rows))?)
@@ -86,7 +86,7 @@ impl TaskOptions {
         &rows[..self.limit_task.unwrap_or(usize::MAX).min(rows.len())]
     }
 
-    /// Its figures over the rows, as `metrics.json` has them; null where none is asked for. The processes measure by turns.
+    /// Measures the task on the rows, for `metrics.json`; null without a task. The processes share the rows.
     pub fn measure(
         &self,
         generator: &Generator,
@@ -100,7 +100,7 @@ impl TaskOptions {
 }
 
 impl BenchmarkOptions {
-    /// Says which of the options that were given none of these tasks reads.
+    /// Warns about given options that none of these tasks reads.
     pub fn tell_unread(given: &Given, tasks: &[&str]) {
         if !tasks.contains(&"choice") {
             given.without_effect(&["normalize"], "it is of the task choice");
@@ -111,7 +111,7 @@ impl BenchmarkOptions {
         }
     }
 
-    /// The benchmark of this name.
+    /// Creates the benchmark with this name.
     pub fn named(&self, task: &str) -> Outcome<Benchmark> {
         Ok(match task {
             "choice" => Benchmark::Choice(match self.normalize.as_str() {

@@ -1,4 +1,4 @@
-//! What watches a run of the examples: progress bar, log, signals.
+//! The observer of an example's run: progress bar, log, signals.
 
 use std::path::{Path, PathBuf};
 
@@ -12,28 +12,29 @@ use super::log::Log;
 use super::output::tell_err;
 use super::processes::Processes;
 
-/// What an evaluation finds.
+/// The results of an evaluation.
 #[derive(Default)]
 pub struct Scores {
-    /// What the best parameters are chosen by: higher is better.
+    /// The score that picks the best parameters; higher is better.
     pub score: Option<f64>,
-    /// What is logged, by its name, such as `dev/accuracy`.
+    /// The values to log, with their names, such as `dev/accuracy`.
     pub values: Vec<(String, f64)>,
 }
 
-/// The progress bar and the log of a run; what it evaluates and keeps is the example's own.
+/// The progress bar and the log of a run. The example supplies the evaluation and the saving.
 pub struct Watch<'a> {
     /// The progress bar.
     pub bar: ProgressBar,
-    /// The log, where the run has an output folder.
+    /// The log, if the run has an output folder.
     pub log: Option<Log>,
-    /// What the present parameters score.
+    /// Evaluates the current parameters.
     pub evaluate: &'a dyn Fn(&ProgressBar, usize) -> Result<Scores>,
-    /// Whether there is no other process, which would have to stop as well.
+    /// Whether this is the only process; several must stop together.
     pub is_alone: bool,
-    /// Writes the present parameters.
+    /// Writes the current parameters.
     pub keep: &'a dyn Fn() -> Result<()>,
-    /// Whole models that the run writes at its end, over nothing: one that is there is of an earlier end.
+    /// The whole models that the run writes at its end. They are never overwritten, so an existing one blocks
+    /// more steps.
     pub at_end: Vec<PathBuf>,
 }
 
@@ -94,7 +95,7 @@ impl Observer for Watch<'_> {
     }
 }
 
-/// Trains, with checkpoints where there are to be some, in as many processes as there are.
+/// Trains, with checkpoints if given, in all processes.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
@@ -109,13 +110,13 @@ pub fn fit(
     train::fit_distributed(objective, params, config, watch, checkpoints, processes.communicator())
 }
 
-/// Whether there is a file, or a folder with something in it.
+/// Whether the path is a file, or a folder with entries.
 fn is_there(path: &Path) -> bool {
     path.is_file() || files::has_entries(path)
 }
 
-/// Prints a line above a progress bar. A bar without a terminal drops what it is told to print, and
-/// the log of a long run in the background would stay empty.
+/// Prints a line above a progress bar. A bar without a terminal drops printed lines, which would leave the
+/// log of a long background run empty, so the line then goes to standard error.
 pub fn say(bar: &ProgressBar, line: &str) {
     if bar.is_hidden() {
         tell_err!("{line}")

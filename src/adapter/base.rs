@@ -1,4 +1,4 @@
-//! The frozen linear layer beneath the adapters.
+//! The frozen linear layer under the adapters.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
@@ -8,10 +8,10 @@ use super::pass::Pass;
 use crate::error::{Error, Result};
 use crate::ops::{self, QuantizedWeight};
 
-/// A frozen linear layer, `y = W0 x + b`, as its weight lies in memory.
+/// A frozen linear layer, `y = W0 x + b`, with a dense or a quantised weight.
 ///
 /// # Example
-/// A weight of one's own in four bits:
+/// A base layer from a user's own weight, quantised to four bits:
 /// ```
 /// use std::sync::Arc;
 ///
@@ -32,9 +32,9 @@ use crate::ops::{self, QuantizedWeight};
 /// ```
 #[derive(Debug, Clone)]
 pub enum BaseLinear {
-    /// A weight of numbers.
+    /// A dense weight.
     Dense(Linear),
-    /// A weight in blocks of a few bits.
+    /// A quantised weight, in blocks of a few bits per number.
     Quantized(QuantizedLinear),
 }
 
@@ -46,7 +46,7 @@ pub struct QuantizedLinear {
 }
 
 impl QuantizedLinear {
-    /// The layer of `weight` `(out, in)` and `bias` `(out)`.
+    /// Creates a layer from `weight`, `(out, in)`, and `bias`, `(out)`.
     pub fn new(weight: QuantizedWeight, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
     }
@@ -63,7 +63,7 @@ impl QuantizedLinear {
 }
 
 impl BaseLinear {
-    /// `(in_dim, out_dim)`.
+    /// Returns `(in_dim, out_dim)`.
     ///
     /// # Errors
     /// If the weight is not a matrix.
@@ -83,7 +83,7 @@ impl BaseLinear {
         }
     }
 
-    /// The dtype of the weight; of a quantised one that of its rows once they are dequantised.
+    /// The dtype of the weight; for a quantised weight, the dtype of its dequantised rows.
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(layer) => layer.weight().dtype(),
@@ -91,7 +91,7 @@ impl BaseLinear {
         }
     }
 
-    /// Where the weight lies.
+    /// The device of the weight.
     pub fn device(&self) -> &Device {
         match self {
             Self::Dense(layer) => layer.weight().device(),
@@ -99,7 +99,7 @@ impl BaseLinear {
         }
     }
 
-    /// How the weight lies in memory: its dtype, such as `bf16`, or the kind of its blocks, such as `q4k`.
+    /// The storage format of the weight: its dtype, such as `bf16`, or the kind of its blocks, such as `q4k`.
     pub fn kind(&self) -> String {
         match self {
             Self::Dense(layer) => layer.weight().dtype().as_str().to_string(),
@@ -107,7 +107,7 @@ impl BaseLinear {
         }
     }
 
-    /// The bytes of the weight.
+    /// The size of the weight in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(layer) => layer.weight().elem_count() * layer.weight().dtype().size_in_bytes(),
@@ -115,7 +115,7 @@ impl BaseLinear {
         }
     }
 
-    /// The layer as one of candle, unless its weight is quantised.
+    /// Returns candle's linear layer, or `None` if the weight is quantised.
     pub fn dense(&self) -> Option<&Linear> {
         match self {
             Self::Dense(layer) => Some(layer),
@@ -123,7 +123,7 @@ impl BaseLinear {
         }
     }
 
-    /// The dense weight, for a caller (`who`, named in the error) that cannot work on a quantised one.
+    /// Returns the dense layer, for a caller (`who`, named in the error) that cannot work on a quantised one.
     ///
     /// # Errors
     /// If the weight is quantised.
@@ -138,7 +138,7 @@ impl BaseLinear {
         })
     }
 
-    /// The layer with its weight as numbers: a copy of all of it where it is quantised.
+    /// Returns the layer with a dense weight; a quantised weight is dequantised as a whole.
     ///
     /// # Errors
     /// If candle fails.
@@ -149,7 +149,7 @@ impl BaseLinear {
         }
     }
 
-    /// The layer's output: one operation, with the gradient of `xs` (and of a dense weight that is tracked).
+    /// Computes the layer's output as one operation, differentiable in `xs` (and in a tracked dense weight).
     ///
     /// # Shapes
     /// - `xs`: `(.., in_dim)`
@@ -169,7 +169,7 @@ impl BaseLinear {
         }
     }
 
-    /// The same weights without a place in a graph: no gradient is for them.
+    /// Returns the layer with detached weights: no gradient reaches them.
     pub(crate) fn frozen(&self) -> Self {
         let bias = self.bias().map(Tensor::detach);
         match self {

@@ -1,4 +1,4 @@
-//! What a forward pass is told beside its input, as one value: forward reads nothing else.
+//! Everything a forward pass depends on besides its input.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -12,10 +12,10 @@ use super::together::Together;
 use crate::ops::{OpPath, Tape};
 use crate::util::check::positive;
 
-/// A pass, and what it carries through the model: how operations run, the course of the
-/// perturbation's scale, what a prediction keeps, who watches. Cheap to clone; clones share.
+/// The settings of one forward pass: the [`Pass`], the implementation of the operations, the factors on the
+/// perturbation's scale, cached draws, a probe for non-finite values. Cheap to clone; clones share state.
 ///
-/// Most callers have a [`Pass`] alone: `&pass.into()`.
+/// A [`Pass`] alone is enough for most callers: `&pass.into()`.
 ///
 /// # Example
 /// ```
@@ -32,35 +32,35 @@ use crate::util::check::positive;
 /// params.set("proj.default.b", &Tensor::ones((6, 2), DType::F32, &device)?)?;
 /// let xs = Tensor::ones((1, 4), DType::F32, &device)?;
 ///
-/// // Draw 3 of the posterior, made once for all batches of a prediction.
+/// // Posterior draw 3, made once for all batches of a prediction.
 /// let draws = DrawCache::default();
 /// let predict = Context::from(Pass::Posterior { draw: 3 }).with_draws(&draws);
 /// let one = layer.forward_with(&xs, &predict)?.to_vec2::<f32>()?;
 /// assert_eq!(one, layer.forward_with(&xs, &predict)?.to_vec2::<f32>()?);
-/// // The same on the path that a device without kernels of ours takes.
+/// // The same with the composed operations, which run on devices without fused kernels.
 /// let composed = layer.forward_with(&xs, &predict.with_path(OpPath::Composed))?.to_vec2::<f32>()?;
 /// assert!((one[0][0] - composed[0][0]).abs() < 1e-5);
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct Context {
-    /// Which weights.
+    /// Which weights to use.
     pub pass: Pass,
-    /// Which implementation of the operations.
+    /// Which implementation of the operations to use.
     pub path: OpPath,
-    /// Factors on the scale of perturbations in training draws.
+    /// Factors on the scale of the perturbations in training draws.
     pub scaler_factors: ScalerFactors,
-    /// Draws that are made once and kept; none where absent.
+    /// Keeps the posterior draws of a prediction, if set.
     pub draws: Option<DrawCache>,
-    /// Who is told of layers' outputs; nobody where absent.
+    /// Checks each layer's output for NaN and infinity, if set.
     pub(crate) probe: Option<Probe>,
-    /// Whether quantised layers may take kernels for few rows, which nothing differentiates.
+    /// Whether quantised layers may use the kernels for few rows, which have no gradient.
     pub(crate) only_predicts: bool,
-    /// Whether nobody differentiates what comes out, so that a model's layers hand on values alone.
+    /// Whether no gradient is needed, so that each layer of a model returns a detached output.
     values_only: bool,
-    /// What they leave to be differentiated together; nothing where absent.
+    /// Collects the backward steps that are taken for all layers at once, if set.
     tape: Option<Tape>,
-    /// What layers make for each other, within one forward pass of a model.
+    /// Shares results between the layers within one forward pass of a model, if set.
     together: Option<Together>,
 }
 
@@ -94,51 +94,51 @@ impl From<&Context> for Context {
 }
 
 impl Context {
-    /// The same in another pass.
+    /// Replaces the pass.
     pub fn with_pass(self, pass: Pass) -> Self {
         Self { pass, ..self }
     }
 
-    /// The same with operations on another path.
+    /// Replaces the implementation of the operations.
     pub fn with_path(self, path: OpPath) -> Self {
         Self { path, ..self }
     }
 
-    /// The same with posterior draws kept in `draws`.
+    /// Keeps posterior draws in `draws`.
     pub fn with_draws(self, draws: &DrawCache) -> Self {
         Self { draws: Some(draws.clone()), ..self }
     }
 
-    /// The same with other factors on the scale of perturbations.
+    /// Replaces the factors on the scale of the perturbations.
     pub fn with_scaler_factors(self, scaler_factors: ScalerFactors) -> Self {
         Self { scaler_factors, ..self }
     }
 
-    /// The same with `probe` told of every layer's output.
+    /// Checks every layer's output with `probe`.
     pub fn with_probe(self, probe: &Probe) -> Self {
         Self { probe: Some(probe.clone()), ..self }
     }
 
-    /// The same where nobody differentiates what comes out: each layer of a model hands on values without what they were
-    /// computed from, so that a pass keeps the activations of one layer in memory and not those of all, as training must.
-    /// The values are the same.
+    /// A context for inference: the output of each layer of a model is detached, so that only one layer's
+    /// activations are in memory, not those of all layers as in training. Values do not change.
     pub fn without_gradient(self) -> Self {
         Self { values_only: true, ..self }
     }
 
-    /// [`Self::without_gradient`] for a text that is generated: few rows of a quantised layer take the kernels of
-    /// [`ops::quantized_linear`](crate::ops::quantized_linear), which round them.
+    /// [`Self::without_gradient`] for text generation: quantised layers compute few rows with the faster
+    /// kernels of [`ops::quantized_linear`](crate::ops::quantized_linear), which round the input.
     pub fn only_to_predict(self) -> Self {
         Self { only_predicts: true, ..self.without_gradient() }
     }
 
-    /// Whether what comes out may be differentiated.
+    /// Whether the output may be differentiated.
     #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn is_differentiated(&self) -> bool {
         !self.values_only
     }
 
-    /// What a layer of a model hands on to the next.
+    /// Returns a layer's output as the next layer of the model receives it: detached if no gradient is
+    /// needed.
     #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn handed_on(&self, xs: Tensor) -> Tensor {
         match self.values_only {
@@ -147,24 +147,25 @@ impl Context {
         }
     }
 
-    /// The same for a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates with `tape`.
+    /// For a loss that [`Gradients::backward`](crate::optim::Gradients::backward) differentiates together
+    /// with `tape`.
     pub fn with_tape(self, tape: &Tape) -> Self {
         Self { tape: Some(tape.clone()), ..self }
     }
 
-    /// The same for a loss that is differentiated by candle alone, as a block is that is computed again for its gradient.
+    /// For a loss that candle differentiates alone, such as a block that is recomputed for its gradient.
     pub fn without_tape(self) -> Self {
         Self { tape: None, ..self }
     }
 
-    /// What is left to be differentiated together.
+    /// The tape of the pass, if any.
     pub(crate) fn tape(&self) -> Option<&Tape> {
         self.tape.as_ref()
     }
 
-    /// The context of one forward pass of a model, which begins here unless it has begun: its layers may make together
-    /// what they need. Models call this where they begin, and hand it to nobody else, so that what was made from the
-    /// parameters' values is gone before they change.
+    /// Returns the context for one forward pass of a model, in which layers share what they compute together.
+    /// Within such a pass, returns the context unchanged. A model calls this at the start of its forward pass
+    /// and uses the result for that pass only, so that nothing computed from old parameter values is kept.
     #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
         match self.together {
@@ -173,14 +174,14 @@ impl Context {
         }
     }
 
-    /// What layers make for each other; none where a layer runs by itself.
+    /// What the layers of a model share within one forward pass; `None` for a layer that runs by itself.
     pub(crate) fn together(&self) -> Option<&Together> {
         self.together.as_ref()
     }
 }
 
-/// Factors on the scale eps of the perturbation, by layer. A schedule sets them between two steps; they
-/// count in [`Pass::Train`] alone.
+/// Factors on the perturbation's scale eps, by layer. A schedule changes them between two steps; they apply
+/// in [`Pass::Train`] only.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScalerFactors {
     common: f64,
@@ -194,8 +195,8 @@ impl Default for ScalerFactors {
 }
 
 impl ScalerFactors {
-    /// The factor `common` of every layer but those in `by_layer`, by the adapter's name
-    /// (`{path}.{adapter}`).
+    /// Creates factors from those in `by_layer`, keyed by adapter name (`{path}.{adapter}`), and `common` for
+    /// all other layers.
     ///
     /// # Errors
     /// Unless every factor is positive and finite.
@@ -204,36 +205,38 @@ impl ScalerFactors {
         Ok(Self { common, by_layer: Arc::new(by_layer) })
     }
 
-    /// The factor of the adapter of this name.
+    /// The factor of the adapter with this name.
     pub fn of(&self, adapter: &str) -> f64 {
         self.by_layer.get(adapter).copied().unwrap_or(self.common)
     }
 }
 
-/// Posterior draws that are kept while a prediction lasts: `r x in_dim` numbers for each layer and draw.
+/// A cache of posterior draws for the duration of a prediction: `r x in_dim` numbers per layer and draw.
 ///
-/// A draw of the posterior is the same weights for every batch of an evaluation and every token of a
-/// text. Making it anew each time changes no number but costs more than the layer itself where one
-/// token is a batch. What is kept carries no gradient and does not see later changes of the
-/// parameters: it is for prediction.
+/// A posterior draw has the same weights for every batch of an evaluation and every token of a text.
+/// Recomputing it each time gives the same numbers, but costs more than the layer itself where a batch is a
+/// single token. Cached draws carry no gradient and do not follow later changes of the parameters: use a
+/// cache for prediction only.
 #[derive(Debug, Clone, Default)]
 pub struct DrawCache {
     kept: Arc<Mutex<HashMap<DrawKey, Tensor>>>,
 }
 
-/// What a kept A depends on beside the parameters' values: its layer (the mean's identity), the draw, the
-/// bits of eps, the path it was made on.
+/// What a cached A depends on besides the parameters' values: the layer (the id of its mean), the draw, the
+/// bits of eps, and the implementation that computed it.
 type DrawKey = (TensorId, u64, u64, OpPath);
 
 impl DrawCache {
-    /// The tensor that `make` gives for the draw of a layer with this mean, at `eps` on `path`, made once.
+    /// Returns the cached tensor for this draw of the layer with this mean, at `eps` on `path`, or caches
+    /// what `make` returns.
     pub(crate) fn get(
         &self,
         (mean, draw, eps, path): (&Tensor, u64, f64, OpPath),
         make: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
         let key = (mean.id(), draw, eps.to_bits(), path);
-        // Not held while the draw is made: a panic leaves the map whole, and others may ask.
+        // The lock is not held while `make` runs, so that other threads can use the cache. A panic leaves the
+        // map whole.
         let lock = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(tensor) = lock().get(&key) {
             return Ok(tensor.clone());

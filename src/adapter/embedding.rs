@@ -1,47 +1,48 @@
-//! The place where tokens become vectors: a model's word embedding, and the virtual tokens before it.
+//! A model's word embedding, and the virtual tokens of prompt tuning in front of it.
 
 use candle_core::{bail, DType, Tensor};
 
 use crate::error::{Error, Result};
 use crate::ops::{self, OpPath, Weight};
 
-/// The word embedding of a model and, under prompt tuning, the embeddings of virtual tokens that stand
-/// before those of every row.
+/// The word embedding of a model and, with prompt tuning, the embeddings of the virtual tokens that precede
+/// every row.
 ///
-/// Padding on the left stands between the two at first. Where a model's positions count columns,
-/// [`Self::after_padding`] brings them together.
+/// In rows that are padded on the left, the padding at first lies between the virtual tokens and the text.
+/// For models whose positions count columns, [`Self::after_padding`] moves the virtual tokens next to the
+/// text.
 #[derive(Debug)]
 pub struct AdaptableEmbedding {
     words: Weight,          // (vocab, d)
-    scale: Option<f64>,     // of words, not of virtual tokens
+    scale: Option<f64>,     // applies to words, not to virtual tokens
     prompt: Option<Tensor>, // (p, d)
 }
 
 impl AdaptableEmbedding {
-    /// The table `words` of shape `(vocab, d)`, without virtual tokens.
+    /// Creates an embedding from the table `words`, `(vocab, d)`, without virtual tokens.
     pub fn new(words: impl Into<Weight>) -> Self {
         Self { words: words.into(), scale: None, prompt: None }
     }
 
-    /// The same with words' embeddings multiplied by `scale`, in their own dtype (Gemma).
+    /// Multiplies the embeddings of words by `scale`, in their own dtype (Gemma).
     pub fn scaled_by(self, scale: Option<f64>) -> Self {
         Self { scale, ..self }
     }
 
-    /// The table, `(vocab, d)`.
+    /// The embedding table, `(vocab, d)`.
     pub fn words(&self) -> &Weight {
         &self.words
     }
 
-    /// How many virtual tokens there are.
+    /// The number of virtual tokens.
     pub fn virtual_tokens(&self) -> usize {
         self.prompt.as_ref().map_or(0, |prompt| prompt.dims()[0])
     }
 
-    /// Puts virtual tokens, `(p, d)`, before every row, or takes them away.
+    /// Sets the virtual tokens, `(p, d)`, that precede every row; `None` removes them.
     ///
     /// # Errors
-    /// If they are not as wide as the words.
+    /// If their width differs from that of the words.
     pub fn set_prompt(&mut self, prompt: Option<Tensor>) -> Result<()> {
         if let Some(prompt) = &prompt {
             let width = self.words.dims2()?.1;
@@ -54,7 +55,7 @@ impl AdaptableEmbedding {
         Ok(())
     }
 
-    /// The embeddings of words alone: of tokens that continue a row.
+    /// Looks up the embeddings of tokens without virtual tokens, as for tokens that continue a row.
     ///
     /// # Shapes
     /// - `ids`: `(b, t)` of u32
@@ -70,7 +71,7 @@ impl AdaptableEmbedding {
         }
     }
 
-    /// The embeddings of whole rows, virtual tokens first.
+    /// Computes the embeddings of whole rows, virtual tokens first.
     ///
     /// # Shapes
     /// - `ids`: `(b, t)` of u32
@@ -82,15 +83,16 @@ impl AdaptableEmbedding {
         let words = self.lookup(ids, path)?;
         let Some(prompt) = &self.prompt else { return Ok(words) };
         let (p, d) = prompt.dims2()?;
-        // Repeated before it is rounded: the gradients of the rows are then summed in the prompt's dtype.
+        // Expanded before the cast to a narrower dtype, so that the gradients of the rows are summed in the
+        // prompt's dtype.
         let prompt = prompt.unsqueeze(0)?.broadcast_as((ids.dim(0)?, p, d))?.to_dtype(words.dtype())?;
         Tensor::cat(&[&prompt, &words], 1)
     }
 
-    /// An attention mask `(b, t)` for rows with their virtual tokens, `(b, p + t)`.
+    /// Extends an attention mask `(b, t)` by the virtual tokens, to `(b, p + t)`.
     ///
     /// # Errors
-    /// If it is no matrix.
+    /// If the mask is not a matrix.
     pub fn extend_mask(&self, mask: &Tensor) -> candle_core::Result<Tensor> {
         match self.virtual_tokens() {
             0 => Ok(mask.clone()),
@@ -101,12 +103,12 @@ impl AdaptableEmbedding {
         }
     }
 
-    /// Moves the virtual tokens of each row behind the padding on its left, directly before its first
-    /// real token. Rows without such padding, and those of padding alone, stay as they are.
+    /// Moves the virtual tokens of each row behind its left padding, directly before the first real token.
+    /// Rows without left padding and rows of padding alone do not change.
     ///
     /// # Shapes
-    /// - `rows`: `(b, p + t, ..)`, what [`Self::forward`] or [`Self::extend_mask`] made
-    /// - `mask`: `(b, t)`, not 0 on real tokens
+    /// - `rows`: `(b, p + t, ..)`, from [`Self::forward`] or [`Self::extend_mask`]
+    /// - `mask`: `(b, t)`, nonzero on real tokens
     /// - output: as `rows`
     ///
     /// # Errors
@@ -125,7 +127,7 @@ impl AdaptableEmbedding {
             );
         }
         let padding = left_padding(mask)?;
-        // On a GPU, to read it would hold everything up; there the exchange costs next to nothing.
+        // Only on the CPU: on a GPU, reading the value would synchronise, and the exchange is nearly free.
         if padding.device().is_cpu() && padding.max_all()?.to_scalar::<f32>()? == 0.0 {
             return Ok(rows);
         }
@@ -135,14 +137,15 @@ impl AdaptableEmbedding {
             rows.contiguous()?.flatten(0, 1)?.index_select(from, 0)?.reshape(rows.shape())
         };
         let moved = take(&rows.detach(), &there)?;
-        // Every element goes to one place: the gradient is taken from there, and nothing is summed.
+        // A permutation: the gradient is permuted back, and nothing has to be summed.
         ops::custom_vjp("after padding", [&rows], moved, move |call| Ok([Some(take(&call.grad, &back)?)]))
     }
 
-    /// Whether rows of so many tokens, virtual ones among them, are within a model's longest.
+    /// Checks that rows of `tokens` tokens, virtual ones included, do not exceed the model's maximum
+    /// `longest`.
     ///
     /// # Errors
-    /// If they are not.
+    /// If the rows are too long.
     pub fn check_length(&self, tokens: usize, longest: usize) -> Result<()> {
         if tokens <= longest {
             return Ok(());
@@ -157,19 +160,19 @@ impl AdaptableEmbedding {
     }
 }
 
-/// How many columns before the first real token of each row, `(b, 1)`; 0 of a row that has none. In
-/// f32, exactly, where every backend has a maximum.
+/// The number of columns before the first real token of each row, `(b, 1)`; 0 for a row without a real token.
+/// Exact in f32, for which every backend implements the maximum.
 fn left_padding(mask: &Tensor) -> candle_core::Result<Tensor> {
     let t = mask.dim(1)?;
-    // The first real token has the most columns from itself to the end.
+    // The first real token has the largest distance to the end.
     let to_end = Tensor::arange_step(t as f32, 0f32, -1f32, mask.device())?;
     let most = mask.ne(0u8)?.to_dtype(DType::F32)?.broadcast_mul(&to_end)?.max_keepdim(1)?;
     (most.affine(-1.0, t as f64)? * most.ne(0f32)?.to_dtype(DType::F32)?)?.contiguous()
 }
 
-/// Where the elements of flattened rows of `n` come from, `(b * n)` of u32, when two blocks at the
-/// beginning of each row change places: `first`, `(b, 1)`, is how many elements the one has that comes
-/// first afterwards, `second` those of the other.
+/// Source indices, `(b * n)` of u32, for flattened rows of `n` elements in which two leading blocks change
+/// places. Afterwards each row begins with `first` elements of the second block, followed by `second`
+/// elements of the first block; both are `(b, 1)`.
 fn exchange(first: &Tensor, second: &Tensor, n: usize) -> candle_core::Result<Tensor> {
     let (b, device) = (first.dim(0)?, first.device());
     let columns = Tensor::arange(0f32, n as f32, device)?.unsqueeze(0)?; // (1, n)

@@ -1,4 +1,4 @@
-//! What a method is to a linear layer.
+//! The interface that a fine-tuning method implements for one linear layer.
 
 use std::any::Any;
 
@@ -8,9 +8,9 @@ use super::base::BaseLinear;
 use super::context::Context;
 use super::params::Role;
 
-/// A method's change to one linear layer. Its forward is pure: it alters no state.
+/// A method's change to one linear layer. The forward pass alters no state.
 pub trait Adapter: Send + Sync + std::fmt::Debug {
-    /// The adapted layer's output.
+    /// Computes the adapted layer's output.
     ///
     /// # Shapes
     /// - `xs`: `(.., in_dim)`, any float dtype
@@ -20,17 +20,17 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// If shapes or dtypes do not fit the base.
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor>;
 
-    /// The trainable tensors, by role.
+    /// Returns the trainable tensors with their roles.
     fn parameters(&self) -> Vec<(Role, Tensor)>;
 
-    /// The change of the weight of `base` that the adapter amounts to in this context's pass, without dropout:
-    /// `(out_dim, in_dim)` in the adapter's dtype at least, where there is one. A method without a posterior has
-    /// one change for all passes.
+    /// Returns the change of the weight of `base` that the adapter makes in this context's pass, without
+    /// dropout: `(out_dim, in_dim)`, in the adapter's dtype or a wider one. Returns `None` if the method is
+    /// not a change of the weight. A method without a posterior has the same change in every pass.
     ///
     /// # Errors
     /// If candle fails.
     fn delta(&self, base: &BaseLinear, cx: &Context) -> candle_core::Result<Option<Tensor>>;
 
-    /// The concrete method, for those that know it (the regulariser, files).
+    /// Returns the concrete method, for code that depends on it (the regulariser, file formats).
     fn as_any(&self) -> &dyn Any;
 }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::util::finite::is_finite;
 
-/// A linear layer of a model: its base weight and its adapters, of which at most one is active.
+/// A linear layer of a model: its base layer and its adapters, of which at most one is active.
 ///
 /// # Example
 /// ```
@@ -40,12 +40,12 @@ pub struct AdaptableLinear {
     base: BaseLinear,
     adapters: BTreeMap<String, Box<dyn Adapter>>,
     active: Option<String>,
-    /// The active adapter's mean added to the base, which stays beside it: to unmerge is to forget.
+    /// The base with the active adapter's mean added. The base itself is kept: unmerging drops this copy.
     merged: Option<Linear>,
 }
 
 impl AdaptableLinear {
-    /// A layer without adapters. `path` is the layer's Hugging Face name.
+    /// Creates a layer without adapters. `path` is the layer's Hugging Face name.
     pub fn new(path: impl Into<String>, base: impl Into<BaseLinear>) -> Self {
         Self { path: path.into(), base: base.into(), adapters: BTreeMap::new(), active: None, merged: None }
     }
@@ -55,7 +55,7 @@ impl AdaptableLinear {
         &self.path
     }
 
-    /// The base layer, without any adapter, merged or not.
+    /// The base layer, without any adapter, whether or not the layer is merged.
     pub fn base(&self) -> &BaseLinear {
         &self.base
     }
@@ -68,11 +68,11 @@ impl AdaptableLinear {
         self.base.dims()
     }
 
-    /// Adds an adapter and makes it the active one. From then on the base is frozen: one that is a variable is
-    /// detached from it, and gets no gradient here, not even when all adapters are gone again.
+    /// Adds an adapter and makes it active. From then on the base is frozen: a base weight that is a variable
+    /// is detached and gets no gradient through this layer, even after all adapters are removed.
     ///
     /// # Errors
-    /// If the name cannot be one, the layer has an adapter of this name, or is merged.
+    /// If the name is not valid, the layer already has an adapter of this name, or the layer is merged.
     pub fn add(&mut self, name: &str, adapter: Box<dyn Adapter>) -> Result<()> {
         check_adapter_name(name)?;
         self.check_unmerged()?;
@@ -85,7 +85,7 @@ impl AdaptableLinear {
         Ok(())
     }
 
-    /// Takes the adapter of this name away, if there is one.
+    /// Removes and returns the adapter of this name, if there is one.
     ///
     /// # Errors
     /// If the layer is merged.
@@ -97,7 +97,7 @@ impl AdaptableLinear {
         Ok(self.adapters.remove(name))
     }
 
-    /// Makes the adapter of this name active, or none of them.
+    /// Makes the adapter of this name active; `None` deactivates all adapters.
     ///
     /// # Errors
     /// If the layer has no adapter of this name, or is merged.
@@ -115,7 +115,7 @@ impl AdaptableLinear {
         self.adapters.get(name).map(AsRef::as_ref)
     }
 
-    /// Adapters come, go and change places beside the base alone.
+    /// Adapters can only be added, removed or switched while the layer is not merged.
     pub(crate) fn check_unmerged(&self) -> Result<()> {
         match &self.merged {
             Some(_) => Err(Error::config("adapter", format!("{} is merged: unmerge it first", self.path))),
@@ -133,11 +133,11 @@ impl AdaptableLinear {
         self.merged.is_some()
     }
 
-    /// The linear layer that the base and the mean of the active adapter amount to, in the base's
-    /// dtype; the sum is made in single precision at least. None without an active adapter.
+    /// Returns the base with the mean of the active adapter added, in the base's dtype; the sum is computed
+    /// in single precision or wider. Returns `None` without an active adapter.
     ///
     /// # Errors
-    /// If the method has no such layer, a weight would not be finite, or the base is quantised.
+    /// If the adapter cannot be merged, a weight would not be finite, or the base is quantised.
     pub fn merged_layer(&self) -> Result<Option<Linear>> {
         if let Some(merged) = &self.merged {
             return Ok(Some(merged.clone()));
@@ -145,12 +145,12 @@ impl AdaptableLinear {
         self.merged_layer_at(&Pass::Mean)
     }
 
-    /// The linear layer that the base and the active adapter amount to in a pass: of [`Pass::Posterior`] one draw of
-    /// the posterior, for whoever runs plain layers. Draw s is the same draw in every layer and every process that
-    /// has the parameters and the seed. A method without a posterior has its mean in every draw.
+    /// Returns the base with the active adapter added as it is in `pass`. [`Pass::Posterior`] gives one draw
+    /// of the posterior as a plain layer. Draw s is the same in every layer and every process that has the
+    /// same parameters and seed. A method without a posterior gives its mean for every draw.
     ///
     /// # Errors
-    /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is no change of a weight.
+    /// As [`Self::merged_layer`]; and for [`Pass::Train`], whose dropout is not a change of the weight.
     pub fn merged_layer_at(&self, pass: &Pass) -> Result<Option<Linear>> {
         if self.active.is_none() {
             return Ok(None);
@@ -160,11 +160,11 @@ impl AdaptableLinear {
         Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
     }
 
-    /// [`Self::merged_layer`] with the base's weight as numbers, where it is quantised too: what it lost when it was
-    /// rounded stays lost, and nothing is rounded once more.
+    /// [`Self::merged_layer`] as a dense layer even if the base is quantised. The base's quantisation error
+    /// remains; the sum is not quantised again.
     ///
     /// # Errors
-    /// As [`Self::merged_layer`], but for the quantised.
+    /// As [`Self::merged_layer`], except that the base may be quantised.
     pub fn merged_dequantized(&self) -> Result<Option<Linear>> {
         if self.merged.is_some() || self.base.dense().is_some() || self.active.is_none() {
             return self.merged_layer();
@@ -174,8 +174,8 @@ impl AdaptableLinear {
         Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
     }
 
-    /// `weight`, the base's own or as a checkpoint has it before it was rounded, and the active adapter in this
-    /// pass, in the dtype and on the device of `weight`.
+    /// Adds the active adapter's change in this pass to `weight`, in its dtype and on its device. `weight` is
+    /// the base's own or the one that a checkpoint has before quantisation.
     ///
     /// # Errors
     /// As [`Self::merged_layer_at`].
@@ -187,7 +187,7 @@ impl AdaptableLinear {
         }
         let Some((name, adapter)) = self.active() else { return Ok(None) };
         let key = format!("{}.weight", self.path);
-        // A checkpoint's weight is read to the host, wherever the adapter is.
+        // A weight from a checkpoint is on the host, whatever device the adapter is on.
         let there = weight.to_device(self.base.device())?;
         let base = Linear::new(there, self.base.bias().cloned()).into();
         let Some(delta) = adapter.delta(&base, &pass.into())? else {
@@ -203,13 +203,12 @@ impl AdaptableLinear {
         Ok(Some(sum))
     }
 
-    /// Puts the layer of [`Self::merged_layer`] in place, or (None) forgets it. A merged layer
-    /// computes the mean alone.
+    /// Sets the layer of [`Self::merged_layer`], or removes it (`None`). A merged layer has only the mean.
     pub(crate) fn set_merged(&mut self, merged: Option<Linear>) {
         self.merged = merged;
     }
 
-    /// The tensors that its output depends on: the base's, and those of the active adapter.
+    /// The tensors that the output depends on: those of the base and of the active adapter.
     pub fn parameters(&self) -> Vec<Tensor> {
         let adapter = self.active().map(|(_, adapter)| adapter.parameters()).unwrap_or_default();
         let weight = self.base.dense().map(Linear::weight);
@@ -217,13 +216,13 @@ impl AdaptableLinear {
         base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
     }
 
-    /// The linear layer that this layer is under every pass: its base, where no adapter is active.
-    /// None where a probe asks for each layer's own output, or the base is quantised.
+    /// Returns the base as a plain linear layer if the layer computes just that in every pass: no adapter is
+    /// active, no probe checks the outputs, and the base is dense. Otherwise `None`.
     pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
         self.base.dense().filter(|_| self.active.is_none() && cx.probe.is_none())
     }
 
-    /// The name and the adapter that is active.
+    /// The active adapter with its name.
     pub fn active(&self) -> Option<(&str, &dyn Adapter)> {
         let name = self.active.as_deref()?;
         Some((name, self.adapter(name)?))
@@ -234,15 +233,15 @@ impl AdaptableLinear {
         self.active()?.1.as_any().downcast_ref()
     }
 
-    /// The layer's output: the active adapter's, or the base's.
+    /// Computes the layer's output: the active adapter's, or the base's.
     ///
     /// # Shapes
     /// - `xs`: `(.., in_dim)`
     /// - output: `(.., out_dim)`
     ///
     /// # Errors
-    /// If shapes or dtypes do not fit, or the layer is merged and the pass is not the mean: a merged
-    /// layer can neither be trained nor draw, and its mean in place of a draw would look like one.
+    /// If shapes or dtypes do not fit, or the layer is merged and the pass is not [`Pass::Mean`]: a merged
+    /// layer cannot be trained or sampled, and its mean must not pass for a draw.
     pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let output = match (&self.merged, self.active()) {
             (Some(_), _) if cx.pass != Pass::Mean => {
@@ -260,11 +259,11 @@ impl AdaptableLinear {
     }
 }
 
-/// Checks that an adapter can be called `name`: parameters are `{path}.{name}.a`, and PEFT makes a
-/// folder of the name.
+/// Checks that `name` is valid for an adapter: it is part of parameter names (`{path}.{name}.a`), and PEFT
+/// creates a folder of this name.
 ///
 /// # Errors
-/// If it is empty, or holds a dot or a slash.
+/// If the name is empty, or contains a dot or a slash.
 pub(crate) fn check_adapter_name(name: &str) -> Result<()> {
     if name.is_empty() || name.contains(['.', '/', '\\']) {
         let reason = format!("an adapter cannot be called {name:?}: give a name without dots and slashes");

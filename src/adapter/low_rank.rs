@@ -1,4 +1,4 @@
-//! The low-rank pair A, B and its forward pass: what every low-rank adapter shares.
+//! The low-rank pair A, B and its forward pass, which all low-rank adapters share.
 //!
 //! ```text
 //! y = W0 x + b + s B A dropout(x),   s = alpha / r   (rsLoRA: alpha / sqrt r)
@@ -14,7 +14,7 @@ use crate::noise::{Purpose, Stream};
 use crate::ops;
 use crate::util::check::{positive, share};
 
-/// A (r x in), B (out x r), the scale and the dropout of a low-rank adapter.
+/// The low-rank pair A `(r, in)` and B `(out, r)`, with its scale and dropout.
 #[derive(Debug, Clone)]
 pub struct LowRank {
     a: Tensor,
@@ -24,13 +24,13 @@ pub struct LowRank {
     stream: Stream,
 }
 
-/// The factor s: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
+/// Computes the scale s of the update: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
 pub fn scaling(rank: usize, alpha: f64, use_rslora: bool) -> f64 {
     let rank = rank as f64;
     alpha / if use_rslora { rank.sqrt() } else { rank }
 }
 
-/// Checks the options of every low-rank adapter.
+/// Checks the options that all low-rank adapters have.
 ///
 /// # Errors
 /// Unless `rank >= 1`, alpha is positive and finite, and dropout lies in [0, 1).
@@ -43,11 +43,11 @@ pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
 }
 
 impl LowRank {
-    /// Creates `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
+    /// Creates the parameters `{name}.a`, uniform in +-1/sqrt(in_dim), and `{name}.b`, zero, in the store.
     ///
     /// # Errors
-    /// If the rank is 0, the scale not finite, `dropout` not in [0, 1), or a name is taken; the store is then as it
-    /// was.
+    /// If the rank is 0, the scale is not finite, `dropout` is not in [0, 1), or a name is taken. The store is then
+    /// unchanged.
     pub fn new(
         params: &Params,
         name: &str,
@@ -61,7 +61,7 @@ impl LowRank {
         Self::started(params, name, (in_dim, out_dim), rank, starts, scale, dropout)
     }
 
-    /// [`Self::new`] with other starts of A and B.
+    /// [`Self::new`] with other initial values of A and B.
     pub(crate) fn started(
         params: &Params,
         name: &str,
@@ -71,7 +71,7 @@ impl LowRank {
         scale: f64,
         dropout: f64,
     ) -> Result<Self> {
-        // Above the layer's dimensions a rank adds nothing to what the update can be, but PEFT has such adapters.
+        // A rank above the layer's dimensions adds no expressiveness, but PEFT has such adapters.
         if rank == 0 {
             return Err(Error::config("rank", format!("{name}: expected at least 1, got 0")));
         }
@@ -96,12 +96,13 @@ impl LowRank {
         &self.b
     }
 
-    /// The factor s.
+    /// The scale s of the update.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// The output of the base with this pair, A replaced by `a` (A itself, or a draw around it).
+    /// Computes the output of the base with this pair, with `a` in place of A (A itself, or a draw around
+    /// it).
     ///
     /// # Shapes
     /// - `xs`: `(.., in_dim)`, any float dtype
@@ -132,13 +133,13 @@ impl LowRank {
         }
     }
 
-    /// `xs` with its dropout, where this pass drops.
+    /// Returns `xs` with dropout applied, or `None` if this pass has no dropout.
     pub(crate) fn dropped(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let draw = cx.pass.dropout_draw().filter(|_| self.dropout > 0.0);
         draw.map(|draw| ops::dropout(xs, self.dropout, &self.stream, draw, cx.path)).transpose()
     }
 
-    /// `s B A`, `(out_dim, in_dim)`.
+    /// Computes `s B A`, `(out_dim, in_dim)`.
     ///
     /// # Errors
     /// If candle fails.
@@ -146,7 +147,7 @@ impl LowRank {
         self.delta_of(&self.a)
     }
 
-    /// `s B A` with A replaced by `a`, `(rank, in_dim)`.
+    /// Computes `s B A` with A replaced by `a`, `(rank, in_dim)`.
     ///
     /// # Errors
     /// If candle fails.
@@ -179,7 +180,7 @@ mod tests {
         let got = pair.forward(&xs, &base.clone().into(), pair.a(), &Pass::Train { draw: 3 }.into())?;
         let stream = Noise::new(2).stream("layer", Purpose::Dropout);
         let dropped = ops::dropout(&xs, 0.4, &stream, 3, OpPath::Fused)?.to_dtype(DType::F32)?;
-        // The path that half width runs on: the same products to the last bit.
+        // Half precision runs on the composed path: the products are equal to the last bit.
         let low = ops::low_rank(&dropped, pair.a(), pair.b(), 1.7, OpPath::Composed)?;
         let frozen = ops::linear(&xs, base.weight(), None, OpPath::Fused)?.to_dtype(DType::F32)?;
         let want = (frozen + low)?.to_dtype(DType::BF16)?;

@@ -1,8 +1,12 @@
-//! The seam between models and methods: [`Pass`] and [`Context`] go down a forward pass, [`Adapter`] is what
-//! a method is to a layer, [`AdaptableLinear`] a model's layer with its adapters, [`AdaptableModel`] the one
-//! walk over them, and [`Params`] the store of all that is trained.
+//! The interface between models and fine-tuning methods.
 //!
-//! Whether a layer samples or drops is never a flag that it stores: the context says it.
+//! - [`Pass`] and [`Context`]: everything a forward pass depends on besides its input.
+//! - [`Adapter`]: the interface that a method implements for one linear layer.
+//! - [`AdaptableLinear`]: a model's linear layer with its adapters.
+//! - [`AdaptableModel`]: gives access to all linear layers of a model.
+//! - [`Params`]: the store of all trainable parameters.
+//!
+//! Layers store no training flag: the context decides whether a layer samples its weights or applies dropout.
 
 mod base;
 mod context;

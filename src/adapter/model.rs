@@ -1,15 +1,15 @@
-//! The one walk over a model.
+//! Access to the linear layers of a model.
 
 use super::embedding::AdaptableEmbedding;
 use super::linear::AdaptableLinear;
 use crate::error::Result;
 
-/// The one walk over a model's linear layers. Injection, saving, loading, merging and counting
-/// are closures over it. Beside them, the place for what sits on no linear layer.
+/// Access to all linear layers of a model. Injection, saving, loading, merging and counting are closures that
+/// visit them. The trait also gives access to the word embedding, which prompt tuning adapts.
 ///
 /// # Example
-/// A model of one's own is adaptable when its linears are [`AdaptableLinear`]s and it walks over them, in both
-/// forms by [`linears!`](crate::linears):
+/// To make your own model adaptable, use [`AdaptableLinear`] for its linear layers and list them with
+/// [`linears!`](crate::linears), which implements both visiting methods:
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::Linear;
@@ -36,7 +36,7 @@ use crate::error::Result;
 /// };
 /// let config = MonteCLoRAConfig { rank: 2, num_components: 3, ..Default::default() };
 /// inject::monteclora(&mut model, &Targets::default(), &config, &params)?;
-/// assert_eq!(params.trainable_count(), 2 * (4 + 8) + 2 + 3); // of `up` alone
+/// assert_eq!(params.trainable_count(), 2 * (4 + 8) + 2 + 3); // parameters of `up` alone
 ///
 /// let xs = Tensor::ones((1, 4), DType::F32, &device)?;
 /// let cx = Pass::Train { draw: 0 }.into();
@@ -45,14 +45,14 @@ use crate::error::Result;
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 pub trait AdaptableModel {
-    /// The names of the layers that are adapted unless the user names others: the projections to
-    /// queries, keys and values, as in the paper. Difference: PEFT leaves the keys out. None by default: a
-    /// model without them wants its targets named, a block of a model is asked for none.
+    /// The names of the layers that are adapted unless the user names others: the query, key and value
+    /// projections, as in the paper. Difference: PEFT leaves the keys out. Empty by default: a model without
+    /// default targets needs them named by the user, and a block of a model is not asked for them.
     fn default_targets(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Calls `f` on every layer, in the model's own order.
+    /// Calls `f` on every layer, in the order of the model.
     ///
     /// # Errors
     /// The first error of `f`.
@@ -64,7 +64,8 @@ pub trait AdaptableModel {
     /// The first error of `f`.
     fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()>;
 
-    /// The word embedding, before which virtual tokens can stand; None of a model that has no such place.
+    /// Returns the word embedding, which virtual tokens can precede; `None` for a model without support for
+    /// them.
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         None
     }

@@ -1,9 +1,8 @@
-//! The one store of trainable parameters.
+//! The store of all trainable parameters.
 //!
-//! Parameters have stable names, a role and a fixed order, and start from the seed and their own
-//! path. (Candle's `VarMap` starts from a generator that cannot be seeded, in the order of a
-//! `HashMap`.) The optimiser, learning-rate groups, freezing, the regulariser and files know
-//! parameters by these names and roles only.
+//! Parameters have stable names, a role and a fixed order; their initial values depend only on the seed and
+//! on their own name. (Candle's `VarMap` cannot be seeded and initialises in the order of a `HashMap`.) The
+//! optimiser, learning-rate groups, freezing, the regulariser and files refer to parameters by name and role.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,7 +20,7 @@ use crate::util::dtype::to_dtype_device;
 use crate::util::files;
 use crate::util::finite::{is_finite, zero_if_finite};
 
-/// What a parameter is to its method.
+/// The role of a parameter in its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Role {
@@ -33,15 +32,15 @@ pub enum Role {
     A,
     /// The up-projection B of a low-rank adapter.
     B,
-    /// The logarithm of the Wishart scale's standard deviations, rho (`std_prior`).
+    /// The logarithm rho of the Wishart scale's standard deviations (`std_prior`).
     LogStd,
-    /// The logarithm of the Dirichlet concentration, c (`expert_weights_prior`).
+    /// The logarithm c of the Dirichlet concentration (`expert_weights_prior`).
     Concentration,
-    /// The roots of BLoB's standard deviations, G.
+    /// The square roots G of BLoB's standard deviations.
     RootStd,
     /// The row norms of DoRA.
     Magnitude,
-    /// The factors of activations in IA3.
+    /// The scaling factors of activations in IA3.
     Scaling,
     /// The singular values of AdaLoRA.
     SingularValues,
@@ -51,11 +50,11 @@ pub enum Role {
     Prompt,
 }
 
-/// How a new parameter starts.
+/// The initial values of a new parameter.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Init {
-    /// Every element the same.
+    /// The same value in every element.
     Constant(f64),
     /// Uniform between the two bounds.
     Uniform(f64, f64),
@@ -70,13 +69,13 @@ pub enum Init {
 pub struct Param {
     /// The variable; layers hold the same tensor.
     pub var: Var,
-    /// What it is to its method.
+    /// The role in its method.
     pub role: Role,
-    /// Whether the optimiser changes it.
+    /// Whether the optimiser updates it.
     pub trainable: bool,
 }
 
-/// The store: a handle, cheap to clone; clones share their parameters.
+/// A store of trainable parameters. A handle that is cheap to clone; clones share their parameters.
 ///
 /// # Example
 /// ```
@@ -87,7 +86,7 @@ pub struct Param {
 /// let a = params.create("proj.default.a", Role::A, (2, 3), &Init::Uniform(-0.5, 0.5))?;
 /// params.create("proj.default.b", Role::B, (4, 2), &Init::Constant(0.0))?;
 /// assert_eq!((a.dims2()?, params.trainable_count()), ((2, 3), 14));
-/// params.set_trainable(Role::A, false); // the optimiser leaves it alone
+/// params.set_trainable(Role::A, false); // the optimiser skips it
 /// assert_eq!(params.trainable_count(), 8);
 /// # Ok::<(), monteclora::Error>(())
 /// ```
@@ -100,17 +99,17 @@ pub struct Params {
 }
 
 impl Params {
-    /// An empty store of single-precision parameters on `device`.
+    /// Creates an empty store of single-precision parameters on `device`.
     pub fn new(noise: Noise, device: &Device) -> Self {
         Self::with_dtype(noise, DType::F32, device)
     }
 
-    /// An empty store of another dtype: double precision for tests of laws and gradients.
+    /// Creates an empty store with another dtype, such as double precision for tests of laws and gradients.
     pub fn with_dtype(noise: Noise, dtype: DType, device: &Device) -> Self {
         Self { entries: Arc::default(), noise, dtype, device: device.clone() }
     }
 
-    /// The noise that initial values, draws and dropout come from.
+    /// The noise that initial values, draws and dropout are made from.
     pub fn noise(&self) -> Noise {
         self.noise
     }
@@ -120,12 +119,12 @@ impl Params {
         self.dtype
     }
 
-    /// The device of new parameters, which those of [`Self::on`]'s handles may not share.
+    /// The device of new parameters. Those created through a handle of [`Self::on`] may be on another one.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The same store, whose new parameters through this handle are on another device: those of layers that lie there.
+    /// A handle to the same store that creates parameters on another device, for layers that are there.
     pub fn on(&self, device: &Device) -> Self {
         Self { device: device.clone(), ..self.clone() }
     }
@@ -135,11 +134,11 @@ impl Params {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new parameter `name`, started from the seed and its name. Its values do not depend on
-    /// which other parameters exist.
+    /// Creates a parameter whose initial values depend on the seed and `name` only, not on which other
+    /// parameters exist.
     ///
     /// # Errors
-    /// If the name is taken, or a bound of `init` is not finite.
+    /// If the name is taken, or an initial value is not finite.
     pub fn create(&self, name: &str, role: Role, shape: impl Into<Shape>, init: &Init) -> Result<Tensor> {
         let shape = shape.into();
         let mut values = vec![0f64; shape.elem_count()];
@@ -165,12 +164,12 @@ impl Params {
         self.insert(name, role, &Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// A new parameter with given values, copied and cast to the store's dtype and this handle's device.
+    /// Creates a parameter from `values`, copied and cast to the store's dtype and this handle's device.
     ///
     /// # Errors
     /// If the name is taken, or a value is not finite in that dtype.
     pub fn insert(&self, name: &str, role: Role, values: &Tensor) -> Result<Tensor> {
-        // Detached: of a variable, `Var::from_tensor` would be that variable and no copy.
+        // Detached, because `Var::from_tensor` of a variable returns that variable instead of a copy.
         let var = Var::from_tensor(&self.finite(name, values, &self.device)?.detach())?;
         let tensor = var.as_tensor().clone();
         let mut entries = self.lock();
@@ -181,7 +180,7 @@ impl Params {
         Ok(tensor)
     }
 
-    /// `values` in the store's dtype and on `device`, where every one of them is finite.
+    /// Casts `values` to the store's dtype and moves them to `device`; an error if one is not finite.
     fn finite(&self, name: &str, values: &Tensor, device: &Device) -> Result<Tensor> {
         let values = to_dtype_device(values, self.dtype, device)?;
         if is_finite(&values)? {
@@ -191,10 +190,10 @@ impl Params {
         }
     }
 
-    /// Checks every parameter: one small copy from the device, where none is at fault.
+    /// Checks that all parameters are finite, with one small copy from the device.
     ///
     /// # Errors
-    /// If one holds NaN or infinity; the error names the first of them.
+    /// If a parameter contains NaN or infinity; the error names the first one.
     pub fn check_finite(&self) -> Result<()> {
         let (names, zeros): (Vec<_>, Vec<_>) =
             self.all().into_iter().map(|(name, p)| (name, zero_if_finite(p.var.as_tensor()))).unzip();
@@ -209,8 +208,8 @@ impl Params {
         }
     }
 
-    /// Runs `create`, which makes parameters whose names start with `prefix`; where it fails, those
-    /// that it made are removed again.
+    /// Runs `create`, which creates parameters whose names start with `prefix`. If it fails, the parameters
+    /// that it created are removed.
     pub(crate) fn all_or_none<T>(&self, prefix: &str, create: impl FnOnce() -> Result<T>) -> Result<T> {
         let known: BTreeSet<String> =
             self.lock().keys().filter(|name| name.starts_with(prefix)).cloned().collect();
@@ -219,22 +218,22 @@ impl Params {
         })
     }
 
-    /// The parameter `name`, if there is one.
+    /// Returns the parameter `name`, if it exists.
     pub fn get(&self, name: &str) -> Option<Param> {
         self.lock().get(name).cloned()
     }
 
-    /// Removes the parameter `name`; layers that hold its tensor keep it.
+    /// Removes the parameter `name`. Layers that hold its tensor keep it.
     pub fn remove(&self, name: &str) -> Option<Param> {
         self.lock().remove(name)
     }
 
-    /// All parameters, in the order of their names.
+    /// All parameters, ordered by name.
     pub fn all(&self) -> Vec<(String, Param)> {
         self.lock().iter().map(|(name, param)| (name.clone(), param.clone())).collect()
     }
 
-    /// The parameters that the optimiser changes, in the order of their names.
+    /// The parameters that the optimiser updates, ordered by name.
     pub fn trainable(&self) -> Vec<(String, Param)> {
         self.all().into_iter().filter(|(_, param)| param.trainable).collect()
     }
@@ -244,15 +243,14 @@ impl Params {
         self.trainable().iter().map(|(_, param)| param.var.elem_count()).sum()
     }
 
-    /// Freezes or releases every parameter of a role; returns how many there are.
+    /// Freezes or unfreezes all parameters of a role; returns their number.
     pub fn set_trainable(&self, role: Role, trainable: bool) -> usize {
         self.set_trainable_where(trainable, |_, param| param.role == role)
     }
 
-    /// Freezes or releases every parameter that `chosen` picks by its name and role; returns how many
-    /// there are.
+    /// Freezes or unfreezes all parameters for which `chosen` returns true; returns their number.
     pub fn set_trainable_where(&self, trainable: bool, chosen: impl Fn(&str, &Param) -> bool) -> usize {
-        // Asked before the lock: the caller may use the store.
+        // Evaluated before taking the lock, because `chosen` may use the store.
         let picked = self.all().into_iter().filter(|(name, param)| chosen(name, param));
         let names: BTreeSet<String> = picked.map(|(name, _)| name).collect();
         let mut entries = self.lock();
@@ -260,17 +258,17 @@ impl Params {
         chosen.map(|(_, param)| param.trainable = trainable).count()
     }
 
-    /// Overwrites the values of the parameter `name` in place: every layer sees them.
+    /// Overwrites the values of the parameter `name` in place, so that every layer sees them.
     ///
     /// # Errors
-    /// If there is no such parameter, the shapes differ, or a value is not finite in the store's
-    /// dtype; the parameter then keeps its values.
+    /// If there is no such parameter, the shapes differ, or a value is not finite in the store's dtype. The
+    /// parameter then keeps its values.
     pub fn set(&self, name: &str, values: &Tensor) -> Result<()> {
         let (var, values) = self.fitting(name, values)?;
         Ok(var.set(&values)?)
     }
 
-    /// The variable `name` and what [`Self::set`] writes into it.
+    /// Checks and casts `values` for [`Self::set`]; returns them with the variable.
     fn fitting(&self, name: &str, values: &Tensor) -> Result<(Var, Tensor)> {
         let Some(param) = self.get(name) else {
             return Err(Error::tensor(name, "there is no parameter of this name"));
@@ -285,7 +283,7 @@ impl Params {
         Ok((param.var, values))
     }
 
-    /// A copy of every parameter's present values, for [`Self::restore`].
+    /// Copies the current values of all parameters, for [`Self::restore`].
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -293,18 +291,18 @@ impl Params {
         self.all().into_iter().map(|(name, p)| Ok((name, p.var.as_detached_tensor().copy()?))).collect()
     }
 
-    /// Puts back the values of a [`Self::snapshot`].
+    /// Restores the values of a [`Self::snapshot`].
     ///
     /// # Errors
-    /// If a name is unknown, a shape differs or a value is not finite: nothing is written then.
+    /// If a name is unknown, a shape differs or a value is not finite. Nothing is then written.
     pub fn restore(&self, snapshot: &BTreeMap<String, Tensor>) -> Result<()> {
         let fitting: Vec<_> =
             snapshot.iter().map(|(name, values)| self.fitting(name, values)).collect::<Result<_>>()?;
         fitting.iter().try_for_each(|(var, values)| Ok(var.set(values)?))
     }
 
-    /// Writes every parameter under its own name into `parameters.safetensors` in the folder `dir`, which
-    /// is made where it is missing.
+    /// Writes all parameters under their names to `parameters.safetensors` in the folder `dir`, which is
+    /// created if it is missing.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -315,11 +313,11 @@ impl Params {
         files::write_safetensors(&dir.join(PARAMETERS), named)
     }
 
-    /// Reads back what [`Self::save`] wrote: the values of every parameter, into a store that has the same ones.
+    /// Reads the values that [`Self::save`] wrote, into a store with the same parameters.
     ///
     /// # Errors
-    /// If `dir` has no `parameters.safetensors` or it is none, it lacks a parameter of the store or holds another, a
-    /// shape differs, or a value is not finite: nothing has changed then.
+    /// If `dir` has no valid `parameters.safetensors`, the file lacks a parameter of the store or contains
+    /// another one, a shape differs, or a value is not finite. The store is then unchanged.
     pub fn load(&self, dir: &Path) -> Result<()> {
         let path = dir.join(PARAMETERS);
         let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
@@ -337,12 +335,12 @@ impl Params {
         self.restore(&values)
     }
 
-    /// A `VarBuilder` whose tensors become trainable parameters of this store, with the given
-    /// role: full fine-tuning, pre-training and task heads.
+    /// Returns a `VarBuilder` whose tensors become trainable parameters of this store with the given role,
+    /// for full fine-tuning, pre-training and task heads.
     ///
-    /// Values come from `source` where it has the tensor, else from the initialisation that the
-    /// layer asks for; under [`Role::Base`] a source has to have them all, since where a
-    /// checkpoint lacks one it would silently train from random values. A name asked for twice is the same
+    /// Values come from `source` if it has the tensor, otherwise from the initialisation that the layer asks
+    /// for. Under [`Role::Base`] a source must have all tensors: a tensor that a checkpoint lacks would
+    /// otherwise be trained from random values unnoticed. A name that is requested twice is the same
     /// parameter (tied weights).
     pub fn var_builder(&self, source: Option<VarBuilder<'static>>, role: Role) -> VarBuilder<'static> {
         let backend = Trainable { params: self.clone(), source, role };
@@ -350,12 +348,12 @@ impl Params {
     }
 }
 
-/// The file of [`Params::save`].
+/// The file name of [`Params::save`].
 const PARAMETERS: &str = "parameters.safetensors";
 
 const NOT_FINITE: &str = "it holds NaN or infinity";
 
-/// The store behind a `VarBuilder`.
+/// The `VarBuilder` backend that creates parameters in a store.
 struct Trainable {
     params: Params,
     source: Option<VarBuilder<'static>>,
@@ -380,7 +378,7 @@ impl SimpleBackend for Trainable {
             }
             return Ok(param.var.as_tensor().clone());
         }
-        // A head may start anew; a weight of the model itself may not, and the source says what it lacks.
+        // A head may start from new values. A weight of the model may not: the source reports what it lacks.
         let given = |source: &&VarBuilder| self.role == Role::Base || source.contains_tensor(name);
         if let Some(source) = self.source.as_ref().filter(given) {
             let values = source.get_with_hints_dtype(shape, name, hint, self.params.dtype)?;

@@ -1,5 +1,5 @@
-//! Gaussian priors on the mean of low-rank updates and on a task's head: the pull towards less that the
-//! paper's regulariser leaves out, because its eq. 10 gives prior and posterior the same mean.
+//! Gaussian priors on the mean of low-rank updates and on a task head. They shrink the mean update, which the
+//! paper's regulariser does not: its eq. 10 gives prior and posterior the same mean.
 
 use std::collections::HashMap;
 
@@ -12,17 +12,17 @@ use crate::error::{Error, Result};
 use crate::ops::{self, joined, OpPath};
 use crate::util::check::positive;
 
-/// What the prior of a layer is put on. Each `std` is that of one element.
+/// The quantity of a layer that the prior is on, with its energy. Each `std` is the deviation of one element.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PriorForm {
-    /// `||A||_F^2 / (2 std^2)`. It changes when (A, B) becomes (cA, B/c), which leaves the model the same; while
-    /// B is zero it is the one gradient that A has, and an adaptive optimiser magnifies it.
+    /// `||A||_F^2 / (2 std^2)`. Changes if (A, B) becomes (cA, B/c), although the model stays the same. While
+    /// B is zero this is the only gradient of A, and an adaptive optimiser magnifies it.
     Mean {
         /// s_p.
         std: f64,
     },
-    /// `||A - A0||_F^2 / (2 std^2)`, A0 the start of training: no gradient there.
+    /// `||A - A0||_F^2 / (2 std^2)`, with A0 the value at the start of training, where the gradient is zero.
     Start {
         /// s_p.
         std: f64,
@@ -34,14 +34,14 @@ pub enum PriorForm {
         /// s_b.
         std_b: f64,
     },
-    /// `||s B A||_F^2 / (2 std^2)`: of the update itself, whichever pair makes it. No gradient in A while B is
-    /// zero.
+    /// `||s B A||_F^2 / (2 std^2)`: on the update itself, whichever pair makes it. A gets no gradient while B
+    /// is zero.
     Update {
         /// s_w.
         std: f64,
     },
-    /// The expectation of [`Self::Update`] over the posterior's draws, with weights from Dir(a): it also weighs the perturbation that B
-    /// carries to the output. Without a posterior it is [`Self::Update`].
+    /// The expectation of [`Self::Update`] over the posterior's draws, with weights from Dir(a): it also
+    /// includes the perturbation that B carries to the output. Without a posterior it is [`Self::Update`].
     ExpectedUpdate {
         /// s_w.
         std: f64,
@@ -49,7 +49,7 @@ pub enum PriorForm {
 }
 
 impl PriorForm {
-    /// The same form at another width; of both factors, the same for A and B.
+    /// The same form with another width; with [`Self::Factors`], both A and B get it.
     pub fn with_std(self, std: f64) -> Self {
         match self {
             Self::Mean { .. } => Self::Mean { std },
@@ -61,22 +61,22 @@ impl PriorForm {
     }
 }
 
-/// A prior's options. Its energy (the negative log density, up to a constant) joins a loss that is a mean over
-/// rows, and so weighs `temperature / n` for n training rows.
+/// The options of a prior. Its energy (the negative log density, up to a constant) is added to a loss that is
+/// a mean over rows, with the weight `temperature / n` for n training rows.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Prior {
-    /// What it is put on in each adapted layer.
+    /// The quantity that the prior is on in each adapted layer.
     pub form: PriorForm,
-    /// tau: 1 is Bayes' rule (of a score: for noise of variance 1/2), less a colder posterior.
+    /// The temperature tau: 1 is Bayes' rule (for a score: with noise of variance 1/2), smaller is colder.
     pub temperature: f64,
-    /// Whether the adapted layers share the form's widths: each of L has them over sqrt(L). Of the two forms on
-    /// the update it makes the sum of all layers' updates as wide for one layer as for many.
+    /// Whether the adapted layers share the form's widths: each of L layers then has the width over sqrt(L).
+    /// With the two forms on the update, the sum of all updates is then as wide for one layer as for many.
     #[serde(default)]
     pub shared: bool,
-    /// The width h of the prior on the task head's matrices W about their start, in units of 1 / sqrt(in_dim):
-    /// `in_dim ||W - W_start||_F^2 / (2 h^2)`. None: the head has no prior. Without a head that is trained it has
-    /// nothing to pull on.
+    /// The width h of the prior on the task head's matrices W around their start, in units of 1 /
+    /// sqrt(in_dim): `in_dim ||W - W_start||_F^2 / (2 h^2)`. `None`: no prior on the head. No effect if no
+    /// head is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_std: Option<f64>,
 }
@@ -88,15 +88,15 @@ impl Prior {
         Self { form, temperature: 0.1, shared: true, head_std: Some(0.5) }
     }
 
-    /// The prior of LoRA without draws: narrower, since there is no noise that B would carry to the output.
+    /// The prior for LoRA without draws: narrower, since there is no noise that B would carry to the output.
     pub const fn map() -> Self {
         Self { form: PriorForm::Update { std: 0.35 }, ..Self::calibrated() }
     }
 
-    /// Checks every width and the temperature.
+    /// Checks the widths and the temperature.
     ///
     /// # Errors
-    /// Unless all are positive and finite; the error names the one that is not.
+    /// Unless all are positive and finite; the error names the wrong one.
     pub fn validate(&self) -> Result<()> {
         positive("prior.temperature", self.temperature)?;
         self.head_std.map_or(Ok(()), |std| positive("prior.head_std", std))?;
@@ -112,20 +112,21 @@ impl Prior {
         }
     }
 
-    /// Whether the energy knows where training started.
+    /// Whether the energy depends on the values at the start of training.
     pub fn needs_start(&self) -> bool {
         matches!(self.form, PriorForm::Start { .. } | PriorForm::Factors { .. }) || self.head_std.is_some()
     }
 
-    /// The energy of some of the `layers` adapted layers, whose pairs have the same shapes: a scalar.
+    /// Computes the energy, a scalar, of layers with pairs of equal shapes; `layers` counts all adapted
+    /// layers.
     ///
     /// # Shapes
     /// - `pairs`: l pairs of A `(r, in_dim)` and B `(out_dim, r)`
-    /// - `variances`: `(l, r)`, of each layer the expected squared norms of the rows of A's perturbation,
-    ///   where there is one
+    /// - `variances`: `(l, r)`, the expected squared norms of the rows of each layer's perturbation of A, if
+    ///   any
     ///
     /// # Errors
-    /// If a start is needed and not there, or shapes differ.
+    /// If the start of training is needed and missing, or shapes differ.
     pub(crate) fn energy(
         &self,
         pairs: &[&LowRank],
@@ -153,11 +154,11 @@ impl Prior {
         }
     }
 
-    /// The energy of the task head's matrices, a scalar; none where the head has no prior, or the run no head
-    /// that it trains.
+    /// Computes the energy of the task head's matrices, a scalar. Returns `None` if the head has no prior or
+    /// no head is trained.
     ///
     /// # Errors
-    /// If the start is not there.
+    /// If the start of training is missing.
     pub(crate) fn head_energy(&self, start: Option<&PriorStart>) -> Result<Option<Tensor>> {
         let Some(std) = self.head_std else { return Ok(None) };
         let mut total: Option<Tensor> = None;
@@ -170,11 +171,11 @@ impl Prior {
     }
 }
 
-/// `E||s B (A + D)||_F^2 / (2 std^2)`, summed over layers.
+/// Computes `E||s B (A + D)||_F^2 / (2 std^2)`, summed over layers.
 fn update(pairs: &[&LowRank], variances: Option<&Tensor>, std: f64) -> Result<Tensor> {
     let stack = |of: fn(&LowRank) -> &Tensor| -> Result<Tensor> {
         let (rows, columns) = of(pairs[0]).dims2()?;
-        // Not `Tensor::stack`, which has a node more for each layer.
+        // `Tensor::stack` would add a graph node for each layer.
         let all: Vec<_> = pairs.iter().map(|pair| of(pair)).collect();
         Ok(Tensor::cat(&all, 0)?.reshape((pairs.len(), rows, columns))?)
     };
@@ -188,7 +189,7 @@ pub(super) fn started(start: Option<&PriorStart>) -> Result<&PriorStart> {
     start.ok_or_else(|| Error::config("prior", "it is about the start of training, which was not told"))
 }
 
-/// Where training started: what a prior about the start measures from.
+/// The values at the start of training, from which a prior measures distances.
 #[derive(Debug, Clone, Default)]
 pub struct PriorStart {
     a: HashMap<TensorId, Tensor>,
@@ -196,7 +197,7 @@ pub struct PriorStart {
 }
 
 impl PriorStart {
-    /// The present values, copied, of what `prior` measures from: every A, the task head's trained matrices.
+    /// Copies the current values that `prior` measures from: every A, and the task head's trained matrices.
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -216,7 +217,7 @@ impl PriorStart {
         Ok(start)
     }
 
-    /// The task head's matrices, each with its start.
+    /// The task head's matrices, each with its value at the start.
     #[cfg(feature = "cuda")]
     pub(super) fn head(&self) -> &[(Tensor, Tensor)] {
         &self.head

@@ -1,4 +1,4 @@
-//! The energy of a prior on a CUDA device: a few launches for all layers, differentiated behind a tape.
+//! The energy of a prior on a CUDA device: a few kernel launches for all layers, differentiated by a tape.
 
 use candle_core::Tensor;
 
@@ -10,11 +10,12 @@ use crate::kernels::multi_tensor::supports;
 use crate::ops::Tape;
 
 impl Prior {
-    /// The energy of all adapted layers, with the perturbations of those that have one, and of the task head: a scalar, of
-    /// which `tape` has the gradient. None where the kernels do not serve: they take single precision on one device.
+    /// Computes the energy of all adapted layers, with the perturbations of those that have one, and of the
+    /// task head: a scalar whose gradient `tape` computes. Returns `None` if the kernels do not support the
+    /// tensors: they need single precision on one device.
     ///
     /// # Errors
-    /// If a start is needed and not there, or the device fails.
+    /// If the start of training is needed and missing, or the device fails.
     pub(crate) fn energy_on_device(
         &self,
         layers: Vec<(&LowRank, Option<Spread>)>,
@@ -60,7 +61,7 @@ impl Prior {
     }
 }
 
-/// Whether the kernels take all of their tensors, which are on one device.
+/// Whether the kernels support all tensors, and these are on one device.
 fn serve(distances: &[Distance], updates: &[Update]) -> bool {
     let distances = distances.iter().flat_map(|Distance { at, from, .. }| [Some(at), from.as_ref()]);
     let updates = updates.iter().flat_map(|Update { a, b, spread, .. }| {

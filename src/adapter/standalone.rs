@@ -1,4 +1,4 @@
-//! A frozen linear layer with one adapter, for anyone's candle model: it needs nothing else of this crate
+//! A frozen linear layer with one adapter, for use in any candle model. It needs no other part of this crate
 //! and counts its own draws.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,8 +13,8 @@ use super::pass::Pass;
 
 /// A frozen linear layer with an adapter of method `A`.
 ///
-/// `forward_t(xs, true)` trains: a fresh draw at every call, and dropout; `forward_t(xs, false)` is the
-/// mean, deterministic. [`Self::mean`] is the latter as a plain `Module`.
+/// `forward_t(xs, true)` is for training: a fresh draw at every call, and dropout. `forward_t(xs, false)`
+/// computes the mean and is deterministic; [`Self::mean`] offers it as a plain `Module`.
 #[derive(Debug)]
 pub struct AdaptedLinear<A> {
     base: BaseLinear,
@@ -23,8 +23,8 @@ pub struct AdaptedLinear<A> {
 }
 
 impl<A: Adapter> AdaptedLinear<A> {
-    /// `base` with this adapter. A base that is a variable (of a `VarMap`) is detached: it is frozen, whatever it
-    /// was, and costs no gradient.
+    /// Combines `base` with this adapter. The base is frozen: weights that are variables (of a `VarMap`) are
+    /// detached and get no gradient.
     pub fn from_parts(base: impl Into<BaseLinear>, adapter: A) -> Self {
         Self { base: base.into().frozen(), adapter, draws: AtomicU64::new(0) }
     }
@@ -39,7 +39,7 @@ impl<A: Adapter> AdaptedLinear<A> {
         &self.adapter
     }
 
-    /// The same, to change it in place.
+    /// The adapter, to change it in place.
     pub fn adapter_mut(&mut self) -> &mut A {
         &mut self.adapter
     }
@@ -49,12 +49,12 @@ impl<A: Adapter> AdaptedLinear<A> {
         self.draws.load(Ordering::Relaxed)
     }
 
-    /// Sets that index: a checkpoint keeps it.
+    /// Sets the index of the next draw, as when a checkpoint is restored.
     pub fn set_next_draw(&self, draw: u64) {
         self.draws.store(draw, Ordering::Relaxed);
     }
 
-    /// The output in a given context; changes no state.
+    /// Computes the output in the given context, without changing any state.
     ///
     /// # Shapes
     /// - `xs`: `(.., in_dim)`
@@ -66,7 +66,7 @@ impl<A: Adapter> AdaptedLinear<A> {
         self.adapter.forward(xs, &self.base, cx)
     }
 
-    /// The view of the mean, a plain `Module`.
+    /// The layer at its mean, as a plain `Module`.
     pub fn mean(&self) -> MeanView<'_, A> {
         MeanView(self)
     }

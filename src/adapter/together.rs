@@ -1,4 +1,4 @@
-//! What the layers of a model make for each other within one forward pass.
+//! Results that the layers of a model compute for each other within one forward pass.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -6,26 +6,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Result;
 
-/// Parts of a forward pass that the first layer of a group that is asked makes for all of the group; each layer takes its
-/// own, once.
+/// Intermediate results that the first layer of a group computes for all layers of the group. Each layer
+/// takes its own part, once.
 ///
-/// What is made depends on the present values of parameters, so it lives no longer than the pass of a model that it was
-/// made in: [`Context::of_one_pass`](super::Context::of_one_pass) begins one. (A layer that is computed again for its
-/// gradient finds its part gone, and all are made again.)
+/// The parts depend on the current parameter values, so they live no longer than the forward pass in which
+/// they were made; [`Context::of_one_pass`](super::Context::of_one_pass) starts one. (If a layer is
+/// recomputed for its gradient, its part is already taken, and all parts are made again.)
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Together {
     parts: Arc<Mutex<HashMap<Key, Parts>>>,
 }
 
-/// A group, by its number, a draw, and whether there is a tape to which the parts belong.
+/// The number of a group, a draw, and whether the parts belong to a tape.
 type Key = (usize, u64, bool);
 
-/// The parts of a group's members that are not taken yet.
+/// The parts of a group's members that are not yet taken.
 type Parts = Vec<Option<Box<dyn Any + Send>>>;
 
 impl Together {
-    /// Takes the part of member `index`; where there is none, after `make` has made those of all members. None
-    /// where `make` makes none for this one.
+    /// Takes the part of member `index`. If it is missing, calls `make` first, which makes the parts of all
+    /// members. Returns `None` if `make` makes none for this member.
     ///
     /// # Errors
     /// As `make`.
@@ -35,14 +35,14 @@ impl Together {
         index: usize,
         make: impl FnOnce() -> Result<Vec<Option<T>>>,
     ) -> Result<Option<T>> {
-        // A panic while the lock is held leaves every part there or taken.
+        // A panic while the lock is held leaves each part either there or taken.
         let lock = || self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = lock().get_mut(&key).and_then(|parts| parts.get_mut(index)?.take());
         if let Some(part) = kept.and_then(|part| part.downcast::<T>().ok()) {
             return Ok(Some(*part));
         }
-        // Not under the lock: while rayon waits for the last parts, this thread may take up another job, and that
-        // job may ask here.
+        // The lock is not held here: while rayon waits for the last parts, this thread may start another job,
+        // which may call `take` too.
         let mut parts = make()?;
         let own = parts.get_mut(index).and_then(Option::take);
         let erased = parts.into_iter().map(|part| part.map(|part| Box::new(part) as Box<dyn Any + Send>));
@@ -67,9 +67,9 @@ mod tests {
             })
         };
         assert_eq!((take(1, 0, 2)?, take(1, 0, 0)?), (Some((0, 2)), Some((0, 0))));
-        // Gone: made again, for both.
+        // Already taken: made again, for both.
         assert_eq!((take(1, 0, 0)?, take(1, 0, 2)?), (Some((1, 0)), Some((1, 2))));
-        // Another draw, another group, a member that nothing is made for.
+        // Another draw, another group, and a member without a part.
         assert_eq!((take(1, 1, 2)?, take(2, 0, 2)?, take(1, 0, 1)?), (Some((2, 2)), Some((3, 2)), None));
         assert_eq!(take(1, 0, 7)?, None);
         assert!(together

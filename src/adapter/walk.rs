@@ -1,4 +1,4 @@
-//! The two forms of the walk over a model's linear layers, written once.
+//! The [`linears!`](crate::linears) macro, which implements both visiting methods of an [`AdaptableModel`].
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::linear::AdaptableLinear;
 use super::model::AdaptableModel;
 use crate::error::{Error, Result};
 
-/// What a field of a model can be for [`linears!`](crate::linears): a linear layer, a model or a block of one
+/// The types that [`linears!`](crate::linears) accepts as fields: a linear layer, a model or block
 /// ([`AdaptableModel`]), and vectors, arrays, options and shared pointers of these.
 pub trait Linears {
     /// Calls `f` on every layer.
@@ -18,14 +18,14 @@ pub trait Linears {
     /// Calls `f` on every layer, to change it in place.
     ///
     /// # Errors
-    /// The first error of `f`; and that of [`Self::check_unshared`].
+    /// The first error of `f`, or that of [`Self::check_unshared`].
     fn visit_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()>;
 
-    /// Checks, before the first of several is changed, that all can be: a change is whole or none.
+    /// Checks that all layers can be changed, before the first one is: either all change or none.
     ///
     /// # Errors
-    /// If a layer behind a shared pointer is still part of a graph that waits for its backward (gradient
-    /// checkpointing), which must be dropped first.
+    /// If a layer behind a shared pointer is still part of a graph that waits for its backward pass (gradient
+    /// checkpointing). Drop that graph first.
     fn check_unshared(&mut self) -> Result<()> {
         Ok(())
     }
@@ -70,7 +70,7 @@ fn unshared<L>(layer: &mut Arc<L>) -> Result<&mut L> {
     Arc::get_mut(layer).ok_or_else(|| Error::config("model", reason))
 }
 
-/// Collections of what can be visited.
+/// Implements [`Linears`] for a collection.
 macro_rules! collection {
     ([$($generics:tt)*] $collection:ty) => {
         impl<L: Linears, $($generics)*> Linears for $collection {
@@ -94,8 +94,8 @@ collection!([] Vec<L>);
 collection!([] Option<L>);
 collection!([const N: usize] [L; N]);
 
-/// The two walks of an [`AdaptableModel`] from one list of the fields that hold its linear layers, in the model's
-/// own order.
+/// Implements both visiting methods of an [`AdaptableModel`] from one list of the fields that hold its linear
+/// layers, in the order of the model.
 ///
 /// # Example
 /// ```

@@ -1,5 +1,5 @@
-//! AdaLoRA (Zhang et al. 2023): a low rank in the form of a singular value decomposition, whose budget
-//! of ranks moves to the layers that need it ([`RankAllocator`](super::RankAllocator)).
+//! AdaLoRA (Zhang et al. 2023): a low-rank update in the form of a singular value decomposition, with a
+//! budget of ranks that moves to the layers that need it ([`RankAllocator`](super::RankAllocator)).
 //!
 //! ```text
 //! y = W0 x + b + s B diag(e) A dropout(x),   s = alpha / (r + 1e-5) as in PEFT
@@ -24,21 +24,21 @@ pub struct AdaLoraConfig {
     pub init_rank: usize,
     /// The mean rank at the end.
     pub target_rank: usize,
-    /// The update is scaled by `alpha / init_rank`.
+    /// The update is scaled by `alpha / (init_rank + 1e-5)`, as in PEFT.
     pub alpha: f64,
     /// Probability of dropping an input of the low-rank branch, in training.
     pub dropout: f64,
-    /// Steps before the budget begins to fall, as a share of all.
+    /// The share of all steps before the budget begins to fall.
     pub warmup_share: f64,
-    /// Steps at the end with the final budget, as a share of all.
+    /// The share of all steps, at the end, that use the final budget.
     pub final_share: f64,
-    /// Steps between two allocations.
+    /// The number of steps between two allocations.
     pub interval: usize,
-    /// Decay of the running mean of importance.
+    /// The decay of the running mean of the importance.
     pub beta1: f64,
-    /// Decay of the running mean of its uncertainty.
+    /// The decay of the running mean of the importance's uncertainty.
     pub beta2: f64,
-    /// Weight w of the penalty that keeps A and B near orthogonal.
+    /// The weight w of the penalty that keeps A and B near orthogonal.
     pub orthogonal_weight: f64,
 }
 
@@ -60,7 +60,7 @@ impl Default for AdaLoraConfig {
 }
 
 impl AdaLoraConfig {
-    /// The options whose mean rank at the end is `rank`, from half as much again, as in the paper.
+    /// Options with a mean final rank of `rank`, starting from one and a half times as much, as in the paper.
     pub fn towards(rank: usize) -> Self {
         Self { init_rank: rank + rank.div_ceil(2), target_rank: rank, ..Self::default() }
     }
@@ -126,7 +126,7 @@ impl AdaLora {
         })
     }
 
-    /// Its parameters are `{name}.a`, `.b` and `.values`.
+    /// The prefix of the parameters' names, which are `{name}.a`, `.b` and `.values`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -141,25 +141,26 @@ impl AdaLora {
         &self.values
     }
 
-    /// diag(e) A, `(rank, in_dim)`.
+    /// Computes `diag(e) A`, `(rank, in_dim)`.
     fn weighted(&self) -> candle_core::Result<Tensor> {
         self.pair.a().broadcast_mul(&self.values.unsqueeze(1)?)
     }
 
-    /// `||A A^T - I||_F + ||B^T B - I||_F`, a scalar.
+    /// Computes `||A A^T - I||_F + ||B^T B - I||_F`, a scalar.
     fn departure(&self) -> candle_core::Result<Tensor> {
         let (a, b) = (self.pair.a(), self.pair.b());
         let from_identity = |gram: Tensor| -> candle_core::Result<Tensor> {
             let identity = Tensor::eye(gram.dim(0)?, gram.dtype(), gram.device())?;
-            // Of an orthonormal factor the slope is 0, not that of a root at 0.
+            // The constant keeps the gradient of an orthonormal factor at 0; that of the square root at 0 is
+            // infinite.
             ((gram - identity)?.sqr()?.sum_all()? + f64::from(f32::MIN_POSITIVE))?.sqrt()
         };
         from_identity(a.matmul(&a.t()?)?)? + from_identity(b.t()?.matmul(b)?)?
     }
 }
 
-/// The mean over A and B of every active AdaLoRA layer of `||A A^T - I||_F` and `||B^T B - I||_F`: a
-/// scalar, differentiable. None without such a layer.
+/// Computes the mean of `||A A^T - I||_F` and `||B^T B - I||_F` over A and B of every active AdaLoRA layer: a
+/// differentiable scalar. Returns `None` if there is no such layer.
 ///
 /// # Errors
 /// If candle fails.

@@ -1,16 +1,16 @@
-//! BLoB (Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language models"):
-//! every element of A has a standard deviation of its own, learnt with its mean.
+//! BLoB (Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language
+//! models"): every element of A has its own standard deviation, learnt together with its mean.
 //!
 //! ```text
 //! y = W0 x + b + s B (M + Omega * E) dropout(x),   Omega = G * G elementwise, E standard normal
 //! KL = sum_ij [ ln (s_p / Omega_ij) + (Omega_ij^2 + M_ij^2) / (2 s_p^2) - 1/2 ]
 //! ```
 //!
-//! The task's loss and the divergence are descended by turns, as in the authors' code: the optimiser takes a
-//! step of the first, then the mean M and G take one of plain gradient descent on `pi_i KL`
-//! ([`Blob::descend`]), where the weight grows within a cycle of `m` steps ([`kl_share`]). Their Flipout (signs
-//! of the noise for each token) is not done: a draw is the same weights for a whole batch, as in the other
-//! methods here.
+//! The task's loss and the divergence are minimised alternately, as in the authors' code. The optimiser takes
+//! a step on the task's loss; then the mean M and G take one step of plain gradient descent on `pi_i KL`
+//! ([`Blob::descend`]), whose weight pi_i grows within a cycle of `m` steps ([`kl_share`]). The authors'
+//! Flipout (random signs of the noise for each token) is not implemented: a draw has the same weights for a
+//! whole batch, as in the other methods here.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -27,8 +27,8 @@ use crate::ops;
 use crate::util::check::{not_negative, positive};
 use crate::util::dtype::to_dtype_device;
 
-/// Added by the authors' code to a standard deviation before its logarithm and to the denominator of the
-/// squares: without it a G near zero would leap.
+/// Added, as in the authors' code, to a standard deviation before its logarithm and to the denominator of the
+/// squares. Without it, a G near zero would make too large a step.
 const LEAST: f64 = 1e-6;
 
 /// The options of a BLoB adapter.
@@ -41,18 +41,18 @@ pub struct BlobConfig {
     pub alpha: f64,
     /// Probability of dropping an input of the low-rank branch, in training.
     pub dropout: f64,
-    /// G starts uniform between this, over the root of 2, and this (the paper's epsilon).
+    /// The upper bound of G's uniform start (the paper's epsilon); the lower bound is this over sqrt(2).
     pub initial_root: f64,
     /// The prior's standard deviation s_p of each element of A.
     pub prior_std: f64,
-    /// The highest learning rate of the divergence's own descent.
+    /// The highest learning rate of the descent on the divergence.
     pub kl_lr: f64,
-    /// Rescales the size of the data in the length of a cycle: [`cycle`].
+    /// Rescales the number of rows in the length of a cycle: see [`cycle`].
     pub gamma: f64,
 }
 
 impl Default for BlobConfig {
-    /// The constants of the authors' script for RoBERTa, with rank and alpha as the other methods here.
+    /// The constants of the authors' script for RoBERTa, with the rank and alpha of the other methods here.
     fn default() -> Self {
         Self {
             rank: 8,
@@ -80,28 +80,29 @@ impl BlobConfig {
     }
 }
 
-/// The steps of a cycle of KL weights (batches are the micro-batches where a step accumulates several: the
-/// divergence then counts that much less), m = 100 n^(pi / gamma) / b of `rows` n in batches of b, at least 1: the
-/// authors' rescaled number of batches, which for n = 400 is that of 1052 rows.
+/// Computes the number of steps m in a cycle of KL weights: m = 100 n^(pi / gamma) / b for `rows` n in
+/// batches of b, at least 1. This is the authors' rescaled number of batches; for n = 400 it corresponds to
+/// 1052 rows. If a step accumulates several micro-batches, b is the size of a micro-batch, and the divergence
+/// counts less.
 pub fn cycle(rows: usize, batch_size: usize, gamma: f64) -> usize {
     let rescaled = 100.0 * (rows as f64).powf(std::f64::consts::PI / gamma);
     ((rescaled / batch_size.max(1) as f64) as usize).max(1)
 }
 
-/// The weight of the divergence at optimiser step `step` (1-based) in cycles of `m` steps: after Blundell et al.
-/// 2015, but growing.
+/// Computes the weight of the divergence at optimiser step `step` (1-based) in cycles of `m` steps, as in
+/// Blundell et al. 2015, but increasing.
 ///
 /// ```text
 /// pi_i = 2^i / (2^(m + 1) - 1),   i = 1 .. m
 /// ```
 ///
-/// Nearly all of a cycle's weight, whose sum is 1 - 1 / (2^(m + 1) - 1), falls on its last few steps.
+/// The weights of a cycle add up to 1 - 1 / (2^(m + 1) - 1), and nearly all of it is in the last few steps.
 pub fn kl_share(step: usize, m: usize) -> f64 {
     let m = m.max(1);
     let left = (m - 1 - step.saturating_sub(1) % m) as f64; // m - i
-    let whole = m as f64 + 1.0; // m may be the largest integer: no sum of them
+    let whole = m as f64 + 1.0; // m may be the largest integer: no integer sum
 
-    // Both sides over 2^(m + 1), which is past the largest number soon.
+    // Numerator and denominator divided by 2^(m + 1), which soon overflows.
     (-1.0 - left).exp2() / (1.0 - (-whole).exp2())
 }
 
@@ -119,7 +120,7 @@ impl Blob {
     /// Creates the adapter's parameters `{path}.{adapter}.a` (the mean M), `.b` and `.g` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0 included), or a name is taken; the store is then as it was.
+    /// If an option is outside its domain (rank 0 included), or a name is taken. The store is then unchanged.
     pub fn new(
         params: &Params,
         path: &str,
@@ -146,12 +147,12 @@ impl Blob {
         &self.pair
     }
 
-    /// G, `(r, in_dim)`: the standard deviations are its squares.
+    /// The matrix G, `(r, in_dim)`; the standard deviations are its squares.
     pub fn root(&self) -> &Tensor {
         &self.root
     }
 
-    /// The A of a pass, `(r, in_dim)`: the mean, or `M + G^2 * E` of the draw that the pass addresses.
+    /// Computes the A of a pass, `(r, in_dim)`: the mean, or `M + G^2 * E` for the draw of the pass.
     ///
     /// # Errors
     /// If candle fails.
@@ -173,7 +174,7 @@ impl Blob {
         }))
     }
 
-    /// E of a draw, `(r, in_dim)`.
+    /// Generates the noise E of a draw, `(r, in_dim)`.
     fn noise(&self, draw: u64) -> candle_core::Result<Tensor> {
         let (shape, dtype, device) = (self.root.shape(), self.root.dtype(), self.root.device());
         if dtype == DType::F64 {
@@ -186,7 +187,7 @@ impl Blob {
         to_dtype_device(&Tensor::from_vec(z, shape, &Device::Cpu)?, dtype, device)
     }
 
-    /// The divergence of the posterior of A from its prior, a scalar.
+    /// Computes the divergence of A's posterior from its prior, a scalar.
     ///
     /// # Errors
     /// If candle fails.
@@ -197,10 +198,11 @@ impl Blob {
         (squares.sum_all()? - (std + LEAST)?.log()?.sum_all()?)? + count * ((prior + LEAST).ln() - 0.5)
     }
 
-    /// One step of gradient descent on [`Self::kl`], at `rate`, of M and G in the store `params`.
+    /// Updates M and G in the store `params` by one step of gradient descent on [`Self::kl`] with learning
+    /// rate `rate`.
     ///
     /// # Errors
-    /// If the store does not hold them, or a value would not be finite.
+    /// If the store lacks M or G, or a value would not be finite.
     pub fn descend(&self, params: &Params, rate: f64) -> Result<()> {
         let (mean, root) = (self.pair.a().detach(), self.root.detach());
         let shrink = 2.0 / (2.0 * self.prior_std * self.prior_std + LEAST);
@@ -211,7 +213,7 @@ impl Blob {
             [("a", (mean * (1.0 - rate * shrink))?), ("g", (&root - ((&root * slope)? * (2.0 * rate))?)?)];
         for (name, values) in moved {
             let name = format!("{}.{name}", self.name);
-            // What is frozen stays.
+            // Frozen parameters do not change.
             if params.get(&name).is_none_or(|param| param.trainable) {
                 params.set(&name, &values)?;
             }
@@ -262,9 +264,9 @@ mod tests {
         }
         let whole: f64 = (1..=2000).map(|step| kl_share(step, 2000)).sum();
         assert!((whole - 1.0).abs() < 1e-12 && (kl_share(2000, 2000) - 0.5).abs() < 1e-12);
-        // Of a small gamma a cycle is longer than there are numbers, and no step has a weight.
+        // With a small gamma, a cycle is longer than the largest integer, and no step has any weight.
         assert_eq!((cycle(67349, 32, 0.5), kl_share(7, usize::MAX)), (usize::MAX, 0.0));
-        // int(100 * 400 ** (math.pi / 8) / 32), of 2490 rows in batches of 8, of 3 in one of 1000
+        // int(100 * 400 ** (math.pi / 8) / 32), for 2490 rows in batches of 8, for 3 rows in a batch of 1000
         assert_eq!([cycle(400, 32, 8.0), cycle(2490, 8, 8.0), cycle(3, 1000, 8.0)], [32, 269, 1]);
     }
 }

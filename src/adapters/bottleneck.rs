@@ -5,8 +5,8 @@
 //! y = h + U gelu(D h + d) + u
 //! ```
 //!
-//! It sits on the last linear layer of a sub-layer (attention and feed-forward alike), before dropout,
-//! residual and norm, as figure 2 of the paper has it.
+//! It is placed on the last linear layer of a sub-layer (both attention and feed-forward), before dropout,
+//! residual and norm, as in figure 2 of the paper.
 
 use std::any::Any;
 
@@ -21,7 +21,7 @@ use crate::ops;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BottleneckConfig {
-    /// The width m inside.
+    /// The inner width m.
     pub width: usize,
 }
 
@@ -31,7 +31,7 @@ impl Default for BottleneckConfig {
     }
 }
 
-/// A bottleneck adapter of one linear layer: `2 m out_dim + m + out_dim` numbers.
+/// A bottleneck adapter of one linear layer, with `2 m out_dim + m + out_dim` parameters.
 #[derive(Debug, Clone)]
 pub struct Bottleneck {
     down: Tensor,      // (m, out)
@@ -41,8 +41,8 @@ pub struct Bottleneck {
 }
 
 impl Bottleneck {
-    /// Creates `{path}.{adapter}.down`, `.up` (normal, standard deviation 0.01) and their biases (zero):
-    /// close to the identity, as section 2.1 of the paper asks.
+    /// Creates `{path}.{adapter}.down`, `.up` (normal, standard deviation 0.01) and their biases (zero), so
+    /// that the adapter starts close to the identity, as in section 2.1 of the paper.
     ///
     /// # Errors
     /// If the width is 0, or a name is taken.
@@ -87,7 +87,7 @@ impl Adapter for Bottleneck {
         ]
     }
 
-    /// None: it is no linear map.
+    /// Returns `None`: the adapter is not a linear map.
     fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         Ok(None)
     }

@@ -1,13 +1,12 @@
-//! DoRA (Liu et al. 2024): a weight's direction gets the low rank, its magnitude a vector.
+//! DoRA (Liu et al. 2024): a low-rank update of a weight's direction, and a learned vector for its magnitude.
 //!
 //! ```text
 //! W' = diag(m / n) (W0 + s B A),   n_o = || row o of W0 + s B A ||,   m = n at the start
 //! y  = W' x + b
 //! ```
 //!
-//! n counts as a constant in backward (section 4.3 of the paper). Its squares come from
-//! `||w||^2 + 2 s w.(BA) + s^2 ||BA||^2` by products with A, so that no matrix of the weight's size is
-//! made.
+//! The backward pass treats n as a constant (section 4.3 of the paper). The squares of n are computed as
+//! `||w||^2 + 2 s w.(BA) + s^2 ||BA||^2` from products with A, without a matrix of the weight's size.
 
 use std::any::Any;
 
@@ -27,8 +26,8 @@ pub struct Dora {
 }
 
 impl Dora {
-    /// Creates `{path}.{adapter}.a`, `.b` and `.magnitude` in the store; the last starts as the norms of
-    /// the base's rows, so that nothing changes at first.
+    /// Creates `{path}.{adapter}.a`, `.b` and `.magnitude` in the store. The magnitude starts at the norms of
+    /// the base's rows, so that the layer's output does not change at first.
     ///
     /// # Errors
     /// As [`super::Lora::new`].
@@ -64,14 +63,14 @@ impl Dora {
         &self.magnitude
     }
 
-    /// `m / n`, `(out_dim)`; differentiable in m alone.
+    /// Computes `m / n`, `(out_dim)`; differentiable in m only.
     fn ratio(&self, base: &Linear) -> candle_core::Result<Tensor> {
         let (a, b, s) = (self.pair.a().detach(), self.pair.b().detach(), self.pair.scale());
         let weight = base.weight().detach().to_dtype(a.dtype())?;
         let cross = (weight.matmul(&a.t()?)? * &b)?.sum(D::Minus1)?;
         let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(D::Minus1)?;
         let squares = ((&self.base_squares + (cross * (2.0 * s))?)? + (own * (s * s))?)?;
-        // A row of zeros has no direction: its magnitude is zero, and so is what it gives.
+        // A row of zeros has no direction: its magnitude is zero, and so is its output.
         &self.magnitude / squares.maximum(f64::from(f32::MIN_POSITIVE))?.sqrt()?
     }
 }
@@ -85,7 +84,7 @@ impl Adapter for Dora {
         let bare = Linear::new(base.weight().clone(), None).into();
         let ys = match self.pair.dropped(xs, cx)? {
             None => turned(self.pair.forward(xs, &bare, self.pair.a(), &without_dropout)?, &ratio)?,
-            // As in PEFT, the base itself sees no dropout, its change of magnitude does.
+            // As in PEFT, the base's own output sees no dropout; its change of magnitude does.
             Some(dropped) => {
                 let kept = crate::ops::linear(xs, base.weight(), None, cx.path)?.to_dtype(ratio.dtype())?;
                 let frozen = crate::ops::linear(&dropped, base.weight(), None, cx.path)?;

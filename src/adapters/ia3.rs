@@ -13,16 +13,17 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{Adapter, BaseLinear, Context, Init, Params, Role};
 use crate::error::Result;
 
-/// What of a layer the vector scales.
+/// Which side of a layer the vector scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scaled {
-    /// The output: keys and values.
+    /// The output, as for keys and values.
     Output,
-    /// The input: the second layer of a feed-forward block, whose input is the block's inside.
+    /// The input, as for the second layer of a feed-forward block, whose input is the block's hidden
+    /// activation.
     Input,
 }
 
-/// An IA3 adapter of one linear layer: `out_dim` or `in_dim` numbers.
+/// An IA3 adapter of one linear layer, with `out_dim` or `in_dim` parameters.
 #[derive(Debug, Clone)]
 pub struct Ia3 {
     scaling: Tensor,
@@ -47,7 +48,7 @@ impl Ia3 {
         Ok(Self { scaling: params.create(&name, Role::Scaling, len, &Init::Constant(1.0))?, scaled })
     }
 
-    /// The vector l: `(out_dim)`, or `(in_dim)` where the input is scaled.
+    /// The vector l, `(out_dim)`, or `(in_dim)` if the input is scaled.
     pub fn scaling(&self) -> &Tensor {
         &self.scaling
     }
@@ -55,7 +56,7 @@ impl Ia3 {
 
 impl Adapter for Ia3 {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
-        // The product in the vector's precision, whatever the base's.
+        // The product is computed in the vector's precision, whatever the base's dtype.
         let scale =
             |t: &Tensor| t.to_dtype(self.scaling.dtype())?.broadcast_mul(&self.scaling)?.to_dtype(xs.dtype());
         match self.scaled {
@@ -68,7 +69,7 @@ impl Adapter for Ia3 {
         vec![(Role::Scaling, self.scaling.clone())]
     }
 
-    /// None where a bias is scaled, too: that is no change of the weight alone.
+    /// Returns `None` if a bias is scaled too, which is not a change of the weight alone.
     fn delta(&self, base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         let by = (&self.scaling.detach() - 1.0)?;
         let by = match (self.scaled, base.bias()) {

@@ -1,4 +1,4 @@
-//! LoRA (Hu et al. 2021), as an adapter of a layer and as a layer of its own.
+//! LoRA (Hu et al. 2021), as an adapter and as a standalone layer.
 //!
 //! ```text
 //! y = W0 x + b + s B A dropout(x)
@@ -29,8 +29,9 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Scale by `alpha / sqrt(rank)` instead (rsLoRA).
     pub use_rslora: bool,
-    /// A prior on the update: LoRA is then trained to the maximum of a posterior (MAP) rather than of the
-    /// likelihood. The trainer adds it to the loss; PEFT's file has no place for it, `monteclora.json` beside it has.
+    /// A prior on the update: LoRA is then trained to the maximum of the posterior (MAP) instead of the
+    /// likelihood. The trainer adds it to the loss. It is saved in `monteclora.json`, since PEFT's file has
+    /// no field for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior: Option<Prior>,
 }
@@ -63,7 +64,7 @@ impl Lora {
     /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0), or a name is taken.
+    /// If an option is outside its domain (rank 0 included), or a name is taken.
     pub fn new(
         params: &Params,
         path: &str,
@@ -84,11 +85,11 @@ impl Lora {
     }
 }
 
-/// The energy of a prior on every layer whose active adapter is LoRA, and on the task head: a scalar, to weigh
-/// `temperature / n`. None where no layer has one.
+/// Computes the energy of a prior on every layer whose active adapter is LoRA, and on the task head: a
+/// scalar, to be weighted by `temperature / n`. Returns `None` if no layer has an active LoRA adapter.
 ///
 /// # Errors
-/// If the prior is about the start of training and `start` is not there.
+/// If the prior is about the start of training and `start` is missing.
 pub fn prior_energy(
     model: &dyn AdaptableModel,
     prior: &Prior,
@@ -97,7 +98,7 @@ pub fn prior_energy(
     prior_energy_on(model, prior, start, None)
 }
 
-/// [`prior_energy`], which on a CUDA device `tape` differentiates.
+/// [`prior_energy`], differentiated by `tape` on a CUDA device.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(crate) fn prior_energy_on(
     model: &dyn AdaptableModel,
@@ -105,7 +106,7 @@ pub(crate) fn prior_energy_on(
     start: Option<&PriorStart>,
     tape: Option<&Tape>,
 ) -> Result<Option<Tensor>> {
-    // By what layers must share to be computed in one batch.
+    // Grouped by what layers must share to be computed in one batch.
     let mut groups: BTreeMap<String, Vec<LowRank>> = BTreeMap::new();
     model.visit_linears(&mut |layer| {
         if let Some(lora) = layer.active_as::<Lora>() {
@@ -152,9 +153,9 @@ impl Adapter for Lora {
     }
 }
 
-/// A frozen linear layer with a LoRA adapter, for anyone's candle model.
+/// A frozen linear layer with a LoRA adapter, for use in any candle model.
 ///
-/// `forward_t(xs, true)` drops inputs (and counts its own draws), `forward_t(xs, false)` does not.
+/// `forward_t(xs, true)` applies dropout and counts its own draws; `forward_t(xs, false)` applies no dropout.
 ///
 /// # Example
 /// ```

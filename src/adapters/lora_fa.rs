@@ -1,13 +1,13 @@
 //! LoRA-FA (Zhang et al. 2023, "LoRA-FA: memory-efficient low-rank adaptation for large language models
-//! fine-tuning"): A stays where it started, B alone is trained.
+//! fine-tuning"): A keeps its initial value, only B is trained.
 //!
 //! ```text
 //! y = W0 x + b + s B A0 dropout(x)
 //! ```
 //!
-//! The update stays in the row space of A0, and the gradient of B asks of the inputs for `A0 x` alone. A starts as
-//! LoRA's does (the paper's is normal). What is trained is a LoRA adapter like any other: files, post-hoc posteriors
-//! and treatments see one.
+//! The update stays in the row space of A0, and the gradient of B needs only `A0 x` of the inputs. A starts
+//! as in LoRA (in the paper it is normal). The trained adapter is a LoRA adapter like any other: files,
+//! post-hoc posteriors and treatments see a [`Lora`].
 
 use std::any::Any;
 
@@ -17,15 +17,15 @@ use super::lora::{Lora, LoraConfig};
 use crate::adapter::{Adapter, BaseLinear, Context, Params, Role};
 use crate::error::Result;
 
-/// A LoRA adapter of one linear layer whose A is constant.
+/// A LoRA adapter of one linear layer with a constant A.
 #[derive(Debug, Clone)]
 pub struct LoraFa {
     lora: Lora,
 }
 
 impl LoraFa {
-    /// Creates the adapter's parameters `{path}.{adapter}.a`, which gets no gradient and has to be frozen in the
-    /// store ([`crate::inject::lora_fa`] does), and `.b`.
+    /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store. `.a` gets no gradient and
+    /// must be frozen in the store, as [`crate::inject::lora_fa`] does.
     ///
     /// # Errors
     /// As [`Lora::new`].
@@ -39,7 +39,7 @@ impl LoraFa {
         Ok(Self { lora: Lora::new(params, path, adapter, dims, config)? })
     }
 
-    /// The LoRA adapter that it is.
+    /// The underlying LoRA adapter.
     pub fn lora(&self) -> &Lora {
         &self.lora
     }

@@ -1,4 +1,4 @@
-//! What MonteCLoRA is compared with, behind the same seam.
+//! The other fine-tuning methods, for comparison with MonteCLoRA, behind the same interface.
 
 pub mod adalora;
 pub mod blob;

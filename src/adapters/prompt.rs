@@ -1,5 +1,5 @@
-//! Prompt tuning (Lester et al. 2021): the embeddings of virtual tokens before each row are learned, and
-//! nothing else of the model.
+//! Prompt tuning (Lester et al. 2021): only the embeddings of virtual tokens before each row are learned,
+//! nothing else in the model.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::ops::OpPath;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptConfig {
-    /// How many virtual tokens.
+    /// The number of virtual tokens.
     pub virtual_tokens: usize,
 }
 
@@ -23,16 +23,17 @@ impl Default for PromptConfig {
     }
 }
 
-/// Puts virtual tokens before every row of a model. Creates `prompt.{adapter}`, `(virtual_tokens, d)`,
-/// which starts from words of the vocabulary that the seed picks (section 3.2 of the paper).
+/// Adds virtual tokens before every row of a model. Creates the parameter `prompt.{adapter}`,
+/// `(virtual_tokens, d)`, which starts at the embeddings of words that the seed picks from the vocabulary
+/// (section 3.2 of the paper).
 ///
-/// Difference: where a batch of a decoder is padded on the left, PEFT's virtual tokens stand before the
-/// padding, and since it numbers columns, a row's result depends on how long the others are. Here they stand
-/// directly before the first real token, as in a row alone. Without padding on the left both are the
-/// same. Encoders keep them in the first columns, the place that a classifier reads.
+/// Difference: in a batch of a decoder that is padded on the left, PEFT puts the virtual tokens before the
+/// padding. Since it numbers columns, a row's result then depends on the length of the other rows. Here the
+/// virtual tokens are directly before the first real token, as in a row by itself. Without left padding, the
+/// two are equal. Encoders keep the virtual tokens in the first columns, which a classifier reads.
 ///
 /// # Errors
-/// If the number of virtual tokens is 0, the model has some already, or the name is taken.
+/// If the number of virtual tokens is 0, the model already has virtual tokens, or the name is taken.
 pub fn prompt_tuning(
     embedding: &mut AdaptableEmbedding,
     adapter: &str,
@@ -49,7 +50,7 @@ pub fn prompt_tuning(
     let mut picks = vec![0f64; config.virtual_tokens];
     params.noise().stream(&name, Purpose::Init).fill_uniform(0, &mut picks);
     let vocabulary = embedding.words().dims2()?.0;
-    // Uniform draws lie in (0, 1): the last word is the most they can pick, but for rounding.
+    // The draws are in (0, 1), so the index stays below the vocabulary's size, except for rounding.
     let ids: Vec<u32> =
         picks.iter().map(|u| ((u * vocabulary as f64) as usize).min(vocabulary - 1) as u32).collect();
     let ids = Tensor::from_vec(ids, config.virtual_tokens, embedding.words().device())?;

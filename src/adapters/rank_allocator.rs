@@ -1,12 +1,12 @@
-//! AdaLoRA's budget: which singular values of which layers stay (Zhang et al. 2023, algorithm 1).
+//! AdaLoRA's budget: which singular values of which layers are kept (Zhang et al. 2023, algorithm 1).
 //!
 //! ```text
 //! I  = |w grad|,  I' = b1 I' + (1 - b1) I,  U' = b2 U' + (1 - b2) |I - I'|          (eqs. 9, 10)
 //! S_i = I' U' of e_i + mean over A's row i + mean over B's column i               (eq. 8)
 //! ```
 //!
-//! Of all triplets of all layers the best `budget(step)` keep their singular value; that of every
-//! other is set to zero, from which a later gradient can lift it again until the budget is final.
+//! Of all triplets of all layers, the best `budget(step)` keep their singular value. The singular values of
+//! the others are set to zero; until the budget is final, a later gradient can raise them again.
 
 use std::collections::BTreeMap;
 
@@ -16,26 +16,26 @@ use super::adalora::{AdaLora, AdaLoraConfig};
 use crate::adapter::{AdaptableModel, Params};
 use crate::error::{Error, Result};
 
-/// Smoothed importance of one parameter, and how uncertain it is.
+/// The smoothed importance of one parameter, and its uncertainty.
 #[derive(Debug, Clone)]
 struct Importance {
     mean: Tensor,
     uncertainty: Tensor,
 }
 
-/// Moves the budget of ranks between layers; told of every optimiser step.
+/// Moves the budget of ranks between layers; it is updated after every optimiser step.
 #[derive(Debug)]
 pub struct RankAllocator {
     config: AdaLoraConfig,
-    /// Layers by their parameters' name, with their ranks.
+    /// The layers' parameter names and ranks.
     layers: Vec<(String, usize)>,
     importance: BTreeMap<String, Importance>,
-    /// Once the budget is final: which values stay, a mask for each layer.
+    /// Once the budget is final: a mask of the values that are kept, for each layer.
     kept: Option<Vec<Tensor>>,
 }
 
 impl RankAllocator {
-    /// An allocator for the active AdaLoRA layers of a model.
+    /// Creates an allocator for the active AdaLoRA layers of a model.
     ///
     /// # Errors
     /// If an option is outside its domain, or there is no such layer.
@@ -54,8 +54,8 @@ impl RankAllocator {
         Ok(Self { config: config.clone(), layers, importance: BTreeMap::new(), kept: None })
     }
 
-    /// The singular values that stay at a step (1-based) of `total`, and whether it allocates: the
-    /// cubic schedule of eq. 12.
+    /// Returns the number of singular values that are kept at step `step` (1-based) of `total`, and whether
+    /// the step allocates: the cubic schedule of eq. 12.
     pub fn budget(&self, step: usize, total: usize) -> (usize, bool) {
         let all: usize = self.layers.iter().map(|(_, rank)| rank).sum();
         let last = (self.config.target_rank * self.layers.len()).min(all);
@@ -71,14 +71,14 @@ impl RankAllocator {
         }
     }
 
-    /// The last step of the warm-up and the last at which the budget may fall.
+    /// The last step of the warm-up, and the last step at which the budget may fall.
     fn limits(&self, total: usize) -> (usize, usize) {
         let of = |share: f64| (share * total as f64) as usize;
         (of(self.config.warmup_share), total - of(self.config.final_share))
     }
 
-    /// After optimiser step `step` (1-based) of `total`: updates the importance with the step's
-    /// gradients, by parameter name, and sets singular values to zero where the budget says so.
+    /// Updates the importance with the gradients of optimiser step `step` (1-based) of `total`, by parameter
+    /// name, and sets singular values to zero as the budget requires.
     ///
     /// # Errors
     /// If a parameter or its gradient is missing, or candle fails.
@@ -93,7 +93,7 @@ impl RankAllocator {
         if let Some(kept) = self.kept.as_ref().filter(|_| step > end) {
             return self.mask(params, kept);
         }
-        // As in PEFT, the last allocation goes by what was seen before it.
+        // As in PEFT, the last allocation uses the importance from before it.
         let watches = step < end || self.importance.is_empty();
         for (name, _) in self.layers.iter().filter(|_| watches) {
             for part in ["a", "b", "values"] {
@@ -116,7 +116,8 @@ impl RankAllocator {
         Ok(())
     }
 
-    /// What was seen so far, by parameter, and once the budget is final, which values stay.
+    /// The importance so far, by parameter, and, once the budget is final, the masks of the values that are
+    /// kept.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let means = self.importance.iter().map(|(name, seen)| (format!("mean/{name}"), seen.mean.clone()));
         let rest =
@@ -126,7 +127,7 @@ impl RankAllocator {
         means.chain(rest).chain(masks).collect()
     }
 
-    /// Puts back what [`Self::state`] gave.
+    /// Restores a [`Self::state`].
     ///
     /// # Errors
     /// If it is not a state of these layers.
@@ -160,7 +161,7 @@ impl RankAllocator {
         Ok(())
     }
 
-    /// The masks that keep the `budget` most important singular values.
+    /// Computes the masks that keep the `budget` most important singular values.
     fn best(&self, budget: usize) -> Result<Vec<Tensor>> {
         let mut scores = Vec::new();
         for (name, _) in &self.layers {
@@ -173,7 +174,7 @@ impl RankAllocator {
         }
         let mut order: Vec<f64> = scores.iter().flatten().copied().collect();
         order.sort_by(f64::total_cmp);
-        // As in PEFT, what equals the best that goes, goes, too.
+        // As in PEFT, values that tie with the best removed one are removed too.
         let threshold = order.len().checked_sub(budget + 1).map(|last| order[last]);
         let stays = |score: &f64| threshold.is_none_or(|threshold| *score > threshold);
         let masks = scores.iter().map(|scores| {
@@ -196,12 +197,12 @@ impl RankAllocator {
     }
 }
 
-/// The smoothed importance after one more step.
+/// Returns the smoothed importance after one more step.
 fn update(seen: Option<&Importance>, now: &Tensor, config: &AdaLoraConfig) -> Result<Importance> {
     let blend = |old: Option<&Tensor>, new: &Tensor, decay: f64| -> Result<Tensor> {
         let new = (new * (1.0 - decay))?;
         Ok(match old {
-            // Of a checkpoint, it may lie on another device.
+            // When restored from a checkpoint, it may be on another device.
             Some(old) => ((old.to_device(new.device())? * decay)? + new)?,
             None => new,
         })

@@ -1,15 +1,15 @@
 //! Eigenvalues and eigenvectors of symmetric matrices, in double precision on the host.
 //!
-//! Householder's reflections make the matrix tridiagonal, implicit QL steps with Wilkinson's shift
-//! make that diagonal (Golub and Van Loan, "Matrix computations", section 8.3; `tqli` of Press et
-//! al., "Numerical recipes", section 11.3). Candle has no decompositions, and of the crates that
-//! have, nalgebra changes the features of what candle is built on, faer brings a second gemm.
+//! Householder reflections reduce the matrix to tridiagonal form, and implicit QL steps with Wilkinson's
+//! shift diagonalise it (Golub and Van Loan, "Matrix computations", section 8.3; `tqli` of Press et al.,
+//! "Numerical recipes", section 11.3). Candle has no decompositions. Of the crates that have them, nalgebra
+//! changes the features of Candle's dependencies, and faer brings a second gemm.
 
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// Eigenvalues (not negative) and eigenvectors of a positive semi-definite matrix.
+/// The non-negative eigenvalues and the eigenvectors of a positive semi-definite matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Eigen {
     pub values: Vec<f64>,
@@ -18,8 +18,8 @@ pub(super) struct Eigen {
 }
 
 impl Eigen {
-    /// Decomposes `matrix`, `(n, n)`; `name` is what it belongs to. Negative eigenvalues are taken
-    /// for rounding and become zero.
+    /// Decomposes `matrix`, `(n, n)`; `name` appears in errors. Negative eigenvalues are treated as rounding
+    /// errors and become zero.
     ///
     /// # Errors
     /// If an element is not finite, or the iteration does not converge.
@@ -38,7 +38,8 @@ impl Eigen {
     }
 }
 
-/// `Q^T A Q` as its diagonal and what is beside it (of the same length, the last one 0), and Q^T.
+/// Reduces `a` to the tridiagonal `Q^T A Q`. Returns its diagonal, its off-diagonal (padded with a zero to
+/// the same length) and Q^T.
 fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
     let n = a.len();
     let mut beside = vec![0.0; n];
@@ -51,7 +52,7 @@ fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
             reflections.push((0.0, v));
             continue;
         }
-        // Scaled, or squares of small numbers would be zero.
+        // Scale first: squares of small numbers would underflow to zero.
         v.iter_mut().for_each(|x| *x /= largest);
         let norm = dot(&v, &v).sqrt();
         let head = -norm.copysign(v[0]);
@@ -69,7 +70,7 @@ fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
         reflections.push((beta, v));
     }
     let diagonal = a.iter().enumerate().map(|(i, row)| row[i]).collect();
-    // Q^T from the last reflection to the first; each row of it is a column of Q.
+    // Accumulate Q^T from the last reflection to the first; its rows are the columns of Q.
     let mut q: Vec<Vec<f64>> =
         (0..n).map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect()).collect();
     for (k, (beta, v)) in reflections.iter().enumerate().rev() {
@@ -81,12 +82,13 @@ fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
     (diagonal, beside, q)
 }
 
-/// Turns a tridiagonal matrix into its eigenvalues, `vectors` (rows) with it. False where 60 steps
-/// do not find one of them.
+/// Diagonalises the tridiagonal matrix with diagonal `d` and off-diagonal `e`: `d` becomes the eigenvalues,
+/// and the rows of `vectors` are rotated into the eigenvectors. Returns false if an eigenvalue does not
+/// converge within 60 steps.
 fn diagonalise(d: &mut [f64], e: &mut [f64], vectors: &mut [Vec<f64>]) -> bool {
     let n = d.len();
     let size = d.iter().zip(e.iter()).fold(0f64, |most, (d, e)| most.max(d.abs() + e.abs()));
-    // Relative to the whole: a curvature of low rank has a block that is nothing but rounding.
+    // Relative to the whole matrix: a curvature of low rank has a block of nothing but rounding errors.
     let least = f64::EPSILON * size;
     for l in 0..n {
         for step in 0.. {
@@ -133,7 +135,7 @@ fn diagonalise(d: &mut [f64], e: &mut [f64], vectors: &mut [Vec<f64>]) -> bool {
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
-    // Four sums: one alone could not be vectorised.
+    // Four partial sums, so that the compiler can vectorise the loop.
     let mut sums = [0.0; 4];
     let (left, right) = (a.chunks_exact(4), b.chunks_exact(4));
     let rest: f64 = left.remainder().iter().zip(right.remainder()).map(|(a, b)| a * b).sum();

@@ -1,4 +1,4 @@
-//! Averages over models that training gives beside a posterior: dropout masks and checkpoints.
+//! Predictive averages over the dropout masks or the checkpoints of a training.
 //!
 //! ```text
 //! p(y | x) = 1/M sum_m softmax(f(x; theta_m))
@@ -19,9 +19,8 @@ use crate::predict::{logits, Predictor, RunningMean};
 
 /// MC dropout: posterior draw s is a training pass, with dropout mask s.
 ///
-/// A MonteCLoRA adapter samples its posterior in a training pass as well, so that its draws are
-/// then of both. A mask is addressed by the draw and the place in the batch: two batches of one
-/// shape are dropped alike.
+/// A MonteCLoRA adapter also samples its posterior in a training pass, so its draws then combine both. A mask
+/// depends on the draw and the position in the batch: two batches of the same shape get the same masks.
 #[derive(Clone, Copy)]
 pub struct McDropout<'a>(pub &'a dyn Predictor);
 
@@ -40,7 +39,7 @@ impl Predictor for McDropout<'_> {
     }
 }
 
-/// Checkpoints of one model, of one run or of several: copies of its parameters.
+/// An ensemble of checkpoints of one model, from one or several runs. It holds copies of the parameters.
 #[derive(Debug, Clone, Default)]
 pub struct Ensemble {
     members: Vec<BTreeMap<String, Tensor>>,
@@ -52,10 +51,10 @@ impl Ensemble {
         Self::default()
     }
 
-    /// Adds the present values of the parameters.
+    /// Adds a copy of the current parameters.
     ///
     /// # Errors
-    /// If candle cannot copy.
+    /// If candle cannot copy them.
     pub fn push(&mut self, params: &Params) -> Result<()> {
         self.members.push(params.snapshot()?);
         Ok(())
@@ -71,17 +70,17 @@ impl Ensemble {
         self.members.len()
     }
 
-    /// Whether it has no member.
+    /// Whether the ensemble has no member.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
-    /// Class probabilities, one row an example, averaged over members after the softmax of each.
-    /// `params` are the parameters of `model`, of which no layer may be merged, since a merged one reads none; they are
-    /// as before when this returns, with an error or without.
+    /// Returns class probabilities, one row per example, averaged over the members after the softmax.
+    /// `params` are the parameters of `model` and are unchanged afterwards, also on error. No layer may be
+    /// merged, since a merged layer does not read its adapter's parameters.
     ///
     /// # Errors
-    /// If there is no member, one does not fit the parameters, or the forward pass fails.
+    /// If there is no member, a member does not fit the parameters, or the forward pass fails.
     pub fn probabilities(
         &self,
         model: &dyn Predictor,
@@ -93,8 +92,7 @@ impl Ensemble {
         Ok(mean.finish())
     }
 
-    /// The class probabilities of each member: members of rows of classes, `(m, n, c)`. What
-    /// [`Self::probabilities`] averages.
+    /// Returns the class probabilities of each member, `(m, n, c)`; [`Self::probabilities`] is their mean.
     ///
     /// # Errors
     /// As [`Self::probabilities`].
@@ -109,7 +107,7 @@ impl Ensemble {
         Ok(draws)
     }
 
-    /// Calls `take` with the logits of every row under each member.
+    /// Calls `take` with the logits of all rows, once per member.
     fn each(
         &self,
         model: &dyn Predictor,
@@ -122,7 +120,7 @@ impl Ensemble {
         }
         let before = params.snapshot()?;
         let done = self.members.iter().try_for_each(|member| {
-            params.restore(&before)?; // what a member does not say is not the one's before it
+            params.restore(&before)?; // no values of the previous member may remain
             params.restore(member)?;
             take(logits(model, batches, &Pass::Mean.into())?);
             Ok(())
@@ -143,7 +141,7 @@ mod tests {
     use crate::noise::Noise;
     use crate::predict::posterior_scores;
 
-    /// Logits `(id * w, draw)`: the draw of a training pass, -1 in any other.
+    /// Predicts the logits `(id * w, draw)`, with the draw of a training pass and -1 in other passes.
     struct Scaled(Tensor);
 
     impl Predictor for Scaled {

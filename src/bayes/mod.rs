@@ -1,5 +1,5 @@
-//! The ways to a posterior that need no other training: dropout, checkpoints, temperature, Laplace, noise as wide
-//! as the model bears; what draws say of uncertainty.
+//! Bayesian methods that need no special training: MC dropout, checkpoint ensembles, temperature scaling,
+//! Laplace approximations and training-free Bayesianisation; and the uncertainty measures of draws.
 
 mod eigen;
 mod ensemble;

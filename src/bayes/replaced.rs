@@ -1,4 +1,4 @@
-//! Posterior draws that are parameters: each takes the place of the model's own while it predicts.
+//! Posterior draws in the form of parameters, which replace the model's own during a prediction.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +9,10 @@ use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::predict::Predictor;
 
-/// A model of whose posterior draw s is a set of parameters; at the mean it is as it is.
+/// A model whose posterior draw s is the s-th of the given parameter sets. Other passes use the model's own
+/// parameters.
 ///
-/// The parameters are put back after every batch, with an error or without.
+/// The model's parameters are restored after every batch, also on error.
 pub struct Replaced<'a> {
     model: &'a dyn Predictor,
     params: &'a Params,
@@ -25,8 +26,8 @@ impl std::fmt::Debug for Replaced<'_> {
 }
 
 impl<'a> Replaced<'a> {
-    /// `model`, whose parameters are `params`, with these draws of some or all of them. A merged layer reads none of its
-    /// adapter's: unmerge it first.
+    /// Combines `model`, whose parameters are `params`, with draws of some or all of them. Unmerge merged
+    /// layers first: they do not read their adapters' parameters.
     pub fn new(model: &'a dyn Predictor, params: &'a Params, draws: Vec<BTreeMap<String, Tensor>>) -> Self {
         Self { model, params, draws }
     }

@@ -4,15 +4,15 @@
 //! p = softmax(z / T),   T = argmin sum_n -ln p_n[label_n]
 //! ```
 //!
-//! Guo et al. 2017, "On calibration of modern neural networks", section 4.2. In b = 1/T the sum is
-//! convex, so that its minimum is the one zero of its slope.
+//! Guo et al. 2017, "On calibration of modern neural networks", section 4.2. The sum is convex in b = 1/T, so
+//! its minimum is the only zero of its derivative.
 
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::util::check;
 
-/// The least and the largest temperature that [`Temperature::fit`] gives: where every row is right
-/// (or the logits say nothing) the optimum is at zero (or infinity).
+/// The smallest and the largest temperature that [`Temperature::fit`] returns. If every row is right, the
+/// optimum is zero; if the logits are uninformative, it is infinite.
 pub const BOUNDS: (f64, f64) = (1e-2, 1e2);
 
 /// A temperature T by which logits are divided before the softmax.
@@ -22,7 +22,7 @@ pub struct Temperature {
 }
 
 impl Temperature {
-    /// A given temperature.
+    /// Scales by a given temperature.
     ///
     /// # Errors
     /// Unless it is positive and finite.
@@ -31,8 +31,8 @@ impl Temperature {
         Ok(Self { value })
     }
 
-    /// The temperature within [`BOUNDS`] that makes the labels most likely, from held-out rows: of
-    /// the training rows it would only say that the model is sure of them.
+    /// Fits the temperature within [`BOUNDS`] that makes the labels most likely. Use held-out rows: on
+    /// training rows it would only show that the model is confident about them.
     ///
     /// # Shapes
     /// - `logits`: n rows of c classes
@@ -43,7 +43,7 @@ impl Temperature {
     /// than two classes, a logit is not finite, or a label is out of range.
     pub fn fit(logits: &[Vec<f64>], labels: &[u32]) -> Result<Self> {
         check(logits, labels)?;
-        // The slope in b grows with b: bisection of ln b keeps the zero between its ends.
+        // The slope increases with b: bisection over ln b keeps the zero within the interval.
         let (mut low, mut high) = (-BOUNDS.1.ln(), -BOUNDS.0.ln());
         if slope(logits, labels, low.exp()) >= 0.0 {
             return Ok(Self { value: BOUNDS.1 });
@@ -62,7 +62,7 @@ impl Temperature {
         Ok(Self { value: (-0.5 * (low + high)).exp() })
     }
 
-    /// T: above 1 it makes predictions less sure, below 1 more.
+    /// The temperature T: above 1 it makes predictions less confident, below 1 more confident.
     pub fn value(&self) -> f64 {
         self.value
     }
@@ -78,7 +78,7 @@ impl Temperature {
 fn slope(logits: &[Vec<f64>], labels: &[u32], inverse: f64) -> f64 {
     let row = |(z, label): (&Vec<f64>, &u32)| {
         let p = softmax(&z.iter().map(|z| z * inverse).collect::<Vec<_>>());
-        // The differences first: of a sure row, two large logits would cancel.
+        // Subtract first: for a confident row, the difference of the two sums would cancel.
         let own = z[*label as usize];
         p.iter().zip(z).map(|(p, z)| p * (z - own)).sum::<f64>()
     };

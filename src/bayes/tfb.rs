@@ -1,21 +1,21 @@
-//! Training-free Bayesianisation of a trained LoRA (Shi et al. 2024, "Training-free Bayesianization for low-rank
-//! adapters of large language models"): noise on A, as wide as the model bears.
+//! Training-free Bayesianisation of a trained LoRA (Shi et al. 2024, "Training-free Bayesianization for
+//! low-rank adapters of large language models"): adds as much noise to A as the loss tolerates.
 //!
 //! ```text
 //! B = U diag(d) V^T,   B' = U diag(d),   A' = V^T A,   A'_ij ~ N((V^T A)_ij, (sigma / d_i)^2)
 //! ```
 //!
-//! B' A' is B A, and its noise is sigma U Z with Z standard normal: whatever the factors are, the update s B A is
-//! perturbed alike in every direction that B has,
+//! B' A' equals B A, and its noise is sigma U Z with Z standard normal. Whatever the factors are, the update
+//! s B A is perturbed equally in every direction of B's column space:
 //!
 //! ```text
 //! s B A_draw = s B A + s sigma U Z
 //! ```
 //!
-//! Turned back, that is a draw of A itself, `A + sigma V diag(1 / d) Z`, and B stays: draws are parameters that
-//! take A's place one after the other, as an ensemble's members do. A direction that B does not have (d_i below
-//! 1e-6 of the largest) gets no noise; the authors' code adds 1e-6 to d. The noise is addressed: draw k is the same
-//! Z at every sigma, so that a search over sigma sees a smooth loss.
+//! Rotated back by V, this is a draw of A itself, `A + sigma V diag(1 / d) Z`, and B is unchanged. Draws are
+//! parameters that replace A one after the other, like the members of an ensemble. Directions with d_i below
+//! 1e-6 of the largest get no noise; the authors' code adds 1e-6 to d instead. Draw k uses the same Z at
+//! every sigma, so the loss is a smooth function of sigma during the search.
 
 use std::collections::BTreeMap;
 
@@ -33,30 +33,30 @@ use crate::predict::{posterior_probabilities, Predictor};
 use crate::util::check::positive;
 use crate::util::dtype::to_dtype_device;
 
-/// Singular values of B below this share of the largest are rounding.
+/// Singular values of B below this fraction of the largest are treated as rounding errors.
 const LEAST: f64 = 1e-6;
 
-/// Where sigma is looked for.
+/// The search range and effort for sigma.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Search {
-    /// The least sigma, which is taken where none is tolerated.
+    /// The smallest sigma, also the result if no sigma is tolerated.
     pub low: f64,
     /// The largest sigma.
     pub high: f64,
-    /// The values that are tried between them.
+    /// The number of bisection steps in [`Tfb::tolerated`], or of values in [`Tfb::best`].
     pub steps: usize,
-    /// The draws that a prediction averages.
+    /// The number of draws that a prediction averages.
     pub draws: usize,
 }
 
 impl Default for Search {
-    /// The authors look between 1e-3 and 0.015 with large decoders; a small encoder bears more.
+    /// The authors search between 1e-3 and 0.015 for large decoders; a small encoder tolerates more.
     fn default() -> Self {
         Self { low: 1e-3, high: 1.0, steps: 10, draws: 10 }
     }
 }
 
-/// The relative change of the loss on `rows` anchor rows that the authors' code tolerates, 0.003 a row.
+/// The relative change of the loss on `rows` anchor rows that the authors' code tolerates: 0.003 per row.
 pub fn released_tolerance(rows: usize) -> f64 {
     0.003 * rows as f64
 }
@@ -77,11 +77,11 @@ struct Layer {
 }
 
 impl Tfb {
-    /// The family around the present A and B of every active LoRA adapter; `noise` is where draws come from.
+    /// Builds the family around the current A and B of every active LoRA adapter, with draws from `noise`.
     ///
     /// # Errors
-    /// If the model has no active LoRA adapter, an active adapter is of another method, a layer is merged, or B is not
-    /// finite.
+    /// If the model has no active LoRA adapter, an active adapter is of another method, a layer is merged, or
+    /// B is not finite.
     pub fn new(model: &dyn AdaptableModel, noise: Noise) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -109,13 +109,13 @@ impl Tfb {
         Ok(Self { layers })
     }
 
-    /// Draw number `draw` at this sigma: the A of every layer by its parameter's name, for [`Params::restore`]; it is
-    /// opposite to the other of its pair ([`Pass::sign`]).
+    /// Returns draw number `draw` at this sigma: the A of every layer by parameter name, for
+    /// [`Params::restore`]. Draws come in pairs with opposite noise ([`Pass::sign`]).
     ///
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, sigma: f64, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        // The address of a predictive draw: training with dropout has used others.
+        // The address of a predictive draw, which training does not use.
         let pass = Pass::Posterior { draw };
         let address = pass.posterior_draw()?.unwrap_or(draw);
         let of = |layer: &Layer| -> Result<(String, Tensor)> {
@@ -132,8 +132,8 @@ impl Tfb {
         self.layers.iter().map(of).collect()
     }
 
-    /// Class probabilities, one row an example, averaged over `draws` draws after the softmax of each. `params`
-    /// are the parameters of `model`; they are as before when this returns, with an error or without.
+    /// Returns class probabilities, one row per example, averaged over `draws` draws after the softmax.
+    /// `params` are the parameters of `model`; they are unchanged afterwards, also on error.
     ///
     /// # Errors
     /// If `draws` is 0, a draw does not fit the parameters, or the forward pass fails.
@@ -149,14 +149,15 @@ impl Tfb {
         posterior_probabilities(&Replaced::new(model, params, drawn), batches, draws)
     }
 
-    /// The largest sigma whose loss on the anchor rows is near enough to that without noise, by bisection of its
-    /// logarithm:
+    /// Finds the largest sigma whose loss on the anchor rows is close enough to the loss without noise, by
+    /// bisection over ln sigma:
     ///
     /// ```text
     /// |l(sigma) - l(0)| <= tolerance l(0),   l the NLL of the labels
     /// ```
     ///
-    /// The authors take the model's own predictions for labels ([`predicted`]), so that anchor rows need none.
+    /// The authors use the model's own predictions as labels ([`predicted`]), so that anchor rows need no
+    /// labels.
     ///
     /// # Errors
     /// As [`Self::probabilities`]; if a bound is not positive, there is no step, or rows and labels do not fit.
@@ -187,8 +188,8 @@ impl Tfb {
         Ok(borne.exp())
     }
 
-    /// The sigma whose loss on held-out rows is least, of `steps` values in equal ratios from the least to the
-    /// largest.
+    /// Finds the sigma with the lowest loss on held-out rows, among `steps` values in geometric progression
+    /// from the smallest to the largest sigma.
     ///
     /// # Errors
     /// As [`Self::tolerated`].
@@ -228,13 +229,13 @@ impl Search {
     }
 }
 
-/// The likeliest class of every row, the first of equal ones.
+/// The most likely class of every row; the first, if several are equal.
 pub fn predicted(probabilities: &[Vec<f64>]) -> Vec<u32> {
     probabilities.iter().map(|row| argmax(row) as u32).collect()
 }
 
-/// `V diag(1 / d)` of `b` `(out, r)`, for the directions that it has: the eigenvectors of `B^T B`, whose
-/// eigenvalues are the squares of d.
+/// `V diag(1 / d)`, `(r, k)`, of `b` `(out, r)`, for its k non-zero singular values d. V are the eigenvectors
+/// of `B^T B`, whose eigenvalues are d^2.
 fn directions(name: &str, b: &Tensor) -> Result<Tensor> {
     let r = b.dim(1)?;
     let Eigen { values, vectors } = Eigen::new(name, &b.t()?.contiguous()?.matmul(b)?)?;

@@ -1,4 +1,4 @@
-//! Batches: which rows go together, and their tensors, padded to the longest of the batch.
+//! Groups encoded rows into batches and pads each batch to its longest row.
 //!
 //! The order of an epoch is a pure function of the seed and the epoch's number.
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
 use crate::ops::IGNORED_LABEL;
 
-/// Batches that are sorted by length together, when grouping by length.
+/// With `length_grouped`, rows are sorted by length within groups of this many batches.
 const GROUP: usize = 50;
 
 /// Encoded rows as tensors on one device: `b` rows of `t` tokens.
@@ -24,8 +24,8 @@ pub struct Batch {
     pub token_type_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(b)`: i64 for classes ([`IGNORED_LABEL`] where none is known), f32 for scores; on the host, where losses look at
-    /// them.
+    /// `(b)`: i64 for classes ([`IGNORED_LABEL`] if unknown), f32 for scores; always on the host, where the
+    /// losses read them.
     pub labels: Tensor,
 }
 
@@ -33,7 +33,7 @@ impl Batch {
     /// Pads `rows` on the right with `pad_id` to the longest of them.
     ///
     /// # Errors
-    /// If there is no row, or if some labels are classes or not known and others scores.
+    /// If `rows` is empty, or if it mixes scores with classes or unknown labels.
     pub fn collate(rows: &[&Encoded], pad_id: u32, device: &Device) -> Result<Self> {
         if rows.is_empty() {
             return Err(Error::config("batch", "a batch needs at least one row"));
@@ -77,7 +77,7 @@ impl Batch {
     }
 }
 
-/// The rule that deals the rows of an epoch into batches.
+/// Splits the rows of an epoch into batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Batcher {
     batch_size: usize,
@@ -86,8 +86,8 @@ pub struct Batcher {
 }
 
 impl Batcher {
-    /// Batches of `batch_size` rows in random order; with `length_grouped`, of similar length:
-    /// less padding, at the price of a slightly less random order.
+    /// Creates a batcher of `batch_size` rows in random order. With `length_grouped`, the rows of a batch
+    /// have similar lengths: less padding, but a slightly less random order.
     ///
     /// # Errors
     /// If `batch_size` is 0.
@@ -96,7 +96,7 @@ impl Batcher {
         Ok(Self { batch_size, length_grouped, noise })
     }
 
-    /// Its constants by name, as text.
+    /// The settings as (name, value) pairs.
     pub fn settings(&self) -> [(&'static str, String); 3] {
         let Self { batch_size, length_grouped, noise } = self;
         [
@@ -106,7 +106,7 @@ impl Batcher {
         ]
     }
 
-    /// The rows of a batch.
+    /// The number of rows per batch.
     pub fn batch_size(&self) -> usize {
         self.batch_size
     }
@@ -116,9 +116,9 @@ impl Batcher {
         rows.div_ceil(self.batch_size)
     }
 
-    /// The batches of epoch number `epoch`, as indices into `lengths`, the number of tokens of
-    /// each row. Every row is in exactly one batch; one batch is smaller where the rows do not
-    /// divide: the last, or any when grouped by length.
+    /// Returns the batches of epoch number `epoch` as indices into `lengths`, the token counts of the rows.
+    /// Every row is in exactly one batch. If the rows do not divide evenly, one batch is smaller: the last
+    /// or, with `length_grouped`, any.
     pub fn epoch(&self, lengths: &[usize], epoch: u64) -> Vec<Vec<usize>> {
         let mut order = self.noise.stream("data", Purpose::Shuffle).permutation(epoch, lengths.len());
         if !self.length_grouped {
@@ -137,7 +137,7 @@ impl Batcher {
     }
 }
 
-/// Rows `0..len` in their own order, `batch_size` at a time: the batches of an evaluation.
+/// Splits rows `0..len` in order into batches of `batch_size`, for evaluation.
 ///
 /// # Errors
 /// If `batch_size` is 0.

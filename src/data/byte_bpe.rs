@@ -1,7 +1,7 @@
-//! Byte-level BPE from the two files that RoBERTa's and GPT-2's tokenizers had before there was one
-//! `tokenizer.json`: `vocab.json` and `merges.txt`, with the settings beside them.
+//! Byte-level BPE from `vocab.json` and `merges.txt` with the settings beside them, the files of RoBERTa's
+//! and GPT-2's tokenizers before `tokenizer.json` existed.
 //!
-//! What is made is the text of a `tokenizer.json`, so that it is checked and read as any other.
+//! The result is the content of a `tokenizer.json`, which is checked and read like any other.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,18 +12,19 @@ use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
-/// How a `tokenizer.json` is made of files that are not read here.
+/// How to make a `tokenizer.json` from files that this crate does not read; part of error messages.
 pub(super) const CONVERT: &str = "convert it once, in Python, by \
      transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)";
 
-/// The roles of special tokens in the configuration of a tokenizer.
+/// The roles of special tokens in a tokenizer's configuration.
 const ROLES: [&str; 7] =
     ["bos_token", "eos_token", "sep_token", "cls_token", "unk_token", "pad_token", "mask_token"];
 
-/// The text of the `tokenizer.json` that the two files and the settings beside them amount to.
+/// Builds the `tokenizer.json` equivalent to `vocab`, `merges` and the settings beside them.
 ///
 /// # Errors
-/// If a file cannot be read or is malformed, or RoBERTa's special tokens are not in the vocabulary.
+/// If a file cannot be read or is malformed, if the tokenizer class may split text differently from GPT-2, or
+/// if a special token to add around a text is not in the vocabulary.
 pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) -> Result<Value> {
     let vocabulary: BTreeMap<String, u32> = read(vocab)?;
     let pairs = pairs(merges)?;
@@ -61,7 +62,7 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     let mut added: BTreeMap<u32, Value> = BTreeMap::new();
     for (role, name) in ROLES.iter().filter_map(|role| Some((*role, special(role)?))) {
         if let Some(id) = vocabulary.get(&name) {
-            // Older versions of Hugging Face's let the mask take the blank before it, and said so in the file.
+            // The mask token may absorb the space before it: older Hugging Face versions saved this.
             let lstrip = settings.get(role).is_some_and(|fields| fields["lstrip"] == json!(true));
             added.insert(*id, token(*id, &name, lstrip, true));
         }
@@ -107,7 +108,7 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     }))
 }
 
-/// The pairs of `merges.txt`, in their order.
+/// Reads the merge pairs of `merges.txt`, in order.
 fn pairs(path: &Path) -> Result<Vec<[String; 2]>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     crate::util::lfs_pointer::refuse(&bytes, path)?;
@@ -125,13 +126,13 @@ fn pairs(path: &Path) -> Result<Vec<[String; 2]>> {
     lines.map(pair).collect()
 }
 
-/// An added token as `tokenizer.json` has it.
+/// An added token in the form of `tokenizer.json`.
 fn token(id: u32, content: &str, lstrip: bool, special: bool) -> Value {
     json!({ "id": id, "content": content, "single_word": false, "lstrip": lstrip, "rstrip": false,
         "normalized": !special, "special": special })
 }
 
-/// A token's text, which stands alone or in an object.
+/// The text of a token, given as a string or as the `content` of an object.
 pub(super) fn content(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
@@ -140,7 +141,7 @@ fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     json::parse(std::fs::read(path).map_err(Error::io(path))?, path)
 }
 
-/// The value of a file that may be missing.
+/// Reads a JSON file of the model; returns the default value if it is missing.
 pub(super) fn optional<T: serde::de::DeserializeOwned + Default>(
     files: &ModelFiles,
     name: &str,

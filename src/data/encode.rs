@@ -1,6 +1,6 @@
-//! From texts to token ids: truncation, special tokens and segment ids, by the `tokenizers` crate.
+//! Turns texts into token ids with the `tokenizers` crate: truncation, special tokens and segment ids.
 //!
-//! Padding is left to [`Batch::collate`](crate::data::batch::Batch::collate), which knows the batch.
+//! [`Batch::collate`](crate::data::batch::Batch::collate) adds the padding of each batch.
 
 use tokenizers::{EncodeInput, PostProcessor, Tokenizer, TruncationParams, TruncationStrategy};
 
@@ -8,24 +8,24 @@ use crate::data::task::{Example, Label};
 use crate::data::tokenizer;
 use crate::error::{Error, Result};
 
-/// Rows handed to the tokenizer at once: bounds the memory its own, richer encodings take.
+/// Rows per call of the tokenizer, to bound the memory of its own encodings, which are larger than ours.
 const CHUNK: usize = 4096;
 
-/// A row as token ids.
+/// An example as token ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
     /// The token ids, special tokens included, not padded; never empty.
     pub ids: Vec<u32>,
-    /// The segment of each token, as long as `ids`: 0, or 1 in the second text of a BERT pair.
+    /// The segment id of each token, as long as `ids`: 0, or 1 in the second text of a BERT pair.
     pub type_ids: Vec<u32>,
     /// The label: a class, a score, or none.
     pub label: Label,
-    /// Which of the encoded examples this is, counted from 0.
+    /// The index of the example among those encoded, from 0.
     pub row: usize,
 }
 
 impl Encoded {
-    /// All that the row says, as numbers: for a checksum of the data.
+    /// The token ids and the label as numbers, for a checksum of the data.
     pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
         let label = match self.label {
             Label::Class(class) => class,
@@ -36,14 +36,15 @@ impl Encoded {
     }
 }
 
-/// The tokenizer for a model of `vocab_size` rows: one of another model makes ids that only some texts hold, and that a
-/// GPU looks up without a check.
+/// Fits a tokenizer to a model whose vocabulary has `vocab_size` entries. A tokenizer of another model may
+/// give ids outside it for some texts only, and embedding lookups on a GPU do not check ids.
 ///
-/// Tokens that were added to the tokenizer and not to the model, as Gemma 3's for an image, are taken away, with a warning
-/// (`tracing`): what they were found in is cut like any text.
+/// Tokens that were added to the tokenizer but not to the model, such as Gemma 3's image token, are removed
+/// with a warning (`tracing`); their text is then tokenised like any other.
 ///
 /// # Errors
-/// If the vocabulary that it was trained with has an id outside, or it cannot be written without its tokens.
+/// If the vocabulary without added tokens has an id outside `vocab_size`, or if the tokenizer cannot be
+/// rebuilt without the removed tokens.
 pub fn fit_vocabulary(tokenizer: Tokenizer, vocab_size: usize) -> Result<Tokenizer> {
     let outside = |id: u32| id as usize >= vocab_size;
     let largest = tokenizer.get_vocab(false).into_iter().max_by_key(|(_, id)| *id);
@@ -68,20 +69,20 @@ pub fn fit_vocabulary(tokenizer: Tokenizer, vocab_size: usize) -> Result<Tokeniz
     json.to_string().parse().map_err(|error: tokenizers::Error| damaged(error.to_string()))
 }
 
-/// A tokenizer with a fixed rule of truncation.
+/// A tokenizer with fixed truncation.
 #[derive(Debug, Clone)]
 pub struct TextEncoder {
     tokenizer: Tokenizer,
 }
 
 impl TextEncoder {
-    /// An encoder to at most `max_length` tokens, special ones included; pairs lose tokens of the
-    /// longer text first, at its end. Any truncation and padding of the tokenizer's own file is
-    /// overridden; its post-processor still places the special tokens.
+    /// Creates an encoder of at most `max_length` tokens, including special tokens; pairs are truncated at
+    /// the end of the longer text first. The truncation and padding settings of the tokenizer's file are
+    /// overridden; its post-processor still adds the special tokens.
     ///
     /// # Errors
-    /// If `max_length` is below the special tokens of a pair plus two, or above
-    /// `model_max_length`, the most tokens the model has positions for.
+    /// If `max_length` is less than the number of special tokens of a pair plus two, or greater than
+    /// `model_max_length`, the number of tokens for which the model has positions.
     pub fn new(mut tokenizer: Tokenizer, max_length: usize, model_max_length: usize) -> Result<Self> {
         let added = |pair| tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(pair));
         let special = added(true).max(added(false));
@@ -109,11 +110,11 @@ impl TextEncoder {
         &self.tokenizer
     }
 
-    /// Encodes every example, in order and in parallel; the result does not depend on the number
-    /// of threads.
+    /// Encodes all examples in parallel, in order; the result does not depend on the number of threads.
     ///
     /// # Errors
-    /// If the tokenizer refuses a text, or makes no token of one, or more than the encoder's most.
+    /// If the tokenizer fails, gives no token for a text, or more than `max_length` (its post-processor is
+    /// damaged).
     pub fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
         let mut out = Vec::with_capacity(examples.len());
         let max_length = self.tokenizer.get_truncation().map_or(usize::MAX, |cut| cut.max_length);
@@ -132,8 +133,8 @@ impl TextEncoder {
                     return Err(Error::config("text", format!("row {row} (from 0) has no token")));
                 }
                 let (ids, type_ids) = (encoding.get_ids().to_vec(), encoding.get_type_ids().to_vec());
-                // A template may take a text twice, or add more than it has room for: the model has no
-                // positions for what is too much.
+                // A damaged template may repeat a text or add too many tokens; the model has no positions for
+                // them.
                 if ids.len() > max_length || type_ids.len() != ids.len() {
                     let reason = format!(
                         "row {row} (from 0) has {} ids and {} segments, of at most {max_length}: its \
@@ -160,7 +161,8 @@ mod tests {
     use tokenizers::processors::template::TemplateProcessing;
     use tokenizers::{PaddingParams, PaddingStrategy};
 
-    /// `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then `a` 4 to `j` 13; padded and cut by its own rules.
+    /// `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then `a` 4 to `j` 13; with truncation and padding of its
+    /// own.
     fn tiny() -> Tokenizer {
         let words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
         let vocab = words.iter().enumerate().map(|(id, word)| (word.to_string(), id as u32)).collect();
@@ -225,7 +227,7 @@ mod tests {
         let error = fit_vocabulary(tiny(), 13).unwrap_err().to_string();
         let expected = "invalid tokenizer: its largest id is 13 (\"j\"), the model's vocabulary has 13";
         assert_eq!(error, expected);
-        // Tokens that were added to the tokenizer alone are left out, those that the model has stay.
+        // Added tokens outside the model's vocabulary are removed, those inside it stay.
         let mut added = tiny();
         added
             .add_special_tokens(["<new>", "<newer>"].map(|name| tokenizers::AddedToken::from(name, true)))
@@ -271,7 +273,7 @@ mod tests {
         let error =
             TextEncoder::new(tokenizer, 12, 12)?.encode(&[example("b", None)]).unwrap_err().to_string();
         assert_eq!(error, "invalid tokenizer: the tokenizer is damaged: its crate panicked");
-        // A text that it takes twice is longer than what it was cut to.
+        // A repeated text exceeds the length that it was truncated to.
         let mut twice = text;
         twice["post_processor"]["single"] = twice["post_processor"]["pair"].clone();
         twice["post_processor"]["single"][1]["Sequence"]["id"] = json!("A");

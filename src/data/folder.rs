@@ -1,4 +1,4 @@
-//! Reading a task from a local folder, whatever of TSV, JSON lines and parquet is there.
+//! Reads a task from a local folder with TSV, JSON lines or parquet files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,14 +7,15 @@ use super::{glue, superglue, wic};
 use crate::error::{Error, Result};
 
 impl Task {
-    /// Reads the task from `dir`, or from the folder of the task's name in `dir`.
+    /// Reads the task from `dir` or from its subfolder with the task's name.
     ///
-    /// TSV (GLUE), JSON lines (SuperGLUE and BoolQ's own), WiC's own text files and parquet (the hub's layout, in
-    /// one or more shards) are recognised by the training file that is there, tried in this order.
+    /// The format is recognised by the training file, tried in this order: TSV (GLUE), JSON lines (SuperGLUE,
+    /// and BoolQ's original files), WiC's original text files, parquet (the hub's layout, in one or more
+    /// shards).
     ///
     /// # Errors
-    /// There is no training file (the error names the paths tried), a file cannot be read or does not
-    /// hold what it should, a parquet shard is missing, or a set is empty.
+    /// If there is no training file (the error lists the paths tried), a file cannot be read or is malformed,
+    /// a parquet shard is missing, or a set is empty.
     pub fn load_folder(&self, dir: &Path) -> Result<Splits> {
         let task = *self;
         let roots = std::iter::once(dir.to_owned()).chain(task.folder_names().iter().map(|n| dir.join(n)));
@@ -68,8 +69,8 @@ fn load(
     Ok(Splits { dev: dev.collect::<Result<_>>()?, train: read(train)? })
 }
 
-/// The parquet files of one set, in order; none if the folder is not there. Files that say
-/// `-of-00002` must be two: half a set is an error.
+/// The parquet files of one set, sorted; empty if the folder does not exist. An incomplete set is an error:
+/// if names end in `-of-00002`, there must be two files.
 pub(super) fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     if !root.is_dir() {
         return Ok(Vec::new());
@@ -87,7 +88,7 @@ pub(super) fn shards(root: &Path, split: &str) -> Result<Vec<PathBuf>> {
     for path in &found {
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         let Some((_, total)) = stem.rsplit_once("-of-") else { continue };
-        // Older data sets of the hub have a hash behind: train-00000-of-00001-0123456789abcdef.
+        // Older data sets on the hub append a hash: train-00000-of-00001-0123456789abcdef.
         let total = total.split('-').next().unwrap_or(total);
         if total.parse() != Ok(found.len()) {
             let there =

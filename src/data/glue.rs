@@ -1,7 +1,8 @@
 //! The tab-separated files of GLUE, as the benchmark distributes them.
 //!
-//! Lines are split on tab alone: quotes are text, balanced or not. Columns are found by their name in
-//! the header (CoLA has none). A UTF-8 byte order mark, `\r\n` and empty lines are tolerated.
+//! Lines are split on tabs only: quotes are ordinary text, balanced or not. Columns are found by their names
+//! in the header (CoLA's labelled files have none). A UTF-8 byte order mark, `\r\n` and empty lines are
+//! tolerated.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,17 +12,17 @@ use super::lines::{each_line, excerpt};
 use super::task::{Example, Label, Task};
 use crate::error::{Error, Result};
 
-/// The most columns of a table; MNLI, the widest, has 16.
+/// Maximum number of columns of a table; MNLI, the widest, has 16.
 const MAX_COLUMNS: usize = 1000;
 
-/// Where a task's texts and label are: the names in the header.
+/// The header names of a task's text and label columns.
 struct Columns {
     text_a: &'static str,
     text_b: Option<&'static str>,
     label: Option<&'static str>,
 }
 
-/// The same as positions, with the number of columns every row must have.
+/// The positions of these columns, and the number of columns that every row must have.
 struct Layout {
     text_a: usize,
     text_b: Option<usize>,
@@ -29,7 +30,7 @@ struct Layout {
     width: usize,
 }
 
-/// The header names of a task, or `None` if GLUE has no such files.
+/// The header names of a task, or `None` if GLUE does not distribute it as TSV.
 fn columns(task: Task) -> Option<Columns> {
     let (text_a, text_b, label) = match task {
         Task::Cola => ("sentence", None, "label"),
@@ -45,7 +46,7 @@ fn columns(task: Task) -> Option<Columns> {
     Some(Columns { text_a, text_b, label: Some(label) })
 }
 
-/// The files of a task's development sets, with the names the sets get in [`super::task::Splits`].
+/// A task's development sets, as (name in [`super::task::Splits`], file name).
 pub fn dev_files(task: Task) -> &'static [(&'static str, &'static str)] {
     match task {
         Task::Mnli => &[("matched", "dev_matched.tsv"), ("mismatched", "dev_mismatched.tsv")],
@@ -60,23 +61,23 @@ pub fn has_tsv(task: Task) -> bool {
 
 /// Reads one labelled TSV file.
 ///
-/// The official QQP files hold a handful of rows that break off in the middle. Rows of QQP with fewer
-/// columns than the header are therefore left out and counted in a warning; in every other task, and
-/// for rows of QQP that are too long, a wrong number of columns is an error.
+/// The official QQP files contain a few truncated rows. QQP rows with fewer columns than the header are
+/// therefore skipped, with their number in a warning. QQP rows with more columns, and any wrong number of
+/// columns in other tasks, are errors.
 ///
 /// # Errors
-/// The file cannot be read, is not UTF-8, lacks a column, or a row has a wrong number of columns or an
-/// unknown label (with the line in all cases that have one); the task has no TSV files.
+/// If the file cannot be read, is not UTF-8 or lacks a column; if a row has a wrong number of columns or an
+/// unknown label; or if the task has no TSV files. The error names the line where there is one.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     let file = File::open(path).map_err(Error::io(path))?;
     read_from(task, file, path)
 }
 
-/// Reads one TSV file without labels, such as the benchmark's test sets, which all have a header. A row for each
-/// line: a broken one is an error.
+/// Reads one TSV file without labels, such as a test set. The file needs a header, and a row with a wrong
+/// number of columns is an error in every task.
 ///
 /// # Errors
-/// As [`read`], but for labels.
+/// As [`read`], except for label errors.
 pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
     let file = File::open(path).map_err(Error::io(path))?;
     rows(task, file, path, false)
@@ -99,7 +100,7 @@ fn rows(task: Task, source: impl Read, path: &Path, labelled: bool) -> Result<Ve
     let mut layout = (task == Task::Cola && labelled).then_some(fixed);
     let (mut examples, mut broken) = (Vec::new(), 0usize);
     each_line(source, path, |number, line| {
-        // Counted before they are collected: a line of tabs would take many times its size.
+        // Count before collecting: the fields of a line of tabs would take many times its size.
         let width = 1 + line.bytes().filter(|byte| *byte == b'\t').count();
         let fields = || line.split('\t').collect::<Vec<&str>>();
         let Some(layout) = &layout else {
@@ -146,7 +147,7 @@ fn header(names: &Columns, fields: &[&str], path: &Path, line: usize) -> Result<
     })
 }
 
-/// A label as the TSV files spell it.
+/// Parses a label as spelled in the TSV files.
 fn parse_label(task: Task, text: &str) -> std::result::Result<Label, String> {
     let text = text.trim();
     if task.is_regression() {
@@ -227,7 +228,7 @@ mod tests {
     fn test_sets_are_read_without_labels_and_row_for_row() {
         let test = |task, text: &str| rows(task, text.as_bytes(), Path::new("test.tsv"), false);
         let unknown = |texts: &[&str]| texts.iter().map(|text| Example::from(*text)).collect::<Vec<_>>();
-        // Of CoLA these alone have a header.
+        // CoLA's test set has a header, unlike its other files.
         assert_eq!(
             test(Task::Cola, "index\tsentence\n0\tOne.\n1\tTwo.\n").unwrap(),
             unknown(&["One.", "Two."])
@@ -235,7 +236,7 @@ mod tests {
         assert_eq!(test(Task::Rte, "index\tsentence1\tsentence2\n0\ta\tb\n").unwrap(), [("a", "b").into()]);
         let labelled = "sentence\tlabel\nfun\t1\n";
         assert_eq!(test(Task::Sst2, labelled).unwrap(), unknown(&["fun"]));
-        // A submission has a line for each: none may fall out.
+        // A submission needs a line for every row: none may be skipped.
         let broken = test(Task::Qqp, "id\tquestion1\tquestion2\n0\ta\n").unwrap_err().to_string();
         assert_eq!(broken, "test.tsv, line 2: expected 3 columns, got 2");
     }

@@ -1,4 +1,4 @@
-//! Text files line by line, and what of a text goes into an error message.
+//! Reads text files line by line, and shortens texts for error messages.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::util::lfs_pointer;
 
-/// The longest line in bytes, its end included; the texts of these tasks are far below.
+/// Maximum length of a line in bytes, including its end; the texts of these tasks are far shorter.
 pub(super) const MAX_LINE: usize = 16 << 20;
 
 /// The beginning of a text, short enough for an error message.

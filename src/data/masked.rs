@@ -1,42 +1,42 @@
-//! Masked language modelling (Devlin et al. 2019): which tokens are hidden, and behind what.
+//! Masked language modelling (Devlin et al. 2019): selects the tokens to predict and what replaces them.
 
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::noise::Stream;
 
-/// The rule of hiding tokens.
+/// The masking rule.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Masking {
-    /// The share of tokens to predict; 0.15 in BERT and RoBERTa.
+    /// The fraction of tokens to predict; 0.15 in BERT and RoBERTa.
     pub rate: f64,
-    /// The id of the mask token. Of the tokens to predict, eight in ten are replaced by it, one by
-    /// a random token, and one is left as it is.
+    /// The id of the mask token. Of the tokens to predict, 80 % are replaced by it, 10 % by a random token,
+    /// and 10 % stay as they are.
     pub mask_id: u32,
-    /// Ids below this one are special: never hidden, never drawn.
+    /// Ids below this one are special: they are neither masked nor drawn as replacements.
     pub first_ordinary_id: u32,
     /// The number of token ids.
     pub vocab_size: usize,
 }
 
-/// A batch of sequences with hidden tokens, on one device.
+/// A batch of sequences with masked tokens, on one device.
 #[derive(Debug, Clone)]
 pub struct MaskedBatch {
     /// `(b, t)` of u32.
     pub input_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// `(n)` of u32: where the hidden tokens are, `row * t + column`.
+    /// `(n)` of u32: the positions of the tokens to predict, `row * t + column`.
     pub positions: Tensor,
-    /// `(n)` of i64: what they were; on the host, where losses look at them.
+    /// `(n)` of i64: the original ids at these positions; always on the host, where the losses read them.
     pub labels: Tensor,
 }
 
 impl Masking {
-    /// Checks that the values fit each other.
+    /// Checks the values.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If a value is invalid; the error names the first such option.
     pub fn validate(&self) -> Result<()> {
         if !(0.0..=1.0).contains(&self.rate) {
             return Err(Error::config("rate", format!("expected a share in [0, 1], got {}", self.rate)));
@@ -50,8 +50,8 @@ impl Masking {
         Ok(())
     }
 
-    /// Pads `rows` to the longest and hides tokens: a pure function of `(stream, draw)`, so that
-    /// every epoch hides others and a held-out set always the same. At least one token is hidden.
+    /// Pads `rows` to the longest and masks tokens. The mask is a pure function of `(stream, draw)`, so that
+    /// it can change with every epoch and stay the same for a held-out set. At least one token is masked.
     ///
     /// # Errors
     /// If no row has an ordinary token, or as [`Self::validate`].
@@ -114,7 +114,7 @@ impl Masking {
     }
 }
 
-/// A word as a number in [0, 1).
+/// Maps a random word to [0, 1).
 fn unit(word: u32) -> f64 {
     f64::from(word) / 4_294_967_296.0
 }
@@ -141,7 +141,7 @@ mod tests {
         assert!(close(n, 0.15, 40_000.0), "{n} hidden");
         let masked = positions.iter().filter(|p| ids[**p as usize] == 4).count() as f64;
         let same = positions.iter().zip(&labels).filter(|(p, l)| i64::from(ids[**p as usize]) == **l);
-        // One in 95 of the random ones hits the token itself.
+        // One in 95 random replacements is the original token.
         assert!(close(masked, 0.8, n) && close(same.count() as f64, 0.1 + 0.1 / 95.0, n));
         let hidden: std::collections::BTreeSet<u32> = positions.iter().copied().collect();
         let untouched = ids.iter().enumerate().filter(|(i, _)| !hidden.contains(&(*i as u32)));

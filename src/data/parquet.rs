@@ -22,7 +22,7 @@ use super::task::{non_empty, Example, Label, Splits, Task};
 use crate::error::{Error, Result};
 use crate::util::lfs_pointer;
 
-/// The columns of a task's texts in the hub's data sets. WiC has its word before the two sentences.
+/// The text columns of a task in the hub's data sets. WiC has its word before the two sentences.
 const fn text_columns(task: Task) -> &'static [&'static str] {
     match task {
         Task::Cola | Task::Sst2 => &["sentence"],
@@ -35,20 +35,19 @@ const fn text_columns(task: Task) -> &'static [&'static str] {
     }
 }
 
-/// Reads one labelled parquet file. WiC's texts are composed as in
-/// [`wic_text`].
+/// Reads one labelled parquet file. WiC's texts are composed by [`wic_text`].
 ///
 /// # Errors
-/// The file cannot be opened, is not parquet, lacks a column (the error names those present), or a row
-/// has no usable label (as the unlabelled test sets: -1) or text; rows are counted from 1.
+/// If the file cannot be opened, is not parquet or lacks a column (the error names those present), or if a
+/// row has no text or no usable label (unlabelled test sets have -1). Rows are counted from 1.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     read_rows(task, path, true)
 }
 
-/// [`read`] without labels, whether the file has them or not.
+/// As [`read`], but without labels, even if the file has them.
 ///
 /// # Errors
-/// As [`read`], but for labels.
+/// As [`read`], except for label errors.
 pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
     read_rows(task, path, false)
 }
@@ -66,24 +65,23 @@ fn read_rows(task: Task, path: &Path, labelled: bool) -> Result<Vec<Example>> {
     Ok(examples)
 }
 
-/// Calls `take` with the 1-based number of each row and its values in these columns, in their order; it
-/// returns how many bytes it keeps of them.
+/// Calls `take` with the 1-based number of each row and its values in `columns`, in their order; `take`
+/// returns how many bytes it keeps.
 ///
 /// # Errors
-/// The file cannot be opened, is not parquet, lacks a column, has one that holds no plain values, keeps far more
-/// than its size, or `take` fails.
+/// If the file cannot be opened, is not parquet or lacks a column, if a column has no plain values, if the
+/// rows take far more memory than the file, or if `take` fails.
 pub(super) fn each_row(path: &Path, columns: &[&str], take: &mut Take) -> Result<()> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut beginning = Vec::new();
     file.by_ref().take(256).read_to_end(&mut beginning).map_err(Error::io(path))?;
     lfs_pointer::refuse(&beginning, path)?;
-    // The decoder is written for files that are sound: should a damaged one make it panic, that is an
-    // error of the file.
+    // The decoder expects valid files; if a damaged one makes it panic, report that as an error of the file.
     catch_unwind(AssertUnwindSafe(|| read_file(columns, file, path, take)))
         .unwrap_or_else(|_| Err(Error::format(path, "the parquet file is damaged: its decoder panicked")))
 }
 
-/// What takes the values of a row.
+/// The callback for the values of a row.
 type Take<'a> = dyn FnMut(usize, &[&Field]) -> std::result::Result<usize, String> + 'a;
 
 fn read_file(wanted: &[&str], file: File, path: &Path, take: &mut Take) -> Result<()> {
@@ -92,7 +90,7 @@ fn read_file(wanted: &[&str], file: File, path: &Path, take: &mut Take) -> Resul
     let mut most = Allowance::of(file.metadata().map_err(Error::io(path))?.len());
     let reader = open(&file, path)?;
     let schema = reader.metadata().file_metadata().schema();
-    // The other columns are not read: they may be many, and of any kind.
+    // Read only these columns: the others may be many, and of any type.
     let chosen = schema.get_fields().iter().filter(|field| wanted.contains(&field.name()));
     let chosen: Vec<TypePtr> = chosen.cloned().collect();
     let position = |name: &&str| {
@@ -121,18 +119,18 @@ fn read_file(wanted: &[&str], file: File, path: &Path, take: &mut Take) -> Resul
     Ok(())
 }
 
-/// A reader of a file whose footer is sound.
+/// Opens a reader after a check of the footer.
 fn open(file: &File, path: &Path) -> Result<SerializedFileReader<File>> {
     let unfit = |reason: String| Error::format(path, format!("not readable as parquet: {reason}"));
     guard::check_footer(file).map_err(unfit)?;
     SerializedFileReader::new(file.try_clone().map_err(Error::io(path))?).map_err(|e| unfit(e.to_string()))
 }
 
-/// The names of the classes of a column of numbers, where the file says them: `ClassLabel` of Hugging Face's
-/// datasets, in its metadata.
+/// The class names of a numeric column, if the file's metadata has them (`ClassLabel` of Hugging Face's
+/// datasets).
 ///
 /// # Errors
-/// The file cannot be opened, or is not parquet.
+/// If the file cannot be opened, or is not parquet.
 pub(super) fn class_names(path: &Path, column: &str) -> Result<Option<Vec<String>>> {
     let file = File::open(path).map_err(Error::io(path))?;
     let named = || {
@@ -140,7 +138,7 @@ pub(super) fn class_names(path: &Path, column: &str) -> Result<Option<Vec<String
         let pairs = reader.metadata().file_metadata().key_value_metadata();
         let text = pairs.into_iter().flatten().find(|pair| pair.key == "huggingface");
         let Some(text) = text.and_then(|pair| pair.value.as_ref()) else { return Ok(None) };
-        // What is no such description says nothing.
+        // Ignore metadata in any other form.
         let json: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
         let names = json["info"]["features"][column]["names"].as_array();
         let names =
@@ -151,7 +149,7 @@ pub(super) fn class_names(path: &Path, column: &str) -> Result<Option<Vec<String
         .unwrap_or_else(|_| Err(Error::format(path, "the parquet file is damaged: its decoder panicked")))
 }
 
-/// A value as other formats have it.
+/// Converts a value to the type that all formats share.
 pub(super) fn cell(field: &Field) -> std::result::Result<Cell, String> {
     Ok(match field {
         Field::Null => Cell::Null,
@@ -175,23 +173,22 @@ pub(super) fn cell(field: &Field) -> std::result::Result<Cell, String> {
     })
 }
 
-/// What the rows of a file may still take: a few bytes of a parquet file can stand for any number of
-/// rows.
+/// The memory that the rows of a file may still take: a few bytes of parquet can encode any number of rows.
 struct Allowance {
     file: u64,
     left: u64,
 }
 
 impl Allowance {
-    /// Rows may take this many times the size of their file, and 64 MiB. Texts are compressed to a
-    /// tenth; beyond a hundredth they repeat one another.
+    /// Rows may take this many times the size of their file, plus 64 MiB. Compression reduces texts to a
+    /// tenth; to less than a hundredth only if they repeat each other.
     const TIMES: u64 = 200;
 
     fn of(file: u64) -> Self {
         Self { file, left: file.saturating_mul(Self::TIMES).saturating_add(64 << 20) }
     }
 
-    /// Takes so many bytes, if there is still room for them.
+    /// Subtracts `bytes`, or fails if fewer are left.
     fn take(&mut self, bytes: usize) -> std::result::Result<(), String> {
         match self.left.checked_sub(bytes as u64) {
             Some(left) => {
@@ -203,7 +200,7 @@ impl Allowance {
     }
 }
 
-/// The example of the values in a task's columns, the label last where it is among them.
+/// Builds an example from the values of a task's columns; a label comes last.
 fn parse(task: Task, columns: &[&str], fields: &[&Field]) -> std::result::Result<Example, String> {
     let (mut found, mut label) = (Vec::with_capacity(fields.len()), Label::Unknown);
     for (name, field) in columns.iter().zip(fields) {
@@ -251,12 +248,12 @@ fn parse_label(task: Task, field: &Field) -> std::result::Result<Label, String> 
     }
 }
 
-/// Reads a task from its files, each with the name of the set it belongs to: `train`, and the names of
-/// [`Splits::dev`] (`validation`, `validation_matched` and `validation_mismatched` are understood too).
-/// Files of the same set are joined in the order given. [`Task::hub_files`] lists what to fetch.
+/// Reads a task from files, each with the name of its set: `train`, and the names of [`Splits::dev`] (or
+/// `validation`, `validation_matched` and `validation_mismatched`). Files of the same set are joined in the
+/// order given. [`Task::hub_files`] lists the files to fetch.
 ///
 /// # Errors
-/// A set is unknown, missing or empty, or a file is at fault (see [`read`]).
+/// If a set is unknown, missing or empty, or a file cannot be read (see [`read`]).
 pub fn load_parquet(task: Task, files: &[(String, PathBuf)]) -> Result<Splits> {
     let sets = task.hub_splits();
     let expected = || sets.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");

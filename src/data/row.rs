@@ -1,7 +1,7 @@
 //! A row of JSON data: its plain values by name.
 //!
-//! What lies deeper is passed over as it is read. As a tree it would take a hundred times the memory
-//! of its text.
+//! Nested values are skipped while reading: as a tree they would take a hundred times the memory of their
+//! text.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,7 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Vis
 
 use super::lines::excerpt;
 
-/// The values of a row by their names.
+/// The values of a row by name.
 pub(super) type Row = BTreeMap<String, Cell>;
 
 /// A value of a row.
@@ -19,9 +19,9 @@ pub(super) enum Cell {
     Null,
     Flag(bool),
     Text(String),
-    /// As JSON spells it: a whole number that is written as a fraction keeps its point.
+    /// The text of the number: a whole number written as a fraction keeps its point (`1.0`).
     Number(String),
-    /// Of a kind that no field has; as it is called in errors.
+    /// A value of an unsupported type, as described in errors.
     Other(String),
 }
 
@@ -36,12 +36,12 @@ impl fmt::Display for Cell {
     }
 }
 
-/// The row of a line of JSON.
+/// Parses a line of JSON.
 pub(super) fn parse(line: &str) -> Result<Row, String> {
     serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"))
 }
 
-/// The value of the field `name`, or what the row has instead.
+/// The value of the field `name`; the error lists the fields that are present.
 pub(super) fn field<'a>(row: &'a Row, name: &str) -> Result<&'a Cell, String> {
     row.get(name).ok_or_else(|| {
         let present: Vec<&str> = row.keys().map(String::as_str).collect();
@@ -57,7 +57,7 @@ pub(super) fn text<'a>(row: &'a Row, name: &str) -> Result<&'a str, String> {
     }
 }
 
-/// Whether the row has something in the field `name`.
+/// Whether the field `name` is there and neither null, a blank string nor an empty array.
 pub(super) fn says(row: &Row, name: &str) -> bool {
     match row.get(name) {
         None | Some(Cell::Null) => false,

@@ -1,24 +1,22 @@
-//! Rows drawn from a set by a seed, with the labels in the proportions of the whole: subsets to train
-//! on, and rows that are held out.
+//! Draws stratified random subsets of rows by a seed: for training, and to hold out.
 //!
-//! The first rows of a file are no sample of it, nor are the last: files are sorted by source, by
-//! length, or by label.
+//! The first or last rows of a file are no random sample: files are sorted by source, length or label.
 
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
 
-/// What [`stratified`] draws rows for: draws for different ends are independent.
+/// The purpose of a draw by [`stratified`]; draws for different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Draw {
-    /// To be trained on.
+    /// Rows to train on.
     Training,
-    /// To be kept from training, and fitted on afterwards.
+    /// Rows kept from training, to fit something on afterwards.
     HeldOut,
-    /// To be measured.
+    /// Rows to evaluate on.
     Measured,
-    /// To take a curvature from.
+    /// Rows to compute a curvature on.
     Curvature,
 }
 
@@ -33,7 +31,7 @@ impl Draw {
     }
 }
 
-/// The stratum of each row: its class; scores are one stratum.
+/// The stratum of each row: its class; all scores and unknown labels are in stratum 0.
 pub fn strata(rows: &[Encoded]) -> Vec<u32> {
     rows.iter().map(|row| stratum(row.label)).collect()
 }
@@ -46,16 +44,18 @@ pub(super) const fn stratum(label: Label) -> u32 {
     }
 }
 
-/// The places, rising, of `count` rows drawn without replacement, all of them where there are no more:
-/// of each stratum its share of `count`, rounded by the largest remainders (of equal ones the lower
-/// stratum first), and within a stratum every row as likely as another.
+/// Draws `count` rows without replacement and returns their indices, ascending; all rows if there are no
+/// more.
+///
+/// Each stratum gets its share of `count`, rounded by the largest remainders (of equal ones, the lower
+/// stratum first). Within a stratum every row is equally likely.
 pub fn stratified(strata: &[u32], count: usize, noise: Noise, draw: Draw) -> Vec<usize> {
     if count >= strata.len() {
         return (0..strata.len()).collect();
     }
     let mut groups = std::collections::BTreeMap::<u32, Vec<usize>>::new();
     strata.iter().enumerate().for_each(|(place, stratum)| groups.entry(*stratum).or_default().push(place));
-    // In whole numbers: size * count / rows, and what that leaves over rows.
+    // In integers: quotient and remainder of size * count / rows.
     let share = |group: &Vec<usize>| {
         let product = group.len() as u128 * count as u128;
         ((product / strata.len() as u128) as usize, product % strata.len() as u128)
@@ -76,12 +76,11 @@ pub fn stratified(strata: &[u32], count: usize, noise: Noise, draw: Draw) -> Vec
     chosen
 }
 
-/// The places of rows that stay, and of the share that is held out of them, both rising; stratified as
-/// by [`stratified`]. The number that is held out is rounded to the nearest.
+/// Splits rows into those that stay and a share to hold out, drawn by [`stratified`]; returns the indices of
+/// both, ascending. The number of held-out rows is rounded to the nearest integer.
 ///
 /// # Errors
-/// Unless `share` is at least 0 and below 1; or if nothing would stay, or with a share above 0 nothing
-/// be held out.
+/// If `share` is not at least 0 and below 1; or if it is above 0 and would hold out no row, or all.
 pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>, Vec<usize>)> {
     if !(0.0..1.0).contains(&share) {
         return Err(Error::config("held_out", format!("expected a share from 0 to below 1, got {share}")));
@@ -97,10 +96,10 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
     Ok((stay, held))
 }
 
-/// The rows at these places.
+/// The rows at these indices.
 ///
 /// # Panics
-/// If there is no row at one of them.
+/// If an index is out of range.
 pub fn at<T: Clone>(rows: &[T], places: &[usize]) -> Vec<T> {
     places.iter().map(|place| rows[*place].clone()).collect()
 }
@@ -109,7 +108,7 @@ pub fn at<T: Clone>(rows: &[T], places: &[usize]) -> Vec<T> {
 mod tests {
     use super::*;
 
-    /// 60 of class 0, 30 of class 1, 10 of class 2, in a row.
+    /// 60 rows of class 0, then 30 of class 1, then 10 of class 2.
     fn sorted() -> Vec<u32> {
         [vec![0; 60], vec![1; 30], vec![2; 10]].concat()
     }
@@ -123,7 +122,7 @@ mod tests {
         let strata = sorted();
         for (count, want) in [(10, [6, 3, 1]), (20, [12, 6, 2]), (7, [4, 2, 1]), (4, [3, 1, 0]), (0, [0; 3])]
         {
-            // 7: 4.2, 2.1, 0.7; 4: 2.4, 1.2, 0.4, of equal remainders the lower stratum.
+            // Quotas for 7: 4.2, 2.1, 0.7; for 4: 2.4, 1.2, 0.4, of equal remainders the lower stratum.
             let places = stratified(&strata, count, Noise::new(1), Draw::Training);
             assert_eq!(counts(&strata, &places), want, "{count}");
             assert!(places.windows(2).all(|pair| pair[0] < pair[1]));
@@ -140,7 +139,7 @@ mod tests {
         let ends = [Draw::Training, Draw::HeldOut, Draw::Measured, Draw::Curvature];
         let draws: std::collections::BTreeSet<_> = ends.into_iter().map(|end| of(3, end)).collect();
         assert_eq!(draws.len(), ends.len());
-        // Each row of a stratum is in one draw of five: a binomial of 2000, sd 18.
+        // Each row is in one draw of five: binomial with n = 2000, standard deviation 18.
         let mut times = [0u32; 100];
         (0..2000).for_each(|seed| of(seed, Draw::Training).iter().for_each(|place| times[*place] += 1));
         let sd = (2000.0 * 0.2 * 0.8f64).sqrt();

@@ -1,7 +1,7 @@
 //! The JSON-lines files of SuperGLUE: BoolQ, WiC and RTE.
 //!
-//! One object a line in `train.jsonl` and `val.jsonl`. Fields beyond those needed are ignored. BoolQ as its authors
-//! distribute it has `dev.jsonl` and the field `answer`.
+//! One object per line in `train.jsonl` and `val.jsonl`. Fields that are not needed are ignored. BoolQ as its
+//! authors distribute it has `dev.jsonl`, and the label in the field `answer`.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 
 /// The file of the development set.
 pub const DEV_FILE: &str = "val.jsonl";
-/// The same as BoolQ's authors distribute it.
+/// The file of the development set as BoolQ's authors distribute it.
 pub const OWN_DEV_FILE: &str = "dev.jsonl";
 
 /// Whether SuperGLUE distributes this task.
@@ -24,19 +24,19 @@ pub fn has_jsonl(task: Task) -> bool {
 
 /// The first text of a WiC example: `"{word}: {sentence1}"`. The second is `sentence2` unchanged.
 ///
-/// So the model reads which word is meant, and the two sentences stay a pair.
+/// This tells the model which word is meant and keeps the two sentences a pair.
 pub fn wic_text(word: &str, sentence1: &str) -> String {
     format!("{word}: {sentence1}")
 }
 
 /// Reads one labelled JSON-lines file.
 ///
-/// BoolQ becomes (question, passage), RTE (premise, hypothesis), WiC the template of [`wic_text`] and
-/// its second sentence. Labels are `true` and `false` (classes 1 and 0), for RTE the class names.
+/// BoolQ gives (question, passage), RTE (premise, hypothesis), WiC [`wic_text`] and the second sentence.
+/// Labels are `true` and `false` (classes 1 and 0), or the class names for RTE.
 ///
 /// # Errors
-/// The file cannot be read, is not UTF-8, or a line is not a JSON object with the task's fields (with
-/// the line); SuperGLUE has no such task.
+/// If the file cannot be read or is not UTF-8, a line is not a JSON object with the task's fields (the error
+/// names the line), or SuperGLUE has no such task.
 pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
     let file = File::open(path).map_err(Error::io(path))?;
     read_from(task, file, path)
@@ -45,7 +45,7 @@ pub fn read(task: Task, path: &Path) -> Result<Vec<Example>> {
 /// Reads one JSON-lines file without labels, such as the benchmark's test sets.
 ///
 /// # Errors
-/// As [`read`], but for labels.
+/// As [`read`], except for label errors.
 pub fn read_unlabelled(task: Task, path: &Path) -> Result<Vec<Example>> {
     let file = File::open(path).map_err(Error::io(path))?;
     rows(task, file, path, false)

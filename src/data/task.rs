@@ -9,7 +9,7 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 
-/// A task.
+/// A GLUE or SuperGLUE task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Task {
     /// Microsoft Research Paraphrase Corpus: do two sentences mean the same?
@@ -41,7 +41,7 @@ pub enum Label {
     Class(u32),
     /// The number to predict, for regression.
     Score(f32),
-    /// Not known: a row to predict. It takes no part in a loss or a metric.
+    /// Not known: a row to predict. It is ignored by losses and metrics.
     Unknown,
 }
 
@@ -76,10 +76,11 @@ pub struct Example {
 }
 
 impl Example {
-    /// An example without the white space after its texts.
+    /// Creates an example, with trailing white space removed from its texts.
     ///
-    /// Some sets have it there (SST-2 ends every sentence in a space), and byte-level tokenizers make
-    /// a token of it; every reader builds its rows here, so that all formats give the same tokens.
+    /// Some data sets have trailing white space (SST-2 ends every sentence with a space), and byte-level
+    /// tokenizers make a token of it. Every reader creates its rows here, so that all formats give the same
+    /// tokens.
     pub fn new(text_a: &str, text_b: Option<&str>, label: Label) -> Self {
         let text = |text: &str| text.trim_end().to_owned();
         Self { text_a: text(text_a), text_b: text_b.map(text), label }
@@ -114,7 +115,7 @@ impl From<&Self> for Example {
     }
 }
 
-/// The examples of the file `path`, unless there are none.
+/// Returns `examples`, or an error that names `path` if there are none.
 pub(super) fn non_empty(examples: Vec<Example>, path: &Path) -> Result<Vec<Example>> {
     if examples.is_empty() {
         return Err(Error::format(path, "no examples"));
@@ -199,7 +200,7 @@ impl Task {
         }
     }
 
-    /// The metrics its benchmark reports, on each of its development sets.
+    /// The metrics that its benchmark reports on each development set.
     pub const fn metrics(self) -> &'static [&'static str] {
         match self {
             Self::Mrpc | Self::Qqp => &["accuracy", "f1"],
@@ -209,7 +210,7 @@ impl Task {
         }
     }
 
-    /// The names the task's folder has: the benchmark's first, then the hub's.
+    /// Possible names of the task's folder: the benchmark's first, then the hub's.
     pub const fn folder_names(self) -> &'static [&'static str] {
         match self {
             Self::Mrpc => &["MRPC", "mrpc"],
@@ -233,7 +234,7 @@ impl Task {
         }
     }
 
-    /// The sets by their names in [`Splits`] (`train` first) and on the hub.
+    /// The sets as (name in [`Splits`], name on the hub), `train` first.
     pub(crate) const fn hub_splits(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Mnli => &[
@@ -245,8 +246,8 @@ impl Task {
         }
     }
 
-    /// The files to fetch from [`Self::hub_repo`]: (name of the set, path in the repository). The names
-    /// are those that [`Splits`] has, with `train` first.
+    /// The files to fetch from [`Self::hub_repo`], as (name of the set in [`Splits`], path in the
+    /// repository), `train` first.
     pub fn hub_files(self) -> Vec<(String, String)> {
         let file = |split| format!("{}/{split}-00000-of-00001.parquet", self.name());
         self.hub_splits().iter().map(|(name, split)| ((*name).to_owned(), file(split))).collect()
@@ -254,7 +255,7 @@ impl Task {
 }
 
 impl From<Task> for Labels {
-    /// The names of the task's classes; of a regression that of its one output.
+    /// The names of the task's classes; for a regression, the name of its one output.
     fn from(task: Task) -> Self {
         match task.label_names() {
             [] => Self::numbered(task.num_labels()),

@@ -8,11 +8,11 @@ use super::{glue, superglue};
 use crate::error::{Error, Result};
 
 impl Task {
-    /// Reads the task's test sets, without labels, from `dir` or from the folder of the task's name in it: `test`,
-    /// of MNLI `matched` and `mismatched`. Each has a row for each of its file, in the file's order.
+    /// Reads the task's test sets, without labels, from `dir` or from its subfolder with the task's name. The
+    /// set is called `test`; MNLI has `matched` and `mismatched`. Every row of a file is kept, in order.
     ///
     /// # Errors
-    /// As [`Task::load_folder`], but for labels.
+    /// As [`Task::load_folder`], except for label errors.
     pub fn load_tests(&self, dir: &Path) -> Result<Vec<(String, Vec<Example>)>> {
         let task = *self;
         let sets: &[(&str, &str)] = match task {

@@ -1,5 +1,6 @@
-//! Tokenizers of files, and questions to them, where the `tokenizers` crate may panic: on a file that is
-//! no JSON, on a post-processor that names a special token it does not define.
+//! Reads tokenizers from files and calls them, turning panics of the `tokenizers` crate into errors. The
+//! crate panics, for example, on a file that is not JSON, or on a post-processor that names a special token
+//! it does not define.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
@@ -15,26 +16,26 @@ use crate::models::hub::ModelFiles;
 use crate::models::post_processor::template;
 use crate::util::json;
 
-/// The longest piece of a vocabulary. The crate's Unigram model keeps a node for each byte, one inside
-/// the other, and copies and lets go of them by recursion: some thousand bytes overflow a thread's stack,
-/// which ends the process. Real vocabularies have some hundred bytes at most.
+/// Maximum length in bytes of an entry of the vocabulary. The crate's Unigram model has a node for each byte,
+/// nested in that of the byte before, and clones and drops them recursively: some thousand bytes overflow a
+/// thread's stack, which ends the process. Entries of real vocabularies have some hundred bytes at most.
 const MOST_OF_A_PIECE: usize = 1024;
 
-/// Reads a file as a tokenizer, such as a model's `tokenizer.json`.
+/// Reads a tokenizer file, such as a model's `tokenizer.json`.
 ///
 /// # Errors
-/// If the file cannot be read, or is no tokenizer's; the error names it.
+/// If the file cannot be read or is not a tokenizer; the error names it.
 pub fn read(path: &Path) -> Result<Tokenizer> {
     parse(&std::fs::read(path).map_err(Error::io(path))?, path)
 }
 
-/// The tokenizer of a model: its `tokenizer.json` or, where there is none, that in its GGUF file, or the byte-level BPE
-/// of `vocab.json` and `merges.txt`, with RoBERTa's special tokens around a text if it is a RoBERTa. What
-/// `tokenizer_config.json` asks for around a text counts where transformers lets it.
+/// Reads the tokenizer of a model: its `tokenizer.json`, else the tokenizer in its GGUF file, else the
+/// byte-level BPE of `vocab.json` and `merges.txt`, which for a RoBERTa puts its special tokens around a
+/// text. Tokens that `tokenizer_config.json` requests around a text are added where transformers adds them.
 ///
 /// # Errors
-/// If there is no tokenizer, or one that only other libraries read (the error says how to convert it), or its
-/// files are malformed.
+/// If there is no tokenizer, if only other libraries can read it (the error says how to convert it), or if
+/// its files are malformed.
 pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     if let Some(path) = files.tokenizer_path() {
         return with_ends(read(path)?, files, path);
@@ -72,9 +73,10 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
     Err(Error::format(folder, "there is no tokenizer.json"))
 }
 
-/// With the tokens before and after a text that `tokenizer_config.json` asks for where `tokenizer.json` names none: what
-/// transformers did up to version 4 for the classes of LLaMA's and Gemma's tokenizers, and what models were trained with
-/// that need it (DeepSeek's distilled ones). Version 5 no longer reads these settings beside a `tokenizer.json`.
+/// Adds the tokens before and after a text that `tokenizer_config.json` requests, if `tokenizer.json` adds
+/// none. Transformers did so up to version 4 for the tokenizer classes of LLaMA and Gemma, and some models
+/// were trained that way and need it (DeepSeek's distilled ones). Version 5 no longer reads these settings
+/// beside a `tokenizer.json`.
 fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Result<Tokenizer> {
     let has_none = |processor: &PostProcessorWrapper| matches!(processor, PostProcessorWrapper::ByteLevel(_));
     if !tokenizer.get_post_processor().is_none_or(has_none) {
@@ -86,7 +88,7 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
         return Ok(tokenizer);
     }
     let end = |asked: &str, role: &str| -> Result<Option<(String, usize)>> {
-        // Without a word: one before the text, none after it.
+        // The defaults: a token before the text, none after it.
         if !settings.get(asked).and_then(Value::as_bool).unwrap_or(role == "bos_token") {
             return Ok(None);
         }
@@ -107,9 +109,10 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
     Ok(tokenizer)
 }
 
-/// The tokenizer of the bytes of the file `path`.
+/// Parses the bytes of the tokenizer file `path`.
 pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
-    // First, because the crate's own readers say neither where it is malformed nor always that it is.
+    // Parse as JSON first: the crate's errors do not say where a file is malformed, and it does not always
+    // report one.
     let outline: Outline = json::parse(bytes, path)?;
     let longest = outline.model.vocab.0;
     if longest > MOST_OF_A_PIECE {
@@ -120,7 +123,7 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     caught(|| Tokenizer::from_bytes(bytes)).map_err(|reason| Error::format(path, reason))
 }
 
-/// What of a file is looked at before the crate reads it.
+/// The part of a file that is checked before the crate reads it.
 #[derive(Deserialize)]
 struct Outline {
     #[serde(default)]
@@ -133,7 +136,7 @@ struct Model {
     vocab: Longest,
 }
 
-/// The bytes of the longest string in a value.
+/// The length in bytes of the longest string in a value.
 #[derive(Default)]
 struct Longest(usize);
 
@@ -183,10 +186,10 @@ impl<'de> Deserialize<'de> for Longest {
     }
 }
 
-/// What a tokenizer answers.
+/// Calls a tokenizer.
 ///
 /// # Errors
-/// If it refuses, or panics.
+/// If the call fails or panics.
 pub(crate) fn ask<R>(question: impl FnOnce() -> tokenizers::Result<R>) -> Result<R> {
     caught(question).map_err(|reason| Error::config("tokenizer", reason))
 }
@@ -207,7 +210,7 @@ mod tests {
     fn a_file_that_makes_the_crate_panic_is_an_error_that_names_it() {
         let refusal =
             |text: &str| parse(text.as_bytes(), Path::new("tokenizer.json")).unwrap_err().to_string();
-        // tokenizers 0.23.2 panics in its decoder's reader on the first, on a number that is none.
+        // The first is not a number: tokenizers 0.23.2 panics on it while it reads the decoder.
         for text in [r#"{"decoder": {"type": 1x}}"#, "", "[]", "{}"] {
             let message = refusal(text);
             assert!(message.contains("tokenizer.json"), "{text}: {message}");
@@ -231,7 +234,8 @@ mod tests {
         assert!(refusal(json!({ long: 1 })).is_err());
     }
 
-    /// A RoBERTa's folder with `tokenizer.json` of the bundled model taken apart, and that one itself.
+    /// A RoBERTa folder with the bundled model's `tokenizer.json` split into separate files, and the original
+    /// tokenizer.
     fn taken_apart() -> Option<(tempfile::TempDir, Tokenizer)> {
         let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/tiny-roberta");
         let path = assets.join("tokenizer.json");
@@ -274,7 +278,7 @@ mod tests {
             let ids = ids(&whole, text, None);
             assert_eq!(parts.decode(&ids, true).unwrap(), whole.decode(&ids, true).unwrap());
         }
-        // Another model's text has nothing around it, unless its settings say so.
+        // For other models, nothing is added around a text unless the settings request it.
         std::fs::write(dir.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
         let plain = ids(&of(&dir)?, "witty", None);
         assert_eq!([&[0], plain.as_slice(), &[2]].concat(), ids(&whole, "witty", None));
@@ -332,7 +336,7 @@ mod tests {
         }
         write("tokenizer_config.json", json!({"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<b>"}));
         assert_eq!(ids(false)?, [0, 2], "the class's own default");
-        // What the file says itself stays.
+        // A post-processor in the file is kept.
         let own = json!({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {}});
@@ -352,7 +356,7 @@ mod tests {
     fn a_tokenizer_that_is_not_read_is_told_with_what_to_do() {
         let Some((dir, _)) = taken_apart() else { return };
         let message = || of(&dir).unwrap_err().to_string();
-        // Two files do not say how a text is cut before they are asked.
+        // The two files do not say how a text is pre-tokenised.
         for (model, class, refused) in [
             ("qwen2", None, true),
             ("qwen2", Some("Qwen2Tokenizer"), true),

@@ -1,7 +1,7 @@
 //! WiC as its authors distribute it: `train.data.txt` with `train.gold.txt`, and the same for `dev`.
 //!
-//! A line of the data has five columns, separated by tabs: the word, its part of speech, its places in the two
-//! sentences, and the sentences. The same line of the gold file is `T` or `F`.
+//! A line of the data file has five columns, separated by tabs: the word, its part of speech, its positions
+//! in the two sentences, and the sentences. The same line of the gold file is `T` or `F`.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,17 +13,18 @@ use crate::error::{Error, Result};
 
 const DATA: &str = ".data.txt";
 
-/// The data file of a set, in `root` or in the folder of the set's name.
+/// The data file of a set, in `root` or in the subfolder with the set's name.
 pub(super) fn file(root: &Path, set: &str) -> Option<PathBuf> {
     let name = format!("{set}{DATA}");
     [root.join(&name), root.join(set).join(&name)].into_iter().find(|path| path.is_file())
 }
 
-/// Reads a `*.data.txt` and the `*.gold.txt` beside it. The texts are those of SuperGLUE's reader ([`wic_text`]).
+/// Reads a `*.data.txt` and the `*.gold.txt` beside it. The texts are those of the SuperGLUE reader
+/// ([`wic_text`]).
 ///
 /// # Errors
-/// If a file cannot be read or is not UTF-8, a line has not what it should (with the line), or the two have not
-/// the same number of lines.
+/// If a file cannot be read or is not UTF-8, a line is malformed (the error names it), or the two files have
+/// different numbers of lines.
 pub(super) fn read(path: &Path) -> Result<Vec<Example>> {
     let name =
         path.file_name().map(|name| name.to_string_lossy().replace(DATA, ".gold.txt")).unwrap_or_default();

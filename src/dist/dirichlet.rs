@@ -1,5 +1,5 @@
-//! The Dirichlet distribution, parametrised by the logarithm of its concentration; batched over
-//! leading dimensions. Three named estimators of a draw; KL divergence: eq. 12 of the paper.
+//! The Dirichlet distribution, parametrised by the logarithm of its concentration; batched over leading
+//! dimensions. Draws have three named estimators; KL divergence: eq. 12 of the paper.
 
 use candle_core::{Device, Result, Tensor, D};
 use candle_nn::ops::softmax;
@@ -10,7 +10,7 @@ use crate::ops::{add_constant, mul_constant};
 use crate::special::ln_gamma;
 use crate::special::tensor::{digamma_of, ln_gamma_of, normalised_gamma_rsample};
 
-/// How a draw is made of noise, such that gradients reach the concentration.
+/// How a draw is computed from noise, so that gradients reach the concentration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Estimator {
@@ -102,14 +102,14 @@ impl Dirichlet {
         (&a * (&a + 1.0)?)?.sum(D::Minus1)? / (&total * (&total + 1.0)?)?
     }
 
-    /// The expected entropy of the weights, `E[-sum pi_i ln pi_i]` over Dir(a), in nats; `(..)` of `(.., N)`.
+    /// The expected entropy of the weights, `E[-sum pi_i ln pi_i]` over Dir(a), in nats; `(..)`.
     ///
     /// ```text
     /// psi(a0 + 1) - sum (a_i / a0) psi(a_i + 1),   a0 = sum a
     /// ```
     ///
-    /// Its negative bounds `E[ln ||pi||^2]` from below (Jensen: `||pi||^2 = sum pi_i pi_i`), which has no closed
-    /// form.
+    /// Its negative bounds `E[ln ||pi||^2]`, which has no closed form, from below (Jensen:
+    /// `||pi||^2 = sum pi_i pi_i`).
     ///
     /// # Errors
     /// If candle fails.
@@ -208,8 +208,8 @@ impl Dirichlet {
         Ok([t1, t2, t3])
     }
 
-    /// The same three terms against the symmetric prior Dir(b, .., b), whose share is plain numbers:
-    /// on a GPU nothing of it is computed or waited for.
+    /// The same three terms against the symmetric prior Dir(b, .., b). The prior's part is computed as plain
+    /// numbers on the host, so it needs no GPU kernel or synchronisation.
     ///
     /// # Errors
     /// If candle fails.
@@ -222,8 +222,8 @@ impl Dirichlet {
         Ok([t1, t2, t3])
     }
 
-    /// a; `ln Gamma(sum a)` and `sum ln Gamma(a_i)`; `psi(a_i) - psi(sum a)`. All ln Gamma are one trip
-    /// to the host, all psi another.
+    /// Returns a; `ln Gamma(sum a)` and `sum ln Gamma(a_i)`; `psi(a_i) - psi(sum a)`. All ln Gamma are one op
+    /// and all psi another, to limit the trips to the host.
     fn gammas(&self) -> Result<(Tensor, [Tensor; 2], Tensor)> {
         let a = self.concentration()?;
         let (all, n) = (with_total(&a)?, a.dim(D::Minus1)?);
@@ -233,12 +233,12 @@ impl Dirichlet {
     }
 }
 
-/// `(.., n)` and its sum, `(.., n + 1)`.
+/// Appends the sum over the last dimension: `(.., n)` becomes `(.., n + 1)`.
 fn with_total(a: &Tensor) -> Result<Tensor> {
     Tensor::cat(&[a, &a.sum_keepdim(D::Minus1)?], D::Minus1)
 }
 
-/// The last of `(.., n + 1)`, and the sum of the others.
+/// The last element of `(.., n + 1)`, and the sum of the others.
 fn sums_of(x: &Tensor) -> Result<[Tensor; 2]> {
     let n = x.dim(D::Minus1)? - 1;
     Ok([x.narrow(D::Minus1, n, 1)?.squeeze(D::Minus1)?, x.narrow(D::Minus1, 0, n)?.sum(D::Minus1)?])

@@ -103,8 +103,8 @@ impl Gaussian {
         Ok((trace, log_det))
     }
 
-    /// [`Self::kl_standard`] at draws of the covariance, `(l)`: one factor T for each of the `l` Wisharts,
-    /// row-major, from [`fill_bartlett`](super::wishart::fill_bartlett).
+    /// [`Self::kl_standard`] at draws of the covariance, `(l)`: `bartlett` has one row-major factor T for
+    /// each of the `l` Wisharts, from [`fill_bartlett`](super::wishart::fill_bartlett).
     ///
     /// # Errors
     /// If the shapes do not fit.

@@ -1,7 +1,7 @@
 //! The three distributions of the method, batched, differentiable, in single or double precision.
 //!
-//! Each draws by a transform of given noise (`rsample`), knows its moments and its KL divergence,
-//! always in the order `kl_divergence(posterior, prior)`.
+//! Each samples by transforming given noise (`rsample`), and has moments and a KL divergence, always in the
+//! order `kl_divergence(posterior, prior)`.
 
 pub mod dirichlet;
 pub mod gaussian;

@@ -52,7 +52,7 @@ impl Wishart {
         self.df
     }
 
-    /// What of the covariance is kept.
+    /// How much of the drawn covariance is kept.
     pub fn covariance(&self) -> Covariance {
         self.covariance
     }
@@ -85,11 +85,11 @@ impl Wishart {
         mul_constant(&self.log_std.exp()?.unsqueeze(D::Minus1)?, bartlett)
     }
 
-    /// The squared norms of the rows of some factors T, `(l, r)`, where the parameters are: with V they make
-    /// the trace of a draw.
+    /// The squared row norms of the factors T, `(l, r)`, on the parameters' device and in their dtype.
+    /// Weighted by V they give the trace of a draw.
     ///
     /// # Errors
-    /// If a factor has not `r * r` numbers.
+    /// If a factor does not have `r * r` numbers.
     pub fn bartlett_squares(&self, factors: &[&[f64]]) -> Result<Tensor> {
         let r = self.dim()?;
         if let Some(factor) = factors.iter().find(|factor| factor.len() != r * r) {
@@ -109,8 +109,8 @@ impl Wishart {
         self.scale()? * self.df
     }
 
-    /// `Var[Sigma_ij] = df (V_ij^2 + V_ii V_jj)`, `(.., r, r)`; zero off the diagonal where only
-    /// the diagonal is kept.
+    /// `Var[Sigma_ij] = df (V_ij^2 + V_ii V_jj)`, `(.., r, r)`; zero off the diagonal for
+    /// [`Covariance::Diagonal`].
     ///
     /// # Errors
     /// If candle fails.
@@ -171,18 +171,18 @@ fn check_df(r: usize, df: f64) -> Result<()> {
     Ok(())
 }
 
-/// How many draws [`fill_bartlett`] has.
+/// The number of draws of [`fill_bartlett`].
 pub const DRAWS: u64 = 1 << 63;
 
-/// Bartlett's T of draw number `draw`, row-major, `r * r` numbers; for [`Covariance::Diagonal`]
-/// diag(sqrt(chi2(df))).
+/// Fills `out` with Bartlett's T of draw number `draw`: `r * r` numbers, row-major; diag(sqrt(chi2(df))) for
+/// [`Covariance::Diagonal`].
 ///
-/// It does not depend on V, so it can be kept while V is trained. Chi-square numbers are quantiles
-/// of the stream's draw `2 * draw`, normals those of `2 * draw + 1`.
+/// T does not depend on V, so it can be kept while V is trained. Chi-square numbers are quantiles of the
+/// stream's draw `2 * draw`; normals are those of its draw `2 * draw + 1`.
 ///
 /// # Errors
-/// If `draw` is not below [`DRAWS`], `out` has not room for exactly `r * r` numbers, or `df` is not
-/// above `r - 1` or too large for [`gamma_quantile`].
+/// If `draw` is not below [`DRAWS`], `out` does not have exactly `r * r` elements, or `df` is not above
+/// `r - 1` or too large for [`gamma_quantile`].
 pub fn fill_bartlett(
     stream: &Stream,
     draw: u64,
@@ -203,9 +203,10 @@ pub fn fill_bartlett(
             Covariance::Full => df - i as f64,
             Covariance::Diagonal => df,
         };
-        // chi2(k) = 2 Gamma(k / 2); its root taken in logarithms.
+        // chi2(k) = 2 Gamma(k / 2); the square root is taken in logarithms.
         let log_chi2 = std::f64::consts::LN_2 + gamma_quantile(degrees / 2.0, *u).log_z;
-        // Below the least f64 where few degrees of freedom are left: a divergence takes its logarithm.
+        // With few degrees of freedom left it may underflow; it must stay positive, since the KL divergence
+        // takes its logarithm.
         out[i * r + i] = (0.5 * log_chi2).exp().max(f64::MIN_POSITIVE);
     }
     if covariance == Covariance::Full {
@@ -221,7 +222,7 @@ pub fn fill_bartlett(
     Ok(())
 }
 
-/// Whether [`fill_bartlett`] has this draw.
+/// Checks that [`fill_bartlett`] has this draw.
 pub(crate) fn check_draw(draw: u64, r: usize, df: f64) -> Result<()> {
     check_df(r, df)?;
     if df / 2.0 > MAX_SHAPE {

@@ -1,4 +1,4 @@
-//! A benchmark over the rows of a data set, by one call.
+//! Benchmarks of language models over the rows of a data set.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,52 +13,52 @@ use crate::data::instruct::Prompted;
 use crate::error::{Error, Result};
 use crate::models::generate::{GenerateConfig, Sampling};
 
-/// What a language model is measured by.
+/// A benchmark of a language model.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Benchmark {
     /// Multiple choice by the likelihood of each answer: `accuracy`, `nll`, `ece`, `brier`.
     Choice(Normalize),
-    /// Multiple choice by the name that a generated text says first: `accuracy`, and `answered`, the
-    /// share of texts that say any.
+    /// Multiple choice by the first choice name in a generated text: `accuracy`, and `answered`, the share of
+    /// texts that contain a name.
     ChoiceByName,
-    /// GSM8K: `strict_match` and `flexible_extract`. The question alone is given; the LM evaluation
-    /// harness shows five answered ones before it and generates up to 256 tokens.
+    /// GSM8K: `strict_match` and `flexible_extract`. The prompt is the question alone; the LM evaluation
+    /// harness shows five answered examples before it and generates up to 256 tokens.
     Gsm8k,
-    /// HumanEval: `pass@k` for each k. It runs what the model wrote. Several completions of a row want
-    /// sampling, or they are all the same.
+    /// HumanEval: `pass@k` for each k. Runs the code that the model wrote. More than one completion per row
+    /// needs sampling, as greedy completions are all the same.
     Code {
-        /// Completions of each row.
+        /// The number of completions of each row.
         samples: usize,
-        /// The k's.
+        /// The values of k.
         ks: Vec<usize>,
-        /// What of a generated text is the program.
+        /// Which part of a generated text is the program.
         answer: CodeAnswer,
-        /// Where they run.
+        /// Runs the programs.
         sandbox: Sandbox,
     },
 }
 
-/// Computes the items `0 .. count`, each some numbers, and gives all of them in order: alone, or by turns with other
-/// processes.
+/// Computes the items `0..count`, each a list of numbers, and returns all of them in order: in this process
+/// alone, or divided among several processes.
 pub type Share<'a> =
     dyn FnMut(usize, &mut dyn FnMut(usize) -> Result<Vec<f64>>) -> Result<Vec<Vec<f64>>> + 'a;
 
 impl Benchmark {
-    /// The figures over all rows, by name. Likelihoods are those of the generator's weights.
+    /// Returns the scores over all rows, by name. Likelihoods are those of the generator's weights.
     ///
     /// # Errors
-    /// If there is no row, a row lacks what the benchmark asks for (the error counts from 1), or
+    /// If there is no row, a row lacks data that the benchmark needs (the error counts rows from 1), or
     /// generation fails.
     pub fn run(&self, generator: &Generator, rows: &[Prompted]) -> Result<BTreeMap<String, f64>> {
         self.run_by(generator, rows, &mut |count, compute| (0..count).map(compute).collect())
     }
 
-    /// [`Self::run`] where `share` says who measures what: a part of as many rows as the generator continues together
-    /// is an item.
+    /// [`Self::run`] with the work divided by `share`. One item is a batch of rows, as many as the generator
+    /// continues together.
     ///
     /// # Errors
-    /// As [`Self::run`] and as `share`.
+    /// As [`Self::run`], and if `share` fails.
     pub fn run_by(
         &self,
         generator: &Generator,
@@ -90,7 +90,7 @@ impl Benchmark {
         self.figures(&measured)
     }
 
-    /// What each row of a part was measured to be: what [`Self::figures`] are made of.
+    /// Measures the rows of a part: for each row the numbers that [`Self::figures`] averages.
     fn measured(
         &self,
         generator: &Generator,
@@ -102,7 +102,7 @@ impl Benchmark {
         let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
         let flag = |is: bool| f64::from(u8::from(is));
         match self {
-            // The right choice, then the probability of each.
+            // The index of the correct choice, then the probability of each choice.
             Self::Choice(normalize) => {
                 let Generator { model, encoder, config, batch_size } = generator;
                 let passes = config.weights.passes();
@@ -111,7 +111,7 @@ impl Benchmark {
                 let all = scores.correct.into_iter().zip(scores.probabilities);
                 Ok(all.map(|(correct, row)| [vec![f64::from(correct)], row].concat()).collect())
             }
-            // Whether the text says a choice, and whether the right one.
+            // Whether the text names the correct choice, and whether it names any.
             Self::ChoiceByName => {
                 let texts = generator.texts_from(start, &prompts, &[])?;
                 let said = |(text, row): (&String, &Prompted)| {
@@ -128,7 +128,7 @@ impl Benchmark {
                 let rights = texts.iter().zip(rows).map(|(text, row)| gsm8k::rights(text, &row.answer));
                 Ok(rights.map(|rights| rights.map(flag).to_vec()).collect())
             }
-            // How many programs pass.
+            // The number of programs that pass.
             Self::Code { samples, answer, sandbox, .. } => {
                 let mut programs = vec![Vec::with_capacity(*samples); rows.len()];
                 for sample in 0..*samples {
@@ -148,7 +148,7 @@ impl Benchmark {
         }
     }
 
-    /// The figures over rows that were measured.
+    /// Averages the measurements of all rows into the scores.
     fn figures(&self, rows: &[&[f64]]) -> Result<BTreeMap<String, f64>> {
         let mean = |of: &dyn Fn(&[f64]) -> Result<f64>| -> Result<f64> {
             Ok(rows.iter().map(|row| of(row)).sum::<Result<f64>>()? / rows.len() as f64)
@@ -160,7 +160,7 @@ impl Benchmark {
         match self {
             Self::Choice(_) => {
                 let width = rows.iter().map(|row| row.len() - 1).max().unwrap_or(0);
-                // As many for every question: those that it lacks are 0.
+                // Pad to the same number of choices for every question.
                 let wide = |row: &&[f64]| {
                     let mut probabilities = row[1..].to_vec();
                     probabilities.resize(width, 0.0);
@@ -184,10 +184,11 @@ impl Benchmark {
         }
     }
 
-    /// Whether every row has what it is measured by, and room for it: worth a call before an hour of training.
+    /// Checks that every row has the data the benchmark needs and fits into the model. Cheap enough to call
+    /// before an hour of training.
     ///
     /// # Errors
-    /// As [`Self::run`], save what the forward passes and the programs meet.
+    /// As [`Self::run`], except for failures of forward passes and programs.
     pub fn check(&self, generator: &Generator, rows: &[Prompted]) -> Result<()> {
         if rows.is_empty() {
             return Err(Error::config("data", "there is no row to measure by"));

@@ -1,4 +1,4 @@
-//! Multiple choice by the likelihood of each answer, or by the name in a generated text.
+//! Multiple choice by the likelihood of each answer, or by the choice name in a generated text.
 
 use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::causal::{CausalBatch, Encodings, PromptEncoder, Tokens};
@@ -8,16 +8,16 @@ use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
 use crate::predict::token_log_probabilities;
 
-/// What the log-likelihood of an answer is divided by, so that long answers do not lose.
+/// What the log-likelihood of an answer is divided by, so that long answers are not at a disadvantage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Normalize {
-    /// Nothing.
+    /// No division.
     No,
-    /// Its tokens.
+    /// The number of tokens.
     Tokens,
-    /// Its characters, without blanks before it: `acc_norm` of the LM evaluation harness.
+    /// The number of characters, without leading blanks: `acc_norm` of the LM evaluation harness.
     Characters,
-    /// The same in bytes: the harness's `acc_bytes`.
+    /// The number of bytes, without leading blanks: `acc_bytes` of the harness.
     Bytes,
 }
 
@@ -33,18 +33,18 @@ impl Normalize {
     }
 }
 
-/// The probabilities of the choices of every question.
+/// The probabilities of the choices of all questions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChoiceScores {
-    /// One a choice, in the order of the instruction; as many for every question: those that it
-    /// lacks are 0.
+    /// For each question one probability per choice, in the order of the instruction. Questions with fewer
+    /// choices are padded with 0.
     pub probabilities: Vec<Vec<f64>>,
-    /// The right choice of each question.
+    /// The index of the correct choice of each question.
     pub correct: Vec<u32>,
 }
 
 impl ChoiceScores {
-    /// Accuracy, NLL, calibration error and Brier score over the choices.
+    /// Returns accuracy, NLL, calibration error and Brier score over the choices.
     ///
     /// # Errors
     /// If there is no question, or a probability is NaN.
@@ -53,14 +53,14 @@ impl ChoiceScores {
     }
 }
 
-/// Scores every question of `rows` by the log-likelihood of its answers after its prompt. Over
-/// several passes (posterior draws) the probabilities of the choices are averaged.
+/// Scores the choices of every question in `rows` by the log-likelihood of each answer after the prompt. Over
+/// several passes (posterior draws), the probabilities of the choices are averaged.
 ///
-/// The answers alone are scored, without the token that ends a text.
+/// Only the tokens of the answers are scored, without the end-of-text token.
 ///
 /// # Errors
-/// If there is no pass, `batch_size` is 0, a row has no choices, other names than answers or none that is right, or is longer than the encoder's `max_length`, or a
-/// forward pass fails.
+/// If there is no pass, `batch_size` is 0, a row has no choices, not as many names as answers, or no right
+/// answer among them, an answer is longer than the encoder's `max_length`, or a forward pass fails.
 pub fn score_choices(
     model: &dyn CausalLm,
     encoder: &PromptEncoder,
@@ -72,7 +72,7 @@ pub fn score_choices(
     scores_with(model, encoder, rows, batch_size, normalize, passes, &DrawCache::default())
 }
 
-/// [`score_choices`] with draws that were made before.
+/// [`score_choices`] with a cache of posterior draws, shared between calls.
 pub(super) fn scores_with(
     model: &dyn CausalLm,
     encoder: &PromptEncoder,
@@ -106,14 +106,14 @@ pub(super) fn scores_with(
     Ok(ChoiceScores { probabilities, correct: questions.iter().map(|c| c.correct as u32).collect() })
 }
 
-/// The answers of all questions, one after the other.
+/// The answers of all questions, one after the other, as texts and as tokens.
 struct Candidates<'a> {
     questions: Vec<&'a Choices>,
     texts: Vec<Prompted>,
     encoded: Encodings,
 }
 
-/// Whether every question has choices that fit.
+/// Checks that every question has choices and that all answers fit into `max_length`.
 pub(super) fn check(encoder: &PromptEncoder, rows: &[Prompted]) -> Result<()> {
     candidates(encoder, rows).map(|_| ())
 }
@@ -148,7 +148,7 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
     Ok(Candidates { questions, texts: candidates, encoded })
 }
 
-/// What to say of the first answer that does not fit.
+/// Returns the error for the first answer that does not fit.
 fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> Result<Error> {
     let (encoder, mut rest) = (encoder.of_answers(), candidates);
     for (question, count) in counts.iter().enumerate() {
@@ -171,7 +171,7 @@ fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> 
     Ok(Error::config("max_length", "an answer does not fit"))
 }
 
-/// The log-likelihood of the learnt tokens of each row.
+/// Returns the log-likelihood of the answer tokens of each row.
 fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, cx: &Context) -> Result<Vec<f64>> {
     let mut sums = Vec::with_capacity(rows.len());
     for chunk in rows.chunks(batch_size) {
@@ -187,8 +187,8 @@ fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, cx: &Co
     Ok(sums)
 }
 
-/// The choice whose name comes first in a generated text, as the paper's authors extract it. Of two
-/// names that begin alike, the longer counts.
+/// Returns the index of the choice whose name comes first in a generated text, as the paper's authors extract
+/// it. Of two names that match at the same place, the longer wins.
 pub fn chosen_by_name(text: &str, names: &[String]) -> Option<usize> {
     let places = names.iter().enumerate().filter_map(|(i, name)| {
         let place = text.find(name.as_str())?;

@@ -1,4 +1,4 @@
-//! HumanEval: the programs that a model's completions make, pass@k.
+//! HumanEval: programs from a model's completions, and pass@k.
 //!
 //! Chen et al., "Evaluating Large Language Models Trained on Code" (2021).
 
@@ -6,19 +6,19 @@ use super::sandbox::{Outcome, Sandbox};
 use crate::data::instruct::ProgramTests;
 use crate::error::{Error, Result};
 
-/// What ends a completion (section 3.1).
+/// The texts that end a completion (section 3.1).
 pub const STOP: [&str; 5] = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"];
 
-/// The program that fails where the completion of a prompt is wrong.
+/// Returns the program that fails if the completion of a prompt is wrong.
 pub fn program(prompt: &str, completion: &str, tests: &ProgramTests) -> String {
     format!("{prompt}{completion}\n{}\ncheck({})", tests.test, tests.entry_point)
 }
 
-/// The unbiased estimate of the probability that one of `k` completions passes, from `n` of which
-/// `correct` passed (equation 1): `1 - C(n - c, k) / C(n, k)`.
+/// The unbiased estimate of the probability that at least one of `k` completions passes, given that `correct`
+/// of `n` completions passed (equation 1): `1 - C(n - c, k) / C(n, k)`.
 ///
 /// # Errors
-/// If `k` is 0 or above `n`, or more passed than there are.
+/// If `k` is 0 or above `n`, or `correct` is above `n`.
 pub fn pass_at_k(n: usize, correct: usize, k: usize) -> Result<f64> {
     if k == 0 || k > n || correct > n {
         let reason = format!("{correct} of {n} completions passed: expected k in 1 to {n}, got {k}");
@@ -30,7 +30,7 @@ pub fn pass_at_k(n: usize, correct: usize, k: usize) -> Result<f64> {
     Ok(1.0 - (n - correct + 1..=n).map(|i| 1.0 - k as f64 / i as f64).product::<f64>())
 }
 
-/// How many of some whole programs pass.
+/// Returns the number of whole programs that pass.
 pub(super) fn passing(tests: &ProgramTests, programs: &[String], sandbox: &Sandbox) -> Result<usize> {
     let mut correct = 0;
     for source in programs {
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn pass_at_k_is_the_share_of_subsets_with_a_right_one() {
-        // By counting subsets: of 5 with 2 right, C(3, 2) / C(5, 2) = 3 / 10 have none.
+        // By counting subsets: of 5 completions with 2 correct, C(3, 2) / C(5, 2) = 3 / 10 contain none.
         for (n, correct, k, expected) in
             [(5, 2, 2, 0.7), (5, 2, 1, 0.4), (5, 0, 3, 0.0), (5, 5, 1, 1.0), (5, 3, 3, 1.0), (4, 1, 4, 1.0)]
         {

@@ -1,23 +1,24 @@
-//! The code in what an instruction-tuned model answers to a prompt of HumanEval: in a fence of Markdown, or with
-//! the function's header repeated, where the benchmark expects the body alone.
+//! Extracts the code from an instruction-tuned model's answer to a HumanEval prompt. Such models answer in a
+//! Markdown fence or repeat the function's header, while the benchmark expects the body alone.
 
 use std::borrow::Cow;
 
 use super::code::STOP;
 
-/// Which part of a text that was generated after a prompt of HumanEval is the program.
+/// Which part of a text generated after a HumanEval prompt is the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CodeAnswer {
-    /// All of it, up to the first of [`STOP`]: it continues the prompt, as the LM evaluation harness has it.
+    /// The whole text up to the first of [`STOP`], as a continuation of the prompt, like the LM evaluation
+    /// harness.
     #[default]
     Continuation,
-    /// The code in it, for instruction-tuned models, which answer in a fence of Markdown or with the function's
-    /// header once more: [`extracted`]. They generate up to their own end.
+    /// The code in the text ([`extracted`]), for instruction-tuned models, which answer in a Markdown fence
+    /// or repeat the function's header. They generate up to their own end of text.
     Extracted,
 }
 
 impl CodeAnswer {
-    /// What ends a text while it is generated.
+    /// Returns the texts that end generation.
     pub fn stop(self) -> &'static [&'static str] {
         match self {
             Self::Continuation => &STOP,
@@ -25,7 +26,7 @@ impl CodeAnswer {
         }
     }
 
-    /// The program that a text makes of its prompt, without its tests.
+    /// Returns the program that a prompt and its answer make, without tests.
     pub fn program(self, prompt: &str, text: &str, entry_point: &str) -> String {
         match self {
             Self::Continuation => format!("{prompt}{text}"),
@@ -34,11 +35,12 @@ impl CodeAnswer {
     }
 }
 
-/// The program that an answer to `prompt` amounts to, without its tests: what defines `entry_point`, with what
-/// stands before that function in the prompt (imports, helpers), or the prompt with the body that continues it.
+/// Returns the program in an answer to `prompt`, without tests. If the answer defines `entry_point`, the
+/// program is that code after everything that precedes the function in the prompt (imports, helpers);
+/// otherwise it is the prompt continued by the answer's code.
 ///
-/// Of several fences the first that defines the function counts, else the first. A fence that only ends is the end
-/// of a prompt that began inside one.
+/// Of several fences the first that defines the function is used, else the first. A closing fence without an
+/// opening one ends a fence that began in the prompt.
 pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
     let blocks: Vec<Cow<str>> =
         fences(answer).into_iter().map(|block| at_the_margin(block, entry_point)).collect();
@@ -48,7 +50,7 @@ pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
     let code: &str = fenced.unwrap_or(&open);
     match definition(code, entry_point) {
         Some(at) => {
-            // What is around a function in the open is prose.
+            // Outside a fence, the text around the function is prose.
             let own = if fenced.is_some() { code } else { &code[at..at + end_of_code(&code[at..])] };
             let before = &prompt[..definition(prompt, entry_point).unwrap_or(0)];
             format!("{before}{own}")
@@ -60,8 +62,8 @@ pub fn extracted(prompt: &str, answer: &str, entry_point: &str) -> String {
     }
 }
 
-/// A text that begins with the function's header somewhere to the right, moved to the margin: a tokenizer may put a
-/// blank before a text, a list of Markdown indents its fences.
+/// Removes the indentation of a text that begins with the function's header: tokenisers may put a blank
+/// before a text, and Markdown lists indent their fences.
 fn at_the_margin<'a>(code: &'a str, entry_point: &str) -> Cow<'a, str> {
     let blanks = |line: &str| line.bytes().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
     let Some(first) = code.lines().find(|line| !line.trim().is_empty()) else { return code.into() };
@@ -71,14 +73,15 @@ fn at_the_margin<'a>(code: &'a str, entry_point: &str) -> Cow<'a, str> {
     }
     let lines = || code.split_inclusive('\n').filter(|line| !line.trim().is_empty());
     if lines().any(|line| blanks(line) < indent) {
-        // The header alone is out of its place.
+        // Only the header is indented.
         return code.replacen(first, &first[indent..], 1).into();
     }
     let moved = code.split_inclusive('\n').map(|line| &line[blanks(line).min(indent)..]);
     moved.collect::<String>().into()
 }
 
-/// The texts in the fences of Markdown. One fence that only ends makes what is before it a text.
+/// Returns the contents of the Markdown fences. A closing fence without an opening one closes a block that
+/// begins at the start of the answer.
 fn fences(answer: &str) -> Vec<&str> {
     let (mut blocks, mut open, mut at) = (Vec::new(), None, 0);
     for line in answer.split_inclusive('\n') {
@@ -90,25 +93,25 @@ fn fences(answer: &str) -> Vec<&str> {
                 blocks.push(&answer[from..start]);
                 open = None;
             }
-            // The first line of a body is indented, or follows the header's line at once.
+            // A text that begins indented is a function's body: this fence closes one that the prompt opened.
             None if blocks.is_empty() && info.is_empty() && continues(&answer[..start]) => {
                 blocks.push(&answer[..start]);
             }
             None => open = Some(end),
         }
     }
-    // Cut off, or never closed.
+    // The last fence was never closed, or the answer is cut off.
     blocks.extend(open.map(|from| &answer[from..]));
     blocks
 }
 
-/// Whether a text goes on with the body of a function.
+/// Whether a text begins with the body of a function: its first line is indented.
 fn continues(text: &str) -> bool {
     let first = text.lines().find(|line| !line.trim().is_empty());
     first.is_some_and(|line| line.starts_with([' ', '\t']))
 }
 
-/// Where the line begins that defines the function, at the top level.
+/// Returns the offset of the line that defines the function at the top level.
 fn definition(code: &str, entry_point: &str) -> Option<usize> {
     let mut at = 0;
     for line in code.split_inclusive('\n') {
@@ -123,7 +126,7 @@ fn definition(code: &str, entry_point: &str) -> Option<usize> {
     None
 }
 
-/// Where the first line begins, after one of code, that is none at the top level.
+/// Returns the offset of the first top-level line that is not code, in a text that begins with code.
 fn end_of_code(code: &str) -> usize {
     let mut at = 0;
     for line in code.split_inclusive('\n') {
@@ -159,7 +162,7 @@ mod tests {
         let expected = format!("{PROMPT}{BODY}");
         for answer in [
             BODY.to_string(),
-            // The prompt stood in a fence, which the answer closes.
+            // The prompt opened a fence, which the answer closes.
             format!("{BODY}```\n\nThis adds two numbers.\n\n```python\nprint(add(1, 2))\n```\n"),
             format!("\n{BODY}```"),
             format!("Here is the body:\n```python\n{BODY}```\nIt adds."),
@@ -170,7 +173,7 @@ mod tests {
                 expected
             );
         }
-        // What the harness stops at ends a body here, too.
+        // The harness's stop texts end a body here, too.
         assert_eq!(of(&format!("{BODY}\nprint(add(1, 2))\n")), expected);
     }
 
@@ -182,7 +185,7 @@ mod tests {
             format!("Sure! Here is the function:\n\n```python\n{WHOLE}```\n\nThis adds."),
             format!("```Python\n{WHOLE}\n"), // cut off
             format!("Sure:\n\n{WHOLE}\nThis function adds two numbers.\n"),
-            // As public reports have it: a blank before the header, calls after it, a fence in a list.
+            // As in public reports: a blank before the header, calls after it, a fence in a list.
             format!(" {WHOLE}\nprint(add(2, 3))\nprint(add(5, 7))"),
             format!("1. So:\n   ```python\n   {}   ```\n", WHOLE.replace("\n    ", "\n       ")),
             format!("{BODY}{WHOLE}"),
@@ -192,10 +195,10 @@ mod tests {
             assert!(program.starts_with(before), "{program}");
             assert_eq!(program[before.len()..].trim_end(), WHOLE.trim_end(), "{answer}");
         }
-        // Of its own imports and helpers all that is fenced is kept.
+        // Imports and helpers in the answer's fence are kept.
         let own = format!("from typing import List\n\n{WHOLE}");
         assert_eq!(of(&format!("```python\n{own}```")), format!("{before}{own}"));
-        // Another function of a similar name is none.
+        // A function whose name only begins with the entry point does not count.
         let other = "def add_all(xs):\n    return sum(xs)\n";
         assert_eq!(of(&format!("```python\n{other}```")), format!("{PROMPT}{other}"));
     }

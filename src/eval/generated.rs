@@ -1,4 +1,4 @@
-//! Texts that a language model generates after the prompts of a data set.
+//! Generates texts with a language model after the prompts of a data set.
 
 use crate::data::causal::PromptEncoder;
 use crate::data::tokenizer;
@@ -6,15 +6,15 @@ use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 use crate::models::generate::{generate, GenerateConfig};
 
-/// A model with its tokenizer and a way of choosing tokens.
+/// A model with its tokeniser and generation settings.
 pub struct Generator<'a> {
     /// The model.
     pub model: &'a dyn CausalLm,
-    /// Its tokenizer.
+    /// The model's tokeniser.
     pub encoder: &'a PromptEncoder,
-    /// How a text goes on.
+    /// The generation settings.
     pub config: GenerateConfig,
-    /// Prompts that are continued together.
+    /// The number of prompts that are continued together.
     pub batch_size: usize,
 }
 
@@ -29,17 +29,17 @@ impl std::fmt::Debug for Generator<'_> {
 }
 
 impl Generator<'_> {
-    /// The text that follows each prompt, up to the first of the texts `stop`, which is not part of it.
-    /// Row `i` chooses its tokens as row `config.first_row + i`, whatever the batches.
+    /// Returns the text that follows each prompt, up to and without the first of the texts in `stop`. Row `i`
+    /// samples with the noise of row `config.first_row + i`, whatever the batch size.
     ///
     /// # Errors
-    /// If `batch_size` is 0, a prompt is empty or leaves no room in the model's length (the error counts rows from 1), or
-    /// as [`generate`].
+    /// If `batch_size` is 0, a prompt is empty or leaves no room in the model's length (the error counts rows from
+    /// 1), or as [`generate`].
     pub fn texts(&self, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
         self.texts_from(0, prompts, stop)
     }
 
-    /// [`Self::texts`] of the prompts from row `start` on.
+    /// [`Self::texts`] for prompts whose first row is number `start`.
     pub(super) fn texts_from(&self, start: usize, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
         self.check()?;
         let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size);
@@ -53,7 +53,7 @@ impl Generator<'_> {
         Ok(texts)
     }
 
-    /// Checks the options.
+    /// Checks the batch size.
     pub(super) fn check(&self) -> Result<()> {
         match self.batch_size {
             0 => Err(Error::config("batch_size", "must be at least 1")),
@@ -61,7 +61,10 @@ impl Generator<'_> {
         }
     }
 
-    /// The tokens of the prompt of row `row`, if it has some and leaves room for one more.
+    /// Returns the tokens of the prompt of row `row`.
+    ///
+    /// # Errors
+    /// If the prompt has no token, or leaves no room for one more.
     pub(super) fn prompt_ids(&self, row: usize, prompt: &str) -> Result<Vec<u32>> {
         let tokens = self.encoder.prompt(prompt)?;
         let most = self.model.max_length().saturating_sub(1);
@@ -72,7 +75,7 @@ impl Generator<'_> {
         Err(Error::config("prompt", reason))
     }
 
-    /// One batch.
+    /// Continues the prompts of one batch.
     fn continued(&self, prompts: &[Vec<u32>], first: u64, stop: &[&str]) -> Result<Vec<String>> {
         let config =
             GenerateConfig { first_row: self.config.first_row.wrapping_add(first), ..self.config.clone() };
@@ -81,7 +84,7 @@ impl Generator<'_> {
         let after = |row: usize, added: &[u32]| self.after(&heads[row], &prompts[row], added);
         let added = generate(self.model, prompts, &config, &mut |row, token| {
             so_far[row].push(token);
-            // A text that cannot be decoded fails below, where an error can be told.
+            // A decoding error is returned below; this callback cannot return one.
             let text = after(row, &so_far[row]).unwrap_or_default();
             end(&text, stop).is_none()
         })?;
@@ -93,13 +96,13 @@ impl Generator<'_> {
         texts.collect()
     }
 
-    /// What the tokens `added` say after those of `prompt`, which say `head`. They are decoded as one
-    /// text: some decoders drop the first blank of what they are given, and a program's indentation
-    /// would lose it.
+    /// Returns the text of the tokens `added` after those of `prompt`, whose own text is `head`. Both are
+    /// decoded together: some decoders drop the first blank of their input, which would lose a program's
+    /// indentation.
     fn after(&self, head: &str, prompt: &[u32], added: &[u32]) -> Result<String> {
         match self.decode(&[prompt, added].concat())?.strip_prefix(head) {
             Some(text) => Ok(text.to_string()),
-            // A character that began in the prompt: its first bytes alone decode to something else.
+            // A character spans the boundary, so that the prompt alone decodes to different text.
             None => self.decode(added),
         }
     }
@@ -109,7 +112,7 @@ impl Generator<'_> {
     }
 }
 
-/// Where the first of some texts begins.
+/// Returns the offset of the first stop text.
 fn end(text: &str, stop: &[&str]) -> Option<usize> {
     stop.iter().filter_map(|stop| text.find(stop)).min()
 }

@@ -1,42 +1,42 @@
-//! Answers of GSM8K as the LM evaluation harness extracts and compares them (its task `gsm8k`).
+//! Extracts and compares answers of GSM8K as the LM evaluation harness does (its task `gsm8k`).
 
 use std::sync::LazyLock;
 
 use fancy_regex::Regex;
 
-/// What ends an answer: the harness's own stop texts.
+/// The harness's stop texts.
 pub const STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
-/// What stands before the number of an answer.
+/// The mark before the number of an answer.
 pub const MARK: &str = "#### ";
 
-/// What an answer without a match counts as.
+/// The value of an answer without a match.
 const INVALID: &str = "[invalid]";
 
 static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
 static BEFORE_THE_NUMBER: LazyLock<Regex> = LazyLock::new(|| constant(r"(?s).*#### "));
 
-/// One of this file's patterns.
+/// Compiles a pattern of this file.
 fn constant(pattern: &str) -> Regex {
     Regex::new(pattern).expect("a test compiles every pattern of this file")
 }
 
-/// The number after the first `#### `, or `[invalid]`.
+/// Returns the number after the first `#### `, or `[invalid]`.
 pub fn strict_match(text: &str) -> String {
     let captures = STRICT.captures(text).ok().flatten();
     let number = captures.as_ref().and_then(|captures| captures.get(1));
     number.map_or(INVALID, |number| number.as_str().trim()).to_string()
 }
 
-/// The last thing that looks like a number, or `[invalid]`.
+/// Returns the last match that looks like a number, or `[invalid]`.
 pub fn flexible_extract(text: &str) -> String {
     let last = FLEXIBLE.find_iter(text).filter_map(Result::ok).last();
     last.map_or(INVALID, |number| number.as_str().trim()).to_string()
 }
 
-/// Whether an extracted answer is that of the reference, the data's whole `answer`: without
-/// thousands separators and dollar signs, all up to `#### ` and a last full stop.
+/// Whether an extracted answer equals the reference, the data's whole `answer`. Ignores thousands separators,
+/// dollar signs, everything up to `#### `, a final full stop and letter case.
 pub fn exact_match(extracted: &str, reference: &str) -> bool {
     normal(extracted) == normal(reference)
 }
@@ -47,13 +47,13 @@ fn normal(text: &str) -> String {
     text.strip_suffix('.').unwrap_or(&text).to_lowercase()
 }
 
-/// A generated text up to the first of [`STOP`].
+/// Returns a generated text up to the first of [`STOP`].
 pub fn truncated(text: &str) -> &str {
     let end = STOP.iter().filter_map(|stop| text.find(stop)).min();
     &text[..end.unwrap_or(text.len())]
 }
 
-/// Whether the strictly and whether the flexibly extracted answer of a text is right.
+/// Whether the strictly and the flexibly extracted answers of a text are right.
 pub(super) fn rights(text: &str, reference: &str) -> [bool; 2] {
     let text = truncated(text);
     [strict_match(text), flexible_extract(text)].map(|answer| exact_match(&answer, reference))
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn extraction_is_that_of_the_harness() {
-        // Expected values by the harness's own expressions and filters.
+        // Expected values from the harness's own expressions and filters.
         for (text, strict, flexible) in [
             ("2+2 = 4\n#### 4", "4", "4"),
             ("#### -1,234.50.", "-1,234.50.", "-1,234.50."),

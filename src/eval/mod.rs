@@ -1,4 +1,4 @@
-//! What language models are measured by: multiple choice, GSM8K, HumanEval.
+//! Benchmarks of language models: multiple choice, GSM8K, HumanEval.
 
 mod benchmark;
 mod choice;

@@ -1,8 +1,7 @@
-//! Running a program that nobody has read: in a process of its own, with limits on time and memory
-//! and without a network.
+//! Runs untrusted programs in their own process, with limits on time and memory and without a network.
 //!
-//! The limits are the kernel's, set by the tools of util-linux: `unshare` (namespaces of users,
-//! network, processes and IPC) and `prlimit`. Where they cannot be set, nothing is run.
+//! The kernel enforces the limits, set by the tools of util-linux: `unshare` (user, network, process and IPC
+//! namespaces) and `prlimit`. If they cannot be set, no program is run.
 
 use std::collections::hash_map::RandomState;
 use std::fs;
@@ -14,23 +13,23 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// What the trial program says when all is well.
+/// What the trial program prints if every limit holds.
 const WELL: &str = "every limit holds";
 
-/// What an error begins with where nothing is run.
+/// The beginning of the error if the limits cannot be set.
 const REFUSAL: &str = "programs cannot be limited here, so none is run";
 
-/// The user who has nothing, for programs that root runs.
+/// The user and group id of `nobody`, which programs run as if this process is root.
 const NOBODY: &str = "65534";
 
-/// What a program may use.
+/// The resource limits of a program.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
-    /// Wall time, and time of each of its processes on a processor.
+    /// Wall time in seconds, and CPU time of each of its processes.
     pub seconds: u64,
     /// Address space of each of its processes, in bytes.
     pub memory_bytes: u64,
-    /// Its processes and threads, itself included.
+    /// The number of its processes and threads, including itself.
     pub processes: u64,
 }
 
@@ -47,19 +46,19 @@ impl Default for Limits {
 pub enum Outcome {
     /// It ran to its last line.
     Passed,
-    /// It ended before: an exception, an exit, a limit of the kernel.
+    /// It ended before: an exception, an exit, a kernel limit.
     Failed,
-    /// It was still running when its time was up.
+    /// It was still running at the time limit.
     TimedOut,
 }
 
-/// A place where Python programs run within limits that have been tried.
+/// Runs Python programs within limits that were verified at construction.
 ///
-/// A program has no network, sees no process but its own, cannot make a file longer than nothing,
-/// gets no environment variable, and ends with its processes when its time is up. Where this crate
-/// runs as root, the program runs as `nobody`. It is no prison: what files and named sockets the user
-/// may use, it may use, too, and it may empty or delete what the user may; memory is limited for each
-/// of its processes. Run it as a user with nothing to lose.
+/// A program has no network, sees no process but its own, cannot write anything to a file, gets no
+/// environment variable but `PATH`, and is killed with its processes at the time limit. If this crate runs as
+/// root, the program runs as `nobody`. This is not complete isolation: the program can use all files and
+/// named sockets that the user can, and can truncate or delete the user's files; memory is limited per
+/// process. Run it as a user with nothing to lose.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
     python: PathBuf,
@@ -67,8 +66,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Tries the limits with a program that looks whether they hold. `python` is the interpreter's
-    /// path, or `python3` to look for it in the system's folders.
+    /// Verifies the limits with a trial program. `python` is the interpreter's path, or `python3` to search
+    /// the system's folders.
     ///
     /// # Errors
     /// [`Error::Config`] naming the limit that cannot be set, and why.
@@ -89,13 +88,13 @@ impl Sandbox {
         Err(Error::config("sandbox", format!("{REFUSAL}: {why}")))
     }
 
-    /// Runs a program to its end or to that of its time. It counts as passed if its last line was
-    /// reached: one that exits before, with whatever status, did not pass.
+    /// Runs a program until it ends or its time is up. It passes only if its last line is reached: a program
+    /// that exits early fails, whatever its status.
     ///
     /// # Errors
     /// If the process cannot be started.
     pub fn run(&self, program: &str) -> Result<Outcome> {
-        // A word that no program can say by chance.
+        // A random word that no program prints by chance.
         let word = format!("{:016x}", RandomState::new().build_hasher().finish());
         let last = format!("import os as _os\n_os.write(1, b'{word}')\n_os._exit(0)\n");
         let ended = self.execute(&format!("{program}\n{last}"))?;
@@ -106,7 +105,7 @@ impl Sandbox {
         })
     }
 
-    /// Starts a program, feeds it and waits for its end.
+    /// Starts a program, writes it to Python's standard input and waits for its end.
     fn execute(&self, program: &str) -> Result<Ended> {
         let mut child = self.start()?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
@@ -114,18 +113,18 @@ impl Sandbox {
             let said = scope.spawn(|| tail(stdout));
             let complaint = scope.spawn(|| tail(stderr));
             scope.spawn(move || {
-                // One that ended before it read everything has said why.
+                // A write error means that the program ended early; its stderr says why.
                 stdin.map(|mut stdin| stdin.write_all(program.as_bytes()).ok())
             });
             let in_time = wait(&mut child, Duration::from_secs(self.limits.seconds))?;
-            // A thread that only reads does not panic.
+            // The reading threads do not panic.
             let text = said.join().unwrap_or_default();
             let complaint = complaint.join().unwrap_or_default();
             Ok(Ended { said: text, complaint: String::from_utf8_lossy(&complaint).into_owned(), in_time })
         })
     }
 
-    /// A program that ends well only where every limit holds.
+    /// A program that prints [`WELL`] only if every limit holds.
     fn probe(&self) -> String {
         let Limits { seconds, memory_bytes, processes } = self.limits;
         format!(
@@ -141,7 +140,7 @@ impl Sandbox {
         )
     }
 
-    /// Starts Python within the limits, on a program from its standard input.
+    /// Starts Python within the limits, reading a program from standard input.
     fn start(&self) -> Result<Child> {
         let Limits { seconds, memory_bytes, processes } = self.limits;
         let mut words: Vec<String> = Vec::new();
@@ -172,7 +171,7 @@ impl Sandbox {
         words.extend(["--fsize=0:0", "--nofile=64:64", "--core=0:0", "--"].map(String::from));
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).arg(&self.python);
-        // Isolated: no site packages, no variables, no module of the folder it starts in.
+        // Isolated: no site packages, no environment variables, no modules from the current folder.
         command.args(["-I", "-S", "-"]);
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -180,14 +179,14 @@ impl Sandbox {
     }
 }
 
-/// What a process left behind.
+/// The output of a process, and whether it ended in time.
 struct Ended {
     said: Vec<u8>,
     complaint: String,
     in_time: bool,
 }
 
-/// The end of what a process says, to its last byte.
+/// Reads a stream to its end and returns its last 4096 bytes.
 fn tail(source: Option<impl Read>) -> Vec<u8> {
     let (mut kept, mut buffer) = (Vec::new(), [0; 4096]);
     let Some(mut source) = source else { return kept };
@@ -198,10 +197,10 @@ fn tail(source: Option<impl Read>) -> Vec<u8> {
     kept
 }
 
-/// Whether a process ended in time; afterwards it is no more.
+/// Waits for the process and kills it at the limit; returns whether it ended in time.
 fn wait(child: &mut Child, limit: Duration) -> Result<bool> {
     let start = Instant::now();
-    // Starting the interpreter is not the program's fault.
+    // Half a second for starting the interpreter.
     let limit = limit + Duration::from_millis(500);
     loop {
         match child.try_wait().map_err(Error::io("sandbox"))? {
@@ -216,18 +215,18 @@ fn wait(child: &mut Child, limit: Duration) -> Result<bool> {
     }
 }
 
-/// Kills the first process of the namespace that `unshare` waits for, and with it all others. To kill
-/// `unshare` alone is not enough: a program can take back its wish to end with its parent.
+/// Kills the first process of the namespace that `unshare` waits for, and with it all others. Killing
+/// `unshare` alone is not enough: a program can clear its parent-death signal.
 fn end_namespace(unshare: &Child) {
     let pid = unshare.id();
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     for first in children.split_whitespace() {
-        // One that has just ended by itself is no longer there.
+        // The process may just have ended by itself.
         Command::new("kill").args(["-KILL", first]).stderr(Stdio::null()).status().ok();
     }
 }
 
-/// Whether this process belongs to root.
+/// Whether this process runs as root.
 #[cfg(unix)]
 fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -304,7 +303,7 @@ mod tests {
     fn a_program_leaves_no_process_behind() {
         let Some(sandbox) = sandbox(Limits { seconds: 1, ..Limits::default() }) else { return };
         let mark = format!("{}.25", 100_000 + std::process::id());
-        // It takes back its wish to end with its parent, too.
+        // The program also clears its parent-death signal.
         let program = format!(
             "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0)\nif os.fork() == 0:\n  \
              os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(60)"

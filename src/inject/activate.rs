@@ -1,7 +1,7 @@
-//! Several adapters on one model, by their names: which there are, which is active, which go.
+//! Manages several named adapters on one model: lists, activates and removes them.
 //!
-//! Each of these changes the whole model or, on an error, nothing of it. Adapters share one store of
-//! parameters; those of the active one are trained, those of the others are frozen.
+//! Each operation changes the whole model or, on an error, nothing. The adapters share one store of
+//! parameters; those of the active adapter are trainable, those of the others frozen.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -21,17 +21,17 @@ pub fn names(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     Ok(names.into_iter().collect())
 }
 
-/// Makes the adapter `name` the active one of every layer that has it, and none of the others; or,
-/// with None, switches all of them off. As under PEFT's `set_adapter`, all that the active adapter trains
-/// ([`Adapter::parameters`](crate::adapter::Adapter::parameters)) is released and the parameters of the others are frozen.
+/// Activates the adapter `name` on every layer that has it and deactivates all others; `None` deactivates
+/// every adapter. As in PEFT's `set_adapter`, everything that the active adapter trains
+/// ([`Adapter::parameters`](crate::adapter::Adapter::parameters)) becomes trainable, and the parameters of
+/// the others are frozen.
 ///
-/// To train less of it (A and B frozen, say), freeze roles after this call: it releases them all.
-/// Releasing a role ([`Params::set_trainable`]) releases it in every adapter; one adapter's alone
-/// are those whose names [`Params::set_trainable_where`] finds to begin with a layer's path and
-/// `.{name}.`.
+/// To train less of an adapter (with A and B frozen, say), freeze roles after this call.
+/// [`Params::set_trainable`] acts on a role in every adapter. For a single adapter, use
+/// [`Params::set_trainable_where`] on the parameters whose names begin with a layer's path and `.{name}.`.
 ///
 /// # Errors
-/// If no layer has an adapter of this name, or one is merged.
+/// If no layer has an adapter of this name, or a layer is merged.
 pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Params) -> Result<()> {
     if let Some(name) = name {
         check_name(model, name)?;
@@ -45,8 +45,8 @@ pub fn activate(model: &mut dyn AdaptableModel, name: Option<&str>, params: &Par
     set_trainable(model, params, true, |own| Some(own) == name)
 }
 
-/// Freezes every parameter of the adapters whose names are `chosen`, or releases those that they train: a method may keep
-/// a pair of which A stays as it started.
+/// Freezes all parameters of the adapters whose names are `chosen`, or makes trainable those that they train:
+/// some methods keep A as initialised.
 pub(crate) fn set_trainable(
     model: &dyn AdaptableModel,
     params: &Params,
@@ -69,16 +69,16 @@ pub(crate) fn set_trainable(
     Ok(())
 }
 
-/// What the names of an adapter's parameters in one layer start with.
+/// The prefix of the names of an adapter's parameters in one layer.
 fn prefix(path: &str, adapter: &str) -> String {
     format!("{path}.{adapter}.")
 }
 
-/// Takes the adapter `name` away, and its parameters out of `params`. Where it was active, none is:
-/// the others stay frozen until one of them is activated.
+/// Removes the adapter `name`, and its parameters from `params`. If it was active, no adapter is active
+/// afterwards: the others stay frozen until one is activated.
 ///
 /// # Errors
-/// If no layer has an adapter of this name, or one is merged.
+/// If no layer has an adapter of this name, or a layer is merged.
 pub fn remove(model: &mut dyn AdaptableModel, name: &str, params: &Params) -> Result<()> {
     check_name(model, name)?;
     check_unmerged(model)?;

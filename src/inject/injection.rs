@@ -10,11 +10,11 @@ use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig, Released};
 
-/// The most noise that the sample buffers of a model keep by default, as a share of the bytes of
-/// its linear layers. Beyond that draws are made anew, which changes no result.
+/// Default limit of the noise in a model's sample buffers, as a fraction of the bytes of its linear layers.
+/// Draws beyond it are recomputed, which does not change any result.
 pub const BUFFER_SHARE: f64 = 0.01;
 
-/// The name an adapter has unless it is given one.
+/// The default name of an adapter.
 pub const DEFAULT_ADAPTER: &str = "default";
 
 /// Puts a LoRA adapter named [`DEFAULT_ADAPTER`] on every target; returns the targets.
@@ -30,12 +30,12 @@ pub fn lora(
     lora_named(model, DEFAULT_ADAPTER, targets, config, params)
 }
 
-/// [`lora`] under another name: a model holds several adapters, the last of which is active and
-/// trained until [`crate::inject::activate::activate`] says otherwise. A task head is trained beside them and
-/// shared by all.
+/// [`lora`] under another name. A model can have several adapters; the last one added is active and trained
+/// until [`crate::inject::activate::activate`] selects another. A task head is trained with them and shared
+/// by all.
 ///
 /// # Errors
-/// As [`lora`]; and if a target has an adapter of this name.
+/// As [`lora`], and if a target has an adapter of this name.
 pub fn lora_named(
     model: &mut dyn AdaptableModel,
     name: &str,
@@ -51,7 +51,7 @@ pub fn lora_named(
     Ok(resolved)
 }
 
-/// Puts a LoRA-FA adapter named [`DEFAULT_ADAPTER`] on every target, whose A is frozen; returns the targets.
+/// Puts a LoRA-FA adapter named [`DEFAULT_ADAPTER`], whose A is frozen, on every target; returns the targets.
 ///
 /// # Errors
 /// As [`lora`].
@@ -70,8 +70,8 @@ pub fn lora_fa(
     Ok(resolved)
 }
 
-/// Puts the adapter of the authors' released code, named [`DEFAULT_ADAPTER`], on every target; its A is frozen:
-/// [`ReleasedWalk`](crate::ReleasedWalk) moves it. Returns the targets.
+/// Puts the adapter of the authors' released code, named [`DEFAULT_ADAPTER`], on every target; returns the
+/// targets. Its A is frozen: the optimiser does not change it, [`ReleasedWalk`](crate::ReleasedWalk) does.
 ///
 /// # Errors
 /// As [`lora`].
@@ -130,7 +130,7 @@ pub fn monteclora_named(
     Ok(resolved)
 }
 
-/// `config` with each layer's share of [`BUFFER_SHARE`], where it names no limit itself.
+/// `config` with an equal share of [`BUFFER_SHARE`] as each layer's buffer limit, unless it sets a limit.
 pub(crate) fn with_share(
     model: &dyn AdaptableModel,
     config: &MonteCLoRAConfig,
@@ -140,16 +140,16 @@ pub(crate) fn with_share(
     Ok(MonteCLoRAConfig { buffer_bytes: config.buffer_bytes.or(Some(share as usize)), ..config.clone() })
 }
 
-/// Makes an adapter for one layer, with parameters in a store that puts them on the layer's device.
+/// Creates the adapter of one layer. The store it is given creates parameters on the layer's device.
 pub type Make<'a> = dyn FnMut(&AdaptableLinear, &TargetLayer, &Params) -> Result<Box<dyn Adapter>> + 'a;
 
-/// Puts an adapter of any method on every target: all of them or, on an error, none, and the
-/// parameters that were started are taken back. Other layers let go of an adapter of another name,
-/// and the parameters of adapters of other names are frozen.
+/// Puts an adapter of any method on every target. The adapter `name` becomes the only active one: adapters of
+/// other names are deactivated on all layers, and their parameters are frozen. On an error no target gets an
+/// adapter, and the parameters created so far are removed.
 ///
 /// # Errors
-/// The first error of `make`; or if the name cannot be an adapter's, a target is no layer of the
-/// model or comes twice, a layer has an adapter of this name, or one is merged.
+/// The first error of `make`; or if the name is not valid, a target is not a layer of the model or occurs
+/// twice, a target already has an adapter of this name, or a layer is merged.
 pub fn inject(
     model: &mut dyn AdaptableModel,
     name: &str,
@@ -183,7 +183,7 @@ pub fn inject(
     let added = made.and_then(|()| {
         model.visit_linears_mut(&mut |layer| match adapters.remove(layer.path()) {
             Some(adapter) => layer.add(name, adapter),
-            // A name may come in several calls: all of it is active, and nothing else.
+            // Several calls may use the same name: all its adapters are active, and no others.
             None => {
                 let here = layer.adapter(name).map(|_| name);
                 layer.activate(here)
@@ -200,7 +200,7 @@ pub fn inject(
     activate::set_trainable(model, params, true, |own| own == name)
 }
 
-/// The bytes of the weights of a model's linear layers.
+/// The size in bytes of the weights of a model's linear layers.
 fn base_bytes(model: &dyn AdaptableModel) -> Result<usize> {
     let mut bytes = 0;
     model.visit_linears(&mut |layer| {

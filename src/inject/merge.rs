@@ -1,4 +1,4 @@
-//! Merging adapters into the layers they adapt, on the model in use, and taking them apart again.
+//! Merges adapters into the layers of a model in use, and unmerges them.
 
 use candle_nn::Linear;
 
@@ -6,29 +6,30 @@ use crate::adapter::{AdaptableLinear, AdaptableModel};
 use crate::error::{Error, Result};
 use crate::inject::activate::check_unmerged;
 
-/// Merges the active adapters' means into their layers: from then on each costs what its base costs
-/// and computes its mean; posterior draws and training are refused until [`unmerge`]. What changes an
-/// adapter's parameters meanwhile does not change the layer. The original weights stay beside it.
-/// Returns the number of merged layers.
+/// Merges the means of the active adapters into their layers; returns the number of merged layers.
+///
+/// A merged layer computes its mean at the cost of its base layer. Posterior draws and training are errors
+/// until [`unmerge`], and changes of an adapter's parameters do not affect the merged layer. The original
+/// weights are kept.
 ///
 /// # Errors
-/// If no adapter is active, one is merged already, a method has no change of weights, a merged weight would not be
-/// finite, or a base is quantised ([`merge_dequantized`]).
+/// If no adapter is active, a layer is merged already, a method has no weight update, a merged weight would
+/// not be finite, or a base is quantised (see [`merge_dequantized`]).
 pub fn merge(model: &mut dyn AdaptableModel) -> Result<usize> {
     merge_as(model, &AdaptableLinear::merged_layer)
 }
 
-/// [`merge`] for quantised bases too: such a layer becomes one of numbers, its dequantised weight and the change, which
-/// takes four bytes a number in memory (two of a half-width base). What the base lost when it was quantised stays
-/// lost; nothing is rounded once more.
+/// [`merge`] that also accepts quantised bases. Such a layer becomes a dense one, with the dequantised weight
+/// plus the update, at four bytes per weight in memory (two for a half-precision base). The quantisation
+/// error of the base remains; nothing is quantised again.
 ///
 /// # Errors
-/// As [`merge`], but for the quantised.
+/// As [`merge`], except for quantised bases.
 pub fn merge_dequantized(model: &mut dyn AdaptableModel) -> Result<usize> {
     merge_as(model, &AdaptableLinear::merged_dequantized)
 }
 
-/// Puts what `merged` says of each layer in its place.
+/// Replaces each layer by the result of `merge`.
 fn merge_as(
     model: &mut dyn AdaptableModel,
     merge: &dyn Fn(&AdaptableLinear) -> Result<Option<Linear>>,
@@ -51,8 +52,8 @@ fn merge_as(
     Ok(count)
 }
 
-/// Takes all merged layers apart again: the base's weights are the very same as before. Returns
-/// their number, which may be 0.
+/// Unmerges all merged layers; the base weights are exactly those from before. Returns their number, which
+/// may be 0.
 ///
 /// # Errors
 /// If the walk fails.

@@ -1,7 +1,7 @@
-//! Putting adapters on the linear layers of a model: target patterns and injection.
+//! Puts adapters on the linear layers of a model: target patterns and injection.
 //!
-//! Patterns follow Hugging Face PEFT's rules, with one difference: a target that matches nothing
-//! is an error that lists the names there are, never a silent no-op.
+//! Patterns follow the rules of Hugging Face PEFT, with one difference: a target that matches nothing is an
+//! error that lists the available names, never a silent no-op.
 
 pub mod activate;
 mod injection;

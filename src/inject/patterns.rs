@@ -1,25 +1,25 @@
-//! How a name, an expression or a block's number is found in the paths of a model's layers, by PEFT's
-//! rules: for targets, and for PEFT's own files.
+//! Matches names, regular expressions and block numbers against the paths of a model's layers by PEFT's
+//! rules, for targets and for PEFT's own files.
 //!
-//! Each pattern is compiled once for many paths, and let go before the next, since a compiled
-//! expression takes a thousand times its text.
+//! Each pattern is compiled once for many paths and dropped before the next, because a compiled expression
+//! takes a thousand times the memory of its text.
 
 use fancy_regex::Regex;
 
 use crate::error::{Error, Result};
 
-/// A regular expression of Python's syntax, and which part of a name it has to match.
+/// A regular expression in Python's syntax, and the part of a name that it must match.
 #[derive(Clone, Copy)]
 pub(crate) enum Pattern<'a> {
-    /// All of it.
+    /// The whole name.
     Whole(&'a str),
-    /// All of it, or what comes after a dot.
+    /// The whole name, or its end after a dot.
     End(&'a str),
-    /// Segments that follow each other anywhere in it.
+    /// Consecutive segments anywhere in the name.
     Within(&'a str),
 }
 
-/// Which of the names match.
+/// Whether each of the names matches.
 pub(crate) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result<Vec<bool>> {
     if let Some(text) = pattern.without_engine() {
         return Ok(names.iter().map(|name| pattern.is_in(name, text)).collect());
@@ -33,7 +33,7 @@ pub(crate) fn matching(pattern: Pattern, names: &[&str], option: &str) -> Result
     names.iter().map(|name| regex.is_match(name).map_err(gave_up(&text, option))).collect()
 }
 
-/// For each path the value of the first pattern that matches it or the end of it.
+/// For each path, the value of the first pattern that matches the path or its end after a dot.
 pub(crate) fn first_values<'a, T: Copy>(
     patterns: impl IntoIterator<Item = (&'a str, T)>,
     paths: &[&str],
@@ -59,8 +59,7 @@ pub(crate) fn first_values<'a, T: Copy>(
     Ok(values)
 }
 
-/// The numbers of the blocks that the paths lie in: the group `idx` of the first expression that is
-/// found in a path.
+/// The block numbers of the paths: the group `idx` of the first expression that matches in each path.
 pub(crate) fn block_numbers(
     expressions: &[String],
     paths: &[&str],
@@ -77,7 +76,7 @@ pub(crate) fn block_numbers(
     Ok(found)
 }
 
-/// A path, and every end of it after a dot.
+/// A path, and each of its ends after a dot.
 pub(crate) fn ends(path: &str) -> impl Iterator<Item = &str> {
     std::iter::once(path).chain(path.match_indices('.').map(|(dot, _)| &path[dot + 1..]))
 }
@@ -87,7 +86,7 @@ pub(crate) fn is_end(name: &str, path: &str) -> bool {
     ends(path).any(|end| end == name)
 }
 
-/// A backtracking expression can give up: that is an error, not "no match".
+/// Turns an engine error into an error: a backtracking expression can give up, which is not "no match".
 fn gave_up<'a>(text: &'a str, option: &'a str) -> impl Fn(fancy_regex::Error) -> Error + 'a {
     move |error| Error::config(option, format!("{text:?}: {error}"))
 }
@@ -103,14 +102,14 @@ pub(crate) fn is_plain(text: &str) -> bool {
 }
 
 impl<'a> Pattern<'a> {
-    /// The text, where it is a plain name: then its dots stand for any character and
-    /// the rest for itself, and so few bytes are compared that no engine is worth its start.
+    /// The text, if it is a plain name, which is then compared directly: its dots match any character, the
+    /// rest matches itself. So few bytes are not worth compiling an expression.
     fn without_engine(self) -> Option<&'a [u8]> {
         let (Self::Whole(text) | Self::End(text) | Self::Within(text)) = self;
         is_plain(text).then_some(text.as_bytes())
     }
 
-    /// Whether a plain text stands at one of the pattern's places.
+    /// Whether a plain text matches `name` where the pattern may match.
     fn is_in(self, name: &str, text: &[u8]) -> bool {
         if name.is_ascii() {
             self.places(name.as_bytes(), text)
@@ -119,13 +118,13 @@ impl<'a> Pattern<'a> {
         }
     }
 
-    /// The same, of a name as bytes or as characters.
+    /// [`Self::is_in`] for a name as bytes or as characters.
     fn places<C: Copy + PartialEq + From<u8>>(self, name: &[C], text: &[u8]) -> bool {
         let (dot, line_end) = (C::from(b'.'), C::from(b'\n'));
         let Some(last) = name.len().checked_sub(text.len()) else { return false };
         let after_dot = |start: usize| start == 0 || name[start - 1] == dot;
         let before_dot = |end: usize| end == name.len() || name[end] == dot;
-        // A dot of the text is any character but a line's end.
+        // A dot in the text matches any character except a line end.
         let stands = |start: usize| {
             name[start..].iter().zip(text).all(|(found, wanted)| match wanted {
                 b'.' => *found != line_end,
@@ -146,7 +145,7 @@ impl<'a> Pattern<'a> {
 mod tests {
     use super::*;
 
-    /// A group around a text makes it one for the engine, which is asked the same.
+    /// A group around a plain text sends it to the regex engine, which must give the same result.
     #[test]
     fn plain_texts_match_as_the_engine_does() -> Result<()> {
         let names = [

@@ -1,4 +1,4 @@
-//! Post-hoc MonteCLoRA: a LoRA adapter that was trained before gets a posterior around it.
+//! Post-hoc MonteCLoRA: adds a posterior to a trained LoRA adapter.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,18 +11,19 @@ use crate::adapters::Lora;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
 
-/// Turns the active LoRA adapter, trained here or read from a file, into a MonteCLoRA adapter named
-/// `name` with its A, B, ranks and scales (`config` says the rest), and freezes all but rho and c of
-/// it: A, B, a task head and the base stay what they were. Returns the layers.
+/// Adds a MonteCLoRA adapter named `name` with the A, B, ranks and scales of the active LoRA adapter, trained
+/// here or read from a file, and the other settings of `config`. Freezes everything except its rho and c: A,
+/// B, a task head and the base do not change. Returns the adapted layers.
 ///
-/// At the mean the model computes what it computed before, whatever rho and c become: no metric of the
-/// mean prediction can change, and only averaged posterior draws can differ from the LoRA. The LoRA
-/// adapter stays beside the new one, switched off; [`activate::remove`] takes it away.
-/// [`activate::activate`] releases A and B again: call it before, not after.
+/// The mean does not depend on rho and c. So the mean prediction and its metrics stay those of the LoRA; only
+/// averaged posterior draws can differ. The LoRA adapter is kept beside the new one, inactive, until
+/// [`activate::remove`]. [`activate::activate`] makes A and B trainable again: call it before this function,
+/// not after.
 ///
 /// # Errors
-/// If no layer has an active adapter, one is not LoRA, `config` does not fit (a prior that none of what is trained
-/// can move included), or a layer has an adapter of this name or is merged. On an error nothing has changed.
+/// If no layer has an active adapter, an active adapter is not LoRA, `config` does not fit (or its prior has
+/// no gradient for what is trained), a layer has an adapter of this name, or a layer is merged. On an error
+/// nothing has changed.
 pub fn posthoc(
     model: &mut dyn AdaptableModel,
     name: &str,
@@ -64,7 +65,7 @@ pub fn posthoc(
     Ok(targets)
 }
 
-/// Refuses a prior that nothing of what is trained post hoc can move.
+/// Rejects a prior that has no gradient for the parameters trained post hoc.
 pub(crate) fn check(config: &MonteCLoRAConfig) -> Result<()> {
     let moves = |prior: Prior| matches!(prior.form, PriorForm::ExpectedUpdate { .. });
     if config.prior.is_some_and(|prior| !moves(prior)) {
@@ -74,7 +75,7 @@ pub(crate) fn check(config: &MonteCLoRAConfig) -> Result<()> {
     Ok(())
 }
 
-/// The alpha whose scale is `scale` to the last bit: a quotient times its divisor may be a bit off.
+/// The alpha whose scale is exactly `scale`: a quotient times its divisor may be off in the last bit.
 fn alpha(scale: f64, rank: usize, use_rslora: bool) -> f64 {
     let near = scale / low_rank::scaling(rank, 1.0, use_rslora);
     let exact = |alpha: &f64| low_rank::scaling(rank, *alpha, use_rslora) == scale;

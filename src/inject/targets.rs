@@ -1,4 +1,4 @@
-//! Which layers an adapter goes on: names, expressions and indices, by PEFT's rules.
+//! Selects the layers that get an adapter: by names, expressions and indices, with PEFT's rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,8 +7,8 @@ use crate::adapter::AdaptableModel;
 use crate::error::{Error, Result};
 use serde::Serialize;
 
-/// A way to name layers.
-// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+/// A selection of layers.
+// Checkpoints contain the serialised form: names may change in Rust, but not in JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -17,9 +17,9 @@ pub enum Select {
     ModelDefault,
     /// Every linear layer below the head.
     AllLinear,
-    /// Names: a layer's whole path, or the end of it after a dot.
+    /// Names: the whole path of a layer, or its end after a dot.
     Names(Vec<String>),
-    /// A regular expression (look-around allowed) that a layer's whole path matches.
+    /// A regular expression (look-around allowed) that matches the whole path of a layer.
     Regex(String),
 }
 
@@ -48,7 +48,7 @@ impl Select {
         matches!(self, Self::Names(names) if names.iter().any(|name| name == path))
     }
 
-    /// The layers of `paths` that are named, in their order.
+    /// The indices of the selected paths.
     ///
     /// # Errors
     /// [`Error::NoTarget`] if the expression, or any of the names, matches no path.
@@ -69,7 +69,7 @@ impl Select {
     }
 }
 
-/// The paths that the names end; each of the names must end one.
+/// The indices of the paths that end in one of the names; each name must match a path.
 fn named(names: &[impl AsRef<str>], paths: &[&str]) -> Result<BTreeSet<usize>> {
     let mut found = BTreeSet::new();
     for name in names.iter().map(AsRef::as_ref) {
@@ -86,12 +86,12 @@ fn indices(chosen: &[bool]) -> BTreeSet<usize> {
     (0..chosen.len()).filter(|i| chosen[*i]).collect()
 }
 
-/// The error of a target that is none of the paths.
+/// The error for a target that matches none of the paths.
 pub(super) fn no_target(targets: &str, paths: &[impl AsRef<str>]) -> Error {
     Error::NoTarget { targets: targets.to_string(), available: available(paths) }
 }
 
-/// The error of an index that no target has; `there` are those that targets have.
+/// The error for a block index that no target has; `there` are the indices of the targets.
 fn no_layer(index: usize, there: &BTreeSet<usize>) -> Error {
     let available = match (there.first(), there.last()) {
         (Some(first), Some(last)) if last - first + 1 == there.len() => {
@@ -106,7 +106,7 @@ fn no_layer(index: usize, there: &BTreeSet<usize>) -> Error {
     Error::NoTarget { targets: format!("layer {index} of layers_to_transform"), available }
 }
 
-/// Which layers get an adapter, and of what size.
+/// The layers that get an adapter, with ranks and alphas.
 ///
 /// # Example
 /// ```
@@ -130,24 +130,23 @@ fn no_layer(index: usize, there: &BTreeSet<usize>) -> Error {
 /// # let model = Toy(paths.map(layer).collect());
 /// let resolved = targets.resolve(&model, 8, 16.0)?;
 /// assert_eq!((resolved.len(), resolved[0].path.as_str(), resolved[0].rank), (4, "layer.0.query", 16));
-/// assert!(Targets::parse("qery")?.resolve(&model, 8, 16.0).is_err()); // with the names that there are
+/// assert!(Targets::parse("qery")?.resolve(&model, 8, 16.0).is_err()); // lists the available names
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Targets {
-    /// The layers.
+    /// The layers to adapt.
     pub select: Select,
-    /// Layers to leave out again.
+    /// Layers to exclude.
     pub exclude: Option<Select>,
-    /// Only layers of the stack with these indices, and those that are named by their whole path; all
-    /// where absent.
+    /// Restricts the layers to blocks with these indices and to layers named by their whole path; `None` or
+    /// empty means all.
     pub layers_to_transform: Option<Vec<usize>>,
-    /// The name before a layer's index, such as `layer`; any where absent.
+    /// The name before a block's index in a path, such as `layer`; any name if absent.
     pub layers_pattern: Option<String>,
-    /// Other ranks for paths whose end matches the expression; of several the first, in the order
-    /// of the expressions.
+    /// Ranks for paths whose end matches the expression. If several match, the first in sorted order counts.
     pub rank_pattern: BTreeMap<String, usize>,
-    /// Other values of alpha for paths whose end matches the expression.
+    /// Values of alpha for paths whose end matches the expression; likewise.
     pub alpha_pattern: BTreeMap<String, f64>,
 }
 
@@ -173,12 +172,12 @@ impl Targets {
         Ok(Self { select: Select::parse(text)?, ..Self::default() })
     }
 
-    /// The layers of a model that these targets name, with rank and alpha for each.
+    /// Resolves the targets on a model: its layers, with rank and alpha for each. `rank` and `alpha` are
+    /// those of layers that no pattern matches.
     ///
     /// # Errors
-    /// [`Error::NoTarget`] where a name, expression or layer index matches nothing;
-    /// [`Error::Config`] for a malformed expression, or a rank or alpha pattern that matches none of
-    /// the targets.
+    /// [`Error::NoTarget`] if a name, expression or layer index matches nothing; [`Error::Config`] for a
+    /// malformed expression, or a rank or alpha pattern that matches none of the targets.
     pub fn resolve(&self, model: &dyn AdaptableModel, rank: usize, alpha: f64) -> Result<Vec<TargetLayer>> {
         let paths = paths(model)?;
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
@@ -190,7 +189,8 @@ impl Targets {
         // None and an empty list mean all, as in PEFT.
         if let Some(layers) = self.layers_to_transform.as_ref().filter(|layers| !layers.is_empty()) {
             let list = self.layers_pattern.as_deref().unwrap_or("[^.]*");
-            // The first number of a path counts, as in PEFT: a block's, not an expert's in it.
+            // As in PEFT, the first number in a path counts: that of a block, not that of an expert within
+            // it.
             let index = format!(r"^(?:.*?\.)??(?:{list})\.(?<idx>\d+)\.");
             let blocks = patterns::block_numbers(&[index], &paths, "layers_pattern")?;
             let (mut kept, mut unseen) = (BTreeSet::new(), layers.iter().collect::<BTreeSet<_>>());
@@ -198,7 +198,7 @@ impl Targets {
             for i in chosen {
                 let layer = blocks[i].filter(|layer| layers.contains(layer));
                 unseen.retain(|unseen| Some(**unseen) != layer);
-                // As in PEFT, a whole path says itself which layer it means.
+                // As in PEFT, a layer named by its whole path needs no index.
                 if layer.is_some() || self.select.is_exactly(paths[i]) {
                     kept.insert(i);
                 }
@@ -247,7 +247,7 @@ pub fn paths(model: &dyn AdaptableModel) -> Result<Vec<String>> {
     Ok(paths)
 }
 
-/// The distinct last names of paths, which a target could have been.
+/// The distinct last segments of the paths and an example path, for an error message.
 fn available(paths: &[impl AsRef<str>]) -> String {
     let paths = paths.iter().map(AsRef::as_ref);
     let example = paths.clone().next().map(|path| format!(" (such as {path})")).unwrap_or_default();
@@ -255,7 +255,7 @@ fn available(paths: &[impl AsRef<str>]) -> String {
     format!("{}{example}", names.into_iter().collect::<Vec<_>>().join(", "))
 }
 
-/// For each path the value of the first pattern that matches its end; each pattern must match one.
+/// For each path, the value of the first pattern that matches its end; each pattern must match a path.
 fn overrides<T: Copy>(
     option: &str,
     patterns: &BTreeMap<String, T>,

@@ -1,10 +1,10 @@
-// Activations and rotary positions, each one pass over elements of single precision or bf16 (`narrow`), computed in
-// single precision. Backward recomputes what it needs from the arguments.
+// Activations and rotary positions. Each kernel is one pass over elements in f32 or bf16 (`narrow`), computed
+// in f32. Backward recomputes what it needs from the arguments.
 
-// Phi(x), the distribution function of a normal number.
+// Phi(x), the standard normal distribution function.
 DEVICE float normal_cdf(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752440f)); }
 
-// x Phi(x), x = the element plus its column's bias; a block takes rows.
+// x Phi(x), where x is the element plus its column's bias. Blocks go through rows in strides.
 KERNEL gelu_forward(u32 rows, u32 dim, u32 narrow, u32 biased, const void *xs, const void *bias, void *ys) {
     for (u64 row = BLOCK; row < rows; row += BLOCKS) {
         for (u32 i = THREAD; i < dim; i += THREADS) {
@@ -46,8 +46,8 @@ KERNEL silu_mul_backward(u32 count, u32 narrow, const void *gate, const void *up
     }
 }
 
-// Turns the pairs (x_j, x_{j + half}) of every head of a position by its angle, or back (`sign` -1): a block takes
-// positions, whose angles repeat after `period` of them. The table is in single precision.
+// Rotates the pairs (x_j, x_{j + half}) of every head by the angle of its position, or back (`sign` -1).
+// Blocks go through positions in strides; the angles repeat after `period` positions. The tables are in f32.
 KERNEL rotary_turn(u32 positions, u32 period, u32 heads, u32 half, u32 narrow, float sign, const void *xs,
                    const float *cosines, const float *sines, void *ys) {
     for (u64 position = BLOCK; position < positions; position += BLOCKS) {

@@ -4,10 +4,10 @@ use candle_core::{DType, Result, Tensor, D};
 
 use super::launch::{address, count, device_of, empty, launch, narrow, optional, some_rows, spread};
 
-/// GELU of `xs (.., dim)` plus a bias `(dim)`.
+/// GELU of `xs` `(.., dim)` plus an optional bias `(dim)`.
 ///
 /// # Errors
-/// Unless the kernels take the tensors ([`super::supports_all`]).
+/// Unless the kernels support the tensors ([`super::supports_all`]).
 pub(crate) fn gelu(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (device, xs, bias) = (device_of(xs)?, xs.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
     let (rows, dim) = rows_of(&xs)?;
@@ -18,7 +18,7 @@ pub(crate) fn gelu(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     Ok(ys)
 }
 
-/// The gradient of `xs` in [`gelu`] from that of its output.
+/// The gradient of `xs` in [`gelu`], from the gradient of its output.
 ///
 /// # Errors
 /// As [`gelu`].
@@ -34,7 +34,7 @@ pub(crate) fn gelu_gradient(xs: &Tensor, bias: Option<&Tensor>, grad: &Tensor) -
     Ok(dxs)
 }
 
-/// `silu(gate) up` of tensors of one shape.
+/// `silu(gate) * up` of tensors of one shape.
 ///
 /// # Errors
 /// As [`gelu`].
@@ -49,7 +49,7 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(ys)
 }
 
-/// The gradients of `gate` and `up` in [`silu_mul`] from that of its output.
+/// The gradients of `gate` and `up` in [`silu_mul`], from the gradient of its output.
 ///
 /// # Errors
 /// As [`gelu`].
@@ -65,8 +65,8 @@ pub(crate) fn silu_mul_gradients(gate: &Tensor, up: &Tensor, grad: &Tensor) -> R
     Ok(gradients)
 }
 
-/// Rotates the pairs of every head, forward (`sign` 1) or back (-1): `xs (b, t, heads, dim)` by tables of f32,
-/// `(b or 1, t, dim / 2)`.
+/// Rotates the pairs of every head of `xs` `(b, t, heads, dim)`, forward (`sign` 1) or back (-1). The tables
+/// are f32, `(b or 1, t, dim / 2)`.
 ///
 /// # Errors
 /// As [`gelu`], and if the tables are not f32.
@@ -85,7 +85,7 @@ pub(crate) fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Resu
     Ok(ys)
 }
 
-/// How many rows, and how long.
+/// The number of rows and their length.
 fn rows_of(xs: &Tensor) -> Result<(u32, u32)> {
     let dim = xs.dim(D::Minus1)?;
     Ok((count(xs.elem_count() / dim.max(1))?, count(dim)?))

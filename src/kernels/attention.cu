@@ -1,9 +1,9 @@
-// What stands between the matrix products of an attention: softmax with scale, mask and addressed dropout over the rows
-// of scores, its gradient, and the products' tables of addresses. Scores and their gradients are in single precision,
-// what is multiplied by a matrix again in that of the storage (`narrow`).
+// Kernels between the matrix products of an attention: softmax with scale, mask and addressed dropout over
+// the rows of scores, its gradient, and the tables of addresses of the products. Scores and their gradients
+// are in f32; results that are factors of further products are in the dtype of the storage (`narrow`).
 
-// Four neighbours of a row. Rows of scores are padded to pairs of them, so that rows, and matrices of rows, lie on
-// multiples of 16 bytes also as bf16: what the tensor cores' products ask of a table of addresses.
+// Four neighbouring elements of a row. Rows of scores are padded to pairs of quads, so that rows and matrices
+// begin at multiples of 16 bytes also in bf16, as products on tensor cores require of a table of addresses.
 typedef struct alignas(16) { float x[4]; } Quad;
 typedef struct alignas(8) { u16 x[4]; } NarrowQuad;
 
@@ -17,10 +17,11 @@ DEVICE void store_quad(void *ys, u64 i, u32 narrow, Quad y) {
     } else ((Quad *)ys)[i] = y;
 }
 
-// One call: `rows` rows of `keys` scores each, numbered by batch, head and query, and `lanes` threads for each of them,
-// a power of two. With `dropped`, a word of noise below `threshold` is that of a dropped element.
+// One call: `rows` rows of `keys` scores each, numbered by batch, head and query, with `lanes` threads per
+// row, a power of two. With `dropped`, elements whose word of noise is below `threshold` are dropped and the
+// others multiplied by `kept`.
 typedef struct {
-    const unsigned char *padding; // (batches, keys), 0 where no query sees the key; or none
+    const unsigned char *padding; // (batches, keys), 0 where no query sees the key; or null
     u64 key, draw;
     u32 rows, heads, queries, keys, lanes, narrow, causal, dropped, threshold;
     float scale, kept;
@@ -28,15 +29,15 @@ typedef struct {
 
 DEVICE u32 row_quads(u32 keys) { return (keys + 7) / 8 * 2; }
 
-// The row of a thread: its place among all, its first quad, how many quads it has and how many of its keys the query may
-// see, and the padding of its batch.
+// The row of a thread: the padding of its batch, its index among all rows and that of its first quad, the
+// thread's lane, the number of quads, and the number of keys that the query may see.
 typedef struct {
     const unsigned char *padding;
     u64 index, first;
     u32 lane, quads, seen;
 } ScoreRow;
 
-// A thread beyond the last row gets one without quads: it still has to meet the others at the barriers.
+// A thread beyond the last row gets a row without quads, because it still has to reach the barriers.
 DEVICE ScoreRow score_row(Attention of) {
     ScoreRow row = {0, (u64)BLOCK * (THREADS / of.lanes) + THREAD / of.lanes, 0, THREAD % of.lanes, 0, 0};
     if (row.index >= of.rows) return row;
@@ -59,14 +60,15 @@ DEVICE Quad visible_scores(Attention of, ScoreRow row, const float *scores, u32 
     return s;
 }
 
-// The same quad of the gradient. What lies behind a row's last key was never written.
+// The same quad of the gradient. Elements behind a row's last key were never written.
 DEVICE Quad visible_gradient(ScoreRow row, const float *grad, u32 quad) {
     Quad g = load_quad(grad, row.first + quad);
     for (u32 k = 0; k < 4; k++) g.x[k] = 4 * quad + k < row.seen ? g.x[k] : 0.0f;
     return g;
 }
 
-// What dropout multiplies a quad by. A row may begin inside a block of noise, and its quads span two.
+// The factors by which dropout multiplies a quad. A row may begin inside a block of noise; its quads
+// then span two blocks.
 DEVICE Quad dropout_factors(Attention of, ScoreRow row, u32 quad) {
     Quad m = {{1.0f, 1.0f, 1.0f, 1.0f}};
     if (!of.dropped) return m;
@@ -76,16 +78,16 @@ DEVICE Quad dropout_factors(Attention of, ScoreRow row, u32 quad) {
     if (shift) next = philox(of.key, of.draw, element / 4 + 1);
     u32 words[8] = {here.w[0], here.w[1], here.w[2], here.w[3], next.w[0], next.w[1], next.w[2], next.w[3]};
     for (u32 k = 0; k < 4; k++) {
-        // Chosen among places known when this is compiled: the words stay in registers.
+        // Selected by indices known at compile time, so that the words stay in registers.
         u32 word = shift == 0 ? words[k] : shift == 1 ? words[k + 1] : shift == 2 ? words[k + 2] : words[k + 3];
         m.x[k] = word >= of.threshold ? of.kept : 0.0f;
     }
     return m;
 }
 
-// P M, dropped softmax, (rows, keys padded), and the logarithms of the sums (rows); in single precision it may take the
-// place of the scores. A row that sees nothing becomes zero and its logarithm infinite, so that backward's
-// exp(score - logarithm) is zero again.
+// Computes P M, the softmax with dropout (rows, padded keys), and the log-sum-exps (rows). In f32, P M may
+// overwrite the scores. A row that sees no key becomes zero and its log-sum-exp infinite, so that backward's
+// exp(score - log_sum) is zero again.
 KERNEL attention_softmax(Attention of, const float *scores, void *weights, float *log_sums) {
     SHARED float part[MOST_THREADS];
     ScoreRow row = score_row(of);
@@ -115,8 +117,8 @@ KERNEL attention_softmax(Attention of, const float *scores, void *weights, float
     }
 }
 
-// From the gradient G of P M: P M again, and what the unscaled scores get, scale P (M G - sum_j P M G). In single
-// precision the two may take the places of the scores and of G.
+// From the gradient G of P M, computes P M again, and the gradient of the unscaled scores, scale P (M G -
+// sum_j P M G). In f32, the two may overwrite the scores and G.
 KERNEL attention_slopes(Attention of, const float *scores, const float *log_sums, const float *grad, void *weights,
                         void *slopes) {
     SHARED float part[MOST_THREADS];
@@ -145,16 +147,16 @@ KERNEL attention_slopes(Attention of, const float *scores, const float *log_sums
     }
 }
 
-// Where the matrices of one operand lie, in bytes: a matrix for each batch, each key head and each member of the group of
-// query heads that shares it.
+// The layout of the matrices of one operand, in bytes: a matrix for each batch, each key head and each member
+// of the group of query heads that share it.
 typedef struct { u64 base, batch, head, member, first, step; } Lattice;
 
 #define MOST_LATTICES 16
 
 typedef struct { Lattice of[MOST_LATTICES]; } Lattices;
 
-// The addresses of all matrices, those of one member (batches, heads) side by side: member g of a lattice begins at
-// `first + g step` of the table.
+// Writes the addresses of all matrices. Those of one member (batches, heads) are contiguous: member g of a
+// lattice begins at `first + g step` of the table.
 KERNEL matrix_addresses(Lattices lattices, u32 lattice_count, u32 batches, u32 heads, u32 members, u64 *table) {
     u32 i = BLOCK * THREADS + THREAD, each = batches * heads;
     if (i >= each * members) return;

@@ -1,4 +1,5 @@
-//! The attention core on f32 and bf16 tensors of a CUDA device: two kernels between matrix products.
+//! The attention core on f32 and bf16 tensors of a CUDA device: one kernel per direction
+//! between matrix products.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
@@ -7,19 +8,19 @@ use candle_core::{DType, Result, Tensor};
 use super::launch::{address, count, device_of, empty, grid, launch, supports_all, THREADS};
 use super::products::{Strides, Table};
 
-/// Dropout of the probabilities: what is kept is a function of (key, draw, element).
+/// Dropout of the probabilities. Whether an element is kept depends on (key, draw, element).
 #[derive(Clone, Copy)]
 pub(crate) struct Dropout {
     pub key: u64,
     pub draw: u64,
-    /// The words below it are those of dropped elements.
+    /// Elements whose word of noise is below it are dropped.
     pub threshold: u32,
-    /// What the others are multiplied by.
+    /// The factor on kept elements.
     pub kept: f64,
 }
 
-/// One call's sizes and constants: `softmax(scale q k^T + mask) v`, with `q` `(batches, queries, heads * dim)` and `k`
-/// and `v` `(batches, keys, key_heads * dim)`.
+/// The sizes and constants of one call: `softmax(scale q k^T + mask) v`, with `q`
+/// `(batches, queries, heads * dim)`, and `k` and `v` `(batches, keys, key_heads * dim)`.
 pub(crate) struct Attention {
     pub batches: usize,
     pub heads: usize,
@@ -30,12 +31,12 @@ pub(crate) struct Attention {
     pub scale: f64,
     /// `(batches, keys)` of u8, contiguous: 0 where no query sees the key.
     pub padding: Option<Tensor>,
-    /// Query i of the last ones sees keys `0 ..= keys - queries + i` only.
+    /// Whether query i only sees keys `0 ..= keys - queries + i`.
     pub causal: bool,
     pub dropout: Option<Dropout>,
 }
 
-/// The kernels' `Attention`.
+/// The struct `Attention` of the kernels.
 #[repr(C)]
 struct Call {
     padding: u64,
@@ -54,11 +55,12 @@ struct Call {
     kept: f32,
 }
 
-#[allow(unsafe_code)] // laid out as the kernels' own
+#[allow(unsafe_code)] // the same layout as in the kernels
 unsafe impl DeviceRepr for Call {}
 
-/// Whether these kernels and cuBLAS take `q`, `k` and `v` with heads of `dim`: of one dtype, f32 or bf16, on CUDA
-/// devices, not empty, and each head's rows on multiples of 16 bytes, as products of matrices at any address demand.
+/// Whether these kernels and cuBLAS support `q`, `k` and `v` with heads of `dim`: of one dtype, f32 or
+/// bf16, on CUDA devices, not empty, and with each head's rows at multiples of 16 bytes, as batched
+/// products by address require.
 pub(crate) fn supports(tensors: [&Tensor; 3], dim: usize) -> bool {
     supports_all(tensors) && (dim * tensors[0].dtype().size_in_bytes()).is_multiple_of(ALIGNMENT as usize)
 }
@@ -66,10 +68,12 @@ pub(crate) fn supports(tensors: [&Tensor; 3], dim: usize) -> bool {
 const ALIGNMENT: u64 = 16;
 
 impl Attention {
-    /// The output, as `q`, and the logarithm of each row's sum of exponentials, `(batches, heads, queries)` of f32.
+    /// The output, with the shape of `q`, and the log-sum-exp of each row of scores,
+    /// `(batches, heads, queries)` of f32.
     ///
     /// # Errors
-    /// Unless the kernels [`supports`] the tensors; if there are 2^32 rows of scores or more; if the device fails.
+    /// If the tensors are not supported ([`supports`]), there are more rows of scores than a launch can
+    /// count, or the device fails.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let &Self { batches, heads, queries, keys, dim, .. } = self;
         let (device, dtype) = (device_of(q)?, q.dtype());
@@ -97,11 +101,12 @@ impl Attention {
         Ok((y, log_sums))
     }
 
-    /// The gradients of `q`, `k` and `v` from that of the output: the scores once more, P from the logarithms, and with
-    /// M the dropout `dV = (P M)^T dY`, `dS = P (M dY V^T - rowsum(P M dY V^T))`, `dQ = s dS K`, `dK = s dS^T Q`.
+    /// The gradients of `q`, `k` and `v`, from the gradient of the output. The scores are recomputed, and P
+    /// is recomputed from their log-sum-exps. With the dropout mask M: `dV = (P M)^T dY`,
+    /// `dS = P (M dY V^T - rowsum(P M dY V^T))`, `dQ = s dS K`, `dK = s dS^T Q`.
     ///
-    /// The sum of a row is taken over what it is subtracted from and not as `dY Y`: rounding to bf16 then leaves a row
-    /// of dS adding up to 0, also where one key has nearly all of the weight.
+    /// The row sum is computed from the terms that it is subtracted from, not as `dY Y`: a row of dS then
+    /// still sums to 0 after rounding to bf16, even if one key has nearly all of the weight.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -119,7 +124,7 @@ impl Attention {
         let dp = empty(device, &self.scores(), DType::F32)?;
         let (weights, ds) = (self.beside(&scores, dtype)?, self.beside(&dp, dtype)?);
         let dq = empty(device, q.shape(), dtype)?;
-        // A sum over a group of heads is rounded once, at its end.
+        // Sums over a group of heads are in f32, to be rounded only once.
         let sums = if heads == key_heads { dtype } else { DType::F32 };
         let (dk, dv) = (empty(device, k.shape(), sums)?, empty(device, v.shape(), sums)?);
 
@@ -150,7 +155,7 @@ impl Attention {
         Table::new(device, self.batches, self.key_heads, self.heads / self.key_heads)
     }
 
-    /// Elements of a row of scores: whole pairs of the kernels' quads.
+    /// The elements of a padded row of scores: whole pairs of the kernels' quads.
     fn pitch(&self) -> usize {
         self.keys.next_multiple_of(8)
     }
@@ -159,7 +164,8 @@ impl Attention {
         (self.batches, self.heads, self.queries, self.pitch()).into()
     }
 
-    /// Where scores become something of `dtype`: their own place if they can.
+    /// Memory for what a kernel computes from `scores` in `dtype`: that of the scores themselves for f32,
+    /// otherwise new memory.
     fn beside(&self, scores: &Tensor, dtype: DType) -> Result<Tensor> {
         match dtype {
             DType::F32 => Ok(scores.clone()),
@@ -183,7 +189,8 @@ impl Attention {
         Strides { batch: self.heads * member, head: self.heads / self.key_heads * member, member, row }
     }
 
-    /// What the kernels are told, and their blocks: two quads for each thread of a row, and as many rows as have room.
+    /// The arguments of the kernels, and their number of blocks: two quads per thread of a row (more in long
+    /// rows), and as many rows per block as fit.
     fn call(&self, device: &CudaDevice, dtype: DType) -> Result<(Call, u32)> {
         let rows = count(self.batches * self.heads * self.queries)?;
         let lanes = (count(self.keys)?.div_ceil(8)).next_power_of_two().min(THREADS);
@@ -209,7 +216,7 @@ impl Attention {
     }
 }
 
-/// The tensor itself where it is contiguous and begins on a multiple of 16 bytes, else a copy that does.
+/// The tensor itself if it is contiguous and begins at a multiple of 16 bytes, otherwise a copy that does.
 fn aligned(device: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.contiguous()?;
     match address(device, &tensor, tensor.dtype())?.is_multiple_of(ALIGNMENT) {

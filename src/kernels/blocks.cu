@@ -1,7 +1,7 @@
-// What the threads of a block, and the blocks of a launch, find out together.
+// Reductions over the threads of a block, and the detection of the last block of a launch.
 
-// The sum, or the largest, of what each group of `lanes` neighbouring threads, a power of two, has put into `part`, in a
-// fixed order; the whole block calls it.
+// The sum, or the maximum, of what each group of `lanes` neighbouring threads, a power of two, has put into
+// `part`, in a fixed order. All threads of the block must call it.
 DEVICE float fold_lanes(float *part, u32 lanes, int sum) {
     u32 lane = THREAD % lanes;
     BARRIER
@@ -20,7 +20,7 @@ DEVICE float fold_lanes(float *part, u32 lanes, int sum) {
 // The sum of what each thread of the block has put into `part`.
 DEVICE float block_sum(float *part) { return fold_lanes(part, THREADS, 1); }
 
-// The sum in double precision.
+// The same sum in double precision.
 DEVICE double block_total(double *part) {
     BARRIER
     for (u32 half = THREADS / 2; half > 0; half /= 2) {
@@ -32,13 +32,13 @@ DEVICE double block_total(double *part) {
     return total;
 }
 
-// The sum of what each thread has.
+// The sum of `own` over the threads of the block.
 DEVICE double thread_total(double *part, double own) {
     part[THREAD] = own;
     return block_total(part);
 }
 
-// The largest in double precision.
+// The maximum of what each thread of the block has put into `part`, in double precision.
 DEVICE double block_largest(double *part) {
     BARRIER
     for (u32 half = THREADS / 2; half > 0; half /= 2) {
@@ -50,11 +50,11 @@ DEVICE double block_largest(double *part) {
     return top;
 }
 
-// Whether this block is the last of `blocks` that call this with the counter `done`, which is zero before and after: it sees
-// what all of them have written. The whole block calls it.
+// Whether this block is the last of `blocks` blocks to call this with the counter `done`, which is zero
+// before and after. The last block sees what all of them have written. All threads of the block must call it.
 DEVICE int last_block(u32 *done, u32 blocks) {
     SHARED u32 before;
-    FENCE // what this block has written is there before it is counted
+    FENCE // this block's writes are visible before it is counted
     BARRIER
     if (THREAD == 0) before = COUNT(done);
     BARRIER

@@ -1,10 +1,10 @@
-//! Arguments of cuBLAS's calls: sizes, dtypes, transposes, and what is computed in.
+//! Arguments of cuBLAS calls: sizes, dtypes, transposes and compute types.
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
 use candle_core::cuda_backend::gemm_reduced_precision_f32;
 use candle_core::{bail, DType, Result};
 
-/// A size as cuBLAS counts it.
+/// A size as a cuBLAS argument.
 ///
 /// # Errors
 /// If it is 2^31 or more.
@@ -15,10 +15,10 @@ pub(super) fn size(n: usize) -> Result<i32> {
     }
 }
 
-/// How the elements of a matrix are stored.
+/// The data type of a matrix.
 ///
 /// # Errors
-/// If they are neither f32 nor bf16.
+/// If `dtype` is neither f32 nor bf16.
 pub(super) fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
     match dtype {
         DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
@@ -27,7 +27,7 @@ pub(super) fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
     }
 }
 
-/// Whether a factor is transposed.
+/// The operation on a factor that is or is not transposed.
 pub(super) fn operation(transposed: bool) -> sys::cublasOperation_t {
     match transposed {
         false => sys::cublasOperation_t::CUBLAS_OP_N,
@@ -35,7 +35,7 @@ pub(super) fn operation(transposed: bool) -> sys::cublasOperation_t {
     }
 }
 
-/// What products of factors of `dtype` are computed in: single precision, of f32 in TF32 where that is allowed
+/// The compute type of products of factors of `dtype`: single precision, or TF32 for f32 where it is allowed
 /// ([`crate::ops::allow_tf32`]).
 pub(super) fn compute_type(dtype: DType) -> sys::cublasComputeType_t {
     match dtype {

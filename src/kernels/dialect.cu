@@ -1,6 +1,6 @@
-// What the kernels are written in: CUDA, of which C++ on the host is a dialect that the tests compile. There a block's
-// threads are threads of the system and `BARRIER` is a real one, so that a missing barrier is a race that a sanitizer
-// finds.
+// Macros with which the kernels compile as CUDA and, for the tests, as C++ on the host. On the host, a
+// block's threads are system threads and `BARRIER` is a real barrier, so that a missing barrier is a race,
+// which a sanitizer finds.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -12,9 +12,9 @@ typedef unsigned long long u64;
 #define DEVICE static __device__ inline
 #define SHARED __shared__
 #define BARRIER __syncthreads();
-// What a thread has written before, other blocks see before what it writes after.
+// Other blocks see a thread's writes before the fence earlier than its writes after it.
 #define FENCE __threadfence();
-// Adds one to a counter that blocks share; what it was before.
+// Adds one to a counter that blocks share and returns its previous value.
 #define COUNT(counter) atomicAdd(counter, 1u)
 #define THREAD threadIdx.x
 #define THREADS blockDim.x

@@ -1,7 +1,8 @@
-// The regulariser of many layers in expectation and its slopes, one block a layer: the formulas of `dist`, in double
-// precision.
+// The expected regulariser of many layers and its gradients, one block per layer: the formulas of `dist`,
+// in double precision.
 
-// A layer's parameters and constants, and where the slopes of its rho (r) and c (N) in the total go, one after the other.
+// A layer's parameters and constants, and the destination of the gradients of the total with respect to its
+// rho (r) and then its c (N).
 typedef struct {
     const float *rho, *c;
     float *slopes;
@@ -9,8 +10,8 @@ typedef struct {
     u32 rank, components, diagonal, unused;
 } Divergence;
 
-// Of each layer (KL_N, KL_W, KL_D, L_C) into `terms` (layers, 4); the last block leaves their means over layers, and
-// `total` = kl (KL_N + KL_W + KL_D) + cooperative L_C of these.
+// Writes (KL_N, KL_W, KL_D, L_C) of each layer to `terms` (layers, 4). The last block writes their means over
+// layers, and `total` = kl (KL_N + KL_W + KL_D) + cooperative L_C of these means.
 KERNEL divergences(const Divergence *layers, double kl, double cooperative, double *terms, u32 *done, float *means,
                    float *total) {
     SHARED double part[MOST_THREADS];

@@ -1,10 +1,10 @@
-//! The regulariser of many layers in expectation, and its slopes, in one launch.
+//! The expected regulariser of many layers, and its gradients, in one launch.
 
 use candle_core::{bail, DType, Result, Tensor};
 
 use super::launch::{address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed};
 
-/// A layer: its parameters, and the constants of its divergences.
+/// The parameters of a layer and the constants of its divergences.
 pub(crate) struct Layer<'a> {
     /// `(r)`.
     pub rho: &'a Tensor,
@@ -16,20 +16,22 @@ pub(crate) struct Layer<'a> {
     pub diagonal: bool,
 }
 
-/// What a launch leaves behind.
+/// The results of a launch.
 pub(crate) struct Divergences {
     /// The means over layers of KL_N, KL_W, KL_D and L_C, `(4)`.
     pub means: Tensor,
-    /// `kl (KL_N + KL_W + KL_D) + cooperative L_C` of these, a scalar.
+    /// `kl (KL_N + KL_W + KL_D) + cooperative L_C` of these means, a scalar.
     pub total: Tensor,
-    /// Of the total in rho `(r)` and then c `(N)` of each layer, one after the other.
+    /// The gradients of the total with respect to rho `(r)` and then c `(N)` of each layer,
+    /// one after the other.
     pub slopes: Tensor,
 }
 
-/// The divergences of some layers under two weights.
+/// The divergences of some layers, and their total with the weights `kl` and `cooperative`.
 ///
 /// # Errors
-/// If there is no layer, a tensor is not a contiguous vector of f32 on the first one's device, or the device fails.
+/// If there is no layer, a tensor is not a contiguous f32 vector on the device of the first one,
+/// or the device fails.
 pub(crate) fn divergences(layers: &[Layer], kl: f64, cooperative: f64) -> Result<Divergences> {
     let Some(first) = layers.first() else { bail!("the divergences of no layer") };
     let device = device_of(first.rho)?;

@@ -1,20 +1,22 @@
-// A draw of the collapsed mixture, A_eff = A + eps ||pi||_2 exp(rho) T Z, and its gradients, of many layers in one launch.
-// Z is made from its address both times and never stored; nothing visits the host.
+// Draws of the collapsed mixture, A_eff = A + eps ||pi||_2 exp(rho) T Z, and their gradients, for many layers
+// in one launch. Z is computed from its address in forward and in backward and never stored; nothing is
+// copied to the host.
 
-// A layer's part of a draw: the host fills a table of them and gives each room for what is made.
+// A layer's part of a draw. The host fills a table of them and allocates the memory of the results.
 typedef struct {
     const float *mean, *rho, *c;  // A (r, width), (r), (N)
     float *out, *tril, *rows;     // A_eff, T (r, r), the scales of its rows (r)
-    double *pi, *slopes;          // (N) the weights, and d ln z_k / d c_k of the gamma draws that they are made of
-    double *norm, *shares;        // ||pi||_2; (tiles, r) of what backward sums
+    double *pi, *slopes;          // (N) the weights, and d ln z_k / d c_k of the gamma draws behind them
+    double *norm, *shares;        // ||pi||_2; (tiles, r) the partial sums of backward
     u64 wishart, dirichlet, gaussian;
     double df, eps;
     u32 rank, components, width, diagonal;
-    u32 done, unused;             // how many blocks of backward have left their share: zero before and after
+    u32 done, unused;             // done: how many blocks of backward are done, zero before and after
 } Draw;
 
-// What a draw needs beside A and Z: T, the scales of the rows, and for backward pi and its slopes. A block for each layer,
-// a thread for each quantile. Without components the scale of a row is exp(rho) eps.
+// Computes what a draw needs besides A and Z: T, the scales of the rows, and for backward pi and
+// its derivatives. One block per layer, one thread per quantile. Without components, the scale of a
+// row is exp(rho) eps.
 KERNEL draw_scales(const Draw *draws, u64 draw) {
     SHARED double part[MOST_THREADS];
     Draw d = draws[BLOCK];
@@ -36,7 +38,7 @@ KERNEL draw_scales(const Draw *draws, u64 draw) {
         if (column < row && !d.diagonal) d.tril[i] = (float)normal_double(d.wishart, 2 * draw + 1, row * (row - 1) / 2 + column);
         else if (column != row) d.tril[i] = 0.0f;
     }
-    // pi is the softmax of ln z. Each thread goes through the components that it made.
+    // pi is the softmax of ln z. Each thread reads only the components that it has written.
     part[THREAD] = -1.0 / 0.0;
     for (u32 i = THREAD; i < n; i += THREADS) part[THREAD] = largest(d.pi[i], part[THREAD]);
     double top = block_largest(part), sum = 0.0, squares = 0.0;
@@ -54,13 +56,13 @@ KERNEL draw_scales(const Draw *draws, u64 draw) {
     for (u32 i = THREAD; i < r; i += THREADS) d.rows[i] = (float)(d.eps * exp((double)d.rho[i]) * norm);
 }
 
-// A block takes as many columns of all rows as have room.
+// A block takes all rows of as many columns as fit.
 #define TILE 4096
 #define TILE_COLUMNS 64
 
 DEVICE u32 tile_columns(u32 rank) { return TILE / rank < TILE_COLUMNS ? TILE / rank : TILE_COLUMNS; }
 
-// Z's columns from `first` on, zero beyond the last; the whole block calls it.
+// Computes the columns of Z from `first` on, zero beyond the last. All threads of the block must call it.
 DEVICE void tile_normals(u32 rank, u32 first, u32 columns, u32 width, u64 gaussian, u64 draw, float *z) {
     for (u32 i = THREAD; i < rank * columns; i += THREADS) {
         u32 column = first + i % columns;
@@ -69,7 +71,7 @@ DEVICE void tile_normals(u32 rank, u32 first, u32 columns, u32 width, u64 gaussi
     BARRIER
 }
 
-// Element `i` of T Z, in the host's order.
+// Element `i` of T Z, summed in the host's order.
 DEVICE float tile_product(u32 i, u32 columns, u32 rank, const float *tril, const float *z) {
     u32 row = i / columns, column = i % columns;
     float sum = z[i] * tril[row * rank + row];
@@ -77,12 +79,12 @@ DEVICE float tile_product(u32 i, u32 columns, u32 rank, const float *tril, const
     return sum;
 }
 
-// A_eff of the layer of each row of blocks: block b has the columns from b * tile_columns(r) on.
+// A_eff of many layers, one row of blocks per layer. Block b has the columns from b * tile_columns(r) on.
 KERNEL draw_perturb(const Draw *draws, u64 draw) {
     SHARED float z[TILE];
     Draw d = draws[BLOCK_ROW];
     u32 columns = tile_columns(d.rank), first = BLOCK * columns;
-    if (first >= d.width) return; // narrower than others
+    if (first >= d.width) return; // a layer that is narrower than others
     tile_normals(d.rank, first, columns, d.width, d.gaussian, draw, z);
     for (u32 i = THREAD; i < d.rank * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
@@ -93,22 +95,24 @@ KERNEL draw_perturb(const Draw *draws, u64 draw) {
     }
 }
 
-// What backward of a layer is given, the gradient of A_eff, and where those of rho (r) and c (N) go.
+// The gradient of a layer's A_eff, the destinations of the gradients of rho (r) and c (N), and
+// the layer's index.
 typedef struct {
     const float *grad;
     float *drho, *dc;
     u64 which;
 } Slope;
 
-// The gradients of rho and c of the layer of each row of blocks: each block leaves its share of sum_j G_ij (T Z)_ij, and
-// the last of the layer's to do so sums them, in a fixed order, so that a run can be repeated.
+// The gradients of rho and c of many layers, one row of blocks per layer. Each block writes its share
+// of sum_j G_ij (T Z)_ij, and the last block of a layer sums the shares in a fixed order, so that
+// runs are reproducible.
 KERNEL draw_slopes(Draw *draws, const Slope *slopes, u64 draw) {
     SHARED float z[TILE], along[TILE];
     SHARED double part[MOST_THREADS];
     Slope s = slopes[BLOCK_ROW];
     Draw d = draws[s.which];
     u32 r = d.rank, columns = tile_columns(r), first = BLOCK * columns, tiles = (d.width + columns - 1) / columns;
-    if (BLOCK >= tiles) return; // narrower than others
+    if (BLOCK >= tiles) return; // a layer that is narrower than others
     tile_normals(r, first, columns, d.width, d.gaussian, draw, z);
     for (u32 i = THREAD; i < r * columns; i += THREADS) {
         u32 row = i / columns, column = first + i % columns;
@@ -131,7 +135,8 @@ KERNEL draw_slopes(Draw *draws, const Slope *slopes, u64 draw) {
         part[THREAD] += sum;
     }
     double total = block_total(part);
-    // d norm / d pi_k = pi_k / norm, and the softmax takes off sum_k pi_k of it, which is the norm.
+    // d norm / d pi_k = pi_k / norm, from which the softmax's backward subtracts sum_k pi_k (pi_k
+    // / norm), the norm.
     for (u32 i = THREAD; i < d.components; i += THREADS) {
         s.dc[i] = (float)(d.slopes[i] * d.pi[i] * total * (d.pi[i] / *d.norm - *d.norm));
     }

@@ -1,4 +1,4 @@
-//! The draws of several layers: two launches forward and one backward, whatever their number.
+//! Draws of several layers: two launches forward and one backward for any number of layers.
 
 use std::sync::Arc;
 
@@ -7,38 +7,38 @@ use candle_core::{bail, DType, Result, Tensor};
 
 use super::launch::{address, alloc_uninit, count, device_of, empty, grid, launch, packed, slice_address};
 
-/// Elements of a tile, and its most columns: those of `draw.cu`.
+/// The elements of a tile and its maximum number of columns, as in `draw.cu`.
 const TILE: usize = 4096;
 const TILE_COLUMNS: usize = 64;
 
-/// Words of a row of the table: `Draw` of `draw.cu`.
+/// The words of a row of the table, the struct `Draw` of `draw.cu`.
 const WORDS: usize = 18;
 
-/// A layer that draws.
+/// A layer of a draw.
 pub(crate) struct Layer<'a> {
     /// A, `(r, width)`.
     pub mean: &'a Tensor,
     /// `(r)`.
     pub rho: &'a Tensor,
-    /// `(N)`; empty where a draw has no norm of weights.
+    /// `(N)`; `None` if the draw has no norm of weights.
     pub c: Option<&'a Tensor>,
-    /// The keys of the Wishart's, the Dirichlet's and the Gaussian's stream.
+    /// The keys of the Wishart, Dirichlet and Gaussian streams.
     pub keys: [u64; 3],
     pub degrees: f64,
     pub eps: f64,
     pub diagonal: bool,
 }
 
-/// Whether the kernels take a layer of this rank.
+/// Whether the kernels support a layer of this rank.
 pub(crate) fn supports(rank: usize) -> bool {
     (1..=TILE).contains(&rank)
 }
 
-/// Some layers' draw as it is on their device, for as long as a gradient may ask for it.
+/// A draw of some layers on their device, kept for its gradients.
 pub(crate) struct Draws {
     draw: u64,
     table: CudaSlice<u64>,
-    /// Where the table's rows point to: what was made, and the parameters.
+    /// What the table's rows point to: intermediate results, and the parameters.
     _room: CudaSlice<f64>,
     _parameters: Vec<[Tensor; 3]>,
     sizes: Vec<Size>,
@@ -64,19 +64,20 @@ impl Size {
         Ok(Self { rank, components: c.map_or(0, |c| c[0]), width, tiles })
     }
 
-    /// The words of the parts of what is made: the shares, pi, its slopes, the norm, then two to a word T and the scales
-    /// of its rows.
+    /// The words of each intermediate result: the shares, pi, its derivatives and the norm in f64, then T and
+    /// the scales of its rows in f32, two per word.
     fn room(&self) -> [usize; 6] {
         let Self { rank, components, tiles, .. } = *self;
         [tiles * rank, components, components, 1, (rank * rank).div_ceil(2), rank.div_ceil(2)]
     }
 }
 
-/// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw` of each layer, untracked, and what their gradients need.
+/// `A + eps ||pi||_2 diag(exp rho) T Z` for draw number `draw` of each layer, untracked, and what
+/// their gradients need.
 ///
 /// # Errors
-/// If there is no layer, a tensor is not in single precision on the first one's device, shapes do not fit, or the
-/// device fails.
+/// If there is no layer, a tensor is not f32 on the device of the first one, shapes do not fit,
+/// or the device fails.
 pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Tensor>)> {
     let Some(first) = layers.first() else { bail!("a draw of no layer") };
     let device = device_of(first.mean)?;
@@ -127,7 +128,7 @@ pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Te
     Ok((Arc::new(Draws { draw, table, _room: room, _parameters: parameters, sizes }), outs))
 }
 
-/// A row of blocks for each layer.
+/// The rows of blocks of a launch, one for each layer.
 fn rows(layers: usize) -> Result<u32> {
     match u32::try_from(layers) {
         Ok(layers @ ..=65535) => Ok(layers),
@@ -139,7 +140,8 @@ fn rows(layers: usize) -> Result<u32> {
 pub(crate) type Slopes = (Tensor, Option<Tensor>);
 
 impl Draws {
-    /// The gradients of rho and c of some layers, each by its place, from those of their outputs, contiguous.
+    /// The gradients of rho and c of some layers, each `asked` for by its index and the contiguous
+    /// gradient of its output.
     ///
     /// # Errors
     /// If a gradient is not of its output's shape, dtype and device, or the device fails.

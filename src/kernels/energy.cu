@@ -1,6 +1,7 @@
-// Gaussian priors on many tensors, half of weighted squares, with their slopes: sums in double precision.
+// Gaussian priors on many tensors, half of weighted squares, and their gradients. Sums are
+// in double precision.
 
-// A tensor (count), what it is measured from (nothing: zero), and where its slopes go.
+// A tensor (count), the tensor `from` which it is measured (null: zero), and the destination of its gradient.
 typedef struct {
     const float *at, *from;
     float *slopes;
@@ -8,7 +9,8 @@ typedef struct {
     double weight;
 } Distance;
 
-// The sum of weight / 2 ||at - from||^2 over all tensors, each of which a row of blocks has. `sums` (tensors, blocks).
+// The sum of weight / 2 ||at - from||^2 over all tensors, one row of blocks per tensor. `sums`
+// (tensors, blocks).
 KERNEL squared_distances(const Distance *distances, double *sums, u32 *done, double *total, float *rounded) {
     SHARED double part[MOST_THREADS];
     Distance d = distances[BLOCK_ROW];
@@ -28,9 +30,10 @@ KERNEL squared_distances(const Distance *distances, double *sums, u32 *done, dou
     if (THREAD == 0) *total = sum, *rounded = (float)sum;
 }
 
-// A layer's update B (A + D): its Gram matrices A A^T and B^T B (rank, rank) and, where the rows of D have expected squared
-// norms v_i = factor exp(2 rho_i) E||pi||^2, rho (rank), the logarithms c of the concentration of pi (components; none: pi
-// is 1), and where their slopes go, one after the other.
+// A layer's update B (A + D): its Gram matrices A A^T and B^T B (rank, rank). With a perturbation D,
+// whose rows have expected squared norms v_i = factor exp(2 rho_i) E||pi||^2, also rho (rank), the
+// logarithms c of the concentration of pi (components; without any, pi is 1), and the destination of the
+// gradients of rho and then c.
 typedef struct {
     float *inner, *outer;
     const float *rho, *c;
@@ -39,9 +42,9 @@ typedef struct {
     u32 rank, components;
 } UpdateEnergy;
 
-// The sum of `before`, where it is, and weight / 2 tr[(A A^T + diag v) B^T B] over all layers, a block for each. In place of
-// the Gram matrices it leaves weight (A A^T + diag v), by which B is multiplied in a backward pass, and weight B^T B, by
-// which A is. `terms` (layers).
+// The sum of `before`, if given, and of weight / 2 tr[(A A^T + diag v) B^T B] over all layers, one block per
+// layer. The Gram matrices are replaced by weight (A A^T + diag v), by which backward multiplies B, and by
+// weight B^T B, by which it multiplies A. `terms` (layers).
 KERNEL update_energies(const UpdateEnergy *layers, double *terms, u32 *done, const double *before, float *total) {
     SHARED double part[MOST_THREADS];
     UpdateEnergy e = layers[BLOCK];

@@ -1,4 +1,4 @@
-//! Priors on many tensors in some launches, and their gradients.
+//! Priors on many tensors and their gradients, in few launches.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::launch::{
 use super::multi_tensor::rows;
 use super::products::List;
 
-/// `weight / 2 ||at - from||^2`, from zero where there is nothing else.
+/// `weight / 2 ||at - from||^2`, where a missing `from` is zero.
 pub(crate) struct Distance {
     pub at: Tensor,
     pub from: Option<Tensor>,
@@ -25,7 +25,7 @@ pub(crate) struct Update {
     /// `(out_dim, r)`.
     pub b: Tensor,
     pub weight: f64,
-    /// Of the perturbation D, where there is one.
+    /// The perturbation D, if there is one.
     pub spread: Option<Spread>,
 }
 
@@ -33,23 +33,25 @@ pub(crate) struct Update {
 pub(crate) struct Spread {
     /// `(r)`.
     pub rho: Tensor,
-    /// The logarithms of the concentration of pi, `(N)`; without, pi is 1.
+    /// The logarithms of the concentration of pi, `(N)`; if `None`, pi is 1.
     pub c: Option<Tensor>,
     pub factor: f64,
 }
 
-/// What the gradients of a sum of energies need.
+/// A sum of energies, with what its gradients need.
 pub(crate) struct Energy {
     distances: Vec<Distance>,
     updates: Vec<Update>,
-    /// Both Gram matrices of each update, each [`aligned`]; then the slopes of each distance, of rho and c of each update.
+    /// Both Gram matrices of each update, each [`aligned`]; then the gradients of each distance, and those of
+    /// rho and c of each update.
     kept: Tensor,
 }
 
-/// The sum of the energies of what lies on one device, of which there is something, a scalar; and what its gradients need.
+/// The sum of the energies of tensors on one device, a scalar, and what its gradients need.
 ///
 /// # Errors
-/// If a tensor is not contiguous, not of f32 or elsewhere, shapes do not fit, or the device fails.
+/// If there is no tensor, a tensor is not contiguous, not f32 or on another device, shapes do not fit,
+/// or the device fails.
 pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(Tensor, Energy)> {
     let of_updates = updates.iter().map(|update| &update.a);
     let Some(first) = distances.iter().map(|distance| &distance.at).chain(of_updates).next() else {
@@ -69,7 +71,8 @@ pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(
     Ok((total, energy))
 }
 
-/// Elements of f32 to the next matrix behind one of `len` that begins at 16 bytes, as cuBLAS wants what it may take in TF32.
+/// The number of f32 elements from a matrix of `len` elements to the next one, so that each begins at a
+/// multiple of 16 bytes, as cuBLAS requires for TF32.
 fn aligned(len: usize) -> usize {
     len.next_multiple_of(4)
 }
@@ -79,12 +82,12 @@ impl Update {
         self.a.dims()[0]
     }
 
-    /// The elements of a Gram matrix.
+    /// The number of elements of a Gram matrix.
     fn square(&self) -> usize {
         self.rank().pow(2)
     }
 
-    /// The numbers of rho and c.
+    /// The number of elements of rho and c.
     fn vectors(&self) -> usize {
         self.spread.as_ref().map_or(0, |spread| spread.rho.elem_count() + spread.components())
     }
@@ -96,17 +99,17 @@ impl Spread {
     }
 }
 
-/// The parts of what an [`Energy`] keeps.
+/// The parts of `Energy::kept`.
 struct Parts {
-    /// Of each distance, as the tensor.
+    /// The gradient of each distance, with the shape of its tensor.
     distances: Vec<Tensor>,
-    /// Of each update, rho's and then c's; nothing without a perturbation.
+    /// The gradients of rho and then c of each update; `None` without a perturbation.
     vectors: Vec<Option<Tensor>>,
-    /// Of each update, `A A^T` and `B^T B`; then what B and A are multiplied by.
+    /// `A A^T` and `B^T B` of each update; later the matrices by which backward multiplies B and A.
     grams: Vec<[Tensor; 2]>,
 }
 
-/// Updates of one shape, in their order, with their Gram matrices or what came in their places.
+/// Updates of one shape, in their order, with their Gram matrices or what replaced them.
 #[derive(Default)]
 struct Group<'a> {
     /// r, in_dim, out_dim.
@@ -143,7 +146,7 @@ impl Energy {
         Ok(Parts { distances, vectors, grams })
     }
 
-    /// Leaves the slopes of the distances, and their sum on the device; none where there is no distance.
+    /// Computes the gradients of the distances, and their sum on the device; `None` without distances.
     fn measure_distances(
         &self,
         device: &CudaDevice,
@@ -174,8 +177,8 @@ impl Energy {
         Ok(Some(sum))
     }
 
-    /// Makes the Gram matrices and leaves in their places what a backward pass multiplies by, the slopes of rho and c, and
-    /// the whole sum.
+    /// Computes the Gram matrices and replaces them by the matrices that backward multiplies by; computes the
+    /// gradients of rho and c, and the total including the sum `before`.
     fn measure_updates(
         &self,
         device: &CudaDevice,
@@ -214,7 +217,7 @@ impl Energy {
         Ok(())
     }
 
-    /// The updates, those of a shape together.
+    /// The updates, grouped by shape.
     fn groups<'a>(&'a self, parts: &'a Parts) -> impl Iterator<Item = Group<'a>> {
         let mut groups: BTreeMap<[usize; 3], Group> = BTreeMap::new();
         for (update, [inner, outer]) in self.updates.iter().zip(&parts.grams) {
@@ -228,7 +231,8 @@ impl Energy {
         groups.into_values()
     }
 
-    /// Each tensor that the energy depends on, and its gradient where that of the total is `grad`, a scalar.
+    /// Each tensor that the energy depends on, with its gradient, where the gradient of the total
+    /// is `grad`, a scalar.
     ///
     /// # Errors
     /// If the device fails.

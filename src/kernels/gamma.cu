@@ -1,5 +1,5 @@
-// The gamma function's family and gamma quantiles in double precision: what `special` does on the host, step for step.
-// The reasons for the formulas stand there.
+// The gamma function's family and gamma quantiles in double precision, step for step as in `special` on the
+// host, where the formulas are explained.
 
 DEVICE double largest(double a, double b) { return a > b ? a : b; }
 
@@ -22,14 +22,14 @@ DEVICE double trigamma(double x) {
     return sum + (1.0 + 0.5 / x + tail) / x;
 }
 
-// A value and its derivative in the shape.
+// A value and its derivative with respect to the shape.
 typedef struct { double value, slope; } Dual;
 
 #define MAX_SHAPE 1e9
 #define MAX_STEPS 200
 #define MAX_TERMS 1000000
 
-// s of F(x; a) = x^a e^-x s / Gamma(a + 1), and where it is wanted its slope.
+// s of F(x; a) = x^a e^-x s / Gamma(a + 1), and if `sloped` its derivative.
 DEVICE Dual lower_series(double a, double x, int sloped) {
     double term = 1.0, dterm = 0.0;
     Dual sum = {1.0, 0.0};
@@ -44,7 +44,7 @@ DEVICE Dual lower_series(double a, double x, int sloped) {
     return sum;
 }
 
-// h of 1 - F(x; a) = x^a e^-x h / Gamma(a), x >= a + 1, and where it is wanted the slope of its logarithm.
+// h of 1 - F(x; a) = x^a e^-x h / Gamma(a), x >= a + 1, and if `sloped` the derivative of its logarithm.
 DEVICE Dual upper_fraction(double a, double x, int sloped) {
     double b = x + 1.0 - a, c = 1e300, dc = 0.0, d = 1.0 / b;
     double dd = d * d;
@@ -109,7 +109,7 @@ DEVICE Dual gamma_quantile(double a, double u) {
     return q;
 }
 
-// Which of the family: 0 is ln Gamma, 1 its derivative, 2 the second.
+// A function of the family: 0 is ln Gamma, 1 its first derivative, 2 its second.
 DEVICE double gamma_family(u32 derivative, double x) {
     return derivative == 0 ? lgamma(x) : derivative == 1 ? digamma(x) : trigamma(x);
 }

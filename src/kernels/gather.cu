@@ -1,4 +1,5 @@
-// Rows taken out of a matrix and put back, as words of 32 bits or, of rows of an odd number of halves, of 16.
+// Rows taken out of a matrix and put back, copied as words of 32 bits, or of 16 bits (`halves`) for rows that
+// are not at multiples of 32 bits.
 
 DEVICE void copy_row(u32 words, u32 halves, const void *from, u64 i, void *to, u64 j) {
     for (u32 k = THREAD; k < words; k += THREADS) {
@@ -7,12 +8,12 @@ DEVICE void copy_row(u32 words, u32 halves, const void *from, u64 i, void *to, u
     }
 }
 
-// Row `BLOCK` is that at its place.
+// Row `BLOCK` of `ys` is the row of `xs` at `places[BLOCK]`.
 KERNEL take_rows(u32 words, u32 halves, const u32 *places, const void *xs, void *ys) {
     copy_row(words, halves, xs, places[BLOCK], ys, BLOCK);
 }
 
-// Row `BLOCK` is that whose place it is, or zero; the places ascend.
+// Row `BLOCK` of `ys` is the row of `xs` whose place is `BLOCK`, or zero. The places ascend.
 KERNEL put_rows(u32 words, u32 halves, u32 count, const u32 *places, const void *xs, void *ys) {
     u32 low = 0, high = count;
     while (low < high) {

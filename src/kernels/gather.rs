@@ -5,15 +5,15 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use super::launch::{address, count, device_of, empty, grid, launch, supports_all};
 
-/// Whether these kernels take rows of `xs` at some places: f32 or bf16, on a CUDA device, neither empty.
+/// Whether these kernels support rows of `xs` at `places`: f32 or bf16, on a CUDA device, neither empty.
 pub(crate) fn supports(places: &Tensor, xs: &Tensor) -> bool {
     supports_all([xs]) && places.elem_count() > 0
 }
 
-/// The rows of `xs` `(n, dim)` at `places`, of u32 and below n: `(places, dim)`.
+/// The rows of `xs` `(n, dim)` at `places` (u32, below n): `(places, dim)`.
 ///
 /// # Errors
-/// Unless the kernels [`supports`] them, or if the device fails.
+/// If the tensors are not supported ([`supports`]), or the device fails.
 pub(crate) fn take(places: &Tensor, xs: &Tensor) -> Result<Tensor> {
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let (rows, dim) = (places.elem_count(), xs.dim(1)?);
@@ -25,7 +25,8 @@ pub(crate) fn take(places: &Tensor, xs: &Tensor) -> Result<Tensor> {
     Ok(ys)
 }
 
-/// A matrix `(total, dim)` with the rows of `xs` at `places`, of u32, ascending and below `total`, and zero elsewhere.
+/// A matrix `(total, dim)` with the rows of `xs` at `places` (u32, ascending and below `total`)
+/// and zero elsewhere.
 ///
 /// # Errors
 /// As [`take`].
@@ -40,7 +41,8 @@ pub(crate) fn put(places: &Tensor, total: usize, xs: &Tensor) -> Result<Tensor> 
     Ok(ys)
 }
 
-/// The words of a row, and whether they are of 16 bits: where rows do not lie on multiples of 32.
+/// The number of words in a row, and whether they have 16 bits, for rows that are not at
+/// multiples of 32 bits.
 fn words(device: &CudaDevice, xs: &Tensor) -> Result<(u32, u32)> {
     let (dim, dtype) = (xs.dim(1)?, xs.dtype());
     let bytes = dim * dtype.size_in_bytes();

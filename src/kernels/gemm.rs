@@ -1,5 +1,6 @@
-//! Matrix products that candle has no call for: added to what is there, of some columns of a matrix, of bf16 into f32.
-#![allow(unsafe_code)] // cuBLAS takes addresses and believes the sizes
+//! Matrix products that candle does not offer: those added to existing memory, those of parts of matrices,
+//! and those of bf16 factors with an f32 result.
+#![allow(unsafe_code)] // cuBLAS takes addresses and trusts the sizes
 
 use std::ops::Range;
 
@@ -10,8 +11,8 @@ use candle_core::{bail, DType, Result, Shape, Tensor};
 use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, device_of, empty};
 
-/// Parts of a sum that lie on several processors meet in f32, too, where the result is bf16: by default they may be rounded
-/// before.
+/// Adds partial sums of several processors in f32 even if the result is bf16; by default they may
+/// be rounded before.
 const SUMS_IN_F32: sys::cublasMath_t = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
 
 /// A matrix to read: some rows and columns of a contiguous tensor, or their transpose.
@@ -24,21 +25,21 @@ pub(crate) struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// A tensor `(rows, columns)`.
+    /// The whole of a tensor `(rows, columns)`.
     ///
     /// # Errors
-    /// If it is no matrix.
+    /// If the tensor is not a matrix.
     pub fn new(tensor: &'a Tensor) -> Result<Self> {
         let (rows, columns) = tensor.dims2()?;
         Ok(Self { tensor, rows: 0..rows, columns: 0..columns, transposed: false })
     }
 
-    /// Some rows of the tensor.
+    /// The view of these rows of the tensor.
     pub fn rows(self, rows: Range<usize>) -> Self {
         Self { rows, ..self }
     }
 
-    /// Some columns of the tensor.
+    /// The view of these columns of the tensor.
     pub fn columns(self, columns: Range<usize>) -> Self {
         Self { columns, ..self }
     }
@@ -55,7 +56,7 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// Where it starts and how far apart its rows are, as the tensor lies in memory.
+    /// The address of the first element, and the distance in elements between rows in memory.
     fn place(&self, device: &CudaDevice) -> Result<(u64, i32)> {
         let (height, width) = self.tensor.dims2()?;
         if self.rows.end > height || self.columns.end > width {
@@ -71,7 +72,7 @@ impl<'a> Mat<'a> {
 ///
 /// # Shapes
 /// - `lhs`: (m, k), `rhs`: (k, n), both of f32 or both of bf16
-/// - output: `(m, n)` of `dtype`, which is theirs or f32
+/// - output: `(m, n)` of `dtype`, which is that of the factors or f32
 ///
 /// # Errors
 /// If sizes, dtypes or devices do not fit, a size is 0, or cuBLAS fails.
@@ -82,7 +83,8 @@ pub(crate) fn product(scale: f64, lhs: &Mat, rhs: &Mat, dtype: DType) -> Result<
     Ok(ys)
 }
 
-/// `ys += scale lhs rhs`, rounded once. `ys`, contiguous of m rows, is nobody else's: it is changed in place.
+/// `ys += scale lhs rhs`, rounded once. `ys` must be contiguous with m rows and not shared: it
+/// is changed in place.
 ///
 /// # Errors
 /// As [`product`].
@@ -107,10 +109,10 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
     let blas = device.cublas_handle();
     let blas = *blas.handle();
     device.cuda_stream().context().bind_to_thread().w()?;
-    // SAFETY: `place` has checked that rows and columns lie in their tensors, and `fits` that they are what the product
-    // needs; alpha and beta outlive the call. To cuBLAS, which counts by columns, a matrix by rows is its transpose, so
-    // that the product is that of the right matrix with the left. The mode left behind is the one that candle, which sets
-    // none, has found.
+    // SAFETY: `place` has checked that rows and columns lie in their tensors, and `fits` that the
+    // sizes match; alpha and beta outlive the call. cuBLAS is column-major and sees a row-major
+    // matrix as its transpose, so the factors are exchanged. The math mode is set back to the
+    // default, which candle relies on.
     unsafe {
         sys::cublasSetMathMode(blas, SUMS_IN_F32).result().w()?;
         let done = result::gemm_ex(
@@ -131,8 +133,8 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
             to as *mut _,
             output,
             n,
-            // Of bf16 always in single precision, as `product` says: candle has no such products, so that its switch
-            // for those of bf16, which `products` follows, does not ask about these.
+            // bf16 is always computed in single precision, as `product` documents. Candle has no such
+            // products, so its switch for bf16 products, which `products` follows, does not apply here.
             compute_type(dtype),
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         );

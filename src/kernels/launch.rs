@@ -1,5 +1,5 @@
-//! Compiling, loading and launching; and tensors as what a launch takes.
-#![allow(unsafe_code)] // a launch trusts its arguments, and new memory is what the kernel makes of it
+//! Compiling, loading and launching kernels, and tensors as arguments of a launch.
+#![allow(unsafe_code)] // a launch trusts its arguments, and new memory is uninitialised
 
 use std::sync::OnceLock;
 
@@ -10,17 +10,17 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
-/// Threads of a block: the kernels' `MOST_THREADS`.
+/// The number of threads of a block, the kernels' `MOST_THREADS`.
 pub(super) const THREADS: u32 = 256;
 
-/// The most elements, rows or columns of one tensor. A thread's index in 32 bits steps past the last element by a
-/// whole grid of up to 2^16 threads before it stops, and must not begin anew there.
+/// The maximum number of elements, rows or columns of one tensor. A thread's 32-bit index may step past the
+/// last element by a whole grid, of up to 2^16 threads, before it stops, and must not wrap around.
 pub(crate) const MOST: usize = (1 << 32) - (1 << 16);
 
-/// The program of all kernels, compiled at first need.
+/// The program of all kernels, compiled on first use.
 ///
 /// # Errors
-/// If NVRTC refuses it.
+/// If NVRTC fails to compile it.
 pub(crate) fn program() -> Result<&'static str> {
     static PROGRAM: OnceLock<std::result::Result<String, String>> = OnceLock::new();
     match PROGRAM.get_or_init(compile) {
@@ -29,14 +29,14 @@ pub(crate) fn program() -> Result<&'static str> {
     }
 }
 
-/// Without contraction: products and sums round as they do on the host.
+/// Compiles without contraction, so that products and sums round as on the host.
 fn compile() -> std::result::Result<String, String> {
     let options = CompileOptions { fmad: Some(false), ..Default::default() };
     let program = compile_ptx_with_opts(super::SOURCE, options);
     program.map(|program| program.to_src()).map_err(|e| format!("{e:?}"))
 }
 
-/// `blocks` blocks of a fixed number of threads.
+/// A grid of `blocks` blocks with [`THREADS`] threads each.
 pub(crate) fn grid(blocks: u32) -> LaunchConfig {
     LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
 }
@@ -46,10 +46,10 @@ pub(crate) fn one_each(count: u32) -> LaunchConfig {
     grid(count.div_ceil(THREADS).max(1))
 }
 
-/// What a device can launch: a driver says no more of the rest than that a value is invalid.
+/// Checks that a device can launch this grid. The driver would only say that a value is invalid.
 ///
 /// # Errors
-/// If there is nothing to do or too much.
+/// If the grid is empty or too large.
 pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
     let (x, y, _) = config.grid_dim;
     if (1..1 << 31).contains(&x) && (1..1 << 16).contains(&y) {
@@ -58,18 +58,20 @@ pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
     bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty, or there is too much")
 }
 
-/// A block for each of `rows` rows, or for some where they are very many: for kernels that take rows in strides.
+/// A block for each of `rows` rows, but at most 2^20 blocks, for kernels that go through rows in strides.
 pub(super) fn some_rows(rows: u32) -> LaunchConfig {
     grid(rows.clamp(1, 1 << 20))
 }
 
-/// Some four of `count` elements a thread: for kernels that take elements in strides.
+/// About four of `count` elements per thread, but at most 2^20 blocks, for kernels that go through
+/// elements in strides.
 pub(super) fn spread(count: u32) -> LaunchConfig {
     grid(count.div_ceil(4 * THREADS).clamp(1, 1 << 20))
 }
 
-/// Launches a kernel on a device, `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`: references to its arguments
-/// in its own order and types. Tensors among them come from [`address`], which compares their device with this one.
+/// Launches a kernel on a device: `launch!(&device; grid(1); draw_slopes(&rank, &n, ..))`. The arguments are
+/// references, in the order and with the types of the kernel's parameters. Tensors are given by their
+/// [`address`], which checks that they are on this device.
 macro_rules! launch {
     ($device:expr; $config:expr; $name:ident($($argument:expr),+)) => {{
         use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, WrapErr};
@@ -78,7 +80,7 @@ macro_rules! launch {
         let function = $device.get_or_load_custom_func(stringify!($name), "monteclora", program)?;
         let mut launch = function.builder();
         $(launch.arg($argument);)+
-        #[allow(unsafe_code)] // the arguments are those of the kernel, and its bounds those of the tensors
+        #[allow(unsafe_code)] // the arguments match the kernel's parameters, its bounds the tensors' sizes
         unsafe { launch.launch(config) }.w()?;
     }};
 }
@@ -87,7 +89,7 @@ pub(crate) use launch;
 /// The CUDA device of a tensor.
 ///
 /// # Errors
-/// If it is elsewhere.
+/// If the tensor is not on a CUDA device.
 pub(crate) fn device_of(tensor: &Tensor) -> Result<&CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device),
@@ -95,10 +97,10 @@ pub(crate) fn device_of(tensor: &Tensor) -> Result<&CudaDevice> {
     }
 }
 
-/// A number of elements or a size as kernels count them.
+/// A number of elements or a size, as an argument of a kernel.
 ///
 /// # Errors
-/// If it is more than [`MOST`].
+/// If `n` is more than [`MOST`].
 pub(crate) fn count(n: usize) -> Result<u32> {
     match u32::try_from(n) {
         Ok(n) if n as usize <= MOST => Ok(n),
@@ -106,8 +108,8 @@ pub(crate) fn count(n: usize) -> Result<u32> {
     }
 }
 
-/// Refuses what lies elsewhere: an address of another GPU is none here, and on another stream of this one nothing says
-/// whether the memory is written yet.
+/// Fails for memory of another device or stream: the address of another GPU is invalid here, and memory of
+/// another stream of this GPU may not have been written yet.
 fn check_device(device: &CudaDevice, found: &CudaDevice, shape: &Shape) -> Result<()> {
     if found.same_device(device) {
         return Ok(());
@@ -119,10 +121,10 @@ fn check_device(device: &CudaDevice, found: &CudaDevice, shape: &Shape) -> Resul
     bail!("a launch on {here:?} was given a tensor {shape:?} on {there:?}")
 }
 
-/// Memory whose every element the next launch writes.
+/// Allocates memory, of which the next launch must write every element.
 ///
 /// # Errors
-/// If that is none, of which a driver says no more than that a value is invalid, or there is no room.
+/// If `len` is 0, for which the driver would only say that a value is invalid, or there is not enough memory.
 pub(crate) fn alloc_uninit<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
     device: &CudaDevice,
     len: usize,
@@ -133,17 +135,18 @@ pub(crate) fn alloc_uninit<T: CudaDType + candle_core::cuda_backend::cudarc::dri
     unsafe { device.alloc::<T>(len) }
 }
 
-/// A tensor whose every element the next launch writes.
+/// Allocates a tensor, of which the next launch must write every element.
 pub(crate) fn empty(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<Tensor> {
     let storage = Storage::Cuda(unsafe { device.alloc_uninit(shape, dtype) }?);
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// Where the elements of a contiguous tensor of `dtype`, f32, bf16, u8 or u32, are on the device of the launch. All work
-/// on them is in the order of that device's one stream, so nothing else says that a launch uses them.
+/// The address of a contiguous tensor of `dtype` (f32, bf16, u8 or u32) on the device of the launch.
+/// All work on the tensor is ordered by the single stream of that device, so the launch needs no
+/// other synchronisation.
 ///
 /// # Errors
-/// If the tensor is not contiguous, of another dtype, or elsewhere.
+/// If the tensor is not contiguous, of another dtype, or on another device.
 pub(crate) fn address(device: &CudaDevice, tensor: &Tensor, dtype: DType) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
@@ -161,22 +164,22 @@ pub(crate) fn address(device: &CudaDevice, tensor: &Tensor, dtype: DType) -> Res
     Ok(base + (start * dtype.size_in_bytes()) as u64)
 }
 
-/// Where memory of a device begins, as [`address`].
+/// The address of memory on a device, as [`address`].
 pub(super) fn slice_address<T>(slice: &CudaSlice<T>) -> u64 {
     slice.device_ptr(slice.stream()).0
 }
 
-/// Two words of 32 bits as one of a table, as kernels take them apart.
+/// Packs two words of 32 bits into one word of a table, which kernels read as two fields.
 pub(super) fn packed(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
-/// Where the last word of a table is, such as its counter of blocks, as [`address`].
+/// The address of a table's last word, such as its counter of blocks, as [`address`].
 pub(super) fn last_word(table: &CudaSlice<u64>) -> u64 {
     slice_address(table) + (size_of::<u64>() * (table.len() - 1)) as u64
 }
 
-/// Whether most kernels take the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
+/// Whether most kernels support the tensors: of one dtype, f32 or bf16, on CUDA devices, and not empty.
 pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     let mut tensors = tensors.into_iter().peekable();
     let dtype = tensors.peek().map(|first| first.dtype());
@@ -185,17 +188,17 @@ pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) ->
     })
 }
 
-/// The same of one tensor, by what it is.
+/// [`supports_all`] for one tensor, given by its properties.
 pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
     device.is_cuda() && (1..=MOST).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
 }
 
-/// Whether it is stored as bf16, as kernels are told.
+/// Whether the tensor is stored as bf16, as the argument `narrow` of kernels.
 pub(super) fn narrow(tensor: &Tensor) -> u32 {
     u32::from(tensor.dtype() == DType::BF16)
 }
 
-/// Whether there is a tensor, and where.
+/// Whether there is a tensor, and its address.
 pub(super) fn optional(device: &CudaDevice, tensor: Option<&Tensor>, dtype: DType) -> Result<(u32, u64)> {
     let place = tensor.map(|tensor| address(device, tensor, dtype)).transpose()?;
     Ok((tensor.is_some().into(), place.unwrap_or(0)))
@@ -217,7 +220,7 @@ pub(crate) fn elements<'a, T: CudaDType>(
     }
 }
 
-/// A tensor of what a launch has written.
+/// A tensor that owns `data`, which a launch has written.
 pub(crate) fn tensor<T: CudaDType>(
     data: CudaSlice<T>,
     shape: impl Into<Shape>,

@@ -1,16 +1,17 @@
-// What stands beside the matrix products of a linear layer and its low-rank adapter: the bias, and adapters of single
-// precision beside a bf16 base. A number of single precision is the sum of three of bf16, x1 + x2 + x3: matrix products
-// of bf16 with such parts have exact products and sums in single precision, so nothing is lost where an activation meets
-// all three, and where (x1, x2, x1) meets (y1, y1, y2) no more than 2^-14 of the product: x2 y2 and the third parts.
+// Kernels around the matrix products of a linear layer and its low-rank adapter: the bias, and f32 adapters
+// beside a bf16 base. An f32 number is the sum of three bf16 numbers, x1 + x2 + x3. Matrix products of bf16
+// with such parts have exact products and sums in f32: nothing is lost where an activation is multiplied by
+// all three parts. Where (x1, x2, x1) is multiplied by (y1, y1, y2), at most 2^-14 of the product is lost: x2
+// y2 and the third parts.
 
-// y = the bias, row for row: what a product is then added to. A block takes rows.
+// Sets each row of y to the bias, to which a product is then added. Blocks go through rows in strides.
 KERNEL bias_rows(u32 rows, u32 dim, u32 narrow, const void *bias, void *ys) {
     for (u64 row = BLOCK; row < rows; row += BLOCKS) {
         for (u32 i = THREAD; i < dim; i += THREADS) store(ys, row * dim + i, narrow, load(bias, i, narrow));
     }
 }
 
-// The parts of a number: each the bf16 next to what those before it leave.
+// The parts of a number: each is what the previous parts leave, rounded to bf16.
 typedef struct { u16 first, second, third; } Parts;
 
 DEVICE Parts parts_of(float x) {
@@ -22,9 +23,10 @@ DEVICE Parts parts_of(float x) {
     return p;
 }
 
-// A (rank, width) as rows of parts, 1, 1, 2 and 3, each padded to `padded` rows by zeros: (4 padded, width). B
-// (height, rank) as columns of parts in the same order, behind `lead` of them, of which the first is the bias and the
-// others zero: (height, lead + 4 padded). `lead` is at most `padded`. The row of blocks says which of the two.
+// Splits A (rank, width) into rows of parts, 1, 1, 2 and 3, each padded to `padded` rows by zeros:
+// (4 padded, width). Splits B (height, rank) into columns of parts in the same order, after `lead` columns,
+// of which the first is the bias and the others are zero: (height, lead + 4 padded). `lead` is at most
+// `padded`. The first row of blocks takes A, the second B.
 KERNEL split_factors(u32 rank, u32 padded, u32 lead, u32 width, u32 height, const float *a, const float *b,
                      const void *bias, u16 *a_parts, u16 *b_parts) {
     u64 length = BLOCK_ROW ? height : width, count = length * padded;
@@ -42,8 +44,8 @@ KERNEL split_factors(u32 rank, u32 padded, u32 lead, u32 width, u32 height, cons
     }
 }
 
-// The sum of the three parts of a product, (rows, 3 padded), as columns of parts, 1, 2 and 1, behind `lead` of them, a
-// one and zeros, which meet the bias: (rows, lead + 3 padded).
+// Splits the sum of the three parts of a product, (rows, 3 padded), into columns of parts, 1, 2 and 1, after
+// `lead` columns, a one and zeros, by which the bias is multiplied: (rows, lead + 3 padded).
 KERNEL split_product(u32 rows, u32 padded, u32 lead, const float *thirds, u16 *parts) {
     for (u64 i = (u64)BLOCK * THREADS + THREAD; i < (u64)rows * padded; i += (u64)BLOCKS * THREADS) {
         u64 row = i / padded;
@@ -57,8 +59,8 @@ KERNEL split_product(u32 rows, u32 padded, u32 lead, const float *thirds, u16 *p
     }
 }
 
-// The gradients of A and B, the sums of two parts each: (2 padded, width) and (height, 2 padded). The row of blocks says
-// which of the two; one that nobody wants has no address.
+// The gradients of A and B, each the sum of two parts, (2 padded, width) and (height, 2 padded). The first
+// row of blocks takes A, the second B; the address of a gradient that is not needed is null.
 KERNEL join_gradients(u32 rank, u32 padded, u32 width, u32 height, const float *a_parts, const float *b_parts, float *da,
                       float *db) {
     float *sums = BLOCK_ROW ? db : da;

@@ -1,4 +1,5 @@
-//! What stands beside the products of linear layers on a CUDA device: biases, and adapters as parts of bf16.
+//! Kernels around the matrix products of linear layers on a CUDA device: biases, and adapters
+//! split into bf16 parts.
 
 use std::ops::Range;
 
@@ -9,7 +10,7 @@ use super::launch::{address, count, device_of, empty, launch, narrow, some_rows,
 /// A tensor of `shape (.., dim)` whose every row is the bias `(dim)`.
 ///
 /// # Errors
-/// Unless the kernels take the bias ([`super::supports_all`]).
+/// Unless the kernels support the bias ([`super::supports_all`]).
 pub(crate) fn bias_rows(bias: &Tensor, shape: &Shape) -> Result<Tensor> {
     let (device, bias) = (device_of(bias)?, bias.contiguous()?);
     let ys = empty(device, shape, bias.dtype())?;
@@ -20,8 +21,8 @@ pub(crate) fn bias_rows(bias: &Tensor, shape: &Shape) -> Result<Tensor> {
     Ok(ys)
 }
 
-/// How numbers of f32 lie as parts of bf16: the rank is padded to `padded`, and `lead` columns stand before B's parts
-/// and those of a product, where there is a bias to add.
+/// The layout of f32 matrices split into bf16 parts. The rank is padded to `padded`; if there is a bias to
+/// add, `lead` columns precede the parts of B and those of a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parts {
     pub rank: usize,
@@ -30,12 +31,12 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// Columns in multiples of eight, as tensor cores want them.
+    /// Creates a layout with columns in multiples of eight, as tensor cores require.
     pub fn new(rank: usize, biased: bool) -> Self {
         Self { rank, padded: rank.next_multiple_of(8), lead: if biased { 8 } else { 0 } }
     }
 
-    /// The same without columns in front: of A and of what meets it.
+    /// The layout without leading columns, for A and what it is multiplied by.
     pub fn unled(self) -> Self {
         Self { lead: 0, ..self }
     }
@@ -45,7 +46,7 @@ impl Parts {
         self.lead + self.padded..self.lead + 4 * self.padded
     }
 
-    /// Those of a factor that stand against a product's parts.
+    /// The columns, or rows, of a factor that are multiplied by a product's parts.
     pub fn facing(&self) -> Range<usize> {
         0..self.lead + 3 * self.padded
     }
@@ -55,8 +56,8 @@ impl Parts {
         self.lead..self.lead + 2 * self.padded
     }
 
-    /// A, `(rank, width)` of f32, as `(4 padded, width)`, and B, `(height, rank)` of f32, as
-    /// `(height, lead + 4 padded)`: the first part twice, the second, the third.
+    /// Splits A, `(rank, width)` of f32, into `(4 padded, width)`, and B, `(height, rank)` of f32, into
+    /// `(height, lead + 4 padded)`: the first part twice, then the second and the third.
     ///
     /// # Errors
     /// If a tensor is not contiguous, of another dtype or not on a device, or the device fails.
@@ -80,8 +81,8 @@ impl Parts {
         Ok(parts)
     }
 
-    /// The sum of a product's three thirds, `(rows, 3 padded)` of f32, as `(rows, lead + 3 padded)`: the first part, the
-    /// second, the first.
+    /// Sums the three thirds of a product, `(rows, 3 padded)` of f32, and splits the sum into
+    /// `(rows, lead + 3 padded)`: the first part, the second, and the first again.
     ///
     /// # Errors
     /// As [`Self::factors`].
@@ -95,7 +96,8 @@ impl Parts {
         Ok(parts)
     }
 
-    /// The gradients of A and B, f32, from their two parts, `(2 padded, width)` and `(height, 2 padded)` of f32.
+    /// The gradients of A and B, f32, from their two parts, `(2 padded, width)` and
+    /// `(height, 2 padded)` of f32.
     ///
     /// # Errors
     /// As [`Self::factors`].

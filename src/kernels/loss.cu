@@ -1,11 +1,11 @@
-// Mean cross-entropy over rows of logits: each row's term and what its logits get, by a block for each row.
+// Mean cross-entropy over rows of logits: each row's term and the gradient of its logits, one block per row.
 
 #define IGNORED 0xffffffffu
 
-// The largest of some numbers, and the sum of their exponentials after it was taken off.
+// The maximum of some numbers, and the sum of the exponentials of their differences from it.
 typedef struct { float top, sum; } Exponentials;
 
-// One number more. What is minus infinity adds nothing; NaN stays.
+// Adds a number. Minus infinity adds nothing; NaN stays.
 DEVICE Exponentials with_number(Exponentials e, float x) {
     if (x > e.top) {
         e.sum = e.sum * expf(e.top - x) + 1.0f;
@@ -14,8 +14,8 @@ DEVICE Exponentials with_number(Exponentials e, float x) {
     return e;
 }
 
-// Four logits of the row that begins at `first`, a block's width apart: asked for together, a thread waits for them once.
-// What lies beyond the row is minus infinity.
+// Four logits of the row that begins at `first`, a block's width apart. A thread loads them together, to wait
+// only once. Those beyond the row are minus infinity.
 typedef struct { float x[4]; } Four;
 
 DEVICE Four load_four(const void *logits, u64 first, u64 i, u32 classes, u32 narrow) {
@@ -26,7 +26,7 @@ DEVICE Four load_four(const void *logits, u64 first, u64 i, u32 classes, u32 nar
     return four;
 }
 
-// The logarithm of the sum of the exponentials of row `BLOCK`, one pass over it; the whole block calls it.
+// The log-sum-exp of row `BLOCK`, in one pass. All threads of the block must call it.
 DEVICE float log_sum_of_row(u64 first, u32 classes, u32 narrow, const void *logits, float *part) {
     Exponentials e = {-1.0f / 0.0f, 0.0f};
     for (u64 i = THREAD; i < classes; i += 4 * THREADS) {
@@ -39,7 +39,7 @@ DEVICE float log_sum_of_row(u64 first, u32 classes, u32 narrow, const void *logi
     return top + logf(fold_lanes(part, THREADS, 1));
 }
 
-// by (softmax - onehot) of row `BLOCK`.
+// Stores `by` times (softmax - onehot) of row `BLOCK`.
 DEVICE void store_slopes(u64 first, u32 classes, u32 narrow, float by, u32 label, float log_sum, const void *logits,
                          void *slopes) {
     for (u64 i = THREAD; i < classes; i += 4 * THREADS) {
@@ -56,8 +56,9 @@ DEVICE void store_zeros(u64 first, u32 classes, u32 narrow, void *slopes) {
     for (u64 i = THREAD; i < classes; i += THREADS) store(slopes, first + i, narrow, 0.0f);
 }
 
-// ln sum_j exp(x_j) - x_label of each row, (rows), 0 where the label is IGNORED; and the logarithms, (rows), or, `sloped`,
-// factor (softmax - onehot), as the logits, whose place it may take: an ignored row gets zeros, whatever it holds.
+// Writes the terms ln sum_j exp(x_j) - x_label (rows), 0 where the label is IGNORED. Also writes the
+// log-sum-exps (rows) or, with `sloped`, the gradient factor (softmax - onehot), which may overwrite the
+// logits. In an ignored row the gradient is zero, whatever the logits are.
 KERNEL cross_entropy(u32 classes, u32 narrow, u32 sloped, float factor, const void *logits, const u32 *labels, float *terms,
                      float *log_sums, void *slopes) {
     SHARED float part[MOST_THREADS];
@@ -75,7 +76,7 @@ KERNEL cross_entropy(u32 classes, u32 narrow, u32 sloped, float factor, const vo
     else if (THREAD == 0) log_sums[BLOCK] = log_sum;
 }
 
-// The same gradient from the logarithms that were kept, `factor` times that of the loss, (1).
+// The same gradient from the log-sum-exps of forward, times `factor` and the gradient of the loss, (1).
 KERNEL cross_entropy_slopes(u32 classes, u32 narrow, float factor, const void *logits, const u32 *labels,
                             const float *log_sums, const float *grad, void *slopes) {
     u64 first = (u64)BLOCK * classes;

@@ -4,15 +4,15 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::launch::{address, count, device_of, empty, grid, launch, narrow, supports_all};
 
-/// The label of a row that is left out.
+/// The label of an ignored row.
 pub(crate) const IGNORED: u32 = u32::MAX;
 
-/// Whether these kernels take logits: f32 or bf16, on a CUDA device, not empty.
+/// Whether these kernels support the logits: f32 or bf16, on a CUDA device, not empty.
 pub(crate) fn supports(logits: &Tensor) -> bool {
     supports_all([logits])
 }
 
-/// The labels of some rows, and what each row adds to the loss.
+/// The labels of some rows, and the term of each row in the loss.
 pub(crate) struct LabelledRows {
     labels: Tensor, // (n) of u32
     terms: Tensor,  // (n) of f32
@@ -20,7 +20,8 @@ pub(crate) struct LabelledRows {
 }
 
 impl LabelledRows {
-    /// Rows of these labels, each a class or [`IGNORED`], of which `counted` are not ignored: one upload.
+    /// Creates rows with these labels, each a class or [`IGNORED`], of which `counted` are not ignored.
+    /// This is one upload.
     ///
     /// # Errors
     /// If the device fails, or is not a CUDA device.
@@ -30,11 +31,11 @@ impl LabelledRows {
         Ok(Self { labels, terms, counted })
     }
 
-    /// What the rows from number `first` on add, of their logits `(rows, classes)`: kept for [`Self::mean`]. Returned is
-    /// the logarithm of each row's sum of exponentials, `(rows)` of f32.
+    /// Computes the terms of the rows from number `first` on from their logits `(rows, classes)`, and keeps
+    /// them for [`Self::mean`]. Returns the log-sum-exp of each row, `(rows)` of f32.
     ///
     /// # Errors
-    /// Unless the kernels [`supports`] the logits, or if the device fails.
+    /// If the logits are not supported ([`supports`]), or the device fails.
     pub fn log_sums(&self, first: usize, logits: &Tensor) -> Result<Tensor> {
         let device = device_of(logits)?;
         let log_sums = empty(device, &Shape::from(logits.dim(0)?), DType::F32)?;
@@ -42,7 +43,8 @@ impl LabelledRows {
         Ok(log_sums)
     }
 
-    /// The same, and the logits become their gradient, `(softmax - onehot) / counted`: nobody else may hold them.
+    /// Computes the terms as [`Self::log_sums`] does, and overwrites the logits, which must not be shared,
+    /// with their gradient, `(softmax - onehot) / counted`.
     ///
     /// # Errors
     /// As [`Self::log_sums`].
@@ -64,8 +66,8 @@ impl LabelledRows {
         Ok(())
     }
 
-    /// `grad (softmax - onehot) / counted` of all rows, as their logits, from what [`Self::log_sums`] returned and the
-    /// gradient of the loss, a scalar of f32.
+    /// `grad (softmax - onehot) / counted` of all rows, with the shape and dtype of the logits, from the
+    /// log-sum-exps of [`Self::log_sums`] and the gradient of the loss, a scalar of f32.
     ///
     /// # Errors
     /// As [`Self::log_sums`].

@@ -1,8 +1,9 @@
-//! Our own kernels for CUDA devices: the draw, norms, dropout, attention, activations, what stands beside the products of
-//! linear layers, cross-entropy, rows, the regulariser and priors, the gamma function's family, AdamW.
+//! The crate's own kernels for CUDA devices: draws, norms, dropout, attention, activations, biases and split
+//! adapters of linear layers, cross-entropy, gathering of rows, the regulariser and priors, the gamma
+//! function's family, AdamW.
 //!
-//! NVRTC compiles them when a device first needs one. Without a device they are tested as C++, noise and
-//! rounding included: `dialect.cu` has what makes that possible.
+//! NVRTC compiles them when a device first needs one. The tests compile them as C++ and run them without a
+//! device, including noise and rounding; `dialect.cu` has the macros that make this possible.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod activation;

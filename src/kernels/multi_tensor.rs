@@ -8,37 +8,39 @@ use super::launch::{
     address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed, THREADS,
 };
 
-/// The most blocks of a tensor.
+/// The maximum number of blocks per tensor.
 const BLOCKS: u32 = 128;
 
-/// The most tensors of a launch: rows of a grid.
+/// The maximum number of tensors per launch, which are rows of its grid.
 const ROWS: usize = 65535;
 
-/// One parameter's step of AdamW; its first three tensors are changed in place.
+/// One parameter's AdamW step. The first three tensors are changed in place.
 pub(crate) struct Update {
     pub value: Tensor,
     pub first: Tensor,
     pub second: Tensor,
     pub grad: Tensor,
-    /// What is left of the value after its decay.
+    /// The factor on the value for weight decay.
     pub keep: f32,
-    /// The learning rate, corrected for the first mean's start at zero.
+    /// The learning rate, divided by the bias correction of the first moment.
     pub rate: f32,
-    /// What corrects the second mean.
+    /// The factor on the second moment for bias correction.
     pub inverse: f32,
 }
 
-/// Whether these kernels take a tensor: contiguous, in single precision, on a CUDA device.
+/// Whether these kernels support a tensor: contiguous, in single precision, on a CUDA device.
 pub(crate) fn supports(tensor: &Tensor) -> bool {
     tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
-/// Makes all updates, whose tensors are of one size and on one device each, in one launch for each device; every
-/// gradient is multiplied by `factor` first, `betas` are the decays of the means.
+/// Makes all updates in one launch per device.
+///
+/// The tensors of an update have the same size and are on one device. Every gradient is first multiplied by
+/// `factor`; `betas` are the decay rates of the moments.
 ///
 /// # Errors
-/// If a tensor is not one that the kernels [`supports`], the tensors of an update are on several devices, or a device
-/// fails.
+/// If a tensor is not supported ([`supports`]), the tensors of an update are on several devices,
+/// or a device fails.
 pub(crate) fn adamw(updates: &[Update], factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
     let [beta1, beta2] = betas.map(|beta| beta as f32);
     let [rest1, rest2] = betas.map(|beta| (1.0 - beta) as f32);
@@ -64,8 +66,8 @@ pub(crate) fn adamw(updates: &[Update], factor: f64, betas: [f64; 2], eps: f64) 
     Ok(())
 }
 
-/// The sum of the squares of all elements of all tensors: a launch and a number to the host for each device. None
-/// where there is a tensor that the kernels do not take ([`supports`]).
+/// The sum of the squares of all elements of all tensors: one launch and one number copied to the host per
+/// device. `None` if there is no tensor, or one is not supported ([`supports`]).
 ///
 /// # Errors
 /// If a device fails.
@@ -88,13 +90,13 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
         launch!(device; config; sums_of_squares(&table, &mut sums, &done, &mut total));
         totals.push((device, total));
     }
-    // Every device is at work before the first is waited for.
+    // All devices are started before waiting for the first.
     let read = |(device, total): (&CudaDevice, _)| Ok(device.clone_dtoh(&total)?.into_iter().sum::<f64>());
     totals.into_iter().map(read).sum::<Result<f64>>().map(Some)
 }
 
-/// The tensors times `factor`, as new ones: a launch for each device. None where there is a tensor that the kernels do
-/// not take ([`supports`]).
+/// The tensors times `factor`, as new tensors, in one launch per device. `None` if a tensor is not
+/// supported ([`supports`]).
 ///
 /// # Errors
 /// If a device fails.
@@ -122,8 +124,8 @@ pub(crate) fn scaled(tensors: &[&Tensor], factor: f64) -> Result<Option<Vec<Tens
     Ok(Some(scaled.into_iter().flatten().collect()))
 }
 
-/// The elements of all tensors, one after the other, by one launch. None where there is none, one that the kernels do
-/// not take ([`supports`]), or one on another device.
+/// Concatenates the elements of all tensors in one launch. `None` if there is no tensor, one is not supported
+/// ([`supports`]), or they do not fit into one launch, such as those of several devices.
 ///
 /// # Errors
 /// If the device fails.
@@ -145,7 +147,8 @@ pub(crate) fn joined(tensors: &[&Tensor]) -> Result<Option<Tensor>> {
     Ok(Some(room.all))
 }
 
-/// The sums of pairs of tensors, by a launch for each device where the kernels take all of them ([`supports`]).
+/// The sums of pairs of tensors, in one launch per device if all tensors are supported ([`supports`]),
+/// otherwise by candle.
 ///
 /// # Errors
 /// If the shapes or devices of a pair differ, or a device fails.
@@ -176,7 +179,7 @@ pub(crate) fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
     Ok(summed.into_iter().flatten().collect())
 }
 
-/// One new tensor, and its parts of the shapes of some others.
+/// One new tensor, and views of its parts with the shapes of given tensors.
 struct Room {
     all: Tensor,
     parts: Vec<Tensor>,
@@ -195,7 +198,7 @@ impl Room {
     }
 }
 
-/// The items in lists whose tensors are on one device each, in order, none longer than a launch may be.
+/// Groups items into launches, in order: the tensors of a group are on one device, and at most [`ROWS`].
 fn launches<'a, T>(items: &'a [T], of: impl Fn(&'a T) -> &'a Tensor) -> Vec<Vec<&'a T>> {
     let mut lists: Vec<Vec<&T>> = Vec::new();
     for item in items {
@@ -209,7 +212,7 @@ fn launches<'a, T>(items: &'a [T], of: impl Fn(&'a T) -> &'a Tensor) -> Vec<Vec<
     lists
 }
 
-/// A row of blocks for each tensor, some sixteen elements a thread of the longest.
+/// A row of blocks for each tensor, with about sixteen elements per thread for the longest.
 pub(super) fn rows<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<LaunchConfig> {
     let rows = count(tensors.len())?;
     let longest = tensors.map(Tensor::elem_count).max().unwrap_or(0);

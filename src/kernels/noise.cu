@@ -1,6 +1,6 @@
-// Addressed noise, number for number that of the module `noise`: Philox4x32-10, uniform numbers from two words,
-// Box and Muller's transform with one word for each normal. Integer words, uniforms and single-precision normals have
-// the host's bits, for which products and sums must not be contracted.
+// Addressed noise with the same numbers as the module `noise`: Philox4x32-10, uniform numbers from two words,
+// and Box and Muller's transform with one word for each normal. Integer words, uniforms and single-precision
+// normals have the same bits as on the host, for which products and sums must not be contracted.
 
 typedef struct { u32 w[4]; } Words;
 
@@ -29,8 +29,9 @@ DEVICE double uniform(u64 key, u64 draw, u64 i) {
     return ((double)((((u64)high << 32) | low) >> 12) + 0.5) * (1.0 / 4503599627370496.0);
 }
 
-// The two words of normal `i`, of which a radius and an angle are made, and whether it takes the sine: 16 blocks make
-// 64 normals, their first words' cosines, then the sines, then the same of the other two words.
+// The two words from which the radius and the angle of normal `i` are computed, and whether it takes the
+// sine. 16 blocks make 64 normals: the cosines of their first two words, then the sines, then the same of
+// the other two words.
 typedef struct { u32 radius, angle; int sine; } Polar;
 
 DEVICE Polar polar(u64 key, u64 draw, u64 i) {
@@ -56,7 +57,7 @@ DEVICE u32 float_to_bits(float f) {
 DEVICE float ln_unit(u32 word) {
     u32 shifted = float_to_bits((float)word + 0.5f) - 0x3f3504f3u;
     float m = bits_to_float((shifted & 0x007fffffu) + 0x3f3504f3u);
-    int near_one = word > 3037000500u; // there the distance from one is what has the digits
+    int near_one = word > 3037000500u; // there the distance from one has the significant digits
     float f = near_one ? -((float)(~word) + 0.5f) * (1.0f / 4294967296.0f) : m - 1.0f;
     float e = near_one ? 0.0f : (float)(((int)shifted >> 23) - 32);
     float p = 7.0376836e-2f * f - 1.151461e-1f;
@@ -80,7 +81,7 @@ DEVICE float turn(u32 word, int sine) {
     float x2 = x * x;
     float s = x + x * x2 * ((-1.9515296e-4f * x2 + 8.332161e-3f) * x2 - 1.6666655e-1f);
     float c = 1.0f - 0.5f * x2 + x2 * x2 * ((2.4433157e-5f * x2 - 1.3887316e-3f) * x2 + 4.1666646e-2f);
-    u32 from = sine ? quarter : quarter + 1; // a cosine is the sine of a quarter further on
+    u32 from = sine ? quarter : quarter + 1; // a cosine is the sine a quarter turn further on
     float y = (quarter & 1) == (u32)(sine != 0) ? c : s;
     return bits_to_float(float_to_bits(y) ^ (from & 2) << 30);
 }
@@ -91,7 +92,7 @@ DEVICE float normal(u64 key, u64 draw, u64 i) {
     return sqrtf(-2.0f * ln_unit(p.radius)) * turn(p.angle, p.sine);
 }
 
-// The same in double precision, rounded at the end.
+// The same normal computed in double precision.
 DEVICE double normal_double(u64 key, u64 draw, u64 i) {
     Polar p = polar(key, draw, i);
     double radius = sqrt(-2.0 * log(((double)p.radius + 0.5) * (1.0 / 4294967296.0)));

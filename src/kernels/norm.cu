@@ -1,4 +1,4 @@
-// Norms over rows and dropout over elements, in single precision on storage of single precision or bf16 (`narrow`).
+// Norms over rows and dropout over elements, computed in f32 on storage in f32 or bf16 (`narrow`).
 
 typedef unsigned short u16;
 
@@ -6,7 +6,7 @@ DEVICE float load(const void *xs, u64 i, u32 narrow) {
     return narrow ? bits_to_float((u32)((const u16 *)xs)[i] << 16) : ((const float *)xs)[i];
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest bf16, ties to even; NaN stays NaN.
 DEVICE u16 to_narrow(float x) {
     u32 bits = float_to_bits(x);
     return x != x ? 0x7fc0 : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -17,7 +17,7 @@ DEVICE void store(void *ys, u64 i, u32 narrow, float y) {
     else ((float *)ys)[i] = y;
 }
 
-// What a norm is of: x, or x plus the residual.
+// The input of a norm: x, or x plus the residual.
 typedef struct {
     const void *xs, *residual;
     u32 narrow, added;
@@ -27,7 +27,7 @@ DEVICE float input(Input of, u64 i) {
     return load(of.xs, i, of.narrow) + (of.added ? load(of.residual, i, of.narrow) : 0.0f);
 }
 
-// The mean, 0 where nothing is centred, and 1 / sqrt(variance + eps) of row `BLOCK`.
+// The mean (0 without centring) and 1 / sqrt(variance + eps) of row `BLOCK`.
 typedef struct { float mean, inverse; } Statistics;
 
 DEVICE Statistics statistics(Input of, u32 dim, u32 centred, float eps, float *part) {
@@ -49,7 +49,7 @@ DEVICE Statistics statistics(Input of, u32 dim, u32 centred, float eps, float *p
     return s;
 }
 
-// y = w z + b, z = (x - mean) / sqrt(variance + eps), by a block for each row.
+// y = w z + b, z = (x - mean) / sqrt(variance + eps), one block per row.
 KERNEL norm_forward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, u32 biased, const void *xs,
                     const void *residual, const void *weight, const void *bias, void *ys) {
     SHARED float part[MOST_THREADS];
@@ -62,7 +62,7 @@ KERNEL norm_forward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, u32 
     }
 }
 
-// dX = (g - mean(g) - z mean(g z)) / sqrt(variance + eps), g = w dY; without mean(g) where nothing is centred.
+// dX = (g - mean(g) - z mean(g z)) / sqrt(variance + eps), g = w dY; without mean(g) if not centred.
 KERNEL norm_backward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, const void *xs, const void *residual,
                      const void *weight, const void *grad, void *dxs) {
     SHARED float part[MOST_THREADS], other[MOST_THREADS];
@@ -86,8 +86,8 @@ KERNEL norm_backward(u32 dim, u32 narrow, u32 centred, float eps, u32 added, con
     }
 }
 
-// Dropout: a thread for each block of noise, which decides on four elements as it does on the host. A product, not a
-// choice: NaN stays NaN.
+// Dropout, one thread per block of noise, which decides on four elements as on the host. It multiplies, so
+// that NaN stays NaN.
 KERNEL dropout_apply(u32 count, u32 narrow, u32 threshold, u64 key, u64 draw, float scale, const void *xs, void *ys) {
     u32 block = BLOCK * THREADS + THREAD;
     if (block < count / 4 + (count % 4 > 0)) {
@@ -99,7 +99,7 @@ KERNEL dropout_apply(u32 count, u32 narrow, u32 threshold, u64 key, u64 draw, fl
     }
 }
 
-// The choice by itself, 1 for the elements that stay: for storage of other kinds.
+// The mask by itself, 1 for kept elements, for storage of other dtypes.
 KERNEL keep_mask(u32 count, u32 threshold, u64 key, u64 draw, unsigned char *keep) {
     u32 block = BLOCK * THREADS + THREAD;
     if (block < count / 4 + (count % 4 > 0)) {

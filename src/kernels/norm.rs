@@ -5,11 +5,11 @@ use candle_core::{Result, Tensor};
 
 use super::launch::{address, count, device_of, empty, grid, launch, narrow, one_each, optional};
 
-/// A norm over the rows of `xs`, or of `xs + residual`; without centring an RMS norm.
+/// A norm over the rows of `xs`, or of `xs + residual`; an RMS norm if it is not centred.
 pub(crate) struct Norm<'a> {
     /// `(.., dim)`.
     pub xs: &'a Tensor,
-    /// As `xs`.
+    /// Of the shape of `xs`.
     pub residual: Option<&'a Tensor>,
     /// `(dim)`.
     pub weight: &'a Tensor,
@@ -18,10 +18,10 @@ pub(crate) struct Norm<'a> {
 }
 
 impl Norm<'_> {
-    /// The norm with an optional bias `(dim)`, as `xs`.
+    /// The norm with an optional bias `(dim)`, of the shape of `xs`.
     ///
     /// # Errors
-    /// Unless the kernels [`supports_all`](super::supports_all) the tensors.
+    /// If the tensors are not supported ([`supports_all`](super::supports_all)).
     pub fn forward(&self, bias: Option<&Tensor>) -> Result<Tensor> {
         let bias = bias.map(Tensor::contiguous).transpose()?;
         self.launch(|call| {
@@ -34,10 +34,10 @@ impl Norm<'_> {
         })
     }
 
-    /// The gradient of `xs`, and of the residual, from that of the output.
+    /// The gradient of `xs`, which is also that of the residual, from the gradient of the output.
     ///
     /// # Errors
-    /// Unless the kernels [`supports_all`](super::supports_all) the tensors.
+    /// If the tensors are not supported ([`supports_all`](super::supports_all)).
     pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.contiguous()?;
         self.launch(|call| {
@@ -50,7 +50,7 @@ impl Norm<'_> {
         })
     }
 
-    /// A tensor like `xs` that `launch` fills.
+    /// A tensor with the shape and dtype of `xs`, filled by `launch`.
     fn launch(&self, launch: impl FnOnce(&Call) -> Result<()>) -> Result<Tensor> {
         let device = device_of(self.xs)?;
         let (xs, weight) = (self.xs.contiguous()?, self.weight.contiguous()?);
@@ -75,7 +75,7 @@ impl Norm<'_> {
     }
 }
 
-/// What both directions tell their kernel.
+/// The arguments of the kernels that both directions share.
 struct Call<'a> {
     device: &'a CudaDevice,
     rows: u32,
@@ -90,10 +90,10 @@ struct Call<'a> {
     ys: u64,
 }
 
-/// Zeroes the elements whose word of noise is below `threshold`, and multiplies the others.
+/// Zeroes the elements whose word of noise is below `threshold`, and multiplies the others by `scale`.
 ///
 /// # Errors
-/// Unless the kernels [`supports_all`](super::supports_all) `xs`.
+/// If `xs` is not supported ([`supports_all`](super::supports_all)).
 pub(crate) fn dropout(xs: &Tensor, threshold: u32, scale: f64, key: u64, draw: u64) -> Result<Tensor> {
     let (device, xs) = (device_of(xs)?, xs.contiguous()?);
     let ys = empty(device, xs.shape(), xs.dtype())?;

@@ -1,5 +1,6 @@
-//! Batches of matrix products on cuBLAS whose matrices lie anywhere: it reads their addresses from a table that a kernel
-//! fills, so that the heads of an attention, and groups of query heads that share a key head, need no copies.
+//! Batches of matrix products on cuBLAS with matrices at any addresses. cuBLAS reads the addresses from a
+//! table that a kernel fills, so that the heads of an attention, and groups of query heads that share a key
+//! head, need no copies.
 #![allow(unsafe_code)] // cuBLAS trusts its arguments
 
 use std::borrow::Borrow;
@@ -12,10 +13,10 @@ use candle_core::{bail, DType, Result, Tensor};
 use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, alloc_uninit, count, launch, one_each};
 
-/// The kernel's `MOST_LATTICES`.
+/// The `MOST_LATTICES` of the kernel.
 const MOST_LATTICES: usize = 16;
 
-/// The kernel's `Lattice`.
+/// The struct `Lattice` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Lattice {
@@ -29,18 +30,19 @@ struct Lattice {
 
 unsafe impl DeviceRepr for Lattice {}
 
-/// How the matrices of a contiguous tensor lie: one for each batch, head and member of the head's group.
+/// The layout of the matrices of a contiguous tensor: one for each batch, head and member
+/// of the head's group.
 #[derive(Clone, Copy)]
 pub(super) struct Strides {
-    /// Elements from a batch, a head and a member to the next; members that share a matrix are 0 apart.
+    /// The distances in elements between batches, heads and members; 0 for members that share a matrix.
     pub batch: usize,
     pub head: usize,
     pub member: usize,
-    /// Elements from a row of a matrix to the next.
+    /// The distance in elements between the rows of a matrix.
     pub row: usize,
 }
 
-/// A factor or the result of products: its matrices' addresses in the table.
+/// A factor or the result of products: where the addresses of its matrices are in the table.
 #[derive(Clone, Copy)]
 pub(super) struct Operand {
     first: usize,
@@ -58,7 +60,7 @@ impl Operand {
     }
 }
 
-/// The table before it is filled.
+/// A table of addresses that is not yet filled.
 pub(super) struct Table<'a> {
     device: &'a CudaDevice,
     batches: usize,
@@ -70,16 +72,16 @@ pub(super) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// For products of `batches` times `heads` groups of `members` matrices.
+    /// Creates a table for products of `batches` times `heads` groups of `members` matrices.
     pub fn new(device: &'a CudaDevice, batches: usize, heads: usize, members: usize) -> Self {
         Self { device, batches, heads, members, lattices: Default::default(), used: 0, len: 0 }
     }
 
-    /// Adds the matrices of contiguous tensors of one dtype that lie alike: products run over the matrices of all of
-    /// them at once.
+    /// Adds the matrices of contiguous tensors with the same dtype and layout; products run over the matrices
+    /// of all of them at once.
     ///
     /// # Errors
-    /// If the table is full, the tensors' dtypes differ, or one is not contiguous or elsewhere.
+    /// If the table is full, the tensors' dtypes differ, or one is not contiguous or on another device.
     pub fn operand(&mut self, tensors: &[&Tensor], strides: Strides) -> Result<Operand> {
         let [dtype, ..] = tensors.iter().map(|tensor| tensor.dtype()).collect::<Vec<_>>()[..] else {
             bail!("an operand of products without a tensor");
@@ -105,10 +107,10 @@ impl<'a> Table<'a> {
         Ok(Operand { first, tensors: tensors.len(), row: strides.row, shared, dtype, transposed: false })
     }
 
-    /// Fills the table, by one launch.
+    /// Fills the table in one launch.
     ///
     /// # Errors
-    /// If there are 2^32 matrices or more, or the device fails.
+    /// If there are more matrices than a launch can count, or the device fails.
     pub fn fill(self) -> Result<Products<'a>> {
         let device = self.device;
         let mut addresses = alloc_uninit::<i64>(device, self.len)?;
@@ -122,22 +124,23 @@ impl<'a> Table<'a> {
     }
 }
 
-/// The table of matrices that are a tensor each.
+/// A table for matrices that are separate tensors.
 pub(super) struct List<'a> {
     device: &'a CudaDevice,
     addresses: Vec<i64>,
 }
 
 impl<'a> List<'a> {
-    /// Without a matrix yet.
+    /// Creates an empty table.
     pub fn new(device: &'a CudaDevice) -> Self {
         Self { device, addresses: Vec::new() }
     }
 
-    /// Adds contiguous matrices of f32 of one shape, each a product's.
+    /// Adds contiguous f32 matrices of one shape, one for each product.
     ///
     /// # Errors
-    /// If there is none, their shapes differ, or one is not contiguous, of another dtype or elsewhere.
+    /// If there is none, their shapes differ, or one is not contiguous, of another dtype or
+    /// on another device.
     pub fn operand(&mut self, matrices: &[impl Borrow<Tensor>]) -> Result<Operand> {
         let Some(shape) = matrices.first().map(|matrix| matrix.borrow().dims2()).transpose()? else {
             bail!("an operand of products without a tensor")
@@ -153,7 +156,7 @@ impl<'a> List<'a> {
         Ok(Operand { first, tensors, row, shared: false, dtype: DType::F32, transposed: false })
     }
 
-    /// The table on the device.
+    /// Uploads the table to the device.
     ///
     /// # Errors
     /// If the device fails.
@@ -163,7 +166,7 @@ impl<'a> List<'a> {
     }
 }
 
-/// Products of the matrices in a table.
+/// A table of addresses on the device, for products of its matrices.
 pub(super) struct Products<'a> {
     device: &'a CudaDevice,
     addresses: CudaSlice<i64>, // words of 64 bits
@@ -172,8 +175,8 @@ pub(super) struct Products<'a> {
 }
 
 impl Products<'_> {
-    /// `C = A B` of matrices `(m, k)` and `(k, n)` in row-major order, sums in single precision. Where the members of a
-    /// group share C, it is the sum over them.
+    /// `C = A B` of matrices `(m, k)` and `(k, n)` in row-major order, summed in single precision. If the
+    /// members of a group share C, it is the sum over them.
     ///
     /// # Errors
     /// If a size or a number of matrices is 2^31 or more, or cuBLAS fails.
@@ -187,7 +190,7 @@ impl Products<'_> {
         Ok(())
     }
 
-    /// `len` products as cuBLAS has them, in column-major order: the transposes of ours, with the factors exchanged.
+    /// `len` products in cuBLAS's column-major order: the transposes of ours, with the factors exchanged.
     fn gemm(
         &self,
         [m, n, k]: [usize; 3],
@@ -226,8 +229,8 @@ impl Products<'_> {
     }
 }
 
-/// What candle's own products of this dtype are computed in: these stand in their place, and follow candle's switch for
-/// bf16 as well. `gemm` has products that candle lacks, and does not.
+/// The compute type of candle's own products of this dtype. The products here replace candle's, and follow
+/// its switch for bf16 as well; those of `gemm`, which candle lacks, do not.
 fn candles_compute_type(dtype: DType) -> sys::cublasComputeType_t {
     match dtype {
         DType::BF16 if gemm_reduced_precision_bf16() => {

@@ -1,4 +1,5 @@
-//! The kernels as C++ (`host.cpp`, compiled by `c++`) against what they stand for, under two sanitizers.
+//! Tests of the kernels as C++ (`host.cpp`, compiled by `c++`) against the operations that they replace,
+//! under two sanitizers.
 
 use std::io::Write;
 use std::path::Path;
@@ -19,7 +20,7 @@ mod energy;
 mod linear;
 mod loss;
 
-/// A request's words: integers, and doubles by their bits.
+/// The words of a request to the program: integers, and doubles by their bits.
 #[derive(Default)]
 struct Request(Vec<u64>);
 
@@ -33,7 +34,8 @@ impl Request {
         self
     }
 
-    /// The answer's numbers, the same from a program that looks for races and one that looks for stray addresses.
+    /// The numbers of the answer, which must be the same from a program with the thread sanitizer and one
+    /// with the address sanitizer.
     fn answer(&self) -> Vec<f64> {
         static PROGRAMS: OnceLock<tempfile::TempDir> = OnceLock::new();
         let folder = PROGRAMS.get_or_init(|| {
@@ -143,7 +145,7 @@ fn dropout_keeps_what_the_host_keeps() {
 #[test]
 fn norms_and_their_gradients_are_those_of_the_blocks() -> Result<()> {
     let (device, eps) = (Device::Cpu, 1e-3);
-    // More elements than threads, fewer, one.
+    // More elements than threads, fewer, and only one.
     for (dim, narrow, centred, added, biased) in [
         (100, false, true, true, true),
         (100, false, false, false, false),
@@ -188,7 +190,7 @@ fn norms_and_their_gradients_are_those_of_the_blocks() -> Result<()> {
 
 #[test]
 fn numbers_are_rounded_to_bf16_as_the_host_rounds_them() -> Result<()> {
-    // A norm of one element without a centre and with weight x: z is 1 within rounding, so y is x.
+    // An RMS norm of one element with weight x: z is 1 up to rounding, so y is x.
     let nans = [f32::NAN, f32::from_bits(0x7fff_ffff)];
     let xs = [1.0f32, 1.003_906_2, 1.011_718_8, -3.389_5e38, f32::INFINITY, 1e-40, -0.0, 0.1];
     for x in xs.into_iter().chain(nans) {

@@ -1,5 +1,6 @@
-// One launch over all parameters: AdamW in place, as `optim::update` does it on the host and with the same rounding, the
-// gradients' squares, gradients times a factor, sums. A row of blocks has a tensor; the host fills the tensors' table.
+// Kernels over many tensors in one launch: AdamW in place, with the same rounding as `optim::update` on the
+// host, sums of squares, tensors times a factor, sums. There is one row of blocks per tensor; the host fills
+// the table of tensors.
 
 typedef struct {
     float *value, *first, *second;
@@ -8,7 +9,8 @@ typedef struct {
     float keep, rate, inverse;
 } Update;
 
-// g <- factor g,  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- keep w - rate m / (sqrt(v inverse) + eps).
+// g <- factor g, m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, w <- keep w - rate m /
+// (sqrt(v inverse) + eps).
 KERNEL adamw(const Update *updates, float factor, float beta1, float rest1, float beta2, float rest2, float eps) {
     Update u = updates[BLOCK_ROW];
     for (u64 i = BLOCK * THREADS + THREAD; i < u.count; i += BLOCKS * THREADS) {
@@ -25,7 +27,8 @@ typedef struct {
     u64 count;
 } Span;
 
-// The sum of the squares of all elements, in a fixed order: each block's share, (tensors, blocks), which the last one sums.
+// The sum of the squares of all elements, in a fixed order: each block writes its share to `sums`
+// (tensors, blocks), and the last block sums them.
 KERNEL sums_of_squares(const Span *spans, double *sums, u32 *done, double *total) {
     SHARED double shares[MOST_THREADS];
     Span span = spans[BLOCK_ROW];
@@ -63,7 +66,7 @@ typedef struct {
     u64 count;
 } Sum;
 
-// Two tensors' sums, element by element.
+// The elementwise sums of pairs of tensors.
 KERNEL sum_all(const Sum *sums) {
     Sum s = sums[BLOCK_ROW];
     for (u64 i = BLOCK * THREADS + THREAD; i < s.count; i += BLOCKS * THREADS) s.to[i] = s.one[i] + s.other[i];

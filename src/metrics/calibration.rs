@@ -1,25 +1,25 @@
-//! What the expected calibration error is worth: its floor, and an estimate with less bias.
+//! How reliable the expected calibration error (ECE) is: its floor, and an estimate with less bias.
 //!
-//! Over finitely many rows the gap of every bin is partly chance, and an absolute value never cancels:
-//! even a perfectly calibrated model has an ECE above 0, the more so the fewer rows there are.
+//! Over finitely many rows the gap of every bin is partly chance, and absolute values never cancel: even a
+//! perfectly calibrated model has an ECE above 0, the larger the fewer rows there are.
 
 use super::{argmax, check_probabilities, ECE_BINS};
 use crate::error::Result;
 
-/// The most rows of a bin whose number of right ones has its law counted out; beyond, it is normal.
+/// The largest number of rows in a bin for the exact distribution; larger bins use the normal approximation.
 const EXACT: usize = 1024;
 
-/// The ECE (as [`super::ece`]) to expect of these predictions if they are calibrated: if every row is right with its
-/// top probability, independently of the others.
+/// The expected ECE (see [`super::ece`]) of these predictions if they are calibrated, that is if every row is
+/// right with its top probability, independently of the others.
 ///
 /// ```text
 /// floor = sum_b E|K_b - sum_(n in b) p_n| / N,   K_b the sum of Bernoulli(p_n)
 /// ```
 ///
-/// The law of K (Poisson's binomial) is exact up to 1024 rows in a bin, and normal beyond.
+/// The distribution of K (Poisson binomial) is exact up to 1024 rows in a bin, and normal beyond.
 ///
 /// # Errors
-/// As [`super::Metrics::classification`], but for labels.
+/// As [`super::Metrics::classification`], except for labels.
 pub fn ece_floor(probabilities: &[Vec<f64>]) -> Result<f64> {
     check_probabilities(probabilities, &vec![0; probabilities.len()])?;
     let mut bins = vec![Vec::new(); ECE_BINS];
@@ -30,18 +30,19 @@ pub fn ece_floor(probabilities: &[Vec<f64>]) -> Result<f64> {
     Ok(bins.iter().map(|bin| expected_gap(bin)).sum::<f64>() / probabilities.len() as f64)
 }
 
-/// The expected calibration error with less bias: each bin's gap less what its labels' chance adds
-/// to it, as Kumar et al. 2019 ("Verified uncertainty calibration") estimate it for the absolute error, by
-/// normal labels:
+/// The expected calibration error with less bias: from each bin's gap, the part due to chance in the labels
+/// is subtracted. Kumar et al. 2019 ("Verified uncertainty calibration") estimate that part for the absolute
+/// error with normal labels:
 ///
 /// ```text
 /// sum_b n_b/N (2 |a_b - c_b| - E|Z_b|),   Z_b ~ N(a_b - c_b, a_b (1 - a_b) / n_b)
 /// ```
 ///
-/// a is a bin's accuracy, c its mean top probability; the bins are those of [`super::ece`]. The expectation is
-/// in closed form, where the authors' code draws. It may be negative, as an estimate with little bias must be
-/// where the truth is 0. Of a bin whose gap has the standard error s, the bias is 0.47 s where there is no gap (0.80 s
-/// without the correction), goes too far by 0.09 s at a gap of 1.4 s, and is nothing from 3 s on.
+/// a is a bin's accuracy, c its mean top probability; the bins are those of [`super::ece`]. The expectation
+/// is in closed form, where the authors' code samples. The result may be negative, as any estimate with
+/// little bias must be if the truth is 0. If a bin's gap has the standard error s, the remaining bias is
+/// 0.47 s at a true gap of 0 (0.80 s without the correction), -0.09 s (overcorrected) at a gap of 1.4 s, and
+/// none from 3 s on.
 ///
 /// # Errors
 /// As [`super::Metrics::classification`].
@@ -55,13 +56,13 @@ pub fn ece_debiased(probabilities: &[Vec<f64>], labels: &[u32]) -> Result<f64> {
     Ok(bins.debiased())
 }
 
-/// The bin of a top probability: (low, high], of equal width. Bounds are compared and not multiplied with, so that
-/// rounding moves no row over one.
+/// Returns the bin `(low, high]` of a top probability; bins have equal width. The probability is compared
+/// with the bounds instead of multiplied, so that rounding does not move a row into another bin.
 pub(crate) fn confidence_bin(top: f64) -> usize {
     (1..ECE_BINS).filter(|k| top > *k as f64 / ECE_BINS as f64).count()
 }
 
-/// Rows by the bin of their confidence, with weights: how often a resample holds each.
+/// Sums over rows by confidence bin. Weights count how often a resample contains each row.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ConfidenceBins {
     rows: [f64; ECE_BINS],
@@ -70,7 +71,7 @@ pub(crate) struct ConfidenceBins {
 }
 
 impl ConfidenceBins {
-    /// Adds a row of this bin.
+    /// Adds a row to a bin.
     #[inline]
     pub fn add(&mut self, bin: usize, confidence: f64, right: bool, weight: f64) {
         self.rows[bin] += weight;
@@ -78,7 +79,7 @@ impl ConfidenceBins {
         self.right[bin] += if right { weight } else { 0.0 };
     }
 
-    /// As [`ece_debiased`]; NaN of no row.
+    /// As [`ece_debiased`]; NaN if there is no row.
     pub fn debiased(&self) -> f64 {
         let bin = |b: usize| {
             let rows = self.rows[b];
@@ -104,7 +105,7 @@ fn folded_mean(mean: f64, sd: f64) -> f64 {
     sd * (2.0 / std::f64::consts::PI).sqrt() * (-t * t).exp() + mean * libm::erf(t)
 }
 
-/// `E|K - E K|` of the number K of successes of independent trials.
+/// `E|K - E K|`, where K is the number of successes of independent trials.
 fn expected_gap(shares: &[f64]) -> f64 {
     if shares.len() > EXACT {
         let variance: f64 = shares.iter().map(|p| p * (1.0 - p)).sum();
@@ -134,10 +135,11 @@ mod tests {
 
     #[test]
     fn the_gap_of_few_trials_is_counted_by_hand_and_of_many_nearly_normal() {
-        // K is 0, 1, 2 with 0.06, 0.38, 0.56; its mean 1.5.
+        // K is 0, 1, 2 with probabilities 0.06, 0.38, 0.56; its mean is 1.5.
         close(expected_gap(&[0.8, 0.7]), 0.06 * 1.5 + 0.38 * 0.5 + 0.56 * 0.5);
         close(expected_gap(&[1.0, 1.0]), 0.0);
-        // n = 1024, p = [(i % 97) / 97 for i in range(n)]; the normal law's is sqrt(2/pi * sum p (1 - p)).
+        // n = 1024, p = [(i % 97) / 97 for i in range(n)]; the normal approximation is
+        // sqrt(2/pi * sum p (1 - p)).
         let many: Vec<f64> = (0..EXACT).map(|i| (i % 97) as f64 / 97.0).collect();
         let (exact, normal) = (expected_gap(&many), expected_gap(&[&many[..], &[0.0]].concat()));
         assert!((exact / normal - 1.0).abs() < 1e-3 && exact != normal, "{exact} {normal}");
@@ -165,8 +167,8 @@ mod tests {
         Ok(())
     }
 
-    /// Rows of two classes whose top probability is between 0.5 and 1, and labels that are right with
-    /// `shift` less than it.
+    /// Rows of two classes with a top probability between 0.5 and 1, and labels that are right with the top
+    /// probability less `shift`.
     fn drawn(rows: usize, shift: f64, draw: u64) -> (Vec<Vec<f64>>, Vec<u32>) {
         let (mut tops, mut labels) = (vec![0.0; rows], vec![0.0; rows]);
         Noise::new(1).stream("tops", Purpose::Predict).fill_uniform(0, &mut tops);
@@ -176,8 +178,7 @@ mod tests {
         (tops.iter().map(|u| vec![top(u), 1.0 - top(u)]).collect(), right.collect())
     }
 
-    /// The means of the error and the debiased one over some draws of labels, and the standard error of the
-    /// first.
+    /// The mean ECE and the mean debiased ECE over draws of the labels, and the standard error of the first.
     fn means(shift: f64) -> Result<[f64; 3]> {
         const TIMES: u64 = 3000;
         let (mut plain, mut square, mut debiased) = (0.0, 0.0, 0.0);
@@ -197,9 +198,9 @@ mod tests {
         let [plain, debiased, error] = means(0.0)?;
         let floor = ece_floor(&drawn(300, 0.0, 0).0)?;
         assert!(((plain - floor) / error).abs() < 4.0, "{plain} {floor} {error}");
-        // Normal labels leave 2 - sqrt 2 of it.
+        // With normal labels a share of 2 - sqrt 2 of the error remains.
         assert!((debiased / plain - (2.0 - 2f64.sqrt())).abs() < 0.02, "{plain} {debiased}");
-        // Gaps of about their own error: too far, by no more than it was before.
+        // Gaps near their standard error: the correction overshoots, by no more than the plain ECE is off.
         let [plain, debiased, error] = means(0.1)?;
         assert!(
             debiased < 0.1 && 0.1 < plain && 0.1 - debiased < plain - 0.1 + 4.0 * error,

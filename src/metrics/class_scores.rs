@@ -7,25 +7,25 @@ use serde::Serialize;
 use super::same_length;
 use crate::error::Result;
 
-/// How well one class is told from the others.
+/// The scores of one class against the others.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClassScores {
-    /// Its number.
+    /// The class.
     pub class: u32,
-    /// The share of its predictions that are right; 0 where it is never predicted.
+    /// The share of its predictions that are right; 0 if it is never predicted.
     pub precision: f64,
-    /// The share of its rows that are found; 0 where it has none.
+    /// The share of its rows that are found; 0 if it has none.
     pub recall: f64,
-    /// The harmonic mean of the two; 0 where both are.
+    /// The harmonic mean of precision and recall; 0 if both are 0.
     pub f1: f64,
-    /// The rows that it is the label of.
+    /// The number of rows with this label.
     pub rows: usize,
 }
 
-/// The scores of every class that is predicted or a label, in the order of their numbers.
+/// Returns the scores of every class that occurs as a prediction or a label, in ascending order.
 ///
 /// # Errors
-/// If there is no row, or if the two differ in length.
+/// If there is no row, or if both slices differ in length.
 pub fn class_scores(predicted: &[u32], labels: &[u32]) -> Result<Vec<ClassScores>> {
     same_length(predicted.len(), labels.len())?;
     // Right, predicted, labelled.
@@ -55,8 +55,8 @@ mod tests {
     #[test]
     fn scores_of_classes_and_their_averages_are_scikit_learn_s() -> Result<()> {
         // y = [0, 0, 0, 1, 1, 2, 2, 2, 2, 0], p = [0, 0, 1, 1, 4, 2, 2, 0, 1, 0] of five classes, 3 unused:
-        // sklearn.metrics.precision_recall_fscore_support(y, p, zero_division=0), f1_score(.., average='macro')
-        // and 'weighted'
+        // sklearn.metrics.precision_recall_fscore_support(y, p, zero_division=0),
+        // f1_score(y, p, average='macro') and 'weighted'
         let labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 0];
         let predicted = [0, 0, 1, 1, 4, 2, 2, 0, 1, 0];
         let got = class_scores(&predicted, &labels)?;

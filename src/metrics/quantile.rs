@@ -1,7 +1,7 @@
-//! Order statistics, as NumPy has them.
+//! Quantiles as in NumPy.
 
-/// The value below which the share `q` of `values` lies, by linear interpolation as in NumPy. NaN of
-/// none, and where `q` or a value is NaN.
+/// Returns the `q`-quantile of `values` by linear interpolation, as NumPy does; NaN if there is no value, or if
+/// `q` or a value is NaN.
 pub fn quantile(values: &[f64], q: f64) -> f64 {
     if q.is_nan() || values.iter().any(|value| value.is_nan()) {
         return f64::NAN;
@@ -18,7 +18,7 @@ pub fn quantile(values: &[f64], q: f64) -> f64 {
     }
 }
 
-/// The median; NaN of nothing.
+/// Returns the median; NaN if there is no value.
 pub fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }

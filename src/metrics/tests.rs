@@ -1,5 +1,5 @@
-//! Scores against scikit-learn and SciPy; each constant follows the Python that made it, where
-//! `from sklearn.metrics import *` and `import numpy as np` went before.
+//! Scores against scikit-learn and SciPy. Each constant is followed by the Python that computed it, after
+//! `from sklearn.metrics import *` and `import numpy as np`.
 
 use super::*;
 

@@ -1,5 +1,5 @@
-//! How unsure predictions are, and why: entropies over draws, and how well a score tells two sets
-//! of rows apart.
+//! Predictive uncertainty from the entropies of posterior draws, and AUROC: how well a score separates two
+//! sets of rows.
 //!
 //! ```text
 //! total      H[E_s p_s]                     predictive entropy
@@ -12,22 +12,21 @@
 
 use crate::error::{Error, Result};
 
-/// What the draws of one row say of its uncertainty, in nats.
+/// The uncertainty of one row, in nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Uncertainty {
-    /// The entropy of the average prediction.
+    /// The entropy of the mean prediction.
     pub total: f64,
-    /// The average entropy of a draw's prediction.
+    /// The mean entropy of the draws' predictions.
     pub aleatoric: f64,
-    /// The difference of the two, the mutual information of label and weights: how much the draws
-    /// disagree.
+    /// Total minus aleatoric, the mutual information of label and weights: how much the draws disagree.
     pub epistemic: f64,
 }
 
-/// The uncertainty of every row, from `draws`: draws of rows of class probabilities, `(s, n, c)`.
+/// Returns the uncertainty of every row. `draws` are class probabilities of shape `(s, n, c)`.
 ///
 /// # Errors
-/// If there is no draw, draws differ in shape, or a value is no probability.
+/// If there is no draw, draws differ in shape, or a value is not a probability.
 pub fn uncertainty(draws: &[Vec<Vec<f64>>]) -> Result<Vec<Uncertainty>> {
     let Some(first) = draws.first() else {
         return Err(Error::config("draws", "there is no draw"));
@@ -47,23 +46,23 @@ pub fn uncertainty(draws: &[Vec<Vec<f64>>]) -> Result<Vec<Uncertainty>> {
             (0..classes).map(|c| draws.iter().map(|draw| draw[n][c]).sum::<f64>() / count).collect();
         let total = entropy(&mean);
         let aleatoric = draws.iter().map(|draw| entropy(&draw[n])).sum::<f64>() / count;
-        // By Jensen it is not negative; rounding can make it so.
+        // Not negative by Jensen's inequality, but for rounding.
         Uncertainty { total, aleatoric, epistemic: (total - aleatoric).max(0.0) }
     };
     Ok((0..first.len()).map(row).collect())
 }
 
-/// The entropy of one row of probabilities, in nats; `0 ln 0` is 0. NaN where one is.
+/// Returns the entropy of one row of probabilities, in nats; `0 ln 0` counts as 0. NaN if a probability is NaN.
 pub fn entropy(probabilities: &[f64]) -> f64 {
     0.0 - probabilities.iter().filter(|p| **p != 0.0).map(|p| p * p.ln()).sum::<f64>()
 }
 
-/// The area under the receiver operating characteristic: the probability that a row of
-/// `scores_out` (those to be found: foreign, or wrong) scores above a row of `scores_in`, ties
-/// counted half (the statistic of Mann and Whitney, over the product of the sizes).
+/// Area under the ROC curve: the probability that a row of `scores_out` (the rows to detect: foreign, or
+/// wrong) scores above a row of `scores_in`, with ties counted half (the Mann-Whitney statistic over the
+/// product of the sizes).
 ///
 /// # Errors
-/// If either is empty, or a score is NaN.
+/// If either slice is empty, or a score is NaN.
 pub fn auroc(scores_in: &[f64], scores_out: &[f64]) -> Result<f64> {
     if scores_in.is_empty() || scores_out.is_empty() {
         let reason = format!("{} rows in, {} out: both needed", scores_in.len(), scores_out.len());
@@ -106,7 +105,7 @@ mod tests {
 
     #[test]
     fn entropies_are_those_of_scipy() -> Result<()> {
-        // scipy.stats.entropy([.2, .3, .5]) and of [.6, .3, .1], and of their mean
+        // scipy.stats.entropy of [.2, .3, .5] and [.6, .3, .1], and of their mean
         let (p, q) = (vec![0.2, 0.3, 0.5], vec![0.6, 0.3, 0.1]);
         let by_hand = |p: &[f64]| p.iter().map(|p| -p * p.ln()).sum::<f64>();
         assert!((entropy(&p) - 1.0296530140645737).abs() < 1e-15);

@@ -1,4 +1,4 @@
-//! What every model that predicts the next token offers: to training, evaluation and generation.
+//! The interface of next-token models to training, evaluation and generation.
 
 use candle_core::{Device, Tensor};
 use candle_nn::kv_cache::KvCache;
@@ -6,9 +6,10 @@ use candle_nn::kv_cache::KvCache;
 use crate::adapter::{AdaptableModel, Context};
 use crate::ops;
 
-/// The keys and values of every layer for the tokens seen so far, of one batch.
+/// The KV cache of one batch: the keys and values of every layer for the tokens seen so far.
 ///
-/// It is no `Clone`: one would write into the memory of the other. [`Self::fork`] makes one of its own.
+/// It does not implement `Clone`, because a clone would share memory with the original. [`Self::fork`] copies
+/// the memory as well.
 #[derive(Debug)]
 pub struct Cache {
     layers: Vec<KvCache>,
@@ -16,12 +17,12 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache for `layers` layers, with room for `capacity` tokens a row before it grows.
+    /// Creates an empty cache for `layers` layers. It grows once a row has more than `capacity` tokens.
     pub fn new(layers: usize, capacity: usize) -> Self {
         Self { layers: (0..layers).map(|_| KvCache::new(1, capacity.max(1))).collect(), room: capacity }
     }
 
-    /// A cache with the same tokens and memory of its own: several continuations of one prompt.
+    /// Returns a copy with its own memory, to continue one prompt in several ways.
     ///
     /// # Errors
     /// If candle fails.
@@ -35,53 +36,53 @@ impl Cache {
         Ok(Self { room: self.room, ..fork })
     }
 
-    /// How many tokens of each row it was begun for.
+    /// The capacity that the cache was created with, in tokens per row.
     pub fn room(&self) -> usize {
         self.room
     }
 
-    /// The tokens of each row that are in the cache, padding and virtual tokens included.
+    /// The number of tokens per row in the cache, including padding and virtual tokens.
     pub fn length(&self) -> usize {
         self.layers.first().map_or(0, KvCache::current_seq_len)
     }
 
-    /// The part of one layer.
+    /// The cache of one layer.
     pub(crate) fn layer(&mut self, index: usize) -> Option<&mut KvCache> {
         self.layers.get_mut(index)
     }
 }
 
-/// A decoder with a language-model head. One of them serves any number of threads, each with a cache of its own.
+/// A decoder with a language-model head. It can be shared between threads, each with its own cache.
 pub trait CausalLm: AdaptableModel + Send + Sync {
-    /// Where a batch comes in.
+    /// The device that the model expects its input on.
     fn device(&self) -> &Device;
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
+    /// ([`crate::ops::checkpoint`]). This saves memory and costs one more forward pass.
     fn set_checkpoint_layers(&mut self, on: bool);
 
-    /// The longest sequence, prompt and answer together, beside virtual tokens.
+    /// The longest sequence in tokens, prompt and answer together, not counting virtual tokens.
     fn max_length(&self) -> usize;
 
-    /// An empty cache for this model, with room for `capacity` tokens a row.
+    /// Creates an empty cache for this model, with room for `capacity` tokens per row.
     fn cache(&self, capacity: usize) -> Cache;
 
-    /// The last hidden states. With a cache, `input_ids` continue what is in it, and their keys and
-    /// values are appended; nothing is differentiated through what was there.
+    /// Computes the last hidden states. With a cache, `input_ids` continue the cached tokens, and their keys
+    /// and values are appended to the cache. No gradient flows through cached keys and values.
     ///
-    /// Padding may stand on either side. Positions count columns: rotary embeddings are relative,
-    /// so that left padding shifts nothing but them. The virtual tokens of prompt tuning stand
-    /// directly before a row's first real token, whatever padding is before it.
+    /// Rows may be padded on either side. Positions are column indices: left padding shifts them, which
+    /// changes nothing else, since rotary embeddings are relative. The virtual tokens of prompt tuning are
+    /// placed directly before a row's first real token, after any left padding.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
-    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens; virtual ones are not counted
+    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens; it has no columns for virtual tokens
     /// - output: `(b, t, hidden)`
     ///
     /// # Errors
-    /// If shapes differ, the sequence is longer than [`Self::max_length`], virtual tokens go into
-    /// a cache before a row that is padding alone so far, or a cache grows beyond its room to where the model's
-    /// positions are others (LongRoPE).
+    /// If shapes differ, the sequence is longer than [`Self::max_length`], virtual tokens would be cached for
+    /// a row that so far contains only padding, or a cache grows beyond its capacity to a length at which the
+    /// model uses other rotary positions (LongRoPE).
     fn hidden(
         &self,
         input_ids: &Tensor,
@@ -90,7 +91,7 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
         cx: &Context,
     ) -> candle_core::Result<Tensor>;
 
-    /// The logits of the next token for hidden states at any positions.
+    /// Computes the next-token logits from hidden states at any positions.
     ///
     /// # Shapes
     /// - `hidden`: `(.., hidden)`, of rank 2 or more
@@ -100,12 +101,12 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     /// If the last dimension differs.
     fn head(&self, hidden: &Tensor, cx: &Context) -> candle_core::Result<Tensor>;
 
-    /// The mean cross-entropy of `targets`, the next tokens of hidden states at any positions.
+    /// The mean cross-entropy of the next tokens `targets`, given hidden states at any positions.
     ///
     /// # Shapes
     /// - `hidden`: `(n, hidden)`
-    /// - `targets`: `(n)` of i64; [`ops::IGNORED_LABEL`] is left out
-    /// - output: a scalar, of a base of half width in f32
+    /// - `targets`: `(n)` of i64; entries of [`ops::IGNORED_LABEL`] are ignored
+    /// - output: a scalar; in f32 for a base in half precision
     ///
     /// # Errors
     /// As [`Self::head`] and [`ops::cross_entropy`].
@@ -116,7 +117,7 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     /// The logits at every position, `(b, t, vocab)`: [`Self::hidden`] and [`Self::head`].
     ///
     /// # Errors
-    /// As those.
+    /// As [`Self::hidden`] and [`Self::head`].
     fn logits(
         &self,
         input_ids: &Tensor,

@@ -1,10 +1,12 @@
-//! Checks of what the configurations of encoders and decoders have in common.
+//! Checks of configuration fields that encoders and decoders share.
 
 use crate::error::{Error, Result};
 use crate::util::check;
 
+/// Checks that every size is positive.
+///
 /// # Errors
-/// Names the first size that is 0.
+/// If a size is 0; the error names the first.
 pub fn sizes(sizes: &[(&str, usize)]) -> Result<()> {
     match sizes.iter().find(|(_, size)| *size == 0) {
         Some((option, _)) => Err(Error::config(*option, "must be positive")),
@@ -12,14 +14,18 @@ pub fn sizes(sizes: &[(&str, usize)]) -> Result<()> {
     }
 }
 
+/// Checks that every rate is in `[0, 1)`.
+///
 /// # Errors
-/// Names the first rate that is not in [0, 1).
+/// If a rate is not; the error names the first.
 pub fn rates(rates: &[(&str, f64)]) -> Result<()> {
     rates.iter().try_for_each(|(option, rate)| check::share(option, *rate))
 }
 
+/// Checks that the id of a special token is in the vocabulary.
+///
 /// # Errors
-/// If a special token has an id that no word has.
+/// If it is not.
 pub fn token_id(option: &str, id: u32, vocab_size: usize) -> Result<()> {
     if (id as usize) < vocab_size {
         return Ok(());

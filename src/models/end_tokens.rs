@@ -1,4 +1,4 @@
-//! The tokens that end a text, which a model names in two files.
+//! Reads the tokens that end a text from the two files in which a model may list them.
 
 use candle_transformers::models::llama::LlamaEosToks;
 use serde::Deserialize;
@@ -9,11 +9,11 @@ use crate::models::hub::ModelFiles;
 use crate::util::json;
 
 impl DecoderConfig {
-    /// [`Self::from_file`] of a model's `config.json`, and the tokens that end a text in its
-    /// `generation_config.json` as well: the one in which instruction-tuned models name those that end a turn.
+    /// Reads the configuration from a model's files: `config.json`, plus the end tokens in
+    /// `generation_config.json`, where instruction-tuned models list the tokens that end a turn.
     ///
     /// # Errors
-    /// As [`Self::from_file`], of either file; or the hub fails.
+    /// As [`Self::from_file`], for either file; or if the hub fails.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
         #[derive(Deserialize)]
         struct Generation {
@@ -80,7 +80,7 @@ mod tests {
             let error = ends().unwrap_err().to_string();
             assert!(error.contains("generation_config.json") && error.contains(reason), "{error}");
         }
-        // The configuration alone may have none.
+        // `config.json` may list no end token.
         let mut json = toy();
         json["eos_token_id"] = Value::Null;
         std::fs::write(at("config.json"), json.to_string()).unwrap();

@@ -1,5 +1,5 @@
 //! Text generation with a key-value cache: from the posterior mean, from one posterior draw, or from
-//! next-token probabilities averaged over several.
+//! next-token probabilities averaged over several draws.
 
 mod sampling;
 
@@ -15,14 +15,14 @@ use crate::special::softmax;
 use crate::util::check::positive;
 pub use sampling::Sampling;
 
-/// Which of the posterior's weights predict.
+/// Which weights of the posterior make the predictions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PosteriorWeights {
     /// The posterior mean.
     Mean,
-    /// Posterior draw number `.0`: the same weights for the whole text.
+    /// Posterior draw number `.0`, the same for the whole text.
     Draw(u64),
-    /// The next-token probabilities of draws `0 .. .0`, averaged. Each keeps a cache of its own.
+    /// The average of the next-token probabilities of draws `0 .. .0`. Each draw has its own KV cache.
     Average(usize),
 }
 
@@ -37,24 +37,24 @@ impl PosteriorWeights {
     }
 }
 
-/// How a text is continued.
+/// The options of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateConfig {
-    /// The most tokens that are added to a prompt.
+    /// The maximum number of tokens added to a prompt.
     pub max_new_tokens: usize,
     /// How a token is chosen: `ArgMax` is greedy.
     pub sampling: Sampling,
-    /// Makes tokens that are in the prompt or the text already less likely: their logits are divided by it where they are
-    /// positive, and multiplied where negative (Keskar et al. 2019, as transformers does). 1 changes nothing.
+    /// Makes tokens that already occur in the prompt or the text less likely: positive logits are divided by
+    /// this and negative ones multiplied by it (Keskar et al. 2019, as in transformers). 1 changes nothing.
     pub repetition_penalty: f64,
-    /// The seed of the choices: each is a function of the seed, the row and the number of the token.
+    /// The seed of the random choices. Each is a function of the seed, the row and the index of the token.
     pub seed: u64,
-    /// The row that the first prompt is, for prompts that are some rows of many: then a row's text is
-    /// the same whatever the batches.
+    /// The row number of the first prompt. It makes the text of a row independent of how rows are split into
+    /// batches.
     pub first_row: u64,
-    /// The tokens that end a text; they are not part of it.
+    /// The tokens that end a text. They are not part of the result.
     pub stop: Vec<u32>,
-    /// Which weights predict.
+    /// The weights that make the predictions.
     pub weights: PosteriorWeights,
 }
 
@@ -81,7 +81,7 @@ impl GenerateConfig {
         self.sampling.validate()
     }
 
-    /// Penalises the logits of a row whose tokens so far are `seen`.
+    /// Applies the repetition penalty to a row's logits. `seen` are the row's tokens so far.
     fn penalize(&self, logits: &mut [f32], seen: impl Iterator<Item = u32>) {
         if self.repetition_penalty == 1.0 {
             return;
@@ -95,15 +95,17 @@ impl GenerateConfig {
     }
 }
 
-/// Continues every prompt; returns the added tokens of each. A row ends at a stop token, after
-/// `max_new_tokens`, or where the model's length does, which the longest prompt of a batch decides.
+/// Continues every prompt and returns the tokens added to each.
 ///
-/// Prompts of several lengths are padded on the left. `on_token(row, token)` is told of every token
-/// as it is chosen; where it returns false, that row ends.
+/// A row ends at a stop token, after `max_new_tokens`, or when the longest prompt of the batch with its
+/// continuation reaches the model's maximum length.
+///
+/// Prompts of different lengths are padded on the left. `on_token(row, token)` is called for every added
+/// token as it is chosen; if it returns false, the row ends.
 ///
 /// # Errors
-/// If a prompt is empty or as long as the model's sequences, an option is outside its domain, or the
-/// logits are not finite.
+/// If a prompt is empty or leaves no room in the model's maximum length, an option is outside its domain, a
+/// logit is NaN or positive infinity, or no token has a positive probability.
 pub fn generate(
     model: &dyn CausalLm,
     prompts: &[Vec<u32>],
@@ -147,7 +149,7 @@ fn run(
             for logits in &mut passes {
                 config.penalize(&mut logits[row], prompts[row].iter().chain(&texts[row]).copied());
             }
-            // Of several passes the logarithms of the averaged probabilities.
+            // For several passes, the logits are the logarithms of the averaged probabilities.
             let logits = match passes.as_mut_slice() {
                 [one] => std::mem::take(&mut one[row]),
                 several => average(several.iter().map(|draw| &draw[row])),
@@ -180,10 +182,10 @@ fn run(
     Ok(texts)
 }
 
-/// The rows on their way: what the next forward pass reads, and where each pass left off.
+/// The state of a batch between two steps: the input of the next step, and the KV cache of each pass.
 struct Continuation {
-    tokens: Vec<Vec<u32>>, // the tokens that no cache holds yet, of equal length
-    mask: Vec<Vec<u8>>,    // of the columns up to the last of `tokens`
+    tokens: Vec<Vec<u32>>, // not yet in the caches; equally many in each row
+    mask: Vec<Vec<u8>>,    // of all columns so far, including those of `tokens`
     contexts: Vec<(Context, Cache)>,
     choices: Vec<Stream>,
 }
@@ -214,13 +216,13 @@ impl Continuation {
         }
     }
 
-    /// One more token for every row; those of rows that have ended are seen by nobody.
+    /// Appends one token to every row. The tokens of finished rows have no effect on other rows.
     fn feed(&mut self, next: Vec<u32>) {
         self.tokens = next.into_iter().map(|token| vec![token]).collect();
         self.mask.iter_mut().for_each(|row| row.push(1));
     }
 
-    /// Runs the waiting tokens and returns each row's logits of the next one in every pass.
+    /// Runs the model on `tokens` and returns the next-token logits by pass and row.
     fn advance(&mut self, model: &dyn CausalLm) -> Result<Vec<Vec<Vec<f32>>>> {
         let rows = self.tokens.len();
         let new = self.tokens[0].len();
@@ -236,7 +238,7 @@ impl Continuation {
     }
 }
 
-/// The logarithm of the mean of the probabilities of several logits.
+/// The logarithms of the mean probabilities of several rows of logits.
 fn average<'a>(draws: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
     let mut sum = Vec::new();
     let mut count = 0.0;
@@ -256,7 +258,8 @@ mod tests {
 
     #[test]
     fn a_penalty_is_that_of_transformers() {
-        // RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 1, 1, 4]]), torch.tensor([[2., -1., .5, -3., 0.]]))
+        // RepetitionPenaltyLogitsProcessor(2.0)(
+        //     torch.tensor([[0, 1, 1, 4]]), torch.tensor([[2., -1., .5, -3., 0.]]))
         let config = GenerateConfig { repetition_penalty: 2.0, ..GenerateConfig::default() };
         let mut logits = [2.0, -1.0, 0.5, -3.0, 0.0];
         GenerateConfig::default().penalize(&mut logits, [0, 1].into_iter());

@@ -1,4 +1,4 @@
-//! The pieces that models share: fetching by name, dropout.
+//! Parts that models share: loading layers by name, dropout.
 
 use candle_core::Tensor;
 use candle_nn::{Init, Linear, VarBuilder};
@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::noise::{Noise, Purpose, Stream};
 use crate::ops::{self, RmsNorm};
 
-/// Fetches a linear layer, `weight` (out, in) and `bias` (out), by name. Where the builder starts
-/// new parameters, the weight is normal with standard deviation `init_std` and the bias zero.
+/// Loads a linear layer: `weight` (out, in) and `bias` (out). If the builder creates new parameters, the
+/// weight is normal with standard deviation `init_std` and the bias zero.
 ///
 /// # Errors
 /// If a tensor is missing or of another shape.
@@ -35,7 +35,7 @@ pub fn adaptable_linear(
     adaptable_linear_of(path, in_dim, out_dim, init_std, true, vb)
 }
 
-/// A [`adaptable_linear`] with a bias or without one.
+/// An [`adaptable_linear`] with or without a bias.
 ///
 /// # Errors
 /// As [`linear`].
@@ -50,7 +50,8 @@ pub fn adaptable_linear_of(
     Ok(AdaptableLinear::new(path, vb.linear(in_dim, out_dim, init_std, has_bias)?))
 }
 
-/// Fetches an RMS norm, `weight` (dim), by which rows are multiplied or, with `offset`, by one plus it.
+/// Loads an RMS norm with `weight` (dim). Normalised rows are multiplied by the weight or, with `offset`, by
+/// one plus the weight.
 ///
 /// # Errors
 /// As [`linear`].
@@ -61,7 +62,7 @@ pub fn rms_norm(dim: usize, eps: f64, offset: bool, vb: &VarBuilder) -> Result<R
     }
 }
 
-/// What a layer of a task's head, which has a dtype of its own, makes of `xs` (.., in).
+/// Applies a layer of a task head to `xs` (.., in), which is cast to the head's dtype.
 ///
 /// # Errors
 /// If shapes do not fit.
@@ -73,7 +74,7 @@ pub fn project(layer: &Linear, xs: &Tensor, cx: &Context) -> candle_core::Result
 /// The tensors that the linear layers of a model or a block depend on.
 ///
 /// # Errors
-/// None of its own.
+/// Those of [`AdaptableModel::visit_linears`]; there are no others.
 pub fn parameters(model: &dyn AdaptableModel) -> Result<Vec<Tensor>> {
     let mut all = Vec::new();
     model.visit_linears(&mut |layer| {
@@ -83,7 +84,7 @@ pub fn parameters(model: &dyn AdaptableModel) -> Result<Vec<Tensor>> {
     Ok(all)
 }
 
-/// Dropout at one place of a model, from noise addressed by the place's path.
+/// Dropout at one place of a model, with noise addressed by the path of that place.
 #[derive(Debug, Clone)]
 pub struct Dropout {
     rate: f64,
@@ -96,7 +97,7 @@ impl Dropout {
         Self { rate, stream: noise.stream(path, Purpose::Dropout) }
     }
 
-    /// Drops in training, and passes `xs` on in every other pass.
+    /// Applies dropout in training, and returns `xs` unchanged in every other pass.
     ///
     /// # Errors
     /// If the rate is not in `[0, 1)`.
@@ -107,7 +108,7 @@ impl Dropout {
         }
     }
 
-    /// Rate, stream and draw, where this pass drops: for ops that drop inside.
+    /// The rate, noise stream and draw if this pass has dropout, for ops with built-in dropout.
     pub fn active(&self, cx: &Context) -> Option<(f64, Stream, u64)> {
         cx.pass.dropout_draw().filter(|_| self.rate > 0.0).map(|draw| (self.rate, self.stream, draw))
     }

@@ -1,8 +1,9 @@
-//! On which devices the layers of a model lie, and how activations get from one to the next.
+//! Placement of a model's layers on devices, and the transfer of activations between them.
 //!
-//! A base that is larger than one device lies on several, some layers on each, in order. Embedding and head lie on the
-//! first, where a batch comes in and its loss is computed; what is between goes once along all of them and back. Each
-//! device works while the others wait: this buys memory, not time.
+//! A base that does not fit on one device is split over several: consecutive layers on each, in order. The
+//! embedding and the head are on the first device, where batches arrive and the loss is computed; activations
+//! pass once through all devices and back to the first. Each device works while the others wait, so this
+//! saves memory, not time.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,10 +13,10 @@ use candle_core::{Device, DeviceLocation, Tensor};
 use crate::error::{Error, Result};
 use crate::ops;
 
-/// On which device each layer of a model lies.
+/// The device of each layer of a model.
 ///
 /// # Example
-/// A model on two GPUs, and adapters that lie with their layers:
+/// A model on two GPUs, with each adapter on the device of its layer:
 /// ```no_run
 /// use candle_core::DType;
 /// use monteclora::inject::{self, Targets};
@@ -33,7 +34,7 @@ use crate::ops;
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 ///
-/// How layers are shared out:
+/// Layers distributed by memory:
 /// ```
 /// use candle_core::Device;
 /// use monteclora::models::Placement;
@@ -50,37 +51,37 @@ pub struct Placement {
     transfer: Arc<dyn Transfer>,
 }
 
-/// A device, and the layer after its last one.
+/// A device, and the end (exclusive) of its range of layers.
 #[derive(Debug, Clone)]
 struct Place {
     device: Device,
     end: usize,
 }
 
-/// How activations, and their gradients, get from one place to another.
+/// Copies activations and their gradients from one place to another.
 pub trait Transfer: fmt::Debug + Send + Sync {
-    /// `xs` at the place that `crossing` leads to, in memory that nobody else holds: complete there when this returns, and
-    /// free to be dropped where it was.
+    /// Returns a copy of `xs` at the target place of `crossing`, in memory that no other tensor shares. The
+    /// copy is complete when this returns, so that the source may be dropped.
     ///
     /// # Errors
     /// If a device fails.
     fn carry(&self, xs: &Tensor, crossing: &Crossing) -> candle_core::Result<Tensor>;
 }
 
-/// One way between two places.
+/// The source and target of a transfer.
 #[derive(Debug, Clone)]
 pub struct Crossing {
-    /// The number of the place where the tensor is.
+    /// The index of the place where the tensor is.
     pub from: usize,
-    /// The number of the place that it is copied to.
+    /// The index of the place that it is copied to.
     pub to: usize,
     /// The device of the place [`Self::to`].
     pub device: Device,
-    /// Whether the tensor is a gradient on its way back.
+    /// Whether the tensor is a gradient in the backward pass.
     pub is_gradient: bool,
 }
 
-/// Copies from device to device, and waits until the copy is made.
+/// The default transfer: copies between devices and waits for the copy to complete.
 #[derive(Debug)]
 struct Copies;
 
@@ -91,7 +92,7 @@ impl Transfer for Copies {
 }
 
 impl fmt::Display for Placement {
-    /// Which layers lie on which device.
+    /// Lists the layers of each device.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for (i, place) in self.places.iter().enumerate() {
             let (layers, before) = (self.layers(i), if i == 0 { "" } else { ", " });
@@ -112,10 +113,10 @@ impl fmt::Display for Placement {
 }
 
 impl Placement {
-    /// Some layers on each device, in order.
+    /// Places the given number of layers on each device, in order.
     ///
     /// # Errors
-    /// If there is no device, or they are neither all CUDA devices nor all one other.
+    /// If there is no device, or they are neither all CUDA devices nor all the same other device.
     pub fn new(devices: &[(Device, usize)]) -> Result<Self> {
         let Some((first, _)) = devices.first() else {
             return Err(Error::config("device", "a placement has at least one device"));
@@ -136,8 +137,8 @@ impl Placement {
         Ok(Self { places: places.collect(), transfer: Arc::new(Copies) })
     }
 
-    /// `layers` layers of one size on devices with so many free bytes each, in proportion. `ends` is how many layers
-    /// what lies on the first device beside them, embedding and head, is as large as.
+    /// Distributes `layers` layers of equal size over devices in proportion to their free bytes. `ends` is
+    /// the size, in layers, of the embedding and the head, which are on the first device as well.
     ///
     /// # Errors
     /// As [`Self::new`]; if no device has any memory, or `ends` is negative or not finite.
@@ -149,7 +150,7 @@ impl Placement {
         if !(ends >= 0.0 && ends.is_finite()) {
             return Err(Error::config("ends", format!("expected a number of layers, got {ends}")));
         }
-        // Where each device's share ends, counted in layers, of which the first ones are not layers.
+        // The end of each share on a scale of `ends + layers`, whose first `ends` are embedding and head.
         let (mut free, mut first, last) = (0.0, 0, devices.len());
         let counted = (1..).zip(devices).map(|(number, (device, own))| {
             free += *own as f64;
@@ -163,34 +164,34 @@ impl Placement {
         Self::new(&counted.collect::<Vec<_>>())
     }
 
-    /// The same with another way between its places: a test's, which counts, or one over a link of one's own.
+    /// Replaces the transfer between places: by one that counts in tests, or one over a custom link.
     pub fn with_transfer(self, transfer: Arc<dyn Transfer>) -> Self {
         Self { transfer, ..self }
     }
 
-    /// How many layers it places.
+    /// The number of layers.
     pub fn len(&self) -> usize {
         self.places.last().map_or(0, |place| place.end)
     }
 
-    /// Whether it places no layer.
+    /// Whether there are no layers.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many devices there are, those without a layer too.
+    /// The number of devices, including those without a layer.
     pub fn places(&self) -> usize {
         self.places.len()
     }
 
-    /// The layers of a place.
+    /// The range of layers at a place.
     pub fn layers(&self, place: usize) -> std::ops::Range<usize> {
         let end = |place: &Place| place.end;
         let start = place.checked_sub(1).and_then(|before| self.places.get(before)).map_or(0, end);
         start..self.places.get(place).map_or(start, end)
     }
 
-    /// The device of embedding and head, where batches come in.
+    /// The device of the embedding and the head, where batches arrive.
     pub fn first(&self) -> &Device {
         &self.places[0].device
     }
@@ -208,10 +209,10 @@ impl Placement {
         self.places.iter().position(|place| layer < place.end).unwrap_or(self.places.len() - 1)
     }
 
-    /// `xs` of place `from` at place `to`, differentiable; itself where the two are one.
+    /// Copies `xs` from place `from` to place `to`, differentiably; returns `xs` itself if they are the same.
     ///
     /// # Errors
-    /// As the transfer.
+    /// As [`Transfer::carry`].
     pub(super) fn carry(&self, xs: &Tensor, from: usize, to: usize) -> candle_core::Result<Tensor> {
         if from == to {
             return Ok(xs.clone());

@@ -1,8 +1,8 @@
-//! What a `tokenizer.json` puts around each text, for GGUF's tokenizers and those of training.
+//! The post-processor of a `tokenizer.json`, for tokenizers read from GGUF files and from model folders.
 
 use serde_json::{json, Map, Value};
 
-/// The post-processor that puts a token before each text and one after it, by their names and ids.
+/// A post-processor that puts a token before and one after each text, given by their names and ids.
 pub(crate) fn template(before: Option<(String, usize)>, after: Option<(String, usize)>) -> Value {
     let special = |end: &Option<(String, usize)>, number: usize| {
         end.as_ref().map(|(name, _)| json!({"SpecialToken": {"id": name, "type_id": number}}))

@@ -1,4 +1,4 @@
-//! Weights that are quantised as they are fetched, one matrix at a time.
+//! Quantisation of weights at load, one matrix at a time.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -15,7 +15,7 @@ use super::weights::{QuantizedSource, Wanted};
 use crate::error::{Error, Result};
 use crate::ops::QuantizedWeight;
 
-/// The kinds by name, in llama.cpp's letters and candle's.
+/// The kinds of blocks by their names in llama.cpp and candle.
 const KINDS: [(&str, GgmlDType); 10] = [
     ("q4_0", GgmlDType::Q4_0),
     ("q4_1", GgmlDType::Q4_1),
@@ -29,26 +29,27 @@ const KINDS: [(&str, GgmlDType); 10] = [
     ("q6k", GgmlDType::Q6K),
 ];
 
-/// Numbers that one task quantises.
+/// The number of elements that one task quantises.
 const PIECE: usize = 1 << 18;
 
-/// To which kind of blocks a model's matrices are quantised as it is loaded.
+/// The kind of blocks that a model's matrices are quantised to at load.
 ///
-/// Linear layers are stored as this kind; embedding and head are more sensitive and are stored as Q6K, or as Q8_0 where
-/// the layers are. A matrix whose rows no block of its kind divides (256 numbers of the kinds in K) is stored as the
-/// nearest kind with blocks of 32, as llama.cpp does; one whose rows these do not divide either stays as it is. The log
-/// names both. What is no matrix of a layer, an embedding or a head (norms, biases, task heads) is never quantised.
+/// Linear layers use this kind. The embedding and the head are more sensitive and use Q6K, or Q8_0 if the
+/// layers do. If the row length of a matrix is not a multiple of the block size (256 for the K kinds), the
+/// matrix uses the nearest kind with blocks of 32, as in llama.cpp; if it is not a multiple of 32 either, the
+/// matrix is not quantised. Both cases are logged. Other tensors (norms, biases, task heads) are never
+/// quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quantization(GgmlDType);
 
 impl Quantization {
-    /// The kind of the layers' blocks.
+    /// The kind of blocks of the linear layers.
     pub fn kind(self) -> GgmlDType {
         self.0
     }
 
-    /// The matrices of `builder` (best in single precision on the CPU), each quantised when it is fetched: at most one
-    /// of them is there as numbers at any time.
+    /// A source that quantises each matrix of `builder` (best in f32 on the CPU) when it is fetched, so that
+    /// at most one of them is in memory unquantised at any time.
     pub fn source(self, builder: &VarBuilder<'static>) -> Arc<dyn QuantizedSource> {
         Arc::new(AtLoad { builder: builder.root(), kind: self.0, told: Mutex::default() })
     }
@@ -57,8 +58,8 @@ impl Quantization {
 impl FromStr for Quantization {
     type Err = Error;
 
-    /// From `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2k`, `q3k`, `q4k` (also written `q4_k`), `q5k` or `q6k`, in
-    /// any case.
+    /// Parses `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2k`, `q3k`, `q4k` (also written `q4_k`), `q5k` or
+    /// `q6k`, in any case.
     fn from_str(name: &str) -> Result<Self> {
         let plain = name.to_lowercase().replace("_k", "k");
         match KINDS.iter().find(|(known, _)| *known == plain) {
@@ -77,12 +78,12 @@ impl fmt::Display for Quantization {
     }
 }
 
-/// As [`QuantizedWeight::kind`] says it.
+/// The name of a kind, as in [`QuantizedWeight::kind`].
 fn name(kind: GgmlDType) -> String {
     format!("{kind:?}").to_lowercase()
 }
 
-/// Quantises what a builder has.
+/// Quantises the matrices of a builder as they are fetched.
 struct AtLoad {
     builder: VarBuilder<'static>,
     kind: GgmlDType,
@@ -113,7 +114,7 @@ impl QuantizedSource for AtLoad {
 }
 
 impl AtLoad {
-    /// Says something once.
+    /// Logs a warning, once for each text.
     fn tell(&self, what: String) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if !told.contains(&what) {
@@ -123,7 +124,7 @@ impl AtLoad {
     }
 }
 
-/// The kind, or the nearest one, whose blocks divide rows of `columns`.
+/// `kind`, or else the nearest kind, whose block size divides `columns`; `None` if neither does.
 fn fitting(kind: GgmlDType, columns: usize) -> Option<GgmlDType> {
     let nearest = match kind {
         GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
@@ -135,7 +136,7 @@ fn fitting(kind: GgmlDType, columns: usize) -> Option<GgmlDType> {
     [kind, nearest].into_iter().find(|kind| columns > 0 && columns.is_multiple_of(kind.block_size()))
 }
 
-/// A matrix in blocks of `kind` on `device`.
+/// Quantises a matrix to blocks of `kind`, on `device`.
 fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> {
     let dense = dense.detach().to_device(&Device::Cpu)?;
     let (shape, bytes) = (dense.dims2()?, bytes(&dense, kind)?);
@@ -143,10 +144,10 @@ fn quantize(dense: Tensor, kind: GgmlDType, device: &Device) -> Result<QTensor> 
     Ok(QTensor::new(QStorage::from_data(Cow::Owned(bytes), device, kind)?, shape)?)
 }
 
-/// The numbers of a tensor on the host in blocks of `kind`, some rows after the other on all threads.
+/// Quantises a tensor on the host to blocks of `kind`, in chunks of rows on all threads.
 ///
 /// # Errors
-/// If the blocks do not divide a row.
+/// If the block size does not divide the row length.
 pub(super) fn bytes(dense: &Tensor, kind: GgmlDType) -> candle_core::Result<Vec<u8>> {
     let rows = if dense.rank() == 2 { dense.clone() } else { dense.flatten_all()?.unsqueeze(0)? };
     let (count, columns) = rows.dims2()?;
@@ -154,7 +155,7 @@ pub(super) fn bytes(dense: &Tensor, kind: GgmlDType) -> candle_core::Result<Vec<
     let starts: Vec<usize> = (0..count).step_by(piece).collect();
     let work = |&first: &usize| -> candle_core::Result<Vec<u8>> {
         let rows = rows.narrow(0, first, piece.min(count - first))?.to_dtype(DType::F32)?;
-        // Candle quantises from the beginning of a tensor's memory, wherever the tensor itself begins.
+        // Candle quantises from the start of a tensor's storage, even if the tensor is a view with an offset.
         Ok(QTensor::quantize(&rows.force_contiguous()?, kind)?.data()?.into_owned())
     };
     let parts = starts.par_iter().map(work).collect::<candle_core::Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! Cosines and sines of rotary positions, from their frequencies.
+//! Cosines and sines of rotary positions.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Result, Tensor};
 /// Cosines and sines.
 pub type Angles = (Tensor, Tensor);
 
-/// One set of frequencies and its angles at positions `0 ..`, made as far as they were needed: a model for 131072
-/// positions would keep 64 MB that hardly any run reads.
+/// The cosines and sines of one set of frequencies at positions `0 ..`, computed only as far as they were
+/// needed: the table of a model with 131072 positions would take 64 MB that hardly any run reads.
 #[derive(Debug)]
 pub struct RotaryTable {
     frequencies: Vec<f32>, // (dim / 2)
@@ -19,14 +19,14 @@ pub struct RotaryTable {
 }
 
 impl RotaryTable {
-    /// For weights of `dtype`: the angles are in f64 for f64 and in f32 for all others. Cosines and sines are
-    /// multiplied by `magnitude`.
+    /// Creates a table for weights of `dtype`: its values are f64 for f64 weights and f32 for all others.
+    /// Cosines and sines are multiplied by `magnitude`.
     pub fn new(frequencies: Vec<f32>, magnitude: f32, dtype: DType, device: &Device) -> Self {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Self { frequencies, magnitude, dtype, device: device.clone(), made: Mutex::new(None) }
     }
 
-    /// The frequencies that nothing scales, `theta^(-2 i / dim)`.
+    /// The unscaled frequencies, `theta^(-2 i / dim)`.
     pub fn plain(theta: f32, dim: usize) -> Vec<f32> {
         (0..dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / dim as f32)).collect()
     }
@@ -48,7 +48,7 @@ impl RotaryTable {
         Ok(angles)
     }
 
-    /// The angle is rounded to single precision, as in the models' own training.
+    /// Computes the table. The angles are rounded to single precision, as in the models' own training.
     fn make(&self, positions: usize) -> Result<Angles> {
         let angles: Vec<f32> = (0..positions)
             .flat_map(|position| self.frequencies.iter().map(move |frequency| position as f32 * frequency))

@@ -1,4 +1,4 @@
-//! A whole Hugging Face model folder of a model with its adapters merged in, or trained itself.
+//! Writes complete Hugging Face model folders: with adapters merged in, or with weights trained directly.
 
 mod companions;
 mod gguf;
@@ -25,25 +25,26 @@ pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
 pub(crate) use parts::Parts;
 use shards::{write_shards, Entry, Failure};
 
-/// The largest shard that Hugging Face writes by default.
+/// Hugging Face's default limit on the size of a shard, in bytes.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Writes the folder `dir`: the checkpoint `source` with each adapted layer replaced by what its
-/// weight and its active adapter's mean amount to, the weights of `params` that were trained
-/// themselves ([`Role::Base`], [`Role::Head`]) in place of the checkpoint's, `config` (the source's
-/// own where None), and the tokenizer's files.
+/// Writes the checkpoint `source` to the folder `dir`, with the active adapters merged in.
 ///
-/// An adapter is added to the weight as the checkpoint has it, whatever dtype the model was loaded
-/// in: one that was trained on a base quantised at load meets the numbers before they were rounded, which
-/// the log says. Tensors keep the checkpoint's dtype (a head is in single precision) and go to the disk one
-/// after the other: no second copy of the model is held. Names get the prefix of the model's body
-/// where the source lacks it. Shards hold at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]) each, or one
-/// tensor. The folder appears when all of it is written.
+/// The mean of its active adapter is merged into each adapted layer's weight. Weights of `params` that were
+/// trained directly ([`Role::Base`], [`Role::Head`]) replace the checkpoint's. The folder also gets `config`
+/// (the source's own if `None`) and the tokenizer's files.
+///
+/// An adapter is added to the weight as stored in the checkpoint, whatever dtype the model was loaded in. If
+/// the base was quantised at load, the adapter is therefore merged into the weights before rounding, which is
+/// logged. Tensors keep the checkpoint's dtype (a trained head is in single precision) and are written one
+/// after the other, without a second copy of the model in memory. Names get the prefix of the model's body if
+/// the source lacks it. A shard holds at most `max_shard_bytes` ([`MAX_SHARD_BYTES`]), or one tensor. The
+/// folder appears only when it is complete.
 ///
 /// # Errors
-/// If no adapter is active and no weight was trained, `dir` exists and is not an empty folder, a
-/// tokenizer's file cannot be had, a layer cannot be merged or has no tensor of its shape in the
-/// source, a merged weight would not be finite, or a file cannot be written.
+/// If no adapter is active and no weight was trained, `dir` exists and is not an empty folder, a tokenizer
+/// file is not available, a layer cannot be merged or has no tensor of its shape in the source, a merged
+/// weight would not be finite, or a file cannot be written.
 pub fn save_merged(
     model: &dyn AdaptableModel,
     params: &Params,
@@ -54,14 +55,14 @@ pub fn save_merged(
 ) -> Result<()> {
     check_free(dir)?;
     let partial = files::partial_folder(dir);
-    // What a killed process of the same number left would be taken for ours.
+    // A killed process with the same pid may have left a partial folder.
     fs::remove_dir_all(&partial).ok();
     fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
     let remove = Remove(partial.clone());
 
     let (mapped, failure) = (source.map_weights()?, Failure::default());
     let entries = plan(model, params, &mapped, &failure, Pass::Mean)?;
-    // First what the hub may fail to give, then gigabytes.
+    // Downloads from the hub, which may fail, come before gigabytes are written.
     copy_companions(source, &partial)?;
     let path = partial.join("config.json");
     match config {
@@ -77,8 +78,8 @@ pub fn save_merged(
     Ok(())
 }
 
-/// Checks, before anything is trained, what [`save_merged`] would refuse afterwards, but for a tokenizer's
-/// file that cannot be had and a disk that is full.
+/// Checks before training what [`save_merged`] would reject afterwards, except a tokenizer file that is not
+/// available and a full disk.
 ///
 /// # Errors
 /// As [`save_merged`].
@@ -93,9 +94,11 @@ pub fn check_merged(
     model.visit_linears(&mut |layer| layer.merged_dequantized().map(drop))
 }
 
-/// What [`save_merged`] writes, in memory: every tensor of the checkpoint `source` under its name, with the active
-/// adapters in a pass (the mean, or one draw of the posterior) and the weights that were trained in place. For other
-/// implementations of the model, candle-transformers' among them:
+/// Returns in memory what [`save_merged`] writes: every tensor of the checkpoint `source` by name, with the
+/// active adapters of a pass (the mean, or one posterior draw) merged in and with directly trained weights
+/// replaced.
+///
+/// Other implementations of the model, such as candle-transformers', can load the result by
 /// `VarBuilder::from_tensors(merged_tensors(..)?, dtype, device)`.
 ///
 /// # Example
@@ -126,7 +129,7 @@ pub fn check_merged(
 /// ```
 ///
 /// # Errors
-/// As [`save_merged`], of what is no file; and for [`Pass::Train`].
+/// As [`save_merged`], except those of files; and for [`Pass::Train`].
 pub fn merged_tensors(
     model: &dyn AdaptableModel,
     params: &Params,
@@ -150,7 +153,7 @@ fn check_free(dir: &Path) -> Result<()> {
     }
 }
 
-/// Takes an unfinished folder away.
+/// Removes an unfinished folder when dropped.
 struct Remove(PathBuf);
 
 impl Drop for Remove {
@@ -159,7 +162,7 @@ impl Drop for Remove {
     }
 }
 
-/// The weight of the layer at `path` as the source has it, with its adapter.
+/// The weight `source` of the layer at `path`, with its adapter merged in.
 fn merged(model: &dyn AdaptableModel, path: &str, source: &Tensor, pass: &Pass) -> Result<Tensor> {
     let mut merged = None;
     model.visit_linears(&mut |layer| {
@@ -177,8 +180,7 @@ fn tensor(view: &TensorView) -> Result<Tensor> {
     Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?)
 }
 
-/// How the names of heads begin, those of pretraining and of tasks, as the families' classes in transformers have
-/// them.
+/// The name prefixes of pretraining and task heads in the model classes of transformers.
 const HEADS: [&str; 17] = [
     "lm_head.",
     "score.",
@@ -199,7 +201,7 @@ const HEADS: [&str; 17] = [
     "mask_predictions.",
 ];
 
-/// What is written under which name.
+/// The tensors to write, by name.
 fn plan<'a>(
     model: &'a dyn AdaptableModel,
     params: &Params,
@@ -227,7 +229,7 @@ fn plan<'a>(
     let whole = |name: String| if bare { parts.whole(&name) } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
-        // A bare checkpoint trains under its own names.
+        // Weights that were loaded from a checkpoint without the body's prefix have no prefix either.
         let name = match param.role {
             Role::Base => whole(name),
             Role::Head => {
@@ -246,8 +248,8 @@ fn plan<'a>(
     let mut entries = BTreeMap::new();
     for (name, view) in views {
         let name = whole(name);
-        // A trained head replaces whatever head the checkpoint came with. What else stands beside the body, such as
-        // a tower for images, is kept.
+        // A trained head replaces any head of the checkpoint. Other tensors beside the body, such as an image
+        // tower, are kept.
         let is_head = trained.contains_key(&name) || HEADS.iter().any(|head| name.starts_with(head));
         if has_head && is_head && !parts.have(&name) {
             continue;

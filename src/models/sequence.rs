@@ -1,4 +1,4 @@
-//! Which of the models that classify a whole sequence a checkpoint is.
+//! Sequence classifiers of every architecture, chosen by a checkpoint's configuration.
 
 use std::path::Path;
 
@@ -20,8 +20,8 @@ use crate::labels::Labels;
 use crate::noise::Noise;
 use crate::util::json;
 
-/// The layers whose weight has a row for each output ([`SequenceConfig::output_tensors`]): RoBERTa's and ELECTRA's, the
-/// other encoders', the decoders'.
+/// The layers whose weight has one row per output ([`SequenceConfig::output_tensors`]): of RoBERTa and
+/// ELECTRA, of the other encoders, of decoders.
 #[cfg(feature = "train")]
 pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
 
@@ -33,13 +33,13 @@ impl SequenceClassifier for RobertaForSequenceClassification {
         attention_mask: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        // RoBERTa has one token type; its tokenizers number pairs all the same.
+        // RoBERTa has only one token type, but its tokenizers number the two texts of a pair all the same.
         let types = (self.config().type_vocab_size > 1).then_some(token_type_ids);
         self.forward(input_ids, types, attention_mask, cx)
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {
-        self.set_checkpoint_layers(on); // its own
+        self.set_checkpoint_layers(on); // the inherent method
     }
 
     fn num_labels(&self) -> usize {
@@ -63,7 +63,7 @@ impl SequenceClassifier for DecoderForSequenceClassification {
     }
 
     fn set_checkpoint_layers(&mut self, on: bool) {
-        self.set_checkpoint_layers(on); // its own
+        self.set_checkpoint_layers(on); // the inherent method
     }
 
     fn num_labels(&self) -> usize {
@@ -75,11 +75,11 @@ impl SequenceClassifier for DecoderForSequenceClassification {
     }
 }
 
-/// The `model_type`s of encoders.
+/// The supported `model_type`s of encoders.
 const ENCODERS: [&str; 8] =
     ["roberta", "bert", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"];
 
-/// The configuration of a classifier of any architecture, by the `model_type` of its file.
+/// The configuration of a classifier of any architecture, selected by the file's `model_type`.
 #[derive(Debug, Clone)]
 pub struct SequenceConfig {
     architecture: Architecture,
@@ -97,17 +97,17 @@ enum Architecture {
 }
 
 impl SequenceConfig {
-    /// Reads a `config.json`, for `num_labels` outputs (1: a regression). Their names are the file's, where it
-    /// has as many.
+    /// Reads a `config.json`, for `num_labels` outputs (1: a regression). The outputs are named as in the
+    /// file if it has as many names.
     ///
     /// # Errors
-    /// If the file cannot be read, is no JSON (the error names the line), is of another
-    /// architecture, or asks for what is not supported.
+    /// If the file cannot be read, is not JSON (the error names the line), is of another architecture, or
+    /// requires an unsupported option.
     pub fn from_file(path: &Path, num_labels: usize) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path, num_labels)
     }
 
-    /// [`Self::from_file`] of a model's files, of which a GGUF file says the same under keys of its own.
+    /// Like [`Self::from_file`], from a model's files: its `config.json`, or the metadata of its GGUF file.
     ///
     /// # Errors
     /// As [`Self::from_file`].
@@ -118,7 +118,7 @@ impl SequenceConfig {
         }
     }
 
-    /// The same of a `config.json` that was read already.
+    /// Like [`Self::from_file`], from a `config.json` that was read already.
     ///
     /// # Errors
     /// As [`Self::from_file`].
@@ -126,7 +126,7 @@ impl SequenceConfig {
         Self::parse(json.to_string().as_bytes(), Path::new("config.json"), num_labels)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
         let architecture = match json.get("model_type").and_then(Value::as_str) {
@@ -166,7 +166,7 @@ impl SequenceConfig {
     /// The same configuration with other names of the outputs.
     ///
     /// # Errors
-    /// If there are not as many as outputs.
+    /// If the number of names is not the number of outputs.
     pub fn with_labels(self, labels: Labels) -> Result<Self> {
         if labels.len() != self.labels.len() {
             let reason = format!("{} names for {} outputs", labels.len(), self.labels.len());
@@ -175,7 +175,7 @@ impl SequenceConfig {
         Ok(Self { labels, ..self })
     }
 
-    /// The names that the file has itself, however many.
+    /// The names of outputs in the file, whatever their number.
     ///
     /// # Errors
     /// As [`Labels::of_config`].
@@ -183,7 +183,8 @@ impl SequenceConfig {
         Labels::of_config(&self.json)
     }
 
-    /// What the file's head is for, where it is none of ours: each class by itself, or several scores at once.
+    /// Describes the task of the file's head if it is not supported: multi-label classification, or a
+    /// regression with several scores.
     pub fn foreign_problem(&self) -> Option<&'static str> {
         match self.json.get("problem_type").and_then(Value::as_str) {
             Some("multi_label_classification") => {
@@ -194,7 +195,7 @@ impl SequenceConfig {
         }
     }
 
-    /// The tensors of the head that have a row for each output.
+    /// The tensors of the head that have one row per output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
         match &self.architecture {
             Architecture::Decoder(_) => &["score.weight"],
@@ -240,7 +241,7 @@ impl SequenceConfig {
         }
     }
 
-    /// The prefix, with its dot, of the names of the model's body.
+    /// The prefix of the tensor names of the model's body, with its dot.
     pub fn prefix(&self) -> String {
         match &self.architecture {
             Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
@@ -250,7 +251,7 @@ impl SequenceConfig {
         }
     }
 
-    /// Fetches the model from `vb` and its task head from `head`.
+    /// Loads the model from `vb` and its task head from `head`.
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
@@ -279,16 +280,16 @@ impl SequenceConfig {
         })
     }
 
-    /// The file as Hugging Face writes it for this classifier in single precision: the source's
-    /// own, with the head's architecture and labels.
+    /// The `config.json` that Hugging Face writes for this classifier in single precision: the source's own,
+    /// with the head's architecture and labels.
     ///
-    /// Difference: a decoder's head reads the last token that the attention mask shows, that of
-    /// transformers the last one that is not `pad_token_id`. Where the source names no padding,
-    /// `pad_token_id` is its EOS, with which batches are usually filled then, or else null, with
-    /// which transformers takes one row at a time; an ordinary id would hide a token. So both read
-    /// the same token, unless a text itself ends in the padding (where the tokenizer appends EOS and
-    /// EOS is the padding, transformers reads the token before), or a tokenizer fills batches with
-    /// yet another token, to which `pad_token_id` must be set then.
+    /// Difference: a decoder's head reads the last token that the attention mask shows, while transformers
+    /// reads the last token that is not `pad_token_id`. If the source names no padding token, `pad_token_id`
+    /// is written as the EOS token, which batches are then usually padded with. Without an EOS token it is
+    /// null, for which transformers accepts only one row at a time; an ordinary id would hide that token.
+    /// Both implementations then read the same token, with two exceptions. If a text itself ends in the
+    /// padding token (a tokenizer appends EOS and EOS is the padding), transformers reads the token before
+    /// it. If a tokenizer pads with yet another token, `pad_token_id` must be set to that token.
     pub fn to_json(&self) -> Value {
         let (class, pad) = match &self.architecture {
             Architecture::Decoder(config) => {
@@ -320,7 +321,7 @@ impl SequenceConfig {
         json["id2label"] = self.labels.id2label();
         json["label2id"] = self.labels.label2id();
         json["pad_token_id"] = json!(pad);
-        // Without, transformers' pipelines take the scores of a regression for those of a class.
+        // Without it, transformers' pipelines interpret the scores of a regression as those of classes.
         let kind = if self.labels.len() == 1 { "regression" } else { "single_label_classification" };
         json["problem_type"] = json!(kind);
         for dtype in ["torch_dtype", "dtype"] {

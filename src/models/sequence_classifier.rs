@@ -1,4 +1,4 @@
-//! What every model that classifies a whole sequence offers.
+//! The interface of models that classify a whole sequence.
 
 use std::fmt::Debug;
 
@@ -6,14 +6,14 @@ use candle_core::Tensor;
 
 use crate::adapter::{AdaptableModel, Context};
 
-/// A model with a head that classifies or scores a whole sequence. One of them serves any number of threads: a
+/// A model with a head that classifies or scores a whole sequence. It can be shared between threads: a
 /// forward pass changes no state.
 pub trait SequenceClassifier: AdaptableModel + Debug + Send + Sync {
-    /// The logits, or the scores of a regression.
+    /// Computes the logits, or the scores of a regression.
     ///
     /// # Shapes
-    /// - `input_ids`, `token_type_ids`: `(b, t)` of u32; token types are left aside by models
-    ///   that have none
+    /// - `input_ids`, `token_type_ids`: `(b, t)` of u32; models without token types ignore
+    ///   `token_type_ids`
     /// - `attention_mask`: `(b, t)` of u8, 1 on real tokens
     /// - output: `(b, num_labels)`, the head's dtype
     ///
@@ -27,13 +27,13 @@ pub trait SequenceClassifier: AdaptableModel + Debug + Send + Sync {
         cx: &Context,
     ) -> candle_core::Result<Tensor>;
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`crate::ops::checkpoint`]): less memory for one more forward pass.
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
+    /// ([`crate::ops::checkpoint`]). This saves memory and costs one more forward pass.
     fn set_checkpoint_layers(&mut self, on: bool);
 
     /// The number of outputs.
     fn num_labels(&self) -> usize;
 
-    /// The id that fills a batch.
+    /// The id of the padding token.
     fn pad_id(&self) -> u32;
 }

@@ -1,4 +1,4 @@
-//! Where a model fetches its weights: a builder of candle's, and beside it matrices that are quantised.
+//! The source of a model's weights: a candle `VarBuilder`, optionally with quantised matrices beside it.
 
 use std::fmt;
 use std::ops::Deref;
@@ -12,37 +12,39 @@ use crate::adapter::{BaseLinear, QuantizedLinear};
 use crate::error::{Error, Result};
 use crate::ops::{QuantizedWeight, Weight};
 
-/// Matrices that are quantised, or become so as they are fetched.
+/// A source of matrices that are quantised, or are quantised as they are fetched.
 pub trait QuantizedSource: Send + Sync {
-    /// The matrix that is asked for; None where it is not quantised, and the builder beside this source has it as
-    /// numbers.
+    /// Returns the requested matrix; `None` if it is not quantised, so that it comes from the builder beside
+    /// this source.
     ///
     /// # Errors
-    /// If it is of another shape, or cannot be read.
+    /// If it has another shape, or cannot be read.
     fn get(&self, wanted: &Wanted) -> Result<Option<QuantizedWeight>>;
 }
 
-/// A matrix that a model asks for.
+/// A matrix that a model requests.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
-    /// Its whole name, such as `model.layers.0.self_attn.q_proj.weight`.
+    /// The full name of the tensor, such as `model.layers.0.self_attn.q_proj.weight`.
     pub name: &'a str,
     /// `(rows, columns)`.
     pub shape: (usize, usize),
-    /// Whether its rows are those of a vocabulary: an embedding, or the head over it. Else a linear layer's weight.
+    /// Whether the rows are those of a vocabulary (an embedding, or the head over it). Otherwise the matrix
+    /// is the weight of a linear layer.
     pub is_table: bool,
-    /// What it begins with where new parameters start.
+    /// The initialisation, if the parameter is new.
     pub init: Init,
-    /// The dtype that its rows stand for.
+    /// The dtype of the rows when they are dequantised.
     pub dtype: DType,
     /// The device to put it on.
     pub device: &'a Device,
 }
 
-/// A `VarBuilder` with, perhaps, a source of quantised matrices beside it, both at one place among the names.
+/// A `VarBuilder` with an optional source of quantised matrices, both at the same name prefix.
 ///
-/// It dereferences to the `VarBuilder`, which must know every name, to fetch other tensors and to ask whether one is
-/// there; a builder alone is one without such a source (`.into()`).
+/// It dereferences to the `VarBuilder`, which must know every name, to load other tensors and to check
+/// whether a tensor exists. A `VarBuilder` alone converts with `.into()`, without a source of quantised
+/// matrices.
 #[derive(Clone)]
 pub struct Weights<'a> {
     builder: VarBuilder<'a>,
@@ -51,21 +53,21 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// What `builder` has, whose matrices come from `quantized` where it gives them.
+    /// The tensors of `builder`, except for the matrices that `quantized` has.
     pub fn new(builder: VarBuilder<'a>, quantized: Arc<dyn QuantizedSource + 'a>) -> Self {
         Self { builder, quantized: Some(quantized), placement: None }
     }
 
-    /// The same for a model whose layers lie on several devices; a decoder alone asks for it. What is no layer lies where
-    /// the builder puts it, which must be the placement's first device.
+    /// The same weights for a model whose layers are on several devices; only decoders support this. Tensors
+    /// outside the layers stay on the builder's device, which must be the placement's first device.
     pub fn placed(self, placement: &Placement) -> Self {
         Self { placement: Some(placement.clone()), ..self }
     }
 
-    /// Where the layers of a model of `layers` layers lie: all with the builder, unless it was told.
+    /// The placement of `layers` layers: all on the builder's device, unless [`Self::placed`] was called.
     ///
     /// # Errors
-    /// If it was told for another number of layers, or the builder is on another device than the first.
+    /// If the placement has another number of layers, or the builder is not on its first device.
     pub(super) fn placement(&self, layers: usize) -> Result<Placement> {
         let Some(placement) = &self.placement else {
             return Placement::new(&[(self.builder.device().clone(), layers)]);
@@ -82,12 +84,12 @@ impl<'a> Weights<'a> {
         Ok(placement.clone())
     }
 
-    /// The same, whose tensors come to another device.
+    /// The same weights, loaded onto another device.
     pub(super) fn on(&self, device: &Device) -> Self {
         Self { builder: self.builder.clone().set_device(device.clone()), ..self.clone() }
     }
 
-    /// The builder alone, to train the weights themselves.
+    /// Returns the builder alone, to train the weights directly.
     ///
     /// # Errors
     /// If matrices are quantised.
@@ -103,17 +105,17 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Whether any of its matrices is quantised, or becomes so as it is fetched.
+    /// Returns whether matrices are quantised, or become so when they are fetched.
     pub fn is_quantized(&self) -> bool {
         self.quantized.is_some()
     }
 
-    /// The same one step deeper among the names.
+    /// The same weights with `name` appended to the name prefix.
     pub fn pp(&self, name: impl ToString) -> Self {
         Self { builder: self.builder.pp(name), ..self.clone() }
     }
 
-    /// The table `weight` of a vocabulary, `(rows, columns)`: an embedding, or the head over it.
+    /// Loads the table `weight` of a vocabulary, `(rows, columns)`: an embedding, or the head over it.
     ///
     /// # Errors
     /// If it is missing or of another shape.
@@ -121,7 +123,7 @@ impl<'a> Weights<'a> {
         self.matrix(shape, true, init)
     }
 
-    /// The linear layer of `weight` (out, in) and, where it has one, `bias` (out). Where the builder starts new
+    /// Loads a linear layer: `weight` (out, in) and, if it has one, `bias` (out). If the builder creates new
     /// parameters, the weight is normal with standard deviation `init_std` and the bias zero.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The options of MonteCLoRA, their presets and their domains.
+//! The options of MonteCLoRA, their presets and their validation.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::special::gamma::MAX_SHAPE;
 use crate::util::check::{not_negative, positive};
 
-/// The most draws that a layer's buffer prepares ahead: beyond, a slip of the keyboard would take
-/// the machine's memory.
+/// The largest number of draws that a layer's buffer prepares ahead. The limit keeps a typing error from
+/// exhausting the machine's memory.
 pub const MAX_BUFFER_SIZE: usize = 1 << 16;
 
 /// The options of MonteCLoRA. Presets: [`Self::paper`] (the default), [`Self::calibrated`],
@@ -30,7 +30,7 @@ pub const MAX_BUFFER_SIZE: usize = 1 << 16;
 /// # Ok::<(), monteclora::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-// What a file leaves out means what it meant when there was no more to say.
+// Missing fields take the paper's defaults, so that old files keep their meaning.
 #[serde(default = "MonteCLoRAConfig::paper", deny_unknown_fields)]
 pub struct MonteCLoRAConfig {
     /// The rank r of the update.
@@ -45,14 +45,14 @@ pub struct MonteCLoRAConfig {
     pub num_components: usize,
     /// eps, the scale of the perturbation.
     pub sample_scaler: f64,
-    /// kappa, the standard deviation of the perturbation's elements in units of 1 / sqrt(in_dim) while V and a are one
-    /// (A starts at 0.58): in place of `sample_scaler`, which each layer then works out for its own width
-    /// ([`Self::at_width`]). None: `sample_scaler` counts, whatever the width. PEFT knows the other alone, and
-    /// uses it where it trains on.
+    /// kappa, the standard deviation of the perturbation's elements in units of 1 / sqrt(in_dim) while V and
+    /// a are one (A starts at 0.58). If set, each layer computes its `sample_scaler` from kappa and its own
+    /// width ([`Self::at_width`]); `None` uses `sample_scaler` for every width. PEFT supports only
+    /// `sample_scaler`, and uses it if it continues the training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relative_scaler: Option<f64>,
-    /// Its course over training, which `train::fit` follows. A loop of one's own gives each pass the factors of a
-    /// [`SampleScaler`](crate::SampleScaler); without, eps is the same throughout.
+    /// How eps changes over training; `train::fit` applies it. In your own training loop, give each pass the
+    /// factors of a [`SampleScaler`](crate::SampleScaler); without them, eps is constant.
     pub scaler_schedule: ScalerSchedule,
     /// eta, the weight of the three KL terms.
     pub kl_weight: f64,
@@ -60,9 +60,9 @@ pub struct MonteCLoRAConfig {
     pub cooperative_weight: f64,
     /// b, the concentration of the Dirichlet prior, the same for every component.
     pub dirichlet_prior: f64,
-    /// The Wishart's degrees of freedom; `None` is the rank.
+    /// The degrees of freedom of the Wishart distribution; `None` is the rank.
     pub df: Option<f64>,
-    /// How much of the drawn covariance is kept.
+    /// Whether draws use the full covariance or only its diagonal.
     pub covariance: Covariance,
     /// How the mixture weights are drawn.
     pub estimator: Estimator,
@@ -70,24 +70,24 @@ pub struct MonteCLoRAConfig {
     pub mixture: Mixture,
     /// How the regulariser is evaluated.
     pub mode: KlEvaluation,
-    /// How many draws' noise each layer on a device prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0 is
-    /// none. It never changes a result. On the CPU layers prepare none
+    /// The number of draws whose noise each layer on a device prepares ahead, at most [`MAX_BUFFER_SIZE`]; 0
+    /// disables the buffer. It never changes a result. Layers on the CPU have no buffer
     /// ([`SampleBuffer`](super::buffer::SampleBuffer)).
     pub buffer_size: usize,
-    /// The most bytes of noise a layer keeps, whatever `buffer_size` says. `None`: no limit for a
-    /// standalone layer; for the layers of a model a share of [`crate::inject::BUFFER_SHARE`] of the
-    /// base's bytes, all of them together.
+    /// The largest number of bytes of noise that a layer keeps, whatever `buffer_size` is. `None`: no limit
+    /// for a standalone layer; the layers of a model together keep at most [`crate::inject::BUFFER_SHARE`] of
+    /// the base's bytes.
     pub buffer_bytes: Option<usize>,
-    /// How the concentration a starts.
+    /// The initial value of the concentration a.
     pub initial_concentration: Initial,
-    /// How the standard deviations sqrt(V_i) start.
+    /// The initial value of the standard deviations sqrt(V_i).
     pub initial_std: Initial,
-    /// Whose numbers to reproduce.
+    /// Which implementation's numbers to reproduce.
     pub compat: Compat,
-    /// A prior on the mean of the update, beside the regulariser's terms; none in the paper.
+    /// A prior on the mean of the update, in addition to the regulariser's terms; the paper has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior: Option<Prior>,
-    /// The evidence bound in place of the regulariser's terms; none in the paper.
+    /// The evidence bound, in place of the regulariser's terms; the paper has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<EvidenceBound>,
 }
@@ -99,8 +99,8 @@ impl Default for MonteCLoRAConfig {
 }
 
 impl MonteCLoRAConfig {
-    /// The paper's numbers for RoBERTa-base and, where its estimators are biased or noisier, ours.
-    /// (For LLaMA-3.2-3B it uses a `sample_scaler` of 2.5e-5.)
+    /// The paper's values for RoBERTa-base, with our estimators where the paper's are biased or noisier. (For
+    /// LLaMA-3.2-3B the paper uses a `sample_scaler` of 2.5e-5.)
     pub const fn paper() -> Self {
         Self {
             rank: 8,
@@ -129,15 +129,16 @@ impl MonteCLoRAConfig {
         }
     }
 
-    /// [`Self::paper`] with a posterior that matters: draws of a size that training feels, which rise over the
-    /// first half of it, and a prior on the update in expectation over them, at 1 / n for n training rows. For
-    /// few rows and many epochs, where LoRA grows too sure; examples/results/README.md has what was measured.
+    /// [`Self::paper`] with draws large enough to influence training: eps rises over the first half of
+    /// training, and a prior acts on the update in expectation over the draws, weighted by 1 / n for n
+    /// training rows. Meant for few rows and many epochs, where LoRA becomes over-confident;
+    /// examples/results/README.md has the measurements.
     ///
-    /// The perturbation is as large in layers of every width; `sample_scaler` is that of 768, for PEFT. B and the head
-    /// want higher rates than A, 4 and 10 times as high: `train::Method::train_config` has them for `train::fit`, whose own
-    /// defaults have not; in a loop of one's own they are
-    /// [`AdamWConfig::lr_ratios`](crate::optim::AdamWConfig::lr_ratios), and the course of eps is the loop's as well:
-    /// a [`SampleScaler`](crate::SampleScaler) has the factors of a step, which a forward pass is given in its context.
+    /// The perturbation has the same relative size in layers of every width; `sample_scaler` is its value at
+    /// width 768, for PEFT. B and the head need higher learning rates than A, 4 and 10 times as high:
+    /// `train::Method::train_config` sets them for `train::fit`, whose own defaults do not. In your own
+    /// training loop, set [`AdamWConfig::lr_ratios`](crate::optim::AdamWConfig::lr_ratios) and pass the
+    /// factors of a [`SampleScaler`](crate::SampleScaler) to each forward pass in its context.
     pub const fn calibrated() -> Self {
         Self {
             sample_scaler: 0.06,
@@ -148,7 +149,7 @@ impl MonteCLoRAConfig {
         }
     }
 
-    /// The configuration of a layer of this width, where eps is what `relative_scaler` asks for:
+    /// Returns the configuration for a layer of this width, with the eps that `relative_scaler` asks for:
     /// `eps = kappa / sqrt(in_dim df E||pi||^2)`.
     ///
     /// # Example
@@ -167,7 +168,7 @@ impl MonteCLoRAConfig {
         Self { sample_scaler, ..self.clone() }
     }
 
-    /// The paper's numbers and its estimators too.
+    /// The paper's values with the paper's own estimators.
     pub const fn paper_literal() -> Self {
         Self {
             estimator: Estimator::Exponential,
@@ -177,7 +178,7 @@ impl MonteCLoRAConfig {
         }
     }
 
-    /// PEFT's defaults and numbers; see [`Compat::Peft`] for what is wrong with them.
+    /// PEFT's defaults and numbers; [`Compat::Peft`] describes what is wrong with them.
     pub const fn peft() -> Self {
         Self {
             num_components: 8,
@@ -196,20 +197,20 @@ impl MonteCLoRAConfig {
         }
     }
 
-    /// The Wishart's degrees of freedom: `df`, or the rank.
+    /// The degrees of freedom of the Wishart distribution: `df`, or the rank.
     pub fn degrees(&self) -> f64 {
         self.df.unwrap_or(self.rank as f64)
     }
 
-    /// The scale s of the low-rank update.
+    /// The scale s of the low-rank update: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
     pub fn scaling(&self) -> f64 {
         low_rank::scaling(self.rank, self.alpha, self.use_rslora)
     }
 
-    /// Checks every option and every pair that must agree.
+    /// Checks every option, and that the options are consistent with each other.
     ///
     /// # Errors
-    /// If one is outside its domain; the error names it.
+    /// If an option is outside its domain or in conflict with another one; the error names it.
     pub fn validate(&self) -> Result<()> {
         low_rank::validate(self.rank, self.alpha, self.dropout)?;
         if self.num_components == 0 {
@@ -235,7 +236,7 @@ impl MonteCLoRAConfig {
         self.initial_std.validate("initial_std", f64::from(f32::MAX))?;
         self.prior.map_or(Ok(()), |prior| prior.validate())?;
         self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
-        // Their expectations are those of Dir(a), which the other estimators do not draw from.
+        // The expectations are those of Dir(a), which the other estimators do not draw from.
         let expected = self.mode == KlEvaluation::Expected && self.mixture != Mixture::Sparse;
         if self.evidence.is_some_and(|bound| expected || bound.latents) && self.estimator != Estimator::Exact
         {
@@ -336,7 +337,7 @@ mod tests {
             ("prior.temperature", |c| c.prior = Some(Prior { temperature: 0.0, ..Prior::calibrated() })),
             ("prior.head_std", |c| c.prior = Some(Prior { head_std: Some(-1.0), ..Prior::calibrated() })),
             ("evidence.std", |c| bound(c, 0.0, false)),
-            // Another law than the Dirichlet's, in the expectation and in KL_D.
+            // An estimator other than the Dirichlet's, in the expectation and in KL_D.
             ("evidence", |c| {
                 bound(c, 1.0, false);
                 c.estimator = Estimator::Exponential;

@@ -1,15 +1,15 @@
-//! The evidence bound: what the draws' own covariance costs against a prior of given width, all columns of A
-//! and its mean counted.
+//! The evidence bound: the divergence of the posterior, with the covariance that the draws have, from a prior
+//! of given width. All columns of A and its mean count.
 //!
 //! ```text
 //! task + tau / n sum_layers (KL_A [+ KL_W + KL_D])
 //! KL_A = 1/2 { in_dim [tr C / s_p^2 - r - ln |C| + r ln s_p^2] + ||A||_F^2 / s_p^2 },   C = eps^2 ||pi||^2 Sigma
 //! ```
 //!
-//! The prior is A ~ N(0, s_p^2) by element, independent of Sigma ~ Wishart(I, df) and pi ~ Dir(b). Sigma and pi
-//! are latent in prior and posterior alike and the likelihood knows them through A alone, so that KL_A + KL_W +
-//! KL_D bounds the divergence of A's marginals. By convexity so does the expectation of KL_A alone, which is
-//! smaller.
+//! The prior is A ~ N(0, s_p^2) by element, independent of Sigma ~ Wishart(I, df) and pi ~ Dir(b). Sigma and
+//! pi are latent in both prior and posterior, and the likelihood depends on them only through A. So KL_A +
+//! KL_W + KL_D is an upper bound of the divergence between the marginals of A. By convexity, the expectation
+//! of KL_A alone is an upper bound too, and a tighter one.
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -28,28 +28,28 @@ use crate::util::dtype::to_dtype_device;
 pub struct EvidenceBound {
     /// s_p, the prior's standard deviation of an element of A.
     pub std: f64,
-    /// tau: 1 is the bound itself, less a colder posterior.
+    /// The temperature tau: 1 is the bound itself, smaller values give a colder posterior.
     pub temperature: f64,
-    /// Whether KL_W and KL_D count: a bound on the joint divergence in place of the tighter one.
+    /// Whether KL_W and KL_D are added: a bound on the joint divergence in place of the tighter one.
     #[serde(default)]
     pub latents: bool,
 }
 
 impl EvidenceBound {
-    /// Checks width and temperature.
+    /// Checks the width and the temperature.
     ///
     /// # Errors
-    /// Unless both are positive and finite; the error names the one that is not.
+    /// Unless both are positive and finite; the error names the wrong one.
     pub fn validate(&self) -> Result<()> {
         positive("evidence.std", self.std)?;
         positive("evidence.temperature", self.temperature)
     }
 
-    /// KL_A, summed over layers of one shape.
+    /// Computes KL_A, summed over layers of one shape.
     ///
     /// # Shapes
     /// - `trace`, `log_det`: tr Sigma and ln |Sigma|, `(l)`
-    /// - `mixture`: that of the layers' weights
+    /// - `mixture`: the moments of the layers' weights
     /// - output: a scalar
     ///
     /// # Errors
@@ -75,15 +75,16 @@ impl EvidenceBound {
     }
 }
 
-/// `||pi||^2` and `ln ||pi||^2`, drawn or in expectation, each `(l)`.
+/// The moments `||pi||^2` and `ln ||pi||^2`, drawn or in expectation, each `(l)`.
 pub(super) struct MixtureMoments {
     pub square: Tensor,
     pub log_square: Tensor,
 }
 
 impl MixtureMoments {
-    /// At drawn weights `(l, N)`, or in expectation: `E ||pi||^2`, and a bound on `E ln ||pi||^2` from below.
-    /// KL_A falls with the logarithm, so that only a bound from below keeps it one.
+    /// Computes the moments at drawn weights `(l, N)`, or in expectation: `E ||pi||^2`, and a lower bound of
+    /// `E ln ||pi||^2`. KL_A decreases in the logarithm, so that only a lower bound keeps KL_A an upper
+    /// bound.
     ///
     /// # Errors
     /// If candle fails.
@@ -93,7 +94,7 @@ impl MixtureMoments {
         weights: Option<&Tensor>,
     ) -> candle_core::Result<Self> {
         if mixture == Mixture::Sparse {
-            // One component at weight one. The concentration keeps its zero gradient.
+            // One component with weight one. The concentration still gets its zero gradient.
             let square = ops::scale(&dirichlet.expected_cooperative()?, 0.0)?;
             return Ok(Self { log_square: square.clone(), square: (square + 1.0)? });
         }
@@ -110,14 +111,14 @@ impl MixtureMoments {
     }
 }
 
-/// One constant a layer, `(l)`, where `like` is and in its dtype.
+/// One constant per layer, `(l)`, on the device of `like` and in its dtype.
 fn per_layer(values: Vec<f64>, like: &Tensor) -> candle_core::Result<Tensor> {
     let values = Tensor::from_vec(values, like.dims1()?, &Device::Cpu)?;
     to_dtype_device(&values, like.dtype(), like.device())
 }
 
-/// The expected squared norms of the rows of the perturbation, `(l, r)`: `in_dim eps^2 ||pi||^2 df V_i`, of
-/// `scale` V, `(l, r)`.
+/// Computes the expected squared norms of the rows of the perturbation, `(l, r)`: `in_dim eps^2 ||pi||^2 df
+/// V_i`, from V, the `scale` `(l, r)`.
 ///
 /// # Errors
 /// If candle fails.

@@ -1,5 +1,5 @@
-//! Layers that draw together: the adapters of one injection, of which the first that a pass of the model comes to makes
-//! what all of them need.
+//! Layers that make their draws together: the adapters of one injection. The first layer that a forward pass
+//! of the model reaches computes the draws of all.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,26 +9,26 @@ use candle_core::{Result, Tensor};
 use super::posterior::Posterior;
 use crate::adapter::{Context, Pass};
 
-/// The layers of one injection.
+/// The layers of one injection, which make their draws together.
 #[derive(Debug)]
 pub(crate) struct DrawGroup {
     number: usize,
-    /// By their seats; none where the layer is gone.
+    /// Indexed by seat; `None` if the layer was dropped.
     members: Mutex<Vec<Option<Member>>>,
 }
 
-/// A layer that asks for its draw: its posterior, A `(r, in_dim)` and eps.
+/// The inputs of a layer's draw: its posterior, A `(r, in_dim)` and eps.
 pub(super) struct Asked<'a> {
     pub posterior: &'a Posterior,
     pub mean: &'a Tensor,
     pub eps: f64,
 }
 
-/// What the draw of a layer is made of.
+/// A layer as its group stores it: the inputs of its draw.
 #[derive(Debug, Clone)]
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // on the CPU A and eps come in when a layer takes its part
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // on the CPU each layer supplies its own A and eps
 pub(super) struct Member {
-    /// `{path}.{adapter}`, by which a schedule knows the layer.
+    /// The name `{path}.{adapter}`, by which a schedule identifies the layer.
     pub name: String,
     /// A, `(r, in_dim)`.
     pub mean: Tensor,
@@ -36,14 +36,14 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// The scale of its perturbation.
+    /// The scale of the layer's perturbation.
     #[cfg(feature = "cuda")]
     pub fn eps(&self, cx: &Context) -> f64 {
         eps(&self.posterior, &self.name, cx)
     }
 }
 
-/// The scale of the perturbation of the layer of this name: a schedule's factor counts in training alone.
+/// The scale of the perturbation of the layer `name`: a schedule's factor applies in training only.
 pub(super) fn eps(posterior: &Posterior, name: &str, cx: &Context) -> f64 {
     let eps = posterior.sample_scaler();
     match cx.pass {
@@ -66,7 +66,7 @@ impl DrawGroup {
     }
 }
 
-/// A layer's place in its group, which it leaves when it is dropped.
+/// A layer's place in its group; dropping it removes the layer from the group.
 #[derive(Debug)]
 pub(super) struct Seat {
     group: Arc<DrawGroup>,
@@ -74,16 +74,16 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    /// The next place in `group`.
+    /// Takes the next place in `group`.
     pub fn new(group: &Arc<DrawGroup>, member: Member) -> Self {
         let mut members = group.lock();
         members.push(Some(member));
         Self { group: group.clone(), index: members.len() - 1 }
     }
 
-    /// Takes this layer's part of draw `draw`, which `make` makes for all members where this pass has not yet. None
-    /// outside of a model's pass, where `make` makes none for this layer, and for once where the layer's posterior is
-    /// no longer the one that the group knows.
+    /// Takes this layer's part of draw `draw`; if this pass has not made it yet, `make` makes the parts of
+    /// all members. Returns `None` outside a model's forward pass, if `make` makes no part for this layer, or
+    /// once after the layer's posterior was replaced.
     ///
     /// # Errors
     /// As `make`.

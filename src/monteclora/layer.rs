@@ -19,9 +19,10 @@ use super::posterior::Posterior;
 use crate::adapter::{Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
 use crate::error::Result;
 
-/// A low-rank adapter whose A has a posterior: mean A, covariance Wishart, mixture Dirichlet.
+/// A low-rank adapter with a posterior over A: a Gaussian around the mean A, with a Wishart-distributed
+/// covariance and Dirichlet-distributed mixture weights.
 ///
-/// Beyond LoRA's A and B it trains r + N numbers: `std_prior` and `expert_weights_prior`.
+/// In addition to LoRA's A and B it trains r + N numbers: `std_prior` and `expert_weights_prior`.
 #[derive(Debug)]
 pub struct MonteCLoRA {
     name: String,
@@ -36,7 +37,7 @@ impl MonteCLoRA {
     /// `.expert_weights_prior` in the store.
     ///
     /// # Errors
-    /// If an option is outside its domain (rank 0 included), or a name is taken; the store is then as it was.
+    /// If an option is outside its domain (rank 0 included), or a name is taken. The store is then unchanged.
     pub fn new(
         params: &Params,
         path: &str,
@@ -49,7 +50,7 @@ impl MonteCLoRA {
         params.all_or_none(&format!("{name}."), || Self::create(params, &name, (in_dim, out_dim), config))
     }
 
-    /// [`Self::new`] for a layer of a model, whose layers in `group` make their draws together.
+    /// [`Self::new`] for a layer of a model; the layers in `group` make their draws together.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -88,14 +89,14 @@ impl MonteCLoRA {
         )?;
         let spec = DrawSpec::new(config, in_dim, params.dtype(), params.device());
         let streams = NoiseStreams::new(params.noise(), name);
-        // On the CPU a draw's noise is made faster than it is fetched: see `SampleBuffer`.
+        // On the CPU, making a draw's noise is faster than fetching it from a buffer: see `SampleBuffer`.
         let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, spec, streams)?;
         Ok(Self { name: name.to_string(), pair, posterior, buffer, seat: None })
     }
 
-    /// The prefix of its parameters' names, `{path}.{adapter}`.
+    /// The prefix of the parameters' names, `{path}.{adapter}`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -110,7 +111,7 @@ impl MonteCLoRA {
         &self.posterior
     }
 
-    /// The same, to change the sample scaler.
+    /// The variational parameters, to change the sample scaler.
     pub fn posterior_mut(&mut self) -> &mut Posterior {
         &mut self.posterior
     }
@@ -120,12 +121,12 @@ impl MonteCLoRA {
         &self.buffer
     }
 
-    /// The same, to resize it.
+    /// The sample buffer, to resize it.
     pub fn buffer_mut(&mut self) -> &mut SampleBuffer {
         &mut self.buffer
     }
 
-    /// The draw that the context's pass addresses, step by step as it is defined; none at the mean.
+    /// Computes the draw of the context's pass step by step, as it is defined; `None` at the mean.
     ///
     /// # Errors
     /// If candle fails.
@@ -134,7 +135,7 @@ impl MonteCLoRA {
         draw::reference(&self.posterior, &self.buffer.get(draw)?, self.eps(cx) * cx.pass.sign()).map(Some)
     }
 
-    /// The A of a pass, `(r, in_dim)`: the mean, or the mean and the draw's perturbation.
+    /// Computes the A of a pass, `(r, in_dim)`: the mean, or the mean with the draw's perturbation added.
     ///
     /// # Errors
     /// If candle fails.
@@ -150,7 +151,7 @@ impl MonteCLoRA {
         }))
     }
 
-    /// The scale of the perturbation.
+    /// The scale eps of the perturbation in this context.
     pub(super) fn eps(&self, cx: &Context) -> f64 {
         group::eps(&self.posterior, &self.name, cx)
     }

@@ -1,5 +1,5 @@
-//! What the regulariser adds up: all layers that share a shape and its options, stacked and computed in one
-//! batch.
+//! The sums over layers that the regulariser consists of. Layers that share a shape and options are stacked
+//! and computed in one batch.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ use crate::ops::{carry, Tape};
 /// A layer as the regulariser sees it.
 pub(super) struct Layer {
     pub posterior: Posterior,
-    /// A and B, which a prior and the evidence bound ask for, and eps with a schedule's factor.
+    /// A and B, needed by a prior and the evidence bound, and eps with the schedule's factor.
     pub pair: Option<(LowRank, f64)>,
 }
 
@@ -31,21 +31,21 @@ impl Layer {
         Self { posterior: adapter.posterior().clone(), pair }
     }
 
-    /// Without A and B.
+    /// A layer without A and B.
     pub fn of_posterior(posterior: &Posterior) -> Self {
         Self { posterior: posterior.clone(), pair: None }
     }
 }
 
-/// What is asked for beside the paper's terms.
+/// The options for terms beyond the paper's.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Beside<'a> {
-    /// All layers, of every group.
+    /// The number of layers, over all groups.
     pub layers: usize,
     pub prior: Option<&'a Prior>,
     pub start: Option<&'a PriorStart>,
     pub evidence: Option<&'a EvidenceBound>,
-    /// Where what depends on all layers' parameters is differentiated.
+    /// Differentiates operations on the parameters of all layers together, if set.
     pub tape: Option<&'a Tape>,
 }
 
@@ -58,17 +58,17 @@ struct Group<'a> {
     eps: Vec<f64>,
 }
 
-/// Sums over layers: KL_N, KL_W, KL_D and L_C, and what a prior and the evidence bound ask for.
+/// Sums over layers: KL_N, KL_W, KL_D and L_C, and the terms of a prior and of the evidence bound.
 pub(super) struct Sums {
     pub terms: [Tensor; 4],
     pub prior: Option<Tensor>,
     pub kl_mean: Option<Tensor>,
 }
 
-/// The sums over all layers, at their draws or in expectation; none where there is no layer.
+/// Computes the sums over all layers, at their draws or in expectation; `None` if there is no layer.
 ///
 /// # Errors
-/// If what is asked for wants A and B, or a start, and they are not there.
+/// If a term needs A and B, or the start of training, and these are missing.
 pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Beside) -> Result<Option<Sums>> {
     let with_pairs = beside.prior.is_some() || beside.evidence.is_some();
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();
@@ -93,7 +93,7 @@ pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Besi
 }
 
 impl Sums {
-    /// The same on a device.
+    /// Moves the sums to a device.
     fn on(self, device: &Device) -> Result<Self> {
         let there = |sum: &Tensor| carry(sum, device);
         let [a, b, c, d] = &self.terms;
@@ -116,7 +116,7 @@ impl Sums {
     }
 }
 
-/// What layers must share to be computed in one batch.
+/// The properties that layers must share to be computed in one batch, as a key.
 fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
     let (spec, config) = (layer.posterior.spec(), &layer.posterior.spec().config);
     let key = format!(
@@ -143,8 +143,8 @@ fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
 }
 
 impl Group<'_> {
-    /// The sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N). Without noise
-    /// what depends on the draw is an expectation.
+    /// Computes the sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N).
+    /// Without noise, terms that depend on the draw are expectations.
     fn sums(&self, beside: Beside) -> Result<Sums> {
         let config = &self.posteriors[0].spec().config;
         let (log_std, c) = (
@@ -190,23 +190,23 @@ impl Group<'_> {
         Ok(Sums { terms, prior, kl_mean })
     }
 
-    /// One vector of each layer, `(l, ..)`.
+    /// Stacks one vector of each layer, `(l, ..)`.
     fn stack(&self, of: fn(&Posterior) -> &Tensor, tape: Option<&Tape>) -> candle_core::Result<Tensor> {
         let rows: Vec<_> = self.posteriors.iter().map(|posterior| of(posterior)).collect();
         if let Some(stacked) = tape.map(|tape| tape.stack(&rows)).transpose()?.flatten() {
             return Ok(stacked);
         }
-        // Not `Tensor::stack`, which has a node more for each layer.
+        // `Tensor::stack` would add a graph node for each layer.
         Tensor::cat(&rows, 0)?.reshape((rows.len(), rows[0].elem_count()))
     }
 
-    /// The drawn mixture weights, `(l, N)`.
+    /// Computes the drawn mixture weights, `(l, N)`.
     fn weights(&self, config: &MonteCLoRAConfig, c: &Tensor) -> candle_core::Result<Tensor> {
         let uniforms: Vec<f64> = self.noise.iter().flat_map(|noise| noise.weights.iter().copied()).collect();
         weights(c, config, &Tensor::from_vec(uniforms, c.shape(), &Device::Cpu)?)
     }
 
-    /// The energy of the prior on these layers.
+    /// Computes the energy of the prior on these layers.
     fn prior(
         &self,
         prior: &Prior,

@@ -1,4 +1,4 @@
-//! The regulariser in expectation on a CUDA device: one launch for all layers, differentiated behind a tape.
+//! The regulariser in expectation on a CUDA device: one launch for all layers, differentiated by a tape.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -11,9 +11,9 @@ use crate::kernels::divergence::{divergences, Divergences, Layer as Parameters};
 use crate::kernels::energy::Spread;
 use crate::ops::Tape;
 
-/// The means over layers of KL_N, KL_W, KL_D and L_C, which are values, and the total under the weights of the
-/// divergences and of the cooperative loss, which the tape differentiates. None where the kernel does not serve: it takes
-/// single precision on one device.
+/// Computes the means over layers of KL_N, KL_W, KL_D and L_C, which carry no gradient, and the total with
+/// the given weights of the divergences and the cooperative loss, which the tape differentiates. Returns
+/// `None` if the kernel does not support the layers: it needs single precision on one device.
 ///
 /// # Errors
 /// If the device fails.
@@ -45,7 +45,8 @@ pub(super) fn means_and_total(
     Ok(leaves.into_iter().next().map(|total| (means, total)))
 }
 
-/// A and B of each layer, with what a prior in expectation sees of its draws; none without A and B.
+/// Returns A and B of each layer, with the spread of its draws for a prior in expectation; `None` without A
+/// and B.
 pub(super) fn pairs<'a>(layers: &'a [Layer]) -> Option<Vec<(&'a LowRank, Option<Spread>)>> {
     let of = |layer: &'a Layer| {
         let ((pair, eps), spec) = (layer.pair.as_ref()?, layer.posterior.spec());
@@ -86,11 +87,12 @@ mod tests {
 
     type Numbers = Vec<f32>;
 
-    /// The total, the terms and the gradients of a quarter of the total, of three layers in two shapes and a head.
+    /// The total and the terms, and the gradients of a quarter of the total, for three layers in two shapes
+    /// and a head.
     fn numbers(of: &MonteCLoRAConfig, device: &Device, with_tape: bool) -> crate::Result<(Numbers, Numbers)> {
         let params = Params::new(Noise::new(3), device);
         let config = |rank| MonteCLoRAConfig { rank, num_components: 3, ..of.clone() };
-        // An odd rank: its matrices fill no words of 16 bytes.
+        // An odd rank: its matrices do not fill words of 16 bytes.
         let layers = [("a", 3), ("b", 2), ("c", 3)]
             .map(|(path, rank)| MonteCLoRA::new(&params, path, "default", (9, 7), &config(rank)));
         let layers = layers.into_iter().collect::<crate::Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! MonteCLoRA as a layer of its own.
+//! MonteCLoRA as a standalone layer.
 
 use super::config::MonteCLoRAConfig;
 use super::layer::MonteCLoRA;
@@ -7,8 +7,8 @@ use crate::error::Result;
 
 /// A frozen linear layer with a MonteCLoRA adapter.
 ///
-/// `forward_t(xs, true)` makes a fresh draw at every call; `forward_t(xs, false)` is the posterior
-/// mean, deterministic. [`mean`](AdaptedLinear::mean) is the latter as a plain `Module`.
+/// `forward_t(xs, true)` makes a fresh draw at every call. `forward_t(xs, false)` computes the posterior mean
+/// and is deterministic; [`mean`](AdaptedLinear::mean) offers it as a plain `Module`.
 ///
 /// # Example
 /// ```
@@ -35,7 +35,7 @@ use crate::error::Result;
 pub type MonteCLoRALinear = AdaptedLinear<MonteCLoRA>;
 
 impl AdaptedLinear<MonteCLoRA> {
-    /// Wraps `base`; the parameters are `{path}.default.a`, `.b`, `.std_prior` and
+    /// Wraps `base` and creates the parameters `{path}.default.a`, `.b`, `.std_prior` and
     /// `.expert_weights_prior`.
     ///
     /// # Errors

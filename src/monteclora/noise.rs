@@ -1,11 +1,11 @@
-//! The untransformed noise of one draw of one layer, and how it is made from its address.
+//! The untransformed noise of one layer's draw, and how it is generated from the draw's index.
 //!
-//! Nothing here depends on the variational parameters, so a buffer can prepare it ahead.
+//! The noise does not depend on the variational parameters, so that a buffer can prepare it ahead.
 //!
-//! Streams are keyed by `{path}.{adapter}`, not by the layer's path alone: two adapters on one layer
-//! (tasks, members of an ensemble) are two posteriors, and draws that shared their noise would be
-//! correlated where they are averaged or compared. An adapter loaded under another name therefore
-//! draws other numbers of the same law.
+//! Streams are keyed by `{path}.{adapter}`, not by the layer's path alone. Two adapters on one layer (tasks,
+//! members of an ensemble) are two posteriors; if they shared their noise, their draws would be correlated
+//! when they are averaged or compared. An adapter loaded under another name therefore draws other numbers
+//! from the same distribution.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -15,21 +15,21 @@ use crate::dist::wishart::fill_bartlett;
 use crate::noise::{Noise, Purpose, Stream};
 use crate::util::dtype::to_dtype_device;
 
-/// What describes a layer's draws: the configuration, and the layer's device and width.
+/// The specification of a layer's draws: the configuration, and the layer's width, dtype and device.
 #[derive(Debug, Clone)]
 pub struct DrawSpec {
-    /// The options; its rank, components, degrees of freedom, covariance, estimator and mixture shape the
+    /// The options; the rank, components, degrees of freedom, covariance, estimator and mixture shape the
     /// noise.
     pub config: MonteCLoRAConfig,
     /// The width of A.
     pub in_dim: usize,
     /// The dtype of the parameters.
     pub dtype: DType,
-    /// Where the parameters are.
+    /// The device of the parameters.
     pub device: Device,
 }
 
-/// The three streams that a layer's draws come from.
+/// The three streams of noise of a layer's draws.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoiseStreams {
     wishart: Stream,
@@ -38,7 +38,7 @@ pub struct NoiseStreams {
 }
 
 impl NoiseStreams {
-    /// The streams of the adapter called `name`.
+    /// Creates the streams of the adapter `name`.
     pub fn new(noise: Noise, name: &str) -> Self {
         Self {
             wishart: noise.stream(name, Purpose::Wishart),
@@ -47,7 +47,7 @@ impl NoiseStreams {
         }
     }
 
-    /// The keys of the Wishart's, the Dirichlet's and the Gaussian's stream.
+    /// The keys of the Wishart, Dirichlet and Gaussian streams.
     #[cfg(feature = "cuda")]
     pub(super) fn keys(&self) -> [u64; 3] {
         [self.wishart.key(), self.dirichlet.key(), self.gaussian.key()]
@@ -66,7 +66,7 @@ pub struct DrawNoise {
 }
 
 impl DrawNoise {
-    /// Noise given from outside.
+    /// Creates the noise from given values.
     ///
     /// # Shapes
     /// - `bartlett`: T, `(r, r)`, lower triangular (diagonal for
@@ -76,7 +76,7 @@ impl DrawNoise {
     /// - `z`: standard normals, `(r, in_dim)`, or `(N, r, in_dim)` for [`Mixture::Explicit`]
     ///
     /// # Errors
-    /// If a shape is another, a size of `spec` is zero, or T is not lower triangular.
+    /// If a shape does not fit, a size of `spec` is zero, or T is not lower triangular.
     pub fn new(spec: &DrawSpec, bartlett: &Tensor, weights: &Tensor, z: &Tensor) -> Result<Self> {
         spec.check()?;
         spec.check_shapes(bartlett, weights, z)?;
@@ -106,19 +106,19 @@ impl DrawNoise {
         &self.z
     }
 
-    /// Checks that the noise is of the shapes of `spec`.
+    /// Checks that the noise has the shapes of `spec`.
     pub(super) fn check(&self, spec: &DrawSpec) -> Result<()> {
         spec.check_shapes(&self.bartlett, &self.weights, &self.z)
     }
 
-    /// The part of the covariance and the weights, on the host.
+    /// The noise of the covariance and the weights, on the host.
     pub(super) fn latents(&self) -> Result<LatentNoise> {
         let bartlett = to_dtype_device(&self.bartlett, DType::F64, &Device::Cpu)?;
         Ok(LatentNoise { bartlett: bartlett.flatten_all()?.to_vec1()?, weights: self.weights.to_vec1()? })
     }
 }
 
-/// The noise of one draw's covariance and weights, on the host: what the regulariser needs.
+/// The noise of one draw's covariance and weights on the host, as the regulariser needs it.
 pub(super) struct LatentNoise {
     /// T, row-major, `r * r` numbers.
     pub(super) bartlett: Vec<f64>,
@@ -138,12 +138,12 @@ enum Values {
 }
 
 impl DrawSpec {
-    /// The draws that `config` asks of a layer of this width.
+    /// Creates the specification of the draws of a layer of width `in_dim`.
     pub fn new(config: &MonteCLoRAConfig, in_dim: usize, dtype: DType, device: &Device) -> Self {
         Self { config: config.at_width(in_dim), in_dim, dtype, device: device.clone() }
     }
 
-    /// r, the width and N.
+    /// The rank r, the width and N.
     fn sizes(&self) -> [usize; 3] {
         [self.config.rank, self.in_dim, self.config.num_components]
     }
@@ -180,13 +180,13 @@ impl DrawSpec {
         }
     }
 
-    /// The bytes that one draw's noise takes.
+    /// The number of bytes of one draw's noise.
     pub fn bytes_per_draw(&self) -> usize {
         let numbers = self.z_shape().iter().product::<usize>() + self.config.rank * self.config.rank;
         numbers * self.dtype.size_in_bytes() + self.config.num_components * size_of::<f64>()
     }
 
-    /// The noise of a draw's covariance and weights, on the host.
+    /// Generates the noise of a draw's covariance and weights, on the host.
     pub(super) fn latents(&self, streams: &NoiseStreams, draw: u64) -> Result<LatentNoise> {
         self.check()?;
         let config = &self.config;
@@ -198,7 +198,7 @@ impl DrawSpec {
         Ok(LatentNoise { bartlett, weights })
     }
 
-    /// All noise of a draw, on the host.
+    /// Generates all noise of a draw, on the host.
     pub(super) fn host(&self, streams: &NoiseStreams, draw: u64) -> Result<HostNoise> {
         let latents = self.latents(streams, draw)?;
         let count = self.z_shape().iter().product();
@@ -214,7 +214,7 @@ impl DrawSpec {
         Ok(HostNoise { latents, z })
     }
 
-    /// The tensors of noise on the host.
+    /// Converts noise on the host to tensors on the device.
     pub(super) fn upload(&self, host: HostNoise) -> Result<DrawNoise> {
         let HostNoise { latents: LatentNoise { bartlett, weights }, z } = host;
         let rank = self.config.rank;
@@ -229,7 +229,7 @@ impl DrawSpec {
         })
     }
 
-    /// The noise of draw number `draw`: a pure function of its arguments.
+    /// Generates the noise of draw number `draw`: a pure function of its arguments.
     ///
     /// # Errors
     /// If `draw` is 2^63 or more, a size is zero, or `df` is outside its domain.
@@ -290,7 +290,7 @@ mod tests {
                         "part {i} of {draw}"
                     );
                 }
-                // Value stability: a change of these addresses changes every run that is under way.
+                // The values must stay stable: other indices would change every run that is resumed.
                 let [chi, normals, weights, z] = train;
                 let mut want = vec![0.0; chi.len()];
                 streams.wishart.fill_uniform(2 * draw, &mut want);

@@ -1,4 +1,4 @@
-//! The choices that a configuration makes.
+//! The enumerated options of a MonteCLoRA configuration.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,51 +9,50 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mixture {
-    /// `eps ||pi||_2 F Z` with one Z: the same law as [`Self::Explicit`], with 1/N of its noise,
-    /// and a gradient in pi that is the conditional expectation of the explicit one.
+    /// `eps ||pi||_2 F Z` with one Z: the same distribution as [`Self::Explicit`] with 1/N of its noise. The
+    /// gradient in pi is the conditional expectation of the explicit one.
     #[default]
     Collapsed,
-    /// `eps sum_k pi_k F Z_k` with N matrices (the paper's algorithm 1 to the letter).
+    /// `eps sum_k pi_k F Z_k` with N matrices, exactly as in the paper's algorithm 1.
     Explicit,
-    /// Only the component with the largest weight, at weight one (the paper, section 6.4): `eps F Z`.
-    /// No gradient of the task reaches the concentration, which learns from its KL term and the
-    /// cooperative loss alone.
+    /// Only the component with the largest weight, with weight one (the paper, section 6.4): `eps F Z`. The
+    /// concentration gets no gradient from the task; it learns only from its KL term and the cooperative
+    /// loss.
     Sparse,
 }
 
-/// How the regulariser's two terms that depend on the draw are evaluated.
+/// How the two terms of the regulariser that depend on the draw are evaluated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KlEvaluation {
-    /// By their exact expectation: no draw, no variance.
+    /// By their exact expectation: without a draw, so without variance.
     #[default]
     Expected,
-    /// At the draw that the pass addresses (the paper to the letter).
+    /// At the draw of the pass, as in the paper.
     Sampled,
 }
 
-/// Whose numbers to reproduce where they differ from the paper's mathematics.
+/// Which implementation's numbers to reproduce where they differ from the paper's mathematics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compat {
-    /// The mathematics.
+    /// The paper's mathematics.
     #[default]
     None,
-    /// PEFT 0.20/0.21's numbers, for parity tests and for continuing a PEFT run.
+    /// The numbers of PEFT 0.20/0.21, for parity tests and to continue a PEFT run.
     ///
-    /// Never the default, because its "KL" of the Dirichlet weights adds `ln Gamma(a)/Gamma(b)`
-    /// where eq. 12 subtracts it: at a = (1.5, 1.5), b = (1, 1) it is -0.4347, the divergence
-    /// 0.0484. A term that goes below zero is no divergence, and minimising it drives the weights
-    /// away from the prior. PEFT also multiplies the Gaussian term by N and clips variances at 1e-3
-    /// (1e-6 in the logits of the weights).
+    /// Never the default: PEFT's "KL" of the Dirichlet weights adds `ln Gamma(a)/Gamma(b)` where eq. 12
+    /// subtracts it. At a = (1.5, 1.5), b = (1, 1) it is -0.4347, while the divergence is 0.0484. A negative
+    /// value is not a divergence, and minimising it drives the weights away from the prior. PEFT also
+    /// multiplies the Gaussian term by N and clips variances at 1e-3 (1e-6 in the logits of the weights).
     Peft,
 }
 
-/// How a positive quantity starts, in every element.
+/// The initial value of a positive quantity, for all elements.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Initial {
-    /// At this value.
+    /// This value.
     Constant(f64),
     /// Uniform between two bounds.
     Uniform(f64, f64),
@@ -62,7 +61,7 @@ pub enum Initial {
 }
 
 impl Initial {
-    /// The initialisation of the quantity's logarithm.
+    /// Returns the initialisation of the quantity's logarithm.
     pub fn of_log(&self) -> Init {
         match *self {
             Self::Constant(value) => Init::Constant(value.ln()),

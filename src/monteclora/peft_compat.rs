@@ -1,8 +1,9 @@
-//! PEFT 0.20/0.21's numbers where they differ from the mathematics: all of [`Compat::Peft`](super::Compat::Peft).
+//! The numbers of PEFT 0.20/0.21 where they differ from the mathematics: everything behind
+//! [`Compat::Peft`](super::Compat::Peft).
 //!
-//! PEFT clips drawn variances and the variances of the weights' logits, adds the second term of eq. 12
-//! where it should be subtracted, and multiplies eq. 10 by N. These are its numbers on purpose, to
-//! continue a run that it began and to be compared with it.
+//! PEFT clips the drawn variances and the variances of the weights' logits, adds the second term of eq. 12
+//! instead of subtracting it, and multiplies eq. 10 by N. These numbers are reproduced on purpose, to
+//! continue a run that PEFT began and to compare with it.
 
 use candle_core::{Result, Tensor, D};
 use candle_nn::ops::softmax;
@@ -13,15 +14,15 @@ use crate::dist::{Covariance, Dirichlet, Estimator};
 use crate::error::Error;
 use crate::ops;
 
-/// PEFT clips the drawn variances here.
+/// The value at which PEFT clips the drawn variances.
 const LEAST_VARIANCE: f64 = 1e-3;
-/// PEFT clips the variances of the logits here, and adds as much again.
+/// The value at which PEFT clips the variances of the logits, and which it then adds.
 const LEAST_LOGIT_VARIANCE: f64 = 1e-6;
 
-/// Checks that PEFT has what a configuration asks for beside its numbers.
+/// Checks that PEFT supports the configuration's other options.
 ///
 /// # Errors
-/// If it has not.
+/// If PEFT does not support one.
 pub(super) fn check(
     covariance: Covariance,
     estimator: Estimator,
@@ -44,17 +45,17 @@ pub(super) fn check(
     Ok(())
 }
 
-/// The clipped variances `max(V q, 1e-3)`, elementwise: q the squared norms of the rows of Bartlett's T.
+/// Computes the clipped variances `max(V q, 1e-3)`; q are the squared norms of the rows of Bartlett's T.
 pub(super) fn variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
     at_least(&ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?, LEAST_VARIANCE)
 }
 
-/// The covariance's factor as its diagonal, `(r)`: the roots of the clipped variances.
+/// Computes the diagonal of the covariance's factor, `(r)`: the square roots of the clipped variances.
 pub(super) fn factor_diagonal(log_std: &Tensor, bartlett: &Tensor) -> Result<Tensor> {
     variance(log_std, &bartlett.sqr()?.sum(D::Minus1)?)?.sqrt()
 }
 
-/// Mixture weights: the softmax of normals whose variances are clipped.
+/// Computes the mixture weights: the softmax of normals with clipped variances.
 pub(super) fn weights(dirichlet: &Dirichlet, normals: &Tensor) -> Result<Tensor> {
     let (mean, variance) = dirichlet.laplace()?;
     let std = (at_least(&variance, LEAST_LOGIT_VARIANCE)? + LEAST_LOGIT_VARIANCE)?.sqrt()?;
@@ -62,19 +63,19 @@ pub(super) fn weights(dirichlet: &Dirichlet, normals: &Tensor) -> Result<Tensor>
     softmax(&(mean + ops::mul_constant(&std, &z)?)?, D::Minus1)
 }
 
-/// N times eq. 10 at the clipped variances, `(l)`: `squares` are those of [`variance`], `(l, r)`.
+/// Computes N times eq. 10 at the clipped variances, `(l)`; `squares` are the q of [`variance`], `(l, r)`.
 pub(super) fn kl_gaussian(log_std: &Tensor, squares: &Tensor, num_components: usize) -> Result<Tensor> {
     let variance = variance(log_std, squares)?;
     let r = log_std.dim(D::Minus1)?;
     kl_standard_of(&variance.sum(D::Minus1)?, &variance.log()?.sum(D::Minus1)?, r)? * num_components as f64
 }
 
-/// Eq. 12 of its three terms with the second one's sign reversed.
+/// Combines the three terms of eq. 12, with the sign of the second one reversed.
 pub(super) fn kl_dirichlet([t1, t2, t3]: [Tensor; 3]) -> Result<Tensor> {
     (t1 - t2)? + t3
 }
 
-/// `max(xs, least)` in which NaN stays NaN: candle's own maximum on CUDA makes `least` of it.
+/// Computes `max(xs, least)`, keeping NaN; candle's own maximum on CUDA turns NaN into `least`.
 fn at_least(xs: &Tensor, least: f64) -> Result<Tensor> {
     let floor = (xs.detach().zeros_like()? + least)?;
     xs.detach().lt(&floor)?.where_cond(&floor, xs)

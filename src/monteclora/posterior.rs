@@ -1,4 +1,4 @@
-//! The variational parameters of one layer, and what its draws look like.
+//! The variational parameters of one layer, and the specification of its draws.
 
 use candle_core::Tensor;
 
@@ -6,8 +6,8 @@ use super::noise::{DrawSpec, NoiseStreams};
 use crate::error::{Error, Result};
 use crate::util::check::positive;
 
-/// The variational posterior over one layer's A: its parameters rho and c, and all that a draw needs to
-/// know beside its index.
+/// The variational posterior over one layer's A: the parameters rho and c, and everything else that a draw
+/// depends on besides its index.
 ///
 /// # Example
 /// ```
@@ -18,7 +18,7 @@ use crate::util::check::positive;
 /// let config = MonteCLoRAConfig { rank: 2, num_components: 3, ..Default::default() };
 /// let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config)?;
 /// let posterior = layer.posterior();
-/// // Draw 5 by its address: the same numbers whenever it is asked for.
+/// // Draw 5 by its index: the same numbers at every call.
 /// let draw = posterior.draw(&posterior.spec().generate(posterior.streams(), 5)?)?;
 /// assert_eq!((draw.scale_tril.dims2()?, draw.delta.dims2()?), ((2, 2), (2, 6)));
 /// let sum = draw.weights.sum_all()?.to_scalar::<f32>()?;
@@ -34,10 +34,10 @@ pub struct Posterior {
 }
 
 impl Posterior {
-    /// The posterior with rho `std_prior` `(r)` and c `expert_weights_prior` `(N)`.
+    /// Creates the posterior with rho `std_prior`, `(r)`, and c `expert_weights_prior`, `(N)`.
     ///
     /// # Errors
-    /// If an option of the specification's configuration is outside its domain, or a tensor has not the
+    /// If an option of the specification's configuration is outside its domain, or a tensor does not have the
     /// shape, dtype and device of `spec`.
     pub fn new(
         std_prior: &Tensor,
@@ -74,52 +74,52 @@ impl Posterior {
         })
     }
 
-    /// rho, `(r)`.
+    /// The parameter rho, `(r)`.
     pub fn std_prior(&self) -> &Tensor {
         &self.std_prior
     }
 
-    /// c, `(N)`.
+    /// The parameter c, `(N)`.
     pub fn expert_weights_prior(&self) -> &Tensor {
         &self.expert_weights_prior
     }
 
-    /// eps.
+    /// The scale eps of the perturbation.
     pub fn sample_scaler(&self) -> f64 {
         self.spec.config.sample_scaler
     }
 
-    /// Changes eps, as an adaptive scale of the perturbation does.
+    /// Sets eps, for example to adapt the scale of the perturbation.
     ///
     /// # Errors
-    /// Unless it is positive and finite, as in the configuration; it then keeps its value.
+    /// Unless eps is positive and finite; the old value is then kept.
     pub fn set_sample_scaler(&mut self, sample_scaler: f64) -> Result<()> {
         positive("sample_scaler", sample_scaler)?;
         self.spec.config.sample_scaler = sample_scaler;
         Ok(())
     }
 
-    /// b, the concentration of the Dirichlet prior.
+    /// The concentration b of the Dirichlet prior.
     pub fn dirichlet_prior(&self) -> f64 {
         self.spec.config.dirichlet_prior
     }
 
-    /// Whether the other one draws the same numbers, now and after every change of rho and c.
+    /// Whether `other` draws the same numbers, now and after every change of rho and c.
     pub(super) fn is(&self, other: &Self) -> bool {
         let tensors = |of: &Self| [of.std_prior.id(), of.expert_weights_prior.id()];
         let (spec, others) = (&self.spec, &other.spec);
-        // Equal tensors have one dtype and device.
+        // Equal tensors have the same dtype and device.
         tensors(self) == tensors(other)
             && self.streams == other.streams
             && (&spec.config, spec.in_dim) == (&others.config, others.in_dim)
     }
 
-    /// The shape and the options of its draws.
+    /// The specification of the draws: their shape and options.
     pub fn spec(&self) -> &DrawSpec {
         &self.spec
     }
 
-    /// The streams that the noise comes from.
+    /// The streams that the noise of the draws comes from.
     pub fn streams(&self) -> &NoiseStreams {
         &self.streams
     }

@@ -1,4 +1,4 @@
-//! The regulariser: the KL terms (eq. 10 to 12) and the cooperative loss (eq. 13) over all layers.
+//! The regulariser: the KL terms (eqs. 10 to 12) and the cooperative loss (eq. 13) over all layers.
 //!
 //! ```text
 //! eta / L sum_layers (KL_D + KL_W + KL_N) + w_C / L sum_layers L_C
@@ -22,8 +22,8 @@ use crate::util::check::not_negative;
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///
-/// In [`KlEvaluation::Expected`] it depends on the parameters alone; in [`KlEvaluation::Sampled`] it evaluates
-/// KL_N and L_C at the draw that the pass addresses, recomputed from the address.
+/// With [`KlEvaluation::Expected`] it depends on the parameters alone. With [`KlEvaluation::Sampled`] it
+/// evaluates KL_N and L_C at the draw of the pass, recomputed from its index.
 ///
 /// # Example
 /// ```
@@ -34,7 +34,7 @@ use crate::util::check::not_negative;
 /// let config = MonteCLoRAConfig { rank: 2, ..Default::default() };
 /// let layer = MonteCLoRA::new(&params, "proj", "default", (6, 4), &config)?;
 /// let terms = Regularizer::new(&config).for_layers(&[&layer], Pass::Mean)?;
-/// // At the start V and a are those of the prior: two of the three divergences are zero.
+/// // At the start, V and a equal the prior's: two of the three divergences are zero.
 /// assert_eq!(terms.kl_wishart.to_scalar::<f32>()?, 0.0);
 /// assert!(terms.kl_dirichlet.to_scalar::<f32>()?.abs() < 1e-5);
 /// assert!(terms.kl_gaussian.to_scalar::<f32>()? > 0.0 && terms.total.to_scalar::<f32>()? > 0.0);
@@ -51,29 +51,30 @@ pub struct Regularizer {
     start: Option<PriorStart>,
 }
 
-/// The regulariser's value and its terms, all scalar tensors on the first layer's device. Of a pass with a
-/// [`Tape`] on a CUDA device the terms are values: there the total alone has a gradient.
+/// The regulariser's value and its terms, scalar tensors on the first layer's device. In a pass with a
+/// [`Tape`] on a CUDA device, only the total has a gradient.
 #[derive(Debug, Clone)]
 pub struct RegularizerTerms {
-    /// `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative + tau / n prior`, or, with an evidence
-    /// bound, `tau / n (kl_mean [+ L (kl_wishart + kl_dirichlet)])`, L the number of layers.
+    /// The sum that is added to the loss: `eta (kl_gaussian + kl_wishart + kl_dirichlet) + w_C cooperative +
+    /// tau / n prior`, or, with an evidence bound, `tau / n (kl_mean [+ L (kl_wishart + kl_dirichlet)])`,
+    /// where L is the number of layers.
     pub total: Tensor,
-    /// KL_N (eq. 10), the mean over layers.
+    /// KL_N (eq. 10), averaged over layers.
     pub kl_gaussian: Tensor,
-    /// KL_W (eq. 11), the mean over layers.
+    /// KL_W (eq. 11), averaged over layers.
     pub kl_wishart: Tensor,
-    /// KL_D (eq. 12), the mean over layers.
+    /// KL_D (eq. 12), averaged over layers.
     pub kl_dirichlet: Tensor,
-    /// L_C (eq. 13), the mean over layers.
+    /// L_C (eq. 13), averaged over layers.
     pub cooperative: Tensor,
-    /// The energy of the prior, its sum over layers and the head; where there is a prior.
+    /// The energy of the prior, if there is one, summed over layers and the head.
     pub prior: Option<Tensor>,
-    /// KL_A of the evidence bound, its sum over layers; where it is the objective.
+    /// KL_A of the evidence bound, if it is used, summed over layers.
     pub kl_mean: Option<Tensor>,
 }
 
 impl Regularizer {
-    /// The regulariser with the mode and the weights of `config`, which are checked at use.
+    /// Creates the regulariser with the mode and weights of `config`, which are checked when it is evaluated.
     pub fn new(config: &MonteCLoRAConfig) -> Self {
         Self {
             mode: config.mode,
@@ -86,8 +87,8 @@ impl Regularizer {
         }
     }
 
-    /// The same for a run on `rows` training rows (of a language model: target tokens), whose start are the
-    /// present values of `params`. A prior and the evidence bound ask for it; the other terms do not.
+    /// Sets the number of training rows (of a language model: target tokens) and takes the current values of
+    /// `params` as the start of training. A prior and the evidence bound need this; the other terms do not.
     ///
     /// # Errors
     /// If `rows` is zero, or candle cannot copy.
@@ -98,32 +99,33 @@ impl Regularizer {
         Ok(Self { rows: Some(rows as f64), ..self.with_start(params)? })
     }
 
-    /// Whether a term weighs by the number of training rows.
+    /// Whether a term depends on the number of training rows.
     #[cfg(feature = "train")]
     pub(crate) fn needs_rows(&self) -> bool {
         self.prior.is_some() || self.evidence.is_some()
     }
 
-    /// The same with the start of training alone: the trainer tells the rows.
+    /// Sets only the start of training; the trainer passes the number of rows.
     pub(crate) fn with_start(self, params: &Params) -> Result<Self> {
         let prior = self.prior.filter(Prior::needs_start);
         let start = prior.map(|prior| PriorStart::new(&prior, params)).transpose()?;
         Ok(Self { start, ..self })
     }
 
-    /// The regulariser of every layer whose active adapter is MonteCLoRA. `cx`: the pass, or the context with
-    /// the schedule's factors on eps, which a prior in expectation and the evidence bound see.
+    /// Computes the regulariser over every layer whose active adapter is MonteCLoRA. `cx` is the pass, or a
+    /// context with the schedule's factors on eps, which a prior in expectation and the evidence bound depend
+    /// on.
     ///
     /// # Errors
-    /// If there is none, a weight is negative or not finite, in [`KlEvaluation::Sampled`] at [`Pass::Mean`](crate::Pass::Mean),
-    /// which addresses no draw, in [`KlEvaluation::Expected`] with posteriors of [`Compat::Peft`], whose
-    /// clipped variances have no expectation here, or with a prior or an evidence bound without
-    /// [`Self::for_training`].
+    /// If the model has no such layer; if a weight is negative or not finite; with [`KlEvaluation::Sampled`]
+    /// at [`Pass::Mean`](crate::Pass::Mean), which has no draw; with [`KlEvaluation::Expected`] for
+    /// posteriors of [`Compat::Peft`], whose clipped variances have no expectation here; or with a prior or
+    /// an evidence bound without [`Self::for_training`].
     pub fn for_model(&self, model: &dyn AdaptableModel, cx: impl Into<Context>) -> Result<RegularizerTerms> {
         self.for_model_on(model, &cx.into(), self.rows)
     }
 
-    /// [`Self::for_model`] of a run on `rows` rows.
+    /// [`Self::for_model`] for a run on `rows` rows.
     pub(crate) fn for_model_on(
         &self,
         model: &dyn AdaptableModel,
@@ -138,7 +140,7 @@ impl Regularizer {
         self.at(&layers, self.draws(&layers, cx)?, rows, cx.tape())
     }
 
-    /// The regulariser of these layers.
+    /// Computes the regulariser over these layers.
     ///
     /// # Errors
     /// As [`Self::for_model`].
@@ -148,21 +150,21 @@ impl Regularizer {
         self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
 
-    /// The regulariser of these posteriors: all that share a shape and its options in one batch.
+    /// Computes the regulariser over these posteriors; those with equal shapes and options form one batch.
     ///
     /// # Errors
-    /// As [`Self::for_model`]; a prior and the evidence bound ask for layers, which have A and B.
+    /// As [`Self::for_model`]; and with a prior or the evidence bound, which need layers with A and B.
     pub fn of(&self, posteriors: &[Posterior], cx: impl Into<Context>) -> Result<RegularizerTerms> {
         let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
         let cx = cx.into();
         self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
 
-    /// The regulariser at draws given from outside, one for each posterior, whatever the mode.
+    /// Computes the regulariser at given draws, one for each posterior, whatever the mode.
     ///
     /// # Errors
-    /// If their numbers differ or are zero, a draw has not the shapes of its posterior, or a weight is
-    /// outside its domain; as [`Self::of`].
+    /// If the numbers of posteriors and draws differ or are zero, a draw does not have the shapes of its
+    /// posterior, or a weight is outside its domain; and as [`Self::of`].
     pub fn of_draws(&self, posteriors: &[Posterior], draws: &[DrawNoise]) -> Result<RegularizerTerms> {
         if posteriors.len() != draws.len() {
             let reason = format!("expected {}, one for each layer, got {}", posteriors.len(), draws.len());
@@ -177,7 +179,7 @@ impl Regularizer {
         self.at(&layers, Some(draws), self.rows, None)
     }
 
-    /// The draws that the pass addresses, made again; none in expectation.
+    /// Recomputes the draws of the pass; `None` in expectation.
     fn draws(&self, layers: &[Layer], cx: &Context) -> Result<Option<Vec<LatentNoise>>> {
         if self.mode == KlEvaluation::Expected {
             return Ok(None);
@@ -189,7 +191,7 @@ impl Regularizer {
         Ok(Some(layers.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?))
     }
 
-    /// The regulariser at these draws, or in expectation.
+    /// Computes the regulariser at these draws, or in expectation.
     fn at(
         &self,
         layers: &[Layer],
@@ -226,8 +228,8 @@ impl Regularizer {
             }),
             _ => None,
         };
-        // A term of weight zero still gives its zero gradient: without the task's (a sparse mixture,
-        // one component) the concentration would have none, which training takes for a fault.
+        // A term of weight zero still contributes a zero gradient. Without it, the concentration might have
+        // no gradient at all (sparse mixture, one component), which training treats as an error.
         let total = if let (Some(bound), Some(kl_mean)) = (&self.evidence, &sums.kl_mean) {
             let weight = bound.temperature / training_rows(rows)?;
             let latents = if bound.latents { weight * layers.len() as f64 } else { 0.0 };
@@ -245,7 +247,7 @@ impl Regularizer {
         Ok(RegularizerTerms { total, kl_gaussian, kl_wishart, kl_dirichlet, cooperative, prior, kl_mean })
     }
 
-    /// The regulariser in expectation by our own kernels; none where they do not serve.
+    /// Computes the regulariser in expectation with our CUDA kernels; `None` if they do not support it.
     #[cfg(feature = "cuda")]
     fn on_device(
         &self,
@@ -284,7 +286,7 @@ impl Regularizer {
     }
 }
 
-/// The number of training rows, which is not guessed.
+/// Returns the number of training rows; an error if it was not set.
 pub(crate) fn training_rows(rows: Option<f64>) -> Result<f64> {
     rows.ok_or_else(|| {
         let reason = "a prior weighs 1 / rows of the training set: Regularizer::for_training tells them";

@@ -1,17 +1,19 @@
-//! What the code that the paper's authors released trains, for the record: LoRA whose A is frozen at random and
-//! takes a small random walk.
+//! What the released code of the paper's authors trains, for comparison: LoRA whose A is frozen at its random
+//! start and takes a small random walk.
 //!
 //! ```text
 //! A_t = A_{t-1} + eps^2 sum_k pi_k F_t Z_k        before the forward pass of training step t
 //! y   = W0 x + b + s B A_t dropout(x)             A_t a constant; prediction uses the last A
 //! ```
 //!
-//! There, each training forward puts a new parameter `A + eps sum_k pi_k (eps F Z_k)` in A's place. So the
-//! optimiser, which holds the old one, never moves A: what it walks is `mu <- W`, the last line of algorithm 1;
-//! the scaler counts twice; and no gradient of the task reaches rho and c, which learn from the regulariser
-//! alone. A forward pass changes no state here: [`ReleasedWalk`] takes the steps between two forward passes, once for each
-//! step of the optimiser (there for each micro-batch), and the draw is that of the step's number less one. A
-//! checkpoint holds the walk, which is the present A.
+//! In that code, each training forward replaces A by a new parameter `A + eps sum_k pi_k (eps F Z_k)`. The
+//! optimiser still holds the old parameter and so never moves A. A therefore moves only by `mu <- W`, the
+//! last line of algorithm 1; the scaler is applied twice; and the task gives no gradient to rho and c, which
+//! learn from the regulariser alone.
+//!
+//! Here a forward pass changes no state: [`ReleasedWalk`] moves A between two forward passes, once per
+//! optimiser step (in the released code once per micro-batch), by the draw whose index is the step's number
+//! minus one. A checkpoint stores the current A, and so the state of the walk.
 
 use std::any::Any;
 
@@ -26,8 +28,8 @@ use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, Params, Role}
 use crate::error::{Error, Result};
 
 impl MonteCLoRAConfig {
-    /// The constants of the authors' released code: its numbers are PEFT's ([`super::Compat::Peft`]), with the
-    /// paper's eps, N and prior, and the cooperative loss.
+    /// The constants of the authors' released code: PEFT's numbers ([`super::Compat::Peft`]) with the paper's
+    /// eps, N, prior and cooperative loss.
     pub const fn released() -> Self {
         Self {
             num_components: 4,
@@ -39,15 +41,15 @@ impl MonteCLoRAConfig {
     }
 }
 
-/// The adapter of one linear layer in the authors' released code.
+/// The adapter of one linear layer as in the authors' released code.
 #[derive(Debug)]
 pub struct Released {
     inner: MonteCLoRA,
 }
 
 impl Released {
-    /// Creates the parameters of [`MonteCLoRA::new`]; `.a` gets no gradient and has to be frozen in the store
-    /// ([`crate::inject::monteclora_released`] does).
+    /// Creates the parameters of [`MonteCLoRA::new`]. `.a` gets no gradient and must be frozen in the store,
+    /// as [`crate::inject::monteclora_released`] does.
     ///
     /// # Errors
     /// As [`MonteCLoRA::new`].
@@ -61,7 +63,7 @@ impl Released {
         Ok(Self { inner: MonteCLoRA::new(params, path, adapter, dims, config)? })
     }
 
-    /// Its parameters and what its draws are, as a MonteCLoRA adapter has them.
+    /// The MonteCLoRA adapter that holds the parameters and makes the draws.
     pub fn inner(&self) -> &MonteCLoRA {
         &self.inner
     }
@@ -77,7 +79,7 @@ impl Adapter for Released {
         self.inner.parameters().into_iter().filter(|(role, _)| *role != Role::A).collect()
     }
 
-    /// That of A itself, whatever the pass: the walk has moved it.
+    /// The change with A itself, in every pass: the walk has already moved A.
     fn delta(&self, _base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
         self.inner.low_rank().delta().map(Some)
     }
@@ -96,10 +98,10 @@ pub struct ReleasedWalk {
 }
 
 impl ReleasedWalk {
-    /// That of the active layers of `model`, whose parameters are in `params`.
+    /// Creates the walk of the active layers of `model`, whose parameters are in `params`.
     ///
     /// # Errors
-    /// If there is none, or eps has a schedule.
+    /// If there is no such layer, or eps has a schedule.
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -119,7 +121,7 @@ impl ReleasedWalk {
     /// Moves every A by its draw, before optimiser step `step` (1-based).
     ///
     /// # Errors
-    /// If the store does not hold an A, or it would not be finite.
+    /// If the store lacks an A, or an A would not be finite.
     pub fn before_step(&self, step: usize) -> Result<()> {
         let draw = step.saturating_sub(1) as u64;
         for (name, posterior) in &self.layers {
@@ -128,14 +130,14 @@ impl ReleasedWalk {
                 return Err(Error::tensor(name, "there is no parameter of this name"));
             };
             let noise = posterior.spec().generate(posterior.streams(), draw)?;
-            // A draw has eps in it once.
+            // The draw already contains eps once; the released code applies it twice.
             let step = (posterior.draw(&noise)?.delta.detach() * posterior.sample_scaler())?;
             self.params.set(&name, &(a.var.as_detached_tensor() + step)?)?;
         }
         Ok(())
     }
 
-    /// The regulariser, the only thing that trains rho and c.
+    /// Computes the regulariser, the only loss that trains rho and c.
     ///
     /// # Errors
     /// As [`Regularizer::of`].

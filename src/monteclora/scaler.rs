@@ -1,4 +1,4 @@
-//! The factors on eps that a schedule gives a model's layers, in training; predictions ask for none.
+//! The factors on eps that a schedule gives the layers of a model in training; predictions use none.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 /// Decay of the running mean of squared gradient norms.
 const DECAY: f64 = 0.95;
-/// What an adaptive schedule has seen of a layer.
+/// The gradient statistics of one layer, for the adaptive schedule.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
     mean: f64,
@@ -20,21 +20,21 @@ struct Seen {
 }
 
 impl Seen {
-    /// Sees one more squared norm.
+    /// Adds one squared gradient norm.
     fn add(&mut self, square: f64) {
         self.mean = DECAY * self.mean + (1.0 - DECAY) * square;
         self.weight = DECAY * self.weight + (1.0 - DECAY);
         self.peak = self.peak.max(self.corrected());
     }
 
-    /// The mean, corrected for its first steps as Adam corrects its moments.
+    /// The running mean with Adam's bias correction for the first steps.
     fn corrected(&self) -> f64 {
         self.mean / self.weight
     }
 
-    /// The factor after what was seen.
+    /// The factor on eps.
     fn factor(&self) -> f64 {
-        // At the start B is zero and no gradient reaches A: nothing fades yet.
+        // At the start B is zero and A gets no gradient: the factor stays one.
         if self.peak > 0.0 {
             (self.corrected() / self.peak).sqrt().max(LEAST)
         } else {
@@ -52,17 +52,17 @@ pub struct SampleScaler {
 }
 
 impl SampleScaler {
-    /// A scaler on this course.
+    /// Creates a scaler that follows `schedule`.
     pub fn new(schedule: ScalerSchedule) -> Self {
         Self { schedule, ..Self::default() }
     }
 
-    /// The factors of the present step.
+    /// The factors of the current step.
     pub fn factors(&self) -> ScalerFactors {
         self.factors.clone()
     }
 
-    /// Before optimiser step `step` (1-based) of `total`.
+    /// Updates the factors before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
     /// If the factor is not positive.
@@ -73,10 +73,11 @@ impl SampleScaler {
         Ok(())
     }
 
-    /// After an optimiser step whose gradient of the parameter of some name had this squared norm.
+    /// Updates an adaptive schedule after an optimiser step. `squared_norm` returns the squared norm of the
+    /// gradient of the parameter with a given name.
     ///
     /// # Errors
-    /// If the walk fails, or a norm is missing.
+    /// If visiting the layers fails, or a norm is missing.
     pub fn after_step(
         &mut self,
         model: &dyn AdaptableModel,
@@ -93,7 +94,7 @@ impl SampleScaler {
         self.follow()
     }
 
-    /// What an adaptive schedule has seen, by layer: `(3)` in double precision.
+    /// The gradient statistics of an adaptive schedule, by layer: `(3)` in double precision.
     ///
     /// # Errors
     /// If candle fails.
@@ -102,10 +103,10 @@ impl SampleScaler {
         self.seen.iter().map(|(name, seen)| Ok((name.clone(), of(seen)?))).collect()
     }
 
-    /// Puts back what [`Self::state`] gave, and with it the factors.
+    /// Restores a [`Self::state`], and the factors that follow from it.
     ///
     /// # Errors
-    /// If a layer's part is missing, of another shape or not finite: it then keeps what it had.
+    /// If a layer is missing, or its tensor has another shape or is not finite. The state is then unchanged.
     pub fn restore(&mut self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut read = BTreeMap::new();
         for (name, seen) in state {
@@ -133,7 +134,7 @@ impl SampleScaler {
         Ok(())
     }
 
-    /// Takes the factors from what was seen.
+    /// Computes the factors from the gradient statistics.
     fn follow(&mut self) -> Result<()> {
         let factors = self.seen.iter().map(|(name, seen)| (name.clone(), seen.factor()));
         self.factors = ScalerFactors::new(1.0, factors.collect())?;

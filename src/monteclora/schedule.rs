@@ -1,8 +1,8 @@
-//! The course of the sample scaler eps over training (adaptive scaling is the paper's future work).
+//! Schedules of the sample scaler eps over training (the paper names adaptive scaling as future work).
 //!
-//! A schedule multiplies eps in training draws alone: prediction from the posterior keeps eps itself. So
-//! one that anneals ([`ScalerSchedule::anneals`]) is for predictions by the mean: the end of its training
-//! has seen no perturbation as wide as those that a posterior draw then takes.
+//! A schedule multiplies eps in training draws only; prediction from the posterior uses eps itself. A
+//! schedule that anneals ([`ScalerSchedule::anneals`]) is therefore meant for predictions at the mean:
+//! towards its end, training has not seen perturbations as wide as those of a posterior draw.
 
 use std::str::FromStr;
 
@@ -10,31 +10,31 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The least factor: a scaler of zero would take the gradient from rho and c for good.
+/// The smallest factor: at zero, rho and c would never get a gradient again.
 pub(super) const LEAST: f64 = 1e-3;
 
-/// The course of the factor on eps.
+/// How the factor on eps changes over training.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScalerSchedule {
-    /// One, always.
+    /// Always one.
     #[default]
     Constant,
-    /// Rising in a straight line over this share of all steps, then one.
+    /// Rises linearly over this share of all steps, then stays at one.
     Warmup(f64),
-    /// A straight line from one down to (almost) zero.
+    /// Falls linearly from one to (almost) zero.
     Linear,
-    /// Half a cosine from one down to (almost) zero.
+    /// Falls from one to (almost) zero as half a cosine.
     Cosine,
-    /// Layer by layer, the root of the gradient's squared norm in A (a running mean) over the highest
-    /// it ever had: noise where gradients are large, and less of it as they fade. That is a heuristic of
-    /// exploration and approximates no posterior: squared gradients stand for the curvature
-    /// (Gauss-Newton), and where that is high a posterior is narrow.
+    /// For each layer, the square root of the running mean of the squared norm of A's gradient, relative to
+    /// its highest value so far: noise while gradients are large, less as they fade. A heuristic for
+    /// exploration, not an approximation of a posterior: squared gradients stand for the curvature
+    /// (Gauss-Newton), and where the curvature is high a posterior is narrow.
     Adaptive,
 }
 
 impl ScalerSchedule {
-    /// Whether training may end with a smaller eps than it began with, and than predictions draw with.
+    /// Whether training may end with a smaller eps than it began with, and than predictions use.
     pub fn anneals(&self) -> bool {
         matches!(self, Self::Linear | Self::Cosine | Self::Adaptive)
     }
@@ -52,7 +52,7 @@ impl ScalerSchedule {
         }
     }
 
-    /// The factor at a step (1-based; 0 is as 1) of `total`; None where gradients decide.
+    /// The factor at step `step` (1-based; 0 counts as 1) of `total`; `None` if it depends on gradients.
     pub(super) fn factor(&self, step: usize, total: usize) -> Option<f64> {
         let step = step.max(1);
         let done = (step - 1) as f64 / total.max(1) as f64;
@@ -70,7 +70,7 @@ impl ScalerSchedule {
 impl FromStr for ScalerSchedule {
     type Err = Error;
 
-    /// `constant`, `linear`, `cosine`, `adaptive`, or `warmup-SHARE`.
+    /// Parses `constant`, `linear`, `cosine`, `adaptive` or `warmup-SHARE`.
     fn from_str(text: &str) -> Result<Self> {
         let wrong = || {
             let expected = "expected constant, linear, cosine, adaptive or warmup-SHARE";

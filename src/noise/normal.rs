@@ -1,13 +1,13 @@
-//! Standard normals from random words: Box and Muller's transform, one word for each number.
+//! Standard normals from random words by the Box-Muller transform, one word per number.
 //!
-//! Single precision is what training draws by the million, so it goes through polynomials that the
-//! compiler turns into SIMD: ten times as fast as the library's functions, and the same bits on every
-//! machine (the library's differ between systems). It agrees with the double-precision numbers, which
-//! serve the tests of laws, to a few units in the last place of the radius.
+//! Training draws single-precision numbers by the million, so they use polynomials that the compiler
+//! vectorises: ten times as fast as the library's functions, and with the same bits on every machine (the
+//! library's differ between systems). They agree with the double-precision numbers, which serve the tests of
+//! distributions, to a few units in the last place of the radius.
 
 use super::philox::{Words, LANES};
 
-/// Normals in the order in which they are made: cosine and sine of the words 0 and 1, then of 2 and 3.
+/// Normals in the order of their computation: cosine and sine of words 0 and 1, then of words 2 and 3.
 #[inline(always)]
 pub(super) fn single(words: &Words) -> [[f32; LANES]; 4] {
     let mut z = [[0f32; LANES]; 4];
@@ -22,7 +22,7 @@ pub(super) fn single(words: &Words) -> [[f32; LANES]; 4] {
     z
 }
 
-/// The same in double precision.
+/// [`single`] in double precision.
 pub(super) fn double(words: &Words) -> [[f64; LANES]; 4] {
     let unit = |word: u32| (f64::from(word) + 0.5) * 2f64.powi(-32);
     let mut z = [[0f64; LANES]; 4];
@@ -49,7 +49,7 @@ fn ln_unit(word: u32) -> f32 {
     let shifted = bits.wrapping_sub(0x3f35_04f3);
     let e = (shifted as i32) >> 23;
     let m = f32::from_bits((shifted & 0x007f_ffff).wrapping_add(0x3f35_04f3));
-    // Near one the distance from it is what has the digits.
+    // Near one, compute the distance from one directly: it has the significant digits.
     let near = word > ROOT_HALF;
     let f = if near { -((!word) as f32 + 0.5) * UNIT } else { m - 1.0 };
     let e = if near { 0.0 } else { (e - 32) as f32 };

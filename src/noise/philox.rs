@@ -1,7 +1,7 @@
-//! Philox4x32 with ten rounds (Salmon et al. 2011): a counter of 128 bits under a key of 64 becomes
-//! four random words.
+//! Philox4x32 with ten rounds (Salmon et al. 2011): maps a 128-bit counter and a 64-bit key to four random
+//! words.
 
-/// Blocks that are made together, so that the compiler turns the loops over them into SIMD.
+/// The number of blocks computed together, so that the compiler vectorises the loops over them.
 pub(crate) const LANES: usize = 16;
 
 /// The four words of [`LANES`] blocks, word by word.
@@ -33,7 +33,7 @@ pub(super) fn group(mut key: [u32; 2], draw: u64, group: u64) -> Words {
     [c0, c1, c2, c3]
 }
 
-/// Philox's counter: the block's number below the draw's.
+/// Philox's counter: the block number in the low 64 bits, the draw number in the high 64 bits.
 #[inline(always)]
 fn counter(draw: u64, block: u64) -> [u32; 4] {
     [block as u32, (block >> 32) as u32, draw as u32, (draw >> 32) as u32]

@@ -4,12 +4,11 @@ use rand::RngCore;
 
 use super::stream::Stream;
 
-/// The words of one draw of a [`Stream`] in their order: a [`rand::RngCore`], so that any law of
-/// `rand_distr` can be drawn from an address. Equal addresses give equal numbers; two draws, or two
-/// streams, share none.
+/// A [`rand::RngCore`] over the words of one draw of a [`Stream`], so that any distribution of `rand_distr`
+/// can be sampled by address. Equal addresses give equal numbers; different draws or streams share none.
 ///
-/// It reads the words that the stream's own methods read too ([`Stream::fill_normal`] ...): give a
-/// generator a draw that nothing else uses.
+/// It reads the same words as the stream's own methods ([`Stream::fill_normal`] ...): use a draw number that
+/// nothing else uses.
 ///
 /// # Example
 /// ```
@@ -33,7 +32,7 @@ pub struct DrawRng {
 }
 
 impl Stream {
-    /// A generator over draw number `draw`, from its first word on.
+    /// A generator over draw number `draw`, starting at its first word.
     pub fn rng(&self, draw: u64) -> DrawRng {
         DrawRng { stream: *self, draw, block: 0, words: [0; 4], read: 4 }
     }
@@ -49,12 +48,12 @@ impl RngCore for DrawRng {
         self.words[self.read - 1]
     }
 
-    /// Two words, the first one lower.
+    /// Returns two words, the first in the low bits.
     fn next_u64(&mut self) -> u64 {
         u64::from(self.next_u32()) | u64::from(self.next_u32()) << 32
     }
 
-    /// Whole words, each with its lowest byte first; of the last one perhaps the first bytes alone.
+    /// Fills in whole words in little-endian order; the last word may be truncated.
     fn fill_bytes(&mut self, bytes: &mut [u8]) {
         for piece in bytes.chunks_mut(4) {
             let word = self.next_u32().to_le_bytes();
@@ -85,7 +84,7 @@ mod tests {
             let mut rng = stream.rng(7);
             rng.fill_bytes(&mut got);
             assert_eq!(got, bytes[..len]);
-            // Half a word is not read again.
+            // The rest of a truncated word is not read again.
             if len < 45 {
                 assert_eq!(rng.next_u32(), words[len.div_ceil(4)]);
             }

@@ -20,11 +20,11 @@ pub enum Purpose {
     Gaussian,
     /// The order of the training rows.
     Shuffle,
-    /// Which tokens masked language modelling hides.
+    /// The tokens that masked language modelling hides.
     Mask,
     /// Sampling of outputs.
     Predict,
-    /// What a bootstrap draws again.
+    /// Resampling, as in a bootstrap.
     Resample,
 }
 
@@ -82,14 +82,14 @@ const fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// One stream of noise: an unlimited number of draws, each an unlimited row of words.
+/// One stream of noise: an unlimited number of draws, each an unlimited sequence of words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stream {
     key: [u32; 2],
 }
 
 impl Stream {
-    /// What kernels of a device are told of the stream: its two words, the first one lower.
+    /// The key for device kernels: two words, the first in the low bits.
     #[cfg(any(test, feature = "cuda"))]
     pub(crate) fn key(&self) -> u64 {
         u64::from(self.key[0]) | u64::from(self.key[1]) << 32
@@ -100,7 +100,8 @@ impl Stream {
         philox::block(self.key, draw, block)
     }
 
-    /// Uniform numbers in the open interval (0, 1): the midpoints of 2^52 equal parts; two words each.
+    /// Fills in uniform numbers in the open interval (0, 1): the midpoints of 2^52 equal parts; two words
+    /// each.
     pub fn fill_uniform(&self, draw: u64, out: &mut [f64]) {
         for (block, pair) in out.chunks_mut(2).enumerate() {
             let w = self.words(draw, block as u64);
@@ -110,7 +111,7 @@ impl Stream {
         }
     }
 
-    /// Standard normal numbers by Box and Muller's transform; one word each.
+    /// Fills in standard normal numbers by the Box-Muller transform; one word each.
     pub fn fill_normal(&self, draw: u64, out: &mut [f64]) {
         for (group, out) in out.chunks_mut(4 * LANES).enumerate() {
             let z = normal::double(&self.word_group(draw, group as u64));
@@ -118,8 +119,8 @@ impl Stream {
         }
     }
 
-    /// The same numbers as [`Self::fill_normal`] in single precision: the transform itself runs in
-    /// it, with an error of a few units in the last place.
+    /// Fills in the numbers of [`Self::fill_normal`] in single precision. The transform itself runs in single
+    /// precision, with an error of a few units in the last place.
     pub fn fill_normal_f32(&self, draw: u64, out: &mut [f32]) {
         vectorized!({
             for (group, out) in out.chunks_mut(4 * LANES).enumerate() {
@@ -173,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_words_of_a_seed_never_change() {
-        // Value stability: a change here changes every result of every user, so it is announced.
+        // Value stability: a change here changes every result of every user, so it must be announced.
         let stream = Noise::new(42).stream("roberta.encoder.layer.0", Purpose::Gaussian);
         assert_eq!(stream.words(7, 3), VALUE_STABILITY);
     }

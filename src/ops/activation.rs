@@ -12,8 +12,8 @@ use crate::util::dtype::wide;
 
 /// The exact (erf) GELU, `x Phi(x)`.
 ///
-/// Value and slope share one exponential and nothing but `xs` is kept: 4 times as fast forward and
-/// backward as `Tensor::gelu_erf` at 1024 x 3072.
+/// Value and derivative share one exponential, and only `xs` is kept for backward. Forward and backward are 4
+/// times as fast as `Tensor::gelu_erf` at 1024 x 3072.
 ///
 /// # Errors
 /// If candle fails.
@@ -49,7 +49,9 @@ pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
     }
 }
 
-/// `silu(gate) * up` (SwiGLU): one node, one pass each way, nothing kept but its two arguments.
+/// `silu(gate) * up` (SwiGLU).
+///
+/// One node with one pass each in forward and backward; only its two arguments are kept.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -82,8 +84,9 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
     }
 }
 
-/// `gelu(gate) * up` with the tanh approximation of GELU, as in Gemma's feed-forward block: one node, one pass each way,
-/// nothing kept but its two arguments.
+/// `gelu(gate) * up` with the tanh approximation of GELU, as in Gemma's feed-forward block.
+///
+/// One node with one pass each in forward and backward; only its two arguments are kept.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -115,7 +118,7 @@ pub fn gelu_tanh_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor>
     }
 }
 
-/// One node of a function of one variable and its derivative.
+/// An elementwise function and its derivative as one node.
 fn unary(
     name: &'static str,
     xs: &Tensor,
@@ -127,14 +130,14 @@ fn unary(
     custom_vjp(name, [xs], y, move |call| Ok([Some(binary(&call.args[0], &call.grad, |x, d| slope(x) * d)?)]))
 }
 
-/// `f` of two tensors of one shape, element by element.
+/// Applies `f` elementwise to two tensors of the same shape.
 fn binary(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<Tensor> {
     let (a, b) = (dense(a)?, dense(b)?);
     let y = map2(&Host::of(&a)?, &Host::of(&b)?, f);
     tensor(y, a.dims())
 }
 
-/// GELU of a detached `xs (.., dim)` plus a bias `(dim)`, which is added in the wide dtype.
+/// GELU of the detached `xs` `(.., dim)` plus an optional bias `(dim)`, which is added in the wide dtype.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn gelu_of(kernels: bool, xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -144,7 +147,7 @@ pub(super) fn gelu_of(kernels: bool, xs: &Tensor, bias: Option<&Tensor>) -> Resu
     biased(xs, bias)?.gelu_erf()?.to_dtype(xs.dtype())
 }
 
-/// `(Phi(x) + x phi(x)) dY` of detached tensors, x being `xs` plus the bias.
+/// The gradient of [`gelu_of`], `(Phi(x) + x phi(x)) dY` with `x = xs + bias`; all tensors are detached.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn gelu_gradient(
     kernels: bool,
@@ -172,7 +175,7 @@ fn biased(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
-/// `silu(gate) up` of detached tensors, computed in the wide dtype.
+/// `silu(gate) * up` of detached tensors, computed in the wide dtype.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn silu_mul_of(kernels: bool, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -183,7 +186,7 @@ pub(super) fn silu_mul_of(kernels: bool, gate: &Tensor, up: &Tensor) -> Result<T
     (gate.to_dtype(dtype)?.silu()? * up.to_dtype(dtype)?)?.to_dtype(gate.dtype())
 }
 
-/// The gradients of both, of detached tensors.
+/// The gradients of `gate` and `up` in [`silu_mul_of`]; all tensors are detached.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn silu_mul_gradients(
     kernels: bool,
@@ -213,7 +216,7 @@ fn gelu_tanh_value(x: &Tensor) -> Result<Tensor> {
     x * gelu_tanh_share(x)?
 }
 
-/// The share of x that the tanh GELU lets through: the logistic function of twice the tangent's argument.
+/// The factor `s` of the tanh GELU `x s`: `s = (1 + tanh u) / 2`, which is the logistic function of `2 u`.
 fn gelu_tanh_share(x: &Tensor) -> Result<Tensor> {
     let twice = (x
         * (x.sqr()? * (2.0 * vmath::GELU_SLOPE * vmath::GELU_CUBE))?
@@ -221,7 +224,8 @@ fn gelu_tanh_share(x: &Tensor) -> Result<Tensor> {
     (twice.neg()?.exp()? + 1.0)?.recip()
 }
 
-/// The derivative of the tanh GELU, `s + x s (1 - s) u'` with s the share and u the argument of the logistic function.
+/// The derivative of the tanh GELU, `s + x s (1 - s) u'`, where `s` is [`gelu_tanh_share`] and `u` the
+/// argument of the logistic function.
 fn gelu_tanh_slope(x: &Tensor) -> Result<Tensor> {
     let s = gelu_tanh_share(x)?;
     let inner =

@@ -1,4 +1,5 @@
-//! The attention core on slices: one task for each (batch, key head), query rows in blocks.
+//! The attention core on slices: one task for each (batch, key head), which goes through the
+//! query rows in blocks.
 
 use std::ops::Range;
 
@@ -12,8 +13,8 @@ use super::host::{for_rows, tensor, Host};
 use super::vmath;
 use crate::util::simd::vectorized;
 
-/// Query rows that share one block of scores: it stays in cache, and a causal block skips the keys
-/// that all of its rows are blind to.
+/// Query rows per block of scores. A block stays in cache, and keys that no row of a causal
+/// block sees are skipped.
 pub(super) const BLOCK: usize = 64;
 
 /// A [`Mask`] on the host.
@@ -31,7 +32,7 @@ impl HostMask {
     }
 }
 
-/// One call's constants.
+/// The constants of one call.
 pub(super) struct Core {
     pub shape: Shape,
     pub scores: Scores,
@@ -39,7 +40,7 @@ pub(super) struct Core {
     pub keep: Option<DropoutMask>,
 }
 
-/// A projected tensor (b, t, n * dim) read in place: heads are strides.
+/// A projected tensor (b, t, n * dim), read in place through strides.
 pub(super) struct Heads<'a> {
     pub data: &'a [f32],
     pub batch_stride: usize,
@@ -48,7 +49,7 @@ pub(super) struct Heads<'a> {
 }
 
 impl<'a> Heads<'a> {
-    /// Rows `first ..` (as many as `rows`) of one head.
+    /// `rows` rows of one head, starting at row `first`.
     pub fn rows(&self, batch: usize, head: usize, first: usize, rows: usize) -> Mat<'a> {
         let start = batch * self.batch_stride + first * self.row_stride + head * self.dim;
         Mat::strided(self.data.get(start..).unwrap_or(&[]), rows, self.dim, self.row_stride)
@@ -61,8 +62,8 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// Detached, with the last dimension dense; batches and rows may lie anywhere (a slice of a fused
-/// projection is read in place).
+/// The detached tensor with a dense last dimension. Batches and rows may have any stride, so that a slice of
+/// a fused projection is read in place.
 pub(super) fn readable(x: &Tensor) -> Result<Tensor> {
     if x.stride().last() == Some(&1) {
         Ok(x.detach())
@@ -76,7 +77,7 @@ pub(super) fn heads<'a>(host: &'a Host<'a>, x: &Tensor, dim: usize) -> Heads<'a>
 }
 
 impl Core {
-    /// The output and the logarithm of each row's sum of exponentials, (b, heads, tq).
+    /// The output and the log-sum-exp of each row of scores, (b, heads, tq).
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Vec<f32>)> {
         let Shape { b, tq, tk, heads: n, kv_heads, dim } = self.shape;
         let group = self.shape.group();
@@ -121,7 +122,7 @@ impl Core {
         Ok((tensor(join(&y, tq, n, dim), (b, tq, n * dim))?, log_sums))
     }
 
-    /// The gradients of q, k and v; see the composed core for the formulae.
+    /// The gradients of q, k and v; the formulae are in `attention.rs`.
     pub fn backward(
         &self,
         q: &Tensor,
@@ -146,7 +147,7 @@ impl Core {
             let (batch, kv_head) = (i / kv_heads, i % kv_heads);
             let size = BLOCK.min(tq) * tk;
             let (mut ps, mut dropped, mut ds) = (vec![0f32; size], Vec::new(), vec![0f32; size]);
-            let mut slopes = Vec::new(); // of the cap
+            let mut slopes = Vec::new(); // the cap's derivatives
             for (head, first, rows) in self.blocks(kv_head) {
                 let at = (head % group) * tq + first;
                 let at_keys = self.seen(first..first + rows);
@@ -214,7 +215,7 @@ impl Core {
         Ok([Some(dq), Some(dk), Some(dv)])
     }
 
-    /// Caps scores in place, where there is a cap.
+    /// Caps scores in place if there is a cap.
     #[inline(always)]
     fn cap(&self, scores: &mut [f32]) {
         if let Some(cap) = self.scores.cap.map(|cap| cap as f32) {
@@ -222,7 +223,8 @@ impl Core {
         }
     }
 
-    /// (head, first row, rows) of the blocks of the query heads that share a key head.
+    /// The blocks of query rows, as (head, first row, number of rows), of all query heads
+    /// that share a key head.
     fn blocks(&self, kv_head: usize) -> impl Iterator<Item = (usize, usize, usize)> {
         let (tq, group) = (self.shape.tq, self.shape.group());
         (kv_head * group..(kv_head + 1) * group).flat_map(move |head| {
@@ -230,10 +232,10 @@ impl Core {
         })
     }
 
-    /// The keys that some of these rows see, padding aside.
+    /// The range of keys that at least one of these rows sees, ignoring padding.
     fn seen(&self, rows: Range<usize>) -> Range<usize> {
         let Shape { tq, tk, .. } = self.shape;
-        // A row's own place among the keys is tk - tq + row.
+        // The position of a row among the keys is tk - tq + row.
         let end = match (self.mask.causal, self.mask.window) {
             (true, _) => (tk + rows.end).saturating_sub(tq).min(tk),
             (false, Some(window)) => (tk + rows.end - 1).saturating_add(window).saturating_sub(tq).min(tk),
@@ -246,7 +248,8 @@ impl Core {
         start..end
     }
 
-    /// Minus infinity where query `row` does not see a key; the scores begin with that of key `start`.
+    /// Sets the scores of keys that query `row` does not see to minus infinity; `scores`
+    /// starts at key `start`.
     #[inline(always)]
     fn hide(&self, scores: &mut [f32], batch: usize, row: usize, start: usize) {
         let seen = self.seen(row..row + 1);
@@ -262,7 +265,7 @@ impl Core {
     }
 }
 
-/// (.., n, t, dim) as (.., t, n * dim).
+/// Rearranges (.., n, t, dim) to (.., t, n * dim).
 pub(super) fn join(x: &[f32], t: usize, n: usize, dim: usize) -> Vec<f32> {
     let mut out = vec![0f32; x.len()];
     for_rows(&mut out, n * dim, |first, out| {
@@ -277,8 +280,8 @@ pub(super) fn join(x: &[f32], t: usize, n: usize, dim: usize) -> Vec<f32> {
     out
 }
 
-/// Softmax in place; returns the logarithm of the sum. A row that sees nothing becomes zero, and its
-/// logarithm infinite, so that `exp(score - logarithm)` is zero again in backward.
+/// Applies softmax in place and returns the log-sum-exp. A row that sees no key becomes zero and its
+/// log-sum-exp infinite, so that backward's `exp(score - log_sum)` is zero again.
 #[inline(always)]
 pub(super) fn softmax(row: &mut [f32]) -> f32 {
     let max = vmath::max(row);

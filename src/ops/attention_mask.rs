@@ -1,4 +1,4 @@
-//! Which keys a query sees, how it scores them, and the sizes of an attention.
+//! Attention masks, the scaling of scores, and the sizes of an attention.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,16 +7,16 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 /// Which keys a query may attend to.
 #[derive(Debug, Clone, Default)]
 pub struct Mask {
-    /// (batch, keys) of u8: 1 where the key is a real token. None: all are.
+    /// (batch, keys) of u8: 1 where the key is a real token. `None`: all keys are real tokens.
     pub padding: Option<Tensor>,
-    /// Query i (of tq, the last ones) sees keys 0 ..= tk - tq + i only. None: every key.
+    /// Query i, of the last tq positions, only sees keys 0 ..= tk - tq + i. `None`: every key.
     pub causal: Option<CausalMask>,
-    /// Query i sees the keys near its own place, tk - tq + i, only. None: however far.
+    /// Query i only sees keys near its own position, tk - tq + i. `None`: at any distance.
     pub window: Option<Window>,
 }
 
-/// How far a query sees: key j from place i where `|i - j| < size`, under a causal mask back alone. The band is kept
-/// as the triangle of a [`CausalMask`] is.
+/// A sliding window: position i sees key j if `|i - j| < size`, and no later key under a causal mask. Like
+/// the triangle of a [`CausalMask`], the mask tensor is cached.
 #[derive(Debug, Clone)]
 pub struct Window {
     size: usize,
@@ -24,54 +24,56 @@ pub struct Window {
 }
 
 impl Window {
-    /// Queries see `size - 1` keys before their own place, and as many after it where no causal mask hides them.
+    /// A window in which a query sees `size - 1` keys before its own position, and as many after it unless a
+    /// causal mask hides them.
     pub fn new(size: usize) -> Self {
         Self { size, latest: Latest::default() }
     }
 
-    /// The first distance that is out of sight.
+    /// The smallest distance at which a key is hidden.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// 1 where key `j` is in sight of query `i` of the last `tq`, `(1, 1, tq, tk)` of u8. None: everywhere.
+    /// The mask `(1, 1, tq, tk)` of u8: 1 where query `i` of the last `tq` sees key `j`. `None` if
+    /// nothing is hidden.
     fn band(&self, tq: usize, tk: usize, device: &Device) -> Result<Option<Tensor>> {
         if self.size >= tq.max(tk) {
             return Ok(None);
         }
-        // Both sides of |tk - tq + i - j| < size with tq and j brought over: none is negative.
+        // |tk - tq + i - j| < size, rearranged so that no side is negative.
         let near = |i: usize, j: usize| (tk + i).abs_diff(tq + j) < self.size;
         self.latest.get((tq, tk), device, near).map(Some)
     }
 }
 
-/// The triangle of a causal mask, kept from layer to layer and pass to pass by the model that owns it:
-/// all layers of a forward pass ask for the same one, and a copy to a GPU holds up the queue of its work.
+/// A causal mask, whose triangle is cached by the model that owns it. All layers of a forward pass need the
+/// same triangle, and each copy to a GPU would stall its queue.
 #[derive(Debug, Clone, Default)]
 pub struct CausalMask {
     latest: Latest,
 }
 
 impl CausalMask {
-    /// 1 where key `j` is not after query `i` of the last `tq`, `(1, 1, tq, tk)` of u8.
+    /// The mask `(1, 1, tq, tk)` of u8: 1 where key `j` is not after query `i` of the last `tq`.
     fn triangle(&self, tq: usize, tk: usize, device: &Device) -> Result<Tensor> {
         self.latest.get((tq, tk), device, |i, j| j + tq <= tk + i)
     }
 }
 
-/// The mask of u8 that was asked for last, shared by clones.
+/// A cache of the most recent mask tensor, shared by clones.
 #[derive(Debug, Clone, Default)]
 struct Latest(Arc<Mutex<Option<Tensor>>>);
 
 impl Latest {
-    /// `(1, 1, tq, tk)`, 1 where `sees(i, j)`: the same rule in every call.
+    /// The mask `(1, 1, tq, tk)` of u8 with 1 where `sees(i, j)`. Every call must pass the same rule.
     fn get(
         &self,
         (tq, tk): (usize, usize),
         device: &Device,
         sees: impl Fn(usize, usize) -> bool,
     ) -> Result<Tensor> {
-        // A panic while the lock is held leaves a whole mask or none.
+        // The lock may be poisoned: a panic while it is held leaves a complete mask or none.
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |mask: &&Tensor| mask.dims() == [1, 1, tq, tk] && mask.device().same_device(device);
         if let Some(mask) = latest.as_ref().filter(fits) {
@@ -85,13 +87,13 @@ impl Latest {
     }
 }
 
-/// The score of query q at key k: `scale q k`, and with a cap `cap tanh(scale q k / cap)` (Gemma 2). A number alone is
-/// a scale without a cap.
+/// How scores are computed: `scale q k`, or with a cap `cap tanh(scale q k / cap)` (Gemma 2). An `f64`
+/// converts to a scale without a cap.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scores {
-    /// What the product is multiplied by, mostly one over the root of the head's width.
+    /// The factor on the product `q k`, usually one over the square root of the head's width.
     pub scale: f64,
-    /// The bound that scores approach, before the softmax; positive.
+    /// The bound on the absolute value of the scores before the softmax; must be positive.
     pub cap: Option<f64>,
 }
 
@@ -101,7 +103,7 @@ impl From<f64> for Scores {
     }
 }
 
-/// The sizes of one call.
+/// The sizes of one attention call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
     pub b: usize,
@@ -127,7 +129,7 @@ impl Shape {
                 v.dims()
             );
         }
-        // Candle's kernels count the elements of a tensor in 32 bits, and go on for ever where there are more.
+        // Candle's kernels count elements in 32 bits and never terminate for larger tensors.
         let scores = [heads, tq, tk].iter().fold(b, |count, of| count.saturating_mul(*of));
         if q.device().is_cuda() && scores >= 1 << 32 {
             bail!(
@@ -137,20 +139,21 @@ impl Shape {
         Ok(Self { b, tq, tk, heads, kv_heads, dim })
     }
 
-    /// Query heads for each key head.
+    /// The number of query heads per key head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 }
 
-/// 1 where a query sees a key, broadcastable to (b, heads, tq, tk). None: everywhere.
+/// The combined mask, broadcastable to (b, heads, tq, tk): 1 where a query sees a key. `None` if
+/// nothing is hidden.
 pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Option<Tensor>> {
     let &Shape { b, tq, tk, .. } = shape;
     let padding = match &mask.padding {
         Some(padding) => Some(padding.ne(0u8)?.reshape((b, 1, 1, tk))?),
         None => None,
     };
-    // The last query alone sees every key that is near enough.
+    // A single query is the last position, so that causality hides nothing.
     let causal = mask.causal.as_ref().filter(|_| tq > 1);
     let causal = causal.map(|causal| causal.triangle(tq, tk, device)).transpose()?;
     let band = mask.window.as_ref().map(|window| window.band(tq, tk, device)).transpose()?.flatten();
@@ -164,7 +167,7 @@ pub(super) fn visible(shape: &Shape, mask: &Mask, device: &Device) -> Result<Opt
     Ok(visible)
 }
 
-/// The padding mask as bytes, whatever integer dtype it came in.
+/// The padding mask as bytes, from any integer dtype.
 pub(super) fn padding_bytes(padding: &Tensor) -> Result<Vec<u8>> {
     padding.to_dtype(DType::U8)?.flatten_all()?.to_vec1()
 }

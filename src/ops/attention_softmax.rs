@@ -1,22 +1,23 @@
-//! The softmax over the keys in tensor operations, as plain and disentangled attention have it.
+//! The softmax over keys in tensor operations, shared by plain and disentangled attention.
 
 use candle_core::{Result, Tensor, D};
 
 use super::dropout::DropoutPlan;
 
-/// The score of a hidden key: far below every other, and finite, or a row without a visible key would be NaN.
+/// The score of a hidden key: far below all others, but finite, because a row without a
+/// visible key would be NaN.
 const HIDDEN: f32 = -1e30;
 
-/// Which keys the rows of scores see, and what is dropped of their probabilities.
+/// The mask and the dropout of the attention probabilities.
 pub(super) struct Softmax {
-    /// 1 where a query sees a key, broadcastable to (b, heads, tq, tk). None: everywhere.
+    /// 1 where a query sees a key, broadcastable to (b, heads, tq, tk). `None`: everywhere.
     pub visible: Option<Tensor>,
     pub dropout: Option<DropoutPlan>,
 }
 
 impl Softmax {
-    /// The probabilities of scores (b, heads, tq, tk), before dropout, and the logarithm of each row's sum,
-    /// (b, heads, tq, 1), which gives them back ([`Self::again`]).
+    /// The probabilities of scores (b, heads, tq, tk) before dropout, and the log-sum-exp of each row,
+    /// (b, heads, tq, 1), from which [`Self::again`] recomputes them.
     pub fn of(&self, scores: Tensor) -> Result<(Tensor, Tensor)> {
         let scores = self.seen(scores)?;
         let max = scores.max_keepdim(D::Minus1)?;
@@ -26,12 +27,12 @@ impl Softmax {
         Ok((e.broadcast_div(&sum)?, (sum.log()? + max)?))
     }
 
-    /// The same probabilities, by the logarithms that [`Self::of`] gave.
+    /// Recomputes the probabilities from the log-sum-exps that [`Self::of`] returned.
     pub fn again(&self, scores: Tensor, log_sums: &Tensor) -> Result<Tensor> {
         self.hide(self.seen(scores)?.broadcast_sub(log_sums)?.exp()?)
     }
 
-    /// Dropout of the probabilities, or of what comes back to them.
+    /// Applies dropout to the probabilities or to their gradient.
     pub fn drop(&self, p: &Tensor) -> Result<Tensor> {
         match &self.dropout {
             Some(plan) => plan.apply(p),
@@ -39,14 +40,14 @@ impl Softmax {
         }
     }
 
-    /// The scores, those of hidden keys very small.
+    /// The scores with hidden keys set to [`HIDDEN`].
     fn seen(&self, scores: Tensor) -> Result<Tensor> {
         let Some(visible) = &self.visible else { return Ok(scores) };
         let hidden = Tensor::full(HIDDEN, scores.dims(), scores.device())?.to_dtype(scores.dtype())?;
         visible.broadcast_as(scores.dims())?.contiguous()?.where_cond(&scores, &hidden)
     }
 
-    /// Zero where hidden: a row without a visible key would otherwise be uniform.
+    /// Sets hidden probabilities to zero; a row without a visible key would otherwise be uniform.
     fn hide(&self, p: Tensor) -> Result<Tensor> {
         match &self.visible {
             Some(visible) => p.broadcast_mul(&visible.to_dtype(p.dtype())?),

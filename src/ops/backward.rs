@@ -1,4 +1,4 @@
-//! A backward pass that hands gradients to variables without a launch, and goes on behind candle's graph.
+//! A backward pass that avoids launches per parameter and continues behind candle's graph along a [`Tape`].
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,14 +8,15 @@ use candle_core::{Result, Tensor, TensorId};
 use super::collect::{Collecting, Parts};
 use super::tape::Tape;
 
-/// `loss.backward()`, and what is on the tape behind it.
+/// Runs `loss.backward()`, and then the backward steps on the tape.
 ///
-/// Candle adds each gradient to what a tensor has, the first one to zeros: on a device a memset and a launch for each
-/// parameter of each step. Here the ops of this crate hand theirs over as they are to those of `variables` that are on
-/// one, and what is to be added is added for all of them at once. (On the CPU nothing is gained, and nothing is different.)
+/// Candle accumulates gradients into zero-initialised tensors: on a device, a memset and a launch for each
+/// parameter of each step. Here the gradients that this crate's ops compute for those `variables` that are on
+/// a device are collected as they are, and the sums for all of them share launches. If no variable is on a
+/// device, this is `loss.backward()`.
 ///
 /// # Errors
-/// As `loss.backward()`.
+/// As `loss.backward()`, and if a step on the tape fails.
 pub(crate) fn backward(loss: &Tensor, variables: &[Tensor], tape: Option<&Tape>) -> Result<GradStore> {
     let on_device = |variable: &&Tensor| variable.is_variable() && !variable.device().is_cpu();
     let wanted: HashSet<TensorId> = variables.iter().filter(on_device).map(Tensor::id).collect();
@@ -52,7 +53,7 @@ fn collect_all(loss: &Tensor, mut wanted: HashSet<TensorId>, tape: Option<&Tape>
     Ok(store)
 }
 
-/// The sum of each tensor's parts, all of a round at once.
+/// Sums each tensor's parts. A round adds one pair of parts per tensor, all pairs at once.
 fn summed(mut parts: Parts) -> Result<HashMap<TensorId, Tensor>> {
     loop {
         let several = parts.iter_mut().filter(|(_, parts)| parts.len() > 1);
@@ -82,7 +83,8 @@ mod tests {
     use super::*;
     use crate::ops::{self, OpPath};
 
-    /// The gradients of a graph in which variables meet ops of this crate, candle's, and each other.
+    /// The gradients of a graph with ops of this crate, candle's ops, and variables that are
+    /// used several times.
     fn grads(collected: bool) -> Result<Vec<Option<Vec<f32>>>> {
         let var = |shape: (usize, usize), slope: f64| -> Result<Var> {
             let values = Tensor::arange(0f32, (shape.0 * shape.1) as f32, &Device::Cpu)?;
@@ -101,7 +103,7 @@ mod tests {
         let loss = (ops::low_rank(&y, &a, &b, 2.0, path)?.sqr()?.sum_all()? + w.sqr()?.sum_all()?)?;
         let all = [&x, &w, &a, &b, &unused];
         let store = if collected {
-            // As of variables on a device.
+            // Treats the variables as if they were on a device.
             let wanted = all.iter().map(|var| var.id()).collect();
             collect_all(&loss, wanted, None)?
         } else {
@@ -129,7 +131,7 @@ mod tests {
     fn what_is_cut_off_is_differentiated_behind_candle_s_graph() -> Result<()> {
         let var = |x: f32| Var::new(&[x, -x], &Device::Cpu);
         let (a, b, tape) = (var(0.3)?, var(0.7)?, Tape::default());
-        // y = (a b, 2 a, unused) of which each part is a leaf; a meets the loss on three ways.
+        // The leaves of the cut are (a b, 2 a, unused); `a` reaches the loss along three paths.
         let results =
             vec![(a.as_detached_tensor() * b.as_detached_tensor())?, (a.as_detached_tensor() * 2.0)?];
         let results = results.into_iter().chain([a.as_detached_tensor().copy()?]).collect();

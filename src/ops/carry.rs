@@ -1,28 +1,28 @@
-//! Tensors that go from one device to another, and their gradients back.
+//! Differentiable copies of tensors between devices.
 
 use candle_core::{Device, Result, Tensor};
 
 use super::custom_vjp::custom_vjp;
 
-/// `xs` on `device`, differentiable; itself where it is there already.
+/// `xs` on `device`, differentiable; `xs` itself if it is already there.
 ///
 /// # Errors
-/// If a device fails, or candle knows no way between the two.
+/// If a device fails, or candle cannot copy between the two.
 pub fn carry(xs: &Tensor, device: &Device) -> Result<Tensor> {
     if xs.device().same_device(device) {
         return Ok(xs.clone());
     }
     if xs.device().is_cpu() || device.is_cpu() {
-        return xs.to_device(device); // what the host reads or writes is there when it goes on
+        return xs.to_device(device); // copies to and from the host are synchronous
     }
     let home = xs.device().clone();
     carried(xs, |xs| copied(xs, device), move |grad| copied(grad, &home))
 }
 
-/// What `there` makes of `xs` at another place, whose gradient `back` brings home.
+/// Moves the detached `xs` with `there`; in backward, `back` moves the gradient back.
 ///
 /// # Errors
-/// As both.
+/// If `there` fails. The backward pass fails if `back` does.
 pub(crate) fn carried(
     xs: &Tensor,
     there: impl FnOnce(&Tensor) -> Result<Tensor>,
@@ -31,14 +31,16 @@ pub(crate) fn carried(
     custom_vjp("carry", [xs], there(&xs.detach())?, move |call| Ok([Some(back(&call.grad)?)]))
 }
 
-/// A copy of a tensor on another device, complete when this returns. Each device orders its own work alone: between GPUs
-/// the copy waits for what writes its source, between two streams of one it does not, and nothing else keeps the source's
-/// memory from its next use before it is read.
+/// A copy of a tensor on another device, complete when this returns.
+///
+/// Each device orders only its own work. A copy between GPUs waits for pending writes to its source, but a
+/// copy between two streams of one GPU does not: the source is synchronised first. Waiting for the copy also
+/// keeps the source's memory from being reused before it has been read.
 ///
 /// # Errors
 /// As [`carry`].
 pub(crate) fn copied(xs: &Tensor, device: &Device) -> Result<Tensor> {
-    let own = xs.force_contiguous()?; // of a view, all of the memory would go, and stay
+    let own = xs.force_contiguous()?; // a view would transfer, and keep, its whole storage
     if own.device().location() == device.location() {
         own.device().synchronize()?;
     }
@@ -48,7 +50,7 @@ pub(crate) fn copied(xs: &Tensor, device: &Device) -> Result<Tensor> {
     Ok(there)
 }
 
-/// The sum of a term and of what was added up before it, where there is something: on the device of the first.
+/// Adds `term` to the `total` so far, on the device of the total; without a total, returns `term`.
 ///
 /// # Errors
 /// As [`carry`].
@@ -59,10 +61,10 @@ pub(crate) fn joined(total: Option<Tensor>, term: Tensor) -> Result<Tensor> {
     }
 }
 
-/// Tensors of one shape in a row of rows, on the device of the first.
+/// Stacks tensors of one shape along a new first dimension, on the device of the first tensor.
 ///
 /// # Errors
-/// As [`carry`]; if there is none, or shapes differ.
+/// As [`carry`], and if there is no tensor or the shapes differ.
 pub(crate) fn stacked(tensors: &[Tensor]) -> Result<Tensor> {
     let Some(first) = tensors.first() else { candle_core::bail!("there is no tensor to stack") };
     let here = tensors.iter().map(|tensor| carry(tensor, first.device())).collect::<Result<Vec<_>>>()?;

@@ -1,5 +1,5 @@
-//! Gradient checkpointing (Chen et al. 2016): forget what a block computed and compute it again when
-//! backward comes to it.
+//! Gradient checkpointing (Chen et al. 2016): a block's intermediate results are dropped and
+//! recomputed in backward.
 
 use candle_core::{bail, Result, Tensor, Var};
 
@@ -7,15 +7,17 @@ use super::backward::backward;
 use super::constant::mul_constant;
 use super::custom_vjp::custom_vjp;
 
-/// `f(xs)`, of which nothing is kept but `xs` and the result: backward runs `f` once more.
+/// `f(xs)`, keeping only `xs` and the result; backward runs `f` again.
 ///
-/// It costs one more forward pass of the block and keeps memory at one block's worth, however many
-/// follow each other, beside a copy of the tracked parameters (small for adapters). `f` must be a pure function of `xs` and of `params`: its noise addressed
-/// ([`crate::adapter::Pass`]), so that it sees the same draw and drops the same elements both times.
+/// This costs one more forward pass of the block. The memory is that of one block, however many follow each
+/// other, plus a copy of the tracked parameters (small for adapters). `f` must be a pure function of `xs` and
+/// `params`: its noise must be addressed ([`crate::adapter::Pass`]), so that both runs see the same draw and
+/// drop the same elements.
 ///
 /// # Shapes
-/// - `params`: every variable that `f` uses beside `xs`, of one dtype and any shapes; what is missing
-///   here, or is computed from a variable outside, gets no gradient
+/// - `params`: every variable that `f` uses besides `xs`, of one dtype and any shapes. Variables
+///   that are missing here get no gradient, nor do variables that reach `f` only through tensors
+///   computed outside of it
 ///
 /// # Errors
 /// If `f` fails, or the parameters' dtypes differ.
@@ -28,7 +30,7 @@ pub fn checkpoint(
     if params.is_empty() && !xs.track_op() {
         return f(xs);
     }
-    // A copy: the graph of this run goes, and its last storage may be anybody's.
+    // Detached, so that the graph of this run is dropped; a copy, because the storage may be shared.
     let y = f(&xs.detach())?.detach().copy()?;
     if params.is_empty() {
         return custom_vjp("checkpoint", [xs], y, move |call| {
@@ -36,8 +38,8 @@ pub fn checkpoint(
             Ok([dx])
         });
     }
-    // An op takes three arguments at most: the parameters come as one, and its gradient goes back
-    // through the concatenation.
+    // Candle's ops take at most three arguments: the parameters are packed into one, whose gradient is
+    // distributed by the backward of the concatenation.
     let flat = params.iter().map(|param| param.flatten_all()).collect::<Result<Vec<_>>>()?;
     if flat.iter().any(|param| param.dtype() != flat[0].dtype()) {
         bail!("checkpoint: the parameters have several dtypes");
@@ -49,7 +51,7 @@ pub fn checkpoint(
     })
 }
 
-/// The gradients of `f` at `xs`, and flat those of `params`, when the result has the gradient `grad`.
+/// The gradients of `xs` and, flattened, of `params`, where `grad` is the gradient of the result of `f`.
 fn gradients(
     f: &dyn Fn(&Tensor) -> Result<Tensor>,
     xs: &Tensor,
@@ -59,7 +61,7 @@ fn gradients(
 ) -> Result<([Option<Tensor>; 1], Vec<Tensor>)> {
     let input = of_xs.then(|| Var::from_tensor(xs)).transpose()?;
     let y = f(input.as_ref().map_or(xs, Var::as_tensor))?;
-    // The derivative of <y, grad> is that gradient at y.
+    // The gradient of <y, grad> with respect to y is `grad`.
     let leaves: Vec<Tensor> = params.iter().chain(input.as_ref().map(Var::as_tensor)).cloned().collect();
     let mut store = backward(&mul_constant(&y, grad)?.sum_all()?, &leaves, None)?;
     let mut take = |tensor: &Tensor| match store.remove(tensor) {
@@ -117,7 +119,7 @@ mod tests {
                 }
             }
         }
-        // Nothing tracked: nothing to remember.
+        // Without a tracked argument, the result is that of `f` itself.
         let plain = checkpoint(&input.as_detached_tensor(), &[], move |xs| block(xs, OpPath::Fused))?;
         assert!(plain.track_op(), "the block's own parameters are tracked, though none was named");
         Ok(())

@@ -1,25 +1,27 @@
-//! Gradients that the ops of a backward pass hand to who called it.
+//! Collects gradients of a backward pass directly from the ops, outside of candle's gradient store.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{Tensor, TensorId};
 
-/// The variables whose gradients a backward pass on this thread collects for itself, and what it has collected: what is
-/// to be added up of each. It lasts for the one call of `backward`: candle gives an op no other way to reach who called.
+/// The variables whose gradients the backward pass on this thread collects, and the gradients collected so
+/// far. It exists during one call of `backward`, and is thread-local because candle gives an op no other
+/// access to the caller.
 struct Collected {
     wanted: HashSet<TensorId>,
     grads: Parts,
 }
 
-/// What is to be added up of each tensor.
+/// The gradient contributions of each tensor, yet to be summed.
 pub(super) type Parts = HashMap<TensorId, Vec<Tensor>>;
 
 thread_local! {
     static COLLECTED: RefCell<Option<Collected>> = const { RefCell::new(None) };
 }
 
-/// Takes the gradient of an argument of an op, if the backward pass on this thread collects it; else gives it back.
+/// Stores the gradient of an op's argument if the backward pass on this thread collects it;
+/// otherwise returns it.
 pub(super) fn collect(arg: &Tensor, grad: Tensor) -> Option<Tensor> {
     COLLECTED.with_borrow_mut(|collected| match collected {
         Some(Collected { wanted, grads }) if wanted.contains(&arg.id()) => {
@@ -30,16 +32,17 @@ pub(super) fn collect(arg: &Tensor, grad: Tensor) -> Option<Tensor> {
     })
 }
 
-/// What was collected around this pass comes back when it ends, however it ends.
+/// A guard for collecting. Dropping it, also after an error, restores the state of the
+/// enclosing pass, if any.
 pub(super) struct Collecting(Option<Collected>);
 
 impl Collecting {
-    /// Collects the gradients of `wanted` on this thread from now on.
+    /// Starts collecting the gradients of `wanted` on this thread.
     pub fn begin(wanted: HashSet<TensorId>) -> Self {
         Self(COLLECTED.replace(Some(Collected { wanted, grads: Parts::new() })))
     }
 
-    /// What was collected.
+    /// Stops collecting and returns the gradients.
     pub fn end(self) -> Parts {
         COLLECTED.with_borrow_mut(Option::take).map(|collected| collected.grads).unwrap_or_default()
     }

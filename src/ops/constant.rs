@@ -1,7 +1,7 @@
 //! Arithmetic with constants: noise, priors, masks.
 //!
-//! Candle differentiates both sides of a sum, a product and a matrix product, whether they are
-//! tracked or not, and keeps the gradient that nobody asked for. Here the constant gets none.
+//! Candle differentiates both sides of a sum, product or matrix product, tracked or not, and keeps the
+//! gradient of the constant although it is not used. Here the constant gets none.
 
 use candle_core::{Result, Tensor};
 
@@ -34,7 +34,8 @@ pub fn mul_constant(xs: &Tensor, constant: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `factor * xs`, whose gradient at `factor = 0` is zero: candle's own product then sends none at all.
+/// `factor * xs`, whose gradient for `factor = 0` is zero. Candle's own product returns no
+/// gradient in this case.
 ///
 /// # Errors
 /// If candle fails.
@@ -77,7 +78,8 @@ mod tests {
 
     use super::*;
 
-    /// Value and gradient of `ours`, and of candle's `reference`, which gives the constant one too.
+    /// Compares value and gradient of `ours` with candle's `reference`, which also computes the
+    /// constant's gradient.
     fn compare(
         shapes: [&[usize]; 2],
         ours: fn(&Tensor, &Tensor) -> Result<Tensor>,
@@ -116,7 +118,7 @@ mod tests {
             let got = grads.get(&xs).expect("a gradient").to_vec1::<f64>()?;
             assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-15), "{got:?} {want:?}");
         }
-        // If this fails, candle has changed, and `scale` may go.
+        // If this fails, candle has changed, and `scale` is no longer needed.
         assert!((xs.as_tensor() * 0.0)?.sum_all()?.backward()?.get(&xs).is_none());
         Ok(())
     }

@@ -1,8 +1,8 @@
-//! Puts a result that is computed already into candle's graph, with a backward of our own.
+//! Puts a precomputed result into candle's graph, with a custom backward.
 //!
-//! Candle offers one door: an op that computes its result when it is applied. Ours hands over what
-//! it was given. So an op here is a computation on detached tensors (no graph behind it, nothing
-//! kept) and a closure for the gradient, the same on every device and in every dtype.
+//! Candle only accepts custom ops that compute their result when applied. Ours return a result computed
+//! beforehand. So an op here consists of a computation on detached tensors, which records no graph and keeps
+//! nothing, and a closure for the gradient, the same on every device and for every dtype.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -16,11 +16,11 @@ use candle_core::{
 
 use super::collect::collect;
 
-/// What a backward closure sees: everything detached, so that its arithmetic records no graph.
+/// The arguments of a backward closure, all detached, so that its arithmetic records no graph.
 pub(crate) struct Call<const N: usize> {
     /// The arguments of the forward pass.
     pub args: [Tensor; N],
-    /// Which arguments want a gradient. Candle asks for all; computing only these is the gain.
+    /// Which arguments need a gradient. Candle asks for all of them; computing only these saves work.
     pub needs: [bool; N],
     /// The result of the forward pass.
     pub result: Tensor,
@@ -31,12 +31,12 @@ pub(crate) struct Call<const N: usize> {
 type Gradients<const N: usize> = Result<[Option<Tensor>; N]>;
 type Backward<const N: usize> = Box<dyn Fn(Call<N>) -> Gradients<N> + Send + Sync>;
 
-/// `result` as a function of `args`, differentiated by `backward`.
+/// Returns `result` as a function of `args` that is differentiated by `backward`.
 ///
-/// `result` must be freshly computed and held by nobody else: its storage moves into the graph.
-/// `backward` must not capture a tracked tensor nor the result: the one would silently get no
-/// gradient, the other keeps the graph alive for ever. Without a tracked argument `backward` is
-/// dropped, and with it all that it saved.
+/// `result` must be freshly computed and not shared: its storage moves into the graph. `backward` must
+/// capture neither a tracked tensor, which would silently get no gradient, nor the result, which would
+/// keep the graph alive for ever. Without a tracked argument, `backward` is dropped, and everything that
+/// it captured with it.
 pub(crate) fn custom_vjp<'a, const N: usize>(
     name: &'static str,
     args: [&'a Tensor; N],
@@ -54,14 +54,16 @@ where
     args.apply(CustomVjp { name, result: Mutex::new(Some((storage, shape))), backward: Box::new(backward) })
 }
 
-/// `result`, freshly computed and held by nobody else, as a leaf of candle's graph that gets a gradient.
+/// Turns `result`, which must be freshly computed and not shared, into a leaf of candle's graph
+/// that gets a gradient.
 #[cfg(any(test, feature = "cuda"))]
 pub(super) fn leaf(result: Tensor) -> Result<Tensor> {
     let shape = result.shape().clone();
     Ok(Tensor::from_storage(take_storage(result, &[])?, shape, BackpropOp::none(), true))
 }
 
-/// State that forward leaves for the first backward, which frees it; a second one recomputes.
+/// State that forward saves for backward. The first backward takes it and frees it; a second
+/// one recomputes it.
 pub(super) struct Saved<T>(Mutex<Option<T>>);
 
 impl<T> Saved<T> {
@@ -74,7 +76,8 @@ impl<T> Saved<T> {
     }
 }
 
-/// The storage of `result`, without a copy wherever that is possible.
+/// Takes the storage of `result`, without a copy if it is contiguous from its start and not
+/// shared with an argument.
 fn take_storage(result: Tensor, args: &[&Tensor]) -> Result<Storage> {
     let shared = |arg: &&Tensor| {
         let (ours, theirs) = (result.storage_and_layout().0, arg.storage_and_layout().0);
@@ -90,7 +93,7 @@ fn take_storage(result: Tensor, args: &[&Tensor]) -> Result<Storage> {
     }
 }
 
-/// An "in-place" op that takes the storage out of a tensor nobody will read again.
+/// An in-place op that takes the storage out of a tensor that is not read again.
 struct Take(Mutex<Option<Storage>>);
 
 impl Take {
@@ -99,7 +102,7 @@ impl Take {
         S: BackendStorage,
         S::Device: BackendDevice<Storage = S>,
     {
-        #[allow(unsafe_code)] // nobody reads it, so that nobody need write it either
+        #[allow(unsafe_code)] // never read, so it need not be initialised
         let placeholder = unsafe { storage.device().alloc_uninit(&Shape::from(1), DType::U8) }?;
         let taken = std::mem::replace(storage, placeholder);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wrap(taken));
@@ -125,7 +128,7 @@ impl InplaceOp1 for Take {
     }
 }
 
-/// The node in candle's graph.
+/// A node in candle's graph.
 pub(crate) struct CustomVjp<const N: usize> {
     name: &'static str,
     result: Mutex<Option<(Storage, Shape)>>,
@@ -185,7 +188,7 @@ impl<const N: usize> CustomVjp<N> {
     }
 }
 
-/// Applies a node to its arguments: candle has one trait for each number of them.
+/// Applies a node to its arguments; candle has one trait per number of arguments.
 pub(crate) trait Apply<const N: usize> {
     fn apply(self, op: CustomVjp<N>) -> Result<Tensor>;
 }

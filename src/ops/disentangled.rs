@@ -1,4 +1,4 @@
-//! Disentangled attention (He et al. 2021): what a query and a key say of each other's place joins their product.
+//! Disentangled attention (He et al. 2021): scores also depend on the relative position of query and key.
 
 use candle_core::{bail, Result, Tensor, D};
 
@@ -14,27 +14,29 @@ use super::reference;
 use crate::noise::Stream;
 use crate::util::dtype::wide;
 
-/// `softmax(scale (q_i k_j + q_i pk_r + k_j pq_r) + padding) v` per head, `r` the row of relative positions that
-/// the distance `i - j` has: content to content, content to position, position to content.
+/// `softmax(scale (q_i k_j + q_i pk_r + k_j pq_r) + padding) v` per head, where `r` is the row of relative
+/// positions that belongs to the distance `i - j`. The terms are content to content, content to position, and
+/// position to content.
 ///
-/// One node of (q, k, v), where q and k bring the rows of the positions behind those of the batch, as one
-/// projection of both gives them: DeBERTa-v3 shares the projections, and what is adapted is then called once.
-/// The positions enter at the scores: no matrix of (b, heads, tq, tk) is kept, but the logarithm of each softmax
-/// row's sum, as in [`attention`](super::attention()).
+/// One node of (q, k, v). In q and k, the rows of the positions follow those of the batch, because one
+/// projection computes both: DeBERTa-v3 shares the projections, so that an adapted layer is called once. No
+/// matrix of (b, heads, tq, tk) is kept, only the log-sum-exp of each softmax row, as in
+/// [`attention`](super::attention()).
 ///
-/// `dropout`: (p, stream, draw) of the attention probabilities, numbered in the order of (b, heads, tq, tk).
+/// `dropout`: (p, stream, draw) for the attention probabilities, whose elements are numbered in the order of
+/// (b, heads, tq, tk).
 ///
 /// # Shapes
 /// - `q`: `(b * tq + m, heads * dim)`: the queries of each row of the batch, then `pq`
-/// - `k`: `(b * tk + m, heads * dim)`: its keys, then `pk`
+/// - `k`: `(b * tk + m, heads * dim)`: the keys of each row of the batch, then `pk`
 /// - `v`: `(b, tk, heads * dim)`
-/// - `rows`: of each distance from `-(tk - 1)` to `tk - 1`, which of the `m` positions it has; query `i` is token
-///   `i` of its row, and `tq` is at most `tk`
+/// - `rows`: for each distance from `-(tk - 1)` to `tk - 1`, the index of its row among the `m` positions;
+///   query `i` is token `i` of its row of the batch, and `tq` is at most `tk`
 /// - `padding`: `(b, tk)` of u8, 1 where the key is a real token
 /// - output: `(b, tq, heads * dim)`
 ///
 /// # Errors
-/// If the shapes do not fit, a distance has a row that there is not, or p is not in `[0, 1)`.
+/// If the shapes do not fit, an index in `rows` is not below `m`, or p is not in `[0, 1)`.
 #[allow(clippy::too_many_arguments)]
 pub fn disentangled_attention(
     q: &Tensor,
@@ -102,7 +104,7 @@ struct Composed {
     softmax: Softmax,
 }
 
-/// Queries and keys as heads, and their positions.
+/// Queries and keys, and the positions `pq` and `pk`, split into heads.
 struct Split {
     q: Tensor,
     pq: Tensor,
@@ -123,7 +125,7 @@ impl Composed {
         Ok([spread(&self.index, b, heads)?, spread(&self.index.t()?, b, heads)?])
     }
 
-    /// The scaled scores in the wide dtype, (b, heads, tq, tk), of hidden keys too.
+    /// The scaled scores (b, heads, tq, tk) in the wide dtype, before masking.
     fn scores(&self, split: &Split, [by_query, by_key]: &[Tensor; 2]) -> Result<Tensor> {
         let dtype = wide(split.q.dtype());
         let product = |a: &Tensor, b: &Tensor| a.matmul(&b.transpose(2, 3)?.contiguous()?)?.to_dtype(dtype);
@@ -133,7 +135,7 @@ impl Composed {
         scores * self.scale
     }
 
-    /// The output and the logarithm of each row's sum, (b, heads, tq, 1).
+    /// The output and the log-sum-exp of each row of scores, (b, heads, tq, 1).
     fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (p, log_sums) = self.softmax.of(self.scores(&self.split(q, k)?, &self.indices()?)?)?;
         let p = self.softmax.drop(&p)?.to_dtype(v.dtype())?;
@@ -141,10 +143,11 @@ impl Composed {
         Ok((self.shape.join(&y)?, log_sums))
     }
 
-    /// With `P` the probabilities, `M` the dropout, `O` the output and `G_q`, `G_k` the slopes of the scores
-    /// gathered by the rows of positions (`G_q[i, r]` their sum over the keys that are `r` away from query i):
-    /// `dV = (P M)^T dO`, `dS = P (M dO V^T - rowsum(dO O))`, `dQ = s (dS K + G_q PK)`,
-    /// `dK = s (dS^T Q + G_k PQ)`, `dPK = s G_q^T Q`, `dPQ = s G_k^T K`.
+    /// The gradients of q, k and v. With `P` the probabilities, `M` the dropout mask, `O` the output, `s` the
+    /// scale, and `G_q` and `G_k` the gradients of the scores summed by rows of positions (`G_q[i, r]` is the
+    /// sum over the keys whose distance from query i has row `r`): `dV = (P M)^T dO`,
+    /// `dS = P (M dO V^T - rowsum(dO O))`, `dQ = s (dS K + G_q PK)`, `dK = s (dS^T Q + G_k PQ)`,
+    /// `dPK = s G_q^T Q`, `dPQ = s G_k^T K`.
     fn backward(
         &self,
         [q, k, v]: [&Tensor; 3],

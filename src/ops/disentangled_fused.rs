@@ -1,4 +1,5 @@
-//! Disentangled attention on slices: one task for each (batch, head), query rows in blocks.
+//! Disentangled attention on slices: one task for each (batch, head), which goes through the
+//! query rows in blocks.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -12,17 +13,18 @@ use super::host::{add_assign, dense, tensor, Host};
 use super::vmath;
 use crate::util::simd::vectorized;
 
-/// One call's constants.
+/// The constants of one call.
 pub(super) struct Core {
     shape: Positioned,
-    /// The rows of the distances, the largest first: those of one query's keys follow each other.
+    /// The row of positions of each distance, largest distance first, so that those of one query's
+    /// keys are contiguous.
     rows: Vec<u32>,
     scale: f32,
     padding: Vec<u8>,
     keep: Option<DropoutMask>,
 }
 
-/// A projection of the batch's tokens and, behind them, of the positions, read in place.
+/// A projection of the batch's tokens followed by the positions, read in place.
 struct Projected<'a> {
     content: Heads<'a>,
     positions: Heads<'a>,
@@ -40,7 +42,7 @@ impl Core {
         Ok(Self { shape, rows, scale, padding: padding_bytes(padding)?, keep })
     }
 
-    /// Where `t` tokens and the positions are in a projection.
+    /// The views of a projection with `t` tokens in each row of the batch.
     fn projected<'a>(&self, x: &'a [f32], t: usize) -> Projected<'a> {
         let Shape { b, heads, dim, .. } = self.shape.content;
         let width = heads * dim;
@@ -50,7 +52,7 @@ impl Core {
         }
     }
 
-    /// The output and the logarithm of each row's sum of exponentials, (b, heads, tq).
+    /// The output and the log-sum-exp of each row of scores, (b, heads, tq).
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Vec<f32>)> {
         let Shape { b, tq, tk, heads: n, dim, .. } = self.shape.content;
         let (q, k, v) = (dense(q)?, dense(k)?, readable(v)?);
@@ -84,7 +86,7 @@ impl Core {
         Ok((tensor(join(&y, tq, n, dim), (b, tq, n * dim))?, log_sums))
     }
 
-    /// The gradients of q, k and v; see the composed core for the formulae.
+    /// The gradients of q, k and v; the formulae are in `disentangled.rs`.
     pub fn backward(
         &self,
         [q, k, v]: [&Tensor; 3],
@@ -189,14 +191,14 @@ impl Core {
         Ok([Some(whole(&dq, tq, &dpq)?), Some(whole(&dk, tk, &dpk)?), Some(dv)])
     }
 
-    /// Buffers of a block: scores, and the products of its queries with the positions.
+    /// The buffers of a block: its scores, and the products of its queries with the positions.
     fn buffers(&self) -> (Vec<f32>, Vec<f32>) {
         let Shape { tq, tk, .. } = self.shape.content;
         let rows = BLOCK.min(tq);
         (vec![0f32; rows * tk], vec![0f32; rows * self.shape.positions])
     }
 
-    /// The scaled products of a head's keys with the positions that queries have, (tk, m).
+    /// The scaled products of a head's keys with the positions `pq`, (tk, m).
     fn by_key(&self, k: &Projected, q: &Projected, batch: usize, head: usize) -> Vec<f32> {
         let (tk, m) = (self.shape.content.tk, self.shape.positions);
         let mut out = vec![0f32; tk * m];
@@ -205,14 +207,14 @@ impl Core {
         out
     }
 
-    /// The rows of positions of the keys of query `i`.
+    /// The row of positions of each key, seen from query `i`.
     #[inline(always)]
     fn rows_of(&self, i: usize) -> &[u32] {
         let tk = self.shape.content.tk;
         &self.rows[tk - 1 - i..][..tk]
     }
 
-    /// The scores of a block of queries, minus infinity where hidden; `by_query` is scratch.
+    /// Computes the scores of a block of queries, minus infinity for padding; `by_query` is scratch space.
     fn scores(
         &self,
         scores: &mut [f32],
@@ -238,7 +240,7 @@ impl Core {
         }
     }
 
-    /// (b, heads, m, dim) summed over the batch.
+    /// Sums (b, heads, m, dim) over the batch.
     fn over_batch(&self, xs: &[f32]) -> Vec<f32> {
         let size = xs.len() / self.shape.content.b;
         let (first, rest) = xs.split_at(size);

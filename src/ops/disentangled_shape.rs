@@ -1,4 +1,4 @@
-//! The sizes of a disentangled attention, and its tensors as heads.
+//! The sizes of a disentangled attention, and the conversion of its tensors to heads.
 
 use candle_core::{bail, Result, Tensor};
 
@@ -7,9 +7,9 @@ use super::attention_mask::Shape;
 /// The sizes of one call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Positioned {
-    /// Those of the attention itself.
+    /// The sizes of the attention itself.
     pub content: Shape,
-    /// How many relative positions there are.
+    /// The number of relative positions, `m`.
     pub positions: usize,
 }
 
@@ -37,15 +37,15 @@ impl Positioned {
         Ok(Self { content, positions })
     }
 
-    /// The row of positions of each query and key, `(tq, tk)` of u32.
+    /// The row of positions for each pair of a query and a key, `(tq, tk)` of u32.
     pub fn index(&self, rows: &[u32], beside: &Tensor) -> Result<Tensor> {
         let Shape { tq, tk, .. } = self.content;
         let index: Vec<u32> = (0..tq).flat_map(|i| (0..tk).map(move |j| rows[i + tk - 1 - j])).collect();
         Tensor::from_vec(index, (tq, tk), beside.device())
     }
 
-    /// The rows of a projection as heads: those of `t` tokens in each row of the batch `(b, heads, t, dim)`, and
-    /// those of the positions `(b, heads, m, dim)`, the same for each row.
+    /// Splits a projection into heads: the `t` tokens in each row of the batch, `(b, heads, t, dim)`, and the
+    /// positions, `(b, heads, m, dim)`, repeated for each row of the batch.
     pub fn split(&self, x: &Tensor, t: usize) -> Result<(Tensor, Tensor)> {
         let Shape { b, heads, dim, .. } = self.content;
         let content = x.narrow(0, 0, b * t)?.reshape((b, t, heads, dim))?.transpose(1, 2)?.contiguous()?;
@@ -66,14 +66,14 @@ impl Positioned {
         x.transpose(1, 2)?.reshape((b, t, heads * dim))
     }
 
-    /// What [`Self::split`] took apart: of the positions the sum over the batch.
+    /// The transpose of [`Self::split`]: the positions are summed over the batch.
     pub fn unsplit(&self, content: &Tensor, positions: &Tensor) -> Result<Tensor> {
         let content = self.join(content)?.flatten_to(1)?;
         Tensor::cat(&[&content, &self.join(&positions.sum_keepdim(0)?)?.squeeze(0)?], 0)
     }
 }
 
-/// `index` (rows, columns) for a gather along the last dimension of (b, heads, rows, m).
+/// Expands `index` (rows, columns) for a gather along the last dimension of (b, heads, rows, m).
 pub(super) fn spread(index: &Tensor, b: usize, heads: usize) -> Result<Tensor> {
     let (rows, columns) = index.dims2()?;
     index.broadcast_as((b, heads, rows, columns))?.contiguous()

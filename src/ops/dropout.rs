@@ -11,9 +11,10 @@ use crate::util::dtype::wide;
 
 /// Zeroes each element with probability `p` and scales the rest by `1 / (1 - p)`.
 ///
-/// Whether element i (in row-major order) stays is a function of (stream, draw, i) alone: word
-/// `i % 4` of noise block `i / 4`, on every device and for any number of threads. Kept for backward
-/// is one bit an element (elsewhere than in f32 on the CPU a byte); 1.9 times as fast as a mask tensor. `p = 0` returns `xs` itself.
+/// Whether element i (in row-major order) is kept depends only on (stream, draw, i): it is decided by word
+/// `i % 4` of noise block `i / 4`, on every device and for any number of threads. For backward, f32 on the
+/// CPU keeps one bit per element, which is 1.9 times as fast as a mask tensor; CUDA kernels recompute the
+/// mask; elsewhere it takes a byte per element. `p = 0` returns `xs` itself.
 ///
 /// # Errors
 /// If `p` is not in `[0, 1)`.
@@ -38,17 +39,18 @@ pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64, path: OpPath) ->
     custom_vjp("dropout", [xs], y, move |call| Ok([Some(plan.apply(&call.grad)?)]))
 }
 
-/// Dropout in composed operations, of a tensor and of its gradient alike.
+/// Dropout on the composed path, which applies alike to a tensor and to its gradient.
 pub(super) enum DropoutPlan {
-    /// Which elements stay, u8, made once, and what they are multiplied by.
+    /// A precomputed mask of u8, 1 for kept elements, and the factor on kept elements.
     Mask(Tensor, f64),
-    /// p, stream and draw, by which a kernel decides anew each time.
+    /// p, stream and draw, from which a kernel recomputes the mask each time.
     #[cfg(feature = "cuda")]
     Kernel(f64, Stream, u64),
 }
 
 impl DropoutPlan {
-    /// Dropout of tensors of this shape and dtype on this device, by a kernel where one may.
+    /// Dropout for tensors of this shape and dtype on this device, by a kernel if `kernels` is set and the
+    /// tensors are supported.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn new(
         (shape, dtype, device): (&Shape, DType, &Device),
@@ -64,7 +66,7 @@ impl DropoutPlan {
         Ok(Self::Mask(mask_tensor(shape, device, p, stream, draw)?, scale(p)))
     }
 
-    /// The detached `xs`, dropped.
+    /// Applies dropout to the detached `xs`.
     pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
         match self {
             Self::Mask(mask, scale) => {

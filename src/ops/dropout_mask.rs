@@ -1,4 +1,4 @@
-//! Which elements dropout keeps, from addressed noise.
+//! Dropout masks from addressed noise.
 
 use candle_core::{bail, Device, Result, Shape, Tensor};
 
@@ -6,7 +6,7 @@ use super::host::{dense, for_rows, tensor, Host};
 use crate::noise::{Stream, WORD_LANES};
 use crate::util::simd::vectorized;
 
-/// Whether `p` is a probability of dropping.
+/// Fails unless `p` is in `[0, 1)`.
 pub(super) fn check(p: f64) -> Result<()> {
     if !(0.0..1.0).contains(&p) {
         bail!("dropout: the probability must be in [0, 1), got {p}");
@@ -14,17 +14,17 @@ pub(super) fn check(p: f64) -> Result<()> {
     Ok(())
 }
 
-/// What the elements that stay are multiplied by.
+/// The factor on kept elements.
 pub(super) fn scale(p: f64) -> f64 {
     1.0 / (1.0 - p)
 }
 
-/// The words below it are those of dropped elements.
+/// The threshold on words of noise: an element whose word is below it is dropped.
 pub(super) fn threshold(p: f64) -> u32 {
     (p * 2f64.powi(32)) as u32
 }
 
-/// Which elements stay, as a tensor of u8: by a kernel on CUDA devices, from the host elsewhere.
+/// The mask as a tensor of u8, 1 for kept elements: by a kernel on CUDA devices, from the host elsewhere.
 pub(super) fn mask_tensor(
     shape: &Shape,
     device: &Device,
@@ -44,7 +44,7 @@ pub(super) fn mask_tensor(
     DropoutMask::new(shape.elem_count(), p, stream, draw).tensor(shape, device)
 }
 
-/// Which elements stay: one bit each.
+/// A dropout mask, one bit per element.
 pub(super) struct DropoutMask {
     bits: Vec<u8>,
     len: usize,
@@ -55,7 +55,7 @@ impl DropoutMask {
     pub fn new(len: usize, p: f64, stream: &Stream, draw: u64) -> Self {
         let threshold = threshold(p);
         let mut bits = vec![0u8; len.div_ceil(8)];
-        let (group, piece) = (WORD_LANES / 2, 1024); // bytes; a group is two blocks of four words a byte
+        let (group, piece) = (WORD_LANES / 2, 1024); // in bytes; a byte is two blocks of four words
         let fill = |(i, bits): (usize, &mut [u8])| {
             vectorized!(for (j, bytes) in bits.chunks_mut(group).enumerate() {
                 let words = stream.word_group(draw, (i * piece / group + j) as u64);
@@ -79,17 +79,17 @@ impl DropoutMask {
         Self { bits, len, scale: scale(p) }
     }
 
-    /// What the elements that stay are multiplied by.
+    /// The factor on kept elements.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// Multiplies the elements from number `first` on. A product, not a choice: NaN stays NaN.
+    /// Applies the mask to `xs`, whose first element is number `first`. It multiplies, so that NaN stays NaN.
     #[inline(always)]
     pub fn multiply(&self, first: usize, xs: &mut [f32]) {
         let scale = self.scale as f32;
         let factor = |byte: u8, i: usize| if byte >> i & 1 == 0 { 0.0 } else { scale };
-        // Up to the next whole byte of bits, whole bytes (SIMD), the rest.
+        // The elements up to the next whole byte of bits, then whole bytes (SIMD), then the rest.
         let (head, rest) = xs.split_at_mut((first.wrapping_neg() & 7).min(xs.len()));
         for (i, x) in head.iter_mut().enumerate() {
             *x *= factor(self.bits[first >> 3], (first & 7) + i);
@@ -103,13 +103,13 @@ impl DropoutMask {
         }
     }
 
-    /// The bits as a tensor of u8.
+    /// The mask as a tensor of u8.
     pub fn tensor(&self, shape: &Shape, device: &Device) -> Result<Tensor> {
         let bytes: Vec<u8> = (0..self.len).map(|i| self.bits[i >> 3] >> (i & 7) & 1).collect();
         Tensor::from_vec(bytes, shape, device)
     }
 
-    /// The detached `xs`, f32 on the CPU, dropped.
+    /// Applies dropout to the detached `xs`, f32 on the CPU.
     pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
         let xs = dense(xs)?;
         let mut y = Host::of(&xs)?.to_vec();

@@ -7,10 +7,10 @@ use super::host::{add_assign, for_rows, tensor, Host};
 use super::path::OpPath;
 use super::reference;
 
-/// Rows of `weight` at `ids`.
+/// Returns the rows of `weight` at `ids`.
 ///
-/// A frozen table gets no gradient. A tracked one gets the scattered sum, added in the order of the
-/// ids whatever the number of threads.
+/// A frozen table gets no gradient. The gradient of a tracked table is a scatter-add in the order of the ids,
+/// for any number of threads.
 ///
 /// # Shapes
 /// - `ids`: `(..)` of u32
@@ -29,7 +29,7 @@ pub fn embedding(ids: &Tensor, weight: &Tensor, path: OpPath) -> Result<Tensor> 
     shape.push(dim);
     let flat = ids.flatten_all()?.to_dtype(DType::U32)?.contiguous()?;
     if flat.device().is_cpu() {
-        // Candle checks too, but names neither the place nor the size of the vocabulary.
+        // Candle checks as well, but reports neither the position nor the size of the vocabulary.
         let ids = flat.to_vec1::<u32>()?;
         if let Some((at, id)) = ids.iter().enumerate().find(|(_, &id)| id as usize >= vocabulary) {
             bail!("embedding: id {id} at position {at} is outside a vocabulary of {vocabulary}");
@@ -45,11 +45,11 @@ pub fn embedding(ids: &Tensor, weight: &Tensor, path: OpPath) -> Result<Tensor> 
     })
 }
 
-/// The sum of the rows of `grad` that belong to each id.
+/// For each id, the sum of the rows of `grad` that belong to it.
 fn scatter(ids: &Tensor, grad: &Tensor, vocabulary: usize) -> Result<Tensor> {
     let dim = grad.dim(D::Minus1)?;
     let ids = ids.to_vec1::<u32>()?;
-    // Sorted by id, ties in their order: each piece of the table finds its ids by bisection.
+    // Sorted by id, ties in input order, so that each piece of the table finds its ids by bisection.
     let mut order: Vec<usize> = (0..ids.len()).collect();
     order.sort_by_key(|&at| ids[at]);
     let grad = Host::of(grad)?;

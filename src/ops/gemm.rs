@@ -1,4 +1,4 @@
-//! A safe face for the `gemm` crate: matrices are slices with strides, checked before the call.
+//! A safe interface to the `gemm` crate: matrices are slices with strides, checked before the call.
 #![allow(unsafe_code)] // gemm takes raw pointers
 
 use gemm::Parallelism;
@@ -14,12 +14,12 @@ pub(super) struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// Row-major and dense.
+    /// A dense row-major matrix.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Self::strided(data, rows, cols, cols)
     }
 
-    /// Row-major with rows `row_stride` apart.
+    /// A row-major matrix whose rows are `row_stride` elements apart.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(
             rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(),
@@ -40,14 +40,14 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// What happens to the destination, and on how many threads.
+/// Whether a product overwrites its destination or is added to it, and on which threads.
 #[derive(Clone, Copy)]
 pub(super) enum Into {
     /// Overwrite it, on rayon's threads.
     Set,
     /// Add to it, on rayon's threads.
     Add,
-    /// Overwrite it on this thread: inside a task of its own.
+    /// Overwrite it on this thread, for calls inside a parallel task.
     SetHere,
     /// Add to it on this thread.
     AddHere,

@@ -29,7 +29,7 @@ impl<'a> Host<'a> {
         Ok(Self { storage, start, end })
     }
 
-    /// From the first element of a tensor of any strides to the end of its storage.
+    /// The elements from the first one of a tensor of any strides to the end of its storage.
     pub fn from_first(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let end = data(&storage)?.len();
@@ -41,7 +41,7 @@ impl Deref for Host<'_> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        // It was checked when the view was made, and what is borrowed does not change.
+        // Checked when the view was made; the storage does not change while it is borrowed.
         data(&self.storage).map_or(&[], |data| &data[self.start..self.end])
     }
 }
@@ -63,12 +63,12 @@ pub(super) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> 
     Tensor::from_vec(data, shape.into(), &Device::Cpu)
 }
 
-/// `tensor` detached and in row-major order.
+/// The detached `tensor` in row-major order.
 pub(super) fn dense(tensor: &Tensor) -> Result<Tensor> {
     tensor.detach().contiguous()
 }
 
-/// A vector of `len` elements in rows of `width`, filled piece by piece: `f(first_row, rows)`.
+/// A vector of `len` elements in rows of `width`, filled in pieces by `f(first_row, rows)`.
 pub(super) fn fill_rows(len: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let mut out = vec![0f32; len];
     for_rows(&mut out, width, f);
@@ -86,7 +86,7 @@ pub(super) fn for_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f3
     }
 }
 
-/// How many rows of this width make one piece.
+/// The number of rows of this width in one piece.
 pub(super) fn rows_per_piece(width: usize) -> usize {
     (PIECE / width.max(1)).max(1)
 }
@@ -115,7 +115,7 @@ pub(super) fn map2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -
     })
 }
 
-/// `f(x, y, z)` of every three elements.
+/// `f(x, y, z)` of every triple of elements.
 #[inline(always)]
 pub(super) fn map3(xs: &[f32], ys: &[f32], zs: &[f32], f: impl Fn(f32, f32, f32) -> f32 + Sync) -> Vec<f32> {
     fill_rows(xs.len(), 1, |first, out| {
@@ -157,7 +157,7 @@ pub(crate) fn sum_of_squares(xs: &Tensor) -> Result<f64> {
     }
 }
 
-/// The sum of every column of a matrix in rows of `width`.
+/// The column sums of a matrix with rows of `width`.
 pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
     let partial = |rows: &[f32]| {
         let mut sums = vec![0f32; width];
@@ -168,7 +168,7 @@ pub(super) fn column_sums(xs: &[f32], width: usize) -> Vec<f32> {
     total(parts, width)
 }
 
-/// The sum of vectors, in their order.
+/// The sum of vectors of `width` elements, added in their order.
 pub(super) fn total(parts: Vec<Vec<f32>>, width: usize) -> Vec<f32> {
     let mut sums = vec![0f32; width];
     for part in &parts {

@@ -14,10 +14,10 @@ use crate::util::dtype::wide;
 
 /// `y = x W^T + b`.
 ///
-/// One node: the bias is where the product starts from, the weight is read in place, and backward
-/// runs one product for each tracked tensor. With a frozen weight that is `dY W` alone; candle's own
-/// matmul computes the weight's gradient too and then drops it, which made a forward and backward
-/// 2 times as long (1024 rows, 768 to 768).
+/// One node: the product starts from the bias, the weight is read in place, and backward computes one product
+/// for each tracked tensor, which with a frozen weight is only `dY W`. Candle's own matmul also computes the
+/// weight's gradient and then drops it, which makes forward plus backward take 2 times as long
+/// (1024 rows, 768 to 768).
 ///
 /// # Shapes
 /// - `xs`: `(.., in)`, of rank 2 or more
@@ -63,7 +63,7 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath)
     }
 }
 
-/// The shapes of a linear layer.
+/// Checks the shapes of a linear layer.
 pub(super) fn check(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     let (out_dim, in_dim) = weight.dims2()?;
     if xs.rank() < 2 || xs.dim(D::Minus1)? != in_dim {
@@ -91,7 +91,7 @@ pub(super) fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
     shape
 }
 
-/// The product on detached tensors.
+/// `x W^T + b` of detached tensors.
 pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims2()?;
     let shape = with_last(xs, out_dim);
@@ -114,7 +114,8 @@ pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&
     }
 }
 
-/// [`forward`], where kernels of our own may begin with the bias, as the CPU does: the sum is rounded once.
+/// [`forward`] that may use custom kernels, whose product starts from the bias as on the CPU: the
+/// sum is rounded once.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn affine(
     kernels: bool,
@@ -173,7 +174,7 @@ pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &Tensor) -> Re
     rows(grad)?.matmul(&weight.to_dtype(grad.dtype())?)?.reshape(shape)
 }
 
-/// `dX = dY W + dZ V`, of two products with one input.
+/// `dX = dY W + dZ V`, for two products that share one input.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn shared_input_gradient(
     kernels: bool,

@@ -14,25 +14,27 @@ use super::vmath;
 use crate::kernels::loss as kernels;
 use crate::util::simd::vectorized;
 
-/// Rows whose logits exist at one time.
+/// The number of rows whose logits are in memory at one time.
 const CHUNK: usize = 256;
 
-/// Logits that exist at one time on a device, where few launches over many of them are what is fast: 512 MiB as bf16.
+/// The number of logits in memory at one time on a device, where few large launches are
+/// fastest: 512 MiB as bf16.
 #[cfg(feature = "cuda")]
 const MOST_LOGITS: usize = 1 << 28;
 
-/// `cross_entropy(x W^T, labels)` without the logits: some rows at a time are projected, and turned
-/// into their own gradient while they are at hand.
+/// `cross_entropy(x W^T, labels)` without storing all logits: one chunk of rows at a time is projected, and
+/// its logits are overwritten by their gradient.
 ///
-/// With a vocabulary of 32000 the logits of 1024 rows are 131 MB, and candle's backward holds them four
-/// times when the activations of all layers are alive; here it is `xs` and its gradient. With a
-/// trainable weight it is the composition. On a CUDA device (f32, bf16) "some" are 2^28 logits.
+/// With a vocabulary of 32000, the logits of 1024 rows take 131 MB, and candle's backward holds four such
+/// tensors while the activations of all layers are alive; here only `xs` and its gradient are held. A chunk
+/// is 256 rows, or 2^28 logits on a CUDA device (f32, bf16). With a trainable weight, it is the composition
+/// of projection and loss.
 ///
 /// # Shapes
 /// - `xs`: `(n, dim)`
-/// - `weight`: `(classes, dim)`, whose rows are dequantised in blocks where it is quantised
+/// - `weight`: `(classes, dim)`; a quantised weight is dequantised in blocks of rows
 /// - `labels`: `(n)` of i64, best on the host; rows labelled `ignore` are left out
-/// - output: a scalar, of half-width `xs` in f32
+/// - output: a scalar, in f32 for half-precision `xs`
 ///
 /// # Errors
 /// If the shapes do not fit, and as [`cross_entropy`].
@@ -46,7 +48,7 @@ pub fn linear_cross_entropy(
     capped_linear_cross_entropy(xs, weight, labels, ignore, None, path)
 }
 
-/// [`linear_cross_entropy`] of logits that a soft cap bounds ([`soft_cap`]), as Gemma 2 has them, or of plain ones.
+/// [`linear_cross_entropy`] with an optional soft cap on the logits ([`soft_cap`]), as in Gemma 2.
 ///
 /// # Errors
 /// As [`linear_cross_entropy`] and [`soft_cap`].
@@ -100,7 +102,8 @@ pub fn capped_linear_cross_entropy(
     node(xs, loss, &gradients)
 }
 
-/// The loss as a function of `xs`, whose gradient is there in pieces, or not wanted.
+/// The loss as a function of `xs`, whose gradient is given in chunks of rows. Without any, the
+/// loss is not tracked.
 fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
     if gradients.is_empty() {
         return Ok(loss);
@@ -111,8 +114,8 @@ fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
     })
 }
 
-/// The loss by kernels that read the logits once and leave their gradient in their place: all rows at one time, unless
-/// their logits were more than [`MOST_LOGITS`].
+/// The loss by kernels that read the logits once and overwrite them with their gradient. All rows are one
+/// chunk, unless they have more than [`MOST_LOGITS`] logits.
 #[cfg(feature = "cuda")]
 fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Result<Tensor> {
     let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
@@ -130,7 +133,8 @@ fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Res
     node(xs, rows.mean()?, &gradients)
 }
 
-/// The part of the loss that some rows make, and its gradient in their logits, which takes their place.
+/// The contribution of a chunk of rows to the loss, and its gradient with respect to their logits,
+/// which it overwrites.
 fn fused(rows: &Tensor, weight: &Weight, labels: &Labels, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
     let (n, classes) = (labels.all.len(), weight.dims2()?.0);
     let mut logits = weight.product(rows, n)?;
@@ -154,7 +158,7 @@ fn fused(rows: &Tensor, weight: &Weight, labels: &Labels, cap: Option<f64>) -> R
                 x[label as usize] -= factor;
                 continue;
             };
-            let slope = |x: f32| factor * (1.0 - (x / cap) * (x / cap)); // of the cap
+            let slope = |x: f32| factor * (1.0 - (x / cap) * (x / cap)); // scaled derivative of the cap
             x.iter_mut().for_each(|x| *x = slope(*x) * vmath::exp(*x - log_sum));
             x[label as usize] -= slope(own);
         });

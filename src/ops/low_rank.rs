@@ -1,4 +1,4 @@
-//! The low-rank adapter, alone and fused with the frozen linear beneath it.
+//! The low-rank adapter, alone and fused with its frozen base layer.
 
 use candle_core::{bail, Result, Tensor, D};
 
@@ -15,8 +15,8 @@ use crate::noise::Stream;
 
 /// `s (x A^T) B^T`, computed in the dtype of `a` and returned in that of `xs`.
 ///
-/// One node that keeps `x A^T` (n x r) and nothing of size n x out; `s` goes inside the
-/// products: 3.8 times as fast as the reference.
+/// One node that keeps `x A^T` (n x r) and nothing of size n x out; `s` is applied inside the products. 3.8
+/// times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`: `(.., in)`, of rank 2 or more
@@ -42,12 +42,13 @@ fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -> Result
     })
 }
 
-/// `y = x W^T + bias + s (d A^T) B^T`: [`super::linear`] and [`low_rank`] of two inputs, d being the
-/// dropped x, added in the dtype of `a` (a small delta would drown in a bf16 rounding).
+/// `y = x W^T + bias + s (d A^T) B^T`, where `d` is x after dropout: [`super::linear`] plus [`low_rank`].
+///
+/// The sum is computed in the dtype of `a`, because rounding to bf16 would lose a small delta.
 ///
 /// # Errors
 /// If the shapes do not fit.
-#[allow(clippy::too_many_arguments)] // of one formula
+#[allow(clippy::too_many_arguments)] // the terms of one formula
 pub fn linear_and_low_rank(
     xs: &Tensor,
     weight: &Tensor,
@@ -61,8 +62,8 @@ pub fn linear_and_low_rank(
     add_low_rank(&base::linear(xs, weight, bias, path)?, dropped, a, b, scale, path)
 }
 
-/// `y + s (x A^T) B^T`, added in the dtype of `a` and returned in that of `y`, the output of a layer that is computed
-/// already.
+/// `y + s (x A^T) B^T` for a layer output `y` that was computed before, added in the dtype of `a` and
+/// returned in that of `y`.
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -79,15 +80,16 @@ pub fn add_low_rank(
 
 /// `y = x W^T + bias + s (x A^T) B^T`.
 ///
-/// One node of `(xs, a, b)`: the low-rank product is added where the frozen one stands, and so is
-/// its part of `dX`; the base gets no gradient. 2.5 times as fast as the reference forward and
-/// backward at RoBERTa-base's sizes (1024 rows, 768 to 768, rank 8). Where the base is trainable it
-/// is [`super::linear`] plus [`low_rank`].
+/// One node of `(xs, a, b)`: the low-rank product is added to the frozen one in place, and so is its part
+/// of `dX`; the base gets no gradient. Forward plus backward is 2.5 times as fast as the reference at
+/// RoBERTa-base's sizes (1024 rows, 768 to 768, rank 8). With a trainable base, it is [`super::linear`]
+/// plus [`low_rank`].
 ///
 /// # Shapes
 /// - `xs`: `(.., in)`, of rank 2 or more
 /// - `weight`: `(out, in)`, `bias`: `(out)`
-/// - `a`: `(r, in)`, `b`: `(out, r)`, in a dtype of their own: the low-rank product runs in it
+/// - `a`: `(r, in)`, `b`: `(out, r)`; their dtype, in which the low-rank product is computed, may
+///   differ from that of `xs`
 /// - output: `(.., out)`, the dtype of `xs`
 ///
 /// # Errors
@@ -122,12 +124,14 @@ pub fn adapted_linear(
     })
 }
 
-/// [`adapted_linear`] whose low-rank part sees x through dropout, of probability p from a stream's draw, and whose base
-/// does not. On a CUDA device with kernels one node; elsewhere [`super::dropout`] and [`linear_and_low_rank`].
+/// [`adapted_linear`] with dropout on the input of the low-rank part only, of probability p from
+/// a draw of a stream.
+///
+/// One node on a CUDA device with kernels; elsewhere [`super::dropout`] and [`linear_and_low_rank`].
 ///
 /// # Errors
 /// As [`adapted_linear`], and if p is not in `[0, 1)`.
-#[allow(clippy::too_many_arguments)] // of one formula
+#[allow(clippy::too_many_arguments)] // the terms of one formula
 pub fn adapted_linear_with_dropout(
     xs: &Tensor,
     weight: &Tensor,
@@ -173,7 +177,7 @@ fn check(xs: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// What backward needs, which stays for a second one, being small.
+/// What backward needs. It is small, so it is kept for a second backward.
 enum Kept {
     /// `x A^T`.
     Product(Tensor),
@@ -181,8 +185,8 @@ enum Kept {
     Thin(Thin),
 }
 
-/// The output (in the dtype of `xs`; without the frozen layer in that of `a`), and what backward needs; by kernels of our
-/// own where they may.
+/// The output (in the dtype of `xs`, or without the frozen layer in that of `a`) and what backward needs.
+/// Custom kernels are used if `kernels` is set and the tensors are supported.
 fn forward(
     (kernels, path): (bool, OpPath),
     xs: &Tensor,

@@ -1,13 +1,15 @@
-//! The low-rank adapter of f32 on a CUDA device, beside a base of f32 or bf16.
+//! The low-rank adapter in f32 on a CUDA device, beside a base in f32 or bf16.
 //!
-//! No activation is cast. A bf16 activation meets A and B as sums of three bf16 parts, which hold all 24 bits of them
-//! (`kernels/linear.cu`), in products that are summed in f32; so A, a draw around it included, is never rounded. The
-//! products `x A^T` and `dY B` are small and stay in f32; where they meet B, A and the activations again, they are two
-//! parts of 16 bits, which is 2^-14 of their terms.
+//! No activation is cast. For products with bf16 activations, A and B are each split into three bf16 parts,
+//! which hold all 24 bits (`kernels/linear.cu`), and the products are summed in f32: A, or a draw around
+//! it, is never rounded. The products `x A^T` and `dY B` are small and stay in f32. Where they are
+//! multiplied by B, A and the activations, they are split into two bf16 parts, 16 bits, which loses at most
+//! 2^-14 of the terms.
 //!
-//! The low-rank part of an output, with the bias, is written first, and the large product is added to it in f32: that
-//! rounds the output once, and the small part by its own size. An output that was written first and added to would be
-//! rounded twice by the size of the whole. Either way an element is written, read and written.
+//! The low-rank part of an output, with the bias, is written first, and the large product is added to it
+//! in f32. This rounds the output once, and the low-rank part relative to its own size. In the opposite
+//! order the output would be rounded twice relative to its whole size. Both orders write, read and
+//! rewrite each element.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -17,13 +19,15 @@ use crate::kernels::gemm::{add_product, product, Mat};
 use crate::kernels::linear::{bias_rows, Parts};
 use crate::kernels::supports;
 
-/// Whether this way is open: an adapter of f32, activations of f32 or bf16, nothing empty, on a device.
+/// Whether the kernels take these tensors: `a` and `b` in f32, `xs` in f32 or bf16, all on CUDA
+/// devices and not empty.
 pub(super) fn supports_low_rank(xs: &Tensor, a: &Tensor, b: &Tensor) -> bool {
     let takes = |tensor: &Tensor| supports(tensor.elem_count(), tensor.dtype(), tensor.device());
     takes(xs) && [a, b].iter().all(|factor| takes(factor) && factor.dtype() == DType::F32)
 }
 
-/// What forward leaves for backward, as thin as the rank: `s x A^T` and the factors, of bf16 parts beside bf16.
+/// What forward keeps for backward, all of the size of the rank: `s x A^T` and the factors, as bf16 parts
+/// for bf16 activations.
 pub(super) struct Thin {
     product: Tensor,
     a: Tensor,
@@ -31,13 +35,13 @@ pub(super) struct Thin {
     rank: usize,
     parts: Option<Parts>,
     scale: f64,
-    /// What the low-rank part sees its input through; applied anew in backward.
+    /// The dropout on the input of the low-rank part, recomputed in backward.
     dropout: Option<DropoutPlan>,
 }
 
 impl Thin {
-    /// `y = x W^T + bias + s (d A^T) B^T` in the dtype of `xs`, or without the frozen layer `s (d A^T) B^T` in f32, d being
-    /// x or, where there is dropout, what it leaves; of detached tensors.
+    /// `y = x W^T + bias + s (d A^T) B^T` in the dtype of `xs`, or `s (d A^T) B^T` in f32 without the frozen
+    /// layer, where `d` is x after dropout, if any. All tensors are detached.
     pub fn forward(
         xs: &Tensor,
         frozen: Option<(&Tensor, Option<&Tensor>)>,
@@ -70,7 +74,7 @@ impl Thin {
                 add_product(&y, 1.0, &left, &right)?;
                 y
             }
-            // Among the parts the bias is a column of B, which meets a one.
+            // With parts, the bias is a column of B that is multiplied by ones.
             None => product(1.0, &left, &right, if frozen.is_some() { x.dtype() } else { DType::F32 })?,
         };
         if let Some((weight, _)) = frozen {
@@ -80,8 +84,8 @@ impl Thin {
         Ok((y.reshape(shape)?, Self { product: small, a, b, rank, parts, scale, dropout }))
     }
 
-    /// With `u = s dY B`: `dX = dY W + u A`, `dA = u^T X`, `dB = dY^T (s X A^T)`, `u A` and X through the dropout where there
-    /// is one; of detached tensors.
+    /// The gradients of x, A and B. With `u = s dY B`: `dX = dY W + u A`, `dA = u^T X`,
+    /// `dB = dY^T (s X A^T)`, where dropout, if any, applies to `u A` and X. All tensors are detached.
     pub fn backward(
         &self,
         xs: &Tensor,
@@ -89,7 +93,8 @@ impl Thin {
         grad: &Tensor,
         weight: Option<&Tensor>,
     ) -> Result<[Option<Tensor>; 3]> {
-        // Without the frozen layer the output was f32: that of a bf16 input is rounded to it, and so is its gradient.
+        // Without the frozen layer the output was f32, which is then rounded to the dtype of the input:
+        // so is its gradient.
         let (x, dy) = (base::rows(xs)?, base::rows(&grad.to_dtype(xs.dtype())?)?);
         let (whole, halves) = match self.parts {
             Some(parts) => (parts.whole(), parts.halves()),

@@ -22,8 +22,8 @@ use crate::util::simd::vectorized;
 
 /// Layer norm over the last dimension.
 ///
-/// One node instead of nine; keeps nothing but `xs`. 10 times as fast forward and backward as
-/// the reference at 1024 x 768.
+/// One node instead of nine, which keeps only `xs`. Forward plus backward is 10 times as fast as the
+/// reference at 1024 x 768.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`
@@ -42,11 +42,11 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64, path: O
 
 /// `layer_norm(xs + residual)`.
 ///
-/// With frozen weights the sum is part of the node: it is never stored, and both arguments share
-/// one gradient: 10 times as fast as the reference.
+/// With frozen weights the sum is part of the node: it is never stored, and both arguments share one
+/// gradient. 10 times as fast as the reference.
 ///
 /// # Shapes
-/// - `xs`, `residual`: `(.., dim)`, the same
+/// - `xs`, `residual`: `(.., dim)`, the same shape
 /// - `weight`, `bias`: `(dim)`
 /// - output: as `xs`
 ///
@@ -66,14 +66,15 @@ pub fn add_layer_norm(
     }
     let norm_of = Norm { kernels, path, eps, centred: true };
     if weight.track_op() || bias.track_op() {
-        // Four arguments are one more than candle's ops take.
+        // The node would have four arguments, but candle's ops take at most three.
         return norm(&norm_of, &(xs + residual)?, None, weight, Some(bias));
     }
     norm(&norm_of, xs, Some(residual), weight, Some(bias))
 }
 
-/// RMS norm over the last dimension. One node that keeps nothing but `xs`; 8 times as fast as the
-/// reference.
+/// RMS norm over the last dimension.
+///
+/// One node that keeps only `xs`; 8 times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`
@@ -90,11 +91,11 @@ pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64, path: OpPath) -> Result<
     norm(&Norm { kernels, path, eps, centred: false }, xs, None, weight, None)
 }
 
-/// Which norm, and how it is computed.
+/// Which norm is computed, and how.
 #[derive(Clone, Copy)]
 struct Norm {
     path: OpPath,
-    /// Whether kernels of our own may compute it.
+    /// Whether custom kernels may compute it.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     kernels: bool,
     eps: f64,
@@ -181,7 +182,7 @@ impl Norm {
         }
     }
 
-    /// The kernel that makes it, where one does.
+    /// The kernel for these tensors, if there is one.
     #[cfg(feature = "cuda")]
     fn kernel<'a>(
         &self,

@@ -1,5 +1,5 @@
-//! Norms as candle's `Module`s, for a model of one's own: candle-nn's of the same names cut gradients without a
-//! word wherever they take their fused paths.
+//! Norms as candle's `Module`s, for custom models. candle-nn's norms of the same names silently drop
+//! gradients where they take their fused paths.
 
 use candle_core::Tensor;
 use candle_nn::{Init, Module, VarBuilder};
@@ -21,7 +21,7 @@ use crate::util::dtype::wide;
 /// let xs = Var::new(&[[1f32, 2., 4.]], &Device::Cpu)?;
 /// let ours = LayerNorm::new(ones.clone(), zeros.clone(), 1e-5).forward(&xs)?.sqr()?.sum_all()?;
 /// assert!(ours.backward()?.get(&xs).is_some());
-/// // candle-nn's computes the same and is no function of `xs` for its backward:
+/// // candle-nn's norm computes the same value, but gives no gradient for `xs`:
 /// let theirs = candle_nn::LayerNorm::new(ones, zeros, 1e-5).forward(&xs)?.sqr()?.sum_all()?;
 /// assert!((ours.to_scalar::<f32>()? - theirs.to_scalar::<f32>()?).abs() < 1e-5);
 /// assert!(theirs.backward()?.get(&xs).is_none());
@@ -35,7 +35,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// A norm with these weights, both (dim).
+    /// Creates a norm with this weight and bias, both `(dim)`.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
         Self { weight, bias, eps }
     }
@@ -60,17 +60,17 @@ impl LayerNorm {
     /// If the tensor is missing or of another shape.
     pub fn load_without_bias(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(dim, "weight", Init::Const(1.0))?;
-        // Not the builder's: a zero that nobody trains.
+        // Not from the builder, which could make it trainable.
         let bias = weight.detach().zeros_like()?;
         Ok(Self { weight, bias, eps })
     }
 
-    /// Its weight and bias.
+    /// Returns the weight and the bias.
     pub fn parameters(&self) -> Vec<Tensor> {
         vec![self.weight.clone(), self.bias.clone()]
     }
 
-    /// The normalised `xs` (.., dim), on a path of the operations.
+    /// Returns the normalised `xs` (.., dim), computed on `path`.
     ///
     /// # Errors
     /// If the last dimension differs.
@@ -78,7 +78,7 @@ impl LayerNorm {
         layer_norm(xs, &self.weight, &self.bias, self.eps, path)
     }
 
-    /// The normalised sum of `xs` and `residual`, both (.., dim), on a path of the operations.
+    /// Returns the normalised sum of `xs` and `residual`, both (.., dim), computed on `path`.
     ///
     /// # Errors
     /// If the shapes differ.
@@ -98,12 +98,12 @@ impl Module for LayerNorm {
 pub struct RmsNorm {
     weight: Tensor,
     eps: f64,
-    /// Whether the weight is counted from one, as it is trained.
+    /// Whether the norm multiplies by `1 + weight`, for a trainable weight.
     offset: bool,
 }
 
 impl RmsNorm {
-    /// A norm with this weight, (dim).
+    /// Creates a norm with this weight, `(dim)`.
     pub fn new(weight: Tensor, eps: f64) -> Self {
         Self { weight, eps, offset: false }
     }
@@ -116,25 +116,26 @@ impl RmsNorm {
         Ok(Self::new(vb.get_with_hints(dim, "weight", Init::Const(1.0))?, eps))
     }
 
-    /// The same of a norm that multiplies by `1 + weight`, as Gemma's do. The sum is made in single precision at least.
+    /// Fetches `weight` (dim) of a norm that multiplies by `1 + weight`, as Gemma's norms do. The sum is
+    /// computed in single precision or better.
     ///
     /// # Errors
     /// As [`Self::load`].
     pub fn load_offset(dim: usize, eps: f64, vb: &VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(dim, "weight", Init::Const(0.0))?;
-        // A weight that may be trained is added to in every pass, a frozen one once.
+        // One is added to a trainable weight in every pass, to a frozen one only here.
         match weight.track_op() {
             true => Ok(Self { weight, eps, offset: true }),
             false => Ok(Self::new(from_one(&weight)?, eps)),
         }
     }
 
-    /// Its weight.
+    /// Returns the weight.
     pub fn parameters(&self) -> Vec<Tensor> {
         vec![self.weight.clone()]
     }
 
-    /// The normalised `xs` (.., dim), on a path of the operations.
+    /// Returns the normalised `xs` (.., dim), computed on `path`.
     ///
     /// # Errors
     /// If the last dimension differs.

@@ -1,12 +1,12 @@
-//! Which implementation of a block runs.
+//! The choice of a block's implementation.
 
 use candle_core::{DType, Tensor};
 
 /// The three implementations of every block of [`crate::ops`].
 ///
-/// A caller says which one it wants; [`Self::Fused`], the default, is the fastest that the tensors
-/// allow. To name another serves the tests: a machine without a GPU runs what a GPU will run. A backward
-/// pass stays on the path of its forward pass.
+/// The caller chooses one; [`Self::Fused`], the default, is the fastest that the tensors allow. The others
+/// are for tests, so that a machine without a GPU can run what a GPU runs. A backward pass stays on the path
+/// of its forward pass.
 ///
 /// # Example
 /// ```
@@ -20,19 +20,20 @@ use candle_core::{DType, Tensor};
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum OpPath {
-    /// Slices, rayon and the `gemm` crate for f32 on the CPU, kernels of our own where there are some on
-    /// a CUDA device; elsewhere it means `Composed`.
+    /// Slices, rayon and the `gemm` crate for f32 on the CPU, and this crate's kernels, where there are any,
+    /// on a CUDA device; elsewhere the same as `Composed`.
     #[default]
     Fused,
-    /// Ordinary tensor operations on detached inputs with a closed-form backward: every device and
-    /// every float dtype.
+    /// Ordinary tensor operations on detached inputs with a closed-form backward, for every
+    /// device and float dtype.
     Composed,
-    /// Candle's own differentiable operations: what the tests compare with.
+    /// Candle's own differentiable operations, with which tests compare the other paths.
     Reference,
 }
 
 impl OpPath {
-    /// The path of an operation on these tensors: `Fused` where all are f32 on the CPU.
+    /// The path of an operation on these tensors: `Fused` becomes `Composed` unless all of them
+    /// are f32 on the CPU.
     pub(super) fn on(self, tensors: &[&Tensor]) -> Self {
         match self {
             Self::Fused if !tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32) => {
@@ -42,7 +43,7 @@ impl OpPath {
         }
     }
 
-    /// Whether kernels of our own may stand in for composed operations on a device that has them.
+    /// Whether custom kernels may replace composed operations on a device that has them.
     pub(crate) fn has_kernels(self) -> bool {
         self == Self::Fused
     }

@@ -1,4 +1,4 @@
-//! Every block in candle's own differentiable operations: the reference of the tests.
+//! Every block in candle's own differentiable operations, as the reference for tests.
 
 use candle_core::{DType, Result, Tensor, D};
 
@@ -37,7 +37,7 @@ pub(super) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
     xs.broadcast_div(&(var + eps)?.sqrt()?)?.broadcast_mul(weight)
 }
 
-/// Not `Tensor::gelu_erf`: its backward has six digits of `1 / sqrt(2 pi)`.
+/// Avoids `Tensor::gelu_erf`, whose backward uses six digits of `1 / sqrt(2 pi)`.
 pub(super) fn gelu(xs: &Tensor) -> Result<Tensor> {
     let cdf = ((xs * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)?;
     (xs * cdf)? * 0.5
@@ -64,7 +64,7 @@ pub(super) fn soft_cap(xs: &Tensor, cap: f64) -> Result<Tensor> {
     (xs / cap)?.tanh()? * cap
 }
 
-/// By the exponential, which candle differentiates as it is.
+/// Computed from the exponential, which candle differentiates exactly.
 pub(super) fn gelu_tanh(xs: &Tensor) -> Result<Tensor> {
     let inner = ((xs.sqr()? * vmath::GELU_CUBE)? + 1.0)?;
     let twice = ((xs * inner)? * (2.0 * vmath::GELU_SLOPE))?;
@@ -99,7 +99,7 @@ pub(super) fn attention(
         .reshape((b, tq, heads * dim))
 }
 
-/// The softmax of scores (b, heads, tq, tk) over the visible keys, dropped.
+/// The softmax of scores (b, heads, tq, tk) over the visible keys, with dropout.
 fn probabilities(scores: &Tensor, visible: Option<Tensor>, dropout: Option<&DropoutMask>) -> Result<Tensor> {
     let keep = match visible {
         Some(keep) => keep,
@@ -109,9 +109,10 @@ fn probabilities(scores: &Tensor, visible: Option<Tensor>, dropout: Option<&Drop
     let bias = ((&keep - 1.0)? * 1e30)?;
     let scores = (scores + bias)?;
     let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    let e = (e * keep)?; // rows without a key to attend to give zero, not NaN
+    let e = (e * keep)?; // rows without a visible key give zero, not NaN
     let sum = e.sum_keepdim(D::Minus1)?;
-    // Their sum is 0. Its derivative divides by the square, which a small constant would leave at 0.
+    // The sum of these rows is 0, so divide by 1. A small constant would not do: the derivative divides by
+    // its square, which would be 0.
     let p = e.broadcast_div(&(&sum + sum.eq(0f64)?.to_dtype(sum.dtype())?)?)?;
     match dropout {
         Some(keep) => self::dropout(&p, keep),
@@ -136,7 +137,7 @@ pub(super) fn disentangled_attention(
     shape.join(&p.matmul(&shape.split_values(v, tk)?)?)
 }
 
-/// `labels` (n) of i64 in range, `rows` of them not ignored.
+/// `labels` (n) of i64 are in range or `ignore`; `rows` is the number of those that are not ignored.
 pub(super) fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, rows: usize) -> Result<Tensor> {
     let keep = labels.ne(ignore)?;
     let safe = (labels * keep.to_dtype(DType::I64)?)?;

@@ -13,11 +13,11 @@ use crate::kernels::supports_all;
 use crate::util::dtype::wide;
 use crate::util::simd::vectorized;
 
-/// Rotates each pair `(x_i, x_{i + n / 2})` of the first `n` elements of each head by its position's angle; those
-/// beyond `n` pass through (partial rotary positions, as in Phi).
+/// Rotates each pair `(x_i, x_{i + n / 2})` of the first `n` elements of each head by the angle of its
+/// position. The elements beyond `n` pass through (partial rotary positions, as in Phi).
 ///
-/// One node and one pass each way (backward is the rotation by the opposite angle); nothing is kept
-/// but the table of angles. 11 times as fast as the reference.
+/// One node with one pass in each direction; backward rotates by the opposite angle. Only the tables of
+/// angles are kept. 11 times as fast as the reference.
 ///
 /// # Shapes
 /// - `xs`: `(b, t, heads, dim)`
@@ -80,7 +80,7 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
     {
         return crate::kernels::activation::rotary(xs, cos, sin, sign);
     }
-    // In half-width dtypes the angles' cosines have eight bits: products in f32.
+    // The cosines would have only eight bits in bf16: the products are computed in f32.
     let dtype = wide(xs.dtype());
     let x = xs.to_dtype(dtype)?;
     let (x1, x2) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);

@@ -1,4 +1,5 @@
-//! Rows taken out of a matrix and put back: a padded batch then pays for its real tokens alone.
+//! Rows taken out of a matrix and put back, so that a padded batch only costs the computation
+//! for its real tokens.
 
 use std::sync::Arc;
 
@@ -10,17 +11,18 @@ use super::path::OpPath;
 #[cfg(feature = "cuda")]
 use crate::kernels::gather as kernels;
 
-/// Some rows of a matrix, each at most once, in their order.
+/// Some rows of a matrix, each at most once, in ascending order.
 #[derive(Debug, Clone)]
 pub struct Rows {
     places: Arc<Vec<u32>>, // on the host, ascending
-    index: Tensor,         // the same, where the matrices are
+    index: Tensor,         // the same, on the device of the matrices
     total: usize,
 }
 
 impl Rows {
-    /// The places, in row-major order, where `mask` is not 0. It is read on the host: on another
-    /// device this waits.
+    /// The rows, numbered in row-major order, where `mask` is not 0.
+    ///
+    /// The mask is read on the host; if it is on another device, this waits for that device.
     ///
     /// # Errors
     /// If the mask cannot be read as integers.
@@ -30,10 +32,10 @@ impl Rows {
         Self::new(places, flags.len(), mask.device())
     }
 
-    /// The rows at `places` of a matrix of `total`.
+    /// The rows at `places` of a matrix with `total` rows.
     ///
     /// # Errors
-    /// Unless the places ascend and are below `total`.
+    /// Unless the places strictly ascend and are below `total`.
     pub fn new(places: Vec<u32>, total: usize, device: &Device) -> Result<Self> {
         if !places.is_sorted_by(|a, b| a < b) || places.last().is_some_and(|last| *last as usize >= total) {
             bail!("rows: expected ascending places below {total}, got {places:?}");
@@ -42,7 +44,7 @@ impl Rows {
         Ok(Self { places: Arc::new(places), index, total })
     }
 
-    /// These rows, and `more` that follow the matrix.
+    /// These rows, and `more` rows appended to the matrix.
     ///
     /// # Errors
     /// If candle fails.
@@ -52,22 +54,22 @@ impl Rows {
         Self::new(places, self.total + more, self.index.device())
     }
 
-    /// Where these rows are in the matrix, ascending.
+    /// The indices of these rows in the matrix, ascending.
     pub fn places(&self) -> &[u32] {
         &self.places
     }
 
-    /// How many rows these are.
+    /// The number of these rows.
     pub fn count(&self) -> usize {
         self.places.len()
     }
 
-    /// How many rows the matrix has.
+    /// The number of rows of the matrix.
     pub fn total(&self) -> usize {
         self.total
     }
 
-    /// These rows of `xs`.
+    /// Takes these rows out of `xs`.
     ///
     /// # Shapes
     /// - `xs`: `(.., dim)`, of [`Self::total`] rows
@@ -150,7 +152,7 @@ impl Rows {
     }
 }
 
-/// `(.., dim)` as a matrix of so many rows.
+/// Reshapes `(.., dim)` to a matrix with this number of rows.
 fn matrix(xs: &Tensor, rows: usize) -> Result<Tensor> {
     let dim = xs.dims().last().copied().unwrap_or(0);
     let shape = Shape::from((rows, dim));

@@ -1,4 +1,4 @@
-//! A matrix moved by scaled rows of a constant one.
+//! Adds scaled rows of a constant matrix to a matrix.
 
 use candle_core::{bail, Result, Tensor, D};
 
@@ -10,8 +10,8 @@ use crate::util::simd::vectorized;
 
 /// `y_ij = x_ij + s_i m_ij` with a constant `m`.
 ///
-/// One node and one pass each way: `dX = dY` (the same tensor), `ds_i = sum_j dY_ij m_ij`. As
-/// elementary operations it is four nodes and three temporaries.
+/// One node with one pass in each direction: `dX = dY` (the same tensor), `ds_i = sum_j dY_ij m_ij`. In
+/// elementary operations it would be four nodes with three temporaries.
 ///
 /// # Shapes
 /// - `xs`: `(rows, n)`, `scales`: `(rows)`, `matrix`: `(rows, n)`

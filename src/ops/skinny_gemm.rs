@@ -1,20 +1,20 @@
-//! The product of a few rows with a weight as it lies in memory.
+//! The product of a few rows with a weight that is read in place.
 
 use rayon::prelude::*;
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Up to so many rows are few: beyond, arithmetic outweighs the reading of the weight.
+/// The largest number of rows for this product: beyond it, arithmetic outweighs reading the weight.
 pub(super) const FEW: usize = 32;
 
-/// Rows of the weight that one task reads.
+/// The number of rows of the weight that one task reads.
 const PIECE: usize = 64;
 
 /// `y += x W^T` for `n` rows of x.
 ///
-/// `gemm` packs its operands first, which for a transposed weight of m rows costs as much as m / 25
-/// rows of arithmetic; here each row of W is read once, in order, and nothing is packed: 3 times as
-/// fast at 16 rows of 768, and the bandwidth of the memory at one row.
+/// `gemm` packs its operands first, which for a transposed weight of m rows costs as much as m / 25 rows of
+/// arithmetic. Here each row of W is read once, in order, and nothing is packed: 3 times as fast at 16 rows
+/// of 768, and at memory bandwidth for one row.
 pub(super) fn add_product(y: &mut [f32], xs: &[f32], weight: &[f32], n: usize) {
     let (in_dim, out_dim) = (xs.len() / n.max(1), y.len() / n.max(1));
     if in_dim == 0 || out_dim == 0 {
@@ -37,7 +37,7 @@ pub(super) fn add_product(y: &mut [f32], xs: &[f32], weight: &[f32], n: usize) {
     }
 }
 
-/// Some rows of the weight with all rows of x: `sums` is (weight rows, x rows).
+/// The product of some rows of the weight with all rows of x; `sums` is (weight rows, x rows).
 struct Piece<'a> {
     sums: &'a mut [f32],
     xs: &'a [f32],
@@ -53,7 +53,7 @@ impl WithSimd for Piece<'_> {
         let n = self.xs.len() / self.in_dim;
         let weight: Vec<&[f32]> = self.weight.chunks_exact(self.in_dim).collect();
         let xs: Vec<&[f32]> = self.xs.chunks_exact(self.in_dim).collect();
-        // Blocks of 4 x 4 keep the sums in registers; what is left goes one by one.
+        // Blocks of 4 x 4 keep the sums in registers; the remaining rows go one by one.
         for (j, ws) in weight.chunks(4).enumerate() {
             for (i, xs) in xs.chunks(4).enumerate() {
                 let mut put = |row: usize, sums: &[f32]| {
@@ -84,7 +84,7 @@ impl WithSimd for Piece<'_> {
     }
 }
 
-/// The inner products of J rows with I rows, all of one length.
+/// The inner products of J rows with I rows, all of the same length.
 #[inline(always)]
 fn dots<S: Simd, const J: usize, const I: usize>(simd: S, ws: [&[f32]; J], xs: [&[f32]; I]) -> [[f32; I]; J] {
     let (w_heads, w_tails) = (ws.map(|w| S::as_simd_f32s(w).0), ws.map(|w| S::as_simd_f32s(w).1));
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn few_rows_give_the_products_of_their_definition() {
-        // Blocks that are whole and not, tails of the inner dimension, more than one piece.
+        // Full and partial blocks, tails of the inner dimension, more than one piece.
         for (n, in_dim, out_dim) in
             [(1, 1, 1), (4, 16, 8), (5, 37, 130), (7, 64, 67), (32, 100, 3), (1, 19, 9)]
         {

@@ -8,12 +8,12 @@ use super::path::OpPath;
 use super::{reference, vmath};
 use crate::util::dtype::wide;
 
-/// `cap tanh(x / cap)`: the identity near 0, never beyond the cap (Gemma 2, Riviere et al. 2024).
+/// `cap tanh(x / cap)`: about x near 0, and never beyond the cap (Gemma 2, Riviere et al. 2024).
 ///
-/// One node that keeps nothing but one tensor; the slope is `1 - (y / cap)^2`.
+/// One node that keeps only one tensor; the derivative is `1 - (y / cap)^2`.
 ///
 /// # Errors
-/// If the cap is not positive.
+/// If the cap is not positive and finite.
 pub fn soft_cap(xs: &Tensor, cap: f64, path: OpPath) -> Result<Tensor> {
     check(cap)?;
     let path = path.on(&[xs]);
@@ -32,13 +32,13 @@ pub fn soft_cap(xs: &Tensor, cap: f64, path: OpPath) -> Result<Tensor> {
     let dtype = wide(xs.dtype());
     let y = ((xs.detach().to_dtype(dtype)? / cap)?.tanh()? * cap)?.to_dtype(xs.dtype())?;
     custom_vjp("soft cap", [xs], y, move |call| {
-        // Not from the result, which is rounded in half-width dtypes.
+        // Not from the result, which is rounded in half-precision dtypes.
         let slope = (call.args[0].to_dtype(dtype)? / cap)?.tanh()?.sqr()?.affine(-1.0, 1.0)?;
         Ok([Some((slope * call.grad.to_dtype(dtype)?)?.to_dtype(call.grad.dtype())?)])
     })
 }
 
-/// Whether a number can be a cap.
+/// Fails unless the cap is positive and finite.
 pub(super) fn check(cap: f64) -> Result<()> {
     if cap > 0.0 && cap.is_finite() {
         return Ok(());

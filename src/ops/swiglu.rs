@@ -13,9 +13,9 @@ use crate::util::simd::vectorized;
 
 /// `(silu(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
 ///
-/// With frozen weights one node that keeps the two projections alone, frees them in backward, and adds
-/// the two parts of `dX` where the first one stands; the product of the two is recomputed, one cheap
-/// pass. With a trainable weight it is the composition.
+/// With frozen weights, this is one node that keeps only the two projections and frees them in backward. The
+/// product of the two is recomputed in one cheap pass, and the second part of `dX` is added to the first in
+/// place. With a trainable weight, the composition is used.
 ///
 /// # Shapes
 /// - `xs`: `(.., dim)`, of rank 2 or more

@@ -1,4 +1,4 @@
-//! What many layers differentiate together, after candle's own backward pass.
+//! Backward steps shared by many layers, which follow candle's own backward pass.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,16 +7,17 @@ use candle_core::{Result, Tensor};
 #[cfg(any(test, feature = "cuda"))]
 use super::custom_vjp::leaf;
 
-/// Steps of a backward pass that are taken for many layers at once.
+/// Backward steps that are taken for many layers at once.
 ///
-/// Candle differentiates one tensor after the other, and an op of its graph has three arguments at most. What depends on
-/// the parameters of all layers, as their draws and their regulariser do, costs some launches for each layer there. A
-/// tape cuts it off: its results are leaves of candle's graph, and
-/// [`Gradients::backward`](crate::optim::Gradients::backward), which is given the tape, goes on behind them where
-/// candle ends, in a few launches for all of them. On the CPU nothing is cut.
+/// Candle differentiates one tensor after the other, and its ops have at most three arguments. Computations
+/// on the parameters of all layers, such as their draws and their regulariser, would therefore cost several
+/// launches per layer. A tape cuts them out of candle's graph: their results become leaves of the graph, and
+/// [`Gradients::backward`](crate::optim::Gradients::backward), which takes the tape, continues from these
+/// leaves in a few launches for all layers. On the CPU nothing is cut.
 ///
-/// It is for one forward and one backward pass; clones share. A loss of a pass with a tape that is differentiated without
-/// it has no gradient of the parameters behind it, which [`Gradients`](crate::optim::Gradients) take for the error it is.
+/// A tape serves one forward and one backward pass; clones share it. If a loss is differentiated without the
+/// tape of its forward pass, the parameters behind the cuts get no gradient, which
+/// [`Gradients`](crate::optim::Gradients) report as an error.
 ///
 /// # Example
 /// ```
@@ -42,7 +43,8 @@ pub struct Tape {
     cuts: Arc<Mutex<Vec<Cut>>>,
 }
 
-/// From the gradients of a cut's leaves, none of those that the loss does not depend on, those of tensors before it.
+/// Computes the gradients of the tensors before a cut, as pairs of tensor and gradient, from those of its
+/// leaves, which are `None` for leaves that the loss does not depend on.
 type Backward = Box<dyn FnOnce(Vec<Option<Tensor>>) -> Result<Vec<(Tensor, Tensor)>> + Send>;
 
 pub(super) struct Cut {
@@ -57,12 +59,13 @@ impl std::fmt::Debug for Tape {
 }
 
 impl Tape {
-    // A panic while the lock is held leaves the list whole.
+    // The lock may be poisoned: a panic while it is held leaves the list intact.
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Cut>> {
         self.cuts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `results`, freshly computed and held by nobody else, as leaves that `backward` differentiates.
+    /// Turns `results`, which must be freshly computed and not shared, into leaves that
+    /// `backward` differentiates.
     ///
     /// # Errors
     /// If candle fails.
@@ -77,7 +80,8 @@ impl Tape {
         Ok(leaves)
     }
 
-    /// The vectors `(n)` of many layers as rows `(l, n)`, a leaf; none where nothing is gained: on the CPU.
+    /// Stacks the vectors `(n)` of many layers into a leaf `(l, n)`. Returns `None` where this gains
+    /// nothing, as on the CPU.
     ///
     /// # Errors
     /// If candle fails.
@@ -98,14 +102,14 @@ impl Tape {
         Ok(None)
     }
 
-    /// What is left of the pass, the last first; the tape is empty then.
+    /// Removes and returns all cuts, the last one first.
     pub(super) fn take(&self) -> Vec<Cut> {
         let mut cuts = std::mem::take(&mut *self.lock());
         cuts.reverse();
         cuts
     }
 
-    /// Every leaf.
+    /// The leaves of all cuts.
     pub(super) fn leaves(&self) -> Vec<Tensor> {
         self.lock().iter().flat_map(|cut| cut.leaves.iter().cloned()).collect()
     }

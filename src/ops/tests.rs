@@ -1,5 +1,5 @@
-//! Every block on every path: values and gradients against candle's own differentiation of the
-//! reference and against central differences, in general position.
+//! Tests of every block on every path: values and gradients are compared with candle's differentiation of the
+//! reference, and gradients with central differences, at random inputs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
@@ -42,7 +42,8 @@ fn case(
     Case { name, inputs: inputs.to_vec(), block: Box::new(block) }
 }
 
-/// (b 2, tq, tk) with a padded key in the first row of the batch and, if asked, none but padding in the second.
+/// A mask for a batch of two rows: the first row has one padded key; if `blind`, the second
+/// row is all padding.
 fn mask(tk: usize, causal: bool, blind: bool) -> Mask {
     let mut padding = vec![1u8; 2 * tk];
     padding[tk - 2] = 0;
@@ -216,7 +217,7 @@ fn cases() -> Vec<Case> {
     all
 }
 
-/// The inputs of a case, tracked ones as variables.
+/// The inputs of a case; tracked ones are variables.
 fn inputs(case: &Case, dtype: DType, device: &Device) -> (Vec<Option<Var>>, Vec<Tensor>) {
     let mut vars = Vec::new();
     let mut tensors = Vec::new();
@@ -230,7 +231,7 @@ fn inputs(case: &Case, dtype: DType, device: &Device) -> (Vec<Option<Var>>, Vec<
     (vars, tensors)
 }
 
-/// The dtype of a block's output: a loss is wide.
+/// The dtype of a block's output; losses are in the wide dtype.
 fn output_dtype(case: &Case, dtype: DType) -> DType {
     let is_loss = ["cross entropy", "squared error"].iter().any(|loss| case.name.contains(loss));
     if is_loss {
@@ -240,17 +241,18 @@ fn output_dtype(case: &Case, dtype: DType) -> DType {
     }
 }
 
-/// A scalar of the output in which every element counts differently.
+/// Reduces the output to a scalar in which every element has a different weight.
 fn scalar(y: &Tensor) -> Result<Tensor> {
     let weights = normal("weights", y.dims()).to_dtype(y.dtype())?.to_device(y.device())?;
-    (y * weights)?.flatten_all()?.sum_all() // of a scalar, too: see `finite`
+    (y * weights)?.flatten_all()?.sum_all() // flattened, also for a scalar: see `util::finite`
 }
 
 fn flat(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The output, and the gradient of every tracked input, from a first and a second backward.
+/// The output and the gradient of every tracked input. Asserts that a second backward gives
+/// the same gradients.
 fn run(case: &Case, path: OpPath, dtype: DType) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
     run_on(&Device::Cpu, case, path, dtype)
 }
@@ -265,7 +267,7 @@ fn run_on(device: &Device, case: &Case, path: OpPath, dtype: DType) -> (Vec<f64>
         let store = loss.backward().unwrap_or_else(|e| panic!("{}: {e}", case.name));
         for (tensor, var) in tensors.iter().zip(&vars) {
             let gradient = store.get(tensor);
-            // The reference gives gradients to frozen tensors too: that is what we leave out.
+            // The reference also gives gradients to frozen tensors; the other paths must not.
             let wanted = path == OpPath::Reference || gradient.is_some() == var.is_some();
             assert!(wanted, "{} on {path:?}: who gets a gradient", case.name);
             gradients.push(gradient.filter(|_| var.is_some()).map(flat));
@@ -396,18 +398,18 @@ fn the_number_of_threads_changes_no_byte() {
 fn nan_in_is_nan_out_forward_and_backward() {
     for case in cases() {
         if case.name.starts_with("embedding") {
-            continue; // copies rows: tested by the others' comparison
+            continue; // copies rows, which the comparison with the reference covers
         }
         for path in [OpPath::Fused, OpPath::Composed] {
             let (_, mut tensors) = inputs(&case, DType::F32, &Device::Cpu);
-            // The last element: of a remainder, of the last row, of the last key.
+            // The last element: it is in a remainder, in the last row and in the last key.
             let mut values = flat(&tensors[0]);
             *values.last_mut().unwrap() = f64::NAN;
             let x = Tensor::from_vec(values, tensors[0].dims(), &Device::Cpu).unwrap();
             let x = Var::from_tensor(&x.to_dtype(DType::F32).unwrap()).unwrap();
             tensors[0] = x.as_tensor().clone();
             let y = (case.block)(&tensors, path).unwrap();
-            // Blind rows hide their inputs, and there the last row of the batch is blind.
+            // Blind rows hide their inputs, and in these cases the last row of the batch is blind.
             let blind = case.name.contains("blind") || case.name.contains("many blocks");
             assert!(blind || flat(&y).iter().any(|y| y.is_nan()), "{} on {path:?}", case.name);
             let linear_in_x = ["linear", "low rank", "rotary", "dropout", "scaled rows"]

@@ -1,20 +1,20 @@
-//! Half the squared norm of low-rank updates, through Gram matrices of the rank's size.
+//! Half the expected squared norm of low-rank updates, computed from Gram matrices of size (rank, rank).
 
 use candle_core::{bail, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
 use super::path::OpPath;
 
-/// `1/2 sum_l w_l tr[(A_l A_l^T + diag v_l) B_l^T B_l]`: half the expectation of `||B_l (A_l + D_l)||_F^2`
-/// over perturbations D_l whose rows i have squared norms of expectation v_li and no correlation, weighted
-/// by layers. The update itself, out_dim x in_dim, is never made.
+/// `1/2 sum_l w_l tr[(A_l A_l^T + diag v_l) B_l^T B_l]`: half the expectation of `||B_l (A_l + D_l)||_F^2`,
+/// weighted by layer. The rows i of the perturbations D_l are uncorrelated and have expected squared norms
+/// v_li. The update itself, out_dim x in_dim, is never computed.
 ///
-/// One node for all layers, with `dA = w (B^T B) A`, `dB = w B (A A^T + diag v)`, `dv_i = w/2 (B^T B)_ii`:
-/// no gradient in A while B is zero.
+/// One node for all layers, with `dA = w (B^T B) A`, `dB = w B (A A^T + diag v)`, `dv_i = w/2 (B^T B)_ii`.
+/// The gradient of A is zero while B is zero.
 ///
 /// # Shapes
 /// - `a`: `(layers, rank, in_dim)`, `b`: `(layers, out_dim, rank)`, `variances`: `(layers, rank)`
-/// - `weights`: one for each layer
+/// - `weights`: one per layer
 /// - output: a scalar
 ///
 /// # Errors

@@ -1,12 +1,12 @@
-//! Elementary functions of f32 written so that the compiler turns their loops into SIMD: no calls,
-//! no branches, no fused multiply-add (a library call where the target lacks it). NaN stays NaN.
+//! Elementary functions of f32, written so that the compiler vectorises loops over them: no calls, no
+//! branches, no fused multiply-add (a library call where the target lacks it). NaN stays NaN.
 
 const LANES: usize = 16;
 
 /// `e^x` to about 1 ulp; 0 below -87.3, infinite above 88.7 (the range of normal f32).
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits (as in Cephes).
+    // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits (as in Cephes).
     const ROUND: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
@@ -33,8 +33,8 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// The standard normal distribution function and density.
 ///
-/// Abramowitz and Stegun 7.1.26 for the tail (absolute error below 5e-7 in f32): it shares the exponential
-/// with the density, so GELU and its derivative cost one.
+/// The tail is Abramowitz and Stegun 7.1.26 (absolute error below 5e-7 in f32). It shares the exponential
+/// with the density, so that GELU and its derivative need only one.
 #[inline(always)]
 pub(super) fn normal(x: f32) -> (f32, f32) {
     let e = exp(-0.5 * x * x);
@@ -49,7 +49,8 @@ pub(super) fn normal(x: f32) -> (f32, f32) {
     (cdf, e * 0.398_942_3)
 }
 
-/// The hyperbolic tangent to a few ulp: its series near 0, where the quotient would lose digits.
+/// The hyperbolic tangent to a few ulp. Near 0 it is computed from the series, because the quotient
+/// would lose digits.
 #[inline(always)]
 pub(super) fn tanh(x: f32) -> f32 {
     let s = x * x;
@@ -63,12 +64,12 @@ pub(super) fn tanh(x: f32) -> f32 {
     }
 }
 
-/// `sqrt(2 / pi)`, the slope of the tanh GELU's argument at 0, and the share of its cube.
+/// The tanh GELU's argument is `GELU_SLOPE (x + GELU_CUBE x^3)`, whose derivative at 0 is `sqrt(2 / pi)`.
 pub(super) const GELU_SLOPE: f64 = 0.797_884_560_802_865_4;
 pub(super) const GELU_CUBE: f64 = 0.044_715;
 
-/// The tanh approximation of GELU (Hendrycks and Gimpel 2016), and its derivative. `(1 + tanh u) / 2` is the logistic
-/// function of `2 u`.
+/// The tanh approximation of GELU (Hendrycks and Gimpel 2016) and its derivative. `(1 + tanh u) / 2` is the
+/// logistic function of `2 u`.
 #[inline(always)]
 pub(super) fn gelu_tanh(x: f32) -> (f32, f32) {
     let (slope, cube) = (2.0 * GELU_SLOPE as f32, GELU_CUBE as f32);
@@ -102,7 +103,7 @@ pub(super) fn silu_slope(x: f32) -> f32 {
     s * (1.0 + x * (1.0 - s))
 }
 
-/// `sum of f(a_i, b_i)` in sixteen running sums: a single one would forbid SIMD.
+/// The sum of `f(a_i, b_i)`, with sixteen accumulators, because a single one would prevent SIMD.
 #[inline(always)]
 pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
@@ -116,13 +117,13 @@ pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// `sum of f(x_i)`.
+/// The sum of `f(x_i)`.
 #[inline(always)]
 pub(super) fn sum(xs: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum2(xs, xs, |x, _| f(x))
 }
 
-/// The largest element; with a NaN among them either NaN or the largest of some.
+/// The largest element. NaN elements are skipped; minus infinity if there are no others.
 #[inline(always)]
 pub(super) fn max(xs: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

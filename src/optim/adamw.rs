@@ -1,4 +1,4 @@
-//! AdamW (Loshchilov and Hutter 2019), its state keyed by parameter name.
+//! AdamW (Loshchilov and Hutter 2019), with its state keyed by parameter name.
 
 use std::collections::BTreeMap;
 
@@ -12,27 +12,27 @@ use crate::error::{Error, Result};
 use crate::ops::Tape;
 use crate::util::check::{not_negative, positive, share};
 
-/// The constants of [`AdamW`].
+/// The hyperparameters of [`AdamW`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdamWConfig {
-    /// The learning rate of [`AdamW::backward_step`]; [`AdamW::step`] is told its own.
+    /// The learning rate of [`AdamW::backward_step`]; [`AdamW::step`] takes its own.
     pub lr: f64,
-    /// Decay of the running mean of gradients.
+    /// Decay rate of the running mean of gradients.
     pub beta1: f64,
-    /// Decay of the running mean of their squares.
+    /// Decay rate of the running mean of squared gradients.
     pub beta2: f64,
-    /// Added to the root of the second mean.
+    /// Added to the square root of the second moment.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Roles that are not decayed: by default the posterior's parameters, whose zero has no
-    /// special meaning.
+    /// Roles without weight decay: by default the posterior's parameters, for which zero has no special
+    /// meaning.
     pub no_decay: Vec<Role>,
-    /// Learning rates of roles as multiples of the step's own: LoRA+ (Hayou et al. 2024) raises that
-    /// of [`Role::B`]. Difference: PEFT's LoRA+ raises that of every vector, biases included, too.
+    /// Learning rates of roles as multiples of the step's learning rate: LoRA+ (Hayou et al. 2024) raises
+    /// that of [`Role::B`]. Difference: PEFT's LoRA+ also raises that of every vector, biases included.
     pub lr_ratios: Vec<(Role, f64)>,
-    /// Whether parameters of one dimension (biases, scales of norms) are decayed: PyTorch's
-    /// optimiser decays all it is given, the trainer of transformers leaves these out.
+    /// Whether one-dimensional parameters (biases, scales of norms) are decayed. PyTorch's optimiser decays
+    /// every parameter; the trainer of transformers leaves these out.
     pub decay_vectors: bool,
 }
 
@@ -51,8 +51,8 @@ impl Default for AdamWConfig {
     }
 }
 
-/// The optimiser. Moments have the parameters' dtype, which is single precision whatever the
-/// base's.
+/// The AdamW optimiser. Moments have the parameters' dtype, which is single precision by default, whatever
+/// the base weights' dtype.
 #[derive(Debug)]
 pub struct AdamW {
     params: Params,
@@ -62,10 +62,10 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// An optimiser of the trainable parameters of a store.
+    /// Creates an optimiser of the trainable parameters of a store.
     ///
     /// # Errors
-    /// If a constant is outside its domain.
+    /// If a hyperparameter is outside its domain.
     pub fn new(params: &Params, config: AdamWConfig) -> Result<Self> {
         for (role, ratio) in &config.lr_ratios {
             positive(&format!("lr_ratios of {role:?}"), *ratio)?;
@@ -88,7 +88,7 @@ impl AdamW {
         self.step(&grads, self.config.lr)
     }
 
-    /// One step at learning rate `lr`, with PyTorch's order of operations:
+    /// Takes one step at learning rate `lr`, with PyTorch's order of operations:
     ///
     /// ```text
     /// w <- w (1 - lr decay)
@@ -96,12 +96,12 @@ impl AdamW {
     /// w <- w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
     /// ```
     ///
-    /// where t counts the steps of each parameter, so that one that is created or released later
-    /// begins as the first ones did, and so does one that takes the name of another that was removed.
+    /// where t counts the steps of each parameter. A parameter that is created or unfrozen later, or that
+    /// takes the name of a removed one, starts at t = 1.
     ///
     /// # Errors
-    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, or one of another shape: then
-    /// nothing is changed.
+    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, or one of another shape;
+    /// nothing is changed then.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
         not_negative("lr", lr)?;
         let mut pairs = Vec::new();
@@ -130,7 +130,7 @@ impl AdamW {
             }
             if let Some(moments) = self.moments.get_mut(&name) {
                 moments.steps += 1;
-                let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // both powers are 0 by then
+                let t = i32::try_from(moments.steps).unwrap_or(i32::MAX); // beyond i32::MAX both powers are 0
                 let (rate, correction2) = (lr / (1.0 - beta1.powi(t)), 1.0 - beta2.powi(t));
                 let factor = grads.factor();
                 let constants = Constants { factor, beta1, beta2, eps, keep, rate, correction2 };
@@ -140,14 +140,13 @@ impl AdamW {
         Ok(steps.finish(grads.factor(), [beta1, beta2], eps)?)
     }
 
-    /// What is remembered of every parameter that has taken a step. Cloned, the tensors are the same,
-    /// and the next step changes them.
+    /// Returns the optimiser state of every parameter that has taken a step. Clones share their tensors,
+    /// which the next step may overwrite.
     pub fn remembered(&self) -> &BTreeMap<String, Moments> {
         &self.moments
     }
 
-    /// A copy of what is remembered of a parameter: what a checkpoint must keep. None before its
-    /// first step.
+    /// Returns a copy of the optimiser state of a parameter, for a checkpoint; `None` before its first step.
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -157,11 +156,11 @@ impl AdamW {
         self.moments.get(name).map(copy).transpose()
     }
 
-    /// Continues where another optimiser of the same parameters stopped.
+    /// Continues from the state of another optimiser of the same parameters.
     ///
     /// # Errors
-    /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or
-    /// moments hold NaN, infinity or a negative square: then nothing is changed.
+    /// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or moments hold
+    /// NaN, infinity or a negative second moment; nothing is changed then.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
         self.moments = moments::restored(&self.params, moments, 0.0)?;
         self.owners = Owners::of(&self.params);

@@ -1,4 +1,4 @@
-//! Gradients by parameter name: accumulated over micro-batches, checked, clipped.
+//! Gradients by parameter name: accumulation over micro-batches, checks, clipping.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -21,8 +21,8 @@ const NO_GRADIENT: &str = "the loss gives this trainable parameter no gradient: 
 #[derive(Debug, Clone)]
 pub struct Gradients {
     by_name: BTreeMap<String, Tensor>,
-    /// What each of them is still to be multiplied by: clipping costs no pass of its own, the optimiser applies it to
-    /// what it reads anyway.
+    /// A pending factor of all gradients. Clipping needs no pass of its own: the optimiser applies the factor
+    /// as it reads them.
     factor: f64,
 }
 
@@ -33,7 +33,7 @@ impl Default for Gradients {
 }
 
 impl Gradients {
-    /// No gradients yet.
+    /// Creates an empty set of gradients.
     pub fn new() -> Self {
         Self::default()
     }
@@ -41,8 +41,8 @@ impl Gradients {
     /// Adds the gradients of one micro-batch, each in its parameter's dtype.
     ///
     /// # Errors
-    /// If a trainable parameter has no gradient: the loss does not depend on it, or an operation
-    /// on the way cuts gradients.
+    /// If a trainable parameter has no gradient: the loss does not depend on it, or an operation in between
+    /// has no backward pass.
     pub fn accumulate(&mut self, params: &Params, store: &GradStore) -> Result<()> {
         *self = Self { by_name: self.tensors()?.into_owned(), factor: 1.0 };
         for (name, param) in params.trainable() {
@@ -56,9 +56,9 @@ impl Gradients {
         Ok(())
     }
 
-    /// Differentiates the loss of one micro-batch and adds its gradients, as [`Self::accumulate`] does with
-    /// `loss.backward()`; on a device with fewer launches, most of all where the loss's forward pass had `tape` in its
-    /// [`Context`](crate::Context). Returns candle's store.
+    /// Differentiates the loss of one micro-batch and adds its gradients, as [`Self::accumulate`] with
+    /// `loss.backward()`, but with fewer launches on a device, especially if the loss's forward pass had
+    /// `tape` in its [`Context`](crate::Context). Returns candle's store.
     ///
     /// # Errors
     /// As [`Self::accumulate`].
@@ -70,8 +70,9 @@ impl Gradients {
         Ok(store)
     }
 
-    /// The gradients of all trainable parameters in the order of their names, zero where there is none, and some numbers
-    /// behind them, as one vector: in f64 where a parameter is, else in f32. It is what several processes add up.
+    /// Concatenates the gradients of all trainable parameters in the order of their names (zeros for missing
+    /// ones) and `numbers` into one vector, for summing over processes. It is f64 if any parameter is, else
+    /// f32.
     ///
     /// # Shapes
     /// - output: `(trainable scalars + numbers)`, on the device of `params`
@@ -91,7 +92,7 @@ impl Gradients {
         Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 
-    /// What [`Self::flat`] put into one vector.
+    /// Splits a vector of [`Self::flat`] into gradients and numbers.
     ///
     /// # Errors
     /// If the vector is shorter than the parameters, or candle fails.
@@ -107,7 +108,7 @@ impl Gradients {
         Ok((Self { by_name, factor: 1.0 }, numbers))
     }
 
-    /// The gradient of a parameter.
+    /// Returns the gradient of a parameter.
     ///
     /// # Errors
     /// If candle fails.
@@ -115,7 +116,7 @@ impl Gradients {
         Ok(self.by_name.get(name).map(|grad| times(grad, self.factor)).transpose()?)
     }
 
-    /// All gradients by name; on a device in one launch where they were scaled.
+    /// Returns all gradients by name. A pending factor is applied in one launch on a device.
     ///
     /// # Errors
     /// If candle fails.
@@ -131,22 +132,22 @@ impl Gradients {
         Ok(Cow::Owned(scaled.collect::<Result<_>>()?))
     }
 
-    /// The gradient of a parameter before it is multiplied by [`Self::factor`].
+    /// Returns the gradient of a parameter before multiplication by [`Self::factor`].
     pub(super) fn unscaled(&self, name: &str) -> Option<&Tensor> {
         self.by_name.get(name)
     }
 
-    /// The factor that each gradient must still be multiplied by.
+    /// Returns the pending factor of all gradients.
     pub(super) fn factor(&self) -> f64 {
         self.factor
     }
 
-    /// Multiplies every gradient by `factor`. Nothing is computed before they are read: AdamW does it in its own pass.
+    /// Multiplies every gradient by `factor`, lazily: AdamW applies the factor in its own pass.
     pub fn scale(&mut self, factor: f64) {
         self.factor *= factor;
     }
 
-    /// The Euclidean norm over all gradients together. It is NaN or infinite when one of them is.
+    /// Returns the Euclidean norm of all gradients together, NaN or infinite if one of them is.
     ///
     /// # Errors
     /// If candle fails.
@@ -163,13 +164,13 @@ impl Gradients {
         if let Some(sum) = multi_tensor::sum_of_squares(&self.by_name.values().collect::<Vec<_>>())? {
             return Ok(sum.sqrt());
         }
-        // On a device, one copy for all of them.
+        // On a device, one copy to the host for all of them.
         let squares = self.by_name.values().map(|grad| grad.to_dtype(DType::F64)?.sqr()?.sum_all());
         let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
         Ok(ops::stacked(&squares)?.sum_all()?.to_scalar::<f64>()?.sqrt())
     }
 
-    /// The name of the first gradient that holds NaN or infinity.
+    /// Returns the name of the first gradient that holds NaN or infinity.
     ///
     /// # Errors
     /// If candle fails.
@@ -185,7 +186,7 @@ impl Gradients {
     }
 }
 
-/// A gradient times a factor: itself where that is 1.
+/// Multiplies a gradient by a factor, without an operation if the factor is 1.
 pub(super) fn times(grad: &Tensor, factor: f64) -> candle_core::Result<Tensor> {
     if factor == 1.0 {
         return Ok(grad.clone());
@@ -193,8 +194,8 @@ pub(super) fn times(grad: &Tensor, factor: f64) -> candle_core::Result<Tensor> {
     grad * factor
 }
 
-/// Scales the gradients so that their global norm is at most `max_norm`, as PyTorch's
-/// `clip_grad_norm_` does; returns the norm before.
+/// Scales the gradients so that their global norm is at most `max_norm`, as PyTorch's `clip_grad_norm_` does;
+/// returns the norm before scaling.
 ///
 /// # Errors
 /// If `max_norm` is not positive, or candle fails.
@@ -210,40 +211,39 @@ pub fn clip_grad_norm(grads: &mut Gradients, max_norm: f64) -> Result<f64> {
     Ok(norm)
 }
 
-/// What [`check_gradients`] found, by name.
+/// The result of [`check_gradients`]: parameters by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GradientReport {
-    /// Trainable parameters that got no gradient.
+    /// Trainable parameters without a gradient.
     pub missing: Vec<String>,
     /// Trainable parameters whose gradient holds NaN or infinity.
     pub non_finite: Vec<String>,
-    /// Parameters of the store that are frozen and got a gradient all the same: work that nobody
-    /// uses.
+    /// Frozen parameters of the store that got a gradient: wasted work.
     pub frozen: Vec<String>,
-    /// How many tensors outside the store got a gradient: work that nobody uses. Candle's own sums and products
-    /// give one to their untracked side, too, so that a residual connection to an input counts here as a frozen
-    /// weight does that is not detached.
+    /// The number of tensors outside the store that got a gradient: wasted work. Candle's own sums and
+    /// products also differentiate their untracked side, so that a residual connection to an input counts
+    /// here, as does a frozen weight that is not detached.
     pub unexpected: usize,
 }
 
 impl GradientReport {
-    /// Every trainable parameter gets a finite gradient, and no frozen one of the store gets any.
+    /// Whether every trainable parameter has a finite gradient and no frozen one of the store has any.
     pub fn is_clean(&self) -> bool {
         self.missing.is_empty() && self.non_finite.is_empty() && self.frozen.is_empty()
     }
 
-    /// [`Self::is_clean`], and no work is done for anything else: what the models of this crate keep to.
+    /// [`Self::is_clean`], and nothing outside the store has a gradient. The models of this crate are exact.
     pub fn is_exact(&self) -> bool {
         self.is_clean() && self.unexpected == 0
     }
 }
 
-/// Differentiates `loss` and reports which trainable parameters get no gradient or none that is finite, and what
-/// else gets one, in the store and outside. Candle's fused operations without a backward cut gradients silently, and its
-/// optimiser skips what has none: worth a call before a long run.
+/// Differentiates `loss` and reports the trainable parameters without a finite gradient, and everything else
+/// that has one, inside the store and outside. Candle's fused operations without a backward pass cut
+/// gradients silently, and its optimiser skips parameters without one: run this check before a long run.
 ///
-/// A gradient that is there may still be wrong: around a residual connection the cut branch is missing from the sum. To
-/// that end there is [`check_gradients_numerically`](super::check_gradients_numerically).
+/// An existing gradient may still be wrong: around a residual connection, the cut branch is missing from the
+/// sum. [`check_gradients_numerically`](super::check_gradients_numerically) detects that.
 ///
 /// # Errors
 /// If the backward pass fails.
@@ -301,7 +301,7 @@ mod tests {
         assert!((clip_grad_norm(&mut grads, 2.0)? - 13.009611831257688).abs() < 1e-12);
         let got = grads.get("b")?.unwrap().to_vec1::<f64>()?;
         assert!((got[0] - 1.844789719055754).abs() < 1e-12 && (got[1] - 0.07686623829398975).abs() < 1e-12);
-        // Below the norm nothing changes.
+        // A norm below the limit changes nothing.
         let norm = grads.norm()?;
         assert!((clip_grad_norm(&mut grads, 5.0)? - norm).abs() < 1e-15 && (norm - 2.0).abs() < 1e-6);
         assert!(clip_grad_norm(&mut grads, 0.0).unwrap_err().to_string().contains("clip"));

@@ -1,5 +1,5 @@
-//! IVON (Shen et al. 2024, "Variational learning is effective for large deep networks", algorithm 1): Newton steps
-//! on a Gaussian posterior N(m, diag(sigma^2)) over the parameters, at the cost of Adam.
+//! IVON (Shen et al. 2024, "Variational learning is effective for large deep networks", algorithm 1): Newton
+//! steps on a Gaussian posterior N(m, diag(sigma^2)) over the parameters, at the cost of Adam.
 //!
 //! ```text
 //! theta = m + sigma z,   sigma = 1 / sqrt(lambda (h + delta))          before a loss
@@ -9,9 +9,9 @@
 //! m <- m - lr clip((g / (1 - beta1^t) + delta m) / (h + delta))
 //! ```
 //!
-//! All of it elementwise. The parameters of the store are m between two losses and theta during one. Of several
-//! micro-batches of a step, each at a draw of its own, both estimates are averaged. The authors' package multiplies
-//! lr by h0 + delta unless it is told not to; here lr is that of the algorithm.
+//! All operations are elementwise. The parameters of the store are m between losses and theta during one. If
+//! a step has several micro-batches, each with its own draw, both estimates are averaged. The authors'
+//! package multiplies lr by h0 + delta by default; here lr is that of the algorithm.
 
 use std::collections::BTreeMap;
 
@@ -27,28 +27,29 @@ use crate::noise::{Noise, Purpose};
 use crate::util::check::{not_negative, positive, share};
 use crate::util::dtype::to_dtype_device;
 
-/// The constants of [`Ivon`].
+/// The hyperparameters of [`Ivon`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct IvonConfig {
-    /// lambda, the effective sample size: the number of training rows is Bayes' rule, more a colder posterior.
+    /// lambda, the effective sample size. The number of training rows gives Bayes' rule; larger values give a
+    /// colder posterior.
     pub ess: f64,
-    /// h0, where the estimate of the Hessian's diagonal starts.
+    /// h0, the initial value of the Hessian's diagonal.
     pub initial_hessian: f64,
-    /// delta, the decay of weights: the prior's precision over lambda.
+    /// delta, the weight decay: the prior's precision over lambda.
     pub weight_decay: f64,
-    /// Decay of the running mean of gradients.
+    /// Decay rate of the running mean of gradients.
     pub beta1: f64,
-    /// Decay of the running mean of the Hessian.
+    /// Decay rate of the running mean of the Hessian.
     pub beta2: f64,
-    /// The largest element of a direction.
+    /// The largest absolute value of an element of the update direction.
     pub clip_radius: f64,
 }
 
 impl Default for IvonConfig {
-    /// Those of the authors' script for LoRA (Cong et al. 2024, "Variational low-rank adaptation using IVON"), a cold
-    /// posterior, but for the clip radius: theirs is 1e-3, at a learning rate of 0.03. With 1 the largest step is the
-    /// learning rate, as it nearly is AdamW's.
+    /// The values of the authors' script for LoRA (Cong et al. 2024, "Variational low-rank adaptation using
+    /// IVON"), a cold posterior, except for the clip radius: theirs is 1e-3, at a learning rate of 0.03. With
+    /// 1, the largest step is the learning rate, as it nearly is with AdamW.
     fn default() -> Self {
         Self {
             ess: 1e7,
@@ -62,10 +63,10 @@ impl Default for IvonConfig {
 }
 
 impl IvonConfig {
-    /// Checks every constant.
+    /// Checks every hyperparameter.
     ///
     /// # Errors
-    /// If one is outside its domain; the error names it.
+    /// If a hyperparameter is outside its domain; the error names it.
     pub fn validate(&self) -> Result<()> {
         positive("ess", self.ess)?;
         positive("initial_hessian", self.initial_hessian)?;
@@ -75,46 +76,46 @@ impl IvonConfig {
         share("beta2", self.beta2)
     }
 
-    /// sigma of a Hessian's diagonal.
+    /// Returns sigma for a Hessian's diagonal.
     fn std(&self, hessian: &Tensor) -> candle_core::Result<Tensor> {
         ((hessian + self.weight_decay)? * self.ess)?.sqrt()?.recip()
     }
 }
 
-/// The optimiser. Of each parameter it remembers, as [`Moments`], g and h.
+/// The IVON optimiser. The [`Moments`] of each parameter are g and h.
 #[derive(Debug)]
 pub struct Ivon {
     params: Params,
     config: IvonConfig,
     moments: BTreeMap<String, Moments>,
     owners: Owners,
-    /// The means, while the store holds a draw, and how far the draw is from them.
+    /// While the store holds a draw: the mean of each parameter and the draw's offset from it.
     drawn: BTreeMap<String, (Tensor, Tensor)>,
-    /// h_hat of the micro-batches of this step so far.
+    /// The sum of h_hat over the step's micro-batches so far.
     curvature: BTreeMap<String, Tensor>,
 }
 
 impl Ivon {
-    /// An optimiser of the trainable parameters of a store.
+    /// Creates an optimiser of the trainable parameters of a store.
     ///
     /// # Errors
-    /// If a constant is outside its domain.
+    /// If a hyperparameter is outside its domain.
     pub fn new(params: &Params, config: IvonConfig) -> Result<Self> {
         config.validate()?;
         let (owners, drawn, curvature) = Default::default();
         Ok(Self { params: params.clone(), config, moments: BTreeMap::new(), owners, drawn, curvature })
     }
 
-    /// Puts draw number `draw` of the posterior in the place of the trainable parameters, for one micro-batch.
+    /// Replaces the trainable parameters by draw number `draw` of the posterior, for one micro-batch.
     ///
     /// # Errors
-    /// If a draw would not be finite.
+    /// If a draw is not finite.
     pub fn perturb(&mut self, draw: u64) -> Result<()> {
         let noise = self.params.noise();
         self.perturb_by(|name, like| normal(noise, name, draw, like))
     }
 
-    /// [`Self::perturb`] by given standard normal numbers.
+    /// [`Self::perturb`] with given standard normal numbers.
     fn perturb_by(&mut self, z: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> Result<()> {
         self.settle()?;
         self.owners.forget_others(&self.params, &mut self.moments);
@@ -133,14 +134,14 @@ impl Ivon {
         Ok(())
     }
 
-    /// Takes the curvature along the present draw from the gradients at it, and puts the means back.
+    /// Adds the curvature estimate of the present draw from the gradients at it, and restores the means.
     ///
     /// # Errors
     /// If candle fails.
     pub fn observe(&mut self, gradients: &GradStore) -> Result<()> {
         for (name, (_, offset)) in &self.drawn {
             let Some(gradient) = self.params.get(name).and_then(|param| gradients.get(&param.var)) else {
-                continue; // the step will name it
+                continue; // `step` reports it
             };
             // (theta - m) / sigma^2 = lambda (h + delta) (theta - m)
             let precision = ((&self.moments[name].second + self.config.weight_decay)? * self.config.ess)?;
@@ -154,7 +155,7 @@ impl Ivon {
         self.settle()
     }
 
-    /// Puts the means back in the place of a draw.
+    /// Restores the means in place of a draw.
     ///
     /// # Errors
     /// If candle fails.
@@ -162,7 +163,7 @@ impl Ivon {
         std::mem::take(&mut self.drawn).iter().try_for_each(|(name, (mean, _))| self.params.set(name, mean))
     }
 
-    /// Forgets what was observed since the last step, which is not to be taken.
+    /// Drops the observations since the last step, for a step that is skipped.
     ///
     /// # Errors
     /// As [`Self::settle`].
@@ -171,11 +172,11 @@ impl Ivon {
         self.settle()
     }
 
-    /// One step at learning rate `lr`, with the gradients of the micro-batches that were observed.
+    /// Takes one step at learning rate `lr`, with the gradients of the observed micro-batches.
     ///
     /// # Errors
-    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, one of another shape, or was not
-    /// drawn since the last step: then nothing is changed.
+    /// If `lr` is negative or not finite, or a trainable parameter has no gradient, one of another shape, or was
+    /// not drawn since the last step; no parameter is changed then.
     pub fn step(&mut self, grads: &Gradients, lr: f64) -> Result<()> {
         not_negative("lr", lr)?;
         let IvonConfig { weight_decay: delta, beta1, beta2, clip_radius, .. } = self.config;
@@ -193,7 +194,7 @@ impl Ivon {
             let correction = ((h - found)?.sqr()? / &old)?;
             let second = ((h * beta2)? + (found * (1.0 - beta2))?)?;
             let second = (second + (correction * (0.5 * (1.0 - beta2).powi(2)))?)?;
-            let t = i32::try_from(moments.steps + 1).unwrap_or(i32::MAX); // the power is 0 by then
+            let t = i32::try_from(moments.steps + 1).unwrap_or(i32::MAX); // beyond i32::MAX the power is 0
             let debiased = (&first / (1.0 - beta1.powi(t)))?;
             let direction = ((debiased + (&mean * delta)?)? / (&second + delta)?)?;
             let moved = (&mean - (direction.clamp(-clip_radius, clip_radius)? * lr)?)?;
@@ -206,15 +207,15 @@ impl Ivon {
         Ok(())
     }
 
-    /// What is remembered of every parameter that was drawn: g as the first moment, h as the second.
+    /// Returns the state of every parameter that was drawn: g as the first moment, h as the second.
     pub fn remembered(&self) -> &BTreeMap<String, Moments> {
         &self.moments
     }
 
-    /// Continues where another optimiser of the same parameters stopped.
+    /// Continues from the state of another optimiser of the same parameters.
     ///
     /// # Errors
-    /// As [`super::AdamW::restore`]; h may be negative, h + delta may not.
+    /// As [`super::AdamW::restore`], except that h may be negative as long as h + delta is not.
     pub fn restore(&mut self, moments: &BTreeMap<String, Moments>) -> Result<()> {
         self.moments = moments::restored(&self.params, moments, -self.config.weight_decay)?;
         self.owners = Owners::of(&self.params);
@@ -222,16 +223,16 @@ impl Ivon {
     }
 }
 
-/// The posterior that [`Ivon`] ended in.
+/// The posterior at the end of a training with [`Ivon`].
 #[derive(Debug, Clone)]
 pub struct IvonPosterior {
-    /// m and sigma of every parameter.
+    /// The mean m and standard deviation sigma of every parameter.
     layers: BTreeMap<String, (Tensor, Tensor)>,
     noise: Noise,
 }
 
 impl IvonPosterior {
-    /// That of these means and of what the optimiser remembers.
+    /// Creates the posterior from the means in `params` and the optimiser's state.
     ///
     /// # Errors
     /// If a name is unknown to the store, or candle cannot copy.
@@ -246,8 +247,8 @@ impl IvonPosterior {
         Ok(Self { layers: moments.iter().map(of).collect::<Result<_>>()?, noise: params.noise() })
     }
 
-    /// Draw number `draw` of the parameters, for [`Params::restore`]; it shares no noise with training, and is opposite to
-    /// the other of its pair ([`Pass::sign`]).
+    /// Returns draw number `draw` of the parameters, for [`Params::restore`]. Its noise is independent of
+    /// training's, and opposite to that of the other draw of its pair ([`Pass::sign`]).
     ///
     /// # Errors
     /// If `draw` is 2^62 or more.
@@ -262,7 +263,7 @@ impl IvonPosterior {
     }
 }
 
-/// Standard normal numbers of a parameter's draw, of the shape and dtype of `like`.
+/// Returns the standard normal numbers of a parameter's draw, in the shape and dtype of `like`.
 fn normal(noise: Noise, name: &str, draw: u64, like: &Tensor) -> candle_core::Result<Tensor> {
     let mut z = vec![0f64; like.elem_count()];
     noise.stream(name, Purpose::Gaussian).fill_normal(draw, &mut z);

@@ -1,4 +1,5 @@
-//! Gradients by parameter name, AdamW and IVON, for the loop here and for any other.
+//! Gradients by parameter name, and the optimisers AdamW and IVON, for this crate's training loop or any
+//! other.
 
 mod adamw;
 mod gradients;

@@ -1,4 +1,4 @@
-//! What an optimiser remembers, and how one goes on from it.
+//! The optimiser state of a parameter, and how it is restored.
 
 use std::collections::BTreeMap;
 
@@ -8,30 +8,30 @@ use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::util::finite::is_finite;
 
-/// What an optimiser remembers of one parameter.
+/// The optimiser state of one parameter.
 #[derive(Debug, Clone)]
 pub struct Moments {
-    /// The running mean of its gradients.
+    /// The running mean of the gradients.
     pub first: Tensor,
-    /// The running mean of their squares; under IVON of the Hessian's diagonal.
+    /// The running mean of the squared gradients; under IVON, of the Hessian's diagonal.
     pub second: Tensor,
-    /// The steps it has taken: the correction of a mean that began at zero depends on its own
-    /// number, not on that of parameters which began earlier.
+    /// The number of steps this parameter has taken. Bias correction depends on it, not on the steps of
+    /// parameters that started earlier.
     pub steps: usize,
 }
 
-/// Which parameters the moments of an optimiser are of. A name alone does not say it: an adapter that is taken off, and
-/// another put in its place, have the same names.
+/// The identities of the parameters that an optimiser's moments belong to. Names do not identify them: if an
+/// adapter is removed and another put in its place, the names are the same.
 #[derive(Debug, Default)]
 pub(super) struct Owners(BTreeMap<String, TensorId>);
 
 impl Owners {
-    /// The parameters of `params` as they are now.
+    /// The present parameters of `params`.
     pub fn of(params: &Params) -> Self {
         Self(params.all().into_iter().map(|(name, param)| (name, param.var.id())).collect())
     }
 
-    /// Forgets the moments of parameters that are gone from the store, or that others of their name replaced.
+    /// Drops the moments of parameters that were removed from the store or replaced under the same name.
     pub fn forget_others(&mut self, params: &Params, moments: &mut BTreeMap<String, Moments>) {
         let now = Self::of(params);
         let is_same = |name: &String, id| self.0.get(name).is_none_or(|known| known == id);
@@ -40,11 +40,11 @@ impl Owners {
     }
 }
 
-/// A copy of these moments in the dtype and the place of the parameters of `params`.
+/// Returns a copy of `moments` in the dtype and on the device of the parameters of `params`.
 ///
 /// # Errors
-/// If a name is unknown to the store, a trainable parameter is missing, a shape differs, or moments hold NaN,
-/// infinity or a second moment below `least`.
+/// If a name is unknown to the store, a trainable parameter is missing, a shape differs, a moment is not of a
+/// float type, or moments hold NaN, infinity or a second moment below `least`.
 pub(super) fn restored(
     params: &Params,
     moments: &BTreeMap<String, Moments>,
@@ -68,7 +68,7 @@ pub(super) fn restored(
             let reason = format!("expected moments of F64, F32, F16 or BF16, got {:?}", other.dtype());
             return Err(Error::tensor(name, reason));
         }
-        // The root of what is below zero is NaN.
+        // The square root of a negative difference is NaN.
         if !(is_finite(first)? && is_finite(&(second - least)?.sqrt()?)?) {
             let reason = format!("its moments hold NaN, infinity or a second moment below {least}");
             return Err(Error::tensor(name, reason));

@@ -1,12 +1,12 @@
-//! Gradients against differences of the loss: the check that sees a gradient which is there and wrong.
+//! Checks gradients against finite differences of the loss, which detects gradients that exist but are wrong.
 //!
 //! ```text
 //! <g, d>  against  (L(theta + h d) - L(theta - h d)) / 2h
 //! ```
 //!
-//! for a direction d of random signs. An operation without a backward leaves a parameter before it without a
-//! gradient, which [`check_gradients`](super::check_gradients) finds; around a residual connection it leaves the
-//! gradient of the other branch, which is finite, plausible and wrong.
+//! for a direction d of random signs. An operation without a backward pass leaves the parameters before it
+//! without a gradient, which [`check_gradients`](super::check_gradients) detects. Around a residual
+//! connection they still get the gradient of the other branch, which is finite, plausible and wrong.
 
 use std::collections::BTreeMap;
 
@@ -16,49 +16,49 @@ use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
 
-/// How far the two may be apart, as a share of the gradient's own size.
+/// The largest difference of the slopes, as a share of the gradient's size.
 const TOLERANCE: f64 = 0.005;
-/// Halvings of the step at most.
+/// The maximum number of times the step is halved.
 const HALVINGS: usize = 10;
-/// Along one alone what is wrong would pass now and then.
+/// Directions to test: with only one, a wrong gradient would sometimes pass.
 const DIRECTIONS: u64 = 3;
 
-/// What [`check_gradients_numerically`] found. Slopes are those of the loss along a direction of random signs: of the
-/// three directions that were tried, the one in which the two slopes differ most.
+/// The result of [`check_gradients_numerically`]. The slopes are the loss's along a direction of random
+/// signs, namely the one of three directions in which they differ most.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NumericalReport {
-    /// The slope that the gradients give.
+    /// The slope from the gradients.
     pub analytic: f64,
-    /// The slope that differences of the loss give.
+    /// The slope from differences of the loss.
     pub numeric: f64,
-    /// The error that the differences themselves may have, from rounding and from the size of the step.
+    /// The possible error of the differences, from rounding and from the step size.
     pub uncertainty: f64,
-    /// The Euclidean norm of all gradients: the size that a slope along random signs has.
+    /// The Euclidean norm of all gradients: the typical size of a slope along random signs.
     pub grad_norm: f64,
-    /// The parameters whose own slopes disagree, where the slopes of all do: those from which the loss is
-    /// reached through an operation that cuts gradients. Empty where none stands out alone.
+    /// If the slopes disagree: the parameters whose own slopes disagree. The loss depends on them through an
+    /// operation that cuts gradients. Empty if no single parameter stands out.
     pub wrong: Vec<String>,
 }
 
 impl NumericalReport {
-    /// Whether the two slopes agree: within half a percent of the gradients' norm and [`Self::uncertainty`].
+    /// Whether the slopes agree within half a percent of the gradients' norm plus [`Self::uncertainty`].
     pub fn is_clean(&self) -> bool {
         self.excess() <= 0.0
     }
 
-    /// By how much they are further apart than that.
+    /// By how much the difference of the slopes exceeds that tolerance.
     fn excess(&self) -> f64 {
         let size = self.grad_norm.max(self.numeric.abs());
         (self.analytic - self.numeric).abs() - TOLERANCE * size - self.uncertainty
     }
 }
 
-/// Compares the gradients of all trainable parameters with differences of `loss` along three directions, some twenty
-/// forward passes; where they disagree, the same for each parameter alone. On a small batch it costs seconds,
-/// once, before a long run. The parameters are as before afterwards.
+/// Compares the gradients of all trainable parameters with finite differences of `loss` along three
+/// directions, in some twenty forward passes, and if they disagree, the same for each parameter alone. On a
+/// small batch this takes seconds, once, before a long run. The parameters are restored afterwards.
 ///
-/// `loss` is called again and again and has to be the same function each time: a fixed draw
-/// (`forward_with(&xs, &Pass::Train { draw: 0 }.into())`, not `forward_t(&xs, true)`, which takes a new one).
+/// `loss` is called repeatedly and must be the same function each time, so with a fixed draw:
+/// `forward_with(&xs, &Pass::Train { draw: 0 }.into())`, not `forward_t(&xs, true)`, which takes a new one.
 ///
 /// # Example
 /// ```
@@ -88,8 +88,8 @@ impl NumericalReport {
 /// ```
 ///
 /// # Errors
-/// What `loss` reports; if it is no finite scalar, is another at a second call, or is too coarse for differences to
-/// say anything (half precision). On any of them the parameters are as before.
+/// If `loss` fails, is not a finite scalar, differs at a second call, or is too coarse for differences (half
+/// precision). The parameters are restored in every case.
 pub fn check_gradients_numerically(
     params: &Params,
     mut loss: impl FnMut() -> Result<Tensor>,
@@ -118,7 +118,7 @@ fn compare(
             Tensor::from_vec(signs, param.var.shape(), &Device::Cpu)
         };
         let signs = (0..DIRECTIONS).map(signs).collect::<candle_core::Result<_>>()?;
-        // What has none counts as a gradient of zero: of a parameter that the loss does not depend on it is one.
+        // A missing gradient counts as zero, which is right for a parameter that the loss does not depend on.
         let grad = store.get(&param.var).map_or_else(|| start.zeros_like(), wide)?;
         parts.push(Part { name, start, signs, grad });
     }
@@ -146,7 +146,7 @@ fn compare(
     Ok(report)
 }
 
-/// One parameter: where it is, its part of each direction and its gradient, in double precision on the host.
+/// One parameter in f64 on the host: its value, its part of each direction and its gradient.
 struct Part {
     name: String,
     start: Tensor,
@@ -154,11 +154,11 @@ struct Part {
     grad: Tensor,
 }
 
-/// A loss whose differences are taken.
+/// Computes finite differences of a loss.
 struct Differences<'a> {
     params: &'a Params,
     loss: &'a mut dyn FnMut() -> Result<Tensor>,
-    /// How far two evaluations at one place may be apart.
+    /// The rounding noise of the loss: how far two evaluations at one point may differ.
     noise: f64,
 }
 
@@ -185,12 +185,12 @@ impl<'a> Differences<'a> {
             );
             return Err(Error::config("loss", reason));
         }
-        // The sums within a loss round, too.
+        // The sums within a loss also round.
         Ok(Self { params, loss, noise: (8.0 * epsilon * first.abs()).max((first - second).abs()) })
     }
 
-    /// The slopes along directions of some parameters, the others at rest, which they all are afterwards: those that
-    /// are furthest apart.
+    /// Compares the slopes along all directions of `parts`, with the other parameters fixed, and returns the
+    /// report of the largest disagreement. Restores the parameters.
     fn of(&mut self, parts: &[&Part]) -> Result<NumericalReport> {
         let mut worst = self.along(parts, 0)?;
         for direction in 1..DIRECTIONS as usize {
@@ -211,7 +211,7 @@ impl<'a> Differences<'a> {
         let grad_norm = sum(&|part| part.grad.sqr())?.sqrt();
         let size = sum(&|part| part.start.sqr())?.sqrt();
         let count: usize = parts.iter().map(|part| part.start.elem_count()).sum();
-        // A tenth of the parameters' own length to begin with; of what is zero, of a tenth.
+        // The first perturbation has a tenth of the parameters' norm, or 0.01 where that norm is below 0.1.
         let mut step = 0.1 * size.max(0.1) / (count as f64).sqrt();
         let (mut coarse, mut best) = (self.slope(parts, direction, step)?, (0.0, f64::INFINITY));
         for _ in 0..HALVINGS {
@@ -219,9 +219,9 @@ impl<'a> Differences<'a> {
             let fine = self.slope(parts, direction, step)?;
             let uncertainty = (fine - coarse).abs() + self.noise / step;
             if uncertainty < best.1 {
-                best = ((4.0 * fine - coarse) / 3.0, uncertainty); // Richardson: without the second order
+                best = ((4.0 * fine - coarse) / 3.0, uncertainty); // Richardson extrapolation
             }
-            // Fine enough to tell, or from here on noise alone.
+            // Accurate enough, or noise dominates smaller steps.
             if best.1 < 0.25 * TOLERANCE * grad_norm.max(fine.abs()) || self.noise / step > best.1 {
                 break;
             }
@@ -234,7 +234,7 @@ impl<'a> Differences<'a> {
         Ok(NumericalReport { analytic, numeric, uncertainty, grad_norm, wrong: Vec::new() })
     }
 
-    /// The central difference at a step.
+    /// Returns the central difference with step size `step`.
     fn slope(&mut self, parts: &[&Part], direction: usize, step: f64) -> Result<f64> {
         let mut at = |step: f64| -> Result<f64> {
             for part in parts {

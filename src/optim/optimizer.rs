@@ -1,4 +1,4 @@
-//! The optimisers that the loop knows, behind one name.
+//! The optimisers of the training loop, as one type.
 
 use std::collections::BTreeMap;
 
@@ -13,14 +13,14 @@ use crate::error::Result;
 /// An optimiser of the trainable parameters of a store.
 #[derive(Debug)]
 pub enum Optimizer {
-    /// AdamW, whose losses are at the parameters.
+    /// AdamW: losses are computed at the parameters.
     AdamW(AdamW),
-    /// IVON, whose losses are at draws around them.
+    /// IVON: losses are computed at posterior draws around the parameters.
     Ivon(Ivon),
 }
 
 impl Optimizer {
-    /// Before the loss of the micro-batch with draw `draw`: puts the weights in place that it is taken at.
+    /// Called before the loss of the micro-batch with draw `draw`: sets the weights at which it is computed.
     ///
     /// # Errors
     /// As [`Ivon::perturb`].
@@ -31,7 +31,7 @@ impl Optimizer {
         }
     }
 
-    /// After the backward pass of that loss: puts the parameters back.
+    /// Called after the backward pass of that loss: restores the parameters.
     ///
     /// # Errors
     /// As [`Ivon::observe`].
@@ -42,7 +42,8 @@ impl Optimizer {
         }
     }
 
-    /// In place of a step that is not taken, wherever its losses ended: puts the parameters back.
+    /// Called instead of [`Self::step`] if a step is skipped: restores the parameters, wherever the losses
+    /// stopped.
     ///
     /// # Errors
     /// As [`Ivon::skip`].
@@ -53,7 +54,7 @@ impl Optimizer {
         }
     }
 
-    /// One step at learning rate `lr`.
+    /// Takes one step at learning rate `lr`.
     ///
     /// # Errors
     /// As [`AdamW::step`] and [`Ivon::step`].
@@ -64,7 +65,7 @@ impl Optimizer {
         }
     }
 
-    /// What is remembered of every parameter. Cloned, the tensors are the same.
+    /// Returns the optimiser state of every parameter. Clones share their tensors.
     pub fn remembered(&self) -> &BTreeMap<String, Moments> {
         match self {
             Self::AdamW(adamw) => adamw.remembered(),
@@ -72,7 +73,7 @@ impl Optimizer {
         }
     }
 
-    /// Continues where another optimiser of the same parameters stopped.
+    /// Continues from the state of another optimiser of the same parameters.
     ///
     /// # Errors
     /// As [`AdamW::restore`].

@@ -1,6 +1,6 @@
-//! The arithmetic of AdamW: in place on single-precision CPU tensors, on CUDA devices in one launch for all
-//! parameters, by ordinary tensor operations elsewhere. Every element is computed alone, so threads change no
-//! result.
+//! The arithmetic of AdamW: in place on single-precision CPU tensors, in one launch for all parameters on
+//! CUDA devices, by ordinary tensor operations elsewhere. Elements are independent, so that the number of
+//! threads does not change results.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
@@ -12,13 +12,13 @@ use super::moments::Moments;
 use crate::kernels::multi_tensor;
 use crate::util::simd::vectorized;
 
-/// Elements of one piece of work: large enough to pay for handing it to a thread.
+/// Elements per task: enough to outweigh the cost of handing it to a thread.
 const PIECE: usize = 8192;
 
-/// The scalars of one step.
+/// The scalars of one AdamW step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Constants {
-    /// What the gradient is multiplied by before anything else.
+    /// Multiplies the gradient before anything else.
     pub factor: f64,
     pub beta1: f64,
     pub beta2: f64,
@@ -31,7 +31,7 @@ pub(super) struct Constants {
     pub correction2: f64,
 }
 
-/// The steps of some parameters. Those on a CUDA device are taken together, at the end.
+/// The AdamW steps of some parameters. Those on a CUDA device are collected and taken together in `finish`.
 #[derive(Default)]
 pub(super) struct Steps {
     #[cfg(feature = "cuda")]
@@ -39,7 +39,7 @@ pub(super) struct Steps {
 }
 
 impl Steps {
-    /// Takes the step of `var`, now or at the end.
+    /// Takes the step of `var` now, or in [`Self::finish`].
     pub fn take(&mut self, var: &Var, moments: &mut Moments, grad: &Tensor, of: &Constants) -> Result<()> {
         #[cfg(feature = "cuda")]
         if multi_tensor::supports(var) && grad.dtype() == DType::F32 {
@@ -57,7 +57,7 @@ impl Steps {
         update(var, moments, grad, of)
     }
 
-    /// Takes those that wait.
+    /// Takes the collected steps.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unused_self))]
     pub fn finish(self, factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
         #[cfg(feature = "cuda")]
@@ -66,7 +66,7 @@ impl Steps {
     }
 }
 
-/// One step of `var`.
+/// Takes one step of `var`.
 fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
     let single = [var.dtype(), grad.dtype()] == [DType::F32; 2];
     if single && var.device().is_cpu() && var.is_contiguous() {
@@ -76,7 +76,7 @@ fn update(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants
     }
 }
 
-/// No allocation: for full fine-tuning the temporaries would outweigh the model.
+/// Without allocation: in full fine-tuning the temporaries would be larger than the model.
 fn in_place(var: &Var, moments: &mut Moments, grad: &Tensor, constants: &Constants) -> Result<()> {
     let factor = constants.factor;
     moments.first.inplace_op2(grad, &Mean { factor, beta: constants.beta1, of_squares: false })?;
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn both_ways_agree_and_the_gradient_may_have_any_strides() -> Result<()> {
-        // More than two pieces, the last one short.
+        // More than two pieces, the last of them short.
         let (rows, columns) = (2 * PIECE / 64 + 1, 65);
         let random = |path: &str, draw| -> Result<Tensor> {
             let mut values = vec![0f32; rows * columns];
@@ -198,7 +198,7 @@ mod tests {
         };
         let ((one, mut fast), (other, mut plain)) = (new()?, new()?);
         for t in 1..=4 {
-            // The gradient arrives transposed, as a matrix product's backward may leave it.
+            // A transposed gradient, as the backward pass of a matrix product may give.
             let grad = random("g", t as u64)?.t()?.contiguous()?.t()?;
             let constants = Constants {
                 factor: 0.25,

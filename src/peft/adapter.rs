@@ -1,4 +1,4 @@
-//! An adapter file in memory, apart from any model, and whether it is whole.
+//! An adapter file in memory, independent of any model, and its validation.
 
 use std::collections::BTreeMap;
 
@@ -15,14 +15,14 @@ use crate::labels::Labels;
 use crate::monteclora::MonteCLoRAConfig;
 use crate::util::finite::first_non_finite;
 
-/// The name of the configuration's file.
+/// The name of the configuration file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The name of the tensors' file.
+/// The name of the weights file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// The name of the file with what this crate remembers beyond PEFT's format.
+/// The name of the file with this crate's data beyond PEFT's format.
 pub const OWN_FILE: &str = "monteclora.json";
 
-/// An adapter as it lies on disk.
+/// The contents of an adapter's files.
 #[derive(Debug, Clone)]
 pub struct AdapterFile {
     /// The configuration.
@@ -32,13 +32,13 @@ pub struct AdapterFile {
     /// The tensors of modules that are saved whole (a task head), by their name in the model, such
     /// as `classifier.dense.weight`.
     pub saved_modules: BTreeMap<String, Tensor>,
-    /// What this crate knows of a MonteCLoRA adapter beyond PEFT's six fields; it lies in
-    /// `monteclora.json`. Where the two disagree, PEFT's file counts.
+    /// The settings of a MonteCLoRA adapter beyond PEFT's six fields, stored in `monteclora.json`. Where the
+    /// two files disagree, PEFT's counts.
     pub monteclora: Option<MonteCLoRAConfig>,
-    /// The prior that a LoRA adapter was trained with; it lies in `monteclora.json`, too.
+    /// The prior that a LoRA adapter was trained with, stored in `monteclora.json`.
     pub prior: Option<Prior>,
-    /// The names of the saved head's classes, in the order of its rows, where they are known
-    /// (PEFT keeps none); they lie in `monteclora.json`, too.
+    /// The class names of the saved head, in the order of its rows, if known; stored in `monteclora.json`,
+    /// because PEFT's format has no place for them.
     pub labels: Option<Labels>,
 }
 
@@ -76,7 +76,8 @@ pub struct SamplerTensors {
 }
 
 impl SamplerTensors {
-    /// The trained tensors, with the buffers as PEFT starts them: equal weights, unit covariance.
+    /// Creates the sampler tensors from the trained ones; the buffers get PEFT's initial values: equal
+    /// weights, unit covariance.
     ///
     /// # Errors
     /// If a tensor is not a vector.
@@ -103,12 +104,12 @@ impl LayerTensors {
 }
 
 impl AdapterFile {
-    /// Checks the tensors against the configuration: that each layer is a target, that ranks and
-    /// the number of components agree, that every value is finite, and that the saved modules are
-    /// those that the configuration lists; and this crate's own settings.
+    /// Checks the tensors against the configuration: that each layer is a target, that ranks and the number
+    /// of components agree, that every value is finite, and that the saved modules are those that the
+    /// configuration lists. Also validates this crate's own settings.
     ///
     /// # Errors
-    /// [`Error::Tensor`] naming the tensor as it is called on disk, or [`Error::Config`].
+    /// [`Error::Tensor`] with the tensor's name on disk, or [`Error::Config`].
     pub fn check(&self) -> Result<()> {
         self.config.check().map_err(|reason| Error::config("adapter configuration", reason))?;
         if let (Some(own), AdapterMethod::MonteCLoRA(used)) = (&self.monteclora, self.method()) {
@@ -120,7 +121,7 @@ impl AdapterFile {
         }
         let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
         let (targets, ranks) = (self.config.are_targets(&paths)?, self.config.ranks_of(&paths)?);
-        // Patterns that are wanted later: one that is no expression is found here, with the file.
+        // Not needed here, but a malformed pattern is reported with the file.
         self.config.alphas_of(&paths)?;
         for (((path, layer), is_target), rank) in self.layers.iter().zip(targets).zip(ranks) {
             if !is_target {
@@ -149,7 +150,7 @@ impl AdapterFile {
         }
     }
 
-    /// What of a head, of which the file has a part, is not in it.
+    /// The head parameters that are missing from the file, if it contains others.
     #[cfg(feature = "models")]
     pub(super) fn of_the_base(&self, params: &Params) -> Vec<String> {
         let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
@@ -157,22 +158,21 @@ impl AdapterFile {
         heads.filter(|_| !self.saved_modules.is_empty()).collect()
     }
 
-    /// What its configuration names and its tensors do not have, a sentence each: patterns of ranks and alphas
-    /// and names of targets that match no layer, modules to save without a tensor. [`Self::apply`] tells them as warnings
+    /// Describes settings without effect, one sentence each: rank patterns, alpha patterns and target names
+    /// that match no layer, and modules to save without a tensor. [`Self::apply`] logs them as warnings
     /// (`tracing`).
     ///
     /// # Errors
-    /// If a pattern is no regular expression.
+    /// If a pattern is not a valid regular expression.
     pub fn warnings(&self) -> Result<Vec<String>> {
         let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
         let modules: Vec<&str> = self.saved_modules.keys().map(|name| keys::module(name)).collect();
         self.config.without_effect(&paths, &modules)
     }
 
-    /// The method and its settings to make the file's layers with: PEFT's and, where this crate wrote
-    /// the file, its own.
+    /// The method of the file's layers, with PEFT's settings and, if this crate wrote the file, its own.
     ///
-    /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the law it was trained under.
+    /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the distribution it was trained with.
     pub fn method(&self) -> AdapterMethod {
         AdapterMethod::from_peft(&self.config, self.monteclora.as_ref(), self.prior)
     }

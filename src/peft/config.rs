@@ -1,7 +1,7 @@
 //! `adapter_config.json`: the fields of PEFT's `LoraConfig` that this crate reads and writes.
 //!
-//! Keys that PEFT adds in later versions are passed over; settings that change what A and B mean
-//! are refused by name, because an adapter read without them would silently compute something else.
+//! Unknown keys, such as those of later PEFT versions, are ignored. Settings that change the meaning of A and
+//! B are rejected by name, because an adapter read without them would silently compute something else.
 
 use std::path::Path;
 
@@ -14,8 +14,8 @@ use crate::error::{Error, Result};
 use crate::inject::patterns::is_plain;
 use crate::util::json;
 
-/// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults. Outside of this crate it is made from
-/// `PeftConfig::default()`, field by field.
+/// PEFT's configuration of a LoRA adapter, with PEFT's names and defaults. Outside this crate, start from
+/// `PeftConfig::default()` and set its fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
@@ -26,7 +26,7 @@ pub struct PeftConfig {
     /// name.
     #[serde(serialize_with = "number")]
     pub lora_alpha: f64,
-    /// The dropout before A while training.
+    /// The dropout rate of the input of A while training.
     #[serde(deserialize_with = "nullable")]
     pub lora_dropout: f64,
     /// Whether the scale is `lora_alpha / sqrt(r)`.
@@ -34,27 +34,27 @@ pub struct PeftConfig {
     pub use_rslora: bool,
     /// The layers that are adapted.
     pub target_modules: Option<TargetModules>,
-    /// Layers that are not, although `target_modules` names them.
+    /// Layers that are not adapted although `target_modules` names them.
     pub exclude_modules: Option<TargetModules>,
     /// The indices of the blocks whose layers are adapted.
     pub layers_to_transform: Option<OneOrMany<usize>>,
-    /// The name of the list of blocks that those indices count.
+    /// The name of the list of blocks to which these indices refer.
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Ranks of single layers: the first pattern that matches a path counts.
     #[serde(with = "in_order")]
     pub rank_pattern: Vec<(String, usize)>,
-    /// Alphas of single layers, likewise.
+    /// Alphas of single layers, by the same rule.
     #[serde(with = "in_order")]
     pub alpha_pattern: Vec<(String, f64)>,
     /// Modules that are trained and saved whole, such as a task head.
     pub modules_to_save: Option<Vec<String>>,
-    /// The task: `SEQ_CLS`, `CAUSAL_LM`.
+    /// The task, such as `SEQ_CLS` or `CAUSAL_LM`.
     pub task_type: Option<String>,
     /// The base model: a hub repository or a folder.
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
-    /// MonteCLoRA's own settings, if the adapter is one.
+    /// The settings of a MonteCLoRA adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monteclora_config: Option<MonteCLoRAFields>,
 }
@@ -117,7 +117,7 @@ impl Default for MonteCLoRAFields {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TargetModules {
-    /// A regular expression of Python's syntax, or the word `all-linear`.
+    /// A regular expression in Python's syntax, or the word `all-linear`.
     Pattern(String),
     /// Paths or ends of paths.
     Names(Vec<String>),
@@ -143,15 +143,15 @@ impl<T> OneOrMany<T> {
     }
 }
 
-/// The most patterns that need a regular expression's engine: each takes some microseconds to compile,
-/// and as many as fit into a file would take minutes. Files that name each layer have plain names.
+/// Maximum number of patterns that need the regex engine. Each takes some microseconds to compile, and as
+/// many as fit into a file would take minutes. Files that list each layer use plain names.
 const MOST_EXPRESSIONS: usize = 1000;
 
-/// Initialisations that leave the base weight as it was, whatever their case: an adapter that was started so is
-/// plain LoRA once it is loaded.
+/// Initialisations that do not change the base weight, compared without case: such an adapter is plain LoRA
+/// once it is loaded.
 const INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
 
-/// Settings that must be absent, null, false or empty, and what each of them is.
+/// Settings that must be absent, null, false or empty, with a description for the error.
 pub(super) const REFUSED: [(&str, &str); 12] = [
     ("use_dora", "DoRA"),
     ("lora_bias", "a bias of B"),
@@ -168,7 +168,7 @@ pub(super) const REFUSED: [(&str, &str); 12] = [
 ];
 
 impl PeftConfig {
-    /// Reads the text of the file `path`.
+    /// Parses the text of the file `path`.
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self> {
         let raw: Map<String, Value> = json::parse(text, path)?;
         refuse(&raw).map_err(|reason| Error::format(path, reason))?;
@@ -177,7 +177,7 @@ impl PeftConfig {
         Ok(config)
     }
 
-    /// Checks the values, or says which is outside its domain.
+    /// Checks the values; the error names the first one outside its domain.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         if self.r == 0 {
             return Err("r: a rank of 0 is no adapter".into());
@@ -218,8 +218,8 @@ impl PeftConfig {
         Ok(())
     }
 
-    /// The text of the file, with the settings that PEFT's readers ask for although they have but
-    /// one value here.
+    /// The text of the file, including settings that PEFT's readers require although their values are fixed
+    /// here.
     pub(super) fn to_text(&self) -> serde_json::Result<String> {
         #[derive(Serialize)]
         struct File<'a> {
@@ -255,7 +255,7 @@ fn positive(field: &str, value: f64) -> std::result::Result<(), String> {
     }
 }
 
-/// Says why a configuration cannot be honoured, if so.
+/// Rejects an unsupported configuration, with the reason.
 fn refuse(raw: &Map<String, Value>) -> std::result::Result<(), String> {
     match raw.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => {}
@@ -296,7 +296,7 @@ fn refuse(raw: &Map<String, Value>) -> std::result::Result<(), String> {
     }
 }
 
-/// A float that PEFT's readers expect as an integer where it is one.
+/// Serialises a float without a fractional part as an integer, as PEFT's readers expect.
 fn number<S: Serializer>(value: &f64, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     if value.fract() == 0.0 && value.abs() < 1e15 {
         serializer.serialize_i64(*value as i64)
@@ -305,7 +305,7 @@ fn number<S: Serializer>(value: &f64, serializer: S) -> std::result::Result<S::O
     }
 }
 
-/// A value whose default stands for null.
+/// Deserialises null as the default value.
 fn nullable<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -314,7 +314,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// A JSON object whose order counts: of several patterns that match, PEFT takes the first.
+/// (De)serialises a JSON object in order: of several patterns that match, PEFT takes the first.
 mod in_order {
     use super::*;
     use std::marker::PhantomData;

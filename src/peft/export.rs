@@ -1,4 +1,4 @@
-//! Who an adapter is written for, and what changes for them.
+//! Export formats of adapters, and the conversion to them.
 
 use std::collections::BTreeMap;
 
@@ -8,31 +8,31 @@ use super::adapter::{AdapterFile, LayerTensors};
 use super::config::TargetModules;
 use crate::error::{Error, Result};
 
-/// Who an adapter is written for.
+/// The readers that an adapter is written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ExportFormat {
-    /// PEFT from version 0.20 on: everything that training needs to go on.
+    /// PEFT from version 0.20 on, with everything needed to continue training.
     #[default]
     PeftMonteCLoRA,
-    /// Servers and any version of PEFT: the mean's A and B alone. All layers have one rank (smaller
-    /// ones are filled up with zeros) and one scale (B makes up for the difference), because vLLM
-    /// reads no patterns and llama.cpp divides by the rank that it finds.
+    /// Inference servers and any version of PEFT: only A and B of the mean. All layers have the same rank
+    /// (smaller ones are padded with zeros) and the same scale (B is multiplied by the ratio), because vLLM
+    /// reads no patterns and llama.cpp divides by the rank of the tensors.
     Serving {
-        /// What is done with rsLoRA's scale, `lora_alpha / sqrt(r)`. True: B is multiplied by `sqrt(r)`,
-        /// so that `lora_alpha / r` gives the same for every reader. False: `use_rslora` says so, which PEFT and
-        /// vLLM read and llama.cpp passes over.
+        /// How rsLoRA's scale, `lora_alpha / sqrt(r)`, is written. True: B is multiplied by `sqrt(r)`, so
+        /// that every reader gets the same result with `lora_alpha / r`. False: `use_rslora` is set, which
+        /// PEFT and vLLM read but llama.cpp ignores.
         fold_rslora: bool,
     },
 }
 
 impl AdapterFile {
-    /// This adapter as `format` has it; what [`ExportFormat::Serving`] changes does not change what the
-    /// adapter computes.
+    /// Converts this adapter to `format`. [`ExportFormat::Serving`] does not change the mean that it
+    /// computes.
     ///
     /// # Errors
-    /// For [`ExportFormat::Serving`], if there are saved modules: servers refuse adapters with a task
-    /// head, and without it the adapter answers another question.
+    /// For [`ExportFormat::Serving`], if there are saved modules: servers reject adapters with a task head,
+    /// and without the head the adapter solves another task.
     pub fn exported(&self, format: ExportFormat) -> Result<Self> {
         match format {
             ExportFormat::PeftMonteCLoRA => Ok(self.clone()),
@@ -77,7 +77,7 @@ impl AdapterFile {
     }
 }
 
-/// A and B of this rank, the new rows and columns zero, and B times `factor`.
+/// Pads A and B to `rank` with zeros and multiplies B by `factor`.
 fn widened(layer: &LayerTensors, rank: usize, factor: f64) -> Result<LayerTensors> {
     let more = rank - layer.a.dim(0)?;
     let fill = |tensor: &Tensor, dim| match more {

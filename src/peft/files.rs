@@ -1,4 +1,4 @@
-//! Reading and writing the two files of an adapter.
+//! Reads and writes the files of an adapter.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::util::files::{self, Pending};
 use crate::util::{json, lfs_pointer};
 
-/// The tensors' file as older versions of PEFT pickled it.
+/// The pickled weights file of older PEFT versions.
 const PICKLE: &str = "adapter_model.bin";
 
 impl AdapterFile {
@@ -116,17 +116,15 @@ impl AdapterFile {
         Ok(Self { config, layers, saved_modules, monteclora: None, prior: None, labels: None })
     }
 
-    /// Writes the adapter into the folder `dir`, which is made if need be. Equal adapters give
-    /// equal bytes.
+    /// Writes the adapter into the folder `dir`, which is created if needed. Equal adapters give equal bytes.
     ///
-    /// All files are written beside their places first. Then the configuration that lay here goes,
-    /// the others take their places, and the new configuration comes last: a crash in between leaves
-    /// a folder without a configuration, which every reader refuses, and never one adapter's
-    /// tensors under another's settings.
+    /// All files are first written beside their final paths. Then the old configuration is removed, the other
+    /// files are moved into place, and the new configuration is moved last. A crash in between leaves a
+    /// folder without a configuration, which every reader rejects, never the tensors of one adapter with the
+    /// settings of another.
     ///
     /// # Errors
-    /// Before anything is written, those of [`Self::check`] and [`Self::exported`]; then
-    /// [`Error::Io`].
+    /// Those of [`Self::check`] and [`Self::exported`], before anything is written; then [`Error::Io`].
     pub fn write(&self, dir: impl AsRef<Path>, format: ExportFormat) -> Result<()> {
         self.check()?;
         let file = self.exported(format)?;
@@ -144,19 +142,19 @@ impl AdapterFile {
         weights.commit()?;
         match own {
             Some(own) => own.commit()?,
-            // One of another adapter that lay here before.
+            // It belongs to an adapter that was in this folder before.
             None => files::remove(&dir.join(OWN_FILE))?,
         }
         config.commit()
     }
 
-    /// Takes an adapter's files out of the folder `dir`, where there are some: what is written there in another form would
-    /// be taken for them.
+    /// Removes the files of an adapter from the folder `dir`, if there are any, so that something written
+    /// there in another form is not mistaken for them.
     ///
     /// # Errors
-    /// If one cannot be removed.
+    /// If a file cannot be removed.
     pub fn remove(dir: impl AsRef<Path>) -> Result<()> {
-        // The configuration first: without it the others are no adapter.
+        // The configuration first: without it the other files are not read.
         [CONFIG_FILE, WEIGHTS_FILE, OWN_FILE]
             .iter()
             .try_for_each(|name| files::remove(&dir.as_ref().join(name)))

@@ -1,12 +1,12 @@
-//! The names of an adapter file's tensors: PEFT's prefix, the layer's Hugging Face path, and what
-//! the tensor is. Adapter names never stand in a key.
+//! The names (keys) of an adapter file's tensors: PEFT's prefix, the layer's Hugging Face path, and the kind
+//! of tensor. A key does not contain the name of the adapter.
 
 use super::config::PeftConfig;
 use crate::error::Result;
 
-/// Before every key.
+/// The prefix of every key.
 pub(super) const PREFIX: &str = "base_model.model.";
-/// Between a layer's path and the name of one of its sampler's tensors.
+/// The name between a layer's path and that of one of its sampler's tensors.
 pub(super) const SAMPLER: &str = "lora_monteclora_sampler";
 
 /// The tensors of one layer, in the order in which they are stored.
@@ -30,7 +30,7 @@ impl TensorKind {
         Self::GaussianVarPrior,
     ];
 
-    /// What follows the layer's path in the key.
+    /// The part of the key after the layer's path.
     pub(super) fn suffix(self) -> &'static str {
         match self {
             Self::A => "lora_A.weight",
@@ -48,12 +48,12 @@ impl TensorKind {
     }
 }
 
-/// The module that the tensor `name` is of: its name but for the last part.
+/// The module of the tensor `name`: its name without the last segment.
 pub(super) fn module(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(module, _)| module)
 }
 
-/// What a key names.
+/// The meaning of a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Key {
     /// A tensor of the adapted layer at this path.
@@ -62,13 +62,14 @@ pub(super) enum Key {
     Saved(String),
 }
 
-/// What PEFT saves of a model whose vocabulary was resized, without a word in the configuration.
+/// Tensors that PEFT saves of a model whose vocabulary was resized, without listing them in the
+/// configuration.
 const OF_VOCABULARIES: [&str; 3] = ["embed_tokens.weight", "lm_head.weight", "word_embeddings.weight"];
 
-/// Takes the keys of a file apart, or says of each why it does not belong there.
+/// Parses the keys of a file; for each, its meaning or the reason why it is rejected.
 pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::result::Result<Key, String>>> {
     let mut parsed: Vec<_> = keys.iter().map(|key| of_shape(key)).collect();
-    // All at once: the configuration may have many patterns.
+    // All in one call: the configuration may have many patterns to compile.
     let mut names = Vec::new();
     for key in &mut parsed {
         if let Ok(Key::Saved(name)) = key {
@@ -91,7 +92,7 @@ pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::resul
     Ok(parsed)
 }
 
-/// What a key names by its shape. Whether the configuration has it saved is another question.
+/// Parses a key by its form alone; [`parse`] checks whether the configuration lists a saved module.
 fn of_shape(key: &str) -> std::result::Result<Key, String> {
     let rest = key.strip_prefix(PREFIX).ok_or(format!("expected a name that starts with {PREFIX}"))?;
     for kind in TensorKind::ALL {
@@ -109,7 +110,7 @@ fn of_shape(key: &str) -> std::result::Result<Key, String> {
     Ok(Key::Saved(without_wrapper(&segments)))
 }
 
-/// Why the tensor `kind`, followed by `rest`, is not read.
+/// The reason why the tensor `kind`, followed by `rest`, is rejected.
 fn why_not(kind: &str, rest: &[&str]) -> String {
     match (kind, rest) {
         ("lora_magnitude_vector", _) => "DoRA (a magnitude vector) is not supported".into(),

@@ -1,11 +1,11 @@
-//! Which of this crate's adapters an adapter file means, and which file one of them makes.
+//! Converts between PEFT's configuration and this crate's methods.
 
 use super::config::{MonteCLoRAFields, PeftConfig};
 use crate::adapter::Prior;
 use crate::adapters::LoraConfig;
 use crate::monteclora::MonteCLoRAConfig;
 
-/// The adapter that a file holds, in this crate's own words.
+/// The method and settings of an adapter, in this crate's terms.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum AdapterMethod {
@@ -16,7 +16,7 @@ pub enum AdapterMethod {
 }
 
 impl AdapterMethod {
-    /// What a configuration means together with this crate's own settings.
+    /// Combines a PEFT configuration with this crate's own settings.
     pub(super) fn from_peft(
         config: &PeftConfig,
         own: Option<&MonteCLoRAConfig>,
@@ -43,13 +43,13 @@ impl AdapterMethod {
             kl_weight: fields.kl_loss_weight,
             dirichlet_prior: fields.dirichlet_prior,
             cooperative_weight,
-            // PEFT's buffer holds at least one draw, ours may be none.
+            // PEFT's buffer has at least one draw, ours may have none.
             buffer_size: if fields.buffer_size == own.buffer_size.max(1) {
                 own.buffer_size
             } else {
                 fields.buffer_size
             },
-            // It works eps out anew: of an eps that is another one by now nothing would be left.
+            // `relative_scaler` recomputes eps, so drop it if the file's eps has changed since.
             relative_scaler: own.relative_scaler.filter(|_| fields.sample_scaler == own.sample_scaler),
             ..own
         })

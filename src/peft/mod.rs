@@ -1,8 +1,8 @@
 //! Adapters on disk in the format of Hugging Face PEFT: `adapter_config.json` beside
-//! `adapter_model.safetensors`. PEFT's names live here and nowhere else.
+//! `adapter_model.safetensors`. PEFT's names are used in this module only.
 //!
-//! [`AdapterFile`] is such an adapter in memory, apart from any model: what is read has been
-//! checked whole, and what is written is deterministic and never mixes with what lay there before.
+//! [`AdapterFile`] is such an adapter in memory, independent of any model. Reading validates the whole file;
+//! writing is deterministic and never mixes new files with old ones.
 
 mod adapter;
 mod config;

@@ -1,5 +1,4 @@
-//! Between an adapter on disk and the layers of a model: taking one from a model, and putting one into
-//! a model.
+//! Copies an adapter out of a model, and loads one into a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use crate::inject::{self, TargetLayer};
 use crate::labels::Labels;
 use crate::monteclora::{DrawGroup, MonteCLoRA, MonteCLoRAConfig};
 
-/// What an adapter was trained for.
+/// The base model and the task of an adapter.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterMetadata {
     /// The base model: a hub repository or a folder.
@@ -28,18 +27,18 @@ pub struct AdapterMetadata {
     pub revision: Option<String>,
     /// PEFT's name of the task: `SEQ_CLS`, `CAUSAL_LM`.
     pub task: Option<String>,
-    /// The names of the classes of a task head, in the order of its rows.
+    /// The class names of a task head, in the order of its rows.
     pub labels: Option<Labels>,
 }
 
 impl AdapterFile {
-    /// The adapter named `adapter` of a model, with the trained head in `params`: a copy, which
-    /// later training does not change. `method` is what the layers were made with; a layer whose
-    /// rank or scale differs gets a pattern of its own.
+    /// Copies the adapter named `adapter` out of a model, with the trained head in `params`; later training
+    /// does not change the copy. `method` is the one the layers were made with; a layer with a different rank
+    /// or scale gets a pattern of its own.
     ///
     /// # Errors
-    /// If no layer has an adapter of this name, or one is neither LoRA nor MonteCLoRA or does not
-    /// fit `method`.
+    /// If no layer has an adapter of this name, or one is neither LoRA nor MonteCLoRA or does not match
+    /// `method`.
     pub fn from_model(
         model: &dyn AdaptableModel,
         adapter: &str,
@@ -66,9 +65,9 @@ impl AdapterFile {
         Self::assembled(layers, scales, names, params, method, metadata)
     }
 
-    /// The adapters of a model made of standalone layers ([`AdaptedLinear`](crate::AdaptedLinear)), each with the
-    /// path that it was made with, and the trained head in `params`: a copy, as [`Self::from_model`] makes it. PEFT
-    /// finds the layers by these paths.
+    /// Copies the adapters of standalone layers ([`AdaptedLinear`](crate::AdaptedLinear)), each with the path
+    /// it was made with, and the trained head in `params`, as [`Self::from_model`] does. PEFT finds the
+    /// layers by these paths.
     ///
     /// # Example
     /// ```
@@ -91,7 +90,8 @@ impl AdapterFile {
     /// ```
     ///
     /// # Errors
-    /// If there is no layer, a path comes twice, or one is neither LoRA nor MonteCLoRA or does not fit `method`.
+    /// If there is no layer, a path occurs twice, or an adapter is neither LoRA nor MonteCLoRA or does not
+    /// match `method`.
     pub fn from_layers(
         layers: &[(&str, &dyn Adapter)],
         params: &Params,
@@ -110,7 +110,7 @@ impl AdapterFile {
         Self::assembled(all, scales, names, params, method, metadata)
     }
 
-    /// A file of these layers and scales, for the targets of these names.
+    /// Builds the file from the layers, their scales and the targets.
     fn assembled(
         layers: BTreeMap<String, LayerTensors>,
         scales: BTreeMap<String, f64>,
@@ -149,12 +149,12 @@ impl AdapterFile {
         Ok(file)
     }
 
-    /// Puts this adapter into standalone layers, which were made with the paths and the scales that it has, and its
-    /// saved modules over the head's parameters of the same names.
+    /// Loads this adapter into standalone layers, which must have been made with the paths and scales of the
+    /// file, and its saved modules into the head parameters of the same names.
     ///
     /// # Errors
-    /// If a layer is not in the file or one of the file not among `layers`, a scale or a shape differs, or a tensor
-    /// has no parameter in `params`. On an error nothing has changed.
+    /// If `layers` and the layers of the file are not the same, a scale or shape differs, or a tensor has no
+    /// parameter in `params`. On an error nothing has changed.
     pub fn apply_to_layers(&self, layers: &[(&str, &dyn Adapter)], params: &Params) -> Result<()> {
         self.check()?;
         let paths: Vec<&str> = self.layers.keys().map(String::as_str).collect();
@@ -183,23 +183,24 @@ impl AdapterFile {
         params.restore(&values)
     }
 
-    /// Puts this adapter into a model under the name `adapter`, its parameters into `params`, and
-    /// its saved modules over the head's parameters of the same names. It becomes the active one:
-    /// other layers let go of an adapter of another name, whose parameters are frozen.
+    /// Loads this adapter into a model under the name `adapter`: creates its parameters in `params`, and
+    /// overwrites the head parameters that have the names of its saved modules. It becomes the active
+    /// adapter; adapters of other names are deactivated and frozen.
     ///
-    /// The decoder of a model that sees images too may be called as before transformers 4.52 in one and as since in the
-    /// other; layers of the part that sees are left out, with a warning, since of such models only the decoder is here.
+    /// For a vision-language model, the file and the model may each use the decoder's path from before or
+    /// after transformers 4.52. Layers of the vision part are skipped with a warning, because only the
+    /// decoder is supported.
     ///
-    /// All adapters of a model share its task head. A file whose head differs from the one in use is
-    /// refused where the model has another adapter, which would answer through a strange head.
-    /// (Difference: PEFT keeps a head for each adapter.)
+    /// All adapters of a model share its task head (PEFT keeps one for each adapter). If the model has
+    /// another adapter, a file with a different head is rejected, because that adapter would then use a head
+    /// it was not trained with. Head parameters that the configuration does not save keep their values, with
+    /// a warning.
     ///
     /// # Errors
-    /// If a layer of the file is not in the model or does not fit it, a layer that the
-    /// configuration names has no tensors, the name is taken, a layer is merged, a saved module has
-    /// no parameter of its name and shape, a parameter of the task head that the configuration has saved is not in the
-    /// file, or it is another head than that of the model's other adapters. On an error nothing has changed. Parameters
-    /// of the head that it has not saved keep their values, with a warning.
+    /// If a layer of the file is not in the model or does not fit it, a layer that the configuration targets
+    /// has no tensors, the name is taken, a layer is merged, a saved module has no parameter of its name and
+    /// shape, a head parameter that the configuration saves is not in the file, or the head differs from that
+    /// of the model's other adapters. On an error nothing has changed.
     pub fn apply(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         check_unmerged(model)?;
         self.check()?;
@@ -209,10 +210,10 @@ impl AdapterFile {
         }
     }
 
-    /// [`Self::apply`], where layers are called as in the model.
+    /// [`Self::apply`] for a file with the layer paths of the model.
     fn apply_named(&self, model: &mut dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         self.check_model(model, adapter, params)?;
-        #[cfg(feature = "models")] // which brings the crate that tells them
+        #[cfg(feature = "models")] // which enables `tracing`
         self.warnings()?.iter().for_each(|what| tracing::warn!("adapter_config.json: {what}"));
         #[cfg(feature = "models")]
         self.of_the_base(params)
@@ -243,7 +244,7 @@ impl AdapterFile {
         done.or_else(|error| params.restore(&before).and(Err(error)))
     }
 
-    /// The adapter of one layer, with the file's values.
+    /// Creates the adapter of one layer with the file's values.
     fn layer(
         &self,
         method: &AdapterMethod,
@@ -274,7 +275,8 @@ impl AdapterFile {
         Ok(made)
     }
 
-    /// Checks that every layer and every saved module has its place, and every place is free.
+    /// Checks that every layer and saved module of the file has a matching place in the model, and that it is
+    /// free.
     fn check_model(&self, model: &dyn AdaptableModel, adapter: &str, params: &Params) -> Result<()> {
         let mut available = BTreeSet::new();
         model.visit_linears(&mut |layer| {
@@ -283,7 +285,8 @@ impl AdapterFile {
         })?;
         let paths: Vec<&str> = available.iter().map(String::as_str).collect();
         let alphas: BTreeMap<&str, f64> = paths.iter().copied().zip(self.config.alphas_of(&paths)?).collect();
-        // PEFT resolves `all-linear` when it saves; a file that still has it does not say which.
+        // PEFT resolves `all-linear` when it saves; a file that still has it does not tell which layers it
+        // means.
         let resolved = match &self.config.target_modules {
             None => false,
             Some(TargetModules::Pattern(word)) => word != "all-linear",
@@ -322,8 +325,8 @@ impl AdapterFile {
                 return Err(Error::tensor(name, reason));
             }
         }
-        // A head that is half in the file would keep its random start in the other half. What PEFT does not save, such as
-        // DeBERTa's pooler, is the base's.
+        // If a head is only partly in the file, the rest would keep its random initial values. What PEFT does
+        // not save, such as DeBERTa's pooler, comes from the base model.
         let whole_head = self.saved_modules.is_empty() && self.config.task_type.as_deref() == Some("SEQ_CLS");
         let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
         let heads: Vec<String> = heads.map(|(name, _)| name).collect();
@@ -366,7 +369,7 @@ impl AdapterFile {
     }
 }
 
-/// Why the tensor `name` of a saved module has no place in a model whose trained head is in `params`.
+/// The reason why the saved tensor `name` has no place in a model whose trained head is in `params`.
 fn no_place(name: &str, params: &Params) -> String {
     let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
     let heads: BTreeSet<String> = heads.map(|(name, _)| keys::module(&name).to_string()).collect();
@@ -383,7 +386,7 @@ fn no_place(name: &str, params: &Params) -> String {
     )
 }
 
-/// The scale and the tensors of one layer's adapter.
+/// Copies the scale and the tensors of one layer's adapter.
 fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f64, LayerTensors)> {
     let (pair, sampler): (&LowRank, _) = match method {
         AdapterMethod::Lora(_) => match adapter.as_any().downcast_ref::<Lora>() {
@@ -409,7 +412,7 @@ fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f6
     Ok((pair.scale(), LayerTensors { a: single(pair.a())?, b: single(pair.b())?, sampler }))
 }
 
-/// Whether `held` has the values that `file` has once the store holds them.
+/// Whether `held` equals `file` after conversion to the dtype of `held`.
 fn same(held: &Tensor, file: &Tensor) -> bool {
     let values = |tensor: &Tensor| {
         let tensor = tensor.detach().to_device(&Device::Cpu)?.to_dtype(held.dtype())?;
@@ -423,8 +426,7 @@ fn single(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.copy()?)
 }
 
-/// The modules that the head's parameters belong to; PEFT lists both names that a classifier
-/// can have.
+/// The modules of the head's parameters. For a classifier, both names that PEFT lists are included.
 fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<&str>) -> Option<Vec<String>> {
     let mut names: BTreeSet<String> =
         heads.map(|name| name.split('.').next().unwrap_or(name).to_string()).collect();

@@ -1,4 +1,4 @@
-//! From a model to a folder and back, and what does not fit.
+//! Tests of adapters saved from a model and loaded into one, and of files that do not fit.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,7 @@ impl Toy {
         Self::called(&PATHS, seed)
     }
 
-    /// With layers at these paths.
+    /// A toy with layers at these paths.
     fn called(paths: &[&str], seed: u64) -> Result<Self> {
         let base = || Ok::<_, Error>(Linear::new(Tensor::ones((5, 6), DType::F32, &Device::Cpu)?, None));
         let layers =
@@ -35,7 +35,7 @@ impl Toy {
         Ok(Self { layers, params })
     }
 
-    /// The same with MonteCLoRA of these ranks on the layers, every parameter in general position.
+    /// A toy with MonteCLoRA of these ranks on the layers (0: none), every parameter in general position.
     fn adapted(ranks: [usize; 3], config: &MonteCLoRAConfig) -> Result<Self> {
         Self::new(1)?.with(&ranks, config)
     }
@@ -124,7 +124,7 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
         let dir = tempfile::tempdir().unwrap();
         file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let read = AdapterFile::read(dir.path())?;
-        // What a file of before had no word for is not in one that does not use it.
+        // Fields that older files do not have are written only if they are used.
         let text = std::fs::read_to_string(dir.path().join(OWN_FILE)).unwrap();
         assert_eq!(text.contains("\"prior\"") || text.contains("\"evidence\""), use_rslora, "{text}");
         assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
@@ -177,7 +177,7 @@ fn a_rank_above_a_layers_dimensions_is_taken_as_peft_takes_it() -> Result<()> {
 
 #[test]
 fn of_a_model_that_sees_images_only_the_decoder_is_written_and_read() -> Result<()> {
-    // As Gemma 3's checkpoints call them, and as transformers has since 4.52.
+    // The paths in Gemma 3's checkpoints, and in transformers since 4.52.
     let names = ["language_model.model", "model.language_model"];
     let paths = names.map(|name| [0, 1].map(|i| format!("{name}.layers.{i}.self_attn.q_proj")));
     let seeing = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj";
@@ -190,11 +190,11 @@ fn of_a_model_that_sees_images_only_the_decoder_is_written_and_read() -> Result<
         assert_eq!(written.config.are_targets(&all)?, [true, true, false, false]);
         assert_eq!(written.config.ranks_of(&all[..2])?, [3, 2]);
     }
-    // A part of the layers: by the ends of their paths.
+    // If only some layers are adapted, they are targeted by the ends of their paths.
     let part = file(&toy(1)?.with(&[0, 3], &paper())?, &paper())?;
     assert_eq!(part.config.are_targets(&[&paths[0][0], &paths[0][1], seeing])?, [false, true, false]);
 
-    // As PEFT writes it: the layers of that name wherever they are.
+    // As PEFT writes it: the last name of the layers, which also matches in the vision part.
     let mut wide = written.clone();
     wide.config.target_modules = Some(TargetModules::Names(vec!["q_proj".into()]));
     wide.layers.insert(seeing.into(), written.layers[&paths[0][0]].clone());
@@ -203,7 +203,7 @@ fn of_a_model_that_sees_images_only_the_decoder_is_written_and_read() -> Result<
         load(&wide, &mut other, "default")?;
         assert_eq!(other.outputs(Pass::Mean)?, one.outputs(Pass::Mean)?);
     }
-    // Elsewhere such a layer is one that is not there.
+    // In any other model, the layer of the vision part is unknown.
     assert!(load(&wide, &mut Toy::new(1)?, "default").is_err());
     Ok(())
 }
@@ -239,7 +239,7 @@ fn an_adapter_of_peft_s_own_keeps_the_law_it_was_trained_under() -> Result<()> {
     std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
     let mut read = AdapterFile::read(dir.path())?;
     assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
-    // PEFT went on training with the entropy term and left our file as it was.
+    // As if PEFT had continued training with the entropy term.
     read.config.monteclora_config.as_mut().unwrap().use_entropy = true;
     let AdapterMethod::MonteCLoRA(config) = read.method() else { panic!("{:?}", read.method()) };
     assert_eq!(config.cooperative_weight, 1.0);
@@ -364,7 +364,7 @@ fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What a failed [`AdapterFile::apply`] must not change: parameters, their head, active adapters.
+/// What a failed [`AdapterFile::apply`] must not change: parameter names, the head, active adapters.
 fn state(toy: &Toy) -> Result<(Vec<String>, Vec<f32>, String)> {
     let names = toy.params.all().into_iter().map(|(name, _)| name).collect();
     let head = toy.params.get("classifier.weight").unwrap().var.flatten_all()?.to_vec1()?;
@@ -376,7 +376,8 @@ fn state(toy: &Toy) -> Result<(Vec<String>, Vec<f32>, String)> {
 #[test]
 fn a_failure_on_the_way_takes_everything_back() -> Result<()> {
     let file = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
-    // The second layer's B is taken when the first layer is done and its own A is made.
+    // The name of the second layer's B is taken: loading fails after the first layer and the second A are
+    // made.
     let mut toy = Toy::new(1)?;
     let taken = format!("{}.default.b", PATHS[1]);
     toy.params.create(&taken, Role::B, 1, &crate::adapter::Init::Constant(0.0))?;
@@ -410,6 +411,6 @@ fn a_second_adapter_cannot_bring_another_head() -> Result<()> {
     let message = load(&second, &mut toy, "second").unwrap_err().to_string();
     assert!(message.contains("classifier.weight: it differs from the head in use"), "{message}");
     assert_eq!(state(&toy)?, before);
-    // The only adapter brings its own.
+    // A model's only adapter may bring its own head.
     load(&second, &mut Toy::new(1)?, "second")
 }

@@ -1,5 +1,5 @@
-//! `monteclora.json`: what PEFT's format has no place for, this crate's settings of MonteCLoRA, a LoRA's prior, and the
-//! names of a saved head's classes.
+//! `monteclora.json`: data without a place in PEFT's format, namely this crate's settings of MonteCLoRA, the
+//! prior of a LoRA adapter, and the class names of a saved head.
 
 use std::path::Path;
 
@@ -16,11 +16,12 @@ use crate::util::json;
 const NAMES: &str = "id2label";
 const PRIOR: &str = "lora_prior";
 
-/// What such a file says.
+/// The contents of such a file.
 type Own = (Option<MonteCLoRAConfig>, Option<Prior>, Option<Labels>);
 
-/// What the text of the file `path` says; `is_monteclora`: whether PEFT's file is of a MonteCLoRA adapter.
-/// Settings beside an adapter of another kind are those of one that lay here before, and so are its names.
+/// Parses the text of the file `path`. `is_monteclora` says whether PEFT's file describes a MonteCLoRA
+/// adapter. If it does not, a file with MonteCLoRA settings was left by an earlier adapter in the folder and
+/// is ignored, including its names.
 pub(super) fn parse(text: &str, path: &Path, is_monteclora: bool) -> Result<Own> {
     let malformed = |error: serde_json::Error| Error::format(path, format!("malformed: {error}"));
     let mut fields: Map<String, Value> = json::parse(text, path)?;
@@ -41,7 +42,7 @@ pub(super) fn parse(text: &str, path: &Path, is_monteclora: bool) -> Result<Own>
     }
 }
 
-/// The text of the file beside this adapter; None where PEFT's format says all that there is.
+/// The text of the file for this adapter; `None` if PEFT's format has a place for everything.
 pub(super) fn text(adapter: &AdapterFile) -> serde_json::Result<Option<String>> {
     #[derive(Serialize)]
     struct Own<'a> {

@@ -1,5 +1,5 @@
-//! Models that see images too, of which only the decoder is here: two versions of transformers call its layers differently,
-//! and PEFT finds a layer's name in the other part as well.
+//! Adapters of vision-language models, of which this crate has only the decoder. Two versions of transformers
+//! name the decoder's layers differently, and PEFT matches target names in the vision part as well.
 
 use std::collections::BTreeSet;
 
@@ -8,13 +8,13 @@ use super::config::TargetModules;
 use crate::adapter::AdaptableModel;
 use crate::error::Result;
 
-/// Where transformers has the decoder of a model that sees images too (Gemma 3): before 4.52, as checkpoints still have it,
-/// and since.
+/// The path of the decoder in a vision-language model (Gemma 3): in transformers before 4.52 and in
+/// checkpoints, and in transformers since.
 const DECODERS: [&str; 2] = ["language_model.model", "model.language_model"];
 
 impl AdapterFile {
-    /// The same adapter for a model that has the decoder alone, perhaps called as the other version has it; none where
-    /// there is nothing to change.
+    /// The adapter for a model with the decoder alone, renamed if the model uses the paths of the other
+    /// version; `None` if nothing has to change.
     ///
     /// # Errors
     /// If the walk fails.
@@ -27,7 +27,7 @@ impl AdapterFile {
         let Some(to) = found else { return Ok(None) };
         let seeing = self.layers.keys().filter(|path| sees(path)).count();
         let decoder = (seeing > 0 && seeing < self.layers.len()).then(|| {
-            #[cfg(feature = "models")] // which brings the crate that tells it
+            #[cfg(feature = "models")] // which enables `tracing`
             tracing::warn!(
                 "{seeing} adapted layers are of the part that sees images, which is not here: left out"
             );
@@ -45,7 +45,7 @@ impl AdapterFile {
     }
 
     fn renamed(&self, from: &str, to: &str) -> Self {
-        // Names begin with it; expressions have it anywhere, its dot by itself or not.
+        // Names begin with `from`; expressions contain it anywhere, with or without an escaped dot.
         let name = |text: &str| match text.strip_prefix(from) {
             Some(rest) => format!("{to}{rest}"),
             None => text.to_string(),
@@ -69,8 +69,8 @@ impl AdapterFile {
     }
 }
 
-/// The targets of these adapted layers, where `others` are not adapted. Of a model that sees images, an expression that finds
-/// them in the decoder alone, by either version's names.
+/// The target modules for these adapted layers, where `others` are not adapted. For a vision-language model
+/// this is an expression that matches in the decoder only, under the paths of either version.
 pub(super) fn targets<'a>(
     adapted: impl Iterator<Item = &'a String> + Clone,
     others: &[String],
@@ -83,9 +83,9 @@ pub(super) fn targets<'a>(
     TargetModules::Pattern(format!(r"(?:.*\.)?language_model\.(?:.*\.)?(?:{})", names.join("|")))
 }
 
-/// The shortest honest list of targets: a layer's last name where all layers of that name are
-/// adapted, else its whole path. `dense` never stands alone: a Hugging Face model can have such
-/// layers (a pooler's) that cannot be adapted here.
+/// The shortest exact list of targets: a layer's last segment if all layers with it are adapted, else its
+/// whole path. `dense` is never used alone: a Hugging Face model can have such layers (a pooler's) that
+/// cannot be adapted here.
 fn shortest<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) -> Vec<String> {
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
     let left: BTreeSet<String> = others.iter().map(|path| last(path)).chain(["dense".to_string()]).collect();
@@ -94,18 +94,18 @@ fn shortest<'a>(adapted: impl Iterator<Item = &'a String>, others: &[String]) ->
     adapted.map(name).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// The end of a layer's path by which patterns find it: that of a decoder within such a model begins after its name.
+/// The part of a layer's path to use in patterns: without the path of the decoder, if it starts with one.
 pub(super) fn pattern(path: &str) -> &str {
     decoder_of(path).map_or(path, |which| &path[DECODERS[which].len() + 1..])
 }
 
-/// Whether a layer is of the part that sees.
+/// Whether a layer belongs to the vision part.
 fn sees(path: &str) -> bool {
     let path = path.strip_prefix("model.").unwrap_or(path);
     ["vision_tower.", "multi_modal_projector."].iter().any(|part| path.starts_with(part))
 }
 
-/// Which of the names a layer's path begins with.
+/// The index of the entry of [`DECODERS`] with which a layer's path begins.
 fn decoder_of(path: &str) -> Option<usize> {
     DECODERS.iter().position(|name| path.strip_prefix(name).is_some_and(|rest| rest.starts_with('.')))
 }

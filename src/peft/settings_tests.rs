@@ -1,4 +1,4 @@
-//! What other writers leave open in an adapter's settings, and what is kept beside them.
+//! Tests of settings that other writers omit or set to null, and of the data in `monteclora.json`.
 
 use std::collections::HashMap;
 
@@ -31,7 +31,7 @@ fn every_null_is_as_good_as_an_absent_setting() {
             None => config,
         };
         let read = files.read();
-        // Each try is in a folder of its own.
+        // Each attempt has its own folder: compare the messages without the path.
         let reason = |error: String| error.split_once(": ").map(|(_, reason)| reason.to_string());
         read.map(|file| format!("{:?}", file.config)).map_err(|error| reason(error.to_string()))
     };
@@ -58,14 +58,14 @@ fn the_names_of_a_head_are_kept_beside_it() -> Result<()> {
         file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
         let read = AdapterFile::read(dir.path());
         match &monteclora {
-            // A file of MonteCLoRA with names alone has no settings of its own.
+            // With names alone, the file has no MonteCLoRA settings.
             None => assert!(read.is_ok_and(|read| read.monteclora.is_none() && read.labels == file.labels)),
             Some(_) => {
                 assert!(read.is_ok_and(|read| read.monteclora == monteclora && read.labels == file.labels))
             }
         }
     }
-    // Those of an adapter that lay here before say nothing of this one.
+    // Names left by an earlier adapter in the folder are ignored.
     let mut config = Files::new().config;
     config["monteclora_config"] = Value::Null;
     let layers = |key: &String| !key.contains("sampler");

@@ -1,4 +1,4 @@
-//! Which layers a configuration names, and each one's rank and scale, by PEFT's own rules.
+//! Resolves the layers that a configuration names, and their ranks and scales, by PEFT's own rules.
 
 use std::collections::HashSet;
 
@@ -8,8 +8,8 @@ use crate::error::Result;
 use crate::inject::patterns::{block_numbers, ends, first_values, is_end, matching, Pattern};
 
 impl PeftConfig {
-    /// Whether the layers at these paths are adapted. Without `target_modules` every layer may be.
-    /// A pattern is compiled once for all of them.
+    /// Whether the layers at these paths are adapted. Without `target_modules`, every layer may be. Each
+    /// pattern is compiled once for all paths.
     pub(super) fn are_targets(&self, paths: &[&str]) -> Result<Vec<bool>> {
         let mut chosen = match &self.target_modules {
             Some(targets) => names(targets, paths, "target_modules")?,
@@ -24,7 +24,7 @@ impl PeftConfig {
         if indices.is_empty() {
             return Ok(chosen);
         }
-        // A whole path says itself which block it means.
+        // A layer named by its whole path needs no block index.
         let whole: HashSet<&str> = named.iter().map(String::as_str).collect();
         let blocks = self.block_indices(paths)?;
         for ((chosen, path), block) in chosen.iter_mut().zip(paths).zip(blocks) {
@@ -36,7 +36,7 @@ impl PeftConfig {
     /// The ranks of the layers at these paths.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) if a pattern is no regular expression.
+    /// [`Error::Config`](crate::Error::Config) if a pattern is not a valid regular expression.
     pub fn ranks_of(&self, paths: &[&str]) -> Result<Vec<usize>> {
         values_of(&self.rank_pattern, paths, self.r, "rank_pattern")
     }
@@ -46,18 +46,17 @@ impl PeftConfig {
         values_of(&self.alpha_pattern, paths, self.lora_alpha, "alpha_pattern")
     }
 
-    /// What the products of B and A are multiplied by at these paths: `alpha / r`, or, with
-    /// `use_rslora`, `alpha / sqrt(r)`.
+    /// The scales of the layers at these paths: `alpha / r` or, with `use_rslora`, `alpha / sqrt(r)`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) if a pattern is no regular expression.
+    /// [`Error::Config`](crate::Error::Config) if a pattern is not a valid regular expression.
     pub fn scales_of(&self, paths: &[&str]) -> Result<Vec<f64>> {
         let scale = |(rank, alpha)| low_rank::scaling(rank, alpha, self.use_rslora);
         Ok(self.ranks_of(paths)?.into_iter().zip(self.alphas_of(paths)?).map(scale).collect())
     }
 
-    /// What the configuration says of layers and modules that are none of these, a sentence each: PEFT, too,
-    /// warns of a pattern that matches nothing.
+    /// Describes settings that match none of these layers and modules, one sentence each. PEFT also warns
+    /// about patterns that match nothing.
     pub(super) fn without_effect(&self, paths: &[&str], modules: &[&str]) -> Result<Vec<String>> {
         let mut told = Vec::new();
         let ranks = self.rank_pattern.iter().map(|(pattern, _)| ("rank_pattern", pattern));
@@ -82,8 +81,8 @@ impl PeftConfig {
         Ok(told)
     }
 
-    /// Whether the modules of these names, or ones that hold them, are saved whole. A classifier's head is, listed or not:
-    /// before PEFT 0.11 (peft#1615) a configuration did not say so.
+    /// Whether these modules, or modules that contain them, are saved whole. The head of a classifier is,
+    /// listed or not: before PEFT 0.11 (peft#1615) the configuration did not list it.
     pub(super) fn are_saved(&self, modules: &[&str]) -> Result<Vec<bool>> {
         let mut saved = vec![false; modules.len()];
         let is_classifier = self.task_type.as_deref() == Some("SEQ_CLS");
@@ -95,10 +94,10 @@ impl PeftConfig {
         Ok(saved)
     }
 
-    /// The numbers of the blocks that the paths lie in.
+    /// The block numbers of the paths.
     fn block_indices(&self, paths: &[&str]) -> Result<Vec<Option<usize>>> {
         let lists = match &self.layers_pattern {
-            Some(OneOrMany::One(list)) if list.is_empty() => &[][..], // any, as PEFT has it
+            Some(OneOrMany::One(list)) if list.is_empty() => &[][..], // any name, as in PEFT
             lists => lists.as_ref().map_or(&[][..], OneOrMany::as_slice),
         };
         let mut expressions: Vec<String> =
@@ -110,11 +109,12 @@ impl PeftConfig {
     }
 }
 
-/// The names that PEFT saves of a classifier.
+/// The names that PEFT saves for a classifier's head.
 const HEADS: [&str; 2] = ["classifier", "score"];
 
-/// Which modules an entry of `modules_to_save` saves. PEFT takes each whose name ends in its text, though a word be cut:
-/// `classifier` is DistilBERT's `pre_classifier`, too. What lies in such a module is saved with it.
+/// Which modules an entry of `modules_to_save` saves. PEFT takes every module whose name ends in its text,
+/// even within a word: `classifier` also matches DistilBERT's `pre_classifier`. Submodules of these modules
+/// are saved as well.
 fn saves(entry: &str, modules: &[&str]) -> Result<Vec<bool>> {
     let within = matching(Pattern::Within(entry), modules, "modules_to_save")?;
     let holders = |module: &str| {
@@ -125,11 +125,11 @@ fn saves(entry: &str, modules: &[&str]) -> Result<Vec<bool>> {
     Ok(modules.iter().zip(within).map(|(module, within)| within || holders(module)).collect())
 }
 
-/// Which of the layers at `paths` the `targets` name.
+/// Whether `targets` name each of the layers at `paths`.
 fn names(targets: &TargetModules, paths: &[&str], option: &str) -> Result<Vec<bool>> {
     match targets {
-        // PEFT resolves the word to names when it saves; a file that still has it means every
-        // linear layer, and the tensors say which those are.
+        // PEFT resolves the word to names when it saves. A file that still has it means every linear layer,
+        // and its tensors tell which those are.
         TargetModules::Pattern(word) if word == "all-linear" => Ok(vec![true; paths.len()]),
         TargetModules::Pattern(pattern) => matching(Pattern::Whole(pattern), paths, option),
         TargetModules::Names(names) => {
@@ -139,7 +139,7 @@ fn names(targets: &TargetModules, paths: &[&str], option: &str) -> Result<Vec<bo
     }
 }
 
-/// For each path the value of the first pattern, in the file's order, that matches its end.
+/// For each path, the value of the first pattern, in the file's order, that matches its end.
 fn values_of<T: Copy>(patterns: &[(String, T)], paths: &[&str], default: T, option: &str) -> Result<Vec<T>> {
     let patterns = patterns.iter().map(|(pattern, value)| (pattern.as_str(), *value));
     let values = first_values(patterns, paths, option)?;
@@ -185,7 +185,7 @@ mod tests {
         let modules =
             ["pre_classifier", "classifier.dense", "classifier", "model.score", "classifiers", "pooler"];
         let default = config(serde_json::json!({"modules_to_save": ["classifier", "score"]}));
-        // What PEFT saves of a DistilBERT, a RoBERTa, a BERT and a decoder.
+        // What PEFT saves for DistilBERT, RoBERTa, BERT and a decoder.
         assert_eq!(default.are_saved(&modules)?, [true, true, true, true, false, false]);
         Ok(())
     }
@@ -208,7 +208,7 @@ mod tests {
             let config = json!({"target_modules": ["query"], "layers_to_transform": layers, "layers_pattern": pattern});
             assert_eq!(is_target(config.clone(), QUERY), chosen, "{config}");
         }
-        // PEFT 0.21: check_target_module_exists asks no index of a whole path.
+        // PEFT 0.21: check_target_module_exists requires no index if the whole path is named.
         assert!(is_target(json!({"target_modules": [QUERY], "layers_to_transform": [1]}), QUERY));
     }
 
@@ -227,8 +227,8 @@ mod tests {
         Ok(())
     }
 
-    /// Compiled for each layer anew these took minutes; a regular expression for each of them, kept,
-    /// would take gigabytes.
+    /// Compiling the patterns again for each layer took minutes, and keeping a compiled pattern for each of
+    /// them would take gigabytes.
     #[test]
     fn patterns_by_the_ten_thousand_are_read_in_no_time() -> Result<()> {
         let paths: Vec<String> = (0..2_000).map(|i| format!("model.layers.{i}.self_attn.q_proj")).collect();

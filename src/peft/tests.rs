@@ -58,7 +58,7 @@ pub(super) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// What an adapter's folder holds, to be spoilt.
+/// The contents of an adapter's folder, for tests to modify.
 pub(super) struct Files {
     pub config: Value,
     pub tensors: HashMap<String, Tensor>,
@@ -80,13 +80,13 @@ impl Files {
         AdapterFile::read(dir.path())
     }
 
-    /// The message about a file with these settings.
+    /// The error for a file with this setting.
     fn with(mut self, key: &str, value: Value) -> String {
         self.config[key] = value;
         self.refusal(CONFIG_FILE)
     }
 
-    /// The message about a file with these tensors.
+    /// The error for a file whose tensors were changed by `spoil`.
     fn spoilt(mut self, spoil: impl FnOnce(&mut HashMap<String, Tensor>)) -> String {
         spoil(&mut self.tensors);
         self.refusal(WEIGHTS_FILE)
@@ -289,7 +289,7 @@ fn settings_of_other_versions_are_passed_over() -> Result<()> {
     }
     let read = files.read()?;
     assert!(read.config.alpha_pattern.is_empty() && read.config.lora_dropout == 0.0);
-    // What PEFT itself finds sufficient.
+    // The minimum that PEFT accepts.
     files.config =
         json!({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["value"], "task_type": null});
     files
@@ -415,7 +415,7 @@ fn a_git_lfs_pointer_is_told_as_one_in_each_of_the_files() {
     }
 }
 
-/// PEFT 0.21.2 warns of the same: "keys did not match any targeted module and were ignored".
+/// PEFT 0.21.2 also warns: "keys did not match any targeted module and were ignored".
 #[test]
 fn patterns_and_modules_that_name_nothing_are_told() -> Result<()> {
     let mut files = Files::new();

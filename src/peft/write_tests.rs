@@ -1,4 +1,4 @@
-//! What is written for whom, and what a crash in between leaves.
+//! Tests of the export formats and of interrupted writes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use super::*;
 use crate::error::Result;
 use crate::monteclora::MonteCLoRAConfig;
 
-/// The update of the layer at `path` at the scale that a reader gives it.
+/// The weight update of the layer at `path`, at a reader's scale.
 fn update(file: &AdapterFile, path: &str, scale: f64) -> Result<Vec<f32>> {
     Ok(values(&(file.layers[path].b.matmul(&file.layers[path].a)? * scale)?))
 }
@@ -49,13 +49,13 @@ fn serving_computes_the_same_for_every_reader() -> Result<()> {
         assert_eq!((read.config.r, read.config.lora_alpha), (3, 7.0), "{case}");
         for (path, layer) in &read.layers {
             assert!(layer.sampler.is_none() && layer.a.dim(0)? == 3, "{case}");
-            // As vLLM computes it: one rank and one alpha; llama.cpp: alpha over the tensor's rank.
+            // vLLM uses one rank and one alpha; llama.cpp divides alpha by the rank of the tensor.
             let scale = if read.config.use_rslora { 7.0 / 3f64.sqrt() } else { 7.0 / layer.a.dim(0)? as f64 };
             let was = update(&file, path, file.config.scales_of(&[path])?[0])?;
             let pairs = was.into_iter().zip(update(&read, path, scale)?);
             assert!(pairs.into_iter().all(|(x, y)| (x - y).abs() <= 1e-5 * x.abs()), "{case}: {path}");
         }
-        // Nothing is multiplied where nothing has to be.
+        // B is unchanged if the scale does not change.
         let untouched = values(&read.layers[Q].b) == values(&file.layers[Q].b);
         assert_eq!(untouched, !patterns && (!use_rslora || !fold_rslora), "{case}");
     }
@@ -89,7 +89,7 @@ fn an_interrupted_write_is_refused_and_never_a_mixture() -> Result<()> {
     own(9.0).write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
     let weights = dir.path().join(WEIGHTS_FILE);
     let before = fs::read(&weights).unwrap();
-    // The tensors' place cannot be taken: what a crash before it leaves.
+    // A folder in place of the weights file makes the write fail where a crash could.
     fs::remove_file(&weights).unwrap();
     fs::create_dir_all(weights.join("in the way")).unwrap();
     assert!(own(11.0).write(dir.path(), ExportFormat::PeftMonteCLoRA).is_err());

@@ -1,5 +1,5 @@
-//! What trained models say: of the rows of batches, at the mean and over posterior draws, and of the tokens
-//! of texts.
+//! Predictions of trained models: for the rows of batches, at the posterior mean and over posterior draws,
+//! and for the tokens of texts.
 
 mod prediction;
 mod predictor;

@@ -1,4 +1,4 @@
-//! What is said of one text, and a table of it.
+//! The prediction for one text, and tables of predictions.
 
 use std::path::Path;
 
@@ -7,27 +7,28 @@ use crate::labels::Labels;
 use crate::metrics::{argmax, entropy, Uncertainty};
 use crate::util::files;
 
-/// What a classifier says of a text.
+/// A classifier's prediction for one text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prediction {
-    /// The name of the most probable class; none of a regression.
+    /// The name of the most probable class; `None` for a regression.
     pub label: Option<String>,
-    /// The probability of each class, in the order of the classifier's labels; of a regression its score alone.
+    /// The probability of each class, in the order of the classifier's labels; for a regression, the score
+    /// alone.
     pub values: Vec<f64>,
-    /// What posterior draws say of the uncertainty, where several were averaged.
+    /// The uncertainty from posterior draws, if several were averaged.
     pub uncertainty: Option<Uncertainty>,
 }
 
 impl Prediction {
-    /// That of these probabilities, or of one score.
+    /// Creates a prediction from class probabilities, or from one score.
     pub(crate) fn new(values: Vec<f64>, labels: &Labels, uncertainty: Option<Uncertainty>) -> Self {
         let label = (values.len() > 1).then(|| argmax(&values)).and_then(|class| labels.name(class));
         Self { label: label.map(str::to_string), values, uncertainty }
     }
 
-    /// Writes predictions as a CSV table, a row for each: its number from 0, its label, `p_` and the name of each
-    /// class for the probabilities, their entropy in nats, and where draws were averaged the mutual information of
-    /// label and weights. Of a regression it is number and score.
+    /// Writes predictions as a CSV table with one row each: the row number from 0, the label, the probability
+    /// of each class (column `p_` and the class name), their entropy in nats, and, if draws were averaged,
+    /// the mutual information of label and weights. For a regression: row number and score.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -35,10 +36,10 @@ impl Prediction {
         files::write(path, Self::csv(predictions, labels)?.as_bytes())
     }
 
-    /// The text of [`Self::write_csv`].
+    /// Returns the text of [`Self::write_csv`].
     ///
     /// # Errors
-    /// If a prediction has not as many values as there are labels.
+    /// If a prediction does not have as many values as there are labels.
     pub fn csv(predictions: &[Self], labels: &Labels) -> Result<String> {
         let averaged = predictions.iter().any(|prediction| prediction.uncertainty.is_some());
         let mut header = vec!["row".to_string()];
@@ -84,11 +85,11 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "row,label,p_no,\"p_yes, very\",entropy,mutual_information");
         assert_eq!(lines[1], format!("0,\"yes, very\",0.25,0.75,{},0.25", entropy(&[0.25, 0.75])));
-        assert_eq!((lines[2].split(',').nth(1), lines.len()), (Some("no"), 3)); // the first of equals
+        assert_eq!((lines[2].split(',').nth(1), lines.len()), (Some("no"), 3)); // the first of equal ones
         let one = Labels::numbered(1);
         let score = Prediction::new(vec![2.5], &one, None);
         assert_eq!(Prediction::csv(&[score], &one)?, "row,score\n0,2.5\n");
-        // A row of another width than the header is no table.
+        // The row has another width than the header.
         assert!(Prediction::csv(&predictions, &Labels::numbered(3)).is_err());
         Ok(())
     }

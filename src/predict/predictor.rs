@@ -1,4 +1,4 @@
-//! Predictions of the posterior mean, and averaged over seeded posterior draws.
+//! Predictions at the posterior mean, and averaged over seeded posterior draws.
 
 use candle_core::{DType, Tensor};
 
@@ -9,15 +9,15 @@ use crate::metrics::softmax;
 
 /// A model that scores batches.
 pub trait Predictor {
-    /// `(b, outputs)`: logits, or the scores of a regression.
+    /// Returns logits, or the scores of a regression, of shape `(b, outputs)`.
     ///
     /// # Errors
     /// If the forward pass fails.
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor>;
 }
 
-/// The outputs for every row of some batches, one vector a row, in the batches' order. Nothing is kept to differentiate
-/// them ([`Context::without_gradient`]).
+/// Returns the outputs for every row of the batches, one vector per row, in the batches' order. No graph is
+/// kept for gradients ([`Context::without_gradient`]).
 ///
 /// # Errors
 /// If the forward pass fails.
@@ -30,9 +30,9 @@ pub fn logits(model: &dyn Predictor, batches: &[Batch], cx: &Context) -> Result<
     Ok(rows)
 }
 
-/// Class probabilities averaged over `samples` posterior draws, after the softmax of each. Draw s
-/// is the same weights for every batch; an even number is of whole pairs ([`Pass::sign`]), whose averages are closer to
-/// that of many.
+/// Returns class probabilities averaged over `samples` posterior draws, after the softmax of each. Draw s has
+/// the same weights for every batch. An even number of samples consists of whole pairs ([`Pass::sign`]),
+/// whose average is closer to that of many draws.
 ///
 /// # Errors
 /// If `samples` is 0, or the forward pass fails.
@@ -44,7 +44,7 @@ pub fn posterior_probabilities(
     average(model, batches, samples, |row| softmax(&row))
 }
 
-/// Scores of a regression averaged over `samples` posterior draws.
+/// Returns the scores of a regression, averaged over `samples` posterior draws.
 ///
 /// # Errors
 /// If `samples` is 0, or the forward pass fails.
@@ -52,8 +52,8 @@ pub fn posterior_scores(model: &dyn Predictor, batches: &[Batch], samples: usize
     average(model, batches, samples, |row| row)
 }
 
-/// The class probabilities of each of `samples` posterior draws: draws of rows of classes,
-/// `(s, n, c)`. What [`posterior_probabilities`] averages.
+/// Returns the class probabilities of each of `samples` posterior draws, of shape `(s, n, c)`: the values
+/// that [`posterior_probabilities`] averages.
 ///
 /// # Errors
 /// As [`posterior_probabilities`].
@@ -78,7 +78,7 @@ fn average(
     Ok(mean.finish())
 }
 
-/// The mean over predictions of the same rows, of which it keeps the sum alone.
+/// A running mean over predictions of the same rows; only keeps their sum.
 #[derive(Default)]
 pub(crate) struct RunningMean {
     sum: Vec<Vec<f64>>,
@@ -86,7 +86,7 @@ pub(crate) struct RunningMean {
 }
 
 impl RunningMean {
-    /// Adds one prediction of every row.
+    /// Adds one prediction for every row.
     pub fn add(&mut self, rows: impl Iterator<Item = Vec<f64>>) {
         self.count += 1.0;
         for (i, row) in rows.enumerate() {
@@ -97,14 +97,14 @@ impl RunningMean {
         }
     }
 
-    /// The mean of what was added.
+    /// Returns the mean of the predictions added so far.
     pub fn finish(mut self) -> Vec<Vec<f64>> {
         self.sum.iter_mut().flatten().for_each(|value| *value /= self.count);
         self.sum
     }
 }
 
-/// Calls `take` with the outputs of every row under draws 0, 1, .. of the posterior.
+/// Calls `take` with the outputs of every row for each of the posterior draws 0, 1, ..
 fn each_draw(
     model: &dyn Predictor,
     batches: &[Batch],
@@ -116,7 +116,7 @@ fn each_draw(
     }
     for draw in 0..samples {
         let pass = Pass::Posterior { draw: draw as u64 };
-        // Kept for this draw's batches alone: the next draw asks for none of them.
+        // A cache per draw: the next draw does not reuse these weights.
         take(logits(model, batches, &Context::from(pass).with_draws(&DrawCache::default()))?);
     }
     Ok(())
@@ -130,7 +130,7 @@ mod tests {
     use crate::data::encode::Encoded;
     use crate::data::task::Label;
 
-    /// Logits `(id, draw)` of every row; the mean pass has no draw and says `(id, -1)`.
+    /// Returns the logits `(id, draw)` for every row, with draw -1 for the mean pass.
     struct Echo;
 
     impl Predictor for Echo {

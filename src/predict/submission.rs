@@ -1,4 +1,4 @@
-//! Predictions as the GLUE and SuperGLUE servers take them.
+//! Predictions in the format of the GLUE and SuperGLUE servers.
 
 use serde_json::json;
 
@@ -7,22 +7,22 @@ use crate::data::task::Task;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 
-/// A file to hand in.
+/// A file to submit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submission {
-    /// Its name, which the server asks for.
+    /// The file name that the server expects.
     pub name: String,
-    /// Its text.
+    /// The file's content.
     pub text: String,
 }
 
 impl Submission {
-    /// The file of a task's test set: `test`, of MNLI `matched` and `mismatched`. Rows are numbered from 0. Classes
-    /// are spelled as in the task's own files; scores of STS-B have three digits and stay within 0 and 5, as labels
-    /// do.
+    /// Creates the file for a task's test set `set`: `test`, or `matched` and `mismatched` for MNLI. Rows are
+    /// numbered from 0. Classes are spelled as in the task's own files; scores of STS-B have three decimals
+    /// and are clamped to 0 to 5, the range of the labels.
     ///
     /// # Errors
-    /// If a prediction is of another task: its label is none of the task's, or it has no score.
+    /// If a prediction is for another task: its label is not one of the task's, or it has no score.
     pub fn new(task: Task, set: &str, predictions: &[Prediction]) -> Result<Self> {
         let name = match (task, set) {
             (Task::Wic, _) => "WiC.jsonl",

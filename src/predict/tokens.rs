@@ -1,4 +1,4 @@
-//! What a language model says of the tokens of a text.
+//! Log-probabilities of a text's tokens under a language model.
 
 use candle_core::{DType, Device};
 
@@ -7,11 +7,12 @@ use crate::data::causal::CausalBatch;
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 
-/// Tokens whose logits exist at one time, as in training: 131 MB of f32 with a vocabulary of 128 000.
+/// The number of tokens whose logits exist at one time: 131 MB of f32 for a vocabulary of 128 000. The same
+/// as in training.
 const CHUNK: usize = 256;
 
-/// The logarithm of the probability of each token that a batch predicts, averaged over contexts as
-/// probabilities. Nothing is kept to differentiate them ([`Context::without_gradient`]).
+/// Returns the log-probability of each target token of a batch. Over several contexts, the probabilities are
+/// averaged. No graph is kept for gradients ([`Context::without_gradient`]).
 ///
 /// # Errors
 /// If there is no context, or a forward pass fails.

@@ -1,6 +1,6 @@
 //! ln Gamma and its first two derivatives, and the softmax, on the host.
 //!
-//! `ln_gamma` is libm's, `digamma` statrs's; `trigamma` is the recurrence to x >= 12 and then the
+//! `ln_gamma` is libm's and `digamma` statrs's. `trigamma` uses the recurrence up to x >= 12, and then the
 //! asymptotic series (Abramowitz and Stegun 6.4.12).
 
 /// The logarithm of the gamma function.
@@ -17,7 +17,7 @@ pub fn digamma(x: f64) -> f64 {
     statrs::function::gamma::digamma(x)
 }
 
-/// The derivative of [`digamma`], for positive arguments; NaN for others.
+/// The derivative of [`digamma`] for positive arguments; NaN for others.
 ///
 /// ```text
 /// trigamma(x) = sum_{k >= 0} 1 / (x + k)^2
@@ -41,8 +41,8 @@ pub fn trigamma(x: f64) -> f64 {
     sum + (1.0 + 0.5 / x + tail) / x
 }
 
-/// Turns logits into probabilities, shifted by the largest so that nothing overflows; NaN anywhere is
-/// NaN everywhere.
+/// Turns logits into probabilities in place, shifted by the largest so that nothing overflows. A NaN makes
+/// all of them NaN.
 ///
 /// ```text
 /// softmax(x)_i = exp(x_i) / sum_k exp(x_k)

@@ -1,21 +1,21 @@
 //! Gamma draws as quantiles of uniform numbers, in logarithms, with their implicit derivative.
 //!
-//! A quantile is smooth in the shape for a fixed uniform number, so draws can be differentiated,
-//! checked by differences and kept in a buffer (Figurnov et al. 2018; Jankowiak and Obermeyer 2018).
+//! For a fixed uniform number, a quantile is smooth in the shape, so draws can be differentiated, checked by
+//! finite differences and kept in a buffer (Figurnov et al. 2018; Jankowiak and Obermeyer 2018).
 
 use super::{digamma, ln_gamma};
 
-/// A Gamma(a, 1) draw: the quantile of a uniform number, and how it moves with the shape.
+/// A Gamma(a, 1) draw: the quantile of a uniform number, and its derivative in the shape.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GammaQuantile {
-    /// `ln z`; finite also where `z` itself underflows.
+    /// `ln z`; finite even if `z` itself underflows.
     pub log_z: f64,
     /// `d ln z / d a` at fixed `u`.
     pub dlog_z: f64,
 }
 
 impl GammaQuantile {
-    /// The draw `z`; zero where it underflows.
+    /// The draw `z`; zero if it underflows.
     pub fn z(&self) -> f64 {
         self.log_z.exp()
     }
@@ -27,10 +27,10 @@ impl GammaQuantile {
 /// F(z; a) = u,   d ln z / d a = -(dF/da)(z; a) / (z p(z; a))
 /// ```
 ///
-/// Newton's method, in ln z on ln F below `a + 1` and in z on ln(1 - F) above. The first is concave and
-/// rising, so from any start its first step lands left of the root and the rest approach it from there;
-/// the second approaches from the right where a > 1 and from the left where a < 1. NaN unless `0 < shape <= MAX_SHAPE` and
-/// `0 < u < 1`.
+/// Newton's method: below `a + 1` in ln z on ln F, above it in z on ln(1 - F). The first function is concave
+/// and increasing, so from any start the first step lands left of the root and the rest approach it from
+/// there; the second is approached from the right if a > 1 and from the left if a < 1. NaN unless
+/// `0 < shape <= MAX_SHAPE` and `0 < u < 1`.
 pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     if !(shape > 0.0 && shape <= MAX_SHAPE && u > 0.0 && u < 1.0) {
         return GammaQuantile { log_z: f64::NAN, dlog_z: f64::NAN };
@@ -41,8 +41,8 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     let ln_cdf = |y: f64, x: f64, sum: f64| a * y - x - ln_norm + sum.ln();
     // The median lies below the shape.
     if u <= 0.5 || ln_u <= ln_cdf(split.ln(), split, lower_series::<false>(a, split).0) {
-        // F <= x^a / Gamma(a + 1): the root's asymptote as x -> 0, and the next two terms of its
-        // expansion (Gil, Segura and Temme 2012) where they are small.
+        // Start at the root's asymptote as x -> 0, from F <= x^a / Gamma(a + 1), with the next two terms of
+        // its expansion (Gil, Segura and Temme 2012) if they are small.
         let mut y = (ln_u + ln_norm) / a;
         let r = y.exp();
         let next = r / (a + 1.0);
@@ -62,7 +62,7 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     } else {
         let ln_v = (-u).ln_1p();
         let ln_gamma_a = ln_norm - a.ln();
-        // 1 - F ~ x^(a - 1) e^-x / Gamma(a), solved for x in two rounds; exact at a = 1.
+        // Start at 1 - F ~ x^(a - 1) e^-x / Gamma(a), solved for x in two rounds; exact at a = 1.
         let t = -(ln_v + ln_gamma_a);
         let x = t + (a - 1.0) * t.max(split).ln();
         let mut x = (t + (a - 1.0) * x.max(split).ln()).max(split);
@@ -81,11 +81,11 @@ pub fn gamma_quantile(shape: f64, u: f64) -> GammaQuantile {
     }
 }
 
-/// Newton's method needs about ten; a NaN must end the loop too.
+/// The most Newton steps: about ten are needed, but the loop must end for a NaN too.
 const MAX_STEPS: usize = 200;
-/// The largest shape of [`gamma_quantile`]: beyond, the series would silently be cut short.
+/// The largest shape of [`gamma_quantile`]: beyond it, the series would be truncated silently.
 pub const MAX_SHAPE: f64 = 1e9;
-/// The series need about ten times the root of the shape.
+/// The most series terms: about ten times the square root of the shape are needed.
 const MAX_TERMS: usize = 1_000_000;
 
 /// `s` of `F(x; a) = x^a e^-x s / Gamma(a + 1)` and, if `SLOPED`, `ds / da`.
@@ -111,8 +111,8 @@ fn lower_series<const SLOPED: bool>(a: f64, x: f64) -> (f64, f64) {
     (sum, dsum)
 }
 
-/// `h` of `1 - F(x; a) = x^a e^-x h / Gamma(a)` and, if `SLOPED`, `d ln h / da`, for `x >= a + 1`: the continued
-/// fraction (Abramowitz and Stegun 6.5.31) by Lentz's method, differentiated term by term.
+/// `h` of `1 - F(x; a) = x^a e^-x h / Gamma(a)` and, if `SLOPED`, `d ln h / da`, for `x >= a + 1`: the
+/// continued fraction (Abramowitz and Stegun 6.5.31) by Lentz's method, differentiated term by term.
 ///
 /// ```text
 /// h = 1 / (x + 1 - a - 1 (1 - a) / (x + 3 - a - 2 (2 - a) / (x + 5 - a - ...)))
@@ -140,7 +140,7 @@ fn upper_fraction<const SLOPED: bool>(a: f64, x: f64) -> (f64, f64) {
             dln_h += dratio / ratio;
         }
         h *= ratio;
-        // An integer shape ends the fraction (numerator 0) but not its derivative: ask both.
+        // An integer shape ends the fraction (numerator 0) but not its derivative: check both.
         if (ratio - 1.0).abs() <= 1e-16 && dratio.abs() <= 1e-16 * dln_h.abs() {
             break;
         }

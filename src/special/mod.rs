@@ -1,7 +1,7 @@
-//! The gamma function's family: what the Dirichlet and Wishart distributions need.
+//! The gamma function and its relatives, as needed by the Dirichlet and Wishart distributions.
 //!
-//! [`functions`] and [`gamma`] work on the host in double precision; `tensor` lifts them to
-//! candle tensors with gradients.
+//! [`functions`] and [`gamma`] work on the host in double precision; `tensor` applies them to Candle tensors,
+//! with gradients.
 
 pub mod functions;
 pub mod gamma;

@@ -1,8 +1,8 @@
-//! The gamma function's family on tensors, with gradients.
+//! The gamma function and its relatives on tensors, with gradients.
 //!
-//! Computed in double precision, whatever the dtype, on the host; on CUDA devices ln Gamma and its
-//! derivatives by a kernel. Otherwise devices go through the host, which suits the few numbers per layer that
-//! need it.
+//! Results are computed in double precision, whatever the dtype. On CUDA devices, ln Gamma and its
+//! derivatives are a kernel; everything else is computed on the host, which is fast enough for the few
+//! numbers per layer.
 
 use std::sync::Arc;
 
@@ -33,8 +33,8 @@ pub fn digamma_of(xs: &Tensor) -> Result<Tensor> {
 /// `z / sum z` over the last dimension, z draws of Gamma(exp `log_shape`, 1) at the given uniform
 /// numbers; differentiable in `log_shape` (the implicit derivative of [`gamma_quantile`]).
 ///
-/// One operation, because ln z is thousands below zero at small shapes: rounded to single precision
-/// before the softmax, it would lose all but three digits of the result.
+/// This is one op, because ln z is thousands below zero at small shapes: rounded to single precision before
+/// the softmax, it would lose all but three digits of the result.
 ///
 /// # Shapes
 /// - `log_shape`: `(.., n)`, f32 or f64
@@ -51,7 +51,7 @@ pub fn normalised_gamma_rsample(log_shape: &Tensor, uniforms: Vec<f64>) -> Resul
     on_host(log_shape, Normalised { uniforms: uniforms.into(), width })
 }
 
-/// Applies an operation of the host; `to_device` carries gradients both ways.
+/// Applies an op on the host; gradients pass through `to_device` in both directions.
 fn on_host<O: CustomOp1 + Send + Sync + 'static>(xs: &Tensor, op: O) -> Result<Tensor> {
     xs.to_device(&Device::Cpu)?.contiguous()?.apply_op1(op)?.to_device(xs.device())
 }
@@ -78,7 +78,7 @@ fn doubles<T: Send>(
     }
 }
 
-/// Results in double precision, in the dtype of what they were computed from.
+/// Converts double-precision results to the dtype of `like`.
 fn rounded(results: Vec<f64>, like: &CpuStorage) -> CpuStorage {
     match like {
         CpuStorage::F32(_) => CpuStorage::F32(results.into_iter().map(|x| x as f32).collect()),
@@ -91,7 +91,7 @@ fn storage_dtype(storage: &CpuStorage) -> DType {
     storage.dtype()
 }
 
-/// ln Gamma and its derivatives; as a number, how often it is differentiated.
+/// ln Gamma and its derivatives; the discriminant is the order of the derivative.
 #[derive(Clone, Copy)]
 enum Family {
     LnGamma,
@@ -184,8 +184,8 @@ impl CustomOp1 for Normalised {
     }
 }
 
-/// The gradient of [`Normalised`]. It solves for the quantiles again: that is a few microseconds for a
-/// layer's N components, and nothing is kept between the two passes.
+/// The gradient of [`Normalised`]. It recomputes the quantiles, which takes a few microseconds for a layer's
+/// N components, so that nothing is kept between the two passes.
 struct NormalisedSlope {
     uniforms: Arc<[f64]>,
     width: usize,
@@ -215,7 +215,8 @@ pub(crate) fn normalised(draws: &[GammaQuantile]) -> Vec<f64> {
     pi
 }
 
-/// What a gradient `g` of [`normalised`] `pi` is in the logarithms of the shapes a:
+/// Turns the gradient `g` with respect to [`normalised`] `pi` into that with respect to the logarithms of the
+/// shapes a:
 /// `a_i (d ln z_i / d a_i) pi_i (g_i - sum_k pi_k g_k)`.
 pub(crate) fn normalised_slope(
     shapes: &[f64],
@@ -252,7 +253,7 @@ mod tests {
     #[cfg(feature = "cuda")]
     #[test]
     fn many_elements_on_a_device_are_those_of_the_host() -> Result<()> {
-        // More than a block has threads, the last block not full.
+        // More elements than threads in a block, with a partial last block.
         let xs: Vec<f64> = (1..=1000).map(|i| 0.013 * f64::from(i)).collect();
         let host = Tensor::new(xs, &Device::Cpu)?;
         let device = host.to_device(&crate::cuda_device(0)?)?;

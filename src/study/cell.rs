@@ -1,4 +1,4 @@
-//! One cell of a grid: what it runs, what it found, and what it cost.
+//! One cell of a grid: its key, its result and its cost.
 
 use std::collections::BTreeMap;
 
@@ -6,26 +6,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::metrics::Metrics;
 
-/// A method and a way to predict with it; in a plan `lora (mean)`, as tables call it.
+/// A method and a way to predict with it, written `lora (mean)` in plans and tables.
 pub(super) type Arm = (String, String);
 
-/// What a cell runs.
+/// The task, method and hyperparameters of a cell.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellKey {
-    /// The task's name; that of the training data where several tasks are measured.
+    /// The task's name, or the training data's name if several tasks are measured.
     pub task: String,
-    /// The recipe.
+    /// The recipe's text.
     pub method: String,
-    /// The highest learning rate.
+    /// The peak learning rate.
     pub lr: f64,
-    /// Rows of a batch.
+    /// The number of rows per batch.
     pub batch_size: usize,
-    /// The seed of everything random.
+    /// The seed of all random numbers.
     pub seed: u64,
 }
 
 impl CellKey {
-    /// The cell's folder below that of its study: `mrpc-lora-lr0.0003-bs32-s1`.
+    /// The name of the cell's folder within the study's folder: `mrpc-lora-lr0.0003-bs32-s1`.
     pub fn folder_name(&self) -> String {
         let plain = |text: &str| -> String {
             let fits = |c: char| c.is_ascii_alphanumeric() || "-_.=,".contains(c);
@@ -40,55 +40,55 @@ impl CellKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// With every measurement.
+    /// All measurements are complete.
     Done,
     /// A loss, gradient or prediction was not finite.
     Diverged,
-    /// Otherwise: the reason says how.
+    /// Another error, described by the reason.
     Failed,
 }
 
-/// A bin of a reliability diagram: rows whose highest probability lies in it.
+/// A bin of a reliability diagram: the rows whose highest probability lies in it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Bin {
-    /// How many rows.
+    /// The number of rows.
     pub count: usize,
     /// Their mean highest probability.
     pub confidence: f64,
-    /// The share of them that is right.
+    /// The fraction of correct rows.
     pub accuracy: f64,
 }
 
-/// What a cell found: the same bytes whenever it runs on the same machine.
+/// The result of a cell. Repeated runs on the same machine give the same bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellResult {
-    /// What was run.
+    /// The cell's key.
     pub key: CellKey,
-    /// How it ended.
+    /// How the cell ended.
     pub status: Status,
-    /// Why it did not end well.
+    /// The error, unless the cell is done.
     pub reason: Option<String>,
     /// The task's primary metric.
     pub metric: String,
-    /// Every way to predict with what was trained (`mean`, `10 draws`, `temperature` ...) and its scores.
+    /// The scores of every way to predict with the trained model (`mean`, `10 draws`, `temperature` ...).
     pub arms: BTreeMap<String, Metrics>,
-    /// The training loss of the task by step, 200 points at most.
+    /// The training loss of the task by step, at most 200 points.
     pub losses: Vec<(usize, f64)>,
     /// Reliability diagrams, by arm.
     pub reliability: BTreeMap<String, Vec<Bin>>,
-    /// What was found on each task, where one training is measured on several: then `arms` and
-    /// `reliability` are empty.
+    /// The result on each task, if one training is measured on several; `arms` and `reliability` are then
+    /// empty.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tasks: BTreeMap<String, TaskResult>,
-    /// AUROC of telling rows of another task from those of this one, by arm and score.
+    /// The AUROC of telling rows of another task from rows of this task, by arm and score.
     pub ood: BTreeMap<String, f64>,
-    /// Scalars that were trained.
+    /// The number of trained scalars.
     pub trainable_parameters: usize,
-    /// Optimiser steps.
+    /// The number of optimiser steps.
     pub steps: usize,
 }
 
-/// What a cell found on one of the tasks that it was measured on.
+/// The result of a cell on one of several measured tasks.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TaskResult {
     /// The task's primary metric.
@@ -101,7 +101,7 @@ pub struct TaskResult {
 }
 
 impl CellResult {
-    /// That of a cell which nothing is known of yet.
+    /// The result of a cell before anything is measured.
     pub(super) fn begun(key: &CellKey, metric: &str) -> Self {
         Self {
             key: key.clone(),
@@ -118,7 +118,7 @@ impl CellResult {
         }
     }
 
-    /// Forgets what was measured, but not on which tasks: there, too, the cell went wrong.
+    /// Removes all measurements but keeps the names of the tasks, on all of which the cell failed.
     pub(super) fn forget_measurements(&mut self) {
         self.arms.clear();
         self.reliability.clear();
@@ -129,8 +129,8 @@ impl CellResult {
         }
     }
 
-    /// The result as one of each task that it was measured on: what tables and pictures compare. One of
-    /// a single task is its own.
+    /// Splits the result into one per measured task, as tables and plots compare them. A result on a single
+    /// task stays as it is.
     pub fn by_task(&self) -> Vec<Self> {
         if self.tasks.is_empty() {
             return vec![self.clone()];
@@ -147,13 +147,13 @@ impl CellResult {
     }
 }
 
-/// What a cell cost: another figure each time, and so a file of its own.
+/// The cost of a cell. It differs from run to run and is therefore stored in its own file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellCost {
-    /// Wall time of training.
+    /// The wall time of training, in seconds.
     pub seconds: f64,
-    /// The median wall time of a step.
+    /// The median wall time of a step, in seconds.
     pub step_seconds_median: f64,
-    /// Peak resident memory of the process so far, in megabytes.
+    /// The peak resident memory of the process so far, in megabytes.
     pub peak_rss_mb: Option<f64>,
 }

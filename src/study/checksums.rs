@@ -1,5 +1,5 @@
-//! What the cells of a study depend on beside their keys, by value: a method's name and a model's name may mean
-//! something else in a later version or on another machine, and cells of both would stand in one table.
+//! Checksums of what a study's cells depend on besides their keys. The name of a method or a model may mean
+//! something else in a later version or on another machine; the checksums keep such cells out of one table.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,11 +20,11 @@ const WEIGHTS: &str = "weights";
 const ADAPTERS: &str = "adapters";
 /// The checksums of the tasks' rows, by task.
 const DATA: &str = "data";
-/// What has an entry for each method, or each task, and may get more of them.
+/// The settings with an entry per method, adapter or task, to which later runs may add entries.
 const GROWING: [&str; 3] = [CONSTANTS, ADAPTERS, DATA];
 
-/// Whether a setting of a study and that of a run in its folder go together although they are not the same: a
-/// study of a version that did not write these down goes on without, and one may get methods that it did not have.
+/// Whether a run may continue a study although this setting differs: an older version did not store the
+/// setting, or the run adds entries of new methods or tasks.
 pub(super) fn agree(name: &str, found: Option<&Value>, now: Option<&Value>) -> bool {
     match (found, now) {
         (None, _) => name == WEIGHTS || GROWING.contains(&name),
@@ -36,7 +36,7 @@ pub(super) fn agree(name: &str, found: Option<&Value>, now: Option<&Value>) -> b
     }
 }
 
-/// The settings that were found with those of the methods and tasks that a run adds; None if it adds none.
+/// The found settings with the entries of the methods and tasks that a run adds; `None` if it adds none.
 pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
     let mut joined = found.clone();
     for name in GROWING {
@@ -53,8 +53,9 @@ pub(super) fn joined(found: &Value, now: &Value) -> Option<Value> {
     (joined != *found).then_some(joined)
 }
 
-/// Settings of a study: a CRC-32 of all constants of each recipe and of the model's weights and, where recipes start from
-/// adapters that were made elsewhere, of their tensors, by their folders.
+/// The settings of a study that describe its recipes: a CRC-32 of all constants of each recipe, of the
+/// model's weights and, for recipes that start from an existing adapter, of the adapter's tensors, by its
+/// folder.
 ///
 /// # Errors
 /// If a file of weights or an adapter cannot be read.
@@ -95,8 +96,8 @@ fn checksum(adapter: &AdapterFile) -> Result<String> {
     Ok(fingerprint(numbers))
 }
 
-/// Settings of a study of encoders: a CRC-32 of each task's tokens and labels, of which `tasks` has training rows and
-/// measured ones.
+/// The settings of a study of encoders that describe its data: a CRC-32 of each task's tokens and labels.
+/// `tasks` gives the training rows and the measured rows of each.
 pub fn checksums_of_data<'a>(tasks: impl Iterator<Item = (String, [&'a [Encoded]; 2])>) -> Value {
     let checksum = |rows: [&[Encoded]; 2]| fingerprint(rows.into_iter().flatten().flat_map(Encoded::numbers));
     let tasks: BTreeMap<String, String> = tasks.map(|(task, rows)| (task, checksum(rows))).collect();

@@ -1,4 +1,4 @@
-//! The tasks that a language model is measured on in a study, and what is kept of each.
+//! The tasks that a language model is measured on in a study, and how their results are recorded.
 
 use std::collections::BTreeMap;
 
@@ -15,31 +15,31 @@ use crate::models::causal::CausalLm;
 use crate::models::generate::{GenerateConfig, PosteriorWeights};
 use crate::train::held_out_loss;
 
-/// Rows that are scored, or prompts that are continued, together.
+/// The number of rows scored, or prompts continued, per batch.
 const BATCH: usize = 16;
-/// The logit of a choice that a question does not have: at any temperature its probability is zero.
+/// The logit of a choice that a question does not have: its probability is zero at any temperature.
 const ABSENT: f64 = -1e30;
 
 /// A task that a language model is measured on.
 #[derive(Debug, Clone)]
 pub struct EvaluatedTask {
-    /// Its name.
+    /// The task's name.
     pub name: String,
-    /// How it is measured.
+    /// How the task is measured.
     pub benchmark: Benchmark,
-    /// Its rows.
+    /// The task's rows.
     pub rows: Vec<Prompted>,
-    /// How its texts are generated; weights, seed and what ends a text are the cell's.
+    /// The generation settings; weights, seed and stop tokens come from the cell.
     pub generation: GenerateConfig,
 }
 
 impl EvaluatedTask {
-    /// The primary metric of every task: a share of rows that are right.
+    /// The primary metric of every task: the fraction of correct rows.
     pub(super) const METRIC: &'static str = "accuracy";
 
-    /// What reports call it, with the benchmark's figure that is its accuracy. A benchmark of several
-    /// figures counts as several tasks: `gsm8k-strict_match`, `gsm8k-flexible_extract`,
-    /// `humaneval-pass@2`.
+    /// The names of the task in reports, each with the figure of the benchmark that is its accuracy. A
+    /// benchmark with several figures counts as several tasks: `gsm8k-strict_match`,
+    /// `gsm8k-flexible_extract`, `humaneval-pass@2`.
     fn figures(&self) -> Vec<(String, String)> {
         let of = |figure: String| (format!("{}-{figure}", self.name), figure);
         match &self.benchmark {
@@ -51,13 +51,13 @@ impl EvaluatedTask {
         }
     }
 
-    /// What a result holds of it before anything is measured.
+    /// The task's entries in a result before anything is measured.
     pub(super) fn begun(&self) -> Vec<(String, TaskResult)> {
         let empty = TaskResult { metric: Self::METRIC.to_string(), ..TaskResult::default() };
         self.figures().into_iter().map(|(name, _)| (name, empty.clone())).collect()
     }
 
-    /// Whether every row has what it is measured by.
+    /// Checks that every row can be measured.
     ///
     /// # Errors
     /// As [`Benchmark::check`].
@@ -67,7 +67,7 @@ impl EvaluatedTask {
     }
 }
 
-/// Where the ways to predict with a trained model are written down, task by task.
+/// Measures the ways to predict with a trained model, task by task.
 pub(super) struct TaskArms<'a> {
     pub model: &'a dyn CausalLm,
     pub encoder: &'a PromptEncoder,
@@ -75,17 +75,17 @@ pub(super) struct TaskArms<'a> {
     pub stop: Vec<u32>,
     pub seed: u64,
     pub found: &'a mut BTreeMap<String, TaskResult>,
-    /// What multiple choice by likelihood says of every row.
+    /// The probabilities of every row, from multiple choice by likelihood.
     pub rows: &'a mut CellRows,
 }
 
 impl TaskArms<'_> {
-    /// Measures the model with these weights. Of multiple choice by likelihood there are accuracy, NLL,
-    /// calibration and Brier score over the choices; of generated texts the accuracy and, of GSM8K and
-    /// programs, the mean NLL of a token of the reference answers, with the benchmark's first figure.
+    /// Measures the model with these weights. Multiple choice by likelihood gives accuracy, NLL, calibration
+    /// and Brier score over the choices. Generated texts give the accuracy and, for GSM8K and code, the mean
+    /// NLL per token of the reference answers, stored with the benchmark's first figure.
     ///
     /// # Errors
-    /// If a forward pass fails, or what the model says is not finite.
+    /// If a forward pass fails, or a prediction is not finite.
     pub fn add(&mut self, arm: &str, tasks: &[EvaluatedTask], weights: PosteriorWeights) -> Result<()> {
         for task in tasks {
             if let Benchmark::Choice(normalize) = &task.benchmark {
@@ -102,7 +102,7 @@ impl TaskArms<'_> {
             };
             let values = task.benchmark.run(&generator, &task.rows)?;
             for (place, (name, figure)) in task.figures().into_iter().enumerate() {
-                // The answers' NLL counts once, whatever number of figures there is.
+                // Store the NLL of the answers once, however many figures there are.
                 let nll = nll.filter(|_| place == 0);
                 let metrics = Metrics { accuracy: values.get(&figure).copied(), nll, ..Metrics::default() };
                 self.found.entry(name).or_default().arms.insert(arm.to_string(), metrics);
@@ -111,11 +111,11 @@ impl TaskArms<'_> {
         Ok(())
     }
 
-    /// The mean prediction of multiple choice by likelihood at the temperature that makes the right
+    /// Measures the mean prediction of multiple choice by likelihood, at the temperature that makes the right
     /// choices of `held_out` most likely.
     ///
     /// # Errors
-    /// As [`Self::add`]; besides, if a held-out row has no choices.
+    /// As [`Self::add`], and if a held-out row has no choices.
     pub fn add_temperature(
         &mut self,
         arm: &str,
@@ -141,7 +141,7 @@ impl TaskArms<'_> {
         Ok(())
     }
 
-    /// The mean NLL of the tokens of reference answers.
+    /// The mean NLL per token of the reference answers.
     fn answer_loss(&self, rows: &[Prompted], weights: PosteriorWeights) -> Result<f64> {
         let answers = self.encoder.encode(rows)?.rows;
         let loss = held_out_loss(self.model, &answers, BATCH, &weights.passes())?;
@@ -179,7 +179,7 @@ impl TaskArms<'_> {
     }
 }
 
-/// Logits of the choices of every question, up to a constant of each.
+/// The logits of the choices of every question, up to a constant per question.
 fn logits(scores: &ChoiceScores, rows: &[Prompted]) -> Vec<Vec<f64>> {
     let row = |(probabilities, row): (&Vec<f64>, &Prompted)| {
         let own = row.choices.as_ref().map_or(0, |choices| choices.names.len());
@@ -214,7 +214,7 @@ mod tests {
         }
         let warm = Temperature::fit(&logits, &scores.correct)?;
         let warm = warm.probabilities(&logits);
-        // The second question has three choices; of its third nobody has ever said anything.
+        // The second question has a third choice, but with probability 0 in the scores.
         assert!(warm[0][2] == 0.0 && warm[1][2] > 0.0 && warm[1][2] < 1e-2, "{warm:?}");
         assert!(warm[0][1] > 0.1 && warm[0][0] > warm[0][1]);
         Ok(())

@@ -1,4 +1,4 @@
-//! A grid of hyperparameters, its cells in a fixed order, and how machines share them.
+//! A grid of hyperparameters, its cells in a fixed order, and their distribution over machines.
 
 use std::str::FromStr;
 
@@ -6,18 +6,18 @@ use super::cell::CellKey;
 use super::recipe::Recipe;
 use crate::error::{Error, Result};
 
-/// Everything that is combined with everything.
+/// A grid: every combination of the values of its lists.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grid {
-    /// Names of tasks.
+    /// The names of the tasks.
     pub tasks: Vec<String>,
-    /// Recipes.
+    /// The recipes.
     pub methods: Vec<String>,
-    /// Learning rates.
+    /// The learning rates.
     pub lrs: Vec<f64>,
-    /// Batch sizes.
+    /// The batch sizes.
     pub batch_sizes: Vec<usize>,
-    /// Seeds.
+    /// The seeds.
     pub seeds: Vec<u64>,
 }
 
@@ -34,11 +34,11 @@ impl Grid {
         Self { lrs, batch_sizes, ..Self::paper(tasks, methods) }
     }
 
-    /// All cells. Methods change fastest, then learning rates: a grid that is stopped half-way has
-    /// compared every method where it compared one.
+    /// Returns all cells. Methods vary fastest, then learning rates, so that a grid stopped half-way has run
+    /// all methods in the settings it finished.
     ///
     /// # Errors
-    /// If a list is empty or says something twice, a method is no recipe, or a number is not positive.
+    /// If a list is empty or has a duplicate, a method is not a recipe, or a number is not positive.
     pub fn cells(&self) -> Result<Vec<CellKey>> {
         self.methods.iter().try_for_each(|method| method.parse::<Recipe>().map(drop))?;
         if let Some(lr) = self.lrs.iter().find(|lr| !(**lr > 0.0 && lr.is_finite())) {
@@ -75,7 +75,7 @@ impl Grid {
     }
 }
 
-/// Every n-th cell, beginning with the i-th: one machine's share of a grid.
+/// One machine's share of a grid: every n-th cell, beginning with the i-th.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
     index: usize, // from 0
@@ -83,7 +83,7 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// The part of this part that is process `rank`'s of `world`: every world-th of its cells.
+    /// The share of process `rank` of `world` within this shard: every `world`-th of its cells.
     ///
     /// # Panics
     /// Unless `rank` is below `world`.
@@ -92,20 +92,20 @@ impl Shard {
         Self { index: self.index + self.count * rank, count: self.count * world }
     }
 
-    /// Whether it is all of a grid.
+    /// Whether the shard is the whole grid.
     pub fn is_whole(self) -> bool {
         self.count == 1
     }
 
-    /// All of it.
+    /// The whole grid.
     pub const WHOLE: Self = Self { index: 0, count: 1 };
 
-    /// The share of this member of a SLURM job array, by `SLURM_ARRAY_TASK_ID`,
-    /// `SLURM_ARRAY_TASK_COUNT` and, where ids do not begin at zero, `SLURM_ARRAY_TASK_MIN`; the whole
-    /// where the first is not set. `get` reads the environment.
+    /// The share of this member of a SLURM job array, from `SLURM_ARRAY_TASK_ID`, `SLURM_ARRAY_TASK_COUNT`
+    /// and, if ids do not begin at zero, `SLURM_ARRAY_TASK_MIN`; the whole grid if the first is not set.
+    /// `get` reads the environment.
     ///
     /// # Errors
-    /// If the numbers are none, or do not fit together (an array with gaps).
+    /// If a variable is not a number, or they are inconsistent (an array with gaps).
     pub fn from_slurm(get: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let number = |name: &str| -> Result<Option<usize>> {
             let parse = |value: String| {
@@ -126,7 +126,7 @@ impl Shard {
         }
     }
 
-    /// Whether the cell at this place of the grid's order belongs to the shard.
+    /// Whether the cell at this position in the grid's order belongs to the shard.
     pub fn owns(&self, place: usize) -> bool {
         place % self.count == self.index
     }
@@ -135,7 +135,7 @@ impl Shard {
 impl FromStr for Shard {
     type Err = Error;
 
-    /// `i/n`, i from 1 to n.
+    /// Parses `i/n` with i from 1 to n.
     fn from_str(text: &str) -> Result<Self> {
         let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
         match parsed {
@@ -163,7 +163,7 @@ mod tests {
         for place in 0..cells.len() {
             assert_eq!(shards.iter().filter(|shard| shard.owns(place)).count(), 1);
         }
-        // Machines of two and of three processes.
+        // Machines with several processes.
         let of_processes = |shard: Shard, world| (0..world).map(move |rank| shard.share(rank, world));
         for (shard, world) in shards.iter().zip([2, 3, 1, 2, 4]) {
             for place in 0..cells.len() {

@@ -1,4 +1,4 @@
-//! One cell of a language model's study: trained once on instructions, measured on every task.
+//! One cell of a language model's study: trained once on instructions and measured on every task.
 
 use std::cell::Cell;
 
@@ -24,31 +24,31 @@ use crate::noise::Noise;
 use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
 
-/// What the cells of a language model's study have in common.
+/// The inputs that the cells of a language model's study have in common.
 #[derive(Debug)]
 pub struct LanguageTrial<'a> {
     /// The pre-trained model, a decoder.
     pub files: &'a ModelFiles,
-    /// The rows that there are to train on.
+    /// The available training rows.
     pub rows: &'a [Prompted],
-    /// The same as tokens, each with its place among them ([`Tokens::row`]).
+    /// The same rows as tokens, each with its index in `rows` ([`Tokens::row`]).
     pub train: &'a [Tokens],
-    /// How many of these a cell has: a subset by its seed, stratified by the right choice. None for all.
-    /// What its recipe holds out comes out of these.
+    /// The number of training rows of a cell, or `None` for all: a subset chosen by the seed and stratified
+    /// by the right choice. Rows that the recipe holds out are among them.
     pub limit_train: Option<usize>,
-    /// What is measured, by an encoder with room for its rows.
+    /// The measured tasks; `encoder` must have room for their rows.
     pub tasks: &'a [EvaluatedTask],
-    /// That encoder.
+    /// The encoder of prompts.
     pub encoder: &'a PromptEncoder,
-    /// Passes over the training rows.
+    /// The number of passes over the training rows.
     pub epochs: usize,
-    /// Posterior draws.
+    /// The number of posterior draws.
     pub draws: usize,
     /// The dtype of the frozen base.
     pub base_dtype: DType,
-    /// Whether training keeps each layer's input alone: less memory, more time.
+    /// Whether training keeps only each layer's input and recomputes the rest: less memory, more time.
     pub checkpoint_layers: bool,
-    /// Where it runs.
+    /// The device of the model.
     pub device: &'a Device,
 }
 
@@ -56,16 +56,16 @@ pub struct LanguageTrial<'a> {
 struct LanguageModel {
     model: DecoderForCausalLM,
     params: Params,
-    /// Until the training takes them.
+    /// Present until the training takes them.
     hooks: Cell<MethodHooks>,
     config: DecoderConfig,
 }
 
 impl LanguageTrial<'_> {
-    /// Trains one cell and measures it on every task: the posterior mean, averaged draws where there is a
-    /// posterior and, where rows are held out, the mean at a temperature on the likelihoods of choices. What
-    /// goes wrong in it is its result, too: a loss, gradient or prediction that is not finite is
-    /// [`Status::Diverged`](super::Status::Diverged), anything else
+    /// Trains one cell and measures it on every task: the posterior mean; averaged draws if there is a
+    /// posterior; and, if rows are held out, the mean at a temperature fitted on the likelihoods of choices.
+    /// Errors are results, too: a loss, gradient or prediction that is not finite gives
+    /// [`Status::Diverged`](super::Status::Diverged), any other error
     /// [`Status::Failed`](super::Status::Failed).
     pub fn run(&self, key: &CellKey) -> (CellResult, CellCost, CellRows) {
         let mut begun = CellResult::begun(key, EvaluatedTask::METRIC);
@@ -82,8 +82,8 @@ impl LanguageTrial<'_> {
         })
     }
 
-    /// What a cell is trained on, and of what its recipe holds out the questions with choices: of the same
-    /// seed, the same rows together whatever the recipe.
+    /// The rows that a cell is trained on, and the questions with choices among the rows that its recipe
+    /// holds out. For a seed, the training and held-out rows together are the same whatever the recipe.
     fn rows_of(&self, key: &CellKey, recipe: &Recipe) -> Result<(Vec<Tokens>, Vec<Prompted>)> {
         let noise = Noise::new(key.seed);
         let choices = |tokens: &Tokens| self.rows.get(tokens.row)?.choices.as_ref();
@@ -105,7 +105,7 @@ impl LanguageTrial<'_> {
 
     fn measure(&self, mut arms: TaskArms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
         arms.add("mean", self.tasks, PosteriorWeights::Mean)?;
-        // IVON's draws are of parameters, which nothing puts in place here.
+        // IVON's draws are whole parameters, which are not substituted into the model here.
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
             arms.add(&format!("{} draws", self.draws), self.tasks, PosteriorWeights::Average(self.draws))?;
         }
@@ -116,7 +116,7 @@ impl LanguageTrial<'_> {
     }
 }
 
-/// A trial with the rows of one cell.
+/// A trial with the training rows of one cell.
 struct CellTrial<'a> {
     trial: &'a LanguageTrial<'a>,
     train: &'a [Tokens],
@@ -137,7 +137,7 @@ impl Learner for CellTrial<'_> {
         let mut model = DecoderForCausalLM::load(base, &config, noise)?;
         model.set_checkpoint_layers(*checkpoint_layers);
         let hooks = Cell::new(start.inject(&mut model, &params)?);
-        // A row that cannot be measured is told before the training, not after it.
+        // Report a row that cannot be measured before the training, not after it.
         tasks.iter().try_for_each(|task| task.check(&model, encoder))?;
         Ok(LanguageModel { model, params, hooks, config })
     }

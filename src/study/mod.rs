@@ -1,4 +1,4 @@
-//! Robustness studies: grids of methods and hyperparameters, run cell by cell, and their report.
+//! Robustness studies: grids of methods and hyperparameters that are run cell by cell, and their reports.
 
 mod cell;
 mod checksums;

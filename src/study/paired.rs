@@ -1,5 +1,5 @@
-//! Two arms by the rows that both measured: differences of scores, paired over tasks, seeds, learning rates,
-//! batch sizes and rows.
+//! Compares two arms on the rows that both measured: differences of scores, paired by task, seed, learning
+//! rate, batch size and row.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,28 +13,28 @@ use crate::error::{Error, Result};
 use crate::metrics::{argmax, confidence_bin, ConfidenceBins};
 use crate::noise::Noise;
 
-/// Resamples of a bootstrap: the standard error is known to 1.6 %.
+/// The number of bootstrap resamples, which gives the standard error to within 1.6 %.
 const RESAMPLES: usize = 2000;
 
-/// A score of rows that two arms are compared by.
+/// A score over rows by which two arms are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RowScore {
-    /// Mean `-ln p` of the labels.
+    /// The mean `-ln p` of the labels.
     Nll,
-    /// The expected calibration error with less bias ([`crate::metrics::ece_debiased`]).
+    /// The debiased expected calibration error ([`crate::metrics::ece_debiased`]).
     Ece,
-    /// Brier's score, summed over classes.
+    /// The Brier score, summed over classes.
     Brier,
-    /// The share of right rows.
+    /// The fraction of correct rows.
     Accuracy,
 }
 
 impl RowScore {
-    /// All of them.
+    /// All scores.
     pub const ALL: [Self; 4] = [Self::Nll, Self::Ece, Self::Brier, Self::Accuracy];
 
-    /// Whether less of it is better.
+    /// Whether a lower value is better.
     pub const fn lower_is_better(self) -> bool {
         !matches!(self, Self::Accuracy)
     }
@@ -51,7 +51,7 @@ impl fmt::Display for RowScore {
     }
 }
 
-/// What one arm of a cell says of its rows, score by score.
+/// The scores of one arm of a cell, row by row.
 #[derive(Debug)]
 pub(super) struct RowScores {
     nll: Vec<f64>,
@@ -85,7 +85,7 @@ impl RowScores {
         Some(scores)
     }
 
-    /// A score over the rows, each as often as its weight says.
+    /// A score over the weighted rows.
     fn score(&self, score: RowScore, weights: &[f64]) -> f64 {
         match score {
             RowScore::Nll => mean(self.nll.iter().copied(), weights),
@@ -101,30 +101,30 @@ impl RowScores {
         }
     }
 
-    /// A score of the rows as they are.
+    /// A score over the rows with weight 1.
     pub fn plain(&self, score: RowScore) -> f64 {
         self.score(score, &vec![1.0; self.nll.len()])
     }
 }
 
 fn mean(values: impl Iterator<Item = f64>, weights: &[f64]) -> f64 {
-    // A row that is not drawn may have an infinite value.
+    // A row with weight 0 may have an infinite value.
     let weighted = values.zip(weights).filter(|(_, w)| **w > 0.0).map(|(v, w)| v * w);
     weighted.sum::<f64>() / weights.iter().sum::<f64>()
 }
 
-/// Two arms of one setting (learning rate and batch size).
+/// Two arms in one setting (learning rate and batch size).
 type Pair = [RowScores; 2];
 
-/// The settings that are done in both of two arms, with their rows.
+/// The settings that are done in both arms, with their rows.
 #[derive(Debug)]
 pub(super) struct PairedRows {
-    /// By task, and by seed.
+    /// The pairs by task and seed.
     tasks: BTreeMap<String, BTreeMap<u64, Vec<Pair>>>,
 }
 
 impl PairedRows {
-    /// The settings of the cells that `wanted` says yes to.
+    /// The settings of the cells for which `wanted` is true.
     ///
     /// # Errors
     /// If two cells of a task were not measured on the same rows; the error names one.
@@ -166,23 +166,23 @@ impl PairedRows {
         self.tasks.keys().map(String::as_str)
     }
 
-    /// The fewest seeds of a task.
+    /// The smallest number of seeds of a task.
     pub fn seeds(&self) -> usize {
         self.tasks.values().map(BTreeMap::len).min().unwrap_or(0)
     }
 
-    /// How many settings there are.
+    /// The number of settings.
     pub fn settings(&self) -> usize {
         self.tasks.values().flat_map(BTreeMap::values).map(Vec::len).sum()
     }
 
-    /// Differences of a score on a task, one a setting.
+    /// The differences of a score on a task, one per setting.
     pub fn differences(&self, task: &str, score: RowScore) -> Vec<f64> {
         let pairs = self.tasks.get(task).into_iter().flat_map(BTreeMap::values).flatten();
         pairs.map(|[own, other]| own.plain(score) - other.plain(score)).collect()
     }
 
-    /// The mean difference of a score on each task, as [`Self::difference`] has it: over the settings of a seed,
+    /// The mean difference of a score on each task, as in [`Self::difference`]: over the settings of a seed,
     /// then over seeds.
     pub fn by_task(&self, score: RowScore) -> Vec<(String, f64)> {
         let of_task = |seeds: &BTreeMap<u64, Vec<Pair>>| {
@@ -192,8 +192,9 @@ impl PairedRows {
         self.tasks.iter().map(|(task, seeds)| (task.clone(), of_task(seeds))).collect()
     }
 
-    /// What a bootstrap says of the mean difference of a score, own - other: over the settings of a seed, over
-    /// the seeds of a task, over tasks. The same resamples whatever the arms, so that comparisons are alike.
+    /// Bootstraps the mean difference own - other of a score: the mean over the settings of a seed, then over
+    /// the seeds of a task, then over tasks. The resamples do not depend on the arms, so that comparisons use
+    /// the same ones.
     pub fn difference(&self, score: RowScore) -> Option<TwoLevel> {
         let mut tasks = Vec::new();
         for seeds in self.tasks.values() {
@@ -213,7 +214,7 @@ fn mean_difference(pairs: &[Pair], score: impl Fn(&RowScores) -> f64) -> f64 {
     pairs.iter().map(|[own, other]| score(own) - score(other)).sum::<f64>() / pairs.len() as f64
 }
 
-/// The scores of an arm of one cell, where it kept its rows.
+/// The scores of an arm of one cell, if the cell kept its rows.
 pub(super) fn row_scores(rows: &BTreeMap<String, CellRows>, key: &CellKey, arm: &str) -> Option<RowScores> {
     RowScores::new(rows.get(&key.folder_name())?, arm)
 }

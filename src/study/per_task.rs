@@ -1,4 +1,4 @@
-//! A setting that some tasks have a value of their own of, as a command line gives it.
+//! A setting with individual values for some tasks, as given on a command line.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -8,20 +8,20 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::data::task::Task;
 use crate::error::{Error, Result};
 
-/// A value for some tasks, and perhaps one for the others: `1000,sst2=4000`.
+/// Values for some tasks, and optionally a default for the others: `1000,sst2=4000`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PerTask<T> {
     entries: Vec<(Option<Task>, T)>,
 }
 
 impl<T> PerTask<T> {
-    /// The task's own value or, where it has none, that of all.
+    /// The task's own value, or the default if it has none.
     pub fn get(&self, task: Task) -> Option<&T> {
         let of = |whose: Option<Task>| self.entries.iter().find(|(task, _)| *task == whose);
         of(Some(task)).or_else(|| of(None)).map(|(_, value)| value)
     }
 
-    /// The values in the order in which they were given; that of all tasks has none.
+    /// The values in the order in which they were given; the default has no task.
     pub fn entries(&self) -> &[(Option<Task>, T)] {
         &self.entries
     }
@@ -52,7 +52,7 @@ impl<T: Display> Serialize for PerTask<T> {
     }
 }
 
-/// From its text, or from a number for all tasks.
+/// Deserialises the text form, or a number for all tasks.
 impl<'de, T: FromStr> Deserialize<'de> for PerTask<T>
 where
     T::Err: Display,
@@ -78,11 +78,11 @@ where
 {
     type Err = Error;
 
-    /// Reads values separated by commas, each with or without `TASK=` before it; nothing is no value.
+    /// Parses values separated by commas, each with an optional `TASK=` prefix. The empty text has no values.
     ///
     /// # Errors
-    /// If there is no such task (the error lists those that there are), a value cannot be read, or one
-    /// task, or all of them, has two.
+    /// If a task is unknown (the error lists the known ones), a value cannot be parsed, or a task or the
+    /// default has two values.
     fn from_str(text: &str) -> Result<Self> {
         let mut entries: Vec<(Option<Task>, T)> = Vec::new();
         for part in text.split(',').filter(|_| !text.is_empty()) {

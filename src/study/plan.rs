@@ -1,5 +1,5 @@
-//! A study written down before it is run: what is trained, which comparisons are tested together, and what
-//! counts as success.
+//! The plan of a study, written before it is run: what is trained, which comparisons are tested together, and
+//! what counts as success.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -17,8 +17,9 @@ use crate::data::task::Task;
 use crate::error::{Error, Result};
 use crate::util::json;
 
-/// A study as a JSON file says it. It may leave out `limit_train` and `limit_dev` (all rows), `max_length` (128),
-/// `foreign_task`, `families` and `success` (none); every other field is required, and an unknown one is an error.
+/// A study as a JSON file. Optional are `limit_train` and `limit_dev` (default: all rows), `max_length`
+/// (128), `foreign_task`, `families` and `success` (none). Every other field is required, and an unknown
+/// field is an error.
 ///
 /// ```json
 /// {
@@ -41,38 +42,38 @@ use crate::util::json;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// What the report calls it.
+    /// The study's name in the report.
     pub name: String,
     /// The last part of the model's folder or repository.
     pub model: String,
-    /// The tasks by name.
+    /// The names of the tasks.
     pub tasks: Vec<String>,
-    /// Which methods run at which learning rates.
+    /// The methods, with the learning rates at which they run.
     pub methods: Vec<Methods>,
-    /// Batch sizes.
+    /// The batch sizes.
     pub batch_sizes: Vec<usize>,
-    /// Seeds.
+    /// The seeds.
     pub seeds: Vec<u64>,
-    /// Training rows of a seed; all where it is absent.
+    /// The number of training rows per seed; all if absent.
     #[serde(default)]
     pub limit_train: PerTask<usize>,
-    /// Measured rows; all where it is absent.
+    /// The number of measured rows; all if absent.
     #[serde(default)]
     pub limit_dev: Option<usize>,
-    /// Passes over the training rows; every task needs a number.
+    /// The number of passes over the training rows, required for every task.
     pub epochs: PerTask<usize>,
-    /// The most tokens of a row.
+    /// The maximum number of tokens per row.
     #[serde(default = "max_length")]
     pub max_length: usize,
-    /// Posterior draws, and passes of MC dropout.
+    /// The number of posterior draws and of MC dropout passes.
     pub draws: usize,
-    /// For a task another one, whose rows the uncertainty of its predictions should recognise as foreign.
+    /// For a task, another task whose rows its uncertainty should recognise as out of domain.
     #[serde(default)]
     pub foreign_task: PerTask<Task>,
-    /// Families of tests by name: each is corrected by Holm's procedure for itself.
+    /// Families of tests by name. Holm's correction applies within each family.
     #[serde(default)]
     pub families: BTreeMap<String, Vec<Comparison>>,
-    /// What must hold, all of it.
+    /// The criteria of success, all of which must hold.
     #[serde(default)]
     pub success: Vec<Criterion>,
 }
@@ -91,41 +92,41 @@ pub struct Methods {
     pub lrs: Vec<f64>,
 }
 
-/// A comparison of two arms: a test for each score.
+/// A comparison of two arms, with one test per score.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Comparison {
-    /// The arm that should be better, as `lora (mean)`.
+    /// The arm that should be better, such as `lora (mean)`.
     pub arm: String,
     /// The arm that it is compared with.
     pub against: String,
-    /// The scores.
+    /// The scores to test.
     pub scores: Vec<RowScore>,
 }
 
-/// A condition of success.
+/// A criterion of success.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Criterion {
-    /// Every test of a family finds its arm better, with a corrected p below the given one.
+    /// Every test of a family finds its arm better, with a corrected p-value below `p`.
     Better {
         /// The family's name.
         family: String,
-        /// The p that must not be reached.
+        /// The significance level, which the corrected p-values must be below.
         p: f64,
     },
-    /// The NLL depends on the learning rate at most this much as strongly.
+    /// The NLL of `arm` varies over learning rates at most `most` times as much as that of `against`.
     Sensitivity {
-        /// The arm that must not depend on it.
+        /// The arm that should depend less on the learning rate.
         arm: String,
         /// The arm that it is compared with.
         against: String,
-        /// The largest ratio of the two.
+        /// The largest allowed ratio.
         most: f64,
-        /// What it is a ratio of.
+        /// The quantity that the ratio compares.
         of: Variation,
     },
-    /// A score, at one learning rate or at all, is at most so much worse, the mean over tasks.
+    /// A score, at one learning rate or at all, is at most `by` worse in the mean over tasks.
     NotWorse {
         /// The arm.
         arm: String,
@@ -133,30 +134,30 @@ pub enum Criterion {
         against: String,
         /// The score.
         score: RowScore,
-        /// The learning rate; all where it is left out.
+        /// The learning rate; all if left out.
         #[serde(default)]
         lr: Option<f64>,
-        /// How much worse it may be.
+        /// How much worse the score may be.
         by: f64,
     },
 }
 
-/// What a ratio of sensitivities is one of.
+/// The quantity that a ratio of sensitivities compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Variation {
-    /// Variances within task and seed.
+    /// Variances within task, seed and batch size.
     Variance,
-    /// Their square roots.
+    /// The square roots of these variances.
     Deviation,
 }
 
 impl Plan {
-    /// Reads a plan, and its checksum: the CRC-32 of the file, in hexadecimal.
+    /// Reads a plan and its checksum, the CRC-32 of the file in hexadecimal.
     ///
     /// # Errors
-    /// If the file cannot be read, is no plan, or does not fit together: a task, recipe, arm or family that
-    /// there is not, a task without epochs, a method twice at one rate, or a list that is empty.
+    /// If the file cannot be read, is not a plan, or is inconsistent: an unknown task, recipe, arm or family,
+    /// a task without epochs, a method twice at one rate, or an empty list.
     pub fn read(path: &Path) -> Result<(Self, String)> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let crc = format!("{:08x}", crc32fast::hash(text.as_bytes()));
@@ -165,10 +166,10 @@ impl Plan {
         Ok((plan, crc))
     }
 
-    /// What [`Plan::read`] gave, from the settings of a study that it is the plan of.
+    /// The result of [`Plan::read`] from the settings of a study; `None` if the study has no plan.
     ///
     /// # Errors
-    /// As [`Plan::read`].
+    /// If the plan in the settings is invalid, as for [`Plan::read`].
     pub(super) fn of_settings(settings: &Value, path: &Path) -> Result<Option<(Self, String)>> {
         let (Some(plan), Some(crc)) = (settings.get("plan"), settings.get("plan_crc32")) else {
             return Ok(None);
@@ -179,7 +180,7 @@ impl Plan {
         Ok(Some((plan, crc.as_str().unwrap_or_default().to_string())))
     }
 
-    /// What all of its cells depend on: the settings of the study.
+    /// The settings of the study, on which all of its cells depend: the plan and its checksum.
     pub fn settings(&self, crc: &str) -> Result<Value> {
         let plan = serde_json::to_value(self).map_err(|e| Error::config("plan", e.to_string()))?;
         Ok(serde_json::json!({ "plan": plan, "plan_crc32": crc }))
@@ -188,12 +189,12 @@ impl Plan {
     /// The tasks.
     ///
     /// # Errors
-    /// If there is no such task.
+    /// If a task is unknown.
     pub fn tasks(&self) -> Result<Vec<Task>> {
         self.tasks.iter().map(|name| name.parse()).collect()
     }
 
-    /// The cells, in the order of a grid of all methods and rates: those that the plan has.
+    /// The cells of the plan, in the order of the grid of all methods and rates.
     ///
     /// # Errors
     /// As [`Grid::cells`].
@@ -206,14 +207,14 @@ impl Plan {
             lrs.extend(group.lrs.iter().filter(|lr| !lrs.contains(lr)).copied().collect::<Vec<_>>());
         }
         let Self { batch_sizes, seeds, .. } = self.clone();
-        // However they are spelt.
+        // Use the canonical names, however the plan spells them.
         let tasks = self.tasks()?.into_iter().map(|task| task.name().to_string()).collect();
         let mut cells = Grid { tasks, methods, lrs, batch_sizes, seeds }.cells()?;
         cells.retain(|key| self.runs(&key.method, key.lr) > 0);
         Ok(cells)
     }
 
-    /// How often a method runs at a rate.
+    /// How often the plan has a method at a learning rate.
     fn runs(&self, method: &str, lr: f64) -> usize {
         let has =
             |group: &&Methods| group.recipes.iter().any(|name| name == method) && group.lrs.contains(&lr);
@@ -277,7 +278,7 @@ impl Plan {
                 Criterion::Sensitivity { arm, against, .. } => {
                     [arm, against].into_iter().try_for_each(known)?;
                     self.check_shared("success", arm, against)?;
-                    // Of each task, seed and batch size a mean is taken away, and one more for the two arms.
+                    // The test has groups * (rates - 1) - 1 degrees of freedom: one mean is lost per group.
                     let rates = self.shared(arm, against)?.len();
                     let groups = cells.iter().map(|key| (&key.task, key.seed, key.batch_size));
                     let groups = groups.collect::<BTreeSet<_>>().len();
@@ -302,7 +303,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Checks that the methods of two arms run at a rate in common: there is no other pair of cells.
+    /// Checks that the methods of two arms share a learning rate; otherwise no two cells could be paired.
     fn check_shared(&self, place: &str, own: &str, other: &str) -> Result<()> {
         if !self.shared(own, other)?.is_empty() {
             return Ok(());
@@ -323,8 +324,8 @@ impl Plan {
         Ok(shared)
     }
 
-    /// The arm that it is about: of the first comparison of the first family that has to be better; None
-    /// where there is no such condition.
+    /// The tested arm: that of the first comparison of the first family named by a [`Criterion::Better`];
+    /// `None` if there is no such criterion.
     pub(super) fn tested(&self) -> Option<Arm> {
         let family = self.success.iter().find_map(|criterion| match criterion {
             Criterion::Better { family, .. } => self.families.get(family),
@@ -333,7 +334,7 @@ impl Plan {
         arm(&family.first()?.arm).ok()
     }
 
-    /// Every arm of its methods.
+    /// Every arm of the plan's methods.
     fn arms(&self) -> Result<BTreeSet<Arm>> {
         let mut arms = BTreeSet::new();
         for method in self.methods.iter().flat_map(|group| &group.recipes) {
@@ -344,10 +345,10 @@ impl Plan {
     }
 }
 
-/// An arm as it is written: `lora:rank=4 (mean)`.
+/// Parses an arm such as `lora:rank=4 (mean)`.
 ///
 /// # Errors
-/// Unless it is a method and a way to predict in brackets.
+/// Unless the text is a method followed by a way to predict in brackets.
 pub(super) fn arm(text: &str) -> Result<Arm> {
     let parts = text.strip_suffix(')').and_then(|text| text.split_once(" ("));
     let (method, arm) = parts

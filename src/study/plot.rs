@@ -1,6 +1,6 @@
-//! Plots of a study: scores against the learning rate with a point for each seed or, of one seed, box plots
-//! over a grid (the paper's figures 1, 4 and 7), training losses (figure 11), reliability diagrams. What is not
-//! finite is left out, and its place says so.
+//! Plots of a study: scores against the learning rate with a point per seed or, for a single seed, box plots
+//! over a grid (the paper's figures 1, 4 and 7); training losses (figure 11); and reliability diagrams.
+//! Values that are not finite are left out; plots of scores say how many.
 
 mod draw;
 mod run;
@@ -16,14 +16,14 @@ use super::store::StoredCell;
 use crate::error::{Error, Result};
 use crate::metrics::{median, quantile, Metrics};
 
-/// A score of a way to predict, where it has one.
+/// Reads a score from the metrics of an arm, if they have it.
 type Score<'a> = dyn Fn(&Metrics) -> Option<f64> + 'a;
 
-/// Points of a loss curve.
+/// The number of points of a loss curve.
 const POINTS: usize = 50;
 
 /// Writes the plots of some cells into the folder `out`, each as SVG and as PNG: for each task
-/// `{task}-metric`, `{task}-nll`, `{task}-loss` and `{task}-reliability`, where the cells have data for it.
+/// `{task}-metric`, `{task}-nll`, `{task}-loss` and `{task}-reliability`, if the cells have data for them.
 ///
 /// # Errors
 /// If a file cannot be written.
@@ -44,7 +44,7 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
         for (kind, name, value) in scores {
             let (file, title) = (format!("{task}-{kind}"), format!("{task}: {name}"));
             if seeds.len() > 1 {
-                // Few cells in a box plot hide themselves.
+                // A box plot would hide the individual cells: with several seeds, draw each as a point.
                 let panels = rates(&cells, value);
                 if !panels.is_empty() {
                     let title = format!("{title}, a point for each cell, the line through medians");
@@ -84,7 +84,7 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A value of the cells by method and arm, in the order of names.
+/// The values of the cells by method and arm, sorted by name.
 fn groups(cells: &[&CellResult], value: &Score) -> Vec<(String, Vec<f64>)> {
     let mut groups: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
@@ -100,7 +100,7 @@ fn groups(cells: &[&CellResult], value: &Score) -> Vec<(String, Vec<f64>)> {
     groups.into_iter().map(finite).filter(|(_, values)| !values.is_empty()).collect()
 }
 
-/// A value of the cells against the learning rate by method and arm, in the order of names.
+/// The values of the cells against the learning rate by method and arm, sorted by name.
 fn rates(cells: &[&CellResult], value: &Score) -> Vec<Panel> {
     let mut arms: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
@@ -124,7 +124,7 @@ fn rates(cells: &[&CellResult], value: &Score) -> Vec<Panel> {
     arms.into_iter().map(panel).filter(|panel| !panel.points.is_empty()).collect()
 }
 
-/// Training losses by method over the share of training that is done.
+/// The training losses by method over the completed fraction of training.
 fn losses(cells: &[&CellResult]) -> Vec<Panel> {
     let mut methods: BTreeMap<&str, Vec<&CellResult>> = BTreeMap::new();
     for cell in cells.iter().filter(|cell| cell.losses.len() > 1) {
@@ -146,7 +146,7 @@ fn losses(cells: &[&CellResult]) -> Vec<Panel> {
     methods.into_iter().map(panel).collect()
 }
 
-/// Accuracy over confidence by method and arm: bins of all cells together.
+/// Accuracy over confidence by method and arm, with the bins of all cells combined.
 fn reliability(cells: &[&CellResult]) -> Vec<Panel> {
     let mut arms: BTreeMap<String, Vec<Bin>> = BTreeMap::new();
     for (cell, (arm, bins)) in cells.iter().flat_map(|c| c.reliability.iter().map(move |arm| (c, arm))) {
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!((panels.len(), panels[0].name.as_str()), (1, "lora (mean)"));
         assert_eq!(panels[0].scatter.len(), 5);
         assert_eq!(panels[0].points, [(0.5f64.log10(), 0.5), (0.6f64.log10(), 0.6)]);
-        // Nothing finite is no picture.
+        // Without finite values there is no plot.
         assert!(rates(&cells, &|metrics| metrics.nll).is_empty());
         let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
         write_plots(&stored, dir.path())?;

@@ -1,10 +1,10 @@
-//! Methods by name, with options: what a grid's columns are made of.
+//! Recipes: fine-tuning methods by name, with options, as a grid combines them.
 //!
-//! A recipe is a name, and after colons the options that differ from the paper's RoBERTa setting:
+//! A recipe is a name followed by colons and the options that differ from the paper's RoBERTa setting:
 //! `lora`, `lora:rank=16`, `monteclora:n=64:eps=1e-2`, `monteclora-sparse`, `monteclora-posthoc`,
 //! `monteclora-posthoc:adapter=DIR`, `monteclora-calibrated`, `map:form=update:width=0.4`.
 //!
-//! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` is; the others are for what is fitted
+//! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` uses; the others serve to fit something
 //! after training, such as a temperature.
 
 mod options;
@@ -47,11 +47,11 @@ pub const NAMES: [&str; 18] = [
 /// How a model is fine-tuned in a study.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recipe {
-    /// As it was written.
+    /// The recipe as it was written.
     pub text: String,
-    /// The method that is trained first; where `post_hoc` is set, the one that the posterior is put on.
+    /// The method that is trained; if `post_hoc` is set, the one to which the posterior is added.
     pub method: Method,
-    /// The layers it changes.
+    /// The layers that the method changes.
     pub targets: Targets,
     /// The learning rate of B as a multiple of that of A.
     pub loraplus_ratio: f64,
@@ -59,25 +59,25 @@ pub struct Recipe {
     pub head_lr_ratio: f64,
     /// The learning rate of rho and c as a multiple of that of A.
     pub variational_lr_ratio: f64,
-    /// The constants of IVON, where it is the optimiser.
+    /// The constants of IVON, if it is the optimiser.
     pub ivon: Option<IvonConfig>,
-    /// The posterior that is put on the trained LoRA, where there is one.
+    /// The posterior that is added to the trained LoRA, if any.
     pub post_hoc: Option<MonteCLoRAConfig>,
-    /// The folder of the LoRA that it is put on, in place of one trained here: its ranks, scales and
-    /// layers count.
+    /// The folder of an existing LoRA that the posterior is added to, instead of one trained here. Ranks,
+    /// scales and layers are those of that LoRA.
     pub adapter: Option<PathBuf>,
-    /// The share of its rows that it is not trained on: what is fitted after training, a temperature,
-    /// is fitted on them. 0 for none.
+    /// The fraction of rows to hold out of training, on which a temperature, for example, is fitted
+    /// afterwards. 0 for none.
     pub held_out: f64,
 }
 
 impl Recipe {
-    /// Whether it ends in a posterior that can be drawn from.
+    /// Whether the recipe results in a posterior that can be sampled.
     pub fn has_posterior(&self) -> bool {
         self.post_hoc.is_some() || self.ivon.is_some() || self.method.has_posterior()
     }
 
-    /// Remarks on its predictions: [`MethodInit::notes`](crate::train::MethodInit::notes).
+    /// Notes on the predictions, from [`MethodInit::notes`](crate::train::MethodInit::notes).
     pub fn notes(&self) -> Vec<&'static str> {
         match &self.post_hoc {
             Some(config) => Method::MonteCLoRA(config.clone()).notes(true),
@@ -85,7 +85,7 @@ impl Recipe {
         }
     }
 
-    /// Whether it ends in plain LoRA, on which the Bayesian treatments of a trained LoRA stand.
+    /// Whether the recipe results in plain LoRA, to which the Bayesian treatments of a trained LoRA apply.
     pub fn is_lora(&self) -> bool {
         self.post_hoc.is_none() && self.ivon.is_none() && matches!(self.method, Method::Lora(_))
     }
@@ -173,7 +173,8 @@ impl FromStr for Recipe {
     }
 }
 
-/// Whether a method has this option, of those that are no owner's.
+/// Whether a method accepts this option, for the options of [`Owner::Any`] and [`Owner::Pair`]; true for all
+/// others.
 fn reads(name: &str, key: &str) -> bool {
     match key {
         "rank" => !["full", "ia3", "prompt"].contains(&name),

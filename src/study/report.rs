@@ -1,8 +1,8 @@
-//! The report of a study, from its result files alone: `report.md`, `report.csv`, `cells.csv`, and
-//! apart from them, since it differs from run to run, `costs.md`.
+//! The report of a study, from its result files only: `report.md`, `report.csv` and `cells.csv`, and
+//! separately `costs.md`, which differs from run to run.
 //!
-//! Statistics are over the cells that are done. A cell that diverged or failed has no score: it is
-//! counted in its row, and never dropped without a word.
+//! Statistics are over the cells that are done. Cells that diverged or failed have no score; they are counted
+//! in their row and never dropped silently.
 
 mod arm;
 mod calibration;
@@ -30,12 +30,12 @@ use crate::util::files;
 use arm::{baseline, name, number, tested, Arm, MEAN};
 use figures::{rows, ArmFigures, FIGURES};
 
-/// Writes the report of the results below `results` into the folder `out`: the same bytes for the same
-/// results, except in `costs.md`.
+/// Writes the report of the results in the folder `results` into the folder `out`. The same results give the
+/// same bytes, except in `costs.md`.
 ///
 /// # Errors
-/// If a result or its rows cannot be read, two cells of a task were measured on other rows, the plan in the
-/// settings is none, or a file cannot be written.
+/// If a result or its rows cannot be read, two cells of a task were measured on different rows, the plan in
+/// the settings is invalid, or a file cannot be written.
 pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let stored = read_cells(results)?.into_iter();
     let (cells, costs): (Vec<CellResult>, Vec<_>) = stored.map(|cell| (cell.result, cell.cost)).unzip();
@@ -48,7 +48,7 @@ pub fn write_report(results: &Path, out: &Path) -> Result<()> {
     let kept = read_rows(results)?;
     let plan = match serde_json::from_str(&settings) {
         Ok(settings) => Plan::of_settings(&settings, &settings_path(results))?,
-        Err(_) => None, // settings of another kind are shown, and mean nothing
+        Err(_) => None, // settings that are not JSON are only quoted
     };
     let tested = plan.as_ref().and_then(|(plan, _)| plan.tested()).or_else(|| tested(&cells));
     let text = markdown(&cells, &settings, tested.as_ref())
@@ -108,7 +108,7 @@ fn markdown(cells: &[CellResult], settings: &str, tested: Option<&Arm>) -> Strin
     text
 }
 
-/// What rows and a plan add; nothing where no cell kept rows and there is no plan.
+/// The sections that need rows or a plan; empty if no cell kept rows and there is no plan.
 fn by_rows(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
@@ -137,7 +137,7 @@ fn by_rows(
     Ok(text)
 }
 
-/// The means over tasks of what a row says, for the arms that every task has.
+/// The section of means over tasks, for the arms that every task has.
 fn overall(rows: &BTreeMap<(String, Arm), ArmFigures>, tasks: usize) -> String {
     let mut text = format!("\n## Mean over {tasks} tasks\n\n| method | {} |\n", FIGURES.join(" | "));
     text.push_str(&format!("|---|{}\n", "---|".repeat(FIGURES.len())));
@@ -153,7 +153,7 @@ fn overall(rows: &BTreeMap<(String, Arm), ArmFigures>, tasks: usize) -> String {
     text
 }
 
-/// How well rows of another task are told from those of a task.
+/// The section about out-of-domain detection: how well rows of another task are recognised.
 fn foreign(cells: &[CellResult]) -> String {
     let mut found: BTreeMap<(&str, &str, &str), Vec<f64>> = BTreeMap::new();
     for cell in cells {

@@ -1,4 +1,4 @@
-//! What a cell says of every measured row, in every way to predict: what comparisons pair rows by.
+//! A cell's predictions of every measured row in every arm, by which comparisons pair rows.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,49 +9,50 @@ use safetensors::{Dtype, SafeTensors};
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// The tensor of the rows' places.
+/// The tensor of the rows' indices.
 const ROW: &str = "row";
-/// The tensor of their labels.
+/// The tensor of the rows' labels.
 const LABEL: &str = "label";
-/// What stands before an arm's name in that of its tensor.
+/// The prefix of an arm's tensor name.
 const ARM: &str = "log_probabilities/";
 
-/// The measured rows of a cell, n of them, and what each arm says of them.
+/// The n measured rows of a cell and the predictions of each arm.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CellRows {
-    /// The place of each row in its development set.
+    /// The index of each row in its development set.
     pub row: Vec<u32>,
-    /// The class of each.
+    /// The class of each row.
     pub label: Vec<u32>,
-    /// By arm: the logarithms of the class probabilities, c a row, row after row. -inf is probability 0.
+    /// By arm: the log-probabilities of the c classes, `(n, c)` row-major. -inf is probability 0.
     pub arms: BTreeMap<String, Vec<f32>>,
-    /// Of a cell that was measured on several tasks those of each by its name; the rest is then empty.
+    /// The rows of each task by name, if the cell was measured on several tasks; the other fields are then
+    /// empty.
     pub tasks: BTreeMap<String, CellRows>,
 }
 
 impl CellRows {
-    /// Whether no arm has any: a regression keeps none, nor does a cell that went wrong.
+    /// Whether there are no predictions, as for a regression and for a cell that diverged or failed.
     pub fn is_empty(&self) -> bool {
         self.arms.is_empty() && self.tasks.values().all(Self::is_empty)
     }
 
-    /// Keeps what an arm predicts: n rows of c probabilities.
+    /// Keeps the predictions of an arm: n rows of c probabilities.
     pub(super) fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) {
         let logs = probabilities.iter().flatten().map(|p| p.ln() as f32).collect();
         self.arms.insert(arm.to_string(), logs);
     }
 
-    /// The class probabilities that an arm predicts, row after row, and the number of classes.
+    /// The class probabilities that an arm predicts, row-major, and the number of classes.
     pub fn probabilities(&self, arm: &str) -> Option<(Vec<f64>, usize)> {
         let logs = self.arms.get(arm)?;
         Some((logs.iter().map(|log| f64::from(*log).exp()).collect(), logs.len() / self.row.len().max(1)))
     }
 
-    /// Writes the file `path`: `row` and `label` as `(n)` of u32, each arm as `(n, c)` of f32; of several tasks
-    /// with a task's name and a slash before each.
+    /// Writes the file `path`: `row` and `label` as `(n)` of u32, and each arm as `(n, c)` of f32. With
+    /// several tasks, tensor names begin with the task's name and a slash.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the file cannot be written.
     pub(super) fn write(&self, path: &Path) -> Result<()> {
         let mut parts = Vec::new();
         self.parts("", &mut parts);
@@ -63,7 +64,7 @@ impl CellRows {
         files::write_safetensors(path, tensors)
     }
 
-    /// Its tensors, with `prefix` before their names: type, shape and bytes of each.
+    /// Collects the tensors (name with `prefix`, dtype, shape and bytes).
     fn parts(&self, prefix: &str, parts: &mut Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) {
         for (task, rows) in &self.tasks {
             rows.parts(&format!("{prefix}{task}/"), parts);
@@ -81,12 +82,11 @@ impl CellRows {
         }
     }
 
-    /// The rows of a cell, or of one of its tasks, in the file `path`, whose tensors have `prefix` before
-    /// their names; None where it has none of them.
+    /// Reads the rows of a cell, or of one of its tasks, from `file`, in which their tensor names begin with
+    /// `prefix`; `None` if there are no such tensors. `path` appears in errors.
     ///
     /// # Errors
-    /// If a tensor is missing, has another type or shape, or holds a class that is none or what is no
-    /// logarithm of a probability.
+    /// If a tensor is missing, has another type or shape, or contains an invalid class or log-probability.
     pub(super) fn read(file: &SafeTensors, prefix: &str, path: &Path) -> Result<Option<Self>> {
         let wrong = |name: &str, reason: &str| Error::format(path, format!("{prefix}{name}: {reason}"));
         let words = |name: &str| -> Result<Vec<u32>> {

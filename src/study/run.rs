@@ -1,4 +1,4 @@
-//! Running the cells of a grid: each once, each in a folder of its own, from wherever it stopped.
+//! Runs the cells of a grid, each once and in its own folder, and resumes where a run stopped.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,30 +14,31 @@ use super::store::{settings_path, Store};
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// How far a shard is.
+/// The progress of a shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Progress {
-    /// Cells of the shard.
+    /// The number of cells in the shard.
     pub total: usize,
-    /// Cells with a result, those of earlier runs among them.
+    /// The number of cells with a result, including those of earlier runs.
     pub done: usize,
-    /// Cells of these that failed or diverged.
+    /// The number of these cells that failed or diverged.
     pub failed: usize,
-    /// Seconds that the rest may take: as many as a cell took on the average in this run. None before
-    /// the first.
+    /// The estimated seconds for the remaining cells, from the mean time per cell in this run. `None` before
+    /// the first cell is complete.
     pub seconds_left: Option<f64>,
 }
 
-/// Runs the cells of `shard` that have no result below `dir` yet, packed or not, in their order. `settings` is what
-/// they all depend on; it is kept in `settings.json`. A cell's result appears whole or not at all, so
-/// that a run may be killed at any moment and begun again. Several shards may share the folder. A cell that failed
-/// (a full disk, a device that was lost) is tried again by the next run; one that diverged would diverge again.
+/// Runs the cells of `shard` that have no result in the folder `dir` yet, packed or not, in order. `settings`
+/// is everything that all cells depend on, and is stored in `settings.json`. A cell's result is written
+/// completely or not at all, so a run may be killed and restarted at any time. Several shards may share the
+/// folder. A cell that failed (full disk, lost device) is retried by the next run; one that diverged is not,
+/// since it would diverge again.
 ///
-/// `progress` is told of every cell before it runs, and once at the end.
+/// `progress` is called before every cell, and once at the end.
 ///
 /// # Errors
-/// If the folder belongs to a study with other settings, or a file cannot be read or written. What goes
-/// wrong inside a cell is its result.
+/// If the folder belongs to a study with other settings, or a file cannot be read or written. Errors inside a
+/// cell are its result.
 pub fn run(
     dir: &Path,
     settings: &Value,
@@ -79,8 +80,8 @@ fn count(progress: &mut Progress, result: &CellResult) {
     progress.failed += usize::from(result.status != Status::Done);
 }
 
-/// Makes the folder the study's own, or checks that it is. A grid may grow by methods and tasks: the settings then have
-/// what all of them depend on.
+/// Writes the study's settings into the folder, or checks that they agree with the stored ones. A grid may
+/// grow by methods and tasks, whose settings are then added.
 fn claim(dir: &Path, settings: &Value) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = settings_path(dir);
@@ -104,8 +105,8 @@ fn claim(dir: &Path, settings: &Value) -> Result<()> {
     }
 }
 
-/// The names of settings that are not those that were found; what an older version did not write down cannot
-/// differ.
+/// The names of settings that differ from the stored ones. A setting that an older version did not store does
+/// not differ.
 fn differing(found: &Value, settings: &Value) -> Vec<String> {
     let (Some(found), Some(now)) = (found.as_object(), settings.as_object()) else { return Vec::new() };
     let names: BTreeSet<&String> = found.keys().chain(now.keys()).collect();

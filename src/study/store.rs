@@ -1,5 +1,5 @@
-//! Where a study keeps its cells: a folder each while it runs (`result.json`, `cost.json` and, of a cell
-//! that kept its rows, `rows.safetensors`), and a line each of `cells.jsonl` once it is packed.
+//! The storage of a study's cells: while it runs, a folder per cell (`result.json`, `cost.json` and, if the
+//! cell kept its rows, `rows.safetensors`); once packed, a line per cell in `cells.jsonl`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,41 +15,42 @@ use super::rows::CellRows;
 use crate::error::{Error, Result};
 use crate::util::{files, json};
 
-/// The finished cells of a packed study, one JSON object a line, in the order of their folders' names.
+/// The finished cells of a packed study, one JSON object per line, in the order of their folders' names.
 const PACKED: &str = "cells.jsonl";
-/// What a cell found, in its folder.
+/// The result of a cell, in its folder.
 const RESULT: &str = "result.json";
-/// What it cost.
+/// The cost of a cell, in its folder.
 const COST: &str = "cost.json";
-/// What a cell says of every row (`row`, `label`, log-probabilities), where it kept that. In a packed study
-/// those of all cells, each tensor with the cell's folder before its name.
+/// The predictions of a cell for every row (`row`, `label`, log-probabilities), if it kept them. In a packed
+/// study, the file has those of all cells, with the cell's folder as the prefix of tensor names.
 const ROWS: &str = "rows.safetensors";
 
-/// A finished cell as it is kept.
+/// A finished cell as it is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StoredCell {
-    /// What it found.
+    /// The result.
     pub result: CellResult,
-    /// What it cost, where that is known.
+    /// The cost, if known.
     pub cost: Option<CellCost>,
 }
 
-/// The finished cells of the study in the folder `dir`, packed or not, in the order of their folders'
+/// Reads the finished cells of the study in the folder `dir`, packed or not, in the order of their folders'
 /// names.
 ///
 /// # Errors
-/// If the folder or a file of a cell cannot be read, a line of `cells.jsonl` is damaged (the error names
-/// it), a cell is packed with another result than its folder holds, or a folder has not the name of its cell.
+/// If the folder or a file of a cell cannot be read, a line of `cells.jsonl` is damaged (the error names it),
+/// the packed result of a cell differs from the one in its folder, or a folder does not have the name of its
+/// cell.
 pub fn read_cells(dir: &Path) -> Result<Vec<StoredCell>> {
     Ok(Store::open(dir)?.all()?.into_values().collect())
 }
 
-/// What the finished cells of the study in the folder `dir` say of every row, packed or not, by the names
-/// of their folders ([`CellKey::folder_name`]), of those of several tasks as [`CellResult::by_task`] has them;
-/// nothing of those that kept none.
+/// Reads the rows that the finished cells of the study in the folder `dir` kept, packed or not, by the names
+/// of the cells' folders ([`CellKey::folder_name`]). Cells with several tasks are split as by
+/// [`CellResult::by_task`].
 ///
 /// # Errors
-/// As [`read_cells`]; besides, if a file of rows cannot be read or is not what one holds.
+/// As [`read_cells`], and if a file of rows cannot be read or is malformed.
 pub fn read_rows(dir: &Path) -> Result<BTreeMap<String, CellRows>> {
     let cells = Store::open(dir)?.all()?;
     let mut found = BTreeMap::new();
@@ -73,15 +74,15 @@ pub fn read_rows(dir: &Path) -> Result<BTreeMap<String, CellRows>> {
     Ok(found)
 }
 
-/// Packs the finished cells of the study in the folder `dir`: `cells.jsonl` and, where cells kept their
-/// rows, one `rows.safetensors` take the place of a folder for each. The same cells give the same bytes;
-/// those that were packed before stay. Returns how many cells are packed now.
+/// Packs the finished cells of the study in the folder `dir`: `cells.jsonl` and, if cells kept their rows,
+/// one `rows.safetensors` replace the folders of the cells. The same cells give the same bytes; cells packed
+/// earlier are kept. Returns the number of packed cells.
 ///
-/// The study goes on and is reported as before. Killed half-way, it has lost nothing: pack it again. It
-/// is for a study that no process runs at the time.
+/// The study can be continued and reported as before. If packing is killed half-way, nothing is lost: pack
+/// again. No process may run the study at the same time.
 ///
 /// # Errors
-/// As [`read_cells`]; besides, if there is no cell, another process packs, or a file cannot be written.
+/// As [`read_cells`], and if there is no cell, another process is packing, or a file cannot be written.
 pub fn pack(dir: &Path) -> Result<usize> {
     fs::metadata(dir).map_err(Error::io(dir))?;
     let _lock = files::lock(dir)?;
@@ -100,12 +101,12 @@ pub fn pack(dir: &Path) -> Result<usize> {
     Ok(cells.len())
 }
 
-/// Where a study keeps its settings.
+/// The path of a study's settings.
 pub(super) fn settings_path(dir: &Path) -> PathBuf {
     dir.join("settings.json")
 }
 
-/// The cells of a study, of which those that are packed are read.
+/// The cells of a study. Packed cells are read when it is opened, the others on demand.
 pub(super) struct Store {
     dir: PathBuf,
     packed: BTreeMap<String, StoredCell>,
@@ -113,7 +114,7 @@ pub(super) struct Store {
 
 impl Store {
     /// # Errors
-    /// If `cells.jsonl` is there and cannot be read.
+    /// If `cells.jsonl` exists and cannot be read.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(PACKED);
         let mut packed = BTreeMap::new();
@@ -121,7 +122,7 @@ impl Store {
         for (line, number) in text.lines().zip(1..) {
             let damaged = |e: serde_json::Error| {
                 let text = e.to_string();
-                // It counts lines from the start of this one.
+                // serde's line number is relative to this line: drop it.
                 let reason = text.rsplit_once(" at line ").map_or(&*text, |(reason, _)| reason);
                 Error::format_at(&path, number, format!("malformed: {reason}"))
             };
@@ -135,10 +136,10 @@ impl Store {
         Ok(Self { dir: dir.to_path_buf(), packed })
     }
 
-    /// A cell, if it is finished.
+    /// Returns a cell, if it is finished.
     ///
     /// # Errors
-    /// If a file cannot be read, or holds another cell.
+    /// If a file cannot be read, or contains another cell.
     pub fn get(&self, key: &CellKey) -> Result<Option<StoredCell>> {
         let name = key.folder_name();
         match self.named(&name)? {
@@ -150,15 +151,15 @@ impl Store {
         }
     }
 
-    /// Writes a cell into a folder of its own. Each file appears whole or not at all, the result last:
-    /// where there is one, there is all of the cell.
+    /// Writes a cell into its own folder. Each file is written completely or not at all, the result last, so
+    /// that a cell with a result is complete.
     ///
     /// # Errors
     /// If a file cannot be written.
     pub fn add(&self, result: &CellResult, cost: &CellCost, rows: &CellRows) -> Result<()> {
         let folder = self.dir.join(result.key.folder_name());
         fs::create_dir_all(&folder).map_err(Error::io(&*folder))?;
-        // Of a cell that failed before, whose result would stand beside these rows.
+        // Remove the result of an earlier failed run, which does not belong to the new rows.
         present(&folder.join(RESULT), fs::remove_file(folder.join(RESULT)))?;
         let write = |path: PathBuf, text: Result<String>| files::write(&path, text?.as_bytes());
         if rows.is_empty() {
@@ -170,11 +171,12 @@ impl Store {
         write(folder.join(RESULT), line(&folder, result))
     }
 
-    /// All that are finished, by their folders' names. A copy of a cell under another name would count twice.
+    /// All finished cells by their folders' names. A copy of a cell under another name is an error, since it
+    /// would count twice.
     fn all(&self) -> Result<BTreeMap<String, StoredCell>> {
         let mut names: BTreeSet<String> = self.packed.keys().cloned().collect();
         for entry in fs::read_dir(&self.dir).map_err(Error::io(&*self.dir))? {
-            // The name of a cell's folder is plain; a stranger's may be anything.
+            // The names of cells' folders are valid UTF-8; skip other names.
             names.extend(entry.map_err(Error::io(&*self.dir))?.file_name().into_string());
         }
         let mut cells = BTreeMap::new();
@@ -190,8 +192,8 @@ impl Store {
         Ok(cells)
     }
 
-    /// The cell in the folder of this name, or packed from it. What failed is run again, so that a folder's result
-    /// replaces a failure that was packed.
+    /// The cell in the folder of this name, or packed from it. A failed cell is run again, so the result in a
+    /// folder replaces a packed failure.
     fn named(&self, name: &str) -> Result<Option<StoredCell>> {
         let folder = self.dir.join(name);
         let (path, packed) = (folder.join(RESULT), self.packed.get(name));
@@ -201,7 +203,7 @@ impl Store {
             (Some(packed), Some(result)) if packed.result != result => {
                 Err(Error::format(path, format!("it is not the result that {PACKED} has of this cell")))
             }
-            // Of a folder that a killed process was about to remove, the line is the whole.
+            // A killed packing may leave an incomplete folder; the packed line is complete.
             (Some(packed), _) => Ok(Some(packed.clone())),
             (None, Some(result)) => Ok(Some(StoredCell { result, cost: read(&folder.join(COST))? })),
             (None, None) => Ok(None),
@@ -209,11 +211,11 @@ impl Store {
     }
 }
 
-/// Puts the rows of these cells beside those that were packed before.
+/// Adds the rows of these cells to those that were packed earlier.
 fn pack_rows<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<()> {
     let place = dir.join(ROWS);
     let mut sources = Vec::new();
-    // First: what a folder holds is of the cell's last run.
+    // Read first, so that rows in a folder, from the cell's last run, replace them.
     if let Some(bytes) = present(&place, fs::read(&place))? {
         sources.push((String::new(), place.clone(), bytes));
     }
@@ -235,7 +237,7 @@ fn pack_rows<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<
     files::write_safetensors(&place, tensors)
 }
 
-/// Removes what a packed cell left in its folder; the folder stays if it holds anything else.
+/// Removes a packed cell's files and, if nothing else is in it, its folder.
 fn remove(folder: &Path) -> Result<()> {
     files::remove_stale(folder)?;
     for path in [RESULT, COST, ROWS].map(|file| folder.join(file)) {
@@ -245,19 +247,19 @@ fn remove(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A value as a line of JSON, for the file or folder `path`.
+/// A value as a line of JSON. `path` appears in errors.
 fn line(path: &Path, value: &impl Serialize) -> Result<String> {
     let text = serde_json::to_string(value).map_err(|e| Error::format(path, e.to_string()))?;
     Ok(format!("{text}\n"))
 }
 
-/// A file's value; None where there is no file.
+/// Reads a JSON file; `None` if there is no file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let text = present(path, fs::read_to_string(path))?;
     text.map(|text| json::parse(text, path)).transpose()
 }
 
-/// What was done with the file `path`; None where there is none.
+/// Turns the result of an operation on the file `path` into `None` if there is no such file.
 fn present<T>(path: &Path, done: std::io::Result<T>) -> Result<Option<T>> {
     match done {
         Ok(value) => Ok(Some(value)),

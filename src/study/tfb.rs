@@ -1,4 +1,4 @@
-//! Training-free Bayesianisation of a cell's LoRA, in the two ways that its width is chosen.
+//! Training-free Bayesianisation of a cell's LoRA, with two ways to choose the noise.
 
 use crate::adapter::Pass;
 use crate::bayes::tfb::{self, Search, Tfb};
@@ -7,11 +7,12 @@ use crate::error::Result;
 use crate::predict::{logits, Predictor};
 use crate::train::Classifier;
 
-/// The name of an arm, and its probabilities, one row an example.
+/// The name of an arm, and its probabilities, one row per example.
 type NamedProbabilities = (&'static str, Vec<Vec<f64>>);
 
-/// Probabilities of `dev` by arm: the widest noise that changes little of what the model itself says of the
-/// held-out rows (as its authors choose it), and the noise whose loss on their labels is least.
+/// The probabilities of `dev` by arm. `tfb` uses the largest noise that hardly changes the loss on the
+/// model's own predictions for the held-out rows (the authors' choice), `tfb held-out` the noise with the
+/// lowest loss on their labels.
 pub(super) fn arms(
     classifier: &Classifier,
     held_out: (&[Batch], &[u32]),

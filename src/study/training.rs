@@ -1,4 +1,4 @@
-//! The training of a cell, whatever its model: by a recipe, and post hoc in two phases of one budget.
+//! Trains a cell of any kind of model by its recipe; post-hoc recipes in two phases that share one budget.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,51 +17,51 @@ use crate::optim::{Gradients, Moments};
 use crate::peft::{AdapterFile, AdapterMethod};
 use crate::train::{self, Loss, MethodInit, Objective, Observer, Settings, StepRecord, Summary, TrainConfig};
 
-/// The most points of a loss curve that a result keeps.
+/// The most points of a loss curve in a result.
 const LOSS_POINTS: usize = 200;
 
-/// A kind of model, and the rows that it learns.
+/// A kind of model and the rows that it is trained on.
 pub(super) trait Learner {
-    /// A loaded model and what is trained of it.
+    /// A loaded model and its trained parameters.
     type Model;
 
-    /// Loads the model under a method, its parameters started from `noise`.
+    /// Loads the model with a method whose parameters are initialised from `noise`.
     ///
     /// # Errors
-    /// If the files, the method and the rows do not fit.
+    /// If the files, the method and the rows do not fit together.
     fn load(&self, start: &MethodInit, noise: Noise) -> Result<Self::Model>;
 
-    /// What is trained of a model.
+    /// The trained parameters of a model.
     fn params<'m>(&self, model: &'m Self::Model) -> &'m Params;
 
-    /// The adapter of a model, with its head where it has one.
+    /// The adapter of a model, with its head if it has one.
     ///
     /// # Errors
-    /// If the model does not have one of this method.
+    /// If the model has no adapter of this method.
     fn adapter(&self, model: &Self::Model, method: &AdapterMethod) -> Result<AdapterFile>;
 
-    /// The training of a loaded model, asked for once.
+    /// The training objective of a loaded model; called once per model.
     fn objective<'m>(&'m self, model: &'m Self::Model, batcher: Batcher) -> Box<dyn Objective + 'm>;
 
-    /// How many rows it learns.
+    /// The number of training rows.
     fn rows(&self) -> usize;
 
-    /// Passes over them.
+    /// The number of passes over the training rows.
     fn epochs(&self) -> usize;
 }
 
 /// A trained model.
 pub(super) struct Trained<M> {
     pub model: M,
-    /// The last checkpoints of the training, the end among them.
+    /// The last checkpoints of the training, including its end.
     pub members: Vec<BTreeMap<String, Tensor>>,
-    /// What the optimiser remembered at the end.
+    /// The optimiser's moments at the end.
     pub moments: BTreeMap<String, Moments>,
 }
 
-/// Runs a cell by `fill`, which adds what it finds to a result that has `begun`, and the rows. What goes
-/// wrong is a result, too: a loss, gradient or prediction that is not finite is [`Status::Diverged`],
-/// anything else [`Status::Failed`].
+/// Runs a cell by `fill`, which fills in the result `begun`, the cost and the rows. Errors are results, too:
+/// a loss, gradient or prediction that is not finite gives [`Status::Diverged`], any other error
+/// [`Status::Failed`].
 pub(super) fn attempt(
     begun: CellResult,
     fill: impl FnOnce(&mut CellResult, &mut CellCost, &mut CellRows) -> Result<()>,
@@ -74,7 +74,7 @@ pub(super) fn attempt(
         let diverged = matches!(error, Error::NonFinite { .. });
         result.status = if diverged { Status::Diverged } else { Status::Failed };
         result.reason = Some(error.to_string());
-        // What was measured before it went wrong is no result.
+        // Measurements from before the error do not count.
         result.forget_measurements();
         rows = CellRows::default();
         cost.seconds = clock.elapsed().as_secs_f64();
@@ -82,10 +82,10 @@ pub(super) fn attempt(
     (result, cost, rows)
 }
 
-/// Trains a cell's model by its recipe and notes how it went; keeps `members` checkpoints, at equal
-/// distances and at most five.
+/// Trains a cell's model by its recipe and records the losses, steps and costs. Keeps the last `members` of
+/// five checkpoints at equal distances.
 ///
-/// A posterior that is put on a LoRA trained here shares its budget: the LoRA has the first half of the
+/// A posterior that is added to a LoRA trained here shares its budget: the LoRA has the first half of the
 /// steps and the posterior the second, as in section 6.4 of the paper (10 of 20 epochs each).
 ///
 /// # Errors
@@ -107,7 +107,7 @@ pub(super) fn train<L: Learner>(
     Ok(trained)
 }
 
-/// A cell's training on its way.
+/// The training of a cell in progress.
 struct Run<'a, L: Learner> {
     learner: &'a L,
     recipe: &'a Recipe,
@@ -140,7 +140,7 @@ impl<L: Learner> Run<'_, L> {
                 drop(lora);
                 let start = MethodInit::PostHoc(Box::new(file), config.clone());
                 let (trained, second) = self.phase(&start, Some(half..steps), members, result)?;
-                // A step is that of the posterior's phase; the other's is LoRA's.
+                // The median step time is that of the posterior's phase: the first phase is plain LoRA.
                 let steps = first.steps + second.steps;
                 (trained, Summary { steps, seconds: first.seconds + second.seconds, ..second })
             }
@@ -151,7 +151,7 @@ impl<L: Learner> Run<'_, L> {
         Ok(trained)
     }
 
-    /// Loads a model and trains it over all steps of the cell, or a part of them.
+    /// Loads a model and trains it for all steps of the cell, or for a part of them.
     fn phase(
         &mut self,
         start: &MethodInit,
@@ -165,7 +165,7 @@ impl<L: Learner> Run<'_, L> {
         let whole = self.learner.objective(&model, self.batcher);
         let all = self.batcher.batches(self.learner.rows()) * self.learner.epochs();
         let (steps, first) = part.as_ref().map_or((all, 0), |part| (part.len(), part.start));
-        // Summed over phases: each trains parameters of its own.
+        // Summed over phases, since each trains its own parameters.
         result.trainable_parameters += params.trainable_count();
         let config = TrainConfig {
             epochs: if part.is_some() { 1 } else { self.learner.epochs() },
@@ -174,9 +174,9 @@ impl<L: Learner> Run<'_, L> {
             head_lr_ratio: self.recipe.head_lr_ratio,
             variational_lr_ratio: self.recipe.variational_lr_ratio,
             ivon: self.recipe.ivon.clone(),
-            // IVON clips each element.
+            // IVON clips each element itself.
             clip: TrainConfig::default().clip.filter(|_| self.recipe.ivon.is_none()),
-            // The last parameters: to choose by the rows that measure would flatter every method.
+            // Keep the last parameters: choosing by the measured rows would make every method look better.
             keep_best: false,
             eval_every: Some(steps.div_ceil(5).max(1)),
             ..TrainConfig::default()
@@ -202,7 +202,7 @@ impl<L: Learner> Run<'_, L> {
     }
 }
 
-/// Some steps of a training, as one epoch: its batches are those that the whole would have there.
+/// A range of a training's steps as one epoch, with the batches that the whole training has in these steps.
 struct Part<'a> {
     whole: &'a dyn Objective,
     steps: Range<usize>,
@@ -248,14 +248,14 @@ impl Objective for Part<'_> {
     }
 }
 
-/// The curve of the task's loss: means over pieces of equal length, at their last steps.
+/// The curve of the task's loss: means over pieces of equal length, each at its last step.
 fn curve(losses: &[(usize, f64)]) -> Vec<(usize, f64)> {
     let piece = losses.len().div_ceil(LOSS_POINTS).max(1);
     let mean = |piece: &[(usize, f64)]| piece.iter().map(|(_, loss)| loss).sum::<f64>() / piece.len() as f64;
     losses.chunks(piece).filter_map(|piece| Some((piece.last()?.0, mean(piece)))).collect()
 }
 
-/// Keeps the losses of a run and its last checkpoints.
+/// Records the losses, the last checkpoints and the moments of a run.
 struct History<'a> {
     params: &'a Params,
     /// The number of checkpoints to keep.
@@ -295,7 +295,7 @@ mod tests {
     use super::*;
     use crate::adapter::{Init, Role};
 
-    /// Three batches an epoch, told apart by epoch and place.
+    /// Three batches per epoch, each with a number of its own.
     struct Counted;
 
     impl Objective for Counted {

@@ -1,4 +1,4 @@
-//! The ways to predict with a trained model that a study compares.
+//! The ways to predict with a trained classifier that a study compares.
 
 use std::collections::BTreeMap;
 
@@ -23,12 +23,12 @@ use crate::optim::IvonPosterior;
 use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
 use crate::train::{batches, Classifier, Predictions};
 
-/// Rows of an evaluation batch.
+/// The number of rows per evaluation batch.
 const BATCH: usize = 64;
 
-/// Rows that a Laplace approximation takes its curvature from, at most: a stratified draw of the seed's.
+/// The most rows from which a Laplace approximation computes its curvature: a stratified draw by the seed.
 const LAPLACE_ROWS: usize = 512;
-/// Samples of its logits.
+/// The number of samples of the Laplace approximation's logits.
 const LAPLACE_SAMPLES: usize = 1000;
 
 /// A trained model and the rows it is measured on.
@@ -39,15 +39,15 @@ pub(super) struct TrainedModel<'a> {
     pub dev: &'a [Encoded],
     pub foreign: &'a [Encoded],
     pub draws: usize,
-    /// Earlier parameters of the same training.
+    /// The last checkpoints of the training, including its end.
     pub members: Vec<BTreeMap<String, Tensor>>,
-    /// What IVON ended in, where it was the optimiser.
+    /// IVON's posterior, if it was the optimiser.
     pub ivon: Option<IvonPosterior>,
     pub noise: Noise,
 }
 
 impl TrainedModel<'_> {
-    /// The model with IVON's draws for those of an adapter.
+    /// The model with IVON's draws as its posterior draws; `None` without IVON.
     fn replaced(&self) -> Result<Option<Replaced<'_>>> {
         let Some(ivon) = &self.ivon else { return Ok(None) };
         let draws = (0..self.draws as u64).map(|draw| ivon.draw(draw)).collect::<Result<_>>()?;
@@ -55,7 +55,7 @@ impl TrainedModel<'_> {
     }
 }
 
-/// The arms that [`measure`] fills in of a task with classes: what a plan may name.
+/// The arms that [`measure`] fills in for a classification task, which a plan may name.
 pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
     let mut arms = vec!["mean".to_string()];
     if recipe.has_posterior() {
@@ -74,7 +74,7 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
     arms
 }
 
-/// Fills in the arms of a result, and what they say of every row.
+/// Fills in the arms of a result and their predictions of every row.
 pub(super) fn measure(
     trained: TrainedModel,
     recipe: &Recipe,
@@ -128,14 +128,14 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// Logits of probabilities. One that is 0 in double precision has the least that is none.
+/// Log-probabilities as logits; a probability of 0 becomes the smallest positive normal f64.
 fn logarithms(probabilities: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let row = |row: &Vec<f64>| row.iter().map(|p| p.max(f64::MIN_POSITIVE).ln()).collect();
     probabilities.iter().map(row).collect()
 }
 
-/// The Bayesian treatments of a LoRA that was trained without a posterior: those that are fitted on held-out
-/// rows where there are any, the others where it was trained on all of its rows.
+/// The Bayesian treatments of a LoRA that was trained without a posterior: those fitted on held-out rows if
+/// there are any, and the others if it was trained on all rows.
 fn of_trained_lora(
     mut trained: TrainedModel,
     (held_out, labels): (&[Batch], &[u32]),
@@ -158,7 +158,7 @@ fn of_trained_lora(
         arms.add_draws("checkpoints", members(dev)?, members(foreign)?)?;
     }
     let train = batches(classifier, &curvature_first(trained.train, trained.noise), BATCH)?;
-    // Merged, a backward pass ends at the head.
+    // With merged adapters, a backward pass stops at the head.
     merge::merge(trained.classifier.model.as_mut())?;
     let scope = Scope::LastLayer(LastLayer::of_head(&trained.classifier.params)?);
     let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
@@ -171,7 +171,8 @@ fn of_trained_lora(
     arms.add("laplace", &predicted?)
 }
 
-/// The rows with those first that a Laplace approximation reads: it scales their curvature up to all.
+/// All rows, beginning with those that a Laplace approximation reads; it scales their curvature up to all
+/// rows.
 fn curvature_first(rows: &[Encoded], noise: Noise) -> Vec<Encoded> {
     let mut order = split::stratified(&split::strata(rows), LAPLACE_ROWS, noise, Draw::Curvature);
     let chosen = order.clone();
@@ -179,7 +180,7 @@ fn curvature_first(rows: &[Encoded], noise: Noise) -> Vec<Encoded> {
     split::at(rows, &order)
 }
 
-/// Probabilities under a Laplace approximation whose prior precision maximises the evidence.
+/// The probabilities under a Laplace approximation whose prior precision maximises the evidence.
 fn laplace(
     classifier: &Classifier,
     scope: Scope,
@@ -192,7 +193,7 @@ fn laplace(
     laplace.predict(classifier, dev)?.probabilities(LAPLACE_SAMPLES, noise)
 }
 
-/// Where the ways to predict are written down.
+/// Records the arms of a classifier.
 struct ClassifierArms<'a> {
     labels: &'a [u32],
     result: &'a mut CellResult,
@@ -208,7 +209,7 @@ impl ClassifierArms<'_> {
         Ok(())
     }
 
-    /// The logits of the measured rows at the temperature that is fitted on others.
+    /// Adds the `measured` logits at the temperature that is fitted on the logits `fitted` of other rows.
     fn add_tempered(
         &mut self,
         arm: &str,
@@ -220,8 +221,8 @@ impl ClassifierArms<'_> {
         self.add(arm, &temperature.probabilities(measured))
     }
 
-    /// The average of draws as an arm, and how well their uncertainty tells foreign rows, of which there are
-    /// as many draws.
+    /// Adds the average of draws as an arm, and how well their uncertainty recognises foreign rows, of which
+    /// there are as many draws. Returns the average.
     fn add_draws(
         &mut self,
         arm: &str,
@@ -243,7 +244,7 @@ impl ClassifierArms<'_> {
         Ok(average)
     }
 
-    /// How well a score tells foreign rows, where there are any.
+    /// Adds the AUROC with which a score recognises foreign rows, if there are any.
     fn tell(&mut self, name: &str, own: &[f64], others: &[f64]) -> Result<()> {
         if !others.is_empty() {
             self.result.ood.insert(name.to_string(), auroc(own, others)?);
@@ -252,7 +253,7 @@ impl ClassifierArms<'_> {
     }
 }
 
-/// The labels of classes.
+/// The labels of rows, which must be classes.
 fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
     let class = |row: &Encoded| match row.label {
         Label::Class(class) => Ok(class),
@@ -262,7 +263,7 @@ fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
     rows.iter().map(class).collect()
 }
 
-/// Predictions that are no probabilities are those of a model that diverged.
+/// Treats predictions that are not probabilities as those of a diverged model.
 pub(super) fn not_finite(error: Error) -> Error {
     Error::NonFinite {
         step: 0,

@@ -1,4 +1,5 @@
-//! One cell of a study: a model is loaded, trained, and measured in every way its method allows.
+//! One cell of a study of classifiers: a model is loaded, trained, and measured in every way its method
+//! allows.
 
 use candle_core::{DType, Device};
 
@@ -19,36 +20,36 @@ use crate::optim::IvonPosterior;
 use crate::peft::{AdapterFile, AdapterMethod};
 use crate::train::{Classification, Classifier, MethodInit, Objective};
 
-/// The checkpoints of an ensemble: at 60, 80 and 100 % of training.
+/// The number of checkpoints in an ensemble: at 60, 80 and 100 % of training.
 const MEMBERS: usize = 3;
 
-/// What the cells of a task have in common.
+/// The inputs that the cells of a task have in common.
 #[derive(Debug)]
 pub struct Trial<'a> {
     /// The pre-trained model.
     pub files: &'a ModelFiles,
     /// The task.
     pub task: Task,
-    /// The rows that there are to train on.
+    /// The available training rows.
     pub train: &'a [Encoded],
-    /// How many of them a cell has: a subset by its seed, stratified by label. None for all. What its
-    /// recipe holds out comes out of these.
+    /// The number of training rows of a cell, or `None` for all: a subset chosen by the seed and stratified
+    /// by label. Rows that the recipe holds out are among them.
     pub limit_train: Option<usize>,
-    /// What is measured: the same rows in every cell.
+    /// The measured rows, the same in every cell.
     pub dev: &'a [Encoded],
-    /// Rows of another task, to be told from those of `dev`; empty for none.
+    /// Rows of another task, to be told apart from those of `dev`; empty for none.
     pub foreign: &'a [Encoded],
-    /// Passes over the training rows.
+    /// The number of passes over the training rows.
     pub epochs: usize,
-    /// Posterior draws, and passes of MC dropout.
+    /// The number of posterior draws and of MC dropout passes.
     pub draws: usize,
-    /// Where it runs.
+    /// The device of the model.
     pub device: &'a Device,
 }
 
 impl Trial<'_> {
-    /// Trains and measures one cell. What goes wrong in it is its result, too: a loss, gradient or
-    /// prediction that is not finite is [`Status::Diverged`](super::Status::Diverged), anything else
+    /// Trains and measures one cell. Errors are results, too: a loss, gradient or prediction that is not
+    /// finite gives [`Status::Diverged`](super::Status::Diverged), any other error
     /// [`Status::Failed`](super::Status::Failed).
     pub fn run(&self, key: &CellKey) -> (CellResult, CellCost, CellRows) {
         let begun = CellResult::begun(key, self.task.primary_metric());
@@ -64,7 +65,7 @@ impl Trial<'_> {
     ) -> Result<()> {
         let recipe: Recipe = key.method.parse()?;
         let (train, held_out) = self.rows_of(key, &recipe)?;
-        // Of the others nobody asks, and copies of all weights would count as memory of `full`.
+        // Other recipes do not use checkpoints, and copies of all weights would count as memory of `full`.
         let members = if recipe.is_lora() { MEMBERS } else { 0 };
         let cell = CellTrial { trial: self, train: &train };
         let Trained { model, members, moments } =
@@ -85,8 +86,8 @@ impl Trial<'_> {
         treatments::measure(trained, &recipe, result, rows)
     }
 
-    /// What a cell is trained on, and what its recipe holds out: of the same seed, the same rows together
-    /// whatever the recipe.
+    /// The rows that a cell is trained on and those that its recipe holds out. For a seed, both together are
+    /// the same rows whatever the recipe.
     fn rows_of(&self, key: &CellKey, recipe: &Recipe) -> Result<(Vec<Encoded>, Vec<Encoded>)> {
         let noise = Noise::new(key.seed);
         let count = self.limit_train.unwrap_or(self.train.len());
@@ -97,7 +98,7 @@ impl Trial<'_> {
     }
 }
 
-/// A trial with the rows of one cell.
+/// A trial with the training rows of one cell.
 struct CellTrial<'a> {
     trial: &'a Trial<'a>,
     train: &'a [Encoded],

@@ -1,4 +1,4 @@
-//! A language model under one of the methods: what is trained, and its loss on held-out text.
+//! Training of a language model with any of the methods, and its loss on held-out text.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,9 @@ use crate::models::causal::CausalLm;
 use crate::optim::Gradients;
 use crate::predict::token_log_probabilities;
 
-/// The mean cross-entropy over the tokens that a batch predicts, in nats: a scalar, beside a base of half
-/// width in f32. The head runs on the places that predict one, so that a prompt which is given costs no logits.
+/// Returns the mean cross-entropy over the target tokens of a batch, in nats, as a scalar: f32 if the base is
+/// half precision. The head only runs on positions that predict a target, so that prompt tokens cost no
+/// logits.
 ///
 /// # Errors
 /// If the sequence is longer than the model's, or candle fails.
@@ -27,8 +28,8 @@ pub fn causal_loss(model: &dyn CausalLm, batch: &CausalBatch, cx: &Context) -> c
     model.token_loss(&predicting, &batch.targets, cx)
 }
 
-/// The mean cross-entropy over all learnt tokens of some rows, in nats; its exponential is the
-/// perplexity. Of several passes the probabilities of the right tokens are averaged first.
+/// Returns the mean cross-entropy over all target tokens of some rows, in nats; its exponential is the
+/// perplexity. Over several passes, the probabilities of the target tokens are averaged first.
 ///
 /// # Errors
 /// If there is no row or no pass, or a forward pass fails.
@@ -41,10 +42,11 @@ pub fn held_out_loss(
     held_out_loss_in_turns(model, rows, batch_size, passes, &SingleProcess)
 }
 
-/// [`held_out_loss`] of several processes, which compute the batches by turns and all get the same number.
+/// [`held_out_loss`] divided among several processes, which take the batches in turns and all get the same
+/// result.
 ///
 /// # Errors
-/// As [`held_out_loss`], on all processes if on one.
+/// As [`held_out_loss`]; an error of one process is returned on all.
 pub fn held_out_loss_in_turns(
     model: &dyn CausalLm,
     rows: &[Tokens],
@@ -76,15 +78,15 @@ pub fn held_out_loss_in_turns(
     Ok(sum / count)
 }
 
-/// Training a language model on encoded rows.
+/// The training objective of a language model on encoded rows.
 pub struct CausalTuning<'a> {
     /// The model with its adapters.
     pub model: &'a dyn CausalLm,
-    /// The method's part in training beside the task's loss.
+    /// What the method adds to training besides the task's loss.
     pub hooks: MethodHooks,
     /// The training rows.
     pub rows: &'a [Tokens],
-    /// How they become batches.
+    /// How the rows are batched.
     pub batcher: Batcher,
     /// The token id that pads a batch.
     pub pad_id: u32,
@@ -97,7 +99,7 @@ impl std::fmt::Debug for CausalTuning<'_> {
 }
 
 impl CausalTuning<'_> {
-    /// The target tokens of all rows: what the loss of an epoch is a mean over.
+    /// The number of target tokens in all rows, over which the loss of an epoch is a mean.
     fn targets(&self) -> usize {
         self.rows.iter().map(Tokens::targets).sum()
     }

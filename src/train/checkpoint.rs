@@ -1,10 +1,10 @@
-//! Checkpoints: all that a run needs to go on where it stopped, bit for bit.
+//! Checkpoints: everything that a run needs to continue where it stopped, bit for bit.
 //!
-//! A checkpoint is the folder `step-00000120`: `state.json` (numbers and settings),
+//! A checkpoint is a folder such as `step-00000120` with `state.json` (numbers and settings),
 //! `tensors.safetensors` (parameters, moments, the best parameters so far, the method's own state) and
-//! `manifest.json` (size and CRC-32 of both). It is written beside its place, flushed to the disk and
-//! renamed, so that a run may be killed at any moment; what is damaged afterwards, the manifest tells.
-//! The folder of a run is locked while it trains.
+//! `manifest.json` (size and CRC-32 of both). It is written to a temporary folder next to its place, flushed
+//! to disk and renamed, so that a run may be killed at any moment; the manifest reveals later damage. The
+//! folder of a run is locked while it trains.
 
 mod state;
 
@@ -19,33 +19,34 @@ use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// What a damaged checkpoint is called from then on: nobody reads or removes it.
+/// The prefix that a damaged checkpoint is renamed with. Such folders are neither read nor removed.
 const DAMAGED: &str = "damaged-";
-/// The settings that say which rows a step takes: with others the place of a run means another.
+/// The settings that determine which rows a step takes, and thus what the position of a run means.
 const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows", "seed"];
 
-/// Where the checkpoints of a run are kept, and how it goes on from them.
+/// Where a run keeps its checkpoints, and how it resumes from them.
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
-    /// Their folder.
+    /// The folder of the checkpoints.
     pub dir: PathBuf,
-    /// How many of the newest stay, at least 1.
+    /// How many of the newest checkpoints to keep, at least one.
     pub keep: usize,
-    /// Steps between two of them, at least 1; at each evaluation where absent. A run that is asked to stop or ends
-    /// writes one, too.
+    /// Steps between checkpoints, at least one; if absent, one at each evaluation. A run also writes one when
+    /// it is asked to stop and when it ends.
     pub every: Option<usize>,
-    /// Whether a run goes on from the newest valid one, where there is one.
+    /// Whether to resume from the newest valid checkpoint, if there is one.
     pub resume: bool,
-    /// What must be the same to go on, beside what the run knows itself: the model, say.
+    /// Further settings that must agree with the checkpoint's on resuming, such as the model. The run's own
+    /// are always compared.
     pub settings: Settings,
-    /// The settings that may differ from those of the checkpoint all the same; never those that say
-    /// which rows a step takes: the rows, their order (the seed, grouping by length), the batch size,
-    /// the accumulation.
+    /// The settings that may differ from the checkpoint's. Not allowed are the settings that determine which
+    /// rows a step takes: the rows, their order (the seed, grouping by length), the batch size and the
+    /// accumulation.
     pub changes: Vec<String>,
 }
 
 impl Checkpoints {
-    /// Two checkpoints in `dir`, one at each evaluation, of a run that begins anew.
+    /// Checkpoints in `dir` for a new run: one at each evaluation, of which the newest two are kept.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             dir: dir.into(),
@@ -57,13 +58,13 @@ impl Checkpoints {
         }
     }
 
-    /// Where a run begins, in a folder that is locked: the newest checkpoint that is sound, or nothing
-    /// where there is none. Newer ones that are damaged are put aside.
+    /// Returns the newest valid checkpoint, or `None` if there is no checkpoint. The folder must be locked.
+    /// Newer damaged checkpoints are renamed.
     ///
     /// # Errors
-    /// If a count is 0, there are checkpoints and the run is not to go on from them, all of them are damaged, the
-    /// system cannot read one, another version wrote it, or `settings` differ in what
-    /// [`Self::changes`] does not name.
+    /// If [`Self::keep`] or [`Self::every`] is 0, there are checkpoints but [`Self::resume`] is off, all of them
+    /// are damaged, the system cannot read one, another version wrote it, or `settings` differ in more than
+    /// [`Self::changes`] allows.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
         let counts = [("keep", self.keep), ("every", self.every.unwrap_or(1))];
         if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
@@ -83,7 +84,7 @@ impl Checkpoints {
                     self.compare(&state.run_state.settings, settings)?;
                     let aside = |(step, why): (usize, String)| self.quarantine(step, &why);
                     let mut warnings = damaged.into_iter().map(aside).collect::<Result<Vec<_>>>()?;
-                    // A run that was killed right after its last checkpoint writes no other.
+                    // A run killed right after its last checkpoint did not remove the old ones.
                     warnings.extend(self.prune());
                     return Ok(Some(Found { state, warnings }));
                 }
@@ -96,7 +97,7 @@ impl Checkpoints {
         Err(Error::format(&self.dir, reason))
     }
 
-    /// Renames a damaged checkpoint: it no longer counts, and whoever wants it has it. Says so.
+    /// Renames a damaged checkpoint, so that it is ignored but kept, and returns a warning.
     fn quarantine(&self, step: usize, why: &str) -> Result<String> {
         let place = self.place(step);
         let names = (1..).map(|i| self.dir.join(format!("{DAMAGED}{i}-step-{step:08}")));
@@ -105,7 +106,7 @@ impl Checkpoints {
         Ok(format!("the checkpoint of step {step} cannot be read and is {} now: {why}", aside.display()))
     }
 
-    /// Checks that the settings of a run are those of its checkpoint, but for what may change.
+    /// Checks that the settings of a run agree with its checkpoint's, except for [`Self::changes`].
     fn compare(&self, before: &Settings, now: &Settings) -> Result<()> {
         let known = |name: &&String| !before.contains_key(*name) && !now.contains_key(*name);
         if let Some(name) = self.changes.iter().find(known) {
@@ -131,8 +132,8 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Writes a checkpoint and removes the oldest beyond [`Self::keep`]. Returns what keeps it from
-    /// removing them, which is no reason to end a run.
+    /// Writes a checkpoint and removes the oldest beyond [`Self::keep`]. If old checkpoints cannot be
+    /// removed, the reason is returned as a warning; the run can continue.
     ///
     /// # Errors
     /// If the checkpoint cannot be written.
@@ -141,12 +142,12 @@ impl Checkpoints {
         let partial = files::partial_folder(&self.place(step));
         fs::create_dir(&partial).map_err(Error::io(&*partial))?;
         let settled = state.write(&partial).and_then(|()| settle(&partial, &self.place(step)));
-        // A full disk is to have room again before the error is told.
+        // Free the space, in case the disk is full.
         settled.inspect_err(|_| drop(fs::remove_dir_all(&partial)))?;
         Ok(self.prune())
     }
 
-    /// Removes the oldest beyond [`Self::keep`]; what keeps it from that.
+    /// Removes the oldest checkpoints beyond [`Self::keep`]; returns a warning if that fails.
     fn prune(&self) -> Option<String> {
         self.remove_old().err().map(|error| format!("old checkpoints stay: {error}"))
     }
@@ -154,7 +155,7 @@ impl Checkpoints {
     fn remove_old(&self) -> Result<()> {
         let steps = self.steps()?;
         for old in &steps[..steps.len().saturating_sub(self.keep)] {
-            // Out of sight first: half removed, it would look damaged.
+            // Rename before removing: a partly removed checkpoint would look damaged.
             let place = self.place(*old);
             fs::rename(&place, files::partial_folder(&place)).map_err(Error::io(&*place))?;
         }
@@ -171,9 +172,9 @@ impl Checkpoints {
         self.dir.join(format!("step-{step:08}"))
     }
 
-    /// The steps of the checkpoints that there are, in their order.
+    /// Returns the steps of the existing checkpoints in ascending order.
     fn steps(&self) -> Result<Vec<usize>> {
-        // A stranger's `step-7` is no place of ours, and neither is `step-+0000007`.
+        // Only exact names: `step-7` and `step-+0000007` are not ours.
         let step = |name: OsString| {
             let step = name.to_str()?.strip_prefix("step-")?.parse().ok()?;
             (self.place(step).file_name() == Some(&name)).then_some(step)
@@ -184,14 +185,14 @@ impl Checkpoints {
     }
 }
 
-/// The checkpoint that a run goes on from.
+/// The checkpoint that a run resumes from.
 pub(super) struct Found {
     pub state: State,
-    /// What is wrong with newer ones, and where they are now.
+    /// What is wrong with newer checkpoints, and where they are now.
     pub warnings: Vec<String>,
 }
 
-/// Whether a checkpoint is not what was written. What the system cannot read now, it may read later.
+/// Whether the error means that a checkpoint differs from what was written. Other errors may be temporary.
 fn is_damage(error: &Error) -> bool {
     match error {
         Error::Format { .. } => true,
@@ -200,14 +201,14 @@ fn is_damage(error: &Error) -> bool {
     }
 }
 
-/// Flushes a folder whose files are on the disk, and puts it in its place.
+/// Flushes a folder whose files are already on disk, and renames it to its place.
 fn settle(partial: &Path, place: &Path) -> Result<()> {
     sync_folder(partial)?;
     fs::rename(partial, place).map_err(Error::io(place))?;
     sync_folder(place.parent().unwrap_or(place))
 }
 
-/// Flushes the names in a folder, where the system has such a thing.
+/// Flushes a folder's directory entries, on systems that support it.
 fn sync_folder(dir: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))

@@ -1,4 +1,4 @@
-//! A sequence classifier under one of the methods: what is trained and what predicts.
+//! A sequence classifier under any of the methods, for training and prediction.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +28,7 @@ use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
 use crate::predict::Predictor;
 use crate::util::files;
 
-/// A classifier, its trainable parameters and, what its method asks of training beside its loss.
+/// A classifier: its model, its trainable parameters, and what its method adds to training.
 ///
 /// # Example
 /// ```
@@ -50,7 +50,7 @@ use crate::util::files;
 pub struct Classifier {
     /// The model with its adapters.
     pub model: Box<dyn SequenceClassifier>,
-    /// What is trained.
+    /// The trainable parameters.
     pub params: Params,
     /// The names of the classes, in the order of the outputs.
     pub labels: Labels,
@@ -60,34 +60,35 @@ pub struct Classifier {
     config: SequenceConfig,
     files: ModelFiles,
     pub(super) max_length: usize,
-    /// Made of the files when it is first asked for.
+    /// Created from the files on first use.
     pub(super) encoder: OnceLock<TextEncoder>,
 }
 
-/// What a classifier is loaded for.
+/// The purpose of loading a classifier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To train, from the head that is there.
+    /// Training, from the checkpoint's head if it has one.
     Train,
-    /// To train, from a new head.
+    /// Training, from a new head.
     TrainNewHead,
-    /// To predict, or to train where its weights can be: dense ones in f32.
+    /// Prediction, or training if the weights allow it (dense and f32).
     Open,
 }
 
 impl Classifier {
-    /// Loads a checkpoint with an output for each of `labels` (a task, names, or how many; one: a regression) and
-    /// what is trained on it. The base has the dtype `base_dtype`; what is trained is in single precision, under
-    /// [`Method::Full`] the base as well.
+    /// Loads a checkpoint with one output for each of `labels` (a task, names, or a number; one output is a
+    /// regression), and the parameters to train. The base has the dtype `base_dtype`; trainable parameters
+    /// are f32, which with [`Method::Full`] includes the base.
     ///
-    /// A head that the checkpoint or the adapter has is put into the order of `labels` by the names of its classes
-    /// ([`Labels::places_of`]). Where these are not the same, it is taken in that order as it is, which
-    /// [`Self::note`] says; a mere number takes the head's order and names.
+    /// If the checkpoint or the adapter has a head, its rows are put into the order of `labels` by the names
+    /// of their classes ([`Labels::places_of`]). If the names differ, the rows are taken as if in that order,
+    /// and [`Self::note`] says so. If `labels` is only a number, the classifier takes the head's order and
+    /// names.
     ///
     /// # Errors
-    /// If the files do not hold such a model, hold a part of its head alone or one with another number of outputs
-    /// (none at all is fine: it starts anew), or the start does not fit it; under [`Method::Full`] if the base is
-    /// quantised or `base_dtype` is not f32.
+    /// If the files do not hold such a model, hold only a part of its head or a head with another number of
+    /// outputs (no head at all is fine: a new one is created), or `start` does not fit the model. With
+    /// [`Method::Full`] also if the base is quantised or `base_dtype` is not f32.
     pub fn load(
         files: &ModelFiles,
         labels: impl Into<Labels>,
@@ -99,10 +100,10 @@ impl Classifier {
         Self::with_head(files, labels.into(), start, noise, base_dtype, device, Purpose::Train)
     }
 
-    /// [`Self::load`] with a head that starts anew, whatever the checkpoint has (an adapter's own counts).
+    /// [`Self::load`] with a new head, whatever the checkpoint has. The head of an adapter is still loaded.
     ///
     /// # Errors
-    /// As [`Self::load`], but for the head.
+    /// As [`Self::load`], except for the checkpoint's head.
     pub fn load_with_new_head(
         files: &ModelFiles,
         labels: impl Into<Labels>,
@@ -149,7 +150,7 @@ impl Classifier {
         }
         start.adapt(model.as_mut(), &params)?;
         let (labels, note) = source.settle(wanted, &params)?;
-        // After that: a prior on the head is about where its rows lie now.
+        // After `settle`: a prior on the head starts from its rows in their final order.
         let hooks = start.hooks(model.as_ref(), &params)?;
         if let Some(note) = &note {
             tracing::warn!("{}: {note}", files.config_path().display());
@@ -169,38 +170,37 @@ impl Classifier {
         })
     }
 
-    /// A remark on the classes of the head, for the user: that their names are not those of the task. None where there is
-    /// nothing to remark.
+    /// A note for the user if the names of the head's classes are not those of the task, else `None`.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
 
-    /// Its method.
+    /// Returns the fine-tuning method.
     pub fn method(&self) -> &Method {
         &self.method
     }
 
-    /// The configuration of its model.
+    /// Returns the configuration of the model.
     pub fn config(&self) -> &SequenceConfig {
         &self.config
     }
 
-    /// What it was loaded from.
+    /// Returns the files that it was loaded from.
     pub fn files(&self) -> &ModelFiles {
         &self.files
     }
 
-    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; under full
-    /// fine-tuning `model/` with configuration and weights; of a method that is here for comparison
-    /// alone `adapter/parameters.safetensors`, by the names of the store; what `adapter/` has of another run is
-    /// removed. `base_model` is what the checkpoint was loaded from.
+    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; for full fine-tuning
+    /// `model/` with configuration and weights; for methods that are only here for comparison
+    /// `adapter/parameters.safetensors`, by parameter names. Adapter files of another run are removed.
+    /// `base_model` is the name of the checkpoint that was loaded.
     ///
     /// # Errors
-    /// If a file cannot be written, or the model is frozen as a whole ([`Self::of_checkpoint`]): there is nothing new.
+    /// If a file cannot be written, or the whole model is frozen ([`Self::of_checkpoint`]).
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
         let adapter = dir.join("adapter");
         let Some(method) = self.method.adapter() else {
-            // One of another run is what `open` would find first.
+            // `open` would find an adapter of another run first.
             AdapterFile::remove(&adapter)?;
             if self.method != Method::Full {
                 return self.params.save(&adapter);
@@ -212,17 +212,17 @@ impl Classifier {
             files::remove(&adapter.join("parameters.safetensors"))?;
             return self.save_model(&dir.join("model"));
         };
-        // Of a method that is here for comparison.
+        // Left by a run of a method without an adapter format.
         files::remove(&adapter.join("parameters.safetensors"))?;
         let file = self.adapter_file(&method, Some(base_model.to_string()))?;
         file.write(adapter, ExportFormat::PeftMonteCLoRA)
     }
 
-    /// The adapter with the head. Where the checkpoint names the same classes in another order, the rows of the
-    /// head are in that order: PEFT, which keeps no names, takes them from the checkpoint.
+    /// Returns the adapter with the head. If the checkpoint names the same classes in another order, the rows
+    /// of the head are put into that order: PEFT stores no names and takes them from the checkpoint.
     ///
     /// # Errors
-    /// If `method` is not that of the layers.
+    /// If `method` is not the method of the layers.
     pub(crate) fn adapter_file(
         &self,
         method: &AdapterMethod,
@@ -230,12 +230,13 @@ impl Classifier {
     ) -> Result<AdapterFile> {
         let of_checkpoint = self.config.named().ok().flatten().filter(|named| !named.are_numbers());
         let places = of_checkpoint.as_ref().and_then(|named| self.labels.places_of(named));
-        // Where the checkpoint has names, numbers are told from them.
+        // If the checkpoint has other names, ours are stored even if they are mere numbers.
         let labels = match (&places, &of_checkpoint) {
             (Some(_), _) => of_checkpoint,
             (None, Some(_)) => Some(self.labels.clone()),
-            // Classes that are called 0 and 1 are not called LABEL_0 and LABEL_1; and a new head that is for something
-            // else than the checkpoint's says so by its names.
+            // Names are stored unless they are LABEL_0, LABEL_1 ..; 0, 1 .. are other names. If the
+            // checkpoint's head is for an unsupported kind of problem, stored names also mark the adapter's
+            // head as another one.
             (None, None) => {
                 let of_files = SequenceConfig::from_files(&self.files, self.labels.len())?;
                 let is_numbered = self.labels == Labels::numbered(self.labels.len());
@@ -260,14 +261,14 @@ impl Classifier {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let (weights, parts) = (self.params.all(), Parts::of(self.model.as_ref())?);
         let base = weights.iter().filter(|(_, param)| param.role == Role::Base);
-        // A checkpoint of the bare body trains under its own names; with a head, Hugging Face
-        // expects the body's prefix.
+        // A checkpoint of the bare body is trained under its own names; with a head, Hugging Face expects the
+        // body's prefix.
         let bare = parts.are_bare(base.map(|(name, _)| name.as_str()));
         let name = |(name, param): &(String, Param)| match param.role {
             Role::Base if bare => parts.whole(name),
             _ => name.clone(),
         };
-        // The weights come last: a folder that has them is whole.
+        // Weights last: a folder that has them is complete.
         copy_companions(&self.files, dir)?;
         files::write_json(
             &dir.join("config.json"),
@@ -282,11 +283,11 @@ impl Classifier {
         self.model.num_labels() == 1
     }
 
-    /// The loss of one batch: cross-entropy or squared error, and the regulariser's terms. `rows`: how many rows
-    /// the run trains on, which a prior and the evidence bound ask for.
+    /// Returns the loss of one batch: cross-entropy or squared error, plus the regulariser's terms. `rows` is
+    /// the number of training rows, which a prior and the evidence bound need.
     ///
     /// # Errors
-    /// If a label is out of range or of the wrong kind (the error names the data's row), the method asks for
+    /// If a label is out of range or of the wrong kind (the error names the data's row), the method needs
     /// `rows` and there are none, or the forward pass fails.
     pub fn loss(&self, batch: &Batch, cx: &Context, rows: Option<usize>) -> Result<Loss> {
         self.check_labels(batch)?;
@@ -308,8 +309,8 @@ impl Classifier {
         self.hooks.loss(task, self.model.as_ref(), &cx, rows)
     }
 
-    /// Checks that the labels are what the outputs predict: candle would cut scores to classes and
-    /// regress class numbers without an error.
+    /// Checks that the labels are of the kind that the outputs predict: candle would truncate scores to
+    /// classes and use class numbers as scores without an error.
     pub(super) fn check_labels(&self, batch: &Batch) -> Result<()> {
         if unknown(batch)? {
             return Ok(()); // rows to predict
@@ -354,16 +355,16 @@ impl Predictor for Classifier {
 /// Training a [`Classifier`] on encoded rows.
 #[derive(Debug)]
 pub struct Classification<'a> {
-    /// What is trained.
+    /// The classifier to train.
     pub classifier: &'a Classifier,
     /// The training rows.
     pub rows: &'a [Encoded],
-    /// How they become batches.
+    /// How the rows are batched.
     pub batcher: Batcher,
 }
 
 impl Classification<'_> {
-    /// The batch of some rows.
+    /// Returns the batch of some rows.
     ///
     /// # Errors
     /// If a row does not exist, or candle fails.
@@ -375,7 +376,7 @@ impl Classification<'_> {
     }
 }
 
-/// How many rows have a label: those that a loss is a mean over, and a prior is weighed against.
+/// The number of labelled rows, over which a loss is a mean and against which a prior is weighed.
 fn labelled<'a>(rows: impl IntoIterator<Item = &'a Encoded>) -> usize {
     rows.into_iter().filter(|row| row.label != Label::Unknown).count()
 }

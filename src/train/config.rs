@@ -1,4 +1,4 @@
-//! The constants of a run.
+//! The settings of a training run.
 
 use std::str::FromStr;
 
@@ -11,15 +11,15 @@ use crate::error::{Error, Result};
 use crate::optim::{AdamW, AdamWConfig, Ivon, IvonConfig, Optimizer};
 use crate::util::check::{not_negative, positive};
 
-/// What is done with a step whose loss or gradient is not finite.
+/// What to do with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnNonFinite {
-    /// It ends the run.
+    /// End the run.
     #[default]
     Stop,
-    /// It is left out and counted: parameters and moments stay as they are. Ten in a row end the run:
-    /// there is nothing to wait for.
+    /// Skip and count the step: parameters and moments stay as they are. Ten skipped steps in a row end the
+    /// run, as it would not recover.
     Skip,
 }
 
@@ -35,56 +35,56 @@ impl FromStr for OnNonFinite {
     }
 }
 
-/// The constants of a run.
+/// The settings of a training run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainConfig {
-    /// Passes over the data.
+    /// The number of passes over the data.
     pub epochs: usize,
-    /// The highest learning rate.
+    /// The peak learning rate.
     pub lr: f64,
-    /// Its course.
+    /// The schedule of the learning rate.
     pub schedule: Schedule,
-    /// The share of all steps in which it rises from zero.
+    /// The share of all steps in which the learning rate rises from zero.
     pub warmup_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Whether the posterior's own parameters rho and c are decayed, too, as they are where PEFT's
-    /// adapter is trained by transformers.
+    /// Whether the posterior's parameters rho and c are decayed as well, as they are when transformers trains
+    /// PEFT's adapter.
     pub decay_variational: bool,
-    /// How many times the learning rate of A that of B is (LoRA+).
+    /// The learning rate of B as a multiple of A's (LoRA+).
     pub loraplus_ratio: f64,
-    /// How many times the learning rate of A that of a task's head is.
+    /// The learning rate of a task's head as a multiple of A's.
     #[serde(skip_serializing_if = "is_one")]
     pub head_lr_ratio: f64,
-    /// How many times the learning rate of A that of a posterior's own parameters rho and c is.
+    /// The learning rate of the posterior's parameters rho and c as a multiple of A's.
     #[serde(skip_serializing_if = "is_one")]
     pub variational_lr_ratio: f64,
-    /// The constants of IVON, where it is the optimiser and not AdamW. It has one learning rate and its own decay of
-    /// weights: ratios and [`Self::weight_decay`] are AdamW's.
+    /// The settings of IVON; if absent, the optimiser is AdamW. IVON has one learning rate and its own weight
+    /// decay: the ratios and [`Self::weight_decay`] only apply to AdamW.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ivon: Option<IvonConfig>,
-    /// The largest global gradient norm; no clipping where absent. IVON clips each element instead.
+    /// The largest global gradient norm; no clipping if absent. IVON clips each element instead.
     pub clip: Option<f64>,
-    /// Micro-batches of one optimiser step, over all processes where there are several.
+    /// The number of micro-batches in an optimiser step, summed over all processes.
     pub accumulation: usize,
-    /// Whether the micro-batches of a step share one draw of the posterior, as the rows of one larger batch do. Dropout,
-    /// which is addressed by the draw as well, then drops alike in each of them.
+    /// Whether the micro-batches of a step share one posterior draw, like the rows of one larger batch.
+    /// Dropout is also addressed by the draw, so that its masks are the same in each micro-batch.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub shared_draw: bool,
-    /// Steps between two evaluations; at the end of each epoch where absent.
+    /// Steps between evaluations; if absent, the model is evaluated at the end of each epoch.
     pub eval_every: Option<usize>,
-    /// Keep the parameters of the best evaluation rather than the last.
+    /// Whether to keep the parameters of the best evaluation rather than the last.
     pub keep_best: bool,
-    /// How many evaluations in a row may be no better than the best before the run ends, well and with its best
-    /// parameters (unless [`Self::keep_best`] is off); it goes to its last step where absent. The schedule of the
-    /// learning rate is that of all steps.
+    /// The number of consecutive evaluations without improvement after which the run ends normally, with its
+    /// best parameters unless [`Self::keep_best`] is off. If absent, the run goes to its last step. The
+    /// learning rate schedule always spans all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patience: Option<usize>,
-    /// What the loss is multiplied by before it is differentiated, and the gradients divided by after: a power of two
-    /// such as 1024 beside a base in f16, where small gradients would be lost, else 1.
+    /// The factor of the loss before it is differentiated, by which the gradients are divided again. Beside an f16
+    /// base a power of two such as 1024 keeps small gradients from underflow; otherwise 1.
     #[serde(skip_serializing_if = "is_one")]
     pub loss_scale: f64,
-    /// What is done with a step whose loss or gradient is not finite.
+    /// What to do with a step whose loss or gradient is not finite.
     pub on_nonfinite: OnNonFinite,
 }
 
@@ -113,8 +113,8 @@ impl Default for TrainConfig {
     }
 }
 
-/// Checkpoints compare settings as text: what is as it always was is not written.
-#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks for it
+/// Checkpoints compare settings as text: omitting the default keeps older checkpoints valid.
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn is_one(ratio: &f64) -> bool {
     *ratio == 1.0
 }
@@ -153,7 +153,7 @@ impl TrainConfig {
         Ok(())
     }
 
-    /// Whether a run in `world` processes can keep to these constants.
+    /// Checks that a run in `world` processes can use these settings.
     pub(super) fn validate_for(&self, world: usize) -> Result<()> {
         if world > 1 && self.ivon.is_some() {
             let reason = "what IVON draws and observes is not added up over processes: train in one";
@@ -169,13 +169,13 @@ impl TrainConfig {
         Ok(())
     }
 
-    /// Every constant by its name.
+    /// Returns every setting by its name.
     pub(super) fn settings(&self) -> Settings {
         match serde_json::to_value(self) {
             Ok(serde_json::Value::Object(fields)) => {
                 fields.into_iter().map(|(name, value)| (name, value.to_string())).collect()
             }
-            _ => Settings::new(), // a struct of plain values is an object
+            _ => Settings::new(), // a struct of plain values serialises to an object
         }
     }
 

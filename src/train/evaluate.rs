@@ -1,4 +1,4 @@
-//! Evaluation of a classifier on a labelled split, of the mean and of the posterior.
+//! Evaluation of a classifier on a labelled split, at the posterior mean and averaged over draws.
 
 use std::path::Path;
 
@@ -16,34 +16,34 @@ use crate::metrics::{self, argmax, softmax, ClassScores, Metrics};
 use crate::predict::{logits, posterior_probabilities, posterior_scores};
 use crate::util::files;
 
-/// What a classifier says about every row of a split. Values are probabilities, or scores of a
+/// A classifier's predictions for every row of a split. Values are probabilities, or the scores of a
 /// regression.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Predictions {
-    /// The outputs of the posterior mean before the softmax.
+    /// The outputs at the posterior mean, before the softmax.
     pub logits: Vec<Vec<f64>>,
-    /// What the posterior mean predicts.
+    /// The predictions at the posterior mean.
     pub mean: Vec<Vec<f64>>,
-    /// The average over posterior draws, where it was asked for.
+    /// The average over posterior draws, if requested.
     pub posterior: Option<Vec<Vec<f64>>>,
     labels: Vec<Label>,
 }
 
-/// The metrics of class probabilities and labels.
+/// Computes the metrics of class probabilities and labels.
 type OfClasses = fn(&[Vec<f64>], &[u32]) -> Result<Metrics>;
 
 /// The metrics of a split.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// Of the posterior mean.
+    /// The metrics at the posterior mean.
     pub mean: Metrics,
-    /// Of the average over posterior draws.
+    /// The metrics of the average over posterior draws.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub posterior: Option<Metrics>,
 }
 
-/// The outputs, and where there are draws their averages, of all rows in their order: `parts[r]` has those of the
-/// batches r, r + W, .., all outputs before all averages, each of `width` numbers.
+/// Returns the outputs, and with `draws` their averages, of all rows in order. `parts[r]` has those of the
+/// batches r, r + W, ..: first all outputs, then all averages, each of `width` numbers.
 fn merge(
     parts: &[Vec<f64>],
     batches: &[Batch],
@@ -62,7 +62,7 @@ fn merge(
     (collect(0), draws.then(|| collect(1)))
 }
 
-/// Batches of a split for evaluation, in the order of its rows.
+/// Batches a split for evaluation, in the order of its rows.
 ///
 /// # Errors
 /// If there are no rows, or candle fails.
@@ -79,19 +79,20 @@ pub fn batches(classifier: &Classifier, rows: &[Encoded], batch_size: usize) -> 
 }
 
 impl Predictions {
-    /// Predicts the rows of `batches`; `samples` posterior draws beside the mean, 0 for none.
+    /// Predicts the rows of `batches` at the mean, and averaged over `samples` posterior draws unless 0.
     ///
     /// # Errors
-    /// If a forward pass fails, `batches` are not those of `rows`, or labels are not what the
+    /// If a forward pass fails, `batches` do not match `rows`, or labels are not of the kind that the
     /// classifier predicts.
     pub fn new(classifier: &Classifier, rows: &[Encoded], batches: &[Batch], samples: usize) -> Result<Self> {
         Self::in_turns(classifier, rows, batches, samples, &SingleProcess)
     }
 
-    /// [`Self::new`] of several processes, which predict the batches by turns and all get all of it.
+    /// [`Self::new`] divided among several processes, which take the batches in turns and all get all
+    /// predictions.
     ///
     /// # Errors
-    /// As [`Self::new`], on all processes if on one.
+    /// As [`Self::new`]; an error of one process is returned on all.
     pub fn in_turns(
         classifier: &Classifier,
         rows: &[Encoded],
@@ -115,7 +116,7 @@ impl Predictions {
         }
         let regression = classifier.is_regression();
         let world = communicator.world();
-        // The batches of a process in one go, whose draws it makes once.
+        // One item per process, with all its batches, so that each draw is made once.
         let parts = in_turns(communicator, world, &mut |rank| {
             let own: Vec<Batch> = batches.iter().skip(rank).step_by(world).cloned().collect();
             let outputs = logits(classifier, &own, &Pass::Mean.into())?;
@@ -133,20 +134,20 @@ impl Predictions {
         Ok(Self { logits: outputs, mean, posterior, labels })
     }
 
-    /// What the rows are labelled with, in their order.
+    /// Returns the labels of the rows, in order.
     pub fn labels(&self) -> &[Label] {
         &self.labels
     }
 
-    /// Every metric that applies, over the rows with labels.
+    /// Returns every metric that applies, over the labelled rows.
     ///
     /// # Errors
-    /// If there are none, or the predictions are not finite.
+    /// If no row has a label, or the predictions are not finite.
     pub fn evaluate(&self) -> Result<Evaluation> {
         self.evaluation(Metrics::classification)
     }
 
-    /// [`Self::evaluate`] with what [`Metrics::of_own_data`] has beside.
+    /// [`Self::evaluate`] with the further metrics of [`Metrics::of_own_data`].
     ///
     /// # Errors
     /// As [`Self::evaluate`].
@@ -178,7 +179,7 @@ impl Predictions {
         }
     }
 
-    /// How well each class is told from the others, by the mean. Of a regression none.
+    /// Returns the scores of each class, at the posterior mean; empty for a regression.
     ///
     /// # Errors
     /// If no row has a label.
@@ -195,8 +196,7 @@ impl Predictions {
         metrics::class_scores(&predicted, &labels)
     }
 
-    /// Writes one JSON object a row: its 0-based place in the split, label, logits, mean and
-    /// posterior.
+    /// Writes one JSON object per row: its index in the split from 0, label, logits, mean and posterior.
     ///
     /// # Errors
     /// If the file cannot be written.

@@ -1,4 +1,4 @@
-//! An observer that is ready to use: it evaluates a classifier on held-out rows and keeps what the run said.
+//! An [`Observer`] that evaluates a classifier on held-out rows and records the run.
 
 use std::fmt;
 
@@ -12,10 +12,10 @@ use crate::metrics::Metrics;
 
 type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 
-/// Evaluates a [`Classifier`] on held-out rows whenever [`fit`](super::fit) asks, by the mean.
+/// Evaluates a [`Classifier`] on held-out rows whenever [`fit`](super::fit) asks, at the posterior mean.
 ///
 /// # Example
-/// Early stopping by a metric of one's own:
+/// Early stopping by a custom metric:
 /// ```
 /// use candle_core::{DType, Device};
 /// use monteclora::adapters::LoraConfig;
@@ -68,7 +68,8 @@ pub struct Evaluator<'a> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// One on these rows, which scores by accuracy, or of a regression by minus the mean squared error.
+    /// Creates an evaluator on these rows. The score is the accuracy, or for a regression the negative mean
+    /// squared error.
     ///
     /// # Errors
     /// If there are no rows, or candle fails.
@@ -79,10 +80,10 @@ impl<'a> Evaluator<'a> {
         Ok(Self { classifier, rows, batches, score, records: Vec::new(), evaluations: Vec::new() })
     }
 
-    /// The same by the metric of this name ([`Metrics::names`]); the negative of one of which less is better.
+    /// Scores by the metric with this name ([`Metrics::names`]), negated if lower is better.
     ///
     /// # Errors
-    /// If predictions of the classifier have no such metric.
+    /// If the classifier's predictions have no such metric.
     pub fn with_metric(self, metric: &'a str) -> Result<Self> {
         let known = Metrics::names(self.classifier.model.num_labels());
         if !known.contains(&metric) {
@@ -92,17 +93,17 @@ impl<'a> Evaluator<'a> {
         Ok(Self { score: by_metric(metric), ..self })
     }
 
-    /// The same by a score of one's own, of which more is better.
+    /// Scores by a function; higher is better.
     pub fn with_score(self, score: impl Fn(&Predictions) -> Result<f64> + 'a) -> Self {
         Self { score: Box::new(score), ..self }
     }
 
-    /// Every step that was taken.
+    /// Returns every step so far.
     pub fn records(&self) -> &[StepRecord] {
         &self.records
     }
 
-    /// Every evaluation, with the step that it came after.
+    /// Returns every evaluation with the step after which it took place.
     pub fn evaluations(&self) -> &[(usize, Evaluation)] {
         &self.evaluations
     }

@@ -1,4 +1,4 @@
-//! Where a classifier's head comes from, and which class each of its rows is.
+//! Where a classifier's head comes from, and which class each of its rows stands for.
 
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
@@ -12,21 +12,21 @@ use crate::peft::AdapterFile;
 
 /// The head that a classifier starts with: an adapter's, the checkpoint's or a new one.
 pub(super) struct HeadSource<'a> {
-    /// The checkpoint, unless its head is to stay behind.
+    /// The checkpoint to load the head from; `None` for a new head.
     pub checkpoint: Option<VarBuilder<'static>>,
-    /// The adapter, where it has a head.
+    /// The adapter, if it has a head.
     adapter: Option<&'a AdapterFile>,
-    /// Whether the checkpoint's head stays behind, and with it its names.
+    /// Whether to ignore the checkpoint's head and its class names.
     fresh: bool,
     config: &'a SequenceConfig,
 }
 
 impl<'a> HeadSource<'a> {
-    /// What there is for a model of this configuration, for as many classes as it has outputs. `fresh`: the
-    /// checkpoint's head is left behind.
+    /// Finds the head for a model with this configuration and number of outputs. With `fresh`, the
+    /// checkpoint's head is ignored.
     ///
     /// # Errors
-    /// If the head that is there has another number of outputs.
+    /// If the head has another number of outputs.
     pub(super) fn find(
         config: &'a SequenceConfig,
         checkpoint: &VarBuilder<'static>,
@@ -47,8 +47,8 @@ impl<'a> HeadSource<'a> {
         let wanted = config.labels().len();
         let found = outputs.iter().find(|name| checkpoint.contains_tensor(name));
         let rows = found.map(|name| checkpoint.get_unchecked_dtype(name, DType::F32)?.dim(0)).transpose()?;
-        // An adapter of this crate names its classes, of which its head says one; PEFT's head is for what the
-        // checkpoint's is for.
+        // An adapter of this crate names its classes, which makes it a single-label head. A PEFT adapter
+        // names none: its head is for the same kind of problem as the checkpoint's.
         let follows = adapter.map_or(found.is_some(), |file| file.labels.is_none());
         if let Some(problem) = config.foreign_problem().filter(|_| follows) {
             let reason = format!(
@@ -58,8 +58,8 @@ impl<'a> HeadSource<'a> {
             return Err(Error::tensor(*found.unwrap_or(&outputs[0]), reason));
         }
         match (found, rows) {
-            // That of the adapter takes its place; what PEFT does not save of one, such as DeBERTa's pooler, is of any number
-            // of classes.
+            // The adapter's output layer replaces the checkpoint's. Parts of a head that PEFT does not save,
+            // such as DeBERTa's pooler, do not depend on the number of classes.
             (Some(_), Some(rows)) if rows != wanted && adapter.is_some() => {
                 let hidden = move |name: &str| match outputs.contains(&name) {
                     true => format!("{name} of {rows} classes"),
@@ -81,13 +81,13 @@ impl<'a> HeadSource<'a> {
         Ok(source)
     }
 
-    /// Checks, once the model has its parameters, that the head comes from one place: of one that is there in
-    /// part, the rest would train from random weights without a word. PEFT saves a part of some heads (of DeBERTa's not the
-    /// pooler), whose rest must be the checkpoint's. Post hoc nothing but the posterior is trained, so that the head must
-    /// come from somewhere.
+    /// Checks, after the model has created its parameters, that the head is complete: missing parts would
+    /// silently train from random weights. PEFT saves only a part of some heads (without DeBERTa's pooler),
+    /// whose rest must be in the checkpoint. Post hoc, only the posterior is trained, so that the head must
+    /// already be trained.
     ///
     /// # Errors
-    /// Names the tensor that is missing.
+    /// If a tensor is missing; the error names it.
     pub(super) fn check(&self, start: &MethodInit, params: &Params) -> Result<()> {
         let head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
         let in_checkpoint =
@@ -110,11 +110,11 @@ impl<'a> HeadSource<'a> {
         }
     }
 
-    /// Puts the rows of the head into the order of `wanted`, by the names that they have where they come from.
-    /// Returns what the outputs are called then, and what there is to say about it.
+    /// Puts the rows of the head into the order of `wanted`, by the class names of their source. Returns the
+    /// names of the outputs, and a note for the user, if any.
     ///
-    /// Where `wanted` are numbers alone, the head keeps its order and its names; where the head's are, the order
-    /// is taken to be that of `wanted`.
+    /// If `wanted` are mere numbers, the head keeps its order and names. If the head's names are mere
+    /// numbers, its order is assumed to be that of `wanted`.
     ///
     /// # Errors
     /// If candle fails.
@@ -153,9 +153,9 @@ impl<'a> HeadSource<'a> {
         Ok((wanted, None))
     }
 
-    /// The names of the rows in the order of the place that they come from. PEFT writes none: its adapter has the
-    /// order of the checkpoint that it was trained on. This crate's of before there were names, of which those
-    /// with settings of their own can be told, have the task's.
+    /// Returns the class names in the order of the head's source. PEFT stores none: its adapter has the order
+    /// of the checkpoint that it was trained on. Adapters that this crate wrote before it stored names are in
+    /// the task's order; they are recognised by their MonteCLoRA settings.
     fn names(&self) -> Result<Option<(Labels, &'static str)>> {
         match self.adapter {
             Some(AdapterFile { labels: Some(labels), .. }) => Ok(Some((labels.clone(), "adapter"))),
@@ -166,7 +166,7 @@ impl<'a> HeadSource<'a> {
     }
 }
 
-/// The rows of an output's weight or bias at `places`, in their order.
+/// Selects the rows `places` of an output's weight or bias, in that order.
 pub(super) fn take_rows(rows: &Tensor, places: &[usize]) -> Result<Tensor> {
     let places: Vec<u32> = places.iter().map(|place| *place as u32).collect();
     Ok(rows.index_select(&Tensor::new(places, rows.device())?, 0)?)

@@ -1,4 +1,4 @@
-//! What a method asks of training beside the task's loss: a penalty, and work between two steps.
+//! What a method adds to training besides the task's loss: a penalty, and work between steps.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -17,7 +17,7 @@ use crate::monteclora::{training_rows, MonteCLoRAConfig, Regularizer, ReleasedWa
 use crate::ops::{self, joined};
 use crate::optim::Gradients;
 
-/// A method's part of training; the default is that of a method which has none.
+/// A method's part in training; by default nothing.
 #[derive(Debug, Default)]
 pub struct MethodHooks {
     kind: Kind,
@@ -30,13 +30,13 @@ enum Kind {
     None,
     Posterior {
         regularizer: Regularizer,
-        // As below.
+        // Locked: objectives are shared; steps do not overlap.
         scaler: Mutex<SampleScaler>,
     },
     Walk(ReleasedWalk),
     Divergence {
         config: BlobConfig,
-        // The steps of a cycle of weights, once it is told.
+        // The number of steps in a cycle of KL weights, once known.
         cycle: Mutex<Option<usize>>,
     },
     Prior {
@@ -45,7 +45,7 @@ enum Kind {
     },
     Budget {
         weight: f64,
-        // A step is told to a shared objective; steps do not overlap.
+        // Locked: objectives are shared; steps do not overlap.
         allocator: Mutex<RankAllocator>,
     },
 }
@@ -57,8 +57,8 @@ impl From<Kind> for MethodHooks {
 }
 
 impl MethodHooks {
-    /// That of MonteCLoRA: its regulariser, and the course of its sample scaler. The present values of
-    /// `params` are where training starts.
+    /// The hooks of MonteCLoRA: its regulariser and the schedule of its sample scaler. Training starts at the
+    /// present values of `params`.
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -67,7 +67,7 @@ impl MethodHooks {
         Ok(Kind::Posterior { regularizer: Regularizer::new(config).with_start(params)?, scaler }.into())
     }
 
-    /// That of LoRA with a prior. The present values of `params` are where training starts.
+    /// The hooks of LoRA with a prior. Training starts at the present values of `params`.
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -76,7 +76,8 @@ impl MethodHooks {
         Ok(Kind::Prior { prior: *prior, start }.into())
     }
 
-    /// That of the authors' released code, whose adapters are on `model`: a random walk of A, and a regulariser.
+    /// The hooks of the authors' released code, whose adapters are on `model`: a random walk of A and a
+    /// regulariser.
     ///
     /// # Errors
     /// As [`ReleasedWalk::new`].
@@ -84,12 +85,12 @@ impl MethodHooks {
         Ok(Kind::Walk(ReleasedWalk::new(model, config, params)?).into())
     }
 
-    /// That of BLoB: the descent of its divergence, by turns with the optimiser.
+    /// The hooks of BLoB: descent steps on its divergence, in turns with the optimiser.
     pub fn of_divergence(config: &BlobConfig) -> Self {
         Kind::Divergence { config: config.clone(), cycle: Mutex::default() }.into()
     }
 
-    /// That of AdaLoRA, whose adapters are on `model`.
+    /// The hooks of AdaLoRA, whose adapters are on `model`.
     ///
     /// # Errors
     /// As [`RankAllocator::new`].
@@ -98,18 +99,18 @@ impl MethodHooks {
         Ok(Kind::Budget { weight: config.orthogonal_weight, allocator }.into())
     }
 
-    /// The same with these settings for [`Self::settings`].
+    /// Sets the settings returned by [`Self::settings`].
     pub fn with_settings(self, settings: Settings) -> Self {
         Self { settings, ..self }
     }
 
-    /// What a run must find unchanged to go on from a checkpoint: the method and where it is, if that
-    /// was told. [`MethodInit::inject`](super::MethodInit::inject) tells it.
+    /// Returns the settings that must agree to resume from a checkpoint: the method and its targets, as set
+    /// by [`MethodInit::inject`](super::MethodInit::inject), else none.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Whether [`Self::loss`] asks for the number of training rows.
+    /// Whether [`Self::loss`] needs the number of training rows.
     pub fn needs_rows(&self) -> bool {
         match &self.kind {
             Kind::Posterior { regularizer, .. } => regularizer.needs_rows(),
@@ -118,11 +119,11 @@ impl MethodHooks {
         }
     }
 
-    /// The task's loss with the method's penalty. `rows`: how many rows the run trains on (of a language model:
-    /// target tokens), which a prior and the evidence bound weigh by.
+    /// Returns the task's loss with the method's penalty. `rows` is the number of training rows (of target
+    /// tokens for a language model), by which a prior and the evidence bound are weighed.
     ///
     /// # Errors
-    /// If candle fails, the model has no layer of the method, or `rows` are asked for and not there.
+    /// If candle fails, the model has no layer of the method, or `rows` are needed but missing.
     pub fn loss(
         &self,
         task: Tensor,
@@ -176,8 +177,8 @@ impl MethodHooks {
         }
     }
 
-    /// The context of a forward pass with what the method adds: the present factors on eps, in place of
-    /// those that it has. An objective of one's own runs its forward passes in it, or a schedule has no
+    /// Adds to the context of a forward pass what the method needs: the present factors of eps, which replace
+    /// the context's. A custom objective must run its forward passes in this context for a schedule to take
     /// effect.
     ///
     /// # Errors
@@ -190,7 +191,7 @@ impl MethodHooks {
         }
     }
 
-    /// Tells how many rows a run trains on, in batches of how many: what BLoB's weights of the divergence ask for.
+    /// Sets the number of training rows and the batch size, which BLoB's weights of the divergence depend on.
     ///
     /// # Errors
     /// If an earlier step panicked.
@@ -201,7 +202,7 @@ impl MethodHooks {
         Ok(())
     }
 
-    /// Before optimiser step `step` (1-based) of `total`.
+    /// Called before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
     /// As [`SampleScaler::before_step`] and [`ReleasedWalk::before_step`].
@@ -213,11 +214,11 @@ impl MethodHooks {
         }
     }
 
-    /// After optimiser step `step` (1-based) of `total` with these gradients, before clipping or after.
+    /// Called after optimiser step `step` (1-based) of `total` with its gradients, before or after clipping.
     ///
     /// # Errors
-    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`]; of BLoB if [`Self::tell_rows`] was not
-    /// called, or its parameters would not be finite.
+    /// As [`RankAllocator::after_step`] and [`SampleScaler::after_step`]. For BLoB, if [`Self::tell_rows`]
+    /// was not called, or its parameters would not be finite.
     pub fn after_step(
         &self,
         model: &dyn AdaptableModel,
@@ -231,14 +232,14 @@ impl MethodHooks {
             Kind::Divergence { config, cycle } => {
                 let reason = "BLoB's weights ask for the number of training rows: tell_rows";
                 let m = (*locked(cycle)?).ok_or_else(|| Error::config("rows", reason))?;
-                // Linear with a warm-up of 6 %, as in the authors' scripts.
+                // Linear with 6 % warm-up, as in the authors' scripts.
                 let warmup = (0.06 * total as f64).ceil() as usize;
                 let lr = config.kl_lr * Schedule::Linear.factor(step.saturating_sub(1), warmup, total);
                 let rate = lr * blob::kl_share(step, m);
                 blob::visit(model, &mut |layer| layer.descend(params, rate))
             }
             Kind::Posterior { scaler, .. } => locked(scaler)?.after_step(model, &|name| {
-                // Frozen (post-hoc), A has no gradient, and nothing that could fade.
+                // A frozen A (post hoc) has no gradient, and thus no signal that could fade.
                 gradients.get(name)?.map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(&gradient)?))
             }),
             Kind::Budget { allocator, .. } => {
@@ -248,24 +249,24 @@ impl MethodHooks {
         }
     }
 
-    /// What the method remembers from step to step, beside its parameters.
+    /// Returns the method's state between steps besides its parameters.
     ///
     /// # Errors
     /// If candle fails.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         match &self.kind {
             Kind::None | Kind::Prior { .. } => Ok(BTreeMap::new()),
-            // The walk is A itself, the place in a cycle the step's number.
+            // The walk's state is A itself; the position in a cycle follows from the step number.
             Kind::Walk(_) | Kind::Divergence { .. } => Ok(BTreeMap::new()),
             Kind::Posterior { scaler, .. } => locked(scaler)?.state(),
             Kind::Budget { allocator, .. } => Ok(locked(allocator)?.state()),
         }
     }
 
-    /// Puts back what [`Self::state`] gave.
+    /// Restores a state from [`Self::state`].
     ///
     /// # Errors
-    /// If it is not the state of this method on this model.
+    /// If it is not a state of this method on this model.
     pub fn restore(&self, model: &dyn AdaptableModel, state: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.kind {
             Kind::None | Kind::Prior { .. } | Kind::Walk(_) | Kind::Divergence { .. } => Ok(()),

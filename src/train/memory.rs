@@ -1,6 +1,6 @@
-//! How much memory the process has used at most.
+//! The peak memory of this process.
 
-/// The peak resident memory of this process in bytes, where the system tells it (Linux).
+/// Returns the peak resident memory of this process in bytes, if the system reports it (Linux).
 pub fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

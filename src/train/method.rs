@@ -1,4 +1,4 @@
-//! The ways to fine-tune, behind one name.
+//! The fine-tuning methods as one type.
 
 use serde::Serialize;
 
@@ -18,15 +18,15 @@ use crate::peft::{self, AdapterFile};
 /// The name of a LoRA adapter until a posterior is put on it.
 const TRAINED: &str = "trained";
 
-/// The second layer of a feed-forward block, whose input is the inside of the block, in the names of BERT,
-/// LLaMA, DistilBERT and ModernBERT.
+/// Whether a layer is the second one of a feed-forward block, by its name in BERT, LLaMA, DistilBERT and
+/// ModernBERT. Its input is the block's inner activation.
 fn closes_feed_forward(path: &str) -> bool {
     [".down_proj", ".ffn.lin2", ".mlp.Wo"].iter().any(|name| path.ends_with(name))
         || (path.ends_with(".output.dense") && !path.ends_with(".attention.output.dense"))
 }
 
-/// How a model is fine-tuned.
-// Checkpoints hold it as it is serialised: a name in Rust may change, one in JSON may not.
+/// A fine-tuning method.
+// Checkpoints store the serialised form: Rust names may change, JSON names may not.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -34,12 +34,12 @@ pub enum Method {
     /// MonteCLoRA on the targets.
     #[serde(rename = "monteclora")]
     MonteCLoRA(MonteCLoRAConfig),
-    /// What the authors' released code does, on the targets.
+    /// MonteCLoRA as in the authors' released code, on the targets.
     #[serde(rename = "monteclora_released")]
     Released(MonteCLoRAConfig),
     /// LoRA on the targets.
     Lora(LoraConfig),
-    /// LoRA-FA on the targets: A stays at its start.
+    /// LoRA-FA on the targets: A keeps its initial values.
     LoraFa(LoraConfig),
     /// DoRA on the targets.
     Dora(LoraConfig),
@@ -48,13 +48,13 @@ pub enum Method {
     AdaLora(AdaLoraConfig),
     /// BLoB on the targets.
     Blob(BlobConfig),
-    /// IA3 on keys, values and the inside of feed-forward blocks.
+    /// IA3 on keys, values and the inner activations of feed-forward blocks.
     Ia3,
     /// Bottleneck adapters after attention and feed-forward blocks.
     Bottleneck(BottleneckConfig),
     /// Virtual tokens before each row.
     Prompt(PromptConfig),
-    /// Every weight.
+    /// Full fine-tuning.
     Full,
 }
 
@@ -68,7 +68,7 @@ impl From<peft::AdapterMethod> for Method {
 }
 
 impl Method {
-    /// The method's name, as the command line spells it.
+    /// Returns the method's name, as spelled on the command line.
     pub fn name(&self) -> &'static str {
         match self {
             Self::MonteCLoRA(_) => "monteclora",
@@ -85,12 +85,13 @@ impl Method {
         }
     }
 
-    /// How many times the learning rate of A suits B (4 under a prior, else 1) and a new task head (10 under a
-    /// prior on it, else 1).
+    /// Returns suitable learning rates as multiples of A's: for B (4 under a prior, else 1) and for a new
+    /// task head (10 under a prior on it, else 1).
     ///
-    /// While B is zero the update is learnt through the head, and the head through features that the update has
-    /// not changed. Under draws or a prior, slow ones leave both near their start, the majority class, for a
-    /// whole run of a few hundred steps (examples/results/README.md); the prior keeps fast ones from growing sure.
+    /// While B is zero, the update is learnt through the head, and the head on features that the update has
+    /// not changed. Under posterior draws or a prior, low learning rates leave both near their start,
+    /// predicting the majority class, for a whole run of a few hundred steps (examples/results/README.md);
+    /// the prior keeps high ones from becoming overconfident.
     pub fn lr_ratios(&self) -> LrRatios {
         let prior = match self {
             Self::MonteCLoRA(config) => config.prior,
@@ -101,7 +102,7 @@ impl Method {
         LrRatios { b: if prior.is_some() { 4.0 } else { 1.0 }, head: if head { 10.0 } else { 1.0 } }
     }
 
-    /// The defaults of a training run with [`Self::lr_ratios`].
+    /// Returns the default training settings with [`Self::lr_ratios`].
     ///
     /// # Example
     /// ```
@@ -118,7 +119,7 @@ impl Method {
         TrainConfig { loraplus_ratio: b, head_lr_ratio: head, ..TrainConfig::default() }
     }
 
-    /// The places before each row that it takes: the virtual tokens of prompt tuning, else none.
+    /// Returns the number of positions added to each row: prompt tuning's virtual tokens, else 0.
     pub fn virtual_tokens(&self) -> usize {
         match self {
             Self::Prompt(config) => config.virtual_tokens,
@@ -126,15 +127,15 @@ impl Method {
         }
     }
 
-    /// Whether it ends in a posterior whose draws a prediction can average. The authors' released code has none:
-    /// its walk moves A itself, and every pass takes A as it is.
+    /// Whether training ends in a posterior whose draws a prediction can average. The authors' released code
+    /// has none: its walk moves A itself, and every pass uses A as it is.
     pub fn has_posterior(&self) -> bool {
         matches!(self, Self::MonteCLoRA(_) | Self::Blob(_))
     }
 
-    /// The layers that it changes unless others are named, by their names in encoders and decoders; of Phi 3 and
-    /// ModernBERT, whose queries, keys and values are one layer, IA3 scales the inside of feed-forward blocks alone.
-    /// The model's own choice where the method's paper names none.
+    /// Returns the layers to adapt by default, by their names in encoders and decoders; the model's own
+    /// choice if the method's paper names none. In Phi 3 and ModernBERT, which have one layer for queries,
+    /// keys and values, IA3 only scales the inner activations of feed-forward blocks.
     fn default_select(&self) -> Select {
         let regex = |pattern: &str| Select::Regex(pattern.to_string());
         match self {
@@ -148,8 +149,8 @@ impl Method {
         }
     }
 
-    /// Remarks on its predictions to make before it is trained, a sentence each; `post_hoc` if it is a posterior around a
-    /// LoRA that stays as it is.
+    /// Returns notes on the method's predictions to show before training, one sentence each. `post_hoc`: the
+    /// method is a posterior around a LoRA that stays fixed.
     pub(crate) fn notes(&self, post_hoc: bool) -> Vec<&'static str> {
         let mut notes = Vec::new();
         if post_hoc {
@@ -167,7 +168,7 @@ impl Method {
         notes
     }
 
-    /// The adapter of this method as its file has it, where it has one.
+    /// Returns the method in the form of PEFT's adapter files, if it has one.
     pub fn adapter(&self) -> Option<peft::AdapterMethod> {
         match self {
             Self::MonteCLoRA(config) => Some(peft::AdapterMethod::MonteCLoRA(config.clone())),
@@ -179,31 +180,31 @@ impl Method {
     }
 }
 
-/// Learning rates as multiples of that of A.
+/// Learning rates as multiples of A's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LrRatios {
-    /// That of B.
+    /// The learning rate of B.
     pub b: f64,
-    /// That of a task's head.
+    /// The learning rate of a task's head.
     pub head: f64,
 }
 
-/// What a run starts from.
-// There is one of it in a run, so that its size costs nothing.
+/// What a training run starts from.
+// A run has only one, so that its size does not matter.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 pub enum MethodInit {
-    /// A method that begins on these targets.
+    /// A new adapter with this method on these targets.
     Fresh(Method, Targets),
-    /// An adapter that was trained before, here or by PEFT.
+    /// A trained adapter, from this crate or PEFT.
     Adapter(Box<AdapterFile>),
-    /// A LoRA adapter that was trained before, with a posterior put on it: A and B stay, rho and c are
-    /// trained. Rank and scale are the adapter's own, whatever the configuration says.
+    /// A trained LoRA adapter, around which a posterior is put: A and B stay fixed, rho and c are trained.
+    /// Rank and scale are the adapter's own, whatever the configuration says.
     PostHoc(Box<AdapterFile>, MonteCLoRAConfig),
 }
 
 impl MethodInit {
-    /// The method, with its constants.
+    /// Returns the method with its hyperparameters.
     pub fn method(&self) -> Method {
         match self {
             Self::Fresh(method, _) => method.clone(),
@@ -217,14 +218,14 @@ impl MethodInit {
         }
     }
 
-    /// Remarks on the predictions to make before the training, a sentence each: that post hoc the mean is the LoRA's,
-    /// that a schedule which anneals eps away trains other draws than a prediction takes.
+    /// Returns notes on the predictions to show before training, one sentence each: that a post-hoc mean is
+    /// the LoRA's, or that a schedule which anneals eps away trains with other draws than a prediction uses.
     pub fn notes(&self) -> Vec<&'static str> {
         self.method().notes(matches!(self, Self::PostHoc(..)))
     }
 
-    /// Puts the adapters on a model, their parameters into `params`; returns what the method asks of
-    /// training beside the task's loss. Full fine-tuning adapts nothing.
+    /// Puts the adapters on a model and their parameters into `params`; returns the method's part in
+    /// training. Full fine-tuning has no adapter.
     ///
     /// # Errors
     /// If the targets, the method's configuration or the adapter do not fit the model.
@@ -233,7 +234,7 @@ impl MethodInit {
         self.hooks(model, params)
     }
 
-    /// The first half of [`Self::inject`]: the adapters alone.
+    /// The first half of [`Self::inject`]: adds the adapters.
     pub(super) fn adapt(&self, model: &mut dyn AdaptableModel, params: &Params) -> Result<()> {
         match self {
             Self::Fresh(method, targets) => method.inject(model, targets, params)?,
@@ -252,7 +253,7 @@ impl MethodInit {
         Ok(())
     }
 
-    /// The second half: what is asked of training, which begins at the present values of the parameters.
+    /// The second half of [`Self::inject`]: creates the hooks. Training starts at the present parameters.
     pub(super) fn hooks(&self, model: &dyn AdaptableModel, params: &Params) -> Result<MethodHooks> {
         let hooks = match self.method() {
             Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
@@ -265,7 +266,7 @@ impl MethodInit {
         Ok(hooks.with_settings(self.settings()?))
     }
 
-    /// What a run must find unchanged to go on: the method's constants and the layers that it is on.
+    /// Returns the settings that must agree to resume: the method's hyperparameters and its target layers.
     fn settings(&self) -> Result<Settings> {
         let targets = match self {
             Self::Fresh(_, targets) => settings::setting("targets", targets)?,
@@ -276,7 +277,7 @@ impl MethodInit {
 }
 
 impl Method {
-    /// Starts the method on these layers of a model.
+    /// Adds the method's adapters to the given layers of a model.
     fn inject(&self, model: &mut dyn AdaptableModel, given: &Targets, params: &Params) -> Result<()> {
         let targets = match &given.select {
             Select::ModelDefault => Targets { select: self.default_select(), ..given.clone() },
@@ -297,7 +298,7 @@ impl Method {
             })?;
             return prompt_tuning(embedding, name, config, params);
         }
-        // Rank and alpha of single layers are those of a pair A, B; the rest has none.
+        // Rank and alpha per layer only exist for a pair A, B; the remaining methods have none.
         let (rank, alpha) = match self {
             Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),

@@ -1,5 +1,4 @@
-//! Training: schedules, the loop, checkpoints, and the
-//! classifiers and language models that run through it.
+//! Training: schedules, the training loop, checkpoints, and the classifiers and language models it trains.
 
 mod causal;
 mod checkpoint;

@@ -1,4 +1,4 @@
-//! What the loop is given: an objective to train and an observer that watches.
+//! The inputs of the training loop: an objective to train, and an observer.
 
 use std::collections::BTreeMap;
 
@@ -10,42 +10,42 @@ use crate::adapter::{Context, Params};
 use crate::error::{Error, Result};
 use crate::optim::{Gradients, Moments};
 
-/// The loss of one micro-batch: scalar tensors.
+/// The loss of one micro-batch, as scalar tensors.
 #[derive(Debug)]
 pub struct Loss {
-    /// What is differentiated.
+    /// The loss to differentiate.
     pub total: Tensor,
-    /// The parts to log and to name when they are not finite, by their names.
+    /// The named parts of the loss, for logs and for errors about non-finite values.
     pub terms: Vec<(&'static str, Tensor)>,
 }
 
-/// What is trained: it knows its data and its model.
+/// A training objective with its data and its model.
 pub trait Objective {
-    /// The micro-batches of an epoch, as rows of the data: a pure function of the epoch, as many in
-    /// each.
+    /// Returns the micro-batches of an epoch, as row numbers: a pure function of the epoch, with the same
+    /// number of micro-batches in each.
     ///
     /// # Errors
     /// If there is no data.
     fn epoch(&self, epoch: u64) -> Result<Vec<Vec<usize>>>;
 
-    /// The mean loss over some rows, in the context that the loop gives: its pass, and where a loss was
-    /// not finite a probe. What the method adds to it is the objective's business.
+    /// Returns the mean loss over some rows, including what the method adds. `cx` has the pass and, after a
+    /// loss that was not finite, a probe.
     ///
     /// # Errors
     /// If the forward pass fails.
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss>;
 
-    /// How much a micro-batch counts among those of its step: what its mean is a mean over.
+    /// Returns the weight of a micro-batch within its step: the number of items that its loss is a mean over.
     fn weight(&self, rows: &[usize]) -> f64 {
         rows.len() as f64
     }
 
-    /// What a run must find unchanged to go on from a checkpoint, by name: its data, its method.
+    /// Returns the settings that must agree to resume from a checkpoint, by name: the data, the method.
     fn settings(&self) -> Settings {
         Settings::new()
     }
 
-    /// What the method remembers from step to step, beside its parameters.
+    /// Returns the method's state between steps besides its parameters.
     ///
     /// # Errors
     /// If candle cannot copy.
@@ -53,26 +53,26 @@ pub trait Objective {
         Ok(BTreeMap::new())
     }
 
-    /// Puts back what [`Self::state`] gave.
+    /// Restores a state from [`Self::state`].
     ///
     /// # Errors
-    /// If it is not the state of this method on this model.
+    /// If it is not a state of this method on this model.
     fn restore(&self, _state: &BTreeMap<String, Tensor>) -> Result<()> {
         Ok(())
     }
 
-    /// What the method does before optimiser step `step` (1-based) of `total`.
+    /// Called before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn before_step(&self, _step: usize, _total: usize) -> Result<()> {
         Ok(())
     }
 
-    /// What the method does after optimiser step `step` (1-based) of `total`.
+    /// Called after optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn after_step(
         &self,
         _params: &Params,
@@ -84,12 +84,12 @@ pub trait Objective {
     }
 }
 
-/// One optimiser step, as it is logged.
+/// The log record of one optimiser step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StepRecord {
     /// The number of this step (1-based).
     pub step: usize,
-    /// The epochs done, with the fraction of the present one.
+    /// The number of epochs so far, including the fraction of the present one.
     pub epoch: f64,
     /// The learning rate of this step.
     pub lr: f64,
@@ -102,70 +102,71 @@ pub struct StepRecord {
     pub grad_norm: f64,
 }
 
-/// What watches a run: logs, progress bars, evaluation.
+/// Observes a run: logs, progress bars, evaluation.
 pub trait Observer {
-    /// Called before the first step with the number of all steps and of those that are done already: more than
-    /// none where a run goes on from a checkpoint. Records of later steps should be dropped: they come again.
+    /// Called before the first step with the total number of steps and the number already done, which is
+    /// above 0 if the run resumes from a checkpoint. Records of later steps should be dropped, as these steps
+    /// are repeated.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn start(&mut self, _total_steps: usize, _done: usize) -> Result<()> {
         Ok(())
     }
 
-    /// Called for a fault that does not end the run: a damaged checkpoint, before an older one is
-    /// taken, or an old one that cannot be removed.
+    /// Called for a problem that does not end the run: a damaged checkpoint that is skipped for an older one,
+    /// or an old checkpoint that cannot be removed.
     fn warned(&mut self, _what: &str) {}
 
-    /// Whether the run should stop; asked after every step.
+    /// Whether the run should stop; called after every step.
     fn stop(&self) -> bool {
         false
     }
 
-    /// Called where a step was left out because its loss or gradient was not finite
+    /// Called if a step is skipped because its loss or gradient was not finite
     /// ([`OnNonFinite::Skip`](super::OnNonFinite::Skip)).
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn skipped(&mut self, _step: usize, _why: &Error) -> Result<()> {
         Ok(())
     }
 
-    /// Called after every step that was taken.
+    /// Called after every step that was not skipped.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn step(&mut self, record: &StepRecord) -> Result<()>;
 
-    /// Evaluates the present parameters; a higher score is better. None, or what is not
-    /// finite: nothing to compare.
+    /// Evaluates the present parameters and returns a score; higher is better. `None` and scores that are not
+    /// finite are not compared.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>>;
 
-    /// Is told what the optimiser remembers of each parameter at the end of a run: of IVON the posterior
-    /// ([`IvonPosterior`](crate::optim::IvonPosterior)), around the last step's parameters, which are the present ones: a
-    /// better evaluation's are put back after this.
+    /// Called at the end of a run with the optimiser state of each parameter: for IVON, the posterior
+    /// ([`IvonPosterior`](crate::optim::IvonPosterior)). The present parameters are still those of the last
+    /// step; the best evaluation's are restored afterwards.
     ///
     /// # Errors
-    /// The run is done; its caller gets the error.
+    /// The run is over; the error is returned to its caller.
     fn trained(&mut self, _moments: &BTreeMap<String, Moments>) -> Result<()> {
         Ok(())
     }
 
-    /// Is told that the present parameters, those of `step`, are the best so far, or without
-    /// [`keep_best`](super::TrainConfig::keep_best) merely the last evaluated: the moment to save them, since a run
-    /// may die of what no error reports.
+    /// Called when the present parameters, those of `step`, are the best so far, or without
+    /// [`keep_best`](super::TrainConfig::keep_best) the last evaluated. Save them here, as a run may die
+    /// without an error.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn kept(&mut self, _step: usize) -> Result<()> {
         Ok(())
     }
 }
 
-/// Watches nothing: a run that keeps its last parameters.
+/// Observes nothing: the run keeps its last parameters.
 impl Observer for () {
     fn step(&mut self, _: &StepRecord) -> Result<()> {
         Ok(())
@@ -176,21 +177,21 @@ impl Observer for () {
     }
 }
 
-/// How a run went; the default is that of none.
+/// The summary of a run; the default is of no run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Summary {
-    /// Optimiser steps, skipped ones among them.
+    /// Optimiser steps, including skipped ones.
     pub steps: usize,
-    /// Wall time, evaluations included, of all parts of a run that was resumed.
+    /// Wall time in seconds, including evaluations and all earlier parts of a resumed run.
     pub seconds: f64,
-    /// The median wall time of a step since the last start, evaluations excluded; none where a run that
-    /// was at its end was resumed.
+    /// The median wall time of a step since the last start, in seconds, without evaluations; `None` if the
+    /// run had already ended when it was resumed.
     pub step_seconds_median: Option<f64>,
     /// The step whose parameters were kept.
     pub kept_step: usize,
-    /// Steps that were left out because something was not finite.
+    /// The number of steps skipped because a value was not finite.
     pub skipped: usize,
-    /// Whether it ended before its last step because evaluations got no better
+    /// Whether the run ended before its last step because evaluations did not improve
     /// ([`patience`](super::TrainConfig::patience)).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stopped_early: bool,

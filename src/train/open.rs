@@ -1,4 +1,4 @@
-//! A trained classifier, from what a run or Hugging Face wrote.
+//! Opens a trained classifier from the files of a run or of Hugging Face.
 
 use std::path::{Path, PathBuf};
 
@@ -14,17 +14,18 @@ use crate::models::sequence::OUTPUT_LAYERS;
 use crate::noise::Noise;
 use crate::peft::{AdapterFile, CONFIG_FILE};
 
-/// What lies in a folder.
+/// The contents of a folder.
 enum Found {
     Adapter(PathBuf),
     Model(PathBuf),
 }
 
 impl Classifier {
-    /// Opens a trained classifier to predict with, or to train on: the folder of an adapter (this crate's or PEFT's),
-    /// of a model with a head, or of a run that has either (`adapter/`, `model/`). The classes and their order are
-    /// what the folder says. The base of an adapter is `base`, or else the model that its file names. The length that
-    /// training cut its texts to is not read: set it with [`Self::set_max_length`].
+    /// Opens a trained classifier for prediction or further training. `dir` is the folder of an adapter (this
+    /// crate's or PEFT's), of a model with a head, or of a run that contains either (`adapter/`, `model/`).
+    /// The classes and their order come from the folder. The base of an adapter is `base`, or else the model
+    /// that its file names. The length to which training cut its texts is not read: set it with
+    /// [`Self::set_max_length`].
     ///
     /// # Errors
     /// If the folder has neither, the base is not found, there is no trained head, or a file is damaged.
@@ -59,11 +60,11 @@ impl Classifier {
         }
     }
 
-    /// The classifier of a checkpoint with a trained head, such as a hub repository's. Dense weights in f32 can be
-    /// trained on; quantised ones and those in another dtype are frozen, with the head.
+    /// Opens the classifier of a checkpoint with a trained head, such as a hub repository's. In f32 its weights are
+    /// trainable; if they are quantised or of another dtype, the whole model is frozen.
     ///
     /// # Errors
-    /// As [`Self::load`]; if it has no head.
+    /// As [`Self::load`], and if it has no head.
     pub fn of_checkpoint(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
         let start = MethodInit::Fresh(Method::Full, Targets::default());
         let labels = Labels::from(outputs_of(files)?);
@@ -72,7 +73,7 @@ impl Classifier {
         Ok(opened.with_numbers_of(names))
     }
 
-    /// With the spelling of the file where classes are called by their numbers: 0 and 1, not LABEL_0 and LABEL_1.
+    /// Takes the file's spelling of numbered classes: 0 and 1 rather than LABEL_0 and LABEL_1.
     fn with_numbers_of(mut self, names: Option<Labels>) -> Self {
         let numbers = |names: &Labels| names.are_numbers() && names.len() == self.labels.len();
         if let Some(labels) = names.filter(numbers).filter(|_| self.labels.are_numbers()) {
@@ -82,7 +83,7 @@ impl Classifier {
     }
 }
 
-/// What lies in `dir`, or below it as a run leaves it.
+/// Finds an adapter or a model in `dir`, or in its subfolders as a run names them.
 fn find(dir: &Path) -> Result<Found> {
     for root in [dir, &dir.join("adapter")] {
         if root.join(CONFIG_FILE).is_file() {
@@ -104,7 +105,7 @@ fn find(dir: &Path) -> Result<Found> {
     Err(Error::format(dir, reason))
 }
 
-/// How many outputs the head of a checkpoint has.
+/// Returns the number of outputs of a checkpoint's head.
 fn outputs_of(files: &ModelFiles) -> Result<usize> {
     let tensors = files.var_builder(DType::F32, &Device::Cpu)?;
     let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));

@@ -1,4 +1,4 @@
-//! What a classifier says of texts.
+//! Predictions of a classifier for texts.
 
 use std::sync::OnceLock;
 
@@ -13,49 +13,52 @@ use crate::error::{Error, Result};
 use crate::metrics::{softmax, uncertainty, Metrics, Uncertainty};
 use crate::predict::{logits, posterior_draws, posterior_scores, Prediction};
 
-/// Rows that are predicted together.
+/// The number of rows per batch.
 const BATCH: usize = 64;
 
 impl Classifier {
-    /// The tokens of examples, by the tokenizer that lies with the model, at most [`Self::max_length`] of each.
+    /// Tokenises examples with the model's tokeniser, up to [`Self::max_length`] tokens each.
     ///
     /// # Errors
-    /// If there is no tokenizer, it is damaged or of another model, or it refuses a text.
+    /// If there is no tokeniser, it is damaged or of another model, or it rejects a text.
     pub fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
         self.encoder()?.encode(examples)
     }
 
-    /// The most tokens of a text, special ones among them: the model's, unless [`Self::set_max_length`] said less.
+    /// The maximum number of tokens of a text, including special tokens: the model's, unless
+    /// [`Self::set_max_length`] set less.
     pub fn max_length(&self) -> usize {
         self.max_length
     }
 
-    /// Cuts texts to this many tokens from now on; pairs lose those of the longer text first.
+    /// Sets the number of tokens to which texts are cut. Pairs lose tokens of the longer text first.
     ///
     /// # Errors
-    /// If the model takes fewer, or a pair has no room; or as [`Self::encode`] where there is no tokenizer.
+    /// If the model takes fewer tokens or a pair does not fit; as [`Self::encode`] if there is no tokeniser.
     pub fn set_max_length(&mut self, max_length: usize) -> Result<()> {
         self.encoder = OnceLock::from(self.new_encoder(max_length)?);
         self.max_length = max_length;
         Ok(())
     }
 
-    /// How well it predicts labelled examples, by the mean: with all of [`Metrics::of_own_data`].
+    /// Evaluates labelled examples at the posterior mean, with all metrics of [`Metrics::of_own_data`].
     ///
     /// # Errors
-    /// As [`Self::encode`]; if none has a label, or one is not what the classifier predicts.
+    /// As [`Self::encode`]; if no example has a label, or a label is not of the kind that the classifier
+    /// predicts.
     pub fn evaluate(&self, examples: &[Example]) -> Result<Metrics> {
         let rows = self.encode(examples)?;
         let predictions = Predictions::new(self, &rows, &batches(self, &rows, BATCH)?, 0)?;
         Ok(predictions.evaluate_own_data()?.mean)
     }
 
-    /// Predicts texts, or pairs: `&["a text", "another"]`, `&[("a pair", "of texts")]`, or [`Example`]s. The pass
-    /// says by which weights: [`Pass::Mean`], or one draw of the posterior. One row a text, in their order. Each
-    /// is cut to [`Self::max_length`] tokens: where training had shorter ones, say so by [`Self::set_max_length`].
+    /// Predicts texts or pairs: `&["a text", "another"]`, `&[("a pair", "of texts")]`, or [`Example`]s. The
+    /// pass selects the weights: [`Pass::Mean`], or one draw of the posterior. Returns one prediction per
+    /// text, in order. Texts are cut to [`Self::max_length`] tokens: if training used fewer, call
+    /// [`Self::set_max_length`].
     ///
     /// # Errors
-    /// As [`Self::encode`], or if the forward pass fails or says what is not finite.
+    /// As [`Self::encode`]; if the forward pass fails or its outputs are not finite.
     pub fn predict<T: Clone + Into<Example>>(&self, texts: &[T], pass: &Pass) -> Result<Vec<Prediction>> {
         let Some(batches) = self.text_batches(texts)? else { return Ok(Vec::new()) };
         let rows = logits(self, &batches, &(*pass).into())?;
@@ -67,11 +70,11 @@ impl Classifier {
         Ok(rows.into_iter().map(row).collect())
     }
 
-    /// Predicts as [`Self::predict`], averaged over draws 0, 1 .. of the posterior after the softmax of each, with
-    /// what the draws say of the uncertainty (of a regression the average alone).
+    /// Predicts as [`Self::predict`], averaged over the posterior draws 0, 1 .. after the softmax of each,
+    /// with the uncertainty from the draws. A regression only has the average.
     ///
     /// # Errors
-    /// As [`Self::predict`]; if `samples` is 0, or the method has no posterior to draw from.
+    /// As [`Self::predict`]; if `samples` is 0, or the method has no posterior.
     pub fn predict_averaged<T: Clone + Into<Example>>(
         &self,
         texts: &[T],
@@ -93,7 +96,7 @@ impl Classifier {
         Ok(uncertain.into_iter().enumerate().map(row).collect())
     }
 
-    /// Checks that there is a posterior to draw from.
+    /// Checks that the method has a posterior to draw from.
     pub(super) fn check_has_posterior(&self) -> Result<()> {
         if self.method().has_posterior() {
             return Ok(());
@@ -110,7 +113,7 @@ impl Classifier {
         batches(self, &self.encode(&examples)?, BATCH).map(Some)
     }
 
-    /// An encoder of at most `max_length` tokens by the tokenizer that lies with the model.
+    /// Creates an encoder of at most `max_length` tokens with the model's tokeniser.
     fn new_encoder(&self, max_length: usize) -> Result<TextEncoder> {
         let tokenizer = fit_vocabulary(tokenizer::of_model(self.files())?, self.config().vocab_size())?;
         let longest = self.config().longest().saturating_sub(self.method().virtual_tokens());

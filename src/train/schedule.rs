@@ -6,13 +6,13 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// The course of the learning rate after warm-up.
+/// The shape of the learning rate after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// No change.
+    /// Constant.
     Constant,
-    /// A straight line to zero.
+    /// Linear decay to zero.
     #[default]
     Linear,
     /// Half a cosine to zero.
@@ -20,8 +20,8 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// The factor on the learning rate at `step` (0-based) of `total`, of which `warmup` rise
-    /// linearly from zero: the schedules of Hugging Face transformers.
+    /// Returns the factor on the learning rate at `step` (0-based) of `total`, the first `warmup` of which
+    /// rise linearly from zero. These are the schedules of Hugging Face transformers.
     pub fn factor(self, step: usize, warmup: usize, total: usize) -> f64 {
         if step < warmup {
             return step as f64 / warmup as f64;

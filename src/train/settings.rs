@@ -1,4 +1,4 @@
-//! What two parts of one run must agree on.
+//! Settings that must agree between the parts of a run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,27 +8,27 @@ use crate::adapter::{AdaptableModel, BaseLinear};
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
 
-/// Settings by name, as text: what two parts of one run must agree on.
+/// Settings by name, as text, that must agree between the parts of a run.
 pub type Settings = BTreeMap<String, String>;
 
-/// What `value` is called and says, as JSON: what a checkpoint keeps must not depend on names of Rust.
+/// Returns a setting with its value as JSON: checkpoints must not depend on Rust's names.
 ///
 /// # Errors
-/// If `value` has no form in JSON.
+/// If `value` cannot be represented in JSON.
 pub(super) fn setting(name: &str, value: &impl Serialize) -> Result<(String, String)> {
     let text = serde_json::to_string(value)
         .map_err(|error| Error::config(name, format!("it cannot be written: {error}")))?;
     Ok((name.to_string(), text))
 }
 
-/// A checksum of data, to be one of the [`Settings`]: `numbers` are all that the rows hold.
+/// Returns a checksum of data for the [`Settings`]. `numbers` is everything in the rows.
 pub fn fingerprint(numbers: impl IntoIterator<Item = u32>) -> String {
     let mut hasher = crc32fast::Hasher::new();
     numbers.into_iter().for_each(|number| hasher.update(&number.to_le_bytes()));
     format!("CRC-32 {:08x}", hasher.finalize())
 }
 
-/// The settings of data, batches, method and the frozen base.
+/// Returns the settings of data, batches, method and frozen base.
 pub(super) fn of_run(
     batcher: &Batcher,
     method: &Settings,
@@ -42,9 +42,9 @@ pub(super) fn of_run(
     own.chain(method.clone()).collect()
 }
 
-/// How the linear layers' bases lie in memory, where there are any. A dense model says the dtype of the first, as
-/// checkpoints have it that were written before there were others; beside a quantised layer every kind counts, each
-/// with the dtype that its rows are dequantised to.
+/// Returns the storage format of the linear layers' base weights, if there are any. For a dense model it is
+/// the dtype of the first layer, as in checkpoints from before quantised layers existed. With a quantised
+/// layer, all formats are listed, the quantised ones with the dtype that their rows are dequantised to.
 fn base_kind(model: &dyn AdaptableModel) -> Option<String> {
     let (mut first, mut all, mut quantized) = (None, BTreeSet::new(), false);
     let looked = model.visit_linears(&mut |layer| {

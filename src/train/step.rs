@@ -1,4 +1,4 @@
-//! What one optimiser step computes: the gradients of its micro-batches, added up, checked and clipped.
+//! Computes the gradients of one optimiser step over its micro-batches, and clips them.
 
 use std::collections::BTreeMap;
 
@@ -11,20 +11,21 @@ use crate::error::{Error, Result};
 use crate::ops::{self, Tape};
 use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 
-/// What one step adds up over its micro-batches.
+/// The sums of one step over its micro-batches.
 pub(super) struct Group {
     pub grads: Gradients,
     pub loss: f64,
     pub terms: BTreeMap<&'static str, f64>,
 }
 
-/// The part of the gradients of one step that the micro-batches make which this process `takes`: of the mean over all
-/// that the step's micro-batches are means over, so that a short last one weighs no more than its rows.
+/// Computes this process's part of a step's gradients, from the micro-batches that it `takes`. The loss is
+/// the mean over all items of the step's micro-batches, so that a short last one only has the weight of its
+/// rows.
 ///
-/// Each micro-batch has a draw of its own, or with [`TrainConfig::shared_draw`] all have the first.
+/// Each micro-batch has its own draw, or with [`TrainConfig::shared_draw`] all have the first.
 ///
 /// # Errors
-/// [`Error::NonFinite`] where a loss is not finite; what the objective reports; a parameter without a gradient.
+/// [`Error::NonFinite`] if a loss is not finite; errors of the objective; a parameter without a gradient.
 pub(super) fn group_gradients(
     objective: &dyn Objective,
     params: &Params,
@@ -49,7 +50,7 @@ pub(super) fn group_gradients(
         for (name, &value) in names.zip(&values) {
             if !value.is_finite() {
                 let probe = Probe::default();
-                // Whether this pass fails as well is of no interest: the error is known.
+                // Ignore an error of this pass: the loss's error is returned below.
                 objective.loss(rows, &cx.with_probe(&probe)).ok();
                 let layer = probe.first_non_finite();
                 return Err(Error::NonFinite {
@@ -74,7 +75,7 @@ pub(super) fn group_gradients(
     Ok(sums)
 }
 
-/// All terms and the total in one copy from the device; those of one dtype are not cast there one by one.
+/// Copies all terms and the total from the device at once, without a cast if their dtypes agree.
 fn to_host(loss: &Loss) -> Result<Vec<f64>> {
     let mut scalars: Vec<Tensor> =
         loss.terms.iter().map(|(_, term)| term).chain([&loss.total]).map(Tensor::detach).collect();
@@ -88,7 +89,7 @@ fn to_host(loss: &Loss) -> Result<Vec<f64>> {
 /// Clips the gradients of a step, unless their norm is not finite.
 ///
 /// # Errors
-/// [`Error::NonFinite`] then, which names the first parameter at fault.
+/// [`Error::NonFinite`] if the norm is not finite, with the first non-finite gradient.
 pub(super) fn clip(
     grads: &mut Gradients,
     max_norm: Option<f64>,

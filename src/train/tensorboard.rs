@@ -1,8 +1,8 @@
-//! Event files of TensorBoard: the scalars of a run, where people look for them.
+//! Writes the scalars of a run to TensorBoard event files.
 //!
-//! A file is a sequence of records, each framed by its length and masked CRC-32Cs (TFRecord), each holding a protocol
-//! buffer `Event`. Of its messages a handful of fields is written here; what is in
-//! <https://github.com/tensorflow/tensorboard/tree/master/tensorboard/compat/proto> is named beside each.
+//! A file is a sequence of records, each framed by its length and masked CRC-32Cs (TFRecord), and each with
+//! one protocol buffer `Event`. Only a few fields are written here; comments give their names in
+//! <https://github.com/tensorflow/tensorboard/tree/master/tensorboard/compat/proto>.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::objective::StepRecord;
 use crate::error::{Error, Result};
 
-/// An event file that grows.
+/// An open event file.
 ///
 /// # Example
 /// ```
@@ -32,15 +32,16 @@ pub struct TensorBoard {
 }
 
 impl TensorBoard {
-    /// A new event file in the folder `dir`, which is made where it is missing. Where a run goes on after step
-    /// `done`, what files of before have of later steps is no longer shown.
+    /// Creates an event file in the folder `dir`, and the folder if it is missing. If a run resumes after
+    /// step `done`, TensorBoard no longer shows later steps of earlier files.
     ///
     /// # Errors
-    /// If it cannot be written; the error names it.
+    /// If the file cannot be written; the error names it.
     pub fn create(dir: &Path, done: usize) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let (seconds, process) = (now() as u64, std::process::id());
-        // Several of one second and process differ by their count; files are read in the order of their names.
+        // A count separates files of the same second and process; TensorBoard reads files in the order of
+        // their names.
         let mut count = 0;
         let (path, file) = loop {
             let path = dir.join(format!("events.out.tfevents.{seconds:010}.monteclora.{process}.{count}"));
@@ -58,15 +59,15 @@ impl TensorBoard {
         Ok(board)
     }
 
-    /// The value of `tag` at a step; what is not finite is left out, as TensorBoard has no place for it.
+    /// Writes the value of `tag` at a step. Non-finite values, which TensorBoard cannot show, are omitted.
     ///
     /// # Errors
-    /// If it cannot be written; the error names the file.
+    /// If the file cannot be written; the error names it.
     pub fn scalar(&mut self, tag: &str, step: usize, value: f64) -> Result<()> {
         self.scalars(step, &[(tag, value)])
     }
 
-    /// A step of training: `train/loss`, its parts, `train/lr`, `train/grad_norm`, `train/epoch`.
+    /// Writes a training step: `train/loss`, its parts, `train/lr`, `train/grad_norm`, `train/epoch`.
     ///
     /// # Errors
     /// As [`Self::scalar`].
@@ -103,7 +104,7 @@ impl TensorBoard {
         })
     }
 
-    /// Writes an event, all of it at once: a run that is killed leaves its events.
+    /// Writes an event in one call, so that events survive if the run is killed.
     fn event(&mut self, step: usize, fill: impl FnOnce(&mut Message)) -> Result<()> {
         let mut event = Message::default();
         event.double(1, now()); // wall_time
@@ -113,12 +114,12 @@ impl TensorBoard {
     }
 }
 
-/// Seconds since 1970.
+/// Returns seconds since 1970.
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }
 
-/// A record: the length of the data, its checksum, the data, their checksum.
+/// Returns a record: the length of the data, its checksum, the data, their checksum.
 fn framed(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let masked = |bytes: &[u8]| {
@@ -128,7 +129,7 @@ fn framed(data: &[u8]) -> Vec<u8> {
     [&length[..], &masked(&length), data, &masked(data)].concat()
 }
 
-/// A protocol buffer that is written field by field.
+/// A protocol buffer message, written field by field.
 #[derive(Default)]
 struct Message(Vec<u8>);
 
@@ -141,7 +142,7 @@ impl Message {
         self.0.push(value as u8);
     }
 
-    /// The number of a field with the kind of its value.
+    /// Writes the number of a field and the wire type of its value.
     fn key(&mut self, field: u64, kind: u64) {
         self.varint(field << 3 | kind);
     }
@@ -178,7 +179,7 @@ impl Message {
 mod tests {
     use super::*;
 
-    /// By the `RecordWriter` of TensorBoard 2.21, of Event(wall_time=1.5, step=300,
+    /// Bytes from the `RecordWriter` of TensorBoard 2.21 for Event(wall_time=1.5, step=300,
     /// summary=Summary(value=[Summary.Value(tag="train/loss", simple_value=0.25)])).
     #[test]
     fn a_record_has_the_bytes_that_tensorboard_writes() {
@@ -216,7 +217,7 @@ mod tests {
             assert!(has("train/task") && has("train/lr") && !has("train/kl"));
             sizes.push(before);
         }
-        // A run that goes on says where.
+        // A resumed run writes its start step.
         assert!(sizes[0] == sizes[1] && sizes[1] < sizes[2], "{sizes:?}");
         assert_eq!(std::fs::read_dir(dir.path().join("board")).map_err(Error::io("board"))?.count(), 3);
         Ok(())

@@ -1,4 +1,4 @@
-//! The one training loop: every method and every model runs through [`fit`].
+//! The training loop of all methods and models: [`fit`].
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -17,10 +17,11 @@ use crate::metrics::median;
 use crate::optim::Optimizer;
 use crate::util::files::{self, Lock};
 
-/// Steps in a row that may be skipped.
+/// The number of consecutive skipped steps at which a run ends.
 const MOST_SKIPPED: usize = 10;
 
-/// Trains `params` on `objective`. The draw index counts micro-batches from zero.
+/// Trains `params` on `objective`. Draws are numbered from 0: one per micro-batch, or one per step with
+/// [`TrainConfig::shared_draw`].
 ///
 /// # Example
 /// ```
@@ -70,10 +71,10 @@ const MOST_SKIPPED: usize = 10;
 /// ```
 ///
 /// # Errors
-/// [`Error::NonFinite`] when a loss or gradient is not finite: it names the step, the term and the
-/// rows; [`Error::Interrupted`] when the observer asks to stop. Besides, what the objective, the
-/// observer or the optimiser report. On any of them the parameters of the best evaluation, if there was
-/// one, are put back. Before the first step, an option outside its domain is named.
+/// [`Error::NonFinite`] if a loss or gradient is not finite: it names the step, the term and the rows;
+/// [`Error::Interrupted`] if the observer asks to stop; errors of the objective, the observer or the
+/// optimiser. In each case the parameters of the best evaluation so far, if any, are restored. An option
+/// outside its domain is an error before the first step.
 pub fn fit(
     objective: &dyn Objective,
     params: &Params,
@@ -83,13 +84,13 @@ pub fn fit(
     run(objective, params, config, observer, None, &SingleProcess)
 }
 
-/// [`fit`] with checkpoints: a run that was killed, or stopped, goes on from the newest of them and
-/// ends, on the CPU, with the same bits as one that was not.
+/// [`fit`] with checkpoints: a run that was killed or stopped resumes from the newest one and, on the CPU,
+/// ends with the same bits as an uninterrupted run.
 ///
 /// # Errors
-/// As [`fit`]; besides, if a checkpoint cannot be written, or the run cannot go on from those that there
-/// are: they are damaged, of other parameters, or of other settings (those of `config` and
-/// [`Objective::settings`]) in what [`Checkpoints::changes`] does not name.
+/// As [`fit`]; if a checkpoint cannot be written; or if the run cannot resume from the existing checkpoints:
+/// they are damaged, of other parameters, or of other settings (of `config` and [`Objective::settings`]) in
+/// more than [`Checkpoints::changes`] allows.
 pub fn fit_with_checkpoints(
     objective: &dyn Objective,
     params: &Params,
@@ -100,18 +101,18 @@ pub fn fit_with_checkpoints(
     run(objective, params, config, observer, Some(checkpoints), &SingleProcess)
 }
 
-/// [`fit`], with checkpoints or without, in each of several processes, which compute the micro-batches of a step by
-/// turns ([`distributed`](super::distributed)). All of them are given the same objective, parameters and constants, and
-/// return alike. Every process has an observer; the scores of rank 0's count. Of the checkpoints, which rank 0 alone reads
-/// and writes, the others need the settings.
+/// [`fit`] in each of several processes, which share the micro-batches of a step
+/// ([`distributed`](super::distributed)), with or without checkpoints. All processes pass the same objective,
+/// parameters and settings, and return the same result. Each has an observer; only the scores of rank 0
+/// count. Only rank 0 reads and writes checkpoints; the other ranks need the checkpoints' settings.
 ///
 /// # Errors
-/// As [`fit_with_checkpoints`], of a step, an evaluation or a checkpoint on all processes if on one:
-/// [`Error::Distributed`] on those that it did not happen to. What one of them alone is refused before its first step, at
-/// the order of an epoch or after its last step it alone returns: its caller then has to call [`Communicator::abort`],
-/// or the others wait for it until their patience ends. Besides, if a step has fewer micro-batches
-/// ([`TrainConfig::accumulation`]) than there are processes, their parameters or settings differ, or the optimiser is IVON,
-/// whose draws are not added up over processes.
+/// As [`fit_with_checkpoints`]. An error in a step, an evaluation or a checkpoint is returned on all
+/// processes, as [`Error::Distributed`] on those where it did not occur. An error of a single process before
+/// its first step, in an epoch's order or after its last step is only returned there: the caller must then
+/// call [`Communicator::abort`], or the others wait until their patience ends. Also if a step has fewer
+/// micro-batches ([`TrainConfig::accumulation`]) than there are processes, if their parameters or settings
+/// differ, or if the optimiser is IVON, whose draws are not summed over processes.
 pub fn fit_distributed(
     objective: &dyn Objective,
     params: &Params,
@@ -167,11 +168,11 @@ fn run(
     };
     let _lock = run.begin(observer)?;
     run.ranks.check_same(&run.settings, params)?;
-    // A run that ended early has no more steps, whatever its schedule was of.
+    // A run that ended early has no more steps, whatever its schedule says.
     let total_left = if run.is_out_of_patience() { run.at.step } else { total };
     run.ranks.hold(observer.start(total_left, run.at.step))?;
     let outcome = run.steps(observer).and_then(|()| run.ranks.finish(params));
-    // While the parameters are those that it goes with.
+    // Before the best parameters are restored: the optimiser state belongs to the present ones.
     let outcome = outcome.and_then(|()| observer.trained(run.optimizer.remembered()));
     let keep_best = config.keep_best || outcome.is_err();
     let kept_step = match run.best.take().filter(|_| keep_best) {
@@ -192,7 +193,7 @@ fn run(
     })
 }
 
-/// A run on its way.
+/// A run in progress.
 struct Run<'a> {
     objective: &'a dyn Objective,
     params: &'a Params,
@@ -203,13 +204,13 @@ struct Run<'a> {
     total: usize,
     optimizer: Optimizer,
     best: Option<Best>,
-    /// Where it is. Of the seconds those before the last start; settings, moments and best are filled
-    /// in for a checkpoint alone.
+    /// The position of the run. Its seconds are those before the last start; settings, moments and best are
+    /// only filled in for a checkpoint.
     at: RunState,
     clock: Instant,
     seconds: Vec<f64>,
     ranks: Ranks<'a>,
-    /// Whether a process was asked to stop before this step, where there are several.
+    /// With several processes: whether any of them was asked to stop before this step.
     stops: bool,
 }
 
@@ -220,7 +221,7 @@ struct Best {
 }
 
 impl Run<'_> {
-    /// Locks the folder of the checkpoints and goes on from the newest; rank 0 reads it for all.
+    /// Locks the folder of the checkpoints and resumes from the newest one, which rank 0 reads for all.
     fn begin(&mut self, observer: &mut dyn Observer) -> Result<Option<Lock>> {
         let Some(checkpoints) = self.checkpoints else { return Ok(None) };
         let mut lock = None;
@@ -249,7 +250,7 @@ impl Run<'_> {
         Ok(lock)
     }
 
-    /// All steps of all epochs that are left, with their evaluations, or those until patience ends.
+    /// Takes the remaining steps of all epochs, with their evaluations, or until patience ends.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let (config, per_epoch) = (self.config, self.per_epoch);
         if self.is_out_of_patience() {
@@ -277,7 +278,7 @@ impl Run<'_> {
                 let ends = step == self.total || self.is_out_of_patience();
                 if let Some(checkpoints) = self.checkpoints {
                     let due = checkpoints.every.map_or(evaluates, |every| step.is_multiple_of(every));
-                    // Of a step that failed here there is none to go on from.
+                    // A step that failed here is no state to resume from.
                     if (due || stops || ends) && self.ranks.is_first() && self.ranks.is_well() {
                         let saved = self.state().and_then(|state| checkpoints.save(&state));
                         let told = saved.map(|warning| warning.iter().for_each(|what| observer.warned(what)));
@@ -296,7 +297,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// One optimiser step.
+    /// Takes one optimiser step.
     fn step(&mut self, group: &[Vec<usize>], observer: &mut dyn Observer) -> Result<()> {
         let (config, total, clock) = (self.config, self.total, Instant::now());
         let warmup = (config.warmup_ratio * total as f64).ceil() as usize;
@@ -338,14 +339,14 @@ impl Run<'_> {
         let record = StepRecord { step, epoch, lr, loss: done.loss, terms: done.terms, grad_norm };
         match done_well {
             true => self.ranks.hold(observer.step(&record)),
-            false => Ok(()), // the others are to learn of it first
+            false => Ok(()), // the other processes must learn of the error first
         }
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let step = self.at.step;
-        // NaN compares with nothing, and infinity would stay the best for ever.
-        // Also where an error waits to be told: the others may compute a part of it.
+        // Evaluate even if an error is pending, as other processes may wait for this one's share. Scores that
+        // are not finite are ignored: NaN does not compare, and infinity would stay the best for ever.
         let given = observer.evaluate(step);
         let given = self.ranks.held().and(given).map(|given| given.map(f64::to_bits));
         let given = self.ranks.of_first(given)?.map(f64::from_bits);
@@ -367,7 +368,7 @@ impl Run<'_> {
         }
     }
 
-    /// Whether evaluations have been no better than the best for as long as they may.
+    /// Whether evaluations have not improved for as long as `patience` allows.
     fn is_out_of_patience(&self) -> bool {
         self.config.patience.is_some_and(|patience| self.at.waited >= patience)
     }
@@ -376,7 +377,7 @@ impl Run<'_> {
         self.at.seconds + self.clock.elapsed().as_secs_f64()
     }
 
-    /// What a checkpoint keeps: the tensors themselves, since it is written before the next step.
+    /// Returns the state for a checkpoint. Tensors are not copied, as it is written before the next step.
     fn state(&self) -> Result<State> {
         let params: BTreeMap<String, Tensor> = self
             .params
@@ -396,7 +397,7 @@ impl Run<'_> {
             },
             params,
             moments,
-            // Of this very step, they are the parameters.
+            // If the best step is the present one, `params` already has its values.
             best: best
                 .filter(|best| best.step < self.at.step)
                 .map(|best| best.values.clone())
@@ -405,7 +406,7 @@ impl Run<'_> {
         })
     }
 
-    /// Goes on from a checkpoint.
+    /// Resumes from a checkpoint.
     fn resume(&mut self, state: State) -> Result<()> {
         let State { run_state, params, moments, best, method } = state;
         if run_state.step > self.total {

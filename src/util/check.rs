@@ -1,9 +1,11 @@
-//! Domains of options.
+//! Checks the domains of options.
 
 use crate::error::{Error, Result};
 
+/// Checks that `value` is positive and finite.
+///
 /// # Errors
-/// Unless `value` is positive and finite; the error names the option.
+/// If it is not; the error names the option.
 pub(crate) fn positive(option: &str, value: f64) -> Result<()> {
     if value > 0.0 && value.is_finite() {
         Ok(())
@@ -12,8 +14,10 @@ pub(crate) fn positive(option: &str, value: f64) -> Result<()> {
     }
 }
 
+/// Checks that `value` is at least 0 and below 1.
+///
 /// # Errors
-/// Unless `value` is at least 0 and below 1; the error names the option.
+/// If it is not; the error names the option.
 pub(crate) fn share(option: &str, value: f64) -> Result<()> {
     if (0.0..1.0).contains(&value) {
         Ok(())
@@ -22,8 +26,10 @@ pub(crate) fn share(option: &str, value: f64) -> Result<()> {
     }
 }
 
+/// Checks that `value` is at least 0 and finite.
+///
 /// # Errors
-/// Unless `value` is zero or positive, and finite; the error names the option.
+/// If it is not; the error names the option.
 pub(crate) fn not_negative(option: &str, value: f64) -> Result<()> {
     if value >= 0.0 && value.is_finite() {
         Ok(())

@@ -1,9 +1,9 @@
-//! Dtypes and devices.
+//! Conversions between dtypes and devices.
 
 use candle_core::{DType, Device, Result, Tensor};
 
-/// `xs` in another dtype and place: cast before it leaves the host, or after it has come from a
-/// device, because not every device has double precision.
+/// Converts `xs` to another dtype and device. The cast runs on the host, before or after the copy, because
+/// not every device supports double precision.
 pub(crate) fn to_dtype_device(xs: &Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
     if xs.device().is_cpu() {
         xs.to_dtype(dtype)?.to_device(device)
@@ -12,7 +12,7 @@ pub(crate) fn to_dtype_device(xs: &Tensor, dtype: DType, device: &Device) -> Res
     }
 }
 
-/// The dtype that transcendental functions and sums run in: f32 for the half-width ones.
+/// The dtype for transcendental functions and sums: f32 for half-precision types.
 pub(crate) fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 {
         DType::F64

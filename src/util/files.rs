@@ -1,4 +1,4 @@
-//! Files that are whole or not there: written beside their place, then renamed into it.
+//! Atomic file writes: to a temporary file in the same folder, which is then renamed.
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
@@ -11,41 +11,41 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// Writes the file `path` whole, or leaves what was there.
+/// Writes the whole file `path`, or leaves its previous content.
 ///
 /// # Errors
-/// If it cannot be written; the error names it.
+/// If the file cannot be written; the error names it.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Pending::write(path.to_path_buf(), bytes)?.commit()
 }
 
-/// [`write()`] of what `fill` puts into the file, piece by piece.
+/// [`write()`] with content that `fill` writes piece by piece.
 ///
 /// # Errors
-/// Those of `fill`, or if the file cannot be written; the error names it.
+/// Errors of `fill`, or if the file cannot be written; the error names it.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let pending = Pending::beside(path.to_path_buf());
     fill(&mut File::create(&pending.temporary).map_err(Error::io(path))?)?;
     pending.sync()?.commit()
 }
 
-/// The lock of a folder, which ends when it is dropped.
+/// The lock of a folder, released on drop.
 #[derive(Debug)]
 pub struct Lock(File);
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Closed alone, the file stays locked by a process that another thread is about to start: it
-        // has a copy until it runs its own program.
+        // Closing alone may not unlock: a process that another thread is starting holds a copy of the file
+        // until it runs its own program.
         self.0.unlock().ok();
     }
 }
 
-/// Keeps other processes from the folder `dir`, which is made where it is missing, until the lock is
-/// dropped. None where the file system has no locks.
+/// Locks the folder `dir` against other processes, and creates it if it is missing. Returns `None` if the
+/// file system has no locks.
 ///
 /// # Errors
-/// If another process has it, or the folder cannot be written.
+/// If another process holds the lock, or the folder cannot be written.
 pub fn lock(dir: &Path) -> Result<Option<Lock>> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = dir.join(".lock");
@@ -60,12 +60,11 @@ pub fn lock(dir: &Path) -> Result<Option<Lock>> {
     }
 }
 
-/// Removes from the folder `dir` what killed processes left there: temporary files of this module, and
-/// folders that were being written or removed. For a folder that nobody else writes
-/// into; of one that is not there it does nothing.
+/// Removes what killed processes left in the folder `dir`: temporary files of this module, and folders that
+/// were being written or removed. No other process may write into the folder; a missing folder is fine.
 ///
 /// # Errors
-/// If the folder cannot be read, or an entry not removed; the error names it.
+/// If the folder cannot be read, or an entry cannot be removed; the error names it.
 pub fn remove_stale(dir: &Path) -> Result<()> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -83,12 +82,12 @@ pub fn remove_stale(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether there is a folder `dir` with something in it.
+/// Whether the folder `dir` exists and is not empty.
 pub fn has_entries(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// Whether a name is `*.tmp-PID-COUNT` or `.*.PID.partial`.
+/// Whether a name has the form `*.tmp-PID-COUNT` or `.*.PID.partial`.
 fn is_temporary(name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let file = name.rsplit_once(".tmp-").and_then(|(_, unique)| unique.split_once('-'));
@@ -97,16 +96,16 @@ fn is_temporary(name: &str) -> bool {
         || folder.and_then(|name| name.rsplit_once('.')).is_some_and(|(_, process)| number(process))
 }
 
-/// The place of the folder `dir` while it is written or removed: nobody reads it.
+/// Returns the path of the folder `dir` while it is written or removed; no reader looks there.
 pub(crate) fn partial_folder(dir: &Path) -> PathBuf {
     let name = dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     dir.with_file_name(format!(".{name}.{}.partial", std::process::id()))
 }
 
-/// Removes the file `path`, if it is there.
+/// Removes the file `path` if it exists.
 ///
 /// # Errors
-/// If it cannot be removed; the error names it.
+/// If the file cannot be removed; the error names it.
 pub fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(path)(error)),
@@ -114,19 +113,19 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Writes a value as the JSON file `path`, indented, whole or not at all.
+/// Writes a value as the indented JSON file `path`, atomically.
 ///
 /// # Errors
-/// If it cannot be written, or has no JSON; the error names the file.
+/// If the file cannot be written, or the value has no JSON form; the error names the file.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
     write(path, text.as_bytes())
 }
 
-/// Writes tensors as the safetensors file `path`, whole or not at all, tensor after tensor.
+/// Writes tensors as the safetensors file `path`, atomically, one tensor after the other.
 ///
 /// # Errors
-/// If it cannot be written; the error names it.
+/// If the file cannot be written; the error names it.
 pub fn write_safetensors<N, V>(path: &Path, tensors: impl IntoIterator<Item = (N, V)>) -> Result<()>
 where
     N: AsRef<str> + Ord + std::fmt::Display,
@@ -138,44 +137,44 @@ where
     pending.sync()?.commit()
 }
 
-/// What PyTorch's readers ask of the header.
+/// The header that PyTorch's readers expect.
 pub(crate) fn metadata() -> HashMap<String, String> {
     HashMap::from([("format".to_string(), "pt".to_string())])
 }
 
-/// A file written beside its place: it takes it on [`Self::commit`], or goes when dropped.
+/// A temporary file that [`Self::commit`] renames to its place, and that is removed on drop otherwise.
 pub(crate) struct Pending {
     temporary: PathBuf,
     place: PathBuf,
-    /// The folder that was made for the temporary file, if one was.
+    /// The folder created for the temporary file, if any.
     folder: Option<PathBuf>,
 }
 
-/// A number that no other call in this process gets.
+/// Returns a number that is unique in this process.
 fn unique() -> u32 {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Pending {
-    /// A temporary name that nobody else has, in the folder of `place`.
+    /// Chooses a unique temporary name in the folder of `place`.
     fn beside(place: PathBuf) -> Self {
         let extension = format!("tmp-{}-{}", std::process::id(), unique());
         Self { temporary: place.with_extension(extension), place, folder: None }
     }
 
-    /// A temporary name in a folder of its own beside `place`. The safetensors crate writes under yet
-    /// another name first, which after a kill nobody could tell from a user's file; the folder is known.
+    /// Chooses a temporary name in a new folder next to `place`. The safetensors crate itself first writes
+    /// under another name; after a kill, that file could not be told from a user's, but our folder can.
     fn in_folder(place: PathBuf) -> Result<Self> {
         let name = place.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let folder = partial_folder(&place.with_file_name(format!("{name}-{}", unique())));
-        // One of this name is a killed process' whose number was given again.
+        // A killed process with the same pid may have left a partial folder: remove it.
         fs::remove_dir_all(&folder).ok();
         fs::create_dir(&folder).map_err(Error::io(&*place))?;
         Ok(Self { temporary: folder.join("tensors"), place, folder: Some(folder) })
     }
 
-    /// The bytes, on the disk.
+    /// Writes the bytes and flushes them to disk.
     pub fn write(place: PathBuf, bytes: &[u8]) -> Result<Self> {
         let pending = Self::beside(place);
         let write = |path: &Path| File::create(path)?.write_all(bytes);
@@ -191,7 +190,7 @@ impl Pending {
         Ok(self)
     }
 
-    /// Puts the file in its place.
+    /// Renames the file to its place.
     pub fn commit(self) -> Result<()> {
         fs::rename(&self.temporary, &self.place).map_err(Error::io(&self.place))
     }
@@ -199,7 +198,7 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // After a commit there is nothing left here to remove.
+        // After a commit there is nothing to remove.
         fs::remove_file(&self.temporary).ok();
         if let Some(folder) = &self.folder {
             fs::remove_dir_all(folder).ok();
@@ -233,7 +232,7 @@ mod tests {
         assert!(error.contains("new: another process writes into it"), "{error}");
         drop(held);
         let held = lock(&dir).unwrap().unwrap();
-        // As a process has it that was started while the folder was locked.
+        // Like the copy in a process that was started while the folder was locked.
         let _copy = held.0.try_clone().unwrap();
         drop(held);
         assert!(lock(&dir).unwrap().is_some());

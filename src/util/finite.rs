@@ -1,12 +1,12 @@
-//! Whether a tensor holds NaN or infinity.
+//! Checks tensors for NaN and infinity.
 
 use candle_core::{DType, Result, Tensor};
 
-/// A single-precision scalar on the tensor's device: zero, unless an element is infinite or no
-/// number. Many of them can be asked in one copy from the device.
+/// Returns an f32 scalar on the tensor's device: 0 if all elements are finite, else NaN. The scalars of many
+/// tensors can be copied to the host at once.
 pub(crate) fn zero_if_finite(tensor: &Tensor) -> Result<Tensor> {
-    // NaN and infinity times zero are NaN. A scalar is a row of one: candle's sum over no dimension asks the device for
-    // memory for none of them, which one without a memory pool refuses.
+    // NaN and infinity times zero are NaN. Flattening makes a scalar a row of one: candle's sum over no
+    // dimension asks the device for an empty allocation, which a device without a memory pool refuses.
     (tensor.detach() * 0.0)?.flatten_all()?.sum_all()?.to_dtype(DType::F32)
 }
 
@@ -15,8 +15,8 @@ pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool> {
     Ok(zero_if_finite(tensor)?.to_scalar::<f32>()? == 0.0)
 }
 
-/// The place of the first element, in row-major order, that is infinite or no number in single
-/// precision, and what it is.
+/// Returns the index, in row-major order, and the value of the first element that is not finite in single
+/// precision.
 pub(crate) fn first_non_finite(tensor: &Tensor) -> Result<Option<(usize, f32)>> {
     let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     Ok(values.into_iter().enumerate().find(|(_, value)| !value.is_finite()))
@@ -40,7 +40,7 @@ mod tests {
                 assert!(at == 2 && found.to_bits() == bad.to_bits(), "{at} {found}");
             }
         }
-        // Nothing of the question is differentiated.
+        // The result is not part of the graph.
         assert!(!zero_if_finite(Var::from_tensor(&xs)?.as_tensor())?.track_op());
         assert!(is_finite(&Tensor::zeros(0, DType::F32, &Device::Cpu)?)?);
         Ok(())

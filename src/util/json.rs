@@ -1,4 +1,4 @@
-//! JSON files: what is wrong in one is told with its name and line.
+//! Reads JSON files; errors name the file and the line.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,13 +10,14 @@ use serde_json::Value;
 use super::lfs_pointer;
 use crate::error::{Error, Result};
 
-/// The most bytes of a configuration. Read as a tree, JSON can take some hundred times its size.
+/// The largest size of a configuration. As a tree, JSON can take some hundred times its size in memory.
 const MAX_CONFIG: u64 = 4 << 20;
 
-/// The value of the JSON `text` of the file `path`, which is not opened.
+/// Parses the JSON `text` of the file `path`; the file is not opened.
 ///
 /// # Errors
-/// If it is no JSON, or no such value; the error names the file and the line, and says so of a Git LFS pointer.
+/// If it is not JSON, or not such a value; the error names the file and the line, and recognises a Git
+/// LFS pointer.
 pub(crate) fn parse<T: DeserializeOwned>(text: impl AsRef<[u8]>, path: &Path) -> Result<T> {
     let text = text.as_ref();
     serde_json::from_slice(text).or_else(|e| {
@@ -25,8 +26,8 @@ pub(crate) fn parse<T: DeserializeOwned>(text: impl AsRef<[u8]>, path: &Path) ->
     })
 }
 
-/// [`parse`] of a configuration, where an explicit null is as good as an absent field: of the object itself and
-/// of the objects in its fields `inner`.
+/// [`parse`] for a configuration, where explicit nulls count as absent fields, in the object itself and in
+/// the objects of its fields `inner`.
 ///
 /// # Errors
 /// As [`parse`].
@@ -36,7 +37,7 @@ pub(crate) fn parse_config<T: DeserializeOwned>(
     inner: &[&str],
 ) -> Result<T> {
     let text = text.as_ref();
-    // What serde says of null: the second, where it expects the name of a variant.
+    // serde's messages for null; the second where it expects the name of a variant.
     let of_null = ["malformed: invalid type: null", "malformed: expected value"];
     let error = match parse(text, path) {
         Err(error) if of_null.iter().any(|words| error.to_string().contains(words)) => error,
@@ -47,7 +48,7 @@ pub(crate) fn parse_config<T: DeserializeOwned>(
     serde_json::from_value(config).map_err(|error| Error::format(path, format!("malformed: {error}")))
 }
 
-/// Takes the fields that are null out of an object, and out of the objects in its fields `inner`.
+/// Removes fields that are null from an object, and from the objects in its fields `inner`.
 pub(crate) fn drop_nulls(config: &mut Value, inner: &[&str]) {
     let Some(fields) = config.as_object_mut() else { return };
     fields.retain(|_, value| !value.is_null());
@@ -58,10 +59,10 @@ pub(crate) fn drop_nulls(config: &mut Value, inner: &[&str]) {
     }
 }
 
-/// The text of the configuration at `path`, for [`parse`].
+/// Reads the text of the configuration at `path`, for [`parse`].
 ///
 /// # Errors
-/// If it cannot be read, is not UTF-8, or is far longer than configurations are; the error names it.
+/// If it cannot be read, is not UTF-8, or is far longer than any configuration; the error names the file.
 pub(crate) fn read_config(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let read = |file: File| file.take(MAX_CONFIG + 1).read_to_end(&mut bytes);
@@ -117,7 +118,7 @@ mod tests {
         assert_eq!(read(r#"{"size": 2, "kind": null, "inner": {}}"#).unwrap(), plain);
         let missing = read("{\n\"size\": null}").unwrap_err();
         assert!(missing.starts_with("x.json: malformed: missing field `size`"), "{missing}");
-        // What has nothing to do with null keeps its line.
+        // Errors unrelated to null keep their line.
         for text in ["{\n\"size\": \"a\", \"rate\": null}", "{\n\"size\": }"] {
             assert!(read(text).unwrap_err().starts_with("x.json, line 2: malformed: "), "{text}");
         }

@@ -1,5 +1,5 @@
-//! Git LFS pointers: what lies in a repository that was cloned without Git LFS in the place of each large
-//! file, a few lines of text.
+//! Detects Git LFS pointers: short text files that stand in for large files in a repository cloned without
+//! Git LFS.
 //!
 //! The specification: <https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>.
 
@@ -7,13 +7,13 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// How every pointer begins.
+/// The beginning of every pointer.
 const BEGINNING: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-/// Refuses the content `bytes`, or the beginning of it, of the file `path` if it is a pointer.
+/// Refuses a Git LFS pointer. `bytes` is the content of the file `path`, or its beginning.
 ///
 /// # Errors
-/// If it is one; the error says what to run.
+/// If it is a pointer; the error says what to run.
 pub(crate) fn refuse(bytes: &[u8], path: &Path) -> Result<()> {
     if !bytes.starts_with(BEGINNING) {
         return Ok(());
@@ -40,7 +40,7 @@ mod tests {
         let error = refuse(pointer, Path::new("model.safetensors")).unwrap_err().to_string();
         assert!(error.starts_with("model.safetensors: it is a Git LFS pointer"), "{error}");
         assert!(error.contains("of 4400000 bytes") && error.contains("git lfs pull"), "{error}");
-        // What is read of a file may end anywhere.
+        // The bytes that were read may end anywhere.
         assert!(refuse(&pointer[..45], Path::new("x"))
             .unwrap_err()
             .to_string()

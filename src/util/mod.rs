@@ -1,4 +1,4 @@
-//! What every floor leans on, and nothing of it knows the method.
+//! Utilities for the whole crate, independent of the fine-tuning method.
 
 pub(crate) mod check;
 pub mod device;

@@ -1,15 +1,14 @@
-//! The widest vector instructions of the CPU at hand, chosen when the program runs.
+//! Selects the widest vector instructions of the CPU at run time.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use pulp::Arch;
 
-/// Evaluates an expression compiled for the CPU's own vector instructions (up to AVX-512), so that
-/// the simple loops in it become SIMD; a program built for any x86-64 machine otherwise has SSE2
-/// alone.
+/// Evaluates an expression compiled for the CPU's own vector instructions (up to AVX-512), so that simple
+/// loops in it become SIMD code. A program built for any x86-64 machine otherwise only uses SSE2.
 ///
-/// No result depends on the choice: sums and products keep their order and are not contracted. A macro
-/// and no function: the compiler inlines a closure that is called in one place whatever its size, and
-/// what is not inlined is not compiled for these instructions.
+/// Results do not depend on the selection: sums and products keep their order and are not contracted. This is
+/// a macro because the compiler inlines a closure that is called in only one place, whatever its size, and
+/// code that is not inlined is not compiled for these instructions.
 macro_rules! vectorized {
     ($body:expr) => {{
         #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! A fine-tuned classifier behind HTTP: one model in memory, asked by several threads at once.
+//! A fine-tuned classifier behind HTTP: one model in memory, used by several threads at once.
 //!
 //! ```sh
 //! cargo run --release --example glue -- --method monteclora --output OUT
@@ -37,19 +37,19 @@ use tokio::sync::Semaphore;
 struct Args {
     /// The folder of a run, of an adapter, or of a model with a trained head.
     folder: PathBuf,
-    /// The model that the adapter stands on. Default: the one that it names.
+    /// The base model of the adapter. Default: the one that the adapter names.
     #[arg(long)]
     model: Option<String>,
-    /// The most tokens of a text, the rest is cut off. Default: the model's.
+    /// The maximum number of tokens in a text; longer texts are cut. Default: the model's.
     #[arg(long)]
     max_length: Option<usize>,
-    /// The most texts, and the most posterior draws, that a request may ask for.
+    /// The maximum number of texts, and of posterior draws, in a request.
     #[arg(long, default_value_t = 64)]
     limit: usize,
-    /// Requests that are computed at the same time; others wait. Default: one a core.
+    /// Requests that are computed at the same time; others wait. Default: one per core.
     #[arg(long)]
     threads: Option<usize>,
-    /// Where it listens.
+    /// The address to listen on.
     #[arg(long, default_value = "127.0.0.1:3000")]
     address: String,
 }
@@ -57,7 +57,7 @@ struct Args {
 #[derive(Deserialize)]
 struct Request {
     texts: Vec<Text>,
-    /// Posterior draws to average over; the mean answers where there are none.
+    /// The number of posterior draws to average; 0 uses the mean.
     #[serde(default)]
     draws: usize,
 }
@@ -84,26 +84,26 @@ struct Response {
     predictions: Vec<Answer>,
 }
 
-/// What is said of one text.
+/// The prediction for one text.
 #[derive(Serialize)]
 struct Answer {
-    /// The most probable class; none of a regression.
+    /// The most probable class; `None` for a regression.
     label: Option<String>,
-    /// The probability of each class; of a regression its score.
+    /// The probability of each class; for a regression, its score.
     values: BTreeMap<String, f64>,
-    /// How unsure it is, in nats.
+    /// The entropy of the prediction, in nats.
     entropy: Option<f64>,
-    /// What of it is the posterior's, in nats: how much the draws disagree.
+    /// The part of the entropy that is due to the posterior, in nats: how much the draws disagree.
     mutual_information: Option<f64>,
 }
 
 type Failure = (StatusCode, String);
 
-/// What every request shares.
+/// The state that all requests share.
 struct Shared {
     classifier: Classifier,
     limit: usize,
-    /// One permit a request that is computed.
+    /// One permit for each request that is being computed.
     places: Arc<Semaphore>,
 }
 
@@ -158,8 +158,8 @@ async fn predict(
     let internal = |error: String| (StatusCode::INTERNAL_SERVER_ERROR, error);
     let place = shared.places.clone().acquire_owned().await;
     let place = place.map_err(|error| internal(error.to_string()))?;
-    // Arithmetic blocks: it has threads of its own, and the server's goes on listening. The place is kept until it ends,
-    // though the client may have hung up before.
+    // Computing blocks, so it runs on its own thread while the server keeps listening. The permit is held
+    // until the computation ends, even if the client disconnects before.
     let worker = shared.clone();
     let answers = tokio::task::spawn_blocking(move || {
         let _place = place;
@@ -171,7 +171,7 @@ async fn predict(
 }
 
 impl Shared {
-    /// One answer a text, by the mean or, where draws are asked for, by their average.
+    /// Answers each text with the mean or, if draws are requested, with their average.
     fn answer(&self, request: &Request) -> monteclora::Result<Vec<Answer>> {
         let texts: Vec<Example> = request.texts.iter().map(Text::example).collect();
         let predictions = match request.draws {

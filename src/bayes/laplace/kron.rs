@@ -10,7 +10,7 @@ use super::record::LayerRecord;
 use crate::bayes::eigen::Eigen;
 use crate::error::Result;
 
-/// The sums of a block while data are read.
+/// The running sums of one block's two factors over the batches.
 #[derive(Debug)]
 pub(super) struct Sums {
     inputs: Tensor,
@@ -18,7 +18,7 @@ pub(super) struct Sums {
     tokens: f64,
 }
 
-/// The curvature `G (x) A` of one weight `(o, i)`: eigenvalues and vectors of both factors.
+/// The curvature `G (x) A` of one weight `(o, i)`: eigenvalues and eigenvectors of both factors.
 #[derive(Debug, Clone)]
 pub(super) struct KroneckerBlock {
     /// Of A, averaged over tokens.
@@ -40,7 +40,8 @@ impl Sums {
         Ok(())
     }
 
-    /// `A = sum x x^T / tokens`, `G = scale sum g g^T`; scale counts the rows that were left out.
+    /// Decomposes `A = sum x x^T / tokens` and `G = scale sum g g^T`; `scale` extrapolates to the rows that
+    /// were not read.
     pub fn block(&self, name: &str, scale: f64) -> Result<KroneckerBlock> {
         Ok(KroneckerBlock {
             inputs: Eigen::new(name, &(&self.inputs / self.tokens.max(1.0))?)?,
@@ -50,7 +51,7 @@ impl Sums {
 }
 
 impl KroneckerBlock {
-    /// The eigenvalues `gamma_i alpha_j`, row by row of the weight.
+    /// The eigenvalues `gamma_i alpha_j`, in row-major order of the weight.
     pub fn eigenvalues(&self) -> impl Iterator<Item = f64> + '_ {
         let row = |gamma: &f64| {
             let gamma = *gamma;
@@ -88,7 +89,7 @@ impl KroneckerBlock {
         Ok(())
     }
 
-    /// `U_G^T J U_A` of every example, flat; J is `(b, o, i)`.
+    /// `U_G^T J U_A` of every example, flattened; J is `(b, o, i)`.
     fn turn(&self, jacobian: &Tensor) -> Result<Vec<Vec<f64>>> {
         let right = jacobian.broadcast_matmul(&self.inputs.vectors.t()?.contiguous()?)?;
         let turned = self.outputs.vectors.broadcast_matmul(&right)?;

@@ -1,11 +1,12 @@
-//! The last linear layer of a model, from outside: its input is the gradient of its weight.
+//! The last linear layer of a model. Its input is computed from the gradient of its weight, without a hook in
+//! the model.
 //!
 //! ```text
 //! f = W phi + b,   df_k / dW_k = phi
 //! ```
 //!
-//! The sum of logit k of example k over as many examples as there are classes has phi of example k
-//! as row k of its gradient: one backward pass gives the input of c examples.
+//! For c classes, take c examples and sum logit k of example k over k: row k of the weight's gradient is then
+//! phi of example k. One backward pass thus gives the inputs of c examples.
 
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -18,8 +19,8 @@ use crate::predict::Predictor;
 
 /// The last linear layer of a model's head, by its parameters in the store.
 ///
-/// A backward pass runs through all that is trainable: merge the adapters first
-/// ([`crate::inject::merge`]) and it ends at the head.
+/// The backward passes run through every trainable parameter. Merge the adapters first
+/// ([`crate::inject::merge`]), so that they stop at the head.
 #[derive(Debug, Clone)]
 pub struct LastLayer {
     path: String,
@@ -28,11 +29,11 @@ pub struct LastLayer {
 }
 
 impl LastLayer {
-    /// The layer whose weight is `{path}.weight`, `(classes, dim)`, and whose bias, if there is one,
+    /// The layer with the weight `{path}.weight`, `(classes, dim)`, and, if there is one, the bias
     /// `{path}.bias`.
     ///
     /// # Errors
-    /// If the store has no such weight, or it is no matrix.
+    /// If the store has no such weight, or it is not a matrix.
     pub fn new(params: &Params, path: &str) -> Result<Self> {
         let name = format!("{path}.weight");
         let Some(weight) = params.get(&name) else {
@@ -43,11 +44,11 @@ impl LastLayer {
         Ok(Self { path: path.to_string(), weight: weight.var, bias })
     }
 
-    /// The last layer of a sequence classifier's head, under Hugging Face's names: `classifier.out_proj` of RoBERTa
-    /// and ELECTRA, `classifier` of the other encoders, `score` of LLaMA.
+    /// The last layer of a sequence classifier's head, under Hugging Face's names: `classifier.out_proj` for
+    /// RoBERTa and ELECTRA, `classifier` for the other encoders, `score` for LLaMA.
     ///
     /// # Errors
-    /// If the store has none of them.
+    /// If the store has none of these weights.
     pub fn of_head(params: &Params) -> Result<Self> {
         let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
         match OUTPUT_LAYERS.into_iter().find(held) {
@@ -59,7 +60,7 @@ impl LastLayer {
         }
     }
 
-    /// Weight and, as its last column, bias: one parameter `(classes, dim + 1)`.
+    /// The weight with the bias as its last column: one parameter, `(classes, dim + 1)`.
     pub(super) fn parameters(&self) -> Result<Vec<(String, Tensor)>> {
         let weight = self.weight.as_detached_tensor();
         let whole = match &self.bias {
@@ -69,7 +70,7 @@ impl LastLayer {
         Ok(vec![(self.path.clone(), whole)])
     }
 
-    /// One batch: outputs, and input and output gradients of the layer.
+    /// Records one batch: the outputs, and the layer's inputs and output gradients.
     ///
     /// # Errors
     /// If the outputs are not this layer's, W phi + b.

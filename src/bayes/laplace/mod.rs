@@ -1,29 +1,30 @@
-//! The Laplace approximation of a trained classifier: a Gaussian around its weights, without any
-//! further training.
+//! The Laplace approximation of a trained classifier: a Gaussian around its weights, without further
+//! training.
 //!
 //! ```text
 //! p(theta | D) ~ N(theta*, Sigma),   Sigma^-1 = H + delta 1
 //! H = sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n      J_n = df_n / dtheta (the generalised Gauss-Newton)
 //! ```
 //!
-//! where delta is the precision of a Gaussian prior around zero. H is taken block by block, one a
-//! weight W, each a Kronecker product (KFAC: Martens and Grosse 2015; of tokens that share a weight
-//! the "expand" form of Eschenhagen et al. 2023; Ritter et al. 2018):
+//! where delta is the precision of a zero-mean Gaussian prior. H is approximated by one block per weight W,
+//! each a Kronecker product (KFAC: Martens and Grosse 2015; for tokens that share a weight, the "expand" form
+//! of Eschenhagen et al. 2023; Ritter et al. 2018):
 //!
 //! ```text
 //! H_W ~ G (x) A,   A = 1/T sum_{n,t} x x^T,   G = sum_{n,t,c} g_c g_c^T
 //! ```
 //!
-//! with x a token's input to W, T the number of tokens of all examples, padding left out, and g_c
-//! the gradient at its output of the logits along column c of the root of the logits' Hessian, exact
-//! and not sampled. The product is exact where there is one token in all, and where the inputs of
-//! all tokens, one an example, are the same.
+//! where x is a token's input to W, T the number of tokens of all examples without padding, and g_c the
+//! gradient at the output of W of the logits along column c of the root of the logits' Hessian (exact, not
+//! sampled). The product is exact for a single token, and for one token per example with the same input in
+//! every example.
 //!
-//! - [`Taps`]: over A and B of every adapter, LoRA's or MonteCLoRA's around its mean (Yang et al. 2024, "Bayesian
-//!   low-rank adaptation for large language models"). Difference: the larger factors are kept whole, where the paper
-//!   keeps their largest eigenvectors; memory and time are those of matrices of the layers' widths.
-//! - [`LastLayer`]: over the last layer of the head alone (Kristiadi et al. 2020, "Being Bayesian,
-//!   even just a bit, fixes overconfidence in ReLU networks").
+//! - [`Taps`]: over A and B of every LoRA adapter, or MonteCLoRA adapter around its mean (Yang et al. 2024,
+//!   "Bayesian low-rank adaptation for large language models"). Difference: the larger factors are kept in
+//!   full, whereas the paper keeps their largest eigenvectors; memory and time are those of matrices as wide
+//!   as the layers.
+//! - [`LastLayer`]: over the last layer of the head only (Kristiadi et al. 2020, "Being Bayesian, even just a
+//!   bit, fixes overconfidence in ReLU networks").
 
 mod kron;
 mod last;
@@ -47,18 +48,18 @@ pub use last::LastLayer;
 pub use predictive::Linearised;
 pub use tap::Taps;
 
-/// The least and the largest prior precision that [`Laplace::maximise_evidence`] gives.
+/// The smallest and the largest prior precision that [`Laplace::maximise_evidence`] returns.
 pub const PRECISION_BOUNDS: (f64, f64) = (1e-6, 1e9);
 
-/// What errors call the precision of the prior.
+/// The name of the prior precision in error messages.
 const PRECISION: &str = "prior_precision";
 
 /// Which weights are uncertain.
 #[derive(Debug, Clone)]
 pub enum Scope {
-    /// A and B of every active adapter of LoRA or MonteCLoRA.
+    /// A and B of every active LoRA or MonteCLoRA adapter.
     Adapters(Taps),
-    /// Weight and bias of the head's last layer.
+    /// The weight and bias of the head's last layer.
     LastLayer(LastLayer),
 }
 
@@ -78,9 +79,7 @@ impl Scope {
     }
 }
 
-/// A Laplace approximation around the present weights of a classifier.
-///
-/// A change of the weights makes it one of another model: fit it anew.
+/// A Laplace approximation around the current weights of a classifier. Fit it again after the weights change.
 #[derive(Debug)]
 pub struct Laplace {
     scope: Scope,
@@ -91,17 +90,17 @@ pub struct Laplace {
 }
 
 impl Laplace {
-    /// Takes the curvature of the mean prediction on the training rows; the prior precision is 1.
+    /// Computes the curvature of the mean prediction on the training rows. The prior precision is 1.
     ///
-    /// Taps stay on the model: a clone of them takes them off, whatever this returns. One thread at a
-    /// time may use a model whose taps record.
+    /// Taps stay on the model, also on error: remove them with a clone. Only one thread at a time may use a
+    /// model whose taps record.
     ///
-    /// With `max_rows`, batches are read until so many rows are, and the sums scaled up to all of
-    /// them.
+    /// With `max_rows`, batches are read until they have at least that many rows, and the sums are scaled up
+    /// to all rows.
     ///
     /// # Errors
-    /// If there is no row, the model has fewer than two outputs, a label is no class of it, the
-    /// scope is not this model's, or a value is not finite.
+    /// If there is no row, the model has fewer than two outputs, a label is not one of its classes, the scope
+    /// belongs to another model, or a value is not finite.
     pub fn fit(
         model: &dyn Predictor,
         scope: Scope,
@@ -171,9 +170,9 @@ impl Laplace {
         Ok(self.log_likelihood - 0.5 * precision * self.squared_norm - 0.5 * volume)
     }
 
-    /// Sets the prior precision, within [`PRECISION_BOUNDS`], to that of the largest
-    /// [`Self::log_marginal_likelihood`], and returns it: the zero of
-    /// `sum lambda / (lambda + delta) - delta |theta*|^2` (MacKay 1992), which falls in delta.
+    /// Sets the prior precision to the one within [`PRECISION_BOUNDS`] that maximises
+    /// [`Self::log_marginal_likelihood`], and returns it. It is the zero of
+    /// `sum lambda / (lambda + delta) - delta |theta*|^2` (MacKay 1992), which decreases in delta.
     pub fn maximise_evidence(&mut self) -> f64 {
         let slope = |precision: f64| {
             let determined: f64 = self.eigenvalues().map(|value| value / (value + precision)).sum();
@@ -192,8 +191,8 @@ impl Laplace {
         self.prior_precision
     }
 
-    /// Sets the prior precision to that of `grid` whose [`Linearised::probit`] probabilities have
-    /// the lowest negative log-likelihood on held-out rows, the first of equals, and returns it.
+    /// Sets the prior precision to the value of `grid` whose [`Linearised::probit`] probabilities have the
+    /// lowest negative log-likelihood on held-out rows (the first, if several are equal), and returns it.
     ///
     /// # Errors
     /// If the grid is empty or holds a number that is not positive, or as [`Self::fit`].
@@ -224,7 +223,8 @@ impl Laplace {
         Ok(precision)
     }
 
-    /// Gaussian logits of every row: the model's own, and what the uncertain weights do to them.
+    /// Predicts Gaussian logits for every row: the model's own logits, with the covariance that the uncertain
+    /// weights cause.
     ///
     /// # Errors
     /// If the forward or backward pass fails, or the model is not the one of [`Self::fit`].
@@ -232,7 +232,7 @@ impl Laplace {
         Ok(self.predict_at(model, batches, &[self.prior_precision])?.remove(0))
     }
 
-    /// [`Self::predict`] under each of several prior precisions, from the same backward passes.
+    /// [`Self::predict`] under several prior precisions, from the same backward passes.
     ///
     /// # Errors
     /// As [`Self::predict`], and if a precision is not positive and finite.

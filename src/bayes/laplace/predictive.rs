@@ -13,18 +13,18 @@ use crate::noise::{Noise, Purpose};
 /// Gaussian logits of some rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Linearised {
-    /// The means, one row an example: the logits of the model itself.
+    /// The means, one row per example: the model's own logits.
     pub logits: Vec<Vec<f64>>,
-    /// The covariances `(c, c)`, row by row, one an example.
+    /// The covariances, `(c, c)` in row-major order, one per example.
     pub covariances: Vec<Vec<f64>>,
 }
 
 impl Linearised {
-    /// Class probabilities averaged over `samples` draws of the logits. Draw s of row n is the same
-    /// whatever rows follow.
+    /// Averages class probabilities over `samples` draws of the logits. Draw s of row n does not depend on
+    /// the rows after it.
     ///
     /// # Errors
-    /// If `samples` is 0, or a covariance is not finite or of another shape.
+    /// If `samples` is 0, or a covariance is not finite or has another shape.
     pub fn probabilities(&self, samples: usize, noise: Noise) -> Result<Vec<Vec<f64>>> {
         let mut mean: Vec<Vec<f64>> = self.logits.iter().map(|row| vec![0.0; row.len()]).collect();
         self.each_draw(samples, noise, |n, p| {
@@ -33,7 +33,7 @@ impl Linearised {
         Ok(mean)
     }
 
-    /// The class probabilities of each of the same draws, `(s, n, c)`, for
+    /// Returns the class probabilities of each of these draws, `(s, n, c)`, for
     /// [`uncertainty`](crate::bayes::uncertainty).
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Linearised {
         Ok(draws)
     }
 
-    /// Calls `take` with the number and the probabilities of every row, draw by draw.
+    /// Calls `take` with the index and the probabilities of every row, draw by draw.
     fn each_draw(&self, samples: usize, noise: Noise, mut take: impl FnMut(usize, Vec<f64>)) -> Result<()> {
         if samples == 0 {
             return Err(Error::config("samples", "expected at least 1, got 0"));
@@ -71,11 +71,11 @@ impl Linearised {
         Ok(())
     }
 
-    /// The probit approximation (MacKay 1992), without samples:
-    /// `softmax_k(f_k / sqrt(1 + pi/8 var_k))`; it leaves covariances between classes aside.
+    /// The probit approximation without samples (MacKay 1992): `softmax_k(f_k / sqrt(1 + pi/8 var_k))`. It
+    /// ignores covariances between classes.
     ///
     /// # Errors
-    /// If a covariance is of another shape.
+    /// If a covariance has another shape.
     pub fn probit(&self) -> Result<Vec<Vec<f64>>> {
         let row = |(row, covariance): (&Vec<f64>, &Vec<f64>)| {
             check_shape(row, covariance)?;
@@ -108,8 +108,8 @@ fn check_shape(row: &[f64], covariance: &[f64]) -> Result<()> {
     Err(Error::config("covariance", reason))
 }
 
-/// The lower triangle L with `L L^T = matrix`, which may be singular: a pivot that is nothing but
-/// rounding makes its column zero.
+/// The lower triangular L with `L L^T = matrix`. The matrix may be singular: a pivot at rounding level gives
+/// a zero column.
 fn cholesky(matrix: &[f64], n: usize) -> Result<Vec<f64>> {
     if let Some(bad) = matrix.iter().find(|v| !v.is_finite()) {
         return Err(Error::config("covariance", format!("it holds {bad}")));
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn sampled_probabilities_are_the_integral() -> Result<()> {
-        // Var(f_0 - f_1) = 2 + 1 - 2 * 0.5 = 2; by a rule of 4001 points on +-10 deviations.
+        // Var(f_0 - f_1) = 2 + 1 - 2 * 0.5 = 2; integrated over 4001 points on +-10 deviations.
         let gaussian =
             Linearised { logits: vec![vec![0.7, -0.5]], covariances: vec![vec![2.0, 0.5, 0.5, 1.0]] };
         let (mut top, mut weight) = (0.0, 0.0);
@@ -178,7 +178,7 @@ mod tests {
         assert!((got[0][0] - top / weight).abs() < 5.0 * 0.5 / (samples as f64).sqrt(), "{got:?}");
         assert_eq!(got, gaussian.probabilities(samples, Noise::new(7))?);
         assert_ne!(got, gaussian.probabilities(samples, Noise::new(8))?);
-        // The same draws one by one; what follows a row does not change it.
+        // `draws` returns the same draws one by one, and they do not depend on the rows after them.
         let mut two = gaussian.clone();
         two.logits.push(vec![0.1, 0.2]);
         two.covariances.push(vec![1.0, 0.0, 0.0, 1.0]);

@@ -1,5 +1,5 @@
-//! What one batch says of some linear maps: their inputs, the gradients at their outputs, and the
-//! curvature of the loss at the logits.
+//! The record of one batch: the inputs of some linear maps, the gradients at their outputs, and the curvature
+//! of the loss at the logits.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::ops;
 
-/// A batch under taps.
+/// The logits of a batch and the records of some linear maps.
 #[derive(Debug)]
 pub(super) struct BatchRecord {
-    /// The logits, one vector an example.
+    /// The logits, one vector per example.
     pub logits: Vec<Vec<f64>>,
     /// The maps in a fixed order.
     pub layers: Vec<LayerRecord>,
@@ -24,13 +24,13 @@ pub(super) struct LayerRecord {
     pub inputs: Tensor,
     /// For each class k, `(b, t, o)`: the gradient of logit k.
     pub gradients: Vec<Tensor>,
-    /// The number of tokens that are no padding.
+    /// The number of tokens without padding.
     pub tokens: f64,
 }
 
 impl BatchRecord {
     /// # Errors
-    /// If the model has fewer than two outputs, or one is not finite.
+    /// If the model has fewer than two outputs, or a logit is not finite.
     pub fn new(outputs: &Tensor, layers: Vec<LayerRecord>) -> Result<Self> {
         let logits = outputs.detach().to_dtype(DType::F64)?.to_vec2::<f64>()?;
         if let Some(classes) = logits.first().map(Vec::len).filter(|classes| *classes < 2) {
@@ -46,7 +46,7 @@ impl BatchRecord {
     /// `sum_n log p(label_n)`.
     ///
     /// # Errors
-    /// If a label is no class of the model.
+    /// If a label is not a class of the model.
     pub fn log_likelihood(&self, batch: &Batch) -> Result<f64> {
         if batch.labels.dtype().is_float() {
             return Err(Error::config("labels", "expected classes, got scores"));
@@ -65,8 +65,8 @@ impl BatchRecord {
         Ok(sum)
     }
 
-    /// Entries `[c][k]` of every example: row k of column c of L, `(b)` each, with `L L^T = diag(p) - p p^T`, the Hessian of the
-    /// cross-entropy at the logits: `L = diag(sqrt p) - p sqrt(p)^T`.
+    /// The roots L of the cross-entropy's Hessian at the logits, `L L^T = diag(p) - p p^T`:
+    /// `L = diag(sqrt p) - p sqrt(p)^T`. Entry `[c][k]` is row k of column c for every example, `(b)`.
     pub fn hessian_roots(&self) -> Vec<Vec<Vec<f64>>> {
         let classes = self.logits.first().map_or(0, Vec::len);
         let mut roots = vec![vec![Vec::with_capacity(self.logits.len()); classes]; classes];
@@ -83,14 +83,14 @@ impl BatchRecord {
 }
 
 impl LayerRecord {
-    /// `inputs` of a batch, padding taken out; no gradients yet.
+    /// A record of the `inputs` of a batch, with padding set to zero and without gradients yet.
     ///
     /// # Errors
     /// As [`Places::per_example`].
     pub fn new(inputs: &Tensor, places: &Places) -> Result<Self> {
         let inputs = places.per_example(inputs)?;
         let (b, t, _) = inputs.dims3()?;
-        // A layer that sees one token of each row alone (the first, the last) sees no padding.
+        // A layer that sees a single token of each row (the first or the last) sees no padding.
         if t != places.length {
             return Ok(Self { inputs, gradients: Vec::new(), tokens: (b * t) as f64 });
         }
@@ -99,8 +99,7 @@ impl LayerRecord {
         Ok(Self { inputs, gradients: Vec::new(), tokens: places.real as f64 })
     }
 
-    /// The Jacobian of logit k with regard to the weight, `(b, o, i)` in double precision on the
-    /// host.
+    /// The Jacobian of logit k with respect to the weight, `(b, o, i)`, in double precision on the host.
     pub fn jacobian(&self, k: usize) -> Result<Tensor> {
         let gradient = self.gradients[k].transpose(1, 2)?.contiguous()?;
         host(&gradient.matmul(&self.inputs.contiguous()?)?)
@@ -148,8 +147,8 @@ fn host(xs: &Tensor) -> Result<Tensor> {
     Ok(xs.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
 }
 
-/// Where the tokens of a batch are: models leave padding out of some layers, and all tokens but one
-/// of each row.
+/// The positions of the tokens of a batch. Models leave out padding in some layers, and all but one token of
+/// each row in others.
 #[derive(Debug)]
 pub(super) struct Places {
     /// `(b, t)`, 1 on real tokens.
@@ -157,12 +156,12 @@ pub(super) struct Places {
     examples: usize,
     length: usize,
     real: usize,
-    /// `(b t)`: each place's number among the real tokens; that after the last for padding.
+    /// `(b t)`: the index of each position among the real tokens; `real` for padding.
     packed: Tensor,
 }
 
 impl Places {
-    /// The places of a batch.
+    /// The positions of the tokens of a batch.
     ///
     /// # Errors
     /// If candle fails.
@@ -184,11 +183,11 @@ impl Places {
         Ok(Self { mask, examples, length, real, packed })
     }
 
-    /// `(b, t, d)` or `(b, 1, d)`, from one of them, `(b, d)`, `(b t, d)`, or the real tokens alone,
-    /// in the order of their rows; padding is zero then.
+    /// Brings a layer's tokens into the shape `(b, t, d)` or `(b, 1, d)`. Accepts these shapes, `(b, d)`,
+    /// `(b t, d)`, and the real tokens only, in the order of their rows; padding is then zero.
     ///
     /// # Errors
-    /// If the tokens are not those of the batch.
+    /// If the shape does not fit the batch.
     pub fn per_example(&self, xs: &Tensor) -> Result<Tensor> {
         let (b, t) = (self.examples, self.length);
         match *xs.dims() {

@@ -1,4 +1,5 @@
-//! Taps on the low-rank pairs of LoRA and MonteCLoRA: what each sees and the gradient at its outputs, token by token.
+//! Taps on the low-rank pairs of LoRA and MonteCLoRA, which record inputs and output gradients of A and B
+//! token by token.
 //!
 //! While taps record, an adapter computes
 //!
@@ -6,8 +7,8 @@
 //! h = A x + t_h,   y = W0 x + b + s B h + t_y,   t_h = t_y = 0
 //! ```
 //!
-//! The gradient of an output of the model at t_h, beside x, is that of A; at t_y, beside s h, that
-//! of B: `dF/dA = sum_tokens dF/dt_h x^T`, `dF/dB = sum_tokens dF/dt_y (s h)^T`.
+//! The gradients of a model output F with respect to t_h and t_y, together with the inputs x and s h, give
+//! the gradients of A and B: `dF/dA = sum_tokens dF/dt_h x^T`, `dF/dB = sum_tokens dF/dt_y (s h)^T`.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,8 +24,8 @@ use crate::monteclora::MonteCLoRA;
 use crate::ops;
 use crate::predict::Predictor;
 
-/// The taps on the active adapters of a model, LoRA's or MonteCLoRA's around its mean, until [`Self::remove`].
-/// Clones are the same taps.
+/// The taps on the active LoRA or MonteCLoRA adapters of a model, until [`Self::remove`]. MonteCLoRA is taken
+/// at its mean. Clones share the same taps.
 #[derive(Debug, Clone)]
 pub struct Taps {
     layers: Vec<Tapped>,
@@ -38,14 +39,14 @@ struct Tapped {
     recording: Arc<Mutex<Recording>>,
 }
 
-/// What a recording adapter leaves behind.
+/// The state that [`Taps`] shares with one tapped adapter.
 #[derive(Debug, Default)]
 struct Recording {
     on: bool,
     seen: Vec<TappedPass>,
-    /// Whether the adapter is in its tap.
+    /// Whether the tap currently wraps the adapter.
     holds: bool,
-    /// The adapter, between the end of its tap and its place in the layer.
+    /// The adapter after its tap was dropped, until it is put back into its layer.
     freed: Option<Box<dyn Adapter>>,
 }
 
@@ -57,10 +58,10 @@ struct TappedPass {
     tap_y: Var,
 }
 
-/// An adapter with a tap: it is that adapter to whoever asks, and computes the same.
+/// An adapter wrapped by a tap. It behaves as the wrapped adapter, also in [`Adapter::as_any`].
 #[derive(Debug)]
 struct TappedAdapter {
-    /// There until it is dropped.
+    /// Present until the tap is dropped.
     adapter: Option<Box<dyn Adapter>>,
     pair: LowRank,
     recording: Arc<Mutex<Recording>>,
@@ -80,7 +81,7 @@ impl Drop for TappedAdapter {
 }
 
 fn lock(recording: &Mutex<Recording>) -> MutexGuard<'_, Recording> {
-    // A panic while it is held leaves a recording that the next one clears.
+    // A panic under the lock leaves a partial recording, which the next recording clears.
     recording.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -90,7 +91,7 @@ impl Adapter for TappedAdapter {
             return self.adapter().forward(xs, base, cx);
         }
         let pair = &self.pair;
-        // Detached: the gradients of A and B themselves are sums over examples, of no use here.
+        // Detached: the gradients of A and B themselves are sums over examples, which are not needed.
         let (a, b) = (pair.a().detach(), pair.b().detach());
         let wide = xs.to_dtype(a.dtype())?;
         let h = ops::linear(&wide, &a, None, cx.path)?;
@@ -119,11 +120,11 @@ impl Adapter for TappedAdapter {
 }
 
 impl Taps {
-    /// Puts taps on every active adapter. The model predicts as before.
+    /// Installs a tap on every active adapter. Predictions do not change.
     ///
     /// # Errors
-    /// If the model has no active adapter of LoRA or MonteCLoRA, one is of another method, of which LoRA-FA is one since
-    /// its A is no parameter, or a layer is merged; the model is then as it was.
+    /// If the model has no active LoRA or MonteCLoRA adapter, an active adapter is of another method (LoRA-FA
+    /// included, since its A is not a parameter), or a layer is merged. The model is then unchanged.
     pub fn install(model: &mut dyn AdaptableModel) -> Result<Self> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -132,7 +133,7 @@ impl Taps {
             let any = adapter.as_any();
             let pair = any.downcast_ref().map(Lora::low_rank);
             let pair = pair.or_else(|| any.downcast_ref().map(MonteCLoRA::low_rank));
-            // LoRA-FA is a LoRA to whoever asks.
+            // LoRA-FA downcasts to `Lora` too, but has no A among its parameters.
             let is_whole = adapter.parameters().iter().any(|(role, _)| *role == Role::A);
             let Some(pair) = pair.filter(|_| is_whole) else {
                 let reason = format!("{} is no adapter of LoRA or MonteCLoRA", at());
@@ -157,22 +158,22 @@ impl Taps {
         Ok(taps)
     }
 
-    /// Takes the taps off again.
+    /// Removes the taps.
     ///
     /// # Errors
-    /// If an adapter is no longer there, or its layer was merged since.
+    /// If an adapter is no longer there, or its layer has been merged since.
     pub fn remove(self, model: &mut dyn AdaptableModel) -> Result<()> {
         self.exchange(model, false)
     }
 
-    /// Puts tapped adapters in the place of adapters, or these in the place of tapped ones.
+    /// Replaces the adapters by tapped ones if `tapped`, and otherwise the tapped adapters by the originals.
     fn exchange(&self, model: &mut dyn AdaptableModel, tapped: bool) -> Result<()> {
         model.visit_linears_mut(&mut |layer| {
             let here = self.layers.iter().find(|tapped| tapped.path == layer.path());
             let Some(Tapped { adapter: name, pair, recording, .. }) = here else { return Ok(()) };
             let reason = format!("{} has no tap on {name:?} any more", layer.path());
             let gone = || Error::config("adapter", reason.clone());
-            // What came in its place since is somebody else's.
+            // The tapped adapter was replaced since: leave the new one alone.
             if lock(recording).holds == tapped {
                 return Err(gone());
             }
@@ -194,7 +195,7 @@ impl Taps {
         })
     }
 
-    /// The tensors whose uncertainty is meant, each with its name.
+    /// The uncertain tensors, A and B of every layer, with their names.
     pub(super) fn parameters(&self) -> Vec<(String, Tensor)> {
         let pair = |layer: &Tapped| {
             let name = |role: &str| format!("{}.{}.{role}", layer.path, layer.adapter);
@@ -203,7 +204,7 @@ impl Taps {
         self.layers.iter().flat_map(pair).collect()
     }
 
-    /// One batch: outputs, and inputs and output gradients of A and B of every layer.
+    /// Records one batch: the outputs, and the inputs and output gradients of A and B of every layer.
     pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         self.switch(true);
         let outputs = model.predict(batch, &Pass::Mean.into());
@@ -240,7 +241,7 @@ impl Taps {
         BatchRecord::new(&outputs, records)
     }
 
-    /// Starts or ends recording; what was recorded is taken out.
+    /// Starts or stops recording and returns what has been recorded so far.
     fn switch(&self, on: bool) -> Vec<Vec<TappedPass>> {
         let change = |layer: &Tapped| {
             let mut recording = lock(&layer.recording);

@@ -1,4 +1,4 @@
-//! The Laplace approximation beside a dense one, in double precision.
+//! Compares the Laplace approximation with a dense one, in double precision.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
@@ -20,7 +20,7 @@ mod models;
 
 const CLASSES: usize = 3;
 
-/// Embedding, an adapted layer, tanh, the mean over tokens, a head.
+/// A model of an embedding, an adapted layer, tanh, the mean over tokens, and a head.
 struct Toy {
     table: Tensor,
     layer: AdaptableLinear,
@@ -35,7 +35,7 @@ fn normal(path: &str, shape: (usize, usize)) -> Result<Tensor> {
 }
 
 impl Toy {
-    /// With A and B in general position.
+    /// A model whose A and B are in general position.
     fn new() -> Result<Self> {
         let params = Params::with_dtype(Noise::new(2), DType::F64, &Device::Cpu);
         let mut layer = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
@@ -47,7 +47,7 @@ impl Toy {
         Ok(Self { table: normal("table", (9, 5))?, layer, head: (weight, bias), params })
     }
 
-    /// `J[k]` of one example with regard to a parameter, flat, by a backward pass of its own.
+    /// The Jacobian `J[k]` of one example with respect to a parameter, flat, by one backward pass per class.
     fn jacobian(&self, batch: &Batch, name: &str) -> Result<Vec<Vec<f64>>> {
         let var = self.params.get(name).unwrap().var;
         let outputs = self.predict(batch, &Pass::Mean.into())?;
@@ -105,7 +105,7 @@ fn near(got: f64, expected: f64) {
 
 type Matrix = Vec<Vec<f64>>;
 
-/// `sum_n J_n^T (diag(p) - p p^T) J_n` for some parameters, from examples one at a time.
+/// `sum_n J_n^T (diag(p) - p p^T) J_n` for some parameters, computed one example at a time.
 fn dense(toy: &Toy, rows: &[(&[u32], u32)], names: &[&str]) -> Result<Matrix> {
     let mut sum = Matrix::new();
     for row in rows {
@@ -127,14 +127,14 @@ fn pairs() -> impl Iterator<Item = (usize, usize)> {
     (0..CLASSES * CLASSES).map(|at| (at / CLASSES, at % CLASSES))
 }
 
-/// Jacobians with regard to several parameters, one after the other.
+/// The Jacobians with respect to several parameters, concatenated.
 fn stacked(toy: &Toy, one: &Batch, names: &[&str]) -> Result<Matrix> {
     let parts = names.iter().map(|name| toy.jacobian(one, name)).collect::<Result<Vec<_>>>()?;
     Ok((0..CLASSES).map(|k| parts.iter().flat_map(|part| part[k].iter().copied()).collect()).collect())
 }
 
-/// Inverse and log-determinant of `matrix + delta 1`, by Gauss and Jordan's elimination; positive
-/// definite, it needs no pivoting.
+/// The inverse and log-determinant of the positive definite `matrix + delta 1`, by Gauss-Jordan elimination
+/// without pivoting.
 fn invert(matrix: &Matrix, delta: f64) -> (Matrix, f64) {
     let n = matrix.len();
     let unit = |i: usize, j: usize| f64::from(u8::from(i == j));
@@ -165,7 +165,7 @@ fn squared_norm(toy: &Toy, names: &[&str]) -> Result<f64> {
     Ok(sum)
 }
 
-/// Evidence and predictive covariance beside those of dense blocks of the given parameters.
+/// Compares the evidence and the predictive covariance with those of dense blocks of the given parameters.
 fn compare(toy: &Toy, laplace: &Laplace, rows: &[(&[u32], u32)], blocks: &[&[&str]]) -> Result<()> {
     let delta = 0.37;
     let curvature = blocks.iter().map(|names| dense(toy, rows, names)).collect::<Result<Vec<_>>>()?;
@@ -180,7 +180,7 @@ fn compare(toy: &Toy, laplace: &Laplace, rows: &[(&[u32], u32)], blocks: &[&[&st
         evidence += 0.5 * size * delta.ln() - 0.5 * invert(matrix, delta).1;
     }
     near(laplace.log_marginal_likelihood(delta)?, evidence);
-    // Other rows than those of the curvature, two at a time.
+    // Rows other than those of the curvature, two at a time.
     let new: [(&[u32], u32); 3] = [(&[5, 1, 2], 0), (&[7], 1), (&[0, 3], 2)];
     let batches = [batch(&new[..2])?, batch(&new[2..])?];
     let got = laplace.predict_at(toy, &batches, &[5.0, delta])?.remove(1);
@@ -225,7 +225,7 @@ fn taps_give_the_jacobian_of_every_example_with_padding() -> Result<()> {
             }
         }
     }
-    // A tapped adapter is the LoRA adapter it was, and so it is again without taps.
+    // A tapped adapter still is and predicts as the LoRA adapter, and so it does after the taps are removed.
     for outputs in [&record.logits, &logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean.into())?] {
         outputs.iter().flatten().zip(before.iter().flatten()).for_each(|(got, z)| near(*got, *z));
     }
@@ -267,7 +267,7 @@ fn factors_are_the_mean_of_inputs_and_the_sum_of_gradients() -> Result<()> {
     let (mut inputs, mut outputs) = ([[0.0; 5]; 5], [[0.0; CLASSES]; CLASSES]);
     for row in &rows {
         let one = batch(std::slice::from_ref(row))?;
-        // The bias is beside an input of 1.
+        // The bias has the input 1.
         let mut phi = toy.jacobian(&one, "head.weight")?[0][..4].to_vec();
         phi.push(1.0);
         let p = softmax(&logits(&toy, &[one], &Pass::Mean.into())?[0]);
@@ -322,7 +322,7 @@ fn a_precision_is_chosen_from_a_grid_by_held_out_rows() -> Result<()> {
         Ok::<_, Error>([batch(&labelled.collect::<Vec<_>>())?])
     };
     let grid = [1e-3, 1.0, 1e6];
-    // Where every row is right certainty pays, where every row is wrong doubt.
+    // If every prediction is right, the highest precision (confidence) wins; if all are wrong, the lowest.
     assert_eq!(laplace.select_precision(&toy, &held_out(true)?, &grid)?, 1e6);
     assert_eq!(laplace.select_precision(&toy, &held_out(false)?, &grid)?, 1e-3);
     assert_eq!(laplace.prior_precision(), 1e-3);
@@ -374,7 +374,7 @@ fn around_the_mean_of_a_posterior_it_is_that_of_the_pair_and_the_posterior_stays
     near(evidence, of_pair.0);
     covariances.iter().flatten().zip(of_pair.1.iter().flatten()).for_each(|(a, b)| near(*a, *b));
     assert_eq!(draws(&toy)?, before);
-    // Taps that were taken off take nothing with them, nor do those of an adapter that was replaced.
+    // Removing taps twice, or after their adapter was replaced, is an error and leaves the layer unchanged.
     let taps = Taps::install(&mut toy)?;
     taps.clone().remove(&mut toy)?;
     assert!(taps.remove(&mut toy).is_err() && draws(&toy)? == before);
@@ -434,7 +434,7 @@ fn what_has_no_approximation_is_named() -> Result<()> {
     }
     assert!(LastLayer::new(&toy.params, "tail").is_err());
     assert!(LastLayer::of_head(&toy.params).unwrap_err().to_string().contains("score"));
-    // A weight that is not the last one's: A has as many columns as it likes, but W phi is not f.
+    // The weight of another layer: its shape fits, but W phi is not f.
     toy.params.create("other.weight", Role::Head, (CLASSES, 4), &Init::Constant(1.0))?;
     let other = Scope::LastLayer(LastLayer::new(&toy.params, "other")?);
     refused(Laplace::fit(&toy, other, &rows, None), "other.weight");

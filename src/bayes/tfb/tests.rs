@@ -6,7 +6,7 @@ use crate::adapters::LoraConfig;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 
-/// One layer of three inputs and `out` outputs without a base; its inputs are a row's ids.
+/// One adapted layer with three inputs and a zero base weight; its inputs are a row's ids.
 struct Toy(AdaptableLinear);
 
 impl AdaptableModel for Toy {
@@ -29,7 +29,7 @@ impl Predictor for Toy {
     }
 }
 
-/// The toy with rank 2, s = 1.5 and this B, and its parameters.
+/// A toy with rank 2, s = 1.5 and this B, and its parameters.
 fn toy(b: &[[f64; 2]]) -> Result<(Toy, Params)> {
     let params = Params::with_dtype(Noise::new(3), DType::F64, &Device::Cpu);
     let base = Linear::new(Tensor::zeros((b.len(), 3), DType::F64, &Device::Cpu)?, None);
@@ -79,7 +79,7 @@ fn draws_come_in_pairs_around_the_mean() -> Result<()> {
 
 #[test]
 fn the_update_is_perturbed_alike_in_every_direction_that_b_has() -> Result<()> {
-    // The singular values of B are far apart: noise on A itself would follow them.
+    // The singular values of B are far apart: isotropic noise on A would be scaled by them.
     let b = [[3.0, -1.0], [0.2, 0.5], [-2.0, 0.1], [1.0, 0.3]];
     let (model, params) = toy(&b)?;
     let (sigma, mean) = (0.4, updates(&model, &params, 0.0, 1)?.remove(0));
@@ -106,7 +106,7 @@ fn the_update_is_perturbed_alike_in_every_direction_that_b_has() -> Result<()> {
 
 #[test]
 fn a_direction_that_b_has_not_gets_no_noise() -> Result<()> {
-    // Of rank 1: U = (0.6, 0.8).
+    // B has rank 1: U = (0.6, 0.8).
     let (model, params) = toy(&[[0.6, 1.2], [0.8, 1.6]])?;
     let (sigma, mean) = (0.4, updates(&model, &params, 0.0, 1)?.remove(0));
     for draw in updates(&model, &params, sigma, 100)? {
@@ -116,7 +116,7 @@ fn a_direction_that_b_has_not_gets_no_noise() -> Result<()> {
             assert!(step[column].abs() > 1e-6);
         }
     }
-    // Without any, every draw is A.
+    // If B is zero, every draw is A.
     let (model, params) = toy(&[[0.0; 2]; 2])?;
     let a = params.snapshot()?["proj.default.a"].to_vec2::<f64>()?;
     assert_eq!(Tfb::new(&model, params.noise())?.draw(1.0, 5)?["proj.default.a"].to_vec2::<f64>()?, a);
@@ -132,7 +132,7 @@ fn a_merged_layer_has_no_draws() -> Result<()> {
     Ok(())
 }
 
-/// Rows of ids that a toy classifies, all but the last as their label says.
+/// Rows for the model of `sure`, which classifies all but the last correctly.
 fn rows() -> Result<(Vec<Batch>, Vec<u32>)> {
     let row =
         |ids: [u32; 3]| Encoded { ids: ids.to_vec(), type_ids: vec![0; 3], label: Label::Class(0), row: 0 };
@@ -141,7 +141,7 @@ fn rows() -> Result<(Vec<Batch>, Vec<u32>)> {
     Ok((vec![batch(&rows[..3])?, batch(&rows[3..])?], vec![0, 0, 1, 1, 1]))
 }
 
-/// A toy that is sure: the first id speaks for class 0, the last for class 1.
+/// A confident toy: the first id is evidence for class 0, the last for class 1.
 fn sure() -> Result<(Toy, Params)> {
     let (model, params) = toy(&[[1.0, 0.0], [0.0, 0.5]])?;
     let a = [[0.5, 0.0, -0.2], [-0.2, 0.0, 0.5]];
@@ -164,7 +164,7 @@ fn the_largest_tolerated_sigma_is_tolerated_and_no_larger_one() -> Result<()> {
     let without = nll(&at(0.0)?, &labels)?;
     let change = |sigma: f64| Ok::<_, Error>((nll(&at(sigma)?, &labels)? - without).abs() / without);
     assert!(change(sigma)? <= tolerance && change(sigma * 1.001)? > tolerance, "{sigma}");
-    // What bears everything, and what bears nothing.
+    // A tolerance that allows any sigma, and one that allows none.
     let found = |tolerance| tfb.tolerated(&model, &params, (&anchor, &labels), tolerance, &search);
     assert_eq!(found(1e9)?, search.high);
     assert!((found(1e-9)? / search.low - 1.0).abs() < 1e-6);
@@ -202,7 +202,7 @@ fn what_has_no_answer_says_so() -> Result<()> {
     ));
     let error = Tfb::new(&bare, Noise::new(0)).unwrap_err().to_string();
     assert!(error.contains("no active LoRA adapter"), "{error}");
-    // A draw that fails half way leaves the parameters as they were.
+    // A draw whose shape does not fit the parameters is an error.
     params.remove("proj.default.a");
     params.insert("proj.default.a", Role::A, &Tensor::zeros((1, 3), DType::F64, &Device::Cpu)?)?;
     assert!(tfb.probabilities(&model, &params, &rows, 0.1, 2).is_err());

@@ -1,4 +1,4 @@
-//! Batches of a language model: padded, with the places and the tokens to predict.
+//! Padded batches for a causal language model, with the positions and targets of the loss.
 
 use candle_core::{Device, Tensor};
 
@@ -15,12 +15,12 @@ pub struct CausalBatch {
     pub input_ids: Tensor,
     /// `(b, t)` of u8, 1 on real tokens.
     pub attention_mask: Tensor,
-    /// The `n` places, in the flattened `(b * t)`, whose hidden states predict; each is one before
-    /// the token that it predicts. This is the one place that shifts.
+    /// The `n` positions, in the flattened `(b * t)`, whose hidden states predict a target; each is one
+    /// before its target. The shift happens here and nowhere else.
     pub positions: Rows,
-    /// `(n)` of i64: the tokens to predict; on the host, where losses look at them.
+    /// `(n)` of i64: the tokens to predict; always on the host, where the losses read them.
     pub targets: Tensor,
-    /// `n` of each row, in their order.
+    /// The number of targets of each row.
     pub counts: Vec<usize>,
 }
 
@@ -28,7 +28,7 @@ impl CausalBatch {
     /// Pads `rows` on the right with `pad_id` to the longest of them.
     ///
     /// # Errors
-    /// If there is no row, or nothing to predict.
+    /// If there is no row, or no token to predict.
     pub fn collate(rows: &[&Tokens], pad_id: u32, device: &Device) -> Result<Self> {
         let (b, t) = (rows.len(), rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
         let (mut ids, mut mask) = (vec![pad_id; b * t], vec![0u8; b * t]);

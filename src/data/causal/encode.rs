@@ -1,4 +1,4 @@
-//! From prompts and answers to token ids.
+//! Encodes prompts and answers as token ids.
 
 use tokenizers::{Encoding, Tokenizer};
 
@@ -7,21 +7,21 @@ use crate::data::instruct::Prompted;
 use crate::data::tokenizer;
 use crate::error::{Error, Result};
 
-/// Texts handed to the tokenizer at once: bounds the memory its own, richer encodings take.
+/// Texts per call of the tokenizer, to bound the memory of its own encodings, which are larger than ours.
 const CHUNK: usize = 1024;
 
-/// The rows that were encoded, and how many were cut or left out.
+/// The encoded rows, and how many rows were truncated or dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encodings {
-    /// The rows with something to learn.
+    /// The rows with at least one target.
     pub rows: Vec<Tokens>,
-    /// How many of them were cut at `max_length`.
+    /// The number of these rows that were truncated to `max_length`.
     pub cut: usize,
-    /// How many were left out, because the cut took their whole answer.
+    /// The number of rows dropped because truncation removed their whole answer.
     pub dropped: usize,
 }
 
-/// A tokenizer with a rule of what is learnt.
+/// Encodes rows and marks the tokens that count in the loss.
 #[derive(Debug, Clone)]
 pub struct PromptEncoder {
     tokenizer: Tokenizer,
@@ -31,9 +31,9 @@ pub struct PromptEncoder {
 }
 
 impl PromptEncoder {
-    /// An encoder to at most `max_length` tokens. `eos` follows every whole answer and is learnt;
-    /// prompts are given, and learnt only with `learn_prompt`. Any truncation and padding of the
-    /// tokenizer's own file is overridden; its post-processor still places the special tokens.
+    /// Creates an encoder of rows with at most `max_length` tokens. `eos` is appended to every answer and
+    /// counts in the loss; prompts count only with `learn_prompt`. The truncation and padding settings of the
+    /// tokenizer's file are overridden; its post-processor still adds the special tokens.
     ///
     /// # Errors
     /// If `max_length` is below 2 or above `model_max_length`.
@@ -60,48 +60,47 @@ impl PromptEncoder {
         &self.tokenizer
     }
 
-    /// The most tokens of a row.
+    /// The maximum number of tokens of a row.
     pub fn max_length(&self) -> usize {
         self.max_length
     }
 
-    /// The tokens of a row before it is cut, the one that ends an answer among them.
+    /// The number of tokens of a row before truncation, including `eos`.
     ///
     /// # Errors
-    /// If the tokenizer refuses the text.
+    /// If the tokenizer fails.
     pub fn length(&self, row: &Prompted) -> Result<usize> {
         let text = format!("{}{}", row.prompt, row.answer);
         let encoding = tokenizer::ask(|| self.tokenizer.encode(text, true))?;
         Ok(self.tokens(&encoding, row.prompt.len(), 0).ids.len())
     }
 
-    /// The ids of a prompt alone, as generation continues it: without the special tokens that some
-    /// tokenizers end a text with.
+    /// Encodes a prompt for generation, without the special tokens that some tokenizers add at the end of a
+    /// text.
     ///
     /// # Errors
-    /// If the tokenizer refuses the text.
+    /// If the tokenizer fails.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         let encoding = tokenizer::ask(|| self.tokenizer.encode_fast(prompt, true))?;
         let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
-        // Of an empty text the special tokens are all there is.
+        // An empty text consists of special tokens only: keep them.
         let end = special.iter().rposition(|special| *special == 0).map_or(ids.len(), |last| last + 1);
         Ok(ids[doubled_start(&encoding)..end].to_vec())
     }
 
-    /// The same for answers that are scored: without the token that ends one, and without their prompt even where
-    /// training learns it.
+    /// The encoder for scoring answers: without `eos`, and without loss on prompts even if training has it.
     pub fn of_answers(&self) -> Self {
         Self { eos: None, learn_prompt: false, ..self.clone() }
     }
 
-    /// Encodes every row, in order and in parallel. Prompt and answer are one text to the
-    /// tokenizer; a token that reaches into the answer belongs to it. Rows longer than `max_length`
-    /// lose their end; those without a prompt, which are mere text, become several, each beginning
-    /// with the last token of the one before, so that every token is learnt once. A text that begins with the
-    /// tokenizer's own first special token (rendered by a chat template, say) gets no second one.
+    /// Encodes all rows in parallel, in order. Prompt and answer are tokenised as one text; a token that
+    /// spans both belongs to the answer. Rows longer than `max_length` are truncated at the end. Rows without
+    /// a prompt (plain text) are instead split into windows that overlap by one token, so that every token
+    /// counts in the loss once. A text that already begins with the special token that the tokenizer adds
+    /// (because a chat template rendered it, say) does not get a second one.
     ///
     /// # Errors
-    /// If the tokenizer refuses a text.
+    /// If the tokenizer fails.
     pub fn encode(&self, rows: &[Prompted]) -> Result<Encodings> {
         let mut out = Encodings { rows: Vec::with_capacity(rows.len()), cut: 0, dropped: 0 };
         for (chunk, first) in rows.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
@@ -130,7 +129,7 @@ impl PromptEncoder {
         Ok(out)
     }
 
-    /// A row of any length, whose prompt has `prompt` bytes.
+    /// The untruncated tokens of a row whose prompt has `prompt` bytes, with `eos` and the loss mask.
     fn tokens(&self, encoding: &Encoding, prompt: usize, row: usize) -> Tokens {
         let start = doubled_start(encoding);
         let mut ids = encoding.get_ids()[start..].to_vec();
@@ -138,7 +137,7 @@ impl PromptEncoder {
         let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompt;
         let mut learnt: Vec<bool> =
             own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
-        // Some tokenizers end a text themselves.
+        // Some tokenizers add the end-of-sequence token themselves.
         match (self.eos, ids.last()) {
             (Some(eos), Some(last)) if *last == eos => learnt[ids.len() - 1] = true,
             (Some(eos), _) => {

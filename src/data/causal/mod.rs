@@ -1,4 +1,4 @@
-//! From prompts and answers to batches of a language model.
+//! Turns prompts and answers into batches for a causal language model.
 
 mod batch;
 mod encode;

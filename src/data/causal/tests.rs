@@ -1,4 +1,4 @@
-//! A tokenizer of ten words, its prompts and answers, and their batches.
+//! Tests of encoding, packing and batching with a tokenizer of eleven words.
 
 use candle_core::Device;
 use tokenizers::models::wordlevel::WordLevel;
@@ -106,7 +106,7 @@ fn packing_fills_sequences_and_loses_nothing_but_first_tokens() {
     );
     assert_eq!(packed[0].ids, [0, 3, 4, 1, 0, 5, 6, 1]);
     assert_eq!(packed[0].learnt[4..], [false, false, true, true]);
-    assert_eq!(pack(&rows, 3).len(), 4); // what is too long stands alone
+    assert_eq!(pack(&rows, 3).len(), 4); // rows that are too long stay alone
 }
 
 #[test]

@@ -1,31 +1,31 @@
-//! A text as token ids: in pieces, or several in one sequence.
+//! Token ids with a loss mask, and the splitting and packing of rows.
 
-/// A text as token ids, and which of them count in the loss.
+/// The token ids of a text, with their loss mask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokens {
-    /// The ids, the first of a text included; never empty.
+    /// The token ids, including the first, which is never predicted; not empty.
     pub ids: Vec<u32>,
-    /// Whether the loss counts the prediction of each id from those before it; as long as `ids`.
+    /// The loss mask: whether the prediction of each id counts; as long as `ids`.
     pub learnt: Vec<bool>,
-    /// Which row this is, counted from 0; of packed rows the first.
+    /// The index of the row, from 0; for packed rows, of the first.
     pub row: usize,
 }
 
 impl Tokens {
-    /// The number of ids that are predicted: the first has nothing before it.
+    /// The number of ids that count in the loss. The first never does, because nothing precedes it.
     pub fn targets(&self) -> usize {
         self.learnt.iter().skip(1).filter(|learnt| **learnt).count()
     }
 
-    /// All that the row says, as numbers: for a checksum of the data.
+    /// The content of the row as numbers, for a checksum of the data.
     pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
         let learnt = self.learnt.iter().map(|learnt| u32::from(*learnt));
         self.ids.iter().copied().chain(learnt).chain([u32::MAX])
     }
 }
 
-/// A text in pieces of at most `max_length` tokens that overlap by one; those with nothing to learn
-/// are left out.
+/// Splits a text into windows of at most `max_length` tokens that overlap by one; drops windows without
+/// targets.
 pub(super) fn windows(text: Tokens, max_length: usize) -> impl Iterator<Item = Tokens> {
     let starts = (0..text.ids.len().saturating_sub(1)).step_by(max_length - 1);
     starts
@@ -40,9 +40,10 @@ pub(super) fn windows(text: Tokens, max_length: usize) -> impl Iterator<Item = T
         .filter(|tokens| tokens.targets() > 0)
 }
 
-/// Puts rows one after the other into sequences of at most `max_length` tokens, in their order: less
-/// padding. A row is never split, but it does see those before it in its sequence, and its
-/// positions go on from theirs; its first token is given, not learnt.
+/// Packs rows, in order, into sequences of at most `max_length` tokens, to save padding.
+///
+/// A row is never split. It attends to the rows before it in its sequence, its positions continue theirs, and
+/// its first token is not a target.
 pub fn pack(rows: &[Tokens], max_length: usize) -> Vec<Tokens> {
     let mut packed: Vec<Tokens> = Vec::new();
     for row in rows {

@@ -1,4 +1,4 @@
-//! How a row of each format becomes a prompt and its answer.
+//! Turns a row of each format into a prompt and its answer.
 
 use std::str::FromStr;
 
@@ -6,25 +6,25 @@ use super::prompted::{Choices, ProgramTests, Prompted};
 use crate::data::row::{says, text, Cell, Row};
 use crate::error::{Error, Result};
 
-/// The most answers to choose from. Each has a copy of the output: with any number of them, a row
-/// would take the square of its size.
+/// Maximum number of choices. Each stores a copy of the output, so without a limit a row could take the
+/// square of its size.
 const MAX_CHOICES: usize = 26;
 
-/// What the rows of a file are.
+/// The format of a file's rows, with the fields it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// `instruction`, `input` (may be absent), `output`, and `answer` where the answer is a choice.
+    /// `instruction`, `input` (optional), `output`, and `answer` if the output is one of several choices.
     Instruct,
     /// `question`, `answer`.
     Gsm8k,
-    /// `text`; or a file that is no JSON, a text a line.
+    /// `text`; or a file that is not JSON, with one text per line.
     Text,
-    /// `prompt`, `canonical_solution`, and `entry_point` and `test` where the answer can be tested.
+    /// `prompt`, `canonical_solution`, and `entry_point` and `test` if the answer can be tested.
     Code,
 }
 
 impl Format {
-    /// What a row becomes: the prompt up to `|`, the answer after it.
+    /// The template of a row: the prompt up to `|`, the answer after it.
     pub fn template(self) -> &'static str {
         match self {
             Self::Instruct => {
@@ -67,10 +67,11 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     )
 }
 
-/// What other formats call the earlier turns and the system prompt of a conversation.
+/// Fields with which other formats store earlier turns and the system prompt of a conversation.
 const OF_CONVERSATIONS: [&str; 4] = ["system", "history", "messages", "conversations"];
 
-/// What a row of this format asks and answers; none where an instruction has no answer, as some of Alpaca's.
+/// Converts a row into prompt and answer. Returns `None` for an instruction with an empty output, as Alpaca
+/// has some.
 pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
@@ -108,7 +109,7 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<
     Ok(Some(Prompted { prompt, answer, choices, tests }))
 }
 
-/// The tests of a program.
+/// Reads the tests of a program.
 fn tests(row: &Row) -> std::result::Result<ProgramTests, String> {
     let (entry_point, test) = (text(row, "entry_point")?.to_string(), text(row, "test")?.to_string());
     let mut letters = entry_point.chars();
@@ -119,8 +120,8 @@ fn tests(row: &Row) -> std::result::Result<ProgramTests, String> {
     Ok(ProgramTests { entry_point, test })
 }
 
-/// The choices that an instruction lists after `Answer format:`, each put where the output has the
-/// right one.
+/// Reads the choices that an instruction lists after `Answer format:`. The answer text of each choice is the
+/// output with the right choice at its end replaced.
 fn choices(row: &Row, output: &str) -> std::result::Result<Option<Choices>, String> {
     let instruction = text(row, "instruction")?;
     let Some((_, list)) = instruction.rsplit_once("Answer format:") else {

@@ -4,11 +4,11 @@
 //!
 //! - `instruct` (Alpaca's, which LLM-Adapters and the paper's authors use):
 //!   `Below is an instruction that describes a task. Write a response that appropriately completes
-//!   the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}`; a row with an
-//!   `input` says so and has it between the two under `### Input:\n`;
-//! - `gsm8k` (the LM evaluation harness's): `Question: {question}\nAnswer:| {answer}`;
+//!   the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}`; for a row with an
+//!   `input`, the first sentence mentions it, and it stands before the response under `### Input:\n`;
+//! - `gsm8k` (of the LM evaluation harness): `Question: {question}\nAnswer:| {answer}`;
 //! - `code` (HumanEval): `{prompt}|{canonical_solution}`;
-//! - `text`: an empty prompt, and all of the text.
+//! - `text`: an empty prompt, and the whole text as answer.
 
 mod format;
 mod prompted;

@@ -1,22 +1,22 @@
-//! Prompts with their answers, and what else is known of them.
+//! Prompts with their answers, choices and tests.
 
 use crate::error::{Error, Result};
 
 /// A prompt and the answer to learn.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompted {
-    /// What is given.
+    /// The text that is given.
     pub prompt: String,
-    /// What is to follow it.
+    /// The text to predict after the prompt.
     pub answer: String,
-    /// The answers to choose from, where the instruction lists them.
+    /// The choices, if the instruction lists them.
     pub choices: Option<Choices>,
-    /// What tests a generated answer, where it completes a program.
+    /// The tests of a generated answer, if it completes a program.
     pub tests: Option<ProgramTests>,
 }
 
 impl Prompted {
-    /// The choices of the row at place `i`.
+    /// The choices of this row; the error names it by its index `i`.
     ///
     /// # Errors
     /// If it has none; the error counts rows from 1.
@@ -25,7 +25,7 @@ impl Prompted {
         self.choices.as_ref().ok_or_else(none)
     }
 
-    /// The tests of the row at place `i`.
+    /// The tests of this row; the error names it by its index `i`.
     ///
     /// # Errors
     /// If it has none; the error counts rows from 1.
@@ -38,7 +38,7 @@ impl Prompted {
 /// How a completed program is tested, as in HumanEval.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProgramTests {
-    /// The name of the function that the prompt begins.
+    /// The name of the function whose definition the prompt begins.
     pub entry_point: String,
     /// A program that defines `check(candidate)`.
     pub test: String,
@@ -47,10 +47,10 @@ pub struct ProgramTests {
 /// The answers of a multiple-choice question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choices {
-    /// Their names, such as `answer1`, in the order of the instruction.
+    /// The names of the choices, such as `answer1`, in the order of the instruction.
     pub names: Vec<String>,
-    /// What would follow the prompt for each of them.
+    /// The full answer text of each choice.
     pub answers: Vec<String>,
-    /// Which is right.
+    /// The index of the right choice.
     pub correct: usize,
 }

@@ -1,4 +1,4 @@
-//! Reading prompts from JSON lines, a JSON array, or plain lines.
+//! Reads prompts from JSON lines, a JSON array, or plain lines.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,12 +12,12 @@ use crate::data::lines::{each_line, no_text};
 use crate::data::row::{self, Row};
 use crate::error::{Error, Result};
 
-/// Reads a file of JSON lines, or of one JSON array, or for [`Format::Text`] of plain lines. Instructions with an empty
-/// output, of which Alpaca's file has some, are left out with a warning.
+/// Reads a file of JSON lines, of one JSON array or, for [`Format::Text`], of plain lines. Instructions with
+/// an empty output, of which Alpaca's file has some, are skipped with a warning.
 ///
 /// # Errors
-/// If the file cannot be read, is not UTF-8, holds no row with an answer, or a row is not an object with the
-/// format's fields; the error names the line, or the record of an array.
+/// If the file cannot be read, is not UTF-8 or has no row with an answer, or if a row is not an object with
+/// the format's fields. The error names the line, or the record of an array.
 pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
     let file = File::open(path).map_err(Error::io(path))?;
     read_from(file, path, format)
@@ -69,8 +69,8 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
     Ok(rows)
 }
 
-/// The records of a JSON array, or what is wrong with the first of them that is. One record at a time
-/// is in memory.
+/// Reads the records of a JSON array one at a time, so that only one is in memory. The inner result is the
+/// error of the first invalid record, if any.
 struct Records(Format);
 
 impl<'de> DeserializeSeed<'de> for Records {
@@ -97,7 +97,7 @@ impl<'de> Visitor<'de> for Records {
             match prompted(&record, self.0) {
                 Ok(row) => rows.push(row),
                 Err(reason) => {
-                    // A file that is no JSON further down is told as such.
+                    // Read to the end, so that invalid JSON further down is reported instead.
                     while records.next_element::<IgnoredAny>()?.is_some() {}
                     return Ok(Err(format!("record {}: {reason}", rows.len() + 1)));
                 }

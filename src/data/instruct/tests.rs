@@ -1,4 +1,4 @@
-//! Each format's template, and what is wrong told by its line.
+//! Tests of each format's template, and of errors that name the line.
 
 use std::path::Path;
 

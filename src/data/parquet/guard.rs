@@ -1,9 +1,8 @@
-//! What must hold of a parquet file before its decoder may read it.
+//! Checks of a parquet file before its decoder may read it.
 //!
-//! The decoder takes memory by the numbers that it finds in the footer and in the header of each
-//! page, and follows the schema by recursion. In a damaged file these numbers are of any size, and
-//! a lack of memory or of stack ends the process: no `catch_unwind` helps. So the numbers are read
-//! here first.
+//! The decoder allocates memory by the numbers in the footer and in the header of each page, and follows the
+//! schema recursively. In a damaged file these numbers can have any value, and running out of memory or stack
+//! ends the process, which `catch_unwind` cannot prevent. So the numbers are checked here first.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -13,15 +12,15 @@ use ::parquet::file::metadata::ParquetMetaData;
 
 use super::thrift::{Result, Thrift, DEPTH, I32, LIST, STRUCT};
 
-/// The most that a page may hold once it is decompressed: this, or the multiple of its compressed
-/// size below. Writers make pages of about one megabyte.
+/// Maximum size of a decompressed page in bytes, unless `EXPANSION` times its compressed size is more.
+/// Writers make pages of about one megabyte.
 const PAGE: u64 = 16 << 20;
 const EXPANSION: u64 = 64;
-/// What each value of a dictionary takes at least, but for short ones of fixed length.
+/// Minimum size of a dictionary value in bytes, except for values of a fixed length (1).
 const VALUE: u64 = 4;
 
-/// Checks the schema in the footer: each group has as many columns as it says, and few lie in each
-/// other.
+/// Checks the schema in the footer: that each group has the declared number of columns, and that groups are
+/// not nested too deeply.
 pub(super) fn check_footer(file: &File) -> Result<()> {
     let mut tail = [0; 8];
     let end = len(file)?.checked_sub(8).ok_or("it is too short")?;
@@ -39,10 +38,10 @@ pub(super) fn check_footer(file: &File) -> Result<()> {
     })
 }
 
-/// The list of the schema's elements, each group before its members.
+/// Reads the list of the schema's elements, in which each group precedes its members.
 fn schema(thrift: &mut Thrift<impl Read>) -> Result<()> {
     let (kind, mut left) = thrift.list()?;
-    // How many members the groups around an element still miss, the innermost last.
+    // The number of members that each enclosing group still lacks, innermost last.
     let mut open: Vec<u64> = Vec::new();
     while left > 0 {
         left -= 1;
@@ -77,8 +76,8 @@ fn schema(thrift: &mut Thrift<impl Read>) -> Result<()> {
     Ok(())
 }
 
-/// Checks the pages of the columns of these names: that they lie in the file, and that what they
-/// say they hold fits what is there.
+/// Checks the pages of the columns with these names: that they lie within the file, and that their declared
+/// sizes are plausible.
 pub(super) fn check_pages(file: &File, metadata: &ParquetMetaData, names: &[&str]) -> Result<()> {
     let size = len(file)?;
     for column in metadata.row_groups().iter().flat_map(|group| group.columns()) {
@@ -106,7 +105,7 @@ pub(super) fn check_pages(file: &File, metadata: &ParquetMetaData, names: &[&str
     Ok(())
 }
 
-/// The numbers of a page's header.
+/// The relevant numbers of a page header.
 #[derive(Default)]
 struct Page {
     compressed: u64,
@@ -149,7 +148,7 @@ impl Page {
         if dictionary.saturating_mul(value) > uncompressed {
             return Err(format!("a dictionary of {dictionary} values in {uncompressed} bytes"));
         }
-        // Their decoders take memory by a number within the page. The hub's files have neither.
+        // Decoders of these two allocate memory by a number within the page. The hub's files use neither.
         match encoding {
             6 => Err("the encoding DELTA_LENGTH_BYTE_ARRAY is not supported".to_string()),
             7 => Err("the encoding DELTA_BYTE_ARRAY is not supported".to_string()),
@@ -162,7 +161,7 @@ fn len(file: &File) -> Result<u64> {
     file.metadata().map(|metadata| metadata.len()).map_err(|e| e.to_string())
 }
 
-/// The file from this place on.
+/// A reader of the file from byte `start` on.
 fn reader(file: &File, start: u64) -> Result<BufReader<&File>> {
     let mut source = file;
     source.seek(SeekFrom::Start(start)).map_err(|e| e.to_string())?;

@@ -1,25 +1,24 @@
-//! A reader of Thrift's compact protocol that keeps nothing: numbers are looked at, the rest is
-//! passed over.
+//! A reader of Thrift's compact protocol that stores nothing: it returns numbers and skips everything else.
 //!
 //! <https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>
 
 use std::io::Read;
 
-/// What is wrong with the bytes, where something is.
+/// A result whose error says what is wrong with the bytes.
 pub(super) type Result<T> = std::result::Result<T, String>;
 
-/// How deep structures may lie in each other.
+/// Maximum nesting depth of structures.
 pub(super) const DEPTH: usize = 32;
 
-/// The kinds of values that a reader of parquet's metadata asks for.
+/// The type codes that the reader of parquet's metadata needs.
 pub(super) const I32: u8 = 5;
 pub(super) const LIST: u8 = 9;
 pub(super) const STRUCT: u8 = 12;
 
-/// A source of values.
+/// A reader of values from a byte source.
 pub(super) struct Thrift<R> {
     source: R,
-    /// How many bytes were read.
+    /// The number of bytes read so far.
     pub(super) read: u64,
 }
 
@@ -52,14 +51,15 @@ impl<R: Read> Thrift<R> {
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
     }
 
-    /// The kind of a list's elements, and how many there are.
+    /// Reads the header of a list: the type and the number of its elements.
     pub(super) fn list(&mut self) -> Result<(u8, u64)> {
         let byte = self.byte()?;
         let count = if byte >> 4 == 15 { self.unsigned()? } else { u64::from(byte >> 4) };
         Ok((byte & 0x0f, count))
     }
 
-    /// Calls `visit` with each field's number and kind; what it says it has not read is passed over.
+    /// Reads a structure: calls `visit` with the id and type of each field, and skips the field if `visit`
+    /// returns false.
     pub(super) fn structure(
         &mut self,
         depth: usize,
@@ -80,7 +80,7 @@ impl<R: Read> Thrift<R> {
         }
     }
 
-    /// A structure of which one number counts.
+    /// Reads a structure of which only the i32 field `id` matters.
     pub(super) fn one_number(&mut self, id: i64, number: &mut i64) -> Result<()> {
         self.structure(DEPTH, |thrift, field| {
             let wanted = field == (id, I32);
@@ -91,7 +91,7 @@ impl<R: Read> Thrift<R> {
         })
     }
 
-    /// Passes over a value. Truth values are in a field's kind, and a byte in a list.
+    /// Skips a value. A boolean is part of its field's type, but a byte in a list.
     fn skip(&mut self, kind: u8, in_field: bool, depth: usize) -> Result<()> {
         match kind {
             1 | 2 if in_field => Ok(()),

@@ -1,4 +1,4 @@
-//! Which columns of a table are read, and what of their values a row is made of.
+//! The columns to read of a table, and the conversion of their values into a row.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,14 +6,14 @@ use crate::data::lines::excerpt;
 use crate::data::row::Cell;
 use crate::error::Error;
 
-/// The names of the columns that are read; others are passed over.
+/// The names of the columns to read; others are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Columns {
-    /// That of the text, or of the first text of a pair.
+    /// The column of the text, or of the first text of a pair.
     pub text: String,
-    /// That of the second text of a pair.
+    /// The column of the second text of a pair.
     pub text_pair: Option<String>,
-    /// That of the label; none for rows to predict.
+    /// The column of the label; `None` for rows to predict.
     pub label: Option<String>,
 }
 
@@ -25,12 +25,12 @@ impl Default for Columns {
 }
 
 impl Columns {
-    /// The same texts, without labels.
+    /// The same text columns, without the label.
     pub fn unlabelled(&self) -> Self {
         Self { label: None, ..self.clone() }
     }
 
-    /// The names in a fixed order: text, second text, label.
+    /// The column names in a fixed order: text, second text, label.
     pub(super) fn names(&self) -> crate::error::Result<Vec<&str>> {
         let names: Vec<&str> = std::iter::once(&self.text)
             .chain(&self.text_pair)
@@ -43,7 +43,7 @@ impl Columns {
         }
     }
 
-    /// Texts and label of the values of [`Self::names`].
+    /// Converts the values of the columns [`Self::names`] into first text, second text and label.
     pub(super) fn take(&self, cells: &[Cell]) -> Result<(String, Option<String>, Option<String>), String> {
         let mut cells = cells.iter();
         let mut next = |name: &str| cells.next().ok_or_else(|| format!("no column {name:?}"));
@@ -62,7 +62,7 @@ fn text(name: &str, cell: &Cell) -> Result<String, String> {
     }
 }
 
-/// A label as it is spelled; none where the row has none.
+/// The label as spelled in the file; `None` if it is null or empty.
 fn label(name: &str, cell: &Cell) -> Result<Option<String>, String> {
     let several = |shown: &str| {
         format!("column {name:?} holds {shown}: rows of several classes are not supported, give each row one")
@@ -74,14 +74,14 @@ fn label(name: &str, cell: &Cell) -> Result<Option<String>, String> {
         Cell::Text(text) => text.trim().to_owned(),
         Cell::Other(other) => return Err(several(other)),
     };
-    // A list that was written into a cell as text.
+    // A list written as text.
     if text.starts_with('[') && text.ends_with(']') {
         return Err(several(&excerpt(&text)));
     }
     Ok((!text.is_empty()).then_some(text))
 }
 
-/// The names that are there, for an error.
+/// The error message for a missing column, with the columns that are present.
 pub(super) fn no_column(name: &str, present: &[&str]) -> String {
     format!("no column {name:?}; the table has: {}", excerpt(&present.join(", ")))
 }

@@ -1,4 +1,4 @@
-//! A data set: rows to train on, rows to measure, and what is predicted.
+//! A data set: rows for training and evaluation, and the prediction target.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::data::task::{Example, Label};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
 
-/// A data set of tables.
+/// A data set read from tables.
 ///
 /// # Example
 /// ```
@@ -30,30 +30,30 @@ use crate::noise::Noise;
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataSet {
-    /// The columns that its files are read by.
+    /// The columns to read from its files.
     pub columns: Columns,
-    /// What is predicted.
+    /// The prediction target.
     pub target: Target,
     /// The rows to train on.
     pub train: Vec<Example>,
-    /// The rows to measure.
+    /// The rows to evaluate on.
     pub dev: Vec<Example>,
 }
 
 /// How often a class occurs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabelCount {
-    /// Its name.
+    /// The name of the class.
     pub name: String,
-    /// Among the rows to train on.
+    /// The number of training rows.
     pub train: usize,
-    /// Among those to measure.
+    /// The number of evaluation rows.
     pub dev: usize,
 }
 
 impl DataSet {
-    /// Reads the rows to train on; what is predicted follows from their labels ([`Target::infer`]) unless
-    /// `problem` says it.
+    /// Reads the training rows. The target is inferred from their labels ([`Target::infer`]); `problem`
+    /// overrides its kind.
     ///
     /// # Errors
     /// As [`super::read()`] and [`Target::infer`].
@@ -64,10 +64,10 @@ impl DataSet {
         Ok(Self { columns: columns.clone(), target, train, dev: Vec::new() })
     }
 
-    /// With the rows of a file to measure.
+    /// Reads the evaluation rows from a file.
     ///
     /// # Errors
-    /// As [`super::read()`] and [`Target::examples`]; if no row has a label.
+    /// As [`super::read()`] and [`Target::examples`]; or if no row has a label.
     pub fn with_dev(self, dev: impl AsRef<Path>) -> Result<Self> {
         let table = read(dev, &self.columns)?;
         let dev = self.target.examples(&table)?;
@@ -77,8 +77,8 @@ impl DataSet {
         Ok(Self { dev, ..self })
     }
 
-    /// With a share of the training rows to measure in place of training on them, drawn by the seed with the
-    /// classes in their proportions. A class of one row keeps it.
+    /// Moves a share of the training rows, drawn by the seed and stratified by class, to the evaluation rows,
+    /// replacing any. A class with only one row keeps it in training.
     ///
     /// # Errors
     /// As [`hold_out`].
@@ -92,7 +92,7 @@ impl DataSet {
         Ok(Self { train: at(&self.train, &stay), dev: at(&self.train, &held), ..self })
     }
 
-    /// How often each class occurs; none of a regression.
+    /// How often each class occurs; empty for a regression.
     pub fn counts(&self) -> Vec<LabelCount> {
         let Target::Classes(labels) = &self.target else { return Vec::new() };
         let count = |rows: &[Example], class: usize| {

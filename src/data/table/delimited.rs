@@ -1,4 +1,4 @@
-//! Rows between commas, semicolons or tabs.
+//! Reads tables whose fields are separated by commas, semicolons or tabs.
 
 use std::path::Path;
 
@@ -8,15 +8,15 @@ use super::columns::no_column;
 use crate::data::row::Cell;
 use crate::error::{Error, Result};
 
-/// Takes a row: its line, and its values in the order of the columns asked for.
+/// The callback for a row: its line, and its values in the order of the requested columns.
 pub(super) type Take<'a> = dyn FnMut(usize, std::result::Result<Vec<Cell>, String>) -> Result<()> + 'a;
 
-/// Calls `take` with the values of every row in the columns `names`. The first of the delimiters whose header has
-/// all of them is that of the file; where the tab is the only one, quotes are text.
+/// Calls `take` with the values of every row in the columns `names`. The file's delimiter is the first of
+/// `delimiters` that gives a header with all of them. If tab is the only delimiter, quotes are ordinary text.
 ///
 /// # Errors
-/// If a column is missing or there twice, a row has more or fewer fields than the header, a quote is left open or
-/// stands in a quoted field without being doubled; or if `take` fails.
+/// If a column is missing or occurs twice, a row has more or fewer fields than the header, a quoted field is
+/// not closed or contains a quote that is not doubled, or `take` fails.
 pub(super) fn each_row(
     text: &str,
     path: &Path,
@@ -41,7 +41,7 @@ pub(super) fn each_row(
                 found = Ok((*delimiter, places));
                 break;
             }
-            // What the first delimiter says is what the user reads.
+            // If no delimiter fits, report the error of the first.
             error if *delimiter == delimiters[0] => found = error.map(|places| (*delimiter, places)),
             _ => {}
         }
@@ -59,7 +59,7 @@ pub(super) fn each_row(
     Ok(())
 }
 
-/// Where the columns are.
+/// The positions of the columns.
 fn places(header: &StringRecord, names: &[&str], path: &Path) -> Result<Vec<usize>> {
     let present: Vec<&str> = header.iter().map(str::trim).collect();
     let place = |name: &&str| {
@@ -75,7 +75,8 @@ fn places(header: &StringRecord, names: &[&str], path: &Path) -> Result<Vec<usiz
     names.iter().map(place).collect()
 }
 
-/// The line that a row begins on. Its position is behind the row before it: empty lines may lie between.
+/// The line on which a row begins. The reader's position is directly after the previous row, so skip empty
+/// lines.
 fn line_of(text: &str, position: Option<&Position>) -> usize {
     let Some(position) = position else { return 0 };
     let rest = text.as_bytes().get(position.byte() as usize..).unwrap_or_default();
@@ -94,8 +95,8 @@ fn csv_error(text: &str, path: &Path, error: &csv::Error) -> Error {
     }
 }
 
-/// Checks that quotes open and close fields. The reader takes what it finds: a quote that is left open would make
-/// one row of all that follow up to the next, without a word.
+/// Checks that quotes enclose whole fields. The csv reader does not: a quote that is never closed would
+/// silently merge all following rows up to the next quote into one.
 fn check_quotes(text: &str, delimiter: u8) -> std::result::Result<(), (usize, String)> {
     let bytes = text.as_bytes();
     let (mut at, mut line, mut starts) = (0, 1, true);

@@ -1,4 +1,4 @@
-//! Data sets of one's own: tables with a text and a label column, as CSV, TSV, JSON lines or parquet.
+//! User-supplied data sets: tables with a text and a label column, as CSV, TSV, JSON lines or parquet.
 
 mod columns;
 mod dataset;

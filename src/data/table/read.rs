@@ -1,4 +1,4 @@
-//! Reading the rows of a table, in whichever of the formats its file is.
+//! Reads the rows of a table in any of the supported formats.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,16 +12,16 @@ use crate::data::lines::{each_line, no_text};
 use crate::data::row::{self, Cell, Row};
 use crate::error::{Error, Result};
 
-/// A row as its file spells it.
+/// A row as spelled in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// The text, or the first of a pair.
     pub text_a: String,
     /// The second text of a pair.
     pub text_b: Option<String>,
-    /// The label, without white space around it; none where there is none.
+    /// The label without surrounding white space; `None` if there is none.
     pub label: Option<String>,
-    /// The line that it begins on, or in a file without lines its number; from 1.
+    /// The line on which the row begins, or its number in a file without lines; from 1.
     place: usize,
 }
 
@@ -36,26 +36,26 @@ pub struct Table {
 }
 
 impl Table {
-    /// What is wrong with a record.
+    /// The error for a record.
     pub(super) fn fault(&self, record: &Record, reason: &str) -> Error {
         fault(&self.path, self.by_line, record.place, reason)
     }
 }
 
-/// Reads the columns of a table. The ending of the file's name says what it is:
+/// Reads the columns of a table. The file name's extension determines the format:
 ///
-/// | | |
-/// |---|---|
-/// | `.csv` | a header, then rows between commas (or semicolons, or tabs, whichever the header is written with); fields in quotes may hold all of these, line ends and doubled quotes |
-/// | `.tsv`, `.txt` | a header, then rows between tabs; quotes are text |
-/// | `.jsonl`, `.ndjson`, `.json` | one JSON object a line, or one array of objects |
-/// | `.parquet` | columns of plain values; classes with names (`ClassLabel` of Hugging Face's datasets) go by their names |
+/// - `.csv`: a header, then rows separated by commas (or by semicolons or tabs, whichever the header uses);
+///   quoted fields may contain delimiters, line ends and doubled quotes;
+/// - `.tsv`, `.txt`: a header, then rows separated by tabs; quotes are ordinary text;
+/// - `.jsonl`, `.ndjson`, `.json`: one JSON object per line, or one array of objects;
+/// - `.parquet`: columns of plain values; classes with names (`ClassLabel` of Hugging Face's datasets) are
+///   read by name.
 ///
 /// Texts are UTF-8.
 ///
 /// # Errors
-/// If the file cannot be read, is of none of these kinds, lacks a column, has no row, or a row is malformed or
-/// has no text or several labels. The error names the file, the line or the row, and the columns that are there.
+/// If the file cannot be read, has another extension, lacks a column or has no row, or if a row is malformed,
+/// has no text or has several labels. The error names the file, the line or row, and the columns present.
 pub fn read(path: impl AsRef<Path>, columns: &Columns) -> Result<Table> {
     let path = path.as_ref();
     if ending(path) == "parquet" {
@@ -64,7 +64,7 @@ pub fn read(path: impl AsRef<Path>, columns: &Columns) -> Result<Table> {
     read_from(File::open(path).map_err(Error::io(path))?, path, columns)
 }
 
-/// [`read`] from any source of text; `path` names it in errors, and says by its ending what it is.
+/// [`read`] from any source of text; `path` names it in errors and determines the format by its extension.
 ///
 /// # Errors
 /// As [`read`].
@@ -117,7 +117,7 @@ fn non_empty(table: Table) -> Result<Table> {
     }
 }
 
-/// What is wrong with the row at `place`: its line, or its number.
+/// The error for the row at `place`: its line, or its number.
 fn fault(path: &Path, by_line: bool, place: usize, reason: &str) -> Error {
     if by_line {
         Error::format_at(path, place, reason)
@@ -130,11 +130,12 @@ fn cells(row: &Row, names: &[&str]) -> std::result::Result<Vec<Cell>, String> {
     names.iter().map(|name| row::field(row, name).cloned()).collect()
 }
 
-/// The objects of an array, one at a time: as a tree they would take many times the memory of their text.
+/// Reads the objects of an array one at a time: as a tree they would take many times the memory of their
+/// text.
 struct Rows<'a>(&'a mut dyn FnMut(usize, Row) -> Result<()>);
 
 impl<'de> DeserializeSeed<'de> for Rows<'_> {
-    /// Whether the callback took all rows, or else its first error.
+    /// The first error of the callback, if any.
     type Value = Result<()>;
 
     fn deserialize<D: Deserializer<'de>>(
@@ -201,7 +202,7 @@ fn parquet(path: &Path, columns: &Columns) -> Result<Table> {
                         })?
                         .clone(),
                 ),
-                // So such files spell that there is no label.
+                // Such files use -1 for a missing label.
                 Err(_) if number == "-1" => Cell::Null,
                 Err(_) => {
                     return Err(format!("class {number}: expected a number from 0, or -1 for no label"))
@@ -257,7 +258,7 @@ mod tests {
         ] {
             assert_eq!(rows(&parse(name, text)?), expected, "{name}: {text}");
         }
-        // A field may hold what ends a row elsewhere; the next row's line is its own.
+        // A quoted field may contain a line end; the line number of the next row counts it.
         let table = parse("x.csv", "t,l\n\"one\ntwo\",a\nthree,b\n")?;
         assert_eq!((rows(&table)[0].0, table.records[1].place), ("one\ntwo", 4));
         let pair = columns("t", Some("u"), None);
@@ -314,13 +315,13 @@ mod tests {
 
     #[test]
     fn a_quote_that_would_swallow_rows_is_refused() {
-        // csv's reader, as pandas' with the Python engine, makes one row of the first two.
+        // The csv crate, like pandas with the Python engine, makes one row of the first two.
         let message = failure("x.csv", "t,l\n\"He said no,a\n\"Yes\" she said,b\n");
         let expected =
             "x.csv, line 2: a quoted field that begins here ends on line 3 before 'Y': quotes in it are to \
                         be doubled";
         assert_eq!(message, expected);
-        // Within a field that does not begin with one they are text.
+        // In a field that does not begin with a quote, quotes are ordinary text.
         assert_eq!(rows(&parse("x.csv", "t,l\n5\" disk,a\n").unwrap()), [("5\" disk", Some("a"))]);
         assert_eq!(rows(&parse("x.tsv", "t\tl\n\"open\ta\n").unwrap()), [("\"open", Some("a"))]);
     }

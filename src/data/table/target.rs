@@ -1,4 +1,4 @@
-//! What the labels of a table are: the names of classes, or numbers to predict.
+//! The prediction target of a table: named classes, or numbers.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -9,10 +9,10 @@ use crate::data::task::{Example, Label};
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 
-/// From how many rows on a label of its own for each of them is a wrong column.
+/// With more rows than this, if each has a label of its own, the label column is taken to be wrong.
 const ENOUGH: usize = 20;
 
-/// What kind of answer a label is.
+/// The kind of a prediction target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProblemType {
     /// One of some classes.
@@ -36,7 +36,7 @@ impl FromStr for ProblemType {
     }
 }
 
-/// What is predicted.
+/// The prediction target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// One of these classes.
@@ -46,7 +46,7 @@ pub enum Target {
 }
 
 impl From<&Target> for Labels {
-    /// The names of the classes; of a regression that of its one output.
+    /// The names of the classes; for a regression, the name of its one output.
     fn from(target: &Target) -> Self {
         match target {
             Target::Classes(labels) => labels.clone(),
@@ -56,13 +56,14 @@ impl From<&Target> for Labels {
 }
 
 impl Target {
-    /// What the labels of a training table are, unless `given` says it. Numbers are scores where one has a
-    /// fraction; whole numbers and words are classes, in the order of the numbers or of the alphabet.
+    /// Infers the target from the labels of a training table; `given` overrides its kind. Labels are scores
+    /// if all are numbers and one has a fractional part, and classes otherwise, in numerical order if all are
+    /// integers, else in alphabetical order.
     ///
     /// # Errors
-    /// If a row has no label, all have the same, or each of more than 20 rows has one of its own that is no
-    /// score; if numbers are all whole but one is written with a point, which says neither; or if they are to be
-    /// scores and one is no finite number.
+    /// If a row has no label; if classes are all the same, or more than 20 rows each have a class of their
+    /// own; if labels are whole numbers written with a point (`1.0`), which could be either; or if a score is
+    /// not a finite number.
     pub fn infer(table: &Table, given: Option<ProblemType>) -> Result<Self> {
         let mut first = BTreeMap::<&str, &Record>::new();
         for record in &table.records {
@@ -107,10 +108,10 @@ impl Target {
         Ok(Self::Classes(Labels::new(names)?))
     }
 
-    /// The rows of a table with their labels; without, where the table was read without.
+    /// The rows of a table with their labels; without labels if no row has one.
     ///
     /// # Errors
-    /// If some rows have labels and others not, or one is none of the classes, or no number.
+    /// If only some rows have labels, or a label is none of the classes or not a finite number.
     pub fn examples(&self, table: &Table) -> Result<Vec<Example>> {
         let labelled = table.records.iter().any(|record| record.label.is_some());
         let example = |record: &Record| {

@@ -1,9 +1,9 @@
-//! Activations and rotary positions against candle's own differentiation in double precision.
+//! Tests of activations and rotary positions against candle's own differentiation in double precision.
 
 use super::*;
 use crate::ops::{gelu, rotary, silu_mul};
 
-/// Normal numbers of f32 or bf16 in double precision, some of them large.
+/// Normal numbers rounded to f32 or bf16, some of them large, in double precision.
 fn values(which: u64, shape: impl Into<candle_core::Shape>, narrow: bool) -> Result<Tensor> {
     let shape = shape.into();
     let mut xs = vec![0f32; shape.elem_count()];
@@ -17,7 +17,7 @@ fn flat(xs: &Tensor) -> Result<Vec<f64>> {
     xs.flatten_all()?.to_vec1()
 }
 
-/// Each row within 2^-8 (narrow) or 2e-6 of its largest number.
+/// Asserts that each row is accurate to 2^-8 (narrow) or 2e-6 of its largest number.
 fn assert_rows(what: &str, got: &[f64], want: &Tensor, narrow: bool) -> Result<()> {
     let want = flat(want)?.chunks(want.dims()[want.rank() - 1]).map(<[f64]>::to_vec).collect::<Vec<_>>();
     let width = want[0].len();

@@ -1,16 +1,16 @@
-//! Attention between its products, and the products' tables of addresses.
+//! Tests of the attention kernels, and of the tables of addresses of its products.
 
 use super::*;
 use crate::ops::{attention, CausalMask, Mask};
 
-/// Sizes of a call, and what is switched on.
+/// The sizes and options of a call.
 struct Case {
     batches: usize,
     /// Query heads, key heads, elements of a head.
     heads: [usize; 3],
     queries: usize,
     keys: usize,
-    /// Threads of a row.
+    /// Threads per row of scores.
     lanes: u64,
     causal: bool,
     /// Which keys of each batch are real; empty: all.
@@ -29,7 +29,7 @@ impl Case {
         [query, key, key, query]
     }
 
-    /// q, k, v and the gradient of the output, as numbers of the storage.
+    /// q, k, v and the gradient of the output, rounded to `dtype`, in double precision.
     fn inputs(&self, dtype: DType) -> Result<Vec<Tensor>> {
         let values = |(which, shape): (u64, (usize, usize, usize))| {
             let mut xs = vec![0f32; shape.0 * shape.1 * shape.2];
@@ -67,7 +67,7 @@ impl Case {
         Ok(parts.to_vec())
     }
 
-    /// The same in double precision, by elementary operations that are differentiated.
+    /// The same from differentiating the reference path in double precision.
     fn want(&self, dtype: DType) -> Result<Vec<Vec<f64>>> {
         let inputs = self.inputs(dtype)?;
         let vars = inputs[..3].iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
@@ -87,7 +87,7 @@ impl Case {
         Ok(parts)
     }
 
-    /// The largest error of each part in units of the row's largest.
+    /// The largest error of each part, relative to the largest number of its row.
     fn errors(&self, dtype: DType) -> Result<Vec<f64>> {
         let (got, want) = (self.answer(dtype)?, self.want(dtype)?);
         let [(.., query), (.., key), ..] = self.shapes();
@@ -112,8 +112,8 @@ impl Case {
 
 const SCALE: f64 = 0.7;
 
-/// More keys than two quads for each thread of a row and fewer; rows that begin inside a block of noise; groups; more
-/// queries than keys; a batch that sees nothing.
+/// More and fewer keys than two quads per thread of a row; rows that begin inside a block of noise; groups;
+/// more queries than keys; a batch that sees nothing.
 fn cases() -> Vec<Case> {
     let base = Case::new;
     vec![
@@ -129,7 +129,8 @@ fn cases() -> Vec<Case> {
 #[test]
 fn an_attention_and_its_gradients_are_those_of_the_block() -> Result<()> {
     for (i, case) in cases().iter().enumerate() {
-        // As bf16 the probabilities and their slopes are rounded before they are multiplied, and the products after it.
+        // In bf16, the probabilities and the gradients of the scores are rounded before the products, and the
+        // products after it.
         for (dtype, room) in [(DType::F32, 2e-5), (DType::BF16, 2.0 / 256.0)] {
             let errors = case.errors(dtype)?;
             assert!(errors.iter().all(|error| *error <= room), "case {i} in {dtype:?}: {errors:?}");

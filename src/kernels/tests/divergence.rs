@@ -1,4 +1,5 @@
-//! The regulariser of several layers in one launch against the distributions' own formulas, in double precision.
+//! Tests of the regulariser of several layers in one launch against the formulas of the distributions,
+//! in double precision.
 
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -8,7 +9,7 @@ use crate::noise::{Noise, Purpose};
 
 #[test]
 fn divergences_of_several_layers_and_their_slopes_are_those_of_the_distributions() -> Result<()> {
-    // More numbers than a block has threads, one of each, both covariances, and priors of their own.
+    // More numbers than a block has threads, only one of each, both covariances, different priors.
     let cases = [
         (4, 3, Covariance::Full, 4.0, 1.0),
         (40, 70, Covariance::Full, 41.5, 0.3),
@@ -58,7 +59,7 @@ fn divergences_of_several_layers_and_their_slopes_are_those_of_the_distributions
         let (got, others) = rest.split_at(want.len());
         let size = want.iter().fold(0f64, |m, x| m.max(x.abs()));
         for (got, want) in got.iter().zip(&want) {
-            // One component has no slope but its rounding.
+            // With one component, the gradient is 0 up to rounding.
             assert!((got - want).abs() <= 1e-6 * size + 1e-12, "parameter {i}: {got} {want}");
         }
         rest = others;

@@ -1,4 +1,4 @@
-//! The draw of several layers in one launch against the elementary operations, in double precision.
+//! Tests of the draws of several layers in one launch against the elementary operations, in double precision.
 
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -7,7 +7,7 @@ use crate::dist::{wishart::fill_bartlett, Covariance, Dirichlet, Estimator};
 use crate::noise::{Noise, Purpose};
 use crate::ops::{add_scaled_rows, OpPath};
 
-/// One layer of a request: its sizes and what its parameters are.
+/// One layer of a request: its sizes, constants and parameters.
 struct Layer {
     sizes: [usize; 3],
     covariance: Covariance,
@@ -41,7 +41,7 @@ impl Layer {
 #[test]
 fn draws_of_several_layers_and_their_gradients_are_those_of_the_elementary_operations() -> Result<()> {
     let streams = [Purpose::Wishart, Purpose::Dirichlet, Purpose::Gaussian].map(stream);
-    // One tile, some, and tiles narrower than 64; more threads than rows and fewer; a last tile that is not full.
+    // One tile, several, and tiles narrower than 64; more threads than rows and fewer; a partial last tile.
     let cases = [
         (1, 1, 3, Covariance::Full),
         (8, 4, 70, Covariance::Full),

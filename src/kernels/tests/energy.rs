@@ -1,4 +1,4 @@
-//! Priors in two launches against the operations that they stand for, in double precision.
+//! Tests of priors in two launches against the operations that they replace, in double precision.
 
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -13,7 +13,7 @@ fn values(which: u64, len: usize) -> Vec<f64> {
     xs.into_iter().map(|x| f64::from(0.6 * x)).collect()
 }
 
-/// A difference of numbers of single precision is rounded to it.
+/// Asserts equality up to single precision, to which differences are rounded, relative to the largest number.
 fn assert_near(got: &[f64], want: &[f64], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     let size = want.iter().fold(1e-30f64, |m, x| m.max(x.abs()));
@@ -25,9 +25,10 @@ fn assert_near(got: &[f64], want: &[f64], what: &str) {
 #[test]
 fn energies_of_several_tensors_and_updates_and_their_slopes_are_those_of_the_operations() -> Result<()> {
     let device = &Device::Cpu;
-    // More elements than the threads of all blocks, fewer; about a start and about zero.
+    // More elements than the threads of all blocks, fewer; distances from a start and from zero.
     let tensors = [(250, true, 0.7), (5, false, 11.0), (33, true, 0.02)];
-    // More squares and components than a block has threads, one of each; without a perturbation, without components.
+    // More elements of a Gram matrix and more components than a block has threads, only one of each; without
+    // a perturbation, without components.
     let layers = [(4, 3, true), (7, 40, true), (1, 1, true), (5, 0, false), (3, 0, true)];
     let mut request = Request::of(&[42, tensors.len() as u64, 3, layers.len() as u64]);
     let (mut of_distances, mut want) = (0.0, Vec::new());

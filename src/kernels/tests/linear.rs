@@ -1,4 +1,4 @@
-//! Biases, and numbers of single precision as parts of bf16.
+//! Tests of biases, and of f32 numbers split into bf16 parts.
 
 use super::*;
 
@@ -8,12 +8,12 @@ fn values(which: u64, len: usize) -> Vec<f64> {
     xs.into_iter().map(f64::from).collect()
 }
 
-/// The bf16 next to a number.
+/// A number rounded to bf16.
 fn rounded(x: f64) -> Result<f64> {
     Tensor::new(x as f32, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// Three numbers of bf16 whose sum is a number of f32.
+/// Three bf16 numbers whose sum is the f32 number `x`.
 fn parts(x: f64) -> Result<[f64; 3]> {
     let first = rounded(x)?;
     let second = rounded(x - first)?;
@@ -42,7 +42,7 @@ fn factors_lie_as_parts_that_lose_no_bit() -> Result<()> {
         let (rows, columns) = got.split_at(4 * padded * width);
         let across = lead + 4 * padded;
         assert_eq!(columns.len(), height * across);
-        let which = [0, 0, 1, 2]; // the first part stands twice
+        let which = [0, 0, 1, 2]; // the first part comes twice
         for (place, part) in (0..4 * padded).map(|place| (place, which[place / padded])) {
             let k = place % padded;
             for i in 0..width {

@@ -1,4 +1,4 @@
-//! Cross-entropy and its gradient, both ways; rows taken out and put back.
+//! Tests of cross-entropy and both computations of its gradient, and of rows taken out and put back.
 
 use super::*;
 use crate::ops::cross_entropy;
@@ -6,7 +6,8 @@ use crate::ops::cross_entropy;
 #[test]
 fn cross_entropy_and_its_gradients_are_those_of_the_block() -> Result<()> {
     const IGNORED: i64 = -1;
-    // Fewer classes than threads, more; the first label, the last; rows left out, whatever they hold; large logits.
+    // Fewer classes than threads, more; the first label, the last; ignored rows, which hold
+    // NaN; large logits.
     let cases: [(&[i64], usize, f32); 4] =
         [(&[4, IGNORED, 0], 5, 1.0), (&[100, 7, IGNORED, 0], 101, 1.0), (&[0], 1, 1.0), (&[1, 2], 64, 40.0)];
     for (labels, classes, size) in cases {
@@ -58,7 +59,7 @@ fn rows_are_taken_out_and_put_back() {
         [(12, &[0, 1, 3, 9, 10, 11], 70), (5, &[4], 3), (6, &[0, 1, 2, 3, 4, 5], 1), (7, &[2, 5], 33)];
     for (total, places, dim) in places {
         for narrow in [0, 1] {
-            // Whole numbers that bf16 has.
+            // Integers that bf16 represents exactly.
             let xs: Vec<f64> = (0..total as usize * dim).map(|i| (i % 251) as f64 + 1.0).collect();
             let mut request = Request::of(&[22, total, places.len() as u64, dim as u64, narrow]);
             request.0.extend(places);

@@ -26,8 +26,9 @@ const NAMES: LayerNames = LayerNames {
 
 /// DeBERTa-v3 with a classification head on the first token: dropout, dense, GELU, dropout, projection.
 ///
-/// All of the head belongs to the task: checkpoints bring no pooler. Difference: PEFT leaves `pooler` frozen at its
-/// random start unless `modules_to_save` names it; adapters that are written here name it, and it is trained.
+/// The whole head belongs to the task, because checkpoints have no pooler. Difference: PEFT leaves `pooler`
+/// frozen at its random initialisation unless `modules_to_save` names it; adapters written by this crate name
+/// it, and it is trained.
 #[derive(Debug)]
 pub struct DebertaForSequenceClassification {
     embeddings: Embeddings,
@@ -40,9 +41,9 @@ pub struct DebertaForSequenceClassification {
 }
 
 impl DebertaForSequenceClassification {
-    /// Fetches the encoder from `vb`, with or without the prefix `deberta`, and the task head from `head` (names
-    /// start at `pooler` and `classifier`): under an adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
+    /// Loads the encoder from `vb`, with or without the prefix `deberta`, and the task head from `head`
+    /// (names start at `pooler` and `classifier`). With an adapter method, `vb` is a frozen checkpoint and
+    /// `head` comes from [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -103,7 +104,7 @@ impl DebertaForSequenceClassification {
     }
 }
 
-/// The table of relative positions.
+/// Loads the table of relative positions.
 fn positions(encoder: &Weights, config: &DebertaConfig) -> Result<RelativePositions> {
     let (d, buckets) = (config.hidden_size, config.buckets());
     let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };

@@ -15,7 +15,7 @@ use crate::util::{check, json};
 /// The fields of `config.json` that shape the computation; others are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DebertaConfig {
-    /// `deberta-v2`, of which DeBERTa-v3 is the one with shared projections.
+    /// `deberta-v2`; DeBERTa-v3 is the variant with shared projections.
     pub model_type: String,
     /// The number of token ids.
     pub vocab_size: usize,
@@ -27,7 +27,7 @@ pub struct DebertaConfig {
     pub num_attention_heads: usize,
     /// The inner width of the feed-forward block.
     pub intermediate_size: usize,
-    /// The activation of the feed-forward block; `gelu` (the exact one) is supported.
+    /// The activation of the feed-forward block; only `gelu` (the exact one) is supported.
     #[serde(default = "defaults::gelu")]
     pub hidden_act: String,
     /// Dropout of embeddings, relative positions and each sub-layer's output, in training.
@@ -39,55 +39,55 @@ pub struct DebertaConfig {
     /// Dropout before the pooler, in training.
     #[serde(default)]
     pub pooler_dropout: f64,
-    /// The activation of the pooler; `gelu` is supported.
+    /// The activation of the pooler; only `gelu` is supported.
     #[serde(default = "defaults::gelu")]
     pub pooler_hidden_act: String,
-    /// Dropout before the projection to classes; `hidden_dropout_prob` where absent.
+    /// Dropout before the projection to classes; `hidden_dropout_prob` if absent.
     #[serde(default)]
     pub cls_dropout: Option<f64>,
     /// The longest sequence.
     pub max_position_embeddings: usize,
-    /// The distance from which on there is no further bucket; `max_position_embeddings` where below 1.
+    /// The distance from which on there are no further buckets; `max_position_embeddings` if below 1.
     #[serde(default = "unlimited")]
     pub max_relative_positions: i64,
-    /// The buckets of distances on each side; where below 1 each distance has its own.
+    /// The number of buckets of distances on each side; if below 1, each distance has its own bucket.
     #[serde(default = "unlimited")]
     pub position_buckets: i64,
-    /// Whether attention knows relative positions; `true` is supported.
+    /// Whether attention uses relative positions; only `true` is supported.
     #[serde(default)]
     pub relative_attention: bool,
-    /// Whether words have absolute positions, too; `false` is supported.
+    /// Whether words also have absolute positions; only `false` is supported.
     #[serde(default = "yes")]
     pub position_biased_input: bool,
-    /// Whether relative positions share the projections of queries and keys; `true` is supported.
+    /// Whether relative positions share the projections of queries and keys; only `true` is supported.
     #[serde(default)]
     pub share_att_key: bool,
-    /// Which terms the scores have beside content to content: a list or a text with `|`; both of `c2p` and `p2c`
-    /// are supported.
+    /// The terms of the scores beside content-to-content, as a list or a string separated by `|`. Only `c2p`
+    /// and `p2c` together are supported.
     #[serde(default)]
     pub pos_att_type: Value,
-    /// `layer_norm` where the relative positions are normalised.
+    /// `layer_norm` if the relative positions are normalised, otherwise `none`.
     #[serde(default = "none")]
     pub norm_rel_ebd: String,
-    /// The width of a convolution beside the first layer; 0 is supported.
+    /// The width of a convolution beside the first layer; only 0 is supported.
     #[serde(default)]
     pub conv_kernel_size: usize,
-    /// The number of token types; 0 is supported.
+    /// The number of token types; only 0 is supported.
     #[serde(default)]
     pub type_vocab_size: usize,
-    /// The width of the word embeddings; `hidden_size` is supported.
+    /// The width of the word embeddings; only `hidden_size` is supported.
     #[serde(default)]
     pub embedding_size: Option<usize>,
-    /// The width of a head; `hidden_size / num_attention_heads` is supported.
+    /// The width of a head; only `hidden_size / num_attention_heads` is supported.
     #[serde(default)]
     pub attention_head_size: Option<usize>,
-    /// Added to the variance in every layer norm; 1e-7 where absent.
+    /// Added to the variance in every layer norm; 1e-7 if absent.
     #[serde(default = "layer_norm_eps")]
     pub layer_norm_eps: f64,
     /// The standard deviation that new weights start with.
     #[serde(default = "defaults::initializer_range")]
     pub initializer_range: f64,
-    /// The id of padding; 0 where absent or null.
+    /// The id of padding; 0 if absent or null.
     #[serde(default)]
     pub pad_token_id: Option<u32>,
     /// The names of the classes; [`Self::num_labels`] counts them.
@@ -112,12 +112,12 @@ impl DebertaConfig {
     /// Reads and checks a `config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
     pub fn from_file(path: &Path) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let config: Self = json::parse_config(text, path, &[])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
@@ -127,7 +127,7 @@ impl DebertaConfig {
     /// Checks that the values fit each other and are supported.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If an option is invalid or not supported; the error names the first.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "deberta-v2")?;
         checks::sizes(&[
@@ -152,7 +152,7 @@ impl DebertaConfig {
         ])
     }
 
-    /// What DeBERTa-v2's larger models have and v3 has not.
+    /// Rejects the options of larger DeBERTa-v2 models that v3 does not have.
     fn check_version(&self) -> Result<()> {
         let only = |option: &str, expected: &str, got: String| {
             shared::check_is(option, &got, expected).map_err(|_| {
@@ -185,7 +185,7 @@ impl DebertaConfig {
 
     fn check_positions(&self) -> Result<()> {
         let Buckets { log, max_distance } = self.buckets();
-        // A table of them is fetched; its size is checked against the file's then, but computed here.
+        // Bounds the size of the table, which is computed before it is compared with that in the weights.
         if max_distance > 1 << 24 {
             let reason = format!("{max_distance} is more than 2^24");
             return Err(Error::config("max_relative_positions", reason));
@@ -202,7 +202,7 @@ impl DebertaConfig {
         }
     }
 
-    /// Which distances share an embedding.
+    /// The mapping of distances to relative-position embeddings.
     pub(crate) fn buckets(&self) -> Buckets {
         let positive = |value: i64| usize::try_from(value).ok().filter(|value| *value > 0);
         Buckets {
@@ -226,8 +226,8 @@ impl DebertaConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
-    /// Face names them.
+    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
+    /// names.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         shared::set_num_labels(&mut self.id2label, n);
         self

@@ -1,4 +1,4 @@
-//! The self-attention of a layer, before its norm's output and after.
+//! The self-attention block of a decoder layer.
 
 use candle_core::{Tensor, D};
 use candle_nn::kv_cache::KvCache;
@@ -14,12 +14,12 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, Mask, RmsNorm, Scores, Window};
 
-/// Queries, keys and values by head, their rotation, the attention itself, and the projection of what it gathered.
+/// Grouped-query self-attention with rotary positions, including the projections before and after it.
 #[derive(Debug)]
 pub(super) struct Attention {
     qkv: Joint<3>,
     o_proj: AdaptableLinear,
-    /// Of queries and of keys.
+    /// The norms of queries and of keys, per head.
     norms: Option<[RmsNorm; 2]>,
     probs_dropout: Dropout,
     scores: Scores,
@@ -30,7 +30,7 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    /// `window` is kept by the layers that have one of this size.
+    /// Loads the block. Layers with the same window size on the same device share one `window`.
     pub fn load(
         path: &str,
         vb: &Weights,
@@ -93,7 +93,7 @@ impl Attention {
         self.o_proj.forward(&context, &step.cx)
     }
 
-    /// `xs` (b, t, heads * dim) with each head normed and turned by its position, where it is.
+    /// Normalises each head of `xs` (b, t, heads * dim) with `norm` and rotates it by `angles`, where given.
     fn place(
         &self,
         xs: Tensor,
@@ -116,7 +116,7 @@ impl Attention {
         xs.flatten_from(D::Minus2)
     }
 
-    /// The weights of its norms.
+    /// The weights of the query and key norms.
     pub fn norm_parameters(&self) -> impl Iterator<Item = Tensor> + '_ {
         self.norms.iter().flatten().flat_map(RmsNorm::parameters)
     }

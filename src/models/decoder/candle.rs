@@ -1,4 +1,4 @@
-//! The way to candle-transformers' LLaMA.
+//! Conversion to candle-transformers' LLaMA configuration.
 
 use candle_transformers::models::llama::{Config, Llama3RopeConfig, Llama3RopeType, LlamaEosToks};
 
@@ -7,11 +7,10 @@ use super::positions::{Positions, RotaryScaling};
 use crate::error::{Error, Result};
 
 impl DecoderConfig {
-    /// The configuration of candle-transformers' `Llama` that computes what this decoder does, to run merged
-    /// weights there.
+    /// Returns the equivalent configuration of candle-transformers' `Llama`, to run merged weights there.
     ///
     /// # Errors
-    /// Names the first switch that it does not have.
+    /// If this model uses a feature that candle-transformers' `Llama` lacks; the error names the first one.
     pub fn to_candle_llama(&self) -> Result<Config> {
         let plain = LayerConfig { window: None, positions: Positions::Global };
         let lacking = [

@@ -1,4 +1,4 @@
-//! The decoder with the head that predicts the next token.
+//! The decoder with a language-model head.
 
 use candle_core::{Device, Tensor};
 use candle_nn::Init;
@@ -12,7 +12,7 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, Weight};
 
-/// A decoder as a language model.
+/// A decoder with a head that predicts the next token.
 #[derive(Debug)]
 pub struct DecoderForCausalLM {
     decoder: Decoder,
@@ -21,8 +21,8 @@ pub struct DecoderForCausalLM {
 }
 
 impl DecoderForCausalLM {
-    /// Fetches the decoder and its head, `lm_head.weight`, or under `tie_word_embeddings` the
-    /// embedding itself. `noise` is what dropout is addressed in.
+    /// Loads the decoder and its head: `lm_head.weight`, or the token embedding under `tie_word_embeddings`.
+    /// `noise` is the source of dropout.
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.

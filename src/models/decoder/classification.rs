@@ -1,4 +1,4 @@
-//! The decoder with a head that classifies a whole sequence.
+//! The decoder with a sequence-classification head.
 
 use candle_core::{DType, Tensor, D};
 use candle_nn::{Init, VarBuilder};
@@ -20,9 +20,8 @@ pub struct DecoderForSequenceClassification {
 }
 
 impl DecoderForSequenceClassification {
-    /// Fetches the decoder from `vb` and the task head, `score.weight`, from `head`: under an
-    /// adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
+    /// Loads the decoder from `vb` and the task head, `score.weight`, from `head`. With an adapter method,
+    /// these are a frozen checkpoint and [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -39,18 +38,18 @@ impl DecoderForSequenceClassification {
         Ok(Self { decoder, score, config: config.clone() })
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    /// Turns gradient checkpointing ([`ops::checkpoint`]) on or off: training keeps only the input of each
+    /// layer and recomputes the layer in the backward pass. Saves memory; costs one more forward pass.
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.decoder.set_checkpoint_layers(on);
     }
 
-    /// The configuration, with the number of labels the head has.
+    /// The configuration, including the head's number of labels.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
-    /// The logits, or the scores of a regression.
+    /// Returns the logits of each sequence, or the scores of a regression.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
@@ -58,7 +57,7 @@ impl DecoderForSequenceClassification {
     /// - output: `(b, num_labels)`, the head's dtype
     ///
     /// # Errors
-    /// If shapes differ, or the sequence is longer than the model's.
+    /// If the shapes do not fit, or the sequence is longer than the model's maximum.
     pub fn forward(
         &self,
         input_ids: &Tensor,
@@ -67,7 +66,7 @@ impl DecoderForSequenceClassification {
     ) -> candle_core::Result<Tensor> {
         let hidden = self.decoder.forward(input_ids, attention_mask, None, cx)?;
         let (b, t, _) = hidden.dims3()?;
-        // The column of the last real token: in f32, exactly, where every backend has an argmax.
+        // The column of the last real token; in f32, which is exact here and has an argmax on every backend.
         let columns = Tensor::arange(0u32, t as u32, hidden.device())?.to_dtype(DType::F32)?;
         let last = attention_mask.to_dtype(DType::F32)?.broadcast_mul(&columns)?.argmax(D::Minus1)?;
         let starts: Vec<u32> = (0..b).map(|row| (row * t) as u32).collect();

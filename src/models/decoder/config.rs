@@ -1,4 +1,4 @@
-//! What a decoder is made of: sizes and switches, whatever family they came from.
+//! The configuration of a decoder of any family: sizes and switches.
 
 use candle_core::Device;
 
@@ -8,8 +8,9 @@ use crate::models::{checks, Placement};
 use crate::util::check;
 use crate::util::device::free_device_bytes;
 
-/// The sizes of a decoder and the switches in which the families differ. [`Self::from_file`] reads them from the
-/// `config.json` of one of [`Self::model_types`].
+/// The sizes of a decoder and the switches in which the families differ.
+///
+/// [`Self::from_file`] reads them from the `config.json` of one of [`Self::model_types`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
     /// The family, as `config.json` names it.
@@ -20,72 +21,74 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     /// The width inside a feed-forward block.
     pub intermediate_size: usize,
-    /// The query heads.
+    /// The number of query heads.
     pub num_attention_heads: usize,
-    /// The key heads, each of which serves as many query heads.
+    /// The number of key/value heads; each serves an equal number of query heads.
     pub num_key_value_heads: usize,
-    /// The width of one head; all together need not be as wide as the residual stream.
+    /// The width of one head; all heads together need not be as wide as the residual stream.
     pub head_dim: usize,
-    /// The longest sequence, in tokens.
+    /// The longest sequence in tokens; [`Self::max_length`] also accounts for YaRN.
     pub max_position_embeddings: usize,
-    /// In what the layers differ, one entry a layer.
+    /// The settings in which layers differ, one entry per layer.
     pub layers: Vec<LayerConfig>,
-    /// The rotary positions of the layers that say [`Positions::Global`].
+    /// The rotary positions of layers with [`Positions::Global`].
     pub rotary: RotaryConfig,
-    /// Those of the layers that say [`Positions::Local`] (Gemma 3).
+    /// The rotary positions of layers with [`Positions::Local`] (Gemma 3).
     pub local_rotary: Option<RotaryConfig>,
     /// Whether the projections of queries, keys and values have a bias (Qwen 2).
     pub qkv_bias: bool,
-    /// Whether the projection after attention has one.
+    /// Whether the output projection of attention has a bias.
     pub o_bias: bool,
-    /// Whether the feed-forward block's have.
+    /// Whether the projections of the feed-forward block have a bias.
     pub mlp_bias: bool,
     /// Whether queries and keys of each head are RMS-normed before their rotation (Qwen 3, Gemma 3).
     pub qk_norm: bool,
-    /// Whether queries, keys and values are one layer, `qkv_proj`, and gate and up another, `gate_up_proj` (Phi 3).
+    /// Whether queries, keys and values are one layer, `qkv_proj`, and gate and up one layer, `gate_up_proj`
+    /// (Phi 3).
     pub fused_projections: bool,
-    /// Whether attention and feed-forward are normed before they are added to the residual stream, too (Gemma).
+    /// Whether the outputs of attention and feed-forward are also normed before they are added to the
+    /// residual stream (Gemma).
     pub post_norms: bool,
     /// Whether norms multiply by `1 + w` rather than by `w` (Gemma).
     pub norm_offset: bool,
-    /// What is added to the mean square in every norm.
+    /// The epsilon added to the mean square in every norm.
     pub rms_norm_eps: f64,
-    /// The gate of the feed-forward block.
+    /// The activation of the gate in the feed-forward block.
     pub activation: Activation,
-    /// What the product of a query and a key is multiplied by.
+    /// The factor on the dot product of a query and a key.
     pub attention_scale: f64,
     /// The soft cap on attention scores (Gemma 2).
     pub attention_cap: Option<f64>,
     /// The soft cap on the logits of the next token (Gemma 2).
     pub logit_cap: Option<f64>,
-    /// What token embeddings are multiplied by (Gemma).
+    /// The factor on token embeddings (Gemma).
     pub embedding_scale: Option<f64>,
-    /// Whether the head over the vocabulary is the embedding itself.
+    /// Whether the language-model head shares the weight of the token embedding.
     pub tie_word_embeddings: bool,
-    /// The token that begins a text, where the model has one.
+    /// The token that begins a text, if the model has one.
     pub bos_token_id: Option<u32>,
     /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
-    /// The id of padding, where the model has one.
+    /// The padding token, if the model has one.
     pub pad_token_id: Option<u32>,
     /// The number of outputs of a classification head.
     pub num_labels: usize,
-    /// Dropout of the attention probabilities, in training.
+    /// The dropout rate of attention probabilities in training.
     pub attention_dropout: f64,
-    /// The standard deviation that new weights start with.
+    /// The standard deviation of newly initialised weights.
     pub initializer_range: f64,
 }
 
-/// What may be another in each layer.
+/// The settings that may differ from layer to layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
-    /// A query sees this many keys, its own place included, and none before them. None: all.
+    /// The sliding window: how many keys a query attends to, its own position included. `None`: no window.
     pub window: Option<usize>,
-    /// Which rotary positions the layer has.
+    /// The rotary positions of the layer.
     pub positions: Positions,
 }
 
-/// The gate of a feed-forward block, `activation(gate) up`.
+/// The activation of a gated feed-forward block, `activation(gate) * up`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x sigmoid(x)`.
@@ -95,8 +98,8 @@ pub enum Activation {
 }
 
 impl DecoderConfig {
-    /// The longest sequence, in tokens: `max_position_embeddings`, or what YaRN stretches the original context to, whose
-    /// files may leave the former as it was.
+    /// The longest sequence in tokens: `max_position_embeddings` or, under YaRN, `factor * original` if that
+    /// is larger, since files with YaRN may keep the original `max_position_embeddings`.
     pub fn max_length(&self) -> usize {
         match &self.rotary.scaling {
             RotaryScaling::Yarn { factor, original, .. } => {
@@ -106,10 +109,10 @@ impl DecoderConfig {
         }
     }
 
-    /// Checks that the values fit each other.
+    /// Checks that the values are valid and consistent.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If one is not; the error names the first such option.
     pub fn validate(&self) -> Result<()> {
         checks::sizes(&[
             ("vocab_size", self.vocab_size),
@@ -160,22 +163,23 @@ impl DecoderConfig {
         self.local_rotary.iter().chain([&self.rotary]).try_for_each(|rotary| rotary.validate(self.head_dim))
     }
 
-    /// The id that fills a batch. It is masked, so that any id serves where the model has none.
+    /// The token id that pads batches: the padding token, else the first end token, else 0. Padding is
+    /// masked, so any id works.
     pub fn pad_id(&self) -> u32 {
         self.pad_token_id.or_else(|| self.eos_token_ids.first().copied()).unwrap_or(0)
     }
 
-    /// The same configuration with `n` outputs of a classification head.
+    /// Returns the configuration with `n` outputs of a classification head.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         self.num_labels = n;
         self
     }
 
-    /// The layers split over several devices by the memory that is free there now, embedding and head on the first;
-    /// where that is not known, as on the CPU, in equal shares.
+    /// Splits the layers over several devices in proportion to their currently free memory, with embedding
+    /// and head on the first. If the free memory of any is unknown, as on the CPU, all get equal shares.
     ///
     /// # Errors
-    /// As [`Placement::new`].
+    /// As [`Placement::by_memory`].
     pub fn place(&self, devices: &[Device]) -> Result<Placement> {
         let known: Option<Vec<u64>> = devices.iter().map(free_device_bytes).collect();
         let shares = known.unwrap_or_else(|| vec![1; devices.len()]);

@@ -1,4 +1,4 @@
-//! The feed-forward block of a layer: a gate, what it lets through, and the way back.
+//! The gated feed-forward block of a layer.
 
 use candle_core::Tensor;
 
@@ -10,7 +10,7 @@ use crate::models::layers::adaptable_linear_of;
 use crate::models::Weights;
 use crate::ops;
 
-/// `(activation(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
+/// The gated feed-forward block, `(activation(x Wg^T) * x Wu^T) Wd^T` (Shazeer 2020).
 #[derive(Debug)]
 pub(super) struct FeedForward {
     gate_up: Joint<2>,
@@ -44,7 +44,8 @@ impl FeedForward {
         self.down_proj.forward(&inner, cx)
     }
 
-    /// The weights, where all of the block is one operation: plain layers, with nothing on them.
+    /// Returns the weights of gate, up and down if the whole block can run as one fused SwiGLU operation:
+    /// SiLU with separate dense layers that have no bias, active adapter or probe.
     fn as_swiglu(&self, cx: &Context) -> Option<[&Tensor; 3]> {
         let Joint::Apart([gate, up]) = &self.gate_up else { return None };
         fn weight<'a>(layer: &'a AdaptableLinear, cx: &Context) -> Option<&'a Tensor> {

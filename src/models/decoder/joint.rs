@@ -1,4 +1,4 @@
-//! Several projections of one input.
+//! Several linear projections of the same input.
 
 use std::array;
 
@@ -7,8 +7,8 @@ use candle_core::{Result, Tensor, D};
 use crate::adapter::{AdaptableLinear, Context, Linears};
 use crate::error;
 
-/// N projections of one input: each a layer of its own, or all one layer whose outputs stand side by side (Phi 3), on
-/// which there is one adapter then.
+/// N projections of the same input: separate layers, or one fused layer (Phi 3) whose outputs are
+/// concatenated and which takes a single adapter.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant)] // N layers are no smaller than one
 pub(super) enum Joint<const N: usize> {
@@ -17,7 +17,7 @@ pub(super) enum Joint<const N: usize> {
 }
 
 impl<const N: usize> Joint<N> {
-    /// All outputs, `(.., width)` each.
+    /// Returns all N outputs, `(.., width)` each.
     pub fn forward(&self, xs: &Tensor, cx: &Context) -> Result<[Tensor; N]> {
         let mut outputs = array::from_fn(|_| xs.clone());
         match self {

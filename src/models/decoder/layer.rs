@@ -14,15 +14,15 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, RmsNorm, Window};
 
-/// Norm, self-attention, residual; norm, gated feed-forward, residual. With post-norms (Gemma) what comes out of each
-/// block is normed, too, before the residual stream takes it.
+/// A pre-norm layer: norm, self-attention, residual; norm, gated feed-forward, residual. With post-norms
+/// (Gemma) the output of each block is also normed before it is added to the residual stream.
 #[derive(Debug)]
 pub(super) struct Layer {
     attention_norm: RmsNorm,
     self_attn: Attention,
     mlp_norm: RmsNorm,
     mlp: FeedForward,
-    /// After attention and after the feed-forward block.
+    /// The norms after attention and after the feed-forward block (Gemma).
     post_norms: Option<[RmsNorm; 2]>,
 }
 
@@ -37,7 +37,8 @@ impl Layer {
     ) -> Result<Self> {
         let norm =
             |name: &str| rms_norm(config.hidden_size, config.rms_norm_eps, config.norm_offset, &vb.pp(name));
-        // LLaMA's name for the norm before the feed-forward block is Gemma's for the one after attention.
+        // LLaMA and Gemma use the same name for different norms: the one before the feed-forward block in
+        // LLaMA, the one after attention in Gemma.
         let (mlp_norm, post_norms) = match config.post_norms {
             false => (norm("post_attention_layernorm")?, None),
             true => {
@@ -66,7 +67,7 @@ impl Layer {
         if let Some([norm, _]) = &self.post_norms {
             attended = norm.forward_on(&attended, path)?;
         }
-        // Below the first layer are frozen embeddings, which no gradient is for.
+        // The input of the first layer is the frozen embedding, for which no gradient is computed.
         let xs = ops::add_constant(&attended, xs)?;
         let mut fed = self.mlp.forward(&self.mlp_norm.forward_on(&xs, path)?, &step.cx)?;
         if let Some([_, norm]) = &self.post_norms {
@@ -75,7 +76,7 @@ impl Layer {
         xs + fed
     }
 
-    /// Everything that may be trained in it.
+    /// All tensors of the layer that may be trainable.
     pub fn parameters(&self) -> candle_core::Result<Vec<Tensor>> {
         let norms =
             [&self.attention_norm, &self.mlp_norm].into_iter().chain(self.post_norms.iter().flatten());

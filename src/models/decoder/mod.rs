@@ -1,8 +1,8 @@
-//! Decoders: one model with switches for LLaMA 1, 2 and 3.x (Touvron et al. 2023; Grattafiori et al. 2024), what shares
-//! its layout, and the families that came after it ([`DecoderConfig`]).
+//! Decoders: one model with switches ([`DecoderConfig`]) for LLaMA 1, 2 and 3.x (Touvron et al. 2023;
+//! Grattafiori et al. 2024), models with the same layout, and later families.
 //!
-//! Pre-norm layers with RMS norm, rotary positions, grouped-query attention and a gated feed-forward block. Checkpoints
-//! load with or without the `model.` prefix.
+//! Pre-norm layers with RMS norm, rotary positions, grouped-query attention and a gated feed-forward block.
+//! Checkpoints load with or without the `model.` prefix.
 
 mod attention;
 mod candle;

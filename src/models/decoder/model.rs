@@ -1,4 +1,4 @@
-//! The decoder: token embeddings, pre-norm transformer layers and a last norm.
+//! The decoder: token embedding, pre-norm transformer layers and a final norm.
 
 use std::sync::Arc;
 
@@ -24,20 +24,21 @@ pub struct Decoder {
     checkpoint_layers: bool,
     norm: RmsNorm,
     placement: Placement,
-    /// What the layers of each place share from pass to pass.
+    /// Rotary tables and causal mask of each place (device), shared by its layers, kept between passes.
     shared: Vec<(Tables, CausalMask)>,
     max_length: usize,
     targets: &'static [&'static str],
 }
 
-/// Where checkpoints have the decoder: alone, in a model with a head, in one that sees images too (Gemma 3, as it was
-/// saved by newer and by older versions of transformers).
+/// The prefixes of the decoder's tensors in checkpoints: a bare decoder, a model with a head, and a
+/// multimodal model (Gemma 3) as saved by newer and by older versions of transformers.
 const PREFIXES: [&str; 4] = ["", "model", "model.language_model", "language_model.model"];
 
 impl Decoder {
-    /// Fetches the decoder by name, with or without the prefix `model.`, or from a model that sees images too.
+    /// Loads the decoder by tensor name, with or without the prefix `model.`, or from a multimodal model.
     ///
-    /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
+    /// If `vb` creates new parameters, they have the prefix `model.`; matrices are initialised with standard
+    /// deviation `initializer_range`.
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -48,7 +49,7 @@ impl Decoder {
             "" => vb.contains_tensor("embed_tokens.weight"),
             prefix => vb.contains_tensor(&format!("{prefix}.embed_tokens.weight")),
         };
-        // A bare checkpoint's layers are called as in a model with a head, and so are new ones.
+        // Layers of a bare checkpoint, and new ones, get the same paths as in a model with a head.
         let (vb, prefix) = match PREFIXES.iter().find(there) {
             Some(&"") => (vb, "model"),
             Some(prefix) => (prefix.split('.').fold(vb, |vb, name| vb.pp(name)), *prefix),
@@ -61,7 +62,7 @@ impl Decoder {
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, layer) in config.layers.iter().enumerate() {
             let place = placement.place_of(i);
-            // Layers with windows of one size, in one place, share its mask.
+            // Layers with the same window size on the same device share the window's mask.
             let window = layer.window.map(|size| {
                 let same = |(at, window): &&(usize, Window)| (*at, window.size()) == (place, size);
                 let known = windows.iter().find(same).map(|(_, window)| window.clone());
@@ -91,12 +92,13 @@ impl Decoder {
         })
     }
 
-    /// The last hidden states; see [`CausalLm::hidden`](crate::models::causal::CausalLm::hidden).
+    /// Returns the last hidden states; see [`CausalLm::hidden`](crate::models::causal::CausalLm::hidden).
     ///
     /// # Errors
-    /// If shapes differ, the sequence is longer than the model's, a training pass comes with a
-    /// cache, through which nothing could be differentiated, or a cache begins with virtual tokens
-    /// and a row of padding alone: where they belong is not known yet.
+    /// If the shapes do not fit; if the sequence is longer than [`Self::max_length`]; if a training pass is
+    /// given a cache, through which no gradient flows; if a cache begins with virtual tokens and a row of
+    /// padding only, so that their position is not known yet; or if a cache outgrows its room to where the
+    /// rotary positions change (LongRoPE).
     pub fn forward(
         &self,
         input_ids: &Tensor,
@@ -106,7 +108,7 @@ impl Decoder {
     ) -> candle_core::Result<Tensor> {
         let (cx, (_, t)) = (&*cx.of_one_pass(), input_ids.dims2()?);
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
-        // Virtual tokens stand before a row's beginning alone.
+        // Virtual tokens precede only the beginning of a row, not its continuations.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
         self.embeddings.check_length(seen + p + t, self.max_length)?;
         if cache.is_some() && matches!(cx.pass, Pass::Train { .. }) {
@@ -145,35 +147,35 @@ impl Decoder {
                 _ => cx.handed_on(layer.forward(&xs, &step, cached)?),
             };
         }
-        // Real tokens stand in these columns, wherever the virtual ones are among the padding.
+        // All real tokens are in the last t columns: virtual tokens only change places with left padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
         let xs = self.placement.carry(&xs, at, 0)?;
         self.norm.forward_on(&xs, cx.path)
     }
 
-    /// An empty cache for this decoder, with room for `capacity` tokens a row.
+    /// Returns an empty cache for this decoder, with room for `capacity` tokens per row.
     pub fn cache(&self, capacity: usize) -> Cache {
         let capacity = capacity + self.embeddings.virtual_tokens();
         Cache::new(self.layers.len(), capacity.min(self.max_length))
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    /// Turns gradient checkpointing ([`ops::checkpoint`]) on or off: training keeps only the input of each
+    /// layer and recomputes the layer in the backward pass. Saves memory; costs one more forward pass.
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.checkpoint_layers = on;
     }
 
-    /// The longest sequence, in tokens beside the virtual ones.
+    /// The longest sequence in tokens, not counting virtual tokens.
     pub fn max_length(&self) -> usize {
         self.max_length.saturating_sub(self.embeddings.virtual_tokens())
     }
 
-    /// The token embedding (vocab, hidden), which a language-model head may be tied to.
+    /// The token embedding `(vocab, hidden)`, to which a language-model head may be tied.
     pub fn embeddings(&self) -> &Weight {
         self.embeddings.words()
     }
 
-    /// Where a batch comes in: the device of the embedding.
+    /// The device of the embedding, on which input batches must be.
     pub fn device(&self) -> &Device {
         self.embeddings().device()
     }
@@ -191,7 +193,7 @@ impl AdaptableModel for Decoder {
     }
 }
 
-/// Whether every row of a mask has a real token.
+/// Checks that every row of a mask has a real token.
 fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
     let rows = mask.ne(0u8)?.to_vec2::<u8>()?;
     match rows.iter().position(|row| row.iter().all(|real| *real == 0)) {

@@ -1,88 +1,88 @@
-//! Which rotary positions a layer has, and how their angles grow.
+//! Rotary positions: which kind a layer has, and how the angles are scaled.
 
 use crate::error::{Error, Result};
 use crate::util::check;
 
-/// Which of a model's rotary positions a layer has.
+/// The kind of rotary positions of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Positions {
-    /// Those of the whole text.
+    /// The model's main rotary positions, `DecoderConfig::rotary`.
     Global,
-    /// Those of layers with a window, where they have a base of their own (Gemma 3).
+    /// `DecoderConfig::local_rotary`: those of layers with a window, which have their own base (Gemma 3).
     Local,
-    /// None: order is told by the causal mask alone (SmolLM 3, in every fourth layer).
+    /// No rotary positions: only the causal mask gives the order (every fourth layer of SmolLM 3).
     None,
 }
 
-/// The angles of rotary positions: pair i of the first `dim` elements of each head turns by `theta^(-2 i / dim)` a
-/// position, before scaling.
+/// The settings of rotary positions: pair i of the first `dim` elements of each head rotates by
+/// `theta^(-2 i / dim)` per position, before scaling.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RotaryConfig {
-    /// The base.
+    /// The base of the frequencies.
     pub theta: f32,
-    /// How many elements of each head turn: all, or fewer (partial rotary positions).
+    /// The number of rotated elements of each head: all, or fewer (partial rotary positions).
     pub dim: usize,
-    /// How the angles are changed for longer texts.
+    /// How the angles are scaled for longer texts.
     pub scaling: RotaryScaling,
 }
 
-/// How angles are changed so that a model reads longer texts than it was trained on at first.
+/// The scaling of rotary angles for texts longer than those of pre-training.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum RotaryScaling {
-    /// Not at all.
+    /// No scaling.
     None,
-    /// All go `factor` times slower (Chen et al. 2023).
+    /// All frequencies are divided by `factor` (Chen et al. 2023).
     Linear {
-        /// How much slower.
+        /// The divisor of the frequencies.
         factor: f32,
     },
-    /// LLaMA 3.1's rule: waves longer than the original context go `factor` times slower, short ones stay, those
-    /// between are mixed.
+    /// LLaMA 3.1's rule: low frequencies are divided by `factor`, high ones stay; interpolated in between.
     Llama3 {
-        /// How much slower.
+        /// The divisor of low frequencies.
         factor: f32,
-        /// Turns within the original context below which a wave is long.
+        /// A frequency is low if it makes fewer turns than this within the original context.
         low_freq_factor: f32,
-        /// Turns above which it is short.
+        /// A frequency is high if it makes more turns than this within the original context.
         high_freq_factor: f32,
         /// The original context, in tokens.
         original: usize,
     },
-    /// YaRN (Peng et al. 2023): the same idea with a ramp over the pairs, and larger cosines and sines.
+    /// YaRN (Peng et al. 2023): as `Llama3`, but interpolated linearly in the pair index, and with larger
+    /// cosines and sines.
     Yarn {
-        /// How much slower.
+        /// The divisor of low frequencies.
         factor: f32,
-        /// Turns within the original context above which a wave stays.
+        /// Frequencies with more turns than this within the original context stay.
         beta_fast: f32,
-        /// Turns below which it is slowed down wholly.
+        /// Frequencies with fewer turns than this within the original context are divided by `factor`.
         beta_slow: f32,
         /// The original context, in tokens.
         original: usize,
-        /// Whether the ramp begins and ends at whole pairs.
+        /// Whether the ends of the ramp are rounded outwards to whole pairs.
         truncate: bool,
-        /// What cosines and sines are multiplied by.
+        /// The factor on cosines and sines.
         magnitude: f32,
     },
-    /// LongRoPE (Ding et al. 2024): each pair has a divisor of its own, another one once a text is longer than the
+    /// LongRoPE (Ding et al. 2024): each pair has its own divisor, and another one in texts longer than the
     /// original context.
     LongRope {
-        /// Divisors of the pairs' angles in short texts.
+        /// The divisors of the pairs' frequencies in texts of up to `original` tokens.
         short: Vec<f32>,
-        /// Those in long texts, whose every position they are for.
+        /// The divisors in longer texts, for all positions of such a text.
         long: Vec<f32>,
-        /// The original context, in tokens: the longest short text.
+        /// The original context, in tokens.
         original: usize,
-        /// What cosines and sines are multiplied by.
+        /// The factor on cosines and sines.
         magnitude: f32,
     },
 }
 
 impl RotaryConfig {
-    /// Checks that the values fit each other and heads so wide.
+    /// Checks that the values are valid for heads of width `head_dim`.
     ///
     /// # Errors
-    /// Names the option at fault.
+    /// If one is not; the error names the option.
     pub fn validate(&self, head_dim: usize) -> Result<()> {
         check::positive("rope_theta", f64::from(self.theta))?;
         if self.dim == 0 || !self.dim.is_multiple_of(2) || self.dim > head_dim {

@@ -1,4 +1,4 @@
-//! A decoder's configuration from Hugging Face's `config.json`.
+//! Reading a decoder's configuration from Hugging Face's `config.json`.
 
 use std::path::Path;
 
@@ -10,22 +10,23 @@ use crate::error::{Error, Result};
 use crate::util::json;
 
 impl DecoderConfig {
-    /// Reads and checks a `config.json`, of old and of new versions of transformers, by its `model_type`.
-    /// [`Self::from_files`] reads what else a model says of the end of a text.
+    /// Reads and validates a `config.json` of an old or new version of transformers; `model_type` selects the
+    /// family. [`Self::from_files`] also reads the end tokens in `generation_config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such a configuration, is of another family, or asks for what is not supported.
+    /// If the file cannot be read, is not such a configuration, is of an unknown family, or needs an
+    /// unsupported feature.
     pub fn from_file(path: &Path) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// [`Self::from_file`] from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let value = json::parse(text, path)?;
         Self::from_value(value).map_err(|e| Error::format(path, e.to_string()))
     }
 
-    /// The same from the parsed text.
+    /// [`Self::from_file`] from parsed JSON.
     ///
     /// # Errors
     /// As [`Self::from_file`].
@@ -35,15 +36,15 @@ impl DecoderConfig {
         Ok(config)
     }
 
-    /// The families that are known, as `model_type` names them.
+    /// The supported families, as values of `model_type`.
     pub fn model_types() -> impl Iterator<Item = &'static str> {
         families::model_types()
     }
 
-    /// The name of this family's model with a head in transformers, such as `LlamaForCausalLM` for `ForCausalLM`.
+    /// The class in transformers of this family's model with `head`: `LlamaForCausalLM` for `ForCausalLM`.
     pub fn class_name(&self, head: &str) -> String {
         let text_alone = match (self.model_type, head) {
-            // The one head that has no class of its own for text.
+            // The only head without a text-only class: transformers uses `Gemma3ForCausalLM`.
             ("gemma3_text", "ForCausalLM") => "Gemma3",
             (model_type, _) => families::class(model_type),
         };
@@ -90,7 +91,7 @@ mod tests {
     fn plain_positions_may_be_spelt_out() -> Result<()> {
         let mut value = llama3();
         value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 10000.0});
-        // What older versions call them says something else.
+        // The older field, `rope_scaling`, disagrees.
         let error = DecoderConfig::from_value(value.clone()).unwrap_err().to_string();
         assert!(error.starts_with("invalid rope_scaling: there are rope_parameters as well"), "{error}");
         for same in [json!(null), json!({}), json!({"rope_type": "default"})] {
@@ -99,7 +100,7 @@ mod tests {
             assert!(config.rotary.scaling == RotaryScaling::None);
             assert_eq!(config.rotary.theta, 10000.0);
         }
-        // However it is spelt.
+        // The same settings in both fields, spelt differently.
         value["rope_parameters"] = json!({"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0});
         value["rope_scaling"] = json!({"type": "linear", "factor": 8});
         assert!(DecoderConfig::from_value(value.clone()).is_ok());

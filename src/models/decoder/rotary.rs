@@ -1,4 +1,4 @@
-//! The tables of rotary angles, for each way of scaling them.
+//! The tables of rotary angles, for each kind of scaling.
 
 use std::f32::consts::PI;
 
@@ -12,12 +12,12 @@ use crate::models::rotary_table::RotaryTable;
 #[derive(Debug)]
 pub(super) struct Rotary {
     short: RotaryTable,
-    /// The table of texts longer than so many tokens, where it is another.
+    /// The table for texts longer than this many tokens, if it differs (LongRoPE).
     long: Option<(usize, RotaryTable)>,
 }
 
 impl Rotary {
-    /// For weights of `dtype`.
+    /// Creates the tables for weights of `dtype`.
     pub fn new(config: &RotaryConfig, dtype: DType, device: &Device) -> Self {
         let table = |frequencies, magnitude| RotaryTable::new(frequencies, magnitude, dtype, device);
         let plain = RotaryTable::plain(config.theta, config.dim);
@@ -41,12 +41,12 @@ impl Rotary {
         Self { short: table(frequencies, magnitude), long: None }
     }
 
-    /// Whether a text of so many tokens has the angles of long ones.
+    /// Whether a text of `length` tokens uses the table of long texts.
     pub fn is_long(&self, length: usize) -> bool {
         self.long.as_ref().is_some_and(|(original, _)| length > *original)
     }
 
-    /// Cosines and sines of positions `first .. first + count` in a text of `length` tokens,
+    /// Returns cosines and sines of positions `first .. first + count` in a text of `length` tokens,
     /// `(1, count, dim / 2)` each.
     pub fn angles(&self, first: usize, count: usize, length: usize) -> Result<Angles> {
         let table = match &self.long {
@@ -57,7 +57,7 @@ impl Rotary {
     }
 }
 
-/// LLaMA 3.1's rule for one frequency.
+/// Applies LLaMA 3.1's rule to one frequency.
 fn slowed(frequency: f32, scaling: &RotaryScaling) -> f32 {
     let RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original } = scaling
     else {
@@ -68,7 +68,8 @@ fn slowed(frequency: f32, scaling: &RotaryScaling) -> f32 {
     (1.0 - share) * frequency / factor + share * frequency
 }
 
-/// YaRN's: a ramp between the pairs that turn `beta_fast` and `beta_slow` times within the original context.
+/// Applies YaRN to all frequencies: a ramp from unchanged to divided by `factor`, between the pairs that turn
+/// `beta_fast` and `beta_slow` times within the original context.
 fn ramped(plain: &[f32], config: &RotaryConfig) -> Vec<f32> {
     let &RotaryScaling::Yarn { factor, beta_fast, beta_slow, original, truncate, .. } = &config.scaling
     else {

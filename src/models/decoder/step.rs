@@ -1,4 +1,4 @@
-//! What every layer of one forward pass shares.
+//! The state that all layers share during one forward pass.
 
 use candle_core::{DType, Device};
 
@@ -9,23 +9,23 @@ use crate::adapter::Context;
 use crate::error::Error;
 use crate::ops::Mask;
 
-/// What every layer of one forward pass shares.
+/// The state that all layers share during one forward pass.
 #[derive(Clone)]
 pub(super) struct Step {
-    /// Padding and the causal triangle; windows are the layers' own.
+    /// Padding and causal mask; each layer adds its own window.
     pub mask: Mask,
     pub angles: AllAngles,
     pub cx: Context,
 }
 
-/// The angles of the new tokens, of each kind of positions.
+/// The rotary angles of the new tokens, for each kind of positions.
 #[derive(Clone)]
 pub(super) struct AllAngles {
     global: Angles,
     local: Option<Angles>,
 }
 
-/// The tables that a model's angles come from.
+/// The tables of a model's rotary angles.
 #[derive(Debug)]
 pub(super) struct Tables {
     global: Rotary,
@@ -33,14 +33,19 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// For weights of `dtype` on `device`.
+    /// Creates the tables for weights of `dtype` on `device`.
     pub fn new(config: &DecoderConfig, dtype: DType, device: &Device) -> Self {
         let rotary = |config| Rotary::new(config, dtype, device);
         Self { global: rotary(&config.rotary), local: config.local_rotary.as_ref().map(rotary) }
     }
 
-    /// The angles of `count` tokens after `first` others. `room` is what the cache that these are in was begun for,
-    /// where there is one: all that it ever holds has the angles of one text.
+    /// Returns the angles of `count` tokens after `first` others.
+    ///
+    /// `room` is the number of tokens that the cache, if any, was created for. Under LongRoPE it decides
+    /// between the angles of short and long texts, so that everything in one cache has the same kind.
+    ///
+    /// # Errors
+    /// If the tokens exceed `room` and the longer text has other angles.
     pub fn angles(&self, first: usize, count: usize, room: Option<usize>) -> candle_core::Result<AllAngles> {
         let length = first + count;
         let at = |rotary: &Rotary| -> candle_core::Result<Angles> {
@@ -59,7 +64,7 @@ impl Tables {
 }
 
 impl Step {
-    /// The angles of a layer with these positions, if they turn at all.
+    /// The angles of a layer with these positions; `None` without rotary positions.
     pub fn angles_of(&self, positions: Positions) -> Option<&Angles> {
         match positions {
             Positions::Global => Some(&self.angles.global),

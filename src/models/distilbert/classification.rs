@@ -15,7 +15,7 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::LayerNorm;
 
-/// The variance's companion in every norm: no field of the configuration.
+/// Added to the variance in every layer norm; the configuration has no field for it.
 const NORM_EPS: f64 = 1e-12;
 
 const NAMES: LayerNames = LayerNames {
@@ -41,9 +41,9 @@ pub struct DistilBertForSequenceClassification {
 }
 
 impl DistilBertForSequenceClassification {
-    /// Fetches the encoder from `vb`, with or without the prefix `distilbert`, and the task head from `head`
-    /// (names start at `pre_classifier` and `classifier`): under an adapter method a frozen checkpoint and
-    /// [`Params::var_builder`](crate::adapter::Params::var_builder).
+    /// Loads the encoder from `vb`, with or without the prefix `distilbert`, and the task head from `head`
+    /// (names start at `pre_classifier` and `classifier`). With an adapter method, `vb` is a frozen
+    /// checkpoint and `head` comes from [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.

@@ -25,7 +25,7 @@ pub struct DistilBertConfig {
     pub n_heads: usize,
     /// The inner width of the feed-forward block.
     pub hidden_dim: usize,
-    /// The activation of the feed-forward block; `gelu` (the exact one) is supported.
+    /// The activation of the feed-forward block; only `gelu` (the exact one) is supported.
     #[serde(default = "defaults::gelu")]
     pub activation: String,
     /// Dropout of embeddings and of the feed-forward block's output, in training.
@@ -34,7 +34,7 @@ pub struct DistilBertConfig {
     /// Dropout of the attention probabilities, in training.
     #[serde(default = "defaults::dropout")]
     pub attention_dropout: f64,
-    /// Dropout in the classification head, in training; 0.2 where absent.
+    /// Dropout in the classification head, in training; 0.2 if absent.
     #[serde(default = "seq_classif_dropout")]
     pub seq_classif_dropout: f64,
     /// The number of position embeddings, and the longest sequence.
@@ -42,7 +42,7 @@ pub struct DistilBertConfig {
     /// The standard deviation that new weights start with.
     #[serde(default = "defaults::initializer_range")]
     pub initializer_range: f64,
-    /// The id of padding; 0 where absent or null.
+    /// The id of padding; 0 if absent or null.
     #[serde(default)]
     pub pad_token_id: Option<u32>,
     /// The names of the classes; [`Self::num_labels`] counts them.
@@ -58,12 +58,12 @@ impl DistilBertConfig {
     /// Reads and checks a `config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
     pub fn from_file(path: &Path) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let config: Self = json::parse_config(text, path, &[])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
@@ -73,7 +73,7 @@ impl DistilBertConfig {
     /// Checks that the values fit each other and are supported.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If an option is invalid or not supported; the error names the first.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "distilbert")?;
         checks::sizes(&[
@@ -103,8 +103,8 @@ impl DistilBertConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
-    /// Face names them.
+    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
+    /// names.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         shared::set_num_labels(&mut self.id2label, n);
         self

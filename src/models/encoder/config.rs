@@ -1,4 +1,4 @@
-//! What the encoders' configurations have in common: defaults, checks, the names of the classes.
+//! Parts that the encoders' configurations share: defaults, checks, names of classes.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::labels::{self, Labels};
 
-/// What transformers takes where a file says nothing.
+/// The defaults of transformers for fields that a file leaves out.
 pub mod defaults {
     use std::collections::BTreeMap;
 
@@ -27,16 +27,16 @@ pub mod defaults {
         0.02
     }
 
-    /// Two classes.
+    /// The default names of two classes.
     pub fn id2label() -> BTreeMap<usize, String> {
         super::label_names(2)
     }
 }
 
-/// Names of classes, which need be no texts.
+/// Deserialises names of classes, which need not be strings.
 ///
 /// # Errors
-/// If they are not numbered.
+/// If the keys are not numbers.
 pub fn label_texts<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<BTreeMap<usize, String>, D::Error> {
@@ -44,20 +44,22 @@ pub fn label_texts<'de, D: Deserializer<'de>>(
     Ok(names.iter().map(|(class, name)| (*class, labels::plain(name))).collect())
 }
 
-/// Classes as Hugging Face names them where nobody does.
+/// Hugging Face's default names of `n` classes.
 pub fn label_names(n: usize) -> BTreeMap<usize, String> {
     Labels::numbered(n).names().iter().cloned().enumerate().collect()
 }
 
-/// Makes it `n` classes; the names stay where there are as many.
+/// Sets the number of classes to `n`. If it changes, all names become the defaults.
 pub fn set_num_labels(names: &mut BTreeMap<usize, String>, n: usize) {
     if names.len() != n {
         *names = label_names(n);
     }
 }
 
+/// Checks that `heads` divides `width`; `option` is the name of the heads' field.
+///
 /// # Errors
-/// Unless `heads` divides `width`; `option` is what the file calls the heads.
+/// If it does not.
 pub fn check_heads(option: &str, heads: usize, width: usize) -> Result<()> {
     if width.is_multiple_of(heads) {
         return Ok(());
@@ -65,8 +67,10 @@ pub fn check_heads(option: &str, heads: usize, width: usize) -> Result<()> {
     Err(Error::config(option, format!("{heads} heads do not divide {width}")))
 }
 
+/// Checks that an option has the only supported value.
+///
 /// # Errors
-/// Unless the option has the one value that is supported.
+/// If it has another value.
 pub fn check_is(option: &str, value: &str, expected: &str) -> Result<()> {
     if value == expected {
         return Ok(());

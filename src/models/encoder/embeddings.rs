@@ -1,4 +1,4 @@
-//! Words, and where a family has them positions and token types: summed, normalised, dropped.
+//! The embeddings of an encoder: the sum of word, position and token-type embeddings, then norm and dropout.
 
 use candle_core::{DType, Tensor, D};
 use candle_nn::Init;
@@ -14,9 +14,9 @@ use crate::ops::{self, LayerNorm};
 /// How the tokens of a row are numbered for the position embeddings.
 #[derive(Debug, Clone, Copy)]
 pub enum PositionIds {
-    /// By their columns, from zero.
+    /// By column, from zero.
     Columns,
-    /// Real tokens alone, from `first` on; padding has the number before that.
+    /// Real tokens are numbered from `first`; padding has the number `first - 1`.
     RealTokens {
         /// The id of padding.
         pad_id: u32,
@@ -28,19 +28,19 @@ pub enum PositionIds {
 /// Names and sizes of [`Embeddings`].
 #[derive(Debug)]
 pub struct EmbeddingsShape<'a> {
-    /// The name under which dropout is addressed.
+    /// The path by which dropout noise is addressed.
     pub path: &'a str,
-    /// The name of the table of words.
+    /// The name of the table of word embeddings.
     pub words: &'static str,
     /// The number of token ids.
     pub vocab: usize,
     /// The width of the tables.
     pub width: usize,
-    /// How many positions there are and how they are counted; None of a family without such a table.
+    /// The number of positions and how they are counted; `None` for a family without position embeddings.
     pub positions: Option<(usize, PositionIds)>,
-    /// The number of token types; None of a family without.
+    /// The number of token types; `None` for a family without them.
     pub token_types: Option<usize>,
-    /// The norm, fetched by the caller: its name and whether it has a bias differ.
+    /// The norm, loaded by the caller: its name and whether it has a bias differ between families.
     pub norm: LayerNorm,
     /// Dropout of the result, in training.
     pub dropout: f64,
@@ -50,7 +50,7 @@ pub struct EmbeddingsShape<'a> {
     pub max_length: usize,
 }
 
-/// The first layer's input.
+/// The embeddings, which compute the first layer's input.
 #[derive(Debug)]
 pub struct Embeddings {
     words: AdaptableEmbedding,
@@ -62,7 +62,7 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    /// Fetches the tables from `vb`.
+    /// Loads the tables from `vb`.
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
@@ -81,22 +81,23 @@ impl Embeddings {
         })
     }
 
-    /// The word embedding, before which virtual tokens can stand.
+    /// The word embedding, which may have virtual tokens.
     pub fn words(&self) -> &AdaptableEmbedding {
         &self.words
     }
 
-    /// The same, to change it.
+    /// The word embedding, mutably.
     pub fn words_mut(&mut self) -> &mut AdaptableEmbedding {
         &mut self.words
     }
 
-    /// The first layer's input, packed where that pays, and how the batch is packed.
+    /// Computes the first layer's input, packed if that saves time, and the layout of the batch.
     ///
     /// # Shapes
     /// - `ids`, `types`: `(b, t)` of u32; `types` all zero where absent
     /// - `mask`: `(b, t)` of u8, 1 on real tokens
-    /// - output: `(n, width)`, or `(b, p + t, width)` where the batch is not packed
+    /// - output: `(n, width)` for `n` real tokens, or `(b, p + t, width)` with `p` virtual tokens if not
+    ///   packed
     ///
     /// # Errors
     /// If shapes differ, or the sequence is longer than the model's.
@@ -113,7 +114,7 @@ impl Embeddings {
         Ok((batch.pack(embedded, cx.path)?, batch))
     }
 
-    /// Hidden states (b, p + t, d) without those of virtual tokens.
+    /// Removes the virtual tokens from hidden states (b, p + t, d).
     ///
     /// # Errors
     /// If candle fails.
@@ -143,13 +144,13 @@ impl Embeddings {
         self.dropout.forward(&self.norm.forward_on(&sum, cx.path)?, cx)
     }
 
-    /// `(b, p + t)` or `(1, p + t)` of u32, virtual tokens first.
+    /// The position ids, `(b, p + t)` or `(1, p + t)` of u32, virtual tokens first.
     fn position_ids(&self, ids: &Tensor, numbering: PositionIds) -> candle_core::Result<Tensor> {
         let (p, t) = (self.words.virtual_tokens() as u32, ids.dim(1)? as u32);
         match numbering {
             PositionIds::Columns => Tensor::arange(0, p + t, ids.device())?.unsqueeze(0),
             PositionIds::RealTokens { pad_id, first } => {
-                // In f32, exactly: positions are small, and not every backend sums integers.
+                // In f32, which is exact for such small numbers, because not every backend sums integers.
                 let real = ids.ne(pad_id)?.to_dtype(DType::F32)?;
                 let (b, before) = (ids.dim(0)?, f64::from(first - 1));
                 let own =

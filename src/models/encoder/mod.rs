@@ -1,5 +1,5 @@
-//! What the encoders share: embeddings, the packed batch between the layers, the post-norm layer with absolute or
-//! relative positions, and the layers one after the other.
+//! Parts that the encoders share: embeddings, the packed batch between layers, the post-norm layer with
+//! absolute or relative positions, and the stack of layers.
 
 pub mod config;
 mod embeddings;

@@ -1,39 +1,39 @@
-//! A padded batch between the layers: its real tokens alone, where that saves enough.
+//! Batches between the layers of an encoder, packed to their real tokens if that saves enough.
 
 use candle_core::{Device, Tensor};
 
 use crate::ops::{Mask, OpPath, Rows};
 
-/// How the rows of a batch lie between the layers of an encoder.
+/// The layout of a batch between the layers of an encoder.
 #[derive(Debug, Clone)]
 pub struct PackedBatch {
     shape: (usize, usize), // (b, t)
     padding: Tensor,       // (b, t)
     real: Option<Rows>,
-    /// The tokens (one a row) whose hidden states are wanted of a layer; all where absent.
+    /// The tokens (one per row) whose hidden states a layer has to compute; `None` for all.
     only: Option<Rows>,
 }
 
 impl PackedBatch {
-    /// A batch of `shape` (b, t) under its attention mask (b, t), 1 on real tokens.
+    /// The layout of a batch of `shape` (b, t) with its attention mask (b, t), 1 on real tokens.
     ///
     /// # Errors
     /// If the mask cannot be read.
     pub fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
         let mut real = None;
-        // On a GPU, to read the mask would hold everything up.
+        // On a GPU, reading the mask would stall the device.
         if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {
             let rows = Rows::of_mask(attention_mask)?;
             let has_first_tokens =
                 (0..shape.0).all(|row| rows.places().binary_search(&((row * shape.1) as u32)).is_ok());
-            // Below a tenth of padding the copies cost what they save.
+            // With less than a tenth of padding, the copies cost as much as they save.
             let saves = (1..=rows.total() * 9 / 10).contains(&rows.count());
             real = Some(rows).filter(|_| saves && has_first_tokens);
         }
         Ok(Self { shape, padding: attention_mask.clone(), real, only: None })
     }
 
-    /// The same batch for a layer of which the first token of each row alone is wanted.
+    /// The same batch for a layer that has to compute only the first token of each row.
     ///
     /// # Errors
     /// If candle fails.
@@ -51,17 +51,17 @@ impl PackedBatch {
         &self.padding
     }
 
-    /// Which keys every query sees.
+    /// The attention mask as a [`Mask`]: every query sees all real tokens.
     pub fn mask(&self) -> Mask {
         Mask { padding: Some(self.padding.clone()), ..Mask::default() }
     }
 
-    /// The tokens, one a row, whose hidden states are wanted of a layer; None: all.
+    /// The tokens (one per row) whose hidden states a layer has to compute; `None` for all.
     pub fn only(&self) -> Option<&Rows> {
         self.only.as_ref()
     }
 
-    /// Where the first token of each row is among the packed ones.
+    /// The indices of the first token of each row among the packed tokens.
     ///
     /// # Errors
     /// If candle fails.
@@ -77,7 +77,7 @@ impl PackedBatch {
         }
     }
 
-    /// (b, t, d) as (n, d).
+    /// Packs (b, t, d) to (n, d), if the batch is packed.
     ///
     /// # Errors
     /// If the shape is not the batch's.
@@ -88,7 +88,7 @@ impl PackedBatch {
         }
     }
 
-    /// The packed (n, d) followed by `more` rows, as (b * t + more, d), zero on padding.
+    /// Unpacks (n, d), followed by `more` rows, to (b * t + more, d), zero on padding.
     ///
     /// # Errors
     /// If the shape is not the batch's.
@@ -99,7 +99,7 @@ impl PackedBatch {
         }
     }
 
-    /// (n, d) as (b, t, d), zero on padding.
+    /// Unpacks (n, d) to (b, t, d), zero on padding.
     ///
     /// # Errors
     /// If the shape is not the packed batch's.

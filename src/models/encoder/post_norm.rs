@@ -1,5 +1,5 @@
-//! The layer of BERT and its relatives: attention and feed-forward block, each followed by dropout, residual
-//! and layer norm.
+//! The layer of BERT and its relatives: attention and a feed-forward block, each followed by dropout, the
+//! residual connection and layer norm.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
 
-/// What a family calls the parts of its layer.
+/// The tensor names of a layer's parts in a family.
 #[derive(Debug)]
 pub struct LayerNames {
     /// The projection to queries.
@@ -24,15 +24,15 @@ pub struct LayerNames {
     pub key: &'static str,
     /// The projection to values.
     pub value: &'static str,
-    /// The projection of what attention gives.
+    /// The output projection of attention.
     pub attention_output: &'static str,
     /// The norm after attention.
     pub attention_norm: &'static str,
     /// The first layer of the feed-forward block.
     pub intermediate: &'static str,
-    /// Its second layer.
+    /// The second layer of the feed-forward block.
     pub output: &'static str,
-    /// The norm after it.
+    /// The norm after the feed-forward block.
     pub output_norm: &'static str,
 }
 
@@ -53,7 +53,7 @@ impl LayerNames {
 /// Names and sizes of a [`PostNormLayer`].
 #[derive(Debug)]
 pub struct LayerShape {
-    /// What its parts are called.
+    /// The names of its parts.
     pub names: &'static LayerNames,
     /// The width of the residual stream.
     pub hidden: usize,
@@ -67,15 +67,15 @@ pub struct LayerShape {
     pub init_std: f64,
     /// Dropout of the attention probabilities, in training.
     pub probs_dropout: f64,
-    /// Dropout of what the attention block adds, in training.
+    /// Dropout of the attention block's output, in training.
     pub attention_dropout: f64,
-    /// Dropout of what the feed-forward block adds, in training.
+    /// Dropout of the feed-forward block's output, in training.
     pub output_dropout: f64,
-    /// The table of relative positions; None of a family whose attention knows none.
+    /// The table of relative positions; `None` for a family without them.
     pub relative: Option<Arc<RelativePositions>>,
 }
 
-/// One layer.
+/// One post-norm layer.
 #[derive(Debug)]
 pub struct PostNormLayer {
     query: AdaptableLinear,
@@ -101,7 +101,7 @@ struct Relative {
 }
 
 impl PostNormLayer {
-    /// Fetches the layer called `path` from `vb`, which stands there.
+    /// Loads the layer at `path` from `vb`, which has that prefix.
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
@@ -131,8 +131,8 @@ impl PostNormLayer {
         })
     }
 
-    /// What disentangled attention gives for the `wanted` tokens, (b, t or 1, d). The tokens and the relative
-    /// positions pass each shared projection together: an adapter on it is called once.
+    /// Disentangled attention for the `wanted` tokens, (b, t or 1, d). The tokens and the relative positions
+    /// pass each shared projection in one call, so that an adapter on it is called once.
     fn attend_relatively(
         &self,
         relative: &Relative,
@@ -149,14 +149,14 @@ impl PostNormLayer {
         let k = batch.pad_rows(self.key.forward(&and_positions(xs)?, cx)?, m, cx.path)?; // (b * t + m, d)
         let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?; // (b, t, d)
 
-        // Three terms, each of the variance that one has elsewhere.
+        // The scores have three terms, each with the variance of the one term of ordinary attention.
         let scale = (3.0 * d as f64 / self.heads as f64).sqrt().recip();
         let dropout = self.probs_dropout.active(cx);
         let padding = batch.padding();
         ops::disentangled_attention(&q, &k, &v, &rows, self.heads, scale, padding, dropout, cx.path)
     }
 
-    /// What attention gives for the `wanted` tokens, (b, t or 1, d).
+    /// Attention for the `wanted` tokens, (b, t or 1, d).
     fn attend(
         &self,
         xs: &Tensor,

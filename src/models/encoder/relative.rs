@@ -1,5 +1,4 @@
-//! Relative positions of disentangled attention: one table for all layers, of which a row stands for a bucket of
-//! distances.
+//! Relative positions of disentangled attention: one table for all layers, one row per bucket of distances.
 
 use candle_core::Tensor;
 
@@ -10,37 +9,38 @@ use crate::ops::LayerNorm;
 /// The table of relative positions, shared by the layers.
 #[derive(Debug)]
 pub struct RelativePositions {
-    /// (2 * span, d): the row `span + bucket` of each bucket.
+    /// The table (2 * span, d): the row of a bucket is `span + bucket`.
     pub table: Tensor,
-    /// The norm of its rows, where the family has one.
+    /// The norm of its rows, if the model has one.
     pub norm: Option<LayerNorm>,
     /// Which distances share a row.
     pub buckets: Buckets,
 }
 
-/// Which bucket a distance is in.
+/// The mapping of distances to buckets.
 #[derive(Debug, Clone, Copy)]
 pub struct Buckets {
-    /// The number of buckets on each side, half of which are one distance each; None: each distance has its own.
+    /// The number of buckets on each side, half of which hold one distance each. `None`: all buckets do.
     pub log: Option<usize>,
-    /// The distance from which on there is no further bucket.
+    /// The distance from which on there are no further buckets.
     pub max_distance: usize,
 }
 
 impl Buckets {
-    /// Half the rows of a table.
+    /// Half the number of rows of the table.
     pub fn span(&self) -> usize {
         self.log.unwrap_or(self.max_distance)
     }
 
-    /// The row of a table for `distance`, query minus key.
+    /// The row of the table for `distance`, the query's position minus the key's.
     pub fn row(&self, distance: i64) -> usize {
         let span = self.span() as i64;
         (self.bucket(distance) + span).clamp(0, 2 * span - 1) as usize
     }
 
-    /// The distance itself up to half the buckets, then logarithmically fewer: `sign (mid + ceil(log(|x| / mid) /
-    /// log((max - 1) / mid) (mid - 1)))`, in single precision as in the models' own training.
+    /// The bucket of a distance: the distance itself up to half the buckets, then logarithmically fewer
+    /// buckets: `sign (mid + ceil(log(|x| / mid) / log((max - 1) / mid) (mid - 1)))`. It is computed in
+    /// single precision, as in the models' own training.
     fn bucket(&self, distance: i64) -> i64 {
         let Some(buckets) = self.log else { return distance };
         let mid = (buckets / 2) as i64;
@@ -54,8 +54,8 @@ impl Buckets {
 }
 
 impl RelativePositions {
-    /// The rows that `t` tokens can be apart, (m, d), and which of them each distance from `-(t - 1)` to `t - 1`
-    /// has.
+    /// The rows for all distances between `t` tokens, (m, d), and the index among them for each distance from
+    /// `-(t - 1)` to `t - 1`.
     ///
     /// # Errors
     /// If there is no token, or candle fails.
@@ -73,7 +73,7 @@ impl RelativePositions {
         Ok((dropout.forward(&table, cx)?, rows.collect()))
     }
 
-    /// Everything that may be trained in it.
+    /// All tensors that may be trained.
     pub fn parameters(&self) -> impl Iterator<Item = Tensor> + '_ {
         let norm = self.norm.iter().flat_map(LayerNorm::parameters);
         std::iter::once(self.table.clone()).chain(norm)
@@ -96,7 +96,7 @@ mod tests {
         let far = expected.len() as i64 / 2;
         let found: Vec<i64> = (-far..=far).map(|distance| buckets.bucket(distance)).collect();
         assert_eq!(found, expected);
-        // Beyond the last one there is none, and without buckets each distance is its own.
+        // Distances beyond the last bucket are clamped to it; without `log`, each has its own bucket.
         assert_eq!((buckets.row(-far), buckets.row(far), buckets.row(0)), (0, 511, 256));
         let each = Buckets { log: None, max_distance: 3 };
         assert_eq!([-4, -3, 0, 2, 3].map(|distance| each.row(distance)), [0, 0, 3, 5, 5]);

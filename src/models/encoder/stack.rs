@@ -11,21 +11,21 @@ use crate::ops;
 
 /// One layer of an encoder.
 pub trait Block: AdaptableModel + Send + Sync + 'static {
-    /// Of `xs` (n, d), or (b, t, d) where the batch is not packed, the hidden states that are wanted: in the
-    /// same shape, or (b, d) of [`PackedBatch::only`].
+    /// Computes the layer's hidden states from `xs`, (n, d) or, if the batch is not packed, (b, t, d). The
+    /// output has the same shape, or is (b, d) for the tokens of [`PackedBatch::only`].
     ///
     /// # Errors
     /// If candle fails.
     fn forward(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor>;
 
-    /// Everything that may be trained in it.
+    /// All tensors of the layer that may be trained.
     ///
     /// # Errors
-    /// None of its own.
+    /// Those of [`AdaptableModel::visit_linears`]; there are no others.
     fn parameters(&self) -> Result<Vec<Tensor>>;
 }
 
-/// The layers, and whether training computes each again in backward.
+/// The layers of an encoder, with optional gradient checkpointing.
 #[derive(Debug)]
 pub struct Stack<L> {
     layers: Vec<Arc<L>>,
@@ -33,12 +33,12 @@ pub struct Stack<L> {
 }
 
 impl<L: Block> Stack<L> {
-    /// These layers, in their order.
+    /// A stack of these layers, in order.
     pub fn new(layers: Vec<L>) -> Self {
         Self { layers: layers.into_iter().map(Arc::new).collect(), checkpoint_layers: false }
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
     /// ([`ops::checkpoint`]).
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.checkpoint_layers = on;
@@ -52,8 +52,8 @@ impl<L: Block> Stack<L> {
         self.run(&self.layers, xs, batch, cx)
     }
 
-    /// The last hidden state of each row's first token, (b, d): the last layer computes the keys and values of
-    /// all tokens, but the rest for these alone.
+    /// The last hidden state of each row's first token, (b, d). The last layer computes keys and values for
+    /// all tokens, but everything else only for the first tokens.
     ///
     /// # Errors
     /// If candle fails.

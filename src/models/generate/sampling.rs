@@ -1,17 +1,16 @@
-//! The choice of a token by its logits.
+//! Sampling a token from its logits.
 
 use rand::Rng;
 
 use crate::error::{Error, Result};
 
-/// How a token is chosen. Logits are divided by the temperature: a small one makes the likely tokens
-/// likelier.
+/// How a token is chosen. Logits are divided by the temperature: below 1, it makes likely tokens likelier.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Sampling {
-    /// The most probable token: greedy.
+    /// The most probable token (greedy).
     ArgMax,
-    /// Any token, by its probability.
+    /// Any token, with its probability.
     All {
         /// Above zero.
         temperature: f64,
@@ -23,18 +22,18 @@ pub enum Sampling {
         /// Above zero.
         temperature: f64,
     },
-    /// One of the nucleus: the fewest most probable tokens that together have the probability `p`.
+    /// One of the nucleus: the smallest set of most probable tokens whose total probability reaches `p`.
     TopP {
         /// In (0, 1].
         p: f64,
         /// Above zero.
         temperature: f64,
     },
-    /// One of the nucleus that is among the `k` most probable tokens.
+    /// One of the nucleus tokens among the `k` most probable tokens.
     TopKThenTopP {
         /// At least 1.
         k: usize,
-        /// In (0, 1], of the probability of all tokens.
+        /// In (0, 1], as a share of the probability of all tokens.
         p: f64,
         /// Above zero.
         temperature: f64,
@@ -42,7 +41,7 @@ pub enum Sampling {
 }
 
 impl Sampling {
-    /// Temperature, k and p; None for the greedy choice.
+    /// Temperature, k and p; `None` for the greedy choice.
     fn parts(self) -> Option<(f64, usize, f64)> {
         match self {
             Self::ArgMax => None,
@@ -68,13 +67,13 @@ impl Sampling {
         Ok(())
     }
 
-    /// The token that the next number of `rng` chooses; None where no token has a probability.
+    /// Chooses a token with the next number of `rng`; `None` if no token has a positive probability.
     pub(super) fn choose(self, logits: &[f32], rng: &mut impl Rng) -> Option<u32> {
         let larger = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
         let best = (0..logits.len()).reduce(larger).filter(|best| logits[*best] > f32::NEG_INFINITY)?;
         let Some((temperature, k, p)) = self.parts() else { return Some(best as u32) };
         let top = f64::from(logits[best]);
-        // Less the largest before all else: nothing overflows, whatever the temperature.
+        // The largest logit is subtracted first, so that nothing overflows at any temperature.
         let weight = |logit: &f32| (((f64::from(*logit) - top) / temperature) as f32).exp();
         let tokens = candidates(logits.iter().map(weight), k, p);
         let (mut sum, target) = (0.0, rng.random::<f64>() * total(&tokens));
@@ -90,8 +89,8 @@ fn total(tokens: &[(usize, f32)]) -> f64 {
     tokens.iter().map(|(_, weight)| f64::from(*weight)).sum()
 }
 
-/// The first `k` tokens of the nucleus of the share `p`, with their weights: by these, or, where every
-/// token is one, by their numbers.
+/// The first `k` tokens of the nucleus of the share `p`, with their weights. They are sorted by decreasing
+/// weight, or left in the order of their ids if every token qualifies.
 fn candidates(weights: impl Iterator<Item = f32>, k: usize, p: f64) -> Vec<(usize, f32)> {
     let mut tokens: Vec<(usize, f32)> = weights.enumerate().collect();
     if p >= 1.0 && k >= tokens.len() {
@@ -99,8 +98,8 @@ fn candidates(weights: impl Iterator<Item = f32>, k: usize, p: f64) -> Vec<(usiz
     }
     let all = total(&tokens);
     if p < 1.0 {
-        // All tokens below this have together less than half of what the nucleus leaves out, so none
-        // of them is in it; without them there are few to sort.
+        // Tokens below this weight together have less than half of the weight outside the nucleus, so none
+        // of them is in it. Dropping them leaves few tokens to sort.
         let least = (1.0 - p) * all / (2.0 * tokens.len() as f64);
         tokens.retain(|(_, weight)| f64::from(*weight) >= least);
     }
@@ -128,10 +127,10 @@ mod tests {
     use super::*;
     use crate::noise::{Noise, Purpose};
 
-    /// Logits whose probabilities are these.
+    /// The probabilities of the tokens.
     const SHARES: [f32; 6] = [0.05, 0.4, 0.0, 0.25, 0.2, 0.1];
 
-    /// How often each token is chosen.
+    /// The observed frequency of each token.
     fn shares(sampling: Sampling) -> Vec<f64> {
         let logits = SHARES.map(f32::ln);
         let stream = Noise::new(1).stream("row", Purpose::Predict);
@@ -148,12 +147,12 @@ mod tests {
         let cases = [
             (Sampling::ArgMax, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
             (Sampling::All { temperature }, [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]),
-            // The square roots of the probabilities, and their squares: [x ** 0.5 / sum(y ** 0.5 for y in p) ..]
+            // The square roots of the probabilities, and their squares: [x ** 0.5 / sum(y ** 0.5 for y in p)]
             (Sampling::All { temperature: 2.0 }, [0.1055, 0.2984, 0.0, 0.2359, 0.2110, 0.1492]),
             (Sampling::All { temperature: 0.5 }, [0.0091, 0.5818, 0.0, 0.2273, 0.1455, 0.0364]),
             (Sampling::TopK { k: 2, temperature }, [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0, 0.0]),
             (Sampling::TopK { k: 99, temperature }, [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]),
-            // 0.65 is not yet 0.66: the third belongs to it.
+            // The first two tokens reach only 0.65 of 0.66, so the third belongs to the nucleus.
             (Sampling::TopP { p: 0.66, temperature }, [0.0, 0.4 / 0.85, 0.0, 0.25 / 0.85, 0.2 / 0.85, 0.0]),
             (Sampling::TopP { p: 0.3, temperature }, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
             (Sampling::TopP { p: 1.0, temperature }, [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]),
@@ -204,7 +203,7 @@ mod tests {
         let mut rng = Noise::new(1).stream("row", Purpose::Predict).rng(0);
         assert_eq!(Sampling::ArgMax.choose(&[0.0, 2.0, 2.0], &mut rng), Some(1));
         assert_eq!(Sampling::TopK { k: 1, temperature: 1.0 }.choose(&[0.0, 2.0, 2.0], &mut rng), Some(1));
-        // Divided by so little, a logit alone would overflow.
+        // Divided by this temperature, the logit itself would overflow.
         assert_eq!(Sampling::All { temperature: 1e-308 }.choose(&[-9.0, 1e30, 7.0], &mut rng), Some(1));
         for sampling in [Sampling::All { temperature: 1.0 }, Sampling::TopP { p: 0.5, temperature: 1.0 }] {
             assert_eq!(sampling.choose(&[f32::NEG_INFINITY; 3], &mut rng), None);

@@ -1,4 +1,4 @@
-//! LoRA in GGUF, as llama.cpp (`--lora FILE`) and Ollama (`ADAPTER FILE`) load it.
+//! LoRA adapters in GGUF, as loaded by llama.cpp (`--lora FILE`) and Ollama (`ADAPTER FILE`).
 
 use std::path::Path;
 
@@ -13,30 +13,31 @@ use super::write::{write, Entry};
 use crate::error::{Error, Result};
 use crate::peft::AdapterFile;
 
-/// Writes an adapter, LoRA or the mean of MonteCLoRA, as the GGUF file `path`, for the base of this `config.json`.
+/// Writes a LoRA adapter, or the mean of a MonteCLoRA adapter, as the GGUF file `path`. `config` is the
+/// `config.json` of the base model.
 ///
-/// llama.cpp multiplies by alpha over the rank that it finds: rsLoRA's scale and alphas of single layers go into B. Rows
-/// of B lie as the base's rows do.
+/// llama.cpp scales by alpha divided by the rank of A, so the scale of rsLoRA and per-layer alphas are folded
+/// into B. The rows of B are permuted like the rows of the base weight.
 ///
 /// # Errors
-/// If the adapter has a task head, its base is of no architecture that GGUF is written of, it adapts a layer that
-/// llama.cpp has not (the head of a model whose head is its embedding), or the file cannot be written.
+/// If the adapter has a task head, GGUF does not support the architecture of its base, it adapts a layer that
+/// llama.cpp lacks (the head of a model with tied embeddings), or the file cannot be written.
 pub fn write_adapter(adapter: &AdapterFile, config: &Json, path: &Path) -> Result<()> {
     let (metadata, entries) = plan(adapter, config)?;
     write(path, &metadata, &entries)
 }
 
-/// Checks, before anything is trained, what [`write_adapter`] would refuse afterwards.
+/// Checks before training that [`write_adapter`] will accept the adapter.
 ///
 /// # Errors
-/// As [`write_adapter`], but for a file that cannot be written.
+/// As [`write_adapter`], except for a file that cannot be written.
 pub fn check_adapter(adapter: &AdapterFile, config: &Json) -> Result<()> {
     plan(adapter, config).map(drop)
 }
 
 type Metadata = Vec<(String, Value)>;
 
-/// What is written.
+/// The metadata and tensors that [`write_adapter`] writes.
 fn plan(adapter: &AdapterFile, config: &Json) -> Result<(Metadata, Vec<Entry<'static>>)> {
     adapter.check()?;
     if let Some(name) = adapter.saved_modules.keys().next() {
@@ -76,7 +77,7 @@ fn plan(adapter: &AdapterFile, config: &Json) -> Result<(Metadata, Vec<Entry<'st
     Ok((metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect(), entries))
 }
 
-/// GGUF's name of the weight of a layer.
+/// GGUF's name of a layer's weight.
 fn place(base: &Described, layer: &str) -> Result<String> {
     if layer == "lm_head" && base.tied {
         let reason = "the base's head is its embedding, and llama.cpp has no such layer: leave lm_head out of the targets";

@@ -1,22 +1,22 @@
-//! The architectures of GGUF that this crate reads and writes: what they are called elsewhere, how their tensors are
-//! named, and what llama.cpp's converter changes in them.
+//! The GGUF architectures that this crate reads and writes: their names and tensor names in Hugging Face, and
+//! the changes that llama.cpp's converter makes to weights.
 
-/// One architecture.
+/// A GGUF architecture.
 #[derive(Debug)]
 pub(super) struct Architecture {
-    /// What GGUF calls it.
+    /// GGUF's name.
     pub name: &'static str,
     /// Hugging Face's `model_type`.
     pub model_type: &'static str,
-    /// Whether the rows of q and k lie so that the two numbers that a rotation mixes are neighbours.
+    /// Whether the rows of q and k are permuted so that the two elements of a rotated pair are adjacent.
     pub interleaved: bool,
-    /// Whether the weights of norms are one more than Hugging Face's.
+    /// Whether norm weights are stored as Hugging Face's plus 1.
     pub norm_plus_one: bool,
-    /// The tensors of a block: GGUF's name and Hugging Face's.
+    /// The tensors of a block.
     blocks: &'static [Names],
 }
 
-/// Pairs of GGUF's name and Hugging Face's.
+/// Pairs of GGUF's and Hugging Face's names.
 type Names = &'static [(&'static str, &'static str)];
 
 const ATTENTION: Names = &[
@@ -46,7 +46,7 @@ const AROUND: Names = &[
 const OUTSIDE: Names =
     &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
-/// Mistral and SmolLM2 are `llama` here.
+/// The supported architectures. Mistral and SmolLM2 are `llama`.
 const ALL: [Architecture; 7] = [
     Architecture {
         name: "llama",
@@ -100,7 +100,7 @@ const ALL: [Architecture; 7] = [
 ];
 
 impl Architecture {
-    /// The architecture that GGUF calls `name`, or which there are.
+    /// Finds the architecture that GGUF calls `name`; the error lists the supported ones.
     pub fn named(name: &str) -> Result<&'static Self, String> {
         ALL.iter().find(|one| one.name == name).ok_or_else(|| {
             let names: Vec<&str> = ALL.iter().map(|one| one.name).collect();
@@ -108,9 +108,9 @@ impl Architecture {
         })
     }
 
-    /// The architecture of Hugging Face's `model_type`, or which there are.
+    /// Finds the architecture of Hugging Face's `model_type`; the error lists the supported ones.
     pub fn of_model_type(model_type: &str) -> Result<&'static Self, String> {
-        // Its tensors have other names, and its encoder of images no place.
+        // Its tensors have other names, and its image encoder has no place in these files.
         if model_type == "gemma3" {
             return Err(
                 "GGUF is for text-only checkpoints (gemma3_text), got gemma3, which sees images".into()
@@ -123,12 +123,12 @@ impl Architecture {
         })
     }
 
-    /// GGUF's name of a tensor, or of a layer, that Hugging Face calls `name`.
+    /// GGUF's name of the tensor or layer that Hugging Face calls `name`, if it has one.
     pub fn to_gguf(&self, name: &str) -> Option<String> {
         let (module, end) = parted(name);
         let of_attention = ["q_proj", "k_proj", "v_proj"].iter().any(|layer| module.ends_with(layer));
         if end == ".bias" && !of_attention && self.name != "llama" {
-            return None; // llama.cpp reads others of `llama` alone
+            return None; // llama.cpp reads other biases only for `llama`
         }
         if let Some(rest) = module.strip_prefix("model.layers.") {
             let (block, module) = rest.split_once('.')?;
@@ -138,7 +138,7 @@ impl Architecture {
         OUTSIDE.iter().find(|(_, theirs)| *theirs == module).map(|(name, _)| format!("{name}{end}"))
     }
 
-    /// Hugging Face's name of a tensor that GGUF calls `name`.
+    /// Hugging Face's name of the tensor that GGUF calls `name`, if it has one.
     pub fn to_hugging_face(&self, name: &str) -> Option<String> {
         let (module, end) = parted(name);
         if let Some(rest) = module.strip_prefix("blk.") {
@@ -149,8 +149,8 @@ impl Architecture {
         OUTSIDE.iter().find(|(ours, _)| *ours == module).map(|(_, theirs)| format!("{theirs}{end}"))
     }
 
-    /// Whether the rows of the layer or tensor, by Hugging Face's name, are those of q (true) or k (false) and lie
-    /// interleaved.
+    /// Whether the layer or tensor with this Hugging Face name has interleaved rows: `Some(true)` for q,
+    /// `Some(false)` for k, `None` if not interleaved.
     pub fn interleaved_queries(&self, name: &str) -> Option<bool> {
         match parted(name).0.rsplit('.').next() {
             Some("q_proj") if self.interleaved => Some(true),
@@ -159,7 +159,7 @@ impl Architecture {
         }
     }
 
-    /// What is added to the tensor of Hugging Face's `name` when it is written.
+    /// The constant that is added to the tensor with this Hugging Face name when it is written.
     pub fn added(&self, name: &str) -> f64 {
         if self.norm_plus_one && name.ends_with("norm.weight") {
             1.0
@@ -173,7 +173,7 @@ impl Architecture {
     }
 }
 
-/// The name of a module, and what of it the tensor is, with its point.
+/// Splits a name into the module and the suffix `.weight` or `.bias`, if any.
 fn parted(name: &str) -> (&str, &str) {
     for end in [".weight", ".bias"] {
         if let Some(module) = name.strip_suffix(end) {

@@ -1,9 +1,9 @@
-//! The scales of quantised blocks: what is not finite in one is found without dequantising it.
+//! The scales of quantised blocks, to find non-finite values without dequantising.
 
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
-/// Where the scales stand in a block, in bytes; each is of half precision.
+/// The byte offsets of the scales in a block; each scale is an f16.
 fn scales(kind: GgmlDType) -> &'static [usize] {
     match kind {
         GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
@@ -11,16 +11,16 @@ fn scales(kind: GgmlDType) -> &'static [usize] {
         GgmlDType::Q2K => &[80, 82],
         GgmlDType::Q3K => &[108],
         GgmlDType::Q6K => &[208],
-        // Of the last two, which are for what comes into a product, no file is made.
+        // The last two quantise the inputs of matrix products and do not occur in files.
         GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::Q8_1 | GgmlDType::Q8K => &[],
     }
 }
 
-/// The first block with a scale that is NaN or infinite. Where all are finite, so is every number of the tensor.
+/// Returns the first block with a NaN or infinite scale. `None` means that all values are finite.
 pub(super) fn first_non_finite(bytes: &[u8], kind: GgmlDType) -> Option<usize> {
     let scales = scales(kind);
     let infinite = |block: &[u8]| {
-        // All bits of the exponent set, of which the upper byte has five.
+        // NaN and infinity have all five exponent bits set; they are in the upper byte.
         scales.iter().any(|at| block.get(at + 1).is_some_and(|upper| upper & 0x7c == 0x7c))
     };
     bytes.par_chunks(kind.type_size()).position_first(infinite)
@@ -41,7 +41,7 @@ mod tests {
             let numbers = Tensor::arange(0f32, width as f32, &Device::Cpu)?.reshape((1, width))?;
             let sound = QTensor::quantize(&numbers, kind)?.data()?.into_owned();
             assert_eq!(first_non_finite(&sound, kind), None, "{kind:?}");
-            // Infinity at any place of the second block: what is not a scale is a part of integers.
+            // Infinity at each offset of the second block. Bytes outside the scales hold integers.
             for at in (0..size).step_by(2) {
                 let mut bytes = sound.clone();
                 bytes[size + at..size + at + 2].copy_from_slice(&0x7c00u16.to_le_bytes());

@@ -1,4 +1,4 @@
-//! A `config.json` of what a GGUF file says of its model.
+//! Conversion of a GGUF file's metadata to a `config.json`.
 
 use serde_json::{json, Map, Value as Json};
 
@@ -8,11 +8,11 @@ use super::value::Value;
 use crate::error::Result;
 
 impl Gguf {
-    /// The model's configuration as Hugging Face would have it: what the file says under its own keys, and what llama.cpp
-    /// assumes of an architecture.
+    /// Returns the model's configuration as Hugging Face's `config.json`, from the file's metadata and what
+    /// llama.cpp assumes for the architecture.
     ///
     /// # Errors
-    /// If a key is missing or has no such value, or the file asks for what is not supported.
+    /// If a key is missing or its value has the wrong type, or the model needs an unsupported feature.
     pub fn config(&self) -> Result<Json> {
         let mut config = self.sizes()?;
         self.tokens(&mut config)?;
@@ -21,7 +21,7 @@ impl Gguf {
         Ok(Json::Object(config))
     }
 
-    /// The heads of q, or those of k and v.
+    /// The number of heads of q, or of k and v.
     pub(super) fn heads(&self, queries: bool) -> Result<usize> {
         let all = self.required("attention.head_count")?;
         Ok(match queries {
@@ -30,7 +30,7 @@ impl Gguf {
         })
     }
 
-    /// The key of the model's architecture, such as `llama.block_count`.
+    /// Prefixes a key with the architecture, as in `llama.block_count`.
     fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.architecture().name)
     }
@@ -39,7 +39,7 @@ impl Gguf {
         self.value(&self.key(key))
     }
 
-    /// A whole number.
+    /// The value of a key as a non-negative integer, if the key is present.
     fn whole(&self, key: &str) -> Result<Option<usize>> {
         self.setting(key).map(|value| self.expect(key, value, value.as_u64().map(|n| n as usize))).transpose()
     }
@@ -52,7 +52,7 @@ impl Gguf {
         self.setting(key).map(|value| self.expect(key, value, value.as_f64())).transpose()
     }
 
-    /// What `value` is, or the error that it is not.
+    /// Returns `is`, or an error that `value` has the wrong type.
     fn expect<T>(&self, key: &str, value: &Value, is: Option<T>) -> Result<T> {
         is.ok_or_else(|| {
             let what = match value {
@@ -66,7 +66,7 @@ impl Gguf {
 
     fn sizes(&self) -> Result<Map<String, Json>> {
         let architecture = self.architecture();
-        // Not from `vocab_size`: a file may have more rows than its tokenizer has pieces.
+        // From the tensor, not `vocab_size`: a file may have more rows than its tokenizer has tokens.
         let vocabulary = match self.info("token_embd.weight").map(|info| info.shape.as_slice()) {
             Some([rows, _]) => *rows,
             _ => return Err(self.error("there is no tensor token_embd.weight of two axes")),
@@ -102,7 +102,7 @@ impl Gguf {
                 config.insert(ours.into(), json!(id));
             }
         }
-        // What ends a text, and what ends a turn.
+        // The tokens that end a text, a turn or a message.
         let mut ends: Vec<u64> = Vec::new();
         for id in [id("eos"), id("eot"), id("eom")].into_iter().flatten() {
             if !ends.contains(&id) {
@@ -149,13 +149,13 @@ impl Gguf {
         Ok(())
     }
 
-    /// How the frequencies of the base `theta` are scaled.
+    /// The scaling of the rotary frequencies of base `theta`, as Hugging Face's `rope_scaling`.
     fn scaling(&self, theta: f64) -> Result<Option<Json>> {
-        // Without a kind, a factor is one of positions.
+        // Without a type, a factor means linear scaling of positions.
         let kind = self.setting("rope.scaling.type").and_then(Value::as_str).unwrap_or("linear");
         self.only_usual(kind)?;
         if let Some(factors) = self.vector("rope_freqs.weight")? {
-            // Of another rule only the factors are known: Phi-3's way to say them, for every length.
+            // The rule of other factors is unknown: express them as LongRoPE, equal for all lengths.
             let spelt = || json!({"rope_type": "longrope", "long_factor": factors, "short_factor": factors, "attention_factor": 1.0});
             return Ok(Some(Llama3::behind(&factors, theta).map_or_else(spelt, Llama3::to_json)));
         }
@@ -195,10 +195,10 @@ impl Gguf {
         }
     }
 
-    /// Refuses factors that llama.cpp multiplies with what a kind of scaling computes by itself.
+    /// Refuses factors that llama.cpp applies on top of those of the scaling type itself.
     fn only_usual(&self, kind: &str) -> Result<()> {
         let by_factors = self.info("rope_factors_long.weight").is_some();
-        // A negative one stands for the kind's own.
+        // A negative `yarn_ext_factor` means the default of the scaling type.
         let mixed = f64::from(u8::from(kind == "yarn"));
         for (key, usual) in
             [("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0), ("yarn_ext_factor", mixed)]
@@ -240,7 +240,7 @@ impl Gguf {
             }
         }
         let window = self.whole("attention.sliding_window")?.filter(|window| *window > 0);
-        // What llama.cpp assumes: every second layer of Gemma 2 has a window, five of six of Gemma 3.
+        // llama.cpp assumes a window in every second layer of Gemma 2 and in five of six layers of Gemma 3.
         let (default, every) = match name {
             "gemma2" => (Some(4096), 2),
             "gemma3" => (None, 6),
@@ -259,7 +259,7 @@ impl Gguf {
                 true => "sliding_attention",
                 false => "full_attention",
             };
-            // A file that says more layers than it has tensors is found out before this becomes long.
+            // Refuse a `block_count` above the number of tensors before allocating a list of that size.
             if layers > self.tensor_names().count() {
                 return Err(
                     self.error(format!("{}: it has no tensors of {layers} blocks", self.key("block_count")))
@@ -267,7 +267,7 @@ impl Gguf {
             }
             config.insert("layer_types".into(), (0..layers).map(kind).collect());
             let (heads, width) = (self.heads(true)?.max(1), self.required("embedding_length")?);
-            // The scale of the largest of each family is another.
+            // The largest model of each family has another attention scale.
             let scale = match (name, layers) {
                 ("gemma2", 46) | ("gemma3", 62) => width / heads,
                 _ => self.whole("attention.key_length")?.unwrap_or(width / heads),
@@ -280,7 +280,7 @@ impl Gguf {
     }
 }
 
-/// The number that was meant where single precision has one close by: `1e-5` and not `9.999999747378752e-6`.
+/// Returns the shortest decimal of a value that came from f32: `1e-5` rather than `9.999999747378752e-6`.
 fn short(value: f64) -> f64 {
     let single = value as f32;
     if f64::from(single) != value {

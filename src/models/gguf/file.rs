@@ -1,4 +1,4 @@
-//! A GGUF file, memory-mapped, and what it holds: values by key, tensors by name.
+//! A memory-mapped GGUF file: metadata values by key, tensors by name.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,8 +16,9 @@ use super::value::Value;
 use crate::error::{Error, Result};
 use crate::util::lfs_pointer;
 
-/// A model in a GGUF file, as llama.cpp and Ollama read it. Its head has been read and checked; the weights lie on the
-/// disk until they are asked for. Clones share it.
+/// A model in a GGUF file, the format of llama.cpp and Ollama.
+///
+/// Opening reads and checks the header; weights stay on disk until requested. Clones share the mapping.
 #[derive(Clone)]
 pub struct Gguf {
     path: PathBuf,
@@ -27,15 +28,15 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Opens a file and reads its head.
+    /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// If it cannot be read, is no GGUF file or a truncated one, is one of several parts, or holds what is not
-    /// supported: an architecture or a type of tensors, by name.
+    /// If the file cannot be read, is not GGUF, is truncated, is one part of a split model or not a model, or
+    /// has an unsupported architecture or tensor type, which the error names.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: as of safetensors, the file must not be rewritten in place while the map lives; every offset was
-        // held against its length when it was opened.
+        // SAFETY: as for safetensors, the file must not be modified in place while it is mapped; every offset
+        // is checked against its length when it is opened.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         lfs_pointer::refuse(&map, path)?;
@@ -58,12 +59,12 @@ impl Gguf {
         Ok(Self { path: path.to_path_buf(), map: Arc::new(map), header: Arc::new(header), architecture })
     }
 
-    /// The file.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The value of this key in the metadata.
+    /// The value of a metadata key.
     pub fn value(&self, key: &str) -> Option<&Value> {
         self.header.metadata.get(key)
     }
@@ -72,12 +73,12 @@ impl Gguf {
         self.architecture
     }
 
-    /// The entry of the tensor of this name, which is GGUF's.
+    /// The entry of the tensor with this GGUF name.
     pub(super) fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.header.tensors.get(name)
     }
 
-    /// The names of the tensors, which are GGUF's.
+    /// The GGUF names of the tensors.
     pub(super) fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.header.tensors.keys().map(String::as_str)
     }
@@ -87,12 +88,12 @@ impl Gguf {
         &self.map[info.offset..info.offset + info.size]
     }
 
-    /// The tensor `info` as it lies in the file, of these bytes.
+    /// Creates the tensor `info` in its stored type from `bytes`.
     pub(super) fn load(&self, info: &TensorInfo, bytes: Cow<[u8]>, device: &Device) -> Result<QTensor> {
         Ok(QTensor::new(QStorage::from_data(bytes, device, info.kind)?, info.shape.clone())?)
     }
 
-    /// A vector in single precision that is no weight, such as factors of the rotary frequencies.
+    /// Reads a vector that is not a weight, such as the factors of rotary frequencies, as f32.
     pub(super) fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let Some(info) = self.info(name) else { return Ok(None) };
         let tensor: Tensor =
@@ -100,7 +101,7 @@ impl Gguf {
         Ok(Some(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
     }
 
-    /// The error of a value or a tensor of this file.
+    /// An error about a value or tensor of this file.
     pub(super) fn error(&self, reason: impl Into<String>) -> Error {
         Error::format(&self.path, reason)
     }

@@ -1,8 +1,8 @@
-//! What stands before the tensors of a GGUF file: its metadata, and where each tensor lies.
+//! The header of a GGUF file: its metadata, and where each tensor lies.
 //!
-//! Nothing here is believed: a count is held against the bytes that are left before room is made for it, and a tensor
-//! against the end of the file and the size of its kind. Candle's own reader makes a value of 32 bytes of each
-//! number of an array, and divides by the file's alignment.
+//! The file is not trusted: counts are checked against the remaining bytes before memory is allocated, and
+//! tensors against the end of the file and the block size of their type. Candle's own reader turns each
+//! number of an array into a value of 32 bytes, and divides by the file's alignment even if it is 0.
 
 use std::collections::BTreeMap;
 
@@ -10,25 +10,25 @@ use candle_core::quantized::GgmlDType;
 
 use super::value::Value;
 
-/// The most axes that a tensor has.
+/// The maximum number of axes of a tensor.
 const MOST_AXES: u32 = 4;
-/// How tensors are aligned where the file does not say.
+/// The default alignment of tensors, in bytes.
 const ALIGNMENT: u64 = 32;
 
-/// The head of a file.
+/// The header of a file.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Header {
     pub metadata: BTreeMap<String, Value>,
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
-/// Where a tensor lies, and as what.
+/// The type, shape and location of a tensor.
 #[derive(Debug, Clone)]
 pub(super) struct TensorInfo {
     pub kind: GgmlDType,
     /// Slowest axis first, as in candle.
     pub shape: Vec<usize>,
-    /// From the beginning of the file, in bytes.
+    /// In bytes from the beginning of the file.
     pub offset: usize,
     /// In bytes.
     pub size: usize,
@@ -38,7 +38,7 @@ pub(super) struct TensorInfo {
 type Reason = String;
 
 impl Header {
-    /// Reads the head of a file of these bytes.
+    /// Parses the header of a file with these bytes.
     pub fn parse(file: &[u8]) -> Result<Self, Reason> {
         let mut at = Cursor { file, at: 0 };
         if at.take(4)? != b"GGUF" {
@@ -52,7 +52,7 @@ impl Header {
             }
             other => return Err(format!("expected version 2 or 3 of GGUF, got {other}")),
         }
-        // The shortest tensor's entry has an empty name and no axes, the shortest value is a byte.
+        // The shortest tensor entry has an empty name and no axes; the shortest value is one byte.
         let (tensors, values) = (at.count(8 + 4 + 4 + 8, "tensors")?, at.count(8 + 4 + 1, "values")?);
         let mut header = Self::default();
         for _ in 0..values {
@@ -74,7 +74,7 @@ impl Header {
         Ok(header)
     }
 
-    /// Counts the tensors' offsets from the beginning of the file, where they lie within it.
+    /// Makes the tensors' offsets relative to the beginning of the file, and checks that they lie within it.
     fn place(&mut self, end: u64, length: u64) -> Result<(), Reason> {
         let alignment = match self.metadata.get("general.alignment") {
             None => ALIGNMENT,
@@ -113,7 +113,7 @@ impl Header {
     }
 }
 
-/// Where reading is in the bytes of a file.
+/// A read position in the bytes of a file.
 struct Cursor<'a> {
     file: &'a [u8],
     at: usize,
@@ -145,7 +145,7 @@ impl<'a> Cursor<'a> {
         self.bytes().map(u64::from_le_bytes)
     }
 
-    /// A number of things that take at least `least` bytes each of those left.
+    /// Reads a count of items of at least `least` bytes each, and checks that enough bytes are left for them.
     fn count(&mut self, least: usize, what: &str) -> Result<usize, Reason> {
         let (count, left) = (self.u64()?, self.file.len() - self.at);
         match usize::try_from(count) {
@@ -157,7 +157,7 @@ impl<'a> Cursor<'a> {
     fn text(&mut self) -> Result<String, Reason> {
         let length = self.count(1, "bytes of a text")?;
         let bytes = self.take(length)?;
-        // Pieces of a vocabulary need not be whole characters.
+        // Tokens of a vocabulary need not be whole characters.
         Ok(String::from_utf8_lossy(bytes).into_owned())
     }
 
@@ -210,7 +210,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// A tensor's entry; its offset is counted from where the tensors begin.
+    /// Reads a tensor's entry, whose offset is relative to the beginning of the tensor data.
     fn tensor(&mut self) -> Result<TensorInfo, Reason> {
         let axes = self.u32()?;
         if axes > MOST_AXES {
@@ -239,7 +239,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// The kind of tensors of this number in GGUF.
+/// The tensor type with this number in GGUF; the error names an unsupported one.
 fn supported(number: u32) -> Result<GgmlDType, Reason> {
     let name = match number {
         0 => return Ok(GgmlDType::F32),
@@ -281,7 +281,7 @@ mod tests {
     use super::*;
     use crate::models::gguf::value::write_text;
 
-    /// A file of two values and a tensor; what is told is put in their place.
+    /// The contents of a test file: metadata values, one tensor, and the size of the data in bytes.
     struct Sketch {
         values: Vec<(&'static str, Value)>,
         /// Name, axes (the fastest first), kind and offset.
@@ -329,7 +329,7 @@ mod tests {
         assert_eq!((info.kind, info.shape.as_slice(), info.size), (GgmlDType::Q8_0, &[3, 32][..], 102));
         assert_eq!(info.offset + info.size, bytes.len());
         assert_eq!(header.metadata["tokenizer.ggml.scores"], Value::Floats(vec![1.0; 5]));
-        // Wherever it is cut off, it is an error.
+        // Truncated at any length, it is refused.
         for length in 0..bytes.len() {
             assert!(Header::parse(&bytes[..length]).is_err(), "{length} bytes");
         }

@@ -1,4 +1,4 @@
-//! How the matrices of a written GGUF file are stored.
+//! The storage formats of matrices in written GGUF files.
 
 use std::str::FromStr;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::models::quantize::bytes;
 use crate::util::finite::first_non_finite;
 
-/// How the matrices of a written GGUF file are stored; vectors stay f32.
+/// The storage format of the matrices in a written GGUF file; vectors stay f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GgufKind {
@@ -17,9 +17,9 @@ pub enum GgufKind {
     F32,
     /// Half precision.
     F16,
-    /// Eight bits and a scale for 32 numbers.
+    /// 8 bits per value, and a scale for every 32 values.
     Q8_0,
-    /// Four bits and a half; the head and an embedding that is the head, too, six and a half (`Q6_K`).
+    /// 4.5 bits per value; about 6.5 (`Q6_K`) for the head, or the embedding if it is also the head.
     Q4K,
 }
 
@@ -38,7 +38,7 @@ impl FromStr for GgufKind {
 }
 
 impl GgufKind {
-    /// llama.cpp's number of such a file.
+    /// llama.cpp's number of the file type.
     pub(super) fn number(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -48,7 +48,7 @@ impl GgufKind {
         }
     }
 
-    /// What a tensor of this shape becomes. A width that its blocks do not divide gets what llama.cpp takes instead.
+    /// The type of a tensor of this shape. It falls back as in llama.cpp if no block divides the width.
     pub(super) fn of(self, shape: &[usize], is_head: bool) -> GgmlDType {
         let [_, width] = shape else { return GgmlDType::F32 };
         let wanted: &[GgmlDType] = match (self, is_head) {
@@ -63,7 +63,7 @@ impl GgufKind {
     }
 }
 
-/// The bytes of a tensor in this kind.
+/// Encodes a tensor as `kind`.
 pub(super) fn encoded(tensor: &Tensor, kind: GgmlDType) -> Result<Vec<u8>> {
     let tensor = tensor.detach().to_device(&Device::Cpu)?;
     if kind == GgmlDType::F16 && first_non_finite(&tensor.to_dtype(DType::F16)?)?.is_some() {

@@ -1,4 +1,4 @@
-//! What a GGUF file says of its model, of a `config.json`: the way back of `config`.
+//! Conversion of a `config.json` to GGUF metadata: the inverse of `config`.
 
 use serde_json::Value as Json;
 
@@ -12,27 +12,27 @@ use crate::models::decoder::{DecoderConfig, LayerConfig, Positions, RotaryScalin
 pub(super) struct Described {
     pub architecture: &'static Architecture,
     pub metadata: Vec<(String, Value)>,
-    /// Factors of the rotary frequencies, which GGUF has as tensors.
+    /// Factors of the rotary frequencies, which GGUF stores as tensors.
     pub factors: Vec<(&'static str, Vec<f32>)>,
-    /// The heads of q, and those of k and v.
+    /// The numbers of heads of q, and of k and v.
     pub heads: (usize, usize),
-    /// Whether the head is the embedding.
+    /// Whether the language-model head is tied to the embedding.
     pub tied: bool,
 }
 
-/// A model's configuration, with what its `config.json` leaves out, and the architecture that it is of.
+/// A parsed configuration, with defaults filled in, and its architecture.
 struct Reader<'a> {
-    /// The file itself: only to name a field of it in errors.
+    /// The `config.json`, only to name the right field in errors.
     file: &'a Json,
     config: DecoderConfig,
     architecture: &'static Architecture,
 }
 
 impl Described {
-    /// What GGUF says of the model of this configuration.
+    /// Describes the model of a `config.json`.
     ///
     /// # Errors
-    /// If a field is missing, or asks for what GGUF has no place for and llama.cpp would compute otherwise.
+    /// If a field is missing, or its value has no place in GGUF and llama.cpp would compute otherwise.
     pub fn of(file: &Json) -> Result<Self> {
         let model_type = file["model_type"].as_str().unwrap_or("llama");
         let architecture =
@@ -49,8 +49,8 @@ impl Described {
             tied: config.tie_word_embeddings,
         };
         if model_type == "phi3" && config.vocab_size < 100_000 {
-            // By this name llama.cpp knows that its special tokens take the blanks behind them; Phi 4's, which is of the
-            // same type with a larger vocabulary, do not.
+            // This name makes llama.cpp strip the spaces after special tokens, as is right for Phi 3. Phi 4
+            // has the same model type but a larger vocabulary, and its special tokens do not strip.
             described.metadata.push(("general.name".into(), "phi-3".into()));
         }
         let read = Reader { file, config, architecture };
@@ -65,7 +65,7 @@ impl Described {
         self.metadata.push((format!("{}.{key}", self.architecture.name), value.into()));
     }
 
-    /// Adds what is a number of 32 bits there; `theirs` is the field of `config.json`.
+    /// Adds a count as a 32-bit number; `theirs` is its field in `config.json`, for errors.
     fn count(&mut self, key: &str, theirs: &str, count: usize) -> Result<()> {
         let fits = u32::try_from(count);
         self.add(key, fits.map_err(|_| Error::config(theirs, format!("{count} is more than GGUF holds")))?);
@@ -95,12 +95,12 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The width of a head where it is none of its own.
+    /// The head width that follows from the hidden size and the number of heads.
     fn usual_width(&self) -> usize {
         self.config.hidden_size / self.config.num_attention_heads.max(1)
     }
 
-    /// Caps, and the scale of attention, which GGUF has no place for.
+    /// Adds the soft caps, and checks the attention scale, which GGUF cannot express.
     fn caps(&self, described: &mut Described) -> Result<()> {
         let config = &self.config;
         for (key, cap) in
@@ -108,7 +108,7 @@ impl Reader<'_> {
         {
             match cap {
                 Some(cap) => described.add(key, cap as f32),
-                // Of a cap of 0 it makes a division by 0.
+                // llama.cpp always applies the caps of Gemma 2, and a cap of 0 would be a division by 0.
                 None if self.architecture.name == "gemma2" => {
                     return Err(Error::config(key, "llama.cpp has no Gemma 2 without a cap"));
                 }
@@ -152,13 +152,13 @@ impl Reader<'_> {
                 described.factors.push(("rope_freqs.weight", factors));
             }
             &RotaryScaling::Yarn { factor, beta_fast, beta_slow, original, truncate: true, magnitude } => {
-                // llama.cpp computes YaRN's own, and multiplies what the file says with it.
+                // llama.cpp computes YaRN's attention factor itself and multiplies it by the one in the file.
                 let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
                 if (magnitude - usual).abs() > 1e-4 {
                     let reason = format!("attention_factor: llama.cpp assumes {usual}, got {magnitude}");
                     return Err(Error::config("rope_scaling", reason));
                 }
-                // It reads these two for other architectures alone.
+                // llama.cpp reads these two only for other architectures.
                 if (beta_fast, beta_slow) != (32.0, 1.0) {
                     let reason = format!(
                         "beta_fast, beta_slow: llama.cpp assumes 32, 1, got {beta_fast}, {beta_slow}"
@@ -172,7 +172,7 @@ impl Reader<'_> {
                 described.add("rope.scaling.yarn_beta_fast", beta_fast);
                 described.add("rope.scaling.yarn_beta_slow", beta_slow);
             }
-            // What factors of no known rule are read as.
+            // The form in which `config` reads factors of an unknown rule.
             RotaryScaling::LongRope { short, long, magnitude, .. }
                 if by_factors && long == short && *magnitude == 1.0 =>
             {
@@ -195,7 +195,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Windows, where llama.cpp has them: in the layers where it assumes them, or none.
+    /// Adds the sliding window, and checks that the layers with a window are none or those llama.cpp assumes.
     fn windows(&self, described: &mut Described) -> Result<()> {
         let (name, longest) = (self.architecture.name, self.config.max_position_embeddings);
         let window = self.config.layers.iter().find_map(|layer| layer.window);
@@ -224,7 +224,7 @@ impl Reader<'_> {
         }
         match window {
             Some(window) => described.count("attention.sliding_window", "sliding_window", window),
-            // llama.cpp gives Gemma 2 one in any case: this one leaves nothing out.
+            // llama.cpp always gives Gemma 2 a window: write one that covers the longest text.
             None if name == "gemma2" => {
                 described.count("attention.sliding_window", "sliding_window", longest)
             }
@@ -232,7 +232,7 @@ impl Reader<'_> {
         }
     }
 
-    /// SmolLM3's layers without positions, which llama.cpp assumes to be every fourth.
+    /// Checks that SmolLM3's layers without positions are every fourth, as llama.cpp assumes.
     fn positions(&self) -> Result<()> {
         let usual = |(at, layer): (usize, &LayerConfig)| {
             (layer.positions == Positions::None) == (at + 1).is_multiple_of(4)
@@ -244,7 +244,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Which of two fields says it.
+    /// The field to name in an error: `list` if the file has that list, else `other`.
     fn given(&self, list: &'static str, other: &'static str) -> &'static str {
         if self.file[list].is_array() {
             list

@@ -1,8 +1,9 @@
-//! GGUF, the files of llama.cpp and Ollama: models read from them, whole or quantised, and adapters and merged models
-//! written as them. What GGUF calls things lives here and nowhere else.
+//! GGUF, the file format of llama.cpp and Ollama: reads models, quantised or not, and writes adapters and
+//! merged models.
 //!
-//! Everything here is under Hugging Face's names on this side: a file becomes a `config.json` ([`Gguf::config`]), a
-//! `tokenizer.json` ([`Gguf::tokenizer`]) and tensors ([`Gguf::var_builder`], [`Gguf::quantized`]), so that no model knows where it came from.
+//! GGUF's names are used only in this module. The rest of the crate sees Hugging Face's: a file is presented
+//! as a `config.json` ([`Gguf::config`]), a `tokenizer.json` ([`Gguf::tokenizer`]) and tensors
+//! ([`Gguf::var_builder`], [`Gguf::quantized`]), so that models do not depend on the format of their files.
 
 mod adapter;
 mod architecture;

@@ -1,4 +1,4 @@
-//! A whole model as a GGUF file.
+//! Writing a whole model as a GGUF file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::value::Value;
 use super::write::{write, Entry};
 use crate::error::{Error, Result};
 
-/// What a model's folder says of texts.
+/// The files in a model's folder that define its tokenizer and chat template.
 #[derive(Debug, Clone, Default)]
 pub struct Texts {
     /// `tokenizer.json`.
@@ -26,7 +26,7 @@ pub struct Texts {
     pub template: Option<String>,
 }
 
-/// A tensor that is made when it is written.
+/// A tensor that is computed when it is written.
 pub(in crate::models) struct Named<'a> {
     /// Hugging Face's name.
     pub name: String,
@@ -35,12 +35,12 @@ pub(in crate::models) struct Named<'a> {
     pub make: Box<dyn Fn() -> Result<Tensor> + 'a>,
 }
 
-/// Writes the model of this `config.json`, of these texts and tensors, as the GGUF file `path`, whole or not at all.
-/// One tensor is held at a time.
+/// Writes the model with this `config.json`, texts and tensors as the GGUF file `path`, completely or not at
+/// all. Only one tensor is in memory at a time.
 ///
 /// # Errors
-/// If the architecture, a tensor or the tokenizer has no place in GGUF, the configuration asks for what llama.cpp
-/// computes otherwise, or the file cannot be written.
+/// If GGUF cannot express the architecture, a tensor or the tokenizer, llama.cpp would compute something else
+/// than the configuration says, a tensor cannot be made, or the file cannot be written.
 pub(in crate::models) fn write_model(
     path: &Path,
     config: &Json,
@@ -54,12 +54,12 @@ pub(in crate::models) fn write_model(
 
 type Metadata = Vec<(String, Value)>;
 
-/// Checks what [`write_model`] would refuse, but for a tensor that cannot be made and a file that cannot be written.
+/// Checks that [`write_model`] will accept the model. Tensors are not made, and nothing is written.
 pub(in crate::models) fn check_model(config: &Json, texts: &Texts, tensors: Vec<Named>) -> Result<()> {
     plan_model(config, texts, GgufKind::F16, tensors).map(drop)
 }
 
-/// What [`write_model`] writes.
+/// The metadata and tensors that [`write_model`] writes.
 fn plan_model<'a>(
     config: &Json,
     texts: &Texts,
@@ -75,7 +75,7 @@ fn plan_model<'a>(
     describe_texts(config, texts, vocab_size, &mut metadata)?;
     let mut entries = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        // Buffers of old checkpoints, and a head that is the embedding once more.
+        // Skip buffers of old checkpoints, and a head that repeats the embedding.
         let is_buffer = tensor.name.ends_with("rotary_emb.inv_freq");
         if is_buffer || model.tied && tensor.name == "lm_head.weight" {
             continue;
@@ -100,7 +100,7 @@ fn plan_model<'a>(
 
 type Make<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;
 
-/// What makes the tensor as llama.cpp's converter would have it.
+/// Returns a function that makes the tensor with the changes of llama.cpp's converter.
 fn converted<'a>(model: &Described, tensor: Named<'a>) -> Result<Make<'a>> {
     let Named { name, shape, make } = tensor;
     if let Some(queries) = model.architecture.interleaved_queries(&name) {
@@ -121,7 +121,7 @@ fn converted<'a>(model: &Described, tensor: Named<'a>) -> Result<Make<'a>> {
     })
 }
 
-/// Puts into `metadata` how texts become tokens and where they end.
+/// Adds the tokenizer, special tokens and chat template to `metadata`.
 fn describe_texts(
     config: &Json,
     texts: &Texts,

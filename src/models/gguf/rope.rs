@@ -1,19 +1,19 @@
-//! The rotary frequencies of LLaMA 3.1 and later: GGUF has a factor for each, Hugging Face the rule that makes them.
+//! Rotary scaling of LLaMA 3.1 and later: GGUF stores a factor per frequency, Hugging Face the rule.
 
 use serde_json::{json, Value as Json};
 
-/// What Hugging Face's `llama3` scaling asks for.
+/// The parameters of Hugging Face's `llama3` scaling.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Llama3 {
     pub factor: f64,
     pub low: f64,
     pub high: f64,
-    /// The length that the model was first trained at.
+    /// The original context length, in tokens.
     pub original: f64,
 }
 
 impl Llama3 {
-    /// Hugging Face's `rope_scaling`.
+    /// The rule as Hugging Face's `rope_scaling`.
     pub fn to_json(self) -> Json {
         json!({
             "rope_type": "llama3", "factor": self.factor, "low_freq_factor": self.low, "high_freq_factor": self.high,
@@ -21,7 +21,7 @@ impl Llama3 {
         })
     }
 
-    /// What each of the `dim / 2` frequencies of the base `theta` is divided by; the converter's formula.
+    /// The divisors of the `dim / 2` frequencies of base `theta`, by the formula of llama.cpp's converter.
     pub fn factors(self, theta: f64, dim: usize) -> Vec<f32> {
         let factor = |i: usize| {
             let wavelength = std::f64::consts::TAU * theta.powf(i as f64 / dim as f64);
@@ -37,8 +37,8 @@ impl Llama3 {
         (0..dim).step_by(2).map(|i| factor(i) as f32).collect()
     }
 
-    /// The rule that makes these factors: Meta's, whose factor alone differs from model to model. None where it does
-    /// not make them.
+    /// Recovers the rule from its factors, assuming Meta's values for all but `factor`. `None` if that rule
+    /// does not give these factors.
     pub fn behind(factors: &[f32], theta: f64) -> Option<Self> {
         let factor = factors.iter().copied().fold(1.0, f32::max);
         let rule = Self { factor: f64::from(factor), low: 1.0, high: 4.0, original: 8192.0 };

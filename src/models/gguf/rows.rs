@@ -1,9 +1,9 @@
-//! The order of the rows of q and k.
+//! The row order of q and k.
 //!
-//! Hugging Face rotates number `j` of a head with number `j + d / 2`, llama.cpp's `llama` number `2 j` with `2 j + 1`:
-//! its converter puts the rows in that order, and with them those of a B in an adapter.
+//! Hugging Face rotates element `j` of a head with element `j + d / 2`, llama.cpp's `llama` element `2 j`
+//! with `2 j + 1`. Its converter permutes the rows accordingly, including the rows of B in an adapter.
 
-/// The rows of Hugging Face in the order in which GGUF has them, of `heads` heads.
+/// Returns, for each row of a GGUF tensor with `heads` heads, the index of that row in Hugging Face's tensor.
 pub(super) fn interleaved(rows: usize, heads: usize) -> Vec<u32> {
     let width = rows / heads.max(1);
     let half = width / 2;
@@ -11,7 +11,7 @@ pub(super) fn interleaved(rows: usize, heads: usize) -> Vec<u32> {
     (0..heads).flat_map(of_head).map(|row| row as u32).collect()
 }
 
-/// The rows of a tensor of GGUF in the order of Hugging Face, as bytes: each is as long as any other.
+/// Reorders the rows of a GGUF tensor, as raw bytes, to Hugging Face's order.
 pub(super) fn restored(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     let width = bytes.len() / rows.max(1);
     let mut restored = vec![0; bytes.len()];
@@ -22,7 +22,7 @@ pub(super) fn restored(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     restored
 }
 
-/// Whether `heads` heads of an even width make so many rows.
+/// Whether `rows` rows split into `heads` heads of even width.
 pub(super) fn fits(rows: usize, heads: usize) -> bool {
     heads > 0 && rows.is_multiple_of(2 * heads)
 }
@@ -33,7 +33,7 @@ mod tests {
 
     #[test]
     fn rows_are_those_of_the_converter() {
-        // weights.reshape(2, 2, 2, -1).swapaxes(1, 2).reshape(8, -1) of the rows 0 to 7.
+        // weights.reshape(2, 2, 2, -1).swapaxes(1, 2).reshape(8, -1) on rows 0 to 7.
         assert_eq!(interleaved(8, 2), [0, 2, 1, 3, 4, 6, 5, 7]);
         let bytes: Vec<u8> =
             interleaved(12, 2).into_iter().flat_map(|row| [row as u8, 100 + row as u8]).collect();

@@ -1,34 +1,34 @@
-//! The values of a GGUF file's metadata.
+//! Metadata values of a GGUF file.
 
 use std::io::{self, Write};
 
-/// One value. Integers of every width are one kind, and arrays hold what this crate asks of arrays.
+/// A metadata value. Integers other than u32 share one variant; arrays are kept only for the types in use.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
-    /// An unsigned integer of 32 bits: how counts and ids are written.
+    /// A u32, the type of counts and ids.
     U32(u32),
     /// Any other integer.
     Int(i128),
-    /// A number of single precision.
+    /// A single-precision number.
     F32(f32),
-    /// A number of double precision.
+    /// A double-precision number.
     F64(f64),
-    /// A truth value.
+    /// A boolean.
     Bool(bool),
-    /// A text.
+    /// A string.
     Text(String),
-    /// Texts, such as the pieces of a vocabulary.
+    /// Strings, such as the tokens of a vocabulary.
     Texts(Vec<String>),
-    /// Integers of 32 bits, such as the kinds of the pieces.
+    /// i32 values, such as the types of tokens.
     Ints(Vec<i32>),
-    /// Numbers of single precision, such as the scores of the pieces.
+    /// f32 values, such as the scores of tokens.
     Floats(Vec<f32>),
-    /// An array of another kind, of which only the length is kept.
+    /// An array of another type; only its length is kept.
     Other(u64),
 }
 
 impl Value {
-    /// A whole number that is not negative.
+    /// The value as a non-negative integer.
     pub fn as_u64(&self) -> Option<u64> {
         match self {
             Self::U32(value) => Some(u64::from(*value)),
@@ -37,7 +37,7 @@ impl Value {
         }
     }
 
-    /// Any number.
+    /// The value as a number; integers are converted.
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Self::U32(value) => Some(f64::from(*value)),
@@ -48,7 +48,7 @@ impl Value {
         }
     }
 
-    /// A truth value.
+    /// The value as a boolean.
     pub fn as_bool(&self) -> Option<bool> {
         match self {
             Self::Bool(value) => Some(*value),
@@ -56,7 +56,7 @@ impl Value {
         }
     }
 
-    /// A text.
+    /// The value as a string.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Self::Text(text) => Some(text),
@@ -64,7 +64,7 @@ impl Value {
         }
     }
 
-    /// Writes the number of its type, and it.
+    /// Writes the number of the type, then the value.
     pub(super) fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let kind = |out: &mut _, kind: u32| Write::write_all(out, &kind.to_le_bytes());
         let array = |out: &mut _, of: u32, len: usize| {
@@ -114,7 +114,7 @@ impl Value {
     }
 }
 
-/// Writes the length of a text, and it.
+/// Writes the length of a string in bytes, then the string.
 pub(super) fn write_text(out: &mut impl Write, text: &str) -> io::Result<()> {
     out.write_all(&(text.len() as u64).to_le_bytes())?;
     out.write_all(text.as_bytes())

@@ -1,5 +1,5 @@
-//! The tensors of a GGUF file under Hugging Face's names: quantised matrices as they are, and everything as numbers
-//! for whoever asks for those.
+//! The tensors of a GGUF file under Hugging Face's names: quantised matrices as stored, and all tensors
+//! dequantised on request.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -18,27 +18,26 @@ use crate::ops::QuantizedWeight;
 use crate::util::finite::first_non_finite;
 
 impl Gguf {
-    /// The matrices that are quantised, as they are; None where none is. A model is loaded of these and of
+    /// The quantised matrices as stored; `None` if there are none. A model is loaded from these and
     /// [`Self::var_builder`] ([`ModelFiles::open_weights`](crate::models::hub::ModelFiles::open_weights)).
     pub fn quantized(&self) -> Option<Arc<dyn QuantizedSource>> {
         let mut infos = self.tensor_names().filter_map(|name| self.info(name));
         infos.any(|info| is_quantized(info.kind)).then(|| Arc::new(self.clone()) as Arc<dyn QuantizedSource>)
     }
 
-    /// The weights under Hugging Face's names as numbers of `dtype`: quantised ones are dequantised when they are asked
-    /// for.
+    /// The weights under Hugging Face's names, in `dtype`; quantised ones are dequantised when requested.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
     }
 
-    /// Hugging Face's names of the weights, with their shapes.
+    /// The Hugging Face names of the weights, with their shapes.
     pub fn names(&self) -> Vec<(String, Vec<usize>)> {
         let named =
             |name: &str| Some((self.architecture().to_hugging_face(name)?, self.info(name)?.shape.clone()));
         self.tensor_names().filter_map(named).collect()
     }
 
-    /// The tensor that Hugging Face calls `name`, as it lies in the file but for the order of its rows.
+    /// Loads the tensor that Hugging Face calls `name` as stored, but with its rows in Hugging Face's order.
     fn stored(&self, name: &str, info: &TensorInfo, device: &Device) -> Result<QTensor> {
         let bytes = self.bytes(info);
         let Some(queries) = self.architecture().interleaved_queries(name) else {
@@ -51,7 +50,7 @@ impl Gguf {
         self.load(info, Cow::Owned(rows::restored(bytes, rows, heads)), device)
     }
 
-    /// The same as numbers, with Hugging Face's weights of norms.
+    /// Loads a tensor dequantised to `dtype`, with norm weights as in Hugging Face.
     pub(in crate::models) fn numbers(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let info = self.wanted(name)?;
         let tensor = self.stored(name, info, device)?.dequantize(device)?;

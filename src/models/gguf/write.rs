@@ -1,4 +1,4 @@
-//! A GGUF file, written tensor after tensor.
+//! Writing a GGUF file, one tensor at a time.
 
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -11,10 +11,10 @@ use super::value::{write_text, Value};
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// How tensors are aligned, in bytes.
+/// The alignment of tensors, in bytes.
 const ALIGNMENT: usize = 32;
 
-/// A tensor that is made when it is written.
+/// A tensor that is computed when it is written.
 pub(super) struct Entry<'a> {
     /// GGUF's name.
     pub name: String,
@@ -30,10 +30,10 @@ impl Entry<'_> {
     }
 }
 
-/// Writes the file `path` whole or not at all. One tensor is held at a time.
+/// Writes the file `path`, completely or not at all. Only one tensor is in memory at a time.
 ///
 /// # Errors
-/// If a tensor cannot be made or is not of its shape, or the file cannot be written.
+/// If a tensor cannot be made or encoded, does not have its declared shape, or the file cannot be written.
 pub(super) fn write(path: &Path, metadata: &[(String, Value)], entries: &[Entry]) -> Result<()> {
     files::write_with(path, |file| {
         let mut out = BufWriter::new(file);
@@ -57,7 +57,7 @@ pub(super) fn write(path: &Path, metadata: &[(String, Value)], entries: &[Entry]
     })
 }
 
-/// What stands before the tensors.
+/// The header, up to the tensor data.
 struct Head(Vec<u8>);
 
 impl Head {
@@ -85,13 +85,13 @@ impl Head {
         Ok(head)
     }
 
-    /// Zeros up to where the tensors begin.
+    /// Pads with zeros to the beginning of the tensor data.
     fn pad(&mut self) {
         self.0.resize(self.0.len().next_multiple_of(ALIGNMENT), 0);
     }
 }
 
-/// GGUF's number of the kinds that are written.
+/// GGUF's number of a tensor type.
 fn number(kind: GgmlDType) -> u32 {
     match kind {
         GgmlDType::F32 => 0,

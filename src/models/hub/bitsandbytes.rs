@@ -1,8 +1,8 @@
-//! 4-bit weights as bitsandbytes leaves them in safetensors: NF4, its scales quantised once more or not.
+//! 4-bit weights as bitsandbytes stores them in safetensors: NF4, with or without double quantisation.
 //!
-//! Beside the codes `{name}` lie `{name}.absmax`, the scale of each block of numbers, `{name}.quant_map`, what the
-//! codes stand for, and `{name}.quant_state.bitsandbytes__nf4`, a JSON text with the shape and the size of a block. Of
-//! double quantisation the scales are codes themselves:
+//! The tensor `{name}` holds the codes. Beside it are `{name}.absmax`, the scale of each block of elements;
+//! `{name}.quant_map`, the values of the codes; and `{name}.quant_state.bitsandbytes__nf4`, a JSON text with
+//! the shape and the block size. With double quantisation, the scales are codes themselves:
 //!
 //! ```text
 //! scale = nested_quant_map(code) * nested_absmax(block of scales) + nested_offset
@@ -17,10 +17,10 @@ use crate::error::Result;
 use crate::models::weights::{QuantizedSource, Wanted};
 use crate::ops::QuantizedWeight;
 
-/// What ends the name of a state, before its `nf4` or `fp4`.
+/// The part of a state's name between the tensor's name and `nf4` or `fp4`.
 const STATE: &str = ".quant_state.bitsandbytes__";
 
-/// The state of one matrix; what a reader of its own needs of it.
+/// The quantisation state of one matrix: the fields that this reader needs.
 #[derive(Debug, Deserialize)]
 struct State {
     quant_type: String,
@@ -36,7 +36,7 @@ pub(super) struct FourBits {
 }
 
 impl FourBits {
-    /// Those of `files`, if they have any.
+    /// Finds the 4-bit matrices of `files`, if there are any.
     ///
     /// # Errors
     /// If one is of another kind than NF4.
@@ -63,7 +63,7 @@ impl FourBits {
         }
     }
 
-    /// The tensor `name` of a dtype and a number of elements.
+    /// The tensor `name`, checked to have the given dtype and number of elements.
     fn part(&self, name: &str, dtype: Dtype, count: usize) -> Result<TensorView<'_>> {
         let view = self.files.view(name).ok_or_else(|| self.files.missing(name))?;
         let elements: usize = view.shape().iter().product();

@@ -1,5 +1,4 @@
-//! The requests to the `hf-hub` crate, as one trait for models and data sets: its handles differ in
-//! type.
+//! Requests to the `hf-hub` crate, as one trait, because its handles for models and data sets differ in type.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -11,7 +10,7 @@ use hf_hub::{split_id, HFClient, HFRepositorySync, HFResult, RepoType};
 
 use super::config::HubConfig;
 
-/// What a repository holds.
+/// The kind of a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RepoKind {
@@ -22,7 +21,7 @@ pub enum RepoKind {
 }
 
 impl RepoKind {
-    /// Its name in the cache's folders.
+    /// The name in the cache's folders.
     pub(super) fn plural(self) -> &'static str {
         match self {
             Self::Model => "models",
@@ -31,15 +30,15 @@ impl RepoKind {
     }
 }
 
-/// Stands for no token. Given none, `hf-hub` looks for one in the environment by itself and would
-/// send what [`HubConfig`] neither holds nor redacts; given this one, which no header can carry,
-/// it sends none.
+/// Stands for no token. Without a token, `hf-hub` looks for one in the environment by itself, and would send
+/// one that [`HubConfig`] neither holds nor redacts. This value cannot be part of a header, so that no token
+/// is sent.
 const NO_TOKEN: &str = "\n";
 
-/// The most entries of a repository's list that are asked for: they come in pages of as many.
+/// The limit on the requested entries of a repository's listing, which is the size of one page.
 const MOST_NAMES: usize = 1000;
 
-/// The requests about one repository. Each blocks until it is answered.
+/// The requests to one repository. Each blocks until it is answered.
 pub(super) trait Client: Send + Sync {
     /// Size, ETag and commit of a file, after all redirects.
     fn metadata(&self, name: &str, revision: &str) -> HFResult<FileMetadataInfo>;
@@ -51,7 +50,7 @@ pub(super) trait Client: Send + Sync {
         range: Option<Range<u64>>,
         progress: Progress,
     ) -> HFResult<Vec<u8>>;
-    /// A file's path in the cache, where `hf-hub` puts it unless `offline`.
+    /// A file's path in the cache, after downloading the file if needed, unless `offline`.
     fn download(
         &self,
         name: &str,
@@ -59,14 +58,14 @@ pub(super) trait Client: Send + Sync {
         offline: bool,
         progress: Option<Progress>,
     ) -> HFResult<PathBuf>;
-    /// The names of the files that lie in no folder.
+    /// The names of the files at the top level.
     fn names(&self, revision: &str) -> HFResult<Vec<String>>;
     /// Whether the repository exists, and whether its revision does.
     fn what_exists(&self, revision: &str) -> HFResult<(bool, bool)>;
 }
 
-/// The client of the repository `id`. Repetition is left to the caller: `hf-hub` does not heed
-/// `Retry-After`, and does not repeat what broke off in the middle.
+/// The client of the repository `id`. Retries are left to the caller: `hf-hub` ignores `Retry-After`, and
+/// does not retry a transfer that broke off in the middle.
 pub(super) fn connect(hub: &HubConfig, kind: RepoKind, id: &str) -> HFResult<Arc<dyn Client>> {
     let client = HFClient::builder()
         .endpoint(&hub.endpoint)

@@ -1,4 +1,4 @@
-//! How to reach the hub: the environment variables that Hugging Face's own tools read.
+//! Settings of the hub, from the environment variables that Hugging Face's own tools read.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,56 +7,57 @@ use std::time::Duration;
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const DEFAULT_PART: u64 = 32 << 20;
 
-/// Is told how far a download has come.
+/// A callback for the progress of a download.
 type OnProgress = dyn Fn(&DownloadProgress) + Send + Sync;
 
-/// How far the download of one file has come.
+/// The progress of the download of one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DownloadProgress {
     /// The repository.
     pub repo: String,
-    /// The file's name in it.
+    /// The file's name in the repository.
     pub file: String,
-    /// How many bytes are there, those of an earlier run included. After a broken connection it
-    /// can go back.
+    /// The number of bytes received, including those of an earlier run. It can decrease after a broken
+    /// connection.
     pub bytes: u64,
-    /// How many there will be, where the hub says so.
+    /// The size of the file in bytes, if the hub reports it.
     pub total: Option<u64>,
 }
 
-/// The hub's address, the cache's folder and the token.
+/// The hub's address, the cache folder, the token and limits on requests.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct HubConfig {
     /// The hub's address: `HF_ENDPOINT`, or `https://huggingface.co`.
     pub endpoint: String,
-    /// The folder of downloaded files: `HF_HUB_CACHE`, `$HF_HOME/hub`, or
-    /// `~/.cache/huggingface/hub`.
+    /// The folder of downloaded files: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `$HF_HOME/hub`,
+    /// `$XDG_CACHE_HOME/huggingface/hub`, or `~/.cache/huggingface/hub`.
     pub cache: PathBuf,
-    /// The token sent with each request: `HF_TOKEN`, the file `HF_TOKEN_PATH`, or `$HF_HOME/token`.
+    /// The token sent with each request: `HF_TOKEN`, the file `HF_TOKEN_PATH`, or `$HF_HOME/token`. There is
+    /// none if `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set.
     pub token: Option<String>,
-    /// Whether to use nothing but the cache: `HF_HUB_OFFLINE`.
+    /// Whether to use only the cache: `HF_HUB_OFFLINE`.
     pub offline: bool,
-    /// How often a request is repeated that failed for a cause that passes: no connection, one
-    /// that broke off, 408, 429, 500, 502, 503, 504.
+    /// The number of retries after a transient failure: no connection, a broken connection, or status 408,
+    /// 429, 500, 502, 503 or 504. 5 by default.
     pub retries: usize,
-    /// How long a server may stay silent, and how long a pause it may ask for (`Retry-After` of
-    /// 429) before the request is given up.
+    /// How long a server may stay silent, and how long a pause it may ask for (`Retry-After` of 429), before
+    /// the request fails. 60 seconds by default.
     pub patience: Duration,
-    /// How many bytes are asked for, and held in memory, at a time. A download that breaks off
-    /// loses no more.
+    /// The number of bytes that are requested, and held in memory, at a time. An interrupted download loses
+    /// no more. 32 MiB by default.
     pub part: u64,
     pub(super) progress: Option<Arc<OnProgress>>,
 }
 
 impl HubConfig {
-    /// What the environment says.
+    /// Reads the settings from the environment.
     pub fn from_env() -> Self {
         Self::from_vars(&|name| std::env::var(name).ok())
     }
 
-    /// What the variables `var` say. An empty one counts as unset.
+    /// Reads the settings from the variables `var`. An empty variable counts as unset.
     pub(super) fn from_vars(var: &dyn Fn(&str) -> Option<String>) -> Self {
         let var = |name: &str| var(name).map(|v| v.trim().to_string()).filter(|v| !v.is_empty());
         let user = || var("HOME").or_else(|| var("USERPROFILE")).map(PathBuf::from); // the second on Windows
@@ -97,8 +98,8 @@ impl HubConfig {
         }
     }
 
-    /// Has `progress` called whenever bytes of a download arrive, on the thread that asked for it.
-    /// Files that the cache holds cause no call.
+    /// Sets a callback that is called whenever bytes of a download arrive, on the thread that requested it.
+    /// It is not called for files in the cache.
     ///
     /// ```no_run
     /// use monteclora::models::hub::{HubConfig, ModelFiles};
@@ -111,7 +112,7 @@ impl HubConfig {
         Self { progress: Some(Arc::new(progress)), ..self }
     }
 
-    /// The endpoint without a user and password.
+    /// The scheme and host of the endpoint, without user and password.
     pub(super) fn host(&self) -> String {
         let (scheme, rest) = self.endpoint.split_once("://").unwrap_or(("", &self.endpoint));
         let authority = rest.split('/').next().unwrap_or(rest);
@@ -123,7 +124,7 @@ impl HubConfig {
         }
     }
 
-    /// `text` without the token, whoever put it there.
+    /// Replaces the token in `text`, wherever it occurs.
     pub(super) fn redact(&self, text: String) -> String {
         match &self.token {
             Some(token) if !token.is_empty() => text.replace(token.as_str(), "<token>"),

@@ -12,8 +12,9 @@ use super::repo::Repo;
 use super::retry::OnBytes;
 use crate::error::{Error, Result};
 
-/// The file `path` of a hub repository (`owner/name`), from the cache or downloaded: a data
-/// set's parquet file, for example. `revision` is a branch, a tag or a commit; `None` is `main`.
+/// Returns the local path of the file `path` of a hub repository (`owner/name`), such as a data set's parquet
+/// file. The file is downloaded if the cache does not hold it. `revision` is a branch, a tag or a commit;
+/// `None` is `main`.
 ///
 /// ```no_run
 /// use monteclora::models::hub::{repo_file, RepoKind};
@@ -23,13 +24,13 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// # Errors
-/// [`Error::Hub`] if there is no such repository, revision or file, no access, no network, or the
-/// hub is offline (`HF_HUB_OFFLINE=1`) and the cache does not hold the file.
+/// [`Error::Hub`] if there is no such repository, revision or file, no access, no network, or if the cache
+/// does not hold the file in offline mode (`HF_HUB_OFFLINE=1`).
 pub fn repo_file(repo_id: &str, kind: RepoKind, path: &str, revision: Option<&str>) -> Result<PathBuf> {
     repo_file_with(repo_id, kind, path, revision, &HubConfig::from_env())
 }
 
-/// Like [`repo_file`], with explicit settings of the hub.
+/// Like [`repo_file`], with explicit hub settings.
 ///
 /// # Errors
 /// Those of [`repo_file`].
@@ -46,11 +47,11 @@ pub fn repo_file_with(
 }
 
 impl Repo {
-    /// The local path of the file `name`, downloaded if need be; `None` if there is no such file,
-    /// or, offline, if the cache has none.
+    /// The local path of the file `name`, which is downloaded if needed; `None` if there is no such file or,
+    /// offline, if it is not in the cache.
     pub(super) fn file(&self, name: &str) -> Result<Option<PathBuf>> {
         if self.hub.offline || is_commit(&self.revision) {
-            // What a commit holds does not change, so the cache's word is the last.
+            // The files of a commit never change, so the cache's answer is final.
             match self.cached(name) {
                 Err(HFError::LocalEntryNotFound { .. }) if !self.hub.offline => {}
                 found => return self.found(found.map_err(Failure::Hub)),
@@ -82,7 +83,7 @@ impl Repo {
         match self.request(move |client| client.metadata(&file, &revision)) {
             Ok(about) if self.comes_in_parts(&about) => {
                 for (what, name) in [("ETag", &about.etag), ("commit", &about.commit_hash)] {
-                    // Both become names in the cache.
+                    // Both become file names in the cache.
                     check_relative(name).map_err(|reason| {
                         Failure::Local(self.error(format!("the hub's {what} is no name: {reason}")))
                     })?;
@@ -90,13 +91,13 @@ impl Repo {
                 self.download_in_parts(name, &about, || self.download_whole(name, &mut |_, _| {}))
             }
             Err(failure) if failure.is_outage() => Err(failure),
-            // Metadata come from where redirects lead, so their absence says nothing: the
+            // The metadata are those at the end of all redirects, so their absence proves nothing: the
             // download asks the hub itself.
             _ => self.download_whole(name, &mut |bytes, total| self.report(name, bytes, total)),
         }
     }
 
-    /// The file by `hf-hub` alone, which downloads it unless it has been put at its place.
+    /// Returns the path of the file from `hf-hub`, which downloads it unless it is already in the cache.
     fn download_whole(&self, name: &str, on_bytes: OnBytes) -> HubResult<PathBuf> {
         self.retry(|| {
             let (file, revision) = (name.to_string(), self.revision.clone());
@@ -107,8 +108,8 @@ impl Repo {
         })
     }
 
-    /// The names of the repository's files; None offline. They serve to explain what is missing, so that
-    /// a hub that does not tell them has none.
+    /// The names of the repository's files; `None` offline. They are only used to explain what is missing, so
+    /// a failed request counts as an empty list.
     pub(super) fn names(&self) -> Option<Vec<String>> {
         if self.hub.offline {
             return None;
@@ -117,23 +118,22 @@ impl Repo {
         Some(self.request(move |client| client.names(&revision)).unwrap_or_default())
     }
 
-    /// Checks that the file at `path` has the announced length. Where `hf-hub` fetches a file by
-    /// itself, it does not look at the answer's status, and caches the text of an error as if it
-    /// were the file.
+    /// Checks that the file at `path` has the announced length. When `hf-hub` downloads a file by itself, it
+    /// ignores the status of the response, and caches the text of an error as if it were the file.
     fn whole(&self, name: &str, path: PathBuf, announced: Option<u64>) -> HubResult<PathBuf> {
         let metadata = std::fs::metadata(&path).map_err(|e| Failure::Local(Error::io(&path)(e)))?;
         let got = metadata.len();
         let Some(expected) = announced.filter(|expected| *expected != got) else {
             return Ok(path);
         };
-        // Both the file and the link to it: a wrong file must not be found in the cache next time.
+        // Removes the file and the link to it, so that the wrong file is not found in the cache next time.
         for stale in [path.canonicalize().ok(), Some(path)].into_iter().flatten() {
             std::fs::remove_file(stale).ok();
         }
         Err(Failure::Length { name: name.to_string(), expected, got })
     }
 
-    /// The error for a required file that is not there: finds out what exactly is missing.
+    /// The error for a missing required file. Finds out what exactly is missing.
     pub(super) fn missing(&self, name: &str) -> Error {
         if self.hub.offline {
             return self.error(format!(

@@ -1,4 +1,4 @@
-//! Why a request to the hub failed, and what to do about it: without the token, and without
+//! Explains why a request to the hub failed, and what to do about it. Messages contain neither the token nor
 //! addresses, which can be signed.
 
 use hf_hub::HFError;
@@ -12,15 +12,15 @@ pub(super) type HubResult<R> = std::result::Result<R, Failure>;
 /// Why a request failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// What `hf-hub` says.
+    /// An error of `hf-hub`.
     Hub(HFError),
-    /// Nothing moved for too long.
+    /// There was no progress for too long.
     Silent,
     /// `hf-hub` panicked.
     Panicked,
-    /// Not as many bytes as announced.
+    /// The number of bytes differs from the announced one.
     Length { name: String, expected: u64, got: u64 },
-    /// The fault lies on this side: a full disk, for example.
+    /// A failure on this machine, such as a full disk.
     Local(Error),
 }
 
@@ -31,7 +31,7 @@ impl From<HFError> for Failure {
 }
 
 impl Failure {
-    /// Whether the same request may well succeed later.
+    /// Whether the same request may succeed later.
     pub(super) fn is_transient(&self) -> bool {
         match self {
             Self::Hub(HFError::RateLimited { .. }) | Self::Length { .. } => true,
@@ -43,13 +43,13 @@ impl Failure {
         }
     }
 
-    /// Whether the hub is out of reach now, so that what the cache holds has to do.
+    /// Whether the hub cannot be reached now, so that the cache is used instead.
     pub(super) fn is_outage(&self) -> bool {
         matches!(self, Self::Silent) || self.is_transient()
     }
 
-    /// Whether the part of the file that is there cannot be resumed: its length is wrong, or the
-    /// server does not accept the range that is left (416).
+    /// Whether the partial file cannot be resumed: its length is wrong, or the server rejects the remaining
+    /// range (416).
     pub(super) fn invalidates_part(&self) -> bool {
         match self {
             Self::Length { .. } => true,
@@ -60,7 +60,7 @@ impl Failure {
 }
 
 impl Repo {
-    /// The error for a failure.
+    /// Converts a failure into an error that says what to do.
     pub(super) fn explain(&self, failure: Failure) -> Error {
         let reason = match failure {
             Failure::Local(error) => return error,
@@ -86,7 +86,7 @@ impl Repo {
         self.error(reason)
     }
 
-    /// What the errors that come from an answer mean.
+    /// Explains errors that result from an answer of the hub; `None` for all others.
     fn reason(&self, error: &HFError) -> Option<String> {
         let token = if self.hub.token.is_some() { "the given token" } else { "no token" };
         Some(match error {
@@ -131,7 +131,7 @@ impl Repo {
     }
 }
 
-/// An error and what caused it, in one line.
+/// An error and its causes, in one line.
 fn causes(error: &dyn std::error::Error) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let mut parts: Vec<String> = chain.map(ToString::to_string).collect();

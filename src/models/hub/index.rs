@@ -1,6 +1,6 @@
 //! The index of sharded weights, `model.safetensors.index.json`: which file holds which tensor.
 //!
-//! An index is data from elsewhere: its file names are checked before any of them is opened.
+//! An index is untrusted input: its file names are checked before any file is opened.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::weights;
 use crate::error::{Error, Result};
 use crate::util::json;
 
-/// An index whose file names all lie below its own folder.
+/// An index whose file names are all below its own folder.
 #[derive(Debug)]
 pub(super) struct Index {
     path: PathBuf,
@@ -45,18 +45,18 @@ impl Index {
         Ok(Self { path: path.to_path_buf(), weight_map })
     }
 
-    /// The files that the index lists, each once, in order.
+    /// The files that the index lists, each once, in order of their names.
     pub(super) fn shards(&self) -> Vec<&str> {
         let unique: BTreeSet<&str> = self.weight_map.values().map(String::as_str).collect();
         unique.into_iter().collect()
     }
 
-    /// The error for a listed file that is not there.
+    /// The error for a listed file that does not exist.
     pub(super) fn missing_shard(&self, shard: &str) -> Error {
         Error::format(&self.path, format!("the index lists {shard:?}, which does not exist"))
     }
 
-    /// Checks that each tensor is in its shard; `files` are the shards and their paths.
+    /// Checks that each shard holds the tensors listed for it; `files` are the shards and their paths.
     pub(super) fn check<'a>(&self, files: impl Iterator<Item = (&'a str, &'a Path)>) -> Result<()> {
         for (shard, path) in files {
             let held: BTreeSet<String> = weights::tensor_names(path)?.into_iter().collect();

@@ -1,13 +1,13 @@
-//! Where a model's files lie: a local folder, or a repository of a model hub (feature `hub`).
+//! Locates a model's files: in a local folder, or in a repository of a model hub (feature `hub`).
 //!
-//! [`ModelFiles::locate`] finds `config.json`, `tokenizer.json` and the safetensors weights of
-//! either with one code path; pickled weights (`pytorch_model.bin`, `model.pt` ...) are refused, since
-//! reading them runs code of their author.
+//! [`ModelFiles::locate`] finds `config.json`, `tokenizer.json` and the safetensors weights of either with
+//! one code path. Pickled weights (`pytorch_model.bin`, `model.pt` ...) are rejected, since reading them runs
+//! their author's code.
 //!
-//! What is added to the `hf-hub` crate, whose requests, cache and Xet transfers serve repositories:
-//! `HF_HUB_OFFLINE`, one commit per model, a limit on silence and heed of `Retry-After` (`retry`),
-//! downloads that go on where they broke off and are never taken for whole before (`parts`), and
-//! errors that say what to do and never hold the token (`failure`).
+//! Requests, cache and Xet transfers are those of the `hf-hub` crate. This module adds `HF_HUB_OFFLINE`, one
+//! commit per model, a limit on silence and support of `Retry-After` (`retry`), downloads that resume after
+//! an interruption and are not mistaken for complete files before (`parts`), and errors that say what to do
+//! and never contain the token (`failure`).
 
 mod adapter;
 mod bitsandbytes;

@@ -1,4 +1,4 @@
-//! The files of one model, found in a folder or a repository with one code path.
+//! The files of one model, located in a folder or a repository with one code path.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ pub(super) const TOKENIZER: &str = "tokenizer.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// The files of one model: its configuration, its tokenizer and its weights, all on this disk.
+/// The files of one model: its configuration, its tokenizer and its weights, all on the local disk.
 ///
 /// ```no_run
 /// use candle_core::{DType, Device};
@@ -50,28 +50,28 @@ pub struct ModelFiles {
     config: PathBuf,
     tokenizer: Option<PathBuf>,
     weights: Vec<PathBuf>,
-    /// Where it is a GGUF file that holds all of it, but for a tokenizer that lies beside it.
+    /// The GGUF file, if the model is one. It holds everything except a tokenizer that may be beside it.
     gguf: Option<Gguf>,
     quantization: Option<Quantization>,
-    /// The branch, tag or commit that was asked for.
+    /// The requested branch, tag or commit.
     revision: Option<String>,
 }
 
 impl ModelFiles {
-    /// Finds the files of the folder `id_or_dir`, or else of the hub repository of that name
-    /// (`owner/name`), downloading what its cache does not hold. `revision` is a branch, a tag or
-    /// a commit of the repository; folders have none. A GGUF file is a model, too: one on this disk, or one of a
-    /// repository (`owner/name/file.gguf`).
+    /// Finds the files of the folder `id_or_dir` or, if there is none, of the hub repository of that name
+    /// (`owner/name`), downloading what the cache does not hold. `revision` is a branch, a tag or a commit of
+    /// the repository; folders have none. A GGUF file is a model as well: a local one, or one in a repository
+    /// (`owner/name/file.gguf`).
     ///
-    /// The repository is read at one commit: files of two versions never mix.
+    /// A repository is read at one commit, so that files of two versions never mix.
     ///
     /// # Errors
-    /// - [`Error::Hub`]: no such folder or repository, no access (says what to do about it), no
-    ///   network, or offline (`HF_HUB_OFFLINE=1`) and not in the cache;
+    /// - [`Error::Hub`]: there is no such folder or repository, no access (the error says what to do), no
+    ///   network, or a file is not in the cache in offline mode (`HF_HUB_OFFLINE=1`);
     /// - [`Error::Format`]: a required file is missing, the weights are pickled, or the index of
     ///   sharded weights names a file outside the folder, one that is missing, or a tensor that
     ///   its shard does not hold;
-    /// - [`Error::Config`]: a revision was asked of a folder.
+    /// - [`Error::Config`]: a revision was given for a local folder or file.
     pub fn locate(id_or_dir: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
         {
@@ -85,8 +85,8 @@ impl ModelFiles {
         }
     }
 
-    /// Like [`Self::locate`], with explicit settings of the hub: to show the progress of downloads,
-    /// for example ([`HubConfig::on_progress`]).
+    /// Like [`Self::locate`], with explicit hub settings, for example to show the progress of downloads
+    /// ([`HubConfig::on_progress`]).
     ///
     /// # Errors
     /// Those of [`Self::locate`].
@@ -98,7 +98,7 @@ impl ModelFiles {
         }
     }
 
-    /// The files of the folder `dir`, if there is one.
+    /// The files of the folder or GGUF file `dir`, if it exists.
     fn in_folder(dir: &str, revision: Option<&str>) -> Result<Option<Self>> {
         let path = Path::new(dir);
         let is_file = path.is_file();
@@ -122,7 +122,7 @@ impl ModelFiles {
         Self::collect(Source::Folder(path.to_path_buf())).map(Some)
     }
 
-    /// The one GGUF file at `path`, which `source` has, and the tokenizer beside it.
+    /// The GGUF file at `path` in `source`, and the tokenizer beside it if there is one.
     fn of_gguf(source: Source, path: PathBuf) -> Result<Self> {
         let gguf = Gguf::open(&path)?;
         let tokenizer = source.file(TOKENIZER)?;
@@ -137,7 +137,7 @@ impl ModelFiles {
         })
     }
 
-    /// Like [`Self::locate_with`] for a repository alone.
+    /// Like [`Self::locate_with`], for repositories only.
     ///
     /// # Errors
     /// Those of [`Self::locate`].
@@ -155,7 +155,7 @@ impl ModelFiles {
         Ok(Self { revision: revision.map(str::to_string), ..found })
     }
 
-    /// The one path behind folders and repositories.
+    /// Finds the files in a folder or a repository.
     fn collect(source: Source) -> Result<Self> {
         let (source, config) = source.pinned(CONFIG)?;
         let tokenizer = source.file(TOKENIZER)?;
@@ -183,17 +183,17 @@ impl ModelFiles {
         Ok(Self { source, config, tokenizer, weights, gguf: None, quantization: None, revision: None })
     }
 
-    /// The branch, tag or commit that was asked for: what an adapter of this model names beside it.
+    /// The requested branch, tag or commit, which an adapter of this model records beside the model's name.
     pub fn revision(&self) -> Option<&str> {
         self.revision.as_deref()
     }
 
-    /// The path of `config.json`, or of the GGUF file that stands in for it.
+    /// The path of `config.json`, or of the GGUF file in its place.
     pub fn config_path(&self) -> &Path {
         &self.config
     }
 
-    /// The configuration: `config.json`, or what a GGUF file says under keys of its own.
+    /// The configuration: `config.json`, or its equivalent from the metadata of a GGUF file.
     ///
     /// # Errors
     /// If the file cannot be read or is malformed; the error names it.
@@ -204,24 +204,24 @@ impl ModelFiles {
         }
     }
 
-    /// The path of `tokenizer.json`, where the model has one as a file.
+    /// The path of `tokenizer.json`, if the model has this file.
     pub fn tokenizer_path(&self) -> Option<&Path> {
         self.tokenizer.as_deref()
     }
 
-    /// The GGUF file, where the model is one.
+    /// The GGUF file, if the model is one.
     pub fn gguf(&self) -> Option<&Gguf> {
         self.gguf.as_ref()
     }
 
-    /// The weights: `model.safetensors`, or the shards of its index in the order of their names,
-    /// each once; or the one GGUF file.
+    /// The files of the weights: `model.safetensors`, the shards of its index in the order of their names, or
+    /// the one GGUF file.
     pub fn weights(&self) -> &[PathBuf] {
         &self.weights
     }
 
-    /// Another file of the same folder or of the same commit of the repository, such as
-    /// `generation_config.json`; `None` where there is none.
+    /// The path of another file of the same folder, or of the same commit of the repository, such as
+    /// `generation_config.json`; `None` if there is none.
     ///
     /// # Errors
     /// If `name` leads outside the folder, or the hub fails.
@@ -230,9 +230,9 @@ impl ModelFiles {
         self.source.file(name)
     }
 
-    /// A `VarBuilder` over the memory-mapped weights, which casts to `dtype` and copies to
-    /// `device` as tensors are asked for. It refuses what cannot be a weight: integers, NaN and
-    /// infinity, another shape; the error names file and tensor. What is quantised in a GGUF file is dequantised.
+    /// A `VarBuilder` over the memory-mapped weights, which casts each tensor to `dtype` and copies it to
+    /// `device` when it is requested. It rejects integers, NaN, infinity and wrong shapes with an error that
+    /// names the file and the tensor. Quantised tensors of a GGUF file are dequantised.
     ///
     /// # Errors
     /// If a file is not a whole safetensors file, or two shards hold the same tensor; the error
@@ -245,12 +245,12 @@ impl ModelFiles {
         weights::map_builder(&self.weights, dtype, device)
     }
 
-    /// The same files, whose matrices [`Self::open_weights`] quantises (None: leaves as they are).
+    /// The same files, with the quantisation that [`Self::open_weights`] applies to matrices (`None`: none).
     pub fn quantized(self, quantization: Option<Quantization>) -> Self {
         Self { quantization, ..self }
     }
 
-    /// Refuses, before anything is read, what quantises weights in a way that is not read here.
+    /// Rejects formats of quantised weights that are not supported, before any weight is read.
     fn check_quantization(&self) -> Result<()> {
         let config = self.config()?;
         let quantization = &config["quantization_config"];
@@ -271,12 +271,13 @@ impl ModelFiles {
         Err(Error::config("quantization_config", reason))
     }
 
-    /// The weights to load a model of: those of [`Self::var_builder`], beside which matrices that are quantised stay
-    /// so (of a GGUF file, bitsandbytes' NF4) or become so as they are fetched ([`Self::quantized`]).
+    /// Opens the weights for loading a model. In contrast to [`Self::var_builder`], quantised matrices (of a
+    /// GGUF file, or bitsandbytes' NF4) stay quantised, and matrices are quantised as they are fetched if
+    /// [`Self::quantized`] requested it.
     ///
     /// # Errors
-    /// As [`Self::var_builder`]; if matrices are quantised in another way, or quantisation at load was asked for and they
-    /// are quantised already.
+    /// As [`Self::var_builder`]; if matrices are quantised in another format, or if quantisation was
+    /// requested and they are quantised already.
     pub fn open_weights(&self, dtype: DType, device: &Device) -> Result<Weights<'static>> {
         self.check_quantization()?;
         let builder = self.var_builder(dtype, device)?;
@@ -301,7 +302,7 @@ impl ModelFiles {
         }
     }
 
-    /// The tensors of the weights as they lie in their files, memory-mapped.
+    /// The tensors of the weights as stored in their safetensors files, memory-mapped.
     pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
         if self.gguf.is_some() {
             let reason = "a folder of safetensors is made of safetensors, and this is GGUF: merge into GGUF \
@@ -312,7 +313,7 @@ impl ModelFiles {
         weights::map(&self.weights)
     }
 
-    /// Checks that every file is whole, and that no two hold the same tensor.
+    /// Checks that every file is complete, and that no two hold the same tensor.
     fn check_weights(&self) -> Result<()> {
         let mut seen = BTreeSet::new();
         for path in &self.weights {
@@ -326,12 +327,12 @@ impl ModelFiles {
     }
 }
 
-/// Whether a name is that of a GGUF file.
+/// Whether a file name ends in `.gguf`.
 fn is_gguf(name: &str) -> bool {
     Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
-/// `owner/name` and the GGUF file in it, where `id` names one.
+/// Splits `id` into `owner/name` and the GGUF file in it, if it names one.
 #[cfg(feature = "hub")]
 fn file_in_repository(id: &str) -> Option<(&str, &str)> {
     let (at, _) = id.match_indices('/').nth(1).filter(|_| is_gguf(id))?;

@@ -1,9 +1,8 @@
-//! Names from elsewhere, checked before they become paths or addresses: of files, repositories and
-//! revisions.
+//! Checks of untrusted names of files, repositories and revisions before they become paths or addresses.
 
 use std::path::Path;
 
-/// Checks that `name` is a relative path below its folder, or says why not.
+/// Checks that `name` is a relative path below its folder. The error is the reason.
 pub(super) fn check_relative(name: &str) -> std::result::Result<(), String> {
     let drive = name.as_bytes().get(1) == Some(&b':');
     if name.starts_with(['/', '\\']) || drive || Path::new(name).is_absolute() {
@@ -19,7 +18,7 @@ pub(super) fn check_relative(name: &str) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Whether `revision` is a commit, which never changes.
+/// Whether `revision` is a commit, whose files never change.
 #[cfg(feature = "hub")]
 pub(super) fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())

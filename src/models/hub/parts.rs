@@ -1,9 +1,9 @@
-//! A download in parts, resumed where the last one broke off.
+//! Downloads in parts, which resume where an earlier download was interrupted.
 //!
-//! `hf-hub` begins every file anew, does not look at the status of the answer that holds it, and
-//! takes any number of bytes for the whole. So the file is put together here, from ranges that
-//! `hf-hub` asks for, under a name of its own beside its place in `hf-hub`'s cache. It gets that
-//! place when it is whole; `hf-hub` then finds it there and links it.
+//! `hf-hub` starts every file from the beginning, ignores the status of the response with the file, and
+//! accepts any number of bytes as the whole file. Here, a file is therefore assembled from ranges that
+//! `hf-hub` requests, under a temporary name beside its place in `hf-hub`'s cache. When it is complete, it is
+//! renamed to that place, where `hf-hub` finds it and links to it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -17,17 +17,16 @@ use super::repo::Repo;
 use crate::error::Error;
 
 impl Repo {
-    /// Whether the file that `about` describes can be fetched in parts: it lies on the hub itself.
-    /// What lies elsewhere `hf-hub` cannot describe, and Xet files it puts together from pieces of
-    /// its own.
+    /// Whether the file that `about` describes can be fetched in parts: only if the hub itself stores it.
+    /// `hf-hub` cannot describe files stored elsewhere, and assembles Xet files from its own pieces.
     pub(super) fn comes_in_parts(&self, about: &FileMetadataInfo) -> bool {
         let here =
             about.location.as_deref().is_some_and(|at| at.starts_with(&format!("{}/", self.hub.host())));
         here && about.xet_hash.is_none()
     }
 
-    /// Puts the file `name` at its place in the cache, unless it is there, and has `link` make it
-    /// known under its name, unless it is. Returns its path.
+    /// Downloads the file `name` to its place in the cache, unless it is there, and calls `link` to link its
+    /// name to it, unless that link exists. Returns the path of the file.
     pub(super) fn download_in_parts(
         &self,
         name: &str,
@@ -40,7 +39,7 @@ impl Repo {
         for dir in [&blobs, &locks] {
             std::fs::create_dir_all(dir).map_err(io(dir))?;
         }
-        // The lock that other users of the cache take.
+        // The same lock that other users of the cache take.
         let _lock = lock(&locks.join(format!("{}.lock", about.etag)))?;
         let (blob, part) = (blobs.join(&about.etag), blobs.join(format!("{}.part", about.etag)));
         let size = about.file_size;
@@ -55,7 +54,7 @@ impl Repo {
                 std::fs::rename(&part, &blob).map_err(io(&blob))?;
             }
         }
-        // `hf-hub` makes a link anew by taking the old one away, and another may be reading by it.
+        // `hf-hub` recreates a link by removing the old one, through which another process may be reading.
         let known = self.cached(name).ok().filter(|path| {
             let at = self.hub.cache.join(&folder).join("snapshots").join(&about.commit_hash).join(name);
             *path == at && path.canonicalize().ok() == blob.canonicalize().ok()
@@ -63,7 +62,7 @@ impl Repo {
         known.map_or_else(link, Ok)
     }
 
-    /// Appends to the file `part` what it lacks.
+    /// Downloads the missing rest of the file `part`.
     fn fill(&self, name: &str, about: &FileMetadataInfo, part: &Path) -> HubResult<()> {
         let mut file =
             OpenOptions::new().create(true).truncate(false).write(true).open(part).map_err(io(part))?;
@@ -74,13 +73,13 @@ impl Repo {
         }
         loop {
             file.set_len(have).and_then(|()| file.seek(SeekFrom::Start(have))).map_err(io(part))?;
-            // A hub that does not say how long the file is says 0: then there is one part.
+            // A size of 0 means that the hub did not report it: the file is then a single part.
             if have == size && size > 0 {
                 break;
             }
             let bytes = self.part(name, about, have)?;
             if bytes.len() as u64 == size {
-                // Asked for a part, the server gave the whole: it knows no ranges.
+                // The server does not support ranges and sent the whole file.
                 have = 0;
                 file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(io(part))?;
             }
@@ -93,7 +92,7 @@ impl Repo {
         file.sync_all().map_err(io(part))
     }
 
-    /// The next part of a file of which `have` bytes are there.
+    /// Downloads the next part of a file of which `have` bytes are present.
     fn part(&self, name: &str, about: &FileMetadataInfo, have: u64) -> HubResult<Vec<u8>> {
         let size = about.file_size;
         let end = size.min(have.saturating_add(self.hub.part.max(1)));
@@ -112,7 +111,7 @@ impl Repo {
         })
     }
 
-    /// Tells the caller how far the download of `file` has come.
+    /// Reports the progress of the download of `file` to the callback, if there is one.
     pub(super) fn report(&self, file: &str, bytes: u64, total: Option<u64>) {
         if let Some(progress) = &self.hub.progress {
             let (repo, file) = (self.id.clone(), file.to_string());
@@ -121,7 +120,7 @@ impl Repo {
     }
 }
 
-/// Holds the lock file `path`, as soon as no other process does.
+/// Waits until no other process holds the lock file `path`, and locks it.
 fn lock(path: &Path) -> HubResult<File> {
     let file = File::create(path).map_err(io(path))?;
     if file.try_lock().is_err() {

@@ -1,25 +1,25 @@
-//! Weights in files that this crate does not open: pickles, whose reading runs code of their author.
+//! Pickled weights, which this crate does not open, because reading a pickle runs its author's code.
 
-/// The endings of PyTorch's pickles, and of the indices of sharded ones.
+/// The file name endings of PyTorch's pickles, and of the indices of sharded pickles.
 const ENDINGS: [&str; 7] = [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json"];
 
-/// How the names begin of files that end like pickled weights and are none: what a trainer leaves for
-/// its next run, and another format.
+/// The name prefixes of files with these endings that are not pickled weights: the state that a trainer keeps
+/// for its next run, and another format.
 const OTHERS: [&str; 7] =
     ["training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "ggml"];
 
-/// The name of the pickled weights among the names of a model's files, if they are its only weights.
+/// The name of the pickled weights among `names`, a model's files, if they are its only weights.
 pub(super) fn only_weights<'a>(names: &'a [String]) -> Option<&'a str> {
     let is_pickle = |name: &&'a str| {
         ENDINGS.iter().any(|ending| name.ends_with(ending))
             && !OTHERS.iter().any(|start| name.starts_with(start))
     };
-    // An adapter's are no model's.
+    // The weights of an adapter are not those of a model.
     let whole = |name: &String| name.ends_with(".safetensors") && !name.starts_with("adapter_");
     if names.iter().any(whole) {
         return None;
     }
-    // The usual name first, so that the one that is told is the one that is known.
+    // Prefers the usual name, so that the error names a file that users recognise.
     let known = |name: &&str| (!name.starts_with("pytorch_model"), name.to_string());
     names.iter().map(String::as_str).filter(is_pickle).min_by_key(known)
 }

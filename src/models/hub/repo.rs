@@ -1,4 +1,4 @@
-//! One revision of a hub repository: what it is called, and the client that serves it.
+//! One revision of a hub repository, and the client that serves it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::config::HubConfig;
 use super::names::{check_relative, is_commit, is_repo_id};
 use crate::error::{Error, Result};
 
-/// One revision of one repository.
+/// One revision of a repository.
 #[derive(Clone)]
 pub(super) struct Repo {
     pub(super) hub: HubConfig,
@@ -39,7 +39,7 @@ impl Repo {
         Ok(Self { hub: hub.clone(), client, kind, id: id.to_string(), revision: revision.to_string() })
     }
 
-    /// The same repository, held at the commit that the cached file `path` is of.
+    /// The same repository, pinned to the commit of the cached file `path`.
     pub(super) fn pinned_to(mut self, path: &Path) -> Self {
         let folder = path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
         if let Some(commit) = folder.filter(|name| is_commit(name)) {
@@ -48,8 +48,8 @@ impl Repo {
         self
     }
 
-    /// The file's path in the cache; `EntryNotFound` if the cache remembers that there
-    /// is no such file, `LocalEntryNotFound` if it knows nothing of it.
+    /// The file's path in the cache. The error is `EntryNotFound` if the cache has recorded that there is no
+    /// such file, and `LocalEntryNotFound` if it has no record of it.
     pub(super) fn cached(&self, name: &str) -> HFResult<PathBuf> {
         self.client.download(name, &self.revision, true, None)
     }
@@ -61,7 +61,7 @@ impl Repo {
 }
 
 impl std::fmt::Debug for Repo {
-    // Without the client: what its parts show of themselves is not this crate's to decide.
+    // Leaves out the client, because this crate does not control what its `Debug` output reveals.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Repo")
             .field("hub", &self.hub)
@@ -72,8 +72,8 @@ impl std::fmt::Debug for Repo {
     }
 }
 
-/// The error of a repository whose name may have been meant for a folder: `models/robreta` reads
-/// as `owner/name`.
+/// Adds to a repository's error that there is no such folder either: `models/robreta`, a mistyped folder, has
+/// the form `owner/name`.
 pub(super) fn no_folder_either(error: Error) -> Error {
     match error {
         Error::Hub { repo, reason } if !reason.contains("no such local folder") => {

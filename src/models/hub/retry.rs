@@ -1,4 +1,4 @@
-//! How long an answer of the hub is awaited, and how often a request is repeated.
+//! Timeouts and retries of requests to the hub.
 
 use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -10,17 +10,17 @@ use super::client::Client;
 use super::failure::{Failure, HubResult};
 use super::repo::Repo;
 
-/// The pause before the first repetition; it doubles up to `FIRST_PAUSE << MOST_DOUBLINGS`.
+/// The pause before the first retry; it doubles up to `FIRST_PAUSE << MOST_DOUBLINGS`.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const MOST_DOUBLINGS: usize = 6;
 
-/// Is told how many bytes came so far, and how many were announced.
+/// A callback for the number of bytes received so far, and the number announced.
 pub(super) type OnBytes<'a> = &'a mut dyn FnMut(u64, Option<u64>);
 
 impl Repo {
-    /// Repeats `request` until there is an answer that repetition does not change, at most
-    /// [`retries`](super::config::HubConfig::retries) times. A server that says how long to wait is
-    /// obeyed, unless it asks for more than [`patience`](super::config::HubConfig::patience).
+    /// Retries `request` after transient failures, at most [`retries`](super::config::HubConfig::retries)
+    /// times. If the server says how long to wait, that pause is kept, or the request fails if it is longer
+    /// than [`patience`](super::config::HubConfig::patience).
     pub(super) fn retry<R>(&self, mut request: impl FnMut() -> HubResult<R>) -> HubResult<R> {
         let mut attempt = 0;
         loop {
@@ -41,7 +41,7 @@ impl Repo {
         }
     }
 
-    /// A request whose answer is no file, repeated as [`Self::retry`] says.
+    /// Sends a request whose answer is not a file, with retries as in [`Self::retry`].
     pub(super) fn request<R: Send + 'static>(
         &self,
         request: impl Fn(&dyn Client) -> HFResult<R> + Clone + Send + 'static,
@@ -52,10 +52,9 @@ impl Repo {
         })
     }
 
-    /// Runs `operation` on a thread of its own, and gives up when nothing has moved for as long as
-    /// [`patience`](super::config::HubConfig::patience): `hf-hub` itself waits for a silent server for
-    /// ever. Returns also the number of bytes that the server announced. `on_bytes` is called on
-    /// this thread.
+    /// Runs `operation` on its own thread, and gives up after no progress for
+    /// [`patience`](super::config::HubConfig::patience): `hf-hub` itself waits forever for a silent server.
+    /// Also returns the number of bytes that the server announced. `on_bytes` is called on this thread.
     pub(super) fn attempt<R: Send + 'static>(
         &self,
         on_bytes: OnBytes,
@@ -87,14 +86,14 @@ impl Repo {
     }
 }
 
-/// What a running operation reports.
+/// A report from a running operation.
 enum Event<R> {
     Announced(u64),
     Received(u64),
     Done(HFResult<R>),
 }
 
-/// Passes an operation's progress on.
+/// Forwards the progress of an operation.
 struct EventSender<R>(Sender<Event<R>>);
 
 impl<R: Send> ProgressHandler for EventSender<R> {
@@ -111,7 +110,7 @@ impl<R: Send> ProgressHandler for EventSender<R> {
             }
             _ => return,
         };
-        // The receiver is gone when it has lost patience.
+        // The receiver is gone after it has given up waiting.
         self.0.send(event).ok();
     }
 }

@@ -1,4 +1,4 @@
-//! Where a model's files come from: a folder or a repository, with one way to ask for them.
+//! The source of a model's files: a folder or a repository, behind one interface.
 
 use std::path::{Path, PathBuf};
 
@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use super::repo::Repo;
 use crate::error::{Error, Result};
 
-/// The configuration of a model, and that of an adapter.
+/// The file names of a model's configuration and of an adapter's.
 pub(super) const CONFIG: &str = "config.json";
 const ADAPTER: &str = crate::peft::CONFIG_FILE;
 
 const IS_ADAPTER: &str =
-    "it is an adapter and no model: give the model that its adapter_config.json names, and this as \
-                          the adapter on it";
+    "it is an adapter, not a model: load the model that its adapter_config.json names, and give \
+                          this as the adapter";
 
-/// What the files come from.
+/// The source of the files.
 #[derive(Debug, Clone)]
 pub(super) enum Source {
     Folder(PathBuf),
@@ -23,7 +23,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// The required file `name`, and this source held at the version that file is of.
+    /// The required file `name`, and this source pinned to that file's version.
     pub(super) fn pinned(self, name: &str) -> Result<(Self, PathBuf)> {
         let path = self.file(name)?.ok_or_else(|| self.missing(name))?;
         let source = match self {
@@ -48,16 +48,16 @@ impl Source {
         let dir = config.parent().unwrap_or(Path::new("."));
         match self {
             Self::Folder(_) => names_in(dir),
-            // Offline, what a repository has is what its cache holds.
+            // Offline, the names are those in the cache.
             #[cfg(feature = "hub")]
             Self::Repo(repo) => repo.names().map_or_else(|| names_in(dir), Ok),
         }
     }
 
-    /// The error for a required file that is not there.
+    /// The error for a missing required file.
     pub(super) fn missing(&self, name: &str) -> Error {
         match self {
-            // As in a hub's cache that was copied without what its links lead to.
+            // Happens if a hub's cache was copied without the targets of its links.
             Self::Folder(dir) if dir.join(name).is_symlink() => {
                 Error::format(dir.join(name), "a link to a file that is not there: copy what it leads to")
             }
@@ -76,7 +76,7 @@ impl Source {
         }
     }
 
-    /// The error for a source whose files cannot serve.
+    /// The error for a source whose files cannot be used.
     pub(super) fn unfit(&self, reason: String) -> Error {
         match self {
             Self::Folder(dir) => Error::format(dir, reason),

@@ -1,4 +1,4 @@
-//! Local folders: what is found, and what is refused by name.
+//! Tests of local folders: which files are found, and which are rejected with which error.
 
 use super::model_files::{INDEX, TOKENIZER, WEIGHTS};
 use super::source::CONFIG;
@@ -275,7 +275,7 @@ fn a_missing_tensor_is_told_with_its_file_and_an_output_with_what_shares_it() ->
     for layer in ["bert.pooler.dense.weight", "head.dense.weight"] {
         assert!(missing(layer).contains("AutoModelForSequenceClassification"), "{layer}");
     }
-    // Full fine-tuning reads through the store of what is trained.
+    // Full fine-tuning reads through the parameter store.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let message =
         params.var_builder(Some(vb.clone()), Role::Base).get(2, "x.weight").unwrap_err().to_string();
@@ -313,7 +313,7 @@ fn a_weight_that_a_dtype_cannot_hold_is_told_by_tensor_and_value() -> Result<()>
         assert!(message.contains(&expected) && message.contains(WEIGHTS), "{message}");
         assert_eq!(message.contains("bf16 or f32"), to == DType::F16, "{message}");
     }
-    // What rounds to the largest number is held, and every dtype holds its own.
+    // Values that round to the largest finite number are accepted, as are those of the same dtype.
     for (value, from, to) in [
         (65519.0, DType::F32, DType::F16),
         (65504.0, DType::F16, DType::F16),

@@ -1,7 +1,7 @@
 //! Safetensors weights, checked and memory-mapped.
 //!
-//! A tensor is checked when it is asked for: its dtype, its shape, and that all of it is finite, as it lies
-//! in its file and in the dtype that it is loaded in.
+//! A tensor is checked when it is requested: its dtype, its shape, and that all elements are finite, both as
+//! stored in its file and in the dtype in which it is loaded.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ use safetensors::SafeTensors;
 use crate::error::{Error, Result};
 use crate::util::lfs_pointer;
 
-/// The names of the tensors in a safetensors file, sorted, once its header, the bounds of each
-/// tensor and the file's length have been found to agree.
+/// The sorted names of the tensors in a safetensors file, after checking that its header, the bounds of each
+/// tensor and the file's length agree.
 pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
     let file = File::open(path).map_err(Error::io(path))?;
     // SAFETY: the map lives for this function and only its header is read. Another process that
@@ -35,13 +35,13 @@ pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// A builder over memory-mapped files that [`tensor_names`] has checked.
+/// A builder over memory-mapped files, which [`tensor_names`] must have checked.
 pub(super) fn map_builder(paths: &[PathBuf], dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
     let backend = MappedWeights::of(paths)?;
     Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
 }
 
-/// The files' tensors as they lie there.
+/// Maps the files into memory.
 pub(super) fn map(paths: &[PathBuf]) -> Result<MmapedSafetensors> {
     // SAFETY: as above, the files must not be rewritten in place while the map lives. Mapping is
     // what keeps a model of many gigabytes from being read whole before its first tensor.
@@ -50,7 +50,7 @@ pub(super) fn map(paths: &[PathBuf]) -> Result<MmapedSafetensors> {
     Ok(mapped)
 }
 
-/// The mapped files behind a `VarBuilder`, which [`tensor_names`] has checked.
+/// The memory-mapped files behind a `VarBuilder`, which [`tensor_names`] must have checked.
 pub(super) struct MappedWeights {
     mapped: MmapedSafetensors,
     paths: Vec<PathBuf>,
@@ -66,12 +66,12 @@ impl MappedWeights {
         self.mapped.tensors().into_iter().map(|(name, _)| name).collect()
     }
 
-    /// The tensor `name` as it lies there, if there is one.
+    /// The tensor `name` as stored, if there is one.
     pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
         self.mapped.get(name).ok()
     }
 
-    /// The tensor `name`, unless it cannot be a weight.
+    /// Loads the tensor `name`, if it is a valid weight.
     fn load(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let Ok(view) = self.mapped.get(name) else { return Err(self.missing(name)) };
         if let Some(shape) = shape.filter(|shape| shape.dims() != view.shape()) {
@@ -95,7 +95,7 @@ impl MappedWeights {
         }
     }
 
-    /// The error of a tensor that is in no file.
+    /// The error for a tensor that is in no file.
     pub fn missing(&self, name: &str) -> Error {
         let tied =
             |name: &str| name.ends_with("embed_tokens.weight") || name.ends_with("word_embeddings.weight");
@@ -104,7 +104,7 @@ impl MappedWeights {
             ": a model whose output shares its embedding says \"tie_word_embeddings\": true in config.json"
                 .to_string()
         } else if ["pooler.dense.weight", "head.dense.weight"].iter().any(|layer| name.ends_with(layer)) {
-            // Of a BERT for masked words the one, of a bare ModernBERT the other: transformers starts it anew.
+            // A masked-language-model BERT lacks the former, a bare ModernBERT the latter.
             ": the checkpoint was saved without this layer before the classifier; start one, once, in Python, by \
              AutoModelForSequenceClassification.from_pretrained(DIR).save_pretrained(DIR), and take --new-head"
                 .to_string()
@@ -121,7 +121,7 @@ impl MappedWeights {
         }
     }
 
-    /// The error of a tensor that is not what it should be.
+    /// The error for an invalid tensor.
     pub fn unfit(&self, name: &str, reason: String) -> Error {
         let holds = |path: &&PathBuf| tensor_names(path).is_ok_and(|names| names.iter().any(|n| n == name));
         match self.paths.iter().find(holds) {
@@ -152,9 +152,9 @@ impl SimpleBackend for MappedWeights {
     }
 }
 
-/// The first element that becomes infinite in another dtype, and what it is.
+/// The index and value of the first element that becomes infinite in `dtype`.
 fn first_beyond(view: &TensorView, dtype: DType) -> Option<(usize, f64)> {
-    // From here on a cast rounds to infinity: half a step beyond the largest number.
+    // From this magnitude on, a cast rounds to infinity: half a step beyond the largest finite number.
     let bound = match dtype {
         DType::F16 => 65520.0,
         DType::BF16 => (2.0 - 2f64.powi(-8)) * 2f64.powi(127),
@@ -172,7 +172,7 @@ fn first_beyond(view: &TensorView, dtype: DType) -> Option<(usize, f64)> {
     match (view.dtype(), dtype) {
         (Dtype::F64, _) => first!(8, f64::from_le_bytes),
         (Dtype::F32, DType::F16 | DType::BF16) => first!(4, |bytes| f64::from(f32::from_le_bytes(bytes))),
-        // The upper half of a single-precision number.
+        // A bf16 is the upper half of an f32.
         (Dtype::BF16, DType::F16) => {
             first!(2, |[low, high]: [u8; 2]| f64::from(f32::from_le_bytes([0, 0, low, high])))
         }
@@ -180,8 +180,8 @@ fn first_beyond(view: &TensorView, dtype: DType) -> Option<(usize, f64)> {
     }
 }
 
-/// Whether every element is a finite number; None of a dtype that is not for weights. It reads
-/// what is about to be copied anyway, at the speed of the memory.
+/// Whether every element is finite; `None` for a dtype that weights cannot have. It reads data that is copied
+/// afterwards anyway, at memory bandwidth.
 fn is_finite(view: &TensorView) -> Option<bool> {
     // All bits of the exponent set: NaN or infinity.
     macro_rules! check {

@@ -15,8 +15,8 @@ use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
 use crate::util::dtype::wide;
 
-/// ModernBERT with a classification head on the first token or on the mean of all: dense, GELU, norm, dropout,
-/// projection. All but the projection belongs to the checkpoint, as the pooler does in BERT.
+/// ModernBERT with a classification head on the first token or on the mean of all tokens: dense, GELU, norm,
+/// dropout, projection. Everything but the projection belongs to the checkpoint, like the pooler of BERT.
 #[derive(Debug)]
 pub struct ModernBertForSequenceClassification {
     embeddings: Embeddings,
@@ -26,15 +26,15 @@ pub struct ModernBertForSequenceClassification {
     norm: LayerNorm,
     dropout: Dropout,
     classifier: Linear,
-    /// Whether the last layer's attention sees all of a row.
+    /// Whether the last layer's attention sees the whole row.
     ends_global: bool,
     config: ModernBertConfig,
 }
 
 impl ModernBertForSequenceClassification {
-    /// Fetches the encoder from `vb`, with or without the prefix `model`, and with it the head's first part
-    /// (`head`); the projection to classes (`classifier`) from `head`: under an adapter method a frozen checkpoint
-    /// and [`Params::var_builder`](crate::adapter::Params::var_builder).
+    /// Loads the encoder, with or without the prefix `model`, and the head's first part (`head`) from `vb`,
+    /// and the projection to classes (`classifier`) from `head`. With an adapter method, `vb` is a frozen
+    /// checkpoint and `head` comes from [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -96,17 +96,17 @@ impl ModernBertForSequenceClassification {
         &self.config
     }
 
-    /// What the head reads of each row, (b, d).
+    /// The head's input, (b, d).
     fn pooled(&self, xs: Tensor, batch: PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
         let normed = |xs: &Tensor| self.final_norm.forward_on(xs, cx.path);
         match self.config.classifier_pooling {
-            // A window counts from the last query's place, which first tokens alone have not.
+            // A sliding window is aligned with the last query, so it does not fit first tokens alone.
             Pooling::Cls if self.ends_global => normed(&self.layers.first_token(xs, batch, cx)?),
             Pooling::Cls => {
                 let xs = self.layers.forward(xs, &batch, cx)?;
                 normed(&batch.first_tokens(xs.device())?.take(&xs, cx.path)?)
             }
-            // Virtual tokens count, as in PEFT.
+            // Virtual tokens are included, as in PEFT.
             Pooling::Mean => {
                 let xs = normed(&self.layers.forward(xs, &batch, cx)?)?;
                 mean(&batch.pad(xs, cx.path)?, batch.padding())
@@ -115,9 +115,9 @@ impl ModernBertForSequenceClassification {
     }
 }
 
-/// The mean over those of the tokens (b, t, d) that the mask (b, t) marks, (b, d).
+/// The mean of the tokens (b, t, d) that the mask (b, t) marks, (b, d).
 fn mean(xs: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
-    let dtype = wide(xs.dtype()); // in bf16 a count ends at 256
+    let dtype = wide(xs.dtype()); // bf16 cannot count beyond 256
     let real = mask.to_dtype(dtype)?.unsqueeze(2)?; // (b, t, 1)
     let sum = xs.to_dtype(dtype)?.broadcast_mul(&real)?.sum(1)?;
     sum.broadcast_div(&real.sum(1)?)?.to_dtype(xs.dtype())

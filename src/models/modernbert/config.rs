@@ -1,4 +1,4 @@
-//! The configuration of a ModernBERT, as Hugging Face's `config.json` has it, old and new.
+//! The configuration of a ModernBERT, as Hugging Face's `config.json` has it in older and newer files.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,23 +10,23 @@ use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
 use crate::util::{check, json};
 
-/// What of the last hidden states a classification head reads.
+/// The hidden states that a classification head reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pooling {
-    /// That of the first token.
+    /// The last hidden state of the first token.
     Cls,
-    /// The mean of those of the real tokens.
+    /// The mean of the last hidden states of the real tokens.
     Mean,
 }
 
-/// How far the attention of a layer sees.
+/// How far the attention of a layer reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerType {
-    /// All of its row.
+    /// The whole row.
     FullAttention,
-    /// `local_attention / 2` tokens each way.
+    /// `local_attention / 2` tokens in each direction.
     SlidingAttention,
 }
 
@@ -34,31 +34,30 @@ pub enum LayerType {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rope {
-    /// How angles are scaled; `default` is supported.
+    /// How angles are scaled; only `default` is supported.
     #[serde(default = "unscaled")]
     pub rope_type: String,
-    /// The base of the angles' frequencies; the type's own where absent.
+    /// The base of the angles' frequencies; the layer type's default if absent.
     #[serde(default)]
     pub rope_theta: Option<f64>,
-    /// The share of a head that is rotated; 1, or absent, is supported.
+    /// The share of a head that is rotated; only 1, or absent, is supported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial_rotary_factor: Option<f64>,
 }
 
-/// [`Rope`] of both types of layers, as newer files have it. A flat one is that of each type that has none of its
-/// own.
+/// The [`Rope`] of both layer types, as in newer files. A flat one applies to each type without its own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(from = "RopeFile")]
 pub struct RopeParameters {
-    /// Of the layers that see all of their row.
+    /// Of layers with [`LayerType::FullAttention`].
     #[serde(default)]
     pub full_attention: Option<Rope>,
-    /// Of those that do not.
+    /// Of layers with [`LayerType::SlidingAttention`].
     #[serde(default)]
     pub sliding_attention: Option<Rope>,
 }
 
-/// `rope_parameters` as files have them, nested or flat. What is not known is refused: it would turn other angles.
+/// `rope_parameters` as in files, nested or flat. Unknown fields are rejected: they would change the angles.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RopeFile {
@@ -101,7 +100,7 @@ pub struct ModernBertConfig {
     pub num_hidden_layers: usize,
     /// The number of attention heads; divides `hidden_size` into heads of even width.
     pub num_attention_heads: usize,
-    /// The activation in the feed-forward block; `gelu` (the exact one) is supported.
+    /// The activation in the feed-forward block; only `gelu` (the exact one) is supported.
     #[serde(default = "defaults::gelu")]
     pub hidden_activation: String,
     /// The longest sequence.
@@ -109,7 +108,7 @@ pub struct ModernBertConfig {
     /// The standard deviation that new weights start with.
     #[serde(default = "defaults::initializer_range")]
     pub initializer_range: f64,
-    /// Added to the variance in every layer norm; 1e-5 where absent.
+    /// Added to the variance in every layer norm; 1e-5 if absent.
     #[serde(default = "norm_eps")]
     pub norm_eps: f64,
     /// Whether layer norms have a bias.
@@ -118,22 +117,22 @@ pub struct ModernBertConfig {
     /// Whether the linear layers of attention have a bias.
     #[serde(default)]
     pub attention_bias: bool,
-    /// Whether those of the feed-forward block have one.
+    /// Whether the linear layers of the feed-forward block have a bias.
     #[serde(default)]
     pub mlp_bias: bool,
-    /// Whether the dense layer of the head has one.
+    /// Whether the dense layer of the head has a bias.
     #[serde(default)]
     pub classifier_bias: bool,
-    /// The activation of the head; `gelu` is supported.
+    /// The activation of the head; only `gelu` is supported.
     #[serde(default = "defaults::gelu")]
     pub classifier_activation: String,
-    /// What the head reads; the first token where absent.
+    /// The head's input; the first token if absent.
     #[serde(default = "first_token")]
     pub classifier_pooling: Pooling,
     /// Dropout of the embeddings, in training.
     #[serde(default)]
     pub embedding_dropout: f64,
-    /// Dropout of the attention probabilities and of what the attention block adds, in training.
+    /// Dropout of the attention probabilities and of the attention block's output, in training.
     #[serde(default)]
     pub attention_dropout: f64,
     /// Dropout inside the feed-forward block, in training.
@@ -142,28 +141,28 @@ pub struct ModernBertConfig {
     /// Dropout before the projection to classes, in training.
     #[serde(default)]
     pub classifier_dropout: f64,
-    /// The tokens that a local layer sees, half of them on each side.
+    /// The number of tokens that a local layer sees, half of them on each side; 128 if absent.
     #[serde(default = "local_attention")]
     pub local_attention: usize,
-    /// The type of each layer, as newer files have it.
+    /// The type of each layer, in newer files.
     #[serde(default)]
     pub layer_types: Option<Vec<LayerType>>,
-    /// Every so many layers one sees all, the first among them, as older files have it; 3 where absent.
+    /// In older files: every how many layers, from the first on, one has full attention; 3 if absent.
     #[serde(default = "every_third")]
     pub global_attn_every_n_layers: usize,
-    /// The rotary positions, as newer files have them.
+    /// The rotary positions, in newer files.
     #[serde(default)]
     pub rope_parameters: Option<RopeParameters>,
-    /// The base of the frequencies of layers that see all, as older files have it; 160000 where absent.
+    /// In older files: the base of the frequencies in layers with full attention; 160000 if absent.
     #[serde(default)]
     pub global_rope_theta: Option<f64>,
-    /// That of local layers; 10000 where absent. Null is that of the others.
+    /// In older files: the base in local layers; 10000 if absent, the base of the other layers if null.
     #[serde(default = "local_rope_theta")]
     pub local_rope_theta: Option<f64>,
-    /// Scaled angles; none are supported.
+    /// Scaling of the angles; it is not supported.
     #[serde(default)]
     pub rope_scaling: Option<serde_json::Value>,
-    /// The id of padding; 50283 where absent.
+    /// The id of padding; 50283 if absent, 0 if null.
     #[serde(default = "pad_token_id")]
     pub pad_token_id: Option<u32>,
     /// The names of the classes; [`Self::num_labels`] counts them.
@@ -197,12 +196,12 @@ impl ModernBertConfig {
     /// Reads and checks a `config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
     pub fn from_file(path: &Path) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let config: Self = json::parse_config(text, path, &["rope_parameters"])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
@@ -212,7 +211,7 @@ impl ModernBertConfig {
     /// Checks that the values fit each other and are supported.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If an option is invalid or not supported; the error names the first.
     pub fn validate(&self) -> Result<()> {
         shared::check_is("model_type", &self.model_type, "modernbert")?;
         checks::sizes(&[
@@ -281,7 +280,7 @@ impl ModernBertConfig {
         self.rope(layer_type).and_then(|rope| rope.rope_theta).unwrap_or_else(old)
     }
 
-    /// How far layer `i` sees.
+    /// The type of layer `i`.
     pub(crate) fn layer_type(&self, i: usize) -> LayerType {
         match &self.layer_types {
             Some(types) => types[i],
@@ -300,8 +299,8 @@ impl ModernBertConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
-    /// Face names them.
+    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
+    /// names.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         shared::set_num_labels(&mut self.id2label, n);
         self
@@ -313,7 +312,7 @@ mod tests {
     use super::*;
     use serde_json::{json, Value};
 
-    /// The file of answerdotai/ModernBERT-base, but for what shapes nothing.
+    /// The `config.json` of answerdotai/ModernBERT-base, without fields that do not shape the computation.
     fn old() -> Value {
         json!({"model_type": "modernbert", "attention_bias": false, "attention_dropout": 0.0,
             "classifier_activation": "gelu", "classifier_bias": false, "classifier_dropout": 0.0,

@@ -1,4 +1,4 @@
-//! One layer: a norm before each of attention and gated feed-forward block.
+//! One layer: attention and a gated feed-forward block, with a norm before each.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm, Mask, Window};
 
-/// A norm of the width of the residual stream, with a bias where the configuration has them.
+/// Loads a norm of the width of the residual stream, with a bias if `norm_bias` is set.
 ///
 /// # Errors
 /// If a tensor is missing or of another shape.
@@ -23,7 +23,7 @@ pub fn norm(config: &ModernBertConfig, vb: &Weights) -> Result<LayerNorm> {
     load(config.hidden_size, config.norm_eps, vb)
 }
 
-/// What the layers of one type share.
+/// The rotary positions and the window, which all layers of one type share.
 #[derive(Debug, Clone)]
 pub struct Attention {
     rotary: Arc<RotaryTable>,
@@ -31,7 +31,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// That of layers of this type, for weights like those of `vb`.
+    /// For layers of this type, with the dtype and device of `vb`.
     pub fn new(config: &ModernBertConfig, layer_type: LayerType, vb: &Weights) -> Self {
         let dim = config.hidden_size / config.num_attention_heads;
         let frequencies = RotaryTable::plain(config.rope_theta(layer_type) as f32, dim);
@@ -51,7 +51,7 @@ pub struct Layer {
     projections: AdaptableLinear, // to queries, keys and values
     attention_output: AdaptableLinear,
     feed_forward_norm: LayerNorm,
-    inner: AdaptableLinear, // to what is activated and what it is multiplied by
+    inner: AdaptableLinear, // to the input of GELU and its factor
     output: AdaptableLinear,
     probs_dropout: Dropout,
     attention_dropout: Dropout,
@@ -61,7 +61,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Fetches layer `i` from `vb`, which stands there.
+    /// Loads layer `i` from `vb`, which has that layer's prefix.
     ///
     /// # Errors
     /// If a tensor is missing or of another shape.
@@ -80,7 +80,7 @@ impl Layer {
         };
         let dropout = |rate, name: &str| Dropout::new(rate, noise, &format!("{path}.{name}"));
         Ok(Self {
-            // The first layer's input comes from a norm.
+            // The first layer has none, because the embeddings are already normalised.
             attention_norm: (i > 0).then(|| norm(config, &vb.pp("attn_norm"))).transpose()?,
             projections: linear("attn.Wqkv", d, 3 * d, config.attention_bias)?,
             attention_output: linear("attn.Wo", d, d, config.attention_bias)?,
@@ -95,12 +95,12 @@ impl Layer {
         })
     }
 
-    /// Whether its attention sees all of a row.
+    /// Whether the layer's attention sees the whole row.
     pub fn is_global(&self) -> bool {
         self.attention.window.is_none()
     }
 
-    /// What attention makes of the normalised `xs`, for the tokens that are wanted.
+    /// Attention over the normalised `xs`, for the tokens that [`PackedBatch::only`] selects.
     fn attend(&self, xs: &Tensor, batch: &PackedBatch, cx: &Context) -> candle_core::Result<Tensor> {
         let all = batch.pad(self.projections.forward(xs, cx)?, cx.path)?; // (b, t, 3 d)
         let (b, t, width) = all.dims3()?;
@@ -112,7 +112,7 @@ impl Layer {
             ops::rotary(&xs, &cos, &sin, cx.path)?.reshape((b, t, d))
         };
         let (q, k, v) = (rotated(part(0)?)?, rotated(part(1)?)?, part(2)?);
-        // A window counts from the last query's place, so that of first tokens alone there is none.
+        // A window is aligned with the last query, so no layer with a window runs for first tokens alone.
         let q = if batch.only().is_some() { q.narrow(1, 0, 1)? } else { q };
         let mask = Mask { window: self.attention.window.clone(), ..batch.mask() };
         let scale = (d as f64 / self.heads as f64).sqrt().recip();

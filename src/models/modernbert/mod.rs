@@ -1,5 +1,5 @@
-//! ModernBERT (Warner et al. 2024): norms before the blocks, rotary positions, a gated feed-forward block, and
-//! attention that is local in most layers.
+//! ModernBERT (Warner et al. 2024): norms before the blocks, rotary positions, a gated feed-forward block,
+//! and local attention in most layers.
 
 mod classification;
 mod config;

@@ -20,8 +20,11 @@ pub struct RobertaForSequenceClassification {
     config: RobertaConfig,
 }
 
-/// RoBERTa: dropout, dense, tanh, dropout, projection; all of it belongs to the task. ELECTRA: GELU for tanh.
-/// BERT: the pooler (dense, tanh) belongs to the encoder; dropout, projection to the task.
+/// The classification heads.
+///
+/// - RoBERTa: dropout, dense, tanh, dropout, projection; all of them belong to the task.
+/// - ELECTRA: the same with GELU instead of tanh.
+/// - BERT: the pooler (dense, tanh) belongs to the encoder; dropout and projection belong to the task.
 #[derive(Debug)]
 enum Head {
     Roberta { before: Dropout, dense: Linear, gelu: bool, after: Dropout, out_proj: Linear },
@@ -29,8 +32,8 @@ enum Head {
 }
 
 impl RobertaForSequenceClassification {
-    /// Fetches the encoder from `vb` and the task head from `head` (names start at `classifier`):
-    /// under an adapter method a frozen checkpoint and
+    /// Loads the encoder from `vb` and the task head from `head` (names start at `classifier`). With an
+    /// adapter method, `vb` is a frozen checkpoint and `head` comes from
     /// [`Params::var_builder`](crate::adapter::Params::var_builder).
     ///
     /// # Errors
@@ -67,8 +70,8 @@ impl RobertaForSequenceClassification {
         Ok(Self { encoder, head, config: config.clone() })
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
+    /// ([`ops::checkpoint`]). This saves memory and costs one more forward pass.
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.encoder.set_checkpoint_layers(on);
     }
@@ -78,7 +81,7 @@ impl RobertaForSequenceClassification {
         &self.config
     }
 
-    /// The logits, or the scores of a regression.
+    /// Computes the logits, or the scores of a regression.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32

@@ -10,7 +10,7 @@ use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults as common};
 use crate::util::{check, json};
 
-/// Which of the encoders a checkpoint is.
+/// The family that an encoder belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
@@ -19,8 +19,8 @@ pub enum Family {
     Roberta,
     /// BERT: positions are counted from zero; the head reads a pooler.
     Bert,
-    /// ELECTRA (Clark et al. 2020), of which the discriminator is what one fine-tunes: BERT with embeddings of
-    /// a width of their own, and RoBERTa's head with GELU.
+    /// The discriminator of ELECTRA (Clark et al. 2020), which is the part that is fine-tuned: BERT with
+    /// embeddings of their own width, and RoBERTa's head with GELU.
     Electra,
 }
 
@@ -38,13 +38,13 @@ impl Family {
 /// The fields of `config.json` that shape the computation; others are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RobertaConfig {
-    /// Which encoder it is.
+    /// The family of the encoder.
     pub model_type: Family,
     /// The number of token ids.
     pub vocab_size: usize,
     /// The width of the residual stream.
     pub hidden_size: usize,
-    /// The width of the embeddings, where it is another (ELECTRA).
+    /// The width of the embeddings, if it may differ from `hidden_size` (ELECTRA).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embedding_size: Option<usize>,
     /// The number of layers.
@@ -53,7 +53,7 @@ pub struct RobertaConfig {
     pub num_attention_heads: usize,
     /// The inner width of the feed-forward block.
     pub intermediate_size: usize,
-    /// The activation of the feed-forward block; `gelu` (the exact one) is supported.
+    /// The activation of the feed-forward block; only `gelu` (the exact one) is supported.
     #[serde(default = "common::gelu")]
     pub hidden_act: String,
     /// Dropout of embeddings and of each sub-layer's output, in training.
@@ -62,24 +62,24 @@ pub struct RobertaConfig {
     /// Dropout of the attention probabilities, in training.
     #[serde(default = "common::dropout")]
     pub attention_probs_dropout_prob: f64,
-    /// Dropout in the classification head; `hidden_dropout_prob` where absent.
+    /// Dropout in the classification head; `hidden_dropout_prob` if absent.
     #[serde(default)]
     pub classifier_dropout: Option<f64>,
     /// The number of position embeddings; RoBERTa uses the first `pad_token_id + 1` for padding.
     pub max_position_embeddings: usize,
-    /// The number of token types (segments); 2 where absent.
+    /// The number of token types (segments); 2 if absent.
     #[serde(default = "defaults::type_vocab_size")]
     pub type_vocab_size: usize,
     /// The standard deviation that new weights start with.
     #[serde(default = "common::initializer_range")]
     pub initializer_range: f64,
-    /// Added to the variance in every layer norm; 1e-12 where absent.
+    /// Added to the variance in every layer norm; 1e-12 if absent.
     #[serde(default = "defaults::layer_norm_eps")]
     pub layer_norm_eps: f64,
-    /// The id of padding; [`Self::pad_id`] where absent or null, as in old files.
+    /// The id of padding; if absent or null, as in old files, [`Self::pad_id`] returns the family's.
     #[serde(default)]
     pub pad_token_id: Option<u32>,
-    /// How positions enter; `absolute` is supported.
+    /// The type of position embeddings; only `absolute` is supported.
     #[serde(default = "defaults::position_embedding_type")]
     pub position_embedding_type: String,
     /// The names of the classes; [`Self::num_labels`] counts them.
@@ -103,12 +103,12 @@ impl RobertaConfig {
     /// Reads and checks a `config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such a configuration, or asks for what is not supported.
+    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
     pub fn from_file(path: &Path) -> Result<Self> {
         Self::parse(json::read_config(path)?.as_bytes(), path)
     }
 
-    /// The same from the file's bytes; `path` only names it in errors.
+    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let config: Self = json::parse_config(text, path, &[])?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
@@ -118,7 +118,7 @@ impl RobertaConfig {
     /// Checks that the values fit each other and are supported.
     ///
     /// # Errors
-    /// Names the first option at fault.
+    /// If an option is invalid or not supported; the error names the first.
     pub fn validate(&self) -> Result<()> {
         checks::sizes(&[
             ("vocab_size", self.vocab_size),
@@ -143,8 +143,8 @@ impl RobertaConfig {
         ])
     }
 
-    /// The width of the embeddings: RoBERTa and BERT have `hidden_size` whatever the file says, ELECTRA 128
-    /// where it says nothing.
+    /// The width of the embeddings: `hidden_size` for RoBERTa and BERT, whatever the file says; for ELECTRA,
+    /// `embedding_size` or 128 if it is absent.
     pub fn embedding_width(&self) -> usize {
         match self.model_type {
             Family::Electra => self.embedding_size.unwrap_or(128),
@@ -178,8 +178,8 @@ impl RobertaConfig {
         self.id2label.len()
     }
 
-    /// The same configuration with `n` outputs. Where it had another number of them, they are named as Hugging
-    /// Face names them.
+    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
+    /// names.
     pub fn with_num_labels(mut self, n: usize) -> Self {
         shared::set_num_labels(&mut self.id2label, n);
         self
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn what_a_file_leaves_out_is_what_transformers_takes() {
-        // transformers.BertConfig().to_dict(), and what a checkpoint must say itself.
+        // The defaults are those of transformers.BertConfig().to_dict(); a checkpoint must have these fields.
         let text = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}"#;
         let config: RobertaConfig = serde_json::from_str(text).unwrap();

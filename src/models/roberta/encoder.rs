@@ -17,15 +17,15 @@ use crate::ops::{LayerNorm, Weight};
 #[derive(Debug)]
 pub struct RobertaEncoder {
     embeddings: Embeddings,
-    /// ELECTRA's, where its embeddings are narrower than its layers.
+    /// From embeddings to layers, if their widths differ (ELECTRA).
     projection: Option<AdaptableLinear>,
     layers: Stack<PostNormLayer>,
 }
 
 impl RobertaEncoder {
-    /// Fetches the encoder by name, with or without the family's prefix.
+    /// Loads the encoder from `vb`, with or without the family's prefix.
     ///
-    /// Where `vb` starts new parameters, they follow `initializer_range`, under the prefix.
+    /// If `vb` creates new parameters, they are initialised by `initializer_range`, under the prefix.
     ///
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
@@ -63,8 +63,8 @@ impl RobertaEncoder {
         })
     }
 
-    /// The last hidden states, without those of virtual tokens; those on padding mean nothing. On the
-    /// CPU, a batch with a tenth of padding or more pays for its real tokens alone.
+    /// Computes the last hidden states, without those of virtual tokens. Values on padding are meaningless.
+    /// On the CPU, if at least a tenth of the batch is padding, only its real tokens are computed.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
@@ -87,9 +87,9 @@ impl RobertaEncoder {
         self.embeddings.without_virtual(xs)
     }
 
-    /// The last hidden state of each row's first token, which stands for the row: the first virtual
-    /// one, where there are any. The last layer computes the keys and values of all tokens, but the rest for these alone: of twelve layers a
-    /// fourteenth of a step.
+    /// Computes the last hidden state of each row's first token, which represents the row; with virtual
+    /// tokens, it is the first virtual token. The last layer computes keys and values for all tokens, but
+    /// everything else only for the first tokens, which with twelve layers saves a fourteenth of a step.
     ///
     /// # Shapes
     /// - as [`Self::forward`], output: `(b, hidden_size)`
@@ -108,7 +108,7 @@ impl RobertaEncoder {
         self.layers.first_token(xs, batch, cx)
     }
 
-    /// The first layer's input, packed where that pays, and how the batch is packed.
+    /// Computes the first layer's input, packed if that saves time, and the layout of the batch.
     fn embed(
         &self,
         ids: &Tensor,
@@ -123,20 +123,20 @@ impl RobertaEncoder {
         }
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`ops::checkpoint`](crate::ops::checkpoint)): less memory for one more forward pass.
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
+    /// ([`ops::checkpoint`](crate::ops::checkpoint)). This saves memory and costs one more forward pass.
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.layers.set_checkpoint_layers(on);
     }
 
-    /// The word embedding (vocab, hidden), which a masked-language-model head is tied to.
+    /// The word embedding (vocab, hidden), to which the masked-language-model head is tied.
     pub fn word_embeddings(&self) -> &Weight {
         self.embeddings.words().words()
     }
 }
 
-/// RoBERTa numbers the real tokens of each row, virtual ones first, after the padding id and gives padding
-/// that id itself; BERT and ELECTRA number columns.
+/// Loads the embeddings. RoBERTa numbers the real tokens of each row, virtual tokens first, from the padding
+/// id plus 1, and gives padding the position of the padding id. BERT and ELECTRA number columns.
 fn load_embeddings(vb: &Weights, config: &RobertaConfig, noise: Noise) -> Result<Embeddings> {
     let numbering = match config.model_type {
         Family::Roberta => {

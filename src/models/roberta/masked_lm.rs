@@ -1,4 +1,4 @@
-//! The encoder with the head that names masked tokens: pre-training.
+//! The encoder with a masked-language-model head, for pre-training.
 
 use candle_core::{Tensor, D};
 use candle_nn::{Init, Linear};
@@ -22,11 +22,11 @@ pub struct RobertaForMaskedLM {
 }
 
 impl RobertaForMaskedLM {
-    /// Fetches encoder and head from `vb`.
+    /// Loads the encoder and the head from `vb`.
     ///
     /// # Errors
-    /// If the configuration is not supported (ELECTRA's discriminator has no such head), or a tensor is missing
-    /// or of another shape.
+    /// If the configuration is not supported (ELECTRA's discriminator has no such head), or a tensor is
+    /// missing or of another shape.
     pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
         let vb = vb.into();
         let (d, eps) = (config.hidden_size, config.layer_norm_eps);
@@ -48,14 +48,14 @@ impl RobertaForMaskedLM {
         })
     }
 
-    /// Whether training keeps each layer's input alone and computes the layer again in backward
-    /// ([`ops::checkpoint`]): less memory for one more forward pass.
+    /// Sets whether training keeps only each layer's input and recomputes the layer in the backward pass
+    /// ([`ops::checkpoint`]). This saves memory and costs one more forward pass.
     pub fn set_checkpoint_layers(&mut self, on: bool) {
         self.encoder.set_checkpoint_layers(on);
     }
 
-    /// The logits of the tokens at some positions: masked ones are one in seven, so the
-    /// projection onto the vocabulary is left out elsewhere.
+    /// Computes the logits at the given positions. The projection onto the vocabulary is skipped elsewhere,
+    /// since only one token in seven is masked.
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32

@@ -1,8 +1,8 @@
-//! RoBERTa (Liu et al. 2019), BERT (Devlin et al. 2019) and ELECTRA (Clark et al. 2020): one encoder, three ways to
-//! name it.
+//! RoBERTa (Liu et al. 2019), BERT (Devlin et al. 2019) and ELECTRA (Clark et al. 2020), with one encoder.
 //!
-//! They differ in how positions are counted, in token types, in the width of the embeddings, and in the head that
-//! reads the first token. Checkpoints load with or without the `roberta.`, `bert.` or `electra.` prefix.
+//! They differ in the prefix of their tensor names, in how positions are counted, in token types, in the
+//! width of the embeddings, and in the head on the first token. Checkpoints load with or without the
+//! `roberta.`, `bert.` or `electra.` prefix.
 //!
 //! Adapters on a RoBERTa or BERT checkpoint, from a folder or a hub repository:
 //!

@@ -1,4 +1,4 @@
-//! The files beside a model's configuration and weights: its tokenizer's, and settings of generation.
+//! The files beside a model's configuration and weights: its tokenizer and its generation settings.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::util::files;
 
-/// What a folder may hold beside its configuration and its weights.
+/// The files that a folder may hold beside its configuration and weights.
 const COMPANIONS: [&str; 15] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,14 +26,14 @@ const COMPANIONS: [&str; 15] = [
     "chat_template.json",
 ];
 
-/// Copies the files that make a checkpoint's folder usable beside its configuration and weights (the
-/// tokenizer's, the generation settings) into the folder `dir`, those that `files` has. Where there
-/// is no tokenizer among them, a warning says so: a local folder may have been made without one, and
-/// offline a hub's cache may lack it.
+/// Copies the tokenizer's files and the generation settings that `files` has into the folder `dir`.
+///
+/// Logs a warning if there is no tokenizer among them: a local folder may have been created without one, and
+/// offline the hub's cache may lack it.
 ///
 /// # Errors
-/// If the hub fails to give one, half of a byte-pair tokenizer is missing, or a file cannot be read
-/// or written; the error names it.
+/// If the hub fails, one of the two files of a byte-pair tokenizer is missing, or a file cannot be read or
+/// written; the error names the file.
 pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
     let mut copied = Vec::new();
     for name in COMPANIONS {
@@ -58,7 +58,7 @@ pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies one file whole.
+/// Copies one file, whole or not at all.
 pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
     let bytes = fs::read(from).map_err(Error::io(from))?;
     files::write(to, &bytes)

@@ -1,4 +1,4 @@
-//! A checkpoint, with its adapters merged in or as it is, as one GGUF file.
+//! Writes a checkpoint, with or without merged adapters, as one GGUF file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -15,13 +15,16 @@ use crate::models::gguf::{check_model, write_model, Gguf, GgufKind, Named, Texts
 use crate::models::hub::ModelFiles;
 use crate::util::json;
 
-/// [`save_merged`](super::save_merged) as one GGUF file for llama.cpp and Ollama, with the tokenizer in it: the file
-/// `path`, whose matrices are of `kind`. A base that is itself in GGUF is merged into what is left of its numbers, all of
-/// which are rounded once more; the log says so.
+/// Writes the merged checkpoint ([`save_merged`](super::save_merged)) and its tokenizer as the GGUF file
+/// `path` for llama.cpp and Ollama, with matrices of `kind`.
+///
+/// If the base is itself in GGUF, adapters are merged into its dequantised weights, and all weights are
+/// rounded a second time, which is logged.
 ///
 /// # Errors
-/// If `path` is taken, no adapter is active and no weight was trained, a layer cannot be merged, the tokenizer or the
-/// architecture has no place in GGUF, the model has a head that llama.cpp has not, or the file cannot be written.
+/// If `path` exists, no adapter is active and no weight was trained, a layer cannot be merged, GGUF cannot
+/// represent the tokenizer or the architecture, the model has a head that llama.cpp lacks, or the file cannot
+/// be written.
 pub fn save_merged_gguf(
     model: &dyn AdaptableModel,
     params: &Params,
@@ -39,7 +42,8 @@ pub fn save_merged_gguf(
     write_model(path, &source.config()?, &texts(source)?, kind, named(entries))
 }
 
-/// Checks, before anything is trained, what [`save_merged_gguf`] would refuse afterwards, but for a disk that is full.
+/// Checks before training what [`save_merged_gguf`] would reject afterwards, except a full disk and, for a
+/// base in GGUF, a layer that cannot be merged.
 ///
 /// # Errors
 /// As [`save_merged_gguf`].
@@ -59,7 +63,7 @@ pub fn check_merged_gguf(
     check_model(&source.config()?, &texts(source)?, named(entries))
 }
 
-/// The tensors of the merged checkpoint: what is rounded for GGUF is what it would have.
+/// The tensors of the merged checkpoint, in the dtype that the checkpoint would have before GGUF rounds them.
 fn named<'a>(entries: BTreeMap<String, Entry<'a>>) -> Vec<Named<'a>> {
     let named = |(name, entry)| match entry {
         Entry::Source(view) => as_it_is(name, view),
@@ -70,7 +74,7 @@ fn named<'a>(entries: BTreeMap<String, Entry<'a>>) -> Vec<Named<'a>> {
     entries.into_iter().map(named).collect()
 }
 
-/// The tensors of a base in GGUF as numbers, with the adapters merged in.
+/// The dequantised tensors of a base in GGUF, with the adapters merged in.
 fn dequantized<'a>(model: &'a dyn AdaptableModel, params: &Params, base: &'a Gguf) -> Result<Vec<Named<'a>>> {
     let trained = |role| matches!(role, Role::Base | Role::Head | Role::Prompt);
     if let Some((name, _)) = params.all().into_iter().find(|(_, param)| trained(param.role)) {
@@ -104,11 +108,11 @@ fn dequantized<'a>(model: &'a dyn AdaptableModel, params: &Params, base: &'a Ggu
     Ok(base.names().into_iter().map(named).collect())
 }
 
-/// The checkpoint `source` as one GGUF file for llama.cpp and Ollama, as [`save_merged_gguf`] writes it: a base that
-/// adapters in GGUF are then loaded onto.
+/// Writes the checkpoint `source` as one GGUF file for llama.cpp and Ollama, in the format of
+/// [`save_merged_gguf`], as the base for adapters in GGUF.
 ///
 /// # Errors
-/// As [`save_merged_gguf`], of what has to do with the checkpoint.
+/// Those of [`save_merged_gguf`] that concern the checkpoint and the file.
 pub fn save_gguf(source: &ModelFiles, path: &Path, kind: GgufKind) -> Result<()> {
     check_free(path)?;
     let mapped = source.map_weights()?;
@@ -116,7 +120,7 @@ pub fn save_gguf(source: &ModelFiles, path: &Path, kind: GgufKind) -> Result<()>
     write_model(path, &source.config()?, &texts(source)?, kind, tensors)
 }
 
-/// A tensor of the checkpoint.
+/// An unchanged tensor of the checkpoint.
 fn as_it_is(name: String, view: TensorView<'_>) -> Named<'_> {
     let shape = view.shape().to_vec();
     Named { name, shape, make: Box::new(move || tensor(&view)) }
@@ -129,7 +133,7 @@ fn check_free(path: &Path) -> Result<()> {
     }
 }
 
-/// What the folder of `files` says of texts.
+/// The tokenizer, its settings and the chat template of `files`.
 fn texts(files: &ModelFiles) -> Result<Texts> {
     let read = |name: &str| -> Result<Option<Value>> {
         let Some(path) = files.file(name)? else { return Ok(None) };

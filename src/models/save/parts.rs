@@ -1,14 +1,14 @@
-//! What the names of a model's tensors begin with, in a checkpoint of the body alone and of the whole.
+//! The prefixes of tensor names, in checkpoints of the whole model and of the body alone.
 
 use crate::adapter::AdaptableModel;
 use crate::error::Result;
 
-/// What the names of a model's tensors begin with, each with its dot: the body's first, whose layers are the first, and
-/// what a family has beside it.
+/// The prefixes of a model's tensor names, each with its dot. The first is the body's, since a model's first
+/// layer belongs to its body; the others are those of the parts that a family has beside the body.
 pub(crate) struct Parts(Vec<String>);
 
 impl Parts {
-    /// Those of a model.
+    /// The prefixes of a model.
     pub fn of(model: &dyn AdaptableModel) -> Result<Self> {
         let mut parts = Vec::new();
         model.visit_linears(&mut |layer| {
@@ -25,17 +25,17 @@ impl Parts {
         Ok(Self(parts))
     }
 
-    /// Whether a tensor of this name lies in one of them.
+    /// Whether a tensor name has one of the prefixes.
     pub fn have(&self, name: &str) -> bool {
         self.0.iter().any(|part| name.starts_with(part))
     }
 
-    /// Whether these names are a bare body's, which lack its part.
+    /// Whether these names belong to a checkpoint of the body alone, which lacks the body's prefix.
     pub fn are_bare<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> bool {
         !names.any(|name| name.starts_with(&self.0[0]))
     }
 
-    /// What a bare body's tensor is called in the whole model.
+    /// The name in the whole model of a tensor from a checkpoint of the body alone.
     pub fn whole(&self, name: &str) -> String {
         if self.have(name) {
             name.to_string()

@@ -1,4 +1,4 @@
-//! The tensors of a folder, made one after the other as they are written, and the files that hold them.
+//! Writes the tensors of a folder as safetensors files, computing each tensor as it is written.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -13,21 +13,21 @@ use serde_json::json;
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// One tensor of the folder: as it is in the source, or made when it is written.
+/// One tensor of the folder: copied from the source, or computed when it is written.
 pub(super) enum Entry<'a> {
     Source(TensorView<'a>),
     Made { make: Box<dyn Fn() -> Result<Tensor> + 'a>, dtype: DType, shape: Vec<usize>, failure: &'a Failure },
 }
 
 impl<'a> Entry<'a> {
-    /// A tensor that was trained itself.
+    /// A tensor that was trained directly.
     pub fn trained(tensor: Tensor, dtype: DType, failure: &'a Failure) -> Self {
         let shape = tensor.dims().to_vec();
         Self::Made { make: Box::new(move || Ok(tensor.clone())), dtype, shape, failure }
     }
 }
 
-/// The first error of a tensor that is made while it is written: a view cannot return one.
+/// The first error of a tensor that is computed while it is written, since [`View::data`] cannot return one.
 pub(super) type Failure = Mutex<Option<Error>>;
 
 impl View for &Entry<'_> {
@@ -66,10 +66,10 @@ impl View for &Entry<'_> {
     }
 }
 
-/// `model.safetensors`, or shards with their index.
+/// Writes `model.safetensors`, or shards with their index.
 ///
 /// # Errors
-/// If a tensor cannot be made, or a file cannot be written.
+/// If a tensor cannot be computed, or a file cannot be written.
 pub(super) fn write_shards(
     entries: &BTreeMap<String, Entry>,
     dir: &Path,

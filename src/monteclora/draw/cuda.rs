@@ -1,5 +1,6 @@
-//! Draws on a CUDA device by our own kernels: two launches forward for all layers of a group, one backward for all with
-//! a tape and for each without, nothing through the host.
+//! Draws on a CUDA device with our own kernels: two launches in the forward pass for all layers of a group.
+//! The backward pass takes one launch for all layers with a tape, and one per layer without. Nothing passes
+//! through the host.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
 use crate::ops::{custom_vjp, Tape};
 
-/// Whether the kernels make this draw: the default ones, in single precision.
+/// Whether the kernels support this draw: they make the default draws, in single precision.
 pub(super) fn serves(spec: &DrawSpec) -> bool {
     let config = &spec.config;
     let method = config.compat == Compat::None && config.estimator == Estimator::Exact;
@@ -23,16 +24,16 @@ pub(super) fn serves(spec: &DrawSpec) -> bool {
     device && method && config.mixture != Mixture::Explicit && draws::supports(config.rank)
 }
 
-/// `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw`; of a sparse mixture without the norm.
+/// Computes `A + eps ||pi||_2 diag(exp rho) T Z` of draw number `draw`, without the norm if sparse.
 ///
 /// # Errors
-/// If there is no such draw, a tensor is elsewhere or of another shape, or the device fails.
+/// If there is no such draw, a tensor has another device or shape, or the device fails.
 pub(super) fn perturbed(asked: &Asked, draw: u64) -> Result<Tensor> {
     let (draws, mut outs) = draws::perturb(&[layer(asked, draw)?], draw)?;
     tracked(asked, draws, 0, outs.remove(0))
 }
 
-/// The same of all members that the kernels serve, which are on the device of `asking`.
+/// [`perturbed`] for all members that the kernels support and that are on the device of `asking`.
 ///
 /// # Errors
 /// As [`perturbed`].
@@ -67,7 +68,7 @@ pub(super) fn perturbed_together(
     Ok(asked.iter().map(|asked| asked.as_ref().and_then(|_| outs.next())).collect())
 }
 
-/// `outs` as leaves whose gradients become those of all layers' A, rho and c at once.
+/// Returns `outs` as leaves whose gradients are propagated to A, rho and c of all layers at once.
 fn cut<'a>(
     tape: &Tape,
     asked: impl Iterator<Item = &'a Asked<'a>>,
@@ -106,7 +107,7 @@ fn parameters<'a>(asked: &Asked<'a>) -> [&'a Tensor; 3] {
     [asked.mean, asked.posterior.std_prior(), asked.posterior.expert_weights_prior()]
 }
 
-/// `out` as a function of A, rho and c of layer `which` of `draws`.
+/// Returns `out` as a differentiable function of A, rho and c of layer `which` of `draws`.
 fn tracked(asked: &Asked, draws: Arc<Draws>, which: usize, out: Tensor) -> Result<Tensor> {
     custom_vjp("draw", parameters(asked), out, move |call| {
         let grad_a = call.needs[0].then(|| call.grad.clone());
@@ -131,7 +132,7 @@ mod tests {
     use crate::ops::OpPath;
     use crate::util::device::cuda_device;
 
-    /// A + Delta of a draw, and the gradients of A, rho and c, zero where there is none.
+    /// `A + Delta` of a draw, and the gradients of A, rho and c; zeros if there is no gradient.
     fn draw(device: &Device, path: OpPath, config: &MonteCLoRAConfig, width: usize) -> Result<[Vec<f32>; 4]> {
         let values = |which: u64, len: usize| {
             let mut xs = vec![0f32; len];
@@ -189,7 +190,7 @@ mod tests {
     fn layers_draw_together_what_each_draws_alone_and_see_every_change() -> Result<()> {
         let device = crate::cuda_device(0)?;
         let params = Params::new(Noise::new(5), &device);
-        // Several ranks and widths, one and many tiles, and one that the kernels do not serve.
+        // Several ranks and widths, one and many tiles, and one layer that the kernels do not support.
         let layers = [(1, 3, Mixture::Collapsed), (8, 768, Mixture::Collapsed), (70, 130, Mixture::Sparse)];
         let layers = layers.into_iter().chain([(4, 40, Mixture::Explicit), (40, 90, Mixture::Collapsed)]);
         let group = Arc::default();
@@ -219,7 +220,7 @@ mod tests {
         let mut before: Vec<Vec<f32>> = Vec::new();
         for _ in 0..2 {
             let pass = cx.of_one_pass();
-            // Backwards, and the first to ask is one that the group does not serve.
+            // In reverse order, so that the first layer to run is not the first of the group.
             let together =
                 layers.iter().rev().map(|layer| numbers(&pass, layer)).collect::<Result<Vec<_>>>()?;
             let alone = layers.iter().rev().map(|layer| numbers(&cx, layer)).collect::<Result<Vec<_>>>()?;

@@ -1,5 +1,5 @@
-//! A draw as the CPU makes it fast: T Z as a loop, the rows' scales as one node, their sum with A as
-//! another. Composed operations, which serve every device, go the same way without the second.
+//! The fast draw on the CPU: T Z as a loop, the scales of the rows as one graph node, and their sum with A as
+//! another. The composed path, for every device, works the same way without the node for the scales.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -14,28 +14,28 @@ use crate::special::tensor::{normalised, normalised_slope};
 use crate::special::{gamma_quantile, GammaQuantile};
 use crate::util::simd::vectorized;
 
-/// Up to this rank `T Z` is a plain loop; beyond, a product in blocks is worth its price.
+/// Up to this rank `T Z` is a plain loop; above, a blocked matrix product is faster.
 const SMALL_RANK: usize = 32;
 
-/// What a draw needs beside A and rho: its noise, `T Z`, and where the fused path mixes by it, the gamma draws of the
-/// weights at the present c.
+/// The parts of a draw that do not depend on A and rho: the noise, `T Z` and, if the fused path uses them,
+/// the gamma draws of the weights at the current c.
 pub(super) struct Ahead {
     noise: DrawNoise,
     matrices: Tensor,
     weights: Option<GammaDraws>,
 }
 
-/// Whether layers make this in one go for all of a pass: on the CPU, and no larger than A.
+/// Whether the layers of a pass prepare this together: on the CPU, if `T Z` is no larger than A.
 pub(super) fn is_made_ahead(posterior: &Posterior) -> bool {
     let spec = posterior.spec();
     spec.device.is_cpu() && spec.config.mixture != Mixture::Explicit
 }
 
 impl Ahead {
-    /// That of this noise.
+    /// Prepares the draw with this noise.
     ///
     /// # Errors
-    /// If the noise is not of this posterior's shapes.
+    /// If the noise does not have the shapes of this posterior.
     pub fn new(posterior: &Posterior, noise: DrawNoise, path: OpPath) -> Result<Self> {
         noise.check(posterior.spec())?;
         let config = &posterior.spec().config;
@@ -48,10 +48,10 @@ impl Ahead {
         Ok(Self { matrices: tril_product(&noise, config.compat)?, noise, weights })
     }
 
-    /// [`perturbed`] by this noise.
+    /// Computes the same as the function [`perturbed`], from the prepared parts.
     ///
     /// # Errors
-    /// If `a` is not of this posterior's shapes.
+    /// If `a` does not have the shape of this posterior.
     pub fn perturbed(self, posterior: &Posterior, a: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
         let (rho, c, config) =
             (posterior.std_prior(), posterior.expert_weights_prior(), &posterior.spec().config);
@@ -78,10 +78,10 @@ impl Ahead {
     }
 }
 
-/// `A + eps sum_k pi_k F Z_k` as `A + diag(row scales) T Z`, `(r, in_dim)`.
+/// Computes `A + eps sum_k pi_k F Z_k` as `A + diag(row scales) T Z`, `(r, in_dim)`.
 ///
 /// # Errors
-/// If the noise or `a` is not of this posterior's shapes.
+/// If the noise or `a` does not have the shapes of this posterior.
 pub(super) fn perturbed(
     posterior: &Posterior,
     a: &Tensor,
@@ -92,15 +92,15 @@ pub(super) fn perturbed(
     Ahead::new(posterior, noise.clone(), path)?.perturbed(posterior, a, eps, path)
 }
 
-/// `T Z`, of the shape of Z; Z itself under [`Compat::Peft`], whose clip of `V T T^T` comes between.
+/// Computes `T Z`, in the shape of Z; returns Z itself for [`Compat::Peft`], which clips `V T T^T` first.
 fn tril_product(noise: &DrawNoise, compat: Compat) -> Result<Tensor> {
     let (t, z) = (noise.bartlett(), noise.z());
     let r = t.dim(0)?;
     if compat == Compat::Peft {
         return Ok(z.clone());
     }
-    // A loop where it is small: candle's product asks the system for its number of cores each time, which
-    // takes longer than the product.
+    // A loop for small ranks: candle's product queries the number of cores at every call, which takes longer
+    // than the product itself.
     let width = z.dim(z.rank() - 1)?;
     match (z.device().is_cpu() && r <= SMALL_RANK, z.dtype()) {
         (true, DType::F32) => {
@@ -117,8 +117,8 @@ fn tril_product(noise: &DrawNoise, compat: Compat) -> Result<Tensor> {
     }
 }
 
-/// `T Z` in place of every matrix Z `(r, width)` in `zs`, T `(r, r)` lower triangular: from the last row
-/// up, each needs only itself and those above it.
+/// Computes `T Z` in place for every matrix Z `(r, width)` in `zs`, with T `(r, r)` lower triangular. Rows
+/// are computed from the last one up, since each depends only on itself and the rows above.
 fn lower_product<T>(t: &[T], zs: &mut [T], r: usize, width: usize)
 where
     T: Copy + std::ops::Mul<Output = T> + std::ops::AddAssign,
@@ -137,15 +137,15 @@ where
     });
 }
 
-/// The gamma draws that weights are made of.
+/// The gamma draws that the mixture weights are normalised from.
 struct GammaDraws {
-    /// `exp c`.
+    /// The concentration `exp c`.
     shapes: Vec<f64>,
     draws: Vec<GammaQuantile>,
 }
 
 impl GammaDraws {
-    /// Those of concentration `exp c` at `uniforms`, `(N)` both, on the CPU.
+    /// Draws with concentration `exp c` at `uniforms`, both `(N)`, on the CPU.
     fn new(c: &Tensor, uniforms: &Tensor) -> Result<Self> {
         let shapes: Vec<f64> = host(c)?.into_iter().map(f64::exp).collect();
         let draws = shapes.iter().zip(host(uniforms)?).map(|(a, u)| gamma_quantile(*a, u)).collect();
@@ -153,18 +153,18 @@ impl GammaDraws {
     }
 }
 
-/// `eps ||pi||_2 exp(rho)`, pi the normalised gamma draws of concentration `exp c`
+/// Computes `eps ||pi||_2 exp(rho)`, where pi are the normalised gamma draws of concentration `exp c`
 /// ([`Estimator::Exact`](crate::dist::Estimator::Exact)).
 ///
-/// In double precision on the host, and what backward needs is kept: as tensor operations of a few
-/// numbers each it is thirty nodes and the quantiles twice.
+/// Runs in double precision on the host and keeps what the backward pass needs. As tensor operations on a few
+/// numbers each, this would be thirty graph nodes and compute the quantiles twice.
 ///
 /// # Shapes
 /// - `rho`: `(r)`, `c`: `(N)`, on the CPU
 /// - output: `(r)`
 ///
 /// # Errors
-/// If a tensor has not one dimension.
+/// If a tensor does not have one dimension.
 fn row_scales(rho: &Tensor, c: &Tensor, of: GammaDraws, eps: f64) -> Result<Tensor> {
     let GammaDraws { shapes, draws } = of;
     let scales: Vec<f64> = host(rho)?.into_iter().map(|rho| eps * rho.exp()).collect();
@@ -212,7 +212,8 @@ mod tests {
             };
             assert!(close(&ours, &reference)?);
             assert!(close(got.get(&rho).expect("of rho"), want.get(&rho).expect("of rho"))?);
-            // One weight is one whatever c is: the elementary way has no gradient, this one a zero.
+            // A single weight is one whatever c is: the elementary operations give no gradient, this one
+            // gives zero.
             let dc = got.get(&c).expect("of c");
             match want.get(&c) {
                 Some(want) => assert!(close(dc, want)? && c.elem_count() > 1),

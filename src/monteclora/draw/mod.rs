@@ -1,4 +1,4 @@
-//! A draw of the posterior: what it is ([`reference`]), and the faster paths.
+//! Draws of the posterior: the definition ([`reference`]) and the faster implementations.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -18,11 +18,12 @@ use crate::ops::OpPath;
 pub use reference::PosteriorDraw;
 pub(super) use reference::{draw as reference, weights};
 
-/// `A + Delta` of draw number `draw`, `(r, in_dim)`: what a forward pass needs. By kernels where they serve, else from
-/// the noise of `buffer`; in a pass of a model with what the first of its layers made for all in the group of `seat`.
+/// Computes `A + Delta` of draw number `draw`, `(r, in_dim)`, for a forward pass: with CUDA kernels if they
+/// support the layer, otherwise from the noise of `buffer`. In a pass of a model, the first layer of the
+/// group of `seat` prepares the draws of all its layers.
 ///
 /// # Errors
-/// If there is no such draw, or A is not of this posterior's shapes.
+/// If there is no such draw, or the shape of A does not fit the posterior.
 pub(super) fn perturbed(
     asked: &Asked,
     draw: u64,
@@ -51,8 +52,9 @@ pub(super) fn perturbed(
     }
 }
 
-/// What the members' draws need beside A and rho, on all threads: at a few tokens a layer's own part, most of it gamma
-/// quantiles on one thread, would be most of what the layer does.
+/// Prepares the members' draws, except for the parts that depend on A and rho, on all threads. With few
+/// tokens, a layer that prepared its own draw on one thread, mostly gamma quantiles, would spend most of its
+/// time on it.
 fn ahead(members: &[Option<Member>], draw: u64) -> Result<Vec<Option<fused::Ahead>>> {
     let of = |member: &Member| {
         let posterior = &member.posterior;
@@ -64,18 +66,18 @@ fn ahead(members: &[Option<Member>], draw: u64) -> Result<Vec<Option<fused::Ahea
 }
 
 impl Posterior {
-    /// `A + Delta` of a draw given by its noise, `(r, in_dim)`.
+    /// Computes `A + Delta` of the draw with this noise, `(r, in_dim)`.
     ///
     /// # Errors
-    /// If the noise or `a` is not of this posterior's shapes.
+    /// If the noise or `a` does not have the shapes of this posterior.
     pub fn perturbed(&self, a: &Tensor, noise: &DrawNoise) -> Result<Tensor> {
         fused::perturbed(self, a, noise, self.sample_scaler(), OpPath::Fused)
     }
 
-    /// The whole draw, step by step as it is defined.
+    /// Computes the whole draw step by step, as it is defined.
     ///
     /// # Errors
-    /// If the noise is not of this posterior's shapes.
+    /// If the noise does not have the shapes of this posterior.
     pub fn draw(&self, noise: &DrawNoise) -> Result<PosteriorDraw> {
         reference::draw(self, noise, self.sample_scaler())
     }

@@ -1,5 +1,5 @@
-//! What a draw is, in the order of `docs/METHOD.md`: covariance factor, mixture weights, scale,
-//! perturbation, each by the distribution's own `rsample`.
+//! The definition of a draw, in the order of `docs/METHOD.md`: covariance factor, mixture weights, scale and
+//! perturbation, each computed by the distribution's own `rsample`.
 //!
 //! ```text
 //! F = diag(exp rho) T,  Sigma = F F^T      the covariance's factor (step 1)
@@ -8,7 +8,7 @@
 //! Delta = eps sum_k pi_k S_k               the perturbation (step 3)
 //! ```
 //!
-//! The fused and the CUDA path compute the same numbers faster and are held against this one.
+//! The fused and the CUDA implementation compute the same numbers faster and are tested against this one.
 
 use candle_core::{Result, Tensor};
 
@@ -31,10 +31,10 @@ pub struct PosteriorDraw {
     pub delta: Tensor,
 }
 
-/// The draw of this noise at scale `eps`.
+/// Computes the draw with this noise and scale `eps`.
 ///
 /// # Errors
-/// If the noise is not of this posterior's shapes.
+/// If the noise does not have the shapes of this posterior.
 pub(in crate::monteclora) fn draw(
     posterior: &Posterior,
     noise: &DrawNoise,
@@ -53,7 +53,7 @@ pub(in crate::monteclora) fn draw(
     Ok(PosteriorDraw { scale_tril, weights, delta: (mixed * eps)? })
 }
 
-/// F, `(r, r)`.
+/// Computes the covariance's factor F, `(r, r)`.
 fn factor(posterior: &Posterior, noise: &DrawNoise) -> Result<Tensor> {
     let (config, rho) = (&posterior.spec().config, posterior.std_prior());
     match config.compat {
@@ -65,7 +65,7 @@ fn factor(posterior: &Posterior, noise: &DrawNoise) -> Result<Tensor> {
     }
 }
 
-/// Mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
+/// Computes mixture weights of one layer `(N)` or of many `(.., N)` from noise of the same shape.
 pub(in crate::monteclora) fn weights(
     log_concentration: &Tensor,
     config: &MonteCLoRAConfig,

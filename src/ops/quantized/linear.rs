@@ -1,4 +1,4 @@
-//! The linear layer over a quantised weight.
+//! The linear layer with a quantised weight.
 
 use candle_core::{bail, Result, Tensor, D};
 
@@ -11,19 +11,21 @@ use crate::ops::path::OpPath;
 use crate::ops::reference;
 use crate::util::dtype::wide;
 
-/// Up to so many rows are few, where candle's kernels are as fast as the blocks or faster, whatever the kind: at 2048
-/// to 8192 on two cores 8 rows take 0.5 ms of Q4K and 8 ms of Q4_0, which has the slowest kernel, against 10 ms.
+/// The largest number of rows that go through candle's kernels: up to it they are at least as fast as blocks,
+/// whatever the kind. At 2048 to 8192 on two cores, 8 rows take 0.5 ms with Q4K and 8 ms with Q4_0, which has
+/// the slowest kernel, instead of 10 ms.
 const FEW: usize = 8;
 
-/// `y = x W^T + b` of a quantised W, which gets no gradient; nor does b.
+/// `y = x W^T + b` with a quantised W. Neither W nor b gets a gradient.
 ///
-/// Forward and backward dequantise a block of rows at a time, never the whole weight, and multiply by it as by any
-/// other: the output is that of the dequantised weight, and so is the gradient `dY W`. At 256 rows of 2048 to 8192
-/// that costs a tenth of the product itself.
+/// Forward and backward dequantise one block of rows at a time, never the whole weight, and multiply by it.
+/// Output and gradient, `dY W`, are those of the dequantised weight. At 256 rows and 2048 to 8192,
+/// dequantising costs a tenth of the product itself.
 ///
-/// On the CPU up to 8 rows of an x that nothing differentiates, as when a text is generated, go through candle's kernels
-/// for weights of GGUF's kinds: 20 times as fast for one row. They round x to 8 bits, which is about 0.7 % of an output's
-/// size (0.5 % for Q4_0), and keep a copy of the weight in their own order from the first such call on.
+/// On the CPU, up to 8 rows of an untracked x, as in text generation, go through candle's kernels if the
+/// weight is of one of GGUF's kinds: 20 times as fast for one row. These kernels round x to 8 bits, which is
+/// about 0.7 % of an output's size (0.5 % for Q4_0), and keep a copy of the weight in their own order from
+/// the first such call on.
 ///
 /// # Shapes
 /// - `xs`: `(.., in)`, of rank 2 or more
@@ -42,8 +44,8 @@ pub fn quantized_linear(
     linear(xs, weight, bias, path, true)
 }
 
-/// [`quantized_linear`] by blocks however few rows there are, never by candle's kernels, which round x: what a training
-/// step computes must not depend on whether something is differentiated through x.
+/// [`quantized_linear`] in blocks for any number of rows, never by candle's kernels, which round x: the
+/// result of a training step must not depend on whether x is tracked.
 ///
 /// # Errors
 /// As [`quantized_linear`].
@@ -86,7 +88,7 @@ fn linear(
     })
 }
 
-/// The shapes of a layer.
+/// Checks the shapes of a layer.
 pub(super) fn check(xs: &Tensor, weight: &QuantizedWeight, bias: Option<&Tensor>) -> Result<()> {
     let (out_dim, in_dim) = weight.dims();
     if xs.rank() < 2 || xs.dim(D::Minus1)? != in_dim || bias.is_some_and(|bias| bias.dims() != [out_dim]) {
@@ -100,7 +102,7 @@ pub(super) fn check(xs: &Tensor, weight: &QuantizedWeight, bias: Option<&Tensor>
     Ok(())
 }
 
-/// `x W^T + b` of detached tensors, by blocks.
+/// `x W^T + b` of detached tensors, in blocks.
 pub(super) fn forward(
     path: OpPath,
     xs: &Tensor,
@@ -138,7 +140,7 @@ pub(super) fn product(xs: &[f32], weight: &QuantizedWeight, bias: Option<&[f32]>
     Ok(y)
 }
 
-/// `dX = dY W`, by blocks.
+/// `dX = dY W`, in blocks.
 pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &QuantizedWeight) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims();
     let shape = with_last(grad, in_dim);
@@ -155,7 +157,7 @@ pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &QuantizedWeig
         return tensor(dx, shape);
     }
     let grad = rows(grad)?;
-    // A sum of many blocks, which half width would round each time.
+    // A sum over many blocks, which half precision would round each time.
     let dtype = wide(grad.dtype());
     let mut dx = Tensor::zeros((grad.dim(0)?, in_dim), dtype, grad.device())?;
     for (first, count) in weight.blocks() {

@@ -1,4 +1,4 @@
-//! Linear layers and tables whose weight lies in memory quantised: a few bits a number, in blocks with a scale.
+//! Linear layers and embedding tables with a quantised weight: a few bits per number, in blocks with a scale.
 
 mod linear;
 mod nf4;

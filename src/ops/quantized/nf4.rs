@@ -1,10 +1,12 @@
-//! The 4-bit NormalFloat of bitsandbytes (Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs").
+//! The 4-bit NormalFloat of bitsandbytes (Dettmers et al. 2023, "QLoRA: efficient finetuning
+//! of quantized LLMs").
 //!
 //! ```text
 //! w = scale(block of w) * value(code of w)
 //! ```
 //!
-//! with sixteen values, the quantiles of a normal distribution in [-1, 1], and a scale for each block of numbers.
+//! with sixteen values, the quantiles of a normal distribution in [-1, 1], and a scale for
+//! each block of numbers.
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -22,7 +24,7 @@ impl Nf4 {
     pub fn new(packed: Tensor, scales: Tensor, values: [f32; 16]) -> Result<Self> {
         let ((out_dim, bytes), (rows, blocks)) = (packed.dims2()?, scales.dims2()?);
         let in_dim = 2 * bytes;
-        // No byte is of two blocks.
+        // A byte must not span two blocks.
         let fits = rows == out_dim && blocks > 0 && bytes > 0 && bytes.is_multiple_of(blocks);
         if !fits || packed.dtype() != DType::U8 || scales.dtype() != DType::F32 {
             bail!(
@@ -48,12 +50,12 @@ impl Nf4 {
         self.packed.elem_count() + 4 * (self.scales.elem_count() + self.values.len())
     }
 
-    /// The rows at `ids` as numbers, `(n, in)`.
+    /// The dequantised rows at `ids`, `(n, in)`.
     pub fn take(&self, ids: &Tensor) -> Result<Tensor> {
         self.decode(&self.packed.index_select(ids, 0)?, &self.scales.index_select(ids, 0)?)
     }
 
-    /// Rows `first` to `first + count` as numbers.
+    /// Rows `first` to `first + count`, dequantised.
     pub fn rows(&self, first: usize, count: usize) -> Result<Tensor> {
         self.decode(&self.packed.narrow(0, first, count)?, &self.scales.narrow(0, first, count)?)
     }

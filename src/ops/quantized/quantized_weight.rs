@@ -9,16 +9,16 @@ use rayon::prelude::*;
 use super::nf4::Nf4;
 use crate::ops::host::Host;
 
-/// Numbers that are dequantised at one time: 4 MiB of them on the CPU, where its caches nearly hold them; more on a
-/// device, where few launches over many are what is fast.
+/// The number of weights that are dequantised at one time: 4 MiB on the CPU, which its caches nearly hold;
+/// more on a device, where few large launches are fastest.
 const BLOCK: usize = 1 << 20;
 const DEVICE_BLOCK: usize = 1 << 24;
 
-/// Numbers that one task dequantises.
+/// The number of weights that one task dequantises.
 const PIECE: usize = 1 << 16;
 
-/// A frozen weight `(out, in)` in blocks of a few bits, and the dtype that it stands for: that of its rows when they
-/// are dequantised. Clones share it.
+/// A frozen weight `(out, in)` in blocks with a few bits per number, and the dtype of its dequantised rows.
+/// Clones share the blocks.
 #[derive(Debug, Clone)]
 pub struct QuantizedWeight {
     blocks: Blocks,
@@ -29,30 +29,30 @@ pub struct QuantizedWeight {
 
 #[derive(Debug, Clone)]
 enum Blocks {
-    /// One of the kinds of GGUF.
+    /// One of GGUF's kinds.
     Ggml(Arc<QTensor>),
-    /// The 4 bits of bitsandbytes.
+    /// The 4-bit NormalFloat of bitsandbytes.
     Nf4(Arc<Nf4>),
 }
 
 impl QuantizedWeight {
-    /// The weight that candle's quantised `tensor` holds, for inputs of `dtype`.
+    /// Creates a weight from candle's quantised `tensor`, for inputs of `dtype`.
     ///
     /// # Errors
-    /// If the tensor is no matrix, or the dtype is none of floating point.
+    /// If the tensor is not a matrix, or `dtype` is not a floating-point dtype.
     pub fn new(tensor: Arc<QTensor>, dtype: DType) -> Result<Self> {
         Self::of(tensor.shape().dims2()?, tensor.device(), Blocks::Ggml(tensor), dtype)
     }
 
-    /// A weight in bitsandbytes' 4-bit NormalFloat (NF4).
+    /// Creates a weight in bitsandbytes' 4-bit NormalFloat (NF4).
     ///
     /// # Shapes
-    /// - `packed`: `(out, in / 2)` of u8, two codes a byte, the earlier one in the high four bits
+    /// - `packed`: `(out, in / 2)` of u8, two codes per byte, the first one in the high four bits
     /// - `scales`: `(out, in / block)` of f32, the largest magnitude of each block of numbers
-    /// - `values`: what each code stands for, as a share of it
+    /// - `values`: the number that each code stands for, as a fraction of that magnitude
     ///
     /// # Errors
-    /// If shapes or dtypes do not fit.
+    /// If shapes or dtypes do not fit, or `dtype` is not a floating-point dtype.
     pub fn nf4(packed: Tensor, scales: Tensor, values: [f32; 16], dtype: DType) -> Result<Self> {
         let nf4 = Nf4::new(packed, scales, values)?;
         Self::of(nf4.dims(), nf4.device().clone(), Blocks::Nf4(Arc::new(nf4)), dtype)
@@ -75,12 +75,12 @@ impl QuantizedWeight {
         self.dtype
     }
 
-    /// Where it lies.
+    /// The device of the weight.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The kind of its blocks, such as `q4k`, `q8_0` or `nf4`.
+    /// The kind of the blocks, such as `q4k`, `q8_0` or `nf4`.
     pub fn kind(&self) -> String {
         match &self.blocks {
             Blocks::Ggml(tensor) => format!("{:?}", tensor.dtype()).to_lowercase(),
@@ -88,7 +88,7 @@ impl QuantizedWeight {
         }
     }
 
-    /// Its bytes in memory.
+    /// The size in memory, in bytes.
     pub fn bytes(&self) -> usize {
         match &self.blocks {
             Blocks::Ggml(tensor) => tensor.storage_size_in_bytes(),
@@ -99,7 +99,7 @@ impl QuantizedWeight {
     /// The dequantised rows at `ids`, `(n)` of u32, as `(n, in)` in single precision.
     ///
     /// # Errors
-    /// If an id is not one of a row (on the CPU).
+    /// If an id is not below the number of rows (on the CPU).
     pub fn take(&self, ids: &Tensor) -> Result<Tensor> {
         match &self.blocks {
             Blocks::Ggml(tensor) => tensor.embedding(ids),
@@ -115,9 +115,10 @@ impl QuantizedWeight {
         self.rows(0, self.dims.0)?.to_dtype(self.dtype)
     }
 
-    /// `x W^T` of `(n, in)` by candle's kernels, which round x as well: to 8 bits in blocks. None of a kind that they
-    /// do not know, and on CUDA devices: there candle links machine code of the one architecture that it was built for,
-    /// and on another the launch fails without a word and leaves the result unwritten.
+    /// `x W^T` with x `(n, in)` by candle's kernels, which round x as well, to 8 bits in blocks. `None`
+    /// for kinds that they do not support, and on CUDA devices: there candle links machine code for the
+    /// one architecture that it was built for, and on another one the launch fails silently and leaves
+    /// the result unwritten.
     pub(super) fn product_of_few(&self, xs: &Tensor) -> Result<Option<Tensor>> {
         let Blocks::Ggml(tensor) = &self.blocks else { return Ok(None) };
         if self.device.is_cuda() {
@@ -138,7 +139,7 @@ impl QuantizedWeight {
         Tensor::from_vec(out, (count, self.dims.1), &self.device)
     }
 
-    /// The same into `out`, on the CPU.
+    /// Writes the dequantised rows from `first` on into `out`, on the CPU.
     pub(super) fn fill(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let in_dim = self.dims.1;
         if in_dim == 0 {
@@ -160,7 +161,7 @@ impl QuantizedWeight {
         }
     }
 
-    /// The blocks of rows that are dequantised one at a time: the first row and how many.
+    /// The blocks of rows that are dequantised one at a time, as (first row, number of rows).
     pub(super) fn blocks(&self) -> impl Iterator<Item = (usize, usize)> {
         let (out_dim, in_dim) = self.dims;
         let numbers = if self.device.is_cpu() { BLOCK } else { DEVICE_BLOCK };

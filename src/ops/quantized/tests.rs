@@ -24,7 +24,7 @@ fn largest(a: &Tensor, b: &Tensor) -> Result<f32> {
     (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
 }
 
-/// Output and gradient of x, of a loss with the weights `grad`.
+/// The output of `f`, and the gradient of x for a loss that weights the output by `grad`.
 fn step(xs: &Tensor, grad: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<[Tensor; 2]> {
     let xs = Var::from_tensor(xs)?;
     let y = f(xs.as_tensor())?;
@@ -93,7 +93,7 @@ fn a_weight_of_several_blocks_is_one_weight() -> Result<()> {
     Ok(())
 }
 
-/// Candle's kernels round the inputs too: what that is of an output's size.
+/// Candle's kernels round the inputs as well; the error is measured relative to the output's size.
 #[test]
 fn few_rows_that_nothing_differentiates_are_near_the_dequantised_layer() -> Result<()> {
     let (bias, size) = (normal("b", &[64])?, |t: &Tensor| t.sqr()?.mean_all()?.to_scalar::<f32>());
@@ -107,11 +107,11 @@ fn few_rows_that_nothing_differentiates_are_near_the_dequantised_layer() -> Resu
                 let error = (size(&(&got - &want)?)? / size(&want)?).sqrt();
                 assert!(error > 0.0 && error < 0.012, "{kind:?} {path:?}: {error}");
             }
-            // What is differentiated is what its gradient is of.
+            // With a tracked x nothing is rounded, so that the gradient belongs to the output.
             let xs = Var::from_tensor(&xs)?;
             let got = quantized_linear(xs.as_tensor(), &weight, Some(&bias), OpPath::Fused)?;
             assert!(largest(&got.detach(), &want)? < 1e-4, "{kind:?}");
-            // And so is what a training step computes.
+            // The function for training steps does not round either.
             let got =
                 quantized_linear_by_blocks(&xs.as_detached_tensor(), &weight, Some(&bias), OpPath::Fused)?;
             assert!(largest(&got, &want)? < 1e-4, "{kind:?}");
@@ -120,7 +120,7 @@ fn few_rows_that_nothing_differentiates_are_near_the_dequantised_layer() -> Resu
     Ok(())
 }
 
-/// Of half-width activations, over a weight of many blocks.
+/// Half-precision activations, with a weight of many blocks.
 #[test]
 fn a_half_width_gradient_is_rounded_once() -> Result<()> {
     let weight = quantized((32768, 256), GgmlDType::Q8_0)?;
@@ -156,7 +156,7 @@ fn the_loss_over_a_quantised_head_is_that_over_the_dequantised_one() -> Result<(
     Ok(())
 }
 
-/// Of 2 x 8 numbers in blocks of 4; by hand.
+/// 2 x 8 numbers in blocks of 4, computed by hand.
 #[test]
 fn nf4_is_a_code_times_the_scale_of_its_block() -> Result<()> {
     let values: [f32; 16] = std::array::from_fn(|code| code as f32 - 7.0);
@@ -172,7 +172,7 @@ fn nf4_is_a_code_times_the_scale_of_its_block() -> Result<()> {
     let one =
         quantized_linear(&Tensor::ones((1, 8), DType::F32, &Device::Cpu)?, &weight, None, OpPath::Fused)?;
     assert_eq!(one.to_vec2::<f32>()?, [want.map(|row| row.iter().sum::<f32>())]);
-    // A byte of two blocks, scales of other rows.
+    // Scales for a different number of rows; a byte that spans two blocks.
     for wrong in [scales.narrow(0, 0, 1)?, Tensor::ones((2, 8), DType::F32, &Device::Cpu)?] {
         assert!(QuantizedWeight::nf4(packed.clone(), wrong, values, DType::F32).is_err());
     }

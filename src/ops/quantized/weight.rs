@@ -1,4 +1,5 @@
-//! A matrix of a model that may be quantised, and is frozen then: the table of its tokens, the head over them.
+//! A model's weight matrix, dense or quantised (and then frozen): the table of token embeddings,
+//! or the output head.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -7,17 +8,17 @@ use super::quantized_weight::QuantizedWeight;
 use crate::ops::host::{dense, Host};
 use crate::ops::{embedding, linear, OpPath};
 
-/// A weight matrix as it lies in memory.
+/// A weight matrix, dense or quantised.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// Numbers, which may be trained.
+    /// A dense tensor, which may be trainable.
     Dense(Tensor),
-    /// Blocks of a few bits, frozen.
+    /// A quantised weight, which is frozen.
     Quantized(QuantizedWeight),
 }
 
 impl Weight {
-    /// The dense tensor, unless it is quantised.
+    /// The dense tensor; `None` if the weight is quantised.
     pub fn dense(&self) -> Option<&Tensor> {
         match self {
             Self::Dense(tensor) => Some(tensor),
@@ -28,7 +29,7 @@ impl Weight {
     /// `(rows, columns)`.
     ///
     /// # Errors
-    /// If it is no matrix.
+    /// If the dense tensor is not a matrix.
     pub fn dims2(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(tensor) => tensor.dims2(),
@@ -36,7 +37,7 @@ impl Weight {
         }
     }
 
-    /// The dtype of its rows, once they are dequantised.
+    /// The dtype of the rows, after dequantisation.
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(tensor) => tensor.dtype(),
@@ -44,7 +45,7 @@ impl Weight {
         }
     }
 
-    /// Its bytes in memory.
+    /// The size in memory, in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
@@ -52,7 +53,7 @@ impl Weight {
         }
     }
 
-    /// Where it lies.
+    /// The device of the weight.
     pub fn device(&self) -> &Device {
         match self {
             Self::Dense(tensor) => tensor.device(),
@@ -60,7 +61,7 @@ impl Weight {
         }
     }
 
-    /// The whole matrix as numbers.
+    /// The whole matrix as a dense tensor.
     ///
     /// # Errors
     /// If candle fails.
@@ -71,7 +72,7 @@ impl Weight {
         }
     }
 
-    /// Its rows at `ids`; see [`embedding`](fn@crate::ops::embedding).
+    /// The rows at `ids`; see [`embedding`](fn@crate::ops::embedding).
     ///
     /// # Shapes
     /// - `ids`: `(..)` of u32
@@ -101,7 +102,7 @@ impl Weight {
         }
     }
 
-    /// [`Self::linear`] that rounds no row, however few they are.
+    /// [`Self::linear`] that does not round `xs`, even if it has few rows.
     ///
     /// # Errors
     /// If the shapes do not fit.
@@ -118,7 +119,7 @@ impl Weight {
         }
     }
 
-    /// The path that a computation of `xs` and this can take.
+    /// The path of an operation on `xs` and this weight.
     pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
         match self {
             Self::Dense(tensor) => wanted.on(&[xs, tensor]),
@@ -126,7 +127,7 @@ impl Weight {
         }
     }
 
-    /// Whether rows `xs` fit.
+    /// Checks that the shape of `xs` fits this weight.
     pub(in crate::ops) fn check(&self, xs: &Tensor) -> Result<()> {
         match self {
             Self::Dense(tensor) => linear::check(xs, tensor, None),
@@ -134,7 +135,7 @@ impl Weight {
         }
     }
 
-    /// Whether it is trained.
+    /// Whether candle tracks the weight.
     pub(in crate::ops) fn track_op(&self) -> bool {
         self.dense().is_some_and(Tensor::track_op)
     }

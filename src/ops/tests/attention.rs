@@ -1,8 +1,8 @@
-//! Attention in general position: masks, windows, groups of heads, dropout, strided input.
+//! Cases of attention: masks, windows, groups of heads, dropout, strided input.
 
 use super::*;
 
-/// One case: its name, queries and keys, query and key heads, who sees whom, whether probabilities are dropped.
+/// One case: name, queries, keys, query heads, key heads, mask, and whether there is dropout.
 type Sizes = (&'static str, usize, usize, usize, usize, Mask, bool);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -34,7 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     let mut all = Vec::new();
     for (name, tq, tk, heads, kv_heads, mask, drop) in attentions {
-        let dim = if name == "attention" { 6 } else { 8 }; // heads of 6 are none for the kernels of a device
+        let dim = if name == "attention" { 6 } else { 8 }; // device kernels do not take heads of 6
         let shape =
             |t: usize, n: usize| -> &'static [usize] { Box::leak(vec![2, t, n * dim].into_boxed_slice()) };
         let inputs = [(shape(tq, heads), true), (shape(tk, kv_heads), true), (shape(tk, kv_heads), true)];
@@ -43,7 +43,7 @@ pub(super) fn cases() -> Vec<Case> {
             attention(&t[0], &t[1], &t[2], heads, kv_heads, 0.4, &beside(&mask, &t[0])?, drop, path)
         }));
     }
-    // q, k, v as slices of one fused projection: rows 16 wide in a storage of 48.
+    // q, k, v as slices of one fused projection: rows of 16 elements, 48 apart.
     all.push(case("attention, fused projection", &[(&[2, 3, 48], true)], |t, path| {
         let part = |i: usize| t[0].narrow(2, 16 * i, 16);
         let mask = beside(&mask(3, false, false), &t[0])?;
@@ -56,7 +56,8 @@ pub(super) fn cases() -> Vec<Case> {
 fn a_kept_mask_serves_its_own_sizes_alone() {
     let (causal, window) = (CausalMask::default(), Window::new(3));
     let look = |tq: usize, tk: usize, mask: &Mask, path| {
-        // Of value e_j at key j, query i gets something from key j if it sees it.
+        // Key j has the value e_j: element j of the output of query i is nonzero if and
+        // only if it sees key j.
         let (q, k) = (normal("q", &[1, tq, 8]), normal("k", &[1, tk, 8]));
         let v =
             Tensor::eye(8, DType::F64, &Device::Cpu).unwrap().narrow(0, 0, tk).unwrap().unsqueeze(0).unwrap();

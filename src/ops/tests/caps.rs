@@ -1,10 +1,10 @@
-//! What Gemma and Phi add: soft caps, the tanh gate, rotary positions on a part of each head.
+//! Cases for Gemma and Phi: soft caps, the tanh gate, rotary positions on a part of each head.
 
 use super::*;
 
 pub(super) fn cases() -> Vec<Case> {
     let labels = |t: &Tensor| Tensor::new(&[3i64, -100, 0, 18], t.device());
-    // Scores and logits have a deviation of about 1 to 2: these caps bite.
+    // Scores and logits have a standard deviation of about 1 to 2, so that these caps have an effect.
     let capped = |cap| Scores { scale: 0.4, cap: Some(cap) };
     let mut all = vec![
         case("soft cap", &[(&[2, 3, 7], true)], |t, path| soft_cap(&t[0], 0.8, path)),

@@ -1,4 +1,4 @@
-//! What the blocks promise beyond their values: masks, ranges, dtypes, bad and empty input.
+//! Tests of what the blocks guarantee beyond their values: masks, ranges, dtypes, bad and empty input.
 
 use super::*;
 
@@ -29,7 +29,7 @@ fn an_unseeing_query_gives_zero_and_gets_zero() {
         for var in [&q, &k, &v] {
             assert!(flat(&store.get(var).unwrap().get(1).unwrap()).iter().all(|g| *g == 0.0), "{path:?}");
         }
-        // The padded key of the first batch gets nothing either.
+        // The padded key in the first row of the batch gets no gradient either.
         let dv = flat(&store.get(&v).unwrap().get(0).unwrap());
         assert!(dv[12..18].iter().all(|g| *g == 0.0) && dv[..12].iter().all(|g| *g != 0.0), "{path:?}");
     }
@@ -64,7 +64,7 @@ fn a_dropout_mask_is_a_function_of_stream_draw_and_index() {
     assert_close("composed", &drop(OpPath::Composed, 1), &fused, 1e-6);
     assert_close("reference", &drop(OpPath::Reference, 1), &fused, 1e-6);
     assert_ne!(fused, drop(OpPath::Fused, 2));
-    // Five standard errors of a binomial share.
+    // Within five standard errors of a binomial proportion.
     let share = fused.iter().filter(|y| **y == 0.0).count() as f64 / 30_000.0;
     assert!((share - 0.25).abs() < 5.0 * (0.25 * 0.75 / 30_000f64).sqrt());
     let same = dropout(&ones, 0.0, &stream(), 1, OpPath::Fused).unwrap();

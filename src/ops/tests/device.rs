@@ -1,5 +1,5 @@
-//! Every block on a CUDA device against the reference on the host in double precision. These tests need the device:
-//! a build for it that finds none fails here.
+//! Tests of every block on a CUDA device against the reference on the host in double precision. They need a
+//! device: a build with the feature `cuda` fails here without one.
 
 use super::*;
 use crate::util::device::cuda_device;
@@ -12,7 +12,7 @@ fn blocks_on_a_device_compute_what_the_reference_computes_on_the_host() -> Resul
     for case in cases() {
         compare_on(&device, &case, OpPath::Composed, DType::F64, 1e-10);
         compare_on(&device, &case, OpPath::Composed, DType::F32, 2e-5);
-        compare_on(&device, &case, OpPath::Fused, DType::F32, 2e-5); // with our kernels
+        compare_on(&device, &case, OpPath::Fused, DType::F32, 2e-5); // with custom kernels
     }
     Ok(())
 }
@@ -39,7 +39,7 @@ fn a_norm_on_a_device_takes_tensors_of_that_device_alone() -> Result<()> {
     for (got, want) in flat(&got).iter().zip(flat(&want)) {
         assert!((got - want).abs() < 1e-5, "{got} {want}");
     }
-    // Another stream of the same GPU is no better than another GPU: nothing says whether the memory is written.
+    // Another stream of the same GPU is refused like another GPU: nothing orders its writes before our reads.
     let others = [Some(Device::new_cuda_with_stream(0)?), cuda_device(1).ok()];
     for other in others.into_iter().flatten() {
         let error = norm(&there, &weight.to_device(&other)?).unwrap_err().to_string();
@@ -110,7 +110,7 @@ fn rows_on_a_device_go_where_they_go_on_the_host() -> Result<()> {
     let (places, total) = (vec![0, 3, 4, 11], 12);
     let [here, there] = [&Device::Cpu, &device].map(|device| Rows::new(places.clone(), total, device));
     let (here, there) = (here?, there?);
-    // Rows of whole words, and of an odd number of halves.
+    // Rows of whole 32-bit words, and of an odd number of 16-bit halves.
     for dim in [6, 301] {
         for dtype in [DType::F32, DType::BF16, DType::F64] {
             let xs = normal("rows", &[total, dim]).to_dtype(dtype)?;
@@ -148,7 +148,7 @@ fn dropout_inside_an_adapted_layer_is_dropout_before_it() -> Result<()> {
     Ok(())
 }
 
-/// `(1 + 2^-12, 1)` is `(1, 1)` in bf16, whose product with `(1, -1)` is nothing.
+/// In bf16, `(1 + 2^-12, 1)` is rounded to `(1, 1)`, whose product with `(1, -1)` is 0.
 #[test]
 fn adapters_beside_a_half_width_base_are_not_rounded() -> Result<()> {
     let device = cuda_device(0)?;
@@ -162,7 +162,7 @@ fn adapters_beside_a_half_width_base_are_not_rounded() -> Result<()> {
     let x = Var::from_tensor(&half(&signs, (1, 2))?)?;
     let y = adapted_linear(&x, &half(&[0.0; 4], (2, 2))?, None, &a, &b, 1.0, OpPath::Fused)?;
     assert_eq!(flat(&y.to_device(&Device::Cpu)?), [f64::from(tiny); 2]);
-    // The gradient of the output is (1, -1), too.
+    // The gradient of the output is (1, -1) as well.
     let store = (y * half(&signs, (1, 2))?)?.sum_all()?.backward()?;
     let gradient =
         |var: &Var| Ok::<_, candle_core::Error>(flat(&store.get(var).unwrap().to_device(&Device::Cpu)?));

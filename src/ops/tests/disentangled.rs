@@ -3,7 +3,7 @@
 use super::*;
 
 pub(super) fn cases() -> Vec<Case> {
-    // Distances share the rows of positions from 3 on; of nine rows two are no distance's.
+    // Distances of 3 and more share a row of positions. Of nine rows, two belong to no distance.
     let sizes: [(&str, usize, usize, usize, bool, bool); 4] = [
         ("disentangled attention", 4, 4, 7, false, false),
         ("disentangled attention, first token", 1, 5, 7, false, false),

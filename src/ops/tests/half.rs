@@ -1,10 +1,12 @@
-//! Blocks in half width, at the accuracy of a computation in f32 that is rounded: against double precision on the same
-//! rounded inputs, each row to a half unit of its largest number for every rounding of a result.
+//! Tests that blocks in half precision are as accurate as a computation in f32 whose results are rounded.
+//! They are compared with double precision on the same rounded inputs: for each rounding of a result, an
+//! error of half a unit of the largest number of the row is allowed.
 
 use super::*;
 
-/// How many results of half width follow each other on the way to an output: one wherever a block is one pass.
-/// None of blocks that only parameters meet, which are f32, and of those whose own tests say more.
+/// The number of half-precision results that follow each other on the way to an output: 1 for a block with a
+/// single pass. `None` for blocks that only handle parameters, which are f32, and for blocks with more
+/// specific tests of their own.
 fn roundings(name: &str) -> Option<f64> {
     let elsewhere = ["attention", "cross entropy", "mean squared", "update energy", "add scaled rows"];
     if elsewhere.iter().any(|part| name.contains(part)) {
@@ -12,20 +14,21 @@ fn roundings(name: &str) -> Option<f64> {
     }
     let of = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
     Some(match () {
-        // The projections, their product, its gradient, that of a projection, the output.
+        // The projections, their product, its gradient, the gradient of a projection, the output.
         () if of(&["swiglu"]) => 5.0,
-        // What dropout leaves, the small part, the output, and of the gradient the sum of two.
+        // The dropped input, the low-rank part, the output, and in the gradient a sum of two.
         () if name == "adapted linear, dropout" => 4.0,
-        // The projection, the activation, the output; a sum, its norm, whose slope the sum's rounding moves.
+        // Feed forward: projection, activation, output. Norm: the sum, its norm, and the effect of the sum's
+        // rounding on the derivative.
         () if of(&["feed forward", "add layer norm, trained"]) => 3.0,
-        // A bias or a low-rank part beside the product, rows that are added up.
+        // A bias or a low-rank part beside the product; for embeddings, rows that are summed.
         () if of(&["linear", "adapted", "embedding"]) => 2.0,
         () => 1.0,
     })
 }
 
-/// The output and the gradients of `case` computed in `dtype` from inputs that were rounded to `half`; adapters and tables
-/// of angles are f32.
+/// The output and the gradients of `case`, computed in `dtype` from inputs that were rounded to `half`.
+/// Adapters and tables of angles are f32.
 fn run_rounded(
     device: &Device,
     case: &Case,
@@ -53,7 +56,7 @@ fn run_rounded(
     Ok((host(&y)?, gradients.collect::<Result<_>>()?))
 }
 
-/// What lies beyond `room` of its row's largest number, for the error's text.
+/// Describes the elements whose error is more than `room` times the largest number of their row.
 fn beyond(what: &str, got: &Tensor, want: &Tensor, room: f64) -> Vec<String> {
     let width = want.dims().last().copied().unwrap_or(1);
     let (got, want) = (flat(got), flat(want));
@@ -67,10 +70,10 @@ fn beyond(what: &str, got: &Tensor, want: &Tensor, room: f64) -> Vec<String> {
     found
 }
 
-/// Blocks on a path of a device, in both dtypes of half width.
+/// Compares blocks on a path of a device, in both half-precision dtypes.
 pub(super) fn compare_in_half_width(device: &Device, path: OpPath, cases: &[Case]) -> Result<()> {
     let mut wrong = Vec::new();
-    // Half a unit in the last place, of numbers just above a power of two.
+    // Half a unit in the last place, relative to a number just above a power of two.
     for (half, unit) in [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)] {
         for case in cases {
             let Some(roundings) = roundings(case.name) else { continue };

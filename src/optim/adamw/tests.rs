@@ -1,4 +1,4 @@
-//! AdamW against PyTorch, and what it refuses.
+//! AdamW against PyTorch, and its errors.
 
 use candle_core::{DType, Device};
 
@@ -62,13 +62,13 @@ fn a_parameter_that_takes_the_name_of_another_begins_anew() -> Result<()> {
     let longer = params.create("w", Role::A, 5, &Init::Constant(0.0))?;
     let grad = Tensor::new(&[1.0, 1.0, 1.0, -1.0, -1.0], &Device::Cpu)?;
     optimizer.backward_step(&(&longer * grad)?.sum_all()?)?;
-    // The first step of each number is the rate, whatever its gradient's size: all five have moved by it.
+    // The size of a first step is the learning rate, whatever the gradient's size, for all five numbers.
     let rate = AdamWConfig::default().lr;
     for (got, sign) in longer.to_vec1::<f64>()?.into_iter().zip([-1.0, -1.0, -1.0, 1.0, 1.0]) {
         assert!((got - sign * rate).abs() < 1e-6 * rate, "{got}");
     }
     assert_eq!(optimizer.moments("w")?.map(|moments| moments.steps), Some(1));
-    // What is gone from the store is forgotten, and what is remembered can be restored.
+    // The state of removed parameters is dropped, and the remaining state can be restored.
     params.remove("w");
     let other = params.create("v", Role::A, 2, &Init::Constant(0.0))?;
     optimizer.backward_step(&other.sum_all()?)?;
@@ -101,7 +101,7 @@ fn missing_gradients_and_bad_constants_are_named() -> Result<()> {
 
 #[test]
 fn single_precision_steps_are_those_of_torch_too() -> Result<()> {
-    // As above in float32, the path that works in place.
+    // As above in f32, where steps are in place.
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let w = params.insert("w", Role::Base, &Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu)?)?;
     let mut optimizer = AdamW::new(&params, AdamWConfig { weight_decay: 0.05, ..Default::default() })?;
@@ -163,7 +163,7 @@ fn a_step_that_fails_changes_nothing() -> Result<()> {
     params.set_trainable(Role::A, false);
     params.create("v", Role::B, 1, &Init::Constant(1.0))?;
     grads.accumulate(&params, &params.get("v").unwrap().var.sqr()?.sum_all()?.backward()?)?;
-    params.set_trainable(Role::A, true); // v has a gradient, w and x have none
+    params.set_trainable(Role::A, true); // v has a gradient; w and x have none
     assert!(optimizer.step(&grads, 0.1).is_err());
     assert_eq!(params.get("v").unwrap().var.to_vec1::<f64>()?, [1.0]);
     assert_eq!((w.to_vec1::<f64>()?, optimizer.moments("w")?.is_none()), (vec![1.0, -2.0, 0.5], true));
@@ -181,7 +181,7 @@ fn a_parameter_that_is_released_later_begins_as_the_first_ones_did() -> Result<(
     }
     params.set_trainable(Role::Head, true);
     step(&mut optimizer, &params, &(&w + &x)?, [0.3, -0.2, 1.0], 0.1)?;
-    // The first step of Adam is the learning rate, whatever the gradient's size.
+    // The size of Adam's first step is the learning rate, whatever the gradient's size.
     for (got, expected) in x.to_vec1::<f64>()?.into_iter().zip([-0.1, 0.1, -0.1]) {
         assert!((got - expected).abs() < 1e-6, "{got} {expected}");
     }

@@ -48,7 +48,7 @@ fn its_steps_are_those_of_algorithm_1_in_numpy() -> Result<()> {
     };
     let mut ivon = Ivon::new(&params, config.clone())?;
     for (step, after) in rows(&golden["after"]).iter().enumerate() {
-        // Half way another one goes on.
+        // Halfway, another optimiser continues from the state.
         if step == 2 {
             let remembered = ivon.remembered().clone();
             ivon = Ivon::new(&params, config.clone())?;
@@ -102,7 +102,7 @@ fn draws_have_sigma_and_the_curvature_seen_along_them_is_the_hessians_diagonal()
         assert_mean("sigma^2", 1.0 / (20.0 * 0.6), &squares[i]);
         assert_mean("h_hat", want, &curvatures[i]);
     }
-    // Predictive draws have the same law, and other noise; they come in pairs around the means.
+    // Predictive draws have the same distribution and other noise; they come in pairs around the means.
     let posterior = IvonPosterior::new(&params, ivon.remembered(), &config)?;
     let pair = [6, 7].map(|draw| posterior.draw(draw)?["w"].to_vec1::<f64>().map_err(Error::from));
     let [one, opposite] = pair;

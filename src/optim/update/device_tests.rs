@@ -1,5 +1,5 @@
-//! AdamW, norms and clipping on a CUDA device against the host, to the bit: more elements than a block has threads, than a
-//! launch has, fewer.
+//! AdamW, norms and clipping on a CUDA device against the host, for tensors with fewer elements than a block
+//! has threads, and with more elements than a launch has.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -19,7 +19,7 @@ fn params(device: &Device) -> Result<Params> {
     Ok(params)
 }
 
-/// The gradients of step `step`: sums over products with fixed numbers, the last one of a tensor's half.
+/// The gradients of step `step`: fixed random numbers, as the loss is a sum of products with them.
 fn gradients(params: &Params, step: u64) -> Result<Gradients> {
     let mut loss = Tensor::zeros((), DType::F32, params.device())?;
     for (name, param) in params.all() {
@@ -51,7 +51,7 @@ fn steps_on_a_device_are_those_on_the_host() -> Result<()> {
         assert!(close(a, d) && close(b, e) && close(c, f) && (c - 2.0).abs() < 1e-5, "{norms:?}");
     }
     for ((name, host), (_, device)) in both[0].all().into_iter().zip(both[1].all()) {
-        // The factors of the norms differ in their last bits, and single precision rounds them alike but for a few.
+        // The clipping factors differ in their last bits, which changes the rounding of a few f32 values.
         let (host, device) = (host.var.to_vec1::<f32>()?, device.var.to_vec1::<f32>()?);
         let error = host.iter().zip(&device).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
         assert!(error <= 1e-6, "{name}: {error}");

@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 
-/// A plan of the bundled model.
+/// A plan for the bundled model.
 fn bundled() -> Value {
     json!({
         "name": "bundled", "model": "tiny-roberta", "tasks": ["sst2"],
@@ -38,7 +38,7 @@ fn read(plan: &Value) -> Result<(Plan, String)> {
 #[test]
 fn a_plan_says_its_cells_and_settings_say_the_plan_again() -> Result<()> {
     let (plan, crc) = read(&bundled())?;
-    // One task, two seeds, one batch size; three methods at two rates, and one at one of them.
+    // One task, two seeds, one batch size; three methods at two rates and one method at one rate.
     let cells = plan.cells()?;
     assert_eq!(cells.len(), 2 * (3 * 2 + 1));
     let dora: Vec<f64> = cells.iter().filter(|key| key.method == "dora").map(|key| key.lr).collect();

@@ -1,5 +1,5 @@
-//! How pictures are drawn: box plots and panels of curves, as SVG and as PNG, readable in black and
-//! white and alike on every machine, since the font comes with the crate.
+//! Draws box plots and panels of curves as SVG and PNG, readable in black and white. The font comes with the
+//! crate, so plots are the same on every machine.
 
 use std::ops::Range;
 use std::path::Path;
@@ -13,25 +13,25 @@ use crate::error::{Error, Result};
 use crate::metrics::quantile;
 use crate::util::files;
 
-/// Roboto Regular (Copyright 2015 Google Inc., Apache License 2.0), cut down to printable ASCII.
+/// Roboto Regular (Copyright 2015 Google Inc., Apache License 2.0), reduced to printable ASCII.
 const FONT: &[u8] = include_bytes!("roboto-ascii.ttf");
 
-/// The width of every picture, in points.
+/// The width of every plot, in points.
 const WIDTH: u32 = 720;
-/// Pixels of a point in a PNG.
+/// Pixels per point in a PNG.
 const SCALE: u32 = 2;
-/// Panels beside each other.
+/// The number of panels per row.
 const COLUMNS: usize = 3;
 
 type Drawn<DB> =
     std::result::Result<(), DrawingAreaErrorKind<<DB as plotters::backend::DrawingBackend>::ErrorType>>;
 
-/// What can be drawn on any backend.
+/// A plot that can be drawn on any backend.
 pub trait Draw {
-    /// Points from top to bottom.
+    /// The height in points.
     fn height(&self) -> u32;
 
-    /// Draws everything, with `scale` pixels a point.
+    /// Draws the plot with `scale` pixels per point.
     fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, scale: u32) -> Drawn<DB>
     where
         DB::ErrorType: 'static;
@@ -44,7 +44,7 @@ pub trait Draw {
 pub fn write(picture: &impl Draw, out: &Path, name: &str) -> Result<()> {
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
-        register_font("sans-serif", FontStyle::Normal, FONT).ok(); // refused, text is missed, not the plot
+        register_font("sans-serif", FontStyle::Normal, FONT).ok(); // on failure only text is missing
     });
     files::write(&out.join(format!("{name}.svg")), svg(picture)?.as_bytes())?;
     files::write(&out.join(format!("{name}.png")), &png(picture)?)
@@ -86,11 +86,11 @@ fn font(points: u32, scale: u32) -> (&'static str, u32) {
     ("sans-serif", points * scale)
 }
 
-/// Horizontal box plots, one below the other: quartiles, and whiskers from the worst to the best.
+/// Horizontal box plots, one below the other: quartiles, and whiskers from minimum to maximum.
 pub struct Boxes {
-    /// Above all.
+    /// The title of the plot.
     pub title: String,
-    /// From top to bottom: a name and its values, finite and at least one.
+    /// From top to bottom: a name and its values, which are finite and at least one.
     pub groups: Vec<(String, Vec<f64>)>,
 }
 
@@ -106,7 +106,7 @@ impl Draw for Boxes {
         let Range { start: low, end: high } =
             bounds(self.groups.iter().flat_map(|(_, values)| values).copied());
         let margin = ((high - low) * 0.05).max(1e-3);
-        // The axis goes upwards.
+        // The axis points upwards.
         let names: Vec<&String> = self.groups.iter().map(|(name, _)| name).rev().collect();
         let mut chart = ChartBuilder::on(area)
             .caption(&self.title, font(16, scale))
@@ -127,7 +127,7 @@ impl Draw for Boxes {
             .axis_style(BLACK.stroke_width(scale))
             .light_line_style(WHITE)
             .draw()?;
-        // In pixels: plotters' own whiskers end where no value is.
+        // Drawn in pixels: plotters' own whiskers end at positions that are no value.
         let (style, half) = (BLACK.stroke_width(scale), 6 * scale as i32);
         for (name, (_, values)) in names.iter().zip(self.groups.iter().rev()) {
             let at =
@@ -144,42 +144,42 @@ impl Draw for Boxes {
     }
 }
 
-/// Curves, a panel each: of one kind on the same axes, or each on its own.
+/// Curves, one per panel, on shared axes or on individual ones.
 pub struct Panels {
-    /// Above all.
+    /// The title of the plot.
     pub title: String,
-    /// What runs to the right, and what upwards.
+    /// The labels of the x and y axes.
     pub axes: (&'static str, &'static str),
-    /// What they are drawn on.
+    /// The kind of axes.
     pub ground: Ground,
     /// The panels, row by row.
     pub panels: Vec<Panel>,
 }
 
-/// What curves are drawn on.
+/// The kind of axes that curves are drawn on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Ground {
-    /// Axes from the least to the largest.
+    /// Shared axes from the minimum to the maximum.
     Plain,
-    /// The same of each panel by itself, which fill the width.
+    /// Individual axes from minimum to maximum per panel; few panels fill the width.
     Own,
-    /// Axes from 0 to 1, with equality of both, dashed.
+    /// Axes from 0 to 1 with a dashed diagonal.
     Diagonal,
-    /// What runs to the right is given as its decimal logarithm, and labelled as itself.
+    /// The x values are decimal logarithms; the labels are the original values.
     Logarithmic,
 }
 
 /// A curve with a name.
 pub struct Panel {
-    /// Above it.
+    /// The caption of the panel.
     pub name: String,
-    /// Its points, finite and from left to right.
+    /// The points of the curve, finite and from left to right.
     pub points: Vec<(f64, f64)>,
-    /// The lower and the upper edge of a band about the curve, point for point; or nothing.
+    /// The lower and upper edge of a band around the curve, one per point; empty for no band.
     pub band: Vec<(f64, f64)>,
-    /// Points beside the curve, finite.
+    /// Additional points, finite.
     pub scatter: Vec<(f64, f64)>,
-    /// Whether points are marked.
+    /// Whether the points of the curve are marked.
     pub marked: bool,
 }
 
@@ -241,7 +241,7 @@ impl Draw for Panels {
 }
 
 impl Panels {
-    /// What the axes of some panels span.
+    /// The ranges of the axes of some panels.
     fn axes_of(&self, panels: &[Panel]) -> (Range<f64>, Range<f64>) {
         let xs = panels.iter().flat_map(|panel| &panel.points).map(|(x, _)| *x);
         let all = panels.iter().flat_map(|panel| panel.points.iter().chain(&panel.scatter));
@@ -259,7 +259,7 @@ impl Panels {
     }
 }
 
-/// The least and the largest of some numbers, never the same.
+/// The minimum and maximum of some numbers, kept apart so that the range is not empty.
 fn bounds(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)));
     low..high.max(low + 1e-6)

@@ -1,4 +1,4 @@
-//! The curves of one run, from what it logged: loss, metrics, learning rate over the steps.
+//! Plots the curves of one run from its logs: loss, metrics and learning rate over the steps.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,14 +9,14 @@ use super::draw::{self, Ground, Panel, Panels};
 use crate::error::{Error, Result};
 use crate::util::json;
 
-/// The most points of a curve: more are put together, and a band shows their extremes.
+/// The most points of a curve: longer curves are averaged in groups, and a band shows their extremes.
 const POINTS: usize = 400;
 
-/// A curve by its name: steps and values, in the order of the steps.
+/// Curves by name: steps and values, in the order of the steps.
 type Curves = BTreeMap<String, Vec<(f64, f64)>>;
 
-/// Writes the curves of the run in the folder `run` into the folder `out`, each as SVG and as PNG: `loss` (and its
-/// parts), `learning-rate` from `log.jsonl`, `metric` from `evaluations.jsonl`, where the run has them.
+/// Plots the run in the folder `run` into the folder `out`, as SVG and as PNG: `loss` (with its parts) and
+/// `learning-rate` from `log.jsonl`, `metric` from `evaluations.jsonl`, if the run has them.
 ///
 /// # Errors
 /// If a file cannot be read or written, or a line of a log is malformed; the error names the file.
@@ -33,7 +33,7 @@ pub fn write_run(run: &Path, out: &Path) -> Result<()> {
     for (file, title, y, curves) in pictures {
         let mut panels: Vec<Panel> =
             curves.into_iter().filter_map(|(name, points)| panel(name, &points)).collect();
-        // The whole first, and of its parts the task's own.
+        // The total loss first, then the task's part of it.
         panels.sort_by_key(|panel| (panel.name != "loss", panel.name != "task"));
         if !panels.is_empty() {
             std::fs::create_dir_all(out).map_err(Error::io(out))?;
@@ -44,7 +44,7 @@ pub fn write_run(run: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of a log's lines by their names; none where there is no log.
+/// The numbers in a log's lines by name; empty if there is no log.
 fn read(path: &Path) -> Result<Curves> {
     let text = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Curves::new()),
@@ -68,7 +68,7 @@ fn read(path: &Path) -> Result<Curves> {
     Ok(curves)
 }
 
-/// A curve of at most [`POINTS`] points; none of nothing.
+/// A curve of at most [`POINTS`] points; `None` without points.
 fn panel(name: String, points: &[(f64, f64)]) -> Option<Panel> {
     let size = points.len().div_ceil(POINTS).max(1);
     let mean = |part: &[(f64, f64)]| {
@@ -80,7 +80,7 @@ fn panel(name: String, points: &[(f64, f64)]) -> Option<Panel> {
     };
     let band = if size > 1 { points.chunks(size).map(extremes).collect() } else { Vec::new() };
     let points: Vec<(f64, f64)> = points.chunks(size).map(mean).collect();
-    // A line through one point is not seen.
+    // A line through a single point would be invisible.
     let marked = points.len() < 20;
     (!points.is_empty()).then_some(Panel { name, points, band, scatter: Vec::new(), marked })
 }

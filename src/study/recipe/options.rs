@@ -1,4 +1,4 @@
-//! The options of a recipe: what `key=value` changes, and whose each of them is.
+//! The options of a recipe: the setting that each `key=value` changes, and the methods it belongs to.
 
 use std::path::PathBuf;
 
@@ -10,12 +10,12 @@ use crate::inject::Targets;
 use crate::monteclora::{EvidenceBound, Initial, MonteCLoRAConfig};
 use crate::optim::IvonConfig;
 
-/// Whose an option is.
+/// The methods that an option belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
-    /// Every method's that has one.
+    /// Every method that has such a setting.
     Any,
-    /// The low-rank pair's: of an adapter made elsewhere it is settled.
+    /// Methods with a low-rank pair; fixed for an existing adapter.
     Pair,
     Posterior,
     Prior,
@@ -23,7 +23,7 @@ pub(super) enum Owner {
     Ivon,
 }
 
-/// Every option and its owner.
+/// All options with their owners.
 const OPTIONS: [(&str, Owner); 35] = [
     ("rank", Owner::Pair),
     ("alpha", Owner::Pair),
@@ -62,7 +62,7 @@ const OPTIONS: [(&str, Owner); 35] = [
     ("radius", Owner::Ivon),
 ];
 
-/// What the options change.
+/// The settings that options change.
 pub(super) struct Options {
     pub lora: LoraConfig,
     pub bayes: MonteCLoRAConfig,
@@ -71,21 +71,21 @@ pub(super) struct Options {
     pub head_ratio: Option<f64>,
     pub variational_ratio: Option<f64>,
     pub prior: Prior,
-    /// The width of the prior's form, where one was given: it holds for a form that comes after it.
+    /// The given width of the prior, which also applies to a `form` given after it.
     width: Option<f64>,
-    /// The width of the evidence bound's prior, where it is the objective.
+    /// The width of the evidence bound's prior, if the bound is the objective.
     pub evidence: Option<f64>,
     pub prompt: PromptConfig,
     pub blob: BlobConfig,
     pub ivon: IvonConfig,
     pub adapter: Option<PathBuf>,
     pub held_out: f64,
-    /// What was given, in its order.
+    /// The given options, in order.
     pub given: Vec<(&'static str, Owner)>,
 }
 
 impl Options {
-    /// Those of the recipe `name` before any is set.
+    /// The defaults of the recipe `name`.
     pub fn of(name: &str) -> Self {
         let bayes = match name {
             "monteclora-calibrated" => MonteCLoRAConfig::calibrated(),
@@ -111,12 +111,12 @@ impl Options {
         }
     }
 
-    /// The last given option of this owner.
+    /// The last option of this owner that was given.
     pub fn given(&self, owner: Owner) -> Option<&'static str> {
         self.given.iter().rev().find(|(_, whose)| *whose == owner).map(|(key, _)| *key)
     }
 
-    /// The evidence bound, where it is the objective; its temperature is that of `tau`.
+    /// The evidence bound, if it is the objective. Its temperature is `tau`.
     pub fn bound(&self) -> Option<EvidenceBound> {
         self.evidence.map(|std| EvidenceBound { std, temperature: self.prior.temperature, latents: false })
     }
@@ -199,14 +199,14 @@ impl Options {
                     _ => return Err("expected exact, exponential or logistic-normal".to_string()),
                 }
             }
-            // It is in the table.
+            // Unreachable: `key` is in `OPTIONS`.
             _ => {}
         }
         Ok(())
     }
 }
 
-/// What a prior is put on, by name, at a width that suits the form.
+/// The form of a prior by name, with a default width that suits it.
 fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
     match name {
         "mean" => Ok(PriorForm::Mean { std: 0.1 }),

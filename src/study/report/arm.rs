@@ -1,21 +1,21 @@
-//! Arms of a study: what is compared with what, and what tables call it.
+//! The arms of a study: which ones are compared, and their names in tables.
 
 use std::collections::BTreeSet;
 
 pub(super) use super::super::cell::Arm;
 use super::super::cell::{CellKey, CellResult};
 
-/// The method whose mean prediction the others are tested against: by this name or, where a grid has
-/// none, the first of it with options, or else the first that begins with it.
+/// The method whose mean prediction is tested against the others: the one of this name; otherwise the first
+/// of this name with options; otherwise the first whose name begins with it.
 const TESTED: &str = "monteclora";
-/// The method that it is tested against above all, and that costs are relative to: by this name or, where
-/// a grid has none, the first with options of its own.
+/// The main method that it is tested against, to which costs are relative: the one of this name, otherwise
+/// the first of this name with options.
 pub(super) const BASELINE: &str = "lora";
 
-/// The prediction that every method has: of the parameters, or of the posterior's mean.
+/// The arm that every method has: the prediction of the parameters, or of the posterior's mean.
 pub(super) const MEAN: &str = "mean";
 
-/// The arms of each task. That of a method that has no done cell on a task is its mean.
+/// The arms of each task. Every method has at least [`MEAN`], also without a finished cell.
 pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {
     let of_cell = |cell: &CellResult| {
         let CellKey { task, method, .. } = cell.key.clone();
@@ -25,35 +25,35 @@ pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {
     cells.iter().flat_map(of_cell).collect()
 }
 
-/// The arm that is tested against the others, if the grid has one.
+/// The arm that is tested against the others, if the study has one.
 pub(super) fn tested(cells: &[CellResult]) -> Option<Arm> {
     let mut methods: Vec<&String> = cells.iter().map(|cell| &cell.key.method).collect();
     methods.sort();
-    // Without options it comes first.
+    // The method without options sorts first.
     let own = methods.iter().find(|method| method.split(':').next() == Some(TESTED));
     let method = own.or(methods.iter().find(|method| method.starts_with(TESTED)))?;
     Some((method.to_string(), MEAN.to_string()))
 }
 
-/// The method that others are compared with, if there is one.
+/// The method that the others are compared with, if there is one.
 pub(super) fn baseline<'a>(keys: impl Iterator<Item = &'a CellKey>) -> Option<String> {
     let mut methods: Vec<&String> = keys.map(|key| &key.method).collect();
-    methods.sort(); // without options it comes first
+    methods.sort(); // the method without options sorts first
     let plain = |method: &str| method.split(':').next() == Some(BASELINE);
     methods.into_iter().find(|method| plain(method)).cloned()
 }
 
-/// A cell but for its method.
+/// A name for a cell's settings without its method.
 pub(super) fn settings_of(key: &CellKey) -> String {
     CellKey { method: String::new(), ..key.clone() }.folder_name()
 }
 
-/// What tables call an arm.
+/// The name of an arm in tables.
 pub(super) fn name((method, arm): &Arm) -> String {
     format!("{method} ({arm})")
 }
 
-/// A figure in a table; nothing has none.
+/// A figure in a table; `-` for NaN.
 pub(super) fn number(value: f64) -> String {
     if value.is_nan() {
         return "-".to_string();

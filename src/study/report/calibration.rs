@@ -1,4 +1,4 @@
-//! NLL and ECE of posterior draws against the mean, and against what calibrates a LoRA without them.
+//! NLL and ECE of posterior draws against the mean, and against methods that calibrate a LoRA without draws.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -12,22 +12,22 @@ use crate::metrics::median;
 const TREATMENTS: [&str; 6] =
     ["mean", "temperature", "last-layer laplace", "laplace", "mc dropout", "checkpoints"];
 
-/// The section about calibration, over the settings that are done in both arms of each row; empty where
-/// nothing was drawn.
+/// The section about calibration, over the settings that are done in both arms of each row; empty if there
+/// are no draws.
 pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
     let drawn = arms(cells).into_iter().map(|(_, arm)| arm);
     let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws")) else {
         return String::new();
     };
     let mut others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string())).to_vec();
-    // What is fitted on held-out rows is of a recipe of its own: the baseline with fewer rows to train on.
+    // Arms fitted on held-out rows belong to another recipe: the baseline trained on fewer rows.
     let held_out = |arm: &Arm| {
         let fitted = ["temperature", "tfb", "tfb held-out"].contains(&arm.1.as_str());
         fitted && arm.0.split(':').next() == Some(BASELINE) && arm.0 != baseline.0
     };
     let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
     others.splice(1..1, of_others);
-    // What is tested may be the draws themselves.
+    // The tested arm may be the draws themselves.
     let mean = (tested.0.clone(), MEAN.to_string());
     let pairs: Vec<(&Arm, Pairs)> =
         std::iter::once(&mean).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();

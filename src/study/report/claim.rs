@@ -1,4 +1,4 @@
-//! The paper's claim, task by task and over all tasks: a smaller spread than LoRA's at no lower median.
+//! The paper's claim, per task and over all tasks: a smaller spread than LoRA's at no lower median.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -8,7 +8,7 @@ use super::arm::{name, number, settings_of, Arm};
 use super::pairs::{difference, signed_rank_test, spread, Pairs, METRIC, NLL};
 use crate::metrics::median;
 
-/// The section about the claim; empty where no task has cells of both arms.
+/// The section about the claim; empty if no task has cells of both arms.
 pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
     let pairs = Pairs::new(cells, tested, baseline);
     let (mut table, mut all) = (String::new(), Vec::new());
@@ -68,7 +68,8 @@ impl Runs {
         self.statuses.values().filter(|other| **other == status).count()
     }
 
-    /// Cells that diverged where the other arm ran as well: a grid that is half done blames nobody.
+    /// The number of diverged cells in settings that the other arm ran as well, so that a half-finished grid
+    /// counts against neither.
     fn diverged_beside(&self, other: &Self) -> usize {
         let both = self.statuses.iter().filter(|(settings, _)| other.statuses.contains_key(*settings));
         both.filter(|(_, status)| **status == Status::Diverged).count()
@@ -86,7 +87,7 @@ impl Runs {
     }
 }
 
-/// The tasks that both arms have cells of.
+/// The tasks on which both arms have cells.
 fn both_ran<'a>(cells: &'a [CellResult], tested: &Arm, baseline: &Arm) -> BTreeMap<&'a str, [Runs; 2]> {
     let mut tasks: BTreeMap<&str, [Runs; 2]> = BTreeMap::new();
     for CellResult { key, status, .. } in cells {
@@ -98,8 +99,8 @@ fn both_ran<'a>(cells: &'a [CellResult], tested: &Arm, baseline: &Arm) -> BTreeM
     tasks
 }
 
-/// Whether the claim holds on a task. The cells that ended badly are no part of the figures, so that an
-/// answer to which they might be the reason is none.
+/// Whether the claim holds on a task. Diverged and failed cells are not in the figures, so the verdict is
+/// undecided if they might be the reason for the result.
 fn holds(spreads: [f64; 2], medians: [f64; 2], settings: usize, [own, other]: &[Runs; 2]) -> &'static str {
     let (own_diverged, others_diverged) = (own.diverged_beside(other), other.diverged_beside(own));
     let lost = |runs: &Runs| runs.statuses.len() - runs.count(Status::Done);
@@ -120,7 +121,7 @@ fn holds(spreads: [f64; 2], medians: [f64; 2], settings: usize, [own, other]: &[
             "yes"
         }
     } else if own_diverged < others_diverged {
-        // Its worst settings are those that the other's figures are without.
+        // The other's figures lack the settings in which it diverged, so its spread may be too small.
         "undecided: more of the other's cells diverged"
     } else {
         "no"

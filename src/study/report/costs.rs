@@ -1,4 +1,4 @@
-//! What the methods of a study cost.
+//! The costs of the methods of a study.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -7,7 +7,8 @@ use super::super::cell::{CellCost, CellKey};
 use super::arm::{baseline, number, settings_of, BASELINE};
 use crate::metrics::median;
 
-/// Times of a step and of training, and memory, as multiples of LoRA's in the cell with the same settings.
+/// The table of step time, training time and memory, as multiples of the baseline's in the cell with the same
+/// settings.
 pub(super) fn costs_markdown(costs: &[(&CellKey, CellCost)]) -> String {
     let name = baseline(costs.iter().map(|(key, _)| *key)).unwrap_or_else(|| BASELINE.to_string());
     let baseline: BTreeMap<String, &CellCost> = costs

@@ -1,4 +1,4 @@
-//! The tables of a report for other programs: a row for each arm, and one for each arm of a cell.
+//! The tables of a report as CSV: one with a row per arm, and one with a row per arm of each cell.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -37,7 +37,7 @@ pub(super) fn cells_csv(cells: &[CellResult]) -> String {
     text
 }
 
-/// A field of a CSV file: in quotes where it holds a comma, as a recipe may.
+/// A field of a CSV file, in quotes if it contains a comma, as a recipe may.
 fn field(text: &str) -> String {
     if text.contains([',', '"', '\n']) {
         format!("\"{}\"", text.replace('"', "\"\""))

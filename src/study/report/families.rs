@@ -16,19 +16,20 @@ pub(super) struct Test {
     pub arm: String,
     pub against: String,
     pub score: RowScore,
-    /// Settings, and the fewest seeds of a task.
+    /// The number of settings.
     settings: usize,
+    /// The smallest number of seeds of a task.
     seeds: usize,
-    /// The difference arm - against; None where there is no pair, or it is not finite.
+    /// The difference arm - against; `None` if there is no pair, or it is not finite.
     pub found: Option<TwoLevel>,
-    /// p corrected within the family.
+    /// The p-value corrected within the family.
     pub corrected: f64,
     /// The mean difference on each task, over its settings.
     by_task: Vec<(String, f64)>,
 }
 
 impl Test {
-    /// Whether the arm is the better one, with a corrected p below this one.
+    /// Whether the arm is better, with a corrected p-value below `p`.
     pub fn better(&self, p: f64) -> bool {
         let better =
             |found: TwoLevel| (found.estimate < 0.0) == self.score.lower_is_better() && found.estimate != 0.0;
@@ -39,7 +40,7 @@ impl Test {
 /// The tests of a family over the cells that are done in both arms.
 ///
 /// # Errors
-/// If an arm is not written as one, or two cells of a task were measured on other rows.
+/// If an arm is malformed, or two cells of a task were measured on different rows.
 pub(super) fn tests(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
@@ -85,7 +86,7 @@ pub(super) fn table(tests: &[Test]) -> String {
     text
 }
 
-/// The differences of a family task by task; empty of one task.
+/// The table of a family's differences per task; empty if there is only one task.
 fn by_task(tests: &[Test]) -> String {
     let tasks: BTreeSet<&String> =
         tests.iter().flat_map(|test| &test.by_task).map(|(task, _)| task).collect();
@@ -113,15 +114,15 @@ pub(super) fn chance(p: f64) -> String {
     }
 }
 
-/// What every table of tests means.
+/// The explanation of the tables of tests.
 pub(super) const EXPLAINED: &str =
     "Differences arm - against, paired by task, seed, learning rate, batch size and row, tasks weighted alike. \
      Interval and p are of a bootstrap of two levels, seeds and the rows that all of them were measured on, with \
      Student's t for few seeds (of one seed the rows alone are drawn: what another would give is unknown). Holm's \
      p is corrected within the table.\n";
 
-/// The families of a study without a plan: the draws of the tested arm, or its mean where it has none, against
-/// every way to predict with the baseline.
+/// The families of a study without a plan: the draws of the tested method, or the tested arm if it has none,
+/// against every way to predict with the baseline.
 pub(super) fn without_a_plan(
     cells: &[CellResult],
     tested: &Arm,
@@ -148,7 +149,7 @@ pub(super) fn without_a_plan(
     ]
 }
 
-/// The section of these families.
+/// The section about these families.
 ///
 /// # Errors
 /// As [`tests`].

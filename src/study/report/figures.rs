@@ -73,5 +73,5 @@ impl ArmFigures {
     }
 }
 
-/// What [`ArmFigures::figures`] are.
+/// The names of [`ArmFigures::figures`].
 pub(super) const FIGURES: [&str; 8] = ["best", "median", "spread", "IQR", "1/NLL", "NLL", "ECE", "Brier"];

@@ -1,4 +1,4 @@
-//! Two arms in the same settings: what is compared is what both have, and nothing else.
+//! Pairs of two arms in the same settings: only settings that both have are compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -21,8 +21,8 @@ pub(super) const ECE: Score = |_, metrics| metrics.ece;
 /// A cell that is done, in one arm.
 type Scored<'a> = (&'a CellResult, &'a Metrics);
 
-/// Two arms in the settings (task, learning rate, batch size, seed) that are done in both. A cell that
-/// diverged takes its partner out with it: a bad setting that only one arm survives moves no median.
+/// Two arms in the settings (task, learning rate, batch size, seed) that are done in both. A diverged cell
+/// also removes its partner, so that a bad setting that only one arm survives does not move a median.
 pub(super) struct Pairs<'a>(BTreeMap<&'a str, Vec<[Scored<'a>; 2]>>);
 
 impl<'a> Pairs<'a> {
@@ -46,7 +46,7 @@ impl<'a> Pairs<'a> {
         self.0.keys().copied()
     }
 
-    /// A score of a task in both arms, setting by setting.
+    /// A score on a task in both arms, one per setting.
     pub fn scores(&self, task: &str, score: Score) -> [Vec<f64>; 2] {
         let both = |pair: &[Scored; 2]| {
             let [own, other] = pair.map(|(cell, metrics)| score(cell, metrics));
@@ -56,12 +56,12 @@ impl<'a> Pairs<'a> {
         [own, others]
     }
 
-    /// Differences of a score, over the settings of all tasks.
+    /// The differences of a score, over the settings of all tasks.
     pub fn over_cells(&self, score: Score) -> Vec<f64> {
         self.tasks().flat_map(|task| differences(&self.scores(task, score))).collect()
     }
 
-    /// Differences of a figure of the scores of each task.
+    /// The differences of a figure (such as the median) of each task's scores.
     pub fn over_tasks(&self, score: Score, figure: fn(&[f64]) -> f64) -> Vec<f64> {
         let of_task = |task| {
             let [own, other] = self.scores(task, score).map(|scores| figure(&scores));
@@ -71,13 +71,13 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// A difference of scores without the rounding of its last bits: 0.85 - 0.80 and 0.80 - 0.75 are equal.
+/// A difference of scores, rounded so that 0.85 - 0.80 and 0.80 - 0.75 are equal.
 pub(super) fn difference(own: f64, other: f64) -> f64 {
     const DIGITS: f64 = 1e12;
     ((own - other) * DIGITS).round() / DIGITS
 }
 
-/// Those of scores in the same settings.
+/// The differences of scores in the same settings.
 pub(super) fn differences([own, others]: &[Vec<f64>; 2]) -> Vec<f64> {
     own.iter().zip(others).map(|(own, other)| difference(*own, *other)).collect()
 }
@@ -87,8 +87,7 @@ pub(super) fn spread(scores: &[f64]) -> f64 {
     quantile(scores, 1.0) - quantile(scores, 0.0)
 }
 
-/// The test of those differences that are numbers: of a cell without a score, and of two infinite NLLs,
-/// there is none.
+/// The signed-rank test of the differences that are not NaN. A missing score and two infinite NLLs give NaN.
 pub(super) fn signed_rank_test(differences: &[f64]) -> String {
     let pairs: Vec<f64> = differences.iter().copied().filter(|difference| !difference.is_nan()).collect();
     let p = |p: f64| if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") };
@@ -101,7 +100,8 @@ pub(super) fn signed_rank_test(differences: &[f64]) -> String {
     }
 }
 
-/// The tested arm against every other: over tasks, and over cells with the same settings.
+/// The section of tests of the tested arm against every other: over tasks, and over cells with the same
+/// settings.
 pub(super) fn signed_ranks(cells: &[CellResult], tested: &Arm) -> String {
     let others: BTreeSet<Arm> =
         arms(cells).into_iter().map(|(_, arm)| arm).filter(|arm| arm != tested).collect();

@@ -1,4 +1,4 @@
-//! The outcome of a plan: its families of tests, and whether what it counts as success was found.
+//! The outcome of a plan: its families of tests, and whether its criteria of success are met.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -12,7 +12,7 @@ use super::families::{self, chance, Test, EXPLAINED};
 use super::sensitivity;
 use crate::error::Result;
 
-/// The outcome of a condition for success.
+/// The outcome of a criterion of success.
 #[derive(Debug, Clone, PartialEq)]
 enum Verdict {
     Met,
@@ -20,10 +20,10 @@ enum Verdict {
     Undecided(String),
 }
 
-/// The section about a plan, of whose file `crc` is the checksum.
+/// The section about a plan; `crc` is the checksum of its file.
 ///
 /// # Errors
-/// If two cells of a task were measured on other rows.
+/// If two cells of a task were measured on different rows.
 pub(super) fn section(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
@@ -31,7 +31,7 @@ pub(super) fn section(
     crc: &str,
 ) -> Result<String> {
     let planned = plan.cells()?;
-    // What else lies in the folder is none of the plan's.
+    // Ignore other cells in the folder, which the plan does not have.
     let cells: Vec<CellResult> = cells.iter().filter(|cell| planned.contains(&cell.key)).cloned().collect();
     let cells = cells.as_slice();
     let ended = Ended::new(&planned, cells, rows);
@@ -137,7 +137,7 @@ impl<'a> Ended<'a> {
         planned.iter().filter(|key| self.status.get(&key.folder_name()).copied() == status).count()
     }
 
-    /// Cells that are done but did not keep what this arm says of their rows.
+    /// The number of cells that are done but did not keep this arm's rows.
     fn without_rows(&self, keys: &[CellKey], arm: &str) -> usize {
         let lacks = |key: &&CellKey| {
             let name = key.folder_name();
@@ -147,11 +147,11 @@ impl<'a> Ended<'a> {
         keys.iter().filter(lacks).count()
     }
 
-    /// The verdict on pairs of an arm and another, if the cells that they stand on ended and kept their rows: missing
-    /// and failed ones leave it open, and an arm whose cells diverged has met nothing, since the worst of them have no
-    /// score.
+    /// The verdict on pairs of arms, if the cells behind it are complete. Missing or failed cells, or cells
+    /// without rows, make it undecided. If cells of the first arm of a pair diverged, the criterion is not
+    /// met, since its worst cells have no score.
     fn or(&self, planned: &[CellKey], pairs: &[[Arm; 2]], verdict: Verdict) -> Verdict {
-        // Several arms of one method stand on the same cells.
+        // Several arms of one method share the same cells.
         let of = |methods: &BTreeSet<&String>| -> Vec<CellKey> {
             planned.iter().filter(|key| methods.contains(&key.method)).cloned().collect()
         };
@@ -202,7 +202,7 @@ fn sensitive(
     Ok((found, ended.or(planned, &[arms], verdict)))
 }
 
-/// A condition in words.
+/// A criterion in words.
 fn words(criterion: &Criterion) -> String {
     match criterion {
         Criterion::Better { family, p } => {

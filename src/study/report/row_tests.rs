@@ -9,8 +9,8 @@ use crate::study::store::Store;
 const ROWS: usize = 150;
 const RATES: [f64; 2] = [1e-3, 3e-3];
 
-/// A study of two tasks: rows whose label is 1 with probability sigmoid(z); MonteCLoRA says about that, LoRA is
-/// too sure, the more so the higher the rate, and its temperature makes up for half of it.
+/// A study of two tasks whose labels are 1 with probability sigmoid(1.5 z). MonteCLoRA predicts about that;
+/// LoRA is overconfident, the more so at the higher learning rate, and its temperature halves the logits.
 fn study() -> Vec<(CellResult, CellRows)> {
     let mut cells = Vec::new();
     for (t, task) in ["cola", "mrpc"].into_iter().enumerate() {
@@ -93,7 +93,7 @@ fn plan() -> Value {
     })
 }
 
-/// The report of these cells, under a plan if there is one.
+/// The report of these cells, with a plan if one is given.
 fn report(cells: &[(CellResult, CellRows)], plan: Option<&Value>) -> Result<String> {
     let dir = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
     let store = Store::open(dir.path())?;
@@ -110,7 +110,7 @@ fn report(cells: &[(CellResult, CellRows)], plan: Option<&Value>) -> Result<Stri
     std::fs::read_to_string(dir.path().join("report.md")).map_err(Error::io(dir.path()))
 }
 
-/// The lines of a section that begin like this.
+/// The lines of a section that begin with `start`.
 fn lines<'a>(text: &'a str, section: &str, start: &str) -> Vec<&'a str> {
     let section = text.split(section).nth(1).unwrap_or_default().split("\n## ").next().unwrap_or_default();
     section.lines().filter(|line| line.starts_with(start)).collect()
@@ -120,7 +120,7 @@ fn lines<'a>(text: &'a str, section: &str, start: &str) -> Vec<&'a str> {
 fn differences_are_means_over_settings_and_tasks_and_cells_without_rows_add_nothing() -> Result<()> {
     let cells = study();
     let text = report(&cells, None)?;
-    // By the table's own definition: means over the cells of a task, and then over tasks.
+    // The definition of the table: means over the cells of a task, and then over tasks.
     for (score, of) in
         [("NLL", nll as fn(&[Vec<f64>], &[u32]) -> Result<f64>), ("ECE, debiased", ece_debiased)]
     {
@@ -145,7 +145,7 @@ fn differences_are_means_over_settings_and_tasks_and_cells_without_rows_add_noth
     let against = "| monteclora (5 draws) | lora:held-out=0.15 (temperature) | ECE, debiased | 12 | 3 | -";
     assert_eq!(lines(&text, "## Paired comparisons by rows", against).len(), 1, "{text}");
 
-    // 3 pairs of seeds at 2 rates; LoRA is far from MonteCLoRA in every cell.
+    // 3 pairs of seeds at 2 learning rates; LoRA is far from MonteCLoRA in every cell.
     let chance = lines(&text, "## Chance: lora (mean) against itself", "| cola | NLL | 6 | ");
     assert!(chance.len() == 1 && chance[0].ends_with("| 6 of 6 |"), "{text}");
     let rates = lines(&text, "## Dependence on the learning rate", "| monteclora (5 draws) |");
@@ -177,7 +177,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
             .filter_map(|line| Some(line.trim_end_matches(" |").rsplit_once("| ")?.1.to_string()))
             .collect();
         found.extend(section.lines().filter(|line| line.starts_with("**")).map(str::to_string));
-        // The sum over both tasks is twice the difference.
+        // The differences of the two tasks add up to twice their mean.
         let row = "| monteclora (5 draws) | lora (mean) | accuracy | ";
         let figures = |line: &str| -> Vec<f64> {
             line.trim_start_matches(row)
@@ -195,7 +195,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
     let cells = study();
     let found = "**Everything that the plan counts as success was found.**";
     assert_eq!(verdicts(&cells, &plan())?, ["met", "met", "met", found]);
-    // The other way round nothing is better, and too much depends on the rate.
+    // With the arms swapped, nothing is better, and the arm is too sensitive to the learning rate.
     let mut other = plan();
     for pointer in ["/families/primary/0", "/families/primary/1", "/success/1/sensitivity"] {
         let pair = other.pointer_mut(pointer).unwrap();
@@ -213,7 +213,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
             not
         ]
     );
-    // The last criterion is about one rate alone: a cell at the other is none of its.
+    // The last criterion covers only one learning rate: a cell at the other does not affect it.
     let place = |method: &str| {
         cells.iter().position(|(result, _)| result.key.method == method && result.key.lr > 2e-3)
     };
@@ -222,7 +222,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
     let open = "undecided: 1 of its cells have not run, or failed";
     let undecided = "**Whether the plan's success was found is undecided.**";
     assert_eq!(verdicts(&fewer, &plan())?, [open, open, "met", undecided]);
-    // One of its own that diverged has no score, and would have had a bad one.
+    // A diverged cell of the tested arm has no score, and would have had a bad one.
     let mut diverged = cells.clone();
     let own = &mut diverged[place("monteclora").unwrap_or_default()];
     (own.0.status, own.1) = (Status::Diverged, CellRows::default());

@@ -1,4 +1,4 @@
-//! The scores of every arm on every task from the rows that its cells kept.
+//! The scores of every arm on every task, computed from the rows that its cells kept.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -41,7 +41,7 @@ pub(super) fn by_rows(cells: &[CellResult], rows: &BTreeMap<String, CellRows>) -
     text
 }
 
-/// The ECE of an arm and its floor; NaN of what is no prediction.
+/// The ECE of an arm and its floor; NaN for invalid predictions.
 fn calibration(rows: &CellRows, arm: &str) -> [f64; 2] {
     let (probabilities, classes) = rows.probabilities(arm).unwrap_or_default();
     let table: Vec<Vec<f64>> = probabilities.chunks(classes.max(1)).map(<[f64]>::to_vec).collect();

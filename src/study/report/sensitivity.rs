@@ -1,4 +1,4 @@
-//! How much scores depend on the learning rate, and what seeds alone do to them.
+//! How much scores depend on the learning rate, and how much they vary between seeds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -18,7 +18,7 @@ type Group<'a> = (&'a str, u64, usize);
 /// A score of an arm by group and learning rate.
 type Groups<'a> = BTreeMap<Group<'a>, Vec<(f64, f64)>>;
 
-/// The scores of an arm. An infinite one stays: without it the arm would seem to depend on little.
+/// The scores of an arm. Infinite scores are kept: without them the arm would seem less sensitive than it is.
 fn groups<'a>(
     cells: &'a [CellResult],
     arm: &Arm,
@@ -35,8 +35,8 @@ fn groups<'a>(
     groups
 }
 
-/// The test whether the NLL of two arms depends alike on the learning rate, over the settings that are done in
-/// both. None of an NLL that is infinite.
+/// Tests whether the NLL of two arms varies equally over learning rates, in the settings that are done in
+/// both. `None` if an NLL is infinite.
 pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<PitmanMorgan> {
     let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
     let group = |(key, own): (&Group, &Vec<(f64, f64)>)| {
@@ -49,7 +49,7 @@ pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option
     pitman_morgan(&own.iter().filter_map(group).collect::<Vec<_>>())
 }
 
-/// The section about the learning rate; empty where no arm has two of them.
+/// The section about the learning rate; empty if no arm has two learning rates.
 pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
     let all: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
     let mut table = String::new();
@@ -89,7 +89,7 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
     )
 }
 
-/// The paper's spread of the task's metric, mean over tasks.
+/// The paper's spread of the task's metric, averaged over tasks.
 fn mean_spread(cells: &[CellResult], arm: &Arm) -> f64 {
     let mut tasks: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for ((task, ..), group) in groups(cells, arm, |cell, metrics| metrics.get(&cell.metric)) {
@@ -98,11 +98,12 @@ fn mean_spread(cells: &[CellResult], arm: &Arm) -> f64 {
     tasks.values().map(|scores| spread(scores)).sum::<f64>() / tasks.len() as f64
 }
 
-/// The section about chance: how far two seeds of the baseline are apart in the same setting, and how many of
-/// the tested arm's cells are further from the baseline's with their own seed. Empty with one seed.
+/// The section about chance: how far two seeds of the baseline are apart in the same setting, and how many
+/// cells of the tested arm are further than that from the baseline's cell with the same seed. Empty with one
+/// seed.
 ///
 /// # Errors
-/// If two cells of a task were measured on other rows.
+/// If two cells of a task were measured on different rows.
 pub(super) fn seeds(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
@@ -137,7 +138,7 @@ pub(super) fn seeds(
     ))
 }
 
-/// The distances of all pairs of seeds of an arm in the same setting.
+/// The distances between all pairs of seeds of an arm in the same setting.
 fn apart(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,

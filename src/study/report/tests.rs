@@ -3,7 +3,7 @@ use crate::metrics::Metrics;
 use crate::study::store::Store;
 use crate::study::CellRows;
 
-/// A cell with these accuracies and NLLs by arm; without any it diverged.
+/// A cell with these accuracies and NLLs by arm; diverged if there are none.
 fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellResult {
     let metrics = |(arm, accuracy, nll): &(&str, f64, f64)| {
         let (accuracy, nll) = (Some(*accuracy), Some(*nll));
@@ -69,7 +69,7 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
     }
     assert!(text.contains("| full (mean) | no pair | no pair | no pair | no pair | no pair |"), "{text}");
     let claim = text.split("The paper's claim").nth(1).unwrap_or_default();
-    // settings, spreads, medians, how the cells of both ended
+    // settings, spreads, medians, how the cells of both arms ended
     for line in [
         "monteclora (mean) has a smaller spread than lora (mean) at no lower median on 2 of 2 tasks, 0 undecided.",
         "| mrpc | 3 | 0.1000 | 0.2000 | 0.7600 | 0.7000 | 3/3 | 3/4, 1 diverged | yes |",
@@ -82,7 +82,7 @@ fn statistics_are_those_of_the_done_cells_and_others_are_counted() -> Result<()>
     }
     let over_tasks = text.split("Mean over 2 tasks").nth(1).unwrap_or_default();
     assert!(over_tasks.contains("| lora (mean) | 0.8000 | 0.7000 | 0.2000 |"), "{text}");
-    // Two tasks, both +0.06 and -0.1; six cells of +0.01, +0.06 and +0.11 twice.
+    // Both tasks have +0.06 and -0.1; the six cells have +0.01, +0.06 and +0.11 twice each.
     let line =
         "| lora (mean) | p 0.500, n 2, +0.0600 (0.500) | p 0.500, n 2, -0.3500 (0.500) | p 0.500, n 2, -0.1000 \
                 (0.500) | p 0.031, n 6, +0.0600 (0.031) | p 0.031, n 6, -0.3500 (0.031) |";
@@ -113,7 +113,7 @@ fn the_report_does_not_depend_on_the_order_in_which_cells_ended() -> Result<()> 
 fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
     let method = "monteclora:targets=query,value";
     let mut cells = vec![cell("rte", method, 1e-3, &[("mean", 0.7, 0.5)])];
-    // As an older version may have left it: with the arms that came before the failure.
+    // As an older version may have stored it: with the arms measured before the failure.
     cells.push(CellResult { status: Status::Failed, ..cell("rte", method, 1e-4, &[("mean", 0.1, 9.0)]) });
     cells.push(cell("rte", "lora", 1e-3, &[("mean", 0.6, 0.5)]));
     let report = written(&cells)?;
@@ -123,7 +123,7 @@ fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
                 settings |";
     assert!(text.contains(line), "{text}");
     assert!(text.contains(&format!("| {method} (mean) | 0.7000 | 0.7000 | 0.0000 |")), "{text}");
-    // The tested method is the one that there is; its NLL equals the other's.
+    // The tested method is the only MonteCLoRA of the study; its NLL equals LoRA's.
     let line =
         "| lora (mean) | p 1.000, n 1, +0.1000 (1.000) | 1 equal pairs | 1 equal pairs | p 1.000, n 1, +0.1000 \
                 (1.000) | 1 equal pairs |";
@@ -133,7 +133,7 @@ fn what_went_wrong_has_no_score_and_a_comma_moves_no_column() -> Result<()> {
     Ok(())
 }
 
-/// The line of the claim about the task of these cells.
+/// The line of the claim's table about the task of these cells.
 fn claimed(cells: &[CellResult]) -> Result<String> {
     let text = written(cells)?.remove("report.md").unwrap_or_default();
     let claim = text.split("The paper's claim").nth(1).unwrap_or_default();
@@ -142,7 +142,8 @@ fn claimed(cells: &[CellResult]) -> Result<String> {
     Ok(line.map(str::to_string).unwrap_or(text))
 }
 
-/// MonteCLoRA and LoRA with these accuracies at falling learning rates; None diverged.
+/// Cells of MonteCLoRA and LoRA with these accuracies at decreasing learning rates; `None` is a diverged
+/// cell.
 fn arms_of(own: &[Option<f64>], other: &[Option<f64>]) -> Vec<CellResult> {
     let of = |method: &str, scores: &[Option<f64>]| -> Vec<CellResult> {
         let one = |(i, score): (usize, &Option<f64>)| {
@@ -167,27 +168,27 @@ fn rounding_decides_no_claim_and_what_learns_nothing_neither() -> Result<()> {
 #[test]
 fn divergence_makes_no_claim_hold_and_refutes_none() -> Result<()> {
     let (high, low) = (Some(0.8), Some(0.5));
-    // Over done cells alone MonteCLoRA's spread would be 0.05, LoRA's 0.3: its worst cell has no score.
+    // Over done cells, the spreads are 0.05 and 0.3 (LoRA), but MonteCLoRA's worst cell has no score.
     let mut cells = arms_of(&[None, Some(0.75), high], &[low, Some(0.75), high]);
     assert_eq!(
         claimed(&cells)?,
         "| rte | 2 | 0.0500 | 0.0500 | 0.7750 | 0.7750 | 2/3, 1 diverged | 3/3 | no: more of its cells diverged |"
     );
-    // Nothing is known of the setting that failed, and the others alone would say yes.
+    // The failed setting has no result, and the others alone would say yes.
     cells = arms_of(&[None, Some(0.78), high], &[low, Some(0.7), high]);
     cells[0].status = Status::Failed;
     let line = claimed(&cells)?;
     assert!(line.ends_with("| 2/3, 1 failed | 3/3 | undecided: more of its cells have no score |"), "{line}");
-    // LoRA's worst cell is the one without a score: its spread is too small, not MonteCLoRA's too large.
+    // LoRA's worst cell has no score: its spread is too small, rather than MonteCLoRA's too large.
     let line = claimed(&arms_of(&[low, Some(0.7), high], &[None, Some(0.75), high]))?;
     assert!(line.ends_with("| undecided: more of the other's cells diverged |"), "{line}");
-    // As many on both sides, in other settings.
+    // The same number of diverged cells for both, in different settings.
     let line = claimed(&arms_of(&[None, Some(0.78), high, high], &[low, Some(0.7), high, None]))?;
     assert_eq!(
         line,
         "| rte | 2 | 0.0200 | 0.1000 | 0.7900 | 0.7500 | 3/4, 1 diverged | 3/4, 1 diverged | yes |"
     );
-    // A grid that is half done: where LoRA did not run, MonteCLoRA's divergence is no difference.
+    // A half-finished grid: MonteCLoRA's divergence does not count in a setting that LoRA did not run.
     let line = claimed(&arms_of(&[Some(0.7), Some(0.78), None], &[low, high]))?;
     assert!(
         line.ends_with("| 2/3, 1 diverged | 2/2 | undecided: more of its cells have no score |"),

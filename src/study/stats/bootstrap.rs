@@ -1,5 +1,5 @@
-//! A bootstrap of two levels: a mean difference between two methods over tasks, where seeds and measured
-//! rows are both chance.
+//! A two-level bootstrap of the mean difference between two methods over tasks, with seeds and measured rows
+//! as the sources of chance.
 
 use rayon::prelude::*;
 use statrs::distribution::{ContinuousCDF, StudentsT};
@@ -7,17 +7,17 @@ use statrs::distribution::{ContinuousCDF, StudentsT};
 use super::sensitivity::two_sided;
 use crate::noise::{Noise, Purpose, Stream};
 
-/// The differences of a score on one task, as they depend on how often its rows count.
+/// The differences of a score on one task, as a function of row weights.
 pub struct PairedTask<'a> {
-    /// Measured rows: the same for every seed and both methods.
+    /// The number of measured rows, which are the same for every seed and both methods.
     pub rows: usize,
-    /// Seeds.
+    /// The number of seeds.
     pub seeds: usize,
-    /// From how often each row counts, the difference of each seed.
+    /// Maps the weight of each row to the difference of each seed.
     pub differences: Box<Differences<'a>>,
 }
 
-/// The differences of seeds under weights of rows.
+/// Maps row weights to the differences of the seeds.
 pub type Differences<'a> = dyn Fn(&[f64]) -> Vec<f64> + Sync + 'a;
 
 impl std::fmt::Debug for PairedTask<'_> {
@@ -26,26 +26,26 @@ impl std::fmt::Debug for PairedTask<'_> {
     }
 }
 
-/// What the bootstrap says of a mean difference.
+/// The bootstrap of a mean difference.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TwoLevel {
     /// The mean over seeds, and then over tasks.
     pub estimate: f64,
-    /// Its standard error: the standard deviation over resamples.
+    /// The standard error: the standard deviation over resamples.
     pub error: f64,
-    /// Degrees of freedom of the error; infinite where seeds do not differ or there is one a task.
+    /// The degrees of freedom of the error; infinite if seeds do not differ or every task has one seed.
     pub df: f64,
     /// The lower end of the 95 % interval.
     pub low: f64,
-    /// The upper end.
+    /// The upper end of the 95 % interval.
     pub high: f64,
-    /// The two-sided p-value of no difference.
+    /// The two-sided p-value of the hypothesis of no difference.
     pub p: f64,
 }
 
-/// The mean difference over tasks, weighted alike, and what a crossed bootstrap says of it: in every resample
-/// each task draws its rows again, the same for all of its seeds (of one development set), and its seeds
-/// (Owen 2007, "The pigeonhole bootstrap"). Tasks are not drawn: what is found is found for these.
+/// Computes the mean difference over equally weighted tasks and its crossed bootstrap (Owen 2007, "The
+/// pigeonhole bootstrap"). Every resample redraws the rows of each task, the same for all of its seeds since
+/// they share one development set, and its seeds. Tasks are not redrawn: the result holds for these tasks.
 ///
 /// ```text
 /// T = mean_t mean_s d_ts,    T* = mean_t 1/k_t sum_s w_ts d*_ts,    error = sd(T*)
@@ -53,13 +53,13 @@ pub struct TwoLevel {
 /// df = error^4 / sum_t (V_t^2 / (k_t - 1)),   V_t the part of error^2 that t's seeds have
 /// ```
 ///
-/// The weights w give the variance of k seeds, which plain resampling makes smaller by (k - 1) / k. Few seeds
-/// also say little about their own variance: interval and p are Student's, with the degrees of freedom of
-/// Welch and Satterthwaite, where the part of the rows has infinitely many. Rows alone are drawn of a task
-/// with one seed: what another seed would give is then unknown.
+/// The weights w give the variance of k seeds, which plain resampling would shrink by (k - 1) / k. Few seeds
+/// also give an uncertain variance: interval and p-value are Student's, with the degrees of freedom of Welch
+/// and Satterthwaite, in which the rows' part has infinitely many. For a task with one seed, only rows are
+/// redrawn, and the variance between seeds remains unknown.
 ///
-/// None without a task, of a task without rows or seeds, with fewer than two resamples, or where a difference
-/// is not finite.
+/// Returns `None` without tasks, if a task has no rows or no seeds, with fewer than two resamples, or if a
+/// difference is not finite.
 pub fn two_level(tasks: &[PairedTask], resamples: usize, noise: Noise) -> Option<TwoLevel> {
     if tasks.is_empty() || resamples < 2 || tasks.iter().any(|task| task.rows == 0 || task.seeds == 0) {
         return None;
@@ -111,12 +111,12 @@ pub fn two_level(tasks: &[PairedTask], resamples: usize, noise: Noise) -> Option
     Some(TwoLevel { estimate, error, df, low: estimate - half, high: estimate + half, p })
 }
 
-/// The degrees of freedom from which Student's law is the normal one to all digits that are shown.
+/// The degrees of freedom from which Student's t agrees with the normal distribution in all printed digits.
 const NORMAL: f64 = 1e6;
-/// What a normal number exceeds with probability 1/40.
+/// The value that a standard normal number exceeds with probability 1/40.
 const NORMAL_QUANTILE: f64 = 1.959963984540054;
 
-/// How often each of n things comes in n draws.
+/// How often each of n items is drawn in n draws with replacement.
 fn times(stream: &Stream, draw: u64, n: usize) -> Vec<f64> {
     let mut times = vec![0.0; n];
     for block in 0..n.div_ceil(4) {
@@ -133,7 +133,7 @@ fn times(stream: &Stream, draw: u64, n: usize) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    /// A task whose seeds' differences are means over rows of `table`, seed by seed.
+    /// A task in which the difference of a seed is the mean over its row of `table`.
     fn task(table: &[Vec<f64>]) -> PairedTask<'_> {
         let rows = table[0].len();
         let mean = move |weights: &[f64]| {
@@ -144,7 +144,7 @@ mod tests {
         PairedTask { rows, seeds: table.len(), differences: Box::new(mean) }
     }
 
-    /// Seeds by rows of `shift + a_s + b_r + e_sr`, with these standard deviations.
+    /// The table `shift + a_s + b_r + e_sr` of seeds s by rows r, with these standard deviations.
     fn table(seeds: usize, rows: usize, [shift, a, b, e]: [f64; 4], draw: u64) -> Vec<Vec<f64>> {
         let normals = |name: &str, n: usize| {
             let mut z = vec![0.0; n];
@@ -158,8 +158,8 @@ mod tests {
 
     #[test]
     fn the_error_is_that_of_the_resampling_s_own_moments() -> Result<(), &'static str> {
-        // Of multinomial weights: var w = 1 and cov w w' = -1 / (k - 1) for seeds, and
-        // var v = 1 - 1/n, cov v v' = -1/n for rows; so the variance of a bilinear form is a sum.
+        // Multinomial weights have var w = 1 and cov w w' = -1 / (k - 1) for seeds, and var v = 1 - 1/n and
+        // cov v v' = -1/n for rows; the variance of the bilinear form is a sum of these.
         let d = table(4, 30, [0.2, 0.3, 1.0, 0.5], 1);
         let (k, n) = (4, 30);
         let cov_seeds = |i: usize, j: usize| if i == j { 1.0 } else { -1.0 / (k as f64 - 1.0) };
@@ -183,7 +183,7 @@ mod tests {
         let got = two_level(&[task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
         let z = (got.error.powi(2) / want - 1.0) / (2.0 / TIMES as f64).sqrt();
         assert!(z.abs() < 4.0, "{} {want}: {z}", got.error.powi(2));
-        // Two such tasks: the mean of both, half the variance; the seeds' part of it has twice the freedom.
+        // Two such tasks: the same mean, half the variance, and twice the seeds' degrees of freedom.
         let two = two_level(&[task(&d), task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
         assert!((two.estimate - got.estimate).abs() < 1e-15 && two.df > 1.8 * got.df);
         assert!((two.error.powi(2) / want * 2.0 - 1.0).abs() < 6.0 * (2.0 / TIMES as f64).sqrt());
@@ -192,13 +192,13 @@ mod tests {
 
     #[test]
     fn seeds_alone_give_the_t_test_and_rows_alone_the_normal_one() -> Result<(), &'static str> {
-        // Rows do not differ: d = [0.1, 0.3, 0.2, 0.5, 0.15]; scipy.stats.ttest_1samp(d, 0) has df 4.
+        // Rows do not differ: with d = [0.1, 0.3, 0.2, 0.5, 0.15], scipy.stats.ttest_1samp(d, 0) has df 4.
         let d = [0.1, 0.3, 0.2, 0.5, 0.15].map(|d| vec![d; 10]);
         let got = two_level(&[task(&d)], 40_000, Noise::new(2)).ok_or("a result")?;
         let want: f64 = 0.025 / 5.0; // d.var(ddof=1) / 5
         assert!((got.estimate - 0.25).abs() < 1e-12 && (got.error.powi(2) / want - 1.0).abs() < 0.03);
         assert!((got.df - 4.0).abs() < 0.25, "{got:?}");
-        // One seed: no variance of seeds is known.
+        // One seed: the variance between seeds is unknown.
         let rows = table(1, 400, [0.1, 0.0, 1.0, 0.0], 3);
         let got = two_level(&[task(&rows)], 4000, Noise::new(2)).ok_or("a result")?;
         assert!(got.df.is_infinite() && (got.error * 20.0 - 1.0).abs() < 0.15, "{got:?}");
@@ -206,7 +206,7 @@ mod tests {
         Ok(())
     }
 
-    /// The share of 600 studies of two tasks whose p is at most 0.05, with these parts of a difference.
+    /// The fraction of 600 studies of two tasks with p <= 0.05; `parts` are the parameters of `table`.
     fn rejected(seeds: usize, parts: [f64; 4]) -> f64 {
         const TIMES: u64 = 600;
         let reject = |time: &u64| {

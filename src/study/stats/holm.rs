@@ -1,14 +1,14 @@
 //! Holm's correction of the p-values of a family of tests.
 
-/// The p-values corrected by Holm 1979 ("A simple sequentially rejective multiple test procedure"), in their
-/// order: the chance that any true null hypothesis of the family is rejected where the corrected p is at most
-/// alpha is at most alpha, whatever the tests have to do with each other.
+/// Returns the p-values corrected by Holm 1979 ("A simple sequentially rejective multiple test procedure"),
+/// in their order. Rejecting where the corrected p-value is at most alpha rejects any true null hypothesis of
+/// the family with probability at most alpha, whatever the dependence between the tests.
 ///
 /// ```text
 /// p'_(i) = max_(j <= i) min(1, (m - j + 1) p_(j))
 /// ```
 ///
-/// A NaN is a test that said nothing: it stays NaN and still counts as one of the m.
+/// A NaN (a test without a result) stays NaN and still counts as one of the m.
 pub fn holm(p: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..p.len()).collect();
     order.sort_by(|a, b| p[*a].total_cmp(&p[*b]));
@@ -27,7 +27,7 @@ mod tests {
 
     #[test]
     fn the_correction_is_holms() {
-        // Times 4, 3, 2, 1 in rising order, and never falling: 0.04 becomes 0.06 beside 0.03.
+        // Times 4, 3, 2, 1 in increasing order, made monotone: 0.04 becomes 0.06 like 0.03.
         let got = holm(&[0.01, 0.04, 0.03, 0.005]);
         for (got, want) in got.iter().zip([0.03, 0.06, 0.06, 0.02]) {
             assert!((got - want).abs() < 1e-15, "{got} {want}");
@@ -47,7 +47,7 @@ mod tests {
             stream.fill_uniform(*time, &mut p);
             holm(&p).iter().any(|p| *p <= 0.05)
         });
-        // Of independent tests exactly where the least is at most alpha / m: 1 - (1 - 0.01)^5.
+        // For independent tests, the smallest p-value is at most alpha / m with probability 1 - (1 - 0.01)^5.
         let (share, want) = (rejected.count() as f64 / TIMES as f64, 1.0 - 0.99f64.powi(5));
         let z = (share - want) / (want * (1.0 - want) / TIMES as f64).sqrt();
         assert!(z.abs() < 4.0, "{share} {want}");

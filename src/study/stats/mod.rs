@@ -1,4 +1,4 @@
-//! What paired results of several methods, tasks, seeds and learning rates say.
+//! Statistics of paired results over methods, tasks, seeds and learning rates.
 
 mod bootstrap;
 mod holm;

@@ -1,41 +1,42 @@
 //! How much a score depends on a setting such as the learning rate.
 //!
-//! The paper's spread, best - worst, is small of a method that is bad everywhere. Here the scores of each
-//! task and seed are centred first, so that only the setting moves them, variances are compared as
-//! what they are, paired, and regret counts what a setting chosen blindly costs.
+//! The paper's spread, best - worst, is small for a method that is bad everywhere. Here the scores of each
+//! task and seed are centred first, so that only the setting matters; variances are compared by a paired
+//! test; and regret measures the cost of choosing a setting blindly.
 
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-/// What the test of Pitman and Morgan says of two variances.
+/// The result of the Pitman-Morgan test of two variances.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PitmanMorgan {
-    /// The variances of the two within their groups.
+    /// The variances of the two variables within their groups.
     pub variances: [f64; 2],
-    /// The correlation of sums and differences: positive where the first varies more.
+    /// The correlation of sums and differences: positive if the first variable varies more.
     pub correlation: f64,
-    /// Pairs, less the groups that were centred, less one.
+    /// The degrees of freedom: the number of pairs, minus the number of groups, minus one.
     pub df: usize,
     /// The two-sided p-value.
     pub p: f64,
 }
 
-/// The test of Pitman and Morgan (1939) whether two paired variables vary alike within groups: whether their
-/// sum and their difference are correlated.
+/// Tests whether two paired variables have equal variances within groups, by the correlation of their sum and
+/// difference (Pitman and Morgan, 1939).
 ///
 /// ```text
 /// x, y centred in each of g groups;   r = corr(x + y, x - y);   t = r sqrt(df / (1 - r^2)),   df = n - g - 1
 /// ```
 ///
-/// `groups` are the pairs of each group: of a task and seed, the scores of two methods at each rate. A group
-/// with fewer than two pairs says nothing. Exact for normal pairs. None with a value that is not finite,
-/// with less than one degree of freedom, or where neither varies.
+/// `groups` has the pairs of each group: for example, for a task and seed, the scores of two methods at each
+/// learning rate. Groups with fewer than two pairs are ignored. The test is exact for normal pairs. Returns
+/// `None` with a value that is not finite, with less than one degree of freedom, or if neither variable
+/// varies.
 pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
     let groups: Vec<&Vec<[f64; 2]>> = groups.iter().filter(|group| group.len() > 1).collect();
     let n: usize = groups.iter().map(|group| group.len()).sum();
     let df = n.checked_sub(groups.len() + 1).filter(|df| *df > 0)?;
-    // corr(x + y, x - y), whose sums of products are xx - yy, and xx + yy +- 2 xy where nothing cancels.
+    // corr(x + y, x - y) from the sums and differences themselves: xx - yy and xx + yy +- 2 xy would cancel.
     let (mut xx, mut yy, mut sums, mut differences, mut products) = (0.0, 0.0, 0.0, 0.0, 0.0);
-    let mut rounding: f64 = 0.0; // of one difference
+    let mut rounding: f64 = 0.0; // bounds the rounding error of one difference
     for group in &groups {
         let mean = [0, 1].map(|k| group.iter().map(|pair| pair[k]).sum::<f64>() / group.len() as f64);
         for pair in *group {
@@ -50,7 +51,7 @@ pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
     if xx + yy <= nothing {
         return None;
     }
-    // Scores that are equal, or a constant apart, vary alike.
+    // Scores that are equal or differ by a constant have equal variances.
     let alike = differences.min(sums) <= nothing;
     let correlation = if alike { 0.0 } else { products / (sums * differences).sqrt() };
     if !correlation.is_finite() {
@@ -63,7 +64,7 @@ pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
     Some(PitmanMorgan { variances: [xx / within, yy / within], correlation, df, p: two_sided(&law, t) })
 }
 
-/// The chance of a value at least as far from zero as t.
+/// The probability of a value at least as far from zero as t.
 pub(super) fn two_sided(law: &StudentsT, t: f64) -> f64 {
     if t.is_infinite() {
         0.0
@@ -72,8 +73,8 @@ pub(super) fn two_sided(law: &StudentsT, t: f64) -> f64 {
     }
 }
 
-/// The variance of scores within their groups: the mean square about the group's own mean, with the degrees of
-/// freedom that these means cost. NaN where no group has two scores.
+/// The variance of scores within their groups: squares about the group means over the remaining degrees of
+/// freedom. NaN if no group has two scores.
 pub fn within_variance(groups: &[Vec<f64>]) -> f64 {
     let (mut squares, mut df) = (0.0, 0);
     for group in groups.iter().filter(|group| group.len() > 1) {
@@ -84,9 +85,9 @@ pub fn within_variance(groups: &[Vec<f64>]) -> f64 {
     squares / df as f64
 }
 
-/// The mean regret over groups of scores: how much worse a score of a group is than its best, on average over
-/// the group, and then over groups. What is lost by a setting that is chosen blindly; the best itself counts,
-/// with 0. NaN of no group with a score.
+/// The mean regret over groups of scores: how much worse a score is than the best of its group, averaged over
+/// the group and then over groups. It is the cost of choosing a setting blindly; the best itself counts, with
+/// 0. NaN if no group has a score.
 pub fn mean_regret(groups: &[Vec<f64>], lower_is_better: bool) -> f64 {
     let sign = if lower_is_better { 1.0 } else { -1.0 };
     let of_group = |group: &Vec<f64>| {
@@ -136,16 +137,16 @@ mod tests {
     #[test]
     fn what_does_not_vary_or_is_not_finite_is_not_tested() -> Result<(), &'static str> {
         assert_eq!(pitman_morgan(&[vec![[1.0, 2.0]; 5]]), None);
-        assert_eq!(pitman_morgan(&[vec![[0.1, 0.3]; 3]]), None); // whose means are rounded
+        assert_eq!(pitman_morgan(&[vec![[0.1, 0.3]; 3]]), None); // only the rounding of the means varies
         assert_eq!(pitman_morgan(&[pairs(0..2)]), None);
         assert!(within_variance(&[vec![1.0], vec![]]).is_nan());
         assert_eq!(pitman_morgan(&[vec![[1.0, f64::INFINITY], [2.0, 1.0], [1.0, 1.0]]]), None);
-        // Alike in every pair: no difference. Only one varies: all of it.
+        // Equal in every pair: correlation 0. Only one varies: correlation 1.
         let alike = pitman_morgan(&[vec![[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]]).ok_or("a test")?;
         assert_eq!((alike.correlation, alike.p), (0.0, 1.0));
         let one = pitman_morgan(&[vec![[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]]]).ok_or("a test")?;
         assert_eq!((one.correlation, one.p), (1.0, 0.0));
-        // A constant apart they vary alike, and where they differ by little it is the little that counts.
+        // Scores that differ by a constant have equal variances; small other differences must still count.
         let scores = [0.51, 0.43, 0.62, 0.55, 0.38];
         let shifted = pitman_morgan(&[scores.map(|x| [x, x + 0.3]).to_vec()]).ok_or("a test")?;
         assert_eq!((shifted.correlation, shifted.p), (0.0, 1.0));
@@ -157,8 +158,8 @@ mod tests {
         Ok(())
     }
 
-    /// The share of p-values at most 0.05 over pairs of correlated normals in six groups of three with means
-    /// of their own, where the first has `ratio` times the other's standard deviation.
+    /// The fraction of p-values at most 0.05 for pairs of correlated normals in six groups of three with
+    /// different means, where the first variable has `ratio` times the other's standard deviation.
     fn rejected(ratio: f64) -> f64 {
         const TIMES: u64 = 8000;
         let stream = Noise::new(5).stream("pitman", Purpose::Predict);

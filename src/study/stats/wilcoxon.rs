@@ -1,41 +1,41 @@
 //! The Wilcoxon signed-rank test.
 
-/// What the Wilcoxon signed-rank test says of paired differences.
+/// The result of the Wilcoxon signed-rank test.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Wilcoxon {
-    /// Differences that are not zero: the others say nothing (Wilcoxon 1945).
+    /// The number of differences that are not zero; zeros are dropped (Wilcoxon 1945).
     pub n: usize,
-    /// The sum of the ranks of the positive ones.
+    /// The sum of the ranks of the positive differences.
     pub positive: f64,
-    /// The sum of the ranks of the negative ones.
+    /// The sum of the ranks of the negative differences.
     pub negative: f64,
     /// The two-sided p-value.
     pub p: f64,
-    /// The p-value of the alternative that differences tend to be positive.
+    /// The one-sided p-value for the alternative that differences tend to be positive.
     pub p_greater: f64,
 }
 
 impl Wilcoxon {
-    /// The least two-sided p-value that so many differences can give.
+    /// The smallest two-sided p-value that this number of differences can give.
     pub fn least_p(&self) -> f64 {
         (2.0 / 2f64.powi(self.n as i32)).min(1.0)
     }
 }
 
-/// The most differences whose null distribution is counted out.
+/// The most differences for which the null distribution is computed exactly.
 const EXACT: usize = 50;
 
-/// The Wilcoxon signed-rank test of paired differences. Ties have their mean rank. Up to 50 differences
-/// the p-values are exact, ties or not (scipy's are so without ties, and with up to 13 of them); beyond,
-/// a normal approximation with the variance corrected for ties, as scipy's. None without a difference
-/// that is not zero, or with one that is NaN.
+/// The Wilcoxon signed-rank test of paired differences. Ties have their mean rank. Up to 50 differences the
+/// p-values are exact, with or without ties (scipy's are exact without ties, and with ties up to 13
+/// differences); beyond, they use a normal approximation with the variance corrected for ties, like scipy's.
+/// Returns `None` without a difference that is not zero, or with a NaN.
 pub fn wilcoxon(differences: &[f64]) -> Option<Wilcoxon> {
     let mut kept: Vec<f64> = differences.iter().copied().filter(|d| *d != 0.0).collect();
     if kept.is_empty() || kept.iter().any(|d| d.is_nan()) {
         return None;
     }
     kept.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
-    // Twice the ranks: whole numbers even where two places share one.
+    // Doubled ranks are integers even for ties.
     let (mut ranks, mut ties) = (Vec::with_capacity(kept.len()), 0.0);
     for group in kept.chunk_by(|a, b| a.abs() == b.abs()) {
         let (first, count) = (ranks.len() + 1, group.len());
@@ -52,7 +52,7 @@ pub fn wilcoxon(differences: &[f64]) -> Option<Wilcoxon> {
     Some(Wilcoxon { n, positive: plus as f64 / 2.0, negative: minus as f64 / 2.0, p, p_greater })
 }
 
-/// By counting the signs that give each sum: all 2^n are equally likely.
+/// The exact p-values, by counting the sign patterns that give each sum: all 2^n are equally likely.
 fn exact(ranks: &[usize], plus: usize, minus: usize) -> (f64, f64) {
     let mut share = vec![0.0; plus + minus + 1];
     share[0] = 1.0;
@@ -78,7 +78,7 @@ fn normal(n: f64, ties: f64, plus: f64) -> (f64, f64) {
 mod tests {
     use super::*;
 
-    /// The figures are those of SciPy 1.17.1's `wilcoxon(d)` and `wilcoxon(d, alternative="greater")`.
+    /// The expected values are from SciPy 1.17.1's `wilcoxon(d)` and `wilcoxon(d, alternative="greater")`.
     #[test]
     fn the_signed_rank_test_is_scipys() -> Result<(), &'static str> {
         let few = [1.1, -0.4, 2.3, 0.7, 3.1, -1.9, 0.2, 1.6];

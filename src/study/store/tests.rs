@@ -15,7 +15,7 @@ fn keys() -> Vec<CellKey> {
     [("lora", 1e-3), ("monteclora:n=8", 1e-3), ("lora", 1e-4), ("monteclora:n=8", 1e-4)].map(key).to_vec()
 }
 
-/// A cell that is done; at the lowest rate with an infinite NLL. LoRA keeps its rows.
+/// A cell that is done, with an infinite NLL at the lowest learning rate. LoRA keeps its rows.
 fn cell(key: &CellKey) -> (CellResult, CellCost, CellRows) {
     let nll = if key.lr < 5e-4 { f64::INFINITY } else { 0.1 + 0.2 };
     let metrics = Metrics { accuracy: Some(key.lr * 700.0), nll: Some(nll), ..Metrics::default() };
@@ -39,7 +39,7 @@ fn cell(key: &CellKey) -> (CellResult, CellCost, CellRows) {
     (result, CellCost { seconds: 1.5, step_seconds_median: key.lr, peak_rss_mb: None }, rows)
 }
 
-/// Runs the cells of these keys that are not finished; the numbers of those that ran and of all.
+/// Runs the unfinished cells of these keys. Returns the number of cells that ran and of all finished cells.
 fn run_cells(dir: &Path, keys: &[CellKey]) -> Result<(usize, usize)> {
     let mut ran = 0;
     let mut counted = |key: &CellKey| {
@@ -51,7 +51,7 @@ fn run_cells(dir: &Path, keys: &[CellKey]) -> Result<(usize, usize)> {
     Ok((ran, done))
 }
 
-/// The bytes of all that a report is made of.
+/// The bytes of all files of a report.
 fn report(dir: &Path) -> Result<Vec<Vec<u8>>> {
     write_report(dir, dir)?;
     ["report.md", "report.csv", "cells.csv", "costs.md"]
@@ -64,7 +64,7 @@ fn bytes(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(Error::io(path))
 }
 
-/// The folders in a folder.
+/// The number of folders in a folder.
 fn folders(dir: &Path) -> usize {
     fs::read_dir(dir).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir()).count()
 }
@@ -81,10 +81,10 @@ fn a_packed_study_reports_the_same_bytes_and_goes_on() -> Result<()> {
     let packed = bytes(&dir.join(PACKED))?;
     let first = String::from_utf8_lossy(&packed).lines().next().unwrap().to_string();
     assert!(first.starts_with(r#"{"result":{"key":{"task":"rte","method":"lora","lr":0.0001,"#), "{first}");
-    // Nothing is left to pack, and nothing changes.
+    // Packing again changes nothing.
     assert_eq!((pack(dir)?, bytes(&dir.join(PACKED))?), (3, packed.clone()));
 
-    // It goes on with the cell that is missing, in a folder beside the packed ones.
+    // The study continues with the missing cell, in a folder next to the packed cells.
     assert_eq!(run_cells(dir, &keys)?, (1, 4));
     assert_eq!((folders(dir), bytes(&dir.join(PACKED))?), (1, packed));
     let whole = tempfile::tempdir().unwrap();
@@ -92,7 +92,7 @@ fn a_packed_study_reports_the_same_bytes_and_goes_on() -> Result<()> {
     assert_eq!(report(dir)?, report(whole.path())?);
     assert_eq!(pack(dir)?, 4);
     assert_eq!(report(dir)?, report(whole.path())?);
-    // Whenever it is packed, the bytes are the same.
+    // The bytes do not depend on when the study was packed.
     pack(whole.path())?;
     assert_eq!(bytes(&dir.join(PACKED))?, bytes(&whole.path().join(PACKED))?);
     assert_eq!(run_cells(dir, &keys)?, (0, 4));
@@ -109,7 +109,7 @@ fn rows_of_all_cells_come_into_one_file() -> Result<()> {
     assert_eq!(read_rows(dir)?.len(), 1);
     pack(dir)?;
     run_cells(dir, &keys)?;
-    // One cell is packed, the other is in its folder.
+    // One cell is packed, and the other is in its folder.
     assert_eq!(read_rows(dir)?, want);
     pack(dir)?;
     assert_eq!((folders(dir), read_rows(dir)?), (0, want));
@@ -147,7 +147,7 @@ fn what_is_damaged_or_not_the_same_is_named() -> Result<()> {
     let (mut other, cost, rows) = cell(&keys[0]);
     let store = Store::open(dir)?;
     store.add(&other, &cost, &rows)?;
-    assert_eq!(read_cells(dir)?.len(), 4); // as a process leaves it that is killed while it packs
+    assert_eq!(read_cells(dir)?.len(), 4); // the state after a process was killed while packing
     other.steps += 1;
     store.add(&other, &cost, &rows)?;
     refused("result.json: it is not the result that cells.jsonl has of this cell");
@@ -160,7 +160,7 @@ fn a_copy_under_another_name_is_refused() -> Result<()> {
     let (dir, name) = (home.path(), keys[0].folder_name());
     run_cells(dir, &keys[..1])?;
     fs::rename(dir.join(&name), dir.join("copy")).unwrap();
-    // It is run again, and the other would count beside it.
+    // The cell is run again, and the copy would count twice.
     assert_eq!(run_cells(dir, &keys[..1])?, (1, 1));
     for said in [read_cells(dir).map(|_| ()), pack(dir).map(|_| ())] {
         let error = said.unwrap_err().to_string();
@@ -187,7 +187,7 @@ fn a_cell_that_failed_is_run_again_packed_or_not() -> Result<()> {
         Ok(read_cells(dir)?.into_iter().map(|cell| cell.result.status).collect())
     };
     assert_eq!(statuses()?, [Status::Done, Status::Failed]);
-    // Of the two the packed failure alone is run; its new result replaces it, and is packed in its turn.
+    // Only the packed failure is run again; its new result replaces it and is then packed.
     assert_eq!(run_cells(dir, &keys[..2])?, (1, 2));
     assert_eq!(statuses()?, [Status::Done, Status::Done]);
     assert_eq!((pack(dir)?, statuses()?), (2, vec![Status::Done, Status::Done]));

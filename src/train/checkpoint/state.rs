@@ -1,4 +1,4 @@
-//! One checkpoint: what a run remembers, as files with their checksums.
+//! One checkpoint: the state of a run as files with checksums.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -16,54 +16,54 @@ use crate::util::{files, json};
 pub(super) const STATE: &str = "state.json";
 pub(super) const TENSORS: &str = "tensors.safetensors";
 pub(super) const MANIFEST: &str = "manifest.json";
-/// The layout that is written, and the only one that is read. In version 1 the settings were Rust's own
-/// words for them, which a change of names would have made unreadable.
+/// The version of the layout that is written, and the only one that is read. Version 1 stored settings in
+/// Rust's debug format, which renaming anything would have made unreadable.
 pub(super) const VERSION: u32 = 2;
 
-/// The numbers of a run on its way.
+/// The numbers in the state of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::train) struct RunState {
     pub version: u32,
-    /// Optimiser steps done, skipped ones among them.
+    /// Completed optimiser steps, including skipped ones.
     pub step: usize,
-    /// The index of the next draw: micro-batches done, or steps where one draw serves a step.
+    /// The index of the next draw: the number of micro-batches so far, or of steps if a step shares one draw.
     pub draw: u64,
-    /// Steps that were skipped, and how many of them at the end.
+    /// The number of skipped steps, and how many of them were the most recent in a row.
     pub skipped: usize,
     pub skipped_in_a_row: usize,
-    /// Wall time so far.
+    /// Wall time so far, in seconds.
     pub seconds: f64,
-    /// Score and step of the best evaluation.
+    /// The score and the step of the best evaluation.
     pub best: Option<(f64, usize)>,
-    /// Evaluations since then that were no better.
+    /// Evaluations since the best one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub waited: usize,
-    /// The steps that each parameter has taken.
+    /// The number of steps that each parameter has taken.
     pub moments: BTreeMap<String, usize>,
     pub settings: Settings,
 }
 
-/// A run without early stopping is written as it always was.
-#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks for it
+/// Zero is not written, so that a run without early stopping is written as in earlier releases.
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
-/// All of a run on its way.
+/// The whole state of a run.
 #[derive(Debug, Default)]
 pub(in crate::train) struct State {
     pub run_state: RunState,
     pub params: BTreeMap<String, Tensor>,
     pub moments: BTreeMap<String, Moments>,
-    /// The parameters of the best evaluation, unless they are the present ones.
+    /// The parameters of the best evaluation, unless they are the current ones.
     pub best: BTreeMap<String, Tensor>,
-    /// What the method remembers.
+    /// The method's own state.
     pub method: BTreeMap<String, Tensor>,
 }
 
 impl State {
-    /// All tensors by kind and name.
+    /// Returns all tensors, named by kind and name.
     pub fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
         let named = |kind: &'static str| move |(name, tensor)| (format!("{kind}/{name}"), tensor);
         let firsts = self.moments.iter().map(|(name, moments)| (name, &moments.first));
@@ -88,7 +88,7 @@ impl State {
         files::write_json(&dir.join(MANIFEST), &sums)
     }
 
-    /// Reads the checkpoint in `dir`, which claims to be of this step.
+    /// Reads the checkpoint in `dir`, which must be of this step.
     ///
     /// # Errors
     /// [`Error::Format`] if it is damaged, [`Error::Io`] if a file is missing or the system cannot read
@@ -110,7 +110,7 @@ impl State {
             }
         };
         let ((state, run_state), (path, tensors)) = (checked(STATE)?, checked(TENSORS)?);
-        // Another version may have other fields beside it.
+        // Check the version first: another version may have other fields.
         let Version { version } = json::parse(&run_state, &state)?;
         if version != VERSION {
             let reason = format!("{} has version {version}, this crate reads {VERSION}", state.display());
@@ -127,7 +127,7 @@ impl State {
         Self::of_tensor_bytes(run_state, &tensors, &path)
     }
 
-    /// All tensors as the bytes of their file.
+    /// Returns all tensors in the bytes of their file format.
     ///
     /// # Errors
     /// If candle fails.
@@ -136,17 +136,17 @@ impl State {
             .map_err(|error| Error::config("checkpoint", format!("it cannot be sent: {error}")))
     }
 
-    /// The state of these numbers and the bytes of its tensors; `path` only names them in errors.
+    /// Creates a state from its numbers and the bytes of its tensors; `path` only appears in errors.
     ///
     /// # Errors
-    /// If they are damaged.
+    /// If the bytes are damaged.
     pub fn of_tensor_bytes(run_state: RunState, tensors: &[u8], path: &Path) -> Result<Self> {
         let tensors = candle_core::safetensors::load_buffer(tensors, &Device::Cpu)
             .map_err(|e| Error::format(path, format!("its tensors cannot be read: {e}")))?;
         Self::sort(run_state, tensors, path)
     }
 
-    /// Tensors by their kinds.
+    /// Sorts tensors by their kind.
     fn sort(run_state: RunState, tensors: HashMap<String, Tensor>, path: &Path) -> Result<Self> {
         let mut kinds: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
         for (name, tensor) in tensors {
@@ -166,7 +166,7 @@ impl State {
     }
 }
 
-/// Size and checksum of a file.
+/// The size and checksum of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Sum {
     bytes: u64,

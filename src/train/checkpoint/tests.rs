@@ -112,7 +112,7 @@ fn whatever_byte_is_damaged_the_one_before_is_taken_and_the_damage_named() -> Re
                 "{:?}",
                 found.warnings
             );
-            // It is put aside, and here back again.
+            // It was renamed; move it back for the next damage.
             fs::rename(checkpoints.dir.join("damaged-1-step-00000002"), checkpoints.place(2)).unwrap();
         }
         fs::write(&path, whole).unwrap();
@@ -135,7 +135,7 @@ fn what_a_killed_run_left_half_written_goes_with_the_next_start() -> Result<()> 
     }
     assert_eq!(begin(&checkpoints)?.unwrap().state.run_state.step, 1);
     assert_eq!(names(&checkpoints), ["step-00000001".to_string()].into());
-    // Killed between its last checkpoint and the removal of those before.
+    // Killed between its last checkpoint and the removal of older ones.
     for step in [2, 3] {
         save(&Checkpoints { keep: 9, ..checkpoints.clone() }, step)?;
     }
@@ -159,7 +159,7 @@ fn folders_that_are_no_checkpoints_of_ours_are_left_alone() -> Result<()> {
     Ok(())
 }
 
-/// Writes the manifest that fits the files.
+/// Writes a manifest that matches the files.
 fn seal(place: &Path) {
     let sum = |name: &str| Sum::of(&*fs::read(place.join(name)).unwrap()).unwrap();
     let sums = [STATE, TENSORS].map(|name| (name.to_string(), sum(name)));
@@ -178,7 +178,7 @@ fn damaged_checkpoints_are_put_aside_and_count_for_nothing() -> Result<()> {
     }
     let found = begin(&checkpoints)?.unwrap();
     assert!(found.state.run_state.step == 1 && found.warnings.len() == 2);
-    // The same step is written again, and damaged again.
+    // The same step is written and damaged again.
     save(&checkpoints, 2)?;
     fs::remove_file(checkpoints.place(2).join(MANIFEST)).unwrap();
     assert!(begin(&checkpoints)?.unwrap().warnings[0].contains("damaged-2-step-00000002"));
@@ -200,7 +200,7 @@ fn what_cannot_be_read_now_or_by_this_version_is_no_damage() -> Result<()> {
     let before = names(&checkpoints);
     let place = checkpoints.place(2);
     let run_state = fs::read_to_string(place.join(STATE)).unwrap();
-    // The version before, and a later one with a field that this one does not know.
+    // The previous version, and a later one with an unknown field.
     for (version, rest) in [(1, ""), (3, ", \"later\": true")] {
         let other = run_state.replace("\"version\": 2", &format!("\"version\": {version}{rest}"));
         assert_ne!(run_state, other);
@@ -209,7 +209,7 @@ fn what_cannot_be_read_now_or_by_this_version_is_no_damage() -> Result<()> {
         let error = begin(&checkpoints).err().unwrap().to_string();
         assert!(error.contains(&format!("has version {version}, this crate reads 2")), "{error}");
     }
-    // A folder in a file's place: there, but the system gives no bytes.
+    // A folder in a file's place: it exists, but cannot be read as a file.
     fs::remove_file(place.join(MANIFEST)).unwrap();
     fs::create_dir(place.join(MANIFEST)).unwrap();
     let error = begin(&checkpoints).err().unwrap();
@@ -223,7 +223,7 @@ fn an_old_checkpoint_that_stays_is_told_and_ends_nothing() -> Result<()> {
     let dir = temporary();
     let checkpoints = Checkpoints { keep: 1, ..checkpoints(dir.path()) };
     save(&checkpoints, 1)?;
-    // A file where the old one is to be hidden.
+    // A file at the path to which the old checkpoint would be renamed.
     fs::write(files::partial_folder(&checkpoints.place(1)), "").unwrap();
     let warning = checkpoints.save(&state(2)?)?.unwrap();
     assert!(warning.starts_with("old checkpoints stay: ") && warning.contains("step-00000001"), "{warning}");
@@ -237,7 +237,7 @@ fn tensors_that_cannot_be_read_are_named_with_their_file() -> Result<()> {
     let checkpoints = checkpoints(dir.path());
     save(&checkpoints, 1)?;
     let place = checkpoints.place(1);
-    // With a manifest that fits: no damage, but no such file either.
+    // A matching manifest: the file is not damaged, but is no safetensors file either.
     fs::write(place.join(TENSORS), "no tensors").unwrap();
     seal(&place);
     let error = State::read(&place, 1).unwrap_err().to_string();

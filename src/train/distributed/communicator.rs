@@ -1,4 +1,4 @@
-//! What the processes of a run agree through.
+//! Communication between the processes of a run.
 
 use std::fmt::Debug;
 
@@ -6,45 +6,46 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 
-/// A group of processes, each of which calls the same methods in the same order. The engines behind it are those of
-/// clusters: [`SingleProcess`] has nobody to talk to.
+/// A group of processes, each of which calls the same methods in the same order. Implemented by the engines
+/// of clusters, and by [`SingleProcess`] without communication.
 pub trait Communicator: Debug {
-    /// The number of this process, from 0.
+    /// Returns the rank of this process, from 0.
     fn rank(&self) -> usize;
 
-    /// How many processes there are.
+    /// Returns the number of processes.
     fn world(&self) -> usize;
 
-    /// The sum over all processes of their `flat`, on the device of this one. All of them get the same bytes.
+    /// Returns the sum of `flat` over all processes, on this process's device. All processes get the same
+    /// bytes.
     ///
     /// # Shapes
-    /// - `flat`: `(n)`, n and the dtype (f32 or f64) the same everywhere
+    /// - `flat`: `(n)`, with the same n and dtype (f32 or f64) in all processes
     /// - output: `(n)`
     ///
     /// # Errors
-    /// If the engine fails, or waits for longer than it may.
+    /// If the engine fails, or a process waits longer than it may.
     fn all_reduce_sum(&self, flat: &Tensor) -> Result<Tensor>;
 
-    /// The bytes of process `root`, on all of them; what the others give is left aside.
+    /// Returns the bytes of process `root` in all processes; the bytes of the others are ignored.
     ///
     /// # Errors
     /// As [`Self::all_reduce_sum`].
     fn broadcast(&self, bytes: Vec<u8>, root: usize) -> Result<Vec<u8>>;
 
-    /// Returns when all processes have called it.
+    /// Returns once all processes have called it.
     ///
     /// # Errors
     /// As [`Self::all_reduce_sum`].
     fn barrier(&self) -> Result<()>;
 
-    /// Ends all processes, this one with the exit status `code`: for an error that the others do not know of and
-    /// would wait behind.
+    /// Ends all processes, this one with the exit status `code`: for an error that the other processes do not
+    /// know of, so that they would wait for this one. The default exits this process.
     fn abort(&self, code: i32) -> ! {
         std::process::exit(code)
     }
 }
 
-/// A process that runs alone: it exchanges nothing.
+/// A single process, which exchanges nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SingleProcess;
 

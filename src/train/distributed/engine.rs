@@ -1,4 +1,4 @@
-//! Which engine the processes of a run meet through.
+//! Chooses the engine through which the processes of a run communicate.
 
 use candle_core::Device;
 
@@ -6,12 +6,12 @@ use super::communicator::{Communicator, SingleProcess};
 use super::launch::{Launch, Launcher};
 use crate::error::{Error, Result};
 
-/// The engine for the processes that were started together: for a process that was started alone [`SingleProcess`];
-/// between CUDA devices NCCL, else MPI.
+/// Returns the engine for processes that were launched together: NCCL between CUDA devices, else MPI. A
+/// process that was started alone gets [`SingleProcess`].
 ///
 /// # Errors
-/// If this build has no engine for them, it says which feature has one; if MPI counts other processes than the
-/// launcher, or the engine cannot begin.
+/// If this build lacks an engine for them (the error names the feature to enable), MPI and the launcher
+/// disagree about the processes, or the engine cannot start.
 pub fn launched(launch: Option<&Launch>, device: &Device) -> Result<Box<dyn Communicator>> {
     let Some(launch) = launch else { return Ok(Box::new(SingleProcess)) };
     match launch.launcher {
@@ -46,13 +46,13 @@ fn over_mpi(launch: &Launch, device: &Device) -> Result<Box<dyn Communicator>> {
     if device.is_cuda() {
         return Ok(Box::new(super::nccl::Nccl::over(Box::new(mpi), device)?));
     }
-    let _ = device; // its tensors go through the host
+    let _ = device; // tensors go through the host
     Ok(Box::new(mpi))
 }
 
 #[cfg(not(feature = "mpi"))]
 fn over_mpi(launch: &Launch, device: &Device) -> Result<Box<dyn Communicator>> {
-    // Slurm's processes need no MPI where they have GPUs.
+    // Slurm's processes need no MPI if they have GPUs.
     if cfg!(feature = "nccl") && device.is_cuda() {
         return by_files(launch, device);
     }

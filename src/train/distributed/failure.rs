@@ -1,13 +1,13 @@
-//! An error as it crosses from one process to the others.
+//! An error in the form that is sent to the other processes.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// What the other processes are told of an error.
+/// What the other processes learn of an error.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Failure {
-    /// All of them treat it as their own: a step may be left out.
+    /// Treated by every process as its own error, as the step may be skipped.
     NonFinite {
         step: usize,
         term: String,
@@ -16,7 +16,7 @@ pub(super) enum Failure {
         layer: Option<String>,
         rows: Vec<usize>,
     },
-    /// Anything else, in words.
+    /// Any other error, as text.
     Other(String),
 }
 
@@ -36,7 +36,7 @@ impl From<&Error> for Failure {
 }
 
 impl Failure {
-    /// The error that the processes beside `rank` return.
+    /// Returns the error for the processes other than `rank`, where it occurred.
     pub fn into_error(self, rank: usize) -> Error {
         match self {
             Self::NonFinite { step, term, bits, layer, rows } => {

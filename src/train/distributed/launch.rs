@@ -1,30 +1,30 @@
-//! Who started this process, as one of how many: what launchers leave in the environment.
+//! Reads from a launcher's environment variables which process this is, and of how many.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
 
-/// What started the processes of a run.
+/// The launcher of a run's processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Launcher {
     /// Open MPI's `mpirun`.
     Mpirun,
     /// Slurm's `srun`.
     Srun,
-    /// `torchrun`, or who sets its variables.
+    /// `torchrun`, or anything that sets the same variables.
     Torchrun,
 }
 
-/// This process among those that were started together.
+/// This process among those that were launched together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
-    /// What started it.
+    /// The launcher.
     pub launcher: Launcher,
-    /// Its number among all, from 0.
+    /// The rank among all processes, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// The number of processes.
     pub world: usize,
-    /// Its number among those on this machine: which of its devices it takes.
+    /// The rank among the processes on this machine, which selects its device.
     pub local_rank: usize,
 }
 
@@ -41,20 +41,21 @@ impl fmt::Display for Launch {
 }
 
 impl Launch {
-    /// What the environment says; None of a process that was started by itself.
+    /// Reads the environment; `None` if this process was started alone.
     ///
     /// # Errors
-    /// If its variables contradict each other: a number of processes without this one's, one that is not among them.
+    /// If the variables contradict each other: a number of processes without a rank, or a rank out of range.
     pub fn from_env() -> Result<Option<Self>> {
         Self::from_variables(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
-    /// The same of other variables.
+    /// [`Self::from_env`] for given variables.
     ///
     /// # Errors
     /// As [`Self::from_env`].
     pub fn from_variables(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>> {
-        // Within a step of `srun` alone: a batch script has SLURM_PROCID and SLURM_NTASKS as well.
+        // SLURM_STEP_NUM_TASKS is only set within a step of `srun`; a batch script also has SLURM_PROCID and
+        // SLURM_NTASKS.
         let launchers = [
             (
                 Launcher::Mpirun,
@@ -80,7 +81,7 @@ impl Launch {
     }
 }
 
-/// The numbers of the variables, of which the last may be missing where there is one process on each machine.
+/// Parses the variables. The last may be missing, if there is one process on each machine.
 fn number_each(names: [&str; 3], values: &[Option<String>; 3]) -> Result<[usize; 3]> {
     let number = |at: usize| {
         let (name, value) = (names[at], values[at].as_deref());

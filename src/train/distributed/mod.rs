@@ -1,13 +1,15 @@
-//! Data-parallel training: one run in several processes, each of which computes its share of a step's micro-batches.
+//! Data-parallel training: one run in several processes, each of which computes a part of every step's
+//! micro-batches.
 //!
-//! Only the gradients of what is trained cross, in one sum for each step. Rank r of W takes the micro-batches r, r + W,
-//! .. of a step, each with the draw that it has in one process, so that W processes are one process with the same
-//! [`accumulation`](super::TrainConfig::accumulation) up to the order of sums: the same data in the same order, the
-//! same dropout, the same draws, the regulariser counted once. A run may go on with another number of processes.
+//! Only the gradients of trainable parameters are exchanged, in one sum per step. Rank r of W takes the
+//! micro-batches r, r + W, .. of a step, each with the same draw as in a single process. W processes
+//! therefore match one process with the same [`accumulation`](super::TrainConfig::accumulation) up to the
+//! order of sums: the same data in the same order, dropout and draws, and the regulariser counted once. A run
+//! may be resumed with another number of processes.
 //!
-//! What is decided, is decided by all alike: clipping, steps that are left out, evaluations, the end. Rank 0 writes the
-//! checkpoints; an error of one rank in a step, an evaluation or a checkpoint ends all of them with its reason, and one
-//! that is nobody else's ends the others where its caller calls [`Communicator::abort`].
+//! All processes make the same decisions: clipping, skipped steps, evaluations, the end. Rank 0 writes the
+//! checkpoints. An error of one rank in a step, an evaluation or a checkpoint ends all ranks with its reason;
+//! after any other error, the caller must call [`Communicator::abort`] to end the other ranks.
 
 mod communicator;
 mod engine;

@@ -1,4 +1,4 @@
-//! MPI: the engine of clusters without GPUs, and of GPUs where NCCL is not built in.
+//! MPI: the engine for clusters without GPUs, and for GPUs if NCCL is not built in.
 
 use std::fmt;
 use std::io::Write;
@@ -15,42 +15,42 @@ use candle_core::{DType, Tensor, WithDType};
 use super::communicator::Communicator;
 use crate::error::{Error, Result};
 
-/// Elements that one call takes at most: MPI counts in 32 bits.
+/// The largest number of elements in one call: MPI counts in 32 bits.
 const PIECE: usize = 1 << 28;
 
 /// The processes that `mpirun` or `srun` started. Tensors on a device go through the host.
 ///
-/// A process that dies ends the others: its launcher sees it at once, and a process that has waited for longer than it
-/// may says so and ends all of them. So does one that panics.
+/// If a process dies, the others end: the launcher notices at once, and a process that waits longer than its
+/// patience reports it and ends all of them. A process that panics also ends all.
 pub struct Mpi {
     world: SimpleCommunicator,
     patience: Duration,
-    _universe: Universe, // ends MPI when it is dropped
+    _universe: Universe, // finalises MPI when dropped
 }
 
 impl Mpi {
-    /// How long a process waits for the others unless told otherwise: rank 0 may evaluate or write meanwhile.
+    /// How long a process waits for the others by default: rank 0 may evaluate or write meanwhile.
     pub const PATIENCE: Duration = Duration::from_secs(1800);
 
-    /// Joins the others.
+    /// Joins the other processes.
     ///
     /// # Errors
-    /// If MPI has been begun before in this process.
+    /// If MPI was initialised before in this process.
     pub fn new() -> Result<Self> {
-        // Rayon's threads compute, and this one alone calls MPI.
+        // Rayon's threads compute; only this thread calls MPI.
         let Some((universe, _)) = ::mpi::initialize_with_threading(Threading::Funneled) else {
             return Err(Error::config("mpi", "it was begun before in this process"));
         };
         Ok(Self { world: universe.world(), patience: Self::PATIENCE, _universe: universe })
     }
 
-    /// The same, which waits for the others for at most `patience`.
+    /// Sets the longest time to wait for the other processes.
     pub fn with_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Waits for a request, and ends all processes where one is missing for too long.
+    /// Waits for a request; ends all processes if it takes longer than `patience`.
     fn wait<'a, D: ?Sized, S: Scope<'a>>(&self, mut request: Request<'a, D, S>) {
         let start = Instant::now();
         for turn in 0u32.. {
@@ -65,7 +65,7 @@ impl Mpi {
                 ));
                 self.world.abort(1);
             }
-            // More processes than cores are common on a laptop: the core is another's after a moment.
+            // Laptops often run more processes than cores: give up the core after a moment.
             match turn {
                 0..1000 => std::hint::spin_loop(),
                 1000..2000 => std::thread::yield_now(),
@@ -139,7 +139,7 @@ impl Communicator for Mpi {
 impl Drop for Mpi {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // To end MPI in order would wait for the others, who wait for this process.
+            // Finalising MPI would wait for the others, which wait for this process.
             self.say("it panicked");
             self.world.abort(101);
         }

@@ -1,4 +1,4 @@
-//! NCCL: sums between GPUs, without the host.
+//! NCCL: sums between GPUs without the host.
 
 use std::fmt;
 use std::io::Write;
@@ -17,11 +17,11 @@ use super::launch::Launch;
 use super::rendezvous::{meet, RENDEZVOUS};
 use crate::error::{Error, Result};
 
-/// The size of the number that processes find each other by.
+/// The size in bytes of the identifier with which processes find each other.
 const ID: usize = 128;
 
-/// One GPU of a process each. Bytes that are no tensors go through MPI where the processes have it, else through the
-/// GPUs as well.
+/// Processes with one GPU each. Bytes other than tensors go through MPI if the processes have it, else
+/// through the GPUs.
 pub struct Nccl {
     comm: Comm,
     device: CudaDevice,
@@ -30,26 +30,26 @@ pub struct Nccl {
 }
 
 impl Nccl {
-    /// How long a process waits for the others unless told otherwise.
+    /// How long a process waits for the others by default.
     pub const PATIENCE: Duration = Duration::from_secs(1800);
 
-    /// Joins the others of `host`, each of which has a GPU of its own.
+    /// Joins the other processes of `host`, each with its own GPU.
     ///
     /// # Errors
-    /// If the device is no CUDA device, or NCCL or `host` fails.
+    /// If the device is not a CUDA device, or NCCL or `host` fails.
     pub fn over(host: Box<dyn Communicator>, device: &Device) -> Result<Self> {
         let id = host.broadcast(own_id(host.rank())?, 0)?;
         let (rank, world) = (host.rank(), host.world());
         Self::begin(rank, world, &id, device, Some(host))
     }
 
-    /// Joins the others of `launch` through files of a folder that all of them see: that of
-    /// `MONTECLORA_RENDEZVOUS`, or one of this machine alone.
+    /// Joins the other processes of `launch` through files in a folder that all of them see: the one in
+    /// `MONTECLORA_RENDEZVOUS`, or by default a folder on this machine.
     ///
     /// # Errors
-    /// If the device is no CUDA device, not all processes come, a file cannot be written, or NCCL fails.
+    /// If the device is not a CUDA device, a process is missing, a file cannot be written, or NCCL fails.
     pub fn by_files(launch: &Launch, device: &Device) -> Result<Self> {
-        // Apart from other people's runs, and from others of one's own.
+        // Distinct from other users' runs, and from other runs of this user.
         let names = ["USER", "SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_PORT"];
         let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
         let default = || std::env::temp_dir().join(format!("monteclora-{}", parts.join("-")));
@@ -78,14 +78,14 @@ impl Nccl {
         Ok(Self { comm, device: device.clone(), host, patience: Self::PATIENCE })
     }
 
-    /// The same, which waits for the others for at most `patience`.
+    /// Sets the longest time to wait for the other processes.
     pub fn with_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Waits until the device has done what it was asked for, and ends this process where it does not: a sum that one
-    /// process does not join never ends.
+    /// Waits until the device has finished its queued work; ends this process if that takes longer than
+    /// `patience`. A sum that a process does not join never ends.
     fn wait(&self) -> Result<()> {
         let done = self.comm.stream().record_event(None).map_err(|e| failed(self.rank(), &e))?;
         let start = Instant::now();
@@ -136,7 +136,7 @@ impl Nccl {
     }
 }
 
-/// A new number of process 0; of the others nothing.
+/// Returns a new identifier on process 0, nothing on the others.
 fn own_id(rank: usize) -> Result<Vec<u8>> {
     if rank > 0 {
         return Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! One run's part in several processes: what is computed here, what is summed, and what all must agree on.
+//! The training loop's view of several processes: who computes what, sums, and agreement.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,15 +16,15 @@ use crate::train::checkpoint::State;
 use crate::train::settings::{fingerprint, Settings};
 use crate::train::step::Group;
 
-/// The processes of a run, as its loop sees them.
+/// The processes of a run.
 #[derive(Debug)]
 pub(in crate::train) struct Ranks<'a> {
     communicator: &'a dyn Communicator,
-    /// The names of the loss's terms in the order of the sum, once rank 0 has told them.
+    /// The names of the loss's terms in the order of the sum, once rank 0 has sent them.
     terms: Option<Vec<String>>,
-    /// The names as this process has them; one without a micro-batch so far has none.
+    /// The names of this process's terms; empty before its first micro-batch.
     own_terms: Vec<&'static str>,
-    /// What went wrong here since the last sum, which tells the others.
+    /// An error of this process since the last sum, deferred until the next.
     pending: Option<Error>,
 }
 
@@ -33,7 +33,7 @@ impl<'a> Ranks<'a> {
         Self { communicator, terms: None, own_terms: Vec::new(), pending: None }
     }
 
-    /// Whether there are others.
+    /// Whether there is more than one process.
     pub fn are_several(&self) -> bool {
         self.communicator.world() > 1
     }
@@ -43,15 +43,15 @@ impl<'a> Ranks<'a> {
         self.communicator.rank() == 0
     }
 
-    /// Whether micro-batch `index` of a step is computed here.
+    /// Whether this process computes micro-batch `index` of a step.
     pub fn takes(&self, index: usize) -> bool {
         index % self.communicator.world() == self.communicator.rank()
     }
 
-    /// Checks that every process has the settings and the parameters of this run.
+    /// Checks that all processes have the same settings and initial parameters.
     ///
     /// # Errors
-    /// Names a process that has others.
+    /// If a process differs; the error names it.
     pub fn check_same(&self, settings: &Settings, params: &Params) -> Result<()> {
         if !self.are_several() {
             return Ok(());
@@ -84,11 +84,11 @@ impl<'a> Ranks<'a> {
         Ok(())
     }
 
-    /// Keeps an error of this process until the next sum, where the others learn of it: they must not wait for one
-    /// that is gone. Alone it is returned at once.
+    /// Defers an error of this process until the next sum, which tells the other processes: they must not
+    /// wait for a process that has ended. A single process returns it at once.
     ///
     /// # Errors
-    /// Of a process without others, that of `outcome`.
+    /// In a single process, the error of `outcome`.
     pub fn hold(&mut self, outcome: Result<()>) -> Result<()> {
         match outcome {
             Err(error) if self.are_several() => {
@@ -99,20 +99,20 @@ impl<'a> Ranks<'a> {
         }
     }
 
-    /// Whether nothing is kept by [`Self::hold`].
+    /// Whether no error is deferred by [`Self::hold`].
     pub fn is_well(&self) -> bool {
         self.pending.is_none()
     }
 
-    /// What was kept by [`Self::hold`], in place of the work of the next step.
+    /// Returns the error deferred by [`Self::hold`], if any.
     ///
     /// # Errors
-    /// That.
+    /// The deferred error.
     pub fn held(&mut self) -> Result<()> {
         self.pending.take().map_or(Ok(()), Err)
     }
 
-    /// What rank 0 has, on all processes.
+    /// Returns rank 0's value on all processes. An error of another rank is deferred.
     ///
     /// # Errors
     /// Rank 0's error, on all processes.
@@ -132,7 +132,7 @@ impl<'a> Ranks<'a> {
         }
     }
 
-    /// The checkpoint that rank 0 has found, on all processes.
+    /// Returns the checkpoint that rank 0 has found on all processes.
     ///
     /// # Errors
     /// Rank 0's error, on all processes.
@@ -154,10 +154,12 @@ impl<'a> Ranks<'a> {
         State::of_tensor_bytes(run_state, &tensors, Path::new("rank 0's checkpoint")).map(Some)
     }
 
-    /// The sums of a step over all processes, in one exchange, and whether one of them was asked to stop.
+    /// Sums a step's results over all processes in one exchange, and returns whether any of them was asked to
+    /// stop.
     ///
     /// # Errors
-    /// The error of the first process that has one, on all processes.
+    /// The error of the first process that has one, on all processes. Errors that end the run take
+    /// precedence.
     pub fn sum(&mut self, params: &Params, outcome: Result<Group>, stop: bool) -> Result<(Group, bool)> {
         if !self.are_several() {
             return Ok((outcome?, stop));
@@ -165,7 +167,7 @@ impl<'a> Ranks<'a> {
         let outcome = self.agree_on_terms(outcome)?;
         let (rank, world) = (self.communicator.rank(), self.communicator.world());
         let names = self.terms.clone().unwrap_or_default();
-        let mut scalars = vec![0f64; 1 + names.len() + 1 + world]; // loss, terms, stop, who failed
+        let mut scalars = vec![0f64; 1 + names.len() + 1 + world]; // loss, terms, stop, failures by rank
         let (stop_at, failed_at) = (1 + names.len(), 2 + names.len());
         scalars[stop_at] = f64::from(u8::from(stop));
         let empty = Gradients::new();
@@ -179,7 +181,7 @@ impl<'a> Ranks<'a> {
                 }
                 &group.grads
             }
-            // A step that may be left out waits for what ends the run.
+            // 2: ends the run, and takes precedence over 1, a step that may be skipped.
             Err(error) => {
                 scalars[failed_at + rank] = if matches!(error, Error::NonFinite { .. }) { 1.0 } else { 2.0 };
                 &empty
@@ -204,7 +206,7 @@ impl<'a> Ranks<'a> {
         Ok((Group { grads, loss: scalars[0], terms }, scalars[stop_at] > 0.0))
     }
 
-    /// Whether all processes have come to the end of the run without an error.
+    /// Waits until all processes have reached the end of the run without an error.
     ///
     /// # Errors
     /// As [`Self::sum`].
@@ -217,7 +219,7 @@ impl<'a> Ranks<'a> {
         self.sum(params, outcome, false).map(drop)
     }
 
-    /// Rank 0, which has a micro-batch of every step, says once which terms there are.
+    /// Broadcasts the names of the loss's terms once from rank 0, which has a micro-batch of every step.
     fn agree_on_terms(&mut self, outcome: Result<Group>) -> Result<Result<Group>> {
         if let Ok(group) = &outcome {
             if self.own_terms.is_empty() {
@@ -239,7 +241,7 @@ impl<'a> Ranks<'a> {
         }
     }
 
-    /// The value of process `root`, by JSON.
+    /// Returns the value of process `root`, sent as JSON.
     fn broadcast_json<T: DeserializeOwned>(&self, value: &impl Serialize, root: usize) -> Result<T> {
         let malformed =
             |error: serde_json::Error| Error::Distributed { rank: root, reason: error.to_string() };

@@ -1,4 +1,4 @@
-//! How processes that share nothing but a folder tell each other what an engine needs to begin.
+//! Exchanges an engine's identifier between processes that only share a folder.
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
@@ -8,20 +8,20 @@ use super::launch::Launch;
 use crate::error::{Error, Result};
 use crate::util::files;
 
-/// The variable that names the folder, which all machines of a run must see.
+/// The environment variable with the folder, which all machines of a run must see.
 #[cfg(feature = "nccl")]
 pub(super) const RENDEZVOUS: &str = "MONTECLORA_RENDEZVOUS";
 
-/// How often a file is looked for.
+/// The time between two looks for a file.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Gives the bytes of process 0 to all processes of `launch`, through files of `folder`.
+/// Sends the bytes of process 0 to all processes of `launch`, through files in `folder`.
 ///
-/// A run that was killed may have left its files there: each process first writes a word that nobody wrote before it,
-/// takes only an answer with this word, and says that it has it.
+/// A killed run may have left files there. Therefore each process first writes a unique word, only accepts an
+/// answer that contains this word, and acknowledges it.
 ///
 /// # Errors
-/// If a file cannot be written, or not all processes have come within `patience`: it says how many are missing.
+/// If a file cannot be written, or a process is missing after `patience`; the error says how many are.
 pub(super) fn meet(launch: &Launch, folder: &Path, bytes: &[u8], patience: Duration) -> Result<Vec<u8>> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let (answer, deadline) = (folder.join("answer"), Instant::now() + patience);
@@ -41,18 +41,18 @@ pub(super) fn meet(launch: &Launch, folder: &Path, bytes: &[u8], patience: Durat
     }
 }
 
-/// What a process adds to its word when it has the answer.
+/// Appended to a process's word as the acknowledgement of an answer.
 const HAS_IT: &str = " has it";
 
 fn place(folder: &Path, rank: usize) -> PathBuf {
     folder.join(format!("process-{rank}"))
 }
 
-/// Answers the words that there are until every process has the answer to its own.
+/// Writes answers to the words found so far until every process has acknowledged its own.
 fn give(world: usize, folder: &Path, answer: &Path, bytes: &[u8], deadline: Instant) -> Result<()> {
     let mut answered: Vec<String> = Vec::new();
     loop {
-        // Who has an answer that was not given here is of a run before.
+        // An acknowledged word that was not answered here is from an earlier run.
         let said = |rank: usize| {
             let said = std::fs::read_to_string(place(folder, rank)).ok()?;
             let word = said.trim_end_matches(HAS_IT).to_string();
@@ -73,7 +73,7 @@ fn give(world: usize, folder: &Path, answer: &Path, bytes: &[u8], deadline: Inst
     }
 }
 
-/// What was never written before: the standard library's maps begin with random keys.
+/// Returns a unique word: the standard library's hash maps have random keys.
 fn word() -> String {
     format!("{:016x}", RandomState::new().hash_one(std::process::id()))
 }

@@ -1,4 +1,4 @@
-//! Several processes as threads: the loop, its draws, its files and its ends.
+//! Distributed training with threads as processes: the loop, its draws, its files and its ends.
 
 use std::path::Path;
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
@@ -34,7 +34,7 @@ struct Group {
 }
 
 impl Thread {
-    /// What every thread says, in the order of their ranks.
+    /// Returns the bytes of every thread, in the order of their ranks.
     fn exchange(&self, own: Vec<u8>) -> Vec<Vec<u8>> {
         let said = || self.group.said.lock().unwrap_or_else(PoisonError::into_inner);
         said()[self.rank] = own;
@@ -76,7 +76,7 @@ impl Communicator for Thread {
     }
 }
 
-/// Runs `f` on `world` threads; what they return by their ranks, and how many sums were made.
+/// Runs `f` on `world` threads; returns their results by rank, and the number of sums.
 fn together<T: Send>(world: usize, f: impl Fn(Thread) -> T + Sync) -> (Vec<T>, usize) {
     let group = Group {
         world,
@@ -99,7 +99,7 @@ fn together<T: Send>(world: usize, f: impl Fn(Thread) -> T + Sync) -> (Vec<T>, u
 
 const ROWS: usize = 22;
 
-/// A layer on rows of noise, whose outputs are to be those of another layer; row `poison` has an infinite input.
+/// Fits a layer to another layer's outputs on random rows; row `poison` has an infinite input.
 struct Rows {
     layer: MonteCLoRALinear,
     params: Params,
@@ -149,7 +149,7 @@ impl Objective for Rows {
     }
 }
 
-/// Losses, and an evaluation that is the better the smaller they are.
+/// Logs losses; the evaluation's score is the negative loss.
 #[derive(Default)]
 struct Log {
     losses: Vec<f64>,
@@ -181,11 +181,11 @@ impl Observer for Log {
 }
 
 fn config() -> TrainConfig {
-    // Eight micro-batches an epoch, the last of one row: three steps of 3, 3 and 2.
+    // Eight micro-batches per epoch, the last with one row: two steps of 4.
     TrainConfig { epochs: 17, lr: 0.02, accumulation: 4, ..Default::default() }
 }
 
-/// Losses and parameters of each rank.
+/// Returns the losses and the parameters of each rank.
 fn runs(world: usize, config: &TrainConfig, dropout: f64, batch: usize) -> Vec<(Vec<f64>, Vec<f64>)> {
     let run = |thread: Thread| -> Result<_> {
         let (rows, mut log) = (Rows::new(batch, dropout)?, Log::default());
@@ -194,7 +194,7 @@ fn runs(world: usize, config: &TrainConfig, dropout: f64, batch: usize) -> Vec<(
     };
     let (of_all, sums) = together(world, run);
     let of_all: Vec<_> = of_all.into_iter().map(|of_one| of_one.expect("a run")).collect();
-    // One exchange for each step, and one at the end.
+    // One exchange per step, and one at the end.
     assert!(world == 1 || sums == of_all[0].0.len() + 1, "{sums}");
     of_all
 }
@@ -232,7 +232,7 @@ fn a_shared_draw_makes_one_larger_batch() {
     assert!(values.iter().zip(&one.1).any(|(own, shared)| (own - shared).abs() > 1e-6));
 }
 
-/// A run up to its end or its stop, whose checkpoints are in `dir`.
+/// A run to its end or its stop, with checkpoints in `dir`.
 fn resumed(world: usize, dir: &Path, stops_at: Option<usize>) -> Vec<Result<(Summary, Vec<f64>)>> {
     together(world, |thread| {
         let (rows, mut log) = (
@@ -251,7 +251,7 @@ fn a_run_goes_on_with_another_number_of_processes() -> Result<()> {
     let one = runs(1, &config(), 0.3, 3).remove(0);
     let dir = tempfile::tempdir().expect("a folder");
     for (world, stops_at) in [(2, 7), (4, 9), (1, 4)] {
-        // The last rank alone is asked to stop, and all do after the same step.
+        // Only the last rank is asked to stop, and all stop after the same step.
         let steps: Vec<_> = resumed(world, dir.path(), Some(stops_at))
             .into_iter()
             .map(|outcome| match outcome {
@@ -284,7 +284,7 @@ fn what_is_not_finite_anywhere_is_so_for_all() {
     };
     let skipped: Vec<_> = run(OnNonFinite::Skip).into_iter().collect::<Result<_>>().expect("runs");
     for (count, values) in &skipped {
-        assert_eq!((*count, values), (2, &skipped[0].1)); // once an epoch
+        assert_eq!((*count, values), (2, &skipped[0].1)); // once per epoch
         assert!(values.iter().all(|value| value.is_finite()));
     }
     let stopped: Vec<String> =
@@ -293,7 +293,7 @@ fn what_is_not_finite_anywhere_is_so_for_all() {
     assert!(stopped.iter().all(|error| *error == stopped[0]), "{stopped:?}");
 }
 
-/// The errors of all ranks, of which `bad` has this log.
+/// Returns the errors of all ranks if rank `bad` has the log `of_bad`.
 fn errors(world: usize, bad: usize, of_bad: impl Fn() -> Log + Sync, config: &TrainConfig) -> Vec<String> {
     let run = |thread: Thread| -> Result<Summary> {
         let rows = Rows::new(3, 0.0)?;
@@ -400,7 +400,7 @@ fn processes_that_share_a_folder_meet_whatever_lies_there() -> Result<()> {
         let own = if rank == 0 { b"a\nnumber".to_vec() } else { Vec::new() };
         meet(&launch, dir.path(), &own, patience)
     };
-    // What runs before this one left: words without an answer, an answer, a word that has one.
+    // Files of earlier runs: a word without an answer, an answer, an acknowledged word.
     write("process-1", "old-1");
     write("process-2", "old-2 has it");
     write("answer", "old-1 old-2\nstale");

@@ -1,14 +1,15 @@
-//! Work that can be split, such as the batches of an evaluation: each process does its share, and all get all of it.
+//! Divides work such as the batches of an evaluation among processes and collects all results on each.
 
 use super::communicator::Communicator;
 use crate::error::{Error, Result};
 
-/// The results of `compute` for the items `0 .. count`, in their order, on all processes: rank r of W computes the items
-/// r, r + W, .., and hands their numbers to the others bit by bit. Alone it computes all of them.
+/// Returns the results of `compute` for the items `0..count`, in order, on all processes. Rank r of W
+/// computes the items r, r + W, .. and sends their numbers to the others bit by bit; a single process
+/// computes all.
 ///
 /// # Errors
-/// The error of the first process that has one, on all processes ([`Error::Distributed`] on the others); if the
-/// engine fails.
+/// The error of the first process that has one, on all processes ([`Error::Distributed`] on the others), or
+/// if the engine fails.
 pub fn in_turns(
     communicator: &dyn Communicator,
     count: usize,
@@ -23,7 +24,7 @@ pub fn in_turns(
         Ok(items) => (encode(&items), None),
         Err(error) => ([&[FAILED], error.to_string().as_bytes()].concat(), Some(error)),
     };
-    // Nobody leaves before all have spoken.
+    // Complete all broadcasts before returning an error, as the other processes wait in them.
     let said =
         (0..world).map(|root| communicator.broadcast(told.clone(), root)).collect::<Result<Vec<_>>>()?;
     let failed = said.iter().position(|bytes| bytes.first() == Some(&FAILED));
@@ -43,7 +44,7 @@ pub fn in_turns(
     (0..count).map(next).collect()
 }
 
-/// The first byte of an error; of results it is 0.
+/// The first byte of an error message; results begin with 0.
 const FAILED: u8 = 1;
 
 fn encode(items: &[Vec<f64>]) -> Vec<u8> {
@@ -54,7 +55,7 @@ fn encode(items: &[Vec<f64>]) -> Vec<u8> {
     std::iter::once(0).chain(items.iter().flat_map(numbers)).collect()
 }
 
-/// The items, up to one that is not whole.
+/// Decodes the items, up to the first incomplete one.
 fn decode(bytes: &[u8]) -> impl Iterator<Item = Vec<f64>> + '_ {
     let (words, _) = bytes.get(1..).unwrap_or_default().as_chunks::<8>();
     let mut words = words.iter().map(|word| u64::from_le_bytes(*word));

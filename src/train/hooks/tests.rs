@@ -23,7 +23,7 @@ impl AdaptableModel for One {
     }
 }
 
-/// A layer under BLoB, and its parameters.
+/// A layer with BLoB, and its parameters.
 fn blob(config: &BlobConfig) -> Result<(One, Params)> {
     let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
     let base = Linear::new(Tensor::zeros((3, 4), DType::F64, &Device::Cpu)?, None);
@@ -40,7 +40,7 @@ fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> 
     let step = |step| hooks.after_step(&model, &params, &Gradients::new(), step, 10);
     let error = step(1).unwrap_err().to_string();
     assert!(error.contains("tell_rows"), "{error}");
-    // 153 / 50 = 3 steps a cycle, whose weights are 2, 4 and 8 of 15; one of warm-up, nine downwards.
+    // 153 / 50 = 3 steps per cycle, with weights 2/15, 4/15 and 8/15; one warm-up step, then nine of decay.
     hooks.tell_rows(|| 3, 50)?;
     for (at, rate) in [(1, 0.0), (2, 4.0 / 15.0), (3, 8.0 / 15.0 * 8.0 / 9.0), (4, 2.0 / 15.0 * 7.0 / 9.0)] {
         step(at)?;

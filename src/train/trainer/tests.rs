@@ -1,4 +1,4 @@
-//! The loop on a line fitted to ten points.
+//! The training loop on a line fitted to ten points.
 
 use candle_core::{DType, Device};
 
@@ -86,7 +86,7 @@ pub(super) fn config() -> TrainConfig {
 
 #[test]
 fn accumulated_micro_batches_are_one_big_batch() -> Result<()> {
-    // Ten rows: groups of 4 + 4 + 2 rows, the last micro-batch of which is short.
+    // Ten rows: steps of 4, 4 and 2 rows; the last step has a single micro-batch.
     let (small, big) = (Line::new(2)?, Line::new(4)?);
     let (summary, log) = small.fit(&TrainConfig { accumulation: 2, ..config() })?;
     let (_, whole) = big.fit(&config())?;
@@ -118,14 +118,14 @@ fn the_best_evaluation_is_kept_where_it_is_asked_for() -> Result<()> {
     let ((best, best_step, kept), (last, last_step, all)) = (run(true)?, run(false)?);
     assert_eq!((best_step, last_step), (4, 8));
     assert!(best < last, "{best} {last}");
-    // What may be saved on the way: each new best, or each evaluation.
+    // Parameters that may be saved on the way: of each new best, or of each evaluation.
     assert_eq!((kept.as_slice(), all.as_slice()), (&[2, 4][..], &[2, 4, 6, 8][..]));
     Ok(())
 }
 
 #[test]
 fn the_parameters_that_are_kept_are_the_present_ones_and_a_full_disk_ends_the_run() -> Result<()> {
-    /// Notes the value at each new best, and cannot save the second.
+    /// Records the value at each new best, and fails to save the second.
     struct Saves<'a>(&'a Line, Vec<f64>);
     impl Observer for Saves<'_> {
         fn step(&mut self, _: &StepRecord) -> Result<()> {
@@ -146,7 +146,7 @@ fn the_parameters_that_are_kept_are_the_present_ones_and_a_full_disk_ends_the_ru
     let mut observer = Saves(&line, Vec::new());
     let error = fit(&line, &line.params, &config(), &mut observer).map(|s| s.steps).unwrap_err();
     assert!(error.to_string().contains("disk"), "{error}");
-    // The second best is in memory, whatever became of its file.
+    // The second best is restored although saving it failed.
     assert_eq!((observer.1.len(), line.value()?), (2, observer.1[1]));
     Ok(())
 }
@@ -229,7 +229,7 @@ fn options_outside_their_domain_are_named() -> Result<()> {
     assert!(text(TrainConfig { eval_every: Some(0), ..config() }).contains("eval_every"));
     assert!(text(TrainConfig { weight_decay: -0.1, ..config() }).contains("weight_decay"));
     assert!(text(TrainConfig { clip: Some(0.0), ..config() }).contains("clip"));
-    // 4 steps an epoch: the product wraps, and a list of so many times would not fit any memory.
+    // 4 steps per epoch: the product overflows, and a list of that many steps would not fit into memory.
     let error = text(TrainConfig { epochs: usize::MAX, ..config() });
     assert!(error.starts_with("invalid epochs: ") && error.contains("of 4 steps"), "{error}");
     assert_eq!(line.value()?, 0.0);
@@ -264,7 +264,7 @@ fn a_score_that_is_no_number_never_counts_as_the_best() -> Result<()> {
 
 #[test]
 fn whatever_ends_a_run_the_best_parameters_are_put_back() -> Result<()> {
-    /// Is content with the first evaluation and fails at the third.
+    /// Scores the first evaluation best and fails at the third.
     struct Fails(Vec<f64>, Params);
     impl Observer for Fails {
         fn step(&mut self, _: &StepRecord) -> Result<()> {
@@ -322,7 +322,7 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
         }
     }
     let config = TrainConfig { on_nonfinite: OnNonFinite::Skip, ..config() };
-    // One of the two steps of an epoch holds the row.
+    // One of an epoch's two steps contains the row.
     let line = Line { poison: Some(3), ..Line::new(5)? };
     let mut watch = Skips::default();
     let summary = fit(&line, &line.params, &config, &mut watch)?;
@@ -335,7 +335,7 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
     assert!(watch.1.iter().all(|(_, why)| why.contains("task is inf; batch rows") && why.contains('3')));
     assert!(line.value()?.is_finite() && line.value()? != 0.0);
 
-    // Every step holds it: there is nothing to wait for.
+    // Every step contains the row: the run ends.
     let line = Line { poison: Some(3), ..Line::new(10)? };
     let mut watch = Skips::default();
     let error = fit(&line, &line.params, &TrainConfig { epochs: 30, ..config }, &mut watch).unwrap_err();
@@ -351,12 +351,12 @@ fn under_ivon_losses_are_at_draws_and_the_mean_comes_back_wherever_they_end() ->
     let plain = TrainConfig { ivon: None, ..config.clone() };
     let (line, other) = (Line::new(ROWS)?, Line::new(ROWS)?);
     let ((_, drawn), (_, mean)) = (line.fit(&config)?, other.fit(&plain)?);
-    // The first step starts from the same w; a draw of it has deviation 1 / sqrt(1e3).
+    // The first step starts from the same w; its draw has the standard deviation 1 / sqrt(1e3).
     let off = (drawn.records[0].loss - mean.records[0].loss).abs();
     assert!(off > 1e-4 && off < 3.0, "{off}");
     assert!((line.value()? - other.value()?).abs() < 0.3, "{} and {}", line.value()?, other.value()?);
     assert!(line.value()? > 1.0);
-    // A loss that is not finite, met at a draw.
+    // A non-finite loss at a draw.
     let mut line = Line::new(ROWS)?;
     line.poison = Some(4);
     let error = line.fit(&config).err().expect("an infinite loss");
@@ -373,11 +373,11 @@ fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> 
     let scores = vec![0.1, 0.9, f64::NAN, 0.9, 1.0];
     let (line, mut log) = (Line::new(5)?, Log { scores, ..Log::default() });
     let summary = fit_with_checkpoints(&line, &line.params, &config, &mut log, &checkpoints(false))?;
-    // Two steps an epoch: the second evaluation is the best, the third says nothing, the fourth is no better.
+    // Two steps per epoch: the second evaluation is the best, the third is NaN, the fourth is no better.
     assert_eq!((summary.steps, summary.kept_step, summary.stopped_early), (8, 4, true));
     assert_eq!((log.records.len(), log.evaluated.as_slice()), (8, &[2, 4, 6, 8][..]));
 
-    // What has ended has ended, and knows its best; with more patience it goes on.
+    // A run that has ended stays ended, with its best parameters; with more patience it continues.
     let (again, mut log) = (Line::new(5)?, Log { scores: vec![0.9, 0.9], ..Log::default() });
     let ended = fit_with_checkpoints(&again, &again.params, &config, &mut log, &checkpoints(true))?;
     assert_eq!((ended.steps, ended.kept_step, log.records.len()), (8, 4, 0));
@@ -387,7 +387,7 @@ fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> 
     let summary = fit_with_checkpoints(&again, &again.params, &config, &mut log, &more)?;
     assert_eq!((summary.steps, summary.kept_step, log.records.len()), (12, 4, 4));
 
-    // What was waited for already counts after an interruption.
+    // Evaluations without improvement before an interruption still count afterwards.
     struct Stops(Log, usize);
     impl Observer for Stops {
         fn step(&mut self, record: &StepRecord) -> Result<()> {
@@ -411,7 +411,7 @@ fn evaluations_that_get_no_better_end_the_run_well_and_for_good() -> Result<()> 
     let summary = fit_with_checkpoints(&rest, &rest.params, &config, &mut log, &checkpoints(true))?;
     assert_eq!((summary.steps, summary.kept_step, summary.stopped_early), (6, 2, true));
 
-    // One who has no score to give is not waited for.
+    // Patience does not apply if there is no score.
     let summary = line.fit(&config)?.0;
     assert_eq!((summary.steps, summary.stopped_early), (18, false));
     let refused = line.fit(&TrainConfig { patience: Some(0), ..config }).map(drop);

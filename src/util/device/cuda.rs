@@ -1,4 +1,4 @@
-//! The one place where a CUDA device is made.
+//! Creates CUDA devices; no other code does.
 #![allow(unsafe_code)] // the driver's own calls, on a device and a pool that it gave; and see `new`
 
 use std::collections::BTreeMap;
@@ -11,14 +11,14 @@ use candle_core::{CudaDevice, Device};
 
 use crate::error::{Error, Result};
 
-/// What a call of the driver gives.
+/// The result of a driver call.
 type Driven<T> = std::result::Result<T, DriverError>;
 
-/// The device of this number, made at first need. It is kept until the process ends: two for one GPU would be two
-/// streams, and candle takes them for one device.
+/// Returns the device with this number, created on first use and kept until the process ends: two devices for
+/// one GPU would have two streams, while candle would take them for the same device.
 pub(super) fn device(ordinal: usize) -> Result<Device> {
     static DEVICES: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
-    // Held while the device is made, so that two threads do not make two. A panic leaves the map whole.
+    // Held while the device is created, so that two threads do not create two. A panic leaves the map intact.
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(device) = devices.get(&ordinal) {
         return Ok(device.clone());
@@ -36,18 +36,18 @@ fn new(ordinal: usize) -> Result<Device> {
     }
     let device = Device::new_cuda_with_stream(ordinal).map_err(|e| failed(e.to_string()))?;
     let cuda = device.as_cuda_device()?;
-    // Nothing is allocated yet, and this stream is the only one that anything allocated will see: its order is the
-    // order of the host's calls, and an event for each use of each tensor would say the same again.
+    // Nothing is allocated yet, and all later allocations only see this one stream. It runs in the order of
+    // the host's calls, so that an event for each use of each tensor would be redundant.
     unsafe { cuda.disable_event_tracking() };
     if let Some(pool) = pool(cuda) {
-        let all = u64::MAX; // of what is free: none of it goes back to the driver when the host waits
+        let all = u64::MAX; // keep all free memory instead of returning it to the driver when the host waits
         set(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, all)
             .map_err(|e| failed(format!("its memory pool keeps nothing: {e:?}")))?;
     }
     Ok(device)
 }
 
-/// The pool that a device's memory comes from, where it has one.
+/// Returns the pool that a device's memory comes from, if it has one.
 fn pool(device: &CudaDevice) -> Option<CUmemoryPool> {
     let stream = device.cuda_stream();
     let context = stream.context();
@@ -67,7 +67,7 @@ fn get(pool: CUmemoryPool, attribute: CUmemPool_attribute) -> Driven<u64> {
     Ok(value)
 }
 
-/// The mark, or what is in use: a mark that was just set to 0 may stay there until something is allocated.
+/// Returns the high-water mark or the current use: after a reset, the mark may stay 0 until an allocation.
 pub(super) fn peak_bytes(device: &Device) -> Option<u64> {
     let pool = pool(device.as_cuda_device().ok()?)?;
     let high = get(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).ok()?;
@@ -77,7 +77,7 @@ pub(super) fn peak_bytes(device: &Device) -> Option<u64> {
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     let stream = device.as_cuda_device().ok()?.cuda_stream();
     let (free, _) = stream.context().mem_get_info().ok()?;
-    // What the pool keeps for this process, and nothing uses.
+    // Memory that the pool holds for this process without using it.
     let kept = pool(device.as_cuda_device().ok()?).map_or(0, |pool| {
         let of = |attribute| get(pool, attribute).unwrap_or(0);
         of(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
@@ -86,7 +86,7 @@ pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     Some(u64::try_from(free).ok()? + kept)
 }
 
-/// Where that fails, the peak is an earlier one.
+/// If the reset fails, later peaks include earlier use.
 pub(super) fn reset_peak_bytes(device: &Device) {
     if let Some(pool) = device.as_cuda_device().ok().and_then(pool) {
         set(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0).ok();
@@ -109,7 +109,7 @@ mod tests {
         }
         let device = here.as_cuda_device()?;
         assert!(!device.is_event_tracking());
-        // Not a stream that is another one in every thread, the driver's number 2, nor the one that all wait for, 0.
+        // Neither the per-thread default stream (handle 2) nor the default stream that all wait for (0).
         assert!(device.cuda_stream().cu_stream() as usize > 2);
         Ok(())
     }
@@ -132,7 +132,7 @@ mod tests {
             drop(Tensor::zeros(bytes, DType::U8, &device)?);
         }
         let peak = peak_device_bytes(&device).expect("as before").saturating_sub(before);
-        // Tests beside this one take memory and give back what they had before: once the size, not nothing or thrice.
+        // Concurrent tests allocate and free memory too: expect the size once, not never or thrice.
         assert!((bytes as u64 / 2..2 * bytes as u64).contains(&peak), "{peak}");
         Ok(())
     }
@@ -146,7 +146,7 @@ mod tests {
         let during = free();
         drop(held);
         device.synchronize()?;
-        // Tests beside this one take much less.
+        // Concurrent tests use much less.
         let room = bytes as u64 / 2;
         assert!(during + room < before && before < free() + room, "{before}, {during}, {}", free());
         Ok(())

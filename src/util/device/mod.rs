@@ -1,4 +1,4 @@
-//! CUDA devices with one stream each, and how much of their memory was in use at most.
+//! CUDA devices with one stream each, and their memory use.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -7,12 +7,12 @@ use candle_core::Device;
 
 use crate::error::Result;
 
-/// CUDA device number `ordinal`, with one stream for all threads: the same device whenever and wherever it is asked
-/// for.
+/// Returns CUDA device number `ordinal`, with one stream for all threads. All calls return the same device.
 ///
-/// Take it in the place of candle's `Device::new_cuda`, which gives every thread of the host a stream of its own. What
-/// one thread has loaded or freed and another uses is unordered there; nothing fails, numbers are wrong at times. It
-/// also keeps freed memory for what comes next, instead of giving it back to the driver whenever the host waits.
+/// Use this instead of candle's `Device::new_cuda`, which gives every host thread its own stream: data that
+/// one thread loads or frees and another uses is then unordered, which raises no error but sometimes gives
+/// wrong numbers. This device also keeps freed memory for later allocations instead of returning it to the
+/// driver whenever the host waits.
 ///
 /// # Example
 /// ```
@@ -21,29 +21,29 @@ use crate::error::Result;
 /// ```
 ///
 /// # Errors
-/// If this build is without the feature `cuda`, there is no such device, or it fails.
+/// If this build lacks the feature `cuda`, there is no such device, or it fails.
 pub fn cuda_device(ordinal: usize) -> Result<Device> {
     cuda::device(ordinal)
 }
 
-/// The most bytes of a CUDA device that tensors of this process had in use at one time since
-/// [`reset_peak_device_bytes`]: what PyTorch calls `max_memory_allocated`. None for other devices, and for those that
-/// have no memory pool.
+/// Returns the largest number of bytes that this process's tensors used at one time on a CUDA device since
+/// [`reset_peak_device_bytes`], like PyTorch's `max_memory_allocated`. `None` for other devices, and for
+/// devices without a memory pool.
 pub fn peak_device_bytes(device: &Device) -> Option<u64> {
     cuda::peak_bytes(device)
 }
 
-/// The bytes of a CUDA device that nothing has in use now, of this process or another. None for other devices.
+/// Returns the bytes of a CUDA device that no process uses at present. `None` for other devices.
 pub fn free_device_bytes(device: &Device) -> Option<u64> {
     cuda::free_bytes(device)
 }
 
-/// Forgets the peak of [`peak_device_bytes`] so far: the next one begins with what is in use now.
+/// Resets [`peak_device_bytes`]: the next peak starts from the present use.
 pub fn reset_peak_device_bytes(device: &Device) {
     cuda::reset_peak_bytes(device);
 }
 
-/// What there is without the feature.
+/// The fallback without the feature `cuda`.
 #[cfg(not(feature = "cuda"))]
 mod cuda {
     use candle_core::Device;

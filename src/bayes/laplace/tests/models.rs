@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A whole model: RoBERTa's layers see packed tokens, its last one the first token alone.
+/// A whole model. RoBERTa's layers see packed tokens, and its last layer only the first token.
 struct Whole(Box<dyn SequenceClassifier>);
 
 impl Predictor for Whole {
@@ -23,8 +23,8 @@ fn taps_give_the_jacobians_of_whole_models_on_padded_rows() -> Result<()> {
         "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 20,
         "rms_norm_eps": 1e-5, "pad_token_id": 1,
     });
-    // Of each linear layer, seven in LLaMA's, A and B. The paths of the ops differ between the two
-    // precisions; each is run backward once a class.
+    // A and B of each linear layer, of which a LLaMA layer has seven. The two precisions take different paths
+    // through the ops; each runs one backward pass per class.
     for (json, maps) in [(roberta, 24), (llama, 28)] {
         whole_jacobians(&json, maps, DType::F64, 1e-9)?;
         whole_jacobians(&json, maps, DType::F32, 1e-4)?;
@@ -48,7 +48,7 @@ fn whole_jacobians(json: &serde_json::Value, maps: usize, dtype: DType, toleranc
         let z = Tensor::from_vec(z, param.var.shape(), &Device::Cpu)?;
         params.set(&name, &(param.var.as_detached_tensor() + (z * 0.3)?.to_dtype(dtype)?)?)?;
     }
-    // Of 15 tokens 9 are real: a multiple of the rows, yet not so many a row.
+    // 9 of the 15 tokens are real: a multiple of the number of rows, although rows differ in length.
     let rows: [(&[u32], u32); 3] = [(&[5, 6, 7, 8, 9], 0), (&[10, 11], 1), (&[12, 13], 2)];
     let all = Batch::collate(&encoded(&rows).iter().collect::<Vec<_>>(), 1, &Device::Cpu)?;
     let taps = Taps::install(model.0.as_mut())?;

@@ -1,4 +1,4 @@
-//! What all families have in common: LLaMA, with every switch that it lacks turned off.
+//! The configuration that all families start from: plain LLaMA, with all other switches off.
 
 use serde_json::{Map, Value};
 
@@ -8,16 +8,16 @@ use crate::error::{Error, Result};
 use crate::models::decoder::config::{Activation, DecoderConfig, LayerConfig};
 use crate::models::decoder::positions::{Positions, RotaryConfig};
 
-/// More layers than any decoder has. Each costs memory here before any of its weights is seen.
+/// The limit on layers, more than any decoder has: memory for each is allocated before any weight is read.
 const MOST_LAYERS: usize = 4096;
 
-/// A plain decoder of the family `model_type`.
+/// Reads a plain decoder of the family `model_type`.
 pub(super) fn plain(fields: &Fields, model_type: &'static str) -> Result<DecoderConfig> {
     let head_dim = head_dim(fields)?;
     with_rotary(fields, model_type, rope::whole(rope::rotary(fields, head_dim)?, head_dim)?)
 }
 
-/// The width of a head: its own, or the heads' share of the hidden size.
+/// The width of a head: `head_dim`, else `hidden_size / num_attention_heads`.
 pub(super) fn head_dim(fields: &Fields) -> Result<usize> {
     if let Some(dim) = fields.optional("head_dim")? {
         return Ok(dim);
@@ -31,7 +31,7 @@ pub(super) fn head_dim(fields: &Fields) -> Result<usize> {
     Ok(hidden / heads)
 }
 
-/// The same with rotary positions that were read already.
+/// [`plain`] with rotary settings that were already read.
 pub(super) fn with_rotary(
     fields: &Fields,
     model_type: &'static str,
@@ -85,7 +85,7 @@ pub(super) fn with_rotary(
     })
 }
 
-/// The gate, by the name that it has in the field `name`.
+/// Reads the activation of the feed-forward block from the field `name`.
 pub(super) fn activation(fields: &Fields, name: &str, default: &str) -> Result<Activation> {
     match fields.or(name, default.to_string())?.as_str() {
         "silu" => Ok(Activation::Silu),
@@ -94,8 +94,8 @@ pub(super) fn activation(fields: &Fields, name: &str, default: &str) -> Result<A
     }
 }
 
-/// Gives a window to the layers that `layer_types` says have one, or that `by_default` says where the file has no such
-/// list.
+/// Sets `window` for the layers that `layer_types` lists as sliding or, without that list, for those selected
+/// by `by_default`; the others get none.
 pub(super) fn windows(
     fields: &Fields,
     layers: &mut [LayerConfig],

@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// The fields of an object; an explicit null is as good as an absent field, but for [`Self::unless_null`].
+/// The fields of a JSON object. A null counts as an absent field, except in [`Self::unless_null`] and
+/// [`Self::with_defaults`].
 #[derive(Debug, Clone)]
 pub(super) struct Fields(Map<String, Value>);
 
@@ -19,7 +20,7 @@ enum Ids {
 }
 
 impl Fields {
-    /// The fields of `value`, the file's content or a part of it called `name`.
+    /// Takes the fields of `value`: the file's content, or the part of it called `name`.
     pub fn new(value: Value, name: &str) -> Result<Self> {
         match value {
             Value::Object(fields) => Ok(Self(fields)),
@@ -27,7 +28,7 @@ impl Fields {
         }
     }
 
-    /// The same with what Hugging Face's classes take where the file has no such field.
+    /// Adds the defaults of Hugging Face's classes for absent fields; a null stays as it is.
     pub fn with_defaults(mut self, defaults: Value) -> Self {
         if let Value::Object(defaults) = defaults {
             for (name, value) in defaults {
@@ -37,14 +38,14 @@ impl Fields {
         self
     }
 
-    /// The same with another file's field of this name, where this one has none.
+    /// Copies the field `name` from another object, if this one has none.
     pub fn inherit(&mut self, name: &str, from: &Self) {
         if let (None, Some(value)) = (self.given(name), from.given(name)) {
             self.0.insert(name.to_string(), value.clone());
         }
     }
 
-    /// The field as it is, unless it is null.
+    /// The value of a field, unless it is absent or null.
     pub fn given(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
@@ -62,7 +63,7 @@ impl Fields {
         self.optional(name)?.ok_or_else(|| Error::config("config.json", format!("missing field `{name}`")))
     }
 
-    /// A field of which null means "none", and absence the default.
+    /// Reads a field for which null means "none" and absence means `default`.
     pub fn unless_null<T: DeserializeOwned>(&self, name: &str, default: T) -> Result<Option<T>> {
         match self.0.contains_key(name) {
             true => self.optional(name),
@@ -70,12 +71,12 @@ impl Fields {
         }
     }
 
-    /// The object that is a field's value.
+    /// The value of a field that holds an object.
     pub fn object(&self, name: &str) -> Result<Option<Self>> {
         self.given(name).map(|value| Self::new(value.clone(), name)).transpose()
     }
 
-    /// Refuses a switch that nothing here computes.
+    /// Fails if an unsupported option is set to anything but null, false or 0.
     pub fn refuse(&self, name: &str, reason: &str) -> Result<()> {
         match self.given(name) {
             None | Some(Value::Bool(false)) => Ok(()),
@@ -84,7 +85,7 @@ impl Fields {
         }
     }
 
-    /// The token ids of a field that has one or several.
+    /// The token ids of a field that holds one id or a list.
     pub fn ids(&self, name: &str) -> Result<Vec<u32>> {
         let expected = |_| Error::config(name, "expected a token id or a list of them");
         let Some(value) = self.given(name) else { return Ok(Vec::new()) };
@@ -94,7 +95,7 @@ impl Fields {
         })
     }
 
-    /// The id of padding; some checkpoints write -1 for "none".
+    /// The padding token; some checkpoints write -1 for "none".
     pub fn pad_id(&self) -> Result<Option<u32>> {
         match self.optional::<i64>("pad_token_id")? {
             None | Some(-1) => Ok(None),

@@ -1,4 +1,5 @@
-//! Gemma 2 (Riviere et al. 2024): norms on both sides, soft caps, a window in every other layer.
+//! Gemma 2 (Riviere et al. 2024): norms before and after each block, soft caps, a window in every
+//! other layer.
 
 use serde_json::json;
 
@@ -22,7 +23,7 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
     Ok(config)
 }
 
-/// What all Gemmas share.
+/// Applies the settings that Gemma 2 and 3 share.
 pub(super) fn gemma(fields: &Fields, plain: DecoderConfig) -> Result<DecoderConfig> {
     fields
         .refuse("use_bidirectional_attention", "an encoder's attention is not supported: expected false")?;

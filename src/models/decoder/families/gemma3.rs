@@ -1,5 +1,5 @@
-//! Gemma 3 (Kamath et al. 2025), its text: norms on queries and keys, and positions of their own for layers with a
-//! window.
+//! Gemma 3 (Kamath et al. 2025), text only: norms on queries and keys, and separate rotary positions for
+//! layers with a window.
 
 use serde_json::json;
 
@@ -11,12 +11,12 @@ use crate::error::{Error, Result};
 use crate::models::decoder::config::DecoderConfig;
 use crate::models::decoder::positions::Positions;
 
-/// The models of text alone.
+/// Reads a text-only model.
 pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
     text(fields, "gemma3_text")
 }
 
-/// Those that see images too, of which the part that reads text is here.
+/// Reads the text part of a multimodal model.
 pub(super) fn read_text_config(fields: Fields) -> Result<DecoderConfig> {
     let missing = || Error::config("text_config", "a gemma3 without it is none that reads text");
     let mut text_config = fields.object("text_config")?.ok_or_else(missing)?;
@@ -27,13 +27,13 @@ pub(super) fn read_text_config(fields: Fields) -> Result<DecoderConfig> {
 }
 
 fn text(fields: Fields, model_type: &'static str) -> Result<DecoderConfig> {
-    // Files of models that see images leave out what is as in the class.
+    // Files of multimodal models omit fields that equal the class defaults.
     let fields = fields.with_defaults(json!({
         "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
         "tie_word_embeddings": true,
     }));
-    // No checkpoint has one, and what transformers computes then is not what the field says.
+    // No checkpoint sets it, and transformers would not compute what the field says.
     fields
         .refuse("attn_logit_softcapping", "a cap on attention is not supported in Gemma 3: expected null")?;
     let dim = head_dim(&fields)?;

@@ -1,4 +1,5 @@
-//! LLaMA 1, 2 and 3.x (Touvron et al. 2023; Grattafiori et al. 2024), and SmolLM 1 and 2, which call themselves so.
+//! LLaMA 1, 2 and 3.x (Touvron et al. 2023; Grattafiori et al. 2024), and SmolLM 1 and 2, which have the same
+//! `model_type`.
 
 use super::base::plain;
 use super::fields::Fields;

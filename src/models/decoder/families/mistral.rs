@@ -1,4 +1,4 @@
-//! Mistral and Nemo (Jiang et al. 2023): a window in every layer, or none, and heads of a width of their own.
+//! Mistral and Nemo (Jiang et al. 2023): a sliding window in all layers or none, independent head width.
 
 use super::base::plain;
 use super::fields::Fields;

@@ -1,4 +1,4 @@
-//! Families of decoders: how each says in its `config.json` which switches are on.
+//! Families of decoders: how the `config.json` of each maps to the switches of a `DecoderConfig`.
 
 mod base;
 mod fields;

@@ -1,4 +1,4 @@
-//! Phi 3, 3.5 and 4 (Abdin et al. 2024): fused projections, positions on a part of each head, LongRoPE.
+//! Phi 3, 3.5 and 4 (Abdin et al. 2024): fused projections, partial rotary positions, LongRoPE.
 
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! Qwen 2 and 2.5 (Yang et al. 2024): biases on queries, keys and values.
+//! Qwen 2 and 2.5 (Yang et al. 2024): biases on the query, key and value projections.
 
 use super::base::{plain, windows};
 use super::fields::Fields;
@@ -11,7 +11,7 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
     Ok(config)
 }
 
-/// The window of Qwen's later layers, which is off in all that were published.
+/// Sets the sliding window of Qwen's later layers, which is off in all published checkpoints.
 pub(super) fn late_windows(fields: &Fields, config: &mut DecoderConfig) -> Result<()> {
     let window = match fields.or("use_sliding_window", false)? {
         true => fields.unless_null("sliding_window", 4096)?,

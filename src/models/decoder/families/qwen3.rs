@@ -1,4 +1,4 @@
-//! Qwen 3 (Yang et al. 2025): norms on queries and keys, heads of a width of their own.
+//! Qwen 3 (Yang et al. 2025): norms on queries and keys, and an independent head width.
 
 use serde_json::json;
 

@@ -1,15 +1,17 @@
-//! Rotary settings as `config.json` has them. transformers 5 keeps them in `rope_parameters`, perhaps for each type of
-//! layer, older versions in `rope_theta` and `rope_scaling`, whose kind was called `type` at first. Both at once contradict
-//! each other: transformers takes the old one, and loses the base that the new one has.
+//! Rotary settings in `config.json`.
+//!
+//! transformers 5 stores them in `rope_parameters`, possibly per layer type; older versions in `rope_theta`
+//! and `rope_scaling`, whose kind was first called `type`. A file with both must have the same settings in
+//! them: transformers takes the old one and loses the base in the new one.
 
 use super::fields::Fields;
 use crate::error::{Error, Result};
 use crate::models::decoder::positions::{RotaryConfig, RotaryScaling};
 
-/// The types of layer that `rope_parameters` may be nested by.
+/// The layer types that `rope_parameters` may be nested by.
 const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
-/// The settings of heads so wide that all layers share.
+/// Reads the settings that all layers share, for heads of width `head_dim`.
 pub(super) fn rotary(fields: &Fields, head_dim: usize) -> Result<RotaryConfig> {
     let scaling = match parameters(fields)? {
         Some(new) => Some(new),
@@ -19,7 +21,7 @@ pub(super) fn rotary(fields: &Fields, head_dim: usize) -> Result<RotaryConfig> {
     read(fields, scaling, theta, head_dim)
 }
 
-/// The settings of layers of one of [`LAYER_TYPES`], which have a base of their own in the field `old_base`.
+/// Reads the settings of layers of one of [`LAYER_TYPES`], whose base older files store in `old_base`.
 pub(super) fn rotary_by_type(
     fields: &Fields,
     layer_type: &'static str,
@@ -35,7 +37,8 @@ pub(super) fn rotary_by_type(
     read(fields, scaling, theta, head_dim)
 }
 
-/// `rope_parameters`, beside which `rope_scaling` may say nothing else: of layers with full attention, where these differ.
+/// Reads `rope_parameters` and fails if `rope_scaling` disagrees with it, or with its entry for full
+/// attention if it is nested by layer type.
 fn parameters(fields: &Fields) -> Result<Option<Fields>> {
     let Some(new) = fields.object("rope_parameters")? else { return Ok(None) };
     let Some(old) = fields.object("rope_scaling")? else { return Ok(Some(new)) };
@@ -59,7 +62,7 @@ fn read(fields: &Fields, scaling: Option<Fields>, theta: f32, head_dim: usize) -
     Ok(RotaryConfig { theta, dim: turning(share, head_dim)?, scaling: scaled(fields, &rope)? })
 }
 
-/// How many elements of a head turn.
+/// The number of rotated elements of a head.
 fn turning(share: f64, head_dim: usize) -> Result<usize> {
     if share > 0.0 && share <= 1.0 {
         return Ok((head_dim as f64 * share) as usize);
@@ -67,7 +70,7 @@ fn turning(share: f64, head_dim: usize) -> Result<usize> {
     Err(Error::config("partial_rotary_factor", format!("expected a number in (0, 1], got {share}")))
 }
 
-/// Refuses partial rotary positions, for families that have none.
+/// Refuses partial rotary positions, for families without them.
 pub(super) fn whole(rotary: RotaryConfig, head_dim: usize) -> Result<RotaryConfig> {
     if rotary.dim == head_dim {
         return Ok(rotary);
@@ -82,7 +85,7 @@ fn scaled(fields: &Fields, rope: &Fields) -> Result<RotaryScaling> {
         None => rope.or("type", "default".to_string())?,
     };
     let longest: usize = fields.required("max_position_embeddings")?;
-    // A field of the file itself comes first: there Phi 3 has it.
+    // A top-level field takes precedence: Phi 3 has it there.
     let original = match fields.optional("original_max_position_embeddings")? {
         Some(original) => original,
         None => rope.or("original_max_position_embeddings", longest)?,
@@ -105,7 +108,7 @@ fn scaled(fields: &Fields, rope: &Fields) -> Result<RotaryScaling> {
                 original,
             })
         }
-        // Early files of Phi 3 call the last "su" or "yarn".
+        // Early files of Phi 3 call LongRoPE "su" or "yarn".
         "yarn" if rope.given("short_factor").is_none() => yarn(rope, factor()?, original),
         "longrope" | "su" | "yarn" => longrope(rope, longest, original),
         other => {

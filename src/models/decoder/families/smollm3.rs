@@ -1,4 +1,4 @@
-//! SmolLM 3 (Bakouch et al. 2025): every fourth layer without rotary positions.
+//! SmolLM 3 (Bakouch et al. 2025): every fourth layer has no rotary positions.
 
 use serde_json::json;
 
@@ -18,7 +18,7 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
         ..plain(&fields, "smollm3")?
     };
     let interval: usize = fields.or("no_rope_layer_interval", 4)?;
-    // 1 in this list is a layer with rotary positions, whatever its name says.
+    // Despite the field's name, 1 marks a layer with rotary positions.
     let listed = fields.optional::<Vec<u8>>("no_rope_layers")?;
     if let Some(listed) = listed.as_ref().filter(|listed| listed.len() < config.layers.len()) {
         let reason = format!("{} entries for {} layers", listed.len(), config.layers.len());

@@ -1,4 +1,4 @@
-//! Who reads the configuration of which family.
+//! The table of supported families and the readers of their configurations.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ use crate::models::decoder::config::DecoderConfig;
 
 struct Family {
     model_type: &'static str,
-    /// What the names of its models begin with in transformers.
+    /// The prefix of the family's class names in transformers.
     class: &'static str,
     read: fn(Fields) -> Result<DecoderConfig>,
 }
@@ -26,17 +26,17 @@ const FAMILIES: [Family; 9] = [
     Family { model_type: "gemma3", class: "Gemma3", read: gemma3::read_text_config },
 ];
 
-/// The `model_type`s that are known.
+/// The supported values of `model_type`.
 pub(in crate::models::decoder) fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
 }
 
-/// What the names of a family's models begin with in transformers.
+/// The prefix of a family's class names in transformers.
 pub(in crate::models::decoder) fn class(model_type: &str) -> &'static str {
     FAMILIES.iter().find(|family| family.model_type == model_type).map_or("Llama", |family| family.class)
 }
 
-/// The configuration in the content of a `config.json`; one without a `model_type` is LLaMA's.
+/// Reads the content of a `config.json`; without a `model_type` it is read as LLaMA's.
 pub(in crate::models::decoder) fn read(value: Value) -> Result<DecoderConfig> {
     let fields = Fields::new(value, "config.json")?;
     let named = fields.or("model_type", "llama".to_string())?;

@@ -1,4 +1,4 @@
-//! Tokenizers: the pieces in a GGUF file's metadata as a `tokenizer.json`, and the other way round.
+//! Conversion between the tokenizer in a GGUF file's metadata and `tokenizer.json`.
 
 mod parts;
 mod pre;

@@ -1,8 +1,8 @@
-//! What both directions share: the kinds of pieces, and the merges behind SentencePiece's scores.
+//! Shared by both directions: the types of tokens, and the merges behind SentencePiece's scores.
 
 use std::collections::HashMap;
 
-/// The kinds of pieces, by GGUF's numbers.
+/// GGUF's numbers of token types.
 pub(super) const NORMAL: i32 = 1;
 pub(super) const UNKNOWN: i32 = 2;
 pub(super) const CONTROL: i32 = 3;
@@ -10,12 +10,13 @@ pub(super) const USER_DEFINED: i32 = 4;
 pub(super) const UNUSED: i32 = 5;
 pub(super) const BYTE: i32 = 6;
 
-/// The space of SentencePiece's pieces.
+/// The character that stands for a space in SentencePiece's tokens.
 pub(super) const SPACE: &str = "\u{2581}";
 
-/// The merges by which byte-pair encoding makes the pieces, the best first: SentencePiece joins the two neighbours whose
-/// whole has the highest score, so that every way to cut a piece in two others is a merge of its score. The order of
-/// equals is that of transformers' converter.
+/// Derives the merges of byte-pair encoding from SentencePiece's scores, best first.
+///
+/// SentencePiece joins the two neighbours whose concatenation has the highest score, so every split of a
+/// token into two others is a merge with that token's score. Ties are ordered as in transformers' converter.
 pub(super) fn merges(pieces: &[String], kinds: &[i32], scores: &[f32]) -> Vec<[String; 2]> {
     let normal = |id: &usize| kinds.get(*id).is_none_or(|kind| *kind == NORMAL);
     let ids: HashMap<&str, usize> =

@@ -1,24 +1,24 @@
-//! How byte-level tokenizers cut a text before they merge: GGUF names the way, `tokenizer.json` spells it out.
+//! Pre-tokenizers of byte-level BPE: GGUF stores a name, `tokenizer.json` the full definition.
 
 use serde_json::{json, Value as Json};
 
-/// One way.
+/// A pre-tokenizer.
 pub(super) struct PreTokenizer {
-    /// What GGUF calls it; it is written by the first name.
+    /// GGUF's names; the first one is written.
     pub names: &'static [&'static str],
     cut: Cut,
-    /// Whether a text is brought to composed characters first.
+    /// Whether a text is normalised to composed characters (NFC) first.
     pub composed: bool,
-    /// Whether a word that is a piece stays whole, whatever the merges say.
+    /// Whether a word in the vocabulary is kept whole, regardless of the merges.
     pub ignore_merges: bool,
-    /// Whether a text begins with the beginning's token where the file does not say.
+    /// Whether a text begins with the BOS token if the file does not say.
     pub begins: bool,
 }
 
 enum Cut {
-    /// By this expression.
+    /// By this regular expression.
     Regex(&'static str),
-    /// By GPT-2's, after every digit is on its own where it says so.
+    /// By GPT-2's regular expression; with `digits`, every digit is split off first.
     Gpt2 { digits: bool },
 }
 
@@ -72,17 +72,17 @@ const ALL: [PreTokenizer; 6] = [
 ];
 
 impl PreTokenizer {
-    /// The way that GGUF calls `name`.
+    /// Finds the pre-tokenizer that GGUF calls `name`.
     pub fn named(name: &str) -> Option<&'static Self> {
         ALL.iter().find(|one| one.names.contains(&name))
     }
 
-    /// The names that are read.
+    /// The supported names, separated by commas.
     pub fn known() -> String {
         ALL.iter().flat_map(|one| one.names).copied().collect::<Vec<_>>().join(", ")
     }
 
-    /// The way of a `tokenizer.json`.
+    /// Finds the pre-tokenizer that a `tokenizer.json` defines.
     pub fn of(tokenizer: &Json) -> Option<&'static Self> {
         let pre = &tokenizer["pre_tokenizer"];
         let steps: Vec<&Json> = match pre["pretokenizers"].as_array() {
@@ -98,11 +98,11 @@ impl PreTokenizer {
             (Cut::Gpt2 { digits: wanted }, None) => *wanted == digits,
             _ => false,
         };
-        // Two ways may differ in nothing but that.
+        // Two pre-tokenizers may differ only in `ignore_merges`.
         ALL.iter().filter(fits).find(|one| one.ignore_merges == ignores).or_else(|| ALL.iter().find(fits))
     }
 
-    /// It as `tokenizer.json` has it.
+    /// The definition in a `tokenizer.json`.
     pub fn json(&self) -> Json {
         let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": use_regex});
         match self.cut {

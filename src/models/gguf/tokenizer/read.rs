@@ -1,4 +1,4 @@
-//! A `tokenizer.json` of a GGUF file's metadata.
+//! Conversion of a GGUF file's metadata to a `tokenizer.json`.
 
 use serde_json::{json, Map, Value as Json};
 
@@ -9,18 +9,18 @@ use crate::models::gguf::file::Gguf;
 use crate::models::gguf::value::Value;
 use crate::models::post_processor::template;
 
-/// The longest piece, in bytes: real ones have some hundred, and every place to cut one is looked at.
+/// The longest accepted token in bytes; real ones have about a hundred. Every split of a token is tried.
 const MOST_OF_A_PIECE: usize = 256;
 
-/// The beginning of the keys.
+/// The prefix of the keys.
 const PREFIX: &str = "tokenizer.ggml.";
 
 impl Gguf {
-    /// The tokenizer as Hugging Face's `tokenizer.json`: byte-level BPE (`gpt2`) or SentencePiece's (`llama`). None where
-    /// the file holds none.
+    /// Returns the tokenizer as Hugging Face's `tokenizer.json`: byte-level BPE (`gpt2`) or SentencePiece
+    /// (`llama`). `None` if the file has no tokenizer.
     ///
     /// # Errors
-    /// If it is of another kind, cuts words in a way that is not known here, or its parts do not fit each other.
+    /// If the tokenizer is of another kind, has an unknown pre-tokenizer, or its parts are inconsistent.
     pub fn tokenizer(&self) -> Result<Option<Json>> {
         match self.said("model").and_then(Value::as_str) {
             None | Some("none" | "no_vocab") => Ok(None),
@@ -38,7 +38,7 @@ impl Gguf {
         self.error(format!("{reason}; put the model's tokenizer.json beside the file"))
     }
 
-    /// Whether the blanks behind a special token are its own, as llama.cpp has it of every model that is called so.
+    /// Whether special tokens strip the spaces after them: llama.cpp decides this by the model's name.
     fn is_phi3(&self) -> bool {
         let name = self.value("general.name").and_then(Value::as_str).unwrap_or_default().to_lowercase();
         name.contains("phi-3") || name.contains("phi3")
@@ -109,7 +109,7 @@ impl Gguf {
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
             "vocab": vocabulary(pieces, kinds), "merges": merges(pieces, kinds, scores),
         });
-        // The space before the first word.
+        // Whether a space is put before the first word.
         let leading = self.truth("add_space_prefix", true);
         let (prepend, strip) = (
             json!({"type": "Prepend", "prepend": SPACE}),
@@ -129,7 +129,7 @@ impl Gguf {
         }))
     }
 
-    /// What stands around a text.
+    /// The post-processor that adds the BOS and EOS tokens to a text.
     fn template(&self, pieces: &[String], begins: bool) -> Result<Json> {
         let token = |name: &str, wanted: bool| -> Result<Option<(usize, &String)>> {
             if !wanted {
@@ -151,15 +151,15 @@ impl Gguf {
     }
 }
 
-/// The ids of the pieces that texts are made of.
+/// The vocabulary: every token except unused ones, with its id.
 fn vocabulary(pieces: &[String], kinds: &[i32]) -> Map<String, Json> {
     let kind = |id: usize| kinds.get(id).copied().unwrap_or(NORMAL);
     let there = pieces.iter().enumerate().filter(|(id, _)| kind(*id) != UNUSED);
     there.map(|(id, piece)| (piece.clone(), json!(id))).collect()
 }
 
-/// The tokens that are found in a text before anything else; of `phi3` the special ones, but for those that begin or end a
-/// text, take the blanks behind them along.
+/// The added tokens, which are matched in a text before anything else. With `phi3`, they strip the spaces
+/// after them, except `<unk>`, `<s>` and `<|endoftext|>`.
 fn added(pieces: &[String], kinds: &[i32], phi3: bool) -> Vec<Json> {
     let is_added = |kind: &i32| matches!(*kind, UNKNOWN | CONTROL | USER_DEFINED);
     let there =

@@ -1,4 +1,4 @@
-//! A GGUF file's metadata of a `tokenizer.json`.
+//! Conversion of a `tokenizer.json` to GGUF metadata.
 
 use std::collections::HashMap;
 
@@ -9,15 +9,16 @@ use super::pre::PreTokenizer;
 use crate::error::{Error, Result};
 use crate::models::gguf::value::Value;
 
-/// The metadata by which llama.cpp cuts texts as the tokenizer of this `tokenizer.json` does, for a model of
-/// `vocab_size` rows: byte-level BPE as `gpt2`, SentencePiece's as `llama`.
+/// Returns the metadata with which llama.cpp tokenises as this `tokenizer.json` does, for a model with
+/// `vocab_size` rows: byte-level BPE as `gpt2`, SentencePiece as `llama`.
 ///
 /// # Errors
-/// If it is of another kind, or cuts words in a way that llama.cpp has no name for.
+/// If the tokenizer is of another kind, has a pre-tokenizer that llama.cpp has no name for, or has malformed
+/// merges or a vocabulary outside the model's rows.
 pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(String, Value)>> {
     let refuse = |reason: String| Err(Error::config("tokenizer.json", reason));
     let model = &tokenizer["model"];
-    // Files of old versions of the tokenizers crate do not name the kind.
+    // Files of old versions of the tokenizers crate do not give the model's type.
     let kind = model["type"].as_str().unwrap_or("BPE");
     if kind != "BPE" {
         return refuse(format!("GGUF is written of byte-level BPE and SentencePiece's, got {kind}"));
@@ -40,7 +41,7 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
         metadata.push(("scores", Value::Floats(scores(&pieces, &pairs))));
         metadata.push(("add_space_prefix", leading_space(tokenizer).into()));
     } else {
-        // A space within a piece would end it.
+        // A space inside a token would be taken for the separator.
         let joined = |[left, right]: &[&str; 2]| {
             format!("{} {}", left.replace(' ', "\u{120}"), right.replace(' ', "\u{120}"))
         };
@@ -57,7 +58,7 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
     Ok(metadata.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect())
 }
 
-/// Every token of the model's rows, and what kind it is of.
+/// The token of each row of the model, and its type.
 fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(Vec<String>, Vec<i32>)> {
     let Some(vocabulary) = tokenizer["model"]["vocab"].as_object() else {
         return Err(Error::config("tokenizer.json", "its model has no vocabulary"));
@@ -94,7 +95,7 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
         match (Some(content) == unknown, token["special"] == true) {
             (true, _) => put(token["id"].as_u64(), content, UNKNOWN)?,
             (_, true) => put(token["id"].as_u64(), content, CONTROL)?,
-            // llama.cpp looks for it in the text as it was typed.
+            // llama.cpp matches it in the raw text, where spaces are not replaced yet.
             _ if sentence_piece => put(token["id"].as_u64(), &content.replace(SPACE, " "), USER_DEFINED)?,
             _ => put(token["id"].as_u64(), content, USER_DEFINED)?,
         }
@@ -102,7 +103,7 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
     Ok((pieces, kinds))
 }
 
-/// The merges, of which files of either age have pairs or texts with a space.
+/// The merges: arrays of two in newer files, texts with a space in older ones.
 fn pairs(model: &Json) -> Result<Vec<[&str; 2]>> {
     fn pair(merge: &Json) -> Option<[&str; 2]> {
         match merge.as_array().map(Vec::as_slice) {
@@ -115,8 +116,8 @@ fn pairs(model: &Json) -> Result<Vec<[&str; 2]>> {
     merges.map(|merge| pair(merge).ok_or_else(error)).collect()
 }
 
-/// SentencePiece's scores: llama.cpp joins what has the highest first, so that a piece's is the place of its first
-/// merge, and pieces that nothing is merged to come last.
+/// SentencePiece's scores. llama.cpp joins the highest score first, so the score of a token is minus the rank
+/// of its first merge; tokens without a merge come last.
 fn scores(pieces: &[String], pairs: &[[&str; 2]]) -> Vec<f32> {
     let mut first = HashMap::new();
     for (place, [left, right]) in pairs.iter().enumerate() {
@@ -125,7 +126,7 @@ fn scores(pieces: &[String], pairs: &[[&str; 2]]) -> Vec<f32> {
     pieces.iter().map(|piece| -(first.get(piece).copied().unwrap_or(pairs.len()) as f32)).collect()
 }
 
-/// Whether a space goes before the first word.
+/// Whether a space is put before the first word.
 fn leading_space(tokenizer: &Json) -> bool {
     let steps = |of: &Json, inner: &str| match of[inner].as_array() {
         Some(steps) => steps.clone(),

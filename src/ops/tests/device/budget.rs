@@ -1,8 +1,9 @@
-//! What blocks ask of a CUDA device, counted by the emulated one (`tests/emulator`): a real one counts nothing.
+//! The number of launches of each block on a CUDA device, counted by the emulated device (`tests/emulator`).
+//! A real device counts nothing.
 
 use super::*;
 
-/// Kernels and matrix products that this thread has launched, or None where nobody counts.
+/// The number of kernels and matrix products that this thread has launched; `None` without the emulator.
 fn launched() -> Option<i64> {
     let folder = std::env::var_os("EMULATOR_COUNTS").map(std::path::PathBuf::from)?;
     let thread = std::fs::read_link("/proc/thread-self").unwrap();
@@ -11,8 +12,8 @@ fn launched() -> Option<i64> {
     Some(words[0] + words[1])
 }
 
-/// The launches of a block's forward and of its backward pass, without candle's: a gradient of ones to begin with, and an
-/// addition for each tensor that gets a gradient.
+/// The launches of a block's forward and backward pass, without candle's own: the initial gradient of ones,
+/// and an addition for each tensor that gets a gradient.
 fn count(case: &Case, device: &Device, dtype: DType, path: OpPath) -> Option<[i64; 2]> {
     let factor =
         |i: usize| case.name.contains("adapted") && (i == 1 || i == 2) || case.name == "rotary" && i == 1;
@@ -90,7 +91,7 @@ fn blocks_keep_their_budget_of_launches() -> Result<()> {
             Rows::new(vec![1, 4], 6, t[0].device())?.take(&t[0], path)
         }),
     ];
-    // Forward and backward, f32 and bf16.
+    // [forward, backward] in f32 and in bf16.
     let budgets = [
         [[4, 5], [5, 7]],
         [[3, 5], [5, 7]],
@@ -103,8 +104,8 @@ fn blocks_keep_their_budget_of_launches() -> Result<()> {
         [[4, 5], [4, 5]],
         [[4, 6], [4, 8]],
         [[2, 1], [2, 1]],
-        [[4, 1], [4, 2]], // the loss is in f32, what it is multiplied by in bf16
-        [[1, 2], [1, 2]], // candle adds up the gradient of the reshaped matrix too
+        [[4, 1], [4, 2]], // one more to cast the loss's f32 gradient to bf16
+        [[1, 2], [1, 2]], // candle also accumulates the gradient of the reshaped matrix
     ];
     for (case, budget) in cases.iter().zip(budgets) {
         for (dtype, most) in [DType::F32, DType::BF16].into_iter().zip(budget) {
