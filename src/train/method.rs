@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::config::TrainConfig;
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
-use crate::adapter::{AdaptableModel, Adapter, Params};
+use crate::adapter::{AdaptableModel, Params};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
     LoraConfig, PromptConfig, Scaled,
@@ -256,11 +256,11 @@ impl MethodInit {
     /// The second half of [`Self::inject`]: creates the hooks. Training starts at the present parameters.
     pub(super) fn hooks(&self, model: &dyn AdaptableModel, params: &Params) -> Result<MethodHooks> {
         let hooks = match self.method() {
-            Method::MonteCLoRA(config) => MethodHooks::of_posterior(&config, params)?,
-            Method::Released(config) => MethodHooks::of_walk(model, &config, params)?,
-            Method::Blob(config) => MethodHooks::of_divergence(&config),
+            Method::MonteCLoRA(config) => MethodHooks::of_monteclora(&config, params)?,
+            Method::Released(config) => MethodHooks::of_released(model, &config, params)?,
+            Method::Blob(config) => MethodHooks::of_blob(&config),
             Method::Lora(LoraConfig { prior: Some(prior), .. }) => MethodHooks::of_prior(&prior, params)?,
-            Method::AdaLora(config) => MethodHooks::of_budget(model, &config)?,
+            Method::AdaLora(config) => MethodHooks::of_adalora(model, &config)?,
             _ => MethodHooks::default(),
         };
         Ok(hooks.with_settings(self.settings()?))
@@ -289,54 +289,52 @@ impl Method {
             return Err(Error::config("rank_pattern", reason));
         }
         let name = inject::DEFAULT_ADAPTER;
-        if let Self::Prompt(config) = self {
-            if *given != Targets::default() {
-                return Err(Error::config("targets", "prompt tuning changes no layer: name none"));
-            }
-            let embedding = model.embedding_mut().ok_or_else(|| {
-                Error::config("method", "this model has no place for the virtual tokens of prompt tuning")
-            })?;
-            return prompt_tuning(embedding, name, config, params);
-        }
-        // Rank and alpha per layer only exist for a pair A, B; the remaining methods have none.
-        let (rank, alpha) = match self {
-            Self::Full | Self::Prompt(_) => return Ok(()),
-            Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
-            Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
-                return Err(Error::config("prior", "LoRA-FA has none here"));
-            }
-            Self::LoraFa(config) => return inject::lora_fa(model, &targets, config, params).map(drop),
-            Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
-            Self::Released(config) => {
-                return inject::monteclora_released(model, &targets, config, params).map(drop);
-            }
-            Self::Dora(LoraConfig { prior: Some(_), .. }) => {
-                return Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"));
-            }
-            Self::Dora(config) => (config.rank, config.alpha),
-            Self::AdaLora(config) => (config.init_rank, config.alpha),
-            Self::Blob(config) => (config.rank, config.alpha),
-            Self::Ia3 | Self::Bottleneck(_) => (1, 1.0),
+        // A rank and an alpha of single layers are those of a pair A, B; other methods ignore them.
+        let none = (1, 1.0);
+        let mut each = |(rank, alpha): (usize, f64), make: &mut inject::Make| {
+            let resolved = targets.resolve(model, rank, alpha)?;
+            inject::inject(model, name, &resolved, params, make)
         };
-        let resolved = targets.resolve(model, rank, alpha)?;
-        inject::inject(model, name, &resolved, params, &mut |layer, target, params| {
-            let (path, base) = (layer.path(), layer.base());
-            Ok(match self {
-                Self::Dora(config) => {
-                    let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-                    Box::new(Dora::new(params, path, name, base, &config)?) as Box<dyn Adapter>
+        match self {
+            Self::Full => Ok(()),
+            Self::Prompt(config) => {
+                if *given != Targets::default() {
+                    return Err(Error::config("targets", "prompt tuning changes no layer: name none"));
                 }
-                Self::AdaLora(config) => Box::new(AdaLora::new(params, path, name, base, config)?),
-                Self::Blob(config) => {
-                    let config = BlobConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-                    Box::new(Blob::new(params, path, name, layer.dims()?, &config)?)
-                }
-                Self::Bottleneck(config) => Box::new(Bottleneck::new(params, path, name, base, config)?),
-                _ => {
-                    let scaled = if closes_feed_forward(path) { Scaled::Input } else { Scaled::Output };
-                    Box::new(Ia3::new(params, path, name, base, scaled)?)
-                }
-            })
-        })
+                let embedding = model.embedding_mut().ok_or_else(|| {
+                    Error::config("method", "this model has no place for the virtual tokens of prompt tuning")
+                })?;
+                prompt_tuning(embedding, name, config, params)
+            }
+            Self::Lora(config) => inject::lora(model, &targets, config, params).map(drop),
+            Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
+                Err(Error::config("prior", "LoRA-FA has none here"))
+            }
+            Self::LoraFa(config) => inject::lora_fa(model, &targets, config, params).map(drop),
+            Self::MonteCLoRA(config) => inject::monteclora(model, &targets, config, params).map(drop),
+            Self::Released(config) => inject::monteclora_released(model, &targets, config, params).map(drop),
+            Self::Dora(LoraConfig { prior: Some(_), .. }) => {
+                Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"))
+            }
+            Self::Dora(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
+                let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+                Ok(Box::new(Dora::new(params, layer.path(), name, layer.base(), &config)?))
+            }),
+            Self::AdaLora(config) => each((config.init_rank, config.alpha), &mut |layer, _, params| {
+                Ok(Box::new(AdaLora::new(params, layer.path(), name, layer.base(), config)?))
+            }),
+            Self::Blob(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
+                let config = BlobConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
+                Ok(Box::new(Blob::new(params, layer.path(), name, layer.dims()?, &config)?))
+            }),
+            Self::Bottleneck(config) => each(none, &mut |layer, _, params| {
+                Ok(Box::new(Bottleneck::new(params, layer.path(), name, layer.base(), config)?))
+            }),
+            Self::Ia3 => each(none, &mut |layer, _, params| {
+                let closes = closes_feed_forward(layer.path());
+                let scaled = if closes { Scaled::Input } else { Scaled::Output };
+                Ok(Box::new(Ia3::new(params, layer.path(), name, layer.base(), scaled)?))
+            }),
+        }
     }
 }

@@ -70,7 +70,7 @@ fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
     let mut rows = rows(10, false);
     rows[3].label = Label::Unknown;
     run(&ran, &rows, &still())?;
-    let hooks = MethodHooks::of_divergence(&config);
+    let hooks = MethodHooks::of_blob(&config);
     hooks.tell_rows(|| 9, 4)?;
     for step in 1..=3 {
         hooks.after_step(by_hand.model.as_ref(), &by_hand.params, &Gradients::new(), step, 3)?;
@@ -111,7 +111,7 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
     let ((ran, params, hooks), (by_hand, expected, _)) = (load(&method)?, load(&method)?);
     let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
     fit(&objective, &params, &still(), &mut Log::default())?;
-    let hooks = MethodHooks::of_divergence(&blob);
+    let hooks = MethodHooks::of_blob(&blob);
     hooks.tell_rows(|| 10, 4)?;
     for step in 1..=3 {
         hooks.after_step(&by_hand, &expected, &Gradients::new(), step, 3)?;

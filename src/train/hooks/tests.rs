@@ -3,6 +3,7 @@ use candle_nn::Linear;
 
 use super::*;
 use crate::adapter::{AdaptableLinear, Pass, ScalerFactors};
+use crate::adapters::blob;
 use crate::adapters::Blob;
 use crate::monteclora::ScalerSchedule;
 use crate::noise::Noise;
@@ -36,7 +37,7 @@ fn blob(config: &BlobConfig) -> Result<(One, Params)> {
 fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> Result<()> {
     let config = BlobConfig { rank: 2, ..BlobConfig::default() };
     let ((model, params), (other, expected)) = (blob(&config)?, blob(&config)?);
-    let hooks = MethodHooks::of_divergence(&config);
+    let hooks = MethodHooks::of_blob(&config);
     let step = |step| hooks.after_step(&model, &params, &Gradients::new(), step, 10);
     let error = step(1).unwrap_err().to_string();
     assert!(error.contains("tell_rows"), "{error}");
@@ -59,7 +60,7 @@ fn a_schedule_of_eps_is_followed_step_by_step() -> Result<()> {
     let config =
         MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Warmup(0.5), ..MonteCLoRAConfig::paper() };
     let params = Params::with_dtype(Noise::new(1), DType::F64, &Device::Cpu);
-    let hooks = MethodHooks::of_posterior(&config, &params)?;
+    let hooks = MethodHooks::of_monteclora(&config, &params)?;
     for (step, factor) in [(1, 0.5), (2, 1.0), (3, 1.0), (4, 1.0)] {
         hooks.before_step(step, 4)?;
         let cx = hooks.context(&Pass::Train { draw: 0 }.into())?;
