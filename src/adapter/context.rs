@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{Result, Tensor, TensorId};
 
 use super::pass::Pass;
+use super::pass_cache::PassCache;
 use super::probe::Probe;
-use super::together::Together;
 use crate::ops::{OpPath, Tape};
 use crate::util::check::positive;
 
@@ -61,7 +61,7 @@ pub struct Context {
     /// Collects the backward steps that are taken for all layers at once, if set.
     tape: Option<Tape>,
     /// Shares results between the layers within one forward pass of a model, if set.
-    together: Option<Together>,
+    pass_cache: Option<PassCache>,
 }
 
 impl From<Pass> for Context {
@@ -76,7 +76,7 @@ impl From<Pass> for Context {
             only_predicts: false,
             values_only: false,
             tape: None,
-            together: None,
+            pass_cache: None,
         }
     }
 }
@@ -168,15 +168,15 @@ impl Context {
     /// and uses the result for that pass only, so that nothing computed from old parameter values is kept.
     #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
-        match self.together {
+        match self.pass_cache {
             Some(_) => Cow::Borrowed(self),
-            None => Cow::Owned(Self { together: Some(Together::default()), ..self.clone() }),
+            None => Cow::Owned(Self { pass_cache: Some(PassCache::default()), ..self.clone() }),
         }
     }
 
     /// What the layers of a model share within one forward pass; `None` for a layer that runs by itself.
-    pub(crate) fn together(&self) -> Option<&Together> {
-        self.together.as_ref()
+    pub(crate) fn pass_cache(&self) -> Option<&PassCache> {
+        self.pass_cache.as_ref()
     }
 }
 

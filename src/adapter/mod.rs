@@ -17,12 +17,12 @@ pub(crate) mod low_rank;
 mod model;
 mod params;
 mod pass;
+mod pass_cache;
 mod prior;
 #[cfg(feature = "cuda")]
 mod prior_cuda;
 mod probe;
 mod standalone;
-mod together;
 mod walk;
 
 pub use base::{BaseLinear, QuantizedLinear};

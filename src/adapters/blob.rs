@@ -29,7 +29,7 @@ use crate::util::dtype::to_dtype_device;
 
 /// Added, as in the authors' code, to a standard deviation before its logarithm and to the denominator of the
 /// squares. Without it, a G near zero would make too large a step.
-const LEAST: f64 = 1e-6;
+const STABILISER: f64 = 1e-6;
 
 /// The options of a BLoB adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -193,9 +193,10 @@ impl Blob {
     /// If candle fails.
     pub fn kl(&self) -> candle_core::Result<Tensor> {
         let (std, prior) = (self.root.sqr()?, self.prior_std);
-        let squares = ((std.sqr()? + self.pair.a().sqr()?)? / (2.0 * prior * prior + LEAST))?;
+        let squares = ((std.sqr()? + self.pair.a().sqr()?)? / (2.0 * prior * prior + STABILISER))?;
         let count = std.elem_count() as f64;
-        (squares.sum_all()? - (std + LEAST)?.log()?.sum_all()?)? + count * ((prior + LEAST).ln() - 0.5)
+        (squares.sum_all()? - (std + STABILISER)?.log()?.sum_all()?)?
+            + count * ((prior + STABILISER).ln() - 0.5)
     }
 
     /// Updates M and G in the store `params` by one step of gradient descent on [`Self::kl`] with learning
@@ -205,10 +206,10 @@ impl Blob {
     /// If the store lacks M or G, or a value would not be finite.
     pub fn descend(&self, params: &Params, rate: f64) -> Result<()> {
         let (mean, root) = (self.pair.a().detach(), self.root.detach());
-        let shrink = 2.0 / (2.0 * self.prior_std * self.prior_std + LEAST);
+        let shrink = 2.0 / (2.0 * self.prior_std * self.prior_std + STABILISER);
         // d KL / dG = 2 G d KL / dOmega
         let std = root.sqr()?;
-        let slope = ((&std * shrink)? - (&std + LEAST)?.recip()?)?;
+        let slope = ((&std * shrink)? - (&std + STABILISER)?.recip()?)?;
         let moved =
             [("a", (mean * (1.0 - rate * shrink))?), ("g", (&root - ((&root * slope)? * (2.0 * rate))?)?)];
         for (name, values) in moved {

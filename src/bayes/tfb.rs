@@ -34,7 +34,7 @@ use crate::util::check::positive;
 use crate::util::dtype::to_dtype_device;
 
 /// Singular values of B below this fraction of the largest are treated as rounding errors.
-const LEAST: f64 = 1e-6;
+const MIN_SINGULAR_RATIO: f64 = 1e-6;
 
 /// The search range and effort for sigma.
 #[derive(Debug, Clone, PartialEq)]
@@ -244,7 +244,7 @@ fn directions(name: &str, b: &Tensor) -> Result<Tensor> {
     let rows: Vec<Vec<f64>> = values
         .iter()
         .zip(vectors)
-        .filter(|(value, _)| **value > LEAST * LEAST * largest)
+        .filter(|(value, _)| **value > MIN_SINGULAR_RATIO * MIN_SINGULAR_RATIO * largest)
         .map(|(value, v)| v.into_iter().map(|x| x / value.sqrt()).collect())
         .collect();
     let k = rows.len();

@@ -19,7 +19,7 @@ use crate::util::json;
 /// Maximum length in bytes of an entry of the vocabulary. The crate's Unigram model has a node for each byte,
 /// nested in that of the byte before, and clones and drops them recursively: some thousand bytes overflow a
 /// thread's stack, which ends the process. Entries of real vocabularies have some hundred bytes at most.
-const MOST_OF_A_PIECE: usize = 1024;
+const MAX_PIECE_BYTES: usize = 1024;
 
 /// Reads a tokenizer file, such as a model's `tokenizer.json`.
 ///
@@ -115,9 +115,9 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     // report one.
     let outline: Outline = json::parse(bytes, path)?;
     let longest = outline.model.vocab.0;
-    if longest > MOST_OF_A_PIECE {
+    if longest > MAX_PIECE_BYTES {
         let reason =
-            format!("its vocabulary has a piece of {longest} bytes, expected at most {MOST_OF_A_PIECE}");
+            format!("its vocabulary has a piece of {longest} bytes, expected at most {MAX_PIECE_BYTES}");
         return Err(Error::format(path, reason));
     }
     caught(|| Tokenizer::from_bytes(bytes)).map_err(|reason| Error::format(path, reason))
@@ -230,7 +230,7 @@ mod tests {
             message.contains("tokenizer.json") && message.contains("a piece of 1048576 bytes"),
             "{message}"
         );
-        assert!(refusal(json!([["<unk>", 0.0], ["a".repeat(MOST_OF_A_PIECE), -1.0]])).is_ok());
+        assert!(refusal(json!([["<unk>", 0.0], ["a".repeat(MAX_PIECE_BYTES), -1.0]])).is_ok());
         assert!(refusal(json!({ long: 1 })).is_err());
     }
 

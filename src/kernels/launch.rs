@@ -10,12 +10,12 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
-/// The number of threads of a block, the kernels' `MOST_THREADS`.
+/// The number of threads of a block, the kernels' `MAX_THREADS`.
 pub(super) const THREADS: u32 = 256;
 
 /// The maximum number of elements, rows or columns of one tensor. A thread's 32-bit index may step past the
 /// last element by a whole grid, of up to 2^16 threads, before it stops, and must not wrap around.
-pub(crate) const MOST: usize = (1 << 32) - (1 << 16);
+pub(crate) const MAX_COUNT: usize = (1 << 32) - (1 << 16);
 
 /// The program of all kernels, compiled on first use.
 ///
@@ -100,11 +100,11 @@ pub(crate) fn device_of(tensor: &Tensor) -> Result<&CudaDevice> {
 /// A number of elements or a size, as an argument of a kernel.
 ///
 /// # Errors
-/// If `n` is more than [`MOST`].
+/// If `n` is more than [`MAX_COUNT`].
 pub(crate) fn count(n: usize) -> Result<u32> {
     match u32::try_from(n) {
-        Ok(n) if n as usize <= MOST => Ok(n),
-        _ => bail!("the kernels count to {MOST}, got {n}"),
+        Ok(n) if n as usize <= MAX_COUNT => Ok(n),
+        _ => bail!("the kernels count to {MAX_COUNT}, got {n}"),
     }
 }
 
@@ -190,7 +190,7 @@ pub(crate) fn supports_all<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) ->
 
 /// [`supports_all`] for one tensor, given by its properties.
 pub(crate) fn supports(len: usize, dtype: DType, device: &Device) -> bool {
-    device.is_cuda() && (1..=MOST).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
+    device.is_cuda() && (1..=MAX_COUNT).contains(&len) && matches!(dtype, DType::F32 | DType::BF16)
 }
 
 /// Whether the tensor is stored as bf16, as the argument `narrow` of kernels.
@@ -236,8 +236,8 @@ mod tests {
 
     #[test]
     fn what_is_too_much_or_nothing_is_refused_by_name() {
-        assert_eq!(count(MOST).expect("the most"), u32::MAX - 65535);
-        for n in [MOST + 1, (1 << 32) - 3, 1 << 32, usize::MAX] {
+        assert_eq!(count(MAX_COUNT).expect("the most"), u32::MAX - 65535);
+        for n in [MAX_COUNT + 1, (1 << 32) - 3, 1 << 32, usize::MAX] {
             assert!(count(n).unwrap_err().to_string().contains(&n.to_string()));
         }
         let tensors = |y| LaunchConfig { grid_dim: (4, y, 1), ..grid(4) };

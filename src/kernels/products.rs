@@ -13,8 +13,8 @@ use candle_core::{bail, DType, Result, Tensor};
 use super::cublas::{compute_type, data_type, operation, size};
 use super::launch::{address, alloc_uninit, count, launch, one_each};
 
-/// The `MOST_LATTICES` of the kernel.
-const MOST_LATTICES: usize = 16;
+/// The `MAX_LATTICES` of the kernel.
+const MAX_LATTICES: usize = 16;
 
 /// The struct `Lattice` of the kernel.
 #[repr(C)]
@@ -66,7 +66,7 @@ pub(super) struct Table<'a> {
     batches: usize,
     heads: usize,
     members: usize,
-    lattices: [Lattice; MOST_LATTICES],
+    lattices: [Lattice; MAX_LATTICES],
     used: usize,
     len: usize,
 }
@@ -89,7 +89,7 @@ impl<'a> Table<'a> {
         let (each, first) = (self.batches * self.heads, self.len);
         for (i, tensor) in tensors.iter().enumerate() {
             let Some(lattice) = self.lattices.get_mut(self.used) else {
-                bail!("a table of products has room for {MOST_LATTICES} operands");
+                bail!("a table of products has room for {MAX_LATTICES} operands");
             };
             let bytes = |elements: usize| (elements * dtype.size_in_bytes()) as u64;
             *lattice = Lattice {

@@ -14,11 +14,11 @@ use crate::adapter::{Context, Pass};
 pub(crate) struct DrawGroup {
     number: usize,
     /// Indexed by seat; `None` if the layer was dropped.
-    members: Mutex<Vec<Option<Member>>>,
+    members: Mutex<Vec<Option<GroupMember>>>,
 }
 
 /// The inputs of a layer's draw: its posterior, A `(r, in_dim)` and eps.
-pub(super) struct Asked<'a> {
+pub(super) struct DrawRequest<'a> {
     pub posterior: &'a Posterior,
     pub mean: &'a Tensor,
     pub eps: f64,
@@ -27,7 +27,7 @@ pub(super) struct Asked<'a> {
 /// A layer as its group stores it: the inputs of its draw.
 #[derive(Debug, Clone)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // on the CPU each layer supplies its own A and eps
-pub(super) struct Member {
+pub(super) struct GroupMember {
     /// The name `{path}.{adapter}`, by which a schedule identifies the layer.
     pub name: String,
     /// A, `(r, in_dim)`.
@@ -35,7 +35,7 @@ pub(super) struct Member {
     pub posterior: Posterior,
 }
 
-impl Member {
+impl GroupMember {
     /// The scale of the layer's perturbation.
     #[cfg(feature = "cuda")]
     pub fn eps(&self, cx: &Context) -> f64 {
@@ -61,21 +61,21 @@ impl Default for DrawGroup {
 
 impl DrawGroup {
     // A panic while the lock is held leaves the list whole.
-    fn lock(&self) -> MutexGuard<'_, Vec<Option<Member>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<GroupMember>>> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A layer's place in its group; dropping it removes the layer from the group.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct GroupMembership {
     group: Arc<DrawGroup>,
     index: usize,
 }
 
-impl Seat {
+impl GroupMembership {
     /// Takes the next place in `group`.
-    pub fn new(group: &Arc<DrawGroup>, member: Member) -> Self {
+    pub fn new(group: &Arc<DrawGroup>, member: GroupMember) -> Self {
         let mut members = group.lock();
         members.push(Some(member));
         Self { group: group.clone(), index: members.len() - 1 }
@@ -92,9 +92,9 @@ impl Seat {
         own: &Posterior,
         draw: u64,
         cx: &Context,
-        make: impl FnOnce(&[Option<Member>]) -> Result<Vec<Option<T>>>,
+        make: impl FnOnce(&[Option<GroupMember>]) -> Result<Vec<Option<T>>>,
     ) -> Result<Option<T>> {
-        let Some(together) = cx.together() else { return Ok(None) };
+        let Some(cache) = cx.pass_cache() else { return Ok(None) };
         if let Some(member) = &mut self.group.lock()[self.index] {
             if !member.posterior.is(own) {
                 member.posterior = own.clone();
@@ -105,11 +105,11 @@ impl Seat {
             let members = self.group.lock().clone();
             make(&members)
         };
-        together.take((self.group.number, draw, cx.tape().is_some()), self.index, make)
+        cache.take((self.group.number, draw, cx.tape().is_some()), self.index, make)
     }
 }
 
-impl Drop for Seat {
+impl Drop for GroupMembership {
     fn drop(&mut self) {
         self.group.lock()[self.index] = None;
     }

@@ -13,7 +13,7 @@ use candle_core::Tensor;
 use super::buffer::SampleBuffer;
 use super::config::MonteCLoRAConfig;
 use super::draw::{self, PosteriorDraw};
-use super::group::{self, Asked, DrawGroup, Member, Seat};
+use super::group::{self, DrawGroup, DrawRequest, GroupMember, GroupMembership};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
 use crate::adapter::{Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
@@ -29,7 +29,7 @@ pub struct MonteCLoRA {
     pair: LowRank,
     posterior: Posterior,
     buffer: SampleBuffer,
-    seat: Option<Seat>,
+    seat: Option<GroupMembership>,
 }
 
 impl MonteCLoRA {
@@ -64,7 +64,7 @@ impl MonteCLoRA {
     ) -> Result<Self> {
         let alone = Self::new(params, path, adapter, dims, config)?;
         let (name, mean, posterior) = (alone.name.clone(), alone.pair.a().clone(), alone.posterior.clone());
-        Ok(Self { seat: Some(Seat::new(group, Member { name, mean, posterior })), ..alone })
+        Ok(Self { seat: Some(GroupMembership::new(group, GroupMember { name, mean, posterior })), ..alone })
     }
 
     fn create(
@@ -143,7 +143,7 @@ impl MonteCLoRA {
         let mean = self.pair.a();
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
         let eps = self.eps(cx) * cx.pass.sign();
-        let asked = Asked { posterior: &self.posterior, mean, eps };
+        let asked = DrawRequest { posterior: &self.posterior, mean, eps };
         let make = || draw::perturbed(&asked, draw, &self.buffer, self.seat.as_ref(), cx);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
             (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,

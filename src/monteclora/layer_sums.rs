@@ -39,7 +39,7 @@ impl Layer {
 
 /// The options for terms beyond the paper's.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Beside<'a> {
+pub(super) struct ExtraTerms<'a> {
     /// The number of layers, over all groups.
     pub layers: usize,
     pub prior: Option<&'a Prior>,
@@ -69,7 +69,11 @@ pub(super) struct Sums {
 ///
 /// # Errors
 /// If a term needs A and B, or the start of training, and these are missing.
-pub(super) fn sums(layers: &[Layer], draws: Option<&[LatentNoise]>, beside: Beside) -> Result<Option<Sums>> {
+pub(super) fn sums(
+    layers: &[Layer],
+    draws: Option<&[LatentNoise]>,
+    beside: ExtraTerms,
+) -> Result<Option<Sums>> {
     let with_pairs = beside.prior.is_some() || beside.evidence.is_some();
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();
     for (i, layer) in layers.iter().enumerate() {
@@ -145,7 +149,7 @@ fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
 impl Group<'_> {
     /// Computes the sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N).
     /// Without noise, terms that depend on the draw are expectations.
-    fn sums(&self, beside: Beside) -> Result<Sums> {
+    fn sums(&self, beside: ExtraTerms) -> Result<Sums> {
         let config = &self.posteriors[0].spec().config;
         let (log_std, c) = (
             self.stack(Posterior::std_prior, beside.tape)?,
@@ -210,7 +214,7 @@ impl Group<'_> {
     fn prior(
         &self,
         prior: &Prior,
-        Beside { start, layers, .. }: Beside,
+        ExtraTerms { start, layers, .. }: ExtraTerms,
         wishart: &Wishart,
         dirichlet: &Dirichlet,
     ) -> Result<Tensor> {

@@ -15,9 +15,9 @@ use crate::error::Error;
 use crate::ops;
 
 /// The value at which PEFT clips the drawn variances.
-const LEAST_VARIANCE: f64 = 1e-3;
+const MIN_VARIANCE: f64 = 1e-3;
 /// The value at which PEFT clips the variances of the logits, and which it then adds.
-const LEAST_LOGIT_VARIANCE: f64 = 1e-6;
+const MIN_LOGIT_VARIANCE: f64 = 1e-6;
 
 /// Checks that PEFT supports the configuration's other options.
 ///
@@ -47,7 +47,7 @@ pub(super) fn check(
 
 /// Computes the clipped variances `max(V q, 1e-3)`; q are the squared norms of the rows of Bartlett's T.
 pub(super) fn variance(log_std: &Tensor, q: &Tensor) -> Result<Tensor> {
-    at_least(&ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?, LEAST_VARIANCE)
+    at_least(&ops::mul_constant(&(log_std * 2.0)?.exp()?, q)?, MIN_VARIANCE)
 }
 
 /// Computes the diagonal of the covariance's factor, `(r)`: the square roots of the clipped variances.
@@ -58,7 +58,7 @@ pub(super) fn factor_diagonal(log_std: &Tensor, bartlett: &Tensor) -> Result<Ten
 /// Computes the mixture weights: the softmax of normals with clipped variances.
 pub(super) fn weights(dirichlet: &Dirichlet, normals: &Tensor) -> Result<Tensor> {
     let (mean, variance) = dirichlet.laplace()?;
-    let std = (at_least(&variance, LEAST_LOGIT_VARIANCE)? + LEAST_LOGIT_VARIANCE)?.sqrt()?;
+    let std = (at_least(&variance, MIN_LOGIT_VARIANCE)? + MIN_LOGIT_VARIANCE)?.sqrt()?;
     let z = normals.to_dtype(mean.dtype())?.to_device(mean.device())?;
     softmax(&(mean + ops::mul_constant(&std, &z)?)?, D::Minus1)
 }

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use super::config::MonteCLoRAConfig;
 use super::evidence::EvidenceBound;
 use super::layer::MonteCLoRA;
-use super::layer_sums::{self, Beside, Layer};
+use super::layer_sums::{self, ExtraTerms, Layer};
 #[cfg(feature = "cuda")]
 use super::layer_sums_cuda;
 use super::noise::{DrawNoise, LatentNoise};
@@ -213,7 +213,7 @@ impl Regularizer {
             }
         }
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
-        let beside = Beside { layers: layers.len(), prior: self.prior.as_ref(), start, evidence, tape };
+        let beside = ExtraTerms { layers: layers.len(), prior: self.prior.as_ref(), start, evidence, tape };
         let Some(sums) = layer_sums::sums(layers, draws.as_deref(), beside)? else {
             return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
         };

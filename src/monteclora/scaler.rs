@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 
 use super::layer::MonteCLoRA;
-use super::schedule::{ScalerSchedule, LEAST};
+use super::schedule::{ScalerSchedule, MIN_FACTOR};
 use crate::adapter::{AdaptableModel, ScalerFactors};
 use crate::error::{Error, Result};
 
@@ -36,7 +36,7 @@ impl Seen {
     fn factor(&self) -> f64 {
         // At the start B is zero and A gets no gradient: the factor stays one.
         if self.peak > 0.0 {
-            (self.corrected() / self.peak).sqrt().max(LEAST)
+            (self.corrected() / self.peak).sqrt().max(MIN_FACTOR)
         } else {
             1.0
         }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// The smallest factor: at zero, rho and c would never get a gradient again.
-pub(super) const LEAST: f64 = 1e-3;
+pub(super) const MIN_FACTOR: f64 = 1e-3;
 
 /// How the factor on eps changes over training.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl ScalerSchedule {
             Self::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
             Self::Adaptive => return None,
         };
-        Some(factor.max(LEAST))
+        Some(factor.max(MIN_FACTOR))
     }
 }
 

@@ -7,7 +7,7 @@ use super::gemm::{gemm, Into, Mat};
 use super::host::{column_sums, dense, tensor, Host};
 use super::path::OpPath;
 use super::reference;
-use super::skinny_gemm::{add_product, FEW};
+use super::skinny_gemm::{add_product, FEW_ROWS};
 #[cfg(feature = "cuda")]
 use crate::kernels as kernel;
 use crate::util::dtype::wide;
@@ -142,7 +142,7 @@ pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize
         Some(bias) => bias.len(),
         None => weight.len() / in_dim.max(1),
     };
-    if n <= FEW {
+    if n <= FEW_ROWS {
         let mut y = bias.map_or_else(|| vec![0f32; n * out_dim], |bias| bias.repeat(n));
         add_product(&mut y, xs, weight, n);
         return y;

@@ -20,7 +20,7 @@ const CHUNK: usize = 256;
 /// The number of logits in memory at one time on a device, where few large launches are
 /// fastest: 512 MiB as bf16.
 #[cfg(feature = "cuda")]
-const MOST_LOGITS: usize = 1 << 28;
+const MAX_LOGITS: usize = 1 << 28;
 
 /// `cross_entropy(x W^T, labels)` without storing all logits: one chunk of rows at a time is projected, and
 /// its logits are overwritten by their gradient.
@@ -115,11 +115,11 @@ fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
 }
 
 /// The loss by kernels that read the logits once and overwrite them with their gradient. All rows are one
-/// chunk, unless they have more than [`MOST_LOGITS`] logits.
+/// chunk, unless they have more than [`MAX_LOGITS`] logits.
 #[cfg(feature = "cuda")]
 fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Result<Tensor> {
     let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
-    let (chunk, mut gradients) = ((MOST_LOGITS / weight.dims2()?.0).max(1), Vec::new());
+    let (chunk, mut gradients) = ((MAX_LOGITS / weight.dims2()?.0).max(1), Vec::new());
     for first in (0..n).step_by(chunk) {
         let part = xs.detach().narrow(0, first, chunk.min(n - first))?;
         let logits = weight.forward(path, &part)?;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use pulp::{Arch, Simd, WithSimd};
 
 /// The largest number of rows for this product: beyond it, arithmetic outweighs reading the weight.
-pub(super) const FEW: usize = 32;
+pub(super) const FEW_ROWS: usize = 32;
 
 /// The number of rows of the weight that one task reads.
 const PIECE: usize = 64;

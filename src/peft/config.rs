@@ -145,7 +145,7 @@ impl<T> OneOrMany<T> {
 
 /// Maximum number of patterns that need the regex engine. Each takes some microseconds to compile, and as
 /// many as fit into a file would take minutes. Files that list each layer use plain names.
-const MOST_EXPRESSIONS: usize = 1000;
+const MAX_EXPRESSIONS: usize = 1000;
 
 /// Initialisations that do not change the base weight, compared without case: such an adapter is plain LoRA
 /// once it is loaded.
@@ -189,9 +189,9 @@ impl PeftConfig {
         let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
         let patterns = ranks.chain(alphas).chain(self.modules_to_save.iter().flatten());
         let expressions = patterns.filter(|pattern| !is_plain(pattern)).count();
-        if expressions > MOST_EXPRESSIONS {
+        if expressions > MAX_EXPRESSIONS {
             return Err(format!(
-                "rank_pattern, alpha_pattern and modules_to_save: expected at most {MOST_EXPRESSIONS} regular \
+                "rank_pattern, alpha_pattern and modules_to_save: expected at most {MAX_EXPRESSIONS} regular \
                  expressions that are not plain names, got {expressions}"
             ));
         }

@@ -18,7 +18,7 @@ use crate::optim::Optimizer;
 use crate::util::files::{self, Lock};
 
 /// The number of consecutive skipped steps at which a run ends.
-const MOST_SKIPPED: usize = 10;
+const MAX_SKIPPED: usize = 10;
 
 /// Trains `params` on `objective`. Draws are numbered from 0: one per micro-batch, or one per step with
 /// [`TrainConfig::shared_draw`].
@@ -325,7 +325,7 @@ impl Run<'_> {
                 self.at.skipped += 1;
                 self.at.skipped_in_a_row += 1;
                 self.ranks.hold(observer.skipped(step, &why))?;
-                return if self.at.skipped_in_a_row < MOST_SKIPPED { Ok(()) } else { Err(why) };
+                return if self.at.skipped_in_a_row < MAX_SKIPPED { Ok(()) } else { Err(why) };
             }
             done => done?,
         };

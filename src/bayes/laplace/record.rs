@@ -120,21 +120,14 @@ impl LayerRecord {
             for (gradient, root) in self.gradients.iter().zip(root) {
                 let factor = Tensor::from_slice(root, (root.len(), 1, 1), &device)?;
                 let term = gradient.broadcast_mul(&factor.to_dtype(dtype)?)?;
-                column = Some(add(column, term)?);
+                column = Some(ops::joined(column, term)?);
             }
             if let Some(column) = column {
-                sum = Some(add(sum, square(&column)?)?);
+                sum = Some(ops::joined(sum, square(&column)?)?);
             }
         }
         sum.ok_or_else(|| Error::config("laplace", "there is no gradient"))
     }
-}
-
-fn add(sum: Option<Tensor>, term: Tensor) -> Result<Tensor> {
-    Ok(match sum {
-        Some(sum) => (sum + term)?,
-        None => term,
-    })
 }
 
 /// `X^T X` over the last dimension, in double precision on the host.

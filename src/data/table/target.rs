@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::labels::Labels;
 
 /// With more rows than this, if each has a label of its own, the label column is taken to be wrong.
-const ENOUGH: usize = 20;
+const MAX_UNIQUE_LABELS: usize = 20;
 
 /// The kind of a prediction target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl Target {
                 format!("all rows have the label {:?}: there is nothing to tell apart", excerpt(only));
             return Err(Error::format(&table.path, reason));
         }
-        if first.len() == table.records.len() && first.len() > ENOUGH {
+        if first.len() == table.records.len() && first.len() > MAX_UNIQUE_LABELS {
             let reason =
                 format!("each of {} rows has a label of its own: is it the right column?", first.len());
             return Err(Error::format(&table.path, reason));

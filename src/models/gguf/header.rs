@@ -11,7 +11,7 @@ use candle_core::quantized::GgmlDType;
 use super::value::Value;
 
 /// The maximum number of axes of a tensor.
-const MOST_AXES: u32 = 4;
+const MAX_AXES: u32 = 4;
 /// The default alignment of tensors, in bytes.
 const ALIGNMENT: u64 = 32;
 
@@ -213,8 +213,8 @@ impl<'a> Cursor<'a> {
     /// Reads a tensor's entry, whose offset is relative to the beginning of the tensor data.
     fn tensor(&mut self) -> Result<TensorInfo, Reason> {
         let axes = self.u32()?;
-        if axes > MOST_AXES {
-            return Err(format!("expected at most {MOST_AXES} axes, got {axes}"));
+        if axes > MAX_AXES {
+            return Err(format!("expected at most {MAX_AXES} axes, got {axes}"));
         }
         let mut shape = (0..axes).map(|_| self.u64()).collect::<Result<Vec<_>, _>>()?;
         shape.reverse();

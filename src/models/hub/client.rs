@@ -36,7 +36,7 @@ impl RepoKind {
 const NO_TOKEN: &str = "\n";
 
 /// The limit on the requested entries of a repository's listing, which is the size of one page.
-const MOST_NAMES: usize = 1000;
+const MAX_NAMES: usize = 1000;
 
 /// The requests to one repository. Each blocks until it is answered.
 pub(super) trait Client: Send + Sync {
@@ -108,7 +108,7 @@ impl<T: RepoType> Client for HFRepositorySync<T> {
     }
 
     fn names(&self, revision: &str) -> HFResult<Vec<String>> {
-        let entries = self.list_tree().revision(revision).limit(MOST_NAMES).send()?;
+        let entries = self.list_tree().revision(revision).limit(MAX_NAMES).send()?;
         let name = |entry| match entry {
             RepoTreeEntry::File { path, .. } => Some(path),
             _ => None,

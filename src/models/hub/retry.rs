@@ -10,9 +10,9 @@ use super::client::Client;
 use super::failure::{Failure, HubResult};
 use super::repo::Repo;
 
-/// The pause before the first retry; it doubles up to `FIRST_PAUSE << MOST_DOUBLINGS`.
+/// The pause before the first retry; it doubles up to `FIRST_PAUSE << MAX_DOUBLINGS`.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const MOST_DOUBLINGS: usize = 6;
+const MAX_DOUBLINGS: usize = 6;
 
 /// A callback for the number of bytes received so far, and the number announced.
 pub(super) type OnBytes<'a> = &'a mut dyn FnMut(u64, Option<u64>);
@@ -30,7 +30,7 @@ impl Repo {
             };
             let pause = match &failure {
                 Failure::Hub(HFError::RateLimited { retry_after: Some(wait), .. }) => *wait,
-                _ => FIRST_PAUSE * (1 << attempt.min(MOST_DOUBLINGS)),
+                _ => FIRST_PAUSE * (1 << attempt.min(MAX_DOUBLINGS)),
             };
             if pause > self.hub.patience {
                 return Err(failure);

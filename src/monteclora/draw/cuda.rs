@@ -10,7 +10,7 @@ use crate::adapter::Context;
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
 use crate::kernels::draws::{self, Draws, Layer};
-use crate::monteclora::group::{Asked, Member};
+use crate::monteclora::group::{DrawRequest, GroupMember};
 use crate::monteclora::noise::DrawSpec;
 use crate::monteclora::options::{Compat, Mixture};
 use crate::monteclora::posterior::Posterior;
@@ -28,7 +28,7 @@ pub(super) fn serves(spec: &DrawSpec) -> bool {
 ///
 /// # Errors
 /// If there is no such draw, a tensor has another device or shape, or the device fails.
-pub(super) fn perturbed(asked: &Asked, draw: u64) -> Result<Tensor> {
+pub(super) fn perturbed(asked: &DrawRequest, draw: u64) -> Result<Tensor> {
     let (draws, mut outs) = draws::perturb(&[layer(asked, draw)?], draw)?;
     tracked(asked, draws, 0, outs.remove(0))
 }
@@ -38,21 +38,21 @@ pub(super) fn perturbed(asked: &Asked, draw: u64) -> Result<Tensor> {
 /// # Errors
 /// As [`perturbed`].
 pub(super) fn perturbed_together(
-    members: &[Option<Member>],
+    members: &[Option<GroupMember>],
     asking: &Posterior,
     draw: u64,
     cx: &Context,
 ) -> Result<Vec<Option<Tensor>>> {
     let device: &Device = &asking.spec().device;
-    let served = |member: &&Member| {
+    let served = |member: &&GroupMember| {
         let spec = member.posterior.spec();
         serves(spec) && spec.device.same_device(device)
     };
-    let asked: Vec<Option<Asked>> = members
+    let asked: Vec<Option<DrawRequest>> = members
         .iter()
         .map(|member| {
-            let Member { mean, posterior, .. } = member.as_ref().filter(served)?;
-            Some(Asked { posterior, mean, eps: member.as_ref()?.eps(cx) * cx.pass.sign() })
+            let GroupMember { mean, posterior, .. } = member.as_ref().filter(served)?;
+            Some(DrawRequest { posterior, mean, eps: member.as_ref()?.eps(cx) * cx.pass.sign() })
         })
         .collect();
     let layers = asked.iter().flatten().map(|asked| layer(asked, draw)).collect::<Result<Vec<_>>>()?;
@@ -71,7 +71,7 @@ pub(super) fn perturbed_together(
 /// Returns `outs` as leaves whose gradients are propagated to A, rho and c of all layers at once.
 fn cut<'a>(
     tape: &Tape,
-    asked: impl Iterator<Item = &'a Asked<'a>>,
+    asked: impl Iterator<Item = &'a DrawRequest<'a>>,
     draws: Arc<Draws>,
     outs: Vec<Tensor>,
 ) -> Result<Vec<Tensor>> {
@@ -92,8 +92,8 @@ fn cut<'a>(
     })
 }
 
-fn layer<'a>(asked: &Asked<'a>, draw: u64) -> Result<Layer<'a>> {
-    let Asked { posterior, mean, eps } = *asked;
+fn layer<'a>(asked: &DrawRequest<'a>, draw: u64) -> Result<Layer<'a>> {
+    let DrawRequest { posterior, mean, eps } = *asked;
     let config = &posterior.spec().config;
     let degrees = config.degrees();
     check_draw(draw, config.rank, degrees)?;
@@ -103,12 +103,12 @@ fn layer<'a>(asked: &Asked<'a>, draw: u64) -> Result<Layer<'a>> {
     Ok(Layer { mean, rho, c, keys: posterior.streams().keys(), degrees, eps, diagonal })
 }
 
-fn parameters<'a>(asked: &Asked<'a>) -> [&'a Tensor; 3] {
+fn parameters<'a>(asked: &DrawRequest<'a>) -> [&'a Tensor; 3] {
     [asked.mean, asked.posterior.std_prior(), asked.posterior.expert_weights_prior()]
 }
 
 /// Returns `out` as a differentiable function of A, rho and c of layer `which` of `draws`.
-fn tracked(asked: &Asked, draws: Arc<Draws>, which: usize, out: Tensor) -> Result<Tensor> {
+fn tracked(asked: &DrawRequest, draws: Arc<Draws>, which: usize, out: Tensor) -> Result<Tensor> {
     custom_vjp("draw", parameters(asked), out, move |call| {
         let grad_a = call.needs[0].then(|| call.grad.clone());
         if !call.needs[1] && !call.needs[2] {
@@ -146,7 +146,7 @@ mod tests {
         let streams = NoiseStreams::new(Noise::new(7), "layer.default");
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), 0, None);
         let posterior = Posterior::new(&rho, &c, spec, streams).expect("a posterior");
-        let asked = Asked { posterior: &posterior, mean: &a, eps: config.sample_scaler };
+        let asked = DrawRequest { posterior: &posterior, mean: &a, eps: config.sample_scaler };
         let cx = Context::from(Pass::Train { draw: 5 }).with_path(path);
         let y = crate::monteclora::draw::perturbed(&asked, 5, &buffer, None, &cx)?;
         let weight = values(3, r * width)?.reshape((r, width))?;

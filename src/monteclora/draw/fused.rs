@@ -19,7 +19,7 @@ const SMALL_RANK: usize = 32;
 
 /// The parts of a draw that do not depend on A and rho: the noise, `T Z` and, if the fused path uses them,
 /// the gamma draws of the weights at the current c.
-pub(super) struct Ahead {
+pub(super) struct PreparedDraw {
     noise: DrawNoise,
     matrices: Tensor,
     weights: Option<GammaDraws>,
@@ -31,7 +31,7 @@ pub(super) fn is_made_ahead(posterior: &Posterior) -> bool {
     spec.device.is_cpu() && spec.config.mixture != Mixture::Explicit
 }
 
-impl Ahead {
+impl PreparedDraw {
     /// Prepares the draw with this noise.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ pub(super) fn perturbed(
     eps: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    Ahead::new(posterior, noise.clone(), path)?.perturbed(posterior, a, eps, path)
+    PreparedDraw::new(posterior, noise.clone(), path)?.perturbed(posterior, a, eps, path)
 }
 
 /// Computes `T Z`, in the shape of Z; returns Z itself for [`Compat::Peft`], which clips `V T T^T` first.

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::SampleBuffer;
-use super::group::{Asked, Member, Seat};
+use super::group::{DrawRequest, GroupMember, GroupMembership};
 use super::noise::DrawNoise;
 use super::posterior::Posterior;
 use crate::adapter::Context;
@@ -25,17 +25,18 @@ pub(super) use reference::{draw as reference, weights};
 /// # Errors
 /// If there is no such draw, or the shape of A does not fit the posterior.
 pub(super) fn perturbed(
-    asked: &Asked,
+    asked: &DrawRequest,
     draw: u64,
     buffer: &SampleBuffer,
-    seat: Option<&Seat>,
+    seat: Option<&GroupMembership>,
     cx: &Context,
 ) -> Result<Tensor> {
-    let Asked { posterior, mean, eps } = *asked;
+    let DrawRequest { posterior, mean, eps } = *asked;
     let seat = seat.filter(|_| cx.path == OpPath::Fused);
     #[cfg(feature = "cuda")]
     if cx.path == OpPath::Fused && cuda::serves(posterior.spec()) {
-        let together = |members: &[Option<Member>]| cuda::perturbed_together(members, posterior, draw, cx);
+        let together =
+            |members: &[Option<GroupMember>]| cuda::perturbed_together(members, posterior, draw, cx);
         let made = seat.map(|seat| seat.take(posterior, draw, cx, together)).transpose()?;
         return made.flatten().map_or_else(|| cuda::perturbed(asked, draw), Ok);
     }
@@ -55,12 +56,12 @@ pub(super) fn perturbed(
 /// Prepares the members' draws, except for the parts that depend on A and rho, on all threads. With few
 /// tokens, a layer that prepared its own draw on one thread, mostly gamma quantiles, would spend most of its
 /// time on it.
-fn ahead(members: &[Option<Member>], draw: u64) -> Result<Vec<Option<fused::Ahead>>> {
-    let of = |member: &Member| {
+fn ahead(members: &[Option<GroupMember>], draw: u64) -> Result<Vec<Option<fused::PreparedDraw>>> {
+    let of = |member: &GroupMember| {
         let posterior = &member.posterior;
         let noise = || posterior.spec().generate(posterior.streams(), draw);
         let served = fused::is_made_ahead(posterior);
-        served.then(|| fused::Ahead::new(posterior, noise()?, OpPath::Fused)).transpose()
+        served.then(|| fused::PreparedDraw::new(posterior, noise()?, OpPath::Fused)).transpose()
     };
     members.par_iter().map(|member| Ok(member.as_ref().map(of).transpose()?.flatten())).collect()
 }

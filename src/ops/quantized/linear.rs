@@ -14,7 +14,7 @@ use crate::util::dtype::wide;
 /// The largest number of rows that go through candle's kernels: up to it they are at least as fast as blocks,
 /// whatever the kind. At 2048 to 8192 on two cores, 8 rows take 0.5 ms with Q4K and 8 ms with Q4_0, which has
 /// the slowest kernel, instead of 10 ms.
-const FEW: usize = 8;
+const FEW_ROWS: usize = 8;
 
 /// `y = x W^T + b` with a quantised W. Neither W nor b gets a gradient.
 ///
@@ -72,7 +72,7 @@ fn linear(
     if path == OpPath::Reference {
         return reference::linear(xs, &weight.dequantize()?.to_dtype(xs.dtype())?, bias.as_ref());
     }
-    if few_are_rounded && !xs.track_op() && xs.elem_count() <= FEW * in_dim {
+    if few_are_rounded && !xs.track_op() && xs.elem_count() <= FEW_ROWS * in_dim {
         if let Some(y) = weight.product_of_few(&rows(xs)?)? {
             let y = match bias {
                 Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,

@@ -339,8 +339,8 @@ fn a_step_that_is_not_finite_may_be_skipped_and_is_counted() -> Result<()> {
     let line = Line { poison: Some(3), ..Line::new(10)? };
     let mut watch = Skips::default();
     let error = fit(&line, &line.params, &TrainConfig { epochs: 30, ..config }, &mut watch).unwrap_err();
-    assert!(matches!(error, Error::NonFinite { step: MOST_SKIPPED, .. }), "{error}");
-    assert_eq!((watch.1.len(), line.value()?), (MOST_SKIPPED, 0.0));
+    assert!(matches!(error, Error::NonFinite { step: MAX_SKIPPED, .. }), "{error}");
+    assert_eq!((watch.1.len(), line.value()?), (MAX_SKIPPED, 0.0));
     Ok(())
 }
 

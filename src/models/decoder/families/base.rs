@@ -9,7 +9,7 @@ use crate::models::decoder::config::{Activation, DecoderConfig, LayerConfig};
 use crate::models::decoder::positions::{Positions, RotaryConfig};
 
 /// The limit on layers, more than any decoder has: memory for each is allocated before any weight is read.
-const MOST_LAYERS: usize = 4096;
+const MAX_LAYERS: usize = 4096;
 
 /// Reads a plain decoder of the family `model_type`.
 pub(super) fn plain(fields: &Fields, model_type: &'static str) -> Result<DecoderConfig> {
@@ -38,10 +38,10 @@ pub(super) fn with_rotary(
     rotary: RotaryConfig,
 ) -> Result<DecoderConfig> {
     let layers: usize = fields.required("num_hidden_layers")?;
-    if layers > MOST_LAYERS {
+    if layers > MAX_LAYERS {
         return Err(Error::config(
             "num_hidden_layers",
-            format!("expected at most {MOST_LAYERS}, got {layers}"),
+            format!("expected at most {MAX_LAYERS}, got {layers}"),
         ));
     }
     let num_attention_heads = fields.required("num_attention_heads")?;

@@ -10,7 +10,7 @@ use crate::models::gguf::value::Value;
 use crate::models::post_processor::template;
 
 /// The longest accepted token in bytes; real ones have about a hundred. Every split of a token is tried.
-const MOST_OF_A_PIECE: usize = 256;
+const MAX_PIECE_BYTES: usize = 256;
 
 /// The prefix of the keys.
 const PREFIX: &str = "tokenizer.ggml.";
@@ -57,8 +57,8 @@ impl Gguf {
 
     fn pieces(&self) -> Result<(&[String], &[i32])> {
         let pieces = self.texts("tokens")?;
-        if let Some(piece) = pieces.iter().find(|piece| piece.len() > MOST_OF_A_PIECE) {
-            let reason = format!("a piece of {} bytes, expected at most {MOST_OF_A_PIECE}", piece.len());
+        if let Some(piece) = pieces.iter().find(|piece| piece.len() > MAX_PIECE_BYTES) {
+            let reason = format!("a piece of {} bytes, expected at most {MAX_PIECE_BYTES}", piece.len());
             return Err(self.error(format!("{PREFIX}tokens: {reason}")));
         }
         let kinds: &[i32] = match self.said("token_type") {

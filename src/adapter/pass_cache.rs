@@ -13,7 +13,7 @@ use candle_core::Result;
 /// they were made; [`Context::of_one_pass`](super::Context::of_one_pass) starts one. (If a layer is
 /// recomputed for its gradient, its part is already taken, and all parts are made again.)
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Together {
+pub(crate) struct PassCache {
     parts: Arc<Mutex<HashMap<Key, Parts>>>,
 }
 
@@ -23,7 +23,7 @@ type Key = (usize, u64, bool);
 /// The parts of a group's members that are not yet taken.
 type Parts = Vec<Option<Box<dyn Any + Send>>>;
 
-impl Together {
+impl PassCache {
     /// Takes the part of member `index`. If it is missing, calls `make` first, which makes the parts of all
     /// members. Returns `None` if `make` makes none for this member.
     ///
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn one_makes_all_parts_and_each_is_taken_once() -> Result<()> {
-        let (together, made) = (Together::default(), AtomicUsize::new(0));
+        let (together, made) = (PassCache::default(), AtomicUsize::new(0));
         let take = |group, draw, index| {
             together.take((group, draw, false), index, || {
                 let time = made.fetch_add(1, Ordering::Relaxed);
