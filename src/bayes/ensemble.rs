@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::parameter_draws::ParameterDraws;
 use crate::adapter::{Context, Params, Pass};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use crate::metrics::softmax;
-use crate::predict::{logits, Predictor, RunningMean};
+use crate::predict::{posterior_draws, posterior_probabilities, Predictor};
 
 /// MC dropout: posterior draw s is a training pass, with dropout mask s.
 ///
@@ -87,9 +87,7 @@ impl Ensemble {
         params: &Params,
         batches: &[Batch],
     ) -> Result<Vec<Vec<f64>>> {
-        let mut mean = RunningMean::default();
-        self.each(model, params, batches, |rows| mean.add(rows.iter().map(|row| softmax(row))))?;
-        Ok(mean.finish())
+        posterior_probabilities(&self.as_draws(model, params)?, batches, self.len())
     }
 
     /// Returns the class probabilities of each member, `(m, n, c)`; [`Self::probabilities`] is their mean.
@@ -102,31 +100,14 @@ impl Ensemble {
         params: &Params,
         batches: &[Batch],
     ) -> Result<Vec<Vec<Vec<f64>>>> {
-        let mut draws = Vec::new();
-        self.each(model, params, batches, |rows| draws.push(rows.iter().map(|row| softmax(row)).collect()))?;
-        Ok(draws)
+        posterior_draws(&self.as_draws(model, params)?, batches, self.len())
     }
 
-    /// Calls `take` with the logits of all rows, once per member.
-    fn each(
-        &self,
-        model: &dyn Predictor,
-        params: &Params,
-        batches: &[Batch],
-        mut take: impl FnMut(Vec<Vec<f64>>),
-    ) -> Result<()> {
+    fn as_draws<'a>(&self, model: &'a dyn Predictor, params: &'a Params) -> Result<ParameterDraws<'a>> {
         if self.members.is_empty() {
             return Err(Error::config("ensemble", "it has no member to average"));
         }
-        let before = params.snapshot()?;
-        let done = self.members.iter().try_for_each(|member| {
-            params.restore(&before)?; // no values of the previous member may remain
-            params.restore(member)?;
-            take(logits(model, batches, &Pass::Mean.into())?);
-            Ok(())
-        });
-        params.restore(&before)?;
-        done
+        Ok(ParameterDraws::new(model, params, self.members.clone()))
     }
 }
 
@@ -138,8 +119,9 @@ mod tests {
     use crate::adapter::{Init, Role};
     use crate::data::encode::Encoded;
     use crate::data::task::Label;
+    use crate::metrics::softmax;
     use crate::noise::Noise;
-    use crate::predict::posterior_scores;
+    use crate::predict::{logits, posterior_scores};
 
     /// Predicts the logits `(id * w, draw)`, with the draw of a training pass and -1 in other passes.
     struct Scaled(Tensor);

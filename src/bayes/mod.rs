@@ -4,13 +4,13 @@
 mod eigen;
 mod ensemble;
 pub mod laplace;
-mod replaced;
+mod parameter_draws;
 mod temperature;
 pub mod tfb;
 
 pub use crate::metrics::{auroc, entropy, uncertainty, Uncertainty};
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Linearised, Scope, Taps};
-pub use replaced::Replaced;
+pub use parameter_draws::ParameterDraws;
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
 pub use tfb::Tfb;

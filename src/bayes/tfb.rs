@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::eigen::Eigen;
-use super::replaced::Replaced;
+use super::parameter_draws::ParameterDraws;
 use crate::adapter::{AdaptableModel, Params, Pass};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
@@ -146,7 +146,7 @@ impl Tfb {
         draws: usize,
     ) -> Result<Vec<Vec<f64>>> {
         let drawn = (0..draws as u64).map(|draw| self.draw(sigma, draw)).collect::<Result<Vec<_>>>()?;
-        posterior_probabilities(&Replaced::new(model, params, drawn), batches, draws)
+        posterior_probabilities(&ParameterDraws::new(model, params, drawn), batches, draws)
     }
 
     /// Finds the largest sigma whose loss on the anchor rows is close enough to the loss without noise, by

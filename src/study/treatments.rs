@@ -10,7 +10,9 @@ use super::rows::CellRows;
 use super::tfb;
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{auroc, entropy, uncertainty, Ensemble, McDropout, Replaced, Temperature, Uncertainty};
+use crate::bayes::{
+    auroc, entropy, uncertainty, Ensemble, McDropout, ParameterDraws, Temperature, Uncertainty,
+};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::split::{self, Draw};
@@ -48,10 +50,10 @@ pub(super) struct TrainedModel<'a> {
 
 impl TrainedModel<'_> {
     /// The model with IVON's draws as its posterior draws; `None` without IVON.
-    fn replaced(&self) -> Result<Option<Replaced<'_>>> {
+    fn parameter_draws(&self) -> Result<Option<ParameterDraws<'_>>> {
         let Some(ivon) = &self.ivon else { return Ok(None) };
         let draws = (0..self.draws as u64).map(|draw| ivon.draw(draw)).collect::<Result<_>>()?;
-        Ok(Some(Replaced::new(&self.classifier, &self.classifier.params, draws)))
+        Ok(Some(ParameterDraws::new(&self.classifier, &self.classifier.params, draws)))
     }
 }
 
@@ -111,7 +113,7 @@ pub(super) fn measure(
         arms.add_tempered("temperature", &fitted, &truth, &mean.logits)?;
     }
     if recipe.has_posterior() {
-        let replaced = trained.replaced()?;
+        let replaced = trained.parameter_draws()?;
         let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
         let draws = |rows: &[Batch]| posterior_draws(model, rows, trained.draws);
         let name = format!("{} draws", trained.draws);

@@ -13,19 +13,19 @@ use crate::predict::Predictor;
 /// parameters.
 ///
 /// The model's parameters are restored after every batch, also on error.
-pub struct Replaced<'a> {
+pub struct ParameterDraws<'a> {
     model: &'a dyn Predictor,
     params: &'a Params,
     draws: Vec<BTreeMap<String, Tensor>>,
 }
 
-impl std::fmt::Debug for Replaced<'_> {
+impl std::fmt::Debug for ParameterDraws<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Replaced").field("draws", &self.draws.len()).finish_non_exhaustive()
+        f.debug_struct("ParameterDraws").field("draws", &self.draws.len()).finish_non_exhaustive()
     }
 }
 
-impl<'a> Replaced<'a> {
+impl<'a> ParameterDraws<'a> {
     /// Combines `model`, whose parameters are `params`, with draws of some or all of them. Unmerge merged
     /// layers first: they do not read their adapters' parameters.
     pub fn new(model: &'a dyn Predictor, params: &'a Params, draws: Vec<BTreeMap<String, Tensor>>) -> Self {
@@ -46,7 +46,7 @@ impl<'a> Replaced<'a> {
     }
 }
 
-impl Predictor for Replaced<'_> {
+impl Predictor for ParameterDraws<'_> {
     fn predict(&self, batch: &Batch, cx: &Context) -> candle_core::Result<Tensor> {
         match cx.pass {
             Pass::Posterior { draw } => Ok(self.at(draw, batch, cx)?),
