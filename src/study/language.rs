@@ -9,6 +9,7 @@ use super::evaluated::{EvaluatedTask, TaskArms};
 use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
+use super::treatment;
 use crate::adapter::{Params, Role};
 use crate::data::batch::Batcher;
 use crate::data::causal::{PromptEncoder, Tokens};
@@ -104,13 +105,14 @@ impl LanguageTrial<'_> {
     }
 
     fn measure(&self, mut arms: TaskArms, recipe: &Recipe, held_out: &[Prompted]) -> Result<()> {
-        arms.add("mean", self.tasks, PosteriorWeights::Mean)?;
+        arms.add(treatment::MEAN, self.tasks, PosteriorWeights::Mean)?;
         // IVON's draws are whole parameters, which are not substituted into the model here.
         if recipe.has_posterior() && recipe.ivon.is_none() && self.draws > 0 {
-            arms.add(&format!("{} draws", self.draws), self.tasks, PosteriorWeights::Average(self.draws))?;
+            let name = treatment::draws(self.draws);
+            arms.add(&name, self.tasks, PosteriorWeights::Average(self.draws))?;
         }
         if !held_out.is_empty() {
-            arms.add_temperature("temperature", self.tasks, held_out)?;
+            arms.add_temperature(treatment::TEMPERATURE, self.tasks, held_out)?;
         }
         Ok(())
     }

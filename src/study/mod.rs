@@ -18,6 +18,7 @@ pub mod stats;
 mod store;
 mod tfb;
 mod training;
+mod treatment;
 mod treatments;
 mod trial;
 

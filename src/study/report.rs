@@ -24,10 +24,11 @@ use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::plan::Plan;
 use super::rows::CellRows;
 use super::store::{read_cells, read_rows, settings_path};
+use super::treatment::MEAN;
 use crate::error::{Error, Result};
 use crate::metrics::median;
 use crate::util::files;
-use arm::{baseline, name, number, tested, Arm, MEAN};
+use arm::{baseline, name, number, tested, Arm};
 use figures::{rows, ArmFigures, FIGURES};
 
 /// Writes the report of the results in the folder `results` into the folder `out`. The same results give the

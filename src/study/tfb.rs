@@ -1,5 +1,6 @@
 //! Training-free Bayesianisation of a cell's LoRA, with two ways to choose the noise.
 
+use super::treatment;
 use crate::adapter::Pass;
 use crate::bayes::tfb::{self, Search, Tfb};
 use crate::data::batch::Batch;
@@ -27,5 +28,5 @@ pub(super) fn arms(
     let tolerated = family.tolerated(model, params, (held_out.0, &own), tolerance, &search)?;
     let best = family.best(model, params, held_out, &search)?;
     let at = |sigma| family.probabilities(model, params, dev, sigma, draws);
-    Ok([("tfb", at(tolerated)?), ("tfb held-out", at(best)?)])
+    Ok([(treatment::TFB, at(tolerated)?), (treatment::TFB_HELD_OUT, at(best)?)])
 }

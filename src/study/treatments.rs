@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::cell::{Bin, CellResult};
 use super::recipe::Recipe;
 use super::rows::CellRows;
-use super::tfb;
+use super::{tfb, treatment};
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
 use crate::bayes::{
@@ -59,18 +59,23 @@ impl TrainedModel<'_> {
 
 /// The arms that [`measure`] fills in for a classification task, which a plan may name.
 pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
-    let mut arms = vec!["mean".to_string()];
+    let mut arms = vec![treatment::MEAN.to_string()];
     if recipe.has_posterior() {
-        arms.push(format!("{draws} draws"));
+        arms.push(treatment::draws(draws));
     }
     if recipe.held_out > 0.0 {
-        arms.push("temperature".to_string());
-        arms.extend(recipe.has_posterior().then(|| format!("{draws} draws, temperature")));
+        arms.push(treatment::TEMPERATURE.to_string());
+        arms.extend(recipe.has_posterior().then(|| treatment::tempered_draws(draws)));
     }
     let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
         (false, _) => &[],
-        (true, true) => &["tfb", "tfb held-out"],
-        (true, false) => &["mc dropout", "checkpoints", "last-layer laplace", "laplace"],
+        (true, true) => &[treatment::TFB, treatment::TFB_HELD_OUT],
+        (true, false) => &[
+            treatment::MC_DROPOUT,
+            treatment::CHECKPOINTS,
+            treatment::LAST_LAYER_LAPLACE,
+            treatment::LAPLACE,
+        ],
     };
     arms.extend(of_lora.iter().map(ToString::to_string));
     arms
@@ -87,7 +92,7 @@ pub(super) fn measure(
     let dev = batches(classifier, trained.dev, BATCH)?;
     let mean = Predictions::new(classifier, trained.dev, &dev, 0)?;
     if classifier.is_regression() {
-        result.arms.insert("mean".to_string(), mean.evaluate().map_err(not_finite)?.mean);
+        result.arms.insert(treatment::MEAN.to_string(), mean.evaluate().map_err(not_finite)?.mean);
         return Ok(());
     }
     let labels = classes(trained.dev)?;
@@ -98,7 +103,7 @@ pub(super) fn measure(
         rows => batches(classifier, rows, BATCH)?,
     };
     let mut arms = ClassifierArms { labels: &labels, result, rows };
-    arms.add("mean", &mean.mean)?;
+    arms.add(treatment::MEAN, &mean.mean)?;
     let others = logits(classifier, &foreign, &Pass::Mean.into())?;
     let others: Vec<Vec<f64>> = others.iter().map(|row| softmax(row)).collect();
     let entropies = |rows: &[Vec<f64>]| -> Vec<f64> { rows.iter().map(|row| entropy(row)).collect() };
@@ -110,17 +115,17 @@ pub(super) fn measure(
     let truth = classes(trained.held_out)?;
     if !held_out.is_empty() {
         let fitted = logits(classifier, &held_out, &Pass::Mean.into())?;
-        arms.add_tempered("temperature", &fitted, &truth, &mean.logits)?;
+        arms.add_tempered(treatment::TEMPERATURE, &fitted, &truth, &mean.logits)?;
     }
     if recipe.has_posterior() {
         let replaced = trained.parameter_draws()?;
         let model = replaced.as_ref().map_or(classifier as &dyn Predictor, |replaced| replaced);
         let draws = |rows: &[Batch]| posterior_draws(model, rows, trained.draws);
-        let name = format!("{} draws", trained.draws);
+        let name = treatment::draws(trained.draws);
         let average = arms.add_draws(&name, draws(&dev)?, draws(&foreign)?)?;
         if !held_out.is_empty() {
             let fitted = posterior_probabilities(model, &held_out, trained.draws)?;
-            let name = format!("{name}, temperature");
+            let name = treatment::tempered_draws(trained.draws);
             arms.add_tempered(&name, &logarithms(&fitted), &truth, &logarithms(&average))?;
         }
     }
@@ -152,12 +157,12 @@ fn of_trained_lora(
             .try_for_each(|(arm, rows)| arms.add(arm, rows));
     }
     let dropped = |rows: &[Batch]| posterior_draws(&McDropout(classifier), rows, trained.draws);
-    arms.add_draws("mc dropout", dropped(dev)?, dropped(foreign)?)?;
+    arms.add_draws(treatment::MC_DROPOUT, dropped(dev)?, dropped(foreign)?)?;
     let mut ensemble = Ensemble::new();
     trained.members.into_iter().for_each(|member| ensemble.push_snapshot(member));
     if !ensemble.is_empty() {
         let members = |rows: &[Batch]| ensemble.draws(classifier, &classifier.params, rows);
-        arms.add_draws("checkpoints", members(dev)?, members(foreign)?)?;
+        arms.add_draws(treatment::CHECKPOINTS, members(dev)?, members(foreign)?)?;
     }
     let train = batches(classifier, &curvature_first(trained.train, trained.noise), BATCH)?;
     // With merged adapters, a backward pass stops at the head.
@@ -165,12 +170,12 @@ fn of_trained_lora(
     let scope = Scope::LastLayer(LastLayer::of_head(&trained.classifier.params)?);
     let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
     merge::unmerge(trained.classifier.model.as_mut())?;
-    arms.add("last-layer laplace", &predicted?)?;
+    arms.add(treatment::LAST_LAYER_LAPLACE, &predicted?)?;
     let taps = Taps::install(trained.classifier.model.as_mut())?;
     let scope = Scope::Adapters(taps.clone());
     let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
     taps.remove(trained.classifier.model.as_mut())?;
-    arms.add("laplace", &predicted?)
+    arms.add(treatment::LAPLACE, &predicted?)
 }
 
 /// All rows, beginning with those that a Laplace approximation reads; it scales their curvature up to all

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 pub(super) use super::super::cell::Arm;
 use super::super::cell::{CellKey, CellResult};
+use super::super::treatment::MEAN;
 
 /// The method whose mean prediction is tested against the others: the one of this name; otherwise the first
 /// of this name with options; otherwise the first whose name begins with it.
@@ -11,9 +12,6 @@ const TESTED: &str = "monteclora";
 /// The main method that it is tested against, to which costs are relative: the one of this name, otherwise
 /// the first of this name with options.
 pub(super) const BASELINE: &str = "lora";
-
-/// The arm that every method has: the prediction of the parameters, or of the posterior's mean.
-pub(super) const MEAN: &str = "mean";
 
 /// The arms of each task. Every method has at least [`MEAN`], also without a finished cell.
 pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {

@@ -4,26 +4,34 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::super::cell::CellResult;
-use super::arm::{arms, name, number, Arm, BASELINE, MEAN};
+use super::super::treatment::{self, MEAN};
+use super::arm::{arms, name, number, Arm, BASELINE};
 use super::pairs::{differences, signed_rank_test, Pairs, ECE, NLL};
 use crate::metrics::median;
 
 /// The ways to predict with the baseline, in the order of the table.
-const TREATMENTS: [&str; 6] =
-    ["mean", "temperature", "last-layer laplace", "laplace", "mc dropout", "checkpoints"];
+const TREATMENTS: [&str; 6] = [
+    MEAN,
+    treatment::TEMPERATURE,
+    treatment::LAST_LAYER_LAPLACE,
+    treatment::LAPLACE,
+    treatment::MC_DROPOUT,
+    treatment::CHECKPOINTS,
+];
 
 /// The section about calibration, over the settings that are done in both arms of each row; empty if there
 /// are no draws.
 pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
     let drawn = arms(cells).into_iter().map(|(_, arm)| arm);
-    let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws")) else {
+    let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && treatment::is_draws(&arm.1)) else {
         return String::new();
     };
     let mut others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string())).to_vec();
     // Arms fitted on held-out rows belong to another recipe: the baseline trained on fewer rows.
     let held_out = |arm: &Arm| {
-        let fitted = ["temperature", "tfb", "tfb held-out"].contains(&arm.1.as_str());
-        fitted && arm.0.split(':').next() == Some(BASELINE) && arm.0 != baseline.0
+        treatment::is_fitted_held_out(&arm.1)
+            && arm.0.split(':').next() == Some(BASELINE)
+            && arm.0 != baseline.0
     };
     let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
     others.splice(1..1, of_others);

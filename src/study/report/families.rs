@@ -8,7 +8,8 @@ use super::super::paired::{PairedRows, RowScore};
 use super::super::plan::{arm, Comparison};
 use super::super::rows::CellRows;
 use super::super::stats::{holm, TwoLevel};
-use super::arm::{arms, name, number, Arm, MEAN};
+use super::super::treatment::{self, MEAN};
+use super::arm::{arms, name, number, Arm};
 use crate::error::Result;
 
 /// A test of a family.
@@ -129,7 +130,7 @@ pub(super) fn without_a_plan(
     baseline: &str,
 ) -> Vec<(String, Vec<Comparison>)> {
     let all: Vec<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
-    let draws = all.iter().find(|arm| arm.0 == tested.0 && arm.1.ends_with(" draws"));
+    let draws = all.iter().find(|arm| arm.0 == tested.0 && treatment::is_draws(&arm.1));
     let own = draws.unwrap_or(tested);
     let of_baseline = |arm: &&Arm| {
         let held_out = arm.0 != baseline && arm.0.contains("held-out") && arm.1 != MEAN;
