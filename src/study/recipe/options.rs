@@ -199,8 +199,7 @@ impl Options {
                     _ => return Err("expected exact, exponential or logistic-normal".to_string()),
                 }
             }
-            // Unreachable: `key` is in `OPTIONS`.
-            _ => {}
+            other => return Err(format!("`{other}` is listed, but sets nothing")),
         }
         Ok(())
     }
