@@ -230,7 +230,7 @@ impl MethodHooks {
         match &self.kind {
             Kind::None | Kind::Prior { .. } | Kind::Walk(_) => Ok(()),
             Kind::Divergence { config, cycle } => {
-                let reason = "BLoB's weights ask for the number of training rows: tell_rows";
+                let reason = "BLoB's KL term needs the number of training rows: call tell_rows first";
                 let m = (*locked(cycle)?).ok_or_else(|| Error::config("rows", reason))?;
                 // Linear with 6 % warm-up, as in the authors' scripts.
                 let warmup = (0.06 * total as f64).ceil() as usize;

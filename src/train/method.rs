@@ -303,7 +303,7 @@ impl Method {
             Self::Full | Self::Prompt(_) => return Ok(()),
             Self::Lora(config) => return inject::lora(model, &targets, config, params).map(drop),
             Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
-                return Err(Error::config("prior", "LoRA-FA has none here"));
+                return Err(Error::config("prior", "LoRA-FA does not support a prior"));
             }
             Self::LoraFa(config) => return inject::lora_fa(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => return inject::monteclora(model, &targets, config, params).map(drop),
@@ -311,7 +311,10 @@ impl Method {
                 return inject::monteclora_released(model, &targets, config, params).map(drop);
             }
             Self::Dora(LoraConfig { prior: Some(_), .. }) => {
-                return Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"));
+                return Err(Error::config(
+                    "prior",
+                    "DoRA does not support a prior: the magnitude is not in B A",
+                ));
             }
             Self::Dora(config) => (config.rank, config.alpha),
             Self::AdaLora(config) => (config.init_rank, config.alpha),
