@@ -172,10 +172,10 @@ fn run(processes: &Processes) -> Outcome {
     args.train.tell_unread(&given, &methods, args.output.is_some());
     if args.tables.train.is_none() {
         let of_tables = ["dev_share", "text_column", "text_pair_column", "label_column", "problem_type"];
-        given.without_effect(&of_tables, "it is of a table of one's own (--train)");
+        given.without_effect(&of_tables, "it only applies to your own table (--train)");
     }
     if args.tables.dev.is_some() {
-        given.without_effect(&["dev_share"], "--dev has the rows that are measured");
+        given.without_effect(&["dev_share"], "--dev gives the rows to evaluate");
     }
     if !args.method.has_posterior(&methods)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
@@ -312,7 +312,9 @@ fn tell_cut(name: &str, rows: &[Encoded], length: usize) {
     let full = rows.iter().filter(|row| row.ids.len() >= length).count();
     if full > 0 {
         let total = rows.len();
-        tell_err!("--max-length {length}: {full} of {total} {name} rows fill it, and what is longer was cut");
+        tell_err!(
+            "--max-length {length}: {full} of {total} {name} rows have this length or were truncated to it"
+        );
     }
 }
 

@@ -168,7 +168,7 @@ fn run(processes: &Processes) -> Outcome {
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
     if eos.is_none() {
-        tell_err!("{model}: it names no end token: answers are learnt without an end");
+        tell_err!("{model}: it names no end token: the model does not learn where answers end");
     }
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
@@ -177,11 +177,11 @@ fn run(processes: &Processes) -> Outcome {
 
     let methods = args.method.names()?;
     if args.gguf.gguf.is_some() && methods.len() > 1 {
-        return Err("--gguf: one file is for one --method".into());
+        return Err("--gguf: one file holds one adapter: give a single --method".into());
     }
     args.method.tell_unread(&given, &methods);
     args.train.tell_unread(&given, &methods, args.output.is_some());
-    given.without_effect(&["head_lr_ratio"], "a language model's head is its base's");
+    given.without_effect(&["head_lr_ratio"], "the head of a language model is part of its base");
     args.task.tell_unread(&given);
     args.generation.tell_asked(&files)?;
     if !args.method.has_posterior(&methods)? {
@@ -248,7 +248,7 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
             return Err(format!("--max-length {}: {lost}: give a larger one", args.max_length).into());
         }
         if rows.cut + rows.dropped > 0 {
-            let lost = format!("{} {name} rows lost their end, {} were left out", rows.cut, rows.dropped);
+            let lost = format!("{} {name} rows were truncated, {} were left out", rows.cut, rows.dropped);
             tell!("--max-length {}: {lost}", args.max_length);
         }
     }

@@ -137,7 +137,7 @@ impl Args {
         } else {
             let own =
                 ["train_format", "by_name", "max_new_tokens", "temperature", "dtype", "checkpoint_layers"];
-            given.without_effect(&own, "it is of a language model's study (--train)");
+            given.without_effect(&own, "it only applies to a study of a language model (--train)");
             BenchmarkOptions::tell_unread(given, &[]);
         }
     }
@@ -148,8 +148,9 @@ impl Args {
     }
 
     fn glue_tasks(&self) -> Outcome<Vec<Task>> {
-        let task =
-            |name: &String| name.parse::<Task>().map_err(|e| format!("{e}; of a language model say --train"));
+        let task = |name: &String| {
+            name.parse::<Task>().map_err(|e| format!("{e}; for a language model, give --train"))
+        };
         Ok(self.tasks.iter().map(task).collect::<Result<_, _>>()?)
     }
 
@@ -188,7 +189,7 @@ fn run(processes: &Processes) -> Outcome {
         }
         let shard = processes.share(args.shard()?);
         if args.pack && !shard.is_whole() {
-            return Err("--pack: others may run the study: pack it with --report-only afterwards".into());
+            return Err("--pack: other processes may still run cells: use --report-only afterwards".into());
         }
         args.shard = Some(shard);
         args.device = processes.device_name(&args.device);
@@ -216,7 +217,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     let cells = match &plan {
         Some((plan, _)) if plan.model != short_name(&model) => {
             return Err(
-                format!("--plan: it is of the model {}, not {}", plan.model, short_name(&model)).into()
+                format!("--plan: expected the model {}, got {}", plan.model, short_name(&model)).into()
             );
         }
         Some((plan, _)) => plan.cells()?,
@@ -231,7 +232,7 @@ fn run_cells(args: &Args, plan: Option<(Plan, String)>) -> Outcome {
     }
     let elsewhere = recipes.iter().any(|recipe| recipe.adapter.is_some());
     if elsewhere && args.tasks.len() > 1 && !args.is_language() {
-        return Err("--methods: an adapter made elsewhere is of one task: give one in --tasks".into());
+        return Err("--methods: a given adapter is for one task: give a single one in --tasks".into());
     }
     let virtual_tokens = recipes.iter().map(|recipe| recipe.method.virtual_tokens()).max().unwrap_or(0);
     let mut settings = settings(args, &model, plan.as_ref())?;

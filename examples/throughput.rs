@@ -91,7 +91,7 @@ fn run(processes: &Processes) -> Outcome {
     };
     if processes.world() > 1 {
         return Err(
-            "--config: a step is timed in one process; of several, --all-reduce times what they add".into()
+            "--config: steps are timed in one process; for several, --all-reduce times their sums".into()
         );
     }
     let names: Vec<&str> = args.method.split(',').map(str::trim).collect();

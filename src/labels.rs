@@ -35,7 +35,7 @@ impl Labels {
     pub fn new<N: Into<String>>(names: impl IntoIterator<Item = N>) -> Result<Self> {
         let names: Vec<String> = names.into_iter().map(Into::into).collect();
         if names.is_empty() {
-            return Err(Error::config("labels", "expected the name of one class at least"));
+            return Err(Error::config("labels", "expected the name of at least one class"));
         }
         let mut seen = BTreeMap::new();
         for (class, name) in names.iter().enumerate() {

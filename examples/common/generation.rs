@@ -62,7 +62,7 @@ impl GenerationOptions {
         let asked = settings["repetition_penalty"].as_f64();
         if let Some(asked) = asked.filter(|asked| *asked != self.repetition_penalty) {
             let (name, applied) = (path.display(), self.repetition_penalty);
-            tell_err!("{name} asks for --repetition-penalty {asked}, which is {applied} here");
+            tell_err!("{name} recommends --repetition-penalty {asked}, this run uses {applied}");
         }
         Ok(())
     }

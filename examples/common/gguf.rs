@@ -47,7 +47,7 @@ impl Trained<'_> {
 /// completely or not at all, and it may belong to somebody else, so it is never overwritten.
 pub fn stays(path: &Path, there: bool) -> bool {
     if there {
-        tell!("{}: it is there already and stays as it is", path.display());
+        tell!("{}: it exists already and is kept", path.display());
     }
     there
 }

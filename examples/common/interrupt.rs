@@ -25,7 +25,7 @@ pub fn listen() -> Outcome {
                 // Without running destructors, whose data another thread may still use.
                 signal_hook::low_level::exit(128 + number);
             }
-            tell_err!("stopping as soon as nothing is lost by it; once more to stop at once");
+            tell_err!("stopping at the next safe point; signal again to stop immediately");
         }
     });
     Ok(())

@@ -93,7 +93,7 @@ impl LanguageData {
     ) -> Outcome<Self> {
         let (path, data) = match (&options.train, data) {
             (Some(path), Some(data)) => (path.clone(), data.to_path_buf()),
-            (Some(_), None) => return Err("--train: say where the tasks are by --data".into()),
+            (Some(_), None) => return Err("--train: give the folder of the tasks by --data".into()),
             (None, _) => {
                 let dir = PathBuf::from(asset(BUNDLED)?);
                 (dir.join("train.jsonl"), dir.parent().unwrap_or(Path::new(".")).to_path_buf())
@@ -116,7 +116,7 @@ impl LanguageData {
         let encoded = encoder.encode(&rows)?;
         if encoded.cut + encoded.dropped > 0 {
             let lost =
-                format!("{} training rows lost their end, {} were left out", encoded.cut, encoded.dropped);
+                format!("{} training rows were truncated, {} were left out", encoded.cut, encoded.dropped);
             tell!("--max-length {length}: {lost}");
         }
         let checksum = train::fingerprint(encoded.rows.iter().flat_map(Tokens::numbers));

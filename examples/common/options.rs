@@ -112,7 +112,7 @@ impl MethodOptions {
         };
         Ok(match (&self.method, of_file) {
             (Some(method), Some(name)) if method != name => {
-                return Err(format!("--method {method}: the --adapter is one of {name}").into());
+                return Err(format!("--method {method}: the method of --adapter is {name}").into());
             }
             (_, Some(name)) => vec![name.to_string()],
             (Some(method), None) => vec![method.clone()],
@@ -149,9 +149,13 @@ impl MethodOptions {
     /// Warns about given options that none of the methods with these names reads.
     pub fn tell_unread(&self, given: &Given, names: &[String]) {
         if self.post_hoc {
-            given.without_effect(&["loraplus_ratio", "head_lr_ratio"], "post hoc B and the head stay");
+            given.without_effect(
+                &["loraplus_ratio", "head_lr_ratio"],
+                "with --post-hoc, B and the head are fixed",
+            );
         }
-        let of_file = self.adapter.as_ref().map(|dir| format!("it is that of --adapter {}", dir.display()));
+        let of_file =
+            self.adapter.as_ref().map(|dir| format!("its value comes from --adapter {}", dir.display()));
         for (option, methods) in READ_BY {
             let methods = methods.concat();
             // With --post-hoc, only the posterior's own options are read; the rest comes from the adapter.
@@ -159,7 +163,7 @@ impl MethodOptions {
             match &of_file {
                 Some(why) if !(self.post_hoc && posterior) => given.without_effect(&[option], why),
                 _ if !names.iter().any(|name| methods.contains(&name.as_str())) => {
-                    given.without_effect(&[option], &format!("it is read by {}", methods.join(", ")));
+                    given.without_effect(&[option], &format!("it only applies to {}", methods.join(", ")));
                 }
                 _ => {}
             }
@@ -243,7 +247,7 @@ impl MethodOptions {
 pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
     match (source.canonicalize(), target.canonicalize()) {
         (Ok(source), Ok(target)) if source == target => {
-            let why = "the run would write over what it starts from: give another --output";
+            let why = "the run would overwrite the folder that it starts from: give another --output";
             Err(format!("{option} {}: {why}", source.display()).into())
         }
         _ => Ok(()),
@@ -257,8 +261,8 @@ pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> 
     if max_length <= room || max_length > longest {
         return max_length;
     }
-    let beside = format!("beside {virtual_tokens} virtual tokens of the model's {longest}");
-    tell!("--max-length {max_length}: {room}, {beside}");
+    let beside = format!("{virtual_tokens} of the model's {longest} positions are virtual tokens");
+    tell!("--max-length {max_length}: reduced to {room}, as {beside}");
     room
 }
 
@@ -349,7 +353,10 @@ impl TrainOptions {
     pub fn tell_unread(&self, given: &Given, names: &[String], output: bool) {
         let read = |methods: &[&str]| names.iter().any(|name| methods.contains(&name.as_str()));
         if self.ivon {
-            given.without_effect(&["weight_decay", "clip"], "it is AdamW's, and --ivon has its own");
+            given.without_effect(
+                &["weight_decay", "clip"],
+                "it only applies to AdamW, and --ivon has its own",
+            );
         }
         if !(read(LOW_RANK) || read(&["bottleneck"])) {
             given.without_effect(&["loraplus_ratio"], "the method has no B");
@@ -407,7 +414,7 @@ impl TrainOptions {
     pub fn writes(&self, start: &MethodInit, out: Option<&Path>) -> Outcome<bool> {
         match out.map(|dir| dir.join("checkpoints")).filter(|dir| files::has_entries(dir)) {
             Some(checkpoints) if self.epochs == 0 => {
-                let reason = "only measures, and this run was trained: give another --output";
+                let reason = "only measures, but this folder holds a trained run: give another --output";
                 Err(format!("--epochs 0 {reason} ({})", checkpoints.display()).into())
             }
             _ => Ok(self.epochs > 0 || !matches!(start, MethodInit::Fresh(..))),

@@ -81,7 +81,7 @@ impl Processes {
     pub fn devices(&self, text: &str) -> Outcome<Vec<Device>> {
         if text.contains(',') && self.world() > 1 {
             return Err(format!(
-                "--device {text}: several devices are for one process, not for {}",
+                "--device {text}: expected one device for each of {} processes, got several",
                 self.world()
             )
             .into());

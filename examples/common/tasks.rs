@@ -103,11 +103,11 @@ impl BenchmarkOptions {
     /// Warns about given options that none of these tasks reads.
     pub fn tell_unread(given: &Given, tasks: &[&str]) {
         if !tasks.contains(&"choice") {
-            given.without_effect(&["normalize"], "it is of the task choice");
+            given.without_effect(&["normalize"], "it only applies to the task choice");
         }
         if !tasks.contains(&"humaneval") {
             let own = ["pass_at", "samples", "run_generated_programs", "python", "extract_code"];
-            given.without_effect(&own, "it is of the task humaneval");
+            given.without_effect(&own, "it only applies to the task humaneval");
         }
     }
 
@@ -134,7 +134,7 @@ impl BenchmarkOptions {
             },
             "humaneval" => {
                 return Err(
-                    "the task humaneval runs programs that the model wrote: say --run-generated-programs"
+                    "humaneval runs programs that the model wrote: allow it by --run-generated-programs"
                         .into(),
                 )
             }

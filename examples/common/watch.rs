@@ -50,13 +50,13 @@ impl Observer for Watch<'_> {
             interrupt::check(done)?;
         }
         if let Some(path) = self.at_end.iter().find(|path| done < total_steps && is_there(path)) {
-            let reason = format!("it is of before {} more steps: move it away", total_steps - done);
+            let reason = format!("it is older than the {} steps to do: move it away", total_steps - done);
             return Err(Error::format(path, reason));
         }
         self.bar.set_length(total_steps as u64);
         self.bar.set_position(done as u64);
         if done > 0 {
-            say(&self.bar, &format!("{}: goes on after step {done}", self.bar.prefix()));
+            say(&self.bar, &format!("{}: resuming after step {done}", self.bar.prefix()));
         }
         self.log(|log| {
             log.remove_stale()?;

@@ -182,7 +182,7 @@ impl AdaptableLinear {
     pub(crate) fn merged_weight(&self, weight: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
         if matches!(pass, Pass::Train { .. }) {
             let reason =
-                format!("{pass:?} drops inputs, which no weight does: merge the mean or a posterior draw");
+                format!("{pass:?} drops inputs, which no weight can do: merge the mean or a posterior draw");
             return Err(Error::config("pass", reason));
         }
         let Some((name, adapter)) = self.active() else { return Ok(None) };
@@ -191,7 +191,8 @@ impl AdaptableLinear {
         let there = weight.to_device(self.base.device())?;
         let base = Linear::new(there, self.base.bias().cloned()).into();
         let Some(delta) = adapter.delta(&base, &pass.into())? else {
-            let reason = format!("adapter {name:?} is no change of its weight and cannot be merged");
+            let reason =
+                format!("adapter {name:?} cannot be merged: its effect is not a change of the weight");
             return Err(Error::tensor(key, reason));
         };
         let delta = delta.detach().to_device(weight.device())?;
@@ -245,7 +246,7 @@ impl AdaptableLinear {
     pub fn forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
         let output = match (&self.merged, self.active()) {
             (Some(_), _) if cx.pass != Pass::Mean => {
-                let reason = format!("{} is merged and knows its mean alone: unmerge it first", self.path);
+                let reason = format!("{} is merged and only computes the mean: unmerge it first", self.path);
                 return Err(Error::config("pass", format!("{:?}: {reason}", cx.pass)).into());
             }
             (Some(merged), _) => ops::linear(xs, merged.weight(), merged.bias(), cx.path)?,

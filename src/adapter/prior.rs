@@ -186,7 +186,7 @@ fn update(pairs: &[&LowRank], variances: Option<&Tensor>, std: f64) -> Result<Te
 }
 
 pub(super) fn started(start: Option<&PriorStart>) -> Result<&PriorStart> {
-    start.ok_or_else(|| Error::config("prior", "it is about the start of training, which was not told"))
+    start.ok_or_else(|| Error::config("prior", "it needs the values at the start: give a PriorStart"))
 }
 
 /// The values at the start of training, from which a prior measures distances.
@@ -225,6 +225,6 @@ impl PriorStart {
 
     pub(super) fn of(&self, pair: &LowRank) -> Result<&Tensor> {
         let start = self.a.get(&pair.a().id());
-        start.ok_or_else(|| Error::config("prior", "the start of a layer's A was not told"))
+        start.ok_or_else(|| Error::config("prior", "the values at the start of training lack a layer's A"))
     }
 }

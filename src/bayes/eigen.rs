@@ -26,7 +26,7 @@ impl Eigen {
     pub fn new(name: &str, matrix: &Tensor) -> Result<Self> {
         let mut rows = matrix.to_vec2::<f64>()?;
         if rows.iter().flatten().any(|v| !v.is_finite()) {
-            return Err(Error::tensor(name, "its products, which are to be decomposed, are not finite"));
+            return Err(Error::tensor(name, "the matrix to decompose holds NaN or infinity"));
         }
         let n = rows.len();
         let (mut diagonal, mut beside, mut vectors) = tridiagonal(&mut rows);

@@ -35,7 +35,7 @@ impl<'a> ParameterDraws<'a> {
     fn at(&self, draw: u64, batch: &Batch, cx: &Context) -> Result<Tensor> {
         let drawn = usize::try_from(draw).ok().and_then(|draw| self.draws.get(draw));
         let drawn = drawn.ok_or_else(|| {
-            let reason = format!("there are {} draws, not one of number {draw}", self.draws.len());
+            let reason = format!("expected less than {}, got {draw}", self.draws.len());
             Error::config("draw", reason)
         })?;
         let before = self.params.snapshot()?;

@@ -42,8 +42,9 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     });
     if !gpt2 {
         let whose = class.map_or_else(|| format!("a {kind} model"), str::to_string);
-        let reason =
-            format!("{whose} cuts a text otherwise than GPT-2, and the files do not say how: {CONVERT}");
+        let reason = format!(
+            "{whose} may split text differently from GPT-2, and these files do not define how: {CONVERT}"
+        );
         return Err(Error::format(vocab, reason));
     }
     let default = |role: &str| {

@@ -58,7 +58,10 @@ pub fn fit_vocabulary(tokenizer: Tokenizer, vocab_size: usize) -> Result<Tokeniz
     if names.is_empty() {
         return Ok(tokenizer);
     }
-    tracing::warn!("the tokenizer's {} are no tokens of the model and are left out", names.join(", "));
+    tracing::warn!(
+        "the tokenizer's tokens {} are not in the model's vocabulary and are left out",
+        names.join(", ")
+    );
     let damaged = |error: String| Error::config("tokenizer", error);
     let text = tokenizer.to_string(false).map_err(|error| damaged(error.to_string()))?;
     let mut json: serde_json::Value =

@@ -20,7 +20,7 @@ pub(super) fn excerpt(text: &str) -> String {
 /// What to say of the bytes of a file that is no text, if its first bytes tell what it is.
 pub(super) fn no_text(bytes: &[u8]) -> Option<&'static str> {
     match bytes {
-        [0x1f, 0x8b, ..] => Some("it is compressed by gzip: give the file that gunzip makes of it"),
+        [0x1f, 0x8b, ..] => Some("it is compressed by gzip: decompress it with gunzip first"),
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("it is UTF-16: save it as UTF-8"),
         [b'P', b'K', 3, 4, ..] => Some("it is a zip or a spreadsheet: save its rows as text in UTF-8"),
         [b'P', b'A', b'R', b'1', ..] => {

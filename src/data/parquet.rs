@@ -195,7 +195,10 @@ impl Allowance {
                 self.left = left;
                 Ok(())
             }
-            None => Err(format!("a file of {} bytes cannot hold so much: it repeats itself", self.file)),
+            None => Err(format!(
+                "a file of {} bytes cannot hold so much: its rows take too much memory",
+                self.file
+            )),
         }
     }
 }

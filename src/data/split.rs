@@ -87,8 +87,10 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
     }
     let count = (strata.len() as f64 * share).round() as usize;
     if share > 0.0 && (count == 0 || count == strata.len()) {
-        let reason =
-            format!("{share} of {} rows is {count}: at least one must be held out, one stay", strata.len());
+        let reason = format!(
+            "{share} of {} rows is {count}: at least one row must be held out, and one must remain",
+            strata.len()
+        );
         return Err(Error::config("held_out", reason));
     }
     let held = stratified(strata, count, noise, Draw::HeldOut);

@@ -59,14 +59,14 @@ pub fn of_model(files: &ModelFiles) -> Result<Tokenizer> {
         (vocab, _) => {
             let (there, lacking) =
                 if vocab.is_some() { ("vocab.json", "merges.txt") } else { ("merges.txt", "vocab.json") };
-            let reason = format!("there is no tokenizer.json, and beside {there} no {lacking}");
+            let reason = format!("there is no tokenizer.json, and {there} without {lacking} is not enough");
             return Err(Error::format(folder, reason));
         }
     }
     for other in ["tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt"] {
         if files.file(other)?.is_some() {
             let convert = byte_bpe::CONVERT;
-            let reason = format!("there is no tokenizer.json, and {other} is not read here: {convert}");
+            let reason = format!("there is no tokenizer.json, and {other} is not supported: {convert}");
             return Err(Error::format(folder, reason));
         }
     }
@@ -368,7 +368,7 @@ mod tests {
             let settings = json!({"tokenizer_class": class}).to_string();
             std::fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
             assert_eq!(of(&dir).is_err(), refused, "{model} {class:?}");
-            assert!(!refused || message().contains("otherwise than GPT-2"), "{}", message());
+            assert!(!refused || message().contains("differently from GPT-2"), "{}", message());
         }
         std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nabc\n").unwrap();
         assert!(message().contains("merges.txt, line 3: expected two pieces"), "{}", message());
@@ -383,7 +383,7 @@ mod tests {
         for name in ["tokenizer.model", "spm.model"] {
             std::fs::write(dir.path().join(name), "").unwrap();
             assert!(
-                message().contains(&format!("{name} is not read here: convert it once")),
+                message().contains(&format!("{name} is not supported: convert it once")),
                 "{}",
                 message()
             );

@@ -84,7 +84,7 @@ impl Benchmark {
         let least = if matches!(self, Self::Code { .. }) { 1 } else { 2 };
         if measured.len() != rows.len() || measured.iter().any(|row| row.len() < least) {
             let reason =
-                format!("expected what was measured of {} rows, got it of {}", rows.len(), measured.len());
+                format!("expected complete results of {} rows, got {} rows", rows.len(), measured.len());
             return Err(Error::config("share", reason));
         }
         self.figures(&measured)

@@ -83,7 +83,7 @@ pub(super) fn scores_with(
     draws: &DrawCache,
 ) -> Result<ChoiceScores> {
     if passes.is_empty() {
-        return Err(Error::config("passes", "there is none to average"));
+        return Err(Error::config("passes", "expected at least one pass, got none"));
     }
     if batch_size == 0 {
         return Err(Error::config("batch_size", "must be at least 1"));
@@ -126,7 +126,7 @@ fn candidates<'a>(encoder: &PromptEncoder, rows: &'a [Prompted]) -> Result<Candi
         let (names, answers) = (choices.names.len(), choices.answers.len());
         if names != answers || choices.correct >= names {
             let reason = format!(
-                "row {}: {names} names, {answers} answers, of which number {} (from 0) is right",
+                "row {}: {names} names, {answers} answers and right answer {} (from 0) do not fit",
                 i + 1,
                 choices.correct
             );

@@ -71,7 +71,8 @@ impl Generator<'_> {
         if (1..=most).contains(&tokens.len()) {
             return Ok(tokens);
         }
-        let reason = format!("that of row {} has {} tokens, expected 1 to {most}", row + 1, tokens.len());
+        let reason =
+            format!("the prompt of row {} has {} tokens, expected 1 to {most}", row + 1, tokens.len());
         Err(Error::config("prompt", reason))
     }
 

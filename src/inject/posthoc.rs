@@ -69,7 +69,8 @@ pub fn posthoc(
 pub(crate) fn check(config: &MonteCLoRAConfig) -> Result<()> {
     let moves = |prior: Prior| matches!(prior.form, PriorForm::ExpectedUpdate { .. });
     if config.prior.is_some_and(|prior| !moves(prior)) {
-        let reason = "post hoc A, B and the head stay: of the priors only expected_update reaches rho";
+        let reason = "A, B and the head are frozen post hoc, and of the priors only expected_update has a \
+                      gradient for rho";
         return Err(Error::config("prior", reason));
     }
     Ok(())

@@ -33,7 +33,7 @@ pub(crate) struct Divergences {
 /// If there is no layer, a tensor is not a contiguous f32 vector on the device of the first one,
 /// or the device fails.
 pub(crate) fn divergences(layers: &[Layer], kl: f64, cooperative: f64) -> Result<Divergences> {
-    let Some(first) = layers.first() else { bail!("the divergences of no layer") };
+    let Some(first) = layers.first() else { bail!("divergences: expected at least one layer, got none") };
     let device = device_of(first.rho)?;
     let sizes = layers.iter().map(|layer| Ok((layer.rho.dims1()?, layer.c.dims1()?)));
     let sizes = sizes.collect::<Result<Vec<_>>>()?;

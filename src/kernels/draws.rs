@@ -57,7 +57,10 @@ impl Size {
         let (rank, width) = layer.mean.dims2()?;
         let (rho, c) = (layer.rho.dims(), layer.c.map(Tensor::dims));
         if rho != [rank] || c.is_some_and(|c| c.len() != 1) || !supports(rank) || width == 0 {
-            bail!("a draw of A {:?}: rho {rho:?}, c {c:?}, and a rank of 1 to {TILE}", [rank, width]);
+            bail!(
+                "draw: A {:?}, rho {rho:?}, c {c:?} do not fit, or the rank is not 1 to {TILE}",
+                [rank, width]
+            );
         }
         count(rank * width)?;
         let tiles = width.div_ceil(TILE_COLUMNS.min(TILE / rank));
@@ -79,7 +82,7 @@ impl Size {
 /// If there is no layer, a tensor is not f32 on the device of the first one, shapes do not fit,
 /// or the device fails.
 pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Tensor>)> {
-    let Some(first) = layers.first() else { bail!("a draw of no layer") };
+    let Some(first) = layers.first() else { bail!("draw: expected at least one layer, got none") };
     let device = device_of(first.mean)?;
     let sizes = layers.iter().map(Size::of).collect::<Result<Vec<_>>>()?;
     let words = sizes.iter().flat_map(Size::room).sum();
@@ -91,7 +94,7 @@ pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Te
             [layer.mean.contiguous()?, layer.rho.contiguous()?, layer.c.unwrap_or(layer.rho).contiguous()?];
         if let Some(other) = dense.iter().find(|tensor| !tensor.device().same_device(first.mean.device())) {
             let (one, other) = (first.mean.device().location(), other.device().location());
-            bail!("layers that draw together on {one:?} and {other:?}");
+            bail!("draw: expected all layers on one device, got {one:?} and {other:?}");
         }
         let out = empty(device, layer.mean.shape(), DType::F32)?;
         let [shares, pi, slopes, norm, tril, rows] = size.room().map(|words| {

@@ -55,7 +55,7 @@ pub(crate) struct Energy {
 pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(Tensor, Energy)> {
     let of_updates = updates.iter().map(|update| &update.a);
     let Some(first) = distances.iter().map(|distance| &distance.at).chain(of_updates).next() else {
-        bail!("the energy of nothing")
+        bail!("energy: expected at least one tensor, got none")
     };
     let device = device_of(first)?.clone();
     let len = distances.iter().map(|distance| distance.at.elem_count()).sum::<usize>()

@@ -55,7 +55,7 @@ pub(crate) fn check(name: &str, config: &LaunchConfig) -> Result<()> {
     if (1..1 << 31).contains(&x) && (1..1 << 16).contains(&y) {
         return Ok(());
     }
-    bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty, or there is too much")
+    bail!("{name}: {x} x {y} blocks, expected 1 to 2^31 - 1 by 1 to 65535: a tensor is empty or too large")
 }
 
 /// A block for each of `rows` rows, but at most 2^20 blocks, for kernels that go through rows in strides.

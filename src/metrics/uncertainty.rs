@@ -65,7 +65,8 @@ pub fn entropy(probabilities: &[f64]) -> f64 {
 /// If either slice is empty, or a score is NaN.
 pub fn auroc(scores_in: &[f64], scores_out: &[f64]) -> Result<f64> {
     if scores_in.is_empty() || scores_out.is_empty() {
-        let reason = format!("{} rows in, {} out: both needed", scores_in.len(), scores_out.len());
+        let reason =
+            format!("expected rows of both kinds, got {} in and {} out", scores_in.len(), scores_out.len());
         return Err(Error::config("scores", reason));
     }
     let out = scores_out.iter().map(|score| (*score, true));

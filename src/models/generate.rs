@@ -75,7 +75,7 @@ impl Default for GenerateConfig {
 impl GenerateConfig {
     fn validate(&self) -> Result<()> {
         if self.weights == PosteriorWeights::Average(0) {
-            return Err(Error::config("weights", "an average wants at least one draw"));
+            return Err(Error::config("weights", "expected at least one draw to average over, got 0"));
         }
         positive("repetition_penalty", self.repetition_penalty)?;
         self.sampling.validate()
@@ -121,7 +121,7 @@ pub fn generate(
         return Ok(vec![Vec::new(); prompts.len()]);
     }
     if longest >= model.max_length() {
-        let reason = format!("{longest} tokens leave no room in the model's {}", model.max_length());
+        let reason = format!("expected fewer than the model's {} tokens, got {longest}", model.max_length());
         return Err(Error::config("prompt", reason));
     }
     run(model, prompts, longest, config, on_token)
@@ -163,7 +163,7 @@ fn run(
             }
             let mut rng = batch.choices[row].rng(step as u64);
             let token = config.sampling.choose(&logits, &mut rng).ok_or_else(|| {
-                let reason = format!("token {} of row {row}: no token has a probability", step + 1);
+                let reason = format!("token {} of row {row}: no token has a positive probability", step + 1);
                 Error::tensor("logits", reason)
             })?;
             next[row] = token;

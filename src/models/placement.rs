@@ -119,14 +119,14 @@ impl Placement {
     /// If there is no device, or they are neither all CUDA devices nor all the same other device.
     pub fn new(devices: &[(Device, usize)]) -> Result<Self> {
         let Some((first, _)) = devices.first() else {
-            return Err(Error::config("device", "a placement has at least one device"));
+            return Err(Error::config("device", "expected at least one device, got none"));
         };
         let fits = |device: &Device| match first {
             Device::Cuda(_) => device.is_cuda(),
             one => device.same_device(one),
         };
         if !devices.iter().all(|(device, _)| fits(device)) {
-            let reason = "layers lie on CUDA devices, or all on the CPU or on one other device";
+            let reason = "expected CUDA devices, or the same other device for all layers";
             return Err(Error::config("device", reason));
         }
         let mut end = 0;

@@ -98,13 +98,16 @@ impl QuantizedSource for AtLoad {
             (_, kind) => kind,
         };
         let Some(kind) = fitting(meant, columns) else {
-            self.tell(format!("matrices with rows of {columns} stay as they are: no block divides them"));
+            self.tell(format!(
+                "matrices with rows of {columns} are not quantised: no block size divides the row length"
+            ));
             return Ok(None);
         };
         if kind != meant {
             let (meant, kind) = (name(meant), name(kind));
             self.tell(format!(
-                "matrices with rows of {columns} become {kind}: no block of {meant} divides them"
+                "matrices with rows of {columns} become {kind}: the block size of {meant} does not divide \
+                 the row length"
             ));
         }
         let dense = self.builder.get_with_hints((rows, columns), wanted.name, wanted.init)?;

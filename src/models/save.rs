@@ -171,7 +171,9 @@ fn merged(model: &dyn AdaptableModel, path: &str, source: &Tensor, pass: &Pass) 
         }
         Ok(())
     })?;
-    merged.ok_or_else(|| Error::tensor(format!("{path}.weight"), "its adapter went away"))
+    merged.ok_or_else(|| {
+        Error::tensor(format!("{path}.weight"), "the adapter of this layer is no longer there")
+    })
 }
 
 /// A copy of a tensor of the source.
@@ -220,8 +222,8 @@ fn plan<'a>(
     })?;
     if let Some(kind) = &kind {
         tracing::warn!(
-            "the adapter was trained on a base in {kind} and is merged into the checkpoint's own numbers: the two \
-             differ by what the base was rounded by"
+            "the adapter was trained on a base in {kind} and is merged into the checkpoint's own weights: \
+             the two bases differ by the quantisation error"
         );
     }
     let views = source.tensors();
@@ -236,13 +238,15 @@ fn plan<'a>(
                 has_head = true;
                 name
             }
-            Role::Prompt => return Err(Error::tensor(name, "virtual tokens are no weight of the model")),
+            Role::Prompt => {
+                return Err(Error::tensor(name, "virtual tokens cannot be merged into a checkpoint"))
+            }
             _ => continue,
         };
         trained.insert(name, param.var.as_detached_tensor());
     }
     if adapted.is_empty() && trained.is_empty() {
-        let reason = "no layer has an active one and no weight was trained: this would copy the checkpoint";
+        let reason = "no layer has an active adapter and no weight was trained: there is nothing to merge";
         return Err(Error::config("adapter", reason));
     }
     let mut entries = BTreeMap::new();
@@ -270,8 +274,8 @@ fn plan<'a>(
             }
             (None, None) => Entry::Source(view),
             _ if kind.is_some() && view.dtype() == Dtype::U8 => {
-                let reason = "the checkpoint has it in 4 bits, into which nothing can be merged: write the adapter, or \
-                              merge it onto the model's full-width checkpoint";
+                let reason = "the checkpoint has it in 4 bits, which cannot be merged into: save the \
+                              adapter, or merge it into the model's unquantised checkpoint";
                 return Err(Error::tensor(name, reason));
             }
             _ => return Err(Error::tensor(name, format!("the checkpoint has shape {:?}", view.shape()))),

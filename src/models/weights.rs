@@ -78,7 +78,8 @@ impl<'a> Weights<'a> {
         }
         if !placement.first().same_device(self.builder.device()) {
             let (first, own) = (placement.first().location(), self.builder.device().location());
-            let reason = format!("it begins on {first:?}, the weights are for {own:?}");
+            let reason =
+                format!("expected the first device to be that of the weights, {own:?}, got {first:?}");
             return Err(Error::config("placement", reason));
         }
         Ok(placement.clone())
@@ -98,8 +99,8 @@ impl<'a> Weights<'a> {
             None => Ok(self.builder),
             Some(_) => {
                 let reason =
-                    "full fine-tuning trains the base's own numbers, which a quantised one has none of: \
-                              take an adapter's method, or load the model without quantising it";
+                    "full fine-tuning cannot train a quantised base: use an adapter method, or load \
+                              the model without quantising it";
                 Err(Error::config("quantize", reason))
             }
         }

@@ -241,7 +241,7 @@ impl MonteCLoRAConfig {
         if self.evidence.is_some_and(|bound| expected || bound.latents) && self.estimator != Estimator::Exact
         {
             let reason =
-                format!("it is no bound under {:?}, whose law is no Dirichlet: Exact only", self.estimator);
+                format!("the bound needs Exact: the draws of {:?} are not Dirichlet draws", self.estimator);
             return Err(Error::config("evidence", reason));
         }
         if self.prior.is_some() && self.evidence.is_some() {
@@ -251,7 +251,7 @@ impl MonteCLoRAConfig {
             ));
         }
         if self.compat == Compat::Peft && (self.prior.is_some() || self.evidence.is_some()) {
-            return Err(Error::config("compat", "PEFT's numbers know neither a prior nor an evidence bound"));
+            return Err(Error::config("compat", "PEFT supports neither a prior nor an evidence bound"));
         }
         if self.compat == Compat::Peft {
             let df_is_rank = self.df.is_none_or(|df| df == self.rank as f64);

@@ -140,7 +140,7 @@ fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
             Ok(format!("{key} {:?} {:?} {:?}", config.mixture, pair.a().dims(), pair.b().dims()))
         }
         None if with_pairs => {
-            Err(Error::config("prior", "a prior and the evidence bound ask for layers, not posteriors alone"))
+            Err(Error::config("prior", "a prior or the evidence bound needs layers with A and B"))
         }
         _ => Ok(key),
     }

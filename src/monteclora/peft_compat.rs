@@ -38,8 +38,8 @@ pub(super) fn check(
     if !as_peft {
         return Err(Error::config(
             "compat",
-            "PEFT's numbers exist for covariance diagonal, estimator logistic_normal, mixture explicit, \
-             mode sampled and df = rank only",
+            "PEFT only supports covariance diagonal, estimator logistic_normal, mixture explicit, mode \
+             sampled and df = rank",
         ));
     }
     Ok(())

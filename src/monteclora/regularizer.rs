@@ -204,7 +204,7 @@ impl Regularizer {
         self.prior.map_or(Ok(()), |prior| prior.validate())?;
         self.evidence.map_or(Ok(()), |evidence| evidence.validate())?;
         if draws.is_none() && layers.iter().any(|l| l.posterior.spec().config.compat == Compat::Peft) {
-            return Err(Error::config("mode", "PEFT's numbers exist for sampled only, got expected"));
+            return Err(Error::config("mode", "PEFT only supports sampled, got expected"));
         }
         #[cfg(feature = "cuda")]
         if let (Some(tape), None, None) = (tape, &draws, &self.evidence) {
@@ -289,7 +289,7 @@ impl Regularizer {
 /// Returns the number of training rows; an error if it was not set.
 pub(crate) fn training_rows(rows: Option<f64>) -> Result<f64> {
     rows.ok_or_else(|| {
-        let reason = "a prior weighs 1 / rows of the training set: Regularizer::for_training tells them";
+        let reason = "a prior is weighted by 1 / rows: set their number by Regularizer::for_training";
         Error::config("rows", reason)
     })
 }

@@ -110,7 +110,7 @@ impl ReleasedWalk {
             Ok(())
         })?;
         if config.scaler_schedule != ScalerSchedule::Constant {
-            return Err(Error::config("scaler_schedule", "the released code has none: constant only"));
+            return Err(Error::config("scaler_schedule", "the released code has no schedule: use constant"));
         }
         if layers.is_empty() {
             return Err(Error::config("adapter", "no layer has an active adapter of the released code"));

@@ -186,7 +186,8 @@ impl Ivon {
                 return Err(Error::tensor(name, "this trainable parameter has no gradient"));
             };
             let (Some(found), Some(moments)) = (curvature.get(&name), self.moments.get(&name)) else {
-                return Err(Error::tensor(name, "no draw of it was observed: its loss was not at a draw"));
+                let reason = "no draw was observed: call perturb before the loss and observe after backward";
+                return Err(Error::tensor(name, reason));
             };
             let (h, mean) = (&moments.second, param.var.as_detached_tensor());
             let first = ((&moments.first * beta1)? + (grad * (1.0 - beta1))?)?;

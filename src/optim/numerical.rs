@@ -131,8 +131,8 @@ fn compare(
     if report.grad_norm > 0.0 && report.uncertainty > 0.25 * report.grad_norm {
         let NumericalReport { numeric, uncertainty, grad_norm, .. } = report;
         let reason = format!(
-            "its differences give a slope of {numeric} +- {uncertainty}, too coarse beside gradients of norm \
-             {grad_norm}: give it in f64, or on fewer rows"
+            "finite differences give a slope of {numeric} +- {uncertainty}, too inexact for gradients of \
+             norm {grad_norm}: compute the loss in f64, or on fewer rows"
         );
         return Err(Error::config("loss", reason));
     }
@@ -173,7 +173,8 @@ impl<'a> Differences<'a> {
             DType::F64 => f64::EPSILON,
             DType::F32 => f64::from(f32::EPSILON),
             other => {
-                let reason = format!("differences say nothing in {}: give it in f32 or f64", other.as_str());
+                let reason =
+                    format!("{} is too inexact for finite differences: expected f32 or f64", other.as_str());
                 return Err(Error::config("loss", reason));
             }
         };
@@ -258,6 +259,6 @@ fn scalar(loss: &Tensor) -> Result<f64> {
     if value.is_finite() {
         Ok(value)
     } else {
-        Err(Error::config("loss", format!("it is {value}")))
+        Err(Error::config("loss", format!("expected a finite value, got {value}")))
     }
 }

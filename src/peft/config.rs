@@ -180,10 +180,10 @@ impl PeftConfig {
     /// Checks the values; the error names the first one outside its domain.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         if self.r == 0 {
-            return Err("r: a rank of 0 is no adapter".into());
+            return Err("r: expected at least 1, got 0".into());
         }
         if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
-            return Err(format!("rank_pattern: {pattern:?}: a rank of 0 is no adapter"));
+            return Err(format!("rank_pattern: {pattern:?}: expected at least 1, got 0"));
         }
         let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);

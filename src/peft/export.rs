@@ -43,7 +43,7 @@ impl AdapterFile {
     fn serving(&self, fold_rslora: bool) -> Result<Self> {
         if let Some(name) = self.saved_modules.keys().next() {
             let reason =
-                format!("serving adapters hold A and B alone, and this one has a task head too ({name})");
+                format!("serving adapters only have A and B, and this one also has a task head ({name})");
             return Err(Error::config("format", reason));
         }
         let ranks = self.layers.values().map(|layer| layer.a.dim(0)).collect::<candle_core::Result<Vec<_>>>();

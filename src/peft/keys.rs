@@ -81,10 +81,10 @@ pub(super) fn parse(keys: &[&str], config: &PeftConfig) -> Result<Vec<std::resul
     for ((name, key), saved) in names.iter_mut().zip(saved) {
         if module(name).is_empty() || !saved {
             let reason = if OF_VOCABULARIES.iter().any(|part| name.ends_with(part)) {
-                "it is of a vocabulary that was resized, which an adapter cannot carry here: merge it into its base in \
-                 Python (merge_and_unload) and load the model that this gives"
+                "adapters with a resized vocabulary are not supported: merge the adapter into its base in \
+                 Python (merge_and_unload) and load the merged model"
             } else {
-                "the configuration speaks of no such tensor (it is no adapter, and modules_to_save does not name it)"
+                "unexpected tensor: it is not part of an adapter, and modules_to_save does not name it"
             };
             **key = Err(reason.into());
         }
@@ -117,11 +117,14 @@ fn why_not(kind: &str, rest: &[&str]) -> String {
         ("lora_embedding_A" | "lora_embedding_B", _) => "adapters of embeddings are not supported".into(),
         ("lora_B", ["bias"]) => "a bias of B (lora_bias) is not supported".into(),
         ("lora_A" | "lora_B", [name, "weight"]) => {
-            format!("the name holds an adapter's name ({name:?}), where PEFT's files have {kind}.weight")
+            format!(
+                "the name contains an adapter's name ({name:?}): expected {kind}.weight, as in PEFT's files"
+            )
         }
         (SAMPLER, [name, _]) => {
             format!(
-                "the name holds an adapter's name ({name:?}), where PEFT's files have {SAMPLER}.std_prior"
+                "the name contains an adapter's name ({name:?}): expected {SAMPLER}.std_prior, as in PEFT's \
+                 files"
             )
         }
         _ => format!("{kind} is no tensor of LoRA or MonteCLoRA"),

@@ -170,7 +170,8 @@ impl AdapterFile {
                 return Err(Error::tensor(TensorKind::A.key(path), "it is missing from the file"));
             };
             if (own - scale).abs() > 1e-6 * scale {
-                let reason = format!("{path} was made with alpha over rank {own}, the file has {scale}");
+                let reason =
+                    format!("{path} was made with the scale {own} (alpha over rank), the file has {scale}");
                 return Err(Error::config("alpha", reason));
             }
             let name = format!("{path}.{}", inject::DEFAULT_ADAPTER);
@@ -218,7 +219,7 @@ impl AdapterFile {
         #[cfg(feature = "models")]
         self.of_the_base(params)
             .iter()
-            .for_each(|name| tracing::warn!("{name}: not in the adapter, it stays"));
+            .for_each(|name| tracing::warn!("{name}: not in the adapter, the model's own value is kept"));
         let method = match self.method() {
             AdapterMethod::MonteCLoRA(config) => {
                 AdapterMethod::MonteCLoRA(inject::with_share(model, &config, self.layers.len())?)
@@ -320,7 +321,8 @@ impl AdapterFile {
             }
             if let Some(other) = others.as_ref().filter(|_| !same(param.var.as_tensor(), tensor)) {
                 let reason = format!(
-                    "it differs from the head in use, which adapter {other:?} shares: give each its own model"
+                    "it differs from the head in use, which adapter {other:?} shares: load each adapter into \
+                     its own model"
                 );
                 return Err(Error::tensor(name, reason));
             }
@@ -381,7 +383,7 @@ fn no_place(name: &str, params: &Params) -> String {
         _ => format!("has {}", heads.into_iter().collect::<Vec<_>>().join(", ")),
     };
     format!(
-        "modules_to_save is supported for a task head alone, and the model {there}; train the adapter without \
+        "modules_to_save is only supported for a task head, and the model {there}; train the adapter without \
          this module, or merge it into the checkpoint"
     )
 }
@@ -400,7 +402,9 @@ fn take(path: &str, adapter: &dyn Adapter, method: &AdapterMethod) -> Result<(f6
                 let of_file = MonteCLoRAConfig { rank, ..config.clone() }.at_width(in_dim).sample_scaler;
                 let own = posterior.sample_scaler();
                 if own != of_file {
-                    let reason = format!("that of {path} is {own}, the method's {of_file}: one file has one");
+                    let reason = format!(
+                        "{path} has {own}, the method has {of_file}: all layers of a file must have the same"
+                    );
                     return Err(Error::config("sample_scaler", reason));
                 }
                 let trained = (single(posterior.std_prior())?, single(posterior.expert_weights_prior())?);

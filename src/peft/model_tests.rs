@@ -315,7 +315,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
 fn what_does_not_fit_a_model_is_named_and_changes_nothing() -> Result<()> {
     type Spoil = fn(&mut AdapterFile);
     let cases: [(&str, Spoil); 9] = [
-        ("embed_tokens.weight: modules_to_save is supported for a task head alone, and the model has classifier", |f| {
+        ("embed_tokens.weight: modules_to_save is only supported for a task head, and the model has classifier", |f| {
             f.config.modules_to_save.as_mut().unwrap().push("embed_tokens".into());
             let tensor = f.saved_modules["classifier.weight"].clone();
             f.saved_modules.insert("embed_tokens.weight".into(), tensor);

@@ -29,7 +29,7 @@ impl AdapterFile {
         let decoder = (seeing > 0 && seeing < self.layers.len()).then(|| {
             #[cfg(feature = "models")] // which enables `tracing`
             tracing::warn!(
-                "{seeing} adapted layers are of the part that sees images, which is not here: left out"
+                "{seeing} adapted layers belong to the vision part, which is not supported: they are left out"
             );
             let mut decoder = self.clone();
             decoder.layers.retain(|path, _| !sees(path));

@@ -229,7 +229,7 @@ fn settings_that_change_the_algebra_are_refused_by_name() {
 #[test]
 fn settings_outside_their_domain_are_refused_by_name() {
     for (key, value, word) in [
-        ("r", json!(0), "rank of 0"),
+        ("r", json!(0), "r: expected at least 1, got 0"),
         ("r", json!("8"), "invalid type"),
         ("r", json!(-1), "invalid value"),
         ("r", json!(1.5), "invalid type"),
@@ -243,7 +243,7 @@ fn settings_outside_their_domain_are_refused_by_name() {
         ("lora_dropout", json!(1.0), "lora_dropout"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern"),
         ("alpha_pattern", json!({"(": 3}), "alpha_pattern: \"^(?:.*\\\\.)?(?:()$\" is no regular expression"),
-        ("rank_pattern", json!({"value": 0}), "rank_pattern: \"value\": a rank of 0"),
+        ("rank_pattern", json!({"value": 0}), "rank_pattern: \"value\": expected at least 1"),
         ("rank_pattern", json!([1]), "object of patterns"),
         ("target_modules", json!("("), "target_modules"),
         ("target_modules", json!(["key"]), "query.lora_A.weight: target_modules does not name"),

@@ -36,7 +36,7 @@ impl Submission {
         let mut text = if lines { String::new() } else { "index\tprediction\n".to_string() };
         for (row, prediction) in predictions.iter().enumerate() {
             let answer = answer(task, prediction).map_err(|reason| {
-                Error::config("predictions", format!("row {row}: {reason}, so it is none of {task}"))
+                Error::config("predictions", format!("row {row} does not fit {task}: {reason}"))
             })?;
             text += &match lines {
                 true => format!("{}\n", json!({ "idx": row, "label": answer })),
@@ -51,7 +51,7 @@ fn answer(task: Task, prediction: &Prediction) -> std::result::Result<String, St
     if task.is_regression() {
         return match prediction.values[..] {
             [score] => Ok(format!("{:.3}", score.clamp(0.0, 5.0))),
-            _ => Err(format!("{} values in place of one score", prediction.values.len())),
+            _ => Err(format!("expected one score, got {} values", prediction.values.len())),
         };
     }
     let label = prediction.label.as_deref().ok_or("no class")?;
@@ -101,7 +101,7 @@ mod tests {
             ("STS-B.tsv", "index\tprediction\n0\t2.346\n1\t5.000\n2\t0.000\n")
         );
         let strange = Submission::new(Task::Rte, "test", &three).unwrap_err().to_string();
-        assert_eq!(strange, "invalid predictions: row 0: class \"neutral\", so it is none of rte");
+        assert_eq!(strange, "invalid predictions: row 0 does not fit rte: class \"neutral\"");
         Ok(())
     }
 }

@@ -22,7 +22,7 @@ pub fn token_log_probabilities(
     contexts: &[Context],
 ) -> Result<Vec<f64>> {
     if contexts.is_empty() {
-        return Err(Error::config("contexts", "there is none to average"));
+        return Err(Error::config("contexts", "expected at least one context, got none"));
     }
     let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
     let n = targets.dim(0)?;

@@ -146,7 +146,7 @@ impl TaskArms<'_> {
         let answers = self.encoder.encode(rows)?.rows;
         let loss = held_out_loss(self.model, &answers, BATCH, &weights.passes())?;
         if loss.is_nan() {
-            return Err(not_finite(Error::config("loss", "that of the reference answers is NaN")));
+            return Err(not_finite(Error::config("loss", "the loss of the reference answers is NaN")));
         }
         Ok(loss)
     }

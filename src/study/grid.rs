@@ -120,7 +120,8 @@ impl Shard {
         match id.checked_sub(first) {
             Some(index) if index < count => Ok(Self { index, count }),
             _ => {
-                let reason = format!("{id} is none of {count} from {first}: the array's ids have gaps");
+                let reason =
+                    format!("expected one of {count} ids from {first}, got {id}: use an array without gaps");
                 Err(Error::config("SLURM_ARRAY_TASK_ID", reason))
             }
         }

@@ -98,7 +98,7 @@ impl LanguageTrial<'_> {
         let held = split::at(&own, &held).into_iter().filter(|row| choices(row).is_some());
         let held: Vec<Prompted> = held.map(|row| self.rows[row.row].clone()).collect();
         if recipe.held_out > 0.0 && held.is_empty() {
-            let reason = "no row that is held out has choices, on whose likelihoods a temperature is fitted";
+            let reason = "a temperature is fitted on held-out rows with choices, and there are none";
             return Err(Error::config("held-out", reason));
         }
         Ok((split::at(&own, &stay), held))

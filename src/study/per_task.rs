@@ -93,7 +93,7 @@ where
             let value = value.parse().map_err(|e| Error::config("value", format!("{part:?}: {e}")))?;
             if entries.iter().any(|(other, _)| *other == task) {
                 let whose = task.map_or("all tasks", Task::name);
-                return Err(Error::config("value", format!("{text:?} has two for {whose}")));
+                return Err(Error::config("value", format!("{text:?} has two values for {whose}")));
             }
             entries.push((task, value));
         }
@@ -129,8 +129,8 @@ mod tests {
             ("sst2=many", "\"sst2=many\": invalid digit"),
             ("1000,", "\"\": cannot parse integer from empty string"),
             ("-1", "\"-1\": invalid digit"),
-            ("sst2=1,SST-2=2", "has two for sst2"),
-            ("1,2", "has two for all tasks"),
+            ("sst2=1,SST-2=2", "has two values for sst2"),
+            ("1,2", "has two values for all tasks"),
         ] {
             let error = text.parse::<PerTask<usize>>().unwrap_err().to_string();
             assert!(error.contains(reason), "{text}: {error}");

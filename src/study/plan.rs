@@ -228,10 +228,10 @@ impl Plan {
         }
         for task in self.tasks()? {
             if task.is_regression() {
-                return wrong(format!("tasks: {task} has no classes, whose probabilities are compared"));
+                return wrong(format!("tasks: {task} has no classes, and plans compare class probabilities"));
             }
             if self.epochs.get(task).is_none_or(|epochs| *epochs == 0) {
-                return wrong(format!("epochs: there is no number for {task}"));
+                return wrong(format!("epochs: expected at least 1 for {task}"));
             }
         }
         let cells = self.cells()?;
@@ -272,7 +272,7 @@ impl Plan {
                     return wrong(format!("success: expected a positive ratio, got {most}"));
                 }
                 Criterion::NotWorse { by, .. } if !by.is_finite() => {
-                    return wrong(format!("success: expected a number to be worse by, got {by}"));
+                    return wrong(format!("success: expected a finite difference `by`, got {by}"));
                 }
                 Criterion::Better { .. } => {}
                 Criterion::Sensitivity { arm, against, .. } => {

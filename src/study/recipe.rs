@@ -146,14 +146,16 @@ impl FromStr for Recipe {
         }
         let of_prior = options.given.iter().find(|(key, owner)| *owner == Owner::Prior && *key != "tau");
         if let Some((other, _)) = of_prior.filter(|_| options.evidence.is_some()) {
-            return Err(wrong(text, &format!("with evidence, {other} has no effect: its prior is its own")));
+            let reason =
+                format!("with evidence, {other} has no effect: the evidence bound has its own prior");
+            return Err(wrong(text, &reason));
         }
         if options.adapter.is_some() {
             if name != "monteclora-posthoc" {
                 return Err(wrong(text, "adapter is an option of monteclora-posthoc"));
             }
             if let Some(other) = options.given(Owner::Pair) {
-                return Err(wrong(text, &format!("{other} is the adapter's own")));
+                return Err(wrong(text, &format!("{other} is given by the adapter")));
             }
         }
         let ratios = method.lr_ratios();
@@ -280,7 +282,7 @@ mod tests {
             ("lora:h0=1", "h0 is an option of ivon"),
             ("lora:kl-lr=1", "kl-lr is an option of blob"),
             ("monteclora:adapter=x", "adapter is an option of monteclora-posthoc"),
-            ("monteclora-posthoc:rank=4:adapter=x", "rank is the adapter's own"),
+            ("monteclora-posthoc:rank=4:adapter=x", "rank is given by the adapter"),
             ("monteclora-posthoc:adapter=", "expected a folder"),
             ("lora:held-out=1", "between 0 and 1"),
             ("monteclora:size=3", "no such option"),

@@ -124,7 +124,7 @@ impl CellRows {
             let bytes = view.data().chunks_exact(4);
             let logs: Vec<f32> = bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             if logs.iter().any(|log| log.is_nan() || *log > 1e-5) {
-                return Err(wrong(&name, "it holds what is no logarithm of a probability"));
+                return Err(wrong(&name, "it holds a value that is not the logarithm of a probability"));
             }
             if rows.label.iter().any(|label| *label as usize >= classes) {
                 return Err(wrong(LABEL, &format!("it holds a label that is none of {classes} classes")));
@@ -193,6 +193,6 @@ mod tests {
         refused(CellRows { label: vec![1], ..rows() }, "a label for each row")?;
         let mut odd = rows();
         odd.add("mean", &[vec![0.5, 0.5], vec![2.0, 0.0], vec![0.5, 0.5]]);
-        refused(odd, "log_probabilities/mean: it holds what is no logarithm")
+        refused(odd, "log_probabilities/mean: it holds a value that is not the logarithm")
     }
 }

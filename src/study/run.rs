@@ -96,7 +96,7 @@ fn claim(dir: &Path, settings: &Value) -> Result<()> {
     if !found.is_object() || !names.is_empty() {
         let names = if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) };
         let reason =
-            format!("it is of a study with other settings{names}: give another folder, or these settings");
+            format!("it belongs to a study with other settings{names}: give another folder, or its settings");
         return Err(Error::format(path, reason));
     }
     match checksums::joined(&found, settings) {

@@ -201,7 +201,7 @@ impl Store {
         let packed = packed.filter(|cell| found.is_none() || cell.result.status != Status::Failed);
         match (packed, found) {
             (Some(packed), Some(result)) if packed.result != result => {
-                Err(Error::format(path, format!("it is not the result that {PACKED} has of this cell")))
+                Err(Error::format(path, format!("it differs from the result of this cell in {PACKED}")))
             }
             // A killed packing may leave an incomplete folder; the packed line is complete.
             (Some(packed), _) => Ok(Some(packed.clone())),

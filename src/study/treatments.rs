@@ -265,7 +265,7 @@ fn classes(rows: &[Encoded]) -> Result<Vec<u32>> {
     let class = |row: &Encoded| match row.label {
         Label::Class(class) => Ok(class),
         Label::Score(_) => Err(Error::config("labels", format!("row {} has a score", row.row))),
-        Label::Unknown => Err(Error::config("labels", format!("row {} has none", row.row))),
+        Label::Unknown => Err(Error::config("labels", format!("row {} has no label", row.row))),
     };
     rows.iter().map(class).collect()
 }

@@ -59,7 +59,7 @@ pub fn held_out_loss_in_turns(
         return Err(Error::config("held-out data", reason));
     }
     if passes.is_empty() {
-        return Err(Error::config("passes", "there is none to average"));
+        return Err(Error::config("passes", "expected at least one pass, got none"));
     }
     let draws = DrawCache::default();
     let contexts: Vec<_> = passes.iter().map(|pass| Context::from(*pass).with_draws(&draws)).collect();

@@ -111,8 +111,7 @@ impl Checkpoints {
         let known = |name: &&String| !before.contains_key(*name) && !now.contains_key(*name);
         if let Some(name) = self.changes.iter().find(known) {
             let names: Vec<&str> = now.keys().map(String::as_str).collect();
-            let reason =
-                format!("a change of {name:?} is allowed, but the settings are {}", names.join(", "));
+            let reason = format!("there is no setting {name:?}, expected one of {}", names.join(", "));
             return Err(Error::config("changes", reason));
         }
         let none = "nothing".to_string();
@@ -122,11 +121,12 @@ impl Checkpoints {
             let (was, is) = (of(before, name), of(now, name));
             let reason = format!("the run in {} had {was}, this one has {is}", self.dir.display());
             if PLACE.contains(&name.as_str()) {
-                let why = "it says which rows a step takes, and cannot change on the way";
+                let why = "it determines which rows a step takes and cannot change during a run";
                 return Err(Error::config(name, format!("{reason}: {why}")));
             }
             if !self.changes.contains(name) {
-                return Err(Error::config(name, format!("{reason}: allow the change if it is meant")));
+                let how = "if this is intended, allow the change (--allow-change; Checkpoints::changes)";
+                return Err(Error::config(name, format!("{reason}: {how}")));
             }
         }
         Ok(())
@@ -149,7 +149,7 @@ impl Checkpoints {
 
     /// Removes the oldest checkpoints beyond [`Self::keep`]; returns a warning if that fails.
     fn prune(&self) -> Option<String> {
-        self.remove_old().err().map(|error| format!("old checkpoints stay: {error}"))
+        self.remove_old().err().map(|error| format!("old checkpoints could not be removed: {error}"))
     }
 
     fn remove_old(&self) -> Result<()> {

@@ -293,7 +293,7 @@ impl Classifier {
         self.check_labels(batch)?;
         if unknown(batch)? {
             let reason = format!(
-                "row {} has none: it can be predicted, not trained on",
+                "row {} has no label: it can be predicted, not trained on",
                 batch.rows.first().unwrap_or(&0)
             );
             return Err(Error::config("labels", reason));

@@ -140,7 +140,7 @@ impl TrainConfig {
             return Err(Error::config(*name, reason));
         }
         if self.ivon.is_some() && self.loss_scale != 1.0 {
-            return Err(Error::config("loss_scale", "IVON takes the curvature from gradients as they are"));
+            return Err(Error::config("loss_scale", "IVON needs unscaled gradients: expected 1"));
         }
         positive("loss_scale", self.loss_scale)?;
         not_negative("lr", self.lr)?;
@@ -156,12 +156,12 @@ impl TrainConfig {
     /// Checks that a run in `world` processes can use these settings.
     pub(super) fn validate_for(&self, world: usize) -> Result<()> {
         if world > 1 && self.ivon.is_some() {
-            let reason = "what IVON draws and observes is not added up over processes: train in one";
+            let reason = "IVON's curvature estimates are not summed over processes: train in one process";
             return Err(Error::config("ivon", reason));
         }
         if self.accumulation < world {
             let reason = format!(
-                "{} micro-batches of a step for {world} processes: each takes one at least, so {world} or a multiple",
+                "expected at least one micro-batch for each of {world} processes, got {}",
                 self.accumulation
             );
             return Err(Error::config("accumulation", reason));

@@ -52,8 +52,9 @@ impl<'a> HeadSource<'a> {
         let follows = adapter.map_or(found.is_some(), |file| file.labels.is_none());
         if let Some(problem) = config.foreign_problem().filter(|_| follows) {
             let reason = format!(
-                "the checkpoint's head, and with it that of an adapter that names no classes, is for {problem}, which \
-                 is not supported: start a new head (--new-head; in the library Classifier::load_with_new_head)"
+                "the head of the checkpoint, or of an adapter without class names on it, is for {problem}, \
+                 which is not supported: start a new head (--new-head; in the library \
+                 Classifier::load_with_new_head)"
             );
             return Err(Error::tensor(*found.unwrap_or(&outputs[0]), reason));
         }

@@ -308,13 +308,13 @@ impl Method {
             }
             Self::Lora(config) => inject::lora(model, &targets, config, params).map(drop),
             Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
-                Err(Error::config("prior", "LoRA-FA has none here"))
+                Err(Error::config("prior", "LoRA-FA does not support a prior"))
             }
             Self::LoraFa(config) => inject::lora_fa(model, &targets, config, params).map(drop),
             Self::MonteCLoRA(config) => inject::monteclora(model, &targets, config, params).map(drop),
             Self::Released(config) => inject::monteclora_released(model, &targets, config, params).map(drop),
             Self::Dora(LoraConfig { prior: Some(_), .. }) => {
-                Err(Error::config("prior", "DoRA has none here: its magnitude is no part of B A"))
+                Err(Error::config("prior", "DoRA does not support a prior: the magnitude is not in B A"))
             }
             Self::Dora(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
                 let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };

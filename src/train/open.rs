@@ -38,12 +38,11 @@ impl Classifier {
                 let file = AdapterFile::read(&dir)?;
                 let own = || {
                     let Some(name) = &file.config.base_model_name_or_path else {
-                        let reason = "it does not say which model it stands on: name the model";
+                        let reason = "it does not name its base model: give the base model";
                         return Err(Error::format(dir.join(CONFIG_FILE), reason));
                     };
                     ModelFiles::locate(name, file.config.revision.as_deref()).map_err(|error| {
-                        let reason =
-                            format!("the model that it names is not found ({error}): give it yourself");
+                        let reason = format!("its base model is not found ({error}): give the base model");
                         Error::format(dir.join(CONFIG_FILE), reason)
                     })
                 };
@@ -91,7 +90,7 @@ fn find(dir: &Path) -> Result<Found> {
         }
         if root.join("parameters.safetensors").is_file() {
             let reason =
-                "its method is here for comparison: what it trained is not in PEFT's format and cannot be \
+                "its method is for comparison only: its parameters are not in PEFT's format and cannot be \
                           opened again";
             return Err(Error::format(root, reason));
         }

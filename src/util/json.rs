@@ -68,7 +68,7 @@ pub(crate) fn read_config(path: &Path) -> Result<String> {
     let read = |file: File| file.take(MAX_CONFIG + 1).read_to_end(&mut bytes);
     File::open(path).and_then(read).map_err(Error::io(path))?;
     if bytes.len() as u64 > MAX_CONFIG {
-        let reason = format!("longer than {MAX_CONFIG} bytes, which no configuration is");
+        let reason = format!("longer than {MAX_CONFIG} bytes, too long for a configuration");
         return Err(Error::format(path, reason));
     }
     String::from_utf8(bytes).map_err(|e| Error::format(path, format!("not UTF-8: {e}")))
@@ -141,6 +141,6 @@ mod tests {
         long.push(b' ');
         assert!(read(&long)
             .unwrap_err()
-            .ends_with("config.json: longer than 4194304 bytes, which no configuration is"));
+            .ends_with("config.json: longer than 4194304 bytes, too long for a configuration"));
     }
 }

@@ -31,9 +31,9 @@ def main(folder):
     failed = False
     for case in expected["files"]:
         lora = case["lora"] and f"{folder}/{case['lora']}"
-        # Keys and values in single precision: in half, its default, they alone would differ by 1e-2.
+        # A KV cache in single precision: the default, half precision, alone makes differences of 1e-2.
         options = {"type_k": 0, "type_v": 0, "n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False}
-        # The file's own: the binding would set YaRN's usual numbers over them.
+        # Keep the file's settings of YaRN: the binding would override them with its defaults.
         options |= {"yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0, "yarn_attn_factor": -1.0}
         model = Llama(f"{folder}/{case['model']}", lora_path=lora, **options)
         pieces = model.tokenize(expected["text"].encode(), add_bos=True, special=False)

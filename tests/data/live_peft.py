@@ -66,7 +66,7 @@ def main(folder):
                 served = PeftModel.from_pretrained(load("base"), f"{folder}/{serving}")
                 compare(served.eval()(**inputs).logits, "logits")
 
-    # One step of PEFT's own training, and what it saves: for the way back.
+    # One training step in PEFT, which saves the adapter for the way back.
     adapted.train()
     optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.05)
     adapted(**inputs).logits.square().mean().backward()

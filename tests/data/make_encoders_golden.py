@@ -61,7 +61,7 @@ DISTILBERT = {
     "max_position_embeddings": 40,
     **LABELS,
 }
-# As microsoft/deberta-v3-base has them, but for the sizes.
+# The settings of microsoft/deberta-v3-base, with smaller sizes.
 DEBERTA = {
     **BERT,
     "attention_probs_dropout_prob": 0.1,
@@ -116,7 +116,7 @@ def batch(seed):
 def golden(tensors, family, kind, config, gradients, extra=None):
     """One family; returns the model in double precision, and its inputs."""
     seed = sum(map(ord, family))
-    # Eager attention makes NaN of padding that sees no token in its window, and of all rows after it.
+    # Eager attention gives NaN for padding that sees no token in its window, and for all rows after it.
     config._attn_implementation = "sdpa" if family == "modernbert" else "eager"
     model = kind(config)
     randomise(model, seed)

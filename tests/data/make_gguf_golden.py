@@ -39,7 +39,7 @@ def main(llama_cpp):
         golden = HERE / "gguf_golden.gguf"
         subprocess.run([sys.executable, converter, folder, "--outtype", "q8_0", "--outfile", golden], check=True)
     theirs = AutoModelForCausalLM.from_pretrained(HERE, gguf_file=golden.name, dtype=torch.float32)
-    # transformers passes over the factors of the rotary frequencies.
+    # transformers ignores the factors of the rotary frequencies in the file.
     model.load_state_dict(theirs.state_dict())
     model.eval()
     ids = torch.tensor([1, 403, 407, 261, 378, 432, 317, 286, 261, 376, 268, 414])

@@ -135,7 +135,7 @@ def golden(name, out, tensors):
         torch.manual_seed(seed)
         adapted = get_peft_model(base(name), config)
         randomise(((k, p) for k, p in adapted.named_parameters() if p.requires_grad), 20 + seed, 0.3)
-        adapted.train()(input_ids=right[:1])  # one draw: the sampler's own buffers leave their start too
+        adapted.train()(input_ids=right[:1])  # one draw moves the sampler's buffers away from their start
         adapted.save_pretrained(folder)
         if os.path.exists(f"{folder}/README.md"):
             os.remove(f"{folder}/README.md")  # an empty model card

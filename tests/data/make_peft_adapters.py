@@ -78,7 +78,7 @@ def randomise(model, seed):
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.requires_grad):
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    model.train()(input_ids=torch.tensor([[0, 5, 6]]))  # one draw: the sampler's own buffers leave their start too
+    model.train()(input_ids=torch.tensor([[0, 5, 6]]))  # one draw moves the sampler's buffers away from their start
 
 
 def main():

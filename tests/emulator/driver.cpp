@@ -1,6 +1,6 @@
-// The part of libcuda that candle and this crate call, on the host. What a stream is given waits until somebody waits
-// for it; memory that is freed serves the next allocation of its stream, and is NaN until then; and what passes by is
-// counted in a file that a test can read.
+// The part of libcuda that candle and this crate call, on the host. Work on a stream is deferred until the
+// stream is waited for; freed memory is filled with NaN and reused by the next allocation of its stream; and
+// calls are counted in a file that a test can read.
 
 #include <cuda.h>
 #include <fcntl.h>
@@ -26,7 +26,8 @@ const int devices = 2;
 std::recursive_mutex lock;
 #define LOCKED std::lock_guard<std::recursive_mutex> guard(lock)
 
-// What a host thread has asked for so far, in this order in the file of its number in the folder `EMULATOR_COUNTS`.
+// The requests of a host thread so far, stored in this order in a file in the folder `EMULATOR_COUNTS`, which
+// is named by the thread's id.
 struct Counts { uint64_t launches, products, copies, memsets, synchronizations, allocations; };
 
 Counts *counts() {
@@ -43,7 +44,7 @@ Counts *counts() {
     return counts;
 }
 
-// Without arithmetic the counts of large models cost nothing; all results are zero.
+// Whether to count without computing, so that counts of large models are cheap; all results are zero then.
 bool idle() {
     static bool idle = getenv("EMULATOR_IDLE") != nullptr;
     return idle;
@@ -57,7 +58,7 @@ namespace {
 CUctx_st contexts[devices] = {{0}, {1}};
 thread_local CUcontext bound;
 struct Span { size_t bytes; int device; };
-std::map<uint64_t, Span> spans; // what is allocated, by its first address
+std::map<uint64_t, Span> spans; // allocations by their first address
 uint64_t used[devices], high[devices], reserved[devices], threshold[devices];
 } // namespace
 
@@ -90,17 +91,17 @@ CUstream of(CUstream stream) {
     if (stream && stream != CU_STREAM_LEGACY && stream != CU_STREAM_PER_THREAD) return stream;
     static CUstream_st legacy[devices];
     legacy[device()].device = device();
-    for (CUstream other : streams) // the legacy stream waits for all
+    for (CUstream other : streams) // the legacy stream waits for all others
         if (other->device == device()) other->run_to(other->last());
     return &legacy[device()];
 }
 
 void wait_for(CUstream stream) { stream->run_to(stream->last()); }
 
-// NaN in every precision.
+// Fills memory with NaN in every precision.
 void poison(void *memory, size_t bytes) { if (!idle()) memset(memory, 0xff, bytes); }
 
-// Whether an argument that is an address lies in another device's memory.
+// Whether an argument is an address in another device's memory.
 bool astray(const void *argument, size_t size, int device) {
     uint64_t address = 0;
     if (size != sizeof address) return false;
@@ -110,7 +111,7 @@ bool astray(const void *argument, size_t size, int device) {
     auto span = *--after;
     return address < span.first + span.second.bytes && span.second.device != device;
 }
-CUresult failed = CUDA_SUCCESS; // for good
+CUresult failed = CUDA_SUCCESS; // the first error, which stays
 } // namespace
 
 void fail(CUresult error, const char *what) {
@@ -133,7 +134,7 @@ extern "C" {
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-CUresult cuGetExportTable(const void **, const CUuuid *) { return CUDA_ERROR_NOT_SUPPORTED; } // NVRTC asks, and can do without
+CUresult cuGetExportTable(const void **, const CUuuid *) { return CUDA_ERROR_NOT_SUPPORTED; } // NVRTC asks for it but works without
 CUresult cuGetErrorName(CUresult, const char **text) { *text = "CUDA_ERROR"; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
     switch (error) {
@@ -162,7 +163,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
-    counts(); // there before the first launch
+    counts(); // so that the file exists before the first launch
     *context = &contexts[device];
     return CUDA_SUCCESS;
 }
@@ -258,7 +259,7 @@ CUresult cuMemFree(CUdeviceptr address) { return cuMemFreeAsync(address, nullptr
 CUresult cuMemGetInfo(size_t *free, size_t *total) {
     LOCKED;
     *total = (size_t)64 << 30;
-    *free = *total - reserved[device()]; // what was freed stays in the pool
+    *free = *total - reserved[device()]; // freed memory stays in the pool
     return CUDA_SUCCESS;
 }
 

@@ -1,14 +1,14 @@
-// What the other libraries ask of the driver.
+// The functions of the driver that the other emulated libraries use.
 #pragma once
 
 #include <cuda.h>
 
 #include <functional>
 
-// Gives a stream work, which waits for those who wait for the stream.
+// Queues work on a stream; it runs when the stream is waited for.
 void enqueue(CUstream stream, std::function<void()> work);
 
 void count_product();
 
-// What is found wrong while work runs: as on a device, whoever waits is told, and nothing runs any more.
+// Reports an error of running work: as on a device, later waits return it, and nothing runs any more.
 void fail(CUresult error, const char *what);

@@ -1,4 +1,4 @@
-// CUDA C++ as the host's compiler reads it: the words of the language, its intrinsics, and one thread at a time.
+// Makes CUDA C++ compile on the host: its keywords and intrinsics, for one running thread at a time.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
-// Without an architecture the toolkit's headers do half precision on the host; with one, kernels use it.
+// Without an architecture the toolkit's headers compute half precision on the host; with one, kernels use it.
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
@@ -24,14 +24,14 @@
 #define __global__
 #endif
 #define __device__
-#define __shared__ static // blocks follow each other
+#define __shared__ static // blocks run one after another
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct Index { unsigned x, y, z; };
-extern Index threadIdx, blockIdx, blockDim, gridDim; // set by the scheduler before a thread goes on
+extern Index threadIdx, blockIdx, blockDim, gridDim; // set by the scheduler before a thread continues
 
-// Where a thread waits for its block, or for its warp.
+// The barriers of a block and of a warp.
 void __syncthreads();
 void wait_for_warp();
 inline void __syncwarp(unsigned = ~0u) { wait_for_warp(); }

@@ -1,4 +1,5 @@
-// The parts of cuBLAS and cuRAND that candle and this crate call: products as plain loops, numbers from a plain generator.
+// The parts of cuBLAS and cuRAND that candle and this crate call: products as plain loops, random numbers
+// from a standard generator.
 
 #include <cublas_v2.h>
 #include <curand.h>
@@ -43,7 +44,7 @@ struct Operand {
     cublasOperation_t op;
 };
 
-// C = alpha op(A) op(B) + beta C in column order; sums in the wider of the number types.
+// C = alpha op(A) op(B) + beta C in column-major order; sums are in double if C is, else in single precision.
 template <typename T>
 void product(int m, int n, int k, double alpha, Operand a, Operand b, double beta, void *c, cudaDataType_t type, int leading) {
     std::vector<T> rows((size_t)m * k), columns((size_t)n * k);
@@ -83,12 +84,12 @@ const char *shifted(const void *data, cudaDataType_t type, long long elements) {
     return (const char *)data + elements * (long long)size_of(type);
 }
 
-// Where a stride is too small or a leading dimension below its matrix, the library refuses.
+// Whether a leading dimension is large enough for its matrix; the library refuses smaller ones.
 bool fits(cublasOperation_t op, int rows, int columns, int leading) {
     return leading >= std::max(1, op == CUBLAS_OP_N ? rows : columns);
 }
 
-// The pairs of `cublasGemmEx` that this crate or candle could ask for.
+// Whether `cublasGemmEx` supports these types together, of those that this crate or candle could ask for.
 bool together(cudaDataType_t in, cudaDataType_t out, cublasComputeType_t compute) {
     bool half = in == CUDA_R_16F || in == CUDA_R_16BF;
     switch (compute) {
@@ -102,8 +103,8 @@ bool together(cudaDataType_t in, cudaDataType_t out, cublasComputeType_t compute
     }
 }
 
-// Of matrices at addresses that it cannot see, the library takes for granted that each begins at 16 bytes; in
-// single precision it may round them to TF32, whoever allows that and whenever.
+// For a batch given by pointers on the device, which the library cannot see, it assumes that each matrix is
+// aligned to 16 bytes. This matters in single precision, where the library may use TF32 at any time.
 bool aligned(const void *matrix, cudaDataType_t type) { return type != CUDA_R_32F || (uintptr_t)matrix % 16 == 0; }
 
 } // namespace

@@ -1,4 +1,4 @@
-// Runs a kernel's blocks one after the other, and a block's threads as fibers that change places where they wait.
+// Runs a kernel's blocks one after another, and a block's threads as fibers that switch at barriers.
 
 #include "kernel.h"
 
@@ -36,7 +36,7 @@ struct Fiber {
     bool begun = false;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers; // kept for the next block
+std::vector<std::unique_ptr<Fiber>> fibers; // reused for the next block
 Fiber *current;
 jmp_buf scheduler;
 ucontext_t unused;
@@ -52,7 +52,8 @@ void yield(Wait wait) {
     if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 
-// Takes thread after thread; one that waits keeps this fiber, and the scheduler begins another for the rest.
+// Runs thread after thread; a thread that waits keeps this fiber, and the scheduler starts another for the
+// rest.
 void work() {
     for (;;) {
         while (next_thread < threads) {
@@ -86,7 +87,8 @@ void run_block() {
         resume(*fibers[live]);
         if (fibers[live]->wait != Wait::work) live++;
     }
-    // Fiber i is thread i here or later, in order. A warp goes on when all of it that live wait for it, a block likewise.
+    // Fibers are in the order of their threads. A warp continues when all its unfinished threads wait at the
+    // warp's barrier; a block likewise.
     for (bool waiting = live > 0; waiting;) {
         bool gone_on = false;
         unsigned at_block = 0, unfinished = 0;

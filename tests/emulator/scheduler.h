@@ -1,4 +1,4 @@
-// What the driver asks of the kernels: their table, and a launch.
+// What the driver needs of the kernels: their table, and launches.
 #pragma once
 
 #include <functional>
@@ -9,7 +9,8 @@
 
 struct Index;
 
-// A kernel by what its launch needs: the sizes of its arguments, and a call with pointers to them.
+// A kernel as its launch needs it: the sizes of its arguments, and a function that calls it with pointers to
+// them.
 struct Kernel {
     std::vector<size_t> sizes;
     std::function<void(void **)> call;

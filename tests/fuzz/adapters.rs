@@ -1,4 +1,4 @@
-//! Adapters in PEFT's format: a configuration, tensors, and this crate's own settings.
+//! Fuzzes the reader of adapters in PEFT's format: configuration, tensors and this crate's own settings.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::peft::{AdapterFile, ExportFormat, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
@@ -108,19 +108,19 @@ fn peft_folders() {
     let dir = folder.path();
     let read = |_: &Input| {
         let file = AdapterFile::read(&dir)?;
-        // What was accepted can be used and written.
+        // An accepted adapter must be usable and writable.
         let paths: Vec<&str> = file.layers.keys().map(String::as_str).collect();
         assert!(file.config.scales_of(&paths)?.into_iter().all(f64::is_finite));
         for (layer, rank) in file.layers.values().zip(file.config.ranks_of(&paths)?) {
             assert_eq!(layer.a.dim(0)?, rank);
         }
         assert!(!format!("{:?}", file.method()).is_empty());
-        // A huge alpha may leave single precision, which is refused and no matter of the file's.
+        // A huge alpha may overflow single precision: then the export fails, through no fault of the file.
         file.exported(ExportFormat::Serving { fold_rslora: true }).and_then(|served| served.check()).ok();
         Ok(())
     };
     read(&folder.put(Input { kind: 0, files: sound.to_vec() })).unwrap();
-    // A regular expression may take some megabytes whatever its length: that library has its own limit.
+    // A compiled regular expression may take some megabytes whatever its length; the library limits it.
     let names = folder.outside().display().to_string();
     Reader { name: "adapter", cost: 20, fixed: 32 << 20, times: 32, names }.run(make, read);
 }

@@ -1,7 +1,7 @@
-//! Checkpoints, by the run that is to go on from one.
+//! Fuzzes checkpoints by resuming a run from them.
 //!
-//! A damaged file is found by its checksum. So most inputs here have a manifest that fits them, as
-//! from somebody who means harm, or from a version with a defect.
+//! Checksums detect damaged files, so most inputs here have a manifest that matches them, as a malicious or a
+//! defective writer would produce.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,12 +20,12 @@ use super::tensors::TensorFiles;
 
 const STATE: &str = "state.json";
 const TENSORS: &str = "tensors.safetensors";
-/// Where a run of so many steps leaves them at its end, and their manifest.
+/// The files of the checkpoint that a run of `STEPS` steps writes at its end.
 const FILES: [&str; 3] =
     ["step-00000007/state.json", "step-00000007/tensors.safetensors", "step-00000007/manifest.json"];
 const STEPS: usize = 7;
 
-/// A run whose loss is the square of its only parameter.
+/// A run whose loss is the sum of squares of its only parameter.
 struct Square {
     params: Params,
     w: Tensor,
@@ -38,7 +38,7 @@ impl Square {
         Ok(Self { params, w })
     }
 
-    /// Trains, or goes on from a checkpoint in `dir`.
+    /// Trains, resuming from a checkpoint in `dir` if there is one.
     fn run(&self, dir: &Path) -> Result<()> {
         let config = TrainConfig { epochs: STEPS, ..TrainConfig::default() };
         let checkpoints = Checkpoints { resume: true, ..Checkpoints::new(dir) };
@@ -61,7 +61,7 @@ impl Objective for Square {
     }
 }
 
-/// Finds the third step the best.
+/// An observer that scores the third step best.
 struct Third;
 
 impl Observer for Third {
@@ -74,13 +74,13 @@ impl Observer for Third {
     }
 }
 
-/// The state and the tensors that a run leaves at its end.
+/// Returns the state and the tensors that a run writes at its end.
 fn written() -> (Value, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     Square::new().unwrap().run(dir.path()).unwrap();
     let read = |name| std::fs::read(dir.path().join(name)).unwrap();
     let mut state: Value = serde_json::from_slice(&read(FILES[0])).unwrap();
-    // The one number that differs from run to run.
+    // The only number that differs between runs.
     state["seconds"] = json!(1.5);
     (state, read(FILES[1]))
 }
@@ -134,9 +134,9 @@ fn states_and_manifests() {
     let read = |_: &Input| {
         let run = Square::new()?;
         match run.run(&dir) {
-            // What goes on from a checkpoint holds finite numbers.
+            // A resumed run holds finite parameters.
             Ok(()) => run.params.check_finite().unwrap(),
-            // What is sound and does not fit the run is refused by the parameter's name.
+            // The error of a valid checkpoint that does not fit the run names the parameter, not the file.
             Err(Error::Tensor { .. }) => {}
             Err(other) => return Err(other),
         }
@@ -146,6 +146,6 @@ fn states_and_manifests() {
     let first = folder.put(Input { kind: 0, files: vec![state, weights, sums.to_string().into_bytes()] });
     read(&first).unwrap();
     let names = folder.outside().display().to_string();
-    // The buffer that checksums are made with has 64 KiB.
+    // Checksums are computed with a buffer of 64 KiB.
     Reader { name: "checkpoint", cost: 10, fixed: 128 << 10, times: 32, names }.run(make, read);
 }

@@ -1,4 +1,4 @@
-//! The configurations of models.
+//! Fuzzes the readers of model configurations.
 
 use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::roberta::RobertaConfig;
@@ -10,8 +10,8 @@ use super::mutate::Rng;
 use super::reader::{Folder, Input, Reader};
 
 fn reader(name: &'static str) -> Reader {
-    // They are read as trees, each of which takes a hundred times its text at worst; there is a limit
-    // to the text.
+    // Configurations are parsed into JSON trees, which take at most a hundred times the size of the text; the
+    // size of the text is limited.
     Reader { name, cost: 1, fixed: 64 << 10, times: 512, names: "config.json".to_string() }
 }
 
@@ -38,7 +38,7 @@ fn llama() -> Vec<Value> {
     vec![old, new]
 }
 
-/// One of each family after LLaMA, with the fields that it alone has.
+/// One configuration of each family after LLaMA, with the fields specific to the family.
 fn later() -> Vec<Value> {
     let shared = json!({"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64, "rms_norm_eps": 1e-06,
@@ -85,7 +85,7 @@ fn decoders_seeds() -> Vec<Value> {
     llama().into_iter().chain(later()).collect()
 }
 
-/// The encoders after BERT, as transformers writes them.
+/// Configurations of the encoder families after BERT, as transformers writes them.
 fn encoders_after_bert() -> Vec<Value> {
     let sizes = json!({"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
         "intermediate_size": 40, "max_position_embeddings": 40, "pad_token_id": 0});
@@ -144,7 +144,7 @@ fn documents(seeds: Vec<Value>) -> Documents {
     Documents::new(seeds, values.to_vec(), &names)
 }
 
-/// What an accepted configuration is asked for must be there.
+/// Checks the values that callers read from an accepted configuration.
 fn use_roberta(config: &RobertaConfig) {
     assert!(config.max_length() > 0 && config.hidden_size.is_multiple_of(config.num_attention_heads));
     assert!(config.pad_id() < u32::MAX && config.head_dropout() < 1.0);
@@ -192,7 +192,7 @@ fn classifiers() {
     let make = |rng: &mut Rng| folder.put(Input::one(0, documents.text(rng)));
     let read = |_: &Input| {
         let config = SequenceConfig::from_file(&path, 2)?;
-        // What it is written as is read again.
+        // The configuration must survive a round trip through its JSON.
         std::fs::write(&copy, config.to_json().to_string()).unwrap();
         SequenceConfig::from_file(&copy, 2).map(|again| {
             assert_eq!((again.vocab_size(), again.max_length()), (config.vocab_size(), config.max_length()));

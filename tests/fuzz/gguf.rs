@@ -1,4 +1,4 @@
-//! Models in GGUF: the head, and the configuration, the tokenizer and the tensors behind it.
+//! Fuzzes the reader of GGUF models: header, configuration, tokenizer and tensors.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::reader::{Folder, Input, Reader};
 
 const FILE: &str = "model.gguf";
 
-/// Byte-level BPE, or SentencePiece's.
+/// A BPE tokenizer that is written to GGUF as SentencePiece's (with byte fallback) or as a byte-level one.
 fn tokenizer(sentence_piece: bool) -> Value {
     let vocabulary = json!({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 5, "aba": 6, "<0x41>": 7});
     let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
@@ -31,7 +31,7 @@ fn tokenizer(sentence_piece: bool) -> Value {
     })
 }
 
-/// A model of one block, whose matrices are of `kind`.
+/// Returns the file of a model of one block, whose matrices are stored as `kind`.
 fn seed(model_type: &str, sentence_piece: bool, kind: GgufKind) -> Vec<u8> {
     let config = json!({
         "model_type": model_type, "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16,
@@ -67,7 +67,7 @@ fn seed(model_type: &str, sentence_piece: bool, kind: GgufKind) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
-/// Everything that is read of a file.
+/// Reads everything that this crate reads from a GGUF file.
 fn load(path: &Path) -> Result<()> {
     let files = ModelFiles::locate(path.to_str().unwrap(), None)?;
     let gguf = files.gguf().unwrap();
@@ -112,7 +112,7 @@ fn gguf_files() {
         folder.put(Input::one(0, seed.clone()));
         read(&Input::one(0, Vec::new())).unwrap();
     }
-    // A tokenizer is a tree of JSON for a while.
+    // The tokenizer is held as a JSON tree while it is read.
     let names = path.display().to_string();
     Reader { name: "gguf", cost: 10, fixed: 128 << 10, times: 64, names }.run(make, read);
 }

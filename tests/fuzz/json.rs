@@ -1,11 +1,11 @@
-//! JSON spoilt as what it is: values of another kind, huge and negative numbers, deep nesting,
-//! fields that go, come or change places.
+//! Mutates JSON by its structure: values of another type, huge and negative numbers, deep nesting, fields
+//! that are removed, added or renamed.
 
 use serde_json::{json, Map, Value};
 
 use super::mutate::{bytes, Rng};
 
-/// What means something to a JSON reader.
+/// Tokens that are significant to a JSON reader.
 const TOKENS: [&str; 26] = [
     "{",
     "}",
@@ -35,7 +35,7 @@ const TOKENS: [&str; 26] = [
     "0,",
 ];
 
-/// Sound documents, and what to spoil them with.
+/// Valid documents, and the values and names to mutate them with.
 pub struct Documents {
     seeds: Vec<Value>,
     texts: Vec<Vec<u8>>,
@@ -44,7 +44,7 @@ pub struct Documents {
 }
 
 impl Documents {
-    /// `values` and `names` mean something to the reader, beside what no reader expects.
+    /// `values` and `names` are significant to the reader; values that no reader expects are added.
     pub fn new(seeds: Vec<Value>, values: Vec<Value>, names: &[&str]) -> Self {
         let nested = (0..100).fold(json!(1), |inner, depth| match depth % 3 {
             0 => json!({ "a": inner }),
@@ -82,7 +82,7 @@ impl Documents {
         Self { seeds, texts, values, names: names.iter().map(ToString::to_string).collect() }
     }
 
-    /// One of the documents, spoilt as JSON, as bytes, or as both.
+    /// One of the documents, mutated as JSON, as bytes, or as both.
     pub fn text(&self, rng: &mut Rng) -> Vec<u8> {
         match rng.below(8) {
             0..3 => bytes(rng, &self.texts, &TOKENS),
@@ -155,7 +155,7 @@ impl Documents {
     }
 }
 
-/// How many values there are in `value`, itself among them.
+/// The number of values in `value`, including `value` itself.
 fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(items) => items.iter().map(count).sum(),
@@ -164,7 +164,7 @@ fn count(value: &Value) -> usize {
     }
 }
 
-/// Calls `f` with value number `left` of `value`.
+/// Calls `f` with value number `left` of `value`, counted in pre-order.
 fn at<T>(value: &mut Value, left: &mut usize, f: &mut dyn FnMut(&mut Value) -> T) -> Option<T> {
     if *left == 0 {
         return Some(f(value));

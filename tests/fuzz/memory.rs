@@ -1,12 +1,12 @@
-//! The memory that a thread holds, and the most that it held.
+//! Counts the memory that each thread holds, and its peak.
 //!
-//! Counters are of each thread by itself: what is allocated on one and freed on another moves a
-//! count, but the readers under test allocate on their own thread alone.
+//! The counters are per thread: memory that is allocated on one thread and freed on another falsifies them,
+//! but the readers under test allocate on their own thread only.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The system's allocator, counted.
+/// The system's allocator with counters.
 struct Counting;
 
 #[global_allocator]
@@ -15,16 +15,17 @@ static ALLOCATOR: Counting = Counting;
 thread_local! {
     static HELD: Cell<isize> = const { Cell::new(0) };
     static PEAK: Cell<isize> = const { Cell::new(0) };
-    /// Where an allocation is refused, and what for.
+    /// The limit on `HELD`, and the reader's name and the input's index for the message.
     static END: Cell<(isize, &'static str, u64)> = const { Cell::new((isize::MAX, "", 0)) };
 }
 
-/// Counts `size` bytes more, unless that is beyond the end.
+/// Adds `size` bytes to the count; returns false and adds nothing if that exceeds the limit.
 fn take(size: usize) -> bool {
     let held = HELD.get().saturating_add_unsigned(size);
     let (end, name, index) = END.get();
     if held > end {
-        // Saying so allocates. Then whoever asked ends the process, or goes on without.
+        // The message allocates, so the limit is lifted for it. The caller then aborts the process or handles
+        // the failed allocation.
         END.set((isize::MAX, name, index));
         crate::say(&format!("fuzz {name}: input {index} asks for {size} bytes"));
         END.set((end, name, index));
@@ -65,7 +66,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Both are there while the bytes are copied.
+        // Both blocks exist while the bytes are copied.
         if !take(size) {
             return std::ptr::null_mut();
         }
@@ -75,8 +76,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What `f` returns, and the most bytes that it held at once beyond those held before. An
-/// allocation that takes it beyond `end` is refused and told as that of `input`.
+/// Runs `f`; returns its result, and the most bytes that it held at once beyond those held before. An
+/// allocation that takes it beyond `end` bytes fails, with a message that names `input`.
 pub fn peak<T>(input: (&'static str, u64), end: usize, f: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);

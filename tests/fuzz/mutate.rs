@@ -1,8 +1,8 @@
-//! Random numbers of one input, and bytes spoilt with them.
+//! The random numbers of one input, and random mutations of bytes.
 
 use monteclora::noise::Stream;
 
-/// No input becomes longer.
+/// The maximal length of an input in bytes.
 const MOST: usize = 1 << 16;
 
 /// The random numbers of one input.
@@ -27,12 +27,12 @@ impl Rng {
         self.words[at]
     }
 
-    /// A number below `n`; 0 where there is none.
+    /// A number below `n`; 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
         ((u64::from(self.word()) * n as u64) >> 32) as usize
     }
 
-    /// True once in `n`.
+    /// True with a probability of 1 / `n`.
     pub fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
@@ -42,7 +42,7 @@ impl Rng {
     }
 }
 
-/// Numbers at which readers go wrong, as they lie in binary headers.
+/// A number at which readers of binary headers tend to fail; `len` is the input's length.
 fn number(rng: &mut Rng, len: usize) -> u64 {
     let edges = [0, 1, 2, 7, 8, 127, 128, 255, 256, 65_535, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff];
     let wide = [1 << 32, 1 << 40, 1 << 53, 1 << 62, 1 << 63, u64::MAX, u64::MAX - 7];
@@ -54,7 +54,7 @@ fn number(rng: &mut Rng, len: usize) -> u64 {
     }
 }
 
-/// One of the seeds, spoilt in one to six places; `tokens` are what means something to the reader.
+/// One of the seeds with one to six mutations; `tokens` are significant to the reader.
 pub fn bytes(rng: &mut Rng, seeds: &[Vec<u8>], tokens: &[&str]) -> Vec<u8> {
     let mut bytes = seeds[rng.below(seeds.len())].clone();
     for _ in 0..=rng.below(6) {
@@ -118,7 +118,7 @@ fn edit(rng: &mut Rng, bytes: &mut Vec<u8>, seeds: &[Vec<u8>], tokens: &[&str]) 
             }
         }
         12 if rng.once_in(64) => {
-            // The same few bytes over and over: what takes memory for each of them shows.
+            // The same few bytes over and over, to find readers that take much memory for each of them.
             let part = slice(rng, bytes);
             let part =
                 if rng.once_in(2) { rng.pick(tokens).as_bytes().to_vec() } else { bytes[part].to_vec() };

@@ -1,4 +1,4 @@
-//! The parquet files of the hub's data sets.
+//! Fuzzes the reader of the hub's parquet files.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::reader::{Folder, Input, Reader};
 
 const TASKS: [Task; 3] = [Task::Cola, Task::Stsb, Task::Wic];
 
-/// Files of each task, of both kinds of pages, compressed and not, with and without dictionaries.
+/// Files of each task: with both page versions, compressed and not, with and without dictionaries.
 fn seeds(dir: &Path) -> Vec<Vec<Vec<u8>>> {
     let path = dir.join("seed.parquet");
     let compressions =
@@ -52,7 +52,7 @@ fn seeds(dir: &Path) -> Vec<Vec<Vec<u8>>> {
     ]
 }
 
-/// The place of the footer in a file.
+/// The offset of the footer in a file.
 fn footer(file: &[u8]) -> usize {
     let length =
         file.len().checked_sub(8).map_or(0, |at| u32::from_le_bytes(file[at..at + 4].try_into().unwrap()));
@@ -70,7 +70,7 @@ fn files_of_every_kind() {
             read(&folder.put(Input::one(kind, file.clone()))).unwrap();
         }
     }
-    // Varints as the footer and the headers have them: 0, -1, 2^31 - 1, 2^40.
+    // Zigzag varints as in the footer and the page headers: 0, -1, 2^31 - 1, 2^40.
     let tokens =
         ["\u{0}", "\u{1}", "\u{7f}", "PAR1", "sentence", "\x15\x7e", "\x16\x00", "\x19\x1c", "\x1c", "label"];
     let huge: [&[u8]; 3] =
@@ -80,9 +80,9 @@ fn files_of_every_kind() {
         let files = &seeds[kind];
         let mut file = files[rng.below(files.len())].clone();
         match rng.below(4) {
-            // Anything anywhere: mostly found at once.
+            // Mutations anywhere: most are detected at once.
             0 => file = bytes(rng, files, &tokens),
-            // The same within the footer, or within the pages; the footer's length stays right.
+            // Mutations only in the footer or only in the pages; the footer's length stays correct.
             part => {
                 let at = footer(&file);
                 let (pages, rest) = file.split_at(at);
@@ -93,7 +93,7 @@ fn files_of_every_kind() {
                     0 => *spoilt = bytes(rng, std::slice::from_ref(spoilt), &tokens),
                     1 => {
                         let (at, number) = (rng.below(spoilt.len()), huge[rng.below(huge.len())]);
-                        // In the place of a byte: what follows keeps its meaning.
+                        // Replaces one byte, so that the following bytes keep their meaning.
                         spoilt.splice(at..at + 1, number.iter().copied());
                     }
                     _ => {
@@ -110,6 +110,6 @@ fn files_of_every_kind() {
         folder.put(Input::one(kind, file))
     };
     let names = folder.outside().display().to_string();
-    // One page of each column is in memory at a time, in its two forms.
+    // One page of each column is in memory at a time, compressed and decompressed.
     Reader { name: "parquet", cost: 10, fixed: 80 << 20, times: 64, names }.run(make, read);
 }

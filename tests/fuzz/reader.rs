@@ -1,4 +1,4 @@
-//! One reader under test: what it may take, and its inputs one after the other.
+//! Runs one reader under test over its inputs, with limits on time and memory.
 
 use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -13,31 +13,31 @@ use monteclora::Result;
 use super::memory;
 use super::mutate::Rng;
 
-/// The inputs of a reader of cost 1 in an ordinary run.
+/// The number of inputs of a reader of cost 1 in an ordinary run.
 const INPUTS: u64 = 60_000;
-/// What one input may take. A busy machine may stop a thread for longer: a slow input is tried twice
-/// more, by the time that the thread itself was busy, where the system tells it.
+/// The time limit for one input. A busy machine may suspend a thread for longer, so a slow input is tried up
+/// to twice more, measured in CPU time of the thread where the system provides it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// When an input counts as hanging: the process is ended then, since a thread cannot be.
+/// The time after which an input counts as hanging. The process is then aborted, since a thread cannot be.
 const HANG: Duration = Duration::from_secs(60);
-/// How many failures are collected before a reader is given up.
+/// The number of failures after which the run of a reader stops.
 const ENOUGH: usize = 8;
 
-/// A reader and what it may take.
+/// A reader under test and its limits.
 pub struct Reader {
-    /// Its name, which every input depends on.
+    /// The reader's name, from which its inputs are derived.
     pub name: &'static str,
-    /// What one of its inputs costs, in those of the cheapest readers.
+    /// The cost of one input, relative to the cheapest readers.
     pub cost: u64,
-    /// The memory in bytes that it may take whatever the size of the file.
+    /// The memory in bytes that it may take for a file of any size.
     pub fixed: usize,
-    /// The memory that it may take beyond, in multiples of the file's size.
+    /// The memory that it may take in addition, in multiples of the file's size.
     pub times: usize,
-    /// What each of its errors must contain: the name of the file or of its folder.
+    /// The text that each error must contain: the name of the file or of its folder.
     pub names: String,
 }
 
-/// One input: files, and a choice that the reader has beside them.
+/// One input: the files, and an index for readers with several kinds of input.
 pub struct Input {
     pub kind: usize,
     pub files: Vec<Vec<u8>>,
@@ -53,7 +53,7 @@ impl Reader {
     /// Reads as many inputs as the environment asks for.
     ///
     /// # Panics
-    /// If one of them fails; the message names them all by their index.
+    /// If an input fails; the message lists the failures with the indices of their inputs.
     pub fn run(&self, make: impl Fn(&mut Rng) -> Input, read: impl Fn(&Input) -> Result<()>) {
         let first = setting("MONTECLORA_FUZZ_FIRST").unwrap_or(0);
         let count = setting("MONTECLORA_FUZZ_INPUTS").unwrap_or(INPUTS).div_ceil(self.cost);
@@ -76,7 +76,8 @@ impl Reader {
                 });
                 let took = before.and_then(|before| busy()?.checked_sub(before)).unwrap_or(clock.elapsed());
                 attempts += 1;
-                // What a process loads once, such as the symbols of its first backtrace, is no input's.
+                // Try again: what a process loads only once, such as the symbols of its first backtrace, must
+                // not count against the input.
                 if (took <= PATIENCE && peak <= limit) || attempts == 3 {
                     break (found, peak, took);
                 }
@@ -116,20 +117,19 @@ impl Reader {
     }
 }
 
-/// A number of the environment.
+/// Reads a number from an environment variable.
 fn setting(name: &str) -> Option<u64> {
     std::env::var(name)
         .ok()
         .map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: {text:?} is no number")))
 }
 
-/// How long this thread was busy so far, where the system counts it.
+/// The CPU time of this thread so far, if the system provides it.
 fn busy() -> Option<Duration> {
     #[cfg(unix)]
     {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the call writes into `time` alone, which is there. The standard library has no such
-        // clock.
+        // SAFETY: the call writes only to `time`, which is valid. The standard library has no such clock.
         #[allow(unsafe_code)]
         let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
         (failed == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
@@ -138,13 +138,13 @@ fn busy() -> Option<Duration> {
     None
 }
 
-/// What a panic said.
+/// The message of a panic.
 fn message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no text)")
 }
 
-/// Ends the process when a reader stays at one input.
+/// Aborts the process if a reader hangs at one input.
 struct Watchdog {
     at: Arc<AtomicU64>,
     _running: mpsc::Sender<()>,
@@ -170,7 +170,7 @@ impl Watchdog {
     }
 }
 
-/// A folder whose files are written anew for each input, where they differ from those before.
+/// A folder whose files are rewritten for each input, if they differ from those of the previous one.
 pub struct Folder {
     root: tempfile::TempDir,
     names: Vec<&'static str>,
@@ -179,7 +179,7 @@ pub struct Folder {
 
 impl Folder {
     pub fn new(names: &[&'static str]) -> Self {
-        // A disk flushes a file that is written anew, which takes longer than to read it.
+        // In memory if possible: on a disk, a rewritten file is flushed, which takes longer than reading it.
         let memory = Path::new("/dev/shm");
         let root = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let inside = root.path().join("inside");
@@ -195,7 +195,7 @@ impl Folder {
         self.root.path().join("inside")
     }
 
-    /// The folder around it, which they must not look into.
+    /// The folder around it, which readers must not access.
     pub fn outside(&self) -> &Path {
         self.root.path()
     }

@@ -1,4 +1,4 @@
-//! Safetensors files, spoilt where their header and their bytes must agree.
+//! Mutates safetensors files, mostly where the header and the data must agree.
 
 use candle_core::Tensor;
 use serde_json::{json, Value};
@@ -6,20 +6,20 @@ use serde_json::{json, Value};
 use super::json::Documents;
 use super::mutate::{bytes, Rng};
 
-/// Sound files, apart in header and bytes.
+/// Valid files, also split into header and data.
 pub struct TensorFiles {
     headers: Documents,
     seeds: Vec<(Value, Vec<u8>)>,
     files: Vec<Vec<u8>>,
 }
 
-/// The file of these tensors.
+/// Serialises these tensors as a file.
 pub fn file(named: &[(&str, Tensor)]) -> Vec<u8> {
     safetensors::serialize(named.iter().map(|(name, tensor)| (*name, tensor)), None).unwrap()
 }
 
 impl TensorFiles {
-    /// `names` are tensors' names that mean something to the reader.
+    /// `names` are tensor names that are significant to the reader.
     pub fn new(files: Vec<Vec<u8>>, names: &[&str]) -> Self {
         let seeds: Vec<(Value, Vec<u8>)> = files
             .iter()
@@ -54,14 +54,14 @@ impl TensorFiles {
         Self { headers: Documents::new(headers, values, names), seeds, files }
     }
 
-    /// One of the files, spoilt.
+    /// One of the files, mutated.
     pub fn bytes(&self, rng: &mut Rng) -> Vec<u8> {
         let (header, data) = &self.seeds[rng.below(self.seeds.len())];
         let mut data = data.clone();
         match rng.below(8) {
             0 | 1 => return bytes(rng, &self.files, &["\"shape\":[", "[0,", "F16", "BF16", "]", "}", "  "]),
             2 => return whole(&self.headers.text(rng), &data),
-            // The numbers themselves: NaN, infinity and negative ones among them.
+            // Only a number in the data: NaN, infinity, negative or extreme.
             3 => {
                 let strange = [f32::NAN, f32::INFINITY, -1.0, f32::MAX, -0.0, 1e-45];
                 let at = 4 * rng.below(data.len() / 4 + 1);
@@ -76,7 +76,7 @@ impl TensorFiles {
     }
 }
 
-/// A file of this header and these bytes.
+/// A file with this header and this data.
 fn whole(header: &[u8], data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header, data].concat()
 }

@@ -1,4 +1,4 @@
-//! The readers of task data that is text: TSV, JSON lines, instructions.
+//! Fuzzes the readers of data in text files: TSV and other tables, JSON lines, instructions.
 
 use std::path::Path;
 
@@ -76,7 +76,7 @@ fn tables() {
         Input::one(kind, bytes(rng, from, &tokens))
     };
     let read = |input: &Input| open(seeds[input.kind].0, &input.files[0][..]);
-    // Rows of two characters, as no text has them, are many times their size as rows.
+    // Rows of two characters, which no real table has, take many times their size in memory.
     Reader { times: 256, ..reader("table", "x.") }.run(make, read);
 }
 

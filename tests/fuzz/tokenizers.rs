@@ -1,4 +1,4 @@
-//! Tokenizers: a file that the `tokenizers` crate reads, and what is asked of it then.
+//! Fuzzes tokenizer files: reading them with the `tokenizers` crate, and using the result.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -17,7 +17,7 @@ fn added(id: u32, content: &str) -> Value {
         "normalized": false, "special": true})
 }
 
-/// A tokenizer of each kind of model, with the parts that come with it.
+/// A tokenizer for each type of tokenizer model, with the parts that usually go with it.
 fn seeds() -> Vec<Value> {
     let of = |normalizer: Value, pre: Value, post: Value, decoder: Value, model: Value| {
         json!({"version": "1.0", "truncation": null, "padding": null,
@@ -125,13 +125,13 @@ fn tokenizer_files() {
     let read = |_: &Input| -> Result<()> {
         let read = tokenizer::read(&path)?;
         fit_vocabulary(read.clone(), 50).ok();
-        // That a text cannot be encoded is told of the text.
+        // The error of a text that cannot be encoded does not name the file.
         let of_file = |error: Error| Error::format(&path, error.to_string());
         let encoder = TextEncoder::new(read, 12, 512).map_err(of_file)?;
         let encoded = encoder.encode(&rows).map_err(of_file)?;
         assert!(encoded.iter().all(|row| row.ids.len() == row.type_ids.len() && row.ids.len() <= 12));
         let ids: Vec<u32> = encoded.into_iter().flat_map(|row| row.ids).collect();
-        // The crate may panic; who decodes for a user catches that.
+        // The `tokenizers` crate may panic; this crate catches that wherever it decodes.
         catch_unwind(AssertUnwindSafe(|| encoder.tokenizer().decode(&ids, false))).ok();
         Ok(())
     };

@@ -1,4 +1,4 @@
-//! The weights of models, and the indices of sharded ones.
+//! Fuzzes the readers of model weights and of the index of sharded weights.
 
 use std::path::Path;
 
@@ -59,7 +59,7 @@ fn single_files_of_weights() {
 #[test]
 fn indices_of_shards() {
     let folder = Folder::new(&[CONFIG, INDEX, "w-1.safetensors", "w-2.safetensors"]);
-    // What an escape would find.
+    // A file outside the folder, which a reader that follows `..` would find.
     let bait = folder.outside().join("bait.safetensors");
     std::fs::write(&bait, weights(["a", "b"])).unwrap();
     let index = json!({"metadata": {"total_size": 24},

@@ -1,4 +1,4 @@
-//! A CUDA device comes from `cuda_device`: candle's own has a stream for each thread of the host.
+//! Checks that CUDA devices are made with `cuda_device`: candle's own have a stream per host thread.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,7 +14,7 @@ fn nothing_makes_a_device_with_a_stream_for_each_thread() {
     assert!(found.is_empty(), "take `cuda_device` in: {found:#?}");
 }
 
-/// Files at or below `path` that call candle's constructors.
+/// Collects the files at or below `path` that call candle's constructors.
 fn look(path: &Path, found: &mut BTreeSet<String>) {
     if path.is_dir() {
         let skipped = path.ends_with("target") || path.ends_with("assets") || path.ends_with("results");
@@ -22,7 +22,7 @@ fn look(path: &Path, found: &mut BTreeSet<String>) {
         entries.for_each(|entry| look(&entry.path(), found));
     } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "md") {
         let text = std::fs::read_to_string(path).expect("a text");
-        // In two parts, or this file would be among them.
+        // In two parts, so that this file itself does not match.
         let calls = [concat!("new_cuda", "("), concat!("cuda_if_", "available(")];
         if calls.iter().any(|call| text.contains(call)) {
             found.insert(path.display().to_string());

@@ -1,4 +1,4 @@
-//! The documents lead to files that are there, and the README stays short.
+//! Checks that the documents refer to existing files and that the README stays short.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -15,7 +15,7 @@ const DOCUMENTS: [&str; 7] = [
     "docs/RESULTS.md",
 ];
 
-/// What is in the repository and not in the published package, where nobody can look for it.
+/// Folders of the repository that the published package lacks, so that nothing in them can be checked there.
 const NOT_PUBLISHED: [&str; 5] =
     [".ci", "examples/assets", "examples/results", "examples/serve", "tests/integration"];
 
@@ -56,7 +56,7 @@ fn links(text: &str) -> impl Iterator<Item = &str> {
     text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
 }
 
-/// The headings of a document, as links call them.
+/// The headings of a document, in the form of link targets.
 fn headings(text: &str) -> impl Iterator<Item = String> + '_ {
     let is_kept = |letter: &char| letter.is_alphanumeric() || [' ', '-', '_'].contains(letter);
     let plain =
@@ -65,7 +65,7 @@ fn headings(text: &str) -> impl Iterator<Item = String> + '_ {
     text.lines().filter(|line| line.starts_with('#')).map(name)
 }
 
-/// Whether a piece of code is a path from the root of the repository.
+/// Whether a code span is a path from the root of the repository.
 fn is_path(span: &str) -> bool {
     let folders = ["docs/", "src/", "tests/", "examples/", "benches/", ".ci/"];
     folders.iter().any(|folder| span.starts_with(folder)) && !span.contains([' ', '*', '{'])

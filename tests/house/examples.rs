@@ -1,4 +1,4 @@
-//! The examples' options are explained: each has a line of help.
+//! Checks that every option of the examples has a line of help.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn is_option(line: &str) -> bool {
     line.trim_start().starts_with("#[arg(")
 }
 
-/// Options without a comment that clap shows, by file and line.
+/// Options without a doc comment, which clap shows as help, by file and line.
 fn without_help(path: &Path, text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().map(str::trim_start).collect();
     let silent = |(i, line): (usize, &&str)| {
@@ -37,8 +37,8 @@ fn without_help(path: &Path, text: &str) -> Vec<String> {
     lines.iter().enumerate().filter_map(silent).collect()
 }
 
-/// Structs of options that are flattened into a program's and have a doc comment: clap would show it in place of
-/// the program's own description.
+/// Structs of options with a doc comment: when such a struct is flattened into a program's options, clap
+/// shows its doc comment in place of the program's description.
 fn described(path: &Path, text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
     let pairs = lines.windows(2).filter(|pair| pair[0].starts_with("///") && pair[1].contains("clap::Args"));

@@ -1,12 +1,13 @@
-//! A module imports from floors below, or from its own floor to the left of it; files of one folder form no
-//! circle; `lib.rs` defines nothing. The floors are those of `docs/ARCHITECTURE.md`.
+//! Checks the layers ("floors") of `docs/ARCHITECTURE.md`: a module imports only from lower floors, or from
+//! modules to its left on its own floor; the files of one folder have no cyclic imports; `lib.rs` defines
+//! nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::source::{root, sources, Crate, Edge, Files, Module};
 use crate::text::{blanked, tokens, without_tests};
 
-/// The floor of every module and its place on it.
+/// The floor of every module and its position on the floor.
 type Floors = BTreeMap<String, (usize, usize)>;
 
 #[test]
@@ -16,7 +17,7 @@ fn every_arrow_points_down_and_no_folder_has_a_circle() {
     assert!(found.is_empty(), "{} violations:\n{}", found.len(), found.join("\n"));
 }
 
-/// The fenced block ```` ```floors ````: a line for each floor, `number: module, module`.
+/// Parses the fenced block ```` ```floors ````: a line for each floor, `number: module, module`.
 fn floors(document: &str) -> Floors {
     let block = document.split("```floors\n").nth(1).and_then(|rest| rest.split("```").next());
     let mut floors = Floors::new();
@@ -31,7 +32,7 @@ fn floors(document: &str) -> Floors {
     floors
 }
 
-/// Everything that breaks a rule, a line each.
+/// All violations of the rules, a line each.
 fn violations(floors: &Floors, files: &Files) -> Vec<String> {
     let all = Crate::new(files);
     let mut found = Vec::new();
@@ -75,13 +76,13 @@ fn violations(floors: &Floors, files: &Files) -> Vec<String> {
     found
 }
 
-/// What a folder's own file, `mod.rs` or the file beside it, is called among its children.
+/// The name of a folder's own file, `mod.rs` or the file beside the folder, among its children.
 const OWN: &str = "mod.rs";
 
-/// Who imports whom among the children of a folder, and one place where.
+/// The imports among the children of a folder as (from, to), each with one place where it occurs.
 type Arrows = BTreeMap<(String, String), String>;
 
-/// What is wrong with an arrow between two modules of the root, if something is.
+/// The violation of an import between two top-level modules, if it is one.
 fn climbs(floors: &Floors, from: &[String], module: &Module, edge: &Edge, home: &[String]) -> Option<String> {
     let at = format!("{}:{} {}", module.file, edge.line, edge.path.join("::"));
     let Some(to) = home.first() else { return Some(format!("{at}: lib.rs defines nothing to import")) };
@@ -93,7 +94,7 @@ fn climbs(floors: &Floors, from: &[String], module: &Module, edge: &Edge, home: 
     later.then(|| format!("{at}: {} imports {to}, which stands after it on floor {own}", from[0]))
 }
 
-/// The sets of nodes that reach each other.
+/// The sets of nodes that reach each other: the cycles.
 fn circles(arrows: &Arrows) -> Vec<BTreeSet<String>> {
     let nodes: BTreeSet<&String> = arrows.keys().flat_map(|(from, to)| [from, to]).collect();
     let reached = |start: &String| {
@@ -113,7 +114,7 @@ fn circles(arrows: &Arrows) -> Vec<BTreeSet<String>> {
     together.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// What is found in a crate of these files on the floors `0: error, ops` and `1: layer, model`.
+/// The violations in a crate of these files with the floors `0: error, ops` and `1: layer, model`.
 fn of(files: &[(&str, &str)]) -> Vec<String> {
     let floors = floors("```floors\n0: error, ops\n1: layer, model\n```");
     let lib = (
@@ -179,7 +180,7 @@ fn a_circle_of_files_is_found_through_re_exports_but_a_folder_that_only_re_expor
         "{}",
         found[0]
     );
-    // What the folder's own file defines and what it uses makes it one of the files.
+    // A folder's own file can be part of a cycle if it defines items itself and uses its children.
     let own = "mod a; pub fn made() { a::A; } pub struct Shared;";
     let found = of(&[("ops.rs", own), ("ops/a.rs", "use super::Shared; pub struct A;")]);
     assert_eq!(found.len(), 1);

@@ -1,9 +1,9 @@
-//! `docs/METHOD.md` says of every formula which function computes it: that function must be there.
+//! Checks that `docs/METHOD.md` names a function for every formula and that these functions exist.
 
 use crate::source::root;
 use crate::text::{behind, blanked, tokens, Token};
 
-/// Fewer are a sign that the form of the references was broken, not that the method shrank.
+/// The minimal number of references: fewer mean that their format has changed and is no longer recognised.
 const LEAST: usize = 150;
 
 #[test]
@@ -24,7 +24,7 @@ fn no_section_and_no_formula_is_without_its_function() {
         if references(section).is_empty() {
             bare.push(format!("the section {title:?}"));
         }
-        // Outside, inside, outside ...: each formula's references stand before the next formula.
+        // Parts are text and formula in turn; a formula's references stand before the next formula.
         let parts: Vec<&str> = section.split("```").collect();
         for (formula, after) in parts[1..].iter().step_by(2).zip(parts[1..].iter().skip(1).step_by(2)) {
             if references(after).is_empty() {
@@ -35,13 +35,13 @@ fn no_section_and_no_formula_is_without_its_function() {
     assert!(bare.is_empty(), "no function is named for:\n{}", bare.join("\n"));
 }
 
-/// Every `` `src/file.rs`: `item`, `item` `` of a text as pairs.
+/// Every `` `src/file.rs`: `item`, `item` `` of a text as (file, item) pairs.
 fn references(text: &str) -> Vec<(String, String)> {
     let is_file = |span: &str| {
         (span.starts_with("src/") || span.starts_with("tests/"))
             && (span.ends_with(".rs") || span.ends_with(".cu"))
     };
-    // Code between backticks is every second part; what stands between two of them tells whether they belong together.
+    // Every second part is a code span; the text between two spans tells whether they belong together.
     let spans: Vec<&str> = text.split('`').collect();
     let joined = |at: usize, by: &str| spans.get(at + 1).is_some_and(|between| between.trim() == by);
     let (mut pairs, mut i) = (Vec::new(), 1);
@@ -60,7 +60,7 @@ fn references(text: &str) -> Vec<(String, String)> {
     pairs
 }
 
-/// What is wrong with a reference, if something is.
+/// The error in a reference, if there is one.
 fn missing(file: &str, item: &str) -> Option<String> {
     let Ok(text) = std::fs::read_to_string(root().join(file)) else {
         return Some(format!("{file}: no such file (for {item})"));
@@ -68,7 +68,7 @@ fn missing(file: &str, item: &str) -> Option<String> {
     (!defines(&text, item)).then(|| format!("{file} does not define {item}"))
 }
 
-/// Whether a source, of Rust or of a kernel, defines `name`, or `Type::name`.
+/// Whether Rust or kernel source defines `name` or `Type::name`.
 fn defines(text: &str, item: &str) -> bool {
     let blank = blanked(text);
     let tokens = tokens(&blank);
@@ -97,7 +97,7 @@ enum Body<'a, 'b> {
     Enum(&'a [Token<'b>]),
 }
 
-/// The braces of every `impl`, `trait` and `enum` of a type.
+/// The bodies of every `impl`, `trait` and `enum` of a type.
 fn bodies<'a, 'b>(tokens: &'a [Token<'b>], kind: &str) -> Vec<Body<'a, 'b>> {
     let mut found = Vec::new();
     for (i, token) in tokens.iter().enumerate() {
@@ -131,7 +131,7 @@ fn bodies<'a, 'b>(tokens: &'a [Token<'b>], kind: &str) -> Vec<Body<'a, 'b>> {
     found
 }
 
-/// Whether an enum's braces have a variant of this name: a name at the start or behind a comma or attribute.
+/// Whether an enum's body has a variant of this name: a name at the start, or after a comma or an attribute.
 fn names_variant(body: &[Token], name: &str) -> bool {
     let (mut i, mut fresh) = (0, true);
     while i < body.len() {

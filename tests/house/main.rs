@@ -1,7 +1,8 @@
-//! The house's own rules, on its sources and documents alone: who may import whom, and that the
-//! mathematics of `docs/METHOD.md` is where the document says, and that documents lead somewhere.
+//! The project's own rules, checked on its sources and documents: which module may import which, the
+//! functions that `docs/METHOD.md` names, references in documents, help of the examples, and how CUDA devices
+//! are made.
 //!
-//! Nothing here needs candle or the crate itself: it reads files.
+//! These tests only read files; they need neither candle nor the crate itself.
 
 mod devices;
 mod documents;

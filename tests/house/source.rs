@@ -1,6 +1,6 @@
-//! The crate as its sources say it: modules, and the paths in each that lead to other modules.
+//! The graph of the crate's modules, read from its sources.
 //!
-//! Every `use` is an edge, and every path that starts with `crate`, `self`, `super` or a child module.
+//! Every `use` is an edge, and so is every path that starts with `crate`, `self`, `super` or a child module.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -39,14 +39,14 @@ fn read(dir: &Path, prefix: &str, files: &mut Files) {
 pub struct Edge {
     /// From the crate's root, such as `["ops", "linear"]`.
     pub path: Vec<String>,
-    /// The name that the module calls it by: none in an expression, `*` of all that is there.
+    /// The name under which it is imported: `None` for a path in an expression, `*` for a glob import.
     name: Option<String>,
-    /// Whether it is `pub use`, in whatever way.
+    /// Whether it is a `pub use` of any visibility.
     pub reexport: bool,
     pub line: usize,
 }
 
-/// One module of the crate that is no test.
+/// One module of the crate that is not a test.
 #[derive(Debug)]
 pub struct Module {
     pub file: String,
@@ -89,12 +89,12 @@ impl Crate {
         self.modules.insert(path, Module { file: file.to_string(), children, defined, edges });
     }
 
-    /// The module in which what a path names is defined: through re-exports and imports.
+    /// The module that defines the item of a path, found through re-exports and imports.
     pub fn home(&self, path: &[String]) -> Vec<String> {
         self.resolved(path, 0).0
     }
 
-    /// The module, and what of the path is left in it.
+    /// The module, and the rest of the path within it.
     fn resolved(&self, path: &[String], depth: usize) -> (Vec<String>, Vec<String>) {
         let mut at: Vec<String> = Vec::new();
         for (i, name) in path.iter().enumerate() {
@@ -131,13 +131,13 @@ impl Module {
         imported || self.defined.contains(name) || self.children.contains(name)
     }
 
-    /// The names that the file defines: of functions, types, constants, macros and modules in place.
+    /// The names that the file defines: functions, types, constants, macros and inline modules.
     pub fn definitions(&self) -> &BTreeSet<String> {
         &self.defined
     }
 }
 
-/// The names that a file defines, not within braces.
+/// The names that a file defines outside of braces.
 fn definitions(tokens: &[Token]) -> BTreeSet<String> {
     let words = ["fn", "struct", "enum", "union", "trait", "type", "const", "static", "mod"];
     let (mut found, mut i) = (BTreeSet::new(), 0);
@@ -168,7 +168,7 @@ fn edges(module: &[String], children: &BTreeSet<String>, tokens: &[Token]) -> Ve
     while i < tokens.len() {
         let before = if i == 0 { ";" } else { text(i - 1) };
         if text(i) == "mod" && text(i + 2) == "{" {
-            // Its names are its own: nobody imports through it.
+            // An inline module: no path resolves through its imports, so they get no names.
             let (inner, end) = ([module, &[text(i + 1).to_string()]].concat(), behind(tokens, i + 2));
             let within = edges(&inner, &BTreeSet::new(), &tokens[i + 3..end - 1]);
             found.extend(within.into_iter().map(|edge| Edge { name: None, ..edge }));
@@ -203,7 +203,8 @@ fn edges(module: &[String], children: &BTreeSet<String>, tokens: &[Token]) -> Ve
     found
 }
 
-/// The leaves of a tree of `use`, each with the name that it gets; the index behind the tree.
+/// Collects the leaves of a tree of `use`, each with the name it is imported under; returns the index after
+/// the tree.
 fn tree(
     tokens: &[Token],
     mut i: usize,
@@ -249,7 +250,7 @@ fn tree(
     i
 }
 
-/// A path from the crate's root; none of another crate's.
+/// Resolves a path to one from the crate's root; `None` for a path of another crate.
 fn absolute(module: &[String], children: &BTreeSet<String>, path: &[String]) -> Option<Vec<String>> {
     let (first, rest) = path.split_first()?;
     let mut base = match first.as_str() {

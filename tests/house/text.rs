@@ -1,14 +1,14 @@
-//! No parser of Rust, but enough of one for this crate: comments and literals are blanked out, and so is what
-//! stands under `cfg(test)`.
+//! A tokenizer for Rust that suffices for this crate's sources: it blanks out comments and literals and
+//! removes items under `cfg(test)`.
 
-/// A word or a sign of a text, and its line.
+/// A word or a punctuation mark of a text, and its line.
 #[derive(Debug, Clone, Copy)]
 pub struct Token<'a> {
     pub text: &'a str,
     pub line: usize,
 }
 
-/// `text` with comments, strings and characters blanked out, line by line the same.
+/// `text` with comments, strings and characters blanked out; line numbers do not change.
 pub fn blanked(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut i) = (bytes.to_vec(), 0);
@@ -24,7 +24,7 @@ pub fn blanked(text: &str) -> String {
     String::from_utf8(out).expect("blanks are ASCII")
 }
 
-/// Where the comment or literal that starts at `i` ends; `i` itself where none does.
+/// The end of the comment or literal that starts at `i`; `i` itself if none starts there.
 fn literal_end(bytes: &[u8], i: usize) -> usize {
     let rest = &bytes[i..];
     let until = |from: usize, found: &dyn Fn(usize) -> bool| {
@@ -60,7 +60,7 @@ fn literal_end(bytes: &[u8], i: usize) -> usize {
         return (at + 1).min(bytes.len());
     }
     if rest[0] == b'\'' {
-        // A character, or else a lifetime, which stays.
+        // A character literal, or a lifetime, which is not blanked out.
         if rest.get(1) == Some(&b'\\') {
             return (until(i + 3, &|at| bytes[at] == b'\'') + 1).min(bytes.len());
         }
@@ -94,7 +94,7 @@ pub fn tokens(text: &str) -> Vec<Token<'_>> {
     tokens
 }
 
-/// The index behind the bracket that closes the one at `open`.
+/// The index after the bracket that closes the one at `open`.
 pub fn behind(tokens: &[Token], open: usize) -> usize {
     let mut depth = 0;
     for (i, token) in tokens.iter().enumerate().skip(open) {
@@ -110,7 +110,7 @@ pub fn behind(tokens: &[Token], open: usize) -> usize {
     tokens.len()
 }
 
-/// Without what stands under an attribute that only tests fulfil.
+/// The tokens without the items under a `cfg` attribute that only holds in tests.
 pub fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     let (mut kept, mut i) = (Vec::new(), 0);
     while i < tokens.len() {
@@ -128,7 +128,7 @@ pub fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     kept
 }
 
-/// Whether a predicate of `cfg` holds in tests alone.
+/// Whether a `cfg` predicate holds in tests only.
 fn only_tests(predicate: &[Token]) -> bool {
     let Some(first) = predicate.first() else { return false };
     let mut parts = Vec::new();
@@ -155,7 +155,7 @@ fn only_tests(predicate: &[Token]) -> bool {
     }
 }
 
-/// The index behind the item, statement or field that starts at `start`.
+/// The index after the item, statement or field that starts at `start`.
 fn item_end(tokens: &[Token], start: usize) -> usize {
     let mut i = start;
     while i + 1 < tokens.len() && tokens[i].text == "#" && tokens[i + 1].text == "[" {

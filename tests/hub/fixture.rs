@@ -1,4 +1,4 @@
-//! What tests of the hub share: files to serve, settings, and a cache that no token may end up in.
+//! Shared by the hub tests: files to serve, settings, and a cache that checks that the token does not leak.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -20,11 +20,11 @@ pub const WEIGHTS: &str = "model.safetensors";
 /// The token that every test sends.
 pub const TOKEN: &str = "hf_secretsecretsecret";
 
-/// Events with the token in them, and how many events of `hf-hub` there were at all.
+/// Tracing events that contain the token; below, the number of all events of `hf-hub`.
 static LEAKS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static EVENTS: AtomicUsize = AtomicUsize::new(0);
 
-/// An empty cache. When it goes, neither its files nor any event may hold the token.
+/// An empty cache. When it is dropped, neither its files nor any event may contain the token.
 pub struct Cache(tempfile::TempDir);
 
 impl Cache {
@@ -58,7 +58,7 @@ impl Cache {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// How many events of `hf-hub` were heard by any test.
+    /// The number of events of `hf-hub` in all tests so far.
     pub fn events() -> usize {
         EVENTS.load(Ordering::SeqCst)
     }
@@ -69,25 +69,25 @@ impl Drop for Cache {
         if !std::thread::panicking() {
             let found = with_token(self.path());
             assert!(found.is_empty(), "the token is in {found:?}");
-            // A copy: a panic must not poison the lock that every test needs.
+            // Cloned, so that a failed assertion does not poison the lock, which every test needs.
             let leaks = LEAKS.lock().unwrap().clone();
             assert!(leaks.is_empty(), "the token is in events: {leaks:?}");
         }
     }
 }
 
-/// The settings `hub` with a change.
+/// Returns the settings `hub` with a change.
 pub fn with(mut hub: HubConfig, change: impl FnOnce(&mut HubConfig)) -> HubConfig {
     change(&mut hub);
     hub
 }
 
-/// The same without a network.
+/// Returns the settings `hub` in offline mode.
 pub fn offline(hub: HubConfig) -> HubConfig {
     with(hub, |hub| hub.offline = true)
 }
 
-/// The files below `dir` that hold the token, in their names, in what they link to or inside.
+/// The files below `dir` that contain the token in their path, link target or content.
 pub fn with_token(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -109,7 +109,7 @@ pub fn with_token(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Hears every event and span of every level and crate.
+/// A subscriber that receives every event and span of every level and crate.
 struct Listener;
 
 impl Listener {

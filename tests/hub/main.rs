@@ -1,5 +1,5 @@
-//! The hub's client against a hub on the loopback: what it finds, fetches, refuses and never tells; and
-//! the parquet files of its data sets.
+//! Tests of the hub client against a server on the loopback interface: what it finds, downloads and refuses,
+//! and that it keeps the token secret; and of the parquet files of the hub's data sets.
 
 mod fixture;
 #[cfg(feature = "parquet")]

@@ -1,4 +1,4 @@
-//! Parquet files as the hub has them, and one test per way in which one can be wrong.
+//! Tests of parquet files in the hub's layout, with one test per kind of error.
 
 use std::path::Path;
 
@@ -83,7 +83,7 @@ fn tables_of_ones_own_have_words_numbers_or_named_numbers_as_labels() {
     );
     store(&path, &[texts(), Column::Score(vec![0.5, 1.0, 2.0])]);
     assert_eq!(labels(&read().unwrap()), [0.5, 1.0, 2.0].map(Label::Score));
-    // As Hugging Face's datasets write the names of classes.
+    // The names of classes as Hugging Face's `datasets` writes them.
     let features = serde_json::json!({"info": {"features": {"label": {"names": ["spam", "ham"], "_type": "ClassLabel"}}}});
     let described = |classes: Vec<i64>| {
         let pairs = vec![KeyValue::new("huggingface".to_string(), features.to_string())];
@@ -99,8 +99,8 @@ fn tables_of_ones_own_have_words_numbers_or_named_numbers_as_labels() {
     described(vec![0, 1, 2]);
     assert!(read()
         .unwrap_err()
-        .ends_with("mine.parquet: row 3: class 2, of which the file's metadata name 2"));
-    // -1 is no label: as a row to predict it is read, to train on it is not.
+        .ends_with("mine.parquet: row 3: class 2, but the file's metadata names 2 classes"));
+    // -1 means no label: such rows are read for prediction, but not for training.
     described(vec![0, -1, 1]);
     assert!(read().unwrap_err().ends_with("mine.parquet: row 2: no label"));
     assert_eq!(table::read(&path, &columns.unlabelled()).unwrap().records.len(), 3);
@@ -120,7 +120,7 @@ fn test_sets_of_the_hub_are_read_without_their_labels() {
 
 #[test]
 fn every_format_gives_the_same_text() {
-    // SST-2 ends its sentences in a space, which byte-level tokenizers make a token of.
+    // The sentences of SST-2 end in a space, of which byte-level tokenizers make a token.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.parquet");
     store(&path, &[Column::Text("sentence", vec!["fun . "]), Column::Class(vec![1])]);
@@ -188,13 +188,13 @@ fn errors_name_row_and_columns() {
     assert!(failure(Task::Sst2).contains("not readable as parquet"));
 }
 
-/// A file of this footer alone.
+/// Writes a file that consists of this footer only.
 fn footer_alone(path: &Path, footer: &[u8]) {
     let length = (footer.len() as u32).to_le_bytes();
     std::fs::write(path, [b"PAR1", footer, &length, b"PAR1"].concat()).unwrap();
 }
 
-/// A footer whose schema is these groups, one after the other, each with this many members.
+/// A footer whose schema is a list of groups with these numbers of members.
 fn groups(members: impl ExactSizeIterator<Item = u32>) -> Vec<u8> {
     let varint = |mut value: u32| {
         let mut bytes = Vec::new();
@@ -205,7 +205,7 @@ fn groups(members: impl ExactSizeIterator<Item = u32>) -> Vec<u8> {
         bytes.push(value as u8);
         bytes
     };
-    // Thrift: version 1, then the list; in each group its repetition, its name and its members.
+    // Thrift: version 1, then the list of groups, each with its repetition, name and number of members.
     let mut footer = [&[0x15, 2, 0x19, 0xfc][..], &varint(members.len() as u32)].concat();
     for members in members {
         footer.extend([&[0x35, 0, 0x18, 1, b'a', 0x15][..], &varint(members << 1), &[0]].concat());
@@ -220,7 +220,7 @@ fn a_schema_that_would_end_the_process_is_refused() {
     let path = dir.path().join("x.parquet");
     let failure = || read(Task::Cola, &path).unwrap_err().to_string();
     footer_alone(&path, &groups((0..200_000).map(|_| 1)));
-    assert!(failure().ends_with("more than 32 groups in each other"), "{}", failure());
+    assert!(failure().ends_with("groups are nested more than 32 deep"), "{}", failure());
     footer_alone(&path, &groups([i32::MAX as u32, 0].into_iter()));
     assert!(
         failure().ends_with("a group of 2147483647 columns, where the schema has 1 more"),
@@ -237,8 +237,8 @@ fn a_page_that_would_take_all_memory_is_refused() {
     let snappy = WriterProperties::builder().set_compression(Compression::SNAPPY);
     store_with(&path, &columns, snappy.build());
     let sound = std::fs::read(&path).unwrap();
-    // The first page begins behind `PAR1`: its kind (a dictionary's), its size, its compressed size,
-    // and the dictionary's header with the number of its values.
+    // The first page begins after `PAR1`: its type (dictionary), its size, its compressed size, and the
+    // dictionary's header with the number of values.
     assert_eq!(sound[4..9], [0x15, 4, 0x15, 20, 0x15], "another layout: {:?}", &sound[..16]);
     let failure = |at: usize, number: &[u8]| {
         let spoilt = [&sound[..at], number, &sound[at + 1..]].concat();
@@ -248,12 +248,12 @@ fn a_page_that_would_take_all_memory_is_refused() {
     let huge = [0xfe, 0xff, 0xff, 0xff, 0x0f];
     let message = failure(7, &huge);
     assert!(
-        message.contains("\"sentence\": a page of") && message.ends_with("says it holds 2147483647"),
+        message.contains("\"sentence\": a page of") && message.ends_with("uncompressed size, 2147483647"),
         "{message}"
     );
     let at = sound.windows(2).position(|pair| pair == [0x4c, 0x15]).unwrap() + 2;
     let message = failure(at, &huge);
-    assert!(message.ends_with("a dictionary of 2147483647 values in 10 bytes"), "{message}");
+    assert!(message.ends_with("a dictionary of 2147483647 values does not fit in 10 bytes"), "{message}");
 }
 
 #[test]

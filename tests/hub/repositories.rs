@@ -1,4 +1,4 @@
-//! The real client against a hub on the loopback.
+//! Tests of the real client against a hub on the loopback interface.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ fn a_model_is_downloaded_once_and_then_found_without_the_server() -> Result<()> 
     assert_eq!(first.tokenizer_path(), Some(snapshot.join(TOKENIZER).as_path()));
     assert_eq!(first.var_builder(DType::F32, &Device::Cpu)?.get(2, "a")?.to_vec1::<f32>()?, [1.5, 1.5]);
     assert!(server.requests().iter().all(|r| r.authorization == Some(format!("Bearer {TOKEN}"))));
-    // All but the first file are asked for at the commit that the first one was of.
+    // All files after the first are requested at the commit of the first.
     assert!(server.requests().iter().any(|r| r.path.ends_with(&format!("resolve/{COMMIT}/{WEIGHTS}"))));
 
     let again = ModelFiles::locate_repo("owner/tiny", None, &hub)?;
@@ -55,7 +55,7 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
     let rows = repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?;
     assert_eq!(std::fs::read(&rows).unwrap(), b"PAR1");
     server.leave();
-    // That there is no single file of weights was remembered too.
+    // The absence of a single file of weights was cached too.
     assert_eq!(ModelFiles::locate_repo("owner/tiny", None, &hub)?.weights(), located.weights());
     assert_eq!(repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?, rows);
     Ok(())
@@ -64,7 +64,7 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
 #[test]
 fn a_gguf_file_of_a_repository_is_a_model() -> Result<()> {
     let cache = Cache::new();
-    // No tensors, and one value: general.architecture is llama.
+    // No tensors, and one value: general.architecture = llama.
     let mut head = b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0".to_vec();
     head.extend_from_slice(b"\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama");
     head.resize(96, 0);
@@ -81,7 +81,7 @@ fn a_gguf_file_of_a_repository_is_a_model() -> Result<()> {
     let message = hub_error(ModelFiles::locate_repo("owner/tiny/none.gguf", None, &hub));
     assert!(message.contains("owner/tiny: ") && message.contains("no file none.gguf"), "{message}");
     let truncated = ModelFiles::locate_repo("owner/tiny/other.gguf", None, &hub).unwrap_err().to_string();
-    assert!(truncated.contains("other.gguf: it ends within its head"), "{truncated}");
+    assert!(truncated.contains("other.gguf: the file ends within its header"), "{truncated}");
     Ok(())
 }
 
@@ -134,14 +134,14 @@ fn a_repository_of_pickles_is_refused() {
         assert!(message.contains("safetensors"), "{message}");
         assert_eq!(server.downloads(pickle), 0);
     }
-    // Where the hub tells no list, the file that is missing is named.
+    // If the hub gives no list of files, the error names the missing file.
     let cache = Cache::new();
     let server =
         Server::start(&files, |request, _| request.path.contains("/tree/").then_some(Fault::Status(404)));
     let message = hub_error(ModelFiles::locate_repo("owner/tiny", None, &cache.hub(&server.endpoint())));
     assert!(message.contains("no file model.safetensors"), "{message}");
 
-    // Beside safetensors a pickle is not even asked for.
+    // If there are safetensors, a pickle is not even requested.
     let cache = Cache::new();
     files.push(("owner/tiny/pytorch_model.bin", b"\x80\x02".to_vec()));
     files.push(("owner/tiny/model.safetensors", tensors("a", 1.5)));

@@ -1,5 +1,5 @@
-//! The token: sent where it belongs, and nowhere to be read. That events and files are free of it
-//! is checked after every test that has a [`Cache`].
+//! Tests that the token is sent only where it belongs and is shown nowhere. In addition, every test with a
+//! [`Cache`] checks that no event or file contains the token.
 
 use std::process::Command;
 
@@ -41,7 +41,7 @@ fn a_token_that_cannot_be_sent_is_refused_without_showing_it() {
     assert!(server.requests().is_empty());
 }
 
-/// `hf-hub` looks into the environment by itself when it is given no token.
+/// `hf-hub` itself reads the environment if it is given no token.
 #[test]
 fn without_a_token_none_is_sent_even_if_the_environment_has_one() {
     let child = Command::new(std::env::current_exe().unwrap())
@@ -53,7 +53,7 @@ fn without_a_token_none_is_sent_even_if_the_environment_has_one() {
     assert!(child.status.success() && text.contains("1 passed"), "{text}");
 }
 
-/// With whatever is in the environment.
+/// Also run by the test above, in a process with a token in its environment.
 #[test]
 fn sends_no_token() {
     let cache = Cache::new();

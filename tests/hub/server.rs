@@ -1,9 +1,9 @@
-//! A hub in miniature on the loopback, for tests: enough of the protocol for the real client, and
-//! the faults of real ones.
+//! A minimal hub on the loopback interface, for tests: enough of the protocol for the real client, and the
+//! faults of real servers.
 //!
-//! HEAD and GET of `/owner/name/resolve/revision/file` (data sets under `/datasets`), ranges,
-//! ETag, If-None-Match and X-Repo-Commit, the existence questions and lists of files under `/api`, and
-//! any other path as it is, for what a redirect leads to.
+//! It serves HEAD and GET of `/owner/name/resolve/revision/file` (data sets under `/datasets`) with ranges,
+//! ETag, If-None-Match and X-Repo-Commit, the existence queries and lists of files under `/api`, and any
+//! other path as a plain file, as the target of redirects.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,39 +15,39 @@ use std::time::Duration;
 
 use serde_json::json;
 
-/// The commit that `main` is at.
+/// The commit of `main`.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-/// The commit that the tag `v1` is at: files whose names begin with `v1:`.
+/// The commit of the tag `v1`, which has the files whose names begin with `v1:`.
 pub const OLD_COMMIT: &str = "76543210fedcba9876543210fedcba9876543210";
 
-/// How an answer goes wrong.
+/// A fault of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Fault {
-    /// It has this status, and the text `refused`.
+    /// This status, with the text `refused`.
     Status(u16),
-    /// It has the status 429 and this `Retry-After`.
+    /// The status 429 with this `Retry-After`.
     RetryAfter(&'static str),
-    /// None comes, and the connection stays.
+    /// No answer; the connection stays open.
     Silent,
-    /// The body breaks off after so many bytes.
+    /// The connection is closed after this many bytes of the body.
     Cut(usize),
-    /// The body stops after so many bytes, and the connection stays.
+    /// The body stops after this many bytes; the connection stays open.
     Stall(usize),
-    /// The body comes in pieces of a tenth, with this pause before each.
+    /// The body comes in ten pieces, with this pause before each.
     Drip(Duration),
-    /// Another body than the one announced, whole in itself.
+    /// Another body than HEAD announced, complete in itself.
     Body(Vec<u8>),
-    /// The whole file, whatever range was asked for.
+    /// The whole file, whatever range was requested.
     NoRange,
-    /// Without `Content-Length`; the body ends with the connection.
+    /// No `Content-Length`; the body ends with the connection.
     NoLength,
-    /// A redirect to there, with what the hub knows of the file in its header.
+    /// A redirect to this address, with the file's ETag and size in the headers.
     Moved(String),
-    /// This header is what it says.
+    /// A header with this name and this value.
     Header(&'static str, &'static str),
 }
 
-/// A request as it came.
+/// A request as received.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     pub method: String,
@@ -63,7 +63,7 @@ impl Request {
     }
 }
 
-/// The fault of a request, of which there were so many before (same method, path and range).
+/// Maps a request, and the number of earlier ones with the same method, path and range, to its fault.
 type Faults = dyn Fn(&Request, usize) -> Option<Fault> + Send;
 
 pub struct Server {
@@ -93,7 +93,7 @@ impl Server {
             <(Arc<AtomicBool>, Arc<AtomicBool>, Arc<Mutex<Vec<Request>>>)>::default();
         let (stopped, gone, log) = (stop.clone(), away.clone(), requests.clone());
         let thread = std::thread::spawn(move || {
-            // Connections that stay open without a word.
+            // Connections that stay open without an answer.
             let mut silenced = Vec::new();
             for stream in listener.incoming() {
                 if stopped.load(Ordering::SeqCst) {
@@ -113,8 +113,8 @@ impl Server {
         format!("http://{}", self.address)
     }
 
-    /// From now on every connection is closed at once. The port stays taken: if it were let go, the
-    /// server of another test could get it.
+    /// From now on every connection is closed at once. The port stays bound: otherwise the server of another
+    /// test could get it.
     pub fn leave(&self) {
         self.away.store(true, Ordering::SeqCst);
     }
@@ -123,7 +123,7 @@ impl Server {
         self.requests.lock().unwrap().clone()
     }
 
-    /// How many times a path that ends so was fetched.
+    /// The number of GET requests for paths with this ending.
     pub fn downloads(&self, end: &str) -> usize {
         self.requests().iter().filter(|r| r.is_get() && r.path.ends_with(end)).count()
     }

@@ -1,4 +1,4 @@
-//! Downloads by the real client that take several requests, break off, or lead elsewhere.
+//! Downloads by the real client that take several requests, break off, or are redirected.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -36,7 +36,7 @@ fn fetch_whole(hub: &HubConfig) {
     assert_eq!(std::fs::read(fetch(hub).unwrap()).unwrap(), weights());
 }
 
-/// Nothing in the cache may pass for the file.
+/// Asserts that nothing in the cache passes for the file.
 fn assert_absent(cache: &Cache, server: &Server) {
     let whole: Vec<_> = cache.blobs().into_iter().filter(|name| !name.contains('.')).collect();
     assert!(whole.is_empty(), "{whole:?}");
@@ -117,11 +117,11 @@ fn a_failure_that_passes_is_asked_again() {
         let cache = Cache::new();
         let first = fault.clone();
         let server = Server::start(&files(), move |_, before| (before == 0).then(|| first.clone()));
-        // What is asked for is the file: HEAD and GET may fail once each.
+        // Two retries for one file, since HEAD and GET may each fail once.
         fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.retries = 2));
         assert_eq!(server.downloads(WEIGHTS), 2, "{fault:?}");
     }
-    // One that does not pass is not.
+    // A permanent failure is not retried.
     for status in [401, 403, 404, 501] {
         let cache = Cache::new();
         let server = Server::start(&files(), move |r, _| {
@@ -143,7 +143,7 @@ fn a_server_that_says_how_long_to_wait_is_obeyed() {
     fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.retries = 1));
     assert!(start.elapsed() >= Duration::from_secs(1));
 
-    // More than our patience: nothing is waited for, the user is told.
+    // A wait longer than `patience` is not waited for; the error reports it.
     let cache = Cache::new();
     let server = Server::start(&files(), |_, _| Some(Fault::RetryAfter("7")));
     let patience = Duration::from_secs(5);
@@ -153,7 +153,7 @@ fn a_server_that_says_how_long_to_wait_is_obeyed() {
     })));
     assert!(message.contains("429") && message.contains("7 seconds"), "{message}");
     assert_eq!(server.requests().len(), 1);
-    // `hf-hub` reads seconds alone; a date counts as no hint.
+    // `hf-hub` only reads seconds; a date is ignored.
     let cache = Cache::new();
     let server = Server::start(&files(), |_, _| Some(Fault::RetryAfter("Wed, 21 Oct 2015 07:28:00 GMT")));
     let message = hub_error(fetch(&cache.hub(&server.endpoint())));
@@ -196,7 +196,7 @@ fn a_server_without_ranges_or_lengths_is_used_as_it_is() {
     let cache = Cache::new();
     let server = Server::start(&files(), |_, _| Some(Fault::NoLength));
     fetch_whole(&in_parts(&cache, &server));
-    // Without a length the status alone tells an error's text from the file.
+    // Without a length, only the status distinguishes an error's text from the file.
     let cache = Cache::new();
     let server =
         Server::start(&files(), |r, _| Some(if r.is_get() { Fault::Status(503) } else { Fault::NoLength }));
@@ -240,7 +240,7 @@ fn a_slow_server_is_waited_for_as_long_as_something_moves() {
     assert!(start.elapsed() > patience);
 }
 
-/// A hub whose files lie on another server, and that server.
+/// A hub that redirects to another server for its files, and that server.
 fn elsewhere(faults: impl Fn(&Request, usize) -> Option<Fault> + Send + 'static) -> (Server, Server) {
     let store = Server::start(&[("store/signed", weights())], faults);
     let to = format!("{}/store/signed", store.endpoint());
@@ -261,7 +261,7 @@ fn a_redirect_to_another_host_does_not_carry_the_token() {
     assert_eq!(store.downloads("signed"), 1);
     assert!(store.requests().iter().all(|r| r.authorization.is_none()), "{:?}", store.requests());
 
-    // A repository with a new name stays on the host.
+    // A redirect to the new name of a repository stays on the host, so the token is sent.
     let cache = Cache::new();
     let server = Server::start(&files(), |r, _| {
         let rest = r.path.strip_prefix("owner/former/")?;
@@ -274,7 +274,7 @@ fn a_redirect_to_another_host_does_not_carry_the_token() {
 
 #[test]
 fn what_fails_behind_a_redirect_is_not_cached_and_is_asked_again() {
-    // `hf-hub` fetches these files itself: the text of a 503 passes for the file, but for its length.
+    // `hf-hub` fetches redirected files itself: only its length tells the text of a 503 from the file.
     for (fault, reason) in [
         (Fault::Status(503), "expected 1000 bytes, got 7"),
         (Fault::Body(weights()[..999].to_vec()), "expected 1000 bytes, got 999"),
@@ -296,7 +296,7 @@ fn what_fails_behind_a_redirect_is_not_cached_and_is_asked_again() {
 
 #[test]
 fn a_store_that_describes_nothing_is_fetched_from_all_the_same() {
-    // The signature of its address holds for GET alone.
+    // The signature of the store's address is valid for GET only.
     let cache = Cache::new();
     let (hub, store) = elsewhere(|r, _| (!r.is_get()).then_some(Fault::Status(403)));
     fetch_whole(&cache.hub(&hub.endpoint()));
@@ -340,7 +340,7 @@ fn a_revision_is_held_to_for_all_files_and_a_commit_needs_no_network() -> Result
         assert_eq!(files.weights(), [snapshot.join(WEIGHTS)]);
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
         assert_eq!(vb.get(2, "a")?.to_vec1::<f32>()?, [value, value]);
-        // Neither what it holds nor what it lacks (a tokenizer) is asked for again.
+        // At a known commit, neither its files nor the missing tokenizer are requested again.
         assert_eq!(server.requests().len() == before, revision == Some(OLD_COMMIT));
     }
     Ok(())
@@ -355,7 +355,7 @@ fn a_branch_is_asked_for_anew_but_fetched_only_if_it_has_changed() {
     assert_eq!(server.downloads(WEIGHTS), 1);
     let before = server.requests().len();
     fetch_whole(&hub);
-    // One question about it; the link that is there is left alone.
+    // One request for its metadata; the existing link is kept.
     assert_eq!(server.requests().len(), before + 1);
     assert_eq!(server.downloads(WEIGHTS), 1);
     drop(server);
@@ -380,7 +380,7 @@ fn while_the_hub_is_out_of_reach_the_cache_serves() {
         fetch_whole(&with(cache.hub(&server.endpoint()), |hub| hub.patience = Duration::from_millis(200)));
         assert_eq!(server.requests().len(), 1, "{fault:?}");
     }
-    // A refusal is none of these.
+    // A refusal, in contrast, is an error.
     let server = Server::start(&files(), |_, _| Some(Fault::Status(401)));
     assert!(hub_error(fetch(&cache.hub(&server.endpoint()))).contains("401"));
 }

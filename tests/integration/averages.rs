@@ -1,4 +1,4 @@
-//! What several draws say together: probabilities are averaged, each after its own softmax.
+//! Predictions averaged over several draws: probabilities are averaged, each after its own softmax.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::data::causal::Tokens;
@@ -25,7 +25,7 @@ fn model() -> Outcome<DecoderForCausalLM> {
     Ok(model)
 }
 
-/// The probability of each learnt token of a row.
+/// The probability of each token of a row that counts in the loss.
 fn probabilities(model: &DecoderForCausalLM, row: &Tokens, pass: Pass) -> Outcome<Vec<f64>> {
     let mask = Tensor::ones((1, row.ids.len()), DType::U8, &Device::Cpu)?;
     let ids = Tensor::new(row.ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
@@ -68,7 +68,7 @@ fn choices_are_scored_by_the_mean_of_the_draws_probabilities() -> Outcome {
         apart = apart.max((p - q).abs());
     }
     assert!(apart > 1e-2, "{apart}");
-    // A question whose names and answers are not as many would shift all that follow.
+    // A question with unequal numbers of names and answers would shift all questions after it.
     let mut lopsided = rows.clone();
     lopsided[0].choices.as_mut().ok_or("choices")?.names.pop();
     let error =

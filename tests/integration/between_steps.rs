@@ -1,4 +1,4 @@
-//! What a method does between the steps of a run: the objectives of classifiers and of language models ask for it.
+//! A method's hooks between steps are called by the objectives of classifiers and of language models.
 
 use candle_core::{DType, Device};
 use monteclora::adapters::BlobConfig;
@@ -17,7 +17,7 @@ use crate::finetune::{checkpoint, rows, Log};
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
-/// At this rate the optimiser changes nothing: what changes, the method did.
+/// A configuration with a learning rate of 0: all changes come from the method, none from the optimiser.
 fn still() -> TrainConfig {
     TrainConfig { epochs: 1, lr: 0.0, weight_decay: 0.0, keep_best: false, ..TrainConfig::default() }
 }
@@ -63,7 +63,7 @@ fn the_released_code_s_walk_takes_its_step_before_the_optimiser() -> Outcome {
 
 #[test]
 fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
-    // A large rate, whose every factor shows.
+    // A large rate, so that an error in any of its factors shows.
     let config = BlobConfig { rank: 4, kl_lr: 0.5, ..BlobConfig::default() };
     let method = Method::Blob(config.clone());
     let (ran, by_hand) = (classifier(&method)?, classifier(&method)?);
@@ -86,10 +86,10 @@ fn training_draws_are_as_wide_as_the_schedule_says() -> Outcome {
         let config =
             MonteCLoRAConfig { rank: 4, sample_scaler, scaler_schedule, ..MonteCLoRAConfig::default() };
         let classifier = classifier(&Method::MonteCLoRA(config))?;
-        scatter(&classifier.params)?; // with B at zero no draw shows
+        scatter(&classifier.params)?; // with B at zero a draw has no effect
         Ok(run(&classifier, &rows(16, false), &still())?.0[0].terms["task"])
     };
-    // Four steps: half of the width at the first.
+    // Of four steps with this warm-up the first has half of the width.
     let warm = first_loss(0.3, ScalerSchedule::Warmup(0.5))?;
     let (half, whole) =
         (first_loss(0.15, ScalerSchedule::Constant)?, first_loss(0.3, ScalerSchedule::Constant)?);
@@ -118,7 +118,7 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
     }
     assert_eq!(bits(&params)?, bits(&expected)?);
 
-    // What it remembers is what a checkpoint keeps.
+    // The state of the hooks is kept in checkpoints.
     let adaptive =
         MonteCLoRAConfig { rank: 4, scaler_schedule: ScalerSchedule::Adaptive, ..Default::default() };
     let method = Method::MonteCLoRA(adaptive);

@@ -1,5 +1,5 @@
-//! The models of candle-transformers: they serve what was trained here, at the mean or at a posterior draw, through a
-//! saved folder and in memory; and why they cannot be trained themselves.
+//! The models of candle-transformers run merged weights of this crate, at the mean or at a posterior draw,
+//! from a saved folder and in memory; and a test shows why they cannot be trained themselves.
 
 use crate::encoders::xlm_config;
 use crate::finetune::{checkpoint, llama_checkpoint};
@@ -33,7 +33,7 @@ fn decoder(files: &ModelFiles, config: &DecoderConfig) -> Outcome<(DecoderForCau
     Ok((model, params))
 }
 
-/// The logits after the last of some tokens, by candle-transformers.
+/// The logits after the last token, computed by candle-transformers.
 fn theirs(vb: VarBuilder, config: &DecoderConfig, ids: &Tensor) -> Outcome<Tensor> {
     let model = llama::Llama::load(vb, &config.to_candle_llama()?)?;
     let mut cache = llama::Cache::new(false, DType::F32, &config.to_candle_llama()?, &Device::Cpu)?;
@@ -97,8 +97,8 @@ fn its_roberta_says_what_ours_says_with_the_trained_head() -> Outcome {
     assert_close(&theirs.forward(&ids, &mask, &types)?, &ours, 2e-4)
 }
 
-/// Why there are models in this crate. Their linear layers are private, so that no adapter finds a place; and were
-/// all of their weights variables, those before a norm or a rotation would get no gradient.
+/// Why this crate has its own models: the linear layers of candle-transformers are private, so adapters
+/// cannot be added; and even if all weights are variables, those before a norm or a rotation get no gradient.
 #[test]
 fn its_models_give_the_weights_below_a_norm_no_gradient() -> Outcome {
     let dir = tempfile::tempdir()?;
@@ -109,7 +109,7 @@ fn its_models_give_the_weights_below_a_norm_no_gradient() -> Outcome {
     let vars = map.data().lock().map_err(|_| "a lock")?;
     let with: Vec<&String> =
         vars.iter().filter(|(_, var)| store.get(var).is_some()).map(|(name, _)| name).collect();
-    // The embedding is also the head, and the gradient is that of the head alone.
+    // The embedding is tied to the head, and gets the gradient of the head only.
     assert_eq!(with, ["model.embed_tokens.weight"], "of {}", vars.len());
     Ok(())
 }

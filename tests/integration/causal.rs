@@ -1,4 +1,4 @@
-//! A language model through the one loop: its loss, its accumulation, and what it learns.
+//! Training of a language model: its loss, gradient accumulation, and learning with every method.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Context, Role};
@@ -17,7 +17,7 @@ use crate::finetune::Log;
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
-/// Texts that count upwards in steps of the first token; prompts of two tokens.
+/// Rows that count upwards by a step that the second token encodes; the first two tokens are the prompt.
 pub fn rows(count: usize) -> Vec<Tokens> {
     let row = |row: usize| {
         let (step, length) = (1 + row % 3, 5 + row % 4);
@@ -35,19 +35,19 @@ pub fn methods() -> [Method; 2] {
     [Method::Lora(lora), Method::MonteCLoRA(bayes)]
 }
 
-/// Trains the toy model from its start and returns its losses on rows it never saw.
+/// Trains a new toy model; returns the log, and the losses on unseen rows before and after.
 fn train(method: &Method, batch_size: usize, config: &TrainConfig) -> Outcome<(Log, f64, f64)> {
     train_beside(DType::F32, method, batch_size, config)
 }
 
-/// The same beside a base of this dtype.
+/// [`train`] with a base of this dtype.
 fn train_beside(
     dtype: DType,
     method: &Method,
     batch_size: usize,
     config: &TrainConfig,
 ) -> Outcome<(Log, f64, f64)> {
-    // Without dropout, whose masks go by micro-batch.
+    // Without dropout, whose masks depend on the micro-batch.
     let toy = DecoderConfig { attention_dropout: 0.0, ..toy_config(false)? };
     let (mut model, params) = frozen(&toy, dtype)?;
     let start = MethodInit::Fresh(method.clone(), Targets::parse("all-linear")?);
@@ -102,7 +102,7 @@ fn what_a_method_adds_to_the_loss_is_added_beside_a_base_of_half_width() -> Outc
                 "{} {half:?}: {first:?} {same:?}",
                 method.name()
             );
-            // Of eight bits the loss itself would have few values.
+            // The loss is computed in single precision: not all values fit into the base's dtype.
             let tasks: Vec<f64> = log.0.iter().map(|step| step.terms["task"]).collect();
             let tasks = Tensor::new(tasks, &Device::Cpu)?;
             let rounded = tasks.to_dtype(half)?.to_dtype(DType::F64)?;
@@ -142,7 +142,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     };
     let expected = logits(&model, &Pass::Mean.into())?;
 
-    // A prior on what stays would pull on nothing.
+    // A prior on frozen parameters would have no effect, so it is refused.
     let prior = Prior { form: PriorForm::Update { std: 1.0 }, ..Prior::calibrated() };
     let still = MonteCLoRAConfig { prior: Some(prior), ..MonteCLoRAConfig::default() };
     let (mut other, others) = frozen(&toy, DType::F32)?;
@@ -150,7 +150,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let error = error.expect_err("nothing to pull on").to_string();
     assert!(error.starts_with("invalid prior") && others.all().is_empty(), "{error}");
 
-    // Rank, alpha and scale are the adapter's, not the configuration's.
+    // Rank and alpha come from the adapter, the scaler of the perturbation from the configuration.
     let config = MonteCLoRAConfig { rank: 2, alpha: 1.0, sample_scaler: 0.1, ..Default::default() };
     let start = MethodInit::PostHoc(Box::new(file), config);
     let Method::MonteCLoRA(config) = start.method() else { return Err("MonteCLoRA".into()) };
@@ -183,7 +183,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let (mut other, others) = frozen(&toy, DType::F32)?;
     let error = error.inject(&mut other, &others).expect_err("a posterior is there").to_string();
     assert!(error.contains("it has a posterior already"), "{error}");
-    // One file has one scaler: another in a layer would be lost.
+    // A file has one scaler for all layers, so a layer with another one is refused.
     let narrow = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.2, ..Default::default() };
     let error =
         write(&monteclora::peft::AdapterMethod::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
@@ -193,7 +193,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
 
 #[test]
 fn accumulated_micro_batches_weigh_their_tokens() -> Outcome {
-    // Micro-batches of one row have from 5 to 8 targets: a mean of means would be another number.
+    // Micro-batches of one row have 5 to 8 targets, so a mean of means would differ.
     let config = |accumulation| TrainConfig { epochs: 1, accumulation, ..TrainConfig::default() };
     let lora = &methods()[0];
     let (small, _, one) = train(lora, 1, &config(6))?;
@@ -223,7 +223,7 @@ fn the_loss_is_that_of_all_logits_with_shifted_labels() -> Outcome {
     let logits = model.logits(&batch.input_ids, &batch.attention_mask, &Pass::Mean.into())?.flatten_to(1)?;
     let expected = ops::cross_entropy(&logits, &labels, -100, OpPath::Fused)?.to_scalar::<f64>()?;
     assert!((loss - expected).abs() < 1e-10, "{loss} {expected}");
-    // The mean over tokens, whatever the batches.
+    // The mean over tokens, whatever the batch size.
     for size in [1, 2, 5] {
         let held_out = held_out_loss(&model, &rows, size, &[Pass::Mean])?;
         assert!((held_out - expected).abs() < 1e-5, "{held_out} {expected}");

@@ -1,4 +1,4 @@
-//! Gradient checkpointing changes what is kept, not what comes out.
+//! Gradient checkpointing changes what is stored, not losses or gradients.
 
 use std::collections::BTreeMap;
 
@@ -54,7 +54,7 @@ fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
                 inject::lora(&mut model, &targets, &config, &params)?;
             }
             "monteclora" => {
-                // Of one component the concentration gets nothing from the task.
+                // With only one component the task would give the concentration no gradient.
                 let config = MonteCLoRAConfig { rank: 3, sample_scaler: 0.3, ..Default::default() };
                 inject::monteclora(&mut model, &targets, &config, &params)?;
             }

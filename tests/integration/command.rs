@@ -1,5 +1,4 @@
-//! The real `glue` example on the command line: its help, options that change nothing, nobody who reads what it
-//! says, its logs.
+//! The `glue` example on the command line: help, options without effect, closed or full outputs, logs.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -32,7 +31,7 @@ impl Home {
         self.dir.path().join(name)
     }
 
-    /// A run of one method into the folder `out`.
+    /// The command of a run into the folder `out`.
     fn command(&self, out: &str, options: &str) -> Command {
         let mut command = Command::new(&self.glue);
         command.arg("--data").arg(self.dir.path()).args(["--batch-size", "4", "--output"]).arg(self.out(out));
@@ -48,7 +47,7 @@ impl Home {
     }
 }
 
-/// What a run that went well said on standard error.
+/// The standard error of a run, which must have succeeded.
 fn said(output: Output) -> Outcome<String> {
     let text = String::from_utf8(output.stderr)?;
     if output.status.success() {
@@ -58,7 +57,7 @@ fn said(output: Output) -> Outcome<String> {
     }
 }
 
-/// The writing end of a pipe that nobody reads.
+/// The write end of a pipe without a reader.
 fn closed() -> Outcome<std::io::PipeWriter> {
     let (reader, writer) = std::io::pipe()?;
     drop(reader);
@@ -70,7 +69,7 @@ fn a_run_goes_on_where_nobody_reads_what_it_says() -> Outcome {
     let home = Home::new()?;
     let options = "--method lora --rank 2";
     let mut command = home.command("closed", options);
-    // A reader that has gone is not worth a word.
+    // A closed pipe is not reported.
     let text = said(command.stdout(closed()?).output()?)?;
     assert!(!text.contains("panicked") && !text.contains("standard output"), "{text}");
     let status = home.command("both", options).stdout(closed()?).stderr(closed()?).status()?;
@@ -118,7 +117,7 @@ fn options_and_patterns_that_change_nothing_are_told() -> Outcome {
     }
     assert!(!text.contains("--rank has no effect"), "{text}");
 
-    // An adapter that names layers which it does not have.
+    // An adapter with patterns for layers that it does not have.
     let adapter = home.out("lora").join("adapter");
     let path = adapter.join("adapter_config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
@@ -131,7 +130,7 @@ fn options_and_patterns_that_change_nothing_are_told() -> Outcome {
     {
         assert_eq!(text.matches(told).count(), 1, "{text}");
     }
-    assert!(text.contains("warning: --rank has no effect: it is that of --adapter"), "{text}");
+    assert!(text.contains("warning: --rank has no effect: its value comes from --adapter"), "{text}");
 
     let text = home.run("layers", "--method lora --layers 99").unwrap_err().to_string();
     assert!(text.contains("layer 99") && text.contains("4 layers with targets, 0 to 3"), "{text}");
@@ -143,23 +142,23 @@ fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
     let home = Home::new()?;
     let text = home.run("run", "--method lora --rank 2 --max-length 8")?;
     let told = text.lines().find(|line| line.starts_with("--max-length 8: ")).ok_or(text.clone())?;
-    assert!(told.ends_with("training rows fill it, and what is longer was cut"), "{text}");
+    assert!(told.ends_with("training rows have this length or were truncated to it"), "{text}");
     let adapter = home.out("run").join("adapter");
     let trained = fs::read(adapter.join("adapter_model.safetensors"))?;
-    // A run that is refused leaves what the other's predictions read.
+    // A refused run leaves the file that describes the input of the earlier run's model.
     let input = || fs::read_to_string(home.out("run").join("input.json"));
     let before = input()?;
     assert!(home.run("run", "--method lora --rank 2 --max-length 16").is_err());
     assert_eq!(input()?, before);
     for options in ["--method lora --rank 2 --epochs 0", "--method lora --rank 2 --epochs 0 --resume"] {
         let error = home.run("run", options).unwrap_err().to_string();
-        assert!(error.contains("--epochs 0 only measures, and this run was trained"), "{error}");
+        assert!(error.contains("--epochs 0 only measures, but this folder holds a trained run"), "{error}");
     }
     assert_eq!(fs::read(adapter.join("adapter_model.safetensors"))?, trained);
 
     home.run("fresh", "--method lora --rank 2 --epochs 0")?;
     assert!(home.out("fresh").join("metrics.json").exists() && !home.out("fresh").join("adapter").exists());
-    // One that it was given is written.
+    // An adapter that the run was given is written.
     home.run("given", &format!("--epochs 0 --adapter {}", adapter.display()))?;
     assert!(home.out("given").join("adapter/adapter_model.safetensors").exists());
     Ok(())

@@ -1,5 +1,5 @@
-//! The decoders after LLaMA against Hugging Face transformers, on the golden values of
-//! `tests/data/make_decoders_golden.py`, and against themselves: cache, gradients, adapters.
+//! Tests of the decoder families after LLaMA against Hugging Face transformers (golden values of
+//! `tests/data/make_decoders_golden.py`), and of cache, gradients and adapters for consistency.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -53,13 +53,13 @@ impl Golden {
         Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
     }
 
-    /// ids and attention mask, padded on one side.
+    /// Ids and attention mask, padded on one side.
     pub fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
         let ids = self.tensors[&format!("{side}input_ids")].to_dtype(DType::U32)?;
         Ok((ids, self.tensors[&format!("{side}attention_mask")].to_dtype(DType::U8)?))
     }
 
-    /// The largest difference of real tokens' logits, in columns from `first` on, to those of the file.
+    /// The largest difference from the golden logits over real tokens; `logits` begin at column `first`.
     fn difference(&self, logits: &Tensor, side: &str, first: usize) -> Outcome<f64> {
         let count = logits.dim(1)?;
         let part = |t: &Tensor| t.narrow(1, first, count);
@@ -74,7 +74,7 @@ impl Golden {
 fn logits_are_those_of_transformers_with_padding_on_either_side() -> Outcome {
     for family in FAMILIES {
         let golden = Golden::open(family)?;
-        // In double precision, too, angles are made in single: what differs is the last digit of the frequencies.
+        // Angles are in single precision for every dtype, so the frequencies differ in the last digit.
         for (dtype, tolerance) in [DType::F32, DType::F64].map(|dtype| (dtype, 5e-5)) {
             let model = golden.model(dtype)?;
             let mut worst = 0f64;
@@ -171,7 +171,7 @@ fn a_cache_begun_for_a_short_text_does_not_become_one_of_a_long_one() -> Outcome
     let golden = Golden::open("phi3")?;
     let model = golden.model(DType::F32)?;
     let (ids, mask) = golden.inputs("")?;
-    // LongRoPE's border is at 16 tokens; there is room for growth below it.
+    // LongRoPE changes its factors at 16 tokens; up to there the cache may grow.
     let mut cache = model.cache(6);
     let mut push = |first: usize, count: usize| {
         let (new, seen) = (ids.narrow(1, first, count)?, mask.narrow(1, 0, first + count)?);
@@ -235,7 +235,7 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
     let (ids, mask) = golden.inputs("")?;
     let expected = expected.logits(&ids, &mask, &Pass::Mean.into())?;
     let mut text = toy_json("gemma3_text")?;
-    // What the class says itself is not in such files.
+    // Such files leave out fields with the default value of their class.
     text["num_key_value_heads"] = Value::Null;
     for absent in ["num_key_value_heads", "tie_word_embeddings", "id2label", "label2id"] {
         text.as_object_mut().ok_or("an object")?.remove(absent);
@@ -261,7 +261,7 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
         assert_eq!(paths[0], format!("{prefix}.layers.0.self_attn.q_proj"));
         models.push(model);
     }
-    // An adapter of the one is one of the other.
+    // An adapter of either model can be applied to the other.
     let (lora, mut files) = (LoraConfig { rank: 2, ..LoraConfig::default() }, Vec::new());
     let select = Select::Regex(r".*layers\.0\.self_attn\.[qv]_proj".to_string());
     let targets = Targets { select, ..Targets::default() };
@@ -282,7 +282,7 @@ fn the_text_of_a_model_that_sees_images_is_found_in_it() -> Outcome {
     Ok(())
 }
 
-/// A model of random weights in general position, all of them trained or none.
+/// A model with random weights in general position, all of them trainable with `Role::Base`, else none.
 fn random(json: Value, role: Role, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     let config = DecoderConfig::from_value(json)?;
     let all = Params::with_dtype(Noise::new(5), dtype, &Device::Cpu);
@@ -297,7 +297,8 @@ fn random(json: Value, role: Role, dtype: DType) -> Outcome<(DecoderForCausalLM,
     Ok((DecoderForCausalLM::load(vb, &config, Noise::new(0))?, params))
 }
 
-/// Two rows, the second padded; windows are shorter, and LongRoPE's original context is, too.
+/// Ids, mask and labels of two rows, the second padded on the left; they are longer than the windows and than
+/// LongRoPE's original context.
 fn rows() -> Outcome<(Tensor, Tensor, Tensor)> {
     let ids = Tensor::from_iter((0..36u32).map(|i| 3 + (i * 7) % 31), &Device::Cpu)?.reshape((2, 18))?;
     let mask = Tensor::from_iter((0..36).map(|i| u8::from(!(18..23).contains(&i))), &Device::Cpu)?
@@ -343,7 +344,7 @@ fn adapters_train_on_a_frozen_base_and_merge() -> Outcome {
             let penalty = regularizer.for_model(&model, pass)?.total;
             Ok((loss(&model, pass)? + penalty)?)
         })?;
-        // With layers computed again in backward, the gradients are the same.
+        // With gradient checkpointing the gradients are the same.
         let name = params.trainable()[0].0.clone();
         let gradient = |model: &DecoderForCausalLM| -> Outcome<Tensor> {
             let grads = loss(model, pass)?.backward()?;

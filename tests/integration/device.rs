@@ -1,5 +1,5 @@
-//! Whole models on a CUDA device against the same on the host. These tests need the device: a build for it that finds
-//! none fails here.
+//! Whole models on a CUDA device against the same models on the host. A build with the feature `cuda` fails
+//! these tests if there is no device.
 
 use std::collections::HashMap;
 
@@ -45,7 +45,7 @@ fn load(files: &ModelFiles, method: &Method, dtype: DType, device: &Device) -> O
     Ok(Classifier::load(files, 2, &start, Noise::new(4), dtype, device)?)
 }
 
-/// The losses of some steps.
+/// Trains for two epochs and returns the loss of every step.
 fn losses(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
     let batcher = Batcher::new(8, true, Noise::new(4))?;
     let objective = Classification { classifier, rows, batcher };
@@ -58,7 +58,7 @@ fn losses(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
 #[test]
 fn training_on_a_device_is_training_on_the_host() -> Outcome {
     let (dirs, device) = ([tempfile::tempdir()?, tempfile::tempdir()?], cuda_device(0)?);
-    // Of one length: the host leaves padding out, and dropout then meets other elements.
+    // Rows of one length: the host leaves padding out, so that dropout would hit other elements.
     let rows: Vec<_> = rows(80, false).into_iter().filter(|row| row.ids.len() == 8).collect();
     for files in [checkpoint(dirs[0].path())?, llama_checkpoint(dirs[1].path())?] {
         for method in methods() {
@@ -108,7 +108,7 @@ fn what_a_device_has_trained_is_read_on_the_host() -> Outcome {
 fn a_checkpoint_takes_from_a_device_what_it_takes_from_the_host() -> Outcome {
     let (dir, device) = (tempfile::tempdir()?, cuda_device(0)?);
     let files = checkpoint(dir.path())?;
-    // IA3 scales biases, too, which no weight does.
+    // IA3 also scales biases, which cannot be merged into a weight.
     let merges = |method: &&Method| {
         matches!(method, Method::MonteCLoRA(_) | Method::Lora(_) | Method::Dora(_) | Method::AdaLora(_))
     };
@@ -146,7 +146,7 @@ fn a_base_of_half_width_trains_adapters_of_single_precision() -> Outcome {
     Ok(())
 }
 
-/// On one device, and with its layers on two, whose memory neither may touch in the other's place.
+/// On one device, and with the layers on two devices, each of which must only access its own memory.
 #[test]
 fn a_language_model_learns_and_writes_on_devices_what_it_does_on_the_host() -> Outcome {
     let mut placements = vec![Placement::new(&[(cuda_device(0)?, 3)])?];
@@ -155,7 +155,7 @@ fn a_language_model_learns_and_writes_on_devices_what_it_does_on_the_host() -> O
         Err(error) => skipped(&format!("two devices: {error}")),
     }
     let (host, all) = (Placement::new(&[(Device::Cpu, 3)])?, Targets::parse("all-linear")?);
-    // What else is summed over layers.
+    // Methods with other terms that are sums over layers.
     let map = LoraConfig { rank: 4, prior: Some(Prior::map()), ..LoraConfig::default() };
     let calibrated = MonteCLoRAConfig { rank: 4, ..MonteCLoRAConfig::calibrated() };
     let sampled = MonteCLoRAConfig { rank: 4, mode: KlEvaluation::Sampled, ..MonteCLoRAConfig::default() };

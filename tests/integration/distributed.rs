@@ -1,5 +1,5 @@
-//! The examples in several processes, which Open MPI's `mpirun` starts: against one process with the same
-//! accumulation, under SIGKILL, and with an error that one of them has alone. Skipped without Open MPI.
+//! The examples in several processes, started by Open MPI's `mpirun`: compared with one process with the same
+//! accumulation, under SIGKILL, and with an error in only one of them. Skipped without Open MPI.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,12 +14,12 @@ use serde_json::Value;
 use crate::kill::examples_with;
 use crate::support::{skipped, Outcome};
 
-/// Kills of the harness: the runs are long enough for some to fall into each part of a step.
+/// The number of kills; the runs are long enough for some to hit each part of a step.
 const KILLS: usize = 8;
-/// How long the others may live when one was killed.
+/// How long the other processes may run after one was killed.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// The examples with the feature, and a folder.
+/// The examples, built with the feature `mpi`, and a folder.
 struct Home {
     dir: tempfile::TempDir,
     glue: PathBuf,
@@ -27,7 +27,7 @@ struct Home {
 }
 
 impl Home {
-    /// None where there is no Open MPI, or not what it takes to build against it.
+    /// Returns `None` without Open MPI or what is needed to build against it.
     fn new() -> Outcome<Option<Self>> {
         let says = |program: &str| Command::new(program).arg("--version").stderr(Stdio::null()).output();
         let is_open_mpi = |said: Output| String::from_utf8_lossy(&said.stdout).contains("Open MPI");
@@ -49,12 +49,12 @@ impl Home {
         self.dir.path().join(name)
     }
 
-    /// A command in `world` processes.
+    /// The command of a run in `world` processes.
     fn command(&self, example: &Path, world: usize, options: &str, out: &Path) -> Command {
         let mut command = Command::new(if world == 1 { example } else { Path::new("mpirun") });
         if world > 1 {
             command.args(["-n", &world.to_string(), "--oversubscribe"]).arg(example);
-            // Some machines of the check are containers with nobody but root.
+            // Some CI machines are containers whose only user is root.
             command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
         }
         command.args(options.split_whitespace()).arg("--output").arg(out).env("RAYON_NUM_THREADS", "1");
@@ -72,7 +72,7 @@ impl Home {
     }
 }
 
-/// What a run left.
+/// The results of a run.
 struct Run {
     losses: Vec<f64>,
     adapter: HashMap<String, Tensor>,
@@ -100,7 +100,7 @@ impl Run {
         })
     }
 
-    /// The largest differences, of losses and, relative to each tensor's largest element, of the adapter.
+    /// The largest differences of losses (relative) and adapter (relative to each tensor's maximum).
     fn differences(&self, other: &Self) -> Outcome<(f64, f64)> {
         assert_eq!(self.losses.len(), other.losses.len());
         let of_losses = self.losses.iter().zip(&other.losses).map(|(a, b)| (a - b).abs() / b.abs());
@@ -116,7 +116,8 @@ impl Run {
     }
 }
 
-/// One test, since there are more processes than cores already, and one that waited would keep others from running.
+/// A single test: several at once would start even more processes than cores, and tests that wait for each
+/// other would keep the remaining tests from running.
 #[test]
 fn several_processes() -> Outcome {
     let Some(home) = Home::new()? else { return Ok(()) };
@@ -143,7 +144,7 @@ fn several_processes_train_what_one_does(home: &Home) -> Outcome {
             let several = home.run(example, world, &options, &format!("{name}-{world}"))?;
             let (losses, adapter) = several.differences(&one)?;
             println!("{name}, {world} processes: losses within {losses:.1e}, adapter within {adapter:.1e}");
-            // Single precision, of which each step's sums are in another order.
+            // In single precision, and the sums of each step are in another order.
             assert!(losses < 1e-5 && adapter < 1e-4, "{name}, {world}: {losses:e}, {adapter:e}");
             for key in ["mean", "loss_mean"] {
                 assert_eq!(several.metrics[key].is_null(), one.metrics[key].is_null());
@@ -154,7 +155,7 @@ fn several_processes_train_what_one_does(home: &Home) -> Outcome {
     Ok(())
 }
 
-/// Kills all of a run when it goes out of scope.
+/// Kills a run when it is dropped.
 struct Guard(Child);
 
 impl Drop for Guard {
@@ -165,7 +166,7 @@ impl Drop for Guard {
 }
 
 impl Guard {
-    /// The processes that it started.
+    /// The ids of its child processes.
     fn children(&self) -> Vec<u32> {
         let parent = self.0.id();
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -206,7 +207,7 @@ fn a_killed_process_ends_the_others_and_the_run_goes_on(home: &Home) -> Outcome 
             break;
         }
         let out = home.out(&format!("killed-{runs}"));
-        // Once 4 processes, then 2, and so on, into the same folder.
+        // Alternately 4 and 2 processes, into the same folder.
         let world = [4, 2][kills % 2];
         let mut uniforms = vec![0.0; 2];
         moments.fill_uniform(attempt as u64, &mut uniforms);
@@ -218,7 +219,7 @@ fn a_killed_process_ends_the_others_and_the_run_goes_on(home: &Home) -> Outcome 
             Command::new("sh").args(["-c", &format!("kill -9 {victim}")]).stderr(Stdio::null()).status()?;
         }
         let clock = Instant::now();
-        // Without a victim it has not begun or has ended.
+        // Without a victim the run has not begun yet or has ended.
         let patience = if victim.is_some() { GRACE } else { 10 * GRACE };
         let ended = by_itself.map_or_else(|| run.ends_within(patience), |ended| Ok(Some(ended)))?;
         if let (None, Some(_), Some(false)) = (by_itself, victim, ended) {
@@ -235,7 +236,7 @@ fn a_killed_process_ends_the_others_and_the_run_goes_on(home: &Home) -> Outcome 
         let (losses, adapter) = Run::read(&out)?.differences(&one)?;
         assert!(losses < 1e-5 && adapter < 1e-4, "{losses:e}, {adapter:e}");
     }
-    // The last of them, now by one process.
+    // Resume the last run with one process.
     let last = home.run(&home.glue, 1, options, &format!("killed-{runs}"))?;
     let (losses, adapter) = last.differences(&one)?;
     println!(
@@ -254,8 +255,8 @@ fn an_error_of_one_process_ends_all_with_its_words(home: &Home) -> Outcome {
         Ok(fs::read_to_string(home.out("said"))?)
     };
     let few = said("--epochs 1 --limit-train 8 --accumulation 1", "few")?;
-    assert!(few.contains("invalid accumulation: 1 micro-batches of a step for 2 processes"), "{few}");
-    // Rank 0 alone locks and writes the folder.
+    assert!(few.contains("invalid accumulation: expected at least one micro-batch for each of 2"), "{few}");
+    // Only rank 0 locks and writes the folder.
     fs::write(home.out("file"), "")?;
     let unwritable = said("--epochs 1 --limit-train 8", "file")?;
     assert!(unwritable.contains("rank 0: error: ") && unwritable.contains("file"), "{unwritable}");

@@ -1,4 +1,4 @@
-//! The encoders against two independent implementations: candle-transformers and Hugging Face.
+//! The encoders against an independent implementation, candle-transformers.
 
 use std::collections::HashMap;
 
@@ -71,7 +71,7 @@ fn roberta_names_masked_tokens_as_candle_transformers_does() -> Outcome {
     let (ids, types, mask) = padded_batch(&config)?;
     let vb = frozen(&weights);
     let oracle = xlm_roberta::XLMRobertaForMaskedLM::new(&xlm_config(&config), vb.clone())?;
-    // candle-transformers leaves the projection's bias out; here it is added by hand.
+    // candle-transformers omits the projection's bias, so it is added here.
     let t = ids.dim(1)?;
     let expected = oracle
         .forward(&ids, &mask, &types, None, None, None)?
@@ -92,7 +92,7 @@ fn bert_encodes_as_candle_transformers_does() -> Outcome {
     let expected = oracle.forward(&ids, &types, Some(&mask))?;
     let model = RobertaEncoder::load(frozen(&weights), &config, Noise::new(0))?;
     let hidden = model.forward(&ids, Some(&types), &mask, &Pass::Mean.into())?;
-    // Padding columns are nobody's business: compare the real tokens.
+    // Outputs at padding are arbitrary: compare only real tokens.
     let real = mask.unsqueeze(2)?.to_dtype(DType::F32)?;
     assert_close(&hidden.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 5e-5)
 }
@@ -195,7 +195,7 @@ fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
     let model = RobertaEncoder::load(frozen(&weights), &config, Noise::new(0))?;
     let (ids, types, right) = padded_batch(&config)?;
     let full = Tensor::ones((3, 7), DType::U8, &Device::Cpu)?;
-    // The second row is padded on the left: its first token is none, and nothing is packed.
+    // The second row is padded on the left: its first column is padding, and the rows are not packed.
     let left =
         Tensor::new(&[[1u8, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], &Device::Cpu)?;
     for mask in [&full, &right, &left] {
@@ -254,7 +254,7 @@ fn the_configured_dropouts_act_in_training_alone() -> Outcome {
     };
     let mean = out(&config, Pass::Mean)?;
     assert_eq!(mean, out(&config, Pass::Posterior { draw: 3 })?);
-    // Each dropout alone moves the output, and repeats with its draw.
+    // Each dropout alone changes the output; the same draw gives the same output.
     let only = |hidden, attention, head| RobertaConfig {
         hidden_dropout_prob: hidden,
         attention_probs_dropout_prob: attention,

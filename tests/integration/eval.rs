@@ -1,4 +1,4 @@
-//! Benchmarks of language models: by likelihood, by generated text, by running what was generated.
+//! Benchmarks of language models: by likelihood, by generated text, and by running generated programs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 use crate::llama::{frozen, toy_config};
 use crate::support::{scatter, skipped, Outcome};
 
-/// A model of letters.
+/// A model whose tokens are letters.
 fn model() -> Outcome<DecoderForCausalLM> {
     let (model, params) = frozen(&toy_config(false)?, DType::F32)?;
     scatter(&params)?;
@@ -29,7 +29,7 @@ fn model() -> Outcome<DecoderForCausalLM> {
 }
 
 pub fn encoder(max_length: usize) -> Outcome<PromptEncoder> {
-    // The end of a text is no part of what is scored.
+    // The end token has no part in the scores.
     Ok(PromptEncoder::new(letters()?, max_length, 40, Some(2), false)?)
 }
 
@@ -66,9 +66,9 @@ fn letters() -> Outcome<Tokenizer> {
 fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
     let model = model()?;
     let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
-    // Whether training learns the prompts changes nothing about what an answer scores.
+    // The score of an answer does not depend on whether training learns the prompts.
     let encoders = [encoder(20)?, PromptEncoder::new(letters()?, 20, 40, Some(2), true)?];
-    // The log-probability of each next letter, by hand.
+    // The log-probability of an answer, computed by hand.
     let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
         let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
         let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
@@ -139,7 +139,7 @@ fn a_text_goes_on_to_its_stop_whatever_the_batches() -> Outcome {
         generator.batch_size = 3;
         assert_eq!(generator.texts(&prompts, &[])?, whole);
         generator.batch_size = 2;
-        // What comes last ends the text, for the rows that say it.
+        // The last word of a text as a stop: it ends all texts that contain it.
         let last = |(row, text): (usize, &String)| Some((row, text.split_whitespace().last()?.to_string()));
         let (row, stop) = whole.iter().enumerate().find_map(last).ok_or("nothing but empty texts")?;
         let short = generator.texts(&prompts, &["never said", &stop])?;
@@ -150,12 +150,12 @@ fn a_text_goes_on_to_its_stop_whatever_the_batches() -> Outcome {
     }
     let long = "a".repeat(40);
     let error = generator.texts(&["a", "b", &long], &[]).expect_err("no room").to_string();
-    assert!(error.contains("that of row 3 has 40 tokens"), "{error}");
-    // A benchmark says so before anything is trained.
+    assert!(error.contains("the prompt of row 3 has 40 tokens"), "{error}");
+    // `check` reports this before anything is trained.
     let row =
         |prompt: &str| Prompted { prompt: prompt.into(), answer: "#### 1".into(), ..Prompted::default() };
     let error = Benchmark::Gsm8k.check(&generator, &[row("a"), row(&long)]).expect_err("no room").to_string();
-    assert!(error.contains("that of row 2 has 40 tokens"), "{error}");
+    assert!(error.contains("the prompt of row 2 has 40 tokens"), "{error}");
     Benchmark::Gsm8k.check(&generator, &[row("a")])?;
     Ok(())
 }
@@ -166,7 +166,7 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     let generator = generator(&model, &encoder);
     let texts = generator.texts(&["abc", "xy"], &[])?;
     let said = |text: &str| text.split_whitespace().next().map(str::to_string).ok_or("nothing said");
-    // The first row is right, the second says the other name, the third none.
+    // The first row is right, the second gives the wrong name, the third gives none.
     let rows = [
         question("abc", &[&said(&texts[0])?, "!"], 0),
         question("xy", &["!", &said(&texts[1])?], 0),
@@ -180,7 +180,7 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     assert_eq!((Some(scores["accuracy"]), Some(scores["nll"])), (expected.accuracy, expected.nll));
     let averaged = GenerateConfig { weights: PosteriorWeights::Average(2), ..generator.config.clone() };
     let averaged = Generator { config: averaged, ..generator };
-    // Without an adapter every draw is the mean.
+    // Without an adapter every draw equals the mean.
     let again = Benchmark::Choice(Normalize::Bytes).run(&averaged, &rows)?;
     assert!((again["nll"] - scores["nll"]).abs() < 1e-12);
 
@@ -197,7 +197,7 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     Ok(())
 }
 
-/// Measures in parts of `size` rows, the last part first, as if others had measured some of them.
+/// Measures in parts of `size` rows, the last part first, as several processes might.
 fn backwards(
     benchmark: &Benchmark,
     generator: &Generator,
@@ -240,7 +240,7 @@ fn figures_are_those_of_all_rows_whoever_measures_which() -> Outcome {
         backwards(&Benchmark::Gsm8k, &generator, &gsm8k, 2)?,
         Benchmark::Gsm8k.run(&generator, &gsm8k)?
     );
-    // Who measures gives what it measured of every row.
+    // A result that lacks the figures of some row is refused.
     let choice = Benchmark::Choice(Normalize::No);
     for wrong in [vec![], vec![vec![2.0, 0.0, 1.0]], vec![vec![0.0; 5]]] {
         let error = choice.run_by(&generator, &gsm8k, &mut |_, _| Ok(wrong.clone())).expect_err("a fault");
@@ -262,7 +262,7 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     let mut generator = generator(&model, &encoder);
     let tests =
         || ProgramTests { entry_point: "f".into(), test: "f = 1\ndef check(f):\n    assert f == 1".into() };
-    // Letters behind a hash are a comment; elsewhere they are a name that nobody defined.
+    // Letters after a hash are a comment; elsewhere they are an undefined name.
     let row = |prompt: &str| Prompted { prompt: prompt.into(), tests: Some(tests()), ..Prompted::default() };
     let rows = [row("#a"), row("abc")];
     let code = |samples, ks: &[usize]| Benchmark::Code {
@@ -286,7 +286,7 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     Ok(())
 }
 
-/// HumanEval's own rows, where the data are beside the crate.
+/// The rows of HumanEval, if the data lie beside the crate.
 fn human_eval() -> Option<Vec<Prompted>> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let place = |up: &Path| up.join("shared/data/humaneval/HumanEval.jsonl.gz");
@@ -302,7 +302,7 @@ fn humaneval_s_own_solutions_pass_and_empty_ones_do_not() -> Outcome {
         return Ok(());
     };
     assert_eq!(rows.len(), 164);
-    // A slow machine may want more than 3 s for one of them.
+    // A slow machine may need more than 3 s for one of them.
     let sandbox = Sandbox::new("python3", Limits { seconds: 20, ..Limits::default() }).unwrap_or(sandbox);
     for row in &rows {
         let tests = row.tests.as_ref().expect("tests");

@@ -1,5 +1,5 @@
-//! The encoders after BERT against Hugging Face transformers, on the golden values of
-//! `tests/data/make_encoders_golden.py`, and against differences.
+//! Tests of the encoder families after BERT against Hugging Face transformers (golden values of
+//! `tests/data/make_encoders_golden.py`), and of gradients against finite differences.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ impl Golden {
         })
     }
 
-    /// The same with other settings.
+    /// Returns it with other settings.
     fn with(mut self, settings: Value) -> Self {
         for (name, value) in settings.as_object().into_iter().flatten() {
             self.config[name] = value.clone();
@@ -52,7 +52,7 @@ impl Golden {
         self
     }
 
-    /// The same without dropout.
+    /// Returns it with all dropout rates at 0.
     pub fn no_dropout(self) -> Self {
         let rates: Vec<String> = match self.config.as_object() {
             Some(fields) => fields.keys().filter(|name| name.contains("dropout")).cloned().collect(),
@@ -61,7 +61,7 @@ impl Golden {
         rates.iter().fold(self, |golden, rate| golden.with(json!({ rate.as_str(): 0.0 })))
     }
 
-    /// Writes the folder of a checkpoint.
+    /// Writes a checkpoint folder.
     pub fn write(&self, dir: &Path) -> Outcome<ModelFiles> {
         std::fs::create_dir_all(dir)?;
         let is_weight = |name: &str| name.ends_with(".weight") || name.ends_with(".bias");
@@ -87,7 +87,7 @@ impl Golden {
         Ok(self.config()?.load(self.vb(dtype), self.vb(dtype), Noise::new(0))?)
     }
 
-    /// A model of which all is trained, or, with `Role::Head`, the head alone.
+    /// A model with all weights trainable, or, with `Role::Head`, only the head.
     fn trained(&self, role: Role, dtype: DType) -> Outcome<(Box<dyn SequenceClassifier>, Params)> {
         let params = Params::with_dtype(Noise::new(6), dtype, &Device::Cpu);
         let head = params.var_builder(Some(self.vb(dtype)), role);
@@ -95,7 +95,7 @@ impl Golden {
         Ok((self.config()?.load(body, head, Noise::new(0))?, params))
     }
 
-    /// ids, token types, attention mask.
+    /// Ids, token types, attention mask.
     fn inputs(&self) -> Outcome<[Tensor; 3]> {
         let ids = self.tensors["input_ids"].to_dtype(DType::U32)?;
         let types = match self.tensors.get("token_type_ids") {
@@ -116,7 +116,7 @@ impl Golden {
     }
 }
 
-/// The families, and settings that change which of the golden logits are theirs.
+/// The families, and variants with other settings, each with the key of its golden logits.
 fn variants() -> Outcome<Vec<(&'static str, Golden, &'static str)>> {
     let of = |family: &'static str| Ok((family, Golden::open(family)?, "logits"));
     let mut all = FAMILIES.into_iter().map(of).collect::<Outcome<Vec<_>>>()?;
@@ -154,7 +154,7 @@ fn a_row_has_the_logits_that_it_has_without_padding() -> Outcome {
             assert_close(&logits, &golden.tensors[key].narrow(0, row, 1)?, 1e-4)
                 .map_err(|error| format!("{family}: {error}"))?;
         }
-        // A row beyond the model's length.
+        // A row longer than the model's maximum.
         let long = Tensor::full(5u32, (1, 41), &Device::Cpu)?;
         let mask = long.ones_like()?.to_dtype(DType::U8)?;
         let error = model.logits(&long, &long.zeros_like()?, &mask, &Pass::Mean.into()).unwrap_err();
@@ -175,7 +175,7 @@ fn gradients_are_those_of_transformers_kept_or_computed_again() -> Outcome {
         for again in [false, true] {
             model.set_checkpoint_layers(again);
             for path in PATHS {
-                // In training, since layers are computed again in training alone.
+                // In training, since layers are only recomputed in training.
                 let cx = Context::from(Pass::Train { draw: 0 }).with_path(path);
                 let loss = golden.loss(model.as_ref(), &cx)?;
                 assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 2e-5)?;
@@ -199,7 +199,7 @@ fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
         let golden = Golden::open(family)?;
         let prefix = golden.config()?.prefix();
         let bare = golden.tensors.iter().map(|(name, t)| {
-            // What is no part of the body keeps its name.
+            // Tensors outside of the body keep their names.
             (name.strip_prefix(&prefix).unwrap_or(name).to_string(), t.clone())
         });
         let bare = Golden { tensors: bare.collect(), config: golden.config.clone() };
@@ -254,7 +254,7 @@ fn each_dropout_acts_in_training_alone() -> Outcome {
             }
             _ => &["embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"],
         };
-        // With those of the head at 0 the rate of the body must not reach it.
+        // All other rates are set to 0: a head with a rate of 0 must not use the rate of the body.
         let off: Value = rates.iter().map(|rate| (rate.to_string(), json!(0.0))).collect();
         for rate in rates {
             let golden = Golden::open(family)?.with(off.clone()).with(json!({ *rate: 0.3 }));
@@ -282,7 +282,7 @@ fn a_new_head_is_trained_whole_and_what_is_saved_computes_the_same() -> Outcome 
     ] {
         let dir = tempfile::tempdir()?;
         let mut golden = Golden::open(family)?;
-        // As pre-training leaves it.
+        // As after pre-training: without a head.
         golden.tensors.retain(|name, _| !heads.iter().any(|head| name.starts_with(&format!("{head}."))));
         let files = golden.write(&dir.path().join("base"))?;
         let config = MonteCLoRAConfig { rank: 3, num_components: 3, ..MonteCLoRAConfig::default() };
@@ -327,7 +327,7 @@ fn a_head_that_peft_saved_in_part_is_completed_by_the_checkpoint_alone() -> Outc
     pooler.iter().try_for_each(|(name, value)| classifier.params.set(name, value))?;
     let logits = golden.logits(classifier.model.as_ref(), &Pass::Mean.into())?;
     classifier.save("base", dir.path())?;
-    // Of a DeBERTa PEFT saves the classifier.
+    // Of a DeBERTa's head PEFT only saves the classifier.
     let mut file = AdapterFile::read(dir.path().join("adapter"))?;
     file.saved_modules.retain(|name, _| !name.starts_with("pooler."));
     file.config.modules_to_save = Some(vec!["classifier".into(), "score".into()]);
@@ -338,7 +338,7 @@ fn a_head_that_peft_saved_in_part_is_completed_by_the_checkpoint_alone() -> Outc
     let again = golden.logits(open(&files)?.model.as_ref(), &Pass::Mean.into())?;
     assert_close(&again, &logits, 1e-6)?;
 
-    // Of two classes on a checkpoint of three: the pooler is the base's all the same.
+    // An adapter of two classes on a checkpoint of three: the pooler still comes from the base.
     let three = AdapterFile::read(dir.path().join("part"))?;
     let mut two = three.clone();
     for (name, tensor) in &three.saved_modules {

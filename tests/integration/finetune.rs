@@ -1,4 +1,4 @@
-//! Fine-tuning end to end on a toy checkpoint on disk: every method through the one loop.
+//! Fine-tuning end to end from a toy checkpoint on disk, with every method.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -27,7 +27,7 @@ use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, Pr
 use crate::llama;
 use crate::support::{scatter, toy_config, toy_weights, Outcome};
 
-/// A folder with the toy encoder's configuration and weights, without a head.
+/// Writes the toy encoder's configuration and weights, without a head, into a folder.
 pub fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let config = toy_config(Family::Roberta);
     let weights = toy_weights(&config, |vb, noise| {
@@ -39,7 +39,7 @@ pub fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
 
-/// The same weights under the names of a bare encoder.
+/// Writes the weights of `files` under the names of a bare encoder.
 pub fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
     let weights = candle_core::safetensors::load(&files.weights()[0], &Device::Cpu)?;
     let bare = |(name, tensor): (String, _)| (name.trim_start_matches("roberta.").to_string(), tensor);
@@ -49,7 +49,7 @@ pub fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
 
-/// The same with the toy decoder, whose head is new, too.
+/// Writes the toy decoder's configuration and weights, without a classification head, into a folder.
 pub fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let json = llama::toy_json(true);
     let params = Params::new(Noise::new(5), &Device::Cpu);
@@ -62,7 +62,7 @@ pub fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
 }
 
-/// Rows whose label, or score, is decided by which of two tokens they hold more of.
+/// Rows of two kinds of tokens; the score is the share of one kind, the class whether it is above 0.34.
 pub fn rows(count: usize, regression: bool) -> Vec<Encoded> {
     let row = |i: usize| {
         let length = 4 + i % 5;
@@ -179,7 +179,7 @@ fn the_trainer_tells_a_prior_how_many_rows_there_are() -> Outcome {
             let want = term("task") + paper + 0.5 / 48.0 * (term("prior") + term("kl_mean"));
             assert!((record.loss - want).abs() < 1e-5 * want, "{method:?} {record:?}");
         }
-        // Of a batch alone nobody knows it.
+        // The number of rows cannot be known from a batch.
         let batch = &batches(&classifier, &rows, 8)?[0];
         let error = classifier.loss(batch, &Pass::Mean.into(), None).unwrap_err().to_string();
         assert!(error.starts_with("invalid rows"), "{error}");
@@ -214,7 +214,7 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
     Ok(())
 }
 
-/// What `saved` says about some rows: a checkpoint alone, or one with an adapter on it.
+/// The logits of some rows, computed by a checkpoint, with an adapter on it if one is given.
 pub fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -> Outcome<Vec<Vec<f32>>> {
     let config = SequenceConfig::from_file(files.config_path(), 2)?;
     let params = Params::new(Noise::new(9), &Device::Cpu);
@@ -297,7 +297,7 @@ fn a_checkpoint_with_a_hole_is_refused_by_every_method() -> Outcome {
     Ok(())
 }
 
-/// The toy checkpoint with `change` made to its weights, in a folder of its own.
+/// Writes the checkpoint `whole` with changed weights into the folder `dir`.
 fn changed(
     whole: &ModelFiles,
     dir: &Path,
@@ -459,7 +459,7 @@ fn rows_without_a_label_have_no_weight() -> Outcome {
     let batcher = Batcher::new(2, false, Noise::new(4))?;
     let objective = Classification { classifier: &classifier, rows: &rows, batcher };
     assert_eq!([objective.weight(&[0, 1]), objective.weight(&[2, 3])], [1.0, 2.0]);
-    // A prior is weighed against the three rows that have one.
+    // A prior is weighted by the number of rows with a label, three.
     let batch = Batch::collate(&[&rows[2], &rows[3]], 0, &Device::Cpu)?;
     let with = |n| -> Outcome<f32> {
         Ok(classifier.loss(&batch, &Pass::Mean.into(), Some(n))?.total.to_scalar::<f32>()?)
@@ -495,7 +495,7 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
         assert_eq!(adapted, places, "{}", method.name());
 
         let out = tempfile::tempdir()?;
-        // Of another run, whose adapter is not to be found in place of this one.
+        // The adapter of an earlier run must not be found in place of this one.
         load(files, &methods()[0], 2)?.save("base", out.path())?;
         classifier.save("base", out.path())?;
         assert!(!out.path().join("adapter/adapter_config.json").exists());
@@ -508,7 +508,7 @@ fn methods_for_comparison_have_places_of_their_own_and_save_their_parameters() -
         let error = Classifier::load(files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu);
         assert!(error.is_err_and(|error| error.to_string().contains("rank_pattern")), "{}", method.name());
     }
-    // IA3 scales the inside of a feed-forward block, and the outputs of keys and values.
+    // IA3 scales the inner activations of a feed-forward block, and the outputs of keys and values.
     let classifier = load(&encoder, &Method::Ia3, 2)?;
     let len = |path: &str| -> Outcome<usize> {
         let name = format!("roberta.encoder.layer.0.{path}.default.scaling");
@@ -550,7 +550,7 @@ fn prompt_tuning_trains_virtual_tokens_and_the_head_alone() -> Outcome {
 fn a_loss_that_is_not_finite_names_the_first_layer_where_it_began() -> Outcome {
     let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let lora = Method::Lora(LoraConfig { rank: 4, ..LoraConfig::default() });
-    // Finite factors whose product is not: in the middle of the model, and inside a fused block.
+    // Finite factors whose product overflows, in the middle of the model and inside a fused block.
     for (files, layer) in [
         (checkpoint(dir.path())?, "roberta.encoder.layer.1.attention.self.value"),
         (llama_checkpoint(other.path())?, "model.layers.1.self_attn.v_proj"),

@@ -1,4 +1,4 @@
-//! GGUF: models written and read again.
+//! Models are written to GGUF and read again.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -23,7 +23,7 @@ use crate::support::{assert_close, scatter, Outcome};
 
 pub const TEXT: &str =
     "Once upon a time, there was a little girl named Lily.\nShe had 27 caf\u{e9}s \u{1f600}!";
-/// The beginning, and some words.
+/// The token that begins a text, and some words.
 pub const IDS: [u32; 12] = [1, 403, 407, 261, 378, 432, 317, 286, 261, 376, 268, 414];
 
 pub fn locate(path: &Path) -> Outcome<ModelFiles> {
@@ -35,18 +35,18 @@ pub fn load(files: &ModelFiles) -> Outcome<DecoderForCausalLM> {
     Ok(DecoderForCausalLM::load(weights, &DecoderConfig::from_files(files)?, Noise::new(0))?)
 }
 
-/// The logits of all places of [`IDS`], `(t, vocab)`.
+/// The logits at all positions of [`IDS`], `(t, vocab)`.
 pub fn logits(model: &DecoderForCausalLM) -> Outcome<Tensor> {
     logits_of(model, &IDS)
 }
 
-/// The logits of all places of `ids`, `(t, vocab)`.
+/// The logits at all positions of `ids`, `(t, vocab)`.
 pub fn logits_of(model: &DecoderForCausalLM, ids: &[u32]) -> Outcome<Tensor> {
     let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
     Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, &Pass::Mean.into())?.squeeze(0)?)
 }
 
-/// Adapters on every layer in general position, and their file.
+/// Adds adapters in general position to the default targets; returns their parameters and their file.
 pub fn adapted(
     model: &mut DecoderForCausalLM,
     monteclora: bool,
@@ -100,7 +100,7 @@ fn a_model_in_single_precision_comes_back_to_the_bit() -> Outcome {
     Ok(())
 }
 
-/// A toy of each family that GGUF is written of, with what it differs by; windows, caps and factors bite.
+/// A toy configuration of each family that can be written to GGUF; windows, caps and factors have an effect.
 pub fn families() -> Vec<Value> {
     let toy = |model_type: &str, more: Value| {
         let mut config = json!({
@@ -194,7 +194,7 @@ fn a_file_of_llama_cpps_converter_is_read_as_transformers_reads_it() -> Outcome 
     let vb = files.var_builder(DType::F32, &Device::Cpu)?;
     let dense = DecoderForCausalLM::load(vb, &DecoderConfig::from_files(&files)?, Noise::new(0))?;
     assert_close(&logits(&dense)?, &golden["logits"], 2e-5)?;
-    // 12 rows go through blocks of dequantised rows.
+    // Outside of text generation products dequantise the weight block by block and do not round their input.
     assert_close(&logits(&load(&files)?)?, &golden["logits"], 2e-5)?;
     assert_eq!(tokenizer::of_model(&files)?.encode("", true).map_err(|e| e.to_string())?.get_ids()[0], 1);
     Ok(())
@@ -211,7 +211,7 @@ fn every_family_comes_back() -> Outcome {
         let worst = (&ours - &theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
         let scale = ours.abs()?.max_all()?.to_scalar::<f32>()?;
         println!("{}: {worst:.1e} of {scale:.1}", config["model_type"]);
-        // The converter adds one to Gemma's norms, all of them.
+        // llama.cpp's converter adds one to all of Gemma's norms.
         let (_, tensors) = raw(&path)?;
         let weights = candle_core::safetensors::load(folder.path().join("model.safetensors"), &Device::Cpu)?;
         let gemma = config["model_type"].as_str().is_some_and(|family| family.starts_with("gemma"));
@@ -226,7 +226,7 @@ fn every_family_comes_back() -> Outcome {
     Ok(())
 }
 
-/// The numbers of a GGUF file as candle's own reader has them, by GGUF's names.
+/// The contents of a GGUF file by candle's own reader, and its dequantised tensors by their GGUF names.
 pub fn raw(path: &Path) -> Outcome<(Content, HashMap<String, Tensor>)> {
     let mut file = std::fs::File::open(path)?;
     let content = Content::read(&mut file)?;
@@ -249,7 +249,7 @@ fn base_and_adapter_in_a_file_each_are_the_merged_file() -> Outcome {
         save_gguf(&source, &at("base.gguf"), GgufKind::F32)?;
         let (params, mut file) = adapted(&mut model, false, rslora)?;
         save_merged_gguf(&model, &params, &source, &at("merged.gguf"), GgufKind::F32)?;
-        // An alpha of its own for some layers, which llama.cpp has no place for.
+        // Another alpha for one layer, which llama.cpp's format cannot store.
         let paths: Vec<String> = file.layers.keys().cloned().collect();
         let first = paths.first().ok_or("a layer")?;
         file.config.alpha_pattern = vec![(first.clone(), 2.0 * file.config.lora_alpha)];
@@ -293,7 +293,7 @@ fn an_adapter_is_merged_into_a_base_in_gguf() -> Outcome {
             &at("x.gguf"),
             GgufKind::F32,
         );
-        assert!(error.unwrap_err().to_string().contains("no layer has an active one"));
+        assert!(error.unwrap_err().to_string().contains("no layer has an active adapter"));
         let (params, _) = adapted(&mut model, true, false)?;
         check_merged_gguf(&model, &params, &source, &at("merged.gguf"))?;
         save_merged_gguf(&model, &params, &source, &at("merged.gguf"), GgufKind::F32)?;
@@ -403,11 +403,12 @@ fn quantised_matrices_stay_so_and_compute_what_their_numbers_do() -> Outcome {
             found.insert(layer.base().kind());
             Ok(())
         })?;
-        // The width of `down_proj` is 172, which no block divides.
+        // The width of `down_proj`, 172, is not a multiple of any block size.
         assert_eq!(found.iter().collect::<Vec<_>>(), kinds.iter().collect::<Vec<_>>());
         let vb = files.var_builder(DType::F32, &Device::Cpu)?;
         let dense = DecoderForCausalLM::load(vb, &DecoderConfig::from_files(&files)?, Noise::new(0))?;
-        // Few rows go through candle's kernels, which quantise what comes in, too.
+        // A wide tolerance: only in text generation do few rows go through candle's kernels, which also
+        // quantise their input.
         let scale = logits(&dense)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert_close(&logits(&model)?, &logits(&dense)?, 0.02 * f64::from(scale))?;
     }

@@ -1,4 +1,4 @@
-//! What a GGUF file may say and nothing here computes.
+//! Settings in GGUF files that this crate does not implement.
 
 use std::path::Path;
 
@@ -28,13 +28,13 @@ fn settings_of_a_file_that_nothing_here_computes_are_refused_by_name() -> Outcom
     Ok(())
 }
 
-/// The bytes of a GGUF file with one more value in its metadata, of this type and these bytes.
+/// The bytes of a GGUF file with an additional metadata value of this type and these bytes.
 fn with_value(file: &[u8], key: &str, (kind, value): (u32, Vec<u8>)) -> Vec<u8> {
     let count = u64::from_le_bytes(std::array::from_fn(|i| file[16 + i]));
     let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
     let mut more =
         [text(key), kind.to_le_bytes().to_vec(), value, text("blanks"), 8u32.to_le_bytes().to_vec()].concat();
-    // Tensors lie at multiples of 32 bytes.
+    // Pads with blanks, since tensors are aligned to 32 bytes.
     more.extend(text(&" ".repeat(32 - (more.len() + 8) % 32)));
     [&file[..16], &(count + 2).to_le_bytes(), &more, &file[24..]].concat()
 }

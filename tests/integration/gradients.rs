@@ -1,4 +1,4 @@
-//! Whole models against central differences, in double precision with the noise fixed.
+//! Gradients of whole models against central differences, in double precision with fixed noise.
 
 use crate::llama;
 use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
@@ -100,7 +100,7 @@ fn adapters_of_both_methods_are_differentiated_through_the_whole_model() -> Outc
     Ok(())
 }
 
-/// Checks that outputs are the same in a pass without gradient, which leads to no parameter of a layer.
+/// Checks that a pass without gradient has the same outputs and gives the layers' parameters no gradient.
 fn check_untracked(params: &Params, outputs: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
     let of_layers = |cx: Context| -> Outcome<(Vec<f64>, usize)> {
         let ys = outputs(&cx)?;

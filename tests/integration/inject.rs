@@ -68,7 +68,7 @@ fn targets_follow_the_rules_of_peft() -> Outcome {
             Targets { layers_to_transform: Some(vec![1]), layers_pattern: pattern, ..names("query")? };
         assert_eq!(paths(&layers, Family::Roberta)?, query[1..]);
     }
-    // PEFT 0.21: check_target_module_exists asks no index of a whole path.
+    // As PEFT 0.21's `check_target_module_exists`, which ignores the layer index if a target is a whole path.
     let exact = names(&format!("{},key", query[0]))?;
     let layers = Targets { layers_to_transform: Some(vec![1]), ..exact };
     let key = "roberta.encoder.layer.1.attention.self.key".to_string();
@@ -209,7 +209,7 @@ fn a_lora_adapter_gets_a_posterior_that_alone_is_trained() -> Outcome {
         inject::lora(&mut model, &targets, &trained, &params)?;
         scatter(&params)?;
         if use_rslora {
-            // As it is read from a file, on a model of its own.
+            // As if read from a file: applied to a new model.
             let method = peft::AdapterMethod::Lora(trained);
             let file = AdapterFile::from_model(&model, "default", &params, &method, &Default::default())?;
             (model, params) = frozen(Family::Roberta)?;

@@ -1,6 +1,6 @@
-//! The real `glue` example under SIGKILL, signals, a full disk, a folder that cannot be written, and with any
-//! number of threads. Of 52 kills of a measured run 8 fell into the writing of a checkpoint; 32 runs
-//! ended alike, byte for byte.
+//! The `glue` example under SIGKILL, other signals, a full disk, a folder that cannot be written, and with
+//! different numbers of threads. In a measured run, 8 of 52 kills hit the writing of a checkpoint; 32 runs
+//! ended with the same bytes.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -16,24 +16,24 @@ use monteclora::noise::{Noise, Purpose};
 
 use crate::support::{skipped, Outcome};
 
-/// Kills of the harness by method, at moments that are drawn over the length of a run.
+/// The number of kills per method, at random moments of a run.
 const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
 
-/// Held while an example is built and copied: with other features the file is another.
+/// Held while an example is built and copied: a build with other features overwrites the file.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-/// The example, built as this test was.
+/// Builds the example with the profile and features of this test.
 pub fn glue() -> Outcome<PathBuf> {
     let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let built = build(&["glue"], &[])?.pop().ok_or("no example")?;
-    // Under a name of its own: with another feature it is built in the same place.
+    // Copied to another name, since a build with other features goes to the same place.
     let (place, partial) = (built.with_file_name("glue-of-tests"), built.with_file_name("glue-of-tests-new"));
     std::fs::copy(built, &partial)?;
     std::fs::rename(partial, &place)?;
     Ok(place)
 }
 
-/// Examples built with another feature beside, in the folder `dir`.
+/// Builds examples with an additional feature and copies them into the folder `dir`.
 pub fn examples_with(feature: &str, names: &[&str], dir: &Path) -> Outcome<Vec<PathBuf>> {
     let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let copy = |(path, name): (PathBuf, &&str)| {
@@ -48,7 +48,7 @@ fn build(names: &[&str], more_features: &[&str]) -> Outcome<Vec<PathBuf>> {
     let deps = std::env::current_exe()?;
     let profile = deps.parent().and_then(Path::parent).ok_or("a test below target/PROFILE/deps")?;
     let target = profile.parent().ok_or("a profile below target")?;
-    // The one profile whose folder has another name.
+    // The only profile whose folder has another name.
     let name = match profile.file_name().and_then(OsStr::to_str).ok_or("a profile has a name")? {
         "debug" => "dev",
         name => name,
@@ -68,7 +68,7 @@ fn build(names: &[&str], more_features: &[&str]) -> Outcome<Vec<PathBuf>> {
     }
 }
 
-/// A small task and what is run on it.
+/// A small task, and the example and method to run on it.
 struct Setup {
     home: tempfile::TempDir,
     glue: PathBuf,
@@ -88,7 +88,7 @@ impl Setup {
         Ok(Self { home, glue: glue()?, method, epochs: 3 })
     }
 
-    /// The arguments of a run into `out`. The learning rate is high enough to be seen.
+    /// The arguments of a run into `out`. The learning rate is high enough for its effect to show.
     fn args(&self, out: &Path) -> Vec<String> {
         let text = format!(
             "--data {} --method {} --epochs {} --batch-size 4 --accumulation 2 --eval-every 5 --lr 3e-3 \
@@ -103,12 +103,12 @@ impl Setup {
 
     fn command(&self, out: &Path) -> Command {
         let mut command = Command::new(&self.glue);
-        // One thread leaves the machine to the other tests, and the bits do not depend on it.
+        // One thread leaves cores to the other tests; the results do not depend on the number of threads.
         command.args(self.args(out)).stdout(Stdio::null()).env("RAYON_NUM_THREADS", "1");
         command
     }
 
-    /// Runs to the end; what it said on standard error.
+    /// Runs to the end and returns the standard error.
     fn finish(&self, out: &Path) -> Outcome<String> {
         let output = self.command(out).stderr(Stdio::piped()).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -119,7 +119,7 @@ impl Setup {
         }
     }
 
-    /// Runs until `patience` is over or it ends, whichever comes first.
+    /// Runs to the end, or kills the run after `patience`.
     fn kill_after(&self, out: &Path, patience: Duration) -> Outcome<ExitStatus> {
         let mut child = Guard(self.command(out).stderr(Stdio::null()).spawn()?);
         let clock = Instant::now();
@@ -136,7 +136,7 @@ impl Setup {
     }
 }
 
-/// A process that no failed test leaves behind.
+/// A process that is killed when dropped, so that no failed test leaves it behind.
 struct Guard(Child);
 
 impl Drop for Guard {
@@ -146,7 +146,7 @@ impl Drop for Guard {
     }
 }
 
-/// All files that a finished run leaves, and their bytes but for what is another figure each time.
+/// All files of a finished run with their bytes, which are left empty for files that differ each time.
 fn results(out: &Path) -> Outcome<Vec<(PathBuf, Vec<u8>)>> {
     let (mut folders, mut files) = (vec![out.to_path_buf()], Vec::new());
     while let Some(folder) = folders.pop() {
@@ -156,7 +156,7 @@ fn results(out: &Path) -> Outcome<Vec<(PathBuf, Vec<u8>)>> {
                 folders.push(path);
                 continue;
             }
-            // Wall times, and the checksum of the state that has them.
+            // These contain wall times, or the checksum of a file with wall times.
             let timed =
                 ["metrics.json", "state.json", "manifest.json"].iter().any(|name| path.ends_with(name));
             let bytes = if timed { Vec::new() } else { std::fs::read(&path)? };
@@ -171,7 +171,7 @@ fn results(out: &Path) -> Outcome<Vec<(PathBuf, Vec<u8>)>> {
     Ok(files)
 }
 
-/// Names the first file that one of two runs has alone, or with other bytes.
+/// Asserts that two runs have the same files with the same bytes; names the first that differs.
 fn assert_same(found: &[(PathBuf, Vec<u8>)], expected: &[(PathBuf, Vec<u8>)], what: &str) {
     let alone = found.iter().find(|file| !expected.contains(file));
     let alone = alone.or_else(|| expected.iter().find(|file| !found.contains(file)));
@@ -202,7 +202,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
             while kills < share {
                 let mut moment = [0.0];
                 moments.fill_uniform(tries.next().ok_or("runs end before they can be killed")?, &mut moment);
-                // What is left of a run gets shorter with each start.
+                // With each start less of the run is left.
                 let status = setup.kill_after(&out, Duration::from_secs_f64(0.8 * moment[0] * length))?;
                 if status.success() {
                     break;
@@ -212,7 +212,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
                 halves += usize::from(left_half(&out));
             }
             let said = setup.finish(&out)?;
-            // Whatever a kill leaves, no checkpoint that has its name is damaged.
+            // A kill never leaves a damaged checkpoint under its final name.
             assert!(!said.contains("cannot be read"), "{said}");
             assert_same(&results(&out)?, &expected, &format!("{method} after {kills} kills"));
             finished += 1;
@@ -225,7 +225,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
 
 #[test]
 fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
-    // Long enough for a signal to find it at work, however busy the machine is.
+    // Long enough for a signal to arrive during the run, even on a busy machine.
     let setup = Setup { epochs: 20, ..Setup::new("lora")? };
     let (whole, out) = (setup.home.path().join("whole"), setup.home.path().join("stopped"));
     setup.finish(&whole)?;
@@ -239,7 +239,7 @@ fn signals_stop_a_run_after_its_step_and_it_goes_on() -> Outcome {
         };
         let before = newest();
         let mut child = Guard(setup.command(&out).stderr(Stdio::piped()).spawn()?);
-        // Once it has trained a step: before, it may not listen yet.
+        // Wait for the first step: before it, the signal handlers may not be installed.
         while newest() == before && child.0.try_wait()?.is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -261,8 +261,8 @@ fn a_second_signal_ends_a_run_at_once() -> Outcome {
     assert!(Command::new("mkfifo").arg(&config).status()?.success());
     let mut command = setup.command(&setup.home.path().join("out"));
     let mut child = Guard(command.arg("--adapter").arg(setup.home.path()).stderr(Stdio::piped()).spawn()?);
-    // A pipe that is open and empty: the run listens to signals and waits for what it starts from.
-    // Without a reader it cannot be opened like this.
+    // The adapter's configuration is an empty pipe, so that the run blocks on it with its signal handlers
+    // installed. Opening it for writing without blocking fails until the run has opened it for reading.
     let open = || File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&config);
     let _pipe = loop {
         match open() {
@@ -275,14 +275,14 @@ fn a_second_signal_ends_a_run_at_once() -> Outcome {
     signal("-INT", child.0.id())?;
     let mut said = String::new();
     BufReader::new(child.0.stderr.take().ok_or("its standard error is a pipe")?).read_line(&mut said)?;
-    assert!(said.contains("once more to stop at once"), "{said}");
+    assert!(said.contains("signal again to stop immediately"), "{said}");
     assert!(child.0.try_wait()?.is_none());
     signal("-TERM", child.0.id())?;
     assert_eq!(child.0.wait()?.code(), Some(143));
     Ok(())
 }
 
-/// A disk of 4 MB with little room, then read-only, then with room: in a name space of its own.
+/// Runs on a disk of 4 MB that is nearly full, then read-only, then has room, in a separate mount namespace.
 const SMALL_DISK: &str = r#"
 set -u
 mount -t tmpfs -o size=4m tmpfs "$DISK" || exit 77
@@ -317,7 +317,7 @@ fn a_full_disk_and_a_read_only_folder_end_a_run_that_goes_on_when_they_are_mende
         }
         Err(error) => error.to_string(),
     };
-    // Without leave to mount there is no small disk to be had.
+    // Without the permission to mount, the small disk cannot be made.
     let cannot = output.as_ref().map_or(true, |o| o.status.code() == Some(77) || said.contains("unshare"));
     if cannot {
         skipped("this machine lets nobody mount a file system");
@@ -335,7 +335,7 @@ fn a_folder_in_which_nothing_can_be_made_is_named_before_anything_is_trained() -
     let file = setup.home.path().join("file");
     std::fs::write(&file, "")?;
     let error = setup.finish(&file.join("out")).unwrap_err().to_string();
-    // Before it a warning: LoRA has no posterior to sample.
+    // The error comes after a warning: LoRA has no posterior to sample.
     let last = error.lines().last().unwrap_or_default();
     assert!(last.starts_with("error: ") && last.contains("file/out"), "{error}");
     assert!(!error.contains("step"), "{error}");
@@ -358,7 +358,7 @@ fn a_run_goes_on_neither_with_other_held_out_rows_nor_over_its_own_start() -> Ou
     again.arg("--adapter").arg(out.join("adapter")).stderr(Stdio::piped());
     let output = again.output()?;
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("would write over what it starts from"), "{said}");
+    assert!(!output.status.success() && said.contains("would overwrite the folder that it"), "{said}");
     assert_same(&results(&out)?, &before, "a refusal");
     Ok(())
 }

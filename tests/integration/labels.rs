@@ -1,4 +1,4 @@
-//! Heads in another order than the task's: classes are matched by their names, from the checkpoint to what is saved.
+//! Heads whose classes are in another order than the task's: loading and saving match them by name.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,7 +27,7 @@ use crate::support::{scatter, skipped, toy_config, toy_weights, Outcome};
 const KINDS: [&str; 3] = ["roberta", "bert", "llama"];
 const NLI: [&str; 3] = ["entailment", "neutral", "contradiction"];
 
-/// A toy checkpoint of this kind with a head for `labels` classes.
+/// The weights and configuration of a toy model of this kind with a head for `labels` classes.
 fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value)> {
     if kind == "llama" {
         let json = toy_json(true);
@@ -47,7 +47,7 @@ fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value
     Ok((weights, serde_json::to_value(&config)?))
 }
 
-/// The checkpoint with output `i` the class `order[i]`, under these names; None: the configuration names none.
+/// Writes a checkpoint whose output `i` is the class `order[i]`, with names in its configuration if given.
 fn checkpoint(dir: &Path, kind: &str, order: &[u32], names: Option<&[String]>) -> Outcome<ModelFiles> {
     let (mut weights, mut json) = weights(kind, order.len())?;
     let order = Tensor::new(order, &Device::Cpu)?;
@@ -86,7 +86,7 @@ fn nli(order: &[u32]) -> Vec<String> {
     order.iter().map(|class| NLI[*class as usize].to_string()).collect()
 }
 
-/// What a classifier says of some rows, in the order of its outputs.
+/// The logits of some rows, in the order of the classifier's outputs.
 fn says(classifier: &Classifier) -> Outcome<Vec<Vec<f64>>> {
     let rows = rows(6, false);
     Ok(logits(classifier, &batches(classifier, &rows, 6)?, &Pass::Mean.into())?)
@@ -115,7 +115,7 @@ fn a_prior_on_the_head_is_about_its_rows_where_they_lie() -> Outcome {
                 let batch = &batches(&classifier, &rows(6, false), 6)?[0];
                 let loss = classifier.loss(batch, &Pass::Mean.into(), Some(6))?;
                 let prior = loss.terms.iter().find(|(name, _)| *name == "prior").ok_or("a prior")?;
-                // B is zero, and the head is where it starts.
+                // B is zero, and the head is at its start.
                 assert_eq!(prior.1.to_scalar::<f32>()?, 0.0, "{kind} {order:?}");
             }
         }
@@ -160,9 +160,9 @@ fn an_adapter_of_peft_keeps_what_its_checkpoints_head_is_for() -> Outcome {
     let (noise, device) = (Noise::new(4), Device::Cpu);
     let own = Classifier::load_with_new_head(&files, 3, &fresh(lora()), noise, DType::F32, &device)?;
     own.save(dir.path().to_str().ok_or("a path")?, out.path())?;
-    // Ours is a new head, of one class, and says which.
+    // An adapter of this crate names its classes: it has a head of its own, for one class per row.
     assert_eq!(Classifier::open(out.path(), None, DType::F32, &device)?.labels, own.labels);
-    // PEFT, which writes no such file, trains the head that the checkpoint's settings speak of.
+    // PEFT writes no such file: its head is for the problem in the checkpoint's configuration.
     std::fs::remove_file(out.path().join("adapter/monteclora.json"))?;
     let error = Classifier::open(out.path(), None, DType::F32, &device).expect_err("PEFT's").to_string();
     assert!(error.contains("several classes at once"), "{error}");
@@ -184,7 +184,7 @@ fn the_rows_of_a_head_go_where_their_names_say() -> Outcome {
                 assert_same(&says(&classifier)?, &want, &format!("{kind} {order:?}"));
                 assert_eq!((classifier.labels.clone(), classifier.note()), (Labels::from(Task::Mnli), None));
             }
-            // A mere number takes the head as it is.
+            // With only a number of classes the head is used in its own order.
             let classifier = load(&files, 3, &fresh(lora()))?;
             assert_eq!(classifier.labels.names(), names);
             let own: Vec<Vec<f64>> =
@@ -208,7 +208,7 @@ fn names_are_written_and_read_again() -> Outcome {
             let want = says(&trained)?;
             trained.save("base", dir.path())?;
 
-            // Read by somebody for whom contradiction comes first.
+            // Read with labels in another order: contradiction comes first.
             let mine = Labels::new(["contradiction", "neutral", "entailment"])?;
             let again = match &method {
                 Method::Full => {
@@ -220,7 +220,7 @@ fn names_are_written_and_read_again() -> Outcome {
                 }
                 _ => {
                     let file = AdapterFile::read(dir.path().join("adapter"))?;
-                    // PEFT takes the names of the checkpoint, whose order the file has.
+                    // PEFT uses the checkpoint's names, so the file has the checkpoint's order.
                     assert_eq!(file.labels, Some(Labels::new(nli(&order))?));
                     let again = load(&files, mine.clone(), &MethodInit::Adapter(Box::new(file)))?;
                     if let Method::Lora(_) = method {
@@ -271,7 +271,7 @@ fn strange_names_are_told_and_numbers_are_not() -> Outcome {
     assert!(told.contains("--new-head"), "{told}");
     assert_eq!(note("b", Some(names(["LABEL_0", "LABEL_1", "LABEL_2"])))?, None);
     assert_eq!(note("c", None)?, None);
-    // A body without a head has no order that could count.
+    // Without a head in the checkpoint, the order of its names does not matter.
     let files = crate::finetune::checkpoint(dir.path())?;
     let mut json: Value = serde_json::from_str(&std::fs::read_to_string(files.config_path())?)?;
     json["id2label"] = json!({ "0": "x", "1": "y", "2": "z" });
@@ -297,7 +297,7 @@ fn a_head_of_another_size_names_the_way_on() -> Outcome {
         let new = Classifier::load_with_new_head(&files, Task::Rte, &start, noise, DType::F32, &cpu)?;
         assert_eq!((says(&new)?[0].len(), new.note()), (2, None));
         new.save("base", dir.path())?;
-        // The head of the adapter takes the place of the checkpoint's.
+        // The head of the adapter replaces the checkpoint's.
         let file = AdapterFile::read(dir.path().join("adapter"))?;
         let again = load(&files, Task::Rte, &MethodInit::Adapter(Box::new(file)))?;
         assert_eq!(says(&again)?, says(&new)?);
@@ -305,7 +305,7 @@ fn a_head_of_another_size_names_the_way_on() -> Outcome {
     Ok(())
 }
 
-/// Text through a folder in RTE's layout, as the example reads it; the rows are labelled by transformers.
+/// Reads text from a folder in RTE's layout, as the example does; transformers has labelled the rows.
 #[test]
 fn a_case_that_was_scored_inverted_is_right() -> Outcome {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));

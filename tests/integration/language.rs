@@ -1,5 +1,5 @@
-//! Studies of language models, on the bundled stories260K: every recipe, what is measured against the same by
-//! hand, a study that stops and goes on, and its report.
+//! Studies of language models, on the bundled stories260K: every recipe, results against the same computed by
+//! hand, a study that stops and is resumed, and its report.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ use crate::finetune::Log;
 use crate::stories::asset;
 use crate::support::{small, Outcome};
 
-/// Questions with a choice of numbers, two or three, as instruction data have them.
+/// Questions with a choice of two or three numbers, in the format of instruction data.
 fn questions(count: usize) -> Outcome<Vec<Prompted>> {
     let question = |i: usize| -> Value {
         let (a, b) = (2 + i % 5, 1 + i % 3);
@@ -49,7 +49,7 @@ struct Home {
 }
 
 impl Home {
-    /// None where the bundled files are not.
+    /// Returns `None` without the bundled files.
     fn new() -> Outcome<Option<Self>> {
         let (Some(dir), Some(gsm8k)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(None) };
         let files = ModelFiles::locate(&dir.display().to_string(), None)?;
@@ -99,7 +99,7 @@ fn key(method: &str, lr: f64) -> CellKey {
     CellKey { task: "numbers".to_string(), method: method.to_string(), lr, batch_size: 8, seed: 3 }
 }
 
-/// The tasks that a result tells of.
+/// The tasks in a result.
 const TASKS: [&str; 4] = ["cats", "cats-by-name", "gsm8k-flexible_extract", "gsm8k-strict_match"];
 
 #[test]
@@ -128,7 +128,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
                 found.reliability.get("mean").into_iter().flatten().map(|bin| bin.count).sum();
             assert_eq!(binned, if task == "cats" { 8 } else { 0 }, "{name}, {task}");
         }
-        // What is kept of the rows gives the scores again.
+        // The scores can be computed again from the rows that are kept.
         assert!(rows.tasks.keys().eq(["cats"]) && rows.tasks["cats"].row.len() == 8, "{name}");
         let (cats, kept) = (&result.tasks["cats"].arms, &rows.tasks["cats"]);
         assert!(kept.arms.keys().eq(cats.keys()), "{name}");
@@ -187,12 +187,12 @@ fn a_temperature_is_fitted_on_rows_that_the_recipe_holds_out() -> Outcome {
     assert_eq!((result.status, &result.reason, result.steps), (Status::Done, &None, 2 * 3));
     let [cats, gsm8k] = ["cats", "gsm8k-strict_match"].map(|task| &result.tasks[task].arms);
     assert!(cats.keys().eq(["mean", "temperature"]) && gsm8k.keys().eq(["mean"]));
-    // It changes how sure a choice is, and not which it is.
+    // A temperature changes the confidence of a choice, not the choice itself.
     let (mean, warm) = (&cats["mean"], &cats["temperature"]);
     assert!(warm.accuracy == mean.accuracy && warm.nll != mean.nll, "{warm:?}, {mean:?}");
     let other = CellKey { seed: 4, ..result.key.clone() };
     assert_ne!(trial.run(&other).0.losses, result.losses);
-    // Of any method, as the classifiers'.
+    // With any method, as for classifiers.
     let (dora, ..) = trial.run(&key("dora:rank=4:alpha=8:held-out=0.25", 5e-3));
     assert!(dora.tasks["cats"].arms.keys().eq(["mean", "temperature"]), "{:?}", dora.reason);
     Ok(())
@@ -210,7 +210,7 @@ fn draws_without_width_say_what_the_mean_does() -> Outcome {
     Ok(())
 }
 
-/// Runs the cells of a small grid that have no result in `dir` yet; how many there were to run.
+/// Runs the cells of a small grid that have no result in `dir` yet; returns their number.
 fn run_grid(home: &Home, dir: &Path, shard: Shard) -> Outcome<usize> {
     let methods = ["lora:rank=4:alpha=8", "monteclora:rank=4:alpha=8"].map(String::from).to_vec();
     let (lrs, batch_sizes) = (vec![5e-3, 1e30], vec![16]);
@@ -230,7 +230,7 @@ fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
     let (whole, killed) = (tempfile::tempdir()?, tempfile::tempdir()?);
     assert_eq!(run_grid(&home, whole.path(), Shard::WHOLE)?, 4);
     assert_eq!(run_grid(&home, killed.path(), "1/2".parse()?)?, 2);
-    // What a kill leaves of a cell: its cost, which comes first, and no result.
+    // As after a kill: the cell has its cost, which is written first, but no result.
     let cut = killed.path().join(key("lora:rank=4:alpha=8", 5e-3).folder_name().replace("bs8-s3", "bs16-s1"));
     std::fs::remove_file(cut.join("result.json"))?;
     assert_eq!(run_grid(&home, killed.path(), Shard::WHOLE)?, 3);
@@ -245,7 +245,7 @@ fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
     let cells = results(whole.path())?;
     assert_eq!(results(killed.path())?, cells);
 
-    // Packed, the report is the same, byte for byte.
+    // The report of the packed study has the same bytes.
     let report = |dir: &Path| -> Outcome<String> {
         study::write_report(dir, dir)?;
         Ok(["report.md", "cells.csv"]
@@ -267,7 +267,7 @@ fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
         let row = format!("(mean) | {accuracy:.4} | {accuracy:.4} | 0.0000");
         assert!(text.contains(&row), "{row}: {text}");
     }
-    // A cell that diverged did so on every task: one done, one diverged, none failed.
+    // A diverged cell counts as diverged on every task: one done, one diverged, none failed.
     let diverged: Vec<_> = cells.iter().filter(|cell| cell.status == Status::Diverged).collect();
     assert!(diverged.iter().all(|cell| cell.tasks.keys().eq(TASKS)) && diverged.len() == 2);
     for method in ["lora", "monteclora"] {

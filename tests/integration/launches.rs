@@ -1,5 +1,5 @@
-//! What a training step asks of a device: launches, copies and synchronisations, as the emulated device counts them
-//! (`tests/emulator`); on a real one nothing is counted and nothing is tested here.
+//! The launches, copies and synchronisations of a training step, as counted by the emulated device
+//! (`tests/emulator`). A real device does not count, so nothing is tested on it.
 
 use std::path::PathBuf;
 
@@ -17,7 +17,7 @@ use monteclora::{cuda_device, ops, MonteCLoRAConfig, Noise, Regularizer, Tape};
 use crate::llama::{frozen_on, toy_json};
 use crate::support::{skipped, Outcome};
 
-/// What this thread has asked for so far.
+/// The requests of this thread to the device so far.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Counts {
     launches: i64,
@@ -28,7 +28,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// None on a device that does not count.
+    /// Returns `None` on a device that does not count.
     fn now() -> Outcome<Option<Self>> {
         let Some(folder) = std::env::var_os("EMULATOR_COUNTS").map(PathBuf::from) else { return Ok(None) };
         let thread = std::fs::read_link("/proc/thread-self")?;
@@ -52,7 +52,7 @@ impl Counts {
         }
     }
 
-    /// What stands in a device's queue: kernels and products.
+    /// The number of items queued on a device: kernels and products.
     fn queued(self) -> i64 {
         self.launches + self.products
     }
@@ -123,7 +123,7 @@ fn decoder(layers: usize, dtype: DType, device: &Device) -> Outcome<(Decoder<imp
     Ok((Decoder(model, batch(device)?), params))
 }
 
-/// The counts of one step after two others.
+/// The counts of the third step.
 fn counts(
     mut step: impl Step,
     params: &Params,
@@ -155,7 +155,7 @@ fn counts(
     Ok(Counts::now()?.zip(before).map(|(after, before)| after.combine(before, |a, b| a - b)))
 }
 
-/// The counts at `layers` layers, of which two and four say what one adds.
+/// The counts for `layers` layers, extrapolated from two and four layers.
 fn extended(layers: i64, of: impl Fn(usize) -> Outcome<Option<Counts>>) -> Outcome<Option<Counts>> {
     let (two, four) = (of(2)?, of(4)?);
     Ok(two.zip(four).map(|(two, four)| two.combine(four, |two, four| two + (four - two) / 2 * (layers - 2))))
@@ -170,7 +170,7 @@ fn a_step_keeps_its_budget_of_launches() -> Outcome {
         return Ok(());
     }
     let mut over = Vec::new();
-    // Beside a bf16 base adapters are made into parts of bf16: some launches more for each adapted layer.
+    // With a bf16 base, adapters are split into bf16 parts: some more launches for each adapted layer.
     for (dtype, budgets) in [(DType::F32, [900, 2900]), (DType::BF16, [995, 3750])] {
         let roberta = |bayes: Option<&MonteCLoRAConfig>| {
             extended(12, |layers| {

@@ -1,7 +1,7 @@
-//! What llama.cpp makes of the GGUF files that this crate writes, where Python has it.
+//! Tests that llama.cpp loads the GGUF files that this crate writes and computes the same, if Python has it.
 //!
-//! `MONTECLORA_PYTHON` names an interpreter with `llama-cpp-python` and `gguf`; else `python3` is tried.
-//! `tests/data/live_llama_cpp.py` is what runs there.
+//! `MONTECLORA_PYTHON` names an interpreter with `llama-cpp-python` and `gguf`; the default is `python3`. It
+//! runs `tests/data/live_llama_cpp.py`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,7 +17,7 @@ use crate::gguf::{adapted, families, load, locate, logits, logits_of, raw, toy_f
 use crate::stories::asset;
 use crate::support::{skipped, Outcome};
 
-/// An interpreter that has llama.cpp; why there is none is told.
+/// An interpreter with llama.cpp; if there is none, reports why.
 fn python() -> Option<PathBuf> {
     let python = std::env::var_os("MONTECLORA_PYTHON").map_or("python3".into(), PathBuf::from);
     let why = match Command::new(&python).args(["-c", "import llama_cpp, gguf, numpy"]).output() {
@@ -32,7 +32,7 @@ fn python() -> Option<PathBuf> {
     None
 }
 
-/// Has llama.cpp run what lies in `folder`.
+/// Runs llama.cpp on the files in `folder` and compares the results.
 fn check(python: &Path, folder: &Path, pieces: &[u32], cases: &[Value]) -> Outcome {
     let expected = json!({"text": TEXT, "pieces": pieces, "ids": IDS, "files": cases});
     std::fs::write(folder.join("expected.json"), expected.to_string())?;
@@ -56,7 +56,7 @@ fn bases_adapters_and_merged_models_give_our_logits() -> Outcome {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
     let (source, mut cases) = (locate(&dir)?, Vec::new());
-    // llama.cpp rounds what comes into a matrix, too: to half precision, or to blocks of eight bits.
+    // llama.cpp also rounds the inputs of a matrix: to half precision, or to blocks of eight bits.
     for (name, kind, tolerance) in [
         ("base_f32.gguf", GgufKind::F32, 1e-4),
         ("base_q8.gguf", GgufKind::Q8_0, 0.3),
@@ -77,7 +77,7 @@ fn bases_adapters_and_merged_models_give_our_logits() -> Outcome {
         cases.push(case("base_f32.gguf", Some(name), 1e-4, &expected)?);
         let merged = format!("merged_{name}");
         save_merged_gguf(&model, &params, &source, &at(&merged), kind)?;
-        // Of what the kind leaves of the merged weights: eight bits lose 0.3 of these logits, and llama.cpp as much again.
+        // The logits of the merged weights as stored: eight bits change them by 0.3, llama.cpp as much again.
         let expected = logits(&load(&locate(&at(&merged))?)?)?;
         cases.push(case(&merged, None, tolerance, &expected)?);
     }
@@ -130,7 +130,7 @@ fn blocks_are_those_of_llama_cpp() -> Outcome {
         save_gguf(&source, &at(name), kind)?;
         let model = load(&locate(&at(name))?)?;
         let ours = logits(&model)?;
-        // llama.cpp rounds what comes into a matrix to eight bits, as candle's kernels for few rows do.
+        // llama.cpp rounds the inputs of a matrix to eight bits, as candle's kernels for few rows do.
         let few = logits_of(&model, &IDS[..3])?;
         let rounding = (few - ours.narrow(0, 0, 3)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
         let mut case = case(name, None, 2.0 * f64::from(rounding), &ours)?;

@@ -1,7 +1,6 @@
-//! Both ways between this crate and the real PEFT, where Python has it.
+//! Exchanges adapters with the real PEFT in both directions, if Python has it.
 //!
-//! `MONTECLORA_PYTHON` names the interpreter; else `python3` is tried. `tests/data/live_peft.py` is
-//! what runs there.
+//! `MONTECLORA_PYTHON` names the interpreter; the default is `python3`. It runs `tests/data/live_peft.py`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +23,7 @@ use crate::families::{Golden, FAMILIES};
 use crate::llama::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
-/// An interpreter with everything that is needed, or why there is none.
+/// An interpreter with all required packages, or the reason why there is none.
 pub fn python() -> Result<PathBuf, String> {
     let python = std::env::var_os("MONTECLORA_PYTHON").map_or("python3".into(), PathBuf::from);
     let needs = "import torch, transformers, safetensors, peft; peft.MontecloraConfig";
@@ -80,7 +79,7 @@ fn inputs() -> Outcome<(Tensor, Tensor)> {
     Ok((ids, mask))
 }
 
-/// What each row, or each place, is to be: -100 nothing.
+/// The label of each row, or of each position of a causal model; -100 is ignored.
 fn labels(causal: bool) -> Outcome<Tensor> {
     let (ids, mask) = inputs()?;
     if causal {
@@ -90,12 +89,12 @@ fn labels(causal: bool) -> Outcome<Tensor> {
     }
 }
 
-/// The loss that the next step of an adapter starts from, of the draw that the script puts into PEFT:
-/// every normal is 0, the chi squares are 1, 1.1, 1.2 ...
+/// The loss of the next training step of an adapter, with the draw that the script gives PEFT: every normal
+/// is 0, the chi squares are 1, 1.1, 1.2 ...
 fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome<f32> {
     let (logits, labels) = (model.logits()?, labels(causal)?);
     let (logits, labels) = if causal {
-        // What stands at a place predicts the next.
+        // The logits at a position predict the next token.
         let last = labels.dim(1)? - 1;
         (logits.narrow(1, 0, last)?.flatten_to(1)?, labels.narrow(1, 1, last)?.flatten_all()?)
     } else {
@@ -124,14 +123,14 @@ fn next_loss(model: &mut Model, causal: bool, method: &AdapterMethod) -> Outcome
     Ok(task + penalty.total.to_scalar::<f32>()?)
 }
 
-/// A checkpoint with a head on the disk.
+/// Writes a checkpoint with a head into a folder.
 fn base(dir: &Path, family: &str) -> Outcome<ModelFiles> {
-    // Without dropout: losses are compared in training.
+    // Without dropout, since losses are compared in training.
     let (weights, mut json, name) = if family != "roberta" {
         let mut json = if family == "llama" { toy_json(true) } else { crate::decoders::toy_json(family)? };
         let params = Params::new(Noise::new(5), &Device::Cpu);
         json["attention_dropout"] = 0.0.into();
-        json["vocab_size"] = 50.into(); // the inputs' ids
+        json["vocab_size"] = 50.into(); // covers the ids of `inputs`
         let config = DecoderConfig::from_value(json.clone())?;
         DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
         scatter(&params)?;
@@ -174,7 +173,7 @@ fn adapters_and_merged_models_travel_to_python_and_back() -> Outcome {
 fn adapters_of_the_encoders_after_bert_travel_to_python_and_back() -> Outcome {
     let Some(python) = python_or_skip() else { return Ok(()) };
     for (family, count) in FAMILIES.into_iter().zip([1, 1, 2, 2]) {
-        // One method where the layers are BERT's.
+        // Only one method for families whose layers are BERT's.
         for method in methods().into_iter().rev().take(count) {
             let dir = tempfile::tempdir()?;
             let files = Golden::open(family)?.no_dropout().write(&dir.path().join("base"))?;
@@ -185,7 +184,7 @@ fn adapters_of_the_encoders_after_bert_travel_to_python_and_back() -> Outcome {
     Ok(())
 }
 
-/// [`python`], or a word that the test is skipped.
+/// [`python`]; if there is none, reports that the test is skipped.
 fn python_or_skip() -> Option<PathBuf> {
     let python = python();
     if let Err(reason) = &python {
@@ -201,7 +200,8 @@ fn methods() -> [AdapterMethod; 2] {
     [AdapterMethod::Lora(lora), AdapterMethod::MonteCLoRA(bayes)]
 }
 
-/// An adapter of `method` on the checkpoint `files`, merged and not, in PEFT, and what PEFT trains of it here again.
+/// Loads an adapter of `method` on the checkpoint `files` in PEFT, merged and not, and reads back what PEFT
+/// trains from it.
 fn there_and_back(
     python: &Path,
     dir: &Path,
@@ -230,7 +230,7 @@ fn there_and_back(
     let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, method, &origin)?;
     file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)?;
     if causal {
-        // A server's adapter has no head; any version of PEFT reads it.
+        // An adapter for servers has no head; any version of PEFT reads it.
         for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {
             file.write(dir.join(name), ExportFormat::Serving { fold_rslora })?;
         }
@@ -253,7 +253,7 @@ fn there_and_back(
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{task} {method:?}: {text}");
 
-    // What PEFT trained a step further is read back, and computes what PEFT computes.
+    // The adapter after PEFT's training step is read back and computes the same as in PEFT.
     let params = Params::new(Noise::new(2), &Device::Cpu);
     let mut model = Model::load(files, causal, &params)?;
     let file = AdapterFile::read(dir.join("back"))?;
@@ -266,7 +266,7 @@ fn there_and_back(
     assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
     let got = model.logits()?;
     if causal {
-        // Padding columns are nobody's business.
+        // Outputs at padding are arbitrary.
         assert_close(&got.get(0)?, &back["logits"].get(0)?, 1e-4)?;
         assert_close(&got.get(1)?.narrow(0, 0, 4)?, &back["logits"].get(1)?.narrow(0, 0, 4)?, 1e-4)?;
     } else {

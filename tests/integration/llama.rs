@@ -1,4 +1,4 @@
-//! LLaMA against candle-transformers and against itself: cache, padding, dtypes, gradients.
+//! Tests of LLaMA against candle-transformers, and of cache, padding, dtypes and gradients for consistency.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -18,7 +18,7 @@ use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 
-/// Grouped queries, non-square everywhere; with the positions of LLaMA 3 and a tied head, or without.
+/// Grouped queries and different widths everywhere; with LLaMA 3's positions and a tied head, or without.
 pub fn toy_json(llama3: bool) -> serde_json::Value {
     let scaling = serde_json::json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
@@ -36,7 +36,7 @@ pub fn toy_config(llama3: bool) -> Outcome<DecoderConfig> {
     Ok(DecoderConfig::from_value(toy_json(llama3))?)
 }
 
-/// A model in general position; with `Role::Base` all of it is trainable.
+/// A model in general position, all of it trainable.
 fn toy(config: &DecoderConfig, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     let params = Params::with_dtype(Noise::new(5), dtype, &Device::Cpu);
     let vb = params.var_builder(None, Role::Base);
@@ -45,12 +45,12 @@ fn toy(config: &DecoderConfig, dtype: DType) -> Outcome<(DecoderForCausalLM, Par
     Ok((model, params))
 }
 
-/// The same with frozen weights of another dtype, and an empty store for adapters.
+/// The same model with frozen weights of this dtype, and an empty store for adapters.
 pub fn frozen(config: &DecoderConfig, dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     frozen_on(&Device::Cpu, config, dtype)
 }
 
-/// The same on a device.
+/// [`frozen`] on a device.
 pub fn frozen_on(
     device: &Device,
     config: &DecoderConfig,
@@ -59,7 +59,7 @@ pub fn frozen_on(
     frozen_at(&Placement::new(&[(device.clone(), config.layers.len())])?, config, dtype)
 }
 
-/// The same with its layers in these places.
+/// [`frozen`] with its layers in these places.
 pub fn frozen_at(
     placement: &Placement,
     config: &DecoderConfig,
@@ -73,7 +73,7 @@ pub fn frozen_at(
     Ok((DecoderForCausalLM::load(placed, config, Noise::new(0))?, params))
 }
 
-/// Puts so many virtual tokens in general position before the rows of a model, if any.
+/// Adds `tokens` virtual tokens in general position to a model, if not 0.
 pub fn prompted(model: &mut dyn AdaptableModel, tokens: usize, dtype: DType) -> Outcome<Params> {
     let params = Params::with_dtype(Noise::new(7), dtype, &Device::Cpu);
     if tokens > 0 {
@@ -122,7 +122,7 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
         let (model, params) = toy(&config, DType::F32)?;
         let vb = VarBuilder::from_tensors(weights(&params), DType::F32, &Device::Cpu);
         let reference = oracle::Llama::load(vb, &config.to_candle_llama()?)?;
-        // Beyond the original context of the scaled positions.
+        // Longer than the original context of the scaled positions.
         let tokens: Vec<u32> = (0..36).map(|i| 3 + (i * 17) % 40).collect();
         for length in [1, 5, 36] {
             let (ids, mask) = one_row(&tokens[..length])?;
@@ -139,7 +139,7 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
 
 #[test]
 fn padding_on_either_side_changes_no_logit() -> Outcome {
-    // Virtual tokens: none, fewer than the padding of a row and more than all there is.
+    // Virtual tokens: none, fewer than the padding of some row, and more than any padding.
     for (llama3, virtual_tokens) in [(false, 0), (true, 0), (false, 2), (true, 9)] {
         let (mut model, _) = toy(&toy_config(llama3)?, DType::F32)?;
         prompted(&mut model, virtual_tokens, DType::F32)?;
@@ -175,7 +175,7 @@ fn a_cache_changes_no_logit() -> Outcome {
                 let hidden = model.hidden(&new, &seen, Some(&mut cache), &pass.into())?;
                 let logits = model.head(&hidden, &pass.into())?;
                 for (row, tokens) in ROWS.iter().enumerate() {
-                    // Padding columns are nobody's business.
+                    // Outputs at padding are arbitrary.
                     let real = (first.max(7 - tokens.len())).min(first + count);
                     let rest = first + count - real;
                     let (got, want) = (logits.get(row)?, expected.get(row)?);
@@ -216,12 +216,12 @@ fn what_does_not_fit_the_model_is_an_error_that_says_so() -> Outcome {
     let (ids, short) = (ids.narrow(1, 0, 5)?, mask.narrow(1, 0, 4)?);
     let error = model.logits(&ids, &short, &Pass::Mean.into()).unwrap_err().to_string();
     assert!(error.contains("mask [1, 4] does not fit 3 virtual tokens and rows [1, 8, 32]"), "{error}");
-    // Of a row's padding alone nobody can say where its virtual tokens belong.
+    // For a piece with only padding of a row, the place of its virtual tokens is unknown.
     let (ids, mask) = padded(true)?;
     let (ids, mask) = (ids.narrow(1, 0, 3)?, mask.narrow(1, 0, 3)?);
     let error =
         model.hidden(&ids, &mask, Some(&mut model.cache(7)), &Pass::Mean.into()).unwrap_err().to_string();
-    assert!(error.contains("row 1 of the first piece is padding alone"), "{error}");
+    assert!(error.contains("row 1 of the first piece is only padding"), "{error}");
     let empty = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
     let error = DecoderForCausalLM::load(empty, &toy_config(false)?, Noise::new(0)).unwrap_err().to_string();
     assert!(error.contains("model.embed_tokens.weight"), "{error}");
@@ -232,7 +232,7 @@ fn causal_loss(model: &DecoderForCausalLM, cx: &Context) -> Outcome<Tensor> {
     let (ids, mask) = padded(true)?;
     let logits = model.logits(&ids, &mask, cx)?.narrow(1, 0, 6)?.contiguous()?.flatten_to(1)?;
     let labels = ids.narrow(1, 1, 6)?.to_dtype(DType::I64)?.flatten_all()?;
-    // Id 0 is padding alone.
+    // Id 0 only occurs as padding and is ignored.
     Ok(ops::cross_entropy(&logits, &labels, 0, cx.path)?)
 }
 
@@ -285,7 +285,7 @@ fn a_half_width_base_trains_single_precision_adapters() -> Outcome {
         let (single, expected) = gradient(DType::F32, role)?;
         let (half, got) = gradient(DType::BF16, role)?;
         assert_eq!(got.dtype(), DType::F32);
-        // bf16 has eight bits: the loss to 1 %, the gradient in direction.
+        // bf16 has eight bits: the loss agrees to 2 %, the gradient in its direction.
         assert!((single - half).abs() < 0.02 * single, "{single} {half}");
         let dot = |a: &Tensor, b: &Tensor| -> Outcome<f32> { Ok((a * b)?.sum_all()?.to_scalar::<f32>()?) };
         let cosine = dot(&got, &expected)? / (dot(&got, &got)? * dot(&expected, &expected)?).sqrt();
@@ -379,10 +379,10 @@ fn generates_what_its_rows_do(virtual_tokens: usize) -> Outcome {
         let end = whole.iter().position(|token| *token == stop).unwrap_or(whole.len());
         assert_eq!(got[..], whole[..end]);
     }
-    // The model's length ends it, too.
+    // The model's maximal length ends a text, too.
     let long = tokens(&model, &prompts[..1], &GenerateConfig { max_new_tokens: 1000, ..config.clone() })?;
     assert_eq!(long[0].len(), 40 - virtual_tokens - 7);
-    // And whoever listens.
+    // So does the callback when it returns false.
     let mut heard = Vec::new();
     let quiet = generate(&model, &prompts[..1], &config, &mut |row, token| {
         heard.push((row, token));
@@ -409,7 +409,7 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     assert_ne!(first[0], first[1], "rows have generators of their own");
     assert_ne!(first[1], run(all(), 8, PosteriorWeights::Mean)?[0], "and so have the rows of every seed");
     let greedy = run(Sampling::ArgMax, 0, PosteriorWeights::Mean)?;
-    // The greedy text repeats itself; under a penalty no token comes twice, nor one of the prompt.
+    // The greedy text repeats itself; under a large penalty no token of the prompt or the text occurs twice.
     let distinct = |text: &[u32]| [&prompts[0], text].concat().into_iter().collect::<BTreeSet<_>>().len();
     let penalized = |repetition_penalty| {
         tokens(
@@ -421,7 +421,7 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     assert!(distinct(&greedy[0]) < 3 + 16);
     assert_eq!(distinct(&penalized(1e6)?[0]), 3 + 16);
     assert_eq!(penalized(1.0)?, greedy);
-    // Each draw's logits are penalised, not their average's logarithms: draws that are the mean say what it says.
+    // Each draw's logits are penalised, not the log of the average: draws that equal the mean give its text.
     let (alone, _) = frozen(&toy_config(false)?, DType::F32)?;
     let says = |weights| {
         let config =
@@ -440,7 +440,7 @@ fn choices_repeat_with_their_seed_and_draws_average() -> Outcome {
     let drawn = run(all(), 7, PosteriorWeights::Draw(0))?;
     assert_ne!(first, drawn);
     assert_eq!(drawn, run(all(), 7, PosteriorWeights::Average(1))?);
-    // Over two draws the first token is that of the averaged probabilities.
+    // With two draws the first token is the most likely by the averaged probabilities.
     let (ids, mask) = one_row(&prompts[0])?;
     let probabilities = |draw| -> Outcome<Vec<f32>> {
         let logits = model.logits(&ids, &mask, &Pass::Posterior { draw }.into())?.get(0)?.get(2)?;
@@ -462,7 +462,7 @@ fn generation_refuses_what_it_cannot_do() -> Outcome {
     let sampling = |sampling| GenerateConfig { sampling, ..Default::default() };
     let cases = [
         (vec![], config.clone(), "prompt 0 has no token"),
-        (vec![3; 40], config.clone(), "40 tokens leave no room in the model's 40"),
+        (vec![3; 40], config.clone(), "expected fewer than the model's 40 tokens, got 40"),
         (vec![3], sampling(Sampling::All { temperature: 0.0 }), "temperature"),
         (vec![3], sampling(Sampling::TopK { k: 0, temperature: 1.0 }), "top_k"),
         (vec![3], sampling(Sampling::TopP { p: 1.5, temperature: 1.0 }), "top_p"),

@@ -1,5 +1,5 @@
-//! LLaMA and its adapters against Hugging Face transformers and PEFT, on the golden values of
-//! `tests/data/make_llama_golden.py`.
+//! Tests of LLaMA and its adapters against Hugging Face transformers and PEFT (golden values of
+//! `tests/data/make_llama_golden.py`).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -45,13 +45,13 @@ impl Golden {
         Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
     }
 
-    /// ids and attention mask, padded on one side.
+    /// Ids and attention mask, padded on one side.
     fn inputs(&self, side: &str) -> Outcome<(Tensor, Tensor)> {
         let ids = self.tensors[&format!("{side}input_ids")].to_dtype(DType::U32)?;
         Ok((ids, self.tensors[&format!("{side}attention_mask")].to_dtype(DType::U8)?))
     }
 
-    /// The logits of real tokens against those of the file.
+    /// Compares the logits of real tokens with those of the file.
     fn compare(&self, logits: &Tensor, name: &str, side: &str, tolerance: f64) -> Outcome {
         let real = self.inputs(side)?.1.unsqueeze(2)?.to_dtype(logits.dtype())?;
         let expected = self.tensors[name].to_dtype(logits.dtype())?.broadcast_mul(&real)?;

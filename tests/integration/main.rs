@@ -1,5 +1,5 @@
-//! Whole models: encoders, adapters and files against independent implementations. One binary,
-//! since each links all of candle.
+//! Tests of whole models, adapters and files against independent implementations. They are one binary, since
+//! each binary links all of candle.
 
 mod averages;
 mod between_steps;

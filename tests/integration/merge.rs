@@ -1,4 +1,4 @@
-//! Several adapters on one model, and adapters merged into it, on the model in use.
+//! Several adapters on one model, and adapters merged into a model that stays in use.
 
 use crate::finetune::{checkpoint, rows, Log};
 use crate::llama::{frozen, toy_config};
@@ -36,7 +36,7 @@ fn adapted(dtype: DType) -> Outcome<(DecoderForCausalLM, Params)> {
     Ok((model, params))
 }
 
-/// The bits of every base weight.
+/// The values of every base weight.
 fn bases(model: &DecoderForCausalLM) -> Outcome<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     model.visit_linears(&mut |layer| {
@@ -56,7 +56,7 @@ fn merged_is_unmerged_and_unmerging_restores_every_bit() -> Outcome {
         assert_eq!(merge(&mut model)?, 14);
         let merged = logits(&model, &Pass::Mean.into())?;
         assert!(close(&merged, &before, tolerance), "{dtype:?}");
-        // What the base was stays beside it.
+        // The original base weights are kept beside the merged ones.
         assert_eq!(bases(&model)?, base);
         assert_eq!((unmerge(&mut model)?, unmerge(&mut model)?), (14, 0));
         assert_eq!(logits(&model, &Pass::Mean.into())?, before);
@@ -84,7 +84,7 @@ fn a_merge_that_fails_changes_nothing() -> Outcome {
     merge(&mut model)?;
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("unmerge it first"), "{error}");
-    // Merged layers keep their adapters as they are.
+    // The adapters of merged layers cannot be changed.
     for result in [
         activate::activate(&mut model, None, &params),
         activate::remove(&mut model, "default", &params),
@@ -119,7 +119,7 @@ fn what_cannot_be_merged_says_why() -> Outcome {
     assert!(error.contains("no layer has an active adapter"), "{error}");
     model.visit_linears_mut(&mut |layer| layer.add("opaque", Box::new(Opaque)))?;
     let error = merge(&mut model).unwrap_err().to_string();
-    assert!(error.contains("\"opaque\" is no change of its weight"), "{error}");
+    assert!(error.contains("\"opaque\" cannot be merged: its effect is not a change"), "{error}");
     Ok(())
 }
 
@@ -133,7 +133,7 @@ fn several_adapters_take_turns_and_leave() -> Outcome {
     inject::monteclora_named(&mut model, "second", &Targets::parse("v_proj")?, &bayes(), &params)?;
     scatter(&params)?;
     assert_eq!(activate::names(&model)?, ["first", "second"]);
-    // The last one is active, on its own layers and no others.
+    // The adapter that was added last is active, on its own layers only.
     let second = logits(&model, &Pass::Mean.into())?;
     activate::activate(&mut model, Some("first"), &params)?;
     let first = logits(&model, &Pass::Mean.into())?;
@@ -153,7 +153,7 @@ fn several_adapters_take_turns_and_leave() -> Outcome {
     assert_eq!(logits(&model, &Pass::Mean.into())?, base);
     activate::activate(&mut model, Some("first"), &params)?;
     assert_eq!((activate::names(&model)?, params.trainable_count()), (vec!["first".to_string()], alone));
-    // The name is free again, and one name may come in two calls.
+    // The name of a removed adapter is free again, and two calls may use one name for different layers.
     inject::monteclora_named(&mut model, "second", &Targets::parse("q_proj")?, &bayes(), &params)?;
     inject::lora_named(&mut model, "second", &Targets::parse("v_proj")?, &lora, &params)?;
     let mut active = 0;
@@ -174,7 +174,7 @@ fn a_merged_model_neither_draws_nor_trains() -> Outcome {
         assert!(error.contains("model.layers.0.self_attn.q_proj is merged"), "{error}");
     }
     logits(&model, &Pass::Mean.into())?;
-    // Not even where two layers are one operation without adapters; and the loop ends at once.
+    // Not even where two layers are fused into one operation; and training ends at once.
     let dir = tempfile::tempdir()?;
     let start =
         MethodInit::Fresh(Method::MonteCLoRA(bayes()), Targets::parse("intermediate.dense,output.dense")?);

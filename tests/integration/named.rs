@@ -1,4 +1,4 @@
-//! Several adapters on one model: which is active, which is trained, what they may be called.
+//! Several adapters on one model: which is active, which is trained, and which names are allowed.
 
 use crate::llama::{frozen, toy_config};
 use crate::merge::{bayes, logits};
@@ -17,7 +17,7 @@ fn lora() -> LoraConfig {
     LoraConfig { rank: 2, alpha: 5.0, ..LoraConfig::default() }
 }
 
-/// The file of a LoRA adapter on q, k and v, and what its model says.
+/// The file of a LoRA adapter on q, k and v, and the logits of its model.
 fn second() -> Outcome<(AdapterFile, Vec<f32>)> {
     let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
     inject::lora(&mut model, &Targets::default(), &lora(), &params)?;
@@ -59,7 +59,7 @@ fn loss(model: &DecoderForCausalLM, bayesian: bool) -> Outcome<Tensor> {
     Ok(if bayesian { (task + Regularizer::new(&bayes()).for_model(model, pass)?.total)? } else { task })
 }
 
-/// The names of the parameters that a step moves.
+/// Takes a step; returns the names of the parameters that it changes.
 fn moved(params: &Params, loss: &Tensor) -> Outcome<Vec<String>> {
     let before = params.snapshot()?;
     AdamW::new(params, AdamWConfig::default())?.backward_step(loss)?;
@@ -79,7 +79,7 @@ fn adapters_of_one_store_are_trained_in_turn() -> Outcome {
     inject::lora_named(&mut model, "first", &Targets::parse("all-linear")?, &lora(), &params)?;
     inject::monteclora_named(&mut model, "second", &Targets::parse("v_proj")?, &bayes(), &params)?;
     scatter(&params)?;
-    // The one that came last is trained without a further word.
+    // The adapter that was added last is trained without a further call.
     for (turn, name) in ["second", "first", "second"].into_iter().enumerate() {
         if turn > 0 {
             activate::activate(&mut model, Some(name), &params)?;
@@ -90,7 +90,7 @@ fn adapters_of_one_store_are_trained_in_turn() -> Outcome {
         let expected: Vec<String> = params.all().into_iter().map(|(name, _)| name).filter(own).collect();
         assert_eq!(moved(&params, &loss(&model, name == "second")?)?, expected);
     }
-    // Less of it, once it is active.
+    // Parts of the active adapter can be frozen.
     for role in [Role::A, Role::B] {
         params.set_trainable(role, false);
     }

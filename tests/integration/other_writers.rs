@@ -1,4 +1,4 @@
-//! Small files as other tools and data sets have them, where `../shared/cases` is there: each stands for a kind.
+//! Reads small files of other tools and data sets, one of each kind, from `../shared/cases` if it exists.
 
 use std::path::{Path, PathBuf};
 

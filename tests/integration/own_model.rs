@@ -1,5 +1,5 @@
-//! A model of one's own, of candle-nn's layers and of standalone ones: what cuts gradients is found, and what was trained
-//! is saved and read.
+//! A user's model of candle-nn's layers and standalone layers: cut gradients are found, and trained
+//! parameters are saved and read.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ fn bayes() -> MonteCLoRAConfig {
     MonteCLoRAConfig { rank: 2, alpha: 4.0, num_components: 3, sample_scaler: 0.1, ..Default::default() }
 }
 
-/// Two standalone layers, each behind an operation of this name and beside a residual connection.
+/// Two standalone layers, each with a residual connection, and an operation between them.
 struct Own {
     up: MonteCLoRALinear,
     down: MonteCLoRALinear,
@@ -92,7 +92,7 @@ fn a_gradient_that_is_cut_beside_a_residual_is_found_and_placed() -> Outcome {
     }
     for between in ["layer norm", "rms norm", "softmax", "rope slow", "rope"] {
         for pass in [Pass::Mean, Pass::Train { draw: 7 }, Pass::Posterior { draw: 1 }] {
-            // At the mean the posterior's own parameters have no part in the loss, and no slope either.
+            // At the mean the loss does not depend on the posterior's own parameters: their slopes are zero.
             let report = check_gradients_numerically(&params, || model.loss(between, pass))?;
             assert!(report.is_clean() && report.wrong.is_empty(), "{between} {pass:?}: {report:?}");
         }
@@ -119,9 +119,9 @@ fn what_differences_cannot_say_is_an_error() -> Outcome {
     assert!(half.unwrap_err().to_string().contains("bf16"));
     let rows = check_gradients_numerically(&params, || model.forward("layer norm", Pass::Mean));
     assert!(rows.unwrap_err().to_string().contains("expected a scalar"));
-    // A constant beside the loss drowns its differences.
+    // A large constant added to the loss makes its differences too coarse.
     let drowned = check_gradients_numerically(&params, || Ok((model.loss("layer norm", Pass::Mean)? + 1e7)?));
-    assert!(drowned.unwrap_err().to_string().contains("too coarse"));
+    assert!(drowned.unwrap_err().to_string().contains("too inexact"));
     Ok(())
 }
 
@@ -145,7 +145,7 @@ fn a_base_that_is_a_variable_is_frozen_by_its_adapter() -> Outcome {
     }
     let params = Params::new(Noise::new(1), &Device::Cpu);
     let mut model = Toy(AdaptableLinear::new("proj", bases()?));
-    // Without an adapter it is what it was: all of it may be trained.
+    // Without an adapter the base is still trainable.
     assert!(model.0.forward(&xs, &cx)?.sqr()?.mean_all()?.backward()?.get(&weight).is_some());
     let error = inject::lora(&mut model, &Targets::default(), &LoraConfig::default(), &params).unwrap_err();
     assert!(error.to_string().contains("no layer matches default; the model has: proj"), "{error}");

@@ -73,7 +73,7 @@ fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
     Ok(())
 }
 
-/// A case of `../shared/cases`, where it is there.
+/// A case of `shared/cases` in a folder above the crate; if there is none, reports that.
 fn case(name: &str) -> Option<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let found =

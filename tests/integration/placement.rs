@@ -1,4 +1,4 @@
-//! A model whose layers lie in several places against the same in one.
+//! Compares a model whose layers lie in several places with the same model in one place.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,10 +19,10 @@ use crate::finetune::Log;
 use crate::llama::{frozen_at, toy_json};
 use crate::support::Outcome;
 
-/// From which place to which, whether a gradient, and the shape of what went.
+/// A transfer: from which place to which, whether it is a gradient, and the shape of the tensor.
 type Way = (usize, usize, bool, Vec<usize>);
 
-/// Copies, and remembers each way.
+/// Copies tensors, and records each transfer.
 #[derive(Debug, Default)]
 struct Recorder(Mutex<Vec<Way>>);
 
@@ -35,13 +35,13 @@ impl Transfer for Recorder {
 }
 
 impl Recorder {
-    /// What was carried since the last call.
+    /// The transfers since the last call.
     fn take(&self) -> Vec<Way> {
         std::mem::take(&mut *self.0.lock().expect("no panic"))
     }
 }
 
-/// So many layers in each of some places on the host.
+/// A placement on the host with these numbers of layers per place, and its recorder.
 fn places(counts: &[usize]) -> Outcome<(Placement, Arc<Recorder>)> {
     let devices: Vec<_> = counts.iter().map(|count| (Device::Cpu, *count)).collect();
     let recorder = Arc::new(Recorder::default());
@@ -69,7 +69,7 @@ fn every_family_says_in_two_places_what_it_says_in_one() -> Outcome {
             let (placement, recorder) = places(&[first, layers - first])?;
             let two = say(Weights::from(golden.vb(DType::F32)).placed(&placement))?;
             assert_eq!(one, two, "{family}, {first} layers in the first place");
-            // There and back, or not at all where all lie in the first place.
+            // One transfer there and one back, or none if all layers lie in the first place.
             let dims = vec![ids.dim(0)?, ids.dim(1)?, golden.config.hidden_size];
             let ways = [(0, 1, false, dims.clone()), (1, 0, false, dims)];
             assert_eq!(recorder.take(), ways[..if first == layers { 0 } else { 2 }]);
@@ -78,15 +78,15 @@ fn every_family_says_in_two_places_what_it_says_in_one() -> Outcome {
     Ok(())
 }
 
-/// What training gave, and what the model wrote.
+/// The results of training, and generated texts.
 pub struct Run {
-    /// Of every step, and at the end that of text it never saw.
+    /// The loss of every step, and last that of unseen text.
     pub losses: Vec<f64>,
     params: Params,
     pub said: Vec<Vec<u32>>,
 }
 
-/// Trains the toy model with its layers in these places, measures it and lets it write.
+/// Trains the toy model with its layers in these places, measures it and generates texts.
 pub fn run(placement: &Placement, method: &Method, targets: &Targets, checkpoint: bool) -> Outcome<Run> {
     let (seen, unseen) = (causal::rows(30), &causal::rows(40)[30..]);
     let (mut model, params) = frozen_at(placement, &toy(placement.len())?, DType::F32)?;
@@ -105,7 +105,7 @@ pub fn run(placement: &Placement, method: &Method, targets: &Targets, checkpoint
     fit(&objective, &params, &config, &mut log)?;
     let mut losses: Vec<f64> = log.0.iter().map(|record| record.loss).collect();
     losses.push(held_out_loss(&model, unseen, 4, &[Pass::Mean, Pass::Posterior { draw: 1 }])?);
-    // Of two lengths: padded on the left, with caches.
+    // Two lengths, so that prompts are padded on the left; generation uses caches.
     let prompts = [vec![1, 41, 5, 6], vec![1, 42, 7]];
     let config =
         GenerateConfig { max_new_tokens: 6, weights: PosteriorWeights::Average(2), ..Default::default() };
@@ -124,7 +124,8 @@ fn training_in_three_places_is_training_in_one() -> Outcome {
             let flat = |param: monteclora::adapter::Param| param.var.flatten_all()?.to_vec1::<f32>();
             assert_eq!(flat(one)?, flat(three)?, "{name}");
         }
-        // In a step of training: there, back, and the gradients the other way round. A place without layers is passed.
+        // In a training step: activations there and back, then gradients in the reverse order. A place
+        // without layers is skipped.
         let ways: Vec<_> =
             recorder.take().into_iter().take(4).map(|(from, to, is, _)| (from, to, is)).collect();
         assert_eq!(ways, [(0, 2, false), (2, 0, false), (0, 2, true), (2, 0, true)]);
@@ -177,7 +178,7 @@ fn layers_lie_by_the_memory_that_is_free() -> Outcome {
     for layers in 0..40 {
         assert_eq!(counts(&[3, 1, 7, 2, 5], layers, 1.3)?.iter().sum::<usize>(), layers);
     }
-    // The host's memory is not asked for: equal shares of layers and tables.
+    // The host's memory is not queried: equal shares of layers and tables.
     let config = toy(8)?;
     let placement = config.place(&[Device::Cpu, Device::Cpu])?;
     assert_eq!((placement.layers(0), placement.layers(1)), (0..4, 4..8));

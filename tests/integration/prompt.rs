@@ -1,4 +1,4 @@
-//! Prompt tuning against Hugging Face PEFT, on the golden values of `tests/data/make_prompt_golden.py`.
+//! Tests of prompt tuning against Hugging Face PEFT (golden values of `tests/data/make_prompt_golden.py`).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
 
 const PROMPT: &str = "prompt.default";
 
-/// One model's weights and inputs, and what PEFT makes of them with virtual tokens.
+/// One model's weights and inputs, and PEFT's results for them with virtual tokens.
 struct Golden {
     model: HashMap<String, Tensor>,
     prompt: HashMap<String, Tensor>,
@@ -42,7 +42,7 @@ impl Golden {
         Ok(self.model[name].to_dtype(dtype)?)
     }
 
-    /// The virtual tokens of the file, on a model.
+    /// Adds the virtual tokens of the file to a model.
     fn tune(&self, model: &mut dyn AdaptableModel) -> Outcome<Params> {
         let params = Params::new(Noise::new(0), &Device::Cpu);
         let embedding = model.embedding_mut().ok_or("no place for a prompt")?;
@@ -52,7 +52,7 @@ impl Golden {
         Ok(params)
     }
 
-    /// Loss and gradient on every path of the ops.
+    /// Checks loss and gradient on every path of the ops.
     fn check(&self, params: &Params, loss: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
         for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
             let loss = loss(&Context::from(Pass::Mean).with_path(path))?;
@@ -115,7 +115,7 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
         Ok(ops::cross_entropy(&logits.flatten_to(1)?, &labels, -100, cx.path)?)
     })?;
 
-    // In pieces, each after what the cache holds: the virtual tokens come once.
+    // In pieces, with a cache: the virtual tokens are added only once.
     let mut cache = model.cache(8);
     let mut pieces = Vec::new();
     for (start, len) in [(0, 4), (4, 1), (5, 11)] {
@@ -135,7 +135,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
     for dtype in [DType::F64, DType::F32] {
         let (mut model, _) = llama::frozen(&llama::toy_config(true)?, dtype)?;
         let prompt = llama::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
-        // Over real tokens alone: each has a weight of its own, so that none stands in for another.
+        // Over real tokens only; different weights, so that tokens cannot be mistaken for each other.
         let gradient = |ids: &Tensor, mask: &Tensor, path: OpPath| -> Outcome<Tensor> {
             let cx = Context::from(Pass::Mean).with_path(path);
             let hidden = model.hidden(ids, mask, None, &cx)?;
@@ -144,7 +144,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
             Ok(loss.backward()?.get(&prompt).ok_or("no gradient")?.clone())
         };
         let (ids, mask) = llama::padded(true)?;
-        // A fourth row is padding alone: it disturbs nobody.
+        // A fourth row that is only padding must not affect the others.
         let (ids, mask) = (ids.pad_with_zeros(0, 0, 1)?, mask.pad_with_zeros(0, 0, 1)?);
         let mut expected = prompt.zeros_like()?;
         for row in llama::ROWS {
@@ -152,7 +152,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
             expected = (expected + gradient(&ids, &mask, OpPath::Fused)?)?;
         }
         let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        // Angles are those of columns, each rounded to single precision.
+        // Rotary angles depend on the column and are rounded to single precision.
         let tolerance = if dtype == DType::F64 { 1e-7 } else { 1e-5 };
         for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
             let got = gradient(&ids, &mask, path)?;
@@ -175,7 +175,7 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
         }
     };
     let logits = |left: bool| -> Outcome<Tensor> {
-        // Id 1, with which the rows begin, is this model's padding.
+        // Without the first id of each row, 1, which is this model's padding.
         let rows = llama::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
         let real = llama::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
         let ids = Tensor::from_vec(rows, (3, 7), &Device::Cpu)?;

@@ -1,5 +1,5 @@
-//! Quantised bases: what they compute beside the dequantised ones, what trains on them, what they refuse, and how they
-//! are loaded.
+//! Quantised bases: their results against those of dequantised ones, training on them, what they refuse, and
+//! how they are loaded.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,7 +25,7 @@ use crate::support::{assert_close, scatter, Outcome};
 
 type Tensors = HashMap<String, Tensor>;
 
-/// LLaMA with rows of 64 and, within its feed-forward blocks, of `inner`.
+/// A LLaMA with rows of 64 and, within its feed-forward blocks, of `inner`.
 fn config(inner: usize, tied: bool) -> Outcome<DecoderConfig> {
     Ok(DecoderConfig::from_value(json!({
         "model_type": "llama", "vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2,
@@ -52,7 +52,7 @@ fn quantized(tensors: &Tensors, config: &DecoderConfig, kind: &str) -> Outcome<D
     Ok(DecoderForCausalLM::load(weights, config, Noise::new(0))?)
 }
 
-/// The same model with its weights as numbers again.
+/// The same model with dequantised weights.
 fn dequantized(mut model: DecoderForCausalLM, tensors: &Tensors) -> Outcome<DecoderForCausalLM> {
     let (config, mut rounded) = (model.config().clone(), tensors.clone());
     model.visit_linears(&mut |layer| {
@@ -62,7 +62,7 @@ fn dequantized(mut model: DecoderForCausalLM, tensors: &Tensors) -> Outcome<Deco
     let words = model.embedding_mut().ok_or("no embedding")?.words().dequantize()?;
     rounded.insert("model.embed_tokens.weight".to_string(), words);
     if let Some(head) = tensors.get("lm_head.weight") {
-        // The head is in blocks too, which no walk reaches: those of q8_0.
+        // The head is quantised too, as q8_0, but `visit_linears` does not reach it.
         let kind: Quantization = "q8_0".parse()?;
         let alone = Weights::new(builder(tensors), kind.source(&builder(tensors)));
         let head = alone.pp("lm_head").table(head.dims2()?, candle_nn::Init::Const(0.0))?.dequantize()?;
@@ -166,7 +166,8 @@ fn what_needs_the_numbers_themselves_says_so() -> Outcome {
     Ok(())
 }
 
-/// What is differentiated is exact, however few its rows; where nobody does, candle's kernels round what comes in.
+/// A pass is exact for any number of rows, unless it only predicts: then candle's kernels round the input of
+/// few rows.
 #[test]
 fn few_rows_are_rounded_where_a_pass_only_predicts() -> Outcome {
     let config = config(96, true)?;
@@ -195,7 +196,7 @@ fn few_rows_are_rounded_where_a_pass_only_predicts() -> Outcome {
         assert!(exact < 1e-6 && (1e-4..0.012).contains(&rounded), "{exact} and {rounded}");
         Ok(())
     })?;
-    // So is the head: what a token scores does not depend on how many are scored with it.
+    // The same for the head: only in prediction does a token's score depend on the number of tokens.
     let (few, cx) = (xs.as_detached_tensor(), Context::from(Pass::Mean));
     let many = model.head(&Tensor::cat(&[&few, &few], 0)?, &cx)?.narrow(0, 0, 8)?;
     assert_close(&model.head(&few, &cx.clone().without_gradient())?, &many, 1e-6)?;
@@ -204,7 +205,8 @@ fn few_rows_are_rounded_where_a_pass_only_predicts() -> Outcome {
     Ok(())
 }
 
-/// Few rows go through kernels that round what comes in, too: the texts are those of numbers nearly always, here always.
+/// Few rows go through kernels that also round their input: texts nearly always equal those of the
+/// dequantised model, and here they do.
 #[test]
 fn a_text_goes_on_as_from_the_numbers() -> Outcome {
     let config = config(96, true)?;
@@ -243,7 +245,7 @@ fn rows_that_no_block_divides_take_smaller_blocks_or_stay() -> Outcome {
     Ok(())
 }
 
-/// A folder with these tensors.
+/// A checkpoint folder with these tensors.
 fn folder(tensors: &Tensors) -> Outcome<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     std::fs::write(dir.path().join("config.json"), "{}")?;
@@ -255,7 +257,7 @@ fn files(dir: &Path) -> Outcome<ModelFiles> {
     Ok(ModelFiles::locate(&dir.display().to_string(), None)?)
 }
 
-/// `tests/data/make_nf4_golden.py`: what bitsandbytes itself reads.
+/// Against the numbers that bitsandbytes itself reads (`tests/data/make_nf4_golden.py`).
 #[test]
 fn nf4_is_what_bitsandbytes_reads() -> Outcome {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/nf4_golden.safetensors");
@@ -280,7 +282,7 @@ fn nf4_is_what_bitsandbytes_reads() -> Outcome {
     let error = again.open_weights(DType::F32, &Device::Cpu).expect_err("twice").to_string();
     assert!(error.contains("quantize") && error.contains("already"), "{error}");
 
-    // What is damaged is named.
+    // Errors name the damaged tensor.
     let state = "plain.weight.quant_state.bitsandbytes__nf4";
     let text = |text: &str| Tensor::new(text.as_bytes(), &Device::Cpu);
     let zeros = |count: usize, dtype| Tensor::zeros(count, dtype, &Device::Cpu);
@@ -298,7 +300,7 @@ fn nf4_is_what_bitsandbytes_reads() -> Outcome {
         (state, Some(told(0, "nf4")?), "blocks of 0"),
         (state, Some(told(48, "nf4")?), "blocks of 48"),
         (state, Some(told(usize::MAX, "nf4")?), "blocks of"),
-        (state, Some(told(64, "fp4")?), "fp4 is not read"),
+        (state, Some(told(64, "fp4")?), "fp4 is not supported"),
     ] {
         let mut tensors = golden.clone();
         tensors.remove(part);
@@ -314,7 +316,7 @@ fn nf4_is_what_bitsandbytes_reads() -> Outcome {
     Ok(())
 }
 
-/// A whole model whose layers are in NF4, with codes and scales of its own.
+/// A whole model whose layers are in NF4, with arbitrary codes and scales.
 #[test]
 fn a_model_in_nf4_loads_trains_and_is_not_merged_into_its_codes() -> Outcome {
     let config = config(128, true)?;
@@ -357,7 +359,7 @@ fn a_model_in_nf4_loads_trains_and_is_not_merged_into_its_codes() -> Outcome {
     Ok(())
 }
 
-/// An encoder in blocks, whose head stays in numbers; its adapter is merged into the checkpoint's own.
+/// A quantised encoder whose head stays dense; its adapter is merged into the checkpoint's weights.
 #[test]
 fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Outcome {
     let Some(dir) = crate::stories::asset("tiny-roberta") else { return Ok(()) };
@@ -373,12 +375,12 @@ fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Ou
         assert_eq!(layer.base().kind(), "q8_0", "{}", layer.path());
         Ok(())
     })?;
-    // A run that goes on must have the same base.
+    // A resumed run must have the same base.
     let batcher = Batcher::new(2, false, Noise::new(1))?;
     let settings = Classification { classifier: &classifier, rows: &[], batcher }.settings();
     assert_eq!(settings.get("dtype").map(String::as_str), Some("q8_0/f32"));
     let say = |classifier: &Classifier| -> Outcome<Tensor> {
-        // From the whole vocabulary.
+        // Ids from the whole vocabulary.
         let (ids, mask) = ids(2, 11)?;
         let ids = (ids.to_dtype(DType::F32)? * 61.0)?.to_dtype(DType::U32)?;
         Ok(classifier.model.logits(&ids, &ids.zeros_like()?, &mask, &Pass::Mean.into())?)
@@ -397,7 +399,7 @@ fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Ou
     let plain = out.with_file_name("plain");
     save_merged(&*numbers.model, &numbers.params, &whole, None, &plain, MAX_SHARD_BYTES)?;
     let plain = Classifier::open(&plain, None, DType::F32, &Device::Cpu)?;
-    // The adapter was merged into the checkpoint's numbers, not into the blocks'.
+    // The adapter was merged into the checkpoint's weights, not into the quantised ones.
     assert_close(&say(&again)?, &say(&plain)?, 0.0)?;
 
     let full = MethodInit::Fresh(Method::Full, Targets::default());

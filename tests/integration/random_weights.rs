@@ -1,4 +1,4 @@
-//! The weights of the throughput example: made when they are asked for, one set for all methods.
+//! The random weights of the throughput example: made at their first use, one set for all methods.
 
 use candle_core::{DType, Device};
 use candle_nn::Init;
@@ -30,7 +30,7 @@ fn models_on_random_weights_share_them() -> Outcome {
     }
     assert!(!weights[0].is_empty() && weights[0] == weights[1]);
     assert!(base.contains_tensor("model.norm.weight"));
-    // As its layer asked for it: a standard deviation, here of 0.5, and the same whoever asks first.
+    // A weight has the standard deviation that its layer asks for, here 0.5, whichever layer asks first.
     let init = Init::Randn { mean: 0.0, stdev: 0.5 };
     let wide = made::random_weights(DType::F32, &Device::Cpu);
     let drawn = wide.get_with_hints((64, 64), "x", init)?.flatten_all()?.to_vec1::<f32>()?;
@@ -40,7 +40,7 @@ fn models_on_random_weights_share_them() -> Outcome {
     Ok(())
 }
 
-/// Embedding and tied head in Q6K, the layers in Q4K: one set of blocks for all methods, a third of bf16's bytes.
+/// Embedding and tied head in Q6K, layers in Q4K: one set of blocks for all methods, a third of bf16's size.
 #[test]
 fn a_base_in_four_bits_is_shared_and_small() -> Outcome {
     let mut json = crate::llama::toy_json(true);

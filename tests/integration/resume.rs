@@ -1,4 +1,4 @@
-//! Runs that stop and go on from a checkpoint: N + N steps are 2 N steps, bit for bit.
+//! Runs that stop and resume from a checkpoint: N + N steps equal 2 N steps, bit for bit.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +19,7 @@ use monteclora::{Error, MonteCLoRAConfig, Noise, Prior, PriorForm, ScalerSchedul
 use crate::finetune::{checkpoint, rows};
 use crate::support::Outcome;
 
-/// Keeps a log as the examples do, scores the present parameters, and stops after a step.
+/// An observer that keeps a log as the examples do, gives each step a score, and stops after a step.
 #[derive(Default)]
 struct Watch {
     log: Vec<StepRecord>,
@@ -35,7 +35,7 @@ impl Observer for Watch {
         Ok(())
     }
 
-    /// Not the last is the best.
+    /// The score is best near step 7, so that the last evaluation is not the best.
     fn evaluate(&mut self, step: usize) -> monteclora::Result<Option<f64>> {
         let score = -(step as f64 - 7.0).abs() + 0.1;
         self.scores.insert(step, score);
@@ -65,7 +65,7 @@ struct Run<'a> {
     checkpoints: Checkpoints,
 }
 
-/// What must not depend on whether a run stopped on its way.
+/// The results that must not depend on whether a run was stopped and resumed.
 #[derive(PartialEq, Debug)]
 struct End {
     params: Vec<(String, Vec<u32>)>,
@@ -77,7 +77,7 @@ struct End {
 }
 
 impl Run<'_> {
-    /// A process of its own, as far as the library can tell.
+    /// Loads everything anew, as a separate process would, and runs.
     fn go(&self, watch: &mut Watch) -> Outcome<(Classifier, monteclora::Result<Summary>)> {
         let (noise, device) = (Noise::new(4), &Device::Cpu);
         let classifier = Classifier::load(self.files, 2, &self.start, noise, self.dtype, device)?;
@@ -116,7 +116,7 @@ fn run<'a>(files: &'a ModelFiles, method: &Method, accumulation: usize, dir: &Pa
     Run { files, start, dtype: DType::F32, config, checkpoints }
 }
 
-/// A LoRA adapter that was trained somewhere, with its head.
+/// Trains a LoRA adapter with its head and returns its file.
 fn adapter(files: &ModelFiles, lora: &LoraConfig) -> Outcome<Box<AdapterFile>> {
     let dir = tempfile::tempdir()?;
     let (classifier, trained) =
@@ -136,7 +136,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
     let adaptive = MonteCLoRAConfig { scaler_schedule: ScalerSchedule::Adaptive, ..bayes.clone() };
     let post_hoc = MethodInit::PostHoc(adapter.clone(), bayes.clone());
     let fresh = |method| MethodInit::Fresh(method, Targets::default());
-    // Priors about the start of training, which the second part of a run begins elsewhere.
+    // Priors about the initial parameters, which a resumed run does not start from.
     let form = PriorForm::Factors { std_a: 0.1, std_b: 0.1 };
     let prior = Some(Prior { form, temperature: 1.0, shared: false, head_std: Some(0.1) });
     let map = LoraConfig { prior, ..lora.clone() };
@@ -162,7 +162,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         post_hoc,
     ];
     let single = starts.iter().flat_map(|start| [1, 3].map(|a| (start, a, DType::F32, false)));
-    // Half-width bases: what is trained is in single precision all the same.
+    // Half-width bases, with trained parameters in single precision.
     let half = [DType::BF16, DType::F16].map(|dtype| (&bayes, 1, dtype, false));
     let ivon = [1, 3].map(|accumulation| (&starts[1], accumulation, DType::F32, true));
     for (start, accumulation, dtype, ivon) in single.chain(half).chain(ivon) {
@@ -176,7 +176,7 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         let total = expected.log.len();
         assert_eq!(total, 2 * 11_usize.div_ceil(accumulation));
         let run = of(parts.path());
-        // Between evaluations and off the checkpoints' rhythm, in either epoch.
+        // Stops between evaluations and between checkpoints, in both epochs.
         let mut watch = Watch::default();
         for stop in [1, total / 2 - 1, total / 2 + 1, total - 1] {
             watch.stop_after = Some(stop);
@@ -187,16 +187,16 @@ fn a_run_that_stopped_ends_with_the_bits_of_one_that_did_not() -> Outcome {
         let end = run.end(&mut watch)?;
         assert!(watch.done == total - 1 && watch.warnings.is_empty());
         assert!(end == expected, "{start:?} {accumulation} {dtype:?} {ivon}");
-        // Once more: there is nothing left to do.
+        // A finished run that is resumed has nothing left to do.
         let again = run.end(&mut watch)?;
         assert!(again == expected, "{start:?} {accumulation}");
     }
     Ok(())
 }
 
-/// A name of Rust may change, what a checkpoint says may not: these were written in November 2026, when
-/// settings began to be kept as JSON, by `go` with a stop after step 18. Their ends are to 1e-5, since
-/// another processor's sums differ.
+/// The format of checkpoints must not change, whatever is renamed in the code. These were written in November
+/// 2026, when settings began to be kept as JSON, by `go` with a stop after step 18. The final parameters are
+/// compared to 1e-5, since sums differ between processors.
 #[test]
 fn a_checkpoint_of_an_earlier_state_of_the_crate_goes_on() -> Outcome {
     let dir = tempfile::tempdir()?;
@@ -274,7 +274,7 @@ fn a_change_of_settings_is_named_and_made_only_if_it_is_meant() -> Outcome {
     assert!(error.contains("invalid lr") && error.contains("had 0.005, this one has 0.001"), "{error}");
     first.checkpoints.changes = vec!["lr".to_string()];
     first.go(&mut Watch { stop_after: Some(9), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
-    // The change is the run's own from then on.
+    // From then on the change is one of the run's settings.
     first.checkpoints.changes.clear();
     first.go(&mut Watch { stop_after: Some(10), ..Watch::default() })?.1.err().ok_or("it did not stop")?;
 

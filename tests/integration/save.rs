@@ -1,4 +1,4 @@
-//! Whole model folders: adapters merged in, or weights that were trained themselves.
+//! Saves whole model folders: with merged adapters, or with weights that were trained themselves.
 
 use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::merge::{bayes, logits};
@@ -34,7 +34,7 @@ fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
         scatter(&params)?;
         let out = files.config_path().with_file_name("merged");
         let limit = if shards == 1 { MAX_SHARD_BYTES } else { 12_000 };
-        // From the adapter beside its base, and from the merged layers.
+        // Saved from an unmerged adapter here, and from merged layers below.
         save_merged(model.as_ref(), &params, files, Some(&config.to_json()), &out, limit)?;
         let saved = ModelFiles::locate(out.to_str().ok_or("a path")?, None)?;
         assert!(saved.weights().len() >= shards, "{:?}", saved.weights());
@@ -64,9 +64,9 @@ fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
     for (method, reason) in [
         (
             Method::Bottleneck(BottleneckConfig { width: 2 }),
-            "is no change of its weight and cannot be merged",
+            "cannot be merged: its effect is not a change of the weight",
         ),
-        (Method::Prompt(PromptConfig { virtual_tokens: 2 }), "virtual tokens are no weight"),
+        (Method::Prompt(PromptConfig { virtual_tokens: 2 }), "virtual tokens cannot be merged"),
     ] {
         let base = files.var_builder(DType::F32, &Device::Cpu)?;
         let mut model = DecoderForCausalLM::load(base, &config, Noise::new(0))?;
@@ -108,7 +108,7 @@ fn a_folder_that_cannot_be_written_whole_is_not_there() -> Outcome {
     assert!(error.contains("model.layers.1.self_attn.v_proj.weight: merged with"), "{error}");
     assert!(!out.exists());
     assert_eq!(std::fs::read_dir(dir.path())?.count(), 2, "nothing is left behind");
-    // The checkpoint's dtype stays: what was loaded in single precision is written in half.
+    // The checkpoint's dtype is kept: a model that was loaded in single precision is written in bf16.
     params.set(name, &kept)?;
     let half = candle_core::safetensors::load(&decoder.weights()[0], &Device::Cpu)?;
     let half = half.into_iter().map(|(name, t)| Ok((name, t.to_dtype(DType::BF16)?)));
@@ -148,7 +148,7 @@ fn weights_that_were_trained_themselves_are_written() -> Outcome {
         DecoderForCausalLM::load(saved.var_builder(DType::F32, &Device::Cpu)?, &config, Noise::new(0))?;
     assert_eq!(logits(&again, &Pass::Mean.into())?, logits(&model, &Pass::Mean.into())?);
 
-    // A checkpoint of the bare body trains under its own names.
+    // A checkpoint of a bare body is trained and saved under its own names.
     let bare = bare_checkpoint(&checkpoint(dirs[1].path())?, dirs[2].path())?;
     let config = SequenceConfig::from_file(bare.config_path(), 2)?;
     let params = Params::new(Noise::new(9), &Device::Cpu);
@@ -172,7 +172,7 @@ fn a_trained_head_replaces_heads_and_nothing_else() -> Outcome {
     let dirs = [tempfile::tempdir()?, tempfile::tempdir()?];
     let text = llama_checkpoint(dirs[0].path())?;
     let at = |name: &str| dirs[1].path().join(name);
-    // As Gemma 3 lies in its older files, with heads of a task and of pretraining beside it.
+    // Names as in older files of Gemma 3, with a task's head and the pre-training head beside the body.
     let weights = candle_core::safetensors::load(&text.weights()[0], &Device::Cpu)?;
     let mut weights: HashMap<String, Tensor> =
         weights.into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)).collect();
@@ -207,7 +207,7 @@ fn a_checkpoint_is_not_copied_as_if_it_were_trained() -> Outcome {
     activate::activate(&mut model, None, &params)?;
     let out = dir.path().join("out");
     let error = save_merged(&model, &params, &files, None, &out, MAX_SHARD_BYTES).unwrap_err().to_string();
-    assert!(error.contains("invalid adapter: no layer has an active one"), "{error}");
+    assert!(error.contains("invalid adapter: no layer has an active adapter"), "{error}");
     assert!(!out.exists());
     Ok(())
 }
@@ -232,7 +232,7 @@ fn the_tokenizer_s_files_come_before_the_weights() -> Outcome {
     let dir = tempfile::tempdir()?;
     let files = llama_checkpoint(dir.path())?;
     let (model, params) = adapted(&files, DType::F32)?;
-    // This would fail while the weights are written.
+    // NaN in the adapter, which would make writing the weights fail.
     let name = "model.layers.1.self_attn.v_proj.default.b";
     let b = params.get(name).ok_or("none")?.var.as_detached_tensor().copy()?;
     params.get(name).ok_or("a parameter")?.var.set(&(&b * f64::NAN)?)?;
@@ -240,7 +240,7 @@ fn the_tokenizer_s_files_come_before_the_weights() -> Outcome {
     let out = dir.path().join("out");
     let save = || save_merged(&model, &params, &files, None, &out, MAX_SHARD_BYTES);
     let error = save().unwrap_err().to_string();
-    assert!(error.contains("merges.txt") && error.contains("its tokenizer is half"), "{error}");
+    assert!(error.contains("merges.txt") && error.contains("its tokenizer is incomplete"), "{error}");
     assert!(!out.exists());
     params.set(name, &b)?;
     for name in ["merges.txt", "generation_config.json", "chat_template.jinja"] {

@@ -22,7 +22,7 @@ fn bayes() -> MonteCLoRAConfig {
     MonteCLoRAConfig { rank: 3, alpha: 7.0, num_components: 3, sample_scaler: 0.3, ..Default::default() }
 }
 
-/// What a service is asked for: the mean, one draw, and an average of draws.
+/// The answers of a service: by the mean, by one draw, and averaged over draws.
 type Answers = (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>);
 
 fn answers(classifier: &Classifier, row: &Encoded) -> Outcome<Answers> {
@@ -47,7 +47,8 @@ fn threads_that_share_a_classifier_say_what_one_says() -> Outcome {
         scatter(&classifier.params)?;
         let serial = rows.iter().map(|row| answers(&classifier, row)).collect::<Outcome<Vec<_>>>()?;
         for count in [1, 2, 4] {
-            // Each thread answers every row, from another one on: all of them are asked at the same time.
+            // Each thread answers all rows, starting from a different one, so that different rows are
+            // answered at the same time.
             let ask = |first: usize| -> Result<(), String> {
                 for i in (0..rows.len()).map(|i| (first * 7 + i) % rows.len()) {
                     let got = answers(&classifier, &rows[i]).map_err(|error| error.to_string())?;

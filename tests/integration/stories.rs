@@ -1,4 +1,4 @@
-//! The bundled stories260K: the text that its authors published, and what it learns beside it.
+//! The bundled stories260K: it reproduces the text that its authors published, and it can be fine-tuned.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ use tokenizers::Tokenizer;
 use crate::finetune::Log;
 use crate::support::{skipped, Outcome};
 
-/// A bundled folder; the published package has none.
+/// A bundled folder, or `None` in the published package, which has none.
 pub fn asset(name: &str) -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
     if !dir.is_dir() {
@@ -42,15 +42,15 @@ fn load(
     Ok((DecoderForCausalLM::load(weights, &config, Noise::new(0))?, config, tokenizer))
 }
 
-/// What the model says by itself, greedily.
+/// The text that the model generates greedily from the begin token.
 fn tell(model: &DecoderForCausalLM, tokenizer: &Tokenizer) -> Outcome<String> {
     let config = GenerateConfig { max_new_tokens: 256, ..Default::default() };
     let ids = generate(model, &[vec![1]], &config, &mut |_, _| true)?;
     Ok(tokenizer.decode(&ids[0], true).map_err(|e| e.to_string())?)
 }
 
-/// What a short fine-tune does: the held-out loss before and after, and the texts with the adapter
-/// on, and off again.
+/// Runs a short fine-tune; returns the held-out loss before and after, and the texts with the adapter
+/// switched on and off.
 fn tune(
     dir: &Path,
     quantize: Option<Quantization>,

@@ -1,4 +1,4 @@
-//! Studies: every recipe on a toy model, cells that go wrong, and a grid that is killed and begun again.
+//! Studies: every recipe on a toy model, cells that fail, and a grid that is killed and restarted.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -64,14 +64,14 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
                 _ => 1,
             };
             assert_eq!(result.ood.len(), told, "{name}");
-            // Post hoc, too: LoRA and posterior share the budget.
+            // Also with the post-hoc recipe: LoRA and posterior share the steps.
             assert_eq!((result.steps, result.losses.len()), (16, 16), "{name}");
             let rows: usize = result.reliability["mean"].iter().map(|bin| bin.count).sum();
             assert_eq!(rows, 40, "{name}");
             assert!(cost.seconds > 0.0 && result.trainable_parameters > 0);
             let again = trial.run(&key(&method, 5e-3));
             assert_eq!((&result, &kept), (&again.0, &again.2), "{name}");
-            // What is kept of the rows gives the scores again.
+            // The scores can be computed again from the rows that are kept.
             assert_eq!(kept.row, (80..120).collect::<Vec<u32>>(), "{name}");
             assert!(kept.arms.keys().eq(result.arms.keys()), "{name}");
             for (arm, metrics) in &result.arms {
@@ -91,7 +91,7 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
     let files = checkpoint(dir.path())?;
     trial(&files, |trial| {
         let (here, ..) = trial.run(&key("monteclora-posthoc:rank=4:alpha=8", 5e-3));
-        // The same LoRA as the first half of that, by hand.
+        // The LoRA of the first half of that recipe, trained by hand.
         let method = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
         let start = MethodInit::Fresh(method, Targets::default());
         let classifier = Classifier::load(&files, 2, &start, Noise::new(3), DType::F32, &Device::Cpu)?;
@@ -107,10 +107,10 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
         let recipe = format!("monteclora-posthoc:adapter={}", adapter.display());
         let (elsewhere, ..) = trial.run(&key(&recipe, 5e-3));
         assert_eq!((elsewhere.status, &elsewhere.reason), (Status::Done, &None));
-        // The mean is the LoRA's, however its posterior was trained; the draws are not.
+        // The mean is that of the LoRA, whatever the training of its posterior; the draws differ.
         assert_eq!(elsewhere.arms["mean"], here.arms["mean"]);
         assert_ne!(elsewhere.arms["3 draws"], here.arms["3 draws"]);
-        // Its own training alone, of rho and c of six layers alone.
+        // Counts only the training of the posterior: rho and c of six layers.
         assert_eq!((elsewhere.steps, here.steps, trial.epochs), (16, 16, 2));
         assert_eq!(elsewhere.trainable_parameters, 6 * (4 + 4));
         let both = classifier.params.trainable_count() + elsewhere.trainable_parameters;
@@ -132,13 +132,13 @@ fn what_is_held_out_comes_out_of_the_seed_s_own_rows() -> Outcome {
         let (held, ..) = trial.run(&key("lora:rank=4:alpha=8:held-out=0.25", 5e-3));
         assert_eq!((held.status, &held.reason), (Status::Done, &None));
         assert_eq!(held.arms.keys().collect::<Vec<_>>(), ["mean", "temperature", "tfb", "tfb held-out"]);
-        // 48 rows in batches of 8, twice; the whole has 64.
+        // 48 rows in batches of 8, two epochs; without held-out rows there are 64.
         let (whole, ..) = trial.run(&key("lora:rank=4:alpha=8", 5e-3));
         assert_eq!((held.steps, whole.steps), (12, 16));
         let other = CellKey { seed: 4, ..key("lora:rank=4:alpha=8:held-out=0.25", 5e-3) };
         assert_ne!(trial.run(&other).0.losses, held.losses);
 
-        // One temperature for all rows, of the mean's logits and of those of the draws' average.
+        // One temperature for all rows is fitted to the mean, and one to the average of the draws.
         let (bayes, _, rows) = trial.run(&key("monteclora:rank=4:alpha=8:held-out=0.25", 5e-3));
         let arms = ["3 draws", "3 draws, temperature", "mean", "temperature"];
         assert_eq!(bayes.arms.keys().collect::<Vec<_>>(), arms);
@@ -163,7 +163,7 @@ fn draws_of_a_posterior_without_width_predict_what_the_mean_does() -> Outcome {
         let (result, ..) = trial.run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
         let (mean, draws) = (&result.arms["mean"], &result.arms["3 draws"]);
         let (mean, draws) = (mean.nll.ok_or("no NLL")?, draws.nll.ok_or("no NLL")?);
-        // It is told apart from a softmax of probabilities: the mean has learnt something.
+        // The mean has learnt something: otherwise a softmax of probabilities would give the same NLL.
         assert!((mean - draws).abs() < 1e-5 && mean < 2f64.ln() - 0.02, "{mean} {draws}");
         Ok(())
     })
@@ -185,10 +185,10 @@ fn a_cell_that_goes_wrong_is_a_result() -> Outcome {
     })
 }
 
-/// Where the child of the kill test finds its model and leaves its study.
+/// The environment variable with the folder of the model and the study of the kill test's child process.
 const CHILD: &str = "MONTECLORA_TEST_STUDY";
 
-/// No test of its own: what the kill test runs in a process of its own.
+/// Not a test itself: the kill test runs it in a child process.
 #[test]
 fn child_of_the_kill_test() -> Outcome {
     match std::env::var_os(CHILD) {
@@ -224,7 +224,7 @@ fn home() -> Outcome<tempfile::TempDir> {
     Ok(dir)
 }
 
-/// The bytes of all results, by their path below the study.
+/// The bytes of all results, by their path below `dir`.
 fn results(dir: &Path) -> Outcome<BTreeMap<PathBuf, Vec<u8>>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir.join("study"))? {
@@ -250,7 +250,7 @@ fn a_grid_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
             .env(CHILD, killed.path())
             .stdout(std::process::Stdio::null())
             .spawn()?;
-        // Other moments each time, and in the end all the time it wants.
+        // Killed at different moments; after 25 attempts it may run to the end.
         let patience = Duration::from_millis(if attempt < 25 { 20 + attempt * 53 % 170 } else { 60_000 });
         let clock = std::time::Instant::now();
         let status = loop {
@@ -264,7 +264,7 @@ fn a_grid_that_is_killed_again_and_again_ends_as_one_that_was_not() -> Outcome {
                 None => std::thread::sleep(Duration::from_millis(2)),
             }
         };
-        // Whatever there is by now is whole.
+        // Every result that exists is complete.
         for cell in study::read_cells(&killed.path().join("study")).unwrap_or_default() {
             let name = cell.result.key.folder_name();
             assert!(want.contains_key(&Path::new("study").join(name).join("result.json")));
@@ -293,7 +293,7 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let cells: Vec<CellKey> = study::read_cells(&study)?.into_iter().map(|cell| cell.result.key).collect();
     let again = study::run(&study, &json!({"epochs": 2}), &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     assert_eq!((again.total, again.done, again.failed), (24, 24, 12));
-    // Of a version that did not write down its constants, and of one that did.
+    // A study of a version that did not record its constants, and one of a version that did.
     let now = json!({"epochs": 2, "constants": {"lora": "1"}});
     study::run(&study, &now, &cells, Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     let later = shared.path().join("later");
@@ -301,7 +301,7 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
     let changed = json!({"epochs": 2, "constants": {"lora": "2"}});
     let changed = study::run(&later, &changed, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
     assert!(changed.is_err_and(|error| error.to_string().contains("with other settings (constants)")));
-    // A method more is no other study, and is checked from then on.
+    // A further method does not make it another study; its constants are checked from then on.
     let more = json!({"epochs": 2, "constants": {"dora": "3"}});
     study::run(&later, &more, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ())?;
     for (constants, same) in [(json!({"lora": "1", "dora": "3"}), true), (json!({"dora": "4"}), false)] {
@@ -309,7 +309,7 @@ fn shards_that_share_a_folder_make_the_whole_and_other_settings_are_refused() ->
         let run = study::run(&later, &settings, &cells[..0], Shard::WHOLE, &mut cell, &mut |_, _| ());
         assert_eq!(run.is_ok(), same, "{settings}");
     }
-    // So it is with the rows of a task, which a study of before did not write down.
+    // The same holds for the rows of a task, which older studies did not record.
     let tasks = shared.path().join("tasks");
     for (data, same) in [
         (json!({"sst2": "1"}), true),
@@ -367,8 +367,8 @@ fn a_plan_is_run_reported_and_judged_from_its_folder_alone() -> Outcome {
     let start = "Of 12 planned cells 12 are done, 0 diverged, 0 failed, 0 have not run.";
     assert!(text.contains(start) && text.contains(&format!("CRC-32 of the file: {crc}.")), "{text}");
     assert!(text.contains(&format!("| {own} | lora:rank=4:alpha=8 (mean) | NLL | 4 | 2 | ")), "{text}");
-    assert!(text.contains("**Everything that the plan counts as success was found.**"), "{text}");
-    // Without the rows of a cell that it stands on nothing is decided.
+    assert!(text.contains("**All criteria for success in the plan are met.**"), "{text}");
+    // A decision that needs the rows of a cell stays open without them.
     let rows = study.join(plan.cells()?[0].folder_name()).join("rows.safetensors");
     std::fs::rename(&rows, home.path().join("rows"))?;
     assert!(report()?.contains("undecided: 1 of its cells lack their rows"), "{}", report()?);

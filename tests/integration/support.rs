@@ -1,4 +1,4 @@
-//! What the integration tests share: toy encoders in general position.
+//! Shared by the integration tests: toy encoders in general position, and helpers.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -12,12 +12,12 @@ use monteclora::noise::{Noise, Purpose};
 /// A test's result.
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// Says that a test did nothing, where the test runner does not hide it.
+/// Reports that a test was skipped, in a way that the test runner does not capture.
 pub fn skipped(why: &str) {
     writeln!(std::io::stderr(), "skipped: {why}").ok();
 }
 
-/// Three labels, two layers, non-square everywhere.
+/// A configuration with three labels, two layers, and all widths different.
 pub fn toy_config(family: Family) -> RobertaConfig {
     let (pad, types) = match family {
         Family::Roberta => (1, 1),
@@ -96,7 +96,7 @@ pub fn toy_classifier(
     Ok((RobertaForSequenceClassification::load(vb, head, config, Noise::new(0))?, params))
 }
 
-/// Every element within `tolerance`, which is absolute.
+/// Asserts that every element is within `tolerance`, which is absolute.
 pub fn assert_close(got: &Tensor, expected: &Tensor, tolerance: f64) -> Outcome {
     assert_eq!(got.dims(), expected.dims());
     let wide = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
@@ -107,7 +107,7 @@ pub fn assert_close(got: &Tensor, expected: &Tensor, tolerance: f64) -> Outcome 
     Ok(())
 }
 
-/// The recipe of this name at a rank of 4 and an alpha of 8, where it has them.
+/// The recipe of this name with rank 4 and alpha 8, if it has them.
 pub fn small(name: &str) -> String {
     match name {
         "full" | "ia3" | "prompt" => name.to_string(),

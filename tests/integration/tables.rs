@@ -1,4 +1,4 @@
-//! A table of one's own: fine-tuned, measured, saved, opened again and predicted; and the same predictions in PEFT.
+//! A user's table: training, evaluation, saving, opening and prediction; and the same predictions in PEFT.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,7 +20,7 @@ use crate::support::{skipped, Outcome};
 
 const MAX_LENGTH: usize = 24;
 
-/// A bundled file; none in the published package.
+/// The path of a bundled file, which the published package does not have.
 fn asset(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name).display().to_string()
 }
@@ -61,7 +61,7 @@ fn a_table_of_four_classes_is_learnt_saved_opened_and_predicted_as_peft_predicts
     let metrics = classifier.evaluate(&data.dev)?;
     assert!(metrics.accuracy > Some(0.9) && metrics.macro_f1 > Some(0.85), "{metrics:?}");
 
-    // Rows without labels, from a file; labels that are not known are none.
+    // Rows that are read without labels have unknown labels.
     let all = table::read(asset("topics/topics.csv"), &Columns::default().unlabelled())?;
     let texts = data.target.examples(&all)?;
     assert!(texts.len() == 400 && texts.iter().all(|row| row.label == Label::Unknown));
@@ -69,7 +69,7 @@ fn a_table_of_four_classes_is_learnt_saved_opened_and_predicted_as_peft_predicts
     assert!(
         classifier.evaluate(&texts).is_err() && classifier.predict::<Example>(&[], &Pass::Mean)?.is_empty()
     );
-    // Each text alone, as a word: the batch that it is in does not matter.
+    // Each text alone, given as a `&str`: the batch does not matter.
     for row in [0, 63, 64, 399] {
         let alone = &classifier.predict(&[texts[row].text_a.as_str()], &Pass::Mean)?[0];
         assert_eq!(alone.label, said[row].label);
@@ -80,7 +80,7 @@ fn a_table_of_four_classes_is_learnt_saved_opened_and_predicted_as_peft_predicts
 
     let dir = tempfile::tempdir()?;
     classifier.save(&asset("tiny-roberta"), dir.path())?;
-    // The adapter says by itself what it stands on.
+    // The adapter names its base model itself.
     let mut opened = Classifier::open(dir.path(), None, DType::F32, &Device::Cpu)?;
     opened.set_max_length(MAX_LENGTH)?;
     let again = opened.predict(&texts, &Pass::Mean)?;
@@ -156,7 +156,7 @@ fn scores_are_predicted_too_and_rows_without_one_not_trained_on() -> Outcome {
     assert!(said[0].label.is_none() && said[0].values.len() == 1);
     let submission = Submission::new(Task::Stsb, "test", &said)?.text;
     assert!(submission.starts_with("index\tprediction\n0\t"), "{submission}");
-    // To predict is not to train on: of a class and of a score alike.
+    // Rows without a label can be predicted, not trained on, for classes and scores alike.
     let files = ModelFiles::locate(&asset("tiny-roberta"), None)?;
     for outputs in [1usize, 2] {
         let start = MethodInit::Fresh(lora(), Targets::default());
@@ -165,7 +165,7 @@ fn scores_are_predicted_too_and_rows_without_one_not_trained_on() -> Outcome {
         let batcher = Batcher::new(2, false, Noise::new(1))?;
         let objective = Classification { classifier: &fresh, rows: &rows, batcher };
         let error = fit(&objective, &fresh.params, &TrainConfig::default(), &mut ()).unwrap_err().to_string();
-        assert!(error.contains("has none: it can be predicted, not trained on"), "{error}");
+        assert!(error.contains("has no label: it can be predicted, not trained on"), "{error}");
     }
     Ok(())
 }
@@ -197,6 +197,6 @@ fn what_cannot_be_opened_says_why() -> Outcome {
     assert!(bare.contains("no trained head in it, nor in an adapter"), "{bare}");
     std::fs::create_dir(dir.path().join("adapter"))?;
     std::fs::write(dir.path().join("adapter/parameters.safetensors"), "")?;
-    assert!(open(dir.path()).contains("its method is here for comparison"));
+    assert!(open(dir.path()).contains("its method is for comparison only"));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Layers that make their draws together: the same numbers as each by itself, of the parameters as they are now.
+//! Layers that make their draws together compute the same as each alone, from the current parameters.
 
 use crate::support::{padded_batch, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Tensor};
@@ -50,7 +50,7 @@ fn numbers(model: &Model, params: &Params, cx: &Context) -> Outcome<Vec<f32>> {
     let loss = ys.sqr()?.sum_all()?;
     let posterior = params.all().into_iter().filter(|(_, param)| param.role == Role::Concentration);
     let sum = |sum: Tensor, c: Tensor| sum + (c.sum_all()? * 0.5)?;
-    // A sparse mixture's weights are in no draw.
+    // A term for the concentrations, since the weights of a sparse mixture have no part in a draw.
     let c = posterior.map(|(_, param)| param.var.as_tensor().clone());
     let loss = c.into_iter().try_fold(loss, sum)?;
     grads.accumulate(params, &loss.backward()?)?;
@@ -84,7 +84,7 @@ fn a_pass_sees_the_parameters_as_they_are_whatever_context_it_comes_with() -> Ou
     let kept = Context::from(Pass::Train { draw: 1 });
     let mut seen = vec![numbers(&model, &params, &kept)?];
     for role in [Role::A, Role::LogStd, Role::Concentration] {
-        // As a candle optimiser does it: behind the store's back.
+        // Changed directly, without the store, as a candle optimiser does.
         for (_, param) in params.all().into_iter().filter(|(_, param)| param.role == role) {
             param.var.set(&(param.var.as_detached_tensor() + 0.2)?)?;
         }

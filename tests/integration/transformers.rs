@@ -1,5 +1,5 @@
-//! The encoders against Hugging Face transformers, on the golden values of
-//! `tests/data/make_transformers_golden.py`, on every path of the ops.
+//! Tests of the encoders against Hugging Face transformers (golden values of
+//! `tests/data/make_transformers_golden.py`), on every path of the ops.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -35,7 +35,7 @@ impl Golden {
         VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
     }
 
-    /// ids, token types where the model has them, attention mask.
+    /// Ids, token types if the model has them, attention mask.
     fn inputs(&self) -> Outcome<(Tensor, Option<Tensor>, Tensor)> {
         let types = self.tensors.get("token_type_ids").map(|t| t.to_dtype(DType::U32)).transpose()?;
         let mask = self.tensors["attention_mask"].to_dtype(DType::U8)?;
@@ -70,7 +70,7 @@ fn the_masked_lm_head_gives_the_logits_of_transformers() -> Outcome {
     let positions = Tensor::arange(0u32, (b * t) as u32, &Device::Cpu)?;
     let model = RobertaForMaskedLM::load(golden.vb(DType::F32), &golden.config, Noise::new(0))?;
     let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean.into())?;
-    // Padding columns are nobody's business: compare the real tokens.
+    // Outputs at padding are arbitrary: compare only real tokens.
     let real = mask.reshape((b * t, 1))?.to_dtype(DType::F32)?;
     let expected = golden.tensors["mlm_logits"].reshape((b * t, vocab))?;
     assert_close(&logits.broadcast_mul(&real)?, &expected.broadcast_mul(&real)?, 1e-4)

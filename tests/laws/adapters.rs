@@ -49,7 +49,7 @@ fn the_mean_is_plain_lora_with_the_same_pair() -> Result<()> {
     assert_close("mean", &layer.forward_with(&xs, &Pass::Mean.into())?, &want, 0.0)?;
     assert_close("view", &layer.mean().forward(&xs)?, &want, 0.0)?;
     assert_close("forward_t", &layer.forward_t(&xs, false)?, &want, 0.0)?;
-    // And that is the base with W0 + s B A.
+    // The mean equals the base with the weight W0 + s B A.
     let delta = layer.adapter().delta(layer.base(), &Pass::Mean.into())?.ok_or("no delta")?;
     let merged = Linear::new((layer.base().dequantize()?.weight() + &delta)?, layer.base().bias().cloned());
     assert_close("merged", &want, &merged.forward(&xs)?, 1e-13)?;
@@ -80,7 +80,7 @@ fn a_draw_repeats_and_training_predictive_and_other_draws_differ() -> Result<()>
         assert_eq!(at(pass)?, first[i]);
         assert!(first[..i].iter().all(|other| *other != first[i]));
     }
-    // forward_t counts: its draws are 0, 1, 2.
+    // `forward_t` counts its draws: 0, 1, 2.
     assert_eq!(layer.next_draw(), 0);
     layer.forward_t(&xs, true)?;
     layer.forward_t(&xs, true)?;
@@ -105,7 +105,7 @@ fn a_predictive_draw_shares_no_part_of_its_noise_with_training() -> Result<()> {
             for (part, (train, predict)) in
                 ["factor", "weights", "delta"].iter().zip(train.iter().zip(&predict))
             {
-                // Above its diagonal a factor is zero in both.
+                // Above the diagonal both factors are zero.
                 let same = train.iter().zip(predict).filter(|(a, b)| a == b && **a != 0.0).count();
                 assert_eq!(same, 0, "{mixture:?} {part} of draw {draw}");
             }
@@ -133,7 +133,7 @@ fn kept_draws_are_the_same_numbers_made_once() -> Result<()> {
     assert_eq!(draws.map(|pass| kept(pass).unwrap()), before);
     let name = "proj.default.std_prior";
     params.set(name, &(params.get(name).ok_or("none")?.var.as_tensor() + 1.0)?)?;
-    // Kept; what trains is never kept.
+    // Posterior draws are kept; training draws never are.
     assert_eq!(draws.map(|pass| kept(pass).unwrap()), before);
     assert_ne!(kept(TRAIN)?, training);
     assert_ne!(at(draws[0].into())?, before[0]);
@@ -151,7 +151,7 @@ fn the_shift_of_the_output_is_proportional_to_the_scaler() -> Result<()> {
     };
     assert_close("shift", &shift(0.6)?, &(shift(0.2)? * 3.0)?, 1e-12)?;
     assert!(shift(0.2)?.abs()?.mean_all()?.to_scalar::<f64>()? > 0.01);
-    // s B Delta x, eps in it once.
+    // The shift is s B Delta x, with eps in it once.
     let params = store(1);
     let layer = linear(&params, &MonteCLoRAConfig { sample_scaler: 0.2, ..config() })?;
     shake(&params)?;
@@ -167,7 +167,7 @@ fn the_average_over_draws_tends_to_the_mean() -> Result<()> {
     let layer = linear(&params, &config())?;
     shake(&params)?;
     let mean = layer.mean().forward(&xs)?.flatten_all()?.to_vec1::<f64>()?;
-    // One of each pair: whole ones have the mean exactly.
+    // One draw of each pair: a whole pair averages to the mean exactly.
     let draw = |pair: u64| {
         layer.forward_with(&xs, &Pass::Posterior { draw: 2 * pair }.into())?.flatten_all()?.to_vec1::<f64>()
     };
@@ -201,7 +201,7 @@ fn predictive_draws_come_in_pairs_around_the_mean() -> Result<()> {
         }
         assert!(((drawn(0)?.1 - drawn(2)?.1)?.abs()?.max_all()?.to_scalar::<f64>()?) > 1e-3, "{mixture:?}");
     }
-    // Training's draws are no pairs.
+    // Training draws do not come in pairs.
     let layer = linear(&store(1), &config())?;
     let [one, next] = [6, 7].map(|draw| layer.adapter().draw(&Pass::Train { draw }.into()).unwrap().unwrap());
     assert!((one.delta + next.delta)?.abs()?.max_all()?.to_scalar::<f64>()? > 1e-3);
@@ -221,7 +221,7 @@ fn dropout_acts_in_training_alone_and_on_the_low_rank_branch_alone() -> Result<(
         assert_close("without", &outputs(0.9, pass)?.0, &outputs(0.0, pass)?.0, 0.0)?;
     }
     let (with, bare) = outputs(0.9, TRAIN)?;
-    // All six inputs of a row dropped (.9^6 = 53 %): the base alone is left.
+    // If all six inputs of a row are dropped (.9^6 = 53 %), only the base is left.
     let shift = (with - bare)?.abs()?.sum(1)?.to_vec1::<f64>()?;
     let untouched = shift.iter().filter(|s| **s < 1e-12).count();
     assert!((8..35).contains(&untouched), "{untouched}");
@@ -238,7 +238,7 @@ fn the_size_of_the_buffer_never_changes_a_result() -> Result<()> {
             layer.adapter_mut().buffer_mut().resize(buffer_size, buffer_bytes);
             shake(&params)?;
             let mut all = Vec::new();
-            // Forwards, backwards, again, and with predictive draws between.
+            // Forwards, backwards, repeated, and with predictive draws in between.
             for draw in [0, 1, 2, 7, 6, 5, 5, 14, 15, 16, u64::MAX >> 2, 0] {
                 for pass in [Pass::Train { draw }, Pass::Posterior { draw }, Pass::Train { draw }] {
                     all.extend(layer.forward_with(&xs, &pass.into())?.flatten_all()?.to_vec1::<f64>()?);
@@ -268,7 +268,7 @@ fn many_threads_share_a_buffer_without_waiting_for_each_other_for_ever() -> Resu
         let pool = rayon::ThreadPoolBuilder::new().num_threads(8).build().unwrap();
         pool.install(|| (0..3000u64).into_par_iter().map(|i| draw(i).unwrap()).collect())
     };
-    // On a thread of its own: a deadlock is a failure, not a test run that never ends.
+    // On a separate thread, so that a deadlock is a failure and not a test run that never ends.
     let (done, wait) = std::sync::mpsc::channel();
     std::thread::spawn(move || done.send((all(0), all(15))));
     let (without, with) = wait.recv_timeout(std::time::Duration::from_secs(120))?;
@@ -365,7 +365,7 @@ fn a_rank_of_zero_is_an_error_and_one_above_the_width_is_not() -> Result<()> {
     };
     assert!(lora(0).unwrap_err().to_string().contains("invalid rank"));
     assert_eq!(lora(9)?.low_rank().b().dims(), [4, 9]);
-    // As PEFT has it, in draws too.
+    // A rank above the width is allowed, as in PEFT, and has an effect in draws too.
     let params = store(1);
     let wide = linear(&params, &MonteCLoRAConfig { rank: 9, ..config() })?;
     shake(&params)?;

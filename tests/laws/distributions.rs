@@ -83,7 +83,7 @@ fn exact_draws_have_the_moments_of_a_dirichlet() -> Result<()> {
 
 #[test]
 fn exponential_draws_match_quadrature_and_are_no_dirichlet() -> Result<()> {
-    // Of e ~ Exp(1), e_1 / (e_1 + e_2) is uniform: E[pi_1] = integral s a_1 / (s a_1 + (1 - s) a_2) ds.
+    // For e ~ Exp(1), e_1 / (e_1 + e_2) is uniform: E[pi_1] = integral s a_1 / (s a_1 + (1 - s) a_2) ds.
     let (a, n) = ([1.0, 4.0], 100_000);
     let points = (0..n).map(|i| (f64::from(i) + 0.5) / f64::from(n));
     let want = points.map(|s| s * a[0] / (s * a[0] + (1.0 - s) * a[1])).sum::<f64>() / f64::from(n);
@@ -91,7 +91,7 @@ fn exponential_draws_match_quadrature_and_are_no_dirichlet() -> Result<()> {
     let draws = weights(&a, Estimator::Exponential)?;
     assert_mean("Exponential E pi[0]", want, draws.iter().map(|p| p[0]));
     assert_mean("Exponential E pi[1]", 1.0 - want, draws.iter().map(|p| p[1]));
-    // At a = 1 it is one.
+    // At a = 1 it is a Dirichlet.
     let draws = weights(&[1.0, 1.0, 1.0], Estimator::Exponential)?;
     let squares = draws.iter().map(|p| (p[1] - 1.0 / 3.0).powi(2));
     assert_mean("Exponential Var pi[1] at one", 1.0 / 18.0, squares);
@@ -134,7 +134,7 @@ fn the_wishart_divergence_equals_monte_carlo() -> Result<()> {
     let prior = Wishart::new(&Tensor::new(&[-0.2, 0.1, 0.25], &Device::Cpu)?, DF, Covariance::Full)?;
     let draws = Gaussian::new(&factors(&posterior)?)?.covariance()?.to_vec3::<f64>()?;
     let (p, q) = (posterior.scale()?.to_vec1::<f64>()?, prior.scale()?.to_vec1::<f64>()?);
-    // ln density: (df - r - 1)/2 ln |W| - tr(V^-1 W)/2 - df/2 ln |V|, up to what both share.
+    // ln density: (df - r - 1)/2 ln |W| - tr(V^-1 W)/2 - df/2 ln |V|, up to shared terms.
     let log_ratio = |w: &Vec<Vec<f64>>| {
         (0..3).map(|i| 0.5 * w[i][i] * (1.0 / q[i] - 1.0 / p[i]) - 0.5 * DF * (p[i] / q[i]).ln()).sum()
     };
@@ -162,7 +162,7 @@ fn the_dirichlet_divergence_equals_monte_carlo() -> Result<()> {
             |p: &Vec<f64>| constant + (0..a.len()).map(|i| (a[i] - b[i]) * p[i].ln()).sum::<f64>();
         assert_mean("KL_D", kl, draws.iter().map(log_ratio));
     }
-    // The symmetric prior given as a number, of a batch, in value and gradient.
+    // The symmetric prior given as a number: the same values and gradients, for a batch.
     let c = candle_core::Var::from_tensor(&normals("symmetric", &[3, 4])?)?;
     let (b, weights) = (Dirichlet::new(&Tensor::full(0.7f64.ln(), 4, &Device::Cpu)?)?, normals("w", &[3])?);
     let terms = [Dirichlet::new(&c)?.kl_terms(&b)?, Dirichlet::new(&c)?.kl_terms_symmetric(0.7)?];

@@ -10,7 +10,7 @@ use crate::{assert_gradients, base, normals, shake, store, Result};
 
 const PASSES: [Pass; 3] = [Pass::Mean, Pass::Train { draw: 3 }, Pass::Posterior { draw: 2 }];
 
-/// Every combination of covariance, estimator and mixture, and PEFT's.
+/// Every combination of covariance, estimator and mixture, and PEFT's configuration.
 fn configs() -> Vec<MonteCLoRAConfig> {
     let start =
         MonteCLoRAConfig { rank: 3, alpha: 5.0, num_components: 4, sample_scaler: 0.3, ..Default::default() };
@@ -59,7 +59,7 @@ fn those_of_the_whole_adapter_in_every_pass() -> Result<()> {
             let grads = loss()?.backward()?;
             for (role, tensor) in layer.parameters() {
                 let moves = grads.get(&tensor).map(|g| g.sqr()?.sum_all()?.to_scalar::<f64>()).transpose()?;
-                // The mean is plain LoRA; a sparse mixture sends nothing to the concentration.
+                // The mean is plain LoRA; a sparse mixture gives the concentration no gradient.
                 let wanted = match role {
                     Role::A | Role::B => true,
                     Role::LogStd => pass != Pass::Mean,

@@ -26,7 +26,7 @@ fn posterior(spec: DrawSpec, dtype: DType) -> monteclora::Result<Posterior> {
     Posterior::new(&zeros(3)?, &zeros(4)?, spec, streams)
 }
 
-/// The message of an error contains every part.
+/// Asserts that a result is an error whose message contains every part.
 fn says<T>(result: std::result::Result<T, impl std::fmt::Display>, parts: &[&str]) {
     let message = result.err().expect("an error").to_string();
     assert!(parts.iter().all(|part| message.contains(part)), "{message} has not all of {parts:?}");
@@ -52,7 +52,7 @@ fn a_posterior_fits_its_parameters_and_its_configuration_is_valid() -> Result<()
     let bad = MonteCLoRAConfig { sample_scaler: f64::NAN, ..config() };
     says(posterior(spec(&bad), DType::F64), &["invalid sample_scaler"]);
     says(posterior(spec(&good), DType::F32), &["tensor std_prior: expected [3] of F64", "got [3] of F32"]);
-    // Sizes that agree with each other and not with the tensors.
+    // Sizes that agree with each other but not with the tensors.
     let wide = MonteCLoRAConfig { rank: 2, ..config() };
     says(posterior(spec(&wide), DType::F64), &["tensor std_prior: expected [2]", "got [3]"]);
     let many = MonteCLoRAConfig { num_components: 5, ..config() };
@@ -106,7 +106,7 @@ fn a_posterior_takes_noise_of_its_own_shapes_alone() -> Result<()> {
         says(posterior.draw(&noise), &["rank 3, width 6, 4 components: got"]);
         let a = Tensor::zeros((3, 6), DType::F64, &Device::Cpu)?;
         says(posterior.perturbed(&a, &noise), &["rank 3, width 6, 4 components: got"]);
-        // The regulariser would read beyond a factor that is smaller than it takes it for.
+        // The regulariser would read beyond the end of a factor that is smaller than it expects.
         let draws = (std::slice::from_ref(&posterior), std::slice::from_ref(&noise));
         let terms = Regularizer::new(&good).of_draws(draws.0, draws.1);
         says(terms.map(|_| ()), &["rank 3, width 6, 4 components: got"]);
@@ -139,7 +139,7 @@ fn a_regulariser_with_a_weight_or_a_mode_out_of_place_is_refused_at_use() -> Res
     let layer = MonteCLoRA::new(&params, "peft", "default", (6, 4), &peft)?;
     Regularizer::new(&peft).for_layers(&[&layer], pass)?;
     let terms = Regularizer::new(&config()).for_layers(&[&layer], pass).map(|_| ());
-    says(terms, &["invalid mode: PEFT's numbers exist for sampled only"]);
+    says(terms, &["invalid mode: PEFT only supports sampled"]);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! The laws of the method: moments, divergences, gradients and contracts, in double precision.
 //!
-//! A sampled quantity is judged by its z-score, which knows its own standard error: below 5 over
-//! at least 1e5 draws. Seeds are fixed, so a test that passes once passes always.
+//! A sampled quantity is judged by its z-score, from the sample's own standard error: it must be below 5,
+//! mostly over at least 1e5 draws. Seeds are fixed, so the tests are deterministic.
 
 mod adapters;
 mod distributions;
@@ -28,7 +28,7 @@ fn store(seed: u64) -> Params {
     Params::with_dtype(Noise::new(seed), DType::F64, &Device::Cpu)
 }
 
-/// Standard normal numbers, addressed by a name.
+/// Standard normal numbers that depend only on the name.
 fn normals(name: &str, shape: &[usize]) -> Result<Tensor> {
     let mut z = vec![0.0; shape.iter().product()];
     Noise::new(77).stream(name, Purpose::Init).fill_normal(0, &mut z);
@@ -41,7 +41,7 @@ fn base(in_dim: usize, out_dim: usize) -> Result<BaseLinear> {
         .into())
 }
 
-/// Moves every parameter of the store off its start, B off zero above all.
+/// Moves every parameter of the store away from its start, in particular B away from zero.
 fn shake(params: &Params) -> Result<()> {
     for (name, param) in params.all() {
         let step = (normals(&name, param.var.dims())? * 0.4)?;
@@ -50,7 +50,7 @@ fn shake(params: &Params) -> Result<()> {
     Ok(())
 }
 
-/// Linear layers side by side, for what walks over a model.
+/// A model of independent linear layers.
 struct Model(Vec<AdaptableLinear>);
 
 impl AdaptableModel for Model {

@@ -33,7 +33,7 @@ impl Golden {
         Ok(Linear::new(self.get("weight")?.clone(), Some(self.get("bias")?.clone())).into())
     }
 
-    /// The loss that the golden gradients are of.
+    /// The loss of the golden gradients.
     fn loss(&self, adapter: &dyn Adapter) -> Result<Tensor> {
         let ys = adapter.forward(self.get("xs")?, &self.base()?, &TRAIN.into())?;
         Ok((ys * self.get("up")?)?.sum_all()?)
@@ -88,14 +88,14 @@ fn under_dropout_dora_changes_the_magnitude_of_what_was_dropped() -> Result<()> 
     let params = store(3);
     let dora = Dora::new(&params, "proj", "default", &base, &config)?;
     shake(&params)?;
-    // Of PEFT's formula, W x + b + (m/n - 1) W d + (m/n) s B A d.
+    // PEFT's formula, W x + b + (m/n - 1) W d + (m/n) s B A d, with the input d after dropout.
     let (a, b) = (dora.low_rank().a(), dora.low_rank().b());
     let weight = base.dequantize()?.weight().clone();
     let moved = (&weight + (b.matmul(a)? * 1.5)?)?;
     let ratio = (dora.magnitude() / moved.sqr()?.sum(1)?.sqrt()?)?;
     let got = dora.forward(&xs, &base, &TRAIN.into())?;
     let kept = xs.apply(&base)?;
-    // (got - kept) is linear in the dropped input: d -> d (diag(m/n) W' - W)^T, and each d is x or 2x or 0.
+    // (got - kept) is linear in d: d -> d (diag(m/n) W' - W)^T; each element of d is that of 2 x, or 0.
     let map = (moved.broadcast_mul(&ratio.unsqueeze(1)?)? - weight)?;
     let stream = params.noise().stream("proj.default", monteclora::noise::Purpose::Dropout);
     let dropped = monteclora::ops::dropout(&xs, 0.5, &stream, 0, OpPath::Fused)?;
@@ -197,7 +197,7 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
         [2, 3, 6, 7, 8].map(|step| allocator.budget(step, total)),
         [(8, false), (6, true), (4, true), (4, true), (4, true)]
     );
-    // Where a factor is orthonormal the penalty of it is flat, as torch.linalg.norm has it.
+    // At an orthonormal factor the gradient of its penalty is zero, as with torch.linalg.norm.
     for (name, param) in trained.iter().filter(|(_, param)| matches!(param.role, Role::A | Role::B)) {
         let (rows, columns) = param.var.dims2()?;
         let ones = (0..rows * columns).map(|at| f64::from(u8::from(at / columns == at % columns)));

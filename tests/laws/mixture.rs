@@ -1,4 +1,4 @@
-//! The perturbation's law: collapsed, explicit and sparse mixtures.
+//! The distribution of the perturbation with collapsed, explicit and sparse mixtures.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Context, Pass};
@@ -27,7 +27,7 @@ fn posterior(config: &MonteCLoRAConfig, in_dim: usize) -> Result<Posterior> {
     Ok(Posterior::new(&rho, &c, spec, NoiseStreams::new(Noise::new(8), "mixture"))?)
 }
 
-/// A + Delta on a path, and the gradients of A, rho and c, zero where there is none.
+/// A + Delta on a path, and the gradients of A, rho and c, zeros if there is none.
 fn draw_of(config: &MonteCLoRAConfig, path: OpPath) -> Result<[Tensor; 4]> {
     let params = store(1);
     let layer = MonteCLoRA::new(&params, "layer", "default", (7, 5), config)?;
@@ -152,8 +152,7 @@ fn given_weights_and_covariance_the_mixtures_have_its_full_covariance() -> Resul
 
 #[test]
 fn the_collapsed_gradient_has_the_explicit_ones_mean_and_no_more_variance() -> Result<()> {
-    // The loss sum (G Delta + Delta^2 / 2) of one column, its derivative in c by the chain rule
-    // through pi: autograd gives each column's share when the loss is weighted column by column.
+    // Per draw, the derivative of sum (0.3 Delta + Delta^2) of one column in the first c, by autograd.
     let columns = 20_000;
     let mut moments = Vec::new();
     for mixture in [Mixture::Explicit, Mixture::Collapsed] {

@@ -85,7 +85,7 @@ fn on_a_model_lora_fa_trains_b_alone_and_is_a_lora_to_others() -> Result<()> {
         all.filter(|(_, param)| param.role == Role::A).all(|(_, param)| !param.trainable)
     };
     assert!(frozen(&params));
-    // Switched off and on again, what it does not train stays as it was.
+    // Switched off and on again, A stays frozen.
     inject::activate::activate(&mut model, None, &params)?;
     inject::activate::activate(&mut model, Some("default"), &params)?;
     assert!(frozen(&params) && params.trainable_count() > 0);
@@ -145,7 +145,7 @@ fn the_divergence_of_blob_is_the_mean_of_its_log_ratio() -> Result<()> {
     shake(&params)?;
     let flat = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.flatten_all()?.to_vec1()?) };
     let (mean, root) = (flat(blob.low_rank().a())?, flat(blob.root())?);
-    // The two densities share 1 / sqrt(2 pi).
+    // The factor 1 / sqrt(2 pi) of both densities cancels.
     let log_density = |x: f64, mean: f64, std: f64| -0.5 * ((x - mean) / std).powi(2) - std.ln();
     let ratio = |a: &Vec<f64>| -> f64 {
         let of = |i: usize| log_density(a[i], mean[i], root[i] * root[i]) - log_density(a[i], 0.0, 0.7);
@@ -175,7 +175,7 @@ fn a_step_of_the_divergence_is_one_down_its_gradient() -> Result<()> {
     Ok(())
 }
 
-/// One layer under the released code, with one component and V = 1, and what moves it.
+/// One layer with the released code's method, one component and V = 1, and the walk that moves it.
 fn walking(params: &Params) -> Result<(Model, ReleasedWalk)> {
     let mut model = Model(vec![AdaptableLinear::new("first", base(6, 4)?)]);
     let config = MonteCLoRAConfig { num_components: 1, ..released_config() };
@@ -199,7 +199,7 @@ fn a_step_of_the_released_codes_walk_has_the_scaler_twice() -> Result<()> {
         steps.push(after.iter().zip(&before).map(|(a, b)| a - b).collect::<Vec<f64>>());
         before = after;
     }
-    // Sigma_ii is chi-squared with r = 3 degrees of freedom, of which the clip at 1e-3 takes next to nothing.
+    // Sigma_ii is chi-squared with r = 3 degrees of freedom; the clip at 1e-3 changes next to nothing.
     for i in [0, 7, 17] {
         assert_mean("step", 0.0, steps.iter().map(|step| step[i]));
         assert_mean("square", 0.3f64.powi(4) * 3.0, steps.iter().map(|step| step[i].powi(2)));

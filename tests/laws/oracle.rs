@@ -1,7 +1,7 @@
-//! The draws of the method against those of `rand_distr`, which knows nothing of this crate, by the
-//! two-sample test of Kolmogorov and Smirnov.
+//! Compares the method's draws with those of `rand_distr`, an independent implementation, by the two-sample
+//! test of Kolmogorov and Smirnov.
 //!
-//! The oracle is drawn from addresses of its own, so every test is deterministic.
+//! The oracle draws from its own fixed streams, so every test is deterministic.
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::dist::wishart::fill_bartlett;
@@ -12,11 +12,11 @@ use rand_distr::{Beta, ChiSquared, Distribution, Gamma, StandardNormal};
 
 use crate::Result;
 
-/// The numbers of each sample.
+/// The size of each sample.
 const DRAWS: usize = 100_000;
 
-/// Below this a law is not the oracle's. Some thirty samples are asked: by chance one would fall
-/// below it in three thousand choices of the seeds.
+/// A distribution with a p-value below this is not the oracle's. With some thirty samples, one falls below it
+/// by chance for one in three thousand choices of the seeds.
 const LEAST_P: f64 = 1e-5;
 
 fn stream(name: &str) -> Stream {
@@ -48,7 +48,7 @@ fn p_value(mut xs: Vec<f64>, mut ys: Vec<f64>) -> f64 {
     (2.0 * (1..=100).map(term).sum::<f64>()).clamp(0.0, 1.0)
 }
 
-/// A sample of the oracle's.
+/// A sample from the oracle.
 fn oracle(name: &str, law: &impl Distribution<f64>) -> Vec<f64> {
     law.sample_iter(stream(&format!("oracle.{name}")).rng(0)).take(DRAWS).collect()
 }
@@ -77,17 +77,17 @@ fn gammas(shape: f64) -> Vec<f64> {
     uniforms.into_iter().map(|u| gamma_quantile(shape, u).log_z).collect()
 }
 
-/// The logarithm of a law's numbers: gamma draws of a small shape underflow.
+/// The logarithm of a distribution's samples: those of a gamma with a small shape underflow.
 struct Log<D>(D);
 
 impl<D: Distribution<f64>> Distribution<f64> for Log<D> {
     fn sample<R: rand::Rng + ?Sized>(&self, rng: &mut R) -> f64 {
-        // rand_distr's own draws underflow far below what a shape of 0.05 gives in practice.
+        // `rand_distr` only underflows far below the values that occur in practice at a shape of 0.05.
         self.0.sample(rng).max(f64::MIN_POSITIVE).ln()
     }
 }
 
-/// The diagonals of Bartlett's factors, row by row.
+/// The squared diagonals of Bartlett's factors, row by row.
 fn diagonals(r: usize, df: f64, covariance: Covariance) -> Result<Vec<Vec<f64>>> {
     let stream = Noise::new(61).stream("bartlett", Purpose::Wishart);
     let (mut factor, mut rows) = (vec![0.0; r * r], vec![Vec::with_capacity(DRAWS); r]);
@@ -110,7 +110,7 @@ fn weights(concentrations: &[f64], estimator: Estimator) -> Result<Vec<Vec<f64>>
     Ok(pi.t()?.contiguous()?.to_vec2()?)
 }
 
-/// Each component of a Dirichlet is a beta number.
+/// The distribution of component `i` of a Dirichlet, which is a beta.
 fn marginal(concentrations: &[f64], i: usize) -> Result<Beta<f64>> {
     Ok(Beta::new(concentrations[i], concentrations.iter().sum::<f64>() - concentrations[i])?)
 }
@@ -147,7 +147,7 @@ fn the_diagonal_of_bartlett_s_factor_is_rand_distr_s_chi_squares() -> Result<()>
 fn exact_weights_are_rand_distr_s_dirichlet() -> Result<()> {
     let concentrations = [0.3, 1.0, 4.0];
     let ours = weights(&concentrations, Estimator::Exact)?;
-    // Its own Dirichlet, component by component, and a sum, which no margin alone has.
+    // Against `rand_distr`'s Dirichlet: components, and the sum of squares, which margins do not determine.
     let dirichlet = rand_distr::Dirichlet::new(concentrations)?;
     let theirs: Vec<[f64; 3]> = dirichlet.sample_iter(stream("oracle.weights").rng(0)).take(DRAWS).collect();
     for (i, ours) in ours.iter().enumerate() {
@@ -164,7 +164,7 @@ fn exact_weights_are_rand_distr_s_dirichlet() -> Result<()> {
 
 #[test]
 fn the_test_rejects_what_is_nearly_the_law() -> Result<()> {
-    // A normal that is a sixteenth too wide, and one a thirtieth off its place.
+    // A normal that is too wide by a sixteenth, and one that is shifted by a thirtieth.
     let law = StandardNormal;
     assert_other_law("normal", normals("wide").into_iter().map(|z| 1.0625 * z).collect(), &law);
     assert_other_law("normal", normals("shifted").into_iter().map(|z| z + 0.033).collect(), &law);
@@ -174,7 +174,7 @@ fn the_test_rejects_what_is_nearly_the_law() -> Result<()> {
     for (row, degrees) in [(0, 2.5), (1, 5.5), (3, 5.5)] {
         assert_other_law(&format!("chi2 {degrees}"), rows[row].clone(), &ChiSquared::new(degrees)?);
     }
-    // Weights of another estimator, which is a Dirichlet at equal concentrations of one alone.
+    // Weights of another estimator, which give a Dirichlet only if all concentrations are one.
     let concentrations = [0.3, 1.0, 4.0];
     let ours = weights(&concentrations, Estimator::Exponential)?;
     for (i, ours) in ours.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! `Compat::Peft` gives PEFT's own numbers, with PEFT's own random numbers put in.
+//! `Compat::Peft` reproduces PEFT's results, given PEFT's random numbers.
 //!
 //! `tests/data/make_peft_golden.py` wrote the file and documents its keys.
 
@@ -29,7 +29,7 @@ impl Golden {
         Ok(self.get(key)?.squeeze(0)?)
     }
 
-    /// PEFT's noise as ours: T = diag(sqrt(W_ii)), Z transposed.
+    /// PEFT's noise in this crate's form: T = diag(sqrt(W_ii)), Z transposed.
     fn noise(&self, at: &str, posterior: &Posterior) -> Result<DrawNoise> {
         let w = self.get(&format!("{at}/wishart"))?;
         let t = (&w * Tensor::eye(w.dim(0)?, DType::F64, &Device::Cpu)?)?.sqrt()?;
@@ -37,7 +37,7 @@ impl Golden {
         Ok(DrawNoise::new(posterior.spec(), &t, &self.get(&format!("{at}/z_dirichlet"))?, &z)?)
     }
 
-    /// The layer's parameters, in the store, and its posterior.
+    /// Puts the layer's parameters into the store and returns its posterior.
     fn posterior(&self, layer: &str, params: &Params, config: &MonteCLoRAConfig) -> Result<Posterior> {
         let put = |name: &str, role: Role| -> Result<Tensor> {
             Ok(params.insert(&format!("{layer}.{name}"), role, &self.get(&format!("{layer}/{name}"))?)?)

@@ -64,7 +64,7 @@ fn every_form_is_the_energy_that_its_formula_says() -> Result<()> {
         let bias = params.create("bias", Role::Head, 2, &monteclora::Init::Constant(0.5))?;
         let starts = layers.each_ref().map(|layer| layer.low_rank().a().detach().copy());
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
-        // A width that two layers share is narrower in each by sqrt(2).
+        // A shared width is narrower by sqrt(2) in each of two layers.
         let shared = Prior { shared: true, ..config.prior.ok_or("a prior")? };
         let shared = MonteCLoRAConfig { prior: Some(shared), ..config.clone() };
         let shared = Regularizer::new(&shared).for_training(&params, ROWS)?;
@@ -97,7 +97,7 @@ fn every_form_is_the_energy_that_its_formula_says() -> Result<()> {
         assert!((got - want).abs() < 1e-12 * want, "{form:?}: {got} {want}");
         let got = shared.for_layers(&[&layers[0], &layers[1]], Pass::Mean)?.prior.ok_or("no prior")?;
         assert!((value(&got)? - (2.0 * want - of_head)).abs() < 1e-12 * want, "{form:?}, shared");
-        // Beside the paper's terms, at tau / n. A bias has no prior.
+        // The prior is added to the paper's terms with weight tau / n. A bias has no prior.
         let without = MonteCLoRAConfig { prior: None, ..config };
         let plain = Regularizer::new(&without).for_layers(&[&layers[0], &layers[1]], Pass::Mean)?;
         let got = value(&(&terms.total - plain.total)?)?;
@@ -125,7 +125,7 @@ fn the_expected_form_is_the_mean_over_draws_whatever_their_mixture() -> Result<(
         let params = store(4);
         let layer = layer(&params, "one", &config)?;
         shake(&params)?;
-        // A schedule's factor on eps counts where it counts for the draws: in training.
+        // A schedule's factor on eps applies where it applies to draws: in training.
         let factors = ScalerFactors::new(1.7, Default::default())?;
         let cx = |draw| Context::from(Pass::Train { draw }).with_scaler_factors(factors.clone());
         let regularizer = Regularizer::new(&config).for_training(&params, ROWS)?;
@@ -155,7 +155,7 @@ fn a_prior_on_the_update_does_not_see_which_pair_makes_it() -> Result<()> {
         };
         let before = energy()?;
         let (a, b) = (layer.low_rank().a().copy()?, layer.low_rank().b().copy()?);
-        // (cA, B / c), and with it the perturbation, whose size V sets.
+        // (c A, B / c), with the perturbation scaled like A through V.
         params.set("one.default.a", &(a * 4.0)?)?;
         params.set("one.default.b", &(b / 4.0)?)?;
         let rho = layer.posterior().std_prior().copy()?;
@@ -208,8 +208,8 @@ fn gradients_are_differences_and_of_the_bound_too() -> Result<()> {
     Ok(())
 }
 
-/// `ln N(x; 0, variance I)` of a column of `covariance` C less that of the prior, the mean counted:
-/// `ln q(A + D) - ln p(A + D)` at one draw given Sigma and pi.
+/// The log ratio of posterior and prior, `ln q(A + D) - ln p(A + D)`, at one draw given its Sigma and pi,
+/// summed over the columns.
 fn log_ratio(layer: &MonteCLoRA, pass: &Pass, eps: f64, std: f64, sparse: bool) -> monteclora::Result<f64> {
     let draw = layer.draw(&pass.into())?.ok_or_else(|| monteclora::Error::config("pass", "no draw"))?;
     let square = if sparse { 1.0 } else { draw.weights.sqr()?.sum_all()?.to_scalar::<f64>()? };
@@ -249,7 +249,7 @@ fn the_bound_s_divergence_is_the_mean_log_ratio_over_draws() -> Result<()> {
         let expected = Regularizer::new(&MonteCLoRAConfig { mode: KlEvaluation::Expected, ..config.clone() })
             .for_training(&params, ROWS)?;
         let sparse = mixture == Mixture::Sparse;
-        // Of one draw: the log ratio, less what its own Sigma and pi make of it in expectation over Z.
+        // Per draw: the log ratio, and its expectation over Z given the draw's Sigma and pi.
         let draws = (0..100_000u64).into_par_iter().map(|draw| -> monteclora::Result<(f64, f64)> {
             let pass = Pass::Train { draw };
             let kl = sampled.for_layers(&[&layer], pass)?.kl_mean;
@@ -265,7 +265,7 @@ fn the_bound_s_divergence_is_the_mean_log_ratio_over_draws() -> Result<()> {
             assert_mean(&format!("{what} in expectation"), kl, draws.iter().map(|(ratio, _)| *ratio));
         } else {
             let mean = draws.iter().map(|(_, kl)| kl).sum::<f64>() / draws.len() as f64;
-            // From above, by in_dim r / 2 times the gap of Jensen's inequality.
+            // An upper bound, by in_dim r / 2 times the gap of Jensen's inequality.
             let dirichlet = Dirichlet::new(layer.posterior().expert_weights_prior())?;
             let bound = -value(&dirichlet.expected_entropy()?)?;
             let logs = (0..100_000u64).into_par_iter().map(|draw| -> monteclora::Result<f64> {
@@ -325,7 +325,7 @@ fn rows_and_starts_are_asked_for_and_not_guessed() -> Result<()> {
     refused(&evidence, false, "rows")?;
     refused(&evidence, true, "layers")?;
     assert!(Regularizer::new(&evidence).for_training(&store(1), 0).is_err());
-    // The paper's terms ask for nothing.
+    // The paper's terms need neither rows nor starts.
     let params = store(10);
     let layer = layer(&params, "one", &config(Mixture::Collapsed, Covariance::Full))?;
     Regularizer::new(&config(Mixture::Collapsed, Covariance::Full)).for_layers(&[&layer], Pass::Mean)?;

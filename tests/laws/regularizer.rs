@@ -153,7 +153,7 @@ fn shake_only(params: &Params, path: &str) -> Result<()> {
 
 #[test]
 fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> {
-    // The task sends c nothing under a sparse mixture or a single component.
+    // With a sparse mixture or a single component the task gives c no gradient.
     for mode in [KlEvaluation::Expected, KlEvaluation::Sampled] {
         for (mixture, num_components) in
             [(Mixture::Sparse, 4), (Mixture::Collapsed, 1), (Mixture::Collapsed, 4), (Mixture::Explicit, 1)]
@@ -177,7 +177,7 @@ fn weights_of_zero_leave_every_variational_parameter_a_gradient() -> Result<()> 
 
 #[test]
 fn large_concentrations_do_not_overflow_single_precision() -> Result<()> {
-    // exp(lgamma(40)) is over the largest f32.
+    // exp(lgamma(40)) is larger than the largest f32.
     let params = Params::new(monteclora::noise::Noise::new(0), &Device::Cpu);
     let config = config(KlEvaluation::Expected);
     let layer = layer(&params, "one", &config)?;

@@ -1,5 +1,5 @@
-//! Priors and the evidence bound over layers of several shapes, which are computed in groups: each a sum over layers, and
-//! a shared width shared by all of them.
+//! Priors and the evidence bound over layers of several shapes, which are computed in groups: each is a sum
+//! over the layers, and a shared width is shared by all of them.
 
 use candle_core::Tensor;
 use monteclora::adapter::{AdaptableLinear, Params, Pass, Prior, PriorForm, Role};

@@ -16,12 +16,12 @@ pub enum Column {
     Score(Vec<f64>),
 }
 
-/// Writes the file `path` as the writer does by itself.
+/// Writes the file `path` with the writer's default properties.
 pub fn store(path: &Path, columns: &[Column]) {
     store_with(path, columns, WriterProperties::default());
 }
 
-/// Writes the file `path` as `properties` say.
+/// Writes the file `path` with these properties.
 pub fn store_with(path: &Path, columns: &[Column], properties: WriterProperties) {
     let fields = columns.iter().map(|column| match column {
         Column::Text(name, _) => format!("required binary {name} (UTF8); "),

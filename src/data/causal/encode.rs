@@ -45,7 +45,7 @@ impl PromptEncoder {
         learn_prompt: bool,
     ) -> Result<Self> {
         if !(2..=model_max_length).contains(&max_length) {
-            let reason = format!("expected 2 to the model's {model_max_length}, got {max_length}");
+            let reason = format!("expected 2 to {model_max_length} (the model's maximum), got {max_length}");
             return Err(Error::config("max_length", reason));
         }
         tokenizer

@@ -77,8 +77,8 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<
         Format::Instruct => {
             if let Some(name) = OF_CONVERSATIONS.into_iter().find(|name| says(row, name)) {
                 return Err(format!(
-                    "field {name:?} has no place in an instruction and its output, and would be lost: put it into \
-                     the instruction, or leave it out"
+                    "field {name:?} is not supported and would be lost: put its text into the instruction, \
+                     or remove it"
                 ));
             }
             let given = row.get("input").is_some_and(|input| *input != Cell::Null);

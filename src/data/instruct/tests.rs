@@ -122,7 +122,7 @@ fn a_conversation_does_not_lose_its_earlier_turns() -> Result<()> {
     }
     for (name, value) in [("history", r#"[["Sing.", "do"]]"#), ("system", r#""You sing.""#)] {
         let error = one(Format::Instruct, &row(&format!(r#", "{name}": {value}"#))).unwrap_err().to_string();
-        assert!(error.contains(&format!("line 1: field \"{name}\" has no place")), "{error}");
+        assert!(error.contains(&format!("line 1: field \"{name}\" is not supported")), "{error}");
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) fn check_footer(file: &File) -> Result<()> {
     reader(file, end)?.read_exact(&mut tail).map_err(|e| e.to_string())?;
     let length = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
     if &tail[4..] != b"PAR1" {
-        return Err("it does not end as such a file does".to_string());
+        return Err("it does not end with PAR1".to_string());
     }
     let start =
         end.checked_sub(length).ok_or_else(|| format!("a footer of {length} bytes does not fit in it"))?;
@@ -56,7 +56,7 @@ fn schema(thrift: &mut Thrift<impl Read>) -> Result<()> {
             }),
             _ => Ok(false),
         })?;
-        let members = u64::try_from(members).map_err(|_| format!("a group of {members} columns"))?;
+        let members = u64::try_from(members).map_err(|_| format!("a group cannot have {members} columns"))?;
         if members > left {
             return Err(format!("a group of {members} columns, where the schema has {left} more"));
         }
@@ -70,7 +70,7 @@ fn schema(thrift: &mut Thrift<impl Read>) -> Result<()> {
             open.push(members);
         }
         if open.len() > DEPTH {
-            return Err(format!("more than {DEPTH} groups in each other"));
+            return Err(format!("groups are nested more than {DEPTH} deep"));
         }
     }
     Ok(())
@@ -119,7 +119,7 @@ impl Page {
         let mut page = Self::default();
         let number = |thrift: &mut Thrift<_>| {
             let number = thrift.number()?;
-            u64::try_from(number).map_err(|_| format!("a page with {number} bytes or values"))
+            u64::try_from(number).map_err(|_| format!("a page cannot have {number} bytes or values"))
         };
         thrift.structure(DEPTH, |thrift, field| {
             match field {
@@ -129,8 +129,8 @@ impl Page {
                 (7, STRUCT) => {
                     let mut values = 0;
                     thrift.one_number(1, &mut values)?;
-                    page.dictionary =
-                        u64::try_from(values).map_err(|_| format!("a dictionary of {values} values"))?;
+                    page.dictionary = u64::try_from(values)
+                        .map_err(|_| format!("a dictionary cannot have {values} values"))?;
                 }
                 (8, STRUCT) => thrift.one_number(4, &mut page.encoding)?,
                 _ => return Ok(false),
@@ -143,10 +143,12 @@ impl Page {
     fn check(&self, value: u64) -> Result<()> {
         let Self { compressed, uncompressed, dictionary, encoding } = *self;
         if uncompressed > PAGE.max(compressed.saturating_mul(EXPANSION)) {
-            return Err(format!("a page of {compressed} bytes that says it holds {uncompressed}"));
+            return Err(format!(
+                "a page of {compressed} bytes has an implausible uncompressed size, {uncompressed}"
+            ));
         }
         if dictionary.saturating_mul(value) > uncompressed {
-            return Err(format!("a dictionary of {dictionary} values in {uncompressed} bytes"));
+            return Err(format!("a dictionary of {dictionary} values does not fit in {uncompressed} bytes"));
         }
         // Decoders of these two allocate memory by a number within the page. The hub's files use neither.
         match encoding {

@@ -43,7 +43,7 @@ impl<R: Read> Thrift<R> {
                 return Ok(value);
             }
         }
-        Err("a number that does not end".to_string())
+        Err("a number is not terminated".to_string())
     }
 
     pub(super) fn number(&mut self) -> Result<i64> {
@@ -65,7 +65,7 @@ impl<R: Read> Thrift<R> {
         depth: usize,
         mut visit: impl FnMut(&mut Self, (i64, u8)) -> Result<bool>,
     ) -> Result<()> {
-        let depth = depth.checked_sub(1).ok_or("structures that lie too deep in each other")?;
+        let depth = depth.checked_sub(1).ok_or("structures are nested too deeply")?;
         let mut id = 0i64;
         loop {
             let byte = self.byte()?;
@@ -104,20 +104,20 @@ impl<R: Read> Thrift<R> {
             }
             LIST | 10 => {
                 let (kind, count) = self.list()?;
-                let depth = depth.checked_sub(1).ok_or("lists that lie too deep in each other")?;
+                let depth = depth.checked_sub(1).ok_or("lists are nested too deeply")?;
                 (0..count).try_for_each(|_| self.skip(kind, false, depth))
             }
             11 => {
                 let count = self.unsigned()?;
                 let kinds = if count == 0 { 0 } else { self.byte()? };
-                let depth = depth.checked_sub(1).ok_or("maps that lie too deep in each other")?;
+                let depth = depth.checked_sub(1).ok_or("maps are nested too deeply")?;
                 (0..count).try_for_each(|_| {
                     self.skip(kinds >> 4, false, depth)?;
                     self.skip(kinds & 0x0f, false, depth)
                 })
             }
             STRUCT => self.structure(depth, |_, _| Ok(false)),
-            _ => Err(format!("a value of the unknown kind {kind}")),
+            _ => Err(format!("a value has the unknown type {kind}")),
         }
     }
 
@@ -126,7 +126,7 @@ impl<R: Read> Thrift<R> {
         let passed = passed.map_err(|e| e.to_string())?;
         self.read += passed;
         if passed < count {
-            return Err("it breaks off".to_string());
+            return Err("it is truncated".to_string());
         }
         Ok(())
     }

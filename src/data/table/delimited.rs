@@ -115,7 +115,8 @@ fn check_quotes(text: &str, delimiter: u8) -> std::result::Result<(), (usize, St
             }
             if let Some(next) = bytes.get(at + 1).filter(|next| ![delimiter, b'\n', b'\r'].contains(next)) {
                 let reason = format!(
-                    "a quoted field that begins here ends on line {line} before {:?}: quotes in it are to be doubled",
+                    "a quoted field that begins here ends on line {line} before {:?}: double the quotes \
+                     inside it",
                     char::from(*next)
                 );
                 return Err((opened, reason));

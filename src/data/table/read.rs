@@ -71,7 +71,7 @@ pub fn read(path: impl AsRef<Path>, columns: &Columns) -> Result<Table> {
 pub fn read_from(mut source: impl Read, path: &Path, columns: &Columns) -> Result<Table> {
     let (names, ending) = (columns.names()?, ending(path));
     if !["csv", "tsv", "txt", "jsonl", "ndjson", "json"].contains(&ending.as_str()) {
-        let reason = "a table is told by its ending: .csv, .tsv, .jsonl, .json or .parquet";
+        let reason = "expected a file that ends in .csv, .tsv, .txt, .jsonl, .ndjson, .json or .parquet";
         return Err(Error::format(path, reason));
     }
     let mut bytes = Vec::new();
@@ -173,11 +173,7 @@ fn text_of<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     std::str::from_utf8(bytes).map_err(|error| {
         let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
-        Error::format_at(
-            path,
-            line,
-            "not UTF-8: save the table as UTF-8 (Latin-1 and Windows-1252 are others)",
-        )
+        Error::format_at(path, line, "not UTF-8: save the table as UTF-8, not as Latin-1 or Windows-1252")
     })
 }
 
@@ -198,7 +194,7 @@ fn parquet(path: &Path, columns: &Columns) -> Result<Table> {
                     names
                         .get(class)
                         .ok_or_else(|| {
-                            format!("class {class}, of which the file's metadata name {}", names.len())
+                            format!("class {class}, but the file's metadata names {} classes", names.len())
                         })?
                         .clone(),
                 ),
@@ -299,7 +295,7 @@ mod tests {
             ("x.json", "[{]", "x.json, line 1: not a JSON array of objects"),
             ("x.csv", "t,l\n", "x.csv: no rows"),
             ("x.csv", "", "x.csv, line 1: no column \"t\""),
-            ("x.xlsx", "t,l\n", "x.xlsx: a table is told by its ending"),
+            ("x.xlsx", "t,l\n", "x.xlsx: expected a file that ends in .csv"),
         ] {
             let message = failure(name, text);
             assert!(message.starts_with(expected), "{text:?}: {message}");
@@ -318,8 +314,8 @@ mod tests {
         // The csv crate, like pandas with the Python engine, makes one row of the first two.
         let message = failure("x.csv", "t,l\n\"He said no,a\n\"Yes\" she said,b\n");
         let expected =
-            "x.csv, line 2: a quoted field that begins here ends on line 3 before 'Y': quotes in it are to \
-                        be doubled";
+            "x.csv, line 2: a quoted field that begins here ends on line 3 before 'Y': double the quotes \
+                        inside it";
         assert_eq!(message, expected);
         // In a field that does not begin with a quote, quotes are ordinary text.
         assert_eq!(rows(&parse("x.csv", "t,l\n5\" disk,a\n").unwrap()), [("5\" disk", Some("a"))]);

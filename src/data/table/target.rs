@@ -76,8 +76,8 @@ impl Target {
             (None, None, Some(numbers)) => {
                 if numbers.iter().all(|number| number.fract() == 0.0) {
                     let reason =
-                        "labels are whole numbers with a point (1.0): say by the problem type whether \
-                                  they are classes (classification) or scores (regression)";
+                        "labels are whole numbers with a decimal point (1.0): set the problem type to \
+                                  classification (classes) or regression (scores)";
                     return Err(Error::format(&table.path, reason));
                 }
                 true
@@ -93,12 +93,12 @@ impl Target {
         if first.len() < 2 {
             let only = first.keys().next().copied().unwrap_or_default();
             let reason =
-                format!("all rows have the label {:?}: there is nothing to tell apart", excerpt(only));
+                format!("all rows have the label {:?}: expected at least two classes", excerpt(only));
             return Err(Error::format(&table.path, reason));
         }
         if first.len() == table.records.len() && first.len() > MAX_UNIQUE_LABELS {
             let reason =
-                format!("each of {} rows has a label of its own: is it the right column?", first.len());
+                format!("each of {} rows has a different label: is this the right column?", first.len());
             return Err(Error::format(&table.path, reason));
         }
         let mut names: Vec<&str> = first.into_keys().collect();
@@ -185,10 +185,10 @@ mod tests {
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
         for (labels, expected) in [
             (&["a", "", "b"][..], "x.tsv, line 3: no label"),
-            (&["a", "a"], "x.tsv: all rows have the label \"a\": there is nothing to tell apart"),
-            (&["1.0", "0.0"], "x.tsv: labels are whole numbers with a point (1.0): say by the problem type"),
+            (&["a", "a"], "x.tsv: all rows have the label \"a\": expected at least two classes"),
+            (&["1.0", "0.0"], "x.tsv: labels are whole numbers with a decimal point (1.0): set the"),
             (&["1.5", "nan"], "x.tsv, line 3: label \"nan\", expected a finite number"),
-            (&own, "x.tsv: each of 21 rows has a label of its own: is it the right column?"),
+            (&own, "x.tsv: each of 21 rows has a different label: is this the right column?"),
         ] {
             let message = inferred(labels).unwrap_err();
             assert!(message.starts_with(expected), "{message}");

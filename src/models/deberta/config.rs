@@ -193,8 +193,8 @@ impl DebertaConfig {
         match log {
             Some(buckets) if buckets < 4 || max_distance <= buckets / 2 + 1 => {
                 let reason = format!(
-                    "{buckets} buckets do not fit distances below {max_distance}: half of them are distances of \
-                     their own, and at least two"
+                    "{buckets} buckets do not fit distances below {max_distance}: expected at least 4 \
+                     buckets, and a distance limit above half their number plus 1"
                 );
                 Err(Error::config("position_buckets", reason))
             }

@@ -30,7 +30,7 @@ impl DecoderConfig {
         ];
         if let Some((name, _)) = lacking.iter().find(|(_, lacks)| *lacks) {
             let reason =
-                format!("candle-transformers' LLaMA has no such switch, which {} turns", self.model_type);
+                format!("candle-transformers' LLaMA has no such setting, and {} uses it", self.model_type);
             return Err(Error::config(*name, reason));
         }
         let rope_scaling = match self.rotary.scaling {
@@ -45,7 +45,7 @@ impl DecoderConfig {
                 })
             }
             _ => {
-                let reason = "candle-transformers' LLaMA knows default and llama3";
+                let reason = "candle-transformers' LLaMA only supports default and llama3";
                 return Err(Error::config("rope_scaling", reason));
             }
         };

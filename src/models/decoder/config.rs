@@ -125,7 +125,10 @@ impl DecoderConfig {
         ])?;
         let heads = self.num_attention_heads;
         if !heads.is_multiple_of(self.num_key_value_heads) {
-            let reason = format!("{} do not divide {heads} heads", self.num_key_value_heads);
+            let reason = format!(
+                "expected a divisor of {heads} (num_attention_heads), got {}",
+                self.num_key_value_heads
+            );
             return Err(Error::config("num_key_value_heads", reason));
         }
         let all = heads.checked_mul(3).and_then(|heads| heads.checked_mul(self.head_dim));
@@ -151,13 +154,13 @@ impl DecoderConfig {
             cap.map_or(Ok(()), |cap| check::positive(name, cap))?;
         }
         if self.layers.iter().any(|layer| layer.window == Some(0)) {
-            return Err(Error::config("sliding_window", "a window of 0 keys hides a query's own place"));
+            return Err(Error::config("sliding_window", "expected at least 1, got 0"));
         }
         let is_local = |layer: &LayerConfig| layer.positions == Positions::Local;
         if self.local_rotary.is_none() && self.layers.iter().any(is_local) {
             return Err(Error::config(
                 "rope_local_base_freq",
-                "a layer has local positions, and there are none",
+                "it is missing, although a layer uses local positions",
             ));
         }
         self.local_rotary.iter().chain([&self.rotary]).try_for_each(|rotary| rotary.validate(self.head_dim))

@@ -112,7 +112,7 @@ impl Decoder {
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
         self.embeddings.check_length(seen + p + t, self.max_length)?;
         if cache.is_some() && matches!(cx.pass, Pass::Train { .. }) {
-            return Err(Error::config("cache", "a training pass goes without a cache").into());
+            return Err(Error::config("cache", "a training pass cannot use a cache").into());
         }
         if cache.is_some() && p > 0 {
             check_first_tokens(attention_mask)?;
@@ -198,8 +198,9 @@ fn check_first_tokens(mask: &Tensor) -> candle_core::Result<()> {
     let rows = mask.ne(0u8)?.to_vec2::<u8>()?;
     match rows.iter().position(|row| row.iter().all(|real| *real == 0)) {
         Some(row) => {
-            let reason =
-                format!("row {row} of the first piece is padding alone: its virtual tokens have no place");
+            let reason = format!(
+                "row {row} of the first piece is only padding: expected a token after the virtual tokens"
+            );
             Err(Error::config("attention_mask", reason).into())
         }
         None => Ok(()),

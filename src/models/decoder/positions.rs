@@ -86,16 +86,20 @@ impl RotaryConfig {
     pub fn validate(&self, head_dim: usize) -> Result<()> {
         check::positive("rope_theta", f64::from(self.theta))?;
         if self.dim == 0 || !self.dim.is_multiple_of(2) || self.dim > head_dim {
-            let reason = format!("{} of a head's {head_dim} elements cannot turn in pairs", self.dim);
+            let reason = format!(
+                "expected an even number of at most {head_dim} rotated elements per head, got {}",
+                self.dim
+            );
             return Err(Error::config("partial_rotary_factor", reason));
         }
         let positive = |value: f32| value > 0.0 && value.is_finite();
         let (fits, wanted) = match &self.scaling {
             RotaryScaling::None => (true, ""),
-            RotaryScaling::Linear { factor } => (positive(*factor), "linear wants a positive factor"),
+            RotaryScaling::Linear { factor } => (positive(*factor), "linear needs a positive factor"),
             &RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original } => (
                 positive(factor) && positive(low) && high > low && high.is_finite() && original > 0,
-                "llama3 wants a positive factor, 0 < low_freq_factor < high_freq_factor and an original length",
+                "llama3 needs a positive factor, 0 < low_freq_factor < high_freq_factor and an original \
+                 length",
             ),
             &RotaryScaling::Yarn { factor, beta_fast, beta_slow, original, magnitude, .. } => (
                 [factor, beta_slow, magnitude].into_iter().all(positive)
@@ -103,7 +107,8 @@ impl RotaryConfig {
                     && beta_fast >= beta_slow
                     && original > 0
                     && self.theta != 1.0,
-                "yarn wants a positive factor, 0 < beta_slow <= beta_fast, an original length and a base other than 1",
+                "yarn needs a positive factor, 0 < beta_slow <= beta_fast, an original length and a base \
+                 other than 1",
             ),
             RotaryScaling::LongRope { short, long, original, magnitude } => (
                 short.len() == self.dim / 2
@@ -111,8 +116,8 @@ impl RotaryConfig {
                     && short.iter().chain(long).all(|factor| positive(*factor))
                     && *original > 0
                     && positive(*magnitude),
-                "longrope wants a positive short_factor and long_factor for each pair of elements that turns, and an \
-                 original length",
+                "longrope needs a positive short_factor and long_factor for each rotated pair of elements, \
+                 and an original length",
             ),
         };
         if fits {

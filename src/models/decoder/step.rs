@@ -52,8 +52,8 @@ impl Tables {
             let of_text = room.unwrap_or(length);
             if length > of_text && rotary.is_long(length) != rotary.is_long(of_text) {
                 let reason = format!(
-                    "{length} tokens have other rotary positions than the {of_text} that it was begun for: begin \
-                     another with room for the whole text"
+                    "{length} tokens need other rotary positions than the {of_text} tokens it was created \
+                     for: create a cache with room for the whole text"
                 );
                 return Err(Error::config("cache", reason).into());
             }

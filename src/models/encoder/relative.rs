@@ -61,7 +61,7 @@ impl RelativePositions {
     /// If there is no token, or candle fails.
     pub fn rows(&self, t: usize, dropout: &Dropout, cx: &Context) -> candle_core::Result<(Tensor, Vec<u32>)> {
         if t == 0 {
-            candle_core::bail!("relative positions: a batch without a token has none");
+            candle_core::bail!("relative positions: expected at least one token, got none");
         }
         let far = t as i64 - 1;
         let (first, last) = (self.buckets.row(-far), self.buckets.row(far));

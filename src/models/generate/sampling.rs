@@ -55,7 +55,8 @@ impl Sampling {
     pub(super) fn validate(self) -> Result<()> {
         let Some((temperature, k, p)) = self.parts() else { return Ok(()) };
         if !(temperature > 0.0 && temperature.is_finite()) {
-            let reason = format!("expected a positive number, got {temperature} (greedy is ArgMax)");
+            let reason =
+                format!("expected a positive number, got {temperature} (use ArgMax for greedy decoding)");
             return Err(Error::config("temperature", reason));
         }
         if k == 0 {

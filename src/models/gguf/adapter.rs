@@ -41,7 +41,7 @@ type Metadata = Vec<(String, Value)>;
 fn plan(adapter: &AdapterFile, config: &Json) -> Result<(Metadata, Vec<Entry<'static>>)> {
     adapter.check()?;
     if let Some(name) = adapter.saved_modules.keys().next() {
-        let reason = format!("llama.cpp loads A and B alone, and this adapter has a task head too ({name})");
+        let reason = format!("llama.cpp only loads A and B, and this adapter also has a task head ({name})");
         return Err(Error::config("gguf", reason));
     }
     let base = Described::of(config)?;
@@ -80,7 +80,8 @@ fn plan(adapter: &AdapterFile, config: &Json) -> Result<(Metadata, Vec<Entry<'st
 /// GGUF's name of a layer's weight.
 fn place(base: &Described, layer: &str) -> Result<String> {
     if layer == "lm_head" && base.tied {
-        let reason = "the base's head is its embedding, and llama.cpp has no such layer: leave lm_head out of the targets";
+        let reason = "lm_head shares the embedding's weight, and llama.cpp has no such layer: \
+                      leave lm_head out of the targets";
         return Err(Error::config("gguf", reason));
     }
     let name = base.architecture.to_gguf(&format!("{layer}.weight"));

@@ -113,7 +113,7 @@ impl Architecture {
         // Its tensors have other names, and its image encoder has no place in these files.
         if model_type == "gemma3" {
             return Err(
-                "GGUF is for text-only checkpoints (gemma3_text), got gemma3, which sees images".into()
+                "GGUF is for text-only checkpoints (gemma3_text), got gemma3, which has a vision part".into(),
             );
         }
         let name = if model_type == "mistral" { "llama" } else { model_type };

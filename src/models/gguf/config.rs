@@ -69,7 +69,7 @@ impl Gguf {
         // From the tensor, not `vocab_size`: a file may have more rows than its tokenizer has tokens.
         let vocabulary = match self.info("token_embd.weight").map(|info| info.shape.as_slice()) {
             Some([rows, _]) => *rows,
-            _ => return Err(self.error("there is no tensor token_embd.weight of two axes")),
+            _ => return Err(self.error("there is no tensor token_embd.weight with two axes")),
         };
         let epsilon = self.number("attention.layer_norm_rms_epsilon")?;
         let epsilon = epsilon.ok_or_else(|| {
@@ -124,7 +124,9 @@ impl Gguf {
         let width = match self.whole("attention.key_length")? {
             Some(width) => {
                 if self.whole("attention.value_length")?.is_some_and(|other| other != width) {
-                    return Err(self.error("heads of v that are not as wide as those of k are not supported"));
+                    return Err(
+                        self.error("value heads of another width than the key heads are not supported")
+                    );
                 }
                 config.insert("head_dim".into(), json!(width));
                 width
@@ -219,14 +221,14 @@ impl Gguf {
         let has = |tensor: &str| self.info(tensor).is_some();
         if self.setting("attention.causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
             let key = self.key("attention.causal");
-            return Err(self.error(format!("{key}: an encoder's attention is not supported: expected true")));
+            return Err(self.error(format!("{key}: bidirectional attention is not supported: expected true")));
         }
         if matches!(name, "llama" | "smollm3") {
             let bias = has("blk.0.attn_q.bias");
             if bias != has("blk.0.attn_output.bias") {
-                return Err(self.error(
-                    "a bias on q but none on the output, or the other way round, is not supported here",
-                ));
+                return Err(
+                    self.error("expected biases on both the query and the output projection, or on neither")
+                );
             }
             config.insert("attention_bias".into(), json!(bias));
             config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
@@ -252,7 +254,7 @@ impl Gguf {
         }
         if every > 0 {
             if self.setting("attention.sliding_window_pattern").is_some() {
-                let reason = "another pattern of windows than the architecture's is not supported";
+                let reason = "only the architecture's own pattern of windows is supported";
                 return Err(self.error(format!("{}: {reason}", self.key("attention.sliding_window_pattern"))));
             }
             let kind = |layer: usize| match window.is_some() && !(layer + 1).is_multiple_of(every) {
@@ -261,9 +263,10 @@ impl Gguf {
             };
             // Refuse a `block_count` above the number of tensors before allocating a list of that size.
             if layers > self.tensor_names().count() {
-                return Err(
-                    self.error(format!("{}: it has no tensors of {layers} blocks", self.key("block_count")))
-                );
+                return Err(self.error(format!(
+                    "{}: the file has too few tensors for {layers} blocks",
+                    self.key("block_count")
+                )));
             }
             config.insert("layer_types".into(), (0..layers).map(kind).collect());
             let (heads, width) = (self.heads(true)?.max(1), self.required("embedding_length")?);

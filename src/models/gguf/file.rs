@@ -44,16 +44,16 @@ impl Gguf {
         if let Some(parts) =
             header.metadata.get("split.count").and_then(Value::as_u64).filter(|parts| *parts > 1)
         {
-            let reason = format!("one of {parts} parts: join them by llama-gguf-split --merge");
+            let reason = format!("this is one of {parts} parts: join them with llama-gguf-split --merge");
             return Err(Error::format(path, reason));
         }
         let text = |key: &str| header.metadata.get(key).and_then(Value::as_str);
         if let Some(kind) = text("general.type").filter(|kind| *kind != "model") {
-            let reason = format!("expected a model, and its general.type is {kind}");
+            let reason = format!("expected a model, got general.type {kind}");
             return Err(Error::format(path, reason));
         }
         let Some(name) = text("general.architecture") else {
-            return Err(Error::format(path, "it does not name its general.architecture"));
+            return Err(Error::format(path, "general.architecture is missing"));
         };
         let architecture = Architecture::named(name).map_err(|reason| Error::format(path, reason))?;
         Ok(Self { path: path.to_path_buf(), map: Arc::new(map), header: Arc::new(header), architecture })

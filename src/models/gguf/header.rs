@@ -42,11 +42,11 @@ impl Header {
     pub fn parse(file: &[u8]) -> Result<Self, Reason> {
         let mut at = Cursor { file, at: 0 };
         if at.take(4)? != b"GGUF" {
-            return Err("expected a GGUF file, which begins with these four letters".into());
+            return Err("expected a GGUF file, which begins with the letters GGUF".into());
         }
         match at.u32()? {
             2 | 3 => {}
-            1 => return Err("version 1 of GGUF is not supported: convert the model anew".into()),
+            1 => return Err("version 1 of GGUF is not supported: convert the model again".into()),
             swapped if swapped.swap_bytes() <= 3 => {
                 return Err("GGUF of big-endian machines is not supported".into())
             }
@@ -102,7 +102,8 @@ impl Header {
                 Some((from, to)) if to <= length => info.offset = from as usize,
                 _ => {
                     let reason = format!(
-                        "tensor {name}: {} bytes from {start} + {} on, where the file ends at {length}: it is truncated",
+                        "tensor {name}: {} bytes at {start} + {}, but the file ends at {length}: it is \
+                         truncated",
                         info.size, info.offset
                     );
                     return Err(reason);
@@ -127,7 +128,10 @@ impl<'a> Cursor<'a> {
                 self.at += count;
                 Ok(bytes)
             }
-            None => Err(format!("it ends within its head: {count} bytes are wanted and {} left", rest.len())),
+            None => Err(format!(
+                "the file ends within its header: expected {count} more bytes, got {}",
+                rest.len()
+            )),
         }
     }
 
@@ -150,12 +154,12 @@ impl<'a> Cursor<'a> {
         let (count, left) = (self.u64()?, self.file.len() - self.at);
         match usize::try_from(count) {
             Ok(fits) if fits <= left / least => Ok(fits),
-            _ => Err(format!("it says {count} {what}, for which the {left} bytes left have no room")),
+            _ => Err(format!("the file declares {count} {what}, which do not fit in its last {left} bytes")),
         }
     }
 
     fn text(&mut self) -> Result<String, Reason> {
-        let length = self.count(1, "bytes of a text")?;
+        let length = self.count(1, "bytes of a string")?;
         let bytes = self.take(length)?;
         // Tokens of a vocabulary need not be whole characters.
         Ok(String::from_utf8_lossy(bytes).into_owned())
@@ -173,14 +177,14 @@ impl<'a> Cursor<'a> {
             7 => match self.bytes::<1>()? {
                 [0] => Value::Bool(false),
                 [1] => Value::Bool(true),
-                [other] => return Err(format!("expected 0 or 1 for a truth value, got {other}")),
+                [other] => return Err(format!("expected 0 or 1 for a boolean, got {other}")),
             },
             8 => Value::Text(self.text()?),
             9 => self.array()?,
             10 => Value::Int(i128::from(self.u64()?)),
             11 => Value::Int(i128::from(self.bytes().map(i64::from_le_bytes)?)),
             12 => Value::F64(self.bytes().map(f64::from_le_bytes)?),
-            other => return Err(format!("there is no type of values {other}")),
+            other => return Err(format!("unknown value type {other}")),
         })
     }
 
@@ -192,7 +196,7 @@ impl<'a> Cursor<'a> {
             4..=6 => 4,
             8 | 10..=12 => 8,
             9 => return Err("an array of arrays is not supported".into()),
-            other => return Err(format!("there is no type of values {other}")),
+            other => return Err(format!("unknown value type {other}")),
         };
         let count = self.count(width, "values of an array")?;
         Ok(match kind {
@@ -234,7 +238,7 @@ impl<'a> Cursor<'a> {
                 let shape = shape.into_iter().map(|axis| axis as usize).collect();
                 Ok(TensorInfo { kind, shape, offset, size })
             }
-            _ => Err(format!("a shape of {shape:?} in {kind:?} at {offset} is more than the file holds")),
+            _ => Err(format!("a shape of {shape:?} in {kind:?} at {offset} does not fit in the file")),
         }
     }
 }
@@ -271,9 +275,9 @@ fn supported(number: u32) -> Result<GgmlDType, Reason> {
         35 => "TQ2_0",
         39 => "MXFP4",
         40 => "NVFP4",
-        other => return Err(format!("tensors of type {other} are not known here")),
+        other => return Err(format!("unknown tensor type {other}")),
     };
-    Err(format!("tensors of type {name} are not supported: take a file of Q8_0, Q4_0, Q4_K or their like"))
+    Err(format!("tensors of type {name} are not supported: use a file of Q8_0, Q4_0, Q4_K or similar"))
 }
 
 #[cfg(test)]
@@ -349,14 +353,14 @@ mod tests {
         for (sketch, reason) in [
             (tensor(vec![32, 3], 22, 0), "a.weight: tensors of type IQ2_S are not supported"),
             (tensor(vec![32, 3], 39, 0), "MXFP4"),
-            (tensor(vec![32, 3], 4, 0), "type 4 are not known"),
+            (tensor(vec![32, 3], 4, 0), "unknown tensor type 4"),
             (tensor(vec![33, 3], 8, 0), "blocks of 32, which do not divide a width of 33"),
-            (tensor(vec![32, 4], 8, 0), "136 bytes from"),
+            (tensor(vec![32, 4], 8, 0), "136 bytes at"),
             (tensor(vec![32, 3], 8, 8), "its offset 8 is no multiple of 32"),
             (tensor(vec![32, 3], 8, 64), "it is truncated"),
             (tensor(vec![32, 3], 8, u64::MAX - 31), "it is truncated"),
-            (tensor(vec![32, u64::MAX / 2], 8, 0), "is more than the file holds"),
-            (tensor(vec![1 << 32, 1 << 32, 1 << 32], 0, 0), "is more than the file holds"),
+            (tensor(vec![32, u64::MAX / 2], 8, 0), "does not fit in the file"),
+            (tensor(vec![1 << 32, 1 << 32, 1 << 32], 0, 0), "does not fit in the file"),
             (tensor(vec![1; 5], 0, 0), "expected at most 4 axes, got 5"),
             (alignment(0), "general.alignment: expected a power of two of at least 8"),
             (alignment(24), "general.alignment"),
@@ -380,7 +384,7 @@ mod tests {
         };
         let most = u64::MAX.to_le_bytes();
         assert!(spoilt(8, &most).contains("18446744073709551615 tensors"));
-        assert!(spoilt(16, &most).contains("values, for which"));
+        assert!(spoilt(16, &most).contains("values, which do not fit"));
         assert!(spoilt(24, &most).contains("bytes of a text"));
         let array = bytes.windows(4).position(|four| four == 9u32.to_le_bytes()).unwrap();
         assert!(spoilt(array + 8, &(1u64 << 40).to_le_bytes()).contains("values of an array"));

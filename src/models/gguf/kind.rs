@@ -67,10 +67,7 @@ impl GgufKind {
 pub(super) fn encoded(tensor: &Tensor, kind: GgmlDType) -> Result<Vec<u8>> {
     let tensor = tensor.detach().to_device(&Device::Cpu)?;
     if kind == GgmlDType::F16 && first_non_finite(&tensor.to_dtype(DType::F16)?)?.is_some() {
-        return Err(Error::config(
-            "gguf",
-            "it has a value that is more than half precision can hold: take f32",
-        ));
+        return Err(Error::config("gguf", "a weight exceeds the range of half precision: use f32"));
     }
     Ok(bytes(&tensor, kind)?)
 }

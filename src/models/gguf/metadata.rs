@@ -68,7 +68,7 @@ impl Described {
     /// Adds a count as a 32-bit number; `theirs` is its field in `config.json`, for errors.
     fn count(&mut self, key: &str, theirs: &str, count: usize) -> Result<()> {
         let fits = u32::try_from(count);
-        self.add(key, fits.map_err(|_| Error::config(theirs, format!("{count} is more than GGUF holds")))?);
+        self.add(key, fits.map_err(|_| Error::config(theirs, format!("{count} does not fit in 32 bits")))?);
         Ok(())
     }
 }
@@ -110,7 +110,10 @@ impl Reader<'_> {
                 Some(cap) => described.add(key, cap as f32),
                 // llama.cpp always applies the caps of Gemma 2, and a cap of 0 would be a division by 0.
                 None if self.architecture.name == "gemma2" => {
-                    return Err(Error::config(key, "llama.cpp has no Gemma 2 without a cap"));
+                    return Err(Error::config(
+                        key,
+                        "it is missing: llama.cpp always applies this cap to Gemma 2",
+                    ));
                 }
                 None => {}
             }
@@ -188,7 +191,7 @@ impl Reader<'_> {
                 described.add("rope.scaling.attn_factor", *magnitude);
             }
             other => {
-                let reason = format!("GGUF of {} has no place for {other:?}", self.architecture.name);
+                let reason = format!("GGUF files of {} cannot express {other:?}", self.architecture.name);
                 return Err(Error::config("rope_scaling", reason));
             }
         }
@@ -210,7 +213,8 @@ impl Reader<'_> {
             }
             if let Some(window) = window.filter(|window| *window < longest) {
                 tracing::warn!(
-                    "sliding_window: llama.cpp knows none of {name}; texts of more than {window} tokens will differ"
+                    "sliding_window: llama.cpp ignores it for {name}: texts of more than {window} tokens \
+                     give other results"
                 );
             }
             return self.positions();
@@ -238,7 +242,7 @@ impl Reader<'_> {
             (layer.positions == Positions::None) == (at + 1).is_multiple_of(4)
         };
         if self.architecture.name == "smollm3" && !self.config.layers.iter().enumerate().all(usual) {
-            let reason = "llama.cpp assumes that each fourth layer has no positions";
+            let reason = "llama.cpp assumes that every fourth layer has no rotary positions";
             return Err(Error::config(self.given("no_rope_layers", "no_rope_layer_interval"), reason));
         }
         Ok(())

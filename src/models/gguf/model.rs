@@ -132,7 +132,7 @@ fn describe_texts(
         Some(tokenizer) => metadata.extend(tokenizer_metadata(tokenizer, vocab_size)?),
         None => {
             tracing::warn!(
-                "there is no tokenizer.json: llama.cpp will load the file, but for token ids alone"
+                "there is no tokenizer.json: llama.cpp will load the file, but only accept token ids"
             );
             metadata.insert("tokenizer.ggml.model".into(), "none".into());
         }

@@ -109,7 +109,9 @@ impl Value {
                 array(out, 6, values.len())?;
                 values.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
             }
-            Self::Other(_) => Err(io::Error::other("an array whose values were not kept")),
+            Self::Other(_) => {
+                Err(io::Error::other("the values of this array were not read and cannot be written"))
+            }
         }
     }
 }

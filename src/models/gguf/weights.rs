@@ -68,7 +68,7 @@ impl Gguf {
     fn wanted(&self, name: &str) -> Result<&TensorInfo> {
         let theirs = self.architecture().to_gguf(name);
         theirs.as_deref().and_then(|theirs| self.info(theirs)).ok_or_else(|| {
-            let theirs = theirs.map(|theirs| format!(" (here {theirs})")).unwrap_or_default();
+            let theirs = theirs.map(|theirs| format!(" ({theirs} in GGUF)")).unwrap_or_default();
             self.error(format!("there is no tensor {name}{theirs}"))
         })
     }

@@ -29,7 +29,7 @@ pub fn locate_adapter(id_or_dir: &str, revision: Option<&str>) -> Result<PathBuf
     }
     #[cfg(not(feature = "hub"))]
     {
-        let reason = "there is no such local folder, and this build reads no hub (cargo feature `hub`)";
+        let reason = "there is no such local folder, and this build cannot use the hub (cargo feature `hub`)";
         let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
         in_folder(id_or_dir, revision)?.ok_or_else(error)
     }

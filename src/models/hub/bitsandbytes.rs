@@ -115,7 +115,7 @@ impl QuantizedSource for FourBits {
         }
         if block < 2 || !block.is_multiple_of(2) || !columns.is_multiple_of(block) {
             let reason =
-                format!("its blocks of {block} do not divide its rows of {columns}, which is not read here");
+                format!("expected an even size that divides rows of {columns}, got blocks of {block}");
             return Err(self.files.unfit(name, reason));
         }
         let codes = self.part(name, Dtype::U8, rows * columns / 2)?;
@@ -130,5 +130,5 @@ impl QuantizedSource for FourBits {
 }
 
 fn unread(kind: &str) -> String {
-    format!("bitsandbytes' {kind} is not read here, only nf4: quantise the model to that")
+    format!("bitsandbytes' {kind} is not supported: quantise the model to nf4")
 }

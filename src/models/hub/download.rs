@@ -62,7 +62,7 @@ impl Repo {
                 Err(HFError::LocalEntryNotFound { .. }) => Err(self.explain(failure)),
                 found => {
                     let reason = self.explain(failure);
-                    tracing::warn!("{name} is taken from the cache, where it may be out of date: {reason}");
+                    tracing::warn!("using {name} from the cache, which may be out of date: {reason}");
                     self.found(found.map_err(Failure::Hub))
                 }
             },
@@ -85,7 +85,9 @@ impl Repo {
                 for (what, name) in [("ETag", &about.etag), ("commit", &about.commit_hash)] {
                     // Both become file names in the cache.
                     check_relative(name).map_err(|reason| {
-                        Failure::Local(self.error(format!("the hub's {what} is no name: {reason}")))
+                        Failure::Local(
+                            self.error(format!("the hub's {what} is not a valid file name: {reason}")),
+                        )
                     })?;
                 }
                 self.download_in_parts(name, &about, || self.download_whole(name, &mut |_, _| {}))

@@ -112,10 +112,10 @@ impl Repo {
                 "the connection broke off in the middle of a file: try again".into()
             }
             HFError::CacheLockTimeout { .. } => {
-                "something else is downloading the same file: try again when it is done".into()
+                "another process is downloading the same file: try again when it is done".into()
             }
             HFError::MalformedResponse { what, .. } => {
-                format!("{} does not answer as a hub: {what}", self.hub.host())
+                format!("{} did not answer like a hub: {what}", self.hub.host())
             }
             _ => return None,
         })
@@ -124,7 +124,7 @@ impl Repo {
     fn unreachable(&self, cause: &str) -> Error {
         self.error(format!(
             "the hub at {} cannot be reached: {cause}; without a network, give a local folder with the files, \
-             or set HF_HUB_OFFLINE=1 to use what the cache ({}) holds",
+             or set HF_HUB_OFFLINE=1 to use the files in the cache ({})",
             self.hub.host(),
             self.hub.cache.display()
         ))

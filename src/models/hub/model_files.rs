@@ -79,7 +79,8 @@ impl ModelFiles {
         }
         #[cfg(not(feature = "hub"))]
         {
-            let reason = "there is no such local folder, and this build reads no hub (cargo feature `hub`)";
+            let reason =
+                "there is no such local folder, and this build cannot use the hub (cargo feature `hub`)";
             let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
             Self::in_folder(id_or_dir, revision)?.ok_or_else(error)
         }
@@ -103,7 +104,7 @@ impl ModelFiles {
         let path = Path::new(dir);
         let is_file = path.is_file();
         if is_file && !is_gguf(dir) {
-            let reason = "expected a model's folder or repository, found a file (and no .gguf)";
+            let reason = "expected a model's folder, a repository or a .gguf file, found another file";
             return Err(Error::format(path, reason));
         }
         if !is_file && !path.is_dir() {
@@ -264,8 +265,8 @@ impl ModelFiles {
             _ => "bitsandbytes in 8 bits",
         };
         let reason = format!(
-            "{}: weights quantised by {found} are not read; take the model unquantised, in bitsandbytes' 4 bits, or as \
-             GGUF",
+            "{}: weights quantised by {found} are not supported: use the unquantised model, bitsandbytes' \
+             nf4 or GGUF",
             self.config.display()
         );
         Err(Error::config("quantization_config", reason))
@@ -296,7 +297,7 @@ impl ModelFiles {
             }
             (Some((_, source)), None) => Ok(Weights::new(builder, source)),
             (Some((kind, _)), Some(_)) => {
-                let reason = format!("the weights are quantised already ({kind}): leave it out");
+                let reason = format!("the weights are already quantised ({kind}): omit this option");
                 Err(Error::config("quantize", reason))
             }
         }
@@ -305,7 +306,8 @@ impl ModelFiles {
     /// The tensors of the weights as stored in their safetensors files, memory-mapped.
     pub(in crate::models) fn map_weights(&self) -> Result<MmapedSafetensors> {
         if self.gguf.is_some() {
-            let reason = "a folder of safetensors is made of safetensors, and this is GGUF: merge into GGUF \
+            let reason =
+                "expected a model in safetensors to write it as safetensors, got GGUF: merge into GGUF \
                           (`save_merged_gguf`, `--merged-gguf`), or give the model's safetensors";
             return Err(Error::format(&self.config, reason));
         }

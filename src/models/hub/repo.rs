@@ -25,7 +25,7 @@ impl Repo {
         let error = |reason: String| Error::Hub { repo: id.to_string(), reason: hub.redact(reason) };
         if !is_repo_id(id) {
             return Err(error(
-                "there is no such local folder, and this is no repository name (owner/name)".into(),
+                "there is no such local folder, and this is not a repository name (owner/name)".into(),
             ));
         }
         let revision = revision.unwrap_or("main");

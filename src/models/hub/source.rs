@@ -59,7 +59,7 @@ impl Source {
         match self {
             // Happens if a hub's cache was copied without the targets of its links.
             Self::Folder(dir) if dir.join(name).is_symlink() => {
-                Error::format(dir.join(name), "a link to a file that is not there: copy what it leads to")
+                Error::format(dir.join(name), "a link to a file that does not exist: copy the file itself")
             }
             Self::Folder(dir) if name == CONFIG && dir.join(ADAPTER).is_file() => {
                 Error::format(dir, IS_ADAPTER)

@@ -181,7 +181,7 @@ fn what_a_folder_lacks_is_named() {
     assert!(message.contains("revision") && message.contains("local folder"), "{message}");
     let file = dir.path().join(CONFIG);
     let message = ModelFiles::locate(file.to_str().unwrap(), None).unwrap_err().to_string();
-    assert!(message.contains("found a file"), "{message}");
+    assert!(message.contains("found another file"), "{message}");
     let absent = dir.path().join("absent");
     let message = ModelFiles::locate(absent.to_str().unwrap(), None).unwrap_err().to_string();
     assert!(message.contains("no such local folder"), "{message}");
@@ -193,7 +193,7 @@ fn a_link_to_nothing_is_told_as_one() {
     let dir = folder(&[]);
     std::os::unix::fs::symlink("../../blobs/0123", dir.path().join(WEIGHTS)).unwrap();
     let message = locate(&dir).unwrap_err().to_string();
-    assert!(message.contains("model.safetensors: a link to a file that is not there"), "{message}");
+    assert!(message.contains("model.safetensors: a link to a file that does not exist"), "{message}");
 }
 
 #[test]

@@ -101,12 +101,13 @@ impl MappedWeights {
             |name: &str| name.ends_with("embed_tokens.weight") || name.ends_with("word_embeddings.weight");
         let names = || self.mapped.tensors().into_iter().map(|(name, _)| name);
         let hint = if name.ends_with("lm_head.weight") && names().any(|name| tied(&name)) {
-            ": a model whose output shares its embedding says \"tie_word_embeddings\": true in config.json"
+            ": if lm_head shares the embedding's weight, set \"tie_word_embeddings\": true in config.json"
                 .to_string()
         } else if ["pooler.dense.weight", "head.dense.weight"].iter().any(|layer| name.ends_with(layer)) {
             // A masked-language-model BERT lacks the former, a bare ModernBERT the latter.
-            ": the checkpoint was saved without this layer before the classifier; start one, once, in Python, by \
-             AutoModelForSequenceClassification.from_pretrained(DIR).save_pretrained(DIR), and take --new-head"
+            ": the checkpoint was saved without this layer before the classifier; create it once, in Python, \
+             by AutoModelForSequenceClassification.from_pretrained(DIR).save_pretrained(DIR), and use \
+             --new-head"
                 .to_string()
         } else {
             names().min().map(|first| format!(" (it has others, such as {first})")).unwrap_or_default()

@@ -225,7 +225,7 @@ impl ModernBertConfig {
         shared::check_heads("num_attention_heads", self.num_attention_heads, self.hidden_size)?;
         let head = self.hidden_size / self.num_attention_heads;
         if !head.is_multiple_of(2) {
-            let reason = format!("heads of {head} have no halves to rotate");
+            let reason = format!("expected heads of even width, got {head}");
             return Err(Error::config("num_attention_heads", reason));
         }
         shared::check_is("hidden_activation", &self.hidden_activation, "gelu")?;
@@ -253,7 +253,7 @@ impl ModernBertConfig {
             if let Some(rope) = self.rope(layer_type) {
                 shared::check_is("rope_type", &rope.rope_type, "default")?;
                 if let Some(share) = rope.partial_rotary_factor.filter(|share| *share != 1.0) {
-                    let reason = format!("whole heads are rotated here, got {share}");
+                    let reason = format!("expected 1, as in ModernBERT, got {share}");
                     return Err(Error::config("partial_rotary_factor", reason));
                 }
             }
@@ -387,10 +387,10 @@ mod tests {
             (
                 "rope_parameters",
                 json!({"sliding_attention": {"partial_rotary_factor": 0.5}}),
-                "partial_rotary_factor: whole heads are rotated here, got 0.5",
+                "partial_rotary_factor: expected 1, as in ModernBERT, got 0.5",
             ),
             ("global_rope_theta", json!(-1.0), "rope_theta"),
-            ("num_attention_heads", json!(256), "heads of 3 have no halves"),
+            ("num_attention_heads", json!(256), "expected heads of even width, got 3"),
             ("pad_token_id", json!(50368), "pad_token_id: 50368 is outside"),
             ("mlp_dropout", json!(1.5), "mlp_dropout: expected a number in [0, 1)"),
         ] {

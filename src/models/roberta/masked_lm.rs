@@ -36,7 +36,7 @@ impl RobertaForMaskedLM {
                 ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions")
             }
             Family::Electra => {
-                let reason = "ELECTRA's discriminator names no masked tokens: expected roberta or bert";
+                let reason = "ELECTRA's discriminator cannot predict masked tokens: expected roberta or bert";
                 return Err(Error::config("model_type", reason));
             }
         };

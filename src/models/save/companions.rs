@@ -49,7 +49,7 @@ pub(crate) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
     }
     if has("vocab.json") != has("merges.txt") {
         let lacking = if has("vocab.json") { "merges.txt" } else { "vocab.json" };
-        let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is half");
+        let reason = format!("the checkpoint has no {lacking}, without which its tokenizer is incomplete");
         return Err(Error::format(files.config_path().with_file_name(lacking), reason));
     }
     if !has("vocab.json") {

@@ -80,7 +80,7 @@ fn dequantized<'a>(model: &'a dyn AdaptableModel, params: &Params, base: &'a Ggu
     if let Some((name, _)) = params.all().into_iter().find(|(_, param)| trained(param.role)) {
         return Err(Error::tensor(
             name,
-            "it was trained itself: into a base in GGUF only adapters are merged",
+            "it was trained, and only adapters can be merged into a base in GGUF",
         ));
     }
     let mut adapted = BTreeSet::new();
@@ -89,11 +89,11 @@ fn dequantized<'a>(model: &'a dyn AdaptableModel, params: &Params, base: &'a Ggu
         Ok(())
     })?;
     if adapted.is_empty() {
-        return Err(Error::config("adapter", "no layer has an active one: this would copy the file"));
+        return Err(Error::config("adapter", "no layer has an active adapter: there is nothing to merge"));
     }
     let path = base.path().display();
     tracing::warn!(
-        "{path}: the adapter is merged into what is left of the weights, which are rounded once more"
+        "{path}: the adapter is merged into the dequantised weights, which are then rounded again"
     );
     let numbers = |name: &str| base.numbers(name, DType::F32, &Device::Cpu);
     let named = |(name, shape): (String, Vec<usize>)| {

@@ -31,9 +31,9 @@ pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> Strin
     let mut text = format!(
         "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {} of {} tasks, \
          {} undecided. Spreads and medians are over the settings (learning rate, batch size, seed) that are \
-         done in both. A cell that diverged has no score, so more of them than the other has mean no, whatever \
-         the others say.\n\n| task | settings | spread, {own} | spread, {other} | median, {own} | median, \
-         {other} | done, {own} | done, {other} | holds |\n|{}\n{table}",
+         done in both. A diverged cell has no score: where {own} has more of them than {other}, the claim \
+         does not hold, whatever the other scores.\n\n| task | settings | spread, {own} | spread, {other} | \
+         median, {own} | median, {other} | done, {own} | done, {other} | holds |\n|{}\n{table}",
         count("yes"),
         all.len(),
         count("undecided"),

@@ -25,8 +25,9 @@ pub(super) fn costs_markdown(costs: &[(&CellKey, CellCost)]) -> String {
         memory.extend(cost.peak_rss_mb.zip(base.peak_rss_mb).map(|(own, base)| own / base));
     }
     let mut text = format!(
-        "# Costs\n\nMultiples of {name} in the cell with the same settings, medians. They differ from run \
-         to run, as a shared machine does.\n\n| method | cells | step | training | peak memory |\n|---|---|---|---|---|\n"
+        "# Costs\n\nMultiples of {name} in the cell with the same settings, medians. They vary from run \
+         to run with the load of the machine.\n\n| method | cells | step | training | peak memory |\n\
+         |---|---|---|---|---|\n"
     );
     for (method, columns) in found {
         let medians = columns.each_ref().map(|values| number(median(values))).join(" | ");

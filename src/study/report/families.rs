@@ -117,10 +117,10 @@ pub(super) fn chance(p: f64) -> String {
 
 /// The explanation of the tables of tests.
 pub(super) const EXPLAINED: &str =
-    "Differences arm - against, paired by task, seed, learning rate, batch size and row, tasks weighted alike. \
-     Interval and p are of a bootstrap of two levels, seeds and the rows that all of them were measured on, with \
-     Student's t for few seeds (of one seed the rows alone are drawn: what another would give is unknown). Holm's \
-     p is corrected within the table.\n";
+    "Differences arm - against, paired by task, seed, learning rate, batch size and row, with equal weights \
+     for tasks. The interval and p come from a two-level bootstrap over seeds and over the rows that all \
+     seeds were measured on, with Student's t for few seeds. (With one seed only rows are resampled, so the \
+     variation between seeds is not included.) Holm's p is corrected within the table.\n";
 
 /// The families of a study without a plan: the draws of the tested method, or the tested arm if it has none,
 /// against every way to predict with the baseline.

@@ -92,11 +92,11 @@ pub(super) fn section(
         verdicts.push(verdict);
     }
     let all = if verdicts.iter().all(|verdict| *verdict == Verdict::Met) {
-        "Everything that the plan counts as success was found."
+        "All criteria for success in the plan are met."
     } else if verdicts.iter().any(|verdict| matches!(verdict, Verdict::NotMet(_))) {
-        "What the plan counts as success was not found."
+        "Not all criteria for success in the plan are met."
     } else {
-        "Whether the plan's success was found is undecided."
+        "Whether the criteria for success in the plan are met is undecided."
     };
     write!(text, "\n**{all}**\n").ok();
     Ok(text)
@@ -195,7 +195,7 @@ fn sensitive(
             let ratio = if of == Variation::Deviation { ratio.sqrt() } else { ratio };
             (
                 format!("{}, p {}", number(ratio), chance(test.p)),
-                decided(ratio <= most, "it depends on it more"),
+                decided(ratio <= most, "it depends more on the learning rate"),
             )
         }
     };

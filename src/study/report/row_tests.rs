@@ -193,7 +193,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
         Ok(found)
     };
     let cells = study();
-    let found = "**Everything that the plan counts as success was found.**";
+    let found = "**All criteria for success in the plan are met.**";
     assert_eq!(verdicts(&cells, &plan())?, ["met", "met", "met", found]);
     // With the arms swapped, nothing is better, and the arm is too sensitive to the learning rate.
     let mut other = plan();
@@ -203,12 +203,12 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
         (pair["arm"], pair["against"]) = (against, arm);
     }
     other["success"][2]["not_worse"]["by"] = json!(-0.5);
-    let not = "**What the plan counts as success was not found.**";
+    let not = "**Not all criteria for success in the plan are met.**";
     assert_eq!(
         verdicts(&cells, &other)?,
         [
             "not met: not every test finds it better",
-            "not met: it depends on it more",
+            "not met: it depends more on the learning rate",
             "not met: it is worse by more",
             not
         ]
@@ -220,7 +220,7 @@ fn a_plan_is_judged_by_what_it_says_and_open_while_cells_are_missing() -> Result
     let mut fewer = cells.clone();
     fewer.remove(place("lora").unwrap_or_default());
     let open = "undecided: 1 of its cells have not run, or failed";
-    let undecided = "**Whether the plan's success was found is undecided.**";
+    let undecided = "**Whether the criteria for success in the plan are met is undecided.**";
     assert_eq!(verdicts(&fewer, &plan())?, [open, open, "met", undecided]);
     // A diverged cell of the tested arm has no score, and would have had a bad one.
     let mut diverged = cells.clone();

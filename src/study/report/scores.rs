@@ -27,9 +27,9 @@ pub(super) fn by_rows(cells: &[CellResult], rows: &BTreeMap<String, CellRows>) -
         }
     }
     let mut text = format!(
-        "\n## Scores by rows\n\nMeans over cells. An ECE of finitely many rows is above 0 even of a calibrated model: \
-         its floor is the ECE to be expected if every row were right with its top probability, and the debiased \
-         ECE has part of what chance adds taken off.\n\n| task | arm | cells | {} |\n|{}\n",
+        "\n## Scores by rows\n\nMeans over cells. The ECE of finitely many rows is above 0 even for a \
+         calibrated model: its floor is the expected ECE if every row were right with its top probability, \
+         and the debiased ECE removes part of this bias.\n\n| task | arm | cells | {} |\n|{}\n",
         COLUMNS.join(" | "),
         "---|".repeat(COLUMNS.len() + 3)
     );

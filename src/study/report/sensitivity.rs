@@ -79,12 +79,13 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
         return String::new();
     }
     format!(
-        "\n## Dependence on the learning rate\n\nStandard deviation of the NLL over learning rates within task, seed \
-         and batch size; mean regret, what a rate that is chosen blindly costs against the best of the same method; \
-         the paper's spread, best - worst of the metric over all cells of a task, mean over tasks. The spread rewards \
-         a method that is bad at every rate: read it beside the scores. The ratio of the variances of the NLL is to {}'s \
-         in the same settings, tested by Pitman and Morgan.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | \
-         spread | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}",
+        "\n## Dependence on the learning rate\n\nStandard deviation of the NLL over learning rates within \
+         task, seed and batch size; mean regret, the cost of a rate chosen at random compared to the best \
+         rate of the same method; the paper's spread (best - worst of the metric over all cells of a task), \
+         averaged over tasks. A method that is bad at every rate has a small spread, so read it together \
+         with the scores. The ratio of variances compares the variance of the NLL to that of {} in the same \
+         settings, by the Pitman-Morgan test.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | spread \
+         | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}",
         name(baseline)
     )
 }
@@ -131,10 +132,11 @@ pub(super) fn seeds(
     }
     let [own, other] = [tested, baseline].map(name);
     Ok(format!(
-        "\n## Chance: {other} against itself\n\nDistances of two seeds of {other} in the same setting, and how many cells \
-         of {own} are further from {other} with the same seed than 95 % of these are: where the two differ by \
-         chance alone one in twenty or fewer, since the same seed has the same rows and the same start.\n\n| task | score | pairs of seeds | median distance | 95 % of distances | {own} beyond \
-         |\n|---|---|---|---|---|---|\n{table}"
+        "\n## Chance: {other} against itself\n\nDistances between two seeds of {other} in the same setting, \
+         and the number of cells of {own} that are further from the cell of {other} with the same seed than \
+         95 % of these distances. If the two differ by chance alone, this is at most one cell in twenty, \
+         since the same seed means the same rows and the same initial values.\n\n| task | score | pairs of \
+         seeds | median distance | 95 % of distances | {own} beyond |\n|---|---|---|---|---|---|\n{table}"
     ))
 }
 

@@ -150,7 +150,7 @@ fn what_is_damaged_or_not_the_same_is_named() -> Result<()> {
     assert_eq!(read_cells(dir)?.len(), 4); // the state after a process was killed while packing
     other.steps += 1;
     store.add(&other, &cost, &rows)?;
-    refused("result.json: it is not the result that cells.jsonl has of this cell");
+    refused("result.json: it differs from the result of this cell in cells.jsonl");
     Ok(())
 }
 

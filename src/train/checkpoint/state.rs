@@ -97,8 +97,9 @@ impl State {
         let path = dir.join(MANIFEST);
         let sums: HashMap<String, Sum> = json::parse(bytes_of(&path)?, &path)?;
         let checked = |name: &str| {
-            let expected =
-                sums.get(name).ok_or_else(|| Error::format(&*path, format!("{name} is not in it")))?;
+            let expected = sums
+                .get(name)
+                .ok_or_else(|| Error::format(&*path, format!("it has no checksum of {name}")))?;
             let path = dir.join(name);
             let bytes = bytes_of(&path)?;
             let found = Sum::of(&*bytes).map_err(Error::io(&*path))?;
@@ -150,8 +151,9 @@ impl State {
     fn sort(run_state: RunState, tensors: HashMap<String, Tensor>, path: &Path) -> Result<Self> {
         let mut kinds: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
         for (name, tensor) in tensors {
-            let (kind, name) =
-                name.split_once('/').ok_or_else(|| Error::format(path, format!("it has {name:?}")))?;
+            let (kind, name) = name
+                .split_once('/')
+                .ok_or_else(|| Error::format(path, format!("unknown tensor {name:?}")))?;
             kinds.entry(kind.to_string()).or_default().insert(name.to_string(), tensor);
         }
         let mut take = |kind: &str| kinds.remove(kind).unwrap_or_default();

@@ -226,7 +226,10 @@ fn an_old_checkpoint_that_stays_is_told_and_ends_nothing() -> Result<()> {
     // A file at the path to which the old checkpoint would be renamed.
     fs::write(files::partial_folder(&checkpoints.place(1)), "").unwrap();
     let warning = checkpoints.save(&state(2)?)?.unwrap();
-    assert!(warning.starts_with("old checkpoints stay: ") && warning.contains("step-00000001"), "{warning}");
+    assert!(
+        warning.starts_with("old checkpoints could not be removed: ") && warning.contains("step-00000001"),
+        "{warning}"
+    );
     assert_eq!(checkpoints.steps()?, [1, 2]);
     Ok(())
 }
@@ -265,7 +268,7 @@ fn settings_must_agree_but_for_what_is_named() -> Result<()> {
     assert!(compare(&[("lr", "0.1")], &[]).unwrap_err().contains("this one has nothing"));
     assert!(compare(&[("lr", "0.1"), ("seed", "1"), ("new", "2")], &[]).unwrap_err().contains("had nothing"));
     let with = |rows: &str| compare(&[("lr", "0.1"), ("seed", "1"), ("rows", rows)], &["rows"]);
-    assert!(with("CRC-32 1").unwrap_err().contains("rows a step takes, and cannot change"));
+    assert!(with("CRC-32 1").unwrap_err().contains("rows a step takes and cannot change"));
     assert!(compare(&[("lr", "0.1"), ("seed", "1")], &["rate"]).unwrap_err().contains("\"rate\""));
     Ok(())
 }

@@ -36,7 +36,7 @@ fn over_mpi(launch: &Launch, device: &Device) -> Result<Box<dyn Communicator>> {
     let mpi = super::mpi::Mpi::new()?;
     if (mpi.rank(), mpi.world()) != (launch.rank, launch.world) {
         let reason = format!(
-            "{launch}, but MPI says {} of {}: it was built for another launcher (with Slurm, srun --mpi=pmix)",
+            "{launch}, but MPI reports {} of {}: it is for another launcher (with Slurm, srun --mpi=pmix)",
             mpi.rank(),
             mpi.world()
         );

@@ -72,7 +72,7 @@ impl Launch {
                 _ => number_each(names, &values)?,
             };
             if rank >= world {
-                let reason = format!("{rank} is none of the {world} processes that {} says", names[0]);
+                let reason = format!("expected less than {world} ({}), got {rank}", names[0]);
                 return Err(Error::config(names[1], reason));
             }
             return Ok((world > 1).then_some(Self { launcher, rank, world, local_rank }));

@@ -39,7 +39,7 @@ impl Mpi {
     pub fn new() -> Result<Self> {
         // Rayon's threads compute; only this thread calls MPI.
         let Some((universe, _)) = ::mpi::initialize_with_threading(Threading::Funneled) else {
-            return Err(Error::config("mpi", "it was begun before in this process"));
+            return Err(Error::config("mpi", "it was already initialised in this process"));
         };
         Ok(Self { world: universe.world(), patience: Self::PATIENCE, _universe: universe })
     }
@@ -61,7 +61,7 @@ impl Mpi {
             if start.elapsed() > self.patience {
                 let waited = self.patience.as_secs_f64();
                 self.say(&format!(
-                    "waited {waited:.0} s for the other processes: one of them is gone or stands still"
+                    "waited {waited:.0} s for the other processes: one of them has ended or hangs"
                 ));
                 self.world.abort(1);
             }

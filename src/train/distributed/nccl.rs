@@ -71,7 +71,7 @@ impl Nccl {
             return Err(Error::config("device", reason));
         };
         let Ok(id) = <[u8; ID]>::try_from(id) else {
-            return Err(Error::Distributed { rank: 0, reason: "it gave no number to meet by".into() });
+            return Err(Error::Distributed { rank: 0, reason: "it sent no valid NCCL identifier".into() });
         };
         let id = Id::uninit(id.map(|byte| byte as std::ffi::c_char));
         let comm = Comm::from_rank(device.cuda_stream(), rank, world, id).map_err(|e| failed(rank, &e))?;
@@ -92,7 +92,7 @@ impl Nccl {
         while !done.is_complete() {
             if start.elapsed() > self.patience {
                 let (rank, waited) = (self.rank(), self.patience.as_secs_f64());
-                let what = "s for the other processes: one of them is gone or stands still";
+                let what = "s for the other processes: one of them has ended or hangs";
                 writeln!(std::io::stderr(), "rank {rank}: waited {waited:.0} {what}").ok();
                 self.abort(1);
             }

@@ -77,7 +77,7 @@ impl<'a> Ranks<'a> {
                 return Err(Error::config(name, reason));
             }
             if *values != first.1 {
-                let reason = format!("the parameters of rank {rank} begin otherwise than those of rank 0");
+                let reason = format!("the initial parameters of rank {rank} differ from those of rank 0");
                 return Err(Error::config("parameters", reason));
             }
         }
@@ -197,7 +197,9 @@ impl<'a> Ranks<'a> {
             return Err(match (outcome, failure) {
                 (Err(error), _) if rank == failed => error,
                 (_, Some(failure)) => failure.into_error(failed),
-                (_, None) => Error::Distributed { rank: failed, reason: "it failed without a word".into() },
+                (_, None) => {
+                    Error::Distributed { rank: failed, reason: "it failed without a message".into() }
+                }
             });
         }
         let terms = names.iter().zip(&scalars[1..stop_at]);
@@ -234,7 +236,7 @@ impl<'a> Ranks<'a> {
         let known = |name: &&str| self.terms.iter().flatten().any(|known| known == name);
         match group.terms.keys().find(|name| !known(name)) {
             Some(name) if self.terms.is_some() => {
-                let reason = format!("its loss has a term {name:?}, which that of rank 0 has not");
+                let reason = format!("the loss has a term {name:?}, which the loss of rank 0 lacks");
                 Ok(Err(Error::config("objective", reason)))
             }
             _ => Ok(outcome),

@@ -37,7 +37,7 @@ pub(super) fn meet(launch: &Launch, folder: &Path, bytes: &[u8], patience: Durat
                 return Ok(bytes.to_vec());
             }
         }
-        wait(deadline, || format!("process 0 has not come to {}", folder.display()))?;
+        wait(deadline, || format!("process 0 did not appear in {}", folder.display()))?;
     }
 }
 
@@ -69,7 +69,7 @@ fn give(world: usize, folder: &Path, answer: &Path, bytes: &[u8], deadline: Inst
             files::write(answer, &[words.join(" ").as_bytes(), b"\n", bytes].concat())?;
             answered = words;
         }
-        wait(deadline, || format!("of {world} processes {missing} have not come, or one does not answer"))?;
+        wait(deadline, || format!("{missing} of {world} processes did not appear, or one does not answer"))?;
     }
 }
 
@@ -85,7 +85,7 @@ fn split(answer: &[u8]) -> Option<(&str, &[u8])> {
 
 fn wait(deadline: Instant, missing: impl FnOnce() -> String) -> Result<()> {
     if Instant::now() > deadline {
-        let where_else = "on several machines MONTECLORA_RENDEZVOUS names a folder that all of them see";
+        let where_else = "on several machines, set MONTECLORA_RENDEZVOUS to a folder that all of them share";
         return Err(Error::config("distributed", format!("{}: {where_else}", missing())));
     }
     std::thread::sleep(PAUSE);

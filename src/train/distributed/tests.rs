@@ -376,7 +376,7 @@ fn launchers_are_read_by_their_variables() {
     for (variables, want) in [
         (&[("WORLD_SIZE", "2")][..], "invalid RANK: it is not set, though WORLD_SIZE is 2"),
         (&[("RANK", "1")], "invalid WORLD_SIZE: it is not set, though RANK is 1"),
-        (&[("WORLD_SIZE", "2"), ("RANK", "2")], "invalid RANK: 2 is none of the 2 processes"),
+        (&[("WORLD_SIZE", "2"), ("RANK", "2")], "invalid RANK: expected less than 2 (WORLD_SIZE), got 2"),
         (&[("WORLD_SIZE", "two"), ("RANK", "0")], "invalid WORLD_SIZE: expected a number"),
     ] {
         let error = read(variables).unwrap_err().to_string();
@@ -414,8 +414,8 @@ fn processes_that_share_a_folder_meet_whatever_lies_there() -> Result<()> {
     })?;
     assert_eq!(got, vec![b"a\nnumber".to_vec(); 3]);
     let alone = meeting(0, short).unwrap_err().to_string();
-    assert!(alone.contains("of 3 processes 2 have not come"), "{alone}");
+    assert!(alone.contains("2 of 3 processes did not appear"), "{alone}");
     let alone = meeting(1, short).unwrap_err().to_string();
-    assert!(alone.contains("process 0 has not come"), "{alone}");
+    assert!(alone.contains("process 0 did not appear"), "{alone}");
     Ok(())
 }

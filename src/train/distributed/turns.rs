@@ -38,7 +38,7 @@ pub fn in_turns(
     }
     let mut items: Vec<_> = said.iter().map(|bytes| decode(bytes)).collect();
     let next = |i: usize| {
-        let reason = || Error::Distributed { rank: i % world, reason: format!("it gave no result {i}") };
+        let reason = || Error::Distributed { rank: i % world, reason: format!("it sent no result {i}") };
         items[i % world].next().ok_or_else(reason)
     };
     (0..count).map(next).collect()

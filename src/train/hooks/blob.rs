@@ -48,7 +48,7 @@ impl Hook for BlobHook {
     }
 
     fn after_step(&self, done: &Done) -> Result<()> {
-        let reason = "BLoB's weights ask for the number of training rows: tell_rows";
+        let reason = "BLoB's KL term needs the number of training rows: call tell_rows first";
         let m = (*locked(&self.cycle)?).ok_or_else(|| Error::config("rows", reason))?;
         // Linear with 6 % warm-up, as in the authors' scripts.
         let warmup = (0.06 * done.total as f64).ceil() as usize;

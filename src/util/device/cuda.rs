@@ -32,7 +32,7 @@ fn new(ordinal: usize) -> Result<Device> {
     let failed = |reason: String| Error::config("device", format!("cuda:{ordinal}: {reason}"));
     let count = CudaContext::device_count().map_err(|e| failed(format!("there is no device: {e:?}")))?;
     if !usize::try_from(count).is_ok_and(|count| ordinal < count) {
-        return Err(failed(format!("devices here: {count}, numbered from 0")));
+        return Err(failed(format!("this machine has {count} devices, numbered from 0")));
     }
     let device = Device::new_cuda_with_stream(ordinal).map_err(|e| failed(e.to_string()))?;
     let cuda = device.as_cuda_device()?;
@@ -42,7 +42,7 @@ fn new(ordinal: usize) -> Result<Device> {
     if let Some(pool) = pool(cuda) {
         let all = u64::MAX; // keep all free memory instead of returning it to the driver when the host waits
         set(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, all)
-            .map_err(|e| failed(format!("its memory pool keeps nothing: {e:?}")))?;
+            .map_err(|e| failed(format!("cannot set the release threshold of its memory pool: {e:?}")))?;
     }
     Ok(device)
 }
@@ -118,7 +118,7 @@ mod tests {
     fn a_device_that_is_not_there_is_named() {
         for ordinal in [4711, usize::MAX] {
             let error = cuda_device(ordinal).unwrap_err().to_string();
-            assert!(error.contains(&format!("cuda:{ordinal}: devices here: ")), "{error}");
+            assert!(error.contains(&format!("cuda:{ordinal}: this machine has ")), "{error}");
         }
     }
 

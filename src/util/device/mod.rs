@@ -51,7 +51,7 @@ mod cuda {
     use crate::error::{Error, Result};
 
     pub(super) fn device(ordinal: usize) -> Result<Device> {
-        Err(Error::config("device", format!("cuda:{ordinal}: this build is without `cuda`")))
+        Err(Error::config("device", format!("cuda:{ordinal}: this build lacks the cargo feature `cuda`")))
     }
 
     pub(super) fn peak_bytes(_: &Device) -> Option<u64> {
@@ -72,7 +72,7 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_build_without_devices_says_so() {
-        assert!(cuda_device(3).unwrap_err().to_string().contains("cuda:3: this build is without"));
+        assert!(cuda_device(3).unwrap_err().to_string().contains("cuda:3: this build lacks"));
     }
 
     #[test]

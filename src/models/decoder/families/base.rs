@@ -25,7 +25,7 @@ pub(super) fn head_dim(fields: &Fields) -> Result<usize> {
     let (hidden, heads): (usize, usize) =
         (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
     if !hidden.is_multiple_of(heads.saturating_mul(2)) || heads == 0 {
-        let reason = format!("{heads} heads do not divide {hidden} into even widths");
+        let reason = format!("{heads} heads do not divide hidden_size {hidden} into heads of even width");
         return Err(Error::config("num_attention_heads", reason));
     }
     Ok(hidden / heads)
@@ -120,7 +120,7 @@ pub(super) fn windows(
         if slides && window.is_none() {
             return Err(Error::config(
                 "sliding_window",
-                format!("layer {i} has sliding attention, and no window"),
+                format!("it is missing, although layer {i} has sliding attention"),
             ));
         }
         layer.window = window.filter(|_| slides);

@@ -101,7 +101,7 @@ impl Fields {
             None | Some(-1) => Ok(None),
             Some(id) => match u32::try_from(id) {
                 Ok(id) => Ok(Some(id)),
-                Err(_) => Err(Error::config("pad_token_id", format!("{id} is no token id"))),
+                Err(_) => Err(Error::config("pad_token_id", format!("expected a token id or -1, got {id}"))),
             },
         }
     }

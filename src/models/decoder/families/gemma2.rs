@@ -26,7 +26,7 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
 /// Applies the settings that Gemma 2 and 3 share.
 pub(super) fn gemma(fields: &Fields, plain: DecoderConfig) -> Result<DecoderConfig> {
     fields
-        .refuse("use_bidirectional_attention", "an encoder's attention is not supported: expected false")?;
+        .refuse("use_bidirectional_attention", "bidirectional attention is not supported: expected false")?;
     let bias = fields.or("attention_bias", false)?;
     let scalar: f64 = fields.or("query_pre_attn_scalar", 256.0)?;
     Ok(DecoderConfig {

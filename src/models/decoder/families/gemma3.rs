@@ -18,7 +18,8 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
 
 /// Reads the text part of a multimodal model.
 pub(super) fn read_text_config(fields: Fields) -> Result<DecoderConfig> {
-    let missing = || Error::config("text_config", "a gemma3 without it is none that reads text");
+    let missing =
+        || Error::config("text_config", "it is missing: expected the settings of the language model");
     let mut text_config = fields.object("text_config")?.ok_or_else(missing)?;
     for name in ["bos_token_id", "eos_token_id", "pad_token_id", "id2label", "num_labels"] {
         text_config.inherit(name, &fields);

@@ -48,7 +48,7 @@ fn parameters(fields: &Fields) -> Result<Option<Fields>> {
     if same_theta && scaled(fields, &old)? == scaled(fields, &full)? {
         return Ok(Some(new));
     }
-    let reason = "there are rope_parameters as well: put these settings into them, and leave this out";
+    let reason = "there are rope_parameters as well, with other values: keep one of the two";
     Err(Error::config("rope_scaling", reason))
 }
 
@@ -91,14 +91,15 @@ fn scaled(fields: &Fields, rope: &Fields) -> Result<RotaryScaling> {
         None => rope.or("original_max_position_embeddings", longest)?,
     };
     let factor = || -> Result<f32> {
-        rope.optional("factor")?.ok_or_else(|| Error::config("rope_scaling", format!("{kind} has no factor")))
+        rope.optional("factor")?
+            .ok_or_else(|| Error::config("rope_scaling", format!("{kind} needs a factor")))
     };
     match kind.as_str() {
         "default" => Ok(RotaryScaling::None),
         "linear" => Ok(RotaryScaling::Linear { factor: factor()? }),
         "llama3" => {
             let field = |name: &str| -> Result<f32> {
-                let missing = || Error::config("rope_scaling", format!("llama3 has no {name}"));
+                let missing = || Error::config("rope_scaling", format!("llama3 needs a {name}"));
                 rope.optional(name)?.ok_or_else(missing)
             };
             Ok(RotaryScaling::Llama3 {
@@ -138,7 +139,7 @@ fn yarn(rope: &Fields, factor: f32, original: usize) -> Result<RotaryScaling> {
 
 fn longrope(rope: &Fields, longest: usize, original: usize) -> Result<RotaryScaling> {
     let list = |name: &str| -> Result<Vec<f32>> {
-        rope.optional(name)?.ok_or_else(|| Error::config("rope_scaling", format!("longrope has no {name}")))
+        rope.optional(name)?.ok_or_else(|| Error::config("rope_scaling", format!("longrope needs a {name}")))
     };
     let factor = rope.or("factor", longest as f64 / original as f64)?;
     let larger = || if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() };

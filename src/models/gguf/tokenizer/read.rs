@@ -51,7 +51,7 @@ impl Gguf {
     fn texts(&self, key: &str) -> Result<&[String]> {
         match self.said(key) {
             Some(Value::Texts(texts)) => Ok(texts),
-            _ => Err(self.error(format!("{PREFIX}{key}: expected an array of texts"))),
+            _ => Err(self.error(format!("{PREFIX}{key}: expected an array of strings"))),
         }
     }
 
@@ -66,7 +66,8 @@ impl Gguf {
             _ => &[],
         };
         if !kinds.is_empty() && kinds.len() != pieces.len() {
-            let reason = format!("{} kinds for {} tokens", kinds.len(), pieces.len());
+            let reason =
+                format!("expected one type per token, got {} for {} tokens", kinds.len(), pieces.len());
             return Err(self.error(format!("{PREFIX}token_type: {reason}")));
         }
         Ok((pieces, kinds))

@@ -21,7 +21,7 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
     // Files of old versions of the tokenizers crate do not give the model's type.
     let kind = model["type"].as_str().unwrap_or("BPE");
     if kind != "BPE" {
-        return refuse(format!("GGUF is written of byte-level BPE and SentencePiece's, got {kind}"));
+        return refuse(format!("expected byte-level BPE or SentencePiece's BPE, got {kind}"));
     }
     let sentence_piece = model["byte_fallback"] == true;
     let (kind, pre) = match (sentence_piece, PreTokenizer::of(tokenizer)) {
@@ -29,7 +29,7 @@ pub fn tokenizer_metadata(tokenizer: &Json, vocab_size: usize) -> Result<Vec<(St
         (false, Some(pre)) => ("gpt2", pre.names[0]),
         (false, None) => {
             return refuse(format!(
-                "llama.cpp has no name for how it cuts words: {}",
+                "llama.cpp does not support this pre-tokenizer: {}",
                 tokenizer["pre_tokenizer"]
             ));
         }
@@ -70,7 +70,7 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
         |piece: &str| sentence_piece && piece.len() == 6 && piece.starts_with("<0x") && piece.ends_with('>');
     let mut put = |id: Option<u64>, piece: &str, kind: i32| {
         let outside = || {
-            let reason = format!("token {piece:?} of id {id:?} is outside a model of {vocab_size} rows");
+            let reason = format!("token {piece:?} has id {id:?}, the model's vocabulary has {vocab_size}");
             Error::config("tokenizer.json", reason)
         };
         let id =
@@ -89,7 +89,7 @@ fn pieces(tokenizer: &Json, vocab_size: usize, sentence_piece: bool) -> Result<(
     for token in tokenizer["added_tokens"].as_array().into_iter().flatten() {
         let Some(content) = token["content"].as_str() else { continue };
         if token["id"].as_u64().is_some_and(|id| id >= vocab_size as u64) {
-            tracing::warn!("{content:?} is a token of the tokenizer and none of the model: it is left out");
+            tracing::warn!("{content:?} is a token of the tokenizer but not of the model: it is left out");
             continue;
         }
         match (Some(content) == unknown, token["special"] == true) {
@@ -112,7 +112,7 @@ fn pairs(model: &Json) -> Result<Vec<[&str; 2]>> {
         }
     }
     let merges = model["merges"].as_array().into_iter().flatten();
-    let error = || Error::config("tokenizer.json", "a merge is not one of two pieces");
+    let error = || Error::config("tokenizer.json", "expected two pieces in each merge");
     merges.map(|merge| pair(merge).ok_or_else(error)).collect()
 }
 
