@@ -378,7 +378,7 @@ mod tests {
             .unwrap();
         assert!(message().contains("merges.txt: it is a Git LFS pointer"), "{}", message());
         std::fs::remove_file(dir.path().join("merges.txt")).unwrap();
-        assert!(message().contains("beside vocab.json no merges.txt"), "{}", message());
+        assert!(message().contains("vocab.json without merges.txt is not enough"), "{}", message());
         std::fs::remove_file(dir.path().join("vocab.json")).unwrap();
         for name in ["tokenizer.model", "spm.model"] {
             std::fs::write(dir.path().join(name), "").unwrap();

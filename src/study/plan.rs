@@ -231,7 +231,7 @@ impl Plan {
                 return wrong(format!("tasks: {task} has no classes, and plans compare class probabilities"));
             }
             if self.epochs.get(task).is_none_or(|epochs| *epochs == 0) {
-                return wrong(format!("epochs: expected at least 1 for {task}"));
+                return wrong(format!("epochs: there is no number for {task}, or it is 0"));
             }
         }
         let cells = self.cells()?;

@@ -331,10 +331,10 @@ mod tests {
 
     #[test]
     fn a_bin_has_the_mean_confidence_and_the_share_that_is_right() {
-        let bins = reliability(&[vec![0.92, 0.08], vec![0.94, 0.06]], &[0, 1]);
+        let bins = reliability(&[vec![0.94, 0.06], vec![0.96, 0.04]], &[0, 1]);
         let filled: Vec<&Bin> = bins.iter().filter(|bin| bin.count > 0).collect();
         assert_eq!((filled.len(), filled[0].count, filled[0].accuracy), (1, 2, 0.5));
-        assert!((filled[0].confidence - 0.93).abs() < 1e-15);
+        assert!((filled[0].confidence - 0.95).abs() < 1e-15);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use candle_core::{DType, Device};
-use monteclora::models::hub::{repo_file_with, ModelFiles, RepoKind};
+use monteclora::models::hub::{locate_adapter_with, repo_file_with, ModelFiles, RepoKind};
 use monteclora::Result;
 
 use super::fixture::{hub_error, model, offline, tensors, with, Cache, CONFIG, TOKEN, TOKENIZER, WEIGHTS};
@@ -58,6 +58,42 @@ fn shards_and_files_of_data_sets_come_by_the_same_way() -> Result<()> {
     // The absence of a single file of weights was cached too.
     assert_eq!(ModelFiles::locate_repo("owner/tiny", None, &hub)?.weights(), located.weights());
     assert_eq!(repo_file_with("owner/rows", RepoKind::Dataset, "sub/train-0.parquet", None, &hub)?, rows);
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_a_repository_is_a_folder_and_no_model() -> Result<()> {
+    let cache = Cache::new();
+    let config =
+        r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q"], "base_model_name_or_path": "owner/base"}"#;
+    let files = [
+        ("owner/lora/adapter_config.json", config.as_bytes().to_vec()),
+        ("owner/lora/adapter_model.safetensors", tensors("base_model.model.q.lora_A.weight", 1.0)),
+        ("owner/old/adapter_config.json", config.as_bytes().to_vec()),
+        ("owner/old/adapter_model.bin", b"pickle".to_vec()),
+    ];
+    let server = Server::good(&files);
+    let hub = cache.hub(&server.endpoint());
+    let dir = locate_adapter_with("owner/lora", None, &hub)?;
+    assert_eq!(dir, cache.path().join("models--owner--lora/snapshots").join(COMMIT));
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        assert!(dir.join(name).is_file() && server.downloads(name) == 1, "{name}");
+    }
+    // A folder is taken as it is, and has no revision.
+    let path = dir.to_str().unwrap();
+    assert_eq!(locate_adapter_with(path, None, &hub)?, dir);
+    let error = locate_adapter_with(path, Some("main"), &hub).unwrap_err().to_string();
+    assert!(error.starts_with("invalid revision"), "{error}");
+    for id in ["owner/lora", path] {
+        let error = ModelFiles::locate_with(id, None, &hub).unwrap_err().to_string();
+        assert!(error.contains("an adapter, not a model"), "{error}");
+    }
+    let error = hub_error(locate_adapter_with("owner/old", None, &hub));
+    assert!(error.contains("adapter_model.bin"), "{error}");
+    let error = hub_error(locate_adapter_with("owner/none", None, &hub));
+    assert!(error.ends_with("(and there is no such local folder)"), "{error}");
+    server.leave();
+    assert_eq!(locate_adapter_with("owner/lora", None, &offline(hub))?, dir);
     Ok(())
 }
 

@@ -29,9 +29,8 @@ fn classifier(method: &Method) -> Outcome<Classifier> {
     Ok(Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
 }
 
-/// One epoch on `rows` in batches of four.
-fn run(classifier: &Classifier, rows: &[Encoded], config: &TrainConfig) -> Outcome<Log> {
-    let objective = Classification { classifier, rows, batcher: Batcher::new(4, false, Noise::new(4))? };
+fn run(classifier: &Classifier, rows: &[Encoded], batch: usize, config: &TrainConfig) -> Outcome<Log> {
+    let objective = Classification { classifier, rows, batcher: Batcher::new(batch, false, Noise::new(4))? };
     let mut log = Log::default();
     fit(&objective, &classifier.params, config, &mut log)?;
     Ok(log)
@@ -52,7 +51,7 @@ fn the_released_code_s_walk_takes_its_step_before_the_optimiser() -> Outcome {
     let (ran, by_hand) = (classifier(&method)?, classifier(&method)?);
     let start = bits(&ran.params)?;
     let walk = ReleasedWalk::new(by_hand.model.as_ref(), &config, &by_hand.params)?;
-    run(&ran, &rows(4, false), &still())?;
+    run(&ran, &rows(4, false), 4, &still())?;
     walk.before_step(1)?;
     assert_eq!(bits(&ran.params)?, bits(&by_hand.params)?);
     let moved = bits(&ran.params)?.into_iter().zip(start).filter(|(now, then)| now != then);
@@ -69,9 +68,10 @@ fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
     let (ran, by_hand) = (classifier(&method)?, classifier(&method)?);
     let mut rows = rows(10, false);
     rows[3].label = Label::Unknown;
-    run(&ran, &rows, &still())?;
+    // Few steps a cycle, three of which are taken.
+    run(&ran, &rows, 50, &TrainConfig { epochs: 3, ..still() })?;
     let hooks = MethodHooks::of_blob(&config);
-    hooks.tell_rows(|| 9, 4)?;
+    hooks.tell_rows(|| 9, 50)?;
     for step in 1..=3 {
         hooks.after_step(by_hand.model.as_ref(), &by_hand.params, &Gradients::new(), step, 3)?;
     }
@@ -87,7 +87,7 @@ fn training_draws_are_as_wide_as_the_schedule_says() -> Outcome {
             MonteCLoRAConfig { rank: 4, sample_scaler, scaler_schedule, ..MonteCLoRAConfig::default() };
         let classifier = classifier(&Method::MonteCLoRA(config))?;
         scatter(&classifier.params)?; // with B at zero a draw has no effect
-        Ok(run(&classifier, &rows(16, false), &still())?.0[0].terms["task"])
+        Ok(run(&classifier, &rows(16, false), 4, &still())?.0[0].terms["task"])
     };
     // Of four steps with this warm-up the first has half of the width.
     let warm = first_loss(0.3, ScalerSchedule::Warmup(0.5))?;
@@ -99,7 +99,7 @@ fn training_draws_are_as_wide_as_the_schedule_says() -> Outcome {
 
 #[test]
 fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
-    let (seen, batcher) = (causal::rows(10), || Batcher::new(4, false, Noise::new(4)));
+    let (seen, batcher) = (causal::rows(10), || Batcher::new(50, false, Noise::new(4)));
     let blob = BlobConfig { rank: 4, kl_lr: 0.5, ..BlobConfig::default() };
     let load = |method: &Method| -> Outcome<_> {
         let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
@@ -110,9 +110,9 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
     let method = Method::Blob(blob.clone());
     let ((ran, params, hooks), (by_hand, expected, _)) = (load(&method)?, load(&method)?);
     let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
-    fit(&objective, &params, &still(), &mut Log::default())?;
+    fit(&objective, &params, &TrainConfig { epochs: 3, ..still() }, &mut Log::default())?;
     let hooks = MethodHooks::of_blob(&blob);
-    hooks.tell_rows(|| 10, 4)?;
+    hooks.tell_rows(|| 10, 50)?;
     for step in 1..=3 {
         hooks.after_step(&by_hand, &expected, &Gradients::new(), step, 3)?;
     }

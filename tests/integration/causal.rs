@@ -187,7 +187,10 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let narrow = MonteCLoRAConfig { rank: 4, alpha: 8.0, sample_scaler: 0.2, ..Default::default() };
     let error =
         write(&monteclora::peft::AdapterMethod::MonteCLoRA(narrow)).expect_err("two scalers").to_string();
-    assert!(error.contains("invalid sample_scaler: that of") && error.contains("is 0.1"), "{error}");
+    assert!(
+        error.contains("invalid sample_scaler: ") && error.contains("has 0.1, the method has 0.2"),
+        "{error}"
+    );
     Ok(())
 }
 

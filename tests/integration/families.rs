@@ -154,11 +154,22 @@ fn a_row_has_the_logits_that_it_has_without_padding() -> Outcome {
             assert_close(&logits, &golden.tensors[key].narrow(0, row, 1)?, 1e-4)
                 .map_err(|error| format!("{family}: {error}"))?;
         }
-        // A row longer than the model's maximum.
+        // A row longer than any that the model was trained on: DeBERTa's relative positions take it.
         let long = Tensor::full(5u32, (1, 41), &Device::Cpu)?;
         let mask = long.ones_like()?.to_dtype(DType::U8)?;
-        let error = model.logits(&long, &long.zeros_like()?, &mask, &Pass::Mean.into()).unwrap_err();
-        assert!(error.to_string().contains("more than the model's 40"), "{family}: {error}");
+        match model.logits(&long, &long.zeros_like()?, &mask, &Pass::Mean.into()) {
+            Ok(logits) => {
+                let size = logits.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(
+                    family.starts_with("deberta") && size.is_finite() && size > 0.0,
+                    "{family}: {logits}"
+                );
+            }
+            Err(error) => {
+                assert!(!family.starts_with("deberta"), "{family}: {error}");
+                assert!(error.to_string().contains("more than the model's 40"), "{family}: {error}");
+            }
+        }
     }
     Ok(())
 }

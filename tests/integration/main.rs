@@ -33,6 +33,7 @@ mod llama;
 mod llama_golden;
 mod merge;
 mod named;
+mod opened;
 mod other_writers;
 mod own_model;
 mod peft_adapters;

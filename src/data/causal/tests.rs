@@ -75,6 +75,20 @@ fn a_prompt_goes_on_where_a_tokenizer_would_end_it() -> Result<()> {
 }
 
 #[test]
+fn a_text_that_begins_with_the_tokenizers_first_token_gets_no_second_one() -> Result<()> {
+    let mut tokenizer = tiny();
+    tokenizer.add_special_tokens([tokenizers::AddedToken::from("<s>", true)]).unwrap();
+    let encoder = PromptEncoder::new(tokenizer, 10, 64, Some(1), false)?;
+    assert_eq!(encoder.prompt("<s> a b")?, [0, 3, 4]);
+    assert_eq!((encoder.prompt("a b")?, encoder.prompt("")?), (vec![0, 3, 4], vec![0]));
+    let rows = encoder.encode(&[row("<s> a", " b"), row("", "<s> a")])?.rows;
+    assert_eq!((rows[0].ids.as_slice(), rows[1].ids.as_slice()), (&[0, 3, 4, 1][..], &[0, 3, 1][..]));
+    assert_eq!((rows[0].targets(), rows[1].targets()), (2, 2));
+    assert_eq!(encoder.length(&row("<s> a", " b"))?, 4);
+    Ok(())
+}
+
+#[test]
 fn a_long_text_becomes_pieces_and_each_of_its_tokens_is_learnt_once() -> Result<()> {
     let encode = |max_length| {
         PromptEncoder::new(tiny(), max_length, 20, Some(1), false)?.encode(&[row("", "a b c d e f g h")])

@@ -385,7 +385,7 @@ mod tests {
         let most = u64::MAX.to_le_bytes();
         assert!(spoilt(8, &most).contains("18446744073709551615 tensors"));
         assert!(spoilt(16, &most).contains("values, which do not fit"));
-        assert!(spoilt(24, &most).contains("bytes of a text"));
+        assert!(spoilt(24, &most).contains("bytes of a string"));
         let array = bytes.windows(4).position(|four| four == 9u32.to_le_bytes()).unwrap();
         assert!(spoilt(array + 8, &(1u64 << 40).to_le_bytes()).contains("values of an array"));
         assert!(spoilt(array + 4, &9u32.to_le_bytes()).contains("an array of arrays is not supported"));

@@ -65,7 +65,7 @@ fn what_does_not_fit_together_is_named_before_anything_runs() -> Result<()> {
     };
     for (plan, reason) in [
         (changed("/tasks/0", json!("imdb")), "expected one of mrpc"),
-        (changed("/epochs", json!("mrpc=15")), "no number for sst2"),
+        (changed("/epochs", json!("mrpc=15")), "epochs: there is no number for sst2"),
         (changed("/methods/1/recipes/0", json!("lora")), "lora comes twice at 0.002"),
         (changed("/methods/1/recipes/0", json!("qlora")), "none of full, lora"),
         (

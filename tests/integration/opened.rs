@@ -1,0 +1,53 @@
+//! A whole model that is opened to predict: frozen in the dtype or the blocks that are asked for.
+
+use candle_core::{DType, Device};
+use monteclora::data::encode::Encoded;
+use monteclora::inject::Targets;
+use monteclora::models::hub::ModelFiles;
+use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
+use monteclora::Noise;
+
+use crate::finetune::{checkpoint, rows};
+use crate::support::{scatter, Outcome};
+
+fn logits(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
+    Ok(Predictions::new(classifier, rows, &batches(classifier, rows, 4)?, 0)?.logits.concat())
+}
+
+#[test]
+fn a_whole_model_is_frozen_unless_it_can_be_trained_on() -> Outcome {
+    let (dir, out) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let (files, full) = (checkpoint(dir.path())?, MethodInit::Fresh(Method::Full, Targets::default()));
+    let load = |dtype| Classifier::load(&files, 2, &full, Noise::new(4), dtype, &Device::Cpu);
+    let trained = load(DType::F32)?;
+    scatter(&trained.params)?;
+    trained.save("toy", out.path())?;
+    let (rows, device) = (rows(6, false), Device::Cpu);
+    let single = Classifier::open(out.path(), None, DType::F32, &device)?;
+    assert!(single.params.trainable_count() > 0);
+    let expected = logits(&single, &rows)?;
+    assert_eq!(expected, logits(&trained, &rows)?);
+
+    let saved = out.path().join("model");
+    let saved = ModelFiles::locate(saved.to_str().ok_or("a path")?, None)?;
+    let blocks = saved.clone().quantized(Some("q8_0".parse()?));
+    for (files, dtype, kind) in [(&saved, DType::BF16, "bf16"), (&blocks, DType::F32, "q8_0")] {
+        let opened = Classifier::of_checkpoint(files, dtype, &device)?;
+        assert_eq!(opened.params.trainable_count(), 0, "{kind}");
+        let mut kinds = Vec::new();
+        opened.model.visit_linears(&mut |layer| {
+            kinds.push(layer.base().kind());
+            Ok(())
+        })?;
+        assert!(kinds.iter().any(|own| own == kind), "{kinds:?}");
+        let apart = logits(&opened, &rows)?.into_iter().zip(&expected).map(|(x, y)| (x - y).abs());
+        let (apart, size) =
+            (apart.fold(0.0, f64::max), expected.iter().fold(0.0f64, |most, y| most.max(y.abs())));
+        assert!(apart > 0.0 && apart < 0.05 * size, "{kind}: {apart} of {size}");
+        let error = opened.save("toy", out.path()).expect_err("nothing was trained").to_string();
+        assert!(error.contains("opened to predict"), "{error}");
+    }
+    let error = load(DType::BF16).map(drop).expect_err("half a width").to_string();
+    assert!(error.starts_with("invalid dtype"), "{error}");
+    Ok(())
+}
