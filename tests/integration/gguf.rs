@@ -15,7 +15,7 @@ use monteclora::models::gguf::{write_adapter, GgufKind};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged_gguf, save_gguf, save_merged_gguf};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
-use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
+use monteclora::{Context, MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::{json, Value};
 
 use crate::stories::asset;
@@ -37,13 +37,13 @@ pub fn load(files: &ModelFiles) -> Outcome<DecoderForCausalLM> {
 
 /// The logits at all positions of [`IDS`], `(t, vocab)`.
 pub fn logits(model: &DecoderForCausalLM) -> Outcome<Tensor> {
-    logits_of(model, &IDS)
+    logits_of(model, &IDS, &Pass::Mean.into())
 }
 
 /// The logits at all positions of `ids`, `(t, vocab)`.
-pub fn logits_of(model: &DecoderForCausalLM, ids: &[u32]) -> Outcome<Tensor> {
+pub fn logits_of(model: &DecoderForCausalLM, ids: &[u32], cx: &Context) -> Outcome<Tensor> {
     let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
-    Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, &Pass::Mean.into())?.squeeze(0)?)
+    Ok(model.logits(&ids, &ids.ones_like()?.to_dtype(DType::U8)?, cx)?.squeeze(0)?)
 }
 
 /// Adds adapters in general position to the default targets; returns their parameters and their file.
