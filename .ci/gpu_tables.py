@@ -1,6 +1,6 @@
-"""The figures of a run of .ci/gpu, as Markdown: steps, ours and PEFT's, and where a step's time goes.
+"""Prints the results of a run of .ci/gpu as Markdown: training steps of this crate and of PEFT, and each kernel's time.
 
-    python gpu_tables.py FOLDER     FOLDER has what the phases have written so far
+    python gpu_tables.py FOLDER     FOLDER holds what the phases have written so far
 """
 import collections
 import csv
@@ -9,11 +9,14 @@ import pathlib
 import sys
 
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
-LAST = "adamw"  # the kernel that ends a step, one launch for all parameters
+LAST = "adamw"  # the kernel that ends a step: one launch for all parameters
 
 
 def rows(folder, name):
-    """What a phase has measured, ours as one table, PEFT's as lines; none where it was cut off."""
+    """Returns the measurements of a phase: this crate's from NAME.json, PEFT's from the lines of NAME.jsonl.
+
+    The list is empty if there is neither file, or if the file is cut off.
+    """
     try:
         if (path := folder / f"{name}.json").exists():
             return json.loads(path.read_text())["rows"]

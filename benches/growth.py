@@ -1,10 +1,10 @@
-"""How the cost of a training step grows: one axis at a time, from one base point.
+"""Measures how the cost of a training step grows along one axis at a time, from a common base point.
 
     python growth.py --throughput target/release/examples/throughput --config roberta-base/config.json
 
-Runs the throughput example (build it first) with LoRA and MonteCLoRA at each point and prints a Markdown table:
+Runs the throughput example (build it first) with LoRA and MonteCLoRA at each point and prints a Markdown table: the
 median step seconds of both, their ratio, and for each axis the exponent of a power law fitted to MonteCLoRA's step
-(least squares on logarithms). Needs the standard library alone.
+seconds (least squares on logarithms). Needs only the standard library.
 """
 import argparse
 import json

@@ -1,9 +1,10 @@
-"""Asks a running service many times: latency, throughput, and the memory of its process, which is to stay flat.
+"""Measures a running service under many requests: latency, throughput, and the memory of its process.
 
-    python measure.py --requests 10000 --clients 1,2,4 [--draws 0] [--transformers MODEL_DIR]
+    python measure.py --requests 10000 --clients 1,2,4 [--pid PID] [--draws 0] [--transformers MODEL_DIR]
 
-With --pid the memory is told of the process of that number. With --transformers the same texts are answered by Hugging Face
-transformers in this process, one after the other, for comparison: a merged folder (the library's `models::save::save_merged`).
+With --pid, reports the memory of that process, which should stay flat. With --transformers, Hugging Face transformers
+answers the first 500 texts in this process, one after the other, for comparison. MODEL_DIR is a merged folder (the
+library's `models::save::save_merged`).
 """
 
 import argparse
@@ -17,12 +18,15 @@ WORDS = "a the film story of love war slow funny dull bright never always great 
 
 
 def texts(count):
-    """Texts of 3 to 30 words, each another."""
+    """Returns texts of 3 to 30 words. The first 532 are distinct; then they repeat."""
     return [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(3 + i * 13 % 28)) for i in range(count)]
 
 
 def memory(pid):
-    """The memory of a process in MB, what was swapped out included: a leak that nobody reads again leaves VmRSS."""
+    """Returns the anonymous memory of a process in MB, including swapped pages.
+
+    VmRSS alone would miss a leak: leaked pages that are never read again can be swapped out.
+    """
     with open(f"/proc/{pid}/status") as status:
         return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon", "VmSwap"))) / 1024
 
@@ -35,7 +39,7 @@ def summary(name, seconds, whole):
 
 
 def ask(args, rows, clients):
-    """Each client asks its share of the rows; returns the answers in the order of the rows."""
+    """Sends each client's share of the rows in its own thread; returns the answers in the order of the rows."""
     answers, seconds = [None] * len(rows), []
 
     def client(first):
@@ -48,7 +52,7 @@ def ask(args, rows, clients):
             answers[i] = response.read()
             seconds.append(time.perf_counter() - start)
             assert response.status == 200, answers[i]
-            if args.pid and first == 0 and (i // clients) % (len(rows) // clients // 5) == 0:
+            if args.pid and first == 0 and (i // clients) % max(1, len(rows) // clients // 5) == 0:
                 print(f"  after {i}: {memory(args.pid):.1f} MB", flush=True)
 
     start = time.perf_counter()
@@ -83,7 +87,7 @@ def main():
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", default="1,2,4")
     parser.add_argument("--draws", type=int, default=0)
-    parser.add_argument("--pid", type=int, help="the service's process, whose memory is told")
+    parser.add_argument("--pid", type=int, help="the process id of the service, to report its memory")
     parser.add_argument("--transformers", metavar="DIR")
     args = parser.parse_args()
     rows, first = texts(args.requests), None

@@ -1,9 +1,10 @@
-"""Heads of RTE's and MNLI's kind in every order of their labels, and what transformers predicts with them.
+"""Writes classifiers for RTE and MNLI with their labels in every order, and the labels that transformers predicts.
 
-    python live_labels.py FOLDER        the crate's test calls it where Python has torch and transformers
+    python live_labels.py FOLDER        called by the crate's test if Python has torch and transformers
 
-FOLDER/CASE gets config.json, model.safetensors and expected.json: `task` (rte or mnli), `input_ids` and the `labels` that
-transformers predicts by the checkpoint's own id2label. Random weights, RoBERTa, BERT and LLaMA.
+Each FOLDER/CASE gets config.json, model.safetensors and expected.json, which holds `task` (rte or mnli), `input_ids`
+and the `labels` that transformers predicts, named by the checkpoint's own id2label. The models are RoBERTa, BERT and
+LLaMA with random weights.
 """
 import itertools
 import json

@@ -1,12 +1,19 @@
-"""What llama.cpp makes of GGUF files that this crate wrote.
+"""Compares llama.cpp with this crate on GGUF files that this crate wrote.
 
-    python live_llama_cpp.py FOLDER        the crate's test calls it where Python has llama-cpp-python
+    python live_llama_cpp.py FOLDER        called by the crate's test if Python has llama-cpp-python and gguf
 
-FOLDER holds expected.json: `text` and `pieces`, the ids that the crate's tokenizer cuts it into (the beginning's token
-first), `ids`, and `files`, a list of {"model", "lora" (or null), "tolerance", "logits"}, where model and lora are GGUF
-files in FOLDER and logits [t, vocab] those of `ids`; with `numbers`, .npy files of what the crate reads in some of the
-model's tensors, by name. Exits with 0 where llama.cpp loads every file, cuts the text alike and has all logits within the
-tolerance, and its own reader (gguf) the same numbers to the bit; prints the largest difference of each.
+FOLDER holds expected.json:
+
+    text, pieces    a text, and its ids by the crate's tokenizer (the beginning-of-sequence token first)
+    ids             the input ids of the logits below
+    files           a list of {"model", "lora" (or null), "tolerance", "logits", "numbers" (optional)}
+
+`model` and `lora` are GGUF files in FOLDER, and `logits` [t, vocab] are the crate's logits for `ids`. `numbers` maps
+names of the model's tensors to .npy files with the values that the crate reads from them.
+
+Prints the largest difference in the logits of each file. Exits with 0 if llama.cpp loads every file, tokenizes the text
+to the same ids and has all logits within the tolerance, and llama.cpp's own reader (gguf) gives the same numbers to
+the bit.
 """
 import json
 import sys
@@ -17,7 +24,7 @@ from llama_cpp import Llama
 
 
 def differing(folder, case):
-    """The tensors of a case whose numbers are not those of llama.cpp's reader."""
+    """Yields the tensors of a case whose numbers differ from those of llama.cpp's reader."""
     theirs = {tensor.name: tensor for tensor in GGUFReader(f"{folder}/{case['model']}").tensors}
     for name, file in case.get("numbers", {}).items():
         expected = dequantize(theirs[name].data, theirs[name].tensor_type)
@@ -31,9 +38,9 @@ def main(folder):
     failed = False
     for case in expected["files"]:
         lora = case["lora"] and f"{folder}/{case['lora']}"
-        # A KV cache in single precision: the default, half precision, alone makes differences of 1e-2.
+        # The KV cache is in single precision: half precision, the default, alone causes differences of 1e-2.
         options = {"type_k": 0, "type_v": 0, "n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False}
-        # Keep the file's settings of YaRN: the binding would override them with its defaults.
+        # Keep the file's YaRN settings: the binding would override them with its defaults.
         options |= {"yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0, "yarn_attn_factor": -1.0}
         model = Llama(f"{folder}/{case['model']}", lora_path=lora, **options)
         pieces = model.tokenize(expected["text"].encode(), add_bos=True, special=False)

@@ -1,12 +1,17 @@
-"""What transformers and PEFT make of folders that this crate wrote.
+"""Checks folders that this crate wrote against transformers and PEFT, and trains the adapter one step in PEFT.
 
-    python live_peft.py FOLDER        the crate's test calls it where Python has torch, transformers and peft
+    python live_peft.py FOLDER        called by the crate's test if Python has torch, transformers and peft
 
-FOLDER holds base/ (a Hugging Face model), adapter/ (PEFT's layout), merged/ (a Hugging Face model), perhaps serving/ and
-serving_folded/ (the adapter for servers, rsLoRA's scale as it is and in B), and
-expected.safetensors: input_ids, attention_mask [b, t] and labels i64, logits (with the adapter's mean) and base_logits,
-float32. Exits with 0 where every tensor found its place and all logits agree to 1e-4; then it trains one step and leaves
-back/, the adapter, and back.safetensors: its logits and `loss`, that of the step which would come next.
+FOLDER holds
+
+    base/, merged/                Hugging Face models
+    adapter/                      the adapter in PEFT's layout
+    serving/, serving_folded/     optional: the adapter for servers, with rsLoRA's scale as it is or folded into B
+    expected.safetensors          input_ids, attention_mask [b, t] and labels, i64; logits (with the adapter's mean)
+                                  and base_logits, float32
+
+Fails unless every tensor is loaded and all logits agree to 1e-4. Then trains one step in PEFT and writes back/, the
+trained adapter, and back.safetensors: its `logits` and `loss`, the training loss of the step that would come next.
 """
 import os
 import sys
@@ -20,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 
 def next_loss(adapted, inputs, labels):
-    """The training loss, of a draw that both sides know: every normal is 0, the chi squares are 1, 1.1, 1.2 ..."""
+    """Returns the training loss for a draw known to both sides: all normals are 0, the chi-squares 1, 1.1, 1.2 ..."""
     for module in adapted.modules():
         if isinstance(module, MontecloraSampler):
             rank, count = module.out_features, module.num_samples
@@ -66,7 +71,7 @@ def main(folder):
                 served = PeftModel.from_pretrained(load("base"), f"{folder}/{serving}")
                 compare(served.eval()(**inputs).logits, "logits")
 
-    # One training step in PEFT, which saves the adapter for the way back.
+    # Train one step in PEFT and save the adapter, which the crate then reads back.
     adapted.train()
     optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.05)
     adapted(**inputs).logits.square().mean().backward()

@@ -1,6 +1,8 @@
-"""Predicts the texts of a table by an adapter of this crate in PEFT, and compares with this crate's predictions.
+"""Predicts the texts of a table in PEFT with an adapter of this crate, and compares with this crate's predictions.
 
-live_predictions.py BASE ADAPTER TABLE.csv PREDICTED.csv MAX_LENGTH: the classes are the columns p_NAME of PREDICTED.csv.
+    python live_predictions.py BASE ADAPTER TABLE.csv PREDICTED.csv MAX_LENGTH
+
+The classes are the columns p_NAME of PREDICTED.csv. Fails if a label differs or a probability by 1e-4 or more.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Outputs, gradients and updates of PEFT's DoRA, IA3, AdaLoRA and LoRA+ on one small layer, in f64.
+"""Outputs, gradients and updates of PEFT's DoRA, IA3 and LoRA+ on one small layer, and AdaLoRA on two, in float64.
 
     pip install torch 'peft>=0.20'
     python tests/data/make_adapters_golden.py      # writes tests/data/adapters_golden.safetensors
@@ -40,7 +40,7 @@ def shake(model):
 
 
 def record(label, model, names):
-    """Parameters, output, and the gradients of sum(up * output), by this crate's roles."""
+    """Records the parameters, the output and the gradients of sum(up * output), under this crate's parameter names."""
     params = {ours: p for ours, key in names.items() for n, p in model.named_parameters() if key in n}
     ys = model(xs)
     (ys * up).sum().backward()
@@ -66,7 +66,7 @@ for label, feed_forward in [("ia3", []), ("ia3_input", ["proj"])]:
     out[f"{label}.scaling"], out[f"{label}.scaling.grad"] = params[0].detach().reshape(-1), params[0].grad.reshape(-1)
     out[f"{label}.ys"] = ys.detach()
 
-# Ten steps of SGD on two layers, allocating after each: warm-up to 2, final from 8 on.
+# Ten SGD steps on two layers, each followed by an allocation: warm-up up to step 2, final budget from step 8 on.
 TOTAL = 10
 
 

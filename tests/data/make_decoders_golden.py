@@ -1,27 +1,30 @@
-"""Golden values of Hugging Face's decoders after LLaMA, on toy models in which every switch of the family bites.
+"""Golden values of Hugging Face's decoders other than LLaMA, on toy models where every setting has an effect.
 
     python make_decoders_golden.py [--out FOLDER]     (default: this script's folder)
 
-Writes, for each family F below, decoders/F.safetensors and decoders/F.json (its config.json). Weights and inputs are float32
-(int64 for ids); all else is computed in float64 from exactly those weights, eval mode, eager attention, and rounded to
-float32 at the end.
+Writes, for each family F below, decoders/F.safetensors and decoders/F.json (its config.json). Weights and inputs are
+float32 (int64 for ids). All else is computed in float64 from exactly those weights, in eval mode with eager attention,
+and rounded to float32 at the end.
 
-    qwen2     biases on q, k, v; a window in the last layer; YaRN
-    qwen3     norms on q and k; heads wider than the hidden size's share; tied
-    mistral   a window in each layer; heads of a width of their own; linear scaling
-    smollm3   every second layer without positions; biases everywhere; tied
-    phi3      fused projections; positions on half of each head; LongRoPE, whose border is within the rows; a window
-    gemma2    caps on scores and logits, norms on both sides, a window in every other layer, heads of their own, biases
-    gemma3_text norms on q and k, a window with positions of their own in two of three layers; linear scaling of the others
+    qwen2         biases on q, k, v; a window in the last layer; YaRN
+    qwen3         norms on q and k; heads wider than hidden_size / num_attention_heads; tied embeddings
+    mistral       a window in each layer; a head width set by head_dim; linear RoPE scaling
+    smollm3       every second layer without positions; biases everywhere; tied embeddings
+    phi3          fused projections; positions on half of each head; LongRoPE, whose original length
+                  of 16 lies within the rows; a window
+    gemma2        caps on scores and logits; norms before and after each block; a window in every other layer; a head
+                  width set by head_dim; biases
+    gemma3_text   norms on q and k; a window with its own positions in two of three layers; linear RoPE scaling in the
+                  other
 
 Keys: every weight under its Hugging Face name, score.weight of the classifier, and
 
     input_ids, attention_mask             [3, 24] i64, right-padded rows of 24, 13 and 4 tokens
-    left_input_ids, left_attention_mask   the same rows, left-padded; positions count columns
+    left_input_ids, left_attention_mask   the same rows, left-padded; a token's position is its column
     logits, left_logits                   [3, 24, vocab]; compare where the attention mask is 1
-    short_logits                          [1, 6, vocab] of the first row's first tokens alone
+    short_logits                          [1, 6, vocab] for the first row's first six tokens alone
     labels, loss                          [3, 24] i64, -100 on padding and the first two tokens, and [1]
-    grad.<name>                           the loss's gradient in one weight of each kind of block
+    grad.<name>                           gradient of the loss with respect to one weight of each kind of block
     cls_logits                            [3, 3] of the classifier
 
 Needs torch, transformers >= 5, safetensors.
@@ -109,8 +112,11 @@ def batch(seed):
 
 
 def softmax(xs, dim=-1, dtype=None):
-    """In the scores' own dtype: the models' single precision has no room for the mask of double, and makes NaN of rows
-    that see no key, which padding with a window has."""
+    """Computes the softmax in the scores' own dtype.
+
+    The models compute it in single precision, where the mask's float64 value overflows. Rows that see no key, which
+    padding with a window has, would become NaN.
+    """
     return torch.softmax(xs, dim)
 
 
@@ -134,7 +140,7 @@ def golden(family, out):
              "left_input_ids": left, "left_attention_mask": (left > 0).long()}
 
     model, classifier = model.double().eval(), classifier.double().eval()
-    # Inverse frequencies are buffers in single precision, in which models are trained.
+    # The inverse frequencies are computed in single precision, the precision in which models are trained.
     result = model(input_ids=right, attention_mask=mask, labels=labels)
     result.loss.backward()
     named = dict(model.model.named_parameters())

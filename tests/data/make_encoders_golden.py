@@ -2,9 +2,10 @@
 
     python make_encoders_golden.py [--out FOLDER]     (default: this script's folder)
 
-Writes encoders_golden.safetensors and toy_{distilbert,electra,deberta,modernbert}_config.json, the latter as transformers
-writes them. Weights and inputs are float32 (int64 for ids); logits, losses and gradients are computed in float64 from
-exactly those weights, eval mode (no dropout), and rounded to float32 at the end. Keys (P = one of the four):
+Writes encoders_golden.safetensors and, as transformers writes them,
+toy_{distilbert,electra,deberta,modernbert}_config.json. Weights and inputs are float32 (int64 for ids). Logits, losses
+and gradients are computed in float64 from exactly those weights, in eval mode (no dropout), and rounded to float32 at
+the end. Keys (P = one of the four):
 
     P/<Hugging Face name>       every weight of P's ForSequenceClassification
     P/input_ids                 [3, 17] i64, right-padded rows of 17, 9 and 4 tokens
@@ -13,12 +14,13 @@ exactly those weights, eval mode (no dropout), and rounded to float32 at the end
     P/labels                    [3] i64
     P/logits                    [3, 3]
     P/loss                      [1] mean cross-entropy of logits against labels
-    P/grad.<name>               its gradient with respect to some of the weights
-    deberta/buckets             [2047] i64: bucket of each distance from -1023 on, of 256 buckets for 512 positions
+    P/grad.<name>               gradient of the loss with respect to <name>, for some weights
+    deberta/buckets             [2047] i64: bucket of each distance from -1023 to 1023; 256 buckets for 512 positions
     modernbert/logits.mean      logits with classifier_pooling = mean
-    modernbert/logits.local     logits of the first three of its four layers: the last of these has a window
+    modernbert/logits.local     logits of the first three of its four layers alone; the third has a window
 
-What bites: rows of 17 tokens in windows of 4 tokens each way, buckets that are logarithmic from distance 4 on.
+The sizes exercise both mechanisms: rows of 17 tokens exceed ModernBERT's windows of 4 tokens each way, and DeBERTa's
+buckets are logarithmic from distance 4 on.
 
 Needs torch, transformers, safetensors.
 """
@@ -92,7 +94,7 @@ MODERNBERT = {
 
 
 def randomise(model, seed):
-    """Every weight in general position: matrices and biases of std 0.3, weights of norms around 1."""
+    """Makes every weight random: matrices and biases with std 0.3, norm weights around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -102,7 +104,7 @@ def randomise(model, seed):
 
 
 def batch(seed):
-    """Right-padded rows; no real token is the padding id 0."""
+    """Returns right-padded rows in which no real token has the padding id 0."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -114,9 +116,9 @@ def batch(seed):
 
 
 def golden(tensors, family, kind, config, gradients, extra=None):
-    """One family; returns the model in double precision, and its inputs."""
+    """Adds the tensors of one family; returns the model in double precision and its inputs."""
     seed = sum(map(ord, family))
-    # Eager attention gives NaN for padding that sees no token in its window, and for all rows after it.
+    # Eager attention gives NaN for padding that sees no token in its window; later layers spread it to the whole row.
     config._attn_implementation = "sdpa" if family == "modernbert" else "eager"
     model = kind(config)
     randomise(model, seed)

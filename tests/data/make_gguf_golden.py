@@ -1,9 +1,9 @@
-"""A toy LLaMA as llama.cpp's own converter writes it, and what transformers makes of that file.
+"""Writes a toy LLaMA with llama.cpp's own converter, and the logits of transformers for that file.
 
     python make_gguf_golden.py LLAMA_CPP        a checkout of llama.cpp, for its convert_hf_to_gguf.py
 
 Writes gguf_golden.gguf (Q8_0, with stories260K's tokenizer) and gguf_golden.safetensors: input_ids [t] i64 and logits
-[t, vocab] float32, those of the numbers that are left in the file. Needs torch, transformers, gguf and sentencepiece.
+[t, vocab] float32, computed from the quantised weights in the file. Needs torch, transformers, gguf and sentencepiece.
 """
 import pathlib
 import shutil
@@ -39,7 +39,7 @@ def main(llama_cpp):
         golden = HERE / "gguf_golden.gguf"
         subprocess.run([sys.executable, converter, folder, "--outtype", "q8_0", "--outfile", golden], check=True)
     theirs = AutoModelForCausalLM.from_pretrained(HERE, gguf_file=golden.name, dtype=torch.float32)
-    # transformers ignores the factors of the rotary frequencies in the file.
+    # transformers ignores the file's rotary frequency factors: load its weights into `model`, which has them.
     model.load_state_dict(theirs.state_dict())
     model.eval()
     ids = torch.tensor([1, 403, 407, 261, 378, 432, 317, 286, 261, 376, 268, 414])

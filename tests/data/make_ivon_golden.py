@@ -1,8 +1,8 @@
-"""IVON's algorithm 1 (Shen et al. 2024) in numpy on a quadratic loss, with fixed noise.
+"""Computes IVON's algorithm 1 (Shen et al. 2024) in numpy on a quadratic loss, with fixed noise.
 
-    python make_ivon_golden.py      # writes ivon_golden.json beside it; numpy alone, double precision
+    python make_ivon_golden.py      # writes ivon_golden.json next to this script; needs only numpy; double precision
 
-The loss is 1/2 theta^T Q theta - b^T theta. Each step averages over two micro-batches, which differ by their b.
+The loss is 1/2 theta^T Q theta - b^T theta. Each step averages over two micro-batches, which differ in b.
 """
 
 import json

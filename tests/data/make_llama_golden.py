@@ -1,30 +1,31 @@
-"""Golden values of Hugging Face's LLaMA on toy models, and adapters that PEFT puts on them.
+"""Golden values of Hugging Face's LLaMA on toy models, without and with PEFT's adapters.
 
     python make_llama_golden.py [--out FOLDER]     (default: this script's folder)
 
 Writes llama_golden.safetensors, and for each model M below M_config.json and, under peft_adapters/, M_lora and
 M_monteclora with their adapter_config.json and adapter_model.safetensors. Weights and inputs are float32 (int64 for
-ids); all else is computed in float64 from exactly those weights, eval mode, and rounded to float32 at the end.
+ids). All else is computed in float64 from exactly those weights, in eval mode, and rounded to float32 at the end.
 
-    toy_llama    LLaMA 2: plain positions, head of its own
-    toy_llama3   LLaMA 3: llama3 scaling of the positions, from 16 to 64; tied head; the configuration as
-                 transformers 5 writes it
+    toy_llama    LLaMA 2: RoPE without scaling; untied LM head
+    toy_llama3   LLaMA 3: RoPE with llama3 scaling, original length 16, maximum length 64; tied LM head; the
+                 configuration in the layout of transformers 5
 
 Keys, for each M:
 
     M/<Hugging Face name>      every weight of LlamaForCausalLM, and score.weight of the classifier
     M/input_ids, M/attention_mask                [3, 40] i64, right-padded rows of 40, 23 and 5 tokens
-    M/left_input_ids, M/left_attention_mask      the same rows, left-padded; their logits are made row by row, at
-                               the positions that they have there
+    M/left_input_ids, M/left_attention_mask      the same rows, left-padded; their logits are computed row by
+                               row, with each token's column as its position
     M/logits, M/left_logits    [3, 40, 100]; compare where the attention mask is 1
     M/labels                   [3, 40] i64, -100 on padding and on the first three tokens
-    M/loss                     [1] as LlamaForCausalLM has it for these labels
-    M/grad.<name>              its gradient, for model.layers.0.self_attn.k_proj.weight and model.embed_tokens.weight
+    M/loss                     [1] LlamaForCausalLM's loss for these labels
+    M/grad.<name>              gradient of the loss with respect to <name>, for
+                               model.layers.0.self_attn.k_proj.weight and model.embed_tokens.weight
     M/cls_logits               [3, 3] of LlamaForSequenceClassification
     M/lora_logits, M/monteclora_logits           [3, 40, 100] with the adapter (the mean A)
 
-The LoRA adapter names its layers by a regular expression and has rank and alpha patterns. Needs torch, transformers,
-safetensors, peft >= 0.20.
+The LoRA adapter selects its layers with a regular expression and has rank and alpha patterns. Needs torch,
+transformers, safetensors, peft >= 0.20.
 """
 import argparse
 import json
@@ -98,7 +99,10 @@ def base(name):
 
 
 def left_logits(model, ids, mask):
-    """Row by row without its padding, whose queries see no key: transformers' eager attention makes NaN of them."""
+    """Computes each row without its padding.
+
+    The queries at padding see no key, for which transformers' eager attention returns NaN.
+    """
     logits = torch.zeros(*ids.shape, model.config.vocab_size, dtype=torch.float64)
     for row, n in enumerate(LENGTHS):
         positions = torch.arange(ids.shape[1])[None, -n:]
@@ -135,7 +139,7 @@ def golden(name, out, tensors):
         torch.manual_seed(seed)
         adapted = get_peft_model(base(name), config)
         randomise(((k, p) for k, p in adapted.named_parameters() if p.requires_grad), 20 + seed, 0.3)
-        adapted.train()(input_ids=right[:1])  # one draw moves the sampler's buffers away from their start
+        adapted.train()(input_ids=right[:1])  # one draw changes the sampler's buffers
         adapted.save_pretrained(folder)
         if os.path.exists(f"{folder}/README.md"):
             os.remove(f"{folder}/README.md")  # an empty model card

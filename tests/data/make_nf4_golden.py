@@ -1,10 +1,10 @@
-"""Matrices in bitsandbytes' NF4, as its states are saved, and the numbers that it reads of them.
+"""Matrices in bitsandbytes' NF4 with their saved quantisation states, and the values that bitsandbytes dequantises.
 
     pip install torch bitsandbytes safetensors numpy
     python tests/data/make_nf4_golden.py
 
-`plain` has its scales in f32; those of `doubled` are quantised once more, in more than one block of 256. What
-bitsandbytes dequantises is checked here against the formula of `src/models/hub/bitsandbytes.rs` in numpy.
+The scales of `plain` are float32; those of `doubled` are quantised once more, in more than one block of 256. The script
+checks bitsandbytes' values against the formula of `src/models/hub/bitsandbytes.rs` in numpy.
 """
 
 import json

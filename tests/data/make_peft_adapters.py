@@ -6,15 +6,16 @@ Reads what make_transformers_golden.py wrote to FOLDER. Writes under FOLDER/peft
     roberta_monteclora/  MonteCLoRA on query, key, value of the toy RoBERTa: r 4, alpha 8, N 3
     bert_lora/           rank-stabilised LoRA on query, key, value of the toy BERT: r 4, alpha 6 (scale 6 / sqrt 4), but
                          value with r 2, alpha 10 (scale 10 / sqrt 2)
-    roberta_lora/        LoRA on the query and value of the toy RoBERTa's second layer, by a regular expression with
-                         look-ahead: r 4, alpha 7, in half precision
-each with adapter_config.json and adapter_model.safetensors (A, B, sampler, head), and expected.safetensors:
-    NAME/logits of each                           [3, 3] on the golden file's inputs, evaluation mode (the mean A),
-                                                  after loading the folder back, computed in float64
-    roberta/logits, bert/logits                   [3, 3] the same with the adapter switched off: the base and the
-                                                  base's own head, that is the golden file's logits
+    roberta_lora/        LoRA on the query and value of the toy RoBERTa's second layer, selected by a regular expression
+                         with look-ahead: r 4, alpha 7, in half precision
+Each folder has adapter_config.json and adapter_model.safetensors (A, B, sampler, head). In addition, writes
+expected.safetensors:
+    NAME/logits                                   [3, 3] of each adapter on the golden file's inputs, in evaluation mode
+                                                  (the mean A), after loading the folder back, computed in float64
+    roberta/logits, bert/logits                   [3, 3] of the same models with the adapter switched off, that is with
+                                                  the base and its own head: they equal the golden file's logits
 
-All A, B, sampler parameters and heads are random, in general position. Needs torch, transformers, peft >= 0.20.
+All A, B, sampler parameters and heads are random. Needs torch, transformers, peft >= 0.20.
 """
 import argparse
 import os
@@ -78,7 +79,7 @@ def randomise(model, seed):
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.requires_grad):
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    model.train()(input_ids=torch.tensor([[0, 5, 6]]))  # one draw moves the sampler's buffers away from their start
+    model.train()(input_ids=torch.tensor([[0, 5, 6]]))  # one draw changes the sampler's buffers
 
 
 def main():

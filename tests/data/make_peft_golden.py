@@ -1,62 +1,63 @@
-"""Golden values of Hugging Face PEFT's MonteCLoRA, with every random number it drew.
+"""Golden values of Hugging Face PEFT's MonteCLoRA, with every random number that PEFT drew.
 
     python make_peft_golden.py [--out FOLDER]     (default: this script's folder)
 
-Writes peft_monteclora_golden.safetensors and peft_monteclora_golden.json. PEFT's own classes do all the work: a model
-of LoRA layers from `get_peft_model`, in float64. While a sampler fills its buffer, `torch.randn` and `Chi2.rsample` are
-wrapped to keep what they return, float32 numbers that are stored exactly. Outputs are rounded to float32 at the end.
-The same model in float32 must agree within 2e-5 of each tensor's largest entry, which the script checks.
+Writes peft_monteclora_golden.safetensors and peft_monteclora_golden.json. PEFT's own classes compute everything: a
+model of LoRA layers from `get_peft_model`, in float64. While a sampler fills its buffer, `torch.randn` and
+`Chi2.rsample` are wrapped to record the float32 numbers that they return, which are stored exactly. Outputs are rounded
+to float32 at the end. The script checks that the same model in float32 agrees within 2e-5 of each tensor's largest
+entry.
 
-What PEFT (0.21.2) computes, in its order. r = rank, n = in_features, N = num_samples, rho = std_prior [r],
+What PEFT (0.21.2) computes, in PEFT's order. r = rank, n = in_features, N = num_samples, rho = std_prior [r],
 c = expert_weights_prior [N], eps = sample_scaler, eta = kl_loss_weight, b = dirichlet_prior.
 
-  Buffer (filled when the layer is made, again when used up; D = buffer_size draws):
+  Buffer (filled when the layer is created, and again when it is used up; D = buffer_size draws):
     Z = randn(D, N, n, r), g = randn(D, N), then for each draw a Wishart_r(I, df = r) matrix by Bartlett:
     T lower triangular, T_ii = max(sqrt(chi2(r - i)), float32 epsilon), i = 0..r-1; T_ij (i > j) = randn, filled row
     by row ((1,0), (2,0), (2,1), (3,0), ...); W = T T^T. W is drawn in float32.
-  Forward in training, next draw of the buffer:
-    1. Covariance. Sigma = diag(v), v_i = max(exp(rho_i)^2 W_ii, 1e-3): off-diagonals of W never count;
+  Forward in training, with the next draw of the buffer:
+    1. Covariance. Sigma = diag(v), v_i = max(exp(rho_i)^2 W_ii, 1e-3): W's off-diagonals have no effect;
        W_ii = T_ii^2 + sum_{j<i} T_ij^2. A clipped entry has no gradient.
-       The buffer `gaussian_var_prior` becomes Sigma [r, r], with its graph.
+       The buffer `gaussian_var_prior` becomes Sigma [r, r], attached to the graph.
     2. Noise of component k: noise_k[i, o] = eps Z[k, i, o] sqrt(v_o), shape [n, r]; the square root is a Cholesky
-       factor taken in float32 whatever the dtype. NaN becomes 1e-3 before eps. `sampler()` returns noise [N, n, r], pi.
+       factor computed in float32 for every dtype. NaN becomes 1e-3 before eps. `sampler()` returns noise [N, n, r], pi.
     3. Weights. a = max(exp(c), 1e-6); mu_k = ln a_k - mean(ln a);
        s_k = max((1 - 2/N) / a_k + sum_j(1/a_j) / N^2, 1e-6) + 1e-6 (clamp first, then a jitter of 1e-6);
-       pi = softmax(mu_k + sqrt(s_k) g_k). The square root is in float32 again. Everything has a gradient to c.
+       pi = softmax(mu_k + sqrt(s_k) g_k). The square root is in float32 here too. Every term has a gradient to c.
        The buffer `expert_weights` becomes pi.
     4. A_eff = sum_k pi_k (A + noise_k^T). Since sum pi = 1 this is A + sum_k pi_k noise_k^T (eps applied once).
-    5. y = W0 x + b0 + (alpha / r) B A_eff dropout(x). If a noise or pi is NaN: A itself, with a warning.
-  Regulariser of a layer in training (0 in evaluation), of the state the last forward left
+    5. y = W0 x + b0 + (alpha / r) B A_eff dropout(x). If a noise or pi is NaN, A itself is used, with a warning.
+  Regulariser of a layer in training (0 in evaluation), from the state after the last forward
   (before any forward: gaussian_var_prior = I, expert_weights = 1/N):
     kl_dirichlet = ln[G(sum a) / G(N b)] + sum_k ln[G(a_k) / G(b)] + sum_k (a_k - b)(psi(a_k) - psi(sum a)), here
-      a = exp(c) without a clamp, G = exp(lgamma) (overflows float32 beyond an argument of about 35). The sign of the
-      second term is the reverse of the true divergence's.
+      a = exp(c) without a clamp, G = exp(lgamma) (overflows float32 beyond an argument of about 35). The second
+      term has the opposite sign of the true divergence's.
     kl_wishart = 1/2 (-r sum_i 2 rho_i + r sum_i exp(2 rho_i) - r^2)
-    kl_gaussian = N/2 (sum_i v_i - sum_i ln v_i - r), v the clipped diagonal of step 1 (a further clamp at 1e-6 does
-      nothing to it), gradient to rho through v
+    kl_gaussian = N/2 (sum_i v_i - sum_i ln v_i - r), v the clipped diagonal of step 1 (a further clamp at 1e-6 has
+      no effect on it), gradient to rho through v
     entropy = sum_k pi_k^2 with use_entropy, else 0
     layer loss = eta (kl_dirichlet + kl_wishart + kl_gaussian) + entropy
   `LoraModel._get_monteclora_loss()` = sum of the layer losses / number of MonteCLoRA layers; the trainer mixin adds it
   to the task's loss with weight 1.
 
 Keys, C = case (`a`: r 4, n 10, out 6, N 3, two layers q and v, entropy on; `b`: r 8, n 16, out 5, N 8, one layer q,
-entropy off; json has the rest), L = layer, D = draw index 0 or 1:
+entropy off; the JSON file has the other settings), L = layer, D = draw index 0 or 1:
   C/x [5, n], C/L/target [5, out]      input of every layer; weight of y in the task loss
   C/L/W0 [out, n], C/L/b0 [out], C/L/A [r, n], C/L/B [out, r], C/L/std_prior [r], C/L/expert_weights_prior [N]
   C/L/D/z_mvn [N, n, r]       standard normals Z
   C/L/D/z_dirichlet [N]       standard normals g
   C/L/D/chi2 [r]              chi2(r - i) draws
   C/L/D/z_tril [r(r-1)/2]     standard normals below T's diagonal, row by row
-  C/L/D/wishart [r, r]        W as PEFT has it
+  C/L/D/wishart [r, r]        W as PEFT computes it
   C/L/D/var [r]               v           C/L/D/noise [N, n, r]     noise of step 2
-  C/L/D/weights [N]           pi          C/L/D/A_eff [r, n]        what multiplies x
+  C/L/D/weights [N]           pi          C/L/D/A_eff [r, n]        the matrix that multiplies x
   C/L/D/delta [r, n]          A_eff - A   C/L/D/y [5, out]
   C/L/D/{kl_dirichlet,kl_wishart,kl_gaussian,entropy,layer_loss}   [1]; entropy also where use_entropy is off
   C/D/regulariser [1], C/D/task [1]                 `_get_monteclora_loss()`; sum over layers of sum(target * y)
-  C/L/D/{regulariser,task}.grad.{std_prior,expert_weights_prior}   gradients of those two, each alone
+  C/L/D/{regulariser,task}.grad.{std_prior,expert_weights_prior}   gradients of each of the two
   C/L/D/task.grad.{A,B}
   C/before/regulariser [1]    before the first forward
-Draw 0 of every layer has one clipped variance, and draw 1 as well (the same strongly negative std_prior entry).
+In both draws of every layer, one variance is clipped: that of the strongly negative std_prior entry.
 
 Needs torch, peft >= 0.20, safetensors.
 """
@@ -97,7 +98,7 @@ class Toy(nn.Module):
 
 
 class Recorder:
-    """Keeps what `torch.randn` and `Chi2.rsample` return, in order of the calls."""
+    """Records the results of `torch.randn` and `Chi2.rsample`, in the order of the calls."""
 
     def __enter__(self):
         self.calls, self.randn, self.rsample = [], torch.randn, Chi2.rsample
@@ -115,7 +116,7 @@ class Recorder:
         torch.randn, Chi2.rsample = self.randn, self.rsample
 
     def draws(self):
-        """z_mvn and z_dirichlet in bulk, then chi2 and z_tril draw by draw."""
+        """Splits the calls into draws: z_mvn and z_dirichlet come in bulk, then chi2 and z_tril draw by draw."""
         z_mvn, z_dirichlet, *bartlett = self.calls
         assert len(bartlett) == 2 * DRAWS
         return [
@@ -125,7 +126,7 @@ class Recorder:
 
 
 class EffectiveA:
-    """Keeps every matrix that goes through `F.linear`, PEFT's effective A among them."""
+    """Records every matrix that is passed to `F.linear`, among them PEFT's effective A."""
 
     def __enter__(self):
         self.seen, self.linear = [], variants.F.linear
@@ -164,7 +165,7 @@ def parts(model, name):
 
 
 def parameters(case, generator):
-    """General position; the last rank's variance is under PEFT's clip of 1e-3."""
+    """Returns random parameters. The variance of the last rank is below PEFT's clip of 1e-3."""
     def normal(*shape, std=1.0):
         return std * torch.randn(*shape, generator=generator)
 

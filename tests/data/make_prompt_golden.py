@@ -1,4 +1,4 @@
-"""PEFT's prompt tuning on the toy models of the other golden files, in f64.
+"""PEFT's prompt tuning on the toy models of the other golden files, in float64.
 
     pip install torch transformers 'peft>=0.20'
     python tests/data/make_prompt_golden.py        # writes tests/data/prompt_golden.safetensors
@@ -6,9 +6,9 @@
 Keys, for M in roberta, bert (classifiers) and toy_llama (language model):
 
     M/prompt     [3, 32] virtual tokens
-    M/logits     [3, 3]; of toy_llama [3, 40, 100], without the virtual tokens
+    M/logits     [3, 3]; for toy_llama [3, 40, 100], without the virtual tokens
     M/loss       [1] for the labels of the other golden file
-    M/grad       [3, 32] its gradient by the prompt
+    M/grad       [3, 32] gradient of the loss with respect to the prompt
 """
 
 import json

@@ -3,7 +3,7 @@
     python make_transformers_golden.py [--out FOLDER]     (default: this script's folder)
 
 Writes transformers_golden.safetensors, toy_roberta_config.json and toy_bert_config.json. Weights and inputs are
-float32 (int64 for ids); logits, loss and gradients are computed in float64 from exactly those weights, eval mode (no
+float32 (int64 for ids). Logits, loss and gradients are computed in float64 from exactly those weights, in eval mode (no
 dropout), and rounded to float32 at the end. Keys (P = `roberta` or `bert`):
 
     P/<Hugging Face name>       every weight of P's ForSequenceClassification
@@ -15,7 +15,7 @@ dropout), and rounded to float32 at the end. Keys (P = `roberta` or `bert`):
     P/logits                    [3, 3]
     roberta/mlm_logits          [3, 12, 100]; compare where the attention mask is 1
     roberta/loss                [1] mean cross-entropy of logits against labels
-    roberta/grad.<name>         its gradient with respect to <name>, for
+    roberta/grad.<name>         gradient of the loss with respect to <name>, for
                                 roberta.encoder.layer.0.attention.self.query.weight and
                                 roberta.embeddings.word_embeddings.weight
 
@@ -76,7 +76,7 @@ BERT = {
 
 
 def randomise(model, seed):
-    """Every weight in general position: matrices and biases of std 0.2, layer-norm weights around 1."""
+    """Makes every weight random: matrices and biases with std 0.2, layer-norm weights around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -89,7 +89,7 @@ def weights(model):
 
 
 def batch(seed, pad, first):
-    """Right-padded rows; no real token is the padding id, `first` opens each row."""
+    """Returns right-padded rows: no real token has the padding id, and each row begins with `first`."""
     generator = torch.Generator().manual_seed(seed)
     width = max(LENGTHS)
     ids = torch.full((len(LENGTHS), width), pad)

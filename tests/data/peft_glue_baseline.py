@@ -4,12 +4,13 @@
         --method monteclora --seeds 1,2,3 --out figures.jsonl
 
 `--data` is a folder in the official GLUE layout (train.tsv, dev.tsv), `--model` a local folder with config.json,
-model.safetensors and tokenizer.json. One JSON line per seed is appended to `--out`: the dev set after the last epoch.
+model.safetensors and tokenizer.json. Appends one JSON line per seed to `--out`: the scores on the dev set after the
+last epoch.
 
 Settings: r 8, alpha 16 on query, key, value, no adapter dropout (the encoder's own dropouts are on), 3 epochs, lr
 1e-3, batch 32, max length 128, AdamW with weight decay 0.01 on every trainable tensor, linear schedule with 6 %
 warm-up, clipping at 1. MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15; its loss is added to
-the task's as `peft.helpers.MontecloraTrainerMixin` does. The classification head is trained in full.
+the task's loss as in `peft.helpers.MontecloraTrainerMixin`. The classification head is trained in full.
 
 Needs torch, transformers and peft >= 0.20.
 """
@@ -27,7 +28,7 @@ EPOCHS, BATCH, MAX_LENGTH, LR = 3, 32, 128, 1e-3
 
 
 def read(path, task):
-    """Rows (first, second, label): split on tabs alone, quotes are plain text, a BOM is dropped."""
+    """Returns rows (first, second, label): columns are split only at tabs, quotes are plain text, a BOM is dropped."""
     with open(path, encoding="utf-8-sig") as f:
         header, *rows = [line.rstrip("\n").rstrip("\r").split("\t") for line in f]
     if task == "RTE":
@@ -134,7 +135,7 @@ def main():
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--out", required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit", type=int, default=0, help="only the first rows of the training set (a trial run)")
+    parser.add_argument("--limit", type=int, default=0, help="first rows of the training set to use, for a trial run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, dev = (read(f"{args.data}/{split}.tsv", args.task) for split in ("train", "dev"))

@@ -1,22 +1,25 @@
-"""Speed and memory of a training step of Hugging Face PEFT on a model's geometry with random weights.
+"""Measures speed and memory of a training step of Hugging Face PEFT on a model's geometry with random weights.
 
     python peft_throughput.py --config roberta-base/config.json --batch 8 --length 128 --rank 8 \
         --targets query,key,value --method monteclora --steps 10 --threads 2
     python peft_throughput.py --config llama/config.json --targets all-linear
     python peft_throughput.py --config llama/config.json --targets all-linear --device cuda --dtype bf16 --autocast
 
-The configuration's model_type picks the model: roberta and bert classify sequences with two labels, their head trained;
-llama is a causal language model, its loss on all tokens. The frozen weights have the dtype asked for, whatever the file
-says; adapters are in single precision, which is PEFT's own choice, and so is the trained head under --autocast, which is
-torch's mixed precision: products in bf16, losses in single precision. Weights are made on the device.
+The configuration's model_type selects the model: roberta and bert classify sequences with two labels and train their
+head; llama is a causal language model with its loss on all tokens. The frozen weights have the dtype of --dtype,
+whatever the configuration says. Adapters are in single precision, which is PEFT's own choice, and so is the trained
+head under --autocast. --autocast is torch's mixed precision: products in bf16, losses in single precision. Weights are
+created on the device.
 
-A step is forward with the regulariser, backward with gradient clipping at norm 1, and AdamW with zeroing the gradients,
-in training mode with the configuration's dropouts, on full rows of random tokens. The first `--warm-up` steps are not
-counted. A GPU is waited for after each part. Prints one JSON line: median, least and greatest step seconds, the medians
-of the three parts, tokens per second of the median step, peak resident memory of the process in MB (ru_maxrss, which
-includes making the model), of a GPU the peak of what tensors had in use during the counted steps (max_memory_allocated),
-the seconds until the model was ready and the number of trainable parameters. On a busy machine set OMP_WAIT_POLICY=PASSIVE: idle OpenMP threads otherwise spin
-on the cores that others wait for.
+A step is a forward pass with the regulariser, a backward pass with gradient clipping at norm 1, and AdamW with zeroing
+the gradients, in training mode with the configuration's dropouts, on full rows of random tokens. The first `--warm-up`
+steps are not counted. On a GPU, the script synchronises after each part.
+
+Prints one JSON line: median, minimum and maximum step seconds, the medians of the three parts, tokens per second of the
+median step, peak resident memory of the process in MB (ru_maxrss, which includes creating the model), on a GPU the peak
+of the tensors' memory during the counted steps (max_memory_allocated), the seconds until the model was ready, and the
+number of trainable parameters. On a busy machine set OMP_WAIT_POLICY=PASSIVE: otherwise idle OpenMP threads spin on the
+cores that others wait for.
 
 MonteCLoRA: N 4, eps 5e-3, prior 1, eta 1e-5, entropy on, buffer 15. Needs torch, transformers, peft >= 0.20.
 """
@@ -47,7 +50,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def waited(device):
-    """The time when the device has done all that it was told."""
+    """Waits until the device has finished all its work; returns the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -55,7 +58,7 @@ def waited(device):
 
 @contextlib.contextmanager
 def made_in(dtype, device):
-    """Parameters begin in this dtype, on this device."""
+    """Creates parameters in this dtype on this device within the `with` block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -100,7 +103,7 @@ def build(args):
 
 
 def step(model, trainable, optimiser, args, ids, labels):
-    """The seconds of forward, backward and optimiser."""
+    """Runs one training step; returns the seconds of forward, backward and optimiser."""
     device = ids.device
     start = waited(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
@@ -122,16 +125,16 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--targets", default="query,key,value", help="names, or all-linear")
+    parser.add_argument("--targets", default="query,key,value", help="comma-separated names, or all-linear")
     parser.add_argument("--method", choices=["lora", "monteclora"], default="lora")
     parser.add_argument("--samples", type=int, default=4, help="MonteCLoRA's N")
-    parser.add_argument("--buffer", type=int, default=15, help="MonteCLoRA's buffer of draws")
-    parser.add_argument("--num-layers", type=int, help="layers of the model; default: as in the configuration")
+    parser.add_argument("--buffer", type=int, default=15, help="the number of draws in MonteCLoRA's buffer")
+    parser.add_argument("--num-layers", type=int, help="number of layers; default: as in the configuration")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="of the frozen weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="dtype of the frozen weights")
     parser.add_argument("--autocast", action="store_true", help="torch's mixed precision in bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -2,12 +2,13 @@
 
     python convert.py FOLDER_WITH_stories260K.bin [--out FOLDER]     (default: this script's folder)
 
-Reads stories260K.bin (llama2.c's legacy layout, version 0) and tok512.bin (its SentencePiece tokens with scores),
-writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json. Needs numpy and safetensors.
+Reads stories260K.bin (llama2.c's legacy layout, version 0) and tok512.bin (its SentencePiece tokens with scores).
+Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json. Needs numpy and safetensors.
 
-llama2.c rotates adjacent pairs (x0, x1), Hugging Face halves (x_i, x_{i + dim / 2}): the rows of every head of wq and
-wk go from pairs to halves. SentencePiece merges the neighbours whose union has the highest score; the merges of a
-byte-pair tokenizer are tried in the order of their list: every split of a token into two, in the order of scores.
+llama2.c rotates adjacent pairs (x0, x1) and Hugging Face rotates halves (x_i, x_{i + dim / 2}), so the rows of every
+head of wq and wk are reordered from pairs to halves. SentencePiece merges the neighbours whose union has the highest
+score, while a byte-pair tokenizer tries its merges in the order of their list. The list therefore contains every split
+of a token into two, from the highest score to the lowest.
 """
 import argparse
 import json
@@ -94,7 +95,7 @@ def read_model(path):
 def read_tokens(path, count):
     tokens = []
     with open(path, "rb") as f:
-        f.read(4)  # the longest token
+        f.read(4)  # the length of the longest token
         for _ in range(count):
             score, length = struct.unpack("<fi", f.read(8))
             tokens.append((f.read(length).decode("utf-8"), score))

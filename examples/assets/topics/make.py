@@ -1,4 +1,4 @@
-"""Writes topics.csv beside this file: made-up short sentences of four topics, from templates with slots."""
+"""Writes topics.csv next to this script: synthetic short sentences on four topics, from templates with slots."""
 
 import csv
 import random
@@ -43,7 +43,7 @@ SLOTS = {
     "team": ["reds", "visitors", "juniors", "champions"],
     "who": ["mother", "brother", "captain", "friend"],
 }
-# Not all classes are as many.
+# The number of rows of each class; the classes differ in size.
 ROWS = {"cooking": 140, "sport": 110, "travel": 90, "weather": 60}
 
 
