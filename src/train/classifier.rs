@@ -198,23 +198,23 @@ impl Classifier {
     /// # Errors
     /// If a file cannot be written, or the whole model is frozen ([`Self::of_checkpoint`]).
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
-        let adapter = dir.join("adapter");
+        let is_full = self.method == Method::Full;
+        if is_full && self.params.all().iter().all(|(_, param)| param.role != Role::Base) {
+            let reason = "the model was opened to predict, and nothing of it is trained";
+            return Err(Error::config("classifier", reason));
+        }
+        // `open` looks for an adapter first: one of another run must not stay.
+        let (adapter, parameters) = (dir.join("adapter"), dir.join("adapter/parameters.safetensors"));
         let Some(method) = self.method.adapter() else {
-            // `open` would find an adapter of another run first.
             AdapterFile::remove(&adapter)?;
-            if self.method != Method::Full {
+            if !is_full {
                 return self.params.save(&adapter);
             }
-            if self.params.trainable().is_empty() {
-                let reason = "the model was opened to predict, and nothing of it is trained";
-                return Err(Error::config("classifier", reason));
-            }
-            files::remove(&adapter.join("parameters.safetensors"))?;
+            files::remove(&parameters)?;
             return self.save_model(&dir.join("model"));
         };
-        // Left by a run of a method without an adapter format.
-        files::remove(&adapter.join("parameters.safetensors"))?;
         let file = self.adapter_file(&method, Some(base_model.to_string()))?;
+        files::remove(&parameters)?;
         file.write(adapter, ExportFormat::PeftMonteCLoRA)
     }
 

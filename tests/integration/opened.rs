@@ -28,6 +28,10 @@ fn a_whole_model_is_frozen_unless_it_can_be_trained_on() -> Outcome {
     let expected = logits(&single, &rows)?;
     assert_eq!(expected, logits(&trained, &rows)?);
 
+    // What a refused save must leave alone.
+    let adapter = out.path().join("adapter");
+    std::fs::create_dir_all(&adapter)?;
+    std::fs::write(adapter.join("adapter_config.json"), "{}")?;
     let saved = out.path().join("model");
     let saved = ModelFiles::locate(saved.to_str().ok_or("a path")?, None)?;
     let blocks = saved.clone().quantized(Some("q8_0".parse()?));
@@ -46,6 +50,7 @@ fn a_whole_model_is_frozen_unless_it_can_be_trained_on() -> Outcome {
         assert!(apart > 0.0 && apart < 0.05 * size, "{kind}: {apart} of {size}");
         let error = opened.save("toy", out.path()).expect_err("nothing was trained").to_string();
         assert!(error.contains("opened to predict"), "{error}");
+        assert!(adapter.join("adapter_config.json").is_file(), "{kind}");
     }
     let error = load(DType::BF16).map(drop).expect_err("half a width").to_string();
     assert!(error.starts_with("invalid dtype"), "{error}");

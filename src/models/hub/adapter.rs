@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use super::config::HubConfig;
 #[cfg(feature = "hub")]
 use super::repo::{no_folder_either, Repo};
+#[cfg(not(feature = "hub"))]
+use super::source::no_hub;
+use super::source::no_revision;
 #[cfg(feature = "hub")]
 use super::source::Source;
 #[cfg(feature = "hub")]
 use super::RepoKind;
-use crate::error::{Error, Result};
+use crate::error::Result;
 #[cfg(feature = "hub")]
 use crate::peft::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 
@@ -20,8 +23,8 @@ use crate::peft::{CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 /// repository.
 ///
 /// # Errors
-/// - [`Error::Hub`]: no such folder or repository, no access, no network, or offline and not in the cache;
-/// - [`Error::Config`]: a revision was asked of a folder.
+/// - [`Error::Hub`](crate::Error::Hub): no such folder or repository, no access, no network, or offline and not in the cache;
+/// - [`Error::Config`](crate::Error::Config): a revision was asked of a folder.
 pub fn locate_adapter(id_or_dir: &str, revision: Option<&str>) -> Result<PathBuf> {
     #[cfg(feature = "hub")]
     {
@@ -29,9 +32,7 @@ pub fn locate_adapter(id_or_dir: &str, revision: Option<&str>) -> Result<PathBuf
     }
     #[cfg(not(feature = "hub"))]
     {
-        let reason = "there is no such local folder, and this build cannot use the hub (cargo feature `hub`)";
-        let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
-        in_folder(id_or_dir, revision)?.ok_or_else(error)
+        in_folder(id_or_dir, revision)?.ok_or_else(|| no_hub(id_or_dir))
     }
 }
 
@@ -70,11 +71,6 @@ fn in_folder(dir: &str, revision: Option<&str>) -> Result<Option<PathBuf>> {
     if !Path::new(dir).is_dir() {
         return Ok(None);
     }
-    match revision {
-        Some(revision) => {
-            let reason = format!("{revision:?} was given, but {dir} is a local folder and has none");
-            Err(Error::config("revision", reason))
-        }
-        None => Ok(Some(PathBuf::from(dir))),
-    }
+    no_revision(revision, dir, "folder")?;
+    Ok(Some(PathBuf::from(dir)))
 }

@@ -20,7 +20,9 @@ use super::names::check_relative;
 use super::names::is_repo_id;
 #[cfg(feature = "hub")]
 use super::repo::{no_folder_either, Repo};
-use super::source::{Source, CONFIG};
+#[cfg(not(feature = "hub"))]
+use super::source::no_hub;
+use super::source::{no_revision, Source, CONFIG};
 use super::weights::MappedWeights;
 use super::{pickles, weights};
 use crate::error::{Error, Result};
@@ -79,10 +81,7 @@ impl ModelFiles {
         }
         #[cfg(not(feature = "hub"))]
         {
-            let reason =
-                "there is no such local folder, and this build cannot use the hub (cargo feature `hub`)";
-            let error = || Error::Hub { repo: id_or_dir.to_string(), reason: reason.to_string() };
-            Self::in_folder(id_or_dir, revision)?.ok_or_else(error)
+            Self::in_folder(id_or_dir, revision)?.ok_or_else(|| no_hub(id_or_dir))
         }
     }
 
@@ -110,11 +109,7 @@ impl ModelFiles {
         if !is_file && !path.is_dir() {
             return Ok(None);
         }
-        if let Some(revision) = revision {
-            let what = if is_file { "file" } else { "folder" };
-            let reason = format!("{revision:?} was given, but {dir} is a local {what} and has none");
-            return Err(Error::config("revision", reason));
-        }
+        no_revision(revision, dir, if is_file { "file" } else { "folder" })?;
         if is_file {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             let source = Source::Folder(folder.unwrap_or(Path::new(".")).to_path_buf());

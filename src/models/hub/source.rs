@@ -86,6 +86,24 @@ impl Source {
     }
 }
 
+/// Refuses a revision of `dir`, which is on this disk; `what` is its kind.
+pub(super) fn no_revision(revision: Option<&str>, dir: &str, what: &str) -> Result<()> {
+    match revision {
+        Some(revision) => {
+            let reason = format!("{revision:?} was given, but {dir} is a local {what} and has none");
+            Err(Error::config("revision", reason))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The error for a name that is no local folder, in a build that has no hub.
+#[cfg(not(feature = "hub"))]
+pub(super) fn no_hub(name: &str) -> Error {
+    let reason = "there is no such local folder, and this build cannot use the hub (cargo feature `hub`)";
+    Error::Hub { repo: name.to_string(), reason: reason.to_string() }
+}
+
 /// The names of the files in a folder.
 fn names_in(dir: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
