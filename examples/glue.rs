@@ -235,7 +235,7 @@ fn tune(
     }
 
     let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
-    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let objective = Classification::new(&classifier, &rows, batcher);
     // The bundled model is small and only briefly pre-trained: it needs a higher learning rate.
     let config = args.train.config(
         if args.model.is_none() { 2e-3 } else { 3e-4 },

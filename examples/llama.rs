@@ -332,7 +332,7 @@ impl Setup {
             _ => {
                 let batcher = Batcher::new(args.batch_size, args.train.length_grouped, noise)?;
                 let (rows, pad_id) = (&data.train, config.pad_id());
-                let objective = CausalTuning { model: &model, hooks, rows, batcher, pad_id };
+                let objective = CausalTuning::new(&model, hooks, rows, batcher, pad_id);
                 // The bundled model is small and trained on other text: it needs a higher learning rate.
                 let config = args.train.config(
                     if args.model.is_none() { 5e-3 } else { 3e-4 },

@@ -32,7 +32,7 @@ pub(crate) fn program() -> Result<&'static str> {
 /// Compiles without contraction, so that products and sums round as on the host.
 fn compile() -> std::result::Result<String, String> {
     let options = CompileOptions { fmad: Some(false), ..Default::default() };
-    let program = compile_ptx_with_opts(super::SOURCE, options);
+    let program = compile_ptx_with_opts(super::source::SOURCE, options);
     program.map(|program| program.to_src()).map_err(|e| format!("{e:?}"))
 }
 

@@ -33,6 +33,8 @@ pub(crate) mod multi_tensor;
 pub(crate) mod norm;
 #[cfg(feature = "cuda")]
 mod products;
+#[cfg(feature = "cuda")]
+mod source;
 #[cfg(all(test, unix))]
 mod tests;
 
@@ -40,22 +42,3 @@ mod tests;
 pub(crate) use launch::{
     alloc_uninit, check, count, elements, launch, one_each, program, supports, supports_all, tensor,
 };
-
-/// All kernels, as one program.
-#[cfg(feature = "cuda")]
-const SOURCE: &str = concat!(
-    include_str!("dialect.cu"),
-    include_str!("noise.cu"),
-    include_str!("gamma.cu"),
-    include_str!("blocks.cu"),
-    include_str!("norm.cu"),
-    include_str!("draw.cu"),
-    include_str!("divergence.cu"),
-    include_str!("energy.cu"),
-    include_str!("update.cu"),
-    include_str!("attention.cu"),
-    include_str!("loss.cu"),
-    include_str!("gather.cu"),
-    include_str!("activation.cu"),
-    include_str!("linear.cu"),
-);

@@ -91,6 +91,11 @@ pub fn check_merged(
 ) -> Result<()> {
     check_free(dir)?;
     plan(model, params, &source.map_weights()?, &Failure::default(), Pass::Mean)?;
+    check_layers(model)
+}
+
+/// Checks that the active adapter of each layer can be merged.
+fn check_layers(model: &dyn AdaptableModel) -> Result<()> {
     model.visit_linears(&mut |layer| layer.merged_dequantized().map(drop))
 }
 

@@ -99,12 +99,6 @@ impl Regularizer {
         Ok(Self { rows: Some(rows as f64), ..self.with_start(params)? })
     }
 
-    /// Whether a term depends on the number of training rows.
-    #[cfg(feature = "train")]
-    pub(crate) fn needs_rows(&self) -> bool {
-        self.prior.is_some() || self.evidence.is_some()
-    }
-
     /// Sets only the start of training; the trainer passes the number of rows.
     pub(crate) fn with_start(self, params: &Params) -> Result<Self> {
         let prior = self.prior.filter(Prior::needs_start);

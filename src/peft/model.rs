@@ -170,8 +170,10 @@ impl AdapterFile {
                 return Err(Error::tensor(TensorKind::A.key(path), "it is missing from the file"));
             };
             if (own - scale).abs() > 1e-6 * scale {
-                let reason =
-                    format!("{path} was made with the scale {own} (alpha over rank), the file has {scale}");
+                let reason = format!(
+                    "{path} was made with the scale {own}, the file has {scale} (alpha over rank, or over \
+                     its square root with use_rslora)"
+                );
                 return Err(Error::config("alpha", reason));
             }
             let name = format!("{path}.{}", inject::DEFAULT_ADAPTER);

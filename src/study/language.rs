@@ -155,7 +155,7 @@ impl Learner for CellTrial<'_> {
 
     fn objective<'m>(&'m self, model: &'m LanguageModel, batcher: Batcher) -> Box<dyn Objective + 'm> {
         let (hooks, pad_id) = (model.hooks.take(), model.config.pad_id());
-        Box::new(CausalTuning { model: &model.model, hooks, rows: self.train, batcher, pad_id })
+        Box::new(CausalTuning::new(&model.model, hooks, self.train, batcher, pad_id))
     }
 
     fn rows(&self) -> usize {

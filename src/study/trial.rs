@@ -121,7 +121,7 @@ impl Learner for CellTrial<'_> {
     }
 
     fn objective<'m>(&'m self, model: &'m Classifier, batcher: Batcher) -> Box<dyn Objective + 'm> {
-        Box::new(Classification { classifier: model, rows: self.train, batcher })
+        Box::new(Classification::new(model, self.train, batcher))
     }
 
     fn rows(&self) -> usize {

@@ -80,16 +80,13 @@ pub fn held_out_loss_in_turns(
 
 /// The training objective of a language model on encoded rows.
 pub struct CausalTuning<'a> {
-    /// The model with its adapters.
-    pub model: &'a dyn CausalLm,
-    /// What the method adds to training besides the task's loss.
-    pub hooks: MethodHooks,
-    /// The training rows.
-    pub rows: &'a [Tokens],
-    /// How the rows are batched.
-    pub batcher: Batcher,
-    /// The token id that pads a batch.
-    pub pad_id: u32,
+    model: &'a dyn CausalLm,
+    hooks: MethodHooks,
+    rows: &'a [Tokens],
+    batcher: Batcher,
+    pad_id: u32,
+    /// The number of target tokens in all rows, over which the loss of an epoch is a mean.
+    targets: usize,
 }
 
 impl std::fmt::Debug for CausalTuning<'_> {
@@ -98,10 +95,18 @@ impl std::fmt::Debug for CausalTuning<'_> {
     }
 }
 
-impl CausalTuning<'_> {
-    /// The number of target tokens in all rows, over which the loss of an epoch is a mean.
-    fn targets(&self) -> usize {
-        self.rows.iter().map(Tokens::targets).sum()
+impl<'a> CausalTuning<'a> {
+    /// The training of `model` with its adapters on `rows`, in batches of `batcher` that are padded with the
+    /// token `pad_id`. `hooks` are what the method adds to the task's loss.
+    pub fn new(
+        model: &'a dyn CausalLm,
+        hooks: MethodHooks,
+        rows: &'a [Tokens],
+        batcher: Batcher,
+        pad_id: u32,
+    ) -> Self {
+        let targets = rows.iter().map(Tokens::targets).sum();
+        Self { model, hooks, rows, batcher, pad_id, targets }
     }
 
     fn chosen(&self, rows: &[usize]) -> Result<Vec<&Tokens>> {
@@ -120,8 +125,7 @@ impl Objective for CausalTuning<'_> {
         let cx = self.hooks.context(cx)?;
         let batch = CausalBatch::collate(&self.chosen(rows)?, self.pad_id, self.model.device())?;
         let task = causal_loss(self.model, &batch, &cx)?;
-        let rows = self.hooks.needs_rows().then(|| self.targets());
-        self.hooks.loss(task, self.model, &cx, rows)
+        self.hooks.loss(task, self.model, &cx, Some(self.targets))
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
@@ -142,7 +146,7 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.hooks.tell_rows(|| self.rows.len(), self.batcher.batch_size())?;
+        self.hooks.tell_rows(self.rows.len(), self.batcher.batch_size())?;
         self.hooks.before_step(step, total)
     }
 

@@ -355,15 +355,18 @@ impl Predictor for Classifier {
 /// Training a [`Classifier`] on encoded rows.
 #[derive(Debug)]
 pub struct Classification<'a> {
-    /// The classifier to train.
-    pub classifier: &'a Classifier,
-    /// The training rows.
-    pub rows: &'a [Encoded],
-    /// How the rows are batched.
-    pub batcher: Batcher,
+    classifier: &'a Classifier,
+    rows: &'a [Encoded],
+    batcher: Batcher,
+    labelled: usize,
 }
 
-impl Classification<'_> {
+impl<'a> Classification<'a> {
+    /// The training of `classifier` on `rows`, in batches of `batcher`.
+    pub fn new(classifier: &'a Classifier, rows: &'a [Encoded], batcher: Batcher) -> Self {
+        Self { classifier, rows, batcher, labelled: labelled(rows) }
+    }
+
     /// Returns the batch of some rows.
     ///
     /// # Errors
@@ -388,8 +391,7 @@ impl Objective for Classification<'_> {
     }
 
     fn loss(&self, rows: &[usize], cx: &Context) -> Result<Loss> {
-        let count = self.classifier.hooks.needs_rows().then(|| labelled(self.rows));
-        self.classifier.loss(&self.batch(rows)?, cx, count)
+        self.classifier.loss(&self.batch(rows)?, cx, Some(self.labelled))
     }
 
     fn weight(&self, rows: &[usize]) -> f64 {
@@ -411,7 +413,7 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.hooks.tell_rows(|| labelled(self.rows), self.batcher.batch_size())?;
+        self.classifier.hooks.tell_rows(self.labelled, self.batcher.batch_size())?;
         self.classifier.hooks.before_step(step, total)
     }
 

@@ -47,7 +47,7 @@ type Score<'a> = Box<dyn Fn(&Predictions) -> Result<f64> + 'a>;
 /// }
 ///
 /// let mut evaluator = Evaluator::new(&classifier, &held_out, 8)?.with_score(recall);
-/// let objective = Classification { classifier: &classifier, rows: &rows, batcher: Batcher::new(4, false, Noise::new(1))? };
+/// let objective = Classification::new(&classifier, &rows, Batcher::new(4, false, Noise::new(1))?);
 /// let config = TrainConfig { epochs: 3, patience: Some(1), ..Default::default() };
 /// let summary = fit(&objective, &classifier.params, &config, &mut evaluator)?;
 /// assert_eq!(summary.steps, evaluator.records().len());

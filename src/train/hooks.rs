@@ -103,11 +103,6 @@ impl MethodHooks {
         &self.settings
     }
 
-    /// Whether [`Self::loss`] needs the number of training rows.
-    pub fn needs_rows(&self) -> bool {
-        self.hook.needs_rows()
-    }
-
     /// Returns the task's loss with the method's penalty. `rows` is the number of training rows (of target
     /// tokens for a language model), by which a prior and the evidence bound are weighed.
     ///
@@ -133,13 +128,12 @@ impl MethodHooks {
         self.hook.context(cx)
     }
 
-    /// Sets the number of training rows and the batch size, which BLoB's weights of the divergence depend on. `rows`
-    /// is called only if they do.
+    /// Sets the number of training rows and the batch size, which BLoB's weights of the divergence depend on.
     ///
     /// # Errors
     /// If an earlier step panicked.
-    pub fn tell_rows(&self, rows: impl Fn() -> usize, batch_size: usize) -> Result<()> {
-        self.hook.tell_rows(&rows, batch_size)
+    pub fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
+        self.hook.tell_rows(rows, batch_size)
     }
 
     /// Called before optimiser step `step` (1-based) of `total`.

@@ -1,6 +1,6 @@
 //! Checks the layers ("floors") of `docs/ARCHITECTURE.md`: a module imports only from lower floors, or from
-//! modules to its left on its own floor; the files of one folder have no cyclic imports; `lib.rs` defines
-//! nothing.
+//! modules to its left on its own floor; the files of one folder have no cyclic imports; `lib.rs` and every
+//! `mod.rs` define nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -49,6 +49,9 @@ fn violations(floors: &Floors, files: &Files) -> Vec<String> {
 
     let mut folders: BTreeMap<Vec<String>, Arrows> = BTreeMap::new();
     for (path, module) in all.modules.iter().filter(|(path, _)| !path.is_empty()) {
+        if module.file.ends_with("/mod.rs") {
+            found.extend(module.definitions().iter().map(|name| format!("{} defines {name}", module.file)));
+        }
         for edge in &module.edges {
             let home = all.home(&edge.path);
             let shared = path.iter().zip(&home).take_while(|(a, b)| a == b).count();
@@ -77,7 +80,7 @@ fn violations(floors: &Floors, files: &Files) -> Vec<String> {
 }
 
 /// The name of a folder's own file, `mod.rs` or the file beside the folder, among its children.
-const OWN: &str = "mod.rs";
+const OWN: &str = "itself";
 
 /// The imports among the children of a folder as (from, to), each with one place where it occurs.
 type Arrows = BTreeMap<(String, String), String>;
@@ -184,7 +187,7 @@ fn a_circle_of_files_is_found_through_re_exports_but_a_folder_that_only_re_expor
     let own = "mod a; pub fn made() { a::A; } pub struct Shared;";
     let found = of(&[("ops.rs", own), ("ops/a.rs", "use super::Shared; pub struct A;")]);
     assert_eq!(found.len(), 1);
-    assert!(found[0].starts_with("a circle in ops: a, mod.rs\n"), "{}", found[0]);
+    assert!(found[0].starts_with("a circle in ops: a, itself\n"), "{}", found[0]);
 }
 
 #[test]
@@ -194,4 +197,13 @@ fn the_root_defines_nothing_and_every_module_has_its_floor() {
     let want = ["lib.rs defines helper", "extra is on no floor", "model of the floors is no module"];
     assert_eq!(found[..3], want);
     assert_eq!(found[3], "extra.rs:1 helper: lib.rs defines nothing to import");
+}
+
+#[test]
+fn a_mod_rs_defines_nothing_but_the_file_beside_a_folder_may() {
+    let own = "mod a; pub struct Shared; #[cfg(test)] mod tests { fn f() {} }";
+    let rest = [("ops.rs", "mod inner;"), ("ops/inner/a.rs", "pub struct A;")];
+    let with = |file| of(&[rest[0], rest[1], (file, own)]);
+    assert_eq!(with("ops/inner.rs"), Vec::<String>::new());
+    assert_eq!(with("ops/inner/mod.rs"), ["ops/inner/mod.rs defines Shared"]);
 }

@@ -1,6 +1,8 @@
 //! A method's hooks between steps are called by the objectives of classifiers and of language models.
 
-use candle_core::{DType, Device};
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapters::BlobConfig;
 use monteclora::data::batch::Batcher;
 use monteclora::data::encode::Encoded;
@@ -30,7 +32,7 @@ fn classifier(method: &Method) -> Outcome<Classifier> {
 }
 
 fn run(classifier: &Classifier, rows: &[Encoded], batch: usize, config: &TrainConfig) -> Outcome<Log> {
-    let objective = Classification { classifier, rows, batcher: Batcher::new(batch, false, Noise::new(4))? };
+    let objective = Classification::new(classifier, rows, Batcher::new(batch, false, Noise::new(4))?);
     let mut log = Log::default();
     fit(&objective, &classifier.params, config, &mut log)?;
     Ok(log)
@@ -71,7 +73,7 @@ fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
     // Few steps a cycle, three of which are taken.
     run(&ran, &rows, 50, &TrainConfig { epochs: 3, ..still() })?;
     let hooks = MethodHooks::of_blob(&config);
-    hooks.tell_rows(|| 9, 50)?;
+    hooks.tell_rows(9, 50)?;
     for step in 1..=3 {
         hooks.after_step(by_hand.model.as_ref(), &by_hand.params, &Gradients::new(), step, 3)?;
     }
@@ -109,10 +111,10 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
     };
     let method = Method::Blob(blob.clone());
     let ((ran, params, hooks), (by_hand, expected, _)) = (load(&method)?, load(&method)?);
-    let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
+    let objective = CausalTuning::new(&ran, hooks, &seen, batcher()?, 0);
     fit(&objective, &params, &TrainConfig { epochs: 3, ..still() }, &mut Log::default())?;
     let hooks = MethodHooks::of_blob(&blob);
-    hooks.tell_rows(|| 10, 50)?;
+    hooks.tell_rows(10, 50)?;
     for step in 1..=3 {
         hooks.after_step(&by_hand, &expected, &Gradients::new(), step, 3)?;
     }
@@ -123,15 +125,22 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
         MonteCLoRAConfig { rank: 4, scaler_schedule: ScalerSchedule::Adaptive, ..Default::default() };
     let method = Method::MonteCLoRA(adaptive);
     let ((ran, params, hooks), (fresh, _, other)) = (load(&method)?, load(&method)?);
-    let objective = CausalTuning { model: &ran, hooks, rows: &seen, batcher: batcher()?, pad_id: 0 };
+    let objective = CausalTuning::new(&ran, hooks, &seen, batcher()?, 0);
     let moving = TrainConfig { epochs: 3, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &moving, &mut Log::default())?;
-    let resumed = CausalTuning { model: &fresh, hooks: other, rows: &seen, batcher: batcher()?, pad_id: 0 };
-    let factors = |objective: &CausalTuning| -> Outcome<_> {
-        Ok(objective.hooks.context(&Pass::Train { draw: 0 }.into())?.scaler_factors)
+    let resumed = CausalTuning::new(&fresh, other, &seen, batcher()?, 0);
+    let state = objective.state()?;
+    assert!(resumed.state()?.is_empty() && !state.is_empty());
+    resumed.restore(&state)?;
+    let numbers = |state: &BTreeMap<String, Tensor>| -> Outcome<Vec<_>> {
+        state.iter().map(|(name, seen)| Ok((name.clone(), seen.to_vec1::<f64>()?))).collect()
     };
-    assert_ne!(factors(&objective)?, factors(&resumed)?);
-    resumed.restore(&objective.state()?)?;
-    assert_eq!(factors(&objective)?, factors(&resumed)?);
+    assert_eq!(numbers(&resumed.state()?)?, numbers(&state)?);
+    // The factors follow from it.
+    let (fresh, _, hooks) = load(&method)?;
+    let factors = || hooks.context(&Pass::Train { draw: 0 }.into()).map(|cx| cx.scaler_factors);
+    let before = factors()?;
+    hooks.restore(&fresh, &state)?;
+    assert_ne!(before, factors()?);
     Ok(())
 }

@@ -55,7 +55,7 @@ fn train_beside(
     let (seen, unseen) = (rows(60), &rows(90)[60..]);
     let before = held_out_loss(&model, unseen, 7, &[Pass::Mean])?;
     let batcher = Batcher::new(batch_size, false, Noise::new(3))?;
-    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
+    let objective = CausalTuning::new(&model, hooks, &seen, batcher, 0);
     let mut log = Log::default();
     fit(&objective, &params, config, &mut log)?;
     Ok((log, before, held_out_loss(&model, unseen, 7, &[Pass::Mean])?))
@@ -165,7 +165,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     };
     let before = rho(&params)?;
     let (seen, batcher) = (rows(24), Batcher::new(8, false, Noise::new(3))?);
-    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
+    let objective = CausalTuning::new(&model, hooks, &seen, batcher, 0);
     let config = TrainConfig { epochs: 2, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &config, &mut Log::default())?;
     assert_ne!(rho(&params)?, before);

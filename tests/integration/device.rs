@@ -48,7 +48,7 @@ fn load(files: &ModelFiles, method: &Method, dtype: DType, device: &Device) -> O
 /// Trains for two epochs and returns the loss of every step.
 fn losses(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
     let batcher = Batcher::new(8, true, Noise::new(4))?;
-    let objective = Classification { classifier, rows, batcher };
+    let objective = Classification::new(classifier, rows, batcher);
     let config = TrainConfig { epochs: 2, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
     let mut log = Log::default();
     fit(&objective, &classifier.params, &config, &mut log)?;

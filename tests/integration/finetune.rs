@@ -103,7 +103,7 @@ fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifie
 
 fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<StepRecord>> {
     let batcher = Batcher::new(8, true, Noise::new(4))?;
-    let objective = Classification { classifier, rows, batcher };
+    let objective = Classification::new(classifier, rows, batcher);
     let config = TrainConfig { epochs, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
     let mut log = Log::default();
     fit(&objective, &classifier.params, &config, &mut log)?;
@@ -368,7 +368,7 @@ fn labels_that_do_not_fit_the_outputs_are_refused_by_their_row() -> Outcome {
         let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
         let classifier = load(&files, &Method::Lora(lora), outputs)?;
         let batcher = Batcher::new(8, false, Noise::new(4))?;
-        let objective = Classification { classifier: &classifier, rows: data, batcher };
+        let objective = Classification::new(&classifier, data, batcher);
         // Rows 3 to 5 of the data are rows 0 to 2 of the batch.
         let batch = objective.batch(&[3, 4, 5])?;
         let error = classifier.loss(&batch, &Pass::Mean.into(), None).unwrap_err().to_string();
@@ -427,7 +427,7 @@ fn what_an_optimiser_remembers_is_told_beside_the_parameters_that_it_goes_with()
     let dir = tempfile::tempdir()?;
     let (classifier, rows) = (load(&checkpoint(dir.path())?, &methods()[0], 2)?, rows(16, false));
     let batcher = Batcher::new(8, true, Noise::new(4))?;
-    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let objective = Classification::new(&classifier, &rows, batcher);
     let config = TrainConfig {
         epochs: 2,
         lr: 5e-3,
@@ -457,7 +457,7 @@ fn rows_without_a_label_have_no_weight() -> Outcome {
     let (classifier, mut rows) = (load(&checkpoint(dir.path())?, &method, 2)?, rows(4, false));
     rows[1].label = Label::Unknown;
     let batcher = Batcher::new(2, false, Noise::new(4))?;
-    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let objective = Classification::new(&classifier, &rows, batcher);
     assert_eq!([objective.weight(&[0, 1]), objective.weight(&[2, 3])], [1.0, 2.0]);
     // A prior is weighted by the number of rows with a label, three.
     let batch = Batch::collate(&[&rows[2], &rows[3]], 0, &Device::Cpu)?;

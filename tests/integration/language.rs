@@ -161,7 +161,7 @@ fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
     };
     let before = score(&model)?;
     let (batcher, pad_id) = (Batcher::new(8, false, noise)?, home.config.pad_id());
-    let objective = CausalTuning { model: &model, hooks, rows: &home.train, batcher, pad_id };
+    let objective = CausalTuning::new(&model, hooks, &home.train, batcher, pad_id);
     let config = TrainConfig { epochs: 2, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &config, &mut Log::default())?;
 

@@ -182,7 +182,7 @@ fn a_merged_model_neither_draws_nor_trains() -> Outcome {
     let mut classifier = Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?;
     merge(classifier.model.as_mut())?;
     let (rows, batcher) = (rows(8, false), Batcher::new(4, true, Noise::new(4))?);
-    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let objective = Classification::new(&classifier, &rows, batcher);
     let ended = fit(&objective, &classifier.params, &TrainConfig::default(), &mut Log::default());
     let error = ended.unwrap_err().to_string();
     assert!(error.contains("roberta.encoder.layer.0.") && error.contains("dense is merged"), "{error}");

@@ -99,7 +99,7 @@ pub fn run(placement: &Placement, method: &Method, targets: &Targets, checkpoint
         Ok(())
     })?;
     let batcher = Batcher::new(6, false, Noise::new(3))?;
-    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: 0 };
+    let objective = CausalTuning::new(&model, hooks, &seen, batcher, 0);
     let config = TrainConfig { epochs: 2, lr: 1e-2, keep_best: false, ..TrainConfig::default() };
     let mut log = Log::default();
     fit(&objective, &params, &config, &mut log)?;

@@ -377,7 +377,7 @@ fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Ou
     })?;
     // A resumed run must have the same base.
     let batcher = Batcher::new(2, false, Noise::new(1))?;
-    let settings = Classification { classifier: &classifier, rows: &[], batcher }.settings();
+    let settings = Classification::new(&classifier, &[], batcher).settings();
     assert_eq!(settings.get("dtype").map(String::as_str), Some("q8_0/f32"));
     let say = |classifier: &Classifier| -> Outcome<Tensor> {
         // Ids from the whole vocabulary.

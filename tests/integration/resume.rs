@@ -82,7 +82,7 @@ impl Run<'_> {
         let (noise, device) = (Noise::new(4), &Device::Cpu);
         let classifier = Classifier::load(self.files, 2, &self.start, noise, self.dtype, device)?;
         let (rows, batcher) = (rows(41, false), Batcher::new(4, false, noise)?);
-        let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+        let objective = Classification::new(&classifier, &rows, batcher);
         let (params, config) = (&classifier.params, &self.config);
         let outcome = fit_with_checkpoints(&objective, params, config, watch, &self.checkpoints);
         Ok((classifier, outcome))

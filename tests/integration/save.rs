@@ -1,6 +1,7 @@
 //! Saves whole model folders: with merged adapters, or with weights that were trained themselves.
 
 use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
+use crate::gguf;
 use crate::merge::{bayes, logits};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
@@ -11,11 +12,12 @@ use monteclora::inject::merge::merge;
 use monteclora::inject::{self, activate, Targets};
 use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
+use monteclora::models::save::{check_merged, check_merged_gguf, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{Method, MethodInit};
 use monteclora::{Noise, Params, Pass};
 use std::collections::HashMap;
+use std::path::Path;
 
 #[test]
 fn a_merged_model_is_a_folder_that_loads_without_its_adapter() -> Outcome {
@@ -75,6 +77,14 @@ fn what_is_no_weight_is_refused_before_it_is_trained() -> Outcome {
         let error = check_merged(&model, &params, &files, &dir.path().join("out")).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
     }
+    // The same for a base in GGUF.
+    let source = gguf::locate(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf_golden.gguf"))?;
+    let (mut model, params) = (gguf::load(&source)?, Params::new(Noise::new(1), &Device::Cpu));
+    let method = Method::Bottleneck(BottleneckConfig { width: 2 });
+    MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
+    let out = dir.path().join("out.gguf");
+    let error = check_merged_gguf(&model, &params, &source, &out).unwrap_err().to_string();
+    assert!(error.contains("cannot be merged: its effect is not a change of the weight"), "{error}");
     Ok(())
 }
 

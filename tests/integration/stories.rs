@@ -71,7 +71,7 @@ fn tune(
     let hooks = MethodInit::Fresh(method, Targets::default()).inject(&mut model, &params)?;
     let before = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;
     let batcher = Batcher::new(8, false, Noise::new(1))?;
-    let objective = CausalTuning { model: &model, hooks, rows: &seen, batcher, pad_id: config.pad_id() };
+    let objective = CausalTuning::new(&model, hooks, &seen, batcher, config.pad_id());
     let config = TrainConfig { epochs: 2, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
     fit(&objective, &params, &config, &mut Log::default())?;
     let after = held_out_loss(&model, &unseen, 16, &[Pass::Mean])?;

@@ -98,7 +98,7 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
         let batcher = Batcher::new(8, false, Noise::new(3))?;
         let own = split::stratified(&split::strata(trial.train), 64, Noise::new(3), Draw::Training);
         let rows = split::at(trial.train, &own);
-        let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+        let objective = Classification::new(&classifier, &rows, batcher);
         let config = TrainConfig { epochs: 1, lr: 5e-3, keep_best: false, ..TrainConfig::default() };
         train::fit(&objective, &classifier.params, &config, &mut Log::default())?;
         classifier.save("toy", dir.path())?;

@@ -37,7 +37,7 @@ fn trained(method: Method, target: &Target, rows: &[Example]) -> Outcome<Classif
     classifier.set_max_length(MAX_LENGTH)?;
     let rows = classifier.encode(rows)?;
     let batcher = Batcher::new(16, false, Noise::new(1))?;
-    let objective = Classification { classifier: &classifier, rows: &rows, batcher };
+    let objective = Classification::new(&classifier, &rows, batcher);
     let config = TrainConfig { epochs: 4, lr: 3e-3, ..TrainConfig::default() };
     fit(&objective, &classifier.params, &config, &mut ())?;
     Ok(classifier)
@@ -163,7 +163,7 @@ fn scores_are_predicted_too_and_rows_without_one_not_trained_on() -> Outcome {
         let fresh = Classifier::load(&files, outputs, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
         let rows = fresh.encode(&["a".into(), "b".into()])?;
         let batcher = Batcher::new(2, false, Noise::new(1))?;
-        let objective = Classification { classifier: &fresh, rows: &rows, batcher };
+        let objective = Classification::new(&fresh, &rows, batcher);
         let error = fit(&objective, &fresh.params, &TrainConfig::default(), &mut ()).unwrap_err().to_string();
         assert!(error.contains("has no label: it can be predicted, not trained on"), "{error}");
     }

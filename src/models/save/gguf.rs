@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use serde_json::Value;
 
 use super::shards::{Entry, Failure};
-use super::{check_merged, merged, plan, tensor};
+use super::{check_layers, check_merged, merged, plan, tensor};
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::models::gguf::{check_model, write_model, Gguf, GgufKind, Named, Texts};
@@ -42,8 +42,7 @@ pub fn save_merged_gguf(
     write_model(path, &source.config()?, &texts(source)?, kind, named(entries))
 }
 
-/// Checks before training what [`save_merged_gguf`] would reject afterwards, except a full disk and, for a
-/// base in GGUF, a layer that cannot be merged.
+/// Checks before training what [`save_merged_gguf`] would reject afterwards, except a full disk.
 ///
 /// # Errors
 /// As [`save_merged_gguf`].
@@ -55,6 +54,7 @@ pub fn check_merged_gguf(
 ) -> Result<()> {
     if let Some(base) = source.gguf() {
         check_free(path)?;
+        check_layers(model)?;
         return check_model(&source.config()?, &texts(source)?, dequantized(model, params, base)?);
     }
     check_merged(model, params, source, path)?;

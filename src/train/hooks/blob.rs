@@ -42,8 +42,8 @@ impl Hook for BlobHook {
         Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
     }
 
-    fn tell_rows(&self, rows: &dyn Fn() -> usize, batch_size: usize) -> Result<()> {
-        *locked(&self.cycle)? = Some(blob::cycle(rows(), batch_size, self.config.gamma));
+    fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
+        *locked(&self.cycle)? = Some(blob::cycle(rows, batch_size, self.config.gamma));
         Ok(())
     }
 

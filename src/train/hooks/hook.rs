@@ -14,10 +14,6 @@ use crate::train::objective::Loss;
 /// One method's part in training. The methods of [`MethodHooks`](super::MethodHooks) have the same names and
 /// document them; what a method does not override is that of plain LoRA.
 pub(super) trait Hook: fmt::Debug + Send + Sync {
-    fn needs_rows(&self) -> bool {
-        false
-    }
-
     fn loss(
         &self,
         task: Tensor,
@@ -32,7 +28,7 @@ pub(super) trait Hook: fmt::Debug + Send + Sync {
         Ok(cx.clone())
     }
 
-    fn tell_rows(&self, _rows: &dyn Fn() -> usize, _batch_size: usize) -> Result<()> {
+    fn tell_rows(&self, _rows: usize, _batch_size: usize) -> Result<()> {
         Ok(())
     }
 

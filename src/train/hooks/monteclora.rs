@@ -26,10 +26,6 @@ impl PosteriorHook {
 }
 
 impl Hook for PosteriorHook {
-    fn needs_rows(&self) -> bool {
-        self.regularizer.needs_rows()
-    }
-
     fn loss(
         &self,
         task: Tensor,

@@ -24,10 +24,6 @@ impl PriorHook {
 }
 
 impl Hook for PriorHook {
-    fn needs_rows(&self) -> bool {
-        true
-    }
-
     fn loss(
         &self,
         task: Tensor,

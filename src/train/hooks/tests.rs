@@ -42,7 +42,7 @@ fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> 
     let error = step(1).unwrap_err().to_string();
     assert!(error.contains("tell_rows"), "{error}");
     // 153 / 50 = 3 steps per cycle, with weights 2/15, 4/15 and 8/15; one warm-up step, then nine of decay.
-    hooks.tell_rows(|| 3, 50)?;
+    hooks.tell_rows(3, 50)?;
     for (at, rate) in [(1, 0.0), (2, 4.0 / 15.0), (3, 8.0 / 15.0 * 8.0 / 9.0), (4, 2.0 / 15.0 * 7.0 / 9.0)] {
         step(at)?;
         blob::visit(&other, &mut |layer| layer.descend(&expected, config.kl_lr * rate))?;
