@@ -14,14 +14,14 @@ use candle_core::Result;
 /// recomputed for its gradient, its part is already taken, and all parts are made again.)
 #[derive(Debug, Clone, Default)]
 pub(crate) struct PassCache {
-    parts: Arc<Mutex<HashMap<Key, Parts>>>,
+    parts: Arc<Mutex<HashMap<Key, MemberParts>>>,
 }
 
 /// The number of a group, a draw, and whether the parts belong to a tape.
 type Key = (usize, u64, bool);
 
 /// The parts of a group's members that are not yet taken.
-type Parts = Vec<Option<Box<dyn Any + Send>>>;
+type MemberParts = Vec<Option<Box<dyn Any + Send>>>;
 
 impl PassCache {
     /// Takes the part of member `index`. If it is missing, calls `make` first, which makes the parts of all

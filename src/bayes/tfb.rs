@@ -64,11 +64,11 @@ pub fn released_tolerance(rows: usize) -> f64 {
 /// A family of posteriors around the active LoRA adapters of a model, one for each sigma.
 #[derive(Debug)]
 pub struct Tfb {
-    layers: Vec<Layer>,
+    layers: Vec<TfbLayer>,
 }
 
 #[derive(Debug)]
-struct Layer {
+struct TfbLayer {
     /// The parameter that is drawn, `{path}.{adapter}.a`.
     name: String,
     mean: Tensor,       // A, (r, in), f64 on the host
@@ -95,7 +95,7 @@ impl Tfb {
             }
             let host = |t: &Tensor| to_dtype_device(&t.detach(), DType::F64, &Device::Cpu);
             let (mean, b) = (host(lora.low_rank().a())?, host(lora.low_rank().b())?);
-            layers.push(Layer {
+            layers.push(TfbLayer {
                 directions: directions(&name, &b)?,
                 stream: noise.stream(&name, Purpose::Gaussian),
                 name: format!("{name}.a"),
@@ -118,7 +118,7 @@ impl Tfb {
         // The address of a predictive draw, which training does not use.
         let pass = Pass::Posterior { draw };
         let address = pass.posterior_draw()?.unwrap_or(draw);
-        let of = |layer: &Layer| -> Result<(String, Tensor)> {
+        let of = |layer: &TfbLayer| -> Result<(String, Tensor)> {
             let (k, in_dim) = (layer.directions.dim(1)?, layer.mean.dim(1)?);
             if k == 0 {
                 return Ok((layer.name.clone(), layer.mean.clone()));

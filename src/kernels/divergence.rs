@@ -5,7 +5,7 @@ use candle_core::{bail, DType, Result, Tensor};
 use super::launch::{address, alloc_uninit, count, device_of, empty, grid, last_word, launch, packed};
 
 /// The parameters of a layer and the constants of its divergences.
-pub(crate) struct Layer<'a> {
+pub(crate) struct LatentParameters<'a> {
     /// `(r)`.
     pub rho: &'a Tensor,
     /// `(N)`.
@@ -32,7 +32,7 @@ pub(crate) struct Divergences {
 /// # Errors
 /// If there is no layer, a tensor is not a contiguous f32 vector on the device of the first one,
 /// or the device fails.
-pub(crate) fn divergences(layers: &[Layer], kl: f64, cooperative: f64) -> Result<Divergences> {
+pub(crate) fn divergences(layers: &[LatentParameters], kl: f64, cooperative: f64) -> Result<Divergences> {
     let Some(first) = layers.first() else { bail!("divergences: expected at least one layer, got none") };
     let device = device_of(first.rho)?;
     let sizes = layers.iter().map(|layer| Ok((layer.rho.dims1()?, layer.c.dims1()?)));

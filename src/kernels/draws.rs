@@ -15,7 +15,7 @@ const TILE_COLUMNS: usize = 64;
 const WORDS: usize = 18;
 
 /// A layer of a draw.
-pub(crate) struct Layer<'a> {
+pub(crate) struct DrawnLayer<'a> {
     /// A, `(r, width)`.
     pub mean: &'a Tensor,
     /// `(r)`.
@@ -53,7 +53,7 @@ struct Size {
 }
 
 impl Size {
-    fn of(layer: &Layer) -> Result<Self> {
+    fn of(layer: &DrawnLayer) -> Result<Self> {
         let (rank, width) = layer.mean.dims2()?;
         let (rho, c) = (layer.rho.dims(), layer.c.map(Tensor::dims));
         if rho != [rank] || c.is_some_and(|c| c.len() != 1) || !supports(rank) || width == 0 {
@@ -81,7 +81,7 @@ impl Size {
 /// # Errors
 /// If there is no layer, a tensor is not f32 on the device of the first one, shapes do not fit,
 /// or the device fails.
-pub(crate) fn perturb(layers: &[Layer], draw: u64) -> Result<(Arc<Draws>, Vec<Tensor>)> {
+pub(crate) fn perturb(layers: &[DrawnLayer], draw: u64) -> Result<(Arc<Draws>, Vec<Tensor>)> {
     let Some(first) = layers.first() else { bail!("draw: expected at least one layer, got none") };
     let device = device_of(first.mean)?;
     let sizes = layers.iter().map(Size::of).collect::<Result<Vec<_>>>()?;

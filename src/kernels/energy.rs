@@ -100,7 +100,7 @@ impl Spread {
 }
 
 /// The parts of `Energy::kept`.
-struct Parts {
+struct KeptParts {
     /// The gradient of each distance, with the shape of its tensor.
     distances: Vec<Tensor>,
     /// The gradients of rho and then c of each update; `None` without a perturbation.
@@ -111,7 +111,7 @@ struct Parts {
 
 /// Updates of one shape, in their order, with their Gram matrices or what replaced them.
 #[derive(Default)]
-struct Group<'a> {
+struct SameShape<'a> {
     /// r, in_dim, out_dim.
     dims: [usize; 3],
     a: Vec<&'a Tensor>,
@@ -121,7 +121,7 @@ struct Group<'a> {
 }
 
 impl Energy {
-    fn parts(&self, all: &Tensor) -> Result<Parts> {
+    fn parts(&self, all: &Tensor) -> Result<KeptParts> {
         let mut at = 0;
         let mut next = |len: usize| {
             at += len;
@@ -143,14 +143,14 @@ impl Energy {
             len => next(len).map(Some),
         });
         let vectors = vectors.collect::<Result<_>>()?;
-        Ok(Parts { distances, vectors, grams })
+        Ok(KeptParts { distances, vectors, grams })
     }
 
     /// Computes the gradients of the distances, and their sum on the device; `None` without distances.
     fn measure_distances(
         &self,
         device: &CudaDevice,
-        parts: &Parts,
+        parts: &KeptParts,
         total: &Tensor,
     ) -> Result<Option<CudaSlice<f64>>> {
         if self.distances.is_empty() {
@@ -182,11 +182,11 @@ impl Energy {
     fn measure_updates(
         &self,
         device: &CudaDevice,
-        parts: &Parts,
+        parts: &KeptParts,
         before: Option<&CudaSlice<f64>>,
         total: &Tensor,
     ) -> Result<()> {
-        for Group { dims: [rank, in_dim, out_dim], a, b, inner, outer } in self.groups(parts) {
+        for SameShape { dims: [rank, in_dim, out_dim], a, b, inner, outer } in self.groups(parts) {
             let mut list = List::new(device);
             let (a, b) = (list.operand(&a)?, list.operand(&b)?);
             let (inner, outer) = (list.operand(&inner)?, list.operand(&outer)?);
@@ -218,11 +218,11 @@ impl Energy {
     }
 
     /// The updates, grouped by shape.
-    fn groups<'a>(&'a self, parts: &'a Parts) -> impl Iterator<Item = Group<'a>> {
-        let mut groups: BTreeMap<[usize; 3], Group> = BTreeMap::new();
+    fn groups<'a>(&'a self, parts: &'a KeptParts) -> impl Iterator<Item = SameShape<'a>> {
+        let mut groups: BTreeMap<[usize; 3], SameShape> = BTreeMap::new();
         for (update, [inner, outer]) in self.updates.iter().zip(&parts.grams) {
             let dims = [update.rank(), update.a.dims()[1], update.b.dims()[0]];
-            let group = groups.entry(dims).or_insert_with(|| Group { dims, ..Group::default() });
+            let group = groups.entry(dims).or_insert_with(|| SameShape { dims, ..SameShape::default() });
             group.a.push(&update.a);
             group.b.push(&update.b);
             group.inner.push(inner);
@@ -256,7 +256,7 @@ impl Energy {
     }
 }
 
-impl Group<'_> {
+impl SameShape<'_> {
     /// The gradients of A and B: `dA = (w B^T B) A`, `dB = B (w (A A^T + diag v))`.
     fn gradients(self) -> Result<Vec<(Tensor, Tensor)>> {
         let Self { dims: [rank, in_dim, out_dim], a, b, inner, outer } = self;

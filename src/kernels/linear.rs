@@ -24,13 +24,13 @@ pub(crate) fn bias_rows(bias: &Tensor, shape: &Shape) -> Result<Tensor> {
 /// The layout of f32 matrices split into bf16 parts. The rank is padded to `padded`; if there is a bias to
 /// add, `lead` columns precede the parts of B and those of a product.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Parts {
+pub(crate) struct SplitLayout {
     pub rank: usize,
     pub padded: usize,
     pub lead: usize,
 }
 
-impl Parts {
+impl SplitLayout {
     /// Creates a layout with columns in multiples of eight, as tensor cores require.
     pub fn new(rank: usize, biased: bool) -> Self {
         Self { rank, padded: rank.next_multiple_of(8), lead: if biased { 8 } else { 0 } }

@@ -2,7 +2,7 @@
 
 mod companions;
 mod gguf;
-mod parts;
+mod prefixes;
 mod shards;
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,7 +22,7 @@ use crate::util::files;
 use companions::copy;
 pub(crate) use companions::copy_companions;
 pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
-pub(crate) use parts::Parts;
+pub(crate) use prefixes::TensorPrefixes;
 use shards::{write_shards, Entry, Failure};
 
 /// Hugging Face's default limit on the size of a shard, in bytes.
@@ -216,7 +216,7 @@ fn plan<'a>(
     failure: &'a Failure,
     pass: Pass,
 ) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (parts, mut adapted, mut kind) = (Parts::of(model)?, BTreeMap::new(), None);
+    let (prefixes, mut adapted, mut kind) = (TensorPrefixes::of(model)?, BTreeMap::new(), None);
     model.visit_linears(&mut |layer| {
         if layer.active().is_some() {
             kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
@@ -232,8 +232,8 @@ fn plan<'a>(
         );
     }
     let views = source.tensors();
-    let bare = parts.are_bare(views.iter().map(|(name, _)| name.as_str()));
-    let whole = |name: String| if bare { parts.whole(&name) } else { name };
+    let bare = prefixes.are_bare(views.iter().map(|(name, _)| name.as_str()));
+    let whole = |name: String| if bare { prefixes.whole(&name) } else { name };
     let (mut trained, mut has_head) = (BTreeMap::new(), false);
     for (name, param) in params.all() {
         // Weights that were loaded from a checkpoint without the body's prefix have no prefix either.
@@ -260,7 +260,7 @@ fn plan<'a>(
         // A trained head replaces any head of the checkpoint. Other tensors beside the body, such as an image
         // tower, are kept.
         let is_head = trained.contains_key(&name) || HEADS.iter().any(|head| name.starts_with(head));
-        if has_head && is_head && !parts.have(&name) {
+        if has_head && is_head && !prefixes.matches(&name) {
             continue;
         }
         let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();

@@ -19,13 +19,13 @@ use crate::error::{Error, Result};
 use crate::ops::{carry, Tape};
 
 /// A layer as the regulariser sees it.
-pub(super) struct Layer {
+pub(super) struct RegularizedLayer {
     pub posterior: Posterior,
     /// A and B, needed by a prior and the evidence bound, and eps with the schedule's factor.
     pub pair: Option<(LowRank, f64)>,
 }
 
-impl Layer {
+impl RegularizedLayer {
     pub fn of(adapter: &MonteCLoRA, cx: &Context) -> Self {
         let pair = Some((adapter.low_rank().clone(), adapter.eps(cx)));
         Self { posterior: adapter.posterior().clone(), pair }
@@ -51,7 +51,7 @@ pub(super) struct ExtraTerms<'a> {
 
 /// Layers that are computed in one batch.
 #[derive(Default)]
-struct Group<'a> {
+struct SameShape<'a> {
     posteriors: Vec<&'a Posterior>,
     noise: Vec<&'a LatentNoise>,
     pairs: Vec<&'a LowRank>,
@@ -70,12 +70,12 @@ pub(super) struct Sums {
 /// # Errors
 /// If a term needs A and B, or the start of training, and these are missing.
 pub(super) fn sums(
-    layers: &[Layer],
+    layers: &[RegularizedLayer],
     draws: Option<&[LatentNoise]>,
     beside: ExtraTerms,
 ) -> Result<Option<Sums>> {
     let with_pairs = beside.prior.is_some() || beside.evidence.is_some();
-    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    let mut groups: BTreeMap<String, SameShape> = BTreeMap::new();
     for (i, layer) in layers.iter().enumerate() {
         let group = groups.entry(group_key(layer, with_pairs)?).or_default();
         group.posteriors.push(&layer.posterior);
@@ -121,7 +121,7 @@ impl Sums {
 }
 
 /// The properties that layers must share to be computed in one batch, as a key.
-fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
+fn group_key(layer: &RegularizedLayer, with_pairs: bool) -> Result<String> {
     let (spec, config) = (layer.posterior.spec(), &layer.posterior.spec().config);
     let key = format!(
         "{} {} {} {} {:?} {:?} {:?} {:?} {:?}",
@@ -146,7 +146,7 @@ fn group_key(layer: &Layer, with_pairs: bool) -> Result<String> {
     }
 }
 
-impl Group<'_> {
+impl SameShape<'_> {
     /// Computes the sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N).
     /// Without noise, terms that depend on the draw are expectations.
     fn sums(&self, beside: ExtraTerms) -> Result<Sums> {

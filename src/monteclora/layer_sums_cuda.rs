@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::layer_sums::Layer;
+use super::layer_sums::RegularizedLayer;
 use super::options::{Compat, Mixture};
 use super::posterior::Posterior;
 use crate::adapter::LowRank;
 use crate::dist::Covariance;
-use crate::kernels::divergence::{divergences, Divergences, Layer as Parameters};
+use crate::kernels::divergence::{divergences, Divergences, LatentParameters};
 use crate::kernels::energy::Spread;
 use crate::ops::Tape;
 
@@ -18,7 +18,7 @@ use crate::ops::Tape;
 /// # Errors
 /// If the device fails.
 pub(super) fn means_and_total(
-    layers: &[Layer],
+    layers: &[RegularizedLayer],
     [kl, cooperative]: [f64; 2],
     tape: &Tape,
 ) -> Result<Option<([Tensor; 4], Tensor)>> {
@@ -26,7 +26,8 @@ pub(super) fn means_and_total(
     if posteriors.is_empty() || !posteriors.iter().all(|posterior| serves(posterior, posteriors[0])) {
         return Ok(None);
     }
-    let parameters: Vec<Parameters> = posteriors.iter().map(|posterior| parameters(posterior)).collect();
+    let parameters: Vec<LatentParameters> =
+        posteriors.iter().map(|posterior| parameters(posterior)).collect();
     let Divergences { means, total, slopes } = divergences(&parameters, kl, cooperative)?;
     let variables = posteriors.iter().flat_map(|p| [p.std_prior(), p.expert_weights_prior()]);
     let variables: Vec<Tensor> = variables.cloned().collect();
@@ -47,8 +48,8 @@ pub(super) fn means_and_total(
 
 /// Returns A and B of each layer, with the spread of its draws for a prior in expectation; `None` without A
 /// and B.
-pub(super) fn pairs<'a>(layers: &'a [Layer]) -> Option<Vec<(&'a LowRank, Option<Spread>)>> {
-    let of = |layer: &'a Layer| {
+pub(super) fn pairs<'a>(layers: &'a [RegularizedLayer]) -> Option<Vec<(&'a LowRank, Option<Spread>)>> {
+    let of = |layer: &'a RegularizedLayer| {
         let ((pair, eps), spec) = (layer.pair.as_ref()?, layer.posterior.spec());
         let factor = spec.in_dim as f64 * eps * eps * spec.config.degrees();
         let weighted = spec.config.mixture != Mixture::Sparse;
@@ -65,9 +66,9 @@ fn serves(posterior: &Posterior, first: &Posterior) -> bool {
     place && spec.config.compat == Compat::None && vectors.iter().all(|vector| vector.is_contiguous())
 }
 
-fn parameters(posterior: &Posterior) -> Parameters<'_> {
+fn parameters(posterior: &Posterior) -> LatentParameters<'_> {
     let config = &posterior.spec().config;
-    Parameters {
+    LatentParameters {
         rho: posterior.std_prior(),
         c: posterior.expert_weights_prior(),
         degrees: config.degrees(),

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use super::config::MonteCLoRAConfig;
 use super::evidence::EvidenceBound;
 use super::layer::MonteCLoRA;
-use super::layer_sums::{self, ExtraTerms, Layer};
+use super::layer_sums::{self, ExtraTerms, RegularizedLayer};
 #[cfg(feature = "cuda")]
 use super::layer_sums_cuda;
 use super::noise::{DrawNoise, LatentNoise};
@@ -128,7 +128,7 @@ impl Regularizer {
     ) -> Result<RegularizerTerms> {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
-            layers.extend(layer.active_as::<MonteCLoRA>().map(|adapter| Layer::of(adapter, cx)));
+            layers.extend(layer.active_as::<MonteCLoRA>().map(|adapter| RegularizedLayer::of(adapter, cx)));
             Ok(())
         })?;
         self.at(&layers, self.draws(&layers, cx)?, rows, cx.tape())
@@ -140,7 +140,7 @@ impl Regularizer {
     /// As [`Self::for_model`].
     pub fn for_layers(&self, layers: &[&MonteCLoRA], cx: impl Into<Context>) -> Result<RegularizerTerms> {
         let cx = cx.into();
-        let layers: Vec<_> = layers.iter().map(|layer| Layer::of(layer, &cx)).collect();
+        let layers: Vec<_> = layers.iter().map(|layer| RegularizedLayer::of(layer, &cx)).collect();
         self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
 
@@ -149,7 +149,7 @@ impl Regularizer {
     /// # Errors
     /// As [`Self::for_model`]; and with a prior or the evidence bound, which need layers with A and B.
     pub fn of(&self, posteriors: &[Posterior], cx: impl Into<Context>) -> Result<RegularizerTerms> {
-        let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
+        let layers: Vec<_> = posteriors.iter().map(RegularizedLayer::of_posterior).collect();
         let cx = cx.into();
         self.at(&layers, self.draws(&layers, &cx)?, self.rows, cx.tape())
     }
@@ -169,26 +169,27 @@ impl Regularizer {
             draw.latents()
         };
         let draws = posteriors.iter().zip(draws).map(latents).collect::<candle_core::Result<_>>()?;
-        let layers: Vec<_> = posteriors.iter().map(Layer::of_posterior).collect();
+        let layers: Vec<_> = posteriors.iter().map(RegularizedLayer::of_posterior).collect();
         self.at(&layers, Some(draws), self.rows, None)
     }
 
     /// Recomputes the draws of the pass; `None` in expectation.
-    fn draws(&self, layers: &[Layer], cx: &Context) -> Result<Option<Vec<LatentNoise>>> {
+    fn draws(&self, layers: &[RegularizedLayer], cx: &Context) -> Result<Option<Vec<LatentNoise>>> {
         if self.mode == KlEvaluation::Expected {
             return Ok(None);
         }
         let Some(draw) = cx.pass.posterior_draw()? else {
             return Err(Error::config("mode", "sampled needs a pass with a draw, got the mean"));
         };
-        let latents = |layer: &Layer| layer.posterior.spec().latents(layer.posterior.streams(), draw);
+        let latents =
+            |layer: &RegularizedLayer| layer.posterior.spec().latents(layer.posterior.streams(), draw);
         Ok(Some(layers.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?))
     }
 
     /// Computes the regulariser at these draws, or in expectation.
     fn at(
         &self,
-        layers: &[Layer],
+        layers: &[RegularizedLayer],
         draws: Option<Vec<LatentNoise>>,
         rows: Option<f64>,
         tape: Option<&Tape>,
@@ -245,7 +246,7 @@ impl Regularizer {
     #[cfg(feature = "cuda")]
     fn on_device(
         &self,
-        layers: &[Layer],
+        layers: &[RegularizedLayer],
         rows: Option<f64>,
         tape: &Tape,
     ) -> Result<Option<RegularizerTerms>> {

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
 
-use super::collect::{Collecting, Parts};
+use super::collect::{Collecting, Contributions};
 use super::tape::Tape;
 
 /// Runs `loss.backward()`, and then the backward steps on the tape.
@@ -33,7 +33,7 @@ fn collect_all(loss: &Tensor, mut wanted: HashSet<TensorId>, tape: Option<&Tape>
     let mut parts = collecting.end();
     for cut in tape.iter().flat_map(|tape| tape.take()) {
         let ids: Vec<TensorId> = cut.leaves.iter().map(Tensor::id).collect();
-        let mut own = Parts::new();
+        let mut own = Contributions::new();
         for (id, leaf) in ids.iter().zip(&cut.leaves) {
             let of_candle = store.remove(leaf);
             let all: Vec<Tensor> = parts.remove(id).into_iter().flatten().chain(of_candle).collect();
@@ -54,7 +54,7 @@ fn collect_all(loss: &Tensor, mut wanted: HashSet<TensorId>, tape: Option<&Tape>
 }
 
 /// Sums each tensor's parts. A round adds one pair of parts per tensor, all pairs at once.
-fn summed(mut parts: Parts) -> Result<HashMap<TensorId, Tensor>> {
+fn summed(mut parts: Contributions) -> Result<HashMap<TensorId, Tensor>> {
     loop {
         let several = parts.iter_mut().filter(|(_, parts)| parts.len() > 1);
         let (ids, pairs): (Vec<TensorId>, Vec<(Tensor, Tensor)>) =

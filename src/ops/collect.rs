@@ -10,11 +10,11 @@ use candle_core::{Tensor, TensorId};
 /// access to the caller.
 struct Collected {
     wanted: HashSet<TensorId>,
-    grads: Parts,
+    grads: Contributions,
 }
 
 /// The gradient contributions of each tensor, yet to be summed.
-pub(super) type Parts = HashMap<TensorId, Vec<Tensor>>;
+pub(super) type Contributions = HashMap<TensorId, Vec<Tensor>>;
 
 thread_local! {
     static COLLECTED: RefCell<Option<Collected>> = const { RefCell::new(None) };
@@ -39,11 +39,11 @@ pub(super) struct Collecting(Option<Collected>);
 impl Collecting {
     /// Starts collecting the gradients of `wanted` on this thread.
     pub fn begin(wanted: HashSet<TensorId>) -> Self {
-        Self(COLLECTED.replace(Some(Collected { wanted, grads: Parts::new() })))
+        Self(COLLECTED.replace(Some(Collected { wanted, grads: Contributions::new() })))
     }
 
     /// Stops collecting and returns the gradients.
-    pub fn end(self) -> Parts {
+    pub fn end(self) -> Contributions {
         COLLECTED.with_borrow_mut(Option::take).map(|collected| collected.grads).unwrap_or_default()
     }
 }

@@ -16,7 +16,7 @@ use candle_core::{DType, Result, Tensor};
 use super::dropout::DropoutPlan;
 use super::linear as base;
 use crate::kernels::gemm::{add_product, product, Mat};
-use crate::kernels::linear::{bias_rows, Parts};
+use crate::kernels::linear::{bias_rows, SplitLayout};
 use crate::kernels::supports;
 
 /// Whether the kernels take these tensors: `a` and `b` in f32, `xs` in f32 or bf16, all on CUDA
@@ -33,7 +33,7 @@ pub(super) struct Thin {
     a: Tensor,
     b: Tensor,
     rank: usize,
-    parts: Option<Parts>,
+    parts: Option<SplitLayout>,
     scale: f64,
     /// The dropout on the input of the low-rank part, recomputed in backward.
     dropout: Option<DropoutPlan>,
@@ -53,7 +53,7 @@ impl Thin {
         let (rank, shape) = (a.dim(0)?, base::with_last(xs, b.dim(0)?));
         let (x, a, b) = (base::rows(xs)?, a.contiguous()?, b.contiguous()?);
         let bias = frozen.and_then(|(_, bias)| bias);
-        let parts = (x.dtype() == DType::BF16).then(|| Parts::new(rank, bias.is_some()));
+        let parts = (x.dtype() == DType::BF16).then(|| SplitLayout::new(rank, bias.is_some()));
         let [a, b] = match parts {
             Some(parts) => {
                 let bias = bias.map(|bias| bias.to_dtype(DType::BF16)?.contiguous()).transpose()?;
@@ -100,7 +100,7 @@ impl Thin {
             Some(parts) => (parts.whole(), parts.halves()),
             None => (0..self.rank, 0..self.rank),
         };
-        let unled = self.parts.map(Parts::unled);
+        let unled = self.parts.map(SplitLayout::unled);
         let thirds = product(self.scale, &Mat::new(&dy)?, &Mat::new(&self.b)?.columns(whole), DType::F32)?;
         let u = unled.map_or(Ok(thirds.clone()), |parts| parts.product(&thirds))?;
         let dx = needs[0].then(|| {

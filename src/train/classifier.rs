@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::inject;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
-use crate::models::save::{copy_companions, Parts};
+use crate::models::save::{copy_companions, TensorPrefixes};
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
@@ -259,13 +259,13 @@ impl Classifier {
 
     fn save_model(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let (weights, parts) = (self.params.all(), Parts::of(self.model.as_ref())?);
+        let (weights, prefixes) = (self.params.all(), TensorPrefixes::of(self.model.as_ref())?);
         let base = weights.iter().filter(|(_, param)| param.role == Role::Base);
         // A checkpoint of the bare body is trained under its own names; with a head, Hugging Face expects the
         // body's prefix.
-        let bare = parts.are_bare(base.map(|(name, _)| name.as_str()));
+        let bare = prefixes.are_bare(base.map(|(name, _)| name.as_str()));
         let name = |(name, param): &(String, Param)| match param.role {
-            Role::Base if bare => parts.whole(name),
+            Role::Base if bare => prefixes.whole(name),
             _ => name.clone(),
         };
         // Weights last: a folder that has them is complete.

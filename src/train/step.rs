@@ -12,7 +12,7 @@ use crate::ops::{self, Tape};
 use crate::optim::{clip_grad_norm, Gradients, Optimizer};
 
 /// The sums of one step over its micro-batches.
-pub(super) struct Group {
+pub(super) struct StepGradients {
     pub grads: Gradients,
     pub loss: f64,
     pub terms: BTreeMap<&'static str, f64>,
@@ -34,9 +34,9 @@ pub(super) fn group_gradients(
     group: &[Vec<usize>],
     (step, first_draw): (usize, u64),
     takes: &dyn Fn(usize) -> bool,
-) -> Result<Group> {
+) -> Result<StepGradients> {
     let whole: f64 = group.iter().map(|rows| objective.weight(rows)).sum();
-    let mut sums = Group { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
+    let mut sums = StepGradients { grads: Gradients::new(), loss: 0.0, terms: Default::default() };
     for (i, rows) in group.iter().enumerate().filter(|(i, _)| takes(*i)) {
         let draw = if config.shared_draw { first_draw } else { first_draw + i as u64 };
         let share = objective.weight(rows) / whole;

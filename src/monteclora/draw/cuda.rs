@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::adapter::Context;
 use crate::dist::wishart::check_draw;
 use crate::dist::{Covariance, Estimator};
-use crate::kernels::draws::{self, Draws, Layer};
+use crate::kernels::draws::{self, DrawnLayer, Draws};
 use crate::monteclora::group::{DrawRequest, GroupMember};
 use crate::monteclora::noise::DrawSpec;
 use crate::monteclora::options::{Compat, Mixture};
@@ -92,7 +92,7 @@ fn cut<'a>(
     })
 }
 
-fn layer<'a>(asked: &DrawRequest<'a>, draw: u64) -> Result<Layer<'a>> {
+fn layer<'a>(asked: &DrawRequest<'a>, draw: u64) -> Result<DrawnLayer<'a>> {
     let DrawRequest { posterior, mean, eps } = *asked;
     let config = &posterior.spec().config;
     let degrees = config.degrees();
@@ -100,7 +100,7 @@ fn layer<'a>(asked: &DrawRequest<'a>, draw: u64) -> Result<Layer<'a>> {
     let rho = posterior.std_prior();
     let c = (config.mixture != Mixture::Sparse).then(|| posterior.expert_weights_prior());
     let diagonal = config.covariance == Covariance::Diagonal;
-    Ok(Layer { mean, rho, c, keys: posterior.streams().keys(), degrees, eps, diagonal })
+    Ok(DrawnLayer { mean, rho, c, keys: posterior.streams().keys(), degrees, eps, diagonal })
 }
 
 fn parameters<'a>(asked: &DrawRequest<'a>) -> [&'a Tensor; 3] {

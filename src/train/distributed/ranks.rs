@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::optim::Gradients;
 use crate::train::checkpoint::State;
 use crate::train::settings::{fingerprint, Settings};
-use crate::train::step::Group;
+use crate::train::step::StepGradients;
 
 /// The processes of a run.
 #[derive(Debug)]
@@ -160,7 +160,12 @@ impl<'a> Ranks<'a> {
     /// # Errors
     /// The error of the first process that has one, on all processes. Errors that end the run take
     /// precedence.
-    pub fn sum(&mut self, params: &Params, outcome: Result<Group>, stop: bool) -> Result<(Group, bool)> {
+    pub fn sum(
+        &mut self,
+        params: &Params,
+        outcome: Result<StepGradients>,
+        stop: bool,
+    ) -> Result<(StepGradients, bool)> {
         if !self.are_several() {
             return Ok((outcome?, stop));
         }
@@ -205,7 +210,7 @@ impl<'a> Ranks<'a> {
         let terms = names.iter().zip(&scalars[1..stop_at]);
         let own = |name: &String| self.own_terms.iter().copied().find(|own| own == name);
         let terms: BTreeMap<_, _> = terms.filter_map(|(name, value)| Some((own(name)?, *value))).collect();
-        Ok((Group { grads, loss: scalars[0], terms }, scalars[stop_at] > 0.0))
+        Ok((StepGradients { grads, loss: scalars[0], terms }, scalars[stop_at] > 0.0))
     }
 
     /// Waits until all processes have reached the end of the run without an error.
@@ -216,13 +221,13 @@ impl<'a> Ranks<'a> {
         if !self.are_several() {
             return Ok(());
         }
-        let nothing = Group { grads: Gradients::new(), loss: 0.0, terms: BTreeMap::new() };
+        let nothing = StepGradients { grads: Gradients::new(), loss: 0.0, terms: BTreeMap::new() };
         let outcome = self.held().map(|()| nothing);
         self.sum(params, outcome, false).map(drop)
     }
 
     /// Broadcasts the names of the loss's terms once from rank 0, which has a micro-batch of every step.
-    fn agree_on_terms(&mut self, outcome: Result<Group>) -> Result<Result<Group>> {
+    fn agree_on_terms(&mut self, outcome: Result<StepGradients>) -> Result<Result<StepGradients>> {
         if let Ok(group) = &outcome {
             if self.own_terms.is_empty() {
                 self.own_terms = group.terms.keys().copied().collect();

@@ -5,29 +5,29 @@ use crate::error::Result;
 
 /// The prefixes of a model's tensor names, each with its dot. The first is the body's, since a model's first
 /// layer belongs to its body; the others are those of the parts that a family has beside the body.
-pub(crate) struct Parts(Vec<String>);
+pub(crate) struct TensorPrefixes(Vec<String>);
 
-impl Parts {
+impl TensorPrefixes {
     /// The prefixes of a model.
     pub fn of(model: &dyn AdaptableModel) -> Result<Self> {
-        let mut parts = Vec::new();
+        let mut prefixes = Vec::new();
         model.visit_linears(&mut |layer| {
-            let part =
+            let prefix =
                 layer.path().split_once('.').map_or_else(String::new, |(first, _)| format!("{first}."));
-            if !parts.contains(&part) {
-                parts.push(part);
+            if !prefixes.contains(&prefix) {
+                prefixes.push(prefix);
             }
             Ok(())
         })?;
-        if parts.is_empty() {
-            parts.push(String::new());
+        if prefixes.is_empty() {
+            prefixes.push(String::new());
         }
-        Ok(Self(parts))
+        Ok(Self(prefixes))
     }
 
     /// Whether a tensor name has one of the prefixes.
-    pub fn have(&self, name: &str) -> bool {
-        self.0.iter().any(|part| name.starts_with(part))
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.iter().any(|prefix| name.starts_with(prefix))
     }
 
     /// Whether these names belong to a checkpoint of the body alone, which lacks the body's prefix.
@@ -37,7 +37,7 @@ impl Parts {
 
     /// The name in the whole model of a tensor from a checkpoint of the body alone.
     pub fn whole(&self, name: &str) -> String {
-        if self.have(name) {
+        if self.matches(name) {
             name.to_string()
         } else {
             format!("{}{name}", self.0[0])
