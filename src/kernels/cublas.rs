@@ -1,7 +1,8 @@
-//! Arguments of cuBLAS calls: sizes, dtypes, transposes and compute types.
+//! Arguments of cuBLAS calls: sizes, dtypes, transposes, compute types and the math mode.
+#![allow(unsafe_code)] // cuBLAS trusts its handle
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
-use candle_core::cuda_backend::gemm_reduced_precision_f32;
+use candle_core::cuda_backend::{gemm_reduced_precision_f32, WrapErr};
 use candle_core::{bail, DType, Result};
 
 /// A size as a cuBLAS argument.
@@ -33,6 +34,20 @@ pub(super) fn operation(transposed: bool) -> sys::cublasOperation_t {
         false => sys::cublasOperation_t::CUBLAS_OP_N,
         true => sys::cublasOperation_t::CUBLAS_OP_T,
     }
+}
+
+/// Makes cuBLAS add the partial sums of several processors in f32 even if the result is bf16; by default it may
+/// round them before. The mode stays set: it only makes candle's own products more precise.
+///
+/// # Safety
+/// `blas` must be a valid handle.
+///
+/// # Errors
+/// If cuBLAS fails.
+pub(super) unsafe fn sum_in_f32(blas: sys::cublasHandle_t) -> Result<()> {
+    let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle is valid.
+    unsafe { sys::cublasSetMathMode(blas, mode) }.result().w()
 }
 
 /// The compute type of products of factors of `dtype`: single precision, or TF32 for f32 where it is allowed

@@ -8,12 +8,8 @@ use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{bail, DType, Result, Shape, Tensor};
 
-use super::cublas::{compute_type, data_type, operation, size};
+use super::cublas::{compute_type, data_type, operation, size, sum_in_f32};
 use super::launch::{address, device_of, empty};
-
-/// Adds partial sums of several processors in f32 even if the result is bf16; by default they may
-/// be rounded before.
-const SUMS_IN_F32: sys::cublasMath_t = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
 
 /// A matrix to read: some rows and columns of a contiguous tensor, or their transpose.
 #[derive(Clone)]
@@ -111,11 +107,10 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
     device.cuda_stream().context().bind_to_thread().w()?;
     // SAFETY: `place` has checked that rows and columns lie in their tensors, and `fits` that the
     // sizes match; alpha and beta outlive the call. cuBLAS is column-major and sees a row-major
-    // matrix as its transpose, so the factors are exchanged. The math mode is set back to the
-    // default, which candle relies on.
+    // matrix as its transpose, so the factors are exchanged.
     unsafe {
-        sys::cublasSetMathMode(blas, SUMS_IN_F32).result().w()?;
-        let done = result::gemm_ex(
+        sum_in_f32(blas)?;
+        result::gemm_ex(
             blas,
             operation(rhs.transposed),
             operation(lhs.transposed),
@@ -133,12 +128,9 @@ fn gemm(ys: &Tensor, beta: f32, alpha: f64, lhs: &Mat, rhs: &Mat) -> Result<()> 
             to as *mut _,
             output,
             n,
-            // bf16 is always computed in single precision, as `product` documents. Candle has no such
-            // products, so its switch for bf16 products, which `products` follows, does not apply here.
             compute_type(dtype),
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        );
-        sys::cublasSetMathMode(blas, sys::cublasMath_t::CUBLAS_DEFAULT_MATH).result().w()?;
-        done.w()
+        )
+        .w()
     }
 }

@@ -7,10 +7,10 @@ use std::borrow::Borrow;
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
-use candle_core::cuda_backend::{gemm_reduced_precision_bf16, CudaDevice, WrapErr};
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::cublas::{compute_type, data_type, operation, size};
+use super::cublas::{compute_type, data_type, operation, size, sum_in_f32};
 use super::launch::{address, alloc_uninit, count, launch, one_each};
 
 /// The `MAX_LATTICES` of the kernel.
@@ -202,6 +202,7 @@ impl Products<'_> {
         let at = |(_, first): (Operand, usize)| (table + 8 * first as u64) as *const *const std::ffi::c_void;
         let (alpha, blas) = (1f32, self.device.cublas_handle());
         let status = unsafe {
+            sum_in_f32(*blas.handle())?;
             sys::cublasGemmBatchedEx(
                 *blas.handle(),
                 operation(a.0.transposed),
@@ -221,21 +222,10 @@ impl Products<'_> {
                 data_type(c.0.dtype)?,
                 size(c.0.row)?,
                 size(len)?,
-                candles_compute_type(a.0.dtype),
+                compute_type(a.0.dtype),
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
             )
         };
         status.result().w()
-    }
-}
-
-/// The compute type of candle's own products of this dtype. The products here replace candle's, and follow
-/// its switch for bf16 as well; those of `gemm`, which candle lacks, do not.
-fn candles_compute_type(dtype: DType) -> sys::cublasComputeType_t {
-    match dtype {
-        DType::BF16 if gemm_reduced_precision_bf16() => {
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF
-        }
-        other => compute_type(other),
     }
 }

@@ -126,7 +126,8 @@ pub enum Criterion {
         /// The quantity that the ratio compares.
         of: Variation,
     },
-    /// A score, at one learning rate or at all, is at most `by` worse in the mean over tasks.
+    /// A score, at one learning rate or at all, is at most `by` worse in the mean over tasks: with its whole
+    /// 95 % interval, and undecided if only the estimate is.
     NotWorse {
         /// The arm.
         arm: String,

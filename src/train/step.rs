@@ -45,6 +45,10 @@ pub(super) fn group_gradients(
         let cx = Context::from(pass).with_tape(&tape);
         optimizer.before_loss(draw)?;
         let loss = objective.loss(rows, &cx)?;
+        let factor = if group.len() == 1 { config.loss_scale } else { share * config.loss_scale };
+        let total = if factor == 1.0 { loss.total.clone() } else { (&loss.total * factor)? };
+        let gradients = sums.grads.backward(params, &total, &tape)?;
+        // Only now: the host waits here for a device, which would otherwise be idle before the backward pass.
         let values = to_host(&loss)?;
         let names = loss.terms.iter().map(|(name, _)| *name).chain(["loss"]);
         for (name, &value) in names.zip(&values) {
@@ -66,9 +70,6 @@ pub(super) fn group_gradients(
                 name => *sums.terms.entry(name).or_default() += share * value,
             }
         }
-        let factor = if group.len() == 1 { config.loss_scale } else { share * config.loss_scale };
-        let total = if factor == 1.0 { loss.total } else { (loss.total * factor)? };
-        let gradients = sums.grads.backward(params, &total, &tape)?;
         optimizer.after_backward(&gradients)?;
     }
     sums.grads.scale(1.0 / config.loss_scale);

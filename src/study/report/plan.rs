@@ -7,6 +7,7 @@ use super::super::cell::{CellKey, CellResult, Status};
 use super::super::paired::PairedRows;
 use super::super::plan::{arm, Criterion, Plan, Variation};
 use super::super::rows::CellRows;
+use super::super::stats::TwoLevel;
 use super::arm::{number, Arm};
 use super::families::{self, chance, Test, EXPLAINED};
 use super::sensitivity;
@@ -79,10 +80,9 @@ pub(super) fn section(
                         ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string()))
                     }
                     Some(found) => {
-                        let worse = if score.lower_is_better() { found.estimate } else { -found.estimate };
                         let text =
                             format!("{:+.4} ({:+.4} to {:+.4})", found.estimate, found.low, found.high);
-                        (text, decided(worse <= *by, "it is worse by more"))
+                        (text, not_worse(&found, *by, score.lower_is_better()))
                     }
                 };
                 (found, ended.or(&planned, &[arms], verdict))
@@ -117,6 +117,20 @@ fn decided(holds: bool, otherwise: &str) -> Verdict {
         Verdict::Met
     } else {
         Verdict::NotMet(otherwise.to_string())
+    }
+}
+
+/// Whether the whole interval of a difference is at most `by` worse. If only the estimate is, chance alone
+/// may have kept it there.
+fn not_worse(found: &TwoLevel, by: f64, lower_is_better: bool) -> Verdict {
+    let (estimate, end) =
+        if lower_is_better { (found.estimate, found.high) } else { (-found.estimate, -found.low) };
+    if end <= by {
+        Verdict::Met
+    } else if estimate <= by {
+        Verdict::Undecided("the interval reaches further".to_string())
+    } else {
+        Verdict::NotMet("it is worse by more".to_string())
     }
 }
 
@@ -218,6 +232,33 @@ fn words(criterion: &Criterion) -> String {
         Criterion::NotWorse { arm, against, score, lr, by } => {
             let at = lr.map(|lr| format!(" at {lr}")).unwrap_or_default();
             format!("{score}{at}, {arm} at most {by} worse than {against}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn not_worse_is_met_by_a_whole_interval_only() {
+        let found = |estimate: f64| TwoLevel {
+            estimate,
+            error: 0.01,
+            df: 10.0,
+            low: estimate - 0.02,
+            high: estimate + 0.02,
+            p: 0.5,
+        };
+        for (estimate, lower_is_better, verdict) in [
+            (-0.01, true, "met"),
+            (0.0, true, "undecided: the interval reaches further"),
+            (0.02, true, "not met: it is worse by more"),
+            (0.01, false, "met"),
+            (0.0, false, "undecided: the interval reaches further"),
+            (-0.02, false, "not met: it is worse by more"),
+        ] {
+            assert_eq!(not_worse(&found(estimate), 0.015, lower_is_better).text(), verdict, "{estimate}");
         }
     }
 }

@@ -74,6 +74,8 @@ impl Nccl {
             return Err(Error::Distributed { rank: 0, reason: "it sent no valid NCCL identifier".into() });
         };
         let id = Id::uninit(id.map(|byte| byte as std::ffi::c_char));
+        // NCCL takes the GPU that is current on this thread, which may not be the one that made the device.
+        device.cuda_stream().context().bind_to_thread().map_err(|e| failed(rank, &e))?;
         let comm = Comm::from_rank(device.cuda_stream(), rank, world, id).map_err(|e| failed(rank, &e))?;
         Ok(Self { comm, device: device.clone(), host, patience: Self::PATIENCE })
     }
@@ -89,7 +91,8 @@ impl Nccl {
     fn wait(&self) -> Result<()> {
         let done = self.comm.stream().record_event(None).map_err(|e| failed(self.rank(), &e))?;
         let start = Instant::now();
-        while !done.is_complete() {
+        // `is_complete` would take an error of the device for "not yet".
+        while !done.try_is_complete().map_err(|e| failed(self.rank(), &e))? {
             if start.elapsed() > self.patience {
                 let (rank, waited) = (self.rank(), self.patience.as_secs_f64());
                 let what = "s for the other processes: one of them has ended or hangs";
