@@ -51,7 +51,7 @@ pub mod train;
 pub use adapter::{
     linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, BaseLinear,
     Context, DrawCache, Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe,
-    QuantizedLinear, Role, ScalerFactors,
+    Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use labels::Labels;

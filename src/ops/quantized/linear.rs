@@ -49,7 +49,7 @@ pub fn quantized_linear(
 ///
 /// # Errors
 /// As [`quantized_linear`].
-pub(crate) fn quantized_linear_by_blocks(
+pub(super) fn quantized_linear_by_blocks(
     xs: &Tensor,
     weight: &QuantizedWeight,
     bias: Option<&Tensor>,

@@ -1,5 +1,5 @@
-//! A model's weight matrix, dense or quantised (and then frozen): the table of token embeddings,
-//! or the output head.
+//! A model's weight matrix, dense or quantised (and then frozen): that of a linear layer, the table of token
+//! embeddings, or the output head.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -45,6 +45,14 @@ impl Weight {
         }
     }
 
+    /// The storage format: the dtype, such as `bf16`, or the kind of the blocks, such as `q4k`.
+    pub fn kind(&self) -> String {
+        match self {
+            Self::Dense(tensor) => tensor.dtype().as_str().to_string(),
+            Self::Quantized(weight) => weight.kind(),
+        }
+    }
+
     /// The size in memory, in bytes.
     pub fn bytes(&self) -> usize {
         match self {
@@ -69,6 +77,14 @@ impl Weight {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),
             Self::Quantized(weight) => weight.dequantize(),
+        }
+    }
+
+    /// The weight without a gradient.
+    pub(crate) fn detach(&self) -> Self {
+        match self {
+            Self::Dense(tensor) => Self::Dense(tensor.detach()),
+            Self::Quantized(weight) => Self::Quantized(weight.clone()),
         }
     }
 
@@ -106,7 +122,6 @@ impl Weight {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn linear_by_blocks(
         &self,
         xs: &Tensor,
