@@ -4,7 +4,7 @@
 use candle_core::DType;
 use candle_core::{bail, Result, Tensor, D};
 
-use super::attention_fused as fused;
+use super::attention_fused::{FusedAttention, HostMask};
 use super::attention_mask::{visible, Mask, Scores, Shape};
 use super::attention_softmax::Softmax;
 use super::custom_vjp::custom_vjp;
@@ -83,7 +83,7 @@ pub fn attention(
     match path.on(&[q, k, v]) {
         OpPath::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
         OpPath::Fused => {
-            let core = fused::Core { shape, scores, mask: fused::HostMask::new(mask)?, keep: keep() };
+            let core = FusedAttention { shape, scores, mask: HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -109,7 +109,7 @@ pub fn attention(
             let kind = (&probabilities, wide(q.dtype()), device);
             let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
             let softmax = Softmax { visible, dropout: dropout.map(plan).transpose()? };
-            let core = Composed { shape, scores, softmax };
+            let core = ComposedAttention { shape, scores, softmax };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -149,13 +149,13 @@ fn on_device(
 }
 
 /// The core in tensor operations; the query heads of a group are stacked into the rows of one matrix.
-struct Composed {
+struct ComposedAttention {
     shape: Shape,
     scores: Scores,
     softmax: Softmax,
 }
 
-impl Composed {
+impl ComposedAttention {
     /// (b, t, kv_heads * group * dim) as (b, kv_heads, group * t, dim).
     fn split(&self, x: &Tensor, t: usize, group: usize) -> Result<Tensor> {
         let &Shape { b, kv_heads, dim, .. } = &self.shape;
