@@ -12,7 +12,7 @@ use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
 #[cfg(feature = "cuda")]
 use super::dropout_mask::{scale as dropout_scale, threshold};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 #[cfg(feature = "cuda")]
 use crate::kernels::attention as kernels;
@@ -81,8 +81,8 @@ pub fn attention(
         || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match path.on(&[q, k, v]) {
-        OpPath::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
-        OpPath::Fused => {
+        Implementation::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
+        Implementation::Slices => {
             let core = FusedAttention { shape, scores, mask: HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
@@ -91,11 +91,8 @@ pub fn attention(
             })
         }
         #[cfg(feature = "cuda")]
-        OpPath::Composed
-            if path.has_kernels()
-                && mask.window.is_none()
-                && scores.cap.is_none()
-                && kernels::supports([q, k, v], shape.dim) =>
+        Implementation::Kernels
+            if mask.window.is_none() && scores.cap.is_none() && kernels::supports([q, k, v], shape.dim) =>
         {
             let core = on_device(&shape, scores.scale, mask, dropout)?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
@@ -103,11 +100,11 @@ pub fn attention(
                 core.backward(call.args.each_ref(), &call.grad, &log_sums)
             })
         }
-        OpPath::Composed => {
+        how => {
             let device = q.device();
             let visible = visible(&shape, mask, device)?;
             let kind = (&probabilities, wide(q.dtype()), device);
-            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, how);
             let softmax = Softmax { visible, dropout: dropout.map(plan).transpose()? };
             let core = ComposedAttention { shape, scores, softmax };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;

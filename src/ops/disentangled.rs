@@ -9,7 +9,7 @@ use super::disentangled_fused::FusedDisentangled;
 use super::disentangled_shape::{spread, Positioned};
 use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 use crate::noise::Stream;
 use crate::util::dtype::wide;
@@ -64,21 +64,21 @@ pub fn disentangled_attention(
         || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match path.on(&[q, k, v]) {
-        OpPath::Reference => {
+        Implementation::Reference => {
             let visible = visible(&shape.content, &mask, q.device())?;
             let index = shape.index(rows, q)?;
             reference::disentangled_attention([q, k, v], &shape, &index, scale, visible, keep().as_ref())
         }
-        OpPath::Fused => {
+        Implementation::Slices => {
             let core = FusedDisentangled::new(shape, rows, scale as f32, padding, keep())?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("disentangled attention", [q, k, v], y, move |call| {
                 core.backward(call.args.each_ref(), &call.result, &call.grad, &log_sums)
             })
         }
-        OpPath::Composed => {
+        how => {
             let kind = (&probabilities, wide(q.dtype()), q.device());
-            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, how);
             let core = ComposedDisentangled {
                 index: shape.index(rows, q)?,
                 softmax: Softmax {

@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::linear as quantized;
 use super::quantized_weight::QuantizedWeight;
 use crate::ops::host::{dense, Host};
-use crate::ops::{embedding, linear, OpPath};
+use crate::ops::path::{Implementation, OpPath};
+use crate::ops::{embedding, linear};
 
 /// A weight matrix, dense or quantised.
 #[derive(Debug, Clone)]
@@ -134,11 +135,11 @@ impl Weight {
         }
     }
 
-    /// The path of an operation on `xs` and this weight.
-    pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
+    /// The implementation of an operation on `xs` and this weight.
+    pub(in crate::ops) fn implementation(&self, path: OpPath, xs: &Tensor) -> Implementation {
         match self {
-            Self::Dense(tensor) => wanted.on(&[xs, tensor]),
-            Self::Quantized(_) => wanted.on(&[xs]),
+            Self::Dense(tensor) => path.on(&[xs, tensor]),
+            Self::Quantized(_) => path.on(&[xs]),
         }
     }
 
@@ -156,10 +157,10 @@ impl Weight {
     }
 
     /// `x W^T` of a detached x.
-    pub(in crate::ops) fn forward(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn forward(&self, how: Implementation, xs: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => linear::forward(path, xs, tensor, None),
-            Self::Quantized(weight) => quantized::forward(path, xs, weight, None),
+            Self::Dense(tensor) => linear::forward(how, xs, tensor, None),
+            Self::Quantized(weight) => quantized::forward(how, xs, weight, None),
         }
     }
 
@@ -173,10 +174,10 @@ impl Weight {
     }
 
     /// `dX = dY W`.
-    pub(in crate::ops) fn input_gradient(&self, path: OpPath, grad: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn input_gradient(&self, how: Implementation, grad: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => linear::input_gradient(path, grad, tensor),
-            Self::Quantized(weight) => quantized::input_gradient(path, grad, weight),
+            Self::Dense(tensor) => linear::input_gradient(how, grad, tensor),
+            Self::Quantized(weight) => quantized::input_gradient(how, grad, weight),
         }
     }
 }
