@@ -31,7 +31,7 @@ use common::processes::{self, Processes};
 use common::tasks::BenchmarkOptions;
 use common::Outcome;
 use monteclora::data::encode::{Encoded, TextEncoder};
-use monteclora::data::split::{self, Draw};
+use monteclora::data::split::{self, Subset};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
@@ -418,7 +418,7 @@ impl Data<'_> {
         let train = encoder.encode(&splits.train)?;
         let dev = encoder.encode(dev)?;
         let limit = args.limit_dev.unwrap_or(dev.len());
-        let measured = split::stratified(&split::strata(&dev), limit, Noise::new(0), Draw::Measured);
+        let measured = split::stratified(&split::strata(&dev), limit, Noise::new(0), Subset::Measured);
         Ok(Rows { task, train, dev: split::at(&dev, &measured) })
     }
 

@@ -6,7 +6,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_debug_implementations)]
 
-// Layer 0: independent of the method.
+// Floor 0: independent of the method.
 pub mod error;
 mod kernels;
 pub mod labels;
@@ -17,22 +17,22 @@ pub mod special;
 mod testing;
 pub mod util;
 
-// Layer 1: probability distributions.
+// Floor 1: probability distributions.
 pub mod dist;
 
-// Layer 2: the adapter interface and the methods.
+// Floor 2: the adapter interface and the methods.
 pub mod adapter;
 pub mod adapters;
 mod monteclora;
 pub mod optim;
 
-// Layer 3: adapters in models and on disk.
+// Floor 3: adapters in models and on disk.
 pub mod inject;
 #[cfg(feature = "models")]
 pub mod models;
 pub mod peft;
 
-// Layer 4: data, training and evaluation.
+// Floor 4: data, training and evaluation.
 #[cfg(feature = "train")]
 pub mod bayes;
 #[cfg(feature = "train")]
@@ -51,7 +51,7 @@ pub mod train;
 pub use adapter::{
     linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, AdaptedLinear, Adapter, BaseLinear,
     Context, DrawCache, Init, LowRank, MeanView, Param, Params, Pass, Prior, PriorForm, PriorStart, Probe,
-    QuantizedLinear, Role, ScalerFactors,
+    Role, ScalerFactors,
 };
 pub use error::{Error, Result};
 pub use labels::Labels;

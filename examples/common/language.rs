@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
-use monteclora::data::split::{self, Draw};
+use monteclora::data::split::{self, Subset};
 use monteclora::eval::Benchmark;
 use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::generate::{GenerateConfig, Sampling};
@@ -210,7 +210,7 @@ impl LanguageOptions {
             let right = |row: &Prompted| row.choices.as_ref().map_or(0, |choices| choices.correct as u32);
             let strata: Vec<u32> = rows.iter().map(right).collect();
             let count = limit.unwrap_or(rows.len());
-            let rows = split::at(&rows, &split::stratified(&strata, count, Noise::new(0), Draw::Measured));
+            let rows = split::at(&rows, &split::stratified(&strata, count, Noise::new(0), Subset::Measured));
             let benchmark = self.benchmark.named(benchmark)?;
             let sampling = match &benchmark {
                 Benchmark::Code { samples, .. } if *samples > 1 => {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use monteclora::data::split::{at, stratified, Draw};
+use monteclora::data::split::{at, stratified, Subset};
 use monteclora::data::table::{Columns, DataSet, ProblemType, Target};
 use monteclora::data::task::{Label, Splits, Task};
 use monteclora::metrics::Metrics;
@@ -118,7 +118,7 @@ impl Goal {
             // Stratified, because the first rows of a sorted file have one class.
             let strata =
                 data.train.iter().map(|row| if let Label::Class(class) = row.label { class } else { 0 });
-            let kept = stratified(&strata.collect::<Vec<_>>(), limit, noise, Draw::Training);
+            let kept = stratified(&strata.collect::<Vec<_>>(), limit, noise, Subset::Training);
             data.train = at(&data.train, &kept);
         }
         let labels = Labels::from(&data.target);

@@ -155,9 +155,8 @@ impl AdaptableLinear {
         if self.active.is_none() {
             return Ok(None);
         }
-        let base = self.base.require_dense("merging")?;
-        let weight = self.merged_weight(base.weight(), pass)?;
-        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
+        let weight = self.merged_weight(self.base.require_dense("merging")?, pass)?;
+        Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
     }
 
     /// [`Self::merged_layer`] as a dense layer even if the base is quantised. The base's quantisation error
@@ -169,9 +168,8 @@ impl AdaptableLinear {
         if self.merged.is_some() || self.base.dense().is_some() || self.active.is_none() {
             return self.merged_layer();
         }
-        let base = self.base.dequantize()?;
-        let weight = self.merged_weight(base.weight(), &Pass::Mean)?;
-        Ok(weight.map(|weight| Linear::new(weight, base.bias().cloned())))
+        let weight = self.merged_weight(&self.base.weight().dequantize()?, &Pass::Mean)?;
+        Ok(weight.map(|weight| Linear::new(weight, self.base.bias().cloned())))
     }
 
     /// Adds the active adapter's change in this pass to `weight`, in its dtype and on its device. `weight` is
@@ -189,7 +187,7 @@ impl AdaptableLinear {
         let key = format!("{}.weight", self.path);
         // A weight from a checkpoint is on the host, whatever device the adapter is on.
         let there = weight.to_device(self.base.device())?;
-        let base = Linear::new(there, self.base.bias().cloned()).into();
+        let base = BaseLinear::new(there, self.base.bias().cloned());
         let Some(delta) = adapter.delta(&base, &pass.into())? else {
             let reason =
                 format!("adapter {name:?} cannot be merged: its effect is not a change of the weight");
@@ -212,15 +210,15 @@ impl AdaptableLinear {
     /// The tensors that the output depends on: those of the base and of the active adapter.
     pub fn parameters(&self) -> Vec<Tensor> {
         let adapter = self.active().map(|(_, adapter)| adapter.parameters()).unwrap_or_default();
-        let weight = self.base.dense().map(Linear::weight);
-        let base = [weight, self.base.bias()].into_iter().flatten().cloned();
+        let base = [self.base.dense(), self.base.bias()].into_iter().flatten().cloned();
         base.chain(adapter.into_iter().map(|(_, tensor)| tensor)).collect()
     }
 
-    /// Returns the base as a plain linear layer if the layer computes just that in every pass: no adapter is
-    /// active, no probe checks the outputs, and the base is dense. Otherwise `None`.
-    pub fn as_linear(&self, cx: &Context) -> Option<&Linear> {
-        self.base.dense().filter(|_| self.active.is_none() && cx.probe.is_none())
+    /// Returns the weight and the bias of a dense base if the layer computes just this base in every pass: no
+    /// adapter is active, and no probe checks the outputs. Otherwise `None`.
+    pub fn as_linear(&self, cx: &Context) -> Option<(&Tensor, Option<&Tensor>)> {
+        let weight = self.base.dense().filter(|_| self.active.is_none() && cx.probe.is_none())?;
+        Some((weight, self.base.bias()))
     }
 
     /// The active adapter with its name.

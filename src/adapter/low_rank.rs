@@ -118,12 +118,12 @@ impl LowRank {
         a: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let BaseLinear::Dense(base) = base else {
+        let Some(weight) = base.dense() else {
             let dropped = self.dropped(xs, cx)?;
             let xs_low = dropped.as_ref().unwrap_or(xs);
             return ops::add_low_rank(&base.forward_in(xs, cx)?, xs_low, a, &self.b, self.scale, cx.path);
         };
-        let (weight, bias, b) = (base.weight(), base.bias(), &self.b);
+        let (bias, b) = (base.bias(), &self.b);
         match cx.pass.dropout_draw().filter(|_| self.dropout > 0.0) {
             None => ops::adapted_linear(xs, weight, bias, a, b, self.scale, cx.path),
             Some(draw) => {

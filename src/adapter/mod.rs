@@ -25,7 +25,7 @@ mod probe;
 mod standalone;
 mod walk;
 
-pub use base::{BaseLinear, QuantizedLinear};
+pub use base::BaseLinear;
 pub use context::{Context, DrawCache, ScalerFactors};
 pub use embedding::AdaptableEmbedding;
 pub use interface::Adapter;

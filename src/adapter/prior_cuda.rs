@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::low_rank::LowRank;
 use super::prior::{started, Prior, PriorForm, PriorStart};
 use crate::error::Result;
-use crate::kernels::energy::{energy, Distance, Spread, Update};
+use crate::kernels::energy::{energy, Distance, LowRankUpdate, Spread};
 use crate::kernels::multi_tensor::supports;
 use crate::ops::Tape;
 
@@ -39,7 +39,7 @@ impl Prior {
                 PriorForm::Update { std } | PriorForm::ExpectedUpdate { std } => {
                     let spread = spread.filter(|_| matches!(self.form, PriorForm::ExpectedUpdate { .. }));
                     let weight = pair.scale().powi(2) * precision(std);
-                    updates.push(Update { a: pair.a().clone(), b: pair.b().clone(), weight, spread });
+                    updates.push(LowRankUpdate { a: pair.a().clone(), b: pair.b().clone(), weight, spread });
                 }
             }
         }
@@ -62,9 +62,9 @@ impl Prior {
 }
 
 /// Whether the kernels support all tensors, and these are on one device.
-fn serve(distances: &[Distance], updates: &[Update]) -> bool {
+fn serve(distances: &[Distance], updates: &[LowRankUpdate]) -> bool {
     let distances = distances.iter().flat_map(|Distance { at, from, .. }| [Some(at), from.as_ref()]);
-    let updates = updates.iter().flat_map(|Update { a, b, spread, .. }| {
+    let updates = updates.iter().flat_map(|LowRankUpdate { a, b, spread, .. }| {
         let c = spread.as_ref().and_then(|spread| spread.c.as_ref());
         [Some(a), Some(b), spread.as_ref().map(|spread| &spread.rho), c]
     });

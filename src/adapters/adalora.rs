@@ -109,7 +109,7 @@ impl AdaLora {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &BaseLinear,
+        dims: (usize, usize),
         config: &AdaLoraConfig,
     ) -> Result<Self> {
         config.validate()?;
@@ -117,7 +117,6 @@ impl AdaLora {
         let scale = config.alpha / (rank as f64 + 1e-5);
         let normal = Init::Normal(0.02);
         params.all_or_none(&format!("{name}."), || {
-            let dims = base.dims()?;
             let pair =
                 LowRank::started(params, &name, dims, rank, (&normal, &normal), scale, config.dropout)?;
             let values =

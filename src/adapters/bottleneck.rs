@@ -31,6 +31,19 @@ impl Default for BottleneckConfig {
     }
 }
 
+impl BottleneckConfig {
+    /// Checks the width.
+    ///
+    /// # Errors
+    /// If it is 0.
+    pub fn validate(&self) -> Result<()> {
+        match self.width {
+            0 => Err(Error::config("width", "expected at least 1, got 0")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A bottleneck adapter of one linear layer, with `2 m out_dim + m + out_dim` parameters.
 #[derive(Debug, Clone)]
 pub struct Bottleneck {
@@ -50,14 +63,11 @@ impl Bottleneck {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &BaseLinear,
+        (_, out_dim): (usize, usize),
         config: &BottleneckConfig,
     ) -> Result<Self> {
-        let (m, (_, out_dim)) = (config.width, base.dims()?);
-        if m == 0 {
-            return Err(Error::config("width", "expected at least 1, got 0"));
-        }
-        let name = format!("{path}.{adapter}.");
+        config.validate()?;
+        let (m, name) = (config.width, format!("{path}.{adapter}."));
         let (near_zero, zero) = (Init::Normal(0.01), Init::Constant(0.0));
         params.all_or_none(&name, || {
             Ok(Self {

@@ -11,7 +11,6 @@
 use std::any::Any;
 
 use candle_core::{DType, Tensor, D};
-use candle_nn::Linear;
 
 use super::lora::LoraConfig;
 use crate::adapter::{low_rank, Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
@@ -39,10 +38,10 @@ impl Dora {
         config: &LoraConfig,
     ) -> Result<Self> {
         config.validate()?;
-        let dense = base.require_dense("DoRA")?;
+        let weight = base.require_dense("DoRA")?;
         let scale = low_rank::scaling(config.rank, config.alpha, config.use_rslora);
         let name = format!("{path}.{adapter}");
-        let weight = dense.weight().detach().to_device(params.device())?.to_dtype(params.dtype())?;
+        let weight = weight.detach().to_device(params.device())?.to_dtype(params.dtype())?;
         let base_squares = weight.sqr()?.sum(1)?;
         params.all_or_none(&format!("{name}."), || {
             let dims = base.dims()?;
@@ -63,10 +62,10 @@ impl Dora {
         &self.magnitude
     }
 
-    /// Computes `m / n`, `(out_dim)`; differentiable in m only.
-    fn ratio(&self, base: &Linear) -> candle_core::Result<Tensor> {
+    /// Computes `m / n`, `(out_dim)`, for this weight of the base; differentiable in m only.
+    fn ratio(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
         let (a, b, s) = (self.pair.a().detach(), self.pair.b().detach(), self.pair.scale());
-        let weight = base.weight().detach().to_dtype(a.dtype())?;
+        let weight = weight.detach().to_dtype(a.dtype())?;
         let cross = (weight.matmul(&a.t()?)? * &b)?.sum(D::Minus1)?;
         let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(D::Minus1)?;
         let squares = ((&self.base_squares + (cross * (2.0 * s))?)? + (own * (s * s))?)?;
@@ -77,17 +76,17 @@ impl Dora {
 
 impl Adapter for Dora {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
-        let base = base.require_dense("DoRA")?;
-        let ratio = self.ratio(base)?;
+        let weight = base.require_dense("DoRA")?;
+        let ratio = self.ratio(weight)?;
         let turned = |ys: Tensor, ratio: &Tensor| ys.to_dtype(ratio.dtype())?.broadcast_mul(ratio);
         let without_dropout = cx.clone().with_pass(Pass::Mean);
-        let bare = Linear::new(base.weight().clone(), None).into();
+        let bare = BaseLinear::new(weight, None);
         let ys = match self.pair.dropped(xs, cx)? {
             None => turned(self.pair.forward(xs, &bare, self.pair.a(), &without_dropout)?, &ratio)?,
             // As in PEFT, the base's own output sees no dropout; its change of magnitude does.
             Some(dropped) => {
-                let kept = crate::ops::linear(xs, base.weight(), None, cx.path)?.to_dtype(ratio.dtype())?;
-                let frozen = crate::ops::linear(&dropped, base.weight(), None, cx.path)?;
+                let kept = crate::ops::linear(xs, weight, None, cx.path)?.to_dtype(ratio.dtype())?;
+                let frozen = crate::ops::linear(&dropped, weight, None, cx.path)?;
                 let both = self.pair.forward(&dropped, &bare, self.pair.a(), &without_dropout)?;
                 ((kept + turned(both, &ratio)?)? - frozen.to_dtype(ratio.dtype())?)?
             }
@@ -107,11 +106,12 @@ impl Adapter for Dora {
     }
 
     fn delta(&self, base: &BaseLinear, _cx: &Context) -> candle_core::Result<Option<Tensor>> {
-        let base = base.require_dense("DoRA")?;
-        let wide = if base.weight().dtype() == DType::F64 { DType::F64 } else { self.magnitude.dtype() };
-        let weight = base.weight().detach().to_dtype(wide)?;
+        let weight = base.require_dense("DoRA")?;
+        let ratio = self.ratio(weight)?;
+        let wide = if weight.dtype() == DType::F64 { DType::F64 } else { self.magnitude.dtype() };
+        let weight = weight.detach().to_dtype(wide)?;
         let moved = (&weight + self.pair.delta()?.to_dtype(wide)?)?;
-        let ratio = self.ratio(base)?.to_dtype(wide)?.unsqueeze(1)?;
+        let ratio = ratio.to_dtype(wide)?.unsqueeze(1)?;
         Ok(Some((moved.broadcast_mul(&ratio)? - weight)?))
     }
 

@@ -39,10 +39,9 @@ impl Ia3 {
         params: &Params,
         path: &str,
         adapter: &str,
-        base: &BaseLinear,
+        (in_dim, out_dim): (usize, usize),
         scaled: Scaled,
     ) -> Result<Self> {
-        let (in_dim, out_dim) = base.dims()?;
         let len = if scaled == Scaled::Output { out_dim } else { in_dim };
         let name = format!("{path}.{adapter}.scaling");
         Ok(Self { scaling: params.create(&name, Role::Scaling, len, &Init::Constant(1.0))?, scaled })

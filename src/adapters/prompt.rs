@@ -23,6 +23,19 @@ impl Default for PromptConfig {
     }
 }
 
+impl PromptConfig {
+    /// Checks the number of virtual tokens.
+    ///
+    /// # Errors
+    /// If it is 0.
+    pub fn validate(&self) -> Result<()> {
+        match self.virtual_tokens {
+            0 => Err(Error::config("virtual_tokens", "expected at least 1, got 0")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Adds virtual tokens before every row of a model. Creates the parameter `prompt.{adapter}`,
 /// `(virtual_tokens, d)`, which starts at the embeddings of words that the seed picks from the vocabulary
 /// (section 3.2 of the paper).
@@ -40,9 +53,7 @@ pub fn prompt_tuning(
     config: &PromptConfig,
     params: &Params,
 ) -> Result<()> {
-    if config.virtual_tokens == 0 {
-        return Err(Error::config("virtual_tokens", "expected at least 1, got 0"));
-    }
+    config.validate()?;
     if embedding.virtual_tokens() > 0 {
         return Err(Error::config("prompt", "the model has virtual tokens already"));
     }

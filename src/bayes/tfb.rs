@@ -172,20 +172,20 @@ impl Tfb {
         let (low, high) = search.logs()?;
         let loss = |sigma: f64| nll(&self.probabilities(model, params, anchor, sigma, search.draws)?, labels);
         let without = loss(0.0)?;
-        let bears = |sigma: f64| Ok::<_, Error>((loss(sigma)? - without).abs() <= tolerance * without);
-        if bears(search.high)? {
+        let tolerates = |sigma: f64| Ok::<_, Error>((loss(sigma)? - without).abs() <= tolerance * without);
+        if tolerates(search.high)? {
             return Ok(search.high);
         }
-        let (mut borne, mut broken) = (low, high);
+        let (mut tolerated, mut too_large) = (low, high);
         for _ in 0..search.steps {
-            let middle = 0.5 * (borne + broken);
-            if bears(middle.exp())? {
-                borne = middle;
+            let middle = 0.5 * (tolerated + too_large);
+            if tolerates(middle.exp())? {
+                tolerated = middle;
             } else {
-                broken = middle;
+                too_large = middle;
             }
         }
-        Ok(borne.exp())
+        Ok(tolerated.exp())
     }
 
     /// Finds the sigma with the lowest loss on held-out rows, among `steps` values in geometric progression

@@ -7,9 +7,9 @@ use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
 
-/// The purpose of a draw by [`stratified`]; draws for different purposes are independent.
+/// A subset that [`stratified`] draws, by its purpose; those for different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Draw {
+pub enum Subset {
     /// Rows to train on.
     Training,
     /// Rows kept from training, to fit something on afterwards.
@@ -20,7 +20,7 @@ pub enum Draw {
     Curvature,
 }
 
-impl Draw {
+impl Subset {
     const fn path(self) -> &'static str {
         match self {
             Self::Training => "data.split.training",
@@ -49,7 +49,7 @@ pub(super) const fn stratum(label: Label) -> u32 {
 ///
 /// Each stratum gets its share of `count`, rounded by the largest remainders (of equal ones, the lower
 /// stratum first). Within a stratum every row is equally likely.
-pub fn stratified(strata: &[u32], count: usize, noise: Noise, draw: Draw) -> Vec<usize> {
+pub fn stratified(strata: &[u32], count: usize, noise: Noise, subset: Subset) -> Vec<usize> {
     if count >= strata.len() {
         return (0..strata.len()).collect();
     }
@@ -65,7 +65,7 @@ pub fn stratified(strata: &[u32], count: usize, noise: Noise, draw: Draw) -> Vec
     let short = count - quotas.iter().map(|(_, quota, _)| quota).sum::<usize>();
     quotas.sort_by_key(|(stratum, _, rest)| (std::cmp::Reverse(*rest), *stratum));
     quotas.iter_mut().take(short).for_each(|(_, quota, _)| *quota += 1);
-    let stream = noise.stream(draw.path(), Purpose::Shuffle);
+    let stream = noise.stream(subset.path(), Purpose::Shuffle);
     let mut chosen = Vec::with_capacity(count);
     for (stratum, quota, _) in quotas {
         let group = &groups[&stratum];
@@ -93,7 +93,7 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
         );
         return Err(Error::config("held_out", reason));
     }
-    let held = stratified(strata, count, noise, Draw::HeldOut);
+    let held = stratified(strata, count, noise, Subset::HeldOut);
     let stay = (0..strata.len()).filter(|place| held.binary_search(place).is_err()).collect();
     Ok((stay, held))
 }
@@ -125,25 +125,25 @@ mod tests {
         for (count, want) in [(10, [6, 3, 1]), (20, [12, 6, 2]), (7, [4, 2, 1]), (4, [3, 1, 0]), (0, [0; 3])]
         {
             // Quotas for 7: 4.2, 2.1, 0.7; for 4: 2.4, 1.2, 0.4, of equal remainders the lower stratum.
-            let places = stratified(&strata, count, Noise::new(1), Draw::Training);
+            let places = stratified(&strata, count, Noise::new(1), Subset::Training);
             assert_eq!(counts(&strata, &places), want, "{count}");
             assert!(places.windows(2).all(|pair| pair[0] < pair[1]));
         }
-        assert_eq!(stratified(&strata, 1000, Noise::new(1), Draw::Training).len(), 100);
+        assert_eq!(stratified(&strata, 1000, Noise::new(1), Subset::Training).len(), 100);
     }
 
     #[test]
-    fn a_draw_is_its_seed_and_its_end_and_every_row_comes_equally_often() {
+    fn a_subset_depends_on_seed_and_purpose_and_every_row_comes_equally_often() {
         let strata = sorted();
-        let of = |seed, draw| stratified(&strata, 20, Noise::new(seed), draw);
-        assert_eq!(of(3, Draw::Training), of(3, Draw::Training));
-        assert_ne!(of(3, Draw::Training), of(4, Draw::Training));
-        let ends = [Draw::Training, Draw::HeldOut, Draw::Measured, Draw::Curvature];
-        let draws: std::collections::BTreeSet<_> = ends.into_iter().map(|end| of(3, end)).collect();
-        assert_eq!(draws.len(), ends.len());
+        let of = |seed, subset| stratified(&strata, 20, Noise::new(seed), subset);
+        assert_eq!(of(3, Subset::Training), of(3, Subset::Training));
+        assert_ne!(of(3, Subset::Training), of(4, Subset::Training));
+        let all = [Subset::Training, Subset::HeldOut, Subset::Measured, Subset::Curvature];
+        let draws: std::collections::BTreeSet<_> = all.into_iter().map(|subset| of(3, subset)).collect();
+        assert_eq!(draws.len(), all.len());
         // Each row is in one draw of five: binomial with n = 2000, standard deviation 18.
         let mut times = [0u32; 100];
-        (0..2000).for_each(|seed| of(seed, Draw::Training).iter().for_each(|place| times[*place] += 1));
+        (0..2000).for_each(|seed| of(seed, Subset::Training).iter().for_each(|place| times[*place] += 1));
         let sd = (2000.0 * 0.2 * 0.8f64).sqrt();
         for (place, times) in times.iter().enumerate() {
             assert!((f64::from(*times) - 400.0).abs() < 4.5 * sd, "{place}: {times}");

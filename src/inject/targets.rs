@@ -1,6 +1,7 @@
 //! Selects the layers that get an adapter: by names, expressions and indices, with PEFT's rules.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
 
 use super::patterns::{self, first_values, is_end, matching, Pattern};
 use crate::adapter::AdaptableModel;
@@ -66,6 +67,15 @@ impl Select {
                 Ok(found)
             }
         }
+    }
+}
+
+impl FromStr for Select {
+    type Err = Error;
+
+    /// As [`Select::parse`].
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text)
     }
 }
 
@@ -220,6 +230,15 @@ impl Targets {
             alpha: a.unwrap_or(alpha),
         });
         Ok(targets.collect())
+    }
+}
+
+impl FromStr for Targets {
+    type Err = Error;
+
+    /// As [`Targets::parse`].
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text)
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct Distance {
 }
 
 /// `weight / 2 E||B (A + D)||^2`.
-pub(crate) struct Update {
+pub(crate) struct LowRankUpdate {
     /// `(r, in_dim)`.
     pub a: Tensor,
     /// `(out_dim, r)`.
@@ -41,7 +41,7 @@ pub(crate) struct Spread {
 /// A sum of energies, with what its gradients need.
 pub(crate) struct Energy {
     distances: Vec<Distance>,
-    updates: Vec<Update>,
+    updates: Vec<LowRankUpdate>,
     /// Both Gram matrices of each update, each [`aligned`]; then the gradients of each distance, and those of
     /// rho and c of each update.
     kept: Tensor,
@@ -52,7 +52,7 @@ pub(crate) struct Energy {
 /// # Errors
 /// If there is no tensor, a tensor is not contiguous, not f32 or on another device, shapes do not fit,
 /// or the device fails.
-pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<Update>) -> Result<(Tensor, Energy)> {
+pub(crate) fn energy(distances: Vec<Distance>, updates: Vec<LowRankUpdate>) -> Result<(Tensor, Energy)> {
     let of_updates = updates.iter().map(|update| &update.a);
     let Some(first) = distances.iter().map(|distance| &distance.at).chain(of_updates).next() else {
         bail!("energy: expected at least one tensor, got none")
@@ -77,7 +77,7 @@ fn aligned(len: usize) -> usize {
     len.next_multiple_of(4)
 }
 
-impl Update {
+impl LowRankUpdate {
     fn rank(&self) -> usize {
         self.a.dims()[0]
     }
@@ -127,7 +127,7 @@ impl Energy {
             at += len;
             all.narrow(0, at - len, len)
         };
-        let mut gram = |update: &Update| {
+        let mut gram = |update: &LowRankUpdate| {
             let len = update.square();
             next(aligned(len))?.narrow(0, 0, len)?.reshape((update.rank(), ()))
         };

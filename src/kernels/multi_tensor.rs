@@ -15,7 +15,7 @@ const BLOCKS: u32 = 128;
 const ROWS: usize = 65535;
 
 /// One parameter's AdamW step. The first three tensors are changed in place.
-pub(crate) struct Update {
+pub(crate) struct AdamWUpdate {
     pub value: Tensor,
     pub first: Tensor,
     pub second: Tensor,
@@ -41,7 +41,7 @@ pub(crate) fn supports(tensor: &Tensor) -> bool {
 /// # Errors
 /// If a tensor is not supported ([`supports`]), the tensors of an update are on several devices,
 /// or a device fails.
-pub(crate) fn adamw(updates: &[Update], factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
+pub(crate) fn adamw(updates: &[AdamWUpdate], factor: f64, betas: [f64; 2], eps: f64) -> Result<()> {
     let [beta1, beta2] = betas.map(|beta| beta as f32);
     let [rest1, rest2] = betas.map(|beta| (1.0 - beta) as f32);
     let (factor, eps) = (factor as f32, eps as f32);

@@ -5,10 +5,10 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_nn::{Init, VarBuilder};
 
 use super::placement::Placement;
-use crate::adapter::{BaseLinear, QuantizedLinear};
+use crate::adapter::BaseLinear;
 use crate::error::{Error, Result};
 use crate::ops::{QuantizedWeight, Weight};
 
@@ -135,10 +135,7 @@ impl<'a> Weights<'a> {
             true => Some(self.builder.get_with_hints(out_dim, "bias", Init::Const(0.0))?),
             false => None,
         };
-        Ok(match weight {
-            Weight::Dense(weight) => Linear::new(weight, bias).into(),
-            Weight::Quantized(weight) => QuantizedLinear::new(weight, bias).into(),
-        })
+        Ok(BaseLinear::new(weight, bias))
     }
 
     fn matrix(&self, shape: (usize, usize), is_table: bool, init: Init) -> Result<Weight> {

@@ -20,7 +20,7 @@ pub(super) use reference::{draw as reference, weights};
 
 /// Computes `A + Delta` of draw number `draw`, `(r, in_dim)`, for a forward pass: with CUDA kernels if they
 /// support the layer, otherwise from the noise of `buffer`. In a pass of a model, the first layer of the
-/// group of `seat` prepares the draws of all its layers.
+/// group of `membership` prepares the draws of all its layers.
 ///
 /// # Errors
 /// If there is no such draw, or the shape of A does not fit the posterior.
@@ -28,20 +28,21 @@ pub(super) fn perturbed(
     asked: &DrawRequest,
     draw: u64,
     buffer: &SampleBuffer,
-    seat: Option<&GroupMembership>,
+    membership: Option<&GroupMembership>,
     cx: &Context,
 ) -> Result<Tensor> {
     let DrawRequest { posterior, mean, eps } = *asked;
-    let seat = seat.filter(|_| cx.path == OpPath::Fused);
+    let membership = membership.filter(|_| cx.path == OpPath::Fused);
     #[cfg(feature = "cuda")]
     if cx.path == OpPath::Fused && cuda::serves(posterior.spec()) {
         let together =
             |members: &[Option<GroupMember>]| cuda::perturbed_together(members, posterior, draw, cx);
-        let made = seat.map(|seat| seat.take(posterior, draw, cx, together)).transpose()?;
+        let made = membership.map(|membership| membership.take(posterior, draw, cx, together)).transpose()?;
         return made.flatten().map_or_else(|| cuda::perturbed(asked, draw), Ok);
     }
     if buffer.is_empty() && fused::is_made_ahead(posterior) {
-        let made = seat.map(|seat| seat.take(posterior, draw, cx, |members| ahead(members, draw)));
+        let made =
+            membership.map(|membership| membership.take(posterior, draw, cx, |members| ahead(members, draw)));
         if let Some(ahead) = made.transpose()?.flatten() {
             return ahead.perturbed(posterior, mean, eps, cx.path);
         }

@@ -13,7 +13,7 @@ use crate::adapter::{Context, Pass};
 #[derive(Debug)]
 pub(crate) struct DrawGroup {
     number: usize,
-    /// Indexed by seat; `None` if the layer was dropped.
+    /// Indexed by a layer's place; `None` if the layer was dropped.
     members: Mutex<Vec<Option<GroupMember>>>,
 }
 

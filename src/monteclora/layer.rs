@@ -29,7 +29,7 @@ pub struct MonteCLoRA {
     pair: LowRank,
     posterior: Posterior,
     buffer: SampleBuffer,
-    seat: Option<GroupMembership>,
+    membership: Option<GroupMembership>,
 }
 
 impl MonteCLoRA {
@@ -64,7 +64,10 @@ impl MonteCLoRA {
     ) -> Result<Self> {
         let alone = Self::new(params, path, adapter, dims, config)?;
         let (name, mean, posterior) = (alone.name.clone(), alone.pair.a().clone(), alone.posterior.clone());
-        Ok(Self { seat: Some(GroupMembership::new(group, GroupMember { name, mean, posterior })), ..alone })
+        Ok(Self {
+            membership: Some(GroupMembership::new(group, GroupMember { name, mean, posterior })),
+            ..alone
+        })
     }
 
     fn create(
@@ -93,7 +96,7 @@ impl MonteCLoRA {
         let size = if params.device().is_cpu() { 0 } else { config.buffer_size };
         let buffer = SampleBuffer::new(spec.clone(), streams.clone(), size, config.buffer_bytes);
         let posterior = Posterior::new(&std_prior, &expert_weights_prior, spec, streams)?;
-        Ok(Self { name: name.to_string(), pair, posterior, buffer, seat: None })
+        Ok(Self { name: name.to_string(), pair, posterior, buffer, membership: None })
     }
 
     /// The prefix of the parameters' names, `{path}.{adapter}`.
@@ -144,7 +147,7 @@ impl MonteCLoRA {
         let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
         let eps = self.eps(cx) * cx.pass.sign();
         let asked = DrawRequest { posterior: &self.posterior, mean, eps };
-        let make = || draw::perturbed(&asked, draw, &self.buffer, self.seat.as_ref(), cx);
+        let make = || draw::perturbed(&asked, draw, &self.buffer, self.membership.as_ref(), cx);
         Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
             (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,
             _ => make()?,

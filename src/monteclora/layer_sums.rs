@@ -72,9 +72,9 @@ pub(super) struct Sums {
 pub(super) fn sums(
     layers: &[RegularizedLayer],
     draws: Option<&[LatentNoise]>,
-    beside: ExtraTerms,
+    extra: ExtraTerms,
 ) -> Result<Option<Sums>> {
-    let with_pairs = beside.prior.is_some() || beside.evidence.is_some();
+    let with_pairs = extra.prior.is_some() || extra.evidence.is_some();
     let mut groups: BTreeMap<String, SameShape> = BTreeMap::new();
     for (i, layer) in layers.iter().enumerate() {
         let group = groups.entry(group_key(layer, with_pairs)?).or_default();
@@ -87,7 +87,7 @@ pub(super) fn sums(
     }
     let mut total: Option<Sums> = None;
     for group in groups.values() {
-        let sums = group.sums(beside)?.on(&layers[0].posterior.spec().device)?;
+        let sums = group.sums(extra)?.on(&layers[0].posterior.spec().device)?;
         total = Some(match total {
             None => sums,
             Some(total) => total.add(sums)?,
@@ -149,11 +149,11 @@ fn group_key(layer: &RegularizedLayer, with_pairs: bool) -> Result<String> {
 impl SameShape<'_> {
     /// Computes the sums over layers of one shape, stacked: `log_std` (l, r), `log_concentration` (l, N).
     /// Without noise, terms that depend on the draw are expectations.
-    fn sums(&self, beside: ExtraTerms) -> Result<Sums> {
+    fn sums(&self, extra: ExtraTerms) -> Result<Sums> {
         let config = &self.posteriors[0].spec().config;
         let (log_std, c) = (
-            self.stack(Posterior::std_prior, beside.tape)?,
-            self.stack(Posterior::expert_weights_prior, beside.tape)?,
+            self.stack(Posterior::std_prior, extra.tape)?,
+            self.stack(Posterior::expert_weights_prior, extra.tape)?,
         );
         let wishart = Wishart::new(&log_std, config.degrees(), config.covariance)?;
         let dirichlet = Dirichlet::new(&c)?;
@@ -177,8 +177,8 @@ impl SameShape<'_> {
                 (kl_gaussian, Dirichlet::cooperative(pi)?)
             }
         };
-        let prior = beside.prior.map(|prior| self.prior(prior, beside, &wishart, &dirichlet)).transpose()?;
-        let kl_mean = match beside.evidence {
+        let prior = extra.prior.map(|prior| self.prior(prior, extra, &wishart, &dirichlet)).transpose()?;
+        let kl_mean = match extra.evidence {
             Some(bound) => {
                 let mixture = MixtureMoments::new(config.mixture, &dirichlet, pi.as_ref())?;
                 let (trace, log_det) = match &pi {

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, map, map2, map3, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
 use crate::kernels::{activation as kernel, supports_all};
@@ -18,14 +18,13 @@ use crate::util::dtype::wide;
 /// # Errors
 /// If candle fails.
 pub fn gelu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
-    let kernels = path.has_kernels();
     match path.on(&[xs]) {
-        OpPath::Reference => reference::gelu(xs),
-        OpPath::Fused => unary("gelu", xs, vmath::gelu, vmath::gelu_slope),
-        OpPath::Composed => {
-            let y = gelu_of(kernels, &xs.detach(), None)?;
+        Implementation::Reference => reference::gelu(xs),
+        Implementation::Slices => unary("gelu", xs, vmath::gelu, vmath::gelu_slope),
+        how => {
+            let y = gelu_of(how, &xs.detach(), None)?;
             custom_vjp("gelu", [xs], y, move |call| {
-                Ok([Some(gelu_gradient(kernels, &call.args[0], None, &call.grad)?)])
+                Ok([Some(gelu_gradient(how, &call.args[0], None, &call.grad)?)])
             })
         }
     }
@@ -37,9 +36,9 @@ pub fn gelu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
 /// If candle fails.
 pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
     match path.on(&[xs]) {
-        OpPath::Reference => reference::silu(xs),
-        OpPath::Fused => unary("silu", xs, |x| x * vmath::sigmoid(x), vmath::silu_slope),
-        OpPath::Composed => {
+        Implementation::Reference => reference::silu(xs),
+        Implementation::Slices => unary("silu", xs, |x| x * vmath::sigmoid(x), vmath::silu_slope),
+        Implementation::Composed | Implementation::Kernels => {
             let dtype = wide(xs.dtype());
             let y = xs.detach().to_dtype(dtype)?.silu()?.to_dtype(xs.dtype())?;
             custom_vjp("silu", [xs], y, move |call| {
@@ -56,10 +55,9 @@ pub fn silu(xs: &Tensor, path: OpPath) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ.
 pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
-    let kernels = path.has_kernels();
     match path.on(&[gate, up]) {
-        OpPath::Reference => reference::silu(gate)? * up,
-        OpPath::Fused if gate.dims() == up.dims() => {
+        Implementation::Reference => reference::silu(gate)? * up,
+        Implementation::Slices if gate.dims() == up.dims() => {
             let y = binary(gate, up, |g, u| g * vmath::sigmoid(g) * u)?;
             custom_vjp("silu-mul", [gate, up], y, |call| {
                 let [gate, up] = &call.args;
@@ -73,11 +71,11 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
                 Ok([dgate.transpose()?, dup.transpose()?])
             })
         }
-        _ => {
-            let y = silu_mul_of(kernels, &gate.detach(), &up.detach())?;
+        how => {
+            let y = silu_mul_of(how, &gate.detach(), &up.detach())?;
             custom_vjp("silu-mul", [gate, up], y, move |call| {
                 let [gate, up] = &call.args;
-                let [dgate, dup] = silu_mul_gradients(kernels, gate, up, &call.grad)?;
+                let [dgate, dup] = silu_mul_gradients(how, gate, up, &call.grad)?;
                 Ok([Some(dgate), Some(dup)])
             })
         }
@@ -92,8 +90,8 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
 /// If the shapes differ.
 pub fn gelu_tanh_mul(gate: &Tensor, up: &Tensor, path: OpPath) -> Result<Tensor> {
     match path.on(&[gate, up]) {
-        OpPath::Reference => reference::gelu_tanh(gate)? * up,
-        OpPath::Fused if gate.dims() == up.dims() => {
+        Implementation::Reference => reference::gelu_tanh(gate)? * up,
+        Implementation::Slices if gate.dims() == up.dims() => {
             let (g, u) = (dense(gate)?, dense(up)?);
             let y = tensor(map2(&Host::of(&g)?, &Host::of(&u)?, |g, u| vmath::gelu_tanh(g).0 * u), g.dims())?;
             custom_vjp("gelu-tanh-mul", [gate, up], y, |call| {
@@ -139,9 +137,9 @@ fn binary(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<
 
 /// GELU of the detached `xs` `(.., dim)` plus an optional bias `(dim)`, which is added in the wide dtype.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-pub(super) fn gelu_of(kernels: bool, xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn gelu_of(how: Implementation, xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if kernels && supports_all([xs].into_iter().chain(bias)) {
+    if how == Implementation::Kernels && supports_all([xs].into_iter().chain(bias)) {
         return kernel::gelu(xs, bias);
     }
     biased(xs, bias)?.gelu_erf()?.to_dtype(xs.dtype())
@@ -150,13 +148,13 @@ pub(super) fn gelu_of(kernels: bool, xs: &Tensor, bias: Option<&Tensor>) -> Resu
 /// The gradient of [`gelu_of`], `(Phi(x) + x phi(x)) dY` with `x = xs + bias`; all tensors are detached.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn gelu_gradient(
-    kernels: bool,
+    how: Implementation,
     xs: &Tensor,
     bias: Option<&Tensor>,
     grad: &Tensor,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if kernels && supports_all([xs, grad].into_iter().chain(bias)) {
+    if how == Implementation::Kernels && supports_all([xs, grad].into_iter().chain(bias)) {
         return kernel::gelu_gradient(xs, bias, grad);
     }
     let x = biased(xs, bias)?;
@@ -177,9 +175,9 @@ fn biased(xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 
 /// `silu(gate) * up` of detached tensors, computed in the wide dtype.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-pub(super) fn silu_mul_of(kernels: bool, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub(super) fn silu_mul_of(how: Implementation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if kernels && gate.dims() == up.dims() && supports_all([gate, up]) {
+    if how == Implementation::Kernels && gate.dims() == up.dims() && supports_all([gate, up]) {
         return kernel::silu_mul(gate, up);
     }
     let dtype = wide(gate.dtype());
@@ -189,13 +187,13 @@ pub(super) fn silu_mul_of(kernels: bool, gate: &Tensor, up: &Tensor) -> Result<T
 /// The gradients of `gate` and `up` in [`silu_mul_of`]; all tensors are detached.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn silu_mul_gradients(
-    kernels: bool,
+    how: Implementation,
     gate: &Tensor,
     up: &Tensor,
     grad: &Tensor,
 ) -> Result<[Tensor; 2]> {
     #[cfg(feature = "cuda")]
-    if kernels && supports_all([gate, up, grad]) {
+    if how == Implementation::Kernels && supports_all([gate, up, grad]) {
         return kernel::silu_mul_gradients(gate, up, grad);
     }
     let dtype = wide(gate.dtype());

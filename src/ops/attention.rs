@@ -4,7 +4,7 @@
 use candle_core::DType;
 use candle_core::{bail, Result, Tensor, D};
 
-use super::attention_fused as fused;
+use super::attention_fused::{FusedAttention, HostMask};
 use super::attention_mask::{visible, Mask, Scores, Shape};
 use super::attention_softmax::Softmax;
 use super::custom_vjp::custom_vjp;
@@ -12,7 +12,7 @@ use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
 #[cfg(feature = "cuda")]
 use super::dropout_mask::{scale as dropout_scale, threshold};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 #[cfg(feature = "cuda")]
 use crate::kernels::attention as kernels;
@@ -81,9 +81,9 @@ pub fn attention(
         || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match path.on(&[q, k, v]) {
-        OpPath::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
-        OpPath::Fused => {
-            let core = fused::Core { shape, scores, mask: fused::HostMask::new(mask)?, keep: keep() };
+        Implementation::Reference => reference::attention(q, k, v, &shape, scores, mask, keep().as_ref()),
+        Implementation::Slices => {
+            let core = FusedAttention { shape, scores, mask: HostMask::new(mask)?, keep: keep() };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -91,11 +91,8 @@ pub fn attention(
             })
         }
         #[cfg(feature = "cuda")]
-        OpPath::Composed
-            if path.has_kernels()
-                && mask.window.is_none()
-                && scores.cap.is_none()
-                && kernels::supports([q, k, v], shape.dim) =>
+        Implementation::Kernels
+            if mask.window.is_none() && scores.cap.is_none() && kernels::supports([q, k, v], shape.dim) =>
         {
             let core = on_device(&shape, scores.scale, mask, dropout)?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
@@ -103,13 +100,13 @@ pub fn attention(
                 core.backward(call.args.each_ref(), &call.grad, &log_sums)
             })
         }
-        OpPath::Composed => {
+        how => {
             let device = q.device();
             let visible = visible(&shape, mask, device)?;
             let kind = (&probabilities, wide(q.dtype()), device);
-            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, how);
             let softmax = Softmax { visible, dropout: dropout.map(plan).transpose()? };
-            let core = Composed { shape, scores, softmax };
+            let core = ComposedAttention { shape, scores, softmax };
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("attention", [q, k, v], y, move |call| {
                 let [q, k, v] = &call.args;
@@ -149,13 +146,13 @@ fn on_device(
 }
 
 /// The core in tensor operations; the query heads of a group are stacked into the rows of one matrix.
-struct Composed {
+struct ComposedAttention {
     shape: Shape,
     scores: Scores,
     softmax: Softmax,
 }
 
-impl Composed {
+impl ComposedAttention {
     /// (b, t, kv_heads * group * dim) as (b, kv_heads, group * t, dim).
     fn split(&self, x: &Tensor, t: usize, group: usize) -> Result<Tensor> {
         let &Shape { b, kv_heads, dim, .. } = &self.shape;

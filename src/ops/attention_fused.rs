@@ -33,7 +33,7 @@ impl HostMask {
 }
 
 /// The constants of one call.
-pub(super) struct Core {
+pub(super) struct FusedAttention {
     pub shape: Shape,
     pub scores: Scores,
     pub mask: HostMask,
@@ -76,7 +76,7 @@ pub(super) fn heads<'a>(host: &'a Host<'a>, x: &Tensor, dim: usize) -> Heads<'a>
     Heads { data: host, batch_stride: x.stride()[0], row_stride: x.stride()[1], dim }
 }
 
-impl Core {
+impl FusedAttention {
     /// The output and the log-sum-exp of each row of scores, (b, heads, tq).
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Vec<f32>)> {
         let Shape { b, tq, tk, heads: n, kv_heads, dim } = self.shape;

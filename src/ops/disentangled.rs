@@ -5,11 +5,11 @@ use candle_core::{bail, Result, Tensor, D};
 use super::attention_mask::{visible, Mask, Shape};
 use super::attention_softmax::Softmax;
 use super::custom_vjp::custom_vjp;
-use super::disentangled_fused as fused;
+use super::disentangled_fused::FusedDisentangled;
 use super::disentangled_shape::{spread, Positioned};
 use super::dropout::DropoutPlan;
 use super::dropout_mask::{check, DropoutMask};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 use crate::noise::Stream;
 use crate::util::dtype::wide;
@@ -64,22 +64,22 @@ pub fn disentangled_attention(
         || dropout.map(|(p, stream, draw)| DropoutMask::new(probabilities.elem_count(), p, &stream, draw));
     let (dq, dk, dv) = (q.detach(), k.detach(), v.detach());
     match path.on(&[q, k, v]) {
-        OpPath::Reference => {
+        Implementation::Reference => {
             let visible = visible(&shape.content, &mask, q.device())?;
             let index = shape.index(rows, q)?;
             reference::disentangled_attention([q, k, v], &shape, &index, scale, visible, keep().as_ref())
         }
-        OpPath::Fused => {
-            let core = fused::Core::new(shape, rows, scale as f32, padding, keep())?;
+        Implementation::Slices => {
+            let core = FusedDisentangled::new(shape, rows, scale as f32, padding, keep())?;
             let (y, log_sums) = core.forward(&dq, &dk, &dv)?;
             custom_vjp("disentangled attention", [q, k, v], y, move |call| {
                 core.backward(call.args.each_ref(), &call.result, &call.grad, &log_sums)
             })
         }
-        OpPath::Composed => {
+        how => {
             let kind = (&probabilities, wide(q.dtype()), q.device());
-            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, path.has_kernels());
-            let core = Composed {
+            let plan = |(p, stream, draw)| DropoutPlan::new(kind, p, &stream, draw, how);
+            let core = ComposedDisentangled {
                 index: shape.index(rows, q)?,
                 softmax: Softmax {
                     visible: visible(&shape.content, &mask, q.device())?,
@@ -97,7 +97,7 @@ pub fn disentangled_attention(
 }
 
 /// The core in tensor operations.
-struct Composed {
+struct ComposedDisentangled {
     shape: Positioned,
     index: Tensor, // (tq, tk)
     scale: f64,
@@ -112,7 +112,7 @@ struct Split {
     pk: Tensor,
 }
 
-impl Composed {
+impl ComposedDisentangled {
     fn split(&self, q: &Tensor, k: &Tensor) -> Result<Split> {
         let Shape { tq, tk, .. } = self.shape.content;
         let ((q, pq), (k, pk)) = (self.shape.split(q, tq)?, self.shape.split(k, tk)?);

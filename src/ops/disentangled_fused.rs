@@ -14,7 +14,7 @@ use super::vmath;
 use crate::util::simd::vectorized;
 
 /// The constants of one call.
-pub(super) struct Core {
+pub(super) struct FusedDisentangled {
     shape: Positioned,
     /// The row of positions of each distance, largest distance first, so that those of one query's
     /// keys are contiguous.
@@ -30,7 +30,7 @@ struct Projected<'a> {
     positions: Heads<'a>,
 }
 
-impl Core {
+impl FusedDisentangled {
     pub fn new(
         shape: Positioned,
         rows: &[u32],

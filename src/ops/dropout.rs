@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::custom_vjp::custom_vjp;
 use super::dropout_mask::{check, mask_tensor, scale, DropoutMask};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 use crate::noise::Stream;
 use crate::util::dtype::wide;
@@ -25,21 +25,21 @@ pub fn dropout(xs: &Tensor, p: f64, stream: &Stream, draw: u64, path: OpPath) ->
     }
     let keep = || DropoutMask::new(xs.elem_count(), p, stream, draw);
     match path.on(&[xs]) {
-        OpPath::Reference => return reference::dropout(xs, &keep()),
-        OpPath::Fused => {
+        Implementation::Reference => reference::dropout(xs, &keep()),
+        Implementation::Slices => {
             let keep = keep();
             let y = keep.apply(&xs.detach())?;
-            return custom_vjp("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]));
+            custom_vjp("dropout", [xs], y, move |call| Ok([Some(keep.apply(&call.grad)?)]))
         }
-        OpPath::Composed => {}
+        how => {
+            let plan = DropoutPlan::new((xs.shape(), xs.dtype(), xs.device()), p, stream, draw, how)?;
+            let y = plan.apply(&xs.detach())?;
+            custom_vjp("dropout", [xs], y, move |call| Ok([Some(plan.apply(&call.grad)?)]))
+        }
     }
-    let like = (xs.shape(), xs.dtype(), xs.device());
-    let plan = DropoutPlan::new(like, p, stream, draw, path.has_kernels())?;
-    let y = plan.apply(&xs.detach())?;
-    custom_vjp("dropout", [xs], y, move |call| Ok([Some(plan.apply(&call.grad)?)]))
 }
 
-/// Dropout on the composed path, which applies alike to a tensor and to its gradient.
+/// Dropout in tensor operations or kernels, which applies alike to a tensor and to its gradient.
 pub(super) enum DropoutPlan {
     /// A precomputed mask of u8, 1 for kept elements, and the factor on kept elements.
     Mask(Tensor, f64),
@@ -49,18 +49,18 @@ pub(super) enum DropoutPlan {
 }
 
 impl DropoutPlan {
-    /// Dropout for tensors of this shape and dtype on this device, by a kernel if `kernels` is set and the
-    /// tensors are supported.
+    /// Dropout for tensors of this shape and dtype on this device, by a kernel if [`Implementation::Kernels`]
+    /// is asked for and the tensors are supported.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn new(
         (shape, dtype, device): (&Shape, DType, &Device),
         p: f64,
         stream: &Stream,
         draw: u64,
-        kernels: bool,
+        how: Implementation,
     ) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if kernels && crate::kernels::supports(shape.elem_count(), dtype, device) {
+        if how == Implementation::Kernels && crate::kernels::supports(shape.elem_count(), dtype, device) {
             return Ok(Self::Kernel(p, *stream, draw));
         }
         Ok(Self::Mask(mask_tensor(shape, device, p, stream, draw)?, scale(p)))

@@ -4,7 +4,7 @@ use candle_core::{bail, DType, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{add_assign, for_rows, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 
 /// Returns the rows of `weight` at `ids`.
@@ -20,8 +20,8 @@ use super::reference;
 /// # Errors
 /// If an id is outside the vocabulary (on the CPU), or the weight is not a matrix.
 pub fn embedding(ids: &Tensor, weight: &Tensor, path: OpPath) -> Result<Tensor> {
-    let path = path.on(&[weight]);
-    if path == OpPath::Reference {
+    let how = path.on(&[weight]);
+    if how == Implementation::Reference {
         return reference::embedding(ids, weight);
     }
     let (vocabulary, dim) = weight.dims2()?;
@@ -37,7 +37,7 @@ pub fn embedding(ids: &Tensor, weight: &Tensor, path: OpPath) -> Result<Tensor> 
     }
     let y = weight.detach().contiguous()?.index_select(&flat, 0)?.reshape(shape)?;
     custom_vjp("embedding", [weight], y, move |call| {
-        if path == OpPath::Fused {
+        if how == Implementation::Slices {
             return Ok([Some(scatter(&flat, &call.grad, vocabulary)?)]);
         }
         let rows = call.grad.reshape((flat.elem_count(), dim))?;

@@ -6,7 +6,7 @@ use super::activation::{gelu, gelu_gradient, gelu_of};
 use super::custom_vjp::{custom_vjp, Saved};
 use super::host::{dense, for_rows, map, tensor, Host};
 use super::linear::{affine, check, forward, input_gradient, input_product, linear, product, with_last};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::vmath;
 use crate::util::simd::vectorized;
 
@@ -36,10 +36,9 @@ pub fn feed_forward(
     let mut tensors = vec![xs, w1, w2];
     tensors.extend(b1);
     tensors.extend(b2);
-    let (wish, kernels) = (path, path.has_kernels());
-    let path = wish.on(&tensors);
-    if path == OpPath::Reference || tensors[1..].iter().any(|t| t.track_op()) {
-        return linear(&gelu(&linear(xs, w1, b1, wish)?, wish)?, w2, b2, wish);
+    let how = path.on(&tensors);
+    if how == Implementation::Reference || tensors[1..].iter().any(|t| t.track_op()) {
+        return linear(&gelu(&linear(xs, w1, b1, path)?, path)?, w2, b2, path);
     }
     check(xs, w1, b1)?;
     if w2.dims2()?.1 != w1.dim(0)? || b2.is_some_and(|b2| Some(b2.dims()) != w2.dims().get(..1)) {
@@ -51,9 +50,9 @@ pub fn feed_forward(
         );
     }
     // On the CPU, the product starts from the bias; elsewhere, the activation adds it.
-    let (early, late) = if path == OpPath::Fused { (b1, None) } else { (None, b1) };
-    let hidden = forward(path, &xs.detach(), w1, early)?;
-    let y = if path == OpPath::Fused {
+    let (early, late) = if how == Implementation::Slices { (b1, None) } else { (None, b1) };
+    let hidden = forward(how, &xs.detach(), w1, early)?;
+    let y = if how == Implementation::Slices {
         let (w2, b2) = (dense(w2)?, b2.map(dense).transpose()?);
         let b2 = b2.as_ref().map(Host::of).transpose()?;
         let activation = map(&Host::of(&hidden)?, vmath::gelu);
@@ -61,16 +60,16 @@ pub fn feed_forward(
         let y = product(&activation, &Host::of(&w2)?, b2.as_deref(), n);
         tensor(y, with_last(xs, w2.dim(0)?))?
     } else {
-        affine(kernels, path, &gelu_of(kernels, &hidden, late)?, w2, b2)?
+        affine(how, &gelu_of(how, &hidden, late)?, w2, b2)?
     };
     let hidden = Saved::new(hidden);
     let (w1, w2, early, late) = (w1.clone(), w2.clone(), early.cloned(), late.cloned());
     custom_vjp("feed-forward", [xs], y, move |call| {
         let hidden = match hidden.take() {
             Some(hidden) => hidden,
-            None => forward(path, &call.args[0], &w1, early.as_ref())?,
+            None => forward(how, &call.args[0], &w1, early.as_ref())?,
         };
-        let dhidden = if path == OpPath::Fused {
+        let dhidden = if how == Implementation::Slices {
             let w2 = dense(&w2)?;
             let (out_dim, hidden_dim) = w2.dims2()?;
             let n = hidden.elem_count() / hidden_dim.max(1);
@@ -86,9 +85,9 @@ pub fn feed_forward(
             });
             tensor(d, hidden.dims())?
         } else {
-            gelu_gradient(kernels, &hidden, late.as_ref(), &input_gradient(path, &call.grad, &w2)?)?
+            gelu_gradient(how, &hidden, late.as_ref(), &input_gradient(how, &call.grad, &w2)?)?
         };
         drop(hidden);
-        Ok([Some(input_gradient(path, &dhidden, &w1)?)])
+        Ok([Some(input_gradient(how, &dhidden, &w1)?)])
     })
 }

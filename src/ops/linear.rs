@@ -5,7 +5,7 @@ use candle_core::{bail, Result, Tensor, D};
 use super::custom_vjp::custom_vjp;
 use super::gemm::{gemm, Into, Mat};
 use super::host::{column_sums, dense, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 use super::skinny_gemm::{add_product, FEW_ROWS};
 #[cfg(feature = "cuda")]
@@ -28,26 +28,25 @@ use crate::util::dtype::wide;
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath) -> Result<Tensor> {
-    let kernels = path.has_kernels();
-    let path = match bias {
+    let how = match bias {
         Some(bias) => path.on(&[xs, weight, bias]),
         None => path.on(&[xs, weight]),
     };
-    if path == OpPath::Reference {
+    if how == Implementation::Reference {
         return reference::linear(xs, weight, bias);
     }
     check(xs, weight, bias)?;
-    let y = affine(kernels, path, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
+    let y = affine(how, &xs.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref())?;
     let bias = bias.filter(|bias| bias.track_op());
     if !weight.track_op() && bias.is_none() {
         let weight = weight.detach();
         return custom_vjp("linear", [xs], y, move |call| {
-            Ok([Some(input_gradient(path, &call.grad, &weight)?)])
+            Ok([Some(input_gradient(how, &call.grad, &weight)?)])
         });
     }
     let gradients = move |xs: &Tensor, weight: &Tensor, grad: &Tensor, needs: [bool; 2]| -> Result<_> {
-        let dx = needs[0].then(|| input_gradient(path, grad, weight)).transpose()?;
-        let dw = needs[1].then(|| weight_gradient(path, grad, xs)).transpose()?;
+        let dx = needs[0].then(|| input_gradient(how, grad, weight)).transpose()?;
+        let dw = needs[1].then(|| weight_gradient(how, grad, xs)).transpose()?;
         Ok((dx, dw))
     };
     match bias {
@@ -58,7 +57,7 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, path: OpPath)
         Some(bias) => custom_vjp("linear", [xs, weight, bias], y, move |call| {
             let needs = [call.needs[0], call.needs[1]];
             let (dx, dw) = gradients(&call.args[0], &call.args[1], &call.grad, needs)?;
-            Ok([dx, dw, Some(bias_gradient(path, &call.grad)?)])
+            Ok([dx, dw, Some(bias_gradient(how, &call.grad)?)])
         }),
     }
 }
@@ -92,10 +91,15 @@ pub(super) fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 }
 
 /// `x W^T + b` of detached tensors.
-pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn forward(
+    how: Implementation,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims2()?;
     let shape = with_last(xs, out_dim);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let (xs, weight) = (dense(xs)?, dense(weight)?);
         let bias = bias.map(dense).transpose()?;
         let n = xs.elem_count() / in_dim.max(1);
@@ -116,23 +120,23 @@ pub(super) fn forward(path: OpPath, xs: &Tensor, weight: &Tensor, bias: Option<&
 
 /// [`forward`] that may use custom kernels, whose product starts from the bias as on the CPU: the
 /// sum is rounded once.
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn affine(
-    kernels: bool,
-    path: OpPath,
+    how: Implementation,
     xs: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if let Some(bias) = bias.filter(|bias| kernels && kernel::supports_all([xs, weight, bias])) {
+    if let Some(bias) =
+        bias.filter(|bias| how == Implementation::Kernels && kernel::supports_all([xs, weight, bias]))
+    {
         use kernel::gemm::Mat;
         let (x, weight) = (rows(xs)?, weight.contiguous()?);
         let y = kernel::linear::bias_rows(bias, &with_last(xs, weight.dim(0)?).into())?;
         kernel::gemm::add_product(&y, 1.0, &Mat::new(&x)?, &Mat::new(&weight)?.t())?;
         return Ok(y);
     }
-    forward(path, xs, weight, bias)
+    forward(how, xs, weight, bias)
 }
 
 /// `x W^T + b` of `n` rows.
@@ -163,10 +167,10 @@ pub(super) fn product(xs: &[f32], weight: &[f32], bias: Option<&[f32]>, n: usize
 }
 
 /// `dX = dY W`.
-pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub(super) fn input_gradient(how: Implementation, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims2()?;
     let shape = with_last(grad, in_dim);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let weight = dense(weight)?;
         let n = grad.elem_count() / out_dim.max(1);
         return tensor(input_product(&Host::of(grad)?, &Host::of(&weight)?, n, out_dim), shape);
@@ -175,21 +179,19 @@ pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &Tensor) -> Re
 }
 
 /// `dX = dY W + dZ V`, for two products that share one input.
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub(super) fn shared_input_gradient(
-    kernels: bool,
-    path: OpPath,
+    how: Implementation,
     [(dy, w), (dz, v)]: [(&Tensor, &Tensor); 2],
 ) -> Result<Tensor> {
-    let dx = input_gradient(path, dy, w)?;
+    let dx = input_gradient(how, dy, w)?;
     #[cfg(feature = "cuda")]
-    if kernels && kernel::supports_all([&dx, dz, v]) {
+    if how == Implementation::Kernels && kernel::supports_all([&dx, dz, v]) {
         use kernel::gemm::Mat;
         let (dz, v) = (rows(dz)?, v.contiguous()?);
         kernel::gemm::add_product(&dx, 1.0, &Mat::new(&dz)?, &Mat::new(&v)?)?;
         return Ok(dx);
     }
-    dx + input_gradient(path, dz, v)?
+    dx + input_gradient(how, dz, v)?
 }
 
 /// `dY W` of `n` rows.
@@ -201,9 +203,9 @@ pub(super) fn input_product(grad: &[f32], weight: &[f32], n: usize, out_dim: usi
 }
 
 /// `dW = dY^T X`.
-pub(super) fn weight_gradient(path: OpPath, grad: &Tensor, xs: &Tensor) -> Result<Tensor> {
+pub(super) fn weight_gradient(how: Implementation, grad: &Tensor, xs: &Tensor) -> Result<Tensor> {
     let (out_dim, in_dim) = (grad.dim(D::Minus1)?, xs.dim(D::Minus1)?);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let xs = dense(xs)?;
         let n = xs.elem_count() / in_dim.max(1);
         let mut dw = vec![0f32; out_dim * in_dim];
@@ -215,8 +217,8 @@ pub(super) fn weight_gradient(path: OpPath, grad: &Tensor, xs: &Tensor) -> Resul
 }
 
 /// The sum of `dY` over all rows.
-fn bias_gradient(path: OpPath, grad: &Tensor) -> Result<Tensor> {
-    if path == OpPath::Fused {
+fn bias_gradient(how: Implementation, grad: &Tensor) -> Result<Tensor> {
+    if how == Implementation::Slices {
         let width = grad.dim(D::Minus1)?;
         return tensor(column_sums(&Host::of(grad)?, width), width);
     }

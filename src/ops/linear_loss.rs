@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::custom_vjp::custom_vjp;
 use super::host::{rows_per_piece, tensor};
 use super::loss::{composed_cross_entropy, cross_entropy, log_sum, Labels};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::quantized::Weight;
 use super::soft_cap::{check as check_cap, soft_cap};
 use super::vmath;
@@ -61,14 +61,14 @@ pub fn capped_linear_cross_entropy(
     path: OpPath,
 ) -> Result<Tensor> {
     let weight = &weight.into();
-    let (wanted, path) = (path, weight.path(path, xs));
-    if path == OpPath::Reference || weight.track_op() {
-        let logits = weight.linear(xs, None, wanted)?;
+    let how = weight.implementation(path, xs);
+    if how == Implementation::Reference || weight.track_op() {
+        let logits = weight.linear(xs, None, path)?;
         let logits = match cap {
-            Some(cap) => soft_cap(&logits, cap, wanted)?,
+            Some(cap) => soft_cap(&logits, cap, path)?,
             None => logits,
         };
-        return cross_entropy(&logits, labels, ignore, wanted);
+        return cross_entropy(&logits, labels, ignore, path);
     }
     weight.check(xs)?;
     if xs.rank() != 2 {
@@ -79,23 +79,23 @@ pub fn capped_linear_cross_entropy(
     }
     let labels = Labels::new(labels, xs.dim(0)?, weight.dims2()?.0, ignore)?;
     #[cfg(feature = "cuda")]
-    if wanted.has_kernels() && cap.is_none() && kernels::supports(xs) {
-        return on_device(xs, weight, &labels, path);
+    if how == Implementation::Kernels && cap.is_none() && kernels::supports(xs) {
+        return on_device(xs, weight, &labels, how);
     }
     let (mut loss, mut gradients) = (None, Vec::new());
     for first in (0..labels.all.len()).step_by(CHUNK) {
         let chunk = labels.part(first, CHUNK);
         let rows = xs.detach().narrow(0, first, chunk.all.len())?;
-        let (part, gradient) = match path {
-            OpPath::Fused => fused(&rows, weight, &chunk, cap)?,
-            _ => composed(&weight.forward(path, &rows)?, &chunk, cap)?,
+        let (part, gradient) = match how {
+            Implementation::Slices => fused(&rows, weight, &chunk, cap)?,
+            _ => composed(&weight.forward(how, &rows)?, &chunk, cap)?,
         };
         loss = Some(match loss {
             Some(loss) => (loss + part)?,
             None => part,
         });
         if xs.track_op() {
-            gradients.push(weight.input_gradient(path, &gradient)?);
+            gradients.push(weight.input_gradient(how, &gradient)?);
         }
     }
     let Some(loss) = loss else { bail!("linear cross entropy: there is no row") };
@@ -117,15 +117,15 @@ fn node(xs: &Tensor, loss: Tensor, gradients: &[Tensor]) -> Result<Tensor> {
 /// The loss by kernels that read the logits once and overwrite them with their gradient. All rows are one
 /// chunk, unless they have more than [`MAX_LOGITS`] logits.
 #[cfg(feature = "cuda")]
-fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, path: OpPath) -> Result<Tensor> {
+fn on_device(xs: &Tensor, weight: &Weight, labels: &Labels, how: Implementation) -> Result<Tensor> {
     let (n, rows) = (labels.all.len(), labels.on_device(xs.device())?);
     let (chunk, mut gradients) = ((MAX_LOGITS / weight.dims2()?.0).max(1), Vec::new());
     for first in (0..n).step_by(chunk) {
         let part = xs.detach().narrow(0, first, chunk.min(n - first))?;
-        let logits = weight.forward(path, &part)?;
+        let logits = weight.forward(how, &part)?;
         if xs.track_op() {
             rows.slopes_in_place(first, &logits)?;
-            gradients.push(weight.input_gradient(path, &logits)?);
+            gradients.push(weight.input_gradient(how, &logits)?);
         } else {
             rows.log_sums(first, &logits)?;
         }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, rows_per_piece, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
 use crate::kernels::loss as kernels;
@@ -38,7 +38,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, path: OpPath
     let (n, classes) = logits.dims2()?;
     let checked = Labels::new(labels, n, classes, ignore)?;
     match path.on(&[logits]) {
-        OpPath::Reference => {
+        Implementation::Reference => {
             let labels = labels.detach().to_dtype(DType::I64)?.to_device(logits.device())?;
             reference::cross_entropy(
                 &logits.to_dtype(wide(logits.dtype()))?,
@@ -47,19 +47,19 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, path: OpPath
                 checked.counted,
             )
         }
-        OpPath::Fused => {
+        Implementation::Slices => {
             let labels = checked.all.iter().map(|&label| (label != ignore).then_some(label as usize));
             fused_cross_entropy(logits, labels.collect(), checked.counted)
         }
         #[cfg(feature = "cuda")]
-        OpPath::Composed if path.has_kernels() && kernels::supports(logits) => {
+        Implementation::Kernels if kernels::supports(logits) => {
             let rows = checked.on_device(logits.device())?;
             let log_sums = rows.log_sums(0, &logits.detach())?;
             custom_vjp("cross-entropy", [logits], rows.mean()?, move |call| {
                 Ok([Some(rows.slopes(&call.args[0], &log_sums, &call.grad)?)])
             })
         }
-        OpPath::Composed => composed_cross_entropy(logits, &checked),
+        Implementation::Composed | Implementation::Kernels => composed_cross_entropy(logits, &checked),
     }
 }
 
@@ -191,7 +191,7 @@ pub fn mean_squared_error(predictions: &Tensor, targets: &Tensor, path: OpPath) 
         bail!("mean squared error: predictions {:?}, targets {:?}", predictions.dims(), targets.dims());
     }
     let dtype = wide(predictions.dtype());
-    if path.on(&[predictions, targets]) == OpPath::Reference {
+    if path.on(&[predictions, targets]) == Implementation::Reference {
         return reference::mean_squared_error(&predictions.to_dtype(dtype)?, &targets.to_dtype(dtype)?);
     }
     // There are few numbers per batch: slices would gain nothing over tensor operations.

@@ -9,7 +9,7 @@ use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, tensor, Host};
 #[cfg(feature = "cuda")]
 use super::low_rank_cuda::{supports_low_rank, Thin};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::{linear as base, reference};
 use crate::noise::Stream;
 
@@ -31,14 +31,14 @@ pub fn low_rank(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -
 
 /// [`low_rank`] in the dtype of `a`.
 fn wide(xs: &Tensor, a: &Tensor, b: &Tensor, scale: f64, path: OpPath) -> Result<Tensor> {
-    let (kernels, path) = (path.has_kernels(), path.on(&[xs, a, b]));
-    if path == OpPath::Reference {
+    let how = path.on(&[xs, a, b]);
+    if how == Implementation::Reference {
         return reference::low_rank(xs, a, b, scale);
     }
     check(xs, a, b)?;
-    let (y, kept) = forward((kernels, path), &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
+    let (y, kept) = forward(how, &xs.detach(), None, &a.detach(), &b.detach(), scale)?;
     custom_vjp("low-rank", [xs, a, b], y, move |call| {
-        backward(path, &call.args, call.needs, &call.grad, None, &kept, scale)
+        backward(how, &call.args, call.needs, &call.grad, None, &kept, scale)
     })
 }
 
@@ -103,24 +103,23 @@ pub fn adapted_linear(
     scale: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let own = match bias {
+    let how = match bias {
         Some(bias) => path.on(&[xs, weight, a, b, bias]),
         None => path.on(&[xs, weight, a, b]),
     };
-    if own == OpPath::Reference || weight.track_op() || bias.is_some_and(Tensor::track_op) {
+    if how == Implementation::Reference || weight.track_op() || bias.is_some_and(Tensor::track_op) {
         return linear_and_low_rank(xs, weight, bias, xs, a, b, scale, path);
     }
-    let (kernels, path) = (path.has_kernels(), own);
     base::check(xs, weight, bias)?;
     check(xs, a, b)?;
     if b.dim(0)? != weight.dim(0)? {
         bail!("adapted linear: b {:?} does not fit a weight (out, in) of {:?}", b.dims(), weight.dims());
     }
     let frozen = Some((weight, bias));
-    let (y, kept) = forward((kernels, path), &xs.detach(), frozen, &a.detach(), &b.detach(), scale)?;
+    let (y, kept) = forward(how, &xs.detach(), frozen, &a.detach(), &b.detach(), scale)?;
     let weight = weight.clone();
     custom_vjp("adapted-linear", [xs, a, b], y, move |call| {
-        backward(path, &call.args, call.needs, &call.grad, Some(&weight), &kept, scale)
+        backward(how, &call.args, call.needs, &call.grad, Some(&weight), &kept, scale)
     })
 }
 
@@ -143,7 +142,7 @@ pub fn adapted_linear_with_dropout(
     path: OpPath,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if path.has_kernels()
+    if path == OpPath::Fused
         && supports_low_rank(xs, a, b)
         && p > 0.0
         && !(weight.track_op() || bias.is_some_and(Tensor::track_op))
@@ -152,7 +151,7 @@ pub fn adapted_linear_with_dropout(
         base::check(xs, weight, bias)?;
         check(xs, a, b)?;
         let like = (xs.shape(), xs.dtype(), xs.device());
-        let plan = DropoutPlan::new(like, p, stream, draw, true)?;
+        let plan = DropoutPlan::new(like, p, stream, draw, Implementation::Kernels)?;
         let (frozen, (a_in, b_in)) = (Some((weight, bias)), (a.detach(), b.detach()));
         let (y, thin) = Thin::forward(&xs.detach(), frozen, Some(plan), &a_in, &b_in, scale)?;
         let weight = weight.clone();
@@ -186,9 +185,8 @@ enum Kept {
 }
 
 /// The output (in the dtype of `xs`, or without the frozen layer in that of `a`) and what backward needs.
-/// Custom kernels are used if `kernels` is set and the tensors are supported.
 fn forward(
-    (kernels, path): (bool, OpPath),
+    how: Implementation,
     xs: &Tensor,
     frozen: Option<(&Tensor, Option<&Tensor>)>,
     a: &Tensor,
@@ -197,7 +195,7 @@ fn forward(
 ) -> Result<(Tensor, Kept)> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
     let shape = base::with_last(xs, out_dim);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let (xs, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
         let (x, a, b) = (Host::of(&xs)?, Host::of(&a)?, Host::of(&b)?);
         let n = x.len() / in_dim.max(1);
@@ -216,7 +214,7 @@ fn forward(
         return Ok((tensor(y, shape)?, Kept::Product(tensor(xs_a, (n, rank))?)));
     }
     #[cfg(feature = "cuda")]
-    if kernels && supports_low_rank(xs, a, b) {
+    if how == Implementation::Kernels && supports_low_rank(xs, a, b) {
         let (y, thin) = Thin::forward(xs, frozen, None, a, b, scale)?;
         return Ok((y, Kept::Thin(thin)));
     }
@@ -225,7 +223,7 @@ fn forward(
     let y = match frozen {
         // Added in the dtype of `a`: see `linear_and_low_rank`.
         Some((weight, bias)) => {
-            let y = base::affine(kernels, path, xs, weight, bias)?;
+            let y = base::affine(how, xs, weight, bias)?;
             (y.to_dtype(a.dtype())? + delta)?.to_dtype(xs.dtype())?
         }
         None => delta,
@@ -235,7 +233,7 @@ fn forward(
 
 /// The gradients of `xs`, `a` and `b`.
 fn backward(
-    path: OpPath,
+    how: Implementation,
     args: &[Tensor; 3],
     needs: [bool; 3],
     grad: &Tensor,
@@ -244,7 +242,7 @@ fn backward(
     scale: f64,
 ) -> Result<[Option<Tensor>; 3]> {
     match kept {
-        Kept::Product(xs_a) => backward_of_products(path, args, needs, grad, weight, xs_a, scale),
+        Kept::Product(xs_a) => backward_of_products(how, args, needs, grad, weight, xs_a, scale),
         #[cfg(feature = "cuda")]
         Kept::Thin(thin) => thin.backward(&args[0], needs, grad, weight),
     }
@@ -252,7 +250,7 @@ fn backward(
 
 /// With `u = s dY B` (n x r): `dX = dY W + u A`, `dA = u^T X`, `dB = s dY^T (X A^T)`.
 fn backward_of_products(
-    path: OpPath,
+    how: Implementation,
     [xs, a, b]: &[Tensor; 3],
     needs: [bool; 3],
     grad: &Tensor,
@@ -261,7 +259,7 @@ fn backward_of_products(
     scale: f64,
 ) -> Result<[Option<Tensor>; 3]> {
     let ((rank, in_dim), out_dim) = (a.dims2()?, b.dim(0)?);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let (xs_dense, a, b) = (dense(xs)?, dense(a)?, dense(b)?);
         let (x, a, b) = (Host::of(&xs_dense)?, Host::of(&a)?, Host::of(&b)?);
         let (dy, xs_a) = (Host::of(grad)?, Host::of(xs_a)?);
@@ -295,7 +293,7 @@ fn backward_of_products(
     let dx = needs[0].then(|| {
         let low = u.matmul(a)?.reshape(xs.dims())?;
         match weight {
-            Some(weight) => base::input_gradient(path, grad, weight)?.to_dtype(a.dtype())? + low,
+            Some(weight) => base::input_gradient(how, grad, weight)?.to_dtype(a.dtype())? + low,
             None => Ok(low),
         }
     });

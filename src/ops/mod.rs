@@ -80,7 +80,6 @@ pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use norm_modules::{LayerNorm, RmsNorm};
 pub use path::OpPath;
 pub use precision::{allow_tf32, tf32_allowed};
-pub(crate) use quantized::quantized_linear_by_blocks;
 pub use quantized::{quantized_linear, QuantizedWeight, Weight};
 pub use rotary::rotary;
 pub use rows::Rows;

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, rows_per_piece, tensor, total, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::{reference, vmath};
 #[cfg(feature = "cuda")]
 use crate::kernels::{norm as kernels, supports_all};
@@ -33,11 +33,11 @@ use crate::util::simd::vectorized;
 /// # Errors
 /// If the shapes do not fit.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
-    let (kernels, path) = (path.has_kernels(), path.on(&[xs, weight, bias]));
-    if path == OpPath::Reference {
+    let how = path.on(&[xs, weight, bias]);
+    if how == Implementation::Reference {
         return reference::layer_norm(xs, weight, bias, eps);
     }
-    norm(&Norm { kernels, path, eps, centred: true }, xs, None, weight, Some(bias))
+    norm(&Norm { how, eps, centred: true }, xs, None, weight, Some(bias))
 }
 
 /// `layer_norm(xs + residual)`.
@@ -60,11 +60,11 @@ pub fn add_layer_norm(
     eps: f64,
     path: OpPath,
 ) -> Result<Tensor> {
-    let (kernels, path) = (path.has_kernels(), path.on(&[xs, residual, weight, bias]));
-    if path == OpPath::Reference {
+    let how = path.on(&[xs, residual, weight, bias]);
+    if how == Implementation::Reference {
         return reference::layer_norm(&(xs + residual)?, weight, bias, eps);
     }
-    let norm_of = Norm { kernels, path, eps, centred: true };
+    let norm_of = Norm { how, eps, centred: true };
     if weight.track_op() || bias.track_op() {
         // The node would have four arguments, but candle's ops take at most three.
         return norm(&norm_of, &(xs + residual)?, None, weight, Some(bias));
@@ -84,20 +84,17 @@ pub fn add_layer_norm(
 /// # Errors
 /// If the shapes do not fit.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64, path: OpPath) -> Result<Tensor> {
-    let (kernels, path) = (path.has_kernels(), path.on(&[xs, weight]));
-    if path == OpPath::Reference {
+    let how = path.on(&[xs, weight]);
+    if how == Implementation::Reference {
         return reference::rms_norm(xs, weight, eps);
     }
-    norm(&Norm { kernels, path, eps, centred: false }, xs, None, weight, None)
+    norm(&Norm { how, eps, centred: false }, xs, None, weight, None)
 }
 
 /// Which norm is computed, and how.
 #[derive(Clone, Copy)]
 struct Norm {
-    path: OpPath,
-    /// Whether custom kernels may compute it.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    kernels: bool,
+    how: Implementation,
     eps: f64,
     centred: bool,
 }
@@ -159,7 +156,7 @@ impl Norm {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        if self.path == OpPath::Fused {
+        if self.how == Implementation::Slices {
             let (x, residual) = (dense(xs)?, residual.map(dense).transpose()?);
             let (weight, bias) = (dense(weight)?, bias.map(dense).transpose()?);
             let residual = residual.as_ref().map(Host::of).transpose()?;
@@ -190,7 +187,8 @@ impl Norm {
         residual: Option<&'a Tensor>,
         weight: &'a Tensor,
     ) -> Option<kernels::Norm<'a>> {
-        let takes = self.kernels && supports_all([xs, weight].into_iter().chain(residual));
+        let takes =
+            self.how == Implementation::Kernels && supports_all([xs, weight].into_iter().chain(residual));
         takes.then_some(kernels::Norm { xs, residual, weight, eps: self.eps, centred: self.centred })
     }
 
@@ -217,7 +215,7 @@ impl Norm {
         trainable: bool,
     ) -> Result<Gradients> {
         let dim = xs.dim(D::Minus1)?;
-        if self.path == OpPath::Fused {
+        if self.how == Implementation::Slices {
             let (x, residual) = (dense(xs)?, residual.map(dense).transpose()?);
             let weight = dense(weight)?;
             let residual = residual.as_ref().map(Host::of).transpose()?;

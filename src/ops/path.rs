@@ -31,20 +31,30 @@ pub enum OpPath {
     Reference,
 }
 
-impl OpPath {
-    /// The path of an operation on these tensors: `Fused` becomes `Composed` unless all of them
-    /// are f32 on the CPU.
-    pub(super) fn on(self, tensors: &[&Tensor]) -> Self {
-        match self {
-            Self::Fused if !tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32) => {
-                Self::Composed
-            }
-            path => path,
-        }
-    }
+/// The code that computes an operation on given tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Implementation {
+    /// That of [`OpPath::Reference`].
+    Reference,
+    /// That of [`OpPath::Composed`].
+    Composed,
+    /// This crate's kernels for the steps that have one for the tensors at hand, and [`Self::Composed`] for
+    /// the others.
+    Kernels,
+    /// Slices, rayon and `gemm`: all tensors are f32 on the CPU.
+    Slices,
+}
 
-    /// Whether custom kernels may replace composed operations on a device that has them.
-    pub(crate) fn has_kernels(self) -> bool {
-        self == Self::Fused
+impl OpPath {
+    /// The implementation of an operation on these tensors.
+    pub(super) fn on(self, tensors: &[&Tensor]) -> Implementation {
+        match self {
+            Self::Reference => Implementation::Reference,
+            Self::Composed => Implementation::Composed,
+            Self::Fused if tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32) => {
+                Implementation::Slices
+            }
+            Self::Fused => Implementation::Kernels,
+        }
     }
 }

@@ -6,7 +6,7 @@ use candle_core::{bail, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, fill_rows, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::reference;
 #[cfg(feature = "cuda")]
 use crate::kernels::supports_all;
@@ -32,22 +32,21 @@ pub fn rotary(xs: &Tensor, cos: &Tensor, sin: &Tensor, path: OpPath) -> Result<T
     if !fits(cos) || !fits(sin) || cos.dims() != sin.dims() {
         bail!("rotary: cos {:?} and sin {:?} do not fit xs {:?}", cos.dims(), sin.dims(), xs.dims());
     }
-    let (kernels, path) = (path.has_kernels(), path.on(&[xs, cos, sin]));
+    let how = path.on(&[xs, cos, sin]);
     let (cos, sin) = (cos.detach(), sin.detach());
-    if path == OpPath::Reference {
+    if how == Implementation::Reference {
         return reference::rotary(xs, &cos, &sin);
     }
-    let rotate = move |xs: &Tensor, sign| rotate(kernels, path, xs, &cos, &sin, sign);
+    let rotate = move |xs: &Tensor, sign| rotate(how, xs, &cos, &sin, sign);
     let y = rotate(&xs.detach(), 1.0)?;
     custom_vjp("rotary", [xs], y, move |call| Ok([Some(rotate(&call.grad, -1.0)?)]))
 }
 
 /// The rotation of a detached tensor, forward (`sign` 1) or back (-1).
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
+fn rotate(how: Implementation, xs: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<Tensor> {
     let (_, t, heads, dim) = xs.dims4()?;
     let half = cos.dim(2)?;
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let tables = cos.dim(0)?;
         let (x, cos, sin) = (dense(xs)?, dense(cos)?, dense(sin)?);
         let (x, cos, sin) = (Host::of(&x)?, Host::of(&cos)?, Host::of(&sin)?);
@@ -72,7 +71,7 @@ fn rotate(kernels: bool, path: OpPath, xs: &Tensor, cos: &Tensor, sin: &Tensor, 
         return tensor(y, xs.dims());
     }
     #[cfg(feature = "cuda")]
-    if kernels
+    if how == Implementation::Kernels
         && 2 * half == dim
         && supports_all([xs])
         && cos.dtype() == DType::F32

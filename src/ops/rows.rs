@@ -7,7 +7,7 @@ use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 #[cfg(feature = "cuda")]
 use crate::kernels::gather as kernels;
 
@@ -105,11 +105,12 @@ impl Rows {
     }
 
     fn gather(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+        let how = path.on(&[xs]);
         #[cfg(feature = "cuda")]
-        if path.has_kernels() && kernels::supports(&self.index, xs) {
+        if how == Implementation::Kernels && kernels::supports(&self.index, xs) {
             return kernels::take(&self.index, xs);
         }
-        if path.on(&[xs]) != OpPath::Fused {
+        if how != Implementation::Slices {
             return xs.contiguous()?.index_select(&self.index, 0);
         }
         let (xs, dim) = (dense(xs)?, xs.dim(1)?);
@@ -127,11 +128,12 @@ impl Rows {
 
     fn scatter(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
         let dim = xs.dim(1)?;
+        let how = path.on(&[xs]);
         #[cfg(feature = "cuda")]
-        if path.has_kernels() && kernels::supports(&self.index, xs) {
+        if how == Implementation::Kernels && kernels::supports(&self.index, xs) {
             return kernels::put(&self.index, self.total, xs);
         }
-        if path.on(&[xs]) != OpPath::Fused {
+        if how != Implementation::Slices {
             let zeros = Tensor::zeros((self.total, dim), xs.dtype(), xs.device())?;
             return zeros.index_add(&self.index, &xs.contiguous()?, 0);
         }

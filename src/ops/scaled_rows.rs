@@ -4,7 +4,7 @@ use candle_core::{bail, Result, Tensor, D};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, for_rows, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::vmath;
 use crate::util::simd::vectorized;
 
@@ -24,11 +24,11 @@ pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor, path: OpPa
     if scales.dims() != [rows] || matrix.dims() != xs.dims() {
         bail!("scaled rows: xs {:?}, scales {:?}, matrix {:?}", xs.dims(), scales.dims(), matrix.dims());
     }
-    let path = path.on(&[xs, scales, matrix]);
-    if path == OpPath::Reference || matrix.track_op() {
+    let how = path.on(&[xs, scales, matrix]);
+    if how == Implementation::Reference || matrix.track_op() {
         return xs + scales.unsqueeze(1)?.broadcast_mul(matrix)?;
     }
-    let y = if path == OpPath::Fused {
+    let y = if how == Implementation::Slices {
         let (xs, scales, matrix) = (dense(xs)?, dense(scales)?, dense(matrix)?);
         let (mut y, s, m) = (Host::of(&xs)?.to_vec(), Host::of(&scales)?, Host::of(&matrix)?);
         let (s, m): (&[f32], &[f32]) = (&s, &m);
@@ -48,7 +48,7 @@ pub fn add_scaled_rows(xs: &Tensor, scales: &Tensor, matrix: &Tensor, path: OpPa
     let matrix = matrix.clone();
     custom_vjp("add-scaled-rows", [xs, scales], y, move |call| {
         let slopes = call.needs[1].then(|| {
-            if path != OpPath::Fused {
+            if how != Implementation::Slices {
                 return (&call.grad * &matrix)?.sum(D::Minus1);
             }
             let matrix = dense(&matrix)?;

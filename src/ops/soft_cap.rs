@@ -4,7 +4,7 @@ use candle_core::{bail, Result, Tensor};
 
 use super::custom_vjp::custom_vjp;
 use super::host::{dense, map, map2, tensor, Host};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::{reference, vmath};
 use crate::util::dtype::wide;
 
@@ -16,11 +16,11 @@ use crate::util::dtype::wide;
 /// If the cap is not positive and finite.
 pub fn soft_cap(xs: &Tensor, cap: f64, path: OpPath) -> Result<Tensor> {
     check(cap)?;
-    let path = path.on(&[xs]);
-    if path == OpPath::Reference {
+    let how = path.on(&[xs]);
+    if how == Implementation::Reference {
         return reference::soft_cap(xs, cap);
     }
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let (x, c) = (dense(xs)?, cap as f32);
         let y = tensor(map(&Host::of(&x)?, |x| c * vmath::tanh(x / c)), x.dims())?;
         return custom_vjp("soft cap", [xs], y, move |call| {

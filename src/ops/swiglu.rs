@@ -7,7 +7,7 @@ use super::custom_vjp::{custom_vjp, Saved};
 use super::gemm::{gemm, Into, Mat};
 use super::host::{dense, for_rows, tensor, Host};
 use super::linear::{check, forward, input_gradient, input_product, linear, shared_input_gradient};
-use super::path::OpPath;
+use super::path::{Implementation, OpPath};
 use super::vmath;
 use crate::util::simd::vectorized;
 
@@ -25,29 +25,28 @@ use crate::util::simd::vectorized;
 /// # Errors
 /// If the shapes do not fit.
 pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, path: OpPath) -> Result<Tensor> {
-    let (wish, kernels) = (path, path.has_kernels());
-    let path = wish.on(&[xs, gate, up, down]);
-    if path == OpPath::Reference || [gate, up, down].iter().any(|weight| weight.track_op()) {
-        let (gate, up) = (linear(xs, gate, None, wish)?, linear(xs, up, None, wish)?);
-        return linear(&silu_mul(&gate, &up, wish)?, down, None, wish);
+    let how = path.on(&[xs, gate, up, down]);
+    if how == Implementation::Reference || [gate, up, down].iter().any(|weight| weight.track_op()) {
+        let (gate, up) = (linear(xs, gate, None, path)?, linear(xs, up, None, path)?);
+        return linear(&silu_mul(&gate, &up, path)?, down, None, path);
     }
     check(xs, gate, None)?;
     if up.dims() != gate.dims() || down.dims2()?.1 != gate.dim(0)? {
         bail!("swiglu: gate {:?}, up {:?}, down {:?} do not fit", gate.dims(), up.dims(), down.dims());
     }
-    let (g, u) = projections(path, &xs.detach(), gate, up)?;
-    let y = forward(path, &silu_mul(&g, &u, wish)?, down, None)?;
+    let (g, u) = projections(how, &xs.detach(), gate, up)?;
+    let y = forward(how, &silu_mul(&g, &u, path)?, down, None)?;
     let saved = Saved::new((g, u));
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
     custom_vjp("swiglu", [xs], y, move |call| {
         let (g, u) = match saved.take() {
             Some(saved) => saved,
-            None => projections(path, &call.args[0], &gate, &up)?,
+            None => projections(how, &call.args[0], &gate, &up)?,
         };
-        if path != OpPath::Fused {
-            let d = input_gradient(path, &call.grad, &down)?;
-            let [dg, du] = silu_mul_gradients(kernels, &g, &u, &d)?;
-            return Ok([Some(shared_input_gradient(kernels, path, [(&dg, &gate), (&du, &up)])?)]);
+        if how != Implementation::Slices {
+            let d = input_gradient(how, &call.grad, &down)?;
+            let [dg, du] = silu_mul_gradients(how, &g, &u, &d)?;
+            return Ok([Some(shared_input_gradient(how, [(&dg, &gate), (&du, &up)])?)]);
         }
         let (gate, up, down) = (dense(&gate)?, dense(&up)?, dense(&down)?);
         let ((hidden, dim), out_dim) = (gate.dims2()?, down.dim(0)?);
@@ -76,6 +75,6 @@ pub fn swiglu(xs: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, path: OpPa
     })
 }
 
-fn projections(path: OpPath, xs: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
-    Ok((forward(path, xs, gate, None)?, forward(path, xs, up, None)?))
+fn projections(how: Implementation, xs: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((forward(how, xs, gate, None)?, forward(how, xs, up, None)?))
 }

@@ -35,7 +35,7 @@ pub(super) struct Constants {
 #[derive(Default)]
 pub(super) struct Steps {
     #[cfg(feature = "cuda")]
-    waiting: Vec<multi_tensor::Update>,
+    waiting: Vec<multi_tensor::AdamWUpdate>,
 }
 
 impl Steps {
@@ -43,7 +43,7 @@ impl Steps {
     pub fn take(&mut self, var: &Var, moments: &mut Moments, grad: &Tensor, of: &Constants) -> Result<()> {
         #[cfg(feature = "cuda")]
         if multi_tensor::supports(var) && grad.dtype() == DType::F32 {
-            self.waiting.push(multi_tensor::Update {
+            self.waiting.push(multi_tensor::AdamWUpdate {
                 value: var.as_detached_tensor(),
                 first: moments.first.clone(),
                 second: moments.second.clone(),

@@ -14,7 +14,7 @@ use crate::adapter::{Params, Role};
 use crate::data::batch::Batcher;
 use crate::data::causal::{PromptEncoder, Tokens};
 use crate::data::instruct::Prompted;
-use crate::data::split::{self, Draw};
+use crate::data::split::{self, Subset};
 use crate::error::{Error, Result};
 use crate::inject::DEFAULT_ADAPTER;
 use crate::models::causal::CausalLm;
@@ -93,7 +93,7 @@ impl LanguageTrial<'_> {
         };
         let count = self.limit_train.unwrap_or(self.train.len());
         let own =
-            split::at(self.train, &split::stratified(&strata(self.train), count, noise, Draw::Training));
+            split::at(self.train, &split::stratified(&strata(self.train), count, noise, Subset::Training));
         let (stay, held) = split::hold_out(&strata(&own), recipe.held_out, noise)?;
         let held = split::at(&own, &held).into_iter().filter(|row| choices(row).is_some());
         let held: Vec<Prompted> = held.map(|row| self.rows[row.row].clone()).collect();

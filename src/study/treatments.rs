@@ -15,7 +15,7 @@ use crate::bayes::{
 };
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
-use crate::data::split::{self, Draw};
+use crate::data::split::{self, Subset};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::inject::merge;
@@ -181,7 +181,7 @@ fn of_trained_lora(
 /// All rows, beginning with those that a Laplace approximation reads; it scales their curvature up to all
 /// rows.
 fn curvature_first(rows: &[Encoded], noise: Noise) -> Vec<Encoded> {
-    let mut order = split::stratified(&split::strata(rows), LAPLACE_ROWS, noise, Draw::Curvature);
+    let mut order = split::stratified(&split::strata(rows), LAPLACE_ROWS, noise, Subset::Curvature);
     let chosen = order.clone();
     order.extend((0..rows.len()).filter(|place| chosen.binary_search(place).is_err()));
     split::at(rows, &order)

@@ -11,7 +11,7 @@ use super::treatments::{self, TrainedModel};
 use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::encode::Encoded;
-use crate::data::split::{self, Draw};
+use crate::data::split::{self, Subset};
 use crate::data::task::Task;
 use crate::error::Result;
 use crate::models::hub::ModelFiles;
@@ -91,7 +91,7 @@ impl Trial<'_> {
     fn rows_of(&self, key: &CellKey, recipe: &Recipe) -> Result<(Vec<Encoded>, Vec<Encoded>)> {
         let noise = Noise::new(key.seed);
         let count = self.limit_train.unwrap_or(self.train.len());
-        let own = split::stratified(&split::strata(self.train), count, noise, Draw::Training);
+        let own = split::stratified(&split::strata(self.train), count, noise, Subset::Training);
         let own = split::at(self.train, &own);
         let (stay, held) = split::hold_out(&split::strata(&own), recipe.held_out, noise)?;
         Ok((split::at(&own, &stay), split::at(&own, &held)))

@@ -66,7 +66,7 @@ pub struct Classifier {
 
 /// The purpose of loading a classifier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub(super) enum LoadPurpose {
     /// Training, from the checkpoint's head if it has one.
     Train,
     /// Training, from a new head.
@@ -97,7 +97,7 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::with_head(files, labels.into(), start, noise, base_dtype, device, Purpose::Train)
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, LoadPurpose::Train)
     }
 
     /// [`Self::load`] with a new head, whatever the checkpoint has. The head of an adapter is still loaded.
@@ -112,7 +112,7 @@ impl Classifier {
         base_dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::with_head(files, labels.into(), start, noise, base_dtype, device, Purpose::TrainNewHead)
+        Self::with_head(files, labels.into(), start, noise, base_dtype, device, LoadPurpose::TrainNewHead)
     }
 
     pub(super) fn with_head(
@@ -122,17 +122,17 @@ impl Classifier {
         noise: Noise,
         base_dtype: DType,
         device: &Device,
-        purpose: Purpose,
+        purpose: LoadPurpose,
     ) -> Result<Self> {
         let config = SequenceConfig::from_files(files, wanted.len())?;
         let checkpoint = files.open_weights(base_dtype, device)?;
-        let source = HeadSource::find(&config, &checkpoint, start, purpose == Purpose::TrainNewHead)?;
+        let source = HeadSource::find(&config, &checkpoint, start, purpose == LoadPurpose::TrainNewHead)?;
         let params = Params::new(noise, device);
         let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
         let trainable = base_dtype == DType::F32 && !checkpoint.is_quantized();
         let base = match method {
-            Method::Full if purpose == Purpose::Open && !trainable => checkpoint,
+            Method::Full if purpose == LoadPurpose::Open && !trainable => checkpoint,
             Method::Full => {
                 let dense = checkpoint.into_dense()?;
                 if base_dtype != DType::F32 {

@@ -321,19 +321,19 @@ impl Method {
                 Ok(Box::new(Dora::new(params, layer.path(), name, layer.base(), &config)?))
             }),
             Self::AdaLora(config) => each((config.init_rank, config.alpha), &mut |layer, _, params| {
-                Ok(Box::new(AdaLora::new(params, layer.path(), name, layer.base(), config)?))
+                Ok(Box::new(AdaLora::new(params, layer.path(), name, layer.dims()?, config)?))
             }),
             Self::Blob(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
                 let config = BlobConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
                 Ok(Box::new(Blob::new(params, layer.path(), name, layer.dims()?, &config)?))
             }),
             Self::Bottleneck(config) => each(none, &mut |layer, _, params| {
-                Ok(Box::new(Bottleneck::new(params, layer.path(), name, layer.base(), config)?))
+                Ok(Box::new(Bottleneck::new(params, layer.path(), name, layer.dims()?, config)?))
             }),
             Self::Ia3 => each(none, &mut |layer, _, params| {
                 let closes = closes_feed_forward(layer.path());
                 let scaled = if closes { Scaled::Input } else { Scaled::Output };
-                Ok(Box::new(Ia3::new(params, layer.path(), name, layer.base(), scaled)?))
+                Ok(Box::new(Ia3::new(params, layer.path(), name, layer.dims()?, scaled)?))
             }),
         }
     }

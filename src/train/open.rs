@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::classifier::{Classifier, Purpose};
+use super::classifier::{Classifier, LoadPurpose};
 use super::method::{Method, MethodInit};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
@@ -67,7 +67,7 @@ impl Classifier {
     pub fn of_checkpoint(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
         let start = MethodInit::Fresh(Method::Full, Targets::default());
         let labels = Labels::from(outputs_of(files)?);
-        let opened = Self::with_head(files, labels, &start, Noise::new(0), dtype, device, Purpose::Open)?;
+        let opened = Self::with_head(files, labels, &start, Noise::new(0), dtype, device, LoadPurpose::Open)?;
         let names = opened.config().named()?;
         Ok(opened.with_numbers_of(names))
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use crate::adapter::{AdaptableModel, BaseLinear};
+use crate::adapter::AdaptableModel;
 use crate::data::batch::Batcher;
 use crate::error::{Error, Result};
 
@@ -50,11 +50,10 @@ fn base_kind(model: &dyn AdaptableModel) -> Option<String> {
     let looked = model.visit_linears(&mut |layer| {
         let base = layer.base();
         first.get_or_insert_with(|| base.kind());
-        all.insert(match base {
-            BaseLinear::Dense(_) => base.kind(),
-            BaseLinear::Quantized(_) => format!("{}/{}", base.kind(), base.dtype().as_str()),
-        });
-        quantized |= base.dense().is_none();
+        let dense = base.dense().is_some();
+        let rows = base.dtype().as_str();
+        all.insert(if dense { base.kind() } else { format!("{}/{rows}", base.kind()) });
+        quantized |= !dense;
         Ok(())
     });
     let kind = if quantized { Some(all.into_iter().collect::<Vec<_>>().join(", ")) } else { first };
@@ -67,10 +66,9 @@ mod tests {
 
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{DType, Device, Tensor};
-    use candle_nn::Linear;
 
     use super::*;
-    use crate::adapter::{AdaptableLinear, QuantizedLinear};
+    use crate::adapter::{AdaptableLinear, BaseLinear};
     use crate::ops::QuantizedWeight;
 
     struct Layers(Vec<AdaptableLinear>);
@@ -86,13 +84,13 @@ mod tests {
     }
 
     fn dense(dtype: DType) -> BaseLinear {
-        Linear::new(Tensor::ones((2, 32), dtype, &Device::Cpu).unwrap(), None).into()
+        BaseLinear::new(Tensor::ones((2, 32), dtype, &Device::Cpu).unwrap(), None)
     }
 
     fn blocks(kind: GgmlDType, dtype: DType) -> BaseLinear {
         let weight = Tensor::ones((2, 32), DType::F32, &Device::Cpu).unwrap();
         let weight = Arc::new(QTensor::quantize(&weight, kind).unwrap());
-        QuantizedLinear::new(QuantizedWeight::new(weight, dtype).unwrap(), None).into()
+        BaseLinear::new(QuantizedWeight::new(weight, dtype).unwrap(), None)
     }
 
     #[test]

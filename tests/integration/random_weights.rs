@@ -23,7 +23,7 @@ fn models_on_random_weights_share_them() -> Outcome {
     for model in [load()?, load()?] {
         let mut ids = Vec::new();
         model.visit_linears(&mut |layer| {
-            ids.push(layer.base().dense().map(|dense| dense.weight().id()));
+            ids.push(layer.base().dense().map(|weight| weight.id()));
             Ok(())
         })?;
         weights.push(ids);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use candle_core::{DType, Device};
 use monteclora::adapters::LoraConfig;
 use monteclora::data::batch::Batcher;
-use monteclora::data::split::{self, Draw};
+use monteclora::data::split::{self, Subset};
 use monteclora::data::task::Task;
 use monteclora::inject::Targets;
 use monteclora::metrics;
@@ -96,7 +96,7 @@ fn a_posterior_is_put_on_an_adapter_made_elsewhere() -> Outcome {
         let start = MethodInit::Fresh(method, Targets::default());
         let classifier = Classifier::load(&files, 2, &start, Noise::new(3), DType::F32, &Device::Cpu)?;
         let batcher = Batcher::new(8, false, Noise::new(3))?;
-        let own = split::stratified(&split::strata(trial.train), 64, Noise::new(3), Draw::Training);
+        let own = split::stratified(&split::strata(trial.train), 64, Noise::new(3), Subset::Training);
         let rows = split::at(trial.train, &own);
         let objective = Classification::new(&classifier, &rows, batcher);
         let config = TrainConfig { epochs: 1, lr: 5e-3, keep_best: false, ..TrainConfig::default() };

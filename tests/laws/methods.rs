@@ -109,7 +109,7 @@ fn ia3_is_pefts() -> Result<()> {
     let golden = Golden::read()?;
     for (label, scaled, count) in [("ia3", Scaled::Output, 4), ("ia3_input", Scaled::Input, 6)] {
         let params = store(1);
-        let ia3 = Ia3::new(&params, "proj", "default", &golden.base()?, scaled)?;
+        let ia3 = Ia3::new(&params, "proj", "default", golden.base()?.dims()?, scaled)?;
         assert_eq!(params.trainable_count(), count);
         assert_eq!(
             ia3.delta(&golden.base()?, &Pass::Mean.into())?.is_none(),
@@ -156,7 +156,7 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
         ..Default::default()
     };
     model.visit_linears_mut(&mut |layer| {
-        let adapter = AdaLora::new(&params, layer.path(), "default", layer.base(), &config)?;
+        let adapter = AdaLora::new(&params, layer.path(), "default", layer.dims()?, &config)?;
         layer.add("default", Box::new(adapter))
     })?;
     assert_eq!(params.trainable_count(), 4 * (6 + 4 + 1) + 4 * (4 + 5 + 1));
@@ -214,7 +214,7 @@ fn adalora_moves_its_budget_as_pefts_does() -> Result<()> {
 #[test]
 fn a_bottleneck_is_its_formula() -> Result<()> {
     let (base, xs, params) = (base(6, 4)?, normals("xs", &[2, 5, 6])?, store(5));
-    let adapter = Bottleneck::new(&params, "proj", "default", &base, &BottleneckConfig { width: 3 })?;
+    let adapter = Bottleneck::new(&params, "proj", "default", base.dims()?, &BottleneckConfig { width: 3 })?;
     assert_eq!(params.trainable_count(), 2 * 3 * 4 + 3 + 4);
     // Close to the identity at the start.
     assert_close("start", &adapter.forward(&xs, &base, &TRAIN.into())?, &xs.apply(&base)?, 1e-3)?;
@@ -231,7 +231,9 @@ fn a_bottleneck_is_its_formula() -> Result<()> {
     assert_gradients("bottleneck", &params, &|| {
         Ok(adapter.forward(&xs, &base, &TRAIN.into())?.sqr()?.sum_all()?)
     })?;
-    assert!(Bottleneck::new(&params, "other", "default", &base, &BottleneckConfig { width: 0 }).is_err());
+    assert!(
+        Bottleneck::new(&params, "other", "default", base.dims()?, &BottleneckConfig { width: 0 }).is_err()
+    );
     assert!(adapter.delta(&base, &Pass::Mean.into())?.is_none());
     Ok(())
 }
@@ -241,7 +243,7 @@ fn adapters_on_a_half_width_base_compute_in_single_precision() -> Result<()> {
     let (wide, xs) = (base(6, 4)?, normals("xs", &[5, 6])?);
     let half = |t: &Tensor| t.to_dtype(DType::BF16);
     let weight = half(wide.dequantize()?.weight())?;
-    let narrow = Linear::new(weight, wide.bias().map(half).transpose()?).into();
+    let narrow = BaseLinear::new(weight, wide.bias().map(half).transpose()?);
     let params = Params::new(monteclora::noise::Noise::new(1), &Device::Cpu);
     let config = LoraConfig { rank: 2, ..Default::default() };
     let adapters: [Box<dyn Adapter>; 4] = [
@@ -250,11 +252,17 @@ fn adapters_on_a_half_width_base_compute_in_single_precision() -> Result<()> {
             &params,
             "adalora",
             "default",
-            &narrow,
+            narrow.dims()?,
             &AdaLoraConfig { init_rank: 3, target_rank: 2, ..Default::default() },
         )?),
-        Box::new(Ia3::new(&params, "ia3", "default", &narrow, Scaled::Output)?),
-        Box::new(Bottleneck::new(&params, "bottleneck", "default", &narrow, &BottleneckConfig { width: 2 })?),
+        Box::new(Ia3::new(&params, "ia3", "default", narrow.dims()?, Scaled::Output)?),
+        Box::new(Bottleneck::new(
+            &params,
+            "bottleneck",
+            "default",
+            narrow.dims()?,
+            &BottleneckConfig { width: 2 },
+        )?),
     ];
     for adapter in &adapters {
         let ys = adapter.forward(&half(&xs)?, &narrow, &TRAIN.into())?;

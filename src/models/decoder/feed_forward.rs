@@ -49,7 +49,7 @@ impl FeedForward {
     fn as_swiglu(&self, cx: &Context) -> Option<[&Tensor; 3]> {
         let Joint::Apart([gate, up]) = &self.gate_up else { return None };
         fn weight<'a>(layer: &'a AdaptableLinear, cx: &Context) -> Option<&'a Tensor> {
-            layer.as_linear(cx).filter(|layer| layer.bias().is_none()).map(|layer| layer.weight())
+            layer.as_linear(cx).filter(|(_, bias)| bias.is_none()).map(|(weight, _)| weight)
         }
         match self.activation {
             Activation::Silu => Some([weight(gate, cx)?, weight(up, cx)?, weight(&self.down_proj, cx)?]),

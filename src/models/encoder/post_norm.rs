@@ -174,8 +174,9 @@ impl PostNormLayer {
     }
 
     fn feed_forward(&self, xs: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        if let (Some(up), Some(down)) = (self.intermediate.as_linear(cx), self.output.as_linear(cx)) {
-            return ops::feed_forward(xs, up.weight(), up.bias(), down.weight(), down.bias(), cx.path);
+        let (up, down) = (self.intermediate.as_linear(cx), self.output.as_linear(cx));
+        if let (Some((w1, b1)), Some((w2, b2))) = (up, down) {
+            return ops::feed_forward(xs, w1, b1, w2, b2, cx.path);
         }
         self.output.forward(&ops::gelu(&self.intermediate.forward(xs, cx)?, cx.path)?, cx)
     }

@@ -7,7 +7,7 @@ use crate::ops::custom_vjp::custom_vjp;
 use crate::ops::gemm::{gemm, Into, Mat};
 use crate::ops::host::{dense, tensor, Host};
 use crate::ops::linear::{product as dense_product, rows, with_last};
-use crate::ops::path::OpPath;
+use crate::ops::path::{Implementation, OpPath};
 use crate::ops::reference;
 use crate::util::dtype::wide;
 
@@ -49,7 +49,7 @@ pub fn quantized_linear(
 ///
 /// # Errors
 /// As [`quantized_linear`].
-pub(crate) fn quantized_linear_by_blocks(
+pub(super) fn quantized_linear_by_blocks(
     xs: &Tensor,
     weight: &QuantizedWeight,
     bias: Option<&Tensor>,
@@ -68,8 +68,8 @@ fn linear(
     let (out_dim, in_dim) = weight.dims();
     check(xs, weight, bias)?;
     let bias = bias.map(Tensor::detach);
-    let path = path.on(&[xs]);
-    if path == OpPath::Reference {
+    let how = path.on(&[xs]);
+    if how == Implementation::Reference {
         return reference::linear(xs, &weight.dequantize()?.to_dtype(xs.dtype())?, bias.as_ref());
     }
     if few_are_rounded && !xs.track_op() && xs.elem_count() <= FEW_ROWS * in_dim {
@@ -81,11 +81,9 @@ fn linear(
             return y.reshape(with_last(xs, out_dim));
         }
     }
-    let y = forward(path, &xs.detach(), weight, bias.as_ref())?;
+    let y = forward(how, &xs.detach(), weight, bias.as_ref())?;
     let weight = weight.clone();
-    custom_vjp("quantized-linear", [xs], y, move |call| {
-        Ok([Some(input_gradient(path, &call.grad, &weight)?)])
-    })
+    custom_vjp("quantized-linear", [xs], y, move |call| Ok([Some(input_gradient(how, &call.grad, &weight)?)]))
 }
 
 /// Checks the shapes of a layer.
@@ -104,13 +102,13 @@ pub(super) fn check(xs: &Tensor, weight: &QuantizedWeight, bias: Option<&Tensor>
 
 /// `x W^T + b` of detached tensors, in blocks.
 pub(super) fn forward(
-    path: OpPath,
+    how: Implementation,
     xs: &Tensor,
     weight: &QuantizedWeight,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let shape = with_last(xs, weight.dims().0);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let (xs, bias) = (dense(xs)?, bias.map(|bias| dense(&bias.to_dtype(xs.dtype())?)).transpose()?);
         let bias = bias.as_ref().map(Host::of).transpose()?;
         return tensor(product(&Host::of(&xs)?, weight, bias.as_deref())?, shape);
@@ -141,10 +139,10 @@ pub(super) fn product(xs: &[f32], weight: &QuantizedWeight, bias: Option<&[f32]>
 }
 
 /// `dX = dY W`, in blocks.
-pub(super) fn input_gradient(path: OpPath, grad: &Tensor, weight: &QuantizedWeight) -> Result<Tensor> {
+pub(super) fn input_gradient(how: Implementation, grad: &Tensor, weight: &QuantizedWeight) -> Result<Tensor> {
     let (out_dim, in_dim) = weight.dims();
     let shape = with_last(grad, in_dim);
-    if path == OpPath::Fused {
+    if how == Implementation::Slices {
         let grad = Host::of(grad)?;
         let n = grad.len() / out_dim.max(1);
         let (mut dx, mut block) = (vec![0f32; n * in_dim], Vec::new());

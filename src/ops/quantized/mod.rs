@@ -8,6 +8,5 @@ mod tests;
 mod weight;
 
 pub use linear::quantized_linear;
-pub(crate) use linear::quantized_linear_by_blocks;
 pub use quantized_weight::QuantizedWeight;
 pub use weight::Weight;

@@ -3,7 +3,8 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use super::{quantized_linear, quantized_linear_by_blocks, QuantizedWeight, Weight};
+use super::linear::quantized_linear_by_blocks;
+use super::{quantized_linear, QuantizedWeight, Weight};
 use crate::noise::{Noise, Purpose};
 use crate::ops::{self, OpPath};
 

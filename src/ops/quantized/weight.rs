@@ -1,12 +1,13 @@
-//! A model's weight matrix, dense or quantised (and then frozen): the table of token embeddings,
-//! or the output head.
+//! A model's weight matrix, dense or quantised (and then frozen): that of a linear layer, the table of token
+//! embeddings, or the output head.
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::linear as quantized;
 use super::quantized_weight::QuantizedWeight;
 use crate::ops::host::{dense, Host};
-use crate::ops::{embedding, linear, OpPath};
+use crate::ops::path::{Implementation, OpPath};
+use crate::ops::{embedding, linear};
 
 /// A weight matrix, dense or quantised.
 #[derive(Debug, Clone)]
@@ -45,6 +46,14 @@ impl Weight {
         }
     }
 
+    /// The storage format: the dtype, such as `bf16`, or the kind of the blocks, such as `q4k`.
+    pub fn kind(&self) -> String {
+        match self {
+            Self::Dense(tensor) => tensor.dtype().as_str().to_string(),
+            Self::Quantized(weight) => weight.kind(),
+        }
+    }
+
     /// The size in memory, in bytes.
     pub fn bytes(&self) -> usize {
         match self {
@@ -69,6 +78,14 @@ impl Weight {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),
             Self::Quantized(weight) => weight.dequantize(),
+        }
+    }
+
+    /// The weight without a gradient.
+    pub(crate) fn detach(&self) -> Self {
+        match self {
+            Self::Dense(tensor) => Self::Dense(tensor.detach()),
+            Self::Quantized(weight) => Self::Quantized(weight.clone()),
         }
     }
 
@@ -106,7 +123,6 @@ impl Weight {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    #[cfg_attr(not(feature = "models"), allow(dead_code))]
     pub(crate) fn linear_by_blocks(
         &self,
         xs: &Tensor,
@@ -119,11 +135,11 @@ impl Weight {
         }
     }
 
-    /// The path of an operation on `xs` and this weight.
-    pub(in crate::ops) fn path(&self, wanted: OpPath, xs: &Tensor) -> OpPath {
+    /// The implementation of an operation on `xs` and this weight.
+    pub(in crate::ops) fn implementation(&self, path: OpPath, xs: &Tensor) -> Implementation {
         match self {
-            Self::Dense(tensor) => wanted.on(&[xs, tensor]),
-            Self::Quantized(_) => wanted.on(&[xs]),
+            Self::Dense(tensor) => path.on(&[xs, tensor]),
+            Self::Quantized(_) => path.on(&[xs]),
         }
     }
 
@@ -141,10 +157,10 @@ impl Weight {
     }
 
     /// `x W^T` of a detached x.
-    pub(in crate::ops) fn forward(&self, path: OpPath, xs: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn forward(&self, how: Implementation, xs: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => linear::forward(path, xs, tensor, None),
-            Self::Quantized(weight) => quantized::forward(path, xs, weight, None),
+            Self::Dense(tensor) => linear::forward(how, xs, tensor, None),
+            Self::Quantized(weight) => quantized::forward(how, xs, weight, None),
         }
     }
 
@@ -158,10 +174,10 @@ impl Weight {
     }
 
     /// `dX = dY W`.
-    pub(in crate::ops) fn input_gradient(&self, path: OpPath, grad: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn input_gradient(&self, how: Implementation, grad: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => linear::input_gradient(path, grad, tensor),
-            Self::Quantized(weight) => quantized::input_gradient(path, grad, weight),
+            Self::Dense(tensor) => linear::input_gradient(how, grad, tensor),
+            Self::Quantized(weight) => quantized::input_gradient(how, grad, weight),
         }
     }
 }
