@@ -48,8 +48,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Creates the parameters of [`MonteCLoRA::new`]. `.a` gets no gradient and must be frozen in the store,
-    /// as [`crate::inject::monteclora_released`] does.
+    /// Creates the parameters of [`MonteCLoRA::new`]. `.a` gets no gradient.
     ///
     /// # Errors
     /// As [`MonteCLoRA::new`].
