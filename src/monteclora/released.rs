@@ -125,9 +125,7 @@ impl ReleasedWalk {
         let draw = step.saturating_sub(1) as u64;
         for (name, posterior) in &self.layers {
             let name = format!("{name}.a");
-            let Some(a) = self.params.get(&name) else {
-                return Err(Error::tensor(name, "there is no parameter of this name"));
-            };
+            let a = self.params.require(&name)?;
             let noise = posterior.spec().generate(posterior.streams(), draw)?;
             // The draw already contains eps once; the released code applies it twice.
             let step = (posterior.draw(&noise)?.delta.detach() * posterior.sample_scaler())?;
