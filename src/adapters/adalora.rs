@@ -11,7 +11,9 @@ use std::any::Any;
 use candle_core::{Tensor, D};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
+use crate::adapter::{
+    low_rank, visit_active, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role,
+};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::util::check::{not_negative, share};
@@ -166,10 +168,8 @@ impl AdaLora {
 /// If candle fails.
 pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
-    model.visit_linears(&mut |layer| {
-        if let Some(adapter) = layer.active_as::<AdaLora>() {
-            terms.push(adapter.departure()?);
-        }
+    visit_active(model, |adapter: &AdaLora| {
+        terms.push(adapter.departure()?);
         Ok(())
     })?;
     if terms.is_empty() {

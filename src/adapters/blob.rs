@@ -18,9 +18,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{
-    low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Pass, Role,
-};
+use crate::adapter::{low_rank, Adapter, BaseLinear, Context, Init, LowRank, Params, Pass, Role};
 use crate::error::Result;
 use crate::noise::{Purpose, Stream};
 use crate::ops;
@@ -243,14 +241,6 @@ impl Adapter for Blob {
     fn as_any(&self) -> &dyn Any {
         self
     }
-}
-
-/// Calls `f` on every active BLoB layer of a model.
-///
-/// # Errors
-/// The first error of `f`.
-pub fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&Blob) -> Result<()>) -> Result<()> {
-    model.visit_linears(&mut |layer| layer.active_as::<Blob>().map_or(Ok(()), &mut *f))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::eigen::Eigen;
 use super::parameter_draws::ParameterDraws;
-use crate::adapter::{AdaptableModel, Params, Pass};
+use crate::adapter::{no_active, other_method, AdaptableModel, Params, Pass};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -86,13 +86,11 @@ impl Tfb {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
             let Some((adapter, active)) = layer.active() else { return Ok(()) };
-            let name = format!("{}.{adapter}", layer.path());
             let Some(lora) = active.as_any().downcast_ref::<Lora>() else {
-                return Err(Error::config("adapter", format!("{name} is no LoRA adapter")));
+                return Err(other_method(layer, adapter, "LoRA"));
             };
-            if layer.is_merged() {
-                return Err(Error::config("adapter", format!("{name} is merged: unmerge it first")));
-            }
+            layer.check_unmerged()?;
+            let name = format!("{}.{adapter}", layer.path());
             let host = |t: &Tensor| to_dtype_device(&t.detach(), DType::F64, &Device::Cpu);
             let (mean, b) = (host(lora.low_rank().a())?, host(lora.low_rank().b())?);
             layers.push(TfbLayer {
@@ -104,7 +102,7 @@ impl Tfb {
             Ok(())
         })?;
         if layers.is_empty() {
-            return Err(Error::config("adapter", "the model has no active LoRA adapter"));
+            return Err(no_active("LoRA"));
         }
         Ok(Self { layers })
     }

@@ -24,7 +24,7 @@ use super::layer::MonteCLoRA;
 use super::posterior::Posterior;
 use super::regularizer::{Regularizer, RegularizerTerms};
 use super::schedule::ScalerSchedule;
-use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, Params, Role};
+use crate::adapter::{no_active, visit_active, AdaptableModel, Adapter, BaseLinear, Context, Params, Role};
 use crate::error::{Error, Result};
 
 impl MonteCLoRAConfig {
@@ -103,16 +103,15 @@ impl ReleasedWalk {
     /// If there is no such layer, or eps has a schedule.
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
-        model.visit_linears(&mut |layer| {
-            let adapter = layer.active_as::<Released>();
-            layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
+        visit_active(model, |Released { inner }| {
+            layers.push((inner.name().to_string(), inner.posterior().clone()));
             Ok(())
         })?;
         if config.scaler_schedule != ScalerSchedule::Constant {
             return Err(Error::config("scaler_schedule", "the released code has no schedule: use constant"));
         }
         if layers.is_empty() {
-            return Err(Error::config("adapter", "no layer has an active adapter of the released code"));
+            return Err(no_active("released MonteCLoRA"));
         }
         Ok(Self { layers, regularizer: Regularizer::new(config), params: params.clone() })
     }
