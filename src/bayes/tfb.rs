@@ -113,18 +113,16 @@ impl Tfb {
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, sigma: f64, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        // The address of a predictive draw, which training does not use.
-        let pass = Pass::Posterior { draw };
-        let address = pass.posterior_draw()?.unwrap_or(draw);
+        let (index, sign) = Pass::predictive(draw)?;
         let of = |layer: &TfbLayer| -> Result<(String, Tensor)> {
             let (k, in_dim) = (layer.directions.dim(1)?, layer.mean.dim(1)?);
             if k == 0 {
                 return Ok((layer.name.clone(), layer.mean.clone()));
             }
             let mut z = vec![0.0; k * in_dim];
-            layer.stream.fill_normal(address, &mut z);
+            layer.stream.fill_normal(index, &mut z);
             let z = Tensor::from_vec(z, (k, in_dim), &Device::Cpu)?;
-            let a = (&layer.mean + (layer.directions.matmul(&z)? * (sigma * pass.sign()))?)?;
+            let a = (&layer.mean + (layer.directions.matmul(&z)? * (sigma * sign))?)?;
             Ok((layer.name.clone(), a))
         };
         self.layers.iter().map(of).collect()

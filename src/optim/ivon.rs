@@ -251,10 +251,9 @@ impl IvonPosterior {
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        let pass = Pass::Posterior { draw };
-        let address = pass.posterior_draw()?.unwrap_or(draw);
+        let (index, sign) = Pass::predictive(draw)?;
         let of = |(name, (mean, std)): (&String, &(Tensor, Tensor))| {
-            let z = (normal(self.noise, name, address, mean)? * pass.sign())?;
+            let z = (normal(self.noise, name, index, mean)? * sign)?;
             Ok((name.clone(), (mean + (std * z)?)?))
         };
         self.layers.iter().map(of).collect()
