@@ -16,7 +16,7 @@ use crate::adapter::{
 };
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::util::check::{not_negative, share};
+use crate::util::check::{at_least_one, not_negative, share};
 
 /// The options of AdaLoRA; the defaults are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,9 +85,7 @@ impl AdaLoraConfig {
             let reason = format!("expected less than 1 together with warmup_share, got {still}");
             return Err(Error::config("final_share", reason));
         }
-        if self.interval == 0 {
-            return Err(Error::config("interval", "expected at least 1, got 0"));
-        }
+        at_least_one("interval", self.interval)?;
         share("beta1", self.beta1)?;
         share("beta2", self.beta2)?;
         not_negative("orthogonal_weight", self.orthogonal_weight)

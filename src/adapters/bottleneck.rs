@@ -14,8 +14,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, BaseLinear, Context, Init, Params, Role};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops;
+use crate::util::check::at_least_one;
 
 /// The options of a bottleneck adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,9 +55,7 @@ impl Bottleneck {
         config: &BottleneckConfig,
     ) -> Result<Self> {
         let (m, (_, out_dim)) = (config.width, base.dims()?);
-        if m == 0 {
-            return Err(Error::config("width", "expected at least 1, got 0"));
-        }
+        at_least_one("width", m)?;
         let name = format!("{path}.{adapter}.");
         let (near_zero, zero) = (Init::Normal(0.01), Init::Constant(0.0));
         params.all_or_none(&name, || {

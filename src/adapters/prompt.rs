@@ -8,6 +8,7 @@ use crate::adapter::{AdaptableEmbedding, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
 use crate::ops::OpPath;
+use crate::util::check::at_least_one;
 
 /// The options of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,9 +41,7 @@ pub fn prompt_tuning(
     config: &PromptConfig,
     params: &Params,
 ) -> Result<()> {
-    if config.virtual_tokens == 0 {
-        return Err(Error::config("virtual_tokens", "expected at least 1, got 0"));
-    }
+    at_least_one("virtual_tokens", config.virtual_tokens)?;
     if embedding.virtual_tokens() > 0 {
         return Err(Error::config("prompt", "the model has virtual tokens already"));
     }

@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{argmax, nll};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::predict::{posterior_probabilities, Predictor};
-use crate::util::check::positive;
+use crate::util::check::{at_least_one, positive};
 use crate::util::dtype::to_dtype_device;
 
 /// Singular values of B below this fraction of the largest are treated as rounding errors.
@@ -218,9 +218,7 @@ impl Search {
         if self.low >= self.high {
             return Err(Error::config("low", format!("expected less than {}, got {}", self.high, self.low)));
         }
-        if self.steps == 0 {
-            return Err(Error::config("steps", "expected at least 1, got 0"));
-        }
+        at_least_one("steps", self.steps)?;
         Ok((self.low.ln(), self.high.ln()))
     }
 }

@@ -18,7 +18,7 @@ use super::posterior::Posterior;
 use crate::adapter::{no_active, visit_active, AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
 use crate::ops::{self, joined, Tape};
-use crate::util::check::not_negative;
+use crate::util::check::{at_least_one, not_negative};
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///
@@ -93,9 +93,7 @@ impl Regularizer {
     /// # Errors
     /// If `rows` is zero, or candle cannot copy.
     pub fn for_training(self, params: &Params, rows: usize) -> Result<Self> {
-        if rows == 0 {
-            return Err(Error::config("rows", "a prior weighs 1 / rows: expected at least 1, got 0"));
-        }
+        at_least_one("rows", rows)?;
         Ok(Self { rows: Some(rows as f64), ..self.with_start(params)? })
     }
 
