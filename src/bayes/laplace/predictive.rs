@@ -35,7 +35,7 @@ impl Linearised {
     }
 
     /// Returns the class probabilities of each of these draws, `(s, n, c)`, for
-    /// [`uncertainty`](crate::bayes::uncertainty).
+    /// [`uncertainty`](crate::metrics::uncertainty).
     ///
     /// # Errors
     /// As [`Self::probabilities`].
