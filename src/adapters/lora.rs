@@ -11,8 +11,8 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{
-    low_rank, AdaptableModel, AdaptedLinear, Adapter, BaseLinear, Context, LowRank, Params, Prior,
-    PriorStart, Role,
+    low_rank, visit_active, AdaptableModel, AdaptedLinear, Adapter, BaseLinear, Context, LowRank, Params,
+    Prior, PriorStart, Role,
 };
 use crate::error::Result;
 use crate::ops::{joined, Tape};
