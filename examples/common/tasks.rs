@@ -2,8 +2,8 @@
 
 use monteclora::data::instruct::Prompted;
 use monteclora::eval::sandbox::{Limits, Sandbox};
-use monteclora::eval::{Benchmark, CodeAnswer, Generator, Normalize, Share};
-use monteclora::train::distributed::{in_turns, Communicator};
+use monteclora::eval::{Benchmark, CodeAnswer, Generator, Normalize};
+use monteclora::train::distributed::Communicator;
 use serde_json::{json, Value};
 
 use super::given::Given;
@@ -94,8 +94,7 @@ impl TaskOptions {
         communicator: &dyn Communicator,
     ) -> Outcome<Value> {
         let Some(benchmark) = self.benchmark()? else { return Ok(Value::Null) };
-        let share: &mut Share = &mut |count, compute| in_turns(communicator, count, compute);
-        Ok(json!(benchmark.run_by(generator, self.limited(rows), share)?))
+        Ok(json!(benchmark.run_in_turns(generator, self.limited(rows), communicator)?))
     }
 }
 

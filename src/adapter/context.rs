@@ -109,6 +109,24 @@ impl Context {
         Self { draws: Some(draws.clone()), ..self }
     }
 
+    /// Returns the weight of this pass: `mean`, or what `make` returns for the index of the draw and `eps`, the
+    /// scale of the perturbation, with its sign. A posterior draw is kept if the context keeps draws.
+    pub(crate) fn drawn<'a>(
+        &self,
+        mean: &'a Tensor,
+        eps: f64,
+        make: impl FnOnce(u64, f64) -> Result<Tensor>,
+    ) -> Result<Cow<'a, Tensor>> {
+        let Some(draw) = self.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
+        let eps = eps * self.pass.sign();
+        Ok(Cow::Owned(match (&self.pass, &self.draws) {
+            (Pass::Posterior { .. }, Some(kept)) => {
+                kept.get((mean, draw, eps, self.path), || make(draw, eps))?
+            }
+            _ => make(draw, eps)?,
+        }))
+    }
+
     /// Replaces the factors on the scale of the perturbations.
     pub fn with_scaler_factors(self, scaler_factors: ScalerFactors) -> Self {
         Self { scaler_factors, ..self }
@@ -229,7 +247,7 @@ type DrawKey = (TensorId, u64, u64, OpPath);
 impl DrawCache {
     /// Returns the cached tensor for this draw of the layer with this mean, at `eps` on `path`, or caches
     /// what `make` returns.
-    pub(crate) fn get(
+    fn get(
         &self,
         (mean, draw, eps, path): (&Tensor, u64, f64, OpPath),
         make: impl FnOnce() -> Result<Tensor>,

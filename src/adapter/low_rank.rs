@@ -12,7 +12,7 @@ use super::params::{Init, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::{Purpose, Stream};
 use crate::ops;
-use crate::util::check::{positive, share};
+use crate::util::check::{at_least_one, positive, share};
 
 /// The low-rank pair A `(r, in)` and B `(out, r)`, with its scale and dropout.
 #[derive(Debug, Clone)]
@@ -35,9 +35,7 @@ pub fn scaling(rank: usize, alpha: f64, use_rslora: bool) -> f64 {
 /// # Errors
 /// Unless `rank >= 1`, alpha is positive and finite, and dropout lies in [0, 1).
 pub fn validate(rank: usize, alpha: f64, dropout: f64) -> Result<()> {
-    if rank == 0 {
-        return Err(Error::config("rank", "expected at least 1, got 0"));
-    }
+    at_least_one("rank", rank)?;
     positive("alpha", alpha)?;
     share("dropout", dropout)
 }

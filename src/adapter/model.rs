@@ -1,8 +1,9 @@
 //! Access to the linear layers of a model.
 
 use super::embedding::AdaptableEmbedding;
+use super::interface::Adapter;
 use super::linear::AdaptableLinear;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Access to all linear layers of a model. Injection, saving, loading, merging and counting are closures that
 /// visit them. The trait also gives access to the word embedding, which prompt tuning adapts.
@@ -69,4 +70,32 @@ pub trait AdaptableModel {
     fn embedding_mut(&mut self) -> Option<&mut AdaptableEmbedding> {
         None
     }
+}
+
+/// Calls `f` on every layer's active adapter that is of the method `T`, in the order of the model; returns
+/// their number.
+///
+/// # Errors
+/// The first error of `f`.
+pub fn visit_active<T: Adapter + 'static>(
+    model: &dyn AdaptableModel,
+    mut f: impl FnMut(&T) -> Result<()>,
+) -> Result<usize> {
+    let mut count = 0;
+    model.visit_linears(&mut |layer| {
+        let Some(adapter) = layer.active_as::<T>() else { return Ok(()) };
+        count += 1;
+        f(adapter)
+    })?;
+    Ok(count)
+}
+
+/// The error that a model has no active adapter of `method`.
+pub(crate) fn no_active(method: &str) -> Error {
+    Error::config("adapter", format!("no layer has an active {method} adapter"))
+}
+
+/// The error that the active adapter `name` of `layer` is not of `method`.
+pub(crate) fn other_method(layer: &AdaptableLinear, name: &str, method: &str) -> Error {
+    Error::config("adapter", format!("{name:?} of {} is no {method} adapter", layer.path()))
 }

@@ -223,6 +223,14 @@ impl Params {
         self.lock().get(name).cloned()
     }
 
+    /// Returns the parameter `name`.
+    ///
+    /// # Errors
+    /// If it does not exist.
+    pub fn require(&self, name: &str) -> Result<Param> {
+        self.get(name).ok_or_else(|| Error::tensor(name, "there is no parameter of this name"))
+    }
+
     /// Removes the parameter `name`. Layers that hold its tensor keep it.
     pub fn remove(&self, name: &str) -> Option<Param> {
         self.lock().remove(name)
@@ -231,6 +239,11 @@ impl Params {
     /// All parameters, ordered by name.
     pub fn all(&self) -> Vec<(String, Param)> {
         self.lock().iter().map(|(name, param)| (name.clone(), param.clone())).collect()
+    }
+
+    /// The parameters of this role, ordered by name.
+    pub fn of_role(&self, role: Role) -> Vec<(String, Param)> {
+        self.all().into_iter().filter(|(_, param)| param.role == role).collect()
     }
 
     /// The parameters that the optimiser updates, ordered by name.
@@ -270,9 +283,7 @@ impl Params {
 
     /// Checks and casts `values` for [`Self::set`]; returns them with the variable.
     fn fitting(&self, name: &str, values: &Tensor) -> Result<(Var, Tensor)> {
-        let Some(param) = self.get(name) else {
-            return Err(Error::tensor(name, "there is no parameter of this name"));
-        };
+        let param = self.require(name)?;
         if param.var.shape() != values.shape() {
             return Err(Error::tensor(
                 name,

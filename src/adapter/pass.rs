@@ -46,15 +46,29 @@ impl Pass {
     /// # Errors
     /// If the pass's own index is 2^62 or more: it would collide with the index of another pass.
     pub fn posterior_draw(&self) -> candle_core::Result<Option<u64>> {
-        const PREDICTIVE: u64 = 1 << 62;
-        let (draw, mark) = match *self {
-            Self::Mean => return Ok(None),
-            Self::Train { draw } => (draw, 0),
-            Self::Posterior { draw } => (draw & !1, PREDICTIVE),
-        };
-        if draw >= PREDICTIVE {
-            candle_core::bail!("expected a draw below 2^62, got {draw}")
+        match *self {
+            Self::Mean => Ok(None),
+            Self::Train { draw } => own_index(draw).map(Some),
+            Self::Posterior { draw } => Self::predictive(draw).map(|(index, _)| Some(index)),
         }
-        Ok(Some(draw | mark))
     }
+
+    /// [`Self::posterior_draw`] and [`Self::sign`] of draw number `draw` of [`Self::Posterior`].
+    ///
+    /// # Errors
+    /// As [`Self::posterior_draw`].
+    pub(crate) fn predictive(draw: u64) -> candle_core::Result<(u64, f64)> {
+        Ok((own_index(draw & !1)? | PREDICTIVE, Self::Posterior { draw }.sign()))
+    }
+}
+
+/// The bit that is set in the indices of predictive draws.
+const PREDICTIVE: u64 = 1 << 62;
+
+/// Checks that a pass's own index leaves that bit free.
+fn own_index(draw: u64) -> candle_core::Result<u64> {
+    if draw >= PREDICTIVE {
+        candle_core::bail!("expected a draw below 2^62, got {draw}")
+    }
+    Ok(draw)
 }

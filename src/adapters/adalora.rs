@@ -11,10 +11,12 @@ use std::any::Any;
 use candle_core::{Tensor, D};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
+use crate::adapter::{
+    low_rank, visit_active, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Role,
+};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::util::check::{not_negative, share};
+use crate::util::check::{at_least_one, not_negative, share};
 
 /// The options of AdaLoRA; the defaults are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,9 +85,7 @@ impl AdaLoraConfig {
             let reason = format!("expected less than 1 together with warmup_share, got {still}");
             return Err(Error::config("final_share", reason));
         }
-        if self.interval == 0 {
-            return Err(Error::config("interval", "expected at least 1, got 0"));
-        }
+        at_least_one("interval", self.interval)?;
         share("beta1", self.beta1)?;
         share("beta2", self.beta2)?;
         not_negative("orthogonal_weight", self.orthogonal_weight)
@@ -165,10 +165,8 @@ impl AdaLora {
 /// If candle fails.
 pub fn orthogonal_penalty(model: &dyn AdaptableModel) -> Result<Option<Tensor>> {
     let mut terms = Vec::new();
-    model.visit_linears(&mut |layer| {
-        if let Some(adapter) = layer.active_as::<AdaLora>() {
-            terms.push(adapter.departure()?);
-        }
+    visit_active(model, |adapter: &AdaLora| {
+        terms.push(adapter.departure()?);
         Ok(())
     })?;
     if terms.is_empty() {

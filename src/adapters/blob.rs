@@ -18,9 +18,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{
-    low_rank, AdaptableModel, Adapter, BaseLinear, Context, Init, LowRank, Params, Pass, Role,
-};
+use crate::adapter::{low_rank, Adapter, BaseLinear, Context, Init, LowRank, Params, Role};
 use crate::error::Result;
 use crate::noise::{Purpose, Stream};
 use crate::ops;
@@ -158,20 +156,14 @@ impl Blob {
     /// If candle fails.
     pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
         let mean = self.pair.a();
-        let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
-        let sign = cx.pass.sign();
-        let make = || {
+        cx.drawn(mean, 1.0, |draw, sign| {
             let step = ops::mul_constant(&self.root.sqr()?, &self.noise(draw)?)?;
             if sign > 0.0 {
                 mean + step
             } else {
                 mean - step
             }
-        };
-        Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
-            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, sign, cx.path), make)?,
-            _ => make()?,
-        }))
+        })
     }
 
     /// Generates the noise E of a draw, `(r, in_dim)`.
@@ -243,14 +235,6 @@ impl Adapter for Blob {
     fn as_any(&self) -> &dyn Any {
         self
     }
-}
-
-/// Calls `f` on every active BLoB layer of a model.
-///
-/// # Errors
-/// The first error of `f`.
-pub fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&Blob) -> Result<()>) -> Result<()> {
-    model.visit_linears(&mut |layer| layer.active_as::<Blob>().map_or(Ok(()), &mut *f))
 }
 
 #[cfg(test)]

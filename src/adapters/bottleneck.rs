@@ -14,8 +14,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, BaseLinear, Context, Init, Params, Role};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops;
+use crate::util::check::at_least_one;
 
 /// The options of a bottleneck adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,10 +38,7 @@ impl BottleneckConfig {
     /// # Errors
     /// If it is 0.
     pub fn validate(&self) -> Result<()> {
-        match self.width {
-            0 => Err(Error::config("width", "expected at least 1, got 0")),
-            _ => Ok(()),
-        }
+        at_least_one("width", self.width)
     }
 }
 

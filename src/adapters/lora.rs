@@ -11,8 +11,8 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{
-    low_rank, AdaptableModel, AdaptedLinear, Adapter, BaseLinear, Context, LowRank, Params, Prior,
-    PriorStart, Role,
+    low_rank, visit_active, AdaptableModel, AdaptedLinear, Adapter, BaseLinear, Context, LowRank, Params,
+    Prior, PriorStart, Role,
 };
 use crate::error::Result;
 use crate::ops::{joined, Tape};
@@ -108,12 +108,9 @@ pub(crate) fn prior_energy_on(
 ) -> Result<Option<Tensor>> {
     // Grouped by what layers must share to be computed in one batch.
     let mut groups: BTreeMap<String, Vec<LowRank>> = BTreeMap::new();
-    model.visit_linears(&mut |layer| {
-        if let Some(lora) = layer.active_as::<Lora>() {
-            let (a, b) = (lora.pair.a(), lora.pair.b());
-            let key = format!("{:?} {:?} {:?}", a.dims(), b.dims(), a.device().location());
-            groups.entry(key).or_default().push(lora.pair.clone());
-        }
+    visit_active(model, |Lora { pair }| {
+        let key = format!("{:?} {:?} {:?}", pair.a().dims(), pair.b().dims(), pair.a().device().location());
+        groups.entry(key).or_default().push(pair.clone());
         Ok(())
     })?;
     #[cfg(feature = "cuda")]

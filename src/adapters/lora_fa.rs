@@ -24,8 +24,7 @@ pub struct LoraFa {
 }
 
 impl LoraFa {
-    /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store. `.a` gets no gradient and
-    /// must be frozen in the store, as [`crate::inject::lora_fa`] does.
+    /// Creates the adapter's parameters `{path}.{adapter}.a` and `.b` in the store. `.a` gets no gradient.
     ///
     /// # Errors
     /// As [`Lora::new`].

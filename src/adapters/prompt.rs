@@ -8,6 +8,7 @@ use crate::adapter::{AdaptableEmbedding, Params, Role};
 use crate::error::{Error, Result};
 use crate::noise::Purpose;
 use crate::ops::OpPath;
+use crate::util::check::at_least_one;
 
 /// The options of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,10 +30,7 @@ impl PromptConfig {
     /// # Errors
     /// If it is 0.
     pub fn validate(&self) -> Result<()> {
-        match self.virtual_tokens {
-            0 => Err(Error::config("virtual_tokens", "expected at least 1, got 0")),
-            _ => Ok(()),
-        }
+        at_least_one("virtual_tokens", self.virtual_tokens)
     }
 }
 

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor, D};
 
 use super::adalora::{AdaLora, AdaLoraConfig};
-use crate::adapter::{AdaptableModel, Params};
+use crate::adapter::{no_active, visit_active, AdaptableModel, Params};
 use crate::error::{Error, Result};
 
 /// The smoothed importance of one parameter, and its uncertainty.
@@ -42,14 +42,12 @@ impl RankAllocator {
     pub fn new(model: &dyn AdaptableModel, config: &AdaLoraConfig) -> Result<Self> {
         config.validate()?;
         let mut layers = Vec::new();
-        model.visit_linears(&mut |layer| {
-            if let Some(adapter) = layer.active_as::<AdaLora>() {
-                layers.push((adapter.name().to_string(), adapter.values().elem_count()));
-            }
+        visit_active(model, |adapter: &AdaLora| {
+            layers.push((adapter.name().to_string(), adapter.values().elem_count()));
             Ok(())
         })?;
         if layers.is_empty() {
-            return Err(Error::config("adapter", "no layer has an active AdaLoRA adapter"));
+            return Err(no_active("AdaLoRA"));
         }
         Ok(Self { config: config.clone(), layers, importance: BTreeMap::new(), kept: None })
     }

@@ -1,5 +1,5 @@
 //! Bayesian methods that need no special training: MC dropout, checkpoint ensembles, temperature scaling,
-//! Laplace approximations and training-free Bayesianisation; and the uncertainty measures of draws.
+//! Laplace approximations and training-free Bayesianisation.
 
 mod eigen;
 mod ensemble;
@@ -8,7 +8,6 @@ mod parameter_draws;
 mod temperature;
 pub mod tfb;
 
-pub use crate::metrics::{auroc, entropy, uncertainty, Uncertainty};
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Linearised, Scope, Taps};
 pub use parameter_draws::ParameterDraws;

@@ -23,14 +23,14 @@ use candle_core::{DType, Device, Tensor};
 
 use super::eigen::Eigen;
 use super::parameter_draws::ParameterDraws;
-use crate::adapter::{AdaptableModel, Params, Pass};
+use crate::adapter::{no_active, other_method, AdaptableModel, Params, Pass};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::metrics::{argmax, nll};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::predict::{posterior_probabilities, Predictor};
-use crate::util::check::positive;
+use crate::util::check::{at_least_one, positive};
 use crate::util::dtype::to_dtype_device;
 
 /// Singular values of B below this fraction of the largest are treated as rounding errors.
@@ -86,13 +86,11 @@ impl Tfb {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
             let Some((adapter, active)) = layer.active() else { return Ok(()) };
-            let name = format!("{}.{adapter}", layer.path());
             let Some(lora) = active.as_any().downcast_ref::<Lora>() else {
-                return Err(Error::config("adapter", format!("{name} is no LoRA adapter")));
+                return Err(other_method(layer, adapter, "LoRA"));
             };
-            if layer.is_merged() {
-                return Err(Error::config("adapter", format!("{name} is merged: unmerge it first")));
-            }
+            layer.check_unmerged()?;
+            let name = format!("{}.{adapter}", layer.path());
             let host = |t: &Tensor| to_dtype_device(&t.detach(), DType::F64, &Device::Cpu);
             let (mean, b) = (host(lora.low_rank().a())?, host(lora.low_rank().b())?);
             layers.push(TfbLayer {
@@ -104,7 +102,7 @@ impl Tfb {
             Ok(())
         })?;
         if layers.is_empty() {
-            return Err(Error::config("adapter", "the model has no active LoRA adapter"));
+            return Err(no_active("LoRA"));
         }
         Ok(Self { layers })
     }
@@ -115,18 +113,16 @@ impl Tfb {
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, sigma: f64, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        // The address of a predictive draw, which training does not use.
-        let pass = Pass::Posterior { draw };
-        let address = pass.posterior_draw()?.unwrap_or(draw);
+        let (index, sign) = Pass::predictive(draw)?;
         let of = |layer: &TfbLayer| -> Result<(String, Tensor)> {
             let (k, in_dim) = (layer.directions.dim(1)?, layer.mean.dim(1)?);
             if k == 0 {
                 return Ok((layer.name.clone(), layer.mean.clone()));
             }
             let mut z = vec![0.0; k * in_dim];
-            layer.stream.fill_normal(address, &mut z);
+            layer.stream.fill_normal(index, &mut z);
             let z = Tensor::from_vec(z, (k, in_dim), &Device::Cpu)?;
-            let a = (&layer.mean + (layer.directions.matmul(&z)? * (sigma * pass.sign()))?)?;
+            let a = (&layer.mean + (layer.directions.matmul(&z)? * (sigma * sign))?)?;
             Ok((layer.name.clone(), a))
         };
         self.layers.iter().map(of).collect()
@@ -222,9 +218,7 @@ impl Search {
         if self.low >= self.high {
             return Err(Error::config("low", format!("expected less than {}, got {}", self.high, self.low)));
         }
-        if self.steps == 0 {
-            return Err(Error::config("steps", "expected at least 1, got 0"));
-        }
+        at_least_one("steps", self.steps)?;
         Ok((self.low.ln(), self.high.ln()))
     }
 }

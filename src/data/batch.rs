@@ -9,6 +9,7 @@ use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::noise::{Noise, Purpose};
 use crate::ops::IGNORED_LABEL;
+use crate::util::check::at_least_one;
 
 /// With `length_grouped`, rows are sorted by length within groups of this many batches.
 const GROUP: usize = 50;
@@ -92,7 +93,7 @@ impl Batcher {
     /// # Errors
     /// If `batch_size` is 0.
     pub fn new(batch_size: usize, length_grouped: bool, noise: Noise) -> Result<Self> {
-        at_least_one(batch_size)?;
+        at_least_one("batch_size", batch_size)?;
         Ok(Self { batch_size, length_grouped, noise })
     }
 
@@ -142,16 +143,9 @@ impl Batcher {
 /// # Errors
 /// If `batch_size` is 0.
 pub fn in_order(len: usize, batch_size: usize) -> Result<Vec<Vec<usize>>> {
-    at_least_one(batch_size)?;
+    at_least_one("batch_size", batch_size)?;
     let starts = (0..len).step_by(batch_size);
     Ok(starts.map(|start| (start..len.min(start.saturating_add(batch_size))).collect()).collect())
-}
-
-fn at_least_one(batch_size: usize) -> Result<()> {
-    if batch_size == 0 {
-        return Err(Error::config("batch_size", "must be at least 1, got 0"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -227,7 +221,7 @@ mod tests {
         assert_eq!(in_order(5, 2)?, [vec![0, 1], vec![2, 3], vec![4]]);
         assert!(in_order(0, 2)?.is_empty());
         assert_eq!(in_order(2, usize::MAX)?, [vec![0, 1]]);
-        let zero = "invalid batch_size: must be at least 1, got 0";
+        let zero = "invalid batch_size: expected at least 1, got 0";
         assert_eq!(in_order(5, 0).unwrap_err().to_string(), zero);
         assert_eq!(Batcher::new(0, true, Noise::new(1)).unwrap_err().to_string(), zero);
         Ok(())

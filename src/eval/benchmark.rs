@@ -12,6 +12,7 @@ use crate::adapter::DrawCache;
 use crate::data::instruct::Prompted;
 use crate::error::{Error, Result};
 use crate::models::generate::{GenerateConfig, Sampling};
+use crate::train::distributed::{in_turns, Communicator, SingleProcess};
 
 /// A benchmark of a language model.
 #[derive(Debug, Clone)]
@@ -39,11 +40,6 @@ pub enum Benchmark {
     },
 }
 
-/// Computes the items `0..count`, each a list of numbers, and returns all of them in order: in this process
-/// alone, or divided among several processes.
-pub type Share<'a> =
-    dyn FnMut(usize, &mut dyn FnMut(usize) -> Result<Vec<f64>>) -> Result<Vec<Vec<f64>>> + 'a;
-
 impl Benchmark {
     /// Returns the scores over all rows, by name. Likelihoods are those of the generator's weights.
     ///
@@ -51,23 +47,23 @@ impl Benchmark {
     /// If there is no row, a row lacks data that the benchmark needs (the error counts rows from 1), or
     /// generation fails.
     pub fn run(&self, generator: &Generator, rows: &[Prompted]) -> Result<BTreeMap<String, f64>> {
-        self.run_by(generator, rows, &mut |count, compute| (0..count).map(compute).collect())
+        self.run_in_turns(generator, rows, &SingleProcess)
     }
 
-    /// [`Self::run`] with the work divided by `share`. One item is a batch of rows, as many as the generator
-    /// continues together.
+    /// [`Self::run`] divided among several processes, which take batches of rows in turns and all get the scores
+    /// over all rows. A batch has as many rows as the generator continues together.
     ///
     /// # Errors
-    /// As [`Self::run`], and if `share` fails.
-    pub fn run_by(
+    /// As [`Self::run`]; an error of one process is returned on all.
+    pub fn run_in_turns(
         &self,
         generator: &Generator,
         rows: &[Prompted],
-        share: &mut Share,
+        communicator: &dyn Communicator,
     ) -> Result<BTreeMap<String, f64>> {
         self.check(generator, rows)?;
         let (size, draws) = (generator.batch_size, DrawCache::default());
-        let parts = share(rows.len().div_ceil(size), &mut |part| {
+        let parts = in_turns(communicator, rows.len().div_ceil(size), &mut |part| {
             let start = part * size;
             let measured = self.measured(generator, rows, start..rows.len().min(start + size), &draws)?;
             Ok(measured.into_iter().flat_map(|row| [vec![row.len() as f64], row].concat()).collect())

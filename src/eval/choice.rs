@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
 use crate::predict::token_log_probabilities;
+use crate::util::check::at_least_one;
 
 /// What the log-likelihood of an answer is divided by, so that long answers are not at a disadvantage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,12 +83,8 @@ pub(super) fn scores_with(
     passes: &[Pass],
     draws: &DrawCache,
 ) -> Result<ChoiceScores> {
-    if passes.is_empty() {
-        return Err(Error::config("passes", "expected at least one pass, got none"));
-    }
-    if batch_size == 0 {
-        return Err(Error::config("batch_size", "must be at least 1"));
-    }
+    at_least_one("passes", passes.len())?;
+    at_least_one("batch_size", batch_size)?;
     let Candidates { questions, texts: candidates, encoded } = candidates(encoder, rows)?;
     let width = questions.iter().map(|choices| choices.answers.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];

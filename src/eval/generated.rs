@@ -5,6 +5,7 @@ use crate::data::tokenizer;
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 use crate::models::generate::{generate, GenerateConfig};
+use crate::util::check::at_least_one;
 
 /// A model with its tokeniser and generation settings.
 pub struct Generator<'a> {
@@ -55,10 +56,7 @@ impl Generator<'_> {
 
     /// Checks the batch size.
     pub(super) fn check(&self) -> Result<()> {
-        match self.batch_size {
-            0 => Err(Error::config("batch_size", "must be at least 1")),
-            _ => Ok(()),
-        }
+        at_least_one("batch_size", self.batch_size)
     }
 
     /// Returns the tokens of the prompt of row `row`.

@@ -8,7 +8,7 @@ mod generated;
 pub mod gsm8k;
 pub mod sandbox;
 
-pub use benchmark::{Benchmark, Share};
+pub use benchmark::Benchmark;
 pub use choice::{chosen_by_name, score_choices, ChoiceScores, Normalize};
 pub use extract::{extracted, CodeAnswer};
 pub use generated::Generator;

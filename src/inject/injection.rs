@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::activate::{self, check_unmerged};
 use super::targets::{no_target, paths, TargetLayer, Targets};
-use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params, Role};
+use crate::adapter::{check_adapter_name, AdaptableLinear, AdaptableModel, Adapter, Params};
 use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig, Released};
@@ -66,7 +66,6 @@ pub fn lora_fa(
         let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(LoraFa::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
     })?;
-    freeze_a(&resolved, params);
     Ok(resolved)
 }
 
@@ -86,15 +85,7 @@ pub fn monteclora_released(
         let config = MonteCLoRAConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
         Ok(Box::new(Released::new(params, layer.path(), DEFAULT_ADAPTER, layer.dims()?, &config)?))
     })?;
-    freeze_a(&resolved, params);
     Ok(resolved)
-}
-
-/// Freezes the A of the adapter named [`DEFAULT_ADAPTER`] on these layers.
-fn freeze_a(targets: &[TargetLayer], params: &Params) {
-    let names: BTreeSet<String> =
-        targets.iter().map(|target| format!("{}.{DEFAULT_ADAPTER}.a", target.path)).collect();
-    params.set_trainable_where(false, |name, param| param.role == Role::A && names.contains(name));
 }
 
 /// Puts a MonteCLoRA adapter named [`DEFAULT_ADAPTER`] on every target; returns the targets.
@@ -144,8 +135,9 @@ pub(crate) fn with_share(
 pub type Make<'a> = dyn FnMut(&AdaptableLinear, &TargetLayer, &Params) -> Result<Box<dyn Adapter>> + 'a;
 
 /// Puts an adapter of any method on every target. The adapter `name` becomes the only active one: adapters of
-/// other names are deactivated on all layers, and their parameters are frozen. On an error no target gets an
-/// adapter, and the parameters created so far are removed.
+/// other names are deactivated on all layers, and their parameters are frozen. Of its own parameters, those
+/// that it trains ([`Adapter::parameters`]) are trainable. On an error no target gets an adapter, and the
+/// parameters created so far are removed.
 ///
 /// # Errors
 /// The first error of `make`; or if the name is not valid, a target is not a layer of the model or occurs
@@ -196,7 +188,8 @@ pub fn inject(
         }
         return Err(error);
     }
-    activate::set_trainable(model, params, false, |other| other != name)?;
+    // Its own are frozen first too: an adapter need not train all that it creates.
+    activate::set_trainable(model, params, false, |_| true)?;
     activate::set_trainable(model, params, true, |own| own == name)
 }
 

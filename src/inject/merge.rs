@@ -42,7 +42,7 @@ fn merge_as(
     })?;
     let count = merged.iter().flatten().count();
     if count == 0 {
-        return Err(Error::config("adapter", "no layer has an active adapter to merge"));
+        return Err(Error::config("adapter", "no layer has an active adapter: there is nothing to merge"));
     }
     let mut merged = merged.into_iter();
     model.visit_linears_mut(&mut |layer| {

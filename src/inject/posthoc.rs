@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::activate;
 use super::injection::{inject, with_share};
 use super::targets::TargetLayer;
-use crate::adapter::{low_rank, AdaptableModel, Params, Prior, PriorForm, Role};
+use crate::adapter::{low_rank, no_active, other_method, AdaptableModel, Params, Prior, PriorForm, Role};
 use crate::adapters::Lora;
 use crate::error::{Error, Result};
 use crate::monteclora::{MonteCLoRA, MonteCLoRAConfig};
@@ -35,8 +35,7 @@ pub fn posthoc(
     model.visit_linears(&mut |layer| {
         let (path, Some((active, adapter))) = (layer.path(), layer.active()) else { return Ok(()) };
         let Some(lora) = adapter.as_any().downcast_ref::<Lora>() else {
-            let reason = format!("{active:?} of {path} is no LoRA adapter");
-            return Err(Error::config("adapter", reason));
+            return Err(other_method(layer, active, "LoRA"));
         };
         let pair = lora.low_rank();
         let rank = pair.a().dim(0)?;
@@ -46,7 +45,7 @@ pub fn posthoc(
         Ok(())
     })?;
     if targets.is_empty() {
-        return Err(Error::config("adapter", "no layer has an active LoRA adapter"));
+        return Err(no_active("LoRA"));
     }
     let (config, group) = (with_share(model, config, targets.len())?, Arc::default());
     inject(model, name, &targets, params, &mut |layer, target, params| {

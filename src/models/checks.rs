@@ -3,15 +3,12 @@
 use crate::error::{Error, Result};
 use crate::util::check;
 
-/// Checks that every size is positive.
+/// Checks that every size is at least 1.
 ///
 /// # Errors
 /// If a size is 0; the error names the first.
 pub fn sizes(sizes: &[(&str, usize)]) -> Result<()> {
-    match sizes.iter().find(|(_, size)| *size == 0) {
-        Some((option, _)) => Err(Error::config(*option, "must be positive")),
-        None => Ok(()),
-    }
+    sizes.iter().try_for_each(|(option, size)| check::at_least_one(option, *size))
 }
 
 /// Checks that every rate is in `[0, 1)`.

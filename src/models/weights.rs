@@ -116,6 +116,16 @@ impl<'a> Weights<'a> {
         Self { builder: self.builder.pp(name), ..self.clone() }
     }
 
+    /// The weights of a model's body, which checkpoints store with or without `prefix`: without it if they have
+    /// the body's tensor `known` under its bare name.
+    pub(super) fn body(&self, prefix: &str, known: &str) -> Self {
+        if self.contains_tensor(known) {
+            self.clone()
+        } else {
+            self.pp(prefix)
+        }
+    }
+
     /// Loads the table `weight` of a vocabulary, `(rows, columns)`: an embedding, or the head over it.
     ///
     /// # Errors

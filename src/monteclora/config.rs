@@ -10,7 +10,7 @@ use crate::adapter::{low_rank, Prior};
 use crate::dist::{Covariance, Estimator};
 use crate::error::{Error, Result};
 use crate::special::gamma::MAX_SHAPE;
-use crate::util::check::{not_negative, positive};
+use crate::util::check::{at_least_one, not_negative, positive};
 
 /// The largest number of draws that a layer's buffer prepares ahead. The limit keeps a typing error from
 /// exhausting the machine's memory.
@@ -213,9 +213,7 @@ impl MonteCLoRAConfig {
     /// If an option is outside its domain or in conflict with another one; the error names it.
     pub fn validate(&self) -> Result<()> {
         low_rank::validate(self.rank, self.alpha, self.dropout)?;
-        if self.num_components == 0 {
-            return Err(Error::config("num_components", "expected at least 1, got 0"));
-        }
+        at_least_one("num_components", self.num_components)?;
         positive("sample_scaler", self.sample_scaler)?;
         self.relative_scaler.map_or(Ok(()), |kappa| positive("relative_scaler", kappa))?;
         self.scaler_schedule.validate()?;

@@ -16,7 +16,7 @@ use super::draw::{self, PosteriorDraw};
 use super::group::{self, DrawGroup, DrawRequest, GroupMember, GroupMembership};
 use super::noise::{DrawSpec, NoiseStreams};
 use super::posterior::Posterior;
-use crate::adapter::{Adapter, BaseLinear, Context, LowRank, Params, Pass, Role};
+use crate::adapter::{Adapter, BaseLinear, Context, LowRank, Params, Role};
 use crate::error::Result;
 
 /// A low-rank adapter with a posterior over A: a Gaussian around the mean A, with a Wishart-distributed
@@ -144,14 +144,10 @@ impl MonteCLoRA {
     /// If candle fails.
     pub fn effective_a(&self, cx: &Context) -> candle_core::Result<Cow<'_, Tensor>> {
         let mean = self.pair.a();
-        let Some(draw) = cx.pass.posterior_draw()? else { return Ok(Cow::Borrowed(mean)) };
-        let eps = self.eps(cx) * cx.pass.sign();
-        let asked = DrawRequest { posterior: &self.posterior, mean, eps };
-        let make = || draw::perturbed(&asked, draw, &self.buffer, self.membership.as_ref(), cx);
-        Ok(Cow::Owned(match (&cx.pass, &cx.draws) {
-            (Pass::Posterior { .. }, Some(kept)) => kept.get((mean, draw, eps, cx.path), make)?,
-            _ => make()?,
-        }))
+        cx.drawn(mean, self.eps(cx), |draw, eps| {
+            let asked = DrawRequest { posterior: &self.posterior, mean, eps };
+            draw::perturbed(&asked, draw, &self.buffer, self.membership.as_ref(), cx)
+        })
     }
 
     /// The scale eps of the perturbation in this context.

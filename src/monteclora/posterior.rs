@@ -99,11 +99,6 @@ impl Posterior {
         Ok(())
     }
 
-    /// The concentration b of the Dirichlet prior.
-    pub fn dirichlet_prior(&self) -> f64 {
-        self.spec.config.dirichlet_prior
-    }
-
     /// Whether `other` draws the same numbers, now and after every change of rho and c.
     pub(super) fn is(&self, other: &Self) -> bool {
         let tensors = |of: &Self| [of.std_prior.id(), of.expert_weights_prior.id()];

@@ -15,10 +15,10 @@ use super::layer_sums_cuda;
 use super::noise::{DrawNoise, LatentNoise};
 use super::options::{Compat, KlEvaluation};
 use super::posterior::Posterior;
-use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
+use crate::adapter::{no_active, visit_active, AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::error::{Error, Result};
 use crate::ops::{self, joined, Tape};
-use crate::util::check::not_negative;
+use crate::util::check::{at_least_one, not_negative};
 
 /// The regulariser of a model's MonteCLoRA layers.
 ///
@@ -93,9 +93,7 @@ impl Regularizer {
     /// # Errors
     /// If `rows` is zero, or candle cannot copy.
     pub fn for_training(self, params: &Params, rows: usize) -> Result<Self> {
-        if rows == 0 {
-            return Err(Error::config("rows", "a prior weighs 1 / rows: expected at least 1, got 0"));
-        }
+        at_least_one("rows", rows)?;
         Ok(Self { rows: Some(rows as f64), ..self.with_start(params)? })
     }
 
@@ -127,8 +125,8 @@ impl Regularizer {
         rows: Option<f64>,
     ) -> Result<RegularizerTerms> {
         let mut layers = Vec::new();
-        model.visit_linears(&mut |layer| {
-            layers.extend(layer.active_as::<MonteCLoRA>().map(|adapter| RegularizedLayer::of(adapter, cx)));
+        visit_active(model, |adapter| {
+            layers.push(RegularizedLayer::of(adapter, cx));
             Ok(())
         })?;
         self.at(&layers, self.draws(&layers, cx)?, rows, cx.tape())
@@ -210,7 +208,7 @@ impl Regularizer {
         let (start, evidence) = (self.start.as_ref(), self.evidence.as_ref());
         let beside = ExtraTerms { layers: layers.len(), prior: self.prior.as_ref(), start, evidence, tape };
         let Some(sums) = layer_sums::sums(layers, draws.as_deref(), beside)? else {
-            return Err(Error::config("regularizer", "the model has no active MonteCLoRA layer"));
+            return Err(no_active("MonteCLoRA"));
         };
         let share = 1.0 / layers.len() as f64;
         let [gaussian, wishart, dirichlet, cooperative] = sums.terms;

@@ -24,7 +24,7 @@ use super::layer::MonteCLoRA;
 use super::posterior::Posterior;
 use super::regularizer::{Regularizer, RegularizerTerms};
 use super::schedule::ScalerSchedule;
-use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, Params, Role};
+use crate::adapter::{no_active, visit_active, AdaptableModel, Adapter, BaseLinear, Context, Params, Role};
 use crate::error::{Error, Result};
 
 impl MonteCLoRAConfig {
@@ -48,8 +48,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Creates the parameters of [`MonteCLoRA::new`]. `.a` gets no gradient and must be frozen in the store,
-    /// as [`crate::inject::monteclora_released`] does.
+    /// Creates the parameters of [`MonteCLoRA::new`]. `.a` gets no gradient.
     ///
     /// # Errors
     /// As [`MonteCLoRA::new`].
@@ -104,16 +103,15 @@ impl ReleasedWalk {
     /// If there is no such layer, or eps has a schedule.
     pub fn new(model: &dyn AdaptableModel, config: &MonteCLoRAConfig, params: &Params) -> Result<Self> {
         let mut layers = Vec::new();
-        model.visit_linears(&mut |layer| {
-            let adapter = layer.active_as::<Released>();
-            layers.extend(adapter.map(|a| (a.inner.name().to_string(), a.inner.posterior().clone())));
+        visit_active(model, |Released { inner }| {
+            layers.push((inner.name().to_string(), inner.posterior().clone()));
             Ok(())
         })?;
         if config.scaler_schedule != ScalerSchedule::Constant {
             return Err(Error::config("scaler_schedule", "the released code has no schedule: use constant"));
         }
         if layers.is_empty() {
-            return Err(Error::config("adapter", "no layer has an active adapter of the released code"));
+            return Err(no_active("released MonteCLoRA"));
         }
         Ok(Self { layers, regularizer: Regularizer::new(config), params: params.clone() })
     }
@@ -126,9 +124,7 @@ impl ReleasedWalk {
         let draw = step.saturating_sub(1) as u64;
         for (name, posterior) in &self.layers {
             let name = format!("{name}.a");
-            let Some(a) = self.params.get(&name) else {
-                return Err(Error::tensor(name, "there is no parameter of this name"));
-            };
+            let a = self.params.require(&name)?;
             let noise = posterior.spec().generate(posterior.streams(), draw)?;
             // The draw already contains eps once; the released code applies it twice.
             let step = (posterior.draw(&noise)?.delta.detach() * posterior.sample_scaler())?;

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::layer::MonteCLoRA;
 use super::schedule::{ScalerSchedule, MIN_FACTOR};
-use crate::adapter::{AdaptableModel, ScalerFactors};
+use crate::adapter::{visit_active, AdaptableModel, ScalerFactors};
 use crate::error::{Error, Result};
 
 /// Decay of the running mean of squared gradient norms.
@@ -86,7 +86,7 @@ impl SampleScaler {
         if self.schedule != ScalerSchedule::Adaptive {
             return Ok(());
         }
-        visit(model, &mut |layer| {
+        visit_active(model, |layer: &MonteCLoRA| {
             let square = squared_norm(&format!("{}.a", layer.name()))?;
             self.seen.entry(layer.name().to_string()).or_default().add(square);
             Ok(())
@@ -120,7 +120,7 @@ impl SampleScaler {
         }
         let follows = self.schedule == ScalerSchedule::Adaptive && !read.is_empty();
         if follows {
-            visit(model, &mut |layer| {
+            visit_active(model, |layer: &MonteCLoRA| {
                 if read.contains_key(layer.name()) {
                     return Ok(());
                 }
@@ -140,11 +140,6 @@ impl SampleScaler {
         self.factors = ScalerFactors::new(1.0, factors.collect())?;
         Ok(())
     }
-}
-
-/// Calls `f` on every active MonteCLoRA layer.
-fn visit(model: &dyn AdaptableModel, f: &mut dyn FnMut(&MonteCLoRA) -> Result<()>) -> Result<()> {
-    model.visit_linears(&mut |layer| layer.active_as::<MonteCLoRA>().map_or(Ok(()), &mut *f))
 }
 
 #[cfg(test)]

@@ -239,10 +239,7 @@ impl IvonPosterior {
     /// If a name is unknown to the store, or candle cannot copy.
     pub fn new(params: &Params, moments: &BTreeMap<String, Moments>, config: &IvonConfig) -> Result<Self> {
         let of = |(name, moments): (&String, &Moments)| {
-            let Some(param) = params.get(name) else {
-                return Err(Error::tensor(name, "there is no parameter of this name"));
-            };
-            let mean = param.var.as_detached_tensor().copy()?;
+            let mean = params.require(name)?.var.as_detached_tensor().copy()?;
             Ok((name.clone(), (mean, config.std(&moments.second)?)))
         };
         Ok(Self { layers: moments.iter().map(of).collect::<Result<_>>()?, noise: params.noise() })
@@ -254,10 +251,9 @@ impl IvonPosterior {
     /// # Errors
     /// If `draw` is 2^62 or more.
     pub fn draw(&self, draw: u64) -> Result<BTreeMap<String, Tensor>> {
-        let pass = Pass::Posterior { draw };
-        let address = pass.posterior_draw()?.unwrap_or(draw);
+        let (index, sign) = Pass::predictive(draw)?;
         let of = |(name, (mean, std)): (&String, &(Tensor, Tensor))| {
-            let z = (normal(self.noise, name, address, mean)? * pass.sign())?;
+            let z = (normal(self.noise, name, index, mean)? * sign)?;
             Ok((name.clone(), (mean + (std * z)?)?))
         };
         self.layers.iter().map(of).collect()

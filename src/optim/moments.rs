@@ -55,9 +55,7 @@ pub(super) fn restored(
     }
     let mut restored = BTreeMap::new();
     for (name, Moments { first, second, steps }) in moments {
-        let Some(param) = params.get(name) else {
-            return Err(Error::tensor(name, "there is no parameter of this name"));
-        };
+        let param = params.require(name)?;
         let shape = param.var.shape();
         if let Some(other) = [first, second].into_iter().find(|moment| moment.shape() != shape) {
             let reason = format!("expected moments of shape {shape:?}, got {:?}", other.shape());

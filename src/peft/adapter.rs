@@ -153,7 +153,7 @@ impl AdapterFile {
     /// The head parameters that are missing from the file, if it contains others.
     #[cfg(feature = "models")]
     pub(super) fn of_the_base(&self, params: &Params) -> Vec<String> {
-        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let heads = params.of_role(Role::Head).into_iter();
         let heads = heads.map(|(name, _)| name).filter(|name| !self.saved_modules.contains_key(name));
         heads.filter(|_| !self.saved_modules.is_empty()).collect()
     }

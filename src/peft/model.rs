@@ -119,7 +119,7 @@ impl AdapterFile {
         method: &AdapterMethod,
         metadata: &AdapterMetadata,
     ) -> Result<Self> {
-        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let heads = params.of_role(Role::Head).into_iter();
         let saved_modules = heads.map(|(name, param)| Ok((name, single(param.var.as_tensor())?)));
         let saved_modules = saved_modules.collect::<Result<BTreeMap<_, _>>>()?;
 
@@ -332,7 +332,7 @@ impl AdapterFile {
         // If a head is only partly in the file, the rest would keep its random initial values. What PEFT does
         // not save, such as DeBERTa's pooler, comes from the base model.
         let whole_head = self.saved_modules.is_empty() && self.config.task_type.as_deref() == Some("SEQ_CLS");
-        let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let heads = params.of_role(Role::Head).into_iter();
         let heads: Vec<String> = heads.map(|(name, _)| name).collect();
         let modules: Vec<&str> = heads.iter().map(|name| keys::module(name)).collect();
         for (name, is_saved) in heads.iter().zip(self.config.are_saved(&modules)?) {
@@ -375,7 +375,7 @@ impl AdapterFile {
 
 /// The reason why the saved tensor `name` has no place in a model whose trained head is in `params`.
 fn no_place(name: &str, params: &Params) -> String {
-    let heads = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+    let heads = params.of_role(Role::Head).into_iter();
     let heads: BTreeSet<String> = heads.map(|(name, _)| keys::module(&name).to_string()).collect();
     if heads.contains(keys::module(name)) {
         return "the model has no trainable parameter of this name".to_string();

@@ -4,8 +4,9 @@ use candle_core::{DType, Tensor};
 
 use crate::adapter::{Context, DrawCache, Pass};
 use crate::data::batch::Batch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::metrics::softmax;
+use crate::util::check::at_least_one;
 
 /// A model that scores batches.
 pub trait Predictor {
@@ -111,9 +112,7 @@ fn each_draw(
     samples: usize,
     mut take: impl FnMut(Vec<Vec<f64>>),
 ) -> Result<()> {
-    if samples == 0 {
-        return Err(Error::config("posterior_samples", "must be at least 1 to average, got 0"));
-    }
+    at_least_one("posterior_samples", samples)?;
     for draw in 0..samples {
         let pass = Pass::Posterior { draw: draw as u64 };
         // A cache per draw: the next draw does not reuse these weights.

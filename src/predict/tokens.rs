@@ -4,8 +4,9 @@ use candle_core::{DType, Device};
 
 use crate::adapter::Context;
 use crate::data::causal::CausalBatch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::causal::CausalLm;
+use crate::util::check::at_least_one;
 
 /// The number of tokens whose logits exist at one time: 131 MB of f32 for a vocabulary of 128 000. The same
 /// as in training.
@@ -21,9 +22,7 @@ pub fn token_log_probabilities(
     batch: &CausalBatch,
     contexts: &[Context],
 ) -> Result<Vec<f64>> {
-    if contexts.is_empty() {
-        return Err(Error::config("contexts", "expected at least one context, got none"));
-    }
+    at_least_one("contexts", contexts.len())?;
     let targets = batch.targets.unsqueeze(1)?.to_device(model.device())?;
     let n = targets.dim(0)?;
     let mut sums = vec![f64::NEG_INFINITY; n];

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use super::cell::CellKey;
 use super::recipe::Recipe;
 use crate::error::{Error, Result};
+use crate::util::check::at_least_one;
 
 /// A grid: every combination of the values of its lists.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,9 +45,7 @@ impl Grid {
         if let Some(lr) = self.lrs.iter().find(|lr| !(**lr > 0.0 && lr.is_finite())) {
             return Err(Error::config("lrs", format!("expected positive numbers, got {lr}")));
         }
-        if self.batch_sizes.contains(&0) {
-            return Err(Error::config("batch_sizes", "expected at least 1, got 0"));
-        }
+        self.batch_sizes.iter().try_for_each(|size| at_least_one("batch_sizes", *size))?;
         let mut cells = Vec::new();
         for task in &self.tasks {
             for seed in &self.seeds {

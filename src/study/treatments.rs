@@ -10,16 +10,16 @@ use super::rows::CellRows;
 use super::{tfb, treatment};
 use crate::adapter::Pass;
 use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{
-    auroc, entropy, uncertainty, Ensemble, McDropout, ParameterDraws, Temperature, Uncertainty,
-};
+use crate::bayes::{Ensemble, McDropout, ParameterDraws, Temperature};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::split::{self, Subset};
 use crate::data::task::Label;
 use crate::error::{Error, Result};
 use crate::inject::merge;
-use crate::metrics::{argmax, confidence_bin, softmax, Metrics, ECE_BINS};
+use crate::metrics::{
+    argmax, auroc, confidence_bin, entropy, softmax, uncertainty, Metrics, Uncertainty, ECE_BINS,
+};
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
 use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 use crate::optim::Gradients;
 use crate::predict::token_log_probabilities;
+use crate::util::check::at_least_one;
 
 /// Returns the mean cross-entropy over the target tokens of a batch, in nats, as a scalar: f32 if the base is
 /// half precision. The head only runs on positions that predict a target, so that prompt tokens cost no
@@ -58,9 +59,7 @@ pub fn held_out_loss_in_turns(
         let reason = "there is no row to measure: none was given, or max_length left no room for an answer";
         return Err(Error::config("held-out data", reason));
     }
-    if passes.is_empty() {
-        return Err(Error::config("passes", "expected at least one pass, got none"));
-    }
+    at_least_one("passes", passes.len())?;
     let draws = DrawCache::default();
     let contexts: Vec<_> = passes.iter().map(|pass| Context::from(*pass).with_draws(&draws)).collect();
     let plan = in_order(rows.len(), batch_size)?;

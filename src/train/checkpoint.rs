@@ -17,6 +17,7 @@ pub(super) use state::{RunState, State};
 
 use super::settings::Settings;
 use crate::error::{Error, Result};
+use crate::util::check::at_least_one;
 use crate::util::files;
 
 /// The prefix that a damaged checkpoint is renamed with. Such folders are neither read nor removed.
@@ -66,10 +67,8 @@ impl Checkpoints {
     /// are damaged, the system cannot read one, another version wrote it, or `settings` differ in more than
     /// [`Self::changes`] allows.
     pub(super) fn begin(&self, settings: &Settings) -> Result<Option<Found>> {
-        let counts = [("keep", self.keep), ("every", self.every.unwrap_or(1))];
-        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            return Err(Error::config(format!("checkpoints.{name}"), "must be at least 1"));
-        }
+        at_least_one("checkpoints.keep", self.keep)?;
+        at_least_one("checkpoints.every", self.every.unwrap_or(1))?;
         let mut steps = self.steps()?;
         let Some(last) = steps.pop() else { return files::remove_stale(&self.dir).map(|()| None) };
         if !self.resume {

@@ -199,7 +199,7 @@ impl Classifier {
     /// If a file cannot be written, or the whole model is frozen ([`Self::of_checkpoint`]).
     pub fn save(&self, base_model: &str, dir: &Path) -> Result<()> {
         let is_full = self.method == Method::Full;
-        if is_full && self.params.all().iter().all(|(_, param)| param.role != Role::Base) {
+        if is_full && self.params.of_role(Role::Base).is_empty() {
             let reason = "the model was opened to predict, and nothing of it is trained";
             return Err(Error::config("classifier", reason));
         }

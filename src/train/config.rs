@@ -9,7 +9,7 @@ use super::settings::Settings;
 use crate::adapter::{Params, Role};
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, AdamWConfig, Ivon, IvonConfig, Optimizer};
-use crate::util::check::{not_negative, positive};
+use crate::util::check::{at_least_one, not_negative, positive};
 
 /// What to do with a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -127,9 +127,7 @@ impl TrainConfig {
             ("eval_every", self.eval_every.unwrap_or(1)),
             ("patience", self.patience.unwrap_or(1)),
         ];
-        if let Some((name, _)) = counts.iter().find(|(_, value)| *value == 0) {
-            return Err(Error::config(*name, "must be at least 1"));
-        }
+        counts.iter().try_for_each(|(name, count)| at_least_one(name, *count))?;
         let ratios = [
             ("loraplus_ratio", self.loraplus_ratio),
             ("head_lr_ratio", self.head_lr_ratio),

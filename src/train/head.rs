@@ -90,7 +90,7 @@ impl<'a> HeadSource<'a> {
     /// # Errors
     /// If a tensor is missing; the error names it.
     pub(super) fn check(&self, start: &MethodInit, params: &Params) -> Result<()> {
-        let head = params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let head = params.of_role(Role::Head).into_iter();
         let in_checkpoint =
             |name: &String| self.checkpoint.as_ref().is_some_and(|vb| vb.contains_tensor(name));
         let (held, lacking): (Vec<_>, Vec<_>) = head.map(|(name, _)| name).partition(in_checkpoint);

@@ -14,6 +14,17 @@ pub(crate) fn positive(option: &str, value: f64) -> Result<()> {
     }
 }
 
+/// Checks that `value` is at least 1.
+///
+/// # Errors
+/// If it is 0; the error names the option.
+pub(crate) fn at_least_one(option: &str, value: usize) -> Result<()> {
+    if value == 0 {
+        return Err(Error::config(option, "expected at least 1, got 0"));
+    }
+    Ok(())
+}
+
 /// Checks that `value` is at least 0 and below 1.
 ///
 /// # Errors

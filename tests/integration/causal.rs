@@ -159,7 +159,7 @@ fn a_posterior_is_trained_on_a_lora_that_stays() -> Outcome {
     let hooks = start.inject(&mut model, &params)?;
     assert!(params.trainable().iter().all(|(_, p)| matches!(p.role, Role::LogStd | Role::Concentration)));
     let rho = |params: &Params| -> Outcome<f32> {
-        let all = params.all().into_iter().filter(|(_, p)| p.role == Role::LogStd);
+        let all = params.of_role(Role::LogStd).into_iter();
         let sums = all.map(|(_, p)| Ok(p.var.as_tensor().abs()?.sum_all()?.to_scalar::<f32>()?));
         Ok(sums.collect::<Outcome<Vec<_>>>()?.iter().sum())
     };

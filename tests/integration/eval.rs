@@ -1,5 +1,6 @@
 //! Benchmarks of language models: by likelihood, by generated text, and by running generated programs.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
@@ -13,6 +14,7 @@ use monteclora::metrics::softmax;
 use monteclora::models::causal::CausalLm;
 use monteclora::models::decoder::DecoderForCausalLM;
 use monteclora::models::generate::{generate, GenerateConfig, PosteriorWeights, Sampling};
+use monteclora::train::distributed::Communicator;
 use monteclora::{Error, Pass};
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -197,8 +199,41 @@ fn benchmarks_score_what_the_model_says() -> Outcome {
     Ok(())
 }
 
-/// Measures in parts of `size` rows, the last part first, as several processes might.
-fn backwards(
+/// One of several processes that run one after the other: it hears what those before it said.
+#[derive(Debug)]
+struct OneOf<'a> {
+    rank: usize,
+    said: &'a RefCell<Vec<Vec<u8>>>,
+}
+
+impl Communicator for OneOf<'_> {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world(&self) -> usize {
+        self.said.borrow().len()
+    }
+
+    fn all_reduce_sum(&self, flat: &Tensor) -> monteclora::Result<Tensor> {
+        Ok(flat.clone())
+    }
+
+    fn broadcast(&self, bytes: Vec<u8>, root: usize) -> monteclora::Result<Vec<u8>> {
+        let mut said = self.said.borrow_mut();
+        if root == self.rank {
+            said[root] = bytes;
+        }
+        Ok(said[root].clone())
+    }
+
+    fn barrier(&self) -> monteclora::Result<()> {
+        Ok(())
+    }
+}
+
+/// Measures in parts of `size` rows in two processes, the second one first.
+fn divided(
     benchmark: &Benchmark,
     generator: &Generator,
     rows: &[Prompted],
@@ -206,12 +241,10 @@ fn backwards(
 ) -> monteclora::Result<BTreeMap<String, f64>> {
     let config = generator.config.clone();
     let generator = Generator { batch_size: size, config, ..*generator };
-    benchmark.run_by(&generator, rows, &mut |count, compute| {
-        assert_eq!(count, rows.len().div_ceil(size));
-        let mut parts = (0..count).rev().map(compute).collect::<monteclora::Result<Vec<_>>>()?;
-        parts.reverse();
-        Ok(parts)
-    })
+    let said = RefCell::new(vec![Vec::new(); 2]);
+    let run = |rank| benchmark.run_in_turns(&generator, rows, &OneOf { rank, said: &said });
+    assert!(matches!(run(1), Err(Error::Distributed { rank: 0, .. }))); // it said nothing yet
+    run(0)
 }
 
 #[test]
@@ -230,20 +263,23 @@ fn figures_are_those_of_all_rows_whoever_measures_which() -> Outcome {
             "{whole:?}"
         );
         for size in [1, 2, 3] {
-            for (name, got) in backwards(&benchmark, &generator, &rows, size)? {
+            for (name, got) in divided(&benchmark, &generator, &rows, size)? {
                 assert!((got - whole[&name]).abs() < 1e-6, "{size}: {name} {got}, not {}", whole[&name]);
             }
         }
     }
     let gsm8k = rows.map(|row| Prompted { answer: "#### 5".into(), ..row });
-    assert_eq!(
-        backwards(&Benchmark::Gsm8k, &generator, &gsm8k, 2)?,
-        Benchmark::Gsm8k.run(&generator, &gsm8k)?
-    );
-    // A result that lacks the figures of some row is refused.
+    assert_eq!(divided(&Benchmark::Gsm8k, &generator, &gsm8k, 2)?, Benchmark::Gsm8k.run(&generator, &gsm8k)?);
+    // A result that lacks the figures of some row is refused: the second process measures the last two rows.
     let choice = Benchmark::Choice(Normalize::No);
-    for wrong in [vec![], vec![vec![2.0, 0.0, 1.0]], vec![vec![0.0; 5]]] {
-        let error = choice.run_by(&generator, &gsm8k, &mut |_, _| Ok(wrong.clone())).expect_err("a fault");
+    generator.batch_size = 3;
+    for wrong in [vec![], vec![2.0, 0.0, 1.0], vec![0.0; 2]] {
+        let words =
+            std::iter::once(wrong.len() as u64).chain(wrong.iter().map(|number: &f64| number.to_bits()));
+        let told = std::iter::once(0).chain(words.flat_map(u64::to_le_bytes)).collect();
+        let said = RefCell::new(vec![Vec::new(), told]);
+        let first = OneOf { rank: 0, said: &said };
+        let error = choice.run_in_turns(&generator, &gsm8k, &first).expect_err("a fault");
         assert!(error.to_string().contains("invalid share"), "{error}");
     }
     Ok(())
@@ -280,7 +316,7 @@ fn generated_programs_are_run_and_counted() -> Outcome {
     generator.config.sampling = Sampling::All { temperature: 1.0 };
     let figures = code(3, &[1, 3]).run(&generator, &rows)?;
     assert_eq!((figures["pass@1"], figures["pass@3"]), (0.5, 0.5));
-    assert_eq!(backwards(&code(3, &[1, 3]), &generator, &rows, 1)?, figures);
+    assert_eq!(divided(&code(3, &[1, 3]), &generator, &rows, 1)?, figures);
     let error = code(1, &[1]).run(&generator, &[Prompted { tests: None, ..row("#") }]).expect_err("no tests");
     assert!(error.to_string().contains("row 1 has no tests"), "{error}");
     Ok(())

@@ -308,7 +308,7 @@ fn a_new_head_is_trained_whole_and_what_is_saved_computes_the_same() -> Outcome 
             Ok(())
         })?;
         assert!(last.iter().eq(expected), "{family}: {last:?}");
-        let trained = classifier.params.all().into_iter().filter(|(_, param)| param.role == Role::Head);
+        let trained = classifier.params.of_role(Role::Head).into_iter();
         let trained: BTreeSet<String> =
             trained.filter_map(|(name, _)| Some(name.rsplit_once('.')?.0.to_string())).collect();
         assert!(trained.iter().eq(heads), "{family}: {trained:?}");

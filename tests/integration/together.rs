@@ -48,7 +48,7 @@ fn numbers(model: &Model, params: &Params, cx: &Context) -> Outcome<Vec<f32>> {
     let ys = logits(model, cx)?;
     let mut grads = Gradients::new();
     let loss = ys.sqr()?.sum_all()?;
-    let posterior = params.all().into_iter().filter(|(_, param)| param.role == Role::Concentration);
+    let posterior = params.of_role(Role::Concentration).into_iter();
     let sum = |sum: Tensor, c: Tensor| sum + (c.sum_all()? * 0.5)?;
     // A term for the concentrations, since the weights of a sparse mixture have no part in a draw.
     let c = posterior.map(|(_, param)| param.var.as_tensor().clone());
@@ -85,7 +85,7 @@ fn a_pass_sees_the_parameters_as_they_are_whatever_context_it_comes_with() -> Ou
     let mut seen = vec![numbers(&model, &params, &kept)?];
     for role in [Role::A, Role::LogStd, Role::Concentration] {
         // Changed directly, without the store, as a candle optimiser does.
-        for (_, param) in params.all().into_iter().filter(|(_, param)| param.role == role) {
+        for (_, param) in params.of_role(role) {
             param.var.set(&(param.var.as_detached_tensor() + 0.2)?)?;
         }
         let now = numbers(&model, &params, &kept)?;

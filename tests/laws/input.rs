@@ -117,7 +117,7 @@ fn a_posterior_takes_noise_of_its_own_shapes_alone() -> Result<()> {
     regularizer.of_draws(&one, &[noise])?;
     says(regularizer.of_draws(&one, &two).map(|_| ()), &["draws: expected 1, one for each layer, got 2"]);
     says(regularizer.of_draws(&one, &[]).map(|_| ()), &["draws: expected 1, one for each layer, got 0"]);
-    says(regularizer.of_draws(&[], &[]).map(|_| ()), &["no active MonteCLoRA layer"]);
+    says(regularizer.of_draws(&[], &[]).map(|_| ()), &["no layer has an active MonteCLoRA adapter"]);
     Ok(())
 }
 

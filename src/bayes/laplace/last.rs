@@ -35,10 +35,7 @@ impl LastLayer {
     /// # Errors
     /// If the store has no such weight, or it is not a matrix.
     pub fn new(params: &Params, path: &str) -> Result<Self> {
-        let name = format!("{path}.weight");
-        let Some(weight) = params.get(&name) else {
-            return Err(Error::tensor(name, "there is no parameter of this name"));
-        };
+        let weight = params.require(&format!("{path}.weight"))?;
         weight.var.dims2()?;
         let bias = params.get(&format!("{path}.bias")).map(|bias| bias.var);
         Ok(Self { path: path.to_string(), weight: weight.var, bias })

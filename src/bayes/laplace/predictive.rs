@@ -9,6 +9,7 @@
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::noise::{Noise, Purpose};
+use crate::util::check::at_least_one;
 
 /// Gaussian logits of some rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,7 +35,7 @@ impl Linearised {
     }
 
     /// Returns the class probabilities of each of these draws, `(s, n, c)`, for
-    /// [`uncertainty`](crate::bayes::uncertainty).
+    /// [`uncertainty`](crate::metrics::uncertainty).
     ///
     /// # Errors
     /// As [`Self::probabilities`].
@@ -53,9 +54,7 @@ impl Linearised {
 
     /// Calls `take` with the index and the probabilities of every row, draw by draw.
     fn each_draw(&self, samples: usize, noise: Noise, mut take: impl FnMut(usize, Vec<f64>)) -> Result<()> {
-        if samples == 0 {
-            return Err(Error::config("samples", "expected at least 1, got 0"));
-        }
+        at_least_one("samples", samples)?;
         let classes = self.logits.first().map_or(0, Vec::len);
         let roots = self.roots(classes)?;
         let stream = noise.stream("laplace.logits", Purpose::Predict);

@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{Tensor, Var};
 
 use super::record::{BatchRecord, LayerRecord, Places};
-use crate::adapter::{AdaptableModel, Adapter, BaseLinear, Context, LowRank, Pass, Role};
+use crate::adapter::{
+    no_active, other_method, AdaptableModel, Adapter, BaseLinear, Context, LowRank, Pass, Role,
+};
 use crate::adapters::Lora;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -129,19 +131,15 @@ impl Taps {
         let mut layers = Vec::new();
         model.visit_linears(&mut |layer| {
             let Some((name, adapter)) = layer.active() else { return Ok(()) };
-            let at = || format!("{}: adapter {name:?}", layer.path());
             let any = adapter.as_any();
             let pair = any.downcast_ref().map(Lora::low_rank);
             let pair = pair.or_else(|| any.downcast_ref().map(MonteCLoRA::low_rank));
             // LoRA-FA downcasts to `Lora` too, but has no A among its parameters.
             let is_whole = adapter.parameters().iter().any(|(role, _)| *role == Role::A);
             let Some(pair) = pair.filter(|_| is_whole) else {
-                let reason = format!("{} is no adapter of LoRA or MonteCLoRA", at());
-                return Err(Error::config("adapter", reason));
+                return Err(other_method(layer, name, "LoRA or MonteCLoRA"));
             };
-            if layer.is_merged() {
-                return Err(Error::config("adapter", format!("{} is merged: unmerge it first", at())));
-            }
+            layer.check_unmerged()?;
             layers.push(Tapped {
                 path: layer.path().to_string(),
                 adapter: name.to_string(),
@@ -151,7 +149,7 @@ impl Taps {
             Ok(())
         })?;
         if layers.is_empty() {
-            return Err(Error::config("adapter", "the model has no active adapter of LoRA or MonteCLoRA"));
+            return Err(no_active("LoRA or MonteCLoRA"));
         }
         let taps = Self { layers };
         taps.exchange(model, true)?;

@@ -395,7 +395,7 @@ fn an_adapter_without_the_whole_pair_is_refused_and_stays() -> Result<()> {
     let config = LoraConfig { rank: 2, ..Default::default() };
     toy.layer.add("fixed", Box::new(LoraFa::new(&toy.params, "layer", "fixed", (5, 4), &config)?))?;
     let error = Taps::install(&mut toy).unwrap_err().to_string();
-    assert!(error.contains("\"fixed\" is no adapter of LoRA or MonteCLoRA"), "{error}");
+    assert!(error.contains("\"fixed\" of layer is no LoRA or MonteCLoRA adapter"), "{error}");
     let (_, adapter) = toy.layer.active().unwrap();
     assert!(adapter.parameters().iter().all(|(role, _)| *role != Role::A));
     Ok(())
@@ -439,6 +439,6 @@ fn what_has_no_approximation_is_named() -> Result<()> {
     let other = Scope::LastLayer(LastLayer::new(&toy.params, "other")?);
     refused(Laplace::fit(&toy, other, &rows, None), "other.weight");
     toy.layer.activate(None)?;
-    assert!(Taps::install(&mut toy).unwrap_err().to_string().contains("no active adapter"));
+    assert!(Taps::install(&mut toy).unwrap_err().to_string().contains("no layer has an active LoRA"));
     Ok(())
 }

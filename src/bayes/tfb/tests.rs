@@ -128,7 +128,7 @@ fn a_merged_layer_has_no_draws() -> Result<()> {
     let (mut model, params) = toy(&[[1.0, 0.0], [0.0, 0.5]])?;
     crate::inject::merge::merge(&mut model)?;
     let error = Tfb::new(&model, params.noise()).unwrap_err().to_string();
-    assert!(error.contains("proj.default is merged: unmerge it first"), "{error}");
+    assert!(error.contains("proj is merged: unmerge it first"), "{error}");
     Ok(())
 }
 
@@ -201,7 +201,7 @@ fn what_has_no_answer_says_so() -> Result<()> {
         Linear::new(Tensor::zeros((2, 3), DType::F64, &Device::Cpu)?, None),
     ));
     let error = Tfb::new(&bare, Noise::new(0)).unwrap_err().to_string();
-    assert!(error.contains("no active LoRA adapter"), "{error}");
+    assert!(error.contains("no layer has an active LoRA adapter"), "{error}");
     // A draw whose shape does not fit the parameters is an error.
     params.remove("proj.default.a");
     params.insert("proj.default.a", Role::A, &Tensor::zeros((1, 3), DType::F64, &Device::Cpu)?)?;

@@ -54,9 +54,7 @@ impl DebertaForSequenceClassification {
         noise: Noise,
     ) -> Result<Self> {
         config.validate()?;
-        let vb = vb.into();
-        let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if bare { vb } else { vb.pp("deberta") };
+        let vb = vb.into().body("deberta", "embeddings.word_embeddings.weight");
         let (d, eps, std) = (config.hidden_size, config.layer_norm_eps, config.initializer_range);
         let embeddings = EmbeddingsShape {
             path: "deberta.embeddings",

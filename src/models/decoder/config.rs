@@ -153,9 +153,8 @@ impl DecoderConfig {
         ] {
             cap.map_or(Ok(()), |cap| check::positive(name, cap))?;
         }
-        if self.layers.iter().any(|layer| layer.window == Some(0)) {
-            return Err(Error::config("sliding_window", "expected at least 1, got 0"));
-        }
+        let mut windows = self.layers.iter().filter_map(|layer| layer.window);
+        windows.try_for_each(|window| check::at_least_one("sliding_window", window))?;
         let is_local = |layer: &LayerConfig| layer.positions == Positions::Local;
         if self.local_rotary.is_none() && self.layers.iter().any(is_local) {
             return Err(Error::config(

@@ -53,10 +53,8 @@ impl DistilBertForSequenceClassification {
         config: &DistilBertConfig,
         noise: Noise,
     ) -> Result<Self> {
-        let vb = vb.into();
         config.validate()?;
-        let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if bare { vb } else { vb.pp("distilbert") };
+        let vb = vb.into().body("distilbert", "embeddings.word_embeddings.weight");
         let (d, std) = (config.dim, config.initializer_range);
         let embeddings = EmbeddingsShape {
             path: "distilbert.embeddings",

@@ -137,7 +137,7 @@ mod tests {
         for (name, value, said) in [
             ("activation", json!("relu"), "activation: expected gelu, got relu"),
             ("n_heads", json!(7), "7 heads do not divide 768"),
-            ("dim", json!(0), "dim: must be positive"),
+            ("dim", json!(0), "dim: expected at least 1, got 0"),
             ("model_type", json!("bert"), "model_type: expected distilbert, got bert"),
             ("pad_token_id", json!(30522), "pad_token_id: 30522 is outside a vocabulary of 30522"),
             ("seq_classif_dropout", json!(1.0), "seq_classif_dropout: expected a number in [0, 1), got 1"),

@@ -3,6 +3,7 @@
 use rand::Rng;
 
 use crate::error::{Error, Result};
+use crate::util::check::at_least_one;
 
 /// How a token is chosen. Logits are divided by the temperature: below 1, it makes likely tokens likelier.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -59,9 +60,7 @@ impl Sampling {
                 format!("expected a positive number, got {temperature} (use ArgMax for greedy decoding)");
             return Err(Error::config("temperature", reason));
         }
-        if k == 0 {
-            return Err(Error::config("top_k", "must be at least 1"));
-        }
+        at_least_one("top_k", k)?;
         if !(p > 0.0 && p <= 1.0) {
             return Err(Error::config("top_p", format!("expected a share in (0, 1], got {p}")));
         }

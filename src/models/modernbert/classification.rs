@@ -46,8 +46,7 @@ impl ModernBertForSequenceClassification {
     ) -> Result<Self> {
         config.validate()?;
         let whole = vb.into();
-        let bare = whole.contains_tensor("embeddings.tok_embeddings.weight");
-        let vb = if bare { whole.clone() } else { whole.pp("model") };
+        let vb = whole.body("model", "embeddings.tok_embeddings.weight");
         let (d, std) = (config.hidden_size, config.initializer_range);
         let embeddings = EmbeddingsShape {
             path: "model.embeddings",

@@ -58,8 +58,7 @@ impl RobertaForSequenceClassification {
                 out_proj: linear(d, labels, std, &classifier.pp("out_proj"))?,
             },
             Family::Bert => {
-                let bare = vb.contains_tensor("pooler.dense.weight");
-                let vb = if bare { vb.pp("pooler.dense") } else { vb.pp("bert.pooler.dense") };
+                let vb = vb.body("bert", "pooler.dense.weight").pp("pooler.dense");
                 Head::Bert {
                     pooler: adaptable_linear("bert.pooler.dense", d, d, std, &vb)?,
                     dropout: dropout("classifier"),

@@ -30,11 +30,9 @@ impl RobertaEncoder {
     /// # Errors
     /// If the configuration is not supported, or a tensor is missing or of another shape.
     pub fn load<'a>(vb: impl Into<Weights<'a>>, config: &RobertaConfig, noise: Noise) -> Result<Self> {
-        let vb = vb.into();
         config.validate()?;
         let prefix = config.model_type.prefix();
-        let bare = vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if bare { vb } else { vb.pp(prefix) };
+        let vb = vb.into().body(prefix, "embeddings.word_embeddings.weight");
         let shape = LayerShape {
             names: &LayerNames::BERT,
             hidden: config.hidden_size,

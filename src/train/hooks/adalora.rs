@@ -6,10 +6,10 @@ use std::sync::Mutex;
 use candle_core::Tensor;
 
 use super::hook::{locked, Done, Hook};
-use crate::adapter::{AdaptableModel, Context};
+use crate::adapter::{no_active, AdaptableModel, Context};
 use crate::adapters::adalora::orthogonal_penalty;
 use crate::adapters::{AdaLoraConfig, RankAllocator};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::joined;
 use crate::train::objective::Loss;
 
@@ -34,8 +34,7 @@ impl Hook for AdaLoraHook {
         _cx: &Context,
         _rows: Option<f64>,
     ) -> Result<Loss> {
-        let penalty = orthogonal_penalty(model)?
-            .ok_or_else(|| Error::config("adapter", "no layer has an active AdaLoRA adapter"))?;
+        let penalty = orthogonal_penalty(model)?.ok_or_else(|| no_active("AdaLoRA"))?;
         let total = joined(Some(task.clone()), (&penalty * self.weight)?)?;
         Ok(Loss { total, terms: vec![("task", task), ("orthogonal", penalty)] })
     }

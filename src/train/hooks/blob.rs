@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use candle_core::Tensor;
 
 use super::hook::{locked, Done, Hook};
-use crate::adapter::{AdaptableModel, Context};
-use crate::adapters::{blob, BlobConfig};
+use crate::adapter::{visit_active, AdaptableModel, Context};
+use crate::adapters::{blob, Blob, BlobConfig};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::train::objective::Loss;
@@ -35,7 +35,7 @@ impl Hook for BlobHook {
         _rows: Option<f64>,
     ) -> Result<Loss> {
         let mut kl = Tensor::zeros((), task.dtype(), task.device())?;
-        blob::visit(model, &mut |layer| {
+        visit_active(model, |layer: &Blob| {
             kl = (&kl + ops::carry(&layer.kl()?.detach(), task.device())?.to_dtype(task.dtype())?)?;
             Ok(())
         })?;
@@ -54,6 +54,6 @@ impl Hook for BlobHook {
         let warmup = (0.06 * done.total as f64).ceil() as usize;
         let lr = self.config.kl_lr * Schedule::Linear.factor(done.step.saturating_sub(1), warmup, done.total);
         let rate = lr * blob::kl_share(done.step, m);
-        blob::visit(done.model, &mut |layer| layer.descend(done.params, rate))
+        visit_active(done.model, |layer: &Blob| layer.descend(done.params, rate)).map(drop)
     }
 }

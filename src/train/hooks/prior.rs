@@ -3,9 +3,9 @@
 use candle_core::Tensor;
 
 use super::hook::Hook;
-use crate::adapter::{AdaptableModel, Context, Params, Prior, PriorStart};
+use crate::adapter::{no_active, AdaptableModel, Context, Params, Prior, PriorStart};
 use crate::adapters::lora::prior_energy_on;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::monteclora::training_rows;
 use crate::ops::joined;
 use crate::train::objective::Loss;
@@ -32,7 +32,7 @@ impl Hook for PriorHook {
         rows: Option<f64>,
     ) -> Result<Loss> {
         let energy = prior_energy_on(model, &self.prior, self.start.as_ref(), cx.tape())?
-            .ok_or_else(|| Error::config("adapter", "no layer has an active LoRA adapter"))?;
+            .ok_or_else(|| no_active("LoRA"))?;
         let weight = self.prior.temperature / training_rows(rows)?;
         let total = joined(Some(task.clone()), (&energy * weight)?)?;
         Ok(Loss { total, terms: vec![("task", task), ("prior", energy)] })

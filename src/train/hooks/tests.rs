@@ -2,8 +2,7 @@ use candle_core::{DType, Device};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, Pass, ScalerFactors};
-use crate::adapters::blob;
+use crate::adapter::{visit_active, AdaptableLinear, Pass, ScalerFactors};
 use crate::adapters::Blob;
 use crate::monteclora::ScalerSchedule;
 use crate::noise::Noise;
@@ -45,7 +44,7 @@ fn after_a_step_blob_descends_its_divergence_at_that_steps_weight_and_rate() -> 
     hooks.tell_rows(3, 50)?;
     for (at, rate) in [(1, 0.0), (2, 4.0 / 15.0), (3, 8.0 / 15.0 * 8.0 / 9.0), (4, 2.0 / 15.0 * 7.0 / 9.0)] {
         step(at)?;
-        blob::visit(&other, &mut |layer| layer.descend(&expected, config.kl_lr * rate))?;
+        visit_active(&other, |layer: &Blob| layer.descend(&expected, config.kl_lr * rate))?;
         for (name, values) in expected.snapshot()? {
             let got = params.snapshot()?[&name].flatten_all()?.to_vec1::<f64>()?;
             let off = got.iter().zip(values.flatten_all()?.to_vec1::<f64>()?).map(|(x, y)| (x - y).abs());

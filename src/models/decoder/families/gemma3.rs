@@ -10,6 +10,7 @@ use super::rope::{rotary_by_type, whole};
 use crate::error::{Error, Result};
 use crate::models::decoder::config::DecoderConfig;
 use crate::models::decoder::positions::Positions;
+use crate::util::check::at_least_one;
 
 /// Reads a text-only model.
 pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
@@ -47,9 +48,7 @@ fn text(fields: Fields, model_type: &'static str) -> Result<DecoderConfig> {
         ..gemma(&fields, with_rotary(&fields, model_type, global)?)?
     };
     let pattern: usize = fields.or("sliding_window_pattern", 6)?;
-    if pattern == 0 {
-        return Err(Error::config("sliding_window_pattern", "must be positive"));
-    }
+    at_least_one("sliding_window_pattern", pattern)?;
     let window = fields.unless_null("sliding_window", 4096)?;
     windows(&fields, &mut config.layers, window, |i| (i + 1) % pattern != 0)?;
     for layer in &mut config.layers {

@@ -7,6 +7,7 @@ use super::fields::Fields;
 use crate::error::{Error, Result};
 use crate::models::decoder::config::DecoderConfig;
 use crate::models::decoder::positions::Positions;
+use crate::util::check::at_least_one;
 
 pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
     let fields = fields.with_defaults(json!({"rope_theta": 2e6, "tie_word_embeddings": true}));
@@ -24,9 +25,7 @@ pub(super) fn read(fields: Fields) -> Result<DecoderConfig> {
         let reason = format!("{} entries for {} layers", listed.len(), config.layers.len());
         return Err(Error::config("no_rope_layers", reason));
     }
-    if interval == 0 {
-        return Err(Error::config("no_rope_layer_interval", "must be positive"));
-    }
+    at_least_one("no_rope_layer_interval", interval)?;
     for (i, layer) in config.layers.iter_mut().enumerate() {
         let turns = listed.as_ref().map_or((i + 1) % interval != 0, |listed| listed[i] != 0);
         layer.positions = if turns { Positions::Global } else { Positions::None };
