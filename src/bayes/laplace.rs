@@ -28,28 +28,21 @@
 
 mod kron;
 mod last;
-mod predictive;
-mod record;
-mod tap;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use super::linearised::{read_rows, BatchRecord, Linearised, Taps};
+use super::precision::most_evident;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::predict::Predictor;
 use crate::util::check;
 use kron::{KroneckerBlock, Sums};
-use record::BatchRecord;
 
 pub use last::LastLayer;
-pub use predictive::Linearised;
-pub use tap::Taps;
-
-/// The smallest and the largest prior precision that [`Laplace::maximise_evidence`] returns.
-pub const PRECISION_BOUNDS: (f64, f64) = (1e-6, 1e9);
 
 /// The name of the prior precision in error messages.
 const PRECISION: &str = "prior_precision";
@@ -107,15 +100,10 @@ impl Laplace {
         batches: &[Batch],
         max_rows: Option<usize>,
     ) -> Result<Self> {
-        let all: usize = batches.iter().map(|batch| batch.rows.len()).sum();
-        let (mut sums, mut log_likelihood, mut rows) = (Vec::<Sums>::new(), 0.0, 0);
-        for batch in batches {
-            if max_rows.is_some_and(|most| rows >= most) {
-                break;
-            }
+        let (mut sums, mut log_likelihood) = (Vec::<Sums>::new(), 0.0);
+        let scale = read_rows(batches, max_rows, |batch| {
             let record = scope.record(model, batch)?;
             log_likelihood += record.log_likelihood(batch)?;
-            rows += batch.rows.len();
             let roots = record.hessian_roots();
             for (i, layer) in record.layers.iter().enumerate() {
                 let new = Sums::new(layer, &roots)?;
@@ -124,11 +112,8 @@ impl Laplace {
                     None => sums.push(new),
                 }
             }
-        }
-        if rows == 0 {
-            return Err(Error::config("rows", "there is no row to take the curvature of"));
-        }
-        let scale = all as f64 / rows as f64;
+            Ok(())
+        })?;
         let parameters = scope.parameters()?;
         let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
         let blocks = blocks.collect::<Result<_>>()?;
@@ -170,24 +155,13 @@ impl Laplace {
         Ok(self.log_likelihood - 0.5 * precision * self.squared_norm - 0.5 * volume)
     }
 
-    /// Sets the prior precision to the one within [`PRECISION_BOUNDS`] that maximises
+    /// Sets the prior precision to the one within [`PRECISION_BOUNDS`](super::PRECISION_BOUNDS) that maximises
     /// [`Self::log_marginal_likelihood`], and returns it. It is the zero of
     /// `sum lambda / (lambda + delta) - delta |theta*|^2` (MacKay 1992), which decreases in delta.
     pub fn maximise_evidence(&mut self) -> f64 {
-        let slope = |precision: f64| {
-            let determined: f64 = self.eigenvalues().map(|value| value / (value + precision)).sum();
-            determined - precision * self.squared_norm
-        };
-        let (mut low, mut high) = (PRECISION_BOUNDS.0.ln(), PRECISION_BOUNDS.1.ln());
-        while high - low > 1e-11 {
-            let middle = 0.5 * (low + high);
-            if slope(middle.exp()) > 0.0 {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
-        self.prior_precision = (0.5 * (low + high)).exp().clamp(PRECISION_BOUNDS.0, PRECISION_BOUNDS.1);
+        let determined =
+            |precision: f64| self.eigenvalues().map(|value| value / (value + precision)).sum::<f64>();
+        self.prior_precision = most_evident(determined, self.squared_norm);
         self.prior_precision
     }
 

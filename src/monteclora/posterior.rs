@@ -1,10 +1,14 @@
 //! The variational parameters of one layer, and the specification of its draws.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
+use super::evidence::{row_variances, MixtureMoments};
 use super::noise::{DrawSpec, NoiseStreams};
+use super::options::Compat;
+use crate::dist::{Dirichlet, Wishart};
 use crate::error::{Error, Result};
 use crate::util::check::positive;
+use crate::util::dtype::to_dtype_device;
 
 /// The variational posterior over one layer's A: the parameters rho and c, and everything else that a draw
 /// depends on besides its index.
@@ -97,6 +101,27 @@ impl Posterior {
         positive("sample_scaler", sample_scaler)?;
         self.spec.config.sample_scaler = sample_scaler;
         Ok(())
+    }
+
+    /// Computes the variances of a draw's perturbation, averaged over the covariance and the mixture weights:
+    /// `eps^2 E ||pi||^2 df V_i` for every element of row i of A; the elements are uncorrelated. `(r)`.
+    ///
+    /// # Errors
+    /// With [`Compat::Peft`], whose clipped variances have no such mean, or if candle fails.
+    pub fn row_variances(&self) -> Result<Vec<f64>> {
+        let config = &self.spec.config;
+        if config.compat == Compat::Peft {
+            return Err(Error::config("compat", "the variances of PEFT's draws have no closed form"));
+        }
+        let wide =
+            |tensor: &Tensor| to_dtype_device(&tensor.detach(), DType::F64, &Device::Cpu)?.unsqueeze(0);
+        let wishart = Wishart::new(&wide(&self.std_prior)?, config.degrees(), config.covariance)?;
+        let dirichlet = Dirichlet::new(&wide(&self.expert_weights_prior)?)?;
+        let mixture = MixtureMoments::new(config.mixture, &dirichlet, None)?;
+        // Of one column.
+        let size = (1, config.degrees());
+        let variances = row_variances(&wishart.scale()?, size, &mixture, &[config.sample_scaler])?;
+        Ok(variances.flatten_all()?.to_vec1()?)
     }
 
     /// Whether `other` draws the same numbers, now and after every change of rho and c.

@@ -89,6 +89,11 @@ impl Recipe {
     pub fn is_lora(&self) -> bool {
         self.post_hoc.is_none() && self.ivon.is_none() && matches!(self.method, Method::Lora(_))
     }
+
+    /// Whether the recipe results in MonteCLoRA's adapters.
+    pub fn is_monteclora(&self) -> bool {
+        self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
+    }
 }
 
 impl FromStr for Recipe {

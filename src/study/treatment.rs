@@ -14,6 +14,10 @@ pub(super) const CHECKPOINTS: &str = "checkpoints";
 pub(super) const LAST_LAYER_LAPLACE: &str = "last-layer laplace";
 /// The Laplace approximation of the adapters.
 pub(super) const LAPLACE: &str = "laplace";
+/// MonteCLoRA's posterior, of the model that is linearised in A.
+pub(super) const LINEARISED: &str = "linearised";
+/// [`LINEARISED`] with the variances of the greatest evidence.
+pub(super) const REFITTED: &str = "refitted";
 
 const DRAWS: &str = " draws";
 

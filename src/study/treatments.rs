@@ -9,8 +9,9 @@ use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::{tfb, treatment};
 use crate::adapter::Pass;
-use crate::bayes::laplace::{Laplace, LastLayer, Scope, Taps};
-use crate::bayes::{Ensemble, McDropout, ParameterDraws, Temperature};
+use crate::bayes::{
+    Ensemble, Laplace, LastLayer, LinearisedPosterior, McDropout, ParameterDraws, Scope, Taps, Temperature,
+};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::split::{self, Subset};
@@ -67,7 +68,10 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
         arms.push(treatment::TEMPERATURE.to_string());
         arms.extend(recipe.has_posterior().then(|| treatment::tempered_draws(draws)));
     }
-    let of_lora: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
+    let others: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
+        (false, false) if recipe.is_monteclora() => {
+            &[treatment::LINEARISED, treatment::REFITTED, treatment::LAPLACE]
+        }
         (false, _) => &[],
         (true, true) => &[treatment::TFB, treatment::TFB_HELD_OUT],
         (true, false) => &[
@@ -77,7 +81,7 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
             treatment::LAPLACE,
         ],
     };
-    arms.extend(of_lora.iter().map(ToString::to_string));
+    arms.extend(others.iter().map(ToString::to_string));
     arms
 }
 
@@ -131,6 +135,8 @@ pub(super) fn measure(
     }
     if recipe.is_lora() {
         of_trained_lora(trained, (&held_out, &truth), &dev, &foreign, &mut arms)?;
+    } else if recipe.is_monteclora() && held_out.is_empty() {
+        of_trained_posterior(trained, &dev, &foreign, &mut arms)?;
     }
     Ok(())
 }
@@ -176,6 +182,31 @@ fn of_trained_lora(
     let predicted = laplace(&trained.classifier, scope, &train, dev, trained.noise);
     taps.remove(trained.classifier.model.as_mut())?;
     arms.add(treatment::LAPLACE, &predicted?)
+}
+
+/// The predictions of a trained MonteCLoRA that is linearised in its adapters: under its own posterior, under
+/// one of the same form with the greatest evidence, and under a Laplace approximation.
+fn of_trained_posterior(
+    mut trained: TrainedModel,
+    dev: &[Batch],
+    foreign: &[Batch],
+    arms: &mut ClassifierArms,
+) -> Result<()> {
+    let train = batches(&trained.classifier, &curvature_first(trained.train, trained.noise), BATCH)?;
+    let taps = Taps::install(trained.classifier.model.as_mut())?;
+    let classifier = &trained.classifier;
+    let own = LinearisedPosterior::trained(classifier.model.as_ref(), taps.clone())?;
+    let refitted = LinearisedPosterior::refitted(classifier, taps.clone(), &train, Some(LAPLACE_ROWS))?;
+    for (arm, posterior) in [(treatment::LINEARISED, own), (treatment::REFITTED, refitted)] {
+        let draws = |rows: &[Batch]| -> Result<Vec<Vec<Vec<f64>>>> {
+            posterior.predict(classifier, rows)?.draws(LAPLACE_SAMPLES, trained.noise)
+        };
+        arms.add_draws(arm, draws(dev)?, draws(foreign)?)?;
+    }
+    let scope = Scope::Adapters(taps.clone());
+    let predicted = laplace(classifier, scope, &train, dev, trained.noise)?;
+    taps.remove(trained.classifier.model.as_mut())?;
+    arms.add(treatment::LAPLACE, &predicted)
 }
 
 /// All rows, beginning with those that a Laplace approximation reads; it scales their curvature up to all

@@ -6,8 +6,8 @@
 
 use candle_core::Tensor;
 
-use super::record::LayerRecord;
 use crate::bayes::eigen::Eigen;
+use crate::bayes::linearised::LayerRecord;
 use crate::error::Result;
 
 /// The running sums of one block's two factors over the batches.

@@ -10,8 +10,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::record::{BatchRecord, LayerRecord};
 use crate::adapter::{Params, Pass};
+use crate::bayes::linearised::{BatchRecord, LayerRecord};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::models::sequence::OUTPUT_LAYERS;

@@ -6,6 +6,7 @@ use candle_nn::Linear;
 use super::*;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Init, Params, Pass, Role};
 use crate::adapters::{Lora, LoraConfig, LoraFa};
+use crate::bayes::PRECISION_BOUNDS;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::inject::{Select, Targets};
@@ -18,14 +19,14 @@ use crate::predict::logits;
 
 mod models;
 
-const CLASSES: usize = 3;
+pub(in crate::bayes) const CLASSES: usize = 3;
 
 /// A model of an embedding, an adapted layer, tanh, the mean over tokens, and a head.
-struct Toy {
+pub(in crate::bayes) struct Toy {
     table: Tensor,
-    layer: AdaptableLinear,
+    pub layer: AdaptableLinear,
     head: (Tensor, Tensor),
-    params: Params,
+    pub params: Params,
 }
 
 fn normal(path: &str, shape: (usize, usize)) -> Result<Tensor> {
@@ -36,7 +37,7 @@ fn normal(path: &str, shape: (usize, usize)) -> Result<Tensor> {
 
 impl Toy {
     /// A model whose A and B are in general position.
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let params = Params::with_dtype(Noise::new(2), DType::F64, &Device::Cpu);
         let mut layer = AdaptableLinear::new("layer", Linear::new(normal("base", (4, 5))?, None));
         let config = LoraConfig { rank: 2, alpha: 3.4, ..Default::default() };
@@ -48,7 +49,7 @@ impl Toy {
     }
 
     /// The Jacobian `J[k]` of one example with respect to a parameter, flat, by one backward pass per class.
-    fn jacobian(&self, batch: &Batch, name: &str) -> Result<Vec<Vec<f64>>> {
+    pub fn jacobian(&self, batch: &Batch, name: &str) -> Result<Vec<Vec<f64>>> {
         let var = self.params.get(name).unwrap().var;
         let outputs = self.predict(batch, &Pass::Mean.into())?;
         let class = |k| {
@@ -94,19 +95,19 @@ fn encoded(rows: &[(&[u32], u32)]) -> Vec<Encoded> {
     rows.iter().enumerate().map(row).collect()
 }
 
-fn batch(rows: &[(&[u32], u32)]) -> Result<Batch> {
+pub(in crate::bayes) fn batch(rows: &[(&[u32], u32)]) -> Result<Batch> {
     let rows = encoded(rows);
     Batch::collate(&rows.iter().collect::<Vec<_>>(), 8, &Device::Cpu)
 }
 
-fn near(got: f64, expected: f64) {
+pub(in crate::bayes) fn near(got: f64, expected: f64) {
     assert!((got - expected).abs() < 1e-9 * (1.0 + expected.abs()), "got {got}, expected {expected}");
 }
 
-type Matrix = Vec<Vec<f64>>;
+pub(in crate::bayes) type Matrix = Vec<Vec<f64>>;
 
 /// `sum_n J_n^T (diag(p) - p p^T) J_n` for some parameters, computed one example at a time.
-fn dense(toy: &Toy, rows: &[(&[u32], u32)], names: &[&str]) -> Result<Matrix> {
+pub(in crate::bayes) fn dense(toy: &Toy, rows: &[(&[u32], u32)], names: &[&str]) -> Result<Matrix> {
     let mut sum = Matrix::new();
     for row in rows {
         let one = batch(std::slice::from_ref(row))?;

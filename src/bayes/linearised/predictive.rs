@@ -49,6 +49,7 @@ impl Linearised {
                 draw.push(p);
             }
         })?;
+        draws.resize(samples, Vec::new()); // without rows, every draw is empty
         Ok(draws)
     }
 

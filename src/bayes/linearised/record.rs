@@ -10,7 +10,7 @@ use crate::ops;
 
 /// The logits of a batch and the records of some linear maps.
 #[derive(Debug)]
-pub(super) struct BatchRecord {
+pub(in crate::bayes) struct BatchRecord {
     /// The logits, one vector per example.
     pub logits: Vec<Vec<f64>>,
     /// The maps in a fixed order.
@@ -19,7 +19,7 @@ pub(super) struct BatchRecord {
 
 /// One linear map `W (o x i)` on one batch: `dF_k/dW = sum_t gradients[k] inputs^T`.
 #[derive(Debug)]
-pub(super) struct LayerRecord {
+pub(in crate::bayes) struct LayerRecord {
     /// `(b, t, i)`; zero on padding.
     pub inputs: Tensor,
     /// For each class k, `(b, t, o)`: the gradient of logit k.
@@ -130,6 +130,31 @@ impl LayerRecord {
     }
 }
 
+/// Calls `read` on batches until they have at least `max_rows` rows. Returns the number of all rows for each
+/// that was read, by which sums are scaled up.
+///
+/// # Errors
+/// As `read`, or if there is no row.
+pub(in crate::bayes) fn read_rows(
+    batches: &[Batch],
+    max_rows: Option<usize>,
+    mut read: impl FnMut(&Batch) -> Result<()>,
+) -> Result<f64> {
+    let all: usize = batches.iter().map(|batch| batch.rows.len()).sum();
+    let mut rows = 0;
+    for batch in batches {
+        if max_rows.is_some_and(|most| rows >= most) {
+            break;
+        }
+        read(batch)?;
+        rows += batch.rows.len();
+    }
+    if rows == 0 {
+        return Err(Error::config("rows", "there is no row to take the curvature of"));
+    }
+    Ok(all as f64 / rows as f64)
+}
+
 /// `X^T X` over the last dimension, in double precision on the host.
 fn square(xs: &Tensor) -> Result<Tensor> {
     let flat = xs.flatten_to(xs.rank() - 2)?.contiguous()?;
@@ -143,7 +168,7 @@ fn host(xs: &Tensor) -> Result<Tensor> {
 /// The positions of the tokens of a batch. Models leave out padding in some layers, and all but one token of
 /// each row in others.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(in crate::bayes) struct Places {
     /// `(b, t)`, 1 on real tokens.
     mask: Tensor,
     examples: usize,

@@ -156,6 +156,11 @@ impl Taps {
         Ok(taps)
     }
 
+    /// The number of tapped layers.
+    pub(super) fn len(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Removes the taps.
     ///
     /// # Errors
@@ -194,7 +199,7 @@ impl Taps {
     }
 
     /// The uncertain tensors, A and B of every layer, with their names.
-    pub(super) fn parameters(&self) -> Vec<(String, Tensor)> {
+    pub(in crate::bayes) fn parameters(&self) -> Vec<(String, Tensor)> {
         let pair = |layer: &Tapped| {
             let name = |role: &str| format!("{}.{}.{role}", layer.path, layer.adapter);
             [(name("a"), layer.pair.a().clone()), (name("b"), layer.pair.b().clone())]
@@ -203,7 +208,7 @@ impl Taps {
     }
 
     /// Records one batch: the outputs, and the inputs and output gradients of A and B of every layer.
-    pub(super) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
+    pub(in crate::bayes) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
         self.switch(true);
         let outputs = model.predict(batch, &Pass::Mean.into());
         let seen = self.switch(false);

@@ -1,0 +1,17 @@
+//! Predictions of a classifier that is linearised in its weights: a Gaussian over the weights gives Gaussian
+//! logits in closed form.
+//!
+//! [`Taps`] record the Jacobians of the logits in the A and B of every adapter; [`LinearisedPosterior`] is
+//! MonteCLoRA's own Gaussian over A; a [`Laplace`](super::Laplace) approximation has another one.
+
+mod posterior;
+mod predictive;
+mod record;
+mod taps;
+#[cfg(test)]
+mod tests;
+
+pub use posterior::LinearisedPosterior;
+pub use predictive::Linearised;
+pub(super) use record::{read_rows, BatchRecord, LayerRecord};
+pub use taps::Taps;
