@@ -40,6 +40,34 @@ use crate::predict::Predictor;
 /// model under it.
 ///
 /// Install [`Taps`] on the model first, and remove them at the end with a clone.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device};
+/// use monteclora::bayes::{LinearisedPosterior, Taps};
+/// use monteclora::data::encode::TextEncoder;
+/// use monteclora::data::{task::Task, tokenizer};
+/// use monteclora::inject::Targets;
+/// use monteclora::models::hub::ModelFiles;
+/// use monteclora::train::{batches, Classifier, Method, MethodInit};
+/// use monteclora::{Error, MonteCLoRAConfig, Noise};
+///
+/// # if !std::path::Path::new("examples/assets").exists() { return Ok::<(), Error>(()) } // not in the package
+/// let files = ModelFiles::locate("examples/assets/tiny-roberta", None)?;
+/// let start = MethodInit::Fresh(Method::MonteCLoRA(MonteCLoRAConfig::calibrated()), Targets::default());
+/// let mut classifier = Classifier::load(&files, 2, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
+/// let encoder = TextEncoder::new(tokenizer::of_model(&files)?, 32, 512)?;
+/// let data = Task::Sst2.load_folder("examples/assets/sst2".as_ref())?;
+/// let seen = batches(&classifier, &encoder.encode(&data.train[..16])?, 8)?; // and train on them
+///
+/// let taps = Taps::install(classifier.model.as_mut())?;
+/// let posterior = LinearisedPosterior::refitted(&classifier, taps.clone(), &seen, Some(512))?;
+/// let new = batches(&classifier, &encoder.encode(&data.dev[0].1[..8])?, 8)?;
+/// let probabilities = posterior.predict(&classifier, &new)?.probabilities(1000, Noise::new(2))?;
+/// taps.remove(classifier.model.as_mut())?;
+/// assert_eq!((probabilities.len(), probabilities[0].len()), (8, 2));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug)]
 pub struct LinearisedPosterior {
     taps: Taps,
