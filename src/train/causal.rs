@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::distributed::{in_turns, Communicator, SingleProcess};
-use super::hooks::MethodHooks;
+use super::hooks::{MethodHooks, StepDone};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
 use crate::adapter::{Context, DrawCache, Params, Pass};
@@ -145,11 +145,12 @@ impl Objective for CausalTuning<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.hooks.tell_rows(self.rows.len(), self.batcher.batch_size())?;
         self.hooks.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.hooks.after_step(self.model, params, gradients, step, total)
+        let (rows, batch_size) = (self.rows.len(), self.batcher.batch_size());
+        let model = self.model;
+        self.hooks.after_step(&StepDone { model, params, gradients, step, total, rows, batch_size })
     }
 }

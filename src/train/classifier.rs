@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 
 use super::head::{self, HeadSource};
-use super::hooks::MethodHooks;
+use super::hooks::{MethodHooks, StepDone};
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
 use super::settings::{self, Settings};
@@ -413,11 +413,12 @@ impl Objective for Classification<'_> {
     }
 
     fn before_step(&self, step: usize, total: usize) -> Result<()> {
-        self.classifier.hooks.tell_rows(self.labelled, self.batcher.batch_size())?;
         self.classifier.hooks.before_step(step, total)
     }
 
     fn after_step(&self, params: &Params, gradients: &Gradients, step: usize, total: usize) -> Result<()> {
-        self.classifier.hooks.after_step(self.classifier.model.as_ref(), params, gradients, step, total)
+        let Classifier { model, hooks, .. } = self.classifier;
+        let (model, rows, batch_size) = (model.as_ref(), self.labelled, self.batcher.batch_size());
+        hooks.after_step(&StepDone { model, params, gradients, step, total, rows, batch_size })
     }
 }

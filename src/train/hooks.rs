@@ -13,7 +13,7 @@ use candle_core::Tensor;
 
 use self::adalora::AdaLoraHook;
 use self::blob::BlobHook;
-use self::hook::{Done, Hook};
+use self::hook::Hook;
 use self::monteclora::PosteriorHook;
 use self::prior::PriorHook;
 use self::released::ReleasedHook;
@@ -23,7 +23,8 @@ use crate::adapter::{AdaptableModel, Context, Params, Prior};
 use crate::adapters::{AdaLoraConfig, BlobConfig};
 use crate::error::Result;
 use crate::monteclora::{MonteCLoRAConfig, ReleasedWalk};
-use crate::optim::Gradients;
+
+pub use self::hook::StepDone;
 
 /// A method's part in training; by default nothing.
 #[derive(Debug)]
@@ -81,7 +82,7 @@ impl MethodHooks {
 
     /// The hooks of BLoB: descent steps on its divergence, in turns with the optimiser.
     pub fn of_blob(config: &BlobConfig) -> Self {
-        Self::of(BlobHook::new(config))
+        Self::of(BlobHook(config.clone()))
     }
 
     /// The hooks of AdaLoRA, whose adapters are on `model`.
@@ -128,14 +129,6 @@ impl MethodHooks {
         self.hook.context(cx)
     }
 
-    /// Sets the number of training rows and the batch size, which BLoB's weights of the divergence depend on.
-    ///
-    /// # Errors
-    /// If an earlier step panicked.
-    pub fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
-        self.hook.tell_rows(rows, batch_size)
-    }
-
     /// Called before optimiser step `step` (1-based) of `total`.
     ///
     /// # Errors
@@ -144,21 +137,14 @@ impl MethodHooks {
         self.hook.before_step(step, total)
     }
 
-    /// Called after optimiser step `step` (1-based) of `total` with its gradients, before or after clipping.
+    /// Called after an optimiser step.
     ///
     /// # Errors
     /// As [`RankAllocator::after_step`](crate::adapters::RankAllocator::after_step) and
-    /// [`SampleScaler::after_step`](crate::SampleScaler::after_step). For BLoB, if [`Self::tell_rows`] was not
-    /// called, or its parameters would not be finite.
-    pub fn after_step(
-        &self,
-        model: &dyn AdaptableModel,
-        params: &Params,
-        gradients: &Gradients,
-        step: usize,
-        total: usize,
-    ) -> Result<()> {
-        self.hook.after_step(&Done { model, params, gradients, step, total })
+    /// [`SampleScaler::after_step`](crate::SampleScaler::after_step). For BLoB, if its parameters would not be
+    /// finite.
+    pub fn after_step(&self, done: &StepDone) -> Result<()> {
+        self.hook.after_step(done)
     }
 
     /// Returns the method's state between steps besides its parameters.

@@ -26,7 +26,7 @@ pub use classifier::{Classification, Classifier};
 pub use config::{OnNonFinite, TrainConfig};
 pub use evaluate::{batches, Evaluation, Predictions};
 pub use evaluator::Evaluator;
-pub use hooks::MethodHooks;
+pub use hooks::{MethodHooks, StepDone};
 pub use memory::peak_rss_bytes;
 pub use method::{LrRatios, Method, MethodInit};
 pub use objective::{Loss, Objective, Observer, StepRecord, Summary};

@@ -10,7 +10,8 @@ use monteclora::data::task::Label;
 use monteclora::inject::Targets;
 use monteclora::optim::Gradients;
 use monteclora::train::{
-    fit, CausalTuning, Classification, Classifier, Method, MethodHooks, MethodInit, Objective, TrainConfig,
+    fit, CausalTuning, Classification, Classifier, Method, MethodHooks, MethodInit, Objective, StepDone,
+    TrainConfig,
 };
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass, ReleasedWalk, ScalerSchedule};
 
@@ -73,9 +74,9 @@ fn blob_descends_by_the_labelled_rows_and_the_batch_size() -> Outcome {
     // Few steps a cycle, three of which are taken.
     run(&ran, &rows, 50, &TrainConfig { epochs: 3, ..still() })?;
     let hooks = MethodHooks::of_blob(&config);
-    hooks.tell_rows(9, 50)?;
+    let (model, params, gradients) = (by_hand.model.as_ref(), &by_hand.params, &Gradients::new());
     for step in 1..=3 {
-        hooks.after_step(by_hand.model.as_ref(), &by_hand.params, &Gradients::new(), step, 3)?;
+        hooks.after_step(&StepDone { model, params, gradients, step, total: 3, rows: 9, batch_size: 50 })?;
     }
     assert_eq!(bits(&ran.params)?, bits(&by_hand.params)?);
     assert_ne!(bits(&ran.params)?, bits(&classifier(&method)?.params)?);
@@ -114,9 +115,10 @@ fn a_language_model_s_run_asks_for_it_as_well() -> Outcome {
     let objective = CausalTuning::new(&ran, hooks, &seen, batcher()?, 0);
     fit(&objective, &params, &TrainConfig { epochs: 3, ..still() }, &mut Log::default())?;
     let hooks = MethodHooks::of_blob(&blob);
-    hooks.tell_rows(10, 50)?;
+    let (model, gradients) = (&by_hand, &Gradients::new());
     for step in 1..=3 {
-        hooks.after_step(&by_hand, &expected, &Gradients::new(), step, 3)?;
+        let params = &expected;
+        hooks.after_step(&StepDone { model, params, gradients, step, total: 3, rows: 10, batch_size: 50 })?;
     }
     assert_eq!(bits(&params)?, bits(&expected)?);
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use candle_core::Tensor;
 
-use super::hook::{locked, Done, Hook};
+use super::hook::{locked, Hook, StepDone};
 use crate::adapter::{no_active, AdaptableModel, Context};
 use crate::adapters::adalora::orthogonal_penalty;
 use crate::adapters::{AdaLoraConfig, RankAllocator};
@@ -39,7 +39,7 @@ impl Hook for AdaLoraHook {
         Ok(Loss { total, terms: vec![("task", task), ("orthogonal", penalty)] })
     }
 
-    fn after_step(&self, done: &Done) -> Result<()> {
+    fn after_step(&self, done: &StepDone) -> Result<()> {
         let gradients = done.gradients.tensors()?;
         let gradient = |name: &str| gradients.get(name).cloned();
         locked(&self.allocator)?.after_step(done.params, &gradient, done.step, done.total)

@@ -1,29 +1,17 @@
 //! BLoB: a descent step on its divergence after each step of the optimiser.
 
-use std::sync::Mutex;
-
 use candle_core::Tensor;
 
-use super::hook::{locked, Done, Hook};
+use super::hook::{Hook, StepDone};
 use crate::adapter::{visit_active, AdaptableModel, Context};
 use crate::adapters::{blob, Blob, BlobConfig};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops;
 use crate::train::objective::Loss;
 use crate::train::schedule::Schedule;
 
 #[derive(Debug)]
-pub(super) struct BlobHook {
-    config: BlobConfig,
-    /// The number of steps in a cycle of KL weights, once known. The position in it follows from the step number.
-    cycle: Mutex<Option<usize>>,
-}
-
-impl BlobHook {
-    pub fn new(config: &BlobConfig) -> Self {
-        Self { config: config.clone(), cycle: Mutex::default() }
-    }
-}
+pub(super) struct BlobHook(pub BlobConfig);
 
 impl Hook for BlobHook {
     /// The divergence is reported only: it is descended apart from the loss.
@@ -42,18 +30,13 @@ impl Hook for BlobHook {
         Ok(Loss { total: task.clone(), terms: vec![("task", task), ("kl", kl)] })
     }
 
-    fn tell_rows(&self, rows: usize, batch_size: usize) -> Result<()> {
-        *locked(&self.cycle)? = Some(blob::cycle(rows, batch_size, self.config.gamma));
-        Ok(())
-    }
-
-    fn after_step(&self, done: &Done) -> Result<()> {
-        let reason = "BLoB's KL term needs the number of training rows: call tell_rows first";
-        let m = (*locked(&self.cycle)?).ok_or_else(|| Error::config("rows", reason))?;
+    fn after_step(&self, done: &StepDone) -> Result<()> {
+        let BlobConfig { gamma, kl_lr, .. } = self.0;
+        let cycle = blob::cycle(done.rows, done.batch_size, gamma);
         // Linear with 6 % warm-up, as in the authors' scripts.
         let warmup = (0.06 * done.total as f64).ceil() as usize;
-        let lr = self.config.kl_lr * Schedule::Linear.factor(done.step.saturating_sub(1), warmup, done.total);
-        let rate = lr * blob::kl_share(done.step, m);
+        let lr = kl_lr * Schedule::Linear.factor(done.step.saturating_sub(1), warmup, done.total);
+        let rate = lr * blob::kl_share(done.step, cycle);
         visit_active(done.model, |layer: &Blob| layer.descend(done.params, rate)).map(drop)
     }
 }

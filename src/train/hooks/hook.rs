@@ -28,15 +28,11 @@ pub(super) trait Hook: fmt::Debug + Send + Sync {
         Ok(cx.clone())
     }
 
-    fn tell_rows(&self, _rows: usize, _batch_size: usize) -> Result<()> {
-        Ok(())
-    }
-
     fn before_step(&self, _step: usize, _total: usize) -> Result<()> {
         Ok(())
     }
 
-    fn after_step(&self, _done: &Done) -> Result<()> {
+    fn after_step(&self, _done: &StepDone) -> Result<()> {
         Ok(())
     }
 
@@ -49,14 +45,32 @@ pub(super) trait Hook: fmt::Debug + Send + Sync {
     }
 }
 
-/// An optimiser step that was taken.
-pub(super) struct Done<'a> {
+/// An optimiser step that was taken, for [`MethodHooks::after_step`](super::MethodHooks::after_step).
+#[derive(Clone, Copy)]
+pub struct StepDone<'a> {
+    /// The model with its adapters.
     pub model: &'a dyn AdaptableModel,
+    /// The parameters after the step.
     pub params: &'a Params,
+    /// The gradients of the step, before or after clipping.
     pub gradients: &'a Gradients,
-    /// The number of the step, from 1, and that of all steps.
+    /// The number of the step, from 1.
     pub step: usize,
+    /// The number of steps of the run.
     pub total: usize,
+    /// The number of training rows.
+    pub rows: usize,
+    /// The number of rows in a batch.
+    pub batch_size: usize,
+}
+
+impl fmt::Debug for StepDone<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StepDone")
+            .field("step", &self.step)
+            .field("total", &self.total)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Locks the state of a hook: objectives are shared, but steps do not overlap.

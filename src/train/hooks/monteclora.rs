@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use candle_core::Tensor;
 
-use super::hook::{locked, Done, Hook};
+use super::hook::{locked, Hook, StepDone};
 use crate::adapter::{AdaptableModel, Context, Params};
 use crate::error::Result;
 use crate::monteclora::{MonteCLoRAConfig, Regularizer, SampleScaler};
@@ -55,7 +55,7 @@ impl Hook for PosteriorHook {
         locked(&self.scaler)?.before_step(step, total)
     }
 
-    fn after_step(&self, done: &Done) -> Result<()> {
+    fn after_step(&self, done: &StepDone) -> Result<()> {
         locked(&self.scaler)?.after_step(done.model, &|name| {
             // A frozen A (post hoc) has no gradient, and thus no signal that could fade.
             done.gradients.get(name)?.map_or(Ok(0.0), |gradient| Ok(ops::sum_of_squares(&gradient)?))
