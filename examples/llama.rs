@@ -66,7 +66,7 @@ struct Args {
     /// Rows for the held-out loss, in the same format. Default: every twentieth row of the data.
     #[arg(long)]
     held_out: Option<PathBuf>,
-    /// The format of the rows: instruct, gsm8k, text or code.
+    /// The format of the rows: instruct, completion, gsm8k, text or code.
     #[arg(long, default_value = "gsm8k")]
     format: String,
     #[command(flatten)]

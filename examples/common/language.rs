@@ -32,7 +32,7 @@ pub struct LanguageOptions {
     /// multiple choice.
     #[arg(long)]
     pub train: Option<PathBuf>,
-    /// The format of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else
+    /// The format of --train: instruct, completion, gsm8k, text or code. Default: gsm8k if that is the only task, else
     /// instruct.
     #[arg(long)]
     pub train_format: Option<Format>,
