@@ -166,12 +166,12 @@ fn run(processes: &Processes) -> Outcome {
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
-    let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
-    if eos.is_none() {
+    let (length, ends) = (args.max_length, config.eos_token_ids.clone());
+    if ends.is_empty() {
         tell_err!("{model}: it names no end token: the model does not learn where answers end");
     }
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
-    let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
+    let encoder = PromptEncoder::new(tokenizer, length, longest, ends, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
