@@ -89,7 +89,8 @@ struct Args {
     /// Pack several rows into one sequence.
     #[arg(long, help_heading = "Training")]
     packing: bool,
-    /// The prompt to continue before and after training. Default: the first held-out prompt.
+    /// The prompt to continue before and after training. Default: the first held-out prompt, of a text its
+    /// first words.
     #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
     #[command(flatten)]
@@ -252,7 +253,8 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
             tell!("--max-length {}: {lost}", args.max_length);
         }
     }
-    let fits = || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].prompt.clone());
+    let fits =
+        || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].opening().to_string());
     let prompt = args.prompt.clone().unwrap_or_else(fits);
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
     Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
@@ -305,7 +307,7 @@ impl Setup {
         let loss =
             |w: PosteriorWeights| held_out_loss_in_turns(&model, rows, most, &w.passes(), communicator);
         let before = loss(PosteriorWeights::Mean)?;
-        tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
+        tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model));
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
@@ -358,7 +360,7 @@ impl Setup {
             args.gguf.write(&trained, writes, args.train.resume)?;
         }
         processes.check(summary.steps)?;
-        tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
+        tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model));
         let draws = if start.method().has_posterior() { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(PosteriorWeights::Average(draws));
         let metrics = json!({
@@ -401,10 +403,14 @@ impl Setup {
             .write(dir.join("adapter"), format)
     }
 
-    /// Generates the continuation of the prompt.
-    fn speak(&self, model: &DecoderForCausalLM) -> Outcome<String> {
-        let generator = self.generator(model, PosteriorWeights::Mean, 64)?;
-        Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
+    /// Generates the continuation of the prompt. A run goes on without this sample.
+    fn speak(&self, model: &DecoderForCausalLM) -> String {
+        let generator = self.generator(model, PosteriorWeights::Mean, 64);
+        let texts = generator.and_then(|generator| Ok(generator.texts(&[&self.data.prompt], &[])?));
+        texts.map(|mut texts| texts.swap_remove(0)).unwrap_or_else(|why| {
+            tell_err!("there is no sample: {why}");
+            String::new()
+        })
     }
 
     /// The results of the task; null without one.
