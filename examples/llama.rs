@@ -41,7 +41,7 @@ use monteclora::models::generate::PosteriorWeights;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
-use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
+use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
 use monteclora::train::distributed::Communicator;
 use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Summary};
 use monteclora::util::files;
@@ -391,7 +391,7 @@ impl Setup {
         adapter: &peft::AdapterMethod,
         dir: &Path,
     ) -> monteclora::Result<()> {
-        let (base_model, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+        let (base_model, task) = (Some(self.model.clone()), Some(Task::CausalLm));
         let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels: None };
         let format = if self.args.serving {

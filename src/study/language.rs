@@ -22,8 +22,8 @@ use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use crate::models::generate::PosteriorWeights;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
-use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, Task};
+use crate::train::{CausalTuning, MethodHooks, MethodInit, Objective};
 
 /// The inputs that the cells of a language model's study have in common.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ impl Learner for CellTrial<'_> {
     }
 
     fn adapter(&self, model: &LanguageModel, method: &AdapterMethod) -> Result<AdapterFile> {
-        let metadata = AdapterMetadata { task: Some("CAUSAL_LM".to_string()), ..AdapterMetadata::default() };
+        let metadata = AdapterMetadata { task: Some(Task::CausalLm), ..AdapterMetadata::default() };
         AdapterFile::from_model(&model.model, DEFAULT_ADAPTER, &model.params, method, &metadata)
     }
 

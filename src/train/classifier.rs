@@ -24,7 +24,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, Task};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -243,7 +243,8 @@ impl Classifier {
                 Some(self.labels.clone()).filter(|_| !is_numbered || of_files.foreign_problem().is_some())
             }
         };
-        let (task, revision) = (Some("SEQ_CLS".to_string()), self.files.revision().map(str::to_string));
+        let task = Some(Task::SequenceClassification);
+        let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels };
         let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);
         let mut file = AdapterFile::from_model(model, name, &self.params, method, &metadata)?;
