@@ -43,7 +43,7 @@ use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
 use monteclora::train::distributed::Communicator;
-use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Summary};
+use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, RunFolder, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
@@ -289,7 +289,9 @@ impl Setup {
             return Err("--epochs 0: nothing was trained that could be written: give an --adapter".into());
         }
 
-        let whole = writes.filter(|_| saves && (args.merged || name == "full")).map(|dir| dir.join("model"));
+        let whole = writes
+            .filter(|_| saves && (args.merged || name == "full"))
+            .map(|dir| RunFolder::new(dir).model());
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
             if !(args.train.resume && files::has_entries(dir)) {
@@ -311,13 +313,8 @@ impl Setup {
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
-            (Some(dir), None) => {
-                AdapterFile::remove(dir.join("adapter"))?; // left by another run
-                match name {
-                    "full" => Ok(()),
-                    _ => params.save(&dir.join("adapter")),
-                }
-            }
+            (Some(dir), None) if name == "full" => RunFolder::new(dir).remove_adapter(),
+            (Some(dir), None) => RunFolder::new(dir).save_parameters(&params),
             (None, _) => Ok(()),
         };
         let bar = processes.progress(0, name);
@@ -399,8 +396,8 @@ impl Setup {
         } else {
             ExportFormat::PeftMonteCLoRA
         };
-        AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?
-            .write(dir.join("adapter"), format)
+        let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?;
+        RunFolder::new(dir).save_adapter(&file, format)
     }
 
     /// Generates the continuation of the prompt. A run goes on without this sample.

@@ -10,6 +10,7 @@ use super::head::{self, HeadSource};
 use super::hooks::MethodHooks;
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
+use super::saved::RunFolder;
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
 use crate::data::batch::{Batch, Batcher};
@@ -190,7 +191,7 @@ impl Classifier {
         &self.files
     }
 
-    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; for full fine-tuning
+    /// Writes what was trained below `dir` ([`RunFolder`]): `adapter/` in PEFT's layout, with the head; for full fine-tuning
     /// `model/` with configuration and weights; for methods that are only here for comparison
     /// `adapter/parameters.safetensors`, by parameter names. Adapter files of another run are removed.
     /// `base_model` is the name of the checkpoint that was loaded.
@@ -203,19 +204,18 @@ impl Classifier {
             let reason = "the model was opened to predict, and nothing of it is trained";
             return Err(Error::config("classifier", reason));
         }
-        // `open` looks for an adapter first: one of another run must not stay.
-        let (adapter, parameters) = (dir.join("adapter"), dir.join("adapter/parameters.safetensors"));
-        let Some(method) = self.method.adapter() else {
-            AdapterFile::remove(&adapter)?;
-            if !is_full {
-                return self.params.save(&adapter);
+        let run = RunFolder::new(dir);
+        match self.method.adapter() {
+            Some(method) => {
+                let file = self.adapter_file(&method, Some(base_model.to_string()))?;
+                run.save_adapter(&file, ExportFormat::PeftMonteCLoRA)
             }
-            files::remove(&parameters)?;
-            return self.save_model(&dir.join("model"));
-        };
-        let file = self.adapter_file(&method, Some(base_model.to_string()))?;
-        files::remove(&parameters)?;
-        file.write(adapter, ExportFormat::PeftMonteCLoRA)
+            None if is_full => {
+                run.remove_adapter()?;
+                self.save_model(&run.model())
+            }
+            None => run.save_parameters(&self.params),
+        }
     }
 
     /// Returns the adapter with the head. If the checkpoint names the same classes in another order, the rows
