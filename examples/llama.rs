@@ -29,7 +29,6 @@ use common::tasks::TaskOptions;
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
-use monteclora::adapter::Role;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
@@ -277,13 +276,10 @@ impl Setup {
         let (noise, device) = (Noise::new(args.train.seed), placement.first());
         let params = Params::new(noise, device);
         let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, device)?;
-        let base = match name {
-            "full" => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
-            _ => checkpoint,
-        };
+        let start = args.method.start(name, out)?;
+        let base = start.base(checkpoint, &params)?;
         let mut model = DecoderForCausalLM::load(base.placed(&placement), config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
-        let start = args.method.start(name, out)?;
         let (hooks, saves) = (start.inject(&mut model, &params)?, args.train.writes(&start, out)?);
         if !saves && (args.merged || args.serving || args.gguf.is_asked()) {
             return Err("--epochs 0: nothing was trained that could be written: give an --adapter".into());

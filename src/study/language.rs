@@ -10,7 +10,7 @@ use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
 use super::treatment;
-use crate::adapter::{Params, Role};
+use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::causal::{PromptEncoder, Tokens};
 use crate::data::instruct::Prompted;
@@ -132,10 +132,7 @@ impl Learner for CellTrial<'_> {
         let config = DecoderConfig::from_files(files)?;
         let params = Params::new(noise, device);
         let checkpoint = files.open_weights(*base_dtype, device)?;
-        let base = match start.method() {
-            Method::Full => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
-            _ => checkpoint,
-        };
+        let base = start.base(checkpoint, &params)?;
         let mut model = DecoderForCausalLM::load(base, &config, noise)?;
         model.set_checkpoint_layers(*checkpoint_layers);
         let hooks = Cell::new(start.inject(&mut model, &params)?);

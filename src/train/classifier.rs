@@ -132,17 +132,9 @@ impl Classifier {
         let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
         let trainable = base_dtype == DType::F32 && !checkpoint.is_quantized();
-        let base = match method {
-            Method::Full if purpose == Purpose::Open && !trainable => checkpoint,
-            Method::Full => {
-                let dense = checkpoint.into_dense()?;
-                if base_dtype != DType::F32 {
-                    let reason = format!("full fine-tuning trains the base in f32, got {base_dtype:?}");
-                    return Err(Error::config("dtype", reason));
-                }
-                params.var_builder(Some(dense), Role::Base).into()
-            }
-            _ => checkpoint,
+        let base = match purpose {
+            Purpose::Open if !trainable => checkpoint,
+            _ => start.base(checkpoint, &params)?,
         };
         let mut model = config.load(base, head, noise)?;
         source.check(start, &params)?;
