@@ -20,11 +20,12 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use common::given::Given;
 use common::log::{draw_curves, Log};
-use common::options::{check_apart, MethodOptions, TrainOptions};
+use common::options::{check_apart, MethodOptions};
 use common::output::{tell, tell_err};
 use common::predict::Request;
 use common::processes::{self, Processes};
-use common::rows::{Goal, Input, TableOptions};
+use common::rows::{tell_cut, Goal, Input, TableOptions};
+use common::training::TrainOptions;
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
@@ -33,7 +34,9 @@ use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::models::Quantization;
-use monteclora::train::{self, Classification, Classifier, Evaluation, Method, Predictions, Summary};
+use monteclora::train::{
+    self, Classification, Classifier, Evaluation, Method, Predictions, RunFolder, Summary,
+};
 use monteclora::util::files;
 use monteclora::Noise;
 use serde_json::{json, Value};
@@ -218,7 +221,7 @@ fn tune(
     let (start, dtype) = (args.method.start(name, out)?, common::dtype(&args.dtype)?);
     let saves = args.train.writes(&start, out)?;
     if let (Method::Full, Some(out)) = (start.method(), out) {
-        check_apart("--model", Path::new(model), &out.join("model"))?;
+        check_apart("--model", Path::new(model), &RunFolder::new(out).model())?;
     }
     let load = if args.new_head { Classifier::load_with_new_head } else { Classifier::load };
     let mut classifier = load(&files, goal.labels.clone(), &start, noise, dtype, &device)?;

@@ -22,14 +22,14 @@ use clap::Parser;
 use common::generation::GenerationOptions;
 use common::gguf::{stays, GgufOptions, Trained};
 use common::log::{draw_curves, Log};
-use common::options::{check_apart, MethodOptions, TrainOptions};
+use common::options::{check_apart, MethodOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
+use common::training::TrainOptions;
 use common::watch::{self, say, Scores, Watch};
 use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
-use monteclora::adapter::Role;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
@@ -41,9 +41,9 @@ use monteclora::models::generate::PosteriorWeights;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
-use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat};
+use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
 use monteclora::train::distributed::Communicator;
-use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Summary};
+use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, RunFolder, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
@@ -66,7 +66,7 @@ struct Args {
     /// Rows for the held-out loss, in the same format. Default: every twentieth row of the data.
     #[arg(long)]
     held_out: Option<PathBuf>,
-    /// The format of the rows: instruct, gsm8k, text or code.
+    /// The format of the rows: instruct, completion, gsm8k, text or code.
     #[arg(long, default_value = "gsm8k")]
     format: String,
     #[command(flatten)]
@@ -89,7 +89,8 @@ struct Args {
     /// Pack several rows into one sequence.
     #[arg(long, help_heading = "Training")]
     packing: bool,
-    /// The prompt to continue before and after training. Default: the first held-out prompt.
+    /// The prompt to continue before and after training. Default: the first held-out prompt, of a text its
+    /// first words.
     #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
     #[command(flatten)]
@@ -166,12 +167,12 @@ fn run(processes: &Processes) -> Outcome {
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
-    let (length, eos) = (args.max_length, config.eos_token_ids.first().copied());
-    if eos.is_none() {
+    let (length, ends) = (args.max_length, config.eos_token_ids.clone());
+    if ends.is_empty() {
         tell_err!("{model}: it names no end token: the model does not learn where answers end");
     }
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
-    let encoder = PromptEncoder::new(tokenizer, length, longest, eos, args.learn_prompt)?;
+    let encoder = PromptEncoder::new(tokenizer, length, longest, ends, args.learn_prompt)?;
     let data = data(&args, &encoder)?;
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
@@ -252,7 +253,8 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
             tell!("--max-length {}: {lost}", args.max_length);
         }
     }
-    let fits = || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].prompt.clone());
+    let fits =
+        || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].opening().to_string());
     let prompt = args.prompt.clone().unwrap_or_else(fits);
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
     Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
@@ -275,19 +277,18 @@ impl Setup {
         let (noise, device) = (Noise::new(args.train.seed), placement.first());
         let params = Params::new(noise, device);
         let checkpoint = self.files.open_weights(common::dtype(&args.dtype)?, device)?;
-        let base = match name {
-            "full" => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
-            _ => checkpoint,
-        };
+        let start = args.method.start(name, out)?;
+        let base = start.base(checkpoint, &params)?;
         let mut model = DecoderForCausalLM::load(base.placed(&placement), config, noise)?;
         model.set_checkpoint_layers(args.train.checkpoint_layers);
-        let start = args.method.start(name, out)?;
         let (hooks, saves) = (start.inject(&mut model, &params)?, args.train.writes(&start, out)?);
         if !saves && (args.merged || args.serving || args.gguf.is_asked()) {
             return Err("--epochs 0: nothing was trained that could be written: give an --adapter".into());
         }
 
-        let whole = writes.filter(|_| saves && (args.merged || name == "full")).map(|dir| dir.join("model"));
+        let whole = writes
+            .filter(|_| saves && (args.merged || name == "full"))
+            .map(|dir| RunFolder::new(dir).model());
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
             if !(args.train.resume && files::has_entries(dir)) {
@@ -305,17 +306,12 @@ impl Setup {
         let loss =
             |w: PosteriorWeights| held_out_loss_in_turns(&model, rows, most, &w.passes(), communicator);
         let before = loss(PosteriorWeights::Mean)?;
-        tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model)?);
+        tell!("\n{name}, before: {}[{}]", data.prompt, self.speak(&model));
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
-            (Some(dir), None) => {
-                AdapterFile::remove(dir.join("adapter"))?; // left by another run
-                match name {
-                    "full" => Ok(()),
-                    _ => params.save(&dir.join("adapter")),
-                }
-            }
+            (Some(dir), None) if name == "full" => RunFolder::new(dir).remove_adapter(),
+            (Some(dir), None) => RunFolder::new(dir).save_parameters(&params),
             (None, _) => Ok(()),
         };
         let bar = processes.progress(0, name);
@@ -358,7 +354,7 @@ impl Setup {
             args.gguf.write(&trained, writes, args.train.resume)?;
         }
         processes.check(summary.steps)?;
-        tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model)?);
+        tell!("{name}, after: {}[{}]", data.prompt, self.speak(&model));
         let draws = if start.method().has_posterior() { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(PosteriorWeights::Average(draws));
         let metrics = json!({
@@ -389,7 +385,7 @@ impl Setup {
         adapter: &peft::AdapterMethod,
         dir: &Path,
     ) -> monteclora::Result<()> {
-        let (base_model, task) = (Some(self.model.clone()), Some("CAUSAL_LM".to_string()));
+        let (base_model, task) = (Some(self.model.clone()), Some(Task::CausalLm));
         let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels: None };
         let format = if self.args.serving {
@@ -397,14 +393,18 @@ impl Setup {
         } else {
             ExportFormat::PeftMonteCLoRA
         };
-        AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?
-            .write(dir.join("adapter"), format)
+        let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?;
+        RunFolder::new(dir).save_adapter(&file, format)
     }
 
-    /// Generates the continuation of the prompt.
-    fn speak(&self, model: &DecoderForCausalLM) -> Outcome<String> {
-        let generator = self.generator(model, PosteriorWeights::Mean, 64)?;
-        Ok(generator.texts(&[&self.data.prompt], &[])?.swap_remove(0))
+    /// Generates the continuation of the prompt. A run goes on without this sample.
+    fn speak(&self, model: &DecoderForCausalLM) -> String {
+        let generator = self.generator(model, PosteriorWeights::Mean, 64);
+        let texts = generator.and_then(|generator| Ok(generator.texts(&[&self.data.prompt], &[])?));
+        texts.map(|mut texts| texts.swap_remove(0)).unwrap_or_else(|why| {
+            tell_err!("there is no sample: {why}");
+            String::new()
+        })
     }
 
     /// The results of the task; null without one.

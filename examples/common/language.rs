@@ -32,7 +32,7 @@ pub struct LanguageOptions {
     /// multiple choice.
     #[arg(long)]
     pub train: Option<PathBuf>,
-    /// The format of --train: instruct, gsm8k, text or code. Default: gsm8k if that is the only task, else
+    /// The format of --train: instruct, completion, gsm8k, text or code. Default: gsm8k if that is the only task, else
     /// instruct.
     #[arg(long)]
     pub train_format: Option<Format>,
@@ -101,13 +101,13 @@ impl LanguageData {
         };
         let tasks = options.tasks(tasks, &data, limits.dev)?;
         let config = DecoderConfig::from_files(files)?;
-        let (longest, eos) = (config.max_length(), config.eos_token_ids.first().copied());
+        let (longest, ends) = (config.max_length(), config.eos_token_ids.clone());
         let tokenizer = tokenizer(files, config.vocab_size)?;
         let length = text_length(limits.max_length, longest, limits.virtual_tokens);
-        let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, eos, false)?;
+        let encoder = PromptEncoder::new(tokenizer.clone(), length, longest, ends.clone(), false)?;
         // Measured rows are not cut to --max-length: they may use all positions of the model.
         let room = longest.saturating_sub(limits.virtual_tokens);
-        let whole = PromptEncoder::new(tokenizer, room, longest, eos, false)?;
+        let whole = PromptEncoder::new(tokenizer, room, longest, ends, false)?;
 
         let only = |name: &str| tasks.iter().all(|task| kind(&task.name) == name);
         let format =

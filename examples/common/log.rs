@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use monteclora::train::{StepRecord, TensorBoard};
+use monteclora::train::{RunFolder, StepRecord, TensorBoard};
 use monteclora::util::files;
 use monteclora::{Error, Result};
 use serde::Serialize;
@@ -33,7 +33,8 @@ impl Log {
     /// Removes half-written files that a killed run left in the folder.
     pub fn remove_stale(&self) -> Result<()> {
         let out = &self.dir;
-        [out, &out.join("adapter"), &out.join("model"), &out.join("plots")]
+        let run = RunFolder::new(out);
+        [out, &run.adapter(), &run.model(), &out.join("plots")]
             .into_iter()
             .try_for_each(|dir| files::remove_stale(dir))
     }

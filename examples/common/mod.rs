@@ -18,6 +18,7 @@ pub mod processes;
 pub mod random_weights;
 pub mod rows;
 pub mod tasks;
+pub mod training;
 pub mod watch;
 
 pub use allocator::tune_allocator;

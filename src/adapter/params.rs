@@ -99,6 +99,9 @@ pub struct Params {
 }
 
 impl Params {
+    /// The name of the file that [`Self::save`] writes.
+    pub const FILE: &'static str = "parameters.safetensors";
+
     /// Creates an empty store of single-precision parameters on `device`.
     pub fn new(noise: Noise, device: &Device) -> Self {
         Self::with_dtype(noise, DType::F32, device)
@@ -321,7 +324,7 @@ impl Params {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let all = self.all();
         let named = all.iter().map(|(name, param)| (name.clone(), param.var.as_tensor()));
-        files::write_safetensors(&dir.join(PARAMETERS), named)
+        files::write_safetensors(&dir.join(Self::FILE), named)
     }
 
     /// Reads the values that [`Self::save`] wrote, into a store with the same parameters.
@@ -330,7 +333,7 @@ impl Params {
     /// If `dir` has no valid `parameters.safetensors`, the file lacks a parameter of the store or contains
     /// another one, a shape differs, or a value is not finite. The store is then unchanged.
     pub fn load(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(PARAMETERS);
+        let path = dir.join(Self::FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&*path))?;
         let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
         let values: BTreeMap<String, Tensor> =
@@ -358,9 +361,6 @@ impl Params {
         VarBuilder::from_backend(Box::new(backend), self.dtype, self.device.clone())
     }
 }
-
-/// The file name of [`Params::save`].
-const PARAMETERS: &str = "parameters.safetensors";
 
 const NOT_FINITE: &str = "it holds NaN or infinity";
 

@@ -10,6 +10,7 @@ use super::config::TargetModules;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
 use super::renamed;
+use super::task::Task;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter, LowRank, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
@@ -25,8 +26,8 @@ pub struct AdapterMetadata {
     pub base_model: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
-    /// PEFT's name of the task: `SEQ_CLS`, `CAUSAL_LM`.
-    pub task: Option<String>,
+    /// The task.
+    pub task: Option<Task>,
     /// The class names of a task head, in the order of its rows.
     pub labels: Option<Labels>,
 }
@@ -125,9 +126,10 @@ impl AdapterFile {
 
         let mut config = method.to_peft();
         config.target_modules = Some(targets);
-        config.modules_to_save = modules(saved_modules.keys(), metadata.task.as_deref());
+        config.modules_to_save = modules(saved_modules.keys(), metadata.task);
         config.base_model_name_or_path = metadata.base_model.clone();
-        (config.revision, config.task_type) = (metadata.revision.clone(), metadata.task.clone());
+        config.revision = metadata.revision.clone();
+        config.task_type = metadata.task.map(|task| task.name().to_string());
         for (path, layer) in &layers {
             let rank = layer.a.dim(0)?;
             if rank != config.r {
@@ -331,7 +333,8 @@ impl AdapterFile {
         }
         // If a head is only partly in the file, the rest would keep its random initial values. What PEFT does
         // not save, such as DeBERTa's pooler, comes from the base model.
-        let whole_head = self.saved_modules.is_empty() && self.config.task_type.as_deref() == Some("SEQ_CLS");
+        let is_classifier = self.config.task() == Some(Task::SequenceClassification);
+        let whole_head = self.saved_modules.is_empty() && is_classifier;
         let heads = params.of_role(Role::Head).into_iter();
         let heads: Vec<String> = heads.map(|(name, _)| name).collect();
         let modules: Vec<&str> = heads.iter().map(|name| keys::module(name)).collect();
@@ -433,13 +436,13 @@ fn single(tensor: &Tensor) -> Result<Tensor> {
 }
 
 /// The modules of the head's parameters. For a classifier, both names that PEFT lists are included.
-fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<&str>) -> Option<Vec<String>> {
+fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<Task>) -> Option<Vec<String>> {
     let mut names: BTreeSet<String> =
         heads.map(|name| name.split('.').next().unwrap_or(name).to_string()).collect();
     if names.is_empty() {
         return None;
     }
-    if task == Some("SEQ_CLS") {
+    if task == Some(Task::SequenceClassification) {
         names.extend(["classifier".to_string(), "score".to_string()]);
     }
     Some(names.into_iter().collect())

@@ -95,7 +95,7 @@ fn file(toy: &Toy, config: &MonteCLoRAConfig) -> Result<AdapterFile> {
     let metadata = AdapterMetadata {
         base_model: Some("owner/tiny".into()),
         revision: None,
-        task: Some("SEQ_CLS".into()),
+        task: Some(Task::SequenceClassification),
         labels: None,
     };
     AdapterFile::from_model(

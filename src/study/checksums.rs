@@ -13,7 +13,7 @@ use crate::data::encode::Encoded;
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::peft::AdapterFile;
-use crate::train::fingerprint;
+use crate::train::{fingerprint, RunFolder};
 
 const CONSTANTS: &str = "constants";
 const WEIGHTS: &str = "weights";
@@ -78,7 +78,8 @@ pub fn checksums_of_recipes(recipes: &[Recipe], files: &ModelFiles) -> Result<Va
     let mut settings = json!({ CONSTANTS: methods, WEIGHTS: format!("{:08x}", hasher.finalize()) });
     let mut adapters = BTreeMap::new();
     for dir in recipes.iter().filter_map(|recipe| recipe.adapter.as_ref()) {
-        adapters.insert(dir.display().to_string(), checksum(&AdapterFile::read(dir)?)?);
+        adapters
+            .insert(dir.display().to_string(), checksum(&AdapterFile::read(RunFolder::find_adapter(dir))?)?);
     }
     if !adapters.is_empty() {
         settings[ADAPTERS] = json!(adapters);

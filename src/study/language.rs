@@ -10,7 +10,7 @@ use super::recipe::Recipe;
 use super::rows::CellRows;
 use super::training::{self, Learner, Trained};
 use super::treatment;
-use crate::adapter::{Params, Role};
+use crate::adapter::Params;
 use crate::data::batch::Batcher;
 use crate::data::causal::{PromptEncoder, Tokens};
 use crate::data::instruct::Prompted;
@@ -22,8 +22,8 @@ use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use crate::models::generate::PosteriorWeights;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
-use crate::train::{CausalTuning, Method, MethodHooks, MethodInit, Objective};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, Task};
+use crate::train::{CausalTuning, MethodHooks, MethodInit, Objective};
 
 /// The inputs that the cells of a language model's study have in common.
 #[derive(Debug)]
@@ -132,10 +132,7 @@ impl Learner for CellTrial<'_> {
         let config = DecoderConfig::from_files(files)?;
         let params = Params::new(noise, device);
         let checkpoint = files.open_weights(*base_dtype, device)?;
-        let base = match start.method() {
-            Method::Full => params.var_builder(Some(checkpoint.into_dense()?), Role::Base).into(),
-            _ => checkpoint,
-        };
+        let base = start.base(checkpoint, &params)?;
         let mut model = DecoderForCausalLM::load(base, &config, noise)?;
         model.set_checkpoint_layers(*checkpoint_layers);
         let hooks = Cell::new(start.inject(&mut model, &params)?);
@@ -149,7 +146,7 @@ impl Learner for CellTrial<'_> {
     }
 
     fn adapter(&self, model: &LanguageModel, method: &AdapterMethod) -> Result<AdapterFile> {
-        let metadata = AdapterMetadata { task: Some("CAUSAL_LM".to_string()), ..AdapterMetadata::default() };
+        let metadata = AdapterMetadata { task: Some(Task::CausalLm), ..AdapterMetadata::default() };
         AdapterFile::from_model(&model.model, DEFAULT_ADAPTER, &model.params, method, &metadata)
     }
 

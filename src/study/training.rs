@@ -15,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::optim::{Gradients, Moments};
 use crate::peft::{AdapterFile, AdapterMethod};
-use crate::train::{self, Loss, MethodInit, Objective, Observer, Settings, StepRecord, Summary, TrainConfig};
+use crate::train::{
+    self, Loss, MethodInit, Objective, Observer, RunFolder, Settings, StepRecord, Summary, TrainConfig,
+};
 
 /// The most points of a loss curve in a result.
 const LOSS_POINTS: usize = 200;
@@ -128,7 +130,10 @@ impl<L: Learner> Run<'_, L> {
         let (trained, summary) = match (post_hoc, adapter) {
             (None, _) => self.phase(&fresh, None, members, result)?,
             (Some(config), Some(dir)) => {
-                let start = MethodInit::PostHoc(Box::new(AdapterFile::read(dir)?), config.clone());
+                let start = MethodInit::PostHoc(
+                    Box::new(AdapterFile::read(RunFolder::find_adapter(dir))?),
+                    config.clone(),
+                );
                 self.phase(&start, None, members, result)?
             }
             (Some(config), None) => {

@@ -25,6 +25,9 @@ const DAMAGED: &str = "damaged-";
 /// The settings that determine which rows a step takes, and thus what the position of a run means.
 const PLACE: [&str; 5] = ["accumulation", "batch_size", "length_grouped", "rows", "seed"];
 
+/// The settings that scores depend on: a change makes those from before it incomparable.
+pub(super) const SCORE: [&str; 2] = ["held_out", "metric"];
+
 /// Where a run keeps its checkpoints, and how it resumes from them.
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
@@ -42,7 +45,8 @@ pub struct Checkpoints {
     pub settings: Settings,
     /// The settings that may differ from the checkpoint's. Not allowed are the settings that determine which
     /// rows a step takes: the rows, their order (the seed, grouping by length), the batch size and the
-    /// accumulation.
+    /// accumulation. After a change of `held_out` or `metric`, by which [`Self::settings`] may name the
+    /// evaluated rows and the metric, the best evaluation so far and the count of patience are forgotten.
     pub changes: Vec<String>,
 }
 

@@ -10,6 +10,7 @@ use super::head::{self, HeadSource};
 use super::hooks::{MethodHooks, StepDone};
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
+use super::saved::RunFolder;
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
 use crate::data::batch::{Batch, Batcher};
@@ -24,7 +25,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, Task};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -131,17 +132,9 @@ impl Classifier {
         let head = params.var_builder(source.checkpoint.clone(), Role::Head);
         let method = start.method();
         let trainable = base_dtype == DType::F32 && !checkpoint.is_quantized();
-        let base = match method {
-            Method::Full if purpose == LoadPurpose::Open && !trainable => checkpoint,
-            Method::Full => {
-                let dense = checkpoint.into_dense()?;
-                if base_dtype != DType::F32 {
-                    let reason = format!("full fine-tuning trains the base in f32, got {base_dtype:?}");
-                    return Err(Error::config("dtype", reason));
-                }
-                params.var_builder(Some(dense), Role::Base).into()
-            }
-            _ => checkpoint,
+        let base = match purpose {
+            LoadPurpose::Open if !trainable => checkpoint,
+            _ => start.base(checkpoint, &params)?,
         };
         let mut model = config.load(base, head, noise)?;
         source.check(start, &params)?;
@@ -190,7 +183,7 @@ impl Classifier {
         &self.files
     }
 
-    /// Writes what was trained below `dir`: `adapter/` in PEFT's layout, with the head; for full fine-tuning
+    /// Writes what was trained below `dir` ([`RunFolder`]): `adapter/` in PEFT's layout, with the head; for full fine-tuning
     /// `model/` with configuration and weights; for methods that are only here for comparison
     /// `adapter/parameters.safetensors`, by parameter names. Adapter files of another run are removed.
     /// `base_model` is the name of the checkpoint that was loaded.
@@ -203,19 +196,18 @@ impl Classifier {
             let reason = "the model was opened to predict, and nothing of it is trained";
             return Err(Error::config("classifier", reason));
         }
-        // `open` looks for an adapter first: one of another run must not stay.
-        let (adapter, parameters) = (dir.join("adapter"), dir.join("adapter/parameters.safetensors"));
-        let Some(method) = self.method.adapter() else {
-            AdapterFile::remove(&adapter)?;
-            if !is_full {
-                return self.params.save(&adapter);
+        let run = RunFolder::new(dir);
+        match self.method.adapter() {
+            Some(method) => {
+                let file = self.adapter_file(&method, Some(base_model.to_string()))?;
+                run.save_adapter(&file, ExportFormat::PeftMonteCLoRA)
             }
-            files::remove(&parameters)?;
-            return self.save_model(&dir.join("model"));
-        };
-        let file = self.adapter_file(&method, Some(base_model.to_string()))?;
-        files::remove(&parameters)?;
-        file.write(adapter, ExportFormat::PeftMonteCLoRA)
+            None if is_full => {
+                run.remove_adapter()?;
+                self.save_model(&run.model())
+            }
+            None => run.save_parameters(&self.params),
+        }
     }
 
     /// Returns the adapter with the head. If the checkpoint names the same classes in another order, the rows
@@ -243,7 +235,8 @@ impl Classifier {
                 Some(self.labels.clone()).filter(|_| !is_numbered || of_files.foreign_problem().is_some())
             }
         };
-        let (task, revision) = (Some("SEQ_CLS".to_string()), self.files.revision().map(str::to_string));
+        let task = Some(Task::SequenceClassification);
+        let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels };
         let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);
         let mut file = AdapterFile::from_model(model, name, &self.params, method, &metadata)?;

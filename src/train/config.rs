@@ -40,6 +40,10 @@ impl FromStr for OnNonFinite {
 pub struct TrainConfig {
     /// The number of passes over the data.
     pub epochs: usize,
+    /// The largest number of steps: a run of more ends there, and its schedules span these steps. If absent, it
+    /// takes all steps of its epochs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<usize>,
     /// The peak learning rate.
     pub lr: f64,
     /// The schedule of the learning rate.
@@ -48,6 +52,19 @@ pub struct TrainConfig {
     pub warmup_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// AdamW's decay rate of the running mean of gradients.
+    #[serde(skip_serializing_if = "is_default_beta1")]
+    pub adam_beta1: f64,
+    /// AdamW's decay rate of the running mean of squared gradients.
+    #[serde(skip_serializing_if = "is_default_beta2")]
+    pub adam_beta2: f64,
+    /// What AdamW adds to the square root of the second moment.
+    #[serde(skip_serializing_if = "is_default_eps")]
+    pub adam_eps: f64,
+    /// Whether one-dimensional parameters (biases, scales of norms) are decayed, as PyTorch's AdamW does and the
+    /// trainer of transformers does not.
+    #[serde(skip_serializing_if = "is_true")]
+    pub decay_vectors: bool,
     /// Whether the posterior's parameters rho and c are decayed as well, as they are when transformers trains
     /// PEFT's adapter.
     pub decay_variational: bool,
@@ -60,7 +77,7 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "is_one")]
     pub variational_lr_ratio: f64,
     /// The settings of IVON; if absent, the optimiser is AdamW. IVON has one learning rate and its own weight
-    /// decay: the ratios and [`Self::weight_decay`] only apply to AdamW.
+    /// decay: the ratios, [`Self::weight_decay`] and the constants of AdamW do not apply to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ivon: Option<IvonConfig>,
     /// The largest global gradient norm; no clipping if absent. IVON clips each element instead.
@@ -90,12 +107,18 @@ pub struct TrainConfig {
 
 impl Default for TrainConfig {
     fn default() -> Self {
+        let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors, .. } = AdamWConfig::default();
         Self {
             epochs: 3,
+            max_steps: None,
             lr: 3e-4,
             schedule: Schedule::Linear,
             warmup_ratio: 0.06,
-            weight_decay: 0.01,
+            weight_decay,
+            adam_beta1: beta1,
+            adam_beta2: beta2,
+            adam_eps: eps,
+            decay_vectors,
             decay_variational: false,
             loraplus_ratio: 1.0,
             head_lr_ratio: 1.0,
@@ -119,10 +142,31 @@ fn is_one(ratio: &f64) -> bool {
     *ratio == 1.0
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // as above
+fn is_true(on: &bool) -> bool {
+    *on
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as above
+fn is_default_beta1(beta1: &f64) -> bool {
+    *beta1 == AdamWConfig::default().beta1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as above
+fn is_default_beta2(beta2: &f64) -> bool {
+    *beta2 == AdamWConfig::default().beta2
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as above
+fn is_default_eps(eps: &f64) -> bool {
+    *eps == AdamWConfig::default().eps
+}
+
 impl TrainConfig {
     pub(super) fn validate(&self) -> Result<()> {
         let counts = [
             ("epochs", self.epochs),
+            ("max_steps", self.max_steps.unwrap_or(1)),
             ("accumulation", self.accumulation),
             ("eval_every", self.eval_every.unwrap_or(1)),
             ("patience", self.patience.unwrap_or(1)),
@@ -187,7 +231,11 @@ impl TrainConfig {
     fn adamw(&self) -> AdamWConfig {
         let config = AdamWConfig {
             lr: self.lr,
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_eps,
             weight_decay: self.weight_decay,
+            decay_vectors: self.decay_vectors,
             lr_ratios: vec![
                 (Role::B, self.loraplus_ratio),
                 (Role::Head, self.head_lr_ratio),

@@ -5,13 +5,14 @@ use serde::Serialize;
 use super::config::TrainConfig;
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
-use crate::adapter::{AdaptableModel, Params};
+use crate::adapter::{AdaptableModel, Params, Role};
 use crate::adapters::{
     prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
     LoraConfig, PromptConfig, Scaled,
 };
 use crate::error::{Error, Result};
 use crate::inject::{self, activate, Select, Targets};
+use crate::models::Weights;
 use crate::monteclora::MonteCLoRAConfig;
 use crate::peft::{self, AdapterFile};
 
@@ -222,6 +223,25 @@ impl MethodInit {
     /// the LoRA's, or that a schedule which anneals eps away trains with other draws than a prediction uses.
     pub fn notes(&self) -> Vec<&'static str> {
         self.method().notes(matches!(self, Self::PostHoc(..)))
+    }
+
+    /// Returns the weights to load the model from: those of `checkpoint`, which stay as they are, or with
+    /// [`Method::Full`] new parameters of `params` with their values.
+    ///
+    /// # Errors
+    /// With [`Method::Full`], if the checkpoint is quantised, or not of the dtype of `params`: its weights would
+    /// be trained from rounded values, in more memory than the dtype promises.
+    pub fn base(&self, checkpoint: Weights<'static>, params: &Params) -> Result<Weights<'static>> {
+        if self.method() != Method::Full {
+            return Ok(checkpoint);
+        }
+        let dense = checkpoint.into_dense()?;
+        if dense.dtype() != params.dtype() {
+            let (wanted, got) = (params.dtype().as_str(), dense.dtype().as_str());
+            let reason = format!("full fine-tuning trains the base in {wanted}, got {got}");
+            return Err(Error::config("dtype", reason));
+        }
+        Ok(params.var_builder(Some(dense), Role::Base).into())
     }
 
     /// Puts the adapters on a model and their parameters into `params`; returns the method's part in

@@ -115,7 +115,7 @@ pub trait Observer {
     }
 
     /// Called for a problem that does not end the run: a damaged checkpoint that is skipped for an older one,
-    /// or an old checkpoint that cannot be removed.
+    /// an old checkpoint that cannot be removed, or scores that no longer compare.
     fn warned(&mut self, _what: &str) {}
 
     /// Whether the run should stop; called after every step.

@@ -6,6 +6,8 @@ use candle_core::{DType, Device};
 
 use super::classifier::{Classifier, LoadPurpose};
 use super::method::{Method, MethodInit};
+use super::saved::RunFolder;
+use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::labels::Labels;
@@ -84,18 +86,19 @@ impl Classifier {
 
 /// Finds an adapter or a model in `dir`, or in its subfolders as a run names them.
 fn find(dir: &Path) -> Result<Found> {
-    for root in [dir, &dir.join("adapter")] {
+    let run = RunFolder::new(dir);
+    for root in [dir, &run.adapter()] {
         if root.join(CONFIG_FILE).is_file() {
             return Ok(Found::Adapter(root.to_owned()));
         }
-        if root.join("parameters.safetensors").is_file() {
+        if root.join(Params::FILE).is_file() {
             let reason =
                 "its method is for comparison only: its parameters are not in PEFT's format and cannot be \
                           opened again";
             return Err(Error::format(root, reason));
         }
     }
-    for root in [dir, &dir.join("model")] {
+    for root in [dir, &run.model()] {
         if root.join("config.json").is_file() {
             return Ok(Found::Model(root.to_owned()));
         }

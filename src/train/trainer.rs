@@ -1,11 +1,13 @@
 //! The training loop of all methods and models: [`fit`].
 
+mod resume;
+
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::Tensor;
 
-use super::checkpoint::{Checkpoints, Found, RunState, State};
+use super::checkpoint::{Checkpoints, Found, RunState};
 use super::config::{OnNonFinite, TrainConfig};
 use super::distributed::{Communicator, Ranks, SingleProcess};
 use super::objective::{Objective, Observer, StepRecord, Summary};
@@ -147,6 +149,7 @@ fn run(
         let reason = format!("{} of {per_epoch} steps are more than can be counted", config.epochs);
         Error::config("epochs", reason)
     })?;
+    let total = total.min(config.max_steps.unwrap_or(usize::MAX));
     let mut settings = objective.settings();
     settings.extend(config.settings());
     settings.extend(checkpoints.map(|checkpoints| checkpoints.settings.clone()).unwrap_or_default());
@@ -245,7 +248,8 @@ impl Run<'_> {
             })
         });
         if let Some(state) = self.ranks.state_of_first(found)? {
-            self.resume(state)?;
+            let forgotten = self.resume(state)?;
+            forgotten.iter().filter(|_| self.ranks.is_first()).for_each(|what| observer.warned(what));
         }
         Ok(lock)
     }
@@ -253,7 +257,7 @@ impl Run<'_> {
     /// Takes the remaining steps of all epochs, with their evaluations, or until patience ends.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let (config, per_epoch) = (self.config, self.per_epoch);
-        if self.is_out_of_patience() {
+        if self.at.step >= self.total || self.is_out_of_patience() {
             return Ok(()); // resumed after its end
         }
         for epoch in self.at.step / per_epoch..config.epochs {
@@ -267,10 +271,8 @@ impl Run<'_> {
             for group in micro_batches.chunks(config.accumulation).skip(done) {
                 self.step(group, observer)?;
                 let step = self.at.step;
-                let evaluates = match config.eval_every {
-                    Some(every) => step.is_multiple_of(every) || step == self.total,
-                    None => step.is_multiple_of(per_epoch),
-                };
+                let every = config.eval_every.unwrap_or(per_epoch);
+                let evaluates = step.is_multiple_of(every) || step == self.total;
                 if evaluates {
                     self.evaluate(observer)?;
                 }
@@ -375,63 +377,6 @@ impl Run<'_> {
 
     fn seconds_so_far(&self) -> f64 {
         self.at.seconds + self.clock.elapsed().as_secs_f64()
-    }
-
-    /// Returns the state for a checkpoint. Tensors are not copied, as it is written before the next step.
-    fn state(&self) -> Result<State> {
-        let params: BTreeMap<String, Tensor> = self
-            .params
-            .all()
-            .into_iter()
-            .map(|(name, param)| (name, param.var.as_detached_tensor()))
-            .collect();
-        let moments = self.optimizer.remembered().clone();
-        let best = self.best.as_ref();
-        Ok(State {
-            run_state: RunState {
-                seconds: self.seconds_so_far(),
-                best: best.map(|best| (best.score, best.step)),
-                moments: moments.iter().map(|(name, of)| (name.clone(), of.steps)).collect(),
-                settings: self.settings.clone(),
-                ..self.at.clone()
-            },
-            params,
-            moments,
-            // If the best step is the present one, `params` already has its values.
-            best: best
-                .filter(|best| best.step < self.at.step)
-                .map(|best| best.values.clone())
-                .unwrap_or_default(),
-            method: self.objective.state()?,
-        })
-    }
-
-    /// Resumes from a checkpoint.
-    fn resume(&mut self, state: State) -> Result<()> {
-        let State { run_state, params, moments, best, method } = state;
-        if run_state.step > self.total {
-            let reason =
-                format!("the checkpoint is of step {}, the run ends with {}", run_state.step, self.total);
-            return Err(Error::config("epochs", reason));
-        }
-        let present = self.params.all();
-        if let Some((name, _)) = present.iter().find(|(name, _)| !params.contains_key(name)) {
-            return Err(Error::tensor(name, "the checkpoint does not hold this parameter"));
-        }
-        if let Some(name) = params.keys().find(|name| self.params.get(name).is_none()) {
-            return Err(Error::tensor(name, "the checkpoint holds this parameter, the model does not"));
-        }
-        self.params.restore(&params)?;
-        if !moments.is_empty() {
-            self.optimizer.restore(&moments)?;
-        }
-        self.objective.restore(&method)?;
-        self.best = run_state.best.map(|(score, step)| {
-            let values = if step == run_state.step { params } else { best };
-            Best { score, step, values }
-        });
-        self.at = run_state;
-        Ok(())
     }
 }
 

@@ -55,8 +55,8 @@ impl Home {
         let files = ModelFiles::locate(&dir.display().to_string(), None)?;
         let config = DecoderConfig::from_file(files.config_path())?;
         let tokenizer = monteclora::data::tokenizer::read(&dir.join("tokenizer.json"))?;
-        let eos = config.eos_token_ids.first().copied();
-        let encoder = PromptEncoder::new(tokenizer, 500, 512, eos, false)?;
+        let ends = config.eos_token_ids.clone();
+        let encoder = PromptEncoder::new(tokenizer, 500, 512, ends, false)?;
         let mut rows = questions(32)?;
         let measured = rows.split_off(24);
         let problems = |file: &str, count| -> Outcome<Vec<Prompted>> {

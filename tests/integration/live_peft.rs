@@ -16,7 +16,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::ops::{self, OpPath};
-use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, Task};
 use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
 use crate::families::{Golden, FAMILIES};
@@ -224,9 +224,8 @@ fn there_and_back(
         _ => return Err("a method without a test".into()),
     };
     scatter(&params)?;
-    let task = if causal { "CAUSAL_LM" } else { "SEQ_CLS" };
-    let origin =
-        AdapterMetadata { base_model: Some("base".into()), task: Some(task.into()), ..Default::default() };
+    let task = Some(if causal { Task::CausalLm } else { Task::SequenceClassification });
+    let origin = AdapterMetadata { base_model: Some("base".into()), task, ..Default::default() };
     let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, method, &origin)?;
     file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)?;
     if causal {
@@ -251,7 +250,7 @@ fn there_and_back(
 
     let output = Command::new(python).arg(&script).arg(dir).env("HF_HUB_OFFLINE", "1").output()?;
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{task} {method:?}: {text}");
+    assert!(output.status.success(), "{task:?} {method:?}: {text}");
 
     // The adapter after PEFT's training step is read back and computes the same as in PEFT.
     let params = Params::new(Noise::new(2), &Device::Cpu);
@@ -263,7 +262,7 @@ fn there_and_back(
     assert!(moved > 1e-3, "PEFT's step moved nothing");
     let loss = next_loss(&mut model, causal, &file.method())?;
     let theirs = back["loss"].to_scalar::<f32>()?;
-    assert!((loss - theirs).abs() < 1e-4, "{task} {method:?}: {loss}, in PEFT {theirs}");
+    assert!((loss - theirs).abs() < 1e-4, "{task:?} {method:?}: {loss}, in PEFT {theirs}");
     let got = model.logits()?;
     if causal {
         // Outputs at padding are arbitrary.

@@ -59,8 +59,7 @@ fn tune(
     rows: usize,
 ) -> Outcome<(f64, f64, String, String)> {
     let (mut model, config, tokenizer) = load(dir, quantize)?;
-    let encoder =
-        PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids.first().copied(), false)?;
+    let encoder = PromptEncoder::new(tokenizer.clone(), 192, 512, config.eos_token_ids.clone(), false)?;
     let read = |name: &str, most: usize| -> Outcome<Vec<Tokens>> {
         let mut rows = instruct::read(&data.join(name), Format::Gsm8k)?;
         rows.truncate(most);

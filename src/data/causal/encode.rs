@@ -26,14 +26,17 @@ pub struct Encodings {
 pub struct PromptEncoder {
     tokenizer: Tokenizer,
     max_length: usize,
-    eos: Option<u32>,
+    /// The tokens that end a text; the first is appended to answers.
+    ends: Vec<u32>,
     learn_prompt: bool,
 }
 
 impl PromptEncoder {
-    /// Creates an encoder of rows with at most `max_length` tokens. `eos` is appended to every answer and
-    /// counts in the loss; prompts count only with `learn_prompt`. The truncation and padding settings of the
-    /// tokenizer's file are overridden; its post-processor still adds the special tokens.
+    /// Creates an encoder of rows with at most `max_length` tokens. `ends` are the tokens that end a text
+    /// (`None`, or those of [`DecoderConfig`](crate::models::decoder::DecoderConfig)): the first is appended to
+    /// every answer that does not end with one of them, and the end counts in the loss. Prompts count only with
+    /// `learn_prompt`. The truncation and padding settings of the tokenizer's file are overridden; its
+    /// post-processor still adds the special tokens.
     ///
     /// # Errors
     /// If `max_length` is below 2 or above `model_max_length`.
@@ -41,7 +44,7 @@ impl PromptEncoder {
         mut tokenizer: Tokenizer,
         max_length: usize,
         model_max_length: usize,
-        eos: Option<u32>,
+        ends: impl IntoIterator<Item = u32>,
         learn_prompt: bool,
     ) -> Result<Self> {
         if !(2..=model_max_length).contains(&max_length) {
@@ -52,7 +55,7 @@ impl PromptEncoder {
             .with_truncation(None)
             .map_err(|e| Error::config("max_length", e.to_string()))?
             .with_padding(None);
-        Ok(Self { tokenizer, max_length, eos, learn_prompt })
+        Ok(Self { tokenizer, max_length, ends: ends.into_iter().collect(), learn_prompt })
     }
 
     /// The tokenizer, without truncation and padding.
@@ -65,7 +68,7 @@ impl PromptEncoder {
         self.max_length
     }
 
-    /// The number of tokens of a row before truncation, including `eos`.
+    /// The number of tokens of a row before truncation, including the end token.
     ///
     /// # Errors
     /// If the tokenizer fails.
@@ -88,9 +91,10 @@ impl PromptEncoder {
         Ok(ids[doubled_start(&encoding)..end].to_vec())
     }
 
-    /// The encoder for scoring answers: without `eos`, and without loss on prompts even if training has it.
+    /// The encoder for scoring answers: without end tokens, and without loss on prompts even if training has
+    /// it.
     pub fn of_answers(&self) -> Self {
-        Self { eos: None, learn_prompt: false, ..self.clone() }
+        Self { ends: Vec::new(), learn_prompt: false, ..self.clone() }
     }
 
     /// Encodes all rows in parallel, in order. Prompt and answer are tokenised as one text; a token that
@@ -129,7 +133,7 @@ impl PromptEncoder {
         Ok(out)
     }
 
-    /// The untruncated tokens of a row whose prompt has `prompt` bytes, with `eos` and the loss mask.
+    /// The untruncated tokens of a row whose prompt has `prompt` bytes, with its end and the loss mask.
     fn tokens(&self, encoding: &Encoding, prompt: usize, row: usize) -> Tokens {
         let start = doubled_start(encoding);
         let mut ids = encoding.get_ids()[start..].to_vec();
@@ -137,11 +141,11 @@ impl PromptEncoder {
         let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompt;
         let mut learnt: Vec<bool> =
             own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
-        // Some tokenizers add the end-of-sequence token themselves.
-        match (self.eos, ids.last()) {
-            (Some(eos), Some(last)) if *last == eos => learnt[ids.len() - 1] = true,
-            (Some(eos), _) => {
-                ids.push(eos);
+        // Some tokenizers add an end token themselves, and texts that a chat template rendered have one.
+        match (self.ends.first(), ids.last()) {
+            (Some(_), Some(last)) if self.ends.contains(last) => learnt[ids.len() - 1] = true,
+            (Some(end), _) => {
+                ids.push(*end);
                 learnt.push(true);
             }
             (None, _) => {}

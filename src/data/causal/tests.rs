@@ -75,6 +75,21 @@ fn a_prompt_goes_on_where_a_tokenizer_would_end_it() -> Result<()> {
 }
 
 #[test]
+fn a_text_that_ends_with_any_end_token_gets_no_second_one() -> Result<()> {
+    let mut tokenizer = tiny();
+    tokenizer.add_special_tokens([tokenizers::AddedToken::from("</s>", true)]).unwrap();
+    // Two tokens end a text: `</s>` and, as where a turn ends, `h`.
+    let encoder = PromptEncoder::new(tokenizer, 10, 64, [1, 10], false)?;
+    let rows =
+        encoder.encode(&[row("a", " b"), row("a", " b h"), row("a", " b </s>"), row("a", " h b")])?.rows;
+    let ids: Vec<_> = rows.iter().map(|row| row.ids.as_slice()).collect();
+    assert_eq!(ids, [&[0, 3, 4, 1][..], &[0, 3, 4, 10], &[0, 3, 4, 1], &[0, 3, 10, 4, 1]]);
+    assert!(rows.iter().all(|row| row.learnt.last() == Some(&true)));
+    assert_eq!(encoder.of_answers().encode(&[row("a", " b")])?.rows[0].ids, [0, 3, 4]);
+    Ok(())
+}
+
+#[test]
 fn a_text_that_begins_with_the_tokenizers_first_token_gets_no_second_one() -> Result<()> {
     let mut tokenizer = tiny();
     tokenizer.add_special_tokens([tokenizers::AddedToken::from("<s>", true)]).unwrap();

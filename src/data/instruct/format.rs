@@ -15,6 +15,8 @@ const MAX_CHOICES: usize = 26;
 pub enum Format {
     /// `instruction`, `input` (optional), `output`, and `answer` if the output is one of several choices.
     Instruct,
+    /// `prompt`, `completion`, as TRL has them.
+    Completion,
     /// `question`, `answer`.
     Gsm8k,
     /// `text`; or a file that is not JSON, with one text per line.
@@ -32,6 +34,7 @@ impl Format {
                  the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}"
             }
             Self::Gsm8k => "Question: {question}\nAnswer:| {answer}",
+            Self::Completion => "{prompt}|{completion}",
             Self::Code => "{prompt}|{canonical_solution}",
             Self::Text => "|{text}",
         }
@@ -44,11 +47,13 @@ impl FromStr for Format {
     fn from_str(name: &str) -> Result<Self> {
         match name {
             "instruct" => Ok(Self::Instruct),
+            "completion" => Ok(Self::Completion),
             "gsm8k" => Ok(Self::Gsm8k),
             "text" => Ok(Self::Text),
             "code" => Ok(Self::Code),
             other => {
-                Err(Error::config("format", format!("expected instruct, gsm8k, text or code, got {other}")))
+                let known = "instruct, completion, gsm8k, text or code";
+                Err(Error::config("format", format!("expected {known}, got {other}")))
             }
         }
     }
@@ -70,8 +75,8 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
 /// Fields with which other formats store earlier turns and the system prompt of a conversation.
 const OF_CONVERSATIONS: [&str; 4] = ["system", "history", "messages", "conversations"];
 
-/// Converts a row into prompt and answer. Returns `None` for an instruction with an empty output, as Alpaca
-/// has some.
+/// Converts a row into prompt and answer. Returns `None` if there is nothing to learn: for an empty text or
+/// completion, or an instruction with an empty output, as Alpaca has some.
 pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
     let (prompt, answer) = match format {
         Format::Instruct => {
@@ -89,13 +94,14 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<
         Format::Gsm8k => {
             (format!("Question: {}\nAnswer:", text(row, "question")?), format!(" {}", text(row, "answer")?))
         }
+        Format::Completion => (text(row, "prompt")?.to_string(), text(row, "completion")?.to_string()),
         Format::Code => (text(row, "prompt")?.to_string(), text(row, "canonical_solution")?.to_string()),
         Format::Text => (String::new(), text(row, "text")?.to_string()),
     };
     if answer.trim().is_empty() {
         return match format {
-            Format::Instruct => Ok(None),
-            _ => Err("the answer is empty".to_string()),
+            Format::Instruct | Format::Completion | Format::Text => Ok(None),
+            Format::Gsm8k | Format::Code => Err("the answer is empty".to_string()),
         };
     }
     let choices = match format {

@@ -6,6 +6,7 @@
 //!   `Below is an instruction that describes a task. Write a response that appropriately completes
 //!   the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n|{output}`; for a row with an
 //!   `input`, the first sentence mentions it, and it stands before the response under `### Input:\n`;
+//! - `completion` (TRL's prompt and completion): `{prompt}|{completion}`;
 //! - `gsm8k` (of the LM evaluation harness): `Question: {question}\nAnswer:| {answer}`;
 //! - `code` (HumanEval): `{prompt}|{canonical_solution}`;
 //! - `text`: an empty prompt, and the whole text as answer.

@@ -15,7 +15,25 @@ pub struct Prompted {
     pub tests: Option<ProgramTests>,
 }
 
+/// The most words and bytes of a text's [`Prompted::opening`].
+const OPENING: (usize, usize) = (8, 64);
+
 impl Prompted {
+    /// What a sample text continues: the prompt; of a row without one (plain text), its first words.
+    pub fn opening(&self) -> &str {
+        if !self.prompt.is_empty() {
+            return &self.prompt;
+        }
+        let text = self.answer.trim_start();
+        let most = text.split_whitespace().count().div_ceil(2).min(OPENING.0);
+        let mut end = 0;
+        for word in text.split_whitespace().take(most) {
+            end += text[end..].find(word).unwrap_or(0) + word.len();
+        }
+        let end = (0..=end.min(OPENING.1)).rfind(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        &text[..end]
+    }
+
     /// The choices of this row; the error names it by its index `i`.
     ///
     /// # Errors

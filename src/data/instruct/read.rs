@@ -12,8 +12,9 @@ use crate::data::lines::{each_line, no_text};
 use crate::data::row::{self, Row};
 use crate::error::{Error, Result};
 
-/// Reads a file of JSON lines, of one JSON array or, for [`Format::Text`], of plain lines. Instructions with
-/// an empty output, of which Alpaca's file has some, are skipped with a warning.
+/// Reads a file of JSON lines, of one JSON array or, for [`Format::Text`], of plain lines. Empty texts and
+/// completions, and instructions with an empty output, of which Alpaca's file has some, are left out with a
+/// warning.
 ///
 /// # Errors
 /// If the file cannot be read, is not UTF-8 or has no row with an answer, or if a row is not an object with
@@ -33,17 +34,18 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
     if let Some(reason) = no_text(&bytes) {
         return Err(Error::format(path, reason));
     }
-    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace() && !matches!(byte, 0xEF | 0xBB | 0xBF));
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes); // the byte order mark of UTF-8
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
     let mut rows = Vec::new();
     match first {
-        Some(b'[') if format != Format::Text => {
-            let mut json = serde_json::Deserializer::from_slice(&bytes);
+        Some(b'[') if format != Format::Text || is_array(bytes) => {
+            let mut json = serde_json::Deserializer::from_slice(bytes);
             let read = Records(format).deserialize(&mut json).and_then(|rows| json.end().map(|()| rows));
             let read = read
                 .map_err(|e| Error::format_at(path, e.line(), format!("not a JSON array of objects: {e}")))?;
             rows = read.map_err(|reason| Error::format(path, reason))?;
         }
-        first => each_line(bytes.as_slice(), path, |number, line| {
+        first => each_line(bytes, path, |number, line| {
             if line.trim().is_empty() {
                 return Ok(());
             }
@@ -60,13 +62,21 @@ pub fn read_from(mut source: impl Read, path: &Path, format: Format) -> Result<V
     let rows: Vec<Prompted> = rows.into_iter().flatten().collect();
     match (rows.len(), all - rows.len()) {
         (0, 0) => return Err(Error::format(path, "no examples")),
-        (0, _) => return Err(Error::format(path, "every answer is empty")),
+        (0, _) => return Err(Error::format(path, "every text or answer is empty")),
         (_, 0) => {}
         (_, left_out) => {
-            tracing::warn!("{}: {left_out} rows have no answer and are left out", path.display())
+            tracing::warn!("{}: {left_out} rows have no text or answer and are left out", path.display())
         }
     }
     Ok(rows)
+}
+
+/// Whether the bytes of a text file are a JSON array: a whole one, or the beginning of one of objects, which
+/// is then damaged. A plain text may begin with a bracket, too.
+fn is_array(bytes: &[u8]) -> bool {
+    let mut letters = bytes.iter().filter(|byte| !byte.is_ascii_whitespace());
+    let of_objects = b"[{\"".iter().all(|letter| letters.next() == Some(letter));
+    of_objects || serde_json::from_slice::<Vec<IgnoredAny>>(bytes).is_ok()
 }
 
 /// Reads the records of a JSON array one at a time, so that only one is in memory. The inner result is the

@@ -44,6 +44,8 @@ fn every_format_has_its_template() -> Result<()> {
         assert_eq!(rows.iter().map(|row| row.answer.as_str()).collect::<Vec<_>>(), ["one", "two"]);
         assert!(rows.iter().all(|row| row.prompt.is_empty()));
     }
+    let rows = one(Format::Completion, r#"{"prompt": "The sky is", "completion": " blue."}"#)?;
+    assert_eq!((rows[0].prompt.as_str(), rows[0].answer.as_str()), ("The sky is", " blue."));
     // A text may begin with a bracket.
     assert_eq!(one(Format::Text, "[1] a footnote")?[0].answer, "[1] a footnote");
     let rows = one(Format::Instruct, &format!("[{CHOICE}]"))?;
@@ -70,7 +72,48 @@ fn an_instruction_without_an_answer_is_left_out_unless_all_are() {
             one(Format::Instruct, &text).unwrap().into_iter().map(|row| row.answer).collect();
         assert_eq!(answers, ["a", "b"]);
     }
-    assert!(one(Format::Instruct, &row("")).unwrap_err().to_string().contains("every answer is empty"));
+    let error = one(Format::Instruct, &row("")).unwrap_err().to_string();
+    assert!(error.contains("every text or answer is empty"), "{error}");
+}
+
+#[test]
+fn an_empty_text_or_completion_is_left_out() -> Result<()> {
+    let texts = one(Format::Text, "{\"text\": \"one\"}\n{\"text\": \" \"}\n{\"text\": \"two\"}")?;
+    assert_eq!(texts.iter().map(|row| row.answer.as_str()).collect::<Vec<_>>(), ["one", "two"]);
+    let row = |completion: &str| format!(r#"{{"prompt": "p", "completion": "{completion}"}}"#);
+    assert_eq!(one(Format::Completion, &format!("{}\n{}", row(""), row("c")))?[0].answer, "c");
+    Ok(())
+}
+
+#[test]
+fn an_array_is_read_as_records_in_every_format_with_and_without_a_byte_order_mark() -> Result<()> {
+    let (text, question) =
+        ("[{\"text\": \"one\"},\n {\"text\": \"two\"}]", "[{\"question\": \"q\", \"answer\": \"a\"}]");
+    for mark in ["", "\u{feff}"] {
+        let texts = one(Format::Text, &format!("{mark}{text}"))?;
+        assert_eq!(texts.iter().map(|row| row.answer.as_str()).collect::<Vec<_>>(), ["one", "two"]);
+        assert_eq!(one(Format::Gsm8k, &format!("{mark}{question}"))?[0].answer, " a");
+        assert_eq!(one(Format::Text, &format!("{mark}plain"))?[0].answer, "plain");
+    }
+    // A damaged array, or one of something else, is no text to learn.
+    for other in [&text[..text.len() - 1], "[\"one\", \"two\"]"] {
+        let error = one(Format::Text, other).unwrap_err().to_string();
+        assert!(error.contains("not a JSON array of objects"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_sample_continues_the_prompt_or_the_first_words_of_a_text() {
+    let opening = |prompt: &str, answer: &str| {
+        Prompted { prompt: prompt.into(), answer: answer.into(), ..Prompted::default() }.opening().to_string()
+    };
+    assert_eq!(opening("Why?", " Because."), "Why?");
+    assert_eq!(opening("", "  one two three four"), "one two");
+    assert_eq!(opening("", "a  b c d e f g h i j k l m n o p q r"), "a  b c d e f g h");
+    assert_eq!((opening("", "word"), opening("", "")), ("word".to_string(), String::new()));
+    let long = "\u{6f22}".repeat(100); // no blanks, three bytes each
+    assert_eq!(opening("", &long), "\u{6f22}".repeat(21));
 }
 
 #[test]
@@ -88,7 +131,8 @@ fn errors_name_the_line_or_the_record() {
         (fails(Format::Gsm8k, &format!("[{good}")), "not a JSON array"),
         (fails(Format::Text, "\n \n"), "no examples"),
         (fails(Format::Gsm8k, "[]"), "no examples"),
-        (fails(Format::Text, "{\"text\": \" \"}"), "line 1: the answer is empty"),
+        (fails(Format::Text, "{\"text\": \" \"}"), "every text or answer is empty"),
+        (fails(Format::Gsm8k, r#"{"question": "q", "answer": ""}"#), "line 1: the answer is empty"),
         (
             fails(Format::Instruct, &CHOICE.replace("\"answer2\"}", "\"b\"}").replace('\n', "")),
             "none of the choices",

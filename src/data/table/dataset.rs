@@ -1,5 +1,6 @@
 //! A data set: rows for training and evaluation, and the prediction target.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::columns::Columns;
@@ -84,8 +85,9 @@ impl DataSet {
     /// As [`hold_out`].
     pub fn hold_out(self, share: f64, noise: Noise) -> Result<Self> {
         let strata: Vec<u32> = self.train.iter().map(|row| stratum(row.label)).collect();
-        let often = |class: &u32| strata.iter().filter(|other| *other == class).take(2).count() == 2;
-        let several: Vec<usize> = (0..strata.len()).filter(|place| often(&strata[*place])).collect();
+        let mut counts = BTreeMap::<u32, usize>::new();
+        strata.iter().for_each(|class| *counts.entry(*class).or_default() += 1);
+        let several: Vec<usize> = (0..strata.len()).filter(|place| counts[&strata[*place]] > 1).collect();
         let (_, held) = hold_out(&at(&strata, &several), share, noise)?;
         let held: Vec<usize> = held.into_iter().map(|place| several[place]).collect();
         let stay: Vec<usize> = (0..strata.len()).filter(|place| held.binary_search(place).is_err()).collect();

@@ -83,6 +83,113 @@ fn micro_batches_have_draws_of_their_own_and_no_two_steps_share_one() -> Result<
 }
 
 #[test]
+fn the_constants_of_adamw_are_those_of_the_settings() -> Result<()> {
+    let run = |config: TrainConfig| -> Result<f64> {
+        let line = Line::new(5)?;
+        line.fit(&config)?;
+        line.value()
+    };
+    let plain = run(config())?;
+    for other in [
+        TrainConfig { adam_beta1: 0.5, ..config() },
+        TrainConfig { adam_beta2: 0.9, ..config() },
+        TrainConfig { adam_eps: 1.0, ..config() },
+    ] {
+        assert!((run(other.clone())? - plain).abs() > 1e-6, "{other:?}");
+    }
+    // The line's only parameter is a vector.
+    let decay = TrainConfig { weight_decay: 0.5, ..config() };
+    assert_ne!(run(decay.clone())?, plain);
+    assert_eq!(run(TrainConfig { decay_vectors: false, ..decay })?, plain);
+    let error = run(TrainConfig { adam_beta2: 1.0, ..config() }).unwrap_err().to_string();
+    assert!(error.starts_with("invalid beta2"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn settings_at_their_defaults_are_not_in_a_checkpoint() {
+    let new = ["max_steps", "adam_beta1", "adam_beta2", "adam_eps", "decay_vectors"];
+    let settings = config().settings();
+    assert!(new.iter().all(|name| !settings.contains_key(*name)), "{settings:?}");
+    let other = TrainConfig {
+        max_steps: Some(7),
+        adam_beta1: 0.8,
+        adam_beta2: 0.98,
+        adam_eps: 1e-6,
+        decay_vectors: false,
+        ..config()
+    };
+    let settings = other.settings();
+    assert_eq!(new.map(|name| settings[name].as_str()), ["7", "0.8", "0.98", "1e-6", "false"]);
+}
+
+#[test]
+fn a_run_ends_at_its_largest_number_of_steps_which_its_schedule_spans() -> Result<()> {
+    // Two steps an epoch.
+    let (summary, log) = Line::new(5)?.fit(&TrainConfig { max_steps: Some(3), ..config() })?;
+    assert_eq!((summary.steps, summary.stopped_early, log.evaluated.as_slice()), (3, false, &[2, 3][..]));
+    let lr = |log: &Log| log.records.iter().map(|record| record.lr).collect::<Vec<_>>();
+    let third = config().lr / 3.0;
+    let expected = [0.0, 3.0 * third, 1.5 * third]; // one of three steps warms up
+    assert!(lr(&log).iter().zip(expected).all(|(lr, expected)| (lr - expected).abs() < 1e-12), "{log:?}");
+    let (whole, _) = Line::new(5)?.fit(&TrainConfig { max_steps: Some(100), ..config() })?;
+    assert_eq!(whole.steps, 8);
+    let error = Line::new(5)?.fit(&TrainConfig { max_steps: Some(0), ..config() }).unwrap_err().to_string();
+    assert!(error.starts_with("invalid max_steps"), "{error}");
+
+    // One that has ended takes no further step when it is resumed.
+    let (dir, line) = (tempfile::tempdir().unwrap(), Line::new(5)?);
+    let capped = TrainConfig { max_steps: Some(3), ..config() };
+    let go = |config: &TrainConfig, resume| {
+        let checkpoints = Checkpoints { resume, ..Checkpoints::new(dir.path()) };
+        let mut log = Log::default();
+        fit_with_checkpoints(&line, &line.params, config, &mut log, &checkpoints)
+            .map(|done| (done.steps, log))
+    };
+    assert_eq!(go(&capped, false)?.0, 3);
+    let (steps, log) = go(&capped, true)?;
+    assert_eq!((steps, log.records.len()), (3, 0));
+    Ok(())
+}
+
+#[test]
+fn scores_of_other_rows_or_another_metric_are_forgotten() -> Result<()> {
+    let go = |changes: &[&str], settings: &[(&str, &str)]| -> Result<(Summary, Log)> {
+        let (dir, line) = (tempfile::tempdir().unwrap(), Line::new(5)?);
+        let of = |pairs: &[(&str, &str)]| -> Settings {
+            pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
+        };
+        let settings = [of(&[("held_out", "a"), ("metric", "accuracy")]), of(settings)];
+        let [first, then] = settings.map(|settings| Checkpoints {
+            resume: true,
+            settings,
+            changes: changes.iter().map(ToString::to_string).collect(),
+            ..Checkpoints::new(dir.path())
+        });
+        // The first two evaluations are better than all later ones.
+        let config = TrainConfig { patience: Some(2), ..config() };
+        let mut log = Log { scores: vec![0.9, 0.8, 0.8], ..Log::default() };
+        let ended = fit_with_checkpoints(&line, &line.params, &config, &mut log, &first)?;
+        assert_eq!((ended.steps, ended.kept_step, ended.stopped_early), (6, 2, true));
+        let mut log = Log { scores: vec![0.1], ..Log::default() };
+        Ok((fit_with_checkpoints(&line, &line.params, &config, &mut log, &then)?, log))
+    };
+    let (same, log) = go(&[], &[("held_out", "a"), ("metric", "accuracy")])?;
+    assert_eq!((same.steps, same.kept_step, log.warned.len()), (6, 2, 0));
+    for (changes, settings) in [
+        (&["metric"][..], &[("held_out", "a"), ("metric", "f1")][..]),
+        (&["metric"], &[("held_out", "a")]),
+        (&["held_out"], &[("held_out", "b"), ("metric", "accuracy")]),
+    ] {
+        let (other, log) = go(changes, settings)?;
+        assert_eq!((other.steps, other.kept_step, other.stopped_early), (8, 8, false), "{changes:?}");
+        assert_eq!(log.warned.len(), 1);
+        assert!(log.warned[0].contains(&format!("before the change of {}", changes[0])), "{log:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn patience_counts_evaluations_in_a_row() -> Result<()> {
     let line = Line::new(5)?;
     let mut log = Log { scores: vec![0.5, 0.4, 0.6, 0.5, 0.7, 0.6, 0.8], ..Log::default() };

@@ -55,12 +55,13 @@ impl Objective for Line {
     }
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Log {
     pub records: Vec<StepRecord>,
     pub scores: Vec<f64>,
     pub evaluated: Vec<usize>,
     pub kept: Vec<usize>,
+    pub warned: Vec<String>,
 }
 
 impl Observer for Log {
@@ -77,6 +78,10 @@ impl Observer for Log {
     fn kept(&mut self, step: usize) -> Result<()> {
         self.kept.push(step);
         Ok(())
+    }
+
+    fn warned(&mut self, what: &str) {
+        self.warned.push(what.to_string());
     }
 }
 
